@@ -17,18 +17,10 @@ from pathlib import Path
 import torch
 
 from embedcache.cli.console import print_line, print_table
+from pipelines.adaptation import steps
 from pipelines.adaptation.page import write_pages
 from pipelines.adaptation.results import Result, summary_table
-from pipelines.adaptation.steps import (
-    FEATURES,
-    FUSED,
-    ORACLE,
-    SOURCE,
-    Adaptation,
-    Scenario,
-    make_cache,
-    train_source_run,
-)
+from pipelines.adaptation.steps import FEATURES, FUSED, ORACLE, SOURCE, Adaptation, Scenario
 
 SCENARIOS = {
     "day → Singapore-like": ("day", "day", "sg"),
@@ -100,9 +92,9 @@ def run_scenario(
     path = runs / f"{'-'.join(domains)}{'-ablations' * bool(ablations)}.json"
     if path.is_file():
         return Result.read(path)
-    caches = {domain: make_cache(f"world={world},{frames}", domain, folder / domain) for domain in set(domains)}
+    caches = {domain: steps.make_cache(f"world={world},{frames}", domain, folder / domain) for domain in set(domains)}
     sources = {
-        modality: train_source_run(
+        modality: steps.train_source_run(
             caches[domain], modality, runs / f"source-{domain}-{modality}", seed=seed, epochs=epochs
         )
         for modality, domain in zip(FEATURES, domains, strict=False)

@@ -65,7 +65,6 @@ def write_pages(
         ("All scenarios but fog and roof", [runs], summary_table(chosen, methods)),
         ("Each scenario", ["2D / 3D / 2D+3D, means over worlds and seeds."], scenario_table(results, methods)),
         ("Pseudo-labels", ["Fraction of points with a label, and of those that are right."], label_table(results)),
-        ("Intervals", ["2D+3D with 95% intervals over test frames."], interval_table(results, "switch")),
     ]
     if others:
         sections.insert(1, ("Shifts unlike those for choosing", [runs], summary_table(others, methods)))
@@ -79,13 +78,14 @@ def write_pages(
         sections.append(("Calibration noise", [note], scenario_table(noises, _FEWEST)))
     figure = _frames(folder, results, scenarios)
     summary = switch_line(chosen or results)
+    sections.append(("Intervals", ["2D+3D with 95% intervals over test frames."], interval_table(results, "switch")))
     pages = [Section(title=title, notes=notes, table=table) for title, notes, table in sections]
     frames = Section(title="Frames", notes=["The first test frame of each scenario that moves."], figures=[svg(figure)])
     write_report(
         folder / "summit.html",
         title=TITLE,
         summary=summary,
-        sections=[*pages, frames, Section(title="Notes", notes=NOTES)],
+        sections=[Section(title="What is compared", notes=NOTES), frames, *pages],
     )
     after = [
         text
@@ -105,8 +105,8 @@ def switch_line(results: Sequence[Result]) -> str:
     return (
         f"The switch changes the 2D+3D mIoU by {values['change']} on the mean of {len(results)} results: better by > 2 "
         f"in {values['better by > 2']}, worse by > 0.5 in {values['worse by > 0.5']}; of all figures, "
-        f"{values['any view worse by > 0.5']} are worse by > 0.5, and {values['… beyond the interval']} beyond their "
-        f"interval; it closes {values['oracle distance']} of the distance to the oracle."
+        f"{values['any view worse']} are worse by > 0.5, and {values['beyond interval']} beyond their "
+        f"interval; it closes {values['to oracle']} of the distance to the oracle."
     )
 
 

@@ -81,10 +81,10 @@ def summary_table(results: Sequence[Result], methods: Iterable[str]) -> Table:
         "change",
         "better by > 2",
         "worse by > 0.5",
-        "any view worse by > 0.5",
-        "… beyond the interval",
-        "below the best source",
-        "oracle distance",
+        "any view worse",
+        "beyond interval",
+        "below best source",
+        "to oracle",
     ]
     distance = sum(result.gain(ORACLE) for result in results)
     rows = []
