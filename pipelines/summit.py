@@ -1,4 +1,4 @@
-"""Source-free adaptation of unimodal models to multimodal targets, on a made-up street: SUMMIT (ICCV 2023).
+"""Source-free adaptation of unimodal models to multimodal targets, on a synthetic street: SUMMIT (ICCV 2023).
 
     python -m pipelines.summit work/                     # three worlds, two seeds; an hour or two on 2 cores
     python -m pipelines.summit work/ --worlds 1 --seeds 0

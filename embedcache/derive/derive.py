@@ -1,6 +1,5 @@
 """Derivation: compute features from other features of a cache, chunk by chunk, with a rule or a trained run."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -136,7 +135,15 @@ def derive(cache_path: Path | str, derivation: Derivation, *, progress: Progress
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     with record_stage(cache.path / "records" / f"derive-{started}.json", "derive", group.fingerprint) as outcome:
         chunks = opened.run(range(cache.info.num_chunks(group.modality)), progress)
-        report = _count_items(opened, chunks)
+        counts = group.count_items(next(iter(outputs)), frozenset(chunks))
+        report = DeriveReport(
+            modality=group.modality,
+            name=group.name,
+            features=list(outputs),
+            derived=counts.computed,
+            reused=counts.reused,
+            failures=counts.failures,
+        )
         outcome["features"] = vars(report)
     return report
 
@@ -349,23 +356,3 @@ def _apply(
             for item in to_items(full_name, returned[name], num_items)
         ]
     return values
-
-
-def _count_items(opened: OpenDerivation, computed: Sequence[int]) -> DeriveReport:
-    """Count items over the commits, one at a time."""
-    group, first = opened.group, next(iter(opened.outputs))
-    num_items: Counter[bool] = Counter()  # computed now or not -> number of items
-    failures: Counter[str] = Counter()
-    for chunk in range(group.info.num_chunks(group.modality)):
-        commit = group.commit(chunk)
-        if commit is not None and first in commit.features:
-            num_items[chunk in computed] += len(commit.hashes)
-            failures.update(reason.partition(":")[0] for reason in commit.failures[first] if reason is not None)
-    return DeriveReport(
-        modality=group.modality,
-        name=group.name,
-        features=list(opened.outputs),
-        derived=num_items[True],
-        reused=num_items[False],
-        failures=dict(failures.most_common()),
-    )

@@ -164,7 +164,7 @@ class ModalityPredictions(NamedTuple):
 
 
 def recover_labels(labels_N: Ints, first: ModalityPredictions, second: ModalityPredictions, *, k: float = 1.0) -> Ints:
-    """Give labels to points on which the modalities disagree, where a hypothesis test rejects one side only (HT).
+    """Assign labels to points on which the modalities disagree, where a hypothesis test rejects one side only (HT).
 
     In the feature space of each modality, its own class is rejected if its density is at most k times that of the
     other modality's class. A point gets the class of the side that is not rejected if the other side is. Swapping the

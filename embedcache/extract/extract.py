@@ -196,25 +196,15 @@ def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextMana
 
 
 def _count_items(cache: Cache, report: ShardReport) -> EncoderReport:
-    """Count items over the commits, one at a time: those of 20 million items do not fit in memory together."""
     group = open_group(cache.path, report.modality, report.encoder, cache.info)
-    num_items: Counter[bool] = Counter()  # encoded now or not -> number of items
-    failures: Counter[str] = Counter()
-    for chunk in range(cache.info.num_chunks(report.modality)):
-        commit = group.commit(chunk)
-        if not group.has(commit, report.features[0]):
-            continue
-        assert commit is not None
-        num_items[chunk in report.chunks] += len(commit.hashes)
-        reasons = commit.failures[report.features[0]]
-        failures.update(reason.partition(":")[0] for reason in reasons if reason is not None)
+    counts = group.count_items(report.features[0], report.chunks)
     return EncoderReport(
         modality=report.modality,
         encoder=report.encoder,
         features=list(report.features),
-        encoded=num_items[True],
-        reused=num_items[False],
-        failures=dict(failures.most_common()),
+        encoded=counts.computed,
+        reused=counts.reused,
+        failures=counts.failures,
     )
 
 

@@ -6,6 +6,7 @@ A commit is written after the arrays of its chunk; without it the chunk does not
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -154,6 +155,21 @@ class EncoderGroup:
             arrays.setdefault(array, []).append(int(number))
         return all(_have_right_size(self.path / array, numbers) for array, numbers in arrays.items())
 
+    def count_items(self, feature: str, computed: Collection[int]) -> "ItemCounts":
+        """Count the items of all chunks that have a feature, one commit at a time: 20 million do not fit in memory.
+
+        Args:
+            computed: chunks that were computed now.
+        """
+        num_items: Counter[bool] = Counter()  # computed now or not -> number of items
+        failures: Counter[str] = Counter()
+        for chunk in range(self.info.num_chunks(self.modality)):
+            commit = self.commit(chunk)
+            if commit is not None and self.has(commit, feature):
+                num_items[chunk in computed] += len(commit.hashes)
+                failures.update(reason.partition(":")[0] for reason in commit.failures[feature] if reason is not None)
+        return ItemCounts(computed=num_items[True], reused=num_items[False], failures=dict(failures.most_common()))
+
     def check_fingerprint(self) -> None:
         """Check that the folder still belongs to this encoder: two processes may have created it together."""
         stored = open_group(self.path.parents[1], self.modality, self.name, self.info)
@@ -169,6 +185,15 @@ class EncoderGroup:
             fingerprint,
             next_step=_SAME_DERIVATION if is_derived else _SAME_ENCODER,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemCounts:
+    """Numbers of items computed now and before, and kind of failure -> number of items, over the whole cache."""
+
+    computed: int
+    reused: int
+    failures: dict[str, int]
 
 
 def _have_right_size(array_path: Path, numbers: Sequence[int]) -> bool:

@@ -32,7 +32,7 @@ NOTES = (
     "Two models are trained on unpaired data of single modalities, then adapted to an unlabeled target in which images "
     "and point clouds are paired; the source data are out of reach. The method is SUMMIT (ICCV 2023), with heads and "
     "norm statistics on cached features instead of whole networks. Nothing here estimates its published figures.",
-    "The data are a made-up street, ray-cast: no real lidar with labels is in any package. Image features are real: "
+    "The data are a synthetic street, ray-cast: no real lidar with labels is in any package. Image features are real: "
     "EfficientNet-Lite0 with ImageNet weights, blocks 1, 3, 5 and 11 at 448 x 224 pixels, interpolated at the points. "
     "Features of points are the eigenvalues of their neighborhoods, not learned. Labels of source images are those of "
     "their lidar points; source point clouds are other frames, without images.",

@@ -1,4 +1,4 @@
-"""A made-up street as a source: camera images and lidar points with labels, in several domains.
+"""A synthetic street as a source: camera images and lidar points with labels, in several domains.
 
     open_source("world=0,domains=day+night", kind="pipelines.worlds.street:StreetSource")
 

@@ -1,4 +1,4 @@
-"""A made-up street: its solids, what a camera and a lidar see of it, in several domains.
+"""A synthetic street: its solids, what a camera and a lidar see of it, in several domains.
 
 Everything is a function of a domain and a random generator. The street is coarse: boxes and ellipsoids with simple
 textures, no shadows. It serves to study shifts between domains, not to predict figures on real streets.
