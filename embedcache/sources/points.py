@@ -156,7 +156,7 @@ def _check(arrays: dict[str, Array]) -> dict[str, Array]:
     _check_count(len(xyz_N3))
     for name, values in arrays.items():
         if values.ndim not in (1, 2) or len(values) != len(xyz_N3):
-            raise ItemError(f"{name}: expected one row for each of {len(xyz_N3):,} points, got shape {values.shape}")
+            raise ItemError(f"wrong shape: expected one row of {name} per point, {len(xyz_N3):,}, got {values.shape}")
     checked = {name: _plain(name, values) for name, values in {"xyz": xyz_N3.astype(np.float64), **arrays}.items()}
     _check_resolution(xyz_N3)
     return checked
@@ -169,11 +169,11 @@ def _plain(name: str, values: Array) -> Array:
     if values.dtype.kind in "iu":
         return values.astype(values.dtype.newbyteorder("="))
     if values.dtype.kind != "f":
-        raise ItemError(f"{name}: expected numbers, got {values.dtype}")
+        raise ItemError(f"no numbers: expected numbers in {name}, got {values.dtype}")
     with np.errstate(over="ignore"):
         plain = values.astype(np.float32)
     if not np.isfinite(plain).all():
-        raise ItemError(f"{name}: NaN, infinity, or a value beyond float32")
+        raise ItemError(f"invalid values: {name} has NaN, infinity, or a value beyond float32")
     return plain
 
 

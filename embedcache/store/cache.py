@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from embedcache.errors import UnknownNameError
 from embedcache.files import open_path
-from embedcache.modalities import noun
+from embedcache.modalities import MODALITIES, noun
 from embedcache.registry import unknown_name
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.feature import Feature
@@ -99,14 +99,25 @@ class Cache:
             return matches[0]
         names = [feature.name for feature in features]
         if not features:
-            option = f"--{modality}-encoder SPEC" if modality in ("image", "text") else f"--encoder {modality}=SPEC"
-            raise UnknownNameError(f"{self.path} has no {modality} features; extract some: embedcache extract {option}")
+            raise UnknownNameError(self._missing(modality))
         if not matches:
             raise unknown_name(kind, name or "", names)
         raise UnknownNameError(
             f"{kind}: {'no name was given' if name is None else repr(name) + ' matches several'}; "
             f"choose one with --{modality}-feature or --feature: {', '.join(feature.name for feature in matches)}"
         )
+
+    def _missing(self, modality: str) -> str:
+        """Return the message that the cache has no features of a modality, and what it has instead."""
+        if modality not in MODALITIES:
+            return f"unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
+        option = f"--{modality}-encoder SPEC" if modality in ("image", "text") else f"--encoder {modality}=SPEC"
+        message = f"{self.path} has no {modality} features; extract some: embedcache extract {option}"
+        others = [(other, feature) for other in MODALITIES for feature in self.features(other)]
+        if all(other in ("image", "text") for other, _ in others):
+            return message
+        known = ", ".join(f"{other}={feature.name}" for other, feature in others)
+        return f"{message}; or name others with --feature MODALITY=NAME, one of: {known}"
 
 
 def describe_cache(cache: Cache) -> str:

@@ -50,3 +50,8 @@ def test_failures_are_collected_once(cache: Cache) -> None:
 def test_unknown_feature_raises(cache: Cache, name: str) -> None:
     with pytest.raises(UnknownNameError, match="known: open_toy/cls"):
         cache.feature("image", name)
+
+
+def test_unknown_modality_raises(cache: Cache) -> None:
+    with pytest.raises(UnknownNameError, match="unknown modality 'imag'; known: image, text, audio, video, points"):
+        cache.feature("imag")

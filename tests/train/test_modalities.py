@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from embedcache.dataset.splits import read_split
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -163,3 +163,9 @@ def test_wrong_features_are_named(sounds: Path, tmp_path: Path, words: list[str]
     outcome = embedcache("train", str(sounds), str(tmp_path / "run"), *words, cwd=tmp_path)
     assert outcome.code == 1
     assert message in " ".join(outcome.stderr.split())
+
+
+def test_missing_modality_names_what_there_is(sounds: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="no image features; .* one of: text=open_toy/mean, audio="):
+        train(sounds, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
