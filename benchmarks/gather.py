@@ -15,7 +15,7 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.layout import CacheInfo
 from embedcache.store.writer import commit_chunk
-from embedcache.train.loader import shuffle_blocks
+from embedcache.train.batches import shuffle_blocks
 
 ROWS, WIDTH, BATCH, BLOCK = 200_000, 768, 4096, 64
 

@@ -25,9 +25,8 @@ from embedcache.arrays import Inputs
 from embedcache.cli.console import print_line, print_table
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
-from embedcache.train.batches import Batches, LoadedBatch, PairLoader
-from embedcache.train.loader import Loader
-from embedcache.train.objective import Objective
+from embedcache.train.batches import Batches, LoadedBatch, Loader, PairLoader
+from embedcache.train.pair import Objective
 from embedcache.train.settings import LossSettings, OptimizerSettings
 from embedcache.train.trainer import keep_freed_memory, make_optimizer, update
 

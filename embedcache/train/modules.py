@@ -12,9 +12,9 @@ from embedcache.networks.saved import ModuleConfig, ModuleInput, read_module_con
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import config_path, split_path
 from embedcache.provenance import record_stage
+from embedcache.train.checkpoint import finish_run, reuse_run, start_run
 from embedcache.train.distributed import process_group, run_on_first
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
-from embedcache.train.run_folder import finish_run, reuse_run, start_run
 from embedcache.train.settings import FitSettings
 from embedcache.train.task import Task
 from embedcache.train.trainer import OnEpoch, Trainer, seeded

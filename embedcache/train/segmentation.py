@@ -22,8 +22,8 @@ from embedcache.networks.points import (
     scale_entropy,
 )
 from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module, save_module
+from embedcache.train.batches import Loader, RowBatches, to_device
 from embedcache.train.distributed import own_slice
-from embedcache.train.loader import Loader, RowBatches, to_device
 from embedcache.train.modules import ModuleReport, train_task
 from embedcache.train.settings import FitSettings
 

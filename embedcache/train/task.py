@@ -12,7 +12,7 @@ from embedcache.errors import EmbedcacheError
 
 
 class TaskLoader(Protocol):
-    """The batches of a task. `embedcache.train.loader.Loader` reads them ahead.
+    """The batches of a task. `embedcache.train.batches.Loader` reads them ahead.
 
     Which items a batch holds must depend on nothing but the number of the epoch, or a resumed run would differ.
     """

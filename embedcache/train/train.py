@@ -20,15 +20,14 @@ from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, build, config_path, count_cost, read_config, save_pair, split_path
 from embedcache.provenance import digest, digest_file, record_stage
 from embedcache.registry import require
-from embedcache.train.batches import Batches, PairLoader
+from embedcache.train.batches import Batches, Loader, PairLoader
+from embedcache.train.checkpoint import finish_run, reuse_run, start_run
 from embedcache.train.data import Paths, TrainData, open_data
 from embedcache.train.distributed import num_processes, process_group, process_rank, run_on_first
 from embedcache.train.initialization import initialize
-from embedcache.train.loader import Loader
 from embedcache.train.losses import LOSSES
 from embedcache.train.pair import PairTask, Validation, pair_parts
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
-from embedcache.train.run_folder import finish_run, reuse_run, start_run
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.trainer import OnEpoch, Trainer, seeded
 from embedcache.train.views import DrawnViews, parse_views

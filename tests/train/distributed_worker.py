@@ -10,11 +10,10 @@ from embedcache.arrays import Inputs, Ints
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train import tiles
-from embedcache.train.batches import Batches, PairLoader
+from embedcache.train.batches import Batches, Loader, PairLoader
 from embedcache.train.distributed import process_group, process_rank
-from embedcache.train.loader import Loader
 from embedcache.train.losses import LOSSES
-from embedcache.train.objective import Objective
+from embedcache.train.pair import Objective
 from embedcache.train.settings import LossSettings
 
 SAMPLES, WIDTH = 23, 6

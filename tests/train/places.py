@@ -17,8 +17,8 @@ from embedcache.errors import DataError
 from embedcache.networks.saved import ModuleConfig
 from embedcache.settings import from_flat
 from embedcache.store.cache import Cache
+from embedcache.train.batches import Loader, RowBatches, to_device
 from embedcache.train.distributed import own_slice
-from embedcache.train.loader import Loader, RowBatches, to_device
 from embedcache.train.modules import ModuleReport, describe_input, train_task
 from embedcache.train.settings import FitSettings
 from embedcache.train.trainer import OnEpoch

@@ -145,7 +145,7 @@ def test_finished_run_is_reused(cache_path: Path, finished: Path) -> None:
 def test_record_of_another_version_is_named(
     cache_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, outcome: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("embedcache.train.run_folder.read_json", lambda _: {"outcome": outcome})
+    monkeypatch.setattr("embedcache.train.checkpoint.read_json", lambda _: {"outcome": outcome})
     with pytest.raises(CorruptError, match=r"record\.json does not hold the fields of its format"):
         run(cache_path, finished)
 
