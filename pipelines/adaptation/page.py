@@ -15,6 +15,7 @@ from embedcache.reports.segmentation import FrameRow, draw_frames
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from pipelines.adaptation.results import (
+    BOTH,
     Result,
     interval_table,
     label_table,
@@ -36,14 +37,13 @@ NOTES = (
     "EfficientNet-Lite0 with ImageNet weights, blocks 1, 3, 5 and 11 at 448 x 224 pixels, interpolated at the points. "
     "Features of points are the eigenvalues of their neighborhoods, not learned. Labels of source images are those of "
     "their lidar points; source point clouds are other frames, without images.",
-    "mIoU in percent, over seven classes, of 14 test frames per domain: 2D / 3D / 2D+3D, the sum of both "
+    "mIoU in percent, over seven classes, of the test frames of a domain: 2D / 3D / 2D+3D, the sum of both "
     "probabilities. AF: labels on which both agree. EW: probabilities weighted by certainty; HT: labels recovered by a "
     "hypothesis test. certain: each modality's own certain labels. norm statistics: those of the target, no labels. "
     "switch: only a modality whose own gap exceeds 0.3 is adapted: norm statistics, then EW weighted by the gap, + HT, "
     "then the entropy of the predictions is scaled back. oracle: the true labels of the same frames. The switch is "
     "ours; the code of the paper has none. The oracle learns from more labeled frames than the source models, so "
-    "it is above them even where there is no gap. Produced by `python -m pipelines.summit work/ --ablations` on 2 CPU "
-    "cores.",
+    "it is above them even where there is no gap. Produced by `pipelines/summit.py`.",
 )
 
 
@@ -60,7 +60,11 @@ def write_pages(
     chosen = [result for result in results if result.scenario not in unlike]
     others = [result for result in results if result.scenario in unlike]
     worlds, seeds = ({getattr(result, name) for result in results} for name in ("world", "seed"))
-    runs = f"worlds {_joined(worlds)}, seeds {_joined(seeds)}; settings were chosen on worlds 10 and 11"
+    num_frames = {len(result.counts[SOURCE][BOTH]) for result in results}
+    runs = (
+        f"worlds {_joined(worlds)}, seeds {_joined(seeds)}, {_joined(num_frames)} test frames per domain; "
+        "settings were chosen on worlds 10 and 11"
+    )
     sections = [
         ("All scenarios but fog and roof", [runs], summary_table(chosen, methods)),
         ("Each scenario", ["2D / 3D / 2D+3D, means over worlds and seeds."], scenario_table(results, methods)),
