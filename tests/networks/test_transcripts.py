@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.dataset import transcripts
-from embedcache.dataset.transcripts import BLANK, END, SYMBOLS, decode_symbols, encode_transcript
+from embedcache.networks.transcripts import BLANK, END, SYMBOLS, decode_symbols, encode_transcript
 from embedcache.errors import DataError
 
 
