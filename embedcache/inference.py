@@ -16,7 +16,7 @@ from embedcache.encoders.backends import torch_device
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, ItemError, PathError
-from embedcache.extract.views import open_view
+from embedcache.extract.views import reopen_view
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project
 from embedcache.provenance import check_same
@@ -178,7 +178,7 @@ def _reopen_view(tower_input: TowerInput) -> Callable[[Any], Any]:
     expected = tower_input.fingerprint.get("view")
     if expected is None:
         return lambda item: item
-    view = open_view(expected["name"])
+    view = reopen_view(expected)
     next_step = "restore the function, or extract again"
     check_same(f"the view of feature {tower_input.feature}", expected, view.fingerprint, next_step=next_step)
     return view.apply

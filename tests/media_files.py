@@ -52,11 +52,16 @@ def moving_square(num_frames: int, *, width: int = 32, height: int = 24) -> np.n
 
 
 def encode_video(
-    frames: np.ndarray, *, rate_hz: int = 25, samples: np.ndarray | None = None, kind: str = "mp4"
+    frames: np.ndarray,
+    *,
+    rate_hz: int = 25,
+    samples: np.ndarray | None = None,
+    kind: str = "mp4",
+    codec: str | None = None,
 ) -> bytes:
     """Return a video, with sound if samples are given."""
     file = io.BytesIO()
-    codec = {"mp4": "mpeg4", "webm": "libvpx", "mkv": "mpeg4", "avi": "mpeg4", "mov": "mpeg4"}[kind]
+    codec = codec or {"mp4": "mpeg4", "webm": "libvpx", "mkv": "mpeg4", "avi": "mpeg4", "mov": "mpeg4"}[kind]
     with av.open(file, "w", format={"mkv": "matroska"}.get(kind, kind)) as out:
         stream = out.add_stream(codec, rate=rate_hz, width=frames.shape[2], height=frames.shape[1], pix_fmt="yuv420p")
         sound = None if samples is None else out.add_stream("aac", rate=RATE_HZ, layout="mono")

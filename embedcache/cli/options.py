@@ -12,6 +12,7 @@ The error of a setting that was not read from a file names its option: `--batch-
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
@@ -125,6 +126,8 @@ _CONFIG_HELP = "Read options from this TOML file; the command line takes precede
 _WIDEST_CHOICES = 24
 _WITH_COMMAS = ("FILE", "SPEC", "URL", "VALUE", "PART=RUN", "MODALITY=VIEW:WEIGHT,…")
 """Values that may contain a comma, so that a repeated option is not split at commas."""
+_COMMA = re.compile(r",(?!\s*\w+=)")
+"""A comma between two values of an option; one before `name=` belongs to a value, as in `noise:5,tape=babble.wav`."""
 _METAVARS: Mapping[Any, str] = {int: "N", float: "FLOAT", str: "NAME", Path: "FILE"}
 
 
@@ -353,6 +356,8 @@ def _setting_value(item: FlatSetting, value: Any) -> Any:
     element = get_args(kind)[0]
     if element is Path or item.declared.metavar in _WITH_COMMAS:
         return tuple(value)
+    if item.declared.metavar == "VIEW":
+        return tuple(name.strip() for word in value for name in _COMMA.split(word) if name.strip())
     return tuple(_elements(item.name, element, value))
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from embedcache.arrays import Array, Ints, normalize
+from embedcache.arrays import Array, Floats, Ints, normalize
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import DataError, ItemError, SettingError
 from embedcache.projectors.closed_form import Moments
@@ -215,23 +215,38 @@ def _pca_outputs(shapes: Sequence[ItemShape], parameters: Mapping[str, Any]) -> 
 
 
 def _fit_pca(blocks: Iterator[Sequence[Block]], parameters: Mapping[str, Any]) -> dict[str, Array]:
-    """Fit principal components from second moments, float64; the largest entry of each component is positive."""
     moments = _sum_moments(blocks)
+    center_D, components_DE = principal_components(moments, parameters["width"], whiten=parameters["whiten"])
+    return {"center": center_D, "components": components_DE}
+
+
+def principal_components(moments: Moments, width: int, *, whiten: bool) -> tuple[Floats, Floats]:
+    """Return the mean, (D,) float32, and the first principal components of vectors, (D, E) float32.
+
+    The largest entry of each component is positive; with `whiten`, each component of the vectors has variance 1.
+
+    Args:
+        moments: second moments of the vectors, as those of images.
+        width: E, at most D.
+        whiten: divide each component by its standard deviation.
+
+    Raises:
+        DataError: the vectors have fewer directions than are whitened.
+    """
     covariance_DD = moments.covariances()[0]
     variances, vectors = np.linalg.eigh(covariance_DD)
-    width = parameters["width"]
     variances, components = variances[::-1][:width], vectors[:, ::-1][:, :width]
     components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(width)])
-    if parameters["whiten"]:
+    if whiten:
         smallest = _smallest_variance(covariance_DD)
         if variances[-1] <= smallest:
             rank = int((variances > smallest).sum())
             raise DataError(
-                f"whitening to {width} components: expected that many directions in the training part, got {rank}; use "
+                f"whitening to {width} components: expected that many directions in the data, got {rank}; use "
                 f"width={rank} or more items"
             )
         components = components / np.sqrt(variances)
-    return {"center": moments.image_mean.astype(np.float32), "components": components.astype(np.float32)}
+    return moments.image_mean.astype(np.float32), components.astype(np.float32)
 
 
 def _apply_pca(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str, Output]:

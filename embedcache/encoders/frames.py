@@ -47,7 +47,7 @@ def open_frames(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetti
     rate_hz = _rate(spec)
     if spec.model == "pixels":
         check_options(spec, ("rate", "size"))
-        return FrameEncoder(_Pixels(_size(spec), batch_size=settings.batch_size or 256), rate_hz)
+        return FrameEncoder(Pixels(_size(spec), batch_size=settings.batch_size or 256), rate_hz)
     if spec.inner is None:
         raise SettingError(
             f"{spec.text}: expected frames:pixels or frames:SPEC with the spec of an image encoder, such as "
@@ -153,7 +153,7 @@ def _check_video(video: RawVideo) -> int:
     return len(frames)
 
 
-class _Pixels:
+class Pixels:
     """An image encoder whose vector is the gray image itself: the center of the size's aspect ratio, resized."""
 
     modality: Modality = "image"

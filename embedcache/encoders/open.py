@@ -29,6 +29,7 @@ ENCODERS = Registry(
         "lite": "embedcache.encoders.lite:open_lite",
         "open_clip": "embedcache.encoders.open_clip:open_open_clip",
         "st": "embedcache.encoders.sentence_transformers:open_sentence_transformers",
+        "stacks": "embedcache.encoders.stacks:open_stacks",
         "timm": "embedcache.encoders.timm:open_timm",
         "use": "embedcache.encoders.use:open_use",
         "whisper": "embedcache.encoders.whisper:open_whisper",
@@ -166,9 +167,12 @@ class EncoderSpec:
 
     @property
     def is_path(self) -> bool:
-        """Whether the model is a path: it starts with `/`, `~` or a dot, or holds a `/` and is an existing folder."""
+        """Whether the model is a path: it starts with `/`, `~` or a dot, or holds a `/` and is an existing folder.
+
+        That of `stacks` is always one, of a file.
+        """
         is_folder = "/" in self.model and Path(self.model).is_dir()
-        return is_folder or self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)
+        return is_folder or self.family == "stacks" or self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)
 
     @property
     def folder(self) -> str:
@@ -181,6 +185,7 @@ class EncoderSpec:
         if self.is_path:
             path = Path(self.model).expanduser()
             name = (path.resolve() if path.name in {"", ".."} else path).name
+            name = name.removesuffix(".safetensors")
         return re.sub(r"[^\w.=+-]", "-", name.replace("/", "--")).lstrip(".") or "model"
 
     @property

@@ -13,7 +13,7 @@ from embedcache.axis import Axis
 from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import EncoderSpec, open_encoder, recorded_settings
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.extract.views import View, open_view
+from embedcache.extract.views import View, reopen_view
 from embedcache.files import Leases
 from embedcache.modalities import MODALITIES
 from embedcache.processes import num_cores
@@ -152,6 +152,7 @@ def create_writer(
         cache.info,
         spec=spec.absolute.text,
         fingerprint=view_fingerprint(encoder, view),
+        view="" if view is None else view.location,
     )
     dtypes = {name: getattr(encoder, "dtypes", {}).get(name, dtype) for name in features}
     for name in features:
@@ -183,7 +184,7 @@ def reopen_writer(group: EncoderGroup, features: Sequence[str], *, device: str) 
         group=group,
         features=features,
         dtypes={name: Feature(group, name).dtype for name in features},
-        view=open_view(fingerprint["view"]["name"]) if "view" in fingerprint else None,
+        view=reopen_view(fingerprint["view"], group.view) if "view" in fingerprint else None,
         executor=ThreadPoolExecutor(1),
         gate=CpuGate(device),
     )

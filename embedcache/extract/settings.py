@@ -29,9 +29,10 @@ class ExtractSettings:
     )
     views: tuple[str, ...] = setting(
         (),
-        "Also encode an altered version of each item: crop:0.5, flip or module:function. May be repeated.",
+        "Also encode an altered version of each item: crop:0.5, flip, noise:5,tape=FILE or module:function. May be "
+        "repeated.",
         flat_name="view",
-        metavar="NAME",
+        metavar="VIEW",
     )
     dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored features.")
     chunk_size: int | None = setting(

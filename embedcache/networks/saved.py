@@ -16,7 +16,11 @@ from embedcache.projectors.saved import RUN_FORMAT, config_path, is_pair, save_w
 from embedcache.provenance import digest_file, fields_of, from_record, read_manifest, to_record, write_json
 from embedcache.registry import Registry
 
-NETWORKS = Registry("network", {"points": "embedcache.networks.points:PointNetworks"}, group="embedcache.networks")
+NETWORKS = Registry(
+    "network",
+    {"points": "embedcache.networks.points:PointNetworks", "speech": "embedcache.networks.speech:SpeechNetwork"},
+    group="embedcache.networks",
+)
 """Modules by name. One of your own needs no entry: its kind is `module:attribute`."""
 _STORED_NAMES = {
     "index_digest": "spine",

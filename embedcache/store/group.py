@@ -80,13 +80,20 @@ class Commit:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderGroup:
-    """The features of one encoder; `spec` opens it again, and its fingerprint is everything that decides them."""
+    """The features of one encoder, or of one view of it.
+
+    Args:
+        spec: opens the encoder again.
+        fingerprint: everything that decides the features.
+        view: opens the view again from any folder, if the name in the fingerprint does not.
+    """
 
     path: Path
     modality: str
     info: CacheInfo
     spec: str
     fingerprint: Mapping[str, Any]
+    view: str = ""
 
     @cached_property
     def fingerprint_digest(self) -> str:
@@ -211,12 +218,24 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
     path = encoder_path(cache_path, modality, name)
     attributes = _read_attributes(path)
     return EncoderGroup(
-        path=path, modality=modality, info=info, spec=attributes["spec"], fingerprint=attributes["fingerprint"]
+        path=path,
+        modality=modality,
+        info=info,
+        spec=attributes["spec"],
+        fingerprint=attributes["fingerprint"],
+        view=attributes.get("view", ""),
     )
 
 
 def create_group(
-    cache_path: Path, modality: str, name: str, info: CacheInfo, *, spec: str, fingerprint: Mapping[str, Any]
+    cache_path: Path,
+    modality: str,
+    name: str,
+    info: CacheInfo,
+    *,
+    spec: str,
+    fingerprint: Mapping[str, Any],
+    view: str = "",
 ) -> EncoderGroup:
     """Create the folder of one encoder, or open it if the same encoder wrote it; a folder without commits is replaced.
 
@@ -228,8 +247,9 @@ def create_group(
         group = open_group(cache_path, modality, name, info)
         group.check_same(fingerprint)
         return group
-    write_group(path, {_ATTRIBUTE: {"format": FORMAT_VERSION, "spec": spec, "fingerprint": dict(fingerprint)}})
-    return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint)
+    attributes = {"format": FORMAT_VERSION, "spec": spec, "fingerprint": dict(fingerprint)}
+    write_group(path, {_ATTRIBUTE: {**attributes, "view": view} if view else attributes})
+    return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint, view=view)
 
 
 def add_feature(

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.dataset import transcripts
-from embedcache.dataset.transcripts import BLANK, END, SYMBOLS, decode_symbols, encode_transcript
 from embedcache.errors import DataError
+from embedcache.networks import transcripts
+from embedcache.networks.transcripts import BLANK, END, SYMBOLS, decode_symbols, encode_transcript
 
 
 def test_docstring_examples() -> None:

@@ -1,0 +1,136 @@
+"""Networks on sequences of frames: masked normalization, stacked frames, transformers, and readouts per frame.
+
+A padded batch and its items alone give the same values, to float32 rounding: nothing looks at a frame of padding.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+def valid_frames(lengths_B: Tensor, num_frames: int) -> Tensor:
+    """Return which frames of a padded batch belong to an item: (B, T) bool."""
+    return torch.arange(num_frames, device=lengths_B.device) < lengths_B[:, None]
+
+
+def sinusoids(num_frames: int, width: int, *, device: torch.device | None = None) -> Tensor:
+    """Compute the positions of "Attention Is All You Need", §3.5: (T, D) float32, sines in even channels."""
+    positions_T1 = torch.arange(num_frames, device=device, dtype=torch.float32)[:, None]
+    rates = torch.exp(torch.arange(0, width, 2, device=device, dtype=torch.float32) * (-math.log(10_000) / width))
+    angles = positions_T1 * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(num_frames, -1)[:, :width]
+
+
+class MaskedNorm(nn.Module):
+    """Layer normalization without scale and shift, over all channels of the valid frames of each item together."""
+
+    def forward(self, values_BTD: Tensor, is_valid_BT: Tensor) -> Tensor:
+        """Normalize each item to mean 0 and variance 1; frames of padding become 0: (B, T, D)."""
+        is_valid_BT1 = is_valid_BT[..., None]
+        count_B11 = (is_valid_BT.sum(dim=1) * values_BTD.shape[-1]).clamp(min=1)[:, None, None]
+        mean_B11 = values_BTD.masked_fill(~is_valid_BT1, 0).sum(dim=(1, 2), keepdim=True) / count_B11
+        centered_BTD = (values_BTD - mean_B11).masked_fill(~is_valid_BT1, 0)
+        variance_B11 = centered_BTD.square().sum(dim=(1, 2), keepdim=True) / count_B11
+        return centered_BTD * torch.rsqrt(variance_B11 + 1e-5)
+
+
+class LayerSizes(NamedTuple):
+    """Sizes of the layers of transformers.
+
+    Args:
+        num_heads: attention heads.
+        feed_forward: width of the hidden layer of the feed-forward blocks.
+        dropout: fraction of activations set to zero in training.
+    """
+
+    num_heads: int
+    feed_forward: int
+    dropout: float
+
+
+class Transformer(nn.Module):
+    """A transformer encoder over valid frames, with the normalization before each block and after the last one.
+
+    Args:
+        width: width of the frames.
+        num_layers: number of layers.
+    """
+
+    def __init__(self, width: int, num_layers: int, sizes: LayerSizes) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            width, sizes.num_heads, sizes.feed_forward, sizes.dropout, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, num_layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+
+    def forward(self, values_BTD: Tensor, is_valid_BT: Tensor) -> Tensor:
+        """Attend over the valid frames of each item: (B, T, D)."""
+        outputs_BTD: Tensor = self.layers(values_BTD, src_key_padding_mask=~is_valid_BT)
+        return outputs_BTD
+
+
+class FrameAdapter(nn.Module):
+    """A linear layer on (stacked) frames, `MaskedNorm`, ReLU, a linear layer, and sinusoidal positions.
+
+    A convolution whose kernel and stride are r is a linear layer on r stacked frames.
+    """
+
+    def __init__(self, input_width: int, width: int) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(input_width, width), MaskedNorm(), nn.Linear(width, width)
+
+    def forward(self, values_BTD: Tensor, is_valid_BT: Tensor) -> Tensor:
+        """Map frames to the width of a transformer: (B, T, P)."""
+        hidden_BTP = self.second(torch.relu(self.norm(self.first(values_BTD), is_valid_BT)))
+        positions_TP = sinusoids(hidden_BTP.shape[1], hidden_BTP.shape[2], device=hidden_BTP.device)
+        return torch.as_tensor(hidden_BTP + positions_TP)
+
+
+class SequenceEncoder(nn.Module):
+    """The encoder of one stream: a `FrameAdapter` and a `Transformer`.
+
+    H = Enc(PE + W₂ · ReLU(MLN(W₁ · x))) with r frames side by side in x, as in "Leveraging Unimodal Self-Supervised
+    Learning for Multimodal Audio-Visual Speech Recognition" (ACL 2022). Unlike there, each encoder has a final
+    normalization of its own, so that it can be frozen, and normalizes before its blocks.
+
+    Args:
+        input_width: width of the input frames, after stacking.
+        width: width of the output.
+    """
+
+    def __init__(self, input_width: int, width: int, num_layers: int, sizes: LayerSizes) -> None:
+        super().__init__()
+        self.adapter = FrameAdapter(input_width, width)
+        self.transformer = Transformer(width, num_layers, sizes)
+
+    def forward(self, values_BTD: Tensor, is_valid_BT: Tensor) -> Tensor:
+        """Encode frames: (B, T, P)."""
+        encoded_BTP: Tensor = self.transformer(self.adapter(values_BTD, is_valid_BT), is_valid_BT)
+        return encoded_BTP
+
+
+class FrameReadout(nn.Module):
+    """Four linear layers per frame with normalization and ReLU between them: widths P, P, P/2, P/2 and the symbols.
+
+    Args:
+        is_masked: normalize over the valid frames of an item together, `MaskedNorm`; else every frame alone.
+    """
+
+    def __init__(self, width: int, num_symbols: int, *, is_masked: bool) -> None:
+        super().__init__()
+        widths = (width, width, width // 2, width // 2, num_symbols)
+        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        norms: Sequence[nn.Module] = [MaskedNorm() if is_masked else nn.LayerNorm(size) for size in widths[1:-1]]
+        self.norms = nn.ModuleList(norms)
+
+    def forward(self, values_BTP: Tensor, is_valid_BT: Tensor | None = None) -> Tensor:
+        """Compute logits: (B, T, C)."""
+        for linear, norm in zip(self.linears, [*self.norms, None], strict=True):
+            values_BTP = linear(values_BTP)
+            if norm is not None:
+                values_BTP = torch.relu(norm(values_BTP) if is_valid_BT is None else norm(values_BTP, is_valid_BT))
+        return values_BTP

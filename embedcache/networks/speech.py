@@ -1,0 +1,283 @@
+"""A speech recognizer on frozen features of sound, lips or both: encoders per stream, fusion, CTC and attention.
+
+The network of "Leveraging Unimodal Self-Supervised Learning for Multimodal Audio-Visual Speech Recognition" (ACL 2022)
+on top of its frozen front-ends, in three stages: audio alone, video alone, and the fusion of both, whose encoders are
+those of the first two. Frames are those of the slowest stream, 25 per second in the paper.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, ctc_loss
+
+from embedcache.arrays import Floats, Ints
+from embedcache.errors import SettingError
+from embedcache.networks.attention import AttentionDecoder
+from embedcache.networks.fusion import Fusion, FusionKind
+from embedcache.networks.sequence import FrameReadout, LayerSizes, SequenceEncoder, valid_frames
+from embedcache.networks.transcripts import BLANK, END, SYMBOLS
+
+PAPER: Mapping[str, Any] = {
+    "width": 512,
+    "num_layers": 6,
+    "fusion_layers": 6,
+    "decoder_layers": 6,
+    "num_heads": 8,
+    "feed_forward": 2048,
+    "dropout": 0.1,
+}
+"""Sizes of the paper, as arguments of `SpeechNetwork`."""
+CTC_WEIGHT, SMOOTHING = 0.2, 0.01
+"""Weight of the CTC loss, and of the smoothing of both losses, in the paper."""
+IGNORED = -100
+
+
+class Frames(NamedTuple):
+    """Stacked frames of one stream for B items.
+
+    Args:
+        values_BTD: (B, T, stack · D), any float.
+        lengths_B: (B,) int64.
+    """
+
+    values_BTD: Tensor
+    lengths_B: Tensor
+
+
+class EncodedSpeech(NamedTuple):
+    """What both heads of a `SpeechNetwork` read.
+
+    Args:
+        frames_BTP: encoded frames.
+        is_valid_BT: which of them belong to the item.
+    """
+
+    frames_BTP: Tensor
+    is_valid_BT: Tensor
+
+
+class SpeechNetwork(nn.Module):
+    """Encoders of one or two streams, fusion of two, a CTC readout and an attention decoder over 40 symbols.
+
+    Args:
+        streams: name of a stream, `audio` or `video` -> `width` of its feature, and `stack`, the number of its frames
+            per frame of the network: 2 for features at 50 Hz beside lips at 25 Hz.
+        width: width of all encoded frames.
+        num_layers: layers of the encoder of each stream.
+        fusion: `concat` or `gated`; only used with two streams.
+        fusion_layers: layers after the fusion; with one stream, further layers after the encoder: a control with equal
+            depth.
+        decoder_layers: layers of the attention decoder.
+    """
+
+    def __init__(
+        self,
+        *,
+        streams: Mapping[str, Mapping[str, int]],
+        width: int = 128,
+        num_layers: int = 2,
+        fusion: FusionKind = "concat",
+        fusion_layers: int = 0,
+        decoder_layers: int = 2,
+        num_heads: int = 4,
+        feed_forward: int = 512,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not streams or width % (2 * num_heads):
+            raise SettingError(
+                f"expected one or two streams and a width that is a multiple of {2 * num_heads}, got {list(streams)} "
+                f"and {width}"
+            )
+        sizes = LayerSizes(num_heads, feed_forward, dropout)
+        self.stacks = {name: int(stream["stack"]) for name, stream in streams.items()}
+        self.widths = {name: int(stream["width"]) for name, stream in streams.items()}
+        self.width = width
+        self.encoders = nn.ModuleDict(
+            {name: SequenceEncoder(self.widths[name] * self.stacks[name], width, num_layers, sizes) for name in streams}
+        )
+        self.fusion = (
+            Fusion(tuple(streams), width, kind=fusion, num_layers=fusion_layers, sizes=sizes)
+            if len(streams) > 1 or fusion_layers
+            else None
+        )
+        self.ctc = FrameReadout(width, len(SYMBOLS), is_masked=True)
+        self.attention = AttentionDecoder(width, len(SYMBOLS), decoder_layers, sizes)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the streams."""
+        return tuple(self.stacks)
+
+    def parts(self) -> dict[str, list[str]]:
+        """Return the parts that may be loaded or trained alone: each stream's encoder, `fusion`, `ctc`, `attention`."""
+        parts = {name: [f"encoders.{name}"] for name in self.streams}
+        parts |= {"fusion": ["fusion"]} if self.fusion is not None else {}
+        return {**parts, "ctc": ["ctc"], "attention": ["attention"]}
+
+    def encode_stream(self, name: str, stream: Frames) -> Tensor:
+        """Encode the stacked frames of one stream: (B, T, P)."""
+        is_valid_BT = valid_frames(stream.lengths_B, stream.values_BTD.shape[1])
+        encoded_BTP: Tensor = self.encoders[name](stream.values_BTD.float(), is_valid_BT)
+        return encoded_BTP
+
+    def encode(
+        self,
+        streams: Mapping[str, Frames],
+        *,
+        is_missing: Mapping[str, Tensor] | None = None,
+        is_encoded: bool = False,
+    ) -> EncodedSpeech:
+        """Encode and join the streams of B items.
+
+        Each stream is encoded at its own length. The items have the lengths of the first stream that is there; another
+        one is cut, or padded with its last frame.
+
+        Args:
+            streams: stream -> stacked frames; a stream that is absent is missing.
+            is_missing: stream -> (B,) bool, items that are treated as if they had no such stream.
+            is_encoded: the streams are outputs of `encode_stream`.
+
+        Raises:
+            SettingError: a stream is missing in a network without fusion, or is unknown.
+        """
+        unknown = [name for name in streams if name not in self.stacks]
+        if unknown or not streams or (self.fusion is None and len(streams) < len(self.stacks)):
+            raise SettingError(f"expected the streams {', '.join(self.streams)}, got {', '.join(streams) or 'none'}")
+        first = next(streams[name] for name in self.streams if name in streams)
+        is_valid_BT = valid_frames(first.lengths_B, first.values_BTD.shape[1])
+        encoded = {}
+        for name, stream in streams.items():
+            values_BTP = stream.values_BTD.float() if is_encoded else self.encode_stream(name, stream)
+            encoded[name] = values_BTP if stream is first else _with_lengths(values_BTP, stream.lengths_B, is_valid_BT)
+        if self.fusion is None:
+            return EncodedSpeech(next(iter(encoded.values())), is_valid_BT)
+        return EncodedSpeech(self.fusion(encoded, is_valid_BT, is_missing), is_valid_BT)
+
+    def ctc_log_probs(self, encoded: EncodedSpeech) -> Tensor:
+        """Compute the log-probability of each symbol in each frame: (B, T, C) float32."""
+        logits_BTC: Tensor = self.ctc(encoded.frames_BTP, encoded.is_valid_BT)
+        return logits_BTC.float().log_softmax(dim=-1)
+
+    def output_shapes(self, shapes: Sequence[tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+        """Return the outputs that `embedcache derive --run` offers: `audio-states` and `video-states`."""
+        del shapes
+        return {f"{name}-states": (-1, self.width) for name in self.streams}
+
+    def output_sides(self, name: str) -> Sequence[str]:
+        """Return the streams that an output is computed from."""
+        return [name.removesuffix("-states")]
+
+    def compute_outputs(self, inputs: Sequence[Any], names: Sequence[str]) -> Mapping[str, Any]:
+        """Encode one stream of B items, one by one as their lengths differ.
+
+        Args:
+            inputs: one `embedcache.derive.rules.Block`, of the feature of that stream.
+            names: outputs.
+        """
+        outputs: dict[str, list[Floats]] = {}
+        for name, block in zip(names, inputs, strict=True):
+            stream = name.removesuffix("-states")
+            outputs[name] = [self._encode_item(stream, item) for item in block.items()]
+        return outputs
+
+    @torch.no_grad()
+    def _encode_item(self, stream: str, values_TD: np.ndarray) -> Floats:
+        device = next(self.parameters()).device
+        stacked_TD = torch.from_numpy(stack_frames(np.asarray(values_TD, np.float32), self.stacks[stream])).to(device)
+        lengths_1 = torch.tensor([len(stacked_TD)], device=device)
+        states: Floats = self.encode_stream(stream, Frames(stacked_TD[None], lengths_1))[0].cpu().numpy()
+        return states
+
+
+def _with_lengths(values_BTP: Tensor, lengths_B: Tensor, is_valid_BT: Tensor) -> Tensor:
+    """Cut each item to T frames, or pad it with its last frame."""
+    frames_BT = torch.arange(is_valid_BT.shape[1], device=lengths_B.device).minimum(lengths_B[:, None] - 1)
+    return values_BTP.gather(1, frames_BT[..., None].expand(-1, -1, values_BTP.shape[-1]))
+
+
+def stack_frames(values_TD: np.ndarray, stack: int) -> np.ndarray:
+    """Put consecutive frames side by side: (T, D) -> (⌈T / stack⌉, stack · D); the last frame fills what is missing."""
+    padding = np.repeat(values_TD[-1:], -len(values_TD) % stack, axis=0)
+    return np.concatenate([values_TD, padding]).reshape(-1, stack * values_TD.shape[1])
+
+
+class SpeechBatch(NamedTuple):
+    """A batch of utterances.
+
+    Args:
+        streams: stream -> stacked frames, or with `is_encoded` outputs of `encode_stream`.
+        targets_BL: (B, L) int64, symbols of each transcript, then END, then padding of any value.
+        target_lengths_B: (B,) int64, symbols of each transcript without END.
+        is_missing: stream -> (B,) bool.
+        is_encoded: whether the streams are encoded already.
+    """
+
+    streams: Mapping[str, Frames]
+    targets_BL: Tensor
+    target_lengths_B: Tensor
+    is_missing: Mapping[str, Tensor] | None = None
+    is_encoded: bool = False
+
+
+class SpeechObjective(nn.Module):
+    """Loss of a batch: `ctc_weight` of CTC, and the rest of the cross-entropy of the attention decoder, both smoothed.
+
+    CTC: (1 - ε) · CTC + ε · KL(uniform ‖ p) over valid frames, up to a constant
+    attention: (1 - ε) · NLL + ε · mean over symbols of -log p
+
+    The weight is 0.2 and ε is 0.01 in the paper's code. CTC is the mean over items, each divided by the length of its
+    transcript; the cross-entropy is the mean over all symbols of the batch.
+    """
+
+    def __init__(self, module: SpeechNetwork, *, ctc_weight: float = CTC_WEIGHT, smoothing: float = SMOOTHING) -> None:
+        super().__init__()
+        self.module, self.ctc_weight, self.smoothing = module, ctc_weight, smoothing
+
+    def forward(self, batch: SpeechBatch) -> Tensor:
+        """Compute the loss of a batch, a scalar."""
+        encoded = self.module.encode(batch.streams, is_missing=batch.is_missing, is_encoded=batch.is_encoded)
+        loss = torch.zeros((), device=batch.targets_BL.device)
+        if self.ctc_weight:
+            loss = loss + self.ctc_weight * self._ctc(encoded, batch)
+        if self.ctc_weight < 1:
+            loss = loss + (1 - self.ctc_weight) * self._attention(encoded, batch)
+        return loss
+
+    def _ctc(self, encoded: EncodedSpeech, batch: SpeechBatch) -> Tensor:
+        log_probs_BTC = self.module.ctc_log_probs(encoded)
+        losses_B = ctc_loss(
+            log_probs_BTC.transpose(0, 1),
+            batch.targets_BL,
+            encoded.is_valid_BT.sum(dim=1),
+            batch.target_lengths_B,
+            blank=BLANK,
+            reduction="none",
+            zero_infinity=True,
+        )
+        loss = (losses_B / batch.target_lengths_B.clamp(min=1)).mean()
+        uniform = -log_probs_BTC[encoded.is_valid_BT].mean()
+        return (1 - self.smoothing) * loss + self.smoothing * uniform
+
+    def _attention(self, encoded: EncodedSpeech, batch: SpeechBatch) -> Tensor:
+        starts_B1 = torch.full_like(batch.targets_BL[:, :1], END)
+        logits_BLC = self.module.attention(
+            torch.cat([starts_B1, batch.targets_BL[:, :-1]], dim=1), encoded.frames_BTP, encoded.is_valid_BT
+        )
+        is_symbol_BL = valid_frames(batch.target_lengths_B + 1, batch.targets_BL.shape[1])
+        targets_BL = batch.targets_BL.masked_fill(~is_symbol_BL, IGNORED)
+        return cross_entropy(
+            logits_BLC.flatten(0, 1), targets_BL.flatten(), ignore_index=IGNORED, label_smoothing=self.smoothing
+        )
+
+
+def pad_transcripts(transcripts: Sequence[Ints]) -> tuple[Ints, Ints]:
+    """Return transcripts as `SpeechBatch` holds them: (B, L) int64 with END after each, and lengths without it."""
+    lengths_B = np.array([len(symbols) for symbols in transcripts], np.int64)
+    padded_BL = np.full((len(transcripts), int(lengths_B.max(initial=0)) + 1), END, np.int64)
+    for row, symbols in enumerate(transcripts):
+        padded_BL[row, : len(symbols)] = symbols
+    return padded_BL, lengths_B
