@@ -1,4 +1,4 @@
-"""Connectionist temporal classification (CTC): best path, scores of prefixes, forced alignment.
+"""Connectionist temporal classification (CTC): best path, scores of prefixes, alignment and times of words.
 
 Everywhere symbol 0 is the blank and the last one, END, ends a transcript. END is a symbol of the attention decoder
 only: what CTC's log-probabilities give to it counts as blank, so that the probabilities of all transcripts sum to 1.
@@ -7,14 +7,15 @@ only: what CTC's log-probabilities give to it counts as blank, so that the proba
 Recognition" (IEEE J. Sel. Top. Signal Process. 2017).
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from embedcache.arrays import Array, Ints
 from embedcache.errors import DataError
-
-BLANK = 0
+from embedcache.networks.transcripts import BLANK, decode_symbols, encode_transcript
 
 
 def decode_ctc(log_probs_BTC: Tensor, lengths_B: Tensor) -> list[Ints]:
@@ -135,6 +136,35 @@ def align_ctc(log_probs_TC: Tensor, symbols_L: Ints) -> Ints:
     starts_L = np.searchsorted(path_T, 2 * np.arange(len(symbols_L)) + 1)
     stops_L = np.searchsorted(path_T, 2 * np.arange(len(symbols_L)) + 1, side="right")
     return np.stack([starts_L, stops_L], axis=1)
+
+
+class WordTime(NamedTuple):
+    """A word of a transcript and when it is said, in seconds from the first frame's start."""
+
+    word: str
+    start_s: float
+    stop_s: float
+
+
+def word_times(log_probs_TC: Tensor, text: str, rate_hz: float) -> list[WordTime]:
+    """Compute when each word of a transcript is said, by `align_ctc`.
+
+    A word lasts from the first frame of its first symbol to the last frame of its last one. CTC is trained without
+    times: they are those at which the network is certain of the letters.
+
+    Args:
+        log_probs_TC: (T, C) log-probabilities of each frame's symbols.
+        text: the transcript.
+        rate_hz: frames per second.
+    """
+    symbols_L = encode_transcript(text)
+    seconds_L2 = align_ctc(log_probs_TC, symbols_L) / rate_hz
+    times, first = [], 0
+    for word in decode_symbols(symbols_L).split():
+        last = first + len(word) - 1
+        times.append(WordTime(word, float(seconds_L2[first, 0]), float(seconds_L2[last, 1])))
+        first = last + 2  # a space is between
+    return times
 
 
 def _best_path(log_probs_TS: Array, states_S: Array) -> Ints:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from embedcache.arrays import Ints
 from embedcache.errors import DataError, SettingError
-from embedcache.networks.ctc import BLANK, CtcPrefixes, check_log_probs
+from embedcache.networks.ctc import CtcPrefixes, check_log_probs
+from embedcache.networks.transcripts import BLANK
 
 
 class StepDecoder(Protocol):
@@ -117,11 +118,11 @@ class _BeamSearch:
         self._is_live_BK = torch.ones((num_items, 1), dtype=torch.bool, device=device)
         self._parents_BK = self._items_B[:, None]
         # The best completed hypothesis of every item: score, score by CTC, score by attention; symbols; length.
-        self._best_3I = torch.full((3, num_items), -torch.inf, dtype=torch.float64, device=device)
-        self._best_IL = torch.zeros(
+        self._best_3N = torch.full((3, num_items), -torch.inf, dtype=torch.float64, device=device)
+        self._best_NL = torch.zeros(
             (num_items, int(caps_B.max()) if num_items else 0), dtype=torch.int64, device=device
         )
-        self._best_length_I = torch.zeros(num_items, dtype=torch.int64, device=device)
+        self._best_length_N = torch.zeros(num_items, dtype=torch.int64, device=device)
 
     @property
     def is_running(self) -> bool:
@@ -153,11 +154,11 @@ class _BeamSearch:
         ctc_BK = torch.zeros_like(attention_BK) if self._ctc is None else self._ctc.score_ends()
         score_BK = self._mix(ctc_BK, attention_BK).masked_fill(~self._is_live_BK, -torch.inf)
         score_B, rank_B = score_BK.max(dim=1)
-        rows = torch.nonzero(score_B > self._best_3I[0, self._items_B])[:, 0]
+        rows = torch.nonzero(score_B > self._best_3N[0, self._items_B])[:, 0]
         ranks, items = rank_B[rows], self._items_B[rows]
-        self._best_3I[:, items] = torch.stack([score_B[rows], ctc_BK[rows, ranks], attention_BK[rows, ranks]])
-        self._best_IL[items, : self._length] = self._prefixes_BKL[rows, ranks, 1:]
-        self._best_length_I[items] = self._length
+        self._best_3N[:, items] = torch.stack([score_B[rows], ctc_BK[rows, ranks], attention_BK[rows, ranks]])
+        self._best_NL[items, : self._length] = self._prefixes_BKL[rows, ranks, 1:]
+        self._best_length_N[items] = self._length
 
     def extend(self, next_BKC: Tensor) -> None:
         """Replace the hypotheses by their best extensions; drop those that cannot win, and finished items."""
@@ -167,7 +168,7 @@ class _BeamSearch:
         score_BKC[:, :, [BLANK, self._num_symbols - 1]] = -torch.inf
         score_BKC[self._caps_B <= self._length] = -torch.inf
         ranked_BK, index_BK = torch.sort(score_BKC.flatten(1), dim=1, descending=True, stable=True)
-        is_live_BK = (ranked_BK > self._best_3I[0, self._items_B][:, None])[:, : self._beam]
+        is_live_BK = (ranked_BK > self._best_3N[0, self._items_B][:, None])[:, : self._beam]
         width = int(is_live_BK.sum(dim=1).max()) if len(is_live_BK) else 0
         rows = torch.nonzero(is_live_BK.any(dim=1))[:, 0]
         index_BK = index_BK[rows, :width]
@@ -185,7 +186,7 @@ class _BeamSearch:
         self._items_B, self._caps_B = self._items_B[rows], self._caps_B[rows]
 
     def results(self) -> list[Hypothesis]:
-        symbols, lengths = self._best_IL.cpu().numpy(), self._best_length_I.tolist()
+        symbols, lengths = self._best_NL.cpu().numpy(), self._best_length_N.tolist()
         return [
             Hypothesis(
                 row[:length].copy(),
@@ -193,7 +194,7 @@ class _BeamSearch:
                 None if self._ctc_weight == 0 else ctc,
                 None if self._ctc_weight == 1 else attention,
             )
-            for row, length, score, ctc, attention in zip(symbols, lengths, *self._best_3I.tolist(), strict=True)
+            for row, length, score, ctc, attention in zip(symbols, lengths, *self._best_3N.tolist(), strict=True)
         ]
 
     def _mix(self, ctc: Tensor, attention: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.errors import DataError
-from embedcache.networks.ctc import CtcPrefixes, align_ctc, decode_ctc
+from embedcache.networks.ctc import CtcPrefixes, WordTime, align_ctc, decode_ctc, word_times
+from embedcache.networks.transcripts import BLANK, SYMBOLS, encode_transcript
 from tests.networks.speech_oracles import log, random_log_probs, read, transcript_probs
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -131,6 +132,19 @@ def test_repeated_letter_needs_a_blank_between() -> None:
     assert align_ctc(log_probs, np.array([1, 1])).tolist() == [[0, 1], [2, 3]]
     with pytest.raises(DataError, match="expected at least 5 frames for 3 symbols, got 3"):
         align_ctc(log_probs, np.array([1, 1, 1]))
+
+
+def test_words_last_from_their_first_to_their_last_letter() -> None:
+    """Letters are on known frames, with repeated letters and a letter that lasts for two frames."""
+    path = [BLANK] * 16
+    for symbol, frame in zip(encode_transcript("set b 11"), (2, 4, 5, 6, 8, 9, 12, 14), strict=True):
+        path[frame] = int(symbol)
+    path[15] = path[14]
+    log_probs = torch.full((16, len(SYMBOLS)), -6.0)
+    log_probs[torch.arange(16), torch.tensor(path)] = -0.1
+    expected = [WordTime("SET", 0.08, 0.24), WordTime("B", 0.32, 0.36), WordTime("11", 0.48, 0.64)]
+    assert word_times(log_probs, " Set b  11", 25.0) == expected
+    assert word_times(log_probs, "", 25.0) == []
 
 
 @pytest.mark.parametrize("symbols", [[0], [1, 2]])

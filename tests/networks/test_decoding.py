@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.errors import DataError, SettingError
+from embedcache.networks.attention import AttentionDecoder
 from embedcache.networks.decoding import decode_attention, decode_hybrid
+from embedcache.networks.sequence import LayerSizes
 from tests.networks.speech_oracles import (
     Decoder,
     log,
@@ -100,6 +102,10 @@ def test_batch_equals_one_by_one(weight: float, dtype: torch.dtype) -> None:
         (alone,) = decode_hybrid(log_probs[[item], :length], lengths[[item]], decoder, ctc_weight=weight, beam=3)
         assert together[item].symbols.tolist() == alone.symbols.tolist()
         assert together[item].score == pytest.approx(alone.score, abs=1e-9)
+        symbols = tuple(alone.symbols.tolist())
+        ctc = prefix_log_probs(log_probs[item, :length].double(), symbols)[1]
+        parts = mixed(ctc, decoder.log_prob(item, symbols), weight)
+        assert alone.score == pytest.approx(parts, abs=1e-9)
     assert len({len(hypothesis.symbols) for hypothesis in together}) > 4
 
 
@@ -115,6 +121,26 @@ def test_items_with_few_hypotheses_beside_items_with_many(weight: float) -> None
         assert together[item].symbols.tolist() == alone.symbols.tolist()
         assert together[item].score == pytest.approx(alone.score, abs=1e-9)
     assert set(together[0].symbols) <= {1}
+
+
+def test_attention_scores_are_those_of_the_whole_transcript() -> None:
+    """The decoder's cached steps, as the beam reorders them, add up to one pass over the transcript."""
+    torch.manual_seed(0)
+    decoder = AttentionDecoder(16, 6, 2, LayerSizes(num_heads=2, feed_forward=16, dropout=0.0)).eval()
+    frames, lengths = torch.randn(4, 9, 16), torch.tensor([9, 6, 3, 8])
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(4)  # an untrained decoder is the same for all prefixes
+    is_valid = torch.arange(9) < lengths[:, None]
+    log_probs = random_log_probs(np.random.default_rng(0), 4, 9, 6, stop=-9)
+    found = decode_hybrid(log_probs, lengths, decoder.steps(frames, is_valid), ctc_weight=0.9, beam=4)
+    assert max(len(hypothesis.symbols) for hypothesis in found) > 3
+    for item, hypothesis in enumerate(found):
+        symbols = torch.tensor([5, *hypothesis.symbols.tolist(), 5])
+        with torch.no_grad():
+            logits = decoder(symbols[None, :-1], frames[[item]], is_valid[[item]])
+        score = logits[0].log_softmax(dim=1).gather(1, symbols[1:, None]).sum().item()
+        assert hypothesis.attention_score == pytest.approx(score, abs=1e-4)
 
 
 def test_ctc_alone_never_calls_the_decoder() -> None:
