@@ -12,7 +12,7 @@ Shape letters: a suffix such as `vectors_BP` names the axes of an array, in orde
     H  height, rows of a grid, bars of a histogram   V  values of one setting
     I  images                                        W  width of an image, columns of a grid
     J  neighbors of a concept                        X  candidates gathered so far
-    K  neighbors, ranks, clusters, stacked frames    L  levels of a hierarchy
+    K  neighbors, ranks, clusters, stacked frames    L  levels of a hierarchy, symbols of a text
     M  pairs of rows; values under a statistic
 """
 
