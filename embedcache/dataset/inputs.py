@@ -8,9 +8,13 @@ import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, concatenated_ranges, normalize
 from embedcache.errors import DataError
+from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import Commit
+
+PLAIN = "plain"
+"""Name of the view that is the named feature itself."""
 
 Reader: TypeAlias = Callable[[Ints], Inputs]
 """Gathers rows of an input feature: (B,) int64 -> the inputs of a projector."""
@@ -130,6 +134,34 @@ def open_input(cache: Cache, modality: str, name: str | None = None) -> InputFea
     """
     names = [None] if name is None else name.split("+")
     return InputFeature([cache.feature(modality, part) for part in names])
+
+
+def view_feature(name: str, view: str) -> str:
+    """Return the name of a view of an input feature; a view of a view takes its place.
+
+    Example:
+        >>> view_feature("a/cls+a/patches", "flip"), view_feature("a@flip/cls", "crop-0.5")
+        ('a@flip/cls+a@flip/patches', 'a@crop-0.5/cls')
+    """
+    if view == PLAIN:
+        return name
+    parts = (part.partition("/") for part in name.split("+"))
+    return "+".join(f"{encoder.partition('@')[0]}@{view}{slash}{feature}" for encoder, slash, feature in parts)
+
+
+def check_same_view(
+    what: str, expected: Mapping[str, Any], fingerprint: Mapping[str, Any], view: str, *, next_step: str
+) -> None:
+    """Check that a feature is a view of one with an expected fingerprint, or that feature itself if it is plain.
+
+    Raises:
+        FingerprintError: they differ in more than their view; names each field with both values.
+    """
+    if view != PLAIN:
+        expected, fingerprint = (
+            {name: value for name, value in fields.items() if name != "view"} for fields in (expected, fingerprint)
+        )
+    check_same(what, expected, fingerprint, next_step=next_step)
 
 
 def to_inputs(features: Sequence[Sequence[Array]]) -> Inputs:

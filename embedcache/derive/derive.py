@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from embedcache.arrays import Array
+from embedcache.axis import Axis
+from embedcache.dataset.inputs import PLAIN
 from embedcache.derive.chunks import ChunkReader, Rows
-from embedcache.derive.groups import prepare_group, request_fingerprint
+from embedcache.derive.groups import DerivedView, prepare_group, request_fingerprint
 from embedcache.derive.rules import Rule, RuleFunction, open_rule, to_items
 from embedcache.derive.runs import RunRequest, open_run
 from embedcache.derive.settings import DTYPES, DeriveSettings
@@ -43,6 +45,7 @@ class Derivation:
         model_digest: digest of what a function computes with, if it is more than its code and parameters.
         keeps_axis: whether token outputs of a function have the tokens, and the axis, of the first input.
         fit_split: a run's `split.parquet`; a rule that is fitted reads its training part. None: all items.
+        view: the view that the inputs are of, which is added to the name of the folder: `NAME@VIEW`.
     """
 
     name: str
@@ -54,6 +57,12 @@ class Derivation:
     model_digest: str = ""
     keeps_axis: bool = False
     fit_split: Path | None = None
+    view: DerivedView | None = None
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder in the cache."""
+        return self.name if self.view is None else f"{self.name}@{self.view.name}"
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -118,12 +127,13 @@ def derive(cache_path: Path | str, derivation: Derivation, *, progress: Progress
     reader.require_complete()
     if rule.fit is None:  # before anything is written
         first = reader.open_first()
-        _apply(rule, reader, first, parameters, outputs, derivation.name)
-    fingerprint = request_fingerprint(rule, inputs, parameters, weights=derivation.model_digest or rule.weights)
-    group, fitted = prepare_group(cache, derivation.name, rule, reader, fingerprint, split_path=derivation.fit_split)
+        _apply(rule, reader, first, parameters, outputs, derivation.folder)
+    weights = derivation.model_digest or rule.weights
+    fingerprint = request_fingerprint(rule, inputs, parameters, weights=weights, view=derivation.view)
+    group, fitted = prepare_group(cache, derivation.folder, rule, reader, fingerprint, split_path=derivation.fit_split)
     for name, (shape, dtype) in outputs.items():
-        axis = inputs[0].axis if derivation.keeps_axis or rule.keeps_axis else None
-        add_feature(group, name, shape, dtype, axis=axis if len(shape) > 1 else None)
+        axis = _choose_axis(derivation, rule, name, inputs) if len(shape) > 1 else None
+        add_feature(group, name, shape, dtype, axis=axis)
     opened = OpenDerivation(
         group=group,
         fingerprint=group.fingerprint,
@@ -148,6 +158,12 @@ def derive(cache_path: Path | str, derivation: Derivation, *, progress: Progress
     return report
 
 
+def _choose_axis(derivation: Derivation, rule: Rule, output: str, inputs: Sequence[Feature]) -> Axis | None:
+    if rule.axis is not None:
+        return rule.axis(output, [feature.axis for feature in inputs])
+    return inputs[0].axis if derivation.keeps_axis or rule.keeps_axis else None
+
+
 def derive_from_run(
     cache_path: Path | str,
     run_path: Path | str,
@@ -155,6 +171,7 @@ def derive_from_run(
     *,
     name: str | None = None,
     modality: str | None = None,
+    views: Sequence[str] = (PLAIN,),
     prompts: Path | str | None = None,
     dtype: str = "float16",
     device: str = "cpu",
@@ -169,21 +186,32 @@ def derive_from_run(
             classes).
         name: name of the folder in the cache; None: `RUN-OUTPUT`.
         modality: modality to derive features of; None: every modality for which the run has the output.
+        views: views of the run's features of that modality, such as `babble-5dB`, one after another, each into the
+            folder `NAME@VIEW`; `plain` is the features that the run was trained on.
         prompts: cache of prompts that define the classes of `prob`.
         dtype: dtype on disk.
         device: torch device of the run.
         progress: shows the number of items.
 
     Returns:
-        One report per modality; errors are those of `derive` and `embedcache.derive.runs.open_run`.
+        One report per view and modality; errors are those of `derive` and `embedcache.derive.runs.open_run`.
     """
-    run = Path(run_path)
-    request = RunRequest(
-        cache=Cache(cache_path), path=run, output=output, modality=modality, prompts=prompts, device=device
-    )
+    run, cache = Path(run_path), Cache(cache_path)
+    requests = [
+        RunRequest(cache=cache, path=run, output=output, modality=modality, view=view, prompts=prompts, device=device)
+        for view in views
+    ]
     name = name or f"{run.resolve().name}-{output}"
     derivations = [
-        Derivation(name=name, inputs=opened.inputs, rule=opened.rule, parameters=opened.parameters, dtype=dtype)
+        Derivation(
+            name=name,
+            inputs=opened.inputs,
+            rule=opened.rule,
+            parameters=opened.parameters,
+            dtype=dtype,
+            view=opened.view,
+        )
+        for request in requests
         for opened in open_run(request)
     ]
     return [derive(cache_path, derivation, progress=progress) for derivation in derivations]
@@ -200,6 +228,7 @@ def derive_with_settings(
             settings.run_output,
             name=settings.name,
             modality=settings.modality,
+            views=settings.views or (PLAIN,),
             prompts=settings.prompts,
             dtype=settings.dtype,
             device=settings.device,
@@ -219,8 +248,8 @@ def derive_with_settings(
 
 def _open_input(cache: Cache, derivation: Derivation, modality: str, name: str) -> Feature:
     feature = cache.feature(modality, name)
-    if feature.group.name == derivation.name and modality == derivation.inputs[0][0]:
-        raise SettingError(f"name: {derivation.name!r} holds the input {feature.name}; choose another name")
+    if feature.group.name == derivation.folder and modality == derivation.inputs[0][0]:
+        raise SettingError(f"name: {derivation.folder!r} holds the input {feature.name}; choose another name")
     return feature
 
 

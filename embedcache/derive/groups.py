@@ -1,6 +1,7 @@
 """The folder of derived features: its fingerprint, and the arrays that a rule was fitted to."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,39 @@ from embedcache.derive.rules import Block, Rule
 from embedcache.encoders.open import DERIVED, EncoderSpec
 from embedcache.errors import CorruptError, SettingError
 from embedcache.files import locked, replacing
-from embedcache.provenance import digest_file
+from embedcache.provenance import digest, digest_file
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group, open_group
 from embedcache.store.layout import encoder_path, fit_path
 
 
+@dataclass(frozen=True, kw_only=True)
+class DerivedView:
+    """A view of the inputs that derived features are computed from; they differ from the plain ones in nothing else.
+
+    Args:
+        name: name of the view, such as `babble-5dB`.
+        plain_inputs: modality, name and fingerprint of the features in whose place the views are read.
+    """
+
+    name: str
+    plain_inputs: Sequence[tuple[str, str, Mapping[str, Any]]]
+
+
 def request_fingerprint(
-    rule: Rule, inputs: Sequence[Feature], parameters: Mapping[str, Any], *, weights: str
+    rule: Rule,
+    inputs: Sequence[Feature],
+    parameters: Mapping[str, Any],
+    *,
+    weights: str,
+    view: DerivedView | None = None,
 ) -> dict[str, Any]:
-    """Return everything that decides derived features, but for the arrays that a rule is fitted to."""
+    """Return everything that decides derived features, but for the arrays that a rule is fitted to.
+
+    With a view, it is the fingerprint of the features without the view, and `view` with its name and its own inputs.
+    """
+    read = [_input_record(feature.modality, feature.name, feature.fingerprint) for feature in inputs]
     fingerprint: dict[str, Any] = {
         "family": DERIVED,
         "model": rule.name,
@@ -34,16 +57,17 @@ def request_fingerprint(
         "pooling": {},
         "backend": None,
         "precision": None,
-        "inputs": [
-            {
-                "modality": feature.modality,
-                "feature": feature.name,
-                "fingerprint": feature.group.fingerprint_digest,
-            }
-            for feature in inputs
-        ],
+        "inputs": read if view is None else [_input_record(*plain) for plain in view.plain_inputs],
     }
-    return fingerprint if rule.code is None else {**fingerprint, "code": rule.code}
+    if rule.code is not None:
+        fingerprint["code"] = rule.code
+    if view is not None:
+        fingerprint["view"] = {"name": view.name, "inputs": read}
+    return fingerprint
+
+
+def _input_record(modality: str, name: str, fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    return {"modality": modality, "feature": name, "fingerprint": digest(fingerprint)}
 
 
 def prepare_group(

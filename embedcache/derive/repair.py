@@ -38,14 +38,15 @@ def reopen_derivation(
     """
     spec, stored = EncoderSpec.parse(group.spec), group.fingerprint
     parameters, inputs = stored["preprocessing"], [cache.feature(*entry) for entry in group.inputs]
+    view = None
     if spec.model == RUN:
-        opened_run = reopen_run(cache, group.modality, parameters, spec.options, trust_cache=trust_cache, device=device)
-        parameters, rule = opened_run.parameters, opened_run.rule
+        opened_run = reopen_run(cache, group, spec.options, trust_cache=trust_cache, device=device)
+        parameters, rule, view = opened_run.parameters, opened_run.rule, opened_run.view
     else:
         rule = _reopen_rule(group, spec.model, trust_cache=trust_cache)
     reader = ChunkReader(cache, inputs)
     weights = rule.weights or stored["weights"]
-    request = request_fingerprint(rule, inputs, parameters, weights=weights)
+    request = request_fingerprint(rule, inputs, parameters, weights=weights, view=view)
     fitted = read_fit(group) if rule.fit is not None else {}
     opened = {name: Feature(group, name) for name in features}
     return OpenDerivation(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, normalize
+from embedcache.axis import Axis
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import DataError, ItemError, SettingError
 from embedcache.projectors.closed_form import Moments
@@ -65,6 +66,7 @@ class Rule:
         parameters: parameter -> default; None accepts any parameter.
         fit: one pass over the inputs of the training part -> arrays that `apply` needs.
         keeps_axis: whether token outputs have the tokens of the first input, and therefore its axis.
+        axis: output and the axes of the inputs -> axis of its tokens; None: as `keeps_axis` says.
         weights: digest of what the rule computes with, such as the weights of a run.
         code: digest of the source code of a function that is not part of embedcache.
         location: option -> path of what opens the rule again; not part of the fingerprint.
@@ -76,6 +78,7 @@ class Rule:
     parameters: Mapping[str, Any] | None = None
     fit: Callable[[Iterator[Sequence[Block]], Mapping[str, Any]], dict[str, Array]] | None = None
     keeps_axis: bool = False
+    axis: Callable[[str, Sequence[Axis | None]], Axis | None] | None = None
     weights: str = ""
     code: str | None = None
     location: Mapping[str, str] = field(default_factory=dict)

@@ -1,5 +1,6 @@
 """Trained runs as rules: each kind of run offers outputs by name, such as `projected` and `prob` of an aligned pair."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +10,29 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Floats, Inputs, blocks
-from embedcache.dataset.inputs import open_input, to_inputs
+from embedcache.dataset.inputs import PLAIN, InputFeature, check_same_view, open_input, to_inputs, view_feature
 from embedcache.dataset.prompts import check_prompts, class_vectors, read_prompts
+from embedcache.derive.groups import DerivedView
 from embedcache.derive.rules import Block, Output, Rule
 from embedcache.encoders.backends import torch_device
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import PathError, SettingError
-from embedcache.networks.saved import load_module
+from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import RUN_FORMAT, PairConfig, check_feature, config_path, is_pair, load_pair, project
-from embedcache.provenance import check_same, read_manifest
+from embedcache.projectors.saved import (
+    RUN_FORMAT,
+    PairConfig,
+    TowerInput,
+    check_feature,
+    config_path,
+    is_pair,
+    load_pair,
+    project,
+)
+from embedcache.provenance import read_manifest
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
+from embedcache.store.group import EncoderGroup
 
 RUN = "run"
 """Name of the rule that a run is, as the fingerprints of its features record it."""
@@ -37,6 +49,7 @@ class RunRequest:
         path: folder of the run.
         output: name of the output.
         modality: modality of the features to derive; None: every modality for which the run has the output.
+        view: view of the run's features of that modality; `plain` is these features.
         prompts: cache of prompts, for outputs that compare with classes.
     """
 
@@ -44,17 +57,29 @@ class RunRequest:
     path: Path
     output: str
     modality: str | None = None
+    view: str = PLAIN
     prompts: Path | str | None = None
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.=+-]+", self.view):
+            raise SettingError(
+                f"view: expected the name of a view as in the folders of the cache, such as babble-5dB for the folder "
+                f"tiny.en@babble-5dB, got {self.view!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRule:
-    """One output of a run for the items of one modality: the features it reads, the rule and its parameters."""
+    """One output of a run for the items of one modality: the features it reads, the rule and its parameters.
+
+    `view` says which view these features are of; None: they are those that the run was trained on.
+    """
 
     inputs: Sequence[tuple[str, str]]
     rule: Rule
     parameters: Mapping[str, Any]
+    view: DerivedView | None = None
 
 
 OpenRun: TypeAlias = Callable[[RunRequest], list[RunRule]]
@@ -63,7 +88,12 @@ OpenRun: TypeAlias = Callable[[RunRequest], list[RunRule]]
 class OutputModule(Protocol):
     """A trained module with outputs that can be derived; a `torch.nn.Module` of a run that `train_task` wrote.
 
-    The inputs are the features of the run's sides, in the order of its config; the module is in evaluation mode.
+    It is in evaluation mode. The inputs are the features of the sides that an output reads: those of the run's config,
+    in their order, unless the module has a method `output_sides(name)` that returns the names of the sides which an
+    output reads. The derived features belong to the modality of the first of them.
+
+    A method `output_axis(name, axes)` may return the `embedcache.axis.Axis` of the tokens of an output, or None, given
+    those of its inputs.
     """
 
     def output_shapes(self, shapes: Sequence[ItemShape]) -> Mapping[str, ItemShape]:
@@ -106,19 +136,13 @@ def _open_module(request: RunRequest) -> list[RunRule]:
             f"{request.path}: the module {config.kind} offers no outputs; give it the methods of OutputModule in "
             "embedcache/derive/runs.py"
         )
-    sides = list(config.sides.values())
+    offering = cast(OutputModule, module)
+    sides = _output_sides(offering, config, request.output)
     if request.prompts is not None or request.modality not in (None, sides[0].modality):
         name, value = ("prompts", request.prompts) if request.prompts is not None else ("modality", request.modality)
         raise SettingError(f"{name}: expected none for a run of {config.kind}, got {value}; omit --{name}")
-    inputs = [(side.modality, part) for side in sides for part in side.feature.split("+")]
-    for side in sides:
-        check_same(
-            f"the run's {side.modality} feature {side.feature}",
-            side.fingerprint,
-            open_input(request.cache, side.modality, side.feature).fingerprint,
-            next_step="the cache's features come from another encoder: use the cache that the run was trained on",
-        )
-    offering = cast(OutputModule, module)
+    views = [request.view if side.modality == sides[0].modality else PLAIN for side in sides]
+    opened = [_open_side(request.cache, side.modality, side, view) for side, view in zip(sides, views, strict=True)]
 
     def outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
         offered = offering.output_shapes(shapes)
@@ -131,9 +155,43 @@ def _open_module(request: RunRequest) -> list[RunRule]:
         return offering.compute_outputs(blocks, [request.output])
 
     rule = Rule(
-        name=RUN, apply=apply, outputs=outputs, weights=config.weights_digest, location={RUN: str(request.path)}
+        name=RUN,
+        apply=apply,
+        outputs=outputs,
+        axis=getattr(module, "output_axis", None),
+        weights=config.weights_digest,
+        location={RUN: str(request.path)},
     )
-    return [RunRule(inputs=inputs, rule=rule, parameters={"output": request.output, "kind": config.kind})]
+    inputs = [(feature.modality, part) for feature in opened for part in feature.name.split("+")]
+    view = _derived_view(request.view, [(side.modality, side) for side in sides])
+    return [RunRule(inputs=inputs, rule=rule, parameters={"output": request.output, "kind": config.kind}, view=view)]
+
+
+def _output_sides(module: OutputModule, config: ModuleConfig, output: str) -> list[ModuleInput]:
+    """Return the sides that an output reads: all, unless the module says which."""
+    choose: Callable[[str], Sequence[str]] | None = getattr(module, "output_sides", None)
+    names = list(config.sides) if choose is None else choose(output)
+    if not names or any(name not in config.sides for name in names):  # of an unknown output, which is named later
+        names = list(config.sides)
+    return [config.sides[name] for name in names]
+
+
+def _open_side(cache: Cache, modality: str, side: ModuleInput | TowerInput, view: str) -> InputFeature:
+    """Open a view of the feature that a run was trained on, after checking that it comes from the same encoder."""
+    feature = open_input(cache, modality, view_feature(side.feature, view))
+    check_same_view(
+        f"the run's {modality} feature {side.feature}",
+        side.fingerprint,
+        feature.fingerprint,
+        view,
+        next_step=f"the cache's {feature.name} comes from another encoder: use the cache that the run was trained on",
+    )
+    return feature
+
+
+def _derived_view(view: str, sides: Sequence[tuple[str, ModuleInput | TowerInput]]) -> DerivedView | None:
+    plain = [(modality, part, side.fingerprint) for modality, side in sides for part in side.feature.split("+")]
+    return None if view == PLAIN else DerivedView(name=view, plain_inputs=plain)
 
 
 def _open_pair(request: RunRequest) -> list[RunRule]:
@@ -165,8 +223,7 @@ def _open_projected(request: RunRequest, pair: AlignedPair, config: PairConfig, 
     rule = Rule(
         name=RUN, apply=apply, outputs=outputs, weights=config.weights_digest, location={RUN: str(request.path)}
     )
-    parameters = {"output": "projected"}
-    return RunRule(inputs=_tower_inputs(request.cache, config, modality), rule=rule, parameters=parameters)
+    return _tower_rule(request, config, modality, rule, {"output": "projected"})
 
 
 def _open_prob(request: RunRequest, pair: AlignedPair, config: PairConfig, modality: str) -> RunRule:
@@ -196,14 +253,20 @@ def _open_prob(request: RunRequest, pair: AlignedPair, config: PairConfig, modal
         "classes": prompts.names,
         "prompts": {"feature": feature.name, "index_digest": prompts_cache.info.index_digest},
     }
-    return RunRule(inputs=_tower_inputs(request.cache, config, modality), rule=rule, parameters=parameters)
+    return _tower_rule(request, config, modality, rule, parameters)
 
 
-def _tower_inputs(cache: Cache, config: PairConfig, modality: str) -> list[tuple[str, str]]:
-    """Return the features that a tower reads, after checking that they come from the encoder it was trained on."""
-    name = config.tower_input(modality).feature
-    check_feature(config, modality, name, open_input(cache, modality, name).fingerprint)
-    return [(modality, part) for part in name.split("+")]
+def _tower_rule(
+    request: RunRequest, config: PairConfig, modality: str, rule: Rule, parameters: Mapping[str, Any]
+) -> RunRule:
+    side = config.tower_input(modality)
+    feature = _open_side(request.cache, modality, side, request.view)
+    return RunRule(
+        inputs=[(modality, part) for part in feature.name.split("+")],
+        rule=rule,
+        parameters=parameters,
+        view=_derived_view(request.view, [(modality, side)]),
+    )
 
 
 def _project(pair: AlignedPair, modality: str, inputs: Sequence[Block], device: str) -> Floats:
@@ -226,20 +289,15 @@ def _softmax(scores_BC: Array) -> Floats:
 
 
 def reopen_run(
-    cache: Cache,
-    modality: str,
-    parameters: Mapping[str, Any],
-    location: Mapping[str, str],
-    *,
-    trust_cache: bool,
-    device: str,
+    cache: Cache, group: EncoderGroup, location: Mapping[str, str], *, trust_cache: bool, device: str
 ) -> RunRule:
-    """Open the output of a run again from what a derived feature records."""
+    """Open the output of a run again from what a folder of derived features records."""
     request = RunRequest(
         cache=cache,
         path=Path(location[RUN]),
-        output=parameters["output"],
-        modality=modality,
+        output=group.fingerprint["preprocessing"]["output"],
+        modality=group.modality,
+        view=group.fingerprint.get("view", {}).get("name", PLAIN),
         prompts=location.get("prompts"),
         device=device,
     )

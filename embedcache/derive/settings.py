@@ -29,6 +29,14 @@ class DeriveSettings:
         metavar="NAME",
         default_text="all for which the run has the output",
     )
+    views: tuple[str, ...] = setting(
+        (),
+        "Read this view of the run's features, such as flip or babble-5dB, and store the output in a folder of its "
+        "own; plain is the features themselves. May be repeated.",
+        flat_name="view",
+        metavar="VIEW",
+        default_text="plain",
+    )
     rule: str | None = setting(
         None,
         "Derive with this rule: concat, mean, pca, standardize, or module:attribute.",
@@ -60,7 +68,7 @@ class DeriveSettings:
             got = "neither" if self.run is None else "both"
             raise SettingError(f"rule: expected either --run or --rule, got {got}")
         of_rule = {"input": self.inputs, "parameter": self.parameters, "fit_split": self.fit_split}
-        of_run = {"prompts": self.prompts, "modality": self.modality}
+        of_run = {"prompts": self.prompts, "modality": self.modality, "view": self.views}
         given = [name for name, value in (of_run if self.run is None else of_rule).items() if value]
         if given:
             raise SettingError(f"{given[0]}: expected with {'--run' if self.run is None else '--rule'} only; omit it")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, ctc_loss
 
 from embedcache.arrays import Floats, Ints
+from embedcache.axis import Axis
 from embedcache.errors import SettingError
 from embedcache.networks.attention import AttentionDecoder
 from embedcache.networks.fusion import Fusion, FusionKind
@@ -170,6 +171,14 @@ class SpeechNetwork(nn.Module):
     def output_sides(self, name: str) -> Sequence[str]:
         """Return the streams that an output is computed from."""
         return [name.removesuffix("-states")]
+
+    def output_axis(self, name: str, axes: Sequence[Axis | None]) -> Axis | None:
+        """Return the axis of the frames of an output: those of its stream, stacked."""
+        stack, axis = self.stacks[name.removesuffix("-states")], axes[0]
+        if axis is None or axis.rate_hz is None:
+            return None
+        middle_s = (axis.start_s or 0.0) + (stack - 1) / 2 / axis.rate_hz
+        return Axis(kind="time", rate_hz=axis.rate_hz / stack, start_s=middle_s)
 
     def compute_outputs(self, inputs: Sequence[Any], names: Sequence[str]) -> Mapping[str, Any]:
         """Encode one stream of B items, one by one as their lengths differ.

@@ -118,7 +118,8 @@ class EncoderGroup:
     @property
     def inputs(self) -> list[tuple[str, str]]:
         """Modality and name, `encoder/feature`, of the features that derived features were computed from."""
-        return [(entry["modality"], entry["feature"]) for entry in self.fingerprint.get("inputs", ())]
+        read = self.fingerprint.get("view", {}).get("inputs") or self.fingerprint.get("inputs", ())
+        return [(entry["modality"], entry["feature"]) for entry in read]
 
     @property
     def features(self) -> list[str]:

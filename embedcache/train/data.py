@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Inputs, Ints
-from embedcache.dataset.inputs import InputFeature, Reader, open_input
+from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, check_same_view, open_input, view_feature
 from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split, make_split
@@ -19,7 +19,7 @@ from embedcache.modalities import order_pair
 from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
-from embedcache.train.views import PLAIN, DrawnViews, merge_inputs, view_feature
+from embedcache.train.views import DrawnViews, merge_inputs
 
 Paths: TypeAlias = Path | str | Sequence[Path | str]
 
@@ -128,9 +128,8 @@ class TrainData:
             for cache, plain in zip(self.caches, self.sides[modality], strict=True):
                 feature = open_input(cache, modality, view_feature(plain.name, view))
                 feature.require_complete()
-                other = {name: value for name, value in feature.fingerprint.items() if name != "view"}
-                expected = {name: value for name, value in plain.fingerprint.items() if name != "view"}
-                check_same(plain.name, expected, other, next_step=f"{feature.name} is no view of it")
+                next_step = f"{feature.name} is no view of it"
+                check_same_view(plain.name, plain.fingerprint, feature.fingerprint, view, next_step=next_step)
                 opened[view].append(feature)
         return opened
 

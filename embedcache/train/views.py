@@ -11,9 +11,6 @@ from embedcache.dataset.inputs import Reader
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES
 
-PLAIN = "plain"
-"""Name of the view that is the named feature itself."""
-
 
 def parse_views(words: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return modality -> view -> probability of words such as `image=plain:2,flip:1` or `audio=plain,noise`.
@@ -47,14 +44,6 @@ def _parse_weight(text: str) -> float | None:
     except ValueError:
         return None
     return weight if 0 < weight < float("inf") else None
-
-
-def view_feature(name: str, view: str) -> str:
-    """Return the name of a view of an input feature: `a/cls+a/patches` -> `a@flip/cls+a@flip/patches`."""
-    if view == PLAIN:
-        return name
-    parts = (part.partition("/") for part in name.split("+"))
-    return "+".join(f"{encoder}@{view}{slash}{feature}" for encoder, slash, feature in parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ SAME_NOUN = {
     "--threads": "of decoding in extract, of torch in train",
     "--trust-cache": "what a cache may then do: name images anywhere in serve, custom code in verify",
     "--threshold": "select names the methods that use it",
+    "--view": "extract names what alters items, derive the views that are stored",
     "-k": "number of nearest items: per query, concept or sample",
 }
 """Options whose help differs between commands, and why they have one meaning all the same."""

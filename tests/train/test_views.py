@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs, Ints
-from embedcache.dataset.inputs import Reader
+from embedcache.dataset.inputs import Reader, view_feature
 from embedcache.errors import FingerprintError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -18,7 +18,7 @@ from embedcache.store.cache import Cache
 from embedcache.train import trainer
 from embedcache.train.data import open_data
 from embedcache.train.settings import command_line, train_settings
-from embedcache.train.views import DrawnViews, parse_views, view_feature
+from embedcache.train.views import DrawnViews, parse_views
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 from tests.train.runs import log_lines, run

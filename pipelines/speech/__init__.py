@@ -1,0 +1,1 @@
+"""Steps of audio-visual speech recognition (`pipelines/avsr.py`)."""

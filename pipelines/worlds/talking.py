@@ -1,0 +1,437 @@
+"""A talking-mouth world: speech of known words and a mouth drawn from its phones, written once as a folder of files.
+
+    write_world(Path("world"), WorldSettings())
+    open_source("world/A", kind="pipelines.worlds.talking:TalkingSource")
+
+| set | who speaks | words |
+| --- | --- | --- |
+| `train` | voices of espeak-ng and some of flite, several faces per utterance | five of GRID's 51 |
+| `valid` | half training voices, half other voices of espeak-ng (column `is_training_voice`) | five of GRID's 51 |
+| `A` | voices of espeak-ng that are in no other set | five of GRID's 51 |
+| `B` | voices of flite that are not in training | five of GRID's 51 |
+| `R` | recordings of Allison Smith, phones found by an aligner | five of 26 letters and 10 digits |
+| `K` | recordings of two other people, for development | five of 26 letters |
+
+Texts, times of speaking and faces are drawn anew for every utterance, so no set shares them with another. Each set is a
+folder with `utterances.jsonl`, one WAV per utterance and one MP4 without sound per face. `tapes` holds noise: `babble`
+and `talker` from training voices, `babble-test` and `talker-test` from voices that are in no set.
+
+Everything is synthetic but the recordings' sound: lips follow the same phones as the sound, cleaner and more
+synchronous than those of real people. Nothing measured here estimates a figure of a corpus of real videos.
+"""
+
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from embedcache.arrays import Array, Floats
+from embedcache.errors import DataError, SettingError, SourceError
+from embedcache.files import make_folder, partial_path, remove_partials, write_atomic
+from embedcache.processes import num_cores, run_processes
+from embedcache.progress import NullProgress, Progress
+from embedcache.registry import require
+from embedcache.settings import check_settings, setting, to_json
+from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.sources.files import read_item_file
+from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio
+from embedcache.sources.settings import SourceSettings
+from pipelines.worlds.talking_mouth import VIDEO_RATE_HZ, Damage, Phone, draw_clip, draw_face
+from pipelines.worlds.talking_speech import (
+    WORDS,
+    Utterance,
+    encode_wav,
+    espeak,
+    join_recordings,
+    load_recordings,
+    speak_flite,
+)
+
+KIND = "pipelines.worlds.talking:TalkingSource"
+SETS = ("train", "valid", "A", "B", "R", "K")
+TAPES = ("babble", "talker", "babble-test", "talker-test")
+MANIFEST = "utterances.jsonl"
+NUM_WORDS = 5
+UNSEEN_VOICES = ("m4", "m7", "f3", "klatt3", "Annie")
+"""Voices of espeak-ng for set A."""
+VALID_VOICES = ("f5", "Mike", "Andrea", "klatt5")
+TAPE_VOICES = ("Denis", "steph", "Gene", "linda", "Lee", "belinda", "ian", "aunty", "paul", "Alicia", "rob", "zac")
+SPEAKERS: Mapping[str, tuple[str, ...]] = {"R": ("allison",), "K": ("klettres-us", "klettres-gb")}
+
+_FORMAT = 1
+_NUM_STREAMS = 12
+_FEW = 40  # utterances: less time than starting a process
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldSettings:
+    """Settings of a talking-mouth world."""
+
+    seed: int = setting(0, "Draw texts, speech and faces from this seed.", ge=0)
+    train: int = setting(1020, "Number of training utterances.", ge=1)
+    valid: int = setting(90, "Number of validation utterances.", ge=1)
+    test: int = setting(300, "Number of utterances of each of the sets A, B and R.", ge=1)
+    development: int = setting(200, "Number of utterances of set K.", ge=1)
+    faces: int = setting(5, "Number of faces per training utterance.", ge=1)
+    espeak_voices: tuple[str, ...] = setting(
+        ("m1", "m2", "m3", "m5", "m6", "m8", "f1", "f2", "f4", "klatt", "klatt2", "klatt4", "croak", "Storm"),
+        "Training voices of espeak-ng.",
+    )
+    flite_voices: tuple[str, ...] = setting(("awb", "kal16"), "Training voices of flite; set B has the others.")
+    pauses: float = setting(0.25, "Fraction of training utterances with pauses between words.", ge=0, le=1)
+    damaged: float = setting(0.0, "Fraction of training faces whose lips disagree with the speech.", ge=0, le=1)
+    shift_s: float = setting(0.1, "Largest time shift of the lips of a damaged face, in seconds.", ge=0)
+    jitter_s: float = setting(0.03, "Largest standard deviation of its phones' boundaries, in seconds.", ge=0)
+    replace: float = setting(0.2, "Largest fraction of its phones that show another phone.", ge=0, le=1)
+    tape_s: int = setting(90, "Length of each noise tape in seconds.", ge=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        reserved = {*UNSEEN_VOICES, *VALID_VOICES, *TAPE_VOICES} & set(self.espeak_voices)
+        if reserved:
+            raise SettingError(f"espeak_voices: {', '.join(sorted(reserved))} speak in other sets; name other voices")
+        if not self.unheard_flite_voices:
+            raise SettingError("flite_voices: all voices of flite are in training; leave one for set B")
+
+    @property
+    def unheard_flite_voices(self) -> tuple[str, ...]:
+        """Voices of flite for set B."""
+        return tuple(name for name in ("awb", "kal16", "rms", "slt") if name not in self.flite_voices)
+
+
+TINY = WorldSettings(train=16, valid=4, test=4, development=4, faces=2, tape_s=4)
+
+
+class Plan(NamedTuple):
+    """What an utterance will be, before it is spoken."""
+
+    set_name: str
+    number: int
+    engine: str
+    voice: str
+
+    @property
+    def key(self) -> str:
+        """File name without suffix."""
+        return f"{self.number:04d}"
+
+
+def write_world(
+    folder: Path,
+    settings: WorldSettings,
+    progress: Progress | None = None,
+    sets: Sequence[str] = SETS,
+    *,
+    workers: int | None = None,
+) -> None:
+    """Write sets and the noise tapes that go with them; files that are there are kept.
+
+    Tapes are written with the set `train`. A killed run continues: an utterance whose sound is there is not spoken
+    again, and a face that is missing is drawn as it was.
+
+    Args:
+        folder: folder of the world, new or begun with the same settings.
+        settings: what the world holds.
+        progress: receives progress.
+        sets: names of `SETS` to write. `R` and `K` need no synthesizer.
+        workers: number of processes; None: one per core.
+
+    Raises:
+        SettingError: the folder holds a world of other settings.
+        MissingExtraError: a program is not installed; the message has the command that installs it.
+    """
+    progress = progress or NullProgress()
+    _check_world(folder, settings)
+    for name in sets:
+        if name not in SETS:
+            raise SettingError(f"sets: expected names of {', '.join(SETS)}, got {name!r}")
+        _write_set(folder / name, name, settings, progress, workers or num_cores())
+    if "train" in sets:
+        _write_tapes(folder, settings, progress)
+    progress.finish()
+
+
+def _check_world(folder: Path, settings: WorldSettings) -> None:
+    """Record the settings of a new world; compare those of an old one."""
+    path = folder / "world.json"
+    record = json.loads(json.dumps({"format": _FORMAT, **to_json(settings)}))
+    if not path.is_file():
+        write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
+        return
+    old = json.loads(path.read_text())
+    for name in record:
+        if old.get(name) != record[name]:
+            raise SettingError(
+                f"{folder}: its {name} is {old.get(name)!r}, requested {record[name]!r}; use a new folder"
+            )
+    remove_partials(folder)
+
+
+def plan_set(name: str, settings: WorldSettings) -> list[Plan]:
+    """Return the utterances of a set. Voices take turns."""
+    training = [("espeak", voice) for voice in settings.espeak_voices]
+    training += [("flite", voice) for voice in settings.flite_voices]
+    others = [("espeak", voice) for voice in VALID_VOICES]
+    speakers: Mapping[str, tuple[int, list[tuple[str, str]]]] = {
+        "train": (settings.train, training),
+        "valid": (settings.valid, list(chain(*zip(training, cycle(others), strict=False)))),
+        "A": (settings.test, [("espeak", voice) for voice in UNSEEN_VOICES]),
+        "B": (settings.test, [("flite", voice) for voice in settings.unheard_flite_voices]),
+        "R": (settings.test, [("recorded", voice) for voice in SPEAKERS["R"]]),
+        "K": (settings.development, [("recorded", voice) for voice in SPEAKERS["K"]]),
+    }
+    count, voices = speakers[name]
+    return [Plan(name, number, *voices[number % len(voices)]) for number in range(count)]
+
+
+def _write_set(folder: Path, name: str, settings: WorldSettings, progress: Progress, workers: int) -> None:
+    """Write the utterances of a set that are missing, then its manifest."""
+    make_folder(folder)
+    plans = plan_set(name, settings)
+    missing = [plan for plan in plans if not _is_complete(folder, plan)]
+    if missing:
+        (folder / MANIFEST).unlink(missing_ok=True)
+        parts = [missing[first::workers] for first in range(workers)] if len(missing) > _FEW else [missing]
+        tasks = [(folder, settings, tuple(part)) for part in parts]
+        if len(tasks) == 1:
+            _write_utterances(tasks[0], progress)
+        elif run_processes(_write_utterances, tasks, progress, steps=(f"write {name}",), is_split=True)[1]:
+            raise DataError(f"a process died while it wrote {folder}; finished files are kept: rerun the same command")
+    if not (folder / MANIFEST).is_file():
+        lines = [json.dumps(_read_record(folder, plan)) + "\n" for plan in plans]
+        write_atomic(folder / MANIFEST, "".join(lines).encode())
+
+
+def _is_complete(folder: Path, plan: Plan) -> bool:
+    record = _read_record(folder, plan)
+    return record is not None and all((folder / name).is_file() for name in (record["audio"], *_videos(record)))
+
+
+def _read_record(folder: Path, plan: Plan) -> dict[str, Any] | None:
+    path = folder / f"{plan.key}.json"
+    record: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return record
+
+
+def _videos(record: Mapping[str, Any]) -> list[str]:
+    return [face["video"] for face in record["faces"]]
+
+
+def _write_utterances(task: tuple[Path, WorldSettings, tuple[Plan, ...]], progress: Progress) -> None:
+    """Write utterances in this process; the record of one, with its phones, follows its sound."""
+    folder, settings, plans = task
+    progress.start(f"write {folder.name}", len(plans), "utterances")
+    for plan in plans:
+        record = _read_record(folder, plan)
+        if record is None or not (folder / record["audio"]).is_file():
+            for stale in (f"{plan.key}.json", *(_videos(record) if record else ())):
+                (folder / stale).unlink(missing_ok=True)
+            utterance = speak(plan, settings)
+            record = _record(plan, settings, utterance)
+            _put(folder / record["audio"], encode_wav(utterance.samples))
+            _put(folder / f"{plan.key}.json", json.dumps(record).encode())
+        for face in record["faces"]:
+            if not (folder / face["video"]).is_file():
+                _put(folder / face["video"], encode_clip(draw_record(record, face)))
+        progress.advance(1)
+
+
+def speak(plan: Plan, settings: WorldSettings) -> Utterance:
+    """Speak the words of an utterance, or join its recordings."""
+    rng = _rng(settings, plan, "speech")
+    if plan.engine == "recorded":
+        recordings = load_recordings(plan.voice)
+        chosen = [recordings[number] for number in rng.permutation(len(recordings))[:NUM_WORDS]]
+        return join_recordings(chosen, rng=rng)
+    words = [str(word) for word in rng.permutation(list(WORDS))[:NUM_WORDS]]
+    has_pauses = plan.set_name in {"train", "valid"} and rng.random() < settings.pauses
+    if plan.engine == "espeak":
+        rate, pitch = int(rng.integers(125, 176)), int(rng.integers(25, 76))
+        return espeak().speak(words, voice=plan.voice, rate=rate, pitch=pitch, has_pauses=has_pauses, rng=rng)
+    return speak_flite(words, voice=plan.voice, stretch=rng.uniform(0.9, 1.25), has_pauses=has_pauses, rng=rng)
+
+
+def _record(plan: Plan, settings: WorldSettings, utterance: Utterance) -> dict[str, Any]:
+    """Return the line of the manifest: what was said, when, and by which faces."""
+    rng = _rng(settings, plan, "faces")
+    faces = []
+    for number in range(settings.faces if plan.set_name == "train" else 1):
+        face: dict[str, Any] = {"video": f"{plan.key}.face{number}.mp4", "seed": int(rng.integers(2**32))}
+        if plan.set_name == "train" and rng.random() < settings.damaged:
+            face["shift_s"] = round(rng.uniform(-1, 1) * settings.shift_s, 4)
+            face["jitter_s"] = round(rng.uniform(0, 1) * settings.jitter_s, 4)
+            face["replace"] = round(rng.uniform(0, 1) * settings.replace, 4)
+        faces.append(face)
+    return {
+        "key": plan.key,
+        "set": plan.set_name,
+        "text": utterance.text,
+        "engine": plan.engine,
+        "voice": plan.voice,
+        "is_training_voice": plan.voice in {*settings.espeak_voices, *settings.flite_voices},
+        "num_frames": utterance.num_frames,
+        "audio": f"{plan.key}.wav",
+        "faces": faces,
+        "words": [(text, round(a, 4), round(b, 4), recording) for text, a, b, recording in utterance.words],
+        "phones": [(name, round(a, 4), round(b, 4)) for name, a, b in utterance.phones],
+    }
+
+
+def draw_record(record: Mapping[str, Any], face: Mapping[str, Any], **drawing: Any) -> Array:
+    """Draw a face of an utterance of a manifest: (T, H, W) uint8; `drawing` are other arguments of `draw_clip`."""
+    rng = np.random.default_rng(face["seed"])
+    names = ("shift_s", "jitter_s", "replace")
+    damage = Damage(**{name: face[name] for name in names}) if names[0] in face else None
+    phones = [Phone(*phone) for phone in record["phones"]]
+    drawing = {"face": draw_face(rng), "damage": damage, **drawing}
+    return draw_clip(phones, num_frames=record["num_frames"], rng=rng, **drawing)
+
+
+def encode_clip(frames_THW: Array) -> bytes:
+    """Return gray frames as MP4 (H.264, 25 frames per second, no sound). The same frames give the same bytes."""
+    av = require("av", extra="media")
+    file = io.BytesIO()
+    height, width = frames_THW.shape[1:]
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=VIDEO_RATE_HZ, width=width, height=height, pix_fmt="yuv420p")
+        stream.options = {"preset": "superfast", "crf": "20"}
+        stream.codec_context.thread_count = 1  # with more, the bytes differ from run to run
+        for frame in frames_THW:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="gray")))
+        out.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Write a file at once, without waiting for the disk as `write_atomic` does: there are thousands."""
+    temporary = partial_path(path)
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _rng(settings: WorldSettings, plan: Plan, what: str) -> np.random.Generator:
+    return np.random.default_rng(
+        [settings.seed, zlib.crc32(plan.set_name.encode()), plan.number, zlib.crc32(what.encode())]
+    )
+
+
+def _write_tapes(folder: Path, settings: WorldSettings, progress: Progress) -> None:
+    """Write the noise tapes that are missing: from training utterances, and from voices that are in no set."""
+    paths = {name: folder / "tapes" / f"{name}.wav" for name in TAPES}
+    if all(path.is_file() for path in paths.values()):
+        return
+    progress.start("write tapes", len(TAPES), "tapes")
+    lines = (folder / "train" / MANIFEST).read_text().splitlines()
+    names = [json.loads(line)["audio"] for line in lines]
+    num_samples = settings.tape_s * AUDIO_RATE_HZ
+    for suffix in ("", "-test"):
+        rng = np.random.default_rng([settings.seed, len(suffix), 77])
+        if suffix:
+            spoken = [_tape_speech(number, rng) for number in range(max(24, settings.tape_s * 2))]
+        else:
+            chosen = rng.permutation(names)[: max(24, settings.tape_s * 2)]
+            spoken = [decode_audio((folder / "train" / name).read_bytes()) for name in chosen]
+        spoken = [_without_silence(samples) for samples in spoken]
+        write_atomic(paths[f"babble{suffix}"], encode_wav(mix_babble(spoken, num_samples, rng)))
+        progress.advance(1)
+        write_atomic(paths[f"talker{suffix}"], encode_wav(join_talkers(spoken, num_samples, rng)))
+        progress.advance(1)
+
+
+def _tape_speech(number: int, rng: np.random.Generator) -> Floats:
+    words = [str(word) for word in rng.permutation(list(WORDS))[:8]]
+    voice, rate = TAPE_VOICES[number % len(TAPE_VOICES)], int(rng.integers(125, 176))
+    return espeak().speak(words, voice=voice, rate=rate, pitch=int(rng.integers(25, 76)), rng=rng).samples
+
+
+def mix_babble(spoken: Sequence[Floats], num_samples: int, rng: np.random.Generator) -> Floats:
+    """Return the sum of twelve streams of speech of equal power: (n,) float32 with a peak of 0.9."""
+    total = np.zeros(num_samples, np.float32)
+    for _ in range(_NUM_STREAMS):
+        order = rng.permutation(len(spoken))
+        stream = np.concatenate([spoken[number] for number in order])
+        stream = np.resize(np.roll(stream, int(rng.integers(len(stream)))), num_samples)
+        total += stream / np.sqrt(np.mean(stream**2))
+    scaled: Floats = total * np.float32(0.9 / np.abs(total).max())
+    return scaled
+
+
+def join_talkers(spoken: Sequence[Floats], num_samples: int, rng: np.random.Generator) -> Floats:
+    """Return pieces of one second, each of one voice and of equal power: (n,) float32 with a peak of 0.9."""
+    pieces = []
+    for number in range(-(-num_samples // AUDIO_RATE_HZ)):
+        samples = np.resize(spoken[number % len(spoken)], 2 * AUDIO_RATE_HZ)
+        first = int(rng.integers(AUDIO_RATE_HZ))
+        piece = samples[first : first + AUDIO_RATE_HZ]
+        pieces.append(piece / np.sqrt(np.mean(piece**2)))
+    tape = np.concatenate(pieces)[:num_samples]
+    scaled: Floats = (tape * np.float32(0.9 / np.abs(tape).max())).astype(np.float32)
+    return scaled
+
+
+def _without_silence(samples: Floats) -> Floats:
+    loud = np.flatnonzero(np.abs(samples) > 0.01)
+    return samples[loud[0] : loud[-1] + 1]
+
+
+class TalkingSource:
+    """Utterances of one set of a talking-mouth world. The location is the set's folder.
+
+    A sample has one transcript, one recording and one video per face. Its columns are `set`, `engine`, `voice`,
+    `is_training_voice`, `num_frames`, `damaged_faces` (how many) and `recordings`: names joined by spaces, one per
+    word, or None where speech was synthesized.
+    """
+
+    credit = (
+        "Set R: voice of Allison Smith, recorded for Asterisk, Digium, CC BY-SA 3.0. "
+        "Set K: letters of KLettres, KDE, GPL-2.0-or-later."
+    )
+
+    def __init__(self, location: str, settings: SourceSettings) -> None:
+        settings.check_supported("talking")
+        self._folder = Path(location).absolute()
+        if not (self._folder / MANIFEST).is_file():
+            raise SourceError(
+                f"expected the folder of one set, with {MANIFEST}, got {self._folder}; write it with write_world"
+            )
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"type": KIND, "path": str(self._folder), "settings": {}}
+
+    def samples(self) -> Iterator[Sample]:
+        """Iterate over the utterances in the order of the manifest."""
+        for record in read_manifest(self._folder):
+            recordings = " ".join(word[3] for word in record["words"])
+            yield Sample(
+                key=record["key"],
+                texts=(TextItem(text=record["text"], language="en"),),
+                files={
+                    "audio": (FileItem(path=record["audio"]),),
+                    "video": tuple(FileItem(path=name) for name in _videos(record)),
+                },
+                columns={
+                    **{name: record[name] for name in ("set", "engine", "voice", "is_training_voice", "num_frames")},
+                    "damaged_faces": sum("shift_s" in face for face in record["faces"]),
+                    "recordings": recordings.strip() or None,
+                },
+            )
+
+    def read(self, item: FileItem) -> bytes:
+        return read_item_file(self._folder / item.path)
+
+
+def read_manifest(folder: Path) -> Iterator[dict[str, Any]]:
+    """Iterate over the records of a set: text, words, phones and faces of an utterance."""
+    with (folder / MANIFEST).open() as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record: dict[str, Any] = json.loads(line)
+            except ValueError:
+                raise SourceError(f"{folder / MANIFEST}, line {number}: expected JSON, got {line[:40]!r}") from None
+            yield record

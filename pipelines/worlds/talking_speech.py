@@ -1,0 +1,428 @@
+"""Speech with the times of its phones: espeak-ng, flite, and recorded letters and digits aligned by pocketsphinx.
+
+Every function returns an `Utterance`: sound at 16 kHz, phones of CMU's dictionary, and where each word lies. Nothing is
+downloaded or packaged here; each program is a Debian or PyPI package that an error names if it is missing:
+
+| what | package | license |
+| --- | --- | --- |
+| `Espeak` | Debian `libespeak-ng1` | GPL-3 |
+| `speak_flite` | Debian `flite` | BSD-like |
+| `RECORDINGS["allison"]`, spoken by Allison Smith | Debian `asterisk-core-sounds-en-g722` | CC BY-SA 3.0 |
+| `RECORDINGS["klettres-us"]` and `-gb` | Debian `klettres-data` | GPL-2+ |
+| `align` | PyPI `pocketsphinx` | BSD |
+
+espeak-ng is no function of its text: the same words twice give other samples, even another length. So its speech is
+written once and never spoken again when it is read.
+"""
+
+import ctypes
+import io
+import shutil
+import subprocess
+import tempfile
+import wave
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.signal import resample_poly
+
+from embedcache.arrays import Floats
+from embedcache.errors import DataError, MissingExtraError
+from embedcache.registry import require
+from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio
+from pipelines.worlds.talking_mouth import Phone, cmu_phone, espeak_phones
+
+
+def _pronunciations(text: str) -> Mapping[str, str]:
+    return dict(entry.split(": ") for entry in text.split(", "))
+
+
+LETTERS = _pronunciations(
+    "A: EY, B: B IY, C: S IY, D: D IY, E: IY, F: EH F, G: JH IY, H: EY CH, I: AY, J: JH EY, K: K EY, L: EH L, "
+    "M: EH M, N: EH N, O: OW, P: P IY, Q: K Y UW, R: AA R, S: EH S, T: T IY, U: Y UW, V: V IY, "
+    "W: D AH B AH L Y UW, X: EH K S, Y: W AY, Z: Z IY"
+)
+DIGITS = _pronunciations(
+    "ZERO: Z IH R OW, ONE: W AH N, TWO: T UW, THREE: TH R IY, FOUR: F AO R, FIVE: F AY V, SIX: S IH K S, "
+    "SEVEN: S EH V AH N, EIGHT: EY T, NINE: N AY N"
+)
+COMMANDS = _pronunciations(
+    "BIN: B IH N, LAY: L EY, PLACE: P L EY S, SET: S EH T, BLUE: B L UW, GREEN: G R IY N, RED: R EH D, "
+    "WHITE: W AY T, AT: AE T, BY: B AY, IN: IH N, WITH: W IH DH, AGAIN: AH G EH N, NOW: N AW, "
+    "PLEASE: P L IY Z, SOON: S UW N"
+)
+WORDS: Mapping[str, str] = {**{name: LETTERS[name] for name in LETTERS if name != "W"}, **DIGITS, **COMMANDS}
+"""The 51 words of the GRID corpus with the phones of CMU's dictionary: letters but W, digits, and commands."""
+
+_PEAK = 0.5
+_SILENCE_S = (0.12, 0.3)
+"""Shortest and longest silence before and after an utterance."""
+_FRAME_S = 1 / 25
+"""Sound is padded to whole frames of video."""
+
+
+class Word(NamedTuple):
+    """A word, its interval in seconds, and the recording that it comes from; empty if it was synthesized."""
+
+    text: str
+    start_s: float
+    stop_s: float
+    recording: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utterance:
+    """Speech: (n,) float32 at 16 kHz, a multiple of 40 ms long, with phones and words in order."""
+
+    samples: Floats
+    phones: tuple[Phone, ...]
+    words: tuple[Word, ...]
+
+    @property
+    def text(self) -> str:
+        """The transcript in capitals."""
+        return " ".join(word.text for word in self.words)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of video at 25 Hz."""
+        return round(len(self.samples) / (AUDIO_RATE_HZ * _FRAME_S))
+
+
+class _Event(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 8),
+    )
+
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+_SYNCHRONOUS, _PHONEME_EVENTS, _UTF8, _PHONEMES = 2, 1, 1, 0x100
+_END, _WORD, _PHONEME = 0, 1, 7
+_RATE, _PITCH = 1, 3
+
+
+class Espeak:
+    """espeak-ng's library, loaded once per process. Not thread-safe, as the library is not."""
+
+    def __init__(self) -> None:
+        try:
+            self._library = ctypes.CDLL("libespeak-ng.so.1")
+        except OSError:
+            raise _missing("espeak-ng's library", "apt-get install libespeak-ng1") from None
+        self._rate_hz: int = self._library.espeak_Initialize(_SYNCHRONOUS, 0, None, _PHONEME_EVENTS)
+        if self._rate_hz <= 0:
+            raise _missing("espeak-ng's data", "apt-get install espeak-ng-data")
+        self._parts: list[bytes] = []
+        self._events: list[tuple[int, float, str]] = []
+        self._callback = _CALLBACK(self._receive)  # kept: the library holds only its address
+        self._library.espeak_SetSynthCallback(self._callback)
+
+    def speak(
+        self,
+        words: Sequence[str],
+        *,
+        voice: str,
+        rate: int = 150,
+        pitch: int = 50,
+        has_pauses: bool = False,
+        rng: np.random.Generator,
+    ) -> Utterance:
+        """Speak words of `WORDS` with a variant of the American voice, such as `m3`.
+
+        Args:
+            words: what to say.
+            voice: name of a variant; espeak-ng takes its plain voice for an unknown one, so it is looked up.
+            rate: words per minute; about 80 to 300.
+            pitch: 0 to 99.
+            has_pauses: whether to pause between words.
+            rng: draws the silence before and after.
+        """
+        if voice not in espeak_variants():
+            raise DataError(f"expected a variant of espeak-ng's voice, got {voice!r}; see: espeak-ng --voices=variant")
+        self._library.espeak_SetVoiceByName(f"en-us+{voice}".encode())
+        self._library.espeak_SetParameter(_RATE, rate, 0)
+        self._library.espeak_SetParameter(_PITCH, pitch, 0)
+        self._parts, self._events = [], []
+        names = ["[['eI]]" if word == "A" else word if word in LETTERS else word.lower() for word in words]
+        text = (", " if has_pauses else " ").join(names)
+        data = text.encode()
+        self._library.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8 | _PHONEMES, None, None)
+        samples = np.frombuffer(b"".join(self._parts), "<i2").astype(np.float32) / 2**15
+        duration_s = len(samples) / self._rate_hz
+        starts_s = [time_s for kind, time_s, _ in self._events if kind == _WORD]
+        if len(starts_s) != len(words):
+            raise DataError(f"expected {len(words)} words from espeak-ng for {text!r}, got {len(starts_s)}")
+        heard = [(time_s, name) for kind, time_s, name in self._events if kind == _PHONEME]
+        stops_s = [*(time_s for time_s, _ in heard[1:]), duration_s]
+        phones = [
+            phone
+            for (start_s, name), stop_s in zip(heard, stops_s, strict=True)
+            for phone in _split(espeak_phones(name), start_s, stop_s)
+        ]
+        spans = [
+            Word(word, *_extent(phones, start_s, stop_s))
+            for word, start_s, stop_s in zip(words, starts_s, [*starts_s[1:], duration_s], strict=True)
+        ]
+        samples = resample_poly(samples, AUDIO_RATE_HZ // 50, self._rate_hz // 50).astype(np.float32)
+        return _finish([(samples, phones, spans)], rng)
+
+    def _receive(self, samples: Any, count: int, events: Any) -> int:
+        if samples and count > 0:
+            self._parts.append(ctypes.string_at(samples, 2 * count))
+        number = 0
+        while events[number].type != _END:
+            event = events[number]
+            self._events.append((event.type, event.sample / self._rate_hz, event.name.decode(errors="replace")))
+            number += 1
+        return 0
+
+
+def _split(names: Sequence[str], start_s: float, stop_s: float) -> list[Phone]:
+    """Return phones that share an interval equally."""
+    bounds = np.linspace(start_s, stop_s, len(names) + 1)
+    return [Phone(name, float(a), float(b)) for name, (a, b) in zip(names, pairwise(bounds), strict=True)]
+
+
+def _extent(phones: Sequence[Phone], start_s: float, stop_s: float) -> tuple[float, float]:
+    """Return where the phones that begin in an interval begin and end, without silence."""
+    inside = [phone for phone in phones if phone.name != "SIL" and start_s - 1e-6 <= phone.start_s < stop_s - 1e-6]
+    return (inside[0].start_s, inside[-1].stop_s) if inside else (start_s, stop_s)
+
+
+@cache
+def espeak() -> Espeak:
+    """Return the library of this process."""
+    return Espeak()
+
+
+@cache
+def espeak_variants() -> frozenset[str]:
+    """Return the names of espeak-ng's voice variants."""
+    folders = [Path(root, "espeak-ng-data/voices/!v") for root in _data_roots()]
+    return frozenset(path.name for folder in folders if folder.is_dir() for path in folder.iterdir())
+
+
+def _data_roots() -> list[str]:
+    return ["/usr/share", "/usr/lib", "/usr/local/share", *map(str, Path("/usr/lib").glob("*-linux-gnu"))]
+
+
+def speak_flite(
+    words: Sequence[str], *, voice: str, stretch: float = 1.0, has_pauses: bool = False, rng: np.random.Generator
+) -> Utterance:
+    """Speak words of `WORDS` with flite: voice `awb`, `kal`, `kal16`, `rms` or `slt`.
+
+    Args:
+        words: what to say.
+        voice: name of the voice.
+        stretch: factor of all durations.
+        has_pauses: whether to pause between words.
+        rng: draws the silence before and after.
+    """
+    if shutil.which("flite") is None:
+        raise _missing("flite", "apt-get install flite")
+    text = (", " if has_pauses else " ").join("ay" if word == "A" else word.lower() for word in words)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "speech.wav")
+        options = ["-voice", voice, "--setf", f"duration_stretch={stretch:g}", "-psdur"]
+        done = subprocess.run(["flite", *options, "-t", text, "-o", path], capture_output=True, text=True, check=True)
+        samples = decode_audio(path.read_bytes())
+    phones, start_s = [], 0.0
+    for entry in done.stdout.split():
+        name, _, stop = entry.rpartition(":")
+        phones.append(Phone(cmu_phone(name), start_s, float(stop)))
+        start_s = float(stop)
+    return _finish([(samples, phones, _find_words(words, phones))], rng)
+
+
+def _find_words(words: Sequence[str], phones: Sequence[Phone]) -> list[Word]:
+    """Return where words lie, by the number of phones of each."""
+    spoken = [phone for phone in phones if phone.name != "SIL"]
+    counts = [len(WORDS[word].split()) for word in words]
+    if sum(counts) != len(spoken):
+        names = " ".join(phone.name for phone in spoken)
+        raise DataError(f"expected {sum(counts)} phones for {' '.join(words)!r}, got {len(spoken)}: {names}")
+    bounds = np.cumsum([0, *counts])
+    return [
+        Word(word, spoken[first].start_s, spoken[last - 1].stop_s)
+        for word, first, last in zip(words, bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+class Recording(NamedTuple):
+    """A recorded letter or digit without the silence around it. Phone times count from its first sample."""
+
+    name: str
+    word: str
+    samples: Floats
+    phones: tuple[Phone, ...]
+
+
+class Speaker(NamedTuple):
+    """Where the recordings of one person lie. `pattern` holds `{}` for the letter or digit."""
+
+    folders: Mapping[str, str]
+    package: str
+    pronunciations: Mapping[str, str] = {}
+
+
+RECORDINGS: Mapping[str, Speaker] = {
+    "allison": Speaker(
+        {
+            "letters": "/usr/share/asterisk/sounds/en_US_f_Allison/letters/{}.g722",
+            "digits": "/usr/share/asterisk/sounds/en_US_f_Allison/digits/{}.g722",
+        },
+        "asterisk-core-sounds-en-g722",
+    ),
+    "klettres-us": Speaker({"LETTERS": "/usr/share/klettres/en/alpha/{}.ogg"}, "klettres-data"),
+    "klettres-gb": Speaker({"letters": "/usr/share/klettres/en_GB/alpha/{}.ogg"}, "klettres-data", {"Z": "Z EH D"}),
+}
+_FADE_S = 0.005
+_MARGIN_S = 0.03
+_QUIET_S = 0.25
+_QUIET = 0.03  # of the loudest 10 ms: below, a recording has not begun
+
+
+@cache
+def load_recordings(speaker: str) -> tuple[Recording, ...]:
+    """Load the letters and digits that a person recorded, each aligned once, without the silence around it."""
+    found = []
+    place = RECORDINGS[speaker]
+    for kind, pattern in place.folders.items():
+        words = [*LETTERS] if kind.lower() == "letters" else [*DIGITS]
+        for number, word in enumerate(words):
+            name = str(number) if kind == "digits" else word if kind == "LETTERS" else word.lower()
+            path = Path(pattern.format(name))
+            if not path.is_file():
+                raise _missing(f"the recording {path}", f"apt-get install {place.package}")
+            phones = place.pronunciations.get(word) or LETTERS.get(word) or DIGITS[word]
+            samples = _trim(_decode(path))
+            found.append(Recording(f"{speaker}/{word}", word, samples, tuple(align(samples, phones.split()))))
+    return tuple(found)
+
+
+def _decode(path: Path) -> Floats:
+    """Decode a recording; G.722 has no header, so its bytes are put into a container that has one."""
+    if path.suffix != ".g722":
+        return decode_audio(path.read_bytes())
+    av = require("av", extra="media")
+    with av.open(path) as container:
+        parts = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
+    return np.concatenate(parts).astype(np.float32) / np.float32(2**15)
+
+
+def _trim(samples: Floats) -> Floats:
+    """Cut what is quiet before and after speech, with a margin and a short fade, to a peak of `_PEAK`."""
+    step = AUDIO_RATE_HZ // 100
+    power = np.sqrt(np.mean(np.reshape(samples[: len(samples) // step * step], (-1, step)) ** 2, axis=1))
+    noise = min(2.5 * float(np.percentile(power, 10)), 0.15 * float(power.max()))
+    loud = np.flatnonzero(power > max(_QUIET * float(power.max()), noise))
+    margin = round(_MARGIN_S * AUDIO_RATE_HZ)
+    cut = samples[max(0, loud[0] * step - margin) : (loud[-1] + 1) * step + margin].copy()
+    ramp = np.linspace(0, 1, round(_FADE_S * AUDIO_RATE_HZ), dtype=np.float32)
+    cut[: len(ramp)] *= ramp
+    cut[-len(ramp) :] *= ramp[::-1]
+    return cut * np.float32(_PEAK / np.abs(cut).max())
+
+
+def align(samples: Floats, phones: Sequence[str]) -> list[Phone]:
+    """Return when each phone of one recorded word is spoken, in steps of 10 ms.
+
+    Inner boundaries are pocketsphinx's. The word reaches from margin to margin of `_trim`: the aligner takes the end of
+    a long vowel for silence.
+    """
+    decoder = _aligner()
+    quiet = np.zeros(round(_QUIET_S * AUDIO_RATE_HZ), np.float32)  # models expect silence around an utterance
+    data = (np.concatenate([quiet, samples, quiet]) * 32767).astype("<i2").tobytes()
+    word = "_".join(phones)
+    if decoder.lookup_word(word) is None:
+        decoder.add_word(word, " ".join(phones))
+    decoder.set_align_text(word)
+    _hear(decoder, data)
+    try:
+        decoder.set_alignment()  # the second pass finds phones
+    except RuntimeError:
+        raise DataError(f"pocketsphinx cannot align {' '.join(phones)} to {len(samples)} samples") from None
+    _hear(decoder, data)
+    found = [phone for part in decoder.get_alignment() for phone in part if phone.name != "SIL"]
+    if [phone.name for phone in found] != list(phones):
+        names = " ".join(phone.name for phone in found)
+        raise DataError(f"expected the phones {' '.join(phones)} from pocketsphinx, got {names}")
+    end_s = len(samples) / AUDIO_RATE_HZ - _MARGIN_S
+    starts_s = [_MARGIN_S, *(max(_MARGIN_S, phone.start / 100 - _QUIET_S) for phone in found[1:]), end_s]
+    return [
+        Phone(phone.name, min(start_s, end_s), min(stop_s, end_s))
+        for phone, (start_s, stop_s) in zip(found, pairwise(starts_s), strict=True)
+    ]
+
+
+def _hear(decoder: Any, data: bytes) -> None:
+    decoder.start_utt()
+    decoder.process_raw(data, full_utt=True)
+    decoder.end_utt()
+
+
+@cache
+def _aligner() -> Any:
+    return require("pocketsphinx", extra="recordings").Decoder(lm=None, loglevel="FATAL")
+
+
+def join_recordings(recordings: Iterable[Recording], *, rng: np.random.Generator) -> Utterance:
+    """Join recordings with gaps of 50 to 200 ms; each word names its recording."""
+    parts: list[tuple[Floats, list[Phone], list[Word]]] = []
+    for recording in recordings:
+        duration_s = len(recording.samples) / AUDIO_RATE_HZ
+        word = Word(recording.word, 0.0, duration_s, recording.name)
+        parts.append((recording.samples, list(recording.phones), [word]))
+    return _finish(parts, rng)
+
+
+def _finish(parts: Sequence[tuple[Floats, list[Phone], list[Word]]], rng: np.random.Generator) -> Utterance:
+    """Return parts in one utterance: silence around them, gaps between them, a peak of `_PEAK`, whole frames."""
+    low, high = (round(bound * AUDIO_RATE_HZ) for bound in _SILENCE_S)
+    pieces: list[Floats] = []
+    phones: list[Phone] = []
+    words: list[Word] = []
+    place = 0
+    for number, (samples, phones_of_part, words_of_part) in enumerate(parts):
+        gap = int(rng.integers(low, high)) if number == 0 else int(rng.integers(800, 3200))
+        start_s = (place + gap) / AUDIO_RATE_HZ
+        pieces += [np.zeros(gap, np.float32), samples]
+        before_s = phones[-1].stop_s if phones else 0.0
+        moved = [Phone(name, a + start_s, b + start_s) for name, a, b in phones_of_part]
+        phones += [Phone("SIL", before_s, moved[0].start_s), *moved]
+        words += [Word(text, a + start_s, b + start_s, name) for text, a, b, name in words_of_part]
+        place += gap + len(samples)
+    place += (gap := int(rng.integers(low, high)))
+    frame = round(AUDIO_RATE_HZ * _FRAME_S)
+    gap += -place % frame
+    samples = np.concatenate([*pieces, np.zeros(gap, np.float32)])
+    phones.append(Phone("SIL", phones[-1].stop_s, len(samples) / AUDIO_RATE_HZ))
+    samples *= np.float32(_PEAK / max(float(np.abs(samples).max()), 1e-6))
+    return Utterance(samples=samples, phones=tuple(phones), words=tuple(words))
+
+
+def encode_wav(samples: Floats) -> bytes:
+    """Return a 16-bit WAV file at 16 kHz."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(AUDIO_RATE_HZ)
+        out.writeframes(np.round(np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+    return file.getvalue()
+
+
+def _missing(what: str, command: str) -> MissingExtraError:
+    return MissingExtraError(f"{what} is not installed; run: {command}")

@@ -1,0 +1,245 @@
+"""Outputs of a run on views of its features: a speech network on noisy recordings, and an aligned pair on flips."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from embedcache.arrays import Floats
+from embedcache.axis import Axis
+from embedcache.dataset.inputs import open_input
+from embedcache.derive.derive import derive_from_run
+from embedcache.derive.rules import Block
+from embedcache.encoders.base import ItemShape
+from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.extract.repair import verify_cache
+from embedcache.extract.settings import ExtractSettings, VerifySettings
+from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module, save_module
+from embedcache.networks.speech import SpeechNetwork
+from embedcache.provenance import read_json, write_json
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
+from embedcache.train.data import open_data
+from tests.cli.run import embedcache, succeed
+from tests.extract.cases import tree
+from tests.images import write_images
+from tests.media_files import encode_video, moving_square, tone, wav
+from tests.media_toy import MEDIA
+from tests.sources.files import write, write_tar
+from tests.toy import IMAGE, TEXT
+from tests.train.runs import run as train
+
+AUDIO, VIDEO = "open_media/frames", "open_media/frames"
+SIZES: dict[str, Any] = {"width": 16, "num_layers": 1, "decoder_layers": 1, "num_heads": 2, "feed_forward": 16}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a cache of three utterances, the first with two videos, and two runs. Not to be changed."""
+    work = tmp_path_factory.mktemp("views")
+    members: list[tuple[str, bytes | str]] = [("0.mkv", encode_video(moving_square(25)[:, ::-1], kind="mkv"))]
+    for number in range(3):
+        members.append((f"{number}.mp4", encode_video(moving_square(25 + number))))
+        members.append((f"{number}.wav", wav(tone(1 + number / 10, 400 + 100 * number))))
+    source = open_source(write_tar(work / "clips.tar", members))
+    noise = (0.2 * np.random.default_rng(0).standard_normal(20_000)).astype(np.float32)
+    write(work, {"babble.wav": wav(noise)})
+    views = (*(f"noise:{level},tape={work}/babble.wav" for level in (5, -5)), "tests.extract.test_noise:backwards")
+    settings = ExtractSettings(features=("frames", "mean"), views=views, chunk_size=2)
+    extract(source, work / "cache", encoders={"audio": [MEDIA], "video": [MEDIA]}, settings=settings)
+    write_run(work / "cache", work / "both", {"audio": AUDIO, "video": VIDEO})
+    write_run(work / "cache", work / "noisy", {"audio": "open_media@babble5dB/frames"})
+    return work
+
+
+@pytest.fixture
+def cache(work: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(work / "cache", tmp_path / "c"))
+
+
+def write_run(cache: Path, run: Path, features: Mapping[str, str], module: nn.Module | None = None) -> None:
+    """Write a run of an untrained network on features of a cache."""
+    torch.manual_seed(0)
+    sides = {}
+    for modality, name in features.items():
+        feature = open_input(Cache(cache), modality, name)
+        sides[modality] = ModuleInput(
+            modality=modality,
+            feature=feature.name,
+            spec=feature.spec,
+            fingerprint=feature.fingerprint,
+            width=feature.width,
+        )
+    stacks = {"audio": 2, "video": 1}
+    streams = {name: {"width": side.width, "stack": stacks[name]} for name, side in sides.items()}
+    arguments: dict[str, Any] = {"streams": streams, **SIZES} if module is None else {}
+    kind = "speech" if module is None else f"tests.derive.test_views:{type(module).__name__}"
+    run.mkdir()
+    save_module(run, module or SpeechNetwork(**arguments), ModuleConfig(kind=kind, arguments=arguments, sides=sides))
+
+
+def states(work: Path, run: str, cache: Path, feature: str, row: int) -> Floats:
+    """Encode the stored sound of one item with the module itself."""
+    module, _ = load_module(work / run)
+    (item,) = Cache(cache).feature("audio", feature).gather_tokens(np.array([row]))
+    with torch.inference_mode():
+        encoded: Floats = module.compute_outputs([Block(item, np.array([len(item)]))], ["audio-states"])[
+            "audio-states"
+        ][0]  # type: ignore[operator]
+    return encoded
+
+
+def test_each_view_has_a_folder(work: Path, cache: Path) -> None:
+    views = ("plain", "babble5dB", "babble-5dB")
+    reports = derive_from_run(cache, work / "both", "audio-states", name="ao", views=views, dtype="float32")
+    assert [report.line() for report in reports] == [
+        f"{name} (audio-states): derived 3 recordings, reused 0, failed 0"
+        for name in ("ao", "ao@babble5dB", "ao@babble-5dB")
+    ]
+    opened = Cache(cache)
+    for suffix in ("", "@babble5dB", "@babble-5dB"):
+        feature = opened.feature("audio", f"ao{suffix}/audio-states")
+        assert feature.axis == Axis(kind="time", rate_hz=25.0, start_s=0.01)
+        for row, found in enumerate(feature.gather_tokens(np.arange(3))):
+            expected = states(work, "both", cache, f"open_media{suffix}/frames", row)
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert not verify(opened)
+    again = derive_from_run(cache, work / "both", "audio-states", name="ao", views=views, dtype="float32")
+    assert [report.derived for report in again] == [0, 0, 0]
+
+
+def test_output_of_one_side_has_every_item_of_it(work: Path, cache: Path) -> None:
+    shutil.rmtree(cache / "audio")  # the sound is not read
+    info = read_json(cache / "cache.json")
+    (report,) = derive_from_run(cache, work / "both", "video-states")
+    assert info["num_items"]["video"] == 4
+    assert (report.modality, report.derived) == ("video", 4)
+    feature = Cache(cache).feature("video", "both-video-states/video-states")
+    assert feature.axis == Axis(kind="time", rate_hz=25.0, start_s=0.0)
+    assert [len(tokens) for tokens in feature.gather_tokens(np.arange(4))] == [25, 25, 26, 27]
+
+
+class Length(nn.Module):
+    """A module whose only output reads both sides."""
+
+    def output_shapes(self, shapes: Sequence[ItemShape]) -> Mapping[str, ItemShape]:
+        return {"length": (len(shapes),), "of-video": (1,)}
+
+    def output_sides(self, name: str) -> Sequence[str]:
+        return {"length": ["video", "audio"], "of-video": ["video"]}.get(name, [])
+
+    def compute_outputs(self, inputs: Sequence[Block], names: Sequence[str]) -> Mapping[str, Any]:
+        lengths = [[len(item) for item in block.items()] for block in inputs]
+        return {name: np.array(lengths, np.float32).T for name in names}
+
+
+class Plain(Length):
+    """The same, with its sides in the order of the run."""
+
+    output_sides = None  # type: ignore[assignment]
+
+
+def test_first_side_that_is_read_decides_the_items(work: Path, cache: Path, tmp_path: Path) -> None:
+    write_run(cache, tmp_path / "run", {"audio": AUDIO, "video": VIDEO}, Length())
+    derive_from_run(cache, tmp_path / "run", "length")
+    found = Cache(cache).feature("video", "run-length/length").load()
+    np.testing.assert_array_equal(found, [[25, 50], [25, 50], [26, 55], [27, 60]])
+    with pytest.raises(SettingError, match="modality: expected none for a run of .*Length, got audio"):
+        derive_from_run(cache, tmp_path / "run", "length", modality="audio")
+    with pytest.raises(UnknownNameError, match="unknown output of the run .* 'lengths'; did you mean 'length'"):
+        derive_from_run(cache, tmp_path / "run", "lengths")
+    write_run(cache, tmp_path / "other", {"audio": AUDIO, "video": VIDEO}, Plain())
+    with pytest.raises(DataError, match="expected one video per sample, got 2 in the sample '0'.*first input"):
+        derive_from_run(cache, tmp_path / "other", "length")
+
+
+def test_view_is_read_in_place_of_the_sides_of_its_modality(work: Path, cache: Path, tmp_path: Path) -> None:
+    view = "tests.extract.test_noise-backwards"
+    write_run(cache, tmp_path / "run", {"audio": AUDIO, "video": VIDEO}, Length())
+    derive_from_run(cache, tmp_path / "run", "length", views=(view,))
+    group = Cache(cache).feature("video", f"run-length@{view}/length").group
+    assert group.inputs == [("video", f"open_media@{view}/frames"), ("audio", "open_media/frames")]
+    with pytest.raises(UnknownNameError, match=r"open_media@babble5dB/frames.*known: .*backwards/frames"):
+        derive_from_run(cache, tmp_path / "run", "length", views=("babble5dB",))  # a view of sound
+
+
+def test_views_of_derived_features_are_views(work: Path, cache: Path) -> None:
+    """Training draws them, and a run on derived features derives from them in its turn."""
+    derive_from_run(cache, work / "both", "audio-states", name="ao", views=("plain", "babble-5dB"))
+    data = open_data(cache, {"audio": "ao/audio-states", "video": VIDEO}, memory_bytes=1e6)
+    (opened,) = data.open_views("audio", ["babble-5dB"])["babble-5dB"]
+    assert opened.name == "ao@babble-5dB/audio-states"
+    fingerprint = dict(Cache(cache).feature("audio", opened.name).fingerprint)
+    assert fingerprint.pop("view")["inputs"][0]["feature"] == "open_media@babble-5dB/frames"
+    assert fingerprint == Cache(cache).feature("audio", "ao/audio-states").fingerprint
+    derive_from_run(cache, work / "noisy", "audio-states", name="other", views=("babble-5dB",))
+    (cache / "audio/other@babble-5dB").rename(cache / "audio/ao@other")
+    with pytest.raises(FingerprintError, match="ao@other/audio-states is no view of it"):
+        data.open_views("audio", ["other"])
+
+
+def test_second_run_on_derived_views(work: Path, cache: Path, tmp_path: Path) -> None:
+    derive_from_run(cache, work / "both", "audio-states", name="ao", views=("plain", "babble-5dB"))
+    write_run(cache, tmp_path / "second", {"audio": "ao/audio-states"})
+    (report,) = derive_from_run(cache, tmp_path / "second", "audio-states", name="two", views=("babble-5dB",))
+    assert report.line() == "two@babble-5dB (audio-states): derived 3 recordings, reused 0, failed 0"
+    whole = tree(cache)
+    for name in ("open_media@babble-5dB/frames", "ao@babble-5dB/audio-states", "two@babble-5dB/audio-states"):
+        (path,) = (cache / "audio" / name / "values").glob("*1/c/0/0")
+        path.write_bytes(b"x" * path.stat().st_size)
+    verified = verify_cache(cache, VerifySettings(repair=True, reencode=1))
+    assert verified.is_sound, verified.lines()
+    assert tree(cache) == whole
+
+
+def test_run_on_a_view_reads_another_in_its_place(work: Path, cache: Path) -> None:
+    reports = derive_from_run(cache, work / "noisy", "audio-states", views=("plain", "babble-5dB"), dtype="float32")
+    assert [report.name for report in reports] == ["noisy-audio-states", "noisy-audio-states@babble-5dB"]
+    for name, feature in (("", "open_media@babble5dB/frames"), ("@babble-5dB", "open_media@babble-5dB/frames")):
+        (found,) = Cache(cache).feature("audio", f"noisy-audio-states{name}").gather_tokens(np.array([1]))
+        np.testing.assert_allclose(found, states(work, "noisy", cache, feature, 1), atol=1e-5)
+
+
+def test_view_of_another_encoder_is_refused(work: Path, cache: Path) -> None:
+    path = cache / "audio/open_media@babble5dB/zarr.json"
+    attributes = read_json(path)
+    attributes["attributes"]["embedcache"]["fingerprint"]["weights"] = "other"
+    write_json(path, attributes)
+    with pytest.raises(FingerprintError, match="weights: stored .* the cache's open_media@babble5dB/frames comes from"):
+        derive_from_run(cache, work / "both", "audio-states", views=("plain", "babble5dB"))
+    assert not (cache / "audio/both-audio-states").exists()  # all views are opened before the first is computed
+
+
+def test_command_line(work: Path, cache: Path) -> None:
+    words = ("derive", cache, "--run", work / "both", "--run-output", "audio-states", "--name", "ao")
+    out = succeed(*words, "--view", "plain,babble5dB", "--view", "babble-5dB", cwd=work)
+    assert [line.partition(" ")[0] for line in out.splitlines()] == ["ao", "ao@babble5dB", "ao@babble-5dB"]
+    assert "ao@babble-5dB/audio-states" in succeed("inspect", cache, cwd=work)
+    for more, message in (
+        (("--view", "babble7dB"), "open_media@babble5dB/frames"),
+        (("--view", "noise:5,tape=babble.wav"), "--view: expected the name of a view as in the folders of the cache"),
+    ):
+        refused = embedcache(*words, *more, cwd=work)
+        assert refused.code == 1
+        assert message in refused.stderr
+    refused = embedcache("derive", cache, "--rule", "mean", "--view", "babble5dB", cwd=work)
+    assert "--view: expected with --run only; omit it" in refused.stderr
+
+
+def test_pair_on_flipped_images(tmp_path: Path) -> None:
+    source = open_source(write_images(tmp_path / "s", 40))
+    settings = ExtractSettings(views=("flip",), chunk_size=16)
+    extract(source, tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    train(tmp_path / "c", tmp_path / "run", batch_size=20)
+    reports = derive_from_run(tmp_path / "c", tmp_path / "run", modality="image", views=("plain", "flip"))
+    assert [report.name for report in reports] == ["run-projected", "run-projected@flip"]
+    plain, flipped = (Cache(tmp_path / "c").feature("image", report.name).load() for report in reports)
+    assert (plain != flipped).any(axis=1).all()
+    assert verify_cache(tmp_path / "c", VerifySettings(reencode=1)).is_sound

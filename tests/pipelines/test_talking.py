@@ -1,0 +1,457 @@
+"""The talking-mouth world: phones, mouths, speech and the folder that is written."""
+
+import ctypes.util
+import importlib.util
+import shutil
+import wave
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from embedcache.errors import DataError, MissingExtraError, SettingError, SourceError
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.progress import NullProgress
+from embedcache.sources import Source, open_source
+from embedcache.sources.media import decode_audio, decode_video
+from embedcache.store.cache import Cache
+from embedcache.store.tables import samples_path
+from embedcache.store.verify import verify
+from embedcache.testing.sources import SourceContract
+from pipelines.worlds import talking, talking_speech
+from pipelines.worlds.talking import (
+    KIND,
+    MANIFEST,
+    SETS,
+    TAPES,
+    TINY,
+    WorldSettings,
+    draw_record,
+    encode_clip,
+    plan_set,
+    read_manifest,
+    write_world,
+)
+from pipelines.worlds.talking_mouth import (
+    HEIGHT,
+    PARAMETERS,
+    PHONES,
+    VISEMES,
+    WIDTH,
+    Damage,
+    Face,
+    Phone,
+    cmu_phone,
+    damaged,
+    draw_clip,
+    draw_face,
+    draw_mouths,
+    espeak_phones,
+    mouth_track,
+)
+from pipelines.worlds.talking_speech import (
+    DIGITS,
+    LETTERS,
+    RECORDINGS,
+    WORDS,
+    Recording,
+    align,
+    espeak,
+    join_recordings,
+    load_recordings,
+    speak_flite,
+)
+from tests.crash import crash_function
+from tests.extract.cases import tree
+from tests.media_toy import MEDIA
+
+HAS_ESPEAK = ctypes.util.find_library("espeak-ng") is not None
+HAS_FLITE = shutil.which("flite") is not None
+HAS_RECORDINGS = importlib.util.find_spec("pocketsphinx") is not None and all(
+    any(Path(pattern).parent.is_dir() for pattern in place.folders.values()) for place in RECORDINGS.values()
+)
+needs_espeak = pytest.mark.skipif(not HAS_ESPEAK, reason="needs Debian's libespeak-ng1")
+needs_flite = pytest.mark.skipif(not HAS_FLITE, reason="needs Debian's flite")
+NEEDS_RECORDINGS = "needs pocketsphinx and Debian's asterisk-core-sounds-en-g722 and klettres-data"
+needs_recordings = pytest.mark.skipif(not HAS_RECORDINGS, reason=NEEDS_RECORDINGS)
+NAMES = tuple(VISEMES)
+COLUMN = {name: column for column, name in enumerate(PARAMETERS)}
+SMALL = replace(TINY, train=3, valid=2, test=2, development=2, tape_s=1, pauses=0.5)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def held(phone: str, face: Face, *, width: int = WIDTH) -> np.ndarray:
+    """Return a frame in the middle of a phone of 0.2 s between two vowels."""
+    phones = [Phone("IY", 0.0, 0.2), Phone(phone, 0.2, 0.4), Phone("IY", 0.4, 0.6)]
+    return draw_clip(phones, num_frames=15, face=face, rng=rng(), width=width)[7]
+
+
+def darkness(frame: np.ndarray, face: Face) -> float:
+    """Return the area that is about as dark as the opening of the mouth, in pixels of a frame of 48 x 32."""
+    return float((frame < (face.opening + face.lip) / 2).sum() * (WIDTH / frame.shape[1]) ** 2)
+
+
+class TestMouth:
+    def test_phones_have_shapes_and_all_shapes_are_used(self) -> None:
+        assert {viseme for visemes in PHONES.values() for viseme in visemes} == set(VISEMES)
+        assert {phone for phones in WORDS.values() for phone in phones.split()} <= set(PHONES)
+        assert {phone for phones in LETTERS.values() for phone in phones.split()} <= set(PHONES)
+
+    def test_names_of_each_program(self) -> None:
+        assert [espeak_phones(name) for name in ("'i@", "D", "t#", "_:", "@L")] == [
+            ("IH", "AX"),
+            ("DH",),
+            ("T",),
+            ("SIL",),
+            ("AX", "L"),
+        ]
+        assert [cmu_phone(name) for name in ("pau", "iy1", "D", "SIL", "ax")] == ["SIL", "IY", "D", "SIL", "AX"]
+        for name, translate in (("ogonek", cmu_phone), ("q!!", espeak_phones)):
+            with pytest.raises(DataError, match=f"got '{name}'"):
+                translate(name)
+
+    def test_track_reaches_the_shape_of_a_long_phone_and_rests_outside(self) -> None:
+        track_T6 = mouth_track([Phone("AA", 0.4, 0.8)], num_frames=30)
+        np.testing.assert_allclose(track_T6[15], VISEMES["A"], atol=1e-6)
+        np.testing.assert_allclose(track_T6[[0, 5, 29]], [VISEMES["silence"]] * 3, atol=1e-6)
+        np.testing.assert_allclose(mouth_track([], num_frames=3), [VISEMES["silence"]] * 3, atol=1e-6)
+
+    def test_diphthong_moves_from_its_first_shape_to_its_second(self) -> None:
+        heights = mouth_track([Phone("AW", 0.0, 0.6)], num_frames=15)[:, COLUMN["height"]]
+        rounding = mouth_track([Phone("AW", 0.0, 0.6)], num_frames=15)[:, COLUMN["rounding"]]
+        assert heights[4] > 0.9 > 0.4 > heights[11]
+        assert rounding[4] < 0.1 < 0.7 < rounding[11]
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_lips_close_for_p_b_m_and_open_wide_for_aa(self, seed: int) -> None:
+        face = replace(draw_face(rng(seed)), noise=0.0, softness=1.0, light=(0.0, 0.0))
+        face = replace(face, teeth=face.opening)  # else they hide it
+        closed = [darkness(held(phone, face), face) for phone in "PBM"]
+        assert max(closed) < 0.25 * darkness(held("AA", face), face)
+        assert np.array_equal(held("P", face), held("M", face))
+        track_T6 = mouth_track(
+            [Phone("AA", 0, 0.2), Phone("M", 0.2, 0.3), Phone("AA", 0.3, 0.5)], num_frames=12, face=face
+        )
+        assert track_T6[6, COLUMN["height"]] < 0.25 * track_T6[3, COLUMN["height"]]
+
+    def test_sounds_with_other_lips_look_different_and_those_alike_do_not(self) -> None:
+        faces = [draw_face(rng(seed)) for seed in range(20)]
+
+        def distance(first: str, second: str) -> float:
+            return float(np.mean([np.abs(held(first, f).astype(float) - held(second, f)).mean() for f in faces]))
+
+        different = [distance(*pair) for pair in ("BD", "FS", "MN", "BV")]
+        assert min(different) > 1
+        assert [distance(*pair) for pair in ("PB", "TD", "SZ", "FV")] == [0.0] * 4
+
+    def test_same_generator_draws_same_frames_and_another_draws_others(self) -> None:
+        phones, face = [Phone("B", 0.1, 0.2), Phone("IY", 0.2, 0.5)], draw_face(rng(3))
+        clips = [draw_clip(phones, num_frames=15, face=face, rng=rng(seed)) for seed in (0, 0, 1)]
+        assert clips[0].shape == (15, HEIGHT, WIDTH)
+        assert clips[0].dtype == np.uint8
+        assert np.array_equal(clips[0], clips[1])
+        assert not np.array_equal(clips[0], clips[2])
+
+    def test_large_frames_show_the_same_face(self) -> None:
+        face = replace(draw_face(rng(5)), noise=0.0)
+        small, large = held("AA", face).astype(float), held("AA", face, width=4 * WIDTH).astype(float)
+        assert large.shape == (4 * HEIGHT, 4 * WIDTH)
+        blocks = large.reshape(HEIGHT, 4, WIDTH, 4).mean(axis=(1, 3))
+        assert np.abs(blocks - small).mean() < 2
+
+    def test_shift_moves_the_lips_in_time(self) -> None:
+        phones, face = [Phone("AA", 0.2, 0.4), Phone("M", 0.4, 0.5), Phone("UW", 0.5, 0.8)], Face()
+        late = damaged(phones, Damage(shift_s=0.08), rng())
+        ahead = mouth_track(phones, num_frames=25)
+        np.testing.assert_allclose(mouth_track(late, num_frames=25)[2:], ahead[:-2], atol=1e-5)
+        assert not np.array_equal(
+            draw_clip(phones, num_frames=25, face=face, rng=rng(), damage=Damage(shift_s=0.08)),
+            draw_clip(phones, num_frames=25, face=face, rng=rng()),
+        )
+
+    def test_jitter_keeps_order_and_replacement_keeps_silence(self) -> None:
+        phones = [Phone(name, 0.1 * n, 0.1 * n + 0.1) for n, name in enumerate(["SIL", "AA", "M", "SIL"] * 50)]
+        moved = damaged(phones, Damage(jitter_s=0.08, replace=0.5), rng())
+        bounds = np.array([[phone.start_s, phone.stop_s] for phone in moved]).reshape(-1)
+        assert np.all(np.diff(bounds) >= 0)
+        assert 0.03 < np.std(bounds[::2] - 0.1 * np.arange(200)) < 0.12
+        is_silent = [phone.name == "SIL" for phone in phones]
+        assert [phone.name == "SIL" for phone in moved] == is_silent
+        changed = np.mean([new.name != old.name for new, old in zip(moved, phones, strict=True) if old.name != "SIL"])
+        assert 0.3 < changed < 0.65
+        assert np.allclose([phone[1:] for phone in damaged(phones, Damage(), rng())], [phone[1:] for phone in phones])
+
+    def test_clip_is_the_same_bytes_and_decodes_to_its_frames(self) -> None:
+        face = replace(draw_face(rng(2)), noise=3.0)
+        frames = draw_mouths(mouth_track([Phone("AA", 0.1, 0.5)], num_frames=20), face=face, rng=rng())
+        data = encode_clip(frames)
+        assert data == encode_clip(frames)
+        video = decode_video(data)
+        assert video.rate_hz == 25
+        assert video.frames_THW3.shape == (*frames.shape, 3)
+        error = video.frames_THW3[..., 0].astype(float) - frames
+        assert abs(error.mean()) < 1
+        assert error.std() < 5
+
+
+class TestSpeech:
+    @needs_espeak
+    def test_espeak_says_every_word_with_times(self) -> None:
+        words = sorted(WORDS)
+        for first in range(0, len(words), 5):
+            utterance = espeak().speak(words[first : first + 5], voice="m3", rng=rng(first))
+            self.check(utterance, words[first : first + 5])
+
+    @needs_flite
+    def test_flite_says_every_word_with_times(self) -> None:
+        words = sorted(WORDS)
+        for first in range(0, len(words), 10):
+            utterance = speak_flite(words[first : first + 10], voice="kal16", stretch=1.1, rng=rng(first))
+            self.check(utterance, words[first : first + 10])
+
+    def check(self, utterance: talking_speech.Utterance, words: list[str]) -> None:
+        assert utterance.text == " ".join(words)
+        assert len(utterance.samples) == 640 * utterance.num_frames
+        assert np.abs(utterance.samples).max() == pytest.approx(0.5, abs=1e-3)
+        duration_s = len(utterance.samples) / 16_000
+        bounds = [bound for phone in utterance.phones for bound in phone[1:]]
+        assert bounds[0] == 0
+        assert bounds[-1] == pytest.approx(duration_s)
+        assert np.all(np.diff(bounds) > -1e-6)
+        names = {phone.name for phone in utterance.phones}
+        assert names <= set(PHONES)
+        loud = [self.level(utterance, word.start_s, word.stop_s) for word in utterance.words]
+        assert min(loud) > 10 * self.level(utterance, 0.0, 0.1)
+        closed = [phone for phone in utterance.phones if phone.name == "IY"]
+        assert all(self.level(utterance, phone.start_s, phone.stop_s) > 0.01 for phone in closed)
+
+    def level(self, utterance: talking_speech.Utterance, start_s: float, stop_s: float) -> float:
+        part = utterance.samples[round(start_s * 16_000) : round(stop_s * 16_000)]
+        return float(np.sqrt(np.mean(part**2))) if len(part) else 0.0
+
+    @needs_espeak
+    def test_pauses_are_silence_between_words(self) -> None:
+        words = ["BIN", "A", "TWO"]
+        plain, paused = (espeak().speak(words, voice="f2", has_pauses=p, rng=rng()) for p in (False, True))
+        gaps = [b.start_s - a.stop_s for a, b in zip(paused.words, paused.words[1:], strict=False)]
+        assert min(gaps) > 0.1
+        assert paused.num_frames > plain.num_frames
+
+    @needs_espeak
+    def test_unknown_voice_is_refused(self) -> None:
+        with pytest.raises(DataError, match=r"got 'nobody'; see: espeak-ng --voices=variant"):
+            espeak().speak(["BIN"], voice="nobody", rng=rng())
+
+    @needs_recordings
+    def test_recordings_are_aligned_and_trimmed(self) -> None:
+        recordings = load_recordings("allison")
+        assert [recording.word for recording in recordings] == [*LETTERS, *DIGITS]
+        for recording in recordings:
+            duration_s = len(recording.samples) / 16_000
+            assert 0.4 < duration_s < 0.9
+            phones = (LETTERS | DIGITS)[recording.word].split()
+            assert [phone.name for phone in recording.phones] == phones
+            assert recording.phones[0].start_s == pytest.approx(0.03)
+            assert recording.phones[-1].stop_s == pytest.approx(duration_s - 0.03)
+        six = next(recording for recording in recordings if recording.word == "SIX")
+        assert self.is_hissing(six, six.phones[0])
+        assert not self.is_hissing(six, six.phones[1])
+
+    def is_hissing(self, recording: Recording, phone: Phone) -> bool:
+        part = recording.samples[round(phone.start_s * 16_000) : round(phone.stop_s * 16_000)]
+        power = np.abs(np.fft.rfft(part)) ** 2
+        return bool(power[len(power) // 3 :].sum() > power[: len(power) // 3].sum())  # above 2.7 kHz
+
+    @needs_recordings
+    def test_wrong_phones_are_an_error(self) -> None:
+        with pytest.raises(DataError, match="cannot align S EH V"):
+            align(np.zeros(400, np.float32), ["S", "EH", "V", "AH", "N", "S", "EH", "V", "AH", "N"])
+
+    def test_joined_recordings_name_their_words(self) -> None:
+        parts = [
+            Recording(f"x/{word}", word, np.full(8000, 0.3, np.float32), (Phone("IY", 0.1, 0.4),)) for word in "BDB"
+        ]
+        utterance = join_recordings(parts, rng=rng())
+        assert utterance.text == "B D B"
+        assert [word.recording for word in utterance.words] == ["x/B", "x/D", "x/B"]
+        assert [phone.name for phone in utterance.phones] == ["SIL", "IY"] * 3 + ["SIL"]
+        for word, phone in zip(utterance.words, utterance.phones[1::2], strict=True):
+            assert phone.start_s == pytest.approx(word.start_s + 0.1)
+            first = round(word.start_s * 16_000)
+            assert np.all(utterance.samples[first : first + 8000] == np.float32(0.5))
+            assert utterance.samples[first - 1] == 0
+
+    def test_missing_program_names_its_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", "")
+        with pytest.raises(MissingExtraError, match="flite is not installed; run: apt-get install flite"):
+            speak_flite(["BIN"], voice="slt", rng=rng())
+        nowhere = talking_speech.Speaker({"letters": "/nowhere/{}.ogg"}, "klettres-data")
+        monkeypatch.setitem(talking_speech.RECORDINGS, "klettres-us", nowhere)  # type: ignore[arg-type]
+        with pytest.raises(
+            MissingExtraError, match=r"/nowhere/a.ogg is not installed; run: apt-get install klettres-data"
+        ):
+            load_recordings("klettres-us")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small world of the sets that need no recordings. Not to be changed."""
+    if not (HAS_ESPEAK and HAS_FLITE):
+        pytest.skip("needs Debian's libespeak-ng1 and flite")
+    folder = tmp_path_factory.mktemp("world") / "world"
+    write_world(folder, SMALL, sets=("train", "valid", "A", "B"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sets of recordings, written without the programs that speak. Not to be changed."""
+    if not HAS_RECORDINGS:
+        pytest.skip(NEEDS_RECORDINGS)
+    folder = tmp_path_factory.mktemp("recorded") / "world"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")
+        patch.setattr(talking, "espeak", None)
+        write_world(folder, SMALL, sets=("R", "K"))
+    return folder
+
+
+@pytest.mark.slow
+class TestTalkingSource(SourceContract):
+    has_images = False
+
+    @pytest.fixture
+    def source(self, world: Path) -> Source:
+        return open_source(str(world / "train"), kind=KIND)
+
+
+@pytest.mark.slow
+class TestWorld:
+    def test_files_fit_their_manifest(self, world: Path) -> None:
+        for name in ("train", "valid", "A", "B"):
+            for record in read_manifest(world / name):
+                samples = decode_audio((world / name / record["audio"]).read_bytes())
+                assert len(samples) == 640 * record["num_frames"]
+                assert len(record["text"].split()) == 5
+                assert [word[0] for word in record["words"]] == record["text"].split()
+                assert len(record["faces"]) == (2 if name == "train" else 1)
+                for face in record["faces"]:
+                    frames = decode_video((world / name / face["video"]).read_bytes()).frames_THW3
+                    assert len(frames) == record["num_frames"]
+                    drawn = draw_record(record, face)
+                    assert np.abs(frames[..., 0].astype(float) - drawn).mean() < 6
+
+    def test_tapes_are_as_long_as_asked(self, world: Path) -> None:
+        tapes = {}
+        for name in TAPES:
+            with wave.open(str(world / "tapes" / f"{name}.wav")) as file:
+                assert (file.getframerate(), file.getnframes(), file.getnchannels()) == (16_000, 16_000, 1)
+                tapes[name] = file.readframes(16_000)
+        assert len(set(tapes.values())) == len(TAPES)
+
+    def test_killed_run_continues_to_the_same_faces(self, world: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(world, tmp_path / "world")
+        manifest = (folder / "train" / MANIFEST).read_bytes()
+        kept = (folder / "train/0001.face0.mp4").read_bytes()
+        (folder / "train/0001.face0.mp4").unlink()
+        (folder / "train" / MANIFEST).unlink()
+        (folder / f"train/.0001.wav.{'x' * 3}.1.partial").write_bytes(b"half")
+        write_world(folder, SMALL, sets=("train",))
+        assert (folder / "train/0001.face0.mp4").read_bytes() == kept
+        assert (folder / "train" / MANIFEST).read_bytes() == manifest
+
+    def test_lost_sound_is_spoken_again_with_its_phones_and_faces(self, world: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(world, tmp_path / "world")
+        before = list(read_manifest(folder / "train"))
+        old = {path.name: path.stat().st_mtime_ns for path in (folder / "train").iterdir()}
+        (folder / "train/0002.wav").unlink()
+        write_world(folder, SMALL, sets=("train",))
+        changed = {path.name for path in (folder / "train").iterdir() if old[path.name] != path.stat().st_mtime_ns}
+        assert changed == {MANIFEST, "0002.wav", "0002.json", "0002.face0.mp4", "0002.face1.mp4"}
+        after = list(read_manifest(folder / "train"))
+        assert [record["text"] for record in after] == [record["text"] for record in before]
+        assert after[:2] == before[:2]
+        assert len(decode_audio((folder / "train/0002.wav").read_bytes())) == 640 * after[2]["num_frames"]
+
+    def test_finished_world_is_left_alone_and_other_settings_are_refused(self, world: Path) -> None:
+        before = {path: path.stat().st_mtime_ns for path in world.rglob("*") if path.is_file()}
+        write_world(world, SMALL, sets=("train", "valid", "A", "B"))
+        assert {path: path.stat().st_mtime_ns for path in world.rglob("*") if path.is_file()} == before
+        with pytest.raises(SettingError, match="its seed is 0, requested 1; use a new folder"):
+            write_world(world, replace(SMALL, seed=1))
+        with pytest.raises(SettingError, match="expected names of train, valid, A, B, R, K, got 'C'"):
+            write_world(world, SMALL, sets=("C",))
+
+    def test_samples_name_voices_and_faces(self, world: Path) -> None:
+        sample = next(iter(open_source(str(world / "train"), kind=KIND).samples()))
+        assert sample.columns["voice"] == SMALL.espeak_voices[0]
+        assert sample.columns["recordings"] is None
+        assert [len(sample.files[name]) for name in ("audio", "video")] == [1, 2]
+        with pytest.raises(SourceError, match=f"expected the folder of one set, with {MANIFEST}"):
+            open_source(str(world), kind=KIND)
+
+    def test_damaged_faces_are_recorded_and_drawn(self, tmp_path: Path) -> None:
+        if not HAS_ESPEAK:
+            pytest.skip("needs Debian's libespeak-ng1")
+        settings = replace(SMALL, train=2, damaged=0.5, faces=6, flite_voices=("kal16",))
+        write_world(tmp_path / "world", settings, sets=("train",))
+        samples = list(open_source(str(tmp_path / "world/train"), kind=KIND).samples())
+        records = list(read_manifest(tmp_path / "world/train"))
+        counts = [sum("shift_s" in face for face in record["faces"]) for record in records]
+        assert [sample.columns["damaged_faces"] for sample in samples] == counts
+        assert 2 <= sum(counts) <= 10
+        record, face = next((r, f) for r in records for f in r["faces"] if "shift_s" in f)
+        whole = {name: face[name] for name in ("video", "seed")}
+        assert not np.array_equal(draw_record(record, face), draw_record(record, whole))
+
+    def test_recorded_sets_name_their_recordings(self, recorded: Path) -> None:
+        (first, second) = open_source(str(recorded / "K"), kind=KIND).samples()
+        assert [sample.columns["voice"] for sample in (first, second)] == ["klettres-us", "klettres-gb"]
+        (sample, _) = open_source(str(recorded / "R"), kind=KIND).samples()
+        recordings = str(sample.columns["recordings"]).split()
+        assert recordings == [f"allison/{word}" for word in sample.texts[0].text.split()]
+
+    @pytest.mark.parametrize(
+        ("moment", "pattern"),
+        [("after", r"R/0001\.wav"), ("after", r"R/0001\.json"), ("before", MANIFEST)],
+    )
+    def test_resume_after_kill_is_identical(self, recorded: Path, tmp_path: Path, moment: str, pattern: str) -> None:
+        crash_function(write_world, (tmp_path / "world", SMALL, NullProgress(), ("R",)), moment, pattern)
+        assert not (tmp_path / "world/R" / MANIFEST).exists()
+        write_world(tmp_path / "world", SMALL, sets=("R",))
+        assert tree(tmp_path / "world" / "R") == tree(recorded / "R")
+
+    def test_sets_share_no_voice(self) -> None:
+        voices = {name: {plan.voice for plan in plan_set(name, WorldSettings())} for name in SETS}
+        assert not voices["train"] & (voices["A"] | voices["B"])
+        assert not voices["valid"] & voices["A"]
+        assert len(voices["train"]) == 16
+        assert sum(plan.voice in voices["train"] for plan in plan_set("valid", WorldSettings())) == 45
+        with pytest.raises(SettingError, match="m4 speak in other sets"):
+            WorldSettings(espeak_voices=("m1", "m4"))
+        with pytest.raises(SettingError, match="leave one for set B"):
+            WorldSettings(flite_voices=("awb", "kal16", "rms", "slt"))
+
+
+@pytest.mark.slow
+def test_world_becomes_a_cache(recorded: Path, tmp_path: Path) -> None:
+    source = open_source(str(recorded / "R"), kind=KIND)
+    settings = ExtractSettings(features=("frames",))
+    extract(source, tmp_path / "cache", encoders={"audio": [MEDIA], "video": [MEDIA]}, settings=settings)
+    cache = Cache(tmp_path / "cache")
+    samples = pq.read_table(samples_path(tmp_path / "cache"))
+    records = list(read_manifest(recorded / "R"))
+    assert samples["voice"].to_pylist() == ["allison"] * 2
+    assert cache.items("text")["text"].to_pylist() == [record["text"] for record in records]
+    audio, video = (cache.feature(name, "open_media/frames") for name in ("audio", "video"))
+    rows = np.arange(2)
+    frames = [len(tokens) for tokens in video.gather_tokens(rows)]
+    assert frames == [record["num_frames"] for record in records]
+    assert [len(tokens) for tokens in audio.gather_tokens(rows)] == [2 * count for count in frames]
+    assert not verify(cache)
