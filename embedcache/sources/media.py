@@ -120,7 +120,8 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
                     f"too many pixels: more than {MAX_VIDEO_PIXELS:,} in frames of {frame.width} x {frame.height}; "
                     "index intervals of it, or make it smaller"
                 )
-            frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+            frame_HW3 = frame.to_ndarray(format="rgb24", threads=1)  # else it starts threads per frame
+            frames.append(np.rot90(frame_HW3, round(frame.rotation / 90)))
         else:  # every frame was read
             _check_end(container, stream, time_s + 1 / rate_hz, start_s, stop_s)
         if not frames:
