@@ -268,7 +268,8 @@ def _frame_rate(stream: Any) -> float:
 
 
 def _upright(frame: Any) -> Array:
-    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    frame_HW3 = frame.to_ndarray(format="rgb24", threads=1)  # else it starts threads per frame
+    return np.rot90(frame_HW3, round(frame.rotation / 90))
 
 
 def _check_riff(head: bytes, size: int) -> None:
