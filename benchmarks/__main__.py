@@ -7,7 +7,20 @@ import importlib
 import sys
 from collections.abc import Callable
 
-NAMES = ("help", "gather", "extract", "index", "decode", "train", "evaluate", "search", "coverage", "dedup", "serve")
+NAMES = (
+    "help",
+    "gather",
+    "extract",
+    "index",
+    "decode",
+    "train",
+    "speech",
+    "evaluate",
+    "search",
+    "coverage",
+    "dedup",
+    "serve",
+)
 PARTS = {
     "images": "extract:images",
     "texts": "extract:texts",

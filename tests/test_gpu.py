@@ -13,6 +13,10 @@ from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.interop.clip_benchmark import load
+from embedcache.networks.attention import AttentionDecoder
+from embedcache.networks.ctc import align_ctc, decode_ctc
+from embedcache.networks.decoding import decode_attention, decode_hybrid
+from embedcache.networks.sequence import LayerSizes, valid_frames
 from embedcache.testing.encoders import TEXTS, example_images
 from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
@@ -36,6 +40,27 @@ def test_training_recall_matches_cpu(cache_path: Path, tmp_path: Path, precision
         )
         recalls[device] = evaluate_retrieval(cache_path, [tmp_path / device]).recalls["i2t"]["r@10"].value
     assert recalls["cuda"] == pytest.approx(recalls["cpu"], abs=0.1)
+
+
+@pytest.mark.parametrize("ctc_weight", [0.0, 0.1, 1.0])
+def test_decoding_matches_cpu(ctc_weight: float) -> None:
+    torch.manual_seed(0)
+    decoder = AttentionDecoder(16, 6, 2, LayerSizes(num_heads=2, feed_forward=16, dropout=0.0)).eval()
+    frames, lengths = torch.randn(8, 20, 16), torch.tensor([20, 18, 3, 9, 1, 20, 7, 12])
+    log_probs = (torch.randn(8, 20, 6) * 3).log_softmax(dim=-1)
+    found = {}
+    for device in ("cpu", "cuda"):
+        on_device = [values.to(device) for values in (log_probs, lengths, frames)]
+        is_valid = valid_frames(on_device[1], 20)
+        steps = decoder.to(device).steps(on_device[2], is_valid)
+        found[device] = decode_hybrid(*on_device[:2], steps, ctc_weight=ctc_weight)
+        greedy = decode_attention(decoder.steps(on_device[2], is_valid), on_device[1], num_symbols=6)
+        found[device] += greedy
+        assert len(decode_ctc(*on_device[:2])) == 8
+        assert len(align_ctc(on_device[0][0], np.array([1, 2, 2]))) == 3
+    for expected, hypothesis in zip(found["cpu"], found["cuda"], strict=True):
+        assert hypothesis.symbols.tolist() == expected.symbols.tolist()
+        assert hypothesis.score == pytest.approx(expected.score, abs=1e-3)
 
 
 REQUESTED = ("grid:4", "layer2.cls", "layer2.tokens")

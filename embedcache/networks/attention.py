@@ -103,10 +103,21 @@ class DecoderLayer(nn.Module):
         Args:
             is_causal: the symbols are all that `own` has, so that each must not see those after it.
         """
+        hidden_BLP = self.attend_symbols(hidden_BLP, own, is_causal=is_causal)
+        return self.transform(self.attend_frames(hidden_BLP, frames, mask_B11T))
+
+    def attend_symbols(self, hidden_BLP: Tensor, own: tuple[Tensor, Tensor], *, is_causal: bool) -> Tensor:
+        """Attend to symbols: the first part of the layer."""
         queries = self._heads(self.own_query(self.own_norm(hidden_BLP)))
-        hidden_BLP = hidden_BLP + self._attend(queries, own, None, self.own_output, is_causal=is_causal)
+        return hidden_BLP + self._attend(queries, own, None, self.own_output, is_causal=is_causal)
+
+    def attend_frames(self, hidden_BLP: Tensor, frames: tuple[Tensor, Tensor], mask_B11T: Tensor) -> Tensor:
+        """Attend to frames: the second part of the layer. The L positions of an item do not see each other."""
         queries = self._heads(self.frame_query(self.frame_norm(hidden_BLP)))
-        hidden_BLP = hidden_BLP + self._attend(queries, frames, mask_B11T, self.frame_output)
+        return hidden_BLP + self._attend(queries, frames, mask_B11T, self.frame_output)
+
+    def transform(self, hidden_BLP: Tensor) -> Tensor:
+        """Apply the feed-forward block: the last part of the layer."""
         return torch.as_tensor(hidden_BLP + self.drop(self.hidden(self.hidden_norm(hidden_BLP))))
 
     def _attend(
@@ -134,8 +145,10 @@ class DecoderLayer(nn.Module):
 
 
 class DecodingSteps:
-    """Hypotheses of B items and the keys and values of their symbols. Memory: those, and two (B, heads, T, P / heads)
-    per layer, of the frames.
+    """Hypotheses of B items and the keys and values of their symbols.
+
+    All hypotheses of an item attend to its frames together, which are neither copied per hypothesis nor kept for items
+    without hypotheses. Memory: the keys and values, and two (B, heads, T, P / heads) per layer, of the frames.
     """
 
     def __init__(self, decoder: AttentionDecoder, frames_BTP: Tensor, is_valid_BT: Tensor) -> None:
@@ -155,19 +168,40 @@ class DecodingSteps:
             symbols_N: (N,) int64.
             parents_N: (N,) int64, the hypothesis of the previous call that each one extends; at first, its item.
         """
-        self._items_N = self._items_N[parents_N]
+        self._keep_items(self._items_N[parents_N])
+        ranks_N = _ranks(self._items_N)
+        grid_shape = (len(self._mask_B11T), int(ranks_N.max()) + 1, self._decoder.width)
         hidden_N1P = self._decoder.embed(symbols_N[:, None], self._num_symbols)
         own = []
         for number, layer in enumerate(self._layers):
-            new = layer.own_keys(hidden_N1P)
+            keys, values = layer.own_keys(hidden_N1P)
             if self._own:
-                new = tuple(  # type: ignore[assignment]  # of two
-                    torch.cat([before[parents_N], after], dim=2)
-                    for before, after in zip(self._own[number], new, strict=True)
-                )
-            own.append(new)
-            frames = tuple(values[self._items_N] for values in self._frames[number])
-            hidden_N1P = layer(hidden_N1P, new, frames, self._mask_B11T[self._items_N], is_causal=False)
+                earlier_keys, earlier_values = self._own[number]
+                keys = torch.cat([earlier_keys[parents_N], keys], dim=2)
+                values = torch.cat([earlier_values[parents_N], values], dim=2)
+            own.append((keys, values))
+            hidden_N1P = layer.attend_symbols(hidden_N1P, own[-1], is_causal=False)
+            hidden_BKP = hidden_N1P.new_zeros(grid_shape)
+            hidden_BKP[self._items_N, ranks_N] = hidden_N1P[:, 0]
+            hidden_BKP = layer.attend_frames(hidden_BKP, self._frames[number], self._mask_B11T)
+            hidden_N1P = layer.transform(hidden_BKP[self._items_N, ranks_N][:, None])
         self._own, self._num_symbols = own, self._num_symbols + 1
         log_probs_NC: Tensor = self._decoder.logits(hidden_N1P)[:, 0].float().log_softmax(dim=-1)
         return log_probs_NC
+
+    def _keep_items(self, items_N: Tensor) -> None:
+        """Drop the frames of items without hypotheses, and number the others anew."""
+        kept_B, self._items_N = torch.unique(items_N, return_inverse=True)
+        if len(kept_B) < len(self._mask_B11T):
+            self._frames = [(keys[kept_B], values[kept_B]) for keys, values in self._frames]
+            self._mask_B11T = self._mask_B11T[kept_B]
+
+
+def _ranks(items_N: Tensor) -> Tensor:
+    """Return the number of each hypothesis among those of its item, from 0: (N,)."""
+    order_N = torch.argsort(items_N, stable=True)
+    counts_B = torch.bincount(items_N)
+    starts_B = counts_B.cumsum(0) - counts_B
+    ranks_N = torch.empty_like(items_N)
+    ranks_N[order_N] = torch.arange(len(items_N), device=items_N.device) - starts_B[items_N[order_N]]
+    return ranks_N
