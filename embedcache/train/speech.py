@@ -1,5 +1,6 @@
 """Speech recognition as a task: sound, lips, or the fusion of both on encoders that are trained already."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedcache.arrays import Ints, blocks, check_finite
+from embedcache.arrays import Floats, Ints, blocks, check_finite
 from embedcache.dataset.inputs import PLAIN
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.metrics.edits import count_word_errors
@@ -29,7 +30,7 @@ from embedcache.networks.speech import (
 )
 from embedcache.networks.transcripts import SYMBOLS, decode_symbols
 from embedcache.progress import Progress
-from embedcache.provenance import digest
+from embedcache.provenance import canonical_json, digest
 from embedcache.train.batches import Loader, to_device
 from embedcache.train.distributed import own_slice
 from embedcache.train.modules import ModuleReport, describe_input, train_task
@@ -42,10 +43,11 @@ from embedcache.train.speech_batches import (
     draw_missing,
     read_augmented,
 )
-from embedcache.train.utterances import Utterances, stack_inputs
+from embedcache.train.utterances import Stream, Utterances, stack_inputs
 
 _BATCH_SIZE = 32
 _ROUNDING = 1e-6
+_NUM_SAMPLED = 256  # utterances whose frames standardize the channels of a feature
 FRAME_RATE_HZ = 25.0
 """Frames per second of a network whose streams are all faster; else those of the slowest stream."""
 
@@ -265,15 +267,18 @@ def train_speech(
         kind="speech",
         arguments=arguments,
         sides={name: describe_input(stream.feature) for name, stream in train.streams.items()},
-        training={**asdict(recipe), "states": _describe_states(train, states, settings)},
+        training=json.loads(canonical_json({**asdict(recipe), "states": _describe_states(train, states, settings)})),
         index_digest="+".join(item.cache.info.index_digest for item in (train, validation)),
         file_digests={"utterances": digest([train.keys, validation.keys])},
     )
     trained, measured = states or (train, validation)
 
     def make_task(device: str) -> SpeechTask:
+        module = SpeechNetwork(**arguments)
+        for name, stream in train.streams.items():
+            module.standardize(name, sample_frames(stream))
         return SpeechTask(
-            SpeechNetwork(**arguments),
+            module,
             trained,
             measured,
             settings,
@@ -286,6 +291,13 @@ def train_speech(
         )
 
     return train_task(make_task, run_path, config, settings, progress=progress)
+
+
+def sample_frames(stream: Stream) -> Floats:
+    """Read frames of the plain view of some evenly spaced utterances: (N, D) float32."""
+    rows = stream.order_M[np.linspace(0, len(stream.order_M) - 1, _NUM_SAMPLED).astype(np.int64)]
+    parts = [stream.read(row[None], np.zeros(1, np.int64)).values[0] for row in np.unique(rows)]
+    return np.concatenate(parts).astype(np.float32)
 
 
 def _describe_streams(utterances: Utterances) -> dict[str, dict[str, int]]:

@@ -27,6 +27,7 @@ from tests.crash import crash_function
 from tests.train.speech_cases import FEATURES, MODEL, QUIET, fit_settings, make_cache, recipe, utterances
 
 PARTS = "fusion+ctc+attention"
+STREAMS = {"audio": {"width": 2, "stack": 2}, "video": {"width": 3, "stack": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +70,25 @@ def train_fusion(
 def test_a_recognizer_learns_letters_from_sound_or_lips(caches: tuple[Path, Path], tmp_path: Path) -> None:
     for name in ("audio", "video"):
         data = [utterances(cache, name) for cache in caches]
-        report = train_speech(*data, tmp_path / name, recipe(ctc_weight=1.0), fit_settings(epochs=25, lr=1e-2))
+        report = train_speech(*data, tmp_path / name, recipe(ctc_weight=1.0), fit_settings(epochs=30, lr=1e-2))
         assert report.measures["WER plain"] < 0.35
 
 
-def test_an_interrupted_run_resumes_to_the_same_bytes(caches: tuple[Path, Path], tmp_path: Path) -> None:
+def train_with_views(caches: tuple[Path, Path], run: Path, checkpoint_s: float) -> None:
+    """Train on drawn views, in a process of its own."""
     augmentation = SpeechAugmentation(views={"audio": {"plain": 0.5, QUIET: 0.5}}, masked=0.2)
+    data = [utterances(cache, "audio", views={"audio": ["plain", QUIET]}) for cache in caches]
+    train_speech(*data, run, recipe(augmentation=augmentation), fit_settings(checkpoint_s=checkpoint_s))
 
-    def train(path: Path, **options: object) -> None:
-        data = [utterances(cache, "audio", views={"audio": ["plain", QUIET]}) for cache in caches]
-        train_speech(*data, path, recipe(augmentation=augmentation), fit_settings(epochs=3, **options))
 
-    train(tmp_path / "whole")
-    crash_function(train, tmp_path / "killed", checkpoint_s=0.0, at="save_checkpoint", count=7)
-    train(tmp_path / "killed", checkpoint_s=0.0)
+def test_an_interrupted_run_resumes_to_the_same_bytes(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train_with_views(caches, whole, 60.0)
+    crash_function(train_with_views, (caches, killed, 0.0), "after", "checkpoint.pt", 7)
+    assert not (killed / "config.json").exists()
+    train_with_views(caches, killed, 0.0)
     for name in ("model.safetensors", "losses.jsonl"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_fusion_holds_both_complete_runs_unchanged(
@@ -97,7 +101,7 @@ def test_a_fusion_holds_both_complete_runs_unchanged(
         assert len(own) > 10
         for key, value in own.items():
             assert torch.equal(fused[key], value), key
-    fresh = SpeechNetwork(streams={"audio": {"width": 2, "stack": 2}, "video": {"width": 3, "stack": 1}}, **MODEL)
+    fresh = SpeechNetwork(streams=STREAMS, fusion_layers=1, **MODEL)
     assert {name for name, _ in fresh.named_parameters() if name.startswith("encoders.")} <= fused.keys()
 
 
