@@ -9,8 +9,8 @@
 | `valid` | half training voices, half other voices of espeak-ng (column `is_training_voice`) | five of GRID's 51 |
 | `A` | voices of espeak-ng that are in no other set | five of GRID's 51 |
 | `B` | voices of flite that are not in training | five of GRID's 51 |
-| `R` | recordings of Allison Smith, phones found by an aligner | five of 26 letters and 10 digits |
-| `K` | recordings of two other people, for development | five of 26 letters |
+| `R` | recordings of Allison Smith, phones found by an aligner | five of GRID's 25 letters and 10 digits |
+| `K` | recordings of two other people, for development | five of GRID's 25 letters |
 
 Texts, times of speaking and faces are drawn anew for every utterance, so no set shares them with another. Each set is a
 folder with `utterances.jsonl`, one WAV per utterance and one MP4 without sound per face. `tapes` holds noise: `babble`
@@ -31,19 +31,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats
+from embedcache.arrays import Array
 from embedcache.errors import DataError, SettingError, SourceError
 from embedcache.files import make_folder, partial_path, remove_partials, write_atomic
 from embedcache.processes import num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
-from embedcache.registry import require
+from embedcache.registry import require, unknown_name
 from embedcache.settings import check_settings, setting, to_json
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.files import read_item_file
-from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio
 from embedcache.sources.settings import SourceSettings
 from pipelines.worlds.talking_mouth import VIDEO_RATE_HZ, Damage, Phone, draw_clip, draw_face
+from pipelines.worlds.talking_noise import TAPE_VOICES, write_tapes
 from pipelines.worlds.talking_speech import (
+    FLITE_VOICES,
     WORDS,
     Utterance,
     encode_wav,
@@ -55,17 +56,14 @@ from pipelines.worlds.talking_speech import (
 
 KIND = "pipelines.worlds.talking:TalkingSource"
 SETS = ("train", "valid", "A", "B", "R", "K")
-TAPES = ("babble", "talker", "babble-test", "talker-test")
 MANIFEST = "utterances.jsonl"
 NUM_WORDS = 5
 UNSEEN_VOICES = ("m4", "m7", "f3", "klatt3", "Annie")
 """Voices of espeak-ng for set A."""
 VALID_VOICES = ("f5", "Mike", "Andrea", "klatt5")
-TAPE_VOICES = ("Denis", "steph", "Gene", "linda", "Lee", "belinda", "ian", "aunty", "paul", "Alicia", "rob", "zac")
 SPEAKERS: Mapping[str, tuple[str, ...]] = {"R": ("allison",), "K": ("klettres-us", "klettres-gb")}
 
 _FORMAT = 1
-_NUM_STREAMS = 12
 _FEW = 40  # utterances: less time than starting a process
 
 
@@ -85,6 +83,7 @@ class WorldSettings:
     )
     flite_voices: tuple[str, ...] = setting(("awb", "kal16"), "Training voices of flite; set B has the others.")
     pauses: float = setting(0.25, "Fraction of training utterances with pauses between words.", ge=0, le=1)
+    slowest: float = setting(1.8, "Longest durations of training speech, relative to normal speech.", ge=1, le=3)
     damaged: float = setting(0.0, "Fraction of training faces whose lips disagree with the speech.", ge=0, le=1)
     shift_s: float = setting(0.1, "Largest time shift of the lips of a damaged face, in seconds.", ge=0)
     jitter_s: float = setting(0.03, "Largest standard deviation of its phones' boundaries, in seconds.", ge=0)
@@ -96,13 +95,16 @@ class WorldSettings:
         reserved = {*UNSEEN_VOICES, *VALID_VOICES, *TAPE_VOICES} & set(self.espeak_voices)
         if reserved:
             raise SettingError(f"espeak_voices: {', '.join(sorted(reserved))} speak in other sets; name other voices")
+        for name in self.flite_voices:
+            if name not in FLITE_VOICES:
+                raise unknown_name("voice of flite", name, FLITE_VOICES)
         if not self.unheard_flite_voices:
             raise SettingError("flite_voices: all voices of flite are in training; leave one for set B")
 
     @property
     def unheard_flite_voices(self) -> tuple[str, ...]:
         """Voices of flite for set B."""
-        return tuple(name for name in ("awb", "kal16", "rms", "slt") if name not in self.flite_voices)
+        return tuple(name for name in FLITE_VOICES if name not in self.flite_voices)
 
 
 TINY = WorldSettings(train=16, valid=4, test=4, development=4, faces=2, tape_s=4)
@@ -153,7 +155,8 @@ def write_world(
             raise SettingError(f"sets: expected names of {', '.join(SETS)}, got {name!r}")
         _write_set(folder / name, name, settings, progress, workers or num_cores())
     if "train" in sets:
-        _write_tapes(folder, settings, progress)
+        training = [folder / "train" / record["audio"] for record in read_manifest(folder / "train")]
+        write_tapes(folder / "tapes", training, length_s=settings.tape_s, seed=settings.seed, progress=progress)
     progress.finish()
 
 
@@ -246,15 +249,17 @@ def speak(plan: Plan, settings: WorldSettings) -> Utterance:
     """Speak the words of an utterance, or join its recordings."""
     rng = _rng(settings, plan, "speech")
     if plan.engine == "recorded":
-        recordings = load_recordings(plan.voice)
+        recordings = [recording for recording in load_recordings(plan.voice) if recording.word in WORDS]  # no W
         chosen = [recordings[number] for number in rng.permutation(len(recordings))[:NUM_WORDS]]
         return join_recordings(chosen, rng=rng)
     words = [str(word) for word in rng.permutation(list(WORDS))[:NUM_WORDS]]
-    has_pauses = plan.set_name in {"train", "valid"} and rng.random() < settings.pauses
+    is_training = plan.set_name in {"train", "valid"}
+    has_pauses = is_training and rng.random() < settings.pauses
+    stretch = rng.uniform(0.9, settings.slowest if is_training else 1.25)  # of durations at 155 words per minute
     if plan.engine == "espeak":
-        rate, pitch = int(rng.integers(125, 176)), int(rng.integers(25, 76))
+        rate, pitch = round(155 / stretch), int(rng.integers(25, 76))
         return espeak().speak(words, voice=plan.voice, rate=rate, pitch=pitch, has_pauses=has_pauses, rng=rng)
-    return speak_flite(words, voice=plan.voice, stretch=rng.uniform(0.9, 1.25), has_pauses=has_pauses, rng=rng)
+    return speak_flite(words, voice=plan.voice, stretch=stretch, has_pauses=has_pauses, rng=rng)
 
 
 def _record(plan: Plan, settings: WorldSettings, utterance: Utterance) -> dict[str, Any]:
@@ -319,65 +324,6 @@ def _rng(settings: WorldSettings, plan: Plan, what: str) -> np.random.Generator:
     return np.random.default_rng(
         [settings.seed, zlib.crc32(plan.set_name.encode()), plan.number, zlib.crc32(what.encode())]
     )
-
-
-def _write_tapes(folder: Path, settings: WorldSettings, progress: Progress) -> None:
-    """Write the noise tapes that are missing: from training utterances, and from voices that are in no set."""
-    paths = {name: folder / "tapes" / f"{name}.wav" for name in TAPES}
-    if all(path.is_file() for path in paths.values()):
-        return
-    progress.start("write tapes", len(TAPES), "tapes")
-    lines = (folder / "train" / MANIFEST).read_text().splitlines()
-    names = [json.loads(line)["audio"] for line in lines]
-    num_samples = settings.tape_s * AUDIO_RATE_HZ
-    for suffix in ("", "-test"):
-        rng = np.random.default_rng([settings.seed, len(suffix), 77])
-        if suffix:
-            spoken = [_tape_speech(number, rng) for number in range(max(24, settings.tape_s * 2))]
-        else:
-            chosen = rng.permutation(names)[: max(24, settings.tape_s * 2)]
-            spoken = [decode_audio((folder / "train" / name).read_bytes()) for name in chosen]
-        spoken = [_without_silence(samples) for samples in spoken]
-        write_atomic(paths[f"babble{suffix}"], encode_wav(mix_babble(spoken, num_samples, rng)))
-        progress.advance(1)
-        write_atomic(paths[f"talker{suffix}"], encode_wav(join_talkers(spoken, num_samples, rng)))
-        progress.advance(1)
-
-
-def _tape_speech(number: int, rng: np.random.Generator) -> Floats:
-    words = [str(word) for word in rng.permutation(list(WORDS))[:8]]
-    voice, rate = TAPE_VOICES[number % len(TAPE_VOICES)], int(rng.integers(125, 176))
-    return espeak().speak(words, voice=voice, rate=rate, pitch=int(rng.integers(25, 76)), rng=rng).samples
-
-
-def mix_babble(spoken: Sequence[Floats], num_samples: int, rng: np.random.Generator) -> Floats:
-    """Return the sum of twelve streams of speech of equal power: (n,) float32 with a peak of 0.9."""
-    total = np.zeros(num_samples, np.float32)
-    for _ in range(_NUM_STREAMS):
-        order = rng.permutation(len(spoken))
-        stream = np.concatenate([spoken[number] for number in order])
-        stream = np.resize(np.roll(stream, int(rng.integers(len(stream)))), num_samples)
-        total += stream / np.sqrt(np.mean(stream**2))
-    scaled: Floats = total * np.float32(0.9 / np.abs(total).max())
-    return scaled
-
-
-def join_talkers(spoken: Sequence[Floats], num_samples: int, rng: np.random.Generator) -> Floats:
-    """Return pieces of one second, each of one voice and of equal power: (n,) float32 with a peak of 0.9."""
-    pieces = []
-    for number in range(-(-num_samples // AUDIO_RATE_HZ)):
-        samples = np.resize(spoken[number % len(spoken)], 2 * AUDIO_RATE_HZ)
-        first = int(rng.integers(AUDIO_RATE_HZ))
-        piece = samples[first : first + AUDIO_RATE_HZ]
-        pieces.append(piece / np.sqrt(np.mean(piece**2)))
-    tape = np.concatenate(pieces)[:num_samples]
-    scaled: Floats = (tape * np.float32(0.9 / np.abs(tape).max())).astype(np.float32)
-    return scaled
-
-
-def _without_silence(samples: Floats) -> Floats:
-    loud = np.flatnonzero(np.abs(samples) > 0.01)
-    return samples[loud[0] : loud[-1] + 1]
 
 
 class TalkingSource:

@@ -33,7 +33,7 @@ from scipy.signal import resample_poly
 
 from embedcache.arrays import Floats
 from embedcache.errors import DataError, MissingExtraError
-from embedcache.registry import require
+from embedcache.registry import require, unknown_name
 from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio
 from pipelines.worlds.talking_mouth import Phone, cmu_phone, espeak_phones
 
@@ -59,6 +59,8 @@ COMMANDS = _pronunciations(
 WORDS: Mapping[str, str] = {**{name: LETTERS[name] for name in LETTERS if name != "W"}, **DIGITS, **COMMANDS}
 """The 51 words of the GRID corpus with the phones of CMU's dictionary: letters but W, digits, and commands."""
 
+FLITE_VOICES = ("awb", "kal16", "rms", "slt")
+"""Voices of flite at 16 kHz; `kal` is `kal16` at 8 kHz."""
 _PEAK = 0.5
 _SILENCE_S = (0.12, 0.3)
 """Shortest and longest silence before and after an utterance."""
@@ -221,15 +223,17 @@ def _data_roots() -> list[str]:
 def speak_flite(
     words: Sequence[str], *, voice: str, stretch: float = 1.0, has_pauses: bool = False, rng: np.random.Generator
 ) -> Utterance:
-    """Speak words of `WORDS` with flite: voice `awb`, `kal`, `kal16`, `rms` or `slt`.
+    """Speak words of `WORDS` with flite, a second synthesizer.
 
     Args:
         words: what to say.
-        voice: name of the voice.
+        voice: name of `FLITE_VOICES`.
         stretch: factor of all durations.
         has_pauses: whether to pause between words.
         rng: draws the silence before and after.
     """
+    if voice not in FLITE_VOICES:
+        raise unknown_name("voice of flite", voice, FLITE_VOICES)
     if shutil.which("flite") is None:
         raise _missing("flite", "apt-get install flite")
     text = (", " if has_pauses else " ").join("ay" if word == "A" else word.lower() for word in words)

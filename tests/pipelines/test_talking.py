@@ -26,7 +26,6 @@ from pipelines.worlds.talking import (
     KIND,
     MANIFEST,
     SETS,
-    TAPES,
     TINY,
     WorldSettings,
     draw_record,
@@ -52,6 +51,7 @@ from pipelines.worlds.talking_mouth import (
     espeak_phones,
     mouth_track,
 )
+from pipelines.worlds.talking_noise import TAPES
 from pipelines.worlds.talking_speech import (
     DIGITS,
     LETTERS,
