@@ -20,7 +20,7 @@ from embedcache.cli.console import print_line, print_table
 from embedcache.networks.ctc import decode_ctc, word_times
 from embedcache.networks.decoding import Hypothesis, decode_attention, decode_hybrid
 from embedcache.networks.speech import EncodedSpeech, Frames, SpeechNetwork
-from embedcache.networks.transcripts import BLANK, END, SYMBOLS, decode_symbols
+from embedcache.networks.transcripts import BLANK, END, SYMBOLS
 
 BATCH, NUM_FRAMES, NUM_SYMBOLS = 32, 75, 25
 STREAMS = {"audio": {"width": 384, "stack": 2}, "video": {"width": 64, "stack": 1}}
@@ -78,8 +78,8 @@ def _decoding(repeats: int) -> None:
         "hybrid beam": lambda: hybrid(0.1),
         "its attention steps alone": steps_alone,
         "times of words": lambda: [
-            word_times(frames[:length], decode_symbols(text), RATE_HZ)
-            for frames, length, text in zip(log_probs, lengths, texts.tolist(), strict=True)
+            word_times(frames[:length], text, RATE_HZ)
+            for frames, length, text in zip(log_probs, lengths, texts, strict=True)
         ],
     }
     rates = median_rates({name: _cpu_ms_per_utterance(call) for name, call in calls.items()}, repeats=repeats)

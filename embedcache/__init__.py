@@ -27,15 +27,20 @@ if TYPE_CHECKING:
     from embedcache.extract.extract import extract as extract_features
     from embedcache.extract.settings import ExtractSettings
     from embedcache.inference import Model, load
+    from embedcache.networks.settings import DecodingSettings
     from embedcache.search.index import build_index
     from embedcache.search.queries import Queries
     from embedcache.search.search import search as search_index
     from embedcache.search.settings import Filter, IndexSettings, SearchSettings
+    from embedcache.sources.media import Video
     from embedcache.sources.open import open_source
     from embedcache.sources.settings import SourceSettings
     from embedcache.store.cache import Cache
     from embedcache.train.settings import LossSettings, MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
     from embedcache.train.train import train as train_projectors
+    from embedcache.transcription.model import SpeechModel
+    from embedcache.transcription.settings import TranscribeSettings
+    from embedcache.transcription.transcript import Transcript
 
     __version__: str
 
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Cache",
     "CoverageSettings",
+    "DecodingSettings",
     "DedupSettings",
     "Derivation",
     "EmbedcacheError",
@@ -61,8 +67,12 @@ __all__ = [
     "SearchSettings",
     "SelectSettings",
     "SourceSettings",
+    "SpeechModel",
     "SplitSettings",
     "TrainSettings",
+    "TranscribeSettings",
+    "Transcript",
+    "Video",
     "ZeroShotSettings",
     "analyze_duplicates",
     "build_index",

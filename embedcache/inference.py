@@ -1,10 +1,12 @@
-"""Embed raw images and texts with a trained run: both frozen encoders, as the run used them, and its projectors."""
+"""Use a trained run on raw items: its frozen encoders, as the run used them, and what was trained on their features.
+
+An aligned pair embeds images and texts; a run that recognizes speech is in `embedcache.transcription.model`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -18,30 +20,62 @@ from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, ItemError, PathError
 from embedcache.extract.views import reopen_view
 from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project
-from embedcache.provenance import check_same
+from embedcache.projectors.saved import (
+    RUN_FORMAT,
+    PairConfig,
+    TowerInput,
+    config_path,
+    is_pair,
+    load_pair,
+    project,
+)
+from embedcache.provenance import check_same, read_manifest
 from embedcache.sources.images import decode_image, rgb_image
+from embedcache.transcription.model import SpeechModel, load_speech
 
 ImageLike: TypeAlias = str | Path | Image
 """An image: the path of a file, or an open `PIL.Image.Image` of any mode."""
 
 
-def load(run_path: Path | str, *, device: str = "cpu") -> "Model":
-    """Load a run of `train_projectors` or `embedcache train`.
+@overload
+def load(run_path: Path | str, *, kind: Literal["pair"] | None = None, device: str = "cpu") -> "Model": ...
+
+
+@overload
+def load(run_path: Path | str, *, kind: Literal["speech"], device: str = "cpu") -> SpeechModel: ...
+
+
+def load(
+    run_path: Path | str, *, kind: Literal["pair", "speech"] | None = None, device: str = "cpu"
+) -> "Model | SpeechModel":
+    """Load a trained run: an aligned pair of `train_projectors`, or a recognizer of speech of `train_speech`.
 
     Encoders are opened on first use, so a model that only embeds texts never loads the image encoder.
 
     Args:
         run_path: folder of the run.
+        kind: expected kind of the run, `pair` or `speech`; None: any. What a folder holds is unknown to type checkers:
+            they take the result for the `Model` of a pair, unless `kind="speech"` is given.
         device: torch device of encoders and projectors; an encoder that ran on onnxruntime stays on the CPU.
+
+    Returns:
+        A `Model` for a pair, a `SpeechModel` for speech.
 
     Raises:
         PathError: the folder is not a finished run.
+        DataError: the run is of another kind.
         CorruptError: the weights do not match the config.
         SettingError: the device does not exist.
     """
-    device = str(torch_device(device))
-    pair, config = load_pair(Path(run_path), device=device)
+    device, run_path = str(torch_device(device)), Path(run_path)
+    make = f"embedcache train CACHE {run_path}"
+    values = read_manifest(config_path(run_path), kind="run", latest_format=RUN_FORMAT, make=make)
+    found = "pair" if is_pair(values) else str(values.get("kind"))
+    if kind is not None and found != kind:
+        raise DataError(f"{run_path}: expected a run of kind {kind}, got one of kind {found}")
+    if found == "speech":
+        return load_speech(run_path, device=device)
+    pair, config = load_pair(run_path, device=device)
     return Model(pair, config, device=device)
 
 

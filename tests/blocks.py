@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import linecache
 import re
 import shlex
 import subprocess
@@ -44,7 +45,10 @@ def run_block(block: Block, folder: Path) -> str:
     if block.language == "python":
         output = io.StringIO()
         with contextlib.chdir(folder), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            exec(compile(block.code, block.page, "exec"), {"__name__": "__main__"})  # noqa: S102
+            name = f"<block of {block.page}>"
+            lines = block.code.splitlines(keepends=True)
+            linecache.cache[name] = (len(block.code), None, lines, name)  # the source of functions, not the page
+            exec(compile(block.code, name, "exec"), {"__name__": "__main__"})  # noqa: S102
         return output.getvalue()
     parts = itertools.groupby(block.code.splitlines(), key=lambda line: line.startswith("embedcache "))
     return "".join(run_lines(list(lines), folder, is_command=is_command) for is_command, lines in parts)

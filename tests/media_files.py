@@ -2,7 +2,8 @@
 
 import io
 import wave
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import av
 import laspy
@@ -58,15 +59,21 @@ def encode_video(
     samples: np.ndarray | None = None,
     kind: str = "mp4",
     codec: str | None = None,
+    times_ms: Sequence[int] | None = None,
 ) -> bytes:
-    """Return a video, with sound if samples are given."""
+    """Return a video, with sound if samples are given; `times_ms` are those of frames of varying length."""
     file = io.BytesIO()
     codec = codec or {"mp4": "mpeg4", "webm": "libvpx", "mkv": "mpeg4", "avi": "mpeg4", "mov": "mpeg4"}[kind]
     with av.open(file, "w", format={"mkv": "matroska"}.get(kind, kind)) as out:
         stream = out.add_stream(codec, rate=rate_hz, width=frames.shape[2], height=frames.shape[1], pix_fmt="yuv420p")
         sound = None if samples is None else out.add_stream("aac", rate=RATE_HZ, layout="mono")
-        for frame in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        if times_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times_ms is not None:
+                frame.pts, frame.time_base = times_ms[number], Fraction(1, 1000)
+            out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
         if sound is not None and samples is not None:
             _write_audio(out, sound, samples)

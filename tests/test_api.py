@@ -176,13 +176,23 @@ import embedcache
 
 model = embedcache.load(Path("run"), device="cpu")
 similarities = model.similarity(["a.jpg"], "a dog")
+speech = embedcache.load("speech-run", kind="speech")
+text: str = speech.transcribe("clip.mp4", mouth=(0.3, 0.5, 0.7, 0.8)).text
+texts: list[str] = [found.text for found in speech.transcribe(["a.wav", Path("b.wav")])]
 rows: int = similarities.shape[0]
 for hits in embedcache.search_index("index", ["a dog"], embedcache.SearchSettings(k=3)):
     key: str = hits[0].key
 settings = embedcache.TrainSettings(optimizer=embedcache.OptimizerSettings(epochs=3))
 line: str = embedcache.train_projectors("cache", "run", settings=settings).line(Path("run"))
 """
-WRONG = {"model.encode_text(3)": "arg-type", 'embedcache.load("run", "cpu")': "call-arg|misc", "embedcache.lod": "attr"}
+WRONG = {
+    "model.encode_text(3)": "arg-type",
+    "model.transcribe()": "attr",
+    "speech.encode_text()": "attr",
+    "speech.transcribe(video=3)": "call-overload",
+    'embedcache.load("run", "cpu")': "call-overload",
+    "embedcache.lod": "attr",
+}
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from embedcache.cli.search import search
 from embedcache.cli.serve import serve
 from embedcache.cli.sweep import sweep
 from embedcache.cli.train import train
+from embedcache.cli.transcribe import transcribe
 from embedcache.errors import EmbedcacheError
 from embedcache.files import disk_full_message
 
@@ -71,6 +72,7 @@ add_command(app, "sweep", sweep)
 app.add_typer(evaluate.app, name="evaluate")
 add_command(app, "search", search)
 add_command(app, "serve", serve)
+add_command(app, "transcribe", transcribe)
 app.add_typer(curate.app, name="curate")
 app.add_typer(export.app, name="export")
 app.add_typer(import_.app, name="import")

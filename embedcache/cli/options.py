@@ -26,7 +26,7 @@ from embedcache.registry import unknown_name
 from embedcache.settings import FlatSetting, flat_settings, from_flat
 
 _OUTPUT = "Output options"
-_OUTPUT_NAMES = ("as_json", "output", "html")
+_OUTPUT_NAMES = ("as_json", "output", "html", "srt", "vtt")
 
 
 def _check_file(option: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -43,7 +43,7 @@ def _check_file(option: typer.CallbackParam, path: Path | None) -> Path | None:
     return path
 
 
-_SUFFIXES = {"output": ".json", "html": ".html"}
+_SUFFIXES = {"output": ".json", "html": ".html", "srt": ".srt", "vtt": ".vtt"}
 
 CacheArgument: TypeAlias = Annotated[str, typer.Argument(metavar="CACHE", help="Cache: a folder or a URL.")]
 RunArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="RUN", help="Run: a folder written by train.")]
@@ -117,6 +117,26 @@ Html: TypeAlias = Annotated[
         "--html",
         metavar="FILE",
         help="Write the report as an HTML page.",
+        rich_help_panel=_OUTPUT,
+        callback=_check_file,
+    ),
+]
+Srt: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--srt",
+        metavar="FILE",
+        help="Write subtitles of the format SubRip.",
+        rich_help_panel=_OUTPUT,
+        callback=_check_file,
+    ),
+]
+Vtt: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--vtt",
+        metavar="FILE",
+        help="Write subtitles of the format WebVTT.",
         rich_help_panel=_OUTPUT,
         callback=_check_file,
     ),

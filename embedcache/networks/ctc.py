@@ -7,6 +7,7 @@ only: what CTC's log-probabilities give to it counts as blank, so that the proba
 Recognition" (IEEE J. Sel. Top. Signal Process. 2017).
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from embedcache.arrays import Array, Ints
 from embedcache.errors import DataError
-from embedcache.networks.transcripts import BLANK, decode_symbols, encode_transcript
+from embedcache.networks.transcripts import BLANK, SYMBOLS, decode_symbols
+
+_SPACE = SYMBOLS.index(" ")
 
 
 def decode_ctc(log_probs_BTC: Tensor, lengths_B: Tensor) -> list[Ints]:
@@ -146,7 +149,7 @@ class WordTime(NamedTuple):
     stop_s: float
 
 
-def word_times(log_probs_TC: Tensor, text: str, rate_hz: float) -> list[WordTime]:
+def word_times(log_probs_TC: Tensor, symbols_L: Ints, rate_hz: float) -> list[WordTime]:
     """Compute when each word of a transcript is said, by `align_ctc`.
 
     A word lasts from the first frame of its first symbol to the last frame of its last one. CTC is trained without
@@ -154,16 +157,16 @@ def word_times(log_probs_TC: Tensor, text: str, rate_hz: float) -> list[WordTime
 
     Args:
         log_probs_TC: (T, C) log-probabilities of each frame's symbols.
-        text: the transcript.
+        symbols_L: (L,) the transcript as it was decoded; a space at its ends has frames of its own.
         rate_hz: frames per second.
     """
-    symbols_L = encode_transcript(text)
     seconds_L2 = align_ctc(log_probs_TC, symbols_L) / rate_hz
-    times, first = [], 0
-    for word in decode_symbols(symbols_L).split():
-        last = first + len(word) - 1
-        times.append(WordTime(word, float(seconds_L2[first, 0]), float(seconds_L2[last, 1])))
-        first = last + 2  # a space is between
+    ends = np.flatnonzero(symbols_L == _SPACE).tolist()
+    times = []
+    for before, after in pairwise([-1, *ends, len(symbols_L)]):
+        if after - before > 1:
+            word = decode_symbols(symbols_L[before + 1 : after])
+            times.append(WordTime(word, float(seconds_L2[before + 1, 0]), float(seconds_L2[after - 1, 1])))
     return times
 
 

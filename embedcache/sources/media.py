@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,16 @@ from embedcache.errors import ItemError
 from embedcache.registry import require
 from embedcache.sources.points import decode_points
 
-__all__ = ["Video", "decode_audio", "decode_points", "decode_video"]
+__all__ = [
+    "StreamInfo",
+    "Video",
+    "decode_audio",
+    "decode_points",
+    "decode_video",
+    "iter_audio",
+    "iter_frames",
+    "probe_media",
+]
 
 AUDIO_RATE_HZ = 16_000
 MAX_AUDIO_S = 3_600
@@ -68,6 +78,9 @@ def decode_audio(data: bytes, start_s: float | None = None, stop_s: float | None
     """
     with _open(data, "recording") as container:
         stream = _stream(container, "audio", start_s, stop_s)
+        duration_s = _duration_s(container, stream) or 0.0
+        if (start_s, stop_s) == (None, None) and duration_s > MAX_AUDIO_S:
+            raise ItemError(f"too long: {duration_s:,.0f} s of sound, more than {MAX_AUDIO_S:,}; index intervals of it")
         parts: list[Floats] = []
         end_s, num_kept = 0.0, 0
         for first, samples_n in _samples(container, stream):
@@ -103,9 +116,7 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
     """
     with _open(data, "video") as container:
         stream = _stream(container, "video", start_s, stop_s)
-        rate_hz = float(stream.average_rate or stream.guessed_rate or 0)
-        if rate_hz <= 0:
-            raise ItemError("the video has no frame rate")
+        rate_hz = _frame_rate(stream)
         frames: list[Array] = []
         num_pixels, time_s = 0, 0.0
         first_s, last_s = start_s or 0.0, np.inf if stop_s is None else stop_s
@@ -120,7 +131,7 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
                     f"too many pixels: more than {MAX_VIDEO_PIXELS:,} in frames of {frame.width} x {frame.height}; "
                     "index intervals of it, or make it smaller"
                 )
-            frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+            frames.append(_upright(frame))
         else:  # every frame was read
             _check_end(container, stream, time_s + 1 / rate_hz, start_s, stop_s)
         if not frames:
@@ -130,21 +141,103 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
         return Video(frames_THW3=np.stack(frames), rate_hz=rate_hz)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamInfo:
+    """What a file says about its first stream of sound or frames.
+
+    Args:
+        rate_hz: frames per second of a video; of sound, the rate that `iter_audio` resamples to.
+        duration_s: duration in seconds; None where the format has no exact one.
+    """
+
+    rate_hz: float
+    duration_s: float | None
+
+
+def probe_media(path: Path) -> dict[str, StreamInfo]:
+    """Return the streams of a file, `audio`, `video` or both, without decoding them.
+
+    Raises:
+        ItemError: the file cannot be opened.
+    """
+    with _open(path, "file") as container:
+        found = {}
+        for kind in ("audio", "video"):
+            if getattr(container.streams, kind):
+                stream = _stream(container, kind, None, None)
+                rate_hz = AUDIO_RATE_HZ if kind == "audio" else _frame_rate(stream)
+                found[kind] = StreamInfo(rate_hz=rate_hz, duration_s=_duration_s(container, stream))
+        return found
+
+
+def iter_audio(path: Path) -> Iterator[Floats]:
+    """Iterate over the sound of a file of any length: blocks of 16 kHz mono float32, as `decode_audio` decodes them.
+
+    Memory: one packet. The file is read once, from its beginning to its end.
+
+    Raises:
+        ItemError: the file cannot be decoded, has no sound, holds NaN, or ends before its announced end.
+    """
+    with _open(path, "recording") as container:
+        stream = _stream(container, "audio", None, None)
+        num_samples = 0
+        for first, samples_n in _samples(container, stream):
+            if not np.isfinite(samples_n).all():
+                raise ItemError("NaN or infinity in the sound")
+            num_samples = first + len(samples_n)
+            yield np.clip(samples_n, -1, 1)
+        if not num_samples:
+            raise ItemError("no sound: the audio stream is empty")
+        _check_end(container, stream, num_samples / AUDIO_RATE_HZ, None, None)
+
+
+def iter_frames(path: Path) -> Iterator[Array]:
+    """Iterate over the upright RGB frames of a video of any length, at the constant rate that `probe_media` returns.
+
+    Of a video whose frames last differently long, as many phones record, each step has the frame that is shown in its
+    middle; at a constant rate these are all frames. Memory: two frames.
+
+    Returns:
+        (H, W, 3) uint8 each.
+
+    Raises:
+        ItemError: the file cannot be decoded, has no frames, changes its size, or ends before its announced end.
+    """
+    with _open(path, "video") as container:
+        stream = _stream(container, "video", None, None)
+        step_s = 1 / _frame_rate(stream)
+        shown: Array | None = None
+        time_s, middle_s = 0.0, step_s / 2
+        for time_s, frame in _frames(container, stream):
+            while shown is not None and middle_s < time_s - 1e-6:
+                yield shown
+                middle_s += step_s
+            before, shown = shown, _upright(frame)
+            if before is not None and before.shape != shown.shape:
+                raise ItemError("the frames change their size")
+        if shown is None:
+            raise ItemError("no frames")
+        while middle_s < time_s + step_s - 1e-6:
+            yield shown
+            middle_s += step_s
+        _check_end(container, stream, time_s + step_s, None, None)
+
+
 @contextmanager
-def _open(data: bytes, kind: str) -> Iterator[Any]:
-    """Open a file in memory; whatever FFmpeg reports inside the block is the reason why the item fails."""
-    if not data:
-        raise ItemError("empty file")
-    _check_riff(data)
+def _open(data: bytes | Path, kind: str) -> Iterator[Any]:
+    """Open a file, in memory or on disk; whatever FFmpeg reports inside the block is the reason why the item fails."""
     av = require("av", extra="media")
-    try:
-        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
-            yield container
-    except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
-        if isinstance(error, ItemError):
-            raise
-        text = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        raise ItemError(f"damaged {kind}: {text}") from None
+    with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
+        _check_riff(file.read(8), file.seek(0, io.SEEK_END))
+        file.seek(0)
+        try:
+            with av.open(file, metadata_errors="replace") as container:
+                yield container
+        except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
+            if isinstance(error, ItemError):
+                raise
+            text = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+            raise ItemError(f"damaged {kind}: {text}") from None
 
 
 def _samples(container: Any, stream: Any) -> Iterator[tuple[int, Floats]]:
@@ -167,11 +260,25 @@ def _position(time_s: float | None, otherwise: int, first: int) -> int:
     return otherwise if time_s is None else max(0, round(time_s * AUDIO_RATE_HZ) - first)
 
 
-def _check_riff(data: bytes) -> None:
+def _frame_rate(stream: Any) -> float:
+    rate_hz = float(stream.average_rate or stream.guessed_rate or 0)
+    if rate_hz <= 0:
+        raise ItemError("the video has no frame rate")
+    return rate_hz
+
+
+def _upright(frame: Any) -> Array:
+    frame_HW3 = frame.to_ndarray(format="rgb24", threads=1)  # else it starts threads per frame
+    return np.rot90(frame_HW3, round(frame.rotation / 90))
+
+
+def _check_riff(head: bytes, size: int) -> None:
     """Check the size in the header of a WAV or AVI file, which FFmpeg takes for that of a shorter one if it was cut."""
-    announced = int.from_bytes(data[4:8], "little") + 8
-    if data[:4] == b"RIFF" and announced < _UNKNOWN_SIZE and len(data) < (1 - _TRUNCATED) * announced:
-        raise ItemError(f"truncated: {len(data):,} bytes of {announced:,}")
+    if not size:
+        raise ItemError("empty file")
+    announced = int.from_bytes(head[4:8], "little") + 8
+    if head[:4] == b"RIFF" and announced < _UNKNOWN_SIZE and size < (1 - _TRUNCATED) * announced:
+        raise ItemError(f"truncated: {size:,} bytes of {announced:,}")
 
 
 def _stream(container: Any, kind: str, start_s: float | None, stop_s: float | None) -> Any:
@@ -187,8 +294,6 @@ def _stream(container: Any, kind: str, start_s: float | None, stop_s: float | No
     duration_s = _duration_s(container, stream)
     if duration_s is not None:
         _check_interval(duration_s, start_s, stop_s)
-    if (start_s, stop_s) == (None, None) and kind == "audio" and (duration_s or 0) > MAX_AUDIO_S:
-        raise ItemError(f"too long: {duration_s:,.0f} s of sound, more than {MAX_AUDIO_S:,}; index intervals of it")
     if kind == "video" and stream.codec_context.width * stream.codec_context.height > MAX_VIDEO_PIXELS:
         raise ItemError(f"too many pixels: {stream.codec_context.width} x {stream.codec_context.height} in one frame")
     if start_s is not None and start_s > _PREROLL_S and container.format.name in _SEEKABLE:

@@ -15,6 +15,7 @@ from embedcache.networks.transcripts import BLANK, SYMBOLS, encode_transcript
 from tests.networks.speech_oracles import log, random_log_probs, read, transcript_probs
 
 SEEDS = st.integers(0, 2**32 - 1)
+SPACE = SYMBOLS.index(" ")
 
 
 def prefix_of(log_probs: torch.Tensor, symbols: tuple[int, ...]) -> CtcPrefixes:
@@ -143,8 +144,16 @@ def test_words_last_from_their_first_to_their_last_letter() -> None:
     log_probs = torch.full((16, len(SYMBOLS)), -6.0)
     log_probs[torch.arange(16), torch.tensor(path)] = -0.1
     expected = [WordTime("SET", 0.08, 0.24), WordTime("B", 0.32, 0.36), WordTime("11", 0.48, 0.64)]
-    assert word_times(log_probs, " Set b  11", 25.0) == expected
-    assert word_times(log_probs, "", 25.0) == []
+    assert word_times(log_probs, encode_transcript("Set b 11"), 25.0) == expected
+    assert word_times(log_probs, encode_transcript(""), 25.0) == []
+
+
+def test_spaces_around_a_transcript_do_not_stretch_its_words() -> None:
+    symbols = np.array([SPACE, *encode_transcript("no"), SPACE, SPACE])
+    path = [SPACE, SPACE, BLANK, *encode_transcript("no"), SPACE, BLANK, SPACE]
+    log_probs = torch.full((8, len(SYMBOLS)), -6.0)
+    log_probs[torch.arange(8), torch.tensor(path)] = -0.1
+    assert word_times(log_probs, symbols, 25.0) == [WordTime("NO", 0.12, 0.2)]
 
 
 @pytest.mark.parametrize("symbols", [[0], [1, 2]])

@@ -1,11 +1,14 @@
 """Decoding of recordings and videos: formats, intervals, limits, and damage of each kind."""
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from embedcache.errors import ItemError
 from embedcache.sources import media
-from embedcache.sources.media import decode_audio, decode_video
+from embedcache.sources.media import StreamInfo, decode_audio, decode_video, iter_audio, iter_frames, probe_media
 from tests.media_files import CODECS, encode_audio, encode_video, moving_square, tone, wav
 
 
@@ -179,3 +182,65 @@ def test_truncated_file_fails(samples: np.ndarray | None) -> None:
     sound = wav(tone(2))
     with pytest.raises(ItemError, match=r"^truncated: 32,022 bytes of 64,044$"):
         decode_audio(sound[: len(sound) // 2])
+
+
+@pytest.mark.parametrize("kind", ["wav", *CODECS])
+def test_blocks_of_a_recording_are_the_whole(kind: str, tmp_path: Path) -> None:
+    data = wav(tone(3.0)) if kind == "wav" else encode_audio(tone(3.0), kind)
+    (tmp_path / "a").write_bytes(data)
+    blocks = list(iter_audio(tmp_path / "a"))
+    assert len(blocks) > 3
+    np.testing.assert_array_equal(np.concatenate(blocks), decode_audio(data))
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webm", "mkv", "avi"])
+def test_frames_of_a_constant_rate_are_all_frames(kind: str, tmp_path: Path) -> None:
+    data = encode_video(moving_square(30), rate_hz=30, kind=kind)
+    (tmp_path / "a").write_bytes(data)
+    np.testing.assert_array_equal(np.stack(list(iter_frames(tmp_path / "a"))), decode_video(data).frames_THW3)
+    assert probe_media(tmp_path / "a")["video"].rate_hz == 30
+
+
+def test_frames_of_varying_length_are_put_at_a_constant_rate(tmp_path: Path) -> None:
+    """Frames at 0, 40, 80, 200 and 240 ms, as a phone in the dark records them: 5 frames in 280 ms."""
+    data = encode_video(moving_square(5), times_ms=[0, 40, 80, 200, 240], kind="mkv")
+    (tmp_path / "a").write_bytes(data)
+    distinct, found = decode_video(data).frames_THW3, list(iter_frames(tmp_path / "a"))
+    rate_hz = probe_media(tmp_path / "a")["video"].rate_hz
+    times_ms = (np.arange(len(found)) + 0.5) * 1000 / rate_hz
+    shown = np.searchsorted([0, 40, 80, 200, 240], times_ms, side="right") - 1
+    assert len(found) == pytest.approx(0.28 * rate_hz, abs=1)
+    np.testing.assert_array_equal(np.stack(found), distinct[shown])
+
+
+def test_streams_are_found_without_decoding(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(encode_video(moving_square(50), samples=tone(2.0)))
+    (tmp_path / "a.mp3").write_bytes(encode_audio(tone(2.0), "mp3"))
+    found = probe_media(tmp_path / "a.mp4")
+    assert found["video"] == StreamInfo(rate_hz=25, duration_s=2.0)
+    assert found["audio"].duration_s == pytest.approx(2.0, abs=0.1)
+    assert probe_media(tmp_path / "a.mp3") == {"audio": StreamInfo(rate_hz=16_000, duration_s=None)}
+
+
+def test_long_recordings_have_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(media, "MAX_AUDIO_S", 1)
+    (tmp_path / "a.wav").write_bytes(wav(tone(4)))
+    assert sum(len(block) for block in iter_audio(tmp_path / "a.wav")) == 64_000
+
+
+@pytest.mark.parametrize("function", [iter_audio, iter_frames])
+def test_damaged_files_have_no_blocks(function: Callable[[Path], Iterator[np.ndarray]], tmp_path: Path) -> None:
+    whole = encode_video(moving_square(200), samples=tone(8.0), kind="mkv")
+    for name, data, message in (
+        ("empty", b"", "empty file"),
+        ("text", b"no media" * 99, "damaged .*: Invalid data"),
+        ("cut", whole[: len(whole) // 2], r"truncated: \d\.\d s could be decoded of 8\.\d s"),
+        (
+            "other",
+            wav(tone(1)) if function is iter_frames else encode_video(moving_square(9)),
+            "no (sound|frames): the",
+        ),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ItemError, match=message):
+            list(function(tmp_path / name))
