@@ -22,7 +22,7 @@ class AttentionDecoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         self.layers = nn.ModuleList(DecoderLayer(width, sizes) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        self.readout = FrameReadout(width, num_symbols, is_masked=False)
+        self.readout = FrameReadout(width, num_symbols)
 
     def forward(self, symbols_BL: Tensor, frames_BTP: Tensor, is_valid_BT: Tensor) -> Tensor:
         """Compute the logits of the symbol after each prefix: (B, L, C), given the symbols before it.

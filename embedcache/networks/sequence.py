@@ -4,7 +4,6 @@ A padded batch and its items alone give the same values, to float32 rounding: no
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -91,46 +90,56 @@ class FrameAdapter(nn.Module):
 
 
 class SequenceEncoder(nn.Module):
-    """The encoder of one stream: a `FrameAdapter` and a `Transformer`.
+    """The encoder of one stream: standardized channels, stacked frames, a `FrameAdapter` and a `Transformer`.
 
     H = Enc(PE + W₂ · ReLU(MLN(W₁ · x))) with r frames side by side in x, as in "Leveraging Unimodal Self-Supervised
     Learning for Multimodal Audio-Visual Speech Recognition" (ACL 2022). Unlike there, each encoder has a final
-    normalization of its own, so that it can be frozen, and normalizes before its blocks.
+    normalization of its own, so that it can be frozen, normalizes before its blocks, and standardizes the channels of
+    the feature first: CTC then learns to align in a third of the steps.
 
     Args:
-        input_width: width of the input frames, after stacking.
+        input_width: width of the feature.
+        stack: number of its frames side by side.
         width: width of the output.
     """
 
-    def __init__(self, input_width: int, width: int, num_layers: int, sizes: LayerSizes) -> None:
+    def __init__(self, input_width: int, stack: int, width: int, num_layers: int, sizes: LayerSizes) -> None:
         super().__init__()
-        self.adapter = FrameAdapter(input_width, width)
+        self.mean: Tensor
+        self.scale: Tensor
+        self.register_buffer("mean", torch.zeros(input_width))
+        self.register_buffer("scale", torch.ones(input_width))
+        self.adapter = FrameAdapter(stack * input_width, width)
         self.transformer = Transformer(width, num_layers, sizes)
 
+    def standardize(self, values_ND: Tensor) -> None:
+        """Set the mean and the standard deviation of each channel to those of some frames of the feature."""
+        deviation_D, mean_D = torch.std_mean(values_ND.float(), dim=0, correction=0)
+        self.mean, self.scale = mean_D, 1 / deviation_D.clamp(min=1e-5)
+
     def forward(self, values_BTD: Tensor, is_valid_BT: Tensor) -> Tensor:
-        """Encode frames: (B, T, P)."""
-        encoded_BTP: Tensor = self.transformer(self.adapter(values_BTD, is_valid_BT), is_valid_BT)
+        """Encode stacked frames: (B, T, stack · D) -> (B, T, P)."""
+        shape_BTSD = (*values_BTD.shape[:2], -1, len(self.mean))
+        standard_BTD = ((values_BTD.view(shape_BTSD) - self.mean) * self.scale).flatten(2)
+        encoded_BTP: Tensor = self.transformer(self.adapter(standard_BTD, is_valid_BT), is_valid_BT)
         return encoded_BTP
 
 
 class FrameReadout(nn.Module):
-    """Four linear layers per frame with normalization and ReLU between them: widths P, P, P/2, P/2 and the symbols.
+    """Four linear layers per frame with layer normalization and ReLU between them: widths P, P, P/2, P/2, C.
 
-    Args:
-        is_masked: normalize over the valid frames of an item together, `MaskedNorm`; else every frame alone.
+    The paper normalizes those of CTC over all frames of an item, `MaskedNorm`; with that CTC learns more slowly.
     """
 
-    def __init__(self, width: int, num_symbols: int, *, is_masked: bool) -> None:
+    def __init__(self, width: int, num_symbols: int) -> None:
         super().__init__()
         widths = (width, width, width // 2, width // 2, num_symbols)
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        norms: Sequence[nn.Module] = [MaskedNorm() if is_masked else nn.LayerNorm(size) for size in widths[1:-1]]
-        self.norms = nn.ModuleList(norms)
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in widths[1:-1])
 
-    def forward(self, values_BTP: Tensor, is_valid_BT: Tensor | None = None) -> Tensor:
+    def forward(self, values_BTP: Tensor) -> Tensor:
         """Compute logits: (B, T, C)."""
-        for linear, norm in zip(self.linears, [*self.norms, None], strict=True):
-            values_BTP = linear(values_BTP)
-            if norm is not None:
-                values_BTP = torch.relu(norm(values_BTP) if is_valid_BT is None else norm(values_BTP, is_valid_BT))
-        return values_BTP
+        for linear, norm in zip(self.linears, self.norms, strict=False):
+            values_BTP = torch.relu(norm(linear(values_BTP)))
+        logits_BTC: Tensor = self.linears[-1](values_BTP)
+        return logits_BTC

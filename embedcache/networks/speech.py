@@ -98,14 +98,14 @@ class SpeechNetwork(nn.Module):
         self.widths = {name: int(stream["width"]) for name, stream in streams.items()}
         self.width = width
         self.encoders = nn.ModuleDict(
-            {name: SequenceEncoder(self.widths[name] * self.stacks[name], width, num_layers, sizes) for name in streams}
+            {name: SequenceEncoder(self.widths[name], self.stacks[name], width, num_layers, sizes) for name in streams}
         )
         self.fusion = (
             Fusion(tuple(streams), width, kind=fusion, num_layers=fusion_layers, sizes=sizes)
             if len(streams) > 1 or fusion_layers
             else None
         )
-        self.ctc = FrameReadout(width, len(SYMBOLS), is_masked=True)
+        self.ctc = FrameReadout(width, len(SYMBOLS))
         self.attention = AttentionDecoder(width, len(SYMBOLS), decoder_layers, sizes)
 
     @property
@@ -118,6 +118,12 @@ class SpeechNetwork(nn.Module):
         parts = {name: [f"encoders.{name}"] for name in self.streams}
         parts |= {"fusion": ["fusion"]} if self.fusion is not None else {}
         return {**parts, "ctc": ["ctc"], "attention": ["attention"]}
+
+    def standardize(self, name: str, frames_ND: Floats) -> None:
+        """Set the moments by which a stream's feature is standardized to those of some of its frames, (N, D)."""
+        encoder = self.encoders[name]
+        assert isinstance(encoder, SequenceEncoder)
+        encoder.standardize(torch.from_numpy(frames_ND))
 
     def encode_stream(self, name: str, stream: Frames) -> Tensor:
         """Encode the stacked frames of one stream: (B, T, P)."""
@@ -160,7 +166,7 @@ class SpeechNetwork(nn.Module):
 
     def ctc_log_probs(self, encoded: EncodedSpeech) -> Tensor:
         """Compute the log-probability of each symbol in each frame: (B, T, C) float32."""
-        logits_BTC: Tensor = self.ctc(encoded.frames_BTP, encoded.is_valid_BT)
+        logits_BTC: Tensor = self.ctc(encoded.frames_BTP)
         return logits_BTC.float().log_softmax(dim=-1)
 
     def output_shapes(self, shapes: Sequence[tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:

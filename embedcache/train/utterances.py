@@ -1,0 +1,191 @@
+"""Utterances of a cache: transcripts, and the features of sound and lips in several views, read in batches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from embedcache.arrays import Array, Inputs, Ints
+from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, open_input, view_feature
+from embedcache.dataset.pairs import read_items
+from embedcache.errors import DataError
+from embedcache.networks.transcripts import encode_transcript
+from embedcache.registry import unknown_name
+from embedcache.store.cache import Cache
+from embedcache.train.views import merge_inputs
+
+_SLACK_S = 0.25
+"""Streams of one utterance may differ by this much in length: the tracks of a file rarely end together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """A stream of all utterances, such as their sound: items and the readers of their views.
+
+    Args:
+        feature: the plain feature.
+        readers: view -> reader of its rows.
+        rate_hz: frames per second of the feature.
+        order_M: (M,) rows of the items, utterance after utterance.
+        first_S: (S,) position in `order_M` of the first item of each utterance.
+        count_S: (S,) number of its items.
+    """
+
+    feature: InputFeature
+    readers: Mapping[str, Reader]
+    rate_hz: float
+    order_M: Ints
+    first_S: Ints
+    count_S: Ints
+
+    def rows(self, numbers_B: Ints, items_B: Ints | None = None) -> Ints:
+        """Return the feature's rows of utterances; of several items, such as faces, those of some numbers, else the
+        first.
+        """
+        offsets_B = 0 if items_B is None else items_B % self.count_S[numbers_B]
+        rows_B: Ints = self.order_M[self.first_S[numbers_B] + offsets_B]
+        return rows_B
+
+    def read(self, rows_B: Ints, views_B: Ints) -> Inputs:
+        """Read each row from the view of a number."""
+        parts = []
+        for number, read in enumerate(self.readers.values()):
+            positions = np.flatnonzero(views_B == number)
+            if len(positions):
+                parts.append((positions, read(rows_B[positions])))
+        return merge_inputs(parts, len(rows_B), np.result_type(*(inputs.values.dtype for _, inputs in parts)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utterances:
+    """Utterances with a transcript and at least one item of every stream.
+
+    Args:
+        cache: the cache.
+        samples_S: (S,) their samples.
+        keys: their keys.
+        texts: their transcripts.
+        symbols: their transcripts as numbers of `SYMBOLS`.
+        streams: stream -> its items and features.
+    """
+
+    cache: Cache
+    samples_S: Ints
+    keys: Sequence[str]
+    texts: Sequence[str]
+    symbols: Sequence[Ints]
+    streams: Mapping[str, Stream]
+
+    def __len__(self) -> int:
+        return len(self.samples_S)
+
+    def view_number(self, stream: str, view: str) -> int:
+        """Return the number of a view of a stream, or raise an `UnknownNameError`."""
+        names = list(self.streams[stream].readers)
+        if view not in names:
+            raise unknown_name(f"view of the {stream} of {self.cache.path}", view, names)
+        return names.index(view)
+
+    def require_close_lengths(self, inputs: Mapping[str, Inputs], numbers_B: Ints) -> None:
+        """Check that the streams of each utterance last equally long, to within a quarter of a second.
+
+        Raises:
+            DataError: names an utterance whose streams do not.
+        """
+        seconds = {name: frame_counts(values) / self.streams[name].rate_hz for name, values in inputs.items()}
+        first, *others = seconds
+        for other in others:
+            bad = np.flatnonzero(np.abs(seconds[first] - seconds[other]) > _SLACK_S)
+            if len(bad):
+                raise DataError(
+                    f"{self.keys[numbers_B[bad[0]]]}: expected {first} and {other} of one length, to {_SLACK_S} s, got "
+                    f"{seconds[first][bad[0]]:.2f} and {seconds[other][bad[0]]:.2f} s; are they of one recording, and "
+                    "their frame rates right?"
+                )
+
+
+def frame_counts(inputs: Inputs) -> Ints:
+    """Return the number of frames of each item: (B,)."""
+    values, lengths = inputs
+    return np.full(len(values), values.shape[1], np.int64) if lengths is None else lengths
+
+
+def stack_inputs(inputs: Inputs, stack: int, shifts_B: Ints | None = None) -> tuple[Array, Ints]:
+    """Put `stack` consecutive frames of each item side by side: (B, T, stack · D) and (B,) lengths.
+
+    The last frame of an item fills its last row, and all behind it.
+
+    Args:
+        shifts_B: (B,) frames by which each item is moved to earlier times; the first or last frame fills the rest.
+    """
+    lengths_B = frame_counts(inputs)
+    stacked_B = -(-lengths_B // stack)
+    frames_T = np.arange(int(stacked_B.max()) * stack)
+    shifts_B = np.zeros_like(lengths_B) if shifts_B is None else shifts_B
+    frames_BT = np.clip(frames_T + shifts_B[:, None], 0, lengths_B[:, None] - 1)
+    values: Array = np.take_along_axis(inputs.values, frames_BT[..., None], axis=1)
+    return values.reshape(len(values), len(frames_T) // stack, -1), stacked_B
+
+
+def open_utterances(
+    cache: Cache,
+    features: Mapping[str, str],
+    *,
+    views: Mapping[str, Sequence[str]] | None = None,
+    samples: Ints | None = None,
+    in_memory: bool = True,
+) -> Utterances:
+    """Open the utterances of a cache, and the features of each stream.
+
+    Args:
+        cache: a cache with texts, one per utterance.
+        features: stream, `audio` or `video` -> name of its feature, with an axis of time.
+        views: stream -> names of its views, such as `plain` and `babble-5dB`; None: `plain`.
+        samples: samples to use; None: all that have a transcript and all streams.
+        in_memory: read all features into memory, else rows from memory maps as they are needed.
+
+    Raises:
+        UnknownNameError: there is no such feature or view.
+        UnfinishedError: a feature is not complete.
+        DataError: a feature has no axis of time, a transcript has other characters than `SYMBOLS`, or no utterance has
+            everything.
+    """
+    opened = {name: _open_views(cache, name, feature, (views or {}).get(name)) for name, feature in features.items()}
+    items = {name: [read_items([cache], [feature]) for feature in found.values()] for name, found in opened.items()}
+    rows = {name: _common([of_view.rows for of_view in found]) for name, found in items.items()}
+    owners = {name: cache.items(name)["sample"].to_numpy() for name in features}
+    table = cache.items("text", columns=["sample", "text"])
+    texts = dict(zip(table["sample"].to_pylist(), table["text"].to_pylist(), strict=True))
+    wanted = np.array(sorted(texts), np.int64) if samples is None else np.intersect1d(samples, list(texts))
+    for name in features:
+        wanted = np.intersect1d(wanted, owners[name][rows[name]])
+    if not len(wanted):
+        raise DataError(f"{cache.path}: expected utterances with a transcript and {' and '.join(features)}, got none")
+    streams = {}
+    for name, found in opened.items():
+        plain = next(iter(found.values()))
+        axis = cache.feature(name, plain.name).axis
+        if axis is None or axis.rate_hz is None:
+            raise DataError(f"{plain.name}: expected a feature with an axis of time, such as states; name another one")
+        kept = rows[name][np.isin(owners[name][rows[name]], wanted)]
+        order_M = kept[np.argsort(owners[name][kept], kind="stable")]
+        _, first_S, count_S = np.unique(owners[name][order_M], return_index=True, return_counts=True)
+        readers = {view: feature.load() if in_memory else feature.read for view, feature in found.items()}
+        streams[name] = Stream(
+            feature=plain, readers=readers, rate_hz=axis.rate_hz, order_M=order_M, first_S=first_S, count_S=count_S
+        )
+    keys = cache.samples["key"].take(wanted).to_pylist()
+    transcripts = [texts[sample] for sample in wanted.tolist()]
+    symbols = [encode_transcript(text) for text in transcripts]
+    return Utterances(cache=cache, samples_S=wanted, keys=keys, texts=transcripts, symbols=symbols, streams=streams)
+
+
+def _open_views(cache: Cache, stream: str, feature: str, views: Sequence[str] | None) -> dict[str, InputFeature]:
+    return {view: open_input(cache, stream, view_feature(feature, view)) for view in views or (PLAIN,)}
+
+
+def _common(rows: Sequence[Ints]) -> Ints:
+    common = rows[0]
+    for others in rows[1:]:
+        common = np.intersect1d(common, others)
+    return common
