@@ -31,7 +31,7 @@ _LETTER_S = 0.24
 
 
 class SpellingSource:
-    """Utterances of words of one letter; a letter has a pitch, a loudness and a color. Two videos each, of other brightness.
+    """Utterances of words of one letter; a letter has a pitch, a loudness and a color. Each has two videos, one darker.
 
     Args:
         late: utterances whose video lasts a second longer than their sound.
