@@ -229,6 +229,7 @@ class SpeechBatch(NamedTuple):
         target_lengths_B: (B,) int64, symbols of each transcript without END.
         is_missing: stream -> (B,) bool.
         is_encoded: whether the streams are encoded already.
+        is_ctc_alone: whether CTC is all of the loss, as in the first epochs of training.
     """
 
     streams: Mapping[str, Frames]
@@ -236,6 +237,7 @@ class SpeechBatch(NamedTuple):
     target_lengths_B: Tensor
     is_missing: Mapping[str, Tensor] | None = None
     is_encoded: bool = False
+    is_ctc_alone: bool = False
 
 
 class SpeechObjective(nn.Module):
@@ -255,11 +257,12 @@ class SpeechObjective(nn.Module):
     def forward(self, batch: SpeechBatch) -> Tensor:
         """Compute the loss of a batch, a scalar."""
         encoded = self.module.encode(batch.streams, is_missing=batch.is_missing, is_encoded=batch.is_encoded)
-        loss = torch.zeros((), device=batch.targets_BL.device)
-        if self.ctc_weight:
-            loss = loss + self.ctc_weight * self._ctc(encoded, batch)
-        if self.ctc_weight < 1:
-            loss = loss + (1 - self.ctc_weight) * self._attention(encoded, batch)
+        loss = _no_loss(self.module.ctc) + _no_loss(self.module.attention)
+        ctc_weight = 1.0 if batch.is_ctc_alone else self.ctc_weight
+        if ctc_weight:
+            loss = loss + ctc_weight * self._ctc(encoded, batch)
+        if ctc_weight < 1:
+            loss = loss + (1 - ctc_weight) * self._attention(encoded, batch)
         return loss
 
     def _ctc(self, encoded: EncodedSpeech, batch: SpeechBatch) -> Tensor:
@@ -287,6 +290,11 @@ class SpeechObjective(nn.Module):
         return cross_entropy(
             logits_BLC.flatten(0, 1), targets_BL.flatten(), ignore_index=IGNORED, label_smoothing=self.smoothing
         )
+
+
+def _no_loss(module: nn.Module) -> Tensor:
+    """Return 0 with a gradient of 0 for each parameter: `DistributedDataParallel` expects one of every parameter."""
+    return torch.stack([0.0 * parameter.sum() for parameter in module.parameters()]).sum()
 
 
 def pad_transcripts(transcripts: Sequence[Ints]) -> tuple[Ints, Ints]:

@@ -93,12 +93,13 @@ class SpeechTask:
         measured: Sequence[str] = ("plain",),
         ctc_weight: float = CTC_WEIGHT,
         smoothing: float = SMOOTHING,
+        ctc_epochs: int = 0,
         is_encoded: bool = False,
         device: str = "cpu",
     ) -> None:
         self.module, self._train, self._validation = module, train, validation
         self._augmentation, self._measured, self._is_encoded, self._device = augmentation, measured, is_encoded, device
-        self._ctc_weight, self._smoothing = ctc_weight, smoothing
+        self._ctc_weight, self._smoothing, self._ctc_epochs = ctc_weight, smoothing, ctc_epochs
         batch_size = settings.optimizer.batch_size or _BATCH_SIZE
         lengths_S = np.array([len(symbols) for symbols in train.symbols], np.int64)
         plan = UtteranceBatches(lengths_S, batch_size=batch_size, seed=settings.seed)
@@ -118,7 +119,7 @@ class SpeechTask:
 
     def _load(self, drawn: DrawnBatch) -> LoadedUtterances:
         numbers_B = drawn.numbers_B[own_slice(len(drawn.numbers_B))]
-        rng = np.random.default_rng([*drawn.seeds, int(numbers_B[0])])
+        rng = np.random.default_rng([drawn.seed, drawn.epoch, drawn.step, int(numbers_B[0])])
         streams = read_augmented(self._train, numbers_B, self._stacks, self._augmentation, rng)
         missing = draw_missing(self._augmentation.missing, tuple(streams), len(numbers_B), rng)
         targets_BL, lengths_B = pad_transcripts([self._train.symbols[number] for number in numbers_B])
@@ -128,6 +129,7 @@ class SpeechTask:
             target_lengths_B=to_device(lengths_B, self._device),
             is_missing={name: to_device(is_gone_B, self._device) for name, is_gone_B in missing.items()},
             is_encoded=self._is_encoded,
+            is_ctc_alone=drawn.epoch < self._ctc_epochs,
         )
         return LoadedUtterances(batch, numbers_B)
 
@@ -226,6 +228,8 @@ class SpeechRecipe:
         augmentation: what is changed in training.
         measured: views of the sound in which validation is measured.
         ctc_weight: weight of the CTC loss; the rest is that of attention.
+        ctc_epochs: first epochs, in which CTC is all of the loss. An attention decoder learns to spell before it
+            attends to anything, and with little data it keeps CTC from learning to align.
         smoothing: smoothing of both losses.
     """
 
@@ -233,6 +237,7 @@ class SpeechRecipe:
     augmentation: SpeechAugmentation = field(default_factory=SpeechAugmentation)
     measured: Sequence[str] = (PLAIN,)
     ctc_weight: float = CTC_WEIGHT
+    ctc_epochs: int = 0
     smoothing: float = SMOOTHING
 
 
@@ -285,6 +290,7 @@ def train_speech(
             augmentation=recipe.augmentation,
             measured=recipe.measured,
             ctc_weight=recipe.ctc_weight,
+            ctc_epochs=recipe.ctc_epochs,
             smoothing=recipe.smoothing,
             is_encoded=states is not None,
             device=device,

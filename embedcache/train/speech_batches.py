@@ -39,11 +39,13 @@ class DrawnBatch(NamedTuple):
 
     Args:
         numbers_B: (B,) utterances.
-        seeds: seed of the generator that draws what happens to them.
+        seed: seed of the run; with epoch and step, that of what is drawn for them.
     """
 
     numbers_B: Ints
-    seeds: tuple[int, int, int]
+    seed: int
+    epoch: int
+    step: int
 
 
 class UtteranceBatches:
@@ -61,7 +63,7 @@ class UtteranceBatches:
         ordered = np.concatenate([bucket[np.argsort(self._lengths_S[bucket], kind="stable")] for bucket in buckets])
         parts = np.array_split(ordered, self.num_steps)
         for step in rng.permutation(self.num_steps)[first_step:].tolist():
-            yield DrawnBatch(parts[step], (self._seed, number, step))
+            yield DrawnBatch(parts[step], self._seed, number, step)
 
 
 def read_augmented(

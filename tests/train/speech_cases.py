@@ -31,7 +31,7 @@ _LETTER_S = 0.24
 
 
 class SpellingSource:
-    """Utterances of words of one letter; a letter has a loudness and a color. Two videos each, of other brightness.
+    """Utterances of words of one letter; a letter has a pitch, a loudness and a color. Each has two videos, one darker.
 
     Args:
         late: utterances whose video lasts a second longer than their sound.
@@ -55,7 +55,7 @@ class SpellingSource:
         number, *face, kind = item.path.split(".")
         places = [LETTERS.index(letter) for letter in _letters(int(number))]
         if kind == "wav":
-            return wav(np.concatenate([tone(_LETTER_S, 300) * (0.1 + 0.4 * place) for place in places]))
+            return wav(np.concatenate([tone(_LETTER_S, 300.0 * 3**place) * (0.1 + 0.4 * place) for place in places]))
         frames = np.zeros((6 * len(places) + 25 * (int(number) in self._late), 16, 16, 3), np.uint8)
         for position, place in enumerate(places):
             frames[6 * position : 6 * position + 6, :, :, place] = 200 - 50 * int(face[0])
