@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedcache.dataset.inputs import open_input
 from embedcache.settings import from_flat
+from embedcache.sources.media import decode_video
 from embedcache.store.cache import Cache
 from embedcache.train.settings import FitSettings
 from embedcache.train.speech import SpeechRecipe, train_speech
@@ -85,25 +85,24 @@ def test_every_stage_runs_on_models_and_clips_of_others(folder: Path) -> None:
     starts = tuple(f"{stream}={folder / f'run-{stream}'}" for stream in FEATURES)
     train(folder, "run", FEATURES, states=states, init_from=starts, trainable="fusion+ctc+attention")
     clip = "lrs3/test/speaker0/00002.mp4"
-    for options, streams in (
+    seconds = len(decode_video((folder / clip).read_bytes()).frames_THW3) / 25
+    for options, used in (
         ((), ["audio", "video"]),
-        (("--streams", "audio"), ["audio"]),
-        (("--streams", "video"), ["video"]),
+        (["--streams", "audio"], ["audio"]),
+        (["--streams", "video"], ["video"]),
     ):
-        (record,) = json.loads(
-            succeed(
-                "transcribe", "run", clip, "--mouth", "all", *options, "--json", "--decoder", "attention", cwd=folder
-            )
-        )
-        assert record["streams"] == streams
-        assert record["duration_s"] == pytest.approx(open_clip_s(folder), abs=0.1)
+        words = ["transcribe", "run", clip, "--mouth", "all", *options, "--json", "--decoder", "attention"]
+        (record,) = json.loads(succeed(*words, cwd=folder))
+        assert record["streams"] == used
+        assert record["duration_s"] == pytest.approx(seconds, abs=0.1)
 
 
-def open_clip_s(folder: Path) -> float:
-    feature = open_input(Cache(folder / "test-cache"), "video", FEATURES["video"])
-    lengths = feature.read(np.array([1])).lengths  # speaker0/00002 is the second clip by path
-    assert lengths is not None
-    return float(lengths[0]) / 25
+def test_the_longest_utterance_is_recorded(folder: Path) -> None:
+    """The network has positions for these lengths, so that longer recordings are cut."""
+    config = json.loads((train(folder, "run-long", {"video": FEATURES["video"]}) / "config.json").read_text())
+    clips = (folder / "lrs3" / "trainval").glob("*/*.mp4")
+    longest = max(len(decode_video(clip.read_bytes()).frames_THW3) for clip in clips)
+    assert config["training"]["longest_s"] == longest / 25
 
 
 def test_changed_weights_are_refused(folder: Path) -> None:
