@@ -79,6 +79,11 @@ class InputFeature:
             float(feature.num_tokens) * self.width * np.dtype(feature.dtype).itemsize for feature in self._features
         )
 
+    def lengths(self) -> Ints:
+        """Return the number of vectors of each item, (N,) int64, without reading them."""
+        lengths_N: Ints = np.sum([feature.lengths() for feature in self._features], axis=0)
+        return lengths_N
+
     @property
     def valid(self) -> Bools:
         """(N,) bool, whether each item has all of the features."""

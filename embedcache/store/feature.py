@@ -138,6 +138,19 @@ class Feature:
         assert all(array is not None for array in tokens)  # every row is valid, so every item has tokens
         return [array for array in tokens if array is not None]
 
+    def lengths(self) -> Ints:
+        """Return the number of tokens of each item without reading them: (N,) int64, 0 for an item that has none."""
+        lengths_N = np.zeros(self.num_items, np.int64)
+        for commit in self.commits:
+            if commit is not None:
+                rows = self._rows(commit.chunk)
+                num_tokens = self.item_shape[0] if len(self.item_shape) > 1 else 1
+                lengths_N[rows] = (
+                    self._lengths(commit.chunk)[: rows.stop - rows.start] if self.is_ragged else num_tokens
+                )
+        lengths_N[~self.valid] = 0
+        return lengths_N
+
     def chunks(self) -> Iterator[tuple[slice, Any]]:
         """Iterate over the committed chunks in row order, with checksums checked.
 
@@ -226,13 +239,17 @@ class Feature:
                 self._maps.popitem(last=False)
         return self._maps[number]
 
+    def _lengths(self, chunk: int) -> Array:
+        """Map the number of tokens of each item of one chunk."""
+        return map_chunk(self.group.path / self.feature / "lengths", chunk, (self.group.info.chunk_size,), "int32")
+
     def _ragged_chunk(self, chunk: int, *, commit: Commit | None = None) -> list[Array | None]:
         """Map one chunk of tokens; check its checksums if its commit is given."""
         path = self.group.path / self.feature
         values_path = path / "values" / f"{chunk:05d}"
         num_tokens, width = read_metadata(values_path)["shape"]
         values = map_chunk(values_path, 0, (max(num_tokens, 1), width), self.dtype)
-        lengths = map_chunk(path / "lengths", chunk, (self.group.info.chunk_size,), "int32")
+        lengths = self._lengths(chunk)
         if commit is not None:
             crcs = commit.features[self.feature]
             check_chunk(values_path, 0, values, crcs[f"{self.feature}/values/{chunk:05d}/0"])

@@ -268,11 +268,16 @@ def train_speech(
         SettingError: streams have rates without a whole ratio, or states are given while encoders are trained.
     """
     arguments = {"streams": _describe_streams(train), **recipe.model}
+    training = {
+        **asdict(recipe),
+        "states": _describe_states(train, states, settings),
+        "longest_s": round(max(stream.longest_s for stream in train.streams.values()), 3),
+    }
     config = ModuleConfig(
         kind="speech",
         arguments=arguments,
         sides={name: describe_input(stream.feature) for name, stream in train.streams.items()},
-        training=json.loads(canonical_json({**asdict(recipe), "states": _describe_states(train, states, settings)})),
+        training=json.loads(canonical_json(training)),
         index_digest="+".join(item.cache.info.index_digest for item in (train, validation)),
         file_digests={"utterances": digest([train.keys, validation.keys])},
     )

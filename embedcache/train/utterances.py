@@ -38,6 +38,11 @@ class Stream:
     first_S: Ints
     count_S: Ints
 
+    @property
+    def longest_s(self) -> float:
+        """Length of the longest item in seconds."""
+        return float(self.feature.lengths()[self.order_M].max() / self.rate_hz)
+
     def rows(self, numbers_B: Ints, items_B: Ints | None = None) -> Ints:
         """Return the feature's rows of utterances; of several items, such as faces, those of some numbers, else the
         first.

@@ -173,8 +173,9 @@ def _check_audio(item: AudioLike) -> Path | Array:
     if not isinstance(item, np.ndarray) or item.ndim != 1 or item.dtype != np.float32 or not len(item):
         what = f"{item.dtype} of shape {item.shape}" if isinstance(item, np.ndarray) else type(item).__name__
         raise DataError(f"expected a path, or mono float32 samples at {AUDIO_RATE_HZ} Hz, got {what}")
-    if np.abs(item).max() > _LOUDEST:
-        raise DataError(f"expected samples in [-1, 1], got up to {np.abs(item).max():g}; divide 16-bit ones by 32768")
+    loudest = max(item.max(), -item.min())  # without a copy of what may be an hour
+    if loudest > _LOUDEST:
+        raise DataError(f"expected samples in [-1, 1], got up to {loudest:g}; divide 16-bit ones by 32768")
     return item
 
 

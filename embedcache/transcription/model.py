@@ -178,7 +178,7 @@ class SpeechModel:
         for number, clip in enumerate(clips):
             step_s = self._step_s(clip.streams[0])
             for window in iter_windows(clip, window_s=self._window_s(settings), step_s=step_s):
-                encoded = _EncodedWindow(number, window, self._encode(clip, window))
+                encoded = _EncodedWindow(number, window.start_s, window.stop_s, self._encode(clip, window))
                 if batch and (len(batch) == _WINDOWS_PER_BATCH or batch[0].features.keys() != encoded.features.keys()):
                     yield from self._recognize(batch, settings)
                     batch = []
@@ -206,19 +206,20 @@ class SpeechModel:
         encoded = self._network.encode(streams)
         found = recognize(self._network, encoded, settings.decoding)
         log_probs_BTC, lengths_B = self._network.ctc_log_probs(encoded), encoded.is_valid_BT.sum(dim=1)
-        for (number, window, _), best, log_probs_TC, length in zip(
-            batch, found, log_probs_BTC, lengths_B.tolist(), strict=True
-        ):
+        step_s = self._step_s(next(iter(streams)))
+        for window, best, log_probs_TC, length in zip(batch, found, log_probs_BTC, lengths_B.tolist(), strict=True):
             transcript = Transcript(
                 text=to_text(best.symbols),
-                words=self._find_words(log_probs_TC[:length], best.symbols, window, self._step_s(next(iter(streams)))),
+                words=self._find_words(log_probs_TC[:length], best.symbols, window, step_s),
                 score=best.score,
                 duration_s=window.stop_s - window.start_s,
                 streams=tuple(streams),
             )
-            yield number, transcript
+            yield window.number, transcript
 
-    def _find_words(self, log_probs_TC: Tensor, symbols_L: Ints, window: Window, step_s: float) -> list[WordTime]:
+    def _find_words(
+        self, log_probs_TC: Tensor, symbols_L: Ints, window: "_EncodedWindow", step_s: float
+    ) -> list[WordTime]:
         start_s, stop_s = window.start_s, window.stop_s
         is_trained = self.config.training.get("ctc_weight", CTC_WEIGHT) > 0
         num_needed = len(symbols_L) + int((symbols_L[1:] == symbols_L[:-1]).sum())  # a blank between equal letters
@@ -272,10 +273,11 @@ class SpeechModel:
 
 
 class _EncodedWindow(NamedTuple):
-    """A window of the recording of a number, and its features."""
+    """The features of a window of the recording of a number, without its samples and frames."""
 
     number: int
-    window: Window
+    start_s: float
+    stop_s: float
     features: Mapping[str, Floats]
 
 

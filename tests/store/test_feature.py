@@ -35,6 +35,8 @@ def test_round_trip(item_shape: tuple[int, ...], count: int, chunk_size: int, fa
         assert feature.shape == (count, *item_shape)
         assert feature.valid.tolist() == [item is not None for item in items]
         assert set(feature.failures) == {row for row in range(count) if items[row] is None}
+        lengths = [0 if item is None else len(item.reshape(-1, item_shape[-1])) for item in items]
+        assert feature.lengths().tolist() == lengths
         rows = rng.permutation(np.repeat(np.flatnonzero(feature.valid), 2))
         for row, found in zip(rows, feature.gather_tokens(rows), strict=True):
             np.testing.assert_array_equal(found, items[row].astype(np.float16))  # type: ignore[union-attr]
