@@ -8,6 +8,7 @@ import typer
 
 from embedcache.cli.options import (
     CacheArgument,
+    Device,
     Html,
     Json,
     Output,
@@ -20,6 +21,7 @@ from embedcache.evaluate.settings import (
     PairsSettings,
     ProbeSettings,
     RetrievalSettings,
+    SpeechSettings,
     ZeroShotSettings,
     pairs_settings,
 )
@@ -223,6 +225,51 @@ def pairs(
     )
 
 
+@with_settings(settings=SpeechSettings)
+def speech(
+    cache: CacheArgument,
+    run: Runs,
+    device: Device = "cpu",
+    as_json: Json = False,
+    output: Output = None,
+    html: Html = None,
+    *,
+    settings: SpeechSettings,
+) -> None:
+    """Measure the word errors of speech recognizers.
+
+    Word and character error rates in views of the sound, such as levels of noise, with confidence intervals and paired
+    differences to the first run. If the samples have a column `recordings`, intervals are over these, else over
+    utterances.
+
+    Example: embedcache evaluate speech test/ audio/ fusion/ --view plain,babble0dB,babble-5dB --html wer.html
+    """
+    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.evaluate.speech import compare_runs
+    from embedcache.reports.speech import difference_table, error_table, speech_json, write_speech_page
+    from embedcache.store.cache import Cache
+
+    reports = compare_runs(cache, run, settings, device=device, progress=open_progress())
+
+    def show() -> None:
+        for name, seeds in reports.items():
+            print_line(f"{name}: {seeds[0].line()}")
+            for line in dict.fromkeys(line for report in seeds for line in report.warnings()):
+                print_line(f"  {line}")
+        print_table(*error_table(reports))
+        if difference_table(reports)[1]:
+            print_table(*difference_table(reports))
+
+    publish(
+        show,
+        lambda: speech_json(reports, Path(cache).name),
+        as_json=as_json,
+        output=output,
+        html=html,
+        write_page=lambda path: write_speech_page(path, Cache(cache), reports),
+    )
+
+
 def clip_benchmark(context: typer.Context, run: RunArgument) -> None:
     """Evaluate a run with CLIP_benchmark.
 
@@ -240,6 +287,7 @@ add_command(app, "retrieval", retrieval)
 add_command(app, "zero-shot", zero_shot)
 add_command(app, "probe", probe)
 add_command(app, "pairs", pairs)
+add_command(app, "speech", speech)
 add_command(
     app,
     "clip-benchmark",

@@ -1,6 +1,6 @@
 """The runs that are evaluated, and the samples they are evaluated on. Seeds of one recipe are averaged."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -54,11 +54,18 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False) -> list[Run]:
     return runs
 
 
-def group_by_recipe(run_paths: Sequence[Path | str]) -> dict[str, list[Path]]:
-    """Group runs by recipe: name -> seeds, in the given order."""
-    groups: list[tuple[dict[str, Any], list[Path]]] = []
+def group_by_recipe(
+    run_paths: Sequence[Path | str], read_recipe: Callable[[Path], Mapping[str, Any]] | None = None
+) -> dict[str, list[Path]]:
+    """Group runs by recipe: name -> seeds, in the given order.
+
+    Args:
+        run_paths: runs.
+        read_recipe: returns all that decides a run except its seeds; None: of runs that are pairs.
+    """
+    groups: list[tuple[Mapping[str, Any], list[Path]]] = []
     for path in map(Path, run_paths):
-        recipe = _recipe(read_config(path))
+        recipe = read_recipe(path) if read_recipe else _recipe(read_config(path))
         seeds = next((paths for other, paths in groups if other == recipe), None)
         if seeds is None:
             groups.append((recipe, seeds := []))
@@ -120,6 +127,15 @@ def read_eval_split(cache: Cache, run: Run, part: str | None = None) -> EvalSpli
         split = read_run_split(run, cache)
         rows = np.arange(len(split.keys)) if part == "all" else split.rows(part or "test")
         return EvalSplit(f"part {part or 'test'} of the run's split", rows, np.array(split.groups))
+    return read_part(cache, part)
+
+
+def read_part(cache: Cache, part: str | None = None) -> EvalSplit:
+    """Select samples by the column `split`. The part None is `test`, or `all` without such a part.
+
+    Raises:
+        DataError: there is no such part.
+    """
     parts = np.array(cache.samples["split"].to_pylist() if "split" in cache.columns else [], object)
     groups = np.arange(cache.info.num_samples)
     if part == "all" or (part is None and not (parts == "test").any()):

@@ -35,10 +35,11 @@ class SpellingSource:
 
     Args:
         late: utterances whose video lasts a second longer than their sound.
+        is_recorded: the words of every second utterance name their recordings in a column.
     """
 
-    def __init__(self, count: int, *, first: int = 0, late: tuple[int, ...] = ()) -> None:
-        self._numbers, self._late = range(first, first + count), late
+    def __init__(self, count: int, *, first: int = 0, late: tuple[int, ...] = (), is_recorded: bool = False) -> None:
+        self._numbers, self._late, self._is_recorded = range(first, first + count), late, is_recorded
 
     def describe(self) -> Mapping[str, Any]:
         return {"type": "tests.train.speech_cases:SpellingSource", "path": "", "settings": {}}
@@ -49,7 +50,9 @@ class SpellingSource:
             names = [f"{number}.{face}.mp4" for face in range(2)]
             videos = tuple(FileItem(path=n, length=len(self.read(FileItem(path=n, length=0)))) for n in names)
             text = TextItem(text=" ".join(_letters(number)))
-            yield Sample(key=str(number), texts=(text,), files={"audio": (audio,), "video": videos})
+            recordings = " ".join(f"spoken/{letter}" for letter in _letters(number)) if number % 2 else None
+            columns = {"recordings": recordings} if self._is_recorded else {}
+            yield Sample(key=str(number), texts=(text,), files={"audio": (audio,), "video": videos}, columns=columns)
 
     def read(self, item: FileItem) -> bytes:
         number, *face, kind = item.path.split(".")

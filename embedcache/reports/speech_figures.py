@@ -1,0 +1,346 @@
+"""Speech recognition as figures: error rates by noise, confused words, and utterances with their words in time."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from embedcache.arrays import Array, Floats
+from embedcache.dataset.inputs import PLAIN
+from embedcache.metrics.edits import align_tokens, count_confusions
+from embedcache.metrics.intervals import Estimate
+from embedcache.networks.ctc import WordTime
+from embedcache.reports.base import BAD, COLORS, GRID, INK, SOFT, label, open_axes
+
+LETTERS = ("BCDEGPTVZ", "AHJK", "FSX", "MN", "IY", "QUW", "LOR")
+"""Letters whose English names sound alike, and the rest."""
+
+_LEVEL = re.compile(r"(?P<noise>.*?)(?P<snr>-?\d+(\.\d+)?)dB")
+_OTHER, _NONE = "other", "none"
+_HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#bfd4fb", COLORS[0], "#0b1d51"])
+_MARKERS = "os^DvPX*"
+_LOWEST = 0.002  # of a logarithmic axis
+_MARGIN = 1.5  # inches on the left, for the names of the lines
+_MOST_FRAMES = 33
+
+
+class Level(NamedTuple):
+    """The noise of a view: its name, and the signal-to-noise ratio in decibels; none without noise."""
+
+    noise: str
+    snr_db: float
+
+    @property
+    def name(self) -> str:
+        """The ratio, such as `clean` or `-5 dB`."""
+        return "clean" if np.isinf(self.snr_db) else f"{self.snr_db:g} dB"
+
+
+def parse_level(view: str) -> Level | None:
+    """Return the noise of a view by its name, such as `plain` or `babble-5dB`; None if it is no level of noise."""
+    if view == PLAIN:
+        return Level("", np.inf)
+    found = _LEVEL.fullmatch(view)
+    return Level(found["noise"], float(found["snr"])) if found else None
+
+
+def view_names(views: Sequence[str]) -> dict[str, str]:
+    """Return view -> its title: the level alone if all have one kind of noise."""
+    levels = {view: parse_level(view) for view in views}
+    noises = {level.noise for level in levels.values() if level is not None and level.noise}
+    is_one = len(noises) < 2 and None not in levels.values()
+    return {
+        view: view if level is None else level.name if is_one or not level.noise else f"{level.noise} {level.name}"
+        for view, level in levels.items()
+    }
+
+
+def error_curves(
+    rates: Mapping[str, Mapping[str, Estimate]], *, controls: Collection[str] = (), is_log: bool = False
+) -> Figure:
+    """Draw word error rates by level, with 95% intervals as bands: one panel per kind of noise.
+
+    Args:
+        rates: model -> view -> its error rate. Views that are no level of noise are left out.
+        controls: models that are drawn dashed and thin.
+        is_log: use a logarithmic axis of errors.
+    """
+    levels = {view: parse_level(view) for view in dict.fromkeys(view for rate in rates.values() for view in rate)}
+    noises = list(dict.fromkeys(level.noise for level in levels.values() if level is not None and level.noise)) or [""]
+    panels = open_axes(4.6, width=4.5 + 5 * len(noises), ncols=len(noises), squeeze=False, sharey=True)[0]
+    for axes, noise in zip(panels, noises, strict=True):
+        shown = {view: level for view, level in levels.items() if level is not None and level.noise in ("", noise)}
+        views = sorted(shown, key=lambda view: -shown[view].snr_db)
+        for number, (name, of_view) in enumerate(rates.items()):
+            _draw_curve(axes, number, name, [of_view.get(view) for view in views], is_control=name in controls)
+        axes.set_xticks(range(len(views)), [shown[view].name for view in views])
+        axes.grid(axis="y", color=GRID)
+        if is_log:
+            axes.set_yscale("log")
+            ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+            axes.set_yticks(ticks, [f"{tick:.1%}" if tick < 0.01 else f"{tick:.0%}" for tick in ticks])
+            axes.minorticks_off()
+        else:
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        label(axes, f"signal-to-noise ratio{f', {noise}' if noise else ''}", "word error rate" * (axes is panels[0]))
+    figure: Figure = panels[0].figure
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, labelcolor=INK, loc="outside right upper", fontsize=9)
+    return figure
+
+
+def _draw_curve(axes: Any, number: int, name: str, rates: Sequence[Estimate | None], *, is_control: bool) -> None:
+    places = [place for place, rate in enumerate(rates) if rate is not None]
+    found = [rate for rate in rates if rate is not None]
+    color = SOFT if is_control and number >= len(COLORS) else COLORS[number % len(COLORS)]
+    axes.fill_between(
+        places,
+        [max(rate.low, _LOWEST) for rate in found],
+        [max(rate.high, _LOWEST) for rate in found],
+        color=color,
+        alpha=0.06 if is_control else 0.14,
+        linewidth=0,
+    )
+    axes.plot(
+        places,
+        [max(rate.value, _LOWEST) for rate in found],
+        marker=_MARKERS[number % len(_MARKERS)],
+        markersize=4 if is_control else 5,
+        linestyle=(0, (3, 2)) if is_control else "-",
+        linewidth=1.1 if is_control else 1.8,
+        color=color,
+        label=name,
+    )
+
+
+def confusion_figure(
+    panels: Mapping[str, Sequence[tuple[Sequence[str], Sequence[str]]]], groups: Sequence[Sequence[str]] = LETTERS
+) -> Figure:
+    """Draw which of some words were recognized for which, in percent of each word: one panel per model.
+
+    Args:
+        panels: title -> references and hypotheses of each run of a model; its runs are summed.
+        groups: groups of words that are shown if they are in the references, with lines between them. What else was
+            recognized is one column, and nothing another one.
+    """
+    counts = {title: _sum_confusions(runs) for title, runs in panels.items()}
+    said = {pair[0] for found in counts.values() for pair in found}
+    parts = [[word for word in group if word in said] for group in groups]
+    shown, edges = [word for part in parts for word in part], np.cumsum([len(part) for part in parts])[:-1]
+    columns = [*shown, _OTHER, _NONE]
+    size = 0.25 * len(columns) + 0.7
+    axes = open_axes(size, width=(size + 0.1) * len(panels), ncols=len(panels), squeeze=False)[0]
+    for panel, (title, found) in zip(axes, counts.items(), strict=True):
+        table = _confusion_table(found, shown)
+        total = table.sum(axis=1, keepdims=True)
+        fractions = table / np.maximum(total, 1)
+        panel.imshow(fractions, cmap=_HEAT, vmin=0, vmax=1, aspect="equal")
+        for row, column in zip(*np.nonzero(fractions >= 0.045), strict=True):
+            value = fractions[row, column]
+            color = "white" if value > 0.42 else INK
+            panel.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color=color)
+        panel.set_xticks(range(len(columns)), columns, fontsize=7)
+        for tick in panel.get_xticklabels()[-2:]:
+            tick.set_rotation(90)
+        panel.set_yticks(range(len(shown)), shown, fontsize=7)
+        panel.axvline(len(shown) - 0.5, color=INK, linewidth=0.8)
+        for edge in edges:
+            panel.axvline(edge - 0.5, color=GRID, linewidth=0.8)
+            panel.axhline(edge - 0.5, color=GRID, linewidth=0.8)
+        is_right = [found[word, word] for word in shown]
+        correct = sum(is_right) / max(1, int(total.sum()))
+        panel.set_title(f"{title}: {correct:.0%} of {int(total.sum()):,} right", color=INK, fontsize=10)
+        label(panel, "recognized", "said" * (panel is axes[0]))
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(True)
+            panel.spines[side].set_color(INK)
+    figure: Figure = axes[0].figure
+    return figure
+
+
+def _sum_confusions(runs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Any:
+    total: Any = None
+    for references, hypotheses in runs:
+        found = count_confusions(references, hypotheses)
+        total = found if total is None else total + found
+    return total
+
+
+def _confusion_table(counts: Mapping[tuple[str, str], int], words: Sequence[str]) -> Array:
+    """Return (words, words + 2) counts; the last columns are other words, and none."""
+    places = {word: place for place, word in enumerate(words)}
+    table: Array = np.zeros((len(words), len(words) + 2), np.int64)
+    for (said, heard), count in counts.items():
+        if said in places:
+            column = len(words) + 1 if not heard else places.get(heard, len(words))
+            table[places[said], column] += count
+    return table
+
+
+class Phone(NamedTuple):
+    """A phone and its interval in seconds."""
+
+    name: str
+    start_s: float
+    stop_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class UtteranceRow:
+    """An utterance, with what recognizers found in it.
+
+    Args:
+        title: text above.
+        frames: (T, H, W) or (T, H, W, 3) uint8; None without video.
+        rate_hz: frames per second.
+        samples_N: (N,) float32 of the sound that was recognized; None without sound.
+        audio_rate_hz: samples per second.
+        phones: what was said, if it is known.
+        words: words of the reference with their times, if they are known.
+        reference: what was said.
+        found: name -> recognized words with their times.
+    """
+
+    title: str
+    frames: Array | None = None
+    rate_hz: float = 25.0
+    samples_N: Floats | None = None
+    audio_rate_hz: float = 16_000.0
+    phones: Sequence[Phone] = ()
+    words: Sequence[WordTime] = ()
+    reference: str = ""
+    found: Mapping[str, Sequence[WordTime]] = field(default_factory=dict)
+
+
+def utterance_figure(rows: Sequence[UtteranceRow], *, width: float = 13.0) -> Figure:
+    """Draw utterances in time: a frame every 80 ms, phones, the wave, and the words of the reference and of each model.
+
+    Recognized words are drawn where CTC is certain of their letters; wrong ones are red. The contrast of the frames is
+    stretched. Of utterances longer than 2.6 s, fewer frames are shown.
+    """
+    heights = [height for row in rows for height in _row_heights(row, width)]
+    margins = 0.3, 0.05  # inches above and below
+    figure = Figure(figsize=(width, sum(heights) + sum(margins)))
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights, hspace=0)
+    total = sum(heights) + sum(margins)
+    grid.update(left=_MARGIN / width, right=1 - 0.1 / width, bottom=margins[1] / total, top=1 - margins[0] / total)
+    for number, row in enumerate(rows):
+        axes = [figure.add_subplot(grid[4 * number + part]) for part in range(3)]
+        for panel in axes:
+            panel.set(xlim=(0, _duration_s(row)), yticks=[], xticks=[])
+            for spine in panel.spines.values():
+                spine.set_visible(False)
+        _draw_frames(axes[0], row)
+        _draw_wave(axes[1], row)
+        _draw_words(axes[2], row)
+        axes[0].set_title(row.title, loc="left", fontsize=9, color=INK, pad=4)
+        axes[2].spines["bottom"].set_visible(True)
+        axes[2].spines["bottom"].set_color(SOFT)
+        axes[2].set_xticks(np.arange(0, _duration_s(row), 0.5))
+        axes[2].xaxis.set_major_formatter(lambda value, _: f"{value:.1f} s")
+        axes[2].tick_params(colors=INK, labelsize=7, color=SOFT)
+    return figure
+
+
+def _row_heights(row: UtteranceRow, width: float) -> list[float]:
+    """Return the heights of the frames, the wave, the words, and the space below in inches."""
+    frames = 0.02
+    if row.frames is not None:
+        shown_width = (width - _MARGIN) * _frame_step_s(row) / _duration_s(row)
+        frames = shown_width * row.frames.shape[1] / row.frames.shape[2]
+    return [frames, 0.55 + 0.2 * bool(row.phones), 0.22 * (len(row.found) + 1) + 0.08, 0.55]
+
+
+def _frame_step_s(row: UtteranceRow) -> float:
+    """Return the time between two frames that are shown: 80 ms or a multiple of it."""
+    return 0.08 * max(1, int(np.ceil(_duration_s(row) / (0.08 * _MOST_FRAMES))))
+
+
+def _duration_s(row: UtteranceRow) -> float:
+    lengths = [0.1]
+    if row.frames is not None:
+        lengths.append(len(row.frames) / row.rate_hz)
+    if row.samples_N is not None:
+        lengths.append(len(row.samples_N) / row.audio_rate_hz)
+    return max(lengths)
+
+
+def _draw_frames(axes: Any, row: UtteranceRow) -> None:
+    """Draw the frame in the middle of each interval."""
+    if row.frames is not None:
+        low, high = np.percentile(row.frames, [0.5, 99.5])
+        step_s = _frame_step_s(row)
+        for start_s in np.arange(0, len(row.frames) / row.rate_hz - 0.5 * step_s, step_s):
+            frame = row.frames[min(len(row.frames) - 1, int((start_s + step_s / 2) * row.rate_hz))]
+            scaled = np.clip((frame - low) / max(1.0, high - low), 0, 1)
+            pixels = np.repeat(scaled[..., None], 3, axis=2) if frame.ndim == 2 else scaled
+            extent = (start_s + 0.015 * step_s, start_s + 0.985 * step_s, 0, 1)
+            axes.imshow(pixels, extent=extent, aspect="auto", interpolation="antialiased")
+    axes.set(xlim=(0, _duration_s(row)), ylim=(0, 1))
+
+
+def _draw_wave(axes: Any, row: UtteranceRow) -> None:
+    """Draw the wave, with phones above it and lines between them."""
+    axes.set_ylim(-1.05, 1.75 if row.phones else 1.05)
+    if row.samples_N is not None and len(row.samples_N):
+        num_bins = 900
+        cells = np.array_split(row.samples_N, num_bins)
+        times_s = (np.arange(num_bins) + 0.5) / num_bins * len(row.samples_N) / row.audio_rate_hz
+        peak = max(1e-9, float(np.abs(row.samples_N).max()))
+        low, high = ([float(edge(cell)) / peak if len(cell) else 0.0 for cell in cells] for edge in (np.min, np.max))
+        axes.fill_between(times_s, low, high, color=COLORS[0], alpha=0.55, linewidth=0)
+    for phone in row.phones:
+        if phone.name == "SIL":
+            continue
+        axes.plot([phone.start_s] * 2, [-1, 1.7], color=GRID, linewidth=0.8, zorder=0)
+        axes.plot([phone.stop_s] * 2, [-1, 1.7], color=GRID, linewidth=0.8, zorder=0)
+        middle_s = (phone.start_s + phone.stop_s) / 2
+        axes.text(middle_s, 1.38, phone.name, ha="center", va="center", fontsize=7, color=INK)
+
+
+def _draw_words(axes: Any, row: UtteranceRow) -> None:
+    """Draw a line of words for the reference and for each recognizer."""
+    axes.set_ylim(-len(row.found) - 0.6, 0.6)
+    reference = row.reference or " ".join(word.word for word in row.words)
+    if row.words:
+        _draw_line(axes, 0, "said", row.words, [True] * len(row.words))
+    else:
+        _name_line(axes, 0, "said")
+        axes.text(0.004 * _duration_s(row), 0, reference, va="center", fontsize=8, color=INK)
+    for line, (name, words) in enumerate(row.found.items(), start=1):
+        pairs = align_tokens(reference.split(), [word.word for word in words])
+        said = reference.split()
+        is_right = [False] * len(words)
+        for i, j in pairs:
+            if i >= 0 and j >= 0:
+                is_right[j] = said[i] == words[j].word
+        _draw_line(axes, -line, name, words, is_right)
+
+
+def _draw_line(axes: Any, place: float, name: str, words: Sequence[WordTime], is_right: Sequence[bool]) -> None:
+    _name_line(axes, place, name)
+    for word, right in zip(words, is_right, strict=True):
+        color = (COLORS[1] if place else INK) if right else BAD
+        axes.plot([word.start_s, word.stop_s], [place - 0.42] * 2, color=color, linewidth=2.2, solid_capstyle="butt")
+        middle_s = (word.start_s + word.stop_s) / 2
+        axes.text(middle_s, place + 0.04, word.word, ha="center", va="center", fontsize=8, color=color)
+
+
+def _name_line(axes: Any, place: float, name: str) -> None:
+    axes.annotate(
+        name,
+        (0, place),
+        xycoords=("axes fraction", "data"),
+        xytext=(-6, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        fontsize=8,
+        color=INK,
+        annotation_clip=False,
+    )
