@@ -211,7 +211,7 @@ def test_memory_does_not_grow_with_the_length(trained: Path) -> None:
         model.transcribe(samples, video, mouth="all", settings=settings)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[2] < 1.1 * peaks[1]
+    assert peaks[2] < 1.3 * peaks[1]
     assert peaks[1] < 3e6  # a window of 4 s is 0.7 MB
 
 
