@@ -1,6 +1,7 @@
 """A trained recognizer of speech with its frozen encoders: from recordings and videos to text."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -26,6 +27,7 @@ from embedcache.transcription.transcript import Transcript, join_transcripts
 
 _WINDOWS_PER_BATCH = 8
 _SHORTEST_WINDOW_S = 2.0
+_SMALL_NETWORK = 5_000_000  # parameters
 
 
 def load_speech(run_path: Path | str, *, device: str = "cpu") -> "SpeechModel":
@@ -198,6 +200,12 @@ class SpeechModel:
     @torch.inference_mode()
     def _recognize(
         self, batch: "Sequence[_EncodedWindow]", settings: TranscribeSettings
+    ) -> list[tuple[int, Transcript]]:
+        with _few_threads(self._network):
+            return list(self._find_transcripts(batch, settings))
+
+    def _find_transcripts(
+        self, batch: "Sequence[_EncodedWindow]", settings: TranscribeSettings
     ) -> Iterator[tuple[int, Transcript]]:
         streams = {
             name: self._pad([stack_frames(window.features[name], self._network.stacks[name]) for window in batch])
@@ -288,6 +296,18 @@ class _EncodedWindow(NamedTuple):
     start_s: float
     stop_s: float
     features: Mapping[str, Floats]
+
+
+@contextmanager
+def _few_threads(network: SpeechNetwork) -> Iterator[None]:
+    """Use one thread for a small network: its products are over before others join in. CTranslate2 sets all of them."""
+    before = torch.get_num_threads()
+    if sum(value.numel() for value in network.parameters()) < _SMALL_NETWORK:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _is_many(items: Any) -> bool:

@@ -233,11 +233,11 @@ def test_large_frames_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
-    write(tmp_path, {"a.wav": wav(noise(600.0))})
+    write(tmp_path, {"a.wav": wav(noise(200.0))})
     clip = opened(tmp_path / "a.wav")
     tracemalloc.start()
     num_windows = sum(1 for _ in iter_windows(clip, window_s=20.0, step_s=0.04))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert num_windows >= 30
-    assert peak < 8e6  # 600 s are 38 MB
+    assert num_windows >= 10
+    assert peak < 8e6  # 200 s are 13 MB

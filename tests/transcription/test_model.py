@@ -36,15 +36,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of runs with random weights: `audio`, `video`, `both`, and `strict`, without modality dropout."""
+    """Return a folder of runs with random weights: `audio`, `video`, `both`, `strict` without modality dropout, and
+    `whisper`, on real states of sound.
+    """
     folder = tmp_path_factory.mktemp("runs")
-    for name, sides in {
-        "audio": WHISPER,
-        "video": PIXELS,
-        "both": WHISPER | PIXELS,
-        "strict": WHISPER | PIXELS,
-    }.items():
+    for name, sides in {"audio": TOY, "video": PIXELS, "both": TOY | PIXELS, "strict": TOY | PIXELS}.items():
         save_run(folder / name, sides, training=MISSING if name == "both" else {"ctc_weight": 0.2})
+    save_run(folder / "whisper", WHISPER | PIXELS)
     return folder
 
 
@@ -106,8 +104,8 @@ def test_frame_rates_are_resampled(trained: Path, speech: Speech) -> None:
 def test_text_is_that_of_the_parts(weight: float, runs: Path, clip: Path) -> None:
     """The encoders and the network by hand, on the file as extraction decodes it."""
     settings = TranscribeSettings(decoding=DecodingSettings(ctc_weight=weight, beam=3))
-    found = embedcache.load(runs / "both", kind="speech").transcribe(clip, mouth="all", settings=settings)
-    network, _ = load_module(runs / "both")
+    found = embedcache.load(runs / "whisper", kind="speech").transcribe(clip, mouth="all", settings=settings)
+    network, _ = load_module(runs / "whisper")
     assert isinstance(network, SpeechNetwork)
     data, streams = clip.read_bytes(), {}
     for name, raw in (("audio", decode_audio(data)), ("video", decode_video(data))):
@@ -245,7 +243,7 @@ def test_wrong_pairs_raise(runs: Path, clip: Path) -> None:
 
 
 def test_kinds_of_runs(runs: Path, tmp_path: Path) -> None:
-    assert repr(embedcache.load(runs / "both")) == "SpeechModel(tiny.en/states + pixels/pixels -> 40 symbols)"
+    assert repr(embedcache.load(runs / "both")) == "SpeechModel(open_media/frames + pixels/pixels -> 40 symbols)"
     with pytest.raises(DataError, match="both: expected a run of kind pair, got one of kind speech"):
         embedcache.load(runs / "both", kind="pair")
     with pytest.raises(PathError, match="does not exist"):
