@@ -3,20 +3,24 @@
 Every step leaves files that a second call finds again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from embedcache.cli.console import open_progress
 from embedcache.dataset.inputs import PLAIN
 from embedcache.derive.derive import derive_from_run
 from embedcache.derive.stacks import fit_stacks
+from embedcache.errors import EmbedcacheError
 from embedcache.evaluate.speech import evaluate_speech
 from embedcache.evaluate.utterances import open_for_run, shuffle_videos
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.networks.settings import DecodingSettings
+from embedcache.processes import num_cores, run_processes
 from embedcache.progress import Progress
 from embedcache.projectors.saved import config_path
 from embedcache.settings import from_flat
@@ -29,6 +33,7 @@ from embedcache.train.speech_batches import SpeechAugmentation
 from embedcache.train.utterances import Utterances, open_utterances
 from pipelines.speech.results import Result
 from pipelines.worlds.talking import KIND, WorldSettings, write_world
+from pipelines.worlds.talking import TINY as TINY_WORLD
 
 LEVELS_DB = (10, 5, 0, -5, -10)
 TALKER_DB = (5, 0, -5)
@@ -235,7 +240,7 @@ class Question:
     test_set: str
     views: Sequence[str] = TEST_VIEWS
     streams: tuple[str, ...] | None = None
-    decoding: DecodingSettings = DecodingSettings()
+    decoding: DecodingSettings = field(default_factory=DecodingSettings)
     is_shuffled: bool = False
 
     @property
@@ -246,3 +251,31 @@ class Question:
 
 def _views(names: Sequence[str]) -> dict[str, Sequence[str]]:
     return {name: TRAINING_VIEWS if name == "audio" else (PLAIN,) for name in names}
+
+
+TINY = Size(
+    world=TINY_WORLD,
+    epochs={"audio": 2, "video": 2, "fusion": 2},
+    align_epochs={"audio": 1, "video": 1, "fusion": 0},
+    model={"width": 32, "num_layers": 1, "decoder_layers": 1, "num_heads": 2, "feed_forward": 64},
+    num_fitted=8,
+)
+"""For tests: everything runs, nothing is learned."""
+
+
+def run_parallel(step: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> None:
+    """Run a step of `Runs` with several arguments, in as many processes as there are cores, one thread each."""
+    progress, count = open_progress(), min(num_cores(), len(arguments))
+    tasks = [(step, arguments[number::count]) for number in range(count)]
+    if count == 1:
+        _run_all(tasks[0], progress)
+    elif run_processes(_run_all, tasks, progress)[1]:
+        raise EmbedcacheError("a process died; what is finished is kept: rerun the same command")
+
+
+def _run_all(task: tuple[Callable[..., Any], Sequence[tuple[Any, ...]]], progress: Progress) -> None:
+    torch.set_num_threads(1)
+    step, arguments = task
+    for values in arguments:
+        step(*values)
+        progress.note(f"{step.__name__}: {values[0]}")

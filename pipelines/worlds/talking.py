@@ -83,7 +83,7 @@ class WorldSettings:
     )
     flite_voices: tuple[str, ...] = setting(("awb", "kal16"), "Training voices of flite; set B has the others.")
     pauses: float = setting(0.25, "Fraction of training utterances with pauses between words.", ge=0, le=1)
-    slowest: float = setting(1.8, "Longest durations of training speech, relative to normal speech.", ge=1, le=3)
+    slowest: float = setting(1.4, "Longest durations of training speech, relative to normal speech.", ge=1, le=3)
     damaged: float = setting(0.0, "Fraction of training faces whose lips disagree with the speech.", ge=0, le=1)
     shift_s: float = setting(0.1, "Largest time shift of the lips of a damaged face, in seconds.", ge=0)
     jitter_s: float = setting(0.03, "Largest standard deviation of its phones' boundaries, in seconds.", ge=0)
