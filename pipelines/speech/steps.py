@@ -45,8 +45,11 @@ TRAINING_VIEWS = (
 )
 TEST_VIEWS = (PLAIN, *(f"babble-test{level}dB" for level in LEVELS_DB))
 FEATURES = {"audio": "tiny.en/states", "video": "mouth/states"}
+ENCODERS, READOUTS = ("audio", "video"), ("ctc", "attention")
 PARTS = "fusion+ctc+attention"
-ENCODERS = ("audio", "video")
+DECODING = DecodingSettings(ctc_weight=0.5)
+"""The paper's 0.1 loses words here: an attention decoder trained on a thousand utterances ends too early. Of 0.1, 0.3,
+0.5 and 0.8, the weight with the fewest errors of the run on sound in the sets `valid` and K."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +66,10 @@ class Size:
     """
 
     world: WorldSettings = field(default_factory=WorldSettings)
-    epochs: Mapping[str, int] = field(default_factory=lambda: {"audio": 30, "video": 90, "fusion": 25})
-    align_epochs: Mapping[str, int] = field(default_factory=lambda: {"audio": 15, "video": 75, "fusion": 0})
-    batch_size: Mapping[str, int] = field(default_factory=lambda: {"audio": 16, "video": 8, "fusion": 16})
-    model: Mapping[str, Any] = field(default_factory=lambda: {"dropout": 0.05})
+    epochs: Mapping[str, int] = field(default_factory=lambda: {"audio": 40, "video": 80, "fusion": 14})
+    align_epochs: Mapping[str, int] = field(default_factory=lambda: {"audio": 12, "video": 60, "fusion": 0})
+    batch_size: Mapping[str, int] = field(default_factory=lambda: {"audio": 8, "video": 8, "fusion": 16})
+    model: Mapping[str, Any] = field(default_factory=dict)
     num_fitted: int = 400
 
 
@@ -76,12 +79,14 @@ class Variant:
 
     Args:
         kind: `concat` or `gated`.
+        readouts: stream whose run CTC and attention start from; None: random weights.
         noise: view of the sound -> probability.
         missing: stream -> probability that it is missing.
         shift_s, swapped: as in `SpeechAugmentation`.
     """
 
-    kind: str = "concat"
+    kind: str = "gated"
+    readouts: str | None = "audio"
     noise: Mapping[str, float] = field(default_factory=dict)
     missing: Mapping[str, float] = field(default_factory=dict)
     shift_s: float = 0.0
@@ -91,9 +96,7 @@ class Variant:
     def augmentation(self) -> SpeechAugmentation:
         """What is changed in training."""
         views = {"audio": dict(self.noise)} if self.noise else {}
-        return SpeechAugmentation(
-            views=views, missing=self.missing, shift_s=self.shift_s, swapped=self.swapped, masked=0.05
-        )
+        return SpeechAugmentation(views=views, missing=self.missing, shift_s=self.shift_s, swapped=self.swapped)
 
 
 WIDE = {
@@ -160,7 +163,7 @@ class Runs:
         views = {"audio": WIDE} if name == "audio" else {}
         recipe = SpeechRecipe(
             model=self.size.model,
-            augmentation=SpeechAugmentation(views=views, masked=0.05),
+            augmentation=SpeechAugmentation(views=views, masked=0.0 if name == "audio" else 0.05),
             measured=(PLAIN, "babble0dB") if name == "audio" else (PLAIN,),
             align_epochs=self.size.align_epochs[name],
         )
@@ -183,7 +186,8 @@ class Runs:
             augmentation=variant.augmentation,
             measured=(PLAIN, "babble0dB", "babble-10dB"),
         )
-        starts = tuple(f"{stream}={self.path(stream)}" for stream in ENCODERS)
+        sources = {**dict.fromkeys(ENCODERS, ""), **dict.fromkeys(READOUTS, variant.readouts)}
+        starts = tuple(f"{part}={self.path(run or part)}" for part, run in sources.items() if run is not None)
         settings = self._settings("fusion", init_from=starts, trainable=PARTS)
         if not config_path(self.path(name)).is_file():
             data = [self._utterances(part, ENCODERS) for part in ("train", "valid")]
@@ -240,7 +244,7 @@ class Question:
     test_set: str
     views: Sequence[str] = TEST_VIEWS
     streams: tuple[str, ...] | None = None
-    decoding: DecodingSettings = field(default_factory=DecodingSettings)
+    decoding: DecodingSettings = DECODING
     is_shuffled: bool = False
 
     @property

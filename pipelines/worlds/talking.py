@@ -157,7 +157,6 @@ def write_world(
     if "train" in sets:
         training = [folder / "train" / record["audio"] for record in read_manifest(folder / "train")]
         write_tapes(folder / "tapes", training, length_s=settings.tape_s, seed=settings.seed, progress=progress)
-    progress.finish()
 
 
 def _check_world(folder: Path, settings: WorldSettings) -> None:
@@ -204,6 +203,7 @@ def _write_set(folder: Path, name: str, settings: WorldSettings, progress: Progr
         tasks = [(folder, settings, tuple(part)) for part in parts]
         if len(tasks) == 1:
             _write_utterances(tasks[0], progress)
+            progress.finish()
         elif run_processes(_write_utterances, tasks, progress, steps=(f"write {name}",), is_split=True)[1]:
             raise DataError(f"a process died while it wrote {folder}; finished files are kept: rerun the same command")
     if not (folder / MANIFEST).is_file():
