@@ -8,6 +8,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.core import TyperGroup
@@ -16,6 +17,8 @@ from embedcache import arrays
 from embedcache.cli.main import app
 from tests.blocks import ROOT, TUTORIAL, Block, blocks_of, run_block
 from tests.images import write_images
+from tests.media_files import wav
+from tests.transcription.runs import write_clips
 
 OTHERS = re.compile(r"#|(\w+=\S+ )?(just|(python -m )?pip install) ")
 """Beginnings of lines that are comments or that CI runs."""
@@ -29,10 +32,13 @@ def blocks(language: str) -> list[Block]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder in which examples run, with a cache `flickr` and `photos`, images with captions."""
+    """Return the folder in which examples run: a cache `flickr`, images with captions in `photos`, clips in `lrs3`."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "tests" / "golden" / "cache-1", folder / "flickr")
     write_images(folder / "photos", 120)
+    write_clips(folder / "lrs3" / "trainval", 6)
+    write_clips(folder / "lrs3" / "test", 2)
+    (folder / "babble.wav").write_bytes(wav(np.random.default_rng(0).normal(0, 0.1, 32_000).astype(np.float32)))
     return folder
 
 

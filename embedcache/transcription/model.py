@@ -1,7 +1,6 @@
 """A trained recognizer of speech with its frozen encoders: from recordings and videos to text."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -57,6 +56,7 @@ class SpeechModel:
 
     def __init__(self, network: SpeechNetwork, config: ModuleConfig, *, device: str) -> None:
         self._network, self._device = network, device
+        self._encoders: dict[str, Encoder] = {}
         self.config = config
 
     def __repr__(self) -> str:
@@ -125,13 +125,13 @@ class SpeechModel:
             MissingExtraError: a package is not installed.
         """
         is_one = not (_is_many(audio) or _is_many(video))
-        pairs = [(audio, video)] if is_one else _pair_up(audio, video)
+        pairs: list[Any] = [(audio, video)] if is_one else _pair_up(audio, video)
         transcripts = list(self.iter_transcripts(pairs, mouth=mouth, settings=settings, progress=progress))
         return transcripts[0] if is_one else transcripts
 
     def iter_transcripts(
         self,
-        pairs: Sequence[tuple[Any, Any]],
+        pairs: Sequence[tuple[AudioLike | None, VideoLike | None]],
         *,
         mouth: Mouth | None = None,
         settings: TranscribeSettings | None = None,
@@ -188,7 +188,7 @@ class SpeechModel:
     def _encode(self, clip: Clip, window: Window) -> dict[str, Floats]:
         features: dict[str, Floats] = {}
         for stream, item in window.items.items():
-            encoder, name = self._encoders[stream], self._feature_name(stream)
+            encoder, name = self._encoder(stream), self._feature_name(stream)
             try:
                 (features[stream],) = encoder.encode(encoder.prepare([item]), [name])[name]
             except ItemError as error:
@@ -237,9 +237,18 @@ class SpeechModel:
             row[: len(item)] = item
         return Frames(torch.from_numpy(padded).to(self._device), torch.from_numpy(lengths).to(self._device))
 
-    @cached_property
-    def _encoders(self) -> "_Encoders":
-        return _Encoders(self.config, self._device)
+    def _encoder(self, stream: str) -> Encoder:
+        """Return the encoder of a stream, opened on first use."""
+        if stream not in self._encoders:
+            side = self.config.sides[stream]
+            self._encoders[stream] = reopen_encoder(
+                side.spec,
+                modality=stream,  # type: ignore[arg-type]  # audio or video
+                feature=side.feature,
+                fingerprint=side.fingerprint,
+                device=self._device,
+            )
+        return self._encoders[stream]
 
     def _feature_name(self, stream: str) -> str:
         (name,) = feature_names(self.config.sides[stream].feature)
@@ -247,7 +256,7 @@ class SpeechModel:
 
     def _step_s(self, stream: str) -> float:
         """Return the seconds per frame of the network."""
-        axes: Mapping[str, Axis] = getattr(self._encoders[stream], "axes", {})
+        axes: Mapping[str, Axis] = getattr(self._encoder(stream), "axes", {})
         axis = axes.get(self._feature_name(stream))
         if axis is None or axis.rate_hz is None:
             raise DataError(
@@ -279,25 +288,6 @@ class _EncodedWindow(NamedTuple):
     start_s: float
     stop_s: float
     features: Mapping[str, Floats]
-
-
-class _Encoders(dict[str, Encoder]):
-    """Stream -> its encoder, opened on first use."""
-
-    def __init__(self, config: ModuleConfig, device: str) -> None:
-        super().__init__()
-        self._config, self._device = config, device
-
-    def __missing__(self, stream: str) -> Encoder:
-        side = self._config.sides[stream]
-        self[stream] = reopen_encoder(
-            side.spec,
-            modality=stream,  # type: ignore[arg-type]  # audio or video
-            feature=side.feature,
-            fingerprint=side.fingerprint,
-            device=self._device,
-        )
-        return self[stream]
 
 
 def _is_many(items: Any) -> bool:

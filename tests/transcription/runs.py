@@ -14,6 +14,7 @@ from embedcache.networks.saved import ModuleConfig, ModuleInput, save_module
 from embedcache.networks.speech import Frames, SpeechNetwork, stack_frames
 from embedcache.networks.transcripts import BLANK, SYMBOLS
 from embedcache.sources.media import Video
+from tests.media_files import encode_video
 from tests.media_toy import MEDIA
 
 GAP, SPACE = ".", " "
@@ -70,6 +71,17 @@ def say(text: str, rng: np.random.Generator, *, silence: tuple[int, int] = (5, 1
 def random_text(rng: np.random.Generator, num_words: int) -> str:
     """Return words of two letters."""
     return " ".join("".join(rng.choice(list("ABCD"), 2)) for _ in range(num_words))
+
+
+def write_clips(folder: Path, count: int) -> None:
+    """Write clips of two speakers in the layout of LRS3, with one to three words each."""
+    rng = np.random.default_rng(count)
+    for number in range(count):
+        text = random_text(rng, 1 + number % 3)
+        speech, clip = say(text, rng), folder / ("anna", "bert")[number % 2] / f"{number // 2 + 1:05}.mp4"
+        clip.parent.mkdir(parents=True, exist_ok=True)
+        clip.write_bytes(encode_video(speech.frames, samples=speech.samples))
+        clip.with_suffix(".txt").write_text(f"Text:  {text}\nConf:  4\n")
 
 
 def save_run(
