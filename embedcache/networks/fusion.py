@@ -3,7 +3,7 @@
 Streams may be missing: learned vectors stand for them, which training draws at random ("modality dropout").
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -21,8 +21,10 @@ class Fusion(nn.Module):
 
     `concat`, as in the paper of `SequenceEncoder`:  H = Enc(PE + W₂ · ReLU(MLN(W₁ · [LN(H_a); LN(H_v)])))
 
-    `gated`: [LN(H_a); LN(H_v)] is replaced by 2 · [g_a · LN(H_a); g_v · LN(H_v)], where (g_a, g_v), per frame,
-    is a softmax over the streams of a small network that sees both streams around the frame.
+    `gated`: H = a · Enc(PE + W₂ · ReLU(MLN(W₁ · 2 [g_a · LN(H_a); g_v · LN(H_v)]))) + g_a · H_a + g_v · H_v, where
+    (g_a, g_v), per frame, is a softmax over the streams of a small network that sees both streams around the frame, and
+    a, per channel, starts at 0.1. Readouts that start from a run of one stream therefore begin with what they know, and
+    where the gate closes a stream, those of the other one are left.
 
     Each stream has a normalization of its own. A missing stream is a learned vector, of weight 0 in the gate.
 
@@ -53,6 +55,7 @@ class Fusion(nn.Module):
             self.gate = nn.Sequential(
                 nn.Conv1d(joined, width, _GATE_FRAMES, padding=padding), nn.ReLU(), nn.Conv1d(width, len(streams), 1)
             )
+            self.gain = nn.Parameter(torch.full((width,), 0.1))
         self.adapter = FrameAdapter(joined, width)
         self.transformer = Transformer(width, num_layers, sizes)
 
@@ -78,10 +81,15 @@ class Fusion(nn.Module):
             normed = self.norms[name](encoded[name]) if name in encoded else torch.zeros_like(some)
             parts.append(torch.where(is_gone_B[:, None, None], stand_in, normed))
             gone.append(is_gone_B)
-        if self.kind == "gated":
-            weights_BTS = self.weights(parts, is_valid_BT, torch.stack(gone, dim=1))
-            parts = [len(parts) * weights_BTS[..., n : n + 1] * part for n, part in enumerate(parts)]
-        fused_BTP: Tensor = self.transformer(self.adapter(torch.cat(parts, dim=-1), is_valid_BT), is_valid_BT)
+        if self.kind == "concat":
+            return self._attend(parts, is_valid_BT)
+        weights = self.weights(parts, is_valid_BT, torch.stack(gone, dim=1)).chunk(len(parts), dim=-1)
+        weighted = [len(parts) * weight * part for weight, part in zip(weights, parts, strict=True)]
+        kept = [weight * encoded[name] for name, weight in zip(self.streams, weights, strict=True) if name in encoded]
+        return self.gain * self._attend(weighted, is_valid_BT) + torch.stack(kept).sum(dim=0)
+
+    def _attend(self, parts: Sequence[Tensor], is_valid_BT: Tensor) -> Tensor:
+        fused_BTP: Tensor = self.transformer(self.adapter(torch.cat(list(parts), dim=-1), is_valid_BT), is_valid_BT)
         return fused_BTP
 
     def weights(self, parts: list[Tensor], is_valid_BT: Tensor, is_gone_BS: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from embedcache.reports.speech_figures import (
     confusion_figure,
     error_curves,
     parse_level,
+    split_by_noise,
     utterance_figure,
     view_names,
 )
@@ -143,7 +144,8 @@ def _rate_sections(reports: Reports) -> Iterator[Section]:
     views = _views(reports)
     figures = []
     if sum(parse_level(view) is not None for view in views) > 1:
-        figures.append(svg(error_curves(rates, controls=[n for n, seeds in reports.items() if seeds[0].is_shuffled])))
+        controls = [name for name, seeds in reports.items() if seeds[0].is_shuffled]
+        figures.append(svg(error_curves(split_by_noise(rates), controls=controls)))
     notes = [
         "Word error rate: substituted, deleted and inserted words per word of the reference. Seeds of a recipe are "
         "averaged, and resampled with the words.",

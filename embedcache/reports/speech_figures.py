@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
@@ -59,26 +59,43 @@ def view_names(views: Sequence[str]) -> dict[str, str]:
     }
 
 
-def error_curves(
-    rates: Mapping[str, Mapping[str, Estimate]], *, controls: Collection[str] = (), is_log: bool = False
-) -> Figure:
-    """Draw word error rates by level, with 95% intervals as bands: one panel per kind of noise.
+Rates: TypeAlias = Mapping[str, Mapping[str, Estimate]]
+"""Model -> view of the sound -> its error rate."""
+
+
+def split_by_noise(rates: Rates) -> dict[str, Rates]:
+    """Return panels of `error_curves`, one per kind of noise; each has the rates without noise, too."""
+    levels = {view: parse_level(view) for of_view in rates.values() for view in of_view}
+    noises = list(dict.fromkeys(level.noise for level in levels.values() if level is not None and level.noise)) or [""]
+
+    def take(of_view: Mapping[str, Estimate], noise: str) -> dict[str, Estimate]:
+        kept = {view for view, level in levels.items() if level is not None and level.noise in ("", noise)}
+        return {view: rate for view, rate in of_view.items() if view in kept}
+
+    return {noise: {name: take(of_view, noise) for name, of_view in rates.items()} for noise in noises}
+
+
+def error_curves(panels: Mapping[str, Rates], *, controls: Collection[str] = (), is_log: bool = False) -> Figure:
+    """Draw word error rates by the level of noise, with 95% intervals as bands.
 
     Args:
-        rates: model -> view -> its error rate. Views that are no level of noise are left out.
+        panels: title -> model -> view -> its error rate. A model has one color in all panels.
         controls: models that are drawn dashed and thin.
         is_log: use a logarithmic axis of errors.
     """
-    levels = {view: parse_level(view) for view in dict.fromkeys(view for rate in rates.values() for view in rate)}
-    noises = list(dict.fromkeys(level.noise for level in levels.values() if level is not None and level.noise)) or [""]
-    panels = open_axes(4.6, width=4.5 + 5 * len(noises), ncols=len(noises), squeeze=False, sharey=True)[0]
-    for axes, noise in zip(panels, noises, strict=True):
-        shown = {view: level for view, level in levels.items() if level is not None and level.noise in ("", noise)}
-        views = sorted(shown, key=lambda view: -shown[view].snr_db)
-        for number, (name, of_view) in enumerate(rates.items()):
-            _draw_curve(axes, number, name, [of_view.get(view) for view in views], is_control=name in controls)
-        axes.set_xticks(range(len(views)), [shown[view].name for view in views])
+    width = 4.9 if len(panels) < 3 else 4.2
+    axes_P = open_axes(4.6, width=3.4 + width * len(panels), ncols=len(panels), squeeze=False, sharey=True)[0]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(n for rates in panels.values() for n in rates))}
+    for axes, (title, rates) in zip(axes_P, panels.items(), strict=True):
+        levels = {view: parse_level(view) for of_view in rates.values() for view in of_view}
+        decibels = {view: level.snr_db for view, level in levels.items() if level is not None}
+        views = sorted(decibels, key=lambda view: -decibels[view])
+        for name, of_view in rates.items():
+            found = [of_view.get(view) for view in views]
+            _draw_curve(axes, numbers[name], name, found, is_control=name in controls)
+        axes.set_xticks(range(len(views)), [Level("", decibels[view]).name for view in views])
         axes.grid(axis="y", color=GRID)
+        axes.set_title(title, color=INK, fontsize=11)
         if is_log:
             axes.set_yscale("log")
             ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
@@ -87,10 +104,17 @@ def error_curves(
         else:
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        label(axes, f"signal-to-noise ratio{f', {noise}' if noise else ''}", "word error rate" * (axes is panels[0]))
-    figure: Figure = panels[0].figure
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, labelcolor=INK, loc="outside right upper", fontsize=9)
+        label(axes, "signal-to-noise ratio", "word error rate" * (axes is axes_P[0]))
+    figure: Figure = axes_P[0].figure
+    handles = {name: handle for axes in axes_P for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        [handles[name] for name in numbers],
+        list(numbers),
+        frameon=False,
+        labelcolor=INK,
+        loc="outside right upper",
+        fontsize=9,
+    )
     return figure
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,13 +93,13 @@ class SpeechTask:
         measured: Sequence[str] = ("plain",),
         ctc_weight: float = CTC_WEIGHT,
         smoothing: float = SMOOTHING,
-        ctc_epochs: int = 0,
+        align_epochs: int = 0,
         is_encoded: bool = False,
         device: str = "cpu",
     ) -> None:
         self.module, self._train, self._validation = module, train, validation
         self._augmentation, self._measured, self._is_encoded, self._device = augmentation, measured, is_encoded, device
-        self._ctc_weight, self._smoothing, self._ctc_epochs = ctc_weight, smoothing, ctc_epochs
+        self._ctc_weight, self._smoothing, self._align_epochs = ctc_weight, smoothing, align_epochs
         batch_size = settings.optimizer.batch_size or _BATCH_SIZE
         lengths_S = np.array([len(symbols) for symbols in train.symbols], np.int64)
         plan = UtteranceBatches(lengths_S, batch_size=batch_size, seed=settings.seed)
@@ -120,7 +120,9 @@ class SpeechTask:
     def _load(self, drawn: DrawnBatch) -> LoadedUtterances:
         numbers_B = drawn.numbers_B[own_slice(len(drawn.numbers_B))]
         rng = np.random.default_rng([drawn.seed, drawn.epoch, drawn.step, int(numbers_B[0])])
-        streams = read_augmented(self._train, numbers_B, self._stacks, self._augmentation, rng)
+        is_aligning = drawn.epoch < self._align_epochs
+        augmentation = replace(self._augmentation, views={}) if is_aligning else self._augmentation
+        streams = read_augmented(self._train, numbers_B, self._stacks, augmentation, rng)
         missing = draw_missing(self._augmentation.missing, tuple(streams), len(numbers_B), rng)
         targets_BL, lengths_B = pad_transcripts([self._train.symbols[number] for number in numbers_B])
         batch = SpeechBatch(
@@ -129,7 +131,7 @@ class SpeechTask:
             target_lengths_B=to_device(lengths_B, self._device),
             is_missing={name: to_device(is_gone_B, self._device) for name, is_gone_B in missing.items()},
             is_encoded=self._is_encoded,
-            is_ctc_alone=drawn.epoch < self._ctc_epochs,
+            is_ctc_alone=is_aligning,
         )
         return LoadedUtterances(batch, numbers_B)
 
@@ -228,8 +230,8 @@ class SpeechRecipe:
         augmentation: what is changed in training.
         measured: views of the sound in which validation is measured.
         ctc_weight: weight of the CTC loss; the rest is that of attention.
-        ctc_epochs: first epochs, in which CTC is all of the loss. An attention decoder learns to spell before it
-            attends to anything, and with little data it keeps CTC from learning to align.
+        align_epochs: first epochs, with CTC as all of the loss and plain views alone. In noise, or beside an attention
+            decoder, which learns to spell before it attends to anything, CTC takes far longer to learn to align.
         smoothing: smoothing of both losses.
     """
 
@@ -237,7 +239,7 @@ class SpeechRecipe:
     augmentation: SpeechAugmentation = field(default_factory=SpeechAugmentation)
     measured: Sequence[str] = (PLAIN,)
     ctc_weight: float = CTC_WEIGHT
-    ctc_epochs: int = 0
+    align_epochs: int = 0
     smoothing: float = SMOOTHING
 
 
@@ -295,7 +297,7 @@ def train_speech(
             augmentation=recipe.augmentation,
             measured=recipe.measured,
             ctc_weight=recipe.ctc_weight,
-            ctc_epochs=recipe.ctc_epochs,
+            align_epochs=recipe.align_epochs,
             smoothing=recipe.smoothing,
             is_encoded=states is not None,
             device=device,

@@ -83,7 +83,7 @@ class WorldSettings:
     )
     flite_voices: tuple[str, ...] = setting(("awb", "kal16"), "Training voices of flite; set B has the others.")
     pauses: float = setting(0.25, "Fraction of training utterances with pauses between words.", ge=0, le=1)
-    slowest: float = setting(1.8, "Longest durations of training speech, relative to normal speech.", ge=1, le=3)
+    slowest: float = setting(1.4, "Longest durations of training speech, relative to normal speech.", ge=1, le=3)
     damaged: float = setting(0.0, "Fraction of training faces whose lips disagree with the speech.", ge=0, le=1)
     shift_s: float = setting(0.1, "Largest time shift of the lips of a damaged face, in seconds.", ge=0)
     jitter_s: float = setting(0.03, "Largest standard deviation of its phones' boundaries, in seconds.", ge=0)
@@ -157,7 +157,6 @@ def write_world(
     if "train" in sets:
         training = [folder / "train" / record["audio"] for record in read_manifest(folder / "train")]
         write_tapes(folder / "tapes", training, length_s=settings.tape_s, seed=settings.seed, progress=progress)
-    progress.finish()
 
 
 def _check_world(folder: Path, settings: WorldSettings) -> None:
@@ -204,6 +203,7 @@ def _write_set(folder: Path, name: str, settings: WorldSettings, progress: Progr
         tasks = [(folder, settings, tuple(part)) for part in parts]
         if len(tasks) == 1:
             _write_utterances(tasks[0], progress)
+            progress.finish()
         elif run_processes(_write_utterances, tasks, progress, steps=(f"write {name}",), is_split=True)[1]:
             raise DataError(f"a process died while it wrote {folder}; finished files are kept: rerun the same command")
     if not (folder / MANIFEST).is_file():

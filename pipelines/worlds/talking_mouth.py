@@ -163,13 +163,13 @@ def cmu_phone(name: str) -> str:
 def draw_face(rng: np.random.Generator) -> Face:
     """Return a random face."""
     skin = rng.uniform(95, 215)
-    scale = np.array([0.05, 0.09, 0.15, 0.2, 0.2, 0.15])
+    scale = np.array([0.03, 0.05, 0.08, 0.1, 0.1, 0.08])
     offsets_P6 = rng.standard_normal((len(VISEMES), len(PARAMETERS))) * scale
     offsets_P6[:2, 1] = 0  # everyone closes the lips
     lip = skin - rng.uniform(22, 65)
     return Face(
-        center=(24 + rng.uniform(-2.5, 2.5), 15 + rng.uniform(-2, 2)),
-        size=rng.uniform(10.5, 15),
+        center=(24 + rng.uniform(-1.5, 1.5), 15 + rng.uniform(-1.2, 1.2)),
+        size=rng.uniform(12.5, 15.5),
         tilt=rng.normal(0, 0.06),
         skin=skin,
         lip=lip,
@@ -177,11 +177,11 @@ def draw_face(rng: np.random.Generator) -> Face:
         opening=min(rng.uniform(15, 50), lip - 20),
         light=(rng.normal(0, 14), rng.normal(0, 10)),
         lips=(rng.uniform(1.8, 3.2), rng.uniform(2.4, 4.0)),
-        articulation=rng.uniform(0.55, 1.1),
+        articulation=rng.uniform(0.75, 1.1),
         offsets_P6=offsets_P6.astype(np.float32),
-        softness=rng.uniform(1.0, 2.2),
-        noise=rng.uniform(2, 9),
-        motion=rng.uniform(0.1, 0.9),
+        softness=rng.uniform(0.8, 1.4),
+        noise=rng.uniform(1, 4),
+        motion=rng.uniform(0.1, 0.5),
     )
 
 

@@ -41,6 +41,7 @@ def write_tapes(
         for name, mix in (("babble", mix_babble), ("talker", join_talkers)):
             write_atomic(folder / f"{name}{suffix}.wav", encode_wav(mix(spoken, num_samples, rng)))
             progress.advance(1)
+    progress.finish()
 
 
 def _tape_speech(number: int, rng: np.random.Generator) -> Floats:

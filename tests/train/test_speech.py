@@ -223,11 +223,15 @@ def test_no_utterance_loses_every_stream() -> None:
 
 
 def test_masked_spans_cover_about_the_fraction() -> None:
-    values, lengths = np.ones((200, 80, 3), np.float16), np.full(200, 80)
-    masked = mask_spans(values, lengths, 0.1, np.random.default_rng(0))
-    assert (masked == 0).mean() == pytest.approx(0.14, abs=0.04)  # the last span overshoots
+    rng = np.random.default_rng(0)
+    values, lengths = rng.normal(5, 1, (200, 80, 3)).astype(np.float16), np.full(200, 70)
+    masked = mask_spans(values, lengths, 0.1, rng)
+    is_masked = (masked != values).any(axis=2)
+    assert is_masked.mean() == pytest.approx(0.13, abs=0.04)  # the last span overshoots
+    means = np.repeat(values[:, :70].mean(axis=1, dtype=np.float32)[:, None], 80, axis=1)
+    np.testing.assert_allclose(masked[is_masked], means[is_masked], atol=0.01)
     assert masked.dtype == np.float16
-    assert mask_spans(values, lengths, 0.0, np.random.default_rng(0)) is values
+    assert mask_spans(values, lengths, 0.0, rng) is values
 
 
 def test_stacking_a_padded_batch_is_stacking_each_item() -> None:

@@ -1,0 +1,68 @@
+"""Audio-visual speech recognition on cached features, on synthetic talking mouths and real recordings: AVSR (ACL 2022).
+
+    python -m pipelines.avsr work/                 # three seeds; about 20 minutes each on 2 cores
+    python -m pipelines.avsr work/ --seeds 0
+    python -m pipelines.avsr work/ --ablations     # further fusions, with the first seed
+    python -m pipelines.avsr work/ --tiny          # a few utterances, to see that everything runs
+
+A recognizer is trained on sound and one on lips, then fusions of both that start from the two complete runs with their
+encoders frozen. Sets: A, unseen voices and faces; B, another synthesizer; R, real recordings. Results are kept in the
+folder; a second call goes on. All settings were chosen on the sets `valid` and K, without A, B and R.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from embedcache.cli.console import print_table
+from pipelines.speech.models import ABLATIONS, AUDIO, FUSION, FUSIONS, ROBUST, VIDEO, page_layout, questions
+from pipelines.speech.page import SETS, show_utterances, write_pages
+from pipelines.speech.results import Result, Results, rate_table
+from pipelines.speech.steps import (
+    TEST_VIEWS,
+    TINY,
+    Runs,
+    Size,
+    make_caches,
+    run_parallel,
+)
+
+SHOWN = {"A": ("0003", "0011"), "R": ("0007",)}
+
+
+def main() -> None:
+    """Make caches, train both streams and the fusions, recognize the test sets, write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ablations", action="store_true", help="further fusions, with the first seed")
+    parser.add_argument("--tiny", action="store_true", help="a few utterances, two fusions")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    size, seeds, sets = (TINY, options.seeds[:1], ("A", "R")) if options.tiny else (Size(), options.seeds, tuple(SETS))
+    fusions = {name: FUSIONS[name] for name in (FUSION, ROBUST)} if options.tiny else FUSIONS
+    caches = make_caches(options.workdir, size, sets)
+    for seed in seeds:
+        runs = Runs(folder=options.workdir / f"seed{seed}", caches=caches, seed=seed, size=size)
+        variants = {**fusions, **(ABLATIONS if options.ablations and seed == seeds[0] else {})}
+        run_parallel(runs.train_stream, [(name,) for name in (VIDEO, AUDIO)])
+        run_parallel(runs.train_fusion, list(variants.items()))
+        asked = [question for name in (AUDIO, VIDEO, *variants) for question in questions(name, sets)]
+        run_parallel(runs.evaluate, asked)
+        results = Results.read(runs.folder / "results")
+        print_table(*rate_table(results, [AUDIO, VIDEO, *variants], "A"), title=f"seed {seed}, set A, WER in %")
+    runs = Runs(folder=options.workdir / f"seed{seeds[0]}", caches=caches, seed=seeds[0], size=size)
+    rows = []
+    for name in sets:
+        if keys := SHOWN.get(name) if not options.tiny else ("0001",):
+            shown = {model: runs.path(model) for model in (AUDIO, FUSION)}
+            world = options.workdir / "world" / name
+            rows += show_utterances(world, caches[name], shown, keys, TEST_VIEWS[3])
+    layout = page_layout(fusions, is_ablated=options.ablations)
+    paths = sorted(options.workdir.glob("seed*/results/*.json"))
+    write_pages(options.workdir, Results(map(Result.read, paths)), layout, rows=rows)
+
+
+if __name__ == "__main__":
+    main()

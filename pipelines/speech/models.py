@@ -1,0 +1,71 @@
+"""What the pipeline of audio-visual speech recognition compares: models, what is measured of each, and their page."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from embedcache.networks.settings import DecodingSettings
+from pipelines.speech.page import Layout
+from pipelines.speech.results import Roles
+from pipelines.speech.steps import NARROW, WIDE, Question, Variant
+
+AUDIO, VIDEO, DEEP = "audio", "video", "video, as deep as the fusion"
+FUSION, ROBUST, NARROW_NOISE, PAPER = "both", "both, robust", "both, narrow noise", "both, concatenated"
+FUSIONS: Mapping[str, Variant] = {
+    DEEP: Variant(readouts="video", missing={"audio": 1.0}),
+    PAPER: Variant(kind="concat", readouts=None, noise=WIDE),
+    NARROW_NOISE: Variant(noise=NARROW),
+    FUSION: Variant(noise=WIDE),
+    ROBUST: Variant(noise=WIDE, missing={"audio": 0.15, "video": 0.1}, swapped=0.15, shift_s=0.04),
+}
+ABLATIONS: Mapping[str, Variant] = {
+    "both, concatenated, readouts of audio": Variant(kind="concat", noise=WIDE),
+    "both, gated, new readouts": Variant(readouts=None, noise=WIDE),
+    "both, dropout": Variant(noise=WIDE, missing={"audio": 0.15, "video": 0.1}),
+    "both, lips swapped": Variant(noise=WIDE, swapped=0.15),
+}
+GREEDY, AS_PUBLISHED = DecodingSettings(decoder="ctc"), DecodingSettings()
+
+
+def questions(name: str, sets: Sequence[str]) -> list[tuple[str, Question]]:
+    """Return what is measured of a run."""
+    if name == DEEP:
+        return [(name, Question(model=name, test_set="A", streams=("video",)))]
+    asked = [Question(model=name, test_set=of) for of in (sets if name in (AUDIO, VIDEO, FUSION, ROBUST) else ("A",))]
+    if name in (AUDIO, FUSION):
+        asked.append(Question(model=f"{name}, greedy", test_set="A", decoding=GREEDY))
+        asked.append(Question(model=f"{name}, λ 0.1", test_set="A", decoding=AS_PUBLISHED))
+    if name in (FUSION, ROBUST):
+        asked.append(Question(model=f"{name}, lips of others", test_set="A", is_shuffled=True))
+    if name == ROBUST:
+        asked.append(Question(model=f"{name}, without video", test_set="A", streams=("audio",)))
+        asked.append(Question(model=f"{name}, without audio", test_set="A", streams=("video",)))
+    return [(name, question) for question in asked]
+
+
+def page_layout(fusions: Collection[str], *, is_ablated: bool) -> Layout:
+    """Return what the page shows of the models that were trained."""
+    roles = [
+        Roles(
+            fusion=name,
+            audio=AUDIO,
+            video=VIDEO,
+            deep_video=DEEP if DEEP in fusions else None,
+            without_video=f"{name}, without video" if name == ROBUST else None,
+            without_audio=f"{name}, without audio" if name == ROBUST else None,
+            shuffled=f"{name}, lips of others",
+            greedy=(f"{name}, greedy",) if name == FUSION else (),
+        )
+        for name in fusions
+        if name in (FUSION, ROBUST)
+    ]
+    return Layout(
+        models=[AUDIO, VIDEO, *fusions],
+        curves=[AUDIO, VIDEO, *fusions],
+        controls=[NARROW_NOISE, DEEP, PAPER],
+        roles=roles,
+        single=(AUDIO, VIDEO),
+        confused=[AUDIO, FUSION],
+        ablations={
+            "Decoders": [f"{name}{decoder}" for name in (AUDIO, FUSION) for decoder in ("", ", greedy", ", λ 0.1")],
+            **({"What else was tried": [FUSION, *ABLATIONS]} if is_ablated else {}),
+        },
+    )

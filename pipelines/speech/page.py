@@ -1,0 +1,304 @@
+"""The page of audio-visual speech recognition: tables, curves, confused letters and mouths in time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from embedcache.evaluate.speech import evaluate_speech
+from embedcache.evaluate.utterances import open_for_run, take_utterances
+from embedcache.files import replacing, write_atomic
+from embedcache.networks.ctc import WordTime
+from embedcache.networks.settings import DecodingSettings
+from embedcache.reports.base import Section, Table, svg, write_report
+from embedcache.reports.speech import add_words, read_rows
+from embedcache.reports.speech_figures import (
+    Phone,
+    Rates,
+    UtteranceRow,
+    confusion_figure,
+    error_curves,
+    parse_level,
+    utterance_figure,
+)
+from embedcache.store.cache import Cache
+from pipelines.common import markdown_table
+from pipelines.speech.results import Results, Roles, crossing_db, gain_table, rate_table, requirement_table, seed_table
+from pipelines.worlds.talking import draw_record, read_manifest
+
+TITLE = "Audio-visual speech recognition on cached features"
+CREDIT = (
+    "Recorded letters and digits of set R: Allison Smith, from Asterisk's core sounds (Debian package "
+    "asterisk-core-sounds-en-g722), CC BY-SA 3.0; the utterances joined from them are under the same license. "
+    "Letters of the development set: KLettres (klettres-data), GPL-2 or later. Synthetic speech: espeak-ng "
+    "(GPL-3 or later) and flite (BSD-like license). Phones of recordings: pocketsphinx. Words: the vocabulary "
+    "of the GRID corpus."
+)
+NOTES = (
+    'Speech is recognized from sound, from lips and from both, as in "Leveraging Unimodal Self-Supervised '
+    'Learning for Multimodal Audio-Visual Speech Recognition" (ACL 2022): the encoders of both streams are '
+    "frozen and their features are computed once; small networks are trained on them, one per stream, and then "
+    "a fusion of both that starts from these complete runs with their encoders frozen. Noise is added to the "
+    "sound before encoding, as views.",
+    "What is synthetic: all faces, and all speech but that of set R. Mouths are drawn from the phones that the "
+    "speech was made of. They are therefore cleaner, and more in time with the sound, than those of real "
+    "videos; nobody turns away or covers the mouth. The words are five of 51 in random order, so no grammar "
+    "helps. In set R the sound is real: letters and digits that one speaker recorded one by one, joined to "
+    "utterances; an aligner finds their phones, and the mouths are drawn from those.",
+    "What cannot be concluded: nothing here estimates an error rate on LRS2, LRS3 or any real video, and no "
+    "figure of the paper is repeated. How much lips help depends on how clear they were drawn. Whisper, the "
+    "encoder of the sound, was trained with transcripts: it is frozen, but not self-supervised. The encoder of "
+    "the lips is fitted without labels, to whitened principal components of stacked frames. Set R has one "
+    "speaker.",
+)
+SETS: Mapping[str, str] = {
+    "A": "A: unseen voices and faces",
+    "B": "B: another synthesizer",
+    "R": "R: real recorded speech",
+}
+"""Test set -> its title."""
+KNOWN, UNLIKE = ("A",), ("B", "R")
+"""Test sets that are made as the training is, and others."""
+
+_HALFWAY = 0.0
+_FRAME_PX = 144
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the page shows, by the names of models in the results.
+
+    Args:
+        models: models of the tables, in this order; those without results in a set are left out of its table.
+        curves: models of the curves.
+        controls: models of the curves that are drawn thin.
+        roles: what is required, of each recommended model.
+        single: models of one stream: on sound, and on lips.
+        confused: models whose confused letters are shown, on set R.
+        ablations: title -> models of further tables.
+    """
+
+    models: Sequence[str]
+    curves: Sequence[str]
+    controls: Sequence[str]
+    roles: Sequence[Roles]
+    single: tuple[str, str]
+    confused: Sequence[str]
+    ablations: Mapping[str, Sequence[str]]
+
+
+def write_pages(
+    folder: Path, results: Results, layout: Layout, *, rows: Sequence[UtteranceRow] = (), notes: Sequence[str] = ()
+) -> None:
+    """Write `avsr.html`, and `avsr.md` with its figures, into the folder.
+
+    Args:
+        folder: folder of the pages.
+        results: results of all models, test sets and seeds.
+        layout: what is shown.
+        rows: utterances to draw in time, as by `show_utterances`.
+        notes: further notes at the beginning, such as what was tried without success.
+    """
+    sets = [name for name in SETS if any(results.has(model, name) for model in layout.models)]
+    figures = {"curves": _curves(results, layout, sets)}
+    if confusions := _confusions(results, layout, sets):
+        figures["letters"] = confusions
+    if rows:
+        figures["mouths"] = utterance_figure(rows)
+    sections = _sections(results, layout, sets)
+    summary = summarize(results, layout, sets)
+    captions = _captions(results, layout, sets)
+    write_report(
+        folder / "avsr.html",
+        title=TITLE,
+        summary=summary,
+        sections=[
+            Section(title="What is compared", notes=[*NOTES, *notes]),
+            *(
+                Section(title=title, notes=[note], figures=[svg(figures[name])])
+                for name, (title, note) in captions.items()
+                if name in figures
+            ),
+            *(Section(title=title, notes=paragraphs, table=table) for title, paragraphs, table in sections),
+        ],
+        credit=CREDIT,
+    )
+    blocks = [f"# {TITLE}", *NOTES, *notes, summary]
+    for name, (title, note) in captions.items():
+        if name in figures:
+            blocks += [f"## {title}", note, f"![{title}]({_save(folder / f'avsr-{name}', figures[name])})"]
+    for title, paragraphs, (columns, cells) in sections:
+        blocks += [f"## {title}", *paragraphs, markdown_table(columns, cells)]
+    write_atomic(folder / "avsr.md", ("\n\n".join([*blocks, CREDIT]) + "\n").encode())
+
+
+def summarize(results: Results, layout: Layout, sets: Sequence[str]) -> str:
+    """Return the word error rates of both streams and of the recommended models in a few sentences."""
+    lines = []
+    for name in sets:
+        views = results.views(name)
+        shown = [*layout.single, *dict.fromkeys(role.fusion for role in layout.roles)]
+        rates = [
+            f"{model} " + " / ".join(f"{100 * results.mean(model, name, view):.1f}" for view in views)
+            for model in shown
+            if results.has(model, name)
+        ]
+        lines.append(f"Set {name}: {'; '.join(rates)}.")
+    seeds = {
+        result.seed
+        for model in layout.models
+        for name in sets
+        if results.has(model, name)
+        for result in results.seeds(model, name)
+    }
+    levels = ", ".join(_level_names(results, sets[0]))
+    return f"Word error rates in percent at {levels}, means over {len(seeds)} seeds. " + " ".join(lines)
+
+
+def _level_names(results: Results, test_set: str) -> list[str]:
+    return [view if (level := parse_level(view)) is None else level.name for view in results.views(test_set)]
+
+
+def _curves(results: Results, layout: Layout, sets: Sequence[str]) -> Figure:
+    panels: dict[str, Rates] = {SETS[name]: results.rates(layout.curves, name) for name in sets}
+    return error_curves(panels, controls=layout.controls)
+
+
+def _confusions(results: Results, layout: Layout, sets: Sequence[str]) -> Figure | None:
+    """Draw the confused letters of the set with the most letters, halfway between clean and hopeless."""
+    test_set = "R" if "R" in sets else sets[0]
+    view = _noisy_view(results, test_set)
+    panels = {
+        model: [(result.references, result.hypotheses[view]) for result in results.seeds(model, test_set)]
+        for model in layout.confused
+        if results.has(model, test_set)
+    }
+    return confusion_figure(panels) if panels else None
+
+
+def _noisy_view(results: Results, test_set: str) -> str:
+    levels = {view: level.snr_db for view in results.views(test_set) if (level := parse_level(view))}
+    return min(levels, key=lambda view: abs(levels[view] - _HALFWAY))
+
+
+def _captions(results: Results, layout: Layout, sets: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return figure -> title and caption."""
+    del layout
+    letters = "R" if "R" in sets else sets[0]
+    level = parse_level(_noisy_view(results, letters))
+    return {
+        "curves": (
+            "Word error rate by noise",
+            "Means over seeds; bands are 95% intervals over seeds and utterances, in set R over seeds and recordings.",
+        ),
+        "mouths": (
+            "Mouths and words in time",
+            "The mouth every 80 ms or a multiple of it, drawn larger than the encoder sees it; phones; sound without "
+            "noise; words where CTC is certain of their letters. Wrong words are red.",
+        ),
+        "letters": (
+            "Letters confused with and without lips",
+            f"Percent of each letter in set {letters} at {level.name if level else 'noise'}, all seeds. Letters whose "
+            "names sound alike are side by side: B and D, or M and N, differ by what the lips do.",
+        ),
+    }
+
+
+def _sections(results: Results, layout: Layout, sets: Sequence[str]) -> list[tuple[str, list[str], Table]]:
+    """Return title, paragraphs and table of each section."""
+    known, unlike = ([name for name in names if name in sets] for names in (KNOWN, UNLIKE))
+    sections: list[tuple[str, list[str], Table]] = [
+        (
+            f"What is required of {role.fusion}",
+            [
+                "Differences are in points, paired by seed, with 95% intervals; the level that fulfills it least is "
+                "shown."
+            ],
+            requirement_table(results, role, known=known, unlike=unlike),
+        )
+        for role in layout.roles
+    ]
+    for name in sets:
+        found = next(results.seeds(model, name)[0] for model in layout.models if results.has(model, name))
+        count = len(np.unique(found.clusters_M))
+        notes = [
+            f"{len(found.references)} utterances, {len(found.clusters_M):,} words. Intervals are over seeds and "
+            f"{count} {found.cluster_noun}."
+        ]
+        crossing = crossing_db(results, *layout.single, name)
+        if crossing is not None:
+            notes.append(f"Below {crossing:.1f} dB, {layout.single[1]} makes fewer errors than {layout.single[0]}.")
+        fusions = [model for model in layout.models if model not in layout.single]
+        sections += [
+            (f"Set {SETS[name]}", notes, rate_table(results, layout.models, name)),
+            (f"Set {name}: gain over one stream", [], gain_table(results, fusions, layout.single, name)),
+        ]
+    sections += [
+        (f"{title}, set {name}", [], rate_table(results, models, name))
+        for title, models in layout.ablations.items()
+        for name in sets
+        if any(results.has(model, name) for model in models)
+    ]
+    sections += [
+        (f"Set {name}: each seed", ["The seeds in their order."], seed_table(results, layout.models, name))
+        for name in sets
+    ]
+    sections += [
+        (f"Set {name}: characters", [], rate_table(results, layout.curves, name, unit="characters")) for name in sets
+    ]
+    return sections
+
+
+def _save(path: Path, figure: Figure) -> str:
+    """Save a figure beside the Markdown page; one with photographs or drawings as JPEG. Return its file name."""
+    has_images = any(axes.get_images() for axes in figure.axes)
+    path = path.with_suffix(".jpg" if has_images else ".svg")
+    with replacing(path) as temporary:
+        if has_images:
+            figure.savefig(temporary, format="jpg", dpi=110, facecolor="white", pil_kwargs={"quality": 82})
+        else:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+    return path.name
+
+
+def show_utterances(
+    set_folder: Path,
+    cache_path: Path,
+    runs: Mapping[str, Path],
+    keys: Sequence[str],
+    view: str,
+    *,
+    decoding: DecodingSettings | None = None,
+) -> list[UtteranceRow]:
+    """Return utterances of a talking-mouth world with their phones, and the words that runs recognize in them.
+
+    Args:
+        set_folder: folder of the test set.
+        cache_path: its cache.
+        runs: name -> run.
+        keys: keys of the utterances.
+        view: view of the sound that is recognized.
+        decoding: the decoder.
+    """
+    cache = Cache(cache_path)
+    records = {record["key"]: record for record in read_manifest(set_folder)}
+    rows = read_rows(cache, keys)
+    for name, run_path in runs.items():
+        utterances = open_for_run(cache, run_path, views=[view])
+        places = {key: number for number, key in enumerate(utterances.keys)}
+        part = take_utterances(utterances, np.array([places[key] for key in keys]))
+        report = evaluate_speech(run_path, part, views=[view], decoding=decoding)
+        rows = add_words(rows, name, report, part, view)
+    level = parse_level(view)
+    return [
+        replace(
+            row,
+            title=f"set {record['set']}, voice {record['voice']}, {level.name if level else view}",
+            frames=draw_record(record, record["faces"][0], width=_FRAME_PX),
+            phones=[Phone(*phone) for phone in record["phones"]],
+            words=[WordTime(*word[:3]) for word in record["words"]],
+        )
+        for row, record in zip(rows, (records[key] for key in keys), strict=True)
+    ]

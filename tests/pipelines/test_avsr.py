@@ -1,0 +1,50 @@
+"""The pipeline of audio-visual speech recognition, from the world to its page."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.speech.models import AUDIO, FUSION, ROBUST, VIDEO
+from pipelines.speech.results import Results
+from pipelines.speech.steps import TEST_VIEWS, TINY, Runs, Size
+from tests.blocks import ROOT
+from tests.pipelines.test_talking import HAS_ESPEAK, HAS_FLITE, HAS_RECORDINGS
+
+
+def run(folder: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.avsr", str(folder), "--tiny"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (HAS_ESPEAK and HAS_FLITE and HAS_RECORDINGS), reason="needs the packages of .ci/run")
+def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
+    run(tmp_path)
+    page = (tmp_path / "avsr.html").read_text()
+    for words in ("What is synthetic", "nothing here estimates an error rate on LRS2"):
+        assert words in page
+    results = Results.read(tmp_path / "seed0" / "results")
+    for model in (AUDIO, VIDEO, FUSION, ROBUST):
+        assert results.views("A") == list(TEST_VIEWS)
+        assert results.has(model, "A")
+        assert results.has(model, "R")
+    assert results.seeds(FUSION, "R")[0].cluster_noun == "recordings"
+    runs = Runs(folder=tmp_path / "seed0", caches={}, seed=0, size=TINY)
+    for stream in (AUDIO, VIDEO):
+        own = load_file(runs.path(stream) / "model.safetensors")
+        fused = load_file(runs.path(ROBUST) / "model.safetensors")
+        encoder = [key for key in own if key.startswith(f"encoders.{stream}.")]
+        assert encoder
+        assert all(torch.equal(own[key], fused[key]) for key in encoder)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in {".json", ".safetensors"}}
+    run(tmp_path)
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+
+
+def test_full_size_trains_every_stage_longer_than_it_aligns() -> None:
+    size = Size()
+    assert all(0 <= size.align_epochs[stage] < size.epochs[stage] for stage in size.epochs)
