@@ -33,8 +33,8 @@ SLACK_S = 0.25
 """Sound and frames may differ by this much in length: the tracks of a file rarely end together."""
 
 _SHORTEST_S = 1.0  # the last window is not shorter, unless the recording is
-_CUT_RANGE = 0.25  # the last part of a window, as a fraction, in which it may end
-_QUIET_S = 0.2  # span whose loudness or motion is compared
+_CUT_RANGE = 0.6  # the last part of a window, as a fraction, in which it may end
+_QUIET_S = 0.5  # span whose loudness or motion is compared: longer than the closure of a consonant
 _LEVEL_HZ = 100  # levels of loudness per second
 _LOUDEST = 2.0  # samples beyond it are no floats in [-1, 1]
 _NOUNS: Mapping[str, str] = {"audio": "sound", "video": "frames"}
@@ -220,7 +220,7 @@ def _check_lengths(clip: Clip, seconds: Mapping[str, float | None], *, slack_s: 
 def iter_windows(clip: Clip, *, window_s: float, step_s: float) -> Iterator[Window]:
     """Iterate over the windows of a recording.
 
-    Each ends where it is quietest in its last quarter: where the sound is softest, or without sound where the mouth
+    Each ends where it is quietest in its last 60%: where the sound is softest, or without sound where the mouth
     moves least.
 
     Args:

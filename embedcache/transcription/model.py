@@ -22,7 +22,7 @@ from embedcache.networks.speech import CTC_WEIGHT, Frames, SpeechNetwork, stack_
 from embedcache.networks.transcripts import SYMBOLS
 from embedcache.progress import NullProgress, Progress
 from embedcache.transcription.clips import AudioLike, Clip, VideoLike, Window, iter_windows, open_clip
-from embedcache.transcription.settings import WINDOW_S, Mouth, TranscribeSettings
+from embedcache.transcription.settings import TRAINED_FRACTION, WINDOW_S, Mouth, TranscribeSettings
 from embedcache.transcription.transcript import Transcript, join_transcripts
 
 _WINDOWS_PER_BATCH = 8
@@ -273,8 +273,8 @@ class SpeechModel:
         return self._network.stacks[stream] / axis.rate_hz
 
     def _window_s(self, settings: TranscribeSettings) -> float:
-        longest_s = float(self.config.training.get("longest_s") or WINDOW_S)
-        return settings.window_s or max(_SHORTEST_WINDOW_S, min(WINDOW_S, longest_s))
+        longest_s = float(self.config.training.get("longest_s") or np.inf)
+        return settings.window_s or max(_SHORTEST_WINDOW_S, min(WINDOW_S, TRAINED_FRACTION * longest_s))
 
     def _check_streams(self, clip: Clip) -> None:
         """Check that the network can do without the streams that a recording lacks."""

@@ -189,14 +189,14 @@ def test_untrained_decoders_are_refused(trained: Path, speech: Speech, tmp_path:
 
 def test_windows_are_no_longer_than_utterances_in_training(tmp_path: Path) -> None:
     speech = say("AB " * 40, np.random.default_rng(0))
-    for longest_s, count in ((None, 2), (60.0, 2), (5.0, 8)):
+    for longest_s, low, high in ((None, 8, 20), (60.0, 8, 20), (5.0, 2, 3)):
         run = save_run(tmp_path / f"{longest_s}", TOY, training={"longest_s": longest_s})
         progress = Counter()
         embedcache.load(run, kind="speech").transcribe(speech.samples, settings=CTC, progress=progress)
         seconds = len(speech.samples) / 16_000
         assert progress.total == round(seconds)
         assert sum(progress.steps) == round(seconds)
-        assert abs(len(progress.steps) - count) <= 1, (longest_s, seconds)
+        assert low <= max(progress.steps) <= high
 
 
 def test_memory_does_not_grow_with_the_length(trained: Path) -> None:
