@@ -19,6 +19,7 @@ from embedcache.evaluate.utterances import (
     clusters_of_characters,
     clusters_of_words,
     open_for_run,
+    read_speech_config,
     shuffle_videos,
     take_utterances,
     word_clusters,
@@ -155,9 +156,9 @@ def evaluate_speech(
     """
     progress, decoding = progress or NullProgress(), decoding or DecodingSettings()
     place = str(torch_device(device))
-    module, config = load_module(Path(run_path), device=place)
-    network = _as_speech(module, run_path)
-    check_decoder(config.training, decoding)
+    config = read_speech_config(run_path, streams or ())
+    check_decoder(config.training, decoding, run=str(run_path))
+    network = _load_network(run_path, place)
     used = tuple(streams or network.streams)
     _check_streams(run_path, network, utterances, used)
     for name in used:
@@ -217,8 +218,7 @@ def time_words(
     Returns:
         The words of each of these utterances; none where they have more letters than frames.
     """
-    module, _ = load_module(report.run_path, device=str(torch_device(device)))
-    network, first = _as_speech(module, report.run_path), report.streams[0]
+    network, first = _load_network(report.run_path, str(torch_device(device))), report.streams[0]
     rate_hz = utterances.streams[first].rate_hz / network.stacks[first]
     views = {"audio": view} if "audio" in report.streams else None
     texts = dict(zip(report.keys, report.views[view].hypotheses, strict=True))
@@ -264,13 +264,18 @@ def compare_runs(
         UnknownNameError: the cache has no feature or view of a name.
     """
     settings = settings or SpeechSettings()
+    if not run_paths:
+        raise SettingError("expected at least one run to evaluate, got none")
     cache = Cache(cache_path)
     samples = read_part(cache, settings.part).samples
+    recipes = group_by_recipe(run_paths, _read_recipe)
+    for path in run_paths:
+        config = read_speech_config(path, settings.streams)
+        check_decoder(config.training, settings.decoding, run=str(path))
     reports: dict[str, list[SpeechReport]] = {}
-    for name, paths in group_by_recipe(run_paths, _read_recipe).items():
+    for name, paths in recipes.items():
         for path in paths:
-            config = read_module_config(path)
-            used = settings.streams or tuple(config.sides)
+            used = settings.streams or tuple(read_speech_config(path).sides)
             utterances = open_for_run(cache, path, views=settings.views, streams=used, samples=samples)
             controls: list[Ints | None] = [None]
             if settings.shuffle_videos and "video" in used:
@@ -289,8 +294,6 @@ def compare_runs(
                 report = replace(report, num_left_out=len(samples) - len(utterances))
                 title = name if videos_of is None else f"{name}, {SHUFFLED}"
                 reports.setdefault(title, []).append(report)
-    if not reports:
-        raise SettingError("expected at least one run to evaluate, got none")
     return reports
 
 
@@ -344,31 +347,30 @@ def compare_speech(
     }
 
 
-def _as_speech(module: Any, run_path: Path | str) -> SpeechNetwork:
-    if not isinstance(module, SpeechNetwork):
-        raise DataError(f"{run_path}: expected the run of a speech recognizer, got {type(module).__name__}")
-    return module
+def _load_network(run_path: Path | str, device: str) -> SpeechNetwork:
+    network, _ = load_module(Path(run_path), device=device)
+    assert isinstance(network, SpeechNetwork)
+    return network
 
 
 def _check_streams(run_path: Path | str, network: SpeechNetwork, utterances: Utterances, used: Sequence[str]) -> None:
-    for name in used:
-        if name not in network.streams:
-            raise SettingError(f"streams: {run_path}: expected {' and '.join(network.streams)}, got {name}")
-        if name not in utterances.streams:
-            raise DataError(f"{run_path}: expected utterances with {name}, got {' and '.join(utterances.streams)}")
+    missing = [name for name in used if name not in utterances.streams]
+    if missing:
+        raise DataError(f"{run_path}: expected utterances with {missing[0]}, got {' and '.join(utterances.streams)}")
     if network.fusion is None and len(used) < len(network.streams):
         raise SettingError(f"streams: {run_path}: expected {' and '.join(network.streams)}, got {' and '.join(used)}")
 
 
 def _check_feature(name: str, utterances: Utterances, config: ModuleConfig, *, is_encoded: bool) -> None:
-    """Check that a stream's plain feature is the run's, or its states."""
-    feature = utterances.streams[name].feature
+    """Check that a stream has the run's feature, in whichever view, or states of its encoder."""
+    stream = utterances.streams[name]
+    feature = stream.feature
     if not is_encoded:
         check_same_view(
             f"the run's {name} feature {config.sides[name].feature}",
             config.sides[name].fingerprint,
             feature.fingerprint,
-            PLAIN,
+            next(iter(stream.readers)),
             next_step=f"{feature.name} comes from another encoder: use the features that the run was trained on",
         )
     elif feature.fingerprint.get("weights") not in {config.weights_digest, config.init_runs.get(name)}:

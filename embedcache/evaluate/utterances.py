@@ -10,7 +10,7 @@ import numpy as np
 from embedcache.arrays import Ints, blocks
 from embedcache.dataset.inputs import PLAIN, check_same_view, open_input, view_feature
 from embedcache.errors import DataError, SettingError
-from embedcache.networks.saved import read_module_config
+from embedcache.networks.saved import ModuleConfig, read_module_config
 from embedcache.store.cache import Cache
 from embedcache.train.utterances import Utterances, frame_counts, open_utterances
 
@@ -44,15 +44,8 @@ def open_for_run(
         FingerprintError: a view comes from another encoder than the run was trained on.
         DataError: the run is no speech recognizer; or as in `open_utterances`.
     """
-    config = read_module_config(Path(run_path))
-    if not set(config.sides) <= {"audio", "video"}:
-        raise DataError(
-            f"{run_path}: expected the run of a speech recognizer, got {config.kind} on {', '.join(config.sides)}"
-        )
+    config = read_speech_config(run_path, streams or ())
     names = tuple(streams or config.sides)
-    unknown = [name for name in names if name not in config.sides]
-    if unknown:
-        raise SettingError(f"streams: {run_path}: expected {' or '.join(config.sides)}, got {unknown[0]}")
     opened = {name: views if name == "audio" else (PLAIN,) for name in names}
     for name in names:
         for view in opened[name]:
@@ -66,6 +59,23 @@ def open_for_run(
             )
     features = {name: config.sides[name].feature for name in names}
     return open_utterances(cache, features, views=opened, samples=samples)
+
+
+def read_speech_config(run_path: Path | str, streams: Sequence[str] = ()) -> ModuleConfig:
+    """Read the config of a run of `train_speech`, after checking that it has some streams.
+
+    Raises:
+        PathError: the folder is not a finished run.
+        DataError: the run is no speech recognizer.
+        SettingError: the run has no such stream.
+    """
+    config = read_module_config(Path(run_path))
+    if config.kind != "speech":
+        raise DataError(f"{run_path}: expected the run of a speech recognizer, got one of kind {config.kind}")
+    for name in streams:
+        if name not in config.sides:
+            raise SettingError(f"streams: {run_path}: expected {' or '.join(config.sides)}, got {name}")
+    return config
 
 
 class WordClusters(NamedTuple):

@@ -45,12 +45,13 @@ def to_text(symbols: Ints) -> str:
     return " ".join(decode_symbols(symbols).split())
 
 
-def check_decoder(training: Mapping[str, Any], decoding: DecodingSettings) -> None:
+def check_decoder(training: Mapping[str, Any], decoding: DecodingSettings, *, run: str = "the run") -> None:
     """Check that the heads which a decoder needs had a weight in the loss.
 
     Args:
         training: the entry `training` of the run's config; a run that does not say has trained both.
         decoding: the decoder.
+        run: what the message calls the run.
 
     Raises:
         SettingError: one had none.
@@ -65,7 +66,7 @@ def check_decoder(training: Mapping[str, Any], decoding: DecodingSettings) -> No
         if is_needed and not is_trained:
             other = "attention" if head == "ctc" else "ctc"
             raise SettingError(
-                f"decoder: the run was trained with ctc_weight {trained_weight:g}, so its {head} part is untrained: "
+                f"decoder: {run} was trained with ctc_weight {trained_weight:g}, so its {head} part is untrained: "
                 f"expected {other}, got {decoding.decoder}"
             )
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from embedcache.dataset.inputs import PLAIN
 from embedcache.evaluate.speech import evaluate_speech
 from embedcache.evaluate.utterances import open_for_run, take_utterances
 from embedcache.files import replacing, write_atomic
@@ -155,7 +154,8 @@ def summarize(results: Results, layout: Layout, sets: Sequence[str]) -> str:
         for result in results.seeds(model, name)
     }
     levels = ", ".join(_level_names(results, sets[0]))
-    return f"Word error rates in percent at {levels}, means over {len(seeds)} seeds. " + " ".join(lines)
+    averaged = "one seed" if len(seeds) == 1 else f"means over {len(seeds)} seeds"
+    return f"Word error rates in percent at {levels}, {averaged}. " + " ".join(lines)
 
 
 def _level_names(results: Results, test_set: str) -> list[str]:
@@ -234,7 +234,11 @@ def _sections(results: Results, layout: Layout, sets: Sequence[str]) -> list[tup
         fusions = [model for model in layout.models if model not in layout.single]
         sections += [
             (f"Set {SETS[name]}", notes, rate_table(results, layout.models, name)),
-            (f"Set {name}: gain over one stream", [], gain_table(results, fusions, layout.single, name)),
+            (
+                f"Set {name}: gain over one stream",
+                ["Negative: fewer errors."],
+                gain_table(results, fusions, layout.single, name),
+            ),
         ]
     sections += [
         (f"{title}, set {name}", [], rate_table(results, models, name))
@@ -287,7 +291,7 @@ def show_utterances(
     records = {record["key"]: record for record in read_manifest(set_folder)}
     rows = read_rows(cache, keys)
     for name, run_path in runs.items():
-        utterances = open_for_run(cache, run_path, views=list(dict.fromkeys((PLAIN, view))))
+        utterances = open_for_run(cache, run_path, views=[view])
         places = {key: number for number, key in enumerate(utterances.keys)}
         part = take_utterances(utterances, np.array([places[key] for key in keys]))
         report = evaluate_speech(run_path, part, views=[view], decoding=decoding)

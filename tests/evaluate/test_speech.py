@@ -119,6 +119,12 @@ def test_views_of_the_sound_do_not_change_lips(folder: Path) -> None:
     assert alone.warnings() == []
 
 
+def test_a_view_needs_no_plain_feature_beside_it(folder: Path) -> None:
+    data = open_for_run(Cache(folder / "test"), folder / "audio-0", views=[QUIET])
+    report = evaluate_speech(folder / "audio-0", data, views=[QUIET], decoding=CTC)
+    assert report.views[QUIET].hypotheses == evaluate(folder, "audio-0").views[QUIET].hypotheses
+
+
 def test_a_missing_stream_without_dropout_is_a_warning(folder: Path) -> None:
     report = evaluate(folder, "fusion", streams=("audio",))
     assert report.warnings() == []

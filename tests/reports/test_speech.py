@@ -1,6 +1,7 @@
 """The report of speech recognizers: tables, JSON, figures, and the page and command that show them."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from embedcache.reports.speech_figures import (
     confusion_figure,
     error_curves,
     parse_level,
+    split_by_noise,
     utterance_figure,
     view_names,
 )
@@ -62,6 +64,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_run(folder / f"{name}-{seed}", folder / "cache", name, seed=seed)
     starts = {name: folder / f"{name}-0" for name in ("audio", "video")}
     save_run(folder / "fusion", folder / "cache", "audio", "video", starts=starts)
+    save_run(folder / "untrained", folder / "cache", "audio", training={"ctc_weight": 1.0})
+    config = shutil.copytree(folder / "audio-0", folder / "points") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "kind": "points"}))
     return folder
 
 
@@ -69,6 +74,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reports(folder: Path) -> Reports:
     settings = SpeechSettings(views=LEVELS, decoding=DecodingSettings(decoder="ctc"), shuffle_videos=True)
     return compare_runs(folder / "cache", [folder / name for name in ("audio-0", "fusion", "video-0")], settings)
+
+
+def test_a_model_has_one_color_in_all_panels() -> None:
+    rate = {"plain": Estimate(0.1, 0.05, 0.2), "x0dB": Estimate(0.3, 0.2, 0.4)}
+    first, second = error_curves({"A": {"a": rate, "b": rate}, "B": {"b": rate}}).axes
+    assert second.get_lines()[0].get_color() == first.get_lines()[1].get_color() != first.get_lines()[0].get_color()
 
 
 @pytest.mark.parametrize(
@@ -142,8 +153,9 @@ def test_curves_have_a_line_per_model_and_a_panel_per_noise() -> None:
         "a": {"plain": Estimate(0.1, 0.05, 0.2), "x0dB": Estimate(0.3, 0.2, 0.4), "y5dB": Estimate(0.5, 0.4, 0.6)},
         "b": {"plain": Estimate(0.0, 0.0, 0.1), "x0dB": Estimate(0.2, 0.1, 0.3), "other": Estimate(1, 1, 1)},
     }
-    figure = error_curves(rates, controls=["b"], is_log=True)
+    figure = error_curves(split_by_noise(rates), controls=["b"], is_log=True)
     left, right = figure.axes
+    assert [axes.get_title() for axes in (left, right)] == ["x", "y"]
     assert [[tick.get_text() for tick in axes.get_xticklabels()] for axes in (left, right)] == [
         ["clean", "0 dB"],
         ["clean", "5 dB"],
@@ -185,7 +197,7 @@ def test_page_shows_levels_utterances_and_transcripts(folder: Path) -> None:
     assert "audio: 12 utterances" in shown
     assert "points above" not in shown  # two seeds are not paired with one
     page = (folder / "wer.html").read_text()
-    for text in ("Word error rate", "Utterances in time", "Transcripts, 0 dB", "signal-to-noise ratio, hiss"):
+    for text in ("Word error rate", "Utterances in time", "Transcripts, 0 dB", "signal-to-noise", "<!-- hiss -->"):
         assert text in page
     assert page.count("<svg") == 2
     assert page.count("data:image/png") == 3  # the frames of an utterance are one image
@@ -212,6 +224,8 @@ def test_page_without_its_source_says_so(folder: Path, tmp_path: Path) -> None:
     [
         (["audio-0", "--view", "babble0dB"], "babble0dB"),
         (["audio-0", "--streams", "video"], "--streams: audio-0: expected audio, got video"),
+        (["audio-0", "untrained"], "--decoder: untrained was trained with ctc_weight 1, so its attention part"),
+        (["audio-0", "points"], "points: expected the run of a speech recognizer, got one of kind points"),
         (["audio-0", "--streams", "lips"], "--streams: expected audio or video, got 'lips'"),
         (["fusion", "--beam", "0"], "beam"),
         (["missing"], "missing"),
