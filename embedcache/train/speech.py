@@ -15,9 +15,9 @@ from embedcache.arrays import Floats, Ints, blocks, check_finite
 from embedcache.dataset.inputs import PLAIN
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.metrics.edits import count_word_errors
-from embedcache.networks.ctc import decode_ctc
-from embedcache.networks.decoding import decode_attention
+from embedcache.networks.recognition import recognize, to_text
 from embedcache.networks.saved import ModuleConfig
+from embedcache.networks.settings import DecodingSettings
 from embedcache.networks.speech import (
     CTC_WEIGHT,
     SMOOTHING,
@@ -28,7 +28,6 @@ from embedcache.networks.speech import (
     SpeechObjective,
     pad_transcripts,
 )
-from embedcache.networks.transcripts import SYMBOLS, decode_symbols
 from embedcache.progress import Progress
 from embedcache.provenance import canonical_json, digest
 from embedcache.train.batches import Loader, to_device
@@ -151,17 +150,14 @@ class SpeechTask:
         return {f"WER {view}": self._word_errors(view) for view in self._measured}
 
     def _word_errors(self, view: str) -> float:
-        found = []
+        decoding = DecodingSettings(decoder="ctc" if self._ctc_weight else "attention")
+        references = [to_text(symbols) for symbols in self._validation.symbols]
+        found: list[str] = []
         for encoded in encode_utterances(
             self.module, self._validation, views={"audio": view}, is_encoded=self._is_encoded, device=self._device
         ):
-            lengths_B = encoded.is_valid_BT.sum(dim=1)
-            if self._ctc_weight:
-                found += decode_ctc(self.module.ctc_log_probs(encoded), lengths_B)
-            else:
-                steps = self.module.attention.steps(*encoded)
-                found += [best.symbols for best in decode_attention(steps, lengths_B, num_symbols=len(SYMBOLS))]
-        return count_word_errors(self._validation.texts, [decode_symbols(symbols) for symbols in found]).rate
+            found += [to_text(best.symbols) for best in recognize(self.module, encoded, decoding)]
+        return count_word_errors(references, found).rate
 
     def score(self, measures: Mapping[str, float]) -> float:
         """Return minus the mean word error rate."""

@@ -12,7 +12,7 @@ from embedcache.errors import DataError
 from embedcache.networks.transcripts import encode_transcript
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
-from embedcache.train.views import merge_inputs
+from embedcache.train.views import read_views
 
 _SLACK_S = 0.25
 """Streams of one utterance may differ by this much in length: the tracks of a file rarely end together."""
@@ -53,12 +53,7 @@ class Stream:
 
     def read(self, rows_B: Ints, views_B: Ints) -> Inputs:
         """Read each row from the view of a number."""
-        parts = []
-        for number, read in enumerate(self.readers.values()):
-            positions = np.flatnonzero(views_B == number)
-            if len(positions):
-                parts.append((positions, read(rows_B[positions])))
-        return merge_inputs(parts, len(rows_B), np.result_type(*(inputs.values.dtype for _, inputs in parts)))
+        return read_views(self.readers, rows_B, views_B)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,12 +73,17 @@ class DrawnViews:
 
     def read(self, rows: Ints, views: Ints) -> Inputs:
         """Read each row from the view of a number."""
-        parts: list[tuple[Ints, Inputs]] = []
-        for number, read in enumerate(self.readers.values()):
-            positions = np.flatnonzero(views == number)
-            if len(positions):
-                parts.append((positions, read(rows[positions])))
-        return merge_inputs(parts, len(rows), np.result_type(*(inputs.values.dtype for _, inputs in parts)))
+        return read_views(self.readers, rows, views)
+
+
+def read_views(readers: Mapping[str, Reader], rows: Ints, views: Ints) -> Inputs:
+    """Read each row from the view of a number, in the order of `readers`; padded to the longest."""
+    parts: list[tuple[Ints, Inputs]] = []
+    for number, read in enumerate(readers.values()):
+        positions = np.flatnonzero(views == number)
+        if len(positions):
+            parts.append((positions, read(rows[positions])))
+    return merge_inputs(parts, len(rows), np.result_type(*(inputs.values.dtype for _, inputs in parts)))
 
 
 def merge_inputs(parts: Sequence[tuple[Ints, Inputs]], count: int, dtype: np.dtype[Any]) -> Inputs:

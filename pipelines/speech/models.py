@@ -14,7 +14,7 @@ FUSIONS: Mapping[str, Variant] = {
     PAPER: Variant(kind="concat", readouts=None, noise=WIDE),
     NARROW_NOISE: Variant(noise=NARROW),
     FUSION: Variant(noise=WIDE),
-    ROBUST: Variant(noise=WIDE, missing={"audio": 0.15, "video": 0.1}, swapped=0.15, shift_s=0.04),
+    ROBUST: Variant(noise=WIDE, missing={"audio": 0.2, "video": 0.1}, swapped=0.1, shift_s=0.04),
 }
 ABLATIONS: Mapping[str, Variant] = {
     "both, concatenated, readouts of audio": Variant(kind="concat", noise=WIDE),

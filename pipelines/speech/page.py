@@ -154,7 +154,8 @@ def summarize(results: Results, layout: Layout, sets: Sequence[str]) -> str:
         for result in results.seeds(model, name)
     }
     levels = ", ".join(_level_names(results, sets[0]))
-    return f"Word error rates in percent at {levels}, means over {len(seeds)} seeds. " + " ".join(lines)
+    averaged = "one seed" if len(seeds) == 1 else f"means over {len(seeds)} seeds"
+    return f"Word error rates in percent at {levels}, {averaged}. " + " ".join(lines)
 
 
 def _level_names(results: Results, test_set: str) -> list[str]:
@@ -233,7 +234,11 @@ def _sections(results: Results, layout: Layout, sets: Sequence[str]) -> list[tup
         fusions = [model for model in layout.models if model not in layout.single]
         sections += [
             (f"Set {SETS[name]}", notes, rate_table(results, layout.models, name)),
-            (f"Set {name}: gain over one stream", [], gain_table(results, fusions, layout.single, name)),
+            (
+                f"Set {name}: gain over one stream",
+                ["Negative: fewer errors."],
+                gain_table(results, fusions, layout.single, name),
+            ),
         ]
     sections += [
         (f"{title}, set {name}", [], rate_table(results, models, name))

@@ -266,7 +266,7 @@ def _known_rows(results: Results, roles: Roles, test_set: str) -> Iterator[tuple
             yield Comparison(results, part, test_set).at_most([single], 3.0, text)
     if roles.shuffled is not None and results.has(roles.shuffled, test_set):
         yield Comparison(results, roles.shuffled, test_set).at_least(
-            roles.audio, "lips of other utterances do not help"
+            roles.audio, f"lips of other utterances: not below {roles.audio}"
         )
     for other in roles.greedy:
         if results.has(other, test_set):

@@ -62,14 +62,16 @@ class Size:
         align_epochs: of these, first epochs with CTC alone, of audio and video.
         batch_size: utterances per batch, of audio, video and fusion.
         model: arguments of the networks.
+        dropout: dropout of audio, video and fusion.
         num_fitted: clips that the mouth encoder is fitted to.
     """
 
     world: WorldSettings = field(default_factory=WorldSettings)
-    epochs: Mapping[str, int] = field(default_factory=lambda: {"audio": 40, "video": 80, "fusion": 14})
+    epochs: Mapping[str, int] = field(default_factory=lambda: {"audio": 40, "video": 80, "fusion": 18})
     align_epochs: Mapping[str, int] = field(default_factory=lambda: {"audio": 12, "video": 60, "fusion": 0})
     batch_size: Mapping[str, int] = field(default_factory=lambda: {"audio": 8, "video": 8, "fusion": 16})
     model: Mapping[str, Any] = field(default_factory=dict)
+    dropout: Mapping[str, float] = field(default_factory=lambda: {"audio": 0.1, "video": 0.0, "fusion": 0.1})
     num_fitted: int = 400
 
 
@@ -162,7 +164,7 @@ class Runs:
         """Train a recognizer of one stream, and derive the states of its encoder in training and validation."""
         views = {"audio": WIDE} if name == "audio" else {}
         recipe = SpeechRecipe(
-            model=self.size.model,
+            model={**self.size.model, "dropout": self.size.dropout[name]},
             augmentation=SpeechAugmentation(views=views, masked=0.0 if name == "audio" else 0.05),
             measured=(PLAIN, "babble0dB") if name == "audio" else (PLAIN,),
             align_epochs=self.size.align_epochs[name],
@@ -182,7 +184,12 @@ class Runs:
     def train_fusion(self, name: str, variant: Variant, progress: Progress | None = None) -> Path:
         """Train a fusion that starts from both runs, complete and with their encoders frozen, on their states."""
         recipe = SpeechRecipe(
-            model={**self.size.model, "fusion": variant.kind, "fusion_layers": 2},
+            model={
+                **self.size.model,
+                "dropout": self.size.dropout["fusion"],
+                "fusion": variant.kind,
+                "fusion_layers": 2,
+            },
             augmentation=variant.augmentation,
             measured=(PLAIN, "babble0dB", "babble-10dB"),
         )
