@@ -20,6 +20,7 @@ from pipelines.speech.models import ABLATIONS, AUDIO, FUSION, FUSIONS, ROBUST, V
 from pipelines.speech.page import SETS, show_utterances, write_pages
 from pipelines.speech.results import Result, Results, rate_table
 from pipelines.speech.steps import (
+    DECODING,
     TEST_VIEWS,
     TINY,
     Runs,
@@ -58,7 +59,7 @@ def main() -> None:
         if keys := SHOWN.get(name) if not options.tiny else ("0001",):
             shown = {model: runs.path(model) for model in (AUDIO, FUSION)}
             world = options.workdir / "world" / name
-            rows += show_utterances(world, caches[name], shown, keys, TEST_VIEWS[3])
+            rows += show_utterances(world, caches[name], shown, keys, TEST_VIEWS[3], decoding=DECODING)
     layout = page_layout(fusions, is_ablated=options.ablations)
     paths = sorted(options.workdir.glob("seed*/results/*.json"))
     write_pages(options.workdir, Results(map(Result.read, paths)), layout, rows=rows)
