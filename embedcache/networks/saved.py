@@ -18,7 +18,11 @@ from embedcache.registry import Registry
 
 NETWORKS = Registry(
     "network",
-    {"points": "embedcache.networks.points:PointNetworks", "speech": "embedcache.networks.speech:SpeechNetwork"},
+    {
+        "points": "embedcache.networks.points:PointNetworks",
+        "shared": "embedcache.networks.shared:SharedNetwork",
+        "speech": "embedcache.networks.speech:SpeechNetwork",
+    },
     group="embedcache.networks",
 )
 """Modules by name. One of your own needs no entry: its kind is `module:attribute`."""
