@@ -181,6 +181,10 @@ class SharedNetwork(nn.Module):
         hidden_BLD = self._transform(hidden_BSD, mask, side, slice(num_context, None))
         return self.read(hidden_BLD[(words.numbers_BL == BLANK) & is_word_BL])
 
+    def encode_words(self, numbers_C: Tensor) -> Tensor:
+        """Encode words as candidates, each as a text of one word: (C,) int64 -> (C, P)."""
+        return self.encode(words=Words(numbers_C[:, None], torch.ones_like(numbers_C)), side="target")
+
     def predict_words(self, tokens: Mapping[str, Tokens], words: Words) -> Tensor:
         """Encode a blank after each prefix of each text, in one pass: (B, L + 1, P).
 
