@@ -68,7 +68,7 @@ class Size:
 
     world: WorldSettings = field(default_factory=WorldSettings)
     epochs: Mapping[str, int] = field(default_factory=lambda: {"audio": 40, "video": 80, "fusion": 18})
-    align_epochs: Mapping[str, int] = field(default_factory=lambda: {"audio": 12, "video": 60, "fusion": 0})
+    align_epochs: Mapping[str, int] = field(default_factory=lambda: {"audio": 12, "video": 40, "fusion": 0})
     batch_size: Mapping[str, int] = field(default_factory=lambda: {"audio": 8, "video": 8, "fusion": 16})
     model: Mapping[str, Any] = field(default_factory=dict)
     dropout: Mapping[str, float] = field(default_factory=lambda: {"audio": 0.1, "video": 0.0, "fusion": 0.1})
