@@ -47,10 +47,12 @@ def main() -> None:
     for seed in seeds:
         runs = Runs(folder=options.workdir / f"seed{seed}", caches=caches, seed=seed, size=size)
         variants = {**fusions, **(ABLATIONS if options.ablations and seed == seeds[0] else {})}
-        run_parallel(runs.train_stream, [(name,) for name in (VIDEO, AUDIO)])
-        run_parallel(runs.train_fusion, list(variants.items()))
         asked = [question for name in (AUDIO, VIDEO, *variants) for question in questions(name, sets)]
-        run_parallel(runs.evaluate, asked)
+        run_parallel([(runs.train_audio,), (runs.train_lips,)])
+        run_parallel([(runs.train_video,), *((runs.evaluate, *question) for question in asked if question[0] == AUDIO)])
+        of_video = [(runs.evaluate, *question) for question in asked if question[0] == VIDEO]
+        run_parallel([*((runs.train_fusion, *variant) for variant in variants.items()), *of_video])
+        run_parallel([(runs.evaluate, *question) for question in asked])
         results = Results.read(runs.folder / "results")
         print_table(*rate_table(results, [AUDIO, VIDEO, *variants], "A"), title=f"seed {seed}, set A, WER in %")
     runs = Runs(folder=options.workdir / f"seed{seeds[0]}", caches=caches, seed=seeds[0], size=size)

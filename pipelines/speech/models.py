@@ -5,22 +5,22 @@ from collections.abc import Collection, Mapping, Sequence
 from embedcache.networks.settings import DecodingSettings
 from pipelines.speech.page import Layout
 from pipelines.speech.results import Roles
-from pipelines.speech.steps import NARROW, WIDE, Question, Variant
+from pipelines.speech.steps import LOUD, NARROW, Question, Variant
 
 AUDIO, VIDEO, DEEP = "audio", "video", "video, as deep as the fusion"
-FUSION, ROBUST, NARROW_NOISE, PAPER = "both", "both, robust", "both, narrow noise", "both, concatenated"
+FUSION, ROBUST, NARROW_NOISE, PAPER = "both", "both, dropout", "both, narrow noise", "both, concatenated"
 FUSIONS: Mapping[str, Variant] = {
+    FUSION: Variant(noise=LOUD, missing={"audio": 0.1}),
+    ROBUST: Variant(noise=LOUD, missing={"audio": 0.2, "video": 0.15}),
     DEEP: Variant(readouts="video", missing={"audio": 1.0}),
-    PAPER: Variant(kind="concat", readouts=None, noise=WIDE),
+    PAPER: Variant(kind="concat", readouts=None, noise=LOUD),
     NARROW_NOISE: Variant(noise=NARROW),
-    FUSION: Variant(noise=WIDE),
-    ROBUST: Variant(noise=WIDE, missing={"audio": 0.2, "video": 0.1}, swapped=0.1, shift_s=0.04),
 }
 ABLATIONS: Mapping[str, Variant] = {
-    "both, concatenated, readouts of audio": Variant(kind="concat", noise=WIDE),
-    "both, gated, new readouts": Variant(readouts=None, noise=WIDE),
-    "both, dropout": Variant(noise=WIDE, missing={"audio": 0.15, "video": 0.1}),
-    "both, lips swapped": Variant(noise=WIDE, swapped=0.15),
+    "both, concatenated, readouts of audio": Variant(kind="concat", noise=LOUD, missing={"audio": 0.1}),
+    "both, gated, new readouts": Variant(readouts=None, noise=LOUD, missing={"audio": 0.1}),
+    "both, readouts of video": Variant(readouts="video", noise=LOUD, missing={"audio": 0.1}),
+    "both, lips swapped and shifted": Variant(noise=LOUD, missing={"audio": 0.1}, swapped=0.1, shift_s=0.04),
 }
 GREEDY, AS_PUBLISHED = DecodingSettings(decoder="ctc"), DecodingSettings()
 

@@ -45,6 +45,6 @@ def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
 
 
-def test_full_size_trains_every_stage_longer_than_it_aligns() -> None:
+def test_full_size_trains_longer_than_it_aligns() -> None:
     size = Size()
-    assert all(0 <= size.align_epochs[stage] < size.epochs[stage] for stage in size.epochs)
+    assert 0 < size.align_epochs < size.epochs["audio"]
