@@ -13,10 +13,10 @@ FUSIONS: Mapping[str, Variant] = {
     FUSION: Variant(noise=LOUD, missing={"audio": 0.1}),
     ROBUST: Variant(noise=LOUD, missing={"audio": 0.2, "video": 0.15}),
     DEEP: Variant(readouts="video", missing={"audio": 1.0}),
-    PAPER: Variant(kind="concat", readouts=None, noise=LOUD),
     NARROW_NOISE: Variant(noise=NARROW),
 }
 ABLATIONS: Mapping[str, Variant] = {
+    PAPER: Variant(kind="concat", readouts=None, noise=LOUD),
     "both, concatenated, readouts of audio": Variant(kind="concat", noise=LOUD, missing={"audio": 0.1}),
     "both, gated, new readouts": Variant(readouts=None, noise=LOUD, missing={"audio": 0.1}),
     "both, readouts of video": Variant(readouts="video", noise=LOUD, missing={"audio": 0.1}),
@@ -60,7 +60,7 @@ def page_layout(fusions: Collection[str], *, is_ablated: bool) -> Layout:
     return Layout(
         models=[AUDIO, VIDEO, *fusions],
         curves=[AUDIO, VIDEO, *fusions],
-        controls=[NARROW_NOISE, DEEP, PAPER],
+        controls=[NARROW_NOISE, DEEP],
         roles=roles,
         single=(AUDIO, VIDEO),
         confused=[AUDIO, FUSION],

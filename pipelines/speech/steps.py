@@ -67,7 +67,7 @@ class Size:
     """
 
     world: WorldSettings = field(default_factory=WorldSettings)
-    epochs: Mapping[str, int] = field(default_factory=lambda: {"lips": 50, "audio": 32, "video": 15, "fusion": 15})
+    epochs: Mapping[str, int] = field(default_factory=lambda: {"lips": 60, "audio": 32, "video": 15, "fusion": 15})
     align_epochs: int = 12
     batch_size: Mapping[str, int] = field(default_factory=lambda: {"lips": 8, "audio": 8, "video": 8, "fusion": 16})
     model: Mapping[str, Any] = field(default_factory=dict)
