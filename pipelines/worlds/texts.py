@@ -5,14 +5,14 @@ classes of ImageNet. No set of texts that people labeled was found in a package 
 one is derived: the name of the class is taken out of each sentence, and is what has to be found.
 """
 
-import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import pyarrow as pa
 
 from embedcache.errors import SettingError
+from embedcache.networks.words import list_words, split_words
 from embedcache.sources.prompts import clip_benchmark_file
 from pipelines.worlds.examples import make_examples
 
@@ -27,12 +27,6 @@ CLASSES = (
 """The labels: 48 of ImageNet's names of one word, of things that are unlike each other."""
 _MIN_WORDS, _MAX_WORDS = 6, 24
 _PARTS = (("test", 0.1), ("valid", 0.2), ("train", 1.0))  # up to which place among the texts of a class
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
-
-
-def split_words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without punctuation; `don't` is one word, `t-shirt` two."""
-    return _WORD.findall(text.lower().replace("\u2019", "'"))
 
 
 def load_descriptions(*, max_per_class: int | None = None) -> pa.Table:
@@ -48,11 +42,14 @@ def load_descriptions(*, max_per_class: int | None = None) -> pa.Table:
         MissingExtraError: the package clip-benchmark is not installed.
     """
     prompts = clip_benchmark_file("cupl_prompts.json")["imagenet1k"]
-    found = {name: dict.fromkeys(_without(name, prompt) for prompt in prompts[name]) for name in CLASSES}
+    found = {
+        name: dict.fromkeys(_without(name, words) for words in split_words(prompts[name]).to_pylist())
+        for name in CLASSES
+    }
     times = Counter(text for texts in found.values() for text in texts)
     rows = []
-    for name, texts in found.items():
-        kept = [text for text in texts if times[text] == 1 and _MIN_WORDS <= len(text.split()) <= _MAX_WORDS]
+    for name, distinct in found.items():
+        kept = [text for text in distinct if times[text] == 1 and _MIN_WORDS <= len(text.split()) <= _MAX_WORDS]
         kept.sort(key=lambda text: zlib.crc32(text.encode()))
         kept = kept[:max_per_class]
         rows += [(text, name, _part((number + 0.5) / len(kept))) for number, text in enumerate(kept)]
@@ -60,35 +57,33 @@ def load_descriptions(*, max_per_class: int | None = None) -> pa.Table:
     return make_examples(texts=texts, targets=targets, columns={"split": splits})
 
 
-def frequent_words(count: int) -> list[str]:
-    """Return the most frequent words of all of CuPL's descriptions, of equally frequent ones the first ones."""
-    counts: Counter[str] = Counter()
-    for prompts in clip_benchmark_file("cupl_prompts.json")["imagenet1k"].values():
-        for prompt in prompts:
-            counts.update(split_words(prompt))
-    return [word for word, _ in counts.most_common(count)]
-
-
-def collect_words(texts: Iterable[str], *, num_words: int = 0) -> list[str]:
-    """Return all words of some texts in alphabetical order, and then frequent words of CuPL up to `num_words` in all.
+def collect_words(texts: Sequence[str], *, num_words: int = 0) -> list[str]:
+    """Return all words of some texts, then frequent words of all descriptions up to `num_words` in all.
 
     Raises:
         SettingError: `num_words` is above 0 and below the number of words of the texts.
     """
-    words = sorted({word for text in texts for word in split_words(text)})
+    words = list_words(texts)
     if not num_words:
         return words
     if num_words < len(words):
         raise SettingError(f"num_words: expected at least the {len(words):,} words of the texts, got {num_words:,}")
     known = set(words)
-    words += [word for word in frequent_words(num_words + len(known)) if word not in known]
+    words += [word for word in frequent_words() if word not in known]
     return words[:num_words]
 
 
-def _without(name: str, prompt: str) -> str:
-    """Return the words of a prompt without those that contain the name, and without their articles."""
+def frequent_words() -> list[str]:
+    """Return the words of the descriptions of all 998 classes, the most frequent first."""
+    prompts = clip_benchmark_file("cupl_prompts.json")["imagenet1k"]
+    words = list_words([prompt for texts in prompts.values() for prompt in texts])
+    return [word for word in words if word[0].isalpha()]
+
+
+def _without(name: str, words: Sequence[str]) -> str:
+    """Return words without those that contain the name, and without their articles."""
     kept: list[str] = []
-    for word in split_words(prompt):
+    for word in words:
         if name not in word:
             kept.append(word)
         elif kept and kept[-1] in {"a", "an", "the"}:

@@ -10,10 +10,10 @@ import pytest
 from embedcache.axis import Axis
 from embedcache.derive.rules import Block
 from embedcache.errors import SettingError
+from embedcache.networks.words import Vocabulary
 from embedcache.store.cache import Cache
 from pipelines.perceiver.steps import AUDIO_TOKENS, IMAGE_TOKENS, JOIN_GRIDS, TINY_DATA, WORD_VECTORS, make_data
 from pipelines.worlds.label_sets import FASHION_FOLDER
-from pipelines.worlds.texts import split_words
 from tests.pipelines.test_texts import HAS_LETTERS
 
 
@@ -43,7 +43,8 @@ def test_tiny_data_is_complete_and_resumes(tmp_path: Path) -> None:
         assert feature.shape[1:] == (16, 272)
         assert feature.axis == Axis(kind="grid", rows=4, columns=4, box=(0.0, 0.0, 1.0, 1.0))
     assert Cache(data.cache("letters")).feature("audio", AUDIO_TOKENS).shape == (26, -1, 384)
-    words = [item for item in data.words_path.read_text().split("\n") if item]
+    words = data.words_path.read_text().split()
+    vocabulary = Vocabulary(words)
     cache = Cache(data.cache("words"))
     assert cache.feature("text", WORD_VECTORS).shape == (len(words), 384)
     caches = {"descriptions": None, "vqa": "vqa", "emoji-captions": "emoji", "letters-classes": "letters"}
@@ -52,7 +53,7 @@ def test_tiny_data_is_complete_and_resumes(tmp_path: Path) -> None:
     for name, home in caches.items():
         examples = data.examples(name)
         texts = [text for column in ("text", "target") for text in data.distinct(name, column)]
-        assert set(words) >= {word for text in texts for word in split_words(text)}
+        assert vocabulary.require_known(texts, name).num_texts == len(texts)
         if home is not None:
             keys = pc.unique(examples["key"].combine_chunks())
             known = Cache(data.cache(home)).samples()["key"].combine_chunks()
