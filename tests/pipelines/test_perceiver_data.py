@@ -56,7 +56,7 @@ def test_tiny_data_is_complete_and_resumes(tmp_path: Path) -> None:
         assert vocabulary.require_known(texts, name).num_texts == len(texts)
         if home is not None:
             keys = pc.unique(examples["key"].combine_chunks())
-            known = Cache(data.cache(home)).samples()["key"].combine_chunks()
+            known = Cache(data.cache(home)).samples["key"].combine_chunks()
             assert pc.all(pc.is_in(keys, known)).as_py()
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     make_data(tmp_path, TINY_DATA)
