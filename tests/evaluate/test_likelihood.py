@@ -18,6 +18,7 @@ from embedcache.evaluate.likelihood import (
     represent,
 )
 from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
 from embedcache.networks.words import Vocabulary
 from embedcache.store.cache import Cache
 from embedcache.train.examples import open_examples, open_media
@@ -102,7 +103,8 @@ def test_other_words_features_and_modalities_are_refused(squares: Squares, run: 
     tones = open_tones(tmp_path / "tones", squares.words.vocabulary)
     with pytest.raises(DataError, match="items of image, got audio"):
         evaluate_task(run, squares.task("tones", "classify", "classify", train=tones), tones)
-    extract(SquaresSource(3), tmp_path / "other", image_encoders=[f"{IMAGE},scale=2"])
+    settings = ExtractSettings(features=("patches",))
+    extract(SquaresSource(3), tmp_path / "other", image_encoders=[f"{IMAGE},scale=2"], settings=settings)
     media = open_media(Cache(tmp_path / "other"), "image", "open_toy/patches")
     table = pa.table({"key": ["0"], "target": ["red red"]})
     other = open_examples(table, squares.words.vocabulary, media=media)
