@@ -142,8 +142,11 @@ class SharedNetwork(nn.Module):
         self._adapter(name).standardize(torch.from_numpy(tokens_ND))
 
     def likelihood(self, family: str) -> Likelihood:
-        """Return the likelihood of a family of tasks."""
-        likelihood = self.likelihoods[family]
+        """Return the likelihood of a family of tasks.
+
+        A family that was never trained has the initial scale, which does not change the order of candidates.
+        """
+        likelihood = self.likelihoods[family] if family in self.likelihoods else Likelihood(is_learned=False)
         assert isinstance(likelihood, Likelihood)
         return likelihood
 
@@ -156,10 +159,10 @@ class SharedNetwork(nn.Module):
             queries_BP: representations of inputs.
             candidates: representations of candidates; with a head, all of its closed set.
             family: family of the task.
-            head: name of a closed set with a `LabelHead`.
+            head: name of a closed set; without a `LabelHead` for it, the likelihood alone decides.
         """
         scaled_BP, vectors_CP = self.likelihood(family).scaled(queries_BP, candidates.vectors_CP)
-        if head is None:
+        if head is None or head not in self.heads:
             return scaled_BP, Candidates(vectors_CP, candidates.bias_C)
         module = self.heads[head]
         assert isinstance(module, LabelHead)
