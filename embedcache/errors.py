@@ -66,3 +66,8 @@ class UnfinishedError(ArtifactError):
 
 class CorruptError(ArtifactError):
     """Bytes that differ from their checksum."""
+
+
+def one_line(error: BaseException, max_length: int = 200) -> str:
+    """Return an error's message on one line, to quote it in another message."""
+    return " ".join(str(error).split())[:max_length]

@@ -23,10 +23,9 @@ from embedcache.encoders.weights import (
     check_weights_file,
     find_hub_commit,
     hash_weights,
-    one_line,
     translate_hub_errors,
 )
-from embedcache.errors import ArtifactError, CorruptError, SettingError
+from embedcache.errors import ArtifactError, CorruptError, SettingError, one_line
 from embedcache.registry import require, unknown_name
 
 _USE_FILE = "give the path of a file as pretrained="

@@ -23,8 +23,8 @@ from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
 from embedcache.encoders.frames import FrameEncoder, Pixels
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.weights import check_weights_file, hash_weights, one_line
-from embedcache.errors import ArtifactError, CorruptError, SettingError
+from embedcache.encoders.weights import check_weights_file, hash_weights
+from embedcache.errors import ArtifactError, CorruptError, SettingError, one_line
 from embedcache.files import replacing
 from embedcache.provenance import canonical_json
 from embedcache.registry import unknown_name

@@ -14,8 +14,7 @@ from embedcache.encoders.backends import GraphEncoder, OnnxExport, build_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.weights import one_line
-from embedcache.errors import PathError, SettingError
+from embedcache.errors import PathError, SettingError, one_line
 
 _IDS, _MASK = "input_ids", "attention_mask"
 _NO_LIMIT = 1_000_000  # tokenizers without a limit of their own state 1e30

@@ -27,8 +27,8 @@ from embedcache.encoders.image import (
 from embedcache.encoders.image_features import TimmFeatures, requested_layers
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.weights import find_hub_commit, hash_weights, one_line, read_weights, translate_hub_errors
-from embedcache.errors import ArtifactError, SettingError, UnknownNameError
+from embedcache.encoders.weights import find_hub_commit, hash_weights, read_weights, translate_hub_errors
+from embedcache.errors import ArtifactError, SettingError, UnknownNameError, one_line
 
 POOLING: Mapping[str, str] = {
     "pooled": "the model's own pooled output before its classifier",

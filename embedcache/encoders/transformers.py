@@ -47,9 +47,8 @@ from embedcache.encoders.weights import (
     find_model_folder,
     load_config,
     load_pretrained,
-    one_line,
 )
-from embedcache.errors import PathError, SettingError
+from embedcache.errors import PathError, SettingError, one_line
 from embedcache.provenance import digest
 
 IMAGE_POOLING: Mapping[str, str] = {

@@ -13,17 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from embedcache.encoders.open import EncoderSpec
-from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
+from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, one_line
 
 USE_LOCAL_FOLDER = "give the path of a local folder instead"
 
 _OPTIONAL_WEIGHTS = ("pooler.", "lm_head.", "masked_spec_embed")
 """Weights that a checkpoint may lack: no feature depends on them."""
-
-
-def one_line(error: Exception, max_length: int = 200) -> str:
-    """Return an error's message on one line, to quote it in another message."""
-    return " ".join(str(error).split())[:max_length]
 
 
 def hash_weights(state: Mapping[str, torch.Tensor]) -> str:

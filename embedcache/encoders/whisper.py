@@ -23,8 +23,7 @@ from embedcache.encoders.backends import torch_device
 from embedcache.encoders.base import Backend, Encoder, Fingerprint, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.weights import one_line
-from embedcache.errors import CorruptError, MissingExtraError, PathError, SettingError
+from embedcache.errors import CorruptError, MissingExtraError, PathError, SettingError, one_line
 from embedcache.processes import num_cores
 from embedcache.registry import require, unknown_name
 

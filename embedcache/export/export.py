@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.encoders.weights import one_line
-from embedcache.errors import CorruptError, PathError, SettingError
+from embedcache.errors import CorruptError, PathError, SettingError, one_line
 from embedcache.export.base import ExportNotes, ExportRun
 from embedcache.export.card import write_card
 from embedcache.export.onnx import write_onnx

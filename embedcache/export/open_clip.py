@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from embedcache.encoders.base import Modality
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.open_clip import load_checkpoint
-from embedcache.encoders.weights import one_line
+from embedcache.errors import one_line
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, check_plain, example_images, unsupported
 from embedcache.export.dense import DenseLayer, dense_chain
 from embedcache.export.towers import open_module

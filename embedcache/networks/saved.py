@@ -11,14 +11,18 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
-from embedcache.errors import CorruptError, DataError
+from embedcache.errors import ArtifactError, CorruptError, DataError, one_line
 from embedcache.projectors.saved import RUN_FORMAT, config_path, is_pair, save_weights, split_path
 from embedcache.provenance import digest_file, fields_of, from_record, read_manifest, to_record, write_json
 from embedcache.registry import Registry
 
 NETWORKS = Registry(
     "network",
-    {"points": "embedcache.networks.points:PointNetworks", "speech": "embedcache.networks.speech:SpeechNetwork"},
+    {
+        "points": "embedcache.networks.points:PointNetworks",
+        "shared": "embedcache.networks.shared:SharedNetwork",
+        "speech": "embedcache.networks.speech:SpeechNetwork",
+    },
     group="embedcache.networks",
 )
 """Modules by name. One of your own needs no entry: its kind is `module:attribute`."""
@@ -121,6 +125,7 @@ def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, Modu
     Raises:
         PathError: the folder is not a finished run.
         UnknownNameError: its kind is not installed here.
+        ArtifactError: the network of this kind has changed since the run: other arguments, or weights of other shapes.
         CorruptError: the weights differ from those that `config.json` was written for.
     """
     config = read_module_config(run_path)
@@ -129,6 +134,12 @@ def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, Modu
         raise CorruptError(
             f"{model_path} is missing or not the file that config.json was written for; train again into a new folder"
         )
-    module = build_module(config)
-    module.load_state_dict(load_file(model_path))
+    try:
+        module = build_module(config)
+        module.load_state_dict(load_file(model_path))
+    except (TypeError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{run_path}: expected the network {config.kind} that this run was trained with, got another one: "
+            f"{one_line(error)}; load it with the version that wrote it, or train again into a new folder"
+        ) from error
     return module.to(device).eval(), config

@@ -18,10 +18,16 @@ def valid_frames(lengths_B: Tensor, num_frames: int) -> Tensor:
 
 def sinusoids(num_frames: int, width: int, *, device: torch.device | None = None) -> Tensor:
     """Compute the positions of "Attention Is All You Need", §3.5: (T, D) float32, sines in even channels."""
-    positions_T1 = torch.arange(num_frames, device=device, dtype=torch.float32)[:, None]
-    rates = torch.exp(torch.arange(0, width, 2, device=device, dtype=torch.float32) * (-math.log(10_000) / width))
-    angles = positions_T1 * rates
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(num_frames, -1)[:, :width]
+    return sinusoids_at(torch.arange(num_frames, device=device, dtype=torch.float32), width)
+
+
+def sinusoids_at(positions_T: Tensor, width: int) -> Tensor:
+    """Compute `sinusoids` at any positions, (T,) float32: (T, D)."""
+    rates = torch.exp(
+        torch.arange(0, width, 2, device=positions_T.device, dtype=torch.float32) * (-math.log(10_000) / width)
+    )
+    angles = positions_T[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(len(positions_T), -1)[:, :width]
 
 
 class MaskedNorm(nn.Module):

@@ -1,6 +1,7 @@
 """The training loop with a task that is not a pair: it learns, resumes, freezes parts and starts from other runs."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from embedcache.dataset.inputs import open_input
-from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
+from embedcache.errors import (
+    ArtifactError,
+    CorruptError,
+    DataError,
+    FingerprintError,
+    PathError,
+    SettingError,
+    UnknownNameError,
+)
 from embedcache.networks.saved import ModuleConfig, load_module, read_module_config
 from embedcache.projectors.saved import load_pair
 from embedcache.reports.summary import summarize
@@ -143,6 +152,21 @@ def test_changed_start_run_is_another_run(cache_path: Path, finished: Path, tmp_
     config.write_bytes((finished / "config.json").read_bytes())
     with pytest.raises(FingerprintError, match=r"init_runs\.\*"):
         fit(cache_path, tmp_path / "run", init_from=(str(tmp_path / "first"),), epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("torch.nn:Linear", "unexpected keyword"),
+        ("tests.train.places:WiderClassifier", "size mismatch"),
+    ],
+)
+def test_run_of_changed_network_is_refused(finished: Path, tmp_path: Path, kind: str, reason: str) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((finished / "config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps({**config, "kind": kind}))
+    with pytest.raises(ArtifactError, match=rf"expected the network {kind} that this run was trained with.*{reason}"):
+        load_module(tmp_path / "run")
 
 
 def test_runs_of_both_formats_are_named(finished: Path, run_path: Path) -> None:

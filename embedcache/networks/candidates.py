@@ -1,0 +1,280 @@
+"""Candidate sets and one likelihood: every task asks which of some candidates belongs to an input.
+
+    p(y | x) = exp(scale · similarity(f(x), f(y))) / Σ over candidates z of exp(scale · similarity(f(x), f(z)))
+
+A classifier, a vocabulary and CLIP's loss differ in their candidates alone. "Uni-Perceiver: Pre-training Unified
+Architecture for Generic Perception for Zero-shot and Few-shot Tasks" (CVPR 2022).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding, normalize
+
+from embedcache.arrays import Floats, Ints, blocks
+from embedcache.errors import DataError, SettingError
+
+Similarity: TypeAlias = Literal["cosine", "dot"]
+Positives: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""(B,) int64, the candidate that belongs to each query; or two (E,) int64, queries and candidates that belong together,
+where each query has at least one."""
+
+_BLOCK_LOGITS = 2**20
+_TEMPERATURE = 0.07
+
+
+class Candidates(NamedTuple):
+    """What inputs are compared with.
+
+    Args:
+        vectors_CP: (C, P) representations.
+        bias_C: (C,) added to the logits: a learned bias, or the log-weights of `draw_candidates`.
+    """
+
+    vectors_CP: Tensor
+    bias_C: Tensor | None = None
+
+
+class Prototypes(nn.Module):
+    """A candidate set of learned vectors, as the rows of a linear classifier.
+
+    With the similarity `dot` and scale 1, the logits are those of `nn.Linear(width, num_candidates)`.
+    """
+
+    def __init__(self, num_candidates: int, width: int, *, has_bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_candidates, width))
+        self.bias = nn.Parameter(torch.zeros(num_candidates)) if has_bias else None
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def forward(self, numbers_C: Tensor | None = None) -> Candidates:
+        """Return some candidates by their numbers, None: all."""
+        if numbers_C is None:
+            return Candidates(self.weight, self.bias)
+        return Candidates(self.weight[numbers_C], None if self.bias is None else self.bias[numbers_C])
+
+
+class Encoded:
+    """A candidate set of class names, words or answers, which the network encodes like any input.
+
+    Args:
+        encode: (C,) int64 numbers of candidates -> (C, P) representations.
+        num_candidates: number of candidates.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Tensor], num_candidates: int) -> None:
+        self._encode, self._num_candidates = encode, num_candidates
+
+    def __len__(self) -> int:
+        return self._num_candidates
+
+    def __call__(self, numbers_C: Tensor | None = None) -> Candidates:
+        """Encode some candidates by their numbers, None: all."""
+        return Candidates(self._encode(torch.arange(self._num_candidates) if numbers_C is None else numbers_C))
+
+
+class InBatch:
+    """The candidate set of contrastive losses: the items of the batch, such as its captions.
+
+    Args:
+        contents_C: (C,) int64 content of each item; items of equal content belong to the same queries.
+    """
+
+    def __init__(self, contents_C: Ints) -> None:
+        self._contents_C = contents_C
+
+    def __len__(self) -> int:
+        return len(self._contents_C)
+
+    def positives(self, contents_B: Ints) -> tuple[Ints, Ints]:
+        """Return all pairs of a query and a candidate with equal contents: two (E,) int64, queries ascending."""
+        queries_E, candidates_E = np.nonzero(contents_B[:, None] == self._contents_C)
+        return queries_E, candidates_E
+
+
+class NearestNeighbors(Protocol):
+    """An index of all candidates, such as a FAISS index of inner products."""
+
+    def search(self, queries_QP: Floats, k: int, /) -> tuple[Floats, Ints]:
+        """Return scores and numbers of the k nearest candidates of each query, (Q, K); -1 where none was found."""
+        ...
+
+
+class Mined:
+    """A candidate set of hard negatives: the k candidates nearest to each query, by an index, and all positives.
+
+    Args:
+        index: index of the representations of all candidates. It is as old as the last time that they were encoded.
+        k: candidates per query.
+    """
+
+    def __init__(self, index: NearestNeighbors, k: int) -> None:
+        if k < 1:
+            raise SettingError(f"k: expected at least 1 candidate per query, got {k}")
+        self._index, self._k = index, k
+
+    def select(self, queries_BP: Floats, positives_B: Ints) -> tuple[Ints, Ints]:
+        """Return the numbers of the candidates, (C,) int64 ascending, and the position of each positive among them."""
+        _, found_BK = self._index.search(np.ascontiguousarray(queries_BP, np.float32), self._k)
+        numbers_C = np.union1d(found_BK[found_BK >= 0], positives_B)
+        return numbers_C, np.searchsorted(numbers_C, positives_B)
+
+
+def draw_candidates(
+    num_candidates: int, positives_M: Ints, *, limit: int, rng: np.random.Generator
+) -> tuple[Ints, Ints, Floats | None]:
+    """Draw candidates for one step if there are too many: all positives of the batch, and others at random.
+
+    A drawn negative stands for as many as were left out: its logit gets log(number of negatives / number drawn), so
+    that the sum over the candidates is that over all of them in the mean.
+
+    Args:
+        num_candidates: number of all candidates.
+        positives_M: numbers of the positives of a batch.
+        limit: most candidates to use; more if there are more positives.
+
+    Returns:
+        (C,) int64 numbers of the candidates, ascending; position of each positive among them; and (C,) float32
+        log-weights, None: all candidates are used.
+    """
+    distinct = np.unique(positives_M)
+    num_drawn = min(limit, num_candidates) - len(distinct)
+    if num_candidates <= max(limit, len(distinct)):
+        return np.arange(num_candidates), positives_M, None
+    num_negatives = num_candidates - len(distinct)
+    drawn = rng.choice(num_negatives, size=max(1, num_drawn), replace=False, shuffle=False)
+    # The i-th number that is no positive: as many positives come before it as have at most i other numbers below them.
+    negatives = drawn + np.searchsorted(distinct - np.arange(len(distinct)), drawn, side="right")
+    numbers_C = np.sort(np.concatenate([distinct, negatives]))
+    log_weights_C = np.where(np.isin(numbers_C, distinct), 0.0, math.log(num_negatives / len(negatives)))
+    return numbers_C, np.searchsorted(numbers_C, positives_M), log_weights_C.astype(np.float32)
+
+
+class Likelihood(nn.Module):
+    """The likelihood of candidates given inputs: a softmax over scaled similarities.
+
+    Args:
+        similarity: `cosine`, or `dot` for the dot product.
+        scale: factor of the similarities, the inverse of the temperature; the initial one if it is learned.
+        is_learned: whether the scale is trained, as its logarithm.
+        max_scale: largest scale; a learned one is clipped to it, as in CLIP.
+    """
+
+    def __init__(
+        self,
+        *,
+        similarity: Similarity = "cosine",
+        scale: float = 1 / _TEMPERATURE,
+        is_learned: bool = True,
+        max_scale: float = 100.0,
+    ) -> None:
+        super().__init__()
+        if similarity not in ("cosine", "dot"):
+            raise SettingError(f"similarity: expected cosine or dot, got {similarity!r}")
+        if not 0 < scale <= max_scale:
+            raise SettingError(f"scale: expected a number above 0 and up to {max_scale:g}, got {scale}")
+        self.similarity, self.max_scale = similarity, max_scale
+        log_scale = torch.tensor(math.log(scale))
+        if is_learned:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """The factor of the similarities, a scalar."""
+        highest = math.log(self.max_scale)
+        # The value is clipped and the gradient is not, so that a scale at its limit can fall again.
+        clipped = self.log_scale + (self.log_scale.clamp(max=highest) - self.log_scale).detach()
+        return clipped.exp()
+
+    def scaled(self, queries_BP: Tensor, candidates_CP: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and candidates whose dot products are the logits."""
+        if self.similarity == "cosine":
+            queries_BP, candidates_CP = normalize(queries_BP, dim=-1), normalize(candidates_CP, dim=-1)
+        return self.scale * queries_BP, candidates_CP
+
+    def logits(self, queries_BP: Tensor, candidates: Candidates) -> Tensor:
+        """Compute the logits of all candidates: (B, C)."""
+        scaled_BP, vectors_CP = self.scaled(queries_BP, candidates.vectors_CP)
+        logits_BC = scaled_BP @ vectors_CP.T
+        return logits_BC if candidates.bias_C is None else logits_BC + candidates.bias_C
+
+    def forward(
+        self, queries_BP: Tensor, candidates: Candidates, positives: Positives, *, smoothing: float = 0.0
+    ) -> Tensor:
+        """Compute the negative log-likelihood of the positives, the mean over queries; see `cross_entropy_over`."""
+        scaled_BP, vectors_CP = self.scaled(queries_BP, candidates.vectors_CP)
+        return cross_entropy_over(scaled_BP, vectors_CP, positives, bias_C=candidates.bias_C, smoothing=smoothing)
+
+
+def cross_entropy_over(
+    queries_BP: Tensor,
+    candidates_CP: Tensor,
+    positives: Positives,
+    *,
+    bias_C: Tensor | None = None,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Compute the cross-entropy between targets and the softmax of query · candidate + bias, the mean over queries.
+
+    The target of a query is uniform over its positives, then smoothed: (1 - ε) · target + ε / C. The value and the
+    gradients are those of `torch.nn.functional.cross_entropy` on (B, C) logits, of which only a block of rows is ever
+    held, about 2^20 logits; the backward pass recomputes it.
+
+    Raises:
+        DataError: positives of another number of queries.
+    """
+    if not isinstance(positives, tuple):
+        if len(positives) != len(queries_BP):
+            raise DataError(f"positives: expected one of each of {len(queries_BP)} queries, got {len(positives)}")
+        positives = torch.arange(len(positives), device=positives.device), positives
+    of_query_E, of_candidate_E = positives
+    bias_C = candidates_CP.new_zeros(len(candidates_CP)) if bias_C is None else bias_C.to(candidates_CP.dtype)
+    log_sums_B: Tensor = _LogSumExp.apply(queries_BP, candidates_CP, bias_C)  # type: ignore[no-untyped-call]
+    # `embedding` adds up gradients in one order; indexing does so in any order with several threads.
+    logits_E = (embedding(of_query_E, queries_BP) * embedding(of_candidate_E, candidates_CP)).sum(dim=1)
+    logits_E = logits_E + bias_C[of_candidate_E]
+    weights_E = torch.bincount(of_query_E, minlength=len(queries_BP))[of_query_E].to(logits_E.dtype).reciprocal()
+    loss = log_sums_B.mean() - (1 - smoothing) * (weights_E * logits_E).sum() / len(queries_BP)
+    if smoothing:
+        loss = loss - smoothing * (queries_BP.mean(dim=0) @ candidates_CP.mean(dim=0) + bias_C.mean())
+    return loss
+
+
+class _LogSumExp(torch.autograd.Function):
+    """log Σ exp(query · candidate + bias) over the candidates: (B,)."""
+
+    @staticmethod
+    def forward(ctx: Any, queries_BP: Tensor, candidates_CP: Tensor, bias_C: Tensor) -> Tensor:
+        log_sums_B = queries_BP.new_empty(len(queries_BP))
+        for rows in blocks(len(queries_BP), _block_rows(candidates_CP)):
+            log_sums_B[rows] = torch.addmm(bias_C, queries_BP[rows], candidates_CP.T).logsumexp(dim=1)
+        ctx.save_for_backward(queries_BP, candidates_CP, bias_C, log_sums_B)
+        return log_sums_B
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries_BP, candidates_CP, bias_C, log_sums_B = ctx.saved_tensors
+        of_queries = torch.empty_like(queries_BP)
+        of_candidates, of_bias = torch.zeros_like(candidates_CP), torch.zeros_like(bias_C)
+        for rows in blocks(len(queries_BP), _block_rows(candidates_CP)):
+            logits = torch.addmm(bias_C, queries_BP[rows], candidates_CP.T)
+            weights = logits.sub_(log_sums_B[rows, None]).exp_().mul_(gradient_B[rows, None])
+            of_queries[rows] = weights @ candidates_CP
+            of_candidates.addmm_(weights.T, queries_BP[rows])
+            of_bias += weights.sum(dim=0)
+        return of_queries, of_candidates, of_bias
+
+
+def _block_rows(candidates_CP: Tensor) -> int:
+    return max(1, _BLOCK_LOGITS // max(1, len(candidates_CP)))
