@@ -13,7 +13,7 @@ training without a cache would repeat in every step.
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import pairwise
 from math import nan
@@ -73,14 +73,20 @@ class Case:
 
 
 def _cases() -> dict[str, Case]:
-    audio = {"streams": ("audio",), "batch_size": SIZE.batch_size["audio"]}
     model = {**SIZE.model, "dropout": SIZE.dropout["fusion"], "fusion": Variant().kind, "fusion_layers": 2}
-    fusion = {"streams": ("audio", "video"), "batch_size": SIZE.batch_size["fusion"], "model": model}
+    sound = Case(
+        streams=("audio",),
+        model={**SIZE.model, "dropout": SIZE.dropout["audio"]},
+        batch_size=SIZE.batch_size["audio"],
+    )
+    fusion = Case(
+        streams=("audio", "video"), model=model, batch_size=SIZE.batch_size["fusion"], trainable=PARTS, is_encoded=True
+    )
     return {
-        "sound": Case(**audio, model={**SIZE.model, "dropout": SIZE.dropout["audio"]}),
-        "sound, size of the paper": Case(**audio, model=PAPER, repeats=5),
-        "fusion on cached states": Case(**fusion, trainable=PARTS, is_encoded=True),
-        "fusion through frozen encoders": Case(**fusion, trainable=PARTS),
+        "sound": sound,
+        "sound, size of the paper": replace(sound, model=PAPER, repeats=5),
+        "fusion on cached states": fusion,
+        "fusion through frozen encoders": replace(fusion, is_encoded=False),
     }
 
 
@@ -206,11 +212,11 @@ class Product(NamedTuple):
     """Products of pairs of matrices, (rows, inner) · (inner, columns), and of their gradients.
 
     Args:
-        count: number of pairs, computed together.
+        pairs: number of pairs, computed together.
         num_gradients: 2 for those of both factors, 1 for those of the second one, such as weights; 0 if frozen.
     """
 
-    count: int
+    pairs: int
     rows: int
     inner: int
     columns: int
@@ -219,7 +225,7 @@ class Product(NamedTuple):
     @property
     def flops(self) -> int:
         """Multiplications and additions of the forward and the backward pass."""
-        return 2 * self.count * self.rows * self.inner * self.columns * (1 + self.num_gradients)
+        return 2 * self.pairs * self.rows * self.inner * self.columns * (1 + self.num_gradients)
 
 
 def products_of(case: Case) -> list[Product]:
@@ -300,9 +306,9 @@ def make_products(products: Sequence[Product]) -> Callable[[], None]:
 
 def _make_product(product: Product) -> Callable[[], None]:
     """Return a function that computes X · Wᵀ, and with G of its shape Gᵀ · X and G · W as far as they are needed."""
-    count, rows, inner, columns, num_gradients = product
-    multiply = torch.mm if count == 1 else torch.bmm
-    batch = () if count == 1 else (count,)
+    pairs, rows, inner, columns, num_gradients = product
+    multiply = torch.mm if pairs == 1 else torch.bmm
+    batch = () if pairs == 1 else (pairs,)
     left, right, output = (torch.randn(*batch, *shape) for shape in ((rows, inner), (columns, inner), (rows, columns)))
     left_gradient, right_gradient = torch.empty_like(left), torch.empty_like(right)
 
