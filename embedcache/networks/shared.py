@@ -17,7 +17,7 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 from embedcache.arrays import Floats
 from embedcache.axis import Axis
 from embedcache.errors import DataError, SettingError
-from embedcache.networks.candidates import Likelihood
+from embedcache.networks.candidates import Candidates, Likelihood
 from embedcache.networks.sequence import LayerSizes, sinusoids, sinusoids_at, valid_frames
 from embedcache.networks.words import BLANK, NUM_SPECIAL, Vocabulary
 
@@ -116,8 +116,9 @@ class SharedNetwork(nn.Module):
     def parts(self) -> dict[str, list[str]]:
         """Return the parts that may be loaded or trained alone.
 
-        `shared` is all that every task uses, `norms` its LayerNorms, then each modality's adapter, `prompts`, `scales`
-        and `heads`. The vectors of words belong to no part: they come from the word table.
+        `shared` is all that every task uses, `norms` its LayerNorms, then each modality's adapter, `prompts`, `scales`,
+        or `scale-caption` of one family, and `heads`. The vectors of words belong to no part: they come from the word
+        table.
         """
         words = [f"words.{name}" for name in ("mean", "scale", "linear", "special", "type_embedding")]
         norms = [name for name, module in self.named_modules() if isinstance(module, nn.LayerNorm)]
@@ -125,6 +126,7 @@ class SharedNetwork(nn.Module):
         parts = {"shared": shared, "norms": norms, **{name: [f"adapters.{name}"] for name in self.adapters}}
         parts |= {"prompts": ["prompts"]} if len(self.prompts) else {}
         parts |= {"scales": ["likelihoods"]} if len(self.likelihoods) else {}
+        parts |= {f"scale-{family}": [f"likelihoods.{family}"] for family in self.likelihoods}
         return parts | ({"heads": ["heads"]} if len(self.heads) else {})
 
     def set_words(self, vectors_VD: Floats) -> None:
@@ -140,10 +142,32 @@ class SharedNetwork(nn.Module):
         self._adapter(name).standardize(torch.from_numpy(tokens_ND))
 
     def likelihood(self, family: str) -> Likelihood:
-        """Return the likelihood of a family of tasks."""
-        likelihood = self.likelihoods[family]
+        """Return the likelihood of a family of tasks.
+
+        A family that was never trained has the initial scale, which does not change the order of candidates.
+        """
+        likelihood = self.likelihoods[family] if family in self.likelihoods else Likelihood(is_learned=False)
         assert isinstance(likelihood, Likelihood)
         return likelihood
+
+    def compare(
+        self, queries_BP: Tensor, candidates: Candidates, *, family: str, head: str | None = None
+    ) -> tuple[Tensor, Candidates]:
+        """Return queries and candidates whose dot products, with the bias, are the logits.
+
+        Args:
+            queries_BP: representations of inputs.
+            candidates: representations of candidates; with a head, all of its closed set.
+            family: family of the task.
+            head: name of a closed set; without a `LabelHead` for it, the likelihood alone decides.
+        """
+        scaled_BP, vectors_CP = self.likelihood(family).scaled(queries_BP, candidates.vectors_CP)
+        if head is None or head not in self.heads:
+            return scaled_BP, Candidates(vectors_CP, candidates.bias_C)
+        module = self.heads[head]
+        assert isinstance(module, LabelHead)
+        extended_BP, vectors_CP, bias_C = module.extend(scaled_BP, vectors_CP, queries_BP)
+        return extended_BP, Candidates(vectors_CP, bias_C)
 
     def encode(
         self,
@@ -180,6 +204,10 @@ class SharedNetwork(nn.Module):
             raise DataError("read=blank: expected words with blanks, got no words")
         hidden_BLD = self._transform(hidden_BSD, mask, side, slice(num_context, None))
         return self.read(hidden_BLD[(words.numbers_BL == BLANK) & is_word_BL])
+
+    def encode_words(self, numbers_C: Tensor) -> Tensor:
+        """Encode words as candidates, each as a text of one word: (C,) int64 -> (C, P)."""
+        return self.encode(words=Words(numbers_C[:, None], torch.ones_like(numbers_C)), side="target")
 
     def predict_words(self, tokens: Mapping[str, Tokens], words: Words) -> Tensor:
         """Encode a blank after each prefix of each text, in one pass: (B, L + 1, P).

@@ -1,0 +1,294 @@
+"""Examples of tasks: an item of a cache, an input text and a target text per row, held as Arrow columns and numbers.
+
+A table of examples has the columns `key`, the sample in the cache; `text`, such as a question, null without one; and
+`target`: the class name, caption or answer. No path holds a Python object per row, except of distinct targets that are
+candidates.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from embedcache.arrays import Floats, Ints
+from embedcache.axis import Axis
+from embedcache.dataset.inputs import InputFeature, Reader, open_input
+from embedcache.errors import DataError, PathError, SettingError
+from embedcache.networks.words import BLANK, UNKNOWN, Vocabulary, WordLists
+from embedcache.store.cache import Cache
+
+_NUM_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordTable:
+    """Words, and the vector of each one, encoded alone.
+
+    Args:
+        vocabulary: the words, in the order of the texts of the cache.
+        vectors_VD: (V, D) float16 or float32.
+        feature: the feature that the vectors come from.
+        index_digest: digest of the tables of its cache.
+    """
+
+    vocabulary: Vocabulary
+    vectors_VD: Floats
+    feature: InputFeature
+    index_digest: str
+
+
+def open_word_table(cache: Cache, feature: str | None = None) -> WordTable:
+    """Open a cache of texts, each of which is a word, such as `texts:words.txt` with the words of `list_words`.
+
+    Raises:
+        DataError: a text is no single word, or is there twice; or the feature has several vectors per text.
+        UnfinishedError: the feature is not complete.
+    """
+    opened = open_input(cache, "text", feature)
+    opened.require_complete()
+    if opened.has_tokens:
+        raise DataError(f"{opened.name}: expected one vector per word, got tokens; name a pooled feature")
+    if not opened.valid.all():
+        raise DataError(f"{opened.name}: expected the vector of every word, got some that failed; retry them")
+    vocabulary = Vocabulary(cache.items("text", columns=["text"])["text"].to_pylist())
+    vectors_VD = opened.load()(np.arange(opened.num_items)).values
+    return WordTable(vocabulary=vocabulary, vectors_VD=vectors_VD, feature=opened, index_digest=cache.info.index_digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Media:
+    """The items that examples are about: one modality of a cache, by one feature.
+
+    Args:
+        cache: the cache.
+        feature: the feature.
+        read: reader of its rows.
+        axis: axis of its tokens; None: of no known kind.
+    """
+
+    cache: Cache
+    feature: InputFeature
+    read: Reader
+    axis: Axis | None
+
+    @property
+    def modality(self) -> str:
+        """Name of the modality."""
+        return self.feature.modality
+
+    def find_rows(self, keys_N: pa.ChunkedArray) -> Ints:
+        """Return the row of the first item of each sample: (N,) int64, -1 where that has no feature.
+
+        Raises:
+            DataError: a key is null, or is in no sample of the cache.
+        """
+        found = pc.index_in(keys_N, value_set=self.cache.samples["key"].combine_chunks())
+        if found.null_count:
+            missing = pc.unique(keys_N.filter(pc.is_null(found)))
+            shown = ", ".join(map(repr, missing[:_NUM_SHOWN].to_pylist()))
+            raise DataError(
+                f"{self.cache.path}: expected keys of its samples, got {shown} and {found.null_count:,} rows in all "
+                "without one; use the cache that the examples were made for"
+            )
+        owner_M = self.cache.items(self.modality, columns=["sample"])["sample"].to_numpy()
+        row_S = np.full(self.cache.info.num_samples, -1, np.int64)
+        row_S[owner_M[::-1]] = np.arange(len(owner_M))[::-1]  # the first item of a sample is written last
+        rows_N: Ints = row_S[found.to_numpy()]
+        return np.where(self.feature.valid[rows_N], rows_N, -1)
+
+
+def open_media(cache: Cache, modality: str, feature: str | None = None, *, in_memory: bool = True) -> Media:
+    """Open the feature of a modality, such as the tokens of images.
+
+    Args:
+        feature: its name; None: the only one.
+        in_memory: read the feature into memory, else rows from memory maps as they are needed.
+
+    Raises:
+        UnknownNameError: there is no such feature.
+        UnfinishedError: the feature is not complete.
+        SettingError: the modality is text: texts are word numbers.
+    """
+    if modality == "text":
+        raise SettingError("modality: expected image, audio, video or points, got text; texts are columns of examples")
+    opened = open_input(cache, modality, feature)
+    opened.require_complete()
+    axis = None if "+" in opened.name else cache.feature(modality, opened.name).axis
+    return Media(cache=cache, feature=opened, read=opened.load() if in_memory else opened.read, axis=axis)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """N examples of one task.
+
+    Args:
+        vocabulary: the words.
+        targets: the F distinct targets, a string array.
+        target_N: (N,) int64, number of the target of each example.
+        target_words: words of the F targets.
+        media: what the examples are about; None: they are texts alone.
+        rows_N: (N,) int64, rows of the feature of `media`.
+        text_words: words of the N input texts; None: there are none.
+        num_left_out: examples of the table whose items have no feature.
+    """
+
+    vocabulary: Vocabulary
+    targets: pa.Array
+    target_N: Ints
+    target_words: WordLists
+    media: Media | None = None
+    rows_N: Ints | None = None
+    text_words: WordLists | None = None
+    num_left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.target_N)
+
+    @property
+    def unknown_fraction(self) -> float:
+        """Fraction of the words of distinct targets and of input texts that the vocabulary does not have."""
+        lists = [self.target_words] + ([] if self.text_words is None else [self.text_words])
+        numbers_M = np.concatenate([words.numbers_M for words in lists])
+        return float(np.mean(numbers_M == UNKNOWN)) if len(numbers_M) else 0.0
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the rows, texts and targets."""
+        hasher = hashlib.sha256()
+        texts = self.text_words
+        arrays = [self.rows_N, self.target_N, *self.target_words, *((None, None) if texts is None else texts)]
+        for array in arrays:
+            hasher.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+        return hasher.hexdigest()
+
+    def take(self, positions_B: Ints) -> "Examples":
+        """Return some examples in the given order."""
+        return replace(
+            self,
+            target_N=self.target_N[positions_B],
+            rows_N=None if self.rows_N is None else self.rows_N[positions_B],
+            text_words=None if self.text_words is None else self.text_words.take(positions_B),
+        )
+
+    def draw(self, fraction: float, *, seed: int) -> "Examples":
+        """Draw a fraction of the examples, at least one; a larger fraction of the same seed has those of a smaller."""
+        if not 0 < fraction <= 1:
+            raise SettingError(f"fraction: expected a number above 0 and up to 1, got {fraction}")
+        order_N = np.random.default_rng(seed).permutation(len(self))
+        return self.take(np.sort(order_N[: max(1, round(fraction * len(self)))]))
+
+    def spread(self, limit: int) -> "Examples":
+        """Return at most `limit` evenly spaced examples."""
+        if len(self) <= limit:
+            return self
+        return self.take(np.linspace(0, len(self) - 1, limit).astype(np.int64))
+
+    def without_media(self) -> "Examples":
+        """Return the examples without what they are about: the control of a model that only reads."""
+        return replace(self, media=None, rows_N=None)
+
+    def shuffle_media(self, *, seed: int) -> "Examples":
+        """Give each example the item of another one, the same for all that share an item: a control.
+
+        Raises:
+            DataError: the examples are about fewer than two items.
+        """
+        if self.rows_N is None:
+            raise DataError("expected examples about items, got texts alone")
+        distinct, which_N = np.unique(self.rows_N, return_inverse=True)
+        if len(distinct) < 2:
+            raise DataError(f"expected examples about at least two items, got {len(distinct)}")
+        order = np.random.default_rng(seed).permutation(len(distinct))
+        other = np.empty_like(order)
+        other[order] = np.roll(order, 1)
+        return replace(self, rows_N=distinct[other[which_N]])
+
+
+def open_examples(table: pa.Table | Path | str, vocabulary: Vocabulary, *, media: Media | None = None) -> Examples:
+    """Read a table of examples, from Arrow or from a Parquet file.
+
+    Args:
+        table: `key` and `target`, and optionally `text`, which may hold one `_` where the answer belongs.
+        media: what the examples are about; None: keys are not read.
+
+    Raises:
+        DataError: a column is missing, a target is null, or a key is not in the cache.
+        PathError: there is no such file.
+    """
+    columns = _read_columns(table, ["target", "text"] + (["key"] if media is not None else []))
+    keep_N, rows_N = np.arange(len(columns["target"])), None
+    if media is not None:
+        rows_N = media.find_rows(columns["key"])
+        keep_N = np.flatnonzero(rows_N >= 0)
+        rows_N = rows_N[keep_N]
+    if not len(keep_N):
+        raise DataError("examples: expected at least one whose item has the feature, got none")
+    encoded = columns["target"].take(pa.array(keep_N)).combine_chunks().dictionary_encode()
+    text = columns["text"].take(pa.array(keep_N))
+    return Examples(
+        vocabulary=vocabulary,
+        targets=encoded.dictionary,
+        target_N=encoded.indices.to_numpy().astype(np.int64),
+        target_words=vocabulary.encode(encoded.dictionary),
+        media=media,
+        rows_N=rows_N,
+        text_words=None if text.null_count == len(text) else vocabulary.encode(text),
+        num_left_out=len(columns["target"]) - len(keep_N),
+    )
+
+
+def _read_columns(table: pa.Table | Path | str, names: Sequence[str]) -> Mapping[str, pa.ChunkedArray]:
+    if not isinstance(table, pa.Table):
+        path = Path(table)
+        if not path.is_file():
+            raise PathError(f"expected a Parquet file of examples, got {path}, which does not exist; check the path")
+        table = pq.read_table(path)
+    found = {}
+    for name in names:
+        if name not in table.column_names and name != "text":
+            raise DataError(f"examples: expected the columns key, text and target, got {', '.join(table.column_names)}")
+        is_there = name in table.column_names
+        found[name] = (table[name] if is_there else pa.chunked_array([pa.nulls(len(table))])).cast(pa.string())
+    if found["target"].null_count:
+        raise DataError(f"examples: expected a target in every row, got {found['target'].null_count:,} rows without")
+    return found
+
+
+def read_captions(cache: Cache, *, part: str | None = None) -> pa.Table:
+    """Return a cache's own captions as a table of examples, with the columns `key` and `target`.
+
+    Args:
+        part: use only samples whose column `split` has this value.
+    """
+    items = cache.items("text", columns=["sample", "text"])
+    samples = cache.samples
+    keys = samples["key"].take(items["sample"])
+    table = pa.table({"key": keys, "target": items["text"]})
+    if part is None:
+        return table
+    if "split" not in cache.columns:
+        raise DataError(f"{cache.path}: expected a column split to select {part}, got none")
+    return table.filter(pc.equal(samples["split"].take(items["sample"]), part))
+
+
+def with_blanks(texts: WordLists) -> WordLists:
+    """Append a blank to every text that has none.
+
+    Raises:
+        DataError: a text has several blanks.
+    """
+    lengths_N = texts.lengths()
+    of_text_M = np.repeat(np.arange(texts.num_texts), lengths_N)
+    blanks_N = np.bincount(of_text_M[texts.numbers_M == BLANK], minlength=texts.num_texts)
+    if blanks_N.max(initial=0) > 1:
+        row = int(blanks_N.argmax())
+        raise DataError(f"text: expected at most one blank, got {blanks_N[row]} in example {row}")
+    ends_N = texts.offsets_N[1:][blanks_N == 0]
+    offsets_N = np.concatenate([[0], np.cumsum(lengths_N + (blanks_N == 0))])
+    return WordLists(np.insert(texts.numbers_M, ends_N, BLANK), offsets_N)

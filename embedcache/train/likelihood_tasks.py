@@ -1,0 +1,444 @@
+"""Tasks of one likelihood: what is read, what it is compared with, and which of that is right, batch by batch.
+
+| kind | input | read at | candidates |
+| --- | --- | --- | --- |
+| `classify` | items | SPE | class names |
+| `answer` | items and a text with a blank, or a text alone | the blank | answers, labels of texts |
+| `retrieve` | items, and texts in turn | SPE | texts, and items, of the batch |
+| `caption` | items and the words before | a blank after each word | words and the end |
+| `masked` | items and a text with words left out, or a text alone | these blanks | words |
+
+Another task is an object with what `Subtask` names.
+
+Candidates pass the whole network in each step, words too, each as a text of one word: so a word as an answer has the
+representation that it has as the next word of a caption. Where there are more than `max_candidates`, a step takes those
+of its batch and others at random, weighted such that the loss is that of all in the mean, see
+`embedcache.networks.candidates.draw_candidates`; validation compares with all.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks
+from embedcache.errors import DataError, SettingError
+from embedcache.metrics.ranking import best_ranks, recall_at
+from embedcache.networks.candidates import Candidates, draw_candidates
+from embedcache.networks.sequence import valid_frames
+from embedcache.networks.shared import ReadOut, SharedNetwork, Tokens, Words
+from embedcache.networks.words import BLANK, END, NUM_SPECIAL, UNKNOWN, WordLists
+from embedcache.train.batches import to_device
+from embedcache.train.examples import Examples, Media, with_blanks
+
+Kind: TypeAlias = Literal["classify", "answer", "retrieve", "caption", "masked"]
+KINDS: tuple[Kind, ...] = ("classify", "answer", "retrieve", "caption", "masked")
+
+_BLOCK_ROWS = 256
+_BLOCK_WORDS = 2048
+
+
+class TaskBatch(NamedTuple):
+    """A batch of one task on the device.
+
+    Args:
+        family: whose likelihood is used.
+        tokens: modality -> tokens of the inputs.
+        words: words of the inputs; None: none.
+        read: where inputs are read; `next`: after each word, in two streams.
+        is_read: of `next`, (B, L + 1) bool, which blanks have a target.
+        candidates: words of the candidates.
+        positives: two (E,) int64, positions of inputs that were read, and of candidates, that belong together.
+        log_weights_C: (C,) log-weights of the candidates, None: 0.
+        head: name of the closed set of the candidates, if they have a `LabelHead`.
+        is_symmetric: whether candidates are also compared with inputs, as in retrieval.
+        rows: rows of the feature, to name them.
+    """
+
+    family: str
+    tokens: Mapping[str, Tokens]
+    words: Words | None
+    read: ReadOut | Literal["next"]
+    candidates: Words
+    positives: tuple[Tensor, Tensor]
+    is_read: Tensor | None = None
+    log_weights_C: Tensor | None = None
+    head: str | None = None
+    is_symmetric: bool = False
+    rows: Ints | None = None
+
+
+class Subtask(Protocol):
+    """What `train_likelihood` trains together with others."""
+
+    @property
+    def name(self) -> str:
+        """Its name, which no other task of the run has."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """The likelihood, and its scale, that it uses."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """How often it is drawn, relative to the others."""
+        ...
+
+    @property
+    def loss_weight(self) -> float:
+        """Factor of its loss."""
+        ...
+
+    @property
+    def smoothing(self) -> float:
+        """Label smoothing."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per batch."""
+        ...
+
+    @property
+    def train(self) -> Examples:
+        """What it learns from."""
+        ...
+
+    @property
+    def validation(self) -> Examples:
+        """What it is measured on after each epoch."""
+        ...
+
+    @property
+    def heads(self) -> Mapping[str, int]:
+        """Closed sets of candidates with a `LabelHead` -> their sizes."""
+        ...
+
+    def describe(self) -> Mapping[str, object]:
+        """Return what decides its batches, as JSON values, for the config of the run."""
+        ...
+
+    def draw(self, rng: np.random.Generator, *, device: str) -> TaskBatch:
+        """Draw a batch: a function of the generator alone."""
+        ...
+
+    def measure(self, network: SharedNetwork, *, device: str) -> Mapping[str, float]:
+        """Compute its validation metrics, each from 0 to 1 and better if higher."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleTask:
+    """A task of one of the built-in kinds on tables of examples.
+
+    Args:
+        name: its name.
+        kind: see the table of the module.
+        train: examples to learn from.
+        validation: examples to be measured on, of which at most `max_validation` are used.
+        weight: how often it is drawn, relative to other tasks.
+        loss_weight: factor of its loss.
+        batch_size: examples per batch.
+        smoothing: label smoothing.
+        candidates: class names or answers; None: the distinct targets of `train`, in alphabetical order.
+        max_candidates: most candidates per step.
+        has_head: whether prompt tuning adds a `LabelHead`; only of a closed set that fits into `max_candidates`.
+        masked: fraction of the words of a text that are left out, at least one.
+    """
+
+    name: str
+    kind: Kind
+    train: Examples
+    validation: Examples
+    weight: float = 1.0
+    loss_weight: float = 1.0
+    batch_size: int = 128
+    smoothing: float = 0.0
+    candidates: Sequence[str] | None = None
+    max_candidates: int = 1024
+    has_head: bool = False
+    masked: float = 0.15
+    max_validation: int = 512
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SettingError(f"{self.name}: expected a kind of {', '.join(KINDS)}, got {self.kind!r}")
+        if not (self.weight > 0 and self.batch_size > 0 and 0 < self.masked < 1):
+            raise SettingError(f"{self.name}: expected weight and batch_size above 0, and masked between 0 and 1")
+        if self.kind in ("classify", "retrieve", "caption") and self.train.media is None:
+            raise SettingError(f"{self.name}: expected examples about items to {self.kind}, got texts alone")
+        if self.kind == "answer" and self.train.text_words is None:
+            raise SettingError(f"{self.name}: expected examples with texts to answer, got none; use kind=classify")
+        if self.has_head and (self.kind not in ("classify", "answer") or len(self.names) > self.max_candidates):
+            raise SettingError(
+                f"{self.name}: has_head: expected a closed set of at most {self.max_candidates:,} classes or answers, "
+                f"got the candidates of {self.kind}"
+            )
+
+    @property
+    def family(self) -> str:
+        """The kind."""
+        return self.kind
+
+    @property
+    def heads(self) -> Mapping[str, int]:
+        """The closed set with a head, under the name of the task."""
+        return {self.name: len(self.names)} if self.has_head else {}
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Class names or answers; empty for other kinds."""
+        if self.kind not in ("classify", "answer"):
+            return ()
+        return tuple(self.candidates or sorted(self.train.targets.to_pylist()))
+
+    @cached_property
+    def candidate_words(self) -> WordLists:
+        """The words of all candidates: names, or every word of the vocabulary, the end first."""
+        if self.names:
+            return self.train.vocabulary.require_known(self.names, f"{self.name}: candidates")
+        numbers_C = np.arange(END, len(self.train.vocabulary) + NUM_SPECIAL - 1, dtype=np.int32)
+        numbers_C[1:] += NUM_SPECIAL - UNKNOWN
+        return WordLists(numbers_C, np.arange(len(numbers_C) + 1))
+
+    def describe(self) -> Mapping[str, object]:
+        """Return what decides the batches, as JSON values."""
+        names = ("name", "kind", "weight", "loss_weight", "batch_size", "smoothing", "max_candidates", "has_head")
+        values = {name: getattr(self, name) for name in (*names, "masked", "max_validation")}
+        digests = {"train": self.train.digest, "validation": self.validation.digest}
+        return {**values, **digests, "candidates": list(self.names)}
+
+    def draw(self, rng: np.random.Generator, *, device: str) -> TaskBatch:
+        """Draw a batch of different examples."""
+        count = min(self.batch_size, len(self.train))
+        positions_B = rng.choice(len(self.train), size=count, replace=False)
+        return self.load(self.train.take(positions_B), rng, device=device)
+
+    def load(self, examples: Examples, rng: np.random.Generator | None, *, device: str) -> TaskBatch:
+        """Return examples as a batch; without a generator all candidates are used, and masks are always the same."""
+        if self.kind == "retrieve":
+            return self._load_pairs(examples, device)
+        draws = rng or np.random.default_rng(0)
+        is_read: Bools | None = None
+        if self.kind in ("classify", "answer"):
+            words = None if examples.text_words is None else with_blanks(examples.text_words)
+            words = None if self.kind == "classify" else words
+            targets_M = self._target_positions(examples)
+        else:
+            words = examples.target_words.take(examples.target_N)
+            words, targets_M, is_read = (_next_words if self.kind == "caption" else self._mask)(words, draws)
+        limit = self.max_candidates if rng is not None else len(self.candidate_words.offsets_N)
+        chosen_C, positives_M, log_weights_C = draw_candidates(
+            self.candidate_words.num_texts, targets_M, limit=limit, rng=draws
+        )
+        return TaskBatch(
+            family=self.family,
+            tokens=read_tokens(examples.media, examples.rows_N, device=device),
+            words=None if words is None else load_words(words, device=device),
+            read={"classify": "task", "caption": "next"}.get(self.kind, "blank"),  # type: ignore[arg-type]
+            is_read=None if is_read is None else to_device(is_read, device),
+            candidates=load_words(self.candidate_words.take(chosen_C), device=device),
+            positives=(to_device(np.arange(len(positives_M)), device), to_device(positives_M, device)),
+            log_weights_C=None if log_weights_C is None else to_device(log_weights_C, device),
+            head=self.name if self.has_head else None,
+            rows=examples.rows_N,
+        )
+
+    def _load_pairs(self, examples: Examples, device: str) -> TaskBatch:
+        """Return the distinct items and the distinct texts of a batch; pairs of both are positives."""
+        assert examples.rows_N is not None
+        rows_B, which_row_B = np.unique(examples.rows_N, return_inverse=True)
+        targets_C, which_target_B = np.unique(examples.target_N, return_inverse=True)
+        pairs_E = np.unique(which_row_B * len(targets_C) + which_target_B)
+        first_E, second_E = np.divmod(pairs_E, len(targets_C))
+        return TaskBatch(
+            family=self.family,
+            tokens=read_tokens(examples.media, rows_B, device=device),
+            words=None,
+            read="task",
+            candidates=load_words(examples.target_words.take(targets_C), device=device),
+            positives=(to_device(first_E, device), to_device(second_E, device)),
+            is_symmetric=True,
+            rows=rows_B,
+        )
+
+    def _target_positions(self, examples: Examples) -> Ints:
+        """Return the number of the candidate of each example."""
+        places = {name: number for number, name in enumerate(self.names)}
+        distinct = examples.targets.to_pylist()
+        used = np.unique(examples.target_N)
+        missing = [distinct[number] for number in used.tolist() if distinct[number] not in places]
+        if missing:
+            raise DataError(
+                f"{self.name}: expected targets that are candidates, got {missing[0]!r}; pass all of them as candidates"
+            )
+        place_F: Ints = np.array([places.get(name, -1) for name in distinct], np.int64)
+        return place_F[examples.target_N]
+
+    def _mask(self, texts: WordLists, rng: np.random.Generator) -> tuple[WordLists, Ints, None]:
+        """Replace some known words of each text by blanks, and return the candidates that belong there."""
+        numbers_M = np.where(texts.numbers_M == BLANK, UNKNOWN, texts.numbers_M)
+        of_text_M = np.repeat(np.arange(texts.num_texts), texts.lengths())
+        draws_M = np.where(numbers_M >= NUM_SPECIAL, rng.random(len(numbers_M)), np.inf)
+        lowest_N = np.full(texts.num_texts, np.inf)
+        np.minimum.at(lowest_N, of_text_M, draws_M)
+        is_masked_M = (draws_M < self.masked) | ((draws_M == lowest_N[of_text_M]) & (draws_M < np.inf))
+        targets_E = _vocabulary_positions(numbers_M[is_masked_M])
+        numbers_M[is_masked_M] = BLANK
+        return WordLists(numbers_M, texts.offsets_N), targets_E, None
+
+    @torch.no_grad()
+    def measure(self, network: SharedNetwork, *, device: str) -> dict[str, float]:
+        """Compute accuracy over all candidates, of words for `caption` and `masked`; or R@1 in both directions."""
+        examples = self.validation.spread(self.max_validation)
+        if self.kind == "retrieve":
+            ranks = retrieval_ranks(network, examples, device=device)
+            return {f"{self.name} {name} r@1": recall_at(ranks_Q, 1) for name, ranks_Q in ranks.items()}
+        return {f"{self.name} accuracy": float(np.mean(predict(self, network, examples, device=device).is_correct_M))}
+
+
+def _next_words(texts: WordLists, rng: np.random.Generator) -> tuple[WordLists, Ints, Bools]:
+    """Return texts, the candidate after each prefix, and where there is one: unknown words are no targets."""
+    del rng
+    numbers_NL, lengths_N = texts.padded()
+    ends_N1 = np.full((len(lengths_N), 1), END)
+    following_NL = np.concatenate([numbers_NL, ends_N1], axis=1)  # padding is END, too
+    is_read_NL = (np.arange(following_NL.shape[1]) <= lengths_N[:, None]) & (following_NL != UNKNOWN)
+    return texts, _vocabulary_positions(following_NL[is_read_NL]), is_read_NL
+
+
+def _vocabulary_positions(numbers_M: Array) -> Ints:
+    """Return the position of words, or of the end, among `ExampleTask.candidate_words`."""
+    positions_M: Ints = np.where(numbers_M == END, 0, numbers_M.astype(np.int64) - NUM_SPECIAL + 1)
+    return positions_M
+
+
+def read_tokens(media: Media | None, rows_B: Ints | None, *, device: str) -> dict[str, Tokens]:
+    """Read the tokens of some rows; a pooled vector is one token."""
+    if media is None or rows_B is None:
+        return {}
+    inputs = media.read(rows_B)
+    values = inputs.values[:, None] if inputs.values.ndim == 2 else inputs.values
+    lengths = None if inputs.lengths is None else to_device(inputs.lengths, device)
+    return {media.modality: Tokens(to_device(values, device), lengths)}
+
+
+def load_words(texts: WordLists, *, device: str) -> Words:
+    """Return padded texts on the device."""
+    return Words(*(to_device(array, device) for array in texts.padded()))
+
+
+def read_inputs(network: SharedNetwork, batch: TaskBatch) -> Tensor:
+    """Compute the representations of the inputs of a batch that have targets: (M, P)."""
+    if batch.read != "next":
+        return network.encode(batch.tokens, batch.words, read=batch.read)
+    assert batch.words is not None
+    assert batch.is_read is not None
+    return network.predict_words(batch.tokens, batch.words)[batch.is_read]
+
+
+class Prediction(NamedTuple):
+    """What was predicted for M examples, or for M words of examples.
+
+    Args:
+        predicted_M: the best candidate.
+        target_M: the right one.
+        is_correct_M: whether both are the same.
+        example_M: number of the example.
+    """
+
+    predicted_M: Ints
+    target_M: Ints
+    is_correct_M: Bools
+    example_M: Ints
+
+
+@torch.no_grad()
+def predict(task: ExampleTask, network: SharedNetwork, examples: Examples, *, device: str = "cpu") -> Prediction:
+    """Compare examples of any kind but `retrieve` with all candidates; words are predicted after the true ones."""
+    network.eval()
+    vectors_CP = encode_texts(network, task.candidate_words, device=device)
+    parts: list[tuple[Ints, Ints, Ints]] = []
+    for rows in blocks(len(examples), _BLOCK_ROWS):
+        numbers_B = np.arange(rows.start, rows.stop)
+        batch = task.load(examples.take(numbers_B), None, device=device)
+        queries, candidates = network.compare(
+            read_inputs(network, batch), Candidates(vectors_CP), family=task.family, head=batch.head
+        )
+        best = [
+            _logits(queries[part], candidates).argmax(dim=1).cpu().numpy() for part in blocks(len(queries), _BLOCK_ROWS)
+        ]
+        parts.append((np.concatenate(best), batch.positives[1].cpu().numpy(), numbers_B[_example_of(batch)]))
+    predicted_M, target_M, example_M = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Prediction(predicted_M, target_M, predicted_M == target_M, example_M)
+
+
+def _logits(queries_BP: Tensor, candidates: Candidates) -> Tensor:
+    logits_BC = queries_BP @ candidates.vectors_CP.T
+    return logits_BC if candidates.bias_C is None else logits_BC + candidates.bias_C
+
+
+def _example_of(batch: TaskBatch) -> Ints:
+    """Return the number in its batch of the example of each input that was read."""
+    if batch.read == "task" or batch.words is None:
+        return np.arange(len(batch.positives[0]))
+    where = batch.is_read
+    if where is None:
+        where = (batch.words.numbers_BL == BLANK) & valid_frames(batch.words.lengths_B, batch.words.numbers_BL.shape[1])
+    examples_M: Ints = torch.nonzero(where)[:, 0].cpu().numpy()
+    return examples_M
+
+
+@torch.no_grad()
+def encode_texts(network: SharedNetwork, texts: WordLists, *, device: str = "cpu") -> Tensor:
+    """Encode texts as candidates, in blocks: (N, P)."""
+    parts = [
+        network.encode(words=load_words(texts.take(np.arange(rows.start, rows.stop)), device=device), side="target")
+        for rows in blocks(texts.num_texts, _BLOCK_WORDS)
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def encode_items(network: SharedNetwork, media: Media, rows_N: Ints, *, device: str = "cpu") -> Iterator[Tensor]:
+    """Encode items in their order, in blocks: (B, P) each."""
+    for rows in blocks(len(rows_N), _BLOCK_ROWS):
+        yield network.encode(read_tokens(media, rows_N[rows], device=device))
+
+
+@torch.no_grad()
+def retrieval_ranks(
+    network: SharedNetwork, examples: Examples, *, family: str = "retrieve", device: str = "cpu"
+) -> dict[str, Ints]:
+    """Compute the rank of the best positive of each item among all distinct texts, and of each text among the items.
+
+    Texts of several items count once, and belong to all of them.
+
+    Returns:
+        `item to text` and `text to item` -> (Q,) ranks, 1 is the best.
+    """
+    network.eval()
+    assert examples.media is not None
+    assert examples.rows_N is not None
+    rows_I, which_row_N = np.unique(examples.rows_N, return_inverse=True)
+    targets_T, which_target_N = np.unique(examples.target_N, return_inverse=True)
+    texts = encode_texts(network, examples.target_words.take(targets_T), device=device)
+    items = torch.cat(list(encode_items(network, examples.media, rows_I, device=device)))
+    likelihood = network.likelihood(family)
+    scaled_items, scaled_texts = (values.cpu().numpy() for values in likelihood.scaled(items, texts))
+    pairs_E = np.unique(which_row_N * len(targets_T) + which_target_N)
+    of_item_E, of_text_E = np.divmod(pairs_E, len(targets_T))
+    return {
+        "item to text": _ranks(scaled_items, scaled_texts, of_item_E, of_text_E),
+        "text to item": _ranks(scaled_texts, scaled_items, of_text_E, of_item_E),
+    }
+
+
+def _ranks(queries_QP: Floats, candidates_CP: Floats, query_E: Ints, candidate_E: Ints) -> Ints:
+    return best_ranks(queries_QP, candidates_CP, (query_E, candidate_E))

@@ -1,0 +1,201 @@
+"""Tasks of one likelihood trained together, resumed, tuned by prompts, and with a new modality."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.networks.saved import load_module
+from embedcache.networks.shared import SharedNetwork
+from embedcache.networks.words import BLANK, END, NUM_SPECIAL
+from embedcache.train.likelihood import TaskMixture, start_from, train_likelihood
+from embedcache.train.likelihood_tasks import predict
+from tests.crash import crash_function
+from tests.train.likelihood_cases import (
+    Squares,
+    colors_of,
+    fit_settings,
+    make_caches,
+    open_caches,
+    open_tones,
+    recipe,
+)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return make_caches(tmp_path_factory.mktemp("squares"))
+
+
+@pytest.fixture(scope="module")
+def squares(paths: tuple[Path, Path, Path]) -> Squares:
+    return open_caches(paths)
+
+
+@pytest.fixture(scope="module")
+def run(squares: Squares, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four tasks; none of them answers questions."""
+    path = tmp_path_factory.mktemp("runs") / "all"
+    tasks = [
+        squares.task("classify", "classify", weight=0.5),
+        squares.task("retrieve", "retrieve", "captions"),
+        squares.task("caption", "caption", "captions"),
+        squares.task("masked", "masked", "captions"),
+    ]
+    train_likelihood(tasks, squares.words, path, recipe(steps_per_epoch=130), fit_settings(lr=7e-3))
+    return path
+
+
+def network(run: Path) -> SharedNetwork:
+    module, _ = load_module(run)
+    assert isinstance(module, SharedNetwork)
+    return module
+
+
+def test_tasks_learn_together(squares: Squares, run: Path) -> None:
+    net = network(run)
+    found = {}
+    for name, kind in (("classify", "classify"), ("captions", "caption"), ("captions", "masked")):
+        task = squares.task(name, kind)  # type: ignore[arg-type]
+        found[kind] = float(predict(task, net, squares.valid[name]).is_correct_M.mean())
+        if kind == "caption":
+            blind = predict(task, net, squares.valid[name].shuffle_media(seed=0)).is_correct_M.mean()
+            assert found[kind] > blind + 0.1
+    assert found["classify"] > 0.85
+    assert found["caption"] > 0.9
+    assert found["masked"] > 0.85
+    ranks = squares.task("retrieve", "retrieve", "captions").measure(net, device="cpu")
+    assert min(ranks.values()) > 0.8
+
+
+def train_two(paths: tuple[Path, Path, Path], run: Path, checkpoint_s: float) -> None:
+    """Train on two tasks, in a process of its own."""
+    squares = open_caches(paths)
+    tasks = [squares.task("caption", "caption", "captions", max_candidates=8), squares.task("answer", "answer")]
+    settings = fit_settings(checkpoint_s=checkpoint_s)
+    train_likelihood(tasks, squares.words, run, recipe(steps_per_epoch=6), settings)
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(paths: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train_two(paths, whole, 60.0)
+    crash_function(train_two, (paths, killed, 0.0), "after", "checkpoint.pt", 8)
+    assert not (killed / "config.json").exists()
+    train_two(paths, killed, 0.0)
+    for name in ("model.safetensors", "losses.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_tasks_are_drawn_by_weight_from_seed_epoch_and_step() -> None:
+    def draws(seed: int, epoch: int, first_step: int = 0) -> list[tuple[int, float]]:
+        mixture = TaskMixture([3.0, 1.0], [4, 8], num_steps=400, seed=seed)
+        steps = mixture.epoch(epoch, first_step=first_step)
+        return [(drawn.number, drawn.rng.random()) for drawn in steps]
+
+    assert draws(0, 1)[100:] == draws(0, 1, first_step=100)
+    assert draws(0, 1) != draws(0, 2)
+    assert draws(0, 1) != draws(1, 1)
+    assert np.mean([number for number, _ in draws(0, 1)]) == pytest.approx(0.25, abs=0.06)
+    assert TaskMixture([3.0, 1.0], [4, 8], num_steps=400, seed=0).num_samples == 2000
+
+
+def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, run: Path, tmp_path: Path) -> None:
+    task = squares.task("answer", "answer", has_head=True)
+    tuned_recipe, parts = start_from(run, trainable="prompts+norms+scales+heads", num_prompts=4, steps_per_epoch=60)
+    settings = fit_settings(lr=1e-2, init_from=parts.init_from, trainable=parts.trainable)
+    report = train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
+    before, after = (load_file(path / "model.safetensors") for path in (run, tmp_path / "tuned"))
+    frozen = [key for key in before if "norm" not in key and not key.startswith("likelihoods")]
+    assert all(torch.equal(before[key], after[key]) for key in frozen)
+    assert not torch.equal(before["layers.0.attention_norm.weight"], after["layers.0.attention_norm.weight"])
+    assert {key.partition(".")[0] for key in after.keys() - before.keys()} == {"prompts", "heads", "likelihoods"}
+    assert report.num_parameters == sum(
+        value.numel() for key, value in after.items() if key not in frozen and "words" not in key
+    )
+    found = predict(task, network(tmp_path / "tuned"), squares.valid["answer"])
+    blind = predict(task, network(tmp_path / "tuned"), squares.valid["answer"].shuffle_media(seed=0))
+    assert found.is_correct_M.mean() > max(0.75, blind.is_correct_M.mean() + 0.2)
+
+
+def test_a_label_head_of_a_tuned_run_starts_from_the_likelihood(squares: Squares, run: Path, tmp_path: Path) -> None:
+    tuned_recipe, parts = start_from(run, trainable="heads")
+    settings = fit_settings(epochs=0, init_from=parts.init_from, trainable=parts.trainable)
+    task = squares.task("classify", "classify", has_head=True)
+    train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
+    found = predict(task, network(tmp_path / "tuned"), squares.valid["classify"])
+    expected = predict(squares.task("classify", "classify"), network(run), squares.valid["classify"])
+    assert found.predicted_M.tolist() == expected.predicted_M.tolist()
+
+
+def test_a_new_modality_is_learned_by_its_adapter_alone(squares: Squares, run: Path, tmp_path: Path) -> None:
+    tones = open_tones(tmp_path / "tones", squares.words.vocabulary)
+    tuned_recipe, parts = start_from(run, trainable="audio", steps_per_epoch=60)
+    settings = fit_settings(lr=1e-2, init_from=parts.init_from, trainable=parts.trainable)
+    task = squares.task("tones", "classify", "classify", train=tones, validation=tones)
+    report = train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
+    before, after = (load_file(path / "model.safetensors") for path in (run, tmp_path / "tuned"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert {key.partition(".")[2].partition(".")[0] for key in after.keys() - before.keys()} == {"audio"}
+    assert report.measures["tones accuracy"] > 0.9
+
+
+def test_texts_alone_are_classified_at_their_blank(squares: Squares, tmp_path: Path) -> None:
+    task = squares.task("texts", "answer")
+    masked = squares.task("masked", "masked", "texts")
+    report = train_likelihood([task, masked], squares.words, tmp_path / "run", recipe(), fit_settings(lr=1e-2))
+    assert report.measures["texts accuracy"] > 0.9
+
+
+def test_pairs_of_a_batch_count_equal_texts_and_items_once(squares: Squares) -> None:
+    examples = squares.train["captions"].take(np.array([0, 1, 2, 0, *range(10, 20)]))
+    batch = squares.task("retrieve", "retrieve", "captions").load(examples, None, device="cpu")
+    assert len(batch.tokens["image"].values_BTD) == 13
+    assert len(batch.candidates.numbers_BL) == len(np.unique(examples.target_N))
+    first, second = (positions.numpy() for positions in batch.positives)
+    texts = examples.targets.take(np.unique(examples.target_N)[second]).to_pylist()
+    keys = squares.train["captions"].media.cache.samples["key"].take(batch.rows[first]).to_pylist()  # type: ignore[union-attr,index]
+    assert texts == [f"a {left} square left of a {right} square" for left, right in map(colors_of, map(int, keys))]
+
+
+def test_masks_hide_known_words_and_at_least_one(squares: Squares) -> None:
+    task = squares.task("masked", "masked", "captions", masked=0.01)
+    batch = task.load(squares.train["captions"], np.random.default_rng(0), device="cpu")
+    assert batch.words is not None
+    assert (batch.words.numbers_BL == BLANK).sum(dim=1).tolist() == [1] * len(squares.train["captions"])
+    hidden = batch.candidates.numbers_BL[batch.positives[1], 0]
+    assert hidden.min() >= NUM_SPECIAL
+    found = batch.words.numbers_BL.clone()
+    found[found == BLANK] = hidden
+    expected, _ = squares.train["captions"].target_words.take(squares.train["captions"].target_N).padded()
+    assert found.numpy().tolist() == expected.tolist()
+
+
+def test_targets_of_captions_end(squares: Squares) -> None:
+    batch = squares.task("caption", "caption", "captions").load(squares.train["captions"], None, device="cpu")
+    assert batch.is_read is not None
+    assert batch.candidates.numbers_BL[:, 0].tolist() == [END, *range(3, 3 + len(squares.words.vocabulary))]
+    assert (batch.positives[1] == 0).sum() == len(squares.train["captions"])
+
+
+def test_bad_tasks_are_refused(squares: Squares, run: Path, tmp_path: Path) -> None:
+    task = squares.task("classify", "classify")
+    for tasks in ([], [task, task], [squares.task("a.b", "classify", "classify")]):
+        with pytest.raises(SettingError, match="different names"):
+            train_likelihood(tasks, squares.words, tmp_path / "run")
+    with pytest.raises(SettingError, match="pass it to the tasks"):
+        train_likelihood([task], squares.words, tmp_path / "run", recipe(), fit_settings(batch_size=4))
+    with pytest.raises(SettingError, match="texts alone"):
+        squares.task("classify", "classify", "texts")
+    with pytest.raises(SettingError, match="closed set"):
+        squares.task("caption", "caption", "captions", has_head=True)
+    with pytest.raises(SettingError, match="kind=classify"):
+        squares.task("answer", "answer", "classify")
+    few = squares.task("classify", "classify", candidates=["red red"])
+    with pytest.raises(DataError, match="expected targets that are candidates"):
+        few.load(squares.train["classify"], None, device="cpu")
+    tasks = [squares.task("classify", "classify", weight=0.5)]
+    with pytest.raises(FingerprintError, match="other settings|differ"):
+        train_likelihood(tasks, squares.words, run, recipe(), fit_settings())
