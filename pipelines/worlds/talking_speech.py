@@ -301,6 +301,21 @@ _QUIET = 0.03  # of the loudest 10 ms: below, a recording has not begun
 @cache
 def load_recordings(speaker: str) -> tuple[Recording, ...]:
     """Load the letters and digits that a person recorded, each aligned once, without the silence around it."""
+    place = RECORDINGS[speaker]
+    found = []
+    for word, path in find_recordings(speaker):
+        phones = place.pronunciations.get(word) or LETTERS.get(word) or DIGITS[word]
+        samples = read_recording(path)
+        found.append(Recording(f"{speaker}/{word}", word, samples, tuple(align(samples, phones.split()))))
+    return tuple(found)
+
+
+def find_recordings(speaker: str) -> list[tuple[str, Path]]:
+    """Return the letters and digits that a person recorded, each with its file.
+
+    Raises:
+        MissingExtraError: a file is missing; the message names the package.
+    """
     found = []
     place = RECORDINGS[speaker]
     for kind, pattern in place.folders.items():
@@ -310,10 +325,13 @@ def load_recordings(speaker: str) -> tuple[Recording, ...]:
             path = Path(pattern.format(name))
             if not path.is_file():
                 raise _missing(f"the recording {path}", f"apt-get install {place.package}")
-            phones = place.pronunciations.get(word) or LETTERS.get(word) or DIGITS[word]
-            samples = _trim(_decode(path))
-            found.append(Recording(f"{speaker}/{word}", word, samples, tuple(align(samples, phones.split()))))
-    return tuple(found)
+            found.append((word, path))
+    return found
+
+
+def read_recording(path: Path) -> Floats:
+    """Return the samples of a recorded word without the silence around it, to a peak of `_PEAK`."""
+    return _trim(_decode(path))
 
 
 def _decode(path: Path) -> Floats:

@@ -1,0 +1,121 @@
+"""Tables of examples: what a task learns from, and draws of a fraction of them.
+
+A row is one example. Columns:
+
+- `key`: the sample of a cache that the example is about; null for tasks on text alone
+- `text`: words that are given, such as a question; null if there are none
+- `target`: the text to be found: a class, an answer, a caption
+- any others, for strata and for tables of results
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from embedcache.errors import SettingError, SourceError
+from embedcache.files import replacing
+from embedcache.sources.base import Source
+
+_COLUMNS = ("key", "text", "target")
+
+
+def make_examples(
+    *,
+    targets: Sequence[str],
+    keys: Sequence[str] | None = None,
+    texts: Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[str | None]] | None = None,
+) -> pa.Table:
+    """Return a table of examples; without `keys` or `texts`, that column is null."""
+    data = {"key": keys, "text": texts, "target": targets, **(columns or {})}
+    empty = pa.nulls(len(targets), pa.string())
+    return pa.table({name: empty if values is None else pa.array(values, pa.string()) for name, values in data.items()})
+
+
+def write_examples(path: Path, examples: pa.Table) -> None:
+    """Write a table of examples as Parquet; the file appears complete or not at all."""
+    if tuple(examples.column_names[: len(_COLUMNS)]) != _COLUMNS:
+        raise SettingError(f"expected the columns {', '.join(_COLUMNS)} first, got {', '.join(examples.column_names)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        pq.write_table(examples, temporary)
+
+
+def caption_examples(source: Source, *, split: str | None = None) -> pa.Table:
+    """Return one example per caption of a source, of one split or of all, with its column `split`."""
+    rows = [
+        (sample.key, text.text, str(sample.columns.get("split") or ""))
+        for sample in source.samples()
+        if split is None or sample.columns.get("split") == split
+        for text in sample.texts
+    ]
+    return _of_rows(rows)
+
+
+def label_examples(source: Source, names: Sequence[str] | None = None) -> pa.Table:
+    """Return one example per sample with a label, with its column `split`.
+
+    Args:
+        source: samples with the column `label`, a text, or a number if `names` are given.
+        names: text of each number.
+
+    Raises:
+        SourceError: a label has no name.
+    """
+    rows = []
+    for sample in source.samples():
+        label = sample.columns.get("label")
+        if label is None:
+            continue
+        if names is not None and not (isinstance(label, int) and 0 <= label < len(names)):
+            raise SourceError(f"{sample.key}: expected a label below {len(names)}, got {label!r}")
+        target = str(label) if names is None else names[int(label)]
+        rows.append((sample.key, target, str(sample.columns.get("split") or "")))
+    return _of_rows(rows)
+
+
+def draw_examples(examples: pa.Table, count: int, *, seed: int, by: Sequence[str] = ("target",)) -> pa.Table:
+    """Draw examples such that each stratum keeps its fraction of them, up to one.
+
+    Draws of one seed are nested: a smaller one is part of a larger one. Rows keep their order.
+
+    Args:
+        examples: a table of examples.
+        count: number of examples to draw.
+        seed: random seed.
+        by: columns whose combinations are the strata.
+
+    Raises:
+        SettingError: there are fewer examples than `count`, or no such column.
+    """
+    if not 0 < count <= len(examples):
+        raise SettingError(f"expected 1 to {len(examples):,} examples to draw, got {count:,}")
+    strata_N = np.zeros(len(examples), np.int64)
+    for name in by:
+        if name not in examples.column_names:
+            raise SettingError(f"expected a column of {', '.join(examples.column_names)}, got {name!r}")
+        codes = pc.dictionary_encode(examples[name].combine_chunks()).indices.fill_null(-1)
+        strata_N = strata_N * (pc.max(codes).as_py() + 2) + codes.to_numpy(zero_copy_only=False) + 1
+    rng = np.random.default_rng(seed)
+    order_N = rng.permutation(len(examples))
+    by_stratum_N = order_N[np.argsort(strata_N[order_N], kind="stable")]
+    _, first_S, size_S = np.unique(strata_N[by_stratum_N], return_index=True, return_counts=True)
+    rank_N = np.arange(len(examples)) - np.repeat(first_S, size_S)
+    # Examples of each stratum are spread evenly over [0, 1); all of them below a bound are a stratified draw.
+    place_N = (rank_N + np.repeat(rng.random(len(size_S)), size_S)) / np.repeat(size_S, size_S)
+    chosen = by_stratum_N[np.argsort(place_N, kind="stable")[:count]]
+    return examples.take(pa.array(np.sort(chosen)))
+
+
+def in_split(examples: pa.Table, *splits: str) -> pa.Table:
+    """Return the examples of some splits."""
+    return examples.filter(pc.is_in(examples["split"], pa.array(splits)))
+
+
+def _of_rows(rows: Iterable[tuple[str, str, str]]) -> pa.Table:
+    keys, targets, splits = zip(*rows, strict=True) if (rows := list(rows)) else ((), (), ())
+    return make_examples(keys=keys, targets=targets, columns={"split": splits})

@@ -1,0 +1,142 @@
+"""Real images and recordings with words: emoji, Fashion-MNIST, and letters spoken by three people.
+
+| source | package | license |
+| --- | --- | --- |
+| `EmojiSource` | those of `openmoji:` | CC BY-SA 4.0 |
+| `FashionSource` | Debian `dataset-fashion-mnist` | MIT |
+| `LettersSource` | Debian `asterisk-core-sounds-en-g722` (CC BY-SA 3.0), `klettres-data` (GPL-2+) | beside each |
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from embedcache.errors import ItemError, MissingExtraError, SettingError
+from embedcache.quickstart.openmoji import OpenmojiSource
+from embedcache.registry import unknown_name
+from embedcache.sources.base import FileItem, Sample, Source, TextItem
+from embedcache.sources.open import open_source
+from embedcache.sources.settings import SourceSettings
+from pipelines.worlds.talking_speech import LETTERS, RECORDINGS, encode_wav, find_recordings, read_recording
+
+EMOJI_KIND = "pipelines.worlds.label_sets:EmojiSource"
+FASHION_KIND = "pipelines.worlds.label_sets:FashionSource"
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FASHION_LABELS = (
+    "t-shirt",
+    "trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+"""Word of each class number."""
+LETTERS_KIND = "pipelines.worlds.label_sets:LettersSource"
+_VALID_FRACTION = 0.1
+
+
+class EmojiSource:
+    """OpenMoji's images with their English names. The location is `all`, or the number of images, the first ones."""
+
+    credit = OpenmojiSource.credit
+
+    def __init__(self, location: str, settings: SourceSettings) -> None:
+        settings.check_supported("emoji")
+        if location != "all" and not location.isdecimal():
+            raise SettingError(f"emoji: expected all or a number of images, got {location!r}")
+        self._location = location
+        self._source = OpenmojiSource("en", SourceSettings())
+
+    def describe(self) -> Mapping[str, Any]:
+        return {**self._source.describe(), "type": EMOJI_KIND, "path": self._location}
+
+    def samples(self) -> Iterator[Sample]:
+        """Iterate over the images, as `openmoji:en` does."""
+        return islice(self._source.samples(), None if self._location == "all" else int(self._location))
+
+    def read(self, item: FileItem) -> bytes:
+        """Draw an image as a PNG of 256 x 256 pixels."""
+        return self._source.read(item)
+
+
+class FashionSource:
+    """The first images of Fashion-MNIST's two parts, with words as labels.
+
+    The location is `TRAIN+TEST`, numbers of images. The last tenth of the training images has the split `valid`.
+    """
+
+    def __init__(self, location: str, settings: SourceSettings) -> None:
+        settings.check_supported("fashion")
+        counts = location.split("+")
+        if len(counts) != 2 or not all(count.isdecimal() for count in counts):
+            raise SettingError(f"fashion: expected two numbers of images such as 6000+2000, got {location!r}")
+        if not FASHION_FOLDER.is_dir():
+            raise MissingExtraError("Fashion-MNIST is not installed; run: apt-get install dataset-fashion-mnist")
+        self._counts = dict(zip(("train", "test"), map(int, counts), strict=True))
+        self._source: Source = open_source(f"idx:{FASHION_FOLDER}")
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"type": FASHION_KIND, "path": "+".join(map(str, self._counts.values())), "settings": {}}
+
+    def samples(self) -> Iterator[Sample]:
+        """Iterate over the images in the order of the files."""
+        left = dict(self._counts)
+        num_valid = int(self._counts["train"] * _VALID_FRACTION)
+        for sample in self._source.samples():
+            split = str(sample.columns["split"])
+            if left[split]:
+                left[split] -= 1
+                name = "valid" if split == "train" and left[split] < num_valid else split
+                label = FASHION_LABELS[int(sample.columns["label"] or 0)]
+                yield replace(sample, columns={"split": name, "label": label})
+            elif not any(left.values()):
+                return
+
+    def read(self, item: FileItem) -> bytes:
+        """Return an image as a gray PNG of 28 x 28 pixels."""
+        return self._source.read(item)
+
+
+class LettersSource:
+    """The letters of the alphabet as three people say them, without the silence around each.
+
+    The location holds names of `RECORDINGS` joined by `+`. Keys are `SPEAKER/LETTER`; columns are `label`, the letter
+    in lower case, and `split`, the speaker: a test of unknown voices leaves one out.
+    """
+
+    def __init__(self, location: str, settings: SourceSettings) -> None:
+        settings.check_supported("letters")
+        self._paths: dict[str, Path] = {}
+        for speaker in location.split("+"):
+            if speaker not in RECORDINGS:
+                raise unknown_name("speaker", speaker, RECORDINGS)
+            found = {f"{speaker}/{word.lower()}": path for word, path in find_recordings(speaker) if word in LETTERS}
+            self._paths |= found
+        self._location = location
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"type": LETTERS_KIND, "path": self._location, "settings": {}}
+
+    def samples(self) -> Iterator[Sample]:
+        """Iterate over the letters, speaker by speaker."""
+        for key in self._paths:
+            speaker, _, letter = key.partition("/")
+            yield Sample(
+                key=key,
+                texts=(TextItem(text=letter, language="en"),),
+                columns={"split": speaker, "label": letter},
+                files={"audio": (FileItem(path=f"{key}.wav"),)},
+            )
+
+    def read(self, item: FileItem) -> bytes:
+        """Return a recording as a WAV file of 16 bits at 16 kHz."""
+        path = self._paths.get(item.path.removesuffix(".wav"))
+        if path is None:
+            raise ItemError(f"expected SPEAKER/LETTER.wav, got {item.path}")
+        return encode_wav(read_recording(path))

@@ -1,0 +1,115 @@
+"""easy-VQA as published, its validation images, its draws and its blind baseline."""
+
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from embedcache.errors import ItemError, SettingError
+from embedcache.sources import FileItem, Source, open_source
+from embedcache.testing.sources import SourceContract
+from pipelines.worlds.easy_vqa import (
+    FRACTIONS,
+    KIND,
+    KINDS,
+    NUM_IMAGES,
+    NUM_QUESTIONS,
+    NUM_VALID,
+    OPEN_KINDS,
+    answer_blindly,
+    draw_answers,
+    load_answers,
+    load_questions,
+)
+from pipelines.worlds.examples import in_split
+
+pytest.importorskip("easy_vqa")
+
+
+class TestEasyVqa(SourceContract):
+    has_texts = False
+
+    @pytest.fixture
+    def source(self) -> Source:
+        return open_source("3", kind=KIND)
+
+
+@pytest.fixture(scope="module")
+def questions() -> pa.Table:
+    return load_questions()
+
+
+def accuracy(answered: pa.Table, asked: pa.Table) -> float:
+    given = answer_blindly(answered, asked["text"].to_pylist())
+    return 100 * sum(map(str.__eq__, given, asked["target"].to_pylist())) / len(given)
+
+
+def test_numbers_are_those_published(questions: pa.Table) -> None:
+    splits = Counter(sample.columns["split"] for sample in open_source("all", kind=KIND).samples())
+    assert splits == {
+        "train": NUM_IMAGES["train"] - NUM_VALID,
+        "valid": NUM_VALID,
+        "test": NUM_IMAGES["test"],
+    }
+    assert len(in_split(questions, "train", "valid")) == NUM_QUESTIONS["train"]
+    assert len(in_split(questions, "test")) == NUM_QUESTIONS["test"]
+    assert len(load_answers()) == 13
+    assert set(questions["target"].to_pylist()) == set(load_answers())
+    is_yes_no = pc.is_in(questions["kind"], pa.array(["yes-no", "negated"]))
+    assert len(in_split(questions.filter(is_yes_no), "train", "valid")) == 28_407
+    assert set(questions["kind"].to_pylist()) == set(KINDS)
+
+
+def test_questions_name_images_of_their_split(questions: pa.Table) -> None:
+    splits = {sample.key: sample.columns["split"] for sample in open_source("all", kind=KIND).samples()}
+    assert [splits[key] for key in questions["key"].to_pylist()] == questions["split"].to_pylist()
+
+
+def test_no_image_is_in_two_splits() -> None:
+    source = open_source("all", kind=KIND)
+    splits: dict[bytes, set[object]] = {}
+    for sample in source.samples():
+        splits.setdefault(source.read(sample.images[0]), set()).add(sample.columns["split"])
+    assert len(splits) == sum(NUM_IMAGES.values())
+    assert all(len(names) == 1 for names in splits.values())
+
+
+def test_blind_baseline_is_that_published(questions: pa.Table) -> None:
+    train, test = in_split(questions, "train", "valid"), in_split(questions, "test")
+    assert accuracy(train, test) == pytest.approx(67.0, abs=0.01)
+    opened = test.filter(pc.is_in(test["kind"], pa.array(OPEN_KINDS)))
+    assert accuracy(train, opened) == pytest.approx(23.3, abs=0.01)
+
+
+def test_blind_answer_of_an_unknown_question_is_the_most_frequent() -> None:
+    answered = pa.table({"text": ["a", "a", "b", "c", "c"], "target": ["x", "y", "z", "z", "x"]})
+    assert answer_blindly(answered, ["a", "b", "c", "new"]) == ["x", "z", "z", "x"]
+
+
+def test_draws_are_stratified_nested_and_seeded(questions: pa.Table) -> None:
+    total = in_split(questions, "train", "valid").num_rows
+    train = in_split(questions, "train")
+    strata = Counter(zip(train["kind"].to_pylist(), train["target"].to_pylist(), strict=True))
+    smaller: Counter[tuple[str, ...]] = Counter()
+    for fraction in FRACTIONS:
+        drawn = draw_answers(questions, fraction, seed=0)
+        assert drawn.num_rows == min(int(fraction * total), len(train))
+        assert set(drawn["split"].to_pylist()) == {"train"}
+        counts = Counter(zip(drawn["kind"].to_pylist(), drawn["target"].to_pylist(), strict=True))
+        assert all(abs(counts[name] - strata[name] * len(drawn) / len(train)) < 2 for name in strata)
+        rows = Counter(zip(*(drawn[name].to_pylist() for name in ("key", "text", "target")), strict=True))
+        assert smaller <= rows
+        smaller = rows
+    one, again, other = (draw_answers(questions, 0.01, seed=seed) for seed in (1, 1, 2))
+    assert one.equals(again)
+    assert not one.equals(other)
+
+
+def test_wrong_values_are_refused(questions: pa.Table) -> None:
+    with pytest.raises(SettingError, match=r"up to 1, got 2"):
+        draw_answers(questions, 2, seed=0)
+    with pytest.raises(SettingError, match="all or a number of images per part, got 'x'"):
+        open_source("x", kind=KIND)
+    with pytest.raises(ItemError, match=r"no image test/images/5000\.png"):
+        open_source("all", kind=KIND).read(FileItem(path="test/images/5000.png"))
