@@ -268,6 +268,7 @@ TINY = Size(
     world=TINY_WORLD,
     epochs={"audio": 2, "video": 2, "fusion": 2},
     align_epochs={"audio": 1, "video": 1, "fusion": 0},
+    batch_size={"audio": 3, "video": 3, "fusion": 3},
     model={"width": 32, "num_layers": 1, "decoder_layers": 1, "num_heads": 2, "feed_forward": 64},
     num_fitted=8,
 )
