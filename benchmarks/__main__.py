@@ -27,8 +27,10 @@ PARTS = {
     "peers": "extract:peers",
     "precision": "extract:precision",
     "thresholds": "thresholds:main",
+    "speech-training": "speech_training:main",
+    "speech-decoding": "speech:decoding",
 }
-"""Parts of `extract` and `coverage` that can be run alone."""
+"""Parts of `extract`, `coverage` and `speech` that can be run alone."""
 
 
 def load(name: str) -> Callable[..., None]:

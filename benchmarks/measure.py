@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +76,21 @@ def run_embedcache(words: Sequence[str], *, folder: Path, is_quiet: bool = True)
         subprocess.run(command, check=True, cwd=folder, env=environment, stdout=out, stderr=out)
         seconds = time.perf_counter() - started
         return Cost(seconds, **json.loads(Path(file.name).read_text()))
+
+
+def in_own_process(function: Callable, *arguments: object) -> tuple:  # type: ignore[type-arg]
+    """Call in a fresh process on all cores; return the result and the GB it added to the memory of the imports."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        return executor.submit(_measured, function, arguments).result()
+
+
+def _measured(function: Callable, arguments: tuple) -> tuple:  # type: ignore[type-arg]
+    import torch
+
+    torch.manual_seed(0)
+    before = peak_memory_bytes()
+    result = function(*arguments)
+    return result, (peak_memory_bytes() - before) / 1e9
 
 
 def main() -> None:

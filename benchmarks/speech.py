@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from benchmarks import speech_training
 from benchmarks.measure import median_rates
 from embedcache.arrays import Ints
 from embedcache.cli.console import print_line, print_table
@@ -32,6 +33,12 @@ REPEATS = 15
 
 
 def main(*, quick: bool) -> None:
+    """Print the tables of training and decoding."""
+    speech_training.main(quick=quick)
+    decoding(quick=quick)
+
+
+def decoding(*, quick: bool) -> None:
     """Print the table of decoding."""
     torch.set_num_threads(1)
     torch.manual_seed(0)

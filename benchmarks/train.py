@@ -5,13 +5,10 @@ layer, and four of B x 512 x B in the loss, which computes the similarities agai
 matrix is stored. The ratio with three products, as if the matrix were stored, is printed as well.
 """
 
-import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +18,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.measure import in_own_process
 from embedcache.arrays import Inputs
 from embedcache.cli.console import print_line, print_table
 from embedcache.dataset.pairs import Items, Pairs
@@ -51,7 +49,7 @@ def _floors(folder: str, *, quick: bool) -> None:
     for precision in PRECISIONS:
         for batch_size in BATCHES[:1] if quick else BATCHES:
             repeats = 1 if quick else 5 if batch_size < 10_000 else 3
-            floor, lower, ours = _in_own_process(_step_against_floor, folder, batch_size, precision, repeats)[0]
+            floor, lower, ours = in_own_process(_step_against_floor, folder, batch_size, precision, repeats)[0]
             rows.append(
                 [
                     precision,
@@ -122,7 +120,7 @@ def _loops(folder: str, *, quick: bool) -> None:
         rates: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
         for _ in range(1 if quick else 3):
             for name, loop in loops.items():
-                rates[name].append(_in_own_process(loop, folder, batch_size))
+                rates[name].append(in_own_process(loop, folder, batch_size))
         medians = {name: np.median(values, axis=0) for name, values in rates.items()}
         ours = medians["embedcache"][0]
         rows = [[name, f"{rate:,.0f}", f"{ours / rate:.2f}", f"{peak:.2f}"] for name, (rate, peak) in medians.items()]
@@ -216,16 +214,3 @@ def _time(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
-
-
-def _in_own_process(function: Callable, *arguments: object) -> tuple:  # type: ignore[type-arg]
-    """Call in a fresh process on all cores; return the result and the GB it added to the memory of the imports."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-        return executor.submit(_measured, function, arguments).result()
-
-
-def _measured(function: Callable, arguments: tuple) -> tuple:  # type: ignore[type-arg]
-    torch.manual_seed(0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = function(*arguments)
-    return result, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from embedcache.arrays import Floats
@@ -199,10 +200,10 @@ class SharedNetwork(nn.Module):
             is_valid_BS = torch.cat([is_valid_BS, is_word_BL], dim=1)
         mask = None if bool(is_valid_BS.all()) else is_valid_BS[:, None, None]
         if read == "task":
-            return self.read(self._transform(hidden_BSD, mask, side, slice(0, 1)))[:, 0]
+            return self.read(self._transform(hidden_BSD, is_valid_BS, mask, side, slice(0, 1)))[:, 0]
         if words is None:
             raise DataError("read=blank: expected words with blanks, got no words")
-        hidden_BLD = self._transform(hidden_BSD, mask, side, slice(num_context, None))
+        hidden_BLD = self._transform(hidden_BSD, is_valid_BS, mask, side, slice(num_context, None))
         return self.read(hidden_BLD[(words.numbers_BL == BLANK) & is_word_BL])
 
     def encode_words(self, numbers_C: Tensor) -> Tensor:
@@ -225,12 +226,14 @@ class SharedNetwork(nn.Module):
         streams = [context_BSD, self.embed_words(words.numbers_BL), self.embed_words(blanks_BL)]
         num_context = context_BSD.shape[1]
         mask = two_streams(num_context, num_words, device=context_BSD.device)[None, None]
-        if not bool(is_valid_BS.all()):
-            is_key_BS = torch.cat([is_valid_BS, is_valid_BS.new_ones(len(is_valid_BS), 2 * num_words + 1)], dim=1)
-            mask = mask & is_key_BS[:, None, None]
-        return self.read(
-            self._transform(torch.cat(streams, dim=1), mask, "input", slice(num_context + num_words, None))
-        )
+        is_word_BL = valid_frames(words.lengths_B, num_words)
+        is_blank_BL = valid_frames(words.lengths_B + 1, num_words + 1)
+        if not bool(is_valid_BS.all()):  # only of the context: no blank sees a word behind its own
+            others_BS = is_valid_BS.new_ones(len(is_valid_BS), 2 * num_words + 1)
+            mask = mask & torch.cat([is_valid_BS, others_BS], dim=1)[:, None, None]
+        is_valid_BS = torch.cat([is_valid_BS, is_word_BL, is_blank_BL], dim=1)
+        read = slice(num_context + num_words, None)
+        return self.read(self._transform(torch.cat(streams, dim=1), is_valid_BS, mask, "input", read))
 
     def embed_context(self, tokens: Mapping[str, Tokens], *, num_items: int | None = None) -> tuple[Tensor, Tensor]:
         """Embed SPE and tokens: (B, 1 + T, D), and which of them belong to the item: (B, 1 + T) bool."""
@@ -275,16 +278,22 @@ class SharedNetwork(nn.Module):
         representations: Tensor = self.readout(self.final_norm(hidden))
         return representations
 
-    def _transform(self, hidden_BSD: Tensor, mask: Tensor | None, side: Side, read: slice) -> Tensor:
-        """Apply all layers; the last one only to the positions that are read."""
+    def _transform(
+        self, hidden_BSD: Tensor, is_valid_BS: Tensor, mask: Tensor | None, side: Side, read: slice
+    ) -> Tensor:
+        """Apply all layers to what is valid; the last one only to the positions that are read."""
+        packing = Packing.of(is_valid_BS)
+        hidden = packing.pack(hidden_BSD)
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, SharedLayer)
-            key_values = layer.key_values(hidden_BSD)
+            key_values = layer.key_values(hidden, packing)
             if number == len(self.layers) - 1:
-                hidden_BSD = hidden_BSD[:, read]
+                hidden, packing = packing.unpack(hidden)[:, read], Packing.of(is_valid_BS[:, read])
+                hidden = packing.pack(hidden)
                 mask = mask[:, :, read] if mask is not None and mask.shape[2] > 1 else mask
-            hidden_BSD = layer(hidden_BSD, key_values, mask, prompts=self.prompt_keys(number, side))
-        return hidden_BSD
+            prompts = self.prompt_keys(number, side)
+            hidden = layer(hidden, key_values, mask, prompts=prompts, packing=packing)
+        return packing.unpack(hidden)
 
     def _adapter(self, name: str) -> "Adapter":
         adapter = self.adapters[name]
@@ -364,27 +373,32 @@ class SharedLayer(nn.Module):
         )
         self.drop = nn.Dropout(sizes.dropout)
 
-    def key_values(self, hidden_BSD: Tensor) -> KeysValues:
-        """Compute the keys and values of positions."""
-        keys, values = self.key_value(self.attention_norm(hidden_BSD)).chunk(2, dim=-1)
+    def key_values(self, hidden: Tensor, packing: "Packing | None" = None) -> KeysValues:
+        """Compute the keys and values of positions, (B, S, D) or packed."""
+        both = self.key_value(self.attention_norm(hidden))
+        keys, values = (both if packing is None else packing.unpack(both)).chunk(2, dim=-1)
         return self._heads(keys), self._heads(values)
 
     def forward(
         self,
-        hidden_BSD: Tensor,
+        hidden: Tensor,
         key_values: KeysValues,
         mask: Tensor | None = None,
         *,
         prompts: KeysValues | None = None,
+        packing: "Packing | None" = None,
     ) -> Tensor:
-        """Compute the next hidden states of some positions: (B, S, D).
+        """Compute the next hidden states of some positions: (B, S, D), or packed.
 
         Args:
+            hidden: (B, S, D), or packed.
             key_values: keys and values of all positions that they may see.
             mask: bool, broadcast to (B, 1, S, number of keys), True where a position sees a key; None: everywhere.
             prompts: keys and values of one item that all positions of all items see besides.
+            packing: how `hidden` is packed; None: it is not.
         """
         keys, values = key_values
+        packing = packing or Packing()
         if prompts is not None:
             keys, values = (
                 torch.cat([prompt.expand(len(keys), -1, -1, -1), others], dim=2)
@@ -393,18 +407,78 @@ class SharedLayer(nn.Module):
             if mask is not None:
                 mask = torch.cat([mask.new_ones(*mask.shape[:3], prompts[0].shape[2]), mask], dim=3)
         attended = scaled_dot_product_attention(
-            self._heads(self.query(self.attention_norm(hidden_BSD))),
+            self._heads(packing.unpack(self.query(self.attention_norm(hidden)))),
             keys,
             values,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        hidden_BSD = hidden_BSD + self.drop(self.output(attended.transpose(1, 2).flatten(2)))
-        return torch.as_tensor(hidden_BSD + self.drop(self.hidden(self.hidden_norm(hidden_BSD))))
+        hidden = hidden + self.drop(self.output(packing.pack(attended.transpose(1, 2).flatten(2))))
+        return torch.as_tensor(hidden + self.drop(self.hidden(self.hidden_norm(hidden))))
 
     def _heads(self, values_BSD: Tensor) -> Tensor:
         shape_BSHK = (*values_BSD.shape[:2], self.num_heads, values_BSD.shape[2] // self.num_heads)
         return values_BSD.view(shape_BSHK).transpose(1, 2)
+
+
+class Packing(NamedTuple):
+    """The valid positions of a padded batch, one after another: all layers but attention skip the padding.
+
+    Args:
+        rows_M: (M,) int64, numbers of the valid positions; None: all are, and nothing is moved.
+        shape: B and S.
+    """
+
+    rows_M: Tensor | None = None
+    shape: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, is_valid_BS: Tensor) -> "Packing":
+        """Return the packing of a batch with these valid positions."""
+        if bool(is_valid_BS.all()):
+            return cls()
+        return cls(torch.nonzero(is_valid_BS.flatten())[:, 0], (is_valid_BS.shape[0], is_valid_BS.shape[1]))
+
+    def pack(self, values_BSD: Tensor) -> Tensor:
+        """Return the values of valid positions: (M, D), or (B, S, D) if all are."""
+        if self.rows_M is None:
+            return values_BSD
+        packed_MD: Tensor = _Pack.apply(values_BSD.flatten(0, 1), self.rows_M)  # type: ignore[no-untyped-call]
+        return packed_MD
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Return packed values at their places, and zeros elsewhere: (B, S, D)."""
+        if self.rows_M is None:
+            return values
+        num_rows = self.shape[0] * self.shape[1]
+        unpacked_ND: Tensor = _Unpack.apply(values, self.rows_M, num_rows)  # type: ignore[no-untyped-call]
+        return unpacked_ND.view(*self.shape, -1)
+
+
+class _Pack(torch.autograd.Function):
+    # The backward pass of indexing adds up, in any order with several threads; here each row is there once.
+    @staticmethod
+    def forward(ctx: Any, values_ND: Tensor, rows_M: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_M)
+        ctx.num_rows = len(values_ND)
+        return values_ND[rows_M]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.new_zeros(ctx.num_rows, gradient.shape[1]).index_copy_(0, ctx.saved_tensors[0], gradient), None
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_MD: Tensor, rows_M: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(rows_M)
+        return values_MD.new_zeros(num_rows, values_MD.shape[1]).index_copy_(0, rows_M, values_MD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient[ctx.saved_tensors[0]], None, None
 
 
 class LabelHead(nn.Module):

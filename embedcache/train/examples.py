@@ -261,20 +261,20 @@ def _read_columns(table: pa.Table | Path | str, names: Sequence[str]) -> Mapping
 
 
 def read_captions(cache: Cache, *, part: str | None = None) -> pa.Table:
-    """Return a cache's own captions as a table of examples, with the columns `key` and `target`.
+    """Return a cache's own captions as a table of examples, with the columns `key` and `target`; empty ones left out.
 
     Args:
         part: use only samples whose column `split` has this value.
     """
     items = cache.items("text", columns=["sample", "text"])
     samples = cache.samples
-    keys = samples["key"].take(items["sample"])
-    table = pa.table({"key": keys, "target": items["text"]})
-    if part is None:
-        return table
-    if "split" not in cache.columns:
-        raise DataError(f"{cache.path}: expected a column split to select {part}, got none")
-    return table.filter(pc.equal(samples["split"].take(items["sample"]), part))
+    table = pa.table({"key": samples["key"].take(items["sample"]), "target": items["text"]})
+    is_used = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(items["text"])), 0)
+    if part is not None:
+        if "split" not in cache.columns:
+            raise DataError(f"{cache.path}: expected a column split to select {part}, got none")
+        is_used = pc.and_(is_used, pc.equal(samples["split"].take(items["sample"]), part))
+    return table.filter(is_used)
 
 
 def with_blanks(texts: WordLists) -> WordLists:

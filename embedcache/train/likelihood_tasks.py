@@ -5,8 +5,8 @@
 | `classify` | items | SPE | class names |
 | `answer` | items and a text with a blank, or a text alone | the blank | answers, labels of texts |
 | `retrieve` | items, and texts in turn | SPE | texts, and items, of the batch |
-| `caption` | items and the words before | a blank after each word | words and the end |
-| `masked` | items and a text with words left out, or a text alone | these blanks | words |
+| `caption` | items and the words before | a blank after each word | words of the captions, and the end |
+| `masked` | items and a text with words left out, or a text alone | these blanks | words of the texts |
 
 Another task is an object with what `Subtask` names.
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks
+from embedcache.arrays import Bools, Floats, Ints, blocks
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.networks.candidates import Candidates, draw_candidates
@@ -146,7 +146,8 @@ class ExampleTask:
         loss_weight: factor of its loss.
         batch_size: examples per batch.
         smoothing: label smoothing.
-        candidates: class names or answers; None: the distinct targets of `train`, in alphabetical order.
+        candidates: class names or answers, or the words of `caption` and `masked`; None: the distinct targets of
+            `train`, in alphabetical order, or their words.
         max_candidates: most candidates per step.
         has_head: whether prompt tuning adds a `LabelHead`; only of a closed set that fits into `max_candidates`.
         masked: fraction of the words of a text that are left out, at least one.
@@ -200,19 +201,29 @@ class ExampleTask:
 
     @cached_property
     def candidate_words(self) -> WordLists:
-        """The words of all candidates: names, or every word of the vocabulary, the end first."""
+        """The words of all candidates: of names, or single ones, the end first."""
         if self.names:
             return self.train.vocabulary.require_known(self.names, f"{self.name}: candidates")
-        numbers_C = np.arange(END, len(self.train.vocabulary) + NUM_SPECIAL - 1, dtype=np.int32)
-        numbers_C[1:] += NUM_SPECIAL - UNKNOWN
+        if self.candidates is None:
+            words = self.train.target_words.numbers_M
+        else:
+            words = self.train.vocabulary.require_known(self.candidates, f"{self.name}: candidates").numbers_M
+        numbers_C = np.unique(np.concatenate([[END], words[words >= NUM_SPECIAL]])).astype(np.int32)
         return WordLists(numbers_C, np.arange(len(numbers_C) + 1))
+
+    @cached_property
+    def _place_V(self) -> Ints:
+        """The position of each word number among single words that are candidates; -1: it is none."""
+        place_V = np.full(len(self.train.vocabulary) + NUM_SPECIAL, -1, np.int64)
+        place_V[self.candidate_words.numbers_M] = np.arange(self.candidate_words.num_texts)
+        return place_V
 
     def describe(self) -> Mapping[str, object]:
         """Return what decides the batches, as JSON values."""
         names = ("name", "kind", "weight", "loss_weight", "batch_size", "smoothing", "max_candidates", "has_head")
         values = {name: getattr(self, name) for name in (*names, "masked", "max_validation")}
         digests = {"train": self.train.digest, "validation": self.validation.digest}
-        return {**values, **digests, "candidates": list(self.names)}
+        return {**values, **digests, "candidates": list(self.candidates or self.names)}
 
     def draw(self, rng: np.random.Generator, *, device: str) -> TaskBatch:
         """Draw a batch of different examples."""
@@ -232,7 +243,10 @@ class ExampleTask:
             targets_M = self._target_positions(examples)
         else:
             words = examples.target_words.take(examples.target_N)
-            words, targets_M, is_read = (_next_words if self.kind == "caption" else self._mask)(words, draws)
+            if self.kind == "caption":
+                targets_M, is_read = self._next_words(words, is_training=rng is not None)
+            else:
+                words, targets_M = self._mask(words, draws)
         limit = self.max_candidates if rng is not None else len(self.candidate_words.offsets_N)
         chosen_C, positives_M, log_weights_C = draw_candidates(
             self.candidate_words.num_texts, targets_M, limit=limit, rng=draws
@@ -281,17 +295,29 @@ class ExampleTask:
         place_F: Ints = np.array([places.get(name, -1) for name in distinct], np.int64)
         return place_F[examples.target_N]
 
-    def _mask(self, texts: WordLists, rng: np.random.Generator) -> tuple[WordLists, Ints, None]:
-        """Replace some known words of each text by blanks, and return the candidates that belong there."""
+    def _next_words(self, texts: WordLists, *, is_training: bool) -> tuple[Ints, Bools]:
+        """Return the candidate after each prefix, and where there is one; in training, only where it is one.
+
+        In validation, words that are no candidates have the target -1, so that no prediction of them is right.
+        """
+        numbers_NL, lengths_N = texts.padded()
+        following_NL = np.concatenate([numbers_NL, np.full((len(lengths_N), 1), END)], axis=1)  # padding is END, too
+        place_NL = self._place_V[following_NL]
+        is_read_NL = np.arange(following_NL.shape[1]) <= lengths_N[:, None]
+        if is_training:
+            is_read_NL &= place_NL >= 0
+        return place_NL[is_read_NL], is_read_NL
+
+    def _mask(self, texts: WordLists, rng: np.random.Generator) -> tuple[WordLists, Ints]:
+        """Replace some words of each text, which are candidates, by blanks, and return the candidates."""
         numbers_M = np.where(texts.numbers_M == BLANK, UNKNOWN, texts.numbers_M)
+        place_M = self._place_V[numbers_M]
         of_text_M = np.repeat(np.arange(texts.num_texts), texts.lengths())
-        draws_M = np.where(numbers_M >= NUM_SPECIAL, rng.random(len(numbers_M)), np.inf)
+        draws_M = np.where(place_M >= 0, rng.random(len(numbers_M)), np.inf)
         lowest_N = np.full(texts.num_texts, np.inf)
         np.minimum.at(lowest_N, of_text_M, draws_M)
         is_masked_M = (draws_M < self.masked) | ((draws_M == lowest_N[of_text_M]) & (draws_M < np.inf))
-        targets_E = _vocabulary_positions(numbers_M[is_masked_M])
-        numbers_M[is_masked_M] = BLANK
-        return WordLists(numbers_M, texts.offsets_N), targets_E, None
+        return WordLists(np.where(is_masked_M, BLANK, numbers_M), texts.offsets_N), place_M[is_masked_M]
 
     @torch.no_grad()
     def measure(self, network: SharedNetwork, *, device: str) -> dict[str, float]:
@@ -301,22 +327,6 @@ class ExampleTask:
             ranks = retrieval_ranks(network, examples, device=device)
             return {f"{self.name} {name} r@1": recall_at(ranks_Q, 1) for name, ranks_Q in ranks.items()}
         return {f"{self.name} accuracy": float(np.mean(predict(self, network, examples, device=device).is_correct_M))}
-
-
-def _next_words(texts: WordLists, rng: np.random.Generator) -> tuple[WordLists, Ints, Bools]:
-    """Return texts, the candidate after each prefix, and where there is one: unknown words are no targets."""
-    del rng
-    numbers_NL, lengths_N = texts.padded()
-    ends_N1 = np.full((len(lengths_N), 1), END)
-    following_NL = np.concatenate([numbers_NL, ends_N1], axis=1)  # padding is END, too
-    is_read_NL = (np.arange(following_NL.shape[1]) <= lengths_N[:, None]) & (following_NL != UNKNOWN)
-    return texts, _vocabulary_positions(following_NL[is_read_NL]), is_read_NL
-
-
-def _vocabulary_positions(numbers_M: Array) -> Ints:
-    """Return the position of words, or of the end, among `ExampleTask.candidate_words`."""
-    positions_M: Ints = np.where(numbers_M == END, 0, numbers_M.astype(np.int64) - NUM_SPECIAL + 1)
-    return positions_M
 
 
 def read_tokens(media: Media | None, rows_B: Ints | None, *, device: str) -> dict[str, Tokens]:

@@ -67,7 +67,7 @@ class Size:
     """
 
     world: WorldSettings = field(default_factory=WorldSettings)
-    epochs: Mapping[str, int] = field(default_factory=lambda: {"lips": 60, "audio": 32, "video": 15, "fusion": 15})
+    epochs: Mapping[str, int] = field(default_factory=lambda: {"lips": 66, "audio": 36, "video": 15, "fusion": 24})
     align_epochs: int = 12
     batch_size: Mapping[str, int] = field(default_factory=lambda: {"lips": 8, "audio": 8, "video": 8, "fusion": 16})
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -101,16 +101,14 @@ class Variant:
         return SpeechAugmentation(views=views, missing=self.missing, shift_s=self.shift_s, swapped=self.swapped)
 
 
-WIDE = {
-    PLAIN: 0.3,
-    **{f"babble{level}dB": 0.1 for level in LEVELS_DB},
-    **{f"talker{level}dB": 0.2 / 3 for level in TALKER_DB},
-}
-LOUD = {
-    PLAIN: 0.25,
-    **{f"babble{level}dB": weight for level, weight in zip(LEVELS_DB, (0.08, 0.08, 0.1, 0.14, 0.22), strict=True)},
-    **{f"talker{level}dB": 0.13 / 3 for level in TALKER_DB},
-}
+def _noise(plain: float, babble: Sequence[float], talker: float) -> dict[str, float]:
+    """Return view -> probability: no noise, babble at each of `LEVELS_DB`, a talker at all of `TALKER_DB` together."""
+    levels = {f"babble{level}dB": weight for level, weight in zip(LEVELS_DB, babble, strict=True)}
+    return {PLAIN: plain, **levels, **{f"talker{level}dB": talker / len(TALKER_DB) for level in TALKER_DB}}
+
+
+WIDE = _noise(0.3, (0.1, 0.1, 0.1, 0.1, 0.1), 0.2)
+LOUD = _noise(0.25, (0.06, 0.08, 0.14, 0.14, 0.18), 0.15)
 NARROW = {PLAIN: 0.5, "babble5dB": 0.25, "babble0dB": 0.25}
 """View of the sound -> probability in training: of the run on sound; of fusions, which have to learn where to leave the
 sound; and near those of the released recipe."""
@@ -288,6 +286,7 @@ TINY = Size(
     world=TINY_WORLD,
     epochs={"lips": 1, "audio": 2, "video": 1, "fusion": 2},
     align_epochs=1,
+    batch_size={"lips": 3, "audio": 3, "video": 3, "fusion": 3},
     model={"width": 32, "num_layers": 1, "decoder_layers": 1, "num_heads": 2, "feed_forward": 64},
     num_fitted=8,
 )

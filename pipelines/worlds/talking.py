@@ -107,7 +107,7 @@ class WorldSettings:
         return tuple(name for name in FLITE_VOICES if name not in self.flite_voices)
 
 
-TINY = WorldSettings(train=16, valid=4, test=4, development=4, faces=2, tape_s=4)
+TINY = WorldSettings(train=6, valid=2, test=2, development=2, faces=2, tape_s=2)
 
 
 class Plan(NamedTuple):

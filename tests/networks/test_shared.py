@@ -63,6 +63,19 @@ def test_a_padded_batch_is_its_items_one_by_one() -> None:
         torch.testing.assert_close(found, predicted[row, : len(text) + 1], atol=1e-5, rtol=1e-5)
 
 
+def test_gradients_of_a_padded_batch_are_those_of_its_items() -> None:
+    net, tokens, targets = network(), images(), torch.randn(3, 16)
+
+    def gradients(rows: list[int]) -> torch.Tensor:
+        batch = {"image": Tokens(tokens["image"].values_BTD[rows])}
+        read = net.encode(batch, words(*[TEXTS[row] for row in rows]))
+        parameters = [value for name, value in net.named_parameters() if name.startswith(("layers", "words.linear"))]
+        found = torch.autograd.grad((read * targets[rows]).sum(), parameters)
+        return torch.cat([value.flatten() for value in found])
+
+    torch.testing.assert_close(gradients([0, 1, 2]), sum(gradients([row]) for row in range(3)), atol=1e-4, rtol=1e-4)
+
+
 def test_one_pass_predicts_what_each_prefix_alone_does() -> None:
     net, tokens = network(num_prompts=3), images(1)
     whole = net.predict_words(tokens, words([3, 4, 6, 5]))[0]

@@ -1,23 +1,38 @@
 """The pipeline of audio-visual speech recognition, from the world to its page."""
 
-import subprocess
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.speech.models import AUDIO, FUSION, ROBUST, VIDEO
+from pipelines import avsr
+from pipelines.speech.models import AUDIO, FUSION, VIDEO, questions
 from pipelines.speech.results import Results
-from pipelines.speech.steps import TEST_VIEWS, TINY, Runs, Size
-from tests.blocks import ROOT
+from pipelines.speech.steps import TEST_VIEWS, TINY, Runs, Size, run_parallel
 from tests.pipelines.test_talking import HAS_ESPEAK, HAS_FLITE, HAS_RECORDINGS
 
 
 def run(folder: Path) -> None:
-    command = [sys.executable, "-m", "pipelines.avsr", str(folder), "--tiny"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    """Run the pipeline on one core, in this process: every process of its own would import PyTorch again."""
+    with pytest.MonkeyPatch.context() as patch, one_core():
+        patch.setattr(sys, "argv", ["avsr", str(folder), "--tiny"])
+        avsr.main()
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
@@ -28,7 +43,7 @@ def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     for words in ("What is synthetic", "nothing here estimates an error rate on LRS2"):
         assert words in page
     results = Results.read(tmp_path / "seed0" / "results")
-    for model in (AUDIO, VIDEO, FUSION, ROBUST):
+    for model in (AUDIO, VIDEO, FUSION):
         assert results.views("A") == list(TEST_VIEWS)
         assert results.has(model, "A")
         assert results.has(model, "R")
@@ -36,12 +51,13 @@ def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     runs = Runs(folder=tmp_path / "seed0", caches={}, seed=0, size=TINY)
     for stream in (AUDIO, VIDEO):
         own = load_file(runs.path(stream) / "model.safetensors")
-        fused = load_file(runs.path(ROBUST) / "model.safetensors")
+        fused = load_file(runs.path(FUSION) / "model.safetensors")
         encoder = [key for key in own if key.startswith(f"encoders.{stream}.")]
         assert encoder
         assert all(torch.equal(own[key], fused[key]) for key in encoder)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in {".json", ".safetensors"}}
     run(tmp_path)
+    run_parallel(runs.evaluate, questions(AUDIO, ("A", "R")))  # in as many processes as there are cores
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
 
 

@@ -104,7 +104,7 @@ def test_tasks_are_drawn_by_weight_from_seed_epoch_and_step() -> None:
 
 def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, run: Path, tmp_path: Path) -> None:
     task = squares.task("answer", "answer", has_head=True)
-    tuned_recipe, parts = start_from(run, trainable="prompts+norms+scales+heads", num_prompts=4, steps_per_epoch=60)
+    tuned_recipe, parts = start_from(run, trainable="prompts+norms+scales+heads", num_prompts=4, steps_per_epoch=100)
     settings = fit_settings(lr=1e-2, init_from=parts.init_from, trainable=parts.trainable)
     report = train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
     before, after = (load_file(path / "model.safetensors") for path in (run, tmp_path / "tuned"))
@@ -117,7 +117,7 @@ def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, run: Path, 
     )
     found = predict(task, network(tmp_path / "tuned"), squares.valid["answer"])
     blind = predict(task, network(tmp_path / "tuned"), squares.valid["answer"].shuffle_media(seed=0))
-    assert found.is_correct_M.mean() > max(0.75, blind.is_correct_M.mean() + 0.2)
+    assert found.is_correct_M.mean() > max(0.7, blind.is_correct_M.mean() + 0.2)
 
 
 def test_a_label_head_of_a_tuned_run_starts_from_the_likelihood(squares: Squares, run: Path, tmp_path: Path) -> None:
@@ -145,7 +145,9 @@ def test_a_new_modality_is_learned_by_its_adapter_alone(squares: Squares, run: P
 def test_texts_alone_are_classified_at_their_blank(squares: Squares, tmp_path: Path) -> None:
     task = squares.task("texts", "answer")
     masked = squares.task("masked", "masked", "texts")
-    report = train_likelihood([task, masked], squares.words, tmp_path / "run", recipe(), fit_settings(lr=1e-2))
+    report = train_likelihood(
+        [task, masked], squares.words, tmp_path / "run", recipe(), fit_settings(epochs=5, lr=1e-2)
+    )
     assert report.measures["texts accuracy"] > 0.9
 
 
@@ -173,11 +175,28 @@ def test_masks_hide_known_words_and_at_least_one(squares: Squares) -> None:
     assert found.numpy().tolist() == expected.tolist()
 
 
-def test_targets_of_captions_end(squares: Squares) -> None:
-    batch = squares.task("caption", "caption", "captions").load(squares.train["captions"], None, device="cpu")
-    assert batch.is_read is not None
-    assert batch.candidates.numbers_BL[:, 0].tolist() == [END, *range(3, 3 + len(squares.words.vocabulary))]
-    assert (batch.positives[1] == 0).sum() == len(squares.train["captions"])
+def test_candidates_of_captions_are_their_words_and_the_end(squares: Squares) -> None:
+    examples, vocabulary = squares.train["captions"], squares.words.vocabulary
+    batch = squares.task("caption", "caption", "captions").load(examples, None, device="cpu")
+    found = batch.candidates.numbers_BL[:, 0]
+    assert found[0] == END
+    assert {vocabulary.decode(np.array([number])) for number in found[1:].tolist()} == {
+        word for text in examples.targets.to_pylist() for word in text.split()
+    }
+    assert len(found) < len(vocabulary)
+    assert (batch.positives[1] == 0).sum() == len(examples)
+
+
+def test_words_that_are_no_candidates_are_not_trained_and_never_right(squares: Squares, run: Path) -> None:
+    examples = squares.valid["captions"]
+    task = squares.task("caption", "caption", "captions", candidates=["a", "square", "left", "of", "red", "green"])
+    trained = task.load(examples, np.random.default_rng(0), device="cpu")
+    measured = task.load(examples, None, device="cpu")
+    num_blue = sum(text.split().count("blue") for text in examples.targets.take(examples.target_N).to_pylist())
+    assert num_blue
+    assert len(measured.positives[1]) - len(trained.positives[1]) == num_blue == (measured.positives[1] < 0).sum()
+    found = predict(task, network(run), examples)
+    assert not found.is_correct_M[found.target_M < 0].any()
 
 
 def test_bad_tasks_are_refused(squares: Squares, run: Path, tmp_path: Path) -> None:
