@@ -67,7 +67,7 @@ class Size:
     """
 
     world: WorldSettings = field(default_factory=WorldSettings)
-    epochs: Mapping[str, int] = field(default_factory=lambda: {"lips": 66, "audio": 36, "video": 15, "fusion": 24})
+    epochs: Mapping[str, int] = field(default_factory=lambda: {"lips": 80, "audio": 40, "video": 15, "fusion": 20})
     align_epochs: int = 12
     batch_size: Mapping[str, int] = field(default_factory=lambda: {"lips": 8, "audio": 8, "video": 8, "fusion": 16})
     model: Mapping[str, Any] = field(default_factory=dict)
