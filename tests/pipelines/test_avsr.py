@@ -57,7 +57,8 @@ def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
         assert all(torch.equal(own[key], fused[key]) for key in encoder)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in {".json", ".safetensors"}}
     run(tmp_path)
-    run_parallel([(runs.evaluate, *question) for question in questions(AUDIO, ("A", "R"))])  # in as many processes as there are cores
+    asked = questions(AUDIO, ("A", "R"))
+    run_parallel([(runs.evaluate, *question) for question in asked])  # in as many processes as there are cores
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
 
 
