@@ -74,8 +74,13 @@ TINY_DATA = DataSize(
 """For tests: everything runs, nothing is learned."""
 
 
-def make_data(folder: Path, size: DataSize) -> "Data":
-    """Extract all caches and write all examples into a folder, except those that are there already.
+def make_data(folder: Path, size: DataSize, *, caches: Sequence[str] | None = None) -> "Data":
+    """Extract caches and write all examples into a folder, except those that are there already.
+
+    Args:
+        folder: folder of the caches and examples.
+        size: how much data.
+        caches: caches of items to extract, see `Data.cache`; None: all. That of the words is always extracted.
 
     Raises:
         MissingExtraError: a package that holds data or weights is not installed; the message names it.
@@ -89,7 +94,8 @@ def make_data(folder: Path, size: DataSize) -> "Data":
         "letters": open_source(size.speakers, kind=label_sets.LETTERS_KIND),
     }
     _write_tables(data, sources, size)
-    for name, source in sources.items():
+    for name in sources if caches is None else caches:
+        source = sources[name]
         if name == "letters":
             encoders, states = {"audio": [size.audio_encoder]}, ExtractSettings(features=("states",))
             extract(source, data.cache(name), encoders=encoders, settings=states, progress=progress)
