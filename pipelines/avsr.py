@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from embedcache.cli.console import print_table
-from pipelines.speech.models import ABLATIONS, AUDIO, FUSION, FUSIONS, ROBUST, VIDEO, page_layout, questions
+from pipelines.speech.models import ABLATIONS, AUDIO, FUSION, FUSIONS, VIDEO, page_layout, questions
 from pipelines.speech.page import SETS, show_utterances, write_pages
 from pipelines.speech.results import Result, Results, rate_table
 from pipelines.speech.steps import (
@@ -38,19 +38,20 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ablations", action="store_true", help="further fusions, with the first seed")
-    parser.add_argument("--tiny", action="store_true", help="a few utterances, two fusions")
+    parser.add_argument("--tiny", action="store_true", help="a few utterances, to see that everything runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     size, seeds, sets = (TINY, options.seeds[:1], ("A", "R")) if options.tiny else (Size(), options.seeds, tuple(SETS))
-    fusions = {name: FUSIONS[name] for name in (FUSION, ROBUST)} if options.tiny else FUSIONS
     caches = make_caches(options.workdir, size, sets)
     for seed in seeds:
         runs = Runs(folder=options.workdir / f"seed{seed}", caches=caches, seed=seed, size=size)
-        variants = {**fusions, **(ABLATIONS if options.ablations and seed == seeds[0] else {})}
-        run_parallel(runs.train_stream, [(name,) for name in (VIDEO, AUDIO)])
-        run_parallel(runs.train_fusion, list(variants.items()))
+        variants = {**FUSIONS, **(ABLATIONS if options.ablations and seed == seeds[0] else {})}
         asked = [question for name in (AUDIO, VIDEO, *variants) for question in questions(name, sets)]
-        run_parallel(runs.evaluate, asked)
+        run_parallel([(runs.train_audio,), (runs.train_lips,)])
+        run_parallel([(runs.train_video,), *((runs.evaluate, *question) for question in asked if question[0] == AUDIO)])
+        of_video = [(runs.evaluate, *question) for question in asked if question[0] == VIDEO]
+        run_parallel([*((runs.train_fusion, *variant) for variant in variants.items()), *of_video])
+        run_parallel([(runs.evaluate, *question) for question in asked])
         results = Results.read(runs.folder / "results")
         print_table(*rate_table(results, [AUDIO, VIDEO, *variants], "A"), title=f"seed {seed}, set A, WER in %")
     runs = Runs(folder=options.workdir / f"seed{seeds[0]}", caches=caches, seed=seeds[0], size=size)
@@ -60,7 +61,7 @@ def main() -> None:
             shown = {model: runs.path(model) for model in (AUDIO, FUSION)}
             world = options.workdir / "world" / name
             rows += show_utterances(world, caches[name], shown, keys, TEST_VIEWS[3], decoding=DECODING)
-    layout = page_layout(fusions, is_ablated=options.ablations)
+    layout = page_layout({**FUSIONS, **(ABLATIONS if options.ablations else {})})
     paths = sorted(options.workdir.glob("seed*/results/*.json"))
     write_pages(options.workdir, Results(map(Result.read, paths)), layout, rows=rows)
 

@@ -17,7 +17,7 @@ from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.metrics.edits import count_word_errors
 from embedcache.networks.recognition import recognize, to_text
 from embedcache.networks.saved import ModuleConfig
-from embedcache.networks.settings import DecodingSettings
+from embedcache.networks.settings import Decoder, DecodingSettings
 from embedcache.networks.speech import (
     CTC_WEIGHT,
     SMOOTHING,
@@ -146,21 +146,30 @@ class SpeechTask:
         return len(batch.numbers_B)
 
     def measure(self) -> dict[str, float]:
-        """Compute the word error rate on the validation utterances, for each measured view of the sound."""
-        return {f"WER {view}": self._word_errors(view) for view in self._measured}
+        """Compute the word error rates on the validation utterances, for each readout and each measured view.
 
-    def _word_errors(self, view: str) -> float:
-        decoding = DecodingSettings(decoder="ctc" if self._ctc_weight else "attention")
-        references = [to_text(symbols) for symbols in self._validation.symbols]
-        found: list[str] = []
+        Both decode greedily. The epoch is chosen by their mean: the best CTC may be that of an epoch in which the
+        attention decoder knows nothing, and the hybrid decoder needs both.
+        """
+        return {name: rate for view in self._measured for name, rate in self._word_errors(view).items()}
+
+    def _word_errors(self, view: str) -> dict[str, float]:
+        """Return the word error rates of a view, by the name of the measure."""
+        decoders: dict[str, Decoder] = {f"WER {view}": "ctc"} if self._ctc_weight else {}
+        if self._ctc_weight < 1:
+            decoders[f"attention WER {view}"] = "attention"
+        found: dict[str, list[str]] = {name: [] for name in decoders}
         for encoded in encode_utterances(
             self.module, self._validation, views={"audio": view}, is_encoded=self._is_encoded, device=self._device
         ):
-            found += [to_text(best.symbols) for best in recognize(self.module, encoded, decoding)]
-        return count_word_errors(references, found).rate
+            for name, decoder in decoders.items():
+                best = recognize(self.module, encoded, DecodingSettings(decoder=decoder))
+                found[name] += [to_text(hypothesis.symbols) for hypothesis in best]
+        references = [to_text(symbols) for symbols in self._validation.symbols]
+        return {name: count_word_errors(references, texts).rate for name, texts in found.items()}
 
     def score(self, measures: Mapping[str, float]) -> float:
-        """Return minus the mean word error rate."""
+        """Return minus the mean word error rate over readouts and views."""
         return -float(np.mean(list(measures.values())))
 
     def watch(self) -> dict[str, float]:

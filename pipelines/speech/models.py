@@ -5,22 +5,23 @@ from collections.abc import Collection, Mapping, Sequence
 from embedcache.networks.settings import DecodingSettings
 from pipelines.speech.page import Layout
 from pipelines.speech.results import Roles
-from pipelines.speech.steps import NARROW, WIDE, Question, Variant
+from pipelines.speech.steps import LOUD, NARROW, Question, Variant
 
 AUDIO, VIDEO, DEEP = "audio", "video", "video, as deep as the fusion"
-FUSION, ROBUST, NARROW_NOISE, PAPER = "both", "both, robust", "both, narrow noise", "both, concatenated"
+FUSION, NARROW_NOISE, PAPER = "both", "both, narrow noise", "both, concatenated"
+MISSING = {"audio": 0.2, "video": 0.15}
 FUSIONS: Mapping[str, Variant] = {
+    FUSION: Variant(noise=LOUD, missing=MISSING),
     DEEP: Variant(readouts="video", missing={"audio": 1.0}),
-    PAPER: Variant(kind="concat", readouts=None, noise=WIDE),
-    NARROW_NOISE: Variant(noise=NARROW),
-    FUSION: Variant(noise=WIDE),
-    ROBUST: Variant(noise=WIDE, missing={"audio": 0.2, "video": 0.1}, swapped=0.1, shift_s=0.04),
 }
 ABLATIONS: Mapping[str, Variant] = {
-    "both, concatenated, readouts of audio": Variant(kind="concat", noise=WIDE),
-    "both, gated, new readouts": Variant(readouts=None, noise=WIDE),
-    "both, dropout": Variant(noise=WIDE, missing={"audio": 0.15, "video": 0.1}),
-    "both, lips swapped": Variant(noise=WIDE, swapped=0.15),
+    NARROW_NOISE: Variant(noise=NARROW, missing=MISSING),
+    PAPER: Variant(kind="concat", readouts=None, noise=LOUD),
+    "both, concatenated, readouts of audio": Variant(kind="concat", noise=LOUD, missing=MISSING),
+    "both, gated, new readouts": Variant(readouts=None, noise=LOUD, missing=MISSING),
+    "both, readouts of video": Variant(readouts="video", noise=LOUD, missing=MISSING),
+    "both, nothing missing": Variant(noise=LOUD),
+    "both, lips swapped and shifted": Variant(noise=LOUD, missing=MISSING, swapped=0.1, shift_s=0.04),
 }
 GREEDY, AS_PUBLISHED = DecodingSettings(decoder="ctc"), DecodingSettings()
 
@@ -29,43 +30,42 @@ def questions(name: str, sets: Sequence[str]) -> list[tuple[str, Question]]:
     """Return what is measured of a run."""
     if name == DEEP:
         return [(name, Question(model=name, test_set="A", streams=("video",)))]
-    asked = [Question(model=name, test_set=of) for of in (sets if name in (AUDIO, VIDEO, FUSION, ROBUST) else ("A",))]
+    asked = [Question(model=name, test_set=of) for of in (sets if name in (AUDIO, VIDEO, FUSION) else ("A",))]
     if name in (AUDIO, FUSION):
         asked.append(Question(model=f"{name}, greedy", test_set="A", decoding=GREEDY))
         asked.append(Question(model=f"{name}, λ 0.1", test_set="A", decoding=AS_PUBLISHED))
-    if name in (FUSION, ROBUST):
+    if name == FUSION:
         asked.append(Question(model=f"{name}, lips of others", test_set="A", is_shuffled=True))
-    if name == ROBUST:
         asked.append(Question(model=f"{name}, without video", test_set="A", streams=("audio",)))
         asked.append(Question(model=f"{name}, without audio", test_set="A", streams=("video",)))
     return [(name, question) for question in asked]
 
 
-def page_layout(fusions: Collection[str], *, is_ablated: bool) -> Layout:
-    """Return what the page shows of the models that were trained."""
-    roles = [
-        Roles(
-            fusion=name,
-            audio=AUDIO,
-            video=VIDEO,
-            deep_video=DEEP if DEEP in fusions else None,
-            without_video=f"{name}, without video" if name == ROBUST else None,
-            without_audio=f"{name}, without audio" if name == ROBUST else None,
-            shuffled=f"{name}, lips of others",
-            greedy=(f"{name}, greedy",) if name == FUSION else (),
-        )
-        for name in fusions
-        if name in (FUSION, ROBUST)
-    ]
+def page_layout(models: Collection[str]) -> Layout:
+    """Return what the page shows of the fusions that were trained."""
+    roles = Roles(
+        fusion=FUSION,
+        audio=AUDIO,
+        video=VIDEO,
+        deep_video=DEEP,
+        without_video=f"{FUSION}, without video",
+        without_audio=f"{FUSION}, without audio",
+        shuffled=f"{FUSION}, lips of others",
+        greedy=(f"{FUSION}, greedy",),
+    )
+    tried = [name for name in models if name not in FUSIONS]
     return Layout(
-        models=[AUDIO, VIDEO, *fusions],
-        curves=[AUDIO, VIDEO, *fusions],
-        controls=[NARROW_NOISE, DEEP, PAPER],
-        roles=roles,
+        models=[AUDIO, VIDEO, *FUSIONS],
+        curves=[AUDIO, VIDEO, *FUSIONS, *(name for name in tried if name == NARROW_NOISE)],
+        controls=[NARROW_NOISE, DEEP],
+        roles=[roles],
         single=(AUDIO, VIDEO),
         confused=[AUDIO, FUSION],
         ablations={
-            "Decoders": [f"{name}{decoder}" for name in (AUDIO, FUSION) for decoder in ("", ", greedy", ", λ 0.1")],
-            **({"What else was tried": [FUSION, *ABLATIONS]} if is_ablated else {}),
+            "One stream, decoders": [
+                *(f"{name}{decoder}" for name in (AUDIO, FUSION) for decoder in ("", ", greedy", ", λ 0.1")),
+                *(f"{FUSION}, {how}" for how in ("without video", "without audio", "lips of others")),
+            ],
+            **({"What else was tried": [FUSION, *tried]} if tried else {}),
         },
     )

@@ -3,7 +3,7 @@
 Every step leaves files that a second call finds again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,20 +58,20 @@ class Size:
 
     Args:
         world: settings of the world.
-        epochs: epochs of audio, video and of each fusion.
-        align_epochs: of these, first epochs with CTC alone, of audio and video.
-        batch_size: utterances per batch, of audio, video and fusion.
+        epochs: epochs of each stage: lips by CTC alone, audio, video, and each fusion.
+        align_epochs: first epochs of the run on sound, with CTC alone.
+        batch_size: utterances per batch, of each stage.
         model: arguments of the networks.
-        dropout: dropout of audio, video and fusion.
+        dropout: dropout of the network of each stage.
         num_fitted: clips that the mouth encoder is fitted to.
     """
 
     world: WorldSettings = field(default_factory=WorldSettings)
-    epochs: Mapping[str, int] = field(default_factory=lambda: {"audio": 40, "video": 80, "fusion": 18})
-    align_epochs: Mapping[str, int] = field(default_factory=lambda: {"audio": 12, "video": 60, "fusion": 0})
-    batch_size: Mapping[str, int] = field(default_factory=lambda: {"audio": 8, "video": 8, "fusion": 16})
+    epochs: Mapping[str, int] = field(default_factory=lambda: {"lips": 80, "audio": 40, "video": 15, "fusion": 20})
+    align_epochs: int = 12
+    batch_size: Mapping[str, int] = field(default_factory=lambda: {"lips": 8, "audio": 8, "video": 8, "fusion": 16})
     model: Mapping[str, Any] = field(default_factory=dict)
-    dropout: Mapping[str, float] = field(default_factory=lambda: {"audio": 0.1, "video": 0.0, "fusion": 0.1})
+    dropout: Mapping[str, float] = field(default_factory=lambda: {"audio": 0.1, "fusion": 0.1})
     num_fitted: int = 400
 
 
@@ -101,13 +101,17 @@ class Variant:
         return SpeechAugmentation(views=views, missing=self.missing, shift_s=self.shift_s, swapped=self.swapped)
 
 
-WIDE = {
-    PLAIN: 0.3,
-    **{f"babble{level}dB": 0.1 for level in LEVELS_DB},
-    **{f"talker{level}dB": 0.2 / 3 for level in TALKER_DB},
-}
+def _noise(plain: float, babble: Sequence[float], talker: float) -> dict[str, float]:
+    """Return view -> probability: no noise, babble at each of `LEVELS_DB`, a talker at all of `TALKER_DB` together."""
+    levels = {f"babble{level}dB": weight for level, weight in zip(LEVELS_DB, babble, strict=True)}
+    return {PLAIN: plain, **levels, **{f"talker{level}dB": talker / len(TALKER_DB) for level in TALKER_DB}}
+
+
+WIDE = _noise(0.3, (0.1, 0.1, 0.1, 0.1, 0.1), 0.2)
+LOUD = _noise(0.25, (0.06, 0.08, 0.14, 0.14, 0.18), 0.15)
 NARROW = {PLAIN: 0.5, "babble5dB": 0.25, "babble0dB": 0.25}
-"""View of the sound -> probability in training: down to -10 dB, and near those of the released recipe."""
+"""View of the sound -> probability in training: of the run on sound; of fusions, which have to learn where to leave the
+sound; and near those of the released recipe."""
 
 
 def make_caches(folder: Path, size: Size, sets: Sequence[str]) -> dict[str, Path]:
@@ -160,36 +164,35 @@ class Runs:
         """Return the folder of a run; names may have spaces."""
         return self.folder / name.replace(" ", "-").replace(",", "")
 
-    def train_stream(self, name: str, progress: Progress | None = None) -> Path:
-        """Train a recognizer of one stream, and derive the states of its encoder in training and validation."""
-        views = {"audio": WIDE} if name == "audio" else {}
+    def train_audio(self) -> None:
+        """Train a recognizer of sound, and derive the states of its encoder."""
         recipe = SpeechRecipe(
-            model={**self.size.model, "dropout": self.size.dropout[name]},
-            augmentation=SpeechAugmentation(views=views, masked=0.0 if name == "audio" else 0.05),
-            measured=(PLAIN, "babble0dB") if name == "audio" else (PLAIN,),
-            align_epochs=self.size.align_epochs[name],
+            model=self._model("audio"),
+            augmentation=SpeechAugmentation(views={"audio": WIDE}),
+            measured=(PLAIN, "babble0dB"),
+            align_epochs=self.size.align_epochs,
         )
-        data = [self._utterances(part, (name,)) for part in ("train", "valid")]
-        train_speech(data[0], data[1], self.path(name), recipe, self._settings(name), progress=progress)
-        for part in ("train", "valid"):
-            derive_from_run(
-                self.caches[part],
-                self.path(name),
-                f"{name}-states",
-                name=f"seed{self.seed}-{name}",
-                views=TRAINING_VIEWS if name == "audio" else (PLAIN,),
-            )
-        return self.path(name)
+        self._train_stream("audio", "audio", recipe)
+        self._derive_states("audio", TRAINING_VIEWS)
+
+    def train_lips(self) -> None:
+        """Train a recognizer of lips by CTC alone: beside an attention decoder it takes far longer to align."""
+        self._train_stream("lips", "video", self._lips_recipe(ctc_weight=1.0))
+
+    def train_video(self) -> None:
+        """Train the recognizer of lips from that encoder and the readouts of the run on sound; derive its states.
+
+        A decoder that can spell learns where to look in a few epochs; a new one may need more than all of them. And the
+        encoders of both streams become alike in what they tell the readouts, which a gated fusion adds up.
+        """
+        starts = (f"video={self.path('lips')}", *(f"{part}={self.path('audio')}" for part in READOUTS))
+        self._train_stream("video", "video", self._lips_recipe(), init_from=starts)
+        self._derive_states("video", (PLAIN,))
 
     def train_fusion(self, name: str, variant: Variant, progress: Progress | None = None) -> Path:
         """Train a fusion that starts from both runs, complete and with their encoders frozen, on their states."""
         recipe = SpeechRecipe(
-            model={
-                **self.size.model,
-                "dropout": self.size.dropout["fusion"],
-                "fusion": variant.kind,
-                "fusion_layers": 2,
-            },
+            model={**self._model("fusion"), "fusion": variant.kind, "fusion_layers": 2},
             augmentation=variant.augmentation,
             measured=(PLAIN, "babble0dB", "babble-10dB"),
         )
@@ -221,6 +224,21 @@ class Runs:
         path.parent.mkdir(parents=True, exist_ok=True)
         result.write(path)
         return result
+
+    def _train_stream(self, stage: str, stream: str, recipe: SpeechRecipe, **options: Any) -> None:
+        data = [self._utterances(part, (stream,)) for part in ("train", "valid")]
+        train_speech(data[0], data[1], self.path(stage), recipe, self._settings(stage, **options))
+
+    def _lips_recipe(self, **options: Any) -> SpeechRecipe:
+        return SpeechRecipe(model=self._model("video"), augmentation=SpeechAugmentation(masked=0.05), **options)
+
+    def _derive_states(self, name: str, views: Sequence[str]) -> None:
+        for part in ("train", "valid"):
+            of_run = f"seed{self.seed}-{name}"
+            derive_from_run(self.caches[part], self.path(name), f"{name}-states", name=of_run, views=views)
+
+    def _model(self, stage: str) -> dict[str, Any]:
+        return {**self.size.model, "dropout": self.size.dropout.get(stage, 0.0)}
 
     def _utterances(self, part: str, names: Sequence[str]) -> Utterances:
         return open_utterances(Cache(self.caches[part]), {name: FEATURES[name] for name in names}, views=_views(names))
@@ -266,28 +284,30 @@ def _views(names: Sequence[str]) -> dict[str, Sequence[str]]:
 
 TINY = Size(
     world=TINY_WORLD,
-    epochs={"audio": 2, "video": 2, "fusion": 2},
-    align_epochs={"audio": 1, "video": 1, "fusion": 0},
-    batch_size={"audio": 3, "video": 3, "fusion": 3},
+    epochs={"lips": 1, "audio": 2, "video": 1, "fusion": 2},
+    align_epochs=1,
+    batch_size={"lips": 3, "audio": 3, "video": 3, "fusion": 3},
     model={"width": 32, "num_layers": 1, "decoder_layers": 1, "num_heads": 2, "feed_forward": 64},
     num_fitted=8,
 )
 """For tests: everything runs, nothing is learned."""
 
 
-def run_parallel(step: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> None:
-    """Run a step of `Runs` with several arguments, in as many processes as there are cores, one thread each."""
-    progress, count = open_progress(), min(num_cores(), len(arguments))
-    tasks = [(step, arguments[number::count]) for number in range(count)]
+def run_parallel(steps: Sequence[tuple[Any, ...]]) -> None:
+    """Run steps, each a method of `Runs` and its arguments, in as many processes as there are cores, one thread each.
+
+    Each process has every n-th step.
+    """
+    progress, count = open_progress(), min(num_cores(), len(steps))
+    tasks = [steps[number::count] for number in range(count)]
     if count == 1:
         _run_all(tasks[0], progress)
     elif run_processes(_run_all, tasks, progress)[1]:
         raise EmbedcacheError("a process died; what is finished is kept: rerun the same command")
 
 
-def _run_all(task: tuple[Callable[..., Any], Sequence[tuple[Any, ...]]], progress: Progress) -> None:
+def _run_all(steps: Sequence[tuple[Any, ...]], progress: Progress) -> None:
     torch.set_num_threads(1)
-    step, arguments = task
-    for values in arguments:
-        step(*values)
-        progress.note(f"{step.__name__}: {values[0]}")
+    for step, *arguments in steps:
+        step(*arguments)
+        progress.note(" ".join([step.__name__, *map(str, arguments[:1])]))

@@ -24,6 +24,7 @@ from embedcache.train.speech_batches import (
 )
 from embedcache.train.utterances import Utterances, open_utterances, stack_inputs
 from tests.crash import crash_function
+from tests.train.runs import log_lines
 from tests.train.speech_cases import FEATURES, MODEL, QUIET, fit_settings, make_cache, recipe, utterances
 
 PARTS = "fusion+ctc+attention"
@@ -74,6 +75,16 @@ def test_a_recognizer_learns_letters_from_sound_or_lips(caches: tuple[Path, Path
             *data, tmp_path / name, recipe(ctc_weight=1.0), fit_settings(epochs=epochs, lr=1e-2, batch_size=4)
         )
         assert report.measures["WER plain"] < 0.35
+        assert set(report.measures) == {"WER plain"}
+
+
+def test_an_epoch_is_chosen_by_both_readouts(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    data = [utterances(cache, "audio") for cache in caches]
+    run = tmp_path / "run"
+    report = train_speech(*data, run, recipe(align_epochs=1), fit_settings(epochs=2))
+    logged = [line["validation"] for line in log_lines(run) if "validation" in line]
+    assert all(set(measures) == {"WER plain", "attention WER plain"} for measures in logged)
+    assert dict(report.measures) == min(logged, key=lambda measures: sum(measures.values()))
 
 
 def train_with_views(caches: tuple[Path, Path], run: Path, checkpoint_s: float) -> None:
