@@ -10,7 +10,7 @@ import tempfile
 import threading
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -103,13 +103,18 @@ def disk_full_message(disk: str = "") -> str:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a crash leaves either the old or the new file; a full disk leaves no partial file."""
+    write_blocks(path, [data])
+
+
+def write_blocks(path: Path, blocks: Iterable[bytes]) -> None:
+    """Write a file atomically, one block after the other. Memory: one block; the whole file behind a URL."""
     if is_remote(path):
         with _service_errors(path):
             make_folder(path.parent)
-            path.fs.pipe_file(path.path, data)  # type: ignore[attr-defined]
+            path.fs.pipe_file(path.path, b"".join(blocks))  # type: ignore[attr-defined]
         return
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.writelines(blocks)
 
 
 @contextmanager

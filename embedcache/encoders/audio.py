@@ -2,16 +2,18 @@
 
 Most models of speech were trained without a mask, and padding changes what they compute. So nothing is padded: a long
 recording is cut into windows, and windows of one length share a batch. The batch size does not change the output by
-more than float32 rounding, 2e-5 of values of about 1.
+more than float32 rounding, 2e-5 of values of about 1. Tokens are converted and joined window by window, so that a long
+recording needs the memory of its features and of one forward pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import gcd
+from functools import partial
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats
+from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
 from embedcache.encoders.backends import Graph, torch_device
 from embedcache.encoders.base import Fingerprint, ItemShape, Modality
@@ -39,8 +41,10 @@ class AudioEncoder:
         split: model input -> its windows.
         outputs: name -> shape of one item, `(-1, D)` for tokens.
         min_samples: samples of the shortest recording that gives one token.
+        long_window: size of an input that runs alone on a CPU, where several of them at once need much more memory and
+            are hardly faster; None: all share batches.
         axis: of the tokens.
-        num_tokens: model input -> number of tokens that belong to the recording, not to padding; None: all.
+        num_tokens: model input -> number of tokens that belong to the recording, not to padding; None for vectors.
         fingerprint: of the model; backend and precision are filled in by the caller.
     """
 
@@ -54,6 +58,7 @@ class AudioEncoder:
         split: Callable[[Array], Sequence[Array]],
         outputs: Mapping[str, ItemShape],
         min_samples: int,
+        long_window: int | None = None,
         axis: Axis | None = None,
         num_tokens: Callable[[Array], int] | None = None,
         fingerprint: Fingerprint,
@@ -63,8 +68,10 @@ class AudioEncoder:
         self._outputs, self._min_samples, self._num_tokens = outputs, min_samples, num_tokens
         self.features: Mapping[str, ItemShape] = dict(_features(outputs))
         self.axes = {name: axis for name, shape in self.features.items() if axis is not None and shape[0] == -1}
+        is_on_cpu = torch_device(settings.device).type == "cpu"
         on_cpu, on_gpu = 8, 32
-        self.batch_size = settings.batch_size or (on_cpu if torch_device(settings.device).type == "cpu" else on_gpu)
+        self.batch_size = settings.batch_size or (on_cpu if is_on_cpu else on_gpu)
+        self._long_window = long_window if is_on_cpu and settings.batch_size is None else None
         self.fingerprint = fingerprint
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
@@ -73,40 +80,96 @@ class AudioEncoder:
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Compute the named features of one batch: name -> one float32 array per item, (D,) or (T, D)."""
+        return self.encode_cast(prepared, names, lambda _, tokens_TD: tokens_TD)
+
+    def encode_cast(
+        self, prepared: Sequence[Array], names: Sequence[str], cast: Callable[[str, Array], Array]
+    ) -> dict[str, list[Array]]:
+        """Compute features as `encode` does, with the tokens of each window converted as soon as they are computed.
+
+        Memory: the features as returned, and the float32 outputs of one forward pass.
+
+        Args:
+            cast: name of a feature, (T, D) float32 -> (T, D) of any dtype.
+        """
         for name in names:
             if name not in self.features:
                 raise unknown_name("feature", name, self.features)
         windows = [self._split(inputs) for inputs in prepared]
-        outputs = self._run([window for item in windows for window in item], sorted({_source(name) for name in names}))
-        starts = np.cumsum([0, *(len(item) for item in windows)])
-        encoded: dict[str, list[Array]] = {name: [] for name in names}
-        for inputs, start, stop in zip(prepared, starts[:-1], starts[1:], strict=True):
-            num_tokens = None if self._num_tokens is None else self._num_tokens(inputs)
+        joins: dict[str, list[_TokenJoin | _MeanJoin]] = {
+            name: [self._join(name, inputs, cast) for inputs in prepared] for name in names
+        }
+        items = [item for item, parts in enumerate(windows) for _ in parts]
+        sources = sorted({_source(name) for name in names})
+        for number, outputs in self._run([window for parts in windows for window in parts], sources):
             for name in names:
-                encoded[name].append(self._join(name, outputs[_source(name)][start:stop], num_tokens))
-        return encoded
+                joins[name][items[number]].add(outputs[_source(name)])
+        return {name: [join.result() for join in joins[name]] for name in names}
 
-    def _run(self, windows: Sequence[Array], names: Sequence[str]) -> dict[str, list[Floats]]:
-        """Run the graph on windows of any lengths, those of one length together; outputs are in the windows' order."""
+    def _run(self, windows: Sequence[Array], names: Sequence[str]) -> Iterator[tuple[int, dict[str, Floats]]]:
+        """Run the graph on windows of any lengths, those of one length together; yield the outputs of each window.
+
+        The longest come first, so that the windows of a recording, of which the last may be shorter, come in order.
+        """
         numbers: dict[tuple[int, ...], list[int]] = {}
         for number, window in enumerate(windows):
             numbers.setdefault(window.shape, []).append(number)
-        outputs: dict[str, list[Any]] = {name: [None] * len(windows) for name in names}
-        for same in numbers.values():
-            for first in range(0, len(same), self.batch_size):
-                batch = same[first : first + self.batch_size]
-                found = self._graph({INPUT: np.stack([windows[number] for number in batch])}, names)
-                for name in names:
-                    for number, output in zip(batch, found[name], strict=True):
-                        outputs[name][number] = output
-        return outputs
+        for shape in sorted(numbers, key=prod, reverse=True):
+            is_alone = self._long_window is not None and prod(shape) >= self._long_window
+            for batch in blocks(len(numbers[shape]), 1 if is_alone else self.batch_size):
+                same = numbers[shape][batch]
+                found = self._graph({INPUT: np.stack([windows[number] for number in same])}, names)
+                for row, number in enumerate(same):
+                    yield number, {name: found[name][row] for name in names}
 
-    def _join(self, name: str, outputs: Sequence[Floats], num_tokens: int | None) -> Floats:
-        if self._outputs[_source(name)][0] != -1:
-            vector: Floats = np.mean(outputs, axis=0, dtype=np.float32)
-            return vector
-        states_TD = np.concatenate(outputs)[:num_tokens]
-        return states_TD if name == _source(name) else states_TD.mean(axis=0, dtype=np.float32)
+    def _join(self, name: str, inputs: Array, cast: Callable[[str, Array], Array]) -> "_TokenJoin | _MeanJoin":
+        num_tokens = None if self._num_tokens is None else self._num_tokens(inputs)
+        if num_tokens is None or name != _source(name):
+            return _MeanJoin(num_tokens)
+        return _TokenJoin(num_tokens, partial(cast, name))
+
+
+class _TokenJoin:
+    """The tokens of a recording, written into one array window by window."""
+
+    def __init__(self, num_tokens: int, cast: Callable[[Array], Array]) -> None:
+        self._num_tokens, self._cast, self._stop = num_tokens, cast, 0
+        self._joined_TD: Array | None = None
+
+    def add(self, tokens_TD: Floats) -> None:
+        """Add the tokens of the next window; those beyond the recording are left out."""
+        stored_TD = self._cast(tokens_TD[: self._num_tokens - self._stop])
+        if self._joined_TD is None:
+            self._joined_TD = np.empty((self._num_tokens, stored_TD.shape[1]), stored_TD.dtype)
+        self._joined_TD[self._stop : self._stop + len(stored_TD)] = stored_TD
+        self._stop += len(stored_TD)
+
+    def result(self) -> Array:
+        """Return all tokens, (T, D)."""
+        assert self._joined_TD is not None
+        assert self._stop == self._num_tokens
+        return self._joined_TD
+
+
+class _MeanJoin:
+    """The mean over the tokens of a recording, or over the vectors of its windows, in float32."""
+
+    def __init__(self, num_tokens: int | None) -> None:
+        self._num_tokens, self._count = num_tokens, 0
+        self._sum_D: Floats | None = None
+
+    def add(self, output: Floats) -> None:
+        """Add the tokens (T, D) of the next window, or its vector (D,)."""
+        rows_TD = output[None] if self._num_tokens is None else output[: self._num_tokens - self._count]
+        self._count += len(rows_TD)
+        if self._sum_D is not None:
+            rows_TD = np.concatenate([self._sum_D[None], rows_TD])
+        self._sum_D = rows_TD.sum(axis=0, dtype=np.float32)  # row after row, as `mean` adds all of them at once
+
+    def result(self) -> Floats:
+        """Return the mean, (D,)."""
+        assert self._sum_D is not None
+        return self._sum_D / np.float32(self._count)
 
 
 def check_audio(item: Any, min_samples: int) -> Floats:

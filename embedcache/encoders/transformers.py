@@ -232,6 +232,8 @@ def _open_speech(model: Any, extractor: Any, fingerprint: Fingerprint, settings:
         split=split,
         outputs=dict.fromkeys(names, (-1, int(model.config.hidden_size))),
         min_samples=-(-field * SAMPLE_RATE_HZ // rate_hz),
+        long_window=WINDOW_S * rate_hz,
+        num_tokens=lambda audio_N: (len(audio_N) - field) // stride + 1,
         axis=Axis(kind="time", rate_hz=rate_hz / stride, start_s=field / 2 / rate_hz),
         fingerprint=fingerprint,
         settings=settings,

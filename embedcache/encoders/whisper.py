@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats
+from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
 from embedcache.encoders.audio import INPUT, SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder
 from embedcache.encoders.backends import torch_device
@@ -55,7 +55,11 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
         return log_mel(audio_N, graph.num_mels)
 
     def to_padded_windows(audio_N: Floats) -> list[Floats]:
-        return _windows(to_mel(np.pad(audio_N, (0, -len(audio_N) % (WINDOW_S * SAMPLE_RATE_HZ)))))
+        window = WINDOW_S * SAMPLE_RATE_HZ
+        return _windows(log_mel(audio_N, graph.num_mels, num_samples=-(-len(audio_N) // window) * window))
+
+    def num_tokens(inputs: Array) -> int:
+        return -(-(len(inputs) // HOP if is_padded else inputs.shape[1]) // 2)
 
     is_padded = padding != "none"
     return AudioEncoder(
@@ -64,8 +68,9 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
         split=to_padded_windows if is_padded else _windows,
         outputs={"states": (-1, graph.width)},
         min_samples=FFT_SIZE,
+        long_window=graph.num_mels * _WINDOW_FRAMES,
         axis=AXIS,
-        num_tokens=(lambda audio_N: -(-(len(audio_N) // HOP) // 2)) if is_padded else None,
+        num_tokens=num_tokens,
         fingerprint=Fingerprint(
             family="whisper",
             model=spec.model_name,
@@ -86,26 +91,38 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
     )
 
 
-def log_mel(audio_N: Floats, num_mels: int = 80) -> Floats:
+def log_mel(audio_N: Floats, num_mels: int = 80, *, num_samples: int | None = None) -> Floats:
     """Compute Whisper's log-mel spectrogram of a waveform at 16 kHz: (num_mels, N // 160) float32.
 
     Values are those of Whisper's own code for the whole waveform at once, to 1e-4: the dynamic range of 80 dB counts
-    from the loudest value of the recording. Robust Speech Recognition via Large-Scale Weak Supervision, 2.2.
+    from the loudest value of the recording. Robust Speech Recognition via Large-Scale Weak Supervision, 2.2. Memory:
+    the spectrogram, half of the waveform for 80 mels, and a block of 30 s.
 
     Args:
         audio_N: at least 201 samples.
+        num_samples: length to which silence is appended; None appends none.
     """
-    padded = np.pad(audio_N, FFT_SIZE // 2, mode="reflect")
-    frames_TK = np.lib.stride_tricks.sliding_window_view(padded, FFT_SIZE)[::HOP][: len(audio_N) // HOP]
-    window_K = np.hanning(FFT_SIZE + 1)[:-1]
-    filters_MK = mel_filters(num_mels)
-    mel_MT = np.empty((num_mels, len(frames_TK)))
-    for start in range(0, len(frames_TK), _FRAMES_PER_BLOCK):
-        rows = slice(start, start + _FRAMES_PER_BLOCK)
-        mel_MT[:, rows] = filters_MK @ (np.abs(np.fft.rfft(frames_TK[rows] * window_K)) ** 2).T
-    log_MT = np.log10(np.maximum(mel_MT, 1e-10))
-    scaled: Floats = ((np.maximum(log_MT, log_MT.max() - 8) + 4) / 4).astype(np.float32)
-    return scaled
+    num_samples = num_samples or len(audio_N)
+    window_K, filters_MK = np.hanning(FFT_SIZE + 1)[:-1], mel_filters(num_mels)
+    scaled_MT: Floats = np.empty((num_mels, num_samples // HOP), np.float32)
+    loudest = -np.inf
+    for columns in blocks(scaled_MT.shape[1], _FRAMES_PER_BLOCK):
+        frames_TK = _frames(audio_N, columns, num_samples)
+        mel_MT = filters_MK @ (np.abs(np.fft.rfft(frames_TK * window_K)) ** 2).T
+        log_MT = np.log10(np.maximum(mel_MT, 1e-10))
+        loudest = max(loudest, log_MT.max())
+        scaled_MT[:, columns] = (log_MT + 4) / 4
+    # Scaling and rounding keep the order of values, so that the limit may be applied after them.
+    return np.maximum(scaled_MT, np.float32((loudest - 8 + 4) / 4), out=scaled_MT)
+
+
+def _frames(audio_N: Floats, columns: slice, num_samples: int) -> Floats:
+    """Return the samples of some columns, (T, FFT_SIZE), mirrored at the ends of the waveform and its silence."""
+    start, stop = columns.start * HOP - FFT_SIZE // 2, (columns.stop - 1) * HOP + FFT_SIZE // 2
+    samples = audio_N[max(start, 0) : stop]
+    silence = min(stop, num_samples) - max(start, 0) - len(samples)
+    samples = np.pad(np.pad(samples, (0, silence)), (max(-start, 0), max(stop - num_samples, 0)), mode="reflect")
+    return np.lib.stride_tricks.sliding_window_view(samples, FFT_SIZE)[::HOP]
 
 
 @cache

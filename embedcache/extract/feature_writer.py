@@ -105,9 +105,13 @@ class FeatureWriter:
         self._missing[chunk] = []
 
     def encode(self, batch: Sequence[Array], features: Sequence[str]) -> dict[str, list[Array]]:
-        """Run the encoder on prepared items."""
+        """Run the encoder on prepared items; the tokens of one with `encode_cast` have the dtype on disk."""
+        encode_cast = getattr(self.encoder, "encode_cast", None)
         with self.gate.inference():
-            return self.encoder.encode(batch, features)
+            if encode_cast is None:
+                return self.encoder.encode(batch, features)
+            encoded: dict[str, list[Array]] = encode_cast(batch, features, self.cast)
+            return encoded
 
     def cast(self, feature: str, item: Array) -> Array:
         """Check the encoder's output for one item and convert it to the dtype on disk."""

@@ -155,6 +155,7 @@ def _load_file(
         content_hash = hash_item(data, interval=interval)
         writers[0].gate.wait()
         raw = decode(data) if interval == (None, None) else decode(data, *interval)
+        del data  # an hour of sound is 115 MB
     except ItemError as error:
         return LoadedItem(hash=content_hash, failures=[str(error)] * len(writers), inputs=[None] * len(writers))
     inputs, failures = list[Array | None](), list[str | None]()

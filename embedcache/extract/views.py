@@ -200,8 +200,9 @@ def add_noise(samples_N: Floats, tape_M: Floats, snr_db: float) -> Floats:
         start = (start + len(samples_N)) % len(tape_M)
         noise_N = _play(tape_M, start, len(samples_N))
     gain = np.sqrt(energy / _energy(noise_N)) * 10 ** (-snr_db / 20)
-    mixed_N: Floats = samples_N + np.float32(gain) * noise_N
-    return mixed_N
+    noise_N *= np.float32(gain)
+    noise_N += samples_N
+    return noise_N
 
 
 def _energy(samples_N: Floats) -> float:
@@ -210,9 +211,14 @@ def _energy(samples_N: Floats) -> float:
 
 
 def _play(tape_M: Floats, start: int, num_samples: int) -> Floats:
-    """Return samples of a tape from some place on, from its beginning again when it ends."""
-    played_N = tape_M[start : start + num_samples]
-    return np.concatenate([played_N, np.resize(tape_M, num_samples - len(played_N))])
+    """Return a copy of a tape's samples from some place on, from its beginning again when it ends."""
+    played_N: Floats = np.empty(num_samples, tape_M.dtype)
+    num_played = 0
+    while num_played < num_samples:
+        piece = tape_M[start : start + num_samples - num_played]
+        played_N[num_played : num_played + len(piece)] = piece
+        start, num_played = 0, num_played + len(piece)
+    return played_N
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ AUDIO_RATE_HZ = 16_000
 MAX_AUDIO_S = 3_600
 """An hour is 230 MB of float32 samples."""
 MAX_VIDEO_PIXELS = 2**28
-"""Frames × height × width: 768 MiB as RGB, and as much again while the frames are joined."""
+"""Frames × height × width: 768 MiB as RGB."""
 
 _SEEKABLE = frozenset({"avi", "flac", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "wav"})
 """Formats that store exact times and durations; others are decoded from their beginning."""
@@ -62,7 +62,7 @@ def decode_audio(data: bytes, start_s: float | None = None, stop_s: float | None
     """Decode a recording, or the sound of a video, to 16 kHz mono.
 
     Reads WAV, FLAC, MP3, Ogg, Opus, M4A and all else that FFmpeg does. Channels are averaged; values beyond [-1, 1] are
-    clipped. Thread-safe. Memory: 64 KB per second, twice.
+    clipped. Thread-safe. Memory: 64 KB per second, and up to an eighth more while it grows.
 
     Args:
         data: the whole file.
@@ -81,29 +81,30 @@ def decode_audio(data: bytes, start_s: float | None = None, stop_s: float | None
         duration_s = _duration_s(container, stream) or 0.0
         if (start_s, stop_s) == (None, None) and duration_s > MAX_AUDIO_S:
             raise ItemError(f"too long: {duration_s:,.0f} s of sound, more than {MAX_AUDIO_S:,}; index intervals of it")
-        parts: list[Floats] = []
-        end_s, num_kept = 0.0, 0
+        sound = bytearray()  # grows in place, where joining parts needs each sample twice
+        end_s, num_kept, is_finite = 0.0, 0, True
         for first, samples_n in _samples(container, stream):
             kept = samples_n[_position(start_s, 0, first) : _position(stop_s, len(samples_n), first)]
             end_s, num_kept = (first + len(samples_n)) / AUDIO_RATE_HZ, num_kept + len(kept)
-            parts += [kept] * bool(len(kept))
+            sound += np.clip(kept, -1, 1).data
+            is_finite &= bool(np.isfinite(kept).all())
             if num_kept > MAX_AUDIO_S * AUDIO_RATE_HZ:
                 raise ItemError(f"too long: more than {MAX_AUDIO_S:,} s of sound; index intervals of it")
             if stop_s is not None and end_s > stop_s + _PREROLL_S:
                 break
         _check_end(container, stream, end_s, start_s, stop_s)
-    samples_n = np.concatenate(parts) if parts else np.empty(0, np.float32)
+    samples_n = np.frombuffer(sound, np.float32)
     if not len(samples_n):
         raise ItemError("no sound: the audio stream is empty")
-    if not np.isfinite(samples_n).all():
+    if not is_finite:
         raise ItemError("NaN or infinity in the sound")
-    return np.clip(samples_n, -1, 1)
+    return samples_n
 
 
 def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None = None) -> Video:
     """Decode the frames of a video, upright; of an interval, those whose time is in it.
 
-    Thread-safe. Memory: twice the frames.
+    Thread-safe. Memory: the frames, and up to an eighth more while they grow.
 
     Args:
         data: the whole file.
@@ -117,7 +118,7 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
     with _open(data, "video") as container:
         stream = _stream(container, "video", start_s, stop_s)
         rate_hz = _frame_rate(stream)
-        frames: list[Array] = []
+        frames, shapes = bytearray(), set[tuple[int, ...]]()  # grows in place, as sound does
         num_pixels, time_s = 0, 0.0
         first_s, last_s = start_s or 0.0, np.inf if stop_s is None else stop_s
         for time_s, frame in _frames(container, stream):
@@ -131,14 +132,16 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
                     f"too many pixels: more than {MAX_VIDEO_PIXELS:,} in frames of {frame.width} x {frame.height}; "
                     "index intervals of it, or make it smaller"
                 )
-            frames.append(_upright(frame))
+            upright_HW3 = _upright(frame)
+            frames += np.ascontiguousarray(upright_HW3).data
+            shapes.add(upright_HW3.shape)
         else:  # every frame was read
             _check_end(container, stream, time_s + 1 / rate_hz, start_s, stop_s)
         if not frames:
             raise ItemError("no frames" if start_s is None and stop_s is None else "no frames in the interval")
-        if len({frame.shape for frame in frames}) > 1:
+        if len(shapes) > 1:
             raise ItemError("the frames change their size")
-        return Video(frames_THW3=np.stack(frames), rate_hz=rate_hz)
+        return Video(frames_THW3=np.frombuffer(frames, np.uint8).reshape(-1, *shapes.pop()), rate_hz=rate_hz)
 
 
 @dataclass(frozen=True, kw_only=True)

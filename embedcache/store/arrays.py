@@ -5,7 +5,7 @@ flushed before they are committed, and read from memory maps because zarr-python
 
 import mmap
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, UnfinishedError
-from embedcache.files import is_remote, write_atomic
+from embedcache.files import is_remote, write_atomic, write_blocks
 from embedcache.provenance import read_json
 
 CRC_BYTES = 4
@@ -28,6 +28,7 @@ REPAIR = "repair it with: embedcache verify CACHE --repair"
 
 _MAX_OPEN_FILES = 32_768
 _REMOTE_BYTES = 2**30
+_BLOCK_BYTES = 2**22
 
 
 def write_group(path: Path, attributes: Mapping[str, Any]) -> None:
@@ -71,20 +72,41 @@ def chunk_path(array_path: Path, number: int, ndim: int) -> Path:
     return array_path.joinpath("c", str(number), *["0"] * (ndim - 1))
 
 
-def write_chunk(array_path: Path, number: int, values: Array, chunk_shape: tuple[int, ...]) -> str:
+def write_chunk(array_path: Path, number: int, parts: Iterable[Array], chunk_shape: tuple[int, ...], dtype: str) -> str:
     """Write one chunk and flush it to disk; a short chunk is padded with the fill value.
+
+    Memory: a block of rows of 4 MB, beside the parts.
+
+    Args:
+        parts: the rows, as arrays of the dtype that follow each other.
 
     Returns:
         The CRC-32C of the rows as 8 hex digits. Its 4 bytes, little-endian, end the file.
     """
-    if len(values) < chunk_shape[0]:
-        padded = np.full(chunk_shape, fill_value(values.dtype), values.dtype)
-        padded[: len(values)] = values
-        values = padded
-    data = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()
-    crc = google_crc32c.value(data)
-    write_atomic(chunk_path(array_path, number, len(chunk_shape)), data + crc.to_bytes(CRC_BYTES, "little"))
+    crc = 0
+
+    def data() -> Iterator[bytes]:
+        nonlocal crc
+        for block in _row_blocks(parts, chunk_shape, dtype):
+            crc = google_crc32c.extend(crc, block)
+            yield block
+        yield crc.to_bytes(CRC_BYTES, "little")
+
+    write_blocks(chunk_path(array_path, number, len(chunk_shape)), data())
     return f"{crc:08x}"
+
+
+def _row_blocks(parts: Iterable[Array], chunk_shape: tuple[int, ...], dtype: str) -> Iterator[bytes]:
+    """Iterate over the bytes of a chunk's rows, little-endian, some rows at a time."""
+    stored = np.dtype(dtype).newbyteorder("<")
+    rows_per_block = max(1, _BLOCK_BYTES // max(1, int(np.prod(chunk_shape[1:])) * stored.itemsize))
+    num_missing = chunk_shape[0]
+    for part in parts:
+        num_missing -= len(part)
+        for rows in blocks(len(part), rows_per_block):
+            yield np.ascontiguousarray(part[rows], stored).tobytes()
+    for rows in blocks(num_missing, rows_per_block):
+        yield np.full((rows.stop - rows.start, *chunk_shape[1:]), fill_value(dtype), stored).tobytes()
 
 
 def map_chunk(array_path: Path, number: int, chunk_shape: tuple[int, ...], dtype: str) -> Array:

@@ -153,7 +153,7 @@ def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Se
     files = {}
     for number, rows in enumerate(blocks(len(items), shape[0]), chunk * group.info.chunk_size // shape[0]):
         values = np.stack([missing if item is None else item for item in items[rows]])
-        files[f"{feature}/{number}"] = write_chunk(group.path / feature, number, values, shape)
+        files[f"{feature}/{number}"] = write_chunk(group.path / feature, number, [values], shape, dtype)
     return files
 
 
@@ -163,13 +163,15 @@ def _write_ragged(
     path = group.path / feature
     lengths = np.array([-1 if item is None else len(item) for item in items], np.int32)
     tokens = [item for item in items if item is not None]
-    values = np.concatenate(tokens) if tokens else np.empty((0, width), dtype)
-    shape = (max(len(values), 1), width)
+    num_tokens = sum(len(item) for item in tokens)
+    shape = (max(num_tokens, 1), width)
     name = f"values/{chunk:05d}"
-    write_array(path / name, values.shape, shape, dtype, {})
+    write_array(path / name, (num_tokens, width), shape, dtype, {})
     return {
-        f"{feature}/{name}/0": write_chunk(path / name, 0, values, shape),
-        f"{feature}/lengths/{chunk}": write_chunk(path / "lengths", chunk, lengths, (group.info.chunk_size,)),
+        f"{feature}/{name}/0": write_chunk(path / name, 0, tokens, shape, dtype),
+        f"{feature}/lengths/{chunk}": write_chunk(
+            path / "lengths", chunk, [lengths], (group.info.chunk_size,), str(lengths.dtype)
+        ),
     }
 
 
@@ -187,7 +189,8 @@ def cast_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -
     if np.dtype(dtype).kind == "i":
         return _cast_integers(item, dtype, name)
     with np.errstate(over="ignore"):
-        stored = item.astype(dtype)
+        is_stored = item.dtype == dtype and item.base is None  # a view may keep a whole batch in memory
+        stored = item if is_stored else item.astype(dtype)
     if not np.isfinite(stored).all():
         largest = float(np.abs(item).max())
         if np.isfinite(largest):

@@ -2,12 +2,14 @@
 
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from embedcache.encoders.audio import AudioEncoder
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.whisper import log_mel, mel_filters
@@ -88,6 +90,30 @@ def test_long_recording_is_cut_into_windows(whisper: Path) -> None:
     mel = log_mel(audio)
     parts = [encoder.encode([part], ["states"])["states"][0] for part in (mel[:, :3000], mel[:, 3000:])]
     np.testing.assert_allclose(found, np.concatenate(parts), atol=TOLERANCE)
+
+
+def test_long_recording_never_exists_as_float32_states(whisper: Path) -> None:
+    encoder = open_encoder(f"whisper:{whisper / 'ctranslate2'}", modality="audio")
+    assert isinstance(encoder, AudioEncoder)
+    (mel,) = prepared = encoder.prepare([np.tile(example_audio()[3], 138)[: 180 * 16_000]])
+    expected = encoder.encode(prepared, ["states", "mean"])
+    tracemalloc.start()
+    found = encoder.encode_cast(prepared, ["states", "mean"], lambda _, tokens_TD: tokens_TD.astype(np.float16))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < found["states"][0].nbytes + 1.5 * mel.nbytes / 6  # one window of six at a time
+    np.testing.assert_array_equal(found["states"][0], expected["states"][0].astype(np.float16))
+    np.testing.assert_array_equal(found["mean"][0], expected["states"][0].mean(axis=0))
+
+
+def test_log_mel_needs_little_more_memory_than_the_spectrogram() -> None:
+    audio = np.tile(example_audio()[3], 138)[: 180 * 16_000]
+    mel_filters(80)
+    tracemalloc.start()
+    nbytes = log_mel(audio).nbytes
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < nbytes + 40e6  # float64 frames of 30 s, 10 MB, and what is computed from them
 
 
 def test_padding_is_in_the_fingerprint(whisper: Path) -> None:

@@ -1,5 +1,6 @@
 """Decoding of recordings and videos: formats, intervals, limits, and damage of each kind."""
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def test_clips_are_limited_and_nan_is_refused() -> None:
     assert np.abs(decode_audio(float_wav(np.full(1600, 3.0, np.float32)))).max() == 1
     with pytest.raises(ItemError, match="NaN or infinity"):
         decode_audio(float_wav(np.full(1600, np.nan, np.float32)))
+
+
+def test_decoding_holds_a_recording_once() -> None:
+    data = wav(tone(180.0))
+    tracemalloc.start()
+    num_bytes = decode_audio(data).nbytes
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * num_bytes
 
 
 def float_wav(samples: np.ndarray) -> bytes:
