@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from embedcache.extract.extract import extract as extract_features
     from embedcache.extract.settings import ExtractSettings
     from embedcache.inference import Model, load
+    from embedcache.likelihood.model import LikelihoodModel
     from embedcache.networks.settings import DecodingSettings
     from embedcache.search.index import build_index
     from embedcache.search.queries import Queries
@@ -57,6 +58,7 @@ __all__ = [
     "Filter",
     "IndexSettings",
     "LeakSettings",
+    "LikelihoodModel",
     "LossSettings",
     "MachineSettings",
     "Model",

@@ -1,6 +1,7 @@
 """Use a trained run on raw items: its frozen encoders, as the run used them, and what was trained on their features.
 
-An aligned pair embeds images and texts; a run that recognizes speech is in `embedcache.transcription.model`."""
+An aligned pair embeds images and texts; a run that recognizes speech is in `embedcache.transcription.model`, one of a
+likelihood for many tasks in `embedcache.likelihood.model`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,18 +19,18 @@ from embedcache.encoders.backends import torch_device
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, ItemError, PathError
-from embedcache.extract.views import reopen_view
+from embedcache.extract.views import reopen_recorded_view
+from embedcache.likelihood.model import LikelihoodModel, load_likelihood
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.saved import (
     RUN_FORMAT,
     PairConfig,
-    TowerInput,
     config_path,
     is_pair,
     load_pair,
     project,
 )
-from embedcache.provenance import check_same, read_manifest
+from embedcache.provenance import read_manifest
 from embedcache.sources.images import decode_image, rgb_image
 from embedcache.transcription.model import SpeechModel, load_speech
 
@@ -45,21 +46,25 @@ def load(run_path: Path | str, *, kind: Literal["pair"] | None = None, device: s
 def load(run_path: Path | str, *, kind: Literal["speech"], device: str = "cpu") -> SpeechModel: ...
 
 
+@overload
+def load(run_path: Path | str, *, kind: Literal["likelihood"], device: str = "cpu") -> LikelihoodModel: ...
+
+
 def load(
-    run_path: Path | str, *, kind: Literal["pair", "speech"] | None = None, device: str = "cpu"
-) -> "Model | SpeechModel":
-    """Load a trained run: an aligned pair of `train_projectors`, or a recognizer of speech of `train_speech`.
+    run_path: Path | str, *, kind: Literal["pair", "speech", "likelihood"] | None = None, device: str = "cpu"
+) -> "Model | SpeechModel | LikelihoodModel":
+    """Load a trained run: an aligned pair of `train_projectors`, or a run of `train_speech` or `train_likelihood`.
 
     Encoders are opened on first use, so a model that only embeds texts never loads the image encoder.
 
     Args:
         run_path: folder of the run.
-        kind: expected kind of the run, `pair` or `speech`; None: any. What a folder holds is unknown to type checkers:
-            they take the result for the `Model` of a pair, unless `kind="speech"` is given.
+        kind: expected kind of the run, `pair`, `speech` or `likelihood`; None: any. What a folder holds is unknown to
+            type checkers: they take the result for the `Model` of a pair, unless another kind is given.
         device: torch device of encoders and projectors; an encoder that ran on onnxruntime stays on the CPU.
 
     Returns:
-        A `Model` for a pair, a `SpeechModel` for speech.
+        A `Model` for a pair, a `SpeechModel` for speech, a `LikelihoodModel` for a likelihood.
 
     Raises:
         PathError: the folder is not a finished run.
@@ -71,10 +76,13 @@ def load(
     make = f"embedcache train CACHE {run_path}"
     values = read_manifest(config_path(run_path), kind="run", latest_format=RUN_FORMAT, make=make)
     found = "pair" if is_pair(values) else str(values.get("kind"))
+    found = "likelihood" if found == "shared" else found
     if kind is not None and found != kind:
         raise DataError(f"{run_path}: expected a run of kind {kind}, got one of kind {found}")
     if found == "speech":
         return load_speech(run_path, device=device)
+    if found == "likelihood":
+        return load_likelihood(run_path, device=device)
     pair, config = load_pair(run_path, device=device)
     return Model(pair, config, device=device)
 
@@ -201,21 +209,11 @@ def open_projected_encoder(
     )
     return ProjectedEncoder(
         encoder=encoder,
-        view=_reopen_view(tower_input),
+        view=reopen_recorded_view(feature, fingerprint),
         names=feature_names(feature),
         tower=pair.tower(modality),
         device=device,
     )
-
-
-def _reopen_view(tower_input: TowerInput) -> Callable[[Any], Any]:
-    expected = tower_input.fingerprint.get("view")
-    if expected is None:
-        return lambda item: item
-    view = reopen_view(expected)
-    next_step = "restore the function, or extract again"
-    check_same(f"the view of feature {tower_input.feature}", expected, view.fingerprint, next_step=next_step)
-    return view.apply
 
 
 def _load_image(image: ImageLike) -> Image:

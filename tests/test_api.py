@@ -179,6 +179,10 @@ similarities = model.similarity(["a.jpg"], "a dog")
 speech = embedcache.load("speech-run", kind="speech")
 text: str = speech.transcribe("clip.mp4", mouth=(0.3, 0.5, 0.7, 0.8)).text
 texts: list[str] = [found.text for found in speech.transcribe(["a.wav", Path("b.wav")])]
+many = embedcache.load("many", kind="likelihood")
+best: list[str] = many.classify(["a.jpg", b"..."], ["cat", "dog"]).best
+caption: str = many.caption("a.jpg")[0]
+found_key: str = many.retrieve("a dog", embedcache.Cache("cache"))[0][0].name
 rows: int = similarities.shape[0]
 for hits in embedcache.search_index("index", ["a dog"], embedcache.SearchSettings(k=3)):
     key: str = hits[0].key
@@ -189,6 +193,7 @@ WRONG = {
     "model.encode_text(3)": "arg-type",
     "model.transcribe()": "attr",
     "speech.encode_text()": "attr",
+    "many.transcribe()": "attr",
     "speech.transcribe(video=3)": "call-overload",
     'embedcache.load("run", "cpu")': "call-overload",
     "embedcache.lod": "attr",

@@ -19,7 +19,7 @@ LAYERS = [
     {"derive"},
     {"extract", "train", "search"},
     {"evaluate", "curate"},
-    {"reports", "transcription"},
+    {"reports", "transcription", "likelihood"},
     {"inference"},
     {"quickstart", "sweep", "export", "interop", "serve", "testing"},
     {"cli"},

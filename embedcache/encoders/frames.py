@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, blocks
 from embedcache.axis import Axis
 from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options, open_encoder
@@ -26,6 +26,7 @@ RATE_HZ = 25.0
 PIXELS_SIZE = (24, 16)
 """Default width and height of `frames:pixels`."""
 _VIDEOS_PER_BATCH = 4
+_FRAMES_PER_CALL = 32
 
 
 class RawVideo(Protocol):
@@ -100,8 +101,11 @@ class FrameEncoder:
     def _prepare(self, video: RawVideo) -> Array:
         numbers = sampled_frames(_check_video(video), video.rate_hz, self._rate_hz)
         distinct, rows = np.unique(numbers, return_inverse=True)
-        images = [Image.fromarray(np.ascontiguousarray(video.frames_THW3[number])) for number in distinct]
-        prepared: Array = np.stack(self._encoder.prepare(images))[rows]
+        frames: list[Array] = []
+        for block in blocks(len(distinct), _FRAMES_PER_CALL):  # all images at once would need the video a second time
+            images = [Image.fromarray(np.ascontiguousarray(video.frames_THW3[number])) for number in distinct[block]]
+            frames += self._encoder.prepare(images)
+        prepared: Array = np.stack(frames)[rows]
         return prepared
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:

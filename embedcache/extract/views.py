@@ -20,7 +20,7 @@ from embedcache.arrays import Floats
 from embedcache.encoders.base import Modality
 from embedcache.errors import ItemError, PathError, SettingError
 from embedcache.modalities import MODALITIES
-from embedcache.provenance import digest
+from embedcache.provenance import check_same, digest
 from embedcache.registry import Registry
 from embedcache.sources.media import decode_audio
 
@@ -107,6 +107,22 @@ def reopen_view(fingerprint: Mapping[str, Any], location: str = "") -> View:
         except PathError as error:
             found.append(str(error))
     raise PathError(f"{found[0]}; put it back, or run this in the folder where it is")
+
+
+def reopen_recorded_view(feature: str, fingerprint: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Return the view that a feature's fingerprint records, as a function of an item; without one, the identity.
+
+    Raises:
+        FingerprintError: the view is no longer the same.
+        PathError: a file of it no longer exists.
+    """
+    expected = fingerprint.get("view")
+    if expected is None:
+        return lambda item: item
+    view = reopen_view(expected)
+    next_step = "restore the function, or extract again"
+    check_same(f"the view of feature {feature}", expected, view.fingerprint, next_step=next_step)
+    return view.apply
 
 
 def open_crop(argument: str) -> View:

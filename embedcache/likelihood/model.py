@@ -1,0 +1,448 @@
+"""A run of one likelihood with its frozen encoders: classes, answers, captions and retrieval of raw items."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from embedcache.arrays import Array, Floats, blocks
+from embedcache.dataset.inputs import to_inputs
+from embedcache.encoders.base import Encoder
+from embedcache.encoders.open import DERIVED, feature_names, reopen_encoder
+from embedcache.errors import DataError, ItemError, PathError, SettingError
+from embedcache.evaluate.likelihood import load_shared
+from embedcache.extract.views import reopen_recorded_view
+from embedcache.modalities import MODALITIES, noun
+from embedcache.networks.candidates import Candidates
+from embedcache.networks.captions import write_captions
+from embedcache.networks.saved import ModuleConfig, ModuleInput
+from embedcache.networks.shared import SharedNetwork, Tokens
+from embedcache.networks.words import END, UNKNOWN, WordLists
+from embedcache.provenance import check_same
+from embedcache.sources.base import IMPORTED
+from embedcache.sources.images import rgb_image
+from embedcache.sources.media import Video
+from embedcache.store.cache import Cache
+from embedcache.train.batches import to_device
+from embedcache.train.examples import open_media, with_blanks
+from embedcache.train.likelihood_tasks import encode_texts, load_words, read_tokens
+
+ItemLike: TypeAlias = str | Path | bytes | Image | Array | Video
+"""An item: the path or the bytes of a file, an open `PIL.Image.Image` of any mode, or else what its encoder prepares,
+such as (n,) float32 samples at 16 kHz."""
+ItemsLike: TypeAlias = ItemLike | Sequence[ItemLike] | Cache
+"""One item, N items, or all items of a cache that have the feature of the run, in the order of their rows."""
+
+_ONE = (str, Path, bytes, Image, np.ndarray, Video)
+_BLOCK_ROWS = 64
+_NUM_SETS = 8  # sets of candidates that are kept encoded
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Probabilities of candidates.
+
+    Args:
+        names: the C candidates.
+        probs_NC: (N, C) float32, of each item; rows sum to 1.
+    """
+
+    names: tuple[str, ...]
+    probs_NC: Floats
+
+    @property
+    def best(self) -> list[str]:
+        """The most probable candidate of each item."""
+        return [self.names[number] for number in self.probs_NC.argmax(axis=1).tolist()]
+
+    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """Return the k most probable candidates of each item with their probabilities."""
+        order_NC = np.argsort(-self.probs_NC, axis=1, kind="stable")[:, :k]
+        return [
+            [(self.names[number], float(probs_C[number])) for number in numbers.tolist()]
+            for numbers, probs_C in zip(order_NC, self.probs_NC, strict=True)
+        ]
+
+
+class Hit(NamedTuple):
+    """An item or a text that was found.
+
+    Args:
+        position: its number among those that were searched.
+        name: the text; the path of a file; the key of a sample; or else its modality and position.
+        score: cosine similarity.
+    """
+
+    position: int
+    name: str
+    score: float
+
+
+def load_likelihood(run_path: Path | str, *, device: str = "cpu") -> "LikelihoodModel":
+    """Load a run of `train_likelihood`.
+
+    Args:
+        run_path: folder of the run.
+        device: torch device of encoders and network.
+
+    Raises:
+        PathError: the folder is not a finished run.
+        DataError: the run is of something else.
+        CorruptError: the weights do not match the config.
+        SettingError: the device does not exist.
+    """
+    network, config = load_shared(run_path, device=device)
+    return LikelihoodModel(network, config, device=device)
+
+
+class LikelihoodModel:
+    """A run of one likelihood with its frozen encoders. Create it with `load`.
+
+    Texts are read word by word, by the word table of the run; candidates may have no other words. In questions and
+    queries, others count as unknown.
+    """
+
+    def __init__(self, network: SharedNetwork, config: ModuleConfig, *, device: str) -> None:
+        self._network, self._device = network, device
+        self._encoders: dict[str, _RawEncoder] = {}
+        self._encode_set = lru_cache(maxsize=_NUM_SETS)(self._encode_new_set)
+        self.config = config
+
+    def __repr__(self) -> str:
+        features = " + ".join(self.config.sides[name].feature for name in self.modalities)
+        return f"LikelihoodModel({features}, {len(self._network.vocabulary):,} words)"
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modalities of the items that the run reads, such as `image`."""
+        return tuple(name for name in self.config.sides if name != "words")
+
+    @torch.inference_mode()
+    def classify(
+        self,
+        items: ItemsLike,
+        names: Sequence[str] | None = None,
+        *,
+        task: str | None = None,
+        modality: str | None = None,
+    ) -> Scores:
+        """Compute the probability of each class of items.
+
+        Args:
+            items: one item, N of them, or a cache.
+            names: names of the classes, any that the word table can spell; None: those of a task of the run.
+            task: name of that task; None: the only one of its kind. If it has a label head, that decides, too.
+            modality: modality of the items; None: `image`, or the only one.
+
+        Raises:
+            PathError: a file does not exist.
+            DataError: an item cannot be decoded, a name has words that the word table lacks, the feature of the run is
+                not an encoder's own, or the cache does not have it.
+            SettingError: several tasks, or none, have classes.
+            FingerprintError: the encoder or the cache's feature is not what the run was trained on.
+            MissingExtraError: a package is not installed.
+        """
+        queries_NP = self._encode_items(self._open(items, modality))
+        return self._score(queries_NP, "classify", names, task)
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        items: ItemsLike | None,
+        questions: str | Sequence[str],
+        candidates: Sequence[str] | None = None,
+        *,
+        task: str | None = None,
+        modality: str | None = None,
+    ) -> Scores:
+        """Compute the probability of each answer to questions about items, or of each label of texts.
+
+        Args:
+            items: what is asked about, one, N, or a cache; None: the texts stand alone.
+            questions: one question for all items, or one per item; `_` in it is where the answer belongs, else its end.
+            candidates: the answers; None: those of a task of the run.
+            task, modality: as in `classify`, whose errors it raises, too.
+
+        Raises:
+            DataError: another number of questions than of items, or a question with several blanks.
+        """
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        words = with_blanks(self._network.vocabulary.encode(questions))
+        if items is None:
+            batches: _Batches = ((rows, {}) for rows in blocks(len(questions), _BLOCK_ROWS))
+            of_item_N = np.arange(len(questions))
+        else:
+            num_items, _, batches = self._open(items, modality)
+            if len(questions) not in (1, num_items):
+                raise DataError(
+                    f"questions: expected one, or one for each of {num_items:,} items, got {len(questions)}"
+                )
+            of_item_N = np.arange(num_items) if len(questions) > 1 else np.zeros(num_items, np.int64)
+        parts = [
+            self._network.encode(tokens, load_words(words.take(of_item_N[rows]), device=self._device), read="blank")
+            for rows, tokens in batches
+        ]
+        return self._score(self._join(parts), "answer", candidates, task)
+
+    @torch.inference_mode()
+    def retrieve(
+        self, texts: str | Sequence[str], items: ItemsLike, *, k: int = 10, modality: str | None = None
+    ) -> list[list[Hit]]:
+        """Find the items that are nearest to each text; for the texts nearest to each item, see `retrieve_texts`.
+
+        Memory: a vector per item, and a number per text and item.
+
+        Args:
+            texts: one text, or Q.
+            items: what is searched, N items or a cache.
+            k: items per text.
+            modality: as in `classify`, whose errors it raises, too.
+
+        Returns:
+            Q lists of hits, the nearest first.
+
+        Raises:
+            DataError: a text has no word that the word table has.
+        """
+        texts_QP = self._encode_queries(texts)
+        opened = self._open(items, modality)
+        return _nearest(texts_QP, self._encode_items(opened), k, opened.name_of)
+
+    @torch.inference_mode()
+    def retrieve_texts(
+        self, items: ItemsLike, texts: Sequence[str], *, k: int = 10, modality: str | None = None
+    ) -> list[list[Hit]]:
+        """Find the texts that are nearest to each item: N lists of hits, the nearest first.
+
+        Arguments and errors are those of `retrieve`.
+        """
+        texts_QP = self._encode_queries(texts)
+        return _nearest(self._encode_items(self._open(items, modality)), texts_QP, k, lambda number: texts[number])
+
+    @torch.inference_mode()
+    def caption(
+        self,
+        items: ItemsLike,
+        *,
+        words: Sequence[str] | None = None,
+        beam: int = 5,
+        max_length: int = 20,
+        length_power: float = 0.0,
+        modality: str | None = None,
+    ) -> list[str]:
+        """Write a caption of each item by beam search.
+
+        Args:
+            items: one item, N of them, or a cache.
+            words: words that captions may have; None: the candidates that a caption task of the run was given, else all
+                words of the word table, also those of questions and labels.
+            beam: hypotheses kept per item.
+            max_length: most words.
+            length_power: exponent of the length that divides the log-probability.
+            modality: as in `classify`, whose errors it raises, too.
+
+        Raises:
+            SettingError: a beam or length below 1, or a negative length power.
+        """
+        if words is None:
+            given = [word for task in self._tasks("caption") for word in task.get("candidates") or ()]
+            words = given or self._network.vocabulary.words
+        lists, vectors_CP = self._encode_set(tuple(words), is_words=True)
+        vocabulary = to_device(lists.numbers_M.astype(np.int64), self._device), Candidates(vectors_CP)
+        captions: list[str] = []
+        for _, tokens in self._open(items, modality).batches:
+            found = write_captions(
+                self._network,
+                tokens,
+                self._network.likelihood("caption"),
+                vocabulary,
+                beam=beam,
+                max_length=max_length,
+                length_power=length_power,
+            )
+            captions += [self._network.vocabulary.decode(caption.numbers) for caption in found]
+        return captions
+
+    def _score(self, queries_NP: Tensor, kind: str, names: Sequence[str] | None, task: str | None) -> Scores:
+        """Compare what was read out of items with candidates by the likelihood of a kind of tasks."""
+        head = None
+        if names is None:
+            names, head = self._closed_set(kind, task)
+        _, vectors_CP = self._encode_set(tuple(names), is_words=False)
+        queries_NP, compared = self._network.compare(queries_NP, Candidates(vectors_CP), family=kind, head=head)
+        logits_NC = queries_NP @ compared.vectors_CP.T
+        logits_NC = logits_NC if compared.bias_C is None else logits_NC + compared.bias_C
+        return Scores(tuple(names), logits_NC.float().softmax(dim=1).cpu().numpy())
+
+    def _tasks(self, kind: str) -> list[Mapping[str, Any]]:
+        return [task for task in self.config.training["tasks"] if task.get("kind") == kind]
+
+    def _closed_set(self, kind: str, name: str | None) -> tuple[Sequence[str], str]:
+        """Return the candidates and the name of a task of the run."""
+        tasks = [task for task in self._tasks(kind) if task.get("candidates")]
+        chosen = [task for task in tasks if name in (None, task["name"])]
+        if len(chosen) != 1:
+            found = ", ".join(task["name"] for task in tasks) or "none"
+            raise SettingError(
+                f"task: expected one of the run's tasks of the kind {kind}, {found}, got {name}; name one, or pass "
+                "candidates"
+            )
+        return chosen[0]["candidates"], chosen[0]["name"]
+
+    def _encode_new_set(self, names: tuple[str, ...], *, is_words: bool) -> tuple[WordLists, Tensor]:
+        """Encode candidates: texts, or single words and the end."""
+        lists = self._network.vocabulary.require_known(names, "candidates")
+        if is_words:
+            numbers_C = np.unique(np.concatenate([[END], lists.numbers_M])).astype(np.int32)
+            lists = WordLists(numbers_C, np.arange(len(numbers_C) + 1))
+        return lists, encode_texts(self._network, lists, device=self._device)
+
+    def _encode_queries(self, texts: str | Sequence[str]) -> Tensor:
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        lists = self._network.vocabulary.encode(texts)
+        is_known_M = lists.numbers_M != UNKNOWN
+        known_N = np.bincount(np.repeat(np.arange(len(texts)), lists.lengths())[is_known_M], minlength=len(texts))
+        if not known_N.all():
+            raise DataError(
+                f"texts: expected words of the word table, got {texts[int(known_N.argmin())]!r}, which has none"
+            )
+        return encode_texts(self._network, lists, device=self._device) if texts else self._join([])
+
+    def _encode_items(self, opened: "_OpenItems") -> Tensor:
+        return self._join([self._network.encode(tokens) for _, tokens in opened.batches])
+
+    def _join(self, parts: Sequence[Tensor]) -> Tensor:
+        empty = torch.empty(0, self._network.output_width, device=self._device)
+        return torch.cat([empty, *(part.float() for part in parts)])
+
+    def _open(self, items: ItemsLike, modality: str | None) -> "_OpenItems":
+        name = modality or ("image" if "image" in self.modalities else "")
+        if not name and len(self.modalities) == 1:
+            (name,) = self.modalities
+        if name not in self.modalities:
+            raise SettingError(f"modality: expected one of {', '.join(self.modalities)}, got {modality}")
+        if isinstance(items, Cache):
+            return _open_cache(items, name, self.config.sides[name], device=self._device)
+        given = [items] if isinstance(items, _ONE) else list(items)
+        if name not in self._encoders:
+            self._encoders[name] = _reopen(self.config.sides[name], device=self._device)
+        return self._encoders[name].open(given)
+
+
+_Batches: TypeAlias = Iterator[tuple[slice, Mapping[str, Tokens]]]
+
+
+class _OpenItems(NamedTuple):
+    """Items, and their tokens batch by batch.
+
+    Args:
+        num_items: number of items.
+        name_of: name of the item at a position.
+        batches: positions and tokens of each batch; can be read once.
+    """
+
+    num_items: int
+    name_of: Callable[[int], str]
+    batches: _Batches
+
+
+def _open_cache(cache: Cache, modality: str, side: ModuleInput, *, device: str) -> _OpenItems:
+    """Open the items of a cache that have the feature of a run."""
+    media = open_media(cache, modality, side.feature, in_memory=False)
+    next_step = "use a cache with the feature of the encoder that the run was trained on"
+    check_same(f"{side.feature} of {cache.path}", media.feature.fingerprint, side.fingerprint, next_step=next_step)
+    rows_N = np.flatnonzero(media.feature.valid)
+    owners_N = cache.items(modality, columns=["sample"])["sample"].to_numpy()[rows_N]
+    keys = cache.samples["key"]
+    batches = ((part, read_tokens(media, rows_N[part], device=device)) for part in blocks(len(rows_N), _BLOCK_ROWS))
+    return _OpenItems(len(rows_N), lambda number: str(keys[int(owners_N[number])].as_py()), batches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RawEncoder:
+    """The frozen encoder of a modality of a run, with the view that it was used with."""
+
+    modality: str
+    encoder: Encoder
+    view: Callable[[Any], Any]
+    names: Sequence[str]
+    device: str
+
+    def open(self, items: Sequence[ItemLike]) -> _OpenItems:
+        def name_of(number: int) -> str:
+            item = items[number]
+            return str(item) if isinstance(item, str | Path) else f"{self.modality} {number}"
+
+        batches = (
+            (part, self._encode(items[part], [name_of(number) for number in range(part.start, part.stop)]))
+            for part in blocks(len(items), self.encoder.batch_size)
+        )
+        return _OpenItems(len(items), name_of, batches)
+
+    def _encode(self, items: Sequence[ItemLike], names: Sequence[str]) -> Mapping[str, Tokens]:
+        prepared = [self._prepare(item, name) for item, name in zip(items, names, strict=True)]
+        encoded = self.encoder.encode(prepared, self.names)
+        values, lengths = to_inputs([encoded[name] for name in self.names])
+        values = values[:, None] if values.ndim == 2 else values
+        lengths_B = None if lengths is None else to_device(lengths, self.device)
+        return {self.modality: Tokens(to_device(values, self.device), lengths_B)}
+
+    def _prepare(self, item: ItemLike, name: str) -> Array:
+        if isinstance(item, str | Path) and not Path(item).is_file():
+            raise PathError(
+                f"{self.modality} {name} does not exist: expected the path or bytes of a file, or an open item"
+            )
+        try:
+            if isinstance(item, Image):
+                item = rgb_image(item)
+            elif isinstance(item, str | Path | bytes):
+                data = item if isinstance(item, bytes) else Path(item).read_bytes()
+                item = MODALITIES[self.modality].load_decoder()(data)
+            (prepared,) = self.encoder.prepare([self.view(item)])
+        except ItemError as error:
+            raise DataError(f"{name}: {error}") from error
+        return prepared
+
+
+def _reopen(side: ModuleInput, *, device: str) -> _RawEncoder:
+    """Open the encoder of a side of a run again.
+
+    Raises:
+        DataError: the feature is not an encoder's own.
+        FingerprintError: the encoder or view is not the one that the run was trained on.
+    """
+    family = side.fingerprint["family"]
+    if family in (DERIVED, IMPORTED):
+        origin = f"derived by the rule {side.fingerprint['model']}" if family == DERIVED else "imported"
+        raise DataError(
+            f"{side.feature}: expected the feature of an encoder to read raw {noun(side.modality)}, got one that was "
+            f"{origin}; pass a Cache of these {noun(side.modality)} that holds this feature instead"
+        )
+    encoder = reopen_encoder(
+        side.spec,
+        modality=side.modality,  # type: ignore[arg-type]  # a modality by its name
+        feature=side.feature,
+        fingerprint=side.fingerprint,
+        device=device,
+    )
+    view = reopen_recorded_view(side.feature, side.fingerprint)
+    names = feature_names(side.feature)
+    return _RawEncoder(modality=side.modality, encoder=encoder, view=view, names=names, device=device)
+
+
+def _nearest(queries_QP: Tensor, vectors_NP: Tensor, k: int, name_of: Callable[[int], str]) -> list[list[Hit]]:
+    if k < 1:
+        raise SettingError(f"k: expected at least 1, got {k}")
+    scores_QN = normalize(queries_QP, dim=1) @ normalize(vectors_NP, dim=1).T
+    top = scores_QN.topk(min(k, len(vectors_NP)), dim=1)
+    return [
+        [Hit(number, name_of(number), score) for number, score in zip(numbers, scores, strict=True)]
+        for numbers, scores in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
