@@ -95,7 +95,26 @@ class FrameAdapter(nn.Module):
         return torch.as_tensor(hidden_BTP + positions_TP)
 
 
-class SequenceEncoder(nn.Module):
+class StandardizedInput(nn.Module):
+    """A module that first brings each channel of its feature to mean 0 and standard deviation 1.
+
+    The moments are buffers, so that a run keeps them.
+    """
+
+    def __init__(self, input_width: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.scale: Tensor
+        self.register_buffer("mean", torch.zeros(input_width))
+        self.register_buffer("scale", torch.ones(input_width))
+
+    def standardize(self, values_ND: Tensor) -> None:
+        """Set the mean and the standard deviation of each channel to those of some vectors of the feature."""
+        deviation_D, mean_D = torch.std_mean(values_ND.float(), dim=0, correction=0)
+        self.mean, self.scale = mean_D, 1 / deviation_D.clamp(min=1e-5)
+
+
+class SequenceEncoder(StandardizedInput):
     """The encoder of one stream: standardized channels, stacked frames, a `FrameAdapter` and a `Transformer`.
 
     H = Enc(PE + W₂ · ReLU(MLN(W₁ · x))) with r frames side by side in x, as in "Leveraging Unimodal Self-Supervised
@@ -110,18 +129,9 @@ class SequenceEncoder(nn.Module):
     """
 
     def __init__(self, input_width: int, stack: int, width: int, num_layers: int, sizes: LayerSizes) -> None:
-        super().__init__()
-        self.mean: Tensor
-        self.scale: Tensor
-        self.register_buffer("mean", torch.zeros(input_width))
-        self.register_buffer("scale", torch.ones(input_width))
+        super().__init__(input_width)
         self.adapter = FrameAdapter(stack * input_width, width)
         self.transformer = Transformer(width, num_layers, sizes)
-
-    def standardize(self, values_ND: Tensor) -> None:
-        """Set the mean and the standard deviation of each channel to those of some frames of the feature."""
-        deviation_D, mean_D = torch.std_mean(values_ND.float(), dim=0, correction=0)
-        self.mean, self.scale = mean_D, 1 / deviation_D.clamp(min=1e-5)
 
     def forward(self, values_BTD: Tensor, is_valid_BT: Tensor) -> Tensor:
         """Encode stacked frames: (B, T, stack · D) -> (B, T, P)."""

@@ -19,7 +19,7 @@ from embedcache.arrays import Floats
 from embedcache.axis import Axis
 from embedcache.errors import DataError, SettingError
 from embedcache.networks.candidates import Candidates, Likelihood
-from embedcache.networks.sequence import LayerSizes, sinusoids, sinusoids_at, valid_frames
+from embedcache.networks.sequence import LayerSizes, StandardizedInput, sinusoids, sinusoids_at, valid_frames
 from embedcache.networks.words import BLANK, NUM_SPECIAL, Vocabulary
 
 Side: TypeAlias = Literal["input", "target"]
@@ -301,22 +301,13 @@ class SharedNetwork(nn.Module):
         return adapter
 
 
-class Adapter(nn.Module):
+class Adapter(StandardizedInput):
     """Standardized channels, a linear layer, and the embedding of the type of a modality: D -> P."""
 
     def __init__(self, input_width: int, width: int) -> None:
-        super().__init__()
-        self.mean: Tensor
-        self.scale: Tensor
-        self.register_buffer("mean", torch.zeros(input_width))
-        self.register_buffer("scale", torch.ones(input_width))
+        super().__init__(input_width)
         self.linear = nn.Linear(input_width, width)
         self.type_embedding = nn.Parameter(torch.randn(width) * 0.02)
-
-    def standardize(self, values_ND: Tensor) -> None:
-        """Set the mean and the standard deviation of each channel to those of some vectors."""
-        deviation_D, mean_D = torch.std_mean(values_ND.float(), dim=0, correction=0)
-        self.mean, self.scale = mean_D, 1 / deviation_D.clamp(min=1e-5)
 
     def forward(self, values: Tensor) -> Tensor:
         """Map vectors to the width of the transformer: (…, D) -> (…, P)."""
