@@ -3,13 +3,18 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from embedcache.cli.console import open_progress, print_line
+from embedcache.errors import EmbedcacheError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import replacing, write_atomic
+from embedcache.processes import num_cores, run_processes
+from embedcache.progress import Progress
 from embedcache.settings import to_flat
 from embedcache.sources import open_source
 from embedcache.train.data import TrainData
@@ -73,3 +78,23 @@ def write_markdown_page(path: Path, title: str, before: Sequence[str], figure: F
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
+
+
+def run_parallel(steps: Sequence[tuple[Any, ...]]) -> None:
+    """Run steps, each a function and its arguments, in as many processes as there are cores, one thread each.
+
+    Each process has every n-th step.
+    """
+    progress, count = open_progress(), min(num_cores(), len(steps))
+    tasks = [steps[number::count] for number in range(count)]
+    if count == 1:
+        _run_all(tasks[0], progress)
+    elif run_processes(_run_all, tasks, progress)[1]:
+        raise EmbedcacheError("a process died; what is finished is kept: rerun the same command")
+
+
+def _run_all(steps: Sequence[tuple[Any, ...]], progress: Progress) -> None:
+    torch.set_num_threads(1)
+    for step, *arguments in steps:
+        step(*arguments)
+        progress.note(" ".join([step.__name__, *map(str, arguments[:1])]))

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from embedcache.cli.console import print_table
+from pipelines.common import run_parallel
 from pipelines.perceiver.results import PRETRAINED, Results, answer_table, pretraining_table, write_pages
 from pipelines.perceiver.runs import (
     BLIND_ANSWERS,
@@ -29,7 +30,6 @@ from pipelines.perceiver.runs import (
 )
 from pipelines.perceiver.steps import make_data
 from pipelines.perceiver.tasks import CACHES, TINY, Size
-from pipelines.speech.steps import run_parallel
 
 
 def main() -> None:

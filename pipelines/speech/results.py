@@ -37,6 +37,7 @@ class Result:
         model: name of the model, decoder and streams, such as `audio only`.
         test_set: name of the test set.
         seed: random seed of its training.
+        weights: SHA-256 of its weights.
         cluster_noun: what the clusters of words are, such as `recordings`.
         clusters_M: cluster of each word.
         references: transcripts.
@@ -47,6 +48,7 @@ class Result:
     model: str
     test_set: str
     seed: int
+    weights: str
     cluster_noun: str
     clusters_M: Ints
     references: Sequence[str]
@@ -54,12 +56,13 @@ class Result:
     hypotheses: Mapping[str, Sequence[str]]
 
     @classmethod
-    def of(cls, report: SpeechReport, *, model: str, test_set: str, seed: int) -> "Result":
+    def of(cls, report: SpeechReport, *, model: str, test_set: str, seed: int, weights: str) -> "Result":
         """Return the result that a report holds."""
         return cls(
             model=model,
             test_set=test_set,
             seed=seed,
+            weights=weights,
             cluster_noun=report.clusters.noun,
             clusters_M=report.clusters.numbers_M,
             references=report.references,

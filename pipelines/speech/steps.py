@@ -8,21 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from embedcache.cli.console import open_progress
 from embedcache.dataset.inputs import PLAIN
 from embedcache.derive.derive import derive_from_run
 from embedcache.derive.stacks import fit_stacks
-from embedcache.errors import EmbedcacheError
 from embedcache.evaluate.speech import evaluate_speech
 from embedcache.evaluate.utterances import open_for_run, shuffle_videos
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.networks.saved import read_module_config
 from embedcache.networks.settings import DecodingSettings
-from embedcache.processes import num_cores, run_processes
-from embedcache.progress import Progress
-from embedcache.projectors.saved import config_path
 from embedcache.settings import from_flat
 from embedcache.sources import open_source
 from embedcache.sources.media import decode_video
@@ -189,7 +184,7 @@ class Runs:
         self._train_stream("video", "video", self._lips_recipe(), init_from=starts)
         self._derive_states("video", (PLAIN,))
 
-    def train_fusion(self, name: str, variant: Variant, progress: Progress | None = None) -> Path:
+    def train_fusion(self, name: str, variant: Variant) -> None:
         """Train a fusion that starts from both runs, complete and with their encoders frozen, on their states."""
         recipe = SpeechRecipe(
             model={**self._model("fusion"), "fusion": variant.kind, "fusion_layers": 2},
@@ -199,18 +194,17 @@ class Runs:
         sources = {**dict.fromkeys(ENCODERS, ""), **dict.fromkeys(READOUTS, variant.readouts)}
         starts = tuple(f"{part}={self.path(run or part)}" for part, run in sources.items() if run is not None)
         settings = self._settings("fusion", init_from=starts, trainable=PARTS)
-        if not config_path(self.path(name)).is_file():
-            data = [self._utterances(part, ENCODERS) for part in ("train", "valid")]
-            states = (self._states("train"), self._states("valid"))
-            train_speech(data[0], data[1], self.path(name), recipe, settings, states=states, progress=progress)
-        return self.path(name)
+        data = [self._utterances(part, ENCODERS) for part in ("train", "valid")]
+        states = (self._states("train"), self._states("valid"))
+        train_speech(data[0], data[1], self.path(name), recipe, settings, states=states)
 
     def evaluate(self, name: str, asked: "Question") -> Result:
-        """Recognize a test set, unless the result is there already."""
-        path = self.folder / "results" / f"{asked.file_name}.json"
-        if path.is_file():
-            return Result.read(path)
-        run, cache = self.path(name), Cache(self.caches[asked.test_set])
+        """Recognize a test set, unless the result of these weights is there already."""
+        path, run = self.folder / "results" / f"{asked.file_name}.json", self.path(name)
+        weights = read_module_config(run).weights_digest
+        if path.is_file() and (found := Result.read(path)).weights == weights:
+            return found
+        cache = Cache(self.caches[asked.test_set])
         utterances = open_for_run(cache, run, views=asked.views, streams=asked.streams)
         report = evaluate_speech(
             run,
@@ -220,7 +214,7 @@ class Runs:
             decoding=asked.decoding,
             videos_of=shuffle_videos(utterances, seed=self.seed) if asked.is_shuffled else None,
         )
-        result = Result.of(report, model=asked.model, test_set=asked.test_set, seed=self.seed)
+        result = Result.of(report, model=asked.model, test_set=asked.test_set, seed=self.seed, weights=weights)
         path.parent.mkdir(parents=True, exist_ok=True)
         result.write(path)
         return result
@@ -291,23 +285,3 @@ TINY = Size(
     num_fitted=8,
 )
 """For tests: everything runs, nothing is learned."""
-
-
-def run_parallel(steps: Sequence[tuple[Any, ...]]) -> None:
-    """Run steps, each a method of `Runs` and its arguments, in as many processes as there are cores, one thread each.
-
-    Each process has every n-th step.
-    """
-    progress, count = open_progress(), min(num_cores(), len(steps))
-    tasks = [steps[number::count] for number in range(count)]
-    if count == 1:
-        _run_all(tasks[0], progress)
-    elif run_processes(_run_all, tasks, progress)[1]:
-        raise EmbedcacheError("a process died; what is finished is kept: rerun the same command")
-
-
-def _run_all(steps: Sequence[tuple[Any, ...]], progress: Progress) -> None:
-    torch.set_num_threads(1)
-    for step, *arguments in steps:
-        step(*arguments)
-        progress.note(" ".join([step.__name__, *map(str, arguments[:1])]))

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines import avsr
+from pipelines.common import run_parallel
 from pipelines.speech.models import AUDIO, FUSION, VIDEO, questions
-from pipelines.speech.results import Results
-from pipelines.speech.steps import TEST_VIEWS, TINY, Runs, Size, run_parallel
+from pipelines.speech.results import Result, Results
+from pipelines.speech.steps import TEST_VIEWS, TINY, Runs, Size
 from tests.pipelines.test_talking import HAS_ESPEAK, HAS_FLITE, HAS_RECORDINGS
 
 
@@ -60,6 +62,11 @@ def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     asked = questions(AUDIO, ("A", "R"))
     run_parallel([(runs.evaluate, *question) for question in asked])  # in as many processes as there are cores
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+    path = runs.folder / "results" / "audio-A.json"  # of other weights: recognized again
+    path.write_text(path.read_text().replace(results.seeds(AUDIO, "A")[0].weights, "0" * 64))
+    runs = replace(runs, caches={"A": tmp_path / "caches" / "A"})
+    again = runs.evaluate(*questions(AUDIO, ("A",))[0])
+    assert again.weights == Result.read(path).weights == results.seeds(AUDIO, "A")[0].weights
 
 
 def test_full_size_trains_longer_than_it_aligns() -> None:

@@ -65,6 +65,7 @@ def make_result(model: str, rates: tuple[float, ...], *, test_set: str = "A", se
         model=model,
         test_set=test_set,
         seed=seed,
+        weights="",
         cluster_noun="recordings",
         clusters_M=np.searchsorted(np.sort(LETTERS), words.ravel()),
         references=references,
