@@ -1,9 +1,5 @@
 """The pipeline of audio-visual speech recognition, from the world to its page."""
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,36 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines import avsr
 from pipelines.common import run_parallel
 from pipelines.speech.models import AUDIO, FUSION, VIDEO, questions
 from pipelines.speech.results import Result, Results
 from pipelines.speech.steps import TEST_VIEWS, TINY, Runs, Size
+from tests.pipelines.one_core import run_tiny
 from tests.pipelines.test_talking import HAS_ESPEAK, HAS_FLITE, HAS_RECORDINGS
-
-
-def run(folder: Path) -> None:
-    """Run the pipeline on one core, in this process: every process of its own would import PyTorch again."""
-    with pytest.MonkeyPatch.context() as patch, one_core():
-        patch.setattr(sys, "argv", ["avsr", str(folder), "--tiny"])
-        avsr.main()
-
-
-@contextmanager
-def one_core() -> Iterator[None]:
-    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, {max(cores)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (HAS_ESPEAK and HAS_FLITE and HAS_RECORDINGS), reason="needs the packages of .ci/run")
 def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
-    run(tmp_path)
+    run_tiny("avsr", tmp_path)
     page = (tmp_path / "avsr.html").read_text()
     for words in ("What is synthetic", "nothing here estimates an error rate on LRS2"):
         assert words in page
@@ -58,7 +36,7 @@ def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
         assert encoder
         assert all(torch.equal(own[key], fused[key]) for key in encoder)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in {".json", ".safetensors"}}
-    run(tmp_path)
+    run_tiny("avsr", tmp_path)
     asked = questions(AUDIO, ("A", "R"))
     run_parallel([(runs.evaluate, *question) for question in asked])  # in as many processes as there are cores
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())

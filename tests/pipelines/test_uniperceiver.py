@@ -1,7 +1,6 @@
 """The pipeline of one likelihood for every task: its results over seeds, and all of it from the data to its page."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 
 from embedcache.errors import DataError
 from embedcache.evaluate.likelihood import SHUFFLED, Measured
-from pipelines import uniperceiver
 from pipelines.perceiver.results import (
     PRETRAINED,
     ZERO_SHOT,
@@ -23,7 +21,7 @@ from pipelines.perceiver.runs import BLIND_ANSWERS, MEASURED, PROBES, TUNINGS, R
 from pipelines.perceiver.steps import Data
 from pipelines.perceiver.tasks import TINY
 from pipelines.worlds.label_sets import FASHION_FOLDER
-from tests.pipelines.test_avsr import one_core
+from tests.pipelines.one_core import run_tiny
 from tests.pipelines.test_texts import HAS_LETTERS
 
 
@@ -85,20 +83,13 @@ def test_seeds_are_compared_on_the_same_items() -> None:
         results.seeds("blind", "q")
 
 
-def run(folder: Path) -> None:
-    """Run the pipeline on one core, in this process."""
-    with pytest.MonkeyPatch.context() as patch, one_core():
-        patch.setattr(sys, "argv", ["uniperceiver", str(folder), "--tiny"])
-        uniperceiver.main()
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (HAS_LETTERS and FASHION_FOLDER.is_dir() and importlib.util.find_spec("easy_vqa")),
     reason="needs easy-vqa and the packages of .ci/run",
 )
 def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
-    run(tmp_path)
+    run_tiny("uniperceiver", tmp_path)
     assert "What cannot be concluded" in (tmp_path / "uniperceiver.html").read_text()
     page = (tmp_path / "uniperceiver.md").read_text()
     results, (fraction,) = Results.read(tmp_path), TINY.fractions
@@ -121,7 +112,7 @@ def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     check_pooled(runs)
 
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in {".json", ".safetensors"}}
-    run(tmp_path)
+    run_tiny("uniperceiver", tmp_path)
     kept = {path for path in made if path.stat().st_mtime_ns == made[path] and "seed0" in path.parts}
     assert kept == {path for path in made if "seed0" in path.parts}
 
