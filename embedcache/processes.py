@@ -1,4 +1,4 @@
-"""Cores, worker processes and Ray: everything that decides where Python code runs on this machine or a cluster."""
+"""Cores, threads, worker processes and Ray: all that decides where Python code runs, on this machine or a cluster."""
 
 import math
 import multiprocessing
@@ -6,8 +6,9 @@ import os
 import signal
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing.connection import Connection, wait
@@ -42,6 +43,23 @@ def cgroup_cores(root: Path) -> int | None:
         return math.ceil(int(quota) / int(period)) if int(quota) > 0 else None
     except (OSError, ValueError):  # there are no control groups, or the quota is "max"
         return None
+
+
+def prefetch_map(
+    executor: Executor, function: Callable[[T], R], items: Iterable[T], *, window: int
+) -> Generator[R, None, None]:
+    """Yield results in order, with up to `window` calls running or waiting to be consumed."""
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(executor.submit(function, item))
+            if len(waiting) >= window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def run_processes(

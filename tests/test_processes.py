@@ -2,12 +2,14 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from embedcache.errors import SettingError
-from embedcache.processes import _MergedProgress, cgroup_cores, num_cores, run_processes
+from embedcache.processes import _MergedProgress, cgroup_cores, num_cores, prefetch_map, run_processes
 from embedcache.progress import Progress
 from tests.recorded import RecordedProgress
 
@@ -95,6 +97,21 @@ def test_repeated_items_do_not_exceed_the_total() -> None:
     merged.end(0)  # it died, and the other process repeats its chunk
     merged.advance(1, "images", 10)
     assert shown.counts == {"images": 10}
+
+
+def test_results_of_threads_are_in_order() -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for number in range(6):
+            taken.append(number)
+            yield number
+
+    with ThreadPoolExecutor(2) as executor:
+        found = prefetch_map(executor, lambda number: number**2, items(), window=3)
+        assert next(found) == 0
+        assert taken == [0, 1, 2]
+        assert list(found) == [1, 4, 9, 16, 25]
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 Most models of speech were trained without a mask, and padding changes what they compute. So nothing is padded: a long
 recording is cut into windows, and windows of one length share a batch. The batch size does not change the output by
 more than float32 rounding, 2e-5 of values of about 1. Tokens are converted and joined window by window, so that a long
-recording needs the memory of its features and of one forward pass.
+recording needs the memory of its features and of the forward passes that run at once, one in most families.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import gcd, prod
 from typing import Any
@@ -19,6 +20,7 @@ from embedcache.encoders.backends import Graph, torch_device
 from embedcache.encoders.base import Fingerprint, ItemShape, Modality
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError
+from embedcache.processes import prefetch_map
 from embedcache.registry import unknown_name
 
 SAMPLE_RATE_HZ = 16_000
@@ -27,6 +29,8 @@ INPUT = "inputs"
 """Name of an audio model's input."""
 WINDOW_S = 30
 """Length of the windows that longer recordings are cut into."""
+
+_WINDOWS_PER_BLOCK = 40  # 38 MB or more: glibc returns blocks above 32 MB
 
 
 class AudioEncoder:
@@ -43,6 +47,7 @@ class AudioEncoder:
         min_samples: samples of the shortest recording that gives one token.
         long_window: size of an input that runs alone on a CPU, where several of them at once need much more memory and
             are hardly faster; None: all share batches.
+        num_parallel: batches that the graph runs at once, each called from a thread of its own.
         axis: of the tokens.
         num_tokens: model input -> number of tokens that belong to the recording, not to padding; None for vectors.
         fingerprint: of the model; backend and precision are filled in by the caller.
@@ -59,6 +64,7 @@ class AudioEncoder:
         outputs: Mapping[str, ItemShape],
         min_samples: int,
         long_window: int | None = None,
+        num_parallel: int = 1,
         axis: Axis | None = None,
         num_tokens: Callable[[Array], int] | None = None,
         fingerprint: Fingerprint,
@@ -69,9 +75,10 @@ class AudioEncoder:
         self.features: Mapping[str, ItemShape] = dict(_features(outputs))
         self.axes = {name: axis for name, shape in self.features.items() if axis is not None and shape[0] == -1}
         is_on_cpu = torch_device(settings.device).type == "cpu"
-        on_cpu, on_gpu = 8, 32
+        on_cpu, on_gpu = max(8, 2 * num_parallel), 32
         self.batch_size = settings.batch_size or (on_cpu if is_on_cpu else on_gpu)
         self._long_window = long_window if is_on_cpu and settings.batch_size is None else None
+        self._num_parallel, self._threads = num_parallel, ThreadPoolExecutor(num_parallel, "audio")
         self.fingerprint = fingerprint
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
@@ -80,47 +87,75 @@ class AudioEncoder:
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Compute the named features of one batch: name -> one float32 array per item, (D,) or (T, D)."""
-        return self.encode_cast(prepared, names, lambda _, tokens_TD: tokens_TD)
+        return self.encode_cast(list(prepared), names, lambda _, tokens_TD: tokens_TD)
 
     def encode_cast(
-        self, prepared: Sequence[Array], names: Sequence[str], cast: Callable[[str, Array], Array]
+        self, prepared: list[Array], names: Sequence[str], cast: Callable[[str, Array], Array]
     ) -> dict[str, list[Array]]:
         """Compute features as `encode` does, with the tokens of each window converted as soon as they are computed.
 
-        Memory: the features as returned, and the float32 outputs of one forward pass.
+        Memory: the features as returned, the windows that are not encoded yet, the forward passes that run at once, and
+        the float32 outputs of one more.
 
         Args:
+            prepared: emptied, so that windows need no memory any more once they are encoded.
             cast: name of a feature, (T, D) float32 -> (T, D) of any dtype.
         """
         for name in names:
             if name not in self.features:
                 raise unknown_name("feature", name, self.features)
-        windows = [self._split(inputs) for inputs in prepared]
         joins: dict[str, list[_TokenJoin | _MeanJoin]] = {
             name: [self._join(name, inputs, cast) for inputs in prepared] for name in names
         }
-        items = [item for item, parts in enumerate(windows) for _ in parts]
+        items, windows = self._take_windows(prepared)
         sources = sorted({_source(name) for name in names})
-        for number, outputs in self._run([window for parts in windows for window in parts], sources):
+        for number, outputs in self._run(windows, sources):
             for name in names:
                 joins[name][items[number]].add(outputs[_source(name)])
         return {name: [join.result() for join in joins[name]] for name in names}
 
-    def _run(self, windows: Sequence[Array], names: Sequence[str]) -> Iterator[tuple[int, dict[str, Floats]]]:
+    def _take_windows(self, prepared: list[Array]) -> tuple[list[int], list[Array]]:
+        """Empty a list of model inputs; return the number of the item of each window, and the windows."""
+        items, windows = list[int](), list[Array]()
+        for item in range(len(prepared)):
+            parts = _copy_windows(self._split(prepared.pop(0)))
+            items += [item] * len(parts)
+            windows += parts
+        return items, windows
+
+    def _run(self, windows: list[Array], names: Sequence[str]) -> Iterator[tuple[int, dict[str, Floats]]]:
         """Run the graph on windows of any lengths, those of one length together; yield the outputs of each window.
 
         The longest come first, so that the windows of a recording, of which the last may be shorter, come in order.
+        Each is removed from the list when it runs.
         """
+
+        def run(numbers: Sequence[int]) -> dict[str, Floats]:
+            batch = np.stack([windows[number] for number in numbers])
+            for number in numbers:
+                windows[number] = np.empty(0)
+            return self._graph({INPUT: batch}, names)
+
+        batches = list(self._batches([window.shape for window in windows]))
+        if self._num_parallel == 1:
+            results: Iterator[dict[str, Floats]] = map(run, batches)
+        else:
+            results = prefetch_map(self._threads, run, batches, window=self._num_parallel + 1)
+        for numbers, found in zip(batches, results, strict=True):
+            for row, number in enumerate(numbers):
+                yield number, {name: found[name][row] for name in names}
+
+    def _batches(self, shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+        """Iterate over the batches of windows of some shapes; those of one shape are divided among the threads."""
         numbers: dict[tuple[int, ...], list[int]] = {}
-        for number, window in enumerate(windows):
-            numbers.setdefault(window.shape, []).append(number)
+        for number, shape in enumerate(shapes):
+            numbers.setdefault(shape, []).append(number)
         for shape in sorted(numbers, key=prod, reverse=True):
+            same = numbers[shape]
             is_alone = self._long_window is not None and prod(shape) >= self._long_window
-            for batch in blocks(len(numbers[shape]), 1 if is_alone else self.batch_size):
-                same = numbers[shape][batch]
-                found = self._graph({INPUT: np.stack([windows[number] for number in same])}, names)
-                for row, number in enumerate(same):
-                    yield number, {name: found[name][row] for name in names}
+            size = 1 if is_alone else min(self.batch_size, -(-len(same) // self._num_parallel))
+            for batch in blocks(len(same), size):
+                yield same[batch]
 
     def _join(self, name: str, inputs: Array, cast: Callable[[str, Array], Array]) -> "_TokenJoin | _MeanJoin":
         num_tokens = None if self._num_tokens is None else self._num_tokens(inputs)
@@ -170,6 +205,23 @@ class _MeanJoin:
         """Return the mean, (D,)."""
         assert self._sum_D is not None
         return self._sum_D / np.float32(self._count)
+
+
+def _copy_windows(windows: Sequence[Array]) -> list[Array]:
+    """Copy the windows of a long recording, so that the whole is not kept until the last one is encoded.
+
+    They are copied in blocks, which glibc returns to the system when they are freed, as it does not with single ones.
+    """
+    if len(windows) == 1:
+        return list(windows)
+    copies: list[Array] = []
+    for rows in blocks(len(windows), _WINDOWS_PER_BLOCK):
+        block, stop = np.empty(sum(window.size for window in windows[rows]), windows[0].dtype), 0
+        for window in windows[rows]:
+            start, stop = stop, stop + window.size
+            copies.append(block[start:stop].reshape(window.shape))
+            copies[-1][:] = window
+    return copies
 
 
 def check_audio(item: Any, min_samples: int) -> Floats:

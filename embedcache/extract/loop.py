@@ -1,10 +1,9 @@
 """The extraction loop: chunk by chunk, items are loaded ahead on threads while the encoders run, then committed."""
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from math import log2
@@ -17,6 +16,7 @@ from embedcache.arrays import Array
 from embedcache.errors import ItemError, SettingError
 from embedcache.extract.feature_writer import ChunkTask, FeatureWriter
 from embedcache.modalities import MODALITIES, Modality
+from embedcache.processes import prefetch_map
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Source
 from embedcache.store.cache import Cache
@@ -76,18 +76,23 @@ def _encode_file_chunks(
 
     items_of = partial(cache.items, modality.name)
     task_items = ((task, item) for task in tasks for item in _file_items(items_of(chunk=task.chunk)))
-    with closing(_prefetch_map(executor, load, task_items, window=modality.num_ahead)) as stream:
+    with closing(prefetch_map(executor, load, task_items, window=modality.num_ahead)) as stream:
         for task, group in groupby(stream, key=itemgetter(0)):
             num_items = cache.info.count_items(modality.name, [task.chunk])
             buffers = [BatchBuffer(writer, names, num_items) for writer, names in task.missing.items()]
             loaded = []
             for row, (_, item) in enumerate(group):
-                for buffer, inputs in zip(buffers, item.inputs, strict=True):
-                    if inputs is not None:
-                        buffer.add(row, inputs)
-                loaded.append(replace(item, inputs=()))
+                _add_item(buffers, row, item)
+                loaded.append(replace(item, inputs=[]))
+                item.inputs.clear()  # the last item stays referenced while the chunk is committed
                 progress.advance(1)
             commit(task, buffers, loaded)
+
+
+def _add_item(buffers: "Sequence[BatchBuffer]", row: int, item: "LoadedItem") -> None:
+    for buffer, inputs in zip(buffers, item.inputs, strict=True):
+        if inputs is not None:
+            buffer.add(row, inputs)
 
 
 def _encode_text_chunks(
@@ -105,7 +110,7 @@ def _encode_text_chunks(
     def load(task: ChunkTask) -> tuple[ChunkTask, list[LoadedItem]]:
         return task, _load_texts(cache.items("text", chunk=task.chunk), list(task.missing))
 
-    with closing(_prefetch_map(executor, load, tasks, window=2)) as stream:
+    with closing(prefetch_map(executor, load, tasks, window=2)) as stream:
         for task, loaded in stream:
             buffers = [BatchBuffer(writer, names, len(loaded)) for writer, names in task.missing.items()]
             for number, buffer in enumerate(buffers):
@@ -126,7 +131,7 @@ class LoadedItem:
 
     hash: bytes | None
     failures: Sequence[str | None]
-    inputs: Sequence[Array | None] = ()
+    inputs: list[Array | None] = field(default_factory=list)
 
 
 def load_items(
@@ -190,23 +195,6 @@ def _load_texts(table: pa.Table, writers: Sequence[FeatureWriter]) -> list[Loade
         )
         for text in texts
     ]
-
-
-def _prefetch_map(
-    executor: Executor, function: Callable[[T], R], items: Iterable[T], *, window: int
-) -> Generator[R, None, None]:
-    """Yield results in order, with up to `window` calls running or waiting to be consumed."""
-    waiting: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            waiting.append(executor.submit(function, item))
-            if len(waiting) >= window:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 class BatchBuffer:

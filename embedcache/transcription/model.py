@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedcache.arrays import Array, Floats, Ints
+from embedcache.arrays import Array, Ints
 from embedcache.axis import Axis
 from embedcache.encoders.backends import torch_device
 from embedcache.encoders.base import Encoder
@@ -176,40 +176,48 @@ class SpeechModel:
     def _transcribe_windows(
         self, clips: Sequence[Clip], settings: TranscribeSettings
     ) -> Iterator[tuple[int, Transcript]]:
-        batch: list[_EncodedWindow] = []
+        batch: list[_PreparedWindow] = []
         for number, clip in enumerate(clips):
             step_s = self._step_s(clip.streams[0])
             for window in iter_windows(clip, window_s=self._window_s(settings), step_s=step_s):
-                encoded = _EncodedWindow(number, window.start_s, window.stop_s, self._encode(clip, window))
-                if batch and (len(batch) == _WINDOWS_PER_BATCH or batch[0].features.keys() != encoded.features.keys()):
+                prepared = _PreparedWindow(number, window.start_s, window.stop_s, self._prepare(clip, window))
+                if batch and (len(batch) == _WINDOWS_PER_BATCH or batch[0].streams.keys() != prepared.streams.keys()):
                     yield from self._recognize(batch, settings)
                     batch = []
-                batch.append(encoded)
+                batch.append(prepared)
         yield from self._recognize(batch, settings) if batch else ()
 
-    def _encode(self, clip: Clip, window: Window) -> dict[str, Floats]:
-        features: dict[str, Floats] = {}
+    def _prepare(self, clip: Clip, window: Window) -> dict[str, Array]:
+        """Prepare the sound, and encode the frames, which take far more memory than their features."""
+        prepared: dict[str, Array] = {}
         for stream, item in window.items.items():
-            encoder, name = self._encoder(stream), self._feature_name(stream)
             try:
-                (features[stream],) = encoder.encode(encoder.prepare([item]), [name])[name]
+                (inputs,) = self._encoder(stream).prepare([item])
             except ItemError as error:
                 raise DataError(f"{clip.name}: {error}") from error
-        return features
+            prepared[stream] = inputs if stream == "audio" else self._encode(stream, [inputs])[0]
+        return prepared
+
+    def _encode(self, stream: str, inputs: Sequence[Array]) -> list[Array]:
+        name = self._feature_name(stream)
+        return self._encoder(stream).encode(inputs, [name])[name]
 
     @torch.inference_mode()
     def _recognize(
-        self, batch: "Sequence[_EncodedWindow]", settings: TranscribeSettings
+        self, batch: "Sequence[_PreparedWindow]", settings: TranscribeSettings
     ) -> list[tuple[int, Transcript]]:
+        features = {name: [window.streams[name] for window in batch] for name in batch[0].streams}
+        if "audio" in features:
+            features["audio"] = self._encode("audio", features["audio"])
         with _few_threads(self._network):
-            return list(self._find_transcripts(batch, settings))
+            return list(self._find_transcripts(batch, features, settings))
 
     def _find_transcripts(
-        self, batch: "Sequence[_EncodedWindow]", settings: TranscribeSettings
+        self, batch: "Sequence[_PreparedWindow]", features: Mapping[str, Sequence[Array]], settings: TranscribeSettings
     ) -> Iterator[tuple[int, Transcript]]:
         streams = {
-            name: self._pad([stack_frames(window.features[name], self._network.stacks[name]) for window in batch])
-            for name in batch[0].features
+            name: self._pad([stack_frames(item_TD, self._network.stacks[name]) for item_TD in items])
+            for name, items in features.items()
         }
         encoded = self._network.encode(streams)
         found = recognize(self._network, encoded, settings.decoding)
@@ -226,7 +234,7 @@ class SpeechModel:
             yield window.number, transcript
 
     def _find_words(
-        self, log_probs_TC: Tensor, symbols_L: Ints, window: "_EncodedWindow", step_s: float
+        self, log_probs_TC: Tensor, symbols_L: Ints, window: "_PreparedWindow", step_s: float
     ) -> list[WordTime]:
         start_s, stop_s = window.start_s, window.stop_s
         is_trained = self.config.training.get("ctc_weight", CTC_WEIGHT) > 0
@@ -289,18 +297,18 @@ class SpeechModel:
                 )
 
 
-class _EncodedWindow(NamedTuple):
-    """The features of a window of the recording of a number, without its samples and frames."""
+class _PreparedWindow(NamedTuple):
+    """A window of the recording of a number: what the encoder of its sound takes, and the features of its frames."""
 
     number: int
     start_s: float
     stop_s: float
-    features: Mapping[str, Floats]
+    streams: Mapping[str, Array]
 
 
 @contextmanager
 def _few_threads(network: SpeechNetwork) -> Iterator[None]:
-    """Use one thread for a small network: its products are over before others join in. CTranslate2 sets all of them."""
+    """Use one thread for a small network: its products are over before others join in."""
     before = torch.get_num_threads()
     if sum(value.numel() for value in network.parameters()) < _SMALL_NETWORK:
         torch.set_num_threads(1)

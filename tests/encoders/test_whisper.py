@@ -3,17 +3,22 @@
 import shutil
 import sys
 import tracemalloc
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
 import torch
 
-from embedcache.encoders.audio import AudioEncoder
+from embedcache.arrays import Array, Floats
+from embedcache.encoders.audio import INPUT, AudioEncoder
+from embedcache.encoders.base import Backend, Fingerprint
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.whisper import log_mel, mel_filters
 from embedcache.errors import CorruptError, ItemError, MissingExtraError, PathError, SettingError, UnknownNameError
+from embedcache.processes import num_cores
 from embedcache.testing.encoders import TOLERANCE, AudioEncoderContract, example_audio
 from tests.encoders.checkpoints import save_whisper
 
@@ -95,15 +100,61 @@ def test_long_recording_is_cut_into_windows(whisper: Path) -> None:
 def test_long_recording_never_exists_as_float32_states(whisper: Path) -> None:
     encoder = open_encoder(f"whisper:{whisper / 'ctranslate2'}", modality="audio")
     assert isinstance(encoder, AudioEncoder)
-    (mel,) = prepared = encoder.prepare([np.tile(example_audio()[3], 138)[: 180 * 16_000]])
-    expected = encoder.encode(prepared, ["states", "mean"])
+    audio = np.tile(example_audio()[3], 138)[: 180 * 16_000]
+    expected = encoder.encode(encoder.prepare([audio]), ["states", "mean"])
+    prepared = encoder.prepare([audio])
+    num_bytes = prepared[0].nbytes
     tracemalloc.start()
     found = encoder.encode_cast(prepared, ["states", "mean"], lambda _, tokens_TD: tokens_TD.astype(np.float16))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < found["states"][0].nbytes + 1.5 * mel.nbytes / 6  # one window of six at a time
+    assert not prepared
+    num_windows = 6 + num_cores() + 0.5  # all of them, and one per core
+    assert peak < found["states"][0].nbytes + num_windows * num_bytes / 6
     np.testing.assert_array_equal(found["states"][0], expected["states"][0].astype(np.float16))
     np.testing.assert_array_equal(found["mean"][0], expected["states"][0].mean(axis=0))
+
+
+def test_opening_leaves_the_threads_of_torch(whisper: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        open_encoder(f"whisper:{whisper / 'ctranslate2'}", modality="audio")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+class PairedGraph:
+    """A graph whose batches each wait until a second one runs."""
+
+    backend: Backend = "ctranslate2"
+
+    def __init__(self) -> None:
+        self._second = Barrier(2)
+
+    def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
+        self._second.wait(timeout=20)
+        return dict.fromkeys(names, inputs[INPUT][:, :, None])
+
+
+@pytest.mark.parametrize("lengths", [[7, 3, 5, 4], [4, 4, 4, 4]])
+def test_windows_of_any_lengths_run_at_once(lengths: Sequence[int]) -> None:
+    encoder = AudioEncoder(
+        PairedGraph(),
+        prepare=np.asarray,
+        split=lambda audio_N: [audio_N],
+        outputs={"states": (-1, 1)},
+        min_samples=1,
+        num_parallel=2,
+        num_tokens=len,
+        fingerprint=Fingerprint(family="own", model="paired", weights="", preprocessing={}, pooling={}),
+        settings=EncoderSettings(),
+    )
+    items = [np.arange(length, dtype=np.float32) + 10 * number for number, length in enumerate(lengths)]
+    found = encoder.encode(encoder.prepare(items), ["states"])["states"]
+    for states, item in zip(found, items, strict=True):
+        np.testing.assert_array_equal(states[:, 0], item)
 
 
 def test_log_mel_needs_little_more_memory_than_the_spectrogram() -> None:
