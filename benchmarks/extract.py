@@ -294,11 +294,17 @@ class _Clock:
     def advance(self, count: int) -> None:
         pass
 
+    def describe(self, state: str) -> None:
+        pass
+
     def finish(self) -> None:
         self.rate = self._total / (time.perf_counter() - self._started)
 
     def note(self, line: str) -> None:
         pass
+
+    def part(self, name: str = "") -> "_Clock":
+        return self
 
 
 MAX_DRIFT = 1e-3

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from embedcache.errors import EmbedcacheError
-from embedcache.progress import Progress
+from embedcache.progress import Progress, join_names
 from embedcache.registry import require
 
 T = TypeVar("T")
@@ -77,8 +77,9 @@ def run_processes(
     Args:
         work: function of a module; the tasks and its results must be picklable.
         tasks: one per process.
-        progress: shows the progress of all processes together.
-        steps: names of the steps that a process may start, in order; a process may skip some of them.
+        progress: shows the progress of all processes.
+        steps: names of the steps that a process may start, in order, shown as one for all processes; a process may skip
+            some of them. Without names each process has steps of its own, which are shown side by side.
         is_split: whether each process reports the total of its own part of a step; otherwise they share one total.
 
     Returns:
@@ -96,8 +97,9 @@ def run_processes(
         process.start()
         sender.close()
         processes[receiver] = process
+    merged = _MergedProgress(progress, processes, steps, is_split=is_split) if steps else _Parts(progress, processes)
     try:
-        return _collect(list(processes), _MergedProgress(progress, processes, steps, is_split=is_split))
+        return _collect(list(processes), merged)
     finally:
         for process in processes.values():
             process.terminate()
@@ -116,7 +118,7 @@ def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection) -> N
         pipe.send(("bug", traceback.format_exc()))
 
 
-def _collect(pipes: list[Connection], progress: "_MergedProgress") -> tuple[list[Any], int]:
+def _collect(pipes: list[Connection], progress: "_MergedProgress | _Parts") -> tuple[list[Any], int]:
     results, num_died = [], 0
     while pipes:
         for pipe in wait(pipes):
@@ -142,27 +144,60 @@ def _collect(pipes: list[Connection], progress: "_MergedProgress") -> tuple[list
 class _PipeProgress:
     """Progress that is sent to the parent process, a few times per second."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-        self._step = ""
+    def __init__(self, pipe: Connection, name: str = "") -> None:
+        self._pipe, self._name = pipe, name
+        self._step = self._state = ""
         self._count = 0
         self._last_s = 0.0
 
     def start(self, what: str, total: int, unit: str) -> None:
-        self._step = what
-        self._pipe.send(("start", what, total, unit))
+        self._step, self._state = join_names(self._name, what), ""
+        self._pipe.send(("start", self._step, total, unit))
 
     def advance(self, count: int) -> None:
         self._count += count
         if time.monotonic() - self._last_s > _SECONDS_BETWEEN_REPORTS:
-            self.finish()
+            self._report()
+
+    def describe(self, state: str) -> None:
+        self._state = state
 
     def finish(self) -> None:
-        self._pipe.send(("advance", self._step, self._count))
-        self._count, self._last_s = 0, time.monotonic()
+        self._report()
+        self._pipe.send(("finish",))
 
     def note(self, line: str) -> None:
         self._pipe.send(("note", line))
+
+    def part(self, name: str = "") -> "_PipeProgress":
+        return _PipeProgress(self._pipe, join_names(self._name, name))
+
+    def _report(self) -> None:
+        self._pipe.send(("advance", self._step, self._count, self._state))
+        self._count, self._last_s = 0, time.monotonic()
+
+
+class _Parts:
+    """Progress of several processes, each of which has steps of its own."""
+
+    def __init__(self, progress: Progress, processes: Iterable[Any]) -> None:
+        self._progress, self._parts = progress, {process: progress.part() for process in processes}
+
+    def start(self, process: Any, step: str, total: int, unit: str) -> None:
+        self._parts[process].start(step, total, unit)
+
+    def advance(self, process: Any, _: str, count: int, state: str) -> None:
+        self._parts[process].describe(state)
+        self._parts[process].advance(count)
+
+    def finish(self, process: Any) -> None:
+        self._parts[process].finish()
+
+    def note(self, _: Any, line: str) -> None:
+        self._progress.note(line)
+
+    def end(self, process: Any) -> None:
+        self.finish(process)
 
 
 class _MergedProgress:
@@ -185,9 +220,14 @@ class _MergedProgress:
         self._units[step] = unit
         self._update()
 
-    def advance(self, _: Any, step: str, count: int) -> None:
+    def advance(self, _: Any, step: str, count: int, state: str = "") -> None:
         self._waiting[step] += count
         self._update()
+        if state and self._is_shown and step == self._steps[self._current]:
+            self._progress.describe(state)
+
+    def finish(self, process: Any) -> None:
+        """Do nothing: a step ends once the last process has left it."""
 
     def note(self, _: Any, line: str) -> None:
         self._progress.note(line)

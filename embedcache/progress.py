@@ -14,12 +14,20 @@ class Progress(Protocol):
         """Add `count` finished units."""
         ...
 
+    def describe(self, state: str) -> None:
+        """Set what is shown of the step beside the count, such as the epoch and the last loss."""
+        ...
+
     def finish(self) -> None:
         """End the step."""
         ...
 
     def note(self, line: str) -> None:
         """Report one line for the user."""
+        ...
+
+    def part(self, name: str = "") -> "Progress":
+        """Return the progress of one of several things that are done at once; its steps are shown after the name."""
         ...
 
 
@@ -32,8 +40,20 @@ class NullProgress:
     def advance(self, count: int) -> None:
         """Do nothing."""
 
+    def describe(self, state: str) -> None:
+        """Do nothing."""
+
     def finish(self) -> None:
         """Do nothing."""
 
     def note(self, line: str) -> None:
         """Do nothing."""
+
+    def part(self, name: str = "") -> "NullProgress":  # noqa: ARG002 - as in `Progress`
+        """Return this."""
+        return self
+
+
+def join_names(part: str, name: str) -> str:
+    """Return a name after that of the part it belongs to: `part: name`, or the one that is not empty."""
+    return f"{part}: {name}" if part and name else part or name

@@ -81,9 +81,10 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def run_parallel(steps: Sequence[tuple[Any, ...]]) -> None:
-    """Run steps, each a function and its arguments, in as many processes as there are cores, one thread each.
+    """Run steps in as many processes as there are cores, one thread each; each process has every n-th step.
 
-    Each process has every n-th step.
+    Args:
+        steps: methods of runs, which take `progress` and have a `folder` to be called after, and their arguments.
     """
     progress, count = open_progress(), min(num_cores(), len(steps))
     tasks = [steps[number::count] for number in range(count)]
@@ -96,5 +97,6 @@ def run_parallel(steps: Sequence[tuple[Any, ...]]) -> None:
 def _run_all(steps: Sequence[tuple[Any, ...]], progress: Progress) -> None:
     torch.set_num_threads(1)
     for step, *arguments in steps:
-        step(*arguments)
-        progress.note(" ".join([step.__name__, *map(str, arguments[:1])]))
+        name = " ".join([step.__self__.folder.name, step.__name__, *map(str, arguments[:1])])
+        step(*arguments, progress=progress.part(name))
+        progress.note(f"{name}: done")

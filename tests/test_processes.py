@@ -4,12 +4,22 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
 
 from embedcache.errors import SettingError
-from embedcache.processes import _MergedProgress, cgroup_cores, num_cores, prefetch_map, run_processes
+from embedcache.processes import (
+    _collect,
+    _MergedProgress,
+    _Parts,
+    _PipeProgress,
+    cgroup_cores,
+    num_cores,
+    prefetch_map,
+    run_processes,
+)
 from embedcache.progress import Progress
 from tests.recorded import RecordedProgress
 
@@ -97,6 +107,33 @@ def test_repeated_items_do_not_exceed_the_total() -> None:
     merged.end(0)  # it died, and the other process repeats its chunk
     merged.advance(1, "images", 10)
     assert shown.counts == {"images": 10}
+
+
+def test_processes_with_steps_of_their_own_are_parts() -> None:
+    shown = RecordedProgress()
+    pipes = [Pipe(duplex=False) for _ in range(2)]
+    for (_, sender), name in zip(pipes, ("sound", "lips"), strict=True):
+        progress = _PipeProgress(sender)
+        step = progress.part(name)
+        step.start("training", 3, "utterances")
+        step.describe(f"loss of {name}")
+        step.advance(1)
+        step.advance(2)
+        step.finish()
+        progress.note(f"{name}: done")
+        sender.send(("result", name))
+    receivers = [receiver for receiver, _ in pipes]
+    assert _collect(list(receivers), _Parts(shown, receivers)) == (["sound", "lips"], 0)
+    assert [part.started for part in shown.parts] == [
+        [("sound: training", 3, "utterances")],
+        [("lips: training", 3, "utterances")],
+    ]
+    assert [part.counts for part in shown.parts] == [{"sound: training": 3}, {"lips: training": 3}]
+    assert [part.states for part in shown.parts] == [
+        {"sound: training": "loss of sound"},
+        {"lips: training": "loss of lips"},
+    ]
+    assert shown.notes == ["sound: done", "lips: done"]
 
 
 def test_results_of_threads_are_in_order() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from embedcache.errors import DataError, PathError
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import NullProgress, Progress, join_names
 
 log = logging.getLogger("embedcache")
 
@@ -149,62 +149,96 @@ def read_lines(path: Path) -> list[str]:
 
 
 class TerminalProgress:
-    """Progress as a bar with the rate and the time left."""
+    """Progress as a bar with the rate, the state and the time left; the bars of parts are below each other."""
 
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import Progress as Bar
-
-        self._console = Console(stderr=True)
-        self._bar: Bar | None = None
+    def __init__(self, name: str = "", bars: "_Bars | None" = None) -> None:
+        self._name, self._bars = name, bars or _Bars()
+        self._task: Any = None
 
     def start(self, what: str, total: int, unit: str) -> None:
         """Start a bar; without a total it only counts."""
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
         self.finish()
-        self._rate = _Rate(unit)
-        self._total = total
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}")
-        self._bar = Bar(*columns, TimeRemainingColumn(), console=self._console)
-        self._bar.start()
-        self._task = self._bar.add_task(what, total=total or None, done="")
+        self._rate, self._total, self._state = _Rate(unit), total, ""
+        self._task = self._bars.add(join_names(self._name, what), total)
 
     def advance(self, count: int) -> None:
         """Advance the bar."""
         self._rate.add(count)
-        if self._bar is not None:
+        if self._task is not None:
             done = f"{self._rate.done:,}{_of(self._total)} · {self._rate.text()}"
-            self._bar.update(self._task, advance=count, done=done)
+            self._bars.update(self._task, count, f"{done} · {self._state}" if self._state else done)
+
+    def describe(self, state: str) -> None:
+        """Show the state from the next count on."""
+        self._state = state
 
     def finish(self) -> None:
         """Stop the bar and leave it on the screen."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._task is not None:
+            self._bars.end(self._task)
+            self._task = None
 
     def note(self, line: str) -> None:
-        """Print a line above the bar."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        """Print a line above all bars."""
+        self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def part(self, name: str = "") -> "TerminalProgress":
+        """Return the progress of a part, whose bars are on the same screen."""
+        return TerminalProgress(join_names(self._name, name), self._bars)
+
+
+class _Bars:
+    """The bars of steps that are not finished, at the bottom of the screen."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self.console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}")
+        self._bars = Bars(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+
+    def add(self, description: str, total: int) -> Any:
+        self._bars.start()
+        return self._bars.add_task(description, total=total or None, done="")
+
+    def update(self, task: Any, count: int, done: str) -> None:
+        self._bars.update(task, advance=count, done=done)
+
+    def end(self, task: Any) -> None:
+        """Print the bar a last time, above those that go on."""
+        row = self._bars.make_tasks_table([item for item in self._bars.tasks if item.id == task])
+        self._bars.remove_task(task)
+        if not self._bars.tasks:
+            self._bars.stop()
+        self.console.print(row)
 
 
 class PlainProgress:
     """Progress as a line every ten seconds, for logs."""
 
+    def __init__(self, name: str = "") -> None:
+        self._name = name
+
     def start(self, what: str, total: int, unit: str) -> None:
         """Start a piece of work."""
-        self._what, self._total, self._unit = what, total, unit
-        self._rate = _Rate(unit)
+        self._what, self._total, self._unit = join_names(self._name, what), total, unit
+        self._rate, self._state = _Rate(unit), ""
         self._last = time.monotonic()
 
     def advance(self, count: int) -> None:
-        """Write the count, the rate and the time left, at most every ten seconds."""
+        """Write the count, the rate, the time left and the state, at most every ten seconds."""
         self._rate.add(count)
         if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             done = f"{self._rate.done:,}{_of(self._total)} {self._unit}"
-            self.note(f"{self._what}: {done}, {self._rate.text()}{self._left()}")
+            state = f"; {self._state}" if self._state else ""
+            self.note(f"{self._what}: {done}, {self._rate.text()}{self._left()}{state}")
+
+    def describe(self, state: str) -> None:
+        """Write the state with the next count."""
+        self._state = state
 
     def finish(self) -> None:
         """Write the total time."""
@@ -216,6 +250,10 @@ class PlainProgress:
     def note(self, line: str) -> None:
         """Write a line."""
         print(line, file=sys.stderr, flush=True)
+
+    def part(self, name: str = "") -> "PlainProgress":
+        """Return the progress of a part, whose lines have its name."""
+        return PlainProgress(join_names(self._name, name))
 
     def _left(self) -> str:
         if not (self._total and self._rate.done):

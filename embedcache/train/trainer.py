@@ -142,6 +142,8 @@ class Trainer:
             raise self.task.explain(batch, loss=value, step=self._step)
         values = {"epoch": self._epoch, "loss": value, **self.task.watch(), "learning_rate": rate}
         self._log.write({"step": self._step, **values}, self._step, values)
+        best = f", best epoch {self._best.epoch}" if self._best.epoch else ""
+        self.progress.describe(f"epoch {self._epoch + 1}/{self.optimizer.epochs}, loss {value:.4g}{best}")
 
     def _validate(self) -> None:
         self.task.module.eval()

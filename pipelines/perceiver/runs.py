@@ -23,6 +23,7 @@ from embedcache.evaluate.likelihood import (
     represent,
 )
 from embedcache.networks.words import NUM_SPECIAL
+from embedcache.progress import NullProgress, Progress
 from embedcache.train.examples import Examples
 from embedcache.train.likelihood import LikelihoodRecipe, start_from, train_likelihood
 from embedcache.train.likelihood_tasks import ExampleTask
@@ -88,14 +89,15 @@ class Runs:
         """Return the folder of a run."""
         return self.folder / file_name(name)
 
-    def pretrain(self, name: str) -> None:
+    def pretrain(self, name: str, *, progress: Progress | None = None) -> None:
         """Train all tasks together; for `NEVER`, for no step."""
         recipe = LikelihoodRecipe(model=self.size.model, steps_per_epoch=self.size.steps_per_epoch)
         steps = 0 if name == NEVER else self.size.steps
         settings = self._settings(steps, self.size.lr)
-        train_likelihood(self.tables.pretraining(), self.tables.words, self.path(name), recipe, settings)
+        tasks, path = self.tables.pretraining(), self.path(name)
+        train_likelihood(tasks, self.tables.words, path, recipe, settings, progress=progress)
 
-    def tune(self, model: str, fraction: float) -> None:
+    def tune(self, model: str, fraction: float, *, progress: Progress | None = None) -> None:
         """Tune a run on a fraction of the answers of easy-VQA."""
         tuning = TUNINGS[model]
         recipe, parts = start_from(
@@ -105,16 +107,16 @@ class Runs:
             steps_per_epoch=min(self.size.steps_per_epoch, self.size.tuning_steps),
         )
         settings = self._settings(self.size.tuning_steps, self.size.tuning_lr[tuning.weights], parts)
-        task = self.tables.answers(fraction, seed=self.seed)
-        train_likelihood([task], self.tables.words, self._tuned(model, fraction), recipe, settings)
+        task, path = self.tables.answers(fraction, seed=self.seed), self._tuned(model, fraction)
+        train_likelihood([task], self.tables.words, path, recipe, settings, progress=progress)
 
-    def answer(self, model: str, fraction: float) -> Result:
+    def answer(self, model: str, fraction: float, *, progress: Progress | None = None) -> Result:
         """Answer the test questions of easy-VQA by a tuned run, a probe, blindly, or without any answers."""
-        return self._keep(model, answers_name(fraction), lambda: self._answer(model, fraction))
+        return self._keep(model, answers_name(fraction), lambda: self._answer(model, fraction), progress)
 
-    def measure(self, name: str) -> Result:
+    def measure(self, name: str, *, progress: Progress | None = None) -> Result:
         """Measure the pre-trained run on one of `MEASURED`."""
-        return self._keep(PRETRAINED, name, lambda: MEASURED[name](self))
+        return self._keep(PRETRAINED, name, lambda: MEASURED[name](self), progress)
 
     def classify(self, split: str) -> Result:
         """Classify a split of the shapes among all 40 classes."""
@@ -233,12 +235,16 @@ class Runs:
             chance=report.chance,
         )
 
-    def _keep(self, model: str, question: str, compute: Callable[[], Result]) -> Result:
+    def _keep(self, model: str, question: str, compute: Callable[[], Result], progress: Progress | None) -> Result:
         """Read a result, or compute and write it."""
         path = self.folder / "results" / f"{file_name(f'{question} {model}')}.json"
         if path.is_file():
             return Result.read(path)
+        progress = progress or NullProgress()
+        progress.start(f"measuring {question}", 1, "results")
         result = replace(compute(), model=model, question=question)
+        progress.advance(1)
+        progress.finish()
         path.parent.mkdir(parents=True, exist_ok=True)
         result.write(path)
         return result

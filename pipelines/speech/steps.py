@@ -18,6 +18,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.networks.saved import read_module_config
 from embedcache.networks.settings import DecodingSettings
+from embedcache.progress import Progress
 from embedcache.settings import from_flat
 from embedcache.sources import open_source
 from embedcache.sources.media import decode_video
@@ -159,7 +160,7 @@ class Runs:
         """Return the folder of a run; names may have spaces."""
         return self.folder / name.replace(" ", "-").replace(",", "")
 
-    def train_audio(self) -> None:
+    def train_audio(self, *, progress: Progress | None = None) -> None:
         """Train a recognizer of sound, and derive the states of its encoder."""
         recipe = SpeechRecipe(
             model=self._model("audio"),
@@ -167,24 +168,24 @@ class Runs:
             measured=(PLAIN, "babble0dB"),
             align_epochs=self.size.align_epochs,
         )
-        self._train_stream("audio", "audio", recipe)
-        self._derive_states("audio", TRAINING_VIEWS)
+        self._train_stream("audio", "audio", recipe, progress)
+        self._derive_states("audio", TRAINING_VIEWS, progress)
 
-    def train_lips(self) -> None:
+    def train_lips(self, *, progress: Progress | None = None) -> None:
         """Train a recognizer of lips by CTC alone: beside an attention decoder it takes far longer to align."""
-        self._train_stream("lips", "video", self._lips_recipe(ctc_weight=1.0))
+        self._train_stream("lips", "video", self._lips_recipe(ctc_weight=1.0), progress)
 
-    def train_video(self) -> None:
+    def train_video(self, *, progress: Progress | None = None) -> None:
         """Train the recognizer of lips from that encoder and the readouts of the run on sound; derive its states.
 
         A decoder that can spell learns where to look in a few epochs; a new one may need more than all of them. And the
         encoders of both streams become alike in what they tell the readouts, which a gated fusion adds up.
         """
         starts = (f"video={self.path('lips')}", *(f"{part}={self.path('audio')}" for part in READOUTS))
-        self._train_stream("video", "video", self._lips_recipe(), init_from=starts)
-        self._derive_states("video", (PLAIN,))
+        self._train_stream("video", "video", self._lips_recipe(), progress, init_from=starts)
+        self._derive_states("video", (PLAIN,), progress)
 
-    def train_fusion(self, name: str, variant: Variant) -> None:
+    def train_fusion(self, name: str, variant: Variant, *, progress: Progress | None = None) -> None:
         """Train a fusion that starts from both runs, complete and with their encoders frozen, on their states."""
         recipe = SpeechRecipe(
             model={**self._model("fusion"), "fusion": variant.kind, "fusion_layers": 2},
@@ -196,9 +197,9 @@ class Runs:
         settings = self._settings("fusion", init_from=starts, trainable=PARTS)
         data = [self._utterances(part, ENCODERS) for part in ("train", "valid")]
         states = (self._states("train"), self._states("valid"))
-        train_speech(data[0], data[1], self.path(name), recipe, settings, states=states)
+        train_speech(data[0], data[1], self.path(name), recipe, settings, states=states, progress=progress)
 
-    def evaluate(self, name: str, asked: "Question") -> Result:
+    def evaluate(self, name: str, asked: "Question", *, progress: Progress | None = None) -> Result:
         """Recognize a test set, unless the result of these weights is there already."""
         path, run = self.folder / "results" / f"{asked.file_name}.json", self.path(name)
         weights = read_module_config(run).weights_digest
@@ -213,23 +214,26 @@ class Runs:
             streams=asked.streams,
             decoding=asked.decoding,
             videos_of=shuffle_videos(utterances, seed=self.seed) if asked.is_shuffled else None,
+            progress=progress,
         )
         result = Result.of(report, model=asked.model, test_set=asked.test_set, seed=self.seed, weights=weights)
         path.parent.mkdir(parents=True, exist_ok=True)
         result.write(path)
         return result
 
-    def _train_stream(self, stage: str, stream: str, recipe: SpeechRecipe, **options: Any) -> None:
+    def _train_stream(
+        self, stage: str, stream: str, recipe: SpeechRecipe, progress: Progress | None, **options: Any
+    ) -> None:
         data = [self._utterances(part, (stream,)) for part in ("train", "valid")]
-        train_speech(data[0], data[1], self.path(stage), recipe, self._settings(stage, **options))
+        train_speech(data[0], data[1], self.path(stage), recipe, self._settings(stage, **options), progress=progress)
 
     def _lips_recipe(self, **options: Any) -> SpeechRecipe:
         return SpeechRecipe(model=self._model("video"), augmentation=SpeechAugmentation(masked=0.05), **options)
 
-    def _derive_states(self, name: str, views: Sequence[str]) -> None:
+    def _derive_states(self, name: str, views: Sequence[str], progress: Progress | None) -> None:
         for part in ("train", "valid"):
-            of_run = f"seed{self.seed}-{name}"
-            derive_from_run(self.caches[part], self.path(name), f"{name}-states", name=of_run, views=views)
+            output, of_run = f"{name}-states", f"seed{self.seed}-{name}"
+            derive_from_run(self.caches[part], self.path(name), output, name=of_run, views=views, progress=progress)
 
     def _model(self, stage: str) -> dict[str, Any]:
         return {**self.size.model, "dropout": self.size.dropout.get(stage, 0.0)}

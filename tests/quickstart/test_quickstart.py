@@ -19,27 +19,9 @@ from embedcache.store.cache import Cache
 from embedcache.store.group import read_commit, write_commit
 from tests.blocks import TUTORIAL, VARIES, blocks_of, run_block
 from tests.golden.commands import ARTIFACTS, read_json
+from tests.recorded import RecordedProgress
 
 pytestmark = pytest.mark.slow
-
-
-class Notes:
-    """Progress that keeps its notes."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def start(self, what: str, total: int, unit: str) -> None:
-        pass
-
-    def advance(self, count: int) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-    def note(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +30,12 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def notes() -> Notes:
-    return Notes()
+def notes() -> RecordedProgress:
+    return RecordedProgress()
 
 
 @pytest.fixture(scope="module")
-def report(workdir: Path, notes: Notes) -> QuickstartReport:
+def report(workdir: Path, notes: RecordedProgress) -> QuickstartReport:
     return quickstart(workdir, progress=notes)
 
 
@@ -92,9 +74,12 @@ def test_all_languages_are_cached(report: QuickstartReport, workdir: Path) -> No
 
 
 def test_printed_commands_reuse_the_results(
-    report: QuickstartReport, notes: Notes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    report: QuickstartReport,
+    notes: RecordedProgress,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    commands = [line.removeprefix("$ ") for line in notes.lines if line.startswith("$ ")]
+    commands = [line.removeprefix("$ ") for line in notes.notes if line.startswith("$ ")]
     assert commands == [stage.command for stage in report.stages]
     for command in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(command))
@@ -110,9 +95,9 @@ def test_printed_commands_reuse_the_results(
 
 
 def test_second_run_reuses_the_results(report: QuickstartReport, workdir: Path) -> None:
-    notes = Notes()
+    notes = RecordedProgress()
     again = quickstart(workdir, progress=notes)
-    output = "\n".join(notes.lines)
+    output = "\n".join(notes.notes)
     assert "encoded 0 images, reused 1,893" in output
     assert output.count("reused, trained earlier") == 9
     assert again.retrieval == report.retrieval

@@ -20,6 +20,7 @@ from embedcache.networks.transcripts import decode_symbols
 from embedcache.sources.media import Video, decode_audio, decode_video
 from embedcache.transcription.settings import TranscribeSettings
 from tests.media_files import encode_video, wav
+from tests.recorded import RecordedProgress
 from tests.sources.files import write
 from tests.transcription.runs import PIXELS, RATE_HZ, TOY, WHISPER, Speech, random_text, save_run, say, train_network
 
@@ -191,12 +192,12 @@ def test_windows_are_no_longer_than_utterances_in_training(tmp_path: Path) -> No
     speech = say("AB " * 40, np.random.default_rng(0))
     for longest_s, low, high in ((None, 8, 20), (60.0, 8, 20), (5.0, 2, 3)):
         run = save_run(tmp_path / f"{longest_s}", TOY, training={"longest_s": longest_s})
-        progress = Counter()
+        progress = RecordedProgress()
         embedcache.load(run, kind="speech").transcribe(speech.samples, settings=CTC, progress=progress)
-        seconds = len(speech.samples) / 16_000
-        assert progress.total == round(seconds)
-        assert sum(progress.steps) == round(seconds)
-        assert low <= max(progress.steps) <= high
+        seconds = round(len(speech.samples) / 16_000)
+        assert progress.started == [("transcribe", seconds, "s of speech")]
+        assert sum(progress.advances) == seconds
+        assert low <= max(progress.advances) <= high
 
 
 def test_memory_does_not_grow_with_the_length(trained: Path) -> None:
@@ -211,20 +212,6 @@ def test_memory_does_not_grow_with_the_length(trained: Path) -> None:
         tracemalloc.stop()
     assert peaks[2] < 1.3 * peaks[1]
     assert peaks[1] < 3e6  # a window of 4 s is 0.7 MB
-
-
-class Counter:
-    """Progress that remembers its steps."""
-
-    def start(self, what: str, total: int, unit: str) -> None:
-        self.total, self.steps = total, list[int]()
-
-    def advance(self, count: int) -> None:
-        self.steps.append(count)
-
-    def finish(self) -> None: ...
-
-    def note(self, line: str) -> None: ...
 
 
 def test_too_short_recordings_are_named(runs: Path, tmp_path: Path) -> None:
