@@ -17,9 +17,6 @@ FUSIONS: Mapping[str, Variant] = {
 ABLATIONS: Mapping[str, Variant] = {
     NARROW_NOISE: Variant(noise=NARROW, missing=MISSING),
     PAPER: Variant(kind="concat", readouts=None, noise=LOUD),
-    "both, concatenated, readouts of audio": Variant(kind="concat", noise=LOUD, missing=MISSING),
-    "both, gated, new readouts": Variant(readouts=None, noise=LOUD, missing=MISSING),
-    "both, readouts of video": Variant(readouts="video", noise=LOUD, missing=MISSING),
     "both, nothing missing": Variant(noise=LOUD),
     "both, lips swapped and shifted": Variant(noise=LOUD, missing=MISSING, swapped=0.1, shift_s=0.04),
 }
