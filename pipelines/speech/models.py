@@ -9,7 +9,7 @@ from pipelines.speech.steps import LOUD, NARROW, Question, Variant
 
 AUDIO, VIDEO, DEEP = "audio", "video", "video, as deep as the fusion"
 FUSION, NARROW_NOISE, PAPER = "both", "both, narrow noise", "both, concatenated"
-MISSING = {"audio": 0.2, "video": 0.15}
+MISSING = {"audio": 0.3, "video": 0.1}
 FUSIONS: Mapping[str, Variant] = {
     FUSION: Variant(noise=LOUD, missing=MISSING),
     DEEP: Variant(readouts="video", missing={"audio": 1.0}),
