@@ -66,7 +66,9 @@ class Size:
     epochs: Mapping[str, int] = field(default_factory=lambda: {"lips": 80, "audio": 40, "video": 15, "fusion": 20})
     align_epochs: int = 12
     batch_size: Mapping[str, int] = field(default_factory=lambda: {"lips": 8, "audio": 8, "video": 8, "fusion": 16})
-    lr: Mapping[str, float] = field(default_factory=lambda: {"lips": 1e-3, "audio": 1e-3, "video": 1e-3, "fusion": 2e-3})
+    lr: Mapping[str, float] = field(
+        default_factory=lambda: {**dict.fromkeys(("lips", "audio", "video"), 1e-3), "fusion": 2e-3}
+    )
     model: Mapping[str, Any] = field(default_factory=dict)
     dropout: Mapping[str, float] = field(default_factory=lambda: {"audio": 0.1, "fusion": 0.1})
     num_fitted: int = 400
