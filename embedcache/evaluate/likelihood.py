@@ -21,15 +21,8 @@ from embedcache.networks.shared import SharedNetwork
 from embedcache.networks.words import WordLists
 from embedcache.provenance import check_same
 from embedcache.train.examples import Examples
-from embedcache.train.likelihood_tasks import (
-    ExampleTask,
-    encode_texts,
-    load_words,
-    predict,
-    read_inputs,
-    read_tokens,
-    retrieval_ranks,
-)
+from embedcache.train.likelihood_batches import encode_texts, load_words, read_inputs, read_tokens, retrieval_ranks
+from embedcache.train.likelihood_tasks import ExampleTask, predict
 
 SHUFFLED, BLIND = "items of others", "without items"
 """Controls: each example with the item of another one, and with none."""
@@ -169,8 +162,14 @@ def evaluate_task(
         },
         chance=_chance(task, examples),
         captions=captions,
-        was_seen=examples.digest in {item.get("train") for item in config.training["tasks"]},
+        was_seen=examples.digest in _trained_on(config),
     )
+
+
+def _trained_on(config: ModuleConfig) -> set[str]:
+    """Return the digests of all examples that a run, and those that it starts from, were trained on."""
+    tasks = [*config.training["tasks"], *config.training.get("earlier_tasks", ())]
+    return {str(task.get("train")) for task in tasks}
 
 
 def estimate_runs(reports: Sequence[TaskReport], measure: str, *, control: str | None = None) -> Estimate:

@@ -216,6 +216,25 @@ class Likelihood(nn.Module):
         return cross_entropy_over(scaled_BP, vectors_CP, positives, bias_C=candidates.bias_C, smoothing=smoothing)
 
 
+class LabelHead(nn.Module):
+    """What prompt tuning adds to the logits of a closed set of candidates: w · logit + W · representation + b.
+
+    It starts from w = 1, W = 0 and b = 0, where it changes nothing.
+    """
+
+    def __init__(self, width: int, num_candidates: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.linear = nn.Linear(width, num_candidates)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def extend(self, scaled_BP: Tensor, vectors_CP: Tensor, queries_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, candidates and bias whose dot products are the new logits, given those of a `Likelihood`."""
+        queries = torch.cat([self.weight * scaled_BP, queries_BP], dim=1)
+        return queries, torch.cat([vectors_CP, self.linear.weight], dim=1), self.linear.bias
+
+
 def cross_entropy_over(
     queries_BP: Tensor,
     candidates_CP: Tensor,

@@ -16,7 +16,7 @@ of its batch and others at random, weighted such that the loss is that of all in
 `embedcache.networks.candidates.draw_candidates`; validation compares with all.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, Protocol, TypeAlias
@@ -25,51 +25,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedcache.arrays import Bools, Floats, Ints, blocks
+from embedcache.arrays import Bools, Ints, blocks
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.ranking import best_ranks, recall_at
+from embedcache.metrics.ranking import recall_at
 from embedcache.networks.candidates import Candidates, draw_candidates
-from embedcache.networks.sequence import valid_frames
-from embedcache.networks.shared import ReadOut, SharedNetwork, Tokens, Words
+from embedcache.networks.shared import SharedNetwork
 from embedcache.networks.words import BLANK, END, NUM_SPECIAL, UNKNOWN, WordLists
 from embedcache.train.batches import to_device
-from embedcache.train.examples import Examples, Media, with_blanks
+from embedcache.train.examples import Examples, with_blanks
+from embedcache.train.likelihood_batches import (
+    TaskBatch,
+    encode_texts,
+    examples_of,
+    load_words,
+    read_inputs,
+    read_tokens,
+    retrieval_ranks,
+)
 
 Kind: TypeAlias = Literal["classify", "answer", "retrieve", "caption", "masked"]
 KINDS: tuple[Kind, ...] = ("classify", "answer", "retrieve", "caption", "masked")
 
 _BLOCK_ROWS = 256
-_BLOCK_WORDS = 2048
-
-
-class TaskBatch(NamedTuple):
-    """A batch of one task on the device.
-
-    Args:
-        family: whose likelihood is used.
-        tokens: modality -> tokens of the inputs.
-        words: words of the inputs; None: none.
-        read: where inputs are read; `next`: after each word, in two streams.
-        is_read: of `next`, (B, L + 1) bool, which blanks have a target.
-        candidates: words of the candidates.
-        positives: two (E,) int64, positions of inputs that were read, and of candidates, that belong together.
-        log_weights_C: (C,) log-weights of the candidates, None: 0.
-        head: name of the closed set of the candidates, if they have a `LabelHead`.
-        is_symmetric: whether candidates are also compared with inputs, as in retrieval.
-        rows: rows of the feature, to name them.
-    """
-
-    family: str
-    tokens: Mapping[str, Tokens]
-    words: Words | None
-    read: ReadOut | Literal["next"]
-    candidates: Words
-    positives: tuple[Tensor, Tensor]
-    is_read: Tensor | None = None
-    log_weights_C: Tensor | None = None
-    head: str | None = None
-    is_symmetric: bool = False
-    rows: Ints | None = None
 
 
 class Subtask(Protocol):
@@ -223,7 +200,12 @@ class ExampleTask:
         names = ("name", "kind", "weight", "loss_weight", "batch_size", "smoothing", "max_candidates", "has_head")
         values = {name: getattr(self, name) for name in (*names, "masked", "max_validation")}
         digests = {"train": self.train.digest, "validation": self.validation.digest}
-        return {**values, **digests, "candidates": list(self.candidates or self.names)}
+        return {**values, **digests, "candidates": list(self.candidates or self.names or self._caption_words())}
+
+    def _caption_words(self) -> list[str]:
+        """Return the words of captions, which are all that a caption may have; none for other kinds."""
+        numbers_C = self.candidate_words.numbers_M if self.kind == "caption" else ()
+        return [self.train.vocabulary.words[number - NUM_SPECIAL] for number in numbers_C if number != END]
 
     def draw(self, rng: np.random.Generator, *, device: str) -> TaskBatch:
         """Draw a batch of different examples."""
@@ -329,30 +311,6 @@ class ExampleTask:
         return {f"{self.name} accuracy": float(np.mean(predict(self, network, examples, device=device).is_correct_M))}
 
 
-def read_tokens(media: Media | None, rows_B: Ints | None, *, device: str) -> dict[str, Tokens]:
-    """Read the tokens of some rows; a pooled vector is one token."""
-    if media is None or rows_B is None:
-        return {}
-    inputs = media.read(rows_B)
-    values = inputs.values[:, None] if inputs.values.ndim == 2 else inputs.values
-    lengths = None if inputs.lengths is None else to_device(inputs.lengths, device)
-    return {media.modality: Tokens(to_device(values, device), lengths)}
-
-
-def load_words(texts: WordLists, *, device: str) -> Words:
-    """Return padded texts on the device."""
-    return Words(*(to_device(array, device) for array in texts.padded()))
-
-
-def read_inputs(network: SharedNetwork, batch: TaskBatch) -> Tensor:
-    """Compute the representations of the inputs of a batch that have targets: (M, P)."""
-    if batch.read != "next":
-        return network.encode(batch.tokens, batch.words, read=batch.read)
-    assert batch.words is not None
-    assert batch.is_read is not None
-    return network.predict_words(batch.tokens, batch.words)[batch.is_read]
-
-
 class Prediction(NamedTuple):
     """What was predicted for M examples, or for M words of examples.
 
@@ -384,7 +342,7 @@ def predict(task: ExampleTask, network: SharedNetwork, examples: Examples, *, de
         best = [
             _logits(queries[part], candidates).argmax(dim=1).cpu().numpy() for part in blocks(len(queries), _BLOCK_ROWS)
         ]
-        parts.append((np.concatenate(best), batch.positives[1].cpu().numpy(), numbers_B[_example_of(batch)]))
+        parts.append((np.concatenate(best), batch.positives[1].cpu().numpy(), numbers_B[examples_of(batch)]))
     predicted_M, target_M, example_M = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return Prediction(predicted_M, target_M, predicted_M == target_M, example_M)
 
@@ -392,63 +350,3 @@ def predict(task: ExampleTask, network: SharedNetwork, examples: Examples, *, de
 def _logits(queries_BP: Tensor, candidates: Candidates) -> Tensor:
     logits_BC = queries_BP @ candidates.vectors_CP.T
     return logits_BC if candidates.bias_C is None else logits_BC + candidates.bias_C
-
-
-def _example_of(batch: TaskBatch) -> Ints:
-    """Return the number in its batch of the example of each input that was read."""
-    if batch.read == "task" or batch.words is None:
-        return np.arange(len(batch.positives[0]))
-    where = batch.is_read
-    if where is None:
-        where = (batch.words.numbers_BL == BLANK) & valid_frames(batch.words.lengths_B, batch.words.numbers_BL.shape[1])
-    examples_M: Ints = torch.nonzero(where)[:, 0].cpu().numpy()
-    return examples_M
-
-
-@torch.no_grad()
-def encode_texts(network: SharedNetwork, texts: WordLists, *, device: str = "cpu") -> Tensor:
-    """Encode texts as candidates, in blocks: (N, P)."""
-    parts = [
-        network.encode(words=load_words(texts.take(np.arange(rows.start, rows.stop)), device=device), side="target")
-        for rows in blocks(texts.num_texts, _BLOCK_WORDS)
-    ]
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def encode_items(network: SharedNetwork, media: Media, rows_N: Ints, *, device: str = "cpu") -> Iterator[Tensor]:
-    """Encode items in their order, in blocks: (B, P) each."""
-    for rows in blocks(len(rows_N), _BLOCK_ROWS):
-        yield network.encode(read_tokens(media, rows_N[rows], device=device))
-
-
-@torch.no_grad()
-def retrieval_ranks(
-    network: SharedNetwork, examples: Examples, *, family: str = "retrieve", device: str = "cpu"
-) -> dict[str, Ints]:
-    """Compute the rank of the best positive of each item among all distinct texts, and of each text among the items.
-
-    Texts of several items count once, and belong to all of them.
-
-    Returns:
-        `item to text` and `text to item` -> (Q,) ranks, 1 is the best.
-    """
-    network.eval()
-    assert examples.media is not None
-    assert examples.rows_N is not None
-    rows_I, which_row_N = np.unique(examples.rows_N, return_inverse=True)
-    targets_T, which_target_N = np.unique(examples.target_N, return_inverse=True)
-    texts = encode_texts(network, examples.target_words.take(targets_T), device=device)
-    items = torch.cat(list(encode_items(network, examples.media, rows_I, device=device)))
-    likelihood = network.likelihood(family)
-    scaled_items, scaled_texts = (values.cpu().numpy() for values in likelihood.scaled(items, texts))
-    pairs_E = np.unique(which_row_N * len(targets_T) + which_target_N)
-    of_item_E, of_text_E = np.divmod(pairs_E, len(targets_T))
-    return {
-        "item to text": _ranks(scaled_items, scaled_texts, of_item_E, of_text_E),
-        "text to item": _ranks(scaled_texts, scaled_items, of_text_E, of_item_E),
-    }
-
-
-def _ranks(queries_QP: Floats, candidates_CP: Floats, query_E: Ints, candidate_E: Ints) -> Ints:
-    return best_ranks(queries_QP, candidates_CP, (query_E, candidate_E))
