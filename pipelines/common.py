@@ -68,12 +68,27 @@ def train_seeds(
 
 
 def write_markdown_page(path: Path, title: str, before: Sequence[str], figure: Figure, after: Sequence[str]) -> None:
-    """Write a Markdown page with a title and paragraphs before and after a figure, which is an SVG file beside it."""
-    figure_path = path.with_suffix(".svg")
-    with replacing(figure_path) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
-    blocks = [f"# {title}", *before, f"![{title}]({figure_path.name})", *after]
+    """Write a Markdown page with a title and paragraphs before and after a figure, which is a file beside it."""
+    figure_name = save_figure(path.with_suffix(""), figure)
+    blocks = [f"# {title}", *before, f"![{title}]({figure_name})", *after]
     write_atomic(path, ("\n\n".join(blocks) + "\n").encode())
+
+
+def save_figure(path: Path, figure: Figure) -> str:
+    """Save a figure beside a Markdown page, as SVG, or as JPEG if it holds images; return the name of its file.
+
+    Args:
+        path: its path without a suffix.
+        figure: the figure.
+    """
+    has_images = any(axes.get_images() for axes in figure.axes)
+    path = path.with_name(path.name + (".jpg" if has_images else ".svg"))
+    with replacing(path) as temporary:
+        if has_images:
+            figure.savefig(temporary, format="jpg", dpi=110, facecolor="white", pil_kwargs={"quality": 82})
+        else:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+    return path.name
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
