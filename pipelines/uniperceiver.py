@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from embedcache.cli.console import print_table
-from pipelines.common import run_parallel
+from pipelines.parallel import run_parallel
 from pipelines.perceiver.images import show_images
 from pipelines.perceiver.measures import MEASURED, evaluation_steps
 from pipelines.perceiver.page import novel_table, write_pages

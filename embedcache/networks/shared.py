@@ -84,11 +84,10 @@ class SharedNetwork(nn.Module):
         output_width: int | None = None,
     ) -> None:
         super().__init__()
-        if width % (4 * num_heads) or num_layers < 1:
-            raise SettingError(
-                f"expected a width that is a multiple of {4 * num_heads} and at least one layer, got {width} and "
-                f"{num_layers}"
-            )
+        if width % (4 * num_heads):
+            raise SettingError(f"width: expected a multiple of {4 * num_heads}, 4 times the heads, got {width}")
+        if num_layers < 1:
+            raise SettingError(f"num_layers: expected at least 1, got {num_layers}")
         if "text" in modalities:
             raise SettingError(
                 "modalities: expected none with the features of texts, which would tell the network the words that it "

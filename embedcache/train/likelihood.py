@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from embedcache.arrays import Floats, check_finite
+from embedcache.dataset.splits import Split
 from embedcache.errors import DataError, SettingError
 from embedcache.networks.candidates import Candidates, cross_entropy_over
 from embedcache.networks.saved import ModuleConfig, ModuleInput, read_module_config
@@ -25,8 +26,7 @@ from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.train.batches import Loader
 from embedcache.train.distributed import num_processes
 from embedcache.train.examples import Examples, Media, WordTable
-from embedcache.train.likelihood_batches import TaskBatch, read_inputs
-from embedcache.train.likelihood_tasks import Subtask
+from embedcache.train.likelihood_batches import Subtask, TaskBatch, read_inputs
 from embedcache.train.modules import ModuleReport, describe_input, describe_origin, fitted_files, train_task
 from embedcache.train.settings import FitSettings, PartSettings
 
@@ -213,6 +213,7 @@ def train_likelihood(
     recipe: LikelihoodRecipe | None = None,
     settings: FitSettings | None = None,
     *,
+    split: Split | None = None,
     progress: Progress | None = None,
 ) -> ModuleReport:
     """Train tasks together into a run folder; resumed if interrupted, reused if finished.
@@ -223,6 +224,7 @@ def train_likelihood(
     Args:
         tasks: tasks, such as `ExampleTask`.
         words: the word table; of a run that starts from another one, it may have other words, of the same encoder.
+        split: split of the samples of the tasks' caches that their examples follow, if one does, to be kept in the run.
 
     Raises:
         SettingError: no tasks, two of one name, several processes, or a batch size in `settings`.
@@ -266,11 +268,11 @@ def train_likelihood(
         return MixtureTask(module, tasks, settings, num_steps=recipe.steps_per_epoch, device=device)
 
     files = fitted_files(item.feature for item in media.values())
-    return train_task(make_task, run_path, config, settings, files=files, progress=progress)
+    return train_task(make_task, run_path, config, settings, split=split, files=files, progress=progress)
 
 
 def start_from(
-    run_path: Path | str, *, trainable: str, num_prompts: int = 0, steps_per_epoch: int = 100
+    run_path: Path | str, *, trainable: str | None, num_prompts: int = 0, steps_per_epoch: int = 100
 ) -> tuple[LikelihoodRecipe, PartSettings]:
     """Return the recipe and the parts of a run that starts from a finished one.
 
@@ -280,7 +282,7 @@ def start_from(
 
     Args:
         run_path: the finished run, of `train_likelihood`.
-        trainable: parts to train.
+        trainable: parts to train; None: all.
         num_prompts: prompts per layer.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Batches of tasks of one likelihood on the device, and what the network makes of them and of whole tables."""
+"""What a task of one likelihood is, its batches on the device, and what the network makes of them and of tables."""
 
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -47,6 +47,67 @@ class TaskBatch(NamedTuple):
     head: str | None = None
     is_symmetric: bool = False
     rows: Ints | None = None
+
+
+class Subtask(Protocol):
+    """What `train_likelihood` trains together with others."""
+
+    @property
+    def name(self) -> str:
+        """Its name, which no other task of the run has."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """The likelihood, and its scale, that it uses."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """How often it is drawn, relative to the others."""
+        ...
+
+    @property
+    def loss_weight(self) -> float:
+        """Factor of its loss."""
+        ...
+
+    @property
+    def smoothing(self) -> float:
+        """Label smoothing."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per batch."""
+        ...
+
+    @property
+    def train(self) -> Examples:
+        """What it learns from."""
+        ...
+
+    @property
+    def validation(self) -> Examples:
+        """What it is measured on after each epoch."""
+        ...
+
+    @property
+    def heads(self) -> Mapping[str, int]:
+        """Closed sets of candidates with a `LabelHead` -> their sizes."""
+        ...
+
+    def describe(self) -> Mapping[str, object]:
+        """Return what decides its batches, as JSON values, for the config of the run."""
+        ...
+
+    def draw(self, rng: np.random.Generator, *, device: str) -> TaskBatch:
+        """Draw a batch: a function of the generator alone."""
+        ...
+
+    def measure(self, network: SharedNetwork, *, device: str) -> Mapping[str, float]:
+        """Compute its validation metrics, each from 0 to 1 and better if higher."""
+        ...
 
 
 def read_tokens(media: Media | None, rows_B: Ints | None, *, device: str) -> dict[str, Tokens]:

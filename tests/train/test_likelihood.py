@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.networks.saved import load_module, read_module_config
 from embedcache.networks.shared import SharedNetwork
-from embedcache.networks.words import BLANK, END, NUM_SPECIAL
+from embedcache.networks.words import BLANK, END, NUM_SPECIAL, WordLists
 from embedcache.train import trainer
+from embedcache.train.examples import Examples
 from embedcache.train.likelihood import TaskMixture, start_from, train_likelihood
 from embedcache.train.likelihood_tasks import predict
 from tests.train.likelihood_cases import Squares, colors_of, fit_settings, open_tones, recipe
@@ -172,6 +173,25 @@ def test_candidates_of_captions_are_their_words_and_the_end(squares: Squares) ->
     }
     assert len(found) < len(vocabulary)
     assert (batch.positives[1] == 0).sum() == len(examples)
+
+
+def show_captions(examples: Examples, rng: np.random.Generator) -> tuple[WordLists, np.ndarray]:
+    """Give about half of the examples the caption of another one."""
+    shown = np.where(rng.random(len(examples)) < 0.5, np.roll(examples.target_N, 1), examples.target_N)
+    return examples.target_words.take(shown), (shown != examples.target_N).astype(np.int64)
+
+
+def test_a_loader_makes_texts_and_answers(squares: Squares, squares_run: Path) -> None:
+    task = squares.task("match", "answer", "captions", candidates=["left", "right"], loader=show_captions)
+    task.check()
+    batch = task.draw(np.random.default_rng(0), device="cpu")
+    assert batch.words is not None
+    assert (batch.words.numbers_BL == BLANK).sum(dim=1).tolist() == [1] * 32
+    assert set(batch.positives[1].tolist()) == {0, 1}
+    assert task.describe()["loader"]["name"] == "tests.train.test_likelihood:show_captions"  # type: ignore[index]
+    assert task.measure(network(squares_run), device="cpu").keys() == {"match accuracy"}
+    with pytest.raises(SettingError, match="loader: expected the kind answer with candidates"):
+        squares.task("match", "classify", "captions", loader=show_captions)
 
 
 def test_words_that_are_no_candidates_are_not_trained_and_never_right(squares: Squares, squares_run: Path) -> None:
