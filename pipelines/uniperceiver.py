@@ -21,7 +21,7 @@ from embedcache.cli.console import print_table
 from pipelines.parallel import run_parallel
 from pipelines.perceiver.images import show_images
 from pipelines.perceiver.measures import MEASURED, evaluation_steps
-from pipelines.perceiver.page import novel_table, write_pages
+from pipelines.perceiver.page import novel_table, title_of, write_pages
 from pipelines.perceiver.results import Results, pretraining_table
 from pipelines.perceiver.runs import Runs, tuning_steps
 from pipelines.perceiver.steps import make_data
@@ -50,7 +50,7 @@ def main() -> None:
     results = Results.read(options.workdir)
     print_table(*pretraining_table(results, list(MEASURED)), title="tasks of pre-training")
     for name, fraction in [*((EASY_VQA, part) for part in fractions), *size.other_fractions.items(), (LETTERS, 1)]:
-        print_table(*novel_table(results, name, fraction), title=f"{name} {100 * fraction:g} %")
+        print_table(*novel_table(results, name, fraction), title=title_of(name, fraction))
     write_pages(options.workdir, results, fractions, size.other_fractions, show_images(every[0], min(fractions)))
 
 

@@ -159,6 +159,13 @@ def summarize(results: Results, fractions: Sequence[float]) -> str:
     return " ".join(["Accuracy on open questions of easy-VQA in percent.", *lines])
 
 
+def title_of(data: str, fraction: float) -> str:
+    """Return the title of the table of models that have a fraction of data that pre-training has not."""
+    if data == LETTERS:
+        return "Letters of unknown speakers"
+    return f"{data} with {100 * fraction:g} % of its training examples"
+
+
 def novel_table(results: Results, data: str, fraction: float) -> Table:
     """Return what all models do with a fraction of data that pre-training has not, in percent."""
     return model_table(results, data, fraction, MODELS[data], COLUMNS[data])
@@ -210,9 +217,7 @@ def _parts(results: Results, fractions: Sequence[float], others: Mapping[str, fl
         question = question_name(data, fraction)
         result = results.seeds(MODELS[data][0], question)[0]
         about = _ABOUT[data].format(count=result.num_examples, trained=result.num_trained)
-        title = f"{data} with {100 * fraction:g} % of its training examples"
-        title = "Letters of unknown speakers" if data == LETTERS else title
-        parts.append(Part(title, [averaged, about], novel_table(results, data, fraction)))
+        parts.append(Part(title_of(data, fraction), [averaged, about], novel_table(results, data, fraction)))
     curves = answer_curves(results, fractions)
     parts.insert(1, Part("easy-VQA by the fraction of answers", [averaged], figure=curves, name="curves"))
     tasks_alone = {name: alone(measure.task) for name, measure in MEASURED.items()}

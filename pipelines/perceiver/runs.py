@@ -70,16 +70,19 @@ class Runs:
         """Train all tasks together."""
         self._pretrain(PRETRAINED, self.tables.pretraining(), self.size.steps)
 
+    def count_steps(self) -> dict[str, int]:
+        """Return how often each task is drawn in pre-training."""
+        tasks = self.tables.pretraining()
+        weights, sizes = zip(*((task.weight, min(task.batch_size, len(task.train))) for task in tasks), strict=True)
+        each = self.size.steps_per_epoch
+        mixture = TaskMixture(weights, sizes, num_steps=each, seed=self.seed)
+        drawn = Counter(step.number for epoch in range(self.size.steps // each) for step in mixture.epoch(epoch))
+        return {task.name: drawn[number] for number, task in enumerate(tasks)}
+
     def pretrain_alone(self, name: str) -> None:
         """Train one task alone, with its own batches as often as among all."""
-        tasks = self.tables.pretraining()
-        number = [task.name for task in tasks].index(name)
-        sizes = [min(task.batch_size, len(task.train)) for task in tasks]
-        weights, each = [task.weight for task in tasks], self.size.steps_per_epoch
-        mixture = TaskMixture(weights, sizes, num_steps=each, seed=self.seed)
-        epochs = range(self.size.steps // each)
-        drawn = Counter(step.number for epoch in epochs for step in mixture.epoch(epoch))
-        self._pretrain(alone(name), [tasks[number]], drawn[number])
+        tasks = [task for task in self.tables.pretraining() if task.name == name]
+        self._pretrain(alone(name), tasks, self.count_steps()[name])
 
     def train_controls(self, fractions: Sequence[float]) -> None:
         """Tune what was never pre-trained: it does not wait for pre-training."""

@@ -1,6 +1,7 @@
 """The pipeline of one likelihood for every task: its results over seeds, and all of it from the data to its page."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,7 @@ def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     check_parts(runs)
     check_trained(runs)
     check_pooled(runs)
+    check_alone(runs)
 
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in {".json", ".safetensors"}}
     run_tiny("uniperceiver", tmp_path)
@@ -235,6 +237,15 @@ def check_trained(runs: Runs) -> None:
             if not any(part in name for part in changed)
         )
     assert read_module_config(runs.path(adapted("new adapter", "klettres-us"))).trainable == ["audio", "scale-classify"]
+
+
+def check_alone(runs: Runs) -> None:
+    """A task alone has as many steps as among all."""
+    counts = runs.count_steps()
+    assert sum(counts.values()) == TINY.steps
+    runs.pretrain_alone("caption")
+    log = (runs.path(alone("caption")) / "losses.jsonl").read_text().splitlines()
+    assert sum("loss" in json.loads(line) for line in log) == counts["caption"] > 1
 
 
 def load_weights(run: Path) -> dict[str, Array]:
