@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from embedcache.cli.console import print_table
-from pipelines.common import run_parallel
+from pipelines.parallel import run_parallel
+from pipelines.perceiver.images import show_images
 from pipelines.perceiver.measures import MEASURED, evaluation_steps
 from pipelines.perceiver.page import novel_table, write_pages
 from pipelines.perceiver.results import Results, pretraining_table
@@ -50,7 +51,7 @@ def main() -> None:
     print_table(*pretraining_table(results, list(MEASURED)), title="tasks of pre-training")
     for name, fraction in [*((EASY_VQA, part) for part in fractions), *size.other_fractions.items(), (LETTERS, 1)]:
         print_table(*novel_table(results, name, fraction), title=f"{name} {100 * fraction:g} %")
-    write_pages(options.workdir, results, fractions, size.other_fractions)
+    write_pages(options.workdir, results, fractions, size.other_fractions, show_images(every[0], min(fractions)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page of one likelihood for every task: tables over seeds, and curves."""
+"""The page of one likelihood for every task: tables over seeds, curves, and images with what runs say about them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from embedcache.files import write_atomic
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import Curves, Section, Table, estimate_curves, svg, write_report
 from pipelines.common import markdown_table, save_figure
+from pipelines.perceiver.images import ShownImage, image_figure
 from pipelines.perceiver.measures import BLIND_ANSWERS, MEASURED, MODELS
 from pipelines.perceiver.results import (
     PRETRAINED,
@@ -106,6 +107,7 @@ def write_pages(
     results: Results,
     fractions: Sequence[float],
     others: Mapping[str, float],
+    images: Sequence[ShownImage] = (),
 ) -> None:
     """Write `uniperceiver.html`, and `uniperceiver.md` with its figures, into the folder.
 
@@ -114,8 +116,16 @@ def write_pages(
         results: results of all seeds.
         fractions: fractions of the answers of easy-VQA.
         others: other data that pre-training has not -> its fraction.
+        images: images with what runs say about them.
     """
     parts = _parts(results, fractions, others)
+    if images:
+        note = (
+            "Test images of the world of shapes, then of easy-VQA. Bars are probabilities of classes, all 40 of the "
+            "world of shapes; green ones are right. The quoted caption is right if all of it is true and it mentions "
+            f"every shape. Questions are answered after tuning prompts on {100 * min(fractions):g} % of the answers."
+        )
+        parts.append(Part("What the runs say about images", [note], figure=image_figure(images), name="images"))
     summary = summarize(results, fractions)
     write_report(
         folder / "uniperceiver.html",

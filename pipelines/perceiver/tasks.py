@@ -45,6 +45,7 @@ class Size:
         num_prompts: prompts per layer.
         batch_size: task -> examples per batch.
         num_items: images of the tests of retrieval and captions of shapes.
+        num_shown: images of shapes, and of easy-VQA, that the page shows.
         fractions: fractions of the answers of easy-VQA to tune on, unless others are asked for.
         other_fractions: other data -> fraction of its labels or captions to tune on.
     """
@@ -73,6 +74,7 @@ class Size:
         }
     )
     num_items: int = 400
+    num_shown: tuple[int, int] = (5, 10)
     fractions: tuple[float, ...] = (0.01,)
     other_fractions: Mapping[str, float] = field(default_factory=lambda: {FASHION: 0.01, EMOJI: 1.0})
 
@@ -88,6 +90,7 @@ TINY = Size(
     num_prompts=2,
     batch_size=dict.fromkeys(_TASKS, 8),
     num_items=10,
+    num_shown=(2, 2),
     fractions=(0.5,),
 )
 """For tests: everything runs, nothing is learned."""

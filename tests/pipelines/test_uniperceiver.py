@@ -12,6 +12,7 @@ from embedcache.errors import DataError
 from embedcache.evaluate.likelihood import SHUFFLED, Measured
 from embedcache.networks.saved import read_module_config
 from embedcache.store.cache import Cache
+from pipelines.perceiver.images import Answer, ShownImage, image_figure
 from pipelines.perceiver.measures import MEASURED, MODELS, pool
 from pipelines.perceiver.page import COLUMNS, answer_curves, novel_table
 from pipelines.perceiver.results import (
@@ -123,6 +124,27 @@ def test_curves_begin_with_the_run_that_is_tuned() -> None:
     assert not any(len(line.get_xdata()) for line in yes_no.get_lines())  # not measured
 
 
+def test_image_figure_marks_what_is_wrong() -> None:
+    image = ShownImage(
+        title="test/0000",
+        pixels_HW3=np.zeros((8, 8, 3), np.uint8),
+        classes={"a red circle": 0.75, "a blue star": 0.25},
+        labels={"a blue star"},
+        caption="a red circle",
+        is_true=False,
+        answers=[Answer("what color?", "red", "blue"), Answer("is it red?", "no", "no")],
+    )
+    picture, bars, texts = image_figure([image]).axes
+    assert picture.get_title() == "test/0000"
+    assert [bar.get_width() for bar in bars.patches] == [0.75, 0.25]  # type: ignore[attr-defined]
+    assert [text.get_text() for text in texts.texts] == [
+        *("✗", "“a red circle”"),
+        *("✗", "what color?  red, not blue"),
+        *("✓", "is it red?  no"),
+    ]
+    assert len({text.get_color() for text in texts.texts[:4]}) == 1 != len({text.get_color() for text in texts.texts})
+
+
 def test_seeds_are_compared_on_the_same_items() -> None:
     results = Results(make_result("prompts", "q", 4, seed=seed, first_item=seed) for seed in (0, 1))
     with pytest.raises(DataError, match="expected the same items for all seeds"):
@@ -140,9 +162,9 @@ def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     run_tiny("uniperceiver", tmp_path)
     html = (tmp_path / "uniperceiver.html").read_text()
     assert "What cannot be concluded" in html
-    assert html.count("<svg") == 1
+    assert html.count("<svg") == 2
     page = (tmp_path / "uniperceiver.md").read_text()
-    for name in ("uniperceiver-curves.svg",):
+    for name in ("uniperceiver-curves.svg", "uniperceiver-images.jpg"):
         assert name in page
         assert (tmp_path / name).is_file()
     results, (fraction,) = Results.read(tmp_path), TINY.fractions
