@@ -294,11 +294,11 @@ def likelihood(
 
     Example: embedcache evaluate likelihood cache/ run/ --task-file tasks.toml --shuffle-items
     """
-    from embedcache.cli.console import print_line, print_table, publish
+    from embedcache.cli.console import open_progress, print_line, print_table, publish
     from embedcache.likelihood.runs import evaluate_tasks
     from embedcache.reports.likelihood import likelihood_json, likelihood_table
 
-    reports = evaluate_tasks(cache, run, task_file, settings, device=device)
+    reports = evaluate_tasks(cache, run, task_file, settings, device=device, progress=open_progress())
 
     def show() -> None:
         for line in dict.fromkeys(

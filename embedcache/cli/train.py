@@ -44,11 +44,16 @@ def train(
 ) -> None:
     """Train projectors, or tasks of one likelihood.
 
-    Projectors align the features of two modalities. One likelihood classifies, answers, captions and retrieves by the
-    tasks of a TOML file. Run the same command again to resume an interrupted run. Under torchrun, training of
-    projectors uses all processes.
+    Projectors align the features of two modalities. Run the same command again to resume an interrupted run. Under
+    torchrun, training uses all processes.
+
+    With --task likelihood, one network learns the tasks of a TOML file: classes, answers, captions, retrieval. An epoch
+    then has --steps-per-epoch steps, samples are split by key or by column, and batch sizes are those of the tasks;
+    options of projectors and their loss do not apply.
 
     Example: embedcache train cache/ run/ --projector mlp --lr 0.001
+
+    Example: embedcache train cache/ run/ --task likelihood --task-file tasks.toml --words words/
     """
     from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
     from embedcache.progress import NullProgress

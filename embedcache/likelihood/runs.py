@@ -145,6 +145,7 @@ def evaluate_tasks(
     settings: LikelihoodEvalSettings | None = None,
     *,
     device: str = "cpu",
+    progress: Progress | None = None,
 ) -> dict[str, dict[str, list[TaskReport]]]:
     """Evaluate runs on the tasks of a file, which they need not have been trained on.
 
@@ -156,6 +157,7 @@ def evaluate_tasks(
         run_paths: runs of `train_likelihood`.
         task_file: the file.
         settings: the part that is read, controls, and how captions are written.
+        progress: progress in tasks.
 
     Returns:
         Recipe -> task -> a report per seed.
@@ -164,10 +166,11 @@ def evaluate_tasks(
         SettingError: there are no runs.
         DataError: there are no examples of the part; or as `evaluate_task`. Errors of a task begin with its name.
     """
-    settings = settings or LikelihoodEvalSettings()
+    settings, progress = settings or LikelihoodEvalSettings(), progress or NullProgress()
     if not run_paths:
         raise SettingError("expected at least one run to evaluate, got none")
     file = TaskFile(task_file, Cache(cache_path))
+    progress.start("evaluate", len(file.tasks) * len(run_paths), "tasks")
     reports: dict[str, dict[str, list[TaskReport]]] = {}
     for name, paths in group_by_recipe(run_paths, _read_recipe).items():
         for path in paths:
@@ -175,6 +178,8 @@ def evaluate_tasks(
                 with naming(task):
                     report = _evaluate(file, task, path, settings, device)
                 reports.setdefault(name, {}).setdefault(task.name, []).append(report)
+                progress.advance(1)
+    progress.finish()
     return reports
 
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.dataset.splits import PART_NAMES, Split
-from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError
+from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.modalities import MODALITIES
 from embedcache.networks.candidates import Mined
 from embedcache.networks.words import Vocabulary
@@ -41,6 +41,7 @@ from embedcache.train.examples import (
     open_media,
     read_captions,
     read_examples,
+    read_texts,
 )
 from embedcache.train.likelihood_tasks import ExampleTask, Kind
 
@@ -188,9 +189,13 @@ class TaskFile:
         names = task.table.candidates
         if isinstance(names, str):
             path = self._resolve(names)
-            if not path.is_file():
-                raise PathError(f"candidates: expected a list, or a file with one per line, got {path}; check the path")
-            names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise PathError(
+                    f"candidates: expected a list, or a text file with one per line, got {path}: {one_line(error)}"
+                ) from error
+            names = tuple(line.strip() for line in text.splitlines() if line.strip())
         return names or None
 
     def _resolve(self, name: str) -> Path:
@@ -220,12 +225,12 @@ def parts_of(task: NamedTask, table: pa.Table, split: Split | None) -> pa.Array:
         split: split of the samples of the task's cache; None: there is none.
     """
     if "split" in table.column_names:
-        names = table["split"].cast(pa.string()).combine_chunks().dictionary_encode()
+        names = read_texts(table, "split").combine_chunks().dictionary_encode()
         values = pa.array([PART_NAMES.get(str(name).lower(), "") for name in names.dictionary.to_pylist()], pa.string())
         return pc.fill_null(values.take(names.indices), "")
     if split is None or not is_about_items(task, table):
         return pa.repeat("", len(table))
-    keys = table["key"].cast(pa.string()).combine_chunks()
+    keys = read_texts(table, "key").combine_chunks()
     samples = pc.index_in(keys, value_set=pa.array(split.keys, pa.string()))
     return pc.fill_null(pa.array(split.parts, pa.string()).take(samples), "")
 

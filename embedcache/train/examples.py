@@ -273,13 +273,18 @@ def read_examples(path: Path | str) -> pa.Table:
 
 def _read_columns(table: pa.Table | Path | str, names: Sequence[str]) -> Mapping[str, pa.ChunkedArray]:
     table = table if isinstance(table, pa.Table) else read_examples(table)
-    found = {name: _read_texts(table, name) for name in names}
+    found = {name: read_texts(table, name) for name in names}
     if found["target"].null_count:
         raise DataError(f"examples: expected a target in every row, got {found['target'].null_count:,} rows without")
     return found
 
 
-def _read_texts(table: pa.Table, name: str) -> pa.ChunkedArray:
+def read_texts(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """Return a column of a table of examples as texts; nulls for `text` if the table has none.
+
+    Raises:
+        DataError: there is no such column, or its values are no texts.
+    """
     if name not in table.column_names:
         if name == "text":
             return pa.chunked_array([pa.nulls(len(table), pa.string())])

@@ -57,6 +57,9 @@ def folder(squares_paths: tuple[Path, Path, Path], tmp_path_factory: pytest.Temp
     pq.write_table(found["classify"], folder / "classes.parquet")
     pq.write_table(found["answer"].append_column("split", parts), folder / "answers.parquet")
     pq.write_table(found["texts"], folder / "texts.parquet")
+    pq.write_table(pa.table({"target": ["a"], "split": [["train"]]}), folder / "lists.parquet")
+    blanks = {"text": ["_ is _"] * 2, "target": ["red"] * 2, "split": ["train", "val"]}
+    pq.write_table(pa.table(blanks), folder / "blanks.parquet")
     (folder / "colors.txt").write_text("red\ngreen\n\nblue\n")
     (folder / "tasks.toml").write_text(TASKS)
     return folder
@@ -200,7 +203,13 @@ def test_a_wrong_option_is_one_line(folder: Path, run: Path, options: str, messa
             "bad: expected targets that are candidates",
         ),
         ("kind = 'classify'\nexamples = 'classes.parquet'\ncandidates = ['violet']", "got 'violet' in 'violet'"),
-        ("kind = 'classify'\ncandidates = 'none.txt'", "bad: candidates: expected a list, or a file"),
+        ("kind = 'classify'\ncandidates = 'none.txt'", "bad: candidates: expected a list, or a text file"),
+        ("kind = 'classify'\ncandidates = 'texts.parquet'", "bad: candidates: expected a list, or a text file"),
+        ("kind = 'classify'\ncandidates = [1]", "bad: candidates: expected"),
+        ("kind = 'masked'\nexamples = 'lists.parquet'", "bad: examples: column split: expected texts, got list"),
+        ("kind = 'masked'\ncache = 'nowhere'", "bad: nowhere does not exist"),
+        ("kind = 'answer'\nexamples = 'blanks.parquet'", "bad: text: expected at most one blank, got 2 in example 0"),
+        ("kind = 'caption'\n[bad.worse]\nkind = 'caption'", "unknown option of the task bad"),
     ],
 )
 def test_a_wrong_task_is_one_line_with_its_name(folder: Path, tmp_path: Path, table: str, message: str) -> None:

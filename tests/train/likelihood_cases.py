@@ -179,5 +179,5 @@ def train_together(squares: Squares, path: Path) -> Path:
         squares.task("caption", "caption", "captions"),
         squares.task("masked", "masked", "captions"),
     ]
-    train_likelihood(tasks, squares.words, path, recipe(steps_per_epoch=130), fit_settings(lr=7e-3))
+    train_likelihood(tasks, squares.words, path, recipe(steps_per_epoch=100), fit_settings(lr=7e-3))
     return path
