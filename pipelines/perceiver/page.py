@@ -153,7 +153,8 @@ def summarize(results: Results, fractions: Sequence[float]) -> str:
     lines = []
     for fraction in fractions:
         question = question_name(EASY_VQA, fraction)
-        found = {model: results.estimate(model, question, "accuracy: open") for model in results.models(question)}
+        models = [model for model in MODELS[EASY_VQA] if model in results.models(question)]
+        found = {model: results.estimate(model, question, "accuracy: open") for model in models}
         rates = [f"{model} {100 * item.value:.1f}" for model, item in found.items() if item is not None]
         lines.append(f"With {100 * fraction:g} % of the answers: {'; '.join(rates)}.")
     return " ".join(["Accuracy on open questions of easy-VQA in percent.", *lines])
