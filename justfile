@@ -39,8 +39,8 @@ site *args:
 smoke workdir="embedcache-quickstart":
     embedcache quickstart {{ workdir }}
 
-# Time the hot paths against a lower bound or another tool. Names: help gather extract index decode train evaluate
-# search coverage dedup serve
+# Time the hot paths against a lower bound or another tool. Names: help gather extract index decode train speech
+# likelihood-training evaluate search coverage dedup serve
 bench *names:
     python -m benchmarks {{ names }}
 

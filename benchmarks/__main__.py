@@ -15,6 +15,7 @@ NAMES = (
     "decode",
     "train",
     "speech",
+    "likelihood-training",
     "evaluate",
     "search",
     "coverage",
@@ -27,10 +28,11 @@ PARTS = {
     "peers": "extract:peers",
     "precision": "extract:precision",
     "thresholds": "thresholds:main",
+    "likelihood-training": "likelihood_training:main",
     "speech-training": "speech_training:main",
     "speech-decoding": "speech:decoding",
 }
-"""Parts of `extract`, `coverage` and `speech` that can be run alone."""
+"""Parts of `extract`, `coverage` and `speech` that can be run alone, and names that differ from their module."""
 
 
 def load(name: str) -> Callable[..., None]:

@@ -11,11 +11,9 @@ training without a cache would repeat in every step.
 """
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from inspect import signature
-from itertools import pairwise
 from math import nan
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import in_own_process, median_rates
+from benchmarks.products import Product, attention, cpu_seconds, linears, make_products
 from embedcache.arrays import Ints
 from embedcache.cli.console import print_line, print_table
 from embedcache.encoders.audio import SAMPLE_RATE_HZ
@@ -168,7 +167,7 @@ def _measure(name: str, repeats: int) -> Costs:
         reason = str(error)
     for call in calls.values():
         call()
-    costs = median_rates({key: _cpu_seconds(call) for key, call in calls.items()}, repeats=repeats)
+    costs = median_rates({key: cpu_seconds(call) for key, call in calls.items()}, repeats=repeats)
     return Costs(costs["step"], costs["products"], costs.get("encoder", nan), peak_gb, reason)
 
 
@@ -208,26 +207,6 @@ def _lengths(case: Case) -> Ints:
     return lengths_B
 
 
-class Product(NamedTuple):
-    """Products of pairs of matrices, (rows, inner) · (inner, columns), and of their gradients.
-
-    Args:
-        pairs: number of pairs, computed together.
-        num_gradients: 2 for those of both factors, 1 for those of the second one, such as weights; 0 if frozen.
-    """
-
-    pairs: int
-    rows: int
-    inner: int
-    columns: int
-    num_gradients: int = 2
-
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions of the forward and the backward pass."""
-        return 2 * self.pairs * self.rows * self.inner * self.columns * (1 + self.num_gradients)
-
-
 def products_of(case: Case) -> list[Product]:
     """Return the matrix products of a training step on a batch of a case."""
     shapes, products = _Shapes(case), []
@@ -253,73 +232,37 @@ class _Shapes:
 
     def encoder(self, input_width: int, num_layers: int) -> Iterator[Product]:
         """The adapter and the transformer of a stream or of a fusion."""
-        yield from _linears(self.frames, input_width, self.width, self.width)
+        yield from linears(self.frames, input_width, self.width, self.width)
         for _ in range(num_layers):
-            yield from _linears(self.frames, self.width, 3 * self.width)
-            yield from self._attention(NUM_FRAMES, NUM_FRAMES)
-            yield from _linears(self.frames, self.width, self.width)
-            yield from _linears(self.frames, self.width, self.hidden, self.width)
+            yield from linears(self.frames, self.width, 3 * self.width)
+            yield from self._attend(NUM_FRAMES, NUM_FRAMES)
+            yield from linears(self.frames, self.width, self.width)
+            yield from linears(self.frames, self.width, self.hidden, self.width)
 
     def fusion(self, num_streams: int) -> Iterator[Product]:
         """The gate, a convolution over five frames, and the transformer."""
         joined = num_streams * self.width
         if self.sizes["fusion"] == "gated":
-            yield from _linears(self.frames, 5 * joined, self.width, num_streams)
+            yield from linears(self.frames, 5 * joined, self.width, num_streams)
         yield from self.encoder(joined, self.sizes["fusion_layers"])
 
     def readout(self, rows: int) -> Iterator[Product]:
         """The readout of symbols, per frame or per symbol."""
-        yield from _linears(rows, self.width, self.width, self.width // 2, self.width // 2, len(SYMBOLS))
+        yield from linears(rows, self.width, self.width, self.width // 2, self.width // 2, len(SYMBOLS))
 
     def decoder(self) -> Iterator[Product]:
         """The attention decoder."""
         for _ in range(self.sizes["decoder_layers"]):
             for rows, keys in ((self.symbols, NUM_SYMBOLS + 1), (self.frames, NUM_FRAMES)):
-                yield from _linears(self.symbols, self.width, self.width)
-                yield from _linears(rows, self.width, 2 * self.width)
-                yield from self._attention(NUM_SYMBOLS + 1, keys)
-                yield from _linears(self.symbols, self.width, self.width)
-            yield from _linears(self.symbols, self.width, self.hidden, self.width)
+                yield from linears(self.symbols, self.width, self.width)
+                yield from linears(rows, self.width, 2 * self.width)
+                yield from self._attend(NUM_SYMBOLS + 1, keys)
+                yield from linears(self.symbols, self.width, self.width)
+            yield from linears(self.symbols, self.width, self.hidden, self.width)
         yield from self.readout(self.symbols)
 
-    def _attention(self, queries: int, keys: int) -> Iterator[Product]:
-        heads = self.sizes["num_heads"]
-        yield Product(self.items * heads, queries, self.width // heads, keys)
-        yield Product(self.items * heads, queries, keys, self.width // heads)
-
-
-def _linears(rows: int, *widths: int) -> Iterator[Product]:
-    for inner, columns in pairwise(widths):
-        yield Product(1, rows, inner, columns)
-
-
-def make_products(products: Sequence[Product]) -> Callable[[], None]:
-    """Return a function that computes the products and nothing else, into buffers that equal shapes share."""
-    calls = {product: _make_product(product) for product in set(products)}
-
-    def multiply() -> None:
-        for product in products:
-            calls[product]()
-
-    return multiply
-
-
-def _make_product(product: Product) -> Callable[[], None]:
-    """Return a function that computes X · Wᵀ, and with G of its shape Gᵀ · X and G · W as far as they are needed."""
-    pairs, rows, inner, columns, num_gradients = product
-    multiply = torch.mm if pairs == 1 else torch.bmm
-    batch = () if pairs == 1 else (pairs,)
-    left, right, output = (torch.randn(*batch, *shape) for shape in ((rows, inner), (columns, inner), (rows, columns)))
-    left_gradient, right_gradient = torch.empty_like(left), torch.empty_like(right)
-
-    def call() -> None:
-        multiply(left, right.mT, out=output)
-        if num_gradients > 0:
-            multiply(output.mT, left, out=right_gradient)
-        if num_gradients > 1:
-            multiply(output, right, out=left_gradient)
-
-    return call
+    def _attend(self, queries: int, keys: int) -> Iterator[Product]:
+        return attention(self.items, self.sizes["num_heads"], queries, keys, self.width)
 
 
 def _make_encoder(case: Case) -> Callable[[], object]:
@@ -333,12 +276,3 @@ def _make_encoder(case: Case) -> Callable[[], object]:
     sounds = [rng.standard_normal(length * samples_per_frame, np.float32) / 10 for length in _lengths(case)]
     prepared = encoder.prepare(sounds)
     return lambda: encoder.encode(prepared, ["states"])
-
-
-def _cpu_seconds(call: Callable[[], object]) -> Callable[[], float]:
-    def measure() -> float:
-        started = time.process_time()
-        call()
-        return time.process_time() - started
-
-    return measure

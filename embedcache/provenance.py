@@ -26,6 +26,7 @@ _RECORDED_PACKAGES = ("embedcache", "numpy", "torch", "zarr", "pyarrow", "onnxru
 STORED_NAMES = {"index_digest": "spine"}
 """Field in code -> key on disk, where they differ; format 1 keeps the old key."""
 
+_LONGEST_LIST = 120
 T = TypeVar("T")
 
 
@@ -159,7 +160,18 @@ def name_differences(found: Mapping[str, Any], requested: Mapping[str, Any]) -> 
     """Return a text per differing field, with both values."""
     flat_found, flat_requested = _flatten(found), _flatten(requested)
     differing = [name for name in {**flat_found, **flat_requested} if flat_found.get(name) != flat_requested.get(name)]
-    return [f"{name}: stored {flat_found.get(name)!r}, requested {flat_requested.get(name)!r}" for name in differing]
+    return [
+        f"{name}: stored {_shorten(flat_found.get(name))}, requested {_shorten(flat_requested.get(name))}"
+        for name in differing
+    ]
+
+
+def _shorten(value: Any) -> str:
+    """Return a value as text; of a long list, such as the words of a vocabulary, the beginning."""
+    text = repr(value)
+    if not isinstance(value, list | tuple) or len(text) <= _LONGEST_LIST:
+        return text
+    return f"{text[:_LONGEST_LIST]}… ({len(value):,} values)"
 
 
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

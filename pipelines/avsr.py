@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from embedcache.cli.console import print_table
-from pipelines.common import run_parallel
+from pipelines.parallel import run_parallel
 from pipelines.speech.models import ABLATIONS, AUDIO, FUSION, FUSIONS, VIDEO, page_layout, questions
 from pipelines.speech.page import SETS, show_utterances, write_pages
 from pipelines.speech.results import Result, Results, rate_table

@@ -3,18 +3,13 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from embedcache.cli.console import open_progress, print_line
-from embedcache.errors import EmbedcacheError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import replacing, write_atomic
-from embedcache.processes import num_cores, run_processes
-from embedcache.progress import Progress
 from embedcache.settings import to_flat
 from embedcache.sources import open_source
 from embedcache.train.data import TrainData
@@ -67,36 +62,29 @@ def train_seeds(
 
 
 def write_markdown_page(path: Path, title: str, before: Sequence[str], figure: Figure, after: Sequence[str]) -> None:
-    """Write a Markdown page with a title and paragraphs before and after a figure, which is an SVG file beside it."""
-    figure_path = path.with_suffix(".svg")
-    with replacing(figure_path) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
-    blocks = [f"# {title}", *before, f"![{title}]({figure_path.name})", *after]
+    """Write a Markdown page with a title and paragraphs before and after a figure, which is a file beside it."""
+    figure_name = save_figure(path.with_suffix(""), figure)
+    blocks = [f"# {title}", *before, f"![{title}]({figure_name})", *after]
     write_atomic(path, ("\n\n".join(blocks) + "\n").encode())
+
+
+def save_figure(path: Path, figure: Figure) -> str:
+    """Save a figure beside a Markdown page, as SVG, or as JPEG if it holds images; return the name of its file.
+
+    Args:
+        path: its path without a suffix.
+        figure: the figure.
+    """
+    has_images = any(axes.get_images() for axes in figure.axes)
+    path = path.with_name(path.name + (".jpg" if has_images else ".svg"))
+    with replacing(path) as temporary:
+        if has_images:
+            figure.savefig(temporary, format="jpg", dpi=110, facecolor="white", pil_kwargs={"quality": 82})
+        else:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+    return path.name
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
-
-
-def run_parallel(steps: Sequence[tuple[Any, ...]]) -> None:
-    """Run steps in as many processes as there are cores, one thread each; each process has every n-th step.
-
-    Args:
-        steps: methods of runs, which take `progress` and have a `folder` to be called after, and their arguments.
-    """
-    progress, count = open_progress(), min(num_cores(), len(steps))
-    tasks = [steps[number::count] for number in range(count)]
-    if count == 1:
-        _run_all(tasks[0], progress)
-    elif run_processes(_run_all, tasks, progress)[1]:
-        raise EmbedcacheError("a process died; what is finished is kept: rerun the same command")
-
-
-def _run_all(steps: Sequence[tuple[Any, ...]], progress: Progress) -> None:
-    torch.set_num_threads(1)
-    for step, *arguments in steps:
-        name = " ".join([step.__self__.folder.name, step.__name__, *map(str, arguments[:1])])
-        step(*arguments, progress=progress.part(name))
-        progress.note(f"{name}: done")

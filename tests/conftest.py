@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,9 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
+
+if TYPE_CHECKING:
+    from tests.train.likelihood_cases import Squares
 
 settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
@@ -88,3 +92,27 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         open_source(folder / "s"), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings
     )
     return folder / "cache"
+
+
+@pytest.fixture(scope="session")
+def squares_paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Caches of colored squares with captions, for training and validation, and of their words. Not to be changed."""
+    from tests.train.likelihood_cases import make_caches
+
+    return make_caches(tmp_path_factory.mktemp("squares"))
+
+
+@pytest.fixture(scope="session")
+def squares(squares_paths: tuple[Path, Path, Path]) -> "Squares":
+    """These caches, opened with their examples."""
+    from tests.train.likelihood_cases import open_caches
+
+    return open_caches(squares_paths)
+
+
+@pytest.fixture(scope="session")
+def squares_run(squares: "Squares", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four tasks on colored squares; none of them answers questions. Not to be changed."""
+    from tests.train.likelihood_cases import train_together
+
+    return train_together(squares, tmp_path_factory.mktemp("squares-runs") / "all")

@@ -18,6 +18,7 @@ from embedcache.cli.options import (
     with_settings,
 )
 from embedcache.evaluate.settings import (
+    LikelihoodEvalSettings,
     PairsSettings,
     ProbeSettings,
     RetrievalSettings,
@@ -270,6 +271,49 @@ def speech(
     )
 
 
+@with_settings(settings=LikelihoodEvalSettings)
+def likelihood(
+    cache: CacheArgument,
+    run: Runs,
+    task_file: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="TOML file of the tasks of one likelihood, a table each: kind, examples, weight."
+        ),
+    ],
+    device: Device = "cpu",
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: LikelihoodEvalSettings,
+) -> None:
+    """Measure runs of one likelihood on tasks.
+
+    Accuracy over candidates, recall in both directions, predicted words and whole captions, with confidence intervals
+    over items and the chance level. Runs need not have been trained on the tasks.
+
+    Example: embedcache evaluate likelihood cache/ run/ --task-file tasks.toml --shuffle-items
+    """
+    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.likelihood.runs import evaluate_tasks
+    from embedcache.reports.likelihood import likelihood_json, likelihood_table
+
+    reports = evaluate_tasks(cache, run, task_file, settings, device=device, progress=open_progress())
+
+    def show() -> None:
+        for line in dict.fromkeys(
+            warning
+            for tasks in reports.values()
+            for seeds in tasks.values()
+            for seed in seeds
+            for warning in seed.warnings()
+        ):
+            print_line(line)
+        print_table(*likelihood_table(reports))
+
+    publish(show, lambda: likelihood_json(reports, Path(cache).name), as_json=as_json, output=output)
+
+
 def clip_benchmark(context: typer.Context, run: RunArgument) -> None:
     """Evaluate a run with CLIP_benchmark.
 
@@ -288,6 +332,7 @@ add_command(app, "zero-shot", zero_shot)
 add_command(app, "probe", probe)
 add_command(app, "pairs", pairs)
 add_command(app, "speech", speech)
+add_command(app, "likelihood", likelihood)
 add_command(
     app,
     "clip-benchmark",

@@ -475,6 +475,11 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
 
     try:
         record = json.loads(text)
+        if record.get("kind", "pair") != "pair":
+            raise SettingError(
+                f"{path}: expected the config.json of a pair of projectors, got that of a run of the kind "
+                f"{record['kind']}; name its options one by one"
+            )
         settings = {
             item.name: _recorded_value(record["training"], item)
             for item in flat_settings(TrainSettings)
@@ -484,7 +489,9 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
             settings["feature"] = [f"{modality}={side['feature']}" for modality, side in record["sides"].items()]
         else:
             settings |= {f"{modality}_feature": record[modality]["feature"] for modality in ("image", "text")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, SettingError):
+            raise
         raise SettingError(f"{path}: expected the config.json of a run, got other content: {error!r}") from error
     return {name: value for name, value in settings.items() if value is not None}
 

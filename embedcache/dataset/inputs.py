@@ -40,6 +40,7 @@ class InputFeature:
                 )
         self._features = list(features)
         self.name = "+".join(feature.name for feature in features)
+        self.group = first.group
         self.modality = first.modality
         self.num_items = first.num_items
         self.width = first.item_shape[-1]

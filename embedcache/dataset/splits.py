@@ -141,18 +141,43 @@ def make_split(caches: Sequence[Cache], pairs: Pairs, settings: SplitSettings, r
         SettingError: `strict` on more than 200,000 items, since it compares all pairs; or a part is empty.
         SourceError: `column` without a column `split` that names train and test.
     """
-    keys = [key for cache in caches for key in cache.samples["key"].to_pylist()]
+    if settings.kind != "strict":
+        return split_samples(caches, pairs.samples, settings)
+    groups = _near_duplicates(pairs, settings, readers)
+    split = _by_groups(_keys_of(caches), pairs.samples, groups, settings)
+    _require_parts(split, groups, settings, readers)
+    return _of_caches(caches, split)
+
+
+def split_samples(caches: Sequence[Cache], samples: Ints, settings: SplitSettings) -> Split:
+    """Split samples without their features: by key, by a column or by a file.
+
+    Args:
+        caches: the caches.
+        samples: (S,) the samples, counted across caches; the others are in no part.
+        settings: settings of the split.
+
+    Raises:
+        UnknownNameError, SettingError, SourceError: as in `make_split`.
+    """
+    keys = _keys_of(caches)
     if settings.kind == "column":
-        split = _by_column(caches, keys, pairs.samples, settings)
-    elif settings.kind in KINDS:
-        is_strict = settings.kind == "strict"
-        groups = _near_duplicates(pairs, settings, readers) if is_strict else pairs.samples
-        split = _by_groups(keys, pairs.samples, groups, settings)
-        _require_parts(split, groups, settings, readers)
+        split = _by_column(caches, keys, samples, settings)
+    elif settings.kind == "key":
+        split = _by_groups(keys, samples, samples, settings)
+        _require_parts(split, samples, settings, ())
     elif settings.path is None or not settings.path.is_file():
         raise unknown_name("split", settings.kind, KINDS, hint="or use the path of another run's split.parquet")
     else:
         split = read_split(settings.path, caches)
+    return _of_caches(caches, split)
+
+
+def _keys_of(caches: Sequence[Cache]) -> list[str]:
+    return [key for cache in caches for key in cache.samples["key"].to_pylist()]
+
+
+def _of_caches(caches: Sequence[Cache], split: Split) -> Split:
     if len(caches) == 1:
         return split
     return replace(
@@ -163,6 +188,11 @@ def make_split(caches: Sequence[Cache], pairs: Pairs, settings: SplitSettings, r
 def _require_parts(split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str]) -> None:
     if {"val", "test"} <= set(split.parts):
         return
+    if settings.kind == "key":
+        raise SettingError(
+            f"--split key leaves no validation or test samples among {len(groups)}; raise --val-fraction and "
+            "--test-fraction, or use more samples"
+        )
     thresholds = [settings.cosine(modality) for modality in modalities]
     named = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in thresholds)
     raise SettingError(

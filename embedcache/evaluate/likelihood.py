@@ -1,6 +1,6 @@
 """Tasks of one likelihood: accuracy over candidates, recall, and captions, with intervals over items and controls."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,24 +17,16 @@ from embedcache.metrics.ranking import chance_recall
 from embedcache.networks.candidates import Candidates
 from embedcache.networks.captions import write_captions
 from embedcache.networks.saved import ModuleConfig, load_module
+from embedcache.networks.settings import CaptionSettings, Judge
 from embedcache.networks.shared import SharedNetwork
 from embedcache.networks.words import WordLists
 from embedcache.provenance import check_same
 from embedcache.train.examples import Examples
-from embedcache.train.likelihood_tasks import (
-    ExampleTask,
-    encode_texts,
-    load_words,
-    predict,
-    read_inputs,
-    read_tokens,
-    retrieval_ranks,
-)
+from embedcache.train.likelihood_batches import encode_texts, load_words, read_inputs, read_tokens, retrieval_ranks
+from embedcache.train.likelihood_tasks import ExampleTask, predict
 
 SHUFFLED, BLIND = "items of others", "without items"
 """Controls: each example with the item of another one, and with none."""
-Judge = Callable[[str, str], bool]
-"""Whether a caption is right, given the key of its sample and the caption."""
 
 _KS = (1, 5, 10)
 _BLOCK = 64
@@ -54,23 +46,6 @@ class Measured(NamedTuple):
     def estimate(self, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
         """Return the mean with a 95% interval over items."""
         return bootstrap_mean(self.values_M, self.clusters_M, num_draws=num_draws, seed=seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionSettings:
-    """How captions are written.
-
-    Args:
-        beam: hypotheses kept per item.
-        max_length: most words.
-        length_power: exponent of the length that divides the log-probability.
-        judge: whether a caption is right; None: if it is a caption of the item in the examples.
-    """
-
-    beam: int = 5
-    max_length: int = 20
-    length_power: float = 0.0
-    judge: Judge | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +80,12 @@ class TaskReport:
         parts = [f"{name} {_percent(measured.estimate())}" for name, measured in self.measures.items()]
         for control, measures in self.controls.items():
             parts += [f"{control}: {name} {_percent(measured.estimate())}" for name, measured in measures.items()]
-        seen = "; WARNING: the run was trained on these examples" if self.was_seen else ""
-        return f"{self.task}: {self.num_examples:,} examples; {', '.join(parts)}{seen}"
+        return "; ".join([f"{self.task}: {self.num_examples:,} examples", ", ".join(parts), *self.warnings()])
+
+    def warnings(self) -> list[str]:
+        """Return one line for each reason to doubt the results."""
+        seen = f"WARNING: {self.run_path.name} was trained on these examples of {self.task}"
+        return [seen] if self.was_seen else []
 
     def to_json(self) -> dict[str, Any]:
         """Return estimates of all metrics as JSON values."""
@@ -169,8 +148,14 @@ def evaluate_task(
         },
         chance=_chance(task, examples),
         captions=captions,
-        was_seen=examples.digest in {item.get("train") for item in config.training["tasks"]},
+        was_seen=examples.digest in _trained_on(config),
     )
+
+
+def _trained_on(config: ModuleConfig) -> set[str]:
+    """Return the digests of all examples that a run, and those that it starts from, were trained on."""
+    tasks = [*config.training["tasks"], *config.training.get("earlier_tasks", ())]
+    return {str(task.get("train")) for task in tasks}
 
 
 def estimate_runs(reports: Sequence[TaskReport], measure: str, *, control: str | None = None) -> Estimate:

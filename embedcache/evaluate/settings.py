@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.errors import SettingError
-from embedcache.networks.settings import DecodingSettings
+from embedcache.networks.settings import CaptionSettings, DecodingSettings
 from embedcache.settings import check_settings, from_flat, group, setting
 
 _PART_HELP = "Part of the run's split, or of the column split, to read."
@@ -143,3 +143,19 @@ class PairsSettings:
 def pairs_settings(options: Mapping[str, Any]) -> PairsSettings:
     """Build settings from flat names; `split_seed` defaults to `seed`."""
     return from_flat(PairsSettings, with_split_seed(options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodEvalSettings:
+    """Settings of the evaluation of tasks of one likelihood."""
+
+    part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
+    shuffle_items: bool = setting(
+        False, "Also measure with the items of other examples, as a control that must not help."
+    )
+    omit_items: bool = setting(False, "Also measure questions and masked words without their items, as a control.")
+    captions: CaptionSettings = group(CaptionSettings)
+    seed: int = setting(0, "Random seed of the control.", ge=0, lt=2**32)
+
+    def __post_init__(self) -> None:
+        check_settings(self)

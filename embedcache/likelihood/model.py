@@ -1,47 +1,31 @@
 """A run of one likelihood with its frozen encoders: classes, answers, captions and retrieval of raw items."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from embedcache.arrays import Array, Floats, blocks
-from embedcache.dataset.inputs import to_inputs
-from embedcache.encoders.base import Encoder
-from embedcache.encoders.open import DERIVED, feature_names, reopen_encoder
-from embedcache.errors import DataError, ItemError, PathError, SettingError
+from embedcache.arrays import Floats, blocks
+from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.likelihood import load_shared
-from embedcache.extract.views import reopen_recorded_view
-from embedcache.modalities import MODALITIES, noun
+from embedcache.likelihood.items import Batches, ItemReader, ItemsLike, OpenItems, open_cache
 from embedcache.networks.candidates import Candidates
 from embedcache.networks.captions import write_captions
-from embedcache.networks.saved import ModuleConfig, ModuleInput
-from embedcache.networks.shared import SharedNetwork, Tokens
+from embedcache.networks.saved import ModuleConfig
+from embedcache.networks.shared import SharedNetwork
 from embedcache.networks.words import END, UNKNOWN, WordLists
-from embedcache.provenance import check_same
-from embedcache.sources.base import IMPORTED
-from embedcache.sources.images import rgb_image
-from embedcache.sources.media import Video
 from embedcache.store.cache import Cache
 from embedcache.train.batches import to_device
-from embedcache.train.examples import open_media, with_blanks
-from embedcache.train.likelihood_tasks import encode_texts, load_words, read_tokens
+from embedcache.train.examples import with_blanks
+from embedcache.train.likelihood_batches import encode_texts, load_words
 
-ItemLike: TypeAlias = str | Path | bytes | Image | Array | Video
-"""An item: the path or the bytes of a file, an open `PIL.Image.Image` of any mode, or else what its encoder prepares,
-such as (n,) float32 samples at 16 kHz."""
-ItemsLike: TypeAlias = ItemLike | Sequence[ItemLike] | Cache
-"""One item, N items, or all items of a cache that have the feature of the run, in the order of their rows."""
-
-_ONE = (str, Path, bytes, Image, np.ndarray, Video)
-_BLOCK_ROWS = 64
+_BLOCK_TEXTS = 64
 _NUM_SETS = 8  # sets of candidates that are kept encoded
 
 
@@ -99,7 +83,7 @@ def load_likelihood(run_path: Path | str, *, device: str = "cpu") -> "Likelihood
         SettingError: the device does not exist.
     """
     network, config = load_shared(run_path, device=device)
-    return LikelihoodModel(network, config, device=device)
+    return LikelihoodModel(network, config, run_path=Path(run_path), device=device)
 
 
 class LikelihoodModel:
@@ -109,9 +93,9 @@ class LikelihoodModel:
     queries, others count as unknown.
     """
 
-    def __init__(self, network: SharedNetwork, config: ModuleConfig, *, device: str) -> None:
-        self._network, self._device = network, device
-        self._encoders: dict[str, _RawEncoder] = {}
+    def __init__(self, network: SharedNetwork, config: ModuleConfig, *, run_path: Path, device: str) -> None:
+        self._network, self._run_path, self._device = network, run_path, device
+        self._readers: dict[str, ItemReader] = {}
         self._encode_set = lru_cache(maxsize=_NUM_SETS)(self._encode_new_set)
         self.config = config
 
@@ -143,8 +127,8 @@ class LikelihoodModel:
 
         Raises:
             PathError: a file does not exist.
-            DataError: an item cannot be decoded, a name has words that the word table lacks, the feature of the run is
-                not an encoder's own, or the cache does not have it.
+            DataError: an item cannot be decoded, a name has words that the word table lacks, raw items cannot be read
+                as the feature of the run, or the cache does not have it.
             SettingError: several tasks, or none, have classes.
             FingerprintError: the encoder or the cache's feature is not what the run was trained on.
             MissingExtraError: a package is not installed.
@@ -176,7 +160,7 @@ class LikelihoodModel:
         questions = [questions] if isinstance(questions, str) else list(questions)
         words = with_blanks(self._network.vocabulary.encode(questions))
         if items is None:
-            batches: _Batches = ((rows, {}) for rows in blocks(len(questions), _BLOCK_ROWS))
+            batches: Batches = ((rows, {}) for rows in blocks(len(questions), _BLOCK_TEXTS))
             of_item_N = np.arange(len(questions))
         else:
             num_items, _, batches = self._open(items, modality)
@@ -241,8 +225,8 @@ class LikelihoodModel:
 
         Args:
             items: one item, N of them, or a cache.
-            words: words that captions may have; None: the candidates that a caption task of the run was given, else all
-                words of the word table, also those of questions and labels.
+            words: words that captions may have; None: those of the caption tasks of the run, or of the run that it
+                starts from; without any, all words of the word table, also those of questions and labels.
             beam: hypotheses kept per item.
             max_length: most words.
             length_power: exponent of the length that divides the log-probability.
@@ -252,7 +236,7 @@ class LikelihoodModel:
             SettingError: a beam or length below 1, or a negative length power.
         """
         if words is None:
-            given = [word for task in self._tasks("caption") for word in task.get("candidates") or ()]
+            given = [word for task in self._tasks("caption") for word in task["candidates"]]
             words = given or self._network.vocabulary.words
         lists, vectors_CP = self._encode_set(tuple(words), is_words=True)
         vocabulary = to_device(lists.numbers_M.astype(np.int64), self._device), Candidates(vectors_CP)
@@ -281,20 +265,25 @@ class LikelihoodModel:
         logits_NC = logits_NC if compared.bias_C is None else logits_NC + compared.bias_C
         return Scores(tuple(names), logits_NC.float().softmax(dim=1).cpu().numpy())
 
-    def _tasks(self, kind: str) -> list[Mapping[str, Any]]:
-        return [task for task in self.config.training["tasks"] if task.get("kind") == kind]
+    def _tasks(self, kind: str, name: str | None = None) -> list[Mapping[str, Any]]:
+        """Return the run's tasks of a kind with candidates; if it has none, those of the run that it starts from."""
+        for tasks in (self.config.training["tasks"], self.config.training.get("earlier_tasks", ())):
+            of_kind = [task for task in tasks if task.get("kind") == kind and task.get("candidates")]
+            found = [task for task in of_kind if name in (None, task["name"])]
+            if found:
+                return found
+        return []
 
     def _closed_set(self, kind: str, name: str | None) -> tuple[Sequence[str], str]:
         """Return the candidates and the name of a task of the run."""
-        tasks = [task for task in self._tasks(kind) if task.get("candidates")]
-        chosen = [task for task in tasks if name in (None, task["name"])]
-        if len(chosen) != 1:
-            found = ", ".join(task["name"] for task in tasks) or "none"
+        found = self._tasks(kind, name)
+        if len(found) != 1:
+            known = ", ".join(task["name"] for task in self._tasks(kind)) or "none"
             raise SettingError(
-                f"task: expected one of the run's tasks of the kind {kind}, {found}, got {name}; name one, or pass "
+                f"task: expected one of the run's tasks of the kind {kind}, {known}, got {name}; name one, or pass "
                 "candidates"
             )
-        return chosen[0]["candidates"], chosen[0]["name"]
+        return found[0]["candidates"], found[0]["name"]
 
     def _encode_new_set(self, names: tuple[str, ...], *, is_words: bool) -> tuple[WordLists, Tensor]:
         """Encode candidates: texts, or single words and the end."""
@@ -315,126 +304,25 @@ class LikelihoodModel:
             )
         return encode_texts(self._network, lists, device=self._device) if texts else self._join([])
 
-    def _encode_items(self, opened: "_OpenItems") -> Tensor:
+    def _encode_items(self, opened: OpenItems) -> Tensor:
         return self._join([self._network.encode(tokens) for _, tokens in opened.batches])
 
     def _join(self, parts: Sequence[Tensor]) -> Tensor:
         empty = torch.empty(0, self._network.output_width, device=self._device)
         return torch.cat([empty, *(part.float() for part in parts)])
 
-    def _open(self, items: ItemsLike, modality: str | None) -> "_OpenItems":
+    def _open(self, items: ItemsLike, modality: str | None) -> OpenItems:
         name = modality or ("image" if "image" in self.modalities else "")
         if not name and len(self.modalities) == 1:
             (name,) = self.modalities
         if name not in self.modalities:
             raise SettingError(f"modality: expected one of {', '.join(self.modalities)}, got {modality}")
+        side = self.config.sides[name]
         if isinstance(items, Cache):
-            return _open_cache(items, name, self.config.sides[name], device=self._device)
-        given = [items] if isinstance(items, _ONE) else list(items)
-        if name not in self._encoders:
-            self._encoders[name] = _reopen(self.config.sides[name], device=self._device)
-        return self._encoders[name].open(given)
-
-
-_Batches: TypeAlias = Iterator[tuple[slice, Mapping[str, Tokens]]]
-
-
-class _OpenItems(NamedTuple):
-    """Items, and their tokens batch by batch.
-
-    Args:
-        num_items: number of items.
-        name_of: name of the item at a position.
-        batches: positions and tokens of each batch; can be read once.
-    """
-
-    num_items: int
-    name_of: Callable[[int], str]
-    batches: _Batches
-
-
-def _open_cache(cache: Cache, modality: str, side: ModuleInput, *, device: str) -> _OpenItems:
-    """Open the items of a cache that have the feature of a run."""
-    media = open_media(cache, modality, side.feature, in_memory=False)
-    next_step = "use a cache with the feature of the encoder that the run was trained on"
-    check_same(f"{side.feature} of {cache.path}", media.feature.fingerprint, side.fingerprint, next_step=next_step)
-    rows_N = np.flatnonzero(media.feature.valid)
-    owners_N = cache.items(modality, columns=["sample"])["sample"].to_numpy()[rows_N]
-    keys = cache.samples["key"]
-    batches = ((part, read_tokens(media, rows_N[part], device=device)) for part in blocks(len(rows_N), _BLOCK_ROWS))
-    return _OpenItems(len(rows_N), lambda number: str(keys[int(owners_N[number])].as_py()), batches)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _RawEncoder:
-    """The frozen encoder of a modality of a run, with the view that it was used with."""
-
-    modality: str
-    encoder: Encoder
-    view: Callable[[Any], Any]
-    names: Sequence[str]
-    device: str
-
-    def open(self, items: Sequence[ItemLike]) -> _OpenItems:
-        def name_of(number: int) -> str:
-            item = items[number]
-            return str(item) if isinstance(item, str | Path) else f"{self.modality} {number}"
-
-        batches = (
-            (part, self._encode(items[part], [name_of(number) for number in range(part.start, part.stop)]))
-            for part in blocks(len(items), self.encoder.batch_size)
-        )
-        return _OpenItems(len(items), name_of, batches)
-
-    def _encode(self, items: Sequence[ItemLike], names: Sequence[str]) -> Mapping[str, Tokens]:
-        prepared = [self._prepare(item, name) for item, name in zip(items, names, strict=True)]
-        encoded = self.encoder.encode(prepared, self.names)
-        values, lengths = to_inputs([encoded[name] for name in self.names])
-        values = values[:, None] if values.ndim == 2 else values
-        lengths_B = None if lengths is None else to_device(lengths, self.device)
-        return {self.modality: Tokens(to_device(values, self.device), lengths_B)}
-
-    def _prepare(self, item: ItemLike, name: str) -> Array:
-        if isinstance(item, str | Path) and not Path(item).is_file():
-            raise PathError(
-                f"{self.modality} {name} does not exist: expected the path or bytes of a file, or an open item"
-            )
-        try:
-            if isinstance(item, Image):
-                item = rgb_image(item)
-            elif isinstance(item, str | Path | bytes):
-                data = item if isinstance(item, bytes) else Path(item).read_bytes()
-                item = MODALITIES[self.modality].load_decoder()(data)
-            (prepared,) = self.encoder.prepare([self.view(item)])
-        except ItemError as error:
-            raise DataError(f"{name}: {error}") from error
-        return prepared
-
-
-def _reopen(side: ModuleInput, *, device: str) -> _RawEncoder:
-    """Open the encoder of a side of a run again.
-
-    Raises:
-        DataError: the feature is not an encoder's own.
-        FingerprintError: the encoder or view is not the one that the run was trained on.
-    """
-    family = side.fingerprint["family"]
-    if family in (DERIVED, IMPORTED):
-        origin = f"derived by the rule {side.fingerprint['model']}" if family == DERIVED else "imported"
-        raise DataError(
-            f"{side.feature}: expected the feature of an encoder to read raw {noun(side.modality)}, got one that was "
-            f"{origin}; pass a Cache of these {noun(side.modality)} that holds this feature instead"
-        )
-    encoder = reopen_encoder(
-        side.spec,
-        modality=side.modality,  # type: ignore[arg-type]  # a modality by its name
-        feature=side.feature,
-        fingerprint=side.fingerprint,
-        device=device,
-    )
-    view = reopen_recorded_view(side.feature, side.fingerprint)
-    names = feature_names(side.feature)
-    return _RawEncoder(modality=side.modality, encoder=encoder, view=view, names=names, device=device)
+            return open_cache(items, side, device=self._device)
+        if name not in self._readers:
+            self._readers[name] = ItemReader(side, self._run_path, device=self._device)
+        return self._readers[name].open(items)
 
 
 def _nearest(queries_QP: Tensor, vectors_NP: Tensor, k: int, name_of: Callable[[int], str]) -> list[list[Hit]]:

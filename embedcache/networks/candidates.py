@@ -114,47 +114,61 @@ class Mined:
     Args:
         index: index of the representations of all candidates. It is as old as the last time that they were encoded.
         k: candidates per query.
+        vectors_CP: these representations, for `near`.
     """
 
-    def __init__(self, index: NearestNeighbors, k: int) -> None:
+    def __init__(self, index: NearestNeighbors, k: int, vectors_CP: Floats | None = None) -> None:
         if k < 1:
             raise SettingError(f"k: expected at least 1 candidate per query, got {k}")
-        self._index, self._k = index, k
+        self._index, self.k, self.vectors_CP = index, k, vectors_CP
 
     def select(self, queries_BP: Floats, positives_B: Ints) -> tuple[Ints, Ints]:
         """Return the numbers of the candidates, (C,) int64 ascending, and the position of each positive among them."""
-        _, found_BK = self._index.search(np.ascontiguousarray(queries_BP, np.float32), self._k)
+        _, found_BK = self._index.search(np.ascontiguousarray(queries_BP, np.float32), self.k)
         numbers_C = np.union1d(found_BK[found_BK >= 0], positives_B)
         return numbers_C, np.searchsorted(numbers_C, positives_B)
 
+    def near(self, positives_B: Ints) -> Ints:
+        """Return the numbers of the candidates nearest to each positive, without itself: (B, k) int64, -1: none.
+
+        They depend on nothing but the vectors and the index, so that a resumed run has the same negatives.
+        """
+        if self.vectors_CP is None:
+            raise SettingError("vectors_CP: expected the vectors of all candidates to find neighbors by, got none")
+        queries_BP = np.ascontiguousarray(self.vectors_CP[positives_B], np.float32)
+        _, found_BK = self._index.search(queries_BP, self.k + 1)
+        is_other_BK = found_BK != positives_B[:, None]
+        order_BK = np.argsort(~is_other_BK, axis=1, kind="stable")  # itself comes last, wherever it was found
+        return np.take_along_axis(found_BK, order_BK, axis=1)[:, : self.k].astype(np.int64)
+
 
 def draw_candidates(
-    num_candidates: int, positives_M: Ints, *, limit: int, rng: np.random.Generator
+    num_candidates: int, positives_M: Ints, *, limit: int, rng: np.random.Generator, mined: Ints | None = None
 ) -> tuple[Ints, Ints, Floats | None]:
     """Draw candidates for one step if there are too many: all positives of the batch, and others at random.
 
     A drawn negative stands for as many as were left out: its logit gets log(number of negatives / number drawn), so
-    that the sum over the candidates is that over all of them in the mean.
+    that the sum over the candidates is that over all of them in the mean. Mined negatives stand for themselves.
 
     Args:
         num_candidates: number of all candidates.
         positives_M: numbers of the positives of a batch.
-        limit: most candidates to use; more if there are more positives.
+        limit: most candidates to use; more if there are more positives and mined negatives.
+        mined: numbers of hard negatives that are used, too.
 
     Returns:
         (C,) int64 numbers of the candidates, ascending; position of each positive among them; and (C,) float32
         log-weights, None: all candidates are used.
     """
-    distinct = np.unique(positives_M)
-    num_drawn = min(limit, num_candidates) - len(distinct)
-    if num_candidates <= max(limit, len(distinct)):
+    kept = np.unique(positives_M if mined is None else np.concatenate([positives_M, mined]))
+    if num_candidates <= max(limit, len(kept)):
         return np.arange(num_candidates), positives_M, None
-    num_negatives = num_candidates - len(distinct)
-    drawn = rng.choice(num_negatives, size=max(1, num_drawn), replace=False, shuffle=False)
-    # The i-th number that is no positive: as many positives come before it as have at most i other numbers below them.
-    negatives = drawn + np.searchsorted(distinct - np.arange(len(distinct)), drawn, side="right")
-    numbers_C = np.sort(np.concatenate([distinct, negatives]))
-    log_weights_C = np.where(np.isin(numbers_C, distinct), 0.0, math.log(num_negatives / len(negatives)))
+    num_left = num_candidates - len(kept)
+    drawn = rng.choice(num_left, size=max(1, limit - len(kept)), replace=False, shuffle=False)
+    # The i-th number that is not kept: as many kept ones come before it as have at most i other numbers below them.
+    others = drawn + np.searchsorted(kept - np.arange(len(kept)), drawn, side="right")
+    numbers_C = np.sort(np.concatenate([kept, others]))
+    log_weights_C = np.where(np.isin(numbers_C, kept), 0.0, math.log(num_left / len(others)))
     return numbers_C, np.searchsorted(numbers_C, positives_M), log_weights_C.astype(np.float32)
 
 
@@ -214,6 +228,25 @@ class Likelihood(nn.Module):
         """Compute the negative log-likelihood of the positives, the mean over queries; see `cross_entropy_over`."""
         scaled_BP, vectors_CP = self.scaled(queries_BP, candidates.vectors_CP)
         return cross_entropy_over(scaled_BP, vectors_CP, positives, bias_C=candidates.bias_C, smoothing=smoothing)
+
+
+class LabelHead(nn.Module):
+    """What prompt tuning adds to the logits of a closed set of candidates: w · logit + W · representation + b.
+
+    It starts from w = 1, W = 0 and b = 0, where it changes nothing.
+    """
+
+    def __init__(self, width: int, num_candidates: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.linear = nn.Linear(width, num_candidates)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def extend(self, scaled_BP: Tensor, vectors_CP: Tensor, queries_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, candidates and bias whose dot products are the new logits, given those of a `Likelihood`."""
+        queries = torch.cat([self.weight * scaled_BP, queries_BP], dim=1)
+        return queries, torch.cat([vectors_CP, self.linear.weight], dim=1), self.linear.bias
 
 
 def cross_entropy_over(

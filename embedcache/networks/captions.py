@@ -12,7 +12,8 @@ from torch import Tensor
 from embedcache.arrays import Ints
 from embedcache.errors import DataError, SettingError
 from embedcache.networks.candidates import Candidates, Likelihood
-from embedcache.networks.shared import KeysValues, SharedLayer, SharedNetwork, Tokens
+from embedcache.networks.shared import SharedNetwork, Tokens
+from embedcache.networks.shared_layers import KeysValues, SharedLayer
 from embedcache.networks.words import BLANK, END
 
 

@@ -37,13 +37,29 @@ _STORED_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleInput:
-    """The stored feature, `encoder/feature`, that a module was trained on; `spec` opens the encoder again."""
+    """The stored feature, `encoder/feature`, that a module was trained on; `spec` opens the encoder again.
+
+    `inputs` are the features that a derived one is computed from, so that raw items can be read; empty for those of
+    encoders, and where they were not recorded.
+    """
 
     modality: str
     feature: str
     spec: str
     fingerprint: Mapping[str, Any]
     width: int
+    inputs: Sequence["ModuleInput"] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON values of the entry in `config.json`."""
+        names = ("modality", "feature", "spec", "fingerprint", "width")
+        values = {name: getattr(self, name) for name in names}
+        return {**values, "inputs": [item.to_json() for item in self.inputs]} if self.inputs else values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ModuleInput":
+        """Build an entry from the values of `to_json`."""
+        return cls(**{**values, "inputs": tuple(map(cls.from_json, values.get("inputs", ())))})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +94,13 @@ class ModuleConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON values of `config.json`."""
         trainable = None if self.trainable is None else list(self.trainable)
-        return {**to_record(self, _STORED_NAMES), "trainable": trainable}
+        sides = {name: side.to_json() for name, side in self.sides.items()}
+        return {**to_record(self, _STORED_NAMES), "sides": sides, "trainable": trainable}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ModuleConfig":
         """Build a config from the values of `to_json`."""
-        sides = {name: ModuleInput(**side) for name, side in values["sides"].items()}
+        sides = {name: ModuleInput.from_json(side) for name, side in values["sides"].items()}
         return cls(**{**from_record(values, _STORED_NAMES), "sides": sides})
 
 

@@ -109,6 +109,10 @@ class Vocabulary:
             words.append(special[number] if number in special else self.words[number - NUM_SPECIAL])
         return " ".join(words)
 
+    def can_spell(self, texts: Sequence[str]) -> bool:
+        """Return whether all words of texts are listed."""
+        return not bool((self.encode(texts).numbers_M == UNKNOWN).any())
+
     def require_known(self, texts: Sequence[str], what: str) -> WordLists:
         """Return the numbers of the words of texts that are candidates, each of which needs words that are listed.
 

@@ -5,10 +5,10 @@ interval (`0.066 [0.046, 0.101]`), percentages with one decimal (`12.3%`), count
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -154,6 +154,9 @@ COLORS = ("#2563eb", "#0d9488", "#9333ea", "#ea580c", "#db2777", "#ca8a04", "#11
 
 BAD = "#b91c1c"
 
+_MARKERS = "os^DvPX*"
+_LOWEST = 0.002  # of a logarithmic axis
+
 
 def open_axes(height: float, *, width: float = 9, **subplots: Any) -> Any:
     """Create a figure of that size in inches; return its axes, or an array of them, see `Figure.subplots`."""
@@ -180,6 +183,86 @@ def estimate_bars(
     axes.set_yticks(range(len(estimates)), list(estimates))
     if not axes.yaxis_inverted():
         axes.invert_yaxis()  # once for axes that share it
+
+
+class Curves(NamedTuple):
+    """Lines over the same places of an axis.
+
+    Args:
+        ticks: names of the places.
+        lines: name of a line -> its estimate at each place; None where there is none.
+    """
+
+    ticks: Sequence[str]
+    lines: Mapping[str, Sequence[Estimate | None]]
+
+
+def estimate_curves(
+    panels: Mapping[str, Curves], *, x: str, y: str, controls: Collection[str] = (), is_log: bool = False
+) -> Figure:
+    """Draw fractions as lines with 95% intervals as bands, one panel beside the other, with one legend.
+
+    Args:
+        panels: title -> lines. A line of one name has one color in all panels.
+        x, y: labels of the axes.
+        controls: lines that are drawn dashed and thin.
+        is_log: use a logarithmic axis of the fractions.
+    """
+    width = 4.9 if len(panels) < 3 else 4.2
+    axes_P = open_axes(4.6, width=3.4 + width * len(panels), ncols=len(panels), squeeze=False, sharey=True)[0]
+    names = dict.fromkeys(name for curves in panels.values() for name in curves.lines)
+    numbers = {name: number for number, name in enumerate(names)}
+    for axes, (title, curves) in zip(axes_P, panels.items(), strict=True):
+        for name, found in curves.lines.items():
+            _draw_curve(axes, numbers[name], name, found, is_control=name in controls)
+        axes.set_xticks(range(len(curves.ticks)), curves.ticks)
+        axes.grid(axis="y", color=GRID)
+        axes.set_title(title, color=INK, fontsize=11)
+        if is_log:
+            axes.set_yscale("log")
+            ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+            axes.set_yticks(ticks, [f"{tick:.1%}" if tick < 0.01 else f"{tick:.0%}" for tick in ticks])
+            axes.minorticks_off()
+        else:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        label(axes, x, y * (axes is axes_P[0]))
+    if not is_log:
+        axes_P[0].set_ylim(bottom=0)  # once for all, and last: it keeps the upper end from growing
+    figure: Figure = axes_P[0].figure
+    handles = {name: handle for axes in axes_P for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        [handles[name] for name in numbers],
+        list(numbers),
+        frameon=False,
+        labelcolor=INK,
+        loc="outside right upper",
+        fontsize=9,
+    )
+    return figure
+
+
+def _draw_curve(axes: Any, number: int, name: str, estimates: Sequence[Estimate | None], *, is_control: bool) -> None:
+    places = [place for place, estimate in enumerate(estimates) if estimate is not None]
+    found = [estimate for estimate in estimates if estimate is not None]
+    color = SOFT if is_control and number >= len(COLORS) else COLORS[number % len(COLORS)]
+    axes.fill_between(
+        places,
+        [max(estimate.low, _LOWEST) for estimate in found],
+        [max(estimate.high, _LOWEST) for estimate in found],
+        color=color,
+        alpha=0.06 if is_control else 0.14,
+        linewidth=0,
+    )
+    axes.plot(
+        places,
+        [max(estimate.value, _LOWEST) for estimate in found],
+        marker=_MARKERS[number % len(_MARKERS)],
+        markersize=4 if is_control else 5,
+        linestyle=(0, (3, 2)) if is_control else "-",
+        linewidth=1.1 if is_control else 1.8,
+        color=color,
+        label=name,
+    )
 
 
 def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: str, limit: float | None = None) -> str:

@@ -14,7 +14,7 @@ from embedcache.dataset.inputs import PLAIN
 from embedcache.metrics.edits import align_tokens, count_confusions
 from embedcache.metrics.intervals import Estimate
 from embedcache.networks.ctc import WordTime
-from embedcache.reports.base import BAD, COLORS, GRID, INK, SOFT, label, open_axes
+from embedcache.reports.base import BAD, COLORS, GRID, INK, SOFT, Curves, estimate_curves, label, open_axes
 
 LETTERS = ("BCDEGPTVZ", "AHJK", "FSX", "MN", "IY", "QUW", "LOR")
 """Letters whose English names sound alike, and the rest."""
@@ -22,8 +22,6 @@ LETTERS = ("BCDEGPTVZ", "AHJK", "FSX", "MN", "IY", "QUW", "LOR")
 _LEVEL = re.compile(r"(?P<noise>.*?)(?P<snr>-?\d+(\.\d+)?)dB")
 _OTHER, _NONE = "other", "none"
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#bfd4fb", COLORS[0], "#0b1d51"])
-_MARKERS = "os^DvPX*"
-_LOWEST = 0.002  # of a logarithmic axis
 _MARGIN = 1.5  # inches on the left, for the names of the lines
 _MOST_FRAMES = 33
 
@@ -83,63 +81,14 @@ def error_curves(panels: Mapping[str, Rates], *, controls: Collection[str] = (),
         controls: models that are drawn dashed and thin.
         is_log: use a logarithmic axis of errors.
     """
-    width = 4.9 if len(panels) < 3 else 4.2
-    axes_P = open_axes(4.6, width=3.4 + width * len(panels), ncols=len(panels), squeeze=False, sharey=True)[0]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(n for rates in panels.values() for n in rates))}
-    for axes, (title, rates) in zip(axes_P, panels.items(), strict=True):
+    curves = {}
+    for title, rates in panels.items():
         levels = {view: parse_level(view) for of_view in rates.values() for view in of_view}
         decibels = {view: level.snr_db for view, level in levels.items() if level is not None}
         views = sorted(decibels, key=lambda view: -decibels[view])
-        for name, of_view in rates.items():
-            found = [of_view.get(view) for view in views]
-            _draw_curve(axes, numbers[name], name, found, is_control=name in controls)
-        axes.set_xticks(range(len(views)), [Level("", decibels[view]).name for view in views])
-        axes.grid(axis="y", color=GRID)
-        axes.set_title(title, color=INK, fontsize=11)
-        if is_log:
-            axes.set_yscale("log")
-            ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-            axes.set_yticks(ticks, [f"{tick:.1%}" if tick < 0.01 else f"{tick:.0%}" for tick in ticks])
-            axes.minorticks_off()
-        else:
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        label(axes, "signal-to-noise ratio", "word error rate" * (axes is axes_P[0]))
-    figure: Figure = axes_P[0].figure
-    handles = {name: handle for axes in axes_P for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        [handles[name] for name in numbers],
-        list(numbers),
-        frameon=False,
-        labelcolor=INK,
-        loc="outside right upper",
-        fontsize=9,
-    )
-    return figure
-
-
-def _draw_curve(axes: Any, number: int, name: str, rates: Sequence[Estimate | None], *, is_control: bool) -> None:
-    places = [place for place, rate in enumerate(rates) if rate is not None]
-    found = [rate for rate in rates if rate is not None]
-    color = SOFT if is_control and number >= len(COLORS) else COLORS[number % len(COLORS)]
-    axes.fill_between(
-        places,
-        [max(rate.low, _LOWEST) for rate in found],
-        [max(rate.high, _LOWEST) for rate in found],
-        color=color,
-        alpha=0.06 if is_control else 0.14,
-        linewidth=0,
-    )
-    axes.plot(
-        places,
-        [max(rate.value, _LOWEST) for rate in found],
-        marker=_MARKERS[number % len(_MARKERS)],
-        markersize=4 if is_control else 5,
-        linestyle=(0, (3, 2)) if is_control else "-",
-        linewidth=1.1 if is_control else 1.8,
-        color=color,
-        label=name,
-    )
+        lines = {name: [of_view.get(view) for view in views] for name, of_view in rates.items()}
+        curves[title] = Curves([Level("", decibels[view]).name for view in views], lines)
+    return estimate_curves(curves, x="signal-to-noise ratio", y="word error rate", controls=controls, is_log=is_log)
 
 
 def confusion_figure(

@@ -88,7 +88,12 @@ class RowIndex:
         self.wrapped.ntotal = len(self._rows)
 
     def search(
-        self, queries_QP: Floats, k: int, parameters: Mapping[str, int], *, is_allowed_N: Bools | None = None
+        self,
+        queries_QP: Floats,
+        k: int,
+        parameters: Mapping[str, int] | None = None,
+        *,
+        is_allowed_N: Bools | None = None,
     ) -> tuple[Floats, Ints]:
         """Return the k best rows of each query, best first: scores (Q, K) float32, rows (Q, K) int64 (-1: none found).
 
@@ -98,7 +103,7 @@ class RowIndex:
         selector = None
         if is_allowed_N is not None:
             selector = self._faiss.IDSelectorBitmap(np.packbits(is_allowed_N, bitorder="little"))
-        chosen = self._faiss_parameters(self._inner, parameters, selector)
+        chosen = self._faiss_parameters(self._inner, parameters or {}, selector)
         scores, positions = self._inner.search(np.ascontiguousarray(queries_QP), k, params=chosen)
         return scores, np.where(positions < 0, -1, self.rows[positions])
 

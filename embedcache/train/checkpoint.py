@@ -118,6 +118,7 @@ _FILES = (
     "record.json",
     "model.safetensors",
     "tensorboard",
+    "fit-*.safetensors",
 )
 
 

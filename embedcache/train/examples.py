@@ -15,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from scipy.sparse import csr_array
 
-from embedcache.arrays import Floats, Ints
+from embedcache.arrays import Floats, Ints, normalize
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import InputFeature, Reader, open_input
-from embedcache.errors import DataError, PathError, SettingError
-from embedcache.networks.words import BLANK, UNKNOWN, Vocabulary, WordLists
+from embedcache.errors import DataError, PathError, SettingError, one_line
+from embedcache.networks.words import BLANK, NUM_SPECIAL, UNKNOWN, Vocabulary, WordLists
 from embedcache.store.cache import Cache
 
 _NUM_SHOWN = 3
@@ -41,6 +42,18 @@ class WordTable:
     vectors_VD: Floats
     feature: InputFeature
     index_digest: str
+
+    def average(self, texts: WordLists) -> Floats:
+        """Compute the mean of the unit vectors of the words of each text, of length 1: (N, D) float32, 0 without any.
+
+        Memory: the result, and the words in float32.
+        """
+        is_word_M = texts.numbers_M >= NUM_SPECIAL
+        columns_M = np.where(is_word_M, texts.numbers_M - NUM_SPECIAL, 0)
+        shape = texts.num_texts, len(self.vocabulary)
+        counts_NV = csr_array((is_word_M.astype(np.float32), columns_M, texts.offsets_N), shape=shape)
+        means_ND: Floats = counts_NV @ normalize(np.asarray(self.vectors_VD, np.float32))
+        return normalize(means_ND)
 
 
 def open_word_table(cache: Cache, feature: str | None = None) -> WordTable:
@@ -243,21 +256,43 @@ def open_examples(table: pa.Table | Path | str, vocabulary: Vocabulary, *, media
     )
 
 
+def read_examples(path: Path | str) -> pa.Table:
+    """Read a Parquet file of examples.
+
+    Raises:
+        PathError: there is no such file.
+        DataError: it is not Parquet.
+    """
+    if not Path(path).is_file():
+        raise PathError(f"expected a Parquet file of examples, got {path}, which does not exist; check the path")
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: expected a Parquet file of examples, got an error: {one_line(error)}") from error
+
+
 def _read_columns(table: pa.Table | Path | str, names: Sequence[str]) -> Mapping[str, pa.ChunkedArray]:
-    if not isinstance(table, pa.Table):
-        path = Path(table)
-        if not path.is_file():
-            raise PathError(f"expected a Parquet file of examples, got {path}, which does not exist; check the path")
-        table = pq.read_table(path)
-    found = {}
-    for name in names:
-        if name not in table.column_names and name != "text":
-            raise DataError(f"examples: expected the columns key, text and target, got {', '.join(table.column_names)}")
-        is_there = name in table.column_names
-        found[name] = (table[name] if is_there else pa.chunked_array([pa.nulls(len(table))])).cast(pa.string())
+    table = table if isinstance(table, pa.Table) else read_examples(table)
+    found = {name: read_texts(table, name) for name in names}
     if found["target"].null_count:
         raise DataError(f"examples: expected a target in every row, got {found['target'].null_count:,} rows without")
     return found
+
+
+def read_texts(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """Return a column of a table of examples as texts; nulls for `text` if the table has none.
+
+    Raises:
+        DataError: there is no such column, or its values are no texts.
+    """
+    if name not in table.column_names:
+        if name == "text":
+            return pa.chunked_array([pa.nulls(len(table), pa.string())])
+        raise DataError(f"examples: expected the columns key, text and target, got {', '.join(table.column_names)}")
+    try:
+        return table[name].cast(pa.string())
+    except pa.ArrowException as error:
+        raise DataError(f"examples: column {name}: expected texts, got {table[name].type}") from error
 
 
 def read_captions(cache: Cache, *, part: str | None = None) -> pa.Table:

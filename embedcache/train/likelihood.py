@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from embedcache.arrays import Floats, check_finite
+from embedcache.dataset.splits import Split
 from embedcache.errors import DataError, SettingError
 from embedcache.networks.candidates import Candidates, cross_entropy_over
 from embedcache.networks.saved import ModuleConfig, ModuleInput, read_module_config
@@ -25,8 +26,8 @@ from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.train.batches import Loader
 from embedcache.train.distributed import num_processes
 from embedcache.train.examples import Examples, Media, WordTable
-from embedcache.train.likelihood_tasks import Subtask, TaskBatch, read_inputs
-from embedcache.train.modules import ModuleReport, describe_input, train_task
+from embedcache.train.likelihood_batches import Subtask, TaskBatch, read_inputs
+from embedcache.train.modules import ModuleReport, describe_input, describe_origin, fitted_files, train_task
 from embedcache.train.settings import FitSettings, PartSettings
 
 _NUM_SAMPLED = 256  # items whose tokens standardize the channels of a feature
@@ -193,6 +194,8 @@ class LikelihoodRecipe:
         steps_per_epoch: steps between two validations.
         modalities: adapters to have besides those of the tasks, as arguments of `SharedNetwork`.
         families: families of tasks to have besides those of the tasks.
+        earlier_tasks: descriptions of the tasks of the run that this one starts from, whose candidates `load` offers,
+            too; those with words that the word table lacks are left out.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -200,6 +203,7 @@ class LikelihoodRecipe:
     steps_per_epoch: int = 100
     modalities: Mapping[str, Any] = field(default_factory=dict)
     families: Sequence[str] = ()
+    earlier_tasks: Sequence[Mapping[str, Any]] = ()
 
 
 def train_likelihood(
@@ -209,6 +213,7 @@ def train_likelihood(
     recipe: LikelihoodRecipe | None = None,
     settings: FitSettings | None = None,
     *,
+    split: Split | None = None,
     progress: Progress | None = None,
 ) -> ModuleReport:
     """Train tasks together into a run folder; resumed if interrupted, reused if finished.
@@ -219,6 +224,7 @@ def train_likelihood(
     Args:
         tasks: tasks, such as `ExampleTask`.
         words: the word table; of a run that starts from another one, it may have other words, of the same encoder.
+        split: split of the samples of the tasks' caches that their examples follow, if one does, to be kept in the run.
 
     Raises:
         SettingError: no tasks, two of one name, several processes, or a batch size in `settings`.
@@ -237,16 +243,19 @@ def train_likelihood(
         "num_prompts": recipe.num_prompts,
         **recipe.model,
     }
-    sides = {name: describe_input(item.feature) for name, item in media.items()}
+    sides = {name: describe_origin(item.feature) for name, item in media.items()}
     sides["words"] = describe_input(words.feature)
     _check_start_runs(sides, settings)
     described = [dict(task.describe()) for task in tasks]
+    training: dict[str, Any] = {"steps_per_epoch": recipe.steps_per_epoch, "tasks": described}
+    earlier = [task for task in recipe.earlier_tasks if words.vocabulary.can_spell(task.get("candidates") or ())]
+    training |= {"earlier_tasks": earlier} if earlier else {}
     indexes = [item.cache.info.index_digest for item in _all_media([task.train for task in tasks])]
     config = ModuleConfig(
         kind="shared",
         arguments=arguments,
         sides=sides,
-        training=json.loads(canonical_json({"steps_per_epoch": recipe.steps_per_epoch, "tasks": described})),
+        training=json.loads(canonical_json(training)),
         index_digest="+".join(dict.fromkeys([*indexes, words.index_digest])),
         file_digests={"examples": digest(described)},
     )
@@ -258,11 +267,12 @@ def train_likelihood(
             module.standardize(name, sample_tokens(tasks, name))
         return MixtureTask(module, tasks, settings, num_steps=recipe.steps_per_epoch, device=device)
 
-    return train_task(make_task, run_path, config, settings, progress=progress)
+    files = fitted_files(item.feature for item in media.values())
+    return train_task(make_task, run_path, config, settings, split=split, files=files, progress=progress)
 
 
 def start_from(
-    run_path: Path | str, *, trainable: str, num_prompts: int = 0, steps_per_epoch: int = 100
+    run_path: Path | str, *, trainable: str | None, num_prompts: int = 0, steps_per_epoch: int = 100
 ) -> tuple[LikelihoodRecipe, PartSettings]:
     """Return the recipe and the parts of a run that starts from a finished one.
 
@@ -272,7 +282,7 @@ def start_from(
 
     Args:
         run_path: the finished run, of `train_likelihood`.
-        trainable: parts to train.
+        trainable: parts to train; None: all.
         num_prompts: prompts per layer.
 
     Raises:
@@ -289,6 +299,7 @@ def start_from(
         steps_per_epoch=steps_per_epoch,
         modalities=modalities,
         families=families,
+        earlier_tasks=[*config.training["tasks"], *config.training.get("earlier_tasks", ())],
     )
     names = ("shared", *modalities, *(f"scale-{family}" for family in families))
     return recipe, PartSettings(init_from=tuple(f"{name}={run_path}" for name in names), trainable=trainable)

@@ -8,129 +8,52 @@
 | `caption` | items and the words before | a blank after each word | words of the captions, and the end |
 | `masked` | items and a text with words left out, or a text alone | these blanks | words of the texts |
 
-Another task is an object with what `Subtask` names.
+Another task is an object with what `embedcache.train.likelihood_batches.Subtask` names.
 
 Candidates pass the whole network in each step, words too, each as a text of one word: so a word as an answer has the
 representation that it has as the next word of a caption. Where there are more than `max_candidates`, a step takes those
 of its batch and others at random, weighted such that the loss is that of all in the mean, see
-`embedcache.networks.candidates.draw_candidates`; validation compares with all.
+`embedcache.networks.candidates.draw_candidates`; validation compares with all. With `mined`, those nearest to the
+positives of the batch are among them; the batch of `retrieve` then has examples of the nearest texts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from embedcache.arrays import Bools, Floats, Ints, blocks
+from embedcache.arrays import Bools, Ints, blocks
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.ranking import best_ranks, recall_at
-from embedcache.networks.candidates import Candidates, draw_candidates
-from embedcache.networks.sequence import valid_frames
-from embedcache.networks.shared import ReadOut, SharedNetwork, Tokens, Words
+from embedcache.metrics.ranking import recall_at
+from embedcache.networks.candidates import Candidates, Mined, draw_candidates
+from embedcache.networks.shared import SharedNetwork
 from embedcache.networks.words import BLANK, END, NUM_SPECIAL, UNKNOWN, WordLists
+from embedcache.provenance import digest
+from embedcache.settings import check_settings, setting
 from embedcache.train.batches import to_device
-from embedcache.train.examples import Examples, Media, with_blanks
+from embedcache.train.examples import Examples, with_blanks
+from embedcache.train.likelihood_batches import (
+    TaskBatch,
+    encode_texts,
+    examples_of,
+    load_words,
+    read_inputs,
+    read_tokens,
+    retrieval_ranks,
+)
 
 Kind: TypeAlias = Literal["classify", "answer", "retrieve", "caption", "masked"]
+Loader: TypeAlias = Callable[[Examples, np.random.Generator], tuple[WordLists, Ints]]
+"""Returns the input text of each example, and the number of its candidate: (B,) int64."""
 KINDS: tuple[Kind, ...] = ("classify", "answer", "retrieve", "caption", "masked")
 
 _BLOCK_ROWS = 256
-_BLOCK_WORDS = 2048
-
-
-class TaskBatch(NamedTuple):
-    """A batch of one task on the device.
-
-    Args:
-        family: whose likelihood is used.
-        tokens: modality -> tokens of the inputs.
-        words: words of the inputs; None: none.
-        read: where inputs are read; `next`: after each word, in two streams.
-        is_read: of `next`, (B, L + 1) bool, which blanks have a target.
-        candidates: words of the candidates.
-        positives: two (E,) int64, positions of inputs that were read, and of candidates, that belong together.
-        log_weights_C: (C,) log-weights of the candidates, None: 0.
-        head: name of the closed set of the candidates, if they have a `LabelHead`.
-        is_symmetric: whether candidates are also compared with inputs, as in retrieval.
-        rows: rows of the feature, to name them.
-    """
-
-    family: str
-    tokens: Mapping[str, Tokens]
-    words: Words | None
-    read: ReadOut | Literal["next"]
-    candidates: Words
-    positives: tuple[Tensor, Tensor]
-    is_read: Tensor | None = None
-    log_weights_C: Tensor | None = None
-    head: str | None = None
-    is_symmetric: bool = False
-    rows: Ints | None = None
-
-
-class Subtask(Protocol):
-    """What `train_likelihood` trains together with others."""
-
-    @property
-    def name(self) -> str:
-        """Its name, which no other task of the run has."""
-        ...
-
-    @property
-    def family(self) -> str:
-        """The likelihood, and its scale, that it uses."""
-        ...
-
-    @property
-    def weight(self) -> float:
-        """How often it is drawn, relative to the others."""
-        ...
-
-    @property
-    def loss_weight(self) -> float:
-        """Factor of its loss."""
-        ...
-
-    @property
-    def smoothing(self) -> float:
-        """Label smoothing."""
-        ...
-
-    @property
-    def batch_size(self) -> int:
-        """Examples per batch."""
-        ...
-
-    @property
-    def train(self) -> Examples:
-        """What it learns from."""
-        ...
-
-    @property
-    def validation(self) -> Examples:
-        """What it is measured on after each epoch."""
-        ...
-
-    @property
-    def heads(self) -> Mapping[str, int]:
-        """Closed sets of candidates with a `LabelHead` -> their sizes."""
-        ...
-
-    def describe(self) -> Mapping[str, object]:
-        """Return what decides its batches, as JSON values, for the config of the run."""
-        ...
-
-    def draw(self, rng: np.random.Generator, *, device: str) -> TaskBatch:
-        """Draw a batch: a function of the generator alone."""
-        ...
-
-    def measure(self, network: SharedNetwork, *, device: str) -> Mapping[str, float]:
-        """Compute its validation metrics, each from 0 to 1 and better if higher."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,44 +65,58 @@ class ExampleTask:
         kind: see the table of the module.
         train: examples to learn from.
         validation: examples to be measured on, of which at most `max_validation` are used.
-        weight: how often it is drawn, relative to other tasks.
-        loss_weight: factor of its loss.
-        batch_size: examples per batch.
-        smoothing: label smoothing.
         candidates: class names or answers, or the words of `caption` and `masked`; None: the distinct targets of
             `train`, in alphabetical order, or their words.
-        max_candidates: most candidates per step.
-        has_head: whether prompt tuning adds a `LabelHead`; only of a closed set that fits into `max_candidates`.
-        masked: fraction of the words of a text that are left out, at least one.
+        mined: hard negatives of training: neighbors of the positives among the candidates, or of a text among the
+            distinct targets of `train` for `retrieve`; see `embedcache.likelihood.tasks.mine_candidates`. None: none.
+
+        loader: of the kind `answer`, what makes texts and answers of examples, instead of their own ones.
+
+    Each of the others says below what it is.
     """
 
     name: str
     kind: Kind
     train: Examples
     validation: Examples
-    weight: float = 1.0
-    loss_weight: float = 1.0
-    batch_size: int = 128
-    smoothing: float = 0.0
     candidates: Sequence[str] | None = None
-    max_candidates: int = 1024
-    has_head: bool = False
-    masked: float = 0.15
-    max_validation: int = 512
+    mined: Mined | None = None
+    loader: Loader | None = None
+    weight: float = setting(1.0, "How often it is drawn, relative to other tasks.", gt=0)
+    loss_weight: float = setting(1.0, "Factor of its loss.", gt=0)
+    batch_size: int = setting(128, "Examples per batch.", ge=1)
+    smoothing: float = setting(0.0, "Label smoothing.", ge=0, lt=1)
+    max_candidates: int = setting(1024, "Most candidates per step; validation compares with all.", ge=2)
+    has_head: bool = setting(
+        False, "Whether tuning adds a label head; only of a closed set of at most max_candidates classes or answers."
+    )
+    masked: float = setting(0.15, "Fraction of the words of a text that are left out, at least one.", gt=0, lt=1)
+    max_validation: int = setting(512, "Most validation examples, evenly spaced.", ge=1)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SettingError(f"{self.name}: expected a kind of {', '.join(KINDS)}, got {self.kind!r}")
-        if not (self.weight > 0 and self.batch_size > 0 and 0 < self.masked < 1):
-            raise SettingError(f"{self.name}: expected weight and batch_size above 0, and masked between 0 and 1")
-        if self.kind in ("classify", "retrieve", "caption") and self.train.media is None:
-            raise SettingError(f"{self.name}: expected examples about items to {self.kind}, got texts alone")
-        if self.kind == "answer" and self.train.text_words is None:
-            raise SettingError(f"{self.name}: expected examples with texts to answer, got none; use kind=classify")
+        try:
+            check_settings(self)
+        except SettingError as error:
+            raise SettingError(f"{self.name}: {error}") from error
+        if self.loader is not None and (self.kind != "answer" or self.candidates is None):
+            raise SettingError(f"{self.name}: loader: expected the kind answer with candidates, got {self.kind}")
+        for examples in (self.train, self.validation):
+            if self.kind in ("classify", "retrieve", "caption") and examples.media is None:
+                raise SettingError(f"{self.name}: expected examples about items to {self.kind}, got texts alone")
+            if self.kind == "answer" and self.loader is None and examples.text_words is None:
+                raise SettingError(f"{self.name}: expected examples with texts to answer, got none; use kind=classify")
         if self.has_head and (self.kind not in ("classify", "answer") or len(self.names) > self.max_candidates):
             raise SettingError(
                 f"{self.name}: has_head: expected a closed set of at most {self.max_candidates:,} classes or answers, "
                 f"got the candidates of {self.kind}"
+            )
+        vectors_CP = None if self.mined is None else self.mined.vectors_CP
+        if self.mined is not None and (vectors_CP is None or len(vectors_CP) != self.mined_texts.num_texts):
+            raise SettingError(
+                f"{self.name}: mined: expected vectors of {self.mined_texts.num_texts:,} candidates, got "
+                f"{'none' if vectors_CP is None else len(vectors_CP)}"
             )
 
     @property
@@ -211,6 +148,11 @@ class ExampleTask:
         numbers_C = np.unique(np.concatenate([[END], words[words >= NUM_SPECIAL]])).astype(np.int32)
         return WordLists(numbers_C, np.arange(len(numbers_C) + 1))
 
+    @property
+    def mined_texts(self) -> WordLists:
+        """The words of what `mined` numbers: of all candidates, or of the distinct targets for `retrieve`."""
+        return self.train.target_words if self.kind == "retrieve" else self.candidate_words
+
     @cached_property
     def _place_V(self) -> Ints:
         """The position of each word number among single words that are candidates; -1: it is none."""
@@ -223,33 +165,56 @@ class ExampleTask:
         names = ("name", "kind", "weight", "loss_weight", "batch_size", "smoothing", "max_candidates", "has_head")
         values = {name: getattr(self, name) for name in (*names, "masked", "max_validation")}
         digests = {"train": self.train.digest, "validation": self.validation.digest}
-        return {**values, **digests, "candidates": list(self.candidates or self.names)}
+        described = {**values, **digests, "candidates": list(self.candidates or self.names or self._caption_words())}
+        if self.mined is not None:
+            vectors_CP = np.ascontiguousarray(self.mined.vectors_CP)
+            described["mined"] = {"k": self.mined.k, "vectors": hashlib.sha256(vectors_CP.tobytes()).hexdigest()}
+        if self.loader is not None:
+            described["loader"] = _describe_loader(self.loader)
+        return described
+
+    def _caption_words(self) -> list[str]:
+        """Return the words of captions, which are all that a caption may have; none for other kinds."""
+        numbers_C = self.candidate_words.numbers_M if self.kind == "caption" else ()
+        return [self.train.vocabulary.words[number - NUM_SPECIAL] for number in numbers_C if number != END]
 
     def draw(self, rng: np.random.Generator, *, device: str) -> TaskBatch:
         """Draw a batch of different examples."""
         count = min(self.batch_size, len(self.train))
         positions_B = rng.choice(len(self.train), size=count, replace=False)
+        if self.kind == "retrieve" and self.mined is not None:
+            positions_B = self._with_neighbors(positions_B, self.mined, rng)
         return self.load(self.train.take(positions_B), rng, device=device)
+
+    def _with_neighbors(self, positions_B: Ints, mined: Mined, rng: np.random.Generator) -> Ints:
+        """Replace the last examples of a batch by examples of the texts nearest to those of the first ones."""
+        order_N, starts_F = self._of_target
+        seeds = positions_B[: max(1, len(positions_B) // (mined.k + 1))]
+        near = mined.near(self.train.target_N[seeds]).ravel()
+        near = near[(near >= 0) & (starts_F[near + 1] > starts_F[near])][: len(positions_B) - len(seeds)]
+        found = order_N[starts_F[near] + rng.integers(starts_F[near + 1] - starts_F[near])]
+        distinct, first = np.unique(np.concatenate([seeds, found, positions_B[len(seeds) :]]), return_index=True)
+        return distinct[np.argsort(first)][: len(positions_B)]
+
+    @cached_property
+    def _of_target(self) -> tuple[Ints, Ints]:
+        """The training examples sorted by target, (N,), and where those of each target begin, (F + 1,)."""
+        counts_F = np.bincount(self.train.target_N, minlength=len(self.train.targets))
+        return np.argsort(self.train.target_N, kind="stable"), np.concatenate([[0], np.cumsum(counts_F)])
 
     def load(self, examples: Examples, rng: np.random.Generator | None, *, device: str) -> TaskBatch:
         """Return examples as a batch; without a generator all candidates are used, and masks are always the same."""
         if self.kind == "retrieve":
             return self._load_pairs(examples, device)
-        draws = rng or np.random.default_rng(0)
-        is_read: Bools | None = None
-        if self.kind in ("classify", "answer"):
-            words = None if examples.text_words is None else with_blanks(examples.text_words)
-            words = None if self.kind == "classify" else words
-            targets_M = self._target_positions(examples)
-        else:
-            words = examples.target_words.take(examples.target_N)
-            if self.kind == "caption":
-                targets_M, is_read = self._next_words(words, is_training=rng is not None)
-            else:
-                words, targets_M = self._mask(words, draws)
-        limit = self.max_candidates if rng is not None else len(self.candidate_words.offsets_N)
+        draws, num_candidates = rng or np.random.default_rng(0), self.candidate_words.num_texts
+        words, targets_M, is_read = self._read_texts(examples, draws, is_training=rng is not None)
+        limit = num_candidates if rng is None else self.max_candidates
+        mined = None
+        if self.mined is not None and limit < num_candidates:
+            near = self.mined.near(np.unique(targets_M))
+            mined = near[near >= 0]
         chosen_C, positives_M, log_weights_C = draw_candidates(
-            self.candidate_words.num_texts, targets_M, limit=limit, rng=draws
+            num_candidates, targets_M, limit=limit, rng=draws, mined=mined
         )
         return TaskBatch(
             family=self.family,
@@ -263,6 +228,23 @@ class ExampleTask:
             head=self.name if self.has_head else None,
             rows=examples.rows_N,
         )
+
+    def _read_texts(
+        self, examples: Examples, rng: np.random.Generator, *, is_training: bool
+    ) -> tuple[WordLists | None, Ints, Bools | None]:
+        """Return the words of inputs, the candidates that belong to what is read, and, of captions, where that is."""
+        if self.kind == "classify":
+            return None, self._target_positions(examples), None
+        if self.kind == "answer":
+            if self.loader is not None:
+                texts, targets_B = self.loader(examples, rng)
+                return with_blanks(texts), targets_B, None
+            assert examples.text_words is not None
+            return with_blanks(examples.text_words), self._target_positions(examples), None
+        words = examples.target_words.take(examples.target_N)
+        if self.kind == "caption":
+            return words, *self._next_words(words, is_training=is_training)
+        return *self._mask(words, rng), None
 
     def _load_pairs(self, examples: Examples, device: str) -> TaskBatch:
         """Return the distinct items and the distinct texts of a batch; pairs of both are positives."""
@@ -281,6 +263,24 @@ class ExampleTask:
             is_symmetric=True,
             rows=rows_B,
         )
+
+    def check(self) -> None:
+        """Check, before any step, that all words of candidates are listed and all targets are candidates.
+
+        Raises:
+            DataError: a candidate has a word that the word table lacks, a target is no candidate, or a text has several
+                blanks.
+        """
+        if self.kind == "retrieve":
+            return
+        _ = self.candidate_words
+        if self.loader is not None:
+            return
+        for examples in (self.train, self.validation):
+            if self.kind in ("classify", "answer"):
+                self._target_positions(examples)
+            if self.kind == "answer" and examples.text_words is not None:
+                with_blanks(examples.text_words)
 
     def _target_positions(self, examples: Examples) -> Ints:
         """Return the number of the candidate of each example."""
@@ -329,28 +329,13 @@ class ExampleTask:
         return {f"{self.name} accuracy": float(np.mean(predict(self, network, examples, device=device).is_correct_M))}
 
 
-def read_tokens(media: Media | None, rows_B: Ints | None, *, device: str) -> dict[str, Tokens]:
-    """Read the tokens of some rows; a pooled vector is one token."""
-    if media is None or rows_B is None:
-        return {}
-    inputs = media.read(rows_B)
-    values = inputs.values[:, None] if inputs.values.ndim == 2 else inputs.values
-    lengths = None if inputs.lengths is None else to_device(inputs.lengths, device)
-    return {media.modality: Tokens(to_device(values, device), lengths)}
-
-
-def load_words(texts: WordLists, *, device: str) -> Words:
-    """Return padded texts on the device."""
-    return Words(*(to_device(array, device) for array in texts.padded()))
-
-
-def read_inputs(network: SharedNetwork, batch: TaskBatch) -> Tensor:
-    """Compute the representations of the inputs of a batch that have targets: (M, P)."""
-    if batch.read != "next":
-        return network.encode(batch.tokens, batch.words, read=batch.read)
-    assert batch.words is not None
-    assert batch.is_read is not None
-    return network.predict_words(batch.tokens, batch.words)[batch.is_read]
+def _describe_loader(loader: Loader) -> dict[str, str | None]:
+    """Return the name of a function, and the digest of its code, if that can be read."""
+    name = f"{loader.__module__}:{getattr(loader, '__qualname__', type(loader).__name__)}"
+    try:
+        return {"name": name, "code": digest(inspect.getsource(loader))}
+    except (OSError, TypeError):
+        return {"name": name, "code": None}
 
 
 class Prediction(NamedTuple):
@@ -384,7 +369,7 @@ def predict(task: ExampleTask, network: SharedNetwork, examples: Examples, *, de
         best = [
             _logits(queries[part], candidates).argmax(dim=1).cpu().numpy() for part in blocks(len(queries), _BLOCK_ROWS)
         ]
-        parts.append((np.concatenate(best), batch.positives[1].cpu().numpy(), numbers_B[_example_of(batch)]))
+        parts.append((np.concatenate(best), batch.positives[1].cpu().numpy(), numbers_B[examples_of(batch)]))
     predicted_M, target_M, example_M = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return Prediction(predicted_M, target_M, predicted_M == target_M, example_M)
 
@@ -392,63 +377,3 @@ def predict(task: ExampleTask, network: SharedNetwork, examples: Examples, *, de
 def _logits(queries_BP: Tensor, candidates: Candidates) -> Tensor:
     logits_BC = queries_BP @ candidates.vectors_CP.T
     return logits_BC if candidates.bias_C is None else logits_BC + candidates.bias_C
-
-
-def _example_of(batch: TaskBatch) -> Ints:
-    """Return the number in its batch of the example of each input that was read."""
-    if batch.read == "task" or batch.words is None:
-        return np.arange(len(batch.positives[0]))
-    where = batch.is_read
-    if where is None:
-        where = (batch.words.numbers_BL == BLANK) & valid_frames(batch.words.lengths_B, batch.words.numbers_BL.shape[1])
-    examples_M: Ints = torch.nonzero(where)[:, 0].cpu().numpy()
-    return examples_M
-
-
-@torch.no_grad()
-def encode_texts(network: SharedNetwork, texts: WordLists, *, device: str = "cpu") -> Tensor:
-    """Encode texts as candidates, in blocks: (N, P)."""
-    parts = [
-        network.encode(words=load_words(texts.take(np.arange(rows.start, rows.stop)), device=device), side="target")
-        for rows in blocks(texts.num_texts, _BLOCK_WORDS)
-    ]
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def encode_items(network: SharedNetwork, media: Media, rows_N: Ints, *, device: str = "cpu") -> Iterator[Tensor]:
-    """Encode items in their order, in blocks: (B, P) each."""
-    for rows in blocks(len(rows_N), _BLOCK_ROWS):
-        yield network.encode(read_tokens(media, rows_N[rows], device=device))
-
-
-@torch.no_grad()
-def retrieval_ranks(
-    network: SharedNetwork, examples: Examples, *, family: str = "retrieve", device: str = "cpu"
-) -> dict[str, Ints]:
-    """Compute the rank of the best positive of each item among all distinct texts, and of each text among the items.
-
-    Texts of several items count once, and belong to all of them.
-
-    Returns:
-        `item to text` and `text to item` -> (Q,) ranks, 1 is the best.
-    """
-    network.eval()
-    assert examples.media is not None
-    assert examples.rows_N is not None
-    rows_I, which_row_N = np.unique(examples.rows_N, return_inverse=True)
-    targets_T, which_target_N = np.unique(examples.target_N, return_inverse=True)
-    texts = encode_texts(network, examples.target_words.take(targets_T), device=device)
-    items = torch.cat(list(encode_items(network, examples.media, rows_I, device=device)))
-    likelihood = network.likelihood(family)
-    scaled_items, scaled_texts = (values.cpu().numpy() for values in likelihood.scaled(items, texts))
-    pairs_E = np.unique(which_row_N * len(targets_T) + which_target_N)
-    of_item_E, of_text_E = np.divmod(pairs_E, len(targets_T))
-    return {
-        "item to text": _ranks(scaled_items, scaled_texts, of_item_E, of_text_E),
-        "text to item": _ranks(scaled_texts, scaled_items, of_text_E, of_item_E),
-    }
-
-
-def _ranks(queries_QP: Floats, candidates_CP: Floats, query_E: Ints, candidate_E: Ints) -> Ints:
-    return best_ranks(queries_QP, candidates_CP, (query_E, candidate_E))

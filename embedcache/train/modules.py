@@ -1,17 +1,20 @@
 """Train the module of any task, into a run folder of format 2."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.splits import Split, write_split
-from embedcache.files import disk_errors
+from embedcache.files import disk_errors, write_atomic
 from embedcache.networks.saved import ModuleConfig, ModuleInput, read_module_config, save_module
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import config_path, split_path
 from embedcache.provenance import record_stage
+from embedcache.store.feature import Feature
+from embedcache.store.group import open_group
+from embedcache.store.layout import fit_path
 from embedcache.train.checkpoint import finish_run, reuse_run, start_run
 from embedcache.train.distributed import process_group, run_on_first
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
@@ -58,6 +61,7 @@ def train_task(
     settings: FitSettings,
     *,
     split: Split | None = None,
+    files: Mapping[str, Path] | None = None,
     progress: Progress | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> ModuleReport:
@@ -70,6 +74,7 @@ def train_task(
             else decides the result, such as a label column, belongs in `config.training`.
         settings: optimizer, machine, seed, start runs and trainable parts.
         split: written to `split.parquet`.
+        files: name in the run -> file that is copied there, see `fitted_files`.
         progress: progress in training samples.
         on_epoch: called after each validation.
 
@@ -103,6 +108,8 @@ def train_task(
                 return _fit(make_task, run_path, settings, progress, on_epoch)[1]
             if split is not None and not split_path(run_path).is_file():
                 write_split(split_path(run_path), split)
+            for name, path in (files or {}).items():
+                write_atomic(run_path / name, path.read_bytes())
             with record_stage(run_path / "record.json", "train", config.to_json()) as outcome:
                 task, report = _fit(make_task, run_path, settings, progress, on_epoch)
                 outcome.update({name: value for name, value in asdict(report).items() if name != "path"})
@@ -120,6 +127,34 @@ def describe_input(feature: InputFeature) -> ModuleInput:
         fingerprint=feature.fingerprint,
         width=feature.width,
     )
+
+
+def describe_origin(feature: InputFeature) -> ModuleInput:
+    """Return the entry of an input feature with all features that it was derived from, as far as the encoders'."""
+    return replace(describe_input(feature), inputs=tuple(map(describe_origin, _inputs_of(feature))))
+
+
+def fitted_files(features: Iterable[InputFeature]) -> dict[str, Path]:
+    """Return the files of arrays that rules of derived features were fitted to, under their names in a run."""
+    found: dict[str, Path] = {}
+    for feature in features:
+        if "fit" in feature.fingerprint:
+            found[fitted_name(feature.fingerprint)] = fit_path(feature.group.path)
+        found |= fitted_files(_inputs_of(feature))
+    return found
+
+
+def fitted_name(fingerprint: Mapping[str, Any]) -> str:
+    """Return the name in a run of the file of arrays that the rule of a derived feature was fitted to."""
+    return f"fit-{fingerprint['weights'][:16]}.safetensors"
+
+
+def _inputs_of(feature: InputFeature) -> Iterator[InputFeature]:
+    """Iterate over the features that a derived one was computed from."""
+    group = feature.group
+    for modality, name in group.inputs:
+        folder, _, own_name = name.rpartition("/")
+        yield InputFeature([Feature(open_group(group.path.parents[1], modality, folder, group.info), own_name)])
 
 
 def _fit(

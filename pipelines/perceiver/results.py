@@ -1,45 +1,29 @@
-"""Results of one likelihood for every task: on disk, as tables over seeds, and as a page."""
+"""Results of one likelihood for every task: on disk, and as tables over seeds."""
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from embedcache.errors import DataError
-from embedcache.evaluate.likelihood import BLIND, SHUFFLED, Measured
+from embedcache.evaluate.likelihood import Measured
 from embedcache.files import write_atomic
 from embedcache.metrics.intervals import Estimate, bootstrap_runs
-from embedcache.reports.base import Section, Table, write_report
-from pipelines.common import markdown_table
+from embedcache.reports.base import Table
 
-PRETRAINED, ZERO_SHOT = "pre-trained", "pre-trained, no answers"
+PRETRAINED, ZERO_SHOT = "pre-trained", "pre-trained, not tuned"
 FEATURE_PROBE, NETWORK_PROBE = "linear probe, cached features", "linear probe, pre-trained network"
 BLIND_DRAW, BLIND_ALL = "blind, these answers", "blind, all training answers"
 Measures: TypeAlias = Mapping[str, Measured]
-TITLE = "One likelihood for every task on cached features"
-NOTES = (
-    'One small transformer on features of frozen encoders answers every task by the same likelihood, as in "'
-    'Uni-Perceiver: Pre-training Unified Architecture for Generic Perception for Zero-shot and Few-shot Tasks" (CVPR '
-    "2022). It is pre-trained on synthetic images of shapes (their classes, captions, masked words, and statements of "
-    "what is absent) and on descriptions whose classes are to be found, all together. Then it answers questions about "
-    "the images of easy-VQA, which pre-training has not: neither images nor questions nor answers.",
-    "Tuning trains on a draw of the training answers, stratified by kind and answer. Prompts are on keys and values, "
-    "and LayerNorms, scales and a head are trained with them; the transformer stays as it is. The epoch is chosen on "
-    "validation images, whose answers are not in the draw. Linear probes are logistic regression with fixed "
-    "regularization. Blind: the most frequent answer of each question.",
-    "What cannot be concluded: shapes are synthetic, and no figure of the paper is repeated. A network that was never "
-    "pre-trained, tuned by prompts, is the control of what prompts, norms and head learn by themselves.",
-)
-_GROUPS = ("accuracy", "accuracy: open", "accuracy: yes-no", "accuracy: negated")
 
 
-def answers_name(fraction: float) -> str:
-    """Return the name of the question: easy-VQA with a fraction of its training answers."""
-    return f"easy-VQA {100 * fraction:g} %"
+def question_name(data: str, fraction: float) -> str:
+    """Return the name of a question about data that pre-training has not, given a fraction of its training examples."""
+    return f"{data} {100 * fraction:g} %"
 
 
 def file_name(name: str) -> str:
@@ -52,21 +36,25 @@ class Result:
     """One model on one question with one seed.
 
     Args:
-        model: name of the row in tables.
-        question: what is measured.
         seed: seed of the run.
         num_examples: number of examples.
         measures: metric -> its values.
+        num_trained: number of examples that the model was tuned or fitted on.
+        model: name of the row in tables.
+        question: what is measured.
+        weights: SHA-256 of the weights of the runs that it was measured on, joined by `+`.
         controls: control -> metric -> its values.
         chance: metric -> its value for a random order of the candidates.
         captions: key of an image -> its caption, of some.
     """
 
-    model: str
-    question: str
     seed: int
     num_examples: int
     measures: Measures
+    num_trained: int = 0
+    model: str = ""
+    question: str = ""
+    weights: str = ""
     controls: Mapping[str, Measures] = field(default_factory=dict)
     chance: Mapping[str, float] = field(default_factory=dict)
     captions: Mapping[str, str] = field(default_factory=dict)
@@ -100,6 +88,7 @@ class Results:
 
     def __init__(self, results: Iterable[Result]) -> None:
         self._results: dict[tuple[str, str], list[Result]] = {}
+        self._estimates: dict[tuple[str, str, str, str | None], Estimate | None] = {}
         for result in sorted(results, key=lambda result: result.seed):
             self._results.setdefault((result.question, result.model), []).append(result)
 
@@ -125,6 +114,12 @@ class Results:
 
     def estimate(self, model: str, question: str, measure: str, *, control: str | None = None) -> Estimate | None:
         """Return the mean over seeds with a 95% interval over seeds and items; None if that was not measured."""
+        key = model, question, measure, control
+        if key not in self._estimates:
+            self._estimates[key] = self._estimate(*key)
+        return self._estimates[key]
+
+    def _estimate(self, model: str, question: str, measure: str, control: str | None) -> Estimate | None:
         found = []
         for result in self.seeds(model, question):
             measures = result.measures if control is None else result.controls.get(control, {})
@@ -157,70 +152,50 @@ def pretraining_table(results: Results, questions: Sequence[str]) -> Table:
     return columns, rows
 
 
-def answer_table(results: Results, fraction: float, models: Sequence[str]) -> Table:
-    """Return the accuracy of models with a fraction of the answers, by kind of question, and controls, in percent."""
-    groups = [name.removeprefix("accuracy: ").replace("accuracy", "all") for name in _GROUPS]
-    columns = ["accuracy in %", *groups, f"open, {SHUFFLED}", f"open, {BLIND}"]
-    rows = []
-    for question, model in [(answers_name(0), ZERO_SHOT), *((answers_name(fraction), model) for model in models)]:
+class Column(NamedTuple):
+    """A column of a table of models: a metric, or that of a control."""
+
+    title: str
+    measure: str
+    control: str | None = None
+
+
+def model_table(
+    results: Results, data: str, fraction: float, models: Sequence[str], columns: Sequence[Column]
+) -> Table:
+    """Return what models do with a fraction of some data, in percent; the first row has none of it, the last is chance.
+
+    Models without results are left out.
+    """
+    rows: list[list[str]] = []
+    chance: dict[str, float] = {}
+    for question, model in [(question_name(data, 0), ZERO_SHOT), *((question_name(data, fraction), m) for m in models)]:
         if model in results.models(question):
-            cells = [results.estimate(model, question, measure) for measure in _GROUPS]
-            cells += [results.estimate(model, question, _GROUPS[1], control=name) for name in (SHUFFLED, BLIND)]
+            cells = [results.estimate(model, question, name, control=control) for _, name, control in columns]
             rows.append([model, *map(_percent, cells)])
-    return columns, rows
+            chance |= results.seeds(model, question)[0].chance
+    values = [chance.get(name) if control is None else None for _, name, control in columns]
+    if any(value is not None for value in values):
+        rows.append(["chance", *("" if value is None else f"{100 * value:.1f}" for value in values)])
+    return ["in %", *(title for title, _, _ in columns)], rows
 
 
-def write_pages(
-    folder: Path, results: Results, questions: Sequence[str], models: Sequence[str], fractions: Sequence[float]
-) -> None:
-    """Write `uniperceiver.html` and `uniperceiver.md` into the folder.
+def interference_table(results: Results, questions: Mapping[str, str]) -> Table:
+    """Return each metric of the run of all tasks, beside that of the run of its own task alone, in percent.
 
     Args:
-        folder: folder of the pages.
-        results: results of all seeds.
-        questions: what was measured on the pre-trained run.
-        models: models that answer easy-VQA.
-        fractions: fractions of the answers.
+        questions: question -> model that was trained on its task alone; those without results are left out.
     """
-    seeds = [result.seed for result in results.seeds(PRETRAINED, questions[0])]
-    averaged = (
-        f"Seed {seeds[0]} alone, with 95% intervals over items."
-        if len(seeds) == 1
-        else f"Means over the seeds {', '.join(map(str, seeds))}, with 95% intervals over seeds and items."
-    )
-    sections = [("Tasks of pre-training", [averaged], pretraining_table(results, questions))]
-    for fraction in fractions:
-        note = "The control of open questions has the image of another question, or none."
-        title = f"easy-VQA with {100 * fraction:g} % of its answers"
-        sections.append((title, [averaged, note], answer_table(results, fraction, models)))
-    captions = results.seeds(PRETRAINED, "captions")[0].captions
-    sections.append(
-        ("Captions", ["The first test images."], (["image", "caption"], [[*row] for row in captions.items()]))
-    )
-    write_report(
-        folder / "uniperceiver.html",
-        title=TITLE,
-        summary=summarize(results, fractions),
-        sections=[
-            Section(title="What is compared", notes=NOTES),
-            *(Section(title=title, notes=notes, table=table) for title, notes, table in sections),
-        ],
-    )
-    blocks = [f"# {TITLE}", *NOTES, summarize(results, fractions)]
-    for title, notes, (columns, rows) in sections:
-        blocks += [f"## {title}", *notes, markdown_table(columns, rows)]
-    write_atomic(folder / "uniperceiver.md", ("\n\n".join(blocks) + "\n").encode())
-
-
-def summarize(results: Results, fractions: Sequence[float]) -> str:
-    """Return the accuracy on open questions of easy-VQA of each model in a few sentences."""
-    lines = []
-    for fraction in fractions:
-        question = answers_name(fraction)
-        found = {model: results.estimate(model, question, _GROUPS[1]) for model in results.models(question)}
-        rates = [f"{model} {100 * item.value:.1f}" for model, item in found.items() if item is not None]
-        lines.append(f"With {100 * fraction:g} % of the answers: {'; '.join(rates)}.")
-    return " ".join(["Accuracy on open questions of easy-VQA in percent.", *lines])
+    rows = []
+    for question, alone in questions.items():
+        if alone not in results.models(question):
+            continue
+        result = results.seeds(alone, question)[0]
+        together = next(found for found in results.seeds(PRETRAINED, question) if found.seed == result.seed)
+        for measure, values in result.measures.items():
+            pair = [found.estimate() for found in (together.measures[measure], values)]
+            rows.append([f"{question}: {measure}", *map(_percent, pair)])
+    return ["in %", "all tasks together", "one task alone"], rows
 
 
 def _percent(estimate: Estimate | None) -> str:

@@ -15,6 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.cli.console import open_progress
+from embedcache.dataset.inputs import open_input
+from embedcache.dataset.pairs import pair_items
+from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.splits import Split, make_split, read_split, write_split
 from embedcache.derive.derive import Derivation, derive
 from embedcache.derive.rules import Block, Output, Rule
 from embedcache.encoders.base import ItemShape
@@ -25,6 +29,7 @@ from embedcache.files import write_atomic
 from embedcache.progress import Progress
 from embedcache.sources import open_source
 from embedcache.sources.base import Source
+from embedcache.store.cache import Cache
 from pipelines.worlds import easy_vqa, label_sets, shapes, texts
 from pipelines.worlds.examples import caption_examples, label_examples, make_examples, write_examples
 
@@ -66,7 +71,7 @@ TINY_DATA = DataSize(
     vqa="8",
     fashion="20+10",
     emoji="20",
-    speakers="klettres-us",
+    speakers="klettres-us+klettres-gb",
     audio_encoder="whisper:tiny.en",
     descriptions=10,
     num_words=0,
@@ -100,8 +105,10 @@ def make_data(folder: Path, size: DataSize, *, caches: Sequence[str] | None = No
             encoders, states = {"audio": [size.audio_encoder]}, ExtractSettings(features=("states",))
             extract(source, data.cache(name), encoders=encoders, settings=states, progress=progress)
         else:
-            texts_too = [TEXT_ENCODER] if name == "emoji" else []  # for splits by near-duplicate captions
+            texts_too = [TEXT_ENCODER] if name == "emoji" else []
             extract_tokens(source, data.cache(name), texts_too, progress)
+    if data.cache("emoji").is_dir() and not data.split_path.is_file():
+        write_split(data.split_path, split_emoji(Cache(data.cache("emoji"))))
     extract(open_source(data.words_path), data.cache("words"), text_encoders=[TEXT_ENCODER], progress=progress)
     return data
 
@@ -113,6 +120,18 @@ def extract_tokens(source: Source, cache: Path, text_encoders: Sequence[str], pr
     extract(source, cache, encoders=encoders, settings=settings, progress=progress)
     inputs = [("image", f"efficientnet-lite0/{block}") for block in BLOCKS]
     derive(cache, Derivation(name="tokens", inputs=inputs, rule=JOIN_GRIDS), progress=progress)
+
+
+def split_emoji(cache: Cache) -> Split:
+    """Divide emoji into parts such that captions with a cosine similarity above 0.7 are in one part.
+
+    `woman juggling` says what `man juggling` does. Images decide nothing, unless they are equal: the mean tokens of two
+    drawings are alike, whatever they show.
+    """
+    images, captions = open_input(cache, "image", IMAGE_TOKENS), open_input(cache, "text", WORD_VECTORS)
+    pairs = pair_items([cache], [images], [captions])
+    readers = {"image": images.read, "text": captions.read}
+    return make_split([cache], pairs, SplitSettings(image_cosine=1.0), readers)
 
 
 def _write_tables(data: "Data", sources: Mapping[str, Source], size: DataSize) -> None:
@@ -168,6 +187,18 @@ class Data:
     def distinct(self, name: str, column: str = "target") -> list[str]:
         """Return the distinct texts of a column of a table in alphabetical order, such as the classes of a task."""
         return sorted(text for text in pc.unique(self.examples(name)[column]).to_pylist() if text is not None)
+
+    def emoji_captions(self) -> pa.Table:
+        """Read the captions of emoji with their part, `train`, `valid` or `test`, in the column `split`."""
+        split, captions = read_split(self.split_path, [Cache(self.cache("emoji"))]), self.examples("emoji-captions")
+        parts = pa.array(["valid" if part == "val" else part for part in split.parts])
+        rows = pc.index_in(captions["key"], value_set=pa.array(split.keys))
+        return captions.set_column(captions.column_names.index("split"), "split", parts.take(rows))
+
+    @property
+    def split_path(self) -> Path:
+        """The parts of the emoji."""
+        return self.folder / "emoji-split.parquet"
 
     @property
     def words_path(self) -> Path:

@@ -1,8 +1,16 @@
-"""Tasks of one likelihood on the tables of `make_data`: those of pre-training, and what is measured on them."""
+"""Tasks of one likelihood on the tables of `make_data`: those of pre-training, and those that it has not.
 
-from collections.abc import Mapping
+| data that pre-training has not | task | trained |
+| --- | --- | --- |
+| `EASY_VQA` | questions about images | prompts, or all weights |
+| `FASHION` | a new set of labels | prompts, or all weights |
+| `EMOJI` | retrieval and captions of drawings | prompts, or all weights |
+| `LETTERS` | recorded letters, by their names | the adapter of a new modality |
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -10,15 +18,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Bools
+from embedcache.networks.words import list_words
 from embedcache.store.cache import Cache
 from embedcache.train.examples import Examples, Media, WordTable, open_examples, open_media, open_word_table
 from embedcache.train.likelihood_tasks import ExampleTask, Kind
-from pipelines.perceiver.steps import IMAGE_TOKENS, TINY_DATA, WORD_VECTORS, Data, DataSize
+from pipelines.perceiver.steps import AUDIO_TOKENS, IMAGE_TOKENS, TINY_DATA, WORD_VECTORS, Data, DataSize
 from pipelines.worlds import easy_vqa, shapes
-from pipelines.worlds.examples import in_split
+from pipelines.worlds.examples import draw_examples, in_split
+from pipelines.worlds.label_sets import draw_labels
 
-CACHES = ("shapes", "vqa")
-"""Caches of items that the tasks read."""
+EASY_VQA, FASHION, EMOJI, LETTERS = "easy-VQA", "Fashion-MNIST", "OpenMoji", "letters"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +38,27 @@ class Size:
         data: how much data.
         model: sizes of the network, see `SharedNetwork`.
         steps: steps of pre-training.
-        tuning_steps: steps of each tuning on easy-VQA.
+        tuning_steps: data -> steps of each tuning on it.
         steps_per_epoch: steps between two validations; the best one is kept.
         lr: peak learning rate of pre-training.
-        tuning_lr: trained weights (`prompts` or `all`) -> peak learning rate.
+        tuning_lr: trained weights (`prompts`, `all` or `adapter`) -> peak learning rate.
         num_prompts: prompts per layer.
         batch_size: task -> examples per batch.
-        num_items: images of the tests of retrieval and captions.
+        num_items: images of the tests of retrieval and captions of shapes.
+        num_shown: images of shapes, and of easy-VQA, that the page shows.
         fractions: fractions of the answers of easy-VQA to tune on, unless others are asked for.
+        other_fractions: other data -> fraction of its labels or captions to tune on.
     """
 
     data: DataSize = field(default_factory=DataSize)
     model: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 2000
-    tuning_steps: int = 800
+    tuning_steps: Mapping[str, int] = field(
+        default_factory=lambda: {EASY_VQA: 800, FASHION: 300, EMOJI: 400, LETTERS: 200}
+    )
     steps_per_epoch: int = 100
     lr: float = 2e-3
-    tuning_lr: Mapping[str, float] = field(default_factory=lambda: {"prompts": 5e-3, "all": 1e-3})
+    tuning_lr: Mapping[str, float] = field(default_factory=lambda: {"prompts": 5e-3, "all": 1e-3, "adapter": 3e-3})
     num_prompts: int = 10
     batch_size: Mapping[str, int] = field(
         default_factory=lambda: {
@@ -56,21 +69,28 @@ class Size:
             "absences": 96,
             "describe": 64,
             "answer": 128,
+            "label": 128,
+            "letters": 64,
         }
     )
     num_items: int = 400
+    num_shown: tuple[int, int] = (5, 10)
     fractions: tuple[float, ...] = (0.01,)
+    other_fractions: Mapping[str, float] = field(default_factory=lambda: {FASHION: 0.01, EMOJI: 1.0})
 
+
+_TASKS = ("classify", "retrieve", "caption", "masked", "absences", "describe", "answer", "label", "letters")
 
 TINY = Size(
     data=TINY_DATA,
     model={"width": 32, "num_layers": 1, "num_heads": 2, "feed_forward": 64},
     steps=12,
-    tuning_steps=2,
+    tuning_steps=dict.fromkeys((EASY_VQA, FASHION, EMOJI, LETTERS), 2),
     steps_per_epoch=6,
     num_prompts=2,
-    batch_size=dict.fromkeys(("classify", "retrieve", "caption", "masked", "absences", "describe", "answer"), 8),
+    batch_size=dict.fromkeys(_TASKS, 8),
     num_items=10,
+    num_shown=(2, 2),
     fractions=(0.5,),
 )
 """For tests: everything runs, nothing is learned."""
@@ -95,12 +115,16 @@ class Tables:
 
     @cached_property
     def _media(self) -> dict[str, Media]:
-        return {name: open_media(Cache(self.data.cache(name)), "image", IMAGE_TOKENS) for name in CACHES}
+        return {}
 
     def open(self, table: pa.Table, cache_name: str | None) -> Examples:
-        """Open a table about the images of a cache; None: about texts alone."""
-        media = None if cache_name is None else self._media[cache_name]
-        return open_examples(table, self.words.vocabulary, media=media)
+        """Open a table about the items of a cache; None: about texts alone."""
+        if cache_name is None:
+            return open_examples(table, self.words.vocabulary)
+        if cache_name not in self._media:
+            feature = ("audio", AUDIO_TOKENS) if cache_name == "letters" else ("image", IMAGE_TOKENS)
+            self._media[cache_name] = open_media(Cache(self.data.cache(cache_name)), *feature)
+        return open_examples(table, self.words.vocabulary, media=self._media[cache_name])
 
     def pretraining(self) -> list[ExampleTask]:
         """Return the tasks that train together.
@@ -131,37 +155,71 @@ class Tables:
             **options,
         )
 
-    def answers(self, fraction: float | None, *, seed: int, has_head: bool = True) -> ExampleTask:
-        """Return the task of answering easy-VQA, with a draw of its training answers.
+    def tuning(self, data: str, fraction: float | None, *, seed: int, has_head: bool = True) -> tuple[ExampleTask, ...]:
+        """Return the tasks on data that pre-training has not, with a draw of its training examples.
 
         Args:
-            fraction: fraction of the published training answers, or None for those of validation, where none are used.
+            data: `EASY_VQA`, `FASHION` or `EMOJI`.
+            fraction: fraction of the training answers, labels or captions, of the first two of those that are
+                published; None: validation in place of training, where neither is used.
             seed: seed of the draw.
-            has_head: whether tuning adds a head.
+            has_head: whether tuning adds a head to a closed set of candidates.
         """
-        questions = self.data.examples("vqa")
-        valid = in_split(questions, "valid")
-        train = valid if fraction is None else easy_vqa.draw_answers(questions, fraction, seed=seed)
-        return ExampleTask(
-            name="easy-vqa",
-            kind="answer",
-            train=self.open(train, "vqa"),
-            validation=self.open(valid, "vqa"),
-            batch_size=self.size.batch_size["answer"],
-            candidates=tuple(self.data.distinct("vqa")),
-            has_head=has_head,
-        )
+        name, home, draw = _TUNED[data]
+        table = self._table(data)
+        valid = in_split(table, "valid")
+        drawn = valid if fraction is None else draw(table, fraction, seed)
+        make = partial(ExampleTask, train=self.open(drawn, home), validation=self.open(valid, home))
+        if data == EMOJI:
+            words = tuple(list_words(table["target"]))  # those of the test, too: some are in no other caption
+            sizes = self.size.batch_size
+            return (
+                make(name="retrieve", kind="retrieve", batch_size=sizes["retrieve"]),
+                make(name="caption", kind="caption", batch_size=sizes["caption"], candidates=words),
+            )
+        kind: Kind = "answer" if data == EASY_VQA else "classify"
+        size = self.size.batch_size["answer" if data == EASY_VQA else "label"]
+        names = tuple(self.data.distinct(name))
+        return (make(name=data.lower(), kind=kind, batch_size=size, candidates=names, has_head=has_head),)
 
-    def questions(self) -> tuple[Examples, dict[str, Bools]]:
-        """Return the test questions of easy-VQA, and kind -> (N,) bool; `open`: answered by a color or shape."""
-        table = in_split(self.data.examples("vqa"), "test")
-        kinds = np.array(table["kind"].to_pylist())
-        groups = {
-            "open": np.isin(kinds, easy_vqa.OPEN_KINDS),
-            "yes-no": kinds == "yes-no",
-            "negated": kinds == "negated",
-        }
-        return self.open(table, "vqa"), {name: is_in_N for name, is_in_N in groups.items() if is_in_N.any()}
+    def test_of(self, data: str) -> tuple[Examples, dict[str, Bools]]:
+        """Return test examples of `EASY_VQA`, `FASHION` or `EMOJI`, and group of examples -> (N,) bool.
+
+        Groups are kinds of questions; `open` ones are answered by a color or shape.
+        """
+        table = in_split(self._table(data), "test")
+        groups: dict[str, Bools] = {}
+        if data == EASY_VQA:
+            kinds = np.array(table["kind"].to_pylist())
+            groups = {
+                "open": np.isin(kinds, easy_vqa.OPEN_KINDS),
+                "yes-no": kinds == "yes-no",
+                "negated": kinds == "negated",
+            }
+        examples = self.open(table, _TUNED[data][1])
+        return examples, {name: is_in_N for name, is_in_N in groups.items() if is_in_N.any()}
+
+    def _table(self, data: str) -> pa.Table:
+        return self.data.emoji_captions() if data == EMOJI else self.data.examples(_TUNED[data][0])
+
+    def speakers(self) -> list[str]:
+        """Return the speakers of letters."""
+        return self.data.distinct("letters-classes", "split")
+
+    def letters(self, *speakers: str) -> ExampleTask:
+        """Return the classification of letters that some people recorded.
+
+        Validation has the same examples: there are too few voices to spare one.
+        """
+        examples = self.open(in_split(self.data.examples("letters-classes"), *speakers), "letters")
+        return ExampleTask(
+            name="letters",
+            kind="classify",
+            train=examples,
+            validation=examples,
+            batch_size=self.size.batch_size["letters"],
+            candidates=tuple(self.data.distinct("letters-classes")),
+        )
 
     def classes(self, split: str) -> ExampleTask:
         """Return the classification of a split of the shapes among all 40 classes, as validation examples."""
@@ -185,3 +243,16 @@ class Tables:
         samples = Cache(self.data.cache("shapes")).samples
         parts = pc.split_pattern(samples["objects"], ",").to_pylist()
         return dict(zip(samples["key"].to_pylist(), parts, strict=True))
+
+
+_TUNED: Mapping[str, tuple[str, str, Callable[[pa.Table, float, int], pa.Table]]] = {
+    EASY_VQA: ("vqa", "vqa", lambda table, fraction, seed: easy_vqa.draw_answers(table, fraction, seed=seed)),
+    FASHION: ("fashion-classes", "fashion", lambda table, fraction, seed: draw_labels(table, fraction, seed=seed)),
+    EMOJI: ("emoji-captions", "emoji", lambda table, fraction, seed: _draw_captions(table, fraction, seed=seed)),
+}
+"""Data to tune on -> its table, its cache, and the draw of a fraction of its training examples with a seed."""
+
+
+def _draw_captions(captions: pa.Table, fraction: float, *, seed: int) -> pa.Table:
+    train = in_split(captions, "train")
+    return draw_examples(train, max(1, round(fraction * len(train))), seed=seed, by=())

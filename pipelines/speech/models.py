@@ -9,7 +9,7 @@ from pipelines.speech.steps import LOUD, NARROW, Question, Variant
 
 AUDIO, VIDEO, DEEP = "audio", "video", "video, as deep as the fusion"
 FUSION, NARROW_NOISE, PAPER = "both", "both, narrow noise", "both, concatenated"
-MISSING = {"audio": 0.2, "video": 0.15}
+MISSING = {"audio": 0.3, "video": 0.1}
 FUSIONS: Mapping[str, Variant] = {
     FUSION: Variant(noise=LOUD, missing=MISSING),
     DEEP: Variant(readouts="video", missing={"audio": 1.0}),
@@ -17,9 +17,6 @@ FUSIONS: Mapping[str, Variant] = {
 ABLATIONS: Mapping[str, Variant] = {
     NARROW_NOISE: Variant(noise=NARROW, missing=MISSING),
     PAPER: Variant(kind="concat", readouts=None, noise=LOUD),
-    "both, concatenated, readouts of audio": Variant(kind="concat", noise=LOUD, missing=MISSING),
-    "both, gated, new readouts": Variant(readouts=None, noise=LOUD, missing=MISSING),
-    "both, readouts of video": Variant(readouts="video", noise=LOUD, missing=MISSING),
     "both, nothing missing": Variant(noise=LOUD),
     "both, lips swapped and shifted": Variant(noise=LOUD, missing=MISSING, swapped=0.1, shift_s=0.04),
 }

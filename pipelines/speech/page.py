@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from embedcache.evaluate.speech import evaluate_speech
 from embedcache.evaluate.utterances import open_for_run, take_utterances
-from embedcache.files import replacing, write_atomic
+from embedcache.files import write_atomic
 from embedcache.networks.ctc import WordTime
 from embedcache.networks.settings import DecodingSettings
 from embedcache.reports.base import Section, Table, svg, write_report
@@ -24,7 +24,7 @@ from embedcache.reports.speech_figures import (
     utterance_figure,
 )
 from embedcache.store.cache import Cache
-from pipelines.common import markdown_table
+from pipelines.common import markdown_table, save_figure
 from pipelines.speech.results import Results, Roles, crossing_db, gain_table, rate_table, requirement_table, seed_table
 from pipelines.worlds.talking import draw_record, read_manifest
 
@@ -128,7 +128,7 @@ def write_pages(
     blocks = [f"# {TITLE}", *NOTES, *notes, summary]
     for name, (title, note) in captions.items():
         if name in figures:
-            blocks += [f"## {title}", note, f"![{title}]({_save(folder / f'avsr-{name}', figures[name])})"]
+            blocks += [f"## {title}", note, f"![{title}]({save_figure(folder / f'avsr-{name}', figures[name])})"]
     for title, paragraphs, (columns, cells) in sections:
         blocks += [f"## {title}", *paragraphs, markdown_table(columns, cells)]
     write_atomic(folder / "avsr.md", ("\n\n".join([*blocks, CREDIT]) + "\n").encode())
@@ -254,18 +254,6 @@ def _sections(results: Results, layout: Layout, sets: Sequence[str]) -> list[tup
         (f"Set {name}: characters", [], rate_table(results, layout.curves, name, unit="characters")) for name in sets
     ]
     return sections
-
-
-def _save(path: Path, figure: Figure) -> str:
-    """Save a figure beside the Markdown page; one with photographs or drawings as JPEG. Return its file name."""
-    has_images = any(axes.get_images() for axes in figure.axes)
-    path = path.with_suffix(".jpg" if has_images else ".svg")
-    with replacing(path) as temporary:
-        if has_images:
-            figure.savefig(temporary, format="jpg", dpi=110, facecolor="white", pil_kwargs={"quality": 82})
-        else:
-            figure.savefig(temporary, format="svg", metadata={"Date": None})
-    return path.name
 
 
 def show_utterances(

@@ -57,6 +57,7 @@ class Size:
         epochs: epochs of each stage: lips by CTC alone, audio, video, and each fusion.
         align_epochs: first epochs of the run on sound, with CTC alone.
         batch_size: utterances per batch, of each stage.
+        lr: peak learning rate of each stage.
         model: arguments of the networks.
         dropout: dropout of the network of each stage.
         num_fitted: clips that the mouth encoder is fitted to.
@@ -66,6 +67,9 @@ class Size:
     epochs: Mapping[str, int] = field(default_factory=lambda: {"lips": 80, "audio": 40, "video": 15, "fusion": 20})
     align_epochs: int = 12
     batch_size: Mapping[str, int] = field(default_factory=lambda: {"lips": 8, "audio": 8, "video": 8, "fusion": 16})
+    lr: Mapping[str, float] = field(
+        default_factory=lambda: {**dict.fromkeys(("lips", "audio", "video"), 1e-3), "fusion": 2e-3}
+    )
     model: Mapping[str, Any] = field(default_factory=dict)
     dropout: Mapping[str, float] = field(default_factory=lambda: {"audio": 0.1, "fusion": 0.1})
     num_fitted: int = 400
@@ -246,7 +250,7 @@ class Runs:
         return open_utterances(Cache(self.caches[part]), features, views=_views(ENCODERS))
 
     def _settings(self, stage: str, **options: Any) -> FitSettings:
-        values = {"epochs": self.size.epochs[stage], "batch_size": self.size.batch_size[stage], "lr": 1e-3}
+        values = {name: getattr(self.size, name)[stage] for name in ("epochs", "batch_size", "lr")}
         return from_flat(FitSettings, {**values, "seed": self.seed, "threads": 1, **options})
 
 

@@ -13,12 +13,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from embedcache.errors import ItemError, MissingExtraError, SettingError
 from embedcache.quickstart.openmoji import OpenmojiSource
 from embedcache.registry import unknown_name
 from embedcache.sources.base import FileItem, Sample, Source, TextItem
 from embedcache.sources.open import open_source
 from embedcache.sources.settings import SourceSettings
+from pipelines.worlds.examples import draw_examples, in_split
 from pipelines.worlds.talking_speech import LETTERS, RECORDINGS, encode_wav, find_recordings, read_recording
 
 EMOJI_KIND = "pipelines.worlds.label_sets:EmojiSource"
@@ -37,6 +40,8 @@ FASHION_LABELS = (
     "ankle boot",
 )
 """Word of each class number."""
+FASHION_TRAIN = 60_000
+"""Training images as published."""
 LETTERS_KIND = "pipelines.worlds.label_sets:LettersSource"
 _VALID_FRACTION = 0.1
 
@@ -101,6 +106,20 @@ class FashionSource:
     def read(self, item: FileItem) -> bytes:
         """Return an image as a gray PNG of 28 x 28 pixels."""
         return self._source.read(item)
+
+
+def draw_labels(labels: pa.Table, fraction: float, *, seed: int) -> pa.Table:
+    """Draw a fraction of the published training labels of Fashion-MNIST, stratified by class; 1 % are 600 of them.
+
+    They are drawn from those that are there and not for validation: a fraction that is more than these means all.
+
+    Raises:
+        SettingError: a fraction not above 0, or above 1.
+    """
+    if not 0 < fraction <= 1:
+        raise SettingError(f"fraction: expected a number above 0, up to 1, got {fraction}")
+    train = in_split(labels, "train")
+    return draw_examples(train, min(len(train), round(fraction * FASHION_TRAIN)), seed=seed)
 
 
 class LettersSource:

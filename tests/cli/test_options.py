@@ -17,6 +17,7 @@ OPTIONS = [
 ]
 
 SAME_NOUN = {
+    "--beam": "of the hybrid decoder of speech, of captions",
     "--batch-size": "items of a forward pass in extract, of a training step in train",
     "--chunk-size": "imports name the default of a new cache",
     "--config": "train reads the config.json of a run too",

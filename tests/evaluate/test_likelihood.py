@@ -22,36 +22,13 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.networks.words import Vocabulary
 from embedcache.store.cache import Cache
 from embedcache.train.examples import open_examples, open_media
-from embedcache.train.likelihood import train_likelihood
 from tests.toy import IMAGE
-from tests.train.likelihood_cases import (
-    Squares,
-    SquaresSource,
-    fit_settings,
-    make_caches,
-    open_caches,
-    open_tones,
-    recipe,
-)
+from tests.train.likelihood_cases import Squares, SquaresSource, open_tones
 
 
-@pytest.fixture(scope="module")
-def squares(tmp_path_factory: pytest.TempPathFactory) -> Squares:
-    return open_caches(make_caches(tmp_path_factory.mktemp("squares")))
-
-
-@pytest.fixture(scope="module")
-def run(squares: Squares, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of tasks with captions."""
-    path = tmp_path_factory.mktemp("runs") / "all"
-    tasks = [squares.task("retrieve", "retrieve", "captions"), squares.task("caption", "caption", "captions")]
-    train_likelihood(tasks, squares.words, path, recipe(steps_per_epoch=80), fit_settings(lr=1e-2))
-    return path
-
-
-def test_captions_are_written_and_compared_with_those_of_the_item(squares: Squares, run: Path) -> None:
+def test_captions_are_written_and_compared_with_those_of_the_item(squares: Squares, squares_run: Path) -> None:
     task, examples = squares.task("caption", "caption", "captions"), squares.valid["captions"]
-    report = evaluate_task(run, task, examples, controls=[SHUFFLED])
+    report = evaluate_task(squares_run, task, examples, controls=[SHUFFLED])
     right = report.measures["caption accuracy"]
     assert examples.media is not None
     keys = examples.media.cache.samples["key"].to_pylist()
@@ -62,14 +39,17 @@ def test_captions_are_written_and_compared_with_those_of_the_item(squares: Squar
     assert report.measures["word accuracy"].estimate().value > 0.9
     assert len(report.measures["word accuracy"].values_M) == 9 * len(examples)
     judged = evaluate_task(
-        run, task, examples, writing=CaptionSettings(beam=1, judge=lambda key, caption: key == "1003" and bool(caption))
+        squares_run,
+        task,
+        examples,
+        writing=CaptionSettings(beam=1, judge=lambda key, caption: key == "1003" and bool(caption)),
     )
     assert judged.measures["caption accuracy"].values_M.sum() == 1
 
 
-def test_retrieval_counts_equal_captions_as_right(squares: Squares, run: Path) -> None:
+def test_retrieval_counts_equal_captions_as_right(squares: Squares, squares_run: Path) -> None:
     examples = squares.valid["captions"]
-    report = evaluate_task(run, squares.task("retrieve", "retrieve", "captions"), examples)
+    report = evaluate_task(squares_run, squares.task("retrieve", "retrieve", "captions"), examples)
     assert report.measures["text to item r@1"].estimate().value > 0.8
     assert len(report.measures["text to item r@1"].values_M) == len(np.unique(examples.target_N))
     assert report.chance["item to text r@1"] == pytest.approx(1 / len(np.unique(examples.target_N)))
@@ -77,39 +57,41 @@ def test_retrieval_counts_equal_captions_as_right(squares: Squares, run: Path) -
     json.dumps(report.to_json())
     assert "r@1" in report.line()
     with pytest.raises(SettingError, match="expected none for the kind retrieve"):
-        evaluate_task(run, squares.task("retrieve", "retrieve", "captions"), examples, controls=[SHUFFLED])
+        evaluate_task(squares_run, squares.task("retrieve", "retrieve", "captions"), examples, controls=[SHUFFLED])
 
 
-def test_a_task_is_measured_that_was_never_trained(squares: Squares, run: Path) -> None:
+def test_a_task_is_measured_that_was_never_trained(squares: Squares, squares_run: Path) -> None:
     task, examples = squares.task("answer", "answer", has_head=True), squares.valid["answer"]
     is_left = np.arange(len(examples)) % 2 == 0
-    report = evaluate_task(run, task, examples, controls=[SHUFFLED, BLIND], groups={"left": is_left})
+    report = evaluate_task(squares_run, task, examples, controls=[SHUFFLED, BLIND], groups={"left": is_left})
     assert set(report.measures) == {"accuracy", "accuracy: left"}
     assert len(report.measures["accuracy: left"].values_M) == is_left.sum()
     assert set(report.controls) == {SHUFFLED, BLIND}
     assert report.chance == {"accuracy": 1 / 3}
     assert not report.was_seen
-    assert evaluate_task(run, squares.task("caption", "caption", "captions"), squares.train["captions"]).was_seen
-    assert represent(run, task, examples).shape == (len(examples), 32)
+    assert evaluate_task(
+        squares_run, squares.task("caption", "caption", "captions"), squares.train["captions"]
+    ).was_seen
+    assert represent(squares_run, task, examples).shape == (len(examples), 32)
     both = estimate_runs([report, report], "accuracy", control=BLIND)
     assert both.value == pytest.approx(report.controls[BLIND]["accuracy"].estimate().value)
 
 
-def test_other_words_features_and_modalities_are_refused(squares: Squares, run: Path, tmp_path: Path) -> None:
+def test_other_words_features_and_modalities_are_refused(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
     others = open_examples(pa.table({"text": ["a"], "target": ["a"]}), Vocabulary(["a"]))
     task = squares.task("answer", "answer")
     with pytest.raises(DataError, match="words of the run, got 1 words"):
-        evaluate_task(run, task, others)
+        evaluate_task(squares_run, task, others)
     tones = open_tones(tmp_path / "tones", squares.words.vocabulary)
     with pytest.raises(DataError, match="items of image, got audio"):
-        evaluate_task(run, squares.task("tones", "classify", "classify", train=tones), tones)
+        evaluate_task(squares_run, squares.task("tones", "classify", "classify", train=tones), tones)
     settings = ExtractSettings(features=("patches",))
     extract(SquaresSource(3), tmp_path / "other", image_encoders=[f"{IMAGE},scale=2"], settings=settings)
     media = open_media(Cache(tmp_path / "other"), "image", "open_toy/patches")
     table = pa.table({"key": ["0"], "target": ["red red"]})
     other = open_examples(table, squares.words.vocabulary, media=media)
     with pytest.raises(FingerprintError, match="weights"):
-        evaluate_task(run, squares.task("classify", "classify"), other)
+        evaluate_task(squares_run, squares.task("classify", "classify"), other)
     with pytest.raises(DataError, match="same examples"):
         estimate_runs([], "accuracy")
 

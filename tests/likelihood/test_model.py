@@ -1,5 +1,7 @@
 """Runs of one likelihood on raw items: what is predicted equals what cached features give, and what is refused."""
 
+import json
+import shutil
 from io import BytesIO
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from PIL import Image
 
 import embedcache
 from embedcache.derive.derive import Derivation, derive
-from embedcache.errors import DataError, PathError, SettingError
+from embedcache.errors import CorruptError, DataError, PathError, SettingError
 from embedcache.evaluate.likelihood import evaluate_task, load_shared
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -19,30 +21,12 @@ from embedcache.sources.base import FileItem
 from embedcache.store.cache import Cache
 from embedcache.train.examples import open_examples, open_media
 from embedcache.train.likelihood import train_likelihood
-from embedcache.train.likelihood_tasks import encode_items, encode_texts, predict
+from embedcache.train.likelihood_batches import encode_items, encode_texts
+from embedcache.train.likelihood_tasks import predict
 from tests.toy import IMAGE
-from tests.train.likelihood_cases import (
-    Squares,
-    SquaresSource,
-    fit_settings,
-    make_caches,
-    open_caches,
-    open_tones,
-    recipe,
-    tables,
-)
+from tests.train.likelihood_cases import Squares, SquaresSource, fit_settings, open_tones, recipe, tables
 
 COUNT, FIRST = 30, 1000  # the validation images
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    return make_caches(tmp_path_factory.mktemp("squares"))
-
-
-@pytest.fixture(scope="module")
-def squares(paths: tuple[Path, Path, Path]) -> Squares:
-    return open_caches(paths)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +57,7 @@ def images() -> list[bytes]:
 
 
 def test_classes_and_answers_equal_those_of_cached_features(
-    model: LikelihoodModel, squares: Squares, run: Path, images: list[bytes], paths: tuple[Path, Path, Path]
+    model: LikelihoodModel, squares: Squares, run: Path, images: list[bytes], squares_paths: tuple[Path, Path, Path]
 ) -> None:
     network, _ = load_shared(run)
     classes = squares.task("classify", "classify")
@@ -81,10 +65,10 @@ def test_classes_and_answers_equal_those_of_cached_features(
     expected = [classes.names[number] for number in found.predicted_M.tolist()]
     assert model.classify(images, classes.names).best == expected
     assert model.classify(images, task="classify").best == expected
-    assert model.classify(Cache(paths[1]), task="classify").best == expected
+    assert model.classify(Cache(squares_paths[1]), task="classify").best == expected
     answers = squares.task("answer", "answer", has_head=True)
     found = predict(answers, network, squares.valid["answer"])
-    questions = tables(Cache(paths[1]))["answer"]["text"].to_pylist()
+    questions = tables(Cache(squares_paths[1]))["answer"]["text"].to_pylist()
     scores = model.answer(images, questions)
     assert scores.best == [answers.names[number] for number in found.predicted_M.tolist()]
     np.testing.assert_allclose(scores.probs_NC.sum(axis=1), 1, rtol=1e-5)
@@ -100,12 +84,14 @@ def test_captions_equal_those_of_cached_features(
     task = squares.task("caption", "caption", "captions")
     report = evaluate_task(run, task, squares.valid["captions"])
     words = sorted({word for text in task.train.targets.to_pylist() for word in text.split()})
-    assert model.caption(images, words=words) == list(report.captions.values())
+    assert model.caption(images, words=words) == list(report.captions.values()) == model.caption(images)
+    assert "is" in squares.words.vocabulary.words
+    assert sorted(model.config.training["tasks"][3]["candidates"]) == words
     assert len(model.caption(images[0], max_length=2)[0].split()) <= 2
 
 
 def test_neighbors_in_both_directions_equal_those_of_cached_features(
-    model: LikelihoodModel, squares: Squares, run: Path, images: list[bytes], paths: tuple[Path, Path, Path]
+    model: LikelihoodModel, squares: Squares, run: Path, images: list[bytes], squares_paths: tuple[Path, Path, Path]
 ) -> None:
     network, _ = load_shared(run)
     examples = squares.valid["captions"]
@@ -115,7 +101,7 @@ def test_neighbors_in_both_directions_equal_those_of_cached_features(
         items_NP = torch.cat(list(encode_items(network, media, np.arange(COUNT))))
         texts_QP = encode_texts(network, examples.target_words)
     cosines = torch.nn.functional.cosine_similarity(texts_QP[:, None], items_NP, dim=2).numpy()
-    for found in (model.retrieve(texts, images, k=3), model.retrieve(texts, Cache(paths[1]), k=3)):
+    for found in (model.retrieve(texts, images, k=3), model.retrieve(texts, Cache(squares_paths[1]), k=3)):
         for hits, row in zip(found, cosines, strict=True):
             np.testing.assert_allclose([hit.score for hit in hits], -np.sort(-row)[:3], atol=1e-5)
             np.testing.assert_allclose([row[hit.position] for hit in hits], -np.sort(-row)[:3], atol=1e-5)
@@ -170,16 +156,47 @@ def test_wrong_items_names_and_tasks_are_refused(
         embedcache.load(run, kind="speech")
 
 
-def test_a_run_on_derived_features_reads_a_cache(squares: Squares, images: list[bytes], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def derived(squares: Squares, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run on the mean of principal components of tokens, and a cache with both."""
+    folder = tmp_path_factory.mktemp("derived")
     settings = ExtractSettings(features=("patches",))
-    extract(SquaresSource(8), tmp_path / "cache", image_encoders=[IMAGE], settings=settings)
-    derive(tmp_path / "cache", Derivation(name="whole", inputs=[("image", "open_toy/patches")], rule="mean"))
-    cache = Cache(tmp_path / "cache")
+    extract(SquaresSource(8), folder / "cache", image_encoders=[IMAGE], settings=settings)
+    for derivation in (
+        Derivation(name="few", inputs=[("image", "open_toy/patches")], rule="pca", parameters={"width": 2}),
+        Derivation(name="whole", inputs=[("image", "few/pca")], rule="mean"),
+    ):
+        derive(folder / "cache", derivation)
+    cache = Cache(folder / "cache")
     media = open_media(cache, "image", "whole/mean")
     examples = open_examples(tables(cache)["captions"], squares.words.vocabulary, media=media)
     task = squares.task("retrieve", "retrieve", "captions", train=examples, validation=examples)
-    train_likelihood([task], squares.words, tmp_path / "run", recipe(steps_per_epoch=2), fit_settings())
-    model = embedcache.load(tmp_path / "run", kind="likelihood")
-    assert len(model.retrieve("red", cache, k=10)[0]) == 8
-    with pytest.raises(DataError, match=r"whole/mean: expected the feature of an encoder .* by the rule mean; pass a"):
-        model.retrieve("red", images)
+    train_likelihood([task], squares.words, folder / "run", recipe(steps_per_epoch=2), fit_settings())
+    return folder
+
+
+def test_a_run_on_derived_features_reads_raw_items(derived: Path) -> None:
+    model = embedcache.load(derived / "run", kind="likelihood")
+    source = SquaresSource(8)
+    raw = [source.read(FileItem(path=f"{number}.png", length=0)) for number in range(8)]
+    of_raw, of_cache = (model.retrieve(["red", "left"], items, k=8) for items in (raw, Cache(derived / "cache")))
+    for hits, expected in zip(of_raw, of_cache, strict=True):
+        places = [sorted(items, key=lambda hit: hit.position) for items in (hits, expected)]
+        scores = [[hit.score for hit in items] for items in places]
+        np.testing.assert_allclose(*scores, atol=2e-3)  # the cache has float16
+
+
+def test_derived_features_without_their_origin_are_refused(derived: Path, tmp_path: Path) -> None:
+    for name, message in (
+        ("fit", "restore it, or train again"),
+        ("inputs", "rule mean without a record of how; pass a"),
+    ):
+        run = Path(shutil.copytree(derived / "run", tmp_path / name))
+        if name == "fit":
+            next(run.glob("fit-*.safetensors")).unlink()
+        else:
+            record = json.loads((run / "config.json").read_text())
+            del record["sides"]["image"]["inputs"]
+            (run / "config.json").write_text(json.dumps(record))
+        with pytest.raises((CorruptError, DataError), match=message):
+            embedcache.load(run, kind="likelihood").retrieve("red", [b""])

@@ -93,6 +93,22 @@ def test_drawn_candidates_stand_for_all_in_the_mean() -> None:
     assert np.mean(sums) == pytest.approx(np.exp(logits).sum(), rel=0.02)
 
 
+def test_mined_negatives_stand_for_themselves() -> None:
+    rng = np.random.default_rng(0)
+    logits, positives, mined = rng.standard_normal(40), np.array([3, 39]), np.array([7, 3])
+    logits[7] = 4.0  # hard
+    sums = []
+    for _ in range(2000):
+        numbers, _, log_weights = draw_candidates(40, positives, limit=8, rng=rng, mined=mined)
+        assert len(set(numbers.tolist())) == 8
+        assert log_weights is not None
+        assert numbers[log_weights == 0].tolist() == [3, 7, 39]
+        sums.append(np.exp(logits[numbers] + log_weights).sum())
+    assert np.mean(sums) == pytest.approx(np.exp(logits).sum(), rel=0.02)
+    numbers, _, _ = draw_candidates(40, positives, limit=2, rng=rng, mined=mined)
+    assert {3, 7, 39} < set(numbers.tolist())
+
+
 @pytest.mark.parametrize("limit", [40, 100])
 def test_all_candidates_are_used_if_they_fit(limit: int) -> None:
     numbers, positions, log_weights = draw_candidates(40, np.array([7]), limit=limit, rng=np.random.default_rng(0))
@@ -124,6 +140,16 @@ def test_mined_candidates_are_the_nearest_and_the_positives() -> None:
     assert positions.tolist() == [2, 0]
     with pytest.raises(SettingError, match="at least 1"):
         Mined(_Exact(vectors), 0)
+    with pytest.raises(SettingError, match="vectors of all candidates"):
+        Mined(_Exact(vectors), 1).near(np.array([0]))
+
+
+def test_a_candidate_is_not_near_itself() -> None:
+    vectors = np.array([[1, 0], [1, 0], [0.9, 0.1], [0, 1]], np.float32)  # the first two are equal
+    near = Mined(_Exact(vectors), 2, vectors).near(np.array([0, 1, 3]))
+    assert [sorted(row) for row in near.tolist()] == [[1, 2], [0, 2], [0, 2]] or near.tolist()[2][0] == 2
+    assert not (near == np.array([[0], [1], [3]])).any()
+    assert Mined(_Exact(vectors), 8, vectors).near(np.array([2])).shape[1] <= 8
 
 
 def test_a_learned_scale_is_clipped_and_can_fall_again() -> None:

@@ -9,8 +9,9 @@ from torch.nn.functional import cross_entropy
 
 from embedcache.axis import Axis
 from embedcache.errors import DataError, SettingError
-from embedcache.networks.candidates import Candidates, cross_entropy_over
-from embedcache.networks.shared import LabelHead, SharedLayer, SharedNetwork, Tokens, Words, positions_of
+from embedcache.networks.candidates import Candidates, LabelHead, cross_entropy_over
+from embedcache.networks.shared import SharedNetwork, Tokens, Words
+from embedcache.networks.shared_layers import SharedLayer, positions_of
 from embedcache.networks.words import BLANK, END, NUM_SPECIAL, UNKNOWN
 from embedcache.train.parts import freeze
 

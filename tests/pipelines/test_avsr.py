@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.common import run_parallel
+from pipelines.parallel import run_parallel
 from pipelines.speech.models import AUDIO, FUSION, VIDEO, questions
 from pipelines.speech.results import Result, Results
 from pipelines.speech.steps import TEST_VIEWS, TINY, Runs, Size

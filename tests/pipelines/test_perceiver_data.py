@@ -42,7 +42,7 @@ def test_tiny_data_is_complete_and_resumes(tmp_path: Path) -> None:
         feature = Cache(data.cache(name)).feature("image", IMAGE_TOKENS)
         assert feature.shape[1:] == (16, 272)
         assert feature.axis == Axis(kind="grid", rows=4, columns=4, box=(0.0, 0.0, 1.0, 1.0))
-    assert Cache(data.cache("letters")).feature("audio", AUDIO_TOKENS).shape == (26, -1, 384)
+    assert Cache(data.cache("letters")).feature("audio", AUDIO_TOKENS).shape == (52, -1, 384)
     words = data.words_path.read_text().split()
     vocabulary = Vocabulary(words)
     cache = Cache(data.cache("words"))

@@ -24,6 +24,7 @@ from pipelines.worlds.label_sets import (
     FASHION_KIND,
     FASHION_LABELS,
     LETTERS_KIND,
+    draw_labels,
 )
 from pipelines.worlds.shapes import KIND as SHAPES_KIND
 from pipelines.worlds.talking_speech import RECORDINGS
@@ -74,6 +75,12 @@ def test_fashion_has_words_as_labels_and_a_validation_part() -> None:
     examples = label_examples(open_source("100+50", kind=FASHION_KIND))
     assert Counter(examples["split"].to_pylist()) == {"train": 90, "valid": 10, "test": 50}
     assert set(examples["target"].to_pylist()) == set(FASHION_LABELS)
+    drawn = draw_labels(examples, 0.001, seed=0)  # of 60,000
+    assert len(drawn) == 60
+    assert set(drawn["split"].to_pylist()) == {"train"}
+    assert len(draw_labels(examples, 0.01, seed=0)) == 90  # all that are there
+    with pytest.raises(SettingError, match="above 0, up to 1, got 60"):
+        draw_labels(examples, 60, seed=0)
 
 
 @pytest.mark.parametrize(("location", "kind"), [("3", FASHION_KIND), ("x", EMOJI_KIND)])

@@ -1,28 +1,40 @@
 """The pipeline of one likelihood for every task: its results over seeds, and all of it from the data to its page."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from embedcache.arrays import Array, Floats, normalize
 from embedcache.errors import DataError
 from embedcache.evaluate.likelihood import SHUFFLED, Measured
+from embedcache.networks.saved import read_module_config
+from embedcache.store.cache import Cache
+from pipelines.perceiver.images import Answer, ShownImage, image_figure
+from pipelines.perceiver.measures import MEASURED, MODELS, pool
+from pipelines.perceiver.page import COLUMNS, answer_curves, novel_table
 from pipelines.perceiver.results import (
     PRETRAINED,
     ZERO_SHOT,
     Result,
     Results,
-    answer_table,
-    answers_name,
+    interference_table,
+    model_table,
     pretraining_table,
+    question_name,
 )
-from pipelines.perceiver.runs import BLIND_ANSWERS, MEASURED, PROBES, TUNINGS, Runs, pool
-from pipelines.perceiver.steps import Data
-from pipelines.perceiver.tasks import TINY
+from pipelines.perceiver.runs import Runs, adapted, alone, tuned
+from pipelines.perceiver.steps import WORD_VECTORS, Data
+from pipelines.perceiver.tasks import EASY_VQA, EMOJI, FASHION, LETTERS, TINY
+from pipelines.worlds.examples import in_split
 from pipelines.worlds.label_sets import FASHION_FOLDER
 from tests.pipelines.one_core import run_tiny
 from tests.pipelines.test_texts import HAS_LETTERS
+
+PARTS = ("train", "valid", "test")
 
 
 def make_result(model: str, question: str, num_right: int, *, seed: int = 0, first_item: int = 0) -> Result:
@@ -43,7 +55,7 @@ def make_result(model: str, question: str, num_right: int, *, seed: int = 0, fir
 
 
 def test_result_is_read_as_written(tmp_path: Path) -> None:
-    result = make_result("prompts", answers_name(0.01), 4)
+    result = make_result("prompts", question_name(EASY_VQA, 0.01), 4)
     result.write(tmp_path / "result.json")
     found = Result.read(tmp_path / "result.json")
     for measures, expected in [
@@ -54,25 +66,84 @@ def test_result_is_read_as_written(tmp_path: Path) -> None:
         for name, (values, clusters) in measures.items():
             np.testing.assert_array_equal(values, expected[name].values_M)
             np.testing.assert_array_equal(clusters, expected[name].clusters_M)
-    plain = ("model", "question", "seed", "num_examples", "chance", "captions")
+    plain = ("model", "question", "weights", "seed", "num_examples", "num_trained", "chance", "captions")
     assert all(getattr(found, name) == getattr(result, name) for name in plain)
 
 
 def test_tables_hold_means_over_seeds_beside_controls() -> None:
-    question = answers_name(0.01)
+    question = question_name(EASY_VQA, 0.01)
     assert question == "easy-VQA 1 %"
     results = Results(make_result("prompts", question, 4 + seed, seed=seed) for seed in (0, 2))
-    columns, (row,) = answer_table(results, 0.01, ["prompts", "missing"])
-    assert columns[:3] == ["accuracy in %", "all", "open"]
+    columns, (row, chance) = model_table(results, EASY_VQA, 0.01, ["prompts", "missing"], COLUMNS[EASY_VQA])
+    assert columns[:3] == ["in %", "all", "open"]
     assert row[0] == "prompts"
     assert row[2].startswith("50.0 [")
     assert row[3:5] == ["", ""]  # not measured
     assert row[5] == "0.0 [0.0, 0.0]"
+    assert chance == ["chance", "25.0", "", "", "", "", ""]
     results = Results([make_result(PRETRAINED, "classes", 9)])
     (first, _) = pretraining_table(results, ["classes"])[1]
     assert first[0] == "classes: accuracy"
     assert first[1].startswith("90.0 [")
     assert first[2:] == ["items of others: 0.0", "25.0", "10"]
+
+
+def test_first_row_has_no_training_examples() -> None:
+    found = [make_result(ZERO_SHOT, "Fashion-MNIST 0 %", 1), make_result("prompts", "Fashion-MNIST 1 %", 8)]
+    _, rows = novel_table(Results(found), FASHION, 0.01)
+    assert [row[:2] for row in rows] == [
+        [ZERO_SHOT, "10.0 [0.0, 30.0]"],
+        ["prompts", "80.0 [50.0, 100.0]"],
+        ["chance", "25.0"],
+    ]
+
+
+def test_interference_compares_runs_of_one_seed() -> None:
+    found = [make_result(PRETRAINED, "captions", 5 + seed, seed=seed) for seed in (0, 1)]
+    results = Results([*found, make_result(alone("caption"), "captions", 9, seed=1)])
+    columns, rows = interference_table(results, {"captions": alone("caption"), "retrieval": alone("retrieve")})
+    assert columns == ["in %", "all tasks together", "one task alone"]
+    assert [row[0] for row in rows] == ["captions: accuracy", "captions: accuracy: open"]
+    assert [cell.split()[0] for cell in rows[0][1:]] == ["60.0", "90.0"]
+
+
+def test_curves_begin_with_the_run_that_is_tuned() -> None:
+    found = [
+        make_result(model, question_name(EASY_VQA, fraction), right)
+        for model, fraction, right in [
+            (ZERO_SHOT, 0, 1),
+            *((model, fraction, 5) for model in MODELS[EASY_VQA] for fraction in (0.01, 1)),
+        ]
+    ]
+    everything, opened, yes_no = answer_curves(Results(found), [1, 0.01]).axes
+    assert [tick.get_text() for tick in everything.get_xticklabels()] == ["0 %", "1 %", "100 %"]
+    lines = {line.get_label(): line for line in opened.get_lines()}
+    assert list(lines["all weights"].get_ydata()) == pytest.approx([0.1, 0.5, 0.5])
+    assert list(lines["prompts, never pre-trained"].get_xdata()) == [1, 2]
+    assert lines["prompts"].get_linestyle() == "-"
+    assert lines["prompts, never pre-trained"].get_linestyle() == "--"
+    assert not any(len(line.get_xdata()) for line in yes_no.get_lines())  # not measured
+
+
+def test_image_figure_marks_what_is_wrong() -> None:
+    image = ShownImage(
+        title="test/0000",
+        pixels_HW3=np.zeros((8, 8, 3), np.uint8),
+        classes={"a red circle": 0.75, "a blue star": 0.25},
+        labels={"a blue star"},
+        caption="a red circle",
+        is_true=False,
+        answers=[Answer("what color?", "red", "blue"), Answer("is it red?", "no", "no")],
+    )
+    picture, bars, texts = image_figure([image]).axes
+    assert picture.get_title() == "test/0000"
+    assert [bar.get_width() for bar in bars.patches] == [0.75, 0.25]  # type: ignore[attr-defined]
+    assert [text.get_text() for text in texts.texts] == [
+        *("✗", "“a red circle”"),
+        *("✗", "what color?  red, not blue"),
+        *("✓", "is it red?  no"),
+    ]
+    assert len({text.get_color() for text in texts.texts[:4]}) == 1 != len({text.get_color() for text in texts.texts})
 
 
 def test_seeds_are_compared_on_the_same_items() -> None:
@@ -90,26 +161,35 @@ def test_seeds_are_compared_on_the_same_items() -> None:
 )
 def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     run_tiny("uniperceiver", tmp_path)
-    assert "What cannot be concluded" in (tmp_path / "uniperceiver.html").read_text()
+    html = (tmp_path / "uniperceiver.html").read_text()
+    assert "What cannot be concluded" in html
+    assert html.count("<svg") == 2
     page = (tmp_path / "uniperceiver.md").read_text()
+    for name in ("uniperceiver-curves.svg", "uniperceiver-images.jpg"):
+        assert name in page
+        assert (tmp_path / name).is_file()
     results, (fraction,) = Results.read(tmp_path), TINY.fractions
     for question in MEASURED:
         (result,) = results.seeds(PRETRAINED, question)
         assert result.controls
         assert f"| {question}: " in page
     assert results.seeds(PRETRAINED, "captions")[0].captions
-    assert results.models(answers_name(0)) == [ZERO_SHOT]
-    assert set(results.models(answers_name(fraction))) == {*TUNINGS, *PROBES, *BLIND_ANSWERS}
+    for data, part in [(EASY_VQA, fraction), *TINY.other_fractions.items()]:
+        assert results.models(question_name(data, 0)) == [ZERO_SHOT]
+        assert set(results.models(question_name(data, part))) == set(MODELS[data])
+    assert set(results.models(question_name(LETTERS, 1))) == set(MODELS[LETTERS])
+    (heard,) = results.seeds("new adapter", question_name(LETTERS, 1))
+    assert len(np.unique(heard.measures["accuracy"].clusters_M)) == heard.num_examples == 52  # each recording once
+    assert heard.num_trained == 26
 
     runs = Runs(folder=tmp_path / "seed0", data=Data(tmp_path), seed=0, size=TINY)
-    questions, groups = runs.tables.questions()
+    _, groups = runs.tables.test_of(EASY_VQA)
     assert groups.keys() == {"open", "yes-no", "negated"}
     assert (np.stack(list(groups.values())).sum(axis=0) == 1).all()  # each question is of one kind
-    task = runs.tables.answers(fraction, seed=0)
-    rows = [np.unique(item.rows_N) for item in (task.train, task.validation, questions) if item.rows_N is not None]
-    assert len(rows) == 3
-    assert len(np.unique(np.concatenate(rows))) == sum(map(len, rows))  # no image is in two of them
+    check_parts(runs)
+    check_trained(runs)
     check_pooled(runs)
+    check_alone(runs)
 
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in {".json", ".safetensors"}}
     run_tiny("uniperceiver", tmp_path)
@@ -117,9 +197,65 @@ def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     assert kept == {path for path in made if "seed0" in path.parts}
 
 
+def check_parts(runs: Runs) -> None:
+    """No item is in two of training, validation and test; no two captions of emoji in two parts are alike."""
+    for data in (EASY_VQA, FASHION, EMOJI):
+        task = runs.tables.tuning(data, 1, seed=0)[0]
+        parts = [task.train, task.validation, runs.tables.test_of(data)[0]]
+        rows = [np.unique(part.rows_N) for part in parts if part.rows_N is not None]
+        assert len(rows) == 3
+        assert len(np.unique(np.concatenate(rows))) == sum(map(len, rows))
+    captions = {part: set(in_split(runs.data.emoji_captions(), part)["target"].to_pylist()) for part in PARTS}
+    texts, vectors_ND = open_texts(runs.data)
+    near = vectors_ND @ vectors_ND.T > 0.7
+    part_N = [next(part for part, of_part in captions.items() if text in of_part) for text in texts]
+    assert all(part_N[a] == part_N[b] for a, b in zip(*np.nonzero(near), strict=True))
+    assert set(part_N) == set(PARTS)
+    names = runs.tables.speakers()
+    assert len(np.unique(runs.tables.letters(*names).train.rows_N)) == 26 * len(names)
+
+
+def open_texts(data: Data) -> tuple[list[str], Floats]:
+    """Return the captions of emoji and their vectors, of length 1."""
+    cache = Cache(data.cache("emoji"))
+    feature = cache.feature("text", WORD_VECTORS)
+    texts = cache.items("text")["text"].to_pylist()
+    return texts, normalize(np.asarray(feature.gather(np.arange(len(texts))), np.float32))
+
+
+def check_trained(runs: Runs) -> None:
+    """A new adapter is all that is trained for recordings; the transformer stays as it was in prompt tuning."""
+    start = load_weights(runs.path(PRETRAINED))
+    for run, changed in [
+        (adapted("new adapter", runs.tables.speakers()[0]), ("adapters.audio.", "likelihoods.classify.")),
+        (tuned("prompts", EMOJI, 1), ("prompts.", "norm", "likelihoods.")),
+    ]:
+        weights = load_weights(runs.path(run))
+        assert all(
+            name in start and np.array_equal(values, start[name])
+            for name, values in weights.items()
+            if not any(part in name for part in changed)
+        )
+    assert read_module_config(runs.path(adapted("new adapter", "klettres-us"))).trainable == ["audio", "scale-classify"]
+
+
+def check_alone(runs: Runs) -> None:
+    """A task alone has as many steps as among all."""
+    counts = runs.count_steps()
+    assert sum(counts.values()) == TINY.steps
+    runs.pretrain_alone("caption")
+    log = (runs.path(alone("caption")) / "losses.jsonl").read_text().splitlines()
+    assert sum("loss" in json.loads(line) for line in log) == counts["caption"] > 1
+
+
+def load_weights(run: Path) -> dict[str, Array]:
+    """Return the weights of a run by name."""
+    return load_file(run / "model.safetensors")
+
+
 def check_pooled(runs: Runs) -> None:
     """What the linear probe reads are means of tokens and of words, each of length 1."""
-    questions, _ = runs.tables.questions()
+    questions, _ = runs.tables.test_of(EASY_VQA)
     number = len(questions) - 1
     assert questions.media is not None
     assert questions.rows_N is not None

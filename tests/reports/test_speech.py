@@ -76,6 +76,14 @@ def reports(folder: Path) -> Reports:
     return compare_runs(folder / "cache", [folder / name for name in ("audio-0", "fusion", "video-0")], settings)
 
 
+def test_panels_share_an_axis_that_holds_all_rates() -> None:
+    low, high = Estimate(0.1, 0.05, 0.2), Estimate(0.8, 0.7, 0.9)
+    for axes in error_curves({"A": {"a": {"plain": low}}, "B": {"a": {"plain": high}}}).axes:
+        bottom, top = axes.get_ylim()
+        assert bottom == 0
+        assert top >= 0.9
+
+
 def test_a_model_has_one_color_in_all_panels() -> None:
     rate = {"plain": Estimate(0.1, 0.05, 0.2), "x0dB": Estimate(0.3, 0.2, 0.4)}
     first, second = error_curves({"A": {"a": rate, "b": rate}, "B": {"b": rate}}).axes

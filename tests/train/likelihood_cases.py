@@ -18,7 +18,7 @@ from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.examples import Examples, WordTable, open_examples, open_media, open_word_table, read_captions
-from embedcache.train.likelihood import LikelihoodRecipe
+from embedcache.train.likelihood import LikelihoodRecipe, train_likelihood
 from embedcache.train.likelihood_tasks import ExampleTask, Kind
 from embedcache.train.settings import FitSettings
 from tests.media_files import tone, wav
@@ -169,3 +169,15 @@ def recipe(**options: Any) -> LikelihoodRecipe:
 def fit_settings(**options: Any) -> FitSettings:
     """Return settings of a short training on one thread."""
     return from_flat(FitSettings, {"epochs": 2, "lr": 3e-3, "threads": 1, **options})
+
+
+def train_together(squares: Squares, path: Path) -> Path:
+    """Train classes, retrieval, captions and masked words together."""
+    tasks = [
+        squares.task("classify", "classify", weight=0.5),
+        squares.task("retrieve", "retrieve", "captions"),
+        squares.task("caption", "caption", "captions"),
+        squares.task("masked", "masked", "captions"),
+    ]
+    train_likelihood(tasks, squares.words, path, recipe(steps_per_epoch=100), fit_settings(lr=7e-3))
+    return path

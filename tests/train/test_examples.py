@@ -11,33 +11,25 @@ from embedcache.errors import DataError, PathError, SettingError, UnknownNameErr
 from embedcache.networks.words import BLANK, UNKNOWN, Vocabulary
 from embedcache.store.cache import Cache
 from embedcache.train.examples import open_examples, open_media, open_word_table, read_captions, with_blanks
-from tests.train.likelihood_cases import COLORS, Squares, colors_of, make_caches, open_caches, open_tones
+from tests.train.likelihood_cases import COLORS, Squares, colors_of, open_tones
 
 WORDS = Vocabulary(["a", "red", "what", "color"])
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    return make_caches(tmp_path_factory.mktemp("squares"))
-
-
-@pytest.fixture(scope="module")
-def squares(paths: tuple[Path, Path, Path]) -> Squares:
-    return open_caches(paths)
-
-
-def test_a_word_table_has_the_words_of_its_cache_in_order(squares: Squares, paths: tuple[Path, Path, Path]) -> None:
-    texts = Cache(paths[2]).items("text")["text"].to_pylist()
+def test_a_word_table_has_the_words_of_its_cache_in_order(
+    squares: Squares, squares_paths: tuple[Path, Path, Path]
+) -> None:
+    texts = Cache(squares_paths[2]).items("text")["text"].to_pylist()
     assert list(squares.words.vocabulary.words) == texts
     assert squares.words.vectors_VD.shape == (len(texts), 32)
     with pytest.raises(UnknownNameError, match="no text features"):
-        open_word_table(Cache(paths[0]))
+        open_word_table(Cache(squares_paths[0]))
 
 
 def test_examples_are_found_by_key_in_any_order(
-    squares: Squares, paths: tuple[Path, Path, Path], tmp_path: Path
+    squares: Squares, squares_paths: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    media = open_media(Cache(paths[0]), "image")
+    media = open_media(Cache(squares_paths[0]), "image")
     table = pa.table({"key": ["7", "3", "7"], "target": ["red", "a red", "red"], "other": [1, 2, 3]})
     pq.write_table(table, tmp_path / "examples.parquet")
     for source in (table, tmp_path / "examples.parquet"):
@@ -70,14 +62,14 @@ def test_null_texts_have_no_words_and_unknown_ones_are_counted() -> None:
         ({"target": ["a"]}, "columns key"),
     ],
 )
-def test_bad_tables_are_refused(table: dict[str, object], message: str, paths: tuple[Path, Path, Path]) -> None:
+def test_bad_tables_are_refused(table: dict[str, object], message: str, squares_paths: tuple[Path, Path, Path]) -> None:
     with pytest.raises(DataError, match=message):
-        open_examples(pa.table(table), WORDS, media=open_media(Cache(paths[0]), "image"))
+        open_examples(pa.table(table), WORDS, media=open_media(Cache(squares_paths[0]), "image"))
 
 
-def test_texts_are_no_media_and_files_must_exist(paths: tuple[Path, Path, Path]) -> None:
+def test_texts_are_no_media_and_files_must_exist(squares_paths: tuple[Path, Path, Path]) -> None:
     with pytest.raises(SettingError, match="texts are columns of examples"):
-        open_media(Cache(paths[0]), "text")
+        open_media(Cache(squares_paths[0]), "text")
     with pytest.raises(PathError, match=r"none\.parquet"):
         open_examples("none.parquet", WORDS)
 
@@ -113,14 +105,14 @@ def test_shuffled_media_are_those_of_others_and_the_same_for_one_item(squares: S
         examples.take(np.array([0])).shuffle_media(seed=0)
 
 
-def test_captions_of_a_cache_are_examples(paths: tuple[Path, Path, Path]) -> None:
-    cache = Cache(paths[0])
+def test_captions_of_a_cache_are_examples(squares_paths: tuple[Path, Path, Path]) -> None:
+    cache = Cache(squares_paths[0])
     table = read_captions(cache)
     assert table.column_names == ["key", "target"]
     assert read_captions(cache, part="train").equals(table)
     assert len(read_captions(cache, part="test")) == 0
     with pytest.raises(DataError, match="column split"):
-        read_captions(Cache(paths[2]), part="test")
+        read_captions(Cache(squares_paths[2]), part="test")
 
 
 def test_recordings_are_media_with_an_axis(squares: Squares, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tasks of one likelihood trained together, resumed, tuned by prompts, and with a new modality."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,45 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from embedcache.errors import DataError, FingerprintError, SettingError
-from embedcache.networks.saved import load_module
+from embedcache.networks.saved import load_module, read_module_config
 from embedcache.networks.shared import SharedNetwork
-from embedcache.networks.words import BLANK, END, NUM_SPECIAL
+from embedcache.networks.words import BLANK, END, NUM_SPECIAL, WordLists
+from embedcache.train import trainer
+from embedcache.train.examples import Examples
 from embedcache.train.likelihood import TaskMixture, start_from, train_likelihood
 from embedcache.train.likelihood_tasks import predict
-from tests.crash import crash_function
-from tests.train.likelihood_cases import (
-    Squares,
-    colors_of,
-    fit_settings,
-    make_caches,
-    open_caches,
-    open_tones,
-    recipe,
-)
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    return make_caches(tmp_path_factory.mktemp("squares"))
-
-
-@pytest.fixture(scope="module")
-def squares(paths: tuple[Path, Path, Path]) -> Squares:
-    return open_caches(paths)
-
-
-@pytest.fixture(scope="module")
-def run(squares: Squares, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four tasks; none of them answers questions."""
-    path = tmp_path_factory.mktemp("runs") / "all"
-    tasks = [
-        squares.task("classify", "classify", weight=0.5),
-        squares.task("retrieve", "retrieve", "captions"),
-        squares.task("caption", "caption", "captions"),
-        squares.task("masked", "masked", "captions"),
-    ]
-    train_likelihood(tasks, squares.words, path, recipe(steps_per_epoch=130), fit_settings(lr=7e-3))
-    return path
+from tests.train.likelihood_cases import Squares, colors_of, fit_settings, open_tones, recipe
 
 
 def network(run: Path) -> SharedNetwork:
@@ -55,8 +25,8 @@ def network(run: Path) -> SharedNetwork:
     return module
 
 
-def test_tasks_learn_together(squares: Squares, run: Path) -> None:
-    net = network(run)
+def test_tasks_learn_together(squares: Squares, squares_run: Path) -> None:
+    net = network(squares_run)
     found = {}
     for name, kind in (("classify", "classify"), ("captions", "caption"), ("captions", "masked")):
         task = squares.task(name, kind)  # type: ignore[arg-type]
@@ -71,22 +41,34 @@ def test_tasks_learn_together(squares: Squares, run: Path) -> None:
     assert min(ranks.values()) > 0.8
 
 
-def train_two(paths: tuple[Path, Path, Path], run: Path, checkpoint_s: float) -> None:
-    """Train on two tasks, in a process of its own."""
-    squares = open_caches(paths)
+def train_two(squares: Squares, run: Path, *, checkpoint_s: float = 60.0) -> None:
     tasks = [squares.task("caption", "caption", "captions", max_candidates=8), squares.task("answer", "answer")]
     settings = fit_settings(checkpoint_s=checkpoint_s)
-    train_likelihood(tasks, squares.words, run, recipe(steps_per_epoch=6), settings)
+    train_likelihood(tasks, squares.words, run, recipe(steps_per_epoch=4), settings)
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(paths: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train_two(paths, whole, 60.0)
-    crash_function(train_two, (paths, killed, 0.0), "after", "checkpoint.pt", 8)
-    assert not (killed / "config.json").exists()
-    train_two(paths, killed, 0.0)
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    squares: Squares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    train_two(squares, whole)
+    save_checkpoint, num_left = trainer.save_checkpoint, 6
+
+    def save(*args: Any) -> None:
+        nonlocal num_left
+        save_checkpoint(*args)
+        num_left -= 1
+        if not num_left:
+            raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", save)
+        with pytest.raises(InterruptedError):
+            train_two(squares, interrupted, checkpoint_s=0.0)
+    assert not (interrupted / "config.json").exists()
+    train_two(squares, interrupted, checkpoint_s=0.0)
     for name in ("model.safetensors", "losses.jsonl"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+        assert (interrupted / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_tasks_are_drawn_by_weight_from_seed_epoch_and_step() -> None:
@@ -102,12 +84,14 @@ def test_tasks_are_drawn_by_weight_from_seed_epoch_and_step() -> None:
     assert TaskMixture([3.0, 1.0], [4, 8], num_steps=400, seed=0).num_samples == 2000
 
 
-def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, run: Path, tmp_path: Path) -> None:
+def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
     task = squares.task("answer", "answer", has_head=True)
-    tuned_recipe, parts = start_from(run, trainable="prompts+norms+scales+heads", num_prompts=4, steps_per_epoch=100)
+    tuned_recipe, parts = start_from(
+        squares_run, trainable="prompts+norms+scales+heads", num_prompts=4, steps_per_epoch=100
+    )
     settings = fit_settings(lr=1e-2, init_from=parts.init_from, trainable=parts.trainable)
     report = train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
-    before, after = (load_file(path / "model.safetensors") for path in (run, tmp_path / "tuned"))
+    before, after = (load_file(path / "model.safetensors") for path in (squares_run, tmp_path / "tuned"))
     frozen = [key for key in before if "norm" not in key and not key.startswith("likelihoods")]
     assert all(torch.equal(before[key], after[key]) for key in frozen)
     assert not torch.equal(before["layers.0.attention_norm.weight"], after["layers.0.attention_norm.weight"])
@@ -115,28 +99,32 @@ def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, run: Path, 
     assert report.num_parameters == sum(
         value.numel() for key, value in after.items() if key not in frozen and "words" not in key
     )
+    earlier = read_module_config(tmp_path / "tuned").training["earlier_tasks"]
+    assert [task["name"] for task in earlier] == ["classify", "retrieve", "caption", "masked"]
     found = predict(task, network(tmp_path / "tuned"), squares.valid["answer"])
     blind = predict(task, network(tmp_path / "tuned"), squares.valid["answer"].shuffle_media(seed=0))
     assert found.is_correct_M.mean() > max(0.7, blind.is_correct_M.mean() + 0.2)
 
 
-def test_a_label_head_of_a_tuned_run_starts_from_the_likelihood(squares: Squares, run: Path, tmp_path: Path) -> None:
-    tuned_recipe, parts = start_from(run, trainable="heads")
+def test_a_label_head_of_a_tuned_run_starts_from_the_likelihood(
+    squares: Squares, squares_run: Path, tmp_path: Path
+) -> None:
+    tuned_recipe, parts = start_from(squares_run, trainable="heads")
     settings = fit_settings(epochs=0, init_from=parts.init_from, trainable=parts.trainable)
     task = squares.task("classify", "classify", has_head=True)
     train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
     found = predict(task, network(tmp_path / "tuned"), squares.valid["classify"])
-    expected = predict(squares.task("classify", "classify"), network(run), squares.valid["classify"])
+    expected = predict(squares.task("classify", "classify"), network(squares_run), squares.valid["classify"])
     assert found.predicted_M.tolist() == expected.predicted_M.tolist()
 
 
-def test_a_new_modality_is_learned_by_its_adapter_alone(squares: Squares, run: Path, tmp_path: Path) -> None:
+def test_a_new_modality_is_learned_by_its_adapter_alone(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
     tones = open_tones(tmp_path / "tones", squares.words.vocabulary)
-    tuned_recipe, parts = start_from(run, trainable="audio", steps_per_epoch=60)
+    tuned_recipe, parts = start_from(squares_run, trainable="audio", steps_per_epoch=60)
     settings = fit_settings(lr=1e-2, init_from=parts.init_from, trainable=parts.trainable)
     task = squares.task("tones", "classify", "classify", train=tones, validation=tones)
     report = train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
-    before, after = (load_file(path / "model.safetensors") for path in (run, tmp_path / "tuned"))
+    before, after = (load_file(path / "model.safetensors") for path in (squares_run, tmp_path / "tuned"))
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert {key.partition(".")[2].partition(".")[0] for key in after.keys() - before.keys()} == {"audio"}
     assert report.measures["tones accuracy"] > 0.9
@@ -187,7 +175,26 @@ def test_candidates_of_captions_are_their_words_and_the_end(squares: Squares) ->
     assert (batch.positives[1] == 0).sum() == len(examples)
 
 
-def test_words_that_are_no_candidates_are_not_trained_and_never_right(squares: Squares, run: Path) -> None:
+def show_captions(examples: Examples, rng: np.random.Generator) -> tuple[WordLists, np.ndarray]:
+    """Give about half of the examples the caption of another one."""
+    shown = np.where(rng.random(len(examples)) < 0.5, np.roll(examples.target_N, 1), examples.target_N)
+    return examples.target_words.take(shown), (shown != examples.target_N).astype(np.int64)
+
+
+def test_a_loader_makes_texts_and_answers(squares: Squares, squares_run: Path) -> None:
+    task = squares.task("match", "answer", "captions", candidates=["left", "right"], loader=show_captions)
+    task.check()
+    batch = task.draw(np.random.default_rng(0), device="cpu")
+    assert batch.words is not None
+    assert (batch.words.numbers_BL == BLANK).sum(dim=1).tolist() == [1] * 32
+    assert set(batch.positives[1].tolist()) == {0, 1}
+    assert task.describe()["loader"]["name"] == "tests.train.test_likelihood:show_captions"  # type: ignore[index]
+    assert task.measure(network(squares_run), device="cpu").keys() == {"match accuracy"}
+    with pytest.raises(SettingError, match="loader: expected the kind answer with candidates"):
+        squares.task("match", "classify", "captions", loader=show_captions)
+
+
+def test_words_that_are_no_candidates_are_not_trained_and_never_right(squares: Squares, squares_run: Path) -> None:
     examples = squares.valid["captions"]
     task = squares.task("caption", "caption", "captions", candidates=["a", "square", "left", "of", "red", "green"])
     trained = task.load(examples, np.random.default_rng(0), device="cpu")
@@ -195,11 +202,11 @@ def test_words_that_are_no_candidates_are_not_trained_and_never_right(squares: S
     num_blue = sum(text.split().count("blue") for text in examples.targets.take(examples.target_N).to_pylist())
     assert num_blue
     assert len(measured.positives[1]) - len(trained.positives[1]) == num_blue == (measured.positives[1] < 0).sum()
-    found = predict(task, network(run), examples)
+    found = predict(task, network(squares_run), examples)
     assert not found.is_correct_M[found.target_M < 0].any()
 
 
-def test_bad_tasks_are_refused(squares: Squares, run: Path, tmp_path: Path) -> None:
+def test_bad_tasks_are_refused(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
     task = squares.task("classify", "classify")
     for tasks in ([], [task, task], [squares.task("a.b", "classify", "classify")]):
         with pytest.raises(SettingError, match="different names"):
@@ -217,4 +224,4 @@ def test_bad_tasks_are_refused(squares: Squares, run: Path, tmp_path: Path) -> N
         few.load(squares.train["classify"], None, device="cpu")
     tasks = [squares.task("classify", "classify", weight=0.5)]
     with pytest.raises(FingerprintError, match="other settings|differ"):
-        train_likelihood(tasks, squares.words, run, recipe(), fit_settings())
+        train_likelihood(tasks, squares.words, squares_run, recipe(), fit_settings())
