@@ -219,7 +219,8 @@ class PlainProgress:
     """Progress as a line every ten seconds, for logs."""
 
     def __init__(self, name: str = "") -> None:
-        self._name = name
+        self._name, self._what, self._unit, self._state = name, "", "", ""
+        self._total, self._rate = 0, _Rate("")
 
     def start(self, what: str, total: int, unit: str) -> None:
         """Start a piece of work."""

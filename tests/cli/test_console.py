@@ -9,6 +9,7 @@ from embedcache.cli.console import PlainProgress, TerminalProgress
 def test_lines_name_the_part_and_the_state(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0)
     progress = PlainProgress()
+    progress.finish()  # of nothing
     for name in ("sound", "lips"):
         part = progress.part(name)
         part.start("training", 40, "utterances")
