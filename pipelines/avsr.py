@@ -11,6 +11,7 @@ folder; a second call goes on. All settings were chosen on the sets `valid` and 
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,17 +42,18 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a few utterances, to see that everything runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    run_all = partial(run_parallel, num_processes=1 if options.tiny else None)  # a new process imports for seconds
     size, seeds, sets = (TINY, options.seeds[:1], ("A", "R")) if options.tiny else (Size(), options.seeds, tuple(SETS))
     caches = make_caches(options.workdir, size, sets)
     for seed in seeds:
         runs = Runs(folder=options.workdir / f"seed{seed}", caches=caches, seed=seed, size=size)
         variants = {**FUSIONS, **(ABLATIONS if options.ablations and seed == seeds[0] else {})}
         asked = [question for name in (AUDIO, VIDEO, *variants) for question in questions(name, sets)]
-        run_parallel([(runs.train_audio,), (runs.train_lips,)])
-        run_parallel([(runs.train_video,), *((runs.evaluate, *question) for question in asked if question[0] == AUDIO)])
+        run_all([(runs.train_audio,), (runs.train_lips,)])
+        run_all([(runs.train_video,), *((runs.evaluate, *question) for question in asked if question[0] == AUDIO)])
         of_video = [(runs.evaluate, *question) for question in asked if question[0] == VIDEO]
-        run_parallel([*((runs.train_fusion, *variant) for variant in variants.items()), *of_video])
-        run_parallel([(runs.evaluate, *question) for question in asked])
+        run_all([*((runs.train_fusion, *variant) for variant in variants.items()), *of_video])
+        run_all([(runs.evaluate, *question) for question in asked])
         results = Results.read(runs.folder / "results")
         print_table(*rate_table(results, [AUDIO, VIDEO, *variants], "A"), title=f"seed {seed}, set A, WER in %")
     runs = Runs(folder=options.workdir / f"seed{seeds[0]}", caches=caches, seed=seeds[0], size=size)

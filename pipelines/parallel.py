@@ -12,13 +12,14 @@ from embedcache.processes import num_cores, run_processes
 from embedcache.progress import Progress
 
 
-def run_parallel(steps: Sequence[tuple[Any, ...]]) -> None:
-    """Run steps in as many processes as there are cores, one thread each; a process that is free takes the next step.
+def run_parallel(steps: Sequence[tuple[Any, ...]], *, num_processes: int | None = None) -> None:
+    """Run steps in several processes, one thread each; a process that is free takes the next step.
 
     Args:
         steps: methods of objects with a `folder`, whose name is shown, and their arguments; each takes `progress` too.
+        num_processes: processes at once; None: one per core.
     """
-    progress, count = open_progress(), min(num_cores(), len(steps))
+    progress, count = open_progress(), min(num_processes or num_cores(), len(steps))
     tasks = [(steps, multiprocessing.get_context("spawn").Value("i", 0))] * count
     if count == 1:
         _run_all(tasks[0], progress)

@@ -13,6 +13,7 @@ trained. Results are kept in the folder; a second call goes on.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,15 +39,16 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a few images, to see that everything runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    run_all = partial(run_parallel, num_processes=1 if options.tiny else None)  # a new process imports for seconds
     size, seeds = (TINY, options.seeds[:1]) if options.tiny else (Size(), options.seeds)
     fractions = options.fractions or size.fractions
     data = make_data(options.workdir, size.data)
     every = [Runs(folder=options.workdir / f"seed{seed}", data=data, seed=seed, size=size) for seed in seeds]
     tasks = list(dict.fromkeys(measure.task for measure in MEASURED.values())) if options.ablations else []
     alone = [(every[0].pretrain_alone, task) for task in tasks]
-    run_parallel([*((runs.pretrain,) for runs in every), *((runs.train_controls, fractions) for runs in every), *alone])
-    run_parallel(tuning_steps(every, fractions))
-    run_parallel(evaluation_steps(every, fractions, tasks))
+    run_all([*((runs.pretrain,) for runs in every), *((runs.train_controls, fractions) for runs in every), *alone])
+    run_all(tuning_steps(every, fractions))
+    run_all(evaluation_steps(every, fractions, tasks))
     results = Results.read(options.workdir)
     print_table(*pretraining_table(results, list(MEASURED)), title="tasks of pre-training")
     for name, fraction in [*((EASY_VQA, part) for part in fractions), *size.other_fractions.items(), (LETTERS, 1)]:

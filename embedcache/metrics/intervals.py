@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binom, t
 
-from embedcache.arrays import Array, Ints
+from embedcache.arrays import Array, Ints, blocks
 from embedcache.errors import DataError
+
+_DRAWS_PER_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ def bootstrap_means(
     """Compute `bootstrap_mean` of each of K columns, on the same resamples."""
     cluster_M, count_G = _clusters(clusters, len(values_MK))
     sum_GK = np.stack([np.bincount(cluster_M, weights=column.astype(np.float64)) for column in values_MK.T], axis=1)
-    means = [weight_G @ sum_GK / (weight_G @ count_G) for weight_G in _resamples(len(count_G), num_draws, seed)]
-    return _estimates(values_MK.mean(axis=0, dtype=np.float64), np.array(means))
+    draws = _resamples(len(count_G), num_draws, seed)
+    means = [weight_BG @ sum_GK / (weight_BG @ count_G)[:, None] for weight_BG in draws]
+    return _estimates(values_MK.mean(axis=0, dtype=np.float64), np.concatenate(means))
 
 
 def bootstrap_median(values: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
@@ -79,9 +82,13 @@ def bootstrap_runs(values_RM: Array, clusters: Ints | None = None, *, num_draws:
     num_runs, num_items = values_RM.shape
     cluster_M, count_G = _clusters(clusters, num_items if num_runs else 0)
     sum_RG = np.stack([np.bincount(cluster_M, weights=row.astype(np.float64)) for row in values_RM])
-    draws = zip(_resamples(len(count_G), num_draws, seed), _resamples(num_runs, num_draws, seed + 1), strict=True)
-    means = [weight_R @ sum_RG @ weight_G / (num_runs * (weight_G @ count_G)) for weight_G, weight_R in draws]
-    return _estimates(np.array([values_RM.mean(dtype=np.float64)]), np.array(means)[:, None])[0]
+    weight_DR = np.concatenate(list(_resamples(num_runs, num_draws, seed + 1)))
+    means, done = [], 0
+    for weight_BG in _resamples(len(count_G), num_draws, seed):
+        sum_BG = weight_DR[done : done + len(weight_BG)] @ sum_RG
+        means.append((sum_BG * weight_BG).sum(axis=1) / (num_runs * (weight_BG @ count_G)))
+        done += len(weight_BG)
+    return _estimates(np.array([values_RM.mean(dtype=np.float64)]), np.concatenate(means)[:, None])[0]
 
 
 def bootstrap(
@@ -102,7 +109,8 @@ def bootstrap(
         seed: random seed of the resampling.
     """
     cluster_M, count_G = _clusters(clusters, num_values)
-    draws = [statistic(weight_G[cluster_M]) for weight_G in _resamples(len(count_G), num_draws, seed)]
+    resamples = _resamples(len(count_G), num_draws, seed)
+    draws = [statistic(weight_G[cluster_M]) for weight_BG in resamples for weight_G in weight_BG]
     return _estimates(np.array([statistic(np.ones(num_values))]), np.array(draws)[:, None])[0]
 
 
@@ -117,10 +125,13 @@ def _clusters(clusters: Ints | None, num_values: int) -> tuple[Ints, Ints]:
 
 
 def _resamples(num_clusters: int, num_draws: int, seed: int) -> Iterator[Ints]:
-    """Iterate over resamples: how often each cluster is drawn, (G,)."""
+    """Iterate over blocks of resamples: how often each cluster is drawn, (B, G)."""
     rng = np.random.default_rng(seed)
-    for _ in range(num_draws):
-        yield np.bincount(rng.integers(num_clusters, size=num_clusters), minlength=num_clusters)
+    for block in blocks(num_draws, max(1, _DRAWS_PER_BLOCK // num_clusters)):
+        count = block.stop - block.start
+        drawn_BG = rng.integers(num_clusters, size=(count, num_clusters))
+        places_BG = drawn_BG + num_clusters * np.arange(count)[:, None]
+        yield np.bincount(places_BG.ravel(), minlength=places_BG.size).reshape(places_BG.shape)
 
 
 def _estimates(values_K: Array, means_RK: Array) -> list[Estimate]:
