@@ -1,15 +1,16 @@
 """Plug-ins by name, imported on first use, so that no heavy library loads before it is needed."""
 
 import importlib
+import inspect
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from types import ModuleType
 from typing import Any
 
-from embedcache.errors import MissingExtraError, UnknownNameError
+from embedcache.errors import MissingExtraError, SettingError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,16 @@ class Registry:
         paths: name of each built-in plug-in -> `module:attribute`.
         group: entry-point group in which other packages declare plug-ins; None: built-in ones only.
         presets: names of combinations of plug-ins, to list in error messages.
+        arguments: number of positional arguments that a plug-in is called with; None: not checked.
+        options: names of the keyword arguments that it is called with.
     """
 
     kind: str
     paths: Mapping[str, str]
     group: str | None = None
     presets: Collection[str] = ()
+    arguments: int | None = None
+    options: Sequence[str] = ()
 
     def __contains__(self, name: str) -> bool:
         """Return whether a name is built in or declared by an installed package."""
@@ -42,22 +47,40 @@ class Registry:
 
         Raises:
             UnknownNameError: there is no such name, module or attribute.
+            SettingError: the object cannot be called as a plug-in of this kind.
             MissingExtraError: the module of the plug-in imports a package that is not installed.
         """
         if name in self.paths:
             module, _, attribute = self.paths[name].partition(":")
             return getattr(importlib.import_module(module), attribute)
         module, _, attribute = (name if ":" in name else self._declared().get(name, name)).partition(":")
-        if not attribute:
+        if not all(part and "/" not in part for part in (*module.split("."), attribute)):
             raise unknown_name(self.kind, name, [*self.names, *self.presets])
         try:
             plugin = _import_plugin(name, module)
         except ModuleNotFoundError as error:
             raise self._not_found(name, error) from error
         try:
-            return getattr(plugin, attribute)
+            found = getattr(plugin, attribute)
         except AttributeError as error:
             raise self._not_found(name, error) from error
+        self._check_call(name, found)
+        return found
+
+    def _check_call(self, name: str, plugin: Any) -> None:
+        """Check that an object takes the arguments that plug-ins of this kind are called with."""
+        if self.arguments is None:
+            return
+        try:
+            if not callable(plugin) or inspect.isbuiltin(plugin):
+                raise TypeError(f"it is a {type(plugin).__name__}")
+            inspect.signature(plugin).bind(*[None] * self.arguments, **dict.fromkeys(self.options))
+        except (TypeError, ValueError) as error:  # ValueError: a class of C has no signature
+            takes = [f"{self.arguments} positional arguments", *self.options]
+            raise SettingError(
+                f"{name!r} is no {self.kind}: expected a class or function that takes {', '.join(takes)}, got one that "
+                f"does not: {error}"
+            ) from None
 
     def _not_found(self, name: str, error: Exception) -> UnknownNameError:
         return unknown_name(self.kind, name, self.names, hint=f"{error}; name a plug-in of yours as module:attribute")

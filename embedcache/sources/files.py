@@ -3,6 +3,7 @@
 import os
 import posixpath
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -115,7 +116,8 @@ def read_bytes(path: Path) -> bytes:
     """Read a whole file, with one request if it is remote. Errors of the disk or service are raised unchanged."""
     check_read_allowed(path)
     if not is_remote(path):
-        return path.read_bytes()
+        with os.fdopen(open_regular(path), "rb") as file:
+            return file.read()
     filesystem, name = remote_filesystem(path)
     return cast(bytes, filesystem.cat_file(name))
 
@@ -128,13 +130,22 @@ def open_binary(path: Path) -> BinaryIO:
     """
     check_read_allowed(path, 0)
     if not is_remote(path):
-        return path.open("rb")
+        return os.fdopen(open_regular(path), "rb")
     filesystem, name = remote_filesystem(path)
     file = cast(BinaryIO, filesystem.open(name, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead"))
     if not file.seekable():
         file.close()
         raise PathError(no_range_requests(path))
     return file
+
+
+def open_regular(path: Path) -> int:
+    """Open a local file, and return its descriptor; PathError for a device, a pipe or a folder, which may never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # without, a pipe waits for its writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise PathError(f"{path}: expected a regular file, got a device, a pipe or a folder")
+    return descriptor
 
 
 def no_range_requests(path: Path) -> str:
