@@ -250,7 +250,10 @@ def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding
         yield finding(reason=str(error))
         return
     if feature.modality == "text":
-        texts = cache.items("text", chunk=chunk)["text"].to_pylist()
+        try:
+            texts = cache.items("text", chunk=chunk)["text"].to_pylist()
+        except (ArtifactError, PathError):
+            return  # reported with the table
         if [hash_item(text.encode()) for text in texts] != commit.hashes:
             reason = "the captions or their order changed since they were encoded; extract into a new folder"
             yield finding(can_repair=False, reason=reason)
