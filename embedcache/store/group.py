@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,8 @@ import pyarrow.parquet as pq
 
 from embedcache.axis import Axis
 from embedcache.encoders.open import DERIVED
-from embedcache.errors import CorruptError, DataError, PathError, one_line
-from embedcache.files import flush, io_reason, write_atomic
+from embedcache.errors import ArtifactError, CorruptError, DataError, PathError, one_line
+from embedcache.files import flush, io_reason, is_remote, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.store.arrays import (
     CRC_BYTES,
@@ -142,6 +143,25 @@ class EncoderGroup:
     def features(self) -> list[str]:
         """Names of the features that have metadata, complete or not."""
         return sorted(path.parent.name for path in self.path.glob("*/zarr.json"))
+
+    def siblings(self) -> "list[EncoderGroup]":
+        """Open the folders of the other encoders of this modality, as far as they can be read.
+
+        Behind a URL they are listed once: each listing is several requests.
+        """
+        return self._siblings if is_remote(self.path) else self._open_siblings()
+
+    @cached_property
+    def _siblings(self) -> "list[EncoderGroup]":
+        return self._open_siblings()
+
+    def _open_siblings(self) -> "list[EncoderGroup]":
+        names = {path.parent.name for path in self.path.parent.glob("*/zarr.json")} - {self.name}
+        opened = []
+        for name in sorted(names):
+            with suppress(ArtifactError, PathError):  # damaged: `verify` reports it
+                opened.append(open_group(self.path.parents[1], self.modality, name, self.info))
+        return opened
 
     @property
     def has_commits(self) -> bool:

@@ -18,7 +18,6 @@ from embedcache.store.group import (
     Commit,
     EncoderGroup,
     chunk_shape,
-    open_group,
     read_feature,
     remove_commit,
     token_metadata,
@@ -84,12 +83,10 @@ def commit_chunk(
 def _check_same_items(group: EncoderGroup, hashes: Sequence[bytes | None], chunk: int, before: Commit | None) -> None:
     """Check that the items are those of the stored features of this chunk, of this encoder and of all others."""
     stored = {group.name: before} if before is not None else {}
-    for path in group.path.parent.glob("*/zarr.json"):
-        if path.parent.name != group.name:
-            with suppress(ArtifactError, PathError):  # damaged: `verify` reports it
-                other = open_group(group.path.parents[1], group.modality, path.parent.name, group.info)
-                if (commit := other.commit(chunk)) is not None:
-                    stored[other.name] = commit
+    for other in group.siblings():
+        with suppress(ArtifactError, PathError):  # damaged: `verify` reports it
+            if (commit := other.commit(chunk)) is not None:
+                stored[other.name] = commit
     first = group.info.chunk_rows(group.modality, chunk).start
     for name, commit in stored.items():
         for row in commit.used_rows():
