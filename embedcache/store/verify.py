@@ -184,7 +184,8 @@ def _check_group(group: EncoderGroup) -> Iterator[Finding]:
     if stored["attributes"][ATTRIBUTE].get("format") != FORMAT_VERSION:
         yield finding(reason=f"expected format {FORMAT_VERSION}; restore that file")
     try:
-        is_own = group.is_derived or group.name.startswith(EncoderSpec.parse(group.spec).folder)
+        spec = EncoderSpec.parse(group.spec)
+        is_own = group.is_derived or spec.is_path or group.name.startswith(spec.folder)
     except SettingError:
         is_own = False
     if not is_own:
