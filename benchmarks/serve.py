@@ -144,7 +144,7 @@ async def _read(reader: asyncio.StreamReader) -> tuple[int, bytes]:
 
 @contextmanager
 def _server(index: Path, *words: str) -> "Iterator[tuple[str, subprocess.Popen[str]]]":
-    command = [sys.executable, "-m", "embedcache", "serve", str(index), "--port", "0", *words]
+    command = [sys.executable, "-m", "embedcache", "serve", str(index), "--port", "0", "--trust", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield next(line.split()[1] for line in process.stdout if line.startswith("open http")), process

@@ -87,13 +87,11 @@ def verify_cache(
     detected = findings = verify(cache, progress=progress)
     repaired: list[str] = []
     if settings.repair:
-        repaired = repair(cache, detected, device=settings.device, trust_cache=settings.trust_cache, progress=progress)
+        repaired = repair(cache, detected, device=settings.device, progress=progress)
         findings = verify(cache, progress=progress)
     drifts: list[Drift] = []
     if settings.reencode is not None:
-        drifts = measure_drift(
-            cache, settings.reencode, device=settings.device, trust_cache=settings.trust_cache, progress=progress
-        )
+        drifts = measure_drift(cache, settings.reencode, device=settings.device, progress=progress)
     return VerifyReport(cache=cache.path, detected=detected, repaired=repaired, findings=findings, drifts=drifts)
 
 
@@ -102,7 +100,6 @@ def repair(
     findings: Sequence[Finding],
     *,
     device: str = "cpu",
-    trust_cache: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
     """Withdraw the damaged features of each chunk and encode those chunks again with the encoders that computed them.
@@ -114,7 +111,6 @@ def repair(
         cache: the cache.
         findings: what `verify` found.
         device: torch device of encoders and runs.
-        trust_cache: import rules that the cache names as `module:attribute`.
         progress: shows the number of items.
 
     Returns:
@@ -141,7 +137,7 @@ def repair(
         group_findings = damaged[modality, encoder]
         if source is None or group.is_derived:
             names = sorted({finding.name for finding in group_findings})
-            opened = reopen_derivation(cache, group, names, trust_cache=trust_cache, device=device)
+            opened = reopen_derivation(cache, group, names, device=device)
             lines.append(derive_again(opened, group_findings, progress))
             continue
         writer = reopen_writer(group, sorted({finding.name for finding in group_findings}), device=device)
@@ -320,7 +316,6 @@ def measure_drift(
     fraction: float,
     *,
     device: str = "cpu",
-    trust_cache: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Drift]:
@@ -337,7 +332,7 @@ def measure_drift(
     for group in groups:
         rows = _sample_rows(group, fraction, np.random.default_rng(seed))
         if len(rows) and group.is_derived:
-            drifts += list(_measure_derived(cache, group, rows, device, trust_cache=trust_cache))
+            drifts += list(_measure_derived(cache, group, rows, device))
         elif len(rows):
             drifts += list(_measure_group(cache, source, group, rows, device))
         progress.advance(1)
@@ -359,14 +354,12 @@ def _sample_rows(group: EncoderGroup, fraction: float, rng: np.random.Generator)
     return rows
 
 
-def _measure_derived(
-    cache: Cache, group: EncoderGroup, rows: Ints, device: str, *, trust_cache: bool
-) -> Iterator[Drift]:
+def _measure_derived(cache: Cache, group: EncoderGroup, rows: Ints, device: str) -> Iterator[Drift]:
     features = _valid_features(group)
     names, differences, note = [feature.feature for feature in features], [], ""
     derived: Mapping[str, Sequence[Array | ItemError]] = {name: [] for name in names}
     try:
-        opened = reopen_derivation(cache, group, names, trust_cache=trust_cache, device=device)
+        opened = reopen_derivation(cache, group, names, device=device)
         differences = name_differences(group.fingerprint, opened.fingerprint)
         derived = derive_rows(opened, rows)
     except EmbedcacheError as error:

@@ -14,7 +14,7 @@ from torch import nn
 from embedcache.errors import ArtifactError, CorruptError, DataError, one_line
 from embedcache.projectors.saved import RUN_FORMAT, config_path, is_pair, save_weights, split_path
 from embedcache.provenance import digest_file, fields_of, from_record, read_manifest, to_record, write_json
-from embedcache.registry import Registry
+from embedcache.registry import Registry, names_from
 
 NETWORKS = Registry(
     "network",
@@ -105,13 +105,15 @@ class ModuleConfig:
 
 
 def build_module(config: ModuleConfig) -> nn.Module:
-    """Create an untrained module of the kind and the arguments of a config."""
-    module: nn.Module = NETWORKS.load(config.kind)(**config.arguments)
+    """Create an untrained module of the kind and the arguments of a config; SettingError if it is not trusted."""
+    with names_from("the run"):
+        module: nn.Module = NETWORKS.load(config.kind)(**config.arguments)
     return module
 
 
 def save_module(run_path: Path, module: nn.Module, config: ModuleConfig) -> None:
     """Write the weights, then the config with the digests of weights and split, which marks the run as complete."""
+    NETWORKS.accept(config.kind)
     model_path, split = run_path / "model.safetensors", split_path(run_path)
     save_weights(model_path, module)
     digests = {"split": digest_file(split) if split.is_file() else "", "weights": digest_file(model_path)}
@@ -142,6 +144,7 @@ def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, Modu
     Raises:
         PathError: the folder is not a finished run.
         UnknownNameError: its kind is not installed here.
+        SettingError: its kind is custom code, and the run is not trusted.
         ArtifactError: the network of this kind has changed since the run: other arguments, or weights of other shapes.
         CorruptError: the weights differ from those that `config.json` was written for.
     """
