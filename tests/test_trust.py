@@ -69,7 +69,9 @@ def name_entry_point(folder: Path) -> None:
 
 def name_projector(folder: Path) -> None:
     path = folder / "run" / "config.json"
-    change(path, projector="evil:open_it", training={**read_json(path)["training"], "projector": "evil:open_it"})
+    training = read_json(path)["training"]
+    model = {**training["model"], "projector": "evil:open_it"}
+    change(path, projector="evil:open_it", training={**training, "model": model})
 
 
 def name_network(folder: Path) -> None:

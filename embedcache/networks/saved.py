@@ -105,9 +105,8 @@ class ModuleConfig:
 
 
 def build_module(config: ModuleConfig) -> nn.Module:
-    """Create an untrained module of the kind and the arguments of a config; SettingError if it is not trusted."""
-    with names_from("the run"):
-        module: nn.Module = NETWORKS.load(config.kind)(**config.arguments)
+    """Create an untrained module of the kind and the arguments of a config."""
+    module: nn.Module = NETWORKS.load(config.kind)(**config.arguments)
     return module
 
 
@@ -155,7 +154,8 @@ def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, Modu
             f"{model_path} is missing or not the file that config.json was written for; train again into a new folder"
         )
     try:
-        module = build_module(config)
+        with names_from(run_path):
+            module = build_module(config)
         module.load_state_dict(load_file(model_path))
     except (TypeError, RuntimeError) as error:
         raise ArtifactError(

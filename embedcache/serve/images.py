@@ -20,7 +20,7 @@ _THUMBNAIL_PX = 224
 _IMAGE_PX = 1280
 _NUM_CACHED_THUMBNAILS = 4096  # about 6 kB each
 _FIRST_PERSON = 1000  # users with smaller numbers are services
-_NAME = "; name a folder of images with --images, or use --trust if you trust the cache"
+_NAME = "; name a folder of images with --image-folder, or use --trust if you trust the cache"
 
 
 class ServedImages:

@@ -30,9 +30,10 @@ class ServeSettings:
     )
     max_pixels: int = setting(40_000_000, "Largest query image in pixels.", gt=0)
     timeout: float = setting(30.0, "Request timeout in seconds.", gt=0, metavar="SECONDS")
-    images: tuple[Path, ...] = setting(
+    image_folders: tuple[Path, ...] = setting(
         (),
         "Serve images only below this folder. May be repeated.",
+        flat_name="image_folder",
         metavar="FOLDER",
         default_text="the folder of the cache's source",
     )

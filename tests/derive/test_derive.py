@@ -11,6 +11,7 @@ import pytest
 from embedcache.arrays import normalize
 from embedcache.derive.derive import Derivation, derive
 from embedcache.derive.rules import Block, Rule
+from embedcache.encoders.open import ENCODERS
 from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.extract.repair import measure_drift, repair, retry_failed, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
@@ -289,6 +290,7 @@ def test_rule_of_the_users_own_needs_trust(cache: Path) -> None:
     (finding,) = verify(Cache(cache))
     with pytest.raises(SettingError, match="'tests.derive.cases:halve', which is custom code; .* use --trust"):
         repair(Cache(cache), [finding])
+    ENCODERS.accept(IMAGE)
     (note,) = [drift for drift in measure_drift(Cache(cache), 0.1) if drift.feature == "halved/half"]
     assert "halved/half: not compared: halved: the cache names the rule" in note.line()
     assert not note.is_bad

@@ -368,8 +368,8 @@ def test_folders_that_a_cache_may_not_name(hostile: Path, monkeypatch: pytest.Mo
     table = str(hostile / "photos" / "a.csv")
     for kind, path, message in (
         ("os:system", "x", "source class 'os:system', which is custom code; .*--trust"),
-        ("folder", "s3://bucket/photos", "they are at s3://bucket/photos.*--images"),
-        ("folder", "/", "in /, which holds all files of this machine; name a folder of images with --images"),
+        ("folder", "s3://bucket/photos", "they are at s3://bucket/photos.*--image-folder"),
+        ("folder", "/", "in /, which holds all files of this machine; name a folder of images with --image-folder"),
         ("folder", str(hostile / "photos" / ".." / ".." / ".."), "holds (all files|a home|the cache)"),
         ("folder", str(hostile / "people" / "me"), "which holds a home"),
         ("table", str(hostile / "people" / "a.csv"), "which holds a home"),
@@ -388,9 +388,9 @@ def test_operator_names_the_folder(hostile: Path) -> None:
     """The folder that the operator names holds, whatever the cache says."""
     tamper(hostile / "cache", source={"type": "folder", "path": str(hostile)}, path="secret.png")
     assert open_hostile(hostile).images is None
-    with visit(open_hostile(hostile, images=(hostile / "photos",))) as client:
+    with visit(open_hostile(hostile, image_folders=(hostile / "photos",))) as client:
         assert client.get("/api/images/0/thumbnail").status_code == 404
-    with visit(open_hostile(hostile, images=(hostile,))) as client:
+    with visit(open_hostile(hostile, image_folders=(hostile,))) as client:
         assert client.get("/api/images/0/thumbnail").status_code == 200
 
 
