@@ -113,7 +113,7 @@ class VerifySettings:
         parse=parse_fraction,
         metavar="FRACTION",
     )
-    repair: bool = setting(False, "Encode or derive damaged chunks again.")
+    repair: bool = setting(False, "Encode or derive damaged and missing chunks.")
     device: str = setting("cpu", "Torch device, such as cpu, cuda or cuda:1.", metavar="DEVICE")
 
     def __post_init__(self) -> None:
