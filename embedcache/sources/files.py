@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError
-from embedcache.files import io_reason, is_io_error, is_remote, is_url, library_of, open_path
+from embedcache.files import io_reason, is_io_error, is_remote, is_url, library_of, open_path, read_file
 from embedcache.sources.base import FileItem
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -114,10 +114,7 @@ def file_size(path: Path, *, forbidden_is_missing: bool = False) -> int | None:
 def read_bytes(path: Path) -> bytes:
     """Read a whole file, with one request if it is remote. Errors of the disk or service are raised unchanged."""
     check_read_allowed(path)
-    if not is_remote(path):
-        return path.read_bytes()
-    filesystem, name = remote_filesystem(path)
-    return cast(bytes, filesystem.cat_file(name))
+    return read_file(path)
 
 
 def open_binary(path: Path) -> BinaryIO:

@@ -19,7 +19,7 @@ from zarr.storage import MemoryStore
 
 from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, UnfinishedError
-from embedcache.files import is_remote, write_atomic, write_blocks
+from embedcache.files import is_remote, read_file, write_atomic, write_blocks
 from embedcache.provenance import read_json
 
 CRC_BYTES = 4
@@ -119,7 +119,7 @@ def map_chunk(array_path: Path, number: int, chunk_shape: tuple[int, ...], dtype
     path = chunk_path(array_path, number, len(chunk_shape))
     num_bytes = int(np.prod(chunk_shape)) * np.dtype(dtype).itemsize
     try:
-        mapped = path.read_bytes() if is_remote(path) else _map(path)
+        mapped = read_file(path) if is_remote(path) else _map(path)
     except FileNotFoundError as error:
         raise UnfinishedError(f"{path} is committed but missing; run the same embedcache extract again") from error
     except ValueError as error:  # an empty file cannot be mapped

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from embedcache.axis import Axis
 from embedcache.encoders.open import DERIVED
 from embedcache.errors import CorruptError, DataError, PathError
-from embedcache.files import flush, io_reason, write_atomic
+from embedcache.files import flush, io_reason, read_file, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.store.arrays import CRC_BYTES, REPAIR, chunk_path, read_metadata, write_array, write_group
 from embedcache.store.layout import FORMAT_VERSION, CacheInfo, commit_path, encoder_path, read_info
@@ -377,7 +377,7 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
     """
     path = commit_path(encoder_folder, chunk)
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except FileNotFoundError:
         return None
     except OSError as error:
