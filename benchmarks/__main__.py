@@ -21,8 +21,10 @@ NAMES = (
     "coverage",
     "dedup",
     "serve",
+    "object-store",
 )
 PARTS = {
+    "object-store": "object_store:main",
     "images": "extract:images",
     "texts": "extract:texts",
     "peers": "extract:peers",

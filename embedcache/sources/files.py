@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError
-from embedcache.files import io_reason, is_io_error, is_remote, is_url, library_of, open_path
+from embedcache.files import io_reason, is_io_error, is_remote, is_url, library_of, open_path, read_file
 from embedcache.sources.base import FileItem
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -152,8 +152,7 @@ def read_bytes(path: Path) -> bytes:
     if not is_remote(path):
         with os.fdopen(open_descriptor(path), "rb") as file:
             return file.read()
-    filesystem, name = remote_filesystem(path)
-    return cast(bytes, filesystem.cat_file(name))
+    return read_file(path)
 
 
 def open_binary(path: Path) -> BinaryIO:
