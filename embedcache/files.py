@@ -41,7 +41,9 @@ def open_path(location: str | Path) -> Path:
         return Path(location)
     upath = require("upath", extra="remote")
     try:
-        path = upath.UPath(str(location), use_listings_cache=False)  # other processes write there too
+        # Other processes write there too. With concurrent parts, s3fs would ask for the size of each file it reads.
+        options = {"max_concurrency": 1} if str(location).startswith(("s3:", "s3a:")) else {}
+        path = upath.UPath(str(location), use_listings_cache=False, **options)
         path.fs  # noqa: B018  # imports the file system of the protocol
     except ValueError as error:
         raise PathError(f"{location}: URLs of this protocol cannot be read: {error}") from None
@@ -101,10 +103,21 @@ def disk_full_message(disk: str = "") -> str:
     return f"no space left on the disk{disk}; finished work is kept: free some space and rerun the same command"
 
 
+def read_file(path: Path) -> bytes:
+    """Read a whole file; behind a URL with one request, where `Path.read_bytes` asks for the size first.
+
+    A file that does not exist raises `FileNotFoundError` after that request, without a listing.
+    """
+    return bytes(path.fs.cat_file(path.path)) if is_remote(path) else path.read_bytes()  # type: ignore[attr-defined]
+
+
 def read_limited(path: Path, max_bytes: int = 2**28) -> bytes:
     """Read a file that people or embedcache write, such as JSON or TOML; PathError if it is larger."""
-    with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
+    if is_remote(path):
+        data = read_file(path)
+    else:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise PathError(f"{path}: expected a file of at most {max_bytes:,} bytes, got more")
     return data

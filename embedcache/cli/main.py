@@ -22,6 +22,7 @@ from embedcache.cli.train import train
 from embedcache.cli.transcribe import transcribe
 from embedcache.errors import EmbedcacheError, PathError, visible
 from embedcache.files import disk_full_message, io_reason
+from embedcache.registry import search_plugins_in
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -66,7 +67,7 @@ def embedcache(
     """
 
 
-add_command(app, "quickstart", quickstart)
+add_command(app, "quickstart", quickstart, runs_named_code=False)
 add_command(app, "extract", extract)
 add_command(app, "derive", derive)
 add_command(app, "inspect", inspect)
@@ -90,7 +91,7 @@ def main() -> None:
     """
     try:
         _check_arguments()
-        sys.path.append(str(_working_folder()))  # so that module:attribute finds a plug-in beside the data
+        search_plugins_in(str(_working_folder()))  # so that module:attribute finds a plug-in beside the data
         app(prog_name="embedcache")
     except EmbedcacheError as error:
         _fail(str(error))

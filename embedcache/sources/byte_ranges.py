@@ -13,7 +13,7 @@ from embedcache.sources.files import (
     check_read_allowed,
     file_size,
     no_range_requests,
-    open_regular,
+    open_descriptor,
     remote_filesystem,
     wrap_io_errors,
 )
@@ -50,7 +50,7 @@ class _OpenFile:
     """A file descriptor closed with its last reference, so that eviction never closes a file during a read."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = open_regular(path)
+        self._descriptor = open_descriptor(path)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):

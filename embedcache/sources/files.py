@@ -1,5 +1,6 @@
 """Local and remote files of sources: listing, reading, file types, and I/O errors as errors of this package."""
 
+import fcntl
 import os
 import posixpath
 import re
@@ -11,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError
-from embedcache.files import io_reason, is_io_error, is_remote, is_url, library_of, open_path
+from embedcache.files import io_reason, is_io_error, is_remote, is_url, library_of, open_path, read_file
 from embedcache.sources.base import FileItem
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -82,6 +83,36 @@ def check_read_allowed(path: Path | str, num_bytes: int | None = None) -> None:
         raise ItemError(f"{path}: expected at most {_MAX_RESTRICTED_BYTES:,} bytes to read, got {size:,}")
 
 
+def open_descriptor(path: Path) -> int:
+    """Open a local file for reading, and check what was opened: a device or a pipe may never end.
+
+    A check of the name alone could be passed by one file and another one be read, if a link is changed in between.
+    Errors of the disk are raised unchanged.
+
+    Raises:
+        ItemError: it is not a regular file; or, within `restrict_reads`, it is outside its folders or too large.
+    """
+    folders = _ALLOWED_FOLDERS.get()
+    check_read_allowed(path, 0)  # so that no device is opened, except by a change right now
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
+    try:
+        if folders is not None and not any(_opened_path(descriptor).is_relative_to(folder) for folder in folders):
+            raise ItemError(f"{path} is outside the source's folder")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ItemError(f"{path} is not a regular file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _opened_path(descriptor: int) -> Path:
+    """Return the path of an open file."""
+    if hasattr(fcntl, "F_GETPATH"):  # macOS
+        return Path(os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")))
+    return Path(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+
+
 def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
     """Return whether a path is a folder; PathError if the disk or service does not answer.
 
@@ -116,10 +147,9 @@ def read_bytes(path: Path) -> bytes:
     """Read a whole file, with one request if it is remote. Errors of the disk or service are raised unchanged."""
     check_read_allowed(path)
     if not is_remote(path):
-        with os.fdopen(open_regular(path), "rb") as file:
+        with os.fdopen(open_descriptor(path), "rb") as file:
             return file.read()
-    filesystem, name = remote_filesystem(path)
-    return cast(bytes, filesystem.cat_file(name))
+    return read_file(path)
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -130,22 +160,13 @@ def open_binary(path: Path) -> BinaryIO:
     """
     check_read_allowed(path, 0)
     if not is_remote(path):
-        return os.fdopen(open_regular(path), "rb")
+        return os.fdopen(open_descriptor(path), "rb")
     filesystem, name = remote_filesystem(path)
     file = cast(BinaryIO, filesystem.open(name, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead"))
     if not file.seekable():
         file.close()
         raise PathError(no_range_requests(path))
     return file
-
-
-def open_regular(path: Path) -> int:
-    """Open a local file, and return its descriptor; PathError for a device, a pipe or a folder, which may never end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # without, a pipe waits for its writer
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise PathError(f"{path}: expected a regular file, got a device, a pipe or a folder")
-    return descriptor
 
 
 def no_range_requests(path: Path) -> str:

@@ -127,8 +127,8 @@ class FolderSource:
         with wrap_io_errors(path):
             try:
                 return read_bytes(path)
-            except PathError:
-                return ItemError(f"cannot read {name}: it is not a regular file")
+            except ItemError as error:
+                return ItemError(f"cannot read {name}: {error}")
             except (FileNotFoundError, PermissionError) as error:
                 if is_remote(self._root):  # expired credentials look the same
                     raise
