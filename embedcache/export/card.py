@@ -99,7 +99,8 @@ def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[Modality, st
 def _training(run: ExportRun) -> str:
     path, training = run.path / "record.json", run.config.training
     record = read_json(path) if path.is_file() else {}
-    names = [f"the cache `{Path(name).name}`" for name in record.get("settings", {}).get("caches", [])]
+    caches = record.get("settings", {}).get("caches", [])  # relative to the run, or to where it was trained
+    names = [f"the cache `{(run.path / name).resolve().name}`" for name in caches]
     data = ", ".join(names) or f"the rows `{run.config.index_digest}`"
     loss, optimizer, split = (training.get(name, {}) for name in ("loss", "optimizer", "split"))
     lines = [
