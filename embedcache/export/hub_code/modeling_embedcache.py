@@ -62,7 +62,7 @@ class EmbedcacheModel(transformers.PreTrainedModel):  # type: ignore[misc]
         model, info = super().from_pretrained(*names, output_loading_info=True, **options)
         if info["missing_keys"] or info["unexpected_keys"]:
             missing = sorted(info["missing_keys"] or info["unexpected_keys"])
-            written_with = model.config.to_dict().get("transformers_version") or "another version"
+            written_with = getattr(model.config, "transformers_version", None) or "VERSION"
             raise RuntimeError(
                 f"transformers {transformers.__version__} has other names for {len(missing)} weights of the encoders, "
                 f"such as {missing[0]}; install the version that wrote them: pip install transformers=={written_with}"
