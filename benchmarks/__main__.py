@@ -21,18 +21,21 @@ NAMES = (
     "coverage",
     "dedup",
     "serve",
+    "object-store",
 )
 PARTS = {
+    "object-store": "object_store:main",
     "images": "extract:images",
     "texts": "extract:texts",
     "peers": "extract:peers",
     "precision": "extract:precision",
     "thresholds": "thresholds:main",
     "likelihood-training": "likelihood_training:main",
+    "serve-load": "serve:under_load",
     "speech-training": "speech_training:main",
     "speech-decoding": "speech:decoding",
 }
-"""Parts of `extract`, `coverage` and `speech` that can be run alone, and names that differ from their module."""
+"""Parts of `extract`, `coverage`, `serve` and `speech` that can be run alone, and names other than their module."""
 
 
 def load(name: str) -> Callable[..., None]:
