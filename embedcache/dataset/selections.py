@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints
@@ -56,7 +57,8 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     """Return the samples of a selection, ascending and counted across caches: (M,) int64.
 
     Args:
-        path: Parquet file with a column `key`, or text file with one key per line.
+        path: Parquet file with a column `key`, or text file with one key per line; of a run's `split.parquet`, the keys
+            of its training part.
         caches: caches of the keys; a key of several caches is selected in each.
 
     Raises:
@@ -64,7 +66,7 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
         CorruptError: the file cannot be read.
         DataError: the file has no keys, or a key that no cache has.
     """
-    selected = set(_read_keys(Path(path)))
+    selected = set(read_selected_keys(Path(path)))
     keys = [key for cache in caches for key in cache.samples["key"].to_pylist()]
     unknown = selected.difference(keys)
     if unknown or not selected:
@@ -77,14 +79,18 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     return np.flatnonzero([key in selected for key in keys])
 
 
-def _read_keys(path: Path) -> list[str]:
+def read_selected_keys(path: Path) -> list[str]:
+    """Return the keys of a selection; errors are those of `read_selection`, which also finds their samples."""
     if not path.is_file():
         raise PathError(
             f"selection {path} does not exist; expected Parquet with a column key, or text with one key per line"
         )
     try:
         if path.suffix == ".parquet":
-            return list(map(str, read_table(path, ["key"])["key"].to_pylist()))
+            table = read_table(path)
+            if {"part", "group"} <= set(table.column_names):  # the split of a run
+                table = table.filter(pc.equal(table["part"], "train"))
+            return list(map(str, table["key"].to_pylist()))
         return [line for line in path.read_text().split("\n") if line]
     except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path}: expected a Parquet file with a column key, or a text file: {error}") from error

@@ -111,6 +111,7 @@ _FILES = (
     ".claims",
     "started.json",
     "split.parquet",
+    "selection.*",
     "losses.jsonl",
     "checkpoint.pt",
     "last.safetensors",
