@@ -97,9 +97,8 @@ class Evaluation:
 
     def retrieve(self, run: str) -> Result:
         """Retrieve one caption per image and one image per caption; the control has the pairs of others."""
-        return self._result(
-            self._retrieve(run, self._pretraining("retrieve"), self.runs.tables.captions(is_listed=True))
-        )
+        examples = self.runs.tables.captions(is_listed=True)
+        return self._result(self._retrieve(run, self._pretraining("retrieve"), examples))
 
     def caption(self, run: str) -> Result:
         """Predict the words of captions, and write whole ones, which are parsed; also against the objects of others."""

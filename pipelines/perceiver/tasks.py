@@ -129,10 +129,10 @@ class Tables:
     def pretraining(self) -> list[ExampleTask]:
         """Return the tasks that train together.
 
-        Statements of what an image has or lacks teach to compare an image with a text: their word that is left out, such
-        as `no`, `lacks` or `true`, is nowhere in the image. Without them an answer by yes or no ignores the image, since
-        no other task reads both and asks whether they agree. They need the largest weight: accuracy stays at that of
-        chance for over a thousand steps.
+        Statements of what an image has or lacks teach to compare an image with a text: the word that is left out, such
+        as `no`, `lacks` or `true`, depends on whether both agree. No other task asks that, and without statements
+        answers by yes or no ignore the image. They need the largest weight: their accuracy stays at that of chance for
+        about a thousand steps.
         """
         seen = sorted(set(shapes.class_names()) - set(shapes.unseen_class_names()))
         return [

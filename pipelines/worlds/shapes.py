@@ -76,7 +76,7 @@ _STATEMENTS: Sequence[tuple[str, str, str]] = (
     ("that the image does not contain {article} {thing} is _", "false", "true"),
     ("that no {thing} is present is _", "false", "true"),
 )
-"""Statements about one thing with a word left out, and the word that is true if an image has the thing, or has it not."""
+"""Statements about one thing without a word, and this word if an image has the thing, and if it has not."""
 
 
 class Shape(NamedTuple):
