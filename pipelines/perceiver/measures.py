@@ -72,7 +72,7 @@ class Evaluation:
         """Test a model on easy-VQA, Fashion-MNIST or OpenMoji, of which it has a fraction; `ZERO_SHOT` has none."""
         run = tuned(model, data, fraction) if model in TUNINGS else PRETRAINED
         compute = self._retrieve_and_caption if data == EMOJI else self._answer
-        tasks = self.runs.tables.tuning(data, fraction or None, seed=self.runs.seed, has_head=model in TUNINGS)
+        tasks = self.runs.tables.tuning(data, fraction or None, seed=self.runs.seed)
         num_trained = len(tasks[0].train) if fraction else 0
 
         def answer() -> Result:
@@ -97,7 +97,8 @@ class Evaluation:
 
     def retrieve(self, run: str) -> Result:
         """Retrieve one caption per image and one image per caption; the control has the pairs of others."""
-        return self._result(self._retrieve(run, self._pretraining("retrieve"), self.runs.tables.captions()))
+        examples = self.runs.tables.captions(is_listed=True)
+        return self._result(self._retrieve(run, self._pretraining("retrieve"), examples))
 
     def caption(self, run: str) -> Result:
         """Predict the words of captions, and write whole ones, which are parsed; also against the objects of others."""
@@ -126,6 +127,12 @@ class Evaluation:
     def fill_in(self, run: str) -> Result:
         """Predict masked words of captions."""
         examples, task = self.runs.tables.captions(), self._pretraining("masked")
+        return self._result(evaluate_task(self.runs.path(run), task, examples, controls=[SHUFFLED, BLIND]))
+
+    def complete(self, run: str) -> Result:
+        """Find the words that make statements true."""
+        examples = self.runs.tables.open(self.runs.tables.test("shapes-statements"), "shapes")
+        task = self._pretraining("statements")
         return self._result(evaluate_task(self.runs.path(run), task, examples, controls=[SHUFFLED, BLIND]))
 
     def describe(self, run: str) -> Result:
@@ -260,6 +267,7 @@ MEASURED: Mapping[str, Measure] = {
     "retrieval": Measure(task="retrieve", compute=Evaluation.retrieve),
     "captions": Measure(task="caption", compute=Evaluation.caption),
     "masked words": Measure(task="masked", compute=Evaluation.fill_in),
+    "statements": Measure(task="statements", compute=Evaluation.complete),
     "descriptions": Measure(task="describe", compute=Evaluation.describe),
 }
 """What is measured on the pre-trained run, and on those of one task alone."""

@@ -37,22 +37,23 @@ CREDIT = (
 NOTES = (
     'One small transformer on features of frozen encoders answers every task by the same likelihood, as in "'
     'Uni-Perceiver: Pre-training Unified Architecture for Generic Perception for Zero-shot and Few-shot Tasks" (CVPR '
-    "2022). It is pre-trained on images of shapes (their classes, captions, masked words, and statements of what is "
-    "absent) and on descriptions whose classes are to be found, all together. Then it meets what pre-training has not, "
-    "neither items nor texts: questions about the images of easy-VQA, the drawings of OpenMoji with their names, the "
-    "classes of Fashion-MNIST, and recorded letters, a modality without an adapter so far.",
+    "2022). It is pre-trained on images of shapes (their classes, captions, masked words, and the words that make "
+    "statements of what an image has or lacks true) and on descriptions whose classes are to be found, all together. "
+    "Then it meets what pre-training has not, neither items nor texts: questions about the images of easy-VQA, the "
+    "drawings of OpenMoji with their names, the classes of Fashion-MNIST, and recorded letters, a modality without an "
+    "adapter so far.",
     "What is synthetic: the images of shapes are drawn, and their captions and statements written, by a program; so "
     "are the images and questions of easy-VQA, by another one. The descriptions were written by a language model. "
     "Drawings and names of OpenMoji are people's work, Fashion-MNIST consists of photographs, and the letters are "
     "recorded speech of three people.",
     "Tuning trains on a draw of the training examples, of answers stratified by kind and answer, of labels by class. "
-    "Prompts are on keys and values, and LayerNorms, scales and, for a closed set of answers or classes, a head are "
-    "trained with them; the transformer stays as it is. The epoch is chosen on validation images, whose answers, "
-    "labels and captions are not in the draw. A new adapter is trained with a scale and nothing else, for a fixed "
-    "number of steps. Linear probes are logistic regression with fixed regularization. Blind: the most frequent answer "
-    "of each question. Items of others: each example with the image or recording of another one.",
+    "Prompts are on keys and values, and LayerNorms and scales are trained with them; the transformer stays as it is. "
+    "The epoch is chosen on validation images, whose answers, labels and captions are not in the draw. A new adapter "
+    "is trained with a scale and nothing else, for a fixed number of steps. Linear probes are logistic regression with "
+    "fixed regularization. Blind: the most frequent answer of each question. Items of others: each example with the "
+    "image or recording of another one.",
     "What cannot be concluded: no figure of the paper is repeated. A network that was never pre-trained, tuned in the "
-    "same way, is the control of what prompts, norms and head, or an adapter, learn by themselves.",
+    "same way, is the control of what prompts and norms, or an adapter, learn by themselves.",
 )
 COLUMNS: Mapping[str, Sequence[Column]] = {
     EASY_VQA: (

@@ -30,11 +30,11 @@ class Tuning(NamedTuple):
 
 
 TUNINGS: Mapping[str, Tuning] = {
-    "prompts": Tuning(PRETRAINED, "prompts+norms+scales+heads", "prompts"),
-    "all weights": Tuning(PRETRAINED, "shared+image+scales+heads", "all"),
-    "prompts, never pre-trained": Tuning(NEVER, "prompts+norms+scales+heads", "prompts"),
+    "prompts": Tuning(PRETRAINED, "prompts+norms+scales", "prompts"),
+    "all weights": Tuning(PRETRAINED, "shared+image+scales", "all"),
+    "prompts, never pre-trained": Tuning(NEVER, "prompts+norms+scales", "prompts"),
 }
-"""Model -> how it is tuned on images; `heads` are left out where a task has none."""
+"""Model -> how it is tuned on images."""
 ADAPTERS: Mapping[str, Tuning] = {
     "new adapter": Tuning(PRETRAINED, "audio+scale-classify", "adapter"),
     "new adapter, never pre-trained": Tuning(NEVER, "audio+scale-classify", "adapter"),
@@ -120,11 +120,9 @@ class Runs:
         num_epochs: int | None = None,
     ) -> None:
         epochs = num_epochs or max(1, steps // self.size.steps_per_epoch)
-        has_heads = any(task.heads for task in tasks)
-        trainable = tuning.trainable if has_heads else tuning.trainable.replace("+heads", "")
         recipe, parts = start_from(
             self.path(tuning.start),
-            trainable=trainable,
+            trainable=tuning.trainable,
             num_prompts=self.size.num_prompts if tuning.weights == "prompts" else 0,
             steps_per_epoch=steps // epochs,
         )

@@ -139,7 +139,7 @@ def _write_tables(data: "Data", sources: Mapping[str, Source], size: DataSize) -
     tables: dict[str, Callable[[], pa.Table]] = {
         "shapes-classes": lambda: label_examples(sources["shapes"]),
         "shapes-captions": lambda: caption_examples(sources["shapes"]),
-        "shapes-absences": lambda: _absences(sources["shapes"]),
+        "shapes-statements": lambda: _statements(sources["shapes"]),
         "vqa": lambda: easy_vqa.load_questions(max_images=None if size.vqa == "all" else int(size.vqa)),
         "emoji-captions": lambda: caption_examples(sources["emoji"]),
         "fashion-classes": lambda: label_examples(sources["fashion"]),
@@ -155,15 +155,20 @@ def _write_tables(data: "Data", sources: Mapping[str, Source], size: DataSize) -
         write_atomic(data.words_path, ("\n".join(words) + "\n").encode())
 
 
-def _absences(source: Source) -> pa.Table:
-    """Return what is not in each image of shapes: true statements, but no complete captions."""
+def _statements(source: Source) -> pa.Table:
+    """Return statements of what is and what is not in each image of one shape, with the words that make them true.
+
+    Whether a shape is among several takes far longer to learn.
+    """
+    rng = np.random.default_rng(0)
     rows = [
-        (sample.key, text, str(sample.columns["split"]))
+        (sample.key, text, word, str(sample.columns["split"]))
         for sample in source.samples()
-        for text in shapes.write_absences(str(sample.columns["objects"]).split(","))
+        if sample.columns["label"]
+        for text, word in shapes.write_statements(str(sample.columns["objects"]).split(","), rng)
     ]
-    keys, targets, splits = zip(*rows, strict=True)
-    return make_examples(keys=keys, targets=targets, columns={"split": splits})
+    keys, texts, targets, splits = zip(*rows, strict=True)
+    return make_examples(keys=keys, texts=texts, targets=targets, columns={"split": splits})
 
 
 @dataclass(frozen=True)

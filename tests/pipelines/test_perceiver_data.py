@@ -48,7 +48,7 @@ def test_tiny_data_is_complete_and_resumes(tmp_path: Path) -> None:
     cache = Cache(data.cache("words"))
     assert cache.feature("text", WORD_VECTORS).shape == (len(words), 384)
     caches = {"descriptions": None, "vqa": "vqa", "emoji-captions": "emoji", "letters-classes": "letters"}
-    caches |= {f"shapes-{name}": "shapes" for name in ("classes", "captions", "absences")}
+    caches |= {f"shapes-{name}": "shapes" for name in ("classes", "captions", "statements")}
     caches["fashion-classes"] = "fashion"
     for name, home in caches.items():
         examples = data.examples(name)

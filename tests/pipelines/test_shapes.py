@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from collections import Counter
 from hashlib import sha256
 
 import numpy as np
@@ -21,8 +22,8 @@ from pipelines.worlds.shapes import (
     check_caption,
     class_names,
     unseen_class_names,
-    write_absences,
     write_captions,
+    write_statements,
 )
 
 LOCATION = "seed=3,train=300,valid=30,test=40,unseen=60"
@@ -115,8 +116,6 @@ def test_objects_are_where_captions_say(world: ShapesSource) -> None:
     ("three circles", "red circle,blue circle,red circle", (True, True)),
     ("two red circle", "red circle,red circle", (False, False)),
     ("a red circles", "red circle", (False, False)),
-    ("there is no star", "red circle", (True, False)),
-    ("there is no red shape", "red circle", (False, False)),
     ("circle red a", "red circle", (False, False)),
     ("", "red circle", (False, False)),
 ])  # fmt: skip
@@ -132,10 +131,20 @@ def test_written_captions() -> None:
         "two blue stars right of a red circle",
     ]
     assert len(write_captions(["blue star", "red circle", "blue star"])) == 2
-    absences = write_absences(["red circle", "blue star"])
-    assert "there is no rectangle" in absences
-    assert len(absences) == 10
-    assert all(check_caption(text, ["red circle", "blue star"]) == (True, False) for text in absences)
+
+
+def test_statements_are_true_of_what_is_present_and_absent() -> None:
+    objects, negations = ["red circle", "blue star"], {"no", "not", "lacks", "absent", "false"}
+    rng, found = np.random.default_rng(0), Counter[str]()
+    for _ in range(200):
+        statements = write_statements(objects, rng)
+        words = [text.replace("_", word).split() for text, word in statements]
+        are_present = [bool({"red", "circle", "blue", "star"} & set(statement)) for statement in words]
+        assert are_present == [True] * 4 + [False] * 4
+        assert [len(negations & set(statement)) % 2 == 0 for statement in words] == are_present
+        found.update(word for _, word in statements)
+    assert set(found) == {"a", "no", "contains", "lacks", "present", "absent", "true", "false"}
+    assert abs(found["true"] - found["false"]) < 0.1 * found["true"]
 
 
 def test_wrong_locations_and_items_are_refused() -> None:
