@@ -250,7 +250,7 @@ def _reason(removed: RemovedSamples, group: Array) -> str:
 
 
 def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
-    keys = cache.samples["key"]
+    keys = cache.column("key")
     table = pa.table(
         {
             "row": removed.samples,

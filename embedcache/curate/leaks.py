@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.curate.settings import LeakSettings
@@ -182,11 +183,7 @@ def write_clean_selection(path: Path, report: LeakReport) -> None:
 def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings, progress: Progress) -> ModalityLeaks:
     train_feature, test_feature, reason = _choose_features(train, test, modality, settings.feature(modality))
     train_items, test_items = _items(train, train_feature), _items(test, test_feature)
-    train_hashes, test_hashes = train_feature.hashes_of(train_items.rows), test_feature.hashes_of(test_items.rows)
-    first = dict(zip(reversed(train_hashes), reversed(train_items.rows.tolist()), strict=True))
-    copies = np.array([first.get(value, -1) for value in test_hashes], np.int64)
-    test_set = set(test_hashes)
-    train_is_copy = np.array([value in test_set for value in train_hashes], bool)
+    copies, train_is_copy = _find_copies(train_feature, train_items, test_feature, test_items)
     if reason is None:
         match = _find_closest(train_feature, train_items, test_feature, test_items, progress)
     else:
@@ -206,6 +203,20 @@ def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings
         train_cosines=np.where(train_is_copy, np.float32(1), match.candidate_sims),
         train_is_copy=train_is_copy,
     )
+
+
+def _find_copies(
+    train_feature: InputFeature, train_items: Items, test_feature: InputFeature, test_items: Items
+) -> tuple[Ints, Bools]:
+    """Return the first training row with the bytes of each test item, -1 if there is none, and which are copied."""
+    train_hashes, test_hashes = train_feature.hashes_of(train_items.rows), test_feature.hashes_of(test_items.rows)
+    contents = pc.unique(test_hashes)
+    numbers_C = pc.fill_null(pc.index_in(train_hashes, value_set=contents, skip_nulls=True), -1).to_numpy()
+    is_copy_C: Bools = numbers_C >= 0
+    first_F = np.full(len(contents) + 1, -1, np.int64)  # the last is that of a test item without a hash
+    first_F[numbers_C[is_copy_C][::-1]] = train_items.rows[is_copy_C][::-1]
+    numbers_Q = pc.fill_null(pc.index_in(test_hashes, value_set=contents, skip_nulls=True), -1).to_numpy()
+    return first_F[numbers_Q], is_copy_C
 
 
 def _choose_features(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints
@@ -41,7 +42,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
     check_selection_path(path)
     if not len(selection.rows):
         raise DataError(f"no sample of {cache.path} is selected, so {path} is not written; select with looser settings")
-    keys = cache.samples["key"].take(pa.array(selection.rows))
+    keys = cache.column("key").take(pa.array(selection.rows))
     table = pa.table({"row": selection.rows, "key": keys, "reason": list(selection.reasons)})
     header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
     with replacing(path) as temporary:
@@ -60,27 +61,27 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
         CorruptError: the file cannot be read.
         DataError: the file has no keys, or a key that no cache has.
     """
-    selected = set(_read_keys(Path(path)))
-    keys = [key for cache in caches for key in cache.samples["key"].to_pylist()]
-    unknown = selected.difference(keys)
-    if unknown or not selected:
-        shown = ", ".join(repr(key) for key in sorted(unknown)[:3]) or "nothing"
+    selected = pc.unique(_read_keys(Path(path)))
+    keys = pa.chunked_array([chunk for cache in caches for chunk in cache.column("key").chunks], pa.string())
+    unknown = selected.filter(pc.invert(pc.is_in(selected, value_set=keys))) if len(selected) else selected
+    if len(unknown) or not len(selected):
+        shown = ", ".join(repr(key) for key in sorted(unknown.to_pylist())[:3]) or "nothing"
         names = " and ".join(str(cache.path) for cache in caches)
         raise DataError(
             f"selection {path} of {len(selected):,} keys has {shown}; {len(unknown):,} are not keys of {names}, which "
-            f"has {len(keys):,}, such as {keys[0]!r}"
+            f"has {len(keys):,}, such as {keys[0].as_py()!r}"
         )
-    return np.flatnonzero([key in selected for key in keys])
+    return np.flatnonzero(pc.is_in(keys, value_set=selected))
 
 
-def _read_keys(path: Path) -> list[str]:
+def _read_keys(path: Path) -> pa.Array:
     if not path.is_file():
         raise PathError(
             f"selection {path} does not exist; expected Parquet with a column key, or text with one key per line"
         )
     try:
         if path.suffix == ".parquet":
-            return list(map(str, read_table(path, ["key"])["key"].to_pylist()))
-        return [line for line in path.read_text().split("\n") if line]
+            return read_table(path, ["key"])["key"].cast(pa.string()).combine_chunks()
+        return pa.array([line for line in path.read_text().split("\n") if line], pa.string())
     except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path}: expected a Parquet file with a column key, or a text file: {error}") from error

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
 from embedcache.arrays import Bools, blocks
 from embedcache.dataset.inputs import InputFeature, to_unit_vectors
@@ -141,7 +142,7 @@ def _open_training_caches(run: Run, paths: Sequence[str]) -> tuple[list[Cache], 
 
 def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
     """Return the items of the training part in one of a run's caches by modality; empty if the part is."""
-    rows = np.flatnonzero(np.array(read_run_split(run, cache).parts) == "train")
+    rows = np.flatnonzero(read_run_split(run, cache).mask("train"))
     if not len(rows):
         return {}
     first, second = (run_input(cache, run.config, modality) for modality in run.config.sides)
@@ -159,8 +160,13 @@ def _num_affordable(evaluated: Mapping[str, ItemSet], trained: Sequence[Mapping[
 
 
 def _is_equal(item_set: ItemSet, others: Sequence[ItemSet]) -> Bools:
-    seen = {value for other in others for value in other.feature.hashes_of(other.items.rows)}
-    return np.array([value in seen for value in item_set.feature.hashes_of(item_set.items.rows)], bool)
+    hashes = item_set.feature.hashes_of(item_set.items.rows)
+    is_equal = np.zeros(len(hashes), bool)
+    for other in others:
+        trained = other.feature.hashes_of(other.items.rows)
+        seen = trained.filter(pc.is_in(trained, value_set=hashes))
+        is_equal |= pc.is_in(hashes, value_set=seen, skip_nulls=True).to_numpy()
+    return is_equal
 
 
 def _is_near(item_set: ItemSet, others: Sequence[ItemSet], cosine: float) -> Bools:

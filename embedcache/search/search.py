@@ -205,7 +205,7 @@ class HitReader:
 
     def __init__(self, cache: Cache, modality: str) -> None:
         self._modality = modality
-        self._keys = _contiguous(cache.samples["key"])
+        self._keys = _contiguous(cache.column("key"))
         self._labels = _contiguous(cache.samples["label"]) if "label" in cache.columns else None
         self.samples: Ints = cache.items(modality)["sample"].to_numpy()
         texts = cache.items("text") if "text" in cache.info.num_items else _NO_TEXTS

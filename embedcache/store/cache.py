@@ -35,6 +35,7 @@ class Cache:
         with wrap_io_errors(self.path):
             self.info: CacheInfo = read_info(self.path)
         # Parsing a footer takes longer than reading the rows of a chunk.
+        self._sample_columns: dict[str, pa.ChunkedArray] = {}
         self._footers: dict[tuple[str, int, float], pq.FileMetaData] = {}
 
     @cached_property
@@ -52,6 +53,17 @@ class Cache:
         """
         with table_errors(samples_path(self.path)):
             return read_table(samples_path(self.path)).slice(0, self.info.num_samples)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return one column of the sample table, which is read once, without the others.
+
+        Raises `KeyError` if there is no such column; `columns` lists them.
+        """
+        if name not in self._sample_columns:
+            with table_errors(samples_path(self.path)):
+                column = read_table(samples_path(self.path), [name])[name].slice(0, self.info.num_samples)
+            self._sample_columns[name] = column
+        return self._sample_columns[name]
 
     def items(self, modality: str, *, chunk: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the item table of a modality: one row per item, in row order.
@@ -179,7 +191,7 @@ def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list
 def _describe_item(cache: Cache, feature: Feature, row: int) -> str:
     chunk, offset = divmod(row, cache.info.chunk_size)
     item = cache.items(feature.modality, chunk=chunk).slice(offset, 1).to_pylist()[0]
-    key = cache.samples["key"][item["sample"]].as_py()
+    key = cache.column("key")[item["sample"]].as_py()
     return f"row {row}, key {key}" + (f", {item['path']}" if "path" in item else "") + _describe_interval(item)
 
 

@@ -7,10 +7,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from embedcache.arrays import Array, Bools, Ints
 from embedcache.errors import DataError, UnfinishedError
 from embedcache.store.arrays import check_chunk, map_chunk, max_maps, read_metadata
+from embedcache.store.columns import HASH, Column, is_missing, to_array
 from embedcache.store.group import Commit, EncoderGroup, chunk_shape, read_axis, read_feature
 
 
@@ -77,7 +79,7 @@ class Feature:
         valid = np.zeros(self.num_items, bool)
         for chunk, commit in enumerate(self.commits):
             if commit is not None:
-                valid[self._rows(chunk)] = [failure is None for failure in commit.failures[self.feature]]
+                valid[self._rows(chunk)] = is_missing(commit.failures[self.feature])
         return valid
 
     @cached_property
@@ -87,14 +89,17 @@ class Feature:
             self._rows(commit.chunk).start + offset: failure
             for commit in self.commits
             if commit is not None
-            for offset, failure in enumerate(commit.failures[self.feature])
-            if failure is not None
+            for reasons in [to_array(commit.failures[self.feature], pa.string())]
+            for offset, failure in zip(
+                np.flatnonzero(reasons.is_valid()).tolist(), reasons.drop_null().to_pylist(), strict=True
+            )
         }
 
     @property
-    def hashes(self) -> list[bytes | None]:
+    def hashes(self) -> Column[bytes | None]:
         """BLAKE2b-128 of each item's raw bytes or text, in row order, of committed chunks only."""
-        return [value for commit in self.commits if commit is not None for value in commit.hashes]
+        arrays = [to_array(commit.hashes, HASH) for commit in self.commits if commit is not None]
+        return Column(pa.chunked_array(arrays, HASH))
 
     def require_complete(self) -> None:
         """Check that every chunk is committed, or raise an `UnfinishedError`."""

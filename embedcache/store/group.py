@@ -23,6 +23,7 @@ from embedcache.errors import CorruptError, DataError, PathError
 from embedcache.files import flush, io_reason, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.store.arrays import CRC_BYTES, REPAIR, chunk_path, read_metadata, write_array, write_group
+from embedcache.store.columns import HASH, Column, hashes_json, strings_json, to_array
 from embedcache.store.layout import FORMAT_VERSION, CacheInfo, commit_path, encoder_path, read_info
 from embedcache.store.tables import read_table
 
@@ -175,7 +176,8 @@ class EncoderGroup:
             commit = self.commit(chunk)
             if commit is not None and self.has(commit, feature):
                 num_items[chunk in computed] += len(commit.hashes)
-                failures.update(reason.partition(":")[0] for reason in commit.failures[feature] if reason is not None)
+                reasons = to_array(commit.failures[feature], pa.string()).drop_null().to_pylist()
+                failures.update(reason.partition(":")[0] for reason in reasons)
         return ItemCounts(computed=num_items[True], reused=num_items[False], failures=dict(failures.most_common()))
 
     def check_fingerprint(self) -> None:
@@ -353,9 +355,9 @@ def write_commit(encoder_folder: Path, commit: Commit) -> None:
     }
     if commit.attributes:
         metadata["attributes"] = commit.attributes
-    columns = {"hash": pa.array(commit.hashes, pa.binary(16))}
+    columns = {"hash": to_array(commit.hashes, HASH)}
     for feature in sorted(commit.features):
-        columns[f"{_FAILURE}{feature}"] = pa.array(commit.failures[feature], pa.string())
+        columns[f"{_FAILURE}{feature}"] = to_array(commit.failures[feature], pa.string())
     table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: canonical_json(metadata)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
@@ -401,8 +403,11 @@ def _parse(data: bytes) -> tuple[Commit, str | None]:
         encoder=metadata["encoder"],
         index_digest=metadata["spine"],
         features=metadata["features"],
-        hashes=table["hash"].to_pylist(),
-        failures={feature: table[f"{_FAILURE}{feature}"].to_pylist() for feature in metadata["features"]},
+        hashes=Column(table["hash"].combine_chunks().cast(HASH)),
+        failures={
+            feature: Column(table[f"{_FAILURE}{feature}"].combine_chunks().cast(pa.string()))
+            for feature in metadata["features"]
+        },
         attributes=metadata.get("attributes", {}),
     )
     return commit, metadata.get("digest")
@@ -410,6 +415,10 @@ def _parse(data: bytes) -> tuple[Commit, str | None]:
 
 def _digest(commit: Commit) -> str:
     """Return the SHA-256 of everything in a commit but the digests of attributes, which came later."""
-    hashes = [None if value is None else value.hex() for value in commit.hashes]
-    failures = {feature: commit.failures[feature] for feature in commit.features}
-    return digest([commit.chunk, commit.encoder, commit.index_digest, commit.features, hashes, failures])
+    start = canonical_json([commit.chunk, commit.encoder, commit.index_digest, commit.features])[:-1]
+    failures = b",".join(
+        canonical_json(feature) + b":" + strings_json(to_array(commit.failures[feature], pa.string()))
+        for feature in sorted(commit.features)
+    )
+    parts = (start, b",", hashes_json(to_array(commit.hashes, HASH)), b",{", failures, b"}]")
+    return hashlib.sha256(b"".join(parts)).hexdigest()
