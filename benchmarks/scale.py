@@ -105,7 +105,7 @@ def _write_data(folder: Path, num_pairs: int) -> None:
     write_table(folder / "test.parquet", num_test, first=num_pairs // 2, name="t")
     write_concepts(folder / "concepts.parquet", min(_NUM_CONCEPTS, num_pairs // 20))
     for name, first in (("test", num_pairs // 2), ("concepts", 0)):
-        _write_features(folder / f"{name}.parquet", folder / name, first=first)
+        write_features(folder / f"{name}.parquet", folder / name, first=first)
     write_vectors(folder, num_pairs)
     write_images(folder / "images")
 
@@ -295,7 +295,7 @@ def open_made(spec: object, *, modality: str, settings: object) -> Made:
     return Made(modality)
 
 
-def _write_features(table: Path, cache: Path, *, first: int = 0) -> None:
+def write_features(table: Path, cache: Path, *, first: int = 0) -> None:
     """Number the samples of a table and commit made vectors for them; one item in a hundred fails."""
     info = index(open_source(table), cache)
     for modality in info.num_items:
@@ -372,7 +372,7 @@ def _remove(path: Path) -> None:
 if __name__ == "__main__":
     _PARTS: Mapping[str, Callable[[], object]] = {
         "index": lambda: index(open_source(Path("pairs.parquet")), Path("cache")),
-        "write": lambda: _write_features(Path("pairs.parquet"), Path("cache")),
+        "write": lambda: write_features(Path("pairs.parquet"), Path("cache")),
         "train": lambda: _train(int(sys.argv[2])),
     }
     _PARTS[sys.argv[1]]()

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Bools, Floats, Ints
-from embedcache.curate.similar_pairs import SimilarPairs
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import read_items
+from embedcache.dataset.similar_pairs import SimilarPairs
 from embedcache.errors import SettingError
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache

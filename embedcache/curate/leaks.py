@@ -10,12 +10,12 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.curate.settings import LeakSettings
-from embedcache.curate.similar_pairs import cosine_limit
 from embedcache.dataset.inputs import InputFeature, open_input, to_unit_vectors
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
+from embedcache.dataset.similar_pairs import cosine_limit
 from embedcache.errors import DataError, SettingError, UnfinishedError
-from embedcache.metrics.neighbors import Closest, find_closest
+from embedcache.metrics.neighbors import Closest, find_closest, note_duration
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
@@ -282,7 +282,9 @@ def _find_closest(
 ) -> Closest:
     """Compare all test items with all training items; rows are positions in the training items."""
     num_pairs = len(test_items.rows) * len(train_items.rows)
-    progress.start(f"comparing {noun(test_feature.modality)}", num_pairs, "pairs")
+    what = f"comparing {noun(test_feature.modality)}"
+    note_duration(progress, what, num_pairs, test_feature.width)
+    progress.start(what, num_pairs, "pairs")
 
     def train_blocks(num_queries: int) -> Iterator[Floats]:
         for rows, inputs in train_feature.blocks():

@@ -10,16 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks, number_values
-from embedcache.dataset.inputs import Reader, to_unit_vectors
+from embedcache.arrays import Array, Bools, Ints, blocks, number_values
+from embedcache.dataset.inputs import Reader
+from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
 from embedcache.dataset.pairs import Pairs, name_caches
 from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError
 from embedcache.files import replacing
-from embedcache.metrics.neighbors import iterate_pairs_above
+from embedcache.progress import NullProgress, Progress
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, to_array
@@ -128,29 +127,33 @@ def _select_cache(path: Path, table: pa.Table, cache: Cache) -> pa.Table:
     return pa.concat_tables([table, pa.table(added, schema=table.schema)])
 
 
-_MAX_STRICT_ITEMS = 200_000
-_BLOCK = 1024
-
-
-def make_split(caches: Sequence[Cache], pairs: Pairs, settings: SplitSettings, readers: Mapping[str, Reader]) -> Split:
+def make_split(
+    caches: Sequence[Cache],
+    pairs: Pairs,
+    settings: SplitSettings,
+    readers: Mapping[str, Reader],
+    *,
+    progress: Progress | None = None,
+) -> Split:
     """Split the samples that have both features. The same features and settings give the same split.
 
-    Only a strict split reads the features. Memory: a tile of similarities.
+    Only a strict split reads the features; time and memory as in `near_duplicate_groups`.
 
     Args:
         caches: the caches.
         pairs: items of both features, counted across caches.
         settings: settings of the split.
         readers: modality -> reader of its feature, in the order of the pair's sides.
+        progress: progress of a strict split, and what it found among many items.
 
     Raises:
         UnknownNameError: the kind is neither a known one nor a file.
-        SettingError: `strict` on more than 200,000 items, since it compares all pairs; or a part is empty.
+        SettingError: a part is empty.
         SourceError: `column` without a column `split` that names train and test.
     """
     if settings.kind != "strict":
         return split_samples(caches, pairs.samples, settings)
-    groups = _near_duplicates(pairs, settings, readers)
+    groups = near_duplicate_groups(pairs, settings, readers, progress or NullProgress())
     split = _by_groups(_keys_of(caches), pairs.samples, groups, settings)
     _require_parts(split, groups, settings, readers)
     return _of_caches(caches, split)
@@ -257,36 +260,6 @@ def _split(keys: pa.ChunkedArray, part_S: Array, group_S: Ints) -> Split:
 
 def _quota(fraction: float, largest: int, count: int) -> int:
     return min(round(fraction * count), largest)
-
-
-def _near_duplicates(pairs: Pairs, settings: SplitSettings, readers: Mapping[str, Reader]) -> Ints:
-    """Return the near-duplicate group of each sample: (S,) int64."""
-    num_items = len(pairs.first.rows) + len(pairs.second.rows)
-    if num_items > _MAX_STRICT_ITEMS:
-        raise SettingError(
-            f"--split strict compares all pairs of items: expected at most {_MAX_STRICT_ITEMS:,}, got {num_items:,}; "
-            "use --split key or --split column"
-        )
-    samples = pairs.samples
-    labels = np.arange(len(samples))
-    for items, (modality, read) in zip((pairs.first, pairs.second), readers.items(), strict=True):
-        vectors = np.concatenate(
-            [to_unit_vectors(read(items.rows[block])) for block in blocks(len(items.rows), _BLOCK)]
-        )
-        labels = _merge_groups(vectors, np.searchsorted(samples, items.samples), labels, settings.cosine(modality)[1])
-    return labels
-
-
-def _merge_groups(vectors_ND: Floats, nodes: Ints, labels: Ints, threshold: float) -> Ints:
-    """Merge the groups of all nodes with vectors above the threshold: (S,) int64."""
-    for row, column in iterate_pairs_above(vectors_ND, threshold):
-        left = np.concatenate([labels[nodes[row]], labels])
-        right = np.concatenate([labels[nodes[column]], labels])
-        size = int(labels.max()) + 1
-        edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))
-        _, component = connected_components(edges, directed=False)
-        labels = component[labels].astype(np.int64)
-    return labels
 
 
 PART_NAMES: dict[str, Part] = {

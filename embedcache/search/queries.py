@@ -179,7 +179,7 @@ class QueryEncoder:
                 path = os.path.normpath(self._cache.path)  # an index holds it relative to itself
                 raise UnknownNameError(f"query_key: expected a key of the cache {path}, such as {first!r}, got {key!r}")
         rows = self.indexed.rows
-        sample_of_row = self._cache.items(self._card.modality)["sample"].to_numpy()[rows]
+        sample_of_row = self._cache.items(self._card.modality, columns=["sample"])["sample"].to_numpy()[rows]
         positions = np.searchsorted(sample_of_row, samples)
         for key, sample, position in zip(keys, samples, positions, strict=True):
             if position == len(rows) or sample_of_row[position] != sample:

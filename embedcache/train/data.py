@@ -17,6 +17,7 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split, make_split
 from embedcache.errors import DataError, SettingError
 from embedcache.modalities import order_pair
+from embedcache.progress import Progress
 from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
@@ -94,10 +95,10 @@ class TrainData:
         chunks = [chunk for cache in self.caches for chunk in cache.column("key").chunks]
         return Column(pa.chunked_array(chunks, pa.string()))
 
-    def split(self, pairs: Pairs, settings: SplitSettings) -> Split:
+    def split(self, pairs: Pairs, settings: SplitSettings, *, progress: Progress | None = None) -> Split:
         """Split the samples; features are loaded for a strict split only."""
         readers = {modality: partial(self._read, modality) for modality in self.sides}
-        return make_split(self.caches, pairs, settings, readers)
+        return make_split(self.caches, pairs, settings, readers, progress=progress)
 
     def _read(self, modality: str, rows: Ints) -> Inputs:
         return self.readers[modality](rows)

@@ -240,7 +240,7 @@ def _fit(
 
     def make_split() -> None:
         if not path.is_file():  # a resumed run has one
-            write_split(path, data.split(pairs, settings.split))
+            write_split(path, data.split(pairs, settings.split, progress=progress))
 
     run_on_first(make_split)
     split = read_split(path, data.caches)
