@@ -313,6 +313,7 @@ def write_features(table: Path, cache: Path, *, first: int = 0) -> None:
             contents = (copied * 4 + np.concatenate([[0], np.diff(samples) == 0])).tolist()
             hashes = [hash_item(f"{modality} {content}".encode()) for content in contents]
             commit_chunk(group, chunk, {"vector": items}, hashes, {"vector": failures})
+        group.compact()
 
 
 def _item_samples(cache: Path, modality: str, chunk: int) -> Ints:

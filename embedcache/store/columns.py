@@ -1,6 +1,6 @@
 """Columns of commits in Arrow's memory: hashes and reasons of millions of items without a Python object for each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -21,10 +21,23 @@ class Column(Sequence[T]):
     """A column of values, None where it is null; a Python object is made only for a value that is read."""
 
     def __init__(self, array: "pa.Array | pa.ChunkedArray") -> None:
-        self.array = array
+        self._array, self._length = array, len(array)
+        self._load: Callable[[], pa.Array] | None = None
+
+    @classmethod
+    def deferred(cls, length: int, load: "Callable[[], pa.Array]") -> "Column[T]":
+        """Return a column of a known length that is read when a value is first used."""
+        column = cls(pa.nulls(0))
+        column._length, column._load = length, load
+        return column
+
+    @property
+    def array(self) -> "pa.Array | pa.ChunkedArray":
+        """The values in Arrow's memory."""
+        return self._array if self._load is None else self._load()
 
     def __len__(self) -> int:
-        return len(self.array)
+        return self._length
 
     @overload
     def __getitem__(self, index: int) -> T: ...

@@ -70,7 +70,7 @@ class Feature:
     @cached_property
     def commits(self) -> list[Commit | None]:
         """Commit of each chunk; None if this feature is not committed."""
-        commits = [self.group.commit(chunk) for chunk in range(self.group.info.num_chunks(self.modality))]
+        commits = self.group.commits()
         return [commit if commit is not None and self.feature in commit.features else None for commit in commits]
 
     @cached_property

@@ -8,6 +8,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,18 @@ import pyarrow.parquet as pq
 
 from embedcache.axis import Axis
 from embedcache.encoders.open import DERIVED
-from embedcache.errors import CorruptError, DataError, PathError
-from embedcache.files import flush, io_reason, write_atomic
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError
+from embedcache.files import flush, io_reason, is_remote, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.store.arrays import CRC_BYTES, REPAIR, chunk_path, read_metadata, write_array, write_group
 from embedcache.store.columns import HASH, Column, hashes_json, strings_json, to_array
+from embedcache.store.compacted import (
+    MIN_CHUNKS,
+    CompactCommit,
+    read_compacted,
+    read_stamps,
+    write_compacted,
+)
 from embedcache.store.layout import FORMAT_VERSION, CacheInfo, commit_path, encoder_path, read_info
 from embedcache.store.tables import read_table
 
@@ -139,8 +147,33 @@ class EncoderGroup:
             CorruptError: the commit belongs to another encoder or to other rows, or has another number of rows.
         """
         commit = read_commit(self.path, chunk)
-        if commit is None:
-            return None
+        return None if commit is None else self._checked(commit)
+
+    def commits(self) -> list[Commit | None]:
+        """Return the commit of each chunk, read from the table beside them where there is one; errors as `commit`."""
+        compacted = read_compacted(self.path)
+        return [
+            self._checked(_from_columns(*compacted[chunk])) if chunk in compacted else self.commit(chunk)
+            for chunk in range(self.info.num_chunks(self.modality))
+        ]
+
+    def compact(self) -> None:
+        """Write the table of the commits of many chunks, unless it is up to date or the folder cannot be written."""
+        num_chunks = self.info.num_chunks(self.modality)
+        if num_chunks < MIN_CHUNKS or is_remote(self.path):
+            return
+        with suppress(OSError, EmbedcacheError):  # it is derived, and readers do without it
+            stamps = read_stamps(self.path)
+            if len(read_compacted(self.path)) == len(stamps):
+                return
+            commits = ((chunk, self.commit(chunk)) for chunk in range(num_chunks))
+            write_compacted(
+                self.path, stamps, ((chunk, _to_columns(commit)) for chunk, commit in commits if commit is not None)
+            )
+
+    def _checked(self, commit: Commit) -> Commit:
+        """Check that a commit belongs to this encoder and these rows, and give it the rows of the tables."""
+        chunk = commit.chunk
         if commit.encoder != self.fingerprint_digest:
             raise CorruptError(f"chunk {chunk} in {self.path} belongs to another encoder; {REPAIR}")
         num_rows = self.info.num_chunk_rows(commit.index_digest, self.modality, chunk)
@@ -398,19 +431,39 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
 def _parse(data: bytes) -> tuple[Commit, str | None]:
     table = read_table(io.BytesIO(data))
     metadata: dict[str, Any] = json.loads(table.schema.metadata[_METADATA_KEY])
-    commit = Commit(
+    failures = {
+        feature: Column[str | None](table[f"{_FAILURE}{feature}"].combine_chunks().cast(pa.string()))
+        for feature in metadata["features"]
+    }
+    hashes = Column[bytes | None](table["hash"].combine_chunks().cast(HASH))
+    return _from_columns(metadata, hashes, failures), metadata.get("digest")
+
+
+def _from_columns(
+    metadata: Mapping[str, Any], hashes: Sequence[bytes | None], failures: Mapping[str, Sequence[str | None]]
+) -> Commit:
+    return Commit(
         chunk=metadata["chunk"],
         encoder=metadata["encoder"],
         index_digest=metadata["spine"],
         features=metadata["features"],
-        hashes=Column(table["hash"].combine_chunks().cast(HASH)),
-        failures={
-            feature: Column(table[f"{_FAILURE}{feature}"].combine_chunks().cast(pa.string()))
-            for feature in metadata["features"]
-        },
+        hashes=hashes,
+        failures=failures,
         attributes=metadata.get("attributes", {}),
     )
-    return commit, metadata.get("digest")
+
+
+def _to_columns(commit: Commit) -> CompactCommit:
+    metadata = {
+        "chunk": commit.chunk,
+        "encoder": commit.encoder,
+        "spine": commit.index_digest,
+        "features": {name: dict(files) for name, files in commit.features.items()},
+        "attributes": dict(commit.attributes),
+    }
+    hashes = Column[bytes | None](to_array(commit.hashes, HASH))
+    failures = {name: Column[str | None](to_array(commit.failures[name], pa.string())) for name in commit.features}
+    return CompactCommit(metadata, hashes, failures)
 
 
 def _digest(commit: Commit) -> str:
