@@ -23,6 +23,7 @@ from embedcache.progress import Progress
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
+from embedcache.store.columns import Column
 
 LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen
 _NO_PAIRS = SimilarPairs(left=np.empty(0, np.int64), right=np.empty(0, np.int64), cosines=np.empty(0, np.float32))
@@ -231,11 +232,11 @@ def _selection(analysis: DedupAnalysis, removed: RemovedSamples) -> Selection:
     order = np.argsort(removed.kept, kind="stable")
     kept_samples, starts = np.unique(removed.kept[order], return_index=True)
     groups = np.split(order, starts[1:]) if len(kept_samples) else []
-    reasons = {sample: _reason(removed, group) for sample, group in zip(kept_samples.tolist(), groups, strict=True)}
-    none = f"no {analysis.feature.modality} to compare"
-    return Selection(
-        rows=rows, reasons=[reasons.get(row, "no duplicate" if has_items[row] else none) for row in rows.tolist()]
-    )
+    reasons = ["no duplicate", f"no {analysis.feature.modality} to compare"]
+    reason_S = np.where(has_items, 0, 1)
+    reason_S[kept_samples] = np.arange(len(reasons), len(reasons) + len(kept_samples))
+    reasons += [_reason(removed, group) for group in groups]
+    return Selection(rows=rows, reasons=Column(pa.array(reasons, pa.string()).take(pa.array(reason_S[rows]))))
 
 
 def _reason(removed: RemovedSamples, group: Array) -> str:

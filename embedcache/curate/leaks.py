@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks
+from embedcache.arrays import Bools, Floats, Ints, blocks
 from embedcache.curate.settings import LeakSettings
 from embedcache.dataset.inputs import InputFeature, open_input, to_unit_vectors
 from embedcache.dataset.pairs import Items, read_items
@@ -20,6 +21,7 @@ from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
 from embedcache.store.cache import Cache
+from embedcache.store.columns import Column
 
 MODALITIES = ("image", "text")
 _MAX_QUERIES = 65_536
@@ -106,14 +108,13 @@ class LeakReport:
         """Select the training samples of which nothing is in test; the reason is how close each comes to test."""
         leaked = np.concatenate([leak.train_samples for leak in self.leaks])
         rows = np.setdiff1d(np.arange(self.train.info.num_samples), leaked)
-        closest_S = [(leak.modality, _closest_by_sample(leak, self.train)) for leak in self.leaks if leak.feature]
-        reasons = [
-            ", ".join(f"closest {name} {cosines[row]:.3f}" for name, cosines in closest_S if cosines[row] > -1)
-            for row in rows.tolist()
-        ]
-        return Selection(
-            rows=rows, reasons=[f"not in test; {reason}" if reason else "not in test" for reason in reasons]
-        )
+        parts = [_closest_reasons(leak, self.train, rows) for leak in self.leaks if leak.feature]
+        reasons = pa.repeat("not in test", len(rows))
+        if parts:
+            closest = pc.binary_join_element_wise(*parts, ", ", null_handling="skip")
+            joined = pc.binary_join_element_wise(reasons, closest, "; ")
+            reasons = pc.if_else(pc.equal(closest, ""), reasons, joined)
+        return Selection(rows=rows, reasons=Column(reasons))
 
     def to_json(self) -> dict[str, Any]:
         """Return all counts as JSON values."""
@@ -303,8 +304,12 @@ def _find_closest(
     )
 
 
-def _closest_by_sample(leak: ModalityLeaks, cache: Cache) -> Array:
-    """Return the largest cosine of each training sample to a test item."""
+def _closest_reasons(leak: ModalityLeaks, cache: Cache, rows: Ints) -> pa.Array:
+    """Describe the largest cosine of each training sample to a test item; null for samples that were not compared."""
     cosines_S = np.full(cache.info.num_samples, -np.inf, np.float32)
     np.maximum.at(cosines_S, leak.train.samples, leak.train_cosines)
-    return cosines_S
+    is_compared = cosines_S[rows] > -1
+    thousandths = np.rint(np.where(is_compared, cosines_S[rows], 0).astype(np.float64) * 1000).astype(np.int64)
+    values, codes = np.unique(thousandths, return_inverse=True)
+    names = pa.array([f"closest {leak.modality} {value / 1000:.3f}" for value in values.tolist()], pa.string())
+    return names.take(pa.array(codes, mask=~is_compared))

@@ -15,6 +15,7 @@ from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, DataError, PathError
 from embedcache.files import replacing
 from embedcache.store.cache import Cache
+from embedcache.store.columns import to_array
 from embedcache.store.tables import read_table
 
 
@@ -43,7 +44,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
     if not len(selection.rows):
         raise DataError(f"no sample of {cache.path} is selected, so {path} is not written; select with looser settings")
     keys = cache.column("key").take(pa.array(selection.rows))
-    table = pa.table({"row": selection.rows, "key": keys, "reason": list(selection.reasons)})
+    table = pa.table({"row": selection.rows, "key": keys, "reason": to_array(selection.reasons, pa.string())})
     header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
     with replacing(path) as temporary:
         pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(header)}), temporary)
