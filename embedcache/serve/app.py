@@ -2,18 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from PIL.Image import Image
 from starlette.exceptions import HTTPException
 
 from embedcache.errors import EmbedcacheError, ItemError, UnknownNameError
@@ -33,18 +31,11 @@ from embedcache.serve.schema import (
     ServerInfo,
 )
 from embedcache.serve.service import InfoTable, SearchService, info_tables
-from embedcache.sources.images import decode_image
+from embedcache.serve.uploads import ImageThreads, Uploads
 
-_T = TypeVar("_T")
 _Row = Annotated[int, Path(ge=0, le=10**12)]
 
 log = logging.getLogger("embedcache.serve")
-
-_MAX_IMAGE_QUERIES = 4
-"""Query images in memory at the same time, from the first byte to the response; others wait."""
-
-_NUM_DECODERS = 2
-"""Images decoded at the same time; each may take a quarter of a gigabyte."""
 
 _ABOUT = """Search one index of frozen embeddings with texts, images or indexed items.
 
@@ -64,7 +55,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def make_app(service: SearchService) -> FastAPI:
     """Create the app, which must be served behind a `RequestGuard`."""
     batcher: Batcher[SearchQuery, SearchResult] = Batcher(partial(search_batch, service.index))
-    decoders = ThreadPoolExecutor(_NUM_DECODERS, thread_name_prefix="images")
+    threads = ImageThreads()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -73,7 +64,7 @@ def make_app(service: SearchService) -> FastAPI:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-        decoders.shutdown(wait=False, cancel_futures=True)
+        threads.shut_down()
 
     app = FastAPI(
         title="embedcache",
@@ -86,20 +77,17 @@ def make_app(service: SearchService) -> FastAPI:
     )
     _add_pages(app)
     _add_errors(app)
-    _add_search(app, service, batcher, partial(_run_on, decoders))
-    _add_items(app, service, partial(_run_on, decoders))
+    _add_search(app, service, batcher, threads)
+    _add_items(app, service, threads)
     _add_info(app, service)
     return app
 
 
-async def _run_on(threads: ThreadPoolExecutor, call: Callable[..., _T], *arguments: Any) -> _T:
-    return await asyncio.get_running_loop().run_in_executor(threads, call, *arguments)
-
-
 def _add_search(
-    app: FastAPI, service: SearchService, batcher: Batcher[SearchQuery, SearchResult], run: Callable[..., Any]
+    app: FastAPI, service: SearchService, batcher: Batcher[SearchQuery, SearchResult], threads: ImageThreads
 ) -> None:
-    image_queries = asyncio.Semaphore(_MAX_IMAGE_QUERIES)
+    settings = service.settings
+    uploads = Uploads(threads, max_bytes=settings.max_upload, max_pixels=settings.max_pixels)
 
     async def respond(options: SearchOptions, **query: Any) -> SearchResponse:
         result = await batcher.submit(SearchQuery(k=options.k, keep=service.filter(options), **query))
@@ -125,13 +113,11 @@ def _add_search(
         """Search with an image: the body is the file, JPEG, PNG, WebP, GIF, BMP or TIFF."""
         if "image" not in service.accepted_queries:
             raise HTTPException(400, "this index does not accept images; search with a text or a row")
-        async with image_queries:
-            decode = partial(decode_image, max_pixels=service.settings.max_pixels)
-            image: Image = await run(decode, await request.body())
+        async with uploads.receive(request.stream()) as image:
             return await respond(options, image=image)
 
 
-def _add_items(app: FastAPI, service: SearchService, run: Callable[..., Any]) -> None:
+def _add_items(app: FastAPI, service: SearchService, threads: ImageThreads) -> None:
     def webp(data: bytes) -> Response:
         return Response(data, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400"})
 
@@ -150,12 +136,12 @@ def _add_items(app: FastAPI, service: SearchService, run: Callable[..., Any]) ->
     @app.get("/api/images/{row}/thumbnail", response_class=Response)
     async def thumbnail(row: _Row) -> Response:
         """Return an image as WebP of at most 224 pixels per side."""
-        return webp(await run(images_with(row).thumbnail, row))
+        return webp(await threads.run(images_with(row).thumbnail, row))
 
     @app.get("/api/images/{row}/full", response_class=Response)
     async def image(row: _Row) -> Response:
         """Return an image as WebP of at most 1,280 pixels per side."""
-        return webp(await run(images_with(row).image, row))
+        return webp(await threads.run(images_with(row).image, row))
 
 
 def _add_info(app: FastAPI, service: SearchService) -> None:

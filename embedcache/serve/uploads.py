@@ -1,0 +1,139 @@
+"""Query images: received within a limit of memory, decoded a few at a time, and their memory returned afterwards."""
+
+import asyncio
+import ctypes
+import gc
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from PIL.Image import Image
+
+from embedcache.serve.batching import BusyError
+from embedcache.sources.images import decode_image
+
+_T = TypeVar("_T")
+
+_NUM_DECODERS = 2
+"""Images decoded at the same time; each may take a quarter of a gigabyte."""
+
+_MAX_IMAGES = 4
+"""Query images in memory at the same time, from decoding to the response; others wait as files."""
+
+_MAX_FILES = 8
+"""Files in memory at the same time, as a multiple of the largest one."""
+
+_QUIET_S = 0.5
+
+
+class ImageThreads:
+    """Threads that decode images, and return freed memory to the system once they have been idle for half a second.
+
+    A decoded image takes up to 160 MB, which the C library would otherwise keep for the next one.
+    """
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_NUM_DECODERS, thread_name_prefix="images")
+        self._num_running = 0
+        self._trim: asyncio.TimerHandle | None = None
+
+    async def run(self, call: Callable[..., _T], *arguments: Any) -> _T:
+        """Return the result of a call on one of the threads."""
+        self._num_running += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+        finally:
+            self._num_running -= 1
+            self.trim_later()
+
+    def trim_later(self) -> None:
+        """Return freed memory to the system soon, unless another image comes first."""
+        if self._trim is not None:
+            self._trim.cancel()
+        self._trim = asyncio.get_running_loop().call_later(_QUIET_S, self._trim_if_idle)
+
+    def _trim_if_idle(self) -> None:
+        if not self._num_running:
+            self._threads.submit(return_memory)
+
+    def shut_down(self) -> None:
+        """Stop without waiting for images in progress."""
+        if self._trim is not None:
+            self._trim.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def return_memory() -> None:
+    """Return freed memory to the system where the C library has a function for it, as that of Linux does."""
+    gc.collect()  # of what was created since the start only, see `freeze_objects`
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+class Uploads:
+    """Query images that visitors are sending.
+
+    An image waits for its turn only once all of its bytes have arrived, so a slow sender holds up nobody. All files
+    together take at most eight times the largest one; if more arrives, the oldest that is not complete is dropped.
+
+    Args:
+        threads: threads that decode.
+        max_bytes: size of the largest file.
+        max_pixels: size of the largest image.
+    """
+
+    def __init__(self, threads: ImageThreads, *, max_bytes: int, max_pixels: int) -> None:
+        self._threads, self._max_bytes = threads, _MAX_FILES * max_bytes
+        self._decode = partial(decode_image, max_pixels=max_pixels)
+        self._turn = asyncio.Semaphore(_MAX_IMAGES)
+        self._files: list[_File] = []  # oldest first
+
+    @asynccontextmanager
+    async def receive(self, parts: AsyncIterator[bytes]) -> AsyncIterator[Image]:
+        """Receive a file and decode it; the image must be used within the context.
+
+        Raises:
+            BusyError: other visitors send more bytes than fit into memory.
+            ItemError: the bytes are not an image.
+        """
+        file = _File()
+        self._files.append(file)
+        try:
+            async for part in parts:
+                file.parts.append(part)
+                file.num_bytes += len(part)
+                self._make_room()
+                if file.is_dropped:
+                    raise BusyError
+            file.is_complete = True
+            async with self._turn:
+                yield await self._threads.run(self._decode, file.take())
+        finally:
+            self._files.remove(file)
+            self._threads.trim_later()
+
+    def _make_room(self) -> None:
+        while sum(file.num_bytes for file in self._files) > self._max_bytes:
+            oldest = next((file for file in self._files if not file.is_complete and not file.is_dropped), None)
+            if oldest is None:
+                return
+            oldest.take()
+            oldest.is_dropped = True
+
+
+class _File:
+    """The parts of a file received so far."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.num_bytes = 0
+        self.is_complete = self.is_dropped = False
+
+    def take(self) -> bytes:
+        """Return the bytes and forget them."""
+        data = b"".join(self.parts)
+        self.parts, self.num_bytes = [], 0
+        return data
