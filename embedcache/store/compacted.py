@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedcache.files import is_remote, replacing
+from embedcache.files import replacing
 from embedcache.store.columns import HASH, HASH_BYTES, Column, is_missing, to_array, to_bytes
 from embedcache.store.layout import commit_path
 
@@ -63,7 +63,10 @@ def table_path(encoder_folder: Path) -> Path:
 
 def read_stamps(encoder_folder: Path) -> dict[str, Stamp]:
     """Return the stamp of each commit by the name of its file."""
-    with os.scandir(commit_path(encoder_folder, 0).parent) as entries:
+    folder = commit_path(encoder_folder, 0).parent
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
         statuses = ((entry.name, entry.stat()) for entry in entries if entry.name.endswith(".parquet"))
         return {name: Stamp(status.st_size, status.st_mtime_ns, status.st_ino) for name, status in statuses}
 
@@ -115,13 +118,12 @@ def _row(commit: CompactCommit, stamp: Stamp) -> dict[str, Any]:
     }
 
 
-def read_compacted(encoder_folder: Path) -> dict[int, CompactCommit]:
-    """Return the commits in the table that are those on disk now; empty if there is no readable table."""
+def read_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> dict[int, CompactCommit]:
+    """Return the commits in the table whose files have these stamps now; empty if there is no readable table."""
     path = table_path(encoder_folder)
-    if is_remote(path) or not path.is_file():
+    if not path.is_file():
         return {}
     try:
-        stamps = read_stamps(encoder_folder)
         columns = [name for name in _SCHEMA.names if name not in _HASH_COLUMNS]
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             groups = [file.read_row_group(group, columns, use_threads=False) for group in range(file.num_row_groups)]

@@ -28,6 +28,7 @@ from embedcache.store.columns import HASH, Column, hashes_json, strings_json, to
 from embedcache.store.compacted import (
     MIN_CHUNKS,
     CompactCommit,
+    Stamp,
     read_compacted,
     read_stamps,
     write_compacted,
@@ -150,12 +151,25 @@ class EncoderGroup:
         return None if commit is None else self._checked(commit)
 
     def commits(self) -> list[Commit | None]:
-        """Return the commit of each chunk, read from the table beside them where there is one; errors as `commit`."""
-        compacted = read_compacted(self.path)
-        return [
-            self._checked(_from_columns(*compacted[chunk])) if chunk in compacted else self.commit(chunk)
-            for chunk in range(self.info.num_chunks(self.modality))
-        ]
+        """Return the commit of each chunk; errors are those of `commit`.
+
+        Those of many chunks are read from the table beside them, where there is one, and kept: a process that opens the
+        features again does not read them again unless a file has changed.
+        """
+        num_chunks = self.info.num_chunks(self.modality)
+        if num_chunks < MIN_CHUNKS or is_remote(self.path):
+            return [self.commit(chunk) for chunk in range(num_chunks)]
+        stamps, key = read_stamps(self.path), (self.path, self.fingerprint_digest, self.info.index_digest)
+        if key not in _KEPT or _KEPT[key][0] != stamps:
+            compacted = read_compacted(self.path, stamps)
+            commits = [
+                self._checked(_from_columns(*compacted[chunk])) if chunk in compacted else self.commit(chunk)
+                for chunk in range(num_chunks)
+            ]
+            if len(_KEPT) == _MAX_KEPT:
+                _KEPT.clear()
+            _KEPT[key] = stamps, commits
+        return _KEPT[key][1]
 
     def compact(self) -> None:
         """Write the table of the commits of many chunks, unless it is up to date or the folder cannot be written."""
@@ -164,7 +178,7 @@ class EncoderGroup:
             return
         with suppress(OSError, EmbedcacheError):  # it is derived, and readers do without it
             stamps = read_stamps(self.path)
-            if len(read_compacted(self.path)) == len(stamps):
+            if len(read_compacted(self.path, stamps)) == len(stamps):
                 return
             commits = ((chunk, self.commit(chunk)) for chunk in range(num_chunks))
             write_compacted(
@@ -237,6 +251,10 @@ class ItemCounts:
     computed: int
     reused: int
     failures: dict[str, int]
+
+
+_KEPT: dict[tuple[Path, str, str], tuple[Mapping[str, Stamp], list[Commit | None]]] = {}
+_MAX_KEPT = 8
 
 
 def _have_right_size(array_path: Path, numbers: Sequence[int]) -> bool:
