@@ -36,7 +36,7 @@ WIDTH, NUM_CENTERS = 64, 20_000
 SIZES = (2_000_000, 20_000_000)
 _BLOCK = 65_536
 _NUM_CONCEPTS, _NUM_TEST, _NUM_ADDED = 1000, 100_000, 1000
-_TARGET_GB, _FIRST_STEP_S, _START_S = 8.0, 90.0, 5.0
+_TARGET_GB, _START_S = 8.0, 5.0
 
 
 def main(*, quick: bool, pairs: Sequence[int] = (), folder: str = "", commands: Sequence[str] = ()) -> None:
@@ -71,7 +71,10 @@ def _print(size: int, usages: Mapping[str, Usage]) -> None:
     columns = ["command", "seconds", "memory, GB", "mapped, GB", "disk, GB", ""]
     print_table(columns, rows, title=f"{size:,} pairs of width {WIDTH}")
     above = [name for name, usage in usages.items() if usage.memory_gb > _TARGET_GB]
-    print_line(f"above {_TARGET_GB:g} GB: {', '.join(above) or 'none'}")
+    late = [name for name in ("inspect", "search by key") if name in usages and usages[name].seconds > _START_S]
+    print_line(
+        f"above {_TARGET_GB:g} GB: {', '.join(above) or 'none'}; above {_START_S:g} s: {', '.join(late) or 'none'}"
+    )
 
 
 def measure_commands(folder: Path, num_pairs: int, commands: Sequence[str] = ()) -> dict[str, Usage]:
