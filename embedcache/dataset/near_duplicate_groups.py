@@ -77,7 +77,8 @@ def _merge(labels: Ints, left: Ints, right: Ints) -> Ints:
     size = int(labels.max()) + 1
     edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))
     _, component = connected_components(edges, directed=False)
-    return component[labels].astype(np.int64)
+    merged: Ints = component[labels].astype(np.int64)
+    return merged
 
 
 @dataclass(frozen=True)
