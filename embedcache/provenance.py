@@ -16,8 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError
-from embedcache.files import make_folder, remove_partials, write_atomic
+from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, FingerprintError, PathError
+from embedcache.files import io_reason, make_folder, remove_partials, write_atomic
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -57,8 +57,10 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PathError(f"{path} does not exist") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise PathError(f"cannot read {path}: {io_reason(error)}") from error
 
 
 def read_manifest(path: Path, *, kind: str, latest_format: int, make: str) -> dict[str, Any]:
@@ -111,10 +113,12 @@ def recognize(path: Path) -> str:
 
 
 def fields_of(path: Path, make: Callable[[], T]) -> T:
-    """Call the constructor of an artifact's dataclass; CorruptError if fields are missing or unknown."""
+    """Call the constructor of an artifact's dataclass; CorruptError if fields are missing, unknown or out of range."""
     try:
         return make()
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, EmbedcacheError):
+            raise
         raise CorruptError(f"{path} does not hold the fields of its format: {error}") from error
 
 

@@ -41,7 +41,8 @@ def inspect(
 def verify(cache: CacheArgument, as_json: Json = False, output: Output = None, *, settings: VerifySettings) -> None:
     """Check every chunk of a cache against its checksum.
 
-    The exit code is 1 if something is damaged, or if encoding items again yields other vectors.
+    The exit code is 1 if something is damaged, if encoding items again yields other vectors, or if a chunk is still
+    missing after --repair.
 
     Example: embedcache verify cache/ --reencode 0.1%
     """

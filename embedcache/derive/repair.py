@@ -10,7 +10,7 @@ from embedcache.derive.rules import Rule, open_rule
 from embedcache.derive.runs import RUN, reopen_run
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ItemError, SettingError, UnknownNameError
-from embedcache.progress import Progress
+from embedcache.progress import NullProgress, Progress
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
@@ -75,16 +75,22 @@ def _reopen_rule(group: EncoderGroup, name: str, *, trust_cache: bool) -> Rule:
 
 
 def derive_again(opened: OpenDerivation, findings: Sequence[Finding], progress: Progress) -> str:
-    """Withdraw the damaged features of each chunk and compute them again; return a line for the report.
+    """Compute damaged and missing chunks, one at a time, each withdrawn first; return a line for the report.
 
     Raises:
         FingerprintError: the rule, the run or an input has changed; nothing is modified.
     """
     opened.check_unchanged()
-    for finding in findings:
-        withdraw(opened.group, finding.chunk, [finding.name])
-    chunks = opened.run(sorted({finding.chunk for finding in findings}), progress)
-    return f"{opened.group.name} ({', '.join(opened.outputs)}): derived {len(chunks):,} chunks again"
+    chunks = sorted({finding.chunk for finding in findings})
+    progress.start(f"repairing {opened.group.name}", len(chunks), "chunks")
+    num_derived = 0
+    for chunk in chunks:
+        damaged = [finding.name for finding in findings if finding.chunk == chunk and finding.is_damage]
+        withdraw(opened.group, chunk, damaged)
+        num_derived += len(opened.run([chunk], NullProgress()))
+        progress.advance(1)
+    progress.finish()
+    return f"{opened.group.name} ({', '.join(opened.outputs)}): derived {num_derived:,} chunks again"
 
 
 def derive_rows(opened: OpenDerivation, rows: Ints) -> dict[str, list[Array | ItemError]]:

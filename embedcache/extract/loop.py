@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 import pyarrow as pa
 
 from embedcache.arrays import Array
-from embedcache.errors import ItemError, SettingError
+from embedcache.errors import FingerprintError, ItemError, SettingError
 from embedcache.extract.feature_writer import ChunkTask, FeatureWriter
 from embedcache.modalities import MODALITIES, Modality
 from embedcache.processes import prefetch_map
@@ -72,7 +72,9 @@ def _encode_file_chunks(
 
     def load(task_item: tuple[ChunkTask, FileItem]) -> tuple[ChunkTask, LoadedItem]:
         task, item = task_item
-        return task, _load_file(source, item, decode, list(task.missing))
+        loaded = _load_file(source, item, decode, list(task.missing))
+        check_length(item, loaded, modality.name)
+        return task, loaded
 
     items_of = partial(cache.items, modality.name)
     task_items = ((task, item) for task in tasks for item in _file_items(items_of(chunk=task.chunk)))
@@ -127,11 +129,22 @@ class LoadedItem:
         hash: hash of its content; None if it was not read.
         failures: for each writer why it failed, or None.
         inputs: for each writer the model's input; None for a failed item.
+        num_bytes: number of bytes of its file; None if it was not read, and of a text.
     """
 
     hash: bytes | None
     failures: Sequence[str | None]
     inputs: list[Array | None] = field(default_factory=list)
+    num_bytes: int | None = None
+
+
+def check_length(item: FileItem, loaded: LoadedItem, modality: str) -> None:
+    """Check that a file is as long as when it was indexed, or raise a `FingerprintError` that names it."""
+    if item.length and loaded.num_bytes not in (None, item.length):
+        raise FingerprintError(
+            f"{modality} {item.path}: expected {item.length:,} bytes, as when the source was indexed, got "
+            f"{loaded.num_bytes:,}; put the old file back, or extract into a new folder"
+        )
 
 
 def load_items(
@@ -153,22 +166,24 @@ def _load_file(
     source: Source, item: FileItem, decode: Callable[..., Any], writers: Sequence[FeatureWriter]
 ) -> LoadedItem:
     """Read and decode one item, and prepare it for every writer."""
-    content_hash = None
+    content_hash = num_bytes = None
     interval = (item.start_s, item.stop_s)
     try:
         data = source.read(item)
+        num_bytes = len(data)
         content_hash = hash_item(data, interval=interval)
         writers[0].gate.wait()
         raw = decode(data) if interval == (None, None) else decode(data, *interval)
         del data  # an hour of sound is 115 MB
     except ItemError as error:
-        return LoadedItem(hash=content_hash, failures=[str(error)] * len(writers), inputs=[None] * len(writers))
+        failed, no_inputs = [str(error)] * len(writers), [None] * len(writers)
+        return LoadedItem(hash=content_hash, failures=failed, inputs=list(no_inputs), num_bytes=num_bytes)
     inputs, failures = list[Array | None](), list[str | None]()
     for writer in writers:
         prepared, failure = _prepare(writer, raw)
         inputs.append(prepared)
         failures.append(failure)
-    return LoadedItem(hash=content_hash, failures=failures, inputs=inputs)
+    return LoadedItem(hash=content_hash, failures=failures, inputs=inputs, num_bytes=num_bytes)
 
 
 def _prepare(writer: FeatureWriter, raw: Any) -> tuple[Array | None, str | None]:

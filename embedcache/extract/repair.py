@@ -21,9 +21,10 @@ from embedcache.extract.feature_writer import (
     reopen_writer,
     view_fingerprint,
 )
-from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, encode_chunks, load_items
+from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, check_length, encode_chunks, load_items
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.extract.worker import Worker
+from embedcache.files import remove_partials
 from embedcache.modalities import MODALITIES, noun
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
@@ -32,7 +33,8 @@ from embedcache.sources import reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
-from embedcache.store.group import NOT_YET, EncoderGroup, open_group
+from embedcache.store.group import NOT_YET, EncoderGroup, add_feature, open_group
+from embedcache.store.tables import to_file_item
 from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import commit_chunk, withdraw
 
@@ -46,8 +48,9 @@ class VerifyReport:
 
     Args:
         detected: problems before any repair.
-        repaired: one line per encoder that encoded damaged chunks again.
+        repaired: one line per encoder that encoded damaged or missing chunks, or whose metadata were written again.
         findings: problems that remain.
+        was_repair: whether a repair was requested, after which nothing may be missing.
     """
 
     cache: Path
@@ -55,6 +58,7 @@ class VerifyReport:
     repaired: Sequence[str]
     findings: Sequence[Finding]
     drifts: Sequence["Drift"]
+    was_repair: bool = False
 
     @property
     def num_damaged(self) -> int:
@@ -63,8 +67,9 @@ class VerifyReport:
 
     @property
     def is_sound(self) -> bool:
-        """Whether nothing is damaged and nothing drifted; chunks that were never extracted are not damage."""
-        return not self.num_damaged and not any(drift.is_bad for drift in self.drifts)
+        """Whether nothing is damaged and nothing drifted; missing chunks are no damage, but a repair leaves none."""
+        num_wrong = len(self.findings) if self.was_repair else self.num_damaged
+        return not num_wrong and not any(drift.is_bad for drift in self.drifts)
 
     def lines(self) -> list[str]:
         """Return a summary: a line per problem, then the totals, then a line per drift."""
@@ -94,7 +99,14 @@ def verify_cache(
         drifts = measure_drift(
             cache, settings.reencode, device=settings.device, trust_cache=settings.trust_cache, progress=progress
         )
-    return VerifyReport(cache=cache.path, detected=detected, repaired=repaired, findings=findings, drifts=drifts)
+    return VerifyReport(
+        cache=cache.path,
+        detected=detected,
+        repaired=repaired,
+        findings=findings,
+        drifts=drifts,
+        was_repair=settings.repair,
+    )
 
 
 def repair(
@@ -105,10 +117,11 @@ def repair(
     trust_cache: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Withdraw the damaged features of each chunk and encode those chunks again with the encoders that computed them.
+    """Encode damaged and missing chunks again with the encoders that computed them, and write metadata that follow.
 
-    Derived features are computed again by their rule or run, after the features that they are derived from. Findings
-    of `verify` that are not damage or cannot be repaired this way are skipped.
+    One chunk is withdrawn at a time, so that the same command finishes a repair that was killed. Derived features are
+    computed again by their rule or run, after the features that they are derived from. Findings of `verify` that cannot
+    be repaired this way are skipped.
 
     Args:
         cache: the cache.
@@ -129,32 +142,44 @@ def repair(
     if tables:
         raise CorruptError(f"expected intact tables, got {tables[0].line()}")
     progress = progress or NullProgress()
-    damaged: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    remove_partials(cache.path)  # of a repair that was killed
+    repairable: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for finding in findings:
-        if finding.is_damage and finding.can_repair:
-            damaged[finding.modality, finding.encoder].append(finding)
-    groups = {key: open_group(cache.path, *key, cache.info) for key in damaged}
-    is_encoded = any(not group.is_derived for group in groups.values())
-    source = reopen_source(cache.info.source) if is_encoded else None
+        if finding.can_repair:
+            repairable[finding.modality, finding.encoder].append(finding)
+    groups = {key: open_group(cache.path, *key, cache.info) for key in repairable}
     lines = []
     for (modality, encoder), group in sorted(groups.items(), key=lambda item: derivation_depth(cache, item[1])):
-        group_findings = damaged[modality, encoder]
-        if source is None or group.is_derived:
-            names = sorted({finding.name for finding in group_findings})
+        of_arrays = {finding.name for finding in repairable[modality, encoder] if finding.chunk < 0}
+        for name in sorted(of_arrays):
+            feature = Feature(group, name)
+            add_feature(group, name, feature.item_shape, feature.dtype, axis=feature.axis)
+            lines.append(f"{feature.name}: wrote its zarr.json again")
+        of_chunks = [finding for finding in repairable[modality, encoder] if finding.chunk >= 0]
+        names = sorted({finding.name for finding in of_chunks})
+        if of_chunks and group.is_derived:
             opened = reopen_derivation(cache, group, names, trust_cache=trust_cache, device=device)
-            lines.append(derive_again(opened, group_findings, progress))
-            continue
-        writer = reopen_writer(group, sorted({finding.name for finding in group_findings}), device=device)
-        check_unchanged(writer)
-        for finding in group_findings:
-            withdraw(group, finding.chunk, [finding.name])
-        chunks = sorted({finding.chunk for finding in group_findings})
-        progress.start(f"repairing {encoder}", cache.info.count_items(modality, chunks), noun(modality))
-        tasks = (task for chunk in chunks if (task := lease_chunk(writer, chunk)).missing)
-        encode_chunks(cache, source, modality, tasks, progress, threads=num_cores())
-        progress.finish()
-        lines.append(f"{encoder} ({', '.join(writer.features)}): encoded {len(chunks):,} chunks again")
+            lines.append(derive_again(opened, of_chunks, progress))
+        elif of_chunks:
+            writer = reopen_writer(group, names, device=device)
+            check_unchanged(writer)
+            lines.append(_encode_again(cache, writer, of_chunks, progress))
     return lines
+
+
+def _encode_again(cache: Cache, writer: FeatureWriter, findings: Sequence[Finding], progress: Progress) -> str:
+    """Encode damaged and missing chunks, one at a time: a killed repair has withdrawn one chunk at most."""
+    group, source = writer.group, reopen_source(cache.info.source)
+    chunks = sorted({finding.chunk for finding in findings})
+    progress.start(f"repairing {group.name}", cache.info.count_items(group.modality, chunks), noun(group.modality))
+    for chunk in chunks:
+        writer.leases.acquire(chunk, wait=True)
+        withdraw(group, chunk, [finding.name for finding in findings if finding.chunk == chunk and finding.is_damage])
+        task = lease_chunk(writer, chunk)
+        if task.missing:
+            encode_chunks(cache, source, group.modality, [task], progress, threads=num_cores())
+    progress.finish()
+    return f"{group.name} ({', '.join(writer.features)}): encoded {len(chunks):,} chunks again"
 
 
 @dataclass(kw_only=True)
@@ -242,6 +267,8 @@ def _retry_chunk(
         return
     items = worker.cache.items(writers[0].group.modality, chunk=chunk).take(rows)
     loaded = dict(zip(rows, load_items(worker.source, items, writers, executor), strict=True))
+    for item, row in zip(items.to_pylist(), rows, strict=True):
+        check_length(to_file_item(item), loaded[row], writers[0].group.modality)
     for number, (writer, report) in enumerate(zip(writers, reports, strict=True)):
         writer.leases.acquire(chunk, wait=True)
         retried = {row: loaded[row] for row in rows if row in _failed_rows(writer, chunk)}

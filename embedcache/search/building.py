@@ -21,7 +21,10 @@ from embedcache.store.layout import CacheInfo
 PART_BYTES = 256_000_000  # codes per part on disk: kept in memory beside a chunk, and repeated by a killed build
 _LIST_FILES = ("index.part-*.faiss", "lists-*.ivfdata")
 
-FILES = ("index.faiss", "index.partial.faiss", "building.json", "record.json", *_LIST_FILES)
+STATE = "building.json"
+"""What an unfinished build has done; there is none in a finished index."""
+
+FILES = ("index.faiss", "index.partial.faiss", STATE, "record.json", *_LIST_FILES)
 
 
 class IndexBuilder:
@@ -33,7 +36,7 @@ class IndexBuilder:
 
     def __init__(self, folder: Path, source: Mapping[str, Any], info: CacheInfo, *, lists: str | None = None) -> None:
         self._folder, self._lists = folder, lists
-        self._state_path = folder / "building.json"
+        self._state_path = folder / STATE
         self._partial_path = folder / "index.partial.faiss"
         self._source = dict(source)
         self._factory: str | None = None
@@ -116,9 +119,14 @@ class IndexBuilder:
             index.write(self._partial_path)
         return _fill_lists(self._folder, self._partial_path, old, vectors, progress)
 
-    def _write_state(self, factory: str | None) -> None:
+    def record_files(self, checksums: Mapping[str, str]) -> None:
+        """Record the checksums of files that are finished before the card that states them."""
+        self._write_state(self._factory, checksums=dict(checksums))
+
+    def _write_state(self, factory: str | None, **finished: Mapping[str, str]) -> None:
         self._factory = factory
-        write_json(self._state_path, {"about": self._source, "factory": factory, "refused": self.rejected})
+        state = {"about": self._source, "factory": factory, "refused": self.rejected, **finished}
+        write_json(self._state_path, state)
 
 
 def _fill_lists(
@@ -167,7 +175,7 @@ def lists_name(num_vectors: int) -> str:
 def remove_leftovers(folder: Path, *, lists: str | None) -> None:
     """Remove what building leaves once the card is written, except for the file of lists that the index uses."""
     _remove_lists(folder, keep=lists)
-    for name in ("index.partial.faiss", "building.json"):
+    for name in ("index.partial.faiss", STATE):
         (folder / name).unlink(missing_ok=True)
 
 

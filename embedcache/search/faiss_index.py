@@ -48,6 +48,11 @@ class RowIndex:
         return self._rows
 
     @property
+    def width(self) -> int:
+        """Number of dimensions of a vector."""
+        return int(self.wrapped.d)
+
+    @property
     def code_size(self) -> int:
         """Bytes per vector in the inverted lists."""
         return int(self._faiss.extract_index_ivf(self._inner).code_size)
@@ -207,7 +212,7 @@ def read_index(path: Path, *, is_mapped: bool | None = None) -> RowIndex:
                 return RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY))
         index = RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC))
         return index if not index.num_lists else RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP))
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, MemoryError, ValueError) as error:
         raise CorruptError(f"{path}: expected a FAISS index of rows, got an error: {_reason(error)}") from error
 
 

@@ -3,18 +3,20 @@
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import FingerprintError, SettingError
+from embedcache.errors import CorruptError, FingerprintError, SettingError, UnfinishedError
 from embedcache.files import LOCK, disk_errors, is_remote, locked
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import (
     check_same,
+    digest,
     fields_of,
     from_record,
     prepare_folder,
+    read_json,
     read_manifest,
     record_stage,
     to_record,
@@ -30,10 +32,11 @@ from embedcache.search.autotune import (
     on_disk_configurations,
     remaining_candidates,
 )
-from embedcache.search.building import FILES, IndexBuilder, lists_name, remove_leftovers
-from embedcache.search.faiss_index import RowIndex
+from embedcache.search.building import FILES, STATE, IndexBuilder, lists_name, remove_leftovers
+from embedcache.search.faiss_index import RowIndex, read_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
+from embedcache.store.arrays import check_file, file_checksum
 
 FORMAT_VERSION = 3
 
@@ -68,6 +71,7 @@ class IndexCard:
         num_training: number of vectors it was trained on.
         seconds: duration of this build; of an interrupted one, since it was resumed.
         lists: file of inverted lists that stay on disk during search; None: all is in memory.
+        checksums: `index.faiss` and the file of lists -> CRC-32C of its bytes; the first cards of format 3 have none.
         format: version of the format on disk.
     """
 
@@ -94,6 +98,7 @@ class IndexCard:
     num_training: int | None = None
     seconds: float | None = None
     lists: str | None = None
+    checksums: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION
 
 
@@ -135,18 +140,74 @@ def build_index(
         if card is not None:
             _check_reuse(index_path, card, vectors, settings)
         if card is None or card.num_vectors < len(vectors.rows):
+            if card is not None and not (index_path / STATE).is_file():  # else the index may be newer than its card
+                _check_files(index_path, card.checksums)
             card = _build(index_path, vectors, card, settings, progress)
-            write_json(index_path / "card.json", to_record(card))
+            record = to_record(card)
+            write_json(index_path / "card.json", {**record, "digest": _digest(record)})
         remove_leftovers(index_path, lists=card.lists)
     return card
 
 
 def read_card(index_path: Path) -> IndexCard:
-    """Read an index's card; `PathError` without a finished index, `ArtifactError` if its format is later."""
+    """Read an index's card.
+
+    Raises:
+        PathError: there is no finished index.
+        ArtifactError: its format is later, or the card has changed since it was written.
+    """
     path = index_path / "card.json"
     make = f"embedcache curate index CACHE {index_path}"
     values = read_manifest(path, kind="index", latest_format=FORMAT_VERSION, make=make)
+    written = values.pop("digest", None)
+    if written not in (None, _digest(values)):
+        raise CorruptError(f"{path} has changed since it was written; restore it, or {_rebuild(index_path)}")
     return fields_of(path, lambda: IndexCard(**from_record(values)))
+
+
+def open_row_index(index_path: Path, card: IndexCard) -> RowIndex:
+    """Open the index that a card describes, whose files are compared with their checksums once in a process.
+
+    Raises:
+        PathError: a file is missing.
+        CorruptError: a file has other bytes, or is not the index that the card describes.
+        UnfinishedError: an extension was killed, or is still running, between the index and its card.
+    """
+    try:
+        _check_files(index_path, card.checksums)
+    except CorruptError as error:
+        if not (index_path / STATE).is_file():
+            raise
+        finished = read_json(index_path / STATE).get("checksums")
+        if finished is None:
+            raise UnfinishedError(
+                f"{index_path} is being extended, or was when a process ended; run the same embedcache curate index "
+                "again"
+            ) from error
+        _check_files(index_path, finished)  # the longer index, whose card is not written yet
+        return read_index(index_path / "index.faiss")
+    index = read_index(index_path / "index.faiss")
+    found, expected = (len(index), index.width), (card.num_vectors, card.width)
+    if found != expected and card.checksums:
+        raise CorruptError(
+            f"{index_path / 'index.faiss'}: expected {expected[0]:,} vectors of width {expected[1]:,}, as its card "
+            f"states, got {found[0]:,} of {found[1]:,}; {_rebuild(index_path)}"
+        )
+    return index
+
+
+def _check_files(index_path: Path, checksums: Mapping[str, str]) -> None:
+    for name, checksum in checksums.items():
+        check_file(index_path / name, checksum, next_step=_rebuild(index_path))
+
+
+def _rebuild(index_path: Path) -> str:
+    return f"remove {index_path} and build it again: embedcache curate index CACHE {index_path}"
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """Return the digest of a card without the paths, which may be corrected by hand when folders have moved."""
+    return digest({name: value for name, value in record.items() if name not in ("cache", "run")})
 
 
 def check_card(index_path: Path, card: IndexCard, requested: Mapping[str, Any], *, next_step: str) -> None:
@@ -220,9 +281,13 @@ def _build(
                 quality = measure_index(index, queries, settings.min_recall)
                 if quality.recall_at_10 >= settings.min_recall:
                     index.write(index_path / "index.faiss")
+                    lists = lists_name(num) if candidate.is_on_disk else None
+                    checksums = {name: file_checksum(index_path / name) for name in ("index.faiss", lists) if name}
+                    builder.record_files(checksums)
                     outcome.update({"recall_at_10": quality.recall_at_10, "num_vectors": num})
                     seconds = time.perf_counter() - started
-                    return _card(vectors, index_path, candidate, index, quality, settings.min_recall, seconds)
+                    card = _card(vectors, index_path, candidate, index, quality, settings.min_recall, seconds)
+                    return replace(card, checksums=checksums)
                 builder.reject(candidate.factory, quality.recall_at_10)
                 progress.note(f"{candidate.factory}: recall@10 {quality.recall_at_10:.3f} is too low, not kept")
             left = remaining_candidates(left, candidate)

@@ -12,9 +12,9 @@ import pyarrow as pa
 from embedcache.arrays import Bools, Floats, Ints, concatenated_ranges
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.files import is_url
-from embedcache.search.faiss_index import exact_search, read_index
+from embedcache.search.faiss_index import exact_search
 from embedcache.search.filters import CacheFilters
-from embedcache.search.index import read_card
+from embedcache.search.index import open_row_index, read_card
 from embedcache.search.queries import Queries, QueryEncoder
 from embedcache.search.settings import Filter, SearchSettings
 from embedcache.store.cache import Cache
@@ -84,6 +84,7 @@ class OpenIndex:
     Raises:
         PathError: the index, its run or its cache does not exist.
         FingerprintError: the run or the cache is not the one that the index was built from.
+        CorruptError: the card or a file of the index has changed.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class OpenIndex:
         self.query_encoder = QueryEncoder(self.card, self.cache, self.run_path, device)
         self.filters = CacheFilters(self.cache, self.card.modality, self.run_path)
         self.hits = HitReader(self.cache, self.card.modality)
-        self._index = read_index(self.path / "index.faiss")
+        self._index = open_row_index(self.path, self.card)
         self._subset = lru_cache(maxsize=8)(self._apply)
 
     def search(self, queries: Queries, *, k: int | None = None, condition: Filter | None = None) -> list[list[Hit]]:

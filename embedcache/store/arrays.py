@@ -3,7 +3,10 @@
 zarr-python writes the metadata, and any Zarr reader can read the arrays. Chunks are written here because they must be
 flushed before they are committed, and read from memory maps because zarr-python reads a complete chunk for one row."""
 
+import json
+import math
 import mmap
+import os
 import resource
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -18,7 +21,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from embedcache.arrays import Array, blocks
-from embedcache.errors import CorruptError, UnfinishedError
+from embedcache.errors import CorruptError, PathError, UnfinishedError
 from embedcache.files import is_remote, write_atomic, write_blocks
 from embedcache.provenance import read_json
 
@@ -26,22 +29,27 @@ CRC_BYTES = 4
 REPAIR = "repair it with: embedcache verify CACHE --repair"
 """Next step for damaged chunks and commits."""
 
+SKIP_CHECKSUMS = "EMBEDCACHE_SKIP_CHECKSUMS"
+"""Environment variable: with 1, chunks of features and indexes that are mapped into memory are not compared."""
+
+_OPTIONAL = ("storage_transformers", "dimension_names", "consolidated_metadata")
+_CHECKED: set[tuple[tuple[int, ...] | None, str]] = set()  # files that this process has compared with their commit
 _MAX_OPEN_FILES = 32_768
 _REMOTE_BYTES = 2**30
 _BLOCK_BYTES = 2**22
 
 
-def write_group(path: Path, attributes: Mapping[str, Any]) -> None:
-    """Write the metadata of a Zarr group."""
+def group_metadata(attributes: Mapping[str, Any]) -> bytes:
+    """Return the content of a Zarr group's `zarr.json`."""
     files: dict[str, Buffer] = {}
     zarr.create_group(MemoryStore(files), attributes=dict(attributes))
-    write_atomic(path / "zarr.json", files["zarr.json"].to_bytes())
+    return files["zarr.json"].to_bytes()
 
 
-def write_array(
-    path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, attributes: Mapping[str, Any]
-) -> None:
-    """Write the metadata of a Zarr array; the fill value is NaN, or -1 for integers."""
+def array_metadata(
+    shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, attributes: Mapping[str, Any] | None = None
+) -> bytes:
+    """Return the content of a Zarr array's `zarr.json`; the fill value is NaN, or -1 for integers."""
     files: dict[str, Buffer] = {}
     zarr.create_array(
         MemoryStore(files),
@@ -52,9 +60,29 @@ def write_array(
         serializer=BytesCodec(endian="little"),
         compressors=Crc32cCodec(),
         fill_value=fill_value(dtype),
-        attributes=dict(attributes),
+        attributes=dict(attributes or {}),
     )
-    write_atomic(path / "zarr.json", files["zarr.json"].to_bytes())
+    return files["zarr.json"].to_bytes()
+
+
+def write_metadata(path: Path, metadata: bytes) -> None:
+    """Write the metadata of a Zarr group or array."""
+    write_atomic(path / "zarr.json", metadata)
+
+
+def has_metadata(path: Path, metadata: bytes) -> bool:
+    """Return whether a Zarr group or array has this metadata, as any version of zarr-python writes it."""
+    try:
+        return bool(_without_empty(read_metadata(path)) == _without_empty(json.loads(metadata)))
+    except (CorruptError, PathError):
+        return False
+
+
+def _without_empty(metadata: Any) -> Any:
+    """Return metadata without empty optional entries, which some versions write and some omit."""
+    if not isinstance(metadata, dict):
+        return metadata
+    return {name: value for name, value in metadata.items() if value or name not in _OPTIONAL}
 
 
 def fill_value(dtype: Any) -> float:
@@ -109,29 +137,88 @@ def _row_blocks(parts: Iterable[Array], chunk_shape: tuple[int, ...], dtype: str
         yield np.full((rows.stop - rows.start, *chunk_shape[1:]), fill_value(dtype), stored).tobytes()
 
 
-def map_chunk(array_path: Path, number: int, chunk_shape: tuple[int, ...], dtype: str) -> Array:
-    """Map one chunk into memory, read-only, without reading it; a chunk behind a URL is read.
+def open_chunk(
+    array_path: Path, number: int, chunk_shape: tuple[int, ...], dtype: str, committed_crc: str, *, once: bool = False
+) -> Array:
+    """Map one chunk into memory, read-only, and compare its rows with the checksum in its commit.
+
+    A chunk behind a URL is read.
+
+    Args:
+        once: skip the rows of a file that this process has compared before, and all rows if `skips_checksums`. The
+            size, and the copy of the checksum that ends the file, are compared each time.
 
     Raises:
         UnfinishedError: the chunk is committed, but its file is missing.
-        CorruptError: the file has the wrong size.
+        CorruptError: the file has the wrong size or other bytes.
     """
     path = chunk_path(array_path, number, len(chunk_shape))
-    num_bytes = int(np.prod(chunk_shape)) * np.dtype(dtype).itemsize
+    num_bytes = math.prod(chunk_shape) * np.dtype(dtype).itemsize
     try:
-        mapped = path.read_bytes() if is_remote(path) else _map(path)
+        mapped, identity = (path.read_bytes(), None) if is_remote(path) else _map(path)
     except FileNotFoundError as error:
         raise UnfinishedError(f"{path} is committed but missing; run the same embedcache extract again") from error
     except ValueError as error:  # an empty file cannot be mapped
         raise CorruptError(f"{path}: expected {num_bytes + CRC_BYTES} bytes, got an empty file; {REPAIR}") from error
     if len(mapped) != num_bytes + CRC_BYTES:
         raise CorruptError(f"{path}: expected {num_bytes + CRC_BYTES} bytes, got {len(mapped)}; {REPAIR}")
+    if mapped[num_bytes:] != int(committed_crc, 16).to_bytes(CRC_BYTES, "little"):
+        raise _changed(path, committed_crc, f"{int.from_bytes(mapped[num_bytes:], 'little'):08x} at its end")
+    checked = (identity, committed_crc)
+    if not once or (checked not in _CHECKED and not skips_checksums()):
+        actual_crc = f"{google_crc32c.value(np.frombuffer(mapped, np.uint8, num_bytes)):08x}"
+        if actual_crc != committed_crc:
+            raise _changed(path, committed_crc, actual_crc)
+        if identity is not None:
+            _CHECKED.add(checked)
     return np.frombuffer(mapped, dtype, num_bytes // np.dtype(dtype).itemsize).reshape(chunk_shape)
 
 
-def _map(path: Path) -> mmap.mmap:
+def _changed(path: Path, committed_crc: str, found: str) -> CorruptError:
+    return CorruptError(f"{path}: expected checksum {committed_crc}, got {found}: the bytes changed on disk; {REPAIR}")
+
+
+def file_checksum(path: Path) -> str:
+    """Return the CRC-32C of all bytes of a local file as 8 hex digits. Memory: a block."""
+    crc = 0
     with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        while block := file.read(_BLOCK_BYTES):
+            crc = google_crc32c.extend(crc, block)
+    return f"{crc:08x}"
+
+
+def check_file(path: Path, checksum: str, *, next_step: str) -> None:
+    """Compare a local file with its checksum, once in a process, unless `skips_checksums`.
+
+    Raises:
+        PathError: there is no such file.
+        CorruptError: it has other bytes.
+    """
+    if not path.is_file():
+        raise PathError(f"{path} does not exist; {next_step}")
+    status = path.stat()
+    checked = ((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns), checksum)
+    if checked in _CHECKED or skips_checksums():
+        return
+    actual = file_checksum(path)
+    if actual != checksum:
+        raise CorruptError(
+            f"{path}: expected checksum {checksum}, got {actual}: the bytes changed on disk; {next_step}"
+        )
+    _CHECKED.add(checked)
+
+
+def skips_checksums() -> bool:
+    """Return whether the user has renounced the comparison of checksums when a file is first used in a process."""
+    return os.environ.get(SKIP_CHECKSUMS, "0") != "0"
+
+
+def _map(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
+    """Map a file; return it with what changes when the file is written again."""
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), identity
 
 
 def max_maps(array_path: Path, chunk_bytes: int) -> int:
@@ -149,13 +236,3 @@ def _raise_open_file_limit() -> int:
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return max(128, limit)
-
-
-def check_chunk(array_path: Path, number: int, chunk: Array, committed_crc: str) -> None:
-    """Check a mapped chunk against the checksum in its commit, or raise a `CorruptError`."""
-    actual_crc = f"{google_crc32c.value(chunk.tobytes()):08x}"
-    if actual_crc != committed_crc:
-        path = chunk_path(array_path, number, chunk.ndim)
-        raise CorruptError(
-            f"{path}: expected checksum {committed_crc}, got {actual_crc}: the bytes changed on disk; {REPAIR}"
-        )

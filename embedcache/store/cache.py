@@ -8,11 +8,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedcache.errors import UnknownNameError
+from embedcache.errors import CorruptError, UnknownNameError
 from embedcache.files import open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.registry import unknown_name
 from embedcache.sources.files import wrap_io_errors
+from embedcache.store.checksums import BLOCK, check_rows, find_changed
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.layout import CacheInfo, items_path, read_info, samples_path
@@ -43,26 +44,36 @@ class Cache:
         """Column names of the sample table, without reading it."""
         path = samples_path(self.path)
         with table_errors(path), open_table(path) as table:
-            return list(table.schema_arrow.names)
+            names = list(table.schema_arrow.names)
+        self._require_columns("samples", names, None)
+        return names
 
     @cached_property
     def samples(self) -> pa.Table:
         """The sample table: one row per sample in row order, `key` and the columns of the source.
 
         Rows beyond those that `cache.json` counts are omitted: a process killed while it appended samples leaves them.
+
+        Raises:
+            CorruptError: the table cannot be read, or differs from its checksums.
         """
         with table_errors(samples_path(self.path)):
-            return read_table(samples_path(self.path)).slice(0, self.info.num_samples)
+            rows = read_table(samples_path(self.path)).slice(0, self.info.num_samples)
+        self._require_columns("samples", rows.column_names, None)
+        return self._checked("samples", rows)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return one column of the sample table, which is read once, without the others.
 
-        Raises `KeyError` if there is no such column; `columns` lists them.
+        Raises:
+            KeyError: there is no such column; `columns` lists them.
+            CorruptError: the table cannot be read, or the rows differ from their checksums.
         """
         if name not in self._sample_columns:
             with table_errors(samples_path(self.path)):
-                column = read_table(samples_path(self.path), [name])[name].slice(0, self.info.num_samples)
-            self._sample_columns[name] = column
+                rows = read_table(samples_path(self.path), [name]).slice(0, self.info.num_samples)
+            self._require_columns("samples", rows.column_names, [name])
+            self._sample_columns[name] = self._checked("samples", rows)[name]
         return self._sample_columns[name]
 
     def items(self, modality: str, *, chunk: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
@@ -73,17 +84,54 @@ class Cache:
                 also start_s and stop_s).
             chunk: return only the rows of this chunk; None returns all.
             columns: names of the columns to read; None reads all.
+
+        Raises:
+            CorruptError: the table cannot be read, or the rows differ from their checksums.
         """
         path = items_path(self.path, modality)
         with table_errors(path):
             if chunk is None:
-                return read_table(path, columns=columns).slice(0, self.info.num_items.get(modality, 0))
+                rows = read_table(path, columns=columns).slice(0, self.info.num_items.get(modality, 0))
+                self._require_columns(modality, rows.column_names, columns)
+                return self._checked(modality, rows)
             status = path.stat()
             stamp = (modality, status.st_size, status.st_mtime)  # another process may append samples at any time
             with open_table(path, self._footers.get(stamp)) as file:
                 self._footers = {stamp: file.metadata}
                 rows = file.read_row_group(chunk, columns=columns, use_threads=False)
-                return rows.slice(0, self.info.count_items(modality, [chunk]))
+            rows = rows.slice(0, self.info.count_items(modality, [chunk]))
+            self._require_columns(modality, rows.column_names, columns)
+            return self._checked(modality, rows, chunk)
+
+    def _require_columns(self, name: str, found: Sequence[str], requested: Sequence[str] | None) -> None:
+        """Check that a table has the requested columns, or all that were written; Arrow omits unknown ones silently."""
+        written = self.info.table_checksums.get(name, {})
+        missing = [column for column in requested or written if column in written and column not in found]
+        if missing:
+            raise CorruptError(
+                f"the table of {name} in {self.path} has no column {missing[0]!r}; restore the file, or extract into a "
+                "new folder"
+            )
+
+    def _checked(self, name: str, rows: pa.Table, chunk: int | None = None) -> pa.Table:
+        """Return rows of a table, all or those of a chunk, that equal their checksums.
+
+        Another process may have moved failed items by `--retry-failed` since this cache was opened.
+        """
+        is_samples = name == "samples"
+        path = samples_path(self.path) if is_samples else items_path(self.path, name)
+        block_rows = BLOCK if is_samples else self.info.chunk_size
+        place = slice(0, self.info.num_samples if is_samples else self.info.num_items.get(name, 0))
+        if chunk is not None:
+            place = self.info.chunk_rows(name, chunk)
+        if len(rows) != place.stop - place.start:
+            raise CorruptError(
+                f"{path}: expected {place.stop - place.start:,} rows, got {len(rows):,}; restore the file, or extract "
+                "into a new folder"
+            )
+        if find_changed(rows, self.info.table_checksums.get(name, {}), place.start, block_rows) is not None:
+            check_rows(rows, read_info(self.path).table_checksums.get(name, {}), place.start, block_rows, path)
+        return rows
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
         """Return the encoders with features of a modality, sorted by name."""

@@ -1,26 +1,36 @@
 """Stored features: gather any rows from memory maps, or iterate over checked chunks in order."""
 
+import math
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Array, Bools, Ints
-from embedcache.errors import DataError, UnfinishedError
-from embedcache.store.arrays import check_chunk, map_chunk, max_maps, read_metadata
+from embedcache.errors import CorruptError, DataError, UnfinishedError
+from embedcache.provenance import digest
+from embedcache.store.arrays import REPAIR, max_maps, open_chunk
 from embedcache.store.columns import HASH, Column, is_missing, to_array
 from embedcache.store.group import Commit, EncoderGroup, chunk_shape, read_axis, read_feature
+
+T = TypeVar("T")
+
+_REWRITE_S = 10.0
+_POLL_S = 0.05
 
 
 class Feature:
     """One named output of one encoder over all items of its modality, read-only.
 
-    Opening reads no vectors. Memory: the commits (under 100 bytes per item) once rows are read, and memory maps, which
-    the system may drop at any time.
+    Opening reads no vectors. No byte is used before it was compared with its checksum: each time a chunk is read in
+    order, and once in a process when a chunk is mapped for rows in any order (unless `EMBEDCACHE_SKIP_CHECKSUMS=1`).
+    Memory: the commits (under 100 bytes per item) once rows are read, and memory maps, which the system may drop at any
+    time.
     """
 
     def __init__(self, group: EncoderGroup, feature: str) -> None:
@@ -31,6 +41,7 @@ class Feature:
         self.dtype: str = attributes["dtype"]
         self.axis = read_axis(attributes, self.name)
         self.num_items = group.info.num_items[group.modality]
+        self._attributes_digest = digest(attributes)
         self._maps: OrderedDict[int, Array] = OrderedDict()
 
     @property
@@ -58,9 +69,7 @@ class Feature:
         """Number of vectors of all committed items."""
         if not self.is_ragged:
             return self.num_items * (self.item_shape[0] if len(self.item_shape) > 1 else 1)
-        folder = self.group.path / self.feature / "values"
-        chunks = [commit.chunk for commit in self.commits if commit is not None]
-        return sum(int(read_metadata(folder / f"{chunk:05d}")["shape"][0]) for chunk in chunks)
+        return int(self.lengths().sum())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,9 +78,28 @@ class Feature:
 
     @cached_property
     def commits(self) -> list[Commit | None]:
-        """Commit of each chunk; None if this feature is not committed."""
+        """Commit of each chunk; None if this feature is not committed.
+
+        Raises:
+            CorruptError: a commit has changed, or the metadata of this feature has since it was committed.
+        """
         commits = self.group.commits()
-        return [commit if commit is not None and self.feature in commit.features else None for commit in commits]
+        commits = [commit if commit is not None and self.feature in commit.features else None for commit in commits]
+        for commit in commits:
+            self.check_attributes(commit)
+        return commits
+
+    def check_attributes(self, commit: Commit | None) -> None:
+        """Check that a chunk was committed with the shape, dtype and axis that the metadata states now.
+
+        Raises:
+            CorruptError: they differ; the first commits do not record them.
+        """
+        if commit is not None and commit.attributes.get(self.feature) not in (None, self._attributes_digest):
+            path = self.group.path / self.feature / "zarr.json"
+            raise CorruptError(
+                f"{path}: its attributes have changed since chunk {commit.chunk} was committed; restore that file"
+            )
 
     @cached_property
     def valid(self) -> Bools:
@@ -113,10 +141,9 @@ class Feature:
     def gather(self, rows: Ints) -> Array:
         """Copy rows in the given order: (B,) int -> (B, D) or (B, T, D) in the dtype on disk.
 
-        Checksums are not checked; `chunks` and `load` check them.
-
         Raises:
             DataError: the feature is ragged, or a row is out of range, failed or not committed.
+            CorruptError: a chunk differs from its checksum, which is compared when this process first maps it.
         """
         self._require_fixed()
         rows = self._check_rows(rows)
@@ -137,7 +164,7 @@ class Feature:
         tokens: list[Array | None] = [None] * len(rows)
         for chunk in np.unique(rows // self.group.info.chunk_size):
             start = self._rows(int(chunk)).start
-            items = self._ragged_chunk(int(chunk))
+            items = self._read(self._commit_of(int(chunk)), partial(self._ragged_items, once=True))
             for position in np.flatnonzero(rows // self.group.info.chunk_size == chunk):
                 tokens[position] = items[rows[position] - start]
         assert all(array is not None for array in tokens)  # every row is valid, so every item has tokens
@@ -151,7 +178,9 @@ class Feature:
                 rows = self._rows(commit.chunk)
                 num_tokens = self.item_shape[0] if len(self.item_shape) > 1 else 1
                 lengths_N[rows] = (
-                    self._lengths(commit.chunk)[: rows.stop - rows.start] if self.is_ragged else num_tokens
+                    self._read(commit, partial(self._lengths, once=True))[: rows.stop - rows.start]
+                    if self.is_ragged
+                    else num_tokens
                 )
         lengths_N[~self.valid] = 0
         return lengths_N
@@ -175,16 +204,14 @@ class Feature:
             UnfinishedError: a file is missing.
         """
         if self.is_ragged:
-            yield self._rows(commit.chunk), self._ragged_chunk(commit.chunk, commit=commit)
+            yield self._rows(commit.chunk), self._read(commit, self._ragged_items)
             return
-        path, crcs = self.group.path / self.feature, commit.features[self.feature]
         rows, size = self._rows(commit.chunk), self._chunk_shape[0]
         for start in range(rows.start, rows.stop, size):
             number = start // size
-            if f"{self.feature}/{number}" not in crcs:
+            if f"{self.feature}/{number}" not in commit.features[self.feature]:
                 return  # of samples that were appended later
-            values = map_chunk(path, number, self._chunk_shape, self.dtype)
-            check_chunk(path, number, values, crcs[f"{self.feature}/{number}"])
+            values = self._read(commit, partial(self._values, number=number))
             stop = min(start + size, rows.stop)
             yield slice(start, stop), values[: stop - start]
 
@@ -235,31 +262,74 @@ class Feature:
             raise DataError(f"row {row} has no feature {self.name}: {reason}")
         return rows
 
+    def _commit_of(self, chunk: int) -> Commit:
+        """Return the commit of a chunk with valid rows."""
+        commit = self.commits[chunk]
+        assert commit is not None  # the caller has checked its rows
+        return commit
+
+    def _read(self, commit: Commit, read: Callable[[Commit], T]) -> T:
+        """Read files of a chunk; again with its new commit if another process has written the chunk since.
+
+        `--extend` and `--retry-failed` do: values that existed stay the same in the new files.
+        """
+        try:
+            return read(commit)
+        except (CorruptError, UnfinishedError):
+            current = self._commit_on_disk(commit.chunk)
+            if current.features[self.feature] == commit.features[self.feature]:
+                raise
+        return read(current)
+
+    def _commit_on_disk(self, chunk: int) -> Commit:
+        """Read the commit of a chunk; wait if a process that writes the chunk has withdrawn it."""
+        stop = time.monotonic() + _REWRITE_S
+        while True:
+            commit = self.group.commit(chunk)
+            if commit is not None and self.feature in commit.features:
+                return commit
+            if time.monotonic() > stop:
+                raise UnfinishedError(
+                    f"chunk {chunk} of feature {self.name} is being written by another process, or was when it ended; "
+                    f"run the same command again once {self.group.command} has finished"
+                )
+            time.sleep(_POLL_S)
+
     def _map(self, number: int) -> Array:
         if number not in self._maps:
-            path = self.group.path / self.feature
-            self._maps[number] = map_chunk(path, number, self._chunk_shape, self.dtype)
-            chunk_bytes = int(np.prod(self._chunk_shape)) * np.dtype(self.dtype).itemsize
-            if len(self._maps) > max_maps(path, chunk_bytes):
+            commit = self._commit_of(number * self._chunk_shape[0] // self.group.info.chunk_size)
+            self._maps[number] = self._read(commit, partial(self._values, number=number, once=True))
+            chunk_bytes = math.prod(self._chunk_shape) * np.dtype(self.dtype).itemsize
+            if len(self._maps) > max_maps(self.group.path / self.feature, chunk_bytes):
                 self._maps.popitem(last=False)
         return self._maps[number]
 
-    def _lengths(self, chunk: int) -> Array:
-        """Map the number of tokens of each item of one chunk."""
-        return map_chunk(self.group.path / self.feature / "lengths", chunk, (self.group.info.chunk_size,), "int32")
+    def _checksum(self, commit: Commit, file: str) -> str:
+        """Return the committed checksum of a file."""
+        try:
+            return commit.features[self.feature][file]
+        except KeyError:
+            raise CorruptError(f"the commit of chunk {commit.chunk} of {self.name} lacks {file}; {REPAIR}") from None
 
-    def _ragged_chunk(self, chunk: int, *, commit: Commit | None = None) -> list[Array | None]:
-        """Map one chunk of tokens; check its checksums if its commit is given."""
-        path = self.group.path / self.feature
-        values_path = path / "values" / f"{chunk:05d}"
-        num_tokens, width = read_metadata(values_path)["shape"]
-        values = map_chunk(values_path, 0, (max(num_tokens, 1), width), self.dtype)
-        lengths = self._lengths(chunk)
-        if commit is not None:
-            crcs = commit.features[self.feature]
-            check_chunk(values_path, 0, values, crcs[f"{self.feature}/values/{chunk:05d}/0"])
-            check_chunk(path / "lengths", chunk, lengths, crcs[f"{self.feature}/lengths/{chunk}"])
-        lengths = lengths[: self.group.info.count_items(self.modality, [chunk])]
+    def _values(self, commit: Commit, *, number: int, once: bool = False) -> Array:
+        """Map one chunk of the array of a feature with items of one shape."""
+        crc = self._checksum(commit, f"{self.feature}/{number}")
+        return open_chunk(self.group.path / self.feature, number, self._chunk_shape, self.dtype, crc, once=once)
+
+    def _lengths(self, commit: Commit, *, once: bool = False) -> Array:
+        """Map the number of tokens of each item of one chunk; -1 for a failed item."""
+        crc = self._checksum(commit, f"{self.feature}/lengths/{commit.chunk}")
+        path, shape = self.group.path / self.feature / "lengths", (self.group.info.chunk_size,)
+        return open_chunk(path, commit.chunk, shape, "int32", crc, once=once)
+
+    def _ragged_items(self, commit: Commit, *, once: bool = False) -> list[Array | None]:
+        """Map one chunk of tokens."""
+        lengths = self._lengths(commit, once=once)
+        name = f"values/{commit.chunk:05d}"
+        shape = (max(int(np.maximum(lengths, 0).sum()), 1), self.item_shape[1])
+        crc = self._checksum(commit, f"{self.feature}/{name}/0")
+        values = open_chunk(self.group.path / self.feature / name, 0, shape, self.dtype, crc, once=once)
+        lengths = lengths[: self.group.info.count_items(self.modality, [commit.chunk])]
         stops = np.cumsum(np.maximum(lengths, 0))
         return [
             None if length < 0 else values[stop - length : stop] for length, stop in zip(lengths, stops, strict=True)

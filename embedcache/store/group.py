@@ -6,6 +6,7 @@ A commit is written after the arrays of its chunk; without it the chunk does not
 import hashlib
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -20,10 +21,19 @@ import pyarrow.parquet as pq
 
 from embedcache.axis import Axis
 from embedcache.encoders.open import DERIVED
-from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError
+from embedcache.errors import ArtifactError, CorruptError, DataError, EmbedcacheError, PathError, one_line
 from embedcache.files import flush, io_reason, is_remote, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
-from embedcache.store.arrays import CRC_BYTES, REPAIR, chunk_path, read_metadata, write_array, write_group
+from embedcache.store.arrays import (
+    CRC_BYTES,
+    REPAIR,
+    array_metadata,
+    chunk_path,
+    group_metadata,
+    has_metadata,
+    read_metadata,
+    write_metadata,
+)
 from embedcache.store.columns import HASH, Column, hashes_json, strings_json, to_array
 from embedcache.store.compacted import (
     MIN_CHUNKS,
@@ -41,8 +51,10 @@ NOT_YET = "not extracted yet"
 
 _FAILURE = "failure of "
 _METADATA_KEY = b"embedcache"
+_MAX_SIZE = 2**31
+_DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64"})
 _TOKEN_CHUNK_BYTES = 16 * 2**20
-_ATTRIBUTE = "embedcache"
+ATTRIBUTE = "embedcache"
 _SAME_ENCODER = "use the same encoder, --backend and --precision as before, or extract into a new folder"
 _SAME_DERIVATION = "use the same inputs and parameters as before, or derive under another name"
 
@@ -82,6 +94,11 @@ class Commit:
         """Return the commit without some features."""
         files = {name: files for name, files in self.features.items() if name not in features}
         return replace(self, features=files, attributes={k: v for k, v in self.attributes.items() if k in files})
+
+    def used_rows(self) -> list[int]:
+        """Return the rows, counted from the start of the chunk, that have at least one feature."""
+        failures = list(self.failures.values())
+        return [row for row in range(len(self.hashes)) if any(reasons[row] is None for reasons in failures)]
 
     def is_complete(self, feature: str) -> bool:
         """Return whether every row has the feature or a reason why not."""
@@ -135,6 +152,25 @@ class EncoderGroup:
     def features(self) -> list[str]:
         """Names of the features that have metadata, complete or not."""
         return sorted(path.parent.name for path in self.path.glob("*/zarr.json"))
+
+    def siblings(self) -> "list[EncoderGroup]":
+        """Open the folders of the other encoders of this modality, as far as they can be read.
+
+        Behind a URL they are listed once: each listing is several requests.
+        """
+        return self._siblings if is_remote(self.path) else self._open_siblings()
+
+    @cached_property
+    def _siblings(self) -> "list[EncoderGroup]":
+        return self._open_siblings()
+
+    def _open_siblings(self) -> "list[EncoderGroup]":
+        names = {path.parent.name for path in self.path.parent.glob("*/zarr.json")} - {self.name}
+        opened = []
+        for name in sorted(names):
+            with suppress(ArtifactError, PathError):  # damaged: `verify` reports it
+                opened.append(open_group(self.path.parents[1], self.modality, name, self.info))
+        return opened
 
     @property
     def has_commits(self) -> bool:
@@ -261,9 +297,11 @@ def _have_right_size(array_path: Path, numbers: Sequence[int]) -> bool:
     try:
         metadata = read_metadata(array_path)
         shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-        num_bytes = int(np.prod(shape)) * np.dtype(metadata["data_type"]).itemsize + CRC_BYTES
+        num_bytes = math.prod(shape) * np.dtype(metadata["data_type"]).itemsize + CRC_BYTES
         return all(chunk_path(array_path, number, len(shape)).stat().st_size == num_bytes for number in numbers)
-    except (FileNotFoundError, PathError):
+    except (FileNotFoundError, PathError, CorruptError):
+        return False
+    except (LookupError, TypeError, ValueError):  # metadata of another array: the chunk and they are written again
         return False
 
 
@@ -271,14 +309,10 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
     """Open the folder of one encoder."""
     path = encoder_path(cache_path, modality, name)
     attributes = _read_attributes(path)
-    return EncoderGroup(
-        path=path,
-        modality=modality,
-        info=info,
-        spec=attributes["spec"],
-        fingerprint=attributes["fingerprint"],
-        view=attributes.get("view", ""),
-    )
+    spec, fingerprint, view = attributes.get("spec"), attributes.get("fingerprint"), attributes.get("view", "")
+    if not (isinstance(spec, str) and isinstance(fingerprint, dict) and isinstance(view, str)):
+        raise CorruptError(f"{path / 'zarr.json'}: expected the spec and the fingerprint of an encoder, got others")
+    return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint, view=view)
 
 
 def create_group(
@@ -302,7 +336,7 @@ def create_group(
         group.check_same(fingerprint)
         return group
     attributes = {"format": FORMAT_VERSION, "spec": spec, "fingerprint": dict(fingerprint)}
-    write_group(path, {_ATTRIBUTE: {**attributes, "view": view} if view else attributes})
+    write_metadata(path, group_metadata({ATTRIBUTE: {**attributes, "view": view} if view else attributes}))
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint, view=view)
 
 
@@ -320,23 +354,42 @@ def add_feature(
     attributes: dict[str, Any] = {"item_shape": list(item_shape), "dtype": dtype}
     if axis is not None:
         attributes["axis"] = axis.to_json()
-    num_items = group.info.num_items[group.modality]
     if (path / "zarr.json").exists() and _must_keep(group, feature, attributes):
         next_step = "use the same, or extract into a new folder"
         stored = read_feature(group, feature)
         requested = attributes if "axis" in stored else {k: v for k, v in attributes.items() if k != "axis"}
         check_same(f"feature {group.name}/{feature}", stored, requested, next_step=next_step)
         attributes = stored
-        first_axis = path / "lengths" if item_shape[0] < 0 else path
-        if read_metadata(first_axis)["shape"][0] == num_items:
-            return  # otherwise samples were appended later
-    if item_shape[0] < 0:
-        write_array(path / "lengths", (num_items,), (group.info.chunk_size,), "int32", {})
-        write_group(path / "values", {})
-        write_group(path, {_ATTRIBUTE: attributes})
-    else:
+    for folder, metadata in feature_metadata(group, feature, attributes).items():
+        if not has_metadata(folder, metadata):  # new, damaged, or of fewer samples
+            write_metadata(folder, metadata)
+
+
+def feature_metadata(
+    group: EncoderGroup, feature: str, attributes: Mapping[str, Any], *, num_items: int | None = None
+) -> dict[Path, bytes]:
+    """Return the metadata of a feature: folder -> content of its `zarr.json`, that of the feature last.
+
+    Each chunk of a feature with a varying number of tokens has one more, `token_metadata`.
+
+    Args:
+        num_items: number of items; None: of the cache now.
+    """
+    path, item_shape, dtype = group.path / feature, tuple(attributes["item_shape"]), attributes["dtype"]
+    num_items = group.info.num_items[group.modality] if num_items is None else num_items
+    if item_shape[0] >= 0:
         chunks = chunk_shape(group.info, item_shape, dtype)
-        write_array(path, (num_items, *item_shape), chunks, dtype, {_ATTRIBUTE: attributes})
+        return {path: array_metadata((num_items, *item_shape), chunks, dtype, {ATTRIBUTE: attributes})}
+    return {
+        path / "lengths": array_metadata((num_items,), (group.info.chunk_size,), "int32"),
+        path / "values": group_metadata({}),
+        path: group_metadata({ATTRIBUTE: attributes}),
+    }
+
+
+def token_metadata(num_tokens: int, width: int, dtype: str) -> bytes:
+    """Return the metadata of the tokens of one chunk."""
+    return array_metadata((num_tokens, width), (max(num_tokens, 1), width), dtype)
 
 
 def _must_keep(group: EncoderGroup, feature: str, attributes: Mapping[str, Any]) -> bool:
@@ -350,9 +403,20 @@ def _must_keep(group: EncoderGroup, feature: str, attributes: Mapping[str, Any])
 def read_feature(group: EncoderGroup, feature: str) -> dict[str, Any]:
     """Read the `item_shape` and `dtype` of a feature, and its `axis` if it has one."""
     attributes = _read_attributes(group.path / feature)
-    if not {"item_shape", "dtype"} <= attributes.keys():
-        raise CorruptError(f"{group.path / feature}: expected item_shape and dtype in its zarr.json; {REPAIR}")
+    shape, dtype = attributes.get("item_shape"), attributes.get("dtype")
+    if not (_is_item_shape(shape) and dtype in _DTYPES):
+        raise CorruptError(
+            f"{group.path / feature / 'zarr.json'}: expected the item_shape and dtype of a feature, got "
+            f"{shape!r} and {dtype!r}; restore that file"
+        )
     return attributes
+
+
+def _is_item_shape(shape: Any) -> bool:
+    """Return whether a JSON value is (D,), (T, D) or (-1, D)."""
+    if not isinstance(shape, list) or not all(type(size) is int and -1 <= size < _MAX_SIZE for size in shape):
+        return False
+    return (len(shape) == 1 and shape[0] >= 0) or (len(shape) == 2 and shape[1] >= 0)
 
 
 def read_axis(attributes: Mapping[str, Any], name: str) -> Axis | None:
@@ -371,7 +435,7 @@ def read_axis(attributes: Mapping[str, Any], name: str) -> Axis | None:
 
 def _read_attributes(path: Path) -> dict[str, Any]:
     metadata = read_metadata(path)
-    attributes = metadata.get("attributes", {}).get(_ATTRIBUTE) if isinstance(metadata, dict) else None
+    attributes = metadata.get("attributes", {}).get(ATTRIBUTE) if isinstance(metadata, dict) else None
     if not isinstance(attributes, dict):
         raise CorruptError(f"{path}: expected Zarr attributes of embedcache, got none; extract into a new folder")
     return attributes
@@ -380,7 +444,7 @@ def _read_attributes(path: Path) -> dict[str, Any]:
 def chunk_shape(info: CacheInfo, item_shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
     """Return the chunk shape of an array: a commit's rows for vectors, an exact fraction of them for tokens."""
     rows = info.chunk_size
-    item_bytes = int(np.prod(item_shape)) * np.dtype(dtype).itemsize
+    item_bytes = math.prod(item_shape) * np.dtype(dtype).itemsize
     if len(item_shape) > 1:
         while rows % 2 == 0 and rows * item_bytes > _TOKEN_CHUNK_BYTES:
             rows //= 2
@@ -438,7 +502,7 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
     try:
         commit, written = _parse(data)
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise CorruptError(f"{path} is not a readable commit: {error}; {REPAIR}") from error
+        raise CorruptError(f"{path} is not a readable commit: {one_line(error)}; {REPAIR}") from error
     if written not in (None, _digest(commit)):  # the first commits were written without a digest
         raise CorruptError(f"{path} has changed since it was written; {REPAIR}")
     if commit.chunk != chunk:

@@ -170,6 +170,7 @@ def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progres
             num_samples=writer.num_samples,
             num_items=writer.close(),
             table_digests=writer.digests,
+            table_checksums=writer.checksums,
         )
         _put_tables(folder, cache_path)
     write_info(cache_path, info)
@@ -190,12 +191,12 @@ def _update(source: Source, cache_path: Path, *, extend: bool, accept_replaced: 
             _update_path(cache_path).unlink(missing_ok=True)
             return info
         _check_allowed(cache_path, info, changes, extend=extend, accept_replaced=accept_replaced)
-        tables, num_items, digests = extended.close()
+        tables, num_items, digests, checksums = extended.close()
         if has_replaced:
             write_json(_update_path(cache_path), list(changes.digests))
             writer = TableWriter(folder / "moved", info.chunk_size)
-            writer.copy(tables, info.num_samples + changes.num_new, changes.relocated)
-            tables, num_items, digests = folder / "moved", writer.close(), writer.digests
+            writer.copy(tables, info.num_samples + changes.num_new, changes.relocated, checksums)
+            tables, num_items, digests, checksums = folder / "moved", writer.close(), writer.digests, writer.checksums
         if tables != cache_path:
             _put_tables(tables, cache_path)
     segments = [replace(segment, digest=now) for segment, now in zip(info.all_segments, changes.digests, strict=True)]
@@ -208,6 +209,7 @@ def _update(source: Source, cache_path: Path, *, extend: bool, accept_replaced: 
         num_samples=info.num_samples + changes.num_new,
         num_items=num_items,
         table_digests=digests,
+        table_checksums=checksums if info.has_digests else {},
         segments=tuple(segments),
         earlier_versions=(*info.earlier_versions, version),
     )
@@ -221,19 +223,20 @@ class _ExtendedTables:
 
     def __init__(self, cache_path: Path, info: CacheInfo, folder: Path) -> None:
         self._cache_path, self._info, self._folder = cache_path, info, folder
+        self._checksums = {} if _update_path(cache_path).is_file() else info.table_checksums  # else older than the rows
         self._writer: TableWriter | None = None
 
     def add(self, batch: list[Sample]) -> None:
         if self._writer is None:
             self._writer = TableWriter(self._folder, self._info.chunk_size)
-            self._writer.copy(self._cache_path, self._info.num_samples, {})
+            self._writer.copy(self._cache_path, self._info.num_samples, {}, self._checksums)
         self._writer.add(batch)
 
-    def close(self) -> tuple[Path, Mapping[str, int], Mapping[str, str]]:
-        """Return the folder of the tables (the cache itself if nothing was added), their items and their digests."""
+    def close(self) -> tuple[Path, Mapping[str, int], Mapping[str, str], Mapping[str, Mapping[str, str]]]:
+        """Return the folder of the tables (the cache if nothing was added), their items, digests and checksums."""
         if self._writer is None:
-            return self._cache_path, self._info.num_items, self._info.table_digests
-        return self._folder, self._writer.close(), self._writer.digests
+            return self._cache_path, self._info.num_items, self._info.table_digests, self._checksums
+        return self._folder, self._writer.close(), self._writer.digests, self._writer.checksums
 
 
 def _count_only(_: list[Sample]) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import CorruptError
+from embedcache.modalities import MODALITIES
 from embedcache.provenance import digest, fields_of, from_record, read_manifest, to_record, write_json
 
 FORMAT_VERSION = 1
 DEFAULT_CHUNK_SIZE = 2048
+_MAX_ROWS = 2**40
 _STORED_NAMES = {"index_digest": "spine", "segments": "parts", "earlier_versions": "earlier", "table_digests": "tables"}
-_OMITTED_IF_EMPTY = ("parts", "earlier", "tables")
+_STORED_NAMES |= {"table_checksums": "checksums"}
+_OMITTED_IF_EMPTY = ("parts", "earlier", "tables", "checksums")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class CacheInfo:
         segments: groups of samples that were added one after another; empty if all were indexed together.
         earlier_versions: versions of the tables before this one, oldest first.
         table_digests: `samples` or a modality -> digest of the keys, or of its items, in row order.
+        table_checksums: `samples` or a modality -> column -> CRC-32C of its values, 8 hex digits per block: 65,536
+            samples, or the items of a chunk; absent from the first caches.
         has_digests: whether `cache.json` and the commits hold digests of metadata; caches of the first versions do not,
             and stay as they are.
     """
@@ -56,6 +61,7 @@ class CacheInfo:
     segments: Sequence[Segment] = ()
     earlier_versions: Sequence[TableVersion] = ()
     table_digests: Mapping[str, str] = field(default_factory=dict)
+    table_checksums: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     has_digests: bool = True
 
     @property
@@ -166,4 +172,20 @@ def _parse(values: Mapping[str, Any]) -> CacheInfo:
     versions = tuple(
         TableVersion(**from_record(record, _STORED_NAMES)) for record in values.get("earlier_versions", ())
     )
-    return CacheInfo(**{**values, "segments": segments, "earlier_versions": versions})
+    info = CacheInfo(**{**values, "segments": segments, "earlier_versions": versions})
+    _check_count("chunk_size", info.chunk_size, minimum=1)
+    _check_count("num_samples", info.num_samples)
+    for counts in (info.num_items, *(version.num_items for version in versions)):
+        for modality, count in counts.items():
+            if modality not in MODALITIES:
+                raise ValueError(f"num_items: expected one of {', '.join(MODALITIES)}, got {modality!r}")
+            _check_count(f"num_items of {modality}", count)
+    objects = (info.source, info.table_digests, info.table_checksums, *info.table_checksums.values())
+    if not all(isinstance(value, Mapping) for value in objects):
+        raise TypeError("expected objects as source, tables and checksums")
+    return info
+
+
+def _check_count(name: str, count: object, *, minimum: int = 0) -> None:
+    if type(count) is not int or not minimum <= count < _MAX_ROWS:
+        raise ValueError(f"{name}: expected a whole number of at least {minimum}, got {count!r}")

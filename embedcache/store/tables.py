@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.errors import CorruptError, EmbedcacheError, PathError, SourceError
+from embedcache.errors import CorruptError, EmbedcacheError, PathError, SourceError, one_line
 from embedcache.files import io_reason, is_remote
 from embedcache.modalities import FILE_MODALITIES, MODALITIES
 from embedcache.provenance import digest
 from embedcache.sources.base import FileItem, Sample
+from embedcache.store.checksums import BLOCK, TableChecksums
 from embedcache.store.layout import items_path, samples_path
 
 
@@ -79,7 +80,9 @@ def table_errors(path: Path) -> Iterator[None]:
             raise
         if getattr(error, "errno", None) is not None:
             raise PathError(f"cannot read {path}: {io_reason(error)}") from error
-        raise CorruptError(f"{path} cannot be read: {error}; restore the file, or extract into a new folder") from error
+        raise CorruptError(
+            f"{path} cannot be read: {one_line(error)}; restore the file, or extract into a new folder"
+        ) from error
 
 
 _FILES = [("sample", pa.int64()), ("path", pa.string()), ("offset", pa.int64()), ("length", pa.int64())]
@@ -92,7 +95,7 @@ ITEM_SCHEMAS = {
 _ALWAYS = ("image", "text")
 """Modalities whose item table always exists; those of the others are written if a sample has such items."""
 _OTHERS = tuple(modality.name for modality in FILE_MODALITIES if modality.name not in _ALWAYS)
-BATCH = 65_536
+BATCH = BLOCK
 _JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -139,19 +142,34 @@ class TableWriter:
         for modality in _ALWAYS:
             self._writer(modality)
 
-    def copy(self, cache_path: Path, num_samples: int, relocated: Mapping[str, Mapping[int, FileItem]]) -> None:
-        """Copy the first samples of a cache's tables; some rows of a modality have a new location of their bytes."""
+    def copy(
+        self,
+        cache_path: Path,
+        num_samples: int,
+        relocated: Mapping[str, Mapping[int, FileItem]],
+        checksums: Mapping[str, Mapping[str, str]],
+    ) -> None:
+        """Copy the first samples of a cache's tables; some rows of a modality have a new location of their bytes.
+
+        `checksums` are those of the tables: the copy of a damaged table would be called intact. Raises `CorruptError`.
+        """
+        old = TableChecksums(BLOCK)
         with open_table(samples_path(cache_path)) as file:
+            is_longer = file.metadata.num_rows > num_samples  # by an --extend that was killed: columns may be wider
             for batch in file.iter_batches(BATCH, use_threads=False):
-                num_left = num_samples - self._samples.num_rows
-                self._samples.write(pa.table(batch).slice(0, num_left))
+                rows = pa.table(batch).slice(0, num_samples - self._samples.num_rows)
+                old.update(rows)
+                self._samples.write(rows)
+        _check_copy(old, {} if is_longer else checksums.get("samples", {}), samples_path(cache_path))
         for modality in item_tables(cache_path):
-            writer, moved = self._writer(modality), relocated.get(modality, {})
+            writer, moved, old = self._writer(modality), relocated.get(modality, {}), TableChecksums(self._chunk_size)
             with open_table(items_path(cache_path, modality)) as file:
                 for group in range(file.num_row_groups):
                     table = file.read_row_group(group, use_threads=False)
                     table = table.filter(pc.less(table["sample"], num_samples))
+                    old.update(table)
                     writer.write(_relocate(table, writer.num_rows, moved))
+            _check_copy(old, checksums.get(modality, {}), items_path(cache_path, modality))
         self.num_samples = num_samples
 
     def add(self, batch: Sequence[Sample]) -> None:
@@ -174,6 +192,12 @@ class TableWriter:
         items = {name: self._items[name].digest.hexdigest() for name in self._with_rows()}
         return {"samples": self._samples.digest.hexdigest(), **items}
 
+    @property
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """Checksums of the columns of the finished tables, by blocks of rows."""
+        items = {name: self._items[name].checksums.close() for name in self._with_rows()}
+        return {"samples": self._samples.checksums.close(), **items}
+
     def close(self) -> dict[str, int]:
         """Finish the tables; return modality -> number of items.
 
@@ -194,12 +218,23 @@ def item_tables(folder: Path) -> list[str]:
     return [modality for modality in ITEM_SCHEMAS if items_path(folder, modality).is_file()]
 
 
+def _check_copy(copied: TableChecksums, written: Mapping[str, str], path: Path) -> None:
+    found = copied.close()
+    changed = [name for name, checksums in written.items() if found.get(name) != checksums]
+    if changed:
+        raise CorruptError(
+            f"{path}: column {changed[0]!r} has changed since it was written; restore the file, or extract into a new "
+            "folder"
+        )
+
+
 class _SampleWriter:
     """Writer of each batch to a file of its own until all columns are known."""
 
     def __init__(self, path: Path) -> None:
         self.num_rows = 0
         self.digest = TableDigest()
+        self.checksums = TableChecksums(BLOCK)
         self._path = path
         self._keys: list[pa.ChunkedArray] = []
         self._schemas: list[pa.Schema] = []
@@ -221,7 +256,9 @@ class _SampleWriter:
         with pq.ParquetWriter(self._path, schema) as writer:
             for number in range(len(self._keys)):
                 rows = [schema.empty_table(), read_table(self._spool(number))]
-                writer.write_table(pa.concat_tables(rows, promote_options="permissive"), row_group_size=BATCH)
+                table = pa.concat_tables(rows, promote_options="permissive")
+                writer.write_table(table, row_group_size=BATCH)
+                self.checksums.update(table)
                 self._spool(number).unlink()
 
     def _spool(self, number: int) -> Path:
@@ -233,6 +270,7 @@ class _ItemWriter:
         path.parent.mkdir(parents=True)
         self.num_rows = 0
         self.digest = TableDigest()
+        self.checksums = TableChecksums(chunk_size)
         self._writer = pq.ParquetWriter(path, schema)
         self._schema = schema
         self._chunk_size = chunk_size
@@ -241,7 +279,9 @@ class _ItemWriter:
     def write(self, rows: pa.Table) -> None:
         self.num_rows += len(rows)
         self.digest.update(rows)
-        buffered = pa.concat_tables([self._buffer, rows.cast(self._schema)])
+        rows = rows.cast(self._schema)
+        self.checksums.update(rows)
+        buffered = pa.concat_tables([self._buffer, rows])
         num_full = len(buffered) // self._chunk_size * self._chunk_size
         if num_full:
             self._writer.write_table(buffered.slice(0, num_full), row_group_size=self._chunk_size)

@@ -1,4 +1,4 @@
-"""Check every byte of a cache: missing, truncated, changed or foreign chunks, and changed tables."""
+"""Check every byte of a cache: missing, truncated, changed or foreign chunks, and changed tables and metadata."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -8,16 +8,30 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from embedcache.errors import ArtifactError, CorruptError, PathError
+from embedcache.arrays import Array
+from embedcache.encoders.open import EncoderSpec
+from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import digest as digest_json
-from embedcache.provenance import digest_file
+from embedcache.provenance import digest, digest_file
+from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_metadata
 from embedcache.store.cache import Cache
+from embedcache.store.checksums import BLOCK, TableChecksums
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, hash_item, open_group, read_commit, read_feature
-from embedcache.store.layout import commit_path, fit_path, items_path, samples_path
+from embedcache.store.group import (
+    ATTRIBUTE,
+    Commit,
+    EncoderGroup,
+    feature_metadata,
+    hash_item,
+    open_group,
+    read_commit,
+    read_feature,
+    token_metadata,
+)
+from embedcache.store.layout import FORMAT_VERSION, commit_path, fit_path, items_path, samples_path
 from embedcache.store.tables import TableDigest, open_table, table_errors
 
+_REORDERED = "its rows or their order changed since they were indexed; restore the file, or extract into a new folder"
 _FIRST_COMMIT = commit_path(Path(), 0)
 
 
@@ -29,8 +43,8 @@ class Finding:
         modality: name of a modality; `samples` for the sample table.
         encoder: folder of the encoder; empty for a table.
         chunk: number of the chunk; -1 for a table or the metadata of a feature.
-        is_damage: whether bytes are wrong; false for a chunk that was never extracted.
-        can_repair: whether encoding the chunk again repairs it.
+        is_damage: whether bytes are wrong; false for a chunk that is not extracted.
+        can_repair: whether writing the metadata, or encoding the chunk, again repairs it.
         reason: what is wrong, and the next step.
     """
 
@@ -56,12 +70,16 @@ class Finding:
 def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
     """Check every committed chunk against its commit, and every commit against the cache. Reads all features once.
 
-    Finds missing chunks, changed bytes, truncated files, chunks from another encoder or for other rows, changed or
-    reordered tables, and captions that changed after they were encoded. Memory: one chunk.
+    Finds missing chunks, changed bytes, truncated files, chunks from another encoder or for other rows, changed
+    metadata, changed or reordered tables, captions that changed after they were encoded, and items whose bytes changed
+    between two encoders. Memory: one chunk.
     """
     progress = progress or NullProgress()
     findings, features = list(_check_tables(cache)), []
+    without_rows = {finding.modality for finding in findings if finding.reason != _REORDERED}
     for modality in cache.info.num_items:
+        if modality in without_rows:
+            continue  # it may count rows, and so chunks, that do not exist
         for encoder in _encoders(cache, modality):
             opened, damage = _open_features(cache, modality, encoder)
             features += opened
@@ -72,39 +90,53 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
             findings += list(_check_chunk(cache, feature, chunk))
             progress.advance(1)
     progress.finish()
+    groups = {(feature.modality, feature.group.name): feature for feature in reversed(features)}
+    for modality in cache.info.num_items:
+        findings += list(_check_items([groups[key] for key in sorted(groups) if key[0] == modality]))
     return findings
 
 
 def _check_tables(cache: Cache) -> Iterator[Finding]:
-    """Compare the tables with their digests, which the first caches lack."""
-    for name, digest in cache.info.table_digests.items():
+    """Compare the tables with their numbers of rows, and with their digests, which the first caches lack."""
+    for name, num_rows in {"samples": cache.info.num_samples, **cache.info.num_items}.items():
         is_samples = name == "samples"
         path = samples_path(cache.path) if is_samples else items_path(cache.path, name)
         finding = partial(
             Finding, modality=name, encoder="", name=str(path.relative_to(cache.path)), chunk=-1, can_repair=False
         )
-        num_rows = cache.info.num_samples if is_samples else cache.info.num_items[name]
+        indexed_digest = cache.info.table_digests.get(name)
+        block_rows = BLOCK if is_samples else cache.info.chunk_size
         try:
-            actual_digest = _digest(path, num_rows, columns=["key"] if is_samples else None)
+            actual_digest, checksums, missing = _digest(path, num_rows, block_rows, is_samples=is_samples)
         except (CorruptError, PathError) as error:
             yield finding(reason=str(error))
             continue
-        if actual_digest != digest:
+        if missing:
+            reason = f"expected {num_rows:,} rows, got {num_rows - missing:,}"
+            yield finding(reason=f"{reason}; restore the file, or extract into a new folder")
+        elif indexed_digest not in (None, actual_digest):
+            yield finding(reason=_REORDERED)
+        elif changed := [
+            column
+            for column, written in cache.info.table_checksums.get(name, {}).items()
+            if checksums.get(column) != written
+        ]:
             yield finding(
-                reason="its rows or their order changed since they were indexed; restore the file, or extract into a "
+                reason=f"column {changed[0]!r} has changed since it was indexed; restore the file, or extract into a "
                 "new folder"
             )
 
 
-def _digest(path: Path, num_rows: int, *, columns: Sequence[str] | None) -> str | None:
-    """Return the digest of the first rows of a table; None if it has fewer."""
-    table_digest = TableDigest()
+def _digest(path: Path, num_rows: int, block_rows: int, *, is_samples: bool) -> tuple[str, dict[str, str], int]:
+    """Return the digest and the checksums of the first rows of a table, and how many of them are missing."""
+    table_digest, checksums = TableDigest(), TableChecksums(block_rows)
     with table_errors(path), open_table(path) as table:
-        for batch in table.iter_batches(columns=columns, use_threads=False):
+        for batch in table.iter_batches(use_threads=False):
             rows = pa.table(batch).slice(0, num_rows)
-            table_digest.update(rows)
+            table_digest.update(rows.select(["key"]) if is_samples else rows)
+            checksums.update(rows)
             num_rows -= len(rows)
-    return None if num_rows else table_digest.hexdigest()
+    return table_digest.hexdigest(), checksums.close(), num_rows
 
 
 def _encoders(cache: Cache, modality: str) -> list[str]:
@@ -117,21 +149,76 @@ def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feat
     """Open the features of an encoder; return a finding for each with unreadable metadata."""
     opened: list[Feature] = []
     findings: list[Finding] = []
+    commit = None
     names = {path.parent.name for path in (cache.path / modality / encoder).glob("*/zarr.json")}
     with suppress(ArtifactError, PathError):  # a damaged commit is reported with its chunk
         commit = read_commit(cache.path / modality / encoder, 0)
         names |= set() if commit is None else commit.features.keys()
-    with suppress(ArtifactError, PathError):  # damaged metadata is reported with each feature
-        findings += _check_fit(open_group(cache.path, modality, encoder, cache.info))
+    try:
+        group = open_group(cache.path, modality, encoder, cache.info)
+        findings += [*_check_group(group), *_check_fit(group)]
+    except (ArtifactError, PathError):  # reported with each feature
+        names |= {""} if not names else set()
     for name in sorted(names):
         try:
-            opened.append(Feature(open_group(cache.path, modality, encoder, cache.info), name))
+            feature = Feature(open_group(cache.path, modality, encoder, cache.info), name)
         except (ArtifactError, PathError) as error:
             reason = f"{error}; remove that file and run the same embedcache extract or derive again"
             findings.append(
                 Finding(modality=modality, encoder=encoder, name=name, chunk=-1, can_repair=False, reason=reason)
             )
+            continue
+        opened.append(feature)
+        findings += list(_check_metadata(feature, commit))
     return opened, findings
+
+
+def _check_group(group: EncoderGroup) -> Iterator[Finding]:
+    """Check what the metadata of an encoder's folder state beside the fingerprint, which every commit names."""
+    path = group.path / "zarr.json"
+    finding = partial(Finding, modality=group.modality, encoder=group.name, name=path.name, chunk=-1, can_repair=False)
+    stored = read_metadata(group.path)
+    expected = group_metadata(stored["attributes"])
+    if not has_metadata(group.path, expected):
+        yield finding(reason="it is not the metadata of a Zarr group; restore that file")
+    if stored["attributes"][ATTRIBUTE].get("format") != FORMAT_VERSION:
+        yield finding(reason=f"expected format {FORMAT_VERSION}; restore that file")
+    try:
+        spec = EncoderSpec.parse(group.spec)
+        is_own = group.is_derived or spec.is_path or group.name.startswith(spec.folder)
+    except SettingError:
+        is_own = False
+    if not is_own:
+        yield finding(reason=f"its spec {group.spec!r} is that of another encoder; restore that file")
+
+
+def _check_metadata(feature: Feature, commit: Commit | None) -> Iterator[Finding]:
+    """Compare the metadata of a feature's arrays with what follows from the cache; readers of Zarr rely on it.
+
+    A cache that was extended has longer arrays once the extraction goes on. Attributes that a commit does not confirm
+    are no ground for a repair, and those that it contradicts are reported with its chunk.
+    """
+    group = feature.group
+    attributes = read_feature(group, feature.feature)
+    written = None if commit is None else commit.attributes.get(feature.feature)
+    if written not in (None, digest(attributes)):
+        return
+    counts = {group.info.num_items[feature.modality]}
+    counts |= {version.num_items.get(feature.modality, 0) for version in group.info.earlier_versions}
+    expected: dict[Path, list[bytes]] = {}
+    for count in sorted(counts):
+        for folder, metadata in feature_metadata(group, feature.feature, attributes, num_items=count).items():
+            expected.setdefault(folder, []).append(metadata)
+    for folder, allowed in expected.items():
+        if not any(has_metadata(folder, metadata) for metadata in allowed):
+            yield Finding(
+                modality=feature.modality,
+                encoder=group.name,
+                name=feature.feature,
+                chunk=-1,
+                can_repair=written is not None,
+                reason=f"{folder / 'zarr.json'} is missing or does not describe this array; {REPAIR}",
+            )
 
 
 def _check_fit(group: EncoderGroup) -> list[Finding]:
@@ -152,17 +239,66 @@ def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding
         if commit is None or not commit.is_complete(feature.feature):
             yield finding(is_damage=False, reason=f"not extracted yet; run the same {feature.group.command} again")
             return
-        written = commit.attributes.get(feature.feature)
-        if written not in (None, digest_json(read_feature(feature.group, feature.feature))):
-            yield finding(can_repair=False, reason="the attributes of its zarr.json have changed; restore that file")
+        try:
+            feature.check_attributes(commit)
+        except CorruptError as error:
+            yield finding(can_repair=False, reason=str(error))
             return
-        for _ in feature.read_chunk(commit):
-            pass
+        for _, items in feature.read_chunk(commit):
+            if feature.is_ragged:
+                yield from (finding(reason=reason) for reason in _check_tokens(feature, chunk, items))
     except (ArtifactError, PathError) as error:
         yield finding(reason=str(error))
         return
     if feature.modality == "text":
-        texts = cache.items("text", chunk=chunk)["text"].to_pylist()
+        try:
+            texts = cache.items("text", chunk=chunk)["text"].to_pylist()
+        except (ArtifactError, PathError):
+            return  # reported with the table
         if [hash_item(text.encode()) for text in texts] != commit.hashes:
             reason = "the captions or their order changed since they were encoded; extract into a new folder"
             yield finding(can_repair=False, reason=reason)
+
+
+def _check_tokens(feature: Feature, chunk: int, items: Sequence[Array | None]) -> Iterator[str]:
+    """Return what is wrong with the metadata of one chunk of tokens."""
+    folder = feature.group.path / feature.feature / "values" / f"{chunk:05d}"
+    num_tokens = sum(len(item) for item in items if item is not None)
+    if not has_metadata(folder, token_metadata(num_tokens, feature.item_shape[1], feature.dtype)):
+        yield f"{folder / 'zarr.json'} is missing or does not describe this array; {REPAIR}"
+
+
+def _check_items(features: Sequence[Feature]) -> Iterator[Finding]:
+    """Check that the encoders of a modality encoded the same bytes of each item; of each, one feature is given."""
+    for chunk in range(features[0].group.info.num_chunks(features[0].modality) if features else 0):
+        seen: dict[int, tuple[bytes, str]] = {}
+        for feature in features:
+            try:
+                commit = feature.group.commit(chunk)
+            except (ArtifactError, PathError):
+                continue  # reported with the chunk
+            differing = [] if commit is None else _other_items(seen, commit, feature.group.name)
+            if differing:
+                row, other = differing[0]
+                first = feature.group.info.chunk_rows(feature.modality, chunk).start
+                yield Finding(
+                    modality=feature.modality,
+                    encoder=feature.group.name,
+                    name=feature.feature,
+                    chunk=chunk,
+                    can_repair=False,
+                    reason=f"{len(differing):,} items, first row {first + row:,}, had other bytes when {other} was "
+                    "extracted; remove the folder of the one that is out of date, and extract it again",
+                )
+
+
+def _other_items(seen: dict[int, tuple[bytes, str]], commit: Commit, encoder: str) -> list[tuple[int, str]]:
+    """Return the used items of a chunk that another encoder read with other bytes, and that encoder; note the rest."""
+    differing = []
+    for row in commit.used_rows():
+        content = commit.hashes[row]
+        if content is not None:
+            known, other = seen.setdefault(row, (content, encoder))
+            if known != content:
+                differing.append((row, other))
+    return differing

@@ -1,18 +1,28 @@
 """Write a chunk of features: the arrays first, then the commit that makes them valid."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
 from embedcache.arrays import Array, blocks
-from embedcache.errors import CorruptError, DataError, FingerprintError
+from embedcache.errors import ArtifactError, CorruptError, DataError, FingerprintError, PathError
 from embedcache.files import locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import digest
-from embedcache.store.arrays import fill_value, write_array, write_chunk
+from embedcache.store.arrays import fill_value, write_chunk, write_metadata
 from embedcache.store.feature import Feature
-from embedcache.store.group import NOT_YET, Commit, EncoderGroup, chunk_shape, read_feature, remove_commit, write_commit
+from embedcache.store.group import (
+    NOT_YET,
+    Commit,
+    EncoderGroup,
+    chunk_shape,
+    read_feature,
+    remove_commit,
+    token_metadata,
+    write_commit,
+)
 from embedcache.store.layout import items_path
 from embedcache.store.tables import open_table, table_errors
 
@@ -39,14 +49,14 @@ def commit_chunk(
         overwrite_failed: also write rows that failed before.
 
     Raises:
-        FingerprintError: an item's bytes differ from those of the stored features, or the folder belongs
-            to another encoder by now.
+        FingerprintError: an item's bytes differ from those of the stored features, of this encoder or another, or the
+            folder belongs to another encoder by now.
     """
     with locked(group.path / "chunks", chunk):
         group.check_fingerprint()
         before = group.commit(chunk)
+        _check_same_items(group, hashes, chunk, before)
         if before is not None:
-            _check_same_items(group, before, hashes)
             if not overwrite_failed:
                 features = {name: items for name, items in features.items() if not group.has(before, name)}
             features, failures = _keep_stored(group, before, features, failures, overwrite_failed=overwrite_failed)
@@ -70,16 +80,22 @@ def commit_chunk(
         write_commit(group.path, commit)
 
 
-def _check_same_items(group: EncoderGroup, before: Commit, hashes: Sequence[bytes | None]) -> None:
-    first = group.info.chunk_rows(group.modality, before.chunk).start
-    for offset, (old, new) in enumerate(zip(before.hashes, hashes, strict=True)):
-        is_used = any(reasons[offset] is None for reasons in before.failures.values())
-        if is_used and old is not None and new is not None and old != new:
-            path = _item_path(group, before.chunk, offset)
-            raise FingerprintError(
-                f"{group.modality} {path}in row {first + offset} has other bytes now than when {group.name} was "
-                "extracted; put the old file back, or extract into a new folder"
-            )
+def _check_same_items(group: EncoderGroup, hashes: Sequence[bytes | None], chunk: int, before: Commit | None) -> None:
+    """Check that the items are those of the stored features of this chunk, of this encoder and of all others."""
+    stored = {group.name: before} if before is not None else {}
+    for other in group.siblings():
+        with suppress(ArtifactError, PathError):  # damaged: `verify` reports it
+            if (commit := other.commit(chunk)) is not None:
+                stored[other.name] = commit
+    first = group.info.chunk_rows(group.modality, chunk).start
+    for name, commit in stored.items():
+        for row in commit.used_rows():
+            old, new = commit.hashes[row], hashes[row]
+            if old is not None and new is not None and old != new:
+                raise FingerprintError(
+                    f"{group.modality} {_item_path(group, chunk, row)}in row {first + row} has other bytes now than "
+                    f"when {name} was extracted; put the old file back, or extract into a new folder"
+                )
 
 
 def _item_path(group: EncoderGroup, chunk: int, offset: int) -> str:
@@ -166,7 +182,7 @@ def _write_ragged(
     num_tokens = sum(len(item) for item in tokens)
     shape = (max(num_tokens, 1), width)
     name = f"values/{chunk:05d}"
-    write_array(path / name, (num_tokens, width), shape, dtype, {})
+    write_metadata(path / name, token_metadata(num_tokens, width, dtype))
     return {
         f"{feature}/{name}/0": write_chunk(path / name, 0, tokens, shape, dtype),
         f"{feature}/lengths/{chunk}": write_chunk(

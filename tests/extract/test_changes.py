@@ -1,22 +1,29 @@
 """Retrying failed items, and extending a cache with added samples."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import FingerprintError
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.extract.extract import extract, open_job
 from embedcache.extract.repair import retry_failed
 from embedcache.extract.settings import ExtractSettings
+from embedcache.extract.worker import Worker
+from embedcache.progress import NullProgress
 from embedcache.search.index import build_index
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.store.group import write_commit
 from embedcache.store.tables import read_table
+from embedcache.store.verify import verify
 from embedcache.train.settings import OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.extract.cases import FEATURES, run, tree
@@ -90,6 +97,35 @@ def test_retry_rejects_changed_good_file(source: Path, tmp_path: Path) -> None:
     with pytest.raises(FingerprintError, match="other bytes in 1 of its images, such as 00006.png in row 6"):
         retry(source, tmp_path / "c")
     assert tree(tmp_path / "c") == before
+
+
+def test_second_encoder_rejects_a_file_of_equal_length(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (8, 8), (number * 60, 0, 0)).save(folder / f"{number}.bmp")
+    cache = tmp_path / "c"
+    extract(open_source(folder), cache, image_encoders=[IMAGE], settings=ExtractSettings(chunk_size=2))
+    shutil.copy(folder / "0.bmp", folder / "3.bmp")
+    with pytest.raises(FingerprintError, match="image 3.bmp in row 3 has other bytes now than when open_toy was"):
+        extract(open_source(folder), cache, image_encoders=["tests.toy:open_other"])
+    assert [commit is None for commit in Cache(cache).feature("image", "open_other").commits] == [False, True]
+    assert verify(Cache(cache))[-1].is_damage is False
+    group = Cache(cache).encoders("image")[1]
+    stored = group.commit(0)
+    assert stored is not None
+    write_commit(group.path, replace(stored, hashes=[b"x" * 16, *stored.hashes[1:]]))
+    assert verify(Cache(cache))[-1].reason.startswith("1 items, first row 0, had other bytes when open_other was")
+
+
+def test_file_changed_after_indexing_is_rejected(source: Path, tmp_path: Path) -> None:
+    opened = open_source(source)
+    job = open_job(opened, tmp_path / "c", {"image": (IMAGE,)}, progress=NullProgress())
+    shutil.copy(tmp_path / "good/00003.png", source / "00007.png")
+    with pytest.raises(
+        FingerprintError, match=r"image 00007.png: expected [\d,]+ bytes, as when the source was indexed"
+    ):
+        Worker(job, source=opened).run()
 
 
 def test_extend_encodes_new_rows_only(tmp_path: Path) -> None:

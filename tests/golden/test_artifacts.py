@@ -157,7 +157,9 @@ def test_index_is_reused(index: str) -> None:
 def test_index_builds_the_same(index: str) -> None:
     shutil.rmtree(index)
     commands.build_index(index)
-    assert_close(read_json(Path(index) / "card.json"), read_json(ARTIFACTS / index / "card.json"))
+    card = read_json(Path(index) / "card.json")
+    assert {card.pop("digest"), *card.pop("checksums")} > {"index.faiss"}  # which later versions write
+    assert_close(card, read_json(ARTIFACTS / index / "card.json"))
 
 
 def test_selection_is_unchanged() -> None:

@@ -1,11 +1,12 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from embedcache.arrays import normalize
-from embedcache.errors import DataError, FingerprintError, PathError, SettingError
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair
@@ -13,7 +14,7 @@ from embedcache.search import faiss_index
 from embedcache.search.faiss_index import read_index
 from embedcache.search.index import build_index, read_card
 from embedcache.search.queries import Queries
-from embedcache.search.search import search
+from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
@@ -114,11 +115,25 @@ def test_too_little_memory_names_best_recall(cache_path: Path, tmp_path: Path) -
         build_index(cache_path, tmp_path / "i", IndexSettings(feature="open_toy/cls", memory=11_000))
 
 
+@pytest.mark.parametrize("name", ["index.faiss", "card.json"])
+def test_damaged_index_is_refused(cache_path: Path, index_path: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(index_path, tmp_path / "a" / "index"))
+    record = json.loads((copy / "card.json").read_text())
+    assert set(record["checksums"]) == {"index.faiss"}
+    data = (copy / name).read_bytes()
+    place = data.index(b'"num_queries": 150') + 16 if name == "card.json" else len(data) // 2
+    (copy / name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    run_path = index_path / record["run"]
+    with pytest.raises(CorruptError, match=rf"{name}.* build it again: embedcache curate index CACHE"):
+        OpenIndex(copy, cache_path=cache_path, run_path=run_path)
+
+
 def test_format_1_opens(cache_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls"))
     card = json.loads((tmp_path / "index" / "card.json").read_text())
     for name in ("search", "min_recall", "recall_at_1", "batch_latency_ms", "memory_bytes", "file_bytes"):
         del card[name]
+    del card["checksums"], card["digest"]
     (tmp_path / "index" / "card.json").write_text(json.dumps({**card, "format": 1}))
     found = search(tmp_path / "index", Queries(keys=["00007"]), SearchSettings(k=1))
     assert found[0][0].key == "00007"

@@ -13,7 +13,7 @@ from embedcache.store import group as group_module
 from embedcache.store.feature import Feature
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.layout import write_info
-from embedcache.store.writer import cast_item
+from embedcache.store.writer import cast_item, commit_chunk, withdraw, write_feature_chunk
 from tests.store.features import random_items, write_feature
 
 SHAPES = {"vector": (5,), "tokens": (3, 4), "ragged": (-1, 4)}
@@ -126,6 +126,74 @@ def test_damaged_file_raises(tmp_path: Path, damage: object, error: type[Excepti
     damage(tmp_path / "image/test/f/c/1/0")  # type: ignore[operator]
     with pytest.raises(error, match=words):
         feature.gather(np.array([5]))
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_gather_compares_each_file_once(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = random_items(8, SHAPES[kind], seed=1)
+    feature = write_feature(tmp_path, items, SHAPES[kind], chunk_size=4)
+    rows = np.arange(4, 8)
+    before = feature.gather_tokens(rows)
+    folder = tmp_path / "image/test/f"
+    paths = [path for path in folder.rglob("c/**/*") if path.is_file() and "1" in str(path.relative_to(folder))]
+    for path in paths:
+        data = path.read_bytes()
+        for place in (3, -1):  # in the rows; in the copy of the checksum at the end
+            path.write_bytes(
+                bytes(byte ^ 16 if number == place % len(data) else byte for number, byte in enumerate(data))
+            )
+            with pytest.raises(CorruptError, match=rf"{path}.*the bytes changed on disk; repair it with"):
+                Feature(feature.group, "f").gather_tokens(rows)
+        path.write_bytes(data)
+    monkeypatch.setattr("google_crc32c.value", lambda _: pytest.fail("compared again"))
+    monkeypatch.setenv("EMBEDCACHE_SKIP_CHECKSUMS", "1")  # the files were written again, so they count as new
+    for old, new in zip(before, Feature(feature.group, "f").gather_tokens(rows), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_mapped_chunk_is_not_compared_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feature = write_feature(tmp_path, random_items(8, (5,), seed=1), (5,), chunk_size=4)
+    feature.gather(np.arange(8))
+    monkeypatch.setattr("google_crc32c.value", lambda _: pytest.fail("compared again"))
+    Feature(feature.group, "f").gather(np.arange(8))
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_reader_follows_a_chunk_that_is_written_again(tmp_path: Path, kind: str) -> None:
+    """As `--extend` and `--retry-failed` write it: a row that had failed gets values."""
+    items, shape = random_items(8, SHAPES[kind], seed=1, failed=[6]), SHAPES[kind]
+    feature = write_feature(tmp_path, items, shape, chunk_size=4)
+    old = feature.gather_tokens(np.array([5, 7]))
+    reader, mapped = Feature(feature.group, "f"), Feature(feature.group, "f")
+    assert reader.valid[7]
+    assert mapped.valid[7]
+    added = [cast_item(np.ones((2, *shape[1:]) if shape[0] < 0 else shape), shape, "float16", "f")]
+    nothing = [np.zeros_like(added[0])]
+    commit_chunk(
+        feature.group, 1, {"f": nothing * 2 + added + nothing}, [None] * 4, {"f": [None] * 4}, overwrite_failed=True
+    )
+    for new in (mapped.gather_tokens(np.array([5, 7])), [list(reader.chunks())[1][1][row] for row in (1, 3)]):
+        for before, after in zip(old, new, strict=True):
+            np.testing.assert_array_equal(before, after)
+
+
+def test_withdrawn_chunk_is_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that writes a chunk again was killed between the array and the commit."""
+    feature = write_feature(tmp_path, random_items(8, (5,), seed=1), (5,), chunk_size=4)
+    assert feature.valid.all()
+    withdraw(feature.group, 1, ["f"])
+    write_feature_chunk(feature.group, "f", 1, [np.ones(5, np.float16)] * 4)
+    monkeypatch.setattr("embedcache.store.feature._REWRITE_S", 0.0)
+    with pytest.raises(UnfinishedError, match="chunk 1 of feature test/f is being written by another process"):
+        feature.gather(np.array([5]))
+
+
+def test_changed_attributes_raise(tmp_path: Path) -> None:
+    feature = write_feature(tmp_path, random_items(8, (4,), seed=1), (4,), chunk_size=4)
+    path = tmp_path / "image/test/f/zarr.json"
+    path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "int16"'))
+    with pytest.raises(CorruptError, match="its attributes have changed since chunk 0 was committed"):
+        Feature(feature.group, "f").gather(np.array([0]))
 
 
 def test_damaged_commit_raises(tmp_path: Path) -> None:

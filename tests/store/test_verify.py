@@ -8,10 +8,14 @@ import pytest
 
 from embedcache.errors import CorruptError
 from embedcache.extract.extract import extract
-from embedcache.extract.settings import ExtractSettings
+from embedcache.extract.repair import verify_cache
+from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.store.tables import TableWriter
 from embedcache.store.verify import verify
+from tests.extract.cases import tree
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 
@@ -71,7 +75,30 @@ def test_verify_finds_reordered_table(copy: Path, name: str) -> None:
     findings = verify(Cache(copy))
     assert (findings[0].location, findings[0].can_repair) == (name, False)
     assert findings[0].line().startswith(f"{name}: its rows or their order changed since they were indexed")
-    assert {finding.chunk for finding in findings[1:]} == ({0} if name.startswith("text") else set())
+    assert len(findings) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [("samples", "key"), ("image/items", "length"), ("text/items", "text"), ("text/items", "sample")],
+)
+def test_readers_refuse_a_changed_table(copy: Path, name: str, column: str) -> None:
+    path = copy / f"{name}.parquet"
+    table = pq.read_table(path)
+    values = table[column].to_pylist()
+    values[70] = values[71]
+    changed = pa.array(values, table.schema.field(column).type)
+    pq.write_table(table.set_column(table.column_names.index(column), column, changed), path, row_group_size=64)
+    words, modality = f"column '{column}' has changed since it was written", name.partition("/")[0]
+    with pytest.raises(CorruptError, match=words):
+        Cache(copy).samples if name == "samples" else Cache(copy).items(modality)
+    if name != "samples":
+        Cache(copy).items(modality, chunk=0)
+        with pytest.raises(CorruptError, match=words):
+            Cache(copy).items(modality, chunk=1, columns=[column])
+    assert any(finding.location == f"{name}.parquet" for finding in verify(Cache(copy)))
+    with pytest.raises(CorruptError, match=words):  # `--extend` copies the tables
+        TableWriter(copy / "longer", 64).copy(copy, 300, {}, Cache(copy).info.table_checksums)
 
 
 def test_verify_ignores_uncounted_rows(copy: Path) -> None:
@@ -152,3 +179,77 @@ def test_source_may_be_corrected_by_hand(copy: Path) -> None:
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "source": {**record["source"], "path": "/moved"}}))
     assert verify(Cache(copy)) == []
+
+
+NUMBERS = {
+    "chunk_size": -5,
+    "num_items": {"image": 10**15},
+    "num_samples": "many",
+    "source": [],
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("has_digest", [True, False])
+def test_nonsense_in_cache_json_raises(copy: Path, name: str, has_digest: bool) -> None:
+    path = copy / "cache.json"
+    record = {**json.loads(path.read_text()), name: NUMBERS[name]}
+    if not has_digest:  # as in caches of the first versions
+        del record["digest"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(CorruptError, match=r"cache\.json"):
+        Cache(copy)
+
+
+def test_verify_finds_missing_rows_without_digests(copy: Path) -> None:
+    path = copy / "cache.json"
+    record = json.loads(path.read_text())
+    del record["digest"], record["tables"]
+    path.write_text(json.dumps({**record, "num_items": {"image": 10**12, "text": 300}}))
+    (finding,) = verify(Cache(copy))
+    assert finding.line().startswith("image/items.parquet: expected 1,000,000,000,000 rows, got 300; restore the file")
+
+
+METADATA = (
+    "image/open_toy/cls",
+    "text/open_toy/tokens/lengths",
+    "text/open_toy/tokens/values",
+    "text/open_toy/tokens/values/00001",
+)
+
+
+def test_metadata_that_follow_are_found_and_written_again(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", 12)
+    cache = tmp_path / "c"
+    settings = ExtractSettings(features=("cls", "tokens"), chunk_size=8)
+    extract(open_source(source), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    whole = tree(cache)
+    for name in METADATA:
+        path = cache / name / "zarr.json"
+        if name.endswith("lengths"):
+            path.unlink()
+        else:
+            record = json.loads(path.read_text())
+            key = "fill_value" if "fill_value" in record else "node_type"
+            path.write_text(json.dumps({**record, key: 0}))
+    findings = verify(Cache(cache))
+    assert [finding.chunk for finding in findings] == [-1, -1, -1, 1]
+    assert all(name in finding.reason for name, finding in zip(METADATA, findings, strict=True))
+    assert verify_cache(cache, VerifySettings(repair=True)).is_sound
+    assert tree(cache) == whole
+
+
+def test_verify_finds_another_spec(copy: Path) -> None:
+    path = copy / "image/open_toy/zarr.json"
+    path.write_text(path.read_text().replace('"tests.toy:open_toy"', '"tests.toy:open_tox"', 1))
+    assert "its spec 'tests.toy:open_tox' is that of another encoder" in verify(Cache(copy))[0].reason
+
+
+def test_repair_leaves_nothing_missing(copy: Path) -> None:
+    (copy / "text/open_toy/chunks/00004.parquet").unlink()
+    report = verify_cache(copy)
+    assert report.is_sound
+    assert len(report.findings) == 2
+    report = verify_cache(copy, VerifySettings(repair=True))
+    assert report.is_sound
+    assert list(report.repaired) == ["open_toy (mean, tokens): encoded 1 chunks again"]

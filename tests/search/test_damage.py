@@ -1,0 +1,122 @@
+"""Random damage to every file of a cache, a run and an index: readers give the same numbers or a clear error."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.dataset.splits import read_split
+from embedcache.errors import EmbedcacheError
+from embedcache.projectors.saved import load_pair, split_path
+from embedcache.search.search import OpenIndex
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
+
+FEATURES = (
+    ("image", "open_toy/cls"),
+    ("image", "open_toy/patches"),
+    ("text", "open_toy/mean"),
+    ("text", "open_toy/tokens"),
+)
+KINDS = ("flip", "flip", "flip", "flip", "cut", "zeros", "append", "delete", "swap", "copy")
+NOT_READ = ("record.json", "losses.jsonl", "started.json", "last.safetensors")
+"""Files of a run and an index from which no reader takes numbers."""
+
+
+@pytest.fixture(scope="module")
+def folder(cache_path: Path, run_path: Path, index_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copies of a cache, a run on it, and an index of that run."""
+    folder = tmp_path_factory.mktemp("damage")
+    for name, path in (("cache", cache_path), ("run", run_path), ("index", index_path)):
+        shutil.copytree(path, folder / name)
+    return folder
+
+
+def read_all(folder: Path) -> Iterator[bytes]:
+    """Read everything that a reader uses, as bytes."""
+    cache = Cache(folder / "cache")
+    yield repr(cache.samples.to_pydict()).encode()
+    for modality in cache.info.num_items:
+        yield repr(cache.items(modality).to_pydict()).encode()
+        yield repr(cache.items(modality, chunk=1, columns=["sample"]).to_pydict()).encode()
+    for modality, name in FEATURES:
+        feature = cache.feature(modality, name)
+        feature.require_complete()
+        yield repr((feature.failures, feature.shape, feature.dtype, feature.fingerprint, list(feature.hashes))).encode()
+        yield feature.lengths().tobytes()
+        yield b"".join(item.tobytes() for item in feature.gather_tokens(np.flatnonzero(feature.valid)[::7]))
+    pair, config = load_pair(folder / "run")
+    yield repr(config).encode()
+    yield b"".join(parameter.detach().numpy().tobytes() for parameter in pair.parameters())
+    yield repr(read_split(split_path(folder / "run"), [cache])).encode()
+    index = OpenIndex(folder / "index", run_path=folder / "run", cache_path=folder / "cache")
+    queries_QP = np.eye(index.card.width, dtype=np.float32)[:2]
+    yield repr(index.search_vectors(queries_QP, k=5)).encode()
+
+
+def damage(path: Path, other: Path, kind: str, rng: np.random.Generator) -> None:
+    """Damage one file; `other` is one of the same name or suffix."""
+    data = path.read_bytes()
+    place = int(rng.integers(max(len(data), 1)))
+    if kind == "delete":
+        path.unlink()
+    elif kind == "swap":
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(data)
+    elif kind == "copy":
+        path.write_bytes(other.read_bytes())
+    elif kind == "append":
+        path.write_bytes(data + rng.bytes(8))
+    elif kind == "cut":
+        path.write_bytes(data[:place])
+    elif kind == "zeros":
+        path.write_bytes(data[:place] + bytes(len(data[place : place + 16])) + data[place + 16 :])
+    else:
+        flipped = bytes([data[place] ^ 1 << int(rng.integers(8))]) if data else b"x"
+        path.write_bytes(data[:place] + flipped + data[place + 1 :])
+
+
+def must_be_found(path: Path) -> bool:
+    """Return whether `verify` promises to find any change of a file of a cache: chunks, and metadata of arrays."""
+    return path.name != "zarr.json" and "c" in path.parts
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_same_numbers_or_a_clear_error(folder: Path, seed: int) -> None:
+    rng, expected = np.random.default_rng(seed), list(read_all(folder))
+    assert verify(Cache(folder / "cache")) == []
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.name not in NOT_READ
+        and path.parent.name != "records"
+    ]
+    num_refused = 0
+    for number in range(400 if seed else 24):
+        path, kind = files[rng.integers(len(files))], KINDS[rng.integers(len(KINDS))]
+        alike = [other for other in files if other.suffix == path.suffix and other != path]
+        other = alike[rng.integers(len(alike))] if alike else path
+        before = {file: file.read_bytes() for file in (path, other)}
+        damage(path, other, kind, rng)
+        what = f"{number}: {kind} {path.relative_to(folder)}, {other.relative_to(folder)}"
+        try:
+            found = list(read_all(folder))
+        except EmbedcacheError as error:
+            found, num_refused = [], num_refused + (1 if "\n" not in str(error) else -99)
+        try:
+            findings = [finding.line() for finding in verify(Cache(folder / "cache"))]
+        except EmbedcacheError as error:
+            findings = [str(error)]
+        assert found in ([], expected), what
+        changed = [file for file in before if not file.is_file() or file.read_bytes() != before[file]]
+        in_cache = [file.relative_to(folder / "cache") for file in changed if file.is_relative_to(folder / "cache")]
+        if any(map(must_be_found, in_cache)) or (not found and len(in_cache) == len(changed) > 0):
+            assert findings, what
+        for file, content in before.items():
+            file.write_bytes(content)
+    assert num_refused > 8
+    assert list(read_all(folder)) == expected
