@@ -24,19 +24,22 @@ NAMES = (
     "coverage",
     "dedup",
     "serve",
+    "object-store",
 )
 PARTS = {
+    "object-store": "object_store:main",
     "images": "extract:images",
     "texts": "extract:texts",
     "peers": "extract:peers",
     "precision": "extract:precision",
     "thresholds": "thresholds:main",
     "likelihood-training": "likelihood_training:main",
+    "serve-load": "serve:under_load",
     "speech-training": "speech_training:main",
     "speech-decoding": "speech:decoding",
     "scale": "scale:main",
 }
-"""Parts of `extract`, `coverage` and `speech` that can be run alone, names that differ from their module, and `scale`,
+"""Parts of `extract`, `coverage`, `serve` and `speech` that can be run alone, names other than their module, and `scale`,
 which runs only if it is named."""
 
 

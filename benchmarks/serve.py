@@ -5,6 +5,9 @@ when it has received an answer. The client competes for the same cores. The firs
 encoders and distinct query texts. The second one holds a million clustered vectors of width 256
 (`benchmarks/clusters.py`; the environment variable EMBEDCACHE_BENCH_VECTORS sets another number), whose encoder costs
 nothing, so that only the search is measured: without a filter, and with filters that keep 1/2 and 1/100 of the items.
+
+`python -m benchmarks serve-load` measures the first index under 32 connections only, with a server that freezes its
+objects before it serves and with one that does not, in turn.
 """
 
 import asyncio
@@ -38,9 +41,11 @@ from embedcache.train.train import train
 
 _ENCODER = "benchmarks.clusters:open_clusters,width=256"
 _FACTORY = "IVF2048,SQ8"
+_UNFROZEN = ("-c", "import gc; gc.freeze = lambda: None; from embedcache.cli.main import main; main()")
+"""Program that serves as before objects were frozen."""
 _COLUMNS = [
-    "", "connections", "queries", "errors", "queries/s", "p50, ms", "p99, ms", "search p50, ms", "search p99, ms",
-    "memory first, MB", "last, MB",
+    "", "connections", "queries", "errors", "queries/s", "p50, ms", "p99, ms", "p99 / p50", "search p50, ms",
+    "search p99, ms", "memory first, MB", "last, MB",
 ]  # fmt: skip
 
 
@@ -60,6 +65,7 @@ def main(*, quick: bool) -> None:
         folder = Path(name)
         index = _openmoji(folder / "openmoji")
         texts = write_captions(5_000 if quick else 50_000)
+        _compare(index, texts, seconds)
         with _server(index) as (address, process):
             loads = ((f"{connections} at a time", connections, seconds) for connections in (1, 8, 32))
             rows = [_row(*load, address, process, texts, {}) for load in loads]
@@ -84,6 +90,24 @@ def main(*, quick: bool) -> None:
         print_table(_COLUMNS, rows, title=f"{num:,} x 256, {_FACTORY}, 60 hits per query")
 
 
+def under_load(*, quick: bool) -> None:
+    """Print response times under load with and without frozen objects."""
+    with TemporaryDirectory() as name:
+        index = _openmoji(Path(name) / "openmoji")
+        _compare(index, write_captions(5_000 if quick else 50_000), 4.0 if quick else 15.0)
+
+
+def _compare(index: Path, texts: Sequence[str], seconds: float) -> None:
+    """Print two rows for each server, which are loaded in turn so that a slow minute affects both."""
+    with _server(index, program=_UNFROZEN) as (before, unfrozen), _server(index) as (after, frozen):
+        rows = [
+            _row(title, 32, seconds, address, process, texts, {})
+            for _ in range(2)
+            for title, address, process in (("collected", before, unfrozen), ("frozen", after, frozen))
+        ]
+    print_table(_COLUMNS, rows, title="objects of the encoders collected by the garbage collector, and frozen")
+
+
 def _row(
     title: str,
     connections: int,
@@ -100,10 +124,9 @@ def _row(
     num_answers = len(load.answers_ms)
     return [
         title, str(connections), f"{num_answers:,}", str(load.errors), f"{num_answers / elapsed:,.0f}",
-        *(
-            f"{np.percentile(values, percentile):.1f}"
-            for values in (load.answers_ms, load.search_ms) for percentile in (50, 99)
-        ),
+        *(f"{np.percentile(load.answers_ms, percentile):.1f}" for percentile in (50, 99)),
+        f"{np.percentile(load.answers_ms, 99) / np.percentile(load.answers_ms, 50):.1f}",
+        *(f"{np.percentile(load.search_ms, percentile):.1f}" for percentile in (50, 99)),
         f"{first:,.0f}", f"{_memory_mb(process):,.0f}",
     ]  # fmt: skip
 
@@ -143,8 +166,10 @@ async def _read(reader: asyncio.StreamReader) -> tuple[int, bytes]:
 
 
 @contextmanager
-def _server(index: Path, *words: str) -> "Iterator[tuple[str, subprocess.Popen[str]]]":
-    command = [sys.executable, "-m", "embedcache", "serve", str(index), "--port", "0", *words]
+def _server(
+    index: Path, *words: str, program: Sequence[str] = ("-m", "embedcache")
+) -> "Iterator[tuple[str, subprocess.Popen[str]]]":
+    command = [sys.executable, *program, "serve", str(index), "--port", "0", "--trust", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield next(line.split()[1] for line in process.stdout if line.startswith("open http")), process

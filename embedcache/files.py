@@ -41,7 +41,9 @@ def open_path(location: str | Path) -> Path:
         return Path(location)
     upath = require("upath", extra="remote")
     try:
-        path = upath.UPath(str(location), use_listings_cache=False)  # other processes write there too
+        # Other processes write there too. With concurrent parts, s3fs would ask for the size of each file it reads.
+        options = {"max_concurrency": 1} if str(location).startswith(("s3:", "s3a:")) else {}
+        path = upath.UPath(str(location), use_listings_cache=False, **options)
         path.fs  # noqa: B018  # imports the file system of the protocol
     except ValueError as error:
         raise PathError(f"{location}: URLs of this protocol cannot be read: {error}") from None
@@ -99,6 +101,14 @@ def disk_errors(path: Path) -> Iterator[None]:
 def disk_full_message(disk: str = "") -> str:
     """Return the text of a full disk's error."""
     return f"no space left on the disk{disk}; finished work is kept: free some space and rerun the same command"
+
+
+def read_file(path: Path) -> bytes:
+    """Read a whole file; behind a URL with one request, where `Path.read_bytes` asks for the size first.
+
+    A file that does not exist raises `FileNotFoundError` after that request, without a listing.
+    """
+    return bytes(path.fs.cat_file(path.path)) if is_remote(path) else path.read_bytes()  # type: ignore[attr-defined]
 
 
 def write_atomic(path: Path, data: bytes) -> None:

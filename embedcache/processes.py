@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from embedcache.errors import EmbedcacheError
 from embedcache.progress import Progress, join_names
-from embedcache.registry import require
+from embedcache.registry import Trust, adopt_trust, current_trust, require
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -93,7 +93,7 @@ def run_processes(
     processes: dict[Connection, Any] = {}
     for task in tasks:
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run_child, args=(work, task, sender), daemon=True)
+        process = context.Process(target=_run_child, args=(work, task, sender, current_trust()), daemon=True)
         process.start()
         sender.close()
         processes[receiver] = process
@@ -106,7 +106,8 @@ def run_processes(
             process.join()
 
 
-def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection) -> None:
+def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trust: tuple[Trust, bool]) -> None:
+    adopt_trust(trust)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process terminates this one
     try:
         pipe.send(("result", work(task, _PipeProgress(pipe))))

@@ -1,15 +1,103 @@
-"""Plug-ins by name, imported on first use, so that no heavy library loads before it is needed."""
+"""Plug-ins by name, imported on first use, so that no heavy library loads before it is needed.
+
+A name `module:attribute` that the user gives is imported, wherever it is. One that is read from a file, such as the
+source of a cache or the projector of a run, is imported only if its author can be trusted: see `names_from`.
+"""
 
 import importlib
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from types import ModuleType
 from typing import Any
 
-from embedcache.errors import MissingExtraError, UnknownNameError
+from embedcache.errors import MissingExtraError, SettingError, UnknownNameError
+
+_FILE: ContextVar[str | None] = ContextVar("file", default=None)
+_TRUSTS_FILES: ContextVar[bool] = ContextVar("trusts_files", default=False)
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What this process may import besides built-in and installed plug-ins; worker processes get a copy.
+
+    Args:
+        given: `module:attribute` that the user gave, each after its kind.
+        read: `module:attribute` that settings were filled with from a file -> the file.
+        packages: packages whose own objects any file may name.
+        folders: folders in which plug-ins that the user gives or trusts are found, besides those of `sys.path`.
+    """
+
+    given: set[str]
+    read: dict[str, str]
+    packages: set[str]
+    folders: list[str]
+
+
+_TRUST = Trust(set(), {}, set(), [])
+
+
+@contextmanager
+def names_from(file: object) -> Iterator[None]:
+    """Treat all names that are loaded in this context as read from a file, which a stranger may have written.
+
+    `Registry.load` then imports built-in plug-ins, those of installed packages, those whose name the user has given to
+    this process, and those that a package of `trust_package` defines; within `trust_files` it imports any.
+    """
+    token = _FILE.set(str(file))
+    try:
+        yield
+    finally:
+        _FILE.reset(token)
+
+
+@contextmanager
+def trust_files(is_trusted: bool = True) -> Iterator[None]:  # noqa: FBT001, FBT002
+    """Import any code that caches, runs, indexes and studies name while this context lasts: trust their authors."""
+    token = _TRUSTS_FILES.set(is_trusted or _TRUSTS_FILES.get())
+    try:
+        yield
+    finally:
+        _TRUSTS_FILES.reset(token)
+
+
+def has_trust() -> bool:
+    """Return whether this is within `trust_files`."""
+    return _TRUSTS_FILES.get()
+
+
+def trust_package(package: str) -> None:
+    """Let files name the classes and functions that a package defines: for a package of pipelines that writes them."""
+    _TRUST.packages.add(package)
+
+
+def search_plugins_in(folder: str) -> None:
+    """Find plug-ins that the user names or trusts in one more folder, and nothing else."""
+    _TRUST.folders[:] = [folder]
+
+
+def mark_as_read(file: object, names: Iterable[str]) -> None:
+    """Treat some names as read from a file wherever they are loaded, as settings do not say where they come from."""
+    _TRUST.read.update({name: str(file) for name in names if ":" in name})
+
+
+def current_trust() -> tuple[Trust, bool]:
+    """Return what another process needs to import the same; see `adopt_trust`."""
+    return _TRUST, _TRUSTS_FILES.get()
+
+
+def adopt_trust(trust: tuple[Trust, bool]) -> None:
+    """Import what the process that started this one may import."""
+    parent, trusts_files = trust
+    _TRUST.given.update(parent.given)
+    _TRUST.read.update(parent.read)
+    _TRUST.packages.update(parent.packages)
+    _TRUST.folders[:] = parent.folders
+    _TRUSTS_FILES.set(trusts_files)
 
 
 @dataclass(frozen=True)
@@ -42,6 +130,7 @@ class Registry:
 
         Raises:
             UnknownNameError: there is no such name, module or attribute.
+            SettingError: the name was read from a file whose author is not trusted, see `names_from`.
             MissingExtraError: the module of the plug-in imports a package that is not installed.
         """
         if name in self.paths:
@@ -50,20 +139,51 @@ class Registry:
         module, _, attribute = (name if ":" in name else self._declared().get(name, name)).partition(":")
         if not attribute:
             raise unknown_name(self.kind, name, [*self.names, *self.presets])
+        package = self._package_to_trust(name) if ":" in name else None
         try:
-            plugin = _import_plugin(name, module)
+            imported = _import_plugin(name, module)
         except ModuleNotFoundError as error:
             raise self._not_found(name, error) from error
         try:
-            return getattr(plugin, attribute)
+            plugin = getattr(imported, attribute)
         except AttributeError as error:
             raise self._not_found(name, error) from error
+        if package is not None and callable(plugin) and _package_of(getattr(plugin, "__module__", "")) != package:
+            raise self._is_untrusted(name)
+        return plugin
+
+    def accept(self, name: str) -> None:
+        """Count a name among those that the user has given to this process, which files may name too."""
+        _TRUST.given.add(f"{self.kind} {name}")
+
+    def _package_to_trust(self, name: str) -> str | None:
+        """Return the package that must define an object, or None for any; SettingError if it must not be imported."""
+        is_given = f"{self.kind} {name}" in _TRUST.given
+        file = _FILE.get() or _TRUST.read.get(name)
+        if file is not None and not _TRUSTS_FILES.get() and not is_given:
+            if name in self.paths.values() or name in self._declared().values():
+                return None
+            if _package_of(name) in _TRUST.packages:
+                return _package_of(name)
+            raise self._is_untrusted(name)
+        if file is None:
+            self.accept(name)
+        sys.path.extend(folder for folder in _TRUST.folders if folder not in sys.path)
+        return None
+
+    def _is_untrusted(self, name: str) -> SettingError:
+        file = _FILE.get() or _TRUST.read.get(name)
+        return SettingError(
+            f"{file} names the {self.kind} {name!r}, which is custom code; if you trust its author, use --trust, or "
+            "embedcache.registry.trust_files() in Python"
+        )
 
     def _not_found(self, name: str, error: Exception) -> UnknownNameError:
         return unknown_name(self.kind, name, self.names, hint=f"{error}; name a plug-in of yours as module:attribute")
 
     def _declared(self) -> Mapping[str, str]:
-        return {} if self.group is None else _entry_points(self.group, tuple(sys.path))
+        installed = tuple(path for path in sys.path if path and path not in _TRUST.folders)
+        return {} if self.group is None else _entry_points(self.group, installed)
 
 
 @cache
@@ -73,6 +193,10 @@ def _entry_points(group: str, search_path: tuple[str, ...]) -> Mapping[str, str]
 
     declared = (point for package in distributions(path=list(search_path)) for point in package.entry_points)
     return {point.name: point.value for point in declared if point.group == group}
+
+
+def _package_of(module: str) -> str:
+    return module.partition(":")[0].partition(".")[0]
 
 
 def _import_plugin(name: str, module: str) -> ModuleType:

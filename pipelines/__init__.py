@@ -1,0 +1,5 @@
+"""Pipelines from data to figures; their caches and runs name sources, encoders and rules of this package."""
+
+from embedcache.registry import trust_package
+
+trust_package(__name__)

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: withou
 
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.registry import Trust, trust_package
 from embedcache.sources import open_source
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+trust_package("tests")  # caches of the tests name encoders of this package
 
 FEATURES = ("cls", "patches", "mean", "tokens")
 LONGEST = (
@@ -37,6 +40,12 @@ LONGEST = (
     *("train/test_speech", "transcription/test_published_path", "transcription/test_model", "pipelines/test_talking"),
 )
 """The files that take longest, which start first so that both test processes end together."""
+
+
+@pytest.fixture
+def as_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open files as a process that has been given no name and knows no package."""
+    monkeypatch.setattr("embedcache.registry._TRUST", Trust(set(), {}, set(), []))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

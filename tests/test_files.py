@@ -15,6 +15,7 @@ from embedcache.files import (
     make_folder,
     open_path,
     put_file,
+    read_file,
     remove_folder,
     remove_partials,
     replacing,
@@ -113,7 +114,7 @@ def test_remote_files(tmp_path: Path) -> None:
         temporary.write_bytes(b"2")
     (tmp_path / "three").write_bytes(b"3")
     put_file(tmp_path / "three", folder / "a" / "three")
-    assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == {
+    assert {path.name: read_file(path) for path in folder.rglob("*") if path.is_file()} == {
         "one.json": b"1",
         "two": b"2",
         "three": b"3",

@@ -168,8 +168,8 @@ def uids(
     print_line(f"{out}: {import_uids(path, cache, out):,} samples")
 
 
-add_command(app, "clip-retrieval", clip_retrieval)
-add_command(app, "datacomp", datacomp)
-add_command(app, "parquet", parquet)
-add_command(app, "npy", npy)
-add_command(app, "uids", uids)
+add_command(app, "clip-retrieval", clip_retrieval, runs_named_code=False)
+add_command(app, "datacomp", datacomp, runs_named_code=False)
+add_command(app, "parquet", parquet, runs_named_code=False)
+add_command(app, "npy", npy, runs_named_code=False)
+add_command(app, "uids", uids, runs_named_code=False)

@@ -22,6 +22,7 @@ from embedcache.cli.train import train
 from embedcache.cli.transcribe import transcribe
 from embedcache.errors import EmbedcacheError
 from embedcache.files import disk_full_message
+from embedcache.registry import search_plugins_in
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -62,7 +63,7 @@ def embedcache(
     """
 
 
-add_command(app, "quickstart", quickstart)
+add_command(app, "quickstart", quickstart, runs_named_code=False)
 add_command(app, "extract", extract)
 add_command(app, "derive", derive)
 add_command(app, "inspect", inspect)
@@ -84,7 +85,7 @@ def main() -> None:
     Exit codes: 0 success; 1 a user's error, printed as one line, or findings of `verify`; 2 wrong usage; 70 a bug, with
     its traceback; 130 interrupted. EMBEDCACHE_DEBUG=1 prints the traceback of a user's error too.
     """
-    sys.path.append(str(Path.cwd()))  # so that module:attribute finds a plug-in beside the data
+    search_plugins_in(str(Path.cwd()))  # so that module:attribute finds a plug-in beside the data
     try:
         app(prog_name="embedcache")
     except EmbedcacheError as error:

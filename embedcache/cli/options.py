@@ -22,7 +22,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.modalities import MODALITIES
-from embedcache.registry import unknown_name
+from embedcache.registry import mark_as_read, trust_files, unknown_name
 from embedcache.settings import FlatSetting, flat_settings, from_flat
 
 _OUTPUT = "Output options"
@@ -211,24 +211,47 @@ def new_group(help: str, **options: Any) -> typer.Typer:
     return typer.Typer(help=help, short_help=help, cls=CommandGroup, no_args_is_help=True, **options)
 
 
-def add_command(app: typer.Typer, name: str, command: Callable[..., None], **options: Any) -> None:
+def add_command(
+    app: typer.Typer, name: str, command: Callable[..., None], *, runs_named_code: bool = True, **options: Any
+) -> None:
     """Add a command with the options that all have; its help is its docstring.
 
     Args:
         app: application or group.
         name: name of the command.
         command: function with typer's annotations.
+        runs_named_code: whether files that the command opens may name code, so that it has the option `--trust`.
         options: further arguments of `typer.Typer.command`.
     """
     help = _help_text(command)
     summary = help.partition("\n\n")[0]
-    app.command(name=name, help=help, short_help=summary, cls=Command, **options)(_with_verbosity(command))
+    app.command(name=name, help=help, short_help=summary, cls=Command, **options)(
+        _with_verbosity(_with_trust(command) if runs_named_code else command)
+    )
 
 
 def _help_text(command: Callable[..., None]) -> str:
     """Return the docstring with every paragraph on one line, but for examples."""
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
     return "\n\n".join(text if text.startswith("Example") else " ".join(text.split()) for text in paragraphs)
+
+
+def _with_trust(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(*, trust: bool, **values: Any) -> None:
+        with trust_files(trust):
+            command(**values)
+
+    trust = Annotated[
+        bool,
+        typer.Option(
+            "--trust", metavar="", help="Run code that the files opened name as module:attribute: trust their authors."
+        ),
+    ]
+    own = list(inspect.signature(command, eval_str=True).parameters.values())
+    position = next((place for place, each in enumerate(own) if each.name in (*_OUTPUT_NAMES, "config")), len(own))
+    _set_parameters(run, [*own[:position], _keyword("trust", trust, False), *own[position:]])
+    return run
 
 
 def _with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
@@ -493,6 +516,7 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
         if isinstance(error, SettingError):
             raise
         raise SettingError(f"{path}: expected the config.json of a run, got other content: {error!r}") from error
+    mark_as_read(path, [*str(settings.get("projector", "")).split("+"), str(settings.get("loss", ""))])
     return {name: value for name, value in settings.items() if value is not None}
 
 

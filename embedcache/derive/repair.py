@@ -9,8 +9,9 @@ from embedcache.derive.groups import read_fit, request_fingerprint
 from embedcache.derive.rules import Rule, open_rule
 from embedcache.derive.runs import RUN, reopen_run
 from embedcache.encoders.open import EncoderSpec
-from embedcache.errors import ItemError, SettingError, UnknownNameError
+from embedcache.errors import ItemError, UnknownNameError
 from embedcache.progress import NullProgress, Progress
+from embedcache.registry import names_from
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
@@ -26,12 +27,12 @@ def derivation_depth(cache: Cache, group: EncoderGroup) -> int:
 
 
 def reopen_derivation(
-    cache: Cache, group: EncoderGroup, features: Sequence[str], *, trust_cache: bool = False, device: str = "cpu"
+    cache: Cache, group: EncoderGroup, features: Sequence[str], *, device: str = "cpu"
 ) -> OpenDerivation:
     """Open the rule and inputs of derived features again, to compute some of them as they were.
 
     Raises:
-        SettingError: the rule is a function of the user's, which is imported only from a cache that is trusted.
+        SettingError: the rule or the run is custom code, and the cache is not trusted.
         UnknownNameError: the rule or an input no longer exists.
         PathError: the run no longer exists.
         CorruptError: the arrays that the rule was fitted to have changed.
@@ -40,10 +41,10 @@ def reopen_derivation(
     parameters, inputs = stored["preprocessing"], [cache.feature(*entry) for entry in group.inputs]
     view = None
     if spec.model == RUN:
-        opened_run = reopen_run(cache, group, spec.options, trust_cache=trust_cache, device=device)
+        opened_run = reopen_run(cache, group, spec.options, device=device)
         parameters, rule, view = opened_run.parameters, opened_run.rule, opened_run.view
     else:
-        rule = _reopen_rule(group, spec.model, trust_cache=trust_cache)
+        rule = _reopen_rule(group, spec.model)
     reader = ChunkReader(cache, inputs)
     weights = rule.weights or stored["weights"]
     request = request_fingerprint(rule, inputs, parameters, weights=weights, view=view)
@@ -59,14 +60,10 @@ def reopen_derivation(
     )
 
 
-def _reopen_rule(group: EncoderGroup, name: str, *, trust_cache: bool) -> Rule:
-    if ":" in name and not trust_cache:
-        raise SettingError(
-            f"{group.name}: the cache names the rule {name!r}, which is custom code; if you trust the cache, use "
-            "--trust-cache"
-        )
+def _reopen_rule(group: EncoderGroup, name: str) -> Rule:
     try:
-        return open_rule(name)
+        with names_from(f"{group.name}: the cache"):
+            return open_rule(name)
     except UnknownNameError as error:
         raise UnknownNameError(
             f"{group.name}: the rule {name!r} that computed it cannot be imported; make its module importable, or "

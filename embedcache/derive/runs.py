@@ -288,9 +288,7 @@ def _softmax(scores_BC: Array) -> Floats:
     return probabilities_BC
 
 
-def reopen_run(
-    cache: Cache, group: EncoderGroup, location: Mapping[str, str], *, trust_cache: bool, device: str
-) -> RunRule:
+def reopen_run(cache: Cache, group: EncoderGroup, location: Mapping[str, str], *, device: str) -> RunRule:
     """Open the output of a run again from what a folder of derived features records."""
     request = RunRequest(
         cache=cache,
@@ -303,11 +301,5 @@ def reopen_run(
     )
     if not config_path(request.path).is_file():
         raise PathError(f"{request.path} is not a finished run; put the run back where the feature was derived from it")
-    kind = str(_read_manifest(request.path).get("kind", ""))
-    if ":" in kind and not trust_cache:
-        raise SettingError(
-            f"the run {request.path} is of the kind {kind!r}, which is custom code; if you trust the cache and the "
-            "run, use --trust-cache"
-        )
     (opened,) = open_run(request)
     return opened

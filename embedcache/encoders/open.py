@@ -17,7 +17,7 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError, UnknownNameError
 from embedcache.modalities import noun
 from embedcache.provenance import check_same
-from embedcache.registry import Registry, unknown_name
+from embedcache.registry import Registry, names_from, unknown_name
 
 ENCODERS = Registry(
     "encoder family",
@@ -84,13 +84,15 @@ def reopen_encoder(
 
     Raises:
         FingerprintError: the encoder differs; the message names each field with both values.
+        SettingError: the encoder is custom code, and the file that names it is not trusted.
     """
     settings = EncoderSettings(
         device="cpu" if fingerprint["backend"] == "onnxruntime" else device,
         **recorded_settings(fingerprint),
         features=feature_names(feature),
     )
-    encoder = open_encoder(spec, modality=modality, settings=settings)
+    with names_from(f"the record of the feature {feature}"):
+        encoder = open_encoder(spec, modality=modality, settings=settings)
     expected = {field: value for field, value in fingerprint.items() if field != "view"}
     next_step = "use the weights and libraries that it was extracted with, or extract again"
     check_same(f"feature {feature}", expected, encoder.fingerprint.to_json(), next_step=next_step)

@@ -16,6 +16,7 @@ from embedcache.inference import open_projected_encoder
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair
+from embedcache.registry import names_from
 
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
 
@@ -43,7 +44,8 @@ class ExportRun:
         return dict(zip(MODALITIES, split_names(self.config.projector), strict=True))[modality]
 
     def projector_class(self, modality: Modality) -> type:
-        projector: type = PROJECTORS.load(self.projector(modality))
+        with names_from(self.path):
+            projector: type = PROJECTORS.load(self.projector(modality))
         return projector
 
     def embed_examples(self, modality: Modality) -> Floats:

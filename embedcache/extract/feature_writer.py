@@ -18,7 +18,7 @@ from embedcache.files import Leases
 from embedcache.modalities import MODALITIES
 from embedcache.processes import num_cores
 from embedcache.provenance import check_same
-from embedcache.registry import unknown_name
+from embedcache.registry import names_from, unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
@@ -183,8 +183,10 @@ def reopen_writer(group: EncoderGroup, features: Sequence[str], *, device: str) 
         **recorded_settings(fingerprint),
         features=tuple(features),
     )
+    with names_from(group.path):
+        encoder = open_encoder(group.spec, modality=MODALITIES[group.modality].name, settings=settings)
     return FeatureWriter(
-        encoder=open_encoder(group.spec, modality=MODALITIES[group.modality].name, settings=settings),
+        encoder=encoder,
         group=group,
         features=features,
         dtypes={name: Feature(group, name).dtype for name in features},

@@ -92,13 +92,11 @@ def verify_cache(
     detected = findings = verify(cache, progress=progress)
     repaired: list[str] = []
     if settings.repair:
-        repaired = repair(cache, detected, device=settings.device, trust_cache=settings.trust_cache, progress=progress)
+        repaired = repair(cache, detected, device=settings.device, progress=progress)
         findings = verify(cache, progress=progress)
     drifts: list[Drift] = []
     if settings.reencode is not None:
-        drifts = measure_drift(
-            cache, settings.reencode, device=settings.device, trust_cache=settings.trust_cache, progress=progress
-        )
+        drifts = measure_drift(cache, settings.reencode, device=settings.device, progress=progress)
     return VerifyReport(
         cache=cache.path,
         detected=detected,
@@ -114,7 +112,6 @@ def repair(
     findings: Sequence[Finding],
     *,
     device: str = "cpu",
-    trust_cache: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
     """Encode damaged and missing chunks again with the encoders that computed them, and write metadata that follow.
@@ -127,7 +124,6 @@ def repair(
         cache: the cache.
         findings: what `verify` found.
         device: torch device of encoders and runs.
-        trust_cache: import rules that the cache names as `module:attribute`.
         progress: shows the number of items.
 
     Returns:
@@ -158,7 +154,7 @@ def repair(
         of_chunks = [finding for finding in repairable[modality, encoder] if finding.chunk >= 0]
         names = sorted({finding.name for finding in of_chunks})
         if of_chunks and group.is_derived:
-            opened = reopen_derivation(cache, group, names, trust_cache=trust_cache, device=device)
+            opened = reopen_derivation(cache, group, names, device=device)
             lines.append(derive_again(opened, of_chunks, progress))
         elif of_chunks:
             writer = reopen_writer(group, names, device=device)
@@ -347,7 +343,6 @@ def measure_drift(
     fraction: float,
     *,
     device: str = "cpu",
-    trust_cache: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Drift]:
@@ -364,7 +359,7 @@ def measure_drift(
     for group in groups:
         rows = _sample_rows(group, fraction, np.random.default_rng(seed))
         if len(rows) and group.is_derived:
-            drifts += list(_measure_derived(cache, group, rows, device, trust_cache=trust_cache))
+            drifts += list(_measure_derived(cache, group, rows, device))
         elif len(rows):
             drifts += list(_measure_group(cache, source, group, rows, device))
         progress.advance(1)
@@ -386,14 +381,12 @@ def _sample_rows(group: EncoderGroup, fraction: float, rng: np.random.Generator)
     return rows
 
 
-def _measure_derived(
-    cache: Cache, group: EncoderGroup, rows: Ints, device: str, *, trust_cache: bool
-) -> Iterator[Drift]:
+def _measure_derived(cache: Cache, group: EncoderGroup, rows: Ints, device: str) -> Iterator[Drift]:
     features = _valid_features(group)
     names, differences, note = [feature.feature for feature in features], [], ""
     derived: Mapping[str, Sequence[Array | ItemError]] = {name: [] for name in names}
     try:
-        opened = reopen_derivation(cache, group, names, trust_cache=trust_cache, device=device)
+        opened = reopen_derivation(cache, group, names, device=device)
         differences = name_differences(group.fingerprint, opened.fingerprint)
         derived = derive_rows(opened, rows)
     except EmbedcacheError as error:

@@ -114,7 +114,6 @@ class VerifySettings:
         metavar="FRACTION",
     )
     repair: bool = setting(False, "Encode or derive damaged and missing chunks.")
-    trust_cache: bool = setting(False, "Import rules of derived features that the cache names as module:attribute.")
     device: str = setting("cpu", "Torch device, such as cpu, cuda or cuda:1.", metavar="DEVICE")
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import ItemError, PathError, SettingError
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
-from embedcache.registry import Registry
+from embedcache.registry import Registry, names_from
 from embedcache.sources.media import decode_audio
 
 VIEWS = Registry(
@@ -103,7 +103,8 @@ def reopen_view(fingerprint: Mapping[str, Any], location: str = "") -> View:
     name, found = fingerprint["name"], []
     for place in dict.fromkeys((location or name, name)):
         try:
-            return open_view(place)
+            with names_from("the cache"):
+                return open_view(place)
         except PathError as error:
             found.append(str(error))
     raise PathError(f"{found[0]}; put it back, or run this in the folder where it is")

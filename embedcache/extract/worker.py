@@ -23,6 +23,7 @@ from embedcache.extract.settings import ExtractJob
 from embedcache.extract.views import open_view
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
+from embedcache.registry import trust_files
 from embedcache.sources import Source, reopen_source
 from embedcache.store.cache import Cache
 
@@ -60,7 +61,10 @@ class Worker:
 
     def __init__(self, job: ExtractJob, *, source: Source | None = None, device: str = "cpu") -> None:
         self.cache = Cache(job.cache)
-        self.source = reopen_source(job.source) if source is None else source
+        if source is None:
+            with trust_files():  # the process that made the job has opened this source
+                source = reopen_source(job.source)
+        self.source = source
         self.settings = job.settings
         self.writers = _open_writers(self.cache, job, device)
 

@@ -24,6 +24,7 @@ from embedcache.modalities import MODALITIES, noun
 from embedcache.networks.saved import ModuleInput
 from embedcache.networks.shared import Tokens
 from embedcache.provenance import check_same, digest, digest_file
+from embedcache.registry import names_from
 from embedcache.sources.images import rgb_image
 from embedcache.sources.media import Video
 from embedcache.store.cache import Cache
@@ -224,7 +225,9 @@ def _to_block(items: Sequence[Array]) -> Block:
 def _reopen_rule(side: ModuleInput, run_path: Path) -> tuple[Rule, dict[str, Any]]:
     """Return the rule of a derived feature, and its parameters with the arrays that it was fitted to."""
     stored = side.fingerprint
-    rule, parameters = open_rule(EncoderSpec.parse(side.spec).model), dict(stored["preprocessing"])
+    with names_from(run_path):
+        rule = open_rule(EncoderSpec.parse(side.spec).model)
+    parameters = dict(stored["preprocessing"])
     found = {**stored, "model": rule.name, "weights": rule.weights or stored["weights"], "code": rule.code}
     check_same(
         f"the derived feature {side.feature}",

@@ -14,7 +14,7 @@ from torch import nn
 from embedcache.errors import ArtifactError, CorruptError, DataError, one_line
 from embedcache.projectors.saved import RUN_FORMAT, config_path, is_pair, save_weights, split_path
 from embedcache.provenance import digest_file, fields_of, from_record, read_manifest, to_record, write_json
-from embedcache.registry import Registry
+from embedcache.registry import Registry, names_from
 
 NETWORKS = Registry(
     "network",
@@ -112,6 +112,7 @@ def build_module(config: ModuleConfig) -> nn.Module:
 
 def save_module(run_path: Path, module: nn.Module, config: ModuleConfig) -> None:
     """Write the weights, then the config with the digests of weights and split, which marks the run as complete."""
+    NETWORKS.accept(config.kind)
     model_path, split = run_path / "model.safetensors", split_path(run_path)
     save_weights(model_path, module)
     digests = {"split": digest_file(split) if split.is_file() else "", "weights": digest_file(model_path)}
@@ -142,6 +143,7 @@ def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, Modu
     Raises:
         PathError: the folder is not a finished run.
         UnknownNameError: its kind is not installed here.
+        SettingError: its kind is custom code, and the run is not trusted.
         ArtifactError: the network of this kind has changed since the run: other arguments, or weights of other shapes.
         CorruptError: the weights differ from those that `config.json` was written for.
     """
@@ -152,7 +154,8 @@ def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, Modu
             f"{model_path} is missing or not the file that config.json was written for; train again into a new folder"
         )
     try:
-        module = build_module(config)
+        with names_from(run_path):
+            module = build_module(config)
         module.load_state_dict(load_file(model_path))
     except (TypeError, RuntimeError) as error:
         raise ArtifactError(

@@ -19,6 +19,7 @@ from embedcache.errors import CorruptError, DataError
 from embedcache.files import replacing
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.provenance import check_same, digest_file, fields_of, read_manifest, write_json
+from embedcache.registry import names_from
 
 RUN_FORMAT = 2
 """Newest format of a run: 1 is an aligned pair of images and texts, 2 any other pair or module."""
@@ -102,13 +103,14 @@ class PairConfig:
 
 
 def build(config: PairConfig, *, dropout: float = 0.0) -> AlignedPair:
-    """Create an untrained pair of the shapes in a config."""
-    return AlignedPair(
-        config.projector,
-        widths={modality: side.width for modality, side in config.sides.items()},
-        shared_width=config.shared_width,
-        dropout=dropout,
-    )
+    """Create an untrained pair of the shapes in a config; SettingError if a projector is custom code not trusted."""
+    with names_from("the run"):
+        return AlignedPair(
+            config.projector,
+            widths={modality: side.width for modality, side in config.sides.items()},
+            shared_width=config.shared_width,
+            dropout=dropout,
+        )
 
 
 def config_path(run_path: Path) -> Path:
@@ -167,6 +169,7 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, Pair
     Raises:
         PathError: the folder is not a finished run.
         CorruptError: the weights differ from those that `config.json` was written for.
+        SettingError: a projector is custom code, and the run is not trusted.
     """
     config = read_config(run_path)
     model_path = run_path / "model.safetensors"

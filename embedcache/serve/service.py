@@ -179,7 +179,7 @@ def _open_images(index: OpenIndex, settings: ServeSettings) -> tuple[ServedImage
     if not index.cache.info.num_items.get("image"):
         return None, None
     try:
-        return ServedImages(index.cache, trust_cache=settings.trust_cache), None
+        return ServedImages(index.cache, settings.image_folders), None
     except EmbedcacheError as error:
         log.warning("%s", error)
         return None, "the images cannot be read; the reason is in the server's log"

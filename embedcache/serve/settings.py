@@ -3,6 +3,7 @@
 import ipaddress
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
@@ -29,7 +30,13 @@ class ServeSettings:
     )
     max_pixels: int = setting(40_000_000, "Largest query image in pixels.", gt=0)
     timeout: float = setting(30.0, "Request timeout in seconds.", gt=0, metavar="SECONDS")
-    trust_cache: bool = setting(False, "Read images from any URL, link or source the cache names.")
+    image_folders: tuple[Path, ...] = setting(
+        (),
+        "Serve images only below this folder. May be repeated.",
+        flat_name="image_folder",
+        metavar="FOLDER",
+        default_text="the folder of the cache's source",
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -9,7 +9,14 @@ from threading import Lock
 
 from embedcache.errors import ItemError
 from embedcache.files import is_remote
-from embedcache.sources.files import check_read_allowed, file_size, no_range_requests, remote_filesystem, wrap_io_errors
+from embedcache.sources.files import (
+    check_read_allowed,
+    file_size,
+    no_range_requests,
+    open_descriptor,
+    remote_filesystem,
+    wrap_io_errors,
+)
 
 _MAX_OPEN_FILES = 32
 _PREFETCHED_BLOCKS = 2
@@ -43,7 +50,7 @@ class _OpenFile:
     """A file descriptor closed with its last reference, so that eviction never closes a file during a read."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = open_descriptor(path)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):

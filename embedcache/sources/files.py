@@ -1,8 +1,10 @@
 """Local and remote files of sources: listing, reading, file types, and I/O errors as errors of this package."""
 
+import fcntl
 import os
 import posixpath
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError
-from embedcache.files import io_reason, is_io_error, is_remote, is_url, library_of, open_path
+from embedcache.files import io_reason, is_io_error, is_remote, is_url, library_of, open_path, read_file
 from embedcache.sources.base import FileItem
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -81,6 +83,39 @@ def check_read_allowed(path: Path | str, num_bytes: int | None = None) -> None:
         raise ItemError(f"{path}: expected at most {_MAX_RESTRICTED_BYTES:,} bytes to read, got {size:,}")
 
 
+def open_descriptor(path: Path) -> int:
+    """Open a local file for reading; within `restrict_reads`, check what was opened, whatever its name leads to now.
+
+    A check of the name alone could be passed by one file and another one be read, if a link is changed in between.
+    Errors of the disk are raised unchanged.
+
+    Raises:
+        ItemError: within `restrict_reads`, the file is outside its folders, not regular, or too large.
+    """
+    folders = _ALLOWED_FOLDERS.get()
+    if folders is None:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    check_read_allowed(path, 0)  # so that no device is opened, except by a change right now
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
+    try:
+        status, real = os.fstat(descriptor), _opened_path(descriptor)
+        if not any(real.is_relative_to(folder) for folder in folders):
+            raise ItemError(f"{path} is outside the source's folder")
+        if not stat.S_ISREG(status.st_mode):
+            raise ItemError(f"{path} is not a regular file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _opened_path(descriptor: int) -> Path:
+    """Return the path of an open file."""
+    if hasattr(fcntl, "F_GETPATH"):  # macOS
+        return Path(os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")))
+    return Path(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+
+
 def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
     """Return whether a path is a folder; PathError if the disk or service does not answer.
 
@@ -115,9 +150,9 @@ def read_bytes(path: Path) -> bytes:
     """Read a whole file, with one request if it is remote. Errors of the disk or service are raised unchanged."""
     check_read_allowed(path)
     if not is_remote(path):
-        return path.read_bytes()
-    filesystem, name = remote_filesystem(path)
-    return cast(bytes, filesystem.cat_file(name))
+        with os.fdopen(open_descriptor(path), "rb") as file:
+            return file.read()
+    return read_file(path)
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -128,7 +163,7 @@ def open_binary(path: Path) -> BinaryIO:
     """
     check_read_allowed(path, 0)
     if not is_remote(path):
-        return path.open("rb")
+        return os.fdopen(open_descriptor(path), "rb")
     filesystem, name = remote_filesystem(path)
     file = cast(BinaryIO, filesystem.open(name, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead"))
     if not file.seekable():

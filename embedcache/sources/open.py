@@ -6,7 +6,7 @@ from typing import Any
 
 from embedcache.errors import PathError, SourceError
 from embedcache.files import open_path
-from embedcache.registry import Registry
+from embedcache.registry import Registry, names_from
 from embedcache.sources.base import IMPORTED, Source
 from embedcache.sources.files import (
     IDX_IMAGES,
@@ -73,10 +73,17 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
 
 
 def reopen_source(description: Mapping[str, Any]) -> Source:
-    """Open a source again from the result of its `describe`; PathError if its files no longer exist."""
+    """Open a source again from the result of its `describe`, which a cache recorded.
+
+    Raises:
+        PathError: its files no longer exist.
+        SettingError: its class is custom code, and the cache is not trusted.
+    """
     settings = SourceSettings.from_json(description.get("settings", {}))
-    kind = _IMPORTED_SOURCE if description["type"] == IMPORTED else description["type"]
-    return open_source(description["path"], kind=kind, settings=settings)
+    if description["type"] == IMPORTED:
+        return open_source(description["path"], kind=_IMPORTED_SOURCE, settings=settings)
+    with names_from("the cache"):
+        return open_source(description["path"], kind=description["type"], settings=settings)
 
 
 def base_source(description: Mapping[str, Any]) -> tuple[str, str]:

@@ -56,6 +56,7 @@ class SourceSettings:
         metavar="CODE",
         default_text="all languages of the source",
     )
+    inside_only: bool = setting(False, "Read only files in the table's folder: none elsewhere, and no URL.")
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -8,8 +8,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.files import open_path
+from embedcache.errors import ItemError, PathError, SettingError, SourceError
+from embedcache.files import is_remote, open_path
 from embedcache.modalities import MODALITIES
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.captions import parse_captions, to_scalar_columns, to_text_items
@@ -22,6 +22,7 @@ from embedcache.sources.files import (
     read_item_file,
     relative_to,
     resolve_item,
+    restrict_reads,
     walk_files,
 )
 from embedcache.sources.settings import SourceSettings
@@ -223,12 +224,17 @@ class TableSource:
     absolute, relative to the folder of the table, or URLs. One column may serve two modalities, such as the audio and
     the video of an `.mp4`. Columns `start_s` and `stop_s` make each recording and video an interval; an empty cell is
     the beginning or the end. Iterating over the samples reads no item.
+
+    With the setting `inside_only`, an item outside the table's folder, after following links, or behind a URL is not
+    read, and is a row with that reason: for a table that somebody else wrote.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("table", *ITEM_SETTINGS, "caption_columns", "key_column")
+        settings.check_supported("table", *ITEM_SETTINGS, "caption_columns", "key_column", "inside_only")
         self._settings = settings
         self._location = open_path(location).absolute()
+        if settings.inside_only and is_remote(self._location):
+            raise SettingError(f"inside_only: expected a local table, got {location}; copy it to this machine first")
         self._files = _find_files(self._location)
         self._root = self._location.parent if self._files == [self._location] else self._location
         self._root_text = str(self._root)
@@ -249,6 +255,12 @@ class TableSource:
 
     def read(self, item: FileItem) -> bytes:
         """Read the bytes of one item: a file, or a cell of a Parquet file."""
+        if self._settings.inside_only:
+            with restrict_reads([self._root]):
+                return self._read(item)
+        return self._read(item)
+
+    def _read(self, item: FileItem) -> bytes:
         table, named = split_embedded(item.path) if f".parquet{_COLUMN_MARK}" in item.path else (item.path, None)
         path = resolve_item(self._root, table)
         if named is None and path not in self._embedding:

@@ -22,7 +22,7 @@ from zarr.storage import MemoryStore
 
 from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, PathError, UnfinishedError
-from embedcache.files import is_remote, write_atomic, write_blocks
+from embedcache.files import is_remote, read_file, write_atomic, write_blocks
 from embedcache.provenance import read_json
 
 CRC_BYTES = 4
@@ -155,7 +155,7 @@ def open_chunk(
     path = chunk_path(array_path, number, len(chunk_shape))
     num_bytes = math.prod(chunk_shape) * np.dtype(dtype).itemsize
     try:
-        mapped, identity = (path.read_bytes(), None) if is_remote(path) else _map(path)
+        mapped, identity = (read_file(path), None) if is_remote(path) else _map(path)
     except FileNotFoundError as error:
         raise UnfinishedError(f"{path} is committed but missing; run the same embedcache extract again") from error
     except ValueError as error:  # an empty file cannot be mapped

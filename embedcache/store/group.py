@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from embedcache.axis import Axis
 from embedcache.encoders.open import DERIVED
 from embedcache.errors import ArtifactError, CorruptError, DataError, EmbedcacheError, PathError, one_line
-from embedcache.files import flush, io_reason, is_remote, write_atomic
+from embedcache.files import flush, io_reason, is_remote, read_file, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.store.arrays import (
     CRC_BYTES,
@@ -494,7 +494,7 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
     """
     path = commit_path(encoder_folder, chunk)
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except FileNotFoundError:
         return None
     except OSError as error:

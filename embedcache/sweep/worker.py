@@ -14,6 +14,8 @@ from embedcache.errors import DiskFullError, EmbedcacheError, SettingError, Unfi
 from embedcache.files import Leases
 from embedcache.processes import run_processes
 from embedcache.progress import Progress
+from embedcache.projectors.base import split_names
+from embedcache.registry import mark_as_read
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, Value, from_stored
 from embedcache.sweep.study import Study, retrained_path, split_path, trial_path
@@ -54,6 +56,7 @@ class StudyJob:
     def run_settings(self, params: Mapping[str, Value]) -> TrainSettings:
         """Return the training settings of a trial's parameters, with the study's split."""
         settings = self.space.settings(from_stored(params))
+        mark_as_read(self.path, [*split_names(settings.model.projector), settings.loss.name])
         return replace(settings, split=replace(settings.split, kind=str(split_path(self.path.resolve()))))
 
     def retrained_runs(self, trial: FrozenTrial) -> Iterator[tuple[Path, TrainSettings]]:

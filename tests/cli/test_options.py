@@ -37,7 +37,6 @@ SAME_NOUN = {
     "--text-cosine": "as --image-cosine",
     "--text-feature": "as --image-feature",
     "--threads": "of decoding in extract, of torch in train",
-    "--trust-cache": "what a cache may then do: name images anywhere in serve, custom code in verify",
     "--threshold": "select names the methods that use it",
     "--view": "extract names what alters items, derive the views that are stored",
     "-k": "number of nearest items: per query, concept or sample",

@@ -11,9 +11,12 @@ import pytest
 from embedcache.arrays import normalize
 from embedcache.derive.derive import Derivation, derive
 from embedcache.derive.rules import Block, Rule
+from embedcache.encoders.open import ENCODERS
 from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.extract.repair import measure_drift, repair, retry_failed, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
+from embedcache.provenance import read_json, write_json
+from embedcache.registry import trust_files
 from embedcache.reports.summary import summarize
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
@@ -273,24 +276,28 @@ def test_verify_repairs_inputs_before_derived_features(cache: Path) -> None:
 
 
 def test_repair_of_derived_features_needs_no_source(cache: Path) -> None:
-    info = (cache / "cache.json").read_text()
-    (cache / "cache.json").write_text(re.sub(r'"path": "[^"]*"', '"path": "/moved/away"', info))
+    info = read_json(cache / "cache.json")
+    del info["digest"]
+    write_json(cache / "cache.json", {**info, "source": {**info["source"], "path": "/moved/away"}})
     derive_pca(cache)
     damage(cache / "image/pca/pca/c/2/0/0")
     assert verify_cache(cache, VerifySettings(repair=True)).is_sound
 
 
+@pytest.mark.usefixtures("as_stranger")
 def test_rule_of_the_users_own_needs_trust(cache: Path) -> None:
     derive(cache, halved())
     whole = tree(cache)
     damage(cache / "image/halved/half/c/1/0")
     (finding,) = verify(Cache(cache))
-    with pytest.raises(SettingError, match="'tests.derive.cases:halve', which is custom code; .* use --trust-cache"):
+    with pytest.raises(SettingError, match="'tests.derive.cases:halve', which is custom code; .* use --trust"):
         repair(Cache(cache), [finding])
+    ENCODERS.accept(IMAGE)
     (note,) = [drift for drift in measure_drift(Cache(cache), 0.1) if drift.feature == "halved/half"]
     assert "halved/half: not compared: halved: the cache names the rule" in note.line()
     assert not note.is_bad
-    repair(Cache(cache), [finding], trust_cache=True)
+    with trust_files():
+        repair(Cache(cache), [finding])
     assert tree(cache) == whole
 
 
@@ -299,7 +306,7 @@ def test_rule_that_cannot_be_imported_raises(cache: Path, monkeypatch: pytest.Mo
     damage(cache / "image/halved/half/c/1/0")
     monkeypatch.delattr("tests.derive.cases.halve")
     with pytest.raises(UnknownNameError, match="halved: the rule 'tests.derive.cases:halve' .* cannot be imported"):
-        repair(Cache(cache), verify(Cache(cache)), trust_cache=True)
+        repair(Cache(cache), verify(Cache(cache)))
 
 
 def test_repair_with_changed_rule_raises(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +315,7 @@ def test_repair_with_changed_rule_raises(cache: Path, monkeypatch: pytest.Monkey
     before = tree(cache)
     monkeypatch.setattr("tests.derive.cases.halve", lambda inputs, parameters: halve(inputs, parameters))
     with pytest.raises(FingerprintError, match="derived feature 'halved'.*code: stored"):
-        repair(Cache(cache), verify(Cache(cache)), trust_cache=True)
+        repair(Cache(cache), verify(Cache(cache)))
     assert tree(cache) == before
 
 
@@ -325,7 +332,7 @@ def test_drift_of_derived_features(cache: Path, monkeypatch: pytest.MonkeyPatch)
     derive(cache, labels())
 
     def drifts() -> dict[str, bool]:
-        return {drift.feature: drift.is_bad for drift in measure_drift(Cache(cache), 0.5, trust_cache=True)}
+        return {drift.feature: drift.is_bad for drift in measure_drift(Cache(cache), 0.5)}
 
     assert not any(drifts().values())
     assert {"pca/pca", "labels/label"} <= set(drifts())

@@ -92,7 +92,7 @@ def test_additions_of_the_page_make_a_modality(tmp_path: Path) -> None:
         (tmp_path / "scans" / f"{name}.imu").write_bytes(data)
     extract = ("extract", "scans", "cache", "--encoder", "motion=motion:open_motion", "--feature", "mean,steps")
     assert "encoded 3 motion recordings, reused 0, failed 1: 1 expected triples of float32" in _run(extract, tmp_path)
-    assert "mean" in _run(("verify", "cache", "--reencode", "100%"), tmp_path)
+    assert "mean" in _run(("verify", "cache", "--reencode", "100%", "--trust"), tmp_path)
 
 
 def _add(path: Path, before: str, text: str) -> None:

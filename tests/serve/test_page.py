@@ -40,7 +40,7 @@ TEXT = "red bar left on white"
 @pytest.fixture(scope="module")
 def address(root: Path) -> Iterator[str]:
     """A server started from the command line."""
-    command = [sys.executable, "-m", "embedcache", "serve", str(root / "index"), "--port", "0"]
+    command = [sys.executable, "-m", "embedcache", "serve", str(root / "index"), "--port", "0", "--trust"]
     command += ["--coverage", str(root / "coverage.json"), "--selection", str(root / "few.txt")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as server:
         assert server.stdout is not None

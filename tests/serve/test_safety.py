@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from embedcache.errors import PathError, SettingError
+from embedcache.errors import ItemError, PathError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.provenance import read_json, write_json
+from embedcache.registry import trust_files
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.app import make_app
@@ -28,7 +29,9 @@ from embedcache.serve.images import source_folders
 from embedcache.serve.server import bind
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
-from embedcache.sources import open_source
+from embedcache.sources import files, open_source
+from embedcache.sources.files import restrict_reads
+from embedcache.store.cache import Cache
 from tests.images import write_images
 from tests.serve.conftest import visit
 from tests.toy import IMAGE, TEXT
@@ -279,7 +282,9 @@ def test_link_inside_source_is_served(hostile: Path) -> None:
 def test_trusted_cache_may_lead_outside(hostile: Path) -> None:
     (hostile / "photos" / "x.png").symlink_to(hostile / "secret.png")
     tamper(hostile / "cache", path="x.png")
-    with visit(open_hostile(hostile, trust_cache=True)) as client:
+    with trust_files():
+        trusted = open_hostile(hostile)
+    with visit(trusted) as client:
         assert client.get("/api/images/0/thumbnail").status_code == 200
 
 
@@ -360,13 +365,51 @@ def test_hostile_tar_lengths_take_no_memory(hostile: Path) -> None:
         assert client.get("/api/images/0/thumbnail").status_code == 404
 
 
-def test_custom_sources_need_trust(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match="source class 'os:system'.*--trust-cache"):
-        source_folders({"type": "os:system", "path": "x"})
-    with pytest.raises(PathError, match="they are at s3://bucket/photos.*--trust-cache"):
-        source_folders({"type": "folder", "path": "s3://bucket/photos"})
-    assert source_folders({"type": "openmoji", "path": "en"}) == []
-    assert source_folders({"type": "table", "path": str(tmp_path / "a.csv")}) == [tmp_path]
+def test_folders_that_a_cache_may_not_name(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(hostile / "people" / "me"))
+    (hostile / "people" / "me").mkdir(parents=True)
+    table = str(hostile / "photos" / "a.csv")
+    for kind, path, message in (
+        ("os:system", "x", "source class 'os:system', which is custom code; .*--trust"),
+        ("folder", "s3://bucket/photos", "they are at s3://bucket/photos.*--image-folder"),
+        ("folder", "/", "in /, which holds all files of this machine; name a folder of images with --image-folder"),
+        ("folder", str(hostile / "photos" / ".." / ".." / ".."), "holds (all files|a home|the cache)"),
+        ("folder", str(hostile / "people" / "me"), "which holds a home"),
+        ("table", str(hostile / "people" / "a.csv"), "which holds a home"),
+        ("webdataset", str(hostile / "a.tar"), "which holds (a home|the cache)"),
+        ("folder", str(hostile / "cache"), "which holds the cache"),
+    ):
+        tamper(hostile / "cache", source={"type": kind, "path": path})
+        with pytest.raises(PathError, match=message):
+            source_folders(Cache(hostile / "cache"))
+    for kind, path, folders in (("openmoji", "en", []), ("table", table, [hostile / "photos"])):
+        tamper(hostile / "cache", source={"type": kind, "path": path})
+        assert source_folders(Cache(hostile / "cache")) == folders
+
+
+def test_operator_names_the_folder(hostile: Path) -> None:
+    """The folder that the operator names holds, whatever the cache says."""
+    tamper(hostile / "cache", source={"type": "folder", "path": str(hostile)}, path="secret.png")
+    assert open_hostile(hostile).images is None
+    with visit(open_hostile(hostile, image_folders=(hostile / "photos",))) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 404
+    with visit(open_hostile(hostile, image_folders=(hostile,))) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 200
+
+
+def test_image_swapped_while_it_is_read_is_not_served(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that leads outside only between the check of its name and its opening."""
+    photo = hostile / "photos" / "00000.png"
+    real = files.check_read_allowed
+
+    def check_then_swap(path: Path, num_bytes: int | None = None) -> None:
+        real(path, num_bytes)
+        photo.unlink()
+        photo.symlink_to(hostile / "secret.png")
+
+    monkeypatch.setattr(files, "check_read_allowed", check_then_swap)
+    with restrict_reads([hostile / "photos"]), pytest.raises(ItemError, match="outside the source's folder"):
+        files.open_descriptor(photo)
 
 
 # Mistakes at the start

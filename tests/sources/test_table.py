@@ -4,8 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.errors import ItemError, SourceError
-from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source
+from embedcache.errors import ItemError, SettingError, SourceError
+from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source, reopen_source
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, jpeg, write, write_parquet
 
@@ -127,3 +127,22 @@ def test_empty_cell_raises_item_error(tmp_path: Path) -> None:
     with pytest.raises(ItemError, match=r"no image in column image, row 0"):
         source.read(first)
     assert source.read(second) == IMAGES[0]
+
+
+def test_inside_only_reads_no_other_file(tmp_path: Path) -> None:
+    """A stranger's table names files elsewhere, links that lead there, and addresses."""
+    table = tmp_path / "table"
+    write(table, {"a.jpg": IMAGES[0]})
+    write(tmp_path, {"secret.jpg": IMAGES[1]})
+    (table / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    urls = ["http://127.0.0.1:9/x.jpg", f"file://{tmp_path}/secret.jpg"]
+    paths = ["a.jpg", "../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg", "/dev/zero", *urls]
+    (table / "t.csv").write_text("\n".join(["image_path", *paths]) + "\n")
+    source = open_source(table / "t.csv", settings=SourceSettings(inside_only=True))
+    first, *others = (sample.images[0] for sample in source.samples())
+    assert reopen_source(source.describe()).read(first) == IMAGES[0]
+    for item in others:
+        with pytest.raises(ItemError, match="outside the source's folder|is a URL"):
+            source.read(item)
+    with pytest.raises(SettingError, match="expected a local table, got s3://bucket/t.parquet"):
+        open_source("s3://bucket/t.parquet", kind="table", settings=SourceSettings(inside_only=True))

@@ -1,0 +1,156 @@
+"""A stranger's cache, run or index names code: none of it runs unless the user says so."""
+
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from embedcache.errors import SettingError
+from embedcache.provenance import read_json, write_json
+from embedcache.registry import (
+    Registry,
+    Trust,
+    adopt_trust,
+    current_trust,
+    mark_as_read,
+    names_from,
+    trust_files,
+    trust_package,
+)
+from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
+from tests.cli.run import embedcache
+
+EVIL = """
+from pathlib import Path
+Path(__file__).with_name("pwned").touch()
+def open_it(*arguments, **options):
+    raise ValueError("opened")
+"""
+TABLE = Registry("number", {"pi": "math:pi"}, group="embedcache.numbers")
+
+pytestmark = pytest.mark.usefixtures("as_stranger")
+
+
+@pytest.fixture
+def stranger(run_path: Path, cache_path: Path, tmp_path: Path) -> Iterator[Path]:
+    """A folder with a stranger's cache, run and index, and the module that their files name, beside them."""
+    shutil.copytree(cache_path, tmp_path / "cache")
+    shutil.copytree(run_path, tmp_path / "run")
+    trust_package("tests")
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/cls"))
+    (tmp_path / "evil.py").write_text(EVIL)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "x.png")
+    info = tmp_path / "evil-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[embedcache.sources]\nharmless = evil:open_it\n")
+    yield tmp_path
+    sys.modules.pop("evil", None)
+
+
+def change(path: Path, **values: Any) -> None:
+    kept = {name: value for name, value in read_json(path).items() if name != "digest"}  # a stranger leaves it out
+    write_json(path, {**kept, **values})
+
+
+def name_source(folder: Path, name: str = "evil:open_it") -> None:
+    path = folder / "cache" / "cache.json"
+    change(path, source={**read_json(path)["source"], "type": name})
+
+
+def name_entry_point(folder: Path) -> None:
+    name_source(folder, "harmless")
+
+
+def name_projector(folder: Path) -> None:
+    path = folder / "run" / "config.json"
+    training = read_json(path)["training"]
+    model = {**training["model"], "projector": "evil:open_it"}
+    change(path, projector="evil:open_it", training={**training, "model": model})
+
+
+def name_network(folder: Path) -> None:
+    path = folder / "run" / "config.json"
+    digest = read_json(path)["weights"]
+    write_json(
+        path, {"kind": "evil:open_it", "arguments": {}, "sides": {}, "training": {}, "format": 2, "weights": digest}
+    )
+
+
+def name_encoder(folder: Path) -> None:
+    change(folder / "index" / "card.json", spec="evil:open_it:model")
+
+
+@pytest.mark.parametrize(
+    ("tamper", "command"),
+    [
+        (name_source, "verify cache --reencode 100%"),
+        (name_source, "curate dedup cache --feature open_toy/cls out.parquet --cosine 0.5 --html out.html"),
+        (name_entry_point, "verify cache --reencode 100%"),
+        (name_projector, "evaluate retrieval cache run"),
+        (name_projector, "train cache new --config run/config.json --epochs 0"),
+        (name_network, "derive cache --run run --output x"),
+        (name_encoder, "search index --query-image x.png"),
+    ],
+)
+def test_opened_files_run_nothing(stranger: Path, tamper: Callable[[Path], None], command: str) -> None:
+    tamper(stranger)
+    done = embedcache(*command.split(), cwd=stranger)
+    assert "Traceback" not in done.stderr
+    assert not (stranger / "pwned").exists(), done.stderr
+    assert str(stranger) not in sys.path
+    if tamper is not name_entry_point:  # the command does open the name
+        done = embedcache(*command.split(), "--trust", cwd=stranger)
+        assert (stranger / "pwned").exists(), done
+
+
+def test_error_says_what_to_do(stranger: Path) -> None:
+    name_projector(stranger)
+    done = embedcache("evaluate", "retrieval", "cache", "run", cwd=stranger)
+    assert done.code == 1
+    assert "the run names the projector 'evil:open_it', which is custom code; if you trust its author" in done.stderr
+    assert "use --trust" in done.stderr
+
+
+def test_names_that_files_may_hold() -> None:
+    with names_from("cache.json"):
+        assert TABLE.load("pi") == TABLE.load("math:pi")
+        with pytest.raises(SettingError, match="cache.json names the number 'math:e', which is custom code"):
+            TABLE.load("math:e")
+        with trust_files():
+            TABLE.load("math:e")
+    TABLE.load("math:e")  # given by the user, who may then open what it wrote
+    with names_from("cache.json"):
+        TABLE.load("math:e")
+        with pytest.raises(SettingError):
+            Registry("color", {}).load("math:e")  # as a number only
+    mark_as_read("config.json", ["math:tau"])
+    with pytest.raises(SettingError, match="config.json names"):
+        TABLE.load("math:tau")
+
+
+def test_package_may_name_its_own_objects_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("from shutil import rmtree\nimport shutil\nclass Mine: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    trust_package("mine")
+    with names_from("cache.json"):
+        assert TABLE.load("mine:Mine").__name__ == "Mine"
+        with pytest.raises(SettingError, match="custom code"):
+            TABLE.load("mine:rmtree")
+
+
+def test_worker_processes_trust_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    TABLE.load("math:e")
+    sent = pickle.dumps(current_trust())
+    monkeypatch.setattr("embedcache.registry._TRUST", Trust(set(), {}, set(), []))
+    with names_from("cache.json"):
+        with pytest.raises(SettingError):
+            TABLE.load("math:e")
+        adopt_trust(pickle.loads(sent))  # noqa: S301
+        TABLE.load("math:e")
