@@ -39,8 +39,8 @@ PARTS = {
     "speech-decoding": "speech:decoding",
     "scale": "scale:main",
 }
-"""Parts of `extract`, `coverage`, `serve` and `speech` that can be run alone, names other than their module, and `scale`,
-which runs only if it is named."""
+"""Parts of `extract`, `coverage`, `serve` and `speech` that can be run alone, names other than their module, and
+`scale`, which runs only if it is named."""
 
 
 def load(name: str) -> Callable[..., None]:
