@@ -23,6 +23,8 @@ from embedcache.registry import require
 _SERVICES = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs"})
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})  # have no folders
 _LONGEST_REASON = 300
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)  # the only way to read it
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
 _NODE = platform.node().replace(".", "-")
@@ -62,6 +64,11 @@ def is_url(location: str) -> bool:
 def is_remote(path: Path) -> bool:
     """Return whether a path is behind a URL, where there are no locks, renames or memory maps."""
     return not isinstance(path, Path)
+
+
+def relative_location(path: Path, folder: Path) -> str:
+    """Return a path relative to a folder, so that both can move together; a URL stays as it is."""
+    return str(path) if is_remote(path) else os.path.relpath(path.resolve(), folder.resolve())
 
 
 def is_io_error(error: BaseException) -> bool:
@@ -141,6 +148,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with disk_errors(path):
             yield temporary
+            _share(temporary)
             put_file(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -159,11 +167,18 @@ def building(folder: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
+                _share(path)
                 flush(path)
             temporary.rename(folder)
             flush(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _share(path: Path) -> None:
+    """Give a file the mode of a new one: safetensors creates files that only their owner can read."""
+    if path.is_file():
+        path.chmod(0o666 & ~_UMASK)
 
 
 def put_file(file: Path, path: Path) -> None:

@@ -15,6 +15,9 @@ from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.columns import HASH, number_contents
 
+ANY_LANGUAGE = "any"
+"""The value of `--language` that keeps all captions."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Items:
@@ -91,7 +94,7 @@ def pair_items(
     Args:
         first: feature of one modality of each cache, such as an image feature.
         second: feature of another modality of each cache.
-        language: keep only captions in this language; None keeps all.
+        language: keep only captions in this language; None or `any` keeps all.
 
     Raises:
         UnfinishedError: a feature has uncommitted chunks.
@@ -101,8 +104,8 @@ def pair_items(
     sides = []
     for features in (first, second):
         items = read_items(caches, features)
-        if language is not None and features[0].modality == "text":
-            items = items.where(_is_language(caches, language)[items.rows])
+        if language not in (None, ANY_LANGUAGE) and features[0].modality == "text":
+            items = items.where(is_language(caches, str(language))[items.rows])
         sides.append(items)
     both = np.intersect1d(sides[0].samples, sides[1].samples)
     if not len(both):
@@ -111,6 +114,12 @@ def pair_items(
             "check --language and embedcache inspect"
         )
     return Pairs(first=sides[0].select(both), second=sides[1].select(both))
+
+
+def caption_languages(caches: Sequence[Cache]) -> pa.ChunkedArray:
+    """Return the language of each caption, or null: (T,) strings, counted across caches."""
+    tables = (cache.items("text", columns=["language"]) for cache in caches)
+    return pa.chunked_array([chunk for table in tables for chunk in table["language"].chunks], pa.string())
 
 
 def name_caches(caches: Sequence[Cache]) -> str:
@@ -147,13 +156,16 @@ def read_items(caches: Sequence[Cache], features: Sequence[InputFeature]) -> Ite
     return Items(rows=rows, samples=np.concatenate(samples)[rows], contents=number_contents(hashes)[rows])
 
 
-def _is_language(caches: Sequence[Cache], language: str) -> Bools:
-    tables = (cache.items("text", columns=["language"]) for cache in caches)
-    languages = pa.chunked_array([chunk for table in tables for chunk in table["language"].chunks], pa.string())
+def is_language(caches: Sequence[Cache], language: str) -> Bools:
+    """Return whether each caption is in a language: (T,); UnknownNameError if none is."""
+    languages = caption_languages(caches)
     mask: Bools = pc.fill_null(pc.equal(languages, language), False).to_numpy()  # noqa: FBT003
     if not mask.any():
         known = set(map(str, pc.unique(languages.drop_null()).to_pylist()))
         if not known:
-            raise UnknownNameError(f"the captions of {name_caches(caches)} have no language; omit --language")
+            raise UnknownNameError(
+                f"the captions of {name_caches(caches)} have no language, expected {language}; use --language any for "
+                "all captions, or extract with --language-column"
+            )
         raise unknown_name(f"caption language in {name_caches(caches)}", language, known)
     return mask

@@ -54,7 +54,8 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     """Return the samples of a selection, ascending and counted across caches: (M,) int64.
 
     Args:
-        path: Parquet file with a column `key`, or text file with one key per line.
+        path: Parquet file with a column `key`, or text file with one key per line; of a run's `split.parquet`, the keys
+            of its training part.
         caches: caches of the keys; a key of several caches is selected in each.
 
     Raises:
@@ -62,7 +63,7 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
         CorruptError: the file cannot be read.
         DataError: the file has no keys, or a key that no cache has.
     """
-    selected = pc.unique(_read_keys(Path(path)))
+    selected = pc.unique(read_selected_keys(Path(path)))
     keys = pa.chunked_array([chunk for cache in caches for chunk in cache.column("key").chunks], pa.string())
     unknown = selected.filter(pc.invert(pc.is_in(selected, value_set=keys))) if len(selected) else selected
     if len(unknown) or not len(selected):
@@ -75,14 +76,18 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     return np.flatnonzero(pc.is_in(keys, value_set=selected))
 
 
-def _read_keys(path: Path) -> pa.Array:
+def read_selected_keys(path: Path) -> pa.Array:
+    """Return the keys of a selection; errors are those of `read_selection`, which also finds their samples."""
     if not path.is_file():
         raise PathError(
             f"selection {path} does not exist; expected Parquet with a column key, or text with one key per line"
         )
     try:
         if path.suffix == ".parquet":
-            return read_table(path, ["key"])["key"].cast(pa.string()).combine_chunks()
+            table = read_table(path)
+            if {"part", "group"} <= set(table.column_names):  # the split of a run
+                table = table.filter(pc.equal(table["part"], "train"))
+            return table["key"].cast(pa.string()).combine_chunks()
         return pa.array([line for line in path.read_text().split("\n") if line], pa.string())
     except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path}: expected a Parquet file with a column key, or a text file: {error}") from error

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, Bools, Ints, blocks, number_values
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
-from embedcache.dataset.pairs import Pairs, name_caches
+from embedcache.dataset.pairs import Pairs, caption_languages, name_caches
 from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError
 from embedcache.files import replacing
@@ -155,7 +155,7 @@ def make_split(
         return split_samples(caches, pairs.samples, settings)
     groups = near_duplicate_groups(pairs, settings, readers, progress or NullProgress())
     split = _by_groups(_keys_of(caches), pairs.samples, groups, settings)
-    _require_parts(split, groups, settings, readers)
+    _require_parts(split, groups, settings, readers, _languages(caches, pairs, list(readers)))
     return _of_caches(caches, split)
 
 
@@ -195,7 +195,18 @@ def _of_caches(caches: Sequence[Cache], split: Split) -> Split:
     )
 
 
-def _require_parts(split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str]) -> None:
+def _languages(caches: Sequence[Cache], pairs: Pairs, modalities: Sequence[str]) -> list[str]:
+    """Return the languages of the captions of some pairs, sorted."""
+    if "text" not in modalities:
+        return []
+    captions = (pairs.first, pairs.second)[modalities.index("text")]
+    languages = caption_languages(caches).take(pa.array(captions.rows))
+    return sorted(pc.unique(languages.drop_null()).to_pylist())
+
+
+def _require_parts(
+    split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str], languages: Sequence[str] = ()
+) -> None:
     if split.parts.count("val") and split.parts.count("test"):
         return
     if settings.kind == "key":
@@ -205,9 +216,15 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings, modaliti
         )
     thresholds = [settings.cosine(modality) for modality in modalities]
     named = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in thresholds)
+    advice = ""
+    if len(languages) > 1:
+        advice = (
+            f"its captions are in {len(languages)} languages, and an encoder finds captions alike in those that it "
+            f"does not know: use --language with one of {', '.join(languages)}, or else "
+        )
     raise SettingError(
         f"--split {settings.kind} leaves no validation or test samples among {len(groups)}: the largest near-duplicate "
-        f"group has {np.bincount(groups).max()} samples; raise {named}, or use --split key"
+        f"group has {np.bincount(groups).max()} samples; {advice}raise {named}, or use --split key"
     )
 
 

@@ -101,8 +101,6 @@ def _size(header: bytes) -> int | None:
 def _name(header: bytes) -> str | None:
     name = header[:100].partition(b"\0")[0]
     if header[345:346] > b"\0":
-        if header[257:263] != b"ustar\0":
-            return None
         name = header[345:500].partition(b"\0")[0] + b"/" + name
     try:
         return None if name.endswith(b"/") else name.decode()

@@ -112,6 +112,7 @@ _FILES = (
     ".claims",
     "started.json",
     "split.parquet",
+    "selection.*",
     "losses.jsonl",
     "checkpoint.pt",
     "last.safetensors",

@@ -194,7 +194,7 @@ class TrainSettings:
     optimizer: OptimizerSettings = group(OptimizerSettings)
     parts: PartSettings = group(PartSettings)
     split: SplitSettings = group(SplitSettings)
-    language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
+    language: str | None = setting(None, "Use only captions of this language; any uses all.", metavar="CODE")
     captions: Literal["draw", "all"] = setting(
         "draw", "For several captions per sample: draw one per epoch, or use all as positives."
     )
