@@ -1,8 +1,11 @@
 """Run benchmarks: python -m benchmarks [--quick] [NAME …]
 
-`--quick` uses a tenth of the data and one run, to check that a benchmark works rather than to compare.
+`--quick` uses a tenth of the data and one run, to check that a benchmark works rather than to compare. `scale` takes
+hours and 60 GB of disk and runs only if it is named; `--pairs N,N` gives other numbers of pairs, `--folder` where its
+data are made, `--commands NAME,NAME` the beginnings of the names of the commands that are run.
 """
 
+import argparse
 import importlib
 import sys
 from collections.abc import Callable
@@ -34,8 +37,10 @@ PARTS = {
     "serve-load": "serve:under_load",
     "speech-training": "speech_training:main",
     "speech-decoding": "speech:decoding",
+    "scale": "scale:main",
 }
-"""Parts of `extract`, `coverage`, `serve` and `speech` that can be run alone, and names other than their module."""
+"""Parts of `extract`, `coverage`, `serve` and `speech` that can be run alone, names other than their module, and
+`scale`, which runs only if it is named."""
 
 
 def load(name: str) -> Callable[..., None]:
@@ -47,11 +52,18 @@ def load(name: str) -> Callable[..., None]:
 
 def main() -> None:
     """Run the named benchmarks, or all of them."""
-    names = [word for word in sys.argv[1:] if word != "--quick"] or NAMES
-    for name in names:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--pairs", type=lambda text: [int(word) for word in text.split(",")])
+    parser.add_argument("--folder")
+    parser.add_argument("--commands", type=lambda text: text.split(","))
+    options = parser.parse_args()
+    for name in options.names or NAMES:
         if name not in (*NAMES, *PARTS):
             sys.exit(f"unknown benchmark {name!r}; known: {', '.join((*NAMES, *PARTS))}")
-        load(name)(quick="--quick" in sys.argv)
+        given = {key: value for key in ("pairs", "folder", "commands") if (value := getattr(options, key))}
+        load(name)(quick=options.quick, **given)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,60 @@ def run_embedcache(words: Sequence[str], *, folder: Path, is_quiet: bool = True)
         return Cost(seconds, **json.loads(Path(file.name).read_text()))
 
 
+class Usage(NamedTuple):
+    """What a command used.
+
+    Args:
+        seconds: wall-clock time, imports included.
+        memory_gb: largest anonymous and shared memory.
+        mapped_gb: largest resident pages of mapped files, which the system may drop.
+        disk_bytes: size of what it wrote, if that was measured.
+    """
+
+    seconds: float
+    memory_gb: float
+    mapped_gb: float
+    disk_bytes: int = 0
+    remark: str = ""
+
+
+_POLL_S = 0.02
+
+
+def run_measured(words: Sequence[str], *, folder: Path) -> Usage:
+    """Run `python -m` with words in a separate process, and read its memory from `/proc` 50 times per second.
+
+    The remark is the last line of a command that failed.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", *words]
+    started, memory, mapped = time.perf_counter(), 0, 0
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out)
+        while process.poll() is None:
+            anonymous_bytes, mapped_bytes = _resident_bytes(process.pid)
+            memory, mapped = max(memory, anonymous_bytes), max(mapped, mapped_bytes)
+            time.sleep(_POLL_S)
+        seconds = time.perf_counter() - started
+        out.seek(0)
+        lines = out.read().rstrip().splitlines()
+    remark = f"exit code {process.returncode}: {lines[-1] if lines else ''}" if process.returncode else ""
+    return Usage(seconds, memory / 1e9, mapped / 1e9, remark=remark)
+
+
+def _resident_bytes(pid: int) -> tuple[int, int]:
+    """Return the resident anonymous and shared memory of a process, and that of its mapped files."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    sizes = {
+        name: 1024 * int(value.split()[0])
+        for name, _, value in (line.partition(":") for line in lines if "Rss" in line)
+    }
+    return sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0), sizes.get("RssFile", 0)
+
+
 def in_own_process(function: Callable, *arguments: object) -> tuple:  # type: ignore[type-arg]
     """Call in a fresh process on all cores; return the result and the GB it added to the memory of the imports."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:

@@ -54,6 +54,19 @@ def normalize(vectors_ND: Array) -> Floats:
     return unit_ND
 
 
+def number_values(values_N: Ints) -> Ints:
+    """Number the distinct values in order of first appearance: (N,) int64.
+
+    Example:
+        >>> number_values(np.array([7, 3, 7, 5])).tolist()
+        [0, 1, 0, 2]
+    """
+    _, first_F, which_N = np.unique(values_N, return_index=True, return_inverse=True)
+    number_F = np.empty(len(first_F), np.int64)
+    number_F[np.argsort(first_F)] = np.arange(len(first_F))
+    return number_F[which_N]
+
+
 def mean_directions(vectors_ND: Floats, groups_N: Ints, num_groups: int) -> Floats:
     """Compute the mean of each group of rows, scaled to length 1: (G, D) float32.
 

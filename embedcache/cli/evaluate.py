@@ -57,14 +57,14 @@ def retrieval(
 
     Example: embedcache evaluate retrieval cache/ run/ --part test --html page.html
     """
-    from embedcache.cli.console import print_table
+    from embedcache.cli.console import open_progress, print_table
     from embedcache.evaluate.retrieval import compare_retrieval, rank
     from embedcache.evaluate.runs import load_runs
     from embedcache.reports.results import retrieval_result
     from embedcache.reports.retrieval import rank_table, retrieval_table, write_retrieval_page
     from embedcache.store.cache import Cache
 
-    reports = compare_retrieval(cache, run, settings, control_paths=control_run or [])
+    reports = compare_retrieval(cache, run, settings, control_paths=control_run or [], progress=open_progress())
     results = {name: retrieval_result(report, cache=cache, runs=report.run_paths) for name, report in reports.items()}
 
     def show() -> None:

@@ -14,9 +14,9 @@ from embedcache.arrays import Array, Ints
 from embedcache.curate.keep import FAR, Copies, RemovedSamples, check_keep, choose_removed, find_copies, order_samples
 from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, assign_clusters, find_near_duplicates
 from embedcache.curate.settings import DedupSettings
-from embedcache.curate.similar_pairs import SimilarPairs, cosine_limit
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
+from embedcache.dataset.similar_pairs import SimilarPairs, cosine_limit
 from embedcache.errors import DataError, SettingError
 from embedcache.modalities import noun
 from embedcache.outputs import check_output, new_output
@@ -24,6 +24,7 @@ from embedcache.progress import Progress
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
+from embedcache.store.columns import Column
 
 LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen
 _NO_PAIRS = SimilarPairs(left=np.empty(0, np.int64), right=np.empty(0, np.int64), cosines=np.empty(0, np.float32))
@@ -234,11 +235,11 @@ def _selection(analysis: DedupAnalysis, removed: RemovedSamples) -> Selection:
     order = np.argsort(removed.kept, kind="stable")
     kept_samples, starts = np.unique(removed.kept[order], return_index=True)
     groups = np.split(order, starts[1:]) if len(kept_samples) else []
-    reasons = {sample: _reason(removed, group) for sample, group in zip(kept_samples.tolist(), groups, strict=True)}
-    none = f"no {analysis.feature.modality} to compare"
-    return Selection(
-        rows=rows, reasons=[reasons.get(row, "no duplicate" if has_items[row] else none) for row in rows.tolist()]
-    )
+    reasons = ["no duplicate", f"no {analysis.feature.modality} to compare"]
+    reason_S = np.where(has_items, 0, 1)
+    reason_S[kept_samples] = np.arange(len(reasons), len(reasons) + len(kept_samples))
+    reasons += [_reason(removed, group) for group in groups]
+    return Selection(rows=rows, reasons=Column(pa.array(reasons, pa.string()).take(pa.array(reason_S[rows]))))
 
 
 def _reason(removed: RemovedSamples, group: Array) -> str:
@@ -253,7 +254,7 @@ def _reason(removed: RemovedSamples, group: Array) -> str:
 
 
 def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
-    keys = cache.samples["key"]
+    keys = cache.column("key")
     table = pa.table(
         {
             "row": removed.samples,

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Bools, Floats, Ints
-from embedcache.curate.similar_pairs import SimilarPairs
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import read_items
+from embedcache.dataset.similar_pairs import SimilarPairs
 from embedcache.errors import SettingError
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
@@ -137,7 +137,7 @@ def check_keep(keep: str, cache: Cache) -> None:
 def _read_column(cache: Cache, name: str) -> Floats:
     if name not in cache.columns:
         raise unknown_name(f"column of {cache.path}", name, cache.columns)
-    column = cache.samples[name]
+    column = cache.column(name)
     if not any(is_number(column.type) for is_number in _IS_NUMBER):
         raise SettingError(f"keep: expected numbers in column {name!r} of {cache.path}, got {column.type}")
     values = np.array([np.nan if value is None else value for value in column.to_pylist()], np.float64)

@@ -6,19 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks
+from embedcache.arrays import Bools, Floats, Ints, blocks
 from embedcache.curate.settings import LeakSettings
-from embedcache.curate.similar_pairs import cosine_limit
 from embedcache.dataset.inputs import InputFeature, open_input, to_unit_vectors
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
+from embedcache.dataset.similar_pairs import cosine_limit
 from embedcache.errors import DataError, SettingError, UnfinishedError
-from embedcache.metrics.neighbors import Closest, find_closest
+from embedcache.metrics.neighbors import Closest, find_closest, note_duration
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
 from embedcache.store.cache import Cache
+from embedcache.store.columns import Column
 
 MODALITIES = ("image", "text")
 _MAX_QUERIES = 65_536
@@ -105,14 +108,13 @@ class LeakReport:
         """Select the training samples of which nothing is in test; the reason is how close each comes to test."""
         leaked = np.concatenate([leak.train_samples for leak in self.leaks])
         rows = np.setdiff1d(np.arange(self.train.info.num_samples), leaked)
-        closest_S = [(leak.modality, _closest_by_sample(leak, self.train)) for leak in self.leaks if leak.feature]
-        reasons = [
-            ", ".join(f"closest {name} {cosines[row]:.3f}" for name, cosines in closest_S if cosines[row] > -1)
-            for row in rows.tolist()
-        ]
-        return Selection(
-            rows=rows, reasons=[f"not in test; {reason}" if reason else "not in test" for reason in reasons]
-        )
+        parts = [_closest_reasons(leak, self.train, rows) for leak in self.leaks if leak.feature]
+        reasons = pa.repeat("not in test", len(rows))
+        if parts:
+            closest = pc.binary_join_element_wise(*parts, ", ", null_handling="skip")
+            joined = pc.binary_join_element_wise(reasons, closest, "; ")
+            reasons = pc.if_else(pc.equal(closest, ""), reasons, joined)
+        return Selection(rows=rows, reasons=Column(reasons))
 
     def to_json(self) -> dict[str, Any]:
         """Return all counts as JSON values."""
@@ -182,11 +184,7 @@ def write_clean_selection(path: Path, report: LeakReport) -> None:
 def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings, progress: Progress) -> ModalityLeaks:
     train_feature, test_feature, reason = _choose_features(train, test, modality, settings.feature(modality))
     train_items, test_items = _items(train, train_feature), _items(test, test_feature)
-    train_hashes, test_hashes = train_feature.hashes_of(train_items.rows), test_feature.hashes_of(test_items.rows)
-    first = dict(zip(reversed(train_hashes), reversed(train_items.rows.tolist()), strict=True))
-    copies = np.array([first.get(value, -1) for value in test_hashes], np.int64)
-    test_set = set(test_hashes)
-    train_is_copy = np.array([value in test_set for value in train_hashes], bool)
+    copies, train_is_copy = _find_copies(train_feature, train_items, test_feature, test_items)
     if reason is None:
         match = _find_closest(train_feature, train_items, test_feature, test_items, progress)
     else:
@@ -206,6 +204,20 @@ def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings
         train_cosines=np.where(train_is_copy, np.float32(1), match.candidate_sims),
         train_is_copy=train_is_copy,
     )
+
+
+def _find_copies(
+    train_feature: InputFeature, train_items: Items, test_feature: InputFeature, test_items: Items
+) -> tuple[Ints, Bools]:
+    """Return the first training row with the bytes of each test item, -1 if there is none, and which are copied."""
+    train_hashes, test_hashes = train_feature.hashes_of(train_items.rows), test_feature.hashes_of(test_items.rows)
+    contents = pc.unique(test_hashes)
+    numbers_C = pc.fill_null(pc.index_in(train_hashes, value_set=contents, skip_nulls=True), -1).to_numpy()
+    is_copy_C: Bools = numbers_C >= 0
+    first_F = np.full(len(contents) + 1, -1, np.int64)  # the last is that of a test item without a hash
+    first_F[numbers_C[is_copy_C][::-1]] = train_items.rows[is_copy_C][::-1]
+    numbers_Q = pc.fill_null(pc.index_in(test_hashes, value_set=contents, skip_nulls=True), -1).to_numpy()
+    return first_F[numbers_Q], is_copy_C
 
 
 def _choose_features(
@@ -271,7 +283,9 @@ def _find_closest(
 ) -> Closest:
     """Compare all test items with all training items; rows are positions in the training items."""
     num_pairs = len(test_items.rows) * len(train_items.rows)
-    progress.start(f"comparing {noun(test_feature.modality)}", num_pairs, "pairs")
+    what = f"comparing {noun(test_feature.modality)}"
+    note_duration(progress, what, num_pairs, test_feature.width)
+    progress.start(what, num_pairs, "pairs")
 
     def train_blocks(num_queries: int) -> Iterator[Floats]:
         for rows, inputs in train_feature.blocks():
@@ -290,8 +304,12 @@ def _find_closest(
     )
 
 
-def _closest_by_sample(leak: ModalityLeaks, cache: Cache) -> Array:
-    """Return the largest cosine of each training sample to a test item."""
+def _closest_reasons(leak: ModalityLeaks, cache: Cache, rows: Ints) -> pa.Array:
+    """Describe the largest cosine of each training sample to a test item; null for samples that were not compared."""
     cosines_S = np.full(cache.info.num_samples, -np.inf, np.float32)
     np.maximum.at(cosines_S, leak.train.samples, leak.train_cosines)
-    return cosines_S
+    is_compared = cosines_S[rows] > -1
+    thousandths = np.rint(np.where(is_compared, cosines_S[rows], 0).astype(np.float64) * 1000).astype(np.int64)
+    values, codes = np.unique(thousandths, return_inverse=True)
+    names = pa.array([f"closest {leak.modality} {value / 1000:.3f}" for value in values.tolist()], pa.string())
+    return names.take(pa.array(codes, mask=~is_compared))

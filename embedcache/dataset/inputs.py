@@ -1,15 +1,16 @@
 """Input features: one stored feature of an encoder, or its vector and tokens read as one sequence."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
 from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, concatenated_ranges, normalize
 from embedcache.errors import DataError
 from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
+from embedcache.store.columns import Column, is_missing
 from embedcache.store.feature import Feature
 from embedcache.store.group import Commit
 
@@ -47,14 +48,14 @@ class InputFeature:
         self.spec = first.group.spec
         self.fingerprint: Mapping[str, Any] = first.fingerprint
 
-    @cached_property
-    def hashes(self) -> list[bytes | None]:
-        """BLAKE2b-128 of each item's raw bytes or text, in row order. Memory: a Python object per item."""
+    @property
+    def hashes(self) -> Column[bytes | None]:
+        """BLAKE2b-128 of each item's raw bytes or text, in row order, 16 bytes each."""
         return self._features[0].hashes
 
-    def hashes_of(self, rows: Ints) -> list[bytes | None]:
+    def hashes_of(self, rows: Ints) -> pa.ChunkedArray:
         """Return the hashes of some rows."""
-        return [self.hashes[row] for row in rows]
+        return self.hashes.array.take(pa.array(rows))
 
     @property
     def has_tokens(self) -> bool:
@@ -197,7 +198,7 @@ def _read_dense_chunk(feature: Feature, commit: Commit) -> tuple[Ints, Array]:
     """Read the valid items of a chunk of items of one shape, without a Python object per item."""
     parts = [values for _, values in feature.read_chunk(commit)]
     values = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    valid_rows = np.flatnonzero([failure is None for failure in commit.failures[feature.feature][: len(values)]])
+    valid_rows = np.flatnonzero(is_missing(commit.failures[feature.feature])[: len(values)])
     return valid_rows, values if len(valid_rows) == len(values) else values[valid_rows]
 
 

@@ -65,7 +65,7 @@ def _find_distinct(cache: Cache, samples: Ints, column: str, location: str) -> t
     _require_column(cache, column)
     values = _read(cache, samples, column)
     if values.null_count:
-        first = cache.samples["key"][int(samples[np.flatnonzero(values.is_null())[0]])].as_py()
+        first = cache.column("key")[int(samples[np.flatnonzero(values.is_null())[0]])].as_py()
         raise DataError(
             f"{values.null_count:,} of {len(samples):,} samples have no label in {location}, first {first!r}; "
             "label them in the source and extract again, or choose another column"

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from scipy.sparse import csr_array
 
-from embedcache.arrays import Array, Bools, Ints
+from embedcache.arrays import Bools, Ints
 from embedcache.dataset.inputs import InputFeature
 from embedcache.errors import DataError, UnknownNameError
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
+from embedcache.store.columns import HASH, number_contents
 
 ANY_LANGUAGE = "any"
 """The value of `--language` that keeps all captions."""
@@ -113,9 +116,10 @@ def pair_items(
     return Pairs(first=sides[0].select(both), second=sides[1].select(both))
 
 
-def caption_languages(caches: Sequence[Cache]) -> Array:
-    """Return the language of each caption, or None: (T,) objects, counted across caches."""
-    return np.array([name for cache in caches for name in cache.items("text")["language"].to_pylist()], object)
+def caption_languages(caches: Sequence[Cache]) -> pa.ChunkedArray:
+    """Return the language of each caption, or null: (T,) strings, counted across caches."""
+    tables = (cache.items("text", columns=["language"]) for cache in caches)
+    return pa.chunked_array([chunk for table in tables for chunk in table["language"].chunks], pa.string())
 
 
 def name_caches(caches: Sequence[Cache]) -> str:
@@ -140,7 +144,7 @@ def read_items(caches: Sequence[Cache], features: Sequence[InputFeature]) -> Ite
         feature.require_complete()
     samples, num_before = [], 0
     for cache, feature in zip(caches, features, strict=True):
-        samples_N = cache.items(feature.modality)["sample"].to_numpy()
+        samples_N = cache.items(feature.modality, columns=["sample"])["sample"].to_numpy()
         if len(samples_N) != feature.num_items:
             raise DataError(
                 f"feature {feature.name}: expected {len(samples_N)} rows as in its item table, got {feature.num_items}"
@@ -148,17 +152,16 @@ def read_items(caches: Sequence[Cache], features: Sequence[InputFeature]) -> Ite
         samples.append(samples_N + num_before)
         num_before += cache.info.num_samples
     rows = np.flatnonzero(np.concatenate([feature.valid for feature in features]))
-    numbers: dict[bytes | None, int] = {}
-    contents = [numbers.setdefault(content, len(numbers)) for feature in features for content in feature.hashes]
-    return Items(rows=rows, samples=np.concatenate(samples)[rows], contents=np.array(contents, np.int64)[rows])
+    hashes = pa.chunked_array([chunk for feature in features for chunk in feature.hashes.array.chunks], HASH)
+    return Items(rows=rows, samples=np.concatenate(samples)[rows], contents=number_contents(hashes)[rows])
 
 
 def is_language(caches: Sequence[Cache], language: str) -> Bools:
     """Return whether each caption is in a language: (T,); UnknownNameError if none is."""
     languages = caption_languages(caches)
-    mask: Bools = languages == language
+    mask: Bools = pc.fill_null(pc.equal(languages, language), False).to_numpy()  # noqa: FBT003
     if not mask.any():
-        known = {str(name) for name in set(languages) if name is not None}
+        known = set(map(str, pc.unique(languages.drop_null()).to_pylist()))
         if not known:
             raise UnknownNameError(
                 f"the captions of {name_caches(caches)} have no language, expected {language}; use --language any for "

@@ -15,6 +15,7 @@ from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, DataError, PathError
 from embedcache.outputs import check_output, new_output
 from embedcache.store.cache import Cache
+from embedcache.store.columns import to_array
 from embedcache.store.tables import read_table
 
 
@@ -46,8 +47,8 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
     check_selection_path(path)
     if not len(selection.rows):
         raise DataError(f"no sample of {cache.path} is selected, so {path} is not written; select with looser settings")
-    keys = cache.samples["key"].take(pa.array(selection.rows))
-    table = pa.table({"row": selection.rows, "key": keys, "reason": list(selection.reasons)})
+    keys = cache.column("key").take(pa.array(selection.rows))
+    table = pa.table({"row": selection.rows, "key": keys, "reason": to_array(selection.reasons, pa.string())})
     header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
     with new_output(path) as temporary:
         pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(header)}), temporary)
@@ -66,20 +67,20 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
         CorruptError: the file cannot be read.
         DataError: the file has no keys, or a key that no cache has.
     """
-    selected = set(read_selected_keys(Path(path)))
-    keys = [key for cache in caches for key in cache.samples["key"].to_pylist()]
-    unknown = selected.difference(keys)
-    if unknown or not selected:
-        shown = ", ".join(repr(key) for key in sorted(unknown)[:3]) or "nothing"
+    selected = pc.unique(read_selected_keys(Path(path)))
+    keys = pa.chunked_array([chunk for cache in caches for chunk in cache.column("key").chunks], pa.string())
+    unknown = selected.filter(pc.invert(pc.is_in(selected, value_set=keys))) if len(selected) else selected
+    if len(unknown) or not len(selected):
+        shown = ", ".join(repr(key) for key in sorted(unknown.to_pylist())[:3]) or "nothing"
         names = " and ".join(str(cache.path) for cache in caches)
         raise DataError(
             f"selection {path} of {len(selected):,} keys has {shown}; {len(unknown):,} are not keys of {names}, which "
-            f"has {len(keys):,}, such as {keys[0]!r}"
+            f"has {len(keys):,}, such as {keys[0].as_py()!r}"
         )
-    return np.flatnonzero([key in selected for key in keys])
+    return np.flatnonzero(pc.is_in(keys, value_set=selected))
 
 
-def read_selected_keys(path: Path) -> list[str]:
+def read_selected_keys(path: Path) -> pa.Array:
     """Return the keys of a selection; errors are those of `read_selection`, which also finds their samples."""
     if not path.is_file():
         raise PathError(
@@ -90,7 +91,7 @@ def read_selected_keys(path: Path) -> list[str]:
             table = read_table(path)
             if {"part", "group"} <= set(table.column_names):  # the split of a run
                 table = table.filter(pc.equal(table["part"], "train"))
-            return list(map(str, table["key"].to_pylist()))
-        return [line for line in path.read_text().split("\n") if line]
+            return table["key"].cast(pa.string()).combine_chunks()
+        return pa.array([line for line in path.read_text().split("\n") if line], pa.string())
     except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path}: expected a Parquet file with a column key, or a text file: {error}") from error

@@ -2,25 +2,26 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from embedcache.arrays import Floats, Ints, blocks
-from embedcache.dataset.inputs import Reader, to_unit_vectors
+from embedcache.arrays import Array, Bools, Ints, blocks, number_values
+from embedcache.dataset.inputs import Reader
+from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
 from embedcache.dataset.pairs import Pairs, caption_languages, name_caches
 from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError
 from embedcache.files import replacing
-from embedcache.metrics.neighbors import iterate_pairs_above
+from embedcache.progress import NullProgress, Progress
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
+from embedcache.store.columns import Column, to_array
 from embedcache.store.tables import read_table
 
 Part: TypeAlias = Literal["train", "val", "test"]
@@ -38,10 +39,15 @@ class Split:
         index_digests: index digest of each sample's cache; empty for a single cache.
     """
 
-    keys: list[str]
-    parts: list[str]
-    groups: list[int]
-    index_digests: list[str] = field(default_factory=list)
+    keys: Sequence[str]
+    parts: Sequence[str]
+    groups: Sequence[int]
+    index_digests: Sequence[str] = ()
+
+    def mask(self, part: str) -> Bools:
+        """Return whether each sample is in a part: (S,) bool."""
+        is_in_part: Bools = pc.equal(to_array(self.parts, pa.string()), part).to_numpy(zero_copy_only=False)
+        return is_in_part
 
     def rows(self, part: str) -> Ints:
         """Return the sample rows of one part, ascending.
@@ -49,7 +55,7 @@ class Split:
         Raises:
             DataError: the part is empty.
         """
-        rows = np.flatnonzero(np.array(self.parts) == part)
+        rows = np.flatnonzero(self.mask(part))
         if not len(rows):
             counts = ", ".join(f"{name}: {self.parts.count(name)}" for name in PARTS)
             raise DataError(f"the split has no {part} samples ({counts})")
@@ -59,12 +65,12 @@ class Split:
 def write_split(path: Path, split: Split) -> None:
     """Write a split as Parquet: `row`, `key`, `part`, `group`, and `spine` for several caches."""
     columns = {
-        "row": range(len(split.keys)),
-        "key": split.keys,
-        "part": split.parts,
-        "group": split.groups,
+        "row": np.arange(len(split.keys)),
+        "key": to_array(split.keys, pa.string()),
+        "part": to_array(split.parts, pa.string()),
+        "group": to_array(split.groups, pa.int64()),
     }
-    table = pa.table({**columns, "spine": split.index_digests} if split.index_digests else columns)
+    table = pa.table({**columns, "spine": list(split.index_digests)} if split.index_digests else columns)
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -80,70 +86,74 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     if not path.is_file():
         raise PathError(f"{path} does not exist; it is written by embedcache train")
     try:
-        columns = read_table(path).to_pydict()
-        split = Split(
-            keys=columns["key"], parts=columns["part"], groups=columns["group"], index_digests=columns.get("spine", [])
-        )
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        table = read_table(path)
+        schema = pa.schema([column for column in _COLUMNS if column.name != "spine" or "spine" in table.column_names])
+        table = table.select(schema.names).cast(schema)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise CorruptError(f"{path}: expected a split with the columns key, part and group: {error}") from error
-    parts = [_select_cache(path, split, cache) for cache in caches]
-    if len(parts) == 1:
-        return parts[0]
+    parts = [_select_cache(path, table, cache) for cache in caches]
+    joined = pa.concat_tables(parts)
+    several = [cache.info.index_digest for cache, part in zip(caches, parts, strict=True) for _ in range(len(part))]
     return Split(
-        keys=[key for part in parts for key in part.keys],
-        parts=[name for part in parts for name in part.parts],
-        groups=[group for part in parts for group in part.groups],
-        index_digests=[cache.info.index_digest for cache, part in zip(caches, parts, strict=True) for _ in part.keys],
+        keys=Column(joined["key"]),
+        parts=Column(joined["part"]),
+        groups=Column(joined["group"]),
+        index_digests=several if len(caches) > 1 else (),
     )
 
 
-def _select_cache(path: Path, split: Split, cache: Cache) -> Split:
-    """Return the split of one cache, with appended samples in no part."""
-    keys = cache.samples["key"].to_pylist()
-    rows = [row for row, index_digest in enumerate(split.index_digests) if cache.info.has_rows_of(index_digest)]
-    if split.index_digests:
-        split = Split(
-            keys=[split.keys[row] for row in rows],
-            parts=[split.parts[row] for row in rows],
-            groups=[split.groups[row] for row in rows],
-        )
-    if split.keys != keys[: len(split.keys)] or not split.keys:
+_COLUMNS = pa.schema([("key", pa.string()), ("part", pa.string()), ("group", pa.int64()), ("spine", pa.string())])
+
+
+def _select_cache(path: Path, table: pa.Table, cache: Cache) -> pa.Table:
+    """Return key, part and group of the samples of one cache, with appended samples in no part."""
+    keys = cache.column("key")
+    if "spine" in table.column_names:
+        same = [name for name in pc.unique(table["spine"]).to_pylist() if cache.info.has_rows_of(name)]
+        table = table.filter(pc.is_in(table["spine"], value_set=pa.array(same, pa.string()))).drop_columns("spine")
+    if not len(table) or not table["key"].equals(keys.slice(0, len(table))):
         raise DataError(
-            f"split {path} belongs to other samples: it has {len(split.keys)} keys, {cache.path} has {len(keys)}, and "
+            f"split {path} belongs to other samples: it has {len(table)} keys, {cache.path} has {len(keys)}, and "
             "they differ; use a split of the same samples"
         )
-    num_added, first_group = len(keys) - len(split.keys), max(split.groups, default=-1) + 1
-    return replace(
-        split,
-        keys=keys,
-        parts=[*split.parts, *[""] * num_added],
-        groups=[*split.groups, *range(first_group, first_group + num_added)],
-    )
+    num_added, first_group = len(keys) - len(table), (pc.max(table["group"]).as_py() or 0) + 1
+    if not num_added:
+        return table
+    added = {
+        "key": keys.slice(len(table)),
+        "part": pa.repeat("", num_added),
+        "group": np.arange(first_group, first_group + num_added),
+    }
+    return pa.concat_tables([table, pa.table(added, schema=table.schema)])
 
 
-_MAX_STRICT_ITEMS = 200_000
-_BLOCK = 1024
-
-
-def make_split(caches: Sequence[Cache], pairs: Pairs, settings: SplitSettings, readers: Mapping[str, Reader]) -> Split:
+def make_split(
+    caches: Sequence[Cache],
+    pairs: Pairs,
+    settings: SplitSettings,
+    readers: Mapping[str, Reader],
+    *,
+    progress: Progress | None = None,
+) -> Split:
     """Split the samples that have both features. The same features and settings give the same split.
 
-    Only a strict split reads the features. Memory: a tile of similarities.
+    Only a strict split reads the features; time and memory as in `near_duplicate_groups`.
 
     Args:
         caches: the caches.
         pairs: items of both features, counted across caches.
         settings: settings of the split.
         readers: modality -> reader of its feature, in the order of the pair's sides.
+        progress: progress of a strict split, and what it found among many items.
 
     Raises:
         UnknownNameError: the kind is neither a known one nor a file.
-        SettingError: `strict` on more than 200,000 items, since it compares all pairs; or a part is empty.
+        SettingError: a part is empty.
         SourceError: `column` without a column `split` that names train and test.
     """
     if settings.kind != "strict":
         return split_samples(caches, pairs.samples, settings)
-    groups = _near_duplicates(pairs, settings, readers)
+    groups = near_duplicate_groups(pairs, settings, readers, progress or NullProgress())
     split = _by_groups(_keys_of(caches), pairs.samples, groups, settings)
     _require_parts(split, groups, settings, readers, _languages(caches, pairs, list(readers)))
     return _of_caches(caches, split)
@@ -173,15 +183,15 @@ def split_samples(caches: Sequence[Cache], samples: Ints, settings: SplitSetting
     return _of_caches(caches, split)
 
 
-def _keys_of(caches: Sequence[Cache]) -> list[str]:
-    return [key for cache in caches for key in cache.samples["key"].to_pylist()]
+def _keys_of(caches: Sequence[Cache]) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for cache in caches for chunk in cache.column("key").chunks], pa.string())
 
 
 def _of_caches(caches: Sequence[Cache], split: Split) -> Split:
     if len(caches) == 1:
         return split
     return replace(
-        split, index_digests=[cache.info.index_digest for cache in caches for _ in range(len(cache.samples))]
+        split, index_digests=[cache.info.index_digest for cache in caches for _ in range(cache.info.num_samples)]
     )
 
 
@@ -190,13 +200,14 @@ def _languages(caches: Sequence[Cache], pairs: Pairs, modalities: Sequence[str])
     if "text" not in modalities:
         return []
     captions = (pairs.first, pairs.second)[modalities.index("text")]
-    return sorted({str(name) for name in set(caption_languages(caches)[captions.rows]) if name is not None})
+    languages = caption_languages(caches).take(pa.array(captions.rows))
+    return sorted(pc.unique(languages.drop_null()).to_pylist())
 
 
 def _require_parts(
     split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str], languages: Sequence[str] = ()
 ) -> None:
-    if {"val", "test"} <= set(split.parts):
+    if split.parts.count("val") and split.parts.count("test"):
         return
     if settings.kind == "key":
         raise SettingError(
@@ -217,70 +228,55 @@ def _require_parts(
     )
 
 
-def _by_column(caches: Sequence[Cache], keys: list[str], samples: Ints, settings: SplitSettings) -> Split:
+def _by_column(caches: Sequence[Cache], keys: pa.ChunkedArray, samples: Ints, settings: SplitSettings) -> Split:
     for cache in caches:
         if "split" not in cache.columns:
             raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
-    values = [str(value).lower() for cache in caches for value in cache.samples["split"].to_pylist()]
-    named_parts = [PART_NAMES.get(value, "") for value in values]
-    if not {"train", "test"} <= set(named_parts):
-        raise SourceError(
-            f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(sorted(set(values)))}"
-        )
-    parts = [""] * len(keys)
-    for row in samples:
-        parts[row] = named_parts[row]
-    if "val" not in parts:
-        train = [row for row, part in enumerate(parts) if part == "train"]
-        quota = round(settings.val_fraction * len(train))
-        validation = take_groups([[row] for row in train], keys, quota, settings.seed)
-        parts = ["val" if row in validation else part for row, part in enumerate(parts)]
-    return Split(keys=keys, parts=parts, groups=list(range(len(keys))))
+    encoded = [pc.dictionary_encode(cache.column("split").combine_chunks(), "encode") for cache in caches]
+    names = [[str(name).lower() for name in column.dictionary.to_pylist()] for column in encoded]
+    if not {"train", "test"} <= {PART_NAMES.get(name, "") for known in names for name in known}:
+        known = sorted({name for column in names for name in column})
+        raise SourceError(f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(known)}")
+    part_S = np.concatenate(
+        [
+            np.array([_CODES[PART_NAMES.get(name, "")] for name in known], np.int8)[column.indices.to_numpy()]
+            for known, column in zip(names, encoded, strict=True)
+        ]
+    )
+    is_used = np.zeros(len(part_S), bool)
+    is_used[samples] = True
+    part_S[~is_used] = _CODES[""]
+    if not (part_S == _CODES["val"]).any():
+        train = np.flatnonzero(part_S == _CODES["train"])
+        quota = _quota(settings.val_fraction, settings.max_val, len(train))
+        drawn = draw_groups(keys.take(pa.array(train)), np.arange(len(train)), [quota], settings.seed)
+        part_S[train[drawn == 0]] = _CODES["val"]
+    return _split(keys, part_S, np.arange(len(keys)))
 
 
-def _by_groups(keys: list[str], samples: Ints, groups: Ints, settings: SplitSettings) -> Split:
-    members: dict[int, list[int]] = {}
-    for sample, group in zip(samples.tolist(), groups.tolist(), strict=True):
-        members.setdefault(group, []).append(sample)
-    test = take_groups(list(members.values()), keys, round(settings.test_fraction * len(samples)), settings.seed)
-    rest = [group for group in members.values() if group[0] not in test]
-    val = take_groups(rest, keys, round(settings.val_fraction * len(samples)), settings.seed)
-    parts, group_numbers = [""] * len(keys), [-1] * len(keys)
-    for number, group in enumerate(members.values()):
-        for row in group:
-            parts[row] = "test" if row in test else "val" if row in val else "train"
-            group_numbers[row] = number
-    return Split(keys=keys, parts=parts, groups=group_numbers)
+def _by_groups(keys: pa.ChunkedArray, samples: Ints, groups: Ints, settings: SplitSettings) -> Split:
+    quotas = [
+        _quota(settings.test_fraction, settings.max_test, len(samples)),
+        _quota(settings.val_fraction, settings.max_val, len(samples)),
+    ]
+    numbers = number_values(groups)
+    drawn = draw_groups(keys.take(pa.array(samples)), numbers, quotas, settings.seed)
+    part_S, group_S = np.full(len(keys), _CODES[""], np.int8), np.full(len(keys), -1, np.int64)
+    part_S[samples] = np.array([_CODES["train"], _CODES["test"], _CODES["val"]], np.int8)[drawn + 1]
+    group_S[samples] = numbers
+    return _split(keys, part_S, group_S)
 
 
-def _near_duplicates(pairs: Pairs, settings: SplitSettings, readers: Mapping[str, Reader]) -> Ints:
-    """Return the near-duplicate group of each sample: (S,) int64."""
-    num_items = len(pairs.first.rows) + len(pairs.second.rows)
-    if num_items > _MAX_STRICT_ITEMS:
-        raise SettingError(
-            f"--split strict compares all pairs of items: expected at most {_MAX_STRICT_ITEMS:,}, got {num_items:,}; "
-            "use --split key or --split column"
-        )
-    samples = pairs.samples
-    labels = np.arange(len(samples))
-    for items, (modality, read) in zip((pairs.first, pairs.second), readers.items(), strict=True):
-        vectors = np.concatenate(
-            [to_unit_vectors(read(items.rows[block])) for block in blocks(len(items.rows), _BLOCK)]
-        )
-        labels = _merge_groups(vectors, np.searchsorted(samples, items.samples), labels, settings.cosine(modality)[1])
-    return labels
+_CODES = {"train": 0, "val": 1, "test": 2, "": 3}
 
 
-def _merge_groups(vectors_ND: Floats, nodes: Ints, labels: Ints, threshold: float) -> Ints:
-    """Merge the groups of all nodes with vectors above the threshold: (S,) int64."""
-    for row, column in iterate_pairs_above(vectors_ND, threshold):
-        left = np.concatenate([labels[nodes[row]], labels])
-        right = np.concatenate([labels[nodes[column]], labels])
-        size = int(labels.max()) + 1
-        edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))
-        _, component = connected_components(edges, directed=False)
-        labels = component[labels].astype(np.int64)
-    return labels
+def _split(keys: pa.ChunkedArray, part_S: Array, group_S: Ints) -> Split:
+    names = pa.array(list(_CODES), pa.string())
+    return Split(keys=Column(keys), parts=Column(names.take(pa.array(part_S))), groups=Column(pa.array(group_S)))
+
+
+def _quota(fraction: float, largest: int, count: int) -> int:
+    return min(round(fraction * count), largest)
 
 
 PART_NAMES: dict[str, Part] = {
@@ -294,17 +290,57 @@ PART_NAMES: dict[str, Part] = {
 """Value of a source's column `split`, in lower case -> part."""
 
 
-def take_groups(groups: Sequence[Sequence[int]], keys: Sequence[str], quota: int, seed: int) -> set[int]:
-    """Select complete groups up to a quota of rows, in an order that depends only on keys and seed; return their rows.
+_KEYS_PER_BLOCK = 65_536
 
-    Groups larger than the rest of the quota are skipped.
+
+def draw_groups(keys: "pa.Array | pa.ChunkedArray", groups_S: Ints, quotas: Sequence[int], seed: int) -> Ints:
+    """Draw whole groups of samples for each of several quotas, in an order that depends only on keys and seed.
+
+    Groups larger than the rest of a quota are skipped. Memory: about 60 bytes per sample.
+
+    Args:
+        keys: (S,) key of each sample.
+        groups_S: group of each sample, from 0 to G - 1, none of them empty.
+        quotas: most samples to draw; a later quota draws from what the earlier ones left.
+
+    Returns:
+        (S,) int64 position of the quota that a sample was drawn for, or -1.
     """
+    drawn_G = np.full(int(groups_S.max(initial=-1)) + 1, -1, np.int64)
+    order, sizes_G = _random_order(keys, groups_S, seed), np.bincount(groups_S)
+    for number, quota in enumerate(quotas):
+        is_taken = _take_first(sizes_G[order], quota)
+        drawn_G[order[is_taken]] = number
+        order = order[~is_taken]
+    return drawn_G[groups_S]
 
-    def order(group: Sequence[int]) -> bytes:
-        return hashlib.sha256(f"{seed}:{min(keys[row] for row in group)}".encode()).digest()
 
-    taken: set[int] = set()
-    for group in sorted(groups, key=order):
-        if len(taken) + len(group) <= quota:
-            taken.update(group)
-    return taken
+def _random_order(keys: "pa.Array | pa.ChunkedArray", groups_S: Ints, seed: int) -> Ints:
+    """Return the groups by the SHA-256 of the seed and their lowest key."""
+    is_shared = np.bincount(groups_S)[groups_S] > 1
+    lead_G = np.empty(int(groups_S.max(initial=-1)) + 1, np.int64)
+    lead_G[groups_S[~is_shared]] = np.flatnonzero(~is_shared)
+    shared = np.flatnonzero(is_shared)
+    by_key = shared[pc.sort_indices(keys.take(pa.array(shared))).to_numpy()] if len(shared) else shared
+    lead_G[groups_S[by_key[::-1]]] = by_key[::-1]  # the last assignment is that of the lowest key
+    digests = []
+    for block in blocks(len(lead_G), _KEYS_PER_BLOCK):
+        names = keys.take(pa.array(lead_G[block])).to_pylist()
+        digests.append(b"".join(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16] for name in names))
+    words_G2 = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2)
+    return np.lexsort((words_G2[:, 1], words_G2[:, 0]))
+
+
+def _take_first(sizes: Ints, quota: int) -> Bools:
+    """Return which of some groups to take in their order, skipping those that are larger than what is left."""
+    is_taken, start = np.zeros(len(sizes), bool), 0
+    while quota and start < len(sizes):
+        fits = np.flatnonzero(sizes[start:] <= quota)
+        if not len(fits):
+            break
+        start += int(fits[0])
+        count = int(np.searchsorted(np.cumsum(sizes[start:]), quota, side="right"))
+        is_taken[start : start + count] = True
+        quota -= int(sizes[start : start + count].sum())
+        start += count
+    return is_taken

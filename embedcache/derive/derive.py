@@ -145,6 +145,7 @@ def derive(cache_path: Path | str, derivation: Derivation, *, progress: Progress
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     with record_stage(cache.path / "records" / f"derive-{started}.json", "derive", group.fingerprint) as outcome:
         chunks = opened.run(range(cache.info.num_chunks(group.modality)), progress)
+        group.compact()
         counts = group.count_items(next(iter(outputs)), frozenset(chunks))
         report = DeriveReport(
             modality=group.modality,

@@ -133,7 +133,7 @@ def _fit(
     rule: Rule, reader: ChunkReader, fingerprint: Mapping[str, Any], split_path: Path | None
 ) -> list[tuple[str, Array]]:
     assert rule.fit is not None
-    is_training = None if split_path is None else np.array(read_split(split_path, [reader.cache]).parts) == "train"
+    is_training = None if split_path is None else read_split(split_path, [reader.cache]).mask("train")
 
     def blocks() -> Iterator[list[Block]]:
         for chunk in range(reader.cache.info.num_chunks(reader.modality)):

@@ -1,16 +1,17 @@
 """Labeled items of one feature, divided into training, validation and test parts."""
 
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
-from embedcache.arrays import Array, Bools, Floats, Ints
+from embedcache.arrays import Array, Floats, Ints, number_values
 from embedcache.dataset.inputs import InputFeature, open_input, to_mean_vectors
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
-from embedcache.dataset.splits import PART_NAMES, PARTS, take_groups
+from embedcache.dataset.splits import PART_NAMES, PARTS, draw_groups
 from embedcache.errors import DataError
 from embedcache.evaluate.classifiers import Examples
 from embedcache.evaluate.settings import ProbeSettings
@@ -105,35 +106,31 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
 
 def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) -> tuple[Array, str]:
     """Return the (S,) part of each sample, or "", and the rule in words."""
-    keys = cache.samples["key"].to_pylist()
-    part_S = np.full(len(keys), "", "<U5")
+    part_S = np.full(cache.info.num_samples, "", "<U5")
     if _SPLIT in cache.columns:
         part_S[:] = _column_parts(cache, part)
         how = f"parts by column {_SPLIT!r}" + (f", {part} is held out" if part != "test" else "")
         if (part_S == "val").any():
             return part_S, how
-        train = _groups(items, part_S[items.samples] == "train")
-        num_train = int((part_S == "train").sum())
-        part_S[list(take_groups(train, keys, round(_VAL_FRACTION * num_train), seed))] = "val"
+        quota = round(_VAL_FRACTION * int((part_S == "train").sum()))
+        samples, drawn = _draw(cache, items.where(part_S[items.samples] == "train"), [quota], seed)
+        part_S[samples[drawn == 0]] = "val"
         return part_S, f"{how}, {_VAL_FRACTION:.0%} of train for validation"
     if part != "test":
         raise DataError(
             f"part: expected test, as the samples of {cache.path} have no column {_SPLIT!r}, got {part}; use "
             "--part test"
         )
-    groups = _groups(items, np.ones(len(items.rows), bool))
-    num_samples = sum(map(len, groups))
-    test = take_groups(groups, keys, round(_TEST_FRACTION * num_samples), seed)
-    rest = [group for group in groups if group[0] not in test]
-    val = take_groups(rest, keys, round(_VAL_FRACTION * num_samples), seed)
-    part_S[np.unique(items.samples)] = "train"
-    part_S[list(test)], part_S[list(val)] = "test", "val"
+    num_samples = len(np.unique(items.samples))
+    quotas = [round(fraction * num_samples) for fraction in (_TEST_FRACTION, _VAL_FRACTION)]
+    samples, drawn = _draw(cache, items, quotas, seed)
+    part_S[samples] = np.array(["train", "test", "val"])[drawn + 1]
     return part_S, f"parts by a hash of the keys, {_TEST_FRACTION:.0%} for test and {_VAL_FRACTION:.0%} for validation"
 
 
 def _column_parts(cache: Cache, part: Literal["test", "val"]) -> list[str]:
     """Read the column `split`; the part to measure on becomes `test`."""
-    values = [str(value).lower() for value in cache.samples[_SPLIT].to_pylist()]
+    values = [str(value).lower() for value in cache.column(_SPLIT).to_pylist()]
     named = [PART_NAMES.get(value, "") for value in values]
     if not {"train", part} <= set(named):
         others = [name for name in ("test", "val") if name in named and "train" in named]
@@ -147,15 +144,11 @@ def _column_parts(cache: Cache, part: Literal["test", "val"]) -> list[str]:
     return [{"val": "test", "test": ""}.get(name, name) for name in named]
 
 
-def _groups(items: Items, mask: Bools) -> list[list[int]]:
-    """Group the samples of some items: those whose first items have equal content stay together."""
-    first: dict[int, int] = {}
-    for sample, content in zip(items.samples[mask].tolist(), items.contents[mask].tolist(), strict=True):
-        first.setdefault(sample, content)
-    groups: dict[int, list[int]] = defaultdict(list)
-    for sample, content in first.items():
-        groups[content].append(sample)
-    return list(groups.values())
+def _draw(cache: Cache, items: Items, quotas: Sequence[int], seed: int) -> tuple[Ints, Ints]:
+    """Return the samples of some items, and what `draw_groups` returns: equal first items stay together."""
+    samples, first = np.unique(items.samples, return_index=True)
+    keys = cache.column("key").take(pa.array(samples))
+    return samples, draw_groups(keys, number_values(items.contents[first]), quotas, seed)
 
 
 def _read_vectors(feature: InputFeature, rows: Ints) -> Floats:

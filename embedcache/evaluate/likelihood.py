@@ -353,7 +353,7 @@ def _keys_of(examples: Examples, rows_I: Ints) -> list[str]:
     assert examples.media is not None
     cache, modality = examples.media.cache, examples.media.modality
     samples = cache.items(modality, columns=["sample"])["sample"].take(rows_I)
-    keys: list[str] = cache.samples["key"].take(samples).to_pylist()
+    keys: list[str] = cache.column("key").take(samples).to_pylist()
     return keys
 
 

@@ -7,6 +7,7 @@ from itertools import chain, zip_longest
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
 from embedcache.arrays import Bools, blocks
 from embedcache.dataset.inputs import InputFeature, to_unit_vectors
@@ -155,7 +156,7 @@ def _open_recorded(run: Run, path: str) -> Iterator[Cache]:
 
 def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
     """Return the items of one of a run's caches that it was trained on, by modality; empty if there are none."""
-    rows = np.flatnonzero(np.array(read_run_split(run, cache).parts) == "train")
+    rows = np.flatnonzero(read_run_split(run, cache).mask("train"))
     if (selected := read_run_selection(run, cache)) is not None:
         rows = np.intersect1d(rows, selected)
     if not len(rows):
@@ -175,8 +176,13 @@ def _num_affordable(evaluated: Mapping[str, ItemSet], trained: Sequence[Mapping[
 
 
 def _is_equal(item_set: ItemSet, others: Sequence[ItemSet]) -> Bools:
-    seen = {value for other in others for value in other.feature.hashes_of(other.items.rows)}
-    return np.array([value in seen for value in item_set.feature.hashes_of(item_set.items.rows)], bool)
+    hashes = item_set.feature.hashes_of(item_set.items.rows)
+    is_equal = np.zeros(len(hashes), bool)
+    for other in others:
+        trained = other.feature.hashes_of(other.items.rows)
+        seen = trained.filter(pc.is_in(trained, value_set=hashes))
+        is_equal |= pc.is_in(hashes, value_set=seen, skip_nulls=True).to_numpy()
+    return is_equal
 
 
 def _is_near(item_set: ItemSet, others: Sequence[ItemSet], cosine: float) -> Bools:

@@ -29,8 +29,10 @@ from embedcache.metrics.intervals import (
     effective_number,
     over_seeds,
 )
+from embedcache.metrics.neighbors import note_duration
 from embedcache.metrics.ranking import average_precisions, first_ranks, negatives_before, recall_at, tied_chance_recall
 from embedcache.modalities import directions, noun
+from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import project
 from embedcache.store.cache import Cache
 
@@ -151,17 +153,20 @@ def evaluate_retrieval(
     settings: RetrievalSettings | None = None,
     *,
     is_control: bool = False,
+    progress: Progress | None = None,
 ) -> RetrievalReport:
     """Rank the items of one part of a cache with a run, or with the seeds of one recipe, which are averaged.
 
-    The cache may be one that the runs were trained on, or any other with features of the same encoders. Memory: the
-    features of the part, and tiles of similarities.
+    The cache may be one that the runs were trained on, or any other with features of the same encoders. Of a part with
+    more than `max_samples` samples as many are drawn, the same for every run. Memory: the features of the ranked
+    samples, and tiles of similarities.
 
     Args:
         cache_path: the cache.
         run_paths: one run, or seeds of one recipe.
         settings: part, language and overlap check.
         is_control: require that the runs were trained on shuffled pairs.
+        progress: reports before a long ranking how long it takes.
 
     Raises:
         SettingError: no run, two of one seed, a control that was not trained on shuffled pairs, or several languages.
@@ -170,7 +175,7 @@ def evaluate_retrieval(
     """
     settings = settings or RetrievalSettings()
     cache, runs = Cache(cache_path), load_runs(run_paths, is_control=is_control)
-    rankings = [rank(cache, run, settings) for run in runs]
+    rankings = [rank(cache, run, settings, progress=progress) for run in runs]
     modalities = runs[0].config.modalities
     both = directions(modalities)
     measured = [_measure(rankings, direction) for direction in both]
@@ -204,6 +209,7 @@ def compare_retrieval(
     settings: RetrievalSettings | None = None,
     *,
     control_paths: Sequence[Path | str] = (),
+    progress: Progress | None = None,
 ) -> dict[str, RetrievalReport]:
     """Evaluate several recipes, each in every language of the settings; seeds of one recipe are averaged.
 
@@ -212,6 +218,7 @@ def compare_retrieval(
         run_paths: runs of any recipes.
         settings: part, languages and overlap check.
         control_paths: runs trained on shuffled pairs.
+        progress: reports before a long ranking how long it takes.
 
     Returns:
         Name of the recipe, with the language if there are several -> report.
@@ -222,11 +229,15 @@ def compare_retrieval(
         for language in settings.language or ("",):
             per_language = replace(settings, language=(language,) if language else ())
             title = f"{name}, {language}" if language else name
-            reports[title] = evaluate_retrieval(cache_path, paths, per_language, is_control=is_control)
+            reports[title] = evaluate_retrieval(
+                cache_path, paths, per_language, is_control=is_control, progress=progress
+            )
     return reports
 
 
-def rank(cache: Cache, run: Run, settings: RetrievalSettings | None = None) -> Ranking:
+def rank(
+    cache: Cache, run: Run, settings: RetrievalSettings | None = None, *, progress: Progress | None = None
+) -> Ranking:
     """Project and rank one part of a cache with one run, in both directions."""
     settings = settings or RetrievalSettings(check_overlap=False)
     modalities = run.config.modalities
@@ -237,6 +248,10 @@ def rank(cache: Cache, run: Run, settings: RetrievalSettings | None = None) -> R
         raise DataError(
             f"{split.part} of {cache.path}: expected samples with both features, got none; check --language and --part"
         )
+    pairs, part = _draw_samples(pairs, split.part, settings.max_samples)
+    split = split._replace(part=part)
+    num_pairs = 2 * len(pairs.first.rows) * len(pairs.second.rows)
+    note_duration(progress or NullProgress(), "ranking", num_pairs, run.config.shared_width)
     item_sets = [ItemSet(side, items) for side, items in zip(sides, (pairs.first, pairs.second), strict=True)]
     first, second = (
         project(tower, item_set.feature.read(item_set.items.rows))
@@ -277,6 +292,16 @@ def _rank_items(
         average_precisions={direction: average_precisions(*counts) for direction, counts in before.items()},
         overlap=None,
     )
+
+
+def _draw_samples(pairs: Pairs, part: str, max_samples: int) -> tuple[Pairs, str]:
+    """Draw the samples to rank from a part that has more; return their pairs, and the part with how many they are."""
+    samples = pairs.samples
+    if not max_samples or len(samples) <= max_samples:
+        return pairs, part
+    drawn = np.sort(np.random.default_rng(0).choice(samples, max_samples, replace=False))
+    described = f"{part}, {max_samples:,} of {len(samples):,} samples drawn at random (--max-samples 0 ranks all)"
+    return pairs.select(drawn), described
 
 
 def _rank_distinct(ranking: Ranking, split: EvalSplit) -> Ranking | None:

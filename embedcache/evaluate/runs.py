@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedcache.arrays import Ints
 from embedcache.dataset.inputs import InputFeature, open_input
@@ -145,13 +147,13 @@ def read_part(cache: Cache, part: str | None = None) -> EvalSplit:
     Raises:
         DataError: there is no such part.
     """
-    parts = np.array(cache.samples["split"].to_pylist() if "split" in cache.columns else [], object)
+    parts = cache.column("split") if "split" in cache.columns else pa.chunked_array([], pa.string())
     groups = np.arange(cache.info.num_samples)
-    if part == "all" or (part is None and not (parts == "test").any()):
+    rows = np.flatnonzero(pc.fill_null(pc.equal(parts.cast(pa.string()), part or "test"), False))  # noqa: FBT003
+    if part == "all" or (part is None and not len(rows)):
         return EvalSplit("all samples", groups, groups)
-    rows = np.flatnonzero(parts == (part or "test"))
     if not len(rows):
-        known = sorted({str(name) for name in parts if name is not None})
+        known = sorted(map(str, pc.unique(parts.drop_null()).to_pylist()))
         reason = f"its column split holds {', '.join(known)}" if known else "it has no column split"
         raise DataError(f"{cache.path}: expected {part} samples, got none, as {reason}; use --part all")
     return EvalSplit(f"split {part or 'test'} of {cache.path.name}", rows, groups)
@@ -183,8 +185,7 @@ def read_run_selection(run: Run, cache: Cache) -> Ints | None:
             f"{path}: expected the selection that the run was trained on, got another file; train again into a new "
             "folder"
         )
-    keys = set(read_selected_keys(path))
-    return np.flatnonzero([key in keys for key in cache.samples["key"].to_pylist()])
+    return np.flatnonzero(pc.is_in(cache.column("key"), value_set=read_selected_keys(path)))
 
 
 def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:

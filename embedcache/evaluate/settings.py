@@ -29,6 +29,9 @@ class RetrievalSettings:
     )
     trained_on: tuple[str, ...] = setting((), _TRAINED_ON_HELP, metavar="CACHE")
     check_overlap: bool = setting(True, _OVERLAP_HELP)
+    max_samples: int = setting(
+        50_000, "Rank at most this many samples, drawn at random from a larger part; 0 ranks all.", ge=0
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

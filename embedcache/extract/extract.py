@@ -200,6 +200,7 @@ def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextMana
 
 def _count_items(cache: Cache, report: ShardReport) -> EncoderReport:
     group = open_group(cache.path, report.modality, report.encoder, cache.info)
+    group.compact()
     counts = group.count_items(report.features[0], report.chunks)
     return EncoderReport(
         modality=report.modality,

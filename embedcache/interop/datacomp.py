@@ -56,7 +56,7 @@ def import_uids(uids_path: Path, cache_path: Path | str, out_path: Path) -> int:
     check_selection_path(out_path)
     cache = Cache(cache_path)
     wanted = _read_uids(uids_path)
-    keys = cache.samples["key"].to_pylist()
+    keys = cache.column("key").to_pylist()
     to_uids(keys)  # raises for other keys
     known = {(int(key[:16], 16), int(key[16:], 16)): row for row, key in enumerate(keys)}
     unknown = [uid for uid in wanted.tolist() if uid not in known]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from embedcache.arrays import Array, Bools
 from embedcache.encoders.open import EncoderSpec
@@ -21,6 +22,7 @@ from embedcache.provenance import check_same, digest, digest_file, record_stage
 from embedcache.sources.base import IMPORTED
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
+from embedcache.store.columns import to_array
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group, hash_item
 from embedcache.store.indexing import index
@@ -172,8 +174,10 @@ def _import_feature(
     group = create_group(cache.path, modality, folder, cache.info, spec=f"{IMPORTED}:{folder}", fingerprint=fingerprint)
     add_feature(group, _FEATURE, (files[0].width,), files[0].dtype)
     num_imported = _write_chunks(cache, group, vectors, name, progress)
-    commits = filter(None, map(group.commit, range(cache.info.num_chunks(modality))))
-    failures = Counter(reason for commit in commits for reason in commit.failures[_FEATURE] if reason is not None)
+    group.compact()
+    failures: Counter[str] = Counter()
+    for commit in filter(None, map(group.commit, range(cache.info.num_chunks(modality)))):
+        failures.update(to_array(commit.failures[_FEATURE], pa.string()).drop_null().to_pylist())
     if failures.total() == vectors.num_rows:
         raise SourceError(f"{vectors.path}: expected usable vectors, got none in {vectors.num_rows:,} rows of {name}")
     return ImportReport(

@@ -71,7 +71,7 @@ def open_cache(cache: Cache, side: ModuleInput, *, device: str) -> OpenItems:
     check_same(f"{side.feature} of {cache.path}", media.feature.fingerprint, side.fingerprint, next_step=next_step)
     rows_N = np.flatnonzero(media.feature.valid)
     owners_N = cache.items(side.modality, columns=["sample"])["sample"].to_numpy()[rows_N]
-    keys = cache.samples["key"]
+    keys = cache.column("key")
     batches = ((part, read_tokens(media, rows_N[part], device=device)) for part in blocks(len(rows_N), _BLOCK_ROWS))
     return OpenItems(len(rows_N), lambda number: str(keys[int(owners_N[number])].as_py()), batches)
 

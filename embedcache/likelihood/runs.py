@@ -122,7 +122,7 @@ def _join(file: TaskFile, splits: Mapping[Path, Split]) -> Split:
     parts: list[str] = []
     digests: list[str] = []
     for path, split in splits.items():
-        keys, parts = keys + split.keys, parts + split.parts
+        keys, parts = [*keys, *split.keys], [*parts, *split.parts]
         digests += [caches[path].info.index_digest] * len(split.keys)
     return Split(keys=keys, parts=parts, groups=list(range(len(keys))), index_digests=digests)
 

@@ -34,6 +34,7 @@ from embedcache.registry import unknown_name
 from embedcache.search.faiss_index import make_index
 from embedcache.settings import check_settings, flat_settings, from_flat, setting
 from embedcache.store.cache import Cache
+from embedcache.store.columns import to_array
 from embedcache.train.examples import (
     Examples,
     Media,
@@ -232,8 +233,8 @@ def parts_of(task: NamedTask, table: pa.Table, split: Split | None) -> pa.Array:
     if split is None or not is_about_items(task, table):
         return pa.repeat("", len(table))
     keys = read_texts(table, "key").combine_chunks()
-    samples = pc.index_in(keys, value_set=pa.array(split.keys, pa.string()))
-    return pc.fill_null(pa.array(split.parts, pa.string()).take(samples), "")
+    samples = pc.index_in(keys, value_set=to_array(split.keys, pa.string()))
+    return pc.fill_null(to_array(split.parts, pa.string()).take(samples), "")
 
 
 def open_task(file: TaskFile, task: NamedTask, words: WordTable, split: Split | None) -> ExampleTask:

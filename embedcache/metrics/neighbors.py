@@ -3,12 +3,15 @@
 Rows of length 1 make the dot product the cosine. Everything is tiled; a tie goes to the candidate with the lower row.
 """
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from embedcache.arrays import Floats, Ints, blocks
+from embedcache.arrays import Floats, Ints, blocks, normalize
+from embedcache.progress import Progress
 
 _TILE = 1024  # queries per tile
 _CANDIDATES = 16_384  # candidates per tile: 64 MB of similarities
@@ -115,6 +118,60 @@ def iterate_pairs_above(vectors_NP: Floats, cosine: float) -> Iterator[tuple[Int
     for block in blocks(len(vectors_NP), _TILE):
         left, right = np.nonzero(vectors_NP[block] @ vectors_NP.T > cosine)
         yield left + block.start, right
+
+
+_ITERATIONS = 10
+
+
+def spherical_means(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Floats:
+    """Cluster rows of length 1 by k-means with cosines: (K, P) float32 centroids of length 1, K at most N.
+
+    Ten iterations from random rows; a cluster that loses all its rows keeps its centroid. Memory: a tile of
+    similarities.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(len(vectors_NP), min(num_clusters, len(vectors_NP)), replace=False)
+    centroids_KP = vectors_NP[np.sort(chosen)]
+    for _ in range(_ITERATIONS):
+        nearest = [(vectors_NP[tile] @ centroids_KP.T).argmax(axis=1) for tile in blocks(len(vectors_NP), _TILE)]
+        members = csr_array(
+            (np.ones(len(vectors_NP), np.float32), (np.concatenate(nearest), np.arange(len(vectors_NP)))),
+            shape=(len(centroids_KP), len(vectors_NP)),
+        )
+        means_KP = normalize(members @ vectors_NP)
+        centroids_KP = np.where(np.any(means_KP, axis=1)[:, None], means_KP, centroids_KP)
+    return centroids_KP
+
+
+_SHORT_S = 10.0
+_TIMED = 512, 4096  # queries and candidates of the product that is timed
+
+
+def note_duration(progress: Progress, what: str, num_pairs: float, width: int) -> None:
+    """Report before a comparison how long it will take, if that is more than 10 s; a small product is timed.
+
+    Args:
+        num_pairs: number of pairs of vectors that are compared.
+        width: width of a vector.
+    """
+    queries, candidates = (np.ones((count, width), np.float32) for count in _TIMED)
+    started = time.perf_counter()
+    (queries @ candidates.T).max(axis=1)
+    seconds = (time.perf_counter() - started) * num_pairs / (_TIMED[0] * _TIMED[1])
+    if seconds > _SHORT_S:
+        progress.note(f"{what}: {num_pairs:,.0f} pairs of vectors, about {_duration(seconds)}")
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration in the largest unit of which it has at least two.
+
+    Example:
+        >>> _duration(100), _duration(150), _duration(100_000)
+        ('100 s', '2 minutes', '28 hours')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
 
 
 def vote(labels_QK: Ints, sims_QK: Floats, num_classes: int, *, temperature: float) -> Floats:

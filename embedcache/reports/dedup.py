@@ -11,7 +11,7 @@ import numpy as np
 from embedcache.arrays import Ints
 from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupReport
 from embedcache.curate.keep import RemovedSamples
-from embedcache.curate.similar_pairs import histogram
+from embedcache.dataset.similar_pairs import histogram
 from embedcache.modalities import noun
 from embedcache.reports.base import (
     QueryExample,

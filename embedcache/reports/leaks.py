@@ -71,7 +71,7 @@ def closest_pairs(leaks: LeakReport, leak: ModalityLeaks, num_pairs: int) -> lis
     names = []
     for cache, rows in items:
         table = cache.items(leak.modality).take(rows)
-        names.append(table["text"] if leak.modality == "text" else cache.samples["key"].take(table["sample"]))
+        names.append(table["text"] if leak.modality == "text" else cache.column("key").take(table["sample"]))
     return [
         LeakedPair(
             test_row=int(leak.test.rows[position]),

@@ -206,7 +206,7 @@ def read_rows(cache: Cache, keys: Sequence[str]) -> list[UtteranceRow]:
         EmbedcacheError: the source or an item cannot be read.
     """
     source = reopen_source(cache.info.source)
-    samples = {key: number for number, key in enumerate(cache.samples["key"].to_pylist())}
+    samples = {key: number for number, key in enumerate(cache.column("key").to_pylist())}
     tables = {modality: cache.items(modality) for modality in ("text", "audio", "video")}
     rows = []
     for key in keys:

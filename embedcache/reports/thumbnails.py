@@ -47,7 +47,7 @@ class ItemRenderer:
     """Renderer of items of one modality for a page; an image that cannot be read is represented by its sample's key."""
 
     def __init__(self, cache: Cache, modality: str) -> None:
-        self._keys = cache.samples["key"]
+        self._keys = cache.column("key")
         self._samples = cache.items(modality)["sample"]
         self._texts = cache.items("text")["text"] if modality == "text" else None
         self._thumbnails: Thumbnails | None = None

@@ -17,6 +17,7 @@ from embedcache.projectors.saved import split_path
 from embedcache.registry import unknown_name
 from embedcache.search.settings import Filter
 from embedcache.store.cache import Cache
+from embedcache.store.columns import to_array
 
 _OPTIONS = {"label": "label-value", "split": "part"}  # column -> option of `embedcache search`
 
@@ -31,7 +32,7 @@ class CacheFilters:
         self._cache, self._modality = cache, modality
         path = None if run_path is None else split_path(run_path)
         self._split_path = path if path is not None and path.is_file() else None
-        self._samples: Ints = cache.items(modality)["sample"].to_numpy()
+        self._samples: Ints = cache.items(modality, columns=["sample"])["sample"].to_numpy()
         self._column = lru_cache(maxsize=None)(self._read_column)
         self._languages = lru_cache(maxsize=None)(self._read_languages)
         self._selected = lru_cache(maxsize=16)(self._read_selection)
@@ -81,15 +82,15 @@ class CacheFilters:
         if self._modality == "text":
             return is_in_language_T
         is_in_language_S = np.zeros(self._cache.info.num_samples, bool)
-        is_in_language_S[self._cache.items("text")["sample"].to_numpy()[is_in_language_T]] = True
+        is_in_language_S[self._cache.items("text", columns=["sample"])["sample"].to_numpy()[is_in_language_T]] = True
         return is_in_language_S[self._samples]
 
     def _read_column(self, name: str) -> "_Column":
         if name in self._cache.columns:
-            return _encode(self._cache.samples[name])
+            return _encode(self._cache.column(name))
         if name == "split" and self._split_path is not None:
-            parts = read_split(self._split_path, [self._cache]).parts
-            return _encode(pa.chunked_array([pa.array([part or None for part in parts], pa.string())]))
+            parts = to_array(read_split(self._split_path, [self._cache]).parts, pa.string())
+            return _encode(pa.chunked_array([pc.if_else(pc.equal(parts, ""), None, parts)]))
         raise UnknownNameError(
             f"--{_OPTIONS[name]}: expected a column {name!r} in {self._cache.path}, got the columns "
             f"{', '.join(self._cache.columns)}"
@@ -98,7 +99,7 @@ class CacheFilters:
     def _read_languages(self) -> "_Column":
         if "text" not in self._cache.info.num_items:
             raise UnknownNameError(f"--language: expected captions in {self._cache.path}, got none")
-        return _encode(self._cache.items("text")["language"])
+        return _encode(self._cache.items("text", columns=["language"])["language"])
 
     def _read_selection(self, path: Path) -> Bools:
         is_selected = np.zeros(self._cache.info.num_samples, bool)

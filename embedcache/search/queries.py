@@ -174,14 +174,14 @@ class QueryEncoder:
         return project(pair.tower(modality), inputs)
 
     def _read_keys(self, keys: Sequence[str]) -> Floats:
-        samples = pc.index_in(pa.array(keys), value_set=self._cache.samples["key"].combine_chunks()).to_pylist()
+        samples = pc.index_in(pa.array(keys), value_set=self._cache.column("key").combine_chunks()).to_pylist()
         for key, sample in zip(keys, samples, strict=True):
             if sample is None:
-                first = self._cache.samples["key"][0].as_py()
+                first = self._cache.column("key")[0].as_py()
                 path = os.path.normpath(self._cache.path)  # an index holds it relative to itself
                 raise UnknownNameError(f"query_key: expected a key of the cache {path}, such as {first!r}, got {key!r}")
         rows = self.indexed.rows
-        sample_of_row = self._cache.items(self._card.modality)["sample"].to_numpy()[rows]
+        sample_of_row = self._cache.items(self._card.modality, columns=["sample"])["sample"].to_numpy()[rows]
         positions = np.searchsorted(sample_of_row, samples)
         for key, sample, position in zip(keys, samples, positions, strict=True):
             if position == len(rows) or sample_of_row[position] != sample:

@@ -206,9 +206,9 @@ class HitReader:
 
     def __init__(self, cache: Cache, modality: str) -> None:
         self._modality = modality
-        self._keys = _contiguous(cache.samples["key"])
+        self._keys = _contiguous(cache.column("key"))
         self._labels = _contiguous(cache.samples["label"]) if "label" in cache.columns else None
-        self.samples: Ints = cache.items(modality)["sample"].to_numpy()
+        self.samples: Ints = cache.items(modality, columns=["sample"])["sample"].to_numpy()
         texts = cache.items("text") if "text" in cache.info.num_items else _NO_TEXTS
         self._texts, self._languages = _contiguous(texts["text"]), _contiguous(texts["language"])
         self._text_samples: Ints = texts["sample"].to_numpy()

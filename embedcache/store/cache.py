@@ -36,6 +36,7 @@ class Cache:
         with wrap_io_errors(self.path):
             self.info: CacheInfo = read_info(self.path)
         # Parsing a footer takes longer than reading the rows of a chunk.
+        self._sample_columns: dict[str, pa.ChunkedArray] = {}
         self._footers: dict[tuple[str, int, float], pq.FileMetaData] = {}
 
     @cached_property
@@ -60,6 +61,20 @@ class Cache:
             rows = read_table(samples_path(self.path)).slice(0, self.info.num_samples)
         self._require_columns("samples", rows.column_names, None)
         return self._checked("samples", rows)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return one column of the sample table, which is read once, without the others.
+
+        Raises:
+            KeyError: there is no such column; `columns` lists them.
+            CorruptError: the table cannot be read, or the rows differ from their checksums.
+        """
+        if name not in self._sample_columns:
+            with table_errors(samples_path(self.path)):
+                rows = read_table(samples_path(self.path), [name]).slice(0, self.info.num_samples)
+            self._require_columns("samples", rows.column_names, [name])
+            self._sample_columns[name] = self._checked("samples", rows)[name]
+        return self._sample_columns[name]
 
     def items(self, modality: str, *, chunk: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the item table of a modality: one row per item, in row order.
@@ -224,7 +239,7 @@ def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list
 def _describe_item(cache: Cache, feature: Feature, row: int) -> str:
     chunk, offset = divmod(row, cache.info.chunk_size)
     item = cache.items(feature.modality, chunk=chunk).slice(offset, 1).to_pylist()[0]
-    key = cache.samples["key"][item["sample"]].as_py()
+    key = cache.column("key")[item["sample"]].as_py()
     return f"row {row}, key {key}" + (f", {item['path']}" if "path" in item else "") + _describe_interval(item)
 
 

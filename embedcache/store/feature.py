@@ -9,11 +9,13 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
 from embedcache.arrays import Array, Bools, Ints
 from embedcache.errors import CorruptError, DataError, UnfinishedError
 from embedcache.provenance import digest
 from embedcache.store.arrays import REPAIR, max_maps, open_chunk
+from embedcache.store.columns import HASH, Column, is_missing, to_array
 from embedcache.store.group import Commit, EncoderGroup, chunk_shape, read_axis, read_feature
 
 T = TypeVar("T")
@@ -81,7 +83,7 @@ class Feature:
         Raises:
             CorruptError: a commit has changed, or the metadata of this feature has since it was committed.
         """
-        commits = [self.group.commit(chunk) for chunk in range(self.group.info.num_chunks(self.modality))]
+        commits = self.group.commits()
         commits = [commit if commit is not None and self.feature in commit.features else None for commit in commits]
         for commit in commits:
             self.check_attributes(commit)
@@ -105,7 +107,7 @@ class Feature:
         valid = np.zeros(self.num_items, bool)
         for chunk, commit in enumerate(self.commits):
             if commit is not None:
-                valid[self._rows(chunk)] = [failure is None for failure in commit.failures[self.feature]]
+                valid[self._rows(chunk)] = is_missing(commit.failures[self.feature])
         return valid
 
     @cached_property
@@ -115,14 +117,17 @@ class Feature:
             self._rows(commit.chunk).start + offset: failure
             for commit in self.commits
             if commit is not None
-            for offset, failure in enumerate(commit.failures[self.feature])
-            if failure is not None
+            for reasons in [to_array(commit.failures[self.feature], pa.string())]
+            for offset, failure in zip(
+                np.flatnonzero(reasons.is_valid()).tolist(), reasons.drop_null().to_pylist(), strict=True
+            )
         }
 
     @property
-    def hashes(self) -> list[bytes | None]:
+    def hashes(self) -> Column[bytes | None]:
         """BLAKE2b-128 of each item's raw bytes or text, in row order, of committed chunks only."""
-        return [value for commit in self.commits if commit is not None for value in commit.hashes]
+        arrays = [to_array(commit.hashes, HASH) for commit in self.commits if commit is not None]
+        return Column(pa.chunked_array(arrays, HASH))
 
     def require_complete(self) -> None:
         """Check that every chunk is committed, or raise an `UnfinishedError`."""

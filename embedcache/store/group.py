@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from embedcache.axis import Axis
 from embedcache.encoders.open import DERIVED
-from embedcache.errors import ArtifactError, CorruptError, DataError, PathError, one_line
+from embedcache.errors import ArtifactError, CorruptError, DataError, EmbedcacheError, PathError, one_line
 from embedcache.files import flush, io_reason, is_remote, read_file, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.store.arrays import (
@@ -33,6 +33,15 @@ from embedcache.store.arrays import (
     has_metadata,
     read_metadata,
     write_metadata,
+)
+from embedcache.store.columns import HASH, Column, hashes_json, strings_json, to_array
+from embedcache.store.compacted import (
+    MIN_CHUNKS,
+    CompactCommit,
+    Stamp,
+    read_compacted,
+    read_stamps,
+    write_compacted,
 )
 from embedcache.store.layout import FORMAT_VERSION, CacheInfo, commit_path, encoder_path, read_info
 from embedcache.store.tables import read_table
@@ -175,8 +184,46 @@ class EncoderGroup:
             CorruptError: the commit belongs to another encoder or to other rows, or has another number of rows.
         """
         commit = read_commit(self.path, chunk)
-        if commit is None:
-            return None
+        return None if commit is None else self._checked(commit)
+
+    def commits(self) -> list[Commit | None]:
+        """Return the commit of each chunk; errors are those of `commit`.
+
+        Those of many chunks are read from the table beside them, where there is one, and kept: a process that opens the
+        features again does not read them again unless a file has changed.
+        """
+        num_chunks = self.info.num_chunks(self.modality)
+        if num_chunks < MIN_CHUNKS or is_remote(self.path):
+            return [self.commit(chunk) for chunk in range(num_chunks)]
+        stamps, key = read_stamps(self.path), (self.path, self.fingerprint_digest, self.info.index_digest)
+        if key not in _KEPT or _KEPT[key][0] != stamps:
+            compacted = read_compacted(self.path, stamps)
+            commits = [
+                self._checked(_from_columns(*compacted[chunk])) if chunk in compacted else self.commit(chunk)
+                for chunk in range(num_chunks)
+            ]
+            if len(_KEPT) == _MAX_KEPT:
+                _KEPT.clear()
+            _KEPT[key] = stamps, commits
+        return _KEPT[key][1]
+
+    def compact(self) -> None:
+        """Write the table of the commits of many chunks, unless it is up to date or the folder cannot be written."""
+        num_chunks = self.info.num_chunks(self.modality)
+        if num_chunks < MIN_CHUNKS or is_remote(self.path):
+            return
+        with suppress(OSError, EmbedcacheError):  # it is derived, and readers do without it
+            stamps = read_stamps(self.path)
+            if len(read_compacted(self.path, stamps)) == len(stamps):
+                return
+            commits = ((chunk, self.commit(chunk)) for chunk in range(num_chunks))
+            write_compacted(
+                self.path, stamps, ((chunk, _to_columns(commit)) for chunk, commit in commits if commit is not None)
+            )
+
+    def _checked(self, commit: Commit) -> Commit:
+        """Check that a commit belongs to this encoder and these rows, and give it the rows of the tables."""
+        chunk = commit.chunk
         if commit.encoder != self.fingerprint_digest:
             raise CorruptError(f"chunk {chunk} in {self.path} belongs to another encoder; {REPAIR}")
         num_rows = self.info.num_chunk_rows(commit.index_digest, self.modality, chunk)
@@ -212,7 +259,8 @@ class EncoderGroup:
             commit = self.commit(chunk)
             if commit is not None and self.has(commit, feature):
                 num_items[chunk in computed] += len(commit.hashes)
-                failures.update(reason.partition(":")[0] for reason in commit.failures[feature] if reason is not None)
+                reasons = to_array(commit.failures[feature], pa.string()).drop_null().to_pylist()
+                failures.update(reason.partition(":")[0] for reason in reasons)
         return ItemCounts(computed=num_items[True], reused=num_items[False], failures=dict(failures.most_common()))
 
     def check_fingerprint(self) -> None:
@@ -239,6 +287,10 @@ class ItemCounts:
     computed: int
     reused: int
     failures: dict[str, int]
+
+
+_KEPT: dict[tuple[Path, str, str], tuple[Mapping[str, Stamp], list[Commit | None]]] = {}
+_MAX_KEPT = 8
 
 
 def _have_right_size(array_path: Path, numbers: Sequence[int]) -> bool:
@@ -418,9 +470,9 @@ def write_commit(encoder_folder: Path, commit: Commit) -> None:
     }
     if commit.attributes:
         metadata["attributes"] = commit.attributes
-    columns = {"hash": pa.array(commit.hashes, pa.binary(16))}
+    columns = {"hash": to_array(commit.hashes, HASH)}
     for feature in sorted(commit.features):
-        columns[f"{_FAILURE}{feature}"] = pa.array(commit.failures[feature], pa.string())
+        columns[f"{_FAILURE}{feature}"] = to_array(commit.failures[feature], pa.string())
     table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: canonical_json(metadata)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
@@ -461,20 +513,47 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
 def _parse(data: bytes) -> tuple[Commit, str | None]:
     table = read_table(io.BytesIO(data))
     metadata: dict[str, Any] = json.loads(table.schema.metadata[_METADATA_KEY])
-    commit = Commit(
+    failures = {
+        feature: Column[str | None](table[f"{_FAILURE}{feature}"].combine_chunks().cast(pa.string()))
+        for feature in metadata["features"]
+    }
+    hashes = Column[bytes | None](table["hash"].combine_chunks().cast(HASH))
+    return _from_columns(metadata, hashes, failures), metadata.get("digest")
+
+
+def _from_columns(
+    metadata: Mapping[str, Any], hashes: Sequence[bytes | None], failures: Mapping[str, Sequence[str | None]]
+) -> Commit:
+    return Commit(
         chunk=metadata["chunk"],
         encoder=metadata["encoder"],
         index_digest=metadata["spine"],
         features=metadata["features"],
-        hashes=table["hash"].to_pylist(),
-        failures={feature: table[f"{_FAILURE}{feature}"].to_pylist() for feature in metadata["features"]},
+        hashes=hashes,
+        failures=failures,
         attributes=metadata.get("attributes", {}),
     )
-    return commit, metadata.get("digest")
+
+
+def _to_columns(commit: Commit) -> CompactCommit:
+    metadata = {
+        "chunk": commit.chunk,
+        "encoder": commit.encoder,
+        "spine": commit.index_digest,
+        "features": {name: dict(files) for name, files in commit.features.items()},
+        "attributes": dict(commit.attributes),
+    }
+    hashes = Column[bytes | None](to_array(commit.hashes, HASH))
+    failures = {name: Column[str | None](to_array(commit.failures[name], pa.string())) for name in commit.features}
+    return CompactCommit(metadata, hashes, failures)
 
 
 def _digest(commit: Commit) -> str:
     """Return the SHA-256 of everything in a commit but the digests of attributes, which came later."""
-    hashes = [None if value is None else value.hex() for value in commit.hashes]
-    failures = {feature: commit.failures[feature] for feature in commit.features}
-    return digest([commit.chunk, commit.encoder, commit.index_digest, commit.features, hashes, failures])
+    start = canonical_json([commit.chunk, commit.encoder, commit.index_digest, commit.features])[:-1]
+    failures = b",".join(
+        canonical_json(feature) + b":" + strings_json(to_array(commit.failures[feature], pa.string()))
+        for feature in sorted(commit.features)
+    )
+    parts = (start, b",", hashes_json(to_array(commit.hashes, HASH)), b",{", failures, b"}]")
+    return hashlib.sha256(b"".join(parts)).hexdigest()

@@ -78,7 +78,7 @@ class SelectorContract:
         assert np.array_equal(rows, other)
 
     def test_selection_limits_the_pool(self, selector: Selector, pools: Pools, tmp_path: Path) -> None:
-        keys = pools("cache", selector).cache.samples["key"].to_pylist()
+        keys = pools("cache", selector).cache.column("key").to_pylist()
         (tmp_path / "keys.txt").write_text("\n".join(keys[::2]))
         rows = self.select(selector, pools, selection=tmp_path / "keys.txt").rows
         assert (rows % 2 == 0).all()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
 from embedcache.arrays import Inputs, Ints
 from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, check_same_view, open_input, view_feature
@@ -16,9 +17,11 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split, make_split
 from embedcache.errors import DataError, SettingError
 from embedcache.modalities import order_pair
+from embedcache.progress import Progress
 from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
+from embedcache.store.columns import Column
 from embedcache.train.views import DrawnViews, merge_inputs
 
 Paths: TypeAlias = Path | str | Sequence[Path | str]
@@ -88,13 +91,14 @@ class TrainData:
         return "+".join(cache.info.index_digest for cache in self.caches)
 
     @cached_property
-    def keys(self) -> list[str]:
-        return [key for cache in self.caches for key in cache.samples["key"].to_pylist()]
+    def keys(self) -> Sequence[str]:
+        chunks = [chunk for cache in self.caches for chunk in cache.column("key").chunks]
+        return Column(pa.chunked_array(chunks, pa.string()))
 
-    def split(self, pairs: Pairs, settings: SplitSettings) -> Split:
+    def split(self, pairs: Pairs, settings: SplitSettings, *, progress: Progress | None = None) -> Split:
         """Split the samples; features are loaded for a strict split only."""
         readers = {modality: partial(self._read, modality) for modality in self.sides}
-        return make_split(self.caches, pairs, settings, readers)
+        return make_split(self.caches, pairs, settings, readers, progress=progress)
 
     def _read(self, modality: str, rows: Ints) -> Inputs:
         return self.readers[modality](rows)

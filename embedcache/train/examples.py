@@ -101,7 +101,7 @@ class Media:
         Raises:
             DataError: a key is null, or is in no sample of the cache.
         """
-        found = pc.index_in(keys_N, value_set=self.cache.samples["key"].combine_chunks())
+        found = pc.index_in(keys_N, value_set=self.cache.column("key").combine_chunks())
         if found.null_count:
             missing = pc.unique(keys_N.filter(pc.is_null(found)))
             shown = ", ".join(map(repr, missing[:_NUM_SHOWN].to_pylist()))

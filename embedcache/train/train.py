@@ -269,7 +269,7 @@ def _fit(
         if not path.is_file():  # a resumed run has one
             if (kept := run_selection_path(run_path, settings.selection)) and settings.selection_path:
                 write_atomic(kept, settings.selection_path.read_bytes())
-            write_split(path, data.split(pairs, settings.split))
+            write_split(path, data.split(pairs, settings.split, progress=progress))
 
     run_on_first(make_split)
     split = read_split(path, data.caches)

@@ -174,7 +174,7 @@ def open_utterances(
         streams[name] = Stream(
             feature=plain, readers=readers, rate_hz=axis.rate_hz, order_M=order_M, first_S=first_S, count_S=count_S
         )
-    keys = cache.samples["key"].take(wanted).to_pylist()
+    keys = cache.column("key").take(wanted).to_pylist()
     transcripts = [texts[sample] for sample in wanted.tolist()]
     symbols = [encode_transcript(text) for text in transcripts]
     return Utterances(cache=cache, samples_S=wanted, keys=keys, texts=transcripts, symbols=symbols, streams=streams)

@@ -9,15 +9,11 @@ from hypothesis import strategies as st
 from embedcache.arrays import Floats, Ints, normalize
 from embedcache.curate import near_duplicates as near_duplicates
 from embedcache.curate.keep import Copies, choose_removed
-from embedcache.curate.near_duplicates import (
-    ClusterAssigner,
-    concatenate_assignments,
-    find_near_duplicates,
-    fit_centroids,
-    scratch_matrix,
-)
+from embedcache.curate.near_duplicates import find_near_duplicates, fit_centroids
 from embedcache.curate.settings import DedupSettings
-from embedcache.curate.similar_pairs import CosineTile, PairCollector, SimilarPairs, histogram
+from embedcache.dataset import clusters
+from embedcache.dataset.clusters import ClusterAssigner, concatenate_assignments, scratch_matrix
+from embedcache.dataset.similar_pairs import CosineTile, PairCollector, SimilarPairs, histogram
 from embedcache.errors import DataError, DiskFullError, PathError
 from embedcache.search.vectors import Vectors
 from embedcache.store.group import add_feature, create_group
@@ -144,7 +140,7 @@ def test_all_pairs_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_recall_equals_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near_duplicates, "_MAX_VISITS", 0)  # as SemDeDup: pairs that a border cuts are missed
+    monkeypatch.setattr(near_duplicates, "MAX_VISITS", 0)  # as SemDeDup: pairs that a border cuts are missed
     vectors = made_vectors(2000, 5, width=8, noise=0.12)
     opened = write_vectors(tmp_path / "cache", vectors)
     near = find_near_duplicates(opened, np.arange(2000), [LIMIT], DedupSettings(all_pairs=False, scratch=tmp_path))
@@ -160,7 +156,8 @@ def test_chunk_and_block_size_change_nothing(tmp_path: Path, monkeypatch: pytest
     rows = np.delete(np.arange(600), [3, 64, 599])
     found = []
     for name, chunk_size, block in (("a", 64, 2048), ("b", 600, 16), ("c", 7, 100)):
-        monkeypatch.setattr(near_duplicates, "_BLOCK", block)
+        monkeypatch.setattr(near_duplicates, "BLOCK", block)
+        monkeypatch.setattr(clusters, "BLOCK", block)
         opened = write_vectors(tmp_path / name, vectors, chunk_size=chunk_size)
         found.append(
             find_near_duplicates(opened, rows, [LIMIT], DedupSettings(all_pairs=False, scratch=tmp_path, seed=4))

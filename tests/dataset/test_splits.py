@@ -1,20 +1,26 @@
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from embedcache.arrays import normalize
+from embedcache.dataset import near_duplicate_groups
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import PARTS, Split, read_split, write_split
+from embedcache.dataset.splits import PARTS, Split, draw_groups, read_split, write_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.data import open_data
 from tests.images import write_images
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
+
+TOY_FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
 
 
 def split_of(cache_path: Path, settings: SplitSettings) -> Split:
@@ -49,6 +55,38 @@ def test_strict_groups_are_connected_components(cache_path: Path) -> None:
     np.testing.assert_array_equal(reached, groups[:, None] == groups[None, :])
 
 
+def test_many_items_are_compared_within_clusters(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, split = opened(cache_path)
+    monkeypatch.setattr(near_duplicate_groups, "ALL_PAIRS_LIMIT", 100)
+    data, progress = open_data(cache_path, TOY_FEATURES, memory_bytes=10**9), RecordedProgress()
+    settings = SplitSettings(image_cosine=0.995, text_cosine=0.95)
+    clustered = data.split(data.pairs(None), settings, progress=progress)
+    assert clustered == split
+    assert len(progress.notes) == 2
+    assert "300 image items compared within clusters" in progress.notes[0]
+    assert "1.0000 are in one group" in progress.notes[1]
+    assert len(cache.column("key")) == len(clustered.keys)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "quotas"), [([1] * 30, [9, 4]), ([5, 1, 1, 7, 3, 2, 1, 1], [6, 5]), ([4, 4], [3, 9])]
+)
+def test_drawn_groups_are_those_of_one_after_another(sizes: list[int], quotas: list[int]) -> None:
+    groups = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    keys = [f"k{number * 7 % len(groups)}" for number in range(len(groups))]
+    members = [np.flatnonzero(groups == group).tolist() for group in range(len(sizes))]
+    lead = [min(keys[row] for row in rows) for rows in members]
+    rest = sorted(range(len(sizes)), key=lambda group: hashlib.sha256(f"3:{lead[group]}".encode()).digest())
+    expected = np.full(len(groups), -1)
+    for number, quota in enumerate(quotas):
+        for group in list(rest):
+            if len(members[group]) <= quota:
+                quota -= len(members[group])
+                expected[members[group]] = number
+                rest.remove(group)
+    np.testing.assert_array_equal(draw_groups(pa.array(keys), groups, quotas, 3), expected)
+
+
 @pytest.mark.parametrize("kind", ["strict", "key"])
 def test_split_is_reproducible(cache_path: Path, kind: str) -> None:
     def parts(seed: int) -> list[str]:
@@ -60,6 +98,9 @@ def test_split_is_reproducible(cache_path: Path, kind: str) -> None:
 def test_key_split_keeps_fractions(cache_path: Path) -> None:
     split = split_of(cache_path, SplitSettings(kind="key", val_fraction=0.2, test_fraction=0.3))
     assert [split.parts.count(part) for part in PARTS] == [150, 60, 90]
+    capped = split_of(cache_path, SplitSettings(kind="key", max_val=10, max_test=20))
+    assert [capped.parts.count(part) for part in PARTS] == [270, 10, 20]
+    assert set(capped.rows("test")) <= set(split.rows("test"))  # the order is the same
 
 
 def test_column_split(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.images import write_images
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 FEATURES = {"image_feature": "open_toy/cls", "text_feature": "open_toy/mean"}
@@ -216,6 +217,18 @@ def test_intervals_are_over_near_duplicate_groups(cache_path: Path, runs: list[P
     (recalls, *_), (of_one_group, *_) = (_measure([one], "i2t") for one in (ranking, one_group))
     assert recalls["r@5"].high > recalls["r@5"].low
     assert of_one_group["r@5"].high == of_one_group["r@5"].low
+
+
+def test_large_parts_are_drawn_from(cache_path: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
+    progress = RecordedProgress()
+    report = evaluate_retrieval(cache_path, runs, RetrievalSettings(max_samples=20), progress=progress)
+    assert report.num_items["image"] == [20, 20]
+    assert "part test of the run's split, 20 of 75 samples drawn at random (--max-samples 0 ranks all)" in report.line()
+    assert progress.notes[0].startswith("ranking: 800 pairs of vectors, about 0 s")
+    exact = evaluate_retrieval(cache_path, runs, RetrievalSettings(max_samples=0))
+    assert exact.recalls == evaluate_retrieval(cache_path, runs).recalls
+    assert "drawn" not in exact.line()
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def export_selection(
     if format_name == "webdataset":
         write_shards(cache, rows, out_path, progress=progress)
         return len(rows)
-    all_keys = cache.samples["key"].to_pylist()
+    all_keys = cache.column("key").to_pylist()
     keys = [all_keys[row] for row in rows.tolist()]
     if format_name == "keys":
         broken = [key for key in keys if "\n" in key]
@@ -120,7 +120,7 @@ class _Samples:
         self._texts = _by_sample(cache, "text", rows)
         several = [row for row, items in self._images.items() if len(items) > 1]
         if several:
-            key = cache.samples["key"][several[0]].as_py()
+            key = cache.column("key")[several[0]].as_py()
             raise DataError(
                 f"expected one image per sample of WebDataset, got several in {len(several):,} of {len(rows):,} "
                 f"samples, first {key!r}; use --format keys"

@@ -209,7 +209,7 @@ def sample_selection(cache_path: Path | str, out_path: Path, selection: Path, si
 def read_reasons(path: Path, cache: Cache) -> dict[int, str]:
     """Read a selection as row -> reason; for a text file, the reason is its name."""
     rows = read_selection(path, [cache])
-    keys = cache.samples["key"].to_pylist()
+    keys = cache.column("key").to_pylist()
     reasons: dict[str, str] = {}
     if path.suffix == ".parquet":
         table = read_table(path)

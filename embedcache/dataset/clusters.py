@@ -1,0 +1,186 @@
+"""Comparing items within clusters and across near borders, for near-duplicates among millions.
+
+After "SemDeDup: Data-efficient learning at web-scale through semantic deduplication", Abbas et al. 2023: k-means, then
+all pairs within each cluster, which misses the pairs that a border between clusters separates. Here an item is also
+compared with the members of the clusters whose border is nearest to it."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks
+from embedcache.dataset.similar_pairs import CosineTile
+from embedcache.errors import DiskFullError, PathError
+from embedcache.files import disk_errors
+
+MAX_VISITS = 16
+BLOCK = 2048
+_BORDER_ROUNDING = 1e-4
+_MIN_SQUARED_DISTANCE = 1e-6  # nearer centroids count as this far apart, so that their border is crossed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterAssignment:
+    """Clusters of B items."""
+
+    clusters: Array  # (B,) int32, the nearest centroid of each
+    cosines: Floats  # (B,) to that centroid
+    visits: Array  # (B, V) int32, other clusters that may hold a near-duplicate, the nearest border first; -1: no more
+    is_complete: Bools  # (B,) whether no further cluster can hold one
+
+
+class ClusterAssigner:
+    """A pass (see `run_pass`) that assigns the items of a mask to clusters.
+
+    Two items of clusters a and b are on both sides of the plane where the cosines to both centroids are equal. If their
+    angle is at most θ (of `cosine`), neither is further than sin θ from that plane: for an item x of a, only clusters b
+    with x · (a - b) <= sin θ |a - b| can hold such a neighbor. In many dimensions that bound is wide; only the nearest
+    `max_visits` borders are crossed, and what that misses must be measured.
+    """
+
+    def __init__(self, centroids_KP: Floats, cosine: float, max_visits: int, mask_N: Bools) -> None:
+        self._centroids = centroids_KP
+        self._reach = float(np.sqrt(1 - cosine**2)) + _BORDER_ROUNDING
+        self._max_visits = min(max_visits, len(centroids_KP) - 1)
+        self._mask_N = mask_N
+        squared_K = np.einsum("kp,kp->k", centroids_KP, centroids_KP, dtype=np.float64)
+        squared_KK = squared_K[:, None] + squared_K - 2 * centroids_KP.astype(np.float64) @ centroids_KP.T
+        # 1 / |a - b| of all pairs of centroids
+        self._inverse_KK = (1 / np.sqrt(np.maximum(squared_KK, _MIN_SQUARED_DISTANCE))).astype(np.float32)
+
+    def process(self, rows_B: Ints, vectors_BP: Floats) -> list[ClusterAssignment]:
+        """Assign the items of a chunk."""
+        vectors_BP = vectors_BP[self._mask_N[rows_B]]
+        cosines_BK = vectors_BP @ self._centroids.T
+        clusters = cosines_BK.argmax(axis=1)
+        own = np.take_along_axis(cosines_BK, clusters[:, None], axis=1)
+        borders_BK = np.subtract(own, cosines_BK, out=cosines_BK)
+        borders_BK *= self._inverse_KK[clusters]
+        borders_BK[np.arange(len(clusters)), clusters] = np.inf
+        count = self._max_visits
+        nearest = np.argpartition(borders_BK, count, axis=1)[:, : count + 1]
+        borders = np.take_along_axis(borders_BK, nearest, axis=1)
+        order = np.argsort(borders, axis=1, kind="stable")
+        nearest, borders = np.take_along_axis(nearest, order, axis=1), np.take_along_axis(borders, order, axis=1)
+        visits = np.where(borders[:, :count] <= self._reach, nearest[:, :count], -1).astype(np.int32)
+        is_complete = borders[:, count] > self._reach
+        clusters = clusters.astype(np.int32)
+        return [ClusterAssignment(clusters=clusters, cosines=own[:, 0], visits=visits, is_complete=is_complete)]
+
+    def merge(self, before: list[ClusterAssignment], after: list[ClusterAssignment]) -> list[ClusterAssignment]:
+        """Append those of later chunks."""
+        before.extend(after)
+        return before
+
+
+def concatenate_assignments(parts: Sequence[ClusterAssignment]) -> ClusterAssignment:
+    """Concatenate the results of a pass."""
+    names = [field.name for field in fields(ClusterAssignment)]
+    return ClusterAssignment(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The compared items. Places are rows of the scratch matrix: cluster by cluster, in row order within each."""
+
+    items: Ints  # (N,) the item at each position
+    starts: Ints  # (K + 1,) the position where each cluster begins
+    visitors: Array  # (V,) positions, by the cluster that they visit
+    visitor_starts: Ints  # (K + 1,) where in `visitors` each cluster's begin
+
+
+def make_plan(assignment: ClusterAssignment | None, num_items: int) -> Plan:
+    """Sort items by cluster; without an assignment all are in one."""
+    clusters = np.zeros(num_items, np.int32) if assignment is None else assignment.clusters
+    visits = np.empty((num_items, 0), np.int32) if assignment is None else assignment.visits
+    num_clusters = int(max(clusters.max(), visits.max(initial=0))) + 1
+    items = np.argsort(clusters, kind="stable")
+    visits = visits[items]
+    position, _ = np.nonzero(visits >= 0)
+    visited = visits[visits >= 0]
+    order = np.argsort(visited, kind="stable")
+    return Plan(
+        items=items,
+        starts=_starts(clusters, num_clusters),
+        visitors=position.astype(np.int32)[order],
+        visitor_starts=_starts(visited, num_clusters),
+    )
+
+
+def _starts(numbers: Array, count: int) -> Ints:
+    return np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=count))])
+
+
+@contextmanager
+def scratch_matrix(folder: Path, shape: tuple[int, int], dtype: npt.DTypeLike) -> Iterator[Array]:
+    """Create a matrix in an unnamed file, which vanishes even if the process is killed; its space is allocated at once.
+
+    Raises `PathError` if the folder does not exist, and `DiskFullError` if the matrix does not fit.
+    """
+    if not folder.is_dir():
+        raise PathError(
+            f"scratch: expected an existing folder, got {folder}; create it, or give another with --scratch"
+        )
+    needed, free = shape[0] * shape[1] * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskFullError(
+            f"comparing {shape[0]:,} vectors needs {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB "
+            "free; free some, or give another folder with --scratch"
+        )
+    with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, needed))  # a hole that cannot be filled later would be a SIGBUS
+        yield np.memmap(file, dtype, "r+", shape=shape)
+
+
+def num_compared(plan: Plan) -> int:
+    """Return the number of pairs that `iterate_tiles` compares."""
+    members, visitors = np.diff(plan.starts), np.diff(plan.visitor_starts)
+    return int((members * (members / 2 + visitors)).sum())
+
+
+def iterate_tiles(matrix_NP: Array, plan: Plan) -> Iterator[tuple[CosineTile, int]]:
+    """Iterate over the cosines of all pairs within clusters and of visitors, with the number of items that are done.
+
+    Args:
+        matrix_NP: rows of length 1 in the order of `plan.items`.
+        plan: the clusters.
+    """
+    for cluster in range(len(plan.starts) - 1):
+        members = np.arange(plan.starts[cluster], plan.starts[cluster + 1])
+        visitors = plan.visitors[plan.visitor_starts[cluster] : plan.visitor_starts[cluster + 1]]
+        yield from _tiles_within(matrix_NP, plan.items, members)
+        for tile in _tiles_across(matrix_NP, plan.items, visitors, members):
+            yield tile, 0
+
+
+def _tiles_within(matrix_NP: Array, items_N: Ints, members: Ints) -> Iterator[tuple[CosineTile, int]]:
+    """Compare each pair of members once."""
+    for block in blocks(len(members), BLOCK):
+        left, left_BP = items_N[members[block]], to_float32(matrix_NP[members[block][0] : members[block][-1] + 1])
+        yield CosineTile(left=left, right=left, cosines=left_BP @ left_BP.T, is_diagonal=True), len(left)
+        for other in blocks(len(members) - block.stop, BLOCK):
+            right = members[block.stop :][other]
+            right_BP = to_float32(matrix_NP[right[0] : right[-1] + 1])
+            yield CosineTile(left=left, right=items_N[right], cosines=left_BP @ right_BP.T), 0
+
+
+def _tiles_across(matrix_NP: Array, items_N: Ints, visitors: Array, members: Ints) -> Iterator[CosineTile]:
+    """Compare each visitor with each member."""
+    for other in blocks(len(members) if len(visitors) else 0, BLOCK):
+        right = members[other]
+        right_BP = to_float32(matrix_NP[right[0] : right[-1] + 1])
+        for block in blocks(len(visitors), BLOCK):
+            left = visitors[block]
+            yield CosineTile(left=items_N[left], right=items_N[right], cosines=to_float32(matrix_NP[left]) @ right_BP.T)
+
+
+def to_float32(values: Array) -> Floats:
+    """Return an array in which cosines are computed."""
+    return np.asarray(values, np.float32)

@@ -1,0 +1,157 @@
+"""Near-duplicate groups of a strict split: connected components of all pairs of samples with items above a cosine."""
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from embedcache.arrays import Array, Floats, Ints, blocks
+from embedcache.dataset.clusters import (
+    BLOCK,
+    MAX_VISITS,
+    ClusterAssigner,
+    concatenate_assignments,
+    iterate_tiles,
+    make_plan,
+    num_compared,
+    scratch_matrix,
+    to_float32,
+)
+from embedcache.dataset.inputs import Reader, to_unit_vectors
+from embedcache.dataset.pairs import Items, Pairs
+from embedcache.dataset.settings import SplitSettings
+from embedcache.metrics.neighbors import iterate_pairs_above, note_duration, spherical_means
+from embedcache.progress import Progress
+
+ALL_PAIRS_LIMIT = 200_000
+"""Up to this many items of both modalities all pairs are compared."""
+
+_READ_ROWS = 1024
+_NUM_PROBES = 1000
+_TRAINING_PER_CLUSTER = 40
+_MAX_EDGES = 4_000_000
+
+
+def near_duplicate_groups(
+    pairs: Pairs, settings: SplitSettings, readers: Mapping[str, Reader], progress: Progress
+) -> Ints:
+    """Return the near-duplicate group of each sample: (S,) int64.
+
+    Up to 200,000 items all pairs are compared. Of more items, those within 2 √N clusters and across the 16 nearest
+    borders of each item are; how many of the pairs of a random sample of items are then in one group is reported.
+    Memory: a tile of similarities; of more than 200,000 items about 200 bytes each, and 2 N D bytes of scratch space in
+    the system's folder for temporary files.
+    """
+    samples = pairs.samples
+    labels = np.arange(len(samples))
+    use_all_pairs = len(pairs.first.rows) + len(pairs.second.rows) <= ALL_PAIRS_LIMIT
+    for items, (modality, read) in zip((pairs.first, pairs.second), readers.items(), strict=True):
+        nodes, cosine = np.searchsorted(samples, items.samples), settings.cosine(modality)[1]
+        if use_all_pairs:
+            labels = _merge_all_pairs(_read_all(items.rows, read), nodes, labels, cosine, progress)
+        else:
+            work = _ClusterWork(modality, items, nodes, cosine, settings.seed)
+            labels = _merge_clusters(work, read, labels, progress)
+    return labels
+
+
+def _read_all(rows: Ints, read: Reader) -> Floats:
+    return np.concatenate([to_unit_vectors(read(rows[block])) for block in blocks(len(rows), _READ_ROWS)])
+
+
+def _merge_all_pairs(vectors_ND: Floats, nodes: Ints, labels: Ints, threshold: float, progress: Progress) -> Ints:
+    note_duration(progress, "comparing for the split", len(vectors_ND) ** 2, vectors_ND.shape[1])
+    for row, column in iterate_pairs_above(vectors_ND, threshold):
+        labels = _merge(labels, nodes[row], nodes[column])
+    return labels
+
+
+def _merge(labels: Ints, left: Ints, right: Ints) -> Ints:
+    """Merge the groups of pairs of nodes: (S,) int64."""
+    left, right = np.concatenate([labels[left], labels]), np.concatenate([labels[right], labels])
+    size = int(labels.max()) + 1
+    edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))
+    _, component = connected_components(edges, directed=False)
+    merged: Ints = component[labels].astype(np.int64)
+    return merged
+
+
+@dataclass(frozen=True)
+class _ClusterWork:
+    """Items of one modality to compare within clusters."""
+
+    modality: str
+    items: Items
+    nodes: Ints
+    cosine: float
+    seed: int
+
+
+def _merge_clusters(work: _ClusterWork, read: Reader, labels: Ints, progress: Progress) -> Ints:
+    rows, count = work.items.rows, len(work.items.rows)
+    rng = np.random.default_rng(work.seed)
+    num_clusters = max(1, round(2 * math.sqrt(count)))
+    drawn = np.sort(rng.permutation(count)[: _TRAINING_PER_CLUSTER * num_clusters])
+    centroids_KP = spherical_means(_read_all(rows[drawn], read), num_clusters, seed=work.seed)
+    assigner = ClusterAssigner(centroids_KP, max(work.cosine, 0.0), MAX_VISITS, np.ones(count, bool))
+    assigned = []
+    progress.start(f"clustering {work.modality} items for the split", count, "items")
+    for block in blocks(count, BLOCK):
+        assigned += assigner.process(np.arange(block.start, block.stop), to_unit_vectors(read(rows[block])))
+        progress.advance(block.stop - block.start)
+    plan = make_plan(concatenate_assignments(assigned), count)
+    position_N = np.empty(count, np.int64)
+    position_N[plan.items] = np.arange(count)
+    with scratch_matrix(Path(tempfile.gettempdir()), (count, centroids_KP.shape[1]), np.float16) as matrix_NP:
+        for block in blocks(count, BLOCK):
+            matrix_NP[position_N[block]] = to_unit_vectors(read(rows[block]))
+        note_duration(progress, "comparing for the split", num_compared(plan), matrix_NP.shape[1])
+        progress.start(f"comparing {work.modality} items for the split", count, "items")
+        edges, num_edges = [], 0
+        for tile, num_done in iterate_tiles(matrix_NP, plan):
+            row, column = np.nonzero(tile.cosines > work.cosine)
+            edges.append(_spanning(work.nodes[tile.left[row]], work.nodes[tile.right[column]]))
+            num_edges += edges[-1].shape[1]
+            if num_edges > _MAX_EDGES:
+                labels, edges, num_edges = _merge(labels, *np.concatenate(edges, axis=1)), [], 0
+            progress.advance(num_done)
+        if edges:
+            labels = _merge(labels, *np.concatenate(edges, axis=1))
+        progress.finish()
+        _note_recall(work, matrix_NP, plan.items, labels, progress)
+    return labels
+
+
+def _spanning(left: Ints, right: Ints) -> Array:
+    """Return at most one edge per node that connects what the given edges connect: (2, E)."""
+    nodes, codes = np.unique(np.concatenate([left, right]), return_inverse=True)
+    shape = (len(nodes), len(nodes))
+    edges = coo_array((np.ones(len(left), bool), (codes[: len(left)], codes[len(left) :])), shape=shape)
+    count, component = connected_components(edges, directed=False) if len(nodes) else (0, codes)
+    first_of = np.empty(count, np.int64)
+    first_of[component[::-1]] = nodes[::-1]
+    is_other = first_of[component] != nodes
+    return np.stack([nodes[is_other], first_of[component][is_other]])
+
+
+def _note_recall(work: _ClusterWork, matrix_NP: Array, items_N: Ints, labels: Ints, progress: Progress) -> None:
+    """Compare random items with all, and report how many of their pairs above the cosine are in one group."""
+    count = len(matrix_NP)
+    probes = np.sort(np.random.default_rng(work.seed).permutation(count)[:_NUM_PROBES])
+    probes_QP, groups_N = to_float32(matrix_NP[probes]), labels[work.nodes[items_N]]
+    num_pairs = num_found = 0
+    for block in blocks(count, 8 * BLOCK):
+        query, other = np.nonzero(probes_QP @ to_float32(matrix_NP[block]).T > work.cosine)
+        is_pair = probes[query] != other + block.start
+        num_pairs += int(is_pair.sum())
+        num_found += int((groups_N[probes[query]] == groups_N[other + block.start])[is_pair].sum())
+    share = "there is none" if not num_pairs else f"{num_found / num_pairs:.4f} are in one group"
+    progress.note(
+        f"split: {count:,} {work.modality} items compared within clusters; of the {num_pairs:,} pairs above cosine "
+        f"{work.cosine:g} that hold one of {len(probes):,} random items, {share}"
+    )

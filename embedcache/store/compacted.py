@@ -1,0 +1,175 @@
+"""A table of the commits of many chunks beside them, so that a reader opens one file in place of thousands.
+
+It is derived and may be deleted at any time. A commit whose file has another size, time or inode than when the table
+was written is read itself, as are all commits without a table. Hashes are read when they are first used.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedcache.files import replacing
+from embedcache.store.columns import HASH, HASH_BYTES, Column, is_missing, to_array, to_bytes
+from embedcache.store.layout import commit_path
+
+MIN_CHUNKS = 1000
+"""Encoders with fewer chunks have no table."""
+
+_CHUNKS_PER_GROUP = 256
+_FAILURES = pa.list_(pa.struct([("feature", pa.string()), ("offset", pa.int32()), ("reason", pa.string())]))
+_SCHEMA = pa.schema(
+    [
+        ("chunk", pa.int64()),
+        ("size", pa.int64()),
+        ("time_ns", pa.int64()),
+        ("inode", pa.int64()),
+        ("num_rows", pa.int64()),
+        ("metadata", pa.string()),
+        ("failures", _FAILURES),
+        ("hashes", pa.large_binary()),
+        ("without_hash", pa.list_(pa.int32())),
+    ]
+)
+_HASH_COLUMNS = ("hashes", "without_hash")
+
+
+class Stamp(NamedTuple):
+    """What tells whether a file is the one that was read."""
+
+    size: int
+    time_ns: int
+    inode: int
+
+
+class CompactCommit(NamedTuple):
+    """A commit as the table holds it: the metadata of its file, and its columns."""
+
+    metadata: dict[str, Any]
+    hashes: Column[bytes | None]
+    failures: Mapping[str, Column[str | None]]
+
+
+def table_path(encoder_folder: Path) -> Path:
+    """Return the path of the table of an encoder."""
+    return encoder_folder / "commits.parquet"
+
+
+def read_stamps(encoder_folder: Path) -> dict[str, Stamp]:
+    """Return the stamp of each commit by the name of its file."""
+    folder = commit_path(encoder_folder, 0).parent
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        statuses = ((entry.name, entry.stat()) for entry in entries if entry.name.endswith(".parquet"))
+        return {name: Stamp(status.st_size, status.st_mtime_ns, status.st_ino) for name, status in statuses}
+
+
+def write_compacted(
+    encoder_folder: Path, stamps: Mapping[str, Stamp], commits: Iterator[tuple[int, CompactCommit]]
+) -> None:
+    """Write the table, whole or not at all. Memory: the commits of 256 chunks.
+
+    Args:
+        stamps: those of the commits' files before the commits were read.
+        commits: chunk and commit, in order.
+    """
+    with (
+        replacing(table_path(encoder_folder)) as temporary,
+        pq.ParquetWriter(temporary, _SCHEMA, write_page_checksum=True) as writer,
+    ):
+        rows: list[dict[str, Any]] = []
+        for chunk, commit in commits:
+            stamp = stamps.get(commit_path(encoder_folder, chunk).name)
+            if stamp is not None:
+                rows.append({"chunk": chunk, **_row(commit, stamp)})
+            if len(rows) == _CHUNKS_PER_GROUP:
+                writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+                rows = []
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+
+
+def _row(commit: CompactCommit, stamp: Stamp) -> dict[str, Any]:
+    failures = [
+        {"feature": feature, "offset": offset, "reason": reason}
+        for feature, reasons in commit.failures.items()
+        for array in [to_array(reasons, pa.string())]
+        for offset, reason in zip(np.flatnonzero(~is_missing(reasons)), array.drop_null().to_pylist(), strict=True)
+    ]
+    missing = is_missing(commit.hashes)
+    hashes = np.array(to_bytes(to_array(commit.hashes, HASH)))
+    hashes[missing] = 0
+    return {
+        "size": stamp.size,
+        "time_ns": stamp.time_ns,
+        "inode": stamp.inode,
+        "num_rows": len(missing),
+        "metadata": json.dumps(commit.metadata),
+        "failures": failures,
+        "hashes": hashes.tobytes(),
+        "without_hash": np.flatnonzero(missing),
+    }
+
+
+def read_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> dict[int, CompactCommit]:
+    """Return the commits in the table whose files have these stamps now; empty if there is no readable table."""
+    path = table_path(encoder_folder)
+    if not path.is_file():
+        return {}
+    try:
+        columns = [name for name in _SCHEMA.names if name not in _HASH_COLUMNS]
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            groups = [file.read_row_group(group, columns, use_threads=False) for group in range(file.num_row_groups)]
+            found = {}
+            for group, table in enumerate(groups):
+                load = cache(partial(_read_hashes, path, group))
+                for position, row in enumerate(table.to_pylist()):
+                    stamp = Stamp(row["size"], row["time_ns"], row["inode"])
+                    if stamps.get(commit_path(encoder_folder, row["chunk"]).name) == stamp:
+                        found[row["chunk"]] = _to_commit(row, partial(_hashes_of, load, position))
+            return found
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError):
+        return {}  # it is derived: the commits themselves are read
+
+
+def _to_commit(row: Mapping[str, Any], load: Callable[[], pa.Array]) -> CompactCommit:
+    metadata, num_rows = json.loads(row["metadata"]), row["num_rows"]
+    reasons: dict[str, list[str | None]] = {}
+    for failure in row["failures"]:
+        reasons.setdefault(failure["feature"], [None] * num_rows)[failure["offset"]] = failure["reason"]
+    failures = {
+        feature: Column[str | None](
+            pa.array(reasons[feature], pa.string()) if feature in reasons else _no_failures(num_rows)
+        )
+        for feature in metadata["features"]
+    }
+    return CompactCommit(metadata, Column.deferred(num_rows, load), failures)
+
+
+@cache
+def _no_failures(num_rows: int) -> pa.Array:
+    return pa.nulls(num_rows, pa.string())
+
+
+def _read_hashes(path: Path, group: int) -> Sequence[pa.Array]:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        table = file.read_row_group(group, list(_HASH_COLUMNS), use_threads=False)
+    arrays = []
+    for data, missing in zip(table["hashes"], table["without_hash"], strict=True):
+        values = data.as_buffer()
+        is_present = np.ones(len(values) // HASH_BYTES, bool)
+        is_present[missing.values.to_numpy()] = False
+        validity = None if is_present.all() else pa.array(is_present).buffers()[1]  # one bit each
+        arrays.append(pa.FixedSizeBinaryArray.from_buffers(HASH, len(is_present), [validity, values]))
+    return arrays
+
+
+def _hashes_of(load: Callable[[], Sequence[pa.Array]], position: int) -> pa.Array:
+    return load()[position]

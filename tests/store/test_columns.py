@@ -1,0 +1,40 @@
+import numpy as np
+import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.provenance import canonical_json
+from embedcache.store.columns import HASH, Column, hashes_json, is_missing, number_contents, strings_json, to_array
+
+HASHES = st.lists(st.none() | st.binary(min_size=16, max_size=16) | st.sampled_from([b"a" * 16, b"b" * 16, bytes(16)]))
+
+
+@given(HASHES, st.integers(0, 3))
+def test_hashes_are_written_and_numbered_as_python_objects(values: list[bytes | None], skipped: int) -> None:
+    array = pa.array([b"x" * 16] * skipped + values, HASH).slice(skipped)
+    assert hashes_json(array) == canonical_json([None if value is None else value.hex() for value in values])
+    numbers: dict[bytes | None, int] = {}
+    expected = [numbers.setdefault(value, len(numbers)) for value in values]
+    assert number_contents(array).tolist() == expected
+    assert number_contents(pa.chunked_array([array[:2], array[2:]])).tolist() == expected
+
+
+@given(st.lists(st.none() | st.text()))
+def test_reasons_are_written_as_python_objects(values: list[str | None]) -> None:
+    try:
+        expected = canonical_json(values)
+    except UnicodeEncodeError:  # a lone surrogate is no text
+        return
+    assert strings_json(pa.array(values, pa.string())) == expected
+
+
+def test_column_is_a_sequence() -> None:
+    values = ["a", None, "b", "a"]
+    column = Column[str | None](pa.array(values))
+    assert column == values
+    assert column != values[1:]
+    assert (column[1], column[2], column[1:3]) == (None, "b", [None, "b"])
+    assert (len(column), column.count("a"), "b" in column, "c" in column) == (4, 2, True, False)
+    assert is_missing(column).tolist() == is_missing(values).tolist() == [False, True, False, False]
+    assert to_array(column, pa.string()).equals(to_array(values, pa.string()))
+    assert np.array(Column(pa.array([1, 2]))).tolist() == [1, 2]
