@@ -266,7 +266,7 @@ def write_statements(objects: Sequence[str], rng: np.random.Generator) -> list[t
     lacking = [absent[number] for number in rng.permutation(len(absent))[: len(present)]]
     statements = []
     for thing, is_present in [*((thing, True) for thing in present), *((thing, False) for thing in lacking)]:
-        text, *words = _STATEMENTS[rng.integers(len(_STATEMENTS))]
+        text, *words = _STATEMENTS[int(rng.integers(len(_STATEMENTS)))]
         names = {"thing": thing, "article": class_name(thing).split()[0]}
         statements.append((text.format(**names), words[0 if is_present else 1].format(**names)))
     return statements
