@@ -118,6 +118,18 @@ def read_file(path: Path) -> bytes:
     return bytes(path.fs.cat_file(path.path)) if is_remote(path) else path.read_bytes()  # type: ignore[attr-defined]
 
 
+def read_limited(path: Path, max_bytes: int = 2**28) -> bytes:
+    """Read a file that people or embedcache write, such as JSON or TOML; PathError if it is larger."""
+    if is_remote(path):
+        data = read_file(path)
+    else:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise PathError(f"{path}: expected a file of at most {max_bytes:,} bytes, got more")
+    return data
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a crash leaves either the old or the new file; a full disk leaves no partial file."""
     write_blocks(path, [data])
@@ -309,7 +321,7 @@ def _open_shared(path: Path) -> int:
         try:
             if path not in _SHARED:
                 make_folder(path.parent)
-                _SHARED[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+                _SHARED[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except BaseException:
             _USERS[path] -= 1
             raise

@@ -12,7 +12,7 @@ LAYERS = [
     {"arrays", "registry", "progress", "units", "modalities", "axis"},
     {"settings", "processes"},
     {"files"},
-    {"metrics", "provenance"},
+    {"metrics", "provenance", "outputs"},
     {"sources", "encoders", "projectors"},
     {"networks", "store"},
     {"dataset"},

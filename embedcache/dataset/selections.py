@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, DataError, PathError
-from embedcache.files import replacing
+from embedcache.outputs import check_output, new_output
 from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table
 
@@ -27,9 +27,13 @@ class Selection:
 
 
 def check_selection_path(path: Path) -> None:
-    """Check that a path ends in `.parquet`; `read_selection` reads any other file as a list of keys."""
+    """Check that a path ends in `.parquet`, and that there is no file but an output of embedcache.
+
+    `read_selection` reads a file of any other name as a list of keys.
+    """
     if path.suffix != ".parquet":
         raise PathError(f"selection {path}: expected a path that ends in .parquet, got {path.suffix or 'no suffix'}")
+    check_output(path)
 
 
 def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Mapping[str, Any]) -> None:
@@ -37,7 +41,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
 
     Raises:
         DataError: the selection is empty.
-        PathError: the path does not end in `.parquet`.
+        PathError: the path does not end in `.parquet`, or is a file that embedcache did not write.
     """
     check_selection_path(path)
     if not len(selection.rows):
@@ -45,7 +49,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
     keys = cache.samples["key"].take(pa.array(selection.rows))
     table = pa.table({"row": selection.rows, "key": keys, "reason": list(selection.reasons)})
     header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
-    with replacing(path) as temporary:
+    with new_output(path) as temporary:
         pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(header)}), temporary)
 
 

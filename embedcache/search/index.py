@@ -32,7 +32,7 @@ from embedcache.search.autotune import (
     remaining_candidates,
 )
 from embedcache.search.building import FILES, STATE, IndexBuilder, lists_name, remove_leftovers
-from embedcache.search.faiss_index import RowIndex, read_index
+from embedcache.search.faiss_index import RowIndex, check_factory, read_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
 from embedcache.store.arrays import check_file, file_checksum
@@ -132,6 +132,8 @@ def build_index(
     vectors = Vectors(cache_path, settings.modality, settings.feature, settings.run)
     if not (index_path / "card.json").is_file():  # so that nothing is put into a folder of others
         _candidates(settings, len(vectors.rows), vectors.width)
+        if settings.factory is not None:
+            check_factory(settings.factory, vectors.width, len(vectors.rows))
         allowed = [LOCK, "card.json", *FILES]
         prepare_folder(index_path, kind="an index", marker=LOCK, allowed=allowed)
     with locked(index_path):

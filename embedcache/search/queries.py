@@ -210,6 +210,9 @@ class QueryEncoder:
         if vectors_QP.ndim != 2 or vectors_QP.shape[1] != self._card.width:
             raise DataError(f"query vectors: expected shape (Q, {self._card.width}), got {vectors_QP.shape}")
         check_finite(vectors_QP, "the array of query vectors")
+        is_zero = ~vectors_QP.any(axis=1)
+        if is_zero.any():
+            raise DataError(f"query vectors: expected rows with a direction, got zeros in row {is_zero.argmax()}")
         return normalize(vectors_QP)
 
 

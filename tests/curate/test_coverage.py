@@ -300,6 +300,7 @@ def test_both_modalities(cache_path: Path, prompts: Path, run_path: Path, tmp_pa
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert "among captions" in done.output
     found = json.loads((tmp_path / "c.json").read_text())
+    assert found.pop("generator") == "embedcache"
     for modality, values in found.items():
         settings = CoverageSettings(modality=modality, run=run_path, deviations=1.5)
         alone = measure_coverage(cache_path, prompts, settings)
