@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
     values: Array
     lengths: Ints | None = None
 
-    def take(self, rows: slice) -> "Inputs":
+    def take(self, rows: "slice | Ints") -> "Inputs":
         """Return some of the items."""
         return Inputs(self.values[rows], None if self.lengths is None else self.lengths[rows])
 

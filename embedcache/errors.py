@@ -15,6 +15,8 @@ EmbedcacheError
     └── CorruptError                    bytes that differ from their checksum
 """
 
+import re
+
 
 class EmbedcacheError(Exception):
     """An error that a user can cause; the command line prints its text and exits with 1."""
@@ -66,6 +68,17 @@ class UnfinishedError(ArtifactError):
 
 class CorruptError(ArtifactError):
     """Bytes that differ from their checksum."""
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Return a text for a terminal: control characters, which can change its state, become escapes such as `\\x1b`.
+
+    Line breaks and tabs stay. Captions and names of files may hold any character.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def one_line(error: BaseException, max_length: int = 200) -> str:

@@ -23,6 +23,8 @@ from embedcache.registry import require
 _SERVICES = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs"})
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})  # have no folders
 _LONGEST_REASON = 300
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)  # the only way to read it
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
 _NODE = platform.node().replace(".", "-")
@@ -62,6 +64,11 @@ def is_url(location: str) -> bool:
 def is_remote(path: Path) -> bool:
     """Return whether a path is behind a URL, where there are no locks, renames or memory maps."""
     return not isinstance(path, Path)
+
+
+def relative_location(path: Path, folder: Path) -> str:
+    """Return a path relative to a folder, so that both can move together; a URL stays as it is."""
+    return str(path) if is_remote(path) else os.path.relpath(path.resolve(), folder.resolve())
 
 
 def is_io_error(error: BaseException) -> bool:
@@ -111,6 +118,18 @@ def read_file(path: Path) -> bytes:
     return bytes(path.fs.cat_file(path.path)) if is_remote(path) else path.read_bytes()  # type: ignore[attr-defined]
 
 
+def read_limited(path: Path, max_bytes: int = 2**28) -> bytes:
+    """Read a file that people or embedcache write, such as JSON or TOML; PathError if it is larger."""
+    if is_remote(path):
+        data = read_file(path)
+    else:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise PathError(f"{path}: expected a file of at most {max_bytes:,} bytes, got more")
+    return data
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a crash leaves either the old or the new file; a full disk leaves no partial file."""
     write_blocks(path, [data])
@@ -141,6 +160,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with disk_errors(path):
             yield temporary
+            _share(temporary)
             put_file(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -159,11 +179,18 @@ def building(folder: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
+                _share(path)
                 flush(path)
             temporary.rename(folder)
             flush(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _share(path: Path) -> None:
+    """Give a file the mode of a new one: safetensors creates files that only their owner can read."""
+    if path.is_file():
+        path.chmod(0o666 & ~_UMASK)
 
 
 def put_file(file: Path, path: Path) -> None:
@@ -294,7 +321,7 @@ def _open_shared(path: Path) -> int:
         try:
             if path not in _SHARED:
                 make_folder(path.parent)
-                _SHARED[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+                _SHARED[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except BaseException:
             _USERS[path] -= 1
             raise

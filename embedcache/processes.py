@@ -86,7 +86,7 @@ def run_processes(
         The results in the order in which processes finished, and the number of processes that died.
 
     Raises:
-        EmbedcacheError: raised by `work` in one of the processes; the others are terminated.
+        EmbedcacheError, OSError: raised by `work` in one of the processes; the others are terminated.
         RuntimeError: any other exception in a process, with its traceback.
     """
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
@@ -115,6 +115,8 @@ def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trus
         pipe.send(("error", error))
     except BrokenPipeError:  # the parent process was killed
         os._exit(1)
+    except OSError as error:
+        pipe.send(("error", OSError(error.errno, error.strerror, error.filename) if error.errno else error))
     except Exception:  # noqa: BLE001 - the parent process raises it
         pipe.send(("bug", traceback.format_exc()))
 

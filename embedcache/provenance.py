@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, FingerprintError, PathError
-from embedcache.files import io_reason, make_folder, read_file, remove_partials, write_atomic
+from embedcache.files import io_reason, make_folder, read_limited, remove_partials, write_atomic
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -54,7 +54,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; PathError if it does not exist, CorruptError if it is not JSON."""
     try:
-        return json.loads(read_file(path))
+        return json.loads(read_limited(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PathError(f"{path} does not exist") from error
     except (ValueError, RecursionError) as error:

@@ -5,8 +5,9 @@ source of a cache or the projector of a run, is imported only if its author can 
 """
 
 import importlib
+import inspect
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -109,12 +110,16 @@ class Registry:
         paths: name of each built-in plug-in -> `module:attribute`.
         group: entry-point group in which other packages declare plug-ins; None: built-in ones only.
         presets: names of combinations of plug-ins, to list in error messages.
+        arguments: number of positional arguments that a plug-in is called with; None: not checked.
+        options: names of the keyword arguments that it is called with.
     """
 
     kind: str
     paths: Mapping[str, str]
     group: str | None = None
     presets: Collection[str] = ()
+    arguments: int | None = None
+    options: Sequence[str] = ()
 
     def __contains__(self, name: str) -> bool:
         """Return whether a name is built in or declared by an installed package."""
@@ -130,14 +135,15 @@ class Registry:
 
         Raises:
             UnknownNameError: there is no such name, module or attribute.
-            SettingError: the name was read from a file whose author is not trusted, see `names_from`.
+            SettingError: the name was read from a file whose author is not trusted, see `names_from`; or the object
+                cannot be called as a plug-in of this kind.
             MissingExtraError: the module of the plug-in imports a package that is not installed.
         """
         if name in self.paths:
             module, _, attribute = self.paths[name].partition(":")
             return getattr(importlib.import_module(module), attribute)
         module, _, attribute = (name if ":" in name else self._declared().get(name, name)).partition(":")
-        if not attribute:
+        if not all(part and "/" not in part for part in (*module.split("."), attribute)):
             raise unknown_name(self.kind, name, [*self.names, *self.presets])
         package = self._package_to_trust(name) if ":" in name else None
         try:
@@ -150,7 +156,23 @@ class Registry:
             raise self._not_found(name, error) from error
         if package is not None and callable(plugin) and _package_of(getattr(plugin, "__module__", "")) != package:
             raise self._is_untrusted(name)
+        self._check_call(name, plugin)
         return plugin
+
+    def _check_call(self, name: str, plugin: Any) -> None:
+        """Check that an object takes the arguments that plug-ins of this kind are called with."""
+        if self.arguments is None:
+            return
+        try:
+            if not callable(plugin) or inspect.isbuiltin(plugin):
+                raise TypeError(f"it is a {type(plugin).__name__}")
+            inspect.signature(plugin).bind(*[None] * self.arguments, **dict.fromkeys(self.options))
+        except (TypeError, ValueError) as error:  # ValueError: a class of C has no signature
+            takes = [f"{self.arguments} positional arguments", *self.options]
+            raise SettingError(
+                f"{name!r} is no {self.kind}: expected a class or function that takes {', '.join(takes)}, got one that "
+                f"does not: {error}"
+            ) from None
 
     def accept(self, name: str) -> None:
         """Count a name among those that the user has given to this process, which files may name too."""

@@ -3,7 +3,8 @@
 A settings class is a frozen, keyword-only dataclass whose fields are made by `setting` and whose `__post_init__` calls
 `check_settings`. From that one declaration come
 
-- validation: type, bounds, finite numbers, integers that fit 64 bits (`check_settings`);
+- validation: type, bounds, finite numbers, integers that fit 32 bits, or 64 bits if they are parsed, as sizes in bytes
+  are, or have a bound above (`check_settings`);
 - flat names for the command line, TOML files and sweeps (`flat_settings`, `from_flat`, `to_flat`);
 - the JSON record on disk (`to_json`), under the stored name where that differs from today's name;
 - the options of a command (`embedcache.cli.options`) and the tables of the reference documentation.
@@ -29,6 +30,7 @@ S = TypeVar("S", bound="DataclassInstance")
 _METADATA = "embedcache.setting"
 _DEFAULTS = "embedcache.group_defaults"
 _INT64 = 2**63
+_INT32 = 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,7 @@ def check_settings(settings: Any) -> None:
     """Check every value of a settings instance against its declaration; call it in `__post_init__`.
 
     Raises:
-        SettingError: a value of another type, out of its bounds, not finite, or too large for 64 bits.
+        SettingError: a value of another type, out of its bounds, not finite, or of too many bits.
     """
     hints = get_type_hints(type(settings))
     for item in fields(settings):
@@ -138,11 +140,18 @@ def check_value(name: str, value: Any, hint: Any, declared: Declaration) -> None
     """Check one value against its type and declaration; SettingError names it and what was expected."""
     if not _has_type(value, hint):
         raise SettingError(f"{name}: expected {_expectation(hint, declared)}, got {value!r}")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, int) and not -_INT64 <= value < _INT64:
-            raise SettingError(f"{name}: expected {_expectation(hint, declared)} that fits 64 bits, got {value}")
-        if not math.isfinite(value) or not all(compare(value, bound) for compare, _, bound in _bounds(declared)):
-            raise SettingError(f"{name}: expected {_expectation(hint, declared)}, got {value}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            _check_number(name, number, hint, declared)
+
+
+def _check_number(name: str, value: float, hint: Any, declared: Declaration) -> None:
+    is_large = declared.parse is not None or declared.le is not None or declared.lt is not None
+    limit, bits = (_INT64, 64) if is_large else (_INT32, 32)
+    if isinstance(value, int) and not -limit <= value < limit:
+        raise SettingError(f"{name}: expected {_expectation(hint, declared)} that fits {bits} bits, got {value}")
+    if not math.isfinite(value) or not all(compare(value, bound) for compare, _, bound in _bounds(declared)):
+        raise SettingError(f"{name}: expected {_expectation(hint, declared)}, got {value}")
 
 
 def _expectation(hint: Any, declared: Declaration) -> str:
@@ -198,7 +207,9 @@ def _is_instance(value: Any, kind: Any) -> bool:
 
 def _short(bound: float) -> str:
     exponent = round(math.log2(bound)) if bound >= 2**31 else 0
-    return f"2^{exponent}" if exponent and bound == 2**exponent else f"{bound:g}"
+    if exponent and bound == 2**exponent:
+        return f"2^{exponent}"
+    return f"{bound:.0f}" if bound == int(bound) else f"{bound:g}"
 
 
 def from_flat(kind: type[S], values: Mapping[str, Any]) -> S:

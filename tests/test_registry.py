@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.errors import MissingExtraError, UnknownNameError
+from embedcache.errors import MissingExtraError, SettingError, UnknownNameError
 from embedcache.registry import Registry, require, unknown_name
 
 TABLE = Registry("number", {"pi": "math:pi", "broken": "math:no_such_number"})
@@ -23,6 +23,20 @@ def test_load_by_path() -> None:
 def test_unknown_name_lists_close_match() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown number 'pie'; did you mean 'pi'.*known: broken, pi"):
         TABLE.load("pie")
+
+
+@pytest.mark.parametrize("name", [":x", "::", "../x:y", "json:", "a..b:c"])
+def test_malformed_path_raises(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="unknown number"):
+        TABLE.load(name)
+
+
+@pytest.mark.parametrize("name", ["os:system", "builtins:exec", "math:pi", "json:JSONDecodeError", "json:loads"])
+def test_object_of_another_kind_raises(name: str) -> None:
+    losses = Registry("loss", {}, arguments=0)
+    with pytest.raises(SettingError, match=f"'{name}' is no loss: expected a class or function that takes 0"):
+        losses.load(name)
+    Registry("encoder", {}, arguments=1, options=("modality", "settings")).load("tests.toy:open_toy")
 
 
 @pytest.mark.parametrize("name", ["no_such_module_of_mine:x", "math:no_such_number"])

@@ -34,6 +34,7 @@ class Outer:
     mode: Literal["a", "b"] = setting("a", "A mode.")
     is_on: bool = setting(False, "A flag.", affects_result=False)
     names: tuple[str, ...] = setting((), "Some names.")
+    shots: tuple[int, ...] = setting((), "Some counts.", ge=0, affects_result=False)
     check: bool = setting(True, "Check something.", affects_result=False)
     inner: Inner = group(Inner, fraction=0.25)
 
@@ -50,8 +51,11 @@ class Outer:
         ({"count": 1.0}, "count: expected a whole number .*, got 1.0"),
         ({"count": "1"}, "count: expected a whole number .*, got '1'"),
         ({"size": 0}, "size: expected a whole number of at least 1, got 0"),
-        ({"size": 2**63}, f"size: expected a whole number of at least 1 that fits 64 bits, got {2**63}"),
-        ({"inner_seed": 10**30}, f"inner_seed: expected a whole number that fits 64 bits, got {10**30}"),
+        ({"size": 2**31}, f"size: expected a whole number of at least 1 that fits 32 bits, got {2**31}"),
+        ({"shots": (1, -1)}, "shots: expected a value of at least 0, got -1"),
+        ({"shots": (1, 10**20)}, "shots: expected a value of at least 0 that fits 32 bits"),
+        ({"inner_seed": 10**30}, f"inner_seed: expected a whole number that fits 32 bits, got {10**30}"),
+        ({"inner_seed": -(2**31) - 1}, "inner_seed: expected a whole number that fits 32 bits"),
         ({"fraction": float("nan")}, "fraction: expected a number of at least 0 and below 1, got nan"),
         ({"fraction": float("inf")}, "fraction: expected a number .*, got inf"),
         ({"fraction": -0.1}, "fraction: expected a number .*, got -0.1"),
@@ -66,7 +70,7 @@ def test_invalid_value_raises(values: dict[str, Any], message: str) -> None:
         from_flat(Outer, values)
 
 
-@pytest.mark.parametrize("values", [{"count": 9}, {"size": 2**63 - 1}, {"fraction": 0}, {"inner_seed": -(2**63)}])
+@pytest.mark.parametrize("values", [{"count": 9}, {"size": 2**31 - 1}, {"fraction": 0}, {"inner_seed": -(2**31)}])
 def test_values_at_the_bounds_are_accepted(values: dict[str, Any]) -> None:
     assert to_flat(from_flat(Outer, values)) == values
 
@@ -182,7 +186,7 @@ def test_config_file_gives_values_and_options_win(tmp_path: Path) -> None:
     [
         ("lr = ", SettingError, "expected TOML such as `lr = 0.001`"),
         ("lrr = 1", UnknownNameError, "unknown option 'lrr'; did you mean 'lr'"),
-        ("epochs = -1", SettingError, "epochs: expected a whole number of at least 0, got -1"),
+        ("epochs = -1", SettingError, "epochs: expected a whole number from 0 to 1000000, got -1"),
         (None, PathError, "cannot read .*train.toml: No such file"),
     ],
 )

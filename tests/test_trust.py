@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from embedcache.errors import SettingError
+from embedcache.extract.extract import extract
 from embedcache.provenance import read_json, write_json
 from embedcache.registry import (
     Registry,
@@ -24,7 +25,12 @@ from embedcache.registry import (
 )
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
+from embedcache.sources import SourceSettings, reopen_source
+from embedcache.sources.folder import FolderSource
+from embedcache.store.cache import Cache
 from tests.cli.run import embedcache
+from tests.images import write_images
+from tests.toy import IMAGE
 
 EVIL = """
 from pathlib import Path
@@ -154,3 +160,18 @@ def test_worker_processes_trust_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
             TABLE.load("math:e")
         adopt_trust(pickle.loads(sent))  # noqa: S301
         TABLE.load("math:e")
+
+
+def test_source_given_as_an_object_is_known(tmp_path: Path) -> None:
+    """Its class was given to this process without its name."""
+    write_images(tmp_path / "photos", 2)
+    source = Photos(str(tmp_path / "photos"), SourceSettings())
+    with pytest.raises(SettingError, match="names the source 'tests.test_trust:Photos'"):
+        reopen_source(source.describe())
+    extract(source, tmp_path / "cache", image_encoders=[IMAGE])
+    assert isinstance(reopen_source(Cache(tmp_path / "cache").info.source), Photos)
+
+
+class Photos(FolderSource):
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "type": "tests.test_trust:Photos"}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import resource
 import sys
 import time
@@ -13,7 +14,8 @@ from typing import Any
 
 import typer
 
-from embedcache.errors import DataError, PathError
+from embedcache.errors import DataError, PathError, visible
+from embedcache.files import read_limited
 from embedcache.progress import NullProgress, Progress, join_names
 
 log = logging.getLogger("embedcache")
@@ -21,6 +23,7 @@ log = logging.getLogger("embedcache")
 _SECONDS_BETWEEN_LINES = 10.0
 _PLAIN_WIDTH = 160
 _INTERRUPTED = 130
+_JSON_CONTROLS = re.compile(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @contextmanager
@@ -28,7 +31,7 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
     """Set what is printed beside results while a command runs."""
     level, started = log.level, time.monotonic()
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     if quiet:
         log.setLevel(logging.ERROR)
     elif verbose:
@@ -41,6 +44,12 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
         log.info("run time %.1f s, peak memory %.0f MB", time.monotonic() - started, peak_mb)
         log.removeHandler(handler)
         log.setLevel(level)
+
+
+class _VisibleFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message with control characters as escapes."""
+        return visible(super().format(record))
 
 
 def open_progress() -> Progress:
@@ -62,7 +71,7 @@ def resumable() -> Iterator[None]:
 
 def print_line(line: str) -> None:
     """Print one line of a result."""
-    print(line, flush=True)
+    print(visible(line), flush=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
@@ -70,17 +79,18 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title and visible(title), title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False).print(table)
 
 
 def print_json(record: Any) -> None:
     """Print JSON on standard output."""
-    print(json.dumps(record, indent=1, ensure_ascii=False), flush=True)
+    text = json.dumps(record, indent=1, ensure_ascii=False)  # which escapes all controls but the following
+    print(_JSON_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
 
 
 def publish(
@@ -104,7 +114,7 @@ def publish(
         html: page to write.
         write_page: writes the page.
     """
-    from embedcache.provenance import write_json
+    from embedcache.outputs import write_report_json
 
     if as_json:
         print_json(record())
@@ -113,11 +123,11 @@ def publish(
     if output is not None and write_output is not None:
         write_output(output)
     elif output is not None:
-        write_json(output, record())
+        write_report_json(output, record())
     if html is not None and write_page is not None:
         write_page(html)
     for path in filter(None, (output, html)):
-        print(f"wrote {path}", file=sys.stderr if as_json else sys.stdout, flush=True)
+        print(visible(f"wrote {path}"), file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def to_plain(value: Any) -> Any:
@@ -141,7 +151,7 @@ def read_lines(path: Path) -> list[str]:
         DataError: it is not UTF-8.
     """
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in read_limited(path).decode("utf-8").splitlines() if line.strip()]
     except FileNotFoundError as error:
         raise PathError(f"expected a file with one text per line, got {path}, which does not exist") from error
     except UnicodeDecodeError as error:
@@ -159,14 +169,14 @@ class TerminalProgress:
         """Start a bar; without a total it only counts."""
         self.finish()
         self._rate, self._total, self._state = _Rate(unit), total, ""
-        self._task = self._bars.add(join_names(self._name, what), total)
+        self._task = self._bars.add(visible(join_names(self._name, what)), total)
 
     def advance(self, count: int) -> None:
         """Advance the bar."""
         self._rate.add(count)
         if self._task is not None:
             done = f"{self._rate.done:,}{_of(self._total)} · {self._rate.text()}"
-            self._bars.update(self._task, count, f"{done} · {self._state}" if self._state else done)
+            self._bars.update(self._task, count, visible(f"{done} · {self._state}" if self._state else done))
 
     def describe(self, state: str) -> None:
         """Show the state from the next count on."""
@@ -180,7 +190,7 @@ class TerminalProgress:
 
     def note(self, line: str) -> None:
         """Print a line above all bars."""
-        self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._bars.console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
 
     def part(self, name: str = "") -> "TerminalProgress":
         """Return the progress of a part, whose bars are on the same screen."""
@@ -250,7 +260,7 @@ class PlainProgress:
 
     def note(self, line: str) -> None:
         """Write a line."""
-        print(line, file=sys.stderr, flush=True)
+        print(visible(line), file=sys.stderr, flush=True)
 
     def part(self, name: str = "") -> "PlainProgress":
         """Return the progress of a part, whose lines have its name."""

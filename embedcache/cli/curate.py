@@ -15,6 +15,7 @@ from embedcache.cli.options import (
     SelectionArgument,
     SelectionOutput,
     add_command,
+    check_new_file,
     new_group,
     with_settings,
 )
@@ -202,7 +203,9 @@ def sample(
 def export(
     cache: CacheArgument,
     selection: SelectionArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New file; for webdataset a new folder.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="New file; for webdataset a new folder.", callback=check_new_file)
+    ],
     form: Annotated[
         Literal["datacomp", "keys", "webdataset"],
         typer.Option(
@@ -227,7 +230,7 @@ def dedup(
     cache: CacheArgument,
     out: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="Selection of kept samples: a new .parquet file."),
+        typer.Argument(metavar="OUT", help="Selection of kept samples: a new .parquet file.", callback=check_new_file),
     ] = None,
     *,
     settings: DedupSettings,
@@ -285,7 +288,11 @@ def leaks(
     test: Annotated[str, typer.Argument(metavar="TEST", help="Test cache: a folder or a URL.")],
     out: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="Selection of training samples without leaks: a new .parquet file."),
+        typer.Argument(
+            metavar="OUT",
+            help="Selection of training samples without leaks: a new .parquet file.",
+            callback=check_new_file,
+        ),
     ] = None,
     *,
     settings: LeakSettings,

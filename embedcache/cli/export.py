@@ -10,6 +10,7 @@ from embedcache.cli.options import (
     CacheArgument,
     RunArgument,
     add_command,
+    check_new_file,
     new_group,
     with_settings,
 )
@@ -19,7 +20,7 @@ from embedcache.interop.settings import AtlasSettings, VectorExportSettings
 app = new_group("Write a run, or vectors, for other tools.")
 
 NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")]
-NewParquet = Annotated[Path, typer.Argument(metavar="OUT", help="New .parquet file to write.")]
+NewParquet = Annotated[Path, typer.Argument(metavar="OUT", help="New .parquet file to write.", callback=check_new_file)]
 
 
 @with_settings(settings=ExportSettings, skip=("towers",))

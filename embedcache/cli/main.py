@@ -20,8 +20,8 @@ from embedcache.cli.serve import serve
 from embedcache.cli.sweep import sweep
 from embedcache.cli.train import train
 from embedcache.cli.transcribe import transcribe
-from embedcache.errors import EmbedcacheError
-from embedcache.files import disk_full_message
+from embedcache.errors import EmbedcacheError, PathError, visible
+from embedcache.files import disk_full_message, io_reason
 from embedcache.registry import search_plugins_in
 
 app = typer.Typer(
@@ -33,12 +33,16 @@ app = typer.Typer(
 )
 
 _BUG = 70
-_USER_ERRNOS = {
-    errno.ENOSPC: disk_full_message(),
-    errno.EDQUOT: disk_full_message(),
-    errno.EACCES: "permission denied",
-    errno.EROFS: "the file system is read-only",
+_NEXT_STEPS = {
+    errno.EMFILE: "raise the limit of open files with ulimit -n, or use fewer --threads",
+    errno.EFBIG: "raise the limit of file sizes with ulimit -f, or use a file system with larger files",
+    errno.ENOLCK: "use a file system with record locks, such as a local disk",
+    errno.EOPNOTSUPP: "use a file system with record locks, such as a local disk",
+    errno.EIO: "check the disk, and rerun the same command: finished work is kept",
+    errno.ESTALE: "check the file system, and rerun the same command: finished work is kept",
+    errno.ENAMETOOLONG: "use shorter names",
 }
+"""Error of the operating system -> what to do, where its own text does not say it."""
 
 
 def _show_version(is_asked: bool) -> None:
@@ -85,25 +89,57 @@ def main() -> None:
     Exit codes: 0 success; 1 a user's error, printed as one line, or findings of `verify`; 2 wrong usage; 70 a bug, with
     its traceback; 130 interrupted. EMBEDCACHE_DEBUG=1 prints the traceback of a user's error too.
     """
-    search_plugins_in(str(Path.cwd()))  # so that module:attribute finds a plug-in beside the data
     try:
+        _check_arguments()
+        search_plugins_in(str(_working_folder()))  # so that module:attribute finds a plug-in beside the data
         app(prog_name="embedcache")
     except EmbedcacheError as error:
         _fail(str(error))
     except MemoryError as error:
         _fail(f"out of memory: {error}; use smaller settings, or give this process more memory")
+    except BrokenPipeError:  # whoever read the output has ended, as in `embedcache … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes its standard output when it exits
+        sys.exit(1)
     except OSError as error:
-        if error.errno not in _USER_ERRNOS:
+        _fail(_os_error_line(error))
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
             _report_bug()
-        _fail(f"{error.filename}: {_USER_ERRNOS[error.errno]}" if error.filename else _USER_ERRNOS[error.errno])
+        _fail("can't start new thread; raise the limit of processes with ulimit -u, or use fewer --threads")
     except Exception:  # noqa: BLE001
         _report_bug()
+
+
+def _working_folder() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise PathError("the working folder does not exist any more; change to another one") from None
+
+
+def _check_arguments() -> None:
+    """Check that names can be stored and printed; a name of other bytes has them as lone surrogates."""
+    for word in sys.argv[1:]:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise PathError(f"expected arguments in UTF-8, got {word!r}; rename the file") from None
+
+
+def _os_error_line(error: OSError) -> str:
+    """Return the file, the reason of the operating system, and the next step."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = disk_full_message()
+    else:
+        step = _NEXT_STEPS.get(error.errno or 0)
+        reason = f"{io_reason(error)}; {step}" if step else io_reason(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _fail(message: str) -> NoReturn:
     if os.environ.get("EMBEDCACHE_DEBUG", "0") != "0":
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {visible(message)}", file=sys.stderr)
     sys.exit(1)
 
 

@@ -27,23 +27,26 @@ from embedcache.settings import FlatSetting, flat_settings, from_flat
 
 _OUTPUT = "Output options"
 _OUTPUT_NAMES = ("as_json", "output", "html", "srt", "vtt")
+_OVERWRITE = "overwrite"
 
 
-def _check_file(option: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Check that a report can be written to a path, before the work that it reports.
+def check_new_file(context: typer.Context, option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Check, before the work, that an output can be written to a path; `--overwrite` is parsed before all outputs.
 
     Raises:
-        PathError: the path is a folder.
+        PathError: the path is a folder or an existing file; with `--overwrite`, a file that embedcache did not write.
+        SettingError: another parameter names the same path.
     """
-    if path is not None and path.is_dir():
-        raise PathError(
-            f"{option.opts[0]} {path}: expected a file, got a folder; name a file in it, such as "
-            f"{path / f'report{_SUFFIXES[str(option.name)]}'}"
-        )
+    from embedcache.outputs import check_output
+
+    if path is None:
+        return None
+    check_output(path, overwrite=context.params[_OVERWRITE])
+    for name, other in context.params.items():
+        if name != option.name and isinstance(other, Path) and other.absolute() == path.absolute():
+            raise SettingError(f"{option.opts[0]}: expected a file of its own, got {path}, which {name} names too")
     return path
 
-
-_SUFFIXES = {"output": ".json", "html": ".html", "srt": ".srt", "vtt": ".vtt"}
 
 CacheArgument: TypeAlias = Annotated[str, typer.Argument(metavar="CACHE", help="Cache: a folder or a URL.")]
 RunArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="RUN", help="Run: a folder written by train.")]
@@ -54,7 +57,7 @@ SelectionArgument: TypeAlias = Annotated[
     Path, typer.Argument(metavar="SELECTION", help="Selection: Parquet, or a text file with one key per line.")
 ]
 SelectionOutput: TypeAlias = Annotated[
-    Path, typer.Argument(metavar="OUT", help="Selection to write: a new .parquet file.")
+    Path, typer.Argument(metavar="OUT", help="Selection to write: a new .parquet file.", callback=check_new_file)
 ]
 MovedRun: TypeAlias = Annotated[
     Path | None, typer.Option("--run", metavar="RUN", help="Where the run of the index is, if it has moved.")
@@ -93,7 +96,7 @@ Features: TypeAlias = Annotated[
     ),
 ]
 
-Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")]
+Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.", min=0, max=2**32 - 1)]
 Device: TypeAlias = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="Torch device, such as cpu, cuda or cuda:1.")
 ]
@@ -108,7 +111,7 @@ Output: TypeAlias = Annotated[
         metavar="FILE",
         help="Write the report as JSON to this file.",
         rich_help_panel=_OUTPUT,
-        callback=_check_file,
+        callback=check_new_file,
     ),
 ]
 Html: TypeAlias = Annotated[
@@ -118,7 +121,7 @@ Html: TypeAlias = Annotated[
         metavar="FILE",
         help="Write the report as an HTML page.",
         rich_help_panel=_OUTPUT,
-        callback=_check_file,
+        callback=check_new_file,
     ),
 ]
 Srt: TypeAlias = Annotated[
@@ -128,7 +131,7 @@ Srt: TypeAlias = Annotated[
         metavar="FILE",
         help="Write subtitles of the format SubRip.",
         rich_help_panel=_OUTPUT,
-        callback=_check_file,
+        callback=check_new_file,
     ),
 ]
 Vtt: TypeAlias = Annotated[
@@ -138,7 +141,7 @@ Vtt: TypeAlias = Annotated[
         metavar="FILE",
         help="Write subtitles of the format WebVTT.",
         rich_help_panel=_OUTPUT,
-        callback=_check_file,
+        callback=check_new_file,
     ),
 ]
 
@@ -259,6 +262,7 @@ def _with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
     def run(*, quiet: bool, verbose: bool, **values: Any) -> None:
         from embedcache.cli.console import verbosity
 
+        values.pop(_OVERWRITE, None)
         with verbosity(quiet=quiet, verbose=verbose):
             command(**values)
 
@@ -270,8 +274,26 @@ def _with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
         ),
     ]
     own = inspect.signature(command, eval_str=True).parameters.values()
-    _set_parameters(run, [*own, _keyword("quiet", quiet, False), _keyword("verbose", verbose, False)])
+    overwrite = [_keyword(_OVERWRITE, _Overwrite, False)] if any(map(_is_new_file, own)) else []
+    _set_parameters(run, [*own, *overwrite, _keyword("quiet", quiet, False), _keyword("verbose", verbose, False)])
     return run
+
+
+_Overwrite: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        metavar="",
+        help="Replace files of earlier commands; files that embedcache did not write are kept.",
+        rich_help_panel=_OUTPUT,
+        is_eager=True,
+    ),
+]
+
+
+def _is_new_file(parameter: inspect.Parameter) -> bool:
+    declared = getattr(parameter.annotation, "__metadata__", ())
+    return any(getattr(option, "callback", None) is check_new_file for option in declared)
 
 
 def with_settings(
@@ -471,11 +493,13 @@ def read_config(path: Path) -> dict[str, Any]:
         PathError: the file cannot be read.
         SettingError: it is not TOML, or not JSON of a run.
     """
+    from embedcache.files import io_reason, read_limited
+
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_limited(path).decode("utf-8")
     except OSError as error:
         raise PathError(
-            f"cannot read {path}: {error.strerror}; pass a TOML file or a run's config.json to --config"
+            f"cannot read {path}: {io_reason(error)}; pass a TOML file or a run's config.json to --config"
         ) from error
     except UnicodeDecodeError as error:
         raise SettingError(f"{path}: expected UTF-8 text, got other bytes: {error}") from error
@@ -485,7 +509,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SettingError(f"{path}: expected TOML such as `lr = 0.001`, got an error: {error}") from error
     return {name.replace("-", "_"): value for name, value in values.items()}
 
@@ -512,7 +536,7 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
             settings["feature"] = [f"{modality}={side['feature']}" for modality, side in record["sides"].items()]
         else:
             settings |= {f"{modality}_feature": record[modality]["feature"] for modality in ("image", "text")}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, SettingError):
             raise
         raise SettingError(f"{path}: expected the config.json of a run, got other content: {error!r}") from error

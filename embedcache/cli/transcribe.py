@@ -42,8 +42,8 @@ def transcribe(
     """
     from embedcache.cli.console import open_progress, print_line, publish
     from embedcache.errors import SettingError
-    from embedcache.files import write_atomic
     from embedcache.inference import load
+    from embedcache.outputs import write_output
     from embedcache.transcription.settings import parse_mouth
 
     if (srt or vtt) and len(files) > 1:
@@ -69,7 +69,7 @@ def transcribe(
     )
     for path, text in ((srt, found[0].to_srt()), (vtt, found[0].to_vtt())):
         if path is not None:
-            write_atomic(path, text.encode())
+            write_output(path, text.encode())
 
 
 def _to_record(file: Path, transcript: "Transcript") -> dict[str, Any]:

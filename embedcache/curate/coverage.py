@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import expm1, log1p
 from pathlib import Path
 from statistics import NormalDist
 
@@ -18,6 +19,7 @@ from embedcache.curate.counting import (
     open_index,
 )
 from embedcache.curate.settings import CoverageSettings
+from embedcache.dataset.pairs import ANY_LANGUAGE
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.classification import gini, top_fraction
@@ -119,8 +121,9 @@ class CoverageReport:
             rule = f"thresholds {self.settings.deviations:g} deviations above each background ({bounds})"
         else:
             rule = f"threshold {self.settings.threshold:g} for all"
+        language = f" in {self.settings.language}" if self.settings.language not in (None, ANY_LANGUAGE) else ""
         return (
-            f"{self.pool.cache.path.name}: {self.pool_counts.num_items:,} {noun(self.pool.modality)}, "
+            f"{self.pool.cache.path.name}: {self.pool_counts.num_items:,} {noun(self.pool.modality)}{language}, "
             f"{self.pool.feature.name}{run}; {len(self.concepts.names):,} concepts of {each}; {rule}"
         )
 
@@ -130,6 +133,23 @@ class CoverageReport:
         if self.settings.threshold is not None:
             return None
         return self.pool_counts.num_items * NormalDist().cdf(-self.settings.deviations)
+
+    @property
+    def covered_by_chance(self) -> float | None:
+        """Items that normal, independent backgrounds put above the calibrated threshold of any of the concepts."""
+        if self.expected_by_chance is None or not self.pool_counts.num_items:
+            return None
+        fraction = self.expected_by_chance / self.pool_counts.num_items
+        return self.pool_counts.num_items * -expm1(len(self.concepts.names) * log1p(-fraction))
+
+    def gaps(self) -> Ints:
+        """Return the concepts with too few items in the last part, the emptiest first, of equal ones the nearest.
+
+        The nearest is that whose most similar item is closest to its threshold, in units of the cosine.
+        """
+        part = self.all_counts[-1]
+        order: Ints = np.lexsort((self.thresholds - self.scores[:, 0], part.counts))
+        return order[part.counts[order] < self.settings.min_count]
 
     def warnings(self) -> list[str]:
         """Return reasons why the counts may be wrong."""
@@ -170,7 +190,8 @@ def measure_coverage_by_modality(
     """Measure coverage by each modality of the settings, images before texts for `both`; see `measure_coverage`."""
     settings = settings or CoverageSettings()
     if settings.modality == "both":
-        by_modality = [replace(settings, modality="image"), replace(settings, modality="text")]
+        images = replace(settings, modality="image", language=None)
+        by_modality = [images, replace(settings, modality="text")]
     else:
         by_modality = [settings]
     return {each.modality: measure_coverage(cache_path, concepts_path, each, progress=progress) for each in by_modality}
@@ -207,7 +228,7 @@ def measure_coverage(
     settings = settings or CoverageSettings()
     if settings.modality == "both":
         raise SettingError("modality: expected image or text, got both; use measure_coverage_by_modality for both")
-    pool = Vectors(cache_path, settings.modality, settings.feature, settings.run)
+    pool = Vectors(cache_path, settings.modality, settings.feature, settings.run, settings.language)
     if settings.k > len(pool.rows):
         raise SettingError(
             f"k: expected 1 to {len(pool.rows)}, the number of {noun(pool.modality)} of {pool.cache.path} with "

@@ -1,5 +1,6 @@
 """Deduplication of a cache: compare its items, choose a cosine, and write which samples stay."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,8 @@ from embedcache.curate.similar_pairs import SimilarPairs, cosine_limit
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.errors import DataError, SettingError
-from embedcache.files import replacing
 from embedcache.modalities import noun
+from embedcache.outputs import check_output, new_output
 from embedcache.progress import Progress
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
@@ -159,14 +160,16 @@ def dedup(
 
     Raises:
         SettingError: neither a cosine nor `copies_only` is set, no pair reaches the cosine, or too many pairs do.
-        PathError: the file's name does not end in `.parquet`.
+        PathError: the file's name does not end in `.parquet`, or there is a file that embedcache did not write.
         DataError, UnfinishedError, FingerprintError, UnknownNameError: see `analyze`.
         DiskFullError: the scratch file does not fit.
     """
     out_path, cosine = Path(out_path), settings.cosine
     if cosine is None and not settings.copies_only:
         raise SettingError("expected --cosine or --copies with a file to write, got neither; give one of them")
+    removed_path = out_path.with_suffix(".removed.parquet")
     check_selection_path(out_path)
+    check_output(removed_path)
     analysis = _compare(cache_path, settings, [] if cosine is None else [cosine], progress)
     _check_any_pairs(analysis, cosine)
     report = DedupReport(
@@ -174,7 +177,7 @@ def dedup(
         cosine=cosine,
         removed=analysis.removed(cosine),
         path=out_path,
-        removed_path=out_path.with_suffix(".removed.parquet"),
+        removed_path=removed_path,
     )
     _write_removed(report.removed_path, analysis.cache, report.removed)
     record = {"method": "dedup", **report.to_json()}
@@ -261,5 +264,6 @@ def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
             "is_copy": removed.is_copy,
         }
     )
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary)
+    header = {"cache": str(cache.path), "method": "dedup"}
+    with new_output(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(header)}), temporary)

@@ -22,6 +22,9 @@ class CoverageSettings:
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
     label: str = setting("label", "Column of class labels.", metavar="COLUMN")
+    language: str | None = setting(
+        None, "Count only captions of this language; any counts all.", metavar="CODE", default_text="all"
+    )
     threshold: float | None = setting(
         None,
         "Count items above this cosine similarity, for all concepts.",
@@ -53,6 +56,9 @@ class CoverageSettings:
             raise SettingError(
                 "modality: expected image or text with a feature or an index, which are of one modality, got both"
             )
+        if self.language is not None and (self.modality == "image" or self.index):
+            what = "an index, which finds captions of all" if self.index else "images, which have none"
+            raise SettingError(f"language: expected modality text or both, and no index, got {what}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +165,7 @@ class SelectSettings:
     )
     concepts: str | Path | None = setting(None, "Cache of prompts, one sample per concept.", metavar="CACHE")
     join_names: bool = setting(False, "Merge concepts of the same name.")
+    label: str = setting("label", "Column of class labels.", metavar="COLUMN")
     target: str | Path | None = setting(None, "image-based: cache of the images to resemble.", metavar="CACHE")
     run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
     modality: Literal["image", "text"] | None = setting(

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
-from embedcache.arrays import Bools, Ints
+from embedcache.arrays import Array, Bools, Ints
 from embedcache.dataset.inputs import InputFeature
 from embedcache.errors import DataError, UnknownNameError
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
+
+ANY_LANGUAGE = "any"
+"""The value of `--language` that keeps all captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ def pair_items(
     Args:
         first: feature of one modality of each cache, such as an image feature.
         second: feature of another modality of each cache.
-        language: keep only captions in this language; None keeps all.
+        language: keep only captions in this language; None or `any` keeps all.
 
     Raises:
         UnfinishedError: a feature has uncommitted chunks.
@@ -98,8 +101,8 @@ def pair_items(
     sides = []
     for features in (first, second):
         items = read_items(caches, features)
-        if language is not None and features[0].modality == "text":
-            items = items.where(_is_language(caches, language)[items.rows])
+        if language not in (None, ANY_LANGUAGE) and features[0].modality == "text":
+            items = items.where(is_language(caches, str(language))[items.rows])
         sides.append(items)
     both = np.intersect1d(sides[0].samples, sides[1].samples)
     if not len(both):
@@ -108,6 +111,11 @@ def pair_items(
             "check --language and embedcache inspect"
         )
     return Pairs(first=sides[0].select(both), second=sides[1].select(both))
+
+
+def caption_languages(caches: Sequence[Cache]) -> Array:
+    """Return the language of each caption, or None: (T,) objects, counted across caches."""
+    return np.array([name for cache in caches for name in cache.items("text")["language"].to_pylist()], object)
 
 
 def name_caches(caches: Sequence[Cache]) -> str:
@@ -145,12 +153,16 @@ def read_items(caches: Sequence[Cache], features: Sequence[InputFeature]) -> Ite
     return Items(rows=rows, samples=np.concatenate(samples)[rows], contents=np.array(contents, np.int64)[rows])
 
 
-def _is_language(caches: Sequence[Cache], language: str) -> Bools:
-    languages = np.array([name for cache in caches for name in cache.items("text")["language"].to_pylist()], object)
+def is_language(caches: Sequence[Cache], language: str) -> Bools:
+    """Return whether each caption is in a language: (T,); UnknownNameError if none is."""
+    languages = caption_languages(caches)
     mask: Bools = languages == language
     if not mask.any():
         known = {str(name) for name in set(languages) if name is not None}
         if not known:
-            raise UnknownNameError(f"the captions of {name_caches(caches)} have no language; omit --language")
+            raise UnknownNameError(
+                f"the captions of {name_caches(caches)} have no language, expected {language}; use --language any for "
+                "all captions, or extract with --language-column"
+            )
         raise unknown_name(f"caption language in {name_caches(caches)}", language, known)
     return mask

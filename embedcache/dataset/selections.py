@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, DataError, PathError
-from embedcache.files import replacing
+from embedcache.outputs import check_output, new_output
 from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table
 
@@ -26,9 +27,13 @@ class Selection:
 
 
 def check_selection_path(path: Path) -> None:
-    """Check that a path ends in `.parquet`; `read_selection` reads any other file as a list of keys."""
+    """Check that a path ends in `.parquet`, and that there is no file but an output of embedcache.
+
+    `read_selection` reads a file of any other name as a list of keys.
+    """
     if path.suffix != ".parquet":
         raise PathError(f"selection {path}: expected a path that ends in .parquet, got {path.suffix or 'no suffix'}")
+    check_output(path)
 
 
 def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Mapping[str, Any]) -> None:
@@ -36,7 +41,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
 
     Raises:
         DataError: the selection is empty.
-        PathError: the path does not end in `.parquet`.
+        PathError: the path does not end in `.parquet`, or is a file that embedcache did not write.
     """
     check_selection_path(path)
     if not len(selection.rows):
@@ -44,7 +49,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
     keys = cache.samples["key"].take(pa.array(selection.rows))
     table = pa.table({"row": selection.rows, "key": keys, "reason": list(selection.reasons)})
     header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
-    with replacing(path) as temporary:
+    with new_output(path) as temporary:
         pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(header)}), temporary)
 
 
@@ -52,7 +57,8 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     """Return the samples of a selection, ascending and counted across caches: (M,) int64.
 
     Args:
-        path: Parquet file with a column `key`, or text file with one key per line.
+        path: Parquet file with a column `key`, or text file with one key per line; of a run's `split.parquet`, the keys
+            of its training part.
         caches: caches of the keys; a key of several caches is selected in each.
 
     Raises:
@@ -60,7 +66,7 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
         CorruptError: the file cannot be read.
         DataError: the file has no keys, or a key that no cache has.
     """
-    selected = set(_read_keys(Path(path)))
+    selected = set(read_selected_keys(Path(path)))
     keys = [key for cache in caches for key in cache.samples["key"].to_pylist()]
     unknown = selected.difference(keys)
     if unknown or not selected:
@@ -73,14 +79,18 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     return np.flatnonzero([key in selected for key in keys])
 
 
-def _read_keys(path: Path) -> list[str]:
+def read_selected_keys(path: Path) -> list[str]:
+    """Return the keys of a selection; errors are those of `read_selection`, which also finds their samples."""
     if not path.is_file():
         raise PathError(
             f"selection {path} does not exist; expected Parquet with a column key, or text with one key per line"
         )
     try:
         if path.suffix == ".parquet":
-            return list(map(str, read_table(path, ["key"])["key"].to_pylist()))
+            table = read_table(path)
+            if {"part", "group"} <= set(table.column_names):  # the split of a run
+                table = table.filter(pc.equal(table["part"], "train"))
+            return list(map(str, table["key"].to_pylist()))
         return [line for line in path.read_text().split("\n") if line]
     except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path}: expected a Parquet file with a column key, or a text file: {error}") from error

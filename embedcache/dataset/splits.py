@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import connected_components
 
 from embedcache.arrays import Floats, Ints, blocks
 from embedcache.dataset.inputs import Reader, to_unit_vectors
-from embedcache.dataset.pairs import Pairs, name_caches
+from embedcache.dataset.pairs import Pairs, caption_languages, name_caches
 from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError
 from embedcache.files import replacing
@@ -145,7 +145,7 @@ def make_split(caches: Sequence[Cache], pairs: Pairs, settings: SplitSettings, r
         return split_samples(caches, pairs.samples, settings)
     groups = _near_duplicates(pairs, settings, readers)
     split = _by_groups(_keys_of(caches), pairs.samples, groups, settings)
-    _require_parts(split, groups, settings, readers)
+    _require_parts(split, groups, settings, readers, _languages(caches, pairs, list(readers)))
     return _of_caches(caches, split)
 
 
@@ -185,7 +185,17 @@ def _of_caches(caches: Sequence[Cache], split: Split) -> Split:
     )
 
 
-def _require_parts(split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str]) -> None:
+def _languages(caches: Sequence[Cache], pairs: Pairs, modalities: Sequence[str]) -> list[str]:
+    """Return the languages of the captions of some pairs, sorted."""
+    if "text" not in modalities:
+        return []
+    captions = (pairs.first, pairs.second)[modalities.index("text")]
+    return sorted({str(name) for name in set(caption_languages(caches)[captions.rows]) if name is not None})
+
+
+def _require_parts(
+    split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str], languages: Sequence[str] = ()
+) -> None:
     if {"val", "test"} <= set(split.parts):
         return
     if settings.kind == "key":
@@ -195,9 +205,15 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings, modaliti
         )
     thresholds = [settings.cosine(modality) for modality in modalities]
     named = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in thresholds)
+    advice = ""
+    if len(languages) > 1:
+        advice = (
+            f"its captions are in {len(languages)} languages, and an encoder finds captions alike in those that it "
+            f"does not know: use --language with one of {', '.join(languages)}, or else "
+        )
     raise SettingError(
         f"--split {settings.kind} leaves no validation or test samples among {len(groups)}: the largest near-duplicate "
-        f"group has {np.bincount(groups).max()} samples; raise {named}, or use --split key"
+        f"group has {np.bincount(groups).max()} samples; {advice}raise {named}, or use --split key"
     )
 
 

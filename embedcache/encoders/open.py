@@ -36,6 +36,8 @@ ENCODERS = Registry(
         "wordllama": "embedcache.encoders.wordllama:open_wordllama",
     },
     group="embedcache.encoders",
+    arguments=1,
+    options=("modality", "settings"),
 )
 """Each is a function `open_mine(spec, *, modality, settings) -> Encoder`."""
 
@@ -241,15 +243,9 @@ def _parse_options(text: str, parts: Collection[str]) -> dict[str, str]:
 
 def _load_opener(spec: EncoderSpec) -> Callable[..., Encoder]:
     try:
-        opener = ENCODERS.load(spec.family)
+        return cast(Callable[..., Encoder], ENCODERS.load(spec.family))
     except UnknownNameError as error:
         family = spec.family.partition(":")[0]
         cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
         hint = f"write a plug-in's encoder as module:attribute{cause}"
         raise unknown_name("encoder family", family, ENCODERS.names, hint=hint) from error
-    if not callable(opener):
-        raise SettingError(
-            f"{spec.family}: expected a function that opens an encoder, such as open_timm in "
-            f"embedcache/encoders/timm.py, got {type(opener).__name__}"
-        )
-    return cast(Callable[..., Encoder], opener)

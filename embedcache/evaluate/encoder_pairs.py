@@ -24,8 +24,8 @@ from embedcache.metrics.alignment import (
     neighbor_overlap,
     shuffled_from_products,
 )
-from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, jackknife
-from embedcache.metrics.ranking import best_ranks, chance_recall
+from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, effective_number, jackknife
+from embedcache.metrics.ranking import best_ranks, tied_chance_recall
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.store.cache import Cache
@@ -261,10 +261,13 @@ class _PairSample:
     def chance(self, k: int) -> dict[str, Estimate]:
         """Compute the recall at k of a random order of the validation items: `i2t` and `t2i`."""
         image_M, text_M = self.val.positives()
-        directions = {"i2t": (image_M, self.val.second), "t2i": (text_M, self.val.first)}
+        images, texts = self.val.first, self.val.second
+        directions = {"i2t": ((image_M, text_M), images, texts), "t2i": ((text_M, image_M), texts, images)}
         return {
-            name: chance_estimate(chance_recall(np.bincount(query_M), len(candidates.rows), k), len(np.unique(query_M)))
-            for name, (query_M, candidates) in directions.items()
+            name: chance_estimate(
+                tied_chance_recall(positives, candidates.contents, k), effective_number(queries.contents)
+            )
+            for name, (positives, queries, candidates) in directions.items()
         }
 
 

@@ -1,8 +1,10 @@
 """Overlap of evaluated items with the training part: equal bytes or text, and near-duplicates by cosine."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import chain, zip_longest
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +13,9 @@ from embedcache.dataset.inputs import InputFeature, to_unit_vectors
 from embedcache.dataset.pairs import Items, pair_items
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import DataError, PathError
-from embedcache.evaluate.runs import Run, read_run_split, run_input, was_trained_on
+from embedcache.evaluate.runs import Run, read_run_selection, read_run_split, run_input, was_trained_on
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
+from embedcache.files import is_url
 from embedcache.metrics.neighbors import find_closest
 from embedcache.provenance import fields_of, read_json
 from embedcache.store.cache import Cache
@@ -81,16 +84,16 @@ def largest_overlap(overlaps: Iterable[Overlap | None]) -> Overlap | None:
 
 
 def find_overlap(
-    run: Run, evaluated: Mapping[str, ItemSet], settings: RetrievalSettings | ZeroShotSettings
+    run: Run, cache: Cache, evaluated: Mapping[str, ItemSet], settings: RetrievalSettings | ZeroShotSettings
 ) -> Overlap | None:
-    """Compare evaluated items, by modality, with those of the training part of a run, if the settings enable it.
+    """Compare evaluated items of a cache, by modality, with those a run was trained on, if the settings enable it.
 
     Of many samples, some are drawn at random (seed 0), so that it takes seconds. Memory: the compared vectors, and
     tiles of their cosines.
     """
     if not settings.check_overlap or settings.part == "train":
         return None
-    caches, missing = _open_training_caches(run, settings.trained_on)
+    caches, missing = _open_training_caches(run, cache, settings.trained_on)
     trained = [items for cache in caches for items in [training_items(run, cache)] if items]
     samples = np.unique(np.concatenate([items.items.samples for items in evaluated.values()]))
     count = _num_affordable(evaluated, trained) if trained else 0
@@ -116,32 +119,45 @@ def find_overlap(
     )
 
 
-def _open_training_caches(run: Run, paths: Sequence[str]) -> tuple[list[Cache], list[str]]:
-    """Open the caches that a run was trained on, at `paths` or else where they were; return the missing paths too."""
-    record_path = run.path / "record.json"
-    record: dict[str, Any] = {} if paths else read_json(record_path)
-    caches, missing = [], []
-    for path in map(str, paths or fields_of(record_path, lambda: list(record["settings"]["caches"]))):
-        try:
-            cache = Cache(path)
-        except PathError:
-            missing.append(path)
-            continue
-        if was_trained_on(run, cache):
-            caches.append(cache)
-        elif paths:
+def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple[list[Cache], list[str]]:
+    """Open the caches that a run was trained on, known by their index digests; return the paths of missing ones too.
+
+    Each is looked for in the evaluated cache, then at `paths`, then where it was when the run was trained.
+    """
+    named = [Cache(path) for path in paths]
+    for other in named:
+        if not was_trained_on(run, other):
             raise DataError(
-                f"{path}: expected a cache that run {run.path} was trained on, got another; name the caches it was "
-                "trained on"
+                f"{other.path}: expected a cache that run {run.path} was trained on, got another; name the caches it "
+                "was trained on"
             )
-        else:
+    index_digests = run.config.index_digest.split("+")
+    record_path = run.path / "record.json"
+    record = read_json(record_path)
+    recorded = fields_of(record_path, lambda: [str(path) for path in record["settings"]["caches"]])
+    caches, missing = [], []
+    for index_digest, path in zip_longest(index_digests, recorded[: len(index_digests)], fillvalue="an unnamed cache"):
+        candidates = chain([cache], named, _open_recorded(run, path))
+        match = next((other for other in candidates if other.info.has_rows_of(index_digest)), None)
+        if match is None:
             missing.append(path)
+        else:
+            caches.append(match)
     return caches, missing
 
 
+def _open_recorded(run: Run, path: str) -> Iterator[Cache]:
+    """Open a cache at a path relative to the run, or else to the working directory, as in records of old runs."""
+    for location in dict.fromkeys([path if is_url(path) else str(run.path / path), path]):
+        with suppress(PathError):
+            yield Cache(location)
+
+
 def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
-    """Return the items of the training part in one of a run's caches by modality; empty if the part is."""
+    """Return the items of one of a run's caches that it was trained on, by modality; empty if there are none."""
     rows = np.flatnonzero(np.array(read_run_split(run, cache).parts) == "train")
+    if (selected := read_run_selection(run, cache)) is not None:
+        rows = np.intersect1d(rows, selected)
     if not len(rows):
         return {}
     first, second = (run_input(cache, run.config, modality) for modality in run.config.sides)

@@ -1,19 +1,35 @@
 """Retrieval between the two modalities of trained runs, such as images and texts, on cached features."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints
-from embedcache.dataset.pairs import Pairs, pair_items
+from embedcache.dataset.pairs import ANY_LANGUAGE, Items, Pairs, pair_items
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap, largest_overlap
-from embedcache.evaluate.runs import Run, RunPaths, iterate_recipes, load_runs, read_eval_split, report_line, run_input
+from embedcache.evaluate.runs import (
+    EvalSplit,
+    Run,
+    RunPaths,
+    iterate_recipes,
+    load_runs,
+    read_eval_split,
+    report_line,
+    run_input,
+)
 from embedcache.evaluate.settings import RetrievalSettings
-from embedcache.metrics.intervals import Estimate, bootstrap_means, bootstrap_median, chance_estimate
-from embedcache.metrics.ranking import average_precisions, chance_recall, first_ranks, negatives_before
+from embedcache.metrics.intervals import (
+    Estimate,
+    bootstrap_means,
+    bootstrap_median,
+    chance_estimate,
+    effective_number,
+    over_seeds,
+)
+from embedcache.metrics.ranking import average_precisions, first_ranks, negatives_before, recall_at, tied_chance_recall
 from embedcache.modalities import directions, noun
 from embedcache.projectors.saved import project
 from embedcache.store.cache import Cache
@@ -36,6 +52,7 @@ class Ranking:
         ranks: direction, such as `i2t` and `t2i`, -> (I,) or (T,): rank of the best positive among all candidates, 1 is
             the top.
         average_precisions: as `ranks`: average precision of each query.
+        distinct: the same with each image and each caption once; None if no content is repeated.
     """
 
     seed: int
@@ -49,14 +66,20 @@ class Ranking:
     ranks: dict[str, Ints]
     average_precisions: dict[str, Array]
     overlap: Overlap | None
+    distinct: "Ranking | None" = None
 
     def queries(self, direction: str) -> Ints:
         """Return the sample of each query."""
-        return (self.pairs.first if self.is_forward(direction) else self.pairs.second).samples
+        return self.sides(direction)[0].samples
 
     def num_candidates(self, direction: str) -> int:
         """Return the number of candidates of each query."""
-        return len(self.second if self.is_forward(direction) else self.first)
+        return len(self.sides(direction)[1].rows)
+
+    def sides(self, direction: str) -> tuple[Items, Items]:
+        """Return the queries and the candidates of a direction."""
+        first, second = self.pairs.first, self.pairs.second
+        return (first, second) if self.is_forward(direction) else (second, first)
 
     def is_forward(self, direction: str) -> bool:
         """Return whether the first items are the queries."""
@@ -75,7 +98,11 @@ class RetrievalReport:
         rank_metrics: direction -> `map`, the mean average precision, and `median_rank`, with 95% intervals of the same
             kind.
         curves: direction -> mean recalls at k = 1, 2, … up to 100 or the number of candidates.
-        chance: as `recalls`, for a random order: its expectation, and the range of 95% of random orders.
+        chance: as `recalls`, for random vectors, equal ones of equal items: the expectation, and the range of 95% of
+            random orders.
+        over_seeds: as `recalls`, with 95% intervals that hold the variance of seeds, too; empty for one run.
+        distinct: as `recalls`, with each image and each caption once; empty if none is repeated.
+        distinct_chance: as `chance`, with each once; empty if none is repeated.
         by_seed: mean recall over both directions and all k of each run, in the order of `seeds`.
         num_items: modality -> number of items per run, first that of the first direction's queries.
         seeds: random seed of each run.
@@ -94,6 +121,9 @@ class RetrievalReport:
     seeds: list[int]
     overlap: Overlap | None
     run_paths: Sequence[Path] = ()
+    over_seeds: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    distinct: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    distinct_chance: dict[str, dict[str, Estimate]] = field(default_factory=dict)
 
     def line(self) -> str:
         """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
@@ -145,13 +175,15 @@ def evaluate_retrieval(
     both = directions(modalities)
     measured = [_measure(rankings, direction) for direction in both]
     recalls, rank_metrics, curves = (dict(zip(both, values, strict=True)) for values in zip(*measured, strict=True))
+    has_repeats = any(ranking.distinct for ranking in rankings)
+    distinct = [ranking.distinct or ranking for ranking in rankings] if has_repeats else []
     return RetrievalReport(
         part=rankings[0].part,
         language=_language(runs[0], settings),
         recalls=recalls,
         rank_metrics=rank_metrics,
         curves=curves,
-        chance={direction: {f"r@{k}": _chance(rankings, direction, k) for k in KS} for direction in both},
+        chance=_chances(rankings, both),
         by_seed=[_mean_recall(ranking) for ranking in rankings],
         num_items={
             modalities[0]: [len(ranking.first) for ranking in rankings],
@@ -160,6 +192,9 @@ def evaluate_retrieval(
         seeds=[ranking.seed for ranking in rankings],
         overlap=largest_overlap(ranking.overlap for ranking in rankings),
         run_paths=[run.path for run in runs],
+        over_seeds=_over_seeds(rankings, recalls) if len(rankings) > 1 else {},
+        distinct={direction: _recalls(distinct, direction) for direction in both if distinct},
+        distinct_chance=_chances(distinct, both if distinct else ()),
     )
 
 
@@ -207,25 +242,60 @@ def rank(cache: Cache, run: Run, settings: RetrievalSettings | None = None) -> R
         project(tower, item_set.feature.read(item_set.items.rows))
         for tower, item_set in zip(run.pair.towers, item_sets, strict=True)
     )
-    first_M, second_M = pairs.positives()
+    ranking = _rank_items(run.seed, split, modalities, pairs, (first, second), pairs.positives())
+    return replace(
+        ranking,
+        distinct=_rank_distinct(ranking, split),
+        overlap=find_overlap(run, cache, dict(zip(modalities, item_sets, strict=True)), settings),
+    )
+
+
+def _rank_items(
+    seed: int,
+    split: EvalSplit,
+    modalities: tuple[str, ...],
+    pairs: Pairs,
+    vectors: tuple[Floats, Floats],
+    positives: tuple[Ints, Ints],
+) -> Ranking:
+    (first, second), (first_M, second_M) = vectors, positives
     there, back = directions(modalities)
     before = {
         there: (first_M, negatives_before(first, second, (first_M, second_M))),
         back: (second_M, negatives_before(second, first, (second_M, first_M))),
     }
     return Ranking(
-        seed=run.seed,
+        seed=seed,
         part=split.part,
         pairs=pairs,
         groups=split.groups,
         modalities=modalities,
         first=first,
         second=second,
-        positives=(first_M, second_M),
+        positives=positives,
         ranks={direction: first_ranks(*counts) for direction, counts in before.items()},
         average_precisions={direction: average_precisions(*counts) for direction, counts in before.items()},
-        overlap=find_overlap(run, dict(zip(modalities, item_sets, strict=True)), settings),
+        overlap=None,
     )
+
+
+def _rank_distinct(ranking: Ranking, split: EvalSplit) -> Ranking | None:
+    """Rank the first item of each content among those of all other contents; None if no content is repeated."""
+    sides = ranking.pairs.first, ranking.pairs.second
+    kept = [np.sort(np.unique(side.contents, return_index=True)[1]) for side in sides]
+    if all(len(rows) == len(side.rows) for rows, side in zip(kept, sides, strict=True)):
+        return None
+    first, second = (
+        Items(rows=side.rows[rows], samples=side.samples[rows], contents=side.contents[rows])
+        for side, rows in zip(sides, kept, strict=True)
+    )
+    is_kept_M = np.isin(ranking.positives[0], kept[0]) & np.isin(ranking.positives[1], kept[1])
+    first_M, second_M = (
+        np.searchsorted(rows, positions_M[is_kept_M]) for rows, positions_M in zip(kept, ranking.positives, strict=True)
+    )
+    vectors = ranking.first[kept[0]], ranking.second[kept[1]]
+    pairs = Pairs(first=first, second=second)
+    return _rank_items(ranking.seed, split, ranking.modalities, pairs, vectors, (first_M, second_M))
 
 
 def _language(run: Run, settings: RetrievalSettings) -> str | None:
@@ -233,7 +303,7 @@ def _language(run: Run, settings: RetrievalSettings) -> str | None:
         languages = ", ".join(settings.language)
         raise SettingError(f"language: expected one language, got {languages}; use compare_retrieval for several")
     language: str | None = settings.language[0] if settings.language else run.config.training["language"]
-    return language
+    return None if language == ANY_LANGUAGE else language
 
 
 def _measure(
@@ -242,24 +312,52 @@ def _measure(
     """Compute recalls, mean average precision with median rank, and the curve, over the queries of all runs."""
     ranks = np.concatenate([ranking.ranks[direction] for ranking in rankings])
     precisions = np.concatenate([ranking.average_precisions[direction] for ranking in rankings])
-    groups = np.concatenate([ranking.groups[ranking.queries(direction)] for ranking in rankings])
-    recalls = bootstrap_means(ranks[:, None] <= np.array(KS), groups)
+    groups = _groups(rankings, direction)
     num_candidates = max(ranking.num_candidates(direction) for ranking in rankings)
     return (
-        {f"r@{k}": estimate for k, estimate in zip(KS, recalls, strict=True)},
+        _recalls(rankings, direction),
         {"map": bootstrap_means(precisions[:, None], groups)[0], "median_rank": bootstrap_median(ranks, groups)},
         [float(np.mean(ranks <= k)) for k in range(1, min(_MAX_K, num_candidates) + 1)],
     )
+
+
+def _recalls(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
+    ranks = np.concatenate([ranking.ranks[direction] for ranking in rankings])
+    recalls = bootstrap_means(ranks[:, None] <= np.array(KS), _groups(rankings, direction))
+    return {f"r@{k}": estimate for k, estimate in zip(KS, recalls, strict=True)}
+
+
+def _groups(rankings: Sequence[Ranking], direction: str) -> Ints:
+    return np.concatenate([ranking.groups[ranking.queries(direction)] for ranking in rankings])
+
+
+def _over_seeds(
+    rankings: Sequence[Ranking], recalls: Mapping[str, Mapping[str, Estimate]]
+) -> dict[str, dict[str, Estimate]]:
+    estimates: dict[str, dict[str, Estimate]] = {}
+    for direction, over_items in recalls.items():
+        queries = [ranking.queries(direction) for ranking in rankings]
+        has_same_items = all(np.array_equal(queries[0], other) for other in queries[1:])
+        estimates[direction] = {}
+        for k in KS:
+            values = [recall_at(ranking.ranks[direction], k) for ranking in rankings]
+            estimates[direction][f"r@{k}"] = over_seeds(over_items[f"r@{k}"], values, has_same_items=has_same_items)
+    return estimates
 
 
 def _mean_recall(ranking: Ranking) -> float:
     return float(np.mean([np.mean(ranking.ranks[direction] <= k) for direction in ranking.ranks for k in KS]))
 
 
+def _chances(rankings: Sequence[Ranking], both: Sequence[str]) -> dict[str, dict[str, Estimate]]:
+    return {direction: {f"r@{k}": _chance(rankings, direction, k) for k in KS} for direction in both}
+
+
 def _chance(rankings: Sequence[Ranking], direction: str, k: int) -> Estimate:
-    side = 0 if rankings[0].is_forward(direction) else 1
-    expected = [
-        chance_recall(np.bincount(ranking.positives[side]), ranking.num_candidates(direction), k)
-        for ranking in rankings
-    ]
-    return chance_estimate(float(np.mean(expected)), sum(len(ranking.ranks[direction]) for ranking in rankings))
+    expected, num_queries = [], 0
+    for ranking in rankings:
+        queries, candidates = ranking.sides(direction)
+        positives = ranking.positives if ranking.is_forward(direction) else ranking.positives[::-1]
+        expected.append(tied_chance_recall(positives, candidates.contents, k))
+        num_queries += effective_number(queries.contents)
+    return chance_estimate(float(np.mean(expected)), num_queries)

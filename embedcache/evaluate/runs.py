@@ -1,5 +1,6 @@
 """The runs that are evaluated, and the samples they are evaluated on. Seeds of one recipe are averaged."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,18 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.dataset.inputs import InputFeature, open_input
+from embedcache.dataset.selections import read_selected_keys
 from embedcache.dataset.splits import Split, read_split
 from embedcache.errors import CorruptError, DataError, SettingError
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, check_feature, load_pair, read_config, split_path
+from embedcache.projectors.saved import (
+    PairConfig,
+    check_feature,
+    load_pair,
+    read_config,
+    run_selection_path,
+    split_path,
+)
 from embedcache.provenance import check_same, digest_file
 from embedcache.store.cache import Cache
 
@@ -164,10 +173,24 @@ def read_run_split(run: Run, cache: Cache) -> Split:
     return read_split(path, [cache])
 
 
+def read_run_selection(run: Run, cache: Cache) -> Ints | None:
+    """Return the samples of a cache that the selection of a run holds; None: all, or a run of an old version."""
+    path = run_selection_path(run.path, run.config.training.get("selection"))
+    if path is None or not path.is_file():
+        return None
+    if digest_file(path) != run.config.file_digests["selection"]:
+        raise CorruptError(
+            f"{path}: expected the selection that the run was trained on, got another file; train again into a new "
+            "folder"
+        )
+    keys = set(read_selected_keys(path))
+    return np.flatnonzero([key in keys for key in cache.samples["key"].to_pylist()])
+
+
 def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
     """Name each recipe by what the names of its folders have in common, or by their paths if that is not unique."""
-    # without the number of a seed: `run-0` -> `run`
-    stems = [[path.name.rstrip("0123456789").rstrip("-_.") or path.name for path in paths] for paths in recipes]
+    # without the number of a seed: `run-0` -> `run`; but `r0` stays, as `r` may be any of several
+    stems = [[re.sub(r"[-_.]\d+$", "", path.name) or path.name for path in paths] for paths in recipes]
     names = [", ".join(dict.fromkeys(stem)) for stem in stems]
     if len(set(names)) < len(names):
         names = [", ".join(map(str, paths)) for paths in recipes]

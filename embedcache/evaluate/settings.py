@@ -23,7 +23,7 @@ class RetrievalSettings:
     part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
     language: tuple[str, ...] = setting(
         (),
-        "Use only captions of this language. May be repeated.",
+        "Use only captions of this language; any uses all. May be repeated.",
         metavar="CODE",
         default_text="the language of the training run",
     )
@@ -129,7 +129,7 @@ class PairsSettings:
         metavar="NAME",
         default_text="all complete ones",
     )
-    language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
+    language: str | None = setting(None, "Use only captions of this language; any uses all.", metavar="CODE")
     num_samples: int = setting(5000, "Draw at most this many samples.", ge=20)
     k: int = setting(10, "Neighbors of mutual kNN.", ge=1)
     resamples: int = setting(2000, "Bootstrap resamples of the 95% intervals.", ge=1)

@@ -1,7 +1,7 @@
 """Zero-shot classification of trained runs on two caches: the images, and the prompts of the classes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ from embedcache.evaluate.runs import (
 )
 from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.metrics.classification import class_means, count_confusion, rank_labels
-from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate
+from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate, over_seeds
+from embedcache.metrics.ranking import recall_at
 from embedcache.projectors.saved import project
 from embedcache.store.cache import Cache
 
@@ -69,6 +70,7 @@ class ZeroShotReport:
         num_unlabeled: images without a label, left out.
         accuracies: `acc1`, `acc5` and `mean_per_class_recall` -> mean over runs and images, with a 95% interval from
             resampling near-duplicate groups.
+        over_seeds: as `accuracies`, with 95% intervals that hold the variance of seeds, too; empty for one run.
         chance: as `accuracies`, for classes drawn at random.
         by_class: (C,) accuracy of each class, NaN for a class without images.
         confusion: (C, C) number of images by true class and predicted class, summed over runs.
@@ -91,6 +93,7 @@ class ZeroShotReport:
     seeds: list[int]
     overlap: Overlap | None
     run_paths: Sequence[Path] = ()
+    over_seeds: dict[str, Estimate] = field(default_factory=dict)
 
     def line(self) -> str:
         """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
@@ -139,13 +142,14 @@ def evaluate_zero_shot(
     ranks = np.concatenate([prediction.ranks for prediction in predictions])
     groups = np.concatenate([prediction.split.groups[prediction.items.samples] for prediction in predictions])
     predicted = np.concatenate([prediction.predicted[:, 0] for prediction in predictions])
+    accuracies = _accuracies(ranks, labels, groups)
     return ZeroShotReport(
         part=first.split.part,
         names=first.names,
         num_prompts=(int(first.num_prompts.min()), int(first.num_prompts.max())),
         num_images=len(first.labels),
         num_unlabeled=first.num_unlabeled,
-        accuracies=_accuracies(ranks, labels, groups),
+        accuracies=accuracies,
         chance=_chances(num_classes, len(labels)),
         by_class=class_means(ranks == 1, labels, num_classes),
         confusion=count_confusion(labels, predicted, num_classes),
@@ -153,6 +157,7 @@ def evaluate_zero_shot(
         seeds=[prediction.seed for prediction in predictions],
         overlap=largest_overlap(prediction.overlap for prediction in predictions),
         run_paths=[run.path for run in runs],
+        over_seeds=_over_seeds(predictions, accuracies) if len(predictions) > 1 else {},
     )
 
 
@@ -211,7 +216,7 @@ def classify(
         labels=labels,
         ranks=ranks,
         predicted=predicted,
-        overlap=find_overlap(run, {"image": ItemSet(image, items)}, settings),
+        overlap=find_overlap(run, cache, {"image": ItemSet(image, items)}, settings),
     )
 
 
@@ -235,6 +240,18 @@ def _accuracies(ranks: Ints, labels: Ints, groups: Ints) -> dict[str, Estimate]:
         **{f"acc{k}": estimate for k, estimate in zip(KS, estimates, strict=True)},
         "mean_per_class_recall": bootstrap_class_mean(ranks == 1, labels, groups),
     }
+
+
+def _over_seeds(predictions: Sequence[ZeroShotPredictions], accuracies: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    rows = [prediction.items.rows for prediction in predictions]
+    has_same_items = all(np.array_equal(rows[0], other) for other in rows[1:])
+    num_classes = len(predictions[0].names)
+    values = {f"acc{k}": [recall_at(prediction.ranks, k) for prediction in predictions] for k in KS}
+    values["mean_per_class_recall"] = [
+        float(np.nanmean(class_means(prediction.ranks == 1, prediction.labels, num_classes)))
+        for prediction in predictions
+    ]
+    return {name: over_seeds(accuracies[name], values[name], has_same_items=has_same_items) for name in accuracies}
 
 
 def _chances(num_classes: int, num_images: int) -> dict[str, Estimate]:

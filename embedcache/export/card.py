@@ -1,7 +1,7 @@
 """The model card of an export: contents, licenses, training, metrics, and how to load it."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str,
         _summary(run, notes, format_name),
         _encoders(run, notes, licenses),
         _training(run),
-        _metrics(metrics),
+        _metrics(metrics, run),
         f"## Usage\n\n`pip install {packages}`, then, in the parent folder:\n\n```python\n{code}```\n",
     ]
     write_atomic(path, "\n".join(parts).encode())
@@ -99,7 +99,8 @@ def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[Modality, st
 def _training(run: ExportRun) -> str:
     path, training = run.path / "record.json", run.config.training
     record = read_json(path) if path.is_file() else {}
-    names = [f"the cache `{Path(name).name}`" for name in record.get("settings", {}).get("caches", [])]
+    caches = record.get("settings", {}).get("caches", [])  # relative to the run, or to where it was trained
+    names = [f"the cache `{(run.path / name).resolve().name}`" for name in caches]
     data = ", ".join(names) or f"the rows `{run.config.index_digest}`"
     loss, optimizer, split = (training.get(name, {}) for name in ("loss", "optimizer", "split"))
     lines = [
@@ -116,15 +117,50 @@ def _training(run: ExportRun) -> str:
     return "\n".join([*lines, ""])
 
 
-def _metrics(metrics: Any) -> str:
+def _metrics(metrics: Any, run: ExportRun) -> str:
+    """Return the metrics of the exported run's recipe, and whether they are a mean over several seeds."""
     if metrics is None:
         return "## Metrics\n\nNo report was given.\n"
-    rows = list(_metric_rows(metrics))
+    report = _report_of(metrics, run)
+    rows = list(_metric_rows(report))
     if not rows:
-        return "## Metrics\n\nThe given report contains no metrics.\n"
-    task = f"`{metrics['task']}` on `{metrics['dataset']}`. " if isinstance(metrics, dict) and "task" in metrics else ""
+        return "## Metrics\n\nThe given report contains no metrics of this run.\n"
+    task = f"`{report['task']}` on `{report['dataset']}`. " if "task" in report else ""
     table = ["| | value | 95% interval |", "| --- | --- | --- |", *rows]
-    return "\n".join(["## Metrics\n", f"{task}Computed by `embedcache evaluate`.\n", *table, ""])
+    lines = ["## Metrics\n", f"{task}Computed by `embedcache evaluate`. {_seeds_line(report, run)}".rstrip() + "\n"]
+    return "\n".join([*lines, *table, ""])
+
+
+def _report_of(metrics: Any, run: ExportRun) -> Mapping[str, Any]:
+    """Return the report of the run's recipe among those of a file, without those of other recipes; empty if missing."""
+    reports = list(metrics) if isinstance(metrics, list) else [metrics]
+    for report in list(reports):
+        others = report.get("details", {}).get("others", {}) if isinstance(report, Mapping) else {}
+        reports += others.values()
+    named = [report for report in reports if isinstance(report, Mapping)]
+    if all("pretrained" not in report for report in named):
+        return named[0] if named else {}
+    own = [report for report in named if _names(report, run)]
+    if not own:
+        return {}
+    details = {name: value for name, value in own[0].get("details", {}).items() if name != "others"}
+    return {**own[0], "details": details}
+
+
+def _names(report: Mapping[str, Any], run: ExportRun) -> bool:
+    """Return whether a report is of a run, alone or with other seeds of its recipe."""
+    return run.path.resolve().name in {Path(name).name for name in str(report.get("pretrained", "")).split(",")}
+
+
+def _seeds_line(report: Mapping[str, Any], run: ExportRun) -> str:
+    seeds, own = report.get("details", {}).get("seeds", []), run.config.training.get("seed")
+    if len(seeds) < 2:
+        return ""
+    by_seed: Sequence[float] = next(
+        (values for name, values in report["details"].items() if name.endswith("_by_seed")), []
+    )
+    alone = f", whose own mean recall or accuracy is {by_seed[seeds.index(own)]}" if own in seeds and by_seed else ""
+    return f"Means over the seeds {', '.join(map(str, seeds))} of one recipe; this is seed {own}{alone}."
 
 
 def _metric_rows(values: Any, prefix: str = "") -> Iterator[str]:

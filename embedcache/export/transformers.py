@@ -29,6 +29,7 @@ _PROCESSOR_MODULE = f"{_CODE_PACKAGE}.image_processing_embedcache"
 
 _IMPORT = re.compile(r"^(\s*from )(embedcache\.[\w.]+)( import )", re.MULTILINE)
 _HEADER = "# Copyright the embedcache authors. Apache-2.0. Copied from {module} of embedcache by its export.\n"
+_NESTED = "# Imports of the modules above: transformers 4 copies only what this file imports itself.\n"
 _LIBRARIES = ("PIL", "numpy", "torch", "transformers")
 _ALLOWED = {*_LIBRARIES, *sys.stdlib_module_names}
 
@@ -95,20 +96,42 @@ def _copy_code(run: ExportRun, folder: Path) -> None:
 
 
 def copy_code(modules: Sequence[str], folder: Path, format_name: str) -> None:
-    """Copy modules, that of the image processor, and those of this package that they import; keep existing files."""
-    waiting, done = [*modules, *([_PROCESSOR_MODULE] if _has_own_processor(folder) else [])], set()
+    """Copy modules, that of the image processor, and those of this package that they import; keep existing files.
+
+    transformers 4 copies only what a module that it opens imports itself from a local folder, so that the first module
+    and that of the processor import all that their imports import.
+    """
+    opened = [*modules[:1], *([_PROCESSOR_MODULE] if _has_own_processor(folder) else [])]
+    waiting, imports, texts = [*modules, *opened], dict[str, list[str]](), dict[str, str]()
     while waiting:
         module = waiting.pop()
-        if module in done:
+        if module in imports:
             continue
-        done.add(module)
         source = inspect.getsource(import_module(module))
-        waiting += [imported for _, imported, _ in _IMPORT.findall(source)]
-        text = _IMPORT.sub(lambda match: f"{match[1]}.{match[2].rpartition('.')[2]}{match[3]}", source)
-        _check_imports(module, text, format_name)
+        imports[module] = [imported for _, imported, _ in _IMPORT.findall(source)]
+        waiting += imports[module]
+        texts[module] = _IMPORT.sub(lambda match: f"{match[1]}.{match[2].rpartition('.')[2]}{match[3]}", source)
+        _check_imports(module, texts[module], format_name)
+    for module in opened:
+        roots = modules if module in modules else [module]
+        nested = _reachable(roots, imports) - {module, *imports[module]}
+        lines = [f"from .{name.rpartition('.')[2]} import __name__ as _\n" for name in sorted(nested)]
+        texts[module] += "".join(["\n", _NESTED, *lines] if lines else [])
+    for module, text in texts.items():
         path = folder / f"{module.rpartition('.')[2]}.py"
         if not path.exists():  # `projectors.py` was written for this run
             path.write_text(_HEADER.format(module=module) + text, encoding="utf-8")
+
+
+def _reachable(roots: Sequence[str], imports: Mapping[str, Sequence[str]]) -> set[str]:
+    """Return modules with all that they import, directly or not."""
+    found, waiting = set[str](), list(roots)
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting += imports[module]
+    return found
 
 
 def _has_own_processor(folder: Path) -> bool:

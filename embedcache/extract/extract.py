@@ -21,6 +21,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import record_stage
 from embedcache.registry import unknown_name
 from embedcache.sources.base import IMPORTED, Source
+from embedcache.sources.open import SOURCES
 from embedcache.store.cache import Cache
 from embedcache.store.group import open_group
 from embedcache.store.indexing import index
@@ -153,9 +154,11 @@ def open_job(
         accept_replaced=repair_items,
         progress=progress,
     )
+    description = source.describe()
+    SOURCES.accept(description["type"])  # the user gave it as an object, so this process may open it again
     return ExtractJob(
         cache=str(path),
-        source=source.describe(),
+        source=description,
         encoders=encoders,
         settings=settings,
     )

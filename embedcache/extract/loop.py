@@ -11,11 +11,12 @@ from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
 
 import pyarrow as pa
+from PIL.Image import Image
 
 from embedcache.arrays import Array
 from embedcache.errors import FingerprintError, ItemError, SettingError
 from embedcache.extract.feature_writer import ChunkTask, FeatureWriter
-from embedcache.modalities import MODALITIES, Modality
+from embedcache.modalities import MODALITIES, Modality, noun
 from embedcache.processes import prefetch_map
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Source
@@ -76,6 +77,7 @@ def _encode_file_chunks(
         check_length(item, loaded, modality.name)
         return task, loaded
 
+    num_blank = 0
     items_of = partial(cache.items, modality.name)
     task_items = ((task, item) for task in tasks for item in _file_items(items_of(chunk=task.chunk)))
     with closing(prefetch_map(executor, load, task_items, window=modality.num_ahead)) as stream:
@@ -84,11 +86,14 @@ def _encode_file_chunks(
             buffers = [BatchBuffer(writer, names, num_items) for writer, names in task.missing.items()]
             loaded = []
             for row, (_, item) in enumerate(group):
+                num_blank += item.is_blank
                 _add_item(buffers, row, item)
                 loaded.append(replace(item, inputs=[]))
                 item.inputs.clear()  # the last item stays referenced while the chunk is committed
                 progress.advance(1)
             commit(task, buffers, loaded)
+    if num_blank:
+        progress.note(f"{num_blank:,} {noun(modality.name)} have a single color; they are encoded like all others")
 
 
 def _add_item(buffers: "Sequence[BatchBuffer]", row: int, item: "LoadedItem") -> None:
@@ -130,12 +135,14 @@ class LoadedItem:
         failures: for each writer why it failed, or None.
         inputs: for each writer the model's input; None for a failed item.
         num_bytes: number of bytes of its file; None if it was not read, and of a text.
+        is_blank: whether it is an image of a single color.
     """
 
     hash: bytes | None
     failures: Sequence[str | None]
     inputs: list[Array | None] = field(default_factory=list)
     num_bytes: int | None = None
+    is_blank: bool = False
 
 
 def check_length(item: FileItem, loaded: LoadedItem, modality: str) -> None:
@@ -183,7 +190,8 @@ def _load_file(
         prepared, failure = _prepare(writer, raw)
         inputs.append(prepared)
         failures.append(failure)
-    return LoadedItem(hash=content_hash, failures=failures, inputs=inputs, num_bytes=num_bytes)
+    is_blank = isinstance(raw, Image) and raw.getcolors(1) is not None  # stops at the second color
+    return LoadedItem(hash=content_hash, failures=failures, inputs=inputs, num_bytes=num_bytes, is_blank=is_blank)
 
 
 def _prepare(writer: FeatureWriter, raw: Any) -> tuple[Array | None, str | None]:

@@ -36,7 +36,7 @@ class ExtractSettings:
     )
     dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored features.")
     chunk_size: int | None = setting(
-        None, "Items per chunk, the unit of work and resume.", ge=1, affects_result=False, default_text="2048"
+        None, "Items per chunk, the unit of work and resume.", ge=1, le=2**24, affects_result=False, default_text="2048"
     )
     extend: bool = setting(False, "Append samples that were added to the source.", affects_result=False)
     shard: str = setting(
@@ -57,6 +57,7 @@ class ExtractSettings:
         None,
         "Threads per device that read and decode items.",
         ge=1,
+        le=1024,
         affects_result=False,
         default_text="one per core",
     )

@@ -31,6 +31,7 @@ VIEWS = Registry(
         "flip": "embedcache.extract.views:open_flip",
         "noise": "embedcache.extract.views:open_noise",
     },
+    arguments=1,
 )
 """Each is a function of the text after the colon that returns a `View`."""
 

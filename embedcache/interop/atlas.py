@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from embedcache.arrays import Floats, Ints, blocks, normalize
 from embedcache.errors import DataError, ItemError
-from embedcache.files import replacing
 from embedcache.interop.exporting import VectorExport, check_new_file
 from embedcache.interop.parquet import to_vector_lists, write_rows
 from embedcache.interop.settings import AtlasSettings
+from embedcache.outputs import new_output
 from embedcache.progress import Progress
 from embedcache.registry import require
 from embedcache.reports.thumbnails import Thumbnails
@@ -51,7 +51,7 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
     progress.note(f"projecting {len(vectors_NP):,} points with {settings.projection}")
     points_N2, neighbors = project_to_plane(vectors_NP, settings), find_neighbors(vectors_NP)
     images = settings.images if modality == "image" else "none"
-    with replacing(path) as temporary:
+    with new_output(path) as temporary:
         tables = _tables(export, images, vectors_NP, points_N2, neighbors, progress)
         write_rows(temporary, tables, export.metadata)
     return len(vectors_NP)

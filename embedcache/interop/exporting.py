@@ -14,9 +14,10 @@ from embedcache.arrays import Array, Bools, Ints
 from embedcache.dataset.selections import read_selection
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, UnknownNameError
-from embedcache.files import building, is_url, remove_leftovers
+from embedcache.files import building, is_url
 from embedcache.interop.imported import rechunk
 from embedcache.interop.settings import VectorExportSettings
+from embedcache.outputs import check_output
 from embedcache.registry import unknown_name
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
@@ -205,9 +206,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_new_file(path: Path, suffix: str) -> None:
-    """Check that a file does not exist and has this suffix, and remove what a killed export of it left."""
+    """Check that a file has this suffix and does not exist, unless it is an output of embedcache."""
     if path.suffix != suffix:
         raise PathError(f"{path}: expected a name that ends in {suffix}, got {path.suffix or 'no suffix'}")
-    if path.exists():
-        raise PathError(f"{path} exists already; name a new file")
-    remove_leftovers(path)
+    check_output(path)

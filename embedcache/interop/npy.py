@@ -20,7 +20,7 @@ from embedcache.interop.exporting import VectorExport, new_folder
 from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
-from embedcache.sources.files import wrap_io_errors
+from embedcache.sources.files import open_binary, wrap_io_errors
 
 _BLOCK = 8192
 _SKIP_BYTES = 2**24
@@ -99,10 +99,14 @@ class NpyFile:
     def _open(self) -> Iterator[IO[bytes]]:
         with report_damage(self.path):
             if self.member is None:
-                with self.path.open("rb") as file:
+                with open_binary(self.path) as file:
                     yield file
             else:
-                with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.member}.npy") as file:
+                with (
+                    open_binary(self.path) as whole,
+                    zipfile.ZipFile(whole) as archive,
+                    archive.open(f"{self.member}.npy") as file,
+                ):
                     yield file
 
 
@@ -113,7 +117,7 @@ def open_npy(path: Path) -> NpyFile:
         CorruptError: it is not a `.npy` file, or ends before its last row.
         DataError: it is not a two-dimensional array of float16 or float32 in C order.
     """
-    with report_damage(path), path.open("rb") as file:
+    with report_damage(path), open_binary(path) as file:
         rows = _parse_header(path, file, None)
         num_bytes = os.fstat(file.fileno()).st_size - rows.start
     row_bytes = rows.width * np.dtype(rows.dtype).itemsize
@@ -124,7 +128,7 @@ def open_npy(path: Path) -> NpyFile:
 
 def open_npz(path: Path, name: str) -> NpyFile:
     """Read the header of one array of an `.npz` file; raise an UnknownNameError that lists its arrays."""
-    with report_damage(path), zipfile.ZipFile(path) as archive:
+    with report_damage(path), open_binary(path) as whole, zipfile.ZipFile(whole) as archive:
         names = [entry.removesuffix(".npy") for entry in archive.namelist()]
         if name not in names:
             raise unknown_name("array", name, names, hint=f"in {path}")
@@ -166,6 +170,8 @@ def _parse_header(path: Path, file: IO[bytes], member: str | None) -> NpyFile:
     if len(shape) != 2 or is_fortran:
         order = " in Fortran order" if is_fortran else ""
         raise DataError(f"{location}: expected an array (rows, width) in C order, got shape {shape}{order}")
+    if not shape[1]:
+        raise DataError(f"{location}: expected vectors of a width of at least 1, got shape {shape}")
     return NpyFile(
         path=path,
         num_rows=shape[0],

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError
-from embedcache.files import replacing
 from embedcache.interop.exporting import VectorExport, check_new_file
 from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
+from embedcache.outputs import new_output
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
 from embedcache.sources.table_files import open_parquet, wrap_table_errors
@@ -52,7 +52,7 @@ def write_parquet(export: VectorExport, path: Path, *, progress: Progress) -> in
     Memory: a block, and the tables of the cache.
     """
     check_new_file(path, ".parquet")
-    with replacing(path) as temporary:
+    with new_output(path) as temporary:
         write_rows(temporary, _table_blocks(export, progress), export.metadata)
     return len(export.samples)
 

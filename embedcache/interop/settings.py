@@ -29,7 +29,7 @@ class ImportSettings:
         metavar="COLUMN",
     )
     chunk_size: int | None = setting(
-        None, "Items per chunk of a new cache.", ge=1, default_text="2048", affects_result=False
+        None, "Items per chunk of a new cache.", ge=1, le=2**24, default_text="2048", affects_result=False
     )
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 
 from embedcache.dataset.splits import PART_NAMES, Split
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, one_line
+from embedcache.files import io_reason, read_limited
 from embedcache.modalities import MODALITIES
 from embedcache.networks.candidates import Mined
 from embedcache.networks.words import Vocabulary
@@ -101,10 +102,10 @@ def read_task_file(path: Path | str) -> list[NamedTask]:
     """
     path = Path(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_limited(path).decode())
     except OSError as error:
-        raise PathError(f"expected a TOML file of tasks, got {path}: {error.strerror}; check the path") from error
-    except ValueError as error:  # invalid TOML, or not UTF-8
+        raise PathError(f"expected a TOML file of tasks, got {path}: {io_reason(error)}; check the path") from error
+    except (ValueError, RecursionError) as error:  # invalid TOML, or not UTF-8
         raise SettingError(f"{path}: expected TOML, got an error: {error}") from error
     wrong = [name for name, table in tables.items() if not isinstance(table, dict)]
     if wrong or not tables:

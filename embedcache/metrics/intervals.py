@@ -1,6 +1,6 @@
 """Estimates with 95% intervals: bootstrap by clusters, jackknife by blocks, chance levels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,6 +143,30 @@ def chance_estimate(probability: float, num_queries: int) -> Estimate:
     """Return the chance level of a fraction of correct independent queries, with its 95% binomial interval."""
     low, high = binom.ppf([0.025, 0.975], num_queries, probability) / num_queries
     return Estimate(probability, float(low), float(high))
+
+
+def over_seeds(items: Estimate, values_R: Sequence[float], *, has_same_items: bool) -> Estimate:
+    """Return the mean of a fraction over runs with a 95% interval that holds the variance of their seeds.
+
+    Student's t over the runs' own values. Runs on the same items share the choice of these, so that the half width of
+    the interval over items is added, in quadrature; runs on items of their own differ by it already.
+
+    Args:
+        items: the mean with its interval over items.
+        values_R: value of each run, at least two.
+        has_same_items: whether all runs were measured on the same items.
+    """
+    num_runs = len(values_R)
+    reach = float(t.ppf(0.975, num_runs - 1) * np.std(values_R, ddof=1) / np.sqrt(num_runs))
+    below, above = (items.value - items.low, items.high - items.value) if has_same_items else (0, 0)
+    low, high = items.value - np.hypot(reach, below), items.value + np.hypot(reach, above)
+    return Estimate(items.value, max(0.0, float(low)), min(1.0, float(high)))
+
+
+def effective_number(contents: Ints) -> int:
+    """Return of how many independent queries a mean over queries with equal contents is worth: (sum n)^2 / sum n^2."""
+    counts = np.unique(contents, return_counts=True)[1]
+    return max(1, round(float(counts.sum() ** 2 / (counts**2).sum())))
 
 
 def jackknife(values: Array, sizes: Ints) -> Estimate:

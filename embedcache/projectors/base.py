@@ -30,6 +30,7 @@ PROJECTORS = Registry(
     },
     group="embedcache.projectors",
     presets=_PRESETS,
+    arguments=2,
 )
 
 

@@ -123,6 +123,11 @@ def split_path(run_path: Path) -> Path:
     return run_path / "split.parquet"
 
 
+def run_selection_path(run_path: Path, selection: str | None) -> Path | None:
+    """Return the path of a run's copy of the selection that it was trained on, or None without one."""
+    return None if selection is None else run_path / f"selection{Path(selection).suffix or '.txt'}"
+
+
 def save_pair(run_path: Path, pair: AlignedPair, config: PairConfig) -> None:
     """Write the weights, then the config with the digests of weights and split, which marks the run as complete."""
     model_path = run_path / "model.safetensors"

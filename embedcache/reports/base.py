@@ -15,8 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from embedcache.arrays import Array, Bools
-from embedcache.files import write_atomic
 from embedcache.metrics.intervals import Estimate
+from embedcache.outputs import write_output
 
 Table: TypeAlias = tuple[list[str], list[list[str]]]
 """Column names, and rows of text."""
@@ -133,7 +133,7 @@ def write_report(
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Render a template of this folder and write the page atomically; it loads nothing from elsewhere.
+    """Render a template of this folder and write the page as an output; it loads nothing from elsewhere.
 
     Text in `values` is escaped; SVG figures go through `| safe`.
     """
@@ -145,7 +145,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"fraction": format_fraction, "count": format_count}
-    write_atomic(path, environment.get_template(template).render(**values).encode())
+    write_output(path, environment.get_template(template).render(**values).encode())
 
 
 INK, SOFT, GRID = "#52606d", "#9aa5b1", "#e4e7eb"

@@ -60,7 +60,8 @@ def summary_table(report: CoverageReport) -> Table:
         rows.append([f"matches of the largest {fraction:.0%} of concepts", *percents])
     if report.expected_by_chance is not None:
         empty = [""] * (len(parts) - 1)
-        rows.append(["items above a threshold by chance", f"{report.expected_by_chance:,.2g}", *empty])
+        rows.append(["items above one threshold by chance", f"{report.expected_by_chance:,.2g}", *empty])
+        rows.append(["items above any threshold by chance", f"{report.covered_by_chance or 0:,.2g}", *empty])
     return ["", *(part.name for part in parts)], rows
 
 
@@ -126,6 +127,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
         "num_sampled": background.num_items,
         "index": index and {"factory": index.factory, "recall_at_10": index.recall_at_10},
         "by_chance": report.expected_by_chance,
+        "covered_by_chance": report.covered_by_chance,
         "warnings": report.warnings(),
         "parts": [
             {
@@ -213,7 +215,8 @@ def _sections(report: CoverageReport, renderer: ItemRenderer) -> list[Section]:
         notes.append(
             f"A threshold is the median of the concept's cosines on {report.background.num_items:,} items plus "
             f"{report.settings.deviations:g} standard deviations of their background, measured below the median, where "
-            "items of the concept do not widen it. The number by chance is what a normal background puts above it."
+            "items of the concept do not widen it. The numbers by chance are what normal backgrounds put above it, and "
+            "above any of all thresholds."
         )
     return [
         Section(title="Summary", notes=notes, table=summary_table(report)),
@@ -236,10 +239,11 @@ def _count_section(report: CoverageReport) -> Section:
 
 def _gap_section(report: CoverageReport) -> Section:
     part, least = report.all_counts[-1], report.settings.min_count
-    gaps = part.gaps(least)
+    gaps = report.gaps()
     if not len(gaps):
         return Section(title="Gaps", notes=[f"No concept has fewer than {least:,} items."])
-    notes = [f"Concepts with fewer than {least:,} items in {part.name}, the smallest first."]
+    order = "the smallest first, of equal ones that nearest to its items"
+    notes = [f"Concepts with fewer than {least:,} items in {part.name}, {order}."]
     if len(gaps) > _MAX_GAPS:
         notes.append(f"The first {_MAX_GAPS} of {len(gaps):,}; the JSON report has all of them.")
     return Section(title="Gaps", notes=notes, table=concept_table(report, gaps[:_MAX_GAPS]))

@@ -13,7 +13,7 @@ from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.evaluate.zero_shot import ZeroShotReport
 from embedcache.files import make_folder
 from embedcache.modalities import MODALITIES
-from embedcache.provenance import write_json
+from embedcache.outputs import write_report_json
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.reports.zero_shot import zero_shot_json
 from embedcache.store.cache import Cache
@@ -106,9 +106,9 @@ def write_results(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     if path.suffix == ".json":
         (_, first), *others = results.items()
         details = {**first["details"], "others": dict(others)} if others else first["details"]
-        write_json(path, {**first, "details": details})
+        write_report_json(path, {**first, "details": details})
         return
     make_folder(path)
     for number, (name, result) in enumerate(results.items()):
         plain = re.sub(r"[^\w.=+-]+", "-", name)
-        write_json(path / f"{number:02}-{plain}.json", result)
+        write_report_json(path / f"{number:02}-{plain}.json", result)

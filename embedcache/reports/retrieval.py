@@ -46,11 +46,22 @@ _EXAMPLES_NOTE = (
 
 
 def retrieval_table(reports: Mapping[str, RetrievalReport]) -> Table:
-    """Return recalls with their 95% intervals: one row per report, and one for the first's chance level."""
+    """Return recalls with their 95% intervals: rows per report, and one for the first's chance level.
+
+    A report of several seeds has a second row, whose intervals hold the variance of seeds, too. If images or captions
+    are repeated, further rows count each once.
+    """
     first = next(iter(reports.values()))
     columns = ["", *(f"{direction} R@{k}" for direction in first.directions for k in KS)]
-    rows = {name: report.recalls for name, report in reports.items()}
+    rows = {}
+    for name, report in reports.items():
+        rows[name] = report.recalls
+        if report.over_seeds:
+            rows[f"{name}, over seeds"] = report.over_seeds
     rows["chance"] = first.chance
+    rows |= {f"{name}, distinct": report.distinct for name, report in reports.items() if report.distinct}
+    if first.distinct_chance:
+        rows["chance, distinct"] = first.distinct_chance
     return columns, [
         [name, *(format_estimate(recalls[direction][f"r@{k}"]) for direction in first.directions for k in KS)]
         for name, recalls in rows.items()
@@ -80,8 +91,9 @@ def _format_rank(rank: Estimate) -> str:
 def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) -> dict[str, Any]:
     """Return a report as JSON values: `i2t`, `t2i`, `chance`, one entry for each of `others`, counts and seeds.
 
-    Each direction holds `r@1`, `r@5`, `r@10`, the report's own also `map` and `median_rank`, and `intervals` with the
-    95% interval of each.
+    Of several seeds also `over_seeds`, with intervals that hold their variance, and if images or captions are repeated
+    `distinct`, with each once, and its `chance`. Each direction holds `r@1`, `r@5`, `r@10`, the report's own also `map`
+    and `median_rank`, and `intervals` with the 95% interval of each.
     """
     return {
         **{
@@ -89,6 +101,8 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
             for direction in report.directions
         },
         "chance": _directions_json(report.chance),
+        **({"over_seeds": _directions_json(report.over_seeds)} if report.over_seeds else {}),
+        **({"distinct": _distinct_json(report)} if report.distinct else {}),
         **{name: _directions_json(other.recalls) for name, other in others.items() if other is not None},
         **{f"num_{noun(modality).replace(' ', '_')}": counts[0] for modality, counts in report.num_items.items()},
         "seeds": report.seeds,
@@ -103,13 +117,19 @@ def _directions_json(recalls: _DirectionEstimates) -> dict[str, Any]:
     return {direction: estimates_json(estimates) for direction, estimates in recalls.items()}
 
 
+def _distinct_json(report: RetrievalReport) -> dict[str, Any]:
+    return {**_directions_json(report.distinct), "chance": _directions_json(report.distinct_chance)}
+
+
 def write_retrieval_page(path: Path, cache: Cache, reports: Mapping[str, RetrievalReport], ranking: Ranking) -> None:
     """Write a page with the recalls of all reports, the main one first, and example queries of one run."""
     first = next(iter(reports.values()))
     recall = Section(
         title="Recall",
         notes=[
-            "In brackets the 95% interval; for chance, the range that holds 95% of random rankings.",
+            "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the "
+            "range that holds 95% of random rankings, in which equal captions stay together. Distinct: each image and "
+            "each caption counted once.",
             *(f"{name}: {report.overlap.line()}." for name, report in reports.items() if report.overlap),
         ],
         table=retrieval_table(reports),

@@ -42,7 +42,11 @@ _MAX_LABELED_CLASSES = 20
 
 def zero_shot_table(reports: Mapping[str, ZeroShotReport]) -> Table:
     """Return accuracies with their 95% intervals: one row per report, and a last row for the first's chance level."""
-    rows = {name: report.accuracies for name, report in reports.items()}
+    rows = {}
+    for name, report in reports.items():
+        rows[name] = report.accuracies
+        if report.over_seeds:
+            rows[f"{name}, over seeds"] = report.over_seeds
     rows["chance"] = next(iter(reports.values())).chance
     return ["", *_COLUMNS.values()], [
         [name, *(format_estimate(accuracies[column]) for column in _COLUMNS)] for name, accuracies in rows.items()
@@ -71,6 +75,7 @@ def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
     return {
         **estimates_json(report.accuracies),
         "chance": estimates_json(report.chance),
+        **({"over_seeds": estimates_json(report.over_seeds)} if report.over_seeds else {}),
         "by_class": dict(zip(unique, map(round_json, report.by_class), strict=True)),
         "acc1_by_seed": [round_json(accuracy) for accuracy in report.by_seed],
         "num_images": report.num_images,
@@ -92,7 +97,8 @@ def write_zero_shot_page(
     accuracy = Section(
         title="Accuracy",
         notes=[
-            "In brackets the 95% interval; for chance, the range that holds 95% of random guesses.",
+            "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the "
+            "range that holds 95% of random guesses.",
             *(f"{name}: {report.overlap.line()}." for name, report in reports.items() if report.overlap),
         ],
         table=zero_shot_table(reports),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.errors import SettingError
+from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.provenance import check_same, read_json, write_json
@@ -92,19 +92,30 @@ class IndexBuilder:
         _remove_lists(self._folder, keep=self._lists)
 
     def _resume(self, factory: str) -> RowIndex | None:
-        if self._factory == factory and self._partial_path.is_file():
-            return read_index(self._partial_path, is_mapped=False).resume()
-        finished_path = self._folder / "index.faiss"
-        if not finished_path.is_file() or self._factory not in (None, factory):
+        if self._factory == factory:
+            index = _read_unfinished(self._partial_path)
+            if index is not None:
+                return index.resume()
+        if self._factory not in (None, factory):
             return None
-        index = read_index(finished_path, is_mapped=False).resume()
-        self._write_state(factory)
-        return index
+        index = self._read_finished()
+        if index is not None:
+            self._write_state(factory)
+        return None if index is None else index.resume()
+
+    def _read_finished(self) -> RowIndex | None:
+        """Read the index in the folder; without a card it is unfinished."""
+        path = self._folder / "index.faiss"
+        if not (self._folder / "card.json").is_file():
+            return _read_unfinished(path)
+        return read_index(path, is_mapped=False)
 
     def _fill_on_disk(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
-        finished_path = self._folder / "index.faiss"
-        old = read_index(finished_path, is_mapped=False) if finished_path.is_file() else None
-        if self._factory != factory or not self._partial_path.is_file():
+        old = self._read_finished()
+        trained = _read_unfinished(self._partial_path) if self._factory == factory else None
+        if trained is None:
+            for path in self._folder.glob("index.part-*.faiss"):
+                path.unlink()  # of another trained index
             index = make_index(factory, vectors.width)
             if not index.num_lists or index.is_refined:
                 raise SettingError(
@@ -115,7 +126,7 @@ class IndexBuilder:
                 progress.note(f"training {factory}")
                 index.train(vectors.sample(index.num_training))
             else:
-                index = read_index(finished_path, is_mapped=False).emptied()
+                index = read_index(self._folder / "index.faiss", is_mapped=False).emptied()
             index.write(self._partial_path)
         return _fill_lists(self._folder, self._partial_path, old, vectors, progress)
 
@@ -135,7 +146,9 @@ def _fill_lists(
     """Index all valid rows part by part, reuse existing parts, and merge all into one file of lists."""
     parts = [] if old is None else [old]
     for path in sorted(folder.glob("index.part-*.faiss")):
-        part = read_index(path, is_mapped=True)
+        part = _read_unfinished(path, is_mapped=True)
+        if part is None:
+            continue
         if np.isin(part.rows, _rows(parts)).any():  # merged before the process was killed
             path.unlink()
         else:
@@ -161,6 +174,17 @@ def _fill_lists(
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return merged
+
+
+def _read_unfinished(path: Path, *, is_mapped: bool = False) -> RowIndex | None:
+    """Read a file of an interrupted build; one that cannot be read is removed, as if it had not been written."""
+    try:
+        return read_index(path, is_mapped=is_mapped)
+    except PathError:
+        return None
+    except CorruptError:
+        path.unlink()
+        return None
 
 
 def _rows(parts: list[RowIndex]) -> Ints:

@@ -2,8 +2,13 @@
 
 import os
 import re
+import resource
+import shutil
+import signal
+import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
-from embedcache.errors import CorruptError, PathError, SettingError
-from embedcache.files import replacing
+from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError
+from embedcache.files import disk_full_message, replacing
 from embedcache.registry import require
 
 _TRAINING_PER_LIST = 50
@@ -21,6 +26,14 @@ _MIN_TRAINING = 20_000
 _MAPPED_FRACTION = 0.5  # of the machine's memory
 _MOST_GPU_NEIGHBORS = 2048
 _OWN = True  # FAISS takes no keyword
+_READ_BYTES = 2**20
+_ID_BYTES = 8
+_SAFE = re.compile(
+    r"(IVF\d+(_HNSW32)?,)?(Flat|SQ(4|6|8|fp16)|PQ\d+(x4)?|RaBitQ[1-8]?(,Refine\(SQ8\))?)|HNSW([2-9]|[1-9]\d\d?)"
+)
+"""Factory strings that FAISS builds or refuses; others may crash the process, such as `HNSW0`, and are tried before."""
+_NUM_TRIED = 1000
+_TRIAL_S = 300
 
 
 class RowIndex:
@@ -141,13 +154,33 @@ class RowIndex:
         return 1000 * float(np.median(seconds)), 1000 * (time.perf_counter() - started) / len(queries_QP)
 
     def write(self, path: Path) -> None:
-        """Write the index atomically; lists on disk are looked up beside it when it is read again."""
+        """Write the index atomically, read back before it replaces a file.
+
+        Lists on disk are looked up beside it when it is read again.
+
+        Raises:
+            OSError: a write failed; of a full disk, `DiskFullError`.
+            CorruptError: the file does not hold what was written.
+        """
         inverted = self._faiss.try_extract_index_ivf(self._inner)
         lists = None if inverted is None else self._faiss.downcast_InvertedLists(inverted.invlists)
         if isinstance(lists, self._faiss.OnDiskInvertedLists):
             lists.filename = Path(lists.filename).name
         with replacing(path) as temporary:
-            self._faiss.write_index(self.wrapped, str(temporary))
+            checksum = 0
+            with temporary.open("wb") as file:  # FAISS's own files only print that closing them failed
+
+                def write(data: bytes) -> None:
+                    nonlocal checksum
+                    file.write(data)
+                    checksum = zlib.crc32(data, checksum)
+
+                self._faiss.write_index(self.wrapped, self._faiss.PyCallbackIOWriter(write, _READ_BYTES))
+            if _checksum(temporary) != checksum:
+                raise CorruptError(
+                    f"{path}: expected the bytes that were written, got others; check the disk, and rerun the same "
+                    "command"
+                )
 
     def emptied(self) -> "RowIndex":
         """Return the same trained inverted file without vectors; this object must not be used afterwards."""
@@ -160,9 +193,15 @@ class RowIndex:
         return RowIndex(self.wrapped)
 
     def merge_on_disk(self, parts: Sequence["RowIndex"], path: Path) -> "RowIndex":
-        """Fill this trained, empty inverted file with the vectors of others; its lists become the file `path`."""
+        """Fill this trained, empty inverted file with the vectors of others; its lists become the file `path`.
+
+        `DiskFullError` if they do not fit: FAISS maps the file, and a full disk would kill the process.
+        """
         faiss = self._faiss
         inverted = faiss.extract_index_ivf(self._inner)
+        needed = sum(map(len, parts)) * (inverted.code_size + _ID_BYTES)
+        if shutil.disk_usage(path.parent).free < needed:
+            raise DiskFullError(disk_full_message(f" of {path}, which takes {needed:,} bytes"))
         lists = faiss.OnDiskInvertedLists(inverted.nlist, inverted.code_size, str(path))
         pointers = faiss.InvertedListsPtrVector()
         for part in parts:
@@ -193,6 +232,66 @@ def make_index(factory: str, width: int) -> RowIndex:
             "factory: expected a FAISS factory string such as Flat or IVF1024,SQ8, got "
             f"{factory!r} for width {width}: {_reason(error)}"
         ) from error
+
+
+def check_factory(factory: str, width: int, num_vectors: int) -> None:
+    """Check that FAISS can build an index by a factory string: some strings crash or hang the process.
+
+    Strings that are not known to be safe are tried in a process of their own, with few vectors and lists.
+
+    Raises:
+        SettingError: more lists than vectors, or FAISS fails to build such an index.
+    """
+    for found in re.finditer(r"IVF(\d+)", factory):
+        if not 1 <= int(found[1]) <= num_vectors:
+            raise SettingError(
+                f"factory: expected 1 to {num_vectors:,} lists, as there are so many vectors, got {found[1]} in "
+                f"{factory!r}"
+            )
+    if _SAFE.fullmatch(factory):
+        return
+    num_tried = min(num_vectors, _NUM_TRIED)
+    tried = re.sub(r"IVF(\d+)", lambda found: f"IVF{min(int(found[1]), num_tried, 4)}", factory)
+    call = f"_try_factory({tried!r}, {width}, {num_tried})"
+    program = f"from embedcache.search.faiss_index import _try_factory; print({call})"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", program],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=_TRIAL_S,
+            check=False,
+        )
+        reason = f"it ends with {signal.Signals(-done.returncode).name}" if done.returncode < 0 else done.stdout.strip()
+    except subprocess.TimeoutExpired:
+        reason = f"it takes more than {_TRIAL_S} s"
+    if reason:
+        raise SettingError(
+            f"factory: expected one with which FAISS indexes {num_tried:,} vectors of width {width}, got {factory!r}: "
+            f"{reason}; try --factory Flat"
+        )
+
+
+def _try_factory(factory: str, width: int, num_vectors: int) -> str:
+    """Build and search an index of random vectors; return why it fails, empty if FAISS builds or refuses it."""
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    resource.setrlimit(resource.RLIMIT_AS, (machine_bytes, machine_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    vectors_NP = np.random.default_rng(0).standard_normal((num_vectors, width)).astype(np.float32)
+    try:
+        try:
+            index = make_index(factory, width)
+            index.train(vectors_NP)
+        except SettingError:
+            return ""
+        index.add(np.arange(num_vectors), vectors_NP)
+        index.search(vectors_NP[:2], 1)
+    except RuntimeError as error:
+        return _reason(error)
+    except MemoryError:
+        return "it takes more memory than this machine has"
+    return ""
 
 
 def read_index(path: Path, *, is_mapped: bool | None = None) -> RowIndex:
@@ -279,6 +378,15 @@ def _silence_stdout() -> Iterator[None]:
         os.dup2(stdout, 1)
         os.close(stdout)
         os.close(nothing)
+
+
+def _checksum(path: Path) -> int:
+    """Return the CRC-32 of a file. Memory: one block."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _reason(error: Exception) -> str:

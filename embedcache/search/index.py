@@ -1,6 +1,5 @@
 """Building an index over one feature of a cache, with a card that states its contents and measured recall."""
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import CorruptError, FingerprintError, SettingError, UnfinishedError
-from embedcache.files import LOCK, disk_errors, is_remote, locked
+from embedcache.files import LOCK, disk_errors, locked, relative_location
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import (
     check_same,
@@ -33,7 +32,7 @@ from embedcache.search.autotune import (
     remaining_candidates,
 )
 from embedcache.search.building import FILES, STATE, IndexBuilder, lists_name, remove_leftovers
-from embedcache.search.faiss_index import RowIndex, read_index
+from embedcache.search.faiss_index import RowIndex, check_factory, read_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
 from embedcache.store.arrays import check_file, file_checksum
@@ -133,6 +132,8 @@ def build_index(
     vectors = Vectors(cache_path, settings.modality, settings.feature, settings.run)
     if not (index_path / "card.json").is_file():  # so that nothing is put into a folder of others
         _candidates(settings, len(vectors.rows), vectors.width)
+        if settings.factory is not None:
+            check_factory(settings.factory, vectors.width, len(vectors.rows))
         allowed = [LOCK, "card.json", *FILES]
         prepare_folder(index_path, kind="an index", marker=LOCK, allowed=allowed)
     with locked(index_path):
@@ -333,13 +334,13 @@ def _card(
 def _source(vectors: Vectors, index_path: Path) -> dict[str, Any]:
     """Return what an index is built from, as fields of the card on disk."""
     return {
-        "cache": _relative(vectors.cache.path, index_path),
+        "cache": relative_location(vectors.cache.path, index_path),
         "spine": vectors.cache.info.index_digest,
         "modality": vectors.modality,
         "feature": vectors.feature.name,
         "spec": vectors.feature.spec,
         "fingerprint": vectors.feature.fingerprint,
-        "run": None if vectors.run_path is None else _relative(vectors.run_path, index_path),
+        "run": None if vectors.run_path is None else relative_location(vectors.run_path, index_path),
         "run_weights": None if vectors.config is None else vectors.config.weights_digest,
     }
 
@@ -348,7 +349,3 @@ def _grown(card: IndexCard, num_vectors: int) -> Configuration:
     """Return an index's configuration for the present number of items."""
     memory_bytes = round((card.memory_bytes or 0) * num_vectors / card.num_vectors)
     return Configuration(factory=card.factory, memory_bytes=memory_bytes, bits=0, is_on_disk=card.lists is not None)
-
-
-def _relative(path: Path, index_path: Path) -> str:
-    return str(path) if is_remote(path) else os.path.relpath(path.resolve(), index_path.resolve())

@@ -17,6 +17,7 @@ from embedcache.dataset.inputs import to_inputs
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
+from embedcache.extract.views import reopen_recorded_view
 from embedcache.modalities import noun
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project
@@ -134,7 +135,7 @@ class QueryEncoder:
         return position < len(rows) and bool(rows[position] == row)
 
     def encode(self, queries: Queries) -> Floats:
-        """Compute one vector per query: (Q, P) float32, rows of length 1.
+        """Compute one vector per query: (Q, P) float32, rows of length 1; of a view's feature, through that view.
 
         Raises `DataError` for queries that cannot be compared with the index, `UnknownNameError` for a key, row or
         concept that does not exist, and `FingerprintError` for an encoder that did not make the feature.
@@ -155,10 +156,11 @@ class QueryEncoder:
         return np.concatenate(parts)
 
     def _encode_items(self, modality: Modality, items: Sequence[Any]) -> Floats:
-        encoder = self.encoder(modality)
-        names, vectors = feature_names(self._tower_input(modality).feature), []
+        encoder, source = self.encoder(modality), self._tower_input(modality)
+        names, vectors = feature_names(source.feature), []
+        view = reopen_recorded_view(source.feature, source.fingerprint)
         for block in blocks(len(items), encoder.batch_size):
-            encoded = encoder.encode(encoder.prepare(list(items[block])), names)
+            encoded = encoder.encode(encoder.prepare([view(item) for item in items[block]]), names)
             vectors.append(self._project(modality, to_inputs([encoded[name] for name in names])))
         return np.concatenate(vectors)
 
@@ -208,6 +210,9 @@ class QueryEncoder:
         if vectors_QP.ndim != 2 or vectors_QP.shape[1] != self._card.width:
             raise DataError(f"query vectors: expected shape (Q, {self._card.width}), got {vectors_QP.shape}")
         check_finite(vectors_QP, "the array of query vectors")
+        is_zero = ~vectors_QP.any(axis=1)
+        if is_zero.any():
+            raise DataError(f"query vectors: expected rows with a direction, got zeros in row {is_zero.argmax()}")
         return normalize(vectors_QP)
 
 

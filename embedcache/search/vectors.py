@@ -14,8 +14,9 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from embedcache.arrays import Array, Floats, Inputs, Ints, blocks, normalize
+from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, blocks, normalize
 from embedcache.dataset.inputs import InputFeature, open_input
+from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.errors import DataError
 from embedcache.modalities import noun
 from embedcache.processes import connected, num_cores
@@ -35,18 +36,25 @@ class Vectors:
         modality: `image` or `text`.
         feature: `encoder/feature`; None: the run's feature, or the only one of the modality.
         run_path: run that projects the feature; None: the plain feature.
+        language: of texts, only those in this language; None or `any`: all.
 
     Raises:
-        UnknownNameError: no feature or several features have that name.
+        UnknownNameError: no feature or several features have that name, or no text is in that language.
         UnfinishedError: chunks of the feature are missing.
         FingerprintError: the run was trained on another encoder's features.
         DataError: the plain feature has several vectors per item, or no item is valid.
     """
 
     def __init__(
-        self, cache_path: Path | str, modality: str, feature: str | None = None, run_path: Path | str | None = None
+        self,
+        cache_path: Path | str,
+        modality: str,
+        feature: str | None = None,
+        run_path: Path | str | None = None,
+        language: str | None = None,
     ) -> None:
-        self._arguments = (str(cache_path), modality, feature, None if run_path is None else str(run_path))
+        self._arguments = (str(cache_path), modality, feature, None if run_path is None else str(run_path), language)
+        self._language = None if language == ANY_LANGUAGE or modality != "text" else language
         self.cache = Cache(cache_path)
         self.run_path = None if run_path is None else Path(run_path)
         self._pair: AlignedPair | None = None
@@ -76,7 +84,12 @@ class Vectors:
     @cached_property
     def rows(self) -> Ints:
         """Rows of the valid items, ascending: (N,)."""
-        return np.flatnonzero(self.feature.valid)
+        rows = np.flatnonzero(self.feature.valid)
+        return rows if self._in_language is None else rows[self._in_language[rows]]
+
+    @cached_property
+    def _in_language(self) -> Bools | None:
+        return None if self._language is None else is_language([self.cache], self._language)
 
     @cached_property
     def width(self) -> int:
@@ -86,6 +99,9 @@ class Vectors:
     def chunk(self, number: int) -> tuple[Ints, Floats]:
         """Read one chunk and verify its checksums: rows (B,) and vectors (B, P); both are empty if all items failed."""
         rows, inputs = self.feature.chunk(number)
+        if self._in_language is not None:
+            kept = np.flatnonzero(self._in_language[rows])
+            rows, inputs = rows[kept], inputs.take(kept)
         return rows, self._unit(inputs)
 
     def blocks(self) -> Iterator[tuple[Ints, Floats]]:

@@ -29,7 +29,7 @@ class ServeSettings:
         20 * 2**20, "Largest query image in bytes.", gt=0, metavar="SIZE", default_text="20MiB", parse=parse_size
     )
     max_pixels: int = setting(40_000_000, "Largest query image in pixels.", gt=0)
-    timeout: float = setting(30.0, "Request timeout in seconds.", gt=0, metavar="SECONDS")
+    timeout: float = setting(30.0, "Request timeout in seconds.", gt=0, le=86_400, metavar="SECONDS")
     image_folders: tuple[Path, ...] = setting(
         (),
         "Serve images only below this folder. May be repeated.",
@@ -40,6 +40,8 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if not self.host:
+            raise SettingError("host: expected an address such as 127.0.0.1, or 0.0.0.0 for all, got an empty text")
         if self.token is not None and len(self.token) < _MIN_TOKEN_LENGTH:
             raise SettingError(
                 f"token: expected at least {_MIN_TOKEN_LENGTH} characters, got {len(self.token)}; omit --token "

@@ -65,7 +65,8 @@ class Source(Protocol):
     """Where raw samples come from.
 
     A plug-in is a class called with a location and `SourceSettings`. It may have a class attribute `credit`: the
-    attribution that every page showing its images must carry.
+    attribution that every page showing its images must carry; and an attribute `skipped`: a count per kind of file that
+    the last pass over the samples left out, which is reported after indexing.
     """
 
     def describe(self) -> Mapping[str, Any]:

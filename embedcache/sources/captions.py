@@ -67,12 +67,19 @@ def to_scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:
 def parse_json_object(text: str, location: str) -> dict[str, Any]:
     """Parse a JSON object; the error for other text starts with `location`."""
     try:
-        fields = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        fields = json.loads(text, object_pairs_hook=_unique_fields)
+    except (ValueError, RecursionError) as error:  # invalid, too deep, or a number of thousands of digits
         raise SourceError(f"{location} is not valid JSON: {error}; repair or remove it") from None
     if not isinstance(fields, dict):
         example = '{"caption": "a dog"}'
         raise SourceError(f"{location} is not a JSON object such as {example}: {fields!r:.60}")
+    return fields
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a name occurs twice in one object")
     return fields
 
 
@@ -90,6 +97,7 @@ def _read_file(content: bytes | ItemError, name: str) -> Sidecar:
 
 def _read_json(content: bytes, name: str) -> Sidecar:
     fields = parse_json_object(_decode(content, name), name)
+    _check_unicode(fields, name)
     language, key = _string(fields, "language", name), _string(fields, "key", name)
     captions = [
         caption
@@ -97,6 +105,14 @@ def _read_json(content: bytes, name: str) -> Sidecar:
         for caption in parse_captions(fields.pop(caption_field, None), f"{name}: {caption_field}")
     ]
     return Sidecar(key=key, texts=to_text_items(captions, language), columns=to_scalar_columns(fields))
+
+
+def _check_unicode(fields: Mapping[str, Any], name: str) -> None:
+    """Check that no text holds half of a character, which JSON can write and no table can hold."""
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(f"{name} holds {error.object[error.start]!r}, which is no character; repair it") from None
 
 
 def _string(fields: dict[str, Any], name: str, file_name: str) -> str | None:

@@ -84,24 +84,21 @@ def check_read_allowed(path: Path | str, num_bytes: int | None = None) -> None:
 
 
 def open_descriptor(path: Path) -> int:
-    """Open a local file for reading; within `restrict_reads`, check what was opened, whatever its name leads to now.
+    """Open a local file for reading, and check what was opened: a device or a pipe may never end.
 
     A check of the name alone could be passed by one file and another one be read, if a link is changed in between.
     Errors of the disk are raised unchanged.
 
     Raises:
-        ItemError: within `restrict_reads`, the file is outside its folders, not regular, or too large.
+        ItemError: it is not a regular file; or, within `restrict_reads`, it is outside its folders or too large.
     """
     folders = _ALLOWED_FOLDERS.get()
-    if folders is None:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     check_read_allowed(path, 0)  # so that no device is opened, except by a change right now
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
     try:
-        status, real = os.fstat(descriptor), _opened_path(descriptor)
-        if not any(real.is_relative_to(folder) for folder in folders):
+        if folders is not None and not any(_opened_path(descriptor).is_relative_to(folder) for folder in folders):
             raise ItemError(f"{path} is outside the source's folder")
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ItemError(f"{path} is not a regular file")
     except BaseException:
         os.close(descriptor)

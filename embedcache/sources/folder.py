@@ -1,5 +1,6 @@
 """Images, recordings, videos and point clouds below a folder, with captions in `.txt` or `.json` files beside them."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -47,7 +48,8 @@ class FolderSource:
     folders; files in the top folder have neither. Below a top folder named `train`, `val`, `valid`, `validation` or
     `test`, in any case, the column `split` is that name; a file directly in `train` has no label. A `label` or
     `split` in the `.json` beside a file takes precedence. A file without sidecar files has no captions. Hidden
-    files are skipped. The location is the top folder, a path or a URL.
+    files are skipped, and so are files of other kinds, which `skipped` counts by suffix. The location is the top
+    folder, a path or a URL.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -55,13 +57,15 @@ class FolderSource:
         self._root = open_path(location).absolute()
         if not is_folder(self._root, TABLE_SUFFIXES | TAR_SUFFIXES):
             raise PathError(f"expected a folder of images, got {self._root}, which does not exist; check the path")
+        self.skipped: Counter[str] = Counter()
 
     def describe(self) -> Mapping[str, Any]:
         return {"type": "folder", "path": str(self._root), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over the samples. Memory holds the names of one folder and of those above it."""
-        firsts = (entry for entry in walk_files(self._root) if _is_first(*entry))
+        self.skipped.clear()
+        firsts = (entry for entry in walk_files(self._root) if self._is_used(entry[0]) and _is_first(*entry))
         if not is_remote(self._root):
             yield from (self._sample(*first) for first in firsts)
             return
@@ -71,6 +75,15 @@ class FolderSource:
 
     def read(self, item: FileItem) -> bytes:
         return read_item_file(self._root / item.path)
+
+    def _is_used(self, name: str) -> bool:
+        """Return whether a file is of a kind that samples have; count it if not. Text only, as this runs per file."""
+        stem, dot, ending = name.rpartition("/")[2].rpartition(".")
+        suffix = (dot + ending).lower() if stem else ""
+        is_used = suffix in _SUFFIXES or suffix in SIDECAR_SUFFIXES
+        if not is_used:
+            self.skipped[suffix or "files without a suffix"] += 1
+        return is_used
 
     def _sample(self, name: str, siblings: Mapping[str, int]) -> Sample:
         path = PurePosixPath(name)
@@ -114,6 +127,8 @@ class FolderSource:
         with wrap_io_errors(path):
             try:
                 return read_bytes(path)
+            except ItemError as error:
+                return ItemError(f"cannot read {name}: {error}")
             except (FileNotFoundError, PermissionError) as error:
                 if is_remote(self._root):  # expired credentials look the same
                     raise

@@ -16,6 +16,7 @@ from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table import (
     IMAGE_NAMES,
     ITEM_SETTINGS,
+    TEXT_SETTINGS,
     TableColumns,
     embedded_path,
     find_columns,
@@ -41,7 +42,7 @@ class HuggingfaceSource:
     """
 
     def __init__(self, location: object, settings: SourceSettings) -> None:
-        settings.check_supported("huggingface", *ITEM_SETTINGS, "caption_columns", "key_column")
+        settings.check_supported("huggingface", *ITEM_SETTINGS, *TEXT_SETTINGS)
         self._settings = settings
         splits = _by_split(_load(location) if isinstance(location, str) else location)
         self._path = _describe(location, splits)

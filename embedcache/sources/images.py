@@ -19,6 +19,9 @@ _MAX_ASPECT_RATIO = 100
 MAX_PIXELS = 89_478_485
 """Limit checked in the header: Pillow's own, 256 MiB as RGB."""
 
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_DECOMPRESSED_BYTES = 2**20
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 _TRANSPOSE = {
@@ -91,7 +94,27 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise ItemError(f"too many pixels: {width} x {height}, more than {max_pixels:,}")
     image.load()
+    if image.format == "PNG" and image.crop((0, height - 1, width, height)).getbbox() is None:
+        _check_png_rows(data)
     return image
+
+
+def _check_png_rows(data: bytes) -> None:
+    """Check that a PNG, whose last row is empty, has all of its rows: Pillow leaves missing ones black."""
+    width, height, depth, color, _, _, interlace = struct.unpack(">IIBBBBB", data[16:29])
+    if interlace:
+        return
+    expected = height * (1 + -(-width * depth * _PNG_CHANNELS[color] // 8))
+    position, rest, found = 8, zlib.decompressobj(), 0
+    while position + 12 <= len(data) and found < expected:
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        pixels = data[position + 8 : position + 8 + length] if kind == b"IDAT" else b""
+        while pixels and found < expected:
+            found += len(rest.decompress(pixels, _DECOMPRESSED_BYTES))
+            pixels = rest.unconsumed_tail
+        position += 12 + length
+    if found < expected:
+        raise ItemError(f"truncated image: {found * height // expected} of {height} rows")
 
 
 def _upright(image: Image.Image) -> Image.Image:

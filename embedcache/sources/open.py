@@ -36,6 +36,7 @@ SOURCES = Registry(
         "webdataset": "embedcache.sources.webdataset:WebdatasetSource",
     },
     group="embedcache.sources",
+    arguments=2,
 )
 _IMPORTED_SOURCE = "embedcache.interop.imported:ImportedSource"  # reopened only, so not among the names to choose from
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.files import open_path
+from embedcache.files import open_path, read_limited
 from embedcache.registry import require, unknown_name
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
@@ -82,8 +82,8 @@ def _json_prompts(path: Path) -> list[tuple[str, Sequence[str]]]:
     if not path.is_file():
         raise PathError(f"expected a file, got {path}, which does not exist; check the path")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(read_limited(path))
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not valid JSON: {error}; repair or replace it") from None
     if not isinstance(content, dict) or not content:
         raise SourceError(f"{path}: expected a JSON object of class name -> list of prompts, got {content!r:.60}")

@@ -49,6 +49,12 @@ class SourceSettings:
         metavar="COLUMN",
         default_text="key, id, uid if present, else file and row",
     )
+    language_column: str | None = setting(
+        None,
+        "Table column that holds the language of a row's captions.",
+        metavar="COLUMN",
+        default_text="language, lang if present",
+    )
     languages: tuple[str, ...] = setting(
         (),
         "Use only captions of this language. May be repeated.",

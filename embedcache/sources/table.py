@@ -38,6 +38,7 @@ MEDIA_NAMES: Mapping[str, tuple[str, ...]] = {
     "points": ("points_path", "point_cloud", "lidar", "npz", "ply", "las"),
 }
 ITEM_SETTINGS = ("image_column", *(f"{modality}_column" for modality in MEDIA_NAMES))
+TEXT_SETTINGS = ("caption_columns", "key_column", "language_column")
 INTERVAL_NAMES = ("start_s", "stop_s")
 _COLUMN_MARK = "#"
 
@@ -94,7 +95,8 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     if image not in file.image_bytes:
         _check_plain(file, image, "--image-column")
     key = _existing(file, settings.key_column, "--key-column") or _find(file, ("key", "id", "uid", "__key__"))
-    language = _find(file, ("language", "lang"))
+    language = _existing(file, settings.language_column, "--language-column") or _find(file, ("language", "lang"))
+    _check_plain(file, settings.language_column, "--language-column")
     is_timed = "audio" in media or "video" in media
     interval = tuple(_find(file, [name]) if is_timed else None for name in INTERVAL_NAMES)
     used = {
@@ -184,7 +186,8 @@ def read_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem
     captions = [caption for cell in cells for caption in cell]
     if len(columns.captions) > 1:
         captions = [caption for caption in captions if caption.strip()] or captions
-    return to_text_items(captions, row.get(columns.language) if columns.language else None)
+    language = row.get(columns.language) if columns.language else None
+    return to_text_items(captions, None if language is None else str(language))
 
 
 def _existing(file: TableFile, name: str | None, option: str) -> str | None:
@@ -230,7 +233,7 @@ class TableSource:
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("table", *ITEM_SETTINGS, "caption_columns", "key_column", "inside_only")
+        settings.check_supported("table", *ITEM_SETTINGS, *TEXT_SETTINGS, "inside_only")
         self._settings = settings
         self._location = open_path(location).absolute()
         if settings.inside_only and is_remote(self._location):

@@ -2,7 +2,7 @@
 
 import csv
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,11 +70,19 @@ def open_table_file(path: Path) -> TableFile:
             delimiter = "\t" if suffix == ".tsv" else ","
             columns = tuple(next(_csv_lines(path, delimiter), []))
             read = partial(_read_csv, path, delimiter)
+    _check_unique(columns, path)
     return TableFile(path=path, columns=columns, image_bytes=frozenset(), plain=columns, read=read)
+
+
+def _check_unique(columns: Sequence[str], path: Path) -> None:
+    twice = [name for name, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise SourceError(f"{path}: expected different columns, got {twice[0]!r} twice; rename one")
 
 
 def arrow_table(path: Path, schema: pa.Schema, read: Callable[[Sequence[str]], Iterator[Row]]) -> TableFile:
     """Return the table file of an Arrow schema."""
+    _check_unique(schema.names, path)
     return TableFile(
         path=path,
         columns=tuple(schema.names),

@@ -16,6 +16,8 @@ BLOCK_BYTES = 512
 _WINDOW_BYTES = 128 * 1024
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _CHECKSUM_BLANKS = 8 * ord(" ")
+_EXTENDED = frozenset({b"x", b"g", b"X", b"L", b"K"})
+_MAX_EXTENDED_BYTES = 2**20
 _OVERRIDES = re.compile(rb" path=| size=|GNU\.sparse|hdrcharset")  # pax records that override fields of the header
 
 
@@ -72,6 +74,8 @@ def _damaged(location: str, reason: str) -> SourceError:
 def _plain_member(tar: TarBytes, offset: int, header: bytes) -> tuple[Member, int] | None:
     """Return a file with a plain header, and the offset of the next header; None if `tarfile` must read it."""
     kind = header[156:157]
+    if kind in _EXTENDED and (_size(header) or 0) > _MAX_EXTENDED_BYTES:
+        raise _damaged(tar.location, f"the extended header at offset {offset} has {_size(header):,} bytes")
     if kind == b"x":
         size = _size(header)
         if size is None or not _has_valid_checksum(header):
@@ -101,8 +105,6 @@ def _size(header: bytes) -> int | None:
 def _name(header: bytes) -> str | None:
     name = header[:100].partition(b"\0")[0]
     if header[345:346] > b"\0":
-        if header[257:263] != b"ustar\0":
-            return None
         name = header[345:500].partition(b"\0")[0] + b"/" + name
     try:
         return None if name.endswith(b"/") else name.decode()
@@ -134,6 +136,8 @@ def _other_member(tar: TarBytes, offset: int) -> tuple[Member | None, int]:
             after = archive.offset
     except tarfile.TarError as error:
         raise _damaged(tar.location, f"{error} at offset {offset}") from None
+    except RecursionError:  # tarfile calls itself for every extended header before a member
+        raise _damaged(tar.location, f"too many extended headers at offset {offset}") from None
     if info is None:
         raise _damaged(tar.location, f"no valid header at offset {offset}")
     if info.issparse():

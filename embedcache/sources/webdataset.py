@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from math import prod
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from embedcache.errors import PathError
+from embedcache.errors import PathError, SourceError
 from embedcache.files import is_remote, open_path
 from embedcache.sources.base import FileItem, Sample, Scalar
 from embedcache.sources.byte_ranges import ByteRanges
@@ -45,7 +46,8 @@ _MODALITIES = {suffix: modality for modality, suffixes in MEDIA_SUFFIXES.items()
 _LABEL_SUFFIX = ".cls"
 _LABEL = re.compile(rb"\s*-?[0-9]{1,18}\s*")
 _MAX_LABEL_BYTES = 32
-_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
+_MAX_SHARDS = 1_000_000
 _CONCURRENT_REQUESTS = 32  # for the sizes of remote shards
 
 _DROPPED_COLUMNS = frozenset({"key", "status", "error_message", "caption"})  # of the tables that img2dataset writes
@@ -178,12 +180,21 @@ def _find_shards(part: str) -> list[Path]:
         if not shards:
             raise PathError(f"{part}: expected .tar files, got none; check the path")
         return shards
+    num_shards = _count_braces(part)
+    if num_shards > _MAX_SHARDS:
+        raise SourceError(f"{part}: expected at most {_MAX_SHARDS:,} shards, got {num_shards:,}; name fewer")
     shards = [open_path(path) for path in expand_braces(part)]
     with ThreadPoolExecutor(_CONCURRENT_REQUESTS if is_remote(shards[0]) else 1) as executor:
         missing = [shard for shard, size in zip(shards, executor.map(file_size, shards), strict=True) if size is None]
     if missing:
         raise PathError(f"expected a shard, got no file at {missing[0]} ({len(missing)} of {len(shards)} are missing)")
     return shards
+
+
+def _count_braces(pattern: str) -> int:
+    """Return the number of names that `expand_braces` would return."""
+    groups = (match.groups() for match in _BRACES.finditer(pattern))
+    return prod(len(listed.split(",")) if listed else abs(int(last) - int(first)) + 1 for first, last, listed in groups)
 
 
 def _range(first: str, last: str) -> Iterator[str]:

@@ -149,7 +149,7 @@ class Cache:
             raise unknown_name(kind, name or "", names)
         raise UnknownNameError(
             f"{kind}: {'no name was given' if name is None else repr(name) + ' matches several'}; "
-            f"choose one with --{modality}-feature or --feature: {', '.join(feature.name for feature in matches)}"
+            f"name one of these features: {', '.join(feature.name for feature in matches)}"
         )
 
     def _missing(self, modality: str) -> str:

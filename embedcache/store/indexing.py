@@ -151,6 +151,11 @@ def _digest(
         on_batch(batch)
         progress.advance(len(batch))
     progress.finish()
+    skipped: Mapping[str, int] = getattr(source, "skipped", {})
+    if skipped:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(skipped.items(), key=lambda pair: -pair[1])[:5])
+        more = f", and {len(skipped) - 5} more kinds" if len(skipped) > 5 else ""
+        progress.note(f"skipped {sum(skipped.values()):,} files of kinds that samples do not have: {kinds}{more}")
     return index_digest.hexdigest()
 
 

@@ -22,9 +22,9 @@ class SweepSettings:
     pruner: Pruner = setting(
         "none", "Stop trials early that are below the median of the others, or by Hyperband's rounds."
     )
-    seed: int = setting(0, "Random seed of the sampler.", ge=0)
+    seed: int = setting(0, "Random seed of the sampler.", ge=0, lt=2**32)
     workers: int = setting(
-        1, "Worker processes on this machine; other machines may join the study.", ge=1, affects_result=False
+        1, "Worker processes on this machine; other machines may join the study.", ge=1, le=1024, affects_result=False
     )
     top_configs: int = setting(3, "Number of top configurations to retrain.", ge=1)
     seeds_per_config: int = setting(3, "Number of seeds each top configuration is retrained with.", ge=1)

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from embedcache.registry import trust_files
 from embedcache.sources import FileItem, Source, reopen_source
 from embedcache.sources.images import decode_image
 
@@ -42,7 +43,8 @@ class SourceContract:
                 assert decode_image(source.read(item)).mode == "RGB"
 
     def test_reopens_from_its_description(self, source: Source) -> None:
-        reopened = reopen_source(json.loads(json.dumps(source.describe())))
+        with trust_files():
+            reopened = reopen_source(json.loads(json.dumps(source.describe())))
         assert list(reopened.samples()) == list(source.samples())
         assert reopened.describe() == source.describe()
         contents = [source.read(item) for item in _all_items(source)]

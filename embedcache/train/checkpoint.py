@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from embedcache.errors import CorruptError, FingerprintError, PathError
+from embedcache.errors import CorruptError, FingerprintError, PathError, one_line
 from embedcache.files import Leases, replacing
 from embedcache.projectors.saved import split_path
 from embedcache.provenance import check_same, fields_of, prepare_folder, read_json, write_json
@@ -50,9 +50,8 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         generators = {name: state[name] for name in _NAMES}["generators"]
     except (RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError, UnpicklingError) as error:
-        raise CorruptError(
-            f"{path}: expected a checkpoint, got an error: {error}; delete it to restart training"
-        ) from error
+        reason = "objects that are no tensors" if isinstance(error, UnpicklingError) else f"an error: {one_line(error)}"
+        raise CorruptError(f"{path}: expected a checkpoint, got {reason}; delete it to restart training") from error
     if len(generators) != num_processes():
         raise FingerprintError(
             f"{path}: expected {len(generators)} processes, which wrote it, got {num_processes()}; start "
@@ -112,6 +111,7 @@ _FILES = (
     ".claims",
     "started.json",
     "split.parquet",
+    "selection.*",
     "losses.jsonl",
     "checkpoint.pt",
     "last.safetensors",

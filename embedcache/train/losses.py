@@ -28,6 +28,7 @@ LOSSES = Registry(
         "siglip": "embedcache.train.losses:SigLip",
     },
     group="embedcache.losses",
+    arguments=0,
 )
 
 

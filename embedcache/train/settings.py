@@ -24,7 +24,7 @@ class ModelSettings:
         "one for each.",
         metavar="NAME[+NAME]",
     )
-    shared_width: int = setting(256, "Width of the shared space.", ge=1)
+    shared_width: int = setting(256, "Width of the shared space.", ge=1, le=2**16)
     initialization: Initialization | None = setting(
         None,
         "Closed-form solution that training starts from, or random weights.",
@@ -44,7 +44,7 @@ class ModelSettings:
 class OptimizerSettings:
     """AdamW with linear warm-up and cosine decay to zero."""
 
-    epochs: int = setting(30, "Passes over the training samples; 0 keeps the closed form as it is.", ge=0)
+    epochs: int = setting(30, "Passes over the training samples; 0 keeps the closed form as it is.", ge=0, le=10**6)
     batch_size: int | None = setting(
         None,
         "Samples per batch; the other samples of the batch are the negatives.",
@@ -99,6 +99,7 @@ class MachineSettings:
         None,
         "Torch threads on the CPU.",
         ge=1,
+        le=1024,
         affects_result=False,
         default_text="one for small steps, else all cores",
     )
@@ -194,7 +195,7 @@ class TrainSettings:
     optimizer: OptimizerSettings = group(OptimizerSettings)
     parts: PartSettings = group(PartSettings)
     split: SplitSettings = group(SplitSettings)
-    language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
+    language: str | None = setting(None, "Use only captions of this language; any uses all.", metavar="CODE")
     captions: Literal["draw", "all"] = setting(
         "draw", "For several captions per sample: draw one per epoch, or use all as positives."
     )

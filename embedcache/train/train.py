@@ -13,11 +13,20 @@ from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import PARTS, Split, read_split, write_split
 from embedcache.encoders.backends import torch_device
 from embedcache.errors import DataError, SettingError
-from embedcache.files import disk_errors
+from embedcache.files import disk_errors, relative_location, write_atomic
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, build, config_path, count_cost, read_config, save_pair, split_path
+from embedcache.projectors.saved import (
+    PairConfig,
+    build,
+    config_path,
+    count_cost,
+    read_config,
+    run_selection_path,
+    save_pair,
+    split_path,
+)
 from embedcache.provenance import digest, digest_file, record_stage
 from embedcache.registry import require
 from embedcache.train.batches import Batches, Loader, PairLoader
@@ -52,6 +61,7 @@ class TrainReport:
         recalls: validation recall at that epoch.
         pairs_per_s: training pairs per second, since the run started or resumed.
         wait_fraction: fraction of the training time spent waiting for data.
+        num_held_out: samples of the selection that the split holds out; None without a selection.
     """
 
     reused: bool
@@ -62,15 +72,32 @@ class TrainReport:
     recalls: dict[str, float]
     pairs_per_s: float
     wait_fraction: float
+    num_held_out: int | None = None
 
     def line(self, run_path: Path) -> str:
-        """Summarize the report in one line."""
+        """Summarize the report in one line, with what to change if the selection or the training fell short."""
         counts = ", ".join(f"{count:,} {part}" for part, count in self.num_samples.items())
         outcome = f"best epoch {self.best_epoch}" if self.best_epoch else "the initialization was best and was kept"
         recalls = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in self.recalls.items())
         state = "reused, trained earlier with the same settings" if self.reused else "trained"
         size = f"{self.num_parameters:,} parameters, {self.flops_per_pair / 1e6:,.1f} MFLOP per pair"
-        return f"{run_path}: {state}: {size}; samples: {counts}; {outcome}; validation {recalls}"
+        line = f"{run_path}: {state}: {size}; samples: {counts}; {outcome}; validation {recalls}"
+        return "; ".join([line, *self._advice(run_path)])
+
+    def _advice(self, run_path: Path) -> list[str]:
+        lines, path = [], split_path(run_path)
+        if self.num_held_out:
+            lines.append(
+                f"WARNING: {self.num_held_out:,} of the selected samples are held out for validation and test; to "
+                f"train on a whole budget, select it with --selection {path} and train with --split {path}"
+            )
+        if not self.best_epoch and self.pairs_per_s:
+            lines.append(
+                "WARNING: no epoch was better on validation than the initialization; with "
+                f"{self.num_samples['train']:,} training samples, raise --dropout, such as 0.5, or lower --lr, such as "
+                "0.0001"
+            )
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values under the names of `record.json`."""
@@ -181,7 +208,7 @@ def train_on(
     if config_path(run_path).is_file():
         return _reuse_run(run_path, config)
     leases = run_on_first(lambda: start_run(run_path, config.to_json()))
-    recorded = {"caches": [str(cache.path) for cache in data.caches], **config.to_json()}
+    recorded = {"caches": [relative_location(cache.path, run_path) for cache in data.caches], **config.to_json()}
     with disk_errors(run_path):
         if leases is None:  # not the first of several processes
             return _fit(data, run_path, config, settings, progress, on_epoch)[1]
@@ -240,12 +267,14 @@ def _fit(
 
     def make_split() -> None:
         if not path.is_file():  # a resumed run has one
+            if (kept := run_selection_path(run_path, settings.selection)) and settings.selection_path:
+                write_atomic(kept, settings.selection_path.read_bytes())
             write_split(path, data.split(pairs, settings.split))
 
     run_on_first(make_split)
     split = read_split(path, data.caches)
     views = parse_views(settings.views)
-    training = _training_pairs(data, pairs, split, settings, views)
+    training = _shuffled_control(_training_pairs(data, pairs, split, settings), settings)
     validation = _shuffled_control(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
         raise DataError(f"validation part of {path}: expected samples with both features, got none; check --language")
@@ -294,6 +323,7 @@ def _fit(
         recalls=result.measures,
         pairs_per_s=result.samples_per_s,
         wait_fraction=result.wait_fraction,
+        num_held_out=_count_held_out(data, split, settings),
     )
 
 
@@ -310,17 +340,24 @@ def _optimizer_of(pair: AlignedPair, settings: TrainSettings) -> OptimizerSettin
     return settings.optimizer if has_parameters else replace(settings.optimizer, epochs=0)
 
 
-def _training_pairs(
-    data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings, views: Mapping[str, Mapping[str, float]]
-) -> Pairs:
+def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:
     rows: Ints = split.rows("train")
     if settings.selection_path is not None:
         rows = np.intersect1d(rows, read_selection(settings.selection_path, data.caches))
+    views = parse_views(settings.views)
     training = data.with_views(pairs.select(rows), views) if views else pairs.select(rows)
     if not len(training.samples):
         named = "" if settings.selection is None else f" in selection {settings.selection_path}"
         raise DataError(f"training part{named}: expected samples with both features, got none; check --language")
-    return _shuffled_control(training, settings)
+    return training
+
+
+def _count_held_out(data: TrainData, split: Split, settings: TrainSettings) -> int | None:
+    """Return how many samples of the selection are in the validation or test part; None without a selection."""
+    if settings.selection_path is None:
+        return None
+    parts = np.array(split.parts)[read_selection(settings.selection_path, data.caches)]
+    return int(np.isin(parts, ("val", "test")).sum())
 
 
 def _shuffled_control(pairs: Pairs, settings: TrainSettings) -> Pairs:

@@ -13,7 +13,7 @@ from embedcache.curate import counting
 from embedcache.curate.coverage import CoverageReport, measure_coverage
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair, project
@@ -136,6 +136,40 @@ def test_gaps_and_overlaps(cache_path: Path, tmp_path: Path) -> None:
     assert first.cosine == pytest.approx(report.concepts.vectors[0] @ report.concepts.vectors[1], abs=1e-5)
 
 
+def test_equal_gaps_are_ordered_by_nearness(cache_path: Path, tmp_path: Path) -> None:
+    report = of_texts(cache_path, prompt_cache(tmp_path, ["red bar", "zebra", "yak", "bar on"]), threshold=0.62, k=1)
+    gaps = report.gaps()
+    assert report.pool_counts.counts[gaps].tolist() == sorted(report.pool_counts.counts[gaps].tolist())
+    empty = [number for number in gaps if not report.pool_counts.counts[number]]
+    margins = report.thresholds[empty] - report.scores[empty, 0]
+    assert len(empty) >= 2
+    assert (np.diff(margins) >= 0).all()
+
+
+def test_chance_counts_all_concepts(cache_path: Path, prompts: Path) -> None:
+    report = of_texts(cache_path, prompts, deviations=1)
+    one, any_of_all = report.expected_by_chance, report.covered_by_chance
+    assert one is not None
+    assert any_of_all == pytest.approx(300 * (1 - (1 - one / 300) ** len(NAMES)))
+    assert ["items above any threshold by chance", f"{any_of_all:,.2g}"] in summary_table(report)[1]
+
+
+def test_captions_of_one_language_are_counted(prompts: Path, tmp_path: Path) -> None:
+    rows = [
+        "caption,language",
+        *(f"{name} bar {number},{'en' if number % 2 else 'de'}" for name in NAMES for number in range(6)),
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    extract(open_source(tmp_path / "t.csv"), tmp_path / "cache", text_encoders=[TEXT])
+    german, both = (of_texts(tmp_path / "cache", prompts, language=name, **FIXED) for name in ("de", "any"))
+    assert (german.pool_counts.num_items, both.pool_counts.num_items) == (3 * len(NAMES), 6 * len(NAMES))
+    assert "texts in de, open_toy/mean" in german.line()
+    languages = Cache(tmp_path / "cache").items("text")["language"].to_pylist()
+    assert {languages[row] for row in german.rows.ravel()} == {"de"}
+    with pytest.raises(SettingError, match="language: expected modality text or both, and no index, got images"):
+        CoverageSettings(language="de")
+
+
 def test_single_concept(cache_path: Path, tmp_path: Path) -> None:
     report = of_texts(cache_path, prompt_cache(tmp_path, ["red"]), deviations=1, k=300)
     assert report.nearest.tolist() == [-1]
@@ -192,6 +226,8 @@ def test_warnings(cache_path: Path, prompts: Path) -> None:
 
 
 def test_invalid_coverage_raises(cache_path: Path, prompts: Path, labeled: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="name one of these features: open_toy/mean, open_toy/tokens$"):
+        measure_coverage(cache_path, prompts, CoverageSettings(modality="text"))
     with pytest.raises(
         SettingError, match="k: expected 1 to 300, the number of texts of .* with open_toy/mean, got 301"
     ):
@@ -264,6 +300,7 @@ def test_both_modalities(cache_path: Path, prompts: Path, run_path: Path, tmp_pa
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert "among captions" in done.output
     found = json.loads((tmp_path / "c.json").read_text())
+    assert found.pop("generator") == "embedcache"
     for modality, values in found.items():
         settings = CoverageSettings(modality=modality, run=run_path, deviations=1.5)
         alone = measure_coverage(cache_path, prompts, settings)

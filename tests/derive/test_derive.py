@@ -15,6 +15,7 @@ from embedcache.encoders.open import ENCODERS
 from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.extract.repair import measure_drift, repair, retry_failed, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
+from embedcache.provenance import read_json, write_json
 from embedcache.registry import trust_files
 from embedcache.reports.summary import summarize
 from embedcache.search.index import build_index
@@ -275,8 +276,9 @@ def test_verify_repairs_inputs_before_derived_features(cache: Path) -> None:
 
 
 def test_repair_of_derived_features_needs_no_source(cache: Path) -> None:
-    info = (cache / "cache.json").read_text()
-    (cache / "cache.json").write_text(re.sub(r'"path": "[^"]*"', '"path": "/moved/away"', info))
+    info = read_json(cache / "cache.json")
+    del info["digest"]
+    write_json(cache / "cache.json", {**info, "source": {**info["source"], "path": "/moved/away"}})
     derive_pca(cache)
     damage(cache / "image/pca/pca/c/2/0/0")
     assert verify_cache(cache, VerifySettings(repair=True)).is_sound

@@ -1,4 +1,4 @@
-"""The page "Your own encoder of recordings, videos or points": its encoder passes its contract, its modality works."""
+"""The pages of encoders of one's own: their encoders pass their contracts, and a modality of one's own works."""
 
 import os
 import re
@@ -11,21 +11,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.testing.encoders import AudioEncoderContract
+from embedcache.testing.encoders import AudioEncoderContract, ImageEncoderContract
 from tests.blocks import ROOT, blocks_of
 
 PAGE = ROOT / "docs" / "howto" / "own_modality.md"
+IMAGES = ROOT / "docs" / "howto" / "own_encoder.md"
+MODULES = {"loudness": PAGE, "my_module": IMAGES}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _loudness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Save the first block of the page as `loudness.py` on the path."""
+def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Save the first block of each page as a module on the path."""
     folder = tmp_path_factory.mktemp("own")
-    (folder / "loudness.py").write_text(next(block.code for block in blocks_of(PAGE) if block.language == "python"))
+    for name, page in MODULES.items():
+        code = next(block.code for block in blocks_of(page) if block.language == "python")
+        (folder / f"{name}.py").write_text(code)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         yield
-    sys.modules.pop("loudness", None)
+    for name in MODULES:
+        sys.modules.pop(name, None)
 
 
 class TestLoudness(AudioEncoderContract):
@@ -36,6 +41,14 @@ class TestLoudness(AudioEncoderContract):
         return "loudness:open_loudness"
 
 
+class TestThumbnails(ImageEncoderContract):
+    has_weights = False
+
+    @pytest.fixture
+    def spec(self) -> str:
+        return "my_module:open_mine"
+
+
 def test_plugin_is_as_short_as_the_page_says() -> None:
     code = next(block.code for block in blocks_of(PAGE) if block.language == "python")
     lines = [line for line in code.splitlines() if line.strip()]
@@ -44,6 +57,7 @@ def test_plugin_is_as_short_as_the_page_says() -> None:
 
 def test_page_defines_the_contract_of_this_file() -> None:
     assert "class TestLoudness(AudioEncoderContract):\n    has_weights = False\n" in PAGE.read_text()
+    assert "class TestMine(ImageEncoderContract):\n    has_weights = False\n" in IMAGES.read_text()
 
 
 ENCODER = """

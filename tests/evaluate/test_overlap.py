@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embedcache.dataset.inputs import InputFeature
+from embedcache.dataset.pairs import read_items
 from embedcache.errors import CorruptError, DataError
 from embedcache.evaluate import overlap
-from embedcache.evaluate.overlap import training_items
+from embedcache.evaluate.overlap import ItemSet, training_items
 from embedcache.evaluate.retrieval import evaluate_retrieval, rank
-from embedcache.evaluate.runs import Run, load_runs, read_eval_split
+from embedcache.evaluate.runs import Run, load_runs, read_eval_split, read_run_split, run_input
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -103,6 +105,48 @@ def test_missing_training_cache_is_reported(cache_path: Path, run: Run, other: P
         match=r"cache: expected a cache that run .* was trained on, got another; name the caches it was trained on",
     ):
         evaluate_retrieval(other, [moved], RetrievalSettings(trained_on=(str(other),)))
+
+
+def test_only_the_selection_was_seen(cache_path: Path, other: Path, tmp_path: Path) -> None:
+    keys = [key for key in Cache(cache_path).samples["key"].to_pylist() if key != "00000"]  # which `other` has, too
+    (tmp_path / "keys.txt").write_text("\n".join(keys[:20]))
+    path = train_run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"))
+    (tmp_path / "keys.txt").unlink()
+    chosen = load_runs([path])[0]
+    seen = training_items(chosen, Cache(cache_path))["image"].items.samples
+    split = read_run_split(chosen, Cache(cache_path))
+    assert {split.keys[row] for row in seen} == {
+        key for key in keys[:20] if split.parts[split.keys.index(key)] == "train"
+    }
+    images = ItemSet(chosen_image(chosen, other), read_items([Cache(other)], [chosen_image(chosen, other)]))
+    found = overlap.find_overlap(chosen, Cache(other), {"image": images}, RetrievalSettings(part="all"))
+    assert found is not None
+    assert found.exact == 0
+    (path / "selection.txt").write_text("\n".join(keys[:21]))
+    with pytest.raises(CorruptError, match=r"selection\.txt: expected the selection that the run was trained on"):
+        training_items(chosen, Cache(cache_path))
+
+
+def chosen_image(run: Run, cache_path: Path) -> InputFeature:
+    return run_input(Cache(cache_path), run.config, "image")
+
+
+def test_training_caches_are_found_from_any_folder(
+    cache_path: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(cache_path.parent)
+    run = Path(shutil.copytree(train_run(Path("cache"), tmp_path / "here" / "run"), tmp_path / "here" / "moved"))
+    monkeypatch.chdir(tmp_path)
+    report = evaluate_retrieval(other, [run])
+    assert report.overlap is not None
+    assert (report.overlap.not_compared, report.overlap.exact > 0) == ([], True)
+    record = json.loads((run / "record.json").read_text())
+    record["settings"]["caches"] = ["gone"]
+    (run / "record.json").write_text(json.dumps(record))
+    assert evaluate_retrieval(other, [run]).overlap.not_compared == ["gone"]  # type: ignore[union-attr]
+    of_itself = evaluate_retrieval(cache_path, [run]).overlap
+    assert of_itself is not None
+    assert (of_itself.not_compared, of_itself.exact > 0) == ([], True)
 
 
 def test_record_without_caches_is_named(run: Run, other: Path, tmp_path: Path) -> None:

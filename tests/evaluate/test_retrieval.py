@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from embedcache.dataset.settings import SplitSettings
-from embedcache.errors import CorruptError, FingerprintError, SettingError
+from embedcache.errors import CorruptError, FingerprintError, SettingError, UnknownNameError
 from embedcache.evaluate.retrieval import _measure, compare_retrieval, evaluate_retrieval, rank
 from embedcache.evaluate.runs import group_by_recipe, load_runs
 from embedcache.evaluate.settings import RetrievalSettings
@@ -16,21 +16,35 @@ from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import PageItem, format_estimate
 from embedcache.reports.retrieval import query_examples, retrieval_json, retrieval_table
 from embedcache.sources import open_source
+from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
+FEATURES = {"image_feature": "open_toy/cls", "text_feature": "open_toy/mean"}
 
-def train_run(cache_path: Path, run_path: Path, *, seed: int = 0, shared_width: int = 16, split: str = "key") -> Path:
+
+def train_run(
+    cache_path: Path,
+    run_path: Path,
+    *,
+    seed: int = 0,
+    shared_width: int = 16,
+    split: str = "key",
+    selection: str | None = None,
+    language: str | None = None,
+) -> Path:
     settings = TrainSettings(
         model=ModelSettings(shared_width=shared_width, projector="linear", shrinkage=0.01),
         optimizer=OptimizerSettings(epochs=0),
         split=SplitSettings(kind=split, seed=seed),
+        selection=selection,
+        language=language,
         seed=seed,
     )
-    train(cache_path, run_path, image_feature="open_toy/cls", text_feature="open_toy/mean", settings=settings)
+    train(cache_path, run_path, settings=settings, **FEATURES)
     return run_path
 
 
@@ -86,7 +100,11 @@ def test_json_and_table(cache_path: Path, runs: list[Path]) -> None:
     assert report_json["num_images"] == 75
     columns, rows = retrieval_table({"run": report})
     assert columns == ["", "i2t R@1", "i2t R@5", "i2t R@10", "t2i R@1", "t2i R@5", "t2i R@10"]
-    assert [row[0] for row in rows] == ["run", "chance"]
+    assert [row[0] for row in rows] == ["run", "run, over seeds", "chance", "run, distinct", "chance, distinct"]
+    assert report_json["chance"]["i2t"]["r@5"] < report_json["distinct"]["chance"]["i2t"]["r@5"]
+    for direction in ("i2t", "t2i"):
+        low, high = report_json["over_seeds"][direction]["intervals"]["r@10"]
+        assert low < report_json[direction]["r@10"] < high
     assert format_estimate(Estimate(0.1234, 0, 1)) == "0.123 [0.000, 1.000]"
 
 
@@ -170,6 +188,8 @@ def test_recipes_are_named_and_compared(cache_path: Path, runs: list[Path], tmp_
         f"{runs[0]}, {runs[1]}": runs,
         str(other): [other],
     }
+    joined = [Path(shutil.copytree(run, tmp_path / f"r{seed}")) for seed, run in enumerate(runs)]
+    assert list(group_by_recipe(joined)) == ["r0, r1"]
     renamed = Path(shutil.copytree(other, tmp_path / "narrow-0"))
     assert group_by_recipe([runs[0], renamed, runs[1]]) == {"seed": runs, "narrow": [renamed]}
     settings = RetrievalSettings(check_overlap=False)
@@ -196,3 +216,42 @@ def test_intervals_are_over_near_duplicate_groups(cache_path: Path, runs: list[P
     (recalls, *_), (of_one_group, *_) = (_measure([one], "i2t") for one in (ranking, one_group))
     assert recalls["r@5"].high > recalls["r@5"].low
     assert of_one_group["r@5"].high == of_one_group["r@5"].low
+
+
+@pytest.fixture(scope="module")
+def multilingual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of eighty images with a caption in one of two languages each; the second encodes all captions alike."""
+    folder = write_images(tmp_path_factory.mktemp("s"), 80)
+    rows = ["file_name,caption,sprache"]
+    for number in range(80):
+        text = (folder / f"{number:05d}.txt").read_text().strip()
+        (folder / f"{number:05d}.txt").unlink()
+        rows.append(f"{number:05d}.png,{text},en" if number % 2 else f"{number:05d}.png,ein Bild,de")
+    (folder / "table.csv").write_text("\n".join(rows))
+    settings = SourceSettings(language_column="sprache")
+    path = folder.parent / "cache"
+    extract(open_source(folder / "table.csv", settings=settings), path, image_encoders=[IMAGE], text_encoders=[TEXT])
+    return path
+
+
+def test_run_of_a_language_is_evaluated_on_captions_of_any(
+    multilingual: Path, cache_path: Path, tmp_path: Path
+) -> None:
+    run = train_run(multilingual, tmp_path / "run", language="en")
+    with pytest.raises(UnknownNameError, match="have no language, expected en; use --language any"):
+        evaluate_retrieval(cache_path, [run])
+    report = evaluate_retrieval(cache_path, [run], RetrievalSettings(language=("any",)))
+    assert report.num_items["text"] == [300]
+    assert report.language is None
+    chosen, of_all = (
+        evaluate_retrieval(multilingual, [run], RetrievalSettings(part="all", language=language))
+        for language in ((), ("any",))
+    )
+    assert chosen.num_items["text"][0] == 40 < of_all.num_items["text"][0]
+
+
+def test_many_languages_are_named_where_a_strict_split_fails(multilingual: Path, tmp_path: Path) -> None:
+    settings = SplitSettings(kind="strict", image_cosine=0.999, text_cosine=-1.0)
+    advice = "its captions are in 2 languages, .*: use --language with one of de, en, or else raise"
+    with pytest.raises(SettingError, match=advice):
+        train(multilingual, tmp_path / "run", settings=TrainSettings(split=settings), **FEATURES)

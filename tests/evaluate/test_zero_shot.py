@@ -107,8 +107,10 @@ def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp
     report = evaluate_zero_shot(labeled, runs, prompts)
     columns, rows = zero_shot_table({"run": report})
     assert columns == ["", "top-1", "top-5", "mean per class"]
-    assert [row[0] for row in rows] == ["run", "chance"]
+    assert [row[0] for row in rows] == ["run", "run, over seeds", "chance"]
     report_json = zero_shot_json(report)
+    below, above = report_json["over_seeds"]["intervals"]["acc1"]
+    assert below <= report_json["intervals"]["acc1"][0] <= report_json["intervals"]["acc1"][1] <= above
     low, high = report_json["intervals"]["acc1"]
     assert low <= report_json["acc1"] <= high
     assert set(report_json["by_class"]) == set(COLOR_NAMES)

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ from safetensors.numpy import load_file
 from embedcache.arrays import Inputs
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.export.base import ExportRun, check_parity
+from embedcache.export.card import _metrics
 from embedcache.export.export import RECORD, export_run
 from embedcache.export.settings import ExportSettings
+from embedcache.export.transformers import copy_code
 from embedcache.projectors.saved import project
+from embedcache.provenance import write_json
 from tests.export.runs import make_run
 
 BLOCKED = """\
@@ -154,6 +158,45 @@ def test_card_content(run: Path, tmp_path: Path) -> None:
         "selection: none, all samples of the training part",
     ):
         assert words in card
+    weights = tmp_path / "out" / "model.safetensors"
+    assert weights.stat().st_mode == (tmp_path / "out" / "README.md").stat().st_mode
+
+
+def test_card_has_metrics_of_its_own_recipe_only(run: Path) -> None:
+    def report(runs: str, value: float, seeds: list[int]) -> dict[str, Any]:
+        by_seed = [value + seed / 100 for seed in seeds]
+        return {
+            "dataset": "birds", "task": "zeroshot_retrieval", "pretrained": runs,
+            "metrics": {"image_retrieval_recall@5": value}, "details": {"seeds": seeds, "recall_by_seed": by_seed},
+        }  # fmt: skip
+
+    opened = ExportRun.open(run)
+    own, other = report(f"x/{run.name},x/seed-1", 0.5, [0, 1]), report("x/other", 0.7, [0])
+    first = {**other, "details": {**other["details"], "others": {"mine": own}}}
+    for metrics in ([other, own], first):
+        text = _metrics(metrics, opened)
+        assert "0.5" in text
+        assert "0.7" not in text
+        assert (
+            "Means over the seeds 0, 1 of one recipe; this is seed 0, whose own mean recall or accuracy is 0.5." in text
+        )
+    assert "contains no metrics of this run" in _metrics(other, opened)
+
+
+def test_opened_modules_import_all_that_they_need(tmp_path: Path) -> None:
+    """transformers 4 copies only what a module imports itself."""
+    write_json(tmp_path / "preprocessor_config.json", {"image_processor_type": "EmbedcacheImageProcessor"})
+    model = "embedcache.export.hub_code.modeling_embedcache"
+    copy_code([model, "embedcache.projectors.heads"], tmp_path, "transformers")
+    for opened in ("modeling_embedcache", "image_processing_embedcache"):
+        own = _relative_imports(tmp_path / f"{opened}.py")
+        nested = set().union(*(_relative_imports(tmp_path / f"{name}.py") for name in own))
+        assert nested - {opened} <= own
+        compile((tmp_path / f"{opened}.py").read_text(), opened, "exec")
+
+
+def _relative_imports(path: Path) -> set[str]:
+    return set(re.findall(r"^\s*from\s+\.(\S+)\s+import", path.read_text(), re.MULTILINE))
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
@@ -204,6 +247,7 @@ from pathlib import Path
 from embedcache.errors import PathError
 from embedcache.export.export import export_run
 from embedcache.export.settings import ExportSettings
+from embedcache.export.transformers import copy_code
 run, folder = Path(sys.argv[1]), Path(sys.argv[2])
 print(export_run("safetensors", run, folder / "pair", ExportSettings(push_to_hub="me/pair")).url)
 try:

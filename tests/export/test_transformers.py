@@ -8,6 +8,7 @@ import torch
 from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
 from embedcache.export.export import export_run
+from embedcache.export.transformers import load_exported
 from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
@@ -63,6 +64,19 @@ def test_has_the_interface_of_clip(tiny: dict[str, str], tmp_path: Path) -> None
     ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(TEXTS[0])["input_ids"]
     assert ids == inputs["input_ids"][0, : len(ids)].tolist()
     assert not (folder / "embedcache").exists()
+
+
+def test_weights_of_other_names_are_refused(tiny: dict[str, str], tmp_path: Path) -> None:
+    """As those of a class whose attention has other names in another version of transformers: not random weights."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    export_run("transformers", make_run(tmp_path / "run", (tiny["dino"], "cls"), (tiny["bert"], "mean")), folder)
+    weights = load_file(folder / "model.safetensors")
+    renamed = {name.replace("attention", "attn"): value for name, value in weights.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"has other names for \d+ weights of the encoders, .*pip install transform"):
+        load_exported(folder)
 
 
 class Own(torch.nn.Module):

@@ -128,7 +128,7 @@ def test_invalid_request_is_rejected_before_indexing(
     [
         ({"engine": "rays"}, "engine: expected one of local, ray, got 'rays'"),
         ({"actors": 0}, "actors: expected a whole number of at least 1, got 0"),
-        ({"threads": 0}, "threads: expected a whole number of at least 1, got 0"),
+        ({"threads": 0}, "threads: expected a whole number from 1 to 1024, got 0"),
         *(({"shard": shard}, "shard: expected i/n") for shard in ("4/4", "1", "a/b", "-1/2", "0/0")),
     ],
 )

@@ -137,7 +137,7 @@ def train_projector(run: Path, name: str) -> None:
 def select(out: Path | str, method: str) -> None:
     """Select samples of `cache` by a method of `SELECTIONS`; the golden file still spells one of them `k-centre`."""
     name = method.replace("centre", "center")
-    embedcache("curate", "select", "cache", out, f"--method {name}", SELECTIONS[method])
+    embedcache("curate", "select", "cache", out, f"--method {name} --overwrite", SELECTIONS[method])
 
 
 def build_index(index: str) -> str:
@@ -162,13 +162,13 @@ def sweep(study: str, num_trials: int) -> dict[str, Any]:
 
 def deduplicate(kept: Path | str, report: Path | str) -> None:
     """Write a selection of `cache` without near-duplicates."""
-    embedcache("curate", "dedup", "cache", kept, f"--cosine 0.995 --output {report} --feature open_toy/cls")
+    embedcache("curate", "dedup", "cache", kept, f"--cosine 0.995 --output {report} --feature open_toy/cls --overwrite")
 
 
 def find_leaks(clean: Path | str, report: Path | str) -> None:
     """Write a selection of `cache` without the samples that are in `other`."""
     features = "--image-feature open_toy/cls --text-feature open_toy/mean --image-cosine 0.995 --text-cosine 0.9"
-    embedcache("curate", "leaks", "cache", "other", clean, f"--output {report} {features}")
+    embedcache("curate", "leaks", "cache", "other", clean, f"--output {report} {features} --overwrite")
 
 
 def measure(out: Path) -> Iterator[tuple[str, Any]]:
@@ -179,13 +179,14 @@ def measure(out: Path) -> Iterator[tuple[str, Any]]:
     """
     path = out / "figures.json"
     for part in ("test", "all"):
-        embedcache("evaluate", "retrieval", "cache", "run", f"--part {part} --output {path}")
+        embedcache("evaluate", "retrieval", "cache", "run", f"--part {part} --output {path} --overwrite")
         yield f"retrieval {part}", read_json(path)
-    embedcache("evaluate", "zero-shot", "cache", "run", f"--prompts concepts --part all --output {path}")
+    options = f"--prompts concepts --part all --output {path} --overwrite"
+    embedcache("evaluate", "zero-shot", "cache", "run", options)
     yield "zero-shot", read_json(path)
     for name, thresholds in COVERAGES.items():
         of_run = "--run run --selection selection.parquet"
-        embedcache("curate", "coverage", "cache", "concepts", f"{of_run} {thresholds} --output {path}")
+        embedcache("curate", "coverage", "cache", "concepts", f"{of_run} {thresholds} --output {path} --overwrite")
         yield f"coverage, {name}", read_json(path)
     yield "search by text", search("index", *QUERIES, "-k", "5")
     yield "search by key", search("index", "--query-key 00002", "-k", "5")
@@ -265,8 +266,9 @@ def rows_of(selection: Path | str) -> list[int]:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
+    """Read a JSON file, without the mark of a report."""
+    value = json.loads(path.read_text())
+    return {name: part for name, part in value.items() if name != "generator"} if isinstance(value, dict) else value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -73,7 +73,7 @@ def test_points_of_captions(labeled: Path, tmp_path: Path) -> None:
 
 def test_existing_file_or_few_points_raise(labeled: Path, tmp_path: Path) -> None:
     (tmp_path / "atlas.parquet").write_text("mine")
-    with pytest.raises(PathError, match="exists already"):
+    with pytest.raises(PathError, match="is no output of embedcache"):
         write(labeled, tmp_path / "atlas.parquet")
     (tmp_path / "three.txt").write_text("\n".join(f"{row:032x}" for row in range(3)))
     rows = export_of(labeled, modality="image", selection=tmp_path / "three.txt")

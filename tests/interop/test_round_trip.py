@@ -80,7 +80,7 @@ def test_existing_output_is_not_overwritten(form: str, labeled: Path, tmp_path: 
     path.mkdir() if form != "parquet" else None
     other = path if form == "parquet" else path / "other"
     other.write_text("mine")
-    with pytest.raises(PathError, match="not empty|exists already"):
+    with pytest.raises(PathError, match="not empty|is no output of embedcache"):
         write(export_of(labeled), path)
     assert other.read_text() == "mine"
     assert [entry.name for entry in tmp_path.iterdir()] == [name]

@@ -1,4 +1,5 @@
 import doctest
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -8,8 +9,15 @@ from sklearn.metrics import average_precision_score
 
 from embedcache.errors import DataError
 from embedcache.metrics import ranking as ranks_module
-from embedcache.metrics.intervals import bootstrap_mean
-from embedcache.metrics.ranking import average_precisions, best_ranks, chance_recall, negatives_before, recall_at
+from embedcache.metrics.intervals import bootstrap_mean, effective_number, over_seeds
+from embedcache.metrics.ranking import (
+    average_precisions,
+    best_ranks,
+    chance_recall,
+    negatives_before,
+    recall_at,
+    tied_chance_recall,
+)
 
 
 def test_docstring_examples() -> None:
@@ -70,6 +78,46 @@ def test_chance_recall_matches_enumeration(num_positives: list[int], num_candida
     draws = [rng.permutation(num_candidates)[:k] for _ in range(1000)]
     counted = np.mean([[(draw < count).any() for draw in draws] for count in num_positives])
     assert chance_recall(np.array(num_positives), num_candidates, k) == pytest.approx(counted, abs=0.07)
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=6), st.integers(1, 8), st.integers(0, 1000))
+def test_tied_chance_matches_enumeration(sizes: list[int], k: int, seed: int) -> None:
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    rng = np.random.default_rng(seed)
+    relation = rng.random((3, len(sizes))) < 0.4
+    relation[np.arange(3), rng.integers(len(sizes), size=3)] = True
+    counted = []
+    for positive in relation:
+        for order in permutations(range(len(sizes))):
+            first = next(place for place, group in enumerate(order) if positive[group])
+            counted.append(sum(sizes[group] for group in order[:first]) < k)
+    assert tied_chance_recall(np.nonzero(relation[:, groups]), groups * 7, k) == pytest.approx(np.mean(counted))
+
+
+def test_tied_chance_of_distinct_candidates_is_chance() -> None:
+    query_M, candidate_M = np.array([0, 0, 1, 2]), np.array([0, 4, 7, 2])
+    for k in (1, 5, 10):
+        expected = chance_recall(np.bincount(query_M), 40, k)
+        assert tied_chance_recall((query_M, candidate_M), np.arange(40), k) == pytest.approx(expected)
+
+
+def test_interval_over_seeds_holds_chance_as_often_as_it_should() -> None:
+    """The interval over items alone excludes the truth where seeds differ."""
+    rng = np.random.default_rng(0)
+    inside = {"items": 0, "seeds": 0}
+    for trial in range(100):
+        truth = np.clip(0.3 + 0.05 * rng.standard_normal(3), 0, 1)
+        hits_RM = rng.random((3, 200)) < truth[:, None]
+        items = bootstrap_mean(hits_RM.ravel(), np.tile(np.arange(200), 3), num_draws=200, seed=trial)
+        seeds = over_seeds(items, hits_RM.mean(axis=1).tolist(), has_same_items=True)
+        inside["items"] += items.low <= 0.3 <= items.high
+        inside["seeds"] += seeds.low <= 0.3 <= seeds.high
+    assert inside["seeds"] >= 90 > inside["items"]
+
+
+def test_effective_number_of_repeated_queries() -> None:
+    assert effective_number(np.array([5, 5, 5, 5])) == 1
+    assert effective_number(np.arange(7)) == 7
 
 
 def test_bootstrap_interval_coverage() -> None:

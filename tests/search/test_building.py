@@ -13,6 +13,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.repair import retry_failed
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import partial_path
+from embedcache.progress import NullProgress
 from embedcache.search import building
 from embedcache.search.faiss_index import read_index
 from embedcache.search.index import build_index, read_card
@@ -83,6 +84,29 @@ def test_resume_after_kill_is_identical(
     assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "whole")
     names = {path.name for path in (tmp_path / "index").iterdir()}
     assert names == {".lock", "index.faiss", "card.json", "record.json"} or pattern == r"card\.json"
+
+
+class Stop(NullProgress):
+    """Interrupts the build after two chunks."""
+
+    chunks = 0
+
+    def advance(self, count: int) -> None:
+        self.chunks += 1
+        if self.chunks > 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,SQ8"])
+def test_unreadable_unfinished_index_is_absent(cache_path: Path, tmp_path: Path, factory: str) -> None:
+    settings = IndexSettings(factory=factory, checkpoint_s=0, **FEATURE)
+    build_index(cache_path, tmp_path / "whole", settings)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(cache_path, tmp_path / "index", settings, progress=Stop())
+    for name in ("index.partial.faiss", "index.faiss"):  # what a full disk once left
+        (tmp_path / "index" / name).write_bytes(bytes_of(tmp_path / "whole")[:-100])
+    assert build_index(cache_path, tmp_path / "index", settings).num_vectors == 300
+    assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def test_same_numbers_or_a_clear_error(folder: Path, seed: int) -> None:
         and path.parent.name != "records"
     ]
     num_refused = 0
-    for number in range(400 if seed else 24):
+    for number in range(400 if seed else 16):
         path, kind = files[rng.integers(len(files))], KINDS[rng.integers(len(KINDS))]
         alike = [other for other in files if other.suffix == path.suffix and other != path]
         other = alike[rng.integers(len(alike))] if alike else path
@@ -118,5 +118,5 @@ def test_same_numbers_or_a_clear_error(folder: Path, seed: int) -> None:
             assert findings, what
         for file, content in before.items():
             file.write_bytes(content)
-    assert num_refused > 8
+    assert num_refused > 5
     assert list(read_all(folder)) == expected

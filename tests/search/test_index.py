@@ -1,12 +1,21 @@
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from embedcache.arrays import normalize
-from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
+from embedcache.errors import (
+    CorruptError,
+    DataError,
+    DiskFullError,
+    FingerprintError,
+    PathError,
+    SettingError,
+)
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair
@@ -173,6 +182,41 @@ def test_failed_items_are_not_indexed(tmp_path: Path) -> None:
         assert found[0, 0] == row
     _, found = index.search(normalize(vectors[:1]), 29, {})
     assert 4 not in found
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [("HNSW0", "400 vectors of width 48, got 'HNSW0': it ends with SIG"), ("IVF99999999,Flat", "1 to 400 lists")],
+)
+def test_factory_that_ends_the_process_raises(factory: str, words: str) -> None:
+    with pytest.raises(SettingError, match=f"factory: expected .*{words}"):
+        faiss_index.check_factory(factory, 48, 400)
+
+
+def test_list_numbers_and_safe_factories() -> None:
+    for factory in ("IVF0,Flat", "IVF401,SQ8", "PCA8,IVF0,Flat"):
+        with pytest.raises(SettingError, match="expected 1 to 400 lists"):
+            faiss_index.check_factory(factory, 48, 400)
+    assert all(map(faiss_index._SAFE.fullmatch, ("Flat", "HNSW32", "IVF4_HNSW32,SQfp16", "RaBitQ,Refine(SQ8)")))
+    assert not any(map(faiss_index._SAFE.fullmatch, ("HNSW0", "HNSW1", "HNSW99999", "IVF4_HNSW0,Flat", "LSQ0x8")))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_full_disk_leaves_no_index(tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=False).returncode:
+        pytest.skip("this machine does not let tests mount a small disk")
+    try:
+        index = faiss_index.make_index("Flat", 48)
+        index.add(np.arange(400), np.zeros((400, 48), np.float32))
+        for name in ("index.faiss", "index.partial.faiss"):
+            with pytest.raises(DiskFullError, match="free some space and rerun the same command"):
+                index.write(tmp_path / name)
+        assert not list(tmp_path.iterdir())
+        subprocess.run(["mount", "-o", "remount,size=1m", tmp_path], check=True)
+        index.write(tmp_path / "index.faiss")
+        assert len(read_index(tmp_path / "index.faiss")) == 400
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_invalid_settings_raise(cache_path: Path, tmp_path: Path) -> None:

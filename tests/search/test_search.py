@@ -10,6 +10,7 @@ from embedcache.dataset.inputs import open_input
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair, project
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries, read_vectors
@@ -21,7 +22,7 @@ from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSet
 from embedcache.train.train import train
 from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
-from tests.toy import TEXT
+from tests.toy import IMAGE, TEXT
 
 
 def test_search_equals_brute_force(cache_path: Path, run_path: Path, index_path: Path) -> None:
@@ -170,6 +171,17 @@ def test_query_image_of_text_index(cache_path: Path, image_folder: Path, run_pat
     texts = project(pair.tower("text"), Inputs(cache.feature("text", "open_toy/mean").load()))
     (hits,) = search(tmp_path / "index", Queries(images=[image_folder / "00005.png"]), SearchSettings(k=3))
     np.testing.assert_allclose([hit.score for hit in hits], -np.sort(-(texts @ image[0]))[:3], atol=2e-3)
+
+
+def test_query_image_is_seen_through_the_view(image_folder: Path, tmp_path: Path) -> None:
+    settings = ExtractSettings(views=("crop:0.5",))
+    for name in ("00005", "00012"):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        shutil.copy(image_folder / f"{name}.png", tmp_path / "s")
+    extract(open_source(tmp_path / "s"), tmp_path / "cache", image_encoders=[IMAGE], settings=settings)
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy@crop-0.5/cls"))
+    (hits,) = search(tmp_path / "index", Queries(images=[image_folder / "00005.png"]), SearchSettings(k=1))
+    assert (hits[0].key, hits[0].score) == ("00005", pytest.approx(1, abs=1e-3))
 
 
 @pytest.fixture(scope="module")

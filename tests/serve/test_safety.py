@@ -420,7 +420,7 @@ def test_invalid_settings_raise() -> None:
         ("port: expected .* from 0 to 65535, got 70000", {"port": 70000}),
         ("token: expected at least 16 characters, got 5", {"token": "short"}),
         ("token: expected ASCII letters", {"token": "with a space in the middle"}),
-        ("timeout: expected a number above 0, got 0", {"timeout": 0}),
+        ("timeout: expected a number above 0 and of at most 86400, got 0", {"timeout": 0}),
         ("max_pixels: expected .*, got -1", {"max_pixels": -1}),
     ):
         with pytest.raises(SettingError, match=message):

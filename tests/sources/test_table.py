@@ -80,6 +80,22 @@ def test_several_caption_columns(tmp_path: Path, names: tuple[str, str]) -> None
     assert [item.text for item in sample.texts] == ["a", "b"]
 
 
+def test_blank_captions_of_one_column_are_kept(tmp_path: Path) -> None:
+    """They are reported as failed items; of several columns, blank cells are dropped."""
+    source = open_source(write_parquet(tmp_path / "t.parquet", caption=[["a", " "]]))
+    assert [[text.text for text in sample.texts] for sample in source.samples()] == [["a", ""]]
+    source = open_source(write_parquet(tmp_path / "u.parquet", caption_1=["a"], caption_2=[" "]))
+    assert [[text.text for text in sample.texts] for sample in source.samples()] == [["a"]]
+
+
+def test_language_column(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", caption=["a dog", "ein Hund", "x"], sprache=["en", "de", None])
+    source = open_source(path, settings=SourceSettings(language_column="sprache"))
+    assert [text.language for sample in source.samples() for text in sample.texts] == ["en", "de", None]
+    with pytest.raises(SourceError, match="--language-column lang: no such column in .*; it has caption, sprache"):
+        next(iter(open_source(path, settings=SourceSettings(language_column="lang")).samples()))
+
+
 def test_csv_cells_stay_text(tmp_path: Path) -> None:
     write(tmp_path, {"t.tsv": "key\tcaption\n007\ta, b\n"})
     (sample,) = open_source(tmp_path / "t.tsv").samples()

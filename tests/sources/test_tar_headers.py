@@ -52,6 +52,17 @@ def test_members_equal_those_of_tarfile(entries: list[tuple[str, int, bytes, flo
     assert ours(data) == by_tarfile(data)
 
 
+@pytest.mark.parametrize("magic", [b"ustar\x0000", b"ustar  \0", bytes(8)], ids=["posix", "gnu", "old"])
+def test_prefix_is_read_as_by_tarfile(magic: bytes) -> None:
+    """Whatever the magic says: a GNU header has times where POSIX has the prefix, and tarfile reads them as one."""
+    header = bytearray(write([("name", 3, tarfile.REGTYPE, 0)], "ustar"))
+    header[257:265], header[345:348] = magic, b"123"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:BLOCK_BYTES])
+    assert ours(bytes(header)) == by_tarfile(bytes(header))
+    assert [member.name for member in ours(bytes(header))] == ["123/name"]
+
+
 @given(st.lists(files, min_size=1, max_size=4), st.sampled_from(sorted(FORMATS)), st.data())
 def test_truncated_tar_raises(entries: list[tuple[str, int, bytes, float]], form: str, data: st.DataObject) -> None:
     whole = write([(f"n{name}", *rest) for name, *rest in entries], form)

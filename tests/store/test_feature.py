@@ -9,13 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.errors import CorruptError, DataError, FingerprintError, UnfinishedError
+from embedcache.files import open_path
+from embedcache.store import arrays
 from embedcache.store import group as group_module
+from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.layout import write_info
 from embedcache.store.writer import cast_item, commit_chunk, withdraw, write_feature_chunk
 from tests.store.features import random_items, write_feature
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "cache-1"
 SHAPES = {"vector": (5,), "tokens": (3, 4), "ragged": (-1, 4)}
 
 
@@ -270,6 +274,17 @@ def test_integers_read_back(tmp_path: Path, item_shape: tuple[int, ...]) -> None
 
 def test_cast_item_large_value_in_float32() -> None:
     assert cast_item(np.full(3, 70_000, np.float32), (3,), "float32", "a/b").max() == 70_000
+
+
+def test_open_chunks_of_a_remote_feature_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = open_path("memory://tests-of-store/cache")
+    root.fs.put(f"{GOLDEN}/", root.path, recursive=True)  # type: ignore[attr-defined]
+    feature, local = (Cache(path).feature("image", "open_toy/cls") for path in (root, GOLDEN))
+    chunk_bytes = feature.group.info.chunk_size * feature.shape[-1] * 2
+    monkeypatch.setattr(arrays, "_REMOTE_BYTES", 2 * chunk_bytes)
+    rows = np.flatnonzero(feature.valid)
+    np.testing.assert_array_equal(feature.gather(rows), local.gather(rows))
+    assert len(feature._maps) == 2 < feature.group.info.num_chunks("image")
 
 
 def test_token_chunk_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ INVALID = {
     "range out of bounds": ("[space]\ndropout = {low = 0.1, high = 1.5}", r"dropout = 1\.5: .*below 1, got 1\.5"),
     "fixed fraction of epochs": (
         "[fixed]\nepochs = 2.5\n[space]\ndropout = [0.1]",
-        r"epochs: expected a whole number of at least 0, got 2\.5",
+        r"epochs: expected a whole number from 0 to 1000000, got 2\.5",
     ),
     "text for a number": ("[space]\ndropout = [0.1, 'high']", "dropout: expected a number .*got 'high'"),
     "floats for whole numbers": (

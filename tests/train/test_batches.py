@@ -51,6 +51,14 @@ def test_batches_have_at_least_two_samples(samples: int, size: int, expected: in
     assert Batches(make_pairs(samples, seed=0), batch_size=size, seed=0).num_steps == expected
 
 
+@pytest.mark.parametrize("samples", [6, 7])
+def test_mixup_leaves_out_the_odd_item(samples: int) -> None:
+    (batch,) = Batches(make_pairs(samples, seed=0), batch_size=samples, seed=0, mixup=1.0).epoch(0)
+    assert [len(batch.samples), len(batch.first_rows), len(batch.second_rows)] == [6, 6, 6]
+    assert (batch.first_rows - 100 == batch.samples).all()
+    assert set(range(3)) == set(batch.positives[0].tolist())
+
+
 def test_epochs_differ_in_order_and_captions() -> None:
     pairs = make_pairs(50, seed=0)
     first, second = (

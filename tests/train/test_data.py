@@ -77,6 +77,19 @@ def test_selection_limits_the_training_part(cache_path: Path, tmp_path: Path) ->
     }
     assert (tmp_path / "text/model.safetensors").read_bytes() == (tmp_path / "table/model.safetensors").read_bytes()
     assert tables.recalls == texts.recalls
+    held_out = 100 - texts.num_samples["train"]
+    assert f"WARNING: {held_out} of the selected samples are held out" in texts.line(tmp_path / "text")
+    assert "WARNING" not in whole.line(tmp_path / "whole")
+    whole_part = run(cache_path, tmp_path / "part", selection=str(tmp_path / "whole/split.parquet"), epochs=1)
+    assert (whole_part.num_samples, whole_part.num_held_out) == (whole.num_samples, 0)
+
+
+def test_training_that_is_no_better_than_its_start_names_a_remedy(cache_path: Path, tmp_path: Path) -> None:
+    worse = run(cache_path, tmp_path / "worse", epochs=1, lr=1e-12)
+    assert worse.best_epoch == 0
+    assert "no epoch was better on validation than the initialization; with " in worse.line(tmp_path)
+    assert worse.line(tmp_path).endswith("raise --dropout, such as 0.5, or lower --lr, such as 0.0001")
+    assert "WARNING" not in run(cache_path, tmp_path / "start", epochs=0).line(tmp_path)
 
 
 def test_selection_file_is_checked(cache_path: Path, tmp_path: Path) -> None:

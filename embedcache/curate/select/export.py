@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, ItemError, PathError
-from embedcache.files import building, replacing, write_atomic
+from embedcache.files import building
+from embedcache.outputs import check_output, new_output, write_output
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import FileItem, Source
 from embedcache.sources.open import reopen_source
@@ -36,27 +37,26 @@ def export_selection(
 
     Raises:
         DataError: a key is not in the cache, or, for `datacomp`, not a uid.
-        PathError: the selection does not exist; for `webdataset`, the folder exists, or the source does not.
+        PathError: the selection does not exist, the file or, for `webdataset`, the folder exists, or the source does
+            not.
     """
+    if format_name != "webdataset":
+        check_output(out_path)
     cache = Cache(cache_path)
     rows = read_selection(selection, [cache])
     if format_name == "webdataset":
         write_shards(cache, rows, out_path, progress=progress)
         return len(rows)
-    if out_path.is_dir():
-        raise PathError(
-            f"{out_path}: expected a file for --format {format_name}, got a folder; give the path of a file"
-        )
     all_keys = cache.samples["key"].to_pylist()
     keys = [all_keys[row] for row in rows.tolist()]
     if format_name == "keys":
         broken = [key for key in keys if "\n" in key]
         if broken:
             raise DataError(f"expected keys without line breaks, got {len(broken):,} with one, first {broken[0]!r}")
-        write_atomic(out_path, "".join(f"{key}\n" for key in keys).encode())
+        write_output(out_path, "".join(f"{key}\n" for key in keys).encode())
     else:
         uids = to_uids(keys)
-        with replacing(out_path) as temporary, temporary.open("wb") as file:
+        with new_output(out_path) as temporary, temporary.open("wb") as file:
             np.save(file, uids)
     return len(rows)
 

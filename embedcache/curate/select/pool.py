@@ -79,7 +79,10 @@ class Pool:
         """Concepts in the space of the vectors."""
         if self._settings.concepts is None:
             raise SettingError("concepts: expected a cache of concepts, got none; give --concepts CACHE")
-        return open_concepts(Cache(self._settings.concepts), self.vectors, join_names=self._settings.join_names)
+        settings = self._settings
+        return open_concepts(
+            Cache(str(settings.concepts)), self.vectors, label=settings.label, join_names=settings.join_names
+        )
 
     @cached_property
     def target(self) -> Vectors:

@@ -30,6 +30,7 @@ SELECTORS = Registry(
         "top-score": "embedcache.curate.select.baselines:TopScoreSelector",
     },
     group="embedcache.selectors",
+    arguments=0,
 )
 
 

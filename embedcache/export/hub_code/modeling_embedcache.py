@@ -56,6 +56,19 @@ class EmbedcacheModel(transformers.PreTrainedModel):  # type: ignore[misc]
             module._non_persistent_buffers_set.clear()  # the weights file holds every tensor that affects the output
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *names: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """Load the model; RuntimeError if this version of transformers has other names for the encoders' weights."""
+        model, info = super().from_pretrained(*names, output_loading_info=True, **options)
+        if info["missing_keys"] or info["unexpected_keys"]:
+            missing = sorted(info["missing_keys"] or info["unexpected_keys"])
+            written_with = getattr(model.config, "transformers_version", None) or "VERSION"
+            raise RuntimeError(
+                f"transformers {transformers.__version__} has other names for {len(missing)} weights of the encoders, "
+                f"such as {missing[0]}; install the version that wrote them: pip install transformers=={written_with}"
+            )
+        return (model, info) if output_loading_info else model
+
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: every weight is loaded from the file."""
 

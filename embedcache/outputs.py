@@ -1,0 +1,101 @@
+"""Files that a user names to write to: reports, selections, exports. None replaces what embedcache did not write.
+
+What embedcache writes there carries a mark: `"generator": "embedcache"` at the start of JSON, the same as `<meta>` of a
+page, and the cache it belongs to in the schema metadata `embedcache` of Parquet. Formats without room for a mark (text,
+`.npy`, subtitles) are never replaced.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from embedcache.errors import PathError
+from embedcache.files import is_remote, remove_leftovers, replacing
+
+MARK = {"generator": "embedcache"}
+_HEAD_BYTES = 1000
+_MARKED = re.compile(
+    rb'\s*(\[\s*)?\{\s*"generator": "embedcache"'
+    rb'|<!doctype html>.*(<meta name="generator" content="embedcache">|:root \{ --ink: #1f2933;)',
+    re.DOTALL,
+)
+"""Beginnings of JSON and of pages; the first pages had no `<meta>`, but this style."""
+_REMOVED = ["row", "key", "kept_row", "kept_key", "cosine", "is_copy"]
+"""Columns of the samples that dedup removes; these tables had no metadata at first."""
+
+
+def check_output(path: Path, *, overwrite: bool = True) -> None:
+    """Check that an output may be written to a path.
+
+    Args:
+        path: the file.
+        overwrite: whether it may replace an output of embedcache.
+
+    Raises:
+        PathError: the file exists and is not such an output, or must not be replaced; or the path is a folder, a link
+            or a device.
+    """
+    exists = path.exists() if is_remote(path) else os.path.lexists(path)
+    if not exists:
+        return
+    if path.is_dir():
+        raise PathError(f"{path}: expected a file, got a folder; name a file in it")
+    if not _is_output(path):
+        raise PathError(
+            f"{path}: expected a new file, got one that exists and is no output of embedcache that can be recognized; "
+            "name another file, or remove this one first"
+        )
+    if not overwrite:
+        raise PathError(f"{path}: expected a new file, got one that exists; name another file, or add --overwrite")
+
+
+@contextmanager
+def new_output(path: Path) -> Iterator[Path]:
+    """Create a temporary local path whose file becomes the output `path` after the block; see `check_output`.
+
+    After an error nothing is left; what a killed process left of the same output is removed.
+    """
+    check_output(path)
+    remove_leftovers(path)
+    with replacing(path) as temporary:
+        yield temporary
+        check_output(path)  # another process may have written it meanwhile
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write an output atomically; see `check_output`."""
+    with new_output(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_report_json(path: Path, record: Any) -> None:
+    """Write a report, an object or a list of objects, as JSON that carries the mark."""
+    is_list = isinstance(record, list)
+    marked = [{**MARK, **part} for part in record] if is_list else {**MARK, **record}
+    write_output(path, (json.dumps(marked, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _is_output(path: Path) -> bool:
+    """Return whether a file carries the mark of an output."""
+    if not is_remote(path) and (path.is_symlink() or not path.is_file()):
+        return False
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+        return _is_marked_parquet(file) if head.startswith(b"PAR1") else _MARKED.match(head) is not None
+
+
+def _is_marked_parquet(file: Any) -> bool:
+    """Return whether a table's metadata says which cache it belongs to, as that of selections and exports does."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(file)
+        record = json.loads((schema.metadata or {}).get(MARK["generator"].encode(), b"{}"))
+    except (pa.ArrowException, OSError, ValueError):
+        return False
+    return schema.names == _REMOVED or (isinstance(record, dict) and "cache" in record)

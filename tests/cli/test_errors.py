@@ -1,0 +1,74 @@
+"""Errors of the operating system are one line, and nothing that is printed can control the terminal."""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedcache.cli import main
+from embedcache.cli.console import PlainProgress, print_json, print_line, print_table
+from embedcache.errors import visible
+from tests.cli.run import embedcache
+
+HOSTILE = "\x1b]0;owned\x07\x9b2J\u202eabc\ud800"
+
+
+@pytest.mark.parametrize(
+    "name", ["EIO", "ESTALE", "EFBIG", "EMFILE", "ENAMETOOLONG", "ENOLCK", "ENOTSUP", "EACCES", "EROFS", "ELOOP"]
+)
+def test_error_of_the_system_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(**_: str) -> None:
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "a/b")
+
+    monkeypatch.setattr(main, "app", fail)
+    done = embedcache("inspect", "a", cwd=tmp_path)
+    assert done.code == 1
+    assert done.stderr.startswith(f"error: a/b: {os.strerror(getattr(errno, name))}")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("inspect", "x" * 300), "File name too long; use shorter names"),
+        (("inspect", "caf\udce9"), r"expected arguments in UTF-8, got 'caf\udce9'"),
+        (("curate", "sample", "c", "s.txt", "1", "o.parquet", "--seed", "-1"), "greater than or equal to 0"),
+    ],
+)
+def test_bad_argument_is_refused(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = embedcache(*words, cwd=tmp_path)
+    assert done.code in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr
+
+
+def test_deleted_working_folder_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["embedcache", "inspect", "a"])
+    (tmp_path / "gone").mkdir()
+    os.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit, match="1"):
+        main.main()
+    assert capsys.readouterr().err == "error: the working folder does not exist any more; change to another one\n"
+
+
+def test_controls_are_printed_as_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert visible("a\tb\n" + HOSTILE) == "a\tb\n" + r"\x1b]0;owned\x07\x9b2J\u202eabc\ud800"
+    print_line(HOSTILE)
+    print_table(["a"], [[HOSTILE]], title=HOSTILE)
+    print_json({"caption": HOSTILE})
+    progress = PlainProgress()
+    progress.start(HOSTILE, 1, "items")
+    progress.note(HOSTILE)
+    progress.advance(1)
+    progress.finish()
+    shown = capsys.readouterr()
+    assert not any(visible(text) != text for text in (shown.out, shown.err))
+    text = shown.out[shown.out.index("{") :]
+    assert json.loads(text)["caption"] == HOSTILE

@@ -1,0 +1,97 @@
+"""Sources that never end or are too large: devices, pipes, brace patterns, tar headers and captions."""
+
+import io
+import os
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import pytest
+
+from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.interop.npy import open_npy
+from embedcache.sources import open_source
+from embedcache.sources.captions import CAPTION_ERROR, read_sidecar
+from embedcache.sources.images import decode_image
+from embedcache.sources.tar_headers import TarBytes, iter_members
+from embedcache.sources.webdataset import expand_braces
+from tests.sources.files import jpeg, write
+
+
+def test_devices_and_pipes_are_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "source", {"a.jpg": jpeg("red"), "b.jpg": jpeg("red")})
+    os.mkfifo(tmp_path / "pipe")
+    for name, target in (("c.png", "/dev/zero"), ("d.png", tmp_path / "pipe"), ("b.txt", tmp_path / "pipe")):
+        (tmp_path / "source" / name).symlink_to(target)
+    source = open_source(tmp_path / "source")
+    _, b, c, d = source.samples()
+    assert b.columns[CAPTION_ERROR] == f"cannot read b.txt: {tmp_path}/source/b.txt is not a regular file"
+    for sample in (c, d):
+        with pytest.raises(ItemError, match="is not a regular file"):
+            source.read(sample.images[0])
+    with pytest.raises(PathError, match="is not a regular file"):
+        open_npy(tmp_path / "pipe")
+
+
+def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": jpeg("red"), "a.txt": "red", "b.svg": "", "c.SVG": "", "d.pdf": "", "README": ""})
+    source = open_source(tmp_path, kind="folder")
+    for _ in range(2):
+        assert len(list(source.samples())) == 1
+        assert source.skipped == {".svg": 2, ".pdf": 1, "files without a suffix": 1}  # type: ignore[attr-defined]
+
+
+def test_brace_patterns_are_bounded(tmp_path: Path) -> None:
+    assert len(expand_braces("{00..11}-{a,b}.tar")) == 24
+    for pattern in ("{000..999999999}.tar", "{0..999}{0..999}{a,b}.tar"):
+        with pytest.raises(SourceError, match="expected at most 1,000,000 shards, got"):
+            open_source(str(tmp_path / pattern))
+
+
+def test_extended_headers_are_bounded() -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "x"}):
+        pass
+    extended = out.getvalue()[:1024]  # a header and its records
+    many = extended * 3000
+    large = bytearray(extended)
+    large[124:136] = b"%011o " % 2**30
+    large[148:156] = b"        "
+    large[148:156] = b"%06o\0 " % sum(large[:512])
+    for data, message in ((many, "too many extended headers at offset 0"), (bytes(large), "1,073,741,824 bytes")):
+        tar = TarBytes("a.tar", len(data), lambda offset, length, data=data: data[offset : offset + length])
+        with pytest.raises(SourceError, match=message):
+            list(iter_members(tar))
+
+
+def test_png_without_all_rows_is_refused() -> None:
+    def png(num_rows: int) -> bytes:
+        header = struct.pack(">IIBBBBB", 8, 64, 8, 2, 0, 0, 0)
+        pixels = zlib.compress((b"\0" + b"\xff" * 24) * num_rows)
+        chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+        ends = (struct.pack(">I", len(data)) + kind + data + _crc(kind + data) for kind, data in chunks)
+        return b"\x89PNG\r\n\x1a\n" + b"".join(ends)
+
+    assert decode_image(png(64)).getcolors(1) is not None
+    with pytest.raises(ItemError, match="truncated image: 1 of 64 rows"):
+        decode_image(png(1))
+
+
+def _crc(data: bytes) -> bytes:
+    return struct.pack(">I", zlib.crc32(data))
+
+
+def test_names_that_occur_twice_raise(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("key,caption,caption\n1,a,b\n")
+    (tmp_path / "a.jsonl").write_text('{"caption": "a", "caption": "b"}\n')
+    for name, message in (("a.csv", "'caption' twice"), ("a.jsonl", "line 1 is not valid JSON: a name occurs twice")):
+        with pytest.raises(SourceError, match=message):
+            list(open_source(tmp_path / name).samples())
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, '"\\ud800"', "[" * 100_000], ids=["digits", "half", "deep"])
+def test_bad_caption_file_is_a_row_with_a_reason(value: str) -> None:
+    sidecar = read_sidecar({".json": f'{{"caption": {value}}}'.encode()}, "a")
+    assert not sidecar.texts
+    assert str(sidecar.columns[CAPTION_ERROR]).startswith("a.json ")

@@ -1,0 +1,131 @@
+"""Outputs replace what embedcache wrote, and nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+
+from docs.hooks import leaves
+from embedcache.cli.main import app
+from embedcache.dataset.selections import Selection, write_selection
+from embedcache.errors import PathError
+from embedcache.outputs import check_output, new_output, write_report_json
+from embedcache.reports.base import write_report
+from embedcache.store.cache import Cache
+from tests.cli.run import embedcache, succeed
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_outputs_are_replaced(tmp_path: Path) -> None:
+    cache = Cache(GOLDEN / "cache-1")
+    for _ in range(2):
+        write_report_json(tmp_path / "object.json", {"loss": 1.0})
+        write_report_json(tmp_path / "list.json", [{"query": "a"}, {"query": "b"}])
+        write_report(tmp_path / "page.html", title="T" * 200, summary="", sections=[])
+        write_selection(tmp_path / "s.parquet", cache, Selection(rows=np.arange(2), reasons=["x"] * 2), {})
+    assert json.loads((tmp_path / "object.json").read_text()) == {"generator": "embedcache", "loss": 1.0}
+    for path in tmp_path.iterdir():
+        check_output(path)
+        with pytest.raises(PathError, match="add --overwrite"):
+            check_output(path, overwrite=False)
+
+
+def test_files_of_others_are_kept(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "cache-1", tmp_path / "cache")
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "mine.json").write_text('{"model": "embedcache"}')
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    pq.write_table(pa.table({"key": ["a"]}), tmp_path / "mine.parquet")
+    others = [path for path in tmp_path.rglob("*") if path.is_symlink() or path.is_file()]
+    assert len(others) > 20
+    for path in others:
+        with pytest.raises(PathError, match="is no output of embedcache"), new_output(path):
+            pass
+
+
+def test_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    def write() -> None:
+        with new_output(tmp_path / "a.txt") as temporary:
+            temporary.write_text("ours")
+            (tmp_path / "a.txt").write_text("mine")
+
+    with pytest.raises(PathError):
+        write()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+COMMANDS = [
+    "curate dedup C --output C/cache.json",
+    "curate dedup C --html C/samples.parquet",
+    "curate dedup C C/samples.parquet --copies",
+    "curate select C C/image/items.parquet --method random --budget 2",
+    "curate select C C/image/open_toy/chunks/00001.parquet --method random --budget 2",
+    "curate combine C keys.txt and keys.txt mine.parquet",
+    "curate sample C keys.txt 1 mine.parquet",
+    "curate leaks C C mine.parquet",
+    "curate export C keys.txt mine.txt",
+    "curate export C keys.txt mine.txt --format datacomp",
+    "export parquet C mine.parquet",
+    "export atlas C mine.parquet",
+    "import uids uids.npy C mine.parquet",
+    "evaluate retrieval C R --output C/zarr.json",
+    "inspect C --output mine.txt",
+    "search I cat --output link",
+    "transcribe R a.wav --vtt mine.txt",
+]
+WRITE_FOLDERS = {f"export {name} out" for name in ("clip-retrieval", "npy", "onnx", "open-clip", "safetensors")}
+WRITE_FOLDERS |= {"export sentence-transformers out", "export transformers out", "curate index out"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a cache `C` and files of a user, all of which must stay as they are."""
+    folder = tmp_path_factory.mktemp("mine")
+    shutil.copytree(GOLDEN / "cache-1", folder / "C")
+    (folder / "C" / "zarr.json").write_text("{}")
+    (folder / "mine.txt").write_text("mine")
+    pq.write_table(pa.table({"key": ["a"]}), folder / "mine.parquet")
+    (folder / "link").symlink_to("mine.txt")
+    return folder
+
+
+@pytest.mark.parametrize("overwrite", ["", " --overwrite"])
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_keep_files_of_others(folder: Path, line: str, overwrite: str) -> None:
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = embedcache(*f"{line}{overwrite}".split(), cwd=folder)
+    assert (done.code, done.stderr.count("\n")) == (1, 1)
+    assert "is no output of embedcache" in done.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_every_output_is_checked() -> None:
+    unchecked = {
+        f"{words.removeprefix('embedcache ')} {parameter.name}"
+        for words, command in leaves(typer.main.get_command(app))
+        for parameter in command.params
+        if parameter.name in ("out", "output", "html", "srt", "vtt") and parameter.callback is None
+    }
+    assert unchecked == WRITE_FOLDERS
+
+
+def test_overwrite_replaces_outputs_only(folder: Path, tmp_path: Path) -> None:
+    words = ("inspect", folder / "C", "--output", "report.json")
+    succeed(*words, cwd=tmp_path)
+    first = (tmp_path / "report.json").stat().st_ino
+    assert "expected a new file, got one that exists" in embedcache(*words, cwd=tmp_path).stderr
+    assert (tmp_path / "report.json").stat().st_ino == first
+    succeed(*words, "--overwrite", cwd=tmp_path)
+    assert (tmp_path / "report.json").stat().st_ino != first
+
+
+def test_one_file_for_two_outputs_raises(tmp_path: Path) -> None:
+    done = embedcache("evaluate", "pairs", "C", "--output", "x", "--html", "./x", cwd=tmp_path)
+    assert "--html: expected a file of its own, got x, which output names too" in done.stderr
