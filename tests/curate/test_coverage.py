@@ -13,7 +13,7 @@ from embedcache.curate import counting
 from embedcache.curate.coverage import CoverageReport, measure_coverage
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair, project
@@ -226,6 +226,8 @@ def test_warnings(cache_path: Path, prompts: Path) -> None:
 
 
 def test_invalid_coverage_raises(cache_path: Path, prompts: Path, labeled: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="name one of these features: open_toy/mean, open_toy/tokens$"):
+        measure_coverage(cache_path, prompts, CoverageSettings(modality="text"))
     with pytest.raises(
         SettingError, match="k: expected 1 to 300, the number of texts of .* with open_toy/mean, got 301"
     ):

@@ -22,6 +22,7 @@ from embedcache.errors import (
 )
 from embedcache.networks.saved import ModuleConfig, load_module, read_module_config
 from embedcache.projectors.saved import load_pair
+from embedcache.registry import trust_files
 from embedcache.reports.summary import summarize
 from embedcache.settings import from_flat
 from embedcache.store.cache import Cache
@@ -165,7 +166,8 @@ def test_run_of_changed_network_is_refused(finished: Path, tmp_path: Path, kind:
     shutil.copytree(finished, tmp_path / "run")
     config = json.loads((finished / "config.json").read_text())
     (tmp_path / "run/config.json").write_text(json.dumps({**config, "kind": kind}))
-    with pytest.raises(ArtifactError, match=rf"expected the network {kind} that this run was trained with.*{reason}"):
+    message = rf"expected the network {kind} that this run was trained with.*{reason}"
+    with trust_files(), pytest.raises(ArtifactError, match=message):
         load_module(tmp_path / "run")
 
 
