@@ -219,7 +219,7 @@ MISTAKES = [
     ("search index --query-concept red", "--concepts CACHE"),
     ("search cache x", "card.json"),
     ("curate dedup cache --cosine 0.9", "OUT: expected a .parquet file"),
-    ("curate dedup cache kept.parquet --cosine 95", "95"),
+    ("curate dedup cache fresh.parquet --cosine 95", "95"),
     ("curate leaks cache cache", "same samples"),
     ("verify cache --reencode 0", "--reencode: expected a number above 0"),
     ("inspect nowhere", "nowhere does not exist"),

@@ -86,7 +86,7 @@ def test_progress_and_what_was_used(folder: Path) -> None:
         ("run clip.mp4 --beam 0", "--beam: expected a whole number from 1 to 1000, got 0"),
         ("run clip.mp4 --window-s 1", "--window-s: expected a number from 2 to 600, got 1.0"),
         ("run clip.mp4 clip.wav --srt a.srt", "--srt: expected one recording, got 2; transcribe each alone"),
-        ("run clip.mp4 --srt .", "--srt .: expected a file, got a folder; .*"),
+        ("run clip.mp4 --srt .", ".: expected a file, got a folder; .*"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(words: str, message: str, folder: Path) -> None:

@@ -309,7 +309,7 @@ def test_both_modalities(cache_path: Path, prompts: Path, run_path: Path, tmp_pa
     for title in ("Images and captions", "Images: Gaps", "Texts: Gaps"):
         assert title in page
     with pytest.raises(SettingError, match="modality: expected image or text with a feature"):
-        CliRunner().invoke(app, [*words, "--feature", "x"], catch_exceptions=False)
+        CliRunner().invoke(app, [*words, "--overwrite", "--feature", "x"], catch_exceptions=False)
 
 
 def test_coverage_without_source(cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path) -> None:
