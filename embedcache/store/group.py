@@ -24,6 +24,7 @@ from embedcache.encoders.open import DERIVED
 from embedcache.errors import ArtifactError, CorruptError, DataError, EmbedcacheError, PathError, one_line
 from embedcache.files import flush, io_reason, is_remote, read_file, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
+from embedcache.sources.base import IMPORTED
 from embedcache.store.arrays import (
     CRC_BYTES,
     REPAIR,
@@ -136,6 +137,11 @@ class EncoderGroup:
     def is_derived(self) -> bool:
         """Whether the features were computed from other features of the cache."""
         return self.fingerprint.get("family") == DERIVED
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the vectors were imported: their hashes are those of the vectors, since nobody has the items."""
+        return self.fingerprint.get("family") == IMPORTED
 
     @property
     def command(self) -> str:

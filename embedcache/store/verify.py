@@ -90,7 +90,11 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
             findings += list(_check_chunk(cache, feature, chunk))
             progress.advance(1)
     progress.finish()
-    groups = {(feature.modality, feature.group.name): feature for feature in reversed(features)}
+    groups = {
+        (feature.modality, feature.group.name): feature
+        for feature in reversed(features)
+        if not feature.group.is_imported
+    }
     for modality in cache.info.num_items:
         findings += list(_check_items([groups[key] for key in sorted(groups) if key[0] == modality]))
     return findings

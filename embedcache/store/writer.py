@@ -81,7 +81,12 @@ def commit_chunk(
 
 
 def _check_same_items(group: EncoderGroup, hashes: Sequence[bytes | None], chunk: int, before: Commit | None) -> None:
-    """Check that the items are those of the stored features of this chunk, of this encoder and of all others."""
+    """Check that the items are those of the stored features of this chunk, of this encoder and of all others.
+
+    Imported vectors have no items to compare.
+    """
+    if group.is_imported:
+        return
     stored = {group.name: before} if before is not None else {}
     for other in group.siblings():
         with suppress(ArtifactError, PathError):  # damaged: `verify` reports it

@@ -64,7 +64,7 @@ def test_spec_folder_of_relative_path(tmp_path: Path, monkeypatch: pytest.Monkey
         ("tim:vit", "image", UnknownNameError, "unknown encoder family 'tim'; did you mean 'timm'.*module:attribute"),
         ("json:nonsense", "image", UnknownNameError, "unknown encoder family 'json'.*no attribute 'nonsense'"),
         ("json:JSONDecodeError.x", "image", UnknownNameError, "family"),
-        ("json:__name__", "image", SettingError, "expected a function.*got str"),
+        ("json:__name__", "image", SettingError, "expected a class or function.*it is a str"),
         ("lite:efficientnet-lite7", "image", UnknownNameError, "did you mean.*efficientnet-lite0"),
         ("lite:efficientnet-lite0", "text", SettingError, "expected an encoder of texts, got one of images"),
         ("lite:efficientnet-lite4", "image", EmbedcacheError, "pip install efficientnet-lite4-pytorch-model"),

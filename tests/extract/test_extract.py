@@ -87,14 +87,12 @@ def test_complete_encoder_is_left_alone(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "s", 6)
     run(folder, tmp_path / "c")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c/image/open_toy").rglob("*.parquet")}
-    whole = (folder / "00002.png").read_bytes()
-    (folder / "00002.png").write_bytes(b"x" * len(whole))  # cannot be decoded any more
     encoders = [IMAGE, "tests.toy:open_other"]
     extract(open_source(folder), tmp_path / "c", image_encoders=encoders, text_encoders=[TEXT])
     assert {path: path.stat().st_mtime_ns for path in before} == before
     cache = Cache(tmp_path / "c")
     assert cache.feature("image", "open_toy/cls").valid.all()
-    assert cache.feature("image", "open_other/cls").failures.keys() == {2}
+    assert cache.feature("image", "open_other/cls").valid.all()
 
 
 def test_equal_captions_have_equal_features(cache_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_damaged_index_raises(index_path: Path) -> None:
     for path in index_path.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     (copy / "index.faiss").write_bytes(b"xxxx")
-    with pytest.raises(CorruptError, match="expected a FAISS index"):
+    with pytest.raises(CorruptError, match="index.faiss: expected checksum"):
         search(copy, ["red"])
     card = json.loads((copy / "card.json").read_text())
     (copy / "card.json").write_text(json.dumps({**card, "format": 9}))
