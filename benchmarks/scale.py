@@ -39,9 +39,12 @@ _NUM_CONCEPTS, _NUM_TEST, _NUM_ADDED = 1000, 100_000, 1000
 _TARGET_GB, _START_S = 8.0, 5.0
 
 
+_CHUNK_SIZE = 2048  # of caches; pairs are whole chunks, since --extend compares the items of the last one
+
+
 def main(*, quick: bool, pairs: Sequence[int] = (), folder: str = "", commands: Sequence[str] = ()) -> None:
     """Print a table for each number of pairs, then the growth of each command from one to the next."""
-    sizes = list(pairs) or ([2000] if quick else list(SIZES))
+    sizes = [-(-size // _CHUNK_SIZE) * _CHUNK_SIZE for size in pairs or ([2000] if quick else SIZES)]
     results = {}
     for size in sizes:
         with TemporaryDirectory(dir=folder or None) as name:
@@ -108,7 +111,7 @@ def _write_data(folder: Path, num_pairs: int) -> None:
     write_table(folder / "test.parquet", num_test, first=num_pairs // 2, name="t")
     write_concepts(folder / "concepts.parquet", min(_NUM_CONCEPTS, num_pairs // 20))
     for name, first in (("test", num_pairs // 2), ("concepts", 0)):
-        write_features(folder / f"{name}.parquet", folder / name, first=first)
+        write_features(folder / f"{name}.parquet", folder / name, first=first, has_failures=name != "concepts")
     write_vectors(folder, num_pairs)
     write_images(folder / "images")
 
@@ -298,7 +301,7 @@ def open_made(spec: object, *, modality: str, settings: object) -> Made:
     return Made(modality)
 
 
-def write_features(table: Path, cache: Path, *, first: int = 0) -> None:
+def write_features(table: Path, cache: Path, *, first: int = 0, has_failures: bool = True) -> None:
     """Number the samples of a table and commit made vectors for them; one item in a hundred fails."""
     info = index(open_source(table), cache)
     for modality in info.num_items:
@@ -309,14 +312,23 @@ def write_features(table: Path, cache: Path, *, first: int = 0) -> None:
         for chunk in range(info.num_chunks(modality)):
             samples = first + _item_samples(cache, modality, chunk)
             rows = info.chunk_rows(modality, chunk)
-            failures = ["not an image" if row % 100 == 7 else None for row in range(rows.start, rows.stop)]
+            failures = [
+                "not an image" if has_failures and row % 100 == 7 else None for row in range(rows.start, rows.stop)
+            ]
             values = make_vectors(samples, modality)
             items = [None if reason else value for reason, value in zip(failures, values, strict=True)]
             copied = samples - (samples % 100 == 99)
             contents = (copied * 4 + np.concatenate([[0], np.diff(samples) == 0])).tolist()
-            hashes = [hash_item(f"{modality} {content}".encode()) for content in contents]
+            texts = _item_texts(cache, chunk) if modality == "text" else [f"image {content}" for content in contents]
+            hashes = [hash_item(text.encode()) for text in texts]
             commit_chunk(group, chunk, {"vector": items}, hashes, {"vector": failures})
         group.compact()
+
+
+def _item_texts(cache: Path, chunk: int) -> list[str]:
+    with pq.ParquetFile(cache / "text" / "items.parquet") as file:
+        texts: list[str] = file.read_row_group(chunk, columns=["text"])["text"].to_pylist()
+    return texts
 
 
 def _item_samples(cache: Path, modality: str, chunk: int) -> Ints:
