@@ -19,6 +19,7 @@ from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError
 from embedcache.files import replacing
 from embedcache.progress import NullProgress, Progress
+from embedcache.provenance import digest_file
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, to_array
@@ -75,16 +76,25 @@ def write_split(path: Path, split: Split) -> None:
         pq.write_table(table, temporary)
 
 
-def read_split(path: Path, caches: Sequence[Cache]) -> Split:
+def read_split(path: Path, caches: Sequence[Cache], *, sha256: str | None = None) -> Split:
     """Read the split of all or some of its caches. Samples that were appended to a cache later are in no part.
+
+    Args:
+        path: the file.
+        caches: caches whose samples are returned, one after another.
+        sha256: digest of the file in the config of its run; None: not compared.
 
     Raises:
         PathError: the file does not exist.
-        CorruptError: the file is not a split.
+        CorruptError: the file is not a split, or has another digest.
         DataError: the split belongs to other samples.
     """
     if not path.is_file():
         raise PathError(f"{path} does not exist; it is written by embedcache train")
+    if sha256 is not None and digest_file(path) != sha256:
+        raise CorruptError(
+            f"{path}: expected the split that the run was trained on, got another file; train again into a new folder"
+        )
     try:
         table = read_table(path)
         schema = pa.schema([column for column in _COLUMNS if column.name != "spine" or "spine" in table.column_names])

@@ -166,13 +166,7 @@ def was_trained_on(run: Run, cache: Cache) -> bool:
 
 def read_run_split(run: Run, cache: Cache) -> Split:
     """Read the split of a run for one of its caches."""
-    path = split_path(run.path)
-    if not path.is_file() or digest_file(path) != run.config.split_digest:
-        got = "another file" if path.is_file() else "no file"
-        raise CorruptError(
-            f"{path}: expected the split that the run was trained on, got {got}; train again into a new folder"
-        )
-    return read_split(path, [cache])
+    return read_split(split_path(run.path), [cache], sha256=run.config.split_digest)
 
 
 def read_run_selection(run: Run, cache: Cache) -> Ints | None:

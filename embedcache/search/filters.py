@@ -13,7 +13,7 @@ from embedcache.arrays import Array, Bools, Ints
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
 from embedcache.errors import UnknownNameError
-from embedcache.projectors.saved import split_path
+from embedcache.projectors.saved import read_config, split_path
 from embedcache.registry import unknown_name
 from embedcache.search.settings import Filter
 from embedcache.store.cache import Cache
@@ -30,8 +30,7 @@ class CacheFilters:
 
     def __init__(self, cache: Cache, modality: str, run_path: Path | None = None) -> None:
         self._cache, self._modality = cache, modality
-        path = None if run_path is None else split_path(run_path)
-        self._split_path = path if path is not None and path.is_file() else None
+        self._run_path = run_path if run_path is not None and split_path(run_path).is_file() else None
         self._samples: Ints = cache.items(modality, columns=["sample"])["sample"].to_numpy()
         self._column = lru_cache(maxsize=None)(self._read_column)
         self._languages = lru_cache(maxsize=None)(self._read_languages)
@@ -67,7 +66,7 @@ class CacheFilters:
     def _has_column(self, name: str) -> bool:
         if name == "language":
             return "text" in self._cache.info.num_items
-        return name in self._cache.columns or (name == "split" and self._split_path is not None)
+        return name in self._cache.columns or (name == "split" and self._run_path is not None)
 
     def _has_value(self, column: "_Column", values: Sequence[str], name: str) -> Bools:
         for value in values:
@@ -88,8 +87,9 @@ class CacheFilters:
     def _read_column(self, name: str) -> "_Column":
         if name in self._cache.columns:
             return _encode(self._cache.column(name))
-        if name == "split" and self._split_path is not None:
-            parts = to_array(read_split(self._split_path, [self._cache]).parts, pa.string())
+        if name == "split" and self._run_path is not None:
+            sha256 = read_config(self._run_path).split_digest
+            parts = to_array(read_split(split_path(self._run_path), [self._cache], sha256=sha256).parts, pa.string())
             return _encode(pa.chunked_array([pc.if_else(pc.equal(parts, ""), None, parts)]))
         raise UnknownNameError(
             f"--{_OPTIONS[name]}: expected a column {name!r} in {self._cache.path}, got the columns "

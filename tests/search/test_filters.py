@@ -1,6 +1,8 @@
 """A filtered search is an exact search among the items that pass."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import normalize
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.dataset.splits import read_split
-from embedcache.errors import DataError, SettingError, UnknownNameError
+from embedcache.dataset.splits import read_split, write_split
+from embedcache.errors import CorruptError, DataError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.search.faiss_index import make_index
 from embedcache.search.filters import CacheFilters
@@ -82,7 +84,7 @@ def test_selection(labeled: Path, labeled_index: Path, tmp_path: Path) -> None:
     assert sorted(hit.row for hit in hits) == [3, 20, 44]
 
 
-def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path) -> None:
+def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path, tmp_path: Path) -> None:
     cache = Cache(cache_path)
     rows = read_split(run_path / "split.parquet", [cache]).rows("test")
     filters = CacheFilters(cache, "image", run_path)
@@ -92,6 +94,11 @@ def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path) -
     assert sorted(hit.row for hit in hits) == rows.tolist()
     with pytest.raises(UnknownNameError, match="unknown part in .* 'tset'; did you mean 'test'"):
         filters.mask(Filter(part=("tset",)))
+    damaged = Path(shutil.copytree(run_path, tmp_path / "run"))
+    split = read_split(run_path / "split.parquet", [cache])
+    write_split(damaged / "split.parquet", replace(split, parts=["test"] * len(split.keys)))
+    with pytest.raises(CorruptError, match="expected the split that the run was trained on, got another file"):
+        CacheFilters(cache, "image", damaged).mask(Filter(part=("test",)))
 
 
 def test_language(tmp_path: Path) -> None:
