@@ -10,7 +10,8 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.cli.options import read_config, with_settings
+from embedcache.cli.config_files import read_config
+from embedcache.cli.options import with_settings
 from embedcache.errors import PathError, SettingError, UnknownNameError
 from embedcache.settings import check_settings, flat_settings, from_flat, group, setting, to_flat, to_json
 from embedcache.train.settings import OptimizerSettings, TrainSettings, command_line, train_settings

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from embedcache.cli.commands import add_command, new_group
 from embedcache.cli.options import (
     CacheArgument,
     Html,
@@ -14,9 +15,7 @@ from embedcache.cli.options import (
     Seed,
     SelectionArgument,
     SelectionOutput,
-    add_command,
     check_new_file,
-    new_group,
     with_settings,
 )
 from embedcache.curate.settings import CoverageSettings, DedupSettings, LeakSettings, SelectSettings

@@ -6,17 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedcache.cli.options import (
-    CacheArgument,
-    Device,
-    Html,
-    Json,
-    Output,
-    RunArgument,
-    add_command,
-    new_group,
-    with_settings,
-)
+from embedcache.cli.commands import add_command, new_group
+from embedcache.cli.options import CacheArgument, Device, Html, Json, Output, RunArgument, with_settings
 from embedcache.evaluate.settings import (
     LikelihoodEvalSettings,
     PairsSettings,

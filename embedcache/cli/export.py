@@ -6,14 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from embedcache.cli.options import (
-    CacheArgument,
-    RunArgument,
-    add_command,
-    check_new_file,
-    new_group,
-    with_settings,
-)
+from embedcache.cli.commands import add_command, new_group
+from embedcache.cli.options import CacheArgument, RunArgument, check_new_file, with_settings
 from embedcache.export.settings import ExportSettings
 from embedcache.interop.settings import AtlasSettings, VectorExportSettings
 

@@ -5,15 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedcache.cli.options import (
-    CacheArgument,
-    Json,
-    Output,
-    SelectionOutput,
-    add_command,
-    new_group,
-    with_settings,
-)
+from embedcache.cli.commands import add_command, new_group
+from embedcache.cli.options import CacheArgument, Json, Output, SelectionOutput, with_settings
 from embedcache.interop.settings import ImportSettings
 
 if TYPE_CHECKING:

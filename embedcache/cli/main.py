@@ -10,10 +10,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from embedcache.cli import curate, evaluate, export, import_
+from embedcache.cli.commands import CommandGroup, add_command
 from embedcache.cli.derive import derive
 from embedcache.cli.extract import extract
 from embedcache.cli.inspect import inspect, verify
-from embedcache.cli.options import CommandGroup, add_command
 from embedcache.cli.quickstart import quickstart
 from embedcache.cli.search import search
 from embedcache.cli.serve import serve

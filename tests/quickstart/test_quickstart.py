@@ -16,7 +16,7 @@ from embedcache.quickstart.quickstart import TEXT_ENCODER, quickstart
 from embedcache.reports.quickstart import QuickstartReport
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.store.group import read_commit, write_commit
+from embedcache.store.commits import read_commit, write_commit
 from tests.blocks import TUTORIAL, VARIES, blocks_of, run_block
 from tests.golden.commands import ARTIFACTS, read_json
 from tests.recorded import RecordedProgress

@@ -1,0 +1,166 @@
+"""Commands and groups of commands: their help, the options that all have, and errors that name options as typed.
+
+    add_command(app, "train", train)
+
+The error of a setting that was not read from a file names its option: `--batch-size` for `batch_size`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypeAlias
+
+import typer
+from typer.core import TyperArgument, TyperCommand, TyperGroup
+
+from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_new_file, keyword, set_parameters
+from embedcache.errors import EmbedcacheError
+from embedcache.registry import trust_files
+
+
+class Command(TyperCommand):
+    """A command whose help shows plain metavars, and whose errors name options as they are typed."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; the error of a setting names its option."""
+        try:
+            return super().invoke(ctx)
+        except EmbedcacheError as error:
+            error.args = (_name_option(ctx, str(error)),)
+            raise
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the parts of the usage line, without braces around required arguments."""
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option `--help`, without a metavar."""
+        return _without_metavar(super().get_help_option(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, without Python types beside the arguments."""
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument):
+                parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign]  # noqa: ARG005
+        super().format_help(ctx, formatter)
+
+
+def _name_option(context: typer.Context, message: str) -> str:
+    """Replace the name of a setting at the start of a message by its option, unless a file set it."""
+    name, separator, rest = message.partition(": ")
+    for option in context.command.params:
+        if option.name == name and option.param_type_name == "option" and not _is_from_file(context, name):
+            return f"{option.opts[0]}{separator}{rest}"
+    return message
+
+
+def _is_from_file(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT_MAP"
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands whose help shows plain metavars."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option `--help`, without a metavar."""
+        return _without_metavar(super().get_help_option(ctx))
+
+
+def _without_metavar(option: Any) -> Any:
+    if option is not None:
+        option.metavar = ""
+    return option
+
+
+def new_group(help: str, **options: Any) -> typer.Typer:
+    """Return an empty group of commands; `options` are those of `typer.Typer`."""
+    return typer.Typer(help=help, short_help=help, cls=CommandGroup, no_args_is_help=True, **options)
+
+
+def add_command(
+    app: typer.Typer, name: str, command: Callable[..., None], *, runs_named_code: bool = True, **options: Any
+) -> None:
+    """Add a command with the options that all have; its help is its docstring.
+
+    Args:
+        app: application or group.
+        name: name of the command.
+        command: function with typer's annotations.
+        runs_named_code: whether files that the command opens may name code, so that it has the option `--trust`.
+        options: further arguments of `typer.Typer.command`.
+    """
+    help = _help_text(command)
+    summary = help.partition("\n\n")[0]
+    app.command(name=name, help=help, short_help=summary, cls=Command, **options)(
+        _with_verbosity(_with_trust(command) if runs_named_code else command)
+    )
+
+
+def _help_text(command: Callable[..., None]) -> str:
+    """Return the docstring with every paragraph on one line, but for examples."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    return "\n\n".join(text if text.startswith("Example") else " ".join(text.split()) for text in paragraphs)
+
+
+def _with_trust(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(*, trust: bool, **values: Any) -> None:
+        with trust_files(trust):
+            command(**values)
+
+    trust = Annotated[
+        bool,
+        typer.Option(
+            "--trust", metavar="", help="Run code that the files opened name as module:attribute: trust their authors."
+        ),
+    ]
+    own = list(inspect.signature(command, eval_str=True).parameters.values())
+    position = next((place for place, each in enumerate(own) if each.name in (*OUTPUT_NAMES, "config")), len(own))
+    set_parameters(run, [*own[:position], keyword("trust", trust, False), *own[position:]])
+    return run
+
+
+def _with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(*, quiet: bool, verbose: bool, **values: Any) -> None:
+        from embedcache.cli.console import verbosity
+
+        values.pop(OVERWRITE, None)
+        with verbosity(quiet=quiet, verbose=verbose):
+            command(**values)
+
+    quiet = Annotated[
+        bool, typer.Option("--quiet", "-q", metavar="", help="Hide progress.", rich_help_panel=OUTPUT_PANEL)
+    ]
+    verbose = Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            metavar="",
+            help="Print log messages, run time and peak memory.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ]
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    overwrite = [keyword(OVERWRITE, _Overwrite, False)] if any(map(_is_new_file, own)) else []
+    set_parameters(run, [*own, *overwrite, keyword("quiet", quiet, False), keyword("verbose", verbose, False)])
+    return run
+
+
+_Overwrite: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        metavar="",
+        help="Replace files of earlier commands; files that embedcache did not write are kept.",
+        rich_help_panel=OUTPUT_PANEL,
+        is_eager=True,
+    ),
+]
+
+
+def _is_new_file(parameter: inspect.Parameter) -> bool:
+    declared = getattr(parameter.annotation, "__metadata__", ())
+    return any(getattr(option, "callback", None) is check_new_file for option in declared)
