@@ -13,7 +13,7 @@ from benchmarks.object_server import BUCKET, Proxy, one_client
 from embedcache.cli.console import print_table
 from embedcache.files import open_path
 from embedcache.sources.base import FileItem, Sample
-from embedcache.store.group import Commit, read_commit, write_commit
+from embedcache.store.commits import Commit, read_commit, write_commit
 from embedcache.store.layout import commit_path, items_path
 from embedcache.store.tables import TableWriter, open_table
 

@@ -28,7 +28,8 @@ from embedcache.arrays import Array, Ints, blocks, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.encoders.base import Fingerprint
 from embedcache.sources import open_source
-from embedcache.store.group import add_feature, create_group, hash_item
+from embedcache.store.commits import hash_item
+from embedcache.store.group import add_feature, create_group
 from embedcache.store.indexing import index
 from embedcache.store.writer import commit_chunk
 

@@ -11,8 +11,8 @@ from embedcache.errors import DataError
 from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, is_missing
+from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import Commit
 
 PLAIN = "plain"
 """Name of the view that is the named feature itself."""

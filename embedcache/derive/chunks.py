@@ -11,8 +11,8 @@ from embedcache.arrays import Array, Bools, Ints
 from embedcache.derive.rules import Block
 from embedcache.errors import DataError, UnfinishedError
 from embedcache.store.cache import Cache
+from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import Commit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,7 +21,7 @@ from embedcache.processes import prefetch_map
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Source
 from embedcache.store.cache import Cache
-from embedcache.store.group import hash_item
+from embedcache.store.commits import hash_item
 from embedcache.store.tables import to_file_item
 from embedcache.store.writer import commit_chunk
 from embedcache.units import format_bytes

@@ -32,8 +32,9 @@ from embedcache.provenance import name_differences
 from embedcache.sources import reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
+from embedcache.store.commits import NOT_YET
 from embedcache.store.feature import Feature
-from embedcache.store.group import NOT_YET, EncoderGroup, add_feature, open_group
+from embedcache.store.group import EncoderGroup, add_feature, open_group
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import commit_chunk, withdraw

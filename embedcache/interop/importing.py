@@ -23,8 +23,9 @@ from embedcache.sources.base import IMPORTED
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
+from embedcache.store.commits import hash_item
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, add_feature, create_group, hash_item
+from embedcache.store.group import EncoderGroup, add_feature, create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import info_path, read_info
 from embedcache.store.writer import commit_chunk, withdraw

@@ -209,7 +209,7 @@ def check_file(path: Path, checksum: str, *, next_step: str) -> None:
 
 
 def skips_checksums() -> bool:
-    """Return whether the user has renounced the comparison of checksums when a file is first used in a process."""
+    """Return whether the user has opted out of comparing checksums when a file is first used in a process."""
     return os.environ.get(SKIP_CHECKSUMS, "0") != "0"
 
 

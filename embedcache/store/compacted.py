@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from embedcache.files import replacing
 from embedcache.store.columns import HASH, HASH_BYTES, Column, is_missing, to_array, to_bytes
+from embedcache.store.commits import Commit, commit_metadata, make_commit
 from embedcache.store.layout import commit_path
 
 MIN_CHUNKS = 1000
@@ -48,14 +49,6 @@ class Stamp(NamedTuple):
     inode: int
 
 
-class CompactCommit(NamedTuple):
-    """A commit as the table holds it: the metadata of its file, and its columns."""
-
-    metadata: dict[str, Any]
-    hashes: Column[bytes | None]
-    failures: Mapping[str, Column[str | None]]
-
-
 def table_path(encoder_folder: Path) -> Path:
     """Return the path of the table of an encoder."""
     return encoder_folder / "commits.parquet"
@@ -71,24 +64,22 @@ def read_stamps(encoder_folder: Path) -> dict[str, Stamp]:
         return {name: Stamp(status.st_size, status.st_mtime_ns, status.st_ino) for name, status in statuses}
 
 
-def write_compacted(
-    encoder_folder: Path, stamps: Mapping[str, Stamp], commits: Iterator[tuple[int, CompactCommit]]
-) -> None:
+def write_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp], commits: Iterator[Commit]) -> None:
     """Write the table, whole or not at all. Memory: the commits of 256 chunks.
 
     Args:
         stamps: those of the commits' files before the commits were read.
-        commits: chunk and commit, in order.
+        commits: in the order of their chunks.
     """
     with (
         replacing(table_path(encoder_folder)) as temporary,
         pq.ParquetWriter(temporary, _SCHEMA, write_page_checksum=True) as writer,
     ):
         rows: list[dict[str, Any]] = []
-        for chunk, commit in commits:
-            stamp = stamps.get(commit_path(encoder_folder, chunk).name)
+        for commit in commits:
+            stamp = stamps.get(commit_path(encoder_folder, commit.chunk).name)
             if stamp is not None:
-                rows.append({"chunk": chunk, **_row(commit, stamp)})
+                rows.append(_row(commit, stamp))
             if len(rows) == _CHUNKS_PER_GROUP:
                 writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
                 rows = []
@@ -96,7 +87,7 @@ def write_compacted(
             writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
 
 
-def _row(commit: CompactCommit, stamp: Stamp) -> dict[str, Any]:
+def _row(commit: Commit, stamp: Stamp) -> dict[str, Any]:
     failures = [
         {"feature": feature, "offset": offset, "reason": reason}
         for feature, reasons in commit.failures.items()
@@ -107,18 +98,19 @@ def _row(commit: CompactCommit, stamp: Stamp) -> dict[str, Any]:
     hashes = np.array(to_bytes(to_array(commit.hashes, HASH)))
     hashes[missing] = 0
     return {
+        "chunk": commit.chunk,
         "size": stamp.size,
         "time_ns": stamp.time_ns,
         "inode": stamp.inode,
         "num_rows": len(missing),
-        "metadata": json.dumps(commit.metadata),
+        "metadata": json.dumps(commit_metadata(commit)),
         "failures": failures,
         "hashes": hashes.tobytes(),
         "without_hash": np.flatnonzero(missing),
     }
 
 
-def read_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> dict[int, CompactCommit]:
+def read_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> dict[int, Commit]:
     """Return the commits in the table whose files have these stamps now; empty if there is no readable table."""
     path = table_path(encoder_folder)
     if not path.is_file():
@@ -139,7 +131,7 @@ def read_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> dict[in
         return {}  # it is derived: the commits themselves are read
 
 
-def _to_commit(row: Mapping[str, Any], load: Callable[[], pa.Array]) -> CompactCommit:
+def _to_commit(row: Mapping[str, Any], load: Callable[[], pa.Array]) -> Commit:
     metadata, num_rows = json.loads(row["metadata"]), row["num_rows"]
     reasons: dict[str, list[str | None]] = {}
     for failure in row["failures"]:
@@ -150,7 +142,7 @@ def _to_commit(row: Mapping[str, Any], load: Callable[[], pa.Array]) -> CompactC
         )
         for feature in metadata["features"]
     }
-    return CompactCommit(metadata, Column.deferred(num_rows, load), failures)
+    return make_commit(metadata, Column[bytes | None].deferred(num_rows, load), failures)
 
 
 @cache

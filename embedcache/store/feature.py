@@ -16,7 +16,8 @@ from embedcache.errors import CorruptError, DataError, UnfinishedError
 from embedcache.provenance import digest
 from embedcache.store.arrays import REPAIR, max_maps, open_chunk
 from embedcache.store.columns import HASH, Column, is_missing, to_array
-from embedcache.store.group import Commit, EncoderGroup, chunk_shape, read_axis, read_feature
+from embedcache.store.commits import Commit
+from embedcache.store.group import EncoderGroup, chunk_shape, read_axis, read_feature
 
 T = TypeVar("T")
 

@@ -3,27 +3,23 @@
 A commit is written after the arrays of its chunk; without it the chunk does not exist.
 """
 
-import hashlib
-import io
-import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from embedcache.axis import Axis
 from embedcache.encoders.open import DERIVED
-from embedcache.errors import ArtifactError, CorruptError, DataError, EmbedcacheError, PathError, one_line
-from embedcache.files import flush, io_reason, is_remote, read_file, write_atomic
-from embedcache.provenance import canonical_json, check_same, digest
+from embedcache.errors import ArtifactError, CorruptError, DataError, EmbedcacheError, PathError
+from embedcache.files import is_remote
+from embedcache.provenance import check_same, digest
 from embedcache.sources.base import IMPORTED
 from embedcache.store.arrays import (
     CRC_BYTES,
@@ -35,75 +31,23 @@ from embedcache.store.arrays import (
     read_metadata,
     write_metadata,
 )
-from embedcache.store.columns import HASH, Column, hashes_json, strings_json, to_array
+from embedcache.store.columns import to_array
+from embedcache.store.commits import Commit, read_commit
 from embedcache.store.compacted import (
     MIN_CHUNKS,
-    CompactCommit,
     Stamp,
     read_compacted,
     read_stamps,
     write_compacted,
 )
-from embedcache.store.layout import FORMAT_VERSION, CacheInfo, commit_path, encoder_path, read_info
-from embedcache.store.tables import read_table
+from embedcache.store.layout import FORMAT_VERSION, CacheInfo, encoder_path, read_info
 
-NOT_YET = "not extracted yet"
-"""Reason of a row that was appended to a committed chunk: the next extraction encodes it."""
-
-_FAILURE = "failure of "
-_METADATA_KEY = b"embedcache"
 _MAX_SIZE = 2**31
 _DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64"})
 _TOKEN_CHUNK_BYTES = 16 * 2**20
 ATTRIBUTE = "embedcache"
 _SAME_ENCODER = "use the same encoder, --backend and --precision as before, or extract into a new folder"
 _SAME_DERIVATION = "use the same inputs and parameters as before, or derive under another name"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Commit:
-    """The record of one chunk of one encoder.
-
-    Args:
-        encoder: digest of the encoder's fingerprint.
-        index_digest: identity of the cache's rows.
-        features: feature name -> file below the encoder's folder -> CRC-32C of its rows.
-        hashes: BLAKE2b-128 of each item's raw bytes or UTF-8 text; None if they could not be read.
-        failures: feature name -> reason for each failed item, None for the others.
-        attributes: feature name -> digest of the attributes in its metadata; absent from the first commits.
-    """
-
-    chunk: int
-    encoder: str
-    index_digest: str
-    features: Mapping[str, Mapping[str, str]]
-    hashes: Sequence[bytes | None]
-    failures: Mapping[str, Sequence[str | None]]
-    attributes: Mapping[str, str] = field(default_factory=dict)
-
-    def resize(self, num_rows: int) -> "Commit":
-        """Return the commit with the number of rows of the caller's tables; appended rows are `NOT_YET`."""
-        added = num_rows - len(self.hashes)
-        if not added:
-            return self
-        failures = {
-            feature: [*reasons[:num_rows], *[NOT_YET] * max(added, 0)] for feature, reasons in self.failures.items()
-        }
-        return replace(self, hashes=[*self.hashes[:num_rows], *[None] * max(added, 0)], failures=failures)
-
-    def without(self, features: Collection[str]) -> "Commit":
-        """Return the commit without some features."""
-        files = {name: files for name, files in self.features.items() if name not in features}
-        return replace(self, features=files, attributes={k: v for k, v in self.attributes.items() if k in files})
-
-    def used_rows(self) -> list[int]:
-        """Return the rows, counted from the start of the chunk, that have at least one feature."""
-        failures = list(self.failures.values())
-        return [row for row in range(len(self.hashes)) if any(reasons[row] is None for reasons in failures)]
-
-    def is_complete(self, feature: str) -> bool:
-        """Return whether every row has the feature or a reason why not."""
-        return feature in self.features and NOT_YET not in self.failures[feature]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +149,7 @@ class EncoderGroup:
         if key not in _KEPT or _KEPT[key][0] != stamps:
             compacted = read_compacted(self.path, stamps)
             commits = [
-                self._checked(_from_columns(*compacted[chunk])) if chunk in compacted else self.commit(chunk)
+                self._checked(compacted[chunk]) if chunk in compacted else self.commit(chunk)
                 for chunk in range(num_chunks)
             ]
             if len(_KEPT) == _MAX_KEPT:
@@ -222,10 +166,8 @@ class EncoderGroup:
             stamps = read_stamps(self.path)
             if len(read_compacted(self.path, stamps)) == len(stamps):
                 return
-            commits = ((chunk, self.commit(chunk)) for chunk in range(num_chunks))
-            write_compacted(
-                self.path, stamps, ((chunk, _to_columns(commit)) for chunk, commit in commits if commit is not None)
-            )
+            commits = (self.commit(chunk) for chunk in range(num_chunks))
+            write_compacted(self.path, stamps, (commit for commit in commits if commit is not None))
 
     def _checked(self, commit: Commit) -> Commit:
         """Check that a commit belongs to this encoder and these rows, and give it the rows of the tables."""
@@ -455,111 +397,3 @@ def chunk_shape(info: CacheInfo, item_shape: tuple[int, ...], dtype: str) -> tup
         while rows % 2 == 0 and rows * item_bytes > _TOKEN_CHUNK_BYTES:
             rows //= 2
     return (rows, *item_shape)
-
-
-def hash_item(data: bytes, *, interval: tuple[float | None, float | None] = (None, None)) -> bytes:
-    """Return the BLAKE2b-128 of an item's raw bytes, or of its text as UTF-8; of an interval also its bounds."""
-    content = hashlib.blake2b(data, digest_size=16)
-    if interval != (None, None):
-        content.update(canonical_json(list(interval)))
-    return content.digest()
-
-
-def write_commit(encoder_folder: Path, commit: Commit) -> None:
-    """Commit a chunk. Its arrays must be on disk already."""
-    metadata = {
-        "chunk": commit.chunk,
-        "encoder": commit.encoder,
-        "spine": commit.index_digest,
-        "features": commit.features,
-        "digest": _digest(commit),
-    }
-    if commit.attributes:
-        metadata["attributes"] = commit.attributes
-    columns = {"hash": to_array(commit.hashes, HASH)}
-    for feature in sorted(commit.features):
-        columns[f"{_FAILURE}{feature}"] = to_array(commit.failures[feature], pa.string())
-    table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: canonical_json(metadata)})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    write_atomic(commit_path(encoder_folder, commit.chunk), buffer.getvalue())
-
-
-def remove_commit(encoder_folder: Path, chunk: int) -> None:
-    """Remove a commit, so that the chunk no longer exists."""
-    path = commit_path(encoder_folder, chunk)
-    path.unlink(missing_ok=True)
-    flush(path.parent)
-
-
-def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
-    """Read the commit of a chunk; None if the chunk is not committed.
-
-    Raises:
-        CorruptError: the file cannot be read or its content changed.
-    """
-    path = commit_path(encoder_folder, chunk)
-    try:
-        data = read_file(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise PathError(f"cannot read {path}: {io_reason(error)}") from error
-    try:
-        commit, written = _parse(data)
-    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise CorruptError(f"{path} is not a readable commit: {one_line(error)}; {REPAIR}") from error
-    if written not in (None, _digest(commit)):  # the first commits were written without a digest
-        raise CorruptError(f"{path} has changed since it was written; {REPAIR}")
-    if commit.chunk != chunk:
-        raise CorruptError(f"{path}: expected the commit of chunk {chunk}, got chunk {commit.chunk}; {REPAIR}")
-    return commit
-
-
-def _parse(data: bytes) -> tuple[Commit, str | None]:
-    table = read_table(io.BytesIO(data))
-    metadata: dict[str, Any] = json.loads(table.schema.metadata[_METADATA_KEY])
-    failures = {
-        feature: Column[str | None](table[f"{_FAILURE}{feature}"].combine_chunks().cast(pa.string()))
-        for feature in metadata["features"]
-    }
-    hashes = Column[bytes | None](table["hash"].combine_chunks().cast(HASH))
-    return _from_columns(metadata, hashes, failures), metadata.get("digest")
-
-
-def _from_columns(
-    metadata: Mapping[str, Any], hashes: Sequence[bytes | None], failures: Mapping[str, Sequence[str | None]]
-) -> Commit:
-    return Commit(
-        chunk=metadata["chunk"],
-        encoder=metadata["encoder"],
-        index_digest=metadata["spine"],
-        features=metadata["features"],
-        hashes=hashes,
-        failures=failures,
-        attributes=metadata.get("attributes", {}),
-    )
-
-
-def _to_columns(commit: Commit) -> CompactCommit:
-    metadata = {
-        "chunk": commit.chunk,
-        "encoder": commit.encoder,
-        "spine": commit.index_digest,
-        "features": {name: dict(files) for name, files in commit.features.items()},
-        "attributes": dict(commit.attributes),
-    }
-    hashes = Column[bytes | None](to_array(commit.hashes, HASH))
-    failures = {name: Column[str | None](to_array(commit.failures[name], pa.string())) for name in commit.features}
-    return CompactCommit(metadata, hashes, failures)
-
-
-def _digest(commit: Commit) -> str:
-    """Return the SHA-256 of everything in a commit but the digests of attributes, which came later."""
-    start = canonical_json([commit.chunk, commit.encoder, commit.index_digest, commit.features])[:-1]
-    failures = b",".join(
-        canonical_json(feature) + b":" + strings_json(to_array(commit.failures[feature], pa.string()))
-        for feature in sorted(commit.features)
-    )
-    parts = (start, b",", hashes_json(to_array(commit.hashes, HASH)), b",{", failures, b"}]")
-    return hashlib.sha256(b"".join(parts)).hexdigest()

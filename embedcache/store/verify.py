@@ -16,18 +16,9 @@ from embedcache.provenance import digest, digest_file
 from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_metadata
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK, TableChecksums
+from embedcache.store.commits import Commit, hash_item, read_commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import (
-    ATTRIBUTE,
-    Commit,
-    EncoderGroup,
-    feature_metadata,
-    hash_item,
-    open_group,
-    read_commit,
-    read_feature,
-    token_metadata,
-)
+from embedcache.store.group import ATTRIBUTE, EncoderGroup, feature_metadata, open_group, read_feature, token_metadata
 from embedcache.store.layout import FORMAT_VERSION, commit_path, fit_path, items_path, samples_path
 from embedcache.store.tables import TableDigest, open_table, table_errors
 

@@ -12,17 +12,9 @@ from embedcache.files import locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import digest
 from embedcache.store.arrays import fill_value, write_chunk, write_metadata
+from embedcache.store.commits import NOT_YET, Commit, remove_commit, write_commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import (
-    NOT_YET,
-    Commit,
-    EncoderGroup,
-    chunk_shape,
-    read_feature,
-    remove_commit,
-    token_metadata,
-    write_commit,
-)
+from embedcache.store.group import EncoderGroup, chunk_shape, read_feature, token_metadata
 from embedcache.store.layout import items_path
 from embedcache.store.tables import open_table, table_errors
 

@@ -21,7 +21,7 @@ from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.store.group import write_commit
+from embedcache.store.commits import write_commit
 from embedcache.store.tables import read_table
 from embedcache.store.verify import verify
 from embedcache.train.settings import OptimizerSettings, TrainSettings

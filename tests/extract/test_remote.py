@@ -16,7 +16,7 @@ from embedcache.progress import Progress
 from embedcache.provenance import read_json
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.store.group import read_commit
+from embedcache.store.commits import read_commit
 from embedcache.store.verify import verify
 from tests.extract.cases import FEATURES
 from tests.images import write_images

@@ -7,9 +7,10 @@ import pytest
 
 from embedcache.store import group as group_module
 from embedcache.store.cache import Cache
+from embedcache.store.commits import Commit
 from embedcache.store.compacted import read_compacted, read_stamps, table_path
 from embedcache.store.feature import Feature
-from embedcache.store.group import Commit, EncoderGroup
+from embedcache.store.group import EncoderGroup
 from embedcache.store.writer import withdraw
 from tests.store.features import random_items, write_feature
 

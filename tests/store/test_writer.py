@@ -17,8 +17,9 @@ from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.errors import CorruptError, FingerprintError
 from embedcache.store.arrays import chunk_path, write_chunk
+from embedcache.store.commits import NOT_YET
 from embedcache.store.feature import Feature
-from embedcache.store.group import NOT_YET, EncoderGroup, add_feature, create_group
+from embedcache.store.group import EncoderGroup, add_feature, create_group
 from embedcache.store.layout import CacheInfo, TableVersion, write_info
 from embedcache.store.writer import commit_chunk
 from tests.store.features import FINGERPRINT

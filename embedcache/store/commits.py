@@ -1,0 +1,174 @@
+"""The commit of a chunk: which features it has, in which files with which checksums, of which items.
+
+A commit is written after the arrays of its chunk; without it the chunk does not exist.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedcache.errors import CorruptError, PathError, one_line
+from embedcache.files import flush, io_reason, read_file, write_atomic
+from embedcache.provenance import canonical_json
+from embedcache.store.arrays import REPAIR
+from embedcache.store.columns import HASH, Column, hashes_json, strings_json, to_array
+from embedcache.store.layout import commit_path
+from embedcache.store.tables import read_table
+
+NOT_YET = "not extracted yet"
+"""Reason of a row that was appended to a committed chunk: the next extraction encodes it."""
+
+_FAILURE = "failure of "
+_METADATA_KEY = b"embedcache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """The record of one chunk of one encoder.
+
+    Args:
+        encoder: digest of the encoder's fingerprint.
+        index_digest: identity of the cache's rows.
+        features: feature name -> file below the encoder's folder -> CRC-32C of its rows.
+        hashes: BLAKE2b-128 of each item's raw bytes or UTF-8 text; None if they could not be read.
+        failures: feature name -> reason for each failed item, None for the others.
+        attributes: feature name -> digest of the attributes in its metadata; absent from the first commits.
+    """
+
+    chunk: int
+    encoder: str
+    index_digest: str
+    features: Mapping[str, Mapping[str, str]]
+    hashes: Sequence[bytes | None]
+    failures: Mapping[str, Sequence[str | None]]
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+    def resize(self, num_rows: int) -> "Commit":
+        """Return the commit with the number of rows of the caller's tables; appended rows are `NOT_YET`."""
+        added = num_rows - len(self.hashes)
+        if not added:
+            return self
+        failures = {
+            feature: [*reasons[:num_rows], *[NOT_YET] * max(added, 0)] for feature, reasons in self.failures.items()
+        }
+        return replace(self, hashes=[*self.hashes[:num_rows], *[None] * max(added, 0)], failures=failures)
+
+    def without(self, features: Collection[str]) -> "Commit":
+        """Return the commit without some features."""
+        files = {name: files for name, files in self.features.items() if name not in features}
+        return replace(self, features=files, attributes={k: v for k, v in self.attributes.items() if k in files})
+
+    def used_rows(self) -> list[int]:
+        """Return the rows, counted from the start of the chunk, that have at least one feature."""
+        failures = list(self.failures.values())
+        return [row for row in range(len(self.hashes)) if any(reasons[row] is None for reasons in failures)]
+
+    def is_complete(self, feature: str) -> bool:
+        """Return whether every row has the feature or a reason why not."""
+        return feature in self.features and NOT_YET not in self.failures[feature]
+
+
+def hash_item(data: bytes, *, interval: tuple[float | None, float | None] = (None, None)) -> bytes:
+    """Return the BLAKE2b-128 of an item's raw bytes, or of its text as UTF-8; of an interval also its bounds."""
+    content = hashlib.blake2b(data, digest_size=16)
+    if interval != (None, None):
+        content.update(canonical_json(list(interval)))
+    return content.digest()
+
+
+def write_commit(encoder_folder: Path, commit: Commit) -> None:
+    """Commit a chunk. Its arrays must be on disk already."""
+    metadata = {**commit_metadata(commit), "digest": _digest(commit)}
+    columns = {"hash": to_array(commit.hashes, HASH)}
+    for feature in sorted(commit.features):
+        columns[f"{_FAILURE}{feature}"] = to_array(commit.failures[feature], pa.string())
+    table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: canonical_json(metadata)})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    write_atomic(commit_path(encoder_folder, commit.chunk), buffer.getvalue())
+
+
+def remove_commit(encoder_folder: Path, chunk: int) -> None:
+    """Remove a commit, so that the chunk no longer exists."""
+    path = commit_path(encoder_folder, chunk)
+    path.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
+    """Read the commit of a chunk; None if the chunk is not committed.
+
+    Raises:
+        CorruptError: the file cannot be read or its content changed.
+    """
+    path = commit_path(encoder_folder, chunk)
+    try:
+        data = read_file(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PathError(f"cannot read {path}: {io_reason(error)}") from error
+    try:
+        commit, written = _parse(data)
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise CorruptError(f"{path} is not a readable commit: {one_line(error)}; {REPAIR}") from error
+    if written not in (None, _digest(commit)):  # the first commits were written without a digest
+        raise CorruptError(f"{path} has changed since it was written; {REPAIR}")
+    if commit.chunk != chunk:
+        raise CorruptError(f"{path}: expected the commit of chunk {chunk}, got chunk {commit.chunk}; {REPAIR}")
+    return commit
+
+
+def _parse(data: bytes) -> tuple[Commit, str | None]:
+    table = read_table(io.BytesIO(data))
+    metadata: dict[str, Any] = json.loads(table.schema.metadata[_METADATA_KEY])
+    failures = {
+        feature: Column[str | None](table[f"{_FAILURE}{feature}"].combine_chunks().cast(pa.string()))
+        for feature in metadata["features"]
+    }
+    hashes = Column[bytes | None](table["hash"].combine_chunks().cast(HASH))
+    return make_commit(metadata, hashes, failures), metadata.get("digest")
+
+
+def commit_metadata(commit: Commit) -> dict[str, Any]:
+    """Return all of a commit but its columns, as JSON values."""
+    metadata = {
+        "chunk": commit.chunk,
+        "encoder": commit.encoder,
+        "spine": commit.index_digest,
+        "features": {name: dict(files) for name, files in commit.features.items()},
+    }
+    return {**metadata, "attributes": dict(commit.attributes)} if commit.attributes else metadata
+
+
+def make_commit(
+    metadata: Mapping[str, Any], hashes: Sequence[bytes | None], failures: Mapping[str, Sequence[str | None]]
+) -> Commit:
+    """Return a commit of its metadata and its columns."""
+    return Commit(
+        chunk=metadata["chunk"],
+        encoder=metadata["encoder"],
+        index_digest=metadata["spine"],
+        features=metadata["features"],
+        hashes=hashes,
+        failures=failures,
+        attributes=metadata.get("attributes", {}),
+    )
+
+
+def _digest(commit: Commit) -> str:
+    """Return the SHA-256 of everything in a commit but the digests of attributes, which came later."""
+    start = canonical_json([commit.chunk, commit.encoder, commit.index_digest, commit.features])[:-1]
+    failures = b",".join(
+        canonical_json(feature) + b":" + strings_json(to_array(commit.failures[feature], pa.string()))
+        for feature in sorted(commit.features)
+    )
+    parts = (start, b",", hashes_json(to_array(commit.hashes, HASH)), b",{", failures, b"}]")
+    return hashlib.sha256(b"".join(parts)).hexdigest()
