@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +32,7 @@ from embedcache.sources import open_source
 from embedcache.store.commits import hash_item
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.indexing import index
+from embedcache.store.layout import read_info
 from embedcache.store.writer import commit_chunk
 
 WIDTH, NUM_CENTERS = 64, 20_000
@@ -181,18 +183,29 @@ def _words(line: str) -> list[str]:
     return ["embedcache", *line.split()]
 
 
+@lru_cache(maxsize=1)
+def _centers() -> Array:
+    return normalize(np.random.default_rng(1).standard_normal((NUM_CENTERS, WIDTH), np.float32))
+
+
+@lru_cache(maxsize=2)
+def _latent_block(start: int) -> Array:
+    rng = np.random.default_rng([2, start])
+    near = _centers()[rng.integers(0, NUM_CENTERS, _BLOCK)]
+    block = 0.75 * near + 0.66 * normalize(rng.standard_normal((_BLOCK, WIDTH), np.float32))
+    block[49::50] = block[48::50] + 0.01 * block[47::50]  # near-duplicates
+    block[99::100] = block[98::100]  # copies
+    return block
+
+
 def _latents(first: int, count: int) -> Array:
     """Return (count, WIDTH) float32 directions of samples, which depend on their numbers alone."""
-    centers = normalize(np.random.default_rng(1).standard_normal((NUM_CENTERS, WIDTH), np.float32))
-    parts = []
-    for start in range(first // _BLOCK * _BLOCK, first + count, _BLOCK):
-        rng = np.random.default_rng([2, start])
-        near = centers[rng.integers(0, NUM_CENTERS, _BLOCK)]
-        block = 0.75 * near + 0.66 * normalize(rng.standard_normal((_BLOCK, WIDTH), np.float32))
-        block[49::50] = block[48::50] + 0.01 * block[47::50]  # near-duplicates
-        block[99::100] = block[98::100]  # copies
-        parts.append(block[max(first - start, 0) : first + count - start])
-    return np.concatenate(parts)
+    return np.concatenate(
+        [
+            _latent_block(start)[max(first - start, 0) : first + count - start]
+            for start in range(first // _BLOCK * _BLOCK, first + count, _BLOCK)
+        ]
+    )
 
 
 def _captions_of(samples: Ints) -> Ints:
@@ -303,39 +316,34 @@ def open_made(spec: object, *, modality: str, settings: object) -> Made:
 
 
 def write_features(table: Path, cache: Path, *, first: int = 0, has_failures: bool = True) -> None:
-    """Number the samples of a table and commit made vectors for them; one item in a hundred fails."""
-    info = index(open_source(table), cache)
+    """Number the samples of a table unless they are, and commit made vectors; one item in a hundred fails."""
+    info = read_info(cache) if cache.is_dir() else index(open_source(table), cache)
     for modality in info.num_items:
         made = Made(modality)
         fingerprint = made.fingerprint.to_json()
         group = create_group(cache, modality, "open_made", info, spec=fingerprint["family"], fingerprint=fingerprint)
         add_feature(group, "vector", (WIDTH,), "float16")
-        for chunk in range(info.num_chunks(modality)):
-            samples = first + _item_samples(cache, modality, chunk)
-            rows = info.chunk_rows(modality, chunk)
-            failures = [
-                "not an image" if has_failures and row % 100 == 7 else None for row in range(rows.start, rows.stop)
-            ]
-            values = make_vectors(samples, modality)
-            items = [None if reason else value for reason, value in zip(failures, values, strict=True)]
-            copied = samples - (samples % 100 == 99)
-            contents = (copied * 4 + np.concatenate([[0], np.diff(samples) == 0])).tolist()
-            texts = _item_texts(cache, chunk) if modality == "text" else [f"image {content}" for content in contents]
-            hashes = [hash_item(text.encode()) for text in texts]
-            commit_chunk(group, chunk, {"vector": items}, hashes, {"vector": failures})
+        with pq.ParquetFile(cache / modality / "items.parquet") as items:
+            for chunk in range(info.num_chunks(modality)):
+                rows = info.chunk_rows(modality, chunk)
+                columns = items.read_row_group(chunk, columns=["sample", *(["text"] if modality == "text" else [])])
+                samples: Ints = columns["sample"].to_numpy()
+                failures = [
+                    "not an image" if has_failures and row % 100 == 7 else None for row in range(rows.start, rows.stop)
+                ]
+                values = make_vectors(first + samples, modality)
+                vectors = [None if reason else value for reason, value in zip(failures, values, strict=True)]
+                hashes = [hash_item(content.encode()) for content in _contents(columns, first + samples)]
+                commit_chunk(group, chunk, {"vector": vectors}, hashes, {"vector": failures})
         group.compact()
 
 
-def _item_texts(cache: Path, chunk: int) -> list[str]:
-    with pq.ParquetFile(cache / "text" / "items.parquet") as file:
-        texts: list[str] = file.read_row_group(chunk, columns=["text"])["text"].to_pylist()
-    return texts
-
-
-def _item_samples(cache: Path, modality: str, chunk: int) -> Ints:
-    with pq.ParquetFile(cache / modality / "items.parquet") as file:
-        samples: Ints = file.read_row_group(chunk, columns=["sample"])["sample"].to_numpy()
-    return samples
+def _contents(columns: pa.Table, samples: Ints) -> list[str]:
+    """Return what stands for the bytes of items: their text, or the number of the image that they are copies of."""
+    if "text" in columns.column_names:
+        texts: list[str] = columns["text"].to_pylist()
+        return texts
+    return [f"image {copied * 4}" for copied in (samples - (samples % 100 == 99)).tolist()]
 
 
 def _train(held_out: int) -> None:

@@ -153,7 +153,7 @@ def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Se
     """Write the arrays of one feature of one chunk; return file relative to the group -> CRC-32C of its rows."""
     attributes = read_feature(group, feature)
     item_shape, dtype = tuple(attributes["item_shape"]), attributes["dtype"]
-    dtypes = {str(item.dtype) for item in items if item is not None}
+    dtypes = {str(found) for found in {item.dtype for item in items if item is not None}}
     if dtypes - {dtype}:
         raise FingerprintError(
             f"feature {group.name}/{feature} is stored as {dtype}, got {', '.join(dtypes)}: another process "
