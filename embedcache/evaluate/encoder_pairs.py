@@ -25,6 +25,7 @@ from embedcache.metrics.alignment import (
     shuffled_from_products,
 )
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, effective_number, jackknife
+from embedcache.metrics.neighbors import note_duration, top_k
 from embedcache.metrics.ranking import best_ranks, tied_chance_recall
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments, solve
@@ -149,9 +150,10 @@ def evaluate_pairs(
     for line in (skipped := [*skipped_images, *skipped_texts]):
         progress.note(line)
     pairs = _draw_samples(cache, images, texts, settings)
-    sample = _split_samples(pairs, cache, images[0], texts[0], settings.split)
+    sample = _split_samples(pairs, cache, (images[0], texts[0]), settings.split, progress)
     if settings.k >= len(sample.samples):
         raise SettingError(f"k: expected less than the {len(sample.samples)} compared samples, got {settings.k}")
+    _note_duration(sample, images, texts, settings.k, progress)
     progress.start("encoder pairs", len(images) * len(texts), "pairs")
     prepared_texts = [_prepare(feature, sample.pairs.second, sample, settings.k) for feature in texts]
     metrics = []
@@ -272,10 +274,12 @@ class _PairSample:
 
 
 def _split_samples(
-    pairs: Pairs, cache: Cache, image: InputFeature, text: InputFeature, settings: SplitSettings
+    pairs: Pairs, cache: Cache, features: Sequence[InputFeature], settings: SplitSettings, progress: Progress
 ) -> _PairSample:
     """Split samples into parts, without the test part; the two features decide near-duplicates of a strict split."""
-    split = make_split([cache], pairs, settings, {"image": image.read, "text": text.read})
+    split = make_split(
+        [cache], pairs, settings, {feature.modality: feature.read for feature in features}, progress=progress
+    )
     train, val = pairs.select(split.rows("train")), pairs.select(split.rows("val"))
     both = np.union1d(train.samples, val.samples)
     if len(both) < _MIN_SAMPLES or not (len(train.samples) and len(val.samples)):
@@ -298,6 +302,23 @@ def _assign_blocks(groups: Ints) -> Ints:
         filled[block_G[group]] += sizes[group]
     block_S: Ints = block_G[group_S]
     return block_S
+
+
+def _note_duration(
+    sample: _PairSample, images: Sequence[InputFeature], texts: Sequence[InputFeature], k: int, progress: Progress
+) -> None:
+    """Report how long the neighbors of all features and the probes of all pairs will take."""
+    features = [*images, *texts]
+    width = sum(feature.width for feature in features) // len(features)
+    note_duration(
+        progress,
+        "nearest neighbors",
+        len(features) * len(sample.samples) ** 2,
+        width,
+        compare=lambda rows_ND, others_ND: top_k(rows_ND, others_ND, min(k, len(others_ND))),
+    )
+    num_ranked = 2 * len(images) * len(texts) * len(sample.val.first.rows) * len(sample.val.second.rows)
+    note_duration(progress, "ranking", num_ranked, min(_SHARED_WIDTH, width))
 
 
 class _PreparedFeature(NamedTuple):

@@ -9,11 +9,12 @@ import numpy as np
 
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.errors import SettingError
-from embedcache.evaluate.classifiers import Classifier, Examples, Fit, load_method
+from embedcache.evaluate.classifiers import Classifier, Examples, Fit, compare_neighbors, fit_knn, load_method
 from embedcache.evaluate.labeled import LabeledFeature, read_labeled
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.metrics.classification import class_means, rank_labels
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
+from embedcache.metrics.neighbors import note_duration
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.store.cache import Cache
@@ -121,7 +122,7 @@ def evaluate_probe(
 
     A method chooses its hyperparameters on validation and is then fitted on training and validation together. Few-shot
     classifiers have fixed hyperparameters, as choosing them needs more labels. Memory: the vectors in float32, and
-    about three copies of the training part.
+    about three copies of the training part. `progress` is told before long nearest neighbors how long they take.
 
     Raises:
         SettingError: more shots than a class has training items.
@@ -134,6 +135,8 @@ def evaluate_probe(
     methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
     data = read_labeled(Cache(cache_path), settings)
     _check_shots(data, settings)
+    if fit_knn in methods.values():
+        _note_neighbors(data, settings, progress)
     num_fits = 1 + (settings.control + len(settings.shots)) * settings.draws
     progress.start("probing", len(methods) * num_fits, "fits")
     scores = [_score(name, fit, data, progress) for name, fit in methods.items()]
@@ -154,6 +157,14 @@ def evaluate_probe(
         few_shots=few_shots,
         majority=float(np.mean(data.examples.labels[is_test] == most_frequent)),
     )
+
+
+def _note_neighbors(data: LabeledFeature, settings: ProbeSettings, progress: Progress) -> None:
+    """Report how long nearest neighbors will take: each fit compares all test items with those it was fitted on."""
+    num_test, num_fitted = len(data.rows("test")), len(data.examples.labels) - len(data.rows("test"))
+    num_full, num_shots = 1 + settings.control * settings.draws, sum(settings.shots) * settings.draws
+    num_pairs = num_test * (num_full * num_fitted + num_shots * len(data.names))
+    note_duration(progress, "nearest neighbors", num_pairs, data.examples.vectors.shape[1], compare=compare_neighbors)
 
 
 def _ranks(fitted: Classifier, test: Examples) -> Ints:

@@ -4,7 +4,7 @@ Rows of length 1 make the dot product the cosine. Everything is tiled; a tie goe
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -144,20 +144,37 @@ def spherical_means(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Floa
 
 
 _SHORT_S = 10.0
-_TIMED = 512, 4096  # queries and candidates of the product that is timed
+_TIMED = 512, 4096  # queries and candidates of a product that is timed
 
 
-def note_duration(progress: Progress, what: str, num_pairs: float, width: int) -> None:
-    """Report before a comparison how long it will take, if that is more than 10 s; a small product is timed.
+def _best_similarities(queries_QP: Floats, candidates_CP: Floats) -> Floats:
+    """Compute the largest dot product of each query: (Q,)."""
+    best_Q: Floats = (queries_QP @ candidates_CP.T).max(axis=1)
+    return best_Q
+
+
+def note_duration(
+    progress: Progress,
+    what: str,
+    num_pairs: float,
+    width: int,
+    *,
+    compare: Callable[[Floats, Floats], object] = _best_similarities,
+    timed: tuple[int, int] = _TIMED,
+) -> None:
+    """Report before a comparison how long it will take, if that is more than 10 s; a small one is timed.
 
     Args:
         num_pairs: number of pairs of vectors that are compared.
         width: width of a vector.
+        compare: the comparison of queries (Q, P) with candidates (C, P), float32.
+        timed: number of queries and of candidates of the small comparison.
     """
-    queries, candidates = (np.ones((count, width), np.float32) for count in _TIMED)
+    rng = np.random.default_rng(0)
+    queries, candidates = (rng.random((count, width), np.float32) for count in timed)
     started = time.perf_counter()
-    (queries @ candidates.T).max(axis=1)
-    seconds = (time.perf_counter() - started) * num_pairs / (_TIMED[0] * _TIMED[1])
+    compare(queries, candidates)
+    seconds = (time.perf_counter() - started) * num_pairs / (timed[0] * timed[1])
     if seconds > _SHORT_S:
         progress.note(f"{what}: {num_pairs:,.0f} pairs of vectors, about {_duration(seconds)}")
 

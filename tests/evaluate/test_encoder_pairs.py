@@ -25,6 +25,7 @@ from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.images import write_images
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 SPLIT = SplitSettings(val_fraction=0.25, image_cosine=0.995, text_cosine=0.95)
@@ -150,6 +151,20 @@ def test_draw_is_bounded_and_seeded(cache_path: Path) -> None:
     assert drawn(0).num_drawn == 100
     assert drawn(0).num_compared == 75
     assert drawn(0).pairs == drawn(0).pairs != drawn(1).pairs
+
+
+def test_long_comparisons_are_announced(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
+    progress = RecordedProgress()
+    settings = PairsSettings(image_feature=IMAGES, text_feature=TEXTS[:1], split=SPLIT, resamples=1)
+    report = evaluate_pairs(cache_path, settings, progress=progress)
+    ranked = 2 * 2 * report.num_held**2  # two pairs of features, both directions, one caption per image
+    assert [note.partition(" of vectors")[0] for note in progress.notes] == [
+        f"comparing for the split: {300**2:,} pairs",
+        f"comparing for the split: {300**2:,} pairs",
+        f"nearest neighbors: {3 * report.num_compared**2:,} pairs",
+        f"ranking: {ranked:,} pairs",
+    ]
 
 
 def test_report_describes_the_comparison(report: PairsReport) -> None:

@@ -8,7 +8,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from embedcache.arrays import Floats, normalize
 from embedcache.metrics import neighbors
-from embedcache.metrics.neighbors import find_closest, iterate_pairs_above, top_k, vote
+from embedcache.metrics.neighbors import find_closest, iterate_pairs_above, note_duration, top_k, vote
+from tests.recorded import RecordedProgress
 
 
 def vectors(rng: np.random.Generator, num: int, width: int) -> Floats:
@@ -78,3 +79,21 @@ def test_pairs_above_matches_full_product(monkeypatch: pytest.MonkeyPatch) -> No
     left, right = map(np.concatenate, zip(*iterate_pairs_above(units, 0.8), strict=True))
     expected = np.nonzero(units @ units.T > 0.8)
     assert (left.tolist(), right.tolist()) == (expected[0].tolist(), expected[1].tolist())
+
+
+def test_duration_is_that_of_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, shapes = [0.0], []
+
+    def compare(queries: Floats, candidates: Floats) -> None:
+        shapes.append((queries.shape, candidates.shape))
+        clock[0] += 2.0
+
+    monkeypatch.setattr(neighbors.time, "perf_counter", lambda: clock[0])
+    progress = RecordedProgress()
+    for num_pairs in (60, 61, 60_000):
+        note_duration(progress, "comparing", num_pairs, 3, compare=compare, timed=(2, 6))
+    assert shapes == [((2, 3), (6, 3))] * 3
+    assert progress.notes == [
+        "comparing: 61 pairs of vectors, about 10 s",
+        "comparing: 60,000 pairs of vectors, about 3 hours",
+    ]

@@ -12,7 +12,8 @@ from embedcache.curate.select.pool import TRAINING_PER_CLUSTER, Pool, default_cl
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.neighbors import find_closest
+from embedcache.metrics.neighbors import find_closest, note_duration
+from embedcache.progress import NullProgress, Progress
 
 
 class ImageBasedSelector:
@@ -167,6 +168,7 @@ def _draw(labels_SL: Ints, rows: Ints, budget: int, rng: np.random.Generator) ->
 
 
 _CANDIDATES = 20_000
+_TIMED = 1, 16_384  # a product with one vector is limited by memory, which takes many to measure
 
 
 class KCenterSelector:
@@ -183,13 +185,16 @@ class KCenterSelector:
     uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select the samples. Memory: the vectors of the candidates."""
+        """Select the samples, after a report of how long it will take. Memory: the vectors of the candidates."""
         assert isinstance(settings.budget, int)
         num_drawn = settings.candidates or max(_CANDIDATES, 2 * settings.budget)
         if num_drawn < settings.budget:
             raise SettingError(f"candidates: expected at least the budget of {settings.budget:,}, got {num_drawn:,}")
         drawn = np.random.default_rng(settings.seed).permutation(len(pool.samples))[:num_drawn]
-        chosen, cosines = farthest_first(pool.vectors.read(pool.first_items()[drawn]), settings.budget)
+        vectors_NP = pool.vectors.read(pool.first_items()[drawn])
+        num_pairs = settings.budget * len(vectors_NP)
+        note_duration(pool.progress, "choosing samples", num_pairs, vectors_NP.shape[1], timed=_TIMED)
+        chosen, cosines = farthest_first(vectors_NP, settings.budget, progress=pool.progress)
         order = np.argsort(drawn[chosen])
         reasons = [
             f"number {n + 1} of those drawn, cosine {cosines[n]:.3f} to the nearest before" for n in order.tolist()
@@ -197,7 +202,7 @@ class KCenterSelector:
         return Selection(rows=pool.samples[drawn[chosen[order]]], reasons=reasons)
 
 
-def farthest_first(vectors_NP: Floats, size: int) -> tuple[Ints, Floats]:
+def farthest_first(vectors_NP: Floats, size: int, *, progress: Progress | None = None) -> tuple[Ints, Floats]:
     """Choose the first vector, then repeatedly the one that is farthest from all chosen ones.
 
     Returns `size` positions in the order of choice, and the cosine of each to the nearest one before it, -1 for the
@@ -205,10 +210,13 @@ def farthest_first(vectors_NP: Floats, size: int) -> tuple[Ints, Floats]:
     """
     nearest_N = np.full(len(vectors_NP), -1, np.float32)
     chosen, cosines = np.empty(size, np.int64), np.empty(size, np.float32)
-    position = 0
+    position, progress = 0, progress or NullProgress()
+    progress.start("choosing samples", size, "samples")
     for number in range(size):
         chosen[number], cosines[number] = position, nearest_N[position]
         nearest_N = np.maximum(nearest_N, vectors_NP @ vectors_NP[position])
         nearest_N[position] = np.inf
         position = int(nearest_N.argmin())
+        progress.advance(1)
+    progress.finish()
     return chosen, cosines

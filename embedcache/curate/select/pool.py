@@ -26,7 +26,7 @@ class Pool:
         cache_path: path or URL of the cache.
         modality: modality of the compared items.
         settings: feature, run, concepts, target, and the selection that limits the pool.
-        progress: progress in items.
+        progress: progress in items; methods report their own steps to it.
 
     Raises:
         UnknownNameError: no feature or several features have that name.
@@ -46,7 +46,7 @@ class Pool:
         self.cache = Cache(cache_path)
         self.modality = modality
         self._settings = settings or SelectSettings()
-        self._progress = progress or NullProgress()
+        self.progress = progress or NullProgress()
 
     @cached_property
     def vectors(self) -> Vectors:
@@ -93,13 +93,13 @@ class Pool:
 
     def blocks(self, title: str) -> Iterator[tuple[Ints, Floats]]:
         """Iterate over all items once, chunk by chunk: the sample of each (B,), and its vector (B, P)."""
-        self._progress.start(title, len(self.vectors.rows), noun(self.modality))
+        self.progress.start(title, len(self.vectors.rows), noun(self.modality))
         for rows, vectors_BP in self.vectors.blocks():
             samples = self.item_samples[rows]
             is_inside = samples >= 0
             yield samples[is_inside], vectors_BP[is_inside]
-            self._progress.advance(len(rows))
-        self._progress.finish()
+            self.progress.advance(len(rows))
+        self.progress.finish()
 
     def first_items(self) -> Ints:
         """Return the row of the first item of each of `samples`: (S,) int64."""

@@ -20,6 +20,7 @@ from embedcache.store.cache import Cache
 from embedcache.train.settings import train_settings
 from embedcache.train.train import train
 from tests.curate.select.conftest import FEATURES
+from tests.recorded import RecordedProgress
 
 TEXT_FEATURE, IMAGE_FEATURE = FEATURES["text"], FEATURES["image"]
 
@@ -49,6 +50,15 @@ def test_select_is_deterministic(around: dict[str, Path], tmp_path: Path) -> Non
     for name in ("a.parquet", "b.parquet"):
         chosen(around, tmp_path / name, "k-center", budget=9, seed=2)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_long_selection_is_announced(around: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
+    settings, progress = SelectSettings(budget=9, candidates=50, feature=IMAGE_FEATURE), RecordedProgress()
+    select(around["cache"], tmp_path / "a.parquet", "k-center", settings, progress=progress)
+    assert progress.notes[0].startswith("choosing samples: 450 pairs of vectors, about 0 s")
+    assert progress.started[-1] == ("choosing samples", 9, "samples")
+    assert progress.counts["choosing samples"] == 9
 
 
 def test_select_from_selection_and_train(around: dict[str, Path], tmp_path: Path) -> None:
