@@ -35,7 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     dense = save_sentence_transformer(folder / "dense", bert, pooling="cls", max_tokens=20, width=20)
     return {
         "vit": f"timm:test_vit,weights={save_timm('test_vit', folder, seed=0)}",
-        "whole": f"timm:vit_tiny_patch16_384,weights={save_timm('vit_tiny_patch16_384', folder, seed=0)}",
+        "whole": f"timm:xcit_nano_12_p16_224,weights={save_timm('xcit_nano_12_p16_224', folder, seed=0)}",
         "mamba": f"timm:test_mambaout,weights={save_timm('test_mambaout', folder, seed=0)}",
         "dino": f"hf:{save_dinov2(folder / 'dino', num_registers=2)}",
         "bert": f"hf:{bert}",
