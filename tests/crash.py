@@ -1,14 +1,16 @@
-"""Processes that are killed, forked from one server that has imported everything already."""
+"""Processes that are killed or train together, forked from one server that has imported everything already."""
 
 import multiprocessing
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 from embedcache.cli.main import app
 
@@ -38,6 +40,20 @@ def call(function: Callable[..., Any], *arguments: Any) -> None:
     assert process.exitcode == 0
 
 
+def call_together(num_processes: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function of a module in several processes that find each other, as those that torchrun starts."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(num_processes)}
+    names["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the first process does not open a store of its own
+    ranks = [{**names, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    processes = [_CONTEXT.Process(target=_call_as, args=(rank, function, arguments)) for rank in ranks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * num_processes
+
+
 def crash(arguments: Sequence[str], moment: str, pattern: str, number: int = 1) -> None:
     """Run a command that is killed with SIGKILL; the other arguments are those of `crash_function`."""
     crash_function(_run, (list(arguments), None), moment, pattern, number)
@@ -55,6 +71,11 @@ def crash_function(
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+def _call_as(environment: Mapping[str, str], function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    os.environ.update(environment)
+    function(*arguments)
 
 
 def _run(arguments: list[str], output: Path | None) -> None:

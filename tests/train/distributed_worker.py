@@ -1,6 +1,4 @@
-"""Write the gradients of every loss for a fixed batch, with and without mixup and STRUCTURE; run by torchrun."""
-
-import sys
+"""Write the gradients of every loss for a fixed batch, with and without mixup and STRUCTURE."""
 
 import numpy as np
 import torch
@@ -20,7 +18,12 @@ SAMPLES, WIDTH = 23, 6
 
 
 def main(path: str) -> None:
-    """Write a file that maps loss and options -> parameter -> gradient."""
+    """Write a file that maps loss and options -> parameter -> gradient, alone or as one of several processes."""
+    with process_group("cpu"):
+        _write_gradients(path)
+
+
+def _write_gradients(path: str) -> None:
     torch.manual_seed(0)
     tiles.TILE_ROWS, tiles.TILE_COLUMNS = 4, 5
     pair = AlignedPair("linear", widths={"image": WIDTH, "text": WIDTH}, shared_width=4)
@@ -64,8 +67,3 @@ def _loader(mixup: float, captions: str) -> Loader:
         return read
 
     return Loader(batches, PairLoader(reader(images), reader(texts), device="cpu"))
-
-
-if __name__ == "__main__":
-    with process_group("cpu"):
-        main(sys.argv[1])

@@ -1,7 +1,6 @@
 """A second task, of its own module: where the bar of an image is, from the tokens of the image."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,9 +141,5 @@ def read_places(cache_path: Path) -> Ints:
 
 
 def main(cache_path: str, run_path: str, options: str) -> None:
-    """Train with options in JSON; run by torchrun."""
+    """Train with options in JSON, alone or as one of several processes."""
     train_places(Path(cache_path), Path(run_path), from_flat(FitSettings, json.loads(options)))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

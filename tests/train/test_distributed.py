@@ -12,14 +12,13 @@ from safetensors.torch import load_file
 from embedcache.settings import from_flat
 from embedcache.train.distributed import own_slice
 from embedcache.train.settings import FitSettings
-from tests.crash import call
+from tests.crash import call, call_together
 from tests.train.distributed_worker import main
+from tests.train.places import main as train_many
 from tests.train.places import train_places
 from tests.train.runs import IMAGE, TEXT, log_lines, run
 
 pytestmark = pytest.mark.slow
-
-WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
 def torchrun(num_processes: int, *words: str) -> None:
@@ -30,7 +29,7 @@ def torchrun(num_processes: int, *words: str) -> None:
 
 def test_gradients_match_one_process(tmp_path: Path) -> None:
     call(main, str(tmp_path / "1"))
-    torchrun(3, str(WORKER), str(tmp_path / "3"))
+    call_together(3, main, str(tmp_path / "3"))
     expected, found = (torch.load(tmp_path / name, weights_only=True) for name in "13")
     assert len(expected) == 4 * 4 + 3
     for name, gradients in expected.items():
@@ -60,7 +59,7 @@ def test_own_slice_of_one_process() -> None:
 def test_two_processes_train_any_task_the_same(cache_path: Path, tmp_path: Path) -> None:
     options = {"epochs": 2, "batch_size": 60, "lr": 0.01, "trainable": "head"}  # dropout and batch norm are frozen
     train_places(cache_path, tmp_path / "1", from_flat(FitSettings, options))
-    torchrun(2, "-m", "--", "tests.train.places", str(cache_path), str(tmp_path / "2"), json.dumps(options))
+    call_together(2, train_many, str(cache_path), str(tmp_path / "2"), json.dumps(options))
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in "12")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
