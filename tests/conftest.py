@@ -1,6 +1,8 @@
 """Shared by all tests: Hypothesis profiles, and small caches made by the real pipeline."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,17 @@ LONGEST = (
 def as_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
     """Open files as a process that has been given no name and knows no package."""
     monkeypatch.setattr("embedcache.registry._TRUST", Trust(set(), {}, set(), []))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Collect no garbage while modules are imported, and never look at what they hold: a million objects at a time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
