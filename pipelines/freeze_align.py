@@ -45,7 +45,8 @@ FULL = Recipe(
     per_concept=2000, training=PAPER,
 )
 TINY = Recipe(
-    image_encoder=IMAGE_ENCODER, text_encoder=TEXT_ENCODER, features=("patch_mean", "kmeans:4", "mean"),
+    image_encoder=f"{IMAGE_ENCODER},fit=112x112", text_encoder=TEXT_ENCODER,
+    features=("patch_mean", "kmeans:4", "mean"),
     image_feature="efficientnet-lite0/patch_mean+efficientnet-lite0/kmeans:4", per_concept=3,
     training=with_options(PAPER, shared_width=512, epochs=5, batch_size=512, split="strict", val_fraction=0.1,
                           test_fraction=0.25),
