@@ -93,6 +93,9 @@ def find_near_duplicates(
     use_all_pairs = len(rows_N) <= ALL_PAIRS_LIMIT if settings.all_pairs is None else settings.all_pairs
     assignment = None if use_all_pairs else assign_clusters(vectors, rows_N, levels[0], settings, progress)
     plan = make_plan(assignment, len(rows_N))
+    complete = 1.0 if assignment is None else float(assignment.is_complete.mean())
+    centroid_cosines = None if assignment is None else assignment.cosines
+    del assignment  # the clusters that each item visits are in the plan
     dtype = np.float32 if use_all_pairs else np.float16
     folder = Path(settings.scratch or tempfile.gettempdir())
     with scratch_matrix(folder, (len(rows_N), vectors.width), dtype) as matrix_NP:
@@ -105,9 +108,9 @@ def find_near_duplicates(
         limit=collector.limit,
         highest=collector.highest,
         num_clusters=len(plan.starts) - 1,
-        complete=1.0 if assignment is None else float(assignment.is_complete.mean()),
+        complete=complete,
         recall=recall,
-        centroid_cosines=None if assignment is None else assignment.cosines,
+        centroid_cosines=centroid_cosines,
     )
 
 

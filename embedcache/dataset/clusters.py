@@ -22,6 +22,7 @@ from embedcache.files import disk_errors
 
 MAX_VISITS = 16
 BLOCK = 2048
+PLANNED_ROWS = 262_144
 _BORDER_ROUNDING = 1e-4
 _MIN_SQUARED_DISTANCE = 1e-6  # nearer centroids count as this far apart, so that their border is crossed
 
@@ -97,21 +98,26 @@ class Plan:
 
 
 def make_plan(assignment: ClusterAssignment | None, num_items: int) -> Plan:
-    """Sort items by cluster; without an assignment all are in one."""
+    """Sort items by cluster; without an assignment all are in one. Memory: about 30 bytes per item and 4 per visit."""
     clusters = np.zeros(num_items, np.int32) if assignment is None else assignment.clusters
     visits = np.empty((num_items, 0), np.int32) if assignment is None else assignment.visits
     num_clusters = int(max(clusters.max(), visits.max(initial=0))) + 1
     items = np.argsort(clusters, kind="stable")
-    visits = visits[items]
-    position, _ = np.nonzero(visits >= 0)
-    visited = visits[visits >= 0]
-    order = np.argsort(visited, kind="stable")
-    return Plan(
-        items=items,
-        starts=_starts(clusters, num_clusters),
-        visitors=position.astype(np.int32)[order],
-        visitor_starts=_starts(visited, num_clusters),
-    )
+    counts_K = np.zeros(num_clusters, np.int64)
+    for block in blocks(num_items, PLANNED_ROWS):
+        counts_K += np.bincount(visits[block][visits[block] >= 0], minlength=num_clusters)
+    visitor_starts = np.concatenate([[0], np.cumsum(counts_K)])
+    visitors, next_K = np.empty(int(visitor_starts[-1]), np.int32), visitor_starts[:-1].copy()
+    for block in blocks(num_items, PLANNED_ROWS):
+        visits_BV = visits[items[block]]
+        position, _ = np.nonzero(visits_BV >= 0)
+        visited = visits_BV[visits_BV >= 0]
+        order = np.argsort(visited, kind="stable")
+        counts_K = np.bincount(visited, minlength=num_clusters)
+        first_K = np.cumsum(counts_K) - counts_K
+        visitors[np.arange(len(order)) + np.repeat(next_K - first_K, counts_K)] = position[order] + block.start
+        next_K += counts_K
+    return Plan(items=items, starts=_starts(clusters, num_clusters), visitors=visitors, visitor_starts=visitor_starts)
 
 
 def _starts(numbers: Array, count: int) -> Ints:

@@ -158,6 +158,7 @@ def test_chunk_and_block_size_change_nothing(tmp_path: Path, monkeypatch: pytest
     for name, chunk_size, block in (("a", 64, 2048), ("b", 600, 16), ("c", 7, 100)):
         monkeypatch.setattr(near_duplicates, "BLOCK", block)
         monkeypatch.setattr(clusters, "BLOCK", block)
+        monkeypatch.setattr(clusters, "PLANNED_ROWS", block)
         opened = write_vectors(tmp_path / name, vectors, chunk_size=chunk_size)
         found.append(
             find_near_duplicates(opened, rows, [LIMIT], DedupSettings(all_pairs=False, scratch=tmp_path, seed=4))
