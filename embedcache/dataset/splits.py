@@ -333,12 +333,14 @@ def _random_order(keys: "pa.Array | pa.ChunkedArray", groups_S: Ints, seed: int)
     shared = np.flatnonzero(is_shared)
     by_key = shared[pc.sort_indices(keys.take(pa.array(shared))).to_numpy()] if len(shared) else shared
     lead_G[groups_S[by_key[::-1]]] = by_key[::-1]  # the last assignment is that of the lowest key
-    digests = []
+    digests, salt, sha256 = [], f"{seed}:".encode(), hashlib.sha256
     for block in blocks(len(lead_G), _KEYS_PER_BLOCK):
-        names = keys.take(pa.array(lead_G[block])).to_pylist()
-        digests.append(b"".join(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16] for name in names))
+        names = keys.take(pa.array(lead_G[block])).cast(pa.binary()).to_pylist()
+        digests.append(b"".join([sha256(salt + name).digest()[:16] for name in names]))
     words_G2 = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2)
-    return np.lexsort((words_G2[:, 1], words_G2[:, 0]))
+    order_G = np.argsort(words_G2[:, 0], kind="stable")
+    first_G = words_G2[order_G, 0]
+    return order_G if (first_G[1:] != first_G[:-1]).all() else np.lexsort((words_G2[:, 1], words_G2[:, 0]))
 
 
 def _take_first(sizes: Ints, quota: int) -> Bools:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Inputs, Ints
 from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, check_same_view, open_input, view_feature
-from embedcache.dataset.pairs import Pairs, pair_items
+from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split, make_split
 from embedcache.errors import DataError, SettingError
@@ -158,7 +158,7 @@ class TrainData:
             for features in self.open_views(modality, views.get(modality, ())).values():
                 items = items.where(np.concatenate([feature.valid for feature in features])[items.rows])
             sides.append(items)
-        both = np.intersect1d(sides[0].samples, sides[1].samples)
+        both = shared_samples(sides[0], sides[1])
         return Pairs(first=sides[0].select(both), second=sides[1].select(both))
 
 

@@ -17,6 +17,8 @@ from embedcache.projectors.towers import RawTower, Tower
 from embedcache.train.settings import ModelSettings
 
 _BLOCK = 8192
+MAX_PAIRS = 2**20
+"""Of more pairs, evenly spaced blocks are read; means and covariances of a million pairs are exact to a thousandth."""
 
 
 def initialize(
@@ -24,15 +26,15 @@ def initialize(
 ) -> None:
     """Center both towers on the training pairs, and set their projectors to a closed form or to anchors.
 
-    Takes one pass over all pairs of items of one sample, and for a tower with raw input one more, for
-    the root mean square length. A token tower is left as it is, and its feature is not read. Memory: a block of rows,
-    and the anchors.
+    Takes one pass over the pairs of items of one sample, a million of them at most, and for a tower with raw input one
+    more, for the root mean square length. A token tower is left as it is, and its feature is not read. Memory: a block
+    of rows, and the anchors.
 
     Raises:
         SettingError: a projector that has no linear branch, or fewer pairs than anchors.
         DataError: a value is NaN or infinite, or fewer than two pairs.
     """
-    positions = pairs.all_pairs()
+    positions = [_thin_out(positions_M) for positions_M in pairs.all_pairs()]
     first, second = (
         _TowerRows(name=name, tower=pair.tower(name), read=readers[name], rows=items.rows[which])
         for name, items, which in zip(pair.modalities, (pairs.first, pairs.second), positions, strict=True)
@@ -59,9 +61,16 @@ def initialize(
         _set_anchors(towers, settings.shared_width, seed)
 
 
+def _thin_out(positions_M: Ints) -> Ints:
+    """Keep evenly spaced blocks of at most `MAX_PAIRS` positions."""
+    whole = list(blocks(len(positions_M), _BLOCK))
+    step = -(-len(positions_M) // MAX_PAIRS)
+    return np.concatenate([positions_M[block] for block in whole[::step]]) if step > 1 else positions_M
+
+
 @dataclass(frozen=True, kw_only=True)
 class _TowerRows:
-    """A tower, and the (M,) rows of its feature in all training pairs; M is that of the other tower."""
+    """A tower, and the (M,) rows of its feature in training pairs; M is that of the other tower."""
 
     name: str
     tower: AnyTower

@@ -356,8 +356,8 @@ def _count_held_out(data: TrainData, split: Split, settings: TrainSettings) -> i
     """Return how many samples of the selection are in the validation or test part; None without a selection."""
     if settings.selection_path is None:
         return None
-    parts = np.array(split.parts)[read_selection(settings.selection_path, data.caches)]
-    return int(np.isin(parts, ("val", "test")).sum())
+    is_held_out = split.mask("val") | split.mask("test")
+    return int(is_held_out[read_selection(settings.selection_path, data.caches)].sum())
 
 
 def _shuffled_control(pairs: Pairs, settings: TrainSettings) -> Pairs:

@@ -10,6 +10,7 @@ from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import DataError, SettingError
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.towers import Tower
+from embedcache.train import initialization
 from embedcache.train.initialization import initialize
 from embedcache.train.settings import Initialization, ModelSettings
 
@@ -142,3 +143,19 @@ def test_closed_form_aligns_pairs(kind: Initialization) -> None:
     np.testing.assert_allclose(image.pow(2).sum(dim=1).mean(), 1, atol=1e-3)
     sims = torch.nn.functional.normalize(image, dim=-1) @ torch.nn.functional.normalize(text, dim=-1).T
     assert (sims.argmax(dim=1) == torch.arange(NUM_SAMPLES)).float().mean() > 0.6
+
+
+def test_many_pairs_are_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initialization, "_BLOCK", 4)
+    monkeypatch.setattr(initialization, "MAX_PAIRS", 30)
+    read: list[int] = []
+
+    def read_images(rows: Ints) -> Inputs:
+        read.extend(rows.tolist())
+        return Inputs(IMAGES[rows])
+
+    pair = initialized("linear", image=read_images)
+    assert sorted(set(read)) == [image for image in range(NUM_SAMPLES) if image // 2 % 2 == 0]  # 60 pairs, 2 per image
+    image = pair.tower("image")
+    assert isinstance(image, Tower)
+    np.testing.assert_allclose(image.mean, normalize(IMAGES[sorted(set(read))]).mean(axis=0), atol=1e-6)
