@@ -29,17 +29,11 @@ trust_package("tests")  # caches of the tests name encoders of this package
 
 FEATURES = ("cls", "patches", "mean", "tokens")
 LONGEST = (
-    *(
-        "quickstart/test_quickstart",
-        "pipelines/test_freeze_align",
-        "pipelines/test_avsr",
-        "export/test_open_clip",
-        "test_ray",
-        "export/test_export",
-    ),
-    *("extract/test_remote", "interop/test_clip_benchmark", "train/test_distributed", "encoders/test_graph"),
-    *("export/test_transformers", "extract/test_engines", "sweep/test_sweep", "serve/test_page", "extract/test_crash"),
-    *("train/test_speech", "transcription/test_published_path", "transcription/test_model", "pipelines/test_talking"),
+    *("quickstart/test_quickstart", "pipelines/test_freeze_align", "pipelines/test_avsr", "test_ray"),
+    *("pipelines/test_uniperceiver", "export/test_export", "export/test_transformers", "extract/test_remote"),
+    *("train/test_distributed", "encoders/test_graph", "extract/test_engines", "interop/test_clip_benchmark"),
+    *("serve/test_page", "export/test_open_clip", "train/test_speech", "sweep/test_sweep", "extract/test_crash"),
+    *("transcription/test_published_path", "transcription/test_model", "pipelines/test_talking"),
 )
 """The files that take longest, which start first so that both test processes end together."""
 

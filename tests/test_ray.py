@@ -29,7 +29,8 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 2000}
-    head = {"num_cpus": 0, "_system_config": checks | {"health_check_failure_threshold": 3}}
+    system = checks | {"health_check_failure_threshold": 3}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": system}  # a process less to start
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, log_to_driver=False)
