@@ -22,15 +22,7 @@ from embedcache.errors import DataError, ItemError, PathError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.likelihood.model import LikelihoodModel, load_likelihood
 from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.projectors.saved import (
-    RUN_FORMAT,
-    PairConfig,
-    config_path,
-    is_pair,
-    load_pair,
-    project,
-)
-from embedcache.provenance import read_manifest
+from embedcache.projectors.saved import PairConfig, is_pair, load_pair, project, read_run
 from embedcache.sources.images import decode_image, rgb_image
 from embedcache.transcription.model import SpeechModel, load_speech
 
@@ -73,8 +65,7 @@ def load(
         SettingError: the device does not exist.
     """
     device, run_path = str(torch_device(device)), Path(run_path)
-    make = f"embedcache train CACHE {run_path}"
-    values = read_manifest(config_path(run_path), kind="run", latest_format=RUN_FORMAT, make=make)
+    values = read_run(run_path)
     found = "pair" if is_pair(values) else str(values.get("kind"))
     found = "likelihood" if found == "shared" else found
     if kind is not None and found != kind:

@@ -26,6 +26,12 @@ _RECORDED_PACKAGES = ("embedcache", "numpy", "torch", "zarr", "pyarrow", "onnxru
 STORED_NAMES = {"index_digest": "spine"}
 """Field in code -> key on disk, where they differ; format 1 keeps the old key."""
 
+DIGEST = "digest"
+"""Key of JSON objects that are compared with their digest when they are read."""
+
+_UNCHECKED = ("settings",)
+"""Keys of the record of a stage that its digest leaves out: the caches of a run may have moved."""
+
 _LONGEST_LIST = 120
 T = TypeVar("T")
 
@@ -63,7 +69,47 @@ def read_json(path: Path) -> Any:
         raise PathError(f"cannot read {path}: {io_reason(error)}") from error
 
 
-def read_manifest(path: Path, *, kind: str, latest_format: int, make: str) -> dict[str, Any]:
+def write_record(path: Path, record: Mapping[str, Any], *, unchecked: Collection[str] = ()) -> None:
+    """Write a JSON object, atomically, whose last key is `digest`: of all other keys but `unchecked`.
+
+    `unchecked` are keys whose paths may be corrected by hand when files have moved.
+    """
+    write_json(path, {**record, DIGEST: _record_digest(record, unchecked)})
+
+
+def read_record(path: Path, *, unchecked: Collection[str] = (), next_step: str) -> dict[str, Any]:
+    """Read a JSON object and compare it with its digest, which the first versions did not write.
+
+    Args:
+        path: the file.
+        unchecked: as in `write_record`.
+        next_step: what to do about a changed file, for the error.
+
+    Raises:
+        PathError: the file does not exist.
+        CorruptError: it is not a JSON object, or has changed since it was written.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise CorruptError(f"{path}: expected a JSON object, got {type(record).__name__}; {next_step}")
+    check_record(path, record, unchecked=unchecked, next_step=next_step)
+    return record
+
+
+def check_record(path: Path, record: Mapping[str, Any], *, unchecked: Collection[str] = (), next_step: str) -> None:
+    """Compare a JSON object with its digest, if it has one, or raise a `CorruptError`; see `read_record`."""
+    if record.get(DIGEST) not in (None, _record_digest(record, unchecked)):
+        raise CorruptError(f"{path} has changed since it was written; {next_step}")
+
+
+def _record_digest(record: Mapping[str, Any], unchecked: Collection[str]) -> str:
+    checked = {name: value for name, value in record.items() if name not in (DIGEST, *unchecked)}
+    return digest(json.loads(json.dumps(checked)))  # as they are read: keys of JSON objects are texts
+
+
+def read_manifest(
+    path: Path, *, kind: str, latest_format: int, make: str, next_step: str, unchecked: Collection[str] = ()
+) -> dict[str, Any]:
     """Read the manifest of an artifact, the JSON file whose presence marks its folder as complete.
 
     Args:
@@ -71,11 +117,13 @@ def read_manifest(path: Path, *, kind: str, latest_format: int, make: str) -> di
         kind: kind of artifact: `cache`, `run`, `index`.
         latest_format: newest format that this version reads.
         make: command that makes such an artifact.
+        next_step: what to do about a changed manifest, for the error.
+        unchecked: keys that its digest leaves out.
 
     Raises:
         PathError: the folder does not exist or is not complete.
         ArtifactError: the artifact has a later format.
-        CorruptError: the file is not JSON.
+        CorruptError: the file is not JSON, or has changed since it was written.
     """
     if not path.is_file():
         state = f"is not a finished {kind}: it has no {path.name}" if path.parent.exists() else "does not exist"
@@ -90,6 +138,7 @@ def read_manifest(path: Path, *, kind: str, latest_format: int, make: str) -> di
         raise ArtifactError(
             f"{path.parent} has {kind} format {found}; this version reads 1 to {latest_format}: upgrade embedcache"
         )
+    check_record(path, values, unchecked=unchecked, next_step=next_step)
     return dict(values)
 
 
@@ -194,16 +243,19 @@ def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Write a JSON record of a stage, if it ends without an error; yields a dictionary for the outcome.
 
+    A stage that leaves it empty had nothing to do, and nothing is written.
     The record holds inputs and settings, outcome, time, memory, machine and package versions.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     outcome: dict[str, Any] = {}
     yield outcome
+    if not outcome:
+        return
     packages = {}
     for name in _RECORDED_PACKAGES:
         with suppress(PackageNotFoundError):
             packages[name] = version(name)
-    write_json(
+    write_record(
         path,
         {
             "stage": stage,
@@ -216,7 +268,13 @@ def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterato
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "packages": packages,
         },
+        unchecked=_UNCHECKED,
     )
+
+
+def read_stage(path: Path) -> dict[str, Any]:
+    """Read the record of a stage, or raise the errors of `read_record`."""
+    return read_record(path, unchecked=_UNCHECKED, next_step="restore the file")
 
 
 def peak_memory_bytes() -> int:

@@ -15,6 +15,7 @@ import embedcache
 from embedcache.dataset.inputs import open_input
 from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.projectors.saved import load_pair, project
+from tests.edits import edit_record
 from tests.images import write_images
 from tests.interop.runs import SIDES, train_run
 from tests.toy import IMAGE, TEXT
@@ -123,8 +124,7 @@ def test_changed_encoder_raises_on_first_use(run_path: Path, tmp_path: Path) -> 
     for file in run_path.iterdir():
         if file.is_file():
             (copied / file.name).write_bytes(file.read_bytes())
-    config = copied / "config.json"
-    config.write_text(config.read_text().replace(f'"spec": "{IMAGE}"', f'"spec": "{IMAGE},scale=2"'))
+    edit_record(copied / "config.json", {f'"spec": "{IMAGE}"': f'"spec": "{IMAGE},scale=2"'})
     model = embedcache.load(copied)  # opens no encoder
     with pytest.raises(FingerprintError, match="weights"):
         model.encode_text("red")
@@ -173,6 +173,7 @@ USER = """
 from pathlib import Path
 
 import embedcache
+from tests.edits import edit_record
 
 model = embedcache.load(Path("run"), device="cpu")
 similarities = model.similarity(["a.jpg"], "a dog")

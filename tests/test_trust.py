@@ -29,6 +29,7 @@ from embedcache.sources import SourceSettings, reopen_source
 from embedcache.sources.folder import FolderSource
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache
+from tests.edits import edit_record
 from tests.images import write_images
 from tests.toy import IMAGE
 
@@ -60,14 +61,9 @@ def stranger(run_path: Path, cache_path: Path, tmp_path: Path) -> Iterator[Path]
     sys.modules.pop("evil", None)
 
 
-def change(path: Path, **values: Any) -> None:
-    kept = {name: value for name, value in read_json(path).items() if name != "digest"}  # a stranger leaves it out
-    write_json(path, {**kept, **values})
-
-
 def name_source(folder: Path, name: str = "evil:open_it") -> None:
     path = folder / "cache" / "cache.json"
-    change(path, source={**read_json(path)["source"], "type": name})
+    edit_record(path, source={**read_json(path)["source"], "type": name})
 
 
 def name_entry_point(folder: Path) -> None:
@@ -78,7 +74,7 @@ def name_projector(folder: Path) -> None:
     path = folder / "run" / "config.json"
     training = read_json(path)["training"]
     model = {**training["model"], "projector": "evil:open_it"}
-    change(path, projector="evil:open_it", training={**training, "model": model})
+    edit_record(path, projector="evil:open_it", training={**training, "model": model})
 
 
 def name_network(folder: Path) -> None:
@@ -90,7 +86,7 @@ def name_network(folder: Path) -> None:
 
 
 def name_encoder(folder: Path) -> None:
-    change(folder / "index" / "card.json", spec="evil:open_it:model")
+    edit_record(folder / "index" / "card.json", spec="evil:open_it:model")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from embedcache.errors import PathError, SettingError
+from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.registry import mark_as_read, unknown_name
 from embedcache.settings import FlatSetting, flat_settings
 
@@ -71,10 +71,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read_run_config(path: Path, text: str) -> dict[str, Any]:
     """Return the settings and features of a run by option name."""
+    from embedcache.projectors.saved import CHANGED_CONFIG
+    from embedcache.provenance import check_record
     from embedcache.train.settings import TrainSettings
 
     try:
         record = json.loads(text)
+        check_record(path, record, next_step=CHANGED_CONFIG)
         if record.get("kind", "pair") != "pair":
             raise SettingError(
                 f"{path}: expected the config.json of a pair of projectors, got that of a run of the kind "
@@ -90,7 +93,7 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
         else:
             settings |= {f"{modality}_feature": record[modality]["feature"] for modality in ("image", "text")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, SettingError):
+        if isinstance(error, EmbedcacheError):
             raise
         raise SettingError(f"{path}: expected the config.json of a run, got other content: {error!r}") from error
     mark_as_read(path, [*str(settings.get("projector", "")).split("+"), str(settings.get("loss", ""))])

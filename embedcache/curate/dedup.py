@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, Ints
 from embedcache.curate.keep import FAR, Copies, RemovedSamples, check_keep, choose_removed, find_copies, order_samples
@@ -25,6 +24,7 @@ from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
+from embedcache.store.tables import write_table
 
 LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen
 _NO_PAIRS = SimilarPairs(left=np.empty(0, np.int64), right=np.empty(0, np.int64), cosines=np.empty(0, np.float32))
@@ -267,4 +267,4 @@ def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
     )
     header = {"cache": str(cache.path), "method": "dedup"}
     with new_output(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(header)}), temporary)
+        write_table(temporary, table.replace_schema_metadata({"embedcache": json.dumps(header)}))

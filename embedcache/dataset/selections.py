@@ -1,7 +1,8 @@
 """Selections: keys of samples with the reason each was selected."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints
-from embedcache.errors import CorruptError, DataError, PathError
+from embedcache.dataset.splits import check_split
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
 from embedcache.outputs import check_output, new_output
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
-from embedcache.store.tables import read_table
+from embedcache.store.tables import read_table, write_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
     table = pa.table({"row": selection.rows, "key": keys, "reason": to_array(selection.reasons, pa.string())})
     header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
     with new_output(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(header)}), temporary)
+        write_table(temporary, table.replace_schema_metadata({"embedcache": json.dumps(header)}))
 
 
 def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
@@ -86,12 +87,34 @@ def read_selected_keys(path: Path) -> pa.Array:
         raise PathError(
             f"selection {path} does not exist; expected Parquet with a column key, or text with one key per line"
         )
-    try:
+    check_split(path)  # the split of a run may serve as a selection
+    with _selection_errors(path):
         if path.suffix == ".parquet":
             table = read_table(path)
-            if {"part", "group"} <= set(table.column_names):  # the split of a run
+            if {"part", "group"} <= set(table.column_names):
                 table = table.filter(pc.equal(table["part"], "train"))
             return table["key"].cast(pa.string()).combine_chunks()
         return pa.array([line for line in path.read_text().split("\n") if line], pa.string())
-    except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{path}: expected a Parquet file with a column key, or a text file: {error}") from error
+
+
+def read_selected_reasons(path: Path) -> dict[str, str]:
+    """Return key -> reason of a Parquet file; empty for one that is not a selection and has no reasons."""
+    with _selection_errors(path):
+        table = read_table(path)
+        about = json.loads((table.schema.metadata or {}).get(b"embedcache", b"{}"))
+        if "reason" not in table.column_names and "spine" not in about:
+            return {}
+        keys, reasons = (table[name].cast(pa.string()).to_pylist() for name in ("key", "reason"))
+        return dict(zip(keys, reasons, strict=True))
+
+
+@contextmanager
+def _selection_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        if isinstance(error, EmbedcacheError):
+            raise
+        raise CorruptError(
+            f"{path}: expected a Parquet file with a column key, or a text file: {one_line(error)}"
+        ) from error

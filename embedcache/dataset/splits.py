@@ -9,21 +9,20 @@ from typing import Literal, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, Bools, Ints, blocks, number_values
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
 from embedcache.dataset.pairs import Pairs, caption_languages, name_caches
 from embedcache.dataset.settings import KINDS, SplitSettings
-from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError
+from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError, one_line
 from embedcache.files import replacing
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import digest_file
+from embedcache.provenance import digest_file, read_record
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, to_array
-from embedcache.store.tables import read_table
+from embedcache.store.tables import read_table, write_table
 
 Part: TypeAlias = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
@@ -73,34 +72,51 @@ def write_split(path: Path, split: Split) -> None:
     }
     table = pa.table({**columns, "spine": list(split.index_digests)} if split.index_digests else columns)
     with replacing(path) as temporary:
-        pq.write_table(table, temporary)
+        write_table(temporary, table)
 
 
-def read_split(path: Path, caches: Sequence[Cache], *, sha256: str | None = None) -> Split:
+def check_split(path: Path) -> None:
+    """Compare a split with its digest in the `config.json` of its run, or the `study.json` of its study, if any.
+
+    Raises:
+        CorruptError: the split, or that file, has changed since it was written.
+    """
+    for name in _MANIFESTS if path.name == "split.parquet" else ():
+        if (manifest := path.with_name(name)).is_file():
+            written = read_record(manifest, next_step="restore the file").get("split")
+            if isinstance(written, str) and written and digest_file(path) != written:
+                raise CorruptError(
+                    f"{path}: expected the split that {manifest.name} was written for, got another file; restore it, "
+                    "or use a new folder"
+                )
+
+
+_MANIFESTS = ("config.json", "study.json")
+
+
+def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     """Read the split of all or some of its caches. Samples that were appended to a cache later are in no part.
 
     Args:
-        path: the file.
+        path: the file; of a finished run or of a study, it is compared with its digest.
         caches: caches whose samples are returned, one after another.
-        sha256: digest of the file in the config of its run; None: not compared.
 
     Raises:
         PathError: the file does not exist.
-        CorruptError: the file is not a split, or has another digest.
+        CorruptError: the file is not a split, or has changed since it was written.
         DataError: the split belongs to other samples.
     """
     if not path.is_file():
         raise PathError(f"{path} does not exist; it is written by embedcache train")
-    if sha256 is not None and digest_file(path) != sha256:
-        raise CorruptError(
-            f"{path}: expected the split that the run was trained on, got another file; train again into a new folder"
-        )
+    check_split(path)
     try:
         table = read_table(path)
         schema = pa.schema([column for column in _COLUMNS if column.name != "spine" or "spine" in table.column_names])
         table = table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise CorruptError(f"{path}: expected a split with the columns key, part and group: {error}") from error
+        raise CorruptError(
+            f"{path}: expected a split with the columns key, part and group: {one_line(error)}"
+        ) from error
     parts = [_select_cache(path, table, cache) for cache in caches]
     joined = pa.concat_tables(parts)
     several = [cache.info.index_digest for cache, part in zip(caches, parts, strict=True) for _ in range(len(part))]

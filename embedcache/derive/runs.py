@@ -20,7 +20,6 @@ from embedcache.errors import PathError, SettingError
 from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import (
-    RUN_FORMAT,
     PairConfig,
     TowerInput,
     check_feature,
@@ -28,8 +27,8 @@ from embedcache.projectors.saved import (
     is_pair,
     load_pair,
     project,
+    read_run,
 )
-from embedcache.provenance import read_manifest
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.group import EncoderGroup
@@ -114,14 +113,9 @@ def open_run(request: RunRequest) -> list[RunRule]:
         SettingError: the output needs prompts, or has no use for them.
         FingerprintError: the cache holds features from another encoder than the run was trained on.
     """
-    manifest = _read_manifest(request.path)
+    manifest = read_run(request.path)
     open_output: OpenRun = _open_pair if is_pair(manifest) else _open_module
     return open_output(request)
-
-
-def _read_manifest(run_path: Path) -> dict[str, Any]:
-    make = f"embedcache train CACHE {run_path}"
-    return read_manifest(config_path(run_path), kind="run", latest_format=RUN_FORMAT, make=make)
 
 
 def _open_module(request: RunRequest) -> list[RunRule]:

@@ -18,7 +18,7 @@ from embedcache.evaluate.runs import Run, read_run_selection, read_run_split, ru
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.files import is_url
 from embedcache.metrics.neighbors import find_closest
-from embedcache.provenance import fields_of, read_json
+from embedcache.provenance import fields_of, read_stage
 from embedcache.store.cache import Cache
 
 COSINES = {"image": 0.9, "text": 0.7}
@@ -134,7 +134,7 @@ def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple
             )
     index_digests = run.config.index_digest.split("+")
     record_path = run.path / "record.json"
-    record = read_json(record_path)
+    record = read_stage(record_path)
     recorded = fields_of(record_path, lambda: [str(path) for path in record["settings"]["caches"]])
     caches, missing = [], []
     for index_digest, path in zip_longest(index_digests, recorded[: len(index_digests)], fillvalue="an unnamed cache"):

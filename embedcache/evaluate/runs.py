@@ -166,7 +166,7 @@ def was_trained_on(run: Run, cache: Cache) -> bool:
 
 def read_run_split(run: Run, cache: Cache) -> Split:
     """Read the split of a run for one of its caches."""
-    return read_split(split_path(run.path), [cache], sha256=run.config.split_digest)
+    return read_split(split_path(run.path), [cache])
 
 
 def read_run_selection(run: Run, cache: Cache) -> Ints | None:

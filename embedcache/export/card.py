@@ -9,7 +9,7 @@ from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
 from embedcache.files import write_atomic
 from embedcache.projectors.saved import TowerInput
-from embedcache.provenance import read_json
+from embedcache.provenance import read_stage
 
 _KNOWN_LICENSES = {
     ("lite", "efficientnet-lite"): "apache-2.0",
@@ -98,7 +98,7 @@ def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[Modality, st
 
 def _training(run: ExportRun) -> str:
     path, training = run.path / "record.json", run.config.training
-    record = read_json(path) if path.is_file() else {}
+    record = read_stage(path) if path.is_file() else {}
     caches = record.get("settings", {}).get("caches", [])  # relative to the run, or to where it was trained
     names = [f"the cache `{(run.path / name).resolve().name}`" for name in caches]
     data = ", ".join(names) or f"the rows `{run.config.index_digest}`"

@@ -16,7 +16,7 @@ from embedcache.export.settings import ExportSettings
 from embedcache.export.transformers import write_transformers
 from embedcache.files import building, remove_folder
 from embedcache.projectors.saved import config_path
-from embedcache.provenance import check_same, digest, digest_file, read_json, read_manifest, write_json
+from embedcache.provenance import DIGEST, check_same, digest, digest_file, read_json, read_manifest, write_record
 from embedcache.registry import unknown_name
 
 FORMAT_VERSION = 1
@@ -97,8 +97,14 @@ def _existing_differences(folder: Path, identity: Mapping[str, Any]) -> Mapping[
     if not (folder / RECORD).is_file():
         got = "a folder of other files" if folder.is_dir() else "a file"
         raise PathError(f"{folder}: expected a new folder or an export, got {got}; give the path of a new folder")
-    record = read_manifest(folder / RECORD, kind="export", latest_format=FORMAT_VERSION, make="embedcache export")
-    existing = {name: record.get(name) for name in record if name not in ("format", "differences", "files")}
+    record = read_manifest(
+        folder / RECORD,
+        kind="export",
+        latest_format=FORMAT_VERSION,
+        make="embedcache export",
+        next_step="give the path of a new folder",
+    )
+    existing = {name: record.get(name) for name in record if name not in ("format", "differences", "files", DIGEST)}
     check_same(f"the export {folder}", existing, identity, next_step="give the path of a new folder")
     for name, sha in record["files"].items():
         if not (folder / name).is_file() or digest_file(folder / name) != sha:
@@ -126,7 +132,7 @@ def _write(
             "differences": dict(notes.differences),
             "files": {str(path.relative_to(temporary)): digest_file(path) for path in files},
         }
-        write_json(temporary / RECORD, record)
+        write_record(temporary / RECORD, record)
     return notes.differences
 
 

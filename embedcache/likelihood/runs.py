@@ -227,7 +227,7 @@ def _split_of_run(cache: Cache, run_path: Path, config: ModuleConfig) -> Split |
     """Return the split of a cache that a run was trained on, or that of its column `split`; None: there is none."""
     if split_path(run_path).is_file() and any(map(cache.info.has_rows_of, config.index_digest.split("+"))):
         try:
-            return read_split(split_path(run_path), [cache], sha256=config.split_digest)
+            return read_split(split_path(run_path), [cache])
         except DataError:  # the run's split is one of its other caches
             return None
     if "split" not in cache.columns:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from embedcache.errors import ArtifactError, CorruptError, DataError, one_line
-from embedcache.projectors.saved import RUN_FORMAT, config_path, is_pair, save_weights, split_path
-from embedcache.provenance import digest_file, fields_of, from_record, read_manifest, to_record, write_json
+from embedcache.projectors.saved import RUN_FORMAT, config_path, is_pair, read_run, save_weights, split_path
+from embedcache.provenance import digest_file, fields_of, from_record, to_record, write_record
 from embedcache.registry import Registry, names_from
 
 NETWORKS = Registry(
@@ -116,7 +116,7 @@ def save_module(run_path: Path, module: nn.Module, config: ModuleConfig) -> None
     model_path, split = run_path / "model.safetensors", split_path(run_path)
     save_weights(model_path, module)
     digests = {"split": digest_file(split) if split.is_file() else "", "weights": digest_file(model_path)}
-    write_json(config_path(run_path), {**config.to_json(), **digests})
+    write_record(config_path(run_path), {**config.to_json(), **digests})
 
 
 def read_module_config(run_path: Path) -> ModuleConfig:
@@ -126,15 +126,14 @@ def read_module_config(run_path: Path) -> ModuleConfig:
         PathError: the folder is not a finished run.
         ArtifactError: the format is newer than this version reads.
         DataError: the run is an aligned pair.
-        CorruptError: fields are missing or unknown.
+        CorruptError: the file has changed since it was written, or fields are missing or unknown.
     """
-    path = config_path(run_path)
-    values = read_manifest(path, kind="run", latest_format=RUN_FORMAT, make="train_task, see docs/howto/own_task.md")
+    values = read_run(run_path, make="train_task, see docs/howto/own_task.md")
     if is_pair(values):
         raise DataError(
             f"{run_path}: expected the run of a module, got an aligned pair; load it with projectors.saved.load_pair"
         )
-    return fields_of(path, lambda: ModuleConfig.from_json(values))
+    return fields_of(config_path(run_path), lambda: ModuleConfig.from_json(values))
 
 
 def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, ModuleConfig]:

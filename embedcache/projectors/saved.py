@@ -18,11 +18,14 @@ from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.errors import CorruptError, DataError
 from embedcache.files import replacing
 from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.provenance import check_same, digest_file, fields_of, read_manifest, write_json
+from embedcache.provenance import DIGEST, check_same, digest_file, fields_of, read_manifest, write_record
 from embedcache.registry import names_from
 
 RUN_FORMAT = 2
 """Newest format of a run: 1 is an aligned pair of images and texts, 2 any other pair or module."""
+CHANGED_CONFIG = f"restore the file, or remove its last key, {DIGEST}, if you have changed it yourself"
+"""What to do about a `config.json` that differs from its digest."""
+
 _FORMAT_1 = ("image", "text")
 _PAIR = "pair"
 _BLOCK = 8192
@@ -133,7 +136,7 @@ def save_pair(run_path: Path, pair: AlignedPair, config: PairConfig) -> None:
     model_path = run_path / "model.safetensors"
     save_weights(model_path, pair)
     digests = {"split": digest_file(split_path(run_path)), "weights": digest_file(model_path)}
-    write_json(config_path(run_path), {**config.to_json(), **digests})
+    write_record(config_path(run_path), {**config.to_json(), **digests})
 
 
 def save_weights(path: Path, module: nn.Module) -> None:
@@ -143,6 +146,29 @@ def save_weights(path: Path, module: nn.Module) -> None:
         save_file(state, temporary)
 
 
+def read_run(run_path: Path, *, make: str = "embedcache train CACHE {}") -> dict[str, Any]:
+    """Read the values of the `config.json` of any run, without its digest.
+
+    Args:
+        run_path: folder of the run.
+        make: command that makes such a run, where `{}` stands for the folder.
+
+    Raises:
+        PathError: the folder is not a finished run.
+        ArtifactError: the format is newer than this version reads.
+        CorruptError: the file is not JSON, or has changed since it was written.
+    """
+    values = read_manifest(
+        config_path(run_path),
+        kind="run",
+        latest_format=RUN_FORMAT,
+        make=make.format(run_path),
+        next_step=CHANGED_CONFIG,
+    )
+    values.pop(DIGEST, None)
+    return values
+
+
 def read_config(run_path: Path) -> PairConfig:
     """Read a run's `config.json`.
 
@@ -150,17 +176,15 @@ def read_config(run_path: Path) -> PairConfig:
         PathError: the folder is not a finished run.
         ArtifactError: the format is newer than this version reads.
         DataError: the run is not an aligned pair.
-        CorruptError: fields are missing or unknown.
+        CorruptError: the file has changed since it was written, or fields are missing or unknown.
     """
-    path = config_path(run_path)
-    make = f"embedcache train CACHE {run_path}"
-    values = read_manifest(path, kind="run", latest_format=RUN_FORMAT, make=make)
+    values = read_run(run_path)
     if not is_pair(values):
         raise DataError(
             f"{run_path}: expected an aligned pair, got a run of kind {values.get('kind')}; load it with "
             "embedcache.networks.saved.load_module"
         )
-    return fields_of(path, lambda: PairConfig.from_json(values))
+    return fields_of(config_path(run_path), lambda: PairConfig.from_json(values))
 
 
 def is_pair(manifest: Mapping[str, Any]) -> bool:

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from embedcache.errors import PathError
+from embedcache.errors import PathError, one_line
 from embedcache.files import open_path
 from embedcache.modalities import noun
 from embedcache.networks.saved import read_module_config
-from embedcache.projectors.saved import config_path, is_pair, read_config
-from embedcache.provenance import read_json, recognize
+from embedcache.projectors.saved import is_pair, read_config, read_run
+from embedcache.provenance import fields_of, read_json, read_stage, recognize
 from embedcache.search.index import read_card
 from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
+from embedcache.store.tables import read_table
 from embedcache.units import format_bytes, metric_label
 
 _FEATURE_COLUMNS = ("feature", "modality", "shape", "dtype", "chunks", "failed", "bytes")
@@ -44,9 +44,10 @@ def summarize(location: str | Path) -> Summary:
 
     Raises:
         PathError: the path does not exist, or is nothing that embedcache writes.
+        CorruptError: it has changed since it was written, or lacks fields.
     """
     path = open_path(location)
-    return _SUMMARIES[recognize(path)](path)
+    return fields_of(path, lambda: _SUMMARIES[recognize(path)](path))
 
 
 def _summarize_cache(path: Path) -> Summary:
@@ -87,8 +88,8 @@ def _summarize_cache(path: Path) -> Summary:
 
 
 def _summarize_run(path: Path) -> Summary:
-    outcome = read_json(path / "record.json").get("outcome", {}) if (path / "record.json").is_file() else {}
-    if not is_pair(read_json(config_path(path))):
+    outcome = read_stage(path / "record.json").get("outcome", {}) if (path / "record.json").is_file() else {}
+    if not is_pair(read_run(path)):
         return _summarize_module(path, outcome)
     config = read_config(path)
     projector = config.training["model"]["projector"]
@@ -173,10 +174,10 @@ def _values(values: Mapping[str, Any]) -> str:
 
 def _summarize_selection(path: Path) -> Summary:
     try:
-        table = pq.read_table(path, columns=["reason"])
+        table = read_table(path, columns=["reason"])
         metadata = json.loads(table.schema.metadata[b"embedcache"])
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-        raise PathError(f"{path}: expected a selection, got another Parquet file: {error}") from error
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise PathError(f"{path}: expected a selection, got another Parquet file: {one_line(error)}") from error
     reasons = Counter(reason.partition(",")[0] for reason in table["reason"].to_pylist())
     settings = _values(metadata.get("settings", {}))
     lines = [f"{path}: {len(table):,} samples of {metadata.get('cache')}"]

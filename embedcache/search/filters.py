@@ -13,7 +13,7 @@ from embedcache.arrays import Array, Bools, Ints
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
 from embedcache.errors import UnknownNameError
-from embedcache.projectors.saved import read_config, split_path
+from embedcache.projectors.saved import split_path
 from embedcache.registry import unknown_name
 from embedcache.search.settings import Filter
 from embedcache.store.cache import Cache
@@ -88,8 +88,7 @@ class CacheFilters:
         if name in self._cache.columns:
             return _encode(self._cache.column(name))
         if name == "split" and self._run_path is not None:
-            sha256 = read_config(self._run_path).split_digest
-            parts = to_array(read_split(split_path(self._run_path), [self._cache], sha256=sha256).parts, pa.string())
+            parts = to_array(read_split(split_path(self._run_path), [self._cache]).parts, pa.string())
             return _encode(pa.chunked_array([pc.if_else(pc.equal(parts, ""), None, parts)]))
         raise UnknownNameError(
             f"--{_OPTIONS[name]}: expected a column {name!r} in {self._cache.path}, got the columns "

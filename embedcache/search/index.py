@@ -10,8 +10,8 @@ from embedcache.errors import CorruptError, FingerprintError, SettingError, Unfi
 from embedcache.files import LOCK, disk_errors, locked, relative_location
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import (
+    DIGEST,
     check_same,
-    digest,
     fields_of,
     from_record,
     prepare_folder,
@@ -19,7 +19,7 @@ from embedcache.provenance import (
     read_manifest,
     record_stage,
     to_record,
-    write_json,
+    write_record,
 )
 from embedcache.search.autotune import (
     Configuration,
@@ -38,6 +38,8 @@ from embedcache.search.vectors import Vectors
 from embedcache.store.arrays import check_file, file_checksum
 
 FORMAT_VERSION = 3
+_UNCHECKED = ("cache", "run")
+"""Keys of a card that its digest leaves out: paths that may be corrected by hand when folders have moved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +146,7 @@ def build_index(
             if card is not None and not (index_path / STATE).is_file():  # else the index may be newer than its card
                 _check_files(index_path, card.checksums)
             card = _build(index_path, vectors, card, settings, progress)
-            record = to_record(card)
-            write_json(index_path / "card.json", {**record, "digest": _digest(record)})
+            write_record(index_path / "card.json", to_record(card), unchecked=_UNCHECKED)
         remove_leftovers(index_path, lists=card.lists)
     return card
 
@@ -159,10 +160,15 @@ def read_card(index_path: Path) -> IndexCard:
     """
     path = index_path / "card.json"
     make = f"embedcache curate index CACHE {index_path}"
-    values = read_manifest(path, kind="index", latest_format=FORMAT_VERSION, make=make)
-    written = values.pop("digest", None)
-    if written not in (None, _digest(values)):
-        raise CorruptError(f"{path} has changed since it was written; restore it, or {_rebuild(index_path)}")
+    values = read_manifest(
+        path,
+        kind="index",
+        latest_format=FORMAT_VERSION,
+        make=make,
+        next_step=f"restore it, or {_rebuild(index_path)}",
+        unchecked=_UNCHECKED,
+    )
+    values.pop(DIGEST, None)
     return fields_of(path, lambda: IndexCard(**from_record(values)))
 
 
@@ -204,11 +210,6 @@ def _check_files(index_path: Path, checksums: Mapping[str, str]) -> None:
 
 def _rebuild(index_path: Path) -> str:
     return f"remove {index_path} and build it again: embedcache curate index CACHE {index_path}"
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    """Return the digest of a card without the paths, which may be corrected by hand when folders have moved."""
-    return digest({name: value for name, value in record.items() if name not in ("cache", "run")})
 
 
 def check_card(index_path: Path, card: IndexCard, requested: Mapping[str, Any], *, next_step: str) -> None:

@@ -13,7 +13,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, SettingError, UnknownNameError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
-from embedcache.provenance import read_json
+from embedcache.provenance import read_stage
 from embedcache.reports.thumbnails import credit
 from embedcache.search.search import Hit, OpenIndex
 from embedcache.search.settings import Filter
@@ -227,7 +227,7 @@ def _run_table(index: OpenIndex) -> list[InfoTable]:
     if index.run_path is None or config is None:
         return []
     path = index.run_path / "record.json"
-    outcome = read_json(path).get("outcome", {}) if path.is_file() else {}
+    outcome = read_stage(path).get("outcome", {}) if path.is_file() else {}
     rows = [
         ["name", index.run_path.resolve().name],
         ["projector", config.projector],

@@ -5,9 +5,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import CorruptError
 from embedcache.modalities import MODALITIES
-from embedcache.provenance import digest, fields_of, from_record, read_manifest, to_record, write_json
+from embedcache.provenance import (
+    DIGEST,
+    digest,
+    fields_of,
+    from_record,
+    read_manifest,
+    to_record,
+    write_json,
+    write_record,
+)
 
 FORMAT_VERSION = 1
 DEFAULT_CHUNK_SIZE = 2048
@@ -15,6 +23,8 @@ _MAX_ROWS = 2**40
 _STORED_NAMES = {"index_digest": "spine", "segments": "parts", "earlier_versions": "earlier", "table_digests": "tables"}
 _STORED_NAMES |= {"table_checksums": "checksums"}
 _OMITTED_IF_EMPTY = ("parts", "earlier", "tables", "checksums")
+_UNCHECKED = ("source",)
+"""Keys that the digest leaves out: the path of a source that has moved may be corrected by hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +154,10 @@ def write_info(cache_path: Path, info: CacheInfo) -> None:
     record["parts"] = [asdict(segment) for segment in info.segments]
     record["earlier"] = [to_record(version, _STORED_NAMES) for version in info.earlier_versions]
     stored = {name: value for name, value in record.items() if value or name not in _OMITTED_IF_EMPTY}
-    write_json(info_path(cache_path), {**stored, "digest": _digest(stored)} if info.has_digests else stored)
+    if info.has_digests:
+        write_record(info_path(cache_path), stored, unchecked=_UNCHECKED)
+    else:
+        write_json(info_path(cache_path), stored)
 
 
 def read_info(cache_path: Path) -> CacheInfo:
@@ -156,15 +169,16 @@ def read_info(cache_path: Path) -> CacheInfo:
     """
     path = info_path(cache_path)
     command = f"embedcache extract SOURCE {cache_path}"
-    record = read_manifest(path, kind="cache", latest_format=FORMAT_VERSION, make=command)
-    written = record.pop("digest", None)
-    if written not in (None, _digest(record)):
-        raise CorruptError(f"{path} has changed since it was written; restore the file, or extract into a new folder")
+    record = read_manifest(
+        path,
+        kind="cache",
+        latest_format=FORMAT_VERSION,
+        make=command,
+        next_step="restore the file, or extract into a new folder",
+        unchecked=_UNCHECKED,
+    )
+    written = record.pop(DIGEST, None)
     return fields_of(path, lambda: _parse({**from_record(record, _STORED_NAMES), "has_digests": written is not None}))
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    return digest({name: value for name, value in record.items() if name != "source"})
 
 
 def _parse(values: Mapping[str, Any]) -> CacheInfo:

@@ -27,23 +27,36 @@ from embedcache.store.layout import items_path, samples_path
 
 @contextmanager
 def open_table(file: Path | BytesIO, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
-    """Open a local or remote Parquet table.
+    """Open a local or remote Parquet table; pages that have a checksum are compared with it when they are read.
 
     Always read it with `use_threads=False`: the tables are small, and a process that exited right after Arrow's thread
     pool had started aborted in 2 of 30 runs (pyarrow 26, with torch imported).
     """
     if isinstance(file, BytesIO) or not is_remote(file):
-        with pq.ParquetFile(file, metadata=metadata) as table:
+        with pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True) as table:
             yield table
         return
-    with file.open("rb") as stream, pq.ParquetFile(stream, metadata=metadata) as table:
+    with (
+        file.open("rb") as stream,
+        pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True) as table,
+    ):
         yield table
 
 
 def read_table(file: Path | BytesIO, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read all rows of a table."""
+    """Read all rows of a table; `ArrowInvalid` if a page is damaged, or the counts of rows contradict each other."""
     with open_table(file) as table:
-        return table.read(columns=columns, use_threads=False)
+        rows, metadata = table.read(columns=columns, use_threads=False), table.metadata
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    counts = {len(rows), metadata.num_rows, sum(group.num_rows for group in groups)}
+    if len(counts) > 1:  # no checksum covers the footer
+        raise pa.ArrowInvalid(f"its footer counts {' and '.join(map(str, sorted(counts)))} rows")
+    return rows
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table whose pages have checksums, which `open_table` compares."""
+    pq.write_table(table, path, write_page_checksum=True)
 
 
 class TableDigest:

@@ -14,7 +14,7 @@ from embedcache.dataset.splits import read_split
 from embedcache.errors import SettingError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.files import is_remote
-from embedcache.provenance import digest_file, to_record
+from embedcache.provenance import digest_file
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.reports.sweep import State, SweepConfig, SweepFindings, SweepParameter, SweepTrial
 from embedcache.store.cache import Cache
@@ -150,7 +150,7 @@ def findings_json(job: StudyJob, trials: Trials, findings: SweepFindings) -> dic
     """Return everything the page shows as JSON values, with settings by their stored names."""
     winner, by_number = findings.winner, {trial.number: trial for trial in trials.finished()}
     return {
-        "study": to_record(job.study),
+        "study": job.study.to_json(),
         "counts": findings.counts(),
         "winner": {
             "trial": winner.number,

@@ -7,16 +7,19 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
-from embedcache.dataset.splits import write_split
+from embedcache.dataset.splits import check_split, write_split
 from embedcache.files import LOCK, locked
 from embedcache.provenance import (
+    DIGEST,
+    STORED_NAMES,
     check_same,
+    digest_file,
     fields_of,
     from_record,
     prepare_folder,
     read_manifest,
     to_record,
-    write_json,
+    write_record,
 )
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space
@@ -38,6 +41,10 @@ _FILES = (
 )
 
 
+_STORED_NAMES = {**STORED_NAMES, "split_digest": "split"}
+"""Field of `Study` -> key in `study.json`, where they differ."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """The content of `study.json`: everything that decides the trials of a study.
@@ -48,6 +55,7 @@ class Study:
         text: name and fingerprint of the text feature.
         storage: URL of the storage without its password; None is the file `study.db` in the folder.
         name: name of the study in the storage.
+        split_digest: SHA-256 of `split.parquet`; empty in the first studies.
     """
 
     space: Mapping[str, Any]
@@ -59,7 +67,12 @@ class Study:
     seed: int
     storage: str | None
     name: str = "sweep"
+    split_digest: str = ""
     format: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON values of `study.json`."""
+        return to_record(self, _STORED_NAMES)
 
 
 def open_study(path: Path, data: TrainData, space: Space, settings: SweepSettings) -> Study:
@@ -89,15 +102,25 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
         _check_folder(path)
         if (manifest := path / "study.json").is_file():
             command = "embedcache sweep CACHE SPACE.toml STUDY"
-            values = read_manifest(manifest, kind="study", latest_format=FORMAT_VERSION, make=command)
-            stored = fields_of(manifest, lambda: Study(**from_record(values)))
-            expected, next_step = replace(requested, name=stored.name), "use a new folder, or request the same"
+            values = read_manifest(
+                manifest,
+                kind="study",
+                latest_format=FORMAT_VERSION,
+                make=command,
+                next_step="restore the file, or use a new folder",
+            )
+            values.pop(DIGEST, None)
+            stored = fields_of(manifest, lambda: Study(**from_record(values, _STORED_NAMES)))
+            expected = replace(requested, name=stored.name, split_digest=stored.split_digest)
+            next_step = "use a new folder, or request the same"
             check_same(f"study {path}", asdict(stored), asdict(expected), next_step=next_step)
+            check_split(split_path(path))
             return stored
         split = data.split(data.pairs(space.settings({}).language), space.settings({}).split)
         write_split(split_path(path), split)
-        write_json(manifest, to_record(requested))
-    return requested
+        made = replace(requested, split_digest=digest_file(split_path(path)))
+        write_record(manifest, made.to_json())
+    return made
 
 
 def split_path(path: Path) -> Path:

@@ -2,21 +2,29 @@
 
 import io
 import json
+import lzma
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
+from zipfile import BadZipFile, ZipFile
 
 import torch
 
 from embedcache.errors import CorruptError, FingerprintError, PathError, one_line
 from embedcache.files import Leases, replacing
 from embedcache.projectors.saved import split_path
-from embedcache.provenance import check_same, fields_of, prepare_folder, read_json, write_json
+from embedcache.provenance import check_same, fields_of, prepare_folder, read_json, read_stage, write_json
 from embedcache.registry import require
 from embedcache.train.distributed import gather_objects, num_processes, process_rank
 
+_UNREADABLE = (
+    *(RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError),
+    *(UnpicklingError, BadZipFile, zlib.error, lzma.LZMAError, OSError),
+)
+"""Errors of reading a damaged checkpoint."""
 _NAMES = ("objective", "optimizer", "best", "step", "epoch", "pairs", "log_bytes", "generators")
 
 
@@ -40,16 +48,19 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
     """Read the state of a run and restore this process's random generators; return None without a checkpoint.
 
     Raises:
-        CorruptError: it cannot be read.
+        CorruptError: it cannot be read, or has changed since it was written.
         FingerprintError: another number of processes wrote it.
     """
     path = checkpoint_path(run_path)
     if not path.is_file():
         return None
     try:
+        with ZipFile(path) as file:  # torch.load does not compare the checksums
+            if file.testzip() or any(entry.external_attr for entry in file.infolist()):  # torch skips folders
+                raise ValueError("other bytes than were written")
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         generators = {name: state[name] for name in _NAMES}["generators"]
-    except (RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError, UnpicklingError) as error:
+    except _UNREADABLE as error:
         reason = "objects that are no tensors" if isinstance(error, UnpicklingError) else f"an error: {one_line(error)}"
         raise CorruptError(f"{path}: expected a checkpoint, got {reason}; delete it to restart training") from error
     if len(generators) != num_processes():
@@ -151,5 +162,5 @@ def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, 
     if process_rank() == 0:
         checkpoint_path(run_path).unlink(missing_ok=True)
     path = run_path / "record.json"
-    record = read_json(path)
+    record = read_stage(path)
     return fields_of(path, lambda: make(record["outcome"]))

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from embedcache.errors import CorruptError, DataError, PathError, SettingError
-from embedcache.provenance import digest_file, read_json
+from embedcache.projectors.saved import config_path, read_run
+from embedcache.provenance import digest_file, fields_of
 from embedcache.registry import unknown_name
 
 Parts: TypeAlias = Mapping[str, Sequence[str]]
@@ -81,13 +82,11 @@ def load_parts(module: nn.Module, parts: Parts, sources: Mapping[str, Path]) -> 
 
 
 def _weights_digest(run_path: Path) -> str:
-    path = run_path / "config.json"
+    path = config_path(run_path)
     if not path.is_file():
         raise PathError(f"init_from: expected a finished run, got {run_path}, which has no config.json")
-    values = read_json(path)
-    if not isinstance(values, dict) or not isinstance(values.get("weights"), str):
-        raise CorruptError(f"{path}: expected the config of a run, with the digest of its weights")
-    return str(values["weights"])
+    values = read_run(run_path)
+    return fields_of(path, lambda: str(values["weights"]))
 
 
 def _read_weights(run_path: Path) -> dict[str, Tensor]:

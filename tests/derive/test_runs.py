@@ -32,6 +32,7 @@ from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
+from tests.edits import edit_record
 from tests.extract.cases import tree
 from tests.images import COLORS
 from tests.toy import TEXT
@@ -150,9 +151,8 @@ def test_refusals(cache: Path, work: Path, tmp_path: Path) -> None:
     other = shutil.copytree(run, tmp_path / "other,kind")
     with pytest.raises(SettingError, match="a path with a comma is not supported"):
         derive_from_run(cache, other, name="other")
-    config = json.loads(config_path(other).read_text())
-    config["image"]["fingerprint"]["weights"] = "other"
-    config_path(other).write_text(json.dumps(config))
+    image = json.loads(config_path(other).read_text())["image"]
+    edit_record(config_path(other), image={**image, "fingerprint": {**image["fingerprint"], "weights": "other"}})
     with pytest.raises(FingerprintError, match="the cache's open_toy/cls comes from another encoder"):
         derive_from_run(cache, other)
 
@@ -210,8 +210,7 @@ def test_module_refusals(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="modality: expected none for a run of .*Doubler, got image"):
         derive_from_run(cache, run, "sum", modality="image")
     other = write_module_run(cache, tmp_path / "other", kind="torch.nn:Identity")
-    config = json.loads(config_path(other).read_text())
-    config_path(other).write_text(json.dumps({**config, "kind": "no_such_module:Kind"}))
+    edit_record(config_path(other), kind="no_such_module:Kind")
     with trust_files(), pytest.raises(UnknownNameError, match="no_such_module"):
         derive_from_run(cache, other, "sum")
 

@@ -153,7 +153,7 @@ def test_swapped_split_is_refused(cache_path: Path, runs: list[Path], tmp_path: 
     run = shutil.copytree(runs[0], tmp_path / "run")
     shutil.copy(runs[1] / "split.parquet", run)
     with pytest.raises(
-        CorruptError, match="split.parquet: expected the split that the run was trained on, got another file"
+        CorruptError, match=r"split.parquet: expected the split that config.json was written for, got another file"
     ):
         evaluate_retrieval(cache_path, [run])
 

@@ -255,8 +255,12 @@ def encode(run: str) -> dict[str, Any]:
 
 
 def config_of(run: Path) -> dict[str, Any]:
-    """Return `config.json` of a run without the digest of the weights, which differs among machines."""
-    return {name: value for name, value in read_json(run / "config.json").items() if name != "weights"}
+    """Return `config.json` of a run without digests of files: those of weights differ among machines.
+
+    Later versions write other bytes of the same split, which is compared itself, and a digest of the config.
+    """
+    config = read_json(run / "config.json")
+    return {name: value for name, value in config.items() if name not in ("weights", "split", "digest")}
 
 
 def rows_of(selection: Path | str) -> list[int]:

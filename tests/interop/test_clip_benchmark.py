@@ -30,6 +30,7 @@ from embedcache.sources import open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from tests.conftest import FEATURES
+from tests.edits import edit_record
 from tests.interop.layout import write_layout
 from tests.interop.runs import SIDES, train_run
 from tests.toy import IMAGE, TEXT
@@ -170,9 +171,8 @@ def test_top_k_accuracy_equals_scikit_learn() -> None:
 def edited(run_path: Path, folder: Path, modality: str, **fields: object) -> Path:
     """Copy a run, and change what its config says of one side."""
     copy = shutil.copytree(run_path, folder / "edited")
-    config = json.loads((copy / "config.json").read_text())
-    config[modality] |= fields
-    (copy / "config.json").write_text(json.dumps(config))
+    path = copy / "config.json"
+    edit_record(path, **{modality: {**json.loads(path.read_text())[modality], **fields}})
     return copy
 
 

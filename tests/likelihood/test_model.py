@@ -23,6 +23,7 @@ from embedcache.train.examples import open_examples, open_media
 from embedcache.train.likelihood import train_likelihood
 from embedcache.train.likelihood_batches import encode_items, encode_texts
 from embedcache.train.likelihood_tasks import predict
+from tests.edits import edit_record
 from tests.toy import IMAGE
 from tests.train.likelihood_cases import Squares, SquaresSource, fit_settings, open_tones, recipe, tables
 
@@ -195,8 +196,8 @@ def test_derived_features_without_their_origin_are_refused(derived: Path, tmp_pa
         if name == "fit":
             next(run.glob("fit-*.safetensors")).unlink()
         else:
-            record = json.loads((run / "config.json").read_text())
-            del record["sides"]["image"]["inputs"]
-            (run / "config.json").write_text(json.dumps(record))
+            sides = json.loads((run / "config.json").read_text())["sides"]
+            del sides["image"]["inputs"]
+            edit_record(run / "config.json", sides=sides)
         with pytest.raises((CorruptError, DataError), match=message):
             embedcache.load(run, kind="likelihood").retrieve("red", [b""])

@@ -31,6 +31,7 @@ from embedcache.sources import open_source
 from embedcache.sources.base import FileItem
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
+from tests.edits import edit_record
 from tests.evaluate.speech_runs import save_run
 from tests.media_files import tone, wav
 from tests.media_toy import MEDIA
@@ -65,8 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     starts = {name: folder / f"{name}-0" for name in ("audio", "video")}
     save_run(folder / "fusion", folder / "cache", "audio", "video", starts=starts)
     save_run(folder / "untrained", folder / "cache", "audio", training={"ctc_weight": 1.0})
-    config = shutil.copytree(folder / "audio-0", folder / "points") / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "kind": "points"}))
+    edit_record(shutil.copytree(folder / "audio-0", folder / "points") / "config.json", kind="points")
     return folder
 
 

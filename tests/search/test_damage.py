@@ -7,8 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embedcache.curate.select.select import read_reasons
+from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import EmbedcacheError
 from embedcache.evaluate.runs import load_runs, read_run_split
+from embedcache.provenance import read_stage
+from embedcache.reports.summary import summarize
 from embedcache.search.search import OpenIndex
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
@@ -19,9 +23,11 @@ FEATURES = (
     ("text", "open_toy/mean"),
     ("text", "open_toy/tokens"),
 )
+SELECTION = "kept.parquet"
+"""Is not replaced by another table of keys: that would be another selection."""
 KINDS = ("flip", "flip", "flip", "flip", "cut", "zeros", "append", "delete", "swap", "copy")
-NOT_READ = ("record.json", "losses.jsonl", "started.json", "last.safetensors", "config.json")
-"""Files of a run and an index from which no reader takes numbers, and the config of a run, which has no digest yet."""
+NOT_READ = ("losses.jsonl", "started.json", "last.safetensors")
+"""Files of a run from which no reader takes numbers."""
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +36,8 @@ def folder(cache_path: Path, run_path: Path, index_path: Path, tmp_path_factory:
     folder = tmp_path_factory.mktemp("damage")
     for name, path in (("cache", cache_path), ("run", run_path), ("index", index_path)):
         shutil.copytree(path, folder / name)
+    reasons = ["a", "b", "a", "c"]
+    write_selection(folder / SELECTION, Cache(cache_path), Selection(rows=np.arange(4) * 70, reasons=reasons), {})
     return folder
 
 
@@ -48,13 +56,18 @@ def read_all(folder: Path) -> Iterator[bytes]:
         yield b"".join(item.tobytes() for item in feature.gather_tokens(np.flatnonzero(feature.valid)[::7]))
     (run,) = load_runs([folder / "run"])
     config = run.config
-    yield repr((config.projector, config.shared_width, config.sides)).encode()  # its settings are a record
+    yield repr(config).encode()
     yield b"".join(parameter.detach().numpy().tobytes() for parameter in run.pair.parameters())
     split = read_run_split(run, cache)
     yield repr([list(values) for values in (split.keys, split.parts, split.groups, split.index_digests)]).encode()
     index = OpenIndex(folder / "index", run_path=folder / "run", cache_path=folder / "cache")
     queries_QP = np.eye(index.card.width, dtype=np.float32)[:2]
     yield repr(index.search_vectors(queries_QP, k=5)).encode()
+    yield repr(read_reasons(folder / SELECTION, cache)).encode()
+    yield repr(summarize(folder / SELECTION).rows).encode()
+    summaries = [summarize(folder / name) for name in ("run", "index")]
+    yield repr([(summary.lines[:2], summary.rows) for summary in summaries]).encode()
+    yield repr(read_stage(folder / "run" / "record.json")["outcome"]).encode()
 
 
 def damage(path: Path, other: Path, kind: str, rng: np.random.Generator) -> None:
@@ -99,8 +112,8 @@ def test_same_numbers_or_a_clear_error(folder: Path, seed: int) -> None:
     num_refused = 0
     for number in range(400 if seed else 16):
         path, kind = files[rng.integers(len(files))], KINDS[rng.integers(len(KINDS))]
-        alike = [other for other in files if other.suffix == path.suffix and other != path]
-        other = alike[rng.integers(len(alike))] if alike else path
+        alike = [other for other in files if other.suffix == path.suffix and other not in (path, folder / SELECTION)]
+        other = alike[rng.integers(len(alike))] if alike and path.name != SELECTION else path
         before = {file: file.read_bytes() for file in (path, other)}
         damage(path, other, kind, rng)
         what = f"{number}: {kind} {path.relative_to(folder)}, {other.relative_to(folder)}"

@@ -97,7 +97,7 @@ def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path, t
     damaged = Path(shutil.copytree(run_path, tmp_path / "run"))
     split = read_split(run_path / "split.parquet", [cache])
     write_split(damaged / "split.parquet", replace(split, parts=["test"] * len(split.keys)))
-    with pytest.raises(CorruptError, match="expected the split that the run was trained on, got another file"):
+    with pytest.raises(CorruptError, match=r"expected the split that config.json was written for, got another file"):
         CacheFilters(cache, "image", damaged).mask(Filter(part=("test",)))
 
 

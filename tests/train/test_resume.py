@@ -1,19 +1,23 @@
 """An interrupted run resumes and ends with the same bytes."""
 
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from embedcache.errors import CorruptError, FingerprintError, PathError
 from embedcache.train import trainer
-from embedcache.train.checkpoint import checkpoint_path
+from embedcache.train.checkpoint import checkpoint_path, load_checkpoint
 from tests.cli.run import embedcache
 from tests.crash import start
 from tests.train import runs
@@ -94,6 +98,31 @@ def test_resume_with_other_settings_is_refused(cache_path: Path, unfinished: Pat
     with pytest.raises(FingerprintError, match=r"the unfinished run .* training\.seed: .*use the same settings"):
         run(cache_path, unfinished, seed=1)
     assert checkpoint_path(unfinished).read_bytes() == before
+
+
+def saved(state: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()
+
+
+def test_damaged_checkpoint_is_noticed(unfinished: Path) -> None:
+    path, rng = checkpoint_path(unfinished), np.random.default_rng(0)
+    data, num_refused = path.read_bytes(), 0
+    expected = load_checkpoint(unfinished, "cpu")
+    assert expected is not None
+    attributes = [place + 38 for place in range(len(data)) if data.startswith(b"PK\1\2", place)]  # 16: a folder
+    flips = [(place, 16) for place in attributes] + [(int(place), 1) for place in rng.integers(len(data), size=60)]
+    for place, bit in flips:
+        path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+        try:
+            found = load_checkpoint(unfinished, "cpu")
+        except CorruptError as error:
+            num_refused += 1 if "delete it to restart" in str(error) else -9999
+        else:
+            assert found is not None
+            assert saved(found) == saved(expected), place
+    assert num_refused > 30
 
 
 def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) -> None:

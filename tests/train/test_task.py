@@ -30,6 +30,7 @@ from embedcache.train import trainer
 from embedcache.train.checkpoint import checkpoint_path
 from embedcache.train.modules import ModuleReport
 from embedcache.train.settings import FitSettings
+from tests.edits import edit_record
 from tests.train.places import FEATURE, read_places, train_places
 from tests.train.runs import log_lines
 
@@ -164,8 +165,7 @@ def test_changed_start_run_is_another_run(cache_path: Path, finished: Path, tmp_
 )
 def test_run_of_changed_network_is_refused(finished: Path, tmp_path: Path, kind: str, reason: str) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    config = json.loads((finished / "config.json").read_text())
-    (tmp_path / "run/config.json").write_text(json.dumps({**config, "kind": kind}))
+    edit_record(tmp_path / "run/config.json", kind=kind)
     message = rf"expected the network {kind} that this run was trained with.*{reason}"
     with trust_files(), pytest.raises(ArtifactError, match=message):
         load_module(tmp_path / "run")

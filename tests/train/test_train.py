@@ -1,6 +1,8 @@
 """Training runs: what they learn, what they write, what they reuse and what they refuse."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from embedcache.arrays import Inputs
+from embedcache.cli.config_files import read_config as read_options
 from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.splits import read_split
 from embedcache.errors import (
@@ -21,16 +24,21 @@ from embedcache.errors import (
     UnknownNameError,
 )
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.inference import load
 from embedcache.projectors.heads import ShareLockProjector
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import load_pair, project, read_config
+from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from embedcache.train import train as train_module
 from embedcache.train.batches import Batches
 from embedcache.train.initialization import initialize
 from embedcache.train.pair import Validation
+from embedcache.train.parts import source_digests
 from embedcache.train.settings import OptimizerSettings
 from embedcache.train.trainer import learning_rate, make_optimizer
+from tests.cli.run import embedcache
+from tests.edits import edit_record
 from tests.train.runs import IMAGE, beats_chance, log_lines, run
 
 
@@ -145,7 +153,7 @@ def test_finished_run_is_reused(cache_path: Path, finished: Path) -> None:
 def test_record_of_another_version_is_named(
     cache_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, outcome: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("embedcache.train.checkpoint.read_json", lambda _: {"outcome": outcome})
+    monkeypatch.setattr("embedcache.train.checkpoint.read_stage", lambda _: {"outcome": outcome})
     with pytest.raises(CorruptError, match=r"record\.json does not hold the fields of its format"):
         run(cache_path, finished)
 
@@ -169,6 +177,36 @@ def test_unfinished_run_is_trained_again(cache_path: Path, tmp_path: Path) -> No
         load_pair(tmp_path / "run")
     assert not run(cache_path, tmp_path / "run").reused
     assert (tmp_path / "run/model.safetensors").read_bytes() == weights
+
+
+def test_changed_config_is_refused(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    """By each way to read it; one without a digest is that of an older version, or was changed on purpose."""
+    changed = Path(shutil.copytree(finished, tmp_path / "run"))
+    path = changed / "config.json"
+    path.write_text(path.read_text().replace('"shuffle_pairs": false', '"shuffle_pairs": true '))
+    readers: list[Callable[[], object]] = [
+        lambda: read_config(changed),
+        lambda: load(changed),
+        lambda: summarize(changed),
+        lambda: source_digests([str(changed)]),
+        lambda: read_options(path),
+        lambda: run(cache_path, changed),
+        lambda: read_split(changed / "split.parquet", [Cache(cache_path)]),
+    ]
+    for read in readers:
+        with pytest.raises(CorruptError, match=r"config\.json has changed since it was written; restore the file"):
+            read()
+    assert "written; restore" in embedcache("inspect", changed, cwd=tmp_path).stderr
+    edit_record(path)
+    assert read_config(changed).training["shuffle_pairs"]
+    record = changed / "record.json"
+    record.write_text(record.read_text().replace('"best_epoch": ', '"best_epoch": 1'))
+    with pytest.raises(CorruptError, match=r"record\.json has changed since it was written; restore the file"):
+        summarize(changed)
+    for name, text in (("record.json", "[]"), ("config.json", "{"), ("config.json", '{"format": 1}')):
+        (changed / name).write_text(text)
+        result = embedcache("inspect", changed, cwd=tmp_path)
+        assert (result.code, result.stderr.count("\n")) == (1, 1), result.stderr
 
 
 def test_swapped_weights_are_refused(cache_path: Path, finished: Path, tmp_path: Path) -> None:

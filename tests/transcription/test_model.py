@@ -19,6 +19,7 @@ from embedcache.networks.speech import Frames, SpeechNetwork, stack_frames
 from embedcache.networks.transcripts import decode_symbols
 from embedcache.sources.media import Video, decode_audio, decode_video
 from embedcache.transcription.settings import TranscribeSettings
+from tests.edits import edit_record
 from tests.media_files import encode_video, wav
 from tests.recorded import RecordedProgress
 from tests.sources.files import write
@@ -166,8 +167,7 @@ def test_encoders_are_opened_on_first_use_and_compared(runs: Path, clip: Path, t
     copied.mkdir()
     for file in (runs / "both").iterdir():
         (copied / file.name).write_bytes(file.read_bytes())
-    config = copied / "config.json"
-    config.write_text(config.read_text().replace("pixels,size=12x8", "pixels,size=12x9"))
+    edit_record(copied / "config.json", {"pixels,size=12x8": "pixels,size=12x9"})
     model = embedcache.load(copied, kind="speech")
     assert model.transcribe(clip.with_suffix(".wav")).streams == ("audio",)  # opens no encoder of frames
     with pytest.raises(

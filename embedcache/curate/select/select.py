@@ -10,12 +10,17 @@ import numpy as np
 from embedcache.curate.select.baselines import draw_rows
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.settings import SelectSettings
-from embedcache.dataset.selections import Selection, check_selection_path, read_selection, write_selection
+from embedcache.dataset.selections import (
+    Selection,
+    check_selection_path,
+    read_selected_reasons,
+    read_selection,
+    write_selection,
+)
 from embedcache.errors import DataError, SettingError
 from embedcache.progress import Progress
 from embedcache.registry import Registry
 from embedcache.store.cache import Cache
-from embedcache.store.tables import read_table
 
 SELECTORS = Registry(
     "method of selection",
@@ -212,7 +217,5 @@ def read_reasons(path: Path, cache: Cache) -> dict[int, str]:
     keys = cache.column("key").to_pylist()
     reasons: dict[str, str] = {}
     if path.suffix == ".parquet":
-        table = read_table(path)
-        if "reason" in table.column_names:
-            reasons = dict(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
+        reasons = read_selected_reasons(path)
     return {row: reasons.get(keys[row], f"in {path.name}") for row in rows.tolist()}
