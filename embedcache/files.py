@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -248,7 +248,8 @@ def _remove_if_abandoned(path: Path) -> None:
     except PermissionError:  # the living process of another user
         return
     except ProcessLookupError:
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        with suppress(OSError):  # in a folder that cannot be written, it stays
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def flush(path: Path) -> None:

@@ -85,6 +85,8 @@ def extract(
         else:
             reports = extract_features(opened, cache, **encoders, settings=settings, progress=progress)
             lines = caption_error_lines(Cache(cache))
+            if not any(report.encoded for report in reports):
+                lines.append("nothing to do: every chunk is committed")
 
     def show() -> None:
         for line in [*(report.line() for report in reports), *lines]:

@@ -155,7 +155,8 @@ def derive(cache_path: Path | str, derivation: Derivation, *, progress: Progress
             reused=counts.reused,
             failures=counts.failures,
         )
-        outcome["features"] = vars(report)
+        if report.derived:
+            outcome["features"] = vars(report)
     return report
 
 

@@ -98,7 +98,8 @@ def extract(
     remove_partials(cache.path)
     with record_job(cache, job, "extract") as outcome:
         reports = [_count_items(cache, report) for report in run_engine(job, source, progress)]
-        outcome["encoders"] = [vars(report) for report in reports]
+        if any(report.encoded for report in reports):
+            outcome["encoders"] = [vars(report) for report in reports]
     _check_any_encoded(cache, reports)
     return reports
 

@@ -1,7 +1,11 @@
 """What an extraction stores, and what it rejects."""
 
+import ctypes
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -38,6 +42,41 @@ def extracted(source: Path) -> Path:
 def cache(extracted: Path, tmp_path: Path) -> Path:
     """A copy of it."""
     return Path(shutil.copytree(extracted, tmp_path / "c"))
+
+
+def obey_permissions() -> None:
+    """Take from this process, if it is root's, the right to write where permissions forbid it."""
+    if os.getuid() == 0 and ctypes.CDLL(None).prctl(24, 1, 0, 0, 0):  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+        os._exit(77)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_complete_cache_that_cannot_be_written(source: Path, cache: Path) -> None:
+    def stamps() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (cache, *cache.rglob("*"))}
+
+    command = [sys.executable, "-m", "embedcache", "extract", str(source), str(cache)]
+    command += ["--image-encoder", IMAGE, "--text-encoder", TEXT, "--feature", "cls,tokens"]
+    before = stamps()
+    try:
+        for path in before:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[2], preexec_fn=obey_permissions, capture_output=True, text=True
+        )
+    finally:
+        for path in before:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do: every chunk is committed" in done.stdout
+    assert stamps() == before
+
+
+def test_second_run_writes_nothing(source: Path, cache: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    reports = run(source, cache, features=("cls", "tokens"))
+    assert [report.encoded for report in reports] == [0, 0]
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
 
 
 def test_cache_holds_the_encoders_outputs(image_folder: Path, cache_path: Path) -> None:
