@@ -217,6 +217,14 @@ def _service_errors(path: Path) -> Iterator[None]:
         raise PathError(f"cannot write {path}: {io_reason(error)}; what is committed is kept") from error
 
 
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files below a folder; 0 if there is none."""
+    if is_remote(folder):
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    paths = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)  # noqa: PTH118
+    return sum(os.stat(path).st_size for path in paths)  # noqa: PTH116  # of tens of thousands of chunks
+
+
 def partial_path(path: Path) -> Path:
     """Return a hidden sibling of `path` that `remove_partials` removes once this process has died."""
     return path.with_name(f".{path.name}.{_NODE}.{os.getpid()}.{uuid4().hex[:8]}.partial")

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedcache.arrays import Array
 from embedcache.curate.select.export import to_uids
@@ -56,17 +58,16 @@ def import_uids(uids_path: Path, cache_path: Path | str, out_path: Path) -> int:
     check_selection_path(out_path)
     cache = Cache(cache_path)
     wanted = _read_uids(uids_path)
-    keys = cache.column("key").to_pylist()
-    to_uids(keys)  # raises for other keys
-    known = {(int(key[:16], 16), int(key[16:], 16)): row for row, key in enumerate(keys)}
-    unknown = [uid for uid in wanted.tolist() if uid not in known]
-    if unknown:
+    found = pc.index_in(_as_bytes(to_uids(cache.column("key"))), value_set=_as_bytes(wanted))
+    rows, is_unknown = np.flatnonzero(found.is_valid()), np.ones(len(wanted), bool)
+    is_unknown[found.drop_null().to_numpy()] = False
+    unknown = wanted[is_unknown]
+    if len(unknown):
         first = f"{unknown[0][0]:016x}{unknown[0][1]:016x}"
         raise DataError(
             f"{uids_path}: expected keys of {cache.path}, got {len(unknown):,} unknown uids of {len(wanted):,}, first "
             f"{first}; name the cache that they were selected from"
         )
-    rows = np.array(sorted(known[uid] for uid in wanted.tolist()), np.int64)
     write_selection(
         out_path, cache, Selection(rows=rows, reasons=[_REASON] * len(rows)), {"method": "uids", "from": str(uids_path)}
     )
@@ -81,6 +82,11 @@ def _assign_modalities(images: Sequence[str], texts: Sequence[str]) -> Mapping[s
             f"{', '.join(names) or 'none'}; name them with --image-array and --text-array"
         )
     return {name: "image" if name in images else "text" for name in names}
+
+
+def _as_bytes(uids: Array) -> pa.Array:
+    """Return uids as an Arrow array, which can be hashed."""
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(uids), [None, pa.py_buffer(uids.view(np.uint8))])
 
 
 def _read_uids(path: Path) -> Array:

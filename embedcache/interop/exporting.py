@@ -21,6 +21,8 @@ from embedcache.outputs import check_output
 from embedcache.registry import unknown_name
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
+from embedcache.store.layout import SAMPLES
+from embedcache.store.rows import RowReader
 
 _MODALITIES: Sequence[Modality] = ("image", "text")
 _SOURCES_WITH_FILES = ("folder", "table")
@@ -30,7 +32,7 @@ class VectorExport:
     """The rows of an export, in the order of the cache: samples that have a vector of each exported modality.
 
     A row holds a sample's first image and first caption; `left_out` describes what the rows do not hold. Memory: the
-    tables of the cache.
+    sample of each item, and blocks of the tables; see `RowReader`.
 
     Raises:
         UnknownNameError: there is no such feature or language, or several features and none is named.
@@ -48,7 +50,7 @@ class VectorExport:
             for modality in _exported_modalities(self.cache, settings)
         }
         self._items = {
-            modality: _first_items(self._tables[modality], self._is_usable(modality)) for modality in self._vectors
+            modality: _first_items(self._samples_of[modality], self._is_usable(modality)) for modality in self._vectors
         }
         requested_S = np.arange(self.cache.info.num_samples)
         if settings.selection is not None:
@@ -72,7 +74,7 @@ class VectorExport:
         num_samples = self._num_requested - len(self.samples)
         parts = [f"{num_samples:,} samples without a vector"] * bool(num_samples)
         for modality in self.modalities:
-            items = self._tables[modality]["sample"].to_numpy()[self._is_usable(modality)]
+            items = self._samples_of[modality][self._is_usable(modality)]
             num_items = int(np.isin(items, self.samples).sum()) - len(self.samples)
             noun = "captions" if modality == "text" else "images"
             parts += [f"{num_items:,} {noun} beyond a sample's first"] * bool(num_items)
@@ -112,32 +114,40 @@ class VectorExport:
 
     def table(self, rows: slice) -> pa.Table:
         """Return `key`, and where they exist `image_path`, `caption`, `language`, and all columns of some rows."""
-        samples = self.cache.samples.take(pa.array(self.samples[rows]))
+        samples = self._readers[SAMPLES].take(self.samples[rows])
         columns = {"key": samples["key"]}
         if "image" in self._vectors:
-            images = self._tables["image"].take(pa.array(self.item_rows("image", rows)))
-            columns["image_path"] = self._image_paths(images)
-        if "text" in self._tables:
+            columns["image_path"] = self._image_paths(self._readers["image"].take(self.item_rows("image", rows)))
+        if "text" in self._readers:
             captions = self._captions(rows)
             columns["caption"] = captions["text"]
-            if captions["language"].null_count < len(captions):
+            if self._has_languages:
                 columns["language"] = captions["language"]
         others = [name for name in samples.column_names if name not in columns]
         return pa.table({**columns, **{name: samples[name] for name in others}})
 
     @cached_property
-    def _tables(self) -> Mapping[str, pa.Table]:
-        return {modality: self.cache.items(modality) for modality in self.cache.info.num_items}
+    def _readers(self) -> Mapping[str, RowReader]:
+        return {name: RowReader(self.cache, name) for name in (SAMPLES, *self.cache.info.num_items)}
+
+    @cached_property
+    def _samples_of(self) -> Mapping[str, Ints]:
+        """Sample of each item of a modality, ascending: (N,) int64."""
+        return {
+            modality: self.cache.items(modality, columns=["sample"])["sample"].to_numpy()
+            for modality in self.cache.info.num_items
+        }
 
     def _is_usable(self, modality: str) -> Bools:
         """Return which items have a vector and the requested language: (N,) bool."""
-        table, is_usable_N = self._tables[modality], np.ones(self.cache.info.num_items[modality], bool)
+        is_usable_N = np.ones(self.cache.info.num_items[modality], bool)
         if modality in self._vectors:
             is_usable_N &= self._vectors[modality].feature.valid
         if modality == "text" and (language := self._settings.language) is not None:
-            is_language_N = pc.equal(table["language"], language).to_numpy() == np.True_
+            languages = self.cache.items(modality, columns=["language"])["language"]
+            is_language_N = pc.equal(languages, language).to_numpy() == np.True_
             if not is_language_N.any():
-                known = [str(name) for name in pc.unique(table["language"]).to_pylist() if name is not None]
+                known = [str(name) for name in pc.unique(languages).to_pylist() if name is not None]
                 raise unknown_name("caption language", language, known)
             is_usable_N &= is_language_N
         return is_usable_N
@@ -155,13 +165,28 @@ class VectorExport:
 
     def _captions(self, rows: slice) -> pa.Table:
         """Return the caption of each row, null if the sample has none."""
-        table = self._tables["text"]
-        if "text" in self._vectors:
-            return table.take(pa.array(self.item_rows("text", rows)))
-        samples, first = _first_items(table, self._is_usable("text"))
-        position = np.minimum(np.searchsorted(samples, self.samples[rows]), max(len(samples) - 1, 0))
-        has_caption = samples[position] == self.samples[rows] if len(samples) else np.zeros(len(position), bool)
-        return table.take(pa.array(first[position] if len(samples) else position, mask=~has_caption))
+        caption_rows, has_caption = self._caption_rows(rows)
+        captions = self._readers["text"].take(caption_rows[has_caption])
+        return captions.take(pa.array(np.cumsum(has_caption) - 1, mask=~has_caption))
+
+    def _caption_rows(self, rows: slice) -> tuple[Ints, Bools]:
+        """Return the row of the first caption of each sample, and whether it has one: two (S,)."""
+        samples, first = self._first_captions
+        position = np.minimum(np.searchsorted(samples, self.samples[rows]), len(samples) - 1)
+        return first[position], samples[position] == self.samples[rows]
+
+    @cached_property
+    def _first_captions(self) -> tuple[Ints, Ints]:
+        if "text" in self._items:
+            return self._items["text"]
+        return _first_items(self._samples_of["text"], self._is_usable("text"))
+
+    @cached_property
+    def _has_languages(self) -> bool:
+        """Whether any of the captions has a language."""
+        caption_rows, has_caption = self._caption_rows(slice(None))
+        is_known_N = self.cache.items("text", columns=["language"])["language"].is_valid().to_numpy()
+        return bool(is_known_N[caption_rows[has_caption]].any())
 
     def _image_paths(self, images: pa.Table) -> pa.ChunkedArray:
         """Return absolute paths where the images are files below a folder or a table; otherwise the stored ones."""
@@ -189,10 +214,10 @@ def _exported_modalities(cache: Cache, settings: VectorExportSettings) -> list[M
     return modalities
 
 
-def _first_items(table: pa.Table, is_usable_N: Bools) -> tuple[Ints, Ints]:
+def _first_items(samples_N: Ints, is_usable_N: Bools) -> tuple[Ints, Ints]:
     """Return the samples that have a usable item, ascending, and the row of the first of each: two (S,) int64."""
     rows = np.flatnonzero(is_usable_N)
-    samples, first = np.unique(table["sample"].to_numpy()[rows], return_index=True)
+    samples, first = np.unique(samples_N[rows], return_index=True)
     return samples, rows[first]
 
 

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.lib import format as npy_format
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, SettingError
 from embedcache.interop.exporting import VectorExport, new_folder
 from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
+from embedcache.interop.parquet import write_rows
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
 from embedcache.sources.files import open_binary, wrap_io_errors
 
 _BLOCK = 8192
+_ROW_GROUP = 2**20
 _SKIP_BYTES = 2**24
 
 
@@ -48,12 +48,11 @@ def open_npy_vectors(
 def write_npy(export: VectorExport, folder: Path, *, progress: Progress) -> int:
     """Write `image.npy`, `text.npy` and `rows.parquet` into a new folder, whole or not at all; return the row count.
 
-    Vectors are as they are in the cache. Memory: a block, and the tables of the cache.
+    Vectors are as they are in the cache. Memory: a block of vectors, and a million rows of the table.
     """
     num_rows = len(export.samples)
     with new_folder(folder) as temporary:
-        table: pa.Table = export.table(slice(0, num_rows))
-        pq.write_table(table.replace_schema_metadata(export.metadata), temporary / "rows.parquet")
+        write_rows(temporary / "rows.parquet", map(export.table, blocks(num_rows, _ROW_GROUP)), export.metadata)
         for modality in export.modalities:
             progress.start(f"writing {modality}.npy", num_rows, "vectors")
             shape = (num_rows, export.width(modality))

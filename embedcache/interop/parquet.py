@@ -49,7 +49,7 @@ def open_parquet_vectors(
 def write_parquet(export: VectorExport, path: Path, *, progress: Progress) -> int:
     """Write one Parquet file, whole or not at all; return the number of rows. Vectors are as they are in the cache.
 
-    Memory: a block, and the tables of the cache.
+    Memory: a block, and what `VectorExport` takes.
     """
     check_new_file(path, ".parquet")
     with new_output(path) as temporary:

@@ -79,7 +79,7 @@ def _summarize_cache(path: Path) -> Summary:
                     "inputs": [f"{modality}/{name}" for modality, name in feature.group.inputs],
                     "num_chunks": len(feature.commits),
                     "num_committed": sum(commit is not None for commit in feature.commits),
-                    "num_failed": len(feature.failures),
+                    "num_failed": len(feature.failed[0]),
                 }
                 for feature, row in zip(features, rows, strict=True)
             ],

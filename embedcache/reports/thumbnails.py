@@ -3,12 +3,16 @@
 import base64
 import io
 
+import numpy as np
+
 from embedcache.errors import EmbedcacheError
 from embedcache.reports.base import PageItem
 from embedcache.sources.base import FileItem
 from embedcache.sources.images import decode_image
 from embedcache.sources.open import reopen_source, source_credit
 from embedcache.store.cache import Cache
+from embedcache.store.rows import RowReader
+from embedcache.store.tables import ITEM_SCHEMAS
 
 _SIZE_PX = 88
 
@@ -23,7 +27,7 @@ class Thumbnails:
 
     def __init__(self, cache: Cache) -> None:
         self._source = reopen_source(cache.info.source)
-        self._items = cache.items("image").drop_columns("sample")
+        self._items = RowReader(cache, "image", [name for name in ITEM_SCHEMAS["image"].names if name != "sample"])
         self._urls: dict[int, str] = {}
 
     def data_url(self, row: int) -> str:
@@ -35,7 +39,7 @@ class Thumbnails:
 
     def webp(self, row: int, size_px: int) -> bytes:
         """Return the image in a row as a WebP file that fits into a square of `size_px`. Thread-safe."""
-        item = FileItem(**self._items.slice(row, 1).to_pylist()[0])
+        item = FileItem(**self._items.take(np.array([row])).to_pylist()[0])
         image = decode_image(self._source.read(item))
         image.thumbnail((size_px, size_px))
         buffer = io.BytesIO()
@@ -47,9 +51,8 @@ class ItemRenderer:
     """Renderer of items of one modality for a page; an image that cannot be read is represented by its sample's key."""
 
     def __init__(self, cache: Cache, modality: str) -> None:
-        self._keys = cache.column("key")
-        self._samples = cache.items(modality)["sample"]
-        self._texts = cache.items("text")["text"] if modality == "text" else None
+        self._cache, self._is_text = cache, modality == "text"
+        self._items = RowReader(cache, modality, ["text" if modality == "text" else "sample"])
         self._thumbnails: Thumbnails | None = None
         self._missing: str | None = None
         if modality == "image":
@@ -60,15 +63,15 @@ class ItemRenderer:
 
     def render(self, row: int, *, is_correct: bool = False) -> PageItem:
         """Return the item in a row as it is shown on a page."""
-        if self._texts is not None:
-            return PageItem(text=self._texts[row].as_py(), is_correct=is_correct)
+        value = self._items.take(np.array([row]))[0][0].as_py()
+        if self._is_text:
+            return PageItem(text=value, is_correct=is_correct)
         image_url = None
         try:
             image_url = None if self._thumbnails is None else self._thumbnails.data_url(row)
         except EmbedcacheError as error:
             self._missing = str(error)
-        key = str(self._keys[self._samples[row].as_py()])
-        return PageItem(text=key, image_url=image_url, is_correct=is_correct)
+        return PageItem(text=self._cache.key(value), image_url=image_url, is_correct=is_correct)
 
     def warnings(self) -> list[str]:
         """Return why images are missing from the page, if any are."""

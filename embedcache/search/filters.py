@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,6 @@ class CacheFilters:
     def __init__(self, cache: Cache, modality: str, run_path: Path | None = None) -> None:
         self._cache, self._modality = cache, modality
         self._run_path = run_path if run_path is not None and split_path(run_path).is_file() else None
-        self._samples: Ints = cache.items(modality, columns=["sample"])["sample"].to_numpy()
         self._column = lru_cache(maxsize=None)(self._read_column)
         self._languages = lru_cache(maxsize=None)(self._read_languages)
         self._selected = lru_cache(maxsize=16)(self._read_selection)
@@ -41,7 +40,7 @@ class CacheFilters:
 
         Raises `UnknownNameError` if the cache has no such column, label, part or language.
         """
-        mask_N = np.ones(len(self._samples), bool)
+        mask_N = np.ones(self._cache.num_rows(self._modality), bool)
         if condition.label_value:
             mask_N &= self._has_value(self._column("label"), condition.label_value, "label")[self._samples]
         if condition.part:
@@ -62,6 +61,11 @@ class CacheFilters:
         column = self._column(name)
         counts = np.bincount(column.codes[self._samples] + 1, minlength=len(column.names) + 1)[1:]
         return dict(sorted(zip(column.names, counts.tolist(), strict=True)))
+
+    @cached_property
+    def _samples(self) -> Ints:
+        samples_N: Ints = self._cache.items(self._modality, columns=["sample"])["sample"].to_numpy()
+        return samples_N
 
     def _has_column(self, name: str) -> bool:
         if name == "language":

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from PIL.Image import Image
 
 from embedcache.arrays import Array, Floats, Inputs, blocks, check_finite, normalize
@@ -27,6 +25,7 @@ from embedcache.search.index import IndexCard
 from embedcache.search.vectors import Vectors
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
+from embedcache.store.rows import RowReader, find_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,17 +173,17 @@ class QueryEncoder:
         return project(pair.tower(modality), inputs)
 
     def _read_keys(self, keys: Sequence[str]) -> Floats:
-        samples = pc.index_in(pa.array(keys), value_set=self._cache.column("key").combine_chunks()).to_pylist()
-        for key, sample in zip(keys, samples, strict=True):
-            if sample is None:
-                first = self._cache.column("key")[0].as_py()
+        samples = find_keys(self._cache, keys)
+        for key, sample in zip(keys, samples.tolist(), strict=True):
+            if sample < 0:
                 path = os.path.normpath(self._cache.path)  # an index holds it relative to itself
-                raise UnknownNameError(f"query_key: expected a key of the cache {path}, such as {first!r}, got {key!r}")
-        rows = self.indexed.rows
-        sample_of_row = self._cache.items(self._card.modality, columns=["sample"])["sample"].to_numpy()[rows]
-        positions = np.searchsorted(sample_of_row, samples)
-        for key, sample, position in zip(keys, samples, positions, strict=True):
-            if position == len(rows) or sample_of_row[position] != sample:
+                raise UnknownNameError(
+                    f"query_key: expected a key of the cache {path}, such as {self._cache.key(0)!r}, got {key!r}"
+                )
+        rows, (starts, counts) = self.indexed.rows, RowReader(self._cache, self._card.modality).find(samples)
+        positions, ends = np.searchsorted(rows, starts), np.searchsorted(rows, starts + counts)
+        for key, position, end in zip(keys, positions, ends, strict=True):
+            if position == end:
                 raise DataError(
                     f"query_key: expected a sample with {noun(self._card.modality)} of {self._card.feature}, got "
                     f"{key!r}, which has none"

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from embedcache.arrays import Bools, Floats, Ints, concatenated_ranges
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
@@ -18,11 +16,11 @@ from embedcache.search.index import open_row_index, read_card
 from embedcache.search.queries import Queries, QueryEncoder
 from embedcache.search.settings import Filter, SearchSettings
 from embedcache.store.cache import Cache
-from embedcache.store.tables import ITEM_SCHEMAS
+from embedcache.store.layout import SAMPLES
+from embedcache.store.rows import RowReader
 
 _DEFAULT_K = 10
 _MAX_CAPTIONS = 3
-_NO_TEXTS = ITEM_SCHEMAS["text"].empty_table()
 _COMPARE_ALL = 20_000  # up to this many filtered items, all are compared: fast, and a graph or lists would miss most
 
 
@@ -71,9 +69,10 @@ def search(
 class OpenIndex:
     """An index that is opened once and searched many times, by one thread.
 
-    Encoders are opened when first needed. An index larger than half of the machine's memory is memory-mapped. Memory:
-    the index, the cache's keys and captions, and for each of the 8 filters used last one byte per vector, and the
-    vectors that pass if they are few.
+    Encoders are opened when first needed. An index larger than half of the machine's memory is memory-mapped. Of the
+    cache's tables only the rows of hits are read, in blocks, and the columns of a filter. Memory: the index, those
+    blocks (see `RowReader`), and for each of the 8 filters used last one byte per vector, and the vectors that pass if
+    they are few.
 
     Args:
         index_path: index built by `build_index`.
@@ -202,22 +201,29 @@ def _require_file(path: Path, file: str, option: str) -> Path:
 
 
 class HitReader:
-    """Looks up the keys, labels and captions of rows. All of them are read once and kept in memory."""
+    """Looks up the keys, labels and captions of items, reading only the rows that it returns; see `RowReader`."""
 
     def __init__(self, cache: Cache, modality: str) -> None:
         self._modality = modality
-        self._keys = _contiguous(cache.column("key"))
-        self._labels = _contiguous(cache.samples["label"]) if "label" in cache.columns else None
-        self.samples: Ints = cache.items(modality, columns=["sample"])["sample"].to_numpy()
-        texts = cache.items("text") if "text" in cache.info.num_items else _NO_TEXTS
-        self._texts, self._languages = _contiguous(texts["text"]), _contiguous(texts["language"])
-        self._text_samples: Ints = texts["sample"].to_numpy()
+        self._samples = RowReader(cache, SAMPLES, ["key", "label"] if "label" in cache.columns else ["key"])
+        self._texts = RowReader(cache, "text")
+        self._items = self._texts if modality == "text" else RowReader(cache, modality, ["sample"])
+
+    def load(self) -> None:
+        """Read all rows, for a process that looks up many: later lookups take microseconds per row."""
+        for reader in (self._samples, self._items, self._texts):
+            reader.load()
+
+    def samples(self, rows_K: Ints) -> Ints:
+        """Return the sample of each item: (K,) int64."""
+        samples_K: Ints = self._items.take(rows_K)["sample"].to_numpy()
+        return samples_K
 
     def read(self, scores_K: Floats, rows_K: Ints, languages: Sequence[str] = ()) -> list[Hit]:
         """Return the hits of one query, with captions in some languages (empty: all); rows of -1 are skipped."""
         scores, rows = scores_K[rows_K >= 0].tolist(), rows_K[rows_K >= 0]
-        samples = self.samples[rows]
-        labels = [None] * len(rows) if self._labels is None else _take(self._labels, samples)
+        found = self._samples.take(self.samples(rows))
+        labels = found["label"].to_pylist() if "label" in found.column_names else [None] * len(rows)
         captions = self._captions(rows, None if languages else _MAX_CAPTIONS)
         return [
             Hit(
@@ -228,7 +234,7 @@ class HitReader:
                 label=None if label is None else str(label),
             )
             for score, row, key, label, texts in zip(
-                scores, rows.tolist(), _take(self._keys, samples), labels, captions, strict=True
+                scores, rows.tolist(), found["key"].to_pylist(), labels, captions, strict=True
             )
         ]
 
@@ -239,24 +245,15 @@ class HitReader:
 
     def _captions(self, rows_K: Ints, max_captions: int | None) -> list[list[tuple[str, str | None]]]:
         """Return text and language of the captions of each item, at most `max_captions`."""
+        if not len(self._texts):
+            return [[]] * len(rows_K)
         if self._modality == "text":
             starts, counts = rows_K, np.ones(len(rows_K), np.int64)
         else:
-            samples = self.samples[rows_K]
-            starts = np.searchsorted(self._text_samples, samples)
-            counts = np.searchsorted(self._text_samples, samples + 1) - starts
+            starts, counts = self._texts.find(self.samples(rows_K))
         counts = counts if max_captions is None else np.minimum(counts, max_captions)
         _, positions = concatenated_ranges(starts, counts)
-        texts = list(zip(_take(self._texts, positions), _take(self._languages, positions), strict=True))
+        found = self._texts.take(positions)
+        texts = list(zip(found["text"].to_pylist(), found["language"].to_pylist(), strict=True))
         ends = np.cumsum(counts).tolist()
         return [texts[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
-
-
-def _contiguous(column: pa.ChunkedArray) -> pa.Array:
-    """Join a column's chunks, so that a row is found without searching its chunk; text may exceed 2 GiB."""
-    return (column.cast(pa.large_string()) if pa.types.is_string(column.type) else column).combine_chunks()
-
-
-def _take(column: pa.Array, positions: Ints) -> list[Any]:
-    values: list[Any] = column.take(pa.array(positions)).to_pylist()
-    return values

@@ -59,8 +59,10 @@ def make_app(service: SearchService) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(asyncio.to_thread(service.load))
         task = asyncio.create_task(batcher.run())
         yield
+        await loading
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
@@ -92,7 +94,7 @@ def _add_search(
     async def respond(options: SearchOptions, **query: Any) -> SearchResponse:
         result = await batcher.submit(SearchQuery(k=options.k, keep=service.filter(options), **query))
         encode_ms, search_ms = round(result.encode_ms, 3), round(result.search_ms, 3)
-        hits = [service.hit(hit) for hit in result.hits]
+        hits = service.hits(result.hits)
         return SearchResponse.model_validate({"hits": hits, "encode_ms": encode_ms, "search_ms": search_ms})
 
     @app.post("/api/search")
@@ -104,7 +106,7 @@ def _add_search(
             raise HTTPException(422, "text: expected some words, got an empty text")
         if request.text is not None and "text" not in service.accepted_queries:
             raise HTTPException(400, "this index does not accept texts; search with an image or a row")
-        if request.row is not None and not service.has_row(request.row):
+        if request.row is not None and not service.index.query_encoder.has_row(request.row):
             raise HTTPException(404, f"row {request.row} is not in the index")
         return await respond(request, text=request.text, row=request.row)
 
@@ -129,7 +131,7 @@ def _add_items(app: FastAPI, service: SearchService, threads: ImageThreads) -> N
     @app.get("/api/items/{row}")
     async def item(row: _Row) -> ItemOut:
         """Return all data of an item in the cache."""
-        if row >= len(service.index.hits.samples):
+        if row >= service.index.cache.num_rows(service.index.card.modality):
             raise HTTPException(404, f"unknown item {row}")
         return ItemOut.model_validate(service.item(row))
 

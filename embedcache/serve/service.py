@@ -21,6 +21,8 @@ from embedcache.serve.coverage import CoverageData, measure_served_coverage, rea
 from embedcache.serve.images import ServedImages
 from embedcache.serve.schema import SearchOptions
 from embedcache.serve.settings import ServeSettings
+from embedcache.store.layout import SAMPLES
+from embedcache.store.rows import RowReader
 from embedcache.units import format_bytes
 
 log = logging.getLogger("embedcache.serve")
@@ -29,7 +31,8 @@ log = logging.getLogger("embedcache.serve")
 class SearchService:
     """An index with its encoders, images, filters and coverage; read-only.
 
-    Everything a first request needs is loaded here. Visitors may filter by selections, each named by its file's stem.
+    Everything a first request needs is loaded here, but keys and captions, of which the rows that it shows are read
+    until `load` has read all. Visitors may filter by selections, each named by its file's stem.
 
     Raises:
         SettingError: two selections have the same name.
@@ -52,26 +55,29 @@ class SearchService:
         if len(self.selections) < len(selections):
             raise SettingError("selections: expected different file names, got the same name twice; rename one of them")
         counts = {name: index.filters.values(name) for name in ("split", "label", "language")}
-        num_items = len(index.hits.samples)  # a filter that leaves nothing out is not offered
+        num_items = index.cache.num_rows(index.card.modality)  # a filter that leaves nothing out is not offered
         self.values = {
             name: values
             for name, values in counts.items()
             if len(values) > 1 or any(num < num_items for num in values.values())
         }
         self.images, self.missing_images = _open_images(index, settings)
-        self._image_samples: Ints = np.empty(0, np.int64)
-        if "image" in index.cache.info.num_items:
-            self._image_samples = index.cache.items("image")["sample"].to_numpy()
+        self._samples = RowReader(index.cache, SAMPLES)
+        self._images = RowReader(index.cache, "image", ["sample"])
         for modality in self.accepted_queries:
             index.query_encoder.encoder(modality)
         for path in self.selections.values():
             index.filters.mask(Filter(selection=path))
-        self._indexed_rows = index.query_encoder.indexed.rows
+        index.query_encoder.has_row(0)  # reads which items are in the index
 
-    def has_row(self, row: int) -> bool:
-        """Return whether an item is in the index."""
-        position = int(np.searchsorted(self._indexed_rows, row))
-        return position < len(self._indexed_rows) and bool(self._indexed_rows[position] == row)
+    def load(self) -> None:
+        """Read the keys and captions of all items, so that answers from now on read no file for them."""
+        try:
+            self.index.hits.load()
+            if self._shows_images_of_captions:
+                self._images.load()
+        except EmbedcacheError as error:  # the answers that need these rows are errors too
+            log.warning("%s", error)
 
     def filter(self, options: SearchOptions) -> Filter:
         """Return a filter of the values that a visitor names, or raise an UnknownNameError."""
@@ -105,41 +111,44 @@ class SearchService:
 
     def item(self, row: int) -> dict[str, Any]:
         """Return the fields of `ItemOut` for the item in a row."""
-        sample = int(self.index.hits.samples[row])
-        columns = self.index.cache.samples.slice(sample, 1).to_pylist()[0]
+        rows = np.array([row])
+        columns = self._samples.take(self.index.hits.samples(rows)).to_pylist()[0]
         return {
             "row": row,
             "key": columns.pop("key"),
-            "image": self.image_row(row),
+            "image": self._image_rows(rows)[0],
             "captions": self.index.hits.captions(row),
             "columns": columns,
         }
 
-    def image_row(self, row: int) -> int | None:
-        """Return the row of the image to show for an item; of a caption, its sample's first image; None if none."""
-        if self.images is None:
-            return None
-        if self.index.card.modality == "image":
-            return row
-        sample = self.index.hits.samples[row]
-        position = int(np.searchsorted(self._image_samples, sample))
-        has_image = position < len(self._image_samples) and self._image_samples[position] == sample
-        return position if has_image else None
+    def hits(self, hits: Sequence[Hit]) -> list[dict[str, Any]]:
+        """Return the fields of `HitOut` for each hit."""
+        images = self._image_rows(np.array([hit.row for hit in hits], np.int64))
+        return [{**asdict(hit), "image": image} for hit, image in zip(hits, images, strict=True)]
 
-    def hit(self, hit: Hit) -> dict[str, Any]:
-        """Return the fields of `HitOut` for a hit."""
-        return {**asdict(hit), "image": self.image_row(hit.row)}
+    def _image_rows(self, rows_K: Ints) -> list[int | None]:
+        """Return the row of the image to show for each item; of a caption, its sample's first image; None if none."""
+        if self.images is None:
+            return [None] * len(rows_K)
+        if not self._shows_images_of_captions:
+            return list(rows_K.tolist())
+        starts, counts = self._images.find(self.index.hits.samples(rows_K))
+        return [start if count else None for start, count in zip(starts.tolist(), counts.tolist(), strict=True)]
+
+    @property
+    def _shows_images_of_captions(self) -> bool:
+        return self.images is not None and self.index.card.modality != "image"
 
     def concept(self, number: int) -> dict[str, Any]:
         """Return the fields of `ConceptHits` for a concept, or raise an UnknownNameError."""
         if self.coverage is None or not 0 <= number < len(self.coverage.concepts):
             raise UnknownNameError(f"unknown concept {number}; GET /api/coverage lists the known ones")
         concept, best = self.coverage.concepts[number], self.coverage.best[number]
-        num_items = len(self.index.hits.samples)
+        num_items = self.index.cache.num_rows(self.index.card.modality)
         shown_hits = [hit for hit in best if 0 <= hit["row"] < num_items]
         scores = np.array([hit["cosine"] for hit in shown_hits])
         rows = np.array([hit["row"] for hit in shown_hits], np.int64)
-        hits = [self.hit(hit) for hit in self.index.hits.read(scores, rows)]
+        hits = self.hits(self.index.hits.read(scores, rows))
         return {"name": concept["name"], "threshold": concept["threshold"], "hits": hits}
 
 

@@ -3,21 +3,32 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, UnknownNameError
-from embedcache.files import open_path
+from embedcache.files import folder_bytes, open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.registry import unknown_name
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.checksums import BLOCK, check_rows, find_changed
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
-from embedcache.store.layout import CacheInfo, items_path, read_info, samples_path
+from embedcache.store.layout import SAMPLES, CacheInfo, items_path, read_info, samples_path
 from embedcache.store.tables import open_table, read_table, table_errors
+
+
+class _Footer(NamedTuple):
+    """Footer of a table's file of some size and time, and the first row of each row group, then the number of rows."""
+
+    stamp: tuple[int, float]
+    metadata: pq.FileMetaData
+    starts: Ints
 
 
 class Cache:
@@ -37,7 +48,7 @@ class Cache:
             self.info: CacheInfo = read_info(self.path)
         # Parsing a footer takes longer than reading the rows of a chunk.
         self._sample_columns: dict[str, pa.ChunkedArray] = {}
-        self._footers: dict[tuple[str, int, float], pq.FileMetaData] = {}
+        self._footers: dict[str, _Footer] = {}
 
     @cached_property
     def columns(self) -> list[str]:
@@ -45,7 +56,7 @@ class Cache:
         path = samples_path(self.path)
         with table_errors(path), open_table(path) as table:
             names = list(table.schema_arrow.names)
-        self._require_columns("samples", names, None)
+        self._require_columns(SAMPLES, names, None)
         return names
 
     @cached_property
@@ -57,10 +68,7 @@ class Cache:
         Raises:
             CorruptError: the table cannot be read, or differs from its checksums.
         """
-        with table_errors(samples_path(self.path)):
-            rows = read_table(samples_path(self.path)).slice(0, self.info.num_samples)
-        self._require_columns("samples", rows.column_names, None)
-        return self._checked("samples", rows)
+        return self.table(SAMPLES)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return one column of the sample table, which is read once, without the others.
@@ -70,11 +78,13 @@ class Cache:
             CorruptError: the table cannot be read, or the rows differ from their checksums.
         """
         if name not in self._sample_columns:
-            with table_errors(samples_path(self.path)):
-                rows = read_table(samples_path(self.path), [name]).slice(0, self.info.num_samples)
-            self._require_columns("samples", rows.column_names, [name])
-            self._sample_columns[name] = self._checked("samples", rows)[name]
+            self._sample_columns[name] = self.table(SAMPLES, [name])[name]
         return self._sample_columns[name]
+
+    def key(self, sample: int) -> str:
+        """Return the key of one sample; reads the block that holds it."""
+        key: str = self.block(SAMPLES, sample // BLOCK, columns=["key"])["key"][sample % BLOCK].as_py()
+        return key
 
     def items(self, modality: str, *, chunk: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the item table of a modality: one row per item, in row order.
@@ -88,20 +98,64 @@ class Cache:
         Raises:
             CorruptError: the table cannot be read, or the rows differ from their checksums.
         """
-        path = items_path(self.path, modality)
+        return self.table(modality, columns) if chunk is None else self.block(modality, chunk, columns=columns)
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return all rows of a table; the arguments and errors are those of `block`."""
+        path = self._table_path(name)
         with table_errors(path):
-            if chunk is None:
-                rows = read_table(path, columns=columns).slice(0, self.info.num_items.get(modality, 0))
-                self._require_columns(modality, rows.column_names, columns)
-                return self._checked(modality, rows)
-            status = path.stat()
-            stamp = (modality, status.st_size, status.st_mtime)  # another process may append samples at any time
-            with open_table(path, self._footers.get(stamp)) as file:
-                self._footers = {stamp: file.metadata}
-                rows = file.read_row_group(chunk, columns=columns, use_threads=False)
-            rows = rows.slice(0, self.info.count_items(modality, [chunk]))
-            self._require_columns(modality, rows.column_names, columns)
-            return self._checked(modality, rows, chunk)
+            rows = read_table(path, columns).slice(0, self.num_rows(name))
+        self._require_columns(name, rows.column_names, columns)
+        return self._checked(name, rows)
+
+    def num_rows(self, name: str) -> int:
+        """Return the number of rows of a table, `samples` or that of a modality."""
+        return self.info.num_samples if name == SAMPLES else self.info.num_items.get(name, 0)
+
+    def block_rows(self, name: str) -> int:
+        """Return the number of rows of a block of a table, of which each is checked by itself; the last has fewer."""
+        return BLOCK if name == SAMPLES else self.info.chunk_size
+
+    def block(self, name: str, number: int, *, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read one block of a table: 65,536 samples, or the items of a chunk. Thread-safe.
+
+        Args:
+            name: `samples` or a modality.
+            columns: names of the columns to read; None reads all.
+
+        Raises:
+            CorruptError: the table cannot be read, or the rows differ from their checksums.
+        """
+        path, place = self._table_path(name), self._place(name, number)
+        with table_errors(path):
+            footer = self._footer(name, path)
+            first = int(np.searchsorted(footer.starts, place.start, "right")) - 1
+            last = int(np.searchsorted(footer.starts[:-1], place.stop))
+            with open_table(path, footer.metadata) as file:
+                rows = file.read_row_groups(range(first, last), columns=columns, use_threads=False)
+        rows = rows.slice(place.start - int(footer.starts[first]), place.stop - place.start)
+        self._require_columns(name, rows.column_names, columns)
+        return self._checked(name, rows, number)
+
+    def _footer(self, name: str, path: Path) -> _Footer:
+        """Return the footer of a table, which is read again when the file has changed."""
+        status = path.stat()
+        stamp = (status.st_size, status.st_mtime)  # another process may append samples at any time
+        footer = self._footers.get(name)
+        if footer is None or footer.stamp != stamp:
+            with open_table(path) as file:
+                metadata = file.metadata
+            counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            footer = self._footers[name] = _Footer(stamp, metadata, np.cumsum([0, *counts]))
+        return footer
+
+    def _table_path(self, name: str) -> Path:
+        return samples_path(self.path) if name == SAMPLES else items_path(self.path, name)
+
+    def _place(self, name: str, block: int | None) -> slice:
+        """Return the rows of one block of a table, or all."""
+        num_rows, size = self.num_rows(name), self.block_rows(name)
+        return slice(0, num_rows) if block is None else slice(block * size, min((block + 1) * size, num_rows))
 
     def _require_columns(self, name: str, found: Sequence[str], requested: Sequence[str] | None) -> None:
         """Check that a table has the requested columns, or all that were written; Arrow omits unknown ones silently."""
@@ -113,17 +167,12 @@ class Cache:
                 "new folder"
             )
 
-    def _checked(self, name: str, rows: pa.Table, chunk: int | None = None) -> pa.Table:
-        """Return rows of a table, all or those of a chunk, that equal their checksums.
+    def _checked(self, name: str, rows: pa.Table, block: int | None = None) -> pa.Table:
+        """Return rows of a table, all or those of a block, that equal their checksums.
 
         Another process may have moved failed items by `--retry-failed` since this cache was opened.
         """
-        is_samples = name == "samples"
-        path = samples_path(self.path) if is_samples else items_path(self.path, name)
-        block_rows = BLOCK if is_samples else self.info.chunk_size
-        place = slice(0, self.info.num_samples if is_samples else self.info.num_items.get(name, 0))
-        if chunk is not None:
-            place = self.info.chunk_rows(name, chunk)
+        path, place, block_rows = self._table_path(name), self._place(name, block), self.block_rows(name)
         if len(rows) != place.stop - place.start:
             raise CorruptError(
                 f"{path}: expected {place.stop - place.start:,} rows, got {len(rows):,}; restore the file, or extract "
@@ -194,19 +243,18 @@ def caption_error_lines(cache: Cache, *, num_shown: int = 5) -> list[str]:
     """Return lines about the samples whose captions cannot be read; empty if there are none."""
     if "caption_error" not in cache.columns:
         return []
-    unreadable = cache.samples.select(["key", "caption_error"])
-    unreadable = unreadable.filter(unreadable["caption_error"].is_valid())
-    if not len(unreadable):
+    rows = np.flatnonzero(cache.column("caption_error").is_valid())
+    if not len(rows):
         return []
-    lines = [f"{len(unreadable):,} samples have captions that cannot be read; they count as samples without captions"]
-    lines += [f"  key {row['key']}: {row['caption_error']}" for row in unreadable.slice(0, num_shown).to_pylist()]
-    return [*lines, f"  … and {len(unreadable) - num_shown:,} more"] if len(unreadable) > num_shown else lines
+    lines = [f"{len(rows):,} samples have captions that cannot be read; they count as samples without captions"]
+    errors = cache.column("caption_error")
+    lines += [f"  key {cache.key(row)}: {errors[row].as_py()}" for row in rows[:num_shown].tolist()]
+    return [*lines, f"  … and {len(rows) - num_shown:,} more"] if len(rows) > num_shown else lines
 
 
 def describe_feature(feature: Feature) -> list[str]:
     """Return the name, modality, shape, dtype, committed chunks, failed items and bytes on disk of a feature."""
     committed = [commit for commit in feature.commits if commit is not None]
-    files = [path for path in (feature.group.path / feature.feature).rglob("*") if path.is_file()]
     shape = " × ".join("any" if size < 0 else f"{size:,}" for size in feature.shape)
     return [
         feature.name,
@@ -214,8 +262,8 @@ def describe_feature(feature: Feature) -> list[str]:
         shape,
         feature.dtype,
         f"{len(committed)}/{len(feature.commits)}",
-        f"{len(feature.failures):,}",
-        f"{sum(path.stat().st_size for path in files):,}",
+        f"{len(feature.failed[0]):,}",
+        f"{folder_bytes(feature.group.path / feature.feature):,}",
     ]
 
 
@@ -224,23 +272,25 @@ def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list
 
     Reads the rows of one chunk of the item table per item shown.
     """
-    rows: dict[str, list[int]] = {}
-    for row, reason in feature.failures.items():
-        rows.setdefault(reason.partition(":")[0], []).append(row)
+    rows, reasons = feature.failed
+    kinds = pc.replace_substring_regex(reasons, "(?s):.*", "")
+    counts = sorted(pc.value_counts(kinds).to_pylist(), key=lambda entry: -entry["counts"])
     lines = []
-    for kind, members in sorted(rows.items(), key=lambda item: -len(item[1])):
-        lines.append(f"  {len(members):,} failed: {kind}")
-        lines += [f"    {_describe_item(cache, feature, row)}: {feature.failures[row]}" for row in members[:num_shown]]
-        if len(members) > num_shown:
-            lines.append(f"    … and {len(members) - num_shown:,} more")
+    for kind, count in (entry.values() for entry in counts):
+        lines.append(f"  {count:,} failed: {kind}")
+        members = np.flatnonzero(pc.equal(kinds, kind))[:num_shown]
+        shown = zip(rows[members].tolist(), reasons.take(pa.array(members)).to_pylist(), strict=True)
+        lines += [f"    {_describe_item(cache, feature, row)}: {reason}" for row, reason in shown]
+        if count > num_shown:
+            lines.append(f"    … and {count - num_shown:,} more")
     return lines
 
 
 def _describe_item(cache: Cache, feature: Feature, row: int) -> str:
     chunk, offset = divmod(row, cache.info.chunk_size)
     item = cache.items(feature.modality, chunk=chunk).slice(offset, 1).to_pylist()[0]
-    key = cache.column("key")[item["sample"]].as_py()
-    return f"row {row}, key {key}" + (f", {item['path']}" if "path" in item else "") + _describe_interval(item)
+    path = f", {item['path']}" if "path" in item else ""
+    return f"row {row}, key {cache.key(item['sample'])}{path}{_describe_interval(item)}"
 
 
 def _describe_interval(item: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ class Column(Sequence[T]):
     def __init__(self, array: "pa.Array | pa.ChunkedArray") -> None:
         self._array, self._length = array, len(array)
         self._load: Callable[[], pa.Array] | None = None
+        self._places: Ints | None = None
 
     @classmethod
     def deferred(cls, length: int, load: "Callable[[], pa.Array]") -> "Column[T]":
@@ -31,10 +32,37 @@ class Column(Sequence[T]):
         column._length, column._load = length, load
         return column
 
+    @classmethod
+    def sparse(cls, length: int, places: Ints, values: "pa.Array") -> "Column[T]":
+        """Return a column that is null but at some places, ascending."""
+        column = cls(values)
+        column._length, column._places = length, places
+        return column
+
     @property
     def array(self) -> "pa.Array | pa.ChunkedArray":
         """The values in Arrow's memory."""
-        return self._array if self._load is None else self._load()
+        if self._places is None:
+            return self._array if self._load is None else self._load()
+        indices = np.zeros(self._length, np.int64)
+        indices[self._places] = np.arange(len(self._places))
+        return self._array.take(pa.array(indices, mask=self.is_null()))
+
+    def is_null(self) -> Bools:
+        """Return which values are null: (N,) bool."""
+        if self._places is None:
+            is_null: Bools = self.array.is_null().to_numpy(zero_copy_only=False)
+            return is_null
+        is_null = np.ones(self._length, bool)
+        is_null[self._places] = False
+        return is_null
+
+    def present(self) -> "tuple[Ints, pa.Array]":
+        """Return the places that are not null, ascending, and their values."""
+        if self._places is not None:
+            return self._places, self._array
+        array = to_array(self, self.array.type)
+        return np.flatnonzero(~self.is_null()), array.drop_null()
 
     def __len__(self) -> int:
         return self._length
@@ -46,6 +74,10 @@ class Column(Sequence[T]):
     def __getitem__(self, index: slice) -> list[T]: ...
 
     def __getitem__(self, index: int | slice) -> Any:
+        if self._places is not None and isinstance(index, int) and 0 <= index < self._length:
+            place = int(np.searchsorted(self._places, index))
+            is_present = place < len(self._places) and self._places[place] == index
+            return self._array[place].as_py() if is_present else None
         values = self.array[index]
         return values.to_pylist() if isinstance(index, slice) else values.as_py()
 
@@ -61,7 +93,8 @@ class Column(Sequence[T]):
         return int(pc.sum(pc.equal(self.array, pa.scalar(value, self.array.type))).as_py() or 0)
 
     def __contains__(self, value: object) -> bool:
-        return bool(pc.any(pc.equal(self.array, pa.scalar(value, self.array.type))).as_py())
+        values = self.present()[1] if value is not None else self.array
+        return bool(len(values) and pc.any(pc.equal(values, pa.scalar(value, values.type))).as_py())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -80,8 +113,7 @@ def to_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
 def is_missing(values: Sequence[Any]) -> Bools:
     """Return which values are None: (N,) bool."""
     if isinstance(values, Column):
-        missing: Bools = values.array.is_null().to_numpy(zero_copy_only=False)
-        return missing
+        return values.is_null()
     return np.array([value is None for value in values], bool)
 
 

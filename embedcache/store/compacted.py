@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from embedcache.files import replacing
 from embedcache.store.columns import HASH, HASH_BYTES, Column, is_missing, to_array, to_bytes
 from embedcache.store.commits import Commit, commit_metadata, make_commit
-from embedcache.store.layout import commit_path
+from embedcache.store.layout import commit_name, commit_path
 
 MIN_CHUNKS = 1000
 """Encoders with fewer chunks have no table."""
@@ -77,7 +77,7 @@ def write_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp], commits: 
     ):
         rows: list[dict[str, Any]] = []
         for commit in commits:
-            stamp = stamps.get(commit_path(encoder_folder, commit.chunk).name)
+            stamp = stamps.get(commit_name(commit.chunk))
             if stamp is not None:
                 rows.append(_row(commit, stamp))
             if len(rows) == _CHUNKS_PER_GROUP:
@@ -121,33 +121,41 @@ def read_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> dict[in
             groups = [file.read_row_group(group, columns, use_threads=False) for group in range(file.num_row_groups)]
             found = {}
             for group, table in enumerate(groups):
-                load = cache(partial(_read_hashes, path, group))
-                for position, row in enumerate(table.to_pylist()):
+                load, failures = cache(partial(_read_hashes, path, group)), _Failures(table["failures"])
+                for position, row in enumerate(table.drop_columns("failures").to_pylist()):
                     stamp = Stamp(row["size"], row["time_ns"], row["inode"])
-                    if stamps.get(commit_path(encoder_folder, row["chunk"]).name) == stamp:
-                        found[row["chunk"]] = _to_commit(row, partial(_hashes_of, load, position))
+                    if stamps.get(commit_name(row["chunk"])) == stamp:
+                        metadata, num_rows = json.loads(row["metadata"]), row["num_rows"]
+                        found[row["chunk"]] = make_commit(
+                            metadata,
+                            Column[bytes | None].deferred(num_rows, partial(_hashes_of, load, position)),
+                            {name: failures.column(position, name, num_rows) for name in metadata["features"]},
+                        )
             return found
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError):
         return {}  # it is derived: the commits themselves are read
 
 
-def _to_commit(row: Mapping[str, Any], load: Callable[[], pa.Array]) -> Commit:
-    metadata, num_rows = json.loads(row["metadata"]), row["num_rows"]
-    reasons: dict[str, list[str | None]] = {}
-    for failure in row["failures"]:
-        reasons.setdefault(failure["feature"], [None] * num_rows)[failure["offset"]] = failure["reason"]
-    failures = {
-        feature: Column[str | None](
-            pa.array(reasons[feature], pa.string()) if feature in reasons else _no_failures(num_rows)
-        )
-        for feature in metadata["features"]
-    }
-    return make_commit(metadata, Column[bytes | None].deferred(num_rows, load), failures)
+class _Failures:
+    """Failures of the chunks in a row group of the table."""
 
+    def __init__(self, lists: pa.ChunkedArray) -> None:
+        failures = lists.combine_chunks()
+        self._bounds = failures.offsets.to_numpy()
+        features, offsets, self._reasons = failures.values.flatten()
+        encoded = features.dictionary_encode()
+        self._codes = encoded.indices.to_numpy()
+        self._code = {name: code for code, name in enumerate(encoded.dictionary.to_pylist())}
+        self._offsets = offsets.to_numpy()
 
-@cache
-def _no_failures(num_rows: int) -> pa.Array:
-    return pa.nulls(num_rows, pa.string())
+    def column(self, position: int, feature: str, num_rows: int) -> Column[str | None]:
+        """Return the reason for each item of a chunk whose feature failed, null for the others."""
+        start, stop = self._bounds[position : position + 2].tolist()
+        offsets, reasons = self._offsets[start:stop], self._reasons.slice(start, stop - start)
+        if len(self._code) > 1 or feature not in self._code:
+            own = np.flatnonzero(self._codes[start:stop] == self._code.get(feature, -1))
+            offsets, reasons = offsets[own], reasons.take(pa.array(own))
+        return Column.sparse(num_rows, offsets, reasons)
 
 
 def _read_hashes(path: Path, group: int) -> Sequence[pa.Array]:

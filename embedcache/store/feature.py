@@ -112,17 +112,23 @@ class Feature:
         return valid
 
     @cached_property
+    def failed(self) -> tuple[Ints, pa.ChunkedArray]:
+        """Rows of the failed items, ascending, and the reason of each: (M,) int64 and M strings."""
+        rows, reasons = [np.empty(0, np.int64)], [pa.array([], pa.string())]
+        for commit in self.commits:
+            if commit is not None:
+                failures = commit.failures[self.feature]  # a list if samples were appended since
+                column = failures if isinstance(failures, Column) else Column(pa.array(failures, pa.string()))
+                places, values = column.present()
+                rows.append(self._rows(commit.chunk).start + places)
+                reasons.append(values)
+        return np.concatenate(rows), pa.chunked_array(reasons)
+
+    @cached_property
     def failures(self) -> dict[int, str]:
         """Row of each failed item -> reason, in row order."""
-        return {
-            self._rows(commit.chunk).start + offset: failure
-            for commit in self.commits
-            if commit is not None
-            for reasons in [to_array(commit.failures[self.feature], pa.string())]
-            for offset, failure in zip(
-                np.flatnonzero(reasons.is_valid()).tolist(), reasons.drop_null().to_pylist(), strict=True
-            )
-        }
+        rows, reasons = self.failed
+        return dict(zip(rows.tolist(), reasons.to_pylist(), strict=True))
 
     @property
     def hashes(self) -> Column[bytes | None]:

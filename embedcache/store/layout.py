@@ -18,6 +18,9 @@ from embedcache.provenance import (
 )
 
 FORMAT_VERSION = 1
+SAMPLES = "samples"
+"""Name of the sample table, where item tables are named by their modality."""
+
 DEFAULT_CHUNK_SIZE = 2048
 _MAX_ROWS = 2**40
 _STORED_NAMES = {"index_digest": "spine", "segments": "parts", "earlier_versions": "earlier", "table_digests": "tables"}
@@ -136,7 +139,12 @@ def encoder_path(cache_path: Path, modality: str, encoder: str) -> Path:
 
 def commit_path(encoder_folder: Path, chunk: int) -> Path:
     """Return the path of a chunk's commit, which is written after its arrays."""
-    return encoder_folder / "chunks" / f"{chunk:05d}.parquet"
+    return encoder_folder / "chunks" / commit_name(chunk)
+
+
+def commit_name(chunk: int) -> str:
+    """Return the name of the file of a chunk's commit."""
+    return f"{chunk:05d}.parquet"
 
 
 def fit_path(encoder_folder: Path) -> Path:

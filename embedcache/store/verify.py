@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, Ints
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
 from embedcache.progress import NullProgress, Progress
@@ -16,6 +17,7 @@ from embedcache.provenance import digest, digest_file
 from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_metadata
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK, TableChecksums
+from embedcache.store.columns import HASH, is_missing, to_array, to_bytes
 from embedcache.store.commits import Commit, hash_item, read_commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import ATTRIBUTE, EncoderGroup, feature_metadata, open_group, read_feature, token_metadata
@@ -247,7 +249,7 @@ def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding
         return
     if feature.modality == "text":
         try:
-            texts = cache.items("text", chunk=chunk)["text"].to_pylist()
+            texts = cache.items("text", chunk=chunk, columns=["text"])["text"].to_pylist()
         except (ArtifactError, PathError):
             return  # reported with the table
         if [hash_item(text.encode()) for text in texts] != commit.hashes:
@@ -266,15 +268,15 @@ def _check_tokens(feature: Feature, chunk: int, items: Sequence[Array | None]) -
 def _check_items(features: Sequence[Feature]) -> Iterator[Finding]:
     """Check that the encoders of a modality encoded the same bytes of each item; of each, one feature is given."""
     for chunk in range(features[0].group.info.num_chunks(features[0].modality) if features else 0):
-        seen: dict[int, tuple[bytes, str]] = {}
+        seen = _SeenItems(features[0].group.info.count_items(features[0].modality, [chunk]))
         for feature in features:
             try:
                 commit = feature.group.commit(chunk)
             except (ArtifactError, PathError):
                 continue  # reported with the chunk
-            differing = [] if commit is None else _other_items(seen, commit, feature.group.name)
-            if differing:
-                row, other = differing[0]
+            differing = np.empty(0, np.int64) if commit is None else seen.compare(commit, feature.group.name)
+            if len(differing):
+                row = int(differing[0])
                 first = feature.group.info.chunk_rows(feature.modality, chunk).start
                 yield Finding(
                     modality=feature.modality,
@@ -282,18 +284,32 @@ def _check_items(features: Sequence[Feature]) -> Iterator[Finding]:
                     name=feature.feature,
                     chunk=chunk,
                     can_repair=False,
-                    reason=f"{len(differing):,} items, first row {first + row:,}, had other bytes when {other} was "
-                    "extracted; remove the folder of the one that is out of date, and extract it again",
+                    reason=f"{len(differing):,} items, first row {first + row:,}, had other bytes when "
+                    f"{seen.encoder(row)} was extracted; remove the folder of the one that is out of date, and "
+                    "extract it again",
                 )
 
 
-def _other_items(seen: dict[int, tuple[bytes, str]], commit: Commit, encoder: str) -> list[tuple[int, str]]:
-    """Return the used items of a chunk that another encoder read with other bytes, and that encoder; note the rest."""
-    differing = []
-    for row in commit.used_rows():
-        content = commit.hashes[row]
-        if content is not None:
-            known, other = seen.setdefault(row, (content, encoder))
-            if known != content:
-                differing.append((row, other))
-    return differing
+class _SeenItems:
+    """The hash of each item of a chunk, by the first encoder that used it."""
+
+    def __init__(self, num_items: int) -> None:
+        self._encoders: list[str] = []
+        self._first_N = np.full(num_items, -1)  # number of that encoder
+        self._hashes_N2 = np.zeros((num_items, 2), np.uint64)
+
+    def encoder(self, row: int) -> str:
+        """Return the encoder that used an item first."""
+        return self._encoders[int(self._first_N[row])]
+
+    def compare(self, commit: Commit, encoder: str) -> Ints:
+        """Return the used items of a chunk that another encoder read with other bytes, and note the others."""
+        is_used_N = ~is_missing(commit.hashes) & np.any(
+            [is_missing(reasons) for reasons in commit.failures.values()], 0
+        )
+        hashes_N2 = np.ascontiguousarray(to_bytes(to_array(commit.hashes, HASH))).view(np.uint64)
+        is_new_N = is_used_N & (self._first_N < 0)
+        self._first_N[is_new_N] = len(self._encoders)
+        self._hashes_N2[is_new_N] = hashes_N2[is_new_N]
+        self._encoders.append(encoder)
+        return np.flatnonzero(is_used_N & (hashes_N2 != self._hashes_N2).any(axis=1))

@@ -10,9 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.interop import parquet
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
 from embedcache.progress import NullProgress
+from embedcache.sources import open_source
+from tests.images import write_images
 from tests.interop.cases import export_of, import_files, unit_rows
+from tests.toy import IMAGE
 
 
 def write(path: Path, lists: pa.Array, *, row_group_size: int | None = None) -> Path:
@@ -109,3 +114,18 @@ def test_missing_file_raises(tmp_path: Path) -> None:
         open_parquet_vectors(tmp_path)
     with pytest.raises(PathError, match=r"expected a name that ends in \.parquet, got \.csv"):
         write_parquet(None, tmp_path / "x.csv", progress=NullProgress())  # type: ignore[arg-type]
+
+
+def test_languages_that_begin_in_a_later_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_images(tmp_path / "photos", 6)
+    (folder / "00001.txt").unlink()
+    (folder / "00005.txt").unlink()
+    (folder / "00005.json").write_text('{"caption": "ein roter Balken", "language": "de"}')
+    extract(open_source(folder), tmp_path / "cache", image_encoders=[IMAGE])
+    monkeypatch.setattr(parquet, "_BLOCK", 2)
+    export = export_of(tmp_path / "cache", image_feature="open_toy/cls")
+    assert write_parquet(export, tmp_path / "rows.parquet", progress=NullProgress()) == 6
+    written = pq.read_table(tmp_path / "rows.parquet")
+    assert written["language"].to_pylist() == [None] * 5 + ["de"]
+    captions = [(folder / f"{row:05d}.txt").read_text().strip() for row in (0, 2, 3, 4)]
+    assert written["caption"].to_pylist() == [captions[0], None, *captions[1:], "ein roter Balken"]

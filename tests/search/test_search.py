@@ -40,6 +40,14 @@ def test_search_equals_brute_force(cache_path: Path, run_path: Path, index_path:
             assert hit.captions == [texts[hit.row]]
 
 
+def test_search_reads_the_rows_it_shows(index_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = search(index_path, Queries(keys=["00007"]), SearchSettings(k=3))
+    monkeypatch.setattr(Cache, "table", None)  # reads all rows
+    (hits,) = search(index_path, Queries(keys=["00007"]), SearchSettings(k=3))
+    assert [hits] == expected
+    assert all(hit.captions for hit in hits)
+
+
 def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
     settings = TrainSettings(
         model=ModelSettings(projector="token", shared_width=16),

@@ -192,8 +192,11 @@ def test_foreign_coverage_raises(root: Path, cache_path: Path, tmp_path: Path) -
 
 def test_caption_index_shows_sample_images(root: Path, tmp_path: Path) -> None:
     build_index(root / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
-    with visit(start(index=tmp_path / "index")) as client:
+    service = start(index=tmp_path / "index")
+    hits = service.hits(service.index.search(Queries(texts=[TEXT]), k=1)[0])
+    with visit(service) as client:
         (hit,) = ask(client, text=TEXT, k=1)
+        assert [hit] == json.loads(json.dumps(hits))  # before all keys and captions are in memory
         assert hit["captions"] == [TEXT] or hit["score"] < 1
         item = client.get(f"/api/items/{hit['row']}").json()
         assert item["key"] == hit["key"]

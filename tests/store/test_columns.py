@@ -39,3 +39,22 @@ def test_column_is_a_sequence() -> None:
     assert is_missing(column).tolist() == is_missing(values).tolist() == [False, True, False, False]
     assert to_array(column, pa.string()).equals(to_array(values, pa.string()))
     assert np.array(Column(pa.array([1, 2]))).tolist() == [1, 2]
+
+
+@given(st.lists(st.none() | st.text(alphabet="ab"), max_size=9))
+def test_sparse_column_equals_dense(values: list[str | None]) -> None:
+    places = np.flatnonzero([value is not None for value in values])
+    kept = pa.array([value for value in values if value is not None], pa.string())
+    column, dense = (
+        Column[str | None].sparse(len(values), places, kept),
+        Column[str | None](pa.array(values, pa.string())),
+    )
+    assert [column[number] for number in range(len(values))] == values
+    assert column[1:3] == values[1:3]
+    assert list(column) == values
+    assert is_missing(column).tolist() == is_missing(values).tolist()
+    assert ("a" in column, "c" in column, None in column) == ("a" in values, False, None in dense)
+    for one in (column, dense):
+        found, texts = one.present()
+        assert found.tolist() == places.tolist()
+        assert texts.equals(kept)

@@ -10,8 +10,8 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit
 from embedcache.store.compacted import read_compacted, read_stamps, table_path
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup
-from embedcache.store.writer import withdraw
+from embedcache.store.group import EncoderGroup, add_feature
+from embedcache.store.writer import commit_chunk, withdraw
 from tests.store.features import random_items, write_feature
 
 
@@ -38,6 +38,21 @@ def test_compacted_commits_are_equal_and_read_once(feature: Feature, monkeypatch
     assert list(feature.hashes) == [value for commit in expected if commit for value in commit.hashes]
     assert feature.failures == dict.fromkeys((3, 4, 11), "broken")
     assert np.flatnonzero(~feature.valid).tolist() == [3, 4, 11, 12, 13, 14, 15]
+
+
+def test_failures_of_several_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_module, "MIN_CHUNKS", 3)
+    first = write_feature(tmp_path / "c", random_items(19, (4,), seed=0, failed=[3, 4, 11]), (4,), chunk_size=4)
+    add_feature(first.group, "g", (4,), "float16")
+    for chunk, failed in ((0, [0, 3]), (2, [3]), (4, [])):
+        hashes = first.group.commit(chunk).hashes  # type: ignore[union-attr]
+        reasons = ["other" if row in failed else None for row in range(len(hashes))]
+        items = [None if reason else np.ones(4, np.float16) for reason in reasons]
+        commit_chunk(first.group, chunk, {"g": items}, hashes, {"g": reasons})
+    first.group.compact()
+    compacted = read_compacted(first.group.path, read_stamps(first.group.path))
+    assert list(compacted.values()) == read_one_by_one(first.group)
+    assert Feature(first.group, "g").failures == dict.fromkeys((0, 3, 11), "other")
 
 
 def test_changed_commits_are_read(feature: Feature) -> None:

@@ -2,9 +2,8 @@
 
 import io
 import json
-import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -16,15 +15,16 @@ from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, ItemError, PathError
 from embedcache.files import building
-from embedcache.outputs import check_output, new_output, write_output
+from embedcache.outputs import check_output, new_output
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import FileItem, Source
 from embedcache.sources.open import reopen_source
 from embedcache.store.cache import Cache
+from embedcache.store.checksums import BLOCK
 
 Format: TypeAlias = Literal["datacomp", "keys", "webdataset"]
 
-_UID = re.compile(r"[0-9a-fA-F]{32}")
+_UID = "^[0-9a-fA-F]{32}$"
 
 
 def export_selection(
@@ -47,29 +47,39 @@ def export_selection(
     if format_name == "webdataset":
         write_shards(cache, rows, out_path, progress=progress)
         return len(rows)
-    all_keys = cache.column("key").to_pylist()
-    keys = [all_keys[row] for row in rows.tolist()]
+    is_selected_S = np.zeros(cache.info.num_samples, bool)
+    is_selected_S[rows] = True
+    keys = cache.column("key").filter(pa.array(is_selected_S))
     if format_name == "keys":
-        broken = [key for key in keys if "\n" in key]
-        if broken:
-            raise DataError(f"expected keys without line breaks, got {len(broken):,} with one, first {broken[0]!r}")
-        write_output(out_path, "".join(f"{key}\n" for key in keys).encode())
+        broken = keys.filter(pc.match_substring(keys, "\n"))
+        if len(broken):
+            raise DataError(
+                f"expected keys without line breaks, got {len(broken):,} with one, first {broken[0].as_py()!r}"
+            )
+        with new_output(out_path) as temporary, temporary.open("wb") as file:
+            for block in blocks(len(keys), BLOCK):
+                file.write("".join(f"{key}\n" for key in keys[block].to_pylist()).encode())
     else:
         uids = to_uids(keys)
+        uids = uids[np.lexsort((uids["f1"], uids["f0"]))]
         with new_output(out_path) as temporary, temporary.open("wb") as file:
             np.save(file, uids)
     return len(rows)
 
 
-def to_uids(keys: Sequence[str]) -> Array:
-    """Convert keys of 32 hexadecimal digits, else `DataError`, to DataComp's uids: (M,) of dtype `u8,u8`, sorted."""
-    others = [key for key in keys if not _UID.fullmatch(key)]
-    if others:
+def to_uids(keys: pa.ChunkedArray) -> Array:
+    """Convert keys of 32 hexadecimal digits, else `DataError`, to DataComp's uids, in order: (M,) of dtype `u8,u8`."""
+    others = keys.filter(pc.invert(pc.match_substring_regex(keys, _UID)))
+    if len(others):
         raise DataError(
             f"expected DataComp's uids of 32 hexadecimal digits, got {len(others):,} other keys of {len(keys):,}, "
-            f"first {others[0]!r}; use --format keys, or extract with --key-column uid"
+            f"first {others[0].as_py()!r}; use --format keys, or extract with --key-column uid"
         )
-    return np.array(sorted((int(key[:16], 16), int(key[16:], 16)) for key in keys), np.dtype("u8,u8"))
+    uids = np.empty(len(keys), np.dtype("u8,u8"))
+    for block in blocks(len(keys), BLOCK):
+        halves_B2 = np.frombuffer(bytes.fromhex("".join(keys[block].to_pylist())), ">u8").reshape(-1, 2)
+        uids["f0"][block], uids["f1"][block] = halves_B2.T
+    return uids
 
 
 _MAGIC = (

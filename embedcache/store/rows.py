@@ -1,0 +1,111 @@
+"""Rows of a cache's tables in any order, without reading the tables."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedcache.arrays import Ints
+from embedcache.store.cache import Cache
+from embedcache.store.checksums import BLOCK
+from embedcache.store.layout import SAMPLES
+
+_KEPT_ROWS = 2**22
+
+
+class RowReader:
+    """Reads rows of one table of a cache, in any order. Thread-safe.
+
+    Only the blocks that hold the rows are read and compared with their checksums: 65,536 samples or a chunk of items
+    each. Memory: the blocks used last, up to 4 million rows; after `load`, all rows in Arrow's memory.
+
+    Args:
+        name: `samples` or a modality.
+        columns: names of the columns to read; None reads all.
+    """
+
+    def __init__(self, cache: Cache, name: str, columns: Sequence[str] | None = None) -> None:
+        self._cache, self._name, self._columns = cache, name, columns
+        self._num_rows, self._size = cache.num_rows(name), cache.block_rows(name)
+        self._whole: pa.Table | None = None
+        self._samples_N: Ints | None = None
+        self._block = lru_cache(maxsize=max(1, _KEPT_ROWS // self._size))(self._read_block)
+        self._last_sample = lru_cache(maxsize=None)(self._read_last_sample)
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def load(self) -> None:
+        """Read all rows, so that later calls read no file and are faster."""
+        if self._whole is not None or not self._num_rows:
+            return
+        table = self._cache.table(self._name, self._columns)
+        columns = {name: _contiguous(table[name]) for name in table.column_names}
+        if "sample" in columns:
+            self._samples_N = columns["sample"].to_numpy()
+        self._whole = pa.table(columns)
+        self._block.cache_clear()
+
+    def take(self, rows: Ints) -> pa.Table:
+        """Return rows in the given order, which must exist."""
+        if self._whole is not None:
+            return self._whole.take(pa.array(rows))
+        order = np.argsort(rows // self._size, kind="stable")
+        numbers, starts = np.unique(rows[order] // self._size, return_index=True)
+        if not len(numbers):
+            return self._block(0).slice(0, 0)
+        parts = np.split(rows[order] % self._size, starts[1:])
+        taken = [self._block(number).take(pa.array(part)) for number, part in zip(numbers.tolist(), parts, strict=True)]
+        return pa.concat_tables(taken).take(pa.array(np.argsort(order)))
+
+    def find(self, samples: Ints) -> tuple[Ints, Ints]:
+        """Return the first row of each sample in an item table, and how many rows it has: two (S,) int64."""
+        samples = np.asarray(samples, np.int64)
+        if self._samples_N is not None:
+            starts, stops = (np.searchsorted(self._samples_N, bound) for bound in (samples, samples + 1))
+        else:
+            starts, stops = (
+                np.array([self._first_row(sample) for sample in bound.tolist()], np.int64)
+                for bound in (samples, samples + 1)
+            )
+        return starts, stops - starts
+
+    def _read_block(self, number: int) -> pa.Table:
+        return self._cache.block(self._name, number, columns=self._columns)
+
+    def _first_row(self, sample: int) -> int:
+        """Return the first row of a sample or of a later one, from the few chunks that a binary search reads."""
+        number = bisect_left(range(-(-self._num_rows // self._size)), sample, key=self._last_sample)
+        if number * self._size >= self._num_rows:
+            return self._num_rows
+        samples_B = self._cache.block(self._name, number, columns=["sample"])["sample"].to_numpy()
+        return number * self._size + int(np.searchsorted(samples_B, sample))
+
+    def _read_last_sample(self, number: int) -> int:
+        last: int = self._cache.block(self._name, number, columns=["sample"])["sample"][-1].as_py()
+        return last
+
+
+def find_keys(cache: Cache, keys: Sequence[str]) -> Ints:
+    """Return the row of each key in the sample table, -1 for a key that it does not have: (K,) int64.
+
+    Blocks of samples are read in order until all keys are found. Memory: a block.
+    """
+    wanted = pc.unique(pa.array(keys, pa.string()))
+    rows = np.full(len(wanted), -1, np.int64)
+    for number in range(-(-cache.info.num_samples // BLOCK)):
+        found = pc.index_in(cache.block(SAMPLES, number, columns=["key"])["key"], value_set=wanted)
+        places = np.flatnonzero(found.is_valid())
+        rows[found.take(pa.array(places)).to_numpy()] = number * BLOCK + places
+        if (rows >= 0).all():
+            break
+    of_keys: Ints = rows[pc.index_in(pa.array(keys, pa.string()), value_set=wanted).to_numpy()]
+    return of_keys
+
+
+def _contiguous(column: pa.ChunkedArray) -> pa.Array:
+    """Join a column's chunks, so that a row is found without searching its chunk; text may exceed 2 GiB."""
+    return (column.cast(pa.large_string()) if pa.types.is_string(column.type) else column).combine_chunks()

@@ -1,0 +1,94 @@
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedcache.errors import CorruptError
+from embedcache.store.cache import Cache
+from embedcache.store.checksums import BLOCK, TableChecksums
+from embedcache.store.layout import SAMPLES, CacheInfo, items_path, samples_path, write_info
+from embedcache.store.rows import RowReader, find_keys
+
+NUM_SAMPLES, CHUNK_SIZE = BLOCK + 5000, 2048
+ROWS = np.array([BLOCK + 4999, 0, BLOCK - 1, BLOCK, 0, 3000])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """Tables of two blocks of samples with 0 to 3 captions each, in row groups that are no chunks."""
+    folder = tmp_path_factory.mktemp("rows")
+    captions_S = np.random.default_rng(0).integers(0, 4, NUM_SAMPLES)
+    sample_N = np.repeat(np.arange(NUM_SAMPLES), captions_S)
+    tables = {
+        SAMPLES: pa.table({"key": [f"k{row * 7919 % NUM_SAMPLES}" for row in range(NUM_SAMPLES)]}),
+        "text": pa.table({"sample": sample_N, "text": [f"caption {row}" for row in range(len(sample_N))]}),
+    }
+    (folder / "text").mkdir()
+    checksums = {}
+    for name, path in ((SAMPLES, samples_path(folder)), ("text", items_path(folder, "text"))):
+        pq.write_table(tables[name], path, row_group_size=3000)
+        written = TableChecksums(BLOCK if name == SAMPLES else CHUNK_SIZE)
+        written.update(tables[name])
+        checksums[name] = written.close()
+    info = CacheInfo(
+        chunk_size=CHUNK_SIZE,
+        source={"type": "table", "path": "x"},
+        index_digest="0",
+        num_samples=NUM_SAMPLES,
+        num_items={"text": len(sample_N)},
+        table_checksums=checksums,
+    )
+    write_info(folder, info)
+    return Cache(folder)
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_take_is_that_of_the_table(cache: Cache, *, is_loaded: bool) -> None:
+    for name in (SAMPLES, "text"):
+        reader = RowReader(cache, name)
+        if is_loaded:
+            reader.load()
+        assert reader.take(ROWS).to_pydict() == cache.table(name).take(pa.array(ROWS)).to_pydict()
+        assert reader.take(ROWS[:0]).to_pydict() == cache.table(name).slice(0, 0).to_pydict()
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_find_the_items_of_samples(cache: Cache, *, is_loaded: bool) -> None:
+    reader, sample_N = RowReader(cache, "text"), cache.table("text")["sample"].to_numpy()
+    if is_loaded:
+        reader.load()
+    samples = np.array([0, NUM_SAMPLES - 1, *sample_N[CHUNK_SIZE - 2 : CHUNK_SIZE + 2], *range(40)])
+    starts, counts = reader.find(samples)
+    assert starts.tolist() == np.searchsorted(sample_N, samples).tolist()
+    assert counts.tolist() == [(sample_N == sample).sum() for sample in samples]
+
+
+def test_only_blocks_of_the_rows_are_read(cache: Cache) -> None:
+    """What is elsewhere in the file, damaged here, is not noticed; in these rows it is."""
+    folder = cache.path.parent / "changed"
+    (folder / "text").mkdir(parents=True)
+    changed = cache.table("text").to_pydict()
+    changed["text"][5000] = "another"
+    pq.write_table(pa.table(changed), items_path(folder, "text"), row_group_size=3000)
+    write_info(folder, cache.info)
+    reader = RowReader(Cache(folder), "text", ["text"])
+    assert reader.take(np.array([0, 9000]))["text"].to_pylist() == ["caption 0", "caption 9000"]
+    with pytest.raises(CorruptError, match="column 'text' has changed since it was written, in rows 4,096 to 6,143"):
+        reader.take(np.array([4096]))
+
+
+def test_find_keys(cache: Cache) -> None:
+    keys = cache.column("key").take(pa.array(ROWS)).to_pylist()
+    assert find_keys(cache, [*keys, "none"]).tolist() == [*ROWS, -1]
+    assert find_keys(cache, []).tolist() == []
+
+
+def test_short_table_raises(cache: Cache) -> None:
+    folder = cache.path.parent / "short"
+    folder.mkdir()
+    pq.write_table(cache.table(SAMPLES).slice(0, 100), samples_path(folder))
+    write_info(folder, replace(cache.info, num_items={}))
+    with pytest.raises(CorruptError, match=r"expected 5,000 rows, got 0"):
+        RowReader(Cache(folder), SAMPLES).take(np.array([BLOCK]))
