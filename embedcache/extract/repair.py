@@ -33,6 +33,7 @@ from embedcache.sources import reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import NOT_YET
+from embedcache.store.compacted import table_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, open_group
 from embedcache.store.tables import to_file_item
@@ -148,6 +149,10 @@ def repair(
     lines = []
     for (modality, encoder), group in sorted(groups.items(), key=lambda item: derivation_depth(cache, item[1])):
         of_arrays = {finding.name for finding in repairable[modality, encoder] if finding.chunk < 0}
+        if (table := table_path(group.path)).name in of_arrays:
+            of_arrays.remove(table.name)
+            table.unlink(missing_ok=True)
+            lines.append(f"{group.name}: deleted {table.name}, which the next extract or derive writes again")
         for name in sorted(of_arrays):
             feature = Feature(group, name)
             add_feature(group, name, feature.item_shape, feature.dtype, axis=feature.axis)
@@ -231,7 +236,8 @@ def retry_failed(
         for modality, writers in worker.writers.items():
             if MODALITIES[modality].kind == "files":
                 reports += _retry_modality(worker, modality, writers, executor, progress)
-        outcome["encoders"] = [report.to_json() for report in reports]
+        if any(report.num_tried for report in reports):
+            outcome["encoders"] = [report.to_json() for report in reports]
     return reports
 
 

@@ -70,7 +70,7 @@ def _parts(values: pa.Array) -> Iterator[bytes]:
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         dtype = "<i8" if pa.types.is_integer(kind) else "<f8"
         yield values.fill_null(0).to_numpy(zero_copy_only=False).astype(dtype).tobytes()
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
+    elif kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
         texts = values.cast(pa.large_binary()).fill_null(b"")
         yield pc.binary_length(texts).to_numpy(zero_copy_only=False).astype("<i8").tobytes()
         offsets = np.frombuffer(texts.buffers()[1], "<i8", len(texts) + 1, offset=8 * texts.offset)

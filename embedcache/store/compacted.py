@@ -1,23 +1,29 @@
 """A table of the commits of many chunks beside them, so that a reader opens one file in place of thousands.
 
 It is derived and may be deleted at any time. A commit whose file has another size, time or inode than when the table
-was written is read itself, as are all commits without a table. Hashes are read when they are first used.
+was written is read itself, as are all commits without a table. Hashes are read when they are first used. The metadata
+has a checksum of each column of each row group; a table that differs from them, or has none, is not used.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from embedcache.errors import ArtifactError, CorruptError, PathError, one_line
 from embedcache.files import replacing
+from embedcache.store.checksums import column_checksum
 from embedcache.store.columns import HASH, HASH_BYTES, Column, is_missing, to_array, to_bytes
-from embedcache.store.commits import Commit, commit_metadata, make_commit
+from embedcache.store.commits import Commit, commit_metadata, make_commit, read_commit
 from embedcache.store.layout import commit_name, commit_path
 
 MIN_CHUNKS = 1000
@@ -71,20 +77,15 @@ def write_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp], commits: 
         stamps: those of the commits' files before the commits were read.
         commits: in the order of their chunks.
     """
-    with (
-        replacing(table_path(encoder_folder)) as temporary,
-        pq.ParquetWriter(temporary, _SCHEMA, write_page_checksum=True) as writer,
-    ):
-        rows: list[dict[str, Any]] = []
-        for commit in commits:
-            stamp = stamps.get(commit_name(commit.chunk))
-            if stamp is not None:
-                rows.append(_row(commit, stamp))
-            if len(rows) == _CHUNKS_PER_GROUP:
-                writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
-                rows = []
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+    checksums: list[dict[str, str]] = []
+    known = ((stamps.get(commit_name(commit.chunk)), commit) for commit in commits)
+    rows = (_row(commit, stamp) for stamp, commit in known if stamp is not None)
+    with replacing(table_path(encoder_folder)) as temporary, pq.ParquetWriter(temporary, _SCHEMA) as writer:
+        while group := list(islice(rows, _CHUNKS_PER_GROUP)):
+            table = pa.Table.from_pylist(group, _SCHEMA)
+            writer.write_table(table)
+            checksums.append({name: _checksum(table[name]) for name in table.column_names})
+        writer.add_key_value_metadata({_CHECKSUMS: json.dumps(checksums)})
 
 
 def _row(commit: Commit, stamp: Stamp) -> dict[str, Any]:
@@ -112,28 +113,88 @@ def _row(commit: Commit, stamp: Stamp) -> dict[str, Any]:
 
 def read_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> dict[int, Commit]:
     """Return the commits in the table whose files have these stamps now; empty if there is no readable table."""
-    path = table_path(encoder_folder)
-    if not path.is_file():
-        return {}
     try:
-        columns = [name for name in _SCHEMA.names if name not in _HASH_COLUMNS]
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            groups = [file.read_row_group(group, columns, use_threads=False) for group in range(file.num_row_groups)]
-            found = {}
-            for group, table in enumerate(groups):
-                load, failures = cache(partial(_read_hashes, path, group)), _Failures(table["failures"])
-                for position, row in enumerate(table.drop_columns("failures").to_pylist()):
-                    stamp = Stamp(row["size"], row["time_ns"], row["inode"])
-                    if stamps.get(commit_name(row["chunk"])) == stamp:
-                        metadata, num_rows = json.loads(row["metadata"]), row["num_rows"]
-                        found[row["chunk"]] = make_commit(
-                            metadata,
-                            Column[bytes | None].deferred(num_rows, partial(_hashes_of, load, position)),
-                            {name: failures.column(position, name, num_rows) for name in metadata["features"]},
-                        )
-            return found
-    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError):
+        return dict(_iterate_commits(encoder_folder, stamps))
+    except _UNREADABLE:
         return {}  # it is derived: the commits themselves are read
+
+
+def check_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> str | None:
+    """Return why a table is not what its commits say; None if it is, or if there is none. Memory: 256 chunks.
+
+    Commits that cannot be read are not compared.
+    """
+    path = table_path(encoder_folder)
+    try:
+        with pq.ParquetFile(path) as file:
+            if _CHECKSUMS.encode() not in (file.metadata.metadata or {}):
+                return None  # of an earlier version: nothing reads it
+            for group, checksums in enumerate(_read_checksums(file)):
+                _read_group(file, group, _SCHEMA.names, checksums)
+        for chunk, commit in _iterate_commits(encoder_folder, stamps):
+            with suppress(ArtifactError, PathError):
+                if read_commit(encoder_folder, chunk) != commit:
+                    return f"it differs from the commit of chunk {chunk}"
+    except FileNotFoundError:
+        return None
+    except _UNREADABLE as error:
+        return one_line(error)
+    return None
+
+
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError)
+_CHECKSUMS = "checksums"
+
+
+def _iterate_commits(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> Iterator[tuple[int, Commit]]:
+    """Iterate over the chunks whose commits have these stamps, with the commits; raises errors of `_UNREADABLE`."""
+    columns = [name for name in _SCHEMA.names if name not in _HASH_COLUMNS]
+    path = table_path(encoder_folder)
+    with pq.ParquetFile(path) as file:
+        for group, checksums in enumerate(_read_checksums(file)):
+            load = cache(partial(_read_hashes, path, group, checksums))
+            table = _read_group(file, group, columns, checksums)
+            failures = _Failures(table["failures"])
+            for position, row in enumerate(table.drop_columns("failures").to_pylist()):
+                stamp, metadata = Stamp(row["size"], row["time_ns"], row["inode"]), json.loads(row["metadata"])
+                if stamps.get(commit_name(row["chunk"])) == stamp:
+                    load_own = partial(_hashes_of, load, position, encoder_folder, row["chunk"], row["num_rows"])
+                    yield (
+                        row["chunk"],
+                        make_commit(
+                            metadata,
+                            Column[bytes | None].deferred(row["num_rows"], load_own),
+                            {name: failures.column(position, name, row["num_rows"]) for name in metadata["features"]},
+                        ),
+                    )
+
+
+def _read_checksums(file: pq.ParquetFile) -> list[dict[str, str]]:
+    checksums: list[dict[str, str]] = json.loads((file.metadata.metadata or {})[_CHECKSUMS.encode()])
+    if len(checksums) != file.num_row_groups:
+        raise ValueError(f"expected {len(checksums)} groups of rows, got {file.num_row_groups}")
+    return checksums
+
+
+def _read_group(file: pq.ParquetFile, group: int, columns: Sequence[str], checksums: Mapping[str, str]) -> pa.Table:
+    """Read columns of a row group; ValueError if one differs from its checksum."""
+    table = file.read_row_group(group, list(columns), use_threads=False).cast(
+        pa.schema([_SCHEMA.field(name) for name in columns])
+    )
+    for name in columns:
+        if _checksum(table[name]) != checksums[name]:
+            raise ValueError(f"its column {name!r} has changed since it was written")
+    return table
+
+
+def _checksum(column: pa.ChunkedArray) -> str:
+    """Return the checksums of the values of a column; of lists, those of their lengths and of all elements."""
+    values = column.combine_chunks()
+    if not pa.types.is_list(values.type):
+        return column_checksum(column)
+    elements = values.flatten()
+    fields = elements.flatten() if pa.types.is_struct(elements.type) else [elements]
+    return "".join(column_checksum(pa.chunked_array([part])) for part in (pc.list_value_length(values), *fields))
 
 
 class _Failures:
@@ -158,9 +219,13 @@ class _Failures:
         return Column.sparse(num_rows, offsets, reasons)
 
 
-def _read_hashes(path: Path, group: int) -> Sequence[pa.Array]:
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        table = file.read_row_group(group, list(_HASH_COLUMNS), use_threads=False)
+def _read_hashes(path: Path, group: int, checksums: Mapping[str, str]) -> Sequence[pa.Array] | None:
+    """Read the hashes of a row group; None if the table is not the one that was opened, or is damaged."""
+    try:
+        with pq.ParquetFile(path) as file:
+            table = _read_group(file, group, _HASH_COLUMNS, checksums)
+    except _UNREADABLE:
+        return None
     arrays = []
     for data, missing in zip(table["hashes"], table["without_hash"], strict=True):
         values = data.as_buffer()
@@ -171,5 +236,14 @@ def _read_hashes(path: Path, group: int) -> Sequence[pa.Array]:
     return arrays
 
 
-def _hashes_of(load: Callable[[], Sequence[pa.Array]], position: int) -> pa.Array:
-    return load()[position]
+def _hashes_of(
+    load: Callable[[], Sequence[pa.Array] | None], position: int, encoder_folder: Path, chunk: int, num_rows: int
+) -> pa.Array:
+    """Return the hashes of a chunk, from its commit if the table cannot be used."""
+    arrays = load()
+    if arrays is not None:
+        return arrays[position]
+    commit = read_commit(encoder_folder, chunk)
+    if commit is None or len(commit.hashes) != num_rows:
+        raise CorruptError(f"chunk {chunk} in {encoder_folder} was changed by another process; run it again")
+    return to_array(commit.hashes, HASH)

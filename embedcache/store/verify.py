@@ -12,6 +12,7 @@ import pyarrow as pa
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
+from embedcache.files import is_remote
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest, digest_file
 from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_metadata
@@ -19,6 +20,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK, TableChecksums
 from embedcache.store.columns import HASH, is_missing, to_array, to_bytes
 from embedcache.store.commits import Commit, hash_item, read_commit
+from embedcache.store.compacted import check_compacted, read_stamps, table_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import ATTRIBUTE, EncoderGroup, feature_metadata, open_group, read_feature, token_metadata
 from embedcache.store.layout import FORMAT_VERSION, commit_path, fit_path, items_path, samples_path
@@ -153,7 +155,7 @@ def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feat
         names |= set() if commit is None else commit.features.keys()
     try:
         group = open_group(cache.path, modality, encoder, cache.info)
-        findings += [*_check_group(group), *_check_fit(group)]
+        findings += [*_check_group(group), *_check_fit(group), *_check_compacted(group)]
     except (ArtifactError, PathError):  # reported with each feature
         names |= {""} if not names else set()
     for name in sorted(names):
@@ -227,6 +229,16 @@ def _check_fit(group: EncoderGroup) -> list[Finding]:
     return [
         Finding(modality=group.modality, encoder=group.name, name=path.name, chunk=-1, can_repair=False, reason=reason)
     ]
+
+
+def _check_compacted(group: EncoderGroup) -> list[Finding]:
+    """Check the table of many commits, which readers use in place of them."""
+    path = table_path(group.path)
+    reason = None if is_remote(path) else check_compacted(group.path, read_stamps(group.path))
+    if reason is None:
+        return []
+    reason = f"{reason}; readers do without it: delete it, or use --repair"
+    return [Finding(modality=group.modality, encoder=group.name, name=path.name, chunk=-1, reason=reason)]
 
 
 def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding]:

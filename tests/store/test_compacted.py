@@ -1,16 +1,21 @@
 """The table of commits gives what the commits themselves say, and is not used where they have changed."""
 
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from embedcache.extract.repair import repair
 from embedcache.store import group as group_module
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit
-from embedcache.store.compacted import read_compacted, read_stamps, table_path
+from embedcache.store.compacted import check_compacted, read_compacted, read_stamps, table_path, write_compacted
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature
+from embedcache.store.verify import verify
 from embedcache.store.writer import commit_chunk, withdraw
 from tests.store.features import random_items, write_feature
 
@@ -63,16 +68,72 @@ def test_changed_commits_are_read(feature: Feature) -> None:
     assert sorted(read_compacted(feature.group.path, read_stamps(feature.group.path))) == [0, 2, 4]
 
 
-@pytest.mark.parametrize("damage", ["deleted", "truncated", "flipped", "empty"])
-def test_damaged_table_is_not_used(feature: Feature, damage: str) -> None:
-    path = table_path(feature.group.path)
-    data = bytearray(path.read_bytes())
-    if damage == "flipped":  # a value of the first column page: the CRC of its page differs
-        data[60] ^= 1
-    path.unlink() if damage == "deleted" else path.write_bytes({"truncated": data[:-9], "empty": b""}.get(damage, data))
-    assert feature.group.commits() == read_one_by_one(feature.group)
+def compacted_chunks(group: EncoderGroup) -> list[int]:
+    return sorted(read_compacted(group.path, read_stamps(group.path)))
+
+
+def damages(path: Path, rng: np.random.Generator) -> Iterator[bytes]:
+    """Every kind of damage to a file: cut, emptied, zeros, and flipped bits anywhere."""
+    data = path.read_bytes()
+    yield from (b"", data[:-9], data[: len(data) // 2], data[4:], bytes(len(data)))
+    for place in rng.integers(len(data), size=150).tolist():
+        yield data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1 :]
+
+
+def test_damaged_table_is_not_used(feature: Feature) -> None:
+    path, expected, num_found = table_path(feature.group.path), read_one_by_one(feature.group), 0
+    for damaged in damages(path, np.random.default_rng(0)):
+        group_module._KEPT.clear()
+        path.write_bytes(damaged)
+        assert feature.group.commits() == expected
+        if check_compacted(feature.group.path, read_stamps(feature.group.path)) is not None:
+            num_found += 1
+        else:
+            assert compacted_chunks(feature.group) == [0, 1, 2, 4], "what differs is read by nobody"
+    assert num_found > 80
+    path.unlink()
     feature.group.compact()
-    assert len(read_compacted(feature.group.path, read_stamps(feature.group.path))) == 4
+    assert compacted_chunks(feature.group) == [0, 1, 2, 4]
+
+
+def test_verify_reports_a_damaged_table(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_module, "MIN_CHUNKS", 1)
+    cache = Cache(shutil.copytree(cache_path, tmp_path / "cache"))
+    path = table_path(cache.feature("image", "open_toy/cls").group.path)
+    cache.feature("image", "open_toy/cls").group.compact()
+    assert verify(cache) == []
+    path.write_bytes(path.read_bytes()[:-9])
+    (finding,) = verify(cache)
+    assert (finding.name, finding.can_repair) == ("commits.parquet", True)
+    assert "readers do without it: delete it, or use --repair" in finding.line()
+    (line,) = repair(cache, [finding])
+    assert "deleted commits.parquet" in line
+    assert verify(cache) == []
+
+
+def test_table_of_another_encoder_is_not_used(feature: Feature, tmp_path: Path) -> None:
+    other = write_feature(tmp_path / "other", random_items(19, (4,), seed=1), (4,), chunk_size=4)
+    other.group.compact()
+    expected = read_one_by_one(feature.group)
+    table_path(feature.group.path).write_bytes(table_path(other.group.path).read_bytes())
+    assert compacted_chunks(feature.group) == []
+    assert feature.group.commits() == expected
+    feature.group.compact()
+    assert compacted_chunks(feature.group) == [0, 1, 2, 4]
+
+
+def test_hashes_are_those_of_the_table_that_was_opened(feature: Feature) -> None:
+    commits, expected = feature.group.commits(), read_one_by_one(feature.group)
+    table_path(feature.group.path).write_bytes(b"PAR1")
+    assert [commit and list(commit.hashes) for commit in commits] == [commit and commit.hashes for commit in expected]
+
+
+def test_table_that_differs_from_a_commit_is_reported(feature: Feature) -> None:
+    group, stamps = feature.group, read_stamps(feature.group.path)
+    commits = [commit for commit in read_one_by_one(group) if commit is not None]
+    wrong = replace(commits[1], hashes=[b"x" * 16] * len(commits[1].hashes))
+    write_compacted(group.path, stamps, iter([commits[0], wrong, *commits[2:]]))
+    assert check_compacted(group.path, stamps) == "it differs from the commit of chunk 1"
 
 
 def test_few_chunks_have_no_table(tmp_path: Path) -> None:
