@@ -10,6 +10,7 @@ from embedcache.cli.commands import add_command, new_group
 from embedcache.cli.options import (
     CacheArgument,
     Html,
+    ImageFolders,
     Json,
     Output,
     Seed,
@@ -74,6 +75,7 @@ def coverage(
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
+    image_folder: ImageFolders = None,
 ) -> None:
     """Count the items of a cache near each concept.
 
@@ -103,7 +105,7 @@ def coverage(
         as_json=as_json,
         output=output,
         html=html,
-        write_page=lambda path: write_coverage_page(path, *reports.values()),
+        write_page=lambda path: write_coverage_page(path, *reports.values(), image_folders=image_folder or ()),
     )
 
 
@@ -236,6 +238,7 @@ def dedup(
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
+    image_folder: ImageFolders = None,
 ) -> None:
     """Find copies and near-duplicates.
 
@@ -269,7 +272,7 @@ def dedup(
         publish_report(
             show_levels,
             lambda: threshold_json(analysis),
-            write_page=lambda path: write_threshold_page(path, analysis=analysis),
+            write_page=lambda path: write_threshold_page(path, analysis, image_folders=image_folder or ()),
         )
         return
     done = remove_duplicates(cache, out, settings, progress=open_progress())
@@ -278,7 +281,9 @@ def dedup(
         print_line(comparison_line(done.analysis))
         print_line(dedup_line(done))
 
-    publish_report(show, done.to_json, write_page=lambda path: write_dedup_page(path, result=done))
+    publish_report(
+        show, done.to_json, write_page=lambda path: write_dedup_page(path, done, image_folders=image_folder or ())
+    )
 
 
 @with_settings(settings=LeakSettings)
@@ -298,6 +303,7 @@ def leaks(
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
+    image_folder: ImageFolders = None,
 ) -> None:
     """Find test samples that are in a training cache.
 
@@ -339,7 +345,7 @@ def leaks(
         as_json=as_json,
         output=output,
         html=html,
-        write_page=lambda path: write_leak_page(path, report),
+        write_page=lambda path: write_leak_page(path, report, image_folders=image_folder or ()),
     )
 
 

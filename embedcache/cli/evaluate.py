@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.options import CacheArgument, Device, Html, Json, Output, RunArgument, with_settings
+from embedcache.cli.options import CacheArgument, Device, Html, ImageFolders, Json, Output, RunArgument, with_settings
 from embedcache.evaluate.settings import (
     LikelihoodEvalSettings,
     PairsSettings,
@@ -38,6 +38,7 @@ def retrieval(
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
+    image_folder: ImageFolders = None,
     *,
     settings: RetrievalSettings,
 ) -> None:
@@ -65,7 +66,8 @@ def retrieval(
 
     def write_page(path: Path) -> None:
         opened, shown = Cache(cache), replace(settings, language=settings.language[:1], check_overlap=False)
-        write_retrieval_page(path, opened, reports, rank(opened, load_runs(run[:1])[0], shown))
+        ranking = rank(opened, load_runs(run[:1])[0], shown)
+        write_retrieval_page(path, opened, reports, ranking, image_folders=image_folder or ())
 
     _publish_results(show, results, as_json=as_json, output=output, html=html, write_page=write_page)
 
@@ -79,6 +81,7 @@ def zero_shot(
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
+    image_folder: ImageFolders = None,
     *,
     settings: ZeroShotSettings,
 ) -> None:
@@ -108,7 +111,8 @@ def zero_shot(
 
     def write_page(path: Path) -> None:
         opened, shown = Cache(cache), replace(settings, check_overlap=False)
-        write_zero_shot_page(path, opened, reports, classify(opened, load_runs(run[:1])[0], Cache(prompts), shown))
+        classified = classify(opened, load_runs(run[:1])[0], Cache(prompts), shown)
+        write_zero_shot_page(path, opened, reports, classified, image_folders=image_folder or ())
 
     _publish_results(show, results, as_json=as_json, output=output, html=html, write_page=write_page)
 
@@ -225,6 +229,7 @@ def speech(
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
+    image_folder: ImageFolders = None,
     *,
     settings: SpeechSettings,
 ) -> None:
@@ -258,7 +263,7 @@ def speech(
         as_json=as_json,
         output=output,
         html=html,
-        write_page=lambda path: write_speech_page(path, Cache(cache), reports),
+        write_page=lambda path: write_speech_page(path, Cache(cache), reports, image_folders=image_folder or ()),
     )
 
 

@@ -23,7 +23,7 @@ from embedcache.settings import FlatSetting, flat_settings, from_flat
 
 OUTPUT_PANEL = "Output options"
 """Panel of `--help`."""
-OUTPUT_NAMES = ("as_json", "output", "html", "srt", "vtt")
+OUTPUT_NAMES = ("as_json", "output", "html", "image_folder", "srt", "vtt")
 """Parameters that come last in the help."""
 OVERWRITE = "overwrite"
 """Parameter of all commands that write an output."""
@@ -123,6 +123,16 @@ Html: TypeAlias = Annotated[
         help="Write the report as an HTML page.",
         rich_help_panel=OUTPUT_PANEL,
         callback=check_new_file,
+    ),
+]
+ImageFolders: TypeAlias = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image-folder",
+        metavar="FOLDER",
+        help="Read images only below this folder. May be repeated.",
+        show_default="the folder of the cache's source",
+        rich_help_panel=OUTPUT_PANEL,
     ),
 ]
 Srt: TypeAlias = Annotated[

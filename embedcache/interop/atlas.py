@@ -40,19 +40,20 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
     Memory: all vectors as float32, and one block of images.
 
     Raises:
-        PathError: the file exists, or its name does not end in `.parquet`.
+        PathError: the file exists, or its name does not end in `.parquet`; or as `Thumbnails`.
         MissingExtraError: umap-learn or scikit-learn is not installed.
         DataError: fewer than four points.
     """
     settings = settings or AtlasSettings()
     check_new_file(path, ".parquet")
     [modality] = export.modalities
+    images = settings.images if modality == "image" else "none"
+    thumbnails = Thumbnails(export.cache, settings.image_folders) if images == "thumbnails" else None
     vectors_NP = np.concatenate([normalize(block) for block in export.vectors(modality, _BLOCK)])
     progress.note(f"projecting {len(vectors_NP):,} points with {settings.projection}")
     points_N2, neighbors = project_to_plane(vectors_NP, settings), find_neighbors(vectors_NP)
-    images = settings.images if modality == "image" else "none"
     with new_output(path) as temporary:
-        tables = _tables(export, images, vectors_NP, points_N2, neighbors, progress)
+        tables = _tables(export, images, thumbnails, vectors_NP, points_N2, neighbors, progress)
         write_rows(temporary, tables, export.metadata)
     return len(vectors_NP)
 
@@ -103,12 +104,12 @@ def find_neighbors(vectors_NP: Floats, k: int = _NUM_NEIGHBORS) -> tuple[Ints, F
 def _tables(
     export: VectorExport,
     images: str,
+    thumbnails: Thumbnails | None,
     vectors_NP: Floats,
     points_N2: Floats,
     neighbors: tuple[Ints, Floats],
     progress: Progress,
 ) -> Iterator[pa.Table]:
-    thumbnails = Thumbnails(export.cache) if images == "thumbnails" else None
     progress.start("writing", len(vectors_NP), "points")
     for rows in blocks(len(vectors_NP), _BLOCK):
         table = export.table(rows)

@@ -80,6 +80,13 @@ class AtlasSettings:
     images: Literal["thumbnails", "paths", "none"] = setting(
         "thumbnails", "Store thumbnails of the images, their paths, or nothing."
     )
+    image_folders: tuple[Path, ...] = setting(
+        (),
+        "Read images only below this folder. May be repeated.",
+        flat_name="image_folder",
+        metavar="FOLDER",
+        default_text="the folder of the cache's source",
+    )
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
 
     def __post_init__(self) -> None:

@@ -89,10 +89,14 @@ def leaked_pair_table(pairs: Sequence[LeakedPair]) -> Table:
     return ["test", "train", "cosine"], [[pair.test, pair.train, pair.similarity] for pair in pairs]
 
 
-def write_leak_page(path: Path, leaks: LeakReport) -> None:
+def write_leak_page(path: Path, leaks: LeakReport, *, image_folders: Sequence[Path] = ()) -> None:
     """Write a page with the number of leaked samples and the closest pairs of each modality."""
     renderers = [
-        (ItemRenderer(leaks.test, leak.modality), ItemRenderer(leaks.train, leak.modality)) for leak in leaks.leaks
+        (
+            ItemRenderer(leaks.test, leak.modality, image_folders),
+            ItemRenderer(leaks.train, leak.modality, image_folders),
+        )
+        for leak in leaks.leaks
     ]
     note = "Samples with at least one such image or text. A copy has equal bytes, or equal text."
     sections = [

@@ -48,7 +48,7 @@ def write_quickstart_page(report: QuickstartReport, cache: Cache) -> None:
     """Write the page at `report.page_path`; it is self-contained."""
     trained = next(iter(report.retrieval.values()))
     recalls = {name: result.recalls for name, result in report.retrieval.items()}
-    thumbnails = Thumbnails(cache)
+    thumbnails, queries = Thumbnails(cache), query_sections(cache, rank(cache, load_runs(report.run_paths[:1])[0]))[0]
     write_page(
         report.page_path,
         "quickstart.html.j2",
@@ -57,7 +57,7 @@ def write_quickstart_page(report: QuickstartReport, cache: Cache) -> None:
         table=retrieval_table(report.retrieval),
         bars=recall_bars({**recalls, "chance": trained.chance}),
         curves=_training_curves(report.run_paths),
-        queries=query_sections(cache, rank(cache, load_runs(report.run_paths[:1])[0])),
+        queries=queries,
         hits={
             query: [(thumbnails.data_url(hit.row), ", ".join(hit.captions), hit.score) for hit in hits]
             for query, hits in report.hits.items()

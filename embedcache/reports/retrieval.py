@@ -1,7 +1,7 @@
 """Retrieval as tables, JSON and one page: recalls, curves, and example queries."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,7 +31,7 @@ from embedcache.reports.base import (
     svg,
     write_report,
 )
-from embedcache.reports.thumbnails import Thumbnails, credit
+from embedcache.reports.thumbnails import ItemRenderer, credit
 from embedcache.store.cache import Cache
 
 _DirectionEstimates: TypeAlias = Mapping[str, Mapping[str, Estimate]]
@@ -121,8 +121,18 @@ def _distinct_json(report: RetrievalReport) -> dict[str, Any]:
     return {**_directions_json(report.distinct), "chance": _directions_json(report.distinct_chance)}
 
 
-def write_retrieval_page(path: Path, cache: Cache, reports: Mapping[str, RetrievalReport], ranking: Ranking) -> None:
-    """Write a page with the recalls of all reports, the main one first, and example queries of one run."""
+def write_retrieval_page(
+    path: Path,
+    cache: Cache,
+    reports: Mapping[str, RetrievalReport],
+    ranking: Ranking,
+    *,
+    image_folders: Sequence[Path] = (),
+) -> None:
+    """Write a page with the recalls of all reports, the main one first, and example queries of one run.
+
+    Images are read as by `Thumbnails`.
+    """
     first = next(iter(reports.values()))
     recall = Section(
         title="Recall",
@@ -138,12 +148,13 @@ def write_retrieval_page(path: Path, cache: Cache, reports: Mapping[str, Retriev
             recall_bars({**{name: report.recalls for name, report in reports.items()}, "chance": first.chance}),
         ],
     )
+    queries, left_out = query_sections(cache, ranking, image_folders)
     write_report(
         path,
         title=f"{'-'.join(first.num_items).capitalize()} retrieval",
         summary=f"{cache.path.name}, {first.line()}.",
-        warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],
-        sections=[recall, Section(title="Ranks", table=rank_table(reports)), *query_sections(cache, ranking)],
+        warnings=[*(f"{name}: {report.warning}" for name, report in reports.items() if report.warning), *left_out],
+        sections=[recall, Section(title="Ranks", table=rank_table(reports)), *queries],
         credit=credit(cache),
     )
 
@@ -174,11 +185,16 @@ def _recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
     return svg(axes.figure)
 
 
-def query_sections(cache: Cache, ranking: Ranking) -> list[Section]:
-    """Return one section per direction, with queries and their top results: texts to images first."""
+def query_sections(
+    cache: Cache, ranking: Ranking, image_folders: Sequence[Path] = ()
+) -> tuple[list[Section], list[str]]:
+    """Return one section per direction, with queries and their top results: texts to images first; and warnings."""
+    renderers = [ItemRenderer(cache, modality, image_folders) for modality in ranking.modalities]
     first, second = (
-        _item_view(cache, modality, items.rows)
-        for modality, items in zip(ranking.modalities, (ranking.pairs.first, ranking.pairs.second), strict=True)
+        _item_view(cache, renderer, modality, items.rows)
+        for renderer, modality, items in zip(
+            renderers, ranking.modalities, (ranking.pairs.first, ranking.pairs.second), strict=True
+        )
     )
     there, back = ranking.ranks
     sections = []
@@ -194,20 +210,19 @@ def query_sections(cache: Cache, ranking: Ranking) -> list[Section]:
                 examples=query_examples(ranking, direction, show_query, show_result),
             )
         )
-    return sections
+    return sections, [warning for renderer in renderers for warning in renderer.warnings()]
 
 
-def _item_view(cache: Cache, modality: str, rows: Ints) -> Callable[..., PageItem]:
+def _item_view(cache: Cache, renderer: ItemRenderer, modality: str, rows: Ints) -> Callable[..., PageItem]:
     """Return a function that shows the item at a position: an image, a text, or the path of another item."""
-    thumbnails = Thumbnails(cache) if modality == "image" else None
-    column = "text" if modality == "text" else "path"
-    texts = cache.items(modality)[column].to_pylist() if thumbnails is None else []
+    paths = None if modality in ("image", "text") else cache.items(modality)["path"]
 
     def show(position: int, *, is_correct: bool = False) -> PageItem:
         row = int(rows[position])
-        if thumbnails is not None:
-            return PageItem(image_url=thumbnails.data_url(row), is_correct=is_correct)
-        return PageItem(text=texts[row], is_correct=is_correct)
+        if paths is not None:
+            return PageItem(text=paths[row].as_py(), is_correct=is_correct)
+        item = renderer.render(row, is_correct=is_correct)
+        return item if item.image_url is None else replace(item, text="")
 
     return show
 

@@ -1,20 +1,35 @@
-"""Small images of a cache, read again from its source, and items as they are shown on a page."""
+"""Small images of a cache, read again from its source, and items as they are shown on a page.
+
+A cache may be a stranger's, and says where its images are: they are read only below folders that the user names, or
+below the folder of the source, unless that holds more than images.
+"""
 
 import base64
 import io
+import pwd
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from embedcache.errors import EmbedcacheError
+from embedcache.errors import EmbedcacheError, PathError
+from embedcache.registry import has_trust
 from embedcache.reports.base import PageItem
-from embedcache.sources.base import FileItem
+from embedcache.sources.base import IMPORTED, FileItem
+from embedcache.sources.files import SHARD_SEPARATOR, restrict_reads
 from embedcache.sources.images import decode_image
-from embedcache.sources.open import reopen_source, source_credit
+from embedcache.sources.open import SOURCES, base_source, reopen_source, source_credit
+from embedcache.sources.webdataset import shard_root
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader
 from embedcache.store.tables import ITEM_SCHEMAS
 
 _SIZE_PX = 88
+_FIRST_PERSON = 1000  # users with smaller numbers are services
+_NOT_SHOWN = "images are not shown: "
+_NAME = "; name a folder of images with --image-folder, or use --trust if you trust the cache"
 
 
 def credit(cache: Cache) -> str:
@@ -22,11 +37,39 @@ def credit(cache: Cache) -> str:
     return source_credit(cache.info.source)
 
 
-class Thumbnails:
-    """Small images, read again from the source of a cache if it can be opened again."""
+def allowed_folders(cache: Cache, folders: Sequence[Path] = ()) -> Sequence[Path] | None:
+    """Return the folders below which files of a cache may be read; None: anywhere, within `trust_files`.
 
-    def __init__(self, cache: Cache) -> None:
-        self._source = reopen_source(cache.info.source)
+    Args:
+        cache: the cache.
+        folders: folders that the user names; empty: those of `source_folders`, with its errors.
+    """
+    return None if has_trust() else folders or source_folders(cache)
+
+
+def restricted(folders: Sequence[Path] | None) -> AbstractContextManager[None]:
+    """Restrict reads of this thread to files in some folders, after following links; None: not."""
+    return nullcontext() if folders is None else restrict_reads(folders)
+
+
+class Thumbnails:
+    """Small images, read again from the source of a cache, only from files in some folders, after following links.
+
+    Within `trust_files`, images are read wherever the cache says that they are.
+
+    Args:
+        cache: the cache.
+        folders: folders that the user allows; empty: the folder of the cache's source, see `source_folders`.
+
+    Raises:
+        PathError: the source's files no longer exist; or it is remote, a custom class or too large a folder, and the
+            cache is not trusted.
+    """
+
+    def __init__(self, cache: Cache, folders: Sequence[Path] = ()) -> None:
+        self.folders = allowed_folders(cache, folders)
+        with restricted(self.folders):
+            self._source = reopen_source(cache.info.source)
         self._items = RowReader(cache, "image", [name for name in ITEM_SCHEMAS["image"].names if name != "sample"])
         self._urls: dict[int, str] = {}
 
@@ -40,7 +83,8 @@ class Thumbnails:
     def webp(self, row: int, size_px: int) -> bytes:
         """Return the image in a row as a WebP file that fits into a square of `size_px`. Thread-safe."""
         item = FileItem(**self._items.take(np.array([row])).to_pylist()[0])
-        image = decode_image(self._source.read(item))
+        with restricted(self.folders):
+            image = decode_image(self._source.read(item))
         image.thumbnail((size_px, size_px))
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", quality=80)
@@ -50,16 +94,17 @@ class Thumbnails:
 class ItemRenderer:
     """Renderer of items of one modality for a page; an image that cannot be read is represented by its sample's key."""
 
-    def __init__(self, cache: Cache, modality: str) -> None:
+    def __init__(self, cache: Cache, modality: str, image_folders: Sequence[Path] = ()) -> None:
         self._cache, self._is_text = cache, modality == "text"
         self._items = RowReader(cache, modality, ["text" if modality == "text" else "sample"])
         self._thumbnails: Thumbnails | None = None
-        self._missing: str | None = None
+        self._reason: str | None = None
+        self._left_out: set[int] = set()
         if modality == "image":
             try:
-                self._thumbnails = Thumbnails(cache)
+                self._thumbnails = Thumbnails(cache, image_folders)
             except EmbedcacheError as error:
-                self._missing = str(error)
+                self._reason = str(error)
 
     def render(self, row: int, *, is_correct: bool = False) -> PageItem:
         """Return the item in a row as it is shown on a page."""
@@ -70,9 +115,60 @@ class ItemRenderer:
         try:
             image_url = None if self._thumbnails is None else self._thumbnails.data_url(row)
         except EmbedcacheError as error:
-            self._missing = str(error)
+            self._reason = str(error)
+        if image_url is None and self._reason is not None:
+            self._left_out.add(row)
         return PageItem(text=self._cache.key(value), image_url=image_url, is_correct=is_correct)
 
     def warnings(self) -> list[str]:
-        """Return why images are missing from the page, if any are."""
-        return [f"some images cannot be shown: {self._missing}"] if self._missing else []
+        """Return how many images are missing from the page, if any are, and why."""
+        reason = (self._reason or "").removeprefix(_NOT_SHOWN)
+        number = len(self._left_out)
+        return [f"{number:,} {'image is' if number == 1 else 'images are'} not shown: {reason}"] if number else []
+
+
+def source_folders(cache: Cache) -> list[Path]:
+    """Return the folders that hold the files of a cache's source; empty if it has no files.
+
+    The cache says where they are, so a folder that holds more than images is rejected: the root, a home or a folder
+    above it, and one that holds the cache.
+    """
+    folders = _recorded_folders(cache.info.source)
+    for folder in folders:
+        held = _held_by(folder.resolve(), cache)
+        if held is not None:
+            raise PathError(f"{_NOT_SHOWN}the cache says that they are in {folder}, which holds {held}{_NAME}")
+    return folders
+
+
+def _held_by(folder: Path, cache: Cache) -> str | None:
+    """Return what a folder holds besides images, if anything."""
+    if folder == Path(folder.anchor):
+        return "all files of this machine"
+    if any(home.is_relative_to(folder) for home in (Path.home().resolve(), *_homes())):
+        return "a home"
+    return "the cache" if cache.path.resolve().is_relative_to(folder) else None
+
+
+def _homes() -> Iterator[Path]:
+    """Iterate over the homes of people, and of the administrator; those of services are folders of the system."""
+    return (Path(user.pw_dir) for user in pwd.getpwall() if user.pw_uid == 0 or user.pw_uid >= _FIRST_PERSON)
+
+
+def _recorded_folders(source: Mapping[str, Any]) -> list[Path]:
+    kind, location = base_source(source)
+    if kind not in SOURCES.paths and kind != IMPORTED:
+        raise PathError(
+            f"{_NOT_SHOWN}the cache names the source class {kind!r}, which is custom code; if you trust the "
+            "cache, use --trust"
+        )
+    if kind == "openmoji":
+        return []
+    if "://" in location:
+        raise PathError(f"{_NOT_SHOWN}the cache says that they are at {location}{_NAME}")
+    if kind == "huggingface" and not Path(location).exists():
+        raise PathError(f"{_NOT_SHOWN}{location} is not a folder of this machine{_NAME}")
+    if kind == "webdataset":
+        return [shard_root(shard) for shard in location.split(SHARD_SEPARATOR)]
+    path = Path(location)
+    return [path if path.is_dir() else path.parent]

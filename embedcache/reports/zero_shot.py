@@ -1,7 +1,7 @@
 """Zero-shot classification as tables, JSON and one page: accuracies, classes, confusions and example images."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from embedcache.reports.base import (
     svg,
     write_report,
 )
-from embedcache.reports.thumbnails import Thumbnails, credit
+from embedcache.reports.thumbnails import ItemRenderer, credit
 from embedcache.store.cache import Cache
 
 _COLUMNS = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "mean per class"}
@@ -89,9 +89,17 @@ def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
 
 
 def write_zero_shot_page(
-    path: Path, cache: Cache, reports: Mapping[str, ZeroShotReport], classified: ZeroShotPredictions
+    path: Path,
+    cache: Cache,
+    reports: Mapping[str, ZeroShotReport],
+    classified: ZeroShotPredictions,
+    *,
+    image_folders: Sequence[Path] = (),
 ) -> None:
-    """Write a page with the accuracies of all reports, and the classes and example images of the first."""
+    """Write a page with the accuracies of all reports, and the classes and example images of the first.
+
+    Images are read as by `Thumbnails`.
+    """
     first = next(iter(reports.values()))
     chance = first.chance["acc1"].value
     accuracy = Section(
@@ -110,30 +118,36 @@ def write_zero_shot_page(
         table=confusion_table(first),
         figures=[_confusion_matrix(first.names, first.confusion)],
     )
+    renderer = ItemRenderer(cache, "image", image_folders)
+    images = _image_section(renderer, classified)
     write_report(
         path,
         title="Zero-shot classification",
         summary=f"{cache.path.name}, {first.line()}.",
-        warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],
+        warnings=[
+            *(f"{name}: {report.warning}" for name, report in reports.items() if report.warning),
+            *renderer.warnings(),
+        ],
         sections=[
             accuracy,
             Section(title="Classes", figures=[class_bars(first.names, first.by_class, chance=chance)]),
             confusions,
-            _image_section(cache, classified),
+            images,
         ],
         credit=credit(cache),
     )
 
 
-def _image_section(cache: Cache, classified: ZeroShotPredictions) -> Section:
-    thumbnails, names, examples = Thumbnails(cache), classified.names, []
+def _image_section(renderer: ItemRenderer, classified: ZeroShotPredictions) -> Section:
+    names, examples = classified.names, []
     for position in sample_outcomes(classified.predicted[:, 0] == classified.labels, _EXAMPLES_PER_OUTCOME):
-        true, image_url = int(classified.labels[position]), thumbnails.data_url(int(classified.items.rows[position]))
+        true = int(classified.labels[position])
         results = [
             PageItem(text=names[number], is_correct=number == true)
             for number in classified.predicted[position].tolist()
         ]
-        image, answer = PageItem(image_url=image_url, text=names[true]), PageItem(text=names[true], is_correct=True)
+        image = replace(renderer.render(int(classified.items.rows[position])), text=names[true])
+        answer = PageItem(text=names[true], is_correct=True)
         examples.append(ranked_example(image, results, rank=int(classified.ranks[position]), answer=answer))
     return Section(
         title="Images",

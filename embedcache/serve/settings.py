@@ -32,7 +32,7 @@ class ServeSettings:
     timeout: float = setting(30.0, "Request timeout in seconds.", gt=0, le=86_400, metavar="SECONDS")
     image_folders: tuple[Path, ...] = setting(
         (),
-        "Serve images only below this folder. May be repeated.",
+        "Read images only below this folder. May be repeated.",
         flat_name="image_folder",
         metavar="FOLDER",
         default_text="the folder of the cache's source",

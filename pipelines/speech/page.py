@@ -12,6 +12,7 @@ from embedcache.evaluate.utterances import open_for_run, take_utterances
 from embedcache.files import write_atomic
 from embedcache.networks.ctc import WordTime
 from embedcache.networks.settings import DecodingSettings
+from embedcache.registry import trust_files
 from embedcache.reports.base import Section, Table, svg, write_report
 from embedcache.reports.speech import add_words, read_rows
 from embedcache.reports.speech_figures import (
@@ -277,7 +278,8 @@ def show_utterances(
     """
     cache = Cache(cache_path)
     records = {record["key"]: record for record in read_manifest(set_folder)}
-    rows = read_rows(cache, keys)
+    with trust_files():  # the pipeline's own cache of its own source
+        rows = read_rows(cache, keys)
     for name, run_path in runs.items():
         utterances = open_for_run(cache, run_path, views=[view])
         places = {key: number for number, key in enumerate(utterances.keys)}

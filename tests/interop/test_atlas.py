@@ -22,7 +22,8 @@ NUM_POINTS = 39
 
 
 def write(cache: Path, path: Path, *, modality: str = "image", images: str = "thumbnails") -> pd.DataFrame:
-    settings = AtlasSettings(projection="pca", images=images)  # type: ignore[arg-type]
+    folders = (cache.parent,)  # the table of the source is beside the cache
+    settings = AtlasSettings(projection="pca", images=images, image_folders=folders)  # type: ignore[arg-type]
     write_atlas(export_of(cache, modality=modality), path, settings, progress=NullProgress())
     return pd.read_parquet(path)
 
@@ -65,6 +66,12 @@ def test_missing_image_is_null(labeled: Path, tmp_path: Path, monkeypatch: pytes
     assert [row for row, image in enumerate(points["image"]) if image is None] == [2]
 
 
+def test_images_beside_the_cache_need_a_folder(labeled: Path, tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="which holds the cache; name a folder of images with --image-folder"):
+        write_atlas(export_of(labeled, modality="image"), tmp_path / "atlas.parquet", progress=NullProgress())
+    assert not (tmp_path / "atlas.parquet").exists()
+
+
 def test_points_of_captions(labeled: Path, tmp_path: Path) -> None:
     points = write(labeled, tmp_path / "atlas.parquet", modality="text")
     assert len(points) == 40
@@ -78,7 +85,7 @@ def test_existing_file_or_few_points_raise(labeled: Path, tmp_path: Path) -> Non
     (tmp_path / "three.txt").write_text("\n".join(f"{row:032x}" for row in range(3)))
     rows = export_of(labeled, modality="image", selection=tmp_path / "three.txt")
     with pytest.raises(DataError, match="points: expected at least 4, got 3"):
-        write_atlas(rows, tmp_path / "few.parquet", progress=NullProgress())
+        write_atlas(rows, tmp_path / "few.parquet", AtlasSettings(images="none"), progress=NullProgress())
     assert not (tmp_path / "few.parquet").exists()
 
 

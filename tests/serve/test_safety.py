@@ -22,10 +22,10 @@ from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.provenance import read_json, write_json
 from embedcache.registry import trust_files
+from embedcache.reports.thumbnails import source_folders
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.app import make_app
-from embedcache.serve.images import source_folders
 from embedcache.serve.server import bind
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
