@@ -12,10 +12,7 @@ import pyarrow as pa
 from embedcache.errors import PathError, one_line
 from embedcache.files import open_path
 from embedcache.modalities import noun
-from embedcache.networks.saved import read_module_config
-from embedcache.projectors.saved import is_pair, read_config, read_run
 from embedcache.provenance import fields_of, read_json, read_stage, recognize
-from embedcache.search.index import read_card
 from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
 from embedcache.store.tables import read_table
 from embedcache.units import format_bytes, metric_label
@@ -88,6 +85,8 @@ def _summarize_cache(path: Path) -> Summary:
 
 
 def _summarize_run(path: Path) -> Summary:
+    from embedcache.projectors.saved import is_pair, read_config, read_run  # imports torch, which takes seconds
+
     outcome = read_stage(path / "record.json").get("outcome", {}) if (path / "record.json").is_file() else {}
     if not is_pair(read_run(path)):
         return _summarize_module(path, outcome)
@@ -113,6 +112,8 @@ def _summarize_run(path: Path) -> Summary:
 
 
 def _summarize_module(path: Path, outcome: Mapping[str, Any]) -> Summary:
+    from embedcache.networks.saved import read_module_config
+
     config = read_module_config(path)
     arguments = ", ".join(f"{name}={value}" for name, value in config.arguments.items())
     lines = [f"{path}: {config.kind}({arguments}), seed {config.training.get('seed')}"]
@@ -134,6 +135,8 @@ def _summarize_module(path: Path, outcome: Mapping[str, Any]) -> Summary:
 
 
 def _summarize_index(path: Path) -> Summary:
+    from embedcache.search.index import read_card  # imports SciPy and what compares items
+
     card = read_card(path)
     size = "" if card.file_bytes is None else f", {format_bytes(card.file_bytes)}"
     lines = [
