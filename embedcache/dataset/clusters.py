@@ -7,7 +7,7 @@ compared with the members of the clusters whose border is nearest to it."""
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -52,9 +52,13 @@ class ClusterAssigner:
         self._max_visits = min(max_visits, len(centroids_KP) - 1)
         self._mask_N = mask_N
         squared_K = np.einsum("kp,kp->k", centroids_KP, centroids_KP, dtype=np.float64)
-        squared_KK = squared_K[:, None] + squared_K - 2 * centroids_KP.astype(np.float64) @ centroids_KP.T
-        # 1 / |a - b| of all pairs of centroids
-        self._inverse_KK = (1 / np.sqrt(np.maximum(squared_KK, _MIN_SQUARED_DISTANCE))).astype(np.float32)
+        self._inverse_KK = np.empty(
+            (len(squared_K), len(squared_K)), np.float32
+        )  # 1 / |a - b| of all pairs of centroids
+        for block in blocks(len(squared_K), BLOCK):
+            products_BK = centroids_KP[block].astype(np.float64) @ centroids_KP.T
+            squared_BK = squared_K[block, None] + squared_K - 2 * products_BK
+            self._inverse_KK[block] = 1 / np.sqrt(np.maximum(squared_BK, _MIN_SQUARED_DISTANCE))
 
     def process(self, rows_B: Ints, vectors_BP: Floats) -> list[ClusterAssignment]:
         """Assign the items of a chunk."""
@@ -81,10 +85,20 @@ class ClusterAssigner:
         return before
 
 
-def concatenate_assignments(parts: Sequence[ClusterAssignment]) -> ClusterAssignment:
-    """Concatenate the results of a pass."""
-    names = [field.name for field in fields(ClusterAssignment)]
-    return ClusterAssignment(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+def concatenate_assignments(parts: list[ClusterAssignment]) -> ClusterAssignment:
+    """Concatenate the results of a pass; the list is emptied, so that both are not in memory at once."""
+    names, count = [field.name for field in fields(ClusterAssignment)], sum(len(part.clusters) for part in parts)
+    joined = {
+        name: np.empty((count, *getattr(parts[0], name).shape[1:]), getattr(parts[0], name).dtype) for name in names
+    }
+    stop = count
+    while parts:
+        part = parts.pop()
+        start = stop - len(part.clusters)
+        for name in names:
+            joined[name][start:stop] = getattr(part, name)
+        stop = start
+    return ClusterAssignment(**joined)
 
 
 @dataclass(frozen=True, kw_only=True)
