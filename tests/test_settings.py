@@ -139,6 +139,9 @@ def test_contradictory_train_settings_raise(values: dict[str, Any], message: str
 def test_split_seed_defaults_to_seed() -> None:
     assert train_settings({"seed": 4}).split.seed == 4
     assert train_settings({"seed": 4, "split_seed": 1}).split.seed == 1
+    for wrong in ({"seed": -1}, {"seed": 2**32, "split_seed": 1}):
+        with pytest.raises(SettingError, match="^seed: expected a whole number"):
+            train_settings(wrong)
     assert train_settings({"epochs": 3, "patience": None}).optimizer == OptimizerSettings(epochs=3)
 
 

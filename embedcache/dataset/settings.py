@@ -1,6 +1,7 @@
 """Settings of a split. Nothing heavy is imported here, so that the command line starts quickly."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ KINDS = ("strict", "key", "column")
 def with_split_seed(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flat names that are not None; `split_seed` defaults to `seed`."""
     given = {name: value for name, value in options.items() if value is not None}
-    return {"split_seed": given["seed"], **given} if "seed" in given else given
+    if "seed" in given:
+        with suppress(SettingError):  # raised for `seed`, the name that was given
+            return {"split_seed": SplitSettings(seed=given["seed"]).seed, **given}
+    return given
 
 
 @dataclass(frozen=True, kw_only=True)
