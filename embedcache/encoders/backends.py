@@ -222,7 +222,7 @@ class OnnxGraph:
     backend: Backend = "onnxruntime"
 
     def __init__(self, path: Path) -> None:
-        runtime = require("onnxruntime", extra="cpu")
+        runtime = require("onnxruntime", extra="onnx")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors only
@@ -306,7 +306,7 @@ def _export_once(export: OnnxExport, weights: str) -> Path:
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache_home / "embedcache" / "onnx" / f"{name}-{digest(key)[:32]}.onnx"
     if not path.is_file():
-        require("onnx", extra="cpu")
+        require("onnx", extra="onnx")
         export.module.eval()
         with replacing(path) as temporary:
             export_graph(export, temporary)

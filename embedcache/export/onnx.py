@@ -57,7 +57,7 @@ print(image @ text.T)
 
 def write_onnx(run: ExportRun, folder: Path, *, towers: bool) -> ExportNotes:
     """Write ONNX graphs (opset 17, any number of items), and check them with onnxruntime."""
-    require("onnx", extra="cpu")
+    require("onnx", extra="onnx")
     return _write_towers(run, folder) if towers else _write_projectors(run, folder)
 
 
@@ -168,7 +168,7 @@ def _prepared_inputs(folder: Path) -> Mapping[Modality, dict[str, Array]]:
 
 def _write_graph(export: OnnxExport, path: Path, run: ExportRun, modality: Modality) -> OnnxGraph:
     """Write a graph with the run, feature and encoder in its metadata, and open it."""
-    onnx = require("onnx", extra="cpu")
+    onnx = require("onnx", extra="onnx")
     export_graph(export, path)
     tower_input = run.config.tower_input(modality)
     graph = onnx.load(path)

@@ -1,6 +1,8 @@
 """FAISS: an inner-product index whose ids are rows of a cache, exact search, and k-means."""
 
+import importlib
 import os
+import platform
 import re
 import resource
 import shutil
@@ -328,7 +330,7 @@ def exact_search(queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], k: i
                 rows.append(rows_B)
                 yield np.ascontiguousarray(vectors_BP)
 
-    search = require("faiss.contrib.exhaustive_search", extra="cpu").knn_ground_truth
+    search = _require("faiss.contrib.exhaustive_search").knn_ground_truth
     gpus = num_gpus() if k <= _MOST_GPU_NEIGHBORS else 0
     metric = _import_faiss().METRIC_INNER_PRODUCT
     scores_QK, positions_QK = search(np.ascontiguousarray(queries_QP), vectors(), k, metric_type=metric, ngpu=gpus)
@@ -363,7 +365,18 @@ def spherical_kmeans(
 
 
 def _import_faiss() -> Any:
-    return require("faiss", extra="cpu")
+    return _require("faiss")
+
+
+def _require(module: str) -> Any:
+    """Import a module of FAISS; the hint of what to install names the build for this machine's GPU, if it has one."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        import torch  # too slow to import where FAISS is there
+
+        is_cuda_12 = torch.cuda.is_available() and platform.machine() == "x86_64"
+        return require(module, extra="faiss-gpu" if is_cuda_12 else "faiss-cpu")
 
 
 @contextmanager
