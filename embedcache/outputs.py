@@ -2,19 +2,20 @@
 
 What embedcache writes there carries a mark: `"generator": "embedcache"` at the start of JSON, the same as `<meta>` of a
 page, and the cache it belongs to in the schema metadata `embedcache` of Parquet. Formats without room for a mark (text,
-`.npy`, subtitles) are never replaced.
+`.npy`, subtitles) are never replaced. JSON and metadata have a digest, which their readers compare.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import PathError
+from embedcache.errors import CorruptError, PathError
 from embedcache.files import is_remote, remove_leftovers, replacing
+from embedcache.provenance import add_digest, check_record, read_json
 
 MARK = {"generator": "embedcache"}
 _HEAD_BYTES = 1000
@@ -24,6 +25,7 @@ _MARKED = re.compile(
     re.DOTALL,
 )
 """Beginnings of JSON and of pages; the first pages had no `<meta>`, but this style."""
+_WRITE_AGAIN = "write it again with the command that made it"
 _REMOVED = ["row", "key", "kept_row", "kept_key", "cosine", "is_copy"]
 """Columns of the samples that dedup removes; these tables had no metadata at first."""
 
@@ -73,10 +75,41 @@ def write_output(path: Path, data: bytes) -> None:
 
 
 def write_report_json(path: Path, record: Any) -> None:
-    """Write a report, an object or a list of objects, as JSON that carries the mark."""
+    """Write a report, an object or a list of objects, as JSON that carries the mark; each object has a digest."""
     is_list = isinstance(record, list)
-    marked = [{**MARK, **part} for part in record] if is_list else {**MARK, **record}
+    marked = [add_digest({**MARK, **part}) for part in record] if is_list else add_digest({**MARK, **record})
     write_output(path, (json.dumps(marked, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_report_json(path: Path) -> Any:
+    """Read a report or other JSON; `PathError` if there is none, `CorruptError` if a report has changed."""
+    report = read_json(path)
+    for part in report if isinstance(report, list) else [report]:
+        if isinstance(part, dict):
+            check_record(path, part, next_step=_WRITE_AGAIN)
+    return report
+
+
+def to_metadata(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return schema metadata of Parquet that says what a table belongs to."""
+    return {MARK["generator"]: json.dumps(add_digest(record))}
+
+
+def read_metadata(path: Path, metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """Return the record in the schema metadata of a table; empty if it has none.
+
+    Raises:
+        CorruptError: the record has changed since it was written, or is no JSON object.
+    """
+    written = (metadata or {}).get(MARK["generator"].encode())
+    if written is None:
+        return {}
+    try:
+        record = dict(json.loads(written))
+    except (ValueError, TypeError) as error:
+        raise CorruptError(f"{path} has changed since it was written: {error}; {_WRITE_AGAIN}") from error
+    check_record(path, record, next_step=_WRITE_AGAIN)
+    return record
 
 
 def _is_output(path: Path) -> bool:

@@ -74,7 +74,12 @@ def write_record(path: Path, record: Mapping[str, Any], *, unchecked: Collection
 
     `unchecked` are keys whose paths may be corrected by hand when files have moved.
     """
-    write_json(path, {**record, DIGEST: _record_digest(record, unchecked)})
+    write_json(path, add_digest(record, unchecked=unchecked))
+
+
+def add_digest(record: Mapping[str, Any], *, unchecked: Collection[str] = ()) -> dict[str, Any]:
+    """Return a JSON object with the last key `digest`; see `write_record`."""
+    return {**record, DIGEST: _record_digest(record, unchecked)}
 
 
 def read_record(path: Path, *, unchecked: Collection[str] = (), next_step: str) -> dict[str, Any]:

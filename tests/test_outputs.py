@@ -9,13 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
+from hypothesis import given
+from hypothesis import strategies as st
 
 from docs.hooks import leaves
 from embedcache.cli.main import app
-from embedcache.dataset.selections import Selection, write_selection
-from embedcache.errors import PathError
-from embedcache.outputs import check_output, new_output, write_report_json
+from embedcache.dataset.selections import Selection, read_selected_keys, read_selected_reasons, write_selection
+from embedcache.errors import CorruptError, PathError
+from embedcache.outputs import check_output, new_output, read_report_json, write_report_json
 from embedcache.reports.base import write_report
+from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
 
@@ -29,11 +32,41 @@ def test_outputs_are_replaced(tmp_path: Path) -> None:
         write_report_json(tmp_path / "list.json", [{"query": "a"}, {"query": "b"}])
         write_report(tmp_path / "page.html", title="T" * 200, summary="", sections=[])
         write_selection(tmp_path / "s.parquet", cache, Selection(rows=np.arange(2), reasons=["x"] * 2), {})
-    assert json.loads((tmp_path / "object.json").read_text()) == {"generator": "embedcache", "loss": 1.0}
+    written = json.loads((tmp_path / "object.json").read_text())
+    assert written == {"generator": "embedcache", "loss": 1.0, "digest": written["digest"]}
     for path in tmp_path.iterdir():
         check_output(path)
         with pytest.raises(PathError, match="add --overwrite"):
             check_output(path, overwrite=False)
+
+
+@given(data=st.data())
+def test_changed_reports_are_not_read(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "report.json"
+    path.unlink(missing_ok=True)
+    write_report_json(path, [{"recall": 0.25, "name": "a"}, {"recall": 0.5}])
+    written = path.read_bytes()
+    place = data.draw(st.integers(0, len(written) - 1))
+    changed = bytearray(written)
+    changed[place] ^= data.draw(st.integers(1, 127))
+    path.write_bytes(changed)
+    try:
+        read = read_report_json(path)
+    except CorruptError:
+        return
+    if changed.count(b'"digest"') == 2:  # a report without a digest is one of the first versions
+        assert read == json.loads(written)
+
+
+def test_changed_metadata_of_a_selection_is_not_read(tmp_path: Path) -> None:
+    cache, path = Cache(GOLDEN / "cache-1"), tmp_path / "s.parquet"
+    write_selection(path, cache, Selection(rows=np.arange(2), reasons=["x"] * 2), {"method": "clip-score"})
+    table = pq.read_table(path)
+    changed = table.schema.metadata[b"embedcache"].replace(b"clip-score", b"rare-first")
+    pq.write_table(table.replace_schema_metadata({b"embedcache": changed}), path, write_page_checksum=True)
+    for read in (read_selected_keys, read_selected_reasons, summarize):
+        with pytest.raises(CorruptError, match="has changed since it was written; write it again"):
+            read(path)
 
 
 def test_files_of_others_are_kept(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Deduplication of a cache: compare its items, choose a cosine, and write which samples stay."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from embedcache.dataset.selections import Selection, check_selection_path, write
 from embedcache.dataset.similar_pairs import SimilarPairs, cosine_limit
 from embedcache.errors import DataError, SettingError
 from embedcache.modalities import noun
-from embedcache.outputs import check_output, new_output
+from embedcache.outputs import check_output, new_output, to_metadata
 from embedcache.progress import Progress
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
@@ -267,4 +266,4 @@ def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
     )
     header = {"cache": str(cache.path), "method": "dedup"}
     with new_output(path) as temporary:
-        write_table(temporary, table.replace_schema_metadata({"embedcache": json.dumps(header)}))
+        write_table(temporary, table.replace_schema_metadata(to_metadata(header)))

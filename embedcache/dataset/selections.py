@@ -1,6 +1,5 @@
 """Selections: keys of samples with the reason each was selected."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 from embedcache.arrays import Ints
 from embedcache.dataset.splits import check_split
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
-from embedcache.outputs import check_output, new_output
+from embedcache.outputs import check_output, new_output, read_metadata, to_metadata
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
 from embedcache.store.tables import read_table, write_table
@@ -52,7 +51,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
     table = pa.table({"row": selection.rows, "key": keys, "reason": to_array(selection.reasons, pa.string())})
     header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
     with new_output(path) as temporary:
-        write_table(temporary, table.replace_schema_metadata({"embedcache": json.dumps(header)}))
+        write_table(temporary, table.replace_schema_metadata(to_metadata(header)))
 
 
 def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
@@ -91,6 +90,7 @@ def read_selected_keys(path: Path) -> pa.Array:
     with _selection_errors(path):
         if path.suffix == ".parquet":
             table = read_table(path)
+            read_metadata(path, table.schema.metadata)
             if {"part", "group"} <= set(table.column_names):
                 table = table.filter(pc.equal(table["part"], "train"))
             return table["key"].cast(pa.string()).combine_chunks()
@@ -101,7 +101,7 @@ def read_selected_reasons(path: Path) -> dict[str, str]:
     """Return key -> reason of a Parquet file; empty for one that is not a selection and has no reasons."""
     with _selection_errors(path):
         table = read_table(path)
-        about = json.loads((table.schema.metadata or {}).get(b"embedcache", b"{}"))
+        about = read_metadata(path, table.schema.metadata)
         if "reason" not in table.column_names and "spine" not in about:
             return {}
         keys, reasons = (table[name].cast(pa.string()).to_pylist() for name in ("key", "reason"))

@@ -15,6 +15,7 @@ from embedcache.export.sentence_transformers import write_sentence_transformers
 from embedcache.export.settings import ExportSettings
 from embedcache.export.transformers import write_transformers
 from embedcache.files import building, remove_folder
+from embedcache.outputs import read_report_json
 from embedcache.projectors.saved import config_path
 from embedcache.provenance import DIGEST, check_same, digest, digest_file, read_json, read_manifest, write_record
 from embedcache.registry import unknown_name
@@ -76,7 +77,7 @@ def export_run(format_name: str, run_path: Path, folder: Path, settings: ExportS
     if settings.towers and "towers" not in options:
         raise SettingError(f"towers: expected false for the {format_name} format, got true")
     run = ExportRun.open(run_path)
-    metrics = None if settings.metrics is None else read_json(settings.metrics)
+    metrics = None if settings.metrics is None else read_report_json(settings.metrics)
     identity = {
         "form": format_name,
         "run": digest(read_json(config_path(run_path))),

@@ -1,6 +1,5 @@
 """What an export writes: one row per sample, with its key, caption and columns, and one vector per modality."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, reduce
@@ -17,7 +16,7 @@ from embedcache.errors import DataError, PathError, UnknownNameError
 from embedcache.files import building, is_url
 from embedcache.interop.imported import rechunk
 from embedcache.interop.settings import VectorExportSettings
-from embedcache.outputs import check_output
+from embedcache.outputs import check_output, to_metadata
 from embedcache.registry import unknown_name
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
@@ -94,7 +93,7 @@ class VectorExport:
             "features": features,
             "run": None if run is None else str(run),
         }
-        return {"embedcache": json.dumps(metadata)}
+        return to_metadata(metadata)
 
     def width(self, modality: Modality) -> int:
         return self._vectors[modality].width

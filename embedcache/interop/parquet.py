@@ -1,6 +1,5 @@
 """Parquet with vectors as lists of one length: one row per sample, with its key, caption and columns."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError
 from embedcache.interop.exporting import VectorExport, check_new_file
 from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
-from embedcache.outputs import new_output
+from embedcache.outputs import new_output, read_metadata
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
 from embedcache.sources.table_files import open_parquet, wrap_table_errors
@@ -43,7 +42,9 @@ def open_parquet_vectors(
         schema = file.schema_arrow
     modalities = _assign_modalities(schema, image_vector_column, text_vector_column, files[0])
     groups = [FileGroup(vectors={name: _open_column(file, name) for name in modalities}, table=file) for file in files]
-    return VectorImport(form="parquet", path=path, modalities=modalities, groups=groups, origin=_read_origin(schema))
+    return VectorImport(
+        form="parquet", path=path, modalities=modalities, groups=groups, origin=_read_origin(path, schema)
+    )
 
 
 def write_parquet(export: VectorExport, path: Path, *, progress: Progress) -> int:
@@ -104,13 +105,10 @@ def _assign_modalities(
     return {name: modality for name, modality in named if name is not None}
 
 
-def _read_origin(schema: pa.Schema) -> Mapping[str, Any]:
+def _read_origin(path: Path, schema: pa.Schema) -> Mapping[str, Any]:
     """Return what the file records of the cache that it was exported from; empty for other files."""
-    try:
-        origin = json.loads((schema.metadata or {})[b"embedcache"])
-    except (KeyError, ValueError):
-        return {}
-    return {"origin": origin}
+    origin = read_metadata(path, schema.metadata)
+    return {"origin": origin} if origin else {}
 
 
 _DTYPES = {"halffloat": "float16", "float": "float32"}

@@ -12,7 +12,7 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import peak_memory_bytes, write_json
+from embedcache.provenance import peak_memory_bytes, write_record
 from embedcache.reports.quickstart import QuickstartReport, Stage, write_quickstart_page
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.search.index import build_index
@@ -82,7 +82,7 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
     metrics = retrieval_json(
         retrieval["trained"], closed_form=retrieval["closed form"], shuffled=retrieval["shuffled pairs"]
     )
-    write_json(report.metrics_path, {"retrieval": metrics})
+    write_record(report.metrics_path, {"retrieval": metrics})
     write_quickstart_page(report, Cache(cache_path))
     return report
 

@@ -1,6 +1,5 @@
 """Summaries of what embedcache writes: a cache, a run, an index, a study or a selection."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import pyarrow as pa
 from embedcache.errors import PathError, one_line
 from embedcache.files import open_path
 from embedcache.modalities import noun
+from embedcache.outputs import read_metadata, read_report_json
 from embedcache.provenance import fields_of, read_json, read_stage, recognize
 from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
 from embedcache.store.tables import read_table
@@ -149,8 +149,8 @@ def _summarize_index(path: Path) -> Summary:
 
 
 def _summarize_study(path: Path) -> Summary:
-    study = read_json(path / "study.json")
-    report = read_json(path / "report.json") if (path / "report.json").is_file() else {}
+    study = read_report_json(path / "study.json")
+    report = read_report_json(path / "report.json") if (path / "report.json").is_file() else {}
     counts = ", ".join(f"{count:,} {state}" for state, count in report.get("counts", {}).items())
     lines = [
         f"{path}: sampler {study['sampler']}, pruner {study['pruner']}, seed {study['seed']}",
@@ -178,10 +178,11 @@ def _values(values: Mapping[str, Any]) -> str:
 def _summarize_selection(path: Path) -> Summary:
     try:
         table = read_table(path, columns=["reason"])
-        metadata = json.loads(table.schema.metadata[b"embedcache"])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        reasons = Counter(reason.partition(",")[0] for reason in table["reason"].to_pylist())
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise PathError(f"{path}: expected a selection, got another Parquet file: {one_line(error)}") from error
-    reasons = Counter(reason.partition(",")[0] for reason in table["reason"].to_pylist())
+    if not (metadata := read_metadata(path, table.schema.metadata)):
+        raise PathError(f"{path}: expected a selection, got another Parquet file, which names no cache")
     settings = _values(metadata.get("settings", {}))
     lines = [f"{path}: {len(table):,} samples of {metadata.get('cache')}"]
     if metadata.get("method"):

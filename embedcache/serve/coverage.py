@@ -9,8 +9,9 @@ from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.modalities import noun
+from embedcache.outputs import read_report_json
 from embedcache.progress import Progress
-from embedcache.provenance import fields_of, read_json
+from embedcache.provenance import fields_of
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.search import OpenIndex
 
@@ -37,7 +38,7 @@ def read_coverage(path: Path, index: OpenIndex) -> CoverageData:
 
     Raises:
         PathError: the file does not exist.
-        CorruptError: it is not such a report.
+        CorruptError: it is not such a report, or has changed since it was written.
         FingerprintError: it was built from other samples than the index.
         DataError: it covers the other modality.
     """
@@ -46,7 +47,7 @@ def read_coverage(path: Path, index: OpenIndex) -> CoverageData:
             f"expected a report, got {path}, which does not exist; write it with: "
             f"embedcache curate coverage CACHE CONCEPTS --output {path}"
         )
-    values = read_json(path)
+    values = read_report_json(path)
     data, index_digest, modality = fields_of(
         path, lambda: (_coverage_data(values), str(values["pool"]["spine"]), str(values["pool"]["modality"]))
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from embedcache.files import disk_errors, locked
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import write_json
+from embedcache.provenance import write_record
 from embedcache.registry import require
 from embedcache.reports.sweep import SweepConfig, SweepFindings, write_sweep_page
 from embedcache.sweep.settings import SweepSettings
@@ -87,7 +87,7 @@ def sweep(
             json_path=study_path / "report.json",
         )
         with locked(study_path):
-            write_json(report.json_path, findings_json(job, trials, report.findings))
+            write_record(report.json_path, findings_json(job, trials, report.findings))
             write_sweep_page(report.page_path, report.findings)
     return report
 
