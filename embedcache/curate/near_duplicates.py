@@ -127,18 +127,23 @@ def assign_clusters(
     training_rows = np.sort(rng.permutation(rows_N)[: _TRAINING_PER_CLUSTER * num_clusters])
     training = copy.copy(vectors).read(training_rows)  # a copy opens anew, and its maps of the whole feature are freed
     _check_lengths(training, vectors)
-    centroids_KP = fit_centroids(training, num_clusters, seed=settings.seed)
+    centroids_KP = fit_centroids(training, num_clusters, seed=settings.seed, progress=progress or NullProgress())
     work = ClusterAssigner(centroids_KP, cosine, MAX_VISITS, _mask(rows_N, vectors))
     title = f"assigning to {len(centroids_KP):,} clusters"
     parts = run_pass(vectors, work, engine=settings.engine, address=settings.address, title=title, progress=progress)
     return concatenate_assignments(parts)
 
 
-def fit_centroids(training_SP: Floats, num_clusters: int, *, seed: int) -> Floats:
+def fit_centroids(training_SP: Floats, num_clusters: int, *, seed: int, progress: Progress) -> Floats:
     """Fit spherical k-means: (K, P) float32 rows of length 1, K at most the number of vectors."""
     count = min(num_clusters, len(training_SP))
     return spherical_kmeans(
-        training_SP, count, seed=seed, iterations=_KMEANS_ITERATIONS, max_per_cluster=_TRAINING_PER_CLUSTER
+        training_SP,
+        count,
+        seed=seed,
+        iterations=_KMEANS_ITERATIONS,
+        max_per_cluster=_TRAINING_PER_CLUSTER,
+        progress=progress,
     )
 
 

@@ -25,7 +25,7 @@ from embedcache.dataset.clusters import (
 from embedcache.dataset.inputs import Reader, to_unit_vectors
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
-from embedcache.metrics.neighbors import iterate_pairs_above, note_duration, spherical_means
+from embedcache.metrics.neighbors import ITERATIONS, iterate_pairs_above, note_duration, spherical_means
 from embedcache.progress import Progress
 
 ALL_PAIRS_LIMIT = 200_000
@@ -97,7 +97,10 @@ def _merge_clusters(work: _ClusterWork, read: Reader, labels: Ints, progress: Pr
     rng = np.random.default_rng(work.seed)
     num_clusters = max(1, round(2 * math.sqrt(count)))
     drawn = np.sort(rng.permutation(count)[: _TRAINING_PER_CLUSTER * num_clusters])
-    centroids_KP = spherical_means(_read_all(rows[drawn], read), num_clusters, seed=work.seed)
+    what = f"finding {num_clusters:,} clusters for the split"
+    vectors_DP = _read_all(rows[drawn], read)
+    note_duration(progress, what, ITERATIONS * len(drawn) * num_clusters, vectors_DP.shape[1])
+    centroids_KP = spherical_means(vectors_DP, num_clusters, seed=work.seed)
     assigner = ClusterAssigner(centroids_KP, max(work.cosine, 0.0), MAX_VISITS, np.ones(count, bool))
     assigned = []
     progress.start(f"clustering {work.modality} items for the split", count, "items")

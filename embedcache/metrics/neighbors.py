@@ -120,7 +120,8 @@ def iterate_pairs_above(vectors_NP: Floats, cosine: float) -> Iterator[tuple[Int
         yield left + block.start, right
 
 
-_ITERATIONS = 10
+ITERATIONS = 10
+"""Iterations of `spherical_means`."""
 
 
 def spherical_means(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Floats:
@@ -132,7 +133,7 @@ def spherical_means(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Floa
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(vectors_NP), min(num_clusters, len(vectors_NP)), replace=False)
     centroids_KP = vectors_NP[np.sort(chosen)]
-    for _ in range(_ITERATIONS):
+    for _ in range(ITERATIONS):
         nearest = [(vectors_NP[tile] @ centroids_KP.T).argmax(axis=1) for tile in blocks(len(vectors_NP), _TILE)]
         members = csr_array(
             (np.ones(len(vectors_NP), np.float32), (np.concatenate(nearest), np.arange(len(vectors_NP)))),

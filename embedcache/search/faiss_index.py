@@ -21,6 +21,8 @@ import numpy as np
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError
 from embedcache.files import disk_full_message, replacing
+from embedcache.metrics.neighbors import note_duration
+from embedcache.progress import Progress
 from embedcache.registry import require
 
 _TRAINING_PER_LIST = 50
@@ -347,9 +349,14 @@ def num_gpus() -> int:
 
 
 def spherical_kmeans(
-    vectors_NP: Floats, num_clusters: int, *, seed: int, iterations: int, max_per_cluster: int
+    vectors_NP: Floats, num_clusters: int, *, seed: int, iterations: int, max_per_cluster: int, progress: Progress
 ) -> Floats:
-    """Cluster rows of length 1 by cosine similarity: (K, P) float32 centroids. `MissingExtraError` without faiss."""
+    """Cluster rows of length 1 by cosine similarity: (K, P) float32 centroids, after a report of how long it will take.
+
+    Raises `MissingExtraError` without faiss.
+    """
+    num_pairs = iterations * min(len(vectors_NP), num_clusters * max_per_cluster) * num_clusters
+    note_duration(progress, f"finding {num_clusters:,} clusters", num_pairs, vectors_NP.shape[1])
     kmeans = _import_faiss().Kmeans(
         vectors_NP.shape[1],
         num_clusters,

@@ -15,6 +15,7 @@ from embedcache.dataset import clusters
 from embedcache.dataset.clusters import ClusterAssigner, concatenate_assignments, scratch_matrix
 from embedcache.dataset.similar_pairs import CosineTile, PairCollector, SimilarPairs, histogram
 from embedcache.errors import DataError, DiskFullError, PathError
+from embedcache.progress import NullProgress
 from embedcache.search.vectors import Vectors
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.layout import CacheInfo, write_info
@@ -270,8 +271,8 @@ def test_histogram_counts_all(cosines: list[float]) -> None:
 
 def test_centroids_depend_on_seed() -> None:
     vectors = made_vectors(400, 2)
-    one, two, other = (fit_centroids(vectors, 10, seed=seed) for seed in (1, 1, 2))
+    one, two, other = (fit_centroids(vectors, 10, seed=seed, progress=NullProgress()) for seed in (1, 1, 2))
     assert np.array_equal(one, two)
     assert not np.array_equal(one, other)
     assert np.linalg.norm(one, axis=1) == pytest.approx(1, abs=1e-5)
-    assert len(fit_centroids(vectors[:4], 10, seed=0)) == 4
+    assert len(fit_centroids(vectors[:4], 10, seed=0, progress=NullProgress())) == 4

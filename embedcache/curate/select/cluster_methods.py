@@ -35,7 +35,7 @@ class ImageBasedSelector:
             raise SettingError(f"clusters: expected one level for image-based, got {len(settings.clusters)}")
         num_clusters = settings.clusters[0] if settings.clusters else default_clusters(len(pool.samples))
         drawn = pool.sample(TRAINING_PER_CLUSTER * num_clusters, seed=settings.seed)
-        centroids_CP = find_centroids(drawn, num_clusters, seed=settings.seed)
+        centroids_CP = find_centroids(drawn, num_clusters, seed=settings.seed, progress=pool.progress)
         target_T = _nearest_centroids((vectors for _, vectors in pool.target.blocks()), centroids_CP)
         samples, clusters = [], []
         for samples_B, vectors_BP in pool.blocks("assigning to clusters"):
@@ -98,7 +98,8 @@ class HierarchicalSelector:
                 f"clusters: expected fewer on each level than on the one before, got {','.join(map(str, sizes))}"
             )
         drawn = np.random.default_rng(settings.seed).permutation(rows_S)[: TRAINING_PER_CLUSTER * sizes[0]]
-        centroids = find_centroids(pool.vectors.read(np.sort(drawn)), sizes[0], seed=settings.seed)
+        vectors_NP = pool.vectors.read(np.sort(drawn))
+        centroids = find_centroids(vectors_NP, sizes[0], seed=settings.seed, progress=pool.progress)
         leaf_S = _nearest_centroids(
             (pool.vectors.read(rows_S[block]) for block in blocks(len(rows_S), _BLOCK)), centroids
         )
@@ -124,7 +125,7 @@ def build_tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed
     """Cluster the centroids of each level: (S, L) int64, cluster of each sample on each level, finest first."""
     labels = [leaf_S]
     for size in sizes:
-        above_CP = find_centroids(centroids_CP, size, seed=seed)
+        above_CP = find_centroids(centroids_CP, size, seed=seed, progress=NullProgress())
         labels.append(find_closest(centroids_CP, [above_CP]).rows[labels[-1]])
         centroids_CP = above_CP
     return np.stack(labels, axis=1)

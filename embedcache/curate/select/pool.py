@@ -234,7 +234,7 @@ def default_clusters(num_vectors: int) -> int:
     return max(1, min(_MAX_CLUSTERS, num_vectors // _ITEMS_PER_CLUSTER))
 
 
-def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Floats:
+def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int, progress: Progress) -> Floats:
     """Cluster rows of length 1 by cosine similarity: (C, P) float32 rows of length 1.
 
     Raises `SettingError` if there are fewer vectors than clusters, and `MissingExtraError` without faiss.
@@ -243,6 +243,11 @@ def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Float
         raise SettingError(f"clusters: expected at most the {len(vectors_NP):,} vectors, got {num_clusters:,}")
     return normalize(
         spherical_kmeans(
-            vectors_NP, num_clusters, seed=seed % 2**31, iterations=_ITERATIONS, max_per_cluster=TRAINING_PER_CLUSTER
+            vectors_NP,
+            num_clusters,
+            seed=seed % 2**31,
+            iterations=_ITERATIONS,
+            max_per_cluster=TRAINING_PER_CLUSTER,
+            progress=progress,
         )
     )

@@ -61,6 +61,17 @@ def test_long_selection_is_announced(around: dict[str, Path], tmp_path: Path, mo
     assert progress.counts["choosing samples"] == 9
 
 
+@pytest.mark.parametrize("method", ["hierarchical", "image-based"])
+def test_long_clustering_is_announced(
+    around: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
+    target = {"target": around["cache"]} if method == "image-based" else {}
+    settings, progress = SelectSettings(budget=9, clusters=(3,), feature=IMAGE_FEATURE, **target), RecordedProgress()
+    select(around["cache"], tmp_path / "a.parquet", method, settings, progress=progress)
+    assert progress.notes[0].startswith("finding 3 clusters: 18,000 pairs of vectors, about 0 s")
+
+
 def test_select_from_selection_and_train(around: dict[str, Path], tmp_path: Path) -> None:
     fitting = tmp_path / "fit.parquet"
     first = chosen(around, fitting, "clip-score", budget=150, run=around["run"], feature=None)
