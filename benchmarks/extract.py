@@ -88,7 +88,7 @@ def texts(*, quick: bool) -> None:
     with TemporaryDirectory() as folder:
         source = write_table(Path(folder) / "captions.jsonl", captions)
         for backend in _BACKENDS:
-            extract(source, Path(folder) / backend, text_encoders=[_TEXT_ENCODER], settings=_backend_settings(backend))
+            extract(source, Path(folder) / backend, text_encoder=[_TEXT_ENCODER], settings=_backend_settings(backend))
             drift = check_cosines(vectors(Path(folder) / backend, "text"), model.encode(captions), MAX_DRIFT)
             print_line(f"{backend}: {drift}")
         ours = {
@@ -267,7 +267,7 @@ def extract_rate(
     clock = _Clock()
     with TemporaryDirectory() as folder:
         extract(
-            source, Path(folder) / "cache", image_encoders=image, text_encoders=text, settings=settings, progress=clock
+            source, Path(folder) / "cache", image_encoder=image, text_encoder=text, settings=settings, progress=clock
         )
     return clock.rate
 

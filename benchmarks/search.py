@@ -137,14 +137,14 @@ def _run_autofaiss(folder: Path, budget: str, python: Path) -> SearchResult | No
 def _clusters(folder: Path, count: int) -> tuple[Path, Floats]:
     folder.mkdir()
     (folder / "numbers.txt").write_text("".join(f"{number}\n" for number in range(count)))
-    extract(open_source(folder / "numbers.txt"), folder / "cache", text_encoders=["benchmarks.clusters:open_clusters"])
+    extract(open_source(folder / "numbers.txt"), folder / "cache", text_encoder=["benchmarks.clusters:open_clusters"])
     return folder / "cache", normalize(Clusters().vectors(np.arange(count, count + _NUM_QUERIES)))
 
 
 def _sentences(folder: Path, count: int) -> tuple[Path, Floats]:
     """Encode all of CuPL, whatever the count: it takes seconds."""
     for name, prompts in (("cache", "imagenet1k+cupl"), ("queries", "imagenet1k+imagenet1k")):
-        extract(open_source(f"prompts:{prompts}"), folder / name, text_encoders=[_SENTENCES])
+        extract(open_source(f"prompts:{prompts}"), folder / name, text_encoder=[_SENTENCES])
     queries = Vectors(folder / "queries", "text")
     texts = Cache(folder / "queries").items("text")["text"].to_pylist()
     rows = [row for row in queries.rows if texts[row].startswith("a photo of a ")]

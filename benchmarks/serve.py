@@ -185,8 +185,8 @@ def _openmoji(folder: Path) -> Path:
     extract(
         open_source("openmoji:en"),
         folder / "cache",
-        image_encoders=["lite:efficientnet-lite0"],
-        text_encoders=["st:all-MiniLM-L6-v2"],
+        image_encoder=["lite:efficientnet-lite0"],
+        text_encoder=["st:all-MiniLM-L6-v2"],
     )
     settings = TrainSettings(
         model=ModelSettings(projector="linear"), optimizer=OptimizerSettings(epochs=0), split=SplitSettings(kind="key")
@@ -200,7 +200,7 @@ def _clusters(folder: Path, num: int) -> tuple[Path, list[Path]]:
     folder.mkdir()
     started = time.perf_counter()
     (folder / "numbers.txt").write_text("".join(f"{number}\n" for number in range(num)))
-    extract(open_source(folder / "numbers.txt"), folder / "cache", text_encoders=[_ENCODER])
+    extract(open_source(folder / "numbers.txt"), folder / "cache", text_encoder=[_ENCODER])
     extracted = time.perf_counter()
     card = build_index(folder / "cache", folder / "index", IndexSettings(modality="text", factory=_FACTORY))
     built = time.perf_counter() - extracted

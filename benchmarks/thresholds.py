@@ -31,11 +31,11 @@ def main(*, quick: bool) -> None:
     """Print precision and recall."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        extract(open_source("openmoji:en"), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
+        extract(open_source("openmoji:en"), folder / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
         cache = Cache(folder / "cache")
         groups = sorted(set(cache.samples["label"].drop_null().to_pylist()))
         (folder / "groups.txt").write_text("\n".join(groups))
-        extract(open_source(f"prompts:{folder / 'groups.txt'}"), folder / "groups", text_encoders=[TEXT])
+        extract(open_source(f"prompts:{folder / 'groups.txt'}"), folder / "groups", text_encoder=[TEXT])
         train(cache.path, folder / "run", settings=TrainSettings())
         rows = []
         for modality, run in (("text", None), ("text", folder / "run"), ("image", folder / "run")):

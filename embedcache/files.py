@@ -10,11 +10,11 @@ import tempfile
 import threading
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 from uuid import uuid4
 
 from embedcache.errors import DiskFullError, PathError
@@ -32,14 +32,26 @@ LOCK = ".lock"
 """File in a folder on which its locks are taken."""
 
 
-def open_path(location: str | Path) -> Path:
+AnyPath: TypeAlias = Path | str | os.PathLike[str]
+"""A path or URL, or an object that knows where it is stored: a `Cache`, a `Model` or an `OpenIndex`."""
+
+
+def one_or_many(paths: AnyPath | Sequence[AnyPath]) -> Sequence[AnyPath]:
+    """Return a sequence of paths, given one or several."""
+    is_one = isinstance(paths, str | os.PathLike) or not isinstance(paths, Sequence)
+    return [paths] if is_one else paths  # type: ignore[list-item, return-value]
+
+
+def open_path(location: AnyPath) -> Path:
     """Return a path for a local path or URL.
 
     A URL becomes a `UPath` of universal-pathlib, which has the methods of `Path` and reads and writes through fsspec.
     Credentials, regions and endpoints come from the environment, as for the service's own tools. PathError if fsspec
     does not know the protocol or the server does not answer.
     """
-    if isinstance(location, Path) or not is_url(str(location)):
+    if isinstance(location, os.PathLike):
+        location = os.fspath(location)
+    if not is_url(str(location)):
         return Path(location)
     upath = require("upath", extra="remote")
     try:

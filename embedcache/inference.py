@@ -20,6 +20,7 @@ from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, ItemError, PathError
 from embedcache.extract.views import reopen_recorded_view
+from embedcache.files import AnyPath
 from embedcache.likelihood.model import LikelihoodModel, load_likelihood
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.saved import PairConfig, is_pair, load_pair, project, read_run
@@ -31,19 +32,19 @@ ImageLike: TypeAlias = str | Path | Image
 
 
 @overload
-def load(run_path: Path | str, *, kind: Literal["pair"] | None = None, device: str = "cpu") -> "Model": ...
+def load(run_path: AnyPath, *, kind: Literal["pair"] | None = None, device: str = "cpu") -> "Model": ...
 
 
 @overload
-def load(run_path: Path | str, *, kind: Literal["speech"], device: str = "cpu") -> SpeechModel: ...
+def load(run_path: AnyPath, *, kind: Literal["speech"], device: str = "cpu") -> SpeechModel: ...
 
 
 @overload
-def load(run_path: Path | str, *, kind: Literal["likelihood"], device: str = "cpu") -> LikelihoodModel: ...
+def load(run_path: AnyPath, *, kind: Literal["likelihood"], device: str = "cpu") -> LikelihoodModel: ...
 
 
 def load(
-    run_path: Path | str, *, kind: Literal["pair", "speech", "likelihood"] | None = None, device: str = "cpu"
+    run_path: AnyPath, *, kind: Literal["pair", "speech", "likelihood"] | None = None, device: str = "cpu"
 ) -> "Model | SpeechModel | LikelihoodModel":
     """Load a trained run: an aligned pair of `train_projectors`, or a run of `train_speech` or `train_likelihood`.
 
@@ -75,19 +76,23 @@ def load(
     if found == "likelihood":
         return load_likelihood(run_path, device=device)
     pair, config = load_pair(run_path, device=device)
-    return Model(pair, config, device=device)
+    return Model(pair, config, run_path=run_path, device=device)
 
 
 class Model:
     """A trained pair with its frozen encoders: embeds images and texts in a shared space. Create it with `load`."""
 
-    def __init__(self, pair: AlignedPair, config: PairConfig, *, device: str) -> None:
-        self._pair, self._device = pair, device
+    def __init__(self, pair: AlignedPair, config: PairConfig, *, run_path: Path, device: str) -> None:
+        self._pair, self._run_path, self._device = pair, run_path, device
         self.config = config
 
     def __repr__(self) -> str:
         features = " + ".join(side.feature for side in self.config.sides.values())
         return f"Model({features} -> {self.width})"
+
+    def __fspath__(self) -> str:
+        """Return the folder of the run, so that functions that take the path of a run take a `Model`."""
+        return str(self._run_path)
 
     @property
     def width(self) -> int:

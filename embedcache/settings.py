@@ -14,9 +14,11 @@ A field that is itself a settings class is a group; its fields join those of the
 
 import math
 import operator
+import os
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from embedcache.errors import SettingError
@@ -125,6 +127,8 @@ def _flatten(kind: type[Any], above: tuple[str, ...], defaults: Mapping[str, Any
 def check_settings(settings: Any) -> None:
     """Check every value of a settings instance against its declaration; call it in `__post_init__`.
 
+    A setting of several values takes one value or any sequence of them, a setting of a path an object that has one.
+
     Raises:
         SettingError: a value of another type, out of its bounds, not finite, or of too many bits.
     """
@@ -132,8 +136,24 @@ def check_settings(settings: Any) -> None:
     for item in fields(settings):
         declared = item.metadata.get(_METADATA)
         if declared is not None:
-            name = declared.flat_name or item.name
-            check_value(name, getattr(settings, item.name), hints[item.name], declared)
+            name, hint = declared.flat_name or item.name, hints[item.name]
+            value = getattr(settings, item.name)
+            if value is not (converted := _convert(value, hint)):
+                object.__setattr__(settings, item.name, converted)
+            check_value(name, converted, hint, declared)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Return one value or a sequence as a tuple where the type is one, and an object with a path as that path."""
+    kinds = _alternatives(hint)
+    elements = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), None)
+    if elements is not None and value is not None:
+        is_one = isinstance(value, str | os.PathLike) or not isinstance(value, Iterable)
+        converted = tuple(_convert(element, elements) for element in ([value] if is_one else value))
+        return value if value == converted else converted
+    if isinstance(value, str | os.PathLike) and not _has_type(value, hint):
+        return os.fspath(value) if str in kinds else Path(value) if Path in kinds else value
+    return value
 
 
 def check_value(name: str, value: Any, hint: Any, declared: Declaration) -> None:
@@ -247,6 +267,11 @@ def _build(kind: type[S], nested: Mapping[str, Any]) -> S:
         if is_dataclass(hints[item.name]) and isinstance(value, Mapping):
             made[item.name] = _build(hints[item.name], {**item.metadata.get(_DEFAULTS, {}), **value})
     return kind(**made)
+
+
+def replace_flat(settings: S, values: Mapping[str, Any]) -> S:
+    """Return settings with some values replaced by flat name; None stands for the default. Errors: `from_flat`."""
+    return from_flat(type(settings), {**to_flat(settings), **values}) if values else settings
 
 
 def get_setting(settings: Any, item: FlatSetting) -> Any:

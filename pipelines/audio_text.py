@@ -76,8 +76,8 @@ def main() -> None:
     for encoded in extract(
         source,
         cache_path,
-        text_encoders=[TEXT_ENCODER],
-        encoders={"audio": [AUDIO_ENCODER]},
+        text_encoder=[TEXT_ENCODER],
+        encoder={"audio": [AUDIO_ENCODER]},
         settings=settings,
         progress=open_progress(),
     ):

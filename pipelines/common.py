@@ -39,7 +39,7 @@ def extract_source(
     """Extract the features of a source with image and text encoders, and print a line per encoder."""
     source, progress = open_source(location), open_progress()
     for report in extract(
-        source, cache_path, image_encoders=images, text_encoders=texts, settings=settings, progress=progress
+        source, cache_path, image_encoder=images, text_encoder=texts, settings=settings, progress=progress
     ):
         print_line(report.line())
 

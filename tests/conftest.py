@@ -72,7 +72,7 @@ def cache_path(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A cache of the images with vectors, fixed tokens and ragged tokens, in chunks of 64. Not to be changed."""
     path = tmp_path_factory.mktemp("caches") / "cache"
     settings = ExtractSettings(features=FEATURES, chunk_size=64)
-    extract(open_source(image_folder), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    extract(open_source(image_folder), path, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     return path
 
 
@@ -83,9 +83,7 @@ def two_caches(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name, count, seed in (("a", 40, 1), ("b", 80, 2)):
         image_folder = write_images(folder / f"{name}-source", count, seed=seed)
         settings = ExtractSettings(features=FEATURES, chunk_size=32)
-        extract(
-            open_source(image_folder), folder / name, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings
-        )
+        extract(open_source(image_folder), folder / name, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     return [folder / "a", folder / "b"]
 
 
@@ -104,9 +102,7 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
         write_images(folder / "s" / name, 15, seed=number)
     settings = ExtractSettings(chunk_size=16)
-    extract(
-        open_source(folder / "s"), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings
-    )
+    extract(open_source(folder / "s"), folder / "cache", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     return folder / "cache"
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import embedcache
 from embedcache.dataset.inputs import open_input
-from embedcache.errors import DataError, FingerprintError, PathError
+from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.projectors.saved import load_pair, project
 from tests.edits import edit_record
 from tests.images import write_images
@@ -67,7 +67,7 @@ def exact_cache(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("api") / "cache"
     settings = embedcache.ExtractSettings(features=("cls", "patches", "mean", "tokens"), dtype="float32")
     embedcache.extract_features(
-        embedcache.open_source(image_folder), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings
+        embedcache.open_source(image_folder), path, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings
     )
     return path
 
@@ -133,27 +133,28 @@ def test_changed_encoder_raises_on_first_use(run_path: Path, tmp_path: Path) -> 
 def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     """Every function, as a notebook calls them: paths as text, one run as a path."""
     folder = str(tmp_path)
-    source = embedcache.open_source(write_images(tmp_path / "photos", 90))
-    embedcache.extract_features(source, f"{folder}/cache", image_encoders=[IMAGE], text_encoders=[TEXT])
-    settings = embedcache.TrainSettings(
-        split=embedcache.SplitSettings(kind="key"),
-        optimizer=embedcache.OptimizerSettings(epochs=2, batch_size=32),
-        model=embedcache.ModelSettings(shared_width=16),
-    )
-    embedcache.train_projectors(f"{folder}/cache", f"{folder}/run", settings=settings)
-    report = embedcache.evaluate_retrieval(f"{folder}/cache", f"{folder}/run")
+    photos = write_images(tmp_path / "photos", 90)
+    embedcache.extract_features(str(photos), f"{folder}/cache", image_encoder=IMAGE, text_encoder=TEXT, dtype="float32")
+    settings = embedcache.TrainSettings(optimizer=embedcache.OptimizerSettings(epochs=2, batch_size=32))
+    embedcache.train_projectors(f"{folder}/cache", f"{folder}/run", settings=settings, shared_width=16, split="key")
+    cache, model = embedcache.Cache(f"{folder}/cache"), embedcache.load(f"{folder}/run")
+    assert model.width == 16
+    assert model.config.training["optimizer"]["epochs"] == 2
+    report = embedcache.evaluate_retrieval(cache, model, language=None)
     assert 0 <= report.recalls["i2t"]["r@10"].value <= 1
-    card = embedcache.build_index(f"{folder}/cache", f"{folder}/index", embedcache.IndexSettings(run=f"{folder}/run"))
+    assert embedcache.compare_retrieval(cache, model, check_overlap=False)["run"].overlap is None
+    card = embedcache.build_index(cache, f"{folder}/index", run=model)
     assert card.num_vectors == 90
-    (hits,) = embedcache.search_index(f"{folder}/index", ["a red box"], embedcache.SearchSettings(k=3))
+    (hits,) = embedcache.search_index(f"{folder}/index", "a red box", k=3, run=model, cache=cache)
     assert len(hits) == 3
-    chosen = embedcache.select_samples(
-        f"{folder}/cache", f"{folder}/some.parquet", "random", embedcache.SelectSettings(budget=10)
-    )
+    chosen = embedcache.select_samples(cache, f"{folder}/some.parquet", "random", budget=10)
     assert chosen.num_selected == 10
     names = tmp_path / "names.txt"
     names.write_text("red\ngreen\n")
-    embedcache.extract_features(embedcache.open_source(f"prompts:{names}"), f"{folder}/concepts", text_encoders=[TEXT])
+    embedcache.extract_features(embedcache.open_source(f"prompts:{names}"), f"{folder}/concepts", text_encoder=[TEXT])
+    assert embedcache.measure_coverage_by_modality(
+        cache, embedcache.Cache(f"{folder}/concepts"), modality="text", threshold=-1.0
+    ).keys() == {"text"}
     coverage = embedcache.measure_coverage(
         f"{folder}/cache",
         f"{folder}/concepts",
@@ -164,9 +165,20 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
         f"{folder}/cache", f"{folder}/kept.parquet", embedcache.DedupSettings(cosine=0.999)
     )
     assert done.path.is_file()
-    features = embedcache.LeakSettings(image_feature="open_toy/cls", text_feature="open_toy/mean")
-    leaks = embedcache.find_leaks(*two_caches, features)
+    train, test = map(embedcache.Cache, two_caches)
+    leaks = embedcache.find_leaks(train, test, image_feature="open_toy/cls", text_feature="open_toy/mean")
     assert {leak.modality for leak in leaks.leaks} == {"image", "text"}
+
+
+def test_options_are_those_of_the_command_line(image_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown setting 'epoch'; did you mean 'epochs'"):
+        embedcache.train_projectors("cache", "run", epoch=5)
+    with pytest.raises(SettingError, match=r"language: expected a source that is not open, got a FolderSource"):
+        embedcache.extract_features(
+            embedcache.open_source(image_folder), tmp_path / "cache", text_encoder=TEXT, language="en"
+        )
+    with pytest.raises(SettingError, match=r"cosine: expected a number .*, got '0.9'"):
+        embedcache.analyze_duplicates("cache", cosine="0.9")
 
 
 USER = """

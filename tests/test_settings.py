@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from embedcache.cli.config_files import read_config
 from embedcache.cli.options import with_settings
 from embedcache.errors import PathError, SettingError, UnknownNameError
-from embedcache.settings import check_settings, flat_settings, from_flat, group, setting, to_flat, to_json
+from embedcache.settings import check_settings, flat_settings, from_flat, group, replace_flat, setting, to_flat, to_json
 from embedcache.train.settings import OptimizerSettings, TrainSettings, command_line, train_settings
 
 GOLDEN_RUN = Path(__file__).parent / "golden" / "artifacts" / "run" / "config.json"
@@ -74,6 +74,39 @@ def test_invalid_value_raises(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("values", [{"count": 9}, {"size": 2**31 - 1}, {"fraction": 0}, {"inner_seed": -(2**31)}])
 def test_values_at_the_bounds_are_accepted(values: dict[str, Any]) -> None:
     assert to_flat(from_flat(Outer, values)) == values
+
+
+class Located:
+    """An object that is stored on disk."""
+
+    def __fspath__(self) -> str:
+        return "folder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    names: tuple[str, ...] = setting((), "Some names.")
+    paths: tuple[Path, ...] = setting((), "Some paths.")
+    run: Path | str | None = setting(None, "A run.")
+    file: Path | None = setting(None, "A file.")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def test_one_value_stands_for_several_and_an_object_for_its_path() -> None:
+    made = Stored(names="a", paths=["b.png", Located()], run=Located(), file=Located())  # type: ignore[arg-type]
+    assert made == Stored(names=("a",), paths=(Path("b.png"), Path("folder")), run="folder", file=Path("folder"))
+    assert Stored(names=(Path("a"), Located())).names == ("a", "folder")  # type: ignore[arg-type]
+    assert Outer(shots=3).shots == (3,)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"shots: expected a value .*, got"):
+        Outer(shots="3")  # type: ignore[arg-type]
+
+
+def test_replaced_values_keep_the_others() -> None:
+    settings = replace_flat(Outer(count=5, size=2, inner=Inner(seed=4)), {"inner_seed": 6, "size": None})
+    assert settings == Outer(count=5, inner=Inner(seed=6))
+    assert replace_flat(settings, {}) is settings
 
 
 def test_unknown_setting_suggests_a_name() -> None:

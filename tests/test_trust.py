@@ -166,7 +166,7 @@ def test_source_given_as_an_object_is_known(tmp_path: Path) -> None:
     source = Photos(str(tmp_path / "photos"), SourceSettings())
     with pytest.raises(SettingError, match="names the source 'tests.test_trust:Photos'"):
         reopen_source(source.describe())
-    extract(source, tmp_path / "cache", image_encoders=[IMAGE])
+    extract(source, tmp_path / "cache", image_encoder=[IMAGE])
     assert isinstance(reopen_source(Cache(tmp_path / "cache").info.source), Photos)
 
 

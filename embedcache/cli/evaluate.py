@@ -56,7 +56,7 @@ def retrieval(
     from embedcache.reports.retrieval import rank_table, retrieval_table, write_retrieval_page
     from embedcache.store.cache import Cache
 
-    reports = compare_retrieval(cache, run, settings, control_paths=control_run or [], progress=open_progress())
+    reports = compare_retrieval(cache, run, settings, control_run=control_run or [], progress=open_progress())
     results = {name: retrieval_result(report, cache=cache, runs=report.run_paths) for name, report in reports.items()}
 
     def show() -> None:
@@ -99,7 +99,7 @@ def zero_shot(
     from embedcache.reports.zero_shot import write_zero_shot_page, zero_shot_table
     from embedcache.store.cache import Cache
 
-    reports = compare_zero_shot(cache, run, prompts, settings, control_paths=control_run or [])
+    reports = compare_zero_shot(cache, run, prompts, settings, control_run=control_run or [])
     results = {
         name: zero_shot_result(report, cache=cache, prompts=prompts, runs=report.run_paths)
         for name, report in reports.items()

@@ -68,9 +68,9 @@ def extract(
         raise SettingError(f"--retry-failed: expected neither --plan nor --extend, got {other}; omit one of the two")
     opened = open_source(source, kind=source_type, settings=source_settings)
     encoders: dict[str, Any] = {
-        "image_encoders": image_encoder or (),
-        "text_encoders": text_encoder or (),
-        "encoders": _by_modality(encoder or ()),
+        "image_encoder": image_encoder or (),
+        "text_encoder": text_encoder or (),
+        "encoder": _by_modality(encoder or ()),
     }
     progress = open_progress()
     with resumable():

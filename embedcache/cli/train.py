@@ -83,7 +83,7 @@ def _prepare_pair(
         run,
         image_feature=named["image_feature"],
         text_feature=named["text_feature"],
-        features=None if features is None else {modality: "+".join(names) for modality, names in features.items()},
+        feature=None if features is None else {modality: "+".join(names) for modality, names in features.items()},
         settings=checked,
         progress=progress,
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import expm1, log1p
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.pairs import ANY_LANGUAGE
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
+from embedcache.files import AnyPath
 from embedcache.metrics.classification import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
 from embedcache.modalities import noun
@@ -29,6 +31,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.index import IndexCard
 from embedcache.search.vectors import Vectors, run_pass
+from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 
 _NUM_NEAREST = 8  # concepts that each concept is compared with for overlap
@@ -181,14 +184,15 @@ class CoverageReport:
 
 
 def measure_coverage_by_modality(
-    cache_path: Path | str,
-    concepts_path: Path | str,
+    cache_path: AnyPath,
+    concepts_path: AnyPath,
     settings: CoverageSettings | None = None,
     *,
     progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, CoverageReport]:
     """Measure coverage by each modality of the settings, images before texts for `both`; see `measure_coverage`."""
-    settings = settings or CoverageSettings()
+    settings = replace_flat(settings or CoverageSettings(), options)
     if settings.modality == "both":
         images = replace(settings, modality="image", language=None)
         by_modality = [images, replace(settings, modality="text")]
@@ -198,11 +202,12 @@ def measure_coverage_by_modality(
 
 
 def measure_coverage(
-    cache_path: Path | str,
-    concepts_path: Path | str,
+    cache_path: AnyPath,
+    concepts_path: AnyPath,
     settings: CoverageSettings | None = None,
     *,
     progress: Progress | None = None,
+    **options: Any,
 ) -> CoverageReport:
     """Count the items above each concept's threshold in one pass over the vectors of a cache.
 
@@ -215,6 +220,7 @@ def measure_coverage(
         cache_path: cache of the items.
         concepts_path: cache of prompts, or of labeled examples; see `open_concepts`.
         settings: modality, feature, thresholds, and what to keep.
+        options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
 
     Raises:
@@ -225,7 +231,7 @@ def measure_coverage(
         DataError: no item is above any threshold, a concept is repeated or empty, features cannot be compared, or a
             selection names other samples.
     """
-    settings = settings or CoverageSettings()
+    settings = replace_flat(settings or CoverageSettings(), options)
     if settings.modality == "both":
         raise SettingError("modality: expected image or text, got both; use measure_coverage_by_modality for both")
     pool = Vectors(cache_path, settings.modality, settings.feature, settings.run, settings.language)

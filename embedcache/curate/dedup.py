@@ -16,11 +16,13 @@ from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.dataset.similar_pairs import SimilarPairs, cosine_limit
 from embedcache.errors import DataError, SettingError
+from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.outputs import check_output, new_output, to_metadata
 from embedcache.progress import Progress
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
+from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 from embedcache.store.tables import write_table
@@ -123,7 +125,7 @@ class DedupReport:
 
 
 def analyze(
-    cache_path: Path | str, settings: DedupSettings | None = None, *, progress: Progress | None = None
+    cache_path: AnyPath, settings: DedupSettings | None = None, *, progress: Progress | None = None, **options: Any
 ) -> DedupAnalysis:
     """Compare the items of a cache; `DedupAnalysis.levels` returns what each cosine would remove.
 
@@ -134,7 +136,7 @@ def analyze(
         UnknownNameError: there is no such keep rule or feature.
         DataError, UnfinishedError, FingerprintError: see `Vectors`.
     """
-    settings = settings or DedupSettings()
+    settings = replace_flat(settings or DedupSettings(), options)
     if settings.cosine is not None or settings.copies_only:
         given = "--copies" if settings.copies_only else f"--cosine {settings.cosine:g}"
         raise SettingError(
@@ -145,7 +147,12 @@ def analyze(
 
 
 def dedup(
-    cache_path: Path | str, out_path: Path | str, settings: DedupSettings, *, progress: Progress | None = None
+    cache_path: AnyPath,
+    out_path: AnyPath,
+    settings: DedupSettings | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> DedupReport:
     """Write a selection of the samples that stay, and beside it, in `OUT.removed.parquet`, the removed ones.
 
@@ -156,6 +163,7 @@ def dedup(
         cache_path: path or URL of the cache.
         out_path: a `.parquet` file.
         settings: the limit, `cosine` or `copies_only`, and how items are compared.
+        options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
 
     Raises:
@@ -164,6 +172,7 @@ def dedup(
         DataError, UnfinishedError, FingerprintError, UnknownNameError: see `analyze`.
         DiskFullError: the scratch file does not fit.
     """
+    settings = replace_flat(settings or DedupSettings(), options)
     out_path, cosine = Path(out_path), settings.cosine
     if cosine is None and not settings.copies_only:
         raise SettingError("expected --cosine or --copies with a file to write, got neither; give one of them")
@@ -186,7 +195,7 @@ def dedup(
 
 
 def _compare(
-    cache_path: Path | str, settings: DedupSettings, levels: Sequence[float], progress: Progress | None
+    cache_path: AnyPath, settings: DedupSettings, levels: Sequence[float], progress: Progress | None
 ) -> DedupAnalysis:
     cache = Cache(cache_path)
     modality = settings.modality or ("image" if cache.features("image") or not cache.features("text") else "text")

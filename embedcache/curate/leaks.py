@@ -16,10 +16,12 @@ from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.dataset.similar_pairs import cosine_limit
 from embedcache.errors import DataError, SettingError, UnfinishedError
+from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import Closest, find_closest, note_duration
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
+from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 
@@ -128,11 +130,12 @@ class LeakReport:
 
 
 def find_leaks(
-    train_path: Path | str,
-    test_path: Path | str,
+    train_path: AnyPath,
+    test_path: AnyPath,
     settings: LeakSettings | None = None,
     *,
     progress: Progress | None = None,
+    **options: Any,
 ) -> LeakReport:
     """Find the items of a test cache that are in a training cache.
 
@@ -145,6 +148,7 @@ def find_leaks(
         train_path: the training cache.
         test_path: the test cache.
         settings: limits of near-duplicates, and the features to compare; tokens are averaged.
+        options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in pairs.
 
     Raises:
@@ -153,7 +157,7 @@ def find_leaks(
         UnknownNameError: there is no such feature.
         UnfinishedError: chunks of a feature are missing.
     """
-    settings, progress = settings or LeakSettings(), progress or NullProgress()
+    settings, progress = replace_flat(settings or LeakSettings(), options), progress or NullProgress()
     train, test = Cache(train_path), Cache(test_path)
     if train.info.has_rows_of(test.info.index_digest):
         raise SettingError(

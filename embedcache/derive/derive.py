@@ -17,7 +17,7 @@ from embedcache.derive.settings import DTYPES, DeriveSettings
 from embedcache.encoders.base import ItemShape
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ItemError, SettingError
-from embedcache.files import Leases, remove_partials
+from embedcache.files import AnyPath, Leases, remove_partials
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import record_stage
@@ -101,7 +101,7 @@ class DeriveReport:
         )
 
 
-def derive(cache_path: Path | str, derivation: Derivation, *, progress: Progress | None = None) -> DeriveReport:
+def derive(cache_path: AnyPath, derivation: Derivation, *, progress: Progress | None = None) -> DeriveReport:
     """Compute features from other features of a cache, and store them beside these.
 
     Committed chunks are not computed again, so an interrupted derivation resumes where it stopped, several processes
@@ -167,14 +167,14 @@ def _choose_axis(derivation: Derivation, rule: Rule, output: str, inputs: Sequen
 
 
 def derive_from_run(
-    cache_path: Path | str,
-    run_path: Path | str,
+    cache_path: AnyPath,
+    run_path: AnyPath,
     output: str = "projected",
     *,
     name: str | None = None,
     modality: str | None = None,
-    views: Sequence[str] = (PLAIN,),
-    prompts: Path | str | None = None,
+    view: str | Sequence[str] = PLAIN,
+    prompts: AnyPath | None = None,
     dtype: str = "float16",
     device: str = "cpu",
     progress: Progress | None = None,
@@ -188,8 +188,8 @@ def derive_from_run(
             classes).
         name: name of the folder in the cache; None: `RUN-OUTPUT`.
         modality: modality to derive features of; None: every modality for which the run has the output.
-        views: views of the run's features of that modality, such as `babble-5dB`, one after another, each into the
-            folder `NAME@VIEW`; `plain` is the features that the run was trained on.
+        view: a view of the run's features of that modality, such as `babble-5dB`, or several, each into the folder
+            `NAME@VIEW`; `plain` is the features that the run was trained on.
         prompts: cache of prompts that define the classes of `prob`.
         dtype: dtype on disk.
         device: torch device of the run.
@@ -201,7 +201,7 @@ def derive_from_run(
     run, cache = Path(run_path), Cache(cache_path)
     requests = [
         RunRequest(cache=cache, path=run, output=output, modality=modality, view=view, prompts=prompts, device=device)
-        for view in views
+        for view in ([view] if isinstance(view, str) else view)
     ]
     name = name or f"{run.resolve().name}-{output}"
     derivations = [
@@ -220,7 +220,7 @@ def derive_from_run(
 
 
 def derive_with_settings(
-    cache_path: Path | str, settings: DeriveSettings, *, progress: Progress | None = None
+    cache_path: AnyPath, settings: DeriveSettings, *, progress: Progress | None = None
 ) -> list[DeriveReport]:
     """Derive what the settings of the command line describe; errors are those of `derive` and `derive_from_run`."""
     if settings.run is not None:
@@ -230,7 +230,7 @@ def derive_with_settings(
             settings.run_output,
             name=settings.name,
             modality=settings.modality,
-            views=settings.views or (PLAIN,),
+            view=settings.views or (PLAIN,),
             prompts=settings.prompts,
             dtype=settings.dtype,
             device=settings.device,

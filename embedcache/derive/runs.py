@@ -17,6 +17,7 @@ from embedcache.derive.rules import Block, Output, Rule
 from embedcache.encoders.backends import torch_device
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import PathError, SettingError
+from embedcache.files import AnyPath
 from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import (
@@ -57,7 +58,7 @@ class RunRequest:
     output: str
     modality: str | None = None
     view: str = PLAIN
-    prompts: Path | str | None = None
+    prompts: AnyPath | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:

@@ -2,19 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, blocks, check_finite, normalize
 from embedcache.dataset.inputs import InputFeature, open_input, to_unit_vectors
 from embedcache.dataset.pairs import Items, Pairs, pair_items
-from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.dataset.splits import make_split
 from embedcache.encoders.image_features import FeatureName
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.evaluate.settings import PairsSettings
+from embedcache.files import AnyPath
 from embedcache.metrics.alignment import (
     CenteredRows,
     KernelProducts,
@@ -29,6 +29,7 @@ from embedcache.metrics.neighbors import note_duration, top_k
 from embedcache.metrics.ranking import best_ranks, tied_chance_recall
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments, solve
+from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 
 _RECALL_K = 10
@@ -124,7 +125,7 @@ class PairsReport:
 
 
 def evaluate_pairs(
-    cache_path: Path | str, settings: PairsSettings | None = None, *, progress: Progress | None = None
+    cache_path: AnyPath, settings: PairsSettings | None = None, *, progress: Progress | None = None, **options: Any
 ) -> PairsReport:
     """Compare every image feature with every text feature of a cache on the same samples, without training.
 
@@ -143,7 +144,7 @@ def evaluate_pairs(
         SettingError: k is not below the number of samples, or nothing can be held out.
         DataError: too few samples have all features, or a feature is constant, NaN or infinite.
     """
-    settings, progress = settings or PairsSettings(), progress or NullProgress()
+    settings, progress = replace_flat(settings or PairsSettings(), with_split_seed(options)), progress or NullProgress()
     cache = Cache(cache_path)
     images, skipped_images = _open_features(cache, "image", settings.image_feature)
     texts, skipped_texts = _open_features(cache, "text", settings.text_feature)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,13 @@ from embedcache.errors import SettingError
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, compare_neighbors, fit_knn, load_method
 from embedcache.evaluate.labeled import LabeledFeature, read_labeled
 from embedcache.evaluate.settings import ProbeSettings
+from embedcache.files import AnyPath
 from embedcache.metrics.classification import class_means, rank_labels
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
 from embedcache.metrics.neighbors import note_duration
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
+from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 
 _TOP = 5
@@ -116,7 +117,7 @@ class ProbeReport:
 
 
 def evaluate_probe(
-    cache_path: Path | str, settings: ProbeSettings | None = None, *, progress: Progress | None = None
+    cache_path: AnyPath, settings: ProbeSettings | None = None, *, progress: Progress | None = None, **options: Any
 ) -> ProbeReport:
     """Fit classifiers on the training items of a feature, and measure them on its test items.
 
@@ -131,7 +132,7 @@ def evaluate_probe(
         DataError: labels or parts are not usable.
         MissingExtraError: logistic regression, and scikit-learn is not installed.
     """
-    settings, progress = settings or ProbeSettings(), progress or NullProgress()
+    settings, progress = replace_flat(settings or ProbeSettings(), options), progress or NullProgress()
     methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
     data = read_labeled(Cache(cache_path), settings)
     _check_shots(data, settings)

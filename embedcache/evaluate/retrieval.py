@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from embedcache.evaluate.runs import (
     run_input,
 )
 from embedcache.evaluate.settings import RetrievalSettings
+from embedcache.files import AnyPath
 from embedcache.metrics.intervals import (
     Estimate,
     bootstrap_means,
@@ -34,6 +36,7 @@ from embedcache.metrics.ranking import average_precisions, first_ranks, negative
 from embedcache.modalities import directions, noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import project
+from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 
 KS = (1, 5, 10)
@@ -148,12 +151,13 @@ class RetrievalReport:
 
 
 def evaluate_retrieval(
-    cache_path: Path | str,
+    cache_path: AnyPath,
     run_paths: RunPaths,
     settings: RetrievalSettings | None = None,
     *,
     is_control: bool = False,
     progress: Progress | None = None,
+    **options: Any,
 ) -> RetrievalReport:
     """Rank the items of one part of a cache with a run, or with the seeds of one recipe, which are averaged.
 
@@ -165,6 +169,7 @@ def evaluate_retrieval(
         cache_path: the cache.
         run_paths: one run, or seeds of one recipe.
         settings: part, language and overlap check.
+        options: settings by their names on the command line, which replace those of `settings`.
         is_control: require that the runs were trained on shuffled pairs.
         progress: reports before a long ranking how long it takes.
 
@@ -173,7 +178,7 @@ def evaluate_retrieval(
         FingerprintError: a run was trained on features from another encoder, or with another recipe than the others.
         DataError: the part is empty.
     """
-    settings = settings or RetrievalSettings()
+    settings = replace_flat(settings or RetrievalSettings(), options)
     cache, runs = Cache(cache_path), load_runs(run_paths, is_control=is_control)
     rankings = [rank(cache, run, settings, progress=progress) for run in runs]
     modalities = runs[0].config.modalities
@@ -204,12 +209,13 @@ def evaluate_retrieval(
 
 
 def compare_retrieval(
-    cache_path: Path | str,
-    run_paths: Sequence[Path | str],
+    cache_path: AnyPath,
+    run_paths: RunPaths,
     settings: RetrievalSettings | None = None,
     *,
-    control_paths: Sequence[Path | str] = (),
+    control_run: RunPaths = (),
     progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, RetrievalReport]:
     """Evaluate several recipes, each in every language of the settings; seeds of one recipe are averaged.
 
@@ -217,15 +223,16 @@ def compare_retrieval(
         cache_path: the cache.
         run_paths: runs of any recipes.
         settings: part, languages and overlap check.
-        control_paths: runs trained on shuffled pairs.
+        options: settings by their names on the command line, which replace those of `settings`.
+        control_run: runs trained on shuffled pairs.
         progress: reports before a long ranking how long it takes.
 
     Returns:
         Name of the recipe, with the language if there are several -> report.
     """
-    settings = settings or RetrievalSettings()
+    settings = replace_flat(settings or RetrievalSettings(), options)
     reports = {}
-    for name, paths, is_control in iterate_recipes(run_paths, control_paths):
+    for name, paths, is_control in iterate_recipes(run_paths, control_run):
         for language in settings.language or ("",):
             per_language = replace(settings, language=(language,) if language else ())
             title = f"{name}, {language}" if language else name

@@ -15,6 +15,7 @@ from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import read_selected_keys
 from embedcache.dataset.splits import Split, read_split
 from embedcache.errors import CorruptError, DataError, SettingError
+from embedcache.files import AnyPath, one_or_many
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import (
     PairConfig,
@@ -27,7 +28,7 @@ from embedcache.projectors.saved import (
 from embedcache.provenance import check_same, digest_file
 from embedcache.store.cache import Cache
 
-RunPaths: TypeAlias = Path | str | Sequence[Path | str]
+RunPaths: TypeAlias = AnyPath | Sequence[AnyPath]
 """One run, or seeds of one recipe."""
 
 
@@ -54,7 +55,7 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False) -> list[Run]:
         PathError: a folder is not a finished run.
         CorruptError: the weights differ from those that `config.json` was written for.
     """
-    paths = [Path(path) for path in ([run_paths] if isinstance(run_paths, Path | str) else run_paths)]
+    paths = [Path(path) for path in one_or_many(run_paths)]
     if not paths:
         raise SettingError("expected at least one run to evaluate, got none")
     runs = [Run(path=path, pair=pair, config=config) for path in paths for pair, config in [load_pair(path)]]
@@ -66,7 +67,7 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False) -> list[Run]:
 
 
 def group_by_recipe(
-    run_paths: Sequence[Path | str], read_recipe: Callable[[Path], Mapping[str, Any]] | None = None
+    run_paths: RunPaths, read_recipe: Callable[[Path], Mapping[str, Any]] | None = None
 ) -> dict[str, list[Path]]:
     """Group runs by recipe: name -> seeds, in the given order.
 
@@ -75,7 +76,7 @@ def group_by_recipe(
         read_recipe: returns all that decides a run except its seeds; None: of runs that are pairs.
     """
     groups: list[tuple[Mapping[str, Any], list[Path]]] = []
-    for path in map(Path, run_paths):
+    for path in map(Path, one_or_many(run_paths)):
         recipe = read_recipe(path) if read_recipe else _recipe(read_config(path))
         seeds = next((paths for other, paths in groups if other == recipe), None)
         if seeds is None:
@@ -84,9 +85,7 @@ def group_by_recipe(
     return _name_recipes([paths for _, paths in groups])
 
 
-def iterate_recipes(
-    run_paths: Sequence[Path | str], control_paths: Sequence[Path | str]
-) -> Iterator[tuple[str, list[Path], bool]]:
+def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[tuple[str, list[Path], bool]]:
     """Iterate over recipes, then over those of controls: name, seeds, and whether it is a control."""
     for name, paths in group_by_recipe(run_paths).items():
         yield name, paths, False

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +25,12 @@ from embedcache.evaluate.runs import (
     run_input,
 )
 from embedcache.evaluate.settings import ZeroShotSettings
+from embedcache.files import AnyPath
 from embedcache.metrics.classification import class_means, count_confusion, rank_labels
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate, over_seeds
 from embedcache.metrics.ranking import recall_at
 from embedcache.projectors.saved import project
+from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 
 KS = (1, 5)
@@ -110,12 +113,13 @@ class ZeroShotReport:
 
 
 def evaluate_zero_shot(
-    cache_path: Path | str,
+    cache_path: AnyPath,
     run_paths: RunPaths,
-    prompts_path: Path | str,
+    prompts_path: AnyPath,
     settings: ZeroShotSettings | None = None,
     *,
     is_control: bool = False,
+    **options: Any,
 ) -> ZeroShotReport:
     """Classify the images of a cache with a run, or with the seeds of one recipe, which are averaged.
 
@@ -126,6 +130,7 @@ def evaluate_zero_shot(
         run_paths: one run, or seeds of one recipe.
         prompts_path: cache with the text feature of the runs, written by `extract prompts:…`.
         settings: label column, part and overlap check.
+        options: settings by their names on the command line, which replace those of `settings`.
         is_control: require that the runs were trained on shuffled pairs.
 
     Raises:
@@ -134,9 +139,10 @@ def evaluate_zero_shot(
         UnknownNameError: there is no such column.
         DataError: the part is empty, no image has a label, a label is not a class, or a class has no prompt.
     """
+    settings = replace_flat(settings or ZeroShotSettings(), options)
     cache, prompts_cache = Cache(cache_path), Cache(prompts_path)
     runs = load_runs(run_paths, is_control=is_control)
-    predictions = [classify(cache, run, prompts_cache, settings or ZeroShotSettings()) for run in runs]
+    predictions = [classify(cache, run, prompts_cache, settings) for run in runs]
     first, num_classes = predictions[0], len(predictions[0].names)
     labels = np.concatenate([prediction.labels for prediction in predictions])
     ranks = np.concatenate([prediction.ranks for prediction in predictions])
@@ -162,12 +168,13 @@ def evaluate_zero_shot(
 
 
 def compare_zero_shot(
-    cache_path: Path | str,
-    run_paths: Sequence[Path | str],
-    prompts_path: Path | str,
+    cache_path: AnyPath,
+    run_paths: RunPaths,
+    prompts_path: AnyPath,
     settings: ZeroShotSettings | None = None,
     *,
-    control_paths: Sequence[Path | str] = (),
+    control_run: RunPaths = (),
+    **options: Any,
 ) -> dict[str, ZeroShotReport]:
     """Evaluate several recipes; seeds of one recipe are averaged.
 
@@ -176,14 +183,15 @@ def compare_zero_shot(
         run_paths: runs of any recipes.
         prompts_path: cache of prompts.
         settings: label column, part and overlap check.
-        control_paths: runs trained on shuffled pairs.
+        options: settings by their names on the command line, which replace those of `settings`.
+        control_run: runs trained on shuffled pairs.
 
     Returns:
         Name of the recipe -> report.
     """
     return {
-        name: evaluate_zero_shot(cache_path, paths, prompts_path, settings, is_control=is_control)
-        for name, paths, is_control in iterate_recipes(run_paths, control_paths)
+        name: evaluate_zero_shot(cache_path, paths, prompts_path, settings, is_control=is_control, **options)
+        for name, paths, is_control in iterate_recipes(run_paths, control_run)
     }
 
 

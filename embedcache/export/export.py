@@ -14,11 +14,12 @@ from embedcache.export.safetensors import write_safetensors
 from embedcache.export.sentence_transformers import write_sentence_transformers
 from embedcache.export.settings import ExportSettings
 from embedcache.export.transformers import write_transformers
-from embedcache.files import building, remove_folder
+from embedcache.files import AnyPath, building, remove_folder
 from embedcache.outputs import read_report_json
 from embedcache.projectors.saved import config_path
 from embedcache.provenance import DIGEST, check_same, digest, digest_file, read_json, read_manifest, write_record
 from embedcache.registry import unknown_name
+from embedcache.settings import replace_flat
 
 FORMAT_VERSION = 1
 RECORD, CARD = "embedcache_export.json", "README.md"
@@ -50,7 +51,9 @@ class ExportReport:
     is_new: bool
 
 
-def export_run(format_name: str, run_path: Path, folder: Path, settings: ExportSettings | None = None) -> ExportReport:
+def export_run(
+    format_name: str, run_path: AnyPath, folder: AnyPath, settings: ExportSettings | None = None, **options: Any
+) -> ExportReport:
     """Export a run, and upload it if requested.
 
     An existing export of the same run with the same options is reused if its files are unchanged, which is checked; its
@@ -59,6 +62,7 @@ def export_run(format_name: str, run_path: Path, folder: Path, settings: ExportS
     Args:
         format_name: a name in `FORMATS`.
         folder: a new or empty folder, or a folder with the same export.
+        options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
         UnknownNameError: unknown format.
@@ -69,12 +73,13 @@ def export_run(format_name: str, run_path: Path, folder: Path, settings: ExportS
         ArtifactError: the other library computes other vectors.
         MissingExtraError: the other library is not installed.
     """
-    settings = settings or ExportSettings()
+    settings = replace_flat(settings or ExportSettings(), options)
+    run_path, folder = Path(run_path), Path(folder)
     if format_name not in FORMATS:
         raise unknown_name("export format", format_name, FORMATS)
     values = {"towers": settings.towers, "final": str(folder.absolute()), "hub_name": settings.push_to_hub}
-    options = {name: values[name] for name in FORMATS[format_name][1]}
-    if settings.towers and "towers" not in options:
+    arguments = {name: values[name] for name in FORMATS[format_name][1]}
+    if settings.towers and "towers" not in arguments:
         raise SettingError(f"towers: expected false for the {format_name} format, got true")
     run = ExportRun.open(run_path)
     metrics = None if settings.metrics is None else read_report_json(settings.metrics)
@@ -82,11 +87,11 @@ def export_run(format_name: str, run_path: Path, folder: Path, settings: ExportS
         "form": format_name,
         "run": digest(read_json(config_path(run_path))),
         "metrics": digest(metrics),
-        **options,
+        **arguments,
     }
     differences, is_new = _existing_differences(folder, identity), False
     if differences is None:
-        differences, is_new = _write(run, folder, identity, metrics, options), True
+        differences, is_new = _write(run, folder, identity, metrics, arguments), True
     url = None if settings.push_to_hub is None else _push(folder, settings.push_to_hub, is_public=settings.public)
     return ExportReport(differences=differences, url=url, is_new=is_new)
 

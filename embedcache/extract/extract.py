@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from embedcache.encoders.backends import torch_device
@@ -15,13 +14,15 @@ from embedcache.extract.engines import run_engine
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.extract.worker import ShardReport
-from embedcache.files import open_path, remove_partials
+from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import record_stage
 from embedcache.registry import unknown_name
+from embedcache.settings import flat_settings, from_flat, replace_flat
 from embedcache.sources.base import IMPORTED, Source
-from embedcache.sources.open import SOURCES
+from embedcache.sources.open import SOURCES, open_source
+from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.group import open_group
 from embedcache.store.indexing import index
@@ -58,14 +59,15 @@ class EncoderReport:
 
 
 def extract(
-    source: Source,
-    cache_path: Path | str,
+    source: Source | object,
+    cache_path: AnyPath,
     *,
-    image_encoders: Sequence[str] = (),
-    text_encoders: Sequence[str] = (),
-    encoders: Mapping[str, Sequence[str]] | None = None,
+    image_encoder: str | Sequence[str] = (),
+    text_encoder: str | Sequence[str] = (),
+    encoder: Mapping[str, str | Sequence[str]] | None = None,
     settings: ExtractSettings | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> list[EncoderReport]:
     """Encode the items of a source once and store the features in a cache.
 
@@ -73,12 +75,14 @@ def extract(
     processes on one cache share the work. An item that cannot be read becomes a row with a reason.
 
     Args:
-        source: the raw samples.
+        source: the raw samples: a source, or what `open_source` takes.
         cache_path: path or URL of a new folder, or of a cache of this source.
-        image_encoders: encoders of images, as `family:model`.
-        text_encoders: encoders of texts.
-        encoders: modality -> encoders, of any modality.
+        image_encoder: one encoder of images or several, as `family:model`.
+        text_encoder: encoders of texts.
+        encoder: modality -> encoders, of any modality.
         settings: how features are extracted and stored.
+        options: settings by their names on the command line, which replace those of `settings`;
+            also those of `SourceSettings`, if the source is not open yet.
         progress: shows the number of encoded items.
 
     Returns:
@@ -92,7 +96,8 @@ def extract(
         DiskFullError: the disk is full; committed chunks stay valid, so run again with more space.
     """
     progress = progress or NullProgress()
-    specs = join_encoders(image_encoders, text_encoders, encoders)
+    source, settings = open_request(source, settings, options)
+    specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache_path, specs, settings=settings, progress=progress)
     cache = Cache(job.cache)
     remove_partials(cache.path)
@@ -104,21 +109,47 @@ def extract(
     return reports
 
 
+def open_request(
+    source: Source | object, settings: ExtractSettings | None, options: Mapping[str, Any]
+) -> tuple[Source, ExtractSettings]:
+    """Open a source that is not open yet, and return the settings with options by flat name.
+
+    Raises:
+        SettingError: an option of the source, which is open already; and the errors of `open_source` and `from_flat`.
+    """
+    of_source = {item.name for item in flat_settings(SourceSettings)} & options.keys()
+    if not isinstance(source, Source):
+        source = open_source(source, settings=from_flat(SourceSettings, {name: options[name] for name in of_source}))
+    elif of_source:
+        raise SettingError(
+            f"{min(of_source)}: expected a source that is not open, got a {type(source).__name__}; give its location, "
+            "or open it with settings of its own"
+        )
+    chosen = {name: value for name, value in options.items() if name not in of_source}
+    return source, replace_flat(settings or ExtractSettings(), chosen)
+
+
 def join_encoders(
-    image_encoders: Sequence[str], text_encoders: Sequence[str], encoders: Mapping[str, Sequence[str]] | None
+    image_encoder: str | Sequence[str],
+    text_encoder: str | Sequence[str],
+    encoder: Mapping[str, str | Sequence[str]] | None,
 ) -> dict[ModalityName, tuple[str, ...]]:
     """Return modality -> encoders, in the order of the table of modalities, without modalities that have none."""
-    named: dict[str, tuple[str, ...]] = {"image": tuple(image_encoders), "text": tuple(text_encoders)}
-    for modality, specs in (encoders or {}).items():
+    named: dict[str, tuple[str, ...]] = {"image": _specs(image_encoder), "text": _specs(text_encoder)}
+    for modality, specs in (encoder or {}).items():
         if modality not in MODALITIES:
             raise unknown_name("modality", modality, MODALITIES)
-        named[modality] = (*named.get(modality, ()), *specs)
+        named[modality] = (*named.get(modality, ()), *_specs(specs))
     return {modality.name: named[name] for name, modality in MODALITIES.items() if named.get(name)}
+
+
+def _specs(specs: str | Sequence[str]) -> tuple[str, ...]:
+    return (specs,) if isinstance(specs, str) else tuple(specs)
 
 
 def open_job(
     source: Source,
-    cache_path: Path | str,
+    cache_path: AnyPath,
     encoders: Mapping[ModalityName, tuple[str, ...]],
     *,
     settings: ExtractSettings | None = None,

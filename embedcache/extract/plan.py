@@ -7,17 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pyarrow as pa
 
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
 from embedcache.extract.engines import all_devices, count_processes
-from embedcache.extract.extract import join_encoders, open_job
+from embedcache.extract.extract import join_encoders, open_job, open_request
 from embedcache.extract.loop import BatchBuffer, add_distinct, load_items
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker
-from embedcache.files import is_remote
+from embedcache.files import AnyPath, is_remote
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import Source
 from embedcache.units import format_bytes
@@ -94,21 +95,23 @@ class Plan:
 
 
 def plan(
-    source: Source,
-    cache_path: Path | str,
+    source: Source | object,
+    cache_path: AnyPath,
     *,
-    image_encoders: Sequence[str] = (),
-    text_encoders: Sequence[str] = (),
-    encoders: Mapping[str, Sequence[str]] | None = None,
+    image_encoder: str | Sequence[str] = (),
+    text_encoder: str | Sequence[str] = (),
+    encoder: Mapping[str, str | Sequence[str]] | None = None,
     settings: ExtractSettings | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Plan:
     """Index the source, open the encoders and encode a few batches without storing their outputs.
 
     The arguments and errors are those of `extract`.
     """
     progress = progress or NullProgress()
-    specs = join_encoders(image_encoders, text_encoders, encoders)
+    source, settings = open_request(source, settings, options)
+    specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache_path, specs, settings=settings, progress=progress)
     worker = Worker(job, source=source, device=(job.settings.devices or all_devices())[0])
     features: list[PlannedFeature] = []

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from embedcache.derive.repair import derivation_depth, derive_again, derive_rows
 from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, EmbedcacheError, ItemError
 from embedcache.extract.engines import all_devices
-from embedcache.extract.extract import join_encoders, open_job, record_job
+from embedcache.extract.extract import join_encoders, open_job, open_request, record_job
 from embedcache.extract.feature_writer import (
     FeatureWriter,
     check_unchanged,
@@ -24,11 +25,12 @@ from embedcache.extract.feature_writer import (
 from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, check_length, encode_chunks, load_items
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.extract.worker import Worker
-from embedcache.files import remove_partials
+from embedcache.files import AnyPath, remove_partials
 from embedcache.modalities import MODALITIES, noun
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
+from embedcache.settings import replace_flat
 from embedcache.sources import reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
@@ -82,7 +84,7 @@ class VerifyReport:
 
 
 def verify_cache(
-    cache_path: Path | str, settings: VerifySettings | None = None, *, progress: Progress | None = None
+    cache_path: AnyPath, settings: VerifySettings | None = None, *, progress: Progress | None = None, **options: Any
 ) -> VerifyReport:
     """Check every chunk of a cache against its checksum; on request repair it and encode a sample again.
 
@@ -90,7 +92,7 @@ def verify_cache(
         FingerprintError: an encoder that is needed for a repair has changed.
         CorruptError: a table is damaged, so that nothing can be repaired.
     """
-    cache, settings = Cache(cache_path), settings or VerifySettings()
+    cache, settings = Cache(cache_path), replace_flat(settings or VerifySettings(), options)
     detected = findings = verify(cache, progress=progress)
     repaired: list[str] = []
     if settings.repair:
@@ -213,14 +215,15 @@ class RetryReport:
 
 
 def retry_failed(
-    source: Source,
-    cache_path: Path | str,
+    source: Source | object,
+    cache_path: AnyPath,
     *,
-    image_encoders: Sequence[str] = (),
-    text_encoders: Sequence[str] = (),
-    encoders: Mapping[str, Sequence[str]] | None = None,
+    image_encoder: str | Sequence[str] = (),
+    text_encoder: str | Sequence[str] = (),
+    encoder: Mapping[str, str | Sequence[str]] | None = None,
     settings: ExtractSettings | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> list[RetryReport]:
     """Retry the files that failed, after one was replaced or a network came back; all other rows stay unchanged.
 
@@ -228,7 +231,8 @@ def retry_failed(
     errors are those of `extract`.
     """
     progress = progress or NullProgress()
-    specs = join_encoders(image_encoders, text_encoders, encoders)
+    source, settings = open_request(source, settings, options)
+    specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache_path, specs, settings=settings, repair_items=True, progress=progress)
     worker = Worker(job, source=source, device=(job.settings.devices or all_devices())[0])
     reports: list[RetryReport] = []

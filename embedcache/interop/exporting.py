@@ -13,7 +13,7 @@ from embedcache.arrays import Array, Bools, Ints
 from embedcache.dataset.selections import read_selection
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, UnknownNameError
-from embedcache.files import building, is_url
+from embedcache.files import AnyPath, building, is_url
 from embedcache.interop.imported import rechunk
 from embedcache.interop.settings import VectorExportSettings
 from embedcache.outputs import check_output, to_metadata
@@ -40,7 +40,7 @@ class VectorExport:
         DataError: the cache has no features, or no sample has all requested vectors.
     """
 
-    def __init__(self, cache_path: Path | str, settings: VectorExportSettings | None = None) -> None:
+    def __init__(self, cache_path: AnyPath, settings: VectorExportSettings | None = None) -> None:
         self.cache = Cache(cache_path)
         self._settings = settings = settings or VectorExportSettings()
         features = {"image": settings.image_feature, "text": settings.text_feature}

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,12 @@ import pyarrow as pa
 from embedcache.arrays import Array, Bools
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import CorruptError, SourceError, UnfinishedError
-from embedcache.files import open_path, remove_partials
+from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.imported import ImportedSamples, VectorImport
 from embedcache.interop.settings import ImportSettings
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, digest, digest_file, record_stage
+from embedcache.settings import replace_flat
 from embedcache.sources.base import IMPORTED
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
@@ -81,10 +81,11 @@ class ImportReport:
 
 def import_vectors(
     vectors: VectorImport,
-    cache_path: Path | str,
+    cache_path: AnyPath,
     settings: ImportSettings | None = None,
     *,
     progress: Progress | None = None,
+    **options: Any,
 ) -> list[ImportReport]:
     """Write a normal cache of vectors that another tool computed. Values and dtype are kept as they are.
 
@@ -101,7 +102,7 @@ def import_vectors(
         SettingError: text vectors without their captions.
         CorruptError: a file is damaged.
     """
-    progress, settings = progress or NullProgress(), settings or ImportSettings()
+    progress, settings = progress or NullProgress(), replace_flat(settings or ImportSettings(), options)
     columns = SourceSettings(key_column=settings.key_column, caption_columns=settings.caption_columns)
     path = open_path(cache_path)
     hashes = _hash_files(vectors, progress)

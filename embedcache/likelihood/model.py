@@ -103,6 +103,10 @@ class LikelihoodModel:
         features = " + ".join(self.config.sides[name].feature for name in self.modalities)
         return f"LikelihoodModel({features}, {len(self._network.vocabulary):,} words)"
 
+    def __fspath__(self) -> str:
+        """Return the folder of the run."""
+        return str(self._run_path)
+
     @property
     def modalities(self) -> tuple[str, ...]:
         """Modalities of the items that the run reads, such as `image`."""

@@ -222,7 +222,7 @@ def project(tower: AnyTower, inputs: Inputs, *, device: str = "cpu") -> Floats:
     num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
     for block in blocks(len(inputs.values), max(1, _BLOCK // num_tokens)):
         part = inputs.take(block)
-        values = torch.from_numpy(np.asarray(part.values, np.float32)).to(device)
+        values = torch.from_numpy(np.require(part.values, np.float32, ["W"])).to(device)  # chunks are mapped read-only
         lengths = None if part.lengths is None else torch.from_numpy(part.lengths).to(device)
         out_NP.append(tower(values, lengths).float().cpu().numpy())
     projected_NP = np.concatenate(out_NP)

@@ -112,8 +112,8 @@ def _extract(stages: _Stages, cache_path: Path) -> None:
         lambda: extract(
             open_source(SOURCE),
             cache_path,
-            image_encoders=[IMAGE_ENCODER],
-            text_encoders=[TEXT_ENCODER],
+            image_encoder=[IMAGE_ENCODER],
+            text_encoder=[TEXT_ENCODER],
             progress=stages.progress,
         ),
         lambda reports: "; ".join(report.line() for report in reports),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import CorruptError, FingerprintError, SettingError, UnfinishedError
-from embedcache.files import LOCK, disk_errors, locked, relative_location
+from embedcache.files import LOCK, AnyPath, disk_errors, locked, relative_location
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import (
     DIGEST,
@@ -35,6 +35,7 @@ from embedcache.search.building import FILES, STATE, IndexBuilder, lists_name, r
 from embedcache.search.faiss_index import RowIndex, check_factory, read_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
+from embedcache.settings import replace_flat
 from embedcache.store.arrays import check_file, file_checksum
 
 FORMAT_VERSION = 3
@@ -104,11 +105,12 @@ class IndexCard:
 
 
 def build_index(
-    cache_path: Path | str,
-    index_path: Path | str,
+    cache_path: AnyPath,
+    index_path: AnyPath,
     settings: IndexSettings | None = None,
     *,
     progress: Progress | None = None,
+    **options: Any,
 ) -> IndexCard:
     """Index all valid items of a feature, and measure the index against exact search.
 
@@ -121,6 +123,7 @@ def build_index(
         cache_path: path or URL of the cache.
         index_path: folder for `index.faiss` and `card.json`.
         settings: what is indexed, and which kind of index is built.
+        options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
 
     Raises:
@@ -130,7 +133,8 @@ def build_index(
         UnfinishedError: chunks of the feature are missing.
         DataError: the feature has several vectors per item, or no valid item.
     """
-    settings, index_path, progress = settings or IndexSettings(), Path(index_path), progress or NullProgress()
+    settings = replace_flat(settings or IndexSettings(), options)
+    index_path, progress = Path(index_path), progress or NullProgress()
     vectors = Vectors(cache_path, settings.modality, settings.feature, settings.run)
     if not (index_path / "card.json").is_file():  # so that nothing is put into a folder of others
         _candidates(settings, len(vectors.rows), vectors.width)

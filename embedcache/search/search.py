@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints, concatenated_ranges
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
-from embedcache.files import is_url
+from embedcache.files import AnyPath, is_url
 from embedcache.search.faiss_index import exact_search
 from embedcache.search.filters import CacheFilters
 from embedcache.search.index import open_row_index, read_card
 from embedcache.search.queries import Queries, QueryEncoder
 from embedcache.search.settings import Filter, SearchSettings
+from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
 from embedcache.store.rows import RowReader
@@ -44,14 +46,19 @@ class Hit:
 
 
 def search(
-    index_path: Path | str, queries: Sequence[str] | Queries, settings: SearchSettings | None = None
+    index: "OpenIndex | AnyPath",
+    queries: str | Sequence[str] | Queries,
+    settings: SearchSettings | None = None,
+    **options: Any,
 ) -> list[list[Hit]]:
-    """Open an index and search it. To search more than once, keep an `OpenIndex`.
+    """Search an index.
 
     Args:
-        index_path: index built by `build_index`.
-        queries: texts, or queries of all kinds.
-        settings: number of results, filter, device, and where the run and the cache are if they have moved.
+        index: index built by `build_index`; to search more than once, an `OpenIndex`, which is opened once.
+        queries: one text or several, or queries of all kinds.
+        settings: number of results and filter; device, and where the run and the cache are if they have moved, unless
+            the index is open.
+        options: settings by their names on the command line, which replace those of `settings`.
 
     Returns:
         A list of hits per query, best first.
@@ -59,10 +66,11 @@ def search(
     Raises:
         SettingError, DataError, UnknownNameError, FingerprintError, PathError, CorruptError: see `OpenIndex`.
     """
-    settings = settings or SearchSettings()
+    settings = replace_flat(settings or SearchSettings(), options)
     if not isinstance(queries, Queries):
-        queries = Queries(texts=queries)
-    index = OpenIndex(index_path, run_path=settings.run, cache_path=settings.cache, device=settings.device)
+        queries = Queries(texts=[queries] if isinstance(queries, str) else queries)
+    if not isinstance(index, OpenIndex):
+        index = OpenIndex(index, run_path=settings.run, cache_path=settings.cache, device=settings.device)
     return index.search(queries, k=settings.k, condition=settings.filter)
 
 
@@ -88,10 +96,10 @@ class OpenIndex:
 
     def __init__(
         self,
-        index_path: Path | str,
+        index_path: AnyPath,
         *,
-        run_path: Path | str | None = None,
-        cache_path: Path | str | None = None,
+        run_path: AnyPath | None = None,
+        cache_path: AnyPath | None = None,
         device: str = "cpu",
     ) -> None:
         self.path = Path(index_path)

@@ -4,6 +4,7 @@ A pass is a pure function of one chunk and an associative merge of partial resul
 order of the chunks, so that any number of workers computes the same bits, on this machine or on a Ray cluster.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, blocks, normal
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.errors import DataError
+from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.processes import connected, num_cores
 from embedcache.progress import NullProgress, Progress
@@ -47,16 +49,17 @@ class Vectors:
 
     def __init__(
         self,
-        cache_path: Path | str,
+        cache_path: AnyPath,
         modality: str,
         feature: str | None = None,
-        run_path: Path | str | None = None,
+        run_path: AnyPath | None = None,
         language: str | None = None,
     ) -> None:
-        self._arguments = (str(cache_path), modality, feature, None if run_path is None else str(run_path), language)
         self._language = None if language == ANY_LANGUAGE or modality != "text" else language
         self.cache = Cache(cache_path)
-        self.run_path = None if run_path is None else Path(run_path)
+        run = None if run_path is None else os.fspath(run_path)
+        self._arguments = (str(self.cache.path), modality, feature, run, language)
+        self.run_path = None if run is None else Path(run)
         self._pair: AlignedPair | None = None
         self.config: PairConfig | None = None
         if self.run_path is not None:

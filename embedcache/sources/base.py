@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 IMPORTED = "imported"
 """Source type recorded by a cache of imported vectors; nothing can be extracted from it."""
@@ -61,6 +61,7 @@ class Sample:
         return self.images if modality == "image" else self.files.get(modality, ())
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where raw samples come from.
 

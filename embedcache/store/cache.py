@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, UnknownNameError
-from embedcache.files import folder_bytes, open_path
+from embedcache.files import AnyPath, folder_bytes, open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.registry import unknown_name
 from embedcache.sources.files import wrap_io_errors
@@ -42,13 +42,17 @@ class Cache:
         ArtifactError: the cache has a later format.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = open_path(path)
         with wrap_io_errors(self.path):
             self.info: CacheInfo = read_info(self.path)
         # Parsing a footer takes longer than reading the rows of a chunk.
         self._sample_columns: dict[str, pa.ChunkedArray] = {}
         self._footers: dict[str, _Footer] = {}
+
+    def __fspath__(self) -> str:
+        """Return the path or URL, so that functions that take a path of a cache take a `Cache`."""
+        return str(self.path)
 
     @cached_property
     def columns(self) -> list[str]:

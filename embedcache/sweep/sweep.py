@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from embedcache.files import disk_errors, locked
+from embedcache.files import AnyPath, disk_errors, locked
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import write_record
 from embedcache.registry import require
 from embedcache.reports.sweep import SweepConfig, SweepFindings, write_sweep_page
+from embedcache.settings import replace_flat
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import open_study
@@ -33,13 +35,14 @@ class SweepReport:
 
 def sweep(
     cache_paths: Paths,
-    study_path: Path | str,
-    space_path: Path | str,
+    study_path: AnyPath,
+    space_path: AnyPath,
     *,
     image_feature: str | None = None,
     text_feature: str | None = None,
     settings: SweepSettings | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> SweepReport:
     """Train with many settings, retrain the best ones with several seeds, and report.
 
@@ -51,6 +54,7 @@ def sweep(
         space_path: TOML file with fixed and swept settings.
         image_feature: `encoder/feature`; None if the caches have only one.
         text_feature: `encoder/feature`; None if the caches have only one.
+        options: settings by their names on the command line, which replace those of `settings`.
         progress: shows one note per trial.
 
     Raises:
@@ -66,7 +70,8 @@ def sweep(
     from embedcache.sweep.trials import make_grid_points
     from embedcache.sweep.worker import StudyJob, run_workers, work
 
-    study_path, settings, progress = Path(study_path), settings or SweepSettings(), progress or NullProgress()
+    settings = replace_flat(settings or SweepSettings(), options)
+    study_path, progress = Path(study_path), progress or NullProgress()
     space = read_space(Path(space_path))
     make_grid_points(space, settings)  # rejects an infinite grid before a folder is created
     memory = space.settings({}).machine.memory

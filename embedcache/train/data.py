@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +15,7 @@ from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split, make_split
 from embedcache.errors import DataError, SettingError
+from embedcache.files import AnyPath, one_or_many
 from embedcache.modalities import order_pair
 from embedcache.progress import Progress
 from embedcache.projectors.saved import TowerInput
@@ -24,7 +24,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 from embedcache.train.views import DrawnViews, merge_inputs
 
-Paths: TypeAlias = Path | str | Sequence[Path | str]
+Paths: TypeAlias = AnyPath | Sequence[AnyPath]
 
 
 def open_data(paths: Paths, features: Mapping[str, str | None], *, memory_bytes: int) -> "TrainData":
@@ -45,7 +45,7 @@ def open_data(paths: Paths, features: Mapping[str, str | None], *, memory_bytes:
     """
     if len(features) != 2:
         raise SettingError(f"feature: expected features of two modalities, got {', '.join(features) or 'none'}")
-    caches = [Cache(path) for path in ([paths] if isinstance(paths, Path | str) else paths)]
+    caches = [Cache(path) for path in one_or_many(paths)]
     for cache, other in combinations(caches, 2):
         if cache.info.has_rows_of(other.info.index_digest) or other.info.has_rows_of(cache.info.index_digest):
             raise DataError(

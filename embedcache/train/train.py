@@ -10,10 +10,11 @@ import numpy as np
 from embedcache.arrays import Ints
 from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.selections import read_selection
+from embedcache.dataset.settings import with_split_seed
 from embedcache.dataset.splits import PARTS, Split, read_split, write_split
 from embedcache.encoders.backends import torch_device
 from embedcache.errors import DataError, SettingError
-from embedcache.files import disk_errors, relative_location, write_atomic
+from embedcache.files import AnyPath, disk_errors, relative_location, write_atomic
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
@@ -29,6 +30,7 @@ from embedcache.projectors.saved import (
 )
 from embedcache.provenance import digest, digest_file, record_stage
 from embedcache.registry import require
+from embedcache.settings import replace_flat
 from embedcache.train.batches import Batches, Loader, PairLoader
 from embedcache.train.checkpoint import finish_run, reuse_run, start_run
 from embedcache.train.data import Paths, TrainData, open_data
@@ -112,13 +114,14 @@ class TrainReport:
 
 def train(
     cache_paths: Paths,
-    run_path: Path | str,
+    run_path: AnyPath,
     *,
     image_feature: str | None = None,
     text_feature: str | None = None,
-    features: Mapping[str, str | None] | None = None,
+    feature: Mapping[str, str | None] | None = None,
     settings: TrainSettings | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> TrainReport:
     """Train projectors on features of two modalities, such as an image and a text feature, of one or several caches.
 
@@ -132,8 +135,9 @@ def train(
         run_path: folder of the run.
         image_feature: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
         text_feature: as `image_feature`, of the captions.
-        features: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`.
+        feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`.
         settings: settings of the run.
+        options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in training pairs.
 
     Raises:
@@ -146,7 +150,7 @@ def train(
         DataError: too few samples, a feature that does not fit its projector, or a loss that is NaN or infinite.
         MissingExtraError: TensorBoard is enabled and is not installed.
     """
-    settings = settings or TrainSettings()
+    settings = replace_flat(settings or TrainSettings(), with_split_seed(options))
     for name in split_names(settings.model.projector):
         PROJECTORS.load(name)
     LOSSES.load(settings.loss.name)
@@ -155,7 +159,7 @@ def train(
         settings = replace(settings, machine=replace(settings.machine, device=device))
         data = open_data(
             cache_paths,
-            _name_features(image_feature, text_feature, features),
+            _name_features(image_feature, text_feature, feature),
             memory_bytes=settings.machine.memory,
         )
         return train_on(data, run_path, settings, progress=progress)
@@ -176,7 +180,7 @@ def _name_features(
 
 def train_on(
     data: TrainData,
-    run_path: Path | str,
+    run_path: AnyPath,
     settings: TrainSettings,
     *,
     progress: Progress | None = None,

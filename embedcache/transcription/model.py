@@ -47,7 +47,7 @@ def load_speech(run_path: Path | str, *, device: str = "cpu") -> "SpeechModel":
     network, config = load_module(Path(run_path), device=device)
     if not isinstance(network, SpeechNetwork):
         raise DataError(f"{run_path}: expected a run of kind speech, got one of kind {config.kind}")
-    return SpeechModel(network, config, device=device)
+    return SpeechModel(network, config, run_path=Path(run_path), device=device)
 
 
 class SpeechModel:
@@ -56,14 +56,18 @@ class SpeechModel:
     It uses sound, lips or both, as its run was trained. Views of the training, such as added noise, do not matter here.
     """
 
-    def __init__(self, network: SpeechNetwork, config: ModuleConfig, *, device: str) -> None:
-        self._network, self._device = network, device
+    def __init__(self, network: SpeechNetwork, config: ModuleConfig, *, run_path: Path, device: str) -> None:
+        self._network, self._run_path, self._device = network, run_path, device
         self._encoders: dict[str, Encoder] = {}
         self.config = config
 
     def __repr__(self) -> str:
         features = " + ".join(side.feature for side in self.config.sides.values())
         return f"SpeechModel({features} -> {len(SYMBOLS)} symbols)"
+
+    def __fspath__(self) -> str:
+        """Return the folder of the run."""
+        return str(self._run_path)
 
     @property
     def streams(self) -> tuple[str, ...]:

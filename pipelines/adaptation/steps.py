@@ -85,7 +85,7 @@ def make_cache(location: str, domain: str, path: Path) -> Path:
     extract(
         open_source(location, kind=KIND),
         path,
-        encoders=encoders,
+        encoder=encoders,
         settings=ExtractSettings(features=features, chunk_size=16),
     )
     patches = [f"efficientnet-lite0/{name}" for name in PATCHES]

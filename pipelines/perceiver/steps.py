@@ -103,13 +103,13 @@ def make_data(folder: Path, size: DataSize, *, caches: Sequence[str] | None = No
         source = sources[name]
         if name == "letters":
             encoders, states = {"audio": [size.audio_encoder]}, ExtractSettings(features=("states",))
-            extract(source, data.cache(name), encoders=encoders, settings=states, progress=progress)
+            extract(source, data.cache(name), encoder=encoders, settings=states, progress=progress)
         else:
             texts_too = [TEXT_ENCODER] if name == "emoji" else []
             extract_tokens(source, data.cache(name), texts_too, progress)
     if data.cache("emoji").is_dir() and not data.split_path.is_file():
         write_split(data.split_path, split_emoji(Cache(data.cache("emoji"))))
-    extract(open_source(data.words_path), data.cache("words"), text_encoders=[TEXT_ENCODER], progress=progress)
+    extract(open_source(data.words_path), data.cache("words"), text_encoder=[TEXT_ENCODER], progress=progress)
     return data
 
 
@@ -117,7 +117,7 @@ def extract_tokens(source: Source, cache: Path, text_encoders: Sequence[str], pr
     """Extract two blocks of the image encoder and derive 16 tokens per image that hold both."""
     settings = ExtractSettings(features=BLOCKS)
     encoders = {"image": [IMAGE_ENCODER], "text": text_encoders}
-    extract(source, cache, encoders=encoders, settings=settings, progress=progress)
+    extract(source, cache, encoder=encoders, settings=settings, progress=progress)
     inputs = [("image", f"efficientnet-lite0/{block}") for block in BLOCKS]
     derive(cache, Derivation(name="tokens", inputs=inputs, rule=JOIN_GRIDS), progress=progress)
 

@@ -129,7 +129,7 @@ def make_caches(folder: Path, size: Size, sets: Sequence[str]) -> dict[str, Path
         extract(
             open_source(str(world / name), kind=KIND),
             caches[name],
-            encoders={"audio": ["whisper:tiny.en"], "video": [f"stacks:{mouth}"]},
+            encoder={"audio": ["whisper:tiny.en"], "video": [f"stacks:{mouth}"]},
             settings=ExtractSettings(features=("states",), views=noise_views(world, name), chunk_size=64),
             progress=progress,
         )
@@ -237,7 +237,7 @@ class Runs:
     def _derive_states(self, name: str, views: Sequence[str], progress: Progress | None) -> None:
         for part in ("train", "valid"):
             output, of_run = f"{name}-states", f"seed{self.seed}-{name}"
-            derive_from_run(self.caches[part], self.path(name), output, name=of_run, views=views, progress=progress)
+            derive_from_run(self.caches[part], self.path(name), output, name=of_run, view=views, progress=progress)
 
     def _model(self, stage: str) -> dict[str, Any]:
         return {**self.size.model, "dropout": self.size.dropout.get(stage, 0.0)}

@@ -95,7 +95,7 @@ def test_counts_by_prototypes(cache_path: Path, labeled: Path) -> None:
 
 def test_chunk_size_changes_nothing(image_folder: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(features=("mean",), chunk_size=7)
-    extract(open_source(image_folder), tmp_path / "small", text_encoders=[TEXT], settings=settings)
+    extract(open_source(image_folder), tmp_path / "small", text_encoder=[TEXT], settings=settings)
     one = of_texts(cache_path, prompts, **FIXED)
     other = measure_coverage(tmp_path / "small", prompts, CoverageSettings(modality="text", **FIXED))
     assert np.array_equal(one.pool_counts.counts, other.pool_counts.counts)
@@ -160,7 +160,7 @@ def test_captions_of_one_language_are_counted(prompts: Path, tmp_path: Path) -> 
         *(f"{name} bar {number},{'en' if number % 2 else 'de'}" for name in NAMES for number in range(6)),
     ]
     (tmp_path / "t.csv").write_text("\n".join(rows))
-    extract(open_source(tmp_path / "t.csv"), tmp_path / "cache", text_encoders=[TEXT])
+    extract(open_source(tmp_path / "t.csv"), tmp_path / "cache", text_encoder=[TEXT])
     german, both = (of_texts(tmp_path / "cache", prompts, language=name, **FIXED) for name in ("de", "any"))
     assert (german.pool_counts.num_items, both.pool_counts.num_items) == (3 * len(NAMES), 6 * len(NAMES))
     assert "texts in de, open_toy/mean" in german.line()

@@ -41,7 +41,7 @@ def distinct(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "source").mkdir()
     for number, color in enumerate(("red", "lime", "blue")):
         Image.new("RGB", (32, 32), color).save(folder / "source" / f"{number}.png")
-    extract(open_source(folder / "source"), folder / "cache", image_encoders=[IMAGE])
+    extract(open_source(folder / "source"), folder / "cache", image_encoder=[IMAGE])
     return folder / "cache"
 
 
@@ -58,8 +58,8 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extract(
         open_source(source),
         folder / "cache",
-        image_encoders=[IMAGE],
-        text_encoders=[TEXT],
+        image_encoder=[IMAGE],
+        text_encoder=[TEXT],
         settings=ExtractSettings(chunk_size=16),
     )
     return folder / "cache"
@@ -217,7 +217,7 @@ def test_unreached_cosine_names_highest(cache_path: Path, distinct: Path, tmp_pa
 
 def test_dedup_text_cache(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\na red bar\n")
-    extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text_encoders=[TEXT])
+    extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text_encoder=[TEXT])
     done = dedup(tmp_path / "cache", tmp_path / "kept.parquet", DedupSettings(copies_only=True))
     assert done.analysis.feature.modality == "text"
     assert (done.removed.samples.tolist(), done.removed.kept.tolist()) == ([2], [0])

@@ -50,8 +50,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         extract(
             open_source(folder / f"{name}-source"),
             folder / name,
-            image_encoders=[IMAGE],
-            text_encoders=[TEXT],
+            image_encoder=[IMAGE],
+            text_encoder=[TEXT],
             settings=settings,
         )
     return folder / "train", folder / "test"
@@ -143,7 +143,7 @@ def test_token_features_are_averaged(caches: tuple[Path, Path]) -> None:
 
 def test_other_encoder_compares_hashes(caches: tuple[Path, Path], tmp_path: Path) -> None:
     train, test = caches
-    extract(open_source(test.parent / "test-source"), tmp_path / "other", image_encoders=["tests.toy:open_other"])
+    extract(open_source(test.parent / "test-source"), tmp_path / "other", image_encoder=["tests.toy:open_other"])
     found = find_leaks(train, tmp_path / "other")
     assert len(found.leaks[0].copied_samples) == 2
     assert leak_table(found)[1][0][1:5] == ["hashes only", "", "2", "unknown"]
@@ -151,9 +151,7 @@ def test_other_encoder_compares_hashes(caches: tuple[Path, Path], tmp_path: Path
         "images: searched for copies only: no encoder made image features of both: open_toy/cls" in leak_notes(found)[0]
     )
     assert "open_other/cls" in leak_notes(found)[0]
-    extract(
-        open_source(test.parent / "test-source"), tmp_path / "scaled", image_encoders=["tests.toy:open_toy,scale=2"]
-    )
+    extract(open_source(test.parent / "test-source"), tmp_path / "scaled", image_encoder=["tests.toy:open_toy,scale=2"])
     found = find_leaks(train, tmp_path / "scaled", BOTH)
     assert "are of different encoders (weights: " in leak_notes(found)[0]
     assert "tests.toy:open_toy,scale=2" in leak_notes(found)[0]
@@ -173,18 +171,18 @@ def test_incomparable_caches_raise(caches: tuple[Path, Path], tmp_path: Path) ->
     with pytest.raises(UnknownNameError, match="unknown image feature of .*'open_toy/cl'"):
         find_leaks(*caches, LeakSettings(image_feature="open_toy/cl"))
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\n")
-    extract(open_source(tmp_path / "texts.txt"), tmp_path / "texts", text_encoders=[TEXT])
+    extract(open_source(tmp_path / "texts.txt"), tmp_path / "texts", text_encoder=[TEXT])
     write_images(tmp_path / "source", 3)
     for file in (tmp_path / "source").glob("*.txt"):
         file.unlink()
-    extract(open_source(tmp_path / "source"), tmp_path / "images", image_encoders=[IMAGE])
+    extract(open_source(tmp_path / "source"), tmp_path / "images", image_encoder=[IMAGE])
     with pytest.raises(DataError, match=r"expected caches with a modality in common, got features of texts"):
         find_leaks(tmp_path / "texts", tmp_path / "images")
     assert find_leaks(caches[0], tmp_path / "texts").leaks[0].modality == "text"
     for file in (tmp_path / "source").glob("*.png"):
         file.write_bytes(b"not an image")
     with pytest.raises(SourceError, match="all 3 images failed"):
-        extract(open_source(tmp_path / "source"), tmp_path / "broken", image_encoders=[IMAGE])
+        extract(open_source(tmp_path / "source"), tmp_path / "broken", image_encoder=[IMAGE])
     with pytest.raises(
         DataError, match=r"feature open_toy/cls: expected encoded items, got none; see: embedcache inspect .*broken"
     ):

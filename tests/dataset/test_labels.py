@@ -19,7 +19,7 @@ def make_cache(folder: Path, **columns: list[object]) -> Cache:
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     lines = [json.dumps({"key": f"k{number}", "text": "words", **row}) for number, row in enumerate(rows)]
     (folder / "table.jsonl").write_text("\n".join(lines))
-    extract(open_source(folder / "table.jsonl"), folder / "cache", text_encoders=[TEXT])
+    extract(open_source(folder / "table.jsonl"), folder / "cache", text_encoder=[TEXT])
     return Cache(folder / "cache")
 
 

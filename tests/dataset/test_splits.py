@@ -108,7 +108,7 @@ def test_column_split(tmp_path: Path) -> None:
     for number, path in enumerate(sorted(folder.glob("*.txt"))):
         part = "test" if number % 3 == 0 else "restval" if number % 10 == 1 else "train"
         path.with_suffix(".json").write_text(json.dumps({"split": part}))
-    extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT])
+    extract(open_source(folder), tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT])
     cache = Cache(tmp_path / "c")
     column = np.array(cache.samples["split"].to_pylist())
     for fraction in (0.1, 0.4):
@@ -124,7 +124,7 @@ def test_strict_split_joins_by_any_caption(tmp_path: Path) -> None:
     (folder / "00003.txt").write_text("something of its own\nthe very same words\n")
     (folder / "00020.txt").write_text("the very same words\nsomething else again\n")
     (folder / "00007.txt").unlink()  # a sample without captions: rows and positions differ
-    extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT])
+    extract(open_source(folder), tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT])
     split = split_of(tmp_path / "c", SplitSettings(image_cosine=0.9999, text_cosine=0.999, val_fraction=0.2))
     assert split.groups[3] == split.groups[20]
     assert split.parts[3] == split.parts[20]

@@ -67,7 +67,7 @@ def derive_pca(cache: Path) -> None:
 def run(source: Path, cache: Path, **settings: Any) -> None:
     """Extract all toy features in chunks of 8."""
     chosen = ExtractSettings(**{"features": FEATURES, "chunk_size": 8, **settings})
-    extract(open_source(source), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=chosen)
+    extract(open_source(source), cache, image_encoder=[IMAGE], text_encoder=[TEXT], settings=chosen)
 
 
 MAXIMUM = Rule(

@@ -203,7 +203,7 @@ def test_recovered_item_is_derived(cache: Path, extracted: Path, tmp_path: Path)
     (cache / "cache.json").write_text(info)
     shutil.copy(extracted.parent / "good/00003.png", source / "00003.png")
     settings = ExtractSettings(features=("cls", "patches", "mean", "tokens"))
-    retry_failed(open_source(source), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    retry_failed(open_source(source), cache, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     report = derive(cache, halved(CLS, MEAN))
     assert report.line() == "halved (half, total): derived 8 images, reused 12, failed 0"
     after = tree(cache)

@@ -32,7 +32,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.with_suffix(".wav").write_bytes(b"junk" if number == 5 else wav(tone(0.1 + number / 20)))
     settings = ExtractSettings(features=("xyz", "uv", "label", "mean"), chunk_size=4)
     encoders = {"points": [MEDIA], "audio": [MEDIA]}
-    extract(open_source(folder / "source"), folder / "c", encoders=encoders, settings=settings)
+    extract(open_source(folder / "source"), folder / "c", encoder=encoders, settings=settings)
     return folder / "c"
 
 

@@ -50,7 +50,7 @@ def work(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "names.txt").write_text("\n".join(NAMES))
     (folder / "templates.txt").write_text("bar left on {c}\nbar top on {c}\n")
     source = open_source(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}")
-    extract(source, folder / "prompts", text_encoders=[TEXT], settings=ExtractSettings(features=("mean",)))
+    extract(source, folder / "prompts", text_encoder=[TEXT], settings=ExtractSettings(features=("mean",)))
     return folder
 
 

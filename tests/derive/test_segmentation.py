@@ -63,7 +63,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = EncoderSettings(features=LAYERS)
     encoders = {"image": [ENCODER], "points": ["geometry:eigen", "fields:uv,label"]}
     features = (*encoder.features, "points", "uv", "label")
-    extract(source, path, encoders=encoders, settings=ExtractSettings(features=features, chunk_size=3))
+    extract(source, path, encoder=encoders, settings=ExtractSettings(features=features, chunk_size=3))
     derive(path, lift(path))
     run = make_run(path, folder / "run")
     for output in ("image-prob", "image-hidden", "points-prob", "points-hidden"):
@@ -130,7 +130,7 @@ def test_lift_from_a_cropping_encoder_is_refused(tmp_path: Path) -> None:
     source = open_source("world=5,frames=0,test=1,domains=fog", kind=KIND)
     settings = ExtractSettings(features=("patches", "uv"))
     encoders = {"image": ["lite:efficientnet-lite0"], "points": ["fields:uv"]}
-    extract(source, tmp_path / "cache", encoders=encoders, settings=settings)
+    extract(source, tmp_path / "cache", encoder=encoders, settings=settings)
     with pytest.raises(SettingError, match="expected patches whose place in the image is known"):
         lift_parameters(Cache(tmp_path / "cache"), ["efficientnet-lite0/patches"])
 

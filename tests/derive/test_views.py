@@ -53,7 +53,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(work, {"babble.wav": wav(noise)})
     views = (*(f"noise:{level},tape={work}/babble.wav" for level in (5, -5)), "tests.extract.test_noise:backwards")
     settings = ExtractSettings(features=("frames", "mean"), views=views, chunk_size=2)
-    extract(source, work / "cache", encoders={"audio": [MEDIA], "video": [MEDIA]}, settings=settings)
+    extract(source, work / "cache", encoder={"audio": [MEDIA], "video": [MEDIA]}, settings=settings)
     write_run(work / "cache", work / "both", {"audio": AUDIO, "video": VIDEO})
     write_run(work / "cache", work / "noisy", {"audio": "open_media@babble5dB/frames"})
     return work
@@ -236,7 +236,7 @@ def test_command_line(work: Path, cache: Path) -> None:
 def test_pair_on_flipped_images(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 40))
     settings = ExtractSettings(views=("flip",), chunk_size=16)
-    extract(source, tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    extract(source, tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     train(tmp_path / "c", tmp_path / "run", batch_size=20)
     reports = derive_from_run(tmp_path / "c", tmp_path / "run", modality="image", views=("plain", "flip"))
     assert [report.name for report in reports] == ["run-projected", "run-projected@flip"]

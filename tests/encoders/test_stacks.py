@@ -136,7 +136,7 @@ def test_unnormalized_frames_and_even_stacks(folder: Path, tmp_path: Path) -> No
 def cache(folder: Path) -> Path:
     settings = ExtractSettings(features=("pixels", "mean"), chunk_size=2, dtype="float32")
     encoders = {"video": ["frames:pixels,size=6x4"]}
-    extract(open_source(folder / "clips"), folder / "cache", encoders=encoders, settings=settings)
+    extract(open_source(folder / "clips"), folder / "cache", encoder=encoders, settings=settings)
     return folder / "cache"
 
 

@@ -46,7 +46,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.write_text("\n".join([own, f"a {own} picture", f"{own} again"][: 1 + number % 3]))
     path = tmp_path_factory.mktemp("captioned") / "cache"
     settings = ExtractSettings(features=("cls", "patches", "mean", "tokens"), chunk_size=32)
-    extract(open_source(folder), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    extract(open_source(folder), path, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     return path
 
 
@@ -207,7 +207,7 @@ def test_page_has_one_heat_map_per_metric(report: PairsReport, tmp_path: Path) -
 
 def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 60))
-    extract(source, tmp_path / "c", image_encoders=[IMAGE, OTHER], text_encoders=[TEXT])
+    extract(source, tmp_path / "c", image_encoder=[IMAGE, OTHER], text_encoder=[TEXT])
     next((tmp_path / "c" / "image" / "open_other" / "chunks").glob("*.parquet")).unlink()
     key = SplitSettings(kind="key", val_fraction=0.25)
     report = compare(tmp_path / "c", split=key, resamples=20)
@@ -223,10 +223,10 @@ def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
 
 def test_cache_without_a_modality_raises(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
-    extract(open_source(tmp_path / "prompts.txt"), tmp_path / "texts", text_encoders=[TEXT])
+    extract(open_source(tmp_path / "prompts.txt"), tmp_path / "texts", text_encoder=[TEXT])
     with pytest.raises(UnknownNameError, match="no image features; .*: embedcache extract --image-encoder SPEC"):
         compare(tmp_path / "texts")
-    extract(open_source(write_images(tmp_path / "s", 30)), tmp_path / "images", image_encoders=[IMAGE])
+    extract(open_source(write_images(tmp_path / "s", 30)), tmp_path / "images", image_encoder=[IMAGE])
     with pytest.raises(UnknownNameError, match="no text features; .*: embedcache extract --text-encoder SPEC"):
         compare(tmp_path / "images")
 
@@ -243,16 +243,14 @@ def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Pat
         compare(cache_path, split=replace(SPLIT, text_cosine=0.1))
     with pytest.raises(DataError, match="expected at least 20 samples .*, got 10 and 5 of 20 samples"):
         compare(cache_path, num_samples=20, split=key)
-    extract(
-        open_source(write_images(tmp_path / "few", 19)), tmp_path / "f", image_encoders=[IMAGE], text_encoders=[TEXT]
-    )
+    extract(open_source(write_images(tmp_path / "few", 19)), tmp_path / "f", image_encoder=[IMAGE], text_encoder=[TEXT])
     with pytest.raises(DataError, match="expected at least 20 samples of .* with all of the features, got 19"):
         compare(tmp_path / "f", split=key)
     extract(
         open_source(write_images(tmp_path / "s", 60)),
         tmp_path / "c",
-        image_encoders=[f"{IMAGE},scale=0"],
-        text_encoders=[TEXT],
+        image_encoder=[f"{IMAGE},scale=0"],
+        text_encoder=[TEXT],
     )
     with pytest.raises(DataError, match="image feature open_toy/cls: expected rows that differ, got equal rows"):
         compare(tmp_path / "c", split=key)

@@ -86,7 +86,7 @@ def test_other_words_features_and_modalities_are_refused(squares: Squares, squar
     with pytest.raises(DataError, match="items of image, got audio"):
         evaluate_task(squares_run, squares.task("tones", "classify", "classify", train=tones), tones)
     settings = ExtractSettings(features=("patches",))
-    extract(SquaresSource(3), tmp_path / "other", image_encoders=[f"{IMAGE},scale=2"], settings=settings)
+    extract(SquaresSource(3), tmp_path / "other", image_encoder=[f"{IMAGE},scale=2"], settings=settings)
     media = open_media(Cache(tmp_path / "other"), "image", "open_toy/patches")
     table = pa.table({"key": ["0"], "target": ["red red"]})
     other = open_examples(table, squares.words.vocabulary, media=media)

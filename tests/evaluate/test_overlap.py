@@ -33,7 +33,7 @@ def other(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = write_images(folder / "source" / "test", 50, seed=9)
     write_images(folder / "source" / "train", 30, seed=8)
     shutil.copy(image_folder / "00000.png", source / "00000.png")
-    extract(open_source(folder / "source"), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
+    extract(open_source(folder / "source"), folder / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
     return folder / "cache"
 
 

@@ -70,7 +70,7 @@ def make_cache(folder: Path, columns_of: ColumnsOf, *, count: int = 120, copies:
     for number, path in enumerate(sorted(source.glob("*.txt"))):
         path.with_suffix(".json").write_text(json.dumps(columns_of(number, path.read_text().strip())))
     settings = ExtractSettings(features=FEATURES, chunk_size=32)
-    extract(open_source(source), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    extract(open_source(source), folder / "cache", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     return folder / "cache"
 
 
@@ -414,7 +414,7 @@ def test_failed_items_are_counted(tmp_path: Path) -> None:
     for number, path in enumerate(sorted(source.glob("*.txt"))):
         path.with_suffix(".json").write_text(json.dumps(color(number, path.read_text().strip())))
     (source / "00007.png").write_bytes(b"not an image")
-    extract(open_source(source), tmp_path / "cache", image_encoders=[IMAGE])
+    extract(open_source(source), tmp_path / "cache", image_encoder=[IMAGE])
     data = read_labeled(Cache(tmp_path / "cache"), ProbeSettings(feature=FEATURE))
     assert data.num_left_out == 1
     assert 7 not in data.items.rows
@@ -434,7 +434,7 @@ def test_labeled_tars(tmp_path: Path) -> None:
             )
         ]
         write_tar(tmp_path / "tars" / split / "0.tar", members)
-    extract(open_source(tmp_path / "tars"), tmp_path / "cache", image_encoders=[IMAGE])
+    extract(open_source(tmp_path / "tars"), tmp_path / "cache", image_encoder=[IMAGE])
     report = evaluate_probe(tmp_path / "cache", ProbeSettings(feature="open_toy", classifiers=("knn",)))
     assert report.counts == {"train": 81, "val": 9, "test": 30}
     assert report.labeled.names == list("012345")

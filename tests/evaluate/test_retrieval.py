@@ -137,13 +137,13 @@ def test_several_languages_raise(cache_path: Path, runs: list[Path]) -> None:
 
 def test_control_must_be_shuffled(cache_path: Path, runs: list[Path]) -> None:
     with pytest.raises(SettingError, match="seed-0: expected a control trained with --shuffle-pairs"):
-        compare_retrieval(cache_path, runs, control_paths=runs)
+        compare_retrieval(cache_path, runs, control_run=runs)
 
 
 def test_run_of_another_encoder_is_refused(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 60))
     for name, scale in (("a", 1), ("b", 2)):
-        extract(source, tmp_path / name, image_encoders=[f"{IMAGE},scale={scale}"], text_encoders=[TEXT])
+        extract(source, tmp_path / name, image_encoder=[f"{IMAGE},scale={scale}"], text_encoder=[TEXT])
     run = train_run(tmp_path / "a", tmp_path / "run")
     with pytest.raises(FingerprintError, match="image feature open_toy/cls .*weights: "):
         evaluate_retrieval(tmp_path / "b", [run])
@@ -243,7 +243,7 @@ def multilingual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "table.csv").write_text("\n".join(rows))
     settings = SourceSettings(language_column="sprache")
     path = folder.parent / "cache"
-    extract(open_source(folder / "table.csv", settings=settings), path, image_encoders=[IMAGE], text_encoders=[TEXT])
+    extract(open_source(folder / "table.csv", settings=settings), path, image_encoder=[IMAGE], text_encoder=[TEXT])
     return path
 
 

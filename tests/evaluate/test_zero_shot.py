@@ -47,9 +47,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cached(source: object, cache: Path, *, text: str | None = None) -> Path:
-    extract(
-        open_source(str(source)), cache, image_encoders=[] if text else [IMAGE], text_encoders=[text] if text else []
-    )
+    extract(open_source(str(source)), cache, image_encoder=[] if text else [IMAGE], text_encoder=[text] if text else [])
     return cache
 
 

@@ -61,7 +61,7 @@ def cache(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("preset")
     source = open_source(write_images(folder / "images", 12))
     settings = ExtractSettings(features=("patch_mean", "mean"))
-    extract(source, folder / "cache", image_encoders=[tiny["whole"]], text_encoders=[tiny["bert"]], settings=settings)
+    extract(source, folder / "cache", image_encoder=[tiny["whole"]], text_encoder=[tiny["bert"]], settings=settings)
     return folder / "cache"
 
 

@@ -19,8 +19,8 @@ def run(source: Path, cache: Path, **settings: object) -> list[EncoderReport]:
     return extract(
         open_source(source),
         cache,
-        image_encoders=[IMAGE],
-        text_encoders=[TEXT],
+        image_encoder=[IMAGE],
+        text_encoder=[TEXT],
         settings=ExtractSettings(**settings),  # type: ignore[arg-type]
     )
 
@@ -45,8 +45,8 @@ def extract_slowly(
     reports = extract(
         open_source(source),
         cache,
-        image_encoders=[f"{image},delay_ms={delay_ms}"],
-        text_encoders=[TEXT],
+        image_encoder=[f"{image},delay_ms={delay_ms}"],
+        text_encoder=[TEXT],
         settings=ExtractSettings(features=FEATURES, chunk_size=8, **settings),  # type: ignore[arg-type]
         progress=progress,
     )

@@ -45,7 +45,7 @@ def source(tmp_path: Path) -> Path:
 
 def retry(source: Path, cache: Path) -> list[str]:
     settings = ExtractSettings(features=FEATURES)
-    reports = retry_failed(open_source(source), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    reports = retry_failed(open_source(source), cache, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     return [report.line() for report in reports]
 
 
@@ -105,10 +105,10 @@ def test_second_encoder_rejects_a_file_of_equal_length(tmp_path: Path) -> None:
     for number in range(4):
         Image.new("RGB", (8, 8), (number * 60, 0, 0)).save(folder / f"{number}.bmp")
     cache = tmp_path / "c"
-    extract(open_source(folder), cache, image_encoders=[IMAGE], settings=ExtractSettings(chunk_size=2))
+    extract(open_source(folder), cache, image_encoder=[IMAGE], settings=ExtractSettings(chunk_size=2))
     shutil.copy(folder / "0.bmp", folder / "3.bmp")
     with pytest.raises(FingerprintError, match="image 3.bmp in row 3 has other bytes now than when open_toy was"):
-        extract(open_source(folder), cache, image_encoders=["tests.toy:open_other"])
+        extract(open_source(folder), cache, image_encoder=["tests.toy:open_other"])
     assert [commit is None for commit in Cache(cache).feature("image", "open_other").commits] == [False, True]
     assert verify(Cache(cache))[-1].is_damage is False
     group = Cache(cache).encoders("image")[1]

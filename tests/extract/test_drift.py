@@ -94,7 +94,7 @@ def test_repair_rejects_damaged_table(cache: Path) -> None:
 def test_repair_keeps_dtypes(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "c", features=("cls",), chunk_size=8)
     settings = ExtractSettings(features=("patches",), dtype="float32")
-    extract(open_source(source), tmp_path / "c", image_encoders=[toy.IMAGE], settings=settings)
+    extract(open_source(source), tmp_path / "c", image_encoder=[toy.IMAGE], settings=settings)
     whole = tree(tmp_path / "c")
     for name in ("cls/c/1/0", "patches/c/1/0/0"):
         (tmp_path / "c/image/open_toy" / name).unlink()

@@ -116,8 +116,8 @@ def test_invalid_request_is_rejected_before_indexing(
         extract(
             open_source(source),
             tmp_path / "c",
-            image_encoders=encoders.get("image", ()),
-            text_encoders=encoders.get("text", ()),
+            image_encoder=encoders.get("image", ()),
+            text_encoder=encoders.get("text", ()),
             settings=ExtractSettings(**settings),
         )
     assert not (tmp_path / "c").exists()

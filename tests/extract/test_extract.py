@@ -127,7 +127,7 @@ def test_complete_encoder_is_left_alone(tmp_path: Path) -> None:
     run(folder, tmp_path / "c")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c/image/open_toy").rglob("*.parquet")}
     encoders = [IMAGE, "tests.toy:open_other"]
-    extract(open_source(folder), tmp_path / "c", image_encoders=encoders, text_encoders=[TEXT])
+    extract(open_source(folder), tmp_path / "c", image_encoder=encoders, text_encoder=[TEXT])
     assert {path: path.stat().st_mtime_ns for path in before} == before
     cache = Cache(tmp_path / "c")
     assert cache.feature("image", "open_toy/cls").valid.all()
@@ -216,15 +216,15 @@ def test_equal_items_have_equal_hashes(tmp_path: Path) -> None:
 
 def test_other_encoder_of_the_same_name_raises(source: Path, cache: Path) -> None:
     with pytest.raises(FingerprintError, match="encoder 'open_toy'.*weights: "):
-        extract(open_source(source), cache, image_encoders=[f"{IMAGE},scale=2"])
+        extract(open_source(source), cache, image_encoder=[f"{IMAGE},scale=2"])
 
 
 def test_values_beyond_float16_need_float32(source: Path, tmp_path: Path) -> None:
     image = f"{IMAGE},scale=1e5"
     with pytest.raises(ValueError, match="open_toy/cls .* beyond the range of float16; .*--dtype float32"):
-        extract(open_source(source), tmp_path / "c", image_encoders=[image])
+        extract(open_source(source), tmp_path / "c", image_encoder=[image])
     settings = ExtractSettings(dtype="float32")
-    extract(open_source(source), tmp_path / "c", image_encoders=[image], settings=settings)
+    extract(open_source(source), tmp_path / "c", image_encoder=[image], settings=settings)
     assert Cache(tmp_path / "c").feature("image").load().max() > 65_504
 
 
@@ -235,7 +235,7 @@ def test_unknown_feature_raises(source: Path, tmp_path: Path) -> None:
 
 def test_unknown_encoder_family_raises(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown encoder family 'tim'; did you mean 'timm'"):
-        extract(open_source(source), tmp_path / "c", image_encoders=["tim:resnet18"])
+        extract(open_source(source), tmp_path / "c", image_encoder=["tim:resnet18"])
 
 
 def test_source_without_captions_has_no_texts(tmp_path: Path) -> None:

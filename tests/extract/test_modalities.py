@@ -51,7 +51,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(source: Path, cache: Path, **settings: object) -> list[EncoderReport]:
     options = ExtractSettings(**{"features": FEATURES, "chunk_size": 2, **settings})  # type: ignore[arg-type]
-    return extract(open_source(source), cache, encoders=ENCODERS, image_encoders=[IMAGE], settings=options)
+    return extract(open_source(source), cache, encoder=ENCODERS, image_encoder=[IMAGE], settings=options)
 
 
 @pytest.fixture
@@ -101,14 +101,14 @@ def test_interrupted_extraction_resumes_to_the_same_bytes(source: Path, cache: P
 
 def test_extend_appends_new_modalities(tmp_path: Path) -> None:
     folder = write(tmp_path / "f", {"a.jpg": jpeg()})
-    extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE])
+    extract(open_source(folder), tmp_path / "c", image_encoder=[IMAGE])
     assert not (tmp_path / "c" / "audio").exists()
     write(folder, {"b.jpg": jpeg("blue"), "b.wav": wav(tone(0.2)), "c.npz": npz(cloud(4))})
     encoders = {"audio": [MEDIA], "points": [MEDIA]}
     with pytest.raises(FingerprintError, match="it has 2 more; .*append them with --extend"):
-        extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE], encoders=encoders)
+        extract(open_source(folder), tmp_path / "c", image_encoder=[IMAGE], encoder=encoders)
     settings = ExtractSettings(extend=True)
-    reports = extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE], encoders=encoders, settings=settings)
+    reports = extract(open_source(folder), tmp_path / "c", image_encoder=[IMAGE], encoder=encoders, settings=settings)
     assert [(report.modality, report.encoded, report.reused) for report in reports] == [
         ("image", 2, 0),
         ("audio", 1, 0),
@@ -127,7 +127,7 @@ def test_retry_encodes_repaired_files_only(tmp_path: Path) -> None:
     with pytest.raises(FingerprintError, match="failed .* have other bytes now; .*encode them with --retry-failed"):
         run(folder, tmp_path / "c")
     settings = ExtractSettings(features=FEATURES)
-    reports = retry_failed(open_source(folder), tmp_path / "c", encoders=ENCODERS, settings=settings)
+    reports = retry_failed(open_source(folder), tmp_path / "c", encoder=ENCODERS, settings=settings)
     assert [report.line() for report in reports] == [
         "open_media: retried 2 failed recordings, 1 have features now, 1 failed again: 1 damaged recording",
         "open_media: retried 1 failed videos, 0 have features now, 1 failed again: 1 damaged video",
@@ -148,10 +148,10 @@ def test_replaced_recording_is_refused(tmp_path: Path) -> None:
 
 def test_interval_that_moved_is_another_sample(tmp_path: Path) -> None:
     table = write_intervals(tmp_path, [(0.0, 0.5), (0.5, 1.0)])
-    extract(open_source(table), tmp_path / "c", encoders={"audio": [MEDIA]})
+    extract(open_source(table), tmp_path / "c", encoder={"audio": [MEDIA]})
     write_intervals(tmp_path, [(0.0, 0.5), (0.5, 0.9)])
     with pytest.raises(FingerprintError, match="sample 't/1' has other recordings"):
-        extract(open_source(table), tmp_path / "c", encoders={"audio": [MEDIA]}, settings=ExtractSettings(extend=True))
+        extract(open_source(table), tmp_path / "c", encoder={"audio": [MEDIA]}, settings=ExtractSettings(extend=True))
 
 
 def write_intervals(folder: Path, bounds: list[tuple[float, float | None]]) -> Path:
@@ -164,7 +164,7 @@ def write_intervals(folder: Path, bounds: list[tuple[float, float | None]]) -> P
 def test_intervals_of_one_recording(tmp_path: Path) -> None:
     table = write_intervals(tmp_path, [(0.0, 0.5), (0.5, 1.25), (1.0, None), (3.0, None)])
     settings = ExtractSettings(features=("frames",))
-    extract(open_source(table), tmp_path / "c", encoders={"audio": [MEDIA]}, settings=settings)
+    extract(open_source(table), tmp_path / "c", encoder={"audio": [MEDIA]}, settings=settings)
     cache = Cache(tmp_path / "c")
     feature = cache.feature("audio", "open_media/frames")
     assert feature.failures == {3: "no such interval: expected 3 s to the end within its 2.00 s"}
@@ -210,24 +210,24 @@ def test_plan_counts_items(tmp_path: Path) -> None:
     settings = ExtractSettings(features=("mean", "xyz"))
     write(tmp_path / "f", {f"{name}.npz": npz(cloud(30, seed=seed)) for seed, name in enumerate("abcd")})
     write(tmp_path / "f", {"a.mp4": encode_video(moving_square(5)), "x.wav": wav(tone(0.1))})
-    made = plan(open_source(tmp_path / "f"), tmp_path / "c", encoders=ENCODERS, settings=settings)
+    made = plan(open_source(tmp_path / "f"), tmp_path / "c", encoder=ENCODERS, settings=settings)
     assert [feature.num_items for feature in made.features] == [2, 1, 4]
     assert made.features[2].item_bytes == 30 * 3 * 4  # float32, whatever --dtype says
 
 
 def test_model_may_refuse_an_item(tmp_path: Path) -> None:
     folder = write(tmp_path / "f", {"a.wav": wav(tone(0.01)), "b.wav": wav(tone(0.1))})
-    extract(open_source(folder), tmp_path / "c", encoders={"audio": [MEDIA]})
+    extract(open_source(folder), tmp_path / "c", encoder={"audio": [MEDIA]})
     failures = Cache(tmp_path / "c").feature("audio").failures
     assert failures == {0: "too short: 160 samples, expected at least 320"}
 
 
 def test_unknown_modality_and_missing_items_raise(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown modality 'sound'.*audio"):
-        extract(open_source(source), tmp_path / "c", encoders={"sound": [MEDIA]})
+        extract(open_source(source), tmp_path / "c", encoder={"sound": [MEDIA]})
     only_images = write(tmp_path / "f", {"a.jpg": jpeg()})
     with pytest.raises(SourceError, match="has no audio items; omit --encoder audio="):
-        extract(open_source(only_images), tmp_path / "d", encoders={"audio": [MEDIA]})
+        extract(open_source(only_images), tmp_path / "d", encoder={"audio": [MEDIA]})
 
 
 def test_chunk_above_two_gibibytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def test_chunk_above_two_gibibytes_is_refused(tmp_path: Path, monkeypatch: pytes
 
     def encode(cache: str, **changed: object) -> list[EncoderReport]:
         chosen = ExtractSettings(features=("xyz",), **changed)  # type: ignore[arg-type]
-        return extract(open_source(folder), tmp_path / cache, encoders={"points": [MEDIA]}, settings=chosen)
+        return extract(open_source(folder), tmp_path / cache, encoder={"points": [MEDIA]}, settings=chosen)
 
     with pytest.raises(SettingError, match=r"chunk_size: expected a chunk of at most .* 8 items of .*--chunk-size 4"):
         encode("c", chunk_size=64)

@@ -48,7 +48,7 @@ def source(tmp_path: Path) -> Path:
 
 def run(source: Path, cache: Path, *views: str) -> list[EncoderReport]:
     settings = ExtractSettings(**SETTINGS, views=views)  # type: ignore[arg-type]
-    return extract(open_source(source), cache, encoders={"audio": [MEDIA]}, settings=settings)
+    return extract(open_source(source), cache, encoder={"audio": [MEDIA]}, settings=settings)
 
 
 def snr_db(clean: np.ndarray, noisy: np.ndarray) -> float:
@@ -218,7 +218,7 @@ def test_views_apply_to_their_modality_only(tmp_path: Path, tape: Path) -> None:
     settings = ExtractSettings(features=("frames", "xyz"), views=(*own, f"noise:5,tape={tape}", "flip"))
     encoders = {modality: [MEDIA] for modality in ("audio", "video", "points")}
     source = open_source(write(tmp_path / "f", files))
-    extract(source, tmp_path / "c", image_encoders=[IMAGE], encoders=encoders, settings=settings)
+    extract(source, tmp_path / "c", image_encoder=[IMAGE], encoder=encoders, settings=settings)
     cache = Cache(tmp_path / "c")
     suffixes = {"image": "flip", "audio": "babble5dB", "video": "tests.extract.test_noise-backwards"}
     suffixes["points"] = "tests.extract.test_noise-mirrored"
@@ -235,7 +235,7 @@ def test_training_draws_views_of_recordings(tmp_path: Path, tape: Path) -> None:
     }
     settings = ExtractSettings(features=("frames",), views=(f"noise:-5,tape={tape}",))
     encoders = {"audio": [MEDIA], "video": [MEDIA]}
-    extract(open_source(write(tmp_path / "f", videos)), tmp_path / "c", encoders=encoders, settings=settings)
+    extract(open_source(write(tmp_path / "f", videos)), tmp_path / "c", encoder=encoders, settings=settings)
     features = {"audio": "open_media/frames", "video": "open_media/frames"}
     data = open_data(tmp_path / "c", features, memory_bytes=1e6)
     rows, (views,) = np.arange(3), parse_views(["audio=plain,babble-5dB:2"]).values()

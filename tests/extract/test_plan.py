@@ -19,7 +19,7 @@ SETTINGS = ExtractSettings(features=FEATURES, chunk_size=64)
 
 
 def planned_for(image_folder: Path, cache: Path, settings: ExtractSettings = SETTINGS) -> Plan:
-    return plan(open_source(image_folder), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    return plan(open_source(image_folder), cache, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
 
 
 def test_planned_bytes_match_the_stored_features(image_folder: Path, tmp_path: Path) -> None:
@@ -80,5 +80,5 @@ def test_plan_uses_the_threads_of_extraction(
 
     monkeypatch.setattr("embedcache.extract.settings.num_cores", lambda: 1)
     monkeypatch.setattr(toy.ToyImages, "prepare", record_thread)
-    plan(open_source(image_folder), tmp_path / "c", image_encoders=[IMAGE], settings=ExtractSettings(threads=threads))
+    plan(open_source(image_folder), tmp_path / "c", image_encoder=[IMAGE], settings=ExtractSettings(threads=threads))
     assert len(names) == (threads or 1)

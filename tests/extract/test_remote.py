@@ -44,7 +44,7 @@ def shards(tmp_path: Path) -> Path:
 def run(source: str, cache: str, *, progress: Progress | None = None, **options: Any) -> list[str]:
     settings = ExtractSettings(features=FEATURES, chunk_size=8, **options)
     reports = extract(
-        open_source(source), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings, progress=progress
+        open_source(source), cache, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings, progress=progress
     )
     return [report.line() for report in reports]
 

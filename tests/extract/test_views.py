@@ -81,7 +81,7 @@ def test_view_has_no_box(tmp_path: Path) -> None:
     source = write_images(tmp_path / "s", 2)
     encoder = "lite:efficientnet-lite0,fit=whole"
     settings = ExtractSettings(features=("patches",), views=("crop:0.5",), encoder=EncoderSettings(backend="torch"))
-    extract(open_source(source), tmp_path / "c", image_encoders=[encoder], settings=settings)
+    extract(open_source(source), tmp_path / "c", image_encoder=[encoder], settings=settings)
     plain, cropped = Cache(tmp_path / "c").features("image")
     assert plain.axis == Axis(kind="grid", rows=7, columns=7, box=(0.0, 0.0, 1.0, 1.0))
     assert cropped.axis == plain.axis.without_box

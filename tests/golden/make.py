@@ -35,8 +35,8 @@ def make() -> Path:
         extract(
             open_source(source),
             path,
-            image_encoders=[IMAGE],
-            text_encoders=[TEXT],
+            image_encoder=[IMAGE],
+            text_encoder=[TEXT],
             settings=ExtractSettings(features=names, chunk_size=4),
         )
     shutil.rmtree(path / "records")

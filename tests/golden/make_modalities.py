@@ -54,9 +54,9 @@ def run(source: Path, cache: Path) -> list[EncoderReport]:
     return extract(
         open_source(source / "table.csv"),
         cache,
-        image_encoders=[IMAGE],
-        text_encoders=[TEXT],
-        encoders={"audio": [MEDIA], "video": [MEDIA], "points": [MEDIA]},
+        image_encoder=[IMAGE],
+        text_encoder=[TEXT],
+        encoder={"audio": [MEDIA], "video": [MEDIA], "points": [MEDIA]},
         settings=ExtractSettings(features=FEATURES, chunk_size=2),
     )
 

@@ -33,8 +33,8 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extract(
         open_source(folder / "table.jsonl"),
         folder / "cache",
-        image_encoders=[IMAGE],
-        text_encoders=[TEXT],
+        image_encoder=[IMAGE],
+        text_encoder=[TEXT],
         settings=settings,
     )
     return folder / "cache"

@@ -45,7 +45,7 @@ def exact_cache(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A cache of the images that keeps every bit of the encoder's float32."""
     path = tmp_path_factory.mktemp("exact") / "cache"
     settings = ExtractSettings(features=FEATURES, dtype="float32")
-    extract(open_source(image_folder), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    extract(open_source(image_folder), path, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     return path
 
 
@@ -114,7 +114,7 @@ def test_image_modes_are_prepared_as_in_extraction(kind: str, runs: dict[str, Pa
 def test_view_of_run_is_applied(image_folder: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(views=("crop:0.5",), dtype="float32")
     extract(
-        open_source(image_folder), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings
+        open_source(image_folder), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings
     )
     run = train_run(tmp_path / "cache", tmp_path / "run", "open_toy@crop-0.5/cls", "open_toy/mean", "linear")
     model, transform, _ = load("embedcache", run)
@@ -248,13 +248,13 @@ def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path, monkeypatch: pytes
     extract(
         open_source(write_emoji(tmp_path / "emoji", 12)),
         tmp_path / "cache",
-        image_encoders=[image],
-        text_encoders=[text],
+        image_encoder=[image],
+        text_encoder=[text],
     )
     run, photos = tmp_path / "run", write_photos(tmp_path / "photos")
     train_run(tmp_path / "cache", run, "efficientnet-lite0/patch_mean", "all-MiniLM-L6-v2/mean", "linear")
-    extract(open_source(photos), tmp_path / "images", image_encoders=[image])
-    extract(open_source(f"prompts:{photos}"), tmp_path / "prompts", text_encoders=[text])
+    extract(open_source(photos), tmp_path / "images", image_encoder=[image])
+    extract(open_source(f"prompts:{photos}"), tmp_path / "prompts", text_encoder=[text])
 
     data = ["--dataset", "wds/photos", "--dataset_root", "photos", "--task", "zeroshot_classification"]
     options = [*data, "--num_workers", 0, "--quiet", "--save_clf", "classes.pt"]

@@ -149,9 +149,9 @@ def test_train_and_index_on_import(tree: Path, tmp_path: Path) -> None:
 def test_extract_into_import_raises(tree: Path, tmp_path: Path, image_folder: Path) -> None:
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
     with pytest.raises(SettingError, match="was imported from .*: it has vectors, but no images or texts to encode"):
-        extract(open_source(image_folder), tmp_path / "cache", image_encoders=["tests.toy:open_toy"])
+        extract(open_source(image_folder), tmp_path / "cache", image_encoder=["tests.toy:open_toy"])
     with pytest.raises(PathError, match="imported:.* does not exist"):  # not a kind of source to choose
-        extract(open_source(f"imported:{tree}"), tmp_path / "other", image_encoders=["tests.toy:open_toy"])
+        extract(open_source(f"imported:{tree}"), tmp_path / "other", image_encoder=["tests.toy:open_toy"])
 
 
 def test_text_vectors_need_captions(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_languages_that_begin_in_a_later_block(tmp_path: Path, monkeypatch: pyte
     (folder / "00001.txt").unlink()
     (folder / "00005.txt").unlink()
     (folder / "00005.json").write_text('{"caption": "ein roter Balken", "language": "de"}')
-    extract(open_source(folder), tmp_path / "cache", image_encoders=[IMAGE])
+    extract(open_source(folder), tmp_path / "cache", image_encoder=[IMAGE])
     monkeypatch.setattr(parquet, "_BLOCK", 2)
     export = export_of(tmp_path / "cache", image_feature="open_toy/cls")
     assert write_parquet(export, tmp_path / "rows.parquet", progress=NullProgress()) == 6

@@ -162,7 +162,7 @@ def derived(squares: Squares, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run on the mean of principal components of tokens, and a cache with both."""
     folder = tmp_path_factory.mktemp("derived")
     settings = ExtractSettings(features=("patches",))
-    extract(SquaresSource(8), folder / "cache", image_encoders=[IMAGE], settings=settings)
+    extract(SquaresSource(8), folder / "cache", image_encoder=[IMAGE], settings=settings)
     for derivation in (
         Derivation(name="few", inputs=[("image", "open_toy/patches")], rule="pca", parameters={"width": 2}),
         Derivation(name="whole", inputs=[("image", "few/pca")], rule="mean"),

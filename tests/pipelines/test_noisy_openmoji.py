@@ -21,7 +21,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     images = write_images(folder / "images", 4)
     (images / "00001.json").write_text(json.dumps({"captions": ["one"]}))
     (images / "00002.txt").unlink()
-    extract(open_source(f"pairs:{images}"), folder / "cache", text_encoders=[TEXT])
+    extract(open_source(f"pairs:{images}"), folder / "cache", text_encoder=[TEXT])
     return Cache(folder / "cache")
 
 

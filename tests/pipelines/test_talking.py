@@ -440,7 +440,7 @@ class TestWorld:
 def test_world_becomes_a_cache(recorded: Path, tmp_path: Path) -> None:
     source = open_source(str(recorded / "R"), kind=KIND)
     settings = ExtractSettings(features=("frames",))
-    extract(source, tmp_path / "cache", encoders={"audio": [MEDIA], "video": [MEDIA]}, settings=settings)
+    extract(source, tmp_path / "cache", encoder={"audio": [MEDIA], "video": [MEDIA]}, settings=settings)
     cache = Cache(tmp_path / "cache")
     samples = pq.read_table(samples_path(tmp_path / "cache"))
     records = list(read_manifest(recorded / "R"))

@@ -125,7 +125,7 @@ def test_tutorial_prints_what_it_shows(
 
 def copy_image_features(quickstart_cache: Path, cache: Path) -> None:
     """Create the tutorial's cache with the quickstart's features of the same images, which saves 20 seconds."""
-    extract(open_source("openmoji:en"), cache, text_encoders=[TEXT_ENCODER])
+    extract(open_source("openmoji:en"), cache, text_encoder=[TEXT_ENCODER])
     folder = cache / "image" / "efficientnet-lite0"
     shutil.copytree(quickstart_cache / "image" / "efficientnet-lite0", folder)
     commit, of_texts = read_commit(folder, 0), read_commit(cache / "text" / "all-MiniLM-L6-v2", 0)

@@ -33,9 +33,9 @@ def folder(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_run(cache_path, folder / "run", *SIDES["vectors"])
     for number, name in enumerate(CLASSES):
         write_images(folder / "source" / name, 6, seed=number)
-    extract(open_source(folder / "source"), folder / "labeled", image_encoders=[IMAGE])
+    extract(open_source(folder / "source"), folder / "labeled", image_encoder=[IMAGE])
     (folder / "names.txt").write_text("\n".join(CLASSES) + "\n")
-    extract(open_source(f"prompts:{folder / 'names.txt'}"), folder / "prompts", text_encoders=[TEXT])
+    extract(open_source(f"prompts:{folder / 'names.txt'}"), folder / "prompts", text_encoder=[TEXT])
     return folder
 
 

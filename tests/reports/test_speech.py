@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extract(
         open_source(folder / "files"),
         folder / "cache",
-        encoders={"audio": [MEDIA], "video": [MEDIA]},
+        encoder={"audio": [MEDIA], "video": [MEDIA]},
         settings=ExtractSettings(chunk_size=8, features=("frames",), views=views),
     )
     for name, seed in (("audio", 0), ("audio", 1), ("video", 0)):

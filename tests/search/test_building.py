@@ -33,7 +33,7 @@ FEATURE: dict[str, Any] = {"feature": "open_toy/cls", "min_recall": 0.0}
 def write_cache(folder: Path, count: int, chunk_size: int = 16) -> Path:
     source = open_source(write_images(folder / "source", count))
     settings = ExtractSettings(chunk_size=chunk_size, extend=(folder / "cache").exists())
-    extract(source, folder / "cache", image_encoders=[IMAGE], settings=settings)
+    extract(source, folder / "cache", image_encoder=[IMAGE], settings=settings)
     return folder / "cache"
 
 
@@ -156,12 +156,10 @@ def test_retried_item_is_added(tmp_path: Path) -> None:
     good = (folder / "00004.png").read_bytes()
     (folder / "00004.png").write_bytes(b"")
     source = open_source(folder)
-    extract(source, tmp_path / "cache", image_encoders=[IMAGE], settings=ExtractSettings(chunk_size=8))
+    extract(source, tmp_path / "cache", image_encoder=[IMAGE], settings=ExtractSettings(chunk_size=8))
     assert build_index(tmp_path / "cache", tmp_path / "index").num_vectors == 19
     (folder / "00004.png").write_bytes(good)
-    retry_failed(
-        open_source(folder), tmp_path / "cache", image_encoders=[IMAGE], settings=ExtractSettings(chunk_size=8)
-    )
+    retry_failed(open_source(folder), tmp_path / "cache", image_encoder=[IMAGE], settings=ExtractSettings(chunk_size=8))
     assert build_index(tmp_path / "cache", tmp_path / "index").num_vectors == 20
     assert read_index(tmp_path / "index" / "index.faiss").rows[-1] == 4
     (hits,) = search(tmp_path / "index", Queries(keys=["00004"]), SearchSettings(k=1))
@@ -189,7 +187,7 @@ def test_build_on_other_samples_raises(tmp_path: Path) -> None:
     shutil.rmtree(cache)
     shutil.rmtree(tmp_path / "source")
     write_images(tmp_path / "source", 30, seed=3)
-    extract(open_source(tmp_path / "source"), cache, image_encoders=[IMAGE])
+    extract(open_source(tmp_path / "source"), cache, image_encoder=[IMAGE])
     with pytest.raises(FingerprintError, match="expected the samples of .*, got others; give the path of a new folder"):
         build_index(cache, tmp_path / "index", IndexSettings(**FEATURE))
 

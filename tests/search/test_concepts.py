@@ -42,7 +42,7 @@ def prompt_cache(folder: Path, names: Sequence[str], text: str = TEXT) -> Path:
     (folder / "names.txt").write_text("\n".join(names))
     (folder / "templates.txt").write_text("\n".join(TEMPLATES))
     source = open_source(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}")
-    extract(source, folder / "prompts", text_encoders=[text])
+    extract(source, folder / "prompts", text_encoder=[text])
     return folder / "prompts"
 
 
@@ -54,7 +54,7 @@ def labeled_cache(folder: Path, count: int, *, broken: Sequence[str] = (), image
         shutil.copy(path, folder / "sorted" / back)
         if path.stem in broken:
             (folder / "sorted" / back / path.name).write_bytes(b"not an image")
-    extract(open_source(folder / "sorted"), folder / "cache", image_encoders=[image])
+    extract(open_source(folder / "sorted"), folder / "cache", image_encoder=[image])
     return folder / "cache"
 
 
@@ -138,7 +138,7 @@ def test_repeated_name_raises(cache_path: Path, tmp_path: Path) -> None:
 
 def test_concept_without_example_raises(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("class,caption\nred,red\nblue,\n")
-    extract(open_source(tmp_path / "p.csv"), tmp_path / "prompts", text_encoders=[TEXT])
+    extract(open_source(tmp_path / "p.csv"), tmp_path / "prompts", text_encoder=[TEXT])
     with pytest.raises(DataError, match="1 of 2 classes .* have no encoded prompt, first 'blue'"):
         open_concepts(Cache(tmp_path / "prompts"), Vectors(cache_path, "text", "open_toy/mean"))
     reds = [f"{number:05d}" for number in range(60)]

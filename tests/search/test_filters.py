@@ -105,7 +105,7 @@ def test_language(tmp_path: Path) -> None:
     write_images(tmp_path / "photos", 12)
     for path in sorted((tmp_path / "photos").glob("*.txt"))[:4]:
         path.with_suffix(".json").write_text(json.dumps({"caption": f"rot {path.stem}", "language": "de"}))
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
     for modality in ("image", "text"):
         build_index(tmp_path / "cache", tmp_path / modality, IndexSettings(modality=modality))
     ask = Queries(keys=["00000"])

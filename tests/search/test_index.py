@@ -168,8 +168,8 @@ def test_failed_items_are_not_indexed(tmp_path: Path) -> None:
     extract(
         open_source(folder),
         tmp_path / "c",
-        image_encoders=[IMAGE],
-        text_encoders=[TEXT],
+        image_encoder=[IMAGE],
+        text_encoder=[TEXT],
         settings=ExtractSettings(chunk_size=8),
     )
     card = build_index(tmp_path / "c", tmp_path / "texts", IndexSettings(modality="text"))

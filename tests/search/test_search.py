@@ -77,14 +77,14 @@ def test_search_on_other_samples_raises(cache_path: Path, tmp_path: Path) -> Non
     build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
     shutil.rmtree(tmp_path / "cache")
     source = open_source(write_images(tmp_path / "s", 30, seed=5))
-    extract(source, tmp_path / "cache", text_encoders=[TEXT])
+    extract(source, tmp_path / "cache", text_encoder=[TEXT])
     with pytest.raises(FingerprintError, match="index: expected the samples of .*, got others"):
         search(tmp_path / "index", ["red"])
 
 
 def test_search_with_changed_encoder_raises(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 30))
-    extract(source, tmp_path / "c", text_encoders=[TEXT])
+    extract(source, tmp_path / "c", text_encoder=[TEXT])
     build_index(tmp_path / "c", tmp_path / "index", IndexSettings(modality="text"))
     card = json.loads((tmp_path / "index" / "card.json").read_text())
     card["spec"] = f"{TEXT},scale=2"  # as if the weights behind the name had changed
@@ -186,7 +186,7 @@ def test_query_image_is_seen_through_the_view(image_folder: Path, tmp_path: Path
     for name in ("00005", "00012"):
         (tmp_path / "s").mkdir(exist_ok=True)
         shutil.copy(image_folder / f"{name}.png", tmp_path / "s")
-    extract(open_source(tmp_path / "s"), tmp_path / "cache", image_encoders=[IMAGE], settings=settings)
+    extract(open_source(tmp_path / "s"), tmp_path / "cache", image_encoder=[IMAGE], settings=settings)
     build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy@crop-0.5/cls"))
     (hits,) = search(tmp_path / "index", Queries(images=[image_folder / "00005.png"]), SearchSettings(k=1))
     assert (hits[0].key, hits[0].score) == ("00005", pytest.approx(1, abs=1e-3))
@@ -197,7 +197,7 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("concepts")
     prompts = {"red": ["red bar left on white", "red bar top on blue"], "sky": ["blue bar top on white"]}
     (folder / "concepts.json").write_text(json.dumps(prompts))
-    extract(open_source(f"prompts:{folder / 'concepts.json'}"), folder / "cache", text_encoders=[TEXT])
+    extract(open_source(f"prompts:{folder / 'concepts.json'}"), folder / "cache", text_encoder=[TEXT])
     return folder / "cache"
 
 
@@ -219,7 +219,7 @@ def test_query_concept_of_other_encoder_raises(cache_path: Path, concepts: Path,
     extract(
         open_source(f"prompts:{concepts.parent / 'concepts.json'}"),
         tmp_path / "other",
-        text_encoders=[f"{TEXT},scale=2"],
+        text_encoder=[f"{TEXT},scale=2"],
     )
     with pytest.raises(FingerprintError, match="with the pool's encoder: --text-encoder tests.toy"):
         search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=tmp_path / "other"))

@@ -33,7 +33,7 @@ def holed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "s", 30)
     for number in (8, 9, 10, 11, 5):
         (folder / "s" / f"{number:05d}.png").write_bytes(b"not an image")
-    extract(open_source(folder / "s"), folder / "cache", image_encoders=[IMAGE], settings=ExtractSettings(chunk_size=4))
+    extract(open_source(folder / "s"), folder / "cache", image_encoder=[IMAGE], settings=ExtractSettings(chunk_size=4))
     return folder / "cache"
 
 

@@ -42,12 +42,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in sorted(folder.glob("*.txt"))[:5]:
             english = path.read_text().strip()
             path.with_suffix(".json").write_text(json.dumps({"caption": f"{english} auf deutsch", "language": "de"}))
-    extract(open_source(root / "photos"), root / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
+    extract(open_source(root / "photos"), root / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
     train_run(root / "cache", root / "run")
     build_index(root / "cache", root / "index", IndexSettings(run=root / "run"))
     prompts = {"red": ["red bar left on white"], "sky": ["blue bar top on white"]}
     (root / "concepts.json").write_text(json.dumps(prompts))
-    extract(open_source(f"prompts:{root / 'concepts.json'}"), root / "concepts", text_encoders=[TEXT])
+    extract(open_source(f"prompts:{root / 'concepts.json'}"), root / "concepts", text_encoder=[TEXT])
     settings = CoverageSettings(run=root / "run", threshold=0.5, k=24)
     report = measure_coverage(root / "cache", root / "concepts", settings)
     write_json(root / "coverage.json", coverage_json(report))

@@ -200,7 +200,7 @@ def test_captions_are_not_markup(browser: Any, tmp_path: Path) -> None:
     write_images(tmp_path / "photos", 5)
     for path in (tmp_path / "photos").glob("*.txt"):
         path.write_text(evil)
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT_ENCODER])
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT_ENCODER])
     build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
     paths = ServePaths(index=tmp_path / "index")
     service = open_service(paths, ServeSettings(), device="cpu", progress=NullProgress())

@@ -220,7 +220,7 @@ def test_slow_requests_time_out(served: SearchService, monkeypatch: pytest.Monke
 def hostile(tmp_path: Path) -> Path:
     """A cache of a folder of eight images, its index of plain features, and a secret image outside."""
     write_images(tmp_path / "photos", 8)
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
     build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/cls"))
     Image.new("RGB", (32, 32), "red").save(tmp_path / "secret.png")
     return tmp_path

@@ -82,7 +82,7 @@ def test_missing_label_is_none(number: int | None) -> None:
 def test_memory_dataset_extracts_but_never_reopens(tmp_path: Path) -> None:
     source = open_source(colored().shuffle(seed=1))
     for _ in range(2):
-        extract(source, tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
+        extract(source, tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
     assert Cache(tmp_path / "cache").info.num_items == {"image": 5, "text": 10}
     with pytest.raises(SourceError, match=r"in memory \([0-9a-f]+\).*open_source\(dataset\).*save_to_disk"):
         reopen_source(Cache(tmp_path / "cache").info.source)

@@ -18,7 +18,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     for row in range(3, 10):
         (source / f"{row:05d}.png").write_bytes(b"")
     settings = ExtractSettings(features=("cls",), chunk_size=4)
-    extract(open_source(source), folder / "cache", image_encoders=[IMAGE], settings=settings)
+    extract(open_source(source), folder / "cache", image_encoder=[IMAGE], settings=settings)
     return Cache(folder / "cache")
 
 

@@ -115,7 +115,7 @@ def test_repair_after_verify(copy: Path, cache_path: Path, image_folder: Path) -
     assert f"{path}: expected checksum" in finding.reason
     assert "repair it with: embedcache verify CACHE --repair" in finding.reason
     path.unlink()
-    extract(open_source(image_folder), copy, image_encoders=[IMAGE], text_encoders=[TEXT])
+    extract(open_source(image_folder), copy, image_encoder=[IMAGE], text_encoder=[TEXT])
     assert verify(Cache(copy)) == []
     assert path.read_bytes() == (cache_path / "image/open_toy/cls/c/2/0").read_bytes()
 
@@ -150,8 +150,8 @@ def test_extract_restores_metadata(copy: Path, image_folder: Path) -> None:
     reports = extract(
         open_source(image_folder),
         copy,
-        image_encoders=[IMAGE],
-        text_encoders=[TEXT],
+        image_encoder=[IMAGE],
+        text_encoder=[TEXT],
         settings=ExtractSettings(features=("cls", "patches", "mean", "tokens")),
     )
     assert {report.encoded for report in reports} == {0}
@@ -222,7 +222,7 @@ def test_metadata_that_follow_are_found_and_written_again(tmp_path: Path) -> Non
     source = write_images(tmp_path / "source", 12)
     cache = tmp_path / "c"
     settings = ExtractSettings(features=("cls", "tokens"), chunk_size=8)
-    extract(open_source(source), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    extract(open_source(source), cache, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     whole = tree(cache)
     for name in METADATA:
         path = cache / name / "zarr.json"

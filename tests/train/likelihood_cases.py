@@ -83,7 +83,7 @@ def open_tones(path: Path, vocabulary: Vocabulary) -> Examples:
     """Extract tones, and return examples whose target is the color of each."""
     if not path.exists():
         settings = ExtractSettings(features=("frames",))
-        extract(TonesSource(36), path, encoders={"audio": [MEDIA]}, settings=settings)
+        extract(TonesSource(36), path, encoder={"audio": [MEDIA]}, settings=settings)
     colors = [list(COLORS)[number % 3] for number in range(36)]
     table = pa.table({"key": [str(number) for number in range(36)], "target": colors})
     return open_examples(table, vocabulary, media=open_media(Cache(path), "audio"))
@@ -120,11 +120,11 @@ def make_caches(folder: Path) -> tuple[Path, Path, Path]:
     paths = folder / "train", folder / "valid", folder / "words"
     for path, (count, first) in zip(paths[:2], ((60, 0), (30, 1000)), strict=True):
         settings = ExtractSettings(features=("patches",))
-        extract(SquaresSource(count, first=first), path, image_encoders=[IMAGE], settings=settings)
+        extract(SquaresSource(count, first=first), path, image_encoder=[IMAGE], settings=settings)
     texts = [text for table in tables(Cache(paths[0])).values() for text in _texts(table)]
     (folder / "words.txt").write_text("\n".join(list_words(texts)) + "\n")
     source = open_source(str(folder / "words.txt"), kind="texts")
-    extract(source, paths[2], text_encoders=[TEXT], settings=ExtractSettings(features=("mean",)))
+    extract(source, paths[2], text_encoder=[TEXT], settings=ExtractSettings(features=("mean",)))
     return paths
 
 

@@ -85,7 +85,7 @@ def make_cache(path: Path, count: int, **options: Any) -> Path:
     extract(
         SpellingSource(count, **options),
         path,
-        encoders={"audio": [MEDIA], "video": [MEDIA]},
+        encoder={"audio": [MEDIA], "video": [MEDIA]},
         settings=ExtractSettings(chunk_size=8, features=("frames",), views=("tests.train.speech_cases:quiet",)),
     )
     return path

@@ -38,7 +38,7 @@ def test_other_cache_is_evaluated_as_a_whole(cache_path: Path, two_caches: list[
 
 def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 10))
-    extract(source, tmp_path / "c", image_encoders=["tests.toy:open_toy,scale=2"], text_encoders=[TEXT])
+    extract(source, tmp_path / "c", image_encoder=["tests.toy:open_toy,scale=2"], text_encoder=[TEXT])
     with pytest.raises(FingerprintError, match=r"open_toy/cls of .*a .*c"):
         open_data(
             [two_caches[0], tmp_path / "c"],
@@ -55,7 +55,7 @@ def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_pa
 
 def test_unfinished_feature_is_named(two_caches: list[Path], tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 10))
-    extract(source, tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT])
+    extract(source, tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT])
     next((tmp_path / "c/image/open_toy/chunks").iterdir()).unlink()
     with pytest.raises(UnfinishedError, match="open_toy/cls .*1 of 1 chunks"):
         run([two_caches[0], tmp_path / "c"], tmp_path / "run")
@@ -126,7 +126,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in sorted(folder.glob("*.txt"))[::2]:
         path.write_text(path.read_text() + "a picture with a " + path.read_text())
     path = tmp_path_factory.mktemp("captioned") / "cache"
-    extract(open_source(folder), path, image_encoders=[IMAGE], text_encoders=[TEXT])
+    extract(open_source(folder), path, image_encoder=[IMAGE], text_encoder=[TEXT])
     return path
 
 

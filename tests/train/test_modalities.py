@@ -59,13 +59,13 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 160 recordings, each with a caption of its pitch and its volume. Not to be changed."""
     path = tmp_path_factory.mktemp("sounds") / "cache"
     settings = ExtractSettings(chunk_size=64)
-    extract(Sounds(), path, text_encoders=[TEXT], encoders={"audio": [MEDIA]}, settings=settings)
+    extract(Sounds(), path, text_encoder=[TEXT], encoder={"audio": [MEDIA]}, settings=settings)
     return path
 
 
 def run(cache_path: Path, run_path: Path, **options: Any) -> TrainReport:
     defaults = {"shared_width": 8, "epochs": 10, "batch_size": 32, "split": "key", "lr": 0.01}
-    return train(cache_path, run_path, features=FEATURES, settings=train_settings({**defaults, **options}))
+    return train(cache_path, run_path, feature=FEATURES, settings=train_settings({**defaults, **options}))
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def flipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flipped")
     source = open_source(write_images(folder / "source", 90))
     settings = ExtractSettings(features=("cls", "patches", "mean"), chunk_size=32, views=("flip",))
-    extract(source, folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    extract(source, folder / "cache", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     return folder / "cache"
 
 

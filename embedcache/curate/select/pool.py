@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from embedcache.arrays import Array, Floats, Ints, concatenated_ranges, normaliz
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
+from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
@@ -37,7 +37,7 @@ class Pool:
 
     def __init__(
         self,
-        cache_path: Path | str,
+        cache_path: AnyPath,
         modality: str,
         settings: SelectSettings | None = None,
         *,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from embedcache.dataset.selections import (
     write_selection,
 )
 from embedcache.errors import DataError, SettingError
+from embedcache.files import AnyPath
 from embedcache.progress import Progress
 from embedcache.registry import Registry
+from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 
 SELECTORS = Registry(
@@ -86,12 +88,13 @@ class SelectReport:
 
 
 def select(
-    cache_path: Path | str,
-    out_path: Path | str,
+    cache_path: AnyPath,
+    out_path: AnyPath,
     method: str,
     settings: SelectSettings | None = None,
     *,
     progress: Progress | None = None,
+    **options: Any,
 ) -> SelectReport:
     """Select some samples of a cache and write the selection; the same arguments give the same selection.
 
@@ -100,6 +103,7 @@ def select(
         out_path: Parquet file to write, or to replace.
         method: a name in `SELECTORS`, or `module:attribute`.
         settings: how much is selected, by what, and from which samples.
+        options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
 
     Raises:
@@ -110,7 +114,7 @@ def select(
         FingerprintError: the run, the concepts or the target have features of another encoder.
         UnfinishedError: chunks of a feature are missing.
     """
-    out_path, settings = Path(out_path), settings or SelectSettings()
+    out_path, settings = Path(out_path), replace_flat(settings or SelectSettings(), options)
     check_selection_path(out_path)
     selector: Selector = SELECTORS.load(method)()
     check_method_settings(method, selector, settings)

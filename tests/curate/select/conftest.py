@@ -29,13 +29,13 @@ def around(cache_path: Path, image_folder: Path, tmp_path_factory: pytest.TempPa
     (folder / "concepts.json").write_text(json.dumps(CONCEPTS))
     write_images(folder / "images", 12, seed=5)
     plain, small = ExtractSettings(features=("cls", "mean")), ExtractSettings(features=("cls", "mean"), chunk_size=17)
-    extract(open_source(image_folder), folder / "other", image_encoders=[IMAGE], text_encoders=[TEXT], settings=small)
-    extract(open_source(f"prompts:{folder}/concepts.json"), folder / "concepts", text_encoders=[TEXT])
+    extract(open_source(image_folder), folder / "other", image_encoder=[IMAGE], text_encoder=[TEXT], settings=small)
+    extract(open_source(f"prompts:{folder}/concepts.json"), folder / "concepts", text_encoder=[TEXT])
     extract(
         open_source(folder / "images"),
         folder / "target",
-        image_encoders=[IMAGE],
-        text_encoders=[TEXT],
+        image_encoder=[IMAGE],
+        text_encoder=[TEXT],
         settings=plain,
     )
     settings = train_settings({"projector": "linear", "epochs": 0, "split": "key"})

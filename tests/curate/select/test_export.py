@@ -58,7 +58,7 @@ def test_export_datacomp(tmp_path: Path) -> None:
     lines = [json.dumps({"uid": uid, "image": f"p/{number:05d}.png"}) for number, uid in enumerate(uids)]
     (tmp_path / "table.jsonl").write_text("\n".join(lines))
     source = open_source(tmp_path / "table.jsonl", settings=SourceSettings(key_column="uid"))
-    extract(source, tmp_path / "cache", image_encoders=[IMAGE])
+    extract(source, tmp_path / "cache", image_encoder=[IMAGE])
     (tmp_path / "keys.txt").write_text("\n".join(uids[:3]))
     assert export_selection(tmp_path / "cache", tmp_path / "keys.txt", tmp_path / "uids.npy", "datacomp") == 3
     assert [f"{high:016x}{low:016x}" for high, low in np.load(tmp_path / "uids.npy").tolist()] == sorted(uids[:3])
@@ -74,7 +74,7 @@ def test_shards_roundtrip(made: tuple[Cache, Path], image_folder: Path, tmp_path
         image = tar.extractfile("000000299.png")
         assert image is not None
         assert image.read() == (image_folder / "00299.png").read_bytes()
-    extract(open_source(tmp_path / "shards"), tmp_path / "again", image_encoders=[IMAGE], text_encoders=[TEXT])
+    extract(open_source(tmp_path / "shards"), tmp_path / "again", image_encoder=[IMAGE], text_encoder=[TEXT])
     again = Cache(tmp_path / "again")
     assert again.samples["key"].to_pylist() == [cache.samples["key"].to_pylist()[row] for row in rows]
     for modality, feature in (("image", "open_toy/cls"), ("text", "open_toy/mean")):
@@ -92,7 +92,7 @@ def test_shards_are_deterministic(made: tuple[Cache, Path], tmp_path: Path) -> N
 
 def test_missing_image_leaves_no_shards(tmp_path: Path) -> None:
     write_images(tmp_path / "p", 4)
-    extract(open_source(tmp_path / "p"), tmp_path / "cache", image_encoders=[IMAGE])
+    extract(open_source(tmp_path / "p"), tmp_path / "cache", image_encoder=[IMAGE])
     (tmp_path / "p" / "00002.png").unlink()
     with pytest.raises(DataError, match="the image of '00002.*' cannot be read any more"):
         write_shards(Cache(tmp_path / "cache"), np.arange(4), tmp_path / "shards")

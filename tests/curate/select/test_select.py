@@ -196,7 +196,7 @@ def test_incomparable_concepts_raise(around: dict[str, Path], tmp_path: Path) ->
         )
     (tmp_path / "names.txt").write_text("red\nblue\nred\n")
     extract(
-        open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "louder", text_encoders=["tests.toy:open_toy,scale=2"]
+        open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "louder", text_encoder=["tests.toy:open_toy,scale=2"]
     )
     with pytest.raises(FingerprintError, match="extract the concepts with the pool's encoder"):
         chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts=tmp_path / "louder")
@@ -206,7 +206,7 @@ def test_incomparable_concepts_raise(around: dict[str, Path], tmp_path: Path) ->
 
 def test_join_names(around: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("red\nblue\nred\n")
-    extract(open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "names", text_encoders=["tests.toy:open_toy"])
+    extract(open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "names", text_encoder=["tests.toy:open_toy"])
     path = tmp_path / "a.parquet"
     with pytest.raises(DataError, match="expected each concept once, got 1 of 2 repeated, counted from 0: 'red'"):
         chosen(around, path, "rare-first", per_concept=4, concepts=tmp_path / "names")
@@ -216,7 +216,7 @@ def test_join_names(around: dict[str, Path], tmp_path: Path) -> None:
 
 def test_concept_with_unmatched_prompt(around: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"red": ["red"], "nothing": ["x"]}))
-    extract(open_source(f"prompts:{tmp_path}/c.json"), tmp_path / "c", text_encoders=["tests.toy:open_toy"])
+    extract(open_source(f"prompts:{tmp_path}/c.json"), tmp_path / "c", text_encoder=["tests.toy:open_toy"])
     assert len(chosen(around, tmp_path / "a.parquet", "rare-first", per_concept=4, concepts=tmp_path / "c")) == 8
 
 
