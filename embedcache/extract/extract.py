@@ -178,14 +178,20 @@ def open_job(
             f"{path} was imported from {imported['path']}: it has vectors, but no images or texts to encode; "
             "extract the images and captions themselves into a new folder"
         )
-    index(
+    info = index(
         source,
         path,
         chunk_size=settings.chunk_size,
+        limit=settings.limit,
         extend=settings.extend,
         accept_replaced=repair_items,
         progress=progress,
     )
+    if info.num_samples == settings.limit:
+        progress.note(
+            f"the cache has the first {info.num_samples:,} samples (--limit); --extend with a larger --limit, or none, "
+            "appends the next ones"
+        )
     description = source.describe()
     SOURCES.accept(description["type"])  # the user gave it as an object, so this process may open it again
     return ExtractJob(
@@ -227,6 +233,8 @@ def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextMana
         "dtype": job.settings.dtype,
     }
     request |= {modality: list(specs) for modality, specs in job.encoders.items()}
+    if job.settings.limit is not None:
+        request["limit"] = job.settings.limit
     return record_stage(cache.path / "records" / f"{stage}-{started}.json", stage, request)
 
 

@@ -38,7 +38,17 @@ class ExtractSettings:
     chunk_size: int | None = setting(
         None, "Items per chunk, the unit of work and resume.", ge=1, le=2**24, affects_result=False, default_text="2048"
     )
-    extend: bool = setting(False, "Append samples that were added to the source.", affects_result=False)
+    limit: int | None = setting(
+        None,
+        "Take only the first N samples of the source; --extend with a larger N, or none, appends the next ones.",
+        ge=1,
+        le=2**48,
+        affects_result=False,
+        default_text="all samples",
+    )
+    extend: bool = setting(
+        False, "Append samples that were added to the source, or that --limit left out.", affects_result=False
+    )
     shard: str = setting(
         "0/1",
         "Work only on shard i of n, so that n jobs of an array share the chunks; i counts from 0.",

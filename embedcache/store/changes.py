@@ -38,12 +38,14 @@ def find_changes(
     samples: Iterator[Sample],
     *,
     on_new: Callable[[list[Sample]], None],
+    max_new: int | None = None,
     progress: Progress,
 ) -> SourceChanges:
     """Compare a source with a cache, sample by sample. Memory: one batch.
 
     The samples of each segment must come in its order; new samples may be anywhere between them, as new files in a
-    sorted folder do; `on_new` gets them in batches.
+    sorted folder do; `on_new` gets them in batches. Beyond the first `max_new` they are ignored, and the source is read
+    only until those and the cache's own samples were found.
 
     Raises:
         FingerprintError: a sample is missing or out of order, or has other captions or files.
@@ -54,12 +56,14 @@ def find_changes(
     progress.start("comparing samples", info.num_samples, "samples")
     for sample in samples:
         segment = next((segment for segment in segments if segment.is_next(sample)), None)
-        if segment is None:
-            new.add(sample)
-        else:
+        if segment is not None:
             for modality, moved in segment.compare(sample).items():
                 relocated[modality] |= moved
+        elif new.count != max_new:
+            new.add(sample)
         progress.advance(1)
+        if new.count == max_new and all(segment.is_complete for segment in segments):
+            break
     progress.finish()
     for segment in segments:
         segment.close()
@@ -94,12 +98,12 @@ class _DigestBuffer:
 
     def add(self, sample: Sample) -> None:
         self._samples.append(sample)
+        self.count += 1
         if len(self._samples) == BATCH:
             self.flush()
 
     def flush(self) -> None:
         self.digest.update(digest_input(self._samples))
-        self.count += len(self._samples)
         if self._samples:
             self._forward(self._samples)
         self._samples = []
@@ -113,6 +117,11 @@ class _SegmentReader:
         self._cache_path, self._info = cache_path, info
         self._stored = read_samples(cache_path, info.num_items, rows)
         self._next = next(self._stored, None)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the source had all of its samples."""
+        return self._next is None
 
     def is_next(self, sample: Sample) -> bool:
         return self._next is not None and self._next.key == sample.key

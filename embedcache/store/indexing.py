@@ -50,6 +50,7 @@ def index(
     cache_path: Path,
     *,
     chunk_size: int | None = None,
+    limit: int | None = None,
     extend: bool = False,
     accept_replaced: bool = False,
     progress: Progress | None = None,
@@ -62,13 +63,15 @@ def index(
     Args:
         cache_path: a new or empty folder, or a cache of this source; a cache without features is indexed again.
         chunk_size: items per chunk; None keeps the cache's own, or uses 2,048 for a new cache.
-        extend: append samples that were added to the source.
+        limit: the most samples that the cache may have: the first ones of the source, and then, where it is extended,
+            the first of those that it lacks; the source is read no further than needed. None: all.
+        extend: append samples of the source that the cache lacks.
         accept_replaced: accept other bytes of items on which all encoders failed.
 
     Raises:
         PathError: the folder contains other files, or the path is a file.
         FingerprintError: the cache belongs to another source, the source changed, or the chunk size differs.
-        SettingError: the chunk size is below 1.
+        SettingError: the chunk size is below 1, or the limit below the samples of a cache with features.
         SourceError: there are no samples, a key is not unique, or a column has incompatible types.
     """
     progress = progress or NullProgress()
@@ -82,22 +85,25 @@ def index(
     if exists:
         info = read_info(cache_path)
         _check_chunk_size(cache_path, info, chunk_size)
-        if _is_unchanged(source, cache_path, info, chunk_size, progress):
+        _check_limit(cache_path, info, limit)
+        if _is_unchanged(source, cache_path, info, chunk_size, limit, progress):
             return info
     with locked(cache_path), disk_errors(cache_path):  # check again: another process may have been first
         if not info_path(cache_path).is_file():
-            return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, progress)
+            return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, limit, progress)
         info = read_info(cache_path)
         if _has_features(cache_path):
             _check_chunk_size(cache_path, info, chunk_size)
-            return _update(source, cache_path, extend=extend, accept_replaced=accept_replaced, progress=progress)
-        if _is_unchanged(source, cache_path, info, chunk_size, progress):
+            return _update(
+                source, cache_path, limit=limit, extend=extend, accept_replaced=accept_replaced, progress=progress
+            )
+        if _is_unchanged(source, cache_path, info, chunk_size, limit, progress):
             return info
         info_path(cache_path).unlink()  # the manifest first: without it the tables do not exist
         flush(cache_path)
         for group in cache_path.glob("*/*/zarr.json"):
             remove_folder(group.parent)
-        return _create(source, cache_path, chunk_size or info.chunk_size, progress)
+        return _create(source, cache_path, chunk_size or info.chunk_size, limit, progress)
 
 
 def _check_no_other_files(cache_path: Path) -> None:
@@ -126,25 +132,42 @@ def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None)
         )
 
 
+def _check_limit(cache_path: Path, info: CacheInfo, limit: int | None) -> None:
+    """Check that a cache with features keeps its rows."""
+    if limit is not None and limit < info.num_samples and _has_features(cache_path):
+        raise SettingError(
+            f"limit: expected at least the {info.num_samples:,} samples that cache {cache_path} has, got {limit:,}; "
+            "omit it, or extract into a new folder"
+        )
+
+
 def _is_unchanged(
-    source: Source, cache_path: Path, info: CacheInfo, chunk_size: int | None, progress: Progress
+    source: Source, cache_path: Path, info: CacheInfo, chunk_size: int | None, limit: int | None, progress: Progress
 ) -> bool:
     """Return whether a cache has the chunk size and the samples of its source, and no update of it was interrupted."""
     if chunk_size not in (None, info.chunk_size) or _update_path(cache_path).is_file():
         return False
     if len(info.all_segments) == 1:
-        return _digest(source, "checking samples", info.num_samples, _count_only, progress) == info.index_digest
+        return _digest(source, "checking samples", info.num_samples, limit, _count_only, progress) == info.index_digest
+    max_new = None if limit is None else limit - info.num_samples
     try:
-        changes = find_changes(cache_path, info, source.samples(), on_new=_count_only, progress=progress)
+        changes = find_changes(
+            cache_path, info, source.samples(), on_new=_count_only, max_new=max_new, progress=progress
+        )
     except FingerprintError:
         return False  # raised again by `_update`, under the lock
     return not changes.num_new and _has_digests(info, changes)
 
 
 def _digest(
-    source: Source, step: str, num_samples: int, on_batch: Callable[[list[Sample]], None], progress: Progress
+    source: Source,
+    step: str,
+    num_samples: int,
+    limit: int | None,
+    on_batch: Callable[[list[Sample]], None],
+    progress: Progress,
 ) -> str:
-    index_digest, samples = hashlib.sha256(), source.samples()
+    index_digest, samples = hashlib.sha256(), islice(source.samples(), limit)
     progress.start(step, num_samples, "samples")
     while batch := list(islice(samples, BATCH)):
         index_digest.update(digest_input(batch))
@@ -159,10 +182,10 @@ def _digest(
     return index_digest.hexdigest()
 
 
-def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progress) -> CacheInfo:
+def _create(source: Source, cache_path: Path, chunk_size: int, limit: int | None, progress: Progress) -> CacheInfo:
     with _scratch_folder(cache_path) as folder:
         writer = TableWriter(folder, chunk_size)
-        index_digest = _digest(source, "indexing", 0, writer.add, progress)
+        index_digest = _digest(source, "indexing", 0, limit, writer.add, progress)
         if not writer.num_samples:
             raise SourceError(
                 f"{source.describe().get('path', 'the source')}: expected samples, got none; "
@@ -182,13 +205,17 @@ def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progres
     return info
 
 
-def _update(source: Source, cache_path: Path, *, extend: bool, accept_replaced: bool, progress: Progress) -> CacheInfo:
+def _update(
+    source: Source, cache_path: Path, *, limit: int | None, extend: bool, accept_replaced: bool, progress: Progress
+) -> CacheInfo:
     """Compare a source with a cache that has features, and write the changes that are allowed."""
     info = read_info(cache_path)  # read again: another process may have written the changes before we got the lock
+    _check_limit(cache_path, info, limit)
+    max_new = None if limit is None else limit - info.num_samples
     with _scratch_folder(cache_path) as folder:
         extended = _ExtendedTables(cache_path, info, folder / "longer")
         on_new = extended.add if extend else _count_only
-        changes = find_changes(cache_path, info, source.samples(), on_new=on_new, progress=progress)
+        changes = find_changes(cache_path, info, source.samples(), on_new=on_new, max_new=max_new, progress=progress)
         has_replaced = bool(changes.relocated) or _is_interrupted(cache_path, info, changes)
         if not (changes.num_new or has_replaced):
             if not _has_digests(info, changes):
@@ -267,7 +294,9 @@ def _check_allowed(
     cache_path: Path, info: CacheInfo, changes: SourceChanges, *, extend: bool, accept_replaced: bool
 ) -> None:
     if changes.num_new and not extend:
-        step = "append them with --extend, or extract into a new folder"
+        step = (
+            f"append them with --extend, leave them out with --limit {info.num_samples}, or extract into a new folder"
+        )
         raise source_changed(cache_path, info, f"it has {changes.num_new:,} more", next_step=step)
     for modality, relocated in changes.relocated.items():
         used = next(_used_rows(cache_path, info, modality, sorted(relocated)), None)

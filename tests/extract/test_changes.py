@@ -12,6 +12,7 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import FingerprintError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract, open_job
+from embedcache.extract.plan import plan
 from embedcache.extract.repair import retry_failed
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker
@@ -195,3 +196,21 @@ def test_run_and_index_survive_extend(tmp_path: Path) -> None:
     )
     train(tmp_path / "c", tmp_path / "later", settings=later)
     assert read_table(tmp_path / "later/split.parquet")["part"].to_pylist()[-1] == ""
+
+
+def test_limited_cache_grows_to_the_whole_one(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "source", 12)
+    run(folder, tmp_path / "c", features=FEATURES, chunk_size=8, limit=5)
+    assert [report.encoded for report in run(folder, tmp_path / "c", features=FEATURES, limit=5)] == [0, 0]
+    made = plan(
+        open_source(folder), tmp_path / "c", image_encoders=["tests.toy:open_other"], settings=ExtractSettings(limit=5)
+    )
+    assert [feature.num_items for feature in made.features] == [5]
+    run(folder, tmp_path / "c", features=FEATURES, limit=10, extend=True)
+    run(folder, tmp_path / "c", features=FEATURES, extend=True)
+    run(folder, tmp_path / "whole", features=FEATURES, chunk_size=8)
+    grown, whole = tree(tmp_path / "c"), tree(tmp_path / "whole")
+    arrays = [name for name in whole if "/c/" in name]
+    assert arrays
+    assert {name: grown[name] for name in arrays} == {name: whole[name] for name in arrays}
+    assert not any(finding.is_damage for finding in verify(Cache(tmp_path / "c")))

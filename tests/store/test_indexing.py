@@ -201,3 +201,56 @@ def test_index_again_removes_tables_of_modalities_that_left(tmp_path: Path) -> N
     index(source, tmp_path / "c")
     assert "points" not in index(rows(4), tmp_path / "c").num_items
     assert not (tmp_path / "c" / "points" / "items.parquet").exists()
+
+
+class CountedRows(Rows):
+    """A source that counts the samples read."""
+
+    def samples(self) -> Iterator[Sample]:
+        self.num_read = 0
+        for sample in self.rows:
+            self.num_read += 1
+            yield sample
+
+
+def test_limit_takes_a_prefix_and_reads_no_further(tmp_path: Path) -> None:
+    source = CountedRows(rows(10).rows)
+    limited = index(source, tmp_path / "limited", chunk_size=4, limit=6)
+    assert (limited.num_samples, source.num_read) == (6, 6)
+    assert replace(limited, table_checksums={}) == replace(
+        index(rows(6), tmp_path / "c", chunk_size=4), table_checksums={}
+    )
+    begin_a_feature(tmp_path / "limited")
+    assert (index(source, tmp_path / "limited", limit=6), source.num_read) == (limited, 6)
+    with pytest.raises(FingerprintError, match="it has 4 more.*--extend, leave them out with --limit 6"):
+        index(source, tmp_path / "limited")
+    with pytest.raises(FingerprintError, match="it has 2 more.*--limit 6"):
+        index(source, tmp_path / "limited", limit=8)
+    with pytest.raises(SettingError, match=r"limit: expected at least the 6 samples that cache .*limited has, got 5"):
+        index(source, tmp_path / "limited", limit=5)
+
+
+def test_extend_grows_a_limited_cache(tmp_path: Path) -> None:
+    source = CountedRows(rows(10).rows)
+    index(source, tmp_path / "c", chunk_size=4, limit=3)
+    begin_a_feature(tmp_path / "c")
+    grown = index(source, tmp_path / "c", limit=7, extend=True)
+    assert ([segment.num_samples for segment in grown.all_segments], source.num_read) == ([3, 4], 7)
+    assert index(source, tmp_path / "c", limit=7) == grown
+    assert index(source, tmp_path / "c", limit=99, extend=True).num_samples == 10
+    assert Cache(tmp_path / "c").samples["key"].to_pylist() == [f"k{number}" for number in range(10)]
+
+
+def test_limit_counts_rows_of_the_cache(tmp_path: Path) -> None:
+    """Samples that were added before the cached ones do not displace them."""
+    index(Rows(rows(10).rows[4:]), tmp_path / "c", limit=3)
+    begin_a_feature(tmp_path / "c")
+    assert index(rows(10), tmp_path / "c", limit=3).num_samples == 3
+    index(rows(10), tmp_path / "c", limit=5, extend=True)
+    assert Cache(tmp_path / "c").samples["key"].to_pylist() == ["k4", "k5", "k6", "k0", "k1"]
+
+
+def test_limit_of_a_cache_without_features_may_shrink(tmp_path: Path) -> None:
+    index(rows(10), tmp_path / "c", limit=6)
+    assert index(rows(10), tmp_path / "c", limit=2).num_samples == 2
+    assert index(rows(10), tmp_path / "c").num_samples == 10
