@@ -20,7 +20,18 @@ from uuid import uuid4
 from embedcache.errors import DiskFullError, PathError
 from embedcache.registry import require
 
-_SERVICES = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs"})
+_SERVICES = frozenset(
+    {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs"}
+    | {"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2"}
+)
+_HUB_REASONS = {
+    "GatedRepoError": "its access is restricted: accept its terms on its page, and run: hf auth login",
+    "RepositoryNotFoundError": "no such repository, or a private one: check the name, or run: hf auth login",
+    "RevisionNotFoundError": "no such revision",
+    "EntryNotFoundError": "no such file",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
+}
+"""Class of the Hub's library, the more special ones first -> reason; their own texts are paragraphs."""
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})  # have no folders
 _LONGEST_REASON = 300
 _UMASK = os.umask(0o077)
@@ -91,6 +102,11 @@ def is_io_error(error: BaseException) -> bool:
 
 def io_reason(error: BaseException) -> str:
     """Return the reason of a disk or service in one line; for web servers, fsspec has it in the cause."""
+    names = {kind.__name__ for kind in type(error).__mro__ if library_of(kind) == "huggingface_hub"}
+    if "LocalEntryNotFoundError" in names:  # of what is neither here nor could be asked for
+        return io_reason(error.__cause__) if error.__cause__ else "not downloaded yet, and HF_HUB_OFFLINE is set"
+    if names & set(_HUB_REASONS):
+        return next(reason for name, reason in _HUB_REASONS.items() if name in names)
     if isinstance(error, FileNotFoundError) and error.__cause__:
         return _one_line(error.__cause__)
     return (isinstance(error, OSError) and error.strerror) or _one_line(error)

@@ -21,7 +21,7 @@ from embedcache.cli.sweep import sweep
 from embedcache.cli.train import train
 from embedcache.cli.transcribe import transcribe
 from embedcache.errors import EmbedcacheError, PathError, visible
-from embedcache.files import disk_full_message, io_reason
+from embedcache.files import disk_full_message, io_reason, is_io_error
 from embedcache.registry import search_plugins_in
 
 app = typer.Typer(
@@ -106,8 +106,10 @@ def main() -> None:
         if "can't start new thread" not in str(error):
             _report_bug()
         _fail("can't start new thread; raise the limit of processes with ulimit -u, or use fewer --threads")
-    except Exception:  # noqa: BLE001
-        _report_bug()
+    except Exception as error:  # noqa: BLE001
+        if not is_io_error(error):
+            _report_bug()
+        _fail(f"a remote service failed: {io_reason(error)}; check the address and the network")
 
 
 def _working_folder() -> Path:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, one_line
+from embedcache.files import io_reason, is_io_error, library_of
 
 USE_LOCAL_FOLDER = "give the path of a local folder instead"
 
@@ -114,8 +115,11 @@ def translate_hub_errors(model: str, *, next_step: str) -> Iterator[None]:
     """Re-raise the hub libraries' errors about a missing model or network as `PathError`."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
+    except Exception as error:
+        if not (is_io_error(error) or isinstance(error, ValueError)):
+            raise
+        is_from_hub = any(library_of(kind) == "huggingface_hub" for kind in type(error).__mro__)
+        reason = io_reason(error) if is_from_hub else " ".join(str(error).split()).partition(". ")[0]
         raise PathError(
             f"cannot download {model} from the Hugging Face hub: {reason}; check the name and the network, or "
             f"{next_step}"

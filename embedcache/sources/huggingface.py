@@ -1,12 +1,22 @@
-"""Hugging Face `datasets`: a folder written by `save_to_disk`, a dataset in memory, or the name of one on the Hub."""
+"""Hugging Face `datasets`: a folder written by `save_to_disk`, a dataset in memory, or one of the Hub.
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+    hf:org/name[config][split]@revision
+
+Brackets and revision may be left out. The only bracket is the config or, if there is no config of that name, the split.
+Splits are joined and sliced as `load_dataset` does: `[train+test]`, `[train[:10%]]`. The name may also be a folder that
+holds the files of a repository of the Hub.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError, one_line
+from embedcache.files import io_reason, is_io_error, library_of
 from embedcache.modalities import MODALITIES
 from embedcache.registry import require
 from embedcache.sources.base import FileItem, Sample
@@ -28,7 +38,14 @@ from embedcache.sources.table import (
 from embedcache.sources.table_files import BATCH_ROWS, Row, TableFile, arrow_table
 
 _MEMORY = "memory:"
-_EXPECTED = "expected a Dataset or DatasetDict, a folder written by its save_to_disk, or a name on the Hub (org/name)"
+_TIMEOUT_S = 30
+_EXPECTED = (
+    "expected a Dataset or DatasetDict, a folder written by its save_to_disk, or a name on the Hub such as "
+    "hf:org/name[config][split]@revision"
+)
+_NAME = re.compile(
+    r"(?P<name>[^\[\]@]+)(\[(?P<config>[^\[\]]*)\])?(\[(?P<split>([^\[\]]|\[[^\[\]]*\])+)\])?(@(?P<revision>[^\[\]@]+))?"
+)
 
 
 class HuggingfaceSource:
@@ -37,16 +54,17 @@ class HuggingfaceSource:
     Images are a column with the feature `Image`, else one found as in a table (`embedcache.sources.table`); recordings,
     videos, point clouds, captions and keys follow the rules of tables. A class label becomes the name of its class. In
     a `DatasetDict`, keys are `<split>/<cell of the key column, else row>` and the column `split` names the split,
-    unless the dataset has such a column. An item is a split and a row. The location is a `Dataset` or `DatasetDict`,
-    which cannot be reopened, or the path or name of one.
+    unless the dataset has such a column; so too where splits are named. An item is a split and a row. The location is a
+    `Dataset` or `DatasetDict`, which cannot be reopened, or the path or name of one.
     """
 
     def __init__(self, location: object, settings: SourceSettings) -> None:
         settings.check_supported("huggingface", *ITEM_SETTINGS, *TEXT_SETTINGS)
         self._settings = settings
-        splits = _by_split(_load(location) if isinstance(location, str) else location)
-        self._path = _describe(location, splits)
-        self._folder = Path(self._path) if Path(self._path).is_dir() else Path.cwd()
+        name = _DatasetName.parse(location) if isinstance(location, str) else None
+        splits = _by_split(location if name is None else _load(name))
+        self._path = _describe_memory(splits) if name is None else name.text
+        self._folder = Path.cwd() if name is None or not name.is_folder else Path(name.name)
         self._tables: dict[str, tuple[TableFile, TableColumns]] = {}
         self._cells = {}
         for split, dataset in splits.items():
@@ -106,23 +124,104 @@ def _sample(split: str, columns: TableColumns, number: int, row: Row, location: 
     )
 
 
-def _load(location: str) -> Any:
-    """Open a saved dataset, memory-mapped, or download one from the Hub."""
-    if location.startswith(_MEMORY):
-        raise SourceError(
-            f"the source was a dataset in memory ({location.removeprefix(_MEMORY)}) and cannot be reopened; pass it to "
-            "open_source(dataset) again, or save it with save_to_disk and use that folder"
-        )
+@dataclass(frozen=True, kw_only=True)
+class _DatasetName:
+    """A parsed location: the name on the Hub or the absolute path of a folder, and what to use of it."""
+
+    name: str
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, location: str) -> "_DatasetName":
+        if location.startswith(_MEMORY):
+            raise SourceError(
+                f"the source was a dataset in memory ({location.removeprefix(_MEMORY)}) and cannot be reopened; pass it"
+                " to open_source(dataset) again, or save it with save_to_disk and use that folder"
+            )
+        if Path(location).exists():
+            return cls(name=Path(location).absolute().as_posix())
+        found = _NAME.fullmatch(location)
+        if found is None:
+            raise SourceError(f"{location!r} is no name of a dataset; {_EXPECTED}")
+        name = Path(found["name"]).absolute().as_posix() if Path(found["name"]).exists() else found["name"]
+        return cls(name=name, config=found["config"], split=found["split"], revision=found["revision"])
+
+    @property
+    def is_folder(self) -> bool:
+        return Path(self.name).exists()
+
+    @property
+    def text(self) -> str:
+        brackets = [f"[{part}]" for part in (self.config, self.split) if part is not None]
+        return self.name + "".join(brackets) + (f"@{self.revision}" if self.revision else "")
+
+
+def _load(name: _DatasetName) -> Any:
+    """Open a saved dataset, memory-mapped; or download one from the Hub, or read a copy of its files."""
     datasets = require("datasets", extra="datasets")
-    is_saved = Path(location).exists()
+    if name.is_folder:
+        with _load_errors(lambda reason: SourceError(f"{name.name} cannot be read as a saved dataset: {reason}")):
+            if (name.config, name.split, name.revision) == (None, None, None):
+                return datasets.load_from_disk(name.name, keep_in_memory=False)
+            return _load_repository(datasets, name)
+    with _load_errors(lambda reason: PathError(f"cannot load {name.text} from the Hugging Face Hub: {reason}")):
+        _check_hub(name)
+        return _load_repository(datasets, name)
+
+
+def _load_repository(datasets: Any, name: _DatasetName) -> Any:
+    config, split = name.config or None, name.split
+    if config is not None and split is None:  # the only bracket
+        configs = datasets.get_dataset_config_names(name.name, revision=name.revision)
+        if config not in configs and len(configs) > 1:
+            raise SourceError(
+                f"{name.text}: expected a config, one of {', '.join(configs)}, got {config!r}; for a split write "
+                f"hf:{name.name}[{configs[0]}][{config}]"
+            )
+        config, split = (config, None) if config in configs else (None, config)
+    if split is None:
+        return datasets.load_dataset(name.name, config, revision=name.revision)
+    parts = [part.strip() for part in split.split("+")]
+    names = [part.partition("[")[0] for part in parts]
+    if len(set(names)) < len(names):
+        raise SourceError(f"{name.text}: expected each split once, as keys are numbered in it, got {split}")
+    loaded = datasets.load_dataset(name.name, config, split=parts, revision=name.revision)
+    return datasets.DatasetDict(zip(names, loaded, strict=True))
+
+
+def _check_hub(name: _DatasetName) -> None:
+    """Ask the Hub for a dataset once: `load_dataset` would try for half a minute to reach a Hub that is down."""
+    hub = require("huggingface_hub", extra="datasets")
+    if hub.constants.HF_HUB_OFFLINE:
+        return
     try:
-        if is_saved:
-            return datasets.load_from_disk(location, keep_in_memory=False)
-        return datasets.load_dataset(location)
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        if is_saved:
-            raise SourceError(f"{location} cannot be read as a saved dataset: {error}; {_EXPECTED}") from None
-        raise PathError(f"no folder {location}, and no such dataset on the Hub: {error}; {_EXPECTED}") from None
+        hub.HfApi().dataset_info(name.name, revision=name.revision, timeout=_TIMEOUT_S)
+    except Exception as error:
+        if library_of(type(error)) == "huggingface_hub" or not is_io_error(error):
+            raise
+        raise PathError(
+            f"cannot reach the Hugging Face Hub for {name.name}: {io_reason(error)}; check the network, or set "
+            "HF_HUB_OFFLINE=1 to use what was downloaded before"
+        ) from None
+
+
+@contextmanager
+def _load_errors(failed: Callable[[str], EmbedcacheError]) -> Iterator[None]:
+    """Raise errors of the libraries `datasets` and `huggingface_hub` as ours."""
+    try:
+        yield
+    except EmbedcacheError:
+        raise
+    except Exception as error:
+        is_known = isinstance(error, (ValueError, LookupError, TypeError)) or library_of(type(error)) == "datasets"
+        if not (is_known or is_io_error(error)):
+            raise
+        is_from_hub = library_of(type(error)) == "huggingface_hub"
+        reason = io_reason(error) if is_from_hub else one_line(error).partition(" Example of usage")[0].rstrip(".")
+        known = failed(reason)
+        raise type(known)(f"{known}; {_EXPECTED}") from None
 
 
 def _by_split(loaded: Any) -> dict[str, Any]:
@@ -135,9 +234,7 @@ def _by_split(loaded: Any) -> dict[str, Any]:
     raise SourceError(f"{_EXPECTED}, got an object of type {type(loaded).__name__}")
 
 
-def _describe(location: object, splits: Mapping[str, Any]) -> str:
-    if isinstance(location, str):
-        return Path(location).absolute().as_posix() if Path(location).exists() else location
+def _describe_memory(splits: Mapping[str, Any]) -> str:
     return _MEMORY + ",".join(f"{split}={dataset._fingerprint}".lstrip("=") for split, dataset in splits.items())
 
 

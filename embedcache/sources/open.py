@@ -1,11 +1,12 @@
 """Open a source from a path, URL or name, and reopen it from what a cache recorded."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from embedcache.errors import PathError, SourceError
-from embedcache.files import open_path
+from embedcache.files import is_url, open_path
 from embedcache.registry import Registry, names_from
 from embedcache.sources.base import IMPORTED, Source
 from embedcache.sources.files import (
@@ -26,6 +27,7 @@ SOURCES = Registry(
     "source",
     {
         "folder": "embedcache.sources.folder:FolderSource",
+        "hf": "embedcache.sources.huggingface:HuggingfaceSource",
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
         "idx": "embedcache.sources.idx:IdxSource",
         "openmoji": "embedcache.quickstart.openmoji:OpenmojiSource",
@@ -40,11 +42,12 @@ SOURCES = Registry(
 )
 _IMPORTED_SOURCE = "embedcache.interop.imported:ImportedSource"  # reopened only, so not among the names to choose from
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (
     "expected a folder of images, recordings, videos or point clouds, a .parquet/.csv/.tsv/.jsonl table or a folder "
     "of tables, a WebDataset .tar, a folder of tars or a pattern such as shards/{000..009}.tar, a .txt or .npy of "
     "texts, MNIST's IDX files or a folder of them, a URL of any of these, a folder written by save_to_disk of Hugging"
-    " Face datasets, openmoji:, prompts:, or pairs: followed by any of these"
+    " Face datasets, hf:org/name of one on the Hub, openmoji:, prompts:, or pairs: followed by any of these"
 )
 
 
@@ -107,7 +110,7 @@ def source_credit(description: Mapping[str, Any]) -> str:
 def _detect_kind(location: str) -> tuple[str, str]:
     """Return the kind of source at a location, and the location as that kind expects it."""
     kind, colon, rest = location.partition(":")
-    if colon and kind in SOURCES:
+    if colon and kind in SOURCES and not is_url(location):
         return kind, rest
     if SHARD_SEPARATOR in location or ("{" in location and has_suffix(location, TAR_SUFFIXES)):
         return "webdataset", location
@@ -115,13 +118,21 @@ def _detect_kind(location: str) -> tuple[str, str]:
     if is_folder(path, TAR_SUFFIXES | TABLE_SUFFIXES):
         return _folder_kind(path), location
     if file_size(path) is None:
-        raise PathError(f"{location} does not exist; {_ACCEPTED}")
+        raise PathError(f"{location} does not exist{_hub_hint(location)}; {_ACCEPTED}")
     for suffixes, name in ((TAR_SUFFIXES, "webdataset"), (TABLE_SUFFIXES, "table"), (TEXT_SUFFIXES, "texts")):
         if has_suffix(location, suffixes):
             return name, location
     if IDX_IMAGES.fullmatch(location):
         return "idx", location
     raise SourceError(f"{location} is not a source; {_ACCEPTED}")
+
+
+def _hub_hint(location: str) -> str:
+    """Return a hint for what may be the bare name of a dataset on the Hub."""
+    is_file = has_suffix(location, _MEDIA | TABLE_SUFFIXES | TAR_SUFFIXES | TEXT_SUFFIXES)
+    if is_file or not _HUB_NAME.fullmatch(location) or Path(location).parent.exists():
+        return ""
+    return f"; if you mean the dataset of that name on the Hugging Face Hub, use hf:{location}"
 
 
 def _folder_kind(folder: Path) -> str:

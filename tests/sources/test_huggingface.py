@@ -171,7 +171,7 @@ def test_folder_without_data_raises(tmp_path: Path) -> None:
 
 
 def test_unknown_name_raises() -> None:
-    with pytest.raises(PathError, match=r"no folder org/nowhere.*Hub.*save_to_disk"):
+    with pytest.raises(PathError, match=r"cannot load org/nowhere from the Hugging Face Hub: .*save_to_disk"):
         open_source("huggingface:org/nowhere")
 
 
