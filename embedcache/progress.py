@@ -1,10 +1,17 @@
-"""Progress reporting. The library reports nothing unless it is given an object with these methods."""
+"""Progress reporting: bars in notebooks and terminals, lines in logs, or an object of yours."""
 
-from typing import Protocol
+import shutil
+import sys
+import time
+from typing import Any, Protocol, TypeAlias
+
+from embedcache.errors import visible
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress(Protocol):
-    """Receives progress; the command line draws it."""
+    """Receives the progress of a function. Any object with these methods can show it."""
 
     def start(self, what: str, total: int, unit: str) -> None:
         """Start a step of `total` units, which ends the step before; a total of 0 is unknown."""
@@ -31,6 +38,25 @@ class Progress(Protocol):
         ...
 
 
+AnyProgress: TypeAlias = Progress | bool | None
+"""How progress is shown: by an object of yours; True: as bars in notebooks and terminals, and as lines elsewhere;
+False: not at all; None: as bars in notebooks and terminals only."""
+
+
+def to_progress(progress: AnyProgress) -> Progress:
+    """Return the object that shows progress as requested."""
+    if not isinstance(progress, bool | None):
+        return progress
+    if progress is not False and (_is_notebook() or sys.stderr.isatty()):
+        return BarProgress()
+    return PlainProgress() if progress else NullProgress()
+
+
+def _is_notebook() -> bool:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
 class NullProgress:
     """Discards all progress."""
 
@@ -52,6 +78,119 @@ class NullProgress:
     def part(self, name: str = "") -> "NullProgress":  # noqa: ARG002 - as in `Progress`
         """Return this."""
         return self
+
+
+class BarProgress:
+    """Progress as bars of tqdm, in a notebook or a terminal; the bars of parts are below each other."""
+
+    def __init__(self, name: str = "") -> None:
+        self._name = name
+        self._bar: Any = None
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        """Start a bar; without a total it only counts."""
+        from tqdm.auto import tqdm
+
+        self.finish()
+        name = visible(join_names(self._name, what))
+        # tqdm draws nothing in a terminal that does not know its size
+        size: Any = {} if _is_notebook() else dict(zip(("ncols", "nrows"), shutil.get_terminal_size(), strict=True))
+        self._bar = tqdm(total=total or None, desc=name, unit=f" {unit}", **size)
+
+    def advance(self, count: int) -> None:
+        """Advance the bar."""
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def describe(self, state: str) -> None:
+        """Show the state from the next count on."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(visible(state), refresh=False)
+
+    def finish(self) -> None:
+        """Stop the bar and leave it where it is."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def note(self, line: str) -> None:
+        """Print a line above all bars."""
+        from tqdm.auto import tqdm
+
+        tqdm.write(visible(line), file=sys.stdout if _is_notebook() else sys.stderr)
+
+    def part(self, name: str = "") -> "BarProgress":
+        """Return the progress of a part, whose bars are on the same screen."""
+        return BarProgress(join_names(self._name, name))
+
+
+class PlainProgress:
+    """Progress as a line every ten seconds, for logs."""
+
+    def __init__(self, name: str = "") -> None:
+        self._name, self._what, self._unit, self._state = name, "", "", ""
+        self._total, self._rate = 0, _Rate("")
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        """Start a piece of work."""
+        self._what, self._total, self._unit = join_names(self._name, what), total, unit
+        self._rate, self._state = _Rate(unit), ""
+        self._last = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Write the count, the rate, the time left and the state, at most every ten seconds."""
+        self._rate.add(count)
+        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            done = f"{self._rate.done:,}{_of(self._total)} {self._unit}"
+            state = f"; {self._state}" if self._state else ""
+            self.note(f"{self._what}: {done}, {self._rate.text()}{self._left()}{state}")
+
+    def describe(self, state: str) -> None:
+        """Write the state with the next count."""
+        self._state = state
+
+    def finish(self) -> None:
+        """Write the total time."""
+        if self._rate.done:
+            done = f"{self._rate.done:,} {self._unit} in {self._rate.seconds:.1f} s"
+            self.note(f"{self._what}: {done}, {self._rate.text()}")
+        self._rate = _Rate(self._unit)
+
+    def note(self, line: str) -> None:
+        """Write a line."""
+        sys.stderr.write(f"{visible(line)}\n")
+        sys.stderr.flush()
+
+    def part(self, name: str = "") -> "PlainProgress":
+        """Return the progress of a part, whose lines have its name."""
+        return PlainProgress(join_names(self._name, name))
+
+    def _left(self) -> str:
+        if not (self._total and self._rate.done):
+            return ""
+        return f", {self._rate.seconds * (self._total - self._rate.done) / self._rate.done:.0f} s left"
+
+
+class _Rate:
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._started = time.monotonic()
+        self.done = 0
+
+    def add(self, count: int) -> None:
+        self.done += count
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._started, 1e-9)
+
+    def text(self) -> str:
+        return f"{self.done / self.seconds:,.0f} {self._unit}/s"
+
+
+def _of(total: int) -> str:
+    return f"/{total:,}" if total else ""
 
 
 def join_names(part: str, name: str) -> str:

@@ -50,6 +50,7 @@ HEAVY = {
     "ctranslate2": {"encoders"},
     "typer": {"cli"},
     "rich": {"cli"},
+    "tqdm": {"progress"},
     "tensorboard": {"train"},
     "jinja2": {"reports"},
     "matplotlib": {"reports"},

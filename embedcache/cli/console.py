@@ -16,11 +16,10 @@ import typer
 
 from embedcache.errors import DataError, PathError, visible
 from embedcache.files import read_limited
-from embedcache.progress import NullProgress, Progress, join_names
+from embedcache.progress import Progress, to_progress
 
 log = logging.getLogger("embedcache")
 
-_SECONDS_BETWEEN_LINES = 10.0
 _PLAIN_WIDTH = 160
 _INTERRUPTED = 130
 _JSON_CONTROLS = re.compile(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -54,9 +53,7 @@ class _VisibleFormatter(logging.Formatter):
 
 def open_progress() -> Progress:
     """Return bars on a terminal, plain lines elsewhere, and nothing with `--quiet`."""
-    if log.level == logging.ERROR:
-        return NullProgress()
-    return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
+    return to_progress(log.level != logging.ERROR)
 
 
 @contextmanager
@@ -156,138 +153,3 @@ def read_lines(path: Path) -> list[str]:
         raise PathError(f"expected a file with one text per line, got {path}, which does not exist") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, got other bytes: {error}") from error
-
-
-class TerminalProgress:
-    """Progress as a bar with the rate, the state and the time left; the bars of parts are below each other."""
-
-    def __init__(self, name: str = "", bars: "_Bars | None" = None) -> None:
-        self._name, self._bars = name, bars or _Bars()
-        self._task: Any = None
-
-    def start(self, what: str, total: int, unit: str) -> None:
-        """Start a bar; without a total it only counts."""
-        self.finish()
-        self._rate, self._total, self._state = _Rate(unit), total, ""
-        self._task = self._bars.add(visible(join_names(self._name, what)), total)
-
-    def advance(self, count: int) -> None:
-        """Advance the bar."""
-        self._rate.add(count)
-        if self._task is not None:
-            done = f"{self._rate.done:,}{_of(self._total)} · {self._rate.text()}"
-            self._bars.update(self._task, count, visible(f"{done} · {self._state}" if self._state else done))
-
-    def describe(self, state: str) -> None:
-        """Show the state from the next count on."""
-        self._state = state
-
-    def finish(self) -> None:
-        """Stop the bar and leave it on the screen."""
-        if self._task is not None:
-            self._bars.end(self._task)
-            self._task = None
-
-    def note(self, line: str) -> None:
-        """Print a line above all bars."""
-        self._bars.console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
-
-    def part(self, name: str = "") -> "TerminalProgress":
-        """Return the progress of a part, whose bars are on the same screen."""
-        return TerminalProgress(join_names(self._name, name), self._bars)
-
-
-class _Bars:
-    """The bars of steps that are not finished, at the bottom of the screen."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-
-        self.console = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}")
-        self._bars = Bars(*columns, TimeRemainingColumn(), console=self.console, transient=True)
-
-    def add(self, description: str, total: int) -> Any:
-        self._bars.start()
-        return self._bars.add_task(description, total=total or None, done="")
-
-    def update(self, task: Any, count: int, done: str) -> None:
-        self._bars.update(task, advance=count, done=done)
-
-    def end(self, task: Any) -> None:
-        """Print the bar a last time, above those that go on."""
-        row = self._bars.make_tasks_table([item for item in self._bars.tasks if item.id == task])
-        self._bars.remove_task(task)
-        if not self._bars.tasks:
-            self._bars.stop()
-        self.console.print(row)
-
-
-class PlainProgress:
-    """Progress as a line every ten seconds, for logs."""
-
-    def __init__(self, name: str = "") -> None:
-        self._name, self._what, self._unit, self._state = name, "", "", ""
-        self._total, self._rate = 0, _Rate("")
-
-    def start(self, what: str, total: int, unit: str) -> None:
-        """Start a piece of work."""
-        self._what, self._total, self._unit = join_names(self._name, what), total, unit
-        self._rate, self._state = _Rate(unit), ""
-        self._last = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        """Write the count, the rate, the time left and the state, at most every ten seconds."""
-        self._rate.add(count)
-        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            done = f"{self._rate.done:,}{_of(self._total)} {self._unit}"
-            state = f"; {self._state}" if self._state else ""
-            self.note(f"{self._what}: {done}, {self._rate.text()}{self._left()}{state}")
-
-    def describe(self, state: str) -> None:
-        """Write the state with the next count."""
-        self._state = state
-
-    def finish(self) -> None:
-        """Write the total time."""
-        if self._rate.done:
-            done = f"{self._rate.done:,} {self._unit} in {self._rate.seconds:.1f} s"
-            self.note(f"{self._what}: {done}, {self._rate.text()}")
-        self._rate = _Rate(self._unit)
-
-    def note(self, line: str) -> None:
-        """Write a line."""
-        print(visible(line), file=sys.stderr, flush=True)
-
-    def part(self, name: str = "") -> "PlainProgress":
-        """Return the progress of a part, whose lines have its name."""
-        return PlainProgress(join_names(self._name, name))
-
-    def _left(self) -> str:
-        if not (self._total and self._rate.done):
-            return ""
-        return f", {self._rate.seconds * (self._total - self._rate.done) / self._rate.done:.0f} s left"
-
-
-class _Rate:
-    def __init__(self, unit: str) -> None:
-        self._unit = unit
-        self._started = time.monotonic()
-        self.done = 0
-
-    def add(self, count: int) -> None:
-        self.done += count
-
-    @property
-    def seconds(self) -> float:
-        return max(time.monotonic() - self._started, 1e-9)
-
-    def text(self) -> str:
-        return f"{self.done / self.seconds:,.0f} {self._unit}/s"
-
-
-def _of(total: int) -> str:
-    return f"/{total:,}" if total else ""

@@ -27,7 +27,7 @@ from embedcache.files import AnyPath
 from embedcache.metrics.classification import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
 from embedcache.modalities import noun
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.index import IndexCard
 from embedcache.search.vectors import Vectors, run_pass
@@ -188,11 +188,12 @@ def measure_coverage_by_modality(
     concepts_path: AnyPath,
     settings: CoverageSettings | None = None,
     *,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> dict[str, CoverageReport]:
     """Measure coverage by each modality of the settings, images before texts for `both`; see `measure_coverage`."""
     settings = replace_flat(settings or CoverageSettings(), options)
+    progress = to_progress(progress)
     if settings.modality == "both":
         images = replace(settings, modality="image", language=None)
         by_modality = [images, replace(settings, modality="text")]
@@ -206,7 +207,7 @@ def measure_coverage(
     concepts_path: AnyPath,
     settings: CoverageSettings | None = None,
     *,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> CoverageReport:
     """Count the items above each concept's threshold in one pass over the vectors of a cache.
@@ -232,6 +233,7 @@ def measure_coverage(
             selection names other samples.
     """
     settings = replace_flat(settings or CoverageSettings(), options)
+    progress = to_progress(progress)
     if settings.modality == "both":
         raise SettingError("modality: expected image or text, got both; use measure_coverage_by_modality for both")
     pool = Vectors(cache_path, settings.modality, settings.feature, settings.run, settings.language)

@@ -19,7 +19,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.outputs import check_output, new_output, to_metadata
-from embedcache.progress import Progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
 from embedcache.settings import replace_flat
@@ -125,7 +125,7 @@ class DedupReport:
 
 
 def analyze(
-    cache_path: AnyPath, settings: DedupSettings | None = None, *, progress: Progress | None = None, **options: Any
+    cache_path: AnyPath, settings: DedupSettings | None = None, *, progress: AnyProgress = None, **options: Any
 ) -> DedupAnalysis:
     """Compare the items of a cache; `DedupAnalysis.levels` returns what each cosine would remove.
 
@@ -137,6 +137,7 @@ def analyze(
         DataError, UnfinishedError, FingerprintError: see `Vectors`.
     """
     settings = replace_flat(settings or DedupSettings(), options)
+    progress = to_progress(progress)
     if settings.cosine is not None or settings.copies_only:
         given = "--copies" if settings.copies_only else f"--cosine {settings.cosine:g}"
         raise SettingError(
@@ -151,7 +152,7 @@ def dedup(
     out_path: AnyPath,
     settings: DedupSettings | None = None,
     *,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> DedupReport:
     """Write a selection of the samples that stay, and beside it, in `OUT.removed.parquet`, the removed ones.
@@ -173,6 +174,7 @@ def dedup(
         DiskFullError: the scratch file does not fit.
     """
     settings = replace_flat(settings or DedupSettings(), options)
+    progress = to_progress(progress)
     out_path, cosine = Path(out_path), settings.cosine
     if cosine is None and not settings.copies_only:
         raise SettingError("expected --cosine or --copies with a file to write, got neither; give one of them")

@@ -19,7 +19,7 @@ from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import Closest, find_closest, note_duration
 from embedcache.modalities import noun
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import name_differences
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
@@ -134,7 +134,7 @@ def find_leaks(
     test_path: AnyPath,
     settings: LeakSettings | None = None,
     *,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> LeakReport:
     """Find the items of a test cache that are in a training cache.
@@ -157,7 +157,7 @@ def find_leaks(
         UnknownNameError: there is no such feature.
         UnfinishedError: chunks of a feature are missing.
     """
-    settings, progress = replace_flat(settings or LeakSettings(), options), progress or NullProgress()
+    settings, progress = replace_flat(settings or LeakSettings(), options), to_progress(progress)
     train, test = Cache(train_path), Cache(test_path)
     if train.info.has_rows_of(test.info.index_digest):
         raise SettingError(

@@ -19,7 +19,7 @@ from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ItemError, SettingError
 from embedcache.files import AnyPath, Leases, remove_partials
 from embedcache.modalities import noun
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import record_stage
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
@@ -101,7 +101,7 @@ class DeriveReport:
         )
 
 
-def derive(cache_path: AnyPath, derivation: Derivation, *, progress: Progress | None = None) -> DeriveReport:
+def derive(cache_path: AnyPath, derivation: Derivation, *, progress: AnyProgress = None) -> DeriveReport:
     """Compute features from other features of a cache, and store them beside these.
 
     Committed chunks are not computed again, so an interrupted derivation resumes where it stopped, several processes
@@ -116,7 +116,7 @@ def derive(cache_path: AnyPath, derivation: Derivation, *, progress: Progress | 
         FingerprintError: the name holds features of other inputs, parameters or code; names each with both values.
         DataError: a sample has several items of another modality, or a value does not fit the declared output.
     """
-    progress = progress or NullProgress()
+    progress = to_progress(progress)
     cache = Cache(cache_path)
     remove_partials(cache.path)
     rule = open_rule(derivation.rule)
@@ -177,7 +177,7 @@ def derive_from_run(
     prompts: AnyPath | None = None,
     dtype: str = "float16",
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
 ) -> list[DeriveReport]:
     """Store an output of a trained run as features of a cache.
 
@@ -199,6 +199,7 @@ def derive_from_run(
         One report per view and modality; errors are those of `derive` and `embedcache.derive.runs.open_run`.
     """
     run, cache = Path(run_path), Cache(cache_path)
+    progress = to_progress(progress)
     requests = [
         RunRequest(cache=cache, path=run, output=output, modality=modality, view=view, prompts=prompts, device=device)
         for view in ([view] if isinstance(view, str) else view)

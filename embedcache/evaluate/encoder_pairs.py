@@ -27,7 +27,7 @@ from embedcache.metrics.alignment import (
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, effective_number, jackknife
 from embedcache.metrics.neighbors import note_duration, top_k
 from embedcache.metrics.ranking import best_ranks, tied_chance_recall
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
@@ -125,7 +125,7 @@ class PairsReport:
 
 
 def evaluate_pairs(
-    cache_path: AnyPath, settings: PairsSettings | None = None, *, progress: Progress | None = None, **options: Any
+    cache_path: AnyPath, settings: PairsSettings | None = None, *, progress: AnyProgress = None, **options: Any
 ) -> PairsReport:
     """Compare every image feature with every text feature of a cache on the same samples, without training.
 
@@ -144,7 +144,7 @@ def evaluate_pairs(
         SettingError: k is not below the number of samples, or nothing can be held out.
         DataError: too few samples have all features, or a feature is constant, NaN or infinite.
     """
-    settings, progress = replace_flat(settings or PairsSettings(), with_split_seed(options)), progress or NullProgress()
+    settings, progress = replace_flat(settings or PairsSettings(), with_split_seed(options)), to_progress(progress)
     cache = Cache(cache_path)
     images, skipped_images = _open_features(cache, "image", settings.image_feature)
     texts, skipped_texts = _open_features(cache, "text", settings.text_feature)

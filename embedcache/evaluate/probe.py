@@ -16,7 +16,7 @@ from embedcache.metrics.classification import class_means, rank_labels
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
 from embedcache.metrics.neighbors import note_duration
 from embedcache.modalities import noun
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 
@@ -117,7 +117,7 @@ class ProbeReport:
 
 
 def evaluate_probe(
-    cache_path: AnyPath, settings: ProbeSettings | None = None, *, progress: Progress | None = None, **options: Any
+    cache_path: AnyPath, settings: ProbeSettings | None = None, *, progress: AnyProgress = None, **options: Any
 ) -> ProbeReport:
     """Fit classifiers on the training items of a feature, and measure them on its test items.
 
@@ -132,7 +132,7 @@ def evaluate_probe(
         DataError: labels or parts are not usable.
         MissingExtraError: logistic regression, and scikit-learn is not installed.
     """
-    settings, progress = replace_flat(settings or ProbeSettings(), options), progress or NullProgress()
+    settings, progress = replace_flat(settings or ProbeSettings(), options), to_progress(progress)
     methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
     data = read_labeled(Cache(cache_path), settings)
     _check_shots(data, settings)

@@ -34,7 +34,7 @@ from embedcache.metrics.intervals import (
 from embedcache.metrics.neighbors import note_duration
 from embedcache.metrics.ranking import average_precisions, first_ranks, negatives_before, recall_at, tied_chance_recall
 from embedcache.modalities import directions, noun
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.saved import project
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
@@ -156,7 +156,7 @@ def evaluate_retrieval(
     settings: RetrievalSettings | None = None,
     *,
     is_control: bool = False,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> RetrievalReport:
     """Rank the items of one part of a cache with a run, or with the seeds of one recipe, which are averaged.
@@ -179,6 +179,7 @@ def evaluate_retrieval(
         DataError: the part is empty.
     """
     settings = replace_flat(settings or RetrievalSettings(), options)
+    progress = to_progress(progress)
     cache, runs = Cache(cache_path), load_runs(run_paths, is_control=is_control)
     rankings = [rank(cache, run, settings, progress=progress) for run in runs]
     modalities = runs[0].config.modalities
@@ -214,7 +215,7 @@ def compare_retrieval(
     settings: RetrievalSettings | None = None,
     *,
     control_run: RunPaths = (),
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> dict[str, RetrievalReport]:
     """Evaluate several recipes, each in every language of the settings; seeds of one recipe are averaged.
@@ -231,6 +232,7 @@ def compare_retrieval(
         Name of the recipe, with the language if there are several -> report.
     """
     settings = replace_flat(settings or RetrievalSettings(), options)
+    progress = to_progress(progress)
     reports = {}
     for name, paths, is_control in iterate_recipes(run_paths, control_run):
         for language in settings.language or ("",):

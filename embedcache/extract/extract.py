@@ -16,7 +16,7 @@ from embedcache.extract.views import open_view
 from embedcache.extract.worker import ShardReport
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.modalities import MODALITIES, ModalityName, noun
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import record_stage
 from embedcache.registry import unknown_name
 from embedcache.settings import flat_settings, from_flat, replace_flat
@@ -66,7 +66,7 @@ def extract(
     text_encoder: str | Sequence[str] = (),
     encoder: Mapping[str, str | Sequence[str]] | None = None,
     settings: ExtractSettings | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> list[EncoderReport]:
     """Encode the items of a source once and store the features in a cache.
@@ -95,7 +95,7 @@ def extract(
         FingerprintError: the cache holds other samples, or features of a different encoder of that name.
         DiskFullError: the disk is full; committed chunks stay valid, so run again with more space.
     """
-    progress = progress or NullProgress()
+    progress = to_progress(progress)
     source, settings = open_request(source, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache_path, specs, settings=settings, progress=progress)

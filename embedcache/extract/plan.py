@@ -19,7 +19,7 @@ from embedcache.extract.loop import BatchBuffer, add_distinct, load_items
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker
 from embedcache.files import AnyPath, is_remote
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, to_progress
 from embedcache.sources.base import Source
 from embedcache.units import format_bytes
 
@@ -102,14 +102,14 @@ def plan(
     text_encoder: str | Sequence[str] = (),
     encoder: Mapping[str, str | Sequence[str]] | None = None,
     settings: ExtractSettings | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> Plan:
     """Index the source, open the encoders and encode a few batches without storing their outputs.
 
     The arguments and errors are those of `extract`.
     """
-    progress = progress or NullProgress()
+    progress = to_progress(progress)
     source, settings = open_request(source, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache_path, specs, settings=settings, progress=progress)

@@ -28,7 +28,7 @@ from embedcache.extract.worker import Worker
 from embedcache.files import AnyPath, remove_partials
 from embedcache.modalities import MODALITIES, noun
 from embedcache.processes import num_cores
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.provenance import name_differences
 from embedcache.settings import replace_flat
 from embedcache.sources import reopen_source
@@ -84,7 +84,7 @@ class VerifyReport:
 
 
 def verify_cache(
-    cache_path: AnyPath, settings: VerifySettings | None = None, *, progress: Progress | None = None, **options: Any
+    cache_path: AnyPath, settings: VerifySettings | None = None, *, progress: AnyProgress = None, **options: Any
 ) -> VerifyReport:
     """Check every chunk of a cache against its checksum; on request repair it and encode a sample again.
 
@@ -93,6 +93,7 @@ def verify_cache(
         CorruptError: a table is damaged, so that nothing can be repaired.
     """
     cache, settings = Cache(cache_path), replace_flat(settings or VerifySettings(), options)
+    progress = to_progress(progress)
     detected = findings = verify(cache, progress=progress)
     repaired: list[str] = []
     if settings.repair:
@@ -222,7 +223,7 @@ def retry_failed(
     text_encoder: str | Sequence[str] = (),
     encoder: Mapping[str, str | Sequence[str]] | None = None,
     settings: ExtractSettings | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> list[RetryReport]:
     """Retry the files that failed, after one was replaced or a network came back; all other rows stay unchanged.
@@ -230,7 +231,7 @@ def retry_failed(
     Captions that failed are blank and remain failed, because captions are part of the item table. The arguments and
     errors are those of `extract`.
     """
-    progress = progress or NullProgress()
+    progress = to_progress(progress)
     source, settings = open_request(source, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache_path, specs, settings=settings, repair_items=True, progress=progress)

@@ -16,7 +16,7 @@ from embedcache.errors import CorruptError, SourceError, UnfinishedError
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.imported import ImportedSamples, VectorImport
 from embedcache.interop.settings import ImportSettings
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, digest_file, record_stage
 from embedcache.settings import replace_flat
 from embedcache.sources.base import IMPORTED
@@ -84,7 +84,7 @@ def import_vectors(
     cache_path: AnyPath,
     settings: ImportSettings | None = None,
     *,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> list[ImportReport]:
     """Write a normal cache of vectors that another tool computed. Values and dtype are kept as they are.
@@ -102,7 +102,7 @@ def import_vectors(
         SettingError: text vectors without their captions.
         CorruptError: a file is damaged.
     """
-    progress, settings = progress or NullProgress(), replace_flat(settings or ImportSettings(), options)
+    progress, settings = to_progress(progress), replace_flat(settings or ImportSettings(), options)
     columns = SourceSettings(key_column=settings.key_column, caption_columns=settings.caption_columns)
     path = open_path(cache_path)
     hashes = _hash_files(vectors, progress)

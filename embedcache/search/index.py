@@ -8,7 +8,7 @@ from typing import Any
 
 from embedcache.errors import CorruptError, FingerprintError, SettingError, UnfinishedError
 from embedcache.files import LOCK, AnyPath, disk_errors, locked, relative_location
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import (
     DIGEST,
     check_same,
@@ -109,7 +109,7 @@ def build_index(
     index_path: AnyPath,
     settings: IndexSettings | None = None,
     *,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> IndexCard:
     """Index all valid items of a feature, and measure the index against exact search.
@@ -134,7 +134,7 @@ def build_index(
         DataError: the feature has several vectors per item, or no valid item.
     """
     settings = replace_flat(settings or IndexSettings(), options)
-    index_path, progress = Path(index_path), progress or NullProgress()
+    index_path, progress = Path(index_path), to_progress(progress)
     vectors = Vectors(cache_path, settings.modality, settings.feature, settings.run)
     if not (index_path / "card.json").is_file():  # so that nothing is put into a folder of others
         _candidates(settings, len(vectors.rows), vectors.width)

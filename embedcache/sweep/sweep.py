@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.files import AnyPath, disk_errors, locked
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, to_progress
 from embedcache.provenance import write_record
 from embedcache.registry import require
 from embedcache.reports.sweep import SweepConfig, SweepFindings, write_sweep_page
@@ -41,7 +41,7 @@ def sweep(
     image_feature: str | None = None,
     text_feature: str | None = None,
     settings: SweepSettings | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> SweepReport:
     """Train with many settings, retrain the best ones with several seeds, and report.
@@ -71,7 +71,7 @@ def sweep(
     from embedcache.sweep.worker import StudyJob, run_workers, work
 
     settings = replace_flat(settings or SweepSettings(), options)
-    study_path, progress = Path(study_path), progress or NullProgress()
+    study_path, progress = Path(study_path), to_progress(progress)
     space = read_space(Path(space_path))
     make_grid_points(space, settings)  # rejects an infinite grid before a folder is created
     memory = space.settings({}).machine.memory

@@ -15,7 +15,7 @@ from embedcache.dataset.splits import PARTS, Split, read_split, write_split
 from embedcache.encoders.backends import torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath, disk_errors, relative_location, write_atomic
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import (
@@ -120,7 +120,7 @@ def train(
     text_feature: str | None = None,
     feature: Mapping[str, str | None] | None = None,
     settings: TrainSettings | None = None,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> TrainReport:
     """Train projectors on features of two modalities, such as an image and a text feature, of one or several caches.
@@ -151,6 +151,7 @@ def train(
         MissingExtraError: TensorBoard is enabled and is not installed.
     """
     settings = replace_flat(settings or TrainSettings(), with_split_seed(options))
+    progress = to_progress(progress)
     for name in split_names(settings.model.projector):
         PROJECTORS.load(name)
     LOSSES.load(settings.loss.name)

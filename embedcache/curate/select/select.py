@@ -19,7 +19,7 @@ from embedcache.dataset.selections import (
 )
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
-from embedcache.progress import Progress
+from embedcache.progress import AnyProgress, to_progress
 from embedcache.registry import Registry
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
@@ -93,7 +93,7 @@ def select(
     method: str,
     settings: SelectSettings | None = None,
     *,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
     **options: Any,
 ) -> SelectReport:
     """Select some samples of a cache and write the selection; the same arguments give the same selection.
@@ -115,6 +115,7 @@ def select(
         UnfinishedError: chunks of a feature are missing.
     """
     out_path, settings = Path(out_path), replace_flat(settings or SelectSettings(), options)
+    progress = to_progress(progress)
     check_selection_path(out_path)
     selector: Selector = SELECTORS.load(method)()
     check_method_settings(method, selector, settings)

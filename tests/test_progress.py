@@ -1,0 +1,76 @@
+"""Progress on standard error: names of parts, states, bars that stay when they are finished, and when there are any."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from embedcache import progress as module
+from embedcache.progress import BarProgress, NullProgress, PlainProgress, to_progress
+from tests.recorded import RecordedProgress
+
+
+def test_lines_name_the_part_and_the_state(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0)
+    progress = PlainProgress()
+    progress.finish()  # of nothing
+    for name in ("sound", "lips"):
+        part = progress.part(name)
+        part.start("training", 40, "utterances")
+        part.describe(f"loss of {name}")
+        part.advance(10)
+        part.finish()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(", ")[0] for line in lines] == [
+        "sound: training: 10/40 utterances",
+        "sound: training: 10 utterances in 0.0 s",
+        "lips: training: 10/40 utterances",
+        "lips: training: 10 utterances in 0.0 s",
+    ]
+    assert lines[0].endswith(" s left; loss of sound")
+
+
+def test_bars_of_parts_are_shown_at_once_and_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = BarProgress()
+    progress.advance(1)  # of nothing
+    first, second = progress.part("sound"), progress.part("lips\x1b")
+    for part in (first, second):
+        part.start("training", 40, "utterances")
+        part.advance(30)
+    first.describe("epoch 2/2")
+    first.advance(10)
+    first.finish()
+    progress.note("sound is done")
+    second.start("recognize", 0, "utterances")  # ends the training
+    second.finish()
+    second.finish()
+    screen: dict[int, str] = {}  # what a terminal shows: line -> text
+    line = 0
+    for word in re.split(r"(\r|\n|\x1b\[A)", capsys.readouterr().err):
+        line += {"\n": 1, "\x1b[A": -1}.get(word, 0)
+        if word.strip("\r\n\x1b[A "):
+            screen[line] = word
+    assert [re.sub(r"[|\[].*", "", screen[line]).strip() for line in sorted(screen)] == [
+        "sound: training: 100%",
+        "sound is done",
+        r"lips\x1b: training:  75%",
+        r"lips\x1b: recognize: 0 utterances",
+    ]
+    assert "40/40" in screen[0]
+    assert screen[0].endswith("utterances/s, epoch 2/2]")
+
+
+def test_bars_are_shown_in_terminals_and_notebooks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {None: NullProgress, False: NullProgress, True: PlainProgress}
+    assert {request: type(to_progress(request)) for request in kinds} == kinds
+    own = RecordedProgress()
+    assert to_progress(own) is own
+    kinds |= {None: BarProgress, True: BarProgress}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        assert {request: type(to_progress(request)) for request in kinds} == kinds
+    for config, kind in ({"IPKernelApp": {}}, BarProgress), ({}, NullProgress):  # Jupyter, IPython in a file
+        shell = SimpleNamespace(config=config)
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))  # type: ignore[arg-type]
+        assert type(to_progress(None)) is kind
