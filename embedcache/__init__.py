@@ -21,22 +21,35 @@ if TYPE_CHECKING:
     from embedcache.derive.derive import derive as derive_features
     from embedcache.encoders.settings import EncoderSettings
     from embedcache.errors import EmbedcacheError
+    from embedcache.evaluate.encoder_pairs import evaluate_pairs
+    from embedcache.evaluate.probe import evaluate_probe
     from embedcache.evaluate.retrieval import compare_retrieval, evaluate_retrieval
-    from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
+    from embedcache.evaluate.settings import PairsSettings, ProbeSettings, RetrievalSettings, ZeroShotSettings
     from embedcache.evaluate.zero_shot import compare_zero_shot, evaluate_zero_shot
+    from embedcache.export.export import export_run
+    from embedcache.export.settings import ExportSettings
     from embedcache.extract.extract import extract as extract_features
-    from embedcache.extract.settings import ExtractSettings
+    from embedcache.extract.plan import plan as plan_extraction
+    from embedcache.extract.repair import retry_failed, verify_cache
+    from embedcache.extract.settings import ExtractSettings, VerifySettings
     from embedcache.inference import Model, load
+    from embedcache.interop.formats import export_vectors, open_vectors
+    from embedcache.interop.importing import import_vectors
+    from embedcache.interop.settings import AtlasSettings, ImportSettings, VectorExportSettings
     from embedcache.likelihood.model import LikelihoodModel
     from embedcache.networks.settings import DecodingSettings
     from embedcache.search.index import build_index
     from embedcache.search.queries import Queries
+    from embedcache.search.search import OpenIndex
     from embedcache.search.search import search as search_index
     from embedcache.search.settings import Filter, IndexSettings, SearchSettings
     from embedcache.sources.media import Video
     from embedcache.sources.open import open_source
     from embedcache.sources.settings import SourceSettings
     from embedcache.store.cache import Cache
+    from embedcache.store.feature import Feature
+    from embedcache.sweep.settings import SweepSettings
+    from embedcache.sweep.sweep import sweep as sweep_projectors
     from embedcache.train.settings import LossSettings, MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
     from embedcache.train.train import train as train_projectors
     from embedcache.transcription.model import SpeechModel
@@ -47,6 +60,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "AtlasSettings",
     "Cache",
     "CoverageSettings",
     "DecodingSettings",
@@ -54,8 +68,11 @@ __all__ = [
     "Derivation",
     "EmbedcacheError",
     "EncoderSettings",
+    "ExportSettings",
     "ExtractSettings",
+    "Feature",
     "Filter",
+    "ImportSettings",
     "IndexSettings",
     "LeakSettings",
     "LikelihoodModel",
@@ -63,7 +80,10 @@ __all__ = [
     "MachineSettings",
     "Model",
     "ModelSettings",
+    "OpenIndex",
     "OptimizerSettings",
+    "PairsSettings",
+    "ProbeSettings",
     "Queries",
     "RetrievalSettings",
     "SearchSettings",
@@ -71,9 +91,12 @@ __all__ = [
     "SourceSettings",
     "SpeechModel",
     "SplitSettings",
+    "SweepSettings",
     "TrainSettings",
     "TranscribeSettings",
     "Transcript",
+    "VectorExportSettings",
+    "VerifySettings",
     "Video",
     "ZeroShotSettings",
     "analyze_duplicates",
@@ -82,18 +105,28 @@ __all__ = [
     "compare_zero_shot",
     "derive_features",
     "derive_from_run",
+    "evaluate_pairs",
+    "evaluate_probe",
     "evaluate_retrieval",
     "evaluate_zero_shot",
+    "export_run",
+    "export_vectors",
     "extract_features",
     "find_leaks",
+    "import_vectors",
     "load",
     "measure_coverage",
     "measure_coverage_by_modality",
     "open_source",
+    "open_vectors",
+    "plan_extraction",
     "remove_duplicates",
+    "retry_failed",
     "search_index",
     "select_samples",
+    "sweep_projectors",
     "train_projectors",
+    "verify_cache",
 ]
 
 

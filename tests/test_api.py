@@ -138,6 +138,9 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     settings = embedcache.TrainSettings(optimizer=embedcache.OptimizerSettings(epochs=2, batch_size=32))
     embedcache.train_projectors(f"{folder}/cache", f"{folder}/run", settings=settings, shared_width=16, split="key")
     cache, model = embedcache.Cache(f"{folder}/cache"), embedcache.load(f"{folder}/run")
+    assert embedcache.verify_cache(cache).is_sound
+    assert embedcache.plan_extraction(photos, cache, image_encoder=IMAGE, dtype="float32").num_bytes == 0
+    assert embedcache.retry_failed(photos, cache, image_encoder=IMAGE, dtype="float32")[0].num_tried == 0
     assert model.width == 16
     assert model.config.training["optimizer"]["epochs"] == 2
     report = embedcache.evaluate_retrieval(cache, model, language=None)

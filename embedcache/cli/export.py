@@ -1,8 +1,7 @@
 """embedcache export"""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -88,9 +87,7 @@ def clip_retrieval(cache: CacheArgument, out: NewFolder, *, settings: VectorExpo
 
     Example: embedcache export clip-retrieval cache/ tree/ --run run/
     """
-    from embedcache.interop.clip_retrieval import write_clip_retrieval
-
-    _export_vectors(cache, out, settings, write_clip_retrieval)
+    _export_vectors("clip-retrieval", cache, out, settings)
 
 
 @with_settings(settings=VectorExportSettings)
@@ -101,9 +98,7 @@ def parquet(cache: CacheArgument, out: NewParquet, *, settings: VectorExportSett
 
     Example: embedcache export parquet cache/ vectors.parquet --run run/
     """
-    from embedcache.interop.parquet import write_parquet
-
-    _export_vectors(cache, out, settings, write_parquet)
+    _export_vectors("parquet", cache, out, settings)
 
 
 @with_settings(settings=VectorExportSettings)
@@ -114,9 +109,7 @@ def npy(cache: CacheArgument, out: NewFolder, *, settings: VectorExportSettings)
 
     Example: embedcache export npy cache/ arrays/ --image-feature resnet18/pooled
     """
-    from embedcache.interop.npy import write_npy
-
-    _export_vectors(cache, out, settings, write_npy)
+    _export_vectors("npy", cache, out, settings)
 
 
 @with_settings(settings=AtlasSettings)
@@ -127,21 +120,14 @@ def atlas(cache: CacheArgument, out: NewParquet, *, settings: AtlasSettings) -> 
 
     Example: embedcache export atlas cache/ atlas.parquet --run run/
     """
-    from embedcache.interop.atlas import write_atlas
-
-    _export_vectors(cache, out, settings.vectors, write_atlas, settings=settings)
+    _export_vectors("atlas", cache, out, settings)
 
 
-def _export_vectors(
-    cache: str, out: Path, chosen: VectorExportSettings, write: Callable[..., int], **options: Any
-) -> None:
+def _export_vectors(format_name: str, cache: str, out: Path, settings: VectorExportSettings | AtlasSettings) -> None:
     from embedcache.cli.console import open_progress, print_line
-    from embedcache.interop.exporting import VectorExport
+    from embedcache.interop.formats import export_vectors
 
-    export = VectorExport(cache, chosen)
-    num_rows = write(export, out, progress=open_progress(), **options)
-    left_out = export.left_out
-    print_line(f"{out}: {num_rows:,} rows" + (f"; left out: {left_out}" if left_out else ""))
+    print_line(export_vectors(format_name, cache, out, settings, progress=open_progress()).line())
 
 
 add_command(app, "transformers", transformers)

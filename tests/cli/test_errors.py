@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from embedcache.cli import main
-from embedcache.cli.console import PlainProgress, print_json, print_line, print_table
+from embedcache.cli.console import print_json, print_line, print_table
 from embedcache.errors import visible
+from embedcache.progress import PlainProgress
 from tests.cli.run import embedcache
 
 HOSTILE = "\x1b]0;owned\x07\x9b2J\u202eabc\ud800"

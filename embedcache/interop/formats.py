@@ -1,0 +1,125 @@
+"""Vectors of other tools by the name of their format: files to import, and exports of a cache."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedcache.errors import SettingError
+from embedcache.files import AnyPath
+from embedcache.interop.atlas import write_atlas
+from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
+from embedcache.interop.datacomp import open_datacomp
+from embedcache.interop.exporting import VectorExport
+from embedcache.interop.imported import VectorImport
+from embedcache.interop.npy import open_npy_vectors, write_npy
+from embedcache.interop.parquet import open_parquet_vectors, write_parquet
+from embedcache.interop.settings import AtlasSettings, VectorExportSettings
+from embedcache.progress import AnyProgress, to_progress
+from embedcache.registry import unknown_name
+from embedcache.settings import replace_flat
+
+_OPENERS: Mapping[str, tuple[Callable[..., VectorImport], tuple[str, ...]]] = {
+    "clip-retrieval": (open_clip_retrieval, ("path",)),
+    "datacomp": (open_datacomp, ("path", "image_array", "text_array")),
+    "npy": (open_npy_vectors, ("image_file", "text_file", "table")),
+    "parquet": (open_parquet_vectors, ("path", "image_vector_column", "text_vector_column")),
+}
+_PATHS = ("path", "image_file", "text_file", "table")
+_WRITERS: Mapping[str, Callable[..., int]] = {
+    "clip-retrieval": write_clip_retrieval,
+    "npy": write_npy,
+    "parquet": write_parquet,
+}
+
+
+def open_vectors(format_name: str, path: AnyPath | None = None, **options: Any) -> VectorImport:
+    """Open vectors that another tool computed, to be imported by `import_vectors`.
+
+    Args:
+        format_name: `clip-retrieval`, `datacomp`, `npy` or `parquet`.
+        path: the folder or file; `npy` has none.
+        options: as on the command line: `image_array` and `text_array` of `datacomp`; `image_file`, `text_file` and
+            `table` of `npy`; `image_vector_column` and `text_vector_column` of `parquet`.
+
+    Raises:
+        UnknownNameError: there is no such format, option, column or array.
+        SettingError: nothing to read is named.
+        PathError: a file does not exist.
+        DataError: files that belong together differ in their rows, width or dtype.
+        CorruptError: a file is damaged.
+    """
+    if format_name not in _OPENERS:
+        raise unknown_name("import format", format_name, _OPENERS)
+    opener, names = _OPENERS[format_name]
+    given = {name: value for name, value in {"path": path, **options}.items() if value is not None}
+    for name in given:
+        if name not in names:
+            raise unknown_name(f"argument of the import format {format_name}", name, names)
+    if "path" in names and path is None:
+        raise SettingError(f"path: expected a folder or file of the format {format_name}, got none")
+    return opener(**{name: Path(value) if name in _PATHS else value for name, value in given.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorExportReport:
+    """Result of an export of vectors.
+
+    Args:
+        num_rows: number of rows, one per sample.
+        left_out: what of the cache the rows do not hold, in a few words; empty if nothing.
+    """
+
+    path: Path
+    num_rows: int
+    left_out: str
+
+    def line(self) -> str:
+        """Return a summary in one line."""
+        return f"{self.path}: {self.num_rows:,} rows" + (f"; left out: {self.left_out}" if self.left_out else "")
+
+
+def export_vectors(
+    format_name: str,
+    cache_path: AnyPath,
+    out_path: AnyPath,
+    settings: VectorExportSettings | AtlasSettings | None = None,
+    *,
+    progress: AnyProgress = None,
+    **options: Any,
+) -> VectorExportReport:
+    """Write the vectors of a cache, with keys, captions and columns, for another tool; whole or not at all.
+
+    A row is a sample that has a vector of each exported modality: its first image and its first caption. Memory: a
+    block of vectors, and blocks of the tables; of `atlas`, all vectors as float32.
+
+    Args:
+        format_name: `clip-retrieval`, `npy`, `parquet`, or `atlas` for embedding-atlas.
+        cache_path: path or URL of the cache.
+        out_path: a new `.parquet` file for `parquet` and `atlas`, else a new folder.
+        settings: `AtlasSettings` for `atlas`, else `VectorExportSettings`: features, run, selection.
+        progress: progress in vectors.
+        options: settings by their names on the command line, which replace those of `settings`.
+
+    Raises:
+        UnknownNameError: there is no such format, feature or language.
+        SettingError: settings of another format.
+        UnfinishedError: a feature has missing chunks.
+        FingerprintError: the run was trained on other features.
+        DataError: no sample has all requested vectors.
+        PathError: the file or folder exists.
+        MissingExtraError: a package that `atlas` needs is not installed.
+    """
+    if format_name not in (*_WRITERS, "atlas"):
+        raise unknown_name("export format", format_name, (*_WRITERS, "atlas"))
+    kind = AtlasSettings if format_name == "atlas" else VectorExportSettings
+    chosen = replace_flat(settings or kind(), options)
+    if not isinstance(chosen, kind):
+        raise SettingError(f"settings: expected {kind.__name__} for {format_name}, got {type(chosen).__name__}")
+    progress, out_path = to_progress(progress), Path(out_path)
+    export = VectorExport(cache_path, chosen.vectors if isinstance(chosen, AtlasSettings) else chosen)
+    if isinstance(chosen, AtlasSettings):
+        num_rows = write_atlas(export, out_path, chosen, progress=progress)
+    else:
+        num_rows = _WRITERS[format_name](export, out_path, progress=progress)
+    return VectorExportReport(path=out_path, num_rows=num_rows, left_out=export.left_out)
