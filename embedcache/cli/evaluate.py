@@ -53,7 +53,7 @@ def retrieval(
     from embedcache.evaluate.retrieval import compare_retrieval, rank
     from embedcache.evaluate.runs import load_runs
     from embedcache.reports.results import retrieval_result
-    from embedcache.reports.retrieval import rank_table, retrieval_table, write_retrieval_page
+    from embedcache.reports.retrieval import rank_table, retrieval_table, width_table, write_retrieval_page
     from embedcache.store.cache import Cache
 
     reports = compare_retrieval(cache, run, settings, control_run=control_run or [], progress=open_progress())
@@ -63,6 +63,8 @@ def retrieval(
         _show_lines(reports)
         print_table(*retrieval_table(reports))
         print_table(*rank_table(reports))
+        if any(report.by_width for report in reports.values()):
+            print_table(*width_table(reports), title="recall by width")
 
     def write_page(path: Path) -> None:
         opened, shown = Cache(cache), replace(settings, language=settings.language[:1], check_overlap=False)

@@ -270,6 +270,7 @@ def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
         "fingerprint": pool.feature.fingerprint,
         "run_weights": None if pool.config is None else pool.config.weights_digest,
         "num_vectors": len(pool.rows),
+        "width": pool.width,
     }
     check_card(path, card, requested, next_step=make)
     return open_row_index(path, card), card

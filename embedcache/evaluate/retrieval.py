@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints
+from embedcache.arrays import Array, Floats, Ints, normalize
 from embedcache.dataset.pairs import ANY_LANGUAGE, Items, Pairs, pair_items
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap, largest_overlap
@@ -58,6 +58,7 @@ class Ranking:
             the top.
         average_precisions: as `ranks`: average precision of each query.
         distinct: the same with each image and each caption once; None if no content is repeated.
+        by_width: smaller width -> `ranks` by that many first components of `first` and `second`, of length 1 again.
     """
 
     seed: int
@@ -72,6 +73,7 @@ class Ranking:
     average_precisions: dict[str, Array]
     overlap: Overlap | None
     distinct: "Ranking | None" = None
+    by_width: Mapping[int, dict[str, Ints]] = field(default_factory=dict)
 
     def queries(self, direction: str) -> Ints:
         """Return the sample of each query."""
@@ -108,6 +110,8 @@ class RetrievalReport:
         over_seeds: as `recalls`, with 95% intervals that hold the variance of seeds, too; empty for one run.
         distinct: as `recalls`, with each image and each caption once; empty if none is repeated.
         distinct_chance: as `chance`, with each once; empty if none is repeated.
+        by_width: width -> as `recalls`, by the first components of the shared space, ascending and with the whole width
+            last; empty if no smaller width was ranked.
         by_seed: mean recall over both directions and all k of each run, in the order of `seeds`.
         num_items: modality -> number of items per run, first that of the first direction's queries.
         seeds: random seed of each run.
@@ -129,6 +133,7 @@ class RetrievalReport:
     over_seeds: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     distinct: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     distinct_chance: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    by_width: dict[int, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
 
     def line(self) -> str:
         """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
@@ -174,7 +179,8 @@ def evaluate_retrieval(
         progress: reports before a long ranking how long it takes.
 
     Raises:
-        SettingError: no run, two of one seed, a control that was not trained on shuffled pairs, or several languages.
+        SettingError: no run, two of one seed, a control that was not trained on shuffled pairs, several languages, or a
+            width above that of the shared space.
         FingerprintError: a run was trained on features from another encoder, or with another recipe than the others.
         DataError: the part is empty.
     """
@@ -206,6 +212,7 @@ def evaluate_retrieval(
         over_seeds=_over_seeds(rankings, recalls) if len(rankings) > 1 else {},
         distinct={direction: _recalls(distinct, direction) for direction in both if distinct},
         distinct_chance=_chances(distinct, both if distinct else ()),
+        by_width=_recalls_by_width(rankings, recalls),
     )
 
 
@@ -270,8 +277,41 @@ def rank(
     return replace(
         ranking,
         distinct=_rank_distinct(ranking, split),
+        by_width=_ranks_by_width(ranking, _smaller_widths(run, settings)),
         overlap=find_overlap(run, cache, dict(zip(modalities, item_sets, strict=True)), settings),
     )
+
+
+def _smaller_widths(run: Run, settings: RetrievalSettings) -> list[int]:
+    """Return the widths to rank by besides the whole, ascending: those of the settings, or of the training."""
+    whole = run.config.shared_width
+    if too_wide := [width for width in settings.widths if width > whole]:
+        raise SettingError(
+            f"widths: expected at most the width of the shared space of {run.path}, {whole}, got {too_wide[0]}"
+        )
+    widths = settings.widths or run.config.training.get("loss", {}).get("widths", ())
+    return sorted(set(widths) - {whole})
+
+
+def _ranks_by_width(ranking: Ranking, widths: Sequence[int]) -> dict[int, dict[str, Ints]]:
+    ranks: dict[int, dict[str, Ints]] = {}
+    for width in widths:
+        first, second = normalize(ranking.first[:, :width]), normalize(ranking.second[:, :width])
+        counts = _negatives_before(ranking.modalities, (first, second), ranking.positives)
+        ranks[width] = {direction: first_ranks(*of_direction) for direction, of_direction in counts.items()}
+    return ranks
+
+
+def _negatives_before(
+    modalities: tuple[str, ...], vectors: tuple[Floats, Floats], positives: tuple[Ints, Ints]
+) -> dict[str, tuple[Ints, Ints]]:
+    """Return, by direction, the query of each positive pair and the number of negatives ranked before the positive."""
+    (first, second), (first_M, second_M) = vectors, positives
+    there, back = directions(modalities)
+    return {
+        there: (first_M, negatives_before(first, second, (first_M, second_M))),
+        back: (second_M, negatives_before(second, first, (second_M, first_M))),
+    }
 
 
 def _rank_items(
@@ -282,12 +322,7 @@ def _rank_items(
     vectors: tuple[Floats, Floats],
     positives: tuple[Ints, Ints],
 ) -> Ranking:
-    (first, second), (first_M, second_M) = vectors, positives
-    there, back = directions(modalities)
-    before = {
-        there: (first_M, negatives_before(first, second, (first_M, second_M))),
-        back: (second_M, negatives_before(second, first, (second_M, first_M))),
-    }
+    (first, second), before = vectors, _negatives_before(modalities, vectors, positives)
     return Ranking(
         seed=seed,
         part=split.part,
@@ -359,6 +394,20 @@ def _recalls(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]
     ranks = np.concatenate([ranking.ranks[direction] for ranking in rankings])
     recalls = bootstrap_means(ranks[:, None] <= np.array(KS), _groups(rankings, direction))
     return {f"r@{k}": estimate for k, estimate in zip(KS, recalls, strict=True)}
+
+
+def _recalls_by_width(
+    rankings: Sequence[Ranking], recalls: Mapping[str, Mapping[str, Estimate]]
+) -> dict[int, dict[str, dict[str, Estimate]]]:
+    by_width = {
+        width: {
+            direction: _recalls([replace(ranking, ranks=ranking.by_width[width]) for ranking in rankings], direction)
+            for direction in recalls
+        }
+        for width in rankings[0].by_width
+    }
+    whole = {direction: dict(estimates) for direction, estimates in recalls.items()}
+    return {**by_width, rankings[0].first.shape[1]: whole} if by_width else {}
 
 
 def _groups(rankings: Sequence[Ranking], direction: str) -> Ints:

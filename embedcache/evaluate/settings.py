@@ -29,6 +29,13 @@ class RetrievalSettings:
     )
     trained_on: tuple[str, ...] = setting((), _TRAINED_ON_HELP, metavar="CACHE")
     check_overlap: bool = setting(True, _OVERLAP_HELP)
+    widths: tuple[int, ...] = setting(
+        (),
+        "Also rank by the first components of the shared space, for each of these widths, such as 32,64.",
+        ge=1,
+        metavar="N,...",
+        default_text="the --widths that the run was trained with",
+    )
     max_samples: int = setting(
         50_000, "Rank at most this many samples, drawn at random from a larger part; 0 ranks all.", ge=0
     )

@@ -72,6 +72,7 @@ def _summary(run: ExportRun, notes: ExportNotes, format_name: str) -> str:
         f"{contents} of {config.shared_width} dimensions: projector `{config.projector}`. Trained with embedcache and "
         f"exported as `{format_name}`; loading it does not need embedcache.\n",
         *(f"- {note}" for note in notes.notes),
+        *_width_notes(run),
     ]
     if notes.differences:
         largest = ", ".join(f"{modality} {value:.1e}" for modality, value in notes.differences.items())
@@ -80,6 +81,18 @@ def _summary(run: ExportRun, notes: ExportNotes, format_name: str) -> str:
             f"a unit vector: {largest}."
         )
     return "\n".join([*lines, ""])
+
+
+def _width_notes(run: ExportRun) -> list[str]:
+    """Say at which smaller widths the vectors can be used, if the run was trained for any."""
+    widths = sorted({*run.config.training.get("loss", {}).get("widths", ())} - {run.config.shared_width})
+    if not widths:
+        return []
+    return [
+        f"- Matryoshka: trained at the widths {', '.join(map(str, widths))} as well. Vectors have the whole width; the "
+        f"first {widths[0]} components, scaled to length 1 again, are vectors of that width (in sentence-transformers "
+        f"`encode(…, truncate_dim={widths[0]}, normalize_embeddings=True)`)."
+    ]
 
 
 def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[Modality, str | None]) -> str:

@@ -212,19 +212,25 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, Pair
 
 
 @torch.inference_mode()
-def project(tower: AnyTower, inputs: Inputs, *, device: str = "cpu") -> Floats:
+def project(tower: AnyTower, inputs: Inputs, *, device: str = "cpu", width: int | None = None) -> Floats:
     """Project items block by block: N items of any float dtype -> (N, P) float32, rows of length 1.
+
+    Args:
+        tower: the tower.
+        inputs: the items.
+        device: device of the tower.
+        width: P, the first components to keep before rows are scaled to length 1; None: all.
 
     Raises:
         DataError: a value is NaN or infinite after projection.
     """
-    out_NP = [np.empty((0, tower.output_width), np.float32)]
+    out_NP = [np.empty((0, width or tower.output_width), np.float32)]
     num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
     for block in blocks(len(inputs.values), max(1, _BLOCK // num_tokens)):
         part = inputs.take(block)
         values = torch.from_numpy(np.require(part.values, np.float32, ["W"])).to(device)  # chunks are mapped read-only
         lengths = None if part.lengths is None else torch.from_numpy(part.lengths).to(device)
-        out_NP.append(tower(values, lengths).float().cpu().numpy())
+        out_NP.append(tower(values, lengths)[:, :width].float().cpu().numpy())
     projected_NP = np.concatenate(out_NP)
     check_finite(projected_NP, "the projected feature")
     return normalize(projected_NP)

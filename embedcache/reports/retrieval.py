@@ -84,6 +84,17 @@ def rank_table(reports: Mapping[str, RetrievalReport]) -> Table:
     return columns, rows
 
 
+def width_table(reports: Mapping[str, RetrievalReport]) -> Table:
+    """Return recalls by the first components of the shared space: rows per report and width; none without widths."""
+    directions = next(iter(reports.values())).directions
+    columns = ["", "width", *(f"{direction} R@{k}" for direction in directions for k in KS)]
+    return columns, [
+        [name, str(width), *(format_estimate(recalls[direction][f"r@{k}"]) for direction in directions for k in KS)]
+        for name, report in reports.items()
+        for width, recalls in report.by_width.items()
+    ]
+
+
 def _format_rank(rank: Estimate) -> str:
     return f"{format_count(rank.value)} [{format_count(rank.low)}, {format_count(rank.high)}]"
 
@@ -91,9 +102,9 @@ def _format_rank(rank: Estimate) -> str:
 def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) -> dict[str, Any]:
     """Return a report as JSON values: `i2t`, `t2i`, `chance`, one entry for each of `others`, counts and seeds.
 
-    Of several seeds also `over_seeds`, with intervals that hold their variance, and if images or captions are repeated
-    `distinct`, with each once, and its `chance`. Each direction holds `r@1`, `r@5`, `r@10`, the report's own also `map`
-    and `median_rank`, and `intervals` with the 95% interval of each.
+    Of several seeds also `over_seeds`, with intervals that hold their variance; if images or captions are repeated
+    `distinct`, with each once, and its `chance`; if smaller widths were ranked `widths`, by width. Each direction holds
+    `r@1`, `r@5`, `r@10`, the report's own also `map` and `median_rank`, and `intervals` with the 95% interval of each.
     """
     return {
         **{
@@ -103,6 +114,7 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
         "chance": _directions_json(report.chance),
         **({"over_seeds": _directions_json(report.over_seeds)} if report.over_seeds else {}),
         **({"distinct": _distinct_json(report)} if report.distinct else {}),
+        **({"widths": _widths_json(report)} if report.by_width else {}),
         **{name: _directions_json(other.recalls) for name, other in others.items() if other is not None},
         **{f"num_{noun(modality).replace(' ', '_')}": counts[0] for modality, counts in report.num_items.items()},
         "seeds": report.seeds,
@@ -119,6 +131,10 @@ def _directions_json(recalls: _DirectionEstimates) -> dict[str, Any]:
 
 def _distinct_json(report: RetrievalReport) -> dict[str, Any]:
     return {**_directions_json(report.distinct), "chance": _directions_json(report.distinct_chance)}
+
+
+def _widths_json(report: RetrievalReport) -> dict[str, Any]:
+    return {str(width): _directions_json(recalls) for width, recalls in report.by_width.items()}
 
 
 def write_retrieval_page(
@@ -148,13 +164,14 @@ def write_retrieval_page(
             recall_bars({**{name: report.recalls for name, report in reports.items()}, "chance": first.chance}),
         ],
     )
+    widths = width_section({name: report for name, report in reports.items() if report.by_width})
     queries, left_out = query_sections(cache, ranking, image_folders)
     write_report(
         path,
         title=f"{'-'.join(first.num_items).capitalize()} retrieval",
         summary=f"{cache.path.name}, {first.line()}.",
         warnings=[*(f"{name}: {report.warning}" for name, report in reports.items() if report.warning), *left_out],
-        sections=[recall, Section(title="Ranks", table=rank_table(reports)), *queries],
+        sections=[recall, *widths, Section(title="Ranks", table=rank_table(reports)), *queries],
         credit=credit(cache),
     )
 
@@ -182,6 +199,32 @@ def _recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
         axes.set_ylim(0, 1)
         label(axes, f"k of {direction} R@k", "recall")
     axes.legend(frameon=False, labelcolor=INK, loc="upper left")
+    return svg(axes.figure)
+
+
+def width_section(reports: Mapping[str, RetrievalReport]) -> list[Section]:
+    """Return a section with recall by width, or none without reports."""
+    if not reports:
+        return []
+    note = "Ranked by the first components of the shared space alone, scaled to length 1 again."
+    figure = recall_by_width({name: report.by_width for name, report in reports.items()})
+    return [Section(title="Recall by width", notes=[note], table=width_table(reports), figures=[figure])]
+
+
+def recall_by_width(reports: Mapping[str, Mapping[int, _DirectionEstimates]]) -> str:
+    """Draw R@10 with its 95% interval by width in both directions, one line per name, as an SVG element."""
+    ways = next(iter(next(iter(reports.values())).values()))
+    for axes, direction in zip(open_axes(3.2, ncols=2, sharey=True), ways, strict=True):
+        for position, (name, by_width) in enumerate(reports.items()):
+            widths, color = list(by_width), COLORS[position % len(COLORS)]
+            recalls = [estimates[direction]["r@10"] for estimates in by_width.values()]
+            axes.plot(widths, [recall.value for recall in recalls], "o-", color=color, markersize=4, label=name)
+            axes.vlines(widths, [recall.low for recall in recalls], [recall.high for recall in recalls], color=color)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(widths, [str(width) for width in widths])
+        axes.set_ylim(bottom=0)
+        label(axes, "width", f"{direction} R@10 with its 95% interval")
+    axes.legend(frameon=False, labelcolor=INK, loc="lower right")
     return svg(axes.figure)
 
 

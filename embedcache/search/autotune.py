@@ -158,7 +158,7 @@ def draw_query_set(vectors: Vectors) -> QuerySet:
     rng = np.random.default_rng(1)
     queries = vectors
     if (other := vectors.other_modality) is not None:
-        queries = Vectors(vectors.cache.path, other, run_path=vectors.run_path)
+        queries = Vectors(vectors.cache.path, other, run_path=vectors.run_path, width=vectors.width)
     rows = rng.permutation(queries.rows)[:_NUM_QUERIES]
     own = rows if vectors.run_path is None and len(vectors.rows) > 1 else None
     return make_query_set(queries.read(rows), vectors.blocks(), own=own)

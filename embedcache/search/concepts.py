@@ -97,13 +97,13 @@ def _open(cache: Cache, pool: Vectors) -> Vectors:
     is_prompts = has_prompts(cache)
     if pool.run_path is not None:
         modality = "image" if cache.info.num_items.get("image") and not is_prompts else "text"
-        return Vectors(cache.path, modality, run_path=pool.run_path)
+        return Vectors(cache.path, modality, run_path=pool.run_path, width=pool.width)
     if is_prompts and pool.modality == "image":
         raise DataError(
             f"{cache.path}: expected labeled images, to compare with the plain image feature {pool.feature.name}, got "
             "prompts; project both with --run RUN, or give a cache of labeled images"
         )
-    vectors = Vectors(cache.path, pool.modality, pool.feature.name)
+    vectors = Vectors(cache.path, pool.modality, pool.feature.name, width=pool.width)
     check_same(
         f"feature {vectors.feature.name} of {cache.path}",
         vectors.feature.fingerprint,

@@ -58,7 +58,8 @@ class IndexCard:
         run_weights: SHA-256 of that run's weights.
         factory: FAISS factory string.
         num_vectors: number of items.
-        width: width of a vector.
+        width: width of a vector; of a smaller width than the space has, these are its first components, scaled to
+            length 1 again, and so are queries.
         recall_at_10: fraction of the true 10 nearest neighbors that the index finds, on `num_queries` queries that
             tuned nothing: items of the other modality for a projected index, else items of the index, which do not
             count as their own neighbors.
@@ -135,7 +136,7 @@ def build_index(
     """
     settings = replace_flat(settings or IndexSettings(), options)
     index_path, progress = Path(index_path), to_progress(progress)
-    vectors = Vectors(cache_path, settings.modality, settings.feature, settings.run)
+    vectors = Vectors(cache_path, settings.modality, settings.feature, settings.run, width=settings.width)
     if not (index_path / "card.json").is_file():  # so that nothing is put into a folder of others
         _candidates(settings, len(vectors.rows), vectors.width)
         if settings.factory is not None:
@@ -246,7 +247,8 @@ def _check_reuse(index_path: Path, card: IndexCard, vectors: Vectors, settings: 
             f"index {index_path}: expected the samples of {vectors.cache.path}, got others; {new_folder}"
         )
     factory = settings.factory or card.factory
-    requested = {**_source(vectors, index_path), "spine": card.index_digest, "factory": factory}
+    source = _source(vectors, index_path)
+    requested = {**source, "spine": card.index_digest, "factory": factory, "width": vectors.width}
     check_card(index_path, card, requested, next_step=new_folder)
     memory = _grown(card, len(vectors.rows)).memory_bytes or card.file_bytes or 0
     if settings.memory is not None and memory > settings.memory:
@@ -266,6 +268,8 @@ def _build(
 ) -> IndexCard:
     """Build one candidate after another until one reaches the recall; a finished index keeps its configuration."""
     source, num = _source(vectors, index_path), len(vectors.rows)
+    if vectors.width < vectors.full_width:  # an unfinished index of the whole width does not name it
+        source["width"] = vectors.width
     left = _candidates(settings, num, vectors.width) if old is None else [_grown(old, num)]
     record = {
         **source,

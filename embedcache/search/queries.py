@@ -95,7 +95,8 @@ class QueryEncoder:
     @cached_property
     def indexed(self) -> Vectors:
         """The vectors that were indexed."""
-        return Vectors(self._cache.path, self._card.modality, self._card.feature, self._run_path)
+        card = self._card
+        return Vectors(self._cache.path, card.modality, card.feature, self._run_path, width=card.width)
 
     @property
     def config(self) -> PairConfig | None:
@@ -168,9 +169,9 @@ class QueryEncoder:
 
     def _project(self, modality: Modality, inputs: Inputs) -> Floats:
         if self._run is None:
-            return normalize(inputs.values)
+            return normalize(inputs.values[:, : self._card.width])
         pair, _ = self._run
-        return project(pair.tower(modality), inputs)
+        return project(pair.tower(modality), inputs, width=self._card.width)
 
     def _read_keys(self, keys: Sequence[str]) -> Floats:
         samples = find_keys(self._cache, keys)

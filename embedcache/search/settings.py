@@ -19,6 +19,13 @@ class IndexSettings:
     modality: ModalityName = setting("image", "Modality of the items to index.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
+    width: int | None = setting(
+        None,
+        "Index the first components of each vector only, scaled to length 1 again; for runs trained with --widths, and "
+        "encoders trained that way.",
+        ge=1,
+        default_text="the whole width",
+    )
     factory: str | None = setting(
         None,
         "FAISS factory string, such as IVF4096,SQfp16.",

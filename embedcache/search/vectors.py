@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, blocks, normalize
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
-from embedcache.errors import DataError
+from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.processes import connected, num_cores
@@ -39,8 +39,10 @@ class Vectors:
         feature: `encoder/feature`; None: the run's feature, or the only one of the modality.
         run_path: run that projects the feature; None: the plain feature.
         language: of texts, only those in this language; None or `any`: all.
+        width: the first components to keep, scaled to length 1 again; None: all.
 
     Raises:
+        SettingError: the width is larger than that of the space.
         UnknownNameError: no feature or several features have that name, or no text is in that language.
         UnfinishedError: chunks of the feature are missing.
         FingerprintError: the run was trained on another encoder's features.
@@ -54,17 +56,22 @@ class Vectors:
         feature: str | None = None,
         run_path: AnyPath | None = None,
         language: str | None = None,
+        width: int | None = None,
     ) -> None:
         self._language = None if language == ANY_LANGUAGE or modality != "text" else language
         self.cache = Cache(cache_path)
         run = None if run_path is None else os.fspath(run_path)
-        self._arguments = (str(self.cache.path), modality, feature, run, language)
+        self._arguments = (str(self.cache.path), modality, feature, run, language, width)
         self.run_path = None if run is None else Path(run)
         self._pair: AlignedPair | None = None
         self.config: PairConfig | None = None
         if self.run_path is not None:
             self._pair, self.config = load_pair(self.run_path)
         self.feature = _open(self.cache, modality, feature, self.config)
+        self.full_width = self.feature.width if self.config is None else self.config.shared_width
+        if width is not None and width > self.full_width:
+            raise SettingError(f"width: expected at most {self.full_width}, the width of the space, got {width}")
+        self.width = width or self.full_width
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Vectors, self._arguments
@@ -94,11 +101,6 @@ class Vectors:
     def _in_language(self) -> Bools | None:
         return None if self._language is None else is_language([self.cache], self._language)
 
-    @cached_property
-    def width(self) -> int:
-        """Width of a vector."""
-        return int(self.read(self.rows[:1]).shape[1])
-
     def chunk(self, number: int) -> tuple[Ints, Floats]:
         """Read one chunk and verify its checksums: rows (B,) and vectors (B, P); both are empty if all items failed."""
         rows, inputs = self.feature.chunk(number)
@@ -122,8 +124,8 @@ class Vectors:
 
     def _unit(self, inputs: Inputs) -> Floats:
         if self._pair is None:
-            return _normalize_blocks(inputs.values)
-        return project(self._pair.tower(self.modality), inputs)
+            return _normalize_blocks(inputs.values[:, : self.width])
+        return project(self._pair.tower(self.modality), inputs, width=self.width)
 
 
 def _normalize_blocks(values_BD: Array) -> Floats:

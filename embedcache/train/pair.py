@@ -135,6 +135,9 @@ class Objective(nn.Module):
 
     Memory: two embeddings per modality, the activations of `MAX_VECTORS` vectors, and the tiles of the loss. Parameters
     of the loss are trained with those of the pair. The precision `bfloat16` is that of matrix products only.
+
+    With `widths` the loss is a sum over prefixes of the shared space, each of them and the whole, all of weight 1:
+    "Matryoshka Representation Learning", Kusupati et al. 2022, equation 1.
     """
 
     def __init__(self, pair: AlignedPair, settings: LossSettings, *, precision: str) -> None:
@@ -142,6 +145,7 @@ class Objective(nn.Module):
         self.pair = pair
         self.loss = LOSSES.load(settings.name)()
         self._structure = settings.structure
+        self._widths = sorted({*settings.widths, pair.towers[0].output_width})
         self._bfloat16 = precision == "bfloat16"
 
     def forward(self, loaded: LoadedBatch) -> Tensor:
@@ -151,9 +155,11 @@ class Objective(nn.Module):
             gather_rows(self._embed(tower, values), values.num_items)
             for tower, values in zip(self.pair.towers, inputs, strict=True)
         ]
-        images, texts = (normalize(output, dim=-1) for output in outputs)
-        with self._autocast(images):
-            loss: Tensor = self.loss(images, texts, self.pair.scale, loaded.positives)
+        loss = outputs[0].new_zeros(())
+        for width in self._widths:
+            images, texts = (normalize(output[:, :width], dim=-1) for output in outputs)
+            with self._autocast(images):
+                loss = loss + self.loss(images, texts, self.pair.scale, loaded.positives)
         if not self._structure:
             return loss
         divergences = [

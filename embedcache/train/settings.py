@@ -80,6 +80,14 @@ class LossSettings:
     )
     mixup: float = setting(0.0, "FuseMix alpha: mix each batch with lambda ~ Beta(alpha, alpha); 0 disables it.", ge=0)
     structure: float = setting(0.0, "Weight of the STRUCTURE regularizer; 0 disables it.", ge=0)
+    widths: tuple[int, ...] = setting(
+        (),
+        "Matryoshka: add the loss of the first components of the shared space, for each of these widths, such as "
+        "64,128.",
+        ge=1,
+        metavar="N,...",
+        recorded_by_default=False,
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -224,6 +232,11 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if too_wide := [width for width in self.loss.widths if width > self.model.shared_width]:
+            raise SettingError(
+                f"widths: expected at most the width of the shared space, {self.model.shared_width}, got "
+                f"{too_wide[0]}; lower it, or raise --shared-width"
+            )
         if self.captions == "all" and (self.loss.name == "info_nce" or self.loss.mixup):
             reason = (
                 "info_nce has one positive per image" if self.loss.name == "info_nce" else "mixup mixes single captions"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 from embedcache.arrays import Inputs
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.export.base import ExportRun, check_parity
-from embedcache.export.card import _metrics
+from embedcache.export.card import _metrics, _width_notes
 from embedcache.export.export import RECORD, export_run
 from embedcache.export.settings import ExportSettings
 from embedcache.export.transformers import copy_code
@@ -160,6 +161,15 @@ def test_card_content(run: Path, tmp_path: Path) -> None:
         assert words in card
     weights = tmp_path / "out" / "model.safetensors"
     assert weights.stat().st_mode == (tmp_path / "out" / "README.md").stat().st_mode
+
+
+def test_card_states_widths(run: Path) -> None:
+    opened = ExportRun.open(run)
+    assert _width_notes(opened) == []
+    training = {**opened.config.training, "loss": {"name": "info_nce", "widths": [16, 8, 4]}}
+    (note,) = _width_notes(replace(opened, config=replace(opened.config, training=training)))
+    assert "trained at the widths 4, 8 as well" in note
+    assert "truncate_dim=4, normalize_embeddings=True" in note
 
 
 def test_card_has_metrics_of_its_own_recipe_only(run: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.arrays import normalize
+from embedcache.arrays import Inputs, normalize
 from embedcache.errors import (
     CorruptError,
     DataError,
@@ -18,7 +18,7 @@ from embedcache.errors import (
 )
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.projectors.saved import load_pair
+from embedcache.projectors.saved import load_pair, project
 from embedcache.search import faiss_index
 from embedcache.search.faiss_index import read_index
 from embedcache.search.index import build_index, read_card
@@ -69,6 +69,34 @@ def test_low_recall_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> 
     assert {path.name for path in (tmp_path / "pq").iterdir()} == {".lock", "building.json"}
     card = build_index(cache_path, tmp_path / "pq", IndexSettings(run=run_path, factory="PQ1x4", min_recall=0.0))
     assert card.recall_at_10 < 0.6
+
+
+def test_index_of_a_smaller_width(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    card = build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path, width=5))
+    assert (card.width, card.recall_at_10) == (5, 1)
+    pair, _ = load_pair(run_path)
+    cache = Cache(cache_path)
+    images, texts = (
+        normalize(project(pair.tower(modality), Inputs(cache.feature(modality, name).load()))[:, :5])
+        for modality, name in (("image", "open_toy/cls"), ("text", "open_toy/mean"))
+    )
+    words = cache.items("text")["text"].to_pylist()[:3]
+    for query, scored in zip(search(tmp_path / "index", words, SearchSettings(k=5)), texts, strict=False):
+        expected = np.sort(images @ scored)[::-1][:5]
+        np.testing.assert_allclose([hit.score for hit in query], expected, atol=2e-3)  # float16 at rest
+    (hits,) = search(tmp_path / "index", Queries(keys=["00007"]), SearchSettings(k=1))
+    assert hits[0].key == "00007"
+    with pytest.raises(FingerprintError, match="width: stored 5, requested 16"):
+        build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path))
+    with pytest.raises(SettingError, match="width: expected at most 16, the width of the space, got 17"):
+        build_index(cache_path, tmp_path / "other", IndexSettings(run=run_path, width=17))
+
+
+def test_plain_index_of_a_smaller_width(cache_path: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls", width=3))
+    values = normalize(Cache(cache_path).feature("image", "open_toy/cls").load()[:, :3])
+    (hits,) = search(tmp_path / "index", Queries(rows=[4]), SearchSettings(k=4))
+    np.testing.assert_allclose([hit.score for hit in hits], np.sort(values @ values[4])[::-1][:4], atol=1e-5)
 
 
 def test_item_is_not_its_own_neighbor(cache_path: Path, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ def _write_gradients(path: str) -> None:
     for name in ("multi_positive", "siglip", "sail"):
         objective = Objective(pair, LossSettings(name=name), precision="float32")
         gradients[f"{name} all captions"] = _gradients(objective, 0.0, captions="all")
+    objective = Objective(pair, LossSettings(name="info_nce", widths=(2,)), precision="float32")
+    gradients["info_nce at two widths"] = _gradients(objective, 0.0)
     if process_rank() == 0:
         torch.save(gradients, path)
 
