@@ -33,6 +33,7 @@ HEAVY = {
     "google_crc32c": {"store"},
     "upath": {"files"},
     "ray": {"processes"},
+    "pandas": {"store", "search"},
     "datasets": {"sources"},
     "av": {"sources"},
     "laspy": {"sources"},

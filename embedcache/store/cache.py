@@ -1,26 +1,34 @@
 """An open cache: its tables, its features by name, and a description of its content."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.arrays import Ints
+from embedcache.arrays import Ints, blocks
 from embedcache.errors import CorruptError, UnknownNameError
 from embedcache.files import AnyPath, folder_bytes, open_path
 from embedcache.modalities import MODALITIES, noun
-from embedcache.registry import unknown_name
+from embedcache.registry import require, unknown_name
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.checksums import BLOCK, check_rows, find_changed
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, read_info, samples_path
 from embedcache.store.tables import open_table, read_table, table_errors
+
+if TYPE_CHECKING:
+    import pandas
+
+    from embedcache.store.rows import RowReader
+
+_SAMPLES_AT_ONCE = 1024
 
 
 class _Footer(NamedTuple):
@@ -33,6 +41,10 @@ class _Footer(NamedTuple):
 
 class Cache:
     """The samples and features of one dataset, read-only.
+
+    `len(cache)` is the number of samples. `cache[row]` is a sample: its key, its columns, and for each modality a list
+    of its texts or of the paths of its files; `cache[5:10]` is a list of samples, `cache["label"]` a column, and
+    iterating yields all samples. A `Cache` is taken wherever the path of a cache is.
 
     Args:
         path: folder of the cache.
@@ -53,6 +65,92 @@ class Cache:
     def __fspath__(self) -> str:
         """Return the path or URL, so that functions that take a path of a cache take a `Cache`."""
         return str(self.path)
+
+    def __repr__(self) -> str:
+        items = "".join(f", {count:,} {noun(modality)}" for modality, count in self.info.num_items.items())
+        return f"Cache({str(self.path)!r}: {len(self):,} samples{items})"
+
+    def __len__(self) -> int:
+        return self.info.num_samples
+
+    @overload
+    def __getitem__(self, place: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[dict[str, Any]]: ...
+
+    @overload
+    def __getitem__(self, place: str) -> pa.ChunkedArray: ...
+
+    def __getitem__(self, place: int | slice | str) -> Any:
+        """Return a sample, samples or a column; reads the blocks of the tables that hold the rows.
+
+        Raises:
+            IndexError: there is no such row.
+            UnknownNameError: there is no such column.
+            CorruptError: a table cannot be read, or the rows differ from their checksums.
+        """
+        if isinstance(place, str):
+            if place not in self.columns:
+                raise unknown_name(f"column of {self.path}", place, self.columns)
+            return self.column(place)
+        if isinstance(place, slice):
+            rows = range(len(self))[place]
+            if rows.step == 1:
+                return self._read_samples(rows.start, rows.stop) if rows else []
+            return [self[row] for row in rows]
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"{self.path}: expected a row below {len(self):,}, got {place}")
+        row = range(len(self))[place]
+        return self._read_samples(row, row + 1)[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for rows in blocks(len(self), _SAMPLES_AT_ONCE):
+            yield from self[rows]
+
+    def _read_samples(self, start: int, stop: int) -> list[dict[str, Any]]:
+        samples: list[dict[str, Any]] = self._readers[SAMPLES].take(np.arange(start, stop)).to_pylist()
+        for modality in self.info.num_items:
+            reader = self._readers[modality]
+            (first, last), _ = reader.find(np.array([start, stop]))
+            items = reader.take(np.arange(first, last))
+            bounds = np.searchsorted(items["sample"].to_numpy(), np.arange(start, stop + 1)).tolist()
+            values = items["text" if modality == "text" else "path"].to_pylist()
+            for sample, (begin, end) in zip(samples, pairwise(bounds), strict=True):
+                sample[modality] = values[begin:end]
+        return samples
+
+    @cached_property
+    def _readers(self) -> Mapping[str, "RowReader"]:
+        from embedcache.store.rows import RowReader
+
+        columns = {m: ["sample", "text" if m == "text" else "path"] for m in self.info.num_items}
+        return {name: RowReader(self, name, columns.get(name)) for name in (SAMPLES, *columns)}
+
+    def to_pandas(self, modality: str | None = None) -> "pandas.DataFrame":
+        """Return the samples as a data frame, or the items of a modality, with the columns of their samples.
+
+        Args:
+            modality: None: one row per sample, its key and columns. `text`: one row per caption, also `text` and
+                `language`; of other modalities, one row per file, also `path`. `sample` is the row of the sample.
+
+        Returns:
+            Rows in the order of the cache, so that the index is the row of `Feature`. Memory: the tables.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+            UnknownNameError: there is no such modality.
+            CorruptError: a table cannot be read, or differs from its checksums.
+        """
+        require("pandas", extra="pandas")
+        if modality is None:
+            return self.samples.to_pandas()
+        if modality not in self.info.num_items:
+            raise unknown_name(f"modality of {self.path}", modality, self.info.num_items)
+        items, samples = self.items(modality), self.samples
+        of_sample = samples.take(items["sample"].combine_chunks())
+        columns = {name: of_sample[name] for name in samples.column_names}
+        return pa.table({**columns, **{name: items[name] for name in items.column_names}}).to_pandas()
 
     @cached_property
     def columns(self) -> list[str]:
@@ -191,9 +289,11 @@ class Cache:
         paths = sorted((self.path / modality).glob("*/zarr.json"))
         return [open_group(self.path, modality, path.parent.name, self.info) for path in paths]
 
-    def features(self, modality: str) -> list[Feature]:
-        """Return all features of a modality, complete or not, sorted by name."""
-        return [Feature(group, name) for group in self.encoders(modality) for name in group.features]
+    def features(self, modality: str | None = None) -> list[Feature]:
+        """Return all features, or those of a modality, complete or not, sorted by name."""
+        modalities = MODALITIES if modality is None else [modality]
+        groups = [group for name in modalities for group in self.encoders(name)]
+        return [Feature(group, name) for group in groups for name in group.features]
 
     def feature(self, modality: str, name: str | None = None) -> Feature:
         """Return a feature by name.

@@ -26,7 +26,10 @@ _POLL_S = 0.05
 
 
 class Feature:
-    """One named output of one encoder over all items of its modality, read-only.
+    """One named output of one encoder over all items of its modality, read-only. Open it with `Cache.feature`.
+
+    `load()` reads all rows into one array, `gather(rows)` any rows, and `chunks()` iterates over all without holding
+    them. `valid` says which rows have a value, `failures` why the others have none.
 
     Opening reads no vectors. No byte is used before it was compared with its checksum: each time a chunk is read in
     order, and once in a process when a chunk is mapped for rows in any order (unless `EMBEDCACHE_SKIP_CHECKSUMS=1`).
@@ -44,6 +47,10 @@ class Feature:
         self.num_items = group.info.num_items[group.modality]
         self._attributes_digest = digest(attributes)
         self._maps: OrderedDict[int, Array] = OrderedDict()
+
+    def __repr__(self) -> str:
+        shape = ", ".join("any" if size < 0 else str(size) for size in self.shape)
+        return f"Feature({self.name}: {self.modality}, ({shape}) {self.dtype})"
 
     @property
     def name(self) -> str:

@@ -203,7 +203,7 @@ def test_limited_cache_grows_to_the_whole_one(tmp_path: Path) -> None:
     run(folder, tmp_path / "c", features=FEATURES, chunk_size=8, limit=5)
     assert [report.encoded for report in run(folder, tmp_path / "c", features=FEATURES, limit=5)] == [0, 0]
     made = plan(
-        open_source(folder), tmp_path / "c", image_encoders=["tests.toy:open_other"], settings=ExtractSettings(limit=5)
+        open_source(folder), tmp_path / "c", image_encoder=["tests.toy:open_other"], settings=ExtractSettings(limit=5)
     )
     assert [feature.num_items for feature in made.features] == [5]
     run(folder, tmp_path / "c", features=FEATURES, limit=10, extend=True)

@@ -1,13 +1,18 @@
+import sys
+from pathlib import Path
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from embedcache.errors import UnknownNameError
+from embedcache.errors import MissingExtraError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.sources import open_source
+from embedcache.sources import SourceSettings, open_source
 from embedcache.store.cache import Cache, describe_cache, describe_feature, failure_lines
 from tests.images import write_images
-from tests.toy import IMAGE
+from tests.toy import IMAGE, TEXT
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +60,55 @@ def test_unknown_feature_raises(cache: Cache, name: str) -> None:
 def test_unknown_modality_raises(cache: Cache) -> None:
     with pytest.raises(UnknownNameError, match="unknown modality 'imag'; known: image, text, audio, video, points"):
         cache.feature("imag")
+
+
+def test_repr_has_counts(cache: Cache) -> None:
+    assert repr(cache) == f"Cache('{cache.path}': 20 samples, 20 images, 20 texts)"
+    assert repr(cache.features()) == "[Feature(open_toy/cls: image, (20, 48) float16)]"
+    assert cache.features("text") == []
+
+
+def test_rows_are_samples(cache: Cache) -> None:
+    assert len(cache) == 20
+    texts = cache.items("text")["text"].to_pylist()
+    samples = [{"key": f"{n:05d}", "image": [f"{n:05d}.png"], "text": [texts[n]]} for n in range(20)]
+    assert list(cache) == samples
+    assert (cache[3], cache[-1], cache[np.int64(4)]) == (samples[3], samples[19], samples[4])
+    assert (cache[5:8], cache[18:99], cache[9:3], cache[8:2:-3]) == (samples[5:8], samples[18:], [], samples[8:2:-3])
+    assert cache["key"].to_pylist() == [sample["key"] for sample in samples]
+
+
+@pytest.mark.parametrize("row", [20, -21])
+def test_row_out_of_range_raises(cache: Cache, row: int) -> None:
+    with pytest.raises(IndexError, match=rf"expected a row below 20, got {row}"):
+        cache[row]
+    with pytest.raises(UnknownNameError, match=r"unknown column of .*/cache 'label'; .*key"):
+        cache["label"]
+
+
+def test_samples_have_several_items_or_none(tmp_path: Path) -> None:
+    rows = {"id": ["a", "b", "c"], "caption": [["x", "y"], [], ["z"]], "label": [1, 2, 3]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    source = open_source(tmp_path / "t.parquet", settings=SourceSettings(key_column="id"))
+    extract(source, tmp_path / "cache", text_encoder=TEXT, chunk_size=2)
+    cache = Cache(tmp_path / "cache")
+    assert [(sample["key"], sample["label"], sample["text"]) for sample in cache] == [
+        ("a", 1, ["x", "y"]),
+        ("b", 2, []),
+        ("c", 3, ["z"]),
+    ]
+    frame = cache.to_pandas("text")
+    assert frame[["key", "text", "label", "sample"]].to_numpy().tolist() == [
+        ["a", "x", 1, 0],
+        ["a", "y", 1, 0],
+        ["c", "z", 3, 2],
+    ]
+    assert cache.to_pandas()["label"].tolist() == [1, 2, 3]
+    with pytest.raises(UnknownNameError, match="unknown modality of .*'audio'"):
+        cache.to_pandas("audio")
+
+
+def test_data_frames_need_pandas(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(MissingExtraError, match=r"'pandas' is not installed; run: .*'embedcache\[pandas\]'"):
+        cache.to_pandas()
