@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from embedcache.store.feature import Feature
     from embedcache.sweep.settings import SweepSettings
     from embedcache.sweep.sweep import sweep as sweep_projectors
+    from embedcache.train.pair_dataset import PairDataset
     from embedcache.train.settings import LossSettings, MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
     from embedcache.train.train import train as train_projectors
     from embedcache.transcription.model import SpeechModel
@@ -82,6 +83,7 @@ __all__ = [
     "ModelSettings",
     "OpenIndex",
     "OptimizerSettings",
+    "PairDataset",
     "PairsSettings",
     "ProbeSettings",
     "Queries",

@@ -61,6 +61,20 @@ def open_data(paths: Paths, features: Mapping[str, str | None], *, memory_bytes:
     return TrainData(caches=caches, sides=sides, memory_bytes=memory_bytes)
 
 
+def name_features(
+    image: str | None, text: str | None, features: Mapping[str, str | None] | None
+) -> Mapping[str, str | None]:
+    """Return modality -> feature, given either an image and a text feature or features by modality."""
+    if features is None:
+        return {"image": image, "text": text}
+    if image is not None or text is not None:
+        raise SettingError(
+            f"feature: expected either features by modality or an image and a text feature, got {', '.join(features)} "
+            f"and {image or text}"
+        )
+    return features
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainData:
     """Features of two modalities of some caches, in the order of `order_pair`.

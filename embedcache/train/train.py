@@ -33,7 +33,7 @@ from embedcache.registry import require
 from embedcache.settings import replace_flat
 from embedcache.train.batches import Batches, Loader, PairLoader
 from embedcache.train.checkpoint import finish_run, reuse_run, start_run
-from embedcache.train.data import Paths, TrainData, open_data
+from embedcache.train.data import Paths, TrainData, name_features, open_data
 from embedcache.train.distributed import num_processes, process_group, process_rank, run_on_first
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
@@ -160,23 +160,10 @@ def train(
         settings = replace(settings, machine=replace(settings.machine, device=device))
         data = open_data(
             cache_paths,
-            _name_features(image_feature, text_feature, feature),
+            name_features(image_feature, text_feature, feature),
             memory_bytes=settings.machine.memory,
         )
         return train_on(data, run_path, settings, progress=progress)
-
-
-def _name_features(
-    image: str | None, text: str | None, features: Mapping[str, str | None] | None
-) -> Mapping[str, str | None]:
-    if features is None:
-        return {"image": image, "text": text}
-    if image is not None or text is not None:
-        raise SettingError(
-            f"feature: expected either features by modality or an image and a text feature, got {', '.join(features)} "
-            f"and {image or text}"
-        )
-    return features
 
 
 def train_on(
