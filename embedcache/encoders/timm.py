@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.image import (
@@ -50,6 +51,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     is_whole = is_whole_fit(spec)
     check_modality(spec, modality, "image")
     model, revision = load_model(spec)
+    fix_padding(model)
     with _resized(spec, model) as size_px:
         transform, scale, preprocessing = pixel_transform(model, size_px, is_whole=is_whole)
         module = ImageModel(
@@ -81,11 +83,30 @@ def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
     return _load_published(spec.model) if spec.weights is None else (_load_file(spec.model, spec.weights), None)
 
 
-def create_model(name: str) -> Any:
-    """Create a model without its classifier, with random weights."""
+def create_model(name: str, *, num_classes: int = 0) -> Any:
+    """Create a model with random weights, without its classifier or with one of so many classes."""
     import timm
 
-    return timm.create_model(name, pretrained=False, num_classes=0).eval()
+    return timm.create_model(name, pretrained=False, num_classes=num_classes).eval()
+
+
+def fix_padding(model: Any) -> None:
+    """Fix the "same" padding of a network's convolutions to that of the first images that it gets.
+
+    Otherwise it is computed for each batch, also by an exported graph: a quarter fewer images/s on a CPU.
+    """
+    from timm.layers import Conv2dSame, get_same_padding
+
+    def fix(conv: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        # with value=None, onnxruntime does not join the padding and the convolution
+        sizes = zip(inputs[0].shape[-2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        height_px, width_px = (int(get_same_padding(*size)) for size in sizes)
+        left_px, top_px = width_px // 2, height_px // 2
+        pads = (left_px, width_px - left_px, top_px, height_px - top_px)
+        conv.forward = lambda images: conv._conv_forward(pad(images, pads, value=0.0), conv.weight, conv.bias)
+        hooks.pop(conv).remove()
+
+    hooks = {conv: conv.register_forward_pre_hook(fix) for conv in model.modules() if isinstance(conv, Conv2dSame)}
 
 
 def pixel_transform(

@@ -61,9 +61,13 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return {str(name): value for name, value in state.items()}
 
 
-def load_weights(module: torch.nn.Module, path: Path) -> None:
-    """Load a file's weights into a model; every name and shape must fit."""
-    state = read_weights(path)
+def load_weights(module: torch.nn.Module, path: Path, *, names: Mapping[str, str] | None = None) -> None:
+    """Load a file's weights into a model; every name and shape must fit.
+
+    `names` are those in the file of the module's weights, where they differ.
+    """
+    own_names = {name: own for own, name in (names or {}).items()}
+    state = {own_names.get(name, name): value for name, value in read_weights(path).items()}
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

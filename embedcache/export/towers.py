@@ -105,15 +105,12 @@ def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
 
 
 def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
-    """Load the package's weights into timm's network of the same architecture, whose layers are in the same order."""
-    model, size_px = lite.load_model(spec)
+    network, size_px = lite.load_model(spec)
     if requested_layers(names):
         raise unsupported("exported", "layerN counts blocks in lite, and stages in timm's network of that architecture")
-    name = f"tf_{spec.model.replace('-', '_')}"
-    network = timm.create_model(name)
-    weights = [value for key, value in model.state_dict().items() if not key.startswith("_fc.")]
-    network.load_state_dict(dict(zip(network.state_dict(), weights, strict=True)))
-    config = {"kind": "timm", "model": name, "image_size": None, "input_size": [3, size_px, size_px]}
+    network.reset_classifier(0)
+    input_size = [3, size_px, size_px]
+    config = {"kind": "timm", "model": lite.timm_name(spec.model), "image_size": None, "input_size": input_size}
     settings = {"size_px": size_px, "crop_padding_px": LITE_CROP_PADDING_PX, "mean": lite.MEAN, "std": lite.STD}
     return TimmFeatures(network, []).eval(), config, partial(_save_image_processor, "lite", settings)
 

@@ -1,6 +1,7 @@
 """Derived features, compared with reference pooling and with hooks on the libraries' blocks."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def test_lite_blocks(lite: dict[str, Any]) -> None:
     encoder, prepared, found = lite["torch"]
     assert list(found) == ["patch_mean", "patches", *LITE]
     model = _inner(encoder)
-    states = _states(model, model._blocks, prepared, encoder)
+    states = _states(model, chain.from_iterable(model.blocks), prepared, encoder)
     np.testing.assert_allclose(found["layer3.patches"], states[2].flatten(2).transpose(1, 2), atol=1e-6)
     expected = _grid(states[0].flatten(2).transpose(1, 2), 2)
     np.testing.assert_allclose(found["layer1.grid:2"], expected, rtol=1e-4, atol=1e-4)  # means of 3,136 values
@@ -301,7 +302,7 @@ def _check_native(
     spec: str, modality: Modality, requested: Sequence[str], settings: EncoderSettings | None = None, atol: float = 0
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Check that requested features change neither fingerprint nor native values; return encoder, inputs, values."""
-    settings = settings or EncoderSettings()
+    settings = settings or EncoderSettings(backend="torch")
     plain = open_encoder(spec, modality=modality, settings=settings)
     more = EncoderSettings(backend=settings.backend, features=tuple(requested))
     encoder = open_encoder(spec, modality=modality, settings=more)

