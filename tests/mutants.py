@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -112,11 +113,12 @@ def _address(copy: Path, test: str) -> str:
     return "::".join(["/".join(names[:length]) + ".py", *names[length:]])
 
 
-def _run_tests(copy: Path, tests: Sequence[str]) -> NoReturn:
-    """Run tests in a fork, which ends with pytest's code."""
+def _run_tests(copy: Path, tests: Sequence[str], timeout_s: int) -> NoReturn:
+    """Run tests in a fork, which ends with pytest's code, or with a signal after so many seconds of CPU time."""
     code = 1
     try:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (timeout_s, timeout_s))
         os.chdir(copy)
         for name in [name for name in sys.modules if name.partition(".")[0] in {"embedcache", "tests"}]:
             del sys.modules[name]
@@ -130,12 +132,16 @@ def _run_tests(copy: Path, tests: Sequence[str]) -> NoReturn:
         os._exit(code)
 
 
-def passes(copy: Path, tests: Sequence[str], timeout_s: float) -> bool:
-    """Return whether tests pass in a fork with the copy's modules; one that hangs is killed."""
+def passes(copy: Path, tests: Sequence[str], timeout_s: int) -> bool:
+    """Return whether tests pass in a fork with the copy's modules; one that hangs is killed.
+
+    One that computes without end is killed after `timeout_s` of CPU time, one that waits after 20 times as long: other
+    processes may slow a test, which must not count as a mutant that was found.
+    """
     child = os.fork()
     if child == 0:
-        _run_tests(copy, tests)
-    deadline = time.monotonic() + timeout_s
+        _run_tests(copy, tests, timeout_s)
+    deadline = time.monotonic() + 20 * timeout_s
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -159,7 +165,7 @@ def main() -> None:
     parser.add_argument("num_mutants", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--package", choices=PACKAGES, action="append", help="only these; may be repeated")
-    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="per mutant")
+    parser.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help="of CPU, per mutant")
     options = parser.parse_args()
     rng, survivors = random.Random(options.seed), 0
     packages = options.package or PACKAGES
