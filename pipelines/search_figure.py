@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import embedcache
-from embedcache.reports.thumbnails import Thumbnails, credit
-from embedcache.search.search import Hit
+from embedcache.dataset.thumbnails import Thumbnails, credit
+from embedcache.search.hits import Hit
 
 QUERIES = ("an animal with feathers", "a vehicle on the water", "something sweet to eat", "a broken promise")
 K, SIZE_PX = 6, 88

@@ -11,7 +11,7 @@ from embedcache.cli.options import Concepts, IndexArgument, Json, Output, with_s
 from embedcache.search.settings import SearchSettings
 
 if TYPE_CHECKING:
-    from embedcache.search.search import Hit
+    from embedcache.search.hits import Hit
 
 
 @with_settings(settings=SearchSettings)

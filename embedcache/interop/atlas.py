@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Floats, Ints, blocks, normalize
+from embedcache.dataset.thumbnails import Thumbnails
 from embedcache.errors import DataError, ItemError
 from embedcache.interop.exporting import VectorExport, check_new_file
 from embedcache.interop.parquet import to_vector_lists, write_rows
@@ -20,7 +21,6 @@ from embedcache.interop.settings import AtlasSettings
 from embedcache.outputs import new_output
 from embedcache.progress import Progress
 from embedcache.registry import require
-from embedcache.reports.thumbnails import Thumbnails
 from embedcache.search.faiss_index import exact_search, make_index
 
 _EXTRA = "atlas"

@@ -15,8 +15,9 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import peak_memory_bytes, write_record
 from embedcache.reports.quickstart import QuickstartReport, Stage, write_quickstart_page
 from embedcache.reports.retrieval import retrieval_json
+from embedcache.search.hits import Hit
 from embedcache.search.index import build_index
-from embedcache.search.search import Hit, search
+from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache

@@ -15,8 +15,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from embedcache.arrays import Array, Bools
+from embedcache.dataset.thumbnails import NOT_SHOWN, Thumbnails
+from embedcache.errors import EmbedcacheError
 from embedcache.metrics.intervals import Estimate
 from embedcache.outputs import write_output
+from embedcache.store.cache import Cache
+from embedcache.store.rows import RowReader
 
 Table: TypeAlias = tuple[list[str], list[list[str]]]
 """Column names, and rows of text."""
@@ -72,6 +76,42 @@ class PageItem:
     text: str = ""
     image_url: str | None = None
     is_correct: bool = False
+
+
+class ItemRenderer:
+    """Renderer of items of one modality for a page; an image that cannot be read is represented by its sample's key."""
+
+    def __init__(self, cache: Cache, modality: str, image_folders: Sequence[Path] = ()) -> None:
+        self._cache, self._is_text = cache, modality == "text"
+        self._items = RowReader(cache, modality, ["text" if modality == "text" else "sample"])
+        self._thumbnails: Thumbnails | None = None
+        self._reason: str | None = None
+        self._left_out: set[int] = set()
+        if modality == "image":
+            try:
+                self._thumbnails = Thumbnails(cache, image_folders)
+            except EmbedcacheError as error:
+                self._reason = str(error)
+
+    def render(self, row: int, *, is_correct: bool = False) -> PageItem:
+        """Return the item in a row as it is shown on a page."""
+        value = self._items.take(np.array([row]))[0][0].as_py()
+        if self._is_text:
+            return PageItem(text=value, is_correct=is_correct)
+        image_url = None
+        try:
+            image_url = None if self._thumbnails is None else self._thumbnails.data_url(row)
+        except EmbedcacheError as error:
+            self._reason = str(error)
+        if image_url is None and self._reason is not None:
+            self._left_out.add(row)
+        return PageItem(text=self._cache.key(value), image_url=image_url, is_correct=is_correct)
+
+    def warnings(self) -> list[str]:
+        """Return how many images are missing from the page, if any are, and why."""
+        reason = (self._reason or "").removeprefix(NOT_SHOWN)
+        number = len(self._left_out)
+        return [f"{number:,} {'image is' if number == 1 else 'images are'} not shown: {reason}"] if number else []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,13 @@ from matplotlib.ticker import StrMethodFormatter
 from embedcache.arrays import Ints
 from embedcache.curate.counting import QUANTILES
 from embedcache.curate.coverage import ConceptCounts, CoverageReport
+from embedcache.dataset.thumbnails import credit
 from embedcache.reports.base import (
     BAD,
     COLORS,
     INK,
     SOFT,
+    ItemRenderer,
     PageItem,
     QueryExample,
     Section,
@@ -31,7 +33,6 @@ from embedcache.reports.base import (
     svg,
     write_report,
 )
-from embedcache.reports.thumbnails import ItemRenderer, credit
 
 _FRACTIONS = (0.01, 0.1)
 _MAX_BARS = 50

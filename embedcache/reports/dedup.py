@@ -12,8 +12,10 @@ from embedcache.arrays import Ints
 from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupReport
 from embedcache.curate.keep import RemovedSamples
 from embedcache.dataset.similar_pairs import histogram
+from embedcache.dataset.thumbnails import credit
 from embedcache.modalities import noun
 from embedcache.reports.base import (
+    ItemRenderer,
     QueryExample,
     Section,
     Table,
@@ -23,7 +25,6 @@ from embedcache.reports.base import (
     format_percent,
     write_report,
 )
-from embedcache.reports.thumbnails import ItemRenderer, credit
 
 _EXAMPLES_PER_BAND = 5
 _NUM_BORDERLINE = 10

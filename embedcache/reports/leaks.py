@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.curate.leaks import LeakReport, ModalityLeaks
+from embedcache.dataset.thumbnails import credit
 from embedcache.modalities import noun
 from embedcache.reports.base import (
+    ItemRenderer,
     QueryExample,
     Section,
     Table,
@@ -17,7 +19,6 @@ from embedcache.reports.base import (
     format_percent,
     write_report,
 )
-from embedcache.reports.thumbnails import ItemRenderer, credit
 
 _MAX_PAIRS = 40
 

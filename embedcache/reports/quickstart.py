@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from embedcache.dataset.thumbnails import Thumbnails, credit
 from embedcache.evaluate.retrieval import RetrievalReport, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.reports.base import COLORS, INK, label, open_axes, svg, write_page
 from embedcache.reports.retrieval import query_sections, recall_bars, retrieval_table
-from embedcache.reports.thumbnails import Thumbnails, credit
-from embedcache.search.search import Hit
+from embedcache.search.hits import Hit
 from embedcache.store.cache import Cache
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Ints
+from embedcache.dataset.thumbnails import credit
 from embedcache.evaluate.retrieval import KS, Ranking, RetrievalReport
 from embedcache.metrics.intervals import Estimate
 from embedcache.modalities import noun
@@ -15,6 +16,7 @@ from embedcache.reports.base import (
     COLORS,
     INK,
     SOFT,
+    ItemRenderer,
     PageItem,
     QueryExample,
     Section,
@@ -31,7 +33,6 @@ from embedcache.reports.base import (
     svg,
     write_report,
 )
-from embedcache.reports.thumbnails import ItemRenderer, credit
 from embedcache.store.cache import Cache
 
 _DirectionEstimates: TypeAlias = Mapping[str, Mapping[str, Estimate]]

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from embedcache.arrays import Array, Ints
+from embedcache.dataset.thumbnails import allowed_folders, restricted
 from embedcache.errors import EmbedcacheError
 from embedcache.evaluate.speech import SpeechReport, compare_speech, estimate_errors, time_words
 from embedcache.evaluate.utterances import open_for_run
@@ -24,7 +25,6 @@ from embedcache.reports.speech_figures import (
     utterance_figure,
     view_names,
 )
-from embedcache.reports.thumbnails import allowed_folders, restricted
 from embedcache.sources.base import FileItem, Source
 from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio, decode_video
 from embedcache.sources.open import reopen_source, source_credit

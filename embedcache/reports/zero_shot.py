@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array
+from embedcache.dataset.thumbnails import credit
 from embedcache.evaluate.zero_shot import ZeroShotPredictions, ZeroShotReport
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import (
     COLORS,
     INK,
     SOFT,
+    ItemRenderer,
     PageItem,
     Section,
     Table,
@@ -30,7 +32,6 @@ from embedcache.reports.base import (
     svg,
     write_report,
 )
-from embedcache.reports.thumbnails import ItemRenderer, credit
 from embedcache.store.cache import Cache
 
 _COLUMNS = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "mean per class"}

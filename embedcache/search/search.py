@@ -8,41 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Bools, Floats, Ints, concatenated_ranges
+from embedcache.arrays import Bools, Floats, Ints
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.files import AnyPath, is_url
 from embedcache.search.faiss_index import exact_search
 from embedcache.search.filters import CacheFilters
+from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
 from embedcache.search.index import open_row_index, read_card
 from embedcache.search.queries import Queries, QueryEncoder
 from embedcache.search.settings import Filter, SearchSettings
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
-from embedcache.store.layout import SAMPLES
-from embedcache.store.rows import RowReader
 
 _DEFAULT_K = 10
-_MAX_CAPTIONS = 3
 _COMPARE_ALL = 20_000  # up to this many filtered items, all are compared: fast, and a graph or lists would miss most
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hit:
-    """One search result.
-
-    Args:
-        score: cosine similarity to the query; for an index of codes, its estimate.
-        row: row of the item in the table of its modality.
-        key: key of its sample.
-        captions: for an image, at most three captions of its sample; for a caption, the caption.
-        label: label of its sample, if the cache has that column.
-    """
-
-    score: float
-    row: int
-    key: str
-    captions: Sequence[str]
-    label: str | None = None
 
 
 def search(
@@ -50,7 +29,7 @@ def search(
     queries: str | Sequence[str] | Queries,
     settings: SearchSettings | None = None,
     **options: Any,
-) -> list[list[Hit]]:
+) -> SearchResults:
     """Search an index.
 
     Args:
@@ -61,7 +40,7 @@ def search(
         options: settings by their names on the command line, which replace those of `settings`.
 
     Returns:
-        A list of hits per query, best first.
+        A list of hits per query, best first; in a notebook it is shown with thumbnails.
 
     Raises:
         SettingError, DataError, UnknownNameError, FingerprintError, PathError, CorruptError: see `OpenIndex`.
@@ -122,7 +101,7 @@ class OpenIndex:
         self._index = open_row_index(self.path, self.card)
         self._subset = lru_cache(maxsize=8)(self._apply)
 
-    def search(self, queries: Queries, *, k: int | None = None, condition: Filter | None = None) -> list[list[Hit]]:
+    def search(self, queries: Queries, *, k: int | None = None, condition: Filter | None = None) -> SearchResults:
         """Search for the items nearest to each query: a list of hits per query, best first.
 
         Raises `SettingError` if k is above what the index holds and the filter passes, `DataError` if a query cannot be
@@ -130,7 +109,12 @@ class OpenIndex:
         `CacheFilters.mask`.
         """
         _check_k(k, self.card.num_vectors, f"the index holds {self.card.num_vectors} items")
-        return self.search_vectors(self.query_encoder.encode(queries), k=k, condition=condition)
+        found = self.search_vectors(self.query_encoder.encode(queries), k=k, condition=condition)
+        modality = self.card.modality
+        return SearchResults(
+            Hits(hits, query=name, cache=self.cache, modality=modality)
+            for name, hits in zip(queries.names, found, strict=True)
+        )
 
     def search_vectors(
         self, queries_QP: Floats, *, k: int | None = None, condition: Filter | None = None
@@ -206,62 +190,3 @@ def _require_file(path: Path, file: str, option: str) -> Path:
             f"{option} {path}, which the index was built from, does not exist; if it has moved, give --{option}"
         )
     return path
-
-
-class HitReader:
-    """Looks up the keys, labels and captions of items, reading only the rows that it returns; see `RowReader`."""
-
-    def __init__(self, cache: Cache, modality: str) -> None:
-        self._modality = modality
-        self._samples = RowReader(cache, SAMPLES, ["key", "label"] if "label" in cache.columns else ["key"])
-        self._texts = RowReader(cache, "text")
-        self._items = self._texts if modality == "text" else RowReader(cache, modality, ["sample"])
-
-    def load(self) -> None:
-        """Read all rows, for a process that looks up many: later lookups take microseconds per row."""
-        for reader in (self._samples, self._items, self._texts):
-            reader.load()
-
-    def samples(self, rows_K: Ints) -> Ints:
-        """Return the sample of each item: (K,) int64."""
-        samples_K: Ints = self._items.take(rows_K)["sample"].to_numpy()
-        return samples_K
-
-    def read(self, scores_K: Floats, rows_K: Ints, languages: Sequence[str] = ()) -> list[Hit]:
-        """Return the hits of one query, with captions in some languages (empty: all); rows of -1 are skipped."""
-        scores, rows = scores_K[rows_K >= 0].tolist(), rows_K[rows_K >= 0]
-        found = self._samples.take(self.samples(rows))
-        labels = found["label"].to_pylist() if "label" in found.column_names else [None] * len(rows)
-        captions = self._captions(rows, None if languages else _MAX_CAPTIONS)
-        return [
-            Hit(
-                score=score,
-                row=row,
-                key=key,
-                captions=[text for text, language in texts if not languages or language in languages][:_MAX_CAPTIONS],
-                label=None if label is None else str(label),
-            )
-            for score, row, key, label, texts in zip(
-                scores, rows.tolist(), found["key"].to_pylist(), labels, captions, strict=True
-            )
-        ]
-
-    def captions(self, row: int) -> list[dict[str, str | None]]:
-        """Return `text` and `language` of the captions of an image's sample, or of a caption itself."""
-        (texts,) = self._captions(np.array([row]), None)
-        return [{"text": text, "language": language} for text, language in texts]
-
-    def _captions(self, rows_K: Ints, max_captions: int | None) -> list[list[tuple[str, str | None]]]:
-        """Return text and language of the captions of each item, at most `max_captions`."""
-        if not len(self._texts):
-            return [[]] * len(rows_K)
-        if self._modality == "text":
-            starts, counts = rows_K, np.ones(len(rows_K), np.int64)
-        else:
-            starts, counts = self._texts.find(self.samples(rows_K))
-        counts = counts if max_captions is None else np.minimum(counts, max_captions)
-        _, positions = concatenated_ranges(starts, counts)
-        found = self._texts.take(positions)
-        texts = list(zip(found["text"].to_pylist(), found["language"].to_pylist(), strict=True))
-        ends = np.cumsum(counts).tolist()
-        return [texts[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
-from embedcache.reports.thumbnails import Thumbnails
+from embedcache.dataset.thumbnails import Thumbnails
 from embedcache.store.cache import Cache
 
 _THUMBNAIL_PX = 224

@@ -9,13 +9,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Ints
+from embedcache.dataset.thumbnails import credit
 from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, SettingError, UnknownNameError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.provenance import read_stage
-from embedcache.reports.thumbnails import credit
-from embedcache.search.search import Hit, OpenIndex
+from embedcache.search.hits import Hit
+from embedcache.search.search import OpenIndex
 from embedcache.search.settings import Filter
 from embedcache.serve.coverage import CoverageData, measure_served_coverage, read_coverage
 from embedcache.serve.images import ServedImages

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from embedcache.dataset.thumbnails import Thumbnails
 from embedcache.errors import PathError
 from embedcache.registry import trust_files
+from embedcache.reports.base import ItemRenderer
 from embedcache.reports.speech import read_rows
-from embedcache.reports.thumbnails import ItemRenderer, Thumbnails
 from embedcache.store.cache import Cache
 from tests.cli.run import TOY, embedcache
 from tests.images import write_images

@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from embedcache.dataset.thumbnails import source_folders
 from embedcache.errors import ItemError, PathError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.provenance import read_json, write_json
 from embedcache.registry import trust_files
-from embedcache.reports.thumbnails import source_folders
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.app import make_app

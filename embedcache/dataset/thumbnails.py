@@ -1,4 +1,4 @@
-"""Small images of a cache, read again from its source, and items as they are shown on a page.
+"""Small images of a cache, read again from its source.
 
 A cache may be a stranger's, and says where its images are: they are read only below folders that the user names, or
 below the folder of the source, unless that holds more than images.
@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.errors import EmbedcacheError, PathError
+from embedcache.errors import PathError
 from embedcache.registry import has_trust
-from embedcache.reports.base import PageItem
 from embedcache.sources.base import IMPORTED, FileItem
 from embedcache.sources.files import SHARD_SEPARATOR, restrict_reads
 from embedcache.sources.images import decode_image
@@ -28,7 +27,7 @@ from embedcache.store.tables import ITEM_SCHEMAS
 
 _SIZE_PX = 88
 _FIRST_PERSON = 1000  # users with smaller numbers are services
-_NOT_SHOWN = "images are not shown: "
+NOT_SHOWN = "images are not shown: "
 _NAME = "; name a folder of images with --image-folder, or use --trust if you trust the cache"
 
 
@@ -91,42 +90,6 @@ class Thumbnails:
         return buffer.getvalue()
 
 
-class ItemRenderer:
-    """Renderer of items of one modality for a page; an image that cannot be read is represented by its sample's key."""
-
-    def __init__(self, cache: Cache, modality: str, image_folders: Sequence[Path] = ()) -> None:
-        self._cache, self._is_text = cache, modality == "text"
-        self._items = RowReader(cache, modality, ["text" if modality == "text" else "sample"])
-        self._thumbnails: Thumbnails | None = None
-        self._reason: str | None = None
-        self._left_out: set[int] = set()
-        if modality == "image":
-            try:
-                self._thumbnails = Thumbnails(cache, image_folders)
-            except EmbedcacheError as error:
-                self._reason = str(error)
-
-    def render(self, row: int, *, is_correct: bool = False) -> PageItem:
-        """Return the item in a row as it is shown on a page."""
-        value = self._items.take(np.array([row]))[0][0].as_py()
-        if self._is_text:
-            return PageItem(text=value, is_correct=is_correct)
-        image_url = None
-        try:
-            image_url = None if self._thumbnails is None else self._thumbnails.data_url(row)
-        except EmbedcacheError as error:
-            self._reason = str(error)
-        if image_url is None and self._reason is not None:
-            self._left_out.add(row)
-        return PageItem(text=self._cache.key(value), image_url=image_url, is_correct=is_correct)
-
-    def warnings(self) -> list[str]:
-        """Return how many images are missing from the page, if any are, and why."""
-        reason = (self._reason or "").removeprefix(_NOT_SHOWN)
-        number = len(self._left_out)
-        return [f"{number:,} {'image is' if number == 1 else 'images are'} not shown: {reason}"] if number else []
-
-
 def source_folders(cache: Cache) -> list[Path]:
     """Return the folders that hold the files of a cache's source; empty if it has no files.
 
@@ -137,7 +100,7 @@ def source_folders(cache: Cache) -> list[Path]:
     for folder in folders:
         held = _held_by(folder.resolve(), cache)
         if held is not None:
-            raise PathError(f"{_NOT_SHOWN}the cache says that they are in {folder}, which holds {held}{_NAME}")
+            raise PathError(f"{NOT_SHOWN}the cache says that they are in {folder}, which holds {held}{_NAME}")
     return folders
 
 
@@ -159,15 +122,15 @@ def _recorded_folders(source: Mapping[str, Any]) -> list[Path]:
     kind, location = base_source(source)
     if kind not in SOURCES.paths and kind != IMPORTED:
         raise PathError(
-            f"{_NOT_SHOWN}the cache names the source class {kind!r}, which is custom code; if you trust the "
+            f"{NOT_SHOWN}the cache names the source class {kind!r}, which is custom code; if you trust the "
             "cache, use --trust"
         )
     if kind == "openmoji":
         return []
     if "://" in location:
-        raise PathError(f"{_NOT_SHOWN}the cache says that they are at {location}{_NAME}")
+        raise PathError(f"{NOT_SHOWN}the cache says that they are at {location}{_NAME}")
     if kind == "huggingface" and not Path(location).exists():
-        raise PathError(f"{_NOT_SHOWN}{location} is not a folder of this machine{_NAME}")
+        raise PathError(f"{NOT_SHOWN}{location} is not a folder of this machine{_NAME}")
     if kind == "webdataset":
         return [shard_root(shard) for shard in location.split(SHARD_SEPARATOR)]
     path = Path(location)

@@ -1,0 +1,195 @@
+"""What a search finds: hits with their keys and captions, as rows of a table, and with thumbnails in a notebook."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from embedcache.arrays import Floats, Ints, concatenated_ranges
+from embedcache.dataset.thumbnails import Thumbnails, credit
+from embedcache.errors import EmbedcacheError, visible
+from embedcache.files import AnyPath, one_or_many
+from embedcache.registry import require
+from embedcache.store.cache import Cache
+from embedcache.store.layout import SAMPLES
+from embedcache.store.rows import RowReader
+
+if TYPE_CHECKING:
+    import pandas
+
+_MAX_CAPTIONS = 3
+_MAX_QUERIES, _MAX_HITS = 8, 12  # that a notebook shows
+_MAX_CHARACTERS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One search result.
+
+    Args:
+        score: cosine similarity to the query, from -1 to 1; for an index of codes, its estimate.
+        row: row of the item in the table of its modality.
+        key: key of its sample.
+        captions: for an image, at most three captions of its sample; for a caption, the caption.
+        label: label of its sample, if the cache has that column.
+    """
+
+    score: float
+    row: int
+    key: str
+    captions: Sequence[str]
+    label: str | None = None
+
+
+class Hits(list[Hit]):
+    """The hits of one query, best first: a list, shown with thumbnails in a notebook.
+
+    Args:
+        hits: the hits.
+        query: name of the query: its text, path, key or concept, or the number of its image, row or vector.
+        cache: cache of the items.
+        modality: modality of the items.
+    """
+
+    def __init__(self, hits: Iterable[Hit], *, query: str, cache: Cache, modality: str) -> None:
+        super().__init__(hits)
+        self.query, self.cache, self.modality = query, cache, modality
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Return a data frame with a row per hit; the columns are those of `Hit`. Requires pandas."""
+        return SearchResults([self]).to_pandas().drop(columns="query")
+
+    def to_html(self, *, image_folder: AnyPath | Sequence[AnyPath] = ()) -> str:
+        """Return the hits as HTML, as `SearchResults.to_html` does."""
+        return SearchResults([self]).to_html(image_folder=image_folder)
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+
+class SearchResults(list[Hits]):
+    """The hits of each query, in the order of the queries: a list, shown with thumbnails in a notebook."""
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Return a data frame with a row per hit: `query`, and the columns of `Hit`.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        rows = [{"query": hits.query, **asdict(hit)} for hits in self for hit in hits]
+        columns = ["query", *(item.name for item in fields(Hit))]
+        return require("pandas", extra="pandas").DataFrame(rows, columns=columns)
+
+    def to_html(self, *, image_folder: AnyPath | Sequence[AnyPath] = ()) -> str:
+        """Return the first 12 hits of the first 8 queries as HTML, with images as thumbnails in the page.
+
+        Args:
+            image_folder: read images only below this folder, or these; none: below the folder of the cache's source,
+                unless that holds more than images.
+        """
+        parts = [
+            part for hits in self[:_MAX_QUERIES] for part in _show(hits, list(map(Path, one_or_many(image_folder))))
+        ]
+        if len(self) > _MAX_QUERIES:
+            parts.append(f"<p>… and {len(self) - _MAX_QUERIES:,} more queries</p>")
+        parts += [
+            f"<p><small>{_text(words)}</small></p>" for words in {credit(hits.cache): 0 for hits in self} if words
+        ]
+        return "\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+
+def _show(hits: Hits, folders: Sequence[Path]) -> list[str]:
+    """Return the elements that show the hits of one query."""
+    shown, reason, cards = hits[:_MAX_HITS], "", []
+    thumbnails: Thumbnails | None = None
+    try:
+        thumbnails = Thumbnails(hits.cache, folders) if hits.modality == "image" else None
+    except EmbedcacheError as error:
+        reason = str(error)
+    for hit in shown:
+        image = ""
+        try:
+            if thumbnails is not None:
+                image = f'<img src="{thumbnails.data_url(hit.row)}" alt="{_text(hit.key)}"><br>'
+        except EmbedcacheError as error:
+            reason = f"images are not shown: {error}"
+        words = " · ".join(filter(None, [*hit.captions, hit.label])) or hit.key
+        cards.append(
+            f'<div style="width: 112px; margin: 4px; text-align: center; overflow-wrap: anywhere">{image}'
+            f"<small><b>{hit.score:.3f}</b> {_text(words)}</small></div>"
+        )
+    parts = [f"<b>{_text(hits.query)}</b>", f'<div style="display: flex; flex-wrap: wrap">{"".join(cards)}</div>']
+    if len(hits) > len(shown):
+        parts.append(f"<p>… and {len(hits) - len(shown):,} more</p>")
+    return [*parts, f"<p><small>{_text(reason, len(reason))}</small></p>"] if reason else parts
+
+
+def _text(words: str, max_characters: int = _MAX_CHARACTERS) -> str:
+    """Return text of a cache or a query as HTML: escaped, without control characters, cut if it is long."""
+    cut = f"{words[:max_characters]}…" if len(words) > max_characters else words
+    return escape(visible(cut))
+
+
+class HitReader:
+    """Looks up the keys, labels and captions of items, reading only the rows that it returns; see `RowReader`."""
+
+    def __init__(self, cache: Cache, modality: str) -> None:
+        self._modality = modality
+        self._samples = RowReader(cache, SAMPLES, ["key", "label"] if "label" in cache.columns else ["key"])
+        self._texts = RowReader(cache, "text")
+        self._items = self._texts if modality == "text" else RowReader(cache, modality, ["sample"])
+
+    def load(self) -> None:
+        """Read all rows, for a process that looks up many: later lookups take microseconds per row."""
+        for reader in (self._samples, self._items, self._texts):
+            reader.load()
+
+    def samples(self, rows_K: Ints) -> Ints:
+        """Return the sample of each item: (K,) int64."""
+        samples_K: Ints = self._items.take(rows_K)["sample"].to_numpy()
+        return samples_K
+
+    def read(self, scores_K: Floats, rows_K: Ints, languages: Sequence[str] = ()) -> list[Hit]:
+        """Return the hits of one query, with captions in some languages (empty: all); rows of -1 are skipped."""
+        scores, rows = np.clip(scores_K[rows_K >= 0], -1, 1).tolist(), rows_K[rows_K >= 0]  # rounding exceeds 1
+        found = self._samples.take(self.samples(rows))
+        labels = found["label"].to_pylist() if "label" in found.column_names else [None] * len(rows)
+        captions = self._captions(rows, None if languages else _MAX_CAPTIONS)
+        return [
+            Hit(
+                score=score,
+                row=row,
+                key=key,
+                captions=[text for text, language in texts if not languages or language in languages][:_MAX_CAPTIONS],
+                label=None if label is None else str(label),
+            )
+            for score, row, key, label, texts in zip(
+                scores, rows.tolist(), found["key"].to_pylist(), labels, captions, strict=True
+            )
+        ]
+
+    def captions(self, row: int) -> list[dict[str, str | None]]:
+        """Return `text` and `language` of the captions of an image's sample, or of a caption itself."""
+        (texts,) = self._captions(np.array([row]), None)
+        return [{"text": text, "language": language} for text, language in texts]
+
+    def _captions(self, rows_K: Ints, max_captions: int | None) -> list[list[tuple[str, str | None]]]:
+        """Return text and language of the captions of each item, at most `max_captions`."""
+        if not len(self._texts):
+            return [[]] * len(rows_K)
+        if self._modality == "text":
+            starts, counts = rows_K, np.ones(len(rows_K), np.int64)
+        else:
+            starts, counts = self._texts.find(self.samples(rows_K))
+        counts = counts if max_captions is None else np.minimum(counts, max_captions)
+        _, positions = concatenated_ranges(starts, counts)
+        found = self._texts.take(positions)
+        texts = list(zip(found["text"].to_pylist(), found["language"].to_pylist(), strict=True))
+        ends = np.cumsum(counts).tolist()
+        return [texts[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
