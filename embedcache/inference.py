@@ -7,28 +7,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from PIL.Image import Image
+from scipy.special import softmax
+from torch import Tensor
 
-from embedcache.arrays import Array, Floats, blocks
+from embedcache.arrays import Array, Floats, blocks, normalize
 from embedcache.dataset.inputs import to_inputs
 from embedcache.encoders.backends import torch_device
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import feature_names, reopen_encoder
-from embedcache.errors import DataError, ItemError, PathError
+from embedcache.errors import DataError, SettingError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.files import AnyPath
-from embedcache.likelihood.model import LikelihoodModel, load_likelihood
+from embedcache.likelihood.model import LikelihoodModel, Scores, load_likelihood
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.saved import PairConfig, is_pair, load_pair, project, read_run
-from embedcache.sources.images import decode_image, rgb_image
+from embedcache.sources.images import ImageLike, list_images, load_image
 from embedcache.transcription.model import SpeechModel, load_speech
-
-ImageLike: TypeAlias = str | Path | Image
-"""An image: the path of a file, or an open `PIL.Image.Image` of any mode."""
 
 
 @overload
@@ -104,31 +102,44 @@ class Model:
         """Inverse temperature that training multiplied cosine similarities by; use it for probabilities."""
         return self._pair.scale.item()
 
-    def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Floats:
+    @overload
+    def encode_image(self, images: ImageLike | Sequence[ImageLike], *, tensors: Literal[False] = False) -> Floats: ...
+
+    @overload
+    def encode_image(self, images: ImageLike | Sequence[ImageLike], *, tensors: Literal[True]) -> Tensor: ...
+
+    def encode_image(self, images: ImageLike | Sequence[ImageLike], *, tensors: bool = False) -> Floats | Tensor:
         """Embed images, one batch of the encoder at a time.
 
         EXIF orientation, transparency and color modes are handled as in extraction.
 
         Args:
-            images: one image, or N: paths and open PIL images.
+            images: one image, or N: paths, open PIL images, tensors or arrays; see `ImageLike`.
+            tensors: return a tensor on the device of the model, not an array.
 
         Returns:
             (N, P) float32, rows of length 1; a single image gives (1, P), an empty list (0, P).
 
         Raises:
             PathError: a file does not exist.
-            DataError: an image cannot be decoded; the message names it.
+            DataError: an image cannot be decoded, or a tensor is no RGB image; the message names it.
             FingerprintError: the encoder is not the one whose features the run was trained on.
             MissingExtraError: the encoder's package is not installed.
         """
-        items = [images] if isinstance(images, str | Path | Image) else images
-        return self._image_encoder.encode(items, _load_image)
+        return self._as_requested(self._image_encoder.encode(list_images(images), load_image), tensors=tensors)
 
-    def encode_text(self, texts: str | Sequence[str]) -> Floats:
+    @overload
+    def encode_text(self, texts: str | Sequence[str], *, tensors: Literal[False] = False) -> Floats: ...
+
+    @overload
+    def encode_text(self, texts: str | Sequence[str], *, tensors: Literal[True]) -> Tensor: ...
+
+    def encode_text(self, texts: str | Sequence[str], *, tensors: bool = False) -> Floats | Tensor:
         """Embed texts, one batch of the encoder at a time.
 
         Args:
             texts: one text, or N.
+            tensors: return a tensor on the device of the model, not an array.
 
         Returns:
             (N, P) float32, rows of length 1; a single text gives (1, P), an empty list (0, P).
@@ -137,15 +148,57 @@ class Model:
             DataError: a text is empty.
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
-        return self._text_encoder.encode([texts] if isinstance(texts, str) else texts, _check_text)
+        items = [texts] if isinstance(texts, str) else texts
+        return self._as_requested(self._text_encoder.encode(items, _check_text), tensors=tensors)
 
     def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Floats:
         """Compute the cosine similarity of every image with every text; for embeddings, use `images @ texts.T`.
 
-        Arguments and errors are those of `encode_image` and `encode_text`, for N images and Q texts: (N, Q) float32.
+        Arguments and errors are those of `encode_image` and `encode_text`, for N images and Q texts: (N, Q) float32,
+        from -1 to 1.
         """
-        similarities_NQ: Floats = self.encode_image(images) @ self.encode_text(texts).T
+        similarities_NQ: Floats = np.clip(self.encode_image(images) @ self.encode_text(texts).T, -1, 1)
         return similarities_NQ
+
+    def classify(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        names: str | Sequence[str],
+        *,
+        template: str | Sequence[str] = "{}",
+    ) -> Scores:
+        """Compute the probability of each class of images, without training: zero-shot.
+
+        A class is the mean of its embedded prompts; probabilities are the softmax of the cosines times `scale`.
+
+        Args:
+            images: one image, or N, as in `encode_image`.
+            names: names of the C classes.
+            template: one prompt or several, in which `{}` stands for the name, such as `a photo of a {}`.
+
+        Returns:
+            `Scores`: `best`, the name of each image's class, `top(k)`, and `probs_NC`, (N, C) float32.
+
+        Raises:
+            DataError: no name, one twice, or an empty prompt; and as in `encode_image`.
+            SettingError: a template without `{}`.
+            FingerprintError, MissingExtraError: as in `encode_image`.
+        """
+        names = (names,) if isinstance(names, str) else tuple(names)
+        templates = (template,) if isinstance(template, str) else tuple(template)
+        if not names or len(set(names)) < len(names):
+            twice = next((name for name in names if names.count(name) > 1), None)
+            raise DataError(f"names: expected distinct names of classes, got {f'{twice!r} twice' if twice else 'none'}")
+        for prompt in templates or ("",):
+            if "{}" not in prompt:
+                raise SettingError(f"template: expected a text with {{}} for the name, got {prompt!r}")
+        prompts = [prompt.replace("{}", name) for name in names for prompt in templates]
+        prompts_CTP = self.encode_text(prompts).reshape(len(names), len(templates), self.width)
+        cosines_NC = self.encode_image(images) @ normalize(prompts_CTP.mean(axis=1)).T
+        return Scores(names=names, probs_NC=softmax(self.scale * cosines_NC, axis=1).astype(np.float32))
+
+    def _as_requested(self, vectors_NP: Floats, *, tensors: bool) -> Floats | Tensor:
+        return torch.from_numpy(vectors_NP).to(self._device) if tensors else vectors_NP
 
     @cached_property
     def _image_encoder(self) -> "ProjectedEncoder":
@@ -210,15 +263,6 @@ def open_projected_encoder(
         tower=pair.tower(modality),
         device=device,
     )
-
-
-def _load_image(image: ImageLike) -> Image:
-    if not isinstance(image, Image) and not Path(image).is_file():
-        raise PathError(f"image {image} does not exist: expected the path of a file, or an open PIL image")
-    try:
-        return rgb_image(image) if isinstance(image, Image) else decode_image(Path(image).read_bytes())
-    except ItemError as error:
-        raise DataError(f"image {image}: {error}") from error
 
 
 def _check_text(text: str) -> str:

@@ -5,6 +5,7 @@ python -m pipelines.search_figure tutorial/      # the folder of docs/tutorial.m
 
 import argparse
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,7 +43,7 @@ def main() -> None:
     Image.open(png).convert("RGB").quantize(256).save(PAGE, optimize=True)
 
 
-def search_test_images(folder: Path) -> list[list[Hit]]:
+def search_test_images(folder: Path) -> Sequence[Sequence[Hit]]:
     """Search the test part only."""
     split = pq.read_table(folder / "run" / "split.parquet", filters=[("part", "=", "test")])
     with TemporaryDirectory() as scratch:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import embedcache
@@ -107,6 +108,43 @@ def test_embedding_shapes(image_folder: Path, run_path: Path) -> None:
     assert model.scale > 1
 
 
+def test_tensors_in_and_out(image_folder: Path, run_path: Path) -> None:
+    model, paths = embedcache.load(run_path), sorted(image_folder.glob("*.png"))[:3]
+    expected, pixels = model.encode_image(paths), [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # (3, 3, H, W)
+    for images in (pixels, np.stack(pixels), batch, batch / 255, list(batch)):
+        np.testing.assert_allclose(model.encode_image(images), expected, atol=1e-6)
+    tensor = model.encode_image(batch[0], tensors=True)
+    assert isinstance(tensor, torch.Tensor)
+    np.testing.assert_allclose(tensor.numpy(), expected[:1], atol=1e-6)
+    assert model.encode_text("a", tensors=True).shape == (1, model.width)
+
+
+def test_classes_without_training(image_folder: Path, run_path: Path) -> None:
+    model, paths = embedcache.load(run_path), sorted(image_folder.glob("*.png"))[:3]
+    names = ("red bar", "green bar", "blue bar")
+    scores = model.classify(paths, names)
+    logits_NC = model.scale * model.similarity(paths, names)
+    expected_NC = np.exp(logits_NC) / np.exp(logits_NC).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(scores.probs_NC, expected_NC, atol=1e-5)
+    assert scores.best == [names[number] for number in logits_NC.argmax(axis=1)]
+    prompts_TP = model.encode_text(["a red bar", "the red bar"])
+    one = model.classify(paths[0], "red bar", template=["a {}", "the {}"])
+    assert one.probs_NC.tolist() == [[1.0]]
+    two = model.classify(paths, ["red bar", "sky"], template=["a {}", "the {}"])
+    mean_P = prompts_TP.mean(axis=0) / np.linalg.norm(prompts_TP.mean(axis=0))
+    cosines_N = model.encode_image(paths) @ mean_P
+    others_P = model.encode_text(["a sky", "the sky"]).mean(axis=0)
+    others_N = model.encode_image(paths) @ (others_P / np.linalg.norm(others_P))
+    expected_N = 1 / (1 + np.exp(model.scale * (others_N - cosines_N)))
+    np.testing.assert_allclose(two.probs_NC[:, 0], expected_N, atol=1e-4)
+    for wrong, words in ((["a", "a"], "got 'a' twice"), ([], "got none")):
+        with pytest.raises(DataError, match=f"names: expected distinct names of classes, {words}"):
+            model.classify(paths, wrong)
+    with pytest.raises(SettingError, match=r"template: expected a text with {} for the name, got 'a photo'"):
+        model.classify(paths, names, template="a photo")
+
+
 def test_invalid_items_raise(run_path: Path, tmp_path: Path) -> None:
     model = embedcache.load(run_path)
     (tmp_path / "x.png").write_bytes(b"not an image")
@@ -114,6 +152,14 @@ def test_invalid_items_raise(run_path: Path, tmp_path: Path) -> None:
         model.encode_image("missing.png")
     with pytest.raises(DataError, match=r"x.png: not an image"):
         model.encode_image([tmp_path / "x.png"])
+    for wrong, words in (
+        (torch.zeros(4, 8, 8), r"expected RGB of shape \(3, H, W\), got \(4, 8, 8\)"),
+        (np.zeros((3, 8, 8), np.uint8), r"expected RGB of shape \(H, W, 3\), got \(3, 8, 8\)"),
+        (torch.full((3, 8, 8), 2.0), "values from 0 to 1, got others; do not normalize it"),
+        (np.zeros((8, 8, 3), np.int64), "expected uint8 or floating-point values, got int64"),
+    ):
+        with pytest.raises(DataError, match=words):
+            model.encode_image(wrong)
     with pytest.raises(DataError, match="got an empty text"):
         model.encode_text(["a", " "])
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL.Image import Image
 
 from embedcache.arrays import Array, Floats, Inputs, blocks, check_finite, normalize
 from embedcache.dataset.inputs import to_inputs
@@ -23,7 +22,7 @@ from embedcache.registry import unknown_name
 from embedcache.search.concepts import open_concepts
 from embedcache.search.index import IndexCard
 from embedcache.search.vectors import Vectors
-from embedcache.sources.images import decode_image
+from embedcache.sources.images import ImageLike, list_images, load_image
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader, find_keys
 
@@ -33,24 +32,30 @@ class Queries:
     """Queries of one search; results come in this order.
 
     Args:
-        texts: texts to encode.
-        images: image files, or RGB images as `decode_image` returns them, to encode.
+        texts: one text or several, to encode.
+        images: one image or several, to encode: files, open PIL images, tensors or arrays; see `ImageLike`.
         keys: keys of samples in the index's cache: the stored vector of the first item of the index's modality.
         rows: rows of items of the index's modality: the stored vector.
         concepts: names in `concept_cache`: the mean vector of the prompts of each.
         concept_cache: cache of prompts, one sample per concept, named by its column `class`, else by its key.
-        vectors: (Q, P) of any float type, in the space of the index.
+        vectors: (Q, P) or (P,) of any float type, an array or a tensor, in the space of the index.
     """
 
     texts: Sequence[str] = ()
-    images: Sequence[Path | Image] = ()
+    images: ImageLike | Sequence[ImageLike] = ()
     keys: Sequence[str] = ()
     rows: Sequence[int] = ()
     concepts: Sequence[str] = ()
     concept_cache: Path | str | None = None
-    vectors: Array | None = None
+    vectors: Any = None
 
     def __post_init__(self) -> None:
+        for name in ("texts", "keys", "concepts"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, (value,))
+        object.__setattr__(self, "images", list_images(self.images))
+        if self.vectors is not None:
+            object.__setattr__(self, "vectors", np.asarray(self.vectors))
         if self.concepts and self.concept_cache is None:
             raise SettingError(
                 f"concept {self.concepts[0]!r}: expected a cache of prompts, got none; give --concepts CACHE"
@@ -63,9 +68,12 @@ class Queries:
     @property
     def names(self) -> list[str]:
         """A name of each query: its text, path, key or concept, or the number of its image, row or vector."""
-        images = [str(image) if isinstance(image, Path) else f"image {n}" for n, image in enumerate(self.images)]
+        images = [
+            str(image) if isinstance(image, str | Path) else f"image {n}"
+            for n, image in enumerate(list_images(self.images))
+        ]
         rows = [f"row {row}" for row in self.rows]
-        vectors = [f"vector {row}" for row in range(0 if self.vectors is None else len(self.vectors))]
+        vectors = [f"vector {row}" for row in range(0 if self.vectors is None else len(np.atleast_2d(self.vectors)))]
         return [*self.texts, *images, *self.keys, *rows, *self.concepts, *vectors]
 
 
@@ -143,8 +151,8 @@ class QueryEncoder:
         parts = [np.empty((0, self._card.width), np.float32)]
         if queries.texts:
             parts.append(self._encode_items("text", queries.texts))
-        if queries.images:
-            parts.append(self._encode_items("image", [_decode(image) for image in queries.images]))
+        if len(images := list_images(queries.images)):
+            parts.append(self._encode_items("image", [load_image(image) for image in images]))
         if queries.keys:
             parts.append(self._read_keys(queries.keys))
         if queries.rows:
@@ -152,7 +160,7 @@ class QueryEncoder:
         if queries.concepts and queries.concept_cache is not None:
             parts.append(self._read_concepts(queries.concepts, queries.concept_cache))
         if queries.vectors is not None:
-            parts.append(self._check_vectors(queries.vectors))
+            parts.append(self._check_vectors(np.atleast_2d(queries.vectors)))
         return np.concatenate(parts)
 
     def _encode_items(self, modality: Modality, items: Sequence[Any]) -> Floats:
@@ -225,11 +233,3 @@ def read_vectors(path: Path) -> Array:
     except (ValueError, EOFError, OSError, TypeError) as error:
         raise CorruptError(f"{path}: expected a .npy file of numbers, got an error: {error}") from error
     return values
-
-
-def _decode(image: Path | Image) -> Image:
-    if not isinstance(image, Path):
-        return image
-    if not image.is_file():
-        raise PathError(f"expected an image file, got {image}, which does not exist; check the path")
-    return decode_image(image.read_bytes())

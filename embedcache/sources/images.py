@@ -5,20 +5,23 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from embedcache.errors import ItemError
+from embedcache.arrays import Array
+from embedcache.errors import DataError, ItemError, PathError
 
 _MAX_ASPECT_RATIO = 100
 MAX_PIXELS = 89_478_485
 """Limit checked in the header: Pillow's own, 256 MiB as RGB."""
 
+_IMAGE_AXES, _RGB = 3, 3
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _DECOMPRESSED_BYTES = 2**20
 
@@ -38,6 +41,60 @@ _DAMAGE = (
     *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, MemoryError),
     *(struct.error, zlib.error),
 )
+
+
+class HasArray(Protocol):
+    """An array of NumPy, or a tensor of PyTorch."""
+
+    def __array__(self) -> Array: ...
+
+
+ImageLike: TypeAlias = str | Path | Image.Image | HasArray
+"""An image: the path of a file; an open `PIL.Image.Image` of any mode; a tensor (3, H, W); or an array (H, W, 3).
+
+Tensors and arrays are RGB, uint8 from 0 to 255 or floating-point from 0 to 1."""
+
+
+def list_images(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
+    """Return a sequence of images, given one image or several; a tensor or array of four axes holds several."""
+    is_one = isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", None) == _IMAGE_AXES
+    return [images] if is_one else images  # type: ignore[list-item, return-value]
+
+
+def load_image(image: ImageLike) -> Image.Image:
+    """Return an image as `decode_image` does.
+
+    Raises:
+        PathError: a file does not exist.
+        DataError: an image cannot be decoded, or an array is no RGB image; the message names it.
+    """
+    if isinstance(image, str | Path) and not Path(image).is_file():
+        raise PathError(
+            f"image {image} does not exist: expected the path of a file, an open PIL image, or a tensor; check the path"
+        )
+    try:
+        if isinstance(image, str | Path):
+            return decode_image(Path(image).read_bytes())
+        return rgb_image(image) if isinstance(image, Image.Image) else _array_image(image)
+    except ItemError as error:
+        raise DataError(f"image {image}: {error}") from error
+
+
+def _array_image(image: HasArray) -> Image.Image:
+    values, axes = np.asarray(image), "(3, H, W)"
+    if not isinstance(image, np.ndarray):  # a tensor has the channels first
+        values = np.moveaxis(values, 0, -1) if values.ndim == _IMAGE_AXES else values
+    else:
+        axes = "(H, W, 3)"
+    if values.ndim != _IMAGE_AXES or values.shape[-1] != _RGB:
+        raise DataError(f"image: expected RGB of shape {axes}, got {tuple(np.shape(image))}")
+    if values.dtype.kind == "f":
+        if not (values.size and values.min() >= 0 and values.max() <= 1):
+            raise DataError("image: expected floating-point values from 0 to 1, got others; do not normalize it")
+        values = np.round(values * 255).astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise DataError(f"image: expected uint8 or floating-point values, got {values.dtype}")
+    return Image.fromarray(np.ascontiguousarray(values))
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -230,7 +230,7 @@ def test_invalid_queries_raise(
 ) -> None:
     with pytest.raises(UnknownNameError, match="query_key: expected a key of the cache .*, such as '00000', got 'x'"):
         search(index_path, Queries(keys=["00001", "x"]))
-    with pytest.raises(PathError, match=r"no\.png, which does not exist"):
+    with pytest.raises(PathError, match=r"no\.png does not exist"):
         search(index_path, Queries(images=[tmp_path / "no.png"]))
     with pytest.raises(DataError, match=r"expected shape \(Q, 16\), got \(2, 3\)"):
         search(index_path, Queries(vectors=np.ones((2, 3))))
