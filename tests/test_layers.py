@@ -42,7 +42,7 @@ HEAVY = {
     "faiss": {"search"},
     "timm": {"encoders"},
     "transformers": {"encoders", "export"},
-    "sentence_transformers": {"export"},
+    "sentence_transformers": {"encoders", "export"},
     "open_clip": {"encoders", "export"},
     "clip_benchmark": {"interop", "sources"},
     "onnxruntime": {"encoders", "export"},

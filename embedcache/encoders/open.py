@@ -3,9 +3,11 @@
     family:model[,option=value]…
 
 A spec is text, so that a cache can store it and anyone can open the same encoder again. The family is a name in
-`ENCODERS`, or `module:attribute` of a plug-in: `my_module:open_mine[:model][,option=value]…`.
+`ENCODERS`, or `module:attribute` of a plug-in: `my_module:open_mine[:model][,option=value]…`. A value with a comma, or
+with a space at an end, is a JSON string: `prompt="query, short: "`.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -49,6 +51,10 @@ DERIVED = "derived"
 
 _EXAMPLES = "timm:vit_small_patch14_dinov2.lvd142m or st:all-MiniLM-L6-v2"
 _PATH_STARTS = ("/", "./", "../", "~")
+_PART = re.compile(r'(?:^|,)([^,=]*=\s*"(?:\\.|[^"\\])*"\s*(?=,|$)|[^,]*)')
+"""A part of a spec between commas, those in quotes excluded."""
+_TEXTS = frozenset({"prompt", "prompt_name"})
+"""Options whose values are texts: never paths, and with the spaces that were given."""
 
 
 def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: EncoderSettings | None = None) -> Encoder:
@@ -131,8 +137,8 @@ class EncoderSpec:
     @classmethod
     def parse(cls, text: str) -> "EncoderSpec":
         """Parse `family:model[,option=value]…`."""
-        name, *options = text.strip().split(",")
-        family, colon, model = name.partition(":")
+        name, *options = _PART.findall(text)
+        family, colon, model = name.strip().partition(":")
         while family == "fields" and options and "=" not in options[0]:  # a list of names, written as any other list
             model = f"{model}+{options.pop(0).strip()}"
         if not (family and colon and model):
@@ -149,13 +155,13 @@ class EncoderSpec:
     def text(self) -> str:
         """The spec as text, with options sorted by name; `parse` reads it back."""
         name = f"{self.family}:{self.model}" if self.model else self.family
-        return ",".join([name, *(f"{key}={value}" for key, value in sorted(self.options.items()))])
+        return ",".join([name, *(f"{key}={_quoted(value)}" for key, value in sorted(self.options.items()))])
 
     @property
     def absolute(self) -> "EncoderSpec":
         """The same spec with absolute local paths, so that it opens from any working directory."""
-        values = {key: Path(value).expanduser() for key, value in self.options.items()}
-        options = {key: str(path.absolute()) if path.exists() else self.options[key] for key, path in values.items()}
+        paths = {key: Path(value).expanduser() for key, value in self.options.items() if key not in _TEXTS}
+        options = {**self.options, **{key: str(path.absolute()) for key, path in paths.items() if path.exists()}}
         model = str(Path(self.model).expanduser().absolute()) if self.is_path else self.model
         if self.inner is not None:
             model = EncoderSpec(self.inner.family, self.inner.absolute.model).text
@@ -229,16 +235,32 @@ def check_modality(spec: EncoderSpec, modality: Modality, served: Modality) -> N
 def _parse_options(text: str, parts: Collection[str]) -> dict[str, str]:
     options: dict[str, str] = {}
     for part in parts:
-        name, equals, value = (word.strip() for word in part.partition("="))
+        name, equals, value = part.partition("=")
+        name, value = name.strip(), _unquoted(value) if name.strip() in _TEXTS else _unquoted(value.strip())
         if not (name and equals and value):
             raise SettingError(
-                f"invalid option {part!r} in {text!r}: expected name=value after a comma (a path with a comma is not "
-                "supported: rename it or link to it)"
+                f"invalid option {part!r} in {text!r}: expected name=value after a comma; put a value with a comma in "
+                'quotes, such as prompt="query, short: "'
             )
         if name in options:
             raise SettingError(f"option {name} in {text!r}: expected it once, got it twice; remove one")
         options[name] = value
     return options
+
+
+def _quoted(value: str) -> str:
+    is_plain = value == value.strip() and value.isprintable() and "," not in value and not value.startswith('"')
+    return value if is_plain else json.dumps(value, ensure_ascii=False)
+
+
+def _unquoted(value: str) -> str:
+    """Return the text of a value in quotes; empty if its quotes are not those of a JSON string."""
+    if not value.lstrip().startswith('"'):
+        return value
+    try:
+        return str(json.loads(value, strict=False))
+    except ValueError:
+        return ""
 
 
 def _load_opener(spec: EncoderSpec) -> Callable[..., Encoder]:

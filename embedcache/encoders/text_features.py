@@ -38,7 +38,10 @@ class TextFeatures(torch.nn.Module):
 
 
 class SentenceFeatures(torch.nn.Module):
-    """Features of a sentence-transformers model by name: transformer, concatenated poolings, then dense layers."""
+    """Features of a sentence-transformers model by name: transformer, concatenated poolings, then dense layers.
+
+    `width` truncates vectors to their first dimensions, for models trained so that these are vectors of their own.
+    """
 
     def __init__(
         self,
@@ -46,12 +49,14 @@ class SentenceFeatures(torch.nn.Module):
         pools: Sequence[str],
         heads: Sequence[torch.nn.Module],
         layers: Sequence[int],
+        width: int | None = None,
     ) -> None:
         super().__init__()
         self._transformer = transformer
         self._pools = pools
         self._heads = torch.nn.ModuleList(heads)
         self._layers = layers
+        self._width = width
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the features of (B, T) token ids by name: (B, D), or (B, T, D) for tokens."""
@@ -66,7 +71,7 @@ class SentenceFeatures(torch.nn.Module):
             outputs = {"dense": dense, **outputs}
         for layer, state in hidden_states(states, self._layers):
             outputs |= prefix_layer(layer, self._pool(state, attention_mask))
-        return outputs
+        return {name: output[:, : self._width] if output.ndim == 2 else output for name, output in outputs.items()}
 
     def _pool(self, state: torch.Tensor, mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden_BTD = state.float()

@@ -160,7 +160,7 @@ def find_model_class(config: Any, folder: Path) -> Any:
 def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Module, str]:
     """Load a transformers model in float32 and eval mode, and hash those of its weights that the checkpoint holds."""
     misfit, next_step = f"the weights in {folder} do not fit its config.json", "download the folder again"
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             model, info = loader.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
         except OSError as error:
@@ -179,7 +179,7 @@ def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Mo
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Disable the progress bar, and the table of weights that a single tower leaves unused."""
     from transformers.utils import logging
 

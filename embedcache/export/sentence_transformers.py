@@ -63,10 +63,15 @@ def _encoder_modules(run: ExportRun, library: Any) -> list[Any]:
 
 
 def _sentence_modules(spec: EncoderSpec, name: str, max_tokens: int, library: Any) -> list[Any]:
+    for option in ("prompt", "prompt_name", "truncate_dim"):
+        if option in spec.options:
+            raise unsupported(_FORMAT, f"its text encoder has the option {option}")
     folder = encoders.find_folder(spec).path
-    modules = encoders.read_modules(folder)
     model = library.SentenceTransformer(str(folder), device="cpu")
     model.max_seq_length = max_tokens
+    if name == "pooled":  # of a model that the library runs as a whole
+        return list(model)
+    modules = encoders.read_modules(folder)
     library_modules = [module for module in model if type(module).__name__ != "Normalize"]
     pooled = "_".join(modules.pools)
     default = "dense" if modules.dense else pooled

@@ -66,6 +66,8 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
     if spec.options.get("fit", "crop") != "crop":
         raise unsupported(format_name, "the exported image processor crops the center square")
     preprocessing = tower_input.fingerprint["preprocessing"]
+    if "files" in preprocessing:
+        raise unsupported(format_name, "its encoder is run by the library sentence-transformers as a whole")
     if modality == "text" and (preprocessing["prefix"] or preprocessing["lower"]):
         raise unsupported(
             format_name,
@@ -157,7 +159,10 @@ def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
             for head in heads
         ],
     }
-    module = SentenceFeatures(model, modules.pools, heads, layers).eval()
+    width = spec.int_option("truncate_dim")
+    if width is not None:
+        config["width"] = width
+    module = SentenceFeatures(model, modules.pools, heads, layers, width).eval()
     return module, config, partial(_save_tokenizer, modules.tokenizer)
 
 

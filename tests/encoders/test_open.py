@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embedcache.encoders.base import Modality
 from embedcache.encoders.open import ENCODERS, EncoderSpec, open_encoder
@@ -87,6 +89,38 @@ def test_spec_folder_of_relative_path(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_invalid_spec_raises(text: str, modality: Modality, error: type[EmbedcacheError], words: str) -> None:
     with pytest.raises(error, match=words):
         open_encoder(text, modality=modality)
+
+
+@pytest.mark.parametrize(
+    ("written", "value", "text"),
+    [
+        ("query: ", "query: ", '"query: "'),
+        ('"query: "', "query: ", '"query: "'),
+        ("query:", "query:", "query:"),
+        ('"Given a, retrieve b\\nQuery: "', "Given a, retrieve b\nQuery: ", '"Given a, retrieve b\\nQuery: "'),
+        ('"say \\"hi\\", now"', 'say "hi", now', '"say \\"hi\\", now"'),
+        ("tests", "tests", "tests"),  # a folder here, and yet no path
+        ("x" * 300, "x" * 300, "x" * 300),
+    ],
+)
+def test_prompts_are_kept(written: str, value: str, text: str) -> None:
+    spec = EncoderSpec.parse(f" st:a/b,max_tokens= 5 ,prompt={written}")
+    assert spec.options == {"max_tokens": "5", "prompt": value}
+    assert spec.text == f"st:a/b,max_tokens=5,prompt={text}"
+    assert EncoderSpec.parse(spec.text) == spec.absolute == spec
+
+
+@given(st.text(min_size=1))
+def test_any_prompt_reads_back(prompt: str) -> None:
+    spec = EncoderSpec("st", "a/b", {"prompt": prompt, "revision": "x"})
+    assert EncoderSpec.parse(spec.text) == spec
+
+
+def test_values_with_a_comma_are_quoted(tmp_path: Path) -> None:
+    assert EncoderSpec.parse('timm:resnet18,weights="a, b.pth"').weights == Path("a, b.pth")
+    for wrong in ('st:x,prompt="a, b', 'st:x,prompt="a" b'):
+        with pytest.raises(SettingError, match="expected name=value after a comma; put a value with a comma in quotes"):
+            EncoderSpec.parse(wrong)
 
 
 def test_imported_family_is_refused_and_not_listed() -> None:

@@ -4,16 +4,23 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from embedcache.arrays import normalize
+from embedcache.encoders.audio import resample
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import PathError, SettingError
-from embedcache.testing.encoders import TEXTS, TextEncoderContract
-from tests.encoders.checkpoints import change_one_weight, save_sentence_transformer
+from embedcache.errors import ArtifactError, ItemError, MissingExtraError, PathError, SettingError, UnknownNameError
+from embedcache.testing.encoders import (
+    TEXTS,
+    EncoderContract,
+    TextEncoderContract,
+    example_images,
+)
+from tests.encoders.checkpoints import change_one_weight, save_sentence_transformer, save_static, save_two_towers
 
 MAX_TOKENS = 16
 TORCH = EncoderSettings(backend="torch")
@@ -61,10 +68,14 @@ def test_matches_sentence_transformers(
     _check_against_the_library(folder, encoder.encode(encoder.prepare(TEXTS), features))
 
 
-def _check_against_the_library(folder: Path, found: dict[str, list[np.ndarray]]) -> None:
+def _library(folder: Path) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    oracle = SentenceTransformer(str(folder), device="cpu")
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def _check_against_the_library(folder: Path, found: dict[str, list[np.ndarray]]) -> None:
+    oracle = _library(folder)
     first = next(iter(found))
     np.testing.assert_allclose(normalize(np.stack(found[first])), oracle.encode(TEXTS), atol=1e-4)
     expected = oracle.encode(TEXTS, output_value="token_embeddings")
@@ -112,13 +123,155 @@ def test_default_prompt(bert: Path, tmp_path: Path) -> None:
     _check_against_the_library(folder, encoder.encode(encoder.prepare(TEXTS), ["mean", "tokens"]))
 
 
-def test_unknown_modules_raise(bert: Path, tmp_path: Path) -> None:
+def test_prompts(bert: Path, tmp_path: Path) -> None:
     folder = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=MAX_TOKENS)
-    rows = json.loads((folder / "modules.json").read_text())
-    rows[1]["type"] = "sentence_transformers.models.CNN"
-    (folder / "modules.json").write_text(json.dumps(rows))
-    with pytest.raises(SettingError, match=r"built from Transformer, CNN, Normalize.*hf:"):
-        open_encoder(f"st:{folder}", modality="text", settings=TORCH)
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prompts": {"query": "a dog "}}))
+    plain, named, given = (
+        open_encoder(f"st:{folder}{options}", modality="text", settings=TORCH)
+        for options in ("", ",prompt_name=query", ",prompt=a dog ")
+    )
+    assert [each.fingerprint.preprocessing["prefix"] for each in (plain, named, given)] == ["", "a dog ", "a dog "]
+    assert named.fingerprint == given.fingerprint != plain.fingerprint
+    found = normalize(np.stack(named.encode(named.prepare(TEXTS), ["mean"])["mean"]))
+    oracle = _library(folder).encode(TEXTS, prompt_name="query", normalize_embeddings=True)
+    np.testing.assert_allclose(found, oracle, atol=1e-4)
+    with pytest.raises(
+        UnknownNameError, match=r"prompt_name of .* 'passage'; .*known: query; write your own as prompt="
+    ):
+        open_encoder(f"st:{folder},prompt_name=passage", modality="text")
+    with pytest.raises(SettingError, match="expected prompt or prompt_name, got both"):
+        open_encoder(f"st:{folder},prompt_name=query,prompt=q", modality="text")
+
+
+def test_prompt_that_is_not_pooled_is_left_to_the_library(bert: Path, tmp_path: Path) -> None:
+    folder = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=MAX_TOKENS)
+    path = folder / "1_Pooling" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "include_prompt": False}))
+    assert "mean" in open_encoder(f"st:{folder}", modality="text", settings=TORCH).features
+    encoder = open_encoder(f"st:{folder},prompt=a dog ", modality="text", settings=TORCH)
+    found = np.stack(encoder.encode(encoder.prepare(TEXTS), ["pooled"])["pooled"])
+    np.testing.assert_allclose(found, _library(folder).encode(TEXTS, prompt="a dog "), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_truncate_dim(backend: Any, bert: Path, tmp_path: Path) -> None:
+    folder = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=MAX_TOKENS, width=12)
+    settings = EncoderSettings(backend=backend)
+    encoder = open_encoder(f"st:{folder},truncate_dim=5", modality="text", settings=settings)
+    assert dict(encoder.features) == {"dense": (5,), "mean": (5,), "tokens": (-1, 32)}
+    assert encoder.fingerprint.pooling["dense"].endswith("; first 5 dimensions")
+    found = normalize(np.stack(encoder.encode(encoder.prepare(TEXTS), ["dense"])["dense"]))
+    np.testing.assert_allclose(found, normalize(_library(folder).encode(TEXTS, truncate_dim=5)), atol=1e-4)
+    with pytest.raises(SettingError, match="option truncate_dim in .*: expected at most 12, got 13"):
+        open_encoder(f"st:{folder},truncate_dim=13", modality="text", settings=settings)
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
+    return save_static(tmp_path_factory.mktemp("st") / "static", bert, width=12)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
+    return save_two_towers(tmp_path_factory.mktemp("st") / "clip", bert, "clip")
+
+
+class TestStatic(EncoderContract):
+    """A model that only the library can run."""
+
+    modality = "text"
+
+    @pytest.fixture
+    def spec(self, static: Path) -> str:
+        return f"st:{static}"
+
+    @pytest.fixture
+    def items(self) -> list[str]:
+        return list(TEXTS)
+
+    @pytest.fixture
+    def other_spec(self, static: Path, tmp_path: Path) -> str:
+        shutil.copytree(static, tmp_path / "changed")
+        change_one_weight(tmp_path / "changed" / "model.safetensors")
+        return f"st:{tmp_path / 'changed'}"
+
+
+class TestImagesOfTheLibrary(EncoderContract):
+    modality = "image"
+
+    @pytest.fixture
+    def items(self) -> list[Any]:
+        return list(example_images())
+
+    @pytest.fixture
+    def spec(self, clip: Path) -> str:
+        return f"st:{clip}"
+
+    @pytest.fixture
+    def other_spec(self, clip: Path, tmp_path: Path) -> str:
+        shutil.copytree(clip, tmp_path / "changed")
+        change_one_weight(tmp_path / "changed" / "model.safetensors")
+        return f"st:{tmp_path / 'changed'}"
+
+
+def test_the_library_runs_what_is_not_known(static: Path, tmp_path: Path) -> None:
+    for options, arguments in (
+        ("", {}),
+        (",prompt_name=query", {"prompt_name": "query"}),
+        (',prompt="a cat, "', {"prompt": "a cat, "}),
+        (",truncate_dim=4", {"truncate_dim": 4}),
+    ):
+        encoder = open_encoder(f"st:{static}{options}", modality="text")
+        found = np.stack(encoder.encode(encoder.prepare(TEXTS), ["pooled"])["pooled"])
+        np.testing.assert_allclose(found, _library(static).encode(TEXTS, **arguments), atol=1e-6)
+    shutil.copytree(static, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    path.write_text(path.read_text().replace("true", "false", 1))
+    fingerprints = [open_encoder(f"st:{folder}", modality="text").fingerprint for folder in (static, path.parent)]
+    assert fingerprints[0].preprocessing != fingerprints[1].preprocessing
+    with pytest.raises(SettingError, match="truncate_dim .* expected at most 12, got 13"):
+        open_encoder(f"st:{static},truncate_dim=13", modality="text")
+    with pytest.raises(SettingError, match="expected auto or torch, got onnxruntime"):
+        open_encoder(f"st:{static}", modality="text", settings=EncoderSettings(backend="onnxruntime"))
+
+
+def test_images_and_recordings(clip: Path, bert: Path, tmp_path: Path) -> None:
+    images = example_images()
+    encoder = open_encoder(f"st:{clip}", modality="image")
+    found = np.stack(encoder.encode(encoder.prepare(images), ["pooled"])["pooled"])
+    np.testing.assert_allclose(found, _library(clip).encode(images), atol=1e-5)
+    assert open_encoder(f"st:{clip}", modality="text").features == {"pooled": (8,)}
+    with pytest.raises(SettingError, match="expected an encoder of recordings, got one of texts, images"):
+        open_encoder(f"st:{clip}", modality="audio")
+    clap = save_two_towers(tmp_path / "clap", bert, "clap")
+    long = np.random.default_rng(0).normal(0, 0.1, 50_000).astype(np.float32)  # of which CLAP takes a random second
+    encoder = open_encoder(f"st:{clap}", modality="audio")
+    first, second = (encoder.encode(encoder.prepare([long]), ["pooled"])["pooled"][0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    short = long[:16_000]
+    oracle = _library(clap).encode([{"array": resample(short, 48_000), "sampling_rate": 48_000}])
+    np.testing.assert_allclose(encoder.encode(encoder.prepare([short]), ["pooled"])["pooled"], oracle, atol=1e-5)
+    with pytest.raises(ItemError, match="NaN"):
+        encoder.prepare([np.full(16_000, np.nan, np.float32)])
+
+
+def test_modules_that_the_library_lacks_raise(static: Path, tmp_path: Path) -> None:
+    for number, (kind, words) in enumerate(
+        (("sentence_transformers.models.Fourier", "cannot open"), ("evil.Module", "custom code; .*--trust"))
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(static, folder)
+        rows = json.loads((folder / "modules.json").read_text())
+        (folder / "modules.json").write_text(json.dumps([{**rows[0], "type": kind}]))
+        with pytest.raises((SettingError, ArtifactError), match=words):
+            open_encoder(f"st:{folder}", modality="text")
+
+
+def test_missing_library_raises(static: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # as where it is not installed
+    with pytest.raises(MissingExtraError, match=r"built from StaticEmbedding.*pip install .embedcache\[sentence-tr"):
+        open_encoder(f"st:{static}", modality="text")
 
 
 def test_missing_package_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,7 @@ def _text_encoder(config: Mapping[str, Any]) -> nn.Module:
         Dense(head["num_in"], head["num_out"], has_bias=head["has_bias"], activation=getattr(nn, head["activation"])())
         for head in config["heads"]
     ]
-    return SentenceFeatures(_pretrained(config), config["pools"], heads, config["layers"])
+    return SentenceFeatures(_pretrained(config), config["pools"], heads, config["layers"], config.get("width"))
 
 
 def _pretrained(config: Mapping[str, Any]) -> nn.Module:
