@@ -210,11 +210,18 @@ class Registry:
 
 @cache
 def _entry_points(group: str, search_path: tuple[str, ...]) -> Mapping[str, str]:
-    """Return name -> `module:attribute` of the entry points of installed packages; a change of `sys.path` rereads."""
+    """Return name -> `module:attribute` of the entry points of installed packages; a change of `sys.path` rereads.
+
+    Of two packages that declare one name, that which comes first on `sys.path` counts, as for modules.
+    """
     from importlib.metadata import distributions
 
-    declared = (point for package in distributions(path=list(search_path)) for point in package.entry_points)
-    return {point.name: point.value for point in declared if point.group == group}
+    found: dict[str, str] = {}
+    for package in distributions(path=list(search_path)):
+        for point in package.entry_points:
+            if point.group == group:
+                found.setdefault(point.name, point.value.partition("[")[0].strip())
+    return found
 
 
 def _package_of(module: str) -> str:

@@ -106,7 +106,7 @@ def _open_without_library(
     if heads:
         weights = digest([weights, *(hash_weights(head.state_dict()) for head in heads)])
     config: Any = transformer.config
-    graph_config = {
+    graph_config: dict[str, Any] = {
         "transformer": digest(config.to_dict()),
         "pools": list(modules.pools),
         "heads": digest([read_json(path / "config.json") for path in modules.dense]),
@@ -369,7 +369,7 @@ class LibraryEncoder:
         if not (prepared and names):
             return {name: [] for name in names}
         if self.modality == "audio":  # one by one: padding would change what they are encoded to
-            return {"pooled": [self._run(array[None])[0] for array in prepared]}
+            return {"pooled": [self._run([array])[0] for array in prepared]}
         return {"pooled": list(self._run(prepared))}
 
     def _run(self, prepared: Sequence[Array]) -> Floats:

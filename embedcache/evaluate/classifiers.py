@@ -63,6 +63,7 @@ METHODS = Registry(
         "logistic": "embedcache.evaluate.classifiers:fit_logistic",
         "ridge": "embedcache.evaluate.classifiers:fit_ridge",
     },
+    group="embedcache.methods",
     arguments=3,
 )
 

@@ -31,6 +31,7 @@ VIEWS = Registry(
         "flip": "embedcache.extract.views:open_flip",
         "noise": "embedcache.extract.views:open_noise",
     },
+    group="embedcache.views",
     arguments=1,
 )
 """Each is a function of the text after the colon that returns a `View`."""
@@ -76,7 +77,7 @@ def open_view(name: str) -> View:
         PathError: a file that the view needs does not exist.
     """
     kind, _, argument = name.partition(":")
-    if kind in VIEWS.paths:
+    if kind in VIEWS:
         view: View = VIEWS.load(kind)(argument)
         return view
     apply = VIEWS.load(name)

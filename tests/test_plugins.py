@@ -1,0 +1,142 @@
+"""Plug-ins of an installed package: a tiny distribution, installed by pip, with an entry point of every kind."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from embedcache.curate.select.select import SELECTORS
+from embedcache.derive.rules import RULES
+from embedcache.encoders.open import ENCODERS
+from embedcache.evaluate.classifiers import METHODS
+from embedcache.extract.views import VIEWS
+from embedcache.networks.saved import NETWORKS
+from embedcache.projectors.base import PROJECTORS
+from embedcache.registry import Registry
+from embedcache.sources.open import SOURCES
+from embedcache.train.losses import LOSSES
+from tests.cli.run import embedcache, succeed
+from tests.images import write_images
+
+MODULE = """
+from embedcache.encoders.open import EncoderSpec
+from embedcache.extract.views import View
+from embedcache.sources import Sample, TextItem
+from tests.toy import open_toy as open_encoder
+
+
+class Words:
+    def __init__(self, location, settings):
+        self.words = location.split("+")
+
+    def describe(self):
+        return {"type": "plugged", "path": "+".join(self.words), "settings": {}}
+
+    def samples(self):
+        return (Sample(key=word, texts=(TextItem(text=word),)) for word in self.words)
+
+    def read(self, item):
+        raise AssertionError
+
+
+def open_view(argument):
+    return View(
+        name=f"plugged:{argument}",
+        modality="image",
+        apply=lambda image: image.rotate(int(argument)),
+        fingerprint={"name": f"plugged:{argument}"},
+    )
+
+
+class Anything:
+    def __init__(self, *arguments, **options):
+        pass
+"""
+REGISTRIES: dict[str, tuple[Registry, str]] = {
+    "encoders": (ENCODERS, "open_encoder"),
+    "losses": (LOSSES, "Anything"),
+    "methods": (METHODS, "Anything"),
+    "networks": (NETWORKS, "Anything"),
+    "projectors": (PROJECTORS, "Anything"),
+    "rules": (RULES, "Anything"),
+    "selectors": (SELECTORS, "Anything"),
+    "sources": (SOURCES, "Words"),
+    "views": (VIEWS, "open_view"),
+}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed the distribution."""
+    folder = tmp_path_factory.mktemp("site")
+    wheel, info = folder / "plugged-1.0-py3-none-any.whl", "plugged-1.0.dist-info"
+    points = [f"[embedcache.{group}]\nplugged = plugged:{name}\n" for group, (_, name) in REGISTRIES.items()]
+    files = {
+        "plugged.py": MODULE,
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: plugged\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": "\n".join(points),
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"]))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+    subprocess.run([*pip, "--target", folder / "packages", wheel], check=True)
+    return folder / "packages"
+
+
+@pytest.fixture
+def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.delitem(sys.modules, "plugged", raising=False)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("group", REGISTRIES)
+def test_plugin_of_every_kind(group: str) -> None:
+    registry, attribute = REGISTRIES[group]
+    assert registry.group == f"embedcache.{group}"
+    assert "plugged" in registry
+    assert registry.load("plugged") is getattr(sys.modules["plugged"], attribute)
+
+
+@pytest.mark.usefixtures("installed")
+def test_installed_plugins_need_no_trust(tmp_path: Path) -> None:
+    succeed("extract", "plugged:red+green", "c", "--text-encoder", "plugged:toy", cwd=tmp_path)
+    assert "2 items encoded again" in succeed("verify", "c", "--reencode", "100%", cwd=tmp_path)
+    write_images(tmp_path / "photos", 3)
+    words = ("--image-encoder", "plugged:toy", "--view", "plugged:90")
+    assert "toy@plugged-90 (cls): encoded 3" in succeed("extract", "photos", "i", *words, cwd=tmp_path)
+    assert "toy@plugged-90/cls: 3 items encoded again" in succeed("verify", "i", "--reencode", "100%", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (("extract", "photos", "c", "--image-encoder", "plugd:toy"), "encoder family"),
+        (("extract", "photos", "c", "--image-encoder", "tests.toy:open_toy", "--source-type", "plugd"), "source"),
+        (("extract", "photos", "c", "--image-encoder", "tests.toy:open_toy", "--view", "plugd"), "view"),
+    ],
+)
+@pytest.mark.usefixtures("installed")
+def test_unknown_names_list_installed_plugins(tmp_path: Path, words: tuple[str, ...], kind: str) -> None:
+    write_images(tmp_path / "photos", 1)
+    done = embedcache(*words, cwd=tmp_path)
+    assert done.code == 1
+    assert f"unknown {kind} 'plugd'; did you mean 'plugged'?; known: " in done.stderr
+    assert "plugged" in done.stderr.rpartition("known: ")[2]
+
+
+def test_the_first_package_of_a_name_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (2, 1):
+        info = tmp_path / str(number) / f"numbers{number}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: numbers{number}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(
+            f"[embedcache.numbers]\npi = math:{'pi' if number == 1 else 'tau'} [x]\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path / str(number))
+    assert Registry("number", {}, group="embedcache.numbers").load("pi") == pytest.approx(3.14159, abs=1e-4)
