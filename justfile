@@ -22,6 +22,10 @@ types:
 test *args:
     OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder {{ args }}
 
+# Run the tests that need an NVIDIA GPU; all others do not see it.
+gpu *args:
+    python -m pytest -m gpu {{ args }}
+
 # Fix style and format.
 fix:
     ruff check --fix .

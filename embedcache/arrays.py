@@ -16,7 +16,7 @@ Shape letters: a suffix such as `vectors_BP` names the axes of an array, in orde
     M  pairs of rows; values under a statistic
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -28,6 +28,16 @@ Array: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float32]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
+
+
+Products: TypeAlias = Callable[[Floats, Floats], Floats]
+"""Computes the (Q, C) dot products of (Q, P) rows with (C, P) rows."""
+
+
+def dot_products(left_QP: Floats, right_CP: Floats) -> Floats:
+    """Compute the dot product of each left row with each right row: (Q, C)."""
+    products_QC: Floats = left_QP @ right_CP.T
+    return products_QC
 
 
 class Inputs(NamedTuple):

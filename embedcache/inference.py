@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embedcache.arrays import Array, Floats, blocks, normalize
 from embedcache.dataset.inputs import to_inputs
-from embedcache.encoders.backends import torch_device
+from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, SettingError
@@ -30,19 +30,19 @@ from embedcache.transcription.model import SpeechModel, load_speech
 
 
 @overload
-def load(run_path: AnyPath, *, kind: Literal["pair"] | None = None, device: str = "cpu") -> "Model": ...
+def load(run_path: AnyPath, *, kind: Literal["pair"] | None = None, device: str = AUTO) -> "Model": ...
 
 
 @overload
-def load(run_path: AnyPath, *, kind: Literal["speech"], device: str = "cpu") -> SpeechModel: ...
+def load(run_path: AnyPath, *, kind: Literal["speech"], device: str = AUTO) -> SpeechModel: ...
 
 
 @overload
-def load(run_path: AnyPath, *, kind: Literal["likelihood"], device: str = "cpu") -> LikelihoodModel: ...
+def load(run_path: AnyPath, *, kind: Literal["likelihood"], device: str = AUTO) -> LikelihoodModel: ...
 
 
 def load(
-    run_path: AnyPath, *, kind: Literal["pair", "speech", "likelihood"] | None = None, device: str = "cpu"
+    run_path: AnyPath, *, kind: Literal["pair", "speech", "likelihood"] | None = None, device: str = AUTO
 ) -> "Model | SpeechModel | LikelihoodModel":
     """Load a trained run: an aligned pair of `train_projectors`, or a run of `train_speech` or `train_likelihood`.
 
@@ -52,7 +52,8 @@ def load(
         run_path: folder of the run.
         kind: expected kind of the run, `pair`, `speech` or `likelihood`; None: any. What a folder holds is unknown to
             type checkers: they take the result for the `Model` of a pair, unless another kind is given.
-        device: torch device of encoders and projectors; an encoder that ran on onnxruntime stays on the CPU.
+        device: torch device of encoders and projectors, or `auto`, the first of `cuda`, `mps` and `cpu` that this
+            machine has; an encoder that ran on onnxruntime stays on the CPU.
 
     Returns:
         A `Model` for a pair, a `SpeechModel` for speech, a `LikelihoodModel` for a likelihood.
@@ -63,7 +64,7 @@ def load(
         CorruptError: the weights do not match the config.
         SettingError: the device does not exist.
     """
-    device, run_path = str(torch_device(device)), Path(run_path)
+    run_path = Path(run_path)
     values = read_run(run_path)
     found = "pair" if is_pair(values) else str(values.get("kind"))
     found = "likelihood" if found == "shared" else found
@@ -73,6 +74,7 @@ def load(
         return load_speech(run_path, device=device)
     if found == "likelihood":
         return load_likelihood(run_path, device=device)
+    device = str(torch_device(device))
     pair, config = load_pair(run_path, device=device)
     return Model(pair, config, run_path=run_path, device=device)
 

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--text-encoder", default=TEXT_ENCODER)
     parser.add_argument("--split", default="strict")
     parser.add_argument("--epochs", type=int, default=PAPER.optimizer.epochs)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     workdir, cache_path = options.workdir, options.workdir / "cache"
     extract_source(

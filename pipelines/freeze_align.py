@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--captions", help="table of captions of a web crawl, to select from")
     parser.add_argument("--concepts", default="prompts:imagenet1k+voc2007", help="class names to cover")
     parser.add_argument("--pairs", help="images with captions: the selected ones, and others")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--tiny", action="store_true", help="run everything on OpenMoji, with small encoders")
     options = parser.parse_args()
     recipe, workdir = TINY if options.tiny else FULL, options.workdir

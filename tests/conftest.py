@@ -38,6 +38,12 @@ LONGEST = (
 """The files that take longest, which start first so that both test processes end together."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, except with `-m gpu`: all other tests compare with what a CPU computes."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture
 def as_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
     """Open files as a process that has been given no name and knows no package."""

@@ -6,26 +6,38 @@ import numpy as np
 import pytest
 import torch
 
+import embedcache
 from embedcache.dataset.settings import SplitSettings
+from embedcache.devices import products_on
 from embedcache.encoders.backends import TorchGraph
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.extract.extract import extract
+from embedcache.extract.precision import fast_precisions
+from embedcache.extract.settings import ExtractSettings
 from embedcache.interop.clip_benchmark import load
 from embedcache.networks.attention import AttentionDecoder
 from embedcache.networks.ctc import align_ctc, decode_ctc
 from embedcache.networks.decoding import decode_attention, decode_hybrid
 from embedcache.networks.sequence import LayerSizes, valid_frames
+from embedcache.progress import NullProgress
+from embedcache.projectors.saved import read_config
+from embedcache.search.faiss_index import num_gpus, spherical_kmeans
+from embedcache.search.vectors import Vectors
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from embedcache.testing.encoders import TEXTS, example_images
 from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.encoders.checkpoints import save_bert, save_timm
+from tests.images import write_images
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_training_recall_matches_cpu(cache_path: Path, tmp_path: Path, precision: str) -> None:
     recalls = {}
     for device in ("cpu", "cuda"):
@@ -71,9 +83,10 @@ def test_features_match_cpu(specs: dict[Modality, str], modality: Modality) -> N
     _check_close(specs[modality], modality, EncoderSettings(device="cuda", features=REQUESTED), relative=2e-3)  # TF32
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("modality", ["image", "text"])
-def test_bfloat16_features_are_close(specs: dict[Modality, str], modality: Modality) -> None:
-    settings = EncoderSettings(device="cuda", precision="bfloat16", features=REQUESTED)
+def test_lower_precision_is_close(specs: dict[Modality, str], modality: Modality, precision: str) -> None:
+    settings = EncoderSettings(device="cuda", precision=precision, features=REQUESTED)  # type: ignore[arg-type]
     _check_close(specs[modality], modality, settings, relative=0.05)
 
 
@@ -115,7 +128,8 @@ def test_out_of_memory_splits_batch(caplog: pytest.LogCaptureFixture) -> None:
 def test_default_batch_is_larger_on_gpu(specs: dict[Modality, str]) -> None:
     for modality in specs:
         on_gpu = open_encoder(specs[modality], modality=modality, settings=EncoderSettings(device="cuda"))
-        assert on_gpu.batch_size > open_encoder(specs[modality], modality=modality).batch_size
+        on_cpu = open_encoder(specs[modality], modality=modality, settings=EncoderSettings(device="cpu"))
+        assert on_gpu.batch_size > on_cpu.batch_size
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +142,8 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[Modality, str]:
 
 
 def _check_close(spec: str, modality: Modality, settings: EncoderSettings, *, relative: float) -> None:
-    on_cpu = open_encoder(spec, modality=modality, settings=EncoderSettings(backend="torch", features=REQUESTED))
+    reference = EncoderSettings(device="cpu", backend="torch", features=REQUESTED)
+    on_cpu = open_encoder(spec, modality=modality, settings=reference)
     on_gpu = open_encoder(spec, modality=modality, settings=settings)
     assert on_gpu.features == on_cpu.features
     expected, found = _encode(on_cpu, modality), _encode(on_gpu, modality)
@@ -155,3 +170,71 @@ def test_clip_benchmark_model_matches_cpu(cache_path: Path, tmp_path: Path) -> N
         vectors[device] = model.encode_text(tokenizer(["red bar", "blue"]).to(device))
     assert vectors["cuda"].device.type == "cuda"
     assert torch.allclose(vectors["cuda"].cpu(), vectors["cpu"], atol=2e-3)
+
+
+def test_auto_uses_the_gpu(specs: dict[Modality, str], image_folder: Path, tmp_path: Path) -> None:
+    """Extraction, training, evaluation and loading without a device; a second extraction changes nothing."""
+    for _ in range(2):
+        reports = extract(
+            open_source(image_folder),
+            tmp_path / "cache",
+            image_encoder=[specs["image"]],
+            text_encoder=[specs["text"]],
+            settings=ExtractSettings(chunk_size=64),
+        )
+    assert not any(report.encoded for report in reports)
+    cache = Cache(tmp_path / "cache")
+    fingerprints = [cache.feature(modality).fingerprint for modality in ("image", "text")]
+    assert {fingerprint["backend"] for fingerprint in fingerprints} == {"torch"}
+    assert {fingerprint["precision"] for fingerprint in fingerprints} <= {*fast_precisions("cuda"), "float32"}
+    settings = TrainSettings(optimizer=OptimizerSettings(epochs=1, batch_size=64), split=SplitSettings(kind="key"))
+    train(tmp_path / "cache", tmp_path / "run", settings=settings)
+    assert read_config(tmp_path / "run").training["machine"]["device"] == "cuda"
+    assert train(tmp_path / "cache", tmp_path / "run", settings=settings).reused
+    assert evaluate_retrieval(tmp_path / "cache", tmp_path / "run").num_items["image"][0] > 0
+    model = embedcache.load(tmp_path / "run")
+    assert next(model._pair.parameters()).device.type == "cuda"
+    assert np.isfinite(model.encode_image(example_images())).all()
+
+
+def test_features_of_a_cpu_continue_there(specs: dict[Modality, str], tmp_path: Path) -> None:
+    """What onnxruntime has computed on a CPU is not computed otherwise where there is a GPU."""
+    pytest.importorskip("onnxruntime")
+    for name, devices in (("first", ("cpu",)), ("more", ())):
+        write_images(tmp_path / "images", 8 if name == "first" else 12)
+        extract(
+            open_source(tmp_path / "images"),
+            tmp_path / "cache",
+            image_encoder=[specs["image"]],
+            settings=ExtractSettings(devices=devices, extend=name == "more"),
+        )
+    assert Cache(tmp_path / "cache").feature("image").fingerprint["backend"] == "onnxruntime"
+    assert Cache(tmp_path / "cache").feature("image").valid.sum() == 12
+
+
+def test_products_match_cpu() -> None:
+    rng = np.random.default_rng(0)
+    left, right = (rng.normal(size=(count, 256)).astype(np.float32) for count in (70, 90))
+    np.testing.assert_allclose(products_on("cuda")(left, right), left @ right.T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_projected_vectors_match_cpu(cache_path: Path, run_path: Path, device: str) -> None:
+    found = Vectors(cache_path, "image", run_path=run_path, device=device)
+    expected = Vectors(cache_path, "image", run_path=run_path, device="cpu")
+    np.testing.assert_allclose(found.read(found.rows), expected.read(expected.rows), atol=1e-4)
+
+
+def test_faiss_clusters_on_the_gpu() -> None:
+    if not num_gpus():
+        pytest.skip("needs faiss-gpu")
+    assert num_gpus("cpu") == 0
+    vectors = np.random.default_rng(0).normal(size=(2000, 32)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = {}
+    for device in ("cpu", "cuda"):
+        centroids = spherical_kmeans(
+            vectors, 16, seed=0, iterations=10, max_per_cluster=256, progress=NullProgress(), device=device
+        )
+        scores[device] = (vectors @ centroids.T).max(axis=1).mean()
+    assert scores["cuda"] == pytest.approx(scores["cpu"], rel=0.02)

@@ -11,7 +11,7 @@ LAYERS = [
     {"errors"},
     {"arrays", "registry", "progress", "units", "modalities", "axis"},
     {"settings", "processes"},
-    {"files"},
+    {"devices", "files"},
     {"metrics", "provenance"},
     {"outputs"},
     {"sources", "encoders", "projectors"},

@@ -142,7 +142,7 @@ def test_json_of_a_run_keeps_its_keys() -> None:
     golden = json.loads(GOLDEN_RUN.read_text())["training"]
     given = {
         "projector": "mlp", "shared_width": 16, "initialization": "random", "epochs": 10, "batch_size": 16, "lr": 3e-3,
-        "split": "strict", "image_cosine": 0.995, "text_cosine": 0.9, "seed": 3, "block_rows": 1,
+        "split": "strict", "image_cosine": 0.995, "text_cosine": 0.9, "seed": 3, "block_rows": 1, "device": "cpu",
     }  # fmt: skip
     found = train_settings(given).to_json()
     assert found == golden

@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from embedcache.devices import announce
 from embedcache.errors import DataError, PathError, visible
 from embedcache.files import read_limited
 from embedcache.progress import Progress, to_progress
@@ -30,12 +31,17 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
     """Set what is printed beside results while a command runs."""
     level, started = log.level, time.monotonic()
     handler = logging.StreamHandler()
+    devices, device_lines = logging.getLogger("embedcache.devices"), logging.StreamHandler()
     handler.setFormatter(_VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    announce.cache_clear()  # a test runs several commands in one process
     if quiet:
         log.setLevel(logging.ERROR)
     elif verbose:
         log.addHandler(handler)
         log.setLevel(logging.DEBUG)
+    else:
+        devices.addHandler(device_lines)
+        devices.setLevel(logging.INFO)
     try:
         yield
     finally:
@@ -43,6 +49,8 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
         log.info("run time %.1f s, peak memory %.0f MB", time.monotonic() - started, peak_mb)
         log.removeHandler(handler)
         log.setLevel(level)
+        devices.removeHandler(device_lines)
+        devices.setLevel(logging.NOTSET)
 
 
 class _VisibleFormatter(logging.Formatter):

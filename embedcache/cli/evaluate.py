@@ -8,6 +8,7 @@ import typer
 
 from embedcache.cli.commands import add_command, new_group
 from embedcache.cli.options import CacheArgument, Device, Html, ImageFolders, Json, Output, RunArgument, with_settings
+from embedcache.devices import AUTO
 from embedcache.evaluate.settings import (
     LikelihoodEvalSettings,
     PairsSettings,
@@ -68,7 +69,7 @@ def retrieval(
 
     def write_page(path: Path) -> None:
         opened, shown = Cache(cache), replace(settings, language=settings.language[:1], check_overlap=False)
-        ranking = rank(opened, load_runs(run[:1])[0], shown)
+        ranking = rank(opened, load_runs(run[:1], device=settings.device)[0], shown)
         write_retrieval_page(path, opened, reports, ranking, image_folders=image_folder or ())
 
     _publish_results(show, results, as_json=as_json, output=output, html=html, write_page=write_page)
@@ -113,7 +114,7 @@ def zero_shot(
 
     def write_page(path: Path) -> None:
         opened, shown = Cache(cache), replace(settings, check_overlap=False)
-        classified = classify(opened, load_runs(run[:1])[0], Cache(prompts), shown)
+        classified = classify(opened, load_runs(run[:1], device=settings.device)[0], Cache(prompts), shown)
         write_zero_shot_page(path, opened, reports, classified, image_folders=image_folder or ())
 
     _publish_results(show, results, as_json=as_json, output=output, html=html, write_page=write_page)
@@ -227,7 +228,7 @@ def pairs(
 def speech(
     cache: CacheArgument,
     run: Runs,
-    device: Device = "cpu",
+    device: Device = AUTO,
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
@@ -279,7 +280,7 @@ def likelihood(
             metavar="FILE", help="TOML file of the tasks of one likelihood, a table each: kind, examples, weight."
         ),
     ],
-    device: Device = "cpu",
+    device: Device = AUTO,
     as_json: Json = False,
     output: Output = None,
     *,

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 import typer
 
 from embedcache.cli.config_files import use_config
+from embedcache.devices import DEVICE_HELP
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES
 from embedcache.settings import FlatSetting, flat_settings, from_flat
@@ -96,9 +97,7 @@ Features: TypeAlias = Annotated[
 ]
 
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.", min=0, max=2**32 - 1)]
-Device: TypeAlias = Annotated[
-    str, typer.Option("--device", metavar="DEVICE", help="Torch device, such as cpu, cuda or cuda:1.")
-]
+Device: TypeAlias = Annotated[str, typer.Option("--device", metavar="DEVICE", help=DEVICE_HELP)]
 Json: TypeAlias = Annotated[
     bool,
     typer.Option(

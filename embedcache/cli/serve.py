@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from embedcache.cli.options import Cache, Concepts, Device, IndexArgument, MovedRun, with_settings
+from embedcache.devices import AUTO
 from embedcache.serve.settings import ServeSettings
 
 
@@ -21,7 +22,7 @@ def serve(
     selection: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Offer this selection as a filter on the page.")
     ] = None,
-    device: Device = "cpu",
+    device: Device = AUTO,
     *,
     settings: ServeSettings,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embedcache.cli.options import Device, Json, Output, RunArgument, Srt, Vtt, with_settings
+from embedcache.devices import AUTO
 from embedcache.transcription.settings import TranscribeSettings
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def transcribe(
             "all, if the frames show nothing else. Needed to read lips.",
         ),
     ] = None,
-    device: Device = "cpu",
+    device: Device = AUTO,
     *,
     settings: TranscribeSettings,
     as_json: Json = False,

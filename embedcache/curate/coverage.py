@@ -236,7 +236,14 @@ def measure_coverage(
     progress = to_progress(progress)
     if settings.modality == "both":
         raise SettingError("modality: expected image or text, got both; use measure_coverage_by_modality for both")
-    pool = Vectors(cache_path, settings.modality, settings.feature, settings.run, settings.language)
+    pool = Vectors(
+        cache_path,
+        settings.modality,
+        settings.feature,
+        settings.run,
+        settings.language,
+        device=settings.device,
+    )
     if settings.k > len(pool.rows):
         raise SettingError(
             f"k: expected 1 to {len(pool.rows)}, the number of {noun(pool.modality)} of {pool.cache.path} with "

@@ -203,7 +203,9 @@ def _compare(
     modality = settings.modality or ("image" if cache.features("image") or not cache.features("text") else "text")
     check_keep(settings.keep, cache)
     needs_vectors = bool(levels) or settings.keep == FAR
-    vectors = Vectors(cache_path, modality, settings.feature, settings.run) if needs_vectors else None
+    vectors = (
+        Vectors(cache_path, modality, settings.feature, settings.run, device=settings.device) if needs_vectors else None
+    )
     feature = open_input(cache, modality, settings.feature) if vectors is None else vectors.feature
     copies = find_copies(cache, feature)
     if not len(copies.unique_rows):

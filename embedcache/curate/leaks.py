@@ -15,6 +15,7 @@ from embedcache.dataset.inputs import InputFeature, open_input, to_unit_vectors
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.dataset.similar_pairs import cosine_limit
+from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import Closest, find_closest, note_duration
@@ -190,7 +191,7 @@ def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings
     train_items, test_items = _items(train, train_feature), _items(test, test_feature)
     copies, train_is_copy = _find_copies(train_feature, train_items, test_feature, test_items)
     if reason is None:
-        match = _find_closest(train_feature, train_items, test_feature, test_items, progress)
+        match = _find_closest(train_feature, train_items, test_feature, test_items, settings.device, progress)
     else:
         unknown = [np.full(len(items.rows), np.float32(-np.inf)) for items in (test_items, train_items)]
         match = Closest(np.full(len(test_items.rows), -1), *unknown)
@@ -283,7 +284,12 @@ def _items(cache: Cache, feature: InputFeature) -> Items:
 
 
 def _find_closest(
-    train_feature: InputFeature, train_items: Items, test_feature: InputFeature, test_items: Items, progress: Progress
+    train_feature: InputFeature,
+    train_items: Items,
+    test_feature: InputFeature,
+    test_items: Items,
+    device: str,
+    progress: Progress,
 ) -> Closest:
     """Compare all test items with all training items; rows are positions in the training items."""
     num_pairs = len(test_items.rows) * len(train_items.rows)
@@ -296,10 +302,10 @@ def _find_closest(
             yield to_unit_vectors(inputs)
             progress.advance(num_queries * len(rows))
 
-    parts = []
+    parts, products = [], products_on(device)
     for block in blocks(len(test_items.rows), _MAX_QUERIES):
         queries_QP = to_unit_vectors(test_feature.read(test_items.rows[block]))
-        parts.append(find_closest(queries_QP, train_blocks(len(queries_QP))))
+        parts.append(find_closest(queries_QP, train_blocks(len(queries_QP)), products=products))
     progress.finish()
     return Closest(
         np.concatenate([part.rows for part in parts]),

@@ -30,6 +30,7 @@ from embedcache.dataset.clusters import (
     to_float32,
 )
 from embedcache.dataset.similar_pairs import PairCollector, SimilarPairs, cosine_limit
+from embedcache.devices import AUTO, products_on
 from embedcache.errors import DataError
 from embedcache.metrics.neighbors import note_duration
 from embedcache.modalities import noun
@@ -100,7 +101,7 @@ def find_near_duplicates(
     folder = Path(settings.scratch or tempfile.gettempdir())
     with scratch_matrix(folder, (len(rows_N), vectors.width), dtype) as matrix_NP:
         _fill(matrix_NP, vectors, rows_N, plan, progress)
-        collector = _compare(matrix_NP, plan, levels, progress)
+        collector = _compare(matrix_NP, plan, levels, vectors.device, progress)
         pairs = collector.pairs()
         recall = None if use_all_pairs else _measure_recall(matrix_NP, plan, pairs, collector.limit, settings.seed)
     return NearDuplicates(
@@ -127,14 +128,18 @@ def assign_clusters(
     training_rows = np.sort(rng.permutation(rows_N)[: _TRAINING_PER_CLUSTER * num_clusters])
     training = copy.copy(vectors).read(training_rows)  # a copy opens anew, and its maps of the whole feature are freed
     _check_lengths(training, vectors)
-    centroids_KP = fit_centroids(training, num_clusters, seed=settings.seed, progress=progress or NullProgress())
+    centroids_KP = fit_centroids(
+        training, num_clusters, seed=settings.seed, device=vectors.device, progress=progress or NullProgress()
+    )
     work = ClusterAssigner(centroids_KP, cosine, MAX_VISITS, _mask(rows_N, vectors))
     title = f"assigning to {len(centroids_KP):,} clusters"
     parts = run_pass(vectors, work, engine=settings.engine, address=settings.address, title=title, progress=progress)
     return concatenate_assignments(parts)
 
 
-def fit_centroids(training_SP: Floats, num_clusters: int, *, seed: int, progress: Progress) -> Floats:
+def fit_centroids(
+    training_SP: Floats, num_clusters: int, *, seed: int, progress: Progress, device: str = AUTO
+) -> Floats:
     """Fit spherical k-means: (K, P) float32 rows of length 1, K at most the number of vectors."""
     count = min(num_clusters, len(training_SP))
     return spherical_kmeans(
@@ -144,6 +149,7 @@ def fit_centroids(training_SP: Floats, num_clusters: int, *, seed: int, progress
         iterations=_KMEANS_ITERATIONS,
         max_per_cluster=_TRAINING_PER_CLUSTER,
         progress=progress,
+        device=device,
     )
 
 
@@ -178,11 +184,11 @@ def _check_lengths(vectors_BP: Floats, vectors: Vectors) -> None:
         )
 
 
-def _compare(matrix_NP: Array, plan: Plan, levels: Sequence[float], progress: Progress) -> PairCollector:
+def _compare(matrix_NP: Array, plan: Plan, levels: Sequence[float], device: str, progress: Progress) -> PairCollector:
     collector = PairCollector(len(matrix_NP), levels, MAX_PAIRS)
     note_duration(progress, "comparing", num_compared(plan), matrix_NP.shape[1])
     progress.start("comparing", len(matrix_NP), "items")
-    for tile, num_done in iterate_tiles(matrix_NP, plan):
+    for tile, num_done in iterate_tiles(matrix_NP, plan, products=products_on(device)):
         collector.add(tile)
         progress.advance(num_done)
     progress.finish()

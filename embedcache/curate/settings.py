@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP
 from embedcache.settings import check_settings, setting
@@ -49,6 +50,7 @@ class CoverageSettings:
     address: str | None = setting(
         None, "Address of a Ray cluster.", affects_result=False, metavar="URL", default_text="start one on this machine"
     )
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -96,6 +98,7 @@ class DedupSettings:
     address: str | None = setting(
         None, "Address of a Ray cluster.", affects_result=False, metavar="URL", default_text="start one on this machine"
     )
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -115,6 +118,7 @@ class LeakSettings:
     text_feature: str | None = setting(
         None, "Text feature of both caches, as encoder/feature.", metavar="NAME", default_text=_COMMON_FEATURE
     )
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -176,6 +180,7 @@ class SelectSettings:
         None, f"Use only the samples of this selection: {_SELECTION_FORMAT}.", metavar="FILE"
     )
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)

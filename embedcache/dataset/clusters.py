@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks
+from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, dot_products
 from embedcache.dataset.similar_pairs import CosineTile
 from embedcache.errors import DiskFullError, PathError
 from embedcache.files import disk_errors
@@ -165,40 +165,48 @@ def num_compared(plan: Plan) -> int:
     return int((members * (members / 2 + visitors)).sum())
 
 
-def iterate_tiles(matrix_NP: Array, plan: Plan) -> Iterator[tuple[CosineTile, int]]:
+def iterate_tiles(
+    matrix_NP: Array, plan: Plan, *, products: Products = dot_products
+) -> Iterator[tuple[CosineTile, int]]:
     """Iterate over the cosines of all pairs within clusters and of visitors, with the number of items that are done.
 
     Args:
         matrix_NP: rows of length 1 in the order of `plan.items`.
         plan: the clusters.
+        products: computes dot products, perhaps on a GPU.
     """
     for cluster in range(len(plan.starts) - 1):
         members = np.arange(plan.starts[cluster], plan.starts[cluster + 1])
         visitors = plan.visitors[plan.visitor_starts[cluster] : plan.visitor_starts[cluster + 1]]
-        yield from _tiles_within(matrix_NP, plan.items, members)
-        for tile in _tiles_across(matrix_NP, plan.items, visitors, members):
+        yield from _tiles_within(matrix_NP, plan.items, members, products)
+        for tile in _tiles_across(matrix_NP, plan.items, visitors, members, products):
             yield tile, 0
 
 
-def _tiles_within(matrix_NP: Array, items_N: Ints, members: Ints) -> Iterator[tuple[CosineTile, int]]:
+def _tiles_within(
+    matrix_NP: Array, items_N: Ints, members: Ints, products: Products
+) -> Iterator[tuple[CosineTile, int]]:
     """Compare each pair of members once."""
     for block in blocks(len(members), BLOCK):
         left, left_BP = items_N[members[block]], to_float32(matrix_NP[members[block][0] : members[block][-1] + 1])
-        yield CosineTile(left=left, right=left, cosines=left_BP @ left_BP.T, is_diagonal=True), len(left)
+        yield CosineTile(left=left, right=left, cosines=products(left_BP, left_BP), is_diagonal=True), len(left)
         for other in blocks(len(members) - block.stop, BLOCK):
             right = members[block.stop :][other]
             right_BP = to_float32(matrix_NP[right[0] : right[-1] + 1])
-            yield CosineTile(left=left, right=items_N[right], cosines=left_BP @ right_BP.T), 0
+            yield CosineTile(left=left, right=items_N[right], cosines=products(left_BP, right_BP)), 0
 
 
-def _tiles_across(matrix_NP: Array, items_N: Ints, visitors: Array, members: Ints) -> Iterator[CosineTile]:
+def _tiles_across(
+    matrix_NP: Array, items_N: Ints, visitors: Array, members: Ints, products: Products
+) -> Iterator[CosineTile]:
     """Compare each visitor with each member."""
     for other in blocks(len(members) if len(visitors) else 0, BLOCK):
         right = members[other]
         right_BP = to_float32(matrix_NP[right[0] : right[-1] + 1])
         for block in blocks(len(visitors), BLOCK):
             left = visitors[block]
-            yield CosineTile(left=items_N[left], right=items_N[right], cosines=to_float32(matrix_NP[left]) @ right_BP.T)
+            cosines = products(to_float32(matrix_NP[left]), right_BP)
+            yield CosineTile(left=items_N[left], right=items_N[right], cosines=cosines)
 
 
 def to_float32(values: Array) -> Floats:

@@ -14,6 +14,7 @@ from embedcache.derive.groups import DerivedView, prepare_group, request_fingerp
 from embedcache.derive.rules import Rule, RuleFunction, open_rule, to_items
 from embedcache.derive.runs import RunRequest, open_run
 from embedcache.derive.settings import DTYPES, DeriveSettings
+from embedcache.devices import AUTO
 from embedcache.encoders.base import ItemShape
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ItemError, SettingError
@@ -176,7 +177,7 @@ def derive_from_run(
     view: str | Sequence[str] = PLAIN,
     prompts: AnyPath | None = None,
     dtype: str = "float16",
-    device: str = "cpu",
+    device: str = AUTO,
     progress: AnyProgress = None,
 ) -> list[DeriveReport]:
     """Store an output of a trained run as features of a cache.

@@ -8,6 +8,7 @@ from embedcache.derive.derive import OpenDerivation
 from embedcache.derive.groups import read_fit, request_fingerprint
 from embedcache.derive.rules import Rule, open_rule
 from embedcache.derive.runs import RUN, reopen_run
+from embedcache.devices import AUTO
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ItemError, UnknownNameError
 from embedcache.progress import NullProgress, Progress
@@ -27,7 +28,7 @@ def derivation_depth(cache: Cache, group: EncoderGroup) -> int:
 
 
 def reopen_derivation(
-    cache: Cache, group: EncoderGroup, features: Sequence[str], *, device: str = "cpu"
+    cache: Cache, group: EncoderGroup, features: Sequence[str], *, device: str = AUTO
 ) -> OpenDerivation:
     """Open the rule and inputs of derived features again, to compute some of them as they were.
 

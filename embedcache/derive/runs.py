@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -14,7 +14,7 @@ from embedcache.dataset.inputs import PLAIN, InputFeature, check_same_view, open
 from embedcache.dataset.prompts import check_prompts, class_vectors, read_prompts
 from embedcache.derive.groups import DerivedView
 from embedcache.derive.rules import Block, Output, Rule
-from embedcache.encoders.backends import torch_device
+from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import PathError, SettingError
 from embedcache.files import AnyPath
@@ -59,7 +59,7 @@ class RunRequest:
     modality: str | None = None
     view: str = PLAIN
     prompts: AnyPath | None = None
-    device: str = "cpu"
+    device: str = AUTO
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.=+-]+", self.view):
@@ -125,7 +125,7 @@ def _open_module(request: RunRequest) -> list[RunRule]:
     Raises:
         SettingError: the module is not an `OutputModule`, or a setting is for aligned pairs only.
     """
-    module, config = load_module(request.path, device=str(torch_device(request.device)))
+    module, config = load_module(request.path, device=str(torch_device(request.device, needs_float64=True)))
     if not (hasattr(module, "output_shapes") and hasattr(module, "compute_outputs")):
         raise SettingError(
             f"{request.path}: the module {config.kind} offers no outputs; give it the methods of OutputModule in "
@@ -191,7 +191,8 @@ def _derived_view(view: str, sides: Sequence[tuple[str, ModuleInput | TowerInput
 
 def _open_pair(request: RunRequest) -> list[RunRule]:
     """Open an output of an aligned pair: `projected` for both modalities, `prob` for images."""
-    pair, config = load_pair(request.path, device=str(torch_device(request.device)))
+    request = replace(request, device=str(torch_device(request.device)))
+    pair, config = load_pair(request.path, device=request.device)
     openers = {"projected": _open_projected, "prob": _open_prob}
     if request.output not in openers:
         raise unknown_name(f"output of the run {request.path}", request.output, openers)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
@@ -60,7 +61,7 @@ class DeriveSettings:
     dtype: Literal["float16", "float32", "int16", "int32", "int64"] = setting(
         "float16", "Data type of the stored features."
     )
-    device: str = setting("cpu", "Torch device, such as cpu, cuda or cuda:1.", metavar="DEVICE", affects_result=False)
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)

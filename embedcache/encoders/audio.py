@@ -16,7 +16,8 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
-from embedcache.encoders.backends import Graph, torch_device
+from embedcache.devices import torch_device
+from embedcache.encoders.backends import Graph
 from embedcache.encoders.base import Fingerprint, ItemShape, Modality
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError

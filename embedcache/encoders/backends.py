@@ -17,6 +17,7 @@ import torch
 
 from embedcache.arrays import Array, Floats
 from embedcache.axis import Axis
+from embedcache.devices import announce_device, autocast, torch_device
 from embedcache.encoders.base import Backend, Fingerprint, ItemShape, Modality
 from embedcache.encoders.image_features import native_features
 from embedcache.encoders.settings import EncoderSettings
@@ -27,6 +28,11 @@ from embedcache.registry import require, unknown_name
 
 _MAX_ONNX_BYTES = 1_900_000_000  # an ONNX file is a protobuf message, which is limited to 2 GiB
 _OPSET = 17
+_EXPORT_ERRORS = (
+    *(RuntimeError, TypeError, ValueError, IndexError, NotImplementedError),
+    *(AttributeError, KeyError, AssertionError),
+)
+"""Errors of models that cannot be traced, or have an operator that ONNX lacks."""
 _log = logging.getLogger(__name__)
 
 
@@ -142,20 +148,6 @@ def torch_graph(module: torch.nn.Module, settings: EncoderSettings, family: str)
     return TorchGraph(module, settings)
 
 
-def torch_device(name: str) -> torch.device:
-    """Return a torch device that exists on this machine."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        first_line = str(error).partition("\n")[0]
-        raise SettingError(
-            f"device {name!r} is not available ({first_line}); expected one of: {', '.join(available)}"
-        ) from error
-    return device
-
-
 class TorchGraph:
     """A torch module on its device.
 
@@ -166,10 +158,11 @@ class TorchGraph:
 
     def __init__(self, module: torch.nn.Module, settings: EncoderSettings) -> None:
         self._device = torch_device(settings.device)
+        announce_device(self._device)
         self._module = module.eval().to(self._device)
-        self._is_bfloat16 = settings.precision == "bfloat16"
+        self._precision = settings.precision
         self._max_rows: int | None = None
-        if self._device.type == "cuda" and not self._is_bfloat16:
+        if self._device.type == "cuda" and settings.precision not in ("float16", "bfloat16"):
             torch.backends.cudnn.allow_tf32 = False  # TF32 convolutions keep 10 bits of a float32
         if settings.compile:
             self._module.compile()
@@ -190,9 +183,8 @@ class TorchGraph:
         return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in names}
 
     def _try(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats] | None:
-        autocast = torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16)
         try:
-            with torch.inference_mode(), autocast:
+            with torch.inference_mode(), autocast(self._device.type, self._precision):
                 outputs = self._module(**{name: self._to_device(array) for name, array in inputs.items()})
                 return {name: outputs[name].float().cpu().numpy() for name in names}
         except torch.OutOfMemoryError:
@@ -207,8 +199,8 @@ class TorchGraph:
     def _halve_batch(self, num_rows: int) -> None:
         if num_rows == 1:
             raise SettingError(
-                f"the memory of {self._device} is too small for one item; use precision bfloat16, a smaller model or "
-                "another device"
+                f"the memory of {self._device} is too small for one item; use precision bfloat16 or float16, a smaller "
+                "model or another device"
             )
         self._max_rows = num_rows // 2
         if self._device.type == "cuda":
@@ -222,6 +214,7 @@ class OnnxGraph:
     backend: Backend = "onnxruntime"
 
     def __init__(self, path: Path) -> None:
+        announce_device("cpu")
         runtime = require("onnxruntime", extra="onnx")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -233,6 +226,8 @@ class OnnxGraph:
             self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except (failures.InvalidProtobuf, failures.Fail, failures.InvalidGraph, failures.NoSuchFile) as error:
             raise CorruptError(f"cannot read {path} as ONNX; delete it and run the command again") from error
+        except failures.NotImplemented as error:
+            raise ArtifactError(f"onnxruntime lacks an operator of {path.name}; use backend torch") from error
 
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
         """Compute the named outputs of one batch, by name, each with B rows."""
@@ -257,7 +252,7 @@ def export_graph(export: OnnxExport, path: Path) -> None:
                 opset_version=_OPSET,
                 dynamo=False,
             )
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        except _EXPORT_ERRORS as error:
             first_line = str(error).partition("\n")[0]
             raise ArtifactError(
                 f"cannot export {type(export.module).__name__} to ONNX: {first_line}; use backend torch"
@@ -315,7 +310,7 @@ def _export_once(export: OnnxExport, weights: str) -> Path:
 
 
 def _check_agreement(export: OnnxExport, graph: Graph) -> None:
-    expected = TorchGraph(export.module, EncoderSettings())(export.check_inputs, export.outputs)
+    expected = TorchGraph(export.module, EncoderSettings(device="cpu"))(export.check_inputs, export.outputs)
     outputs = graph(export.check_inputs, export.outputs)
     for name in export.outputs:
         # The packaged models differ by at most 1e-5; a constant that the tracer froze wrongly differs by 1e-1 and more.

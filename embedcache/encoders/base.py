@@ -34,7 +34,7 @@ class Fingerprint:
         preprocessing: how a raw item becomes a model input: sizes, interpolation, mean, std, maximum text length.
         pooling: native feature -> how it is computed from the model's last states; derived features are not listed.
         backend: library that runs the model.
-        precision: dtype of the forward pass.
+        precision: dtype of the forward pass: `float32`, `float16` or `bfloat16`.
     """
 
     family: str
@@ -44,7 +44,7 @@ class Fingerprint:
     preprocessing: Mapping[str, Any]
     pooling: Mapping[str, str]
     backend: Backend = "torch"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: str = "float32"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as they read back from JSON."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError, UnknownNameError
@@ -63,7 +64,7 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
     Args:
         spec: the spec, or its text.
         modality: what to encode; some families serve both.
-        settings: device, precision and backend; None: float32 on the CPU.
+        settings: device, precision and backend; `auto` is the fastest device, in float32. None: all `auto`.
 
     Raises:
         EmbedcacheError: a subclass of it per kind of mistake in a spec: unknown family, model or option, a modality
@@ -82,11 +83,21 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
             f"features of {spec.text} are derived from other features, so no raw {modality} can be encoded like them: "
             "search with --query-key or --query-vectors, or use the features that they are derived from"
         )
-    return _load_opener(spec)(spec, modality=modality, settings=settings or EncoderSettings())
+    return _load_opener(spec)(spec, modality=modality, settings=_without_auto(settings or EncoderSettings()))
+
+
+def _without_auto(settings: EncoderSettings) -> EncoderSettings:
+    """Name the device and the precision; `auto` is the CPU for onnxruntime, and float32."""
+    is_onnx = settings.device == AUTO and settings.backend == "onnxruntime"
+    return replace(
+        settings,
+        device="cpu" if is_onnx else str(torch_device(settings.device)),
+        precision="float32" if settings.precision == AUTO else settings.precision,
+    )
 
 
 def reopen_encoder(
-    spec: str, *, modality: Modality, feature: str, fingerprint: Mapping[str, Any], device: str = "cpu"
+    spec: str, *, modality: Modality, feature: str, fingerprint: Mapping[str, Any], device: str = AUTO
 ) -> Encoder:
     """Open the encoder that computed a cached feature, with the same precision and backend.
 
@@ -94,11 +105,7 @@ def reopen_encoder(
         FingerprintError: the encoder differs; the message names each field with both values.
         SettingError: the encoder is custom code, and the file that names it is not trusted.
     """
-    settings = EncoderSettings(
-        device="cpu" if fingerprint["backend"] == "onnxruntime" else device,
-        **recorded_settings(fingerprint),
-        features=feature_names(feature),
-    )
+    settings = EncoderSettings(**recorded_settings(fingerprint, device), features=feature_names(feature))
     with names_from(f"the record of the feature {feature}"):
         encoder = open_encoder(spec, modality=modality, settings=settings)
     expected = {field: value for field, value in fingerprint.items() if field != "view"}
@@ -107,10 +114,14 @@ def reopen_encoder(
     return encoder
 
 
-def recorded_settings(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `EncoderSettings` fields with which an encoder runs again as its fingerprint says."""
+def recorded_settings(fingerprint: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Return the `EncoderSettings` fields with which an encoder runs again as its fingerprint says.
+
+    What ran on onnxruntime stays on the CPU; all else runs on the device.
+    """
     has_choice = fingerprint["backend"] in {"torch", "onnxruntime"}  # others run one way; imported vectors record none
     return {
+        "device": "cpu" if fingerprint["backend"] == "onnxruntime" else device,
         "backend": fingerprint["backend"] if has_choice else "auto",
         "precision": fingerprint["precision"] or "float32",
     }

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from embedcache.devices import AUTO, name_precision
 from embedcache.settings import check_settings, setting
 
 
@@ -11,12 +12,12 @@ class EncoderSettings:
     """Settings of an encoder: how it runs. Only the backend and the precision change its output.
 
     Args:
-        device: torch device.
+        device: torch device, or `auto`, the first of `cuda`, `mps` and `cpu` that this machine has.
         features: names of requested features; a name that an encoder can derive, such as `grid:4` or `layer6.cls`,
             joins its native features (grammar: `embedcache/encoders/image_features.py`), any other name is left out.
     """
 
-    device: str = "cpu"
+    device: str = AUTO
     features: tuple[str, ...] = ()
     batch_size: int | None = setting(
         None,
@@ -25,12 +26,15 @@ class EncoderSettings:
         affects_result=False,
         default_text="on a CPU 32 images or 64 texts, on a GPU 128 or 512",
     )
-    precision: Literal["float32", "bfloat16"] = setting(
-        "float32", "Precision of the forward pass; bfloat16 uses autocast."
+    precision: Literal["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"] = setting(
+        AUTO,
+        "Precision of the forward pass; auto is that of the stored feature. For a new one it is float32 on a CPU, and "
+        "on a GPU the fastest whose vectors agree with float32, as --plan states.",
     )
     backend: Literal["auto", "torch", "onnxruntime"] = setting(
         "auto",
-        "Library that runs the encoder; auto is onnxruntime on a CPU for the encoders that export to it, else torch.",
+        "Library that runs the encoder; auto is that of the stored feature. For a new one it is onnxruntime on a CPU, "
+        "if the encoder's export agrees with torch, else torch.",
     )
     compile: bool = setting(
         False,
@@ -39,4 +43,5 @@ class EncoderSettings:
     )
 
     def __post_init__(self) -> None:
+        name_precision(self)
         check_settings(self)

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from embedcache.arrays import Array, Floats
 from embedcache.axis import Axis
-from embedcache.encoders.backends import torch_device
+from embedcache.devices import torch_device
 from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
 from embedcache.encoders.frames import FrameEncoder, Pixels
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options

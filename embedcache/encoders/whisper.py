@@ -19,8 +19,8 @@ import torch
 
 from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
+from embedcache.devices import torch_device
 from embedcache.encoders.audio import INPUT, SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder
-from embedcache.encoders.backends import torch_device
 from embedcache.encoders.base import Backend, Encoder, Fingerprint, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
@@ -159,7 +159,7 @@ class _WhisperGraph:
     def __init__(self, folder: Path, settings: EncoderSettings) -> None:
         self._library = require("ctranslate2", extra="whisper")
         _check_runs(self._library, settings)
-        device = torch_device(settings.device)
+        device = _device(settings)
         self.num_parallel = num_cores() if device.type == "cpu" else 1
         weights = folder / "model.bin"
         if not weights.is_file():
@@ -194,13 +194,19 @@ class _WhisperGraph:
         return dict.fromkeys(names, np.array(states))
 
 
+def _device(settings: EncoderSettings) -> torch.device:
+    """Return the device of the settings; CTranslate2 runs on the CPU of a machine that has `mps`."""
+    device = torch_device(settings.device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def _check_runs(library: Any, settings: EncoderSettings) -> None:
     if settings.backend != "auto":
         raise SettingError(
             f"backend: expected auto for the encoder family 'whisper', which runs on CTranslate2, "
             f"got {settings.backend}"
         )
-    device = torch_device(settings.device).type
+    device = _device(settings).type
     if device not in {"cpu", "cuda"} or (device == "cuda" and not library.get_cuda_device_count()):
         raise SettingError(f"CTranslate2 does not run on {settings.device} here; expected cpu or a CUDA device")
     if settings.precision not in library.get_supported_compute_types(device):

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import torch
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
-from embedcache.encoders.backends import torch_device
+from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, bootstrap_runs
 from embedcache.metrics.ranking import chance_recall
@@ -114,7 +114,7 @@ def evaluate_task(
     groups: Mapping[str, Bools] | None = None,
     writing: CaptionSettings | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = AUTO,
 ) -> TaskReport:
     """Evaluate a run on examples of a task, which it need not have been trained on.
 
@@ -126,12 +126,14 @@ def evaluate_task(
         groups: name -> (N,) bool, examples whose accuracy is also measured alone.
         writing: how captions are written; None: the defaults.
         seed: random seed of the shuffled control.
+        device: torch device.
 
     Raises:
         SettingError: a control that the task cannot have.
         DataError: the run is of something else, or has other words; or a target is no candidate.
         FingerprintError: the items have the feature of another encoder than the run was trained on.
     """
+    device = str(torch_device(device, needs_float64=True))
     network, config = load_shared(run_path, device=device)
     check_inputs(run_path, network, config, examples)
     altered = {control: _alter(task, examples, control, seed) for control in controls}
@@ -171,13 +173,13 @@ def estimate_runs(reports: Sequence[TaskReport], measure: str, *, control: str |
     return bootstrap_runs(values_RM, of_runs[0].clusters_M)
 
 
-def load_shared(run_path: Path | str, *, device: str = "cpu") -> tuple[SharedNetwork, ModuleConfig]:
+def load_shared(run_path: Path | str, *, device: str = AUTO) -> tuple[SharedNetwork, ModuleConfig]:
     """Load the network of a run of `train_likelihood` in evaluation mode.
 
     Raises:
         DataError: the run is of something else.
     """
-    network, config = load_module(Path(run_path), device=str(torch_device(device)))
+    network, config = load_module(Path(run_path), device=str(torch_device(device, needs_float64=True)))
     if not isinstance(network, SharedNetwork):
         raise DataError(f"{run_path}: expected a run of train_likelihood, got one of the kind {config.kind}")
     return network, config
@@ -213,7 +215,7 @@ def check_inputs(run_path: Path | str, network: SharedNetwork, config: ModuleCon
 
 
 @torch.no_grad()
-def represent(run_path: Path | str, task: ExampleTask, examples: Examples, *, device: str = "cpu") -> Floats:
+def represent(run_path: Path | str, task: ExampleTask, examples: Examples, *, device: str = AUTO) -> Floats:
     """Compute what a run reads out of each example of a task, for a probe: (N, P) float32.
 
     Raises:
@@ -221,6 +223,7 @@ def represent(run_path: Path | str, task: ExampleTask, examples: Examples, *, de
     """
     if task.kind not in ("classify", "answer"):
         raise SettingError(f"{task.name}: expected classify or answer, which are read once, got {task.kind}")
+    device = str(torch_device(device, needs_float64=True))
     network, config = load_shared(run_path, device=device)
     check_inputs(run_path, network, config, examples)
     parts = [

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints, normalize
+from embedcache.arrays import Array, Floats, Ints, Products, normalize
 from embedcache.dataset.pairs import ANY_LANGUAGE, Items, Pairs, pair_items
+from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap, largest_overlap
 from embedcache.evaluate.runs import (
@@ -186,7 +187,7 @@ def evaluate_retrieval(
     """
     settings = replace_flat(settings or RetrievalSettings(), options)
     progress = to_progress(progress)
-    cache, runs = Cache(cache_path), load_runs(run_paths, is_control=is_control)
+    cache, runs = Cache(cache_path), load_runs(run_paths, is_control=is_control, device=settings.device)
     rankings = [rank(cache, run, settings, progress=progress) for run in runs]
     modalities = runs[0].config.modalities
     both = directions(modalities)
@@ -270,14 +271,15 @@ def rank(
     note_duration(progress or NullProgress(), "ranking", num_pairs, run.config.shared_width)
     item_sets = [ItemSet(side, items) for side, items in zip(sides, (pairs.first, pairs.second), strict=True)]
     first, second = (
-        project(tower, item_set.feature.read(item_set.items.rows))
+        project(tower, item_set.feature.read(item_set.items.rows), device=run.device)
         for tower, item_set in zip(run.pair.towers, item_sets, strict=True)
     )
-    ranking = _rank_items(run.seed, split, modalities, pairs, (first, second), pairs.positives())
+    products = products_on(run.device)
+    ranking = _rank_items(run.seed, split, modalities, pairs, (first, second), pairs.positives(), products)
     return replace(
         ranking,
-        distinct=_rank_distinct(ranking, split),
-        by_width=_ranks_by_width(ranking, _smaller_widths(run, settings)),
+        distinct=_rank_distinct(ranking, split, products),
+        by_width=_ranks_by_width(ranking, _smaller_widths(run, settings), products),
         overlap=find_overlap(run, cache, dict(zip(modalities, item_sets, strict=True)), settings),
     )
 
@@ -293,24 +295,24 @@ def _smaller_widths(run: Run, settings: RetrievalSettings) -> list[int]:
     return sorted(set(widths) - {whole})
 
 
-def _ranks_by_width(ranking: Ranking, widths: Sequence[int]) -> dict[int, dict[str, Ints]]:
+def _ranks_by_width(ranking: Ranking, widths: Sequence[int], products: Products) -> dict[int, dict[str, Ints]]:
     ranks: dict[int, dict[str, Ints]] = {}
     for width in widths:
         first, second = normalize(ranking.first[:, :width]), normalize(ranking.second[:, :width])
-        counts = _negatives_before(ranking.modalities, (first, second), ranking.positives)
+        counts = _negatives_before(ranking.modalities, (first, second), ranking.positives, products)
         ranks[width] = {direction: first_ranks(*of_direction) for direction, of_direction in counts.items()}
     return ranks
 
 
 def _negatives_before(
-    modalities: tuple[str, ...], vectors: tuple[Floats, Floats], positives: tuple[Ints, Ints]
+    modalities: tuple[str, ...], vectors: tuple[Floats, Floats], positives: tuple[Ints, Ints], products: Products
 ) -> dict[str, tuple[Ints, Ints]]:
     """Return, by direction, the query of each positive pair and the number of negatives ranked before the positive."""
     (first, second), (first_M, second_M) = vectors, positives
     there, back = directions(modalities)
     return {
-        there: (first_M, negatives_before(first, second, (first_M, second_M))),
-        back: (second_M, negatives_before(second, first, (second_M, first_M))),
+        there: (first_M, negatives_before(first, second, (first_M, second_M), products=products)),
+        back: (second_M, negatives_before(second, first, (second_M, first_M), products=products)),
     }
 
 
@@ -321,8 +323,9 @@ def _rank_items(
     pairs: Pairs,
     vectors: tuple[Floats, Floats],
     positives: tuple[Ints, Ints],
+    products: Products,
 ) -> Ranking:
-    (first, second), before = vectors, _negatives_before(modalities, vectors, positives)
+    (first, second), before = vectors, _negatives_before(modalities, vectors, positives, products)
     return Ranking(
         seed=seed,
         part=split.part,
@@ -348,7 +351,7 @@ def _draw_samples(pairs: Pairs, part: str, max_samples: int) -> tuple[Pairs, str
     return pairs.select(drawn), described
 
 
-def _rank_distinct(ranking: Ranking, split: EvalSplit) -> Ranking | None:
+def _rank_distinct(ranking: Ranking, split: EvalSplit, products: Products) -> Ranking | None:
     """Rank the first item of each content among those of all other contents; None if no content is repeated."""
     sides = ranking.pairs.first, ranking.pairs.second
     kept = [np.sort(np.unique(side.contents, return_index=True)[1]) for side in sides]
@@ -364,7 +367,7 @@ def _rank_distinct(ranking: Ranking, split: EvalSplit) -> Ranking | None:
     )
     vectors = ranking.first[kept[0]], ranking.second[kept[1]]
     pairs = Pairs(first=first, second=second)
-    return _rank_items(ranking.seed, split, ranking.modalities, pairs, vectors, (first_M, second_M))
+    return _rank_items(ranking.seed, split, ranking.modalities, pairs, vectors, (first_M, second_M), products)
 
 
 def _language(run: Run, settings: RetrievalSettings) -> str | None:

@@ -14,6 +14,7 @@ from embedcache.arrays import Ints
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import read_selected_keys
 from embedcache.dataset.splits import Split, read_split
+from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, DataError, SettingError
 from embedcache.files import AnyPath, one_or_many
 from embedcache.projectors.pair import AlignedPair
@@ -32,13 +33,14 @@ RunPaths: TypeAlias = AnyPath | Sequence[AnyPath]
 """One run, or seeds of one recipe."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Run:
-    """A trained pair with its config."""
+    """A trained pair with its config, on a device."""
 
     path: Path
     pair: AlignedPair
     config: PairConfig
+    device: str = "cpu"
 
     @property
     def seed(self) -> int:
@@ -46,11 +48,11 @@ class Run:
         return int(self.config.training["seed"])
 
 
-def load_runs(run_paths: RunPaths, *, is_control: bool = False) -> list[Run]:
-    """Load seeds of one recipe.
+def load_runs(run_paths: RunPaths, *, is_control: bool = False, device: str = AUTO) -> list[Run]:
+    """Load seeds of one recipe onto a device.
 
     Raises:
-        SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
+        SettingError: no run, two of one seed, a control that was not trained on shuffled pairs, or a missing device.
         FingerprintError: they differ in more than their seeds.
         PathError: a folder is not a finished run.
         CorruptError: the weights differ from those that `config.json` was written for.
@@ -58,7 +60,8 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False) -> list[Run]:
     paths = [Path(path) for path in one_or_many(run_paths)]
     if not paths:
         raise SettingError("expected at least one run to evaluate, got none")
-    runs = [Run(path=path, pair=pair, config=config) for path in paths for pair, config in [load_pair(path)]]
+    device = str(torch_device(device))
+    runs = [Run(path, *load_pair(path, device=device), device) for path in paths]
     for run in runs:
         if is_control and not run.config.training["shuffle_pairs"]:
             raise SettingError(f"{run.path}: expected a control trained with --shuffle-pairs, got another run")

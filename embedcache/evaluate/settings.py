@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from embedcache.dataset.settings import SplitSettings, with_split_seed
+from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.networks.settings import CaptionSettings, DecodingSettings
 from embedcache.settings import check_settings, from_flat, group, setting
@@ -39,6 +40,7 @@ class RetrievalSettings:
     max_samples: int = setting(
         50_000, "Rank at most this many samples, drawn at random from a larger part; 0 ranks all.", ge=0
     )
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -52,6 +54,7 @@ class ZeroShotSettings:
     part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
     trained_on: tuple[str, ...] = setting((), _TRAINED_ON_HELP, metavar="CACHE")
     check_overlap: bool = setting(True, _OVERLAP_HELP)
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -10,7 +10,7 @@ import torch
 
 from embedcache.arrays import Ints
 from embedcache.dataset.inputs import PLAIN, check_same_view
-from embedcache.encoders.backends import torch_device
+from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.evaluate.runs import group_by_recipe, read_part
 from embedcache.evaluate.settings import SpeechSettings
@@ -128,7 +128,7 @@ def evaluate_speech(
     clusters: Ints | None = None,
     is_encoded: bool = False,
     batch_size: int = _BATCH_SIZE,
-    device: str = "cpu",
+    device: str = AUTO,
     progress: Progress | None = None,
 ) -> SpeechReport:
     """Recognize utterances with a run, and count the errors. The results do not depend on the batch size.
@@ -155,7 +155,7 @@ def evaluate_speech(
         DataError: the run is no speech recognizer, or streams of an utterance differ in length.
     """
     progress, decoding = progress or NullProgress(), decoding or DecodingSettings()
-    place = str(torch_device(device))
+    place = str(torch_device(device, needs_float64=True))
     config = read_speech_config(run_path, streams or ())
     check_decoder(config.training, decoding, run=str(run_path))
     network = _load_network(run_path, place)
@@ -204,7 +204,7 @@ def evaluate_speech(
 
 @torch.no_grad()
 def time_words(
-    report: SpeechReport, utterances: Utterances, keys: Sequence[str], view: str, *, device: str = "cpu"
+    report: SpeechReport, utterances: Utterances, keys: Sequence[str], view: str, *, device: str = AUTO
 ) -> list[list[WordTime]]:
     """Compute when the words that a run recognized were said, by its CTC.
 
@@ -218,7 +218,8 @@ def time_words(
     Returns:
         The words of each of these utterances; none where they have more letters than frames.
     """
-    network, first = _load_network(report.run_path, str(torch_device(device))), report.streams[0]
+    device = str(torch_device(device, needs_float64=True))
+    network, first = _load_network(report.run_path, device), report.streams[0]
     rate_hz = utterances.streams[first].rate_hz / network.stacks[first]
     views = {"audio": view} if "audio" in report.streams else None
     texts = dict(zip(report.keys, report.views[view].hypotheses, strict=True))
@@ -249,7 +250,7 @@ def compare_runs(
     run_paths: Sequence[Path | str],
     settings: SpeechSettings | None = None,
     *,
-    device: str = "cpu",
+    device: str = AUTO,
     progress: Progress | None = None,
 ) -> dict[str, list[SpeechReport]]:
     """Evaluate runs on a cache: name of a recipe -> a report per seed; with `shuffle_videos` also of the controls.

@@ -141,7 +141,7 @@ def evaluate_zero_shot(
     """
     settings = replace_flat(settings or ZeroShotSettings(), options)
     cache, prompts_cache = Cache(cache_path), Cache(prompts_path)
-    runs = load_runs(run_paths, is_control=is_control)
+    runs = load_runs(run_paths, is_control=is_control, device=settings.device)
     predictions = [classify(cache, run, prompts_cache, settings) for run in runs]
     first, num_classes = predictions[0], len(predictions[0].names)
     labels = np.concatenate([prediction.labels for prediction in predictions])
@@ -230,10 +230,10 @@ def classify(
 
 def _rank(run: Run, image: InputFeature, rows: Ints, labels: Ints, prompts: Prompts) -> tuple[Ints, Ints]:
     """Compute the (I,) rank of each image's class and the (I, K) classes with the highest scores."""
-    classes_CP = class_vectors(prompts, run.pair.tower("text"))
+    classes_CP = class_vectors(prompts, run.pair.tower("text"), device=run.device)
     ranks, predicted = [], []
     for block in blocks(len(rows), _BLOCK):
-        scores_BC = project(run.pair.tower("image"), image.read(rows[block])) @ classes_CP.T
+        scores_BC = project(run.pair.tower("image"), image.read(rows[block]), device=run.device) @ classes_CP.T
         ranks.append(rank_labels(scores_BC, labels[block]))
         k = min(max(KS), scores_BC.shape[1])
         best_BK = np.argpartition(-scores_BC, k - 1, axis=1)[:, :k]

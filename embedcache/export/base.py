@@ -1,7 +1,7 @@
 """What all export formats share: the exported run, the notes for its model card, and the parity check."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,9 @@ class ExportRun:
         return projector
 
     def embed_examples(self, modality: Modality) -> Floats:
-        """Embed the example images or texts with the run's own encoder: (N, P) float32 unit vectors."""
+        """Embed the example images or texts with the run's own encoder, in float32: (N, P) float32 unit vectors."""
         if modality not in self._examples:
-            encoder = open_projected_encoder(modality, self.pair, self.config, device="cpu")
+            encoder = open_projected_encoder(modality, self.pair, _in_float32(self.config), device="cpu")
             items: Sequence[Any] = example_images() if modality == "image" else TEXTS
             self._examples[modality] = encoder.embed(encoder.prepare(items))
         return self._examples[modality]
@@ -59,6 +59,13 @@ class ExportRun:
     def check_parity(self, library: str, vectors: Mapping[Modality, Any]) -> dict[str, float]:
         """Compare the example vectors of a library with the run's; return the largest difference per modality."""
         return {name: check_parity(library, rows, self.embed_examples(name)) for name, rows in vectors.items()}
+
+
+def _in_float32(config: PairConfig) -> PairConfig:
+    """Return a config whose encoders compute in float32, as exported models do, whatever the stored features have."""
+    fingerprints = {name: {**side.fingerprint, "precision": "float32"} for name, side in config.sides.items()}
+    sides = {name: replace(side, fingerprint=fingerprints[name]) for name, side in config.sides.items()}
+    return replace(config, sides=sides)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +90,13 @@ class ExportNotes:
 
 
 def check_plain(tower_input: TowerInput, format_name: str) -> None:
-    """Check that a feature is an encoder's plain output: not derived, not of a view, and computed in float32."""
+    """Check that a feature is an encoder's plain output: not derived, and not of a view."""
     name, fingerprint = tower_input.feature, tower_input.fingerprint
     if fingerprint["family"] == DERIVED:
         raise unsupported(format_name, f"the feature {name} is derived from other features, so no encoder computes it")
-    view, precision = fingerprint.get("view"), fingerprint["precision"]
+    view = fingerprint.get("view")
     if view is not None:
         raise unsupported(format_name, f"the feature {name} is built from the view {view['name']!r}, not the encoder")
-    if precision != "float32":
-        raise unsupported(format_name, f"the feature {name} was computed in {precision}, not in float32")
 
 
 def unsupported(format_name: str, reason: str, next_step: str = "") -> SettingError:

@@ -43,7 +43,7 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
     """Open an encoder of a run.
 
     Raises:
-        SettingError: the format does not support its family, or the feature is of a view or not in float32.
+        SettingError: the format does not support its family, or the feature is of a view.
     """
     tower_input, tower = run.config.tower_input(modality), run.pair.tower(modality)
     check_plain(tower_input, format_name)

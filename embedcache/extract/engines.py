@@ -9,6 +9,7 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
+from embedcache.devices import AUTO, all_devices, announce_device
 from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, UnfinishedError
 from embedcache.extract.settings import ExtractJob, ExtractSettings
@@ -36,16 +37,16 @@ def run_engine(job: ExtractJob, source: Source, progress: Progress) -> list[Shar
 def count_processes(settings: ExtractSettings) -> int:
     """Return the number of devices or actors that would share the work."""
     if settings.engine == "local":
-        return len(settings.devices or all_devices())
+        return len(job_devices(settings))
     with connected(settings.address) as ray:
         return _count_actors(ray, settings)
 
 
-def all_devices() -> tuple[str, ...]:
-    """Return the CUDA devices of this machine, or the CPU if there are none."""
-    import torch
-
-    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("cpu",)
+def job_devices(settings: ExtractSettings) -> tuple[str, ...]:
+    """Return the devices that share the work on this machine: those named, else all GPUs; onnxruntime is on the CPU."""
+    if settings.devices not in ((), (AUTO,)):
+        return settings.devices
+    return ("cpu",) if settings.encoder.backend == "onnxruntime" else all_devices()
 
 
 def _run_local(job: ExtractJob, source: Source, progress: Progress) -> list[ShardReport]:
@@ -54,7 +55,9 @@ def _run_local(job: ExtractJob, source: Source, progress: Progress) -> list[Shar
     Processes lease chunks one by one, and finish the chunks of one that was killed. Behind a URL, where nothing can be
     leased, each has a fixed part of the chunks instead.
     """
-    devices = job.settings.devices or all_devices()
+    devices = job_devices(job.settings)
+    for device in devices:
+        announce_device(device)
     count = len(devices)
     if count == 1:
         return Worker(job, source=source, device=devices[0]).run(progress)
@@ -82,8 +85,7 @@ def _run_device(task: tuple[ExtractJob, str, int], progress: Progress) -> list[S
     import torch
 
     job, device, threads = task
-    if device == "cpu":
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)  # also for encoders that stay on the CPU
     settings = replace(job.settings, threads=job.settings.threads or threads)
     return Worker(replace(job, settings=settings), device=device).run(progress)
 

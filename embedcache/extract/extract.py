@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from embedcache.encoders.backends import torch_device
+from embedcache.devices import torch_device
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import SettingError, SourceError
-from embedcache.extract.engines import run_engine
+from embedcache.extract.engines import job_devices, run_engine
+from embedcache.extract.precision import choose_precisions
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.extract.worker import ShardReport
@@ -101,6 +102,7 @@ def extract(
     job = open_job(source, cache_path, specs, settings=settings, progress=progress)
     cache = Cache(job.cache)
     remove_partials(cache.path)
+    job = choose_precisions(job, source, job_devices(job.settings)[0], progress=progress)
     with record_job(cache, job, "extract") as outcome:
         reports = [_count_items(cache, report) for report in run_engine(job, source, progress)]
         if any(report.encoded for report in reports):
@@ -170,7 +172,7 @@ def open_job(
             "expected at least one encoder, got none; name one such as --text-encoder st:all-MiniLM-L6-v2"
         )
     _check_encoders(encoders, settings)
-    for device in settings.devices:
+    for device in job_devices(settings) if settings.engine == "local" else settings.devices:
         torch_device(device)
     path = open_path(cache_path)
     if info_path(path).is_file() and (imported := read_info(path).source).get("type") == IMPORTED:

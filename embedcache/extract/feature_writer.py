@@ -10,6 +10,7 @@ from typing import Any
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
+from embedcache.devices import torch_device
 from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import EncoderSpec, open_encoder, recorded_settings
 from embedcache.encoders.settings import EncoderSettings
@@ -178,11 +179,7 @@ def create_writer(
 def reopen_writer(group: EncoderGroup, features: Sequence[str], *, device: str) -> FeatureWriter:
     """Open the encoder and the view of an existing folder, with the precision and backend recorded there."""
     fingerprint = group.fingerprint
-    settings = EncoderSettings(
-        device=device,
-        **recorded_settings(fingerprint),
-        features=tuple(features),
-    )
+    settings = EncoderSettings(**recorded_settings(fingerprint, device), features=tuple(features))
     with names_from(group.path):
         encoder = open_encoder(group.spec, modality=MODALITIES[group.modality].name, settings=settings)
     return FeatureWriter(
@@ -192,7 +189,7 @@ def reopen_writer(group: EncoderGroup, features: Sequence[str], *, device: str) 
         dtypes={name: Feature(group, name).dtype for name in features},
         view=reopen_view(fingerprint["view"], group.view) if "view" in fingerprint else None,
         executor=ThreadPoolExecutor(1),
-        gate=CpuGate(device),
+        gate=CpuGate(str(torch_device(settings.device))),
     )
 
 

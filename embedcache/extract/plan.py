@@ -13,9 +13,10 @@ import pyarrow as pa
 
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
-from embedcache.extract.engines import all_devices, count_processes
+from embedcache.extract.engines import count_processes, job_devices
 from embedcache.extract.extract import join_encoders, open_job, open_request
 from embedcache.extract.loop import BatchBuffer, add_distinct, load_items
+from embedcache.extract.precision import MeasuredPrecision, plan_precisions, use_precisions
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker
 from embedcache.files import AnyPath, is_remote
@@ -55,6 +56,7 @@ class Plan:
     Args:
         features: the features to compute; empty if nothing is missing.
         rates: modality -> items per second with all its encoders together, measured on one device.
+        precisions: lower precisions of new encoders, compared with float32.
         free_bytes: free space on the cache's disk; None behind a URL.
     """
 
@@ -64,6 +66,7 @@ class Plan:
     num_processes: int
     free_bytes: int | None
     chunk_size: int
+    precisions: Sequence[MeasuredPrecision] = ()
 
     @property
     def memory_bytes(self) -> int:
@@ -113,7 +116,10 @@ def plan(
     source, settings = open_request(source, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache_path, specs, settings=settings, progress=progress)
-    worker = Worker(job, source=source, device=(job.settings.devices or all_devices())[0])
+    device = job_devices(job.settings)[0]
+    precisions = plan_precisions(job, source, device)
+    job = use_precisions(job, precisions)
+    worker = Worker(job, source=source, device=device)
     features: list[PlannedFeature] = []
     rates: dict[Modality, float] = {}
     for modality, writers in worker.writers.items():
@@ -136,6 +142,7 @@ def plan(
         features=features,
         rates=rates,
         num_processes=count_processes(job.settings),
+        precisions=precisions,
         free_bytes=None if is_remote(worker.cache.path) else shutil.disk_usage(worker.cache.path).free,
         chunk_size=worker.cache.info.chunk_size,
     )

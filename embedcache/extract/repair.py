@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints, normalize
+from embedcache.arrays import Array, Floats, Ints
 from embedcache.derive.repair import derivation_depth, derive_again, derive_rows, reopen_derivation
+from embedcache.devices import AUTO
 from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, EmbedcacheError, ItemError
-from embedcache.extract.engines import all_devices
+from embedcache.extract.engines import job_devices
 from embedcache.extract.extract import join_encoders, open_job, open_request, record_job
 from embedcache.extract.feature_writer import (
     FeatureWriter,
@@ -23,6 +24,7 @@ from embedcache.extract.feature_writer import (
     view_fingerprint,
 )
 from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, check_length, encode_chunks, load_items
+from embedcache.extract.precision import MIN_COSINE, item_cosine
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.extract.worker import Worker
 from embedcache.files import AnyPath, remove_partials
@@ -41,9 +43,6 @@ from embedcache.store.group import EncoderGroup, add_feature, open_group
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import commit_chunk, withdraw
-
-MIN_COSINE = 0.999
-"""Cosine below which an item has drifted: float16 on disk costs 1e-6, and another summation order about as much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +115,7 @@ def repair(
     cache: Cache,
     findings: Sequence[Finding],
     *,
-    device: str = "cpu",
+    device: str = AUTO,
     progress: Progress | None = None,
 ) -> list[str]:
     """Encode damaged and missing chunks again with the encoders that computed them, and write metadata that follow.
@@ -235,7 +234,7 @@ def retry_failed(
     source, settings = open_request(source, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache_path, specs, settings=settings, repair_items=True, progress=progress)
-    worker = Worker(job, source=source, device=(job.settings.devices or all_devices())[0])
+    worker = Worker(job, source=source, device=job_devices(job.settings)[0])
     reports: list[RetryReport] = []
     with record_job(worker.cache, job, "retry") as outcome, ThreadPoolExecutor(job.settings.num_threads) as executor:
         for modality, writers in worker.writers.items():
@@ -354,7 +353,7 @@ def measure_drift(
     cache: Cache,
     fraction: float,
     *,
-    device: str = "cpu",
+    device: str = AUTO,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Drift]:
@@ -458,11 +457,4 @@ def _load_rows(
 
 
 def _cosine(stored: Array, encoded: Array | ItemError) -> float:
-    if isinstance(encoded, ItemError) or stored.shape != encoded.shape:
-        return -1.0
-    if np.array_equal(stored, encoded.astype(stored.dtype)):  # zeros have no direction
-        return 1.0
-    if stored.dtype.kind == "i":  # labels are equal or not
-        return float((stored == encoded).mean())
-    left, right = (normalize(array.astype(np.float32).reshape(1, -1)) for array in (stored, encoded))
-    return float((left * right).sum())
+    return -1.0 if isinstance(encoded, ItemError) else item_cosine(stored, encoded)

@@ -1,9 +1,10 @@
 """Settings of an extraction, and the job they are part of. Nothing heavy is imported here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from embedcache.devices import AUTO, device_setting
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
@@ -57,11 +58,12 @@ class ExtractSettings:
     )
     devices: tuple[str, ...] = setting(
         (),
-        "Torch devices, such as cpu or cuda:0,cuda:1; one worker process runs on each. May be repeated.",
+        "Torch devices, such as cpu or cuda:0,cuda:1; one worker process runs on each. auto is all GPUs, else the CPU. "
+        "May be repeated.",
         flat_name="device",
         affects_result=False,
         metavar="DEVICE",
-        default_text="all GPUs, else cpu",
+        default_text=AUTO,
     )
     threads: int | None = setting(
         None,
@@ -125,7 +127,7 @@ class VerifySettings:
         metavar="FRACTION",
     )
     repair: bool = setting(False, "Encode or derive damaged and missing chunks.")
-    device: str = setting("cpu", "Torch device, such as cpu, cuda or cuda:1.", metavar="DEVICE")
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -137,9 +139,11 @@ class ExtractJob:
 
     Args:
         encoders: modality -> specs of its encoders; a modality without encoders is absent.
+        precisions: modality and folder of an encoder -> precision of its new features, where the settings say `auto`.
     """
 
     cache: str
     source: Mapping[str, Any]
     encoders: Mapping[ModalityName, tuple[str, ...]]
     settings: ExtractSettings
+    precisions: Mapping[tuple[str, str], Any] = field(default_factory=dict)

@@ -5,8 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from embedcache.devices import AUTO
 from embedcache.encoders.base import Encoder, Modality
-from embedcache.encoders.open import EncoderSpec, open_encoder
+from embedcache.encoders.open import EncoderSpec, open_encoder, recorded_settings
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SourceError
 from embedcache.extract.feature_writer import (
     ChunkTask,
@@ -26,6 +28,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.registry import trust_files
 from embedcache.sources import Source, reopen_source
 from embedcache.store.cache import Cache
+from embedcache.store.group import find_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +139,11 @@ def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, 
         if not cache.info.num_items.get(modality):
             option = f"--{modality}-encoder" if modality in ("image", "text") else f"--encoder {modality}=…"
             raise SourceError(f"cache {cache.path} has no {modality} items; omit {option}, or check the source")
-    settings = replace(job.settings.encoder, device=device, features=job.settings.features)
     encoders: dict[Modality, list[Encoder]] = {
-        modality: [open_encoder(spec, modality=modality, settings=settings) for spec in requested]
+        modality: [
+            open_encoder(spec, modality=modality, settings=_encoder_settings(cache, job, modality, spec, device))
+            for spec in requested
+        ]
         for modality, requested in specs.items()
     }
     check_features([encoder for group in encoders.values() for encoder in group], job.settings.features)
@@ -155,3 +160,17 @@ def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, 
                 for view in [None, *(view for view in views if view.modality == modality)]
             ]
     return writers
+
+
+def _encoder_settings(
+    cache: Cache, job: ExtractJob, modality: Modality, spec: EncoderSpec, device: str
+) -> EncoderSettings:
+    """Return how an encoder runs: what is `auto` is as recorded with its features, or else as the job says."""
+    settings = replace(job.settings.encoder, device=device, features=job.settings.features)
+    stored = find_group(cache.path, modality, spec.folder, cache.info)
+    if stored is None:
+        return replace(settings, precision=job.precisions.get((modality, spec.folder), settings.precision))
+    recorded = recorded_settings(stored.fingerprint, device)
+    if settings.backend == AUTO:
+        settings = replace(settings, backend=recorded["backend"], device=recorded["device"])
+    return replace(settings, precision=recorded["precision"]) if settings.precision == AUTO else settings

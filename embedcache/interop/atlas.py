@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Floats, Ints, blocks, normalize
 from embedcache.dataset.thumbnails import Thumbnails
+from embedcache.devices import AUTO
 from embedcache.errors import DataError, ItemError
 from embedcache.interop.exporting import VectorExport, check_new_file
 from embedcache.interop.parquet import to_vector_lists, write_rows
@@ -51,7 +52,7 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
     thumbnails = Thumbnails(export.cache, settings.image_folders) if images == "thumbnails" else None
     vectors_NP = np.concatenate([normalize(block) for block in export.vectors(modality, _BLOCK)])
     progress.note(f"projecting {len(vectors_NP):,} points with {settings.projection}")
-    points_N2, neighbors = project_to_plane(vectors_NP, settings), find_neighbors(vectors_NP)
+    points_N2, neighbors = project_to_plane(vectors_NP, settings), find_neighbors(vectors_NP, device=settings.device)
     with new_output(path) as temporary:
         tables = _tables(export, images, thumbnails, vectors_NP, points_N2, neighbors, progress)
         write_rows(temporary, tables, export.metadata)
@@ -79,7 +80,7 @@ def project_to_plane(vectors_NP: Floats, settings: AtlasSettings) -> Floats:
     return np.ascontiguousarray(points, np.float32)
 
 
-def find_neighbors(vectors_NP: Floats, k: int = _NUM_NEIGHBORS) -> tuple[Ints, Floats]:
+def find_neighbors(vectors_NP: Floats, k: int = _NUM_NEIGHBORS, *, device: str = AUTO) -> tuple[Ints, Floats]:
     """Return the k nearest vectors of each, itself included: rows (N, K) int64 and cosine distances (N, K) float32.
 
     Up to 100,000 vectors are compared exactly; more are searched in a graph, and a row for which it found fewer is
@@ -93,7 +94,7 @@ def find_neighbors(vectors_NP: Floats, k: int = _NUM_NEIGHBORS) -> tuple[Ints, F
         graph.add(rows_N, vectors_NP)
     for block in blocks(len(vectors_NP), _QUERIES_PER_BLOCK):
         if graph is None:
-            scores_NK[block], rows_NK[block] = exact_search(vectors_NP[block], [(rows_N, vectors_NP)], k)
+            scores_NK[block], rows_NK[block] = exact_search(vectors_NP[block], [(rows_N, vectors_NP)], k, device=device)
         else:
             scores_NK[block], rows_NK[block] = graph.search(vectors_NP[block], k, _GRAPH_SEARCH)
     is_missing = rows_NK < 0

@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from embedcache.arrays import Array, Floats
-from embedcache.encoders.backends import torch_device
+from embedcache.devices import AUTO, torch_device
 from embedcache.errors import SettingError
 from embedcache.inference import ProjectedEncoder, open_projected_encoder
 from embedcache.projectors.saved import load_pair, read_config
@@ -69,7 +69,7 @@ class _RunModel:
 
 
 def load(
-    model_name: str, pretrained: str | Path, cache_dir: str | None = None, device: str | torch.device = "cpu"
+    model_name: str, pretrained: str | Path, cache_dir: str | None = None, device: str | torch.device = AUTO
 ) -> tuple[_RunModel, Callable[[Image], Tensor], Callable[[Sequence[str]], _Tokens]]:
     """Load a run as CLIP_benchmark loads a model: (model, transform, tokenizer).
 

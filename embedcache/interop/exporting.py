@@ -45,7 +45,7 @@ class VectorExport:
         self._settings = settings = settings or VectorExportSettings()
         features = {"image": settings.image_feature, "text": settings.text_feature}
         self._vectors = {
-            modality: Vectors(cache_path, modality, features[modality], settings.run)
+            modality: Vectors(cache_path, modality, features[modality], settings.run, device=settings.device)
             for modality in _exported_modalities(self.cache, settings)
         }
         self._items = {

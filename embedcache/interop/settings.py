@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
@@ -56,6 +57,7 @@ class VectorExportSettings:
     run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
     selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -88,6 +90,7 @@ class AtlasSettings:
         default_text="the folder of the cache's source",
     )
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -102,4 +105,5 @@ class AtlasSettings:
             run=self.run,
             selection=self.selection,
             language=self.language,
+            device=self.device,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from embedcache.arrays import Floats, blocks
+from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.likelihood import load_shared
 from embedcache.likelihood.items import Batches, ItemReader, ItemsLike, OpenItems, open_cache
@@ -69,7 +70,7 @@ class Hit(NamedTuple):
     score: float
 
 
-def load_likelihood(run_path: Path | str, *, device: str = "cpu") -> "LikelihoodModel":
+def load_likelihood(run_path: Path | str, *, device: str = AUTO) -> "LikelihoodModel":
     """Load a run of `train_likelihood`.
 
     Args:
@@ -82,6 +83,7 @@ def load_likelihood(run_path: Path | str, *, device: str = "cpu") -> "Likelihood
         CorruptError: the weights do not match the config.
         SettingError: the device does not exist.
     """
+    device = str(torch_device(device, needs_float64=True))
     network, config = load_shared(run_path, device=device)
     return LikelihoodModel(network, config, run_path=Path(run_path), device=device)
 

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import PART_NAMES, Split, read_split, split_samples
+from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.likelihood import BLIND, SHUFFLED, TaskReport, evaluate_task
 from embedcache.evaluate.runs import group_by_recipe
@@ -144,7 +145,7 @@ def evaluate_tasks(
     task_file: Path | str,
     settings: LikelihoodEvalSettings | None = None,
     *,
-    device: str = "cpu",
+    device: str = AUTO,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, list[TaskReport]]]:
     """Evaluate runs on the tasks of a file, which they need not have been trained on.

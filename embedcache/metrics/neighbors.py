@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
-from embedcache.arrays import Floats, Ints, blocks, normalize
+from embedcache.arrays import Floats, Ints, Products, blocks, dot_products, normalize
 from embedcache.progress import Progress
 
 _TILE = 1024  # queries per tile
@@ -78,13 +78,14 @@ class Closest(NamedTuple):
     """(C,) similarity of each candidate to its closest query."""
 
 
-def find_closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
+def find_closest(queries_QP: Floats, candidates: Iterable[Floats], *, products: Products = dot_products) -> Closest:
     """Find the closest candidate of each query and the similarity of each candidate to its closest query.
 
     Memory: a block of candidates, its product with 1,024 queries, and the result.
 
     Args:
         candidates: blocks of (B, P) float32 rows; rows are counted across blocks.
+        products: computes dot products, perhaps on a GPU.
 
     Example:
         >>> eye = np.eye(3, dtype=np.float32)
@@ -98,7 +99,7 @@ def find_closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
     for block_BP in candidates:
         best_B = np.full(len(block_BP), -np.inf, np.float32)
         for tile in blocks(len(queries_QP) if len(block_BP) else 0, _TILE):
-            sims_TB = queries_QP[tile] @ block_BP.T
+            sims_TB = products(queries_QP[tile], block_BP)
             nearest_T = sims_TB.argmax(axis=1)
             sims = sims_TB[np.arange(len(nearest_T)), nearest_T]
             is_closer = sims > sims_Q[tile]

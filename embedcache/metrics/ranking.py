@@ -4,13 +4,19 @@ from math import comb
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints, blocks
+from embedcache.arrays import Array, Floats, Ints, Products, blocks, dot_products
 from embedcache.errors import DataError
 
 _BLOCK_BYTES = 64 * 2**20
 
 
-def negatives_before(queries_QP: Floats, candidates_CP: Floats, positives: tuple[Ints, Ints]) -> Ints:
+def negatives_before(
+    queries_QP: Floats,
+    candidates_CP: Floats,
+    positives: tuple[Ints, Ints],
+    *,
+    products: Products = dot_products,
+) -> Ints:
     """Count the negatives ranked before each positive pair: (M,) int64.
 
     Similarity is the dot product, the cosine for rows of length 1. A negative with the same similarity or NaN counts as
@@ -18,6 +24,7 @@ def negatives_before(queries_QP: Floats, candidates_CP: Floats, positives: tuple
 
     Args:
         positives: two (M,) arrays, query and candidate of each positive pair; every query needs at least one.
+        products: computes dot products, perhaps on a GPU.
 
     Example:
         >>> eye = np.eye(3, dtype=np.float32)
@@ -36,7 +43,7 @@ def negatives_before(queries_QP: Floats, candidates_CP: Floats, positives: tuple
     for block in blocks(len(queries_QP), rows):
         edges = np.searchsorted(query_M[order_M], [block.start, block.stop])
         inside = order_M[slice(*edges)]
-        sims_BC = queries_QP[block] @ candidates_CP.T
+        sims_BC = products(queries_QP[block], candidates_CP)
         row, column = query_M[inside] - block.start, candidate_M[inside]
         own = sims_BC[row, column]
         sims_BC[row, column] = -np.inf  # positives do not count as negatives of each other

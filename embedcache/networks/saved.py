@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from embedcache.devices import announce_device
 from embedcache.errors import ArtifactError, CorruptError, DataError, one_line
 from embedcache.projectors.saved import RUN_FORMAT, config_path, is_pair, read_run, save_weights, split_path
 from embedcache.provenance import digest_file, fields_of, from_record, to_record, write_record
@@ -161,4 +162,5 @@ def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, Modu
             f"{run_path}: expected the network {config.kind} that this run was trained with, got another one: "
             f"{one_line(error)}; load it with the version that wrote it, or train again into a new folder"
         ) from error
+    announce_device(device)
     return module.to(device).eval(), config

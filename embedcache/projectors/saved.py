@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
+from embedcache.devices import announce_device
 from embedcache.errors import CorruptError, DataError
 from embedcache.files import replacing
 from embedcache.projectors.pair import AlignedPair, AnyTower
@@ -224,6 +225,7 @@ def project(tower: AnyTower, inputs: Inputs, *, device: str = "cpu", width: int 
     Raises:
         DataError: a value is NaN or infinite after projection.
     """
+    announce_device(device)
     out_NP = [np.empty((0, width or tower.output_width), np.float32)]
     num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
     for block in blocks(len(inputs.values), max(1, _BLOCK // num_tokens)):

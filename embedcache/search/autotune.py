@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
+from embedcache.devices import AUTO
 from embedcache.errors import SettingError
 from embedcache.search.faiss_index import RowIndex, exact_search
 from embedcache.search.vectors import Vectors
@@ -158,15 +159,19 @@ def draw_query_set(vectors: Vectors) -> QuerySet:
     rng = np.random.default_rng(1)
     queries = vectors
     if (other := vectors.other_modality) is not None:
-        queries = Vectors(vectors.cache.path, other, run_path=vectors.run_path, width=vectors.width)
+        queries = Vectors(
+            vectors.cache.path, other, run_path=vectors.run_path, width=vectors.width, device=vectors.device
+        )
     rows = rng.permutation(queries.rows)[:_NUM_QUERIES]
     own = rows if vectors.run_path is None and len(vectors.rows) > 1 else None
-    return make_query_set(queries.read(rows), vectors.blocks(), own=own)
+    return make_query_set(queries.read(rows), vectors.blocks(), own=own, device=vectors.device)
 
 
-def make_query_set(queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], *, own: Ints | None) -> QuerySet:
+def make_query_set(
+    queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], *, own: Ints | None, device: str = AUTO
+) -> QuerySet:
     """Find the true neighbors of queries by exact search."""
-    scores, rows = exact_search(queries_QP, blocks, _NUM_TRUE)
+    scores, rows = exact_search(queries_QP, blocks, _NUM_TRUE, device=device)
     if own is not None:
         last = _own_last(rows, own)
         scores = np.take_along_axis(scores, last, axis=1)[:, :-1]

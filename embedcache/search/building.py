@@ -66,7 +66,7 @@ class IndexBuilder:
             self._write_state(factory)
             if not index.is_trained:
                 progress.note(f"training {factory}")
-                index.train(vectors.sample(index.num_training))
+                index.train(vectors.sample(index.num_training), device=vectors.device)
                 index.write(self._partial_path)
         missing = np.setdiff1d(vectors.rows, index.rows)
         progress.start(f"indexing as {factory}", len(missing), noun(vectors.modality))
@@ -124,7 +124,7 @@ class IndexBuilder:
             self._write_state(factory)
             if old is None:
                 progress.note(f"training {factory}")
-                index.train(vectors.sample(index.num_training))
+                index.train(vectors.sample(index.num_training), device=vectors.device)
             else:
                 index = read_index(self._folder / "index.faiss", is_mapped=False).emptied()
             index.write(self._partial_path)

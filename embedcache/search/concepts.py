@@ -97,7 +97,7 @@ def _open(cache: Cache, pool: Vectors) -> Vectors:
     is_prompts = has_prompts(cache)
     if pool.run_path is not None:
         modality = "image" if cache.info.num_items.get("image") and not is_prompts else "text"
-        return Vectors(cache.path, modality, run_path=pool.run_path, width=pool.width)
+        return Vectors(cache.path, modality, run_path=pool.run_path, width=pool.width, device=pool.device)
     if is_prompts and pool.modality == "image":
         raise DataError(
             f"{cache.path}: expected labeled images, to compare with the plain image feature {pool.feature.name}, got "

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
+from embedcache.devices import AUTO, announce
 from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError
 from embedcache.files import disk_full_message, replacing
 from embedcache.metrics.neighbors import note_duration
@@ -85,10 +86,10 @@ class RowIndex:
         needs_none = isinstance(self._inner, self._faiss.IndexFlat | self._faiss.IndexHNSWFlat)
         return 0 if needs_none else max(_MIN_TRAINING, _TRAINING_PER_LIST * self.num_lists)
 
-    def train(self, vectors_SP: Floats) -> None:
+    def train(self, vectors_SP: Floats, *, device: str = AUTO) -> None:
         """Train on a sample, on the GPUs that FAISS can use; `SettingError` if there are too few vectors."""
         lists = self._faiss.try_extract_index_ivf(self._inner)
-        if lists is not None and num_gpus():
+        if lists is not None and num_gpus(device):
             lists.clustering_index = self._faiss.index_cpu_to_all_gpus(self._faiss.IndexFlatIP(lists.d))
         try:
             self.wrapped.train(vectors_SP)
@@ -319,7 +320,9 @@ def read_index(path: Path, *, is_mapped: bool | None = None) -> RowIndex:
         raise CorruptError(f"{path}: expected a FAISS index of rows, got an error: {_reason(error)}") from error
 
 
-def exact_search(queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], k: int) -> tuple[Floats, Ints]:
+def exact_search(
+    queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], k: int, *, device: str = AUTO
+) -> tuple[Floats, Ints]:
     """Search for the true k best of each query among all vectors, best first: scores and rows, (Q, K).
 
     Equal scores are ordered by row. K is smaller if there are fewer vectors. Memory: a block, and 8 bytes per vector.
@@ -333,7 +336,7 @@ def exact_search(queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], k: i
                 yield np.ascontiguousarray(vectors_BP)
 
     search = _require("faiss.contrib.exhaustive_search").knn_ground_truth
-    gpus = num_gpus() if k <= _MOST_GPU_NEIGHBORS else 0
+    gpus = num_gpus(device) if k <= _MOST_GPU_NEIGHBORS else 0
     metric = _import_faiss().METRIC_INNER_PRODUCT
     scores_QK, positions_QK = search(np.ascontiguousarray(queries_QP), vectors(), k, metric_type=metric, ngpu=gpus)
     rows_N = np.concatenate([np.empty(0, np.int64), *rows])
@@ -343,13 +346,22 @@ def exact_search(queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], k: i
     return np.take_along_axis(scores_QK, order_QK, axis=1), np.take_along_axis(rows_QK, order_QK, axis=1)
 
 
-def num_gpus() -> int:
-    """Return the number of GPUs that FAISS can use: 0 with faiss-cpu."""
-    return int(getattr(_import_faiss(), "get_num_gpus", lambda: 0)())
+def num_gpus(device: str = AUTO) -> int:
+    """Return the number of GPUs that FAISS can use: 0 with faiss-cpu, and on the device `cpu`."""
+    gpus = 0 if device == "cpu" else int(getattr(_import_faiss(), "get_num_gpus", lambda: 0)())
+    announce(f"FAISS: {gpus} GPUs" if gpus else "FAISS: cpu")
+    return gpus
 
 
 def spherical_kmeans(
-    vectors_NP: Floats, num_clusters: int, *, seed: int, iterations: int, max_per_cluster: int, progress: Progress
+    vectors_NP: Floats,
+    num_clusters: int,
+    *,
+    seed: int,
+    iterations: int,
+    max_per_cluster: int,
+    progress: Progress,
+    device: str = AUTO,
 ) -> Floats:
     """Cluster rows of length 1 by cosine similarity: (K, P) float32 centroids, after a report of how long it will take.
 
@@ -365,6 +377,7 @@ def spherical_kmeans(
         seed=seed,
         min_points_per_centroid=1,
         max_points_per_centroid=max_per_cluster,
+        gpu=num_gpus(device),
     )
     kmeans.train(np.ascontiguousarray(vectors_NP))
     centroids_KP: Floats = kmeans.centroids

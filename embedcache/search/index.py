@@ -136,7 +136,14 @@ def build_index(
     """
     settings = replace_flat(settings or IndexSettings(), options)
     index_path, progress = Path(index_path), to_progress(progress)
-    vectors = Vectors(cache_path, settings.modality, settings.feature, settings.run, width=settings.width)
+    vectors = Vectors(
+        cache_path,
+        settings.modality,
+        settings.feature,
+        settings.run,
+        width=settings.width,
+        device=settings.device,
+    )
     if not (index_path / "card.json").is_file():  # so that nothing is put into a folder of others
         _candidates(settings, len(vectors.rows), vectors.width)
         if settings.factory is not None:

@@ -104,7 +104,9 @@ class QueryEncoder:
     def indexed(self) -> Vectors:
         """The vectors that were indexed."""
         card = self._card
-        return Vectors(self._cache.path, card.modality, card.feature, self._run_path, width=card.width)
+        return Vectors(
+            self._cache.path, card.modality, card.feature, self._run_path, width=card.width, device=self._device
+        )
 
     @property
     def config(self) -> PairConfig | None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
+from embedcache.devices import AUTO
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.files import AnyPath, is_url
 from embedcache.search.faiss_index import exact_search
@@ -79,7 +80,7 @@ class OpenIndex:
         *,
         run_path: AnyPath | None = None,
         cache_path: AnyPath | None = None,
-        device: str = "cpu",
+        device: str = AUTO,
     ) -> None:
         self.path = Path(index_path)
         self.card = read_card(self.path)
@@ -95,6 +96,7 @@ class OpenIndex:
                 f"index {self.path}: expected the samples of {cache_path}, got others; build it again"
             )
         self.run_path = None if run_path is None else Path(run_path)
+        self._device = device
         self.query_encoder = QueryEncoder(self.card, self.cache, self.run_path, device)
         self.filters = CacheFilters(self.cache, self.card.modality, self.run_path)
         self.hits = HitReader(self.cache, self.card.modality)
@@ -149,7 +151,7 @@ class OpenIndex:
     def _search_subset(self, queries_QP: Floats, k: int, subset: "_Subset") -> tuple[Floats, Ints]:
         """Search the items that pass a filter: exactly if they are few, and more thoroughly the fewer they are."""
         if subset.vectors is not None:
-            return exact_search(queries_QP, [subset.vectors], k)
+            return exact_search(queries_QP, [subset.vectors], k, device=self._device)
         fraction = subset.num_items / len(self._index)
         parameters = {
             name: value if name == "k_factor" else round(value / fraction) for name, value in self.card.search.items()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
 from embedcache.settings import check_settings, group, setting
@@ -44,6 +45,7 @@ class IndexSettings:
         0.95, "Reject an index that finds a smaller fraction of the true 10 nearest neighbors.", ge=0, le=1
     )
     checkpoint_s: float = setting(60.0, "Seconds between checkpoints of the build.", ge=0, affects_result=False)
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -97,7 +99,7 @@ class SearchSettings:
         metavar="CACHE",
         default_text="where it was when the index was built",
     )
-    device: str = setting("cpu", "Torch device, such as cpu, cuda or cuda:1.", metavar="DEVICE", affects_result=False)
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)

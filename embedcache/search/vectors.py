@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, blocks, normalize
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
+from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
@@ -40,6 +41,7 @@ class Vectors:
         run_path: run that projects the feature; None: the plain feature.
         language: of texts, only those in this language; None or `any`: all.
         width: the first components to keep, scaled to length 1 again; None: all.
+        device: torch device that projects.
 
     Raises:
         SettingError: the width is larger than that of the space.
@@ -57,16 +59,19 @@ class Vectors:
         run_path: AnyPath | None = None,
         language: str | None = None,
         width: int | None = None,
+        device: str = AUTO,
     ) -> None:
+        self.device = device
         self._language = None if language == ANY_LANGUAGE or modality != "text" else language
         self.cache = Cache(cache_path)
         run = None if run_path is None else os.fspath(run_path)
-        self._arguments = (str(self.cache.path), modality, feature, run, language, width)
+        self._arguments = (str(self.cache.path), modality, feature, run, language, width, device)
         self.run_path = None if run is None else Path(run)
         self._pair: AlignedPair | None = None
         self.config: PairConfig | None = None
         if self.run_path is not None:
-            self._pair, self.config = load_pair(self.run_path)
+            self.device = str(torch_device(device))
+            self._pair, self.config = load_pair(self.run_path, device=self.device)
         self.feature = _open(self.cache, modality, feature, self.config)
         self.full_width = self.feature.width if self.config is None else self.config.shared_width
         if width is not None and width > self.full_width:
@@ -125,7 +130,7 @@ class Vectors:
     def _unit(self, inputs: Inputs) -> Floats:
         if self._pair is None:
             return _normalize_blocks(inputs.values[:, : self.width])
-        return project(self._pair.tower(self.modality), inputs, width=self.width)
+        return project(self._pair.tower(self.modality), inputs, width=self.width, device=self.device)
 
 
 def _normalize_blocks(values_BD: Array) -> Floats:

@@ -263,6 +263,13 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint, view=view)
 
 
+def find_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> EncoderGroup | None:
+    """Open the folder of one encoder; None if no chunk of it is committed."""
+    path = encoder_path(cache_path, modality, name)
+    has_commits = (path / "zarr.json").exists() and any(path.glob("chunks/*.parquet"))
+    return open_group(cache_path, modality, name, info) if has_commits else None
+
+
 def create_group(
     cache_path: Path,
     modality: str,
@@ -278,11 +285,10 @@ def create_group(
     Raises:
         FingerprintError: another encoder wrote it; names each field that differs with both values.
     """
-    path = encoder_path(cache_path, modality, name)
-    if (path / "zarr.json").exists() and any(path.glob("chunks/*.parquet")):
-        group = open_group(cache_path, modality, name, info)
+    if (group := find_group(cache_path, modality, name, info)) is not None:
         group.check_same(fingerprint)
         return group
+    path = encoder_path(cache_path, modality, name)
     attributes = {"format": FORMAT_VERSION, "spec": spec, "fingerprint": dict(fingerprint)}
     write_metadata(path, group_metadata({ATTRIBUTE: {**attributes, "view": view} if view else attributes}))
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint, view=view)

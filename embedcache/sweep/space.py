@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from embedcache.dataset.settings import SplitSettings
-from embedcache.encoders.backends import torch_device
+from embedcache.devices import torch_device
 from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.files import read_limited
 from embedcache.projectors.base import PROJECTORS, split_names

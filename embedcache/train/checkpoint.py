@@ -6,6 +6,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -13,12 +14,14 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
+from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, FingerprintError, PathError, one_line
 from embedcache.files import Leases, replacing
-from embedcache.projectors.saved import split_path
+from embedcache.projectors.saved import config_path, split_path
 from embedcache.provenance import check_same, fields_of, prepare_folder, read_json, read_stage, write_json
 from embedcache.registry import require
 from embedcache.train.distributed import gather_objects, num_processes, process_rank
+from embedcache.train.settings import MachineSettings
 
 _UNREADABLE = (
     *(RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError),
@@ -36,7 +39,10 @@ def checkpoint_path(run_path: Path) -> Path:
 def save_checkpoint(run_path: Path, device: str, state: Mapping[str, Any]) -> None:
     """Write the state of a run with the random generators of all processes, which must all call it."""
     cuda = torch.cuda.get_rng_state(device) if device.startswith("cuda") else None
-    generators = gather_objects({"cpu": torch.get_rng_state(), "cuda": cuda})
+    own = {"cpu": torch.get_rng_state(), "cuda": cuda}
+    if device == "mps":
+        own["mps"] = torch.mps.get_rng_state()
+    generators = gather_objects(own)
     if process_rank() == 0:
         buffer = io.BytesIO()  # torch.save into a file does not raise OSError when the disk is full
         torch.save({**state, "generators": generators}, buffer)
@@ -72,6 +78,8 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
     torch.set_rng_state(own["cpu"].cpu())
     if own["cuda"] is not None and device.startswith("cuda"):
         torch.cuda.set_rng_state(own["cuda"].cpu(), device)
+    if "mps" in own and device == "mps":
+        torch.mps.set_rng_state(own["mps"].cpu())
     return state
 
 
@@ -131,6 +139,32 @@ _FILES = (
     "tensorboard",
     "fit-*.safetensors",
 )
+
+
+def name_device(machine: MachineSettings, run_path: Path, *, needs_float64: bool = False) -> MachineSettings:
+    """Return the settings with the device named: `auto` is that of the run in the folder, else the fastest.
+
+    So the same command reuses a finished run, and resumes an interrupted one, also on a machine with another GPU.
+
+    Raises:
+        SettingError: the run is not finished, and its device does not exist.
+    """
+    device, is_finished = machine.device, config_path(run_path).is_file()
+    if device == AUTO and is_finished:
+        device = _recorded_device(config_path(run_path))
+    elif device == AUTO and checkpoint_path(run_path).is_file():
+        device = _recorded_device(run_path / "started.json")
+    if not is_finished or device == AUTO:
+        device = str(torch_device(device, needs_float64=needs_float64))
+    return replace(machine, device=device)
+
+
+def _recorded_device(path: Path) -> str:
+    """Return the device in the config of a run; `auto` of a file that cannot be read, which is reported later."""
+    try:
+        return str(read_json(path)["training"]["machine"]["device"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return AUTO
 
 
 def start_run(run_path: Path, values: Mapping[str, Any]) -> Leases:

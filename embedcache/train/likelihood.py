@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from embedcache.arrays import Floats, check_finite
 from embedcache.dataset.splits import Split
+from embedcache.devices import autocast
 from embedcache.errors import DataError, SettingError
 from embedcache.networks.candidates import Candidates, cross_entropy_over
 from embedcache.networks.saved import ModuleConfig, ModuleInput, read_module_config
@@ -76,13 +76,13 @@ class LikelihoodObjective(nn.Module):
 
     def __init__(self, module: SharedNetwork, tasks: Sequence[Subtask], *, precision: str = "float32") -> None:
         super().__init__()
-        self.module, self._tasks, self._bfloat16 = module, tasks, precision == "bfloat16"
+        self.module, self._tasks, self._precision = module, tasks, precision
 
     def forward(self, loaded: LoadedTask) -> Tensor:
         """Compute the loss of a batch, a scalar."""
         batch, task = loaded.batch, self._tasks[loaded.number]
         device = batch.candidates.numbers_BL.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self._bfloat16):
+        with autocast(device, self._precision):
             queries_BP = read_inputs(self.module, batch).float()
             vectors_CP = self.module.encode(words=batch.candidates, side="target").float()
         candidates = Candidates(vectors_CP, batch.log_weights_C)

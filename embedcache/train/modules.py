@@ -15,7 +15,7 @@ from embedcache.provenance import record_stage
 from embedcache.store.feature import Feature
 from embedcache.store.group import open_group
 from embedcache.store.layout import fit_path
-from embedcache.train.checkpoint import finish_run, reuse_run, start_run
+from embedcache.train.checkpoint import finish_run, name_device, reuse_run, start_run
 from embedcache.train.distributed import process_group, run_on_first
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
 from embedcache.train.settings import FitSettings
@@ -85,8 +85,9 @@ def train_task(
         UnknownNameError: the task has no part of a name.
     """
     run_path, progress = Path(run_path), progress or NullProgress()
-    with process_group(settings.machine.device) as device:
-        settings = replace(settings, machine=replace(settings.machine, device=device))
+    machine = name_device(settings.machine, run_path, needs_float64=True)  # some decode when they are measured
+    with process_group(machine.device) as device:
+        settings = replace(settings, machine=replace(machine, device=device))
         config = replace(
             config,
             training={**config.training, **settings.to_json()},

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from embedcache.arrays import blocks, check_finite
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Pairs
+from embedcache.devices import autocast
 from embedcache.errors import DataError
 from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.modalities import directions
@@ -26,7 +27,7 @@ from embedcache.projectors.saved import project
 from embedcache.train.batches import LoadedBatch, LoadedInputs, Loader
 from embedcache.train.distributed import gather_rows
 from embedcache.train.losses import LOSSES, structure
-from embedcache.train.settings import LossSettings, Precision
+from embedcache.train.settings import LossSettings
 
 _KS = (1, 5, 10)
 _MAX_SAMPLES = 5000
@@ -49,7 +50,7 @@ class PairTask:
     loader: Loader
     validation: "Validation | None"
     loss: LossSettings
-    precision: Precision
+    precision: str
     keys: Sequence[str]
     forward_flops: float
 
@@ -134,7 +135,7 @@ class Objective(nn.Module):
     """All trained parameters, and the loss of a batch.
 
     Memory: two embeddings per modality, the activations of `MAX_VECTORS` vectors, and the tiles of the loss. Parameters
-    of the loss are trained with those of the pair. The precision `bfloat16` is that of matrix products only.
+    of the loss are trained with those of the pair. The precision is that of matrix products only.
 
     With `widths` the loss is a sum over prefixes of the shared space, each of them and the whole, all of weight 1:
     "Matryoshka Representation Learning", Kusupati et al. 2022, equation 1.
@@ -146,7 +147,7 @@ class Objective(nn.Module):
         self.loss = LOSSES.load(settings.name)()
         self._structure = settings.structure
         self._widths = sorted({*settings.widths, pair.towers[0].output_width})
-        self._bfloat16 = precision == "bfloat16"
+        self._precision = precision
 
     def forward(self, loaded: LoadedBatch) -> Tensor:
         """Return the loss, a scalar."""
@@ -193,7 +194,7 @@ class Objective(nn.Module):
         return projected.float()
 
     def _autocast(self, values: Tensor) -> torch.autocast:
-        return torch.autocast(values.device.type, dtype=torch.bfloat16, enabled=self._bfloat16)
+        return autocast(values.device.type, self._precision)
 
 
 def _mix(inputs: LoadedInputs, mix: float | None) -> LoadedInputs:

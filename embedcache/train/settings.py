@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from embedcache.dataset.settings import SplitSettings, with_split_seed
+from embedcache.devices import AUTO, Precision, name_precision
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, flat_settings, from_flat, get_setting, group, setting, to_json
 from embedcache.units import parse_size
 
 Initialization: TypeAlias = Literal["cca", "csa", "procrustes", "ridge", "random"]
-Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +98,14 @@ class MachineSettings:
     """Where and how training runs."""
 
     device: str = setting(
-        "cpu",
-        "Torch device, such as cpu, cuda or cuda:1; under torchrun, cuda is each process's own GPU.",
+        AUTO,
+        "Torch device, such as cpu, cuda or cuda:1; auto is that of the run in the folder, or else the first of cuda, "
+        "mps and cpu that this machine has. Under torchrun, cuda is each process's own GPU.",
         metavar="DEVICE",
     )
-    precision: Precision = setting("float32", "Compute precision; bfloat16 uses autocast.")
+    precision: Precision = setting(
+        "float32", "Precision of matrix products; float16 scales the loss, for GPUs without bfloat16."
+    )
     threads: int | None = setting(
         None,
         "Torch threads on the CPU.",
@@ -124,6 +127,7 @@ class MachineSettings:
     tensorboard: bool = setting(False, "Write TensorBoard event files beside losses.jsonl.", affects_result=False)
 
     def __post_init__(self) -> None:
+        name_precision(self)
         check_settings(self)
 
 

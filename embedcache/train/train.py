@@ -12,7 +12,6 @@ from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import with_split_seed
 from embedcache.dataset.splits import PARTS, Split, read_split, write_split
-from embedcache.encoders.backends import torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath, disk_errors, relative_location, write_atomic
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
@@ -32,7 +31,7 @@ from embedcache.provenance import digest, digest_file, record_stage
 from embedcache.registry import require
 from embedcache.settings import replace_flat
 from embedcache.train.batches import Batches, Loader, PairLoader
-from embedcache.train.checkpoint import finish_run, reuse_run, start_run
+from embedcache.train.checkpoint import finish_run, name_device, reuse_run, start_run
 from embedcache.train.data import Paths, TrainData, name_features, open_data
 from embedcache.train.distributed import num_processes, process_group, process_rank, run_on_first
 from embedcache.train.initialization import initialize
@@ -155,7 +154,7 @@ def train(
     for name in split_names(settings.model.projector):
         PROJECTORS.load(name)
     LOSSES.load(settings.loss.name)
-    torch_device(settings.machine.device)
+    settings = replace(settings, machine=name_device(settings.machine, Path(run_path)))
     with process_group(settings.machine.device) as device:
         settings = replace(settings, machine=replace(settings.machine, device=device))
         data = open_data(
@@ -180,6 +179,7 @@ def train_on(
     raises ends the training.
     """
     run_path, progress = Path(run_path), progress or NullProgress()
+    settings = replace(settings, machine=name_device(settings.machine, run_path))
     if settings.block_rows is None:
         settings = replace(settings, block_rows=_MAPPED_BLOCK_ROWS if data.is_mapped else 1)
     _check_features(data, settings)

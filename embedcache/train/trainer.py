@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from embedcache.devices import announce_device
 from embedcache.progress import Progress
 from embedcache.projectors.saved import save_weights
 from embedcache.train.checkpoint import RunLog, load_checkpoint, save_checkpoint
@@ -78,11 +79,14 @@ class Trainer:
             CorruptError: the checkpoint cannot be read.
         """
         keep_freed_memory()
+        announce_device(self.machine.device)
         with seeded(self.seed, self.machine.device), _threads(self.task.forward_flops, self.machine):
             self._objective = self.task.objective.to(self.machine.device)
             parts = self.task.parts
             self._frozen = freeze(self.task.module, parts, parts if self.trainable is None else self.trainable)
             self._optimizer = make_optimizer(self._objective, self.optimizer)
+            device_type = torch.device(self.machine.device).type
+            self._scaler = torch.amp.GradScaler(device_type, enabled=self.machine.precision == "float16")
             self._resume()
             seconds = self._train()
         if process_rank() == 0:
@@ -129,8 +133,8 @@ class Trainer:
             loss = trained(batch)
             rate = learning_rate(optimizer, self._step, optimizer.epochs * loader.num_steps)
             self._log_step(loss, rate, batch)
-            loss.backward()
-            update(self._objective, self._optimizer, rate, optimizer.max_grad_norm)
+            self._scaler.scale(loss).backward()
+            update(self._objective, self._optimizer, rate, optimizer.max_grad_norm, self._scaler)
             self._step += 1
             self._num_samples += self.task.count(batch)
             self.progress.advance(self.task.count(batch))
@@ -168,6 +172,7 @@ class Trainer:
                 "epoch": self._epoch,
                 "pairs": self._num_resumed + self._num_samples,
                 "log_bytes": self._log.flush(),
+                **({"scaler": self._scaler.state_dict()} if self._scaler.is_enabled() else {}),
             },
         )
         self._last_checkpoint = time.perf_counter()
@@ -178,6 +183,7 @@ class Trainer:
             return
         self._objective.load_state_dict(state["objective"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state.get("scaler", {}))
         self._best = _BestWeights.from_state(state["best"])
         self._step, self._epoch, self._log_bytes = state["step"], state["epoch"], state["log_bytes"]
         self._num_resumed = state["pairs"]
@@ -247,12 +253,23 @@ def learning_rate(settings: OptimizerSettings, step: int, num_steps: int) -> flo
     return settings.lr * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
-def update(trained: nn.Module, optimizer: torch.optim.Optimizer, rate: float, max_grad_norm: float) -> None:
-    """Clip the gradients to an L2 norm, take one step at a learning rate and clear the gradients."""
+def update(
+    trained: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    max_grad_norm: float,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Clip the gradients to an L2 norm, take one step at a learning rate and clear the gradients.
+
+    With float16 the scaler leaves out a step whose gradients overflow, and lowers the scale of the loss.
+    """
+    scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(trained.parameters(), max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embedcache.arrays import Array, Ints
 from embedcache.axis import Axis
-from embedcache.encoders.backends import torch_device
+from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, ItemError
@@ -30,7 +30,7 @@ _SHORTEST_WINDOW_S = 2.0
 _SMALL_NETWORK = 5_000_000  # parameters
 
 
-def load_speech(run_path: Path | str, *, device: str = "cpu") -> "SpeechModel":
+def load_speech(run_path: Path | str, *, device: str = AUTO) -> "SpeechModel":
     """Load a run of `train_speech`.
 
     Args:
@@ -43,7 +43,7 @@ def load_speech(run_path: Path | str, *, device: str = "cpu") -> "SpeechModel":
         CorruptError: the weights do not match the config.
         SettingError: the device does not exist.
     """
-    device = str(torch_device(device))
+    device = str(torch_device(device, needs_float64=True))
     network, config = load_module(Path(run_path), device=device)
     if not isinstance(network, SpeechNetwork):
         raise DataError(f"{run_path}: expected a run of kind speech, got one of kind {config.kind}")

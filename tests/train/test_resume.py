@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.errors import CorruptError, FingerprintError, PathError
+from embedcache.errors import CorruptError, FingerprintError, PathError, SettingError
+from embedcache.provenance import read_json
 from embedcache.train import trainer
 from embedcache.train.checkpoint import checkpoint_path, load_checkpoint
 from tests.cli.run import embedcache
 from tests.crash import start
+from tests.edits import edit_record
 from tests.train import runs
 
 SAME = ("model.safetensors", "last.safetensors", "losses.jsonl", "split.parquet", "config.json")
@@ -30,7 +32,7 @@ def run(cache_path: Path, run_path: Path, *, seed: int = 0) -> None:
     runs.run(cache_path, run_path, seed=seed, **OPTIONS)
 
 
-def run_interrupted(cache_path: Path, run_path: Path, num_steps: int) -> None:
+def run_interrupted(cache_path: Path, run_path: Path, num_steps: int, **options: Any) -> None:
     """Train until an exception right after the checkpoint of a step."""
     save_checkpoint, num_left = trainer.save_checkpoint, num_steps
 
@@ -44,7 +46,7 @@ def run_interrupted(cache_path: Path, run_path: Path, num_steps: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "save_checkpoint", save)
         with pytest.raises(InterruptedError):
-            run(cache_path, run_path)
+            runs.run(cache_path, run_path, **{**OPTIONS, **options})
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -189,3 +191,27 @@ def test_resume_after_kill_is_identical(cache_path: Path, tmp_path: Path) -> Non
     assert "resumed from the checkpoint after step" in outcome.stderr
     runs.run(cache_path, tmp_path / "whole", epochs=40)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_auto_device_is_that_of_the_run(cache_path: Path, whole: Path, tmp_path: Path) -> None:
+    """A machine without a GPU reuses a run that was trained on one, and does not resume it elsewhere."""
+    assert read_json(whole / "config.json")["training"]["machine"]["device"] == "cpu"
+    finished, stopped = (Path(shutil.copytree(whole, tmp_path / name)) for name in ("finished", "stopped"))
+    edit_record(finished / "config.json", {'"device": "cpu"': '"device": "cuda"'})
+    run(cache_path, finished)
+    with pytest.raises(FingerprintError, match="device: stored 'cuda', requested 'cpu'"):
+        runs.run(cache_path, finished, device="cpu", **OPTIONS)
+    (finished / "config.json").rename(stopped / "started.json")
+    (stopped / "config.json").unlink()
+    checkpoint_path(stopped).touch()
+    with pytest.raises(SettingError, match="device 'cuda' is not available"):
+        run(cache_path, stopped)
+
+
+def test_float16_resumes(cache_path: Path, tmp_path: Path) -> None:
+    options = {"precision": "fp16", "epochs": 2}
+    run_interrupted(cache_path, tmp_path / "stopped", 2, **options)
+    for name in ("whole", "stopped"):
+        runs.run(cache_path, tmp_path / name, **{**OPTIONS, **options})
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert read_json(tmp_path / "whole" / "config.json")["training"]["machine"]["precision"] == "float16"

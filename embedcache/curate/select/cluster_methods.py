@@ -11,6 +11,7 @@ from embedcache.curate.select.baselines import draw_rows
 from embedcache.curate.select.pool import TRAINING_PER_CLUSTER, Pool, default_clusters, find_centroids
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
+from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.neighbors import find_closest, note_duration
 from embedcache.progress import NullProgress, Progress
@@ -35,7 +36,9 @@ class ImageBasedSelector:
             raise SettingError(f"clusters: expected one level for image-based, got {len(settings.clusters)}")
         num_clusters = settings.clusters[0] if settings.clusters else default_clusters(len(pool.samples))
         drawn = pool.sample(TRAINING_PER_CLUSTER * num_clusters, seed=settings.seed)
-        centroids_CP = find_centroids(drawn, num_clusters, seed=settings.seed, progress=pool.progress)
+        centroids_CP = find_centroids(
+            drawn, num_clusters, seed=settings.seed, progress=pool.progress, device=settings.device
+        )
         target_T = _nearest_centroids((vectors for _, vectors in pool.target.blocks()), centroids_CP)
         samples, clusters = [], []
         for samples_B, vectors_BP in pool.blocks("assigning to clusters"):
@@ -99,11 +102,13 @@ class HierarchicalSelector:
             )
         drawn = np.random.default_rng(settings.seed).permutation(rows_S)[: TRAINING_PER_CLUSTER * sizes[0]]
         vectors_NP = pool.vectors.read(np.sort(drawn))
-        centroids = find_centroids(vectors_NP, sizes[0], seed=settings.seed, progress=pool.progress)
+        centroids = find_centroids(
+            vectors_NP, sizes[0], seed=settings.seed, progress=pool.progress, device=settings.device
+        )
         leaf_S = _nearest_centroids(
             (pool.vectors.read(rows_S[block]) for block in blocks(len(rows_S), _BLOCK)), centroids
         )
-        labels_SL = build_tree(leaf_S, centroids, sizes[1:], seed=settings.seed)
+        labels_SL = build_tree(leaf_S, centroids, sizes[1:], seed=settings.seed, device=settings.device)
         chosen = draw_balanced(labels_SL, settings.budget, seed=settings.seed)
         counts = np.bincount(leaf_S, minlength=sizes[0])
         reasons = [
@@ -121,11 +126,11 @@ def default_levels(num_samples: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def build_tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed: int) -> Ints:
+def build_tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed: int, device: str = AUTO) -> Ints:
     """Cluster the centroids of each level: (S, L) int64, cluster of each sample on each level, finest first."""
     labels = [leaf_S]
     for size in sizes:
-        above_CP = find_centroids(centroids_CP, size, seed=seed, progress=NullProgress())
+        above_CP = find_centroids(centroids_CP, size, seed=seed, progress=NullProgress(), device=device)
         labels.append(find_closest(centroids_CP, [above_CP]).rows[labels[-1]])
         centroids_CP = above_CP
     return np.stack(labels, axis=1)

@@ -51,7 +51,9 @@ class Pool:
     @cached_property
     def vectors(self) -> Vectors:
         """Vectors of the compared items."""
-        return Vectors(self.cache.path, self.modality, self._settings.feature, self._settings.run)
+        return Vectors(
+            self.cache.path, self.modality, self._settings.feature, self._settings.run, device=self._settings.device
+        )
 
     @cached_property
     def item_samples(self) -> Ints:
@@ -89,7 +91,13 @@ class Pool:
         """Vectors of the target."""
         if self._settings.target is None:
             raise SettingError("target: expected the cache of a target, got none; give --target CACHE")
-        return Vectors(self._settings.target, self.modality, self.vectors.feature.name, self._settings.run)
+        return Vectors(
+            self._settings.target,
+            self.modality,
+            self.vectors.feature.name,
+            self._settings.run,
+            device=self._settings.device,
+        )
 
     def blocks(self, title: str) -> Iterator[tuple[Ints, Floats]]:
         """Iterate over all items once, chunk by chunk: the sample of each (B,), and its vector (B, P)."""
@@ -126,7 +134,7 @@ class Pool:
         Returns samples with both, ascending, (M,) int64, and the best cosine of each, (M,) float32. Raises `DataError`
         if no sample has both.
         """
-        texts = Vectors(self.cache.path, "text", run_path=self._settings.run)
+        texts = Vectors(self.cache.path, "text", run_path=self._settings.run, device=self._settings.device)
         text_samples = self._samples_of("text")[texts.rows]
         best = np.full(self.cache.info.num_samples, -np.inf, np.float32)
         for samples, images_BP in self.blocks("comparing images with their captions"):
@@ -234,7 +242,7 @@ def default_clusters(num_vectors: int) -> int:
     return max(1, min(_MAX_CLUSTERS, num_vectors // _ITEMS_PER_CLUSTER))
 
 
-def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int, progress: Progress) -> Floats:
+def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int, progress: Progress, device: str) -> Floats:
     """Cluster rows of length 1 by cosine similarity: (C, P) float32 rows of length 1.
 
     Raises `SettingError` if there are fewer vectors than clusters, and `MissingExtraError` without faiss.
@@ -249,5 +257,6 @@ def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int, progress
             iterations=_ITERATIONS,
             max_per_cluster=TRAINING_PER_CLUSTER,
             progress=progress,
+            device=device,
         )
     )

@@ -1,0 +1,53 @@
+"""What `auto` means on machines with and without GPUs. Torch is asked what there is; nothing runs on a GPU."""
+
+import logging
+
+import pytest
+import torch
+
+from embedcache import devices
+from embedcache.devices import all_devices, announce_device, autocast, torch_device
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.errors import SettingError
+from embedcache.train.settings import MachineSettings
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [(0, False, ["cpu"]), (0, True, ["mps", "cpu"]), (2, False, ["cuda", "cpu"]), (2, True, ["cuda", "mps", "cpu"])],
+)
+def test_auto_is_the_fastest_device(cuda: int, mps: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert devices._available() == expected
+    assert all_devices() == (("cuda:0", "cuda:1") if cuda else tuple(expected[:1]))
+    if not cuda:
+        assert torch_device(needs_float64=True) == torch.device("cpu")
+
+
+def test_unknown_device_names_the_known_ones() -> None:
+    with pytest.raises(SettingError, match=r"device 'gpu' is not available .* expected one of: auto, cpu"):
+        torch_device("gpu")
+
+
+def test_device_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    devices.announce.cache_clear()
+    with caplog.at_level(logging.INFO, "embedcache.devices"):
+        for _ in range(2):
+            announce_device("cpu")
+    assert caplog.messages == ["device: cpu"]
+
+
+@pytest.mark.parametrize(("short", "long"), [("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")])
+def test_precisions_have_short_names(short: str, long: str) -> None:
+    for kind in (EncoderSettings, MachineSettings):
+        assert kind(precision=short) == kind(precision=long)
+        assert kind(precision=short).precision == long
+    with autocast("cpu", long):
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == getattr(torch, long)
+
+
+def test_unknown_precision_raises() -> None:
+    with pytest.raises(SettingError, match="precision: expected one of auto, float32, float16, bfloat16, fp32"):
+        EncoderSettings(precision="half")  # type: ignore[arg-type]
