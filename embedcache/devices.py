@@ -51,8 +51,9 @@ def torch_device(name: str = AUTO, *, needs_float64: bool = False) -> "torch.dev
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         numbered = (f"cuda:{number}" for number in range(torch.cuda.device_count()))
         first_line = str(error).partition("\n")[0]
+        reason = "torch knows no such device" if first_line.startswith("Expected one of") else first_line
         raise SettingError(
-            f"device {name!r} is not available ({first_line}); expected one of: "
+            f"device {name!r} is not available ({reason}); expected one of: "
             f"{', '.join([AUTO, *reversed(_available()), *numbered])}"
         ) from error
     return device

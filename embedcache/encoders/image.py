@@ -13,7 +13,7 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, build_graph, torch_graph
+from embedcache.encoders.backends import GraphEncoder, OnnxExport, build_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import FeatureName, native_features, patch_grid, patch_pool
 from embedcache.encoders.open import EncoderSpec
@@ -33,7 +33,7 @@ def build_image_encoder(
     *,
     fingerprint: Fingerprint,
     settings: EncoderSettings,
-    onnx_name: str | None = None,
+    onnx_key: Mapping[str, Any],
     is_whole: bool = False,
 ) -> GraphEncoder:
     """Create an encoder from a loaded model.
@@ -41,16 +41,12 @@ def build_image_encoder(
     Args:
         transform: converts one image to the model's input; called from many threads at once.
         fingerprint: see `GraphEncoder`.
-        onnx_name: starts the file name of the ONNX export; None: the family runs on torch only.
+        onnx_key: what determines the ONNX export beside the weights, see `OnnxExport`.
         is_whole: whether the transform shows the model the whole image, not a part of it.
     """
-    if onnx_name is None:
-        graph: Graph = torch_graph(module, settings, fingerprint.family)
-    else:
-        graph = build_graph(_onnx_export(module, onnx_name), settings, fingerprint.weights)
     return GraphEncoder(
         "image",
-        graph,
+        build_graph(_onnx_export(module, onnx_key), settings, fingerprint.weights),
         prepare=lambda images: [transform(image) for image in images],
         collate=lambda prepared: {INPUT: np.stack(prepared)},
         features=module.features,
@@ -68,15 +64,17 @@ def is_whole_fit(spec: EncoderSpec) -> bool:
     return fit == "whole"
 
 
-def _onnx_export(module: "ImageModel", name: str) -> OnnxExport:
+def _onnx_export(module: "ImageModel", key: Mapping[str, Any]) -> OnnxExport:
     noise = np.random.default_rng(0).integers(0, 256, (2, *module.input_size), dtype=np.uint8)
+    if not module.scales_pixels:
+        noise = ((noise - 127.5) / 64).astype(np.float32)
     return OnnxExport(
         module=module,
-        example={INPUT: np.zeros((1, *module.input_size), np.uint8)},
+        example={INPUT: np.zeros_like(noise[:1])},
         check_inputs={INPUT: noise},
         outputs=tuple(module.features),
         dynamic_axes={name: {0: "batch"} for name in (INPUT, *module.features)},
-        key={"name": name},
+        key=key,
     )
 
 
@@ -93,12 +91,15 @@ class ImageModel(torch.nn.Module):
 
     features: dict[str, ItemShape]
     """Name -> shape of one item: native features in the model's order, then the requested ones."""
+    scales_pixels: bool
+    """Whether it takes uint8 pixels, not float32 values that are normalized already."""
 
     def __init__(
         self, module: torch.nn.Module, scale: torch.nn.Module, *, input_size: Sequence[int], requested: Sequence[str]
     ) -> None:
         super().__init__()
         self.input_size = tuple(input_size)
+        self.scales_pixels = isinstance(scale, PixelScale)
         self._module, self._scale = module.eval(), scale
         self._pools = torch.nn.ModuleDict()
         self._sources: dict[str, str] = {}

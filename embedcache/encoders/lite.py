@@ -98,7 +98,7 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
             pooling=POOLING,
         ),
         settings=settings,
-        onnx_name=f"{spec.model}-{width_px}x{height_px}" if whole_px else spec.model,
+        onnx_key={"name": f"{spec.model}-{width_px}x{height_px}" if whole_px else spec.model},
         is_whole=whole_px is not None,
     )
 

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from embedcache.arrays import Array, Floats
+from embedcache.devices import announce_device, autocast, torch_device
 from embedcache.encoders.audio import SAMPLE_RATE_HZ, check_audio, resample
-from embedcache.encoders.backends import torch_device
 from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
 from embedcache.encoders.image_features import requested_layers, untie_last_state
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
@@ -328,7 +328,8 @@ class LibraryEncoder:
         self.modality = modality
         self._model, self._prompt, self._width = model.eval(), prompt, spec.int_option("truncate_dim")
         self._device = torch_device(settings.device)
-        self._is_bfloat16 = settings.precision == "bfloat16"
+        announce_device(self._device)
+        self._precision = settings.precision
         processor = getattr(model, "processor", None)
         self._rate_hz = int(
             getattr(getattr(processor, "feature_extractor", processor), "sampling_rate", SAMPLE_RATE_HZ)
@@ -374,9 +375,8 @@ class LibraryEncoder:
 
     def _run(self, prepared: Sequence[Array]) -> Floats:
         """Return the vectors of some items: (N, D) float32."""
-        autocast = torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16)
         try:
-            with autocast, _fixed_randomness(prepared[0]):
+            with autocast(self._device.type, self._precision), _fixed_randomness(prepared[0]):
                 vectors_ND: torch.Tensor = self._model.encode(
                     [self._input(array) for array in prepared],
                     prompt=self._prompt,
@@ -389,8 +389,8 @@ class LibraryEncoder:
         except torch.OutOfMemoryError:
             if len(prepared) == 1:
                 raise SettingError(
-                    f"the memory of {self._device} is too small for one item; use precision bfloat16, a smaller model "
-                    "or another device"
+                    f"the memory of {self._device} is too small for one item; use precision bfloat16 or float16, a "
+                    "smaller model or another device"
                 ) from None
         half = len(prepared) // 2
         return np.concatenate([self._run(prepared[:half]), self._run(prepared[half:])])

@@ -9,6 +9,7 @@ of a transformer, and timm's feature levels (`model.feature_info`) of other netw
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import find_hub_commit, hash_weights, read_weights, translate_hub_errors
 from embedcache.errors import ArtifactError, SettingError, UnknownNameError, one_line
+from embedcache.provenance import digest
 
 POOLING: Mapping[str, str] = {
     "pooled": "the model's own pooled output before its classifier",
@@ -72,6 +74,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
             pooling=POOLING,
         ),
         settings=settings,
+        onnx_key={"name": f"timm-{spec.folder}", "timm": version("timm"), "preprocessing": digest(preprocessing)},
         is_whole=is_whole,
     )
 

@@ -8,6 +8,7 @@ evenly, whose vectors are averaged.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
     model, weights = load_pretrained(loader, folder.path, config)
     layers = requested_layers(settings.features)
     untie_last_state(model, layers)
+    model_config: Any = model.config
     fingerprint = Fingerprint(
         family="hf",
         model=spec.model_name,
@@ -93,8 +95,13 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
         transform, scale, published, input_size = pixel_transform(folder.path)
         module = ImageModel(ImageFeatures(model, layers), scale, input_size=input_size, requested=settings.features)
         fingerprint = replace(fingerprint, preprocessing=published)
-        return build_image_encoder(module, transform, fingerprint=fingerprint, settings=settings)
-    model_config: Any = model.config
+        onnx_key = {
+            "name": f"hf-{spec.folder}",
+            "transformers": version("transformers"),
+            "config": digest(plain_json(model_config.to_dict())),
+            "preprocessing": digest(published),
+        }
+        return build_image_encoder(module, transform, fingerprint=fingerprint, settings=settings, onnx_key=onnx_key)
     tokenizer = open_tokenizer(folder.path, max_tokens=spec.int_option("max_tokens"), model=model)
     return build_text_encoder(
         TextFeatures(model, layers),
