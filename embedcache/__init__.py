@@ -14,8 +14,15 @@ if TYPE_CHECKING:
     from embedcache.curate.dedup import analyze as analyze_duplicates
     from embedcache.curate.dedup import dedup as remove_duplicates
     from embedcache.curate.leaks import find_leaks
+    from embedcache.curate.negatives import mine_negatives
     from embedcache.curate.select.select import select as select_samples
-    from embedcache.curate.settings import CoverageSettings, DedupSettings, LeakSettings, SelectSettings
+    from embedcache.curate.settings import (
+        CoverageSettings,
+        DedupSettings,
+        LeakSettings,
+        NegativesSettings,
+        SelectSettings,
+    )
     from embedcache.dataset.settings import SplitSettings
     from embedcache.derive.derive import Derivation, derive_from_run
     from embedcache.derive.derive import derive as derive_features
@@ -81,6 +88,7 @@ __all__ = [
     "MachineSettings",
     "Model",
     "ModelSettings",
+    "NegativesSettings",
     "OpenIndex",
     "OptimizerSettings",
     "PairDataset",
@@ -119,6 +127,7 @@ __all__ = [
     "load",
     "measure_coverage",
     "measure_coverage_by_modality",
+    "mine_negatives",
     "open_source",
     "open_vectors",
     "plan_extraction",

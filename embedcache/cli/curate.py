@@ -9,17 +9,27 @@ import typer
 from embedcache.cli.commands import add_command, new_group
 from embedcache.cli.options import (
     CacheArgument,
+    Features,
     Html,
+    ImageFeature,
     ImageFolders,
     Json,
     Output,
     Seed,
     SelectionArgument,
     SelectionOutput,
+    TextFeature,
+    by_modality,
     check_new_file,
     with_settings,
 )
-from embedcache.curate.settings import CoverageSettings, DedupSettings, LeakSettings, SelectSettings
+from embedcache.curate.settings import (
+    CoverageSettings,
+    DedupSettings,
+    LeakSettings,
+    NegativesSettings,
+    SelectSettings,
+)
 from embedcache.modalities import noun
 from embedcache.search.settings import IndexSettings
 from embedcache.units import format_bytes
@@ -349,6 +359,45 @@ def leaks(
     )
 
 
+@with_settings(settings=NegativesSettings)
+def negatives(
+    cache: CacheArgument,
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Table of hard negatives: a new .parquet file.", callback=check_new_file),
+    ],
+    image_feature: ImageFeature = None,
+    text_feature: TextFeature = None,
+    feature: Features = None,
+    *,
+    settings: NegativesSettings,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Find hard negatives of each sample.
+
+    The nearest samples that do not belong to it: copies and near-duplicates of it are left out. To train with them:
+    train --negatives OUT.
+
+    Example: embedcache curate negatives cache/ negatives.parquet --run run/ --relative-margin 0.05
+    """
+    from embedcache.cli.console import open_progress, print_line, publish, resumable
+    from embedcache.curate.negatives import mine_negatives
+
+    named = by_modality("--feature", feature, "audio=tiny.en/mean")
+    with resumable():
+        report = mine_negatives(
+            cache,
+            out,
+            settings,
+            image_feature=image_feature,
+            text_feature=text_feature,
+            feature=None if named is None else {modality: "+".join(names) for modality, names in named.items()},
+            progress=open_progress(),
+        )
+    publish(lambda: print_line(f"{out}: {report.line()}"), report.to_json, as_json=as_json, output=output)
+
+
 add_command(app, "index", index)
 add_command(app, "coverage", coverage)
 add_command(app, "select", select)
@@ -357,3 +406,4 @@ add_command(app, "sample", sample)
 add_command(app, "export", export)
 add_command(app, "dedup", dedup)
 add_command(app, "leaks", leaks)
+add_command(app, "negatives", negatives)

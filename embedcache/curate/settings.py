@@ -132,6 +132,83 @@ class LeakSettings:
         return self.image_feature if modality == "image" else self.text_feature
 
 
+@dataclass(frozen=True, kw_only=True)
+class NegativesSettings:
+    """Settings of hard negatives: what is compared, which neighbors count, and which are near-duplicates."""
+
+    run: Path | str | None = setting(
+        None,
+        "Run in whose shared space items are compared with those of the other modality.",
+        metavar="RUN",
+        default_text="compare items with those of their own modality",
+    )
+    modality: str | None = setting(
+        None, "Modality whose items look for negatives.", metavar="NAME", default_text="the first of the pair"
+    )
+    index: Path | str | None = setting(
+        None,
+        "Search this index of the items that are looked for, which may miss some.",
+        metavar="INDEX",
+        default_text="compare all",
+    )
+    num_negatives: int = setting(3, "Hard negatives per sample.", ge=1, le=1000)
+    range_min: int = setting(0, "Skip this many of the nearest neighbors.", ge=0, le=2**20)
+    range_max: int | None = setting(
+        None,
+        "Consider neighbors up to this rank.",
+        ge=1,
+        le=2**20,
+        default_text="10 per negative beyond --range-min",
+    )
+    max_score: float | None = setting(None, "Skip neighbors above this cosine similarity.", ge=-1, le=1)
+    min_score: float | None = setting(None, "Skip neighbors below this cosine similarity.", ge=-1, le=1)
+    absolute_margin: float | None = setting(
+        None, "With --run: skip neighbors that are not this much less similar than the sample's own pair.", ge=0, le=2
+    )
+    relative_margin: float | None = setting(
+        None,
+        "With --run: skip neighbors that are not this fraction less similar than the sample's own pair, such as 0.05.",
+        ge=0,
+        le=1,
+    )
+    sampling: Literal["top", "random"] = setting("top", "Take the nearest of the considered neighbors, or random ones.")
+    image_cosine: float = setting(
+        0.9, "Images above this cosine similarity are near-duplicates, never negatives.", ge=-1, le=1
+    )
+    text_cosine: float = setting(
+        0.7, "Captions above this cosine similarity are near-duplicates, never negatives.", ge=-1, le=1
+    )
+    other_cosine: float = setting(
+        0.9,
+        "Recordings, videos and point clouds above this cosine similarity are near-duplicates, never negatives.",
+        ge=-1,
+        le=1,
+    )
+    selection: Path | str | None = setting(
+        None,
+        f"Use only the samples of this selection: {_SELECTION_FORMAT}.",
+        metavar="FILE",
+        default_text="the training part of the run, or all",
+    )
+    seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.range_max is not None and self.range_max < self.range_min + self.num_negatives:
+            raise SettingError(
+                f"range_max: expected at least range_min + num_negatives, {self.range_min + self.num_negatives}, got "
+                f"{self.range_max}"
+            )
+        for name in ("absolute_margin", "relative_margin"):
+            if self.run is None and getattr(self, name) is not None:
+                raise SettingError(f"{name}: expected a run that compares the pair, got none; add --run, or omit it")
+
+    @property
+    def last_rank(self) -> int:
+        """Number of neighbors to consider, the skipped ones included."""
+        return self.range_max or self.range_min + 10 * self.num_negatives
+
+
 METHOD_SETTINGS = ("budget", "per_concept", "threshold", "head", "clusters", "candidates")  # a method may refuse these
 
 

@@ -17,12 +17,20 @@ _TILE = 1024  # queries per tile
 _CANDIDATES = 16_384  # candidates per tile: 64 MB of similarities
 
 
-def top_k(queries_QP: Floats, candidates_CP: Floats, k: int, *, exclude_self: bool = False) -> tuple[Ints, Floats]:
+def top_k(
+    queries_QP: Floats,
+    candidates_CP: Floats,
+    k: int,
+    *,
+    exclude_self: bool = False,
+    groups: tuple[Ints, Ints] | None = None,
+) -> tuple[Ints, Floats]:
     """Find the k candidates with the largest dot product. Memory: about 200 MB above the inputs and the result.
 
     Args:
         k: number of candidates per query, from 0 to C, or to C - 1 with `exclude_self`.
         exclude_self: queries and candidates are the same rows; a row is not its own neighbor.
+        groups: (Q,) and (C,) groups of queries and candidates; one of the query's own group has the similarity -inf.
 
     Returns:
         (Q, K) int64 rows of candidates, best first, and (Q, K) float32 their similarities.
@@ -42,6 +50,8 @@ def top_k(queries_QP: Floats, candidates_CP: Floats, k: int, *, exclude_self: bo
             if exclude_self:
                 own = np.arange(max(tile.start, block.start), min(tile.stop, block.stop))
                 sims_BC[own - tile.start, own - block.start] = -np.inf
+            if groups is not None:
+                sims_BC[groups[0][tile, None] == groups[1][block]] = -np.inf
             rows_BC = _largest(sims_BC, k)
             rows_BK = np.concatenate([rows_BK, rows_BC + block.start], axis=1)
             sims_BK = np.concatenate([sims_BK, np.take_along_axis(sims_BC, rows_BC, axis=1)], axis=1)

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from embedcache.arrays import Array, Ints, concatenated_ranges
 from embedcache.dataset.inputs import Reader
+from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.train.distributed import own_slice
 from embedcache.train.losses import Positives
@@ -23,6 +24,7 @@ from embedcache.train.views import DrawnViews
 
 _BUFFER_BLOCKS = 1024
 _NUM_PREFETCHED = 2
+_HARD = 3  # 1 and 2 seed the draws of views
 
 
 class BatchPlan(Protocol):
@@ -112,6 +114,8 @@ class Batch:
         mix: lambda of mixup, or None. With mixup, item k is mixed with item k + B/2, the first with weight lambda, and
             positions count mixed items.
         views: number of the view of each row of both features, where views are drawn.
+        num_hard: how many of the samples, the last ones, are hard negatives of the others, which the epoch drew.
+        excluded: as `positives`: pairs of near-duplicates that do not belong together; None without hard negatives.
     """
 
     samples: Ints
@@ -120,6 +124,8 @@ class Batch:
     positives: tuple[Ints, Ints]
     mix: float | None = None
     views: tuple[Ints | None, Ints | None] = (None, None)
+    num_hard: int = 0
+    excluded: tuple[Ints, Ints] | None = None
 
 
 def num_batches(num_samples: int, batch_size: int) -> int:
@@ -137,6 +143,10 @@ class Batches:
 
     An epoch is divided into `num_batches` batches of equal size, to within one. Blocks of `block_rows` neighboring
     samples are shuffled, then all samples within 1,024 blocks. Lambda of mixup is drawn from Beta(`mixup`, `mixup`).
+
+    With hard negatives, batches have fewer samples of the epoch: to each, `num_negatives` of its hard negatives are
+    added, drawn anew in each epoch, each sample once per batch, so that a batch has at most `batch_size` samples, all
+    of them pairs. Pairs of items of one near-duplicate group are excluded; they take 16 bytes each.
     """
 
     def __init__(
@@ -149,15 +159,18 @@ class Batches:
         block_rows: int = 1,
         mixup: float = 0.0,
         views: Sequence[DrawnViews | None] = (None, None),
+        negatives: HardNegatives | None = None,
+        num_negatives: int = 1,
     ) -> None:
-        self._pairs = pairs
+        self._pairs, self._negatives, self._num_negatives = pairs, negatives, num_negatives
         self._samples = pairs.samples
         self._relation = pairs.relation()
         self._first, self._second = _SampleItems(pairs.first, self._samples), _SampleItems(pairs.second, self._samples)
         self._seed, self._captions, self._block_rows, self._mixup = seed, captions, block_rows, mixup
         self._views = views
         self.num_samples, self.batch_size = len(self._samples), batch_size
-        self.num_steps = num_batches(self.num_samples, batch_size)
+        most = batch_size if negatives is None else max(1, batch_size // (1 + num_negatives))
+        self.num_steps = num_batches(self.num_samples, most)
 
     @property
     def smallest(self) -> int:
@@ -168,13 +181,27 @@ class Batches:
         """Iterate over the batches of one epoch, from a step on."""
         rng = np.random.default_rng([self._seed, number])
         order = shuffle_blocks(len(self._samples), self._block_rows, rng)
-        first, second = self._first.draw(rng)[order], self._second.draw(rng)[order]
+        first, second = self._first.draw(rng), self._second.draw(rng)
         mixes = rng.beta(self._mixup, self._mixup, self.num_steps) if self._mixup else [None] * self.num_steps
         drawn = [None if view is None else view.draw(number) for view in self._views]
-        for step, part in enumerate(np.array_split(np.arange(len(order)), self.num_steps)):
+        for step, part in enumerate(np.array_split(order, self.num_steps)):
             if step >= first_step:
-                positions = self._second.all(order[part]) if self._captions == "all" else second[part]
-                yield self._batch(self._samples[order[part]], first[part], positions, mixes[step], drawn)
+                hard = self._draw_hard(part, np.random.default_rng([self._seed, number, _HARD, step]))
+                numbers = np.concatenate([part, hard])
+                positions = self._second.all(numbers) if self._captions == "all" else second[numbers]
+                batch = self._batch(self._samples[numbers], first[numbers], positions, mixes[step], drawn)
+                yield replace(batch, num_hard=len(hard))
+
+    def _draw_hard(self, numbers: Ints, rng: np.random.Generator) -> Ints:
+        """Draw hard negatives of some samples, by number in the training part: ascending, each once, none of them."""
+        if self._negatives is None:
+            return np.empty(0, np.int64)
+        hard_BK = self._negatives.negatives_SK[self._samples[numbers]]
+        place_BK = np.searchsorted(self._samples, hard_BK).clip(max=len(self._samples) - 1)
+        keys_BK = np.where(self._samples[place_BK] == hard_BK, rng.random(hard_BK.shape), 2.0)  # 2: not in training
+        chosen_BK = np.argsort(keys_BK, axis=1)[:, : self._num_negatives]
+        is_some_BK = np.take_along_axis(keys_BK, chosen_BK, axis=1) < 2
+        return np.setdiff1d(np.take_along_axis(place_BK, chosen_BK, axis=1)[is_some_BK], numbers)
 
     def _batch(
         self, samples: Ints, first: Ints, second: Ints, mix: float | None, drawn: Sequence[Ints | None]
@@ -199,19 +226,34 @@ class Batches:
             ),
             positives=positives,
             mix=mix,
+            excluded=None if self._negatives is None else self._excluded(first, second, positives, self._negatives),
         )
+
+    def _excluded(
+        self, first: Ints, second: Ints, positives: tuple[Ints, Ints], negatives: HardNegatives
+    ) -> tuple[Ints, Ints]:
+        """Find the pairs of positions of one near-duplicate group that do not belong together, sorted."""
+        samples = self._pairs.first.samples[first], self._pairs.second.samples[second]
+        same_group = _equal_pairs(negatives.groups_S[samples[0]], negatives.groups_S[samples[1]])
+        near, own = (left * len(second) + right for left, right in (same_group, positives))
+        left, right = np.divmod(np.setdiff1d(near, own), len(second))
+        return left, right
 
     def _positives(self, first: Ints, second: Ints) -> tuple[Ints, Ints]:
         """Find all pairs of positions that belong together. Time and memory grow with the batch alone."""
         first_contents, second_contents = self._pairs.first.contents[first], self._pairs.second.contents[second]
         starts = self._relation.indptr[first_contents]
         position, entries = concatenated_ranges(starts, self._relation.indptr[first_contents + 1] - starts)
-        contents = self._relation.indices[entries]
-        order = np.argsort(second_contents, kind="stable")
-        start = np.searchsorted(second_contents[order], contents)
-        count = np.searchsorted(second_contents[order], contents, side="right") - start
-        again, location = concatenated_ranges(start, count)
-        return position[again], order[location]
+        which, others = _equal_pairs(self._relation.indices[entries], second_contents)
+        return position[which], others
+
+
+def _equal_pairs(left: Ints, right: Ints) -> tuple[Ints, Ints]:
+    """Return the positions of all equal values of two arrays, those of the left ascending."""
+    order = np.argsort(right, kind="stable")
+    start = np.searchsorted(right[order], left)
+    which, places = concatenated_ranges(start, np.searchsorted(right[order], left, side="right") - start)
+    return which, order[places]
 
 
 class _SampleItems:
@@ -271,11 +313,15 @@ class PairLoader:
     def __call__(self, batch: Batch) -> LoadedBatch:
         """Read this process's part of a batch."""
         first, second = (to_device(positions, self._device) for positions in batch.positives)
+        excluded = None
+        if batch.excluded is not None:
+            rows, columns = (to_device(positions, self._device) for positions in batch.excluded)
+            excluded = rows, columns
         return LoadedBatch(
             batch=batch,
             first=self._read(self._first, batch.first_rows, batch.views[0], is_mixed=batch.mix is not None),
             second=self._read(self._second, batch.second_rows, batch.views[1], is_mixed=batch.mix is not None),
-            positives=Positives(images=first, texts=second),
+            positives=Positives(images=first, texts=second, excluded=excluded),
         )
 
     def _read(self, read: Reader | DrawnViews, rows: Ints, views: Ints | None, *, is_mixed: bool) -> LoadedInputs:

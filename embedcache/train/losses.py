@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import normalize
+from torch.nn.functional import logsigmoid, normalize
 
 from embedcache.arrays import blocks
 from embedcache.registry import Registry
@@ -39,10 +39,13 @@ class Positives:
     Args:
         images: (E,) int64 positions in the batch, ascending.
         texts: (E,) int64 positions in the batch; each pair is listed once.
+        excluded: (A,) positions of images and of texts of pairs that are neither positives nor negatives, such as those
+            of near-duplicates, the images ascending; None: there are none.
     """
 
     images: Tensor
     texts: Tensor
+    excluded: tuple[Tensor, Tensor] | None = None
 
 
 class Loss(Protocol):
@@ -55,7 +58,7 @@ class Loss(Protocol):
             images_BP: (B, P) float32 or float64, rows of length 1.
             texts_MP: (M, P), as `images_BP`. M is B, and row k the text of image k, unless all captions are positives.
             scale: scalar, the inverse of the temperature.
-            positives: all pairs that belong together.
+            positives: all pairs that belong together, and pairs that must be left out.
         """
         ...
 
@@ -70,6 +73,10 @@ class InfoNce(nn.Module):
     def forward(self, images_BP: Tensor, texts_BP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
         is_other = positives.images != positives.texts
         hidden = (positives.images[is_other], positives.texts[is_other])
+        if positives.excluded is not None:
+            rows, columns = (torch.cat(sides) for sides in zip(hidden, positives.excluded, strict=True))
+            order = torch.argsort(rows, stable=True)
+            hidden = (rows[order], columns[order])
         over_texts, over_images = log_sum_exp(images_BP, texts_BP, scale, hidden)
         own = scale * (images_BP * texts_BP).sum(dim=1)
         return (over_texts + over_images).mean() / 2 - own.mean()
@@ -84,7 +91,7 @@ class MultiPositive(nn.Module):
     """
 
     def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        over_texts, over_images = log_sum_exp(images_BP, texts_MP, scale)
+        over_texts, over_images = log_sum_exp(images_BP, texts_MP, scale, positives.excluded)
         logits_E = logits_of(images_BP, texts_MP, scale, (positives.images, positives.texts))
         of_images = over_texts.mean() - (_weights(positives.images, logits_E.dtype) * logits_E).sum() / len(images_BP)
         of_texts = over_images.mean() - (_weights(positives.texts, logits_E.dtype) * logits_E).sum() / len(texts_MP)
@@ -99,7 +106,8 @@ def _weights(positions_E: Tensor, dtype: torch.dtype) -> Tensor:
 class SigLip(nn.Module):
     """Binary cross-entropy of each pair of the batch, with a learned bias.
 
-    -1/B Σ log sigmoid(z (scale · cosine + bias)) over all pairs, z = 1 for those that belong together, else -1.
+    -1/B Σ log sigmoid(z (scale · cosine + bias)) over all pairs that are not excluded, z = 1 for those that belong
+    together, else -1.
     "Sigmoid Loss for Language Image Pre-Training" (2023), equation 1.
     """
 
@@ -114,7 +122,10 @@ class SigLip(nn.Module):
         bias = self.bias.to(images_BP.dtype)
         logits_E = logits_of(images_BP, texts_MP, scale, (positives.images, positives.texts))
         # As log sigmoid(x) = x - softplus(x) and log sigmoid(-x) = -softplus(x).
-        return softplus_sum(images_BP, texts_MP, scale, bias) - (logits_E + bias).sum()
+        total = softplus_sum(images_BP, texts_MP, scale, bias) - (logits_E + bias).sum()
+        if positives.excluded is None:
+            return total
+        return total + logsigmoid(-logits_of(images_BP, texts_MP, scale, positives.excluded) - bias).sum()
 
 
 class Sail(SigLip):

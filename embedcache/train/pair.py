@@ -65,8 +65,8 @@ class PairTask:
         return Objective(self.module, self.loss, precision=self.precision)
 
     def count(self, batch: LoadedBatch) -> int:
-        """Return the number of samples of a batch."""
-        return len(batch.batch.samples)
+        """Return the number of samples of the epoch in a batch, without those added as hard negatives."""
+        return len(batch.batch.samples) - batch.batch.num_hard
 
     def measure(self) -> dict[str, float]:
         """Compute the validation recalls."""

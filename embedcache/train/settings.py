@@ -224,6 +224,19 @@ class TrainSettings:
         "the seed.",
         metavar="FILE",
     )
+    negatives: tuple[str, ...] = setting(
+        (),
+        "Table of hard negatives, written by curate negatives; {seed} stands for the seed. Repeat it for several "
+        "caches.",
+        metavar="FILE",
+        recorded_by_default=False,
+    )
+    num_negatives: int = setting(
+        1,
+        "Hard negatives to draw for each sample and epoch; they are part of the batch size.",
+        ge=1,
+        recorded_by_default=False,
+    )
     shuffle_pairs: bool = setting(False, "Train on shuffled pairs, as a control that must stay at chance.")
     block_rows: int | None = setting(
         None,
@@ -241,6 +254,8 @@ class TrainSettings:
                 f"widths: expected at most the width of the shared space, {self.model.shared_width}, got "
                 f"{too_wide[0]}; lower it, or raise --shared-width"
             )
+        if self.negatives and self.loss.mixup:
+            raise SettingError(f"mixup: expected 0 with hard negatives, got {self.loss.mixup}; omit one of them")
         if self.captions == "all" and (self.loss.name == "info_nce" or self.loss.mixup):
             reason = (
                 "info_nce has one positive per image" if self.loss.name == "info_nce" else "mixup mixes single captions"
@@ -251,6 +266,11 @@ class TrainSettings:
     def selection_path(self) -> Path | None:
         """Path of the selection, with the seed filled in."""
         return None if self.selection is None else Path(self.selection.replace("{seed}", str(self.seed)))
+
+    @property
+    def negatives_paths(self) -> list[Path]:
+        """Paths of the tables of hard negatives, with the seed filled in."""
+        return [Path(path.replace("{seed}", str(self.seed))) for path in self.negatives]
 
     def to_json(self) -> Mapping[str, Any]:
         """Return the values that affect the result, as nested JSON values under their stored names."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Ints
+from embedcache.arrays import Ints, blocks
+from embedcache.dataset.negatives import HardNegatives, check_negatives, read_negatives
 from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import with_split_seed
@@ -45,6 +46,7 @@ from embedcache.units import metric_label
 
 _DEFAULT_BATCH_SIZE = 1024
 _MAPPED_BLOCK_ROWS = 64
+_CHECKED_ROWS = 65_536
 _STORED_NAMES = {"flops_per_pair": "flops_a_pair", "wait_fraction": "waited_share"}
 """Field of `TrainReport` -> key in `record.json`, where they differ."""
 
@@ -143,7 +145,7 @@ def train(
         UnknownNameError: there is no feature, projector, loss, language or split of that name.
         UnfinishedError: a feature has missing chunks.
         FingerprintError: the folder holds a run with other settings, or different encoders made the caches.
-        PathError: the folder holds other files, or the selection does not exist.
+        PathError: the folder holds other files, or the selection or a table of hard negatives does not exist.
         SettingError: a missing device, a batch larger than the data, contradictory settings, or near-duplicates that
             leave nothing to hold out.
         DataError: too few samples, a feature that does not fit its projector, or a loss that is NaN or infinite.
@@ -183,6 +185,8 @@ def train_on(
     if settings.block_rows is None:
         settings = replace(settings, block_rows=_MAPPED_BLOCK_ROWS if data.is_mapped else 1)
     _check_features(data, settings)
+    for path in settings.negatives_paths:
+        check_negatives(path)
     files = {"split": settings.split.path, "selection": settings.selection_path}
     init_digests = source_digests(settings.parts.init_from)
     config = PairConfig(
@@ -193,6 +197,7 @@ def train_on(
         training=settings.to_json(),
         file_digests={
             **{name: digest_file(path) for name, path in files.items() if path and path.is_file()},
+            **{f"negatives {number}": digest_file(path) for number, path in enumerate(settings.negatives_paths)},
             **{f"init_from {part}": value for part, value in init_digests.items()},
             **_view_digests(data, settings),
         },
@@ -274,7 +279,8 @@ def _fit(
         data.draw_views(modality, views[modality], settings.seed) if modality in views else None
         for modality in data.sides
     ]
-    batches, device = _batches(training, settings, drawn), settings.machine.device
+    negatives = _hard_negatives(data, training, settings, progress)
+    batches, device = _batches(training, settings, drawn, negatives), settings.machine.device
     with seeded(settings.seed, device):
         pair = build(config, dropout=settings.model.dropout).to(device)
     parts = pair_parts(pair)
@@ -362,7 +368,29 @@ def _shuffled_control(pairs: Pairs, settings: TrainSettings) -> Pairs:
     return Pairs(first=pairs.first, second=second)
 
 
-def _batches(training: Pairs, settings: TrainSettings, views: Sequence[DrawnViews | None]) -> Batches:
+def _hard_negatives(
+    data: TrainData, training: Pairs, settings: TrainSettings, progress: Progress
+) -> HardNegatives | None:
+    """Read the hard negatives, and report how many training samples have some in the training part."""
+    if not settings.negatives:
+        return None
+    negatives, samples = read_negatives(settings.negatives_paths, data.caches), training.samples
+    num_some = sum(
+        int(np.isin(negatives.negatives_SK[samples[block]], samples).any(axis=1).sum())
+        for block in blocks(len(samples), _CHECKED_ROWS)
+    )
+    if not num_some:
+        raise DataError(
+            f"negatives {settings.negatives[0]}: expected some in the training part, got none; mine them with --run, "
+            "or with --selection of that part"
+        )
+    progress.note(f"{num_some:,} of {len(samples):,} training samples have hard negatives in the training part")
+    return negatives
+
+
+def _batches(
+    training: Pairs, settings: TrainSettings, views: Sequence[DrawnViews | None], negatives: HardNegatives | None
+) -> Batches:
     num_samples, batch_size = len(training.samples), settings.optimizer.batch_size
     if batch_size is not None and batch_size > num_samples:
         raise SettingError(
@@ -377,6 +405,8 @@ def _batches(training: Pairs, settings: TrainSettings, views: Sequence[DrawnView
         block_rows=settings.block_rows or 1,
         mixup=settings.loss.mixup,
         views=views,
+        negatives=negatives,
+        num_negatives=settings.num_negatives,
     )
     if batches.smallest < num_processes():
         raise SettingError(

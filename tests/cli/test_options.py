@@ -27,8 +27,11 @@ SAME_NOUN = {
     "--image-cosine": "limit of near-duplicates: above it for a strict split, at or above it for leaks",
     "--image-feature": "evaluate pairs takes several",
     "--language": "language of the captions that are read: several in some commands",
+    "--index": "coverage counts what it finds, negatives searches it",
     "--modality": "names what the command does with the items of that modality",
     "--memory": "limit of an index while it is searched, of the features in training",
+    "--num-negatives": "curate lists them, train draws them",
+    "--other-cosine": "as --image-cosine",
     "--part": "search can filter by any value of the column split; probe measures on two parts",
     "--precision": "of the encoder in extract, of the projectors in train",
     "--run": "search and serve find the run of the index themselves unless it has moved",
@@ -39,6 +42,8 @@ SAME_NOUN = {
     "--threads": "of decoding in extract, of torch in train",
     "--threshold": "select names the methods that use it",
     "--view": "extract names what alters items, derive the views that are stored",
+    "--width": "of the transformer of a likelihood, of the vectors of an index",
+    "--widths": "train adds losses of them, evaluate ranks by them",
     "-k": "number of nearest items: per query, concept or sample",
 }
 """Options whose help differs between commands, and why they have one meaning all the same."""

@@ -5,6 +5,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from embedcache.arrays import Inputs, Ints
+from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train import tiles
@@ -38,19 +39,29 @@ def _write_gradients(path: str) -> None:
         gradients[f"{name} all captions"] = _gradients(objective, 0.0, captions="all")
     objective = Objective(pair, LossSettings(name="info_nce", widths=(2,)), precision="float32")
     gradients["info_nce at two widths"] = _gradients(objective, 0.0)
+    for name in LOSSES.paths:
+        objective = Objective(pair, LossSettings(name=name), precision="float32")
+        gradients[f"{name} with hard negatives"] = _gradients(objective, 0.0, negatives=_negatives())
     if process_rank() == 0:
         torch.save(gradients, path)
 
 
-def _gradients(objective: Objective, mixup: float, captions: str = "draw") -> dict[str, torch.Tensor]:
+def _gradients(
+    objective: Objective, mixup: float, captions: str = "draw", negatives: HardNegatives | None = None
+) -> dict[str, torch.Tensor]:
     objective.zero_grad()
-    loaded = next(iter(_loader(mixup, captions).epoch(0)))
+    loaded = next(iter(_loader(mixup, captions, negatives).epoch(0)))
     trained = DistributedDataParallel(objective) if torch.distributed.is_initialized() else objective
     trained(loaded).backward()
     return {name: value.grad.clone() for name, value in objective.named_parameters()}
 
 
-def _loader(mixup: float, captions: str) -> Loader:
+def _negatives() -> HardNegatives:
+    numbers = np.random.default_rng(1).integers(SAMPLES, size=(SAMPLES, 2)).astype(np.int32)
+    return HardNegatives(negatives_SK=numbers, groups_S=np.arange(SAMPLES) // 3)
+
+
+def _loader(mixup: float, captions: str, negatives: HardNegatives | None = None) -> Loader:
     rng = np.random.default_rng(0)
     images, texts = rng.standard_normal((2, 2 * SAMPLES, WIDTH))
     text_samples = np.sort(np.concatenate([np.arange(SAMPLES), rng.integers(SAMPLES, size=SAMPLES)]))
@@ -60,7 +71,8 @@ def _loader(mixup: float, captions: str) -> Loader:
             rows=np.arange(2 * SAMPLES), samples=text_samples, contents=rng.integers(SAMPLES, size=2 * SAMPLES)
         ),
     )
-    batches = Batches(pairs, batch_size=SAMPLES, seed=0, mixup=mixup, captions=captions)  # type: ignore[arg-type]
+    options = {"captions": captions, "negatives": negatives}
+    batches = Batches(pairs, batch_size=SAMPLES, seed=0, mixup=mixup, **options)  # type: ignore[arg-type]
 
     def reader(values: np.ndarray):
         def read(rows: Ints) -> Inputs:

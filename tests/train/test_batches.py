@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Inputs
+from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.store.cache import Cache
 from embedcache.train.batches import Batches, num_batches
@@ -95,6 +97,45 @@ def test_positives_match_the_whole_relation(samples: int, seed: int) -> None:
         dense[batch.positives] = True
         contents = pairs.first.contents[batch.first_rows - 100], pairs.second.contents[batch.second_rows - 500]
         np.testing.assert_array_equal(dense, relation[np.ix_(*contents)])
+
+
+def draw_negatives(samples: int, seed: int) -> HardNegatives:
+    """Draw hard negatives that respect random groups; numbers above the samples are of no training part."""
+    rng = np.random.default_rng(seed)
+    groups = rng.integers(max(1, samples // 2), size=2 * samples)
+    negatives = rng.integers(-1, 2 * samples, size=(2 * samples, 3))
+    negatives[groups[negatives] == groups[:, None]] = -1
+    return HardNegatives(negatives_SK=negatives.astype(np.int32), groups_S=groups)
+
+
+@given(st.integers(2, 30), st.integers(2, 40), st.integers(0, 50), st.integers(1, 4), st.sampled_from(["draw", "all"]))
+def test_hard_negatives_are_in_the_batch_and_near_duplicates_are_excluded(
+    samples: int, size: int, seed: int, num: int, captions: Literal["draw", "all"]
+) -> None:
+    pairs, negatives = make_pairs(samples, seed=seed), draw_negatives(samples, seed)
+    options = {"batch_size": size, "seed": seed, "negatives": negatives, "num_negatives": num, "captions": captions}
+    batches = Batches(pairs, **options)  # type: ignore[arg-type]
+    drawn, epoch = [], list(batches.epoch(1))
+    for batch in epoch:
+        own, hard = np.split(batch.samples, [len(batch.samples) - batch.num_hard])
+        drawn += own.tolist()
+        assert len(set(batch.samples.tolist())) == len(batch.samples) <= max(size, 3 * (1 + num))
+        listed = negatives.negatives_SK[own]
+        assert np.isin(hard, listed).all()
+        for row in listed:
+            left = np.setdiff1d(row[(row >= 0) & (row < samples)], batch.samples)
+            assert not len(left) or np.isin(row, batch.samples).sum() >= min(num, len(np.unique(row)))
+        assert batch.excluded is not None
+        texts = pairs.second.samples[batch.second_rows - 500]
+        near = negatives.groups_S[batch.first_rows - 100][:, None] == negatives.groups_S[texts]
+        near[batch.positives] = False
+        np.testing.assert_array_equal(np.argwhere(near), np.transpose(batch.excluded))
+        assert near[: len(own), len(batch.second_rows) :].sum() == 0
+    assert sorted(drawn) == list(range(samples))
+    again = list(Batches(pairs, **options).epoch(1, first_step=len(epoch) // 2))  # type: ignore[arg-type]
+    for one, other in zip(epoch[len(epoch) // 2 :], again, strict=True):
+        np.testing.assert_array_equal(one.second_rows, other.second_rows)
+        np.testing.assert_array_equal(one.samples, other.samples)
 
 
 @pytest.mark.parametrize("image", ["cls", "patches"])

@@ -1,6 +1,7 @@
 """Losses compared with their plain formulas on (B, B) matrices."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,25 @@ def test_value_and_gradients_match_the_plain_formula(
     torch.testing.assert_close(ours, plain)
     gradients = (torch.autograd.grad(value, inputs) for value in (ours, plain))
     for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+@every_loss
+@given(st.integers(1, 11), st.integers(0, 1000), st.sampled_from([None, 2, 5]), st.floats(0.5, 1000))
+def test_excluded_pairs_are_in_no_sum(name: str, size: int, seed: int, num_contents: int | None, scale: float) -> None:
+    loss = LOSSES.load(name)().double()
+    images, texts, positives = draw(size, seed, num_contents=num_contents)
+    together = dense(positives, size)
+    generator = torch.Generator().manual_seed(seed)
+    hidden = (torch.rand(size, size, generator=generator) < 0.4) & ~together
+    rows, columns = hidden.nonzero(as_tuple=True)
+    factor = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    ours = loss(images, texts, factor, replace(positives, excluded=(rows, columns)))
+    logits = factor * images @ texts.T + next(loss.parameters(), torch.zeros(()))
+    plain = PLAIN[name](torch.where(hidden, torch.full_like(logits, -1e9), logits), together)
+    torch.testing.assert_close(ours, plain)
+    inputs = [images, texts, factor, *loss.parameters()]
+    for one, other in zip(*(torch.autograd.grad(value, inputs) for value in (ours, plain)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 

@@ -28,8 +28,8 @@ SAME = ("model.safetensors", "last.safetensors", "losses.jsonl", "split.parquet"
 OPTIONS = {"initialization": "random", "loss": "siglip", "mixup": 0.5, "epochs": 3, "checkpoint_s": 0}
 
 
-def run(cache_path: Path, run_path: Path, *, seed: int = 0) -> None:
-    runs.run(cache_path, run_path, seed=seed, **OPTIONS)
+def run(cache_path: Path, run_path: Path, **options: Any) -> None:
+    runs.run(cache_path, run_path, **{**OPTIONS, **options})
 
 
 def run_interrupted(cache_path: Path, run_path: Path, num_steps: int, **options: Any) -> None:
@@ -46,7 +46,7 @@ def run_interrupted(cache_path: Path, run_path: Path, num_steps: int, **options:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "save_checkpoint", save)
         with pytest.raises(InterruptedError):
-            runs.run(cache_path, run_path, **{**OPTIONS, **options})
+            run(cache_path, run_path, **options)
 
 
 def assert_same_run(found: Path, expected: Path) -> None:

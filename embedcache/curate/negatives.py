@@ -1,0 +1,321 @@
+"""Mining hard negatives: for each sample of a cache, the nearest samples that do not belong to it.
+
+After `mine_hard_negatives` of sentence-transformers: ranks, scores and margins say which neighbors count. Samples of
+one group, connected by equal items or by near-duplicates, are never negatives of each other.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from embedcache.arrays import Bools, Floats, Ints, blocks, concatenated_ranges
+from embedcache.curate.counting import open_index
+from embedcache.curate.settings import NegativesSettings
+from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
+from embedcache.dataset.negatives import NegativesBlock, check_negatives_path, write_negatives
+from embedcache.dataset.pairs import Pairs
+from embedcache.dataset.selections import read_selection
+from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.splits import read_split
+from embedcache.errors import DataError, SettingError
+from embedcache.files import AnyPath
+from embedcache.metrics.neighbors import note_duration, top_k
+from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.projectors.saved import PairConfig, read_config, split_path
+from embedcache.search.vectors import Vectors
+from embedcache.settings import replace_flat
+from embedcache.store.cache import Cache
+from embedcache.train.data import TrainData, name_features, open_data
+
+_BLOCK = 8192
+_MEMORY_BYTES = 4 * 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegativesReport:
+    """Result of mining.
+
+    Args:
+        num_samples: samples that looked for negatives.
+        num_with_negatives: samples that have at least one.
+        num_negatives: negatives of all samples.
+        num_groups: near-duplicate groups of these samples.
+        mean_score: mean cosine of the negatives; None without any.
+        mean_own_score: with a run, mean cosine of these samples' own pairs.
+    """
+
+    num_samples: int
+    num_with_negatives: int
+    num_negatives: int
+    num_groups: int
+    mean_score: float | None
+    mean_own_score: float | None
+
+    def line(self) -> str:
+        """Summarize the report in one line."""
+        own = "" if self.mean_own_score is None else f", of their own pairs {self.mean_own_score:.3f}"
+        scores = "" if self.mean_score is None else f"; mean cosine {self.mean_score:.3f}{own}"
+        return (
+            f"{self.num_negatives:,} hard negatives of {self.num_with_negatives:,} of {self.num_samples:,} samples in "
+            f"{self.num_groups:,} near-duplicate groups{scores}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all counts as JSON values."""
+        return asdict(self)
+
+
+def mine_negatives(
+    cache_path: AnyPath,
+    out_path: AnyPath,
+    settings: NegativesSettings | None = None,
+    *,
+    image_feature: str | None = None,
+    text_feature: str | None = None,
+    feature: Mapping[str, str | None] | None = None,
+    progress: AnyProgress = None,
+    **options: Any,
+) -> NegativesReport:
+    """Write the hard negatives of each sample of a cache, for `train` with `negatives`.
+
+    With a run, an item is compared with the items of the other modality in the shared space, without one with those of
+    its own modality by the plain feature. All are compared, N² products, unless an index is given. Memory: the vectors
+    of the compared items in float32 (with an index, the index), and as in `near_duplicate_groups`.
+
+    Args:
+        cache_path: the cache.
+        out_path: new `.parquet` file.
+        settings: what is compared, and which neighbors count.
+        image_feature: without a run, image feature of the pair to be trained; None: the only one.
+        text_feature: as `image_feature`, of the captions.
+        feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`.
+        options: settings by their names on the command line, which replace those of `settings`.
+        progress: progress in samples.
+
+    Raises:
+        SettingError: a modality that the pair has not, or features beside a run.
+        FingerprintError: the run or the index is of another encoder's features.
+        DataError: no sample has both features, or none has a negative; then nothing is written.
+        PathError: `out_path` is a file that embedcache did not write.
+        UnknownNameError, UnfinishedError: a feature does not exist, or has missing chunks.
+    """
+    settings = replace_flat(settings or NegativesSettings(), options)
+    out_path, progress = Path(out_path), to_progress(progress)
+    check_negatives_path(out_path)
+    is_named = feature is not None or image_feature is not None or text_feature is not None
+    named = name_features(image_feature, text_feature, feature) if is_named else None
+    mining = _Mining(cache_path, settings, named, progress)
+    counts = _Counts()
+    metadata = {"task": "negatives", **{name: _plain(value) for name, value in asdict(settings).items()}}
+    parts = counts.watch(mining.blocks())
+    write_negatives(out_path, mining.cache, mining.groups_S, parts, {**metadata, "sides": mining.names})
+    return NegativesReport(
+        num_samples=len(mining.pairs.samples),
+        num_with_negatives=counts.num_with,
+        num_negatives=counts.num_negatives,
+        num_groups=len(np.unique(mining.groups_S[mining.pairs.samples])),
+        mean_score=counts.mean_score,
+        mean_own_score=mining.mean_own_score,
+    )
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+class _Counts:
+    """Counts of the negatives of the blocks that pass; a `DataError` at the end if there were none."""
+
+    def __init__(self) -> None:
+        self.num_with = self.num_negatives = 0
+        self._sum = 0.0
+
+    @property
+    def mean_score(self) -> float | None:
+        return self._sum / self.num_negatives if self.num_negatives else None
+
+    def watch(self, parts: Iterator[NegativesBlock]) -> Iterator[NegativesBlock]:
+        for part in parts:
+            is_some_BK = part.negatives_BK >= 0
+            self.num_with += int(is_some_BK.any(axis=1).sum())
+            self.num_negatives += int(is_some_BK.sum())
+            self._sum += float(part.scores_BK[is_some_BK].sum(dtype=np.float64))
+            yield part
+        if not self.num_negatives:
+            raise DataError(
+                "expected hard negatives, got none; give a larger --range-max, a smaller margin, a higher --max-score, "
+                "or higher limits of near-duplicates such as --text-cosine"
+            )
+
+
+class _Mining:
+    """The samples that look for negatives, their near-duplicate groups, and the vectors that are compared."""
+
+    def __init__(
+        self,
+        cache_path: AnyPath,
+        settings: NegativesSettings,
+        features: Mapping[str, str | None] | None,
+        progress: Progress,
+    ) -> None:
+        self.settings, self.progress, self.cache = settings, progress, Cache(cache_path)
+        config = None if settings.run is None else read_config(Path(settings.run))
+        if config is not None and features is not None:
+            raise SettingError("feature: expected those of the run, got others; omit them, or --run")
+        named = {name: side.feature for name, side in config.sides.items()} if config is not None else features
+        data = open_data(cache_path, named or {"image": None, "text": None}, memory_bytes=_MEMORY_BYTES)
+        self.names = {name: side.feature for name, side in data.tower_inputs.items()}
+        modality = settings.modality or next(iter(data.sides))
+        if modality not in data.sides:
+            raise SettingError(f"modality: expected {' or '.join(data.sides)}, got {modality}")
+        other = modality if config is None else next(name for name in data.sides if name != modality)
+        self.pairs = self._choose_pairs(data, config)
+        of = dict(zip(data.sides, (self.pairs.first, self.pairs.second), strict=True))
+        self._queries, self._candidates = of[modality], of[other]
+        self._query_vectors, self._vectors = (
+            Vectors(cache_path, name, self.names[name], settings.run) for name in (modality, other)
+        )
+        self._index = None if settings.index is None else open_index(settings.index, self._vectors)
+        self.groups_S = np.full(self.cache.info.num_samples, -1, np.int64)
+        self.groups_S[self.pairs.samples] = _group_samples(self.pairs, data, settings, progress)
+        self._own_sum, self._num_own = 0.0, 0
+
+    def _choose_pairs(self, data: TrainData, config: PairConfig | None) -> Pairs:
+        """Return the items of the samples of the selection, or of the run's training part, or of all samples."""
+        pairs, run = data.pairs(None), self.settings.run
+        if self.settings.selection is not None:
+            pairs = pairs.select(read_selection(self.settings.selection, [self.cache]))
+        elif config is not None and any(map(self.cache.info.has_rows_of, config.index_digest.split("+"))):
+            pairs = pairs.select(read_split(split_path(Path(str(run))), [self.cache]).rows("train"))
+        if len(pairs.samples) < 2:
+            raise DataError(
+                f"{self.cache.path}: expected at least two samples with both features, got {len(pairs.samples)}"
+            )
+        return pairs
+
+    @property
+    def mean_own_score(self) -> float | None:
+        return self._own_sum / self._num_own if self._num_own else None
+
+    @cached_property
+    def _candidate_vectors(self) -> Floats:
+        return self._vectors.read(self._candidates.rows)
+
+    def blocks(self) -> Iterator[NegativesBlock]:
+        """Iterate over the negatives of all samples of the cache, block by block."""
+        samples, settings = self.pairs.samples, self.settings
+        if self._index is None:
+            num_pairs = len(samples) * len(self._candidates.rows)
+            note_duration(self.progress, "mining hard negatives", num_pairs, self._vectors.width)
+        self.progress.start("mining hard negatives", len(samples), "samples")
+        first_query = np.searchsorted(self._queries.samples, samples)  # items are in the order of their samples
+        for number, block in enumerate(blocks(self.cache.info.num_samples, _BLOCK)):
+            places = slice(*np.searchsorted(samples, [block.start, block.stop]))
+            shape = (block.stop - block.start, settings.num_negatives)
+            negatives_BK, scores_BK = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+            if places.stop > places.start:
+                rng = np.random.default_rng([settings.seed, number])
+                inside = samples[places] - block.start
+                rows = self._queries.rows[first_query[places]]
+                negatives_BK[inside], scores_BK[inside] = self._mine(samples[places], rows, rng)
+            self.progress.advance(places.stop - places.start)
+            yield NegativesBlock(negatives_BK, scores_BK)
+        self.progress.finish()
+
+    def _mine(self, samples_B: Ints, rows_B: Ints, rng: np.random.Generator) -> tuple[Ints, Floats]:
+        """Find the negatives of some samples by one item of each: (B, K) samples, -1: none, and their cosines."""
+        settings = self.settings
+        queries_BP = self._query_vectors.read(rows_B)
+        found_BK, scores_BK = self._neighbors(samples_B, queries_BP)
+        rank_BK = np.cumsum(found_BK >= 0, axis=1) - 1
+        is_kept_BK = (found_BK >= 0) & (rank_BK >= settings.range_min) & (rank_BK < settings.last_rank)
+        is_kept_BK &= _is_first(found_BK)
+        if settings.max_score is not None:
+            is_kept_BK &= scores_BK <= settings.max_score
+        if settings.min_score is not None:
+            is_kept_BK &= scores_BK >= settings.min_score
+        if settings.run is not None:
+            own_B = self._own_scores(samples_B, queries_BP)
+            highest_B = own_B - np.abs(own_B) * (settings.relative_margin or 0) - (settings.absolute_margin or 0)
+            if settings.relative_margin is not None or settings.absolute_margin is not None:
+                is_kept_BK &= scores_BK <= highest_B[:, None]
+        order_BK = rng.random(found_BK.shape) if settings.sampling == "random" else rank_BK.astype(np.float64)
+        chosen_BK = np.argsort(np.where(is_kept_BK, order_BK, np.inf), axis=1, kind="stable")
+        chosen_BK = np.sort(chosen_BK[:, : settings.num_negatives], axis=1)
+        found_BK = np.where(is_kept_BK, found_BK, -1)
+        negatives_BK = np.take_along_axis(found_BK, chosen_BK, axis=1)
+        scores_BK = np.take_along_axis(scores_BK, chosen_BK, axis=1)
+        missing = settings.num_negatives - negatives_BK.shape[1]  # fewer candidates than negatives
+        return (
+            np.pad(negatives_BK, ((0, 0), (0, missing)), constant_values=-1),
+            np.pad(scores_BK, ((0, 0), (0, missing))),
+        )
+
+    def _neighbors(self, samples_B: Ints, queries_BP: Floats) -> tuple[Ints, Floats]:
+        """Return the samples of the nearest items of other groups, best first, -1: none, and their cosines: (B, K)."""
+        settings, groups_B = self.settings, self.groups_S[samples_B]
+        if self._index is None:
+            groups_C = self.groups_S[self._candidates.samples]
+            k = min(settings.last_rank, len(groups_C))
+            places_BK, scores_BK = top_k(queries_BP, self._candidate_vectors, k, groups=(groups_B, groups_C))
+            return np.where(np.isfinite(scores_BK), self._candidates.samples[places_BK], -1), scores_BK
+        index, card = self._index
+        k = min(2 * settings.last_rank + 64, len(index))  # some are of the query's group, or not selected
+        scores_BK, rows_BK = index.search(queries_BP, k, card.search)
+        places_BK = np.searchsorted(self._candidates.rows, rows_BK).clip(max=len(self._candidates.rows) - 1)
+        samples_BK = self._candidates.samples[places_BK]
+        is_other_BK = self.groups_S[samples_BK] != groups_B[:, None]
+        is_candidate_BK = self._candidates.rows[places_BK] == rows_BK
+        return np.where(is_other_BK & is_candidate_BK, samples_BK, -1), scores_BK
+
+    def _own_scores(self, samples_B: Ints, queries_BP: Floats) -> Floats:
+        """Compute the largest cosine of each query with the items of its own sample: (B,)."""
+        starts = np.searchsorted(self._candidates.samples, samples_B)
+        counts = np.searchsorted(self._candidates.samples, samples_B, side="right") - starts
+        which, places = concatenated_ranges(starts, counts)
+        own_BP = self._vectors.read(self._candidates.rows[places])
+        scores_B = np.full(len(samples_B), -np.inf, np.float32)
+        np.maximum.at(scores_B, which, np.einsum("bp,bp->b", queries_BP[which], own_BP))
+        self._own_sum, self._num_own = self._own_sum + float(scores_B.sum()), self._num_own + len(scores_B)
+        return scores_B
+
+
+def _is_first(found_BK: Ints) -> Bools:
+    """Return whether each entry is the first of its value in its row: (B, K)."""
+    order_BK = np.argsort(found_BK, axis=1, kind="stable")
+    sorted_BK = np.take_along_axis(found_BK, order_BK, axis=1)
+    is_first_BK = np.ones(found_BK.shape, bool)
+    np.put_along_axis(is_first_BK, order_BK[:, 1:], sorted_BK[:, 1:] != sorted_BK[:, :-1], axis=1)
+    return is_first_BK
+
+
+def _group_samples(pairs: Pairs, data: TrainData, settings: NegativesSettings, progress: Progress) -> Ints:
+    """Return the group of each sample of the pairs: (S,) int64, from 0, below the number of samples.
+
+    Samples are of one group if they are near-duplicates, as in a strict split, or have an equal item of a modality.
+    """
+    names = ("image_cosine", "text_cosine", "other_cosine", "seed")
+    split = replace(SplitSettings(), **{name: getattr(settings, name) for name in names})
+    labels = near_duplicate_groups(pairs, split, data.readers, progress)
+    return join_equal(labels, pairs)
+
+
+def join_equal(labels_S: Ints, pairs: Pairs) -> Ints:
+    """Join the groups of samples that have an equal item: (S,) int64 labels in the order of `pairs.samples`."""
+    samples = pairs.samples
+    nodes, values, size = [], [], int(labels_S.max(initial=0)) + 1
+    for side in (pairs.first, pairs.second):
+        nodes.append(labels_S[np.searchsorted(samples, side.samples)])
+        values.append(size + side.contents)
+        size += int(side.contents.max(initial=0)) + 1
+    edges = (np.concatenate(nodes), np.concatenate(values))
+    graph = coo_array((np.ones(len(edges[0]), bool), edges), shape=(size, size))
+    _, component = connected_components(graph, directed=False)
+    _, groups_S = np.unique(component[labels_S], return_inverse=True)
+    return groups_S.astype(np.int64)

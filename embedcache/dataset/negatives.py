@@ -1,0 +1,158 @@
+"""Hard negatives: for each sample of a cache, samples that are near it and do not belong to it.
+
+A table has one row per sample, in the order of the cache's samples: `key`; `group`, the number of its near-duplicate
+group, -1 for a sample that was not looked at; `negatives`, a list of rows of samples, best first; and `scores`, their
+cosines. Two samples of one group are never negatives of each other.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedcache.arrays import Array, Floats, Ints
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
+from embedcache.outputs import check_output, new_output, read_metadata, to_metadata
+from embedcache.store.cache import Cache
+from embedcache.store.tables import open_table
+
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("group", pa.int64()),
+        ("negatives", pa.list_(pa.int32())),
+        ("scores", pa.list_(pa.float32())),
+    ]
+)
+_READ_ROWS = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardNegatives:
+    """Hard negatives of all samples of some caches, counted across them.
+
+    Args:
+        negatives_SK: (S, K) int32 samples, best first; -1: none.
+        groups_S: (S,) int64 near-duplicate group of each sample.
+    """
+
+    negatives_SK: Array
+    groups_S: Ints
+
+
+class NegativesBlock(NamedTuple):
+    """Hard negatives of consecutive samples: (B, K) int32 samples, -1: none, and (B, K) float32 their cosines."""
+
+    negatives_BK: Array
+    scores_BK: Floats
+
+
+def check_negatives_path(path: Path) -> None:
+    """Check that a path ends in `.parquet`, and that there is no file but an output of embedcache."""
+    if path.suffix != ".parquet":
+        raise PathError(f"negatives {path}: expected a path that ends in .parquet, got {path.suffix or 'no suffix'}")
+    check_output(path)
+
+
+def write_negatives(
+    path: Path, cache: Cache, groups_S: Ints, parts: Iterable[NegativesBlock], metadata: Mapping[str, Any]
+) -> None:
+    """Write a table of hard negatives, one row group per block; memory: a block.
+
+    Args:
+        path: new `.parquet` file.
+        cache: the cache.
+        groups_S: (S,) near-duplicate group of each of its samples, -1: not looked at.
+        parts: the negatives of all samples, block by block in their order.
+        metadata: how they were found, as JSON values.
+    """
+    header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
+    schema, keys, start = _SCHEMA.with_metadata(to_metadata(header)), cache.column("key"), 0
+    with new_output(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
+        for part in parts:
+            count = len(part.negatives_BK)
+            columns = [
+                keys.slice(start, count).combine_chunks(),
+                pa.array(groups_S[start : start + count]),
+                *_lists(part),
+            ]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+            start += count
+
+
+def _lists(part: NegativesBlock) -> list[pa.Array]:
+    is_some_BK = part.negatives_BK >= 0
+    offsets = pa.array(np.concatenate([[0], np.cumsum(is_some_BK.sum(axis=1))]).astype(np.int32))
+    values = (part.negatives_BK.astype(np.int32), part.scores_BK.astype(np.float32))
+    return [pa.ListArray.from_arrays(offsets, pa.array(side[is_some_BK])) for side in values]
+
+
+def read_negatives(paths: Sequence[Path | str], caches: Sequence[Cache]) -> HardNegatives:
+    """Read the tables of one or several caches; samples without a row have no negatives and are a group of their own.
+
+    Memory: 4 bytes per sample and negative, 8 per sample, and a block of rows.
+
+    Raises:
+        PathError: a file does not exist.
+        CorruptError: a file is not such a table, or a page is damaged.
+        DataError: a table is of other samples than those of the caches, or two are of one cache.
+    """
+    firsts = np.concatenate([[0], np.cumsum([cache.info.num_samples for cache in caches])])
+    negatives_SK, groups_S = np.full((int(firsts[-1]), 0), -1, np.int32), np.full(int(firsts[-1]), -1, np.int64)
+    read: set[int] = set()
+    for path in map(Path, paths):
+        check_negatives(path)
+        try:
+            with open_table(path) as table:
+                number = _find_cache(path, table, caches, read)
+                negatives_SK = _fill(table, int(firsts[number]), negatives_SK, groups_S)
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            if isinstance(error, EmbedcacheError):
+                raise
+            raise CorruptError(f"{path}: expected a table of curate negatives: {one_line(error)}") from error
+    alone = np.flatnonzero(groups_S < 0)
+    groups_S[alone] = -1 - alone
+    return HardNegatives(negatives_SK=negatives_SK, groups_S=groups_S)
+
+
+def check_negatives(path: Path) -> None:
+    """Check that a table of hard negatives exists."""
+    if not path.is_file():
+        raise PathError(f"negatives {path} does not exist; write it with: embedcache curate negatives CACHE {path}")
+
+
+def _find_cache(path: Path, table: pq.ParquetFile, caches: Sequence[Cache], read: set[int]) -> int:
+    """Return the number of the cache that a table is of, and note it as read."""
+    header = read_metadata(path, table.schema_arrow.metadata)
+    if not set(_SCHEMA.names) <= set(table.schema_arrow.names):
+        raise KeyError(f"it has the columns {', '.join(table.schema_arrow.names)}")
+    for number, cache in enumerate(caches):
+        if cache.info.has_rows_of(header["spine"]) and cache.info.num_samples >= table.metadata.num_rows:
+            if number in read:
+                raise DataError(f"negatives {path}: expected one table per cache, got a second one of {cache.path}")
+            read.add(number)
+            return number
+    names = " and ".join(str(cache.path) for cache in caches)
+    raise DataError(f"negatives {path}: expected those of {names}, got those of {header['cache']}; mine them again")
+
+
+def _fill(table: pq.ParquetFile, first: int, negatives_SK: Array, groups_S: Ints) -> Array:
+    """Read a table into the rows of its cache, which begin at `first`; return the negatives, wider if it has more."""
+    start = first
+    for batch in table.iter_batches(_READ_ROWS, columns=["group", "negatives"], use_threads=False):
+        lists, count = batch.column("negatives"), len(batch)
+        groups_S[start : start + count] = batch.column("group").to_numpy()
+        lengths_B = np.diff(lists.offsets.to_numpy())
+        if (most := int(lengths_B.max(initial=0))) > negatives_SK.shape[1]:
+            wider = np.full((len(negatives_SK), most - negatives_SK.shape[1]), -1, np.int32)
+            negatives_SK = np.concatenate([negatives_SK, wider], axis=1)
+        is_some_BK = np.arange(negatives_SK.shape[1]) < lengths_B[:, None]
+        negatives_SK[start : start + count][is_some_BK] = lists.flatten().to_numpy() + first
+        start += count
+    is_grouped = groups_S[first:start] >= 0
+    groups_S[first:start][is_grouped] += first  # numbers of different caches differ, as they are below its samples
+    return negatives_SK

@@ -1,0 +1,190 @@
+"""Hard negatives: mined, written, read and drawn; near-duplicates are never among them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.curate.negatives import _is_first, join_equal, mine_negatives
+from embedcache.curate.settings import NegativesSettings
+from embedcache.dataset.negatives import read_negatives
+from embedcache.dataset.pairs import Items, Pairs
+from embedcache.dataset.splits import read_split
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
+from embedcache.metrics.neighbors import top_k
+from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
+from embedcache.search.vectors import Vectors
+from embedcache.store.cache import Cache
+from tests.cli.run import embedcache
+from tests.train.runs import IMAGE, TEXT
+
+FEATURES = {"image": IMAGE, "text": TEXT}
+LOOSE = {"image_cosine": 0.999, "text_cosine": 0.999}  # captions of the toy images repeat, and all are alike
+
+
+@pytest.fixture(scope="module")
+def mined(cache_path: Path, run_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mined") / "negatives.parquet"
+    report = mine_negatives(cache_path, path, NegativesSettings(run=run_path, range_min=1, **LOOSE))
+    assert report.num_samples == len(read_split(run_path / "split.parquet", [Cache(cache_path)]).rows("train"))
+    assert 0 < report.num_with_negatives <= report.num_samples
+    assert report.mean_own_score is not None
+    assert f"{report.num_negatives:,} hard negatives of" in report.line()
+    return path
+
+
+def test_negatives_are_the_nearest_of_other_groups(cache_path: Path, run_path: Path, mined: Path) -> None:
+    cache, table = Cache(cache_path), pq.read_table(mined)
+    assert table["key"].equals(cache.column("key"))
+    train = read_split(run_path / "split.parquet", [cache]).rows("train")
+    groups = table["group"].to_numpy()
+    assert (np.flatnonzero(groups >= 0) == train).all()
+    images = Vectors(cache_path, "image", IMAGE, run_path).read(train)
+    texts = Vectors(cache_path, "text", TEXT, run_path).read(train)  # one caption per image, in the same order
+    for number in range(0, len(train), 37):
+        scores = np.where(groups[train] == groups[train[number]], -np.inf, texts @ images[number])
+        expected = np.sort(scores)[::-1][1:4]
+        np.testing.assert_allclose(table["scores"][int(train[number])].as_py(), expected, atol=1e-5)
+
+
+def test_negatives_are_read_as_they_were_written(cache_path: Path, mined: Path) -> None:
+    negatives, table = read_negatives([mined], [Cache(cache_path)]), pq.read_table(mined)
+    assert negatives.negatives_SK.dtype == np.int32
+    for row, listed in enumerate(table["negatives"].to_pylist()):
+        assert [number for number in negatives.negatives_SK[row].tolist() if number >= 0] == listed
+    alone = table["group"].to_numpy() < 0
+    assert (negatives.groups_S[~alone] == table["group"].to_numpy()[~alone]).all()
+    assert len(np.unique(negatives.groups_S[alone])) == alone.sum()
+
+
+def test_thresholds_margins_and_random_draws(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    base = NegativesSettings(run=run_path, **LOOSE)
+    low = replace(base, max_score=0.5, min_score=0.1, num_negatives=2)
+    mine_negatives(cache_path, tmp_path / "low.parquet", low)
+    scores = np.concatenate([np.array(row) for row in pq.read_table(tmp_path / "low.parquet")["scores"].to_pylist()])
+    assert len(scores)
+    assert ((scores >= 0.1) & (scores <= 0.5)).all()
+    margin = mine_negatives(cache_path, tmp_path / "margin.parquet", replace(base, relative_margin=0.3))
+    plain = mine_negatives(cache_path, tmp_path / "plain.parquet", base)
+    assert margin.num_negatives < plain.num_negatives
+    drawn = [
+        mine_negatives(
+            cache_path, tmp_path / f"{seed}.parquet", replace(base, sampling="random", range_max=50, seed=seed)
+        )
+        for seed in (0, 1)
+    ]
+    assert drawn[0].mean_score is not None
+    assert plain.mean_score is not None
+    assert drawn[0].mean_score < plain.mean_score
+    rows = [pq.read_table(tmp_path / f"{seed}.parquet")["negatives"] for seed in (0, 1)]
+    assert not rows[0].equals(rows[1])
+    with pytest.raises(DataError, match="expected hard negatives, got none; give a larger --range-max"):
+        mine_negatives(cache_path, tmp_path / "none.parquet", replace(base, max_score=-0.99))
+    assert not (tmp_path / "none.parquet").exists()
+
+
+def test_an_exact_index_finds_the_same(cache_path: Path, run_path: Path, mined: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path, modality="text"))
+    settings = NegativesSettings(run=run_path, range_min=1, index=tmp_path / "index", **LOOSE)
+    mine_negatives(cache_path, tmp_path / "negatives.parquet", settings)
+    one, other = (pq.read_table(path)["scores"].to_pylist() for path in (mined, tmp_path / "negatives.parquet"))
+    for expected, found in zip(one, other, strict=True):
+        np.testing.assert_allclose(found, expected[: len(found)], atol=1e-5)
+    build_index(cache_path, tmp_path / "images", IndexSettings(run=run_path))
+    with pytest.raises(FingerprintError, match="modality: stored 'image', requested 'text'"):
+        mine_negatives(cache_path, tmp_path / "x.parquet", replace(settings, index=tmp_path / "images"))
+
+
+def test_without_a_run_items_are_compared_with_their_own_modality(cache_path: Path, tmp_path: Path) -> None:
+    settings = NegativesSettings(modality="text", **LOOSE)
+    report = mine_negatives(cache_path, tmp_path / "negatives.parquet", settings, feature=FEATURES)
+    assert report.num_samples == 300
+    assert report.mean_own_score is None
+    table = pq.read_table(tmp_path / "negatives.parquet")
+    texts = Vectors(cache_path, "text", TEXT).read(np.arange(300))
+    groups, first = table["group"].to_numpy(), table["scores"][0].as_py()
+    np.testing.assert_allclose(first[0], (texts @ texts[0])[groups != groups[0]].max(), atol=1e-5)
+
+
+@given(st.integers(1, 30), st.integers(0, 1000), st.data())
+def test_joined_groups_hold_all_equal_items(samples: int, seed: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(seed)
+    sides = []
+    for _ in "it":
+        extra = rng.integers(samples, size=data.draw(st.integers(0, 5)))
+        owners = np.sort(np.concatenate([np.arange(samples), extra]))
+        contents = rng.integers(data.draw(st.integers(1, 40)), size=len(owners))
+        sides.append(Items(rows=np.arange(len(owners)), samples=3 * owners, contents=contents))
+    labels = rng.integers(data.draw(st.integers(1, 30)), size=samples)
+    pairs = Pairs(first=sides[0], second=sides[1])
+    groups = join_equal(labels, pairs)
+    assert 0 <= groups.min() <= groups.max() < samples
+    same = groups[:, None] == groups
+    assert same[labels[:, None] == labels].all()
+    for side in sides:
+        numbers = side.samples // 3
+        assert same[np.ix_(numbers, numbers)][side.contents[:, None] == side.contents].all()
+    first, second = pairs.positives()
+    assert same[pairs.first.samples[first] // 3, pairs.second.samples[second] // 3].all()
+
+
+@given(st.integers(1, 20), st.integers(1, 40), st.integers(0, 1000), st.integers(1, 5))
+def test_no_neighbor_is_of_the_same_group(queries: int, candidates: int, seed: int, num_groups: int) -> None:
+    rng = np.random.default_rng(seed)
+    left, right = (rng.standard_normal((count, 4)).astype(np.float32) for count in (queries, candidates))
+    groups = rng.integers(num_groups, size=queries), rng.integers(num_groups, size=candidates)
+    rows, sims = top_k(left, right, candidates, groups=groups)
+    is_found = np.isfinite(sims)
+    assert (groups[1][rows] != groups[0][:, None])[is_found].all()
+    assert (is_found.sum(axis=1) == (groups[1] != groups[0][:, None]).sum(axis=1)).all()
+
+
+def test_first_of_equal_values() -> None:
+    found = _is_first(np.array([[4, 2, 4, 2, 1], [0, 0, 0, 3, 3]]))
+    assert found.tolist() == [[True, True, False, False, True], [True, False, False, True, False]]
+
+
+def test_tables_of_several_caches_are_counted_across_them(two_caches: list[Path], tmp_path: Path) -> None:
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for cache, path in zip(two_caches, paths, strict=True):
+        mine_negatives(cache, path, NegativesSettings(num_negatives=1, **LOOSE), feature=FEATURES)
+    caches = [Cache(path) for path in two_caches]
+    negatives = read_negatives(paths[::-1], caches)
+    assert negatives.negatives_SK[:40].max() < 40 <= negatives.negatives_SK[40:][negatives.negatives_SK[40:] >= 0].min()
+    assert not set(negatives.groups_S[:40]) & set(negatives.groups_S[40:])
+    with pytest.raises(DataError, match=r"expected one table per cache, got a second one of .*a"):
+        read_negatives([paths[0], paths[0]], caches)
+    with pytest.raises(DataError, match=r"expected those of .*a, got those of .*b; mine them again"):
+        read_negatives([paths[1]], caches[:1])
+
+
+def test_wrong_inputs_are_one_line(cache_path: Path, run_path: Path, mined: Path, tmp_path: Path) -> None:
+    def refused(*words: str) -> str:
+        outcome = embedcache("curate", "negatives", str(cache_path), *words, cwd=tmp_path)
+        assert outcome.code in (1, 2)
+        assert "Traceback" not in outcome.stderr
+        return " ".join(outcome.stderr.split())
+
+    assert "expected a path that ends in .parquet, got .csv" in refused("x.csv", "--run", str(run_path))
+    assert "relative-margin: expected a run" in refused("x.parquet", "--relative-margin", "0.1")
+    assert "range-max: expected at least range_min + num_negatives, 13" in refused(
+        "x.parquet", "--range-min", "10", "--range-max", "12"
+    )
+    with pytest.raises(SettingError, match="modality: expected image or text, got audio"):
+        mine_negatives(cache_path, tmp_path / "x.parquet", NegativesSettings(run=run_path, modality="audio"))
+    with pytest.raises(PathError, match=r"negatives .*missing.parquet does not exist; write it with"):
+        read_negatives([tmp_path / "missing.parquet"], [Cache(cache_path)])
+    (tmp_path / "text.parquet").write_text("no table")
+    with pytest.raises(CorruptError, match=r"text.parquet: expected a table of curate negatives"):
+        read_negatives([tmp_path / "text.parquet"], [Cache(cache_path)])
+    with pytest.raises(CorruptError, match=r"split.parquet: expected a table of curate negatives"):
+        read_negatives([run_path / "split.parquet"], [Cache(cache_path)])
+    outcome = embedcache("curate", "negatives", str(cache_path), "n.parquet", "--run", str(run_path), "--json",
+                         "--text-cosine", "0.999", "--image-cosine", "0.999", cwd=tmp_path)  # fmt: skip
+    assert json.loads(outcome.stdout)["num_negatives"] > 0

@@ -1,0 +1,90 @@
+"""Training with mined hard negatives."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.curate.negatives import mine_negatives
+from embedcache.dataset.negatives import read_negatives
+from embedcache.dataset.splits import read_split
+from embedcache.errors import DataError, FingerprintError, PathError, SettingError
+from embedcache.store.cache import Cache
+from embedcache.train.batches import Batches
+from tests.train.runs import IMAGE, TEXT, log_lines, run
+from tests.train.test_resume import assert_same_run, run_interrupted
+from tests.train.test_resume import run as run_whole
+
+
+@pytest.fixture(scope="module")
+def table(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hard negatives of all samples, also of those that are held out. Not to be changed."""
+    path = tmp_path_factory.mktemp("mined") / "negatives-0.parquet"
+    options = {"modality": "image", "image_cosine": 0.999, "text_cosine": 0.999, "num_negatives": 5}
+    mine_negatives(cache_path, path, image_feature=IMAGE, text_feature=TEXT, **options)
+    return path
+
+
+def test_hard_negatives_of_the_training_part_are_added(
+    cache_path: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, draw = [], Batches._draw_hard
+
+    def watch(*args: object) -> np.ndarray:
+        hard = draw(*args)  # type: ignore[arg-type]
+        batches: Batches = args[0]  # type: ignore[assignment]
+        seen.append((batches._samples[args[1]], batches._samples[hard]))  # type: ignore[index]
+        return hard
+
+    monkeypatch.setattr(Batches, "_draw_hard", watch)
+    report = run(cache_path, tmp_path / "run", negatives=str(table).replace("-0", "-{seed}"), num_negatives=2)
+    train = set(read_split(tmp_path / "run/split.parquet", [Cache(cache_path)]).rows("train").tolist())
+    negatives = read_negatives([table], [Cache(cache_path)])
+    assert {sample for _, hard in seen for sample in hard.tolist()} <= train
+    for own, hard in seen:
+        assert len(own) <= 22  # 64 // 3 and one
+        assert np.isin(hard, negatives.negatives_SK[own]).all()
+        assert not set(own.tolist()) & set(hard.tolist())
+    assert sum(len(own) for own, _ in seen) == 2 * report.num_samples["train"]
+    steps = [line for line in log_lines(tmp_path / "run") if "loss" in line]
+    assert len(steps) == len(seen)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert "negatives 0" in config["given"]
+    assert config["training"]["num_negatives"] == 2
+
+
+def test_resume_with_hard_negatives_is_identical(cache_path: Path, table: Path, tmp_path: Path) -> None:
+    options = {"negatives": str(table), "mixup": 0.0, "epochs": 2}
+    run_whole(cache_path, tmp_path / "whole", **options)
+    run_interrupted(cache_path, tmp_path / "run", 5, **options)
+    run_whole(cache_path, tmp_path / "run", **options)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_another_table_is_another_run(cache_path: Path, table: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.parquet"
+    shutil.copy(table, copy)
+    run(cache_path, tmp_path / "run", epochs=1, negatives=str(copy))
+    copy.unlink()
+    with pytest.raises(PathError, match=r"copy.parquet does not exist; write it with: embedcache curate negatives"):
+        run(cache_path, tmp_path / "run", epochs=1, negatives=str(copy))
+    mine_negatives(cache_path, copy, image_feature=IMAGE, text_feature=TEXT, text_cosine=0.999, image_cosine=0.999)
+    with pytest.raises(FingerprintError, match="negatives 0"):
+        run(cache_path, tmp_path / "run", epochs=1, negatives=str(copy))
+
+
+def test_useless_hard_negatives_are_refused(
+    cache_path: Path, table: Path, two_caches: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SettingError, match=r"mixup: expected 0 with hard negatives, got 1"):
+        run(cache_path, tmp_path / "run", negatives=str(table), mixup=1.0)
+    with pytest.raises(DataError, match=r"negatives-0.parquet: expected those of .*a, got those of .*cache"):
+        run(two_caches[0], tmp_path / "other", negatives=str(table))
+    few = tmp_path / "few.txt"  # two samples of one group have no negatives among them
+    groups = read_negatives([table], [Cache(cache_path)]).groups_S
+    twins = np.flatnonzero(groups == np.bincount(groups).argmax())
+    few.write_text("\n".join(Cache(cache_path).column("key")[int(row)].as_py() for row in twins))
+    with pytest.raises(DataError, match=r"expected some in the training part, got none; mine them with --run"):
+        run(cache_path, tmp_path / "few", negatives=str(table), selection=str(few), batch_size=None)
