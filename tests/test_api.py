@@ -230,29 +230,21 @@ def test_options_are_those_of_the_command_line(image_folder: Path, tmp_path: Pat
         embedcache.analyze_duplicates("cache", cosine="0.9")
 
 
-USER = """
-from pathlib import Path
-
-import embedcache
-from tests.edits import edit_record
-
-model = embedcache.load(Path("run"), device="cpu")
-similarities = model.similarity(["a.jpg"], "a dog")
-speech = embedcache.load("speech-run", kind="speech")
-text: str = speech.transcribe("clip.mp4", mouth=(0.3, 0.5, 0.7, 0.8)).text
-texts: list[str] = [found.text for found in speech.transcribe(["a.wav", Path("b.wav")])]
-many = embedcache.load("many", kind="likelihood")
-best: list[str] = many.classify(["a.jpg", b"..."], ["cat", "dog"]).best
-caption: str = many.caption("a.jpg")[0]
-found_key: str = many.retrieve("a dog", embedcache.Cache("cache"))[0][0].name
-rows: int = similarities.shape[0]
-for hits in embedcache.search_index("index", ["a dog"], embedcache.SearchSettings(k=3)):
-    key: str = hits[0].key
-settings = embedcache.TrainSettings(optimizer=embedcache.OptimizerSettings(epochs=3))
-line: str = embedcache.train_projectors("cache", "run", settings=settings).line(Path("run"))
+USER = ROOT / "tests" / "user_code.py"
+BEFORE_WRONG = """
+cache, model = embedcache.Cache("cache"), embedcache.load("run")
+speech, many = embedcache.load("speech", kind="speech"), embedcache.load("many", kind="likelihood")
 """
 WRONG = {
-    "model.encode_text(3)": "arg-type",
+    "model.encode_text(3)": "call-overload",
+    "tensors: torch.Tensor = model.encode_text('a')": "assignment",
+    "model.classify(3, 'a')": "arg-type",
+    "embedcache.train_projectors(3, 'run')": "arg-type",
+    "embedcache.extract_features('photos', 'cache', 'lite:efficientnet-lite0')": "call-arg|misc",
+    "key: int = embedcache.search_index('index', 'a')[0][0].key": "assignment",
+    "cache[0.5]": "call-overload",
+    "embedcache.evaluate_retrieval(cache, model, progress='yes')": "arg-type",
+    "embedcache.PairDataset(cache, part='all')": "arg-type",
     "model.transcribe()": "attr",
     "speech.encode_text()": "attr",
     "many.transcribe()": "attr",
@@ -264,7 +256,7 @@ WRONG = {
 
 @pytest.mark.slow
 def test_user_code_is_type_checked(tmp_path: Path) -> None:
-    lines = (USER + "\n".join(WRONG) + "\n").splitlines()
+    lines = (USER.read_text() + BEFORE_WRONG + "\n".join(WRONG) + "\n").splitlines()
     path = tmp_path / "user.py"
     path.write_text("\n".join(lines) + "\n")
     done = subprocess.run(  # with the cache of `just types`

@@ -119,10 +119,11 @@ def _show(hits: Hits, folders: Sequence[Path]) -> list[str]:
                 image = f'<img src="{thumbnails.data_url(hit.row)}" alt="{_text(hit.key)}"><br>'
         except EmbedcacheError as error:
             reason = f"images are not shown: {error}"
-        words = " · ".join(filter(None, [*hit.captions, hit.label])) or hit.key
+        details = _text(" · ".join(filter(None, [hit.key, hit.label, *hit.captions])))
+        words = _text(hit.captions[0] if hit.captions else hit.key)
         cards.append(
-            f'<div style="width: 112px; margin: 4px; text-align: center; overflow-wrap: anywhere">{image}'
-            f"<small><b>{hit.score:.3f}</b> {_text(words)}</small></div>"
+            f'<div title="{details}" style="width: 112px; margin: 4px; text-align: center; overflow-wrap: anywhere">'
+            f"{image}<small><b>{hit.score:.3f}</b> {words}</small></div>"
         )
     parts = [f"<b>{_text(hits.query)}</b>", f'<div style="display: flex; flex-wrap: wrap">{"".join(cards)}</div>']
     if len(hits) > len(shown):

@@ -1,5 +1,6 @@
 """The whole workflow on the packaged encoders and images: the quickstart, and the tutorial on its image features."""
 
+import ast
 import json
 import re
 import shlex
@@ -7,6 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,8 @@ from tests.golden.commands import ARTIFACTS, read_json
 from tests.recorded import RecordedProgress
 
 pytestmark = pytest.mark.slow
+
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +126,34 @@ def test_tutorial_prints_what_it_shows(
         elif block.language in ("sh", "python"):
             output = run_block(block, tmp_path)
     assert not missing
+
+
+def test_notebook_runs(
+    report: QuickstartReport, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run its cells beside the results of the quickstart, which it reuses, and show the last value of each."""
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    (tmp_path / "embedcache-quickstart").symlink_to(workdir)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    shown = []
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+        assert not cell["outputs"], "outputs are not kept: they change with every machine"
+        *statements, last = ast.parse("".join(cell["source"])).body
+        if not isinstance(last, ast.Expr):
+            statements.append(last)
+        exec(compile(ast.Module(statements, []), str(NOTEBOOK), "exec"), names)  # noqa: S102
+        if isinstance(last, ast.Expr):
+            value = eval(compile(ast.Expression(last.value), str(NOTEBOOK), "eval"), names)
+            shown.append(value._repr_html_() if hasattr(value, "_repr_html_") else repr(value))
+    page = "\n".join(shown)
+    assert names["reports"][0].line().startswith("efficientnet-lite0 (patch_mean): encoded 0 images, reused 1,893")
+    assert names["report"].reused, "the notebook trains as the quickstart does, so its run is reused"
+    assert "1,893 samples, 1,893 images, 7,6" in page
+    assert page.count("data:image/webp") == 2 * 7
+    assert "Images: OpenMoji" in page
+    assert names["model"].classify(names["image"], ["red circle", "green tree"]).best == ["red circle"]
+    assert names["losses"][-1] < names["losses"][0]
 
 
 def copy_image_features(quickstart_cache: Path, cache: Path) -> None:

@@ -1,0 +1,76 @@
+# ruff: noqa: T201
+"""What users write with the public API. mypy checks it strictly, and that it rejects mistakes; nothing runs it."""
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+import embedcache
+from embedcache.progress import Progress
+
+
+def extract(progress: Progress) -> None:
+    """Paths, sources and objects; one name or several; options by name."""
+    embedcache.extract_features(
+        "photos", "cache", image_encoder="lite:efficientnet-lite0", key_column="id", dtype="float32"
+    )
+    source = embedcache.open_source(Path("photos"), settings=embedcache.SourceSettings(key_column="id"))
+    cache = embedcache.Cache(Path("cache"))
+    reports = embedcache.extract_features(source, cache, text_encoder=["st:a", "st:b"], progress=progress)
+    lines: list[str] = [report.line() for report in reports]
+    print(lines, embedcache.plan_extraction(source, cache, image_encoder="lite:efficientnet-lite0").num_bytes)
+    is_sound: bool = embedcache.verify_cache(cache, progress=False).is_sound
+    print(is_sound, len(cache), cache["label"], cache.feature("image").load().shape, cache.to_pandas("text"))
+    keys: list[str] = [sample["key"] for sample in cache[2:4]] + [cache[0]["key"]] + [sample["key"] for sample in cache]
+    print(keys)
+
+
+def align(cache: embedcache.Cache) -> None:
+    """Settings made once, or options; runs as paths or models."""
+    settings = embedcache.TrainSettings(optimizer=embedcache.OptimizerSettings(epochs=3))
+    line: str = embedcache.train_projectors(cache, "run", settings=settings, seed=1).line(Path("run"))
+    embedcache.train_projectors(
+        ["a", cache, Path("b")], Path("run"), feature={"audio": None, "text": None}, progress=True
+    )
+    model = embedcache.load("run", device="cpu")
+    recall: float = embedcache.evaluate_retrieval(cache, model, part="test").recalls["i2t"]["r@10"].value
+    names: list[str] = list(embedcache.compare_retrieval(cache, ["run", model], control_run="shuffled"))
+    print(line, recall, names, embedcache.evaluate_probe(cache, shots=(1, 2)).majority)
+    print(
+        embedcache.evaluate_pairs(cache).pairs, embedcache.sweep_projectors(cache, "study", "space.toml", trials=3).best
+    )
+    embedcache.export_run("onnx", model, "model", towers=True)
+    embedcache.export_vectors("parquet", cache, "rows.parquet", run=model)
+    embedcache.import_vectors(embedcache.open_vectors("parquet", "rows.parquet"), "imported", model="ViT-B-32")
+
+
+def search(cache: embedcache.Cache, model: embedcache.Model) -> None:
+    """Hits are lists of hits."""
+    embedcache.build_index(cache, "index", run=model)
+    index = embedcache.OpenIndex("index")
+    for hits in embedcache.search_index(index, "a dog", k=3):
+        key: str = hits[0].key
+        print(key, hits.to_pandas(), hits.query)
+    results = embedcache.search_index("index", ["a dog"], embedcache.SearchSettings(k=3))
+    page: str = results.to_html(image_folder="photos")
+    queries = embedcache.Queries(images="a.jpg", texts="a dog", vectors=torch.zeros(2, 8))
+    print(page, index.search(queries, k=2), embedcache.select_samples(cache, "some.parquet", "random", budget=10))
+
+
+def use(cache: embedcache.Cache) -> None:
+    """Models of every kind, and a loss of one's own."""
+    model = embedcache.load("run")
+    rows: int = model.similarity(["a.jpg"], "a dog").shape[0]
+    tensor: torch.Tensor = model.encode_image(torch.zeros(2, 3, 8, 8), tensors=True)
+    best: list[str] = model.classify("a.jpg", ["cat", "dog"], template="a photo of a {}").best
+    speech = embedcache.load("speech-run", kind="speech")
+    text: str = speech.transcribe("clip.mp4", mouth=(0.3, 0.5, 0.7, 0.8)).text
+    texts: list[str] = [found.text for found in speech.transcribe(["a.wav", Path("b.wav")])]
+    many = embedcache.load("many", kind="likelihood")
+    best = many.classify(["a.jpg", b"..."], ["cat", "dog"]).best
+    caption: str = many.caption("a.jpg")[0]
+    found_key: str = many.retrieve("a dog", cache)[0][0].name
+    print(rows, tensor, best, text, texts, caption, found_key)
+    for batch in DataLoader(embedcache.PairDataset(cache, part="train", split="key"), batch_size=2):
+        print(batch["image"])
