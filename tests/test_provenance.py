@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from embedcache.errors import CorruptError, FingerprintError, PathError
 from embedcache.files import partial_path
-from embedcache.provenance import check_same, digest, prepare_folder, read_json, recognize, record_stage
+from embedcache.provenance import check_same, digest, prepare_folder, read_json, read_stage, recognize, record_stage
+from embedcache.registry import Registry
 from tests.golden.test_artifacts import ARTIFACTS
 
 
@@ -55,7 +57,22 @@ def test_record_stage(tmp_path: Path) -> None:
     assert record["settings"] == {"seed": 1}
     assert record["outcome"] == {"loss": 0.5}
     assert record["peak_memory_bytes"] > 1e6
-    assert "numpy" in record["packages"]
+    assert record["packages"]["numpy"] == np.__version__
+    assert {"embedcache", "timm", "transformers", "tokenizers", "scipy", "pillow"} <= set(record["packages"])
+
+
+def test_record_names_the_package_of_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vowels.py").write_text("a = len\n")
+    info = tmp_path / "vowel_encoders-1.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vowel-encoders\nVersion: 1.5\n")
+    (info / "entry_points.txt").write_text("[embedcache.vowels]\na = vowels:a\n")
+    (info / "top_level.txt").write_text("vowels\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    Registry("vowel", {}, group="embedcache.vowels").load("a")
+    with record_stage(tmp_path / "record.json", "train", {}) as outcome:
+        outcome["loss"] = 0.5
+    assert read_stage(tmp_path / "record.json")["packages"]["vowel-encoders"] == "1.5"
 
 
 def test_record_stage_after_error(tmp_path: Path) -> None:
