@@ -20,6 +20,7 @@ from embedcache.registry import unknown_name
 from embedcache.settings import Declaration, check_value, flat_settings
 from embedcache.train.losses import LOSSES
 from embedcache.train.settings import TrainSettings, train_settings
+from embedcache.train.trackers import check_trackers
 
 Number: TypeAlias = int | float
 Value: TypeAlias = str | int | float | bool
@@ -191,5 +192,6 @@ def _check_value(path: Path, space: Space, name: str, value: Any) -> None:
             PROJECTORS.load(projector)
         LOSSES.load(settings.loss.name)
         torch_device(settings.machine.device)
+        check_trackers(settings.machine.report_to)
     except EmbedcacheError as error:
         raise type(error)(f"{path}: {name} = {value!r}: {error}") from error

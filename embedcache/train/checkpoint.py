@@ -19,9 +19,9 @@ from embedcache.errors import CorruptError, FingerprintError, PathError, one_lin
 from embedcache.files import Leases, replacing
 from embedcache.projectors.saved import config_path, split_path
 from embedcache.provenance import check_same, fields_of, prepare_folder, read_json, read_stage, write_json
-from embedcache.registry import require
 from embedcache.train.distributed import gather_objects, num_processes, process_rank
 from embedcache.train.settings import MachineSettings
+from embedcache.train.trackers import TrackedRun, Trackers
 
 _UNREADABLE = (
     *(RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError),
@@ -84,37 +84,39 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
 
 
 class RunLog:
-    """The log of a run: `losses.jsonl`, and TensorBoard events if enabled; of several processes, only the first writes.
+    """The log of a run: `losses.jsonl`, and trackers if named; of several processes, only the first writes.
 
-    Lines after the first `num_bytes` and events from `step` on are cut off.
+    A context manager: it ends with the training. Lines after the first `num_bytes` are cut off.
     """
 
-    def __init__(self, run_path: Path, *, num_bytes: int, step: int, tensorboard: bool) -> None:
-        self._file = self._events = None
+    def __init__(
+        self, run_path: Path, *, num_bytes: int, step: int, report_to: tuple[str, ...] = (), run_id: str = ""
+    ) -> None:
+        self._file, self._trackers = None, None
         if process_rank():
             return
+        if report_to:
+            started = run_path / "started.json"
+            config = read_json(started) if started.is_file() else {}
+            self._trackers = Trackers(report_to, TrackedRun(path=run_path, id=run_id, first_step=step, config=config))
         self._file = (run_path / "losses.jsonl").open("ab")
         self._file.truncate(min(num_bytes, self._file.seek(0, os.SEEK_END)))
-        if tensorboard:
-            require("tensorboard", extra="tensorboard")
-            from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(run_path / "tensorboard"), purge_step=step)
+    def __enter__(self) -> "RunLog":
+        return self
 
-    def close(self) -> None:
-        """Close the files."""
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if self._file is not None:
             self._file.close()
-        if self._events is not None:
-            self._events.close()
+        if self._trackers is not None:
+            self._trackers.finish(failed=kind is not None)
 
     def write(self, line: Mapping[str, Any], step: int, scalars: Mapping[str, float]) -> None:
-        """Write a line of JSON, and the scalars of a step as events."""
+        """Write a line of JSON, and report the scalars of a step to the trackers."""
         if self._file is not None:
             self._file.write(json.dumps(line).encode() + b"\n")
-        if self._events is not None:
-            for name, value in scalars.items():
-                self._events.add_scalar(name, value, step)
+        if self._trackers is not None:
+            self._trackers.log(step, scalars)
 
     def flush(self) -> int:
         """Flush all lines to the disk and return their size in bytes."""

@@ -20,6 +20,7 @@ from embedcache.train.distributed import process_group, run_on_first
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
 from embedcache.train.settings import FitSettings
 from embedcache.train.task import Task
+from embedcache.train.trackers import check_trackers
 from embedcache.train.trainer import OnEpoch, Trainer, seeded
 from embedcache.units import metric_label
 
@@ -85,6 +86,7 @@ def train_task(
         UnknownNameError: the task has no part of a name.
     """
     run_path, progress = Path(run_path), progress or NullProgress()
+    check_trackers(settings.machine.report_to)
     machine = name_device(settings.machine, run_path, needs_float64=True)  # some decode when they are measured
     with process_group(machine.device) as device:
         settings = replace(settings, machine=replace(machine, device=device))

@@ -124,7 +124,13 @@ class MachineSettings:
         default_text="4GB",
     )
     checkpoint_s: float = setting(60.0, "Seconds between checkpoints.", ge=0, affects_result=False, metavar="SECONDS")
-    tensorboard: bool = setting(False, "Write TensorBoard event files beside losses.jsonl.", affects_result=False)
+    report_to: tuple[str, ...] = setting(
+        (),
+        "Report losses and validation metrics to these trackers too: tensorboard, wandb, mlflow, trackio or "
+        "module:attribute.",
+        metavar="NAME",
+        affects_result=False,
+    )
 
     def __post_init__(self) -> None:
         name_precision(self)

@@ -29,7 +29,6 @@ from embedcache.projectors.saved import (
     split_path,
 )
 from embedcache.provenance import digest, digest_file, record_stage
-from embedcache.registry import require
 from embedcache.settings import replace_flat
 from embedcache.train.batches import Batches, Loader, PairLoader
 from embedcache.train.checkpoint import finish_run, name_device, reuse_run, start_run
@@ -40,6 +39,7 @@ from embedcache.train.losses import LOSSES
 from embedcache.train.pair import PairTask, Validation, pair_parts
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
+from embedcache.train.trackers import check_trackers
 from embedcache.train.trainer import OnEpoch, Trainer, seeded
 from embedcache.train.views import DrawnViews, parse_views
 from embedcache.units import metric_label
@@ -149,13 +149,14 @@ def train(
         SettingError: a missing device, a batch larger than the data, contradictory settings, or near-duplicates that
             leave nothing to hold out.
         DataError: too few samples, a feature that does not fit its projector, or a loss that is NaN or infinite.
-        MissingExtraError: TensorBoard is enabled and is not installed.
+        MissingExtraError: the library of a tracker is not installed.
     """
     settings = replace_flat(settings or TrainSettings(), with_split_seed(options))
     progress = to_progress(progress)
     for name in split_names(settings.model.projector):
         PROJECTORS.load(name)
     LOSSES.load(settings.loss.name)
+    check_trackers(settings.machine.report_to)
     settings = replace(settings, machine=name_device(settings.machine, Path(run_path)))
     with process_group(settings.machine.device) as device:
         settings = replace(settings, machine=replace(settings.machine, device=device))
@@ -231,8 +232,6 @@ def _view_digests(data: TrainData, settings: TrainSettings) -> dict[str, str]:
 
 
 def _check_features(data: TrainData, settings: TrainSettings) -> None:
-    if settings.machine.tensorboard:
-        require("tensorboard", extra="tensorboard")
     for feature, name in zip(data.features.values(), split_names(settings.model.projector), strict=True):
         if feature.has_tokens and not has_token_input(name):
             raise DataError(

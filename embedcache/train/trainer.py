@@ -4,8 +4,9 @@ import copy
 import ctypes
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -67,7 +68,7 @@ class Trainer:
     on_epoch: OnEpoch | None = None
 
     def __post_init__(self) -> None:
-        self._best = _BestWeights()
+        self._best, self._run_id = _BestWeights(), uuid.uuid4().hex
         self._step = self._epoch = self._log_bytes = self._num_resumed = self._num_samples = 0
         self._last_checkpoint = time.perf_counter()
 
@@ -103,9 +104,14 @@ class Trainer:
         """Run all epochs and return the seconds of training, without validation."""
         total = self.optimizer.epochs * self.task.loader.num_samples
         self.progress.start("training", total - self._num_resumed, self.task.unit)
-        tensorboard = self.machine.tensorboard
-        self._log = RunLog(self.run_path, num_bytes=self._log_bytes, step=self._step, tensorboard=tensorboard)
-        with closing(self._log):
+        self._log = RunLog(
+            self.run_path,
+            num_bytes=self._log_bytes,
+            step=self._step,
+            report_to=self.machine.report_to,
+            run_id=self._run_id,
+        )
+        with self._log:
             if not self._best.weights:
                 self._validate()
             trained = DistributedDataParallel(self._objective) if num_processes() > 1 else self._objective
@@ -173,6 +179,7 @@ class Trainer:
                 "pairs": self._num_resumed + self._num_samples,
                 "log_bytes": self._log.flush(),
                 **({"scaler": self._scaler.state_dict()} if self._scaler.is_enabled() else {}),
+                "run_id": self._run_id,
             },
         )
         self._last_checkpoint = time.perf_counter()
@@ -187,6 +194,7 @@ class Trainer:
         self._best = _BestWeights.from_state(state["best"])
         self._step, self._epoch, self._log_bytes = state["step"], state["epoch"], state["log_bytes"]
         self._num_resumed = state["pairs"]
+        self._run_id = state.get("run_id", self._run_id)  # absent from checkpoints of earlier versions
         self.progress.note(f"resumed from the checkpoint after step {self._step:,}")
 
 

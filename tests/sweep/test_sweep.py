@@ -16,9 +16,11 @@ from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file, read_json
 from embedcache.reports.sweep import write_sweep_page
 from embedcache.sweep.sweep import SweepReport, sweep
+from embedcache.train.trackers import TrackedRun
 from tests.crash import start
 from tests.recorded import RecordedProgress
 from tests.sweep.conftest import FEATURES, RANDOM, SPACE
+from tests.train.test_trackers import NOTES
 
 pytestmark = pytest.mark.slow
 
@@ -225,14 +227,20 @@ def test_underperforming_trials_are_pruned(cache_path: Path, tmp_path: Path) -> 
     assert "pruned" in report.page_path.read_text()
 
 
-def test_each_cache_is_evaluated(two_caches: list[Path], tmp_path: Path) -> None:
+def test_each_cache_is_evaluated_and_each_trial_tracked(two_caches: list[Path], tmp_path: Path) -> None:
+    NOTES.clear()
     space_path = write_space(
-        tmp_path, "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\n[space]\nprojector = ['linear']"
+        tmp_path,
+        "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\nreport_to = ['tests.train.test_trackers:Notebook']\n"
+        "[space]\nprojector = ['linear']",
     )
     settings = replace(RANDOM, trials=1, sampler="grid", top_configs=1, seeds_per_config=1)
     report = sweep(two_caches, tmp_path / "study", space_path, **FEATURES, settings=settings)
     assert list(report.best[0].test) == [str(path) for path in two_caches]
     assert len(read_config(tmp_path / "study/trials/00000").index_digest.split("+")) == 2
+    tracked = [note.path.relative_to(tmp_path / "study").parts for note in NOTES if isinstance(note, TrackedRun)]
+    assert [parts[0] for parts in tracked] == ["trials", "best"]
+    assert tracked[0] == ("trials", "00000")
 
 
 def scores(study_path: Path) -> dict[str, float]:

@@ -362,7 +362,7 @@ def test_several_threads_give_the_same_weights(cache_path: Path, tmp_path: Path)
 
 def test_tensorboard_events_match_the_log(cache_path: Path, tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run(cache_path, tmp_path / "run", tensorboard=True)
+    run(cache_path, tmp_path / "run", report_to=("tensorboard",))
     events = event_accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
     losses = [event.value for event in events.Scalars("loss")]
