@@ -1,5 +1,6 @@
 """Settings of an extraction, and the job they are part of. Nothing heavy is imported here."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -52,9 +53,10 @@ class ExtractSettings:
     )
     shard: str = setting(
         "0/1",
-        "Work only on shard i of n, so that n jobs of an array share the chunks; i counts from 0.",
+        "Work only on shard i of n, so that n jobs of an array share the chunks; i counts from 0. With slurm, i and n "
+        "are those of this task of a SLURM array.",
         affects_result=False,
-        metavar="I/N",
+        metavar="I/N|slurm",
     )
     devices: tuple[str, ...] = setting(
         (),
@@ -90,6 +92,8 @@ class ExtractSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.shard == "slurm":  # here, since worker processes and Ray actors may have another environment
+            object.__setattr__(self, "shard", _slurm_shard(os.environ))
         self._shard_numbers()
 
     @property
@@ -110,8 +114,35 @@ class ExtractSettings:
     def _shard_numbers(self) -> tuple[int, int]:
         number, slash, count = self.shard.partition("/")
         if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-            raise SettingError(f"shard: expected i/n with i from 0 to n - 1, such as 0/4 to 3/4, got {self.shard!r}")
+            raise SettingError(
+                f"shard: expected i/n with i from 0 to n - 1, such as 0/4 to 3/4, or slurm, got {self.shard!r}"
+            )
         return int(number), int(count)
+
+
+def _slurm_shard(environment: Mapping[str, str]) -> str:
+    """Return the shard i/n of a task of a SLURM array, whose numbers may begin anywhere and have steps.
+
+    Raises:
+        SettingError: this is no task of an array, or one of an array with gaps.
+    """
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP")
+    words = [environment.get(name, "") for name in names]
+    if not (words[0].isdecimal() and words[1].isdecimal()):
+        raise SettingError(
+            f"shard: expected a task of a SLURM array, got {names[0]}={words[0]!r} and {names[1]}={words[1]!r}; submit "
+            "with sbatch --array=0-7, or name a shard such as 0/8"
+        )
+    task, count, first, step = (
+        int(word) if word.isdecimal() else default for word, default in zip(words, (0, 1, 0, 1), strict=True)
+    )
+    number, rest = divmod(task - first, step or 1)
+    if rest or not 0 <= number < count:
+        raise SettingError(
+            f"shard: expected a SLURM array without gaps, such as --array=0-7, got task {task} of {count} from {first} "
+            f"in steps of {step}; name a shard such as 0/{count}"
+        )
+    return f"{number}/{count}"
 
 
 @dataclass(frozen=True, kw_only=True)
