@@ -14,6 +14,7 @@ from embedcache.cli.config_files import read_config
 from embedcache.cli.options import with_settings
 from embedcache.errors import PathError, SettingError, UnknownNameError
 from embedcache.settings import check_settings, flat_settings, from_flat, group, replace_flat, setting, to_flat, to_json
+from embedcache.sweep.space import read_space
 from embedcache.train.settings import OptimizerSettings, TrainSettings, command_line, train_settings
 
 GOLDEN_RUN = Path(__file__).parent / "golden" / "artifacts" / "run" / "config.json"
@@ -218,9 +219,22 @@ def test_config_file_gives_values_and_options_win(tmp_path: Path) -> None:
     assert settings == train_settings({"lr": 0.25, "max_grad_norm": 2, "shuffle_pairs": True, "loss": "siglip"})
 
 
+def test_config_and_sweep_read_the_same_table(tmp_path: Path) -> None:
+    fixed = '[fixed]\nlr = 0.5\nmax-grad-norm = 2\nreport_to = "tensorboard"\nmemory = "2GB"\n'
+    (tmp_path / "train.toml").write_text(fixed)
+    (tmp_path / "space.toml").write_text(fixed + "[space]\ndropout = [0.1, 0.2]\n")
+    settings = parse(["--config", str(tmp_path / "train.toml"), "--dropout", "0.2"])
+    assert settings.machine.report_to == ("tensorboard",)
+    assert settings == read_space(tmp_path / "space.toml").settings({"dropout": 0.2})
+
+
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
+        ("[fixed]\nlrr = 1", UnknownNameError, "unknown option 'lrr'; did you mean 'lr'"),
+        ("[space]\nlr = [1, 2]", SettingError, r"got ranges and choices in \[space\]: lr; name one value"),
+        ("seed = 1\n[fixed]\nlr = 1", SettingError, r"all in a table \[fixed\], got both: seed; move them"),
+        ("fixed = 1", SettingError, r"all in a table \[fixed\], got both: fixed"),
         ("lr = ", SettingError, "expected TOML such as `lr = 0.001`"),
         ("lrr = 1", UnknownNameError, "unknown option 'lrr'; did you mean 'lr'"),
         ("epochs = -1", SettingError, "epochs: expected a whole number from 0 to 1000000, got -1"),
@@ -255,3 +269,9 @@ def test_config_of_a_run_restores_its_settings() -> None:
     values = {name: value for name, value in read_config(GOLDEN_RUN).items() if not name.endswith("_feature")}
     assert train_settings(values).to_json() == golden
     assert read_config(GOLDEN_RUN)["image_feature"] == "open_toy/cls"
+
+
+def test_config_of_another_kind_of_run_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"format": 2, "kind": "speech"}')
+    with pytest.raises(SettingError, match="got that of a run of the kind speech; name its options one by one"):
+        read_config(tmp_path / "config.json")

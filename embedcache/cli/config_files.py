@@ -1,4 +1,4 @@
-"""Options from a file: TOML, or the `config.json` of a run."""
+"""Options from a file: TOML, at the top or in `[fixed]` as in the space of a sweep; or the `config.json` of a run."""
 
 import functools
 import json
@@ -21,34 +21,39 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
         UnknownNameError: the command has no option of that name.
     """
     if path is not None:
-        names = {
-            flag.lstrip("-").replace("-", "_"): option.name
+        options = {
+            flag.lstrip("-").replace("-", "_"): option
             for option in context.command.params
             for flag in (*option.opts, *option.secondary_opts)
         }
         values = read_config(path)
         for name in values:
-            if name not in names or name == "config":
-                raise unknown_name("option", name, sorted(names))
-        context.default_map = {str(names[name]): _as_words(value) for name, value in values.items()}
+            if name not in options or name == "config":
+                raise unknown_name("option", name, sorted(options))
+        context.default_map = {
+            str(options[name].name): _as_words(value, is_list=getattr(options[name], "multiple", False))
+            for name, value in values.items()
+        }
     return path
 
 
-def _as_words(value: Any) -> Any:
+def _as_words(value: Any, *, is_list: bool) -> Any:
     """Return a value as the parser of the command line expects it."""
     if isinstance(value, list):
         return [str(element) for element in value]
-    return value if isinstance(value, bool) else str(value)
+    word = value if isinstance(value, bool) else str(value)
+    return [word] if is_list else word
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read option values from a TOML file, or from the `config.json` of a run.
 
-    In TOML, `lr` and `max-grad-norm` are written as on the command line, without the dashes in front.
+    In TOML, `lr` and `max-grad-norm` are written as on the command line, without the dashes in front, at the top or in
+    a table `[fixed]`.
 
     Raises:
         PathError: the file cannot be read.
-        SettingError: it is not TOML, or not JSON of a run.
+        SettingError: it is not TOML, or not JSON of a run, or has ranges of settings in a table `[space]`.
     """
     from embedcache.files import io_reason, read_limited
 
@@ -66,38 +71,73 @@ def read_config(path: Path) -> dict[str, Any]:
         values = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SettingError(f"{path}: expected TOML such as `lr = 0.001`, got an error: {error}") from error
-    return {name.replace("-", "_"): value for name, value in values.items()}
+    if swept := values.pop("space", None):
+        raise SettingError(
+            f"{path}: expected one value per option, got ranges and choices in [space]: {', '.join(swept)}; name one "
+            "value of each in [fixed], or search them with embedcache sweep"
+        )
+    fixed = values.pop("fixed", {})
+    if not isinstance(fixed, dict) or (fixed and values):
+        raise SettingError(
+            f"{path}: expected all options at the top or all in a table [fixed], got both: "
+            f"{', '.join(values) or 'fixed'}; move them into one"
+        )
+    return {name.replace("-", "_"): value for name, value in (fixed or values).items()}
 
 
 def _read_run_config(path: Path, text: str) -> dict[str, Any]:
     """Return the settings and features of a run by option name."""
     from embedcache.projectors.saved import CHANGED_CONFIG
     from embedcache.provenance import check_record
-    from embedcache.train.settings import TrainSettings
 
     try:
         record = json.loads(text)
         check_record(path, record, next_step=CHANGED_CONFIG)
-        if record.get("kind", "pair") != "pair":
+        kind = record.get("kind", "pair")
+        if kind not in ("pair", "shared"):
             raise SettingError(
-                f"{path}: expected the config.json of a pair of projectors, got that of a run of the kind "
-                f"{record['kind']}; name its options one by one"
+                f"{path}: expected the config.json of a pair of projectors or of tasks of one likelihood, got that of "
+                f"a run of the kind {kind}; name its options one by one"
             )
-        settings = {
-            item.name: _recorded_value(record["training"], item)
-            for item in flat_settings(TrainSettings)
-            if item.declared.affects_result
-        }
-        if record.get("kind") == "pair":
-            settings["feature"] = [f"{modality}={side['feature']}" for modality, side in record["sides"].items()]
-        else:
-            settings |= {f"{modality}_feature": record[modality]["feature"] for modality in ("image", "text")}
+        settings = _pair_settings(record) if kind == "pair" else _likelihood_settings(path, record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, EmbedcacheError):
             raise
         raise SettingError(f"{path}: expected the config.json of a run, got other content: {error!r}") from error
     mark_as_read(path, [*str(settings.get("projector", "")).split("+"), str(settings.get("loss", ""))])
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _pair_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    from embedcache.train.settings import TrainSettings
+
+    settings = _recorded_settings(record["training"], TrainSettings)
+    if record.get("kind") == "pair":
+        return settings | {"feature": [f"{modality}={side['feature']}" for modality, side in record["sides"].items()]}
+    return settings | {f"{modality}_feature": record[modality]["feature"] for modality in ("image", "text")}
+
+
+def _likelihood_settings(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a run of one likelihood; its record names no task file and no word table."""
+    from embedcache.train.settings import FitSettings
+
+    sizes = ("width", "num_layers", "num_heads", "feed_forward")
+    settings = _recorded_settings(record["training"], FitSettings)
+    if not settings.get("init_from"):  # a network that starts from a run has its sizes
+        settings |= {name: record["arguments"].get(name) for name in sizes}
+    split = path.with_name("split.parquet")
+    return settings | {
+        "task": "likelihood",
+        "word_feature": record["sides"]["words"]["feature"],
+        "num_prompts": record["arguments"]["num_prompts"],
+        "steps_per_epoch": record["training"]["steps_per_epoch"],
+        "split": str(split) if split.is_file() else None,
+    }
+
+
+def _recorded_settings(record: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Return the recorded values of a settings class by flat name."""
+    return {item.name: _recorded_value(record, item) for item in flat_settings(kind) if item.declared.affects_result}
 
 
 def _recorded_value(record: Mapping[str, Any], item: FlatSetting) -> Any:

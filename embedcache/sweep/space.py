@@ -139,7 +139,9 @@ def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
             raise SettingError(f"{path}: expected only the tables [fixed] and [space] at the top, got {name!r}")
     if not tables.get("space"):
         raise SettingError(f"{path}: expected settings to try in a table [space], got none; for example {_EXAMPLE}")
-    return tables
+    return {
+        name: {option.replace("-", "_"): value for option, value in table.items()} for name, table in tables.items()
+    }
 
 
 def _check_can_be_swept(path: Path, name: str, fixed: Mapping[str, Any]) -> None:

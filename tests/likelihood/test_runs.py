@@ -88,6 +88,8 @@ def test_a_run_is_trained_and_reused(folder: Path, run: Path) -> None:
     assert (config["arguments"]["width"], config["arguments"]["heads"]) == (32, {"color": 3})
     assert (run / "split.parquet").is_file()
     assert "reused" in succeed(*train("run"), cwd=folder)
+    again = "train cache run --config run/config.json --task-file tasks.toml --words words"
+    assert "reused" in succeed(*again.split(), cwd=folder)
     other = embedcache(*train("run", "--lr 0.5"), cwd=folder)
     assert (other.code, other.stderr.count("\n")) == (1, 1)
     assert "learning_rate: stored 0.001, requested 0.5" in other.stderr
