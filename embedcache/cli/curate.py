@@ -183,15 +183,29 @@ def combine(
     ],
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="Second selection.")],
     out: SelectionOutput,
+    as_json: Json = False,
+    output: Output = None,
 ) -> None:
     """Intersect two selections, or subtract one from another.
 
     Example: embedcache curate combine cache/ first.parquet and second.parquet both.parquet
     """
-    from embedcache.cli.console import print_line
     from embedcache.curate.select.select import combine_selections
 
-    print_line(f"{out}: {combine_selections(cache, out, first, operation, second):,} samples")
+    num_samples = combine_selections(cache, out, first, operation, second)
+    _publish_size(out, num_samples, as_json=as_json, output=output)
+
+
+def _publish_size(out: Path, num_samples: int, *, as_json: bool, output: Path | None) -> None:
+    """Print how many samples were written, or publish it as JSON."""
+    from embedcache.cli.console import print_line, publish
+
+    publish(
+        lambda: print_line(f"{out}: {num_samples:,} samples"),
+        lambda: {"path": str(out), "num_samples": num_samples},
+        as_json=as_json,
+        output=output,
+    )
 
 
 def sample(
@@ -200,15 +214,17 @@ def sample(
     size: Annotated[int, typer.Argument(metavar="N", help="Number of samples to draw.")],
     out: SelectionOutput,
     seed: Seed = 0,
+    as_json: Json = False,
+    output: Output = None,
 ) -> None:
     """Draw random samples of a selection.
 
     Example: embedcache curate sample cache/ selection.parquet 1000 some.parquet
     """
-    from embedcache.cli.console import print_line
     from embedcache.curate.select.select import sample_selection
 
-    print_line(f"{out}: {sample_selection(cache, out, selection, size, seed=seed):,} samples")
+    num_samples = sample_selection(cache, out, selection, size, seed=seed)
+    _publish_size(out, num_samples, as_json=as_json, output=output)
 
 
 def export(
@@ -225,15 +241,18 @@ def export(
             help="DataComp's uids (.npy), one key per line, or tars with the samples.",
         ),
     ] = "keys",
+    as_json: Json = False,
+    output: Output = None,
 ) -> None:
     """Write a selection for other tools.
 
     Example: embedcache curate export cache/ selection.parquet tars/ --format webdataset
     """
-    from embedcache.cli.console import open_progress, print_line
+    from embedcache.cli.console import open_progress
     from embedcache.curate.select.export import export_selection
 
-    print_line(f"{out}: {export_selection(cache, selection, out, form, progress=open_progress()):,} samples")
+    num_samples = export_selection(cache, selection, out, form, progress=open_progress())
+    _publish_size(out, num_samples, as_json=as_json, output=output)
 
 
 @with_settings(settings=DedupSettings)

@@ -1,5 +1,6 @@
 """embedcache evaluate"""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -313,17 +314,24 @@ def likelihood(
     publish(show, lambda: likelihood_json(reports, Path(cache).name), as_json=as_json, output=output)
 
 
-def clip_benchmark(context: typer.Context, run: RunArgument) -> None:
+def clip_benchmark(context: typer.Context, run: RunArgument, as_json: Json = False) -> None:
     """Evaluate a run with CLIP_benchmark.
 
     Its own code, datasets and options: everything after the run is passed on to it; `clip_benchmark eval --help` lists
-    its options.
+    its options, such as --output for its file. With --json the contents of its files are printed at the end.
 
     Example: embedcache evaluate clip-benchmark run/ --dataset cifar10 --dataset_root data/
     """
-    from embedcache.interop.clip_benchmark import evaluate
+    from contextlib import nullcontext, redirect_stdout
 
-    evaluate(run, context.args)
+    from embedcache.cli.console import print_json
+    from embedcache.interop.clip_benchmark import evaluate
+    from embedcache.provenance import read_json
+
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        paths = evaluate(run, context.args)
+    if as_json:
+        print_json([read_json(path) for path in paths])
 
 
 add_command(app, "retrieval", retrieval)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.options import CacheArgument, RunArgument, check_new_file, with_settings
+from embedcache.cli.options import CacheArgument, Json, Output, RunArgument, check_new_file, with_settings
 from embedcache.export.settings import ExportSettings
 from embedcache.interop.settings import AtlasSettings, VectorExportSettings
 
@@ -17,117 +17,205 @@ NewParquet = Annotated[Path, typer.Argument(metavar="OUT", help="New .parquet fi
 
 
 @with_settings(settings=ExportSettings, skip=("towers",))
-def transformers(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> None:
+def transformers(
+    run: RunArgument,
+    out: NewFolder,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: ExportSettings,
+) -> None:
     """Write a model for transformers.
 
     AutoModel, AutoProcessor and AutoTokenizer open the folder.
 
     Example: embedcache export transformers run/ model/
     """
-    _export_model("transformers", run, out, settings)
+    _export_model("transformers", run, out, settings, as_json=as_json, output=output)
 
 
 @with_settings(settings=ExportSettings, skip=("towers",))
-def open_clip(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> None:
+def open_clip(
+    run: RunArgument,
+    out: NewFolder,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: ExportSettings,
+) -> None:
     """Write a model for open_clip.
 
     It opens the folder as local-dir:OUT.
 
     Example: embedcache export open-clip run/ model/
     """
-    _export_model("open-clip", run, out, settings)
+    _export_model("open-clip", run, out, settings, as_json=as_json, output=output)
 
 
 @with_settings(settings=ExportSettings, skip=("towers",))
-def sentence_transformers(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> None:
+def sentence_transformers(
+    run: RunArgument,
+    out: NewFolder,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: ExportSettings,
+) -> None:
     """Write the text tower for sentence-transformers.
 
     Example: embedcache export sentence-transformers run/ model/
     """
-    _export_model("sentence-transformers", run, out, settings)
+    _export_model("sentence-transformers", run, out, settings, as_json=as_json, output=output)
 
 
 @with_settings(settings=ExportSettings)
-def onnx(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> None:
+def onnx(
+    run: RunArgument,
+    out: NewFolder,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: ExportSettings,
+) -> None:
     """Write ONNX graphs of the projectors or the towers.
 
     Example: embedcache export onnx run/ model/ --towers
     """
-    _export_model("onnx", run, out, settings)
+    _export_model("onnx", run, out, settings, as_json=as_json, output=output)
 
 
 @with_settings(settings=ExportSettings, skip=("towers",))
-def safetensors(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> None:
+def safetensors(
+    run: RunArgument,
+    out: NewFolder,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: ExportSettings,
+) -> None:
     """Write the projectors as plain tensors.
 
     The model card describes how to apply them.
 
     Example: embedcache export safetensors run/ model/
     """
-    _export_model("safetensors", run, out, settings)
+    _export_model("safetensors", run, out, settings, as_json=as_json, output=output)
 
 
-def _export_model(format_name: str, run: Path, out: Path, settings: ExportSettings) -> None:
-    from embedcache.cli.console import print_line
+def _export_model(
+    format_name: str, run: Path, out: Path, settings: ExportSettings, *, as_json: bool, output: Path | None
+) -> None:
+    from embedcache.cli.console import print_line, publish, to_plain
     from embedcache.export.export import export_run
 
     report = export_run(format_name, run, out, settings)
-    print_line(f"{out}: {'written' if report.is_new else 'already exists, unchanged'}")
-    for modality, difference in report.differences.items():
-        print_line(f"  {modality}: differs from the run by at most {difference:.1e}")
-    if report.url is not None:
-        print_line(f"  {report.url}")
+
+    def show() -> None:
+        print_line(f"{out}: {'written' if report.is_new else 'already exists, unchanged'}")
+        for modality, difference in report.differences.items():
+            print_line(f"  {modality}: differs from the run by at most {difference:.1e}")
+        if report.url is not None:
+            print_line(f"  {report.url}")
+
+    publish(
+        show,
+        lambda: {"path": str(out), "format": format_name, **to_plain(report)},
+        as_json=as_json,
+        output=output,
+    )
 
 
 @with_settings(settings=VectorExportSettings)
-def clip_retrieval(cache: CacheArgument, out: NewFolder, *, settings: VectorExportSettings) -> None:
+def clip_retrieval(
+    cache: CacheArgument,
+    out: NewFolder,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: VectorExportSettings,
+) -> None:
     """Write vectors of length 1 for clip-retrieval.
 
     The folders img_emb, text_emb and metadata, for its index command.
 
     Example: embedcache export clip-retrieval cache/ tree/ --run run/
     """
-    _export_vectors("clip-retrieval", cache, out, settings)
+    _export_vectors("clip-retrieval", cache, out, settings, as_json=as_json, output=output)
 
 
 @with_settings(settings=VectorExportSettings)
-def parquet(cache: CacheArgument, out: NewParquet, *, settings: VectorExportSettings) -> None:
+def parquet(
+    cache: CacheArgument,
+    out: NewParquet,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: VectorExportSettings,
+) -> None:
     """Write vectors, keys and captions to Parquet.
 
     Columns key, caption, those of the source, and image_vector and text_vector as lists of fixed length.
 
     Example: embedcache export parquet cache/ vectors.parquet --run run/
     """
-    _export_vectors("parquet", cache, out, settings)
+    _export_vectors("parquet", cache, out, settings, as_json=as_json, output=output)
 
 
 @with_settings(settings=VectorExportSettings)
-def npy(cache: CacheArgument, out: NewFolder, *, settings: VectorExportSettings) -> None:
+def npy(
+    cache: CacheArgument,
+    out: NewFolder,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: VectorExportSettings,
+) -> None:
     """Write vectors as NumPy arrays.
 
     Files image.npy, text.npy and rows.parquet in a new folder.
 
     Example: embedcache export npy cache/ arrays/ --image-feature resnet18/pooled
     """
-    _export_vectors("npy", cache, out, settings)
+    _export_vectors("npy", cache, out, settings, as_json=as_json, output=output)
 
 
 @with_settings(settings=AtlasSettings)
-def atlas(cache: CacheArgument, out: NewParquet, *, settings: AtlasSettings) -> None:
+def atlas(
+    cache: CacheArgument,
+    out: NewParquet,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: AtlasSettings,
+) -> None:
     """Write a map of the dataset for embedding-atlas.
 
     A Parquet file with vectors, captions, thumbnails, positions on the plane and neighbors.
 
     Example: embedcache export atlas cache/ atlas.parquet --run run/
     """
-    _export_vectors("atlas", cache, out, settings)
+    _export_vectors("atlas", cache, out, settings, as_json=as_json, output=output)
 
 
-def _export_vectors(format_name: str, cache: str, out: Path, settings: VectorExportSettings | AtlasSettings) -> None:
-    from embedcache.cli.console import open_progress, print_line
+def _export_vectors(
+    format_name: str,
+    cache: str,
+    out: Path,
+    settings: VectorExportSettings | AtlasSettings,
+    *,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    from embedcache.cli.console import open_progress, print_line, publish, to_plain
     from embedcache.interop.formats import export_vectors
 
-    print_line(export_vectors(format_name, cache, out, settings, progress=open_progress()).line())
+    report = export_vectors(format_name, cache, out, settings, progress=open_progress())
+    publish(
+        lambda: print_line(report.line()),
+        lambda: {**to_plain(report), "format": format_name},
+        as_json=as_json,
+        output=output,
+    )
 
 
 add_command(app, "transformers", transformers)

@@ -148,6 +148,8 @@ def uids(
     path: Annotated[Path, typer.Argument(metavar="UIDS", help="List of uids of DataComp: a .npy file of dtype u8,u8.")],
     cache: CacheArgument,
     out: SelectionOutput,
+    as_json: Json = False,
+    output: Output = None,
 ) -> None:
     """Turn a list of uids of DataComp into a selection.
 
@@ -155,10 +157,16 @@ def uids(
 
     Example: embedcache import uids uids.npy cache/ selection.parquet
     """
-    from embedcache.cli.console import print_line
+    from embedcache.cli.console import print_line, publish
     from embedcache.interop.datacomp import import_uids
 
-    print_line(f"{out}: {import_uids(path, cache, out):,} samples")
+    num_samples = import_uids(path, cache, out)
+    publish(
+        lambda: print_line(f"{out}: {num_samples:,} samples"),
+        lambda: {"path": str(out), "num_samples": num_samples},
+        as_json=as_json,
+        output=output,
+    )
 
 
 add_command(app, "clip-retrieval", clip_retrieval, runs_named_code=False)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cli.options import Cache, Concepts, Device, IndexArgument, MovedRun, with_settings
+from embedcache.cli.options import Cache, Concepts, Device, IndexArgument, Json, MovedRun, with_settings
 from embedcache.devices import AUTO
 from embedcache.serve.settings import ServeSettings
 
@@ -23,6 +23,7 @@ def serve(
         list[Path] | None, typer.Option(metavar="FILE", help="Offer this selection as a filter on the page.")
     ] = None,
     device: Device = AUTO,
+    as_json: Json = False,
     *,
     settings: ServeSettings,
 ) -> None:
@@ -34,7 +35,7 @@ def serve(
     """
     from contextlib import suppress
 
-    from embedcache.cli.console import open_progress, print_line
+    from embedcache.cli.console import open_progress, print_json, print_line
     from embedcache.registry import require
 
     for package in ("fastapi", "uvicorn"):
@@ -45,5 +46,17 @@ def serve(
     paths = ServePaths(
         index=index, run=run, cache=cache, selections=selection or (), coverage=coverage, concepts=concepts
     )
+    progress = open_progress()
+
+    def announce(line: str) -> None:
+        """Print a line; as JSON only the address, which is the last one."""
+        word, _, url = line.partition(" ")
+        if not as_json:
+            print_line(line)
+        elif word == "open":
+            print_json({"url": url})
+        else:
+            progress.note(line)
+
     with suppress(KeyboardInterrupt):  # Ctrl-C ends the server
-        run_server(paths, settings, device=device, progress=open_progress(), print_line=print_line)
+        run_server(paths, settings, device=device, progress=progress, print_line=announce)

@@ -1,6 +1,9 @@
 """Evaluation of runs with CLIP_benchmark: a model loader as it expects, and its own command with that loader added."""
 
+import glob
+import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,8 +102,8 @@ def load(
     )
 
 
-def evaluate(run_path: Path, arguments: Sequence[str]) -> None:
-    """Run CLIP_benchmark's `eval` on a run; it prints its metrics and writes a JSON file.
+def evaluate(run_path: Path, arguments: Sequence[str]) -> list[Path]:
+    """Run CLIP_benchmark's `eval` on a run; it prints its metrics and writes a JSON file per dataset, which it returns.
 
     Mixed precision is off, because it would only round the similarities. By default the result goes to
     `{dataset}_RUN_{language}_{task}.json`, where RUN is the last part of the run's path. `arguments` are options of its
@@ -116,12 +119,16 @@ def evaluate(run_path: Path, arguments: Sequence[str]) -> None:
     _patch_accuracy()
     output = f"{{dataset}}_{run_path.resolve().name}_{{language}}_{{task}}.json"
     ours = ["--model_type", MODEL, "--model", MODEL, "--pretrained", str(run_path), "--no_amp"]
-    words = sys.argv  # which its command reads
+    words, started_ns = sys.argv, time.time_ns()  # its command reads them
     sys.argv = ["clip_benchmark", "eval", "--output", output, *arguments, *ours]
     try:
         command.main()
     finally:
         sys.argv = words
+    named = [arguments[place + 1] for place, word in enumerate(arguments[:-1]) if word == "--output"]
+    pattern = re.sub(r"\{\w+\}", "*", glob.escape((named or [output])[-1]))
+    written = map(Path, glob.glob(pattern))  # noqa: PTH207 - takes absolute patterns too
+    return sorted(path for path in written if path.stat().st_mtime_ns >= started_ns)
 
 
 def register() -> None:

@@ -75,11 +75,17 @@ def test_commands_report_what_they_did(folder: Path) -> None:
         ("curate dedup cache --modality image", "levels"),
         ("verify cache", "findings"),
         ("inspect cache", "features"),
+        ("curate sample cache keys.txt 2 some.parquet", "num_samples"),
+        ("curate combine cache keys.txt minus keys.txt none.parquet", "num_samples"),
+        ("curate export cache keys.txt tars --format webdataset", "num_samples"),
+        ("export npy cache arrays --run run", "num_rows"),
+        ("export safetensors run tensors", "differences"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_json_is_the_only_output(folder: Path, line: str | list[str], key: str) -> None:
     words = line.split() if isinstance(line, str) else line
+    (folder / "keys.txt").write_text("00001\n00002\n")
     record = json.loads(succeed(*words, "--json", "--output", "record.json", "--overwrite", cwd=folder))
     assert key in (record[0] if isinstance(record, list) else record)
     if words[:2] != ["evaluate", "retrieval"]:  # which measures the time

@@ -98,6 +98,20 @@ def test_help_is_readable(words: str, command: Any) -> None:
         assert parameter.help.endswith("."), parameter.help
 
 
+WITHOUT_OUTPUT = {
+    "embedcache serve": "prints its address, and does not end",
+    "embedcache evaluate clip-benchmark": "--output is an option of CLIP_benchmark's eval",
+}
+"""Commands without `--output FILE`, and why."""
+
+
+@pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[words for words, _ in COMMANDS])
+def test_every_command_has_json(words: str, command: Any) -> None:
+    options = {flag: option for option in command.params for flag in option.opts}
+    assert options["--json"].is_flag, words
+    assert ("--output" in options) == (words not in WITHOUT_OUTPUT)
+
+
 @pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[words for words, _ in COMMANDS])
 def test_inputs_come_first_and_the_output_last(words: str, command: Any) -> None:
     arguments = [parameter.metavar for parameter in command.params if parameter.param_type_name == "argument"]
