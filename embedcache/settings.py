@@ -145,13 +145,14 @@ def check_settings(settings: Any) -> None:
 
 def _convert(value: Any, hint: Any) -> Any:
     """Return one value or a sequence as a tuple where the type is one, and an object with a path as that path."""
+    if _has_type(value, hint):  # such as a text where the type is a text or several
+        return value
     kinds = _alternatives(hint)
     elements = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), None)
     if elements is not None and value is not None:
         is_one = isinstance(value, str | os.PathLike) or not isinstance(value, Iterable)
-        converted = tuple(_convert(element, elements) for element in ([value] if is_one else value))
-        return value if value == converted else converted
-    if isinstance(value, str | os.PathLike) and not _has_type(value, hint):
+        return tuple(_convert(element, elements) for element in ([value] if is_one else value))
+    if isinstance(value, str | os.PathLike):
         return os.fspath(value) if str in kinds else Path(value) if Path in kinds else value
     return value
 

@@ -76,7 +76,7 @@ def test_commands_report_what_they_did(folder: Path) -> None:
         ("verify cache", "findings"),
         ("inspect cache", "features"),
         ("curate sample cache keys.txt 2 some.parquet", "num_samples"),
-        ("curate combine cache keys.txt minus keys.txt none.parquet", "num_samples"),
+        ("curate combine cache keys.txt and keys.txt both.parquet", "num_samples"),
         ("curate export cache keys.txt tars --format webdataset", "num_samples"),
         ("export npy cache arrays --run run", "num_rows"),
         ("export safetensors run tensors", "differences"),
@@ -92,6 +92,7 @@ def test_json_is_the_only_output(folder: Path, line: str | list[str], key: str) 
         written = json.loads((folder / "record.json").read_text())
         for part in written if isinstance(written, list) else [written]:
             assert part.pop("generator") == "embedcache"
+            assert len(part.pop("digest")) == 64
         assert written == record
 
 
