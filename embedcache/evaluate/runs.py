@@ -204,11 +204,15 @@ def _check_same_recipe(runs: Sequence[Run]) -> None:
 
 
 def _recipe(config: PairConfig) -> dict[str, Any]:
-    """Return all that decides a run except its seeds; a split from a file counts as one of several, as a seed does."""
+    """Return all that decides a run except its seeds and where it was trained.
+
+    A split from a file counts as one of several, as a seed does.
+    """
     is_file = "split" in config.file_digests
+    machine = {**config.training["machine"], "device": None}  # `auto` may have chosen another one for each seed
     split = {**config.training["split"], "seed": None, **({"kind": "a file"} if is_file else {})}
     return {
         **{modality: side.feature for modality, side in config.sides.items()},
         "spine": config.index_digest,
-        "training": {**config.training, "seed": None, "split": split},
+        "training": {**config.training, "seed": None, "split": split, "machine": machine},
     }

@@ -20,6 +20,7 @@ from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
+from tests.edits import edit_record
 from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
@@ -78,6 +79,13 @@ def test_seeds_are_averaged(cache_path: Path, runs: list[Path]) -> None:
             assert estimate.value == pytest.approx(mean)
             assert estimate.low <= estimate.value <= estimate.high
     assert both.seeds == [0, 1]
+
+
+def test_seeds_may_come_from_other_devices(runs: list[Path], tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(runs[1], tmp_path / "on-a-gpu"))
+    edit_record(moved / "config.json", {'"device": "cpu"': '"device": "cuda"'})
+    assert len(load_runs([runs[0], moved])) == 2
+    assert len(group_by_recipe([runs[0], moved])) == 1
 
 
 def test_overlap_with_training_warns(cache_path: Path, runs: list[Path]) -> None:
