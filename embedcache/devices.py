@@ -78,14 +78,14 @@ def autocast(device_type: str, precision: str) -> "torch.autocast":
 def products_on(device: str) -> "Products":
     """Return a function that computes the dot products of rows with rows on a device, in float32."""
     import numpy as np
-    import torch
 
     from embedcache.arrays import dot_products
 
-    where = torch_device(device)
+    where = "cpu" if device == "cpu" else torch_device(device)  # torch takes seconds to import
     announce_device(where)
-    if where.type == "cpu":
+    if str(where) == "cpu":
         return dot_products
+    import torch
 
     def on_device(left_QP: "Floats", right_CP: "Floats") -> "Floats":
         left, right = (torch.from_numpy(np.ascontiguousarray(rows)).to(where) for rows in (left_QP, right_CP))
@@ -105,10 +105,12 @@ def _available() -> list[str]:
 
 def announce_device(device: "torch.device | str") -> None:
     """Log once that this process computes on a device."""
-    import torch
+    name = ""
+    if str(device).startswith("cuda"):
+        import torch
 
-    is_cuda = str(device).startswith("cuda")
-    announce(f"device: {device} ({torch.cuda.get_device_name(device)})" if is_cuda else f"device: {device}")
+        name = f" ({torch.cuda.get_device_name(device)})"
+    announce(f"device: {device}{name}")
 
 
 @cache

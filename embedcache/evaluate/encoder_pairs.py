@@ -11,6 +11,7 @@ from embedcache.dataset.inputs import InputFeature, open_input, to_unit_vectors
 from embedcache.dataset.pairs import Items, Pairs, pair_items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.dataset.splits import make_split
+from embedcache.devices import announce_device
 from embedcache.encoders.image_features import FeatureName
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.evaluate.settings import PairsSettings
@@ -155,6 +156,7 @@ def evaluate_pairs(
     if settings.k >= len(sample.samples):
         raise SettingError(f"k: expected less than the {len(sample.samples)} compared samples, got {settings.k}")
     _note_duration(sample, images, texts, settings.k, progress)
+    announce_device("cpu")
     progress.start("encoder pairs", len(images) * len(texts), "pairs")
     prepared_texts = [_prepare(feature, sample.pairs.second, sample, settings.k) for feature in texts]
     metrics = []

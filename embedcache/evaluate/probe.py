@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array, Ints, blocks
+from embedcache.devices import announce_device
 from embedcache.errors import SettingError
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, compare_neighbors, fit_knn, load_method
 from embedcache.evaluate.labeled import LabeledFeature, read_labeled
@@ -139,6 +140,7 @@ def evaluate_probe(
     if fit_knn in methods.values():
         _note_neighbors(data, settings, progress)
     num_fits = 1 + (settings.control + len(settings.shots)) * settings.draws
+    announce_device("cpu")
     progress.start("probing", len(methods) * num_fits, "fits")
     scores = [_score(name, fit, data, progress) for name, fit in methods.items()]
     controls = [_control(name, fit, data, settings, progress) for name, fit in methods.items() if settings.control]

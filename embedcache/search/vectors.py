@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, blocks, normalize
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
-from embedcache.devices import AUTO, torch_device
+from embedcache.devices import AUTO, announce_device, torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
@@ -213,6 +213,7 @@ def run_pass(
 
 def _run_local(vectors: Vectors, work: ChunkPass[State]) -> Iterator[tuple[int, State]]:
     """Run one chunk per core; BLAS uses one thread per product."""
+    announce_device("cpu")
     cores = num_cores()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cores, "pass") as pool:
         yield from _in_order(
