@@ -23,6 +23,7 @@ from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
+from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import note_duration, top_k
@@ -112,7 +113,8 @@ def mine_negatives(
     named = name_features(image_feature, text_feature, feature) if is_named else None
     mining = _Mining(cache_path, settings, named, progress)
     counts = _Counts()
-    metadata = {"task": "negatives", **{name: _plain(value) for name, value in asdict(settings).items()}}
+    values = {name: _plain(value) for name, value in asdict(settings).items() if name != "device"}
+    metadata = {"task": "negatives", **values}
     parts = counts.watch(mining.blocks())
     write_negatives(out_path, mining.cache, mining.groups_S, parts, {**metadata, "sides": mining.names})
     return NegativesReport(
@@ -179,7 +181,8 @@ class _Mining:
         of = dict(zip(data.sides, (self.pairs.first, self.pairs.second), strict=True))
         self._queries, self._candidates = of[modality], of[other]
         self._query_vectors, self._vectors = (
-            Vectors(cache_path, name, self.names[name], settings.run) for name in (modality, other)
+            Vectors(cache_path, name, self.names[name], settings.run, device=settings.device)
+            for name in (modality, other)
         )
         self._index = None if settings.index is None else open_index(settings.index, self._vectors)
         self.groups_S = np.full(self.cache.info.num_samples, -1, np.int64)
@@ -263,7 +266,13 @@ class _Mining:
         if self._index is None:
             groups_C = self.groups_S[self._candidates.samples]
             k = min(settings.last_rank, len(groups_C))
-            places_BK, scores_BK = top_k(queries_BP, self._candidate_vectors, k, groups=(groups_B, groups_C))
+            places_BK, scores_BK = top_k(
+                queries_BP,
+                self._candidate_vectors,
+                k,
+                groups=(groups_B, groups_C),
+                products=products_on(settings.device),
+            )
             return np.where(np.isfinite(scores_BK), self._candidates.samples[places_BK], -1), scores_BK
         index, card = self._index
         k = min(2 * settings.last_rank + 64, len(index))  # some are of the query's group, or not selected

@@ -191,6 +191,7 @@ class NegativesSettings:
         default_text="the training part of the run, or all",
     )
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)

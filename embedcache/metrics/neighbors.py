@@ -24,6 +24,7 @@ def top_k(
     *,
     exclude_self: bool = False,
     groups: tuple[Ints, Ints] | None = None,
+    products: Products = dot_products,
 ) -> tuple[Ints, Floats]:
     """Find the k candidates with the largest dot product. Memory: about 200 MB above the inputs and the result.
 
@@ -31,6 +32,7 @@ def top_k(
         k: number of candidates per query, from 0 to C, or to C - 1 with `exclude_self`.
         exclude_self: queries and candidates are the same rows; a row is not its own neighbor.
         groups: (Q,) and (C,) groups of queries and candidates; one of the query's own group has the similarity -inf.
+        products: computes dot products, perhaps on a GPU.
 
     Returns:
         (Q, K) int64 rows of candidates, best first, and (Q, K) float32 their similarities.
@@ -46,7 +48,7 @@ def top_k(
         rows_BK = np.empty((tile.stop - tile.start, 0), np.int64)
         sims_BK = np.empty(rows_BK.shape, np.float32)
         for block in blocks(len(candidates_CP), _CANDIDATES):
-            sims_BC = queries_QP[tile] @ candidates_CP[block].T
+            sims_BC = products(queries_QP[tile], candidates_CP[block])
             if exclude_self:
                 own = np.arange(max(tile.start, block.start), min(tile.stop, block.stop))
                 sims_BC[own - tile.start, own - block.start] = -np.inf
