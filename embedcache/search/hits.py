@@ -33,8 +33,10 @@ class Hit:
         score: cosine similarity to the query, from -1 to 1; for an index of codes, its estimate.
         row: row of the item in the table of its modality.
         key: key of its sample.
-        captions: for an image, at most three captions of its sample; for a caption, the caption.
+        captions: for an image, at most three captions of its sample, in the language of the first; for a caption, the
+            caption.
         label: label of its sample, if the cache has that column.
+        languages: languages of the captions that there are, that of `captions` first; None is an unknown one.
     """
 
     score: float
@@ -42,6 +44,7 @@ class Hit:
     key: str
     captions: Sequence[str]
     label: str | None = None
+    languages: Sequence[str | None] = ()
 
 
 class Hits(list[Hit]):
@@ -161,34 +164,30 @@ class HitReader:
         scores, rows = np.clip(scores_K[rows_K >= 0], -1, 1).tolist(), rows_K[rows_K >= 0]  # rounding exceeds 1
         found = self._samples.take(self.samples(rows))
         labels = found["label"].to_pylist() if "label" in found.column_names else [None] * len(rows)
-        captions = self._captions(rows, None if languages else _MAX_CAPTIONS)
-        return [
-            Hit(
-                score=score,
-                row=row,
-                key=key,
-                captions=[text for text, language in texts if not languages or language in languages][:_MAX_CAPTIONS],
-                label=None if label is None else str(label),
-            )
-            for score, row, key, label, texts in zip(
-                scores, rows.tolist(), found["key"].to_pylist(), labels, captions, strict=True
-            )
-        ]
+        hits = []
+        for score, row, key, label, texts in zip(
+            scores, rows.tolist(), found["key"].to_pylist(), labels, self._captions(rows), strict=True
+        ):
+            kept = [(text, language) for text, language in texts if not languages or language in languages]
+            present = list(dict.fromkeys(language for _, language in kept))
+            captions = [text for text, language in kept if language == present[0]][:_MAX_CAPTIONS]
+            label = None if label is None else str(label)
+            hits.append(Hit(score=score, row=row, key=key, captions=captions, label=label, languages=present))
+        return hits
 
     def captions(self, row: int) -> list[dict[str, str | None]]:
         """Return `text` and `language` of the captions of an image's sample, or of a caption itself."""
-        (texts,) = self._captions(np.array([row]), None)
+        (texts,) = self._captions(np.array([row]))
         return [{"text": text, "language": language} for text, language in texts]
 
-    def _captions(self, rows_K: Ints, max_captions: int | None) -> list[list[tuple[str, str | None]]]:
-        """Return text and language of the captions of each item, at most `max_captions`."""
+    def _captions(self, rows_K: Ints) -> list[list[tuple[str, str | None]]]:
+        """Return text and language of the captions of each item."""
         if not len(self._texts):
             return [[]] * len(rows_K)
         if self._modality == "text":
             starts, counts = rows_K, np.ones(len(rows_K), np.int64)
         else:
             starts, counts = self._texts.find(self.samples(rows_K))
-        counts = counts if max_captions is None else np.minimum(counts, max_captions)
         _, positions = concatenated_ranges(starts, counts)
         found = self._texts.take(positions)
         texts = list(zip(found["text"].to_pylist(), found["language"].to_pylist(), strict=True))

@@ -115,6 +115,10 @@ def test_language(tmp_path: Path) -> None:
     (hits,) = search(tmp_path / "text", ask, SearchSettings(filter=Filter(language=("de",))))
     assert sorted(hit.captions[0] for hit in hits) == [f"rot 0000{number}" for number in range(4)]
     assert CacheFilters(Cache(tmp_path / "cache"), "image").values("language") == {"de": 4}
+    (hits,) = search(tmp_path / "image", ask)  # captions of other languages are folded
+    assert hits[0].languages == ["de", None]
+    assert hits[0].captions == ["rot 00000"]
+    assert all(hit.languages == [None] and len(hit.captions) == 1 for hit in hits if hit.row > 3)
     with pytest.raises(UnknownNameError, match="unknown language in .* 'fr'; known: de"):
         search(tmp_path / "image", ask, SearchSettings(filter=Filter(language=("fr",))))
 
