@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from embedcache.curate.dedup import analyze as analyze_duplicates
     from embedcache.curate.dedup import dedup as remove_duplicates
     from embedcache.curate.leaks import find_leaks
+    from embedcache.curate.map import build_map
     from embedcache.curate.negatives import mine_negatives
     from embedcache.curate.select.select import select as select_samples
     from embedcache.curate.settings import (
         CoverageSettings,
         DedupSettings,
         LeakSettings,
+        MapSettings,
         NegativesSettings,
         SelectSettings,
     )
@@ -86,6 +88,7 @@ __all__ = [
     "LikelihoodModel",
     "LossSettings",
     "MachineSettings",
+    "MapSettings",
     "Model",
     "ModelSettings",
     "NegativesSettings",
@@ -111,6 +114,7 @@ __all__ = [
     "ZeroShotSettings",
     "analyze_duplicates",
     "build_index",
+    "build_map",
     "compare_retrieval",
     "compare_zero_shot",
     "derive_features",

@@ -63,8 +63,8 @@ HEAVY = {
     "uvicorn": {"serve"},
     "optuna": {"sweep"},
     "sqlalchemy": {"sweep"},
-    "sklearn": {"evaluate", "interop", "sweep"},
-    "umap": {"interop"},
+    "sklearn": {"evaluate", "sweep"},
+    "umap": {"curate"},
     "pytest": {"testing"},
 }
 """Heavy library -> packages that may import it. A library that is not listed may be imported anywhere."""

@@ -13,6 +13,7 @@ from embedcache.cli.options import (
     Html,
     ImageFeature,
     ImageFolders,
+    IndexArgument,
     Json,
     Output,
     Seed,
@@ -27,6 +28,7 @@ from embedcache.curate.settings import (
     CoverageSettings,
     DedupSettings,
     LeakSettings,
+    MapSettings,
     NegativesSettings,
     SelectSettings,
 )
@@ -72,6 +74,39 @@ def index(
         )
 
     publish(show, lambda: to_record(card), as_json=as_json, output=output)
+
+
+@with_settings(settings=MapSettings)
+def map_index(
+    index: IndexArgument,
+    *,
+    settings: MapSettings,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Compute the map of an index that serve shows.
+
+    The map is stored in the folder of the index. Without one, serve computes one with PCA when it starts.
+
+    Example: embedcache curate map index/ --projection umap
+    """
+    from dataclasses import asdict
+
+    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.curate.map import FILE, build_map
+
+    computed = build_map(index, settings, progress=open_progress())
+
+    def show() -> None:
+        rows = [[cluster.name, f"{cluster.size:,}", cluster.question] for cluster in computed.clusters]
+        print_table(["cluster", "items", "caption"], rows)
+        print_line(f"wrote {index / FILE}: {len(computed.rows):,} items by {computed.projection}")
+
+    def to_json() -> dict[str, Any]:
+        clusters = [asdict(cluster) for cluster in computed.clusters]
+        return {"projection": computed.projection, "num_items": len(computed.rows), "clusters": clusters}
+
+    publish(show, to_json, as_json=as_json, output=output)
 
 
 @with_settings(settings=CoverageSettings)
@@ -418,6 +453,7 @@ def negatives(
 
 
 add_command(app, "index", index)
+add_command(app, "map", map_index)
 add_command(app, "coverage", coverage)
 add_command(app, "select", select)
 add_command(app, "combine", combine)

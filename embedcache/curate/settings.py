@@ -281,3 +281,35 @@ class SelectSettings:
         """Return the settings that a selection's metadata stores."""
         names = (*METHOD_SETTINGS, "seed")
         return {"drawn" if name == "candidates" else name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapSettings:
+    """Settings of the map of an index: how its items are placed on a plane, and what its clusters are called."""
+
+    projection: Literal["umap", "pca"] | None = setting(
+        None, "Projection of the vectors to the plane.", default_text="umap if umap-learn is installed, else pca"
+    )
+    max_items: int = setting(100_000, "Most items on the map; of more, as many are drawn at random.", ge=1, le=10**6)
+    concepts: str | Path | None = setting(
+        None,
+        "Cache of prompts, one sample per concept.",
+        metavar="CACHE",
+        default_text="clusters are named by their captions",
+    )
+    run: Path | str | None = setting(
+        None,
+        "Where the run of the index is, if it has moved.",
+        metavar="RUN",
+        default_text="where it was when the index was built",
+    )
+    cache: str | Path | None = setting(
+        None,
+        "Where the cache of the index is, if it has moved.",
+        metavar="CACHE",
+        default_text="where it was when the index was built",
+    )
+    seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
+
+    def __post_init__(self) -> None:
+        check_settings(self)

@@ -4,7 +4,6 @@ Version 0.26 reads the file with pandas into DuckDB, which has no float16. `neig
 from 0, nearest first, and `distances`, of one length in all rows; `image` is a struct of `bytes` and `path`.
 """
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Floats, Ints, blocks, normalize
+from embedcache.curate.map import project_to_plane
 from embedcache.dataset.thumbnails import Thumbnails
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, ItemError
@@ -21,10 +21,8 @@ from embedcache.interop.parquet import to_vector_lists, write_rows
 from embedcache.interop.settings import AtlasSettings
 from embedcache.outputs import new_output
 from embedcache.progress import Progress
-from embedcache.registry import require
 from embedcache.search.faiss_index import exact_search, make_index
 
-_EXTRA = "atlas"
 _MIN_POINTS = 4
 _NUM_NEIGHBORS = 15
 _MAX_EXACT = 100_000
@@ -42,7 +40,7 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
 
     Raises:
         PathError: the file exists, or its name does not end in `.parquet`; or as `Thumbnails`.
-        MissingExtraError: umap-learn or scikit-learn is not installed.
+        MissingExtraError: umap-learn is not installed.
         DataError: fewer than four points.
     """
     settings = settings or AtlasSettings()
@@ -51,33 +49,15 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
     images = settings.images if modality == "image" else "none"
     thumbnails = Thumbnails(export.cache, settings.image_folders) if images == "thumbnails" else None
     vectors_NP = np.concatenate([normalize(block) for block in export.vectors(modality, _BLOCK)])
+    if len(vectors_NP) < _MIN_POINTS:
+        raise DataError(f"points: expected at least {_MIN_POINTS}, got {len(vectors_NP)}; export more samples")
     progress.note(f"projecting {len(vectors_NP):,} points with {settings.projection}")
-    points_N2, neighbors = project_to_plane(vectors_NP, settings), find_neighbors(vectors_NP, device=settings.device)
+    points_N2 = project_to_plane(vectors_NP, settings.projection, seed=settings.seed)
+    neighbors = find_neighbors(vectors_NP, device=settings.device)
     with new_output(path) as temporary:
         tables = _tables(export, images, thumbnails, vectors_NP, points_N2, neighbors, progress)
         write_rows(temporary, tables, export.metadata)
     return len(vectors_NP)
-
-
-def project_to_plane(vectors_NP: Floats, settings: AtlasSettings) -> Floats:
-    """Project (N, P) float32 rows of length 1 to two dimensions: (N, 2) float32; at least 4, or a DataError.
-
-    `umap` preserves neighborhoods (cosine, 15 neighbors) and runs on one core, so that a seed gives the same result;
-    `pca` keeps the two directions of largest variance.
-    """
-    if len(vectors_NP) < _MIN_POINTS:
-        raise DataError(f"points: expected at least {_MIN_POINTS}, got {len(vectors_NP)}; export more samples")
-    if settings.projection == "pca":
-        decomposition = require("sklearn.decomposition", extra=_EXTRA)
-        points = decomposition.PCA(n_components=2, random_state=settings.seed).fit_transform(vectors_NP)
-    else:
-        num_neighbors = min(_NUM_NEIGHBORS, len(vectors_NP) - 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that TensorFlow is missing, and that there are few points
-            umap = require("umap", extra=_EXTRA)
-            model = umap.UMAP(metric="cosine", n_neighbors=num_neighbors, random_state=settings.seed, n_jobs=1)
-            points = model.fit_transform(vectors_NP)
-    return np.ascontiguousarray(points, np.float32)
 
 
 def find_neighbors(vectors_NP: Floats, k: int = _NUM_NEIGHBORS, *, device: str = AUTO) -> tuple[Ints, Floats]:

@@ -159,6 +159,10 @@ class HitReader:
         samples_K: Ints = self._items.take(rows_K)["sample"].to_numpy()
         return samples_K
 
+    def find(self, samples: Ints) -> tuple[Ints, Ints]:
+        """Return the first item of each sample, and how many it has; see `RowReader.find`."""
+        return self._items.find(samples)
+
     def read(self, scores_K: Floats, rows_K: Ints, languages: Sequence[str] = ()) -> list[Hit]:
         """Return the hits of one query, with captions in some languages (empty: all); rows of -1 are skipped."""
         scores, rows = np.clip(scores_K[rows_K >= 0], -1, 1).tolist(), rows_K[rows_K >= 0]  # rounding exceeds 1

@@ -103,6 +103,11 @@ class OpenIndex:
         self._index = open_row_index(self.path, self.card)
         self._subset = lru_cache(maxsize=8)(self._apply)
 
+    @property
+    def rows(self) -> Ints:
+        """Rows of the indexed items, in the order of the index: (N,) int64."""
+        return self._index.rows
+
     def search(self, queries: Queries, *, k: int | None = None, condition: Filter | None = None) -> SearchResults:
         """Search for the items nearest to each query: a list of hits per query, best first.
 

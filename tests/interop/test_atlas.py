@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from embedcache.arrays import normalize
+from embedcache.curate.map import project_to_plane
 from embedcache.errors import DataError, PathError
 from embedcache.interop import atlas
-from embedcache.interop.atlas import find_neighbors, project_to_plane, write_atlas
+from embedcache.interop.atlas import find_neighbors, write_atlas
 from embedcache.interop.settings import AtlasSettings
 from embedcache.progress import NullProgress
 from embedcache.store.cache import Cache
@@ -103,8 +104,8 @@ def test_umap_keeps_clusters_and_is_deterministic(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("numba.config.DISABLE_JIT", True)  # compiling takes longer than so few points
     centers = normalize(unit_rows(3, 16))[np.arange(36) % 3]
     vectors = normalize(centers + 0.1 * unit_rows(36, 16, seed=1))
-    points = project_to_plane(vectors, AtlasSettings())
-    np.testing.assert_array_equal(points, project_to_plane(vectors, AtlasSettings()))
+    points = project_to_plane(vectors, "umap", seed=0)
+    np.testing.assert_array_equal(points, project_to_plane(vectors, "umap", seed=0))
     distances = ((points[:, None] - points[None]) ** 2).sum(axis=2)
     np.fill_diagonal(distances, np.inf)
     assert (distances.argmin(axis=1) % 3 == np.arange(36) % 3).mean() > 0.95

@@ -1,0 +1,358 @@
+"""The map of an index: its items as points on a plane, in clusters with names. It is stored with the index.
+
+Projection and clusters are fitted to a random sample, and all other items are placed block by block, so that time and
+memory hardly grow with the index.
+"""
+
+import json
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from embedcache.arrays import Floats, Ints, blocks
+from embedcache.curate.select.cluster_methods import draw_balanced
+from embedcache.curate.select.pool import find_centroids
+from embedcache.curate.settings import MapSettings
+from embedcache.derive.rules import principal_components
+from embedcache.files import AnyPath
+from embedcache.metrics.neighbors import find_closest, top_k
+from embedcache.modalities import noun
+from embedcache.outputs import new_output
+from embedcache.progress import NullProgress, Progress
+from embedcache.projectors.closed_form import Moments
+from embedcache.provenance import to_record
+from embedcache.registry import require
+from embedcache.search.concepts import open_concepts
+from embedcache.search.hits import Hit
+from embedcache.search.search import OpenIndex
+from embedcache.search.vectors import Vectors
+from embedcache.settings import replace_flat
+from embedcache.store.cache import Cache
+from embedcache.store.tables import read_table, write_table
+
+FILE = "map.parquet"
+_FORMAT = 1
+_KEY = b"embedcache"
+_MIN_POINTS = 4  # fewer cannot be projected
+_MAX_FITTED = 10_000  # UMAP of as many takes 20 s on one core
+_MAX_CLUSTERS = 48
+_NUM_NEIGHBORS = 15
+_NUM_ANCHORS = 5
+_NEAREST = 24
+_BLOCK = 4096
+_MAX_QUESTION = 80
+_WORD = re.compile(r"[^\W\d_]{2,}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A cluster of similar items.
+
+    Args:
+        name: the nearest concept, or what distinguishes its captions from those of other clusters.
+        size: number of items on the map.
+        x: median position.
+        y: median position.
+        nearest: rows of the items nearest to its center, nearest first.
+        question: a short caption of one of them; empty if they have none.
+    """
+
+    name: str
+    size: int
+    x: float
+    y: float
+    nearest: Sequence[int]
+    question: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexMap:
+    """Items of an index on a plane.
+
+    Args:
+        rows: rows of the items, ascending: (N,) int64.
+        points: positions from 0 to 1: (N, 2) float32.
+        clusters_N: number of each item's cluster: (N,) int64.
+        clusters: the clusters, largest first.
+        projection: `umap` or `pca`.
+        seed: random seed.
+    """
+
+    rows: Ints
+    points: Floats
+    clusters_N: Ints
+    clusters: Sequence[Cluster]
+    projection: str
+    seed: int
+
+    def sample(self, size: int) -> Ints:
+        """Draw rows of as many different clusters as there are, in an order that takes one of each in turn: (S,)."""
+        chosen = draw_balanced(self.clusters_N[:, None], min(size, len(self.rows)), seed=self.seed)
+        clusters_S = self.clusters_N[chosen]
+        turn_S = np.array([np.count_nonzero(clusters_S[:place] == one) for place, one in enumerate(clusters_S)])
+        return self.rows[chosen[np.lexsort((clusters_S, turn_S))]]
+
+
+def build_map(
+    index_path: AnyPath, settings: MapSettings | None = None, *, progress: Progress | None = None, **options: Any
+) -> IndexMap:
+    """Compute the map of an index, and write it into the index's folder as `map.parquet`.
+
+    Memory: 10,000 vectors as float32, a block of vectors, and 32 bytes per item of the map.
+
+    Args:
+        index_path: index built by `build_index`.
+        settings: projection, names of clusters, and where the run and the cache are if they have moved.
+        options: settings by their names on the command line, which replace those of `settings`.
+        progress: progress in items.
+
+    Raises:
+        PathError: the index, its run or its cache does not exist.
+        FingerprintError: the run or the cache is not the one that the index was built from.
+        CorruptError: the card or a file of the index has changed.
+        MissingExtraError: umap-learn is not installed.
+        DataError: the concepts cannot be compared with the items.
+    """
+    settings = replace_flat(settings or MapSettings(), options)
+    index = OpenIndex(index_path, run_path=settings.run, cache_path=settings.cache)
+    computed = compute_map(index, settings, progress=progress)
+    write_map(index, computed)
+    return computed
+
+
+def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress | None = None) -> IndexMap:
+    """Compute the map of an index; see `build_map`. Does not use what a search of the index uses, but its hits."""
+    progress, rng = progress or NullProgress(), np.random.default_rng(settings.seed)
+    card = index.card
+    vectors = Vectors(index.cache.path, card.modality, card.feature, index.run_path, width=card.width)
+    rows_N = np.sort(rng.permutation(index.rows)[: settings.max_items])
+    fitted_FP = vectors.read(np.sort(rng.permutation(rows_N)[:_MAX_FITTED]))
+    num_clusters = max(1, min(_MAX_CLUSTERS, math.isqrt(len(rows_N)) // 2))
+    centroids_CP = find_centroids(fitted_FP, num_clusters, seed=settings.seed, progress=progress)
+    projection = _choose_projection(settings.projection, len(fitted_FP))
+    if projection == "umap":
+        progress.note(f"fitting UMAP to {len(fitted_FP):,} {noun(vectors.modality)}")
+    place = _fit(fitted_FP, projection, seed=settings.seed)
+    progress.start("placing on the map", len(rows_N), noun(vectors.modality))
+    points, clusters, cosines = [], [], []
+    for block in blocks(len(rows_N), _BLOCK):
+        vectors_BP = vectors.read(rows_N[block])
+        closest = find_closest(vectors_BP, [centroids_CP])
+        points.append(place(vectors_BP))
+        clusters.append(closest.rows)
+        cosines.append(closest.sims)
+        progress.advance(len(vectors_BP))
+    progress.finish()
+    points_N2 = _to_unit_square(np.concatenate(points))
+    clusters_N, kept_C = _largest_first(np.concatenate(clusters), num_clusters)
+    nearest = [_nearest(rows_N, np.concatenate(cosines), clusters_N == number) for number in range(len(kept_C))]
+    hits = [index.hits.read(np.zeros(len(rows), np.float32), rows) for rows in nearest]
+    names = _name_by_concepts(vectors, centroids_CP[kept_C], settings.concepts) or name_clusters(hits)
+    centers = [np.median(points_N2[clusters_N == number], axis=0).tolist() for number in range(len(kept_C))]
+    described = [
+        Cluster(name=name, size=size, x=x, y=y, nearest=rows.tolist(), question=_question(shown))
+        for name, size, (x, y), rows, shown in zip(
+            names, np.bincount(clusters_N).tolist(), centers, nearest, hits, strict=True
+        )
+    ]
+    return IndexMap(
+        rows=rows_N,
+        points=points_N2,
+        clusters_N=clusters_N,
+        clusters=described,
+        projection=projection,
+        seed=settings.seed,
+    )
+
+
+def write_map(index: OpenIndex, computed: IndexMap) -> None:
+    """Write a map into the folder of its index, whole or not at all. A map that is there is replaced."""
+    columns = {
+        "row": computed.rows,
+        "x": computed.points[:, 0],
+        "y": computed.points[:, 1],
+        "cluster": computed.clusters_N.astype(np.int16),
+    }
+    header = {
+        "format": _FORMAT,
+        **_about(index),
+        "projection": computed.projection,
+        "seed": computed.seed,
+        "clusters": [asdict(cluster) for cluster in computed.clusters],
+    }
+    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(header, ensure_ascii=False)})
+    with new_output(index.path / FILE) as temporary:
+        write_table(temporary, table)
+
+
+def read_map(index: OpenIndex) -> IndexMap | None:
+    """Read the map of an index; None if there is none, it is of other items, or it is damaged: it can be computed."""
+    path = index.path / FILE
+    if not path.is_file():
+        return None
+    try:
+        table = read_table(path)
+        header = json.loads((table.schema.metadata or {})[_KEY])
+        about = {"format": _FORMAT, **_about(index)}
+        if {name: header.get(name) for name in about} != about:
+            return None
+        found = IndexMap(
+            rows=table["row"].to_numpy().astype(np.int64),
+            points=np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1).astype(np.float32),
+            clusters_N=table["cluster"].to_numpy().astype(np.int64),
+            clusters=[Cluster(**cluster) for cluster in header["clusters"]],
+            projection=str(header["projection"]),
+            seed=int(header["seed"]),
+        )
+        return found if _is_valid(found, index) else None
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _about(index: OpenIndex) -> dict[str, Any]:
+    """Return what a map is of, as the index's card has it on disk."""
+    card = to_record(index.card)
+    return {name: card[name] for name in ("cache", "spine", "feature", "fingerprint", "run_weights", "num_vectors")}
+
+
+def _is_valid(found: IndexMap, index: OpenIndex) -> bool:
+    """Return whether a map, which may be a stranger's, names only items and clusters that exist."""
+    nearest = np.concatenate([np.asarray(cluster.nearest, np.int64) for cluster in found.clusters])
+    num_rows = index.cache.num_rows(index.card.modality)
+    return bool(
+        len(found.rows)
+        and (np.diff(found.rows) > 0).all()
+        and min(found.rows[0], nearest.min()) >= 0
+        and max(found.rows[-1], nearest.max()) < num_rows
+        and ((found.points >= 0) & (found.points <= 1)).all()
+        and 0 <= found.clusters_N.min() <= found.clusters_N.max() < len(found.clusters)
+    )
+
+
+def _largest_first(clusters_N: Ints, num_clusters: int) -> tuple[Ints, Ints]:
+    """Number the clusters by size, without empty ones; return the new numbers (N,), and the old ones in order."""
+    sizes_C = np.bincount(clusters_N, minlength=num_clusters)
+    order = np.argsort(-sizes_C, kind="stable")[: np.count_nonzero(sizes_C)]
+    numbers_C = np.zeros(num_clusters, np.int64)
+    numbers_C[order] = np.arange(len(order))
+    return numbers_C[clusters_N], order
+
+
+def _nearest(rows_N: Ints, cosines_N: Floats, is_inside_N: Any) -> Ints:
+    inside = np.flatnonzero(is_inside_N)
+    return rows_N[inside[np.argsort(-cosines_N[inside], kind="stable")[:_NEAREST]]]
+
+
+Placement = Callable[[Floats], Floats]
+"""Places (B, P) vectors on the plane: (B, 2) float32."""
+
+
+def _choose_projection(projection: Literal["umap", "pca"] | None, num_fitted: int) -> Literal["umap", "pca"]:
+    if projection is not None:
+        return projection
+    return "umap" if find_spec("umap") and num_fitted > _NUM_NEIGHBORS else "pca"
+
+
+def _fit(fitted_FP: Floats, projection: Literal["umap", "pca"], *, seed: int) -> Placement:
+    """Fit a projection to a sample. Of UMAP, an item lies between the items of the sample that are nearest to it."""
+    if len(fitted_FP) < _MIN_POINTS:
+        return lambda vectors_BP: np.zeros((len(vectors_BP), 2), np.float32)
+    if projection == "pca":
+        return _fit_pca(fitted_FP)
+    fitted_F2 = project_to_plane(fitted_FP, "umap", seed=seed)
+
+    def place(vectors_BP: Floats) -> Floats:
+        rows_BK, cosines_BK = top_k(vectors_BP, fitted_FP, min(_NUM_ANCHORS, len(fitted_FP)))
+        weights_BK = 1 / (1e-4 + np.maximum(1 - cosines_BK, 0)) ** 2  # an item of the sample stays where it is
+        weights_BK /= weights_BK.sum(axis=1, keepdims=True)
+        placed: Floats = np.einsum("bk,bke->be", weights_BK, fitted_F2[rows_BK])
+        return placed
+
+    return place
+
+
+def _fit_pca(fitted_FP: Floats) -> Placement:
+    moments = Moments(fitted_FP.shape[1], 0)
+    moments.add(fitted_FP, fitted_FP[:, :0])
+    width = min(2, fitted_FP.shape[1])
+    center_P, components_PE = principal_components(moments, width, whiten=False)
+    return lambda vectors_BP: np.pad((vectors_BP - center_P) @ components_PE, ((0, 0), (0, 2 - width)))
+
+
+def project_to_plane(vectors_NP: Floats, projection: Literal["umap", "pca"], *, seed: int) -> Floats:
+    """Project (N, P) float32 rows of length 1 to two dimensions: (N, 2) float32; at least 4.
+
+    `umap` preserves neighborhoods (cosine, 15 neighbors) and runs on one core, so that a seed gives the same result;
+    `pca` keeps the two directions of largest variance.
+    """
+    if projection == "pca":
+        return np.ascontiguousarray(_fit_pca(vectors_NP)(vectors_NP), np.float32)
+    num_neighbors = min(_NUM_NEIGHBORS, len(vectors_NP) - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TensorFlow is missing, and that there are few points
+        umap = require("umap", extra="atlas")
+        model = umap.UMAP(metric="cosine", n_neighbors=num_neighbors, random_state=seed, n_jobs=1)
+        points = model.fit_transform(vectors_NP)
+    return np.ascontiguousarray(points, np.float32)
+
+
+def _to_unit_square(points_N2: Floats) -> Floats:
+    low, high = points_N2.min(axis=0), points_N2.max(axis=0)
+    scale = np.where(high > low, high - low, 1)
+    unit_N2 = np.where(high > low, (points_N2 - low) / scale, 0.5)
+    return np.clip(unit_N2, 0, 1).astype(np.float32)
+
+
+def _name_by_concepts(vectors: Vectors, centroids_CP: Floats, concepts: Path | str | None) -> list[str]:
+    """Return the concept nearest to each cluster; empty without concepts."""
+    if concepts is None:
+        return []
+    named = open_concepts(Cache(concepts), vectors)
+    rows_C1, _ = top_k(centroids_CP, named.vectors, 1)
+    return [named.names[row] for row in rows_C1[:, 0].tolist()]
+
+
+def name_clusters(hits: Sequence[Sequence[Hit]]) -> list[str]:
+    """Name each cluster by one or two words that more of its captions have than those of other clusters.
+
+    A word's weight is its term of the Kullback-Leibler divergence: p log (p / q), with the fractions p of the
+    cluster's and q of all captions that have it. Without captions, labels take the place of words.
+    """
+    counts = [Counter(word for hit in cluster for word in _words(hit)) for cluster in hits]
+    fractions = [
+        {word: number / max(1, len(cluster)) for word, number in counted.items()}
+        for counted, cluster in zip(counts, hits, strict=True)
+    ]
+    mean: Counter[str] = Counter()
+    for words in fractions:
+        mean.update({word: fraction / len(hits) for word, fraction in words.items()})
+    names = []
+    for number, words in enumerate(fractions):
+        weights = {word: fraction * math.log(fraction / mean[word]) for word, fraction in words.items()}
+        best = sorted(weights, key=lambda word: (-weights[word], -words[word], word))[:2]
+        if len(best) == 2 and weights[best[1]] < 0.6 * weights[best[0]]:
+            best = best[:1]
+        names.append(", ".join(best) or f"group {number + 1}")
+    return names
+
+
+def _words(hit: Hit) -> set[str]:
+    """Return the words of an item's first caption, or its label."""
+    if hit.captions:
+        return set(_WORD.findall(hit.captions[0].lower()))
+    return {hit.label} if hit.label else set()
+
+
+def _question(hits: Sequence[Hit]) -> str:
+    """Return a short caption of the nearest items, for an example question."""
+    captions = [hit.captions[0].strip() for hit in hits[:8] if hit.captions]
+    return min((one for one in captions if len(one) <= _MAX_QUESTION and "\n" not in one), key=len, default="")
