@@ -35,6 +35,7 @@ PARTS = {
     "thresholds": "thresholds:main",
     "likelihood-training": "likelihood_training:main",
     "serve-load": "serve:under_load",
+    "serve-map": "serve:draw_map",
     "speech-training": "speech_training:main",
     "speech-decoding": "speech:decoding",
     "scale": "scale:main",

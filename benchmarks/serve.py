@@ -7,12 +7,14 @@ encoders and distinct query texts. The second one holds a million clustered vect
 nothing, so that only the search is measured: without a filter, and with filters that keep 1/2 and 1/100 of the items.
 
 `python -m benchmarks serve-load` measures the first index under 32 connections only, with a server that freezes its
-objects before it serves and with one that does not, in turn.
+objects before it serves and with one that does not, in turn. `serve-map` draws the map of 100,000 clustered vectors in
+headless Chromium, and counts what it transfers.
 """
 
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -95,6 +97,59 @@ def under_load(*, quick: bool) -> None:
     with TemporaryDirectory() as name:
         index = _openmoji(Path(name) / "openmoji")
         _compare(index, write_captions(5_000 if quick else 50_000), 4.0 if quick else 15.0)
+
+
+def draw_map(*, quick: bool) -> None:
+    """Print the time until there is a map, the bytes that the page loads, and the time to draw a frame of the map."""
+    from playwright.sync_api import sync_playwright
+
+    num = int(os.environ.get(VARIABLE, 10_000 if quick else 100_000))
+    with TemporaryDirectory() as name, sync_playwright() as playwright:
+        index, _ = _clusters(Path(name) / "clusters", num)
+        program = shutil.which("chromium") or shutil.which("chromium-browser")
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        with _server(index) as (address, _):
+            started, page = time.perf_counter(), browser.new_page(viewport={"width": 1280, "height": 860})
+            sizes: dict[str, int] = {}
+            page.on("requestfinished", lambda one: sizes.update({one.url: one.sizes()["responseBodySize"]}))
+            page.set_default_timeout(600_000)
+            page.goto(address)
+            page.wait_for_selector("#sample .hit")
+            opened = time.perf_counter() - started
+            page.click("#tab-map")
+            page.wait_for_function("() => document.querySelector('.frame canvas')?.dataset.ms")
+            drawn = page.evaluate(_DRAW_FRAMES, 30 if quick else 100)
+        browser.close()
+    elsewhere = [url for url in sizes if not url.startswith(address)]
+    points = next(size for url, size in sizes.items() if "/api/map/points" in url)
+    rows = [
+        [title, str(len(ms)), *(f"{np.percentile(ms, percentile):.1f}" for percentile in (50, 99))]
+        for title, ms in drawn.items()
+    ]
+    print_table(["", "frames", "p50, ms", "p99, ms"], rows, title=f"{num:,} points on 950 x 600 pixels")
+    print_line(
+        f"sample shown {opened:.1f} s after the link was printed; points {points:,} bytes, all {sum(sizes.values()):,} "
+        f"bytes in {len(sizes)} requests, {len(elsewhere)} to other servers"
+    )
+
+
+_DRAW_FRAMES = """async (number) => {
+  const frame = document.querySelector(".frame");
+  const next = () => new Promise((resolve) => requestAnimationFrame(resolve));
+  const found = {};
+  const moves = { moved: ["ArrowLeft", "ArrowRight"], zoomed: ["+", "+", "ArrowLeft", "-", "-", "ArrowRight"] };
+  for (const [title, keys] of Object.entries(moves)) {
+    found[title] = [];
+    for (let i = 0; i < number; i += 1) {
+      const key = keys[i % keys.length];
+      frame.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+      await next();
+      await next();
+      found[title].push(Number(frame.querySelector("canvas").dataset.ms));
+    }
+  }
+  return found;
+}"""
 
 
 def _compare(index: Path, texts: Sequence[str], seconds: float) -> None:

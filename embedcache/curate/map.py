@@ -123,7 +123,7 @@ def build_map(
         DataError: the concepts cannot be compared with the items.
     """
     settings = replace_flat(settings or MapSettings(), options)
-    index = OpenIndex(index_path, run_path=settings.run, cache_path=settings.cache)
+    index = OpenIndex(index_path, run_path=settings.run, cache_path=settings.cache, device=settings.device)
     computed = compute_map(index, settings, progress=progress)
     write_map(index, computed)
     return computed
@@ -133,11 +133,15 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
     """Compute the map of an index; see `build_map`. Does not use what a search of the index uses, but its hits."""
     progress, rng = progress or NullProgress(), np.random.default_rng(settings.seed)
     card = index.card
-    vectors = Vectors(index.cache.path, card.modality, card.feature, index.run_path, width=card.width)
+    vectors = Vectors(
+        index.cache.path, card.modality, card.feature, index.run_path, width=card.width, device=settings.device
+    )
     rows_N = np.sort(rng.permutation(index.rows)[: settings.max_items])
     fitted_FP = vectors.read(np.sort(rng.permutation(rows_N)[:_MAX_FITTED]))
     num_clusters = max(1, min(_MAX_CLUSTERS, math.isqrt(len(rows_N)) // 2))
-    centroids_CP = find_centroids(fitted_FP, num_clusters, seed=settings.seed, progress=progress)
+    centroids_CP = find_centroids(
+        fitted_FP, num_clusters, seed=settings.seed, progress=progress, device=settings.device
+    )
     projection = _choose_projection(settings.projection, len(fitted_FP))
     if projection == "umap":
         progress.note(f"fitting UMAP to {len(fitted_FP):,} {noun(vectors.modality)}")

@@ -310,6 +310,7 @@ class MapSettings:
         default_text="where it was when the index was built",
     )
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)

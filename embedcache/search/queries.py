@@ -113,21 +113,23 @@ class QueryEncoder:
         """Configuration of the run; None without a run."""
         return None if self._run is None else self._run[1]
 
-    def accepts(self, modality: Modality) -> bool:
-        """Return whether items of a modality can be compared with the index."""
-        return self._card.modality == modality if self._run is None else modality in self._run[1].sides
+    def rejection(self, modality: Modality) -> str | None:
+        """Return why items of a modality cannot be compared with the index; None if they can."""
+        if self._run is None and modality != self._card.modality:
+            return (
+                f"expected an index built with a run, got one of the plain {self._card.modality} feature "
+                f"{self._card.feature}; build one with: embedcache curate index CACHE INDEX --run RUN"
+            )
+        if self._run is not None and modality not in self._run[1].sides:
+            return f"expected one of the modalities of the run, {' and '.join(self._run[1].sides)}"
+        return None
 
     def encoder(self, modality: Modality) -> Encoder:
         """Return the encoder of a modality, which must be the one that made the feature."""
         if modality not in self._encoders:
-            if not self.accepts(modality) and self._run is not None:
-                known = " and ".join(self._run[1].sides)
-                raise DataError(f"{modality} query: expected one of the modalities of the run, {known}")
-            if not self.accepts(modality):
-                raise DataError(
-                    f"{modality} query: expected an index built with a run, got one of the plain {self._card.modality} "
-                    f"feature {self._card.feature}; build one with: embedcache curate index CACHE INDEX --run RUN"
-                )
+            rejection = self.rejection(modality)
+            if rejection is not None:
+                raise DataError(f"{modality} query: {rejection}")
             source = self._tower_input(modality)
             self._encoders[modality] = reopen_encoder(
                 source.spec,

@@ -96,7 +96,7 @@ class OpenIndex:
                 f"index {self.path}: expected the samples of {cache_path}, got others; build it again"
             )
         self.run_path = None if run_path is None else Path(run_path)
-        self._device = device
+        self.device = device
         self.query_encoder = QueryEncoder(self.card, self.cache, self.run_path, device)
         self.filters = CacheFilters(self.cache, self.card.modality, self.run_path)
         self.hits = HitReader(self.cache, self.card.modality)
@@ -156,7 +156,7 @@ class OpenIndex:
     def _search_subset(self, queries_QP: Floats, k: int, subset: "_Subset") -> tuple[Floats, Ints]:
         """Search the items that pass a filter: exactly if they are few, and more thoroughly the fewer they are."""
         if subset.vectors is not None:
-            return exact_search(queries_QP, [subset.vectors], k, device=self._device)
+            return exact_search(queries_QP, [subset.vectors], k, device=self.device)
         fraction = subset.num_items / len(self._index)
         parameters = {
             name: value if name == "k_factor" else round(value / fraction) for name, value in self.card.search.items()

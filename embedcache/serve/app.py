@@ -2,16 +2,18 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from embedcache.errors import EmbedcacheError, ItemError, UnknownNameError
@@ -21,10 +23,15 @@ from embedcache.serve.images import ServedImages
 from embedcache.serve.schema import (
     MAX_HITS,
     CardOut,
+    ClusterHits,
     ConceptHits,
     CoverageOut,
     ErrorOut,
+    HitOut,
+    IndexNumber,
     ItemOut,
+    MapOut,
+    OpeningOut,
     SearchOptions,
     SearchRequest,
     SearchResponse,
@@ -34,6 +41,7 @@ from embedcache.serve.service import InfoTable, SearchService, info_tables
 from embedcache.serve.uploads import ImageThreads, Uploads
 
 _Row = Annotated[int, Path(ge=0, le=10**12)]
+_Rows = Annotated[list[Annotated[int, Field(ge=0, le=10**12)]], Query(min_length=1, max_length=200)]
 
 log = logging.getLogger("embedcache.serve")
 
@@ -52,20 +60,27 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: SearchService) -> FastAPI:
-    """Create the app, which must be served behind a `RequestGuard`."""
-    batcher: Batcher[SearchQuery, SearchResult] = Batcher(partial(search_batch, service.index))
+def make_app(*services: SearchService) -> FastAPI:
+    """Create the app of one index, or of two to compare, which must be served behind a `RequestGuard`."""
+    indexes = Indexes(services)
     threads = ImageThreads()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(asyncio.to_thread(service.load))
-        task = asyncio.create_task(batcher.run())
+        loading = [
+            asyncio.create_task(asyncio.to_thread(load))
+            for service in services
+            for load in (service.load, service.map.load)
+        ]
+        tasks = [asyncio.create_task(batcher.run()) for batcher in indexes.batchers]
         yield
-        await loading
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        for service in services:
+            service.map.stop()
+        await asyncio.gather(*loading)
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
         threads.shut_down()
 
     app = FastAPI(
@@ -79,20 +94,39 @@ def make_app(service: SearchService) -> FastAPI:
     )
     _add_pages(app)
     _add_errors(app)
-    _add_search(app, service, batcher, threads)
-    _add_items(app, service, threads)
-    _add_info(app, service)
+    _add_search(app, indexes, threads)
+    _add_items(app, indexes, threads)
+    _add_info(app, indexes)
+    _add_map(app, indexes)
     return app
 
 
-def _add_search(
-    app: FastAPI, service: SearchService, batcher: Batcher[SearchQuery, SearchResult], threads: ImageThreads
-) -> None:
-    settings = service.settings
+class Indexes:
+    """The services of the indexes by number, and a batcher for each."""
+
+    def __init__(self, services: Sequence[SearchService]) -> None:
+        self.services = services
+        self.batchers: list[Batcher[SearchQuery, SearchResult]] = [
+            Batcher(partial(search_batch, service.index)) for service in services
+        ]
+
+    def __getitem__(self, number: int) -> SearchService:
+        if number >= len(self.services):
+            raise HTTPException(404, f"unknown index {number}; this server has one, 0")
+        return self.services[number]
+
+    def __len__(self) -> int:
+        return len(self.services)
+
+
+def _add_search(app: FastAPI, indexes: Indexes, threads: ImageThreads) -> None:
+    settings = indexes[0].settings
     uploads = Uploads(threads, max_bytes=settings.max_upload, max_pixels=settings.max_pixels)
 
     async def respond(options: SearchOptions, **query: Any) -> SearchResponse:
-        result = await batcher.submit(SearchQuery(k=options.k, keep=service.filter(options), **query))
+        service = indexes[options.index]
+        search = SearchQuery(k=options.k, keep=service.filter(options), **query)
+        result = await indexes.batchers[options.index].submit(search)
         encode_ms, search_ms = round(result.encode_ms, 3), round(result.search_ms, 3)
         hits = service.hits(result.hits)
         return SearchResponse.model_validate({"hits": hits, "encode_ms": encode_ms, "search_ms": search_ms})
@@ -100,74 +134,115 @@ def _add_search(
     @app.post("/api/search")
     async def search(request: SearchRequest) -> SearchResponse:
         """Search with a text, or for items similar to an indexed one."""
-        if (request.text is None) == (request.row is None):
-            raise HTTPException(422, "expected either text or row")
+        service, row = indexes[request.index], request.row
+        if [request.text, request.row, request.key].count(None) != 2:
+            raise HTTPException(422, "expected either text, row or key")
         if request.text is not None and not request.text.strip():
             raise HTTPException(422, "text: expected some words, got an empty text")
         if request.text is not None and "text" not in service.accepted_queries:
-            raise HTTPException(400, "this index does not accept texts; search with an image or a row")
-        if request.row is not None and not service.index.query_encoder.has_row(request.row):
-            raise HTTPException(404, f"row {request.row} is not in the index")
-        return await respond(request, text=request.text, row=request.row)
+            raise HTTPException(400, f"this index does not accept texts: {service.rejected_queries['text']}")
+        if request.key is not None:
+            row = await asyncio.to_thread(service.row_of, request.key)
+        if row is not None and not service.index.query_encoder.has_row(row):
+            raise HTTPException(404, f"row {row} is not in the index")
+        return await respond(request, text=request.text, row=row)
 
     @app.post(IMAGE_SEARCH_PATH, openapi_extra=_IMAGE_BODY)
     async def search_with_image(request: Request, options: Annotated[SearchOptions, Query()]) -> SearchResponse:
         """Search with an image: the body is the file, JPEG, PNG, WebP, GIF, BMP or TIFF."""
+        service = indexes[options.index]
         if "image" not in service.accepted_queries:
-            raise HTTPException(400, "this index does not accept images; search with a text or a row")
+            raise HTTPException(400, f"this index does not accept images: {service.rejected_queries['image']}")
         async with uploads.receive(request.stream()) as image:
             return await respond(options, image=image)
 
 
-def _add_items(app: FastAPI, service: SearchService, threads: ImageThreads) -> None:
+def _add_items(app: FastAPI, indexes: Indexes, threads: ImageThreads) -> None:
     def webp(data: bytes) -> Response:
         return Response(data, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400"})
 
-    def images_with(row: int) -> ServedImages:
-        if service.images is None or row >= service.images.num_images:
+    def images_with(row: int, index: int) -> ServedImages:
+        images = indexes[index].images
+        if images is None or row >= images.num_images:
             raise HTTPException(404, f"unknown image {row}")
-        return service.images
+        return images
 
-    @app.get("/api/items/{row}")
-    async def item(row: _Row) -> ItemOut:
-        """Return all data of an item in the cache."""
+    def check_item(row: int, index: int) -> SearchService:
+        service = indexes[index]
         if row >= service.index.cache.num_rows(service.index.card.modality):
             raise HTTPException(404, f"unknown item {row}")
-        return ItemOut.model_validate(service.item(row))
+        return service
+
+    @app.get("/api/items")
+    async def items(rows: _Rows, index: IndexNumber = 0) -> list[HitOut]:
+        """Return some items of the cache, as hits are returned."""
+        service = check_item(max(rows), index)
+        return [HitOut.model_validate(item) for item in service.items(np.array(rows, np.int64))]
+
+    @app.get("/api/items/{row}")
+    async def item(row: _Row, index: IndexNumber = 0) -> ItemOut:
+        """Return all data of an item in the cache."""
+        return ItemOut.model_validate(check_item(row, index).item(row))
 
     @app.get("/api/images/{row}/thumbnail", response_class=Response)
-    async def thumbnail(row: _Row) -> Response:
+    async def thumbnail(row: _Row, index: IndexNumber = 0) -> Response:
         """Return an image as WebP of at most 224 pixels per side."""
-        return webp(await threads.run(images_with(row).thumbnail, row))
+        return webp(await threads.run(images_with(row, index).thumbnail, row))
 
     @app.get("/api/images/{row}/full", response_class=Response)
-    async def image(row: _Row) -> Response:
+    async def image(row: _Row, index: IndexNumber = 0) -> Response:
         """Return an image as WebP of at most 1,280 pixels per side."""
-        return webp(await threads.run(images_with(row).image, row))
+        return webp(await threads.run(images_with(row, index).image, row))
 
 
-def _add_info(app: FastAPI, service: SearchService) -> None:
+def _add_info(app: FastAPI, indexes: Indexes) -> None:
     @app.get("/api/info")
-    async def info() -> ServerInfo:
+    async def info(index: IndexNumber = 0) -> ServerInfo:
         """Return what this server holds and accepts."""
-        return ServerInfo.model_validate({**service.info(), "most_hits": MAX_HITS})
+        fields = {**indexes[index].info(), "most_hits": MAX_HITS, "num_indexes": len(indexes)}
+        return ServerInfo.model_validate(fields)
 
     @app.get("/api/cards", response_model=list[CardOut])
-    async def index_and_run_cards() -> list[InfoTable]:
+    async def index_and_run_cards(index: IndexNumber = 0) -> list[InfoTable]:
         """Return tables that describe the index, its run and its cache."""
-        return info_tables(service.index)
+        return info_tables(indexes[index].index)
 
     @app.get("/api/coverage")
     async def coverage() -> CoverageOut:
         """Return the number of items of each concept."""
-        if service.coverage is None:
+        found = indexes[0].coverage
+        if found is None:
             raise HTTPException(404, "no coverage; start the server with --concepts or --coverage")
-        return CoverageOut.model_validate({**service.coverage.summary, "concepts": service.coverage.concepts})
+        return CoverageOut.model_validate({**found.summary, "concepts": found.concepts})
 
     @app.get("/api/coverage/{number}")
     async def concept(number: _Row) -> ConceptHits:
         """Return the items that are most similar to a concept."""
-        return ConceptHits.model_validate(service.concept(number))
+        return ConceptHits.model_validate(indexes[0].concept(number))
+
+
+def _add_map(app: FastAPI, indexes: Indexes) -> None:
+    @app.get("/api/opening")
+    async def opening(index: IndexNumber = 0) -> OpeningOut:
+        """Return what the page opens on: a sample of the index, and example questions."""
+        return OpeningOut.model_validate(indexes[index].opening())
+
+    @app.get("/api/map")
+    async def index_map(index: IndexNumber = 0) -> MapOut:
+        """Return the clusters of the map, and whether there is one."""
+        return MapOut.model_validate(indexes[index].describe_map())
+
+    @app.get("/api/map/points", response_class=Response)
+    async def points(index: IndexNumber = 0) -> Response:
+        """Return the items on the map: row (uint32), x, y (uint16, of 65,535) and cluster (uint16), little-endian, each
+        as one array of all items, one after the other.
+        """
+        return Response(indexes[index].map.points(), media_type="application/octet-stream")
+
+    @app.get("/api/map/{number}")
+    async def cluster(number: _Row, index: IndexNumber = 0) -> ClusterHits:
+        """Return the items nearest to the center of a cluster."""
+        return ClusterHits.model_validate(indexes[index].cluster(number))
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -204,7 +279,10 @@ _IMAGE_BODY = {
 }
 
 _PAGES = {"/": "index.html", "/api": "api.html"}
-_FILES = ("page.css", "page.js", "search.js", "grid.js", "coverage.js", "cards.js", "dom.js", "api.js", "icon.svg")
+_FILES = (
+    "page.css", "page.js", "search.js", "pane.js", "grid.js", "map.js", "points.js", "coverage.js", "cards.js",
+    "dom.js", "api.js", "icon.svg",
+)  # fmt: skip
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 

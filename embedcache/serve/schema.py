@@ -1,6 +1,6 @@
 """Requests and responses of the API."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -9,7 +9,10 @@ MAX_HITS = 500
 _MAX_TEXT_LENGTH = 2000
 _MAX_VALUES = 100
 
+MapState = Literal["computing", "ready", "unavailable"]
 _Values = Annotated[list[Annotated[str, Field(max_length=_MAX_TEXT_LENGTH)]], Field(max_length=_MAX_VALUES)]
+MAX_INDEXES = 2
+IndexNumber = Annotated[int, Field(ge=0, lt=MAX_INDEXES, description="Number of the index: 0, or 1 for the second.")]
 _Count = Annotated[int, Field(ge=1, le=MAX_HITS)]
 
 
@@ -18,6 +21,7 @@ class SearchOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    index: IndexNumber = 0
     k: _Count = Field(_DEFAULT_HITS, description="Number of hits; fewer if the filters leave fewer.")
     labels: _Values = Field([], description="Keep items with one of these labels.")
     splits: _Values = Field([], description="Keep items of one of these splits.")
@@ -26,19 +30,27 @@ class SearchOptions(BaseModel):
 
 
 class SearchRequest(SearchOptions):
-    """A query: either a text or a row."""
+    """A query: a text, a row or a key."""
 
     text: str | None = Field(None, max_length=_MAX_TEXT_LENGTH, description="Text query.")
     row: int | None = Field(None, ge=0, le=10**12, description="Find items similar to the item in this row.")
+    key: str | None = Field(
+        None,
+        max_length=_MAX_TEXT_LENGTH,
+        description="Find items similar to the first item of the sample with this key.",
+    )
 
 
 class HitOut(BaseModel):
     """One hit."""
 
-    score: float = Field(description="Cosine to the query; estimated if the index stores codes.")
+    score: float | None = Field(
+        description="Cosine to the query; estimated if the index stores codes; null without one."
+    )
     row: int = Field(description="Row of the item in the item table of its modality.")
     key: str = Field(description="Key of the sample.")
-    captions: list[str] = Field(description="Captions of the sample, at most three.")
+    captions: list[str] = Field(description="Captions of the sample in one language, at most three.")
+    languages: list[str | None] = Field(description="Languages of its captions, that of these first; null is unknown.")
     label: str | None = Field(description="Label of the sample, if the cache has labels.")
     image: int | None = Field(description="Row of the image to show; of a caption, the first image of its sample.")
 
@@ -72,10 +84,14 @@ class ServerInfo(BaseModel):
     """Content and capabilities of this server."""
 
     name: str = Field(description="Name of the index.")
+    run: str | None = Field(description="Name of the run that projected it; null for a plain feature.")
+    feature: str
+    num_indexes: int = Field(description="Number of indexes on this server: 1, or 2 to compare.")
     version: str = Field(description="Version of the rows; changes with the cache.")
     modality: str = Field(description="Modality of the hits: image or text.")
     num_items: int
     accepted_queries: list[str] = Field(alias="takes", description="Accepted queries besides rows: text, image.")
+    rejected_queries: dict[str, str] = Field(alias="rejects", description="text or image -> why it is not accepted.")
     has_images: bool
     missing_images: str | None = Field(description="Why images are missing, if they could exist.")
     credit: str = Field(description="Attribution that must be shown with the images.")
@@ -132,6 +148,41 @@ class ConceptHits(BaseModel):
 
     name: str
     threshold: float
+    hits: list[HitOut]
+
+
+class OpeningOut(BaseModel):
+    """What the page opens on: a sample of the index from as many different clusters as there are, and questions."""
+
+    state: MapState
+    reason: str = Field(description="Why there is none, if the state is unavailable.")
+    hits: list[HitOut]
+    questions: list[str] = Field(description="Texts to search for; empty if the index does not accept texts.")
+
+
+class ClusterOut(BaseModel):
+    """A cluster of the map."""
+
+    name: str
+    size: int
+    x: float = Field(description="Median position, from 0 to 1.")
+    y: float
+
+
+class MapOut(BaseModel):
+    """The map of the index: its items on a plane, in clusters."""
+
+    state: MapState
+    reason: str = Field(description="Why there is none, if the state is unavailable.")
+    projection: str = Field(description="umap or pca.")
+    num_points: int = Field(description="Number of items on the map: all, or a random sample.")
+    clusters: list[ClusterOut] = Field(description="Clusters, largest first.")
+
+
+class ClusterHits(BaseModel):
+    """The items nearest to the center of a cluster, nearest first."""
+
+    name: str
     hits: list[HitOut]
 
 

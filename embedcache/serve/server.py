@@ -5,7 +5,7 @@ import errno
 import gc
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import h11
@@ -28,9 +28,14 @@ _SHUTDOWN_S = 3
 
 
 def serve(
-    paths: ServePaths, settings: ServeSettings, *, device: str, progress: Progress, print_line: Callable[[str], None]
+    paths: Sequence[ServePaths],
+    settings: ServeSettings,
+    *,
+    device: str,
+    progress: Progress,
+    print_line: Callable[[str], None],
 ) -> None:
-    """Open an index and serve its page until interrupted.
+    """Open an index, or two to compare, and serve their page until interrupted.
 
     `print_line` receives lines that describe what is served, and the link to open; `progress` the measurement of
     coverage, if any.
@@ -41,11 +46,11 @@ def serve(
     """
     with bind(settings) as bound:
         port = bound.getsockname()[1]
-        service = open_service(paths, settings, device=device, progress=progress)
+        services = [open_service(one, settings, device=device, progress=progress) for one in paths]
         token = settings.token or (None if settings.is_local else secrets.token_urlsafe(_TOKEN_BYTES))
-        for line in _lines(service, settings, token, port):
+        for line in _lines(services, settings, token, port):
             print_line(line)
-        app = RequestGuard(make_app(service), settings, token=token, port=port)
+        app = RequestGuard(make_app(*services), settings, token=token, port=port)
         freeze_objects()
         uvicorn.Server(config(app)).run(sockets=[bound])
 
@@ -158,11 +163,15 @@ class LimitedProtocol(H11Protocol):
         self.loop.call_later(_IDLE_S, self._check_idle)
 
 
-def _lines(service: SearchService, settings: ServeSettings, token: str | None, port: int) -> list[str]:
-    card = service.index.card
-    lines = [f"{card.num_vectors:,} {noun(card.modality)} of {card.feature}, {card.factory}"]
-    if service.images is not None and service.images.folders:
-        lines.append(f"images are read below {', '.join(map(str, service.images.folders))}")
+def _lines(services: Sequence[SearchService], settings: ServeSettings, token: str | None, port: int) -> list[str]:
+    lines = []
+    for service in services:
+        card, rejection = service.index.card, service.rejected_queries.get("text")
+        lines.append(f"{card.num_vectors:,} {noun(card.modality)} of {card.feature}, {card.factory}")
+        if rejection is not None:
+            lines.append(f"texts are not accepted: {rejection}")
+        if service.images is not None and service.images.folders:
+            lines.append(f"images are read below {', '.join(map(str, service.images.folders))}")
     address = parse_address(settings.host)
     if address is None:
         host = settings.host

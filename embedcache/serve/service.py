@@ -11,7 +11,7 @@ import numpy as np
 from embedcache.arrays import Ints
 from embedcache.dataset.thumbnails import credit
 from embedcache.encoders.base import Modality
-from embedcache.errors import EmbedcacheError, SettingError, UnknownNameError
+from embedcache.errors import EmbedcacheError, MissingExtraError, PathError, SettingError, UnknownNameError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.provenance import read_stage
@@ -20,17 +20,18 @@ from embedcache.search.search import OpenIndex
 from embedcache.search.settings import Filter
 from embedcache.serve.coverage import CoverageData, measure_served_coverage, read_coverage
 from embedcache.serve.images import ServedImages
+from embedcache.serve.maps import ServedMap
 from embedcache.serve.schema import SearchOptions
 from embedcache.serve.settings import ServeSettings
 from embedcache.store.layout import SAMPLES
-from embedcache.store.rows import RowReader
+from embedcache.store.rows import RowReader, find_keys
 from embedcache.units import format_bytes
 
 log = logging.getLogger("embedcache.serve")
 
 
 class SearchService:
-    """An index with its encoders, images, filters and coverage; read-only.
+    """An index with its encoders, images, filters, map and coverage. Nothing but a missing map is written.
 
     Everything a first request needs is loaded here, but keys and captions, of which the rows that it shows are read
     until `load` has read all. Visitors may filter by selections, each named by its file's stem.
@@ -48,10 +49,12 @@ class SearchService:
         *,
         selections: Sequence[Path] = (),
         coverage: CoverageData | None = None,
+        concepts: str | None = None,
     ) -> None:
         self.index, self.settings, self.coverage = index, settings, coverage
-        modalities: tuple[Modality, ...] = ("text", "image")
-        self.accepted_queries = [modality for modality in modalities if index.query_encoder.accepts(modality)]
+        self.map = ServedMap(index, concepts)
+        self.rejected_queries = _open_encoders(index)
+        self.accepted_queries = [modality for modality in _QUERIES if modality not in self.rejected_queries]
         self.selections = {path.stem: path for path in selections}
         if len(self.selections) < len(selections):
             raise SettingError("selections: expected different file names, got the same name twice; rename one of them")
@@ -65,8 +68,6 @@ class SearchService:
         self.images, self.missing_images = _open_images(index, settings)
         self._samples = RowReader(index.cache, SAMPLES)
         self._images = RowReader(index.cache, "image", ["sample"])
-        for modality in self.accepted_queries:
-            index.query_encoder.encoder(modality)
         for path in self.selections.values():
             index.filters.mask(Filter(selection=path))
         index.query_encoder.has_row(0)  # reads which items are in the index
@@ -94,13 +95,16 @@ class SearchService:
         return Filter(label_value=labels, part=splits, language=languages, selection=path)
 
     def info(self) -> dict[str, Any]:
-        """Return the fields of `ServerInfo` except `most_hits`."""
+        """Return the fields of `ServerInfo` except `most_hits` and `num_indexes`."""
         return {
             "name": self.index.path.resolve().name,
             "version": self.index.cache.info.index_digest[:16],
             "modality": self.index.card.modality,
             "num_items": self.index.card.num_vectors,
+            "run": None if self.index.run_path is None else self.index.run_path.resolve().name,
+            "feature": self.index.card.feature,
             "takes": self.accepted_queries,
+            "rejects": self.rejected_queries,
             "has_images": self.images is not None,
             "missing_images": self.missing_images,
             "credit": credit(self.index.cache),
@@ -126,6 +130,45 @@ class SearchService:
         """Return the fields of `HitOut` for each hit."""
         images = self._image_rows(np.array([hit.row for hit in hits], np.int64))
         return [{**asdict(hit), "image": image} for hit, image in zip(hits, images, strict=True)]
+
+    def items(self, rows_K: Ints) -> list[dict[str, Any]]:
+        """Return the fields of `HitOut` for the items in some rows, which no query found."""
+        found = self.index.hits.read(np.zeros(len(rows_K), np.float32), rows_K)
+        return [{**hit, "score": None} for hit in self.hits(found)]
+
+    def opening(self) -> dict[str, Any]:
+        """Return the fields of `OpeningOut`."""
+        questions = self.map.questions() if "text" in self.accepted_queries else []
+        hits = self.items(self.map.sample())
+        return {"state": self.map.state, "reason": self.map.reason, "hits": hits, "questions": questions}
+
+    def describe_map(self) -> dict[str, Any]:
+        """Return the fields of `MapOut`."""
+        return {
+            "state": self.map.state,
+            "reason": self.map.reason,
+            "projection": self.map.projection,
+            "num_points": self.map.num_points,
+            "clusters": [asdict(cluster) for cluster in self.map.clusters],
+        }
+
+    def cluster(self, number: int) -> dict[str, Any]:
+        """Return the fields of `ClusterHits` for a cluster of the map, or raise an UnknownNameError."""
+        cluster = self.map.cluster(number)
+        return {"name": cluster.name, "hits": self.items(np.array(cluster.nearest, np.int64))}
+
+    def row_of(self, key: str) -> int:
+        """Return the row of the first indexed item of a sample, or raise an UnknownNameError.
+
+        Reads blocks of keys until it is found.
+        """
+        samples = find_keys(self.index.cache, [key])
+        if samples[0] >= 0:
+            (start,), (count,) = self.index.hits.find(samples)
+            row = next((row for row in range(start, start + count) if self.index.query_encoder.has_row(row)), None)
+            if row is not None:
+                return row
+        raise UnknownNameError(f"this index has no item of the sample {key!r}")
 
     def _image_rows(self, rows_K: Ints) -> list[int | None]:
         """Return the row of the image to show for each item; of a caption, its sample's first image; None if none."""
@@ -171,6 +214,9 @@ class ServePaths:
     concepts: str | None = None
 
 
+_QUERIES: tuple[Modality, ...] = ("text", "image")
+
+
 def open_service(paths: ServePaths, settings: ServeSettings, *, device: str, progress: Progress) -> SearchService:
     """Open everything that is served; see `OpenIndex` and `SearchService` for the errors."""
     if paths.coverage is not None and paths.concepts is not None:
@@ -181,7 +227,23 @@ def open_service(paths: ServePaths, settings: ServeSettings, *, device: str, pro
         coverage = read_coverage(paths.coverage, index)
     elif paths.concepts is not None:
         coverage = measure_served_coverage(paths.concepts, index, progress)
-    return SearchService(index, settings, selections=paths.selections, coverage=coverage)
+    return SearchService(index, settings, selections=paths.selections, coverage=coverage, concepts=paths.concepts)
+
+
+def _open_encoders(index: OpenIndex) -> dict[str, str]:
+    """Open the encoders of queries; return those that are not accepted, each with the reason."""
+    rejections: dict[str, str] = {}
+    for modality in _QUERIES:
+        rejection = index.query_encoder.rejection(modality)
+        if rejection is None:
+            try:
+                index.query_encoder.encoder(modality)
+            except (MissingExtraError, PathError) as error:  # the server works without it
+                log.warning("%s queries: %s", modality, error)
+                rejection = "its encoder cannot be opened; the reason is in the server's log"
+        if rejection is not None:
+            rejections[modality] = rejection
+    return rejections
 
 
 def _open_images(index: OpenIndex, settings: ServeSettings) -> tuple[ServedImages | None, str | None]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 _GIVE = """([data, name, way]) => {
@@ -84,6 +85,11 @@ class Browsing:
     def num_columns(self) -> int:
         columns = "getComputedStyle(document.querySelector('#results')).gridTemplateColumns.split(' ').length"
         return int(self.page.evaluate(columns))
+
+    def barriers(self) -> list[str]:
+        """Return what axe-core finds that keeps people with a screen reader, a keyboard or weak eyes from the page."""
+        found = Axe().run(self.page).response["violations"]
+        return [f"{one['id']}: {one['nodes'][0]['html']}" for one in found]
 
     def shown_images(self) -> int:
         """Wait for the first images, and count those that have loaded."""

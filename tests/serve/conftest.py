@@ -8,7 +8,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from embedcache.curate.coverage import measure_coverage
-from embedcache.curate.settings import CoverageSettings
+from embedcache.curate.map import build_map
+from embedcache.curate.settings import CoverageSettings, MapSettings
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.provenance import write_json
@@ -45,6 +46,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extract(open_source(root / "photos"), root / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
     train_run(root / "cache", root / "run")
     build_index(root / "cache", root / "index", IndexSettings(run=root / "run"))
+    build_map(root / "index", MapSettings(projection="pca"))
+    build_index(root / "cache", root / "plain", IndexSettings(feature="open_toy/cls"))
     prompts = {"red": ["red bar left on white"], "sky": ["blue bar top on white"]}
     (root / "concepts.json").write_text(json.dumps(prompts))
     extract(open_source(f"prompts:{root / 'concepts.json'}"), root / "concepts", text_encoder=[TEXT])

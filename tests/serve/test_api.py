@@ -1,7 +1,9 @@
 """The API answers what `embedcache search` answers."""
 
 import json
+import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from io import BytesIO
@@ -14,16 +16,19 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from embedcache.curate.coverage import measure_coverage
+from embedcache.curate.map import read_map
 from embedcache.curate.settings import CoverageSettings
-from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
+from embedcache.errors import CorruptError, DataError, FingerprintError, MissingExtraError, PathError, SettingError
 from embedcache.progress import NullProgress
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
-from embedcache.search.search import search
+from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import Filter, IndexSettings, SearchSettings
+from embedcache.serve.app import make_app
 from embedcache.serve.coverage import measure_served_coverage
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
+from embedcache.store.cache import Cache
 from tests.serve.conftest import visit
 
 TEXT = "red bar left on white"
@@ -203,15 +208,110 @@ def test_caption_index_shows_sample_images(root: Path, tmp_path: Path) -> None:
         assert client.get(f"/api/items/{hit['image']}").status_code == 200
         refused = client.post("/api/search/image", content=b"x")
         assert refused.status_code == 400
-        assert "does not accept images" in refused.json()["error"]
+        assert "does not accept images: expected an index built with a run" in refused.json()["error"]
         german = ask(client, text=TEXT, k=100, languages=["de"])
         assert len(german) == 20
 
 
+def ready(client: TestClient, path: str) -> dict[str, Any]:
+    """Wait for the map, which is read or computed after the start."""
+    for _ in range(400):
+        answer: dict[str, Any] = client.get(path).json()
+        if answer["state"] != "computing":
+            return answer
+        time.sleep(0.05)
+    raise AssertionError("no map")
+
+
+def test_page_opens_on_sample_and_questions(client: TestClient, root: Path) -> None:
+    opening = ready(client, "/api/opening")
+    assert len({hit["row"] for hit in opening["hits"]}) == 48
+    assert all(hit["score"] is None and hit["image"] == hit["row"] for hit in opening["hits"])
+    captions = Cache(root / "cache").items("text")["text"].to_pylist()
+    assert opening["questions"]
+    assert set(opening["questions"]) <= set(captions)
+
+
+def test_map_in_ten_bytes_per_item(client: TestClient, root: Path) -> None:
+    clusters = ready(client, "/api/map")["clusters"]
+    found = read_map(OpenIndex(root / "index"))
+    assert found is not None
+    content = client.get("/api/map/points").content
+    assert len(content) == 800
+    np.testing.assert_array_equal(np.frombuffer(content, "<u4", 80), found.rows)
+    points = np.frombuffer(content, "<u2", 160, offset=320).reshape(2, 80).T
+    np.testing.assert_allclose(points / 65535, found.points, atol=1e-5)
+    np.testing.assert_array_equal(np.frombuffer(content, "<u2", 80, offset=640), found.clusters_N)
+    assert [one["size"] for one in clusters] == np.bincount(found.clusters_N).tolist()
+    cluster = client.get("/api/map/1").json()
+    assert [hit["row"] for hit in cluster["hits"]] == list(found.clusters[1].nearest)
+    assert client.get("/api/map/99").status_code == 404
+    items = client.get("/api/items?rows=5&rows=3").json()
+    assert [item["row"] for item in items] == [5, 3]
+    assert client.get("/api/items?rows=80").status_code == 404
+
+
+def test_missing_map_is_computed_and_stored(root: Path, tmp_path: Path) -> None:
+    """A map of other items is replaced; in a folder that cannot be written it is computed at each start."""
+    shutil.copytree(root / "plain", tmp_path / "plain")
+    stale = shutil.copy(root / "index" / "map.parquet", tmp_path / "plain" / "map.parquet")
+    with visit(start(index=tmp_path / "plain", cache=str(root / "cache"))) as client:
+        opening = ready(client, "/api/opening")
+    assert len(opening["hits"]) == 48
+    assert opening["questions"] == []  # texts are not accepted
+    assert stale.read_bytes() != (root / "index" / "map.parquet").read_bytes()
+    stale.unlink()
+    stale.mkdir()
+    with visit(start(index=tmp_path / "plain", cache=str(root / "cache"))) as client:
+        assert ready(client, "/api/opening")["hits"] == opening["hits"]
+
+
+def test_index_says_why_texts_are_not_accepted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with visit(start(index=root / "plain")) as client:
+        info = client.get("/api/info").json()
+        assert info["takes"] == ["image"]
+        assert "got one of the plain image feature open_toy/cls; build one with: " in info["rejects"]["text"]
+        refused = client.post("/api/search", json={"text": "a"})
+        assert refused.status_code == 400
+        assert info["rejects"]["text"] in refused.json()["error"]
+
+
+def test_missing_package_of_an_encoder_is_no_obstacle(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def require(*_: Any, **__: Any) -> None:
+        raise MissingExtraError("open_toy needs a package; pip install toys")
+
+    monkeypatch.setattr("embedcache.search.queries.reopen_encoder", require)
+    with visit(start(index=root / "index")) as client:
+        assert set(client.get("/api/info").json()["rejects"]) == {"text", "image"}
+        assert len(ask(client, row=3, k=2)) == 2
+    assert "text queries: open_toy needs a package; pip install toys" in caplog.text
+
+
+def test_two_indexes_answer_one_question(served: SearchService, root: Path) -> None:
+    plain = start(index=root / "plain")
+    with visit(served, app=make_app(served, plain)) as client:
+        assert client.get("/api/info").json()["num_indexes"] == 2
+        info = client.get("/api/info?index=1").json()
+        assert (info["name"], info["run"]) == ("plain", None)
+        first, second = ask(client, row=33, k=5), ask(client, row=33, k=5, index=1)
+        assert first == ask(client, key=first[0]["key"], k=5)
+        (expected,) = search(root / "plain", Queries(rows=[33]), SearchSettings(k=5))
+        assert without_image(second) == json.loads(json.dumps([asdict(hit) for hit in expected]))
+        assert ask(client, key=second[0]["key"], k=5, index=1) == second
+        image = (root / "photos" / "val" / "dog" / "00003.png").read_bytes()
+        assert client.post("/api/search/image?k=1&index=1", content=image).json()["hits"][0]["key"] == "val/dog/00003"
+        assert client.get("/api/cards?index=1").json()[0]["title"] == "Index"
+
+
 def test_invalid_requests_get_one_line_errors(client: TestClient) -> None:
     for body, status, message in (
-        ({}, 422, "expected either text or row"),
-        ({"text": "a", "row": 1}, 422, "expected either text or row"),
+        ({}, 422, "expected either text, row or key"),
+        ({"text": "a", "row": 1}, 422, "expected either text, row or key"),
+        ({"key": "train/cat"}, 404, "no item of the sample 'train/cat'"),
+        ({"text": "a", "index": 1}, 404, "unknown index 1"),
+        ({"text": "a", "index": 2}, 422, "index: Input should be less"),
         ({"text": "  "}, 422, "text: expected some words"),
         ({"text": "a", "k": 0}, 422, "k: Input should be greater than or equal to 1"),
         ({"text": "a", "k": 501}, 422, "k: Input should be less than or equal to 500"),
@@ -233,8 +333,9 @@ def test_invalid_requests_get_one_line_errors(client: TestClient) -> None:
 def test_openapi_lists_every_operation(client: TestClient) -> None:
     operations = client.get("/openapi.json").json()["paths"]
     assert set(operations) == {
-        "/api/search", "/api/search/image", "/api/items/{row}", "/api/images/{row}/thumbnail",
+        "/api/search", "/api/search/image", "/api/items", "/api/items/{row}", "/api/images/{row}/thumbnail",
         "/api/images/{row}/full", "/api/info", "/api/cards", "/api/coverage", "/api/coverage/{number}",
+        "/api/opening", "/api/map", "/api/map/points", "/api/map/{number}",
     }  # fmt: skip
     assert "image/*" in operations["/api/search/image"]["post"]["requestBody"]["content"]
     for page in ("/", "/api"):

@@ -77,7 +77,7 @@ def test_objects_are_frozen_before_serving(root: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: frozen.append(gc.get_freeze_count()))
     try:
         paths = ServePaths(index=root / "index")
-        serve(paths, ServeSettings(port=0), device="cpu", progress=NullProgress(), print_line=lambda _: None)
+        serve([paths], ServeSettings(port=0), device="cpu", progress=NullProgress(), print_line=lambda _: None)
         assert frozen[0] > 100_000
         assert len(gc.get_objects(generation=2)) < frozen[0] / 10
     finally:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,45 @@ def captions_of(root: Path, queries: Any, **options: Any) -> list[str]:
     return [" · ".join(hit.captions) for hit in hits]
 
 
+def test_page_opens_on_sample_and_questions(page: Browsing) -> None:
+    page.page.wait_for_selector("#sample .hit")
+    assert page.page.locator("#sample .hit").count() == 48
+    page.page.keyboard.press("ArrowDown")
+    page.page.keyboard.press("m")
+    page.wait_for("#query-text", "Similar to ")
+    page.wait_for("#status", "results")
+    assert not page.page.is_visible("#sample")
+    page.page.click("#clear")
+    question = page.text("#questions button")
+    page.page.click("#questions button")
+    page.wait_for("#status", "results")
+    assert page.page.input_value("#query") == question
+    assert question in page.captions()[:10]
+
+
+def test_map(page: Browsing) -> None:
+    page.page.click("#tab-map")
+    page.wait_for(".mapped .status", "80 of 80 visible")
+    pixels = "(c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size)"
+    assert page.page.evaluate(f"{pixels}(document.querySelector('.frame canvas'))") > 4
+    page.page.focus(".frame")
+    for key in ("ArrowRight", "+", "+", "0"):
+        page.page.keyboard.press(key)
+    page.wait_for(".mapped .status", "80 of 80 visible")
+    page.page.click(".mapped .bars button >> nth=1")
+    page.page.wait_for_selector(".gallery .hit")
+    found = page.page.evaluate("fetch('/api/map/1').then(answer => answer.json())")
+    rows = page.page.eval_on_selector_all(".gallery .hit", "all => all.map(one => Number(one.dataset.row))")
+    assert rows == [hit["row"] for hit in found["hits"]]
+    page.wait_for(".mapped .status", found["name"])
+    page.page.focus(".frame")
+    page.page.keyboard.press("Enter")
+    page.page.wait_for_selector("#item[open]")
+    page.page.wait_for_function("() => document.querySelectorAll('#item-columns tr').length")
+    page.page.keyboard.press("Escape")
+    page.page.wait_for_function("() => document.activeElement.classList.contains('frame')")
+
+
 def test_text_query(page: Browsing, root: Path) -> None:
     page.type(TEXT)
     assert page.captions()[:10] == captions_of(root, [TEXT])
@@ -95,6 +135,7 @@ def test_image_query_by_file_paste_and_drop(page: Browsing, root: Path) -> None:
     for way in ("paste", "drop"):
         page.page.click("#clear")
         assert page.captions() == []
+        assert page.page.is_visible("#sample .hit")
         page.give_file(path, way)
         page.wait_for("#status", "results")
         assert page.captions()[:10] == expected
@@ -177,6 +218,8 @@ def test_api_page_lists_every_operation(page: Browsing) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_screen_and_color_scheme(browser: Any, address: str, scheme: str) -> None:
     page = Browsing(browser, address, viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    page.page.wait_for_selector("#sample .hit")
+    assert page.barriers() == []
     page.type(TEXT)
     assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.num_columns() == 2
@@ -184,14 +227,13 @@ def test_narrow_screen_and_color_scheme(browser: Any, address: str, scheme: str)
         "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).slice(0, 3).map(Number)"
     )
     assert (red + green + blue > 600) == (scheme == "light")
-    assert page.page.eval_on_selector_all("button, input, select, img", _NAMELESS) == []
+    assert page.barriers() == []
+    page.page.click("#tab-map")
+    page.wait_for(".mapped .status", "visible")
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.barriers() == []
     page.close()
     assert page.elsewhere == page.errors == []
-
-
-_NAMELESS = """all => all.filter(one => !one.closest('[hidden]')).filter(one =>
-  one.tagName === 'IMG' ? !one.hasAttribute('alt')
-  : !(one.textContent.trim() || one.getAttribute('aria-label') || one.closest('label'))).map(one => one.outerHTML)"""
 
 
 def test_captions_are_not_markup(browser: Any, tmp_path: Path) -> None:
@@ -202,15 +244,8 @@ def test_captions_are_not_markup(browser: Any, tmp_path: Path) -> None:
         path.write_text(evil)
     extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT_ENCODER])
     build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
-    paths = ServePaths(index=tmp_path / "index")
-    service = open_service(paths, ServeSettings(), device="cpu", progress=NullProgress())
-    with bind(ServeSettings(port=0)) as bound:
-        port = bound.getsockname()[1]
-        guard = RequestGuard(make_app(service), ServeSettings(), token=None, port=port)
-        server = uvicorn.Server(config(guard))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-        thread.start()
-        page = Browsing(browser, f"http://127.0.0.1:{port}")
+    with serving(ServePaths(index=tmp_path / "index")) as address:
+        page = Browsing(browser, address)
         page.type("red")
         page.page.keyboard.press("ArrowDown")
         page.page.keyboard.press("Enter")
@@ -218,7 +253,52 @@ def test_captions_are_not_markup(browser: Any, tmp_path: Path) -> None:
         page.page.wait_for_function("() => document.querySelectorAll('#item-captions li').length")
         assert page.page.title() == "index · embedcache"
         assert page.captions()[0] == evil
+        page.page.keyboard.press("Escape")
+        page.page.click("#tab-map")
+        page.page.wait_for_selector(".mapped .bars button")
+        assert page.page.title() == "index · embedcache"
         page.close()
-        server.should_exit = True
-        thread.join()
     assert page.elsewhere == page.errors == []
+
+
+def test_two_indexes_side_by_side(browser: Any, root: Path) -> None:
+    """A text is answered by one index, and the other says why it does not; an item is answered by both."""
+    with serving(ServePaths(index=root / "index"), ServePaths(index=root / "plain")) as address:
+        page = Browsing(browser, address)
+        assert "The index plain cannot be asked by text: expected an index built with a run" in page.text("#rejections")
+        page.type(TEXT)
+        assert page.captions()[:10] == captions_of(root, [TEXT])
+        assert "This index cannot be asked by text: expected an index" in page.text(".pane:last-child .status")
+        page.page.keyboard.press("ArrowDown")
+        page.page.keyboard.press("m")
+        page.wait_for("#agreement", "of the first 10 results are in both")
+        row = int(page.page.get_attribute("#results .hit", "data-row") or -1)
+        shown = page.page.eval_on_selector_all(
+            ".pane .grid",
+            "all => all.map(one => [...one.querySelectorAll('.hit')].map(hit => Number(hit.dataset.row)))",
+        )
+        for rows, name in zip(shown, ("index", "plain"), strict=True):
+            (hits,) = search(root / name, Queries(rows=[row]), SearchSettings(k=60))
+            assert rows == [hit.row for hit in hits]
+        both = len(set(shown[0][:10]) & set(shown[1][:10]))
+        assert page.text("#agreement").startswith(f"{both} of the first 10")
+        assert page.text("#results .hit .place") == "B #1"
+        assert page.barriers() == []
+        page.close()
+    assert page.elsewhere == page.errors == []
+
+
+@contextmanager
+def serving(*paths: ServePaths) -> Iterator[str]:
+    """Serve some indexes from a thread of this process; yield the address."""
+    services = [open_service(one, ServeSettings(), device="cpu", progress=NullProgress()) for one in paths]
+    with bind(ServeSettings(port=0)) as bound:
+        port = bound.getsockname()[1]
+        server = uvicorn.Server(config(RequestGuard(make_app(*services), ServeSettings(), token=None, port=port)))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -1,13 +1,15 @@
-// Tables that describe the index, its run and its cache.
+// Tables that describe each index, its run and its cache.
 
-import { api, element, table } from "./dom.js";
+import { element, table } from "./dom.js";
 
-export async function loadCards(panel) {
+export async function loadCards(panel, indexes) {
   if (panel.childElementCount) return;
   try {
-    const cards = await api("/api/cards");
-    panel.replaceChildren(element("div", { class: "cards" }, ...cards.map((card) =>
-      element("div", {}, element("h2", {}, card.title), table(card.rows)))));
+    const all = await Promise.all(indexes.map((index) => index.get("/api/cards")));
+    panel.replaceChildren(...all.map((cards, number) => element("div", { class: "cards" }, ...cards.map((card) =>
+      element("div", {},
+        element("h2", {}, indexes.length > 1 ? `${"AB"[number]}: ${card.title}` : card.title),
+        table(card.rows))))));
   } catch (error) {
     panel.replaceChildren(element("p", { class: "warning", role: "alert" }, error.message));
   }

@@ -1,7 +1,7 @@
 // Concepts as bars with their gaps, and the most similar items of the selected one.
 
 import { api, count, element, table } from "./dom.js";
-import { moveInGrid, showHits } from "./grid.js";
+import { Grid } from "./grid.js";
 
 const MAX_BARS = 200;
 
@@ -10,7 +10,6 @@ export class CoverageView {
     this.panel = panel;
     this.search = search;
     this.limit = MAX_BARS;
-    this.hits = [];
   }
 
   async load() {
@@ -93,15 +92,8 @@ export class CoverageView {
       button.setAttribute("aria-pressed", String(Number(button.dataset.number) === number));
     const found = await api(`/api/coverage/${number}`);
     if (this.selected !== number) return;
-    this.hits = found.hits;
     const grid = element("ul", { class: "grid", "aria-label": `The most similar items of ${found.name}` });
-    const actions = {
-      threshold: found.threshold,
-      onOpen: (place) => this.search.itemDialog.open(this.hits, place, () => grid.querySelectorAll(".hit")[place]?.focus()),
-      onSimilar: (hit) => this.search.searchSimilar(hit),
-    };
-    grid.addEventListener("keydown", (event) => moveInGrid(grid, event, { onSimilar: actions.onSimilar, hits: () => this.hits }));
-    showHits(grid, this.hits, actions);
+    new Grid(grid, this.search.indexes[0], this.search).show(found.hits, found.threshold);
     const button = this.search.info.takes.includes("text")
       ? element("button", { type: "button", onclick: () => this.search.searchText(found.name) }, "Search for this concept") : null;
     this.gallery.replaceChildren(

@@ -14,8 +14,13 @@ export function element(tag, attributes = {}, ...children) {
 }
 
 export async function api(path, options = {}) {
+  const response = await send(path, options);
+  return response.json();
+}
+
+export async function send(path, options = {}) {
   const response = await fetch(path, { credentials: "same-origin", ...options });
-  if (response.ok) return response.json();
+  if (response.ok) return response;
   let reason = `${response.status} ${response.statusText}`;
   try {
     reason = (await response.json()).error ?? reason;
@@ -28,14 +33,46 @@ export const post = (path, body, signal) =>
 
 export const count = (number) => number.toLocaleString("en");
 
+export const pause = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
+
 export function table(rows, { head = null } = {}) {
   const line = (cells, tag) => element("tr", {}, ...cells.map((cell, place) =>
-    element(place === 0 ? "th" : tag, { scope: place === 0 ? (tag === "th" ? "col" : "row") : tag === "th" ? "col" : null }, cell)));
+    element(place === 0 && cell ? "th" : tag === "th" && cell ? "th" : "td",
+      { scope: !cell ? null : tag === "th" ? "col" : place === 0 ? "row" : null }, cell)));
   return element("table", {},
     head ? element("thead", {}, line(head, "th")) : null,
     element("tbody", {}, ...rows.map((row) => line(row, "td"))));
 }
 
-let version = "";
-export const setVersion = (value) => { version = value; };
-export const imageUrl = (row, size) => `/api/images/${row}/${size}?v=${version}`;
+export class Index {
+  // One of the server's indexes: what it holds, and its part of the API.
+  constructor(number, info) {
+    this.number = number;
+    this.info = info;
+  }
+
+  static async open(number) {
+    return new Index(number, await api(`/api/info?index=${number}`));
+  }
+
+  url(path) {
+    return `${path}${path.includes("?") ? "&" : "?"}index=${this.number}`;
+  }
+
+  get(path) {
+    return api(this.url(path));
+  }
+
+  image(row, size) {
+    return this.url(`/api/images/${row}/${size}?v=${this.info.version}`);
+  }
+
+  async ready(path) {
+    // Waits while the server computes its map.
+    for (;;) {
+      const found = await this.get(path);
+      if (found.state !== "computing") return found;
+      await pause(700);
+    }
+  }
+}

@@ -1,26 +1,46 @@
 // Hits as a grid with keyboard navigation, and a dialog that shows one of them.
 
-import { api, byId, element, imageUrl } from "./dom.js";
+import { byId, element } from "./dom.js";
 
 export const caption = (hit) => hit.captions.join(" · ") || hit.key;
 
-function card(hit, place, { onOpen, onSimilar, threshold }) {
+const names = typeof Intl.DisplayNames === "function" ? new Intl.DisplayNames(["en"], { type: "language" }) : null;
+
+function languageName(code) {
+  if (code === null) return "unknown language";
+  try {
+    return names?.of(code) ?? code;
+  } catch { // not a code of a language
+    return code;
+  }
+}
+
+function folded(hit) {
+  const others = hit.languages.slice(1);
+  if (!others.length) return null;
+  return element("span", { class: "folded", title: others.map(languageName).join(", ") }, `+${others.length} ${others.length === 1 ? "language" : "languages"}`);
+}
+
+function card(hit, place, { index, onOpen, onSimilar, threshold }) {
   const isAbove = threshold !== undefined && hit.score > threshold;
+  const score = hit.score === null ? null : hit.score.toFixed(3);
   const open = element("button", {
     type: "button",
     class: isAbove ? "hit above" : "hit",
     tabindex: place === 0 ? 0 : -1,
     "data-row": hit.row,
-    "aria-label": `${caption(hit)}, cosine ${hit.score.toFixed(3)}${isAbove ? ", above the threshold" : ""}`,
+    "data-key": hit.key,
+    "aria-label": [caption(hit), score === null ? null : `cosine ${score}`, isAbove ? "above the threshold" : null].filter(Boolean).join(", "),
     onclick: () => onOpen(place),
   },
     hit.image === null ? null : element("img", {
-      src: imageUrl(hit.image, "thumbnail"), alt: "", loading: "lazy", decoding: "async", width: 224, height: 224,
+      src: index.image(hit.image, "thumbnail"), alt: "", loading: "lazy", decoding: "async", width: 224, height: 224,
     }),
-    element("span", { class: "captions" }, caption(hit)),
+    element("span", { class: "captions", lang: hit.languages[0] ?? null }, caption(hit)),
+    folded(hit),
     element("span", { class: "details" },
       element("span", {}, hit.label ?? ""),
-      element("span", { class: "score" }, hit.score.toFixed(3))));
+      score === null ? null : element("span", { class: "score" }, score)));
   const like = element("button", {
     type: "button", class: "like", tabindex: -1, "aria-label": `More like ${caption(hit)}`, onclick: () => onSimilar(hit),
   }, "more like this");
@@ -60,6 +80,28 @@ export function moveInGrid(grid, event, { onSimilar, hits }) {
   event.preventDefault();
 }
 
+export class Grid {
+  // A list of hits of one index that opens them in the dialog and searches for similar ones.
+  constructor(list, index, search) {
+    this.list = list;
+    this.index = index;
+    this.search = search;
+    this.hits = [];
+    list.addEventListener("keydown", (event) =>
+      moveInGrid(list, event, { onSimilar: (hit) => search.searchSimilar(hit, index), hits: () => this.hits }));
+  }
+
+  show(hits, threshold = undefined) {
+    this.hits = hits;
+    showHits(this.list, hits, {
+      index: this.index,
+      threshold,
+      onOpen: (place) => this.search.itemDialog.open(this.index, hits, place, (last) => focusCell(this.list, last)),
+      onSimilar: (hit) => this.search.searchSimilar(hit, this.index),
+    });
+  }
+}
+
 export class ItemDialog {
   // Dialog that shows one hit in detail.
   constructor(onSimilar) {
@@ -79,7 +121,8 @@ export class ItemDialog {
     });
   }
 
-  open(hits, place, onClose) {
+  open(index, hits, place, onClose) {
+    this.index = index;
     this.hits = hits;
     this.onClose = onClose;
     this.show(place);
@@ -89,7 +132,7 @@ export class ItemDialog {
   similar(onSimilar) {
     this.onClose = null;
     this.dialog.close();
-    onSimilar(this.hits[this.place]);
+    onSimilar(this.hits[this.place], this.index);
   }
 
   async show(place) {
@@ -99,18 +142,28 @@ export class ItemDialog {
     const image = byId("item-image");
     image.hidden = hit.image === null;
     if (hit.image !== null) {
-      image.src = imageUrl(hit.image, "full");
+      image.src = this.index.image(hit.image, "full");
       image.alt = caption(hit);
     }
     byId("item-title").textContent = caption(hit);
+    byId("item-title").lang = hit.languages[0] ?? "";
     byId("item-previous").disabled = place === 0;
     byId("item-next").disabled = place === this.hits.length - 1;
-    const item = await api(`/api/items/${hit.row}`);
+    const item = await this.index.get(`/api/items/${hit.row}`);
     if (this.hits[this.place] !== hit) return;
-    byId("item-captions").replaceChildren(...item.captions.map((one) =>
-      element("li", {}, one.text, one.language ? element("span", { class: "language" }, ` ${one.language}`) : null)));
-    const rows = [["cosine", hit.score.toFixed(3)], ["key", item.key], ...Object.entries(item.columns)];
+    byId("item-captions").replaceChildren(...captionsByLanguage(item.captions));
+    const rows = [["cosine", hit.score?.toFixed(3) ?? null], ["key", item.key], ...Object.entries(item.columns)];
     byId("item-columns").replaceChildren(...rows.filter(([, value]) => value !== null).map(([name, value]) =>
       element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, String(value)))));
   }
+}
+
+function captionsByLanguage(captions) {
+  // The first language is open, all others are folded.
+  const groups = new Map();
+  for (const one of captions) groups.set(one.language, [...(groups.get(one.language) ?? []), one.text]);
+  const list = (language, texts) => element("ul", { lang: language }, ...texts.map((text) => element("li", {}, text)));
+  return [...groups].map(([language, texts], place) => place === 0
+    ? list(language, texts)
+    : element("details", {}, element("summary", {}, `${languageName(language)} (${texts.length})`), list(language, texts)));
 }

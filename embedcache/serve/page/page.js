@@ -1,11 +1,12 @@
-// Starts the page: requests what the server holds, then connects the three views.
+// Starts the page: requests what the server holds, then connects its views.
 
 import { loadCards } from "./cards.js";
 import { CoverageView } from "./coverage.js";
-import { api, byId, count, setVersion } from "./dom.js";
+import { Index, byId, count } from "./dom.js";
+import { MapView } from "./map.js";
 import { Search } from "./search.js";
 
-const VIEWS = ["search", "coverage", "cards"];
+const VIEWS = ["search", "map", "coverage", "cards"];
 
 function addTabs(onShow) {
   const tabs = VIEWS.map((view) => byId(`tab-${view}`));
@@ -29,28 +30,39 @@ function addTabs(onShow) {
   return show;
 }
 
+async function openIndexes() {
+  const first = await Index.open(0);
+  return first.info.num_indexes > 1 ? [first, await Index.open(1)] : [first];
+}
+
 async function start() {
-  const info = await api("/api/info");
-  setVersion(info.version);
-  document.title = `${info.name} · embedcache`;
-  byId("name").textContent = info.name;
-  byId("holds").textContent = `${count(info.num_items)} ${info.modality}s`;
+  const indexes = await openIndexes();
+  const { info } = indexes[0];
+  document.title = `${indexes.map((one) => one.info.name).join(" and ")} · embedcache`;
+  byId("name").textContent = indexes.length > 1 ? "Comparison" : info.name;
+  byId("holds").textContent = indexes.length > 1
+    ? indexes.map((one) => one.info.name).join(" and ") : `${count(info.num_items)} ${info.modality}s`;
   byId("credit").textContent = info.credit;
   byId("missing").textContent = info.missing_images ?? "";
   byId("tab-coverage").hidden = !info.has_coverage;
-  let coverage;
+  let coverage, map;
   const show = addTabs((view) => {
+    if (view === "map") map.load();
     if (view === "coverage") coverage.load();
-    if (view === "cards") loadCards(byId("cards"));
+    if (view === "cards") loadCards(byId("cards"), indexes);
   });
-  const search = new Search(info, show);
+  const search = new Search(indexes, show);
   coverage = new CoverageView(byId("coverage"), search);
+  map = new MapView(byId("map"), search);
+  search.open();
   await search.loadAddress();
   if (!search.query) byId("query").focus();
   document.body.dataset.ready = "yes";
 }
 
 start().catch((error) => {
+  byId("start").hidden = true;
+  byId("panes").hidden = false;
   byId("status").textContent = error.message;
   byId("status").classList.add("error");
 });

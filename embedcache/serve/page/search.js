@@ -1,24 +1,32 @@
 // Search with texts, images or items, with filters; the page's address stores the query.
 
-import { api, byId, count, element, imageUrl, post } from "./dom.js";
-import { ItemDialog, caption, focusCell, moveInGrid, showHits } from "./grid.js";
+import { byId, count, element } from "./dom.js";
+import { Grid, ItemDialog, caption, focusCell } from "./grid.js";
+import { Pane, compare } from "./pane.js";
 
 const DEFAULT_HITS = 60;
 const NAMES = { split: "Split", label: "Label", language: "Language", selection: "Selection" };
+const KINDS = { text: "text", image: "an image" };
 
 export class Search {
-  constructor(info, showTab) {
-    this.info = info;
+  constructor(indexes, showTab) {
+    this.indexes = indexes;
+    this.info = indexes[0].info;
     this.showTab = showTab;
-    this.hits = [];
-    this.query = null; // { text } or { row, name, image } or { file }
+    this.query = null; // { text } or { row, key, index, name, image } or { file }
     this.k = DEFAULT_HITS;
-    this.grid = byId("results");
-    this.itemDialog = new ItemDialog((hit) => this.searchSimilar(hit));
+    this.itemDialog = new ItemDialog((hit, index) => this.searchSimilar(hit, index));
+    this.panes = [Pane.first(indexes[0], this)];
+    if (indexes.length > 1) this.panes.push(Pane.beside(this.panes[0], indexes[1], this));
+    this.sample = new Grid(byId("sample"), indexes[0], this);
     this.addFilters();
     this.addInputs();
     this.addKeys();
     window.addEventListener("popstate", () => this.loadAddress());
+  }
+
+  takes(kind) {
+    return this.indexes.some(({ info }) => info.takes.includes(kind));
   }
 
   addFilters() {
@@ -36,7 +44,7 @@ export class Search {
   }
 
   addInputs() {
-    const takesImages = this.info.takes.includes("image");
+    const takesImages = this.takes("image");
     byId("upload").hidden = !takesImages;
     byId("drop-hint").hidden = !takesImages;
     byId("form").addEventListener("submit", (event) => {
@@ -44,13 +52,10 @@ export class Search {
       const text = byId("query").value.trim();
       if (text) this.search({ text });
     });
-    byId("query").disabled = !this.info.takes.includes("text");
+    for (const id of ["query", "submit"]) byId(id).hidden = !this.takes("text");
+    this.explainRejections();
     byId("file").addEventListener("change", (event) => this.withFile(event.target.files[0]));
     byId("clear").addEventListener("click", () => this.clear());
-    byId("more").addEventListener("click", () => {
-      this.k = Math.min(2 * this.k, this.info.most_hits);
-      this.run({ saveAddress: true, keepPlace: true });
-    });
     if (!takesImages) return;
     document.addEventListener("paste", (event) => this.withFile(imageOf(event.clipboardData), event));
     document.addEventListener("dragover", (event) => {
@@ -66,22 +71,49 @@ export class Search {
     });
   }
 
+  explainRejections() {
+    // Images are missed only where texts are not accepted either, or in an index of images.
+    const lines = this.indexes.flatMap(({ info }) => Object.entries(info.rejects)
+      .filter(([kind]) => kind === "text" || info.modality === "image")
+      .map(([kind, reason]) => {
+        const name = this.indexes.length > 1 ? `The index ${info.name}` : "This index";
+        return element("p", {}, element("strong", {}, `${name} cannot be asked by ${KINDS[kind]}: `), reason);
+      }));
+    byId("rejections").replaceChildren(...lines);
+    byId("rejections").hidden = !lines.length;
+  }
+
   addKeys() {
-    this.grid.addEventListener("keydown", (event) =>
-      moveInGrid(this.grid, event, { onSimilar: (hit) => this.searchSimilar(hit), hits: () => this.hits }));
     byId("query").addEventListener("keydown", (event) => {
-      if (event.key === "ArrowDown" && this.hits.length) {
+      const shown = this.query ? this.panes[0].grid : this.sample;
+      if (event.key === "ArrowDown" && shown.hits.length) {
         event.preventDefault();
-        focusCell(this.grid, 0);
+        focusCell(shown.list, 0);
       } else if (event.key === "Escape") byId("query").blur();
     });
     document.addEventListener("keydown", (event) => {
-      if (event.key !== "/" || event.target.closest("input, select, textarea, dialog")) return;
+      if (event.key !== "/" || event.target.closest("input, select, textarea, dialog") || !this.takes("text")) return;
       event.preventDefault();
       this.showTab("search");
       byId("query").focus();
       byId("query").select();
     });
+  }
+
+  async open() {
+    // Shows a sample of the index and example questions, once the server has its map.
+    byId("sample-status").textContent = "Choosing a sample…";
+    try {
+      const { hits, questions, reason } = await this.indexes[0].ready("/api/opening");
+      this.sample.show(hits);
+      byId("sample-title").hidden = !hits.length;
+      byId("sample-status").textContent = reason;
+      byId("questions").hidden = !questions.length || !this.takes("text");
+      byId("questions").append(...questions.map((text) =>
+        element("button", { type: "button", onclick: () => this.searchText(text) }, text)));
+    } catch (error) {
+      byId("sample-status").textContent = error.message;
+    }
   }
 
   withFile(file, event = null) {
@@ -90,15 +122,16 @@ export class Search {
     byId("file").value = "";
     this.showTab("search");
     if (file.size > this.info.max_upload_bytes) {
-      this.showStatus(`the image has ${count(file.size)} bytes; at most ${count(this.info.max_upload_bytes)} are accepted`, true);
+      byId("panes").hidden = false;
+      this.panes[0].showStatus(`the image has ${count(file.size)} bytes; at most ${count(this.info.max_upload_bytes)} are accepted`, true);
       return;
     }
     this.search({ file });
   }
 
-  searchSimilar(hit) {
+  searchSimilar(hit, index) {
     this.showTab("search");
-    this.search({ row: hit.row, name: caption(hit), image: hit.image });
+    this.search({ row: hit.row, key: hit.key, index, name: caption(hit), image: hit.image });
   }
 
   searchText(text) {
@@ -114,17 +147,19 @@ export class Search {
     this.run({ saveAddress: true });
   }
 
+  showMore() {
+    this.k = Math.min(2 * this.k, this.info.most_hits);
+    this.run({ saveAddress: true, keepPlace: true });
+  }
+
   clear() {
-    this.running?.abort();
     this.query = null;
-    this.hits = [];
     byId("query").value = "";
     this.showQuery();
-    showHits(this.grid, [], {});
-    this.grid.classList.remove("busy");
-    byId("more").hidden = true;
+    for (const pane of this.panes) pane.clear();
+    byId("agreement").textContent = "";
     byId("start").hidden = false;
-    this.showStatus("");
+    byId("panes").hidden = true;
     history.pushState(null, "", "/");
     byId("query").focus();
   }
@@ -138,77 +173,36 @@ export class Search {
   }
 
   async run({ saveAddress = false, keepPlace = false } = {}) {
-    if (!this.query) return;
-    this.running?.abort();
-    const running = (this.running = new AbortController());
+    const query = this.query;
+    if (!query) return;
     if (saveAddress) this.storeAddress();
     this.showQuery();
-    this.grid.classList.add("busy");
-    const started = performance.now();
-    try {
-      const found = await this.send(running.signal);
-      if (running.signal.aborted) return;
-      this.show(found, performance.now() - started, keepPlace);
-    } catch (error) {
-      if (error.name === "AbortError") return;
-      this.hits = [];
-      showHits(this.grid, [], {});
-      byId("more").hidden = true;
-      this.showStatus(error instanceof TypeError ? "the server does not respond; check that it is still running" : error.message, true);
-    } finally {
-      if (this.running === running) this.grid.classList.remove("busy");
-    }
-  }
-
-  send(signal) {
-    const { text, row, file } = this.query;
-    const options = this.options();
-    if (!file) return post("/api/search", row === undefined ? { text, ...options } : { row, ...options }, signal);
-    const query = new URLSearchParams({ k: options.k });
-    for (const name of ["labels", "splits", "languages"]) for (const value of options[name]) query.append(name, value);
-    if (options.selection) query.set("selection", options.selection);
-    return api(`/api/search/image?${query}`, {
-      method: "POST", headers: { "Content-Type": file.type || "application/octet-stream" }, body: file, signal,
-    });
-  }
-
-  show(found, ms, keepPlace) {
-    const before = this.hits.length;
-    this.hits = found.hits;
-    showHits(this.grid, this.hits, { onOpen: (place) => this.open(place), onSimilar: (hit) => this.searchSimilar(hit) });
     byId("start").hidden = true;
-    byId("more").hidden = this.hits.length < this.k || this.k >= this.info.most_hits;
-    const server = `search ${found.search_ms.toFixed(1)} ms, encoder ${found.encode_ms.toFixed(1)} ms, total ${ms.toFixed(0)} ms`;
-    this.showStatus(this.hits.length ? `${count(this.hits.length)} results, best first · ${server}` : "No item passes these filters");
-    if (keepPlace) focusCell(this.grid, before);
-    else window.scrollTo({ top: 0 });
-  }
-
-  open(place) {
-    this.itemDialog.open(this.hits, place, (last) => focusCell(this.grid, last));
+    byId("panes").hidden = false;
+    byId("agreement").textContent = "";
+    if (!keepPlace) window.scrollTo({ top: 0 });
+    await Promise.all(this.panes.map((pane) => pane.run(query, this.options(), keepPlace)));
+    if (this.panes.length < 2 || this.query !== query || !this.panes.every((pane) => pane.hits.length)) return;
+    byId("agreement").textContent = `${compare(...this.panes)} of the first 10 results are in both.`;
   }
 
   showQuery() {
-    const { file, image, name, row } = this.query ?? {};
+    const { file, image, index, name, row } = this.query ?? {};
     byId("query-card").hidden = !file && row === undefined;
     if (this.preview) URL.revokeObjectURL(this.preview);
     this.preview = file ? URL.createObjectURL(file) : null;
-    const url = this.preview ?? (image === null || image === undefined ? null : imageUrl(image, "thumbnail"));
+    const url = this.preview ?? (image === null || image === undefined ? null : index.image(image, "thumbnail"));
     byId("query-image").hidden = url === null;
     if (url) byId("query-image").src = url;
     byId("query-text").textContent = file ? `Similar to your image ${file.name}` : row === undefined ? "" : `Similar to ${name}`;
   }
 
-  showStatus(text, isError = false) {
-    byId("status").textContent = text;
-    byId("status").classList.toggle("error", isError);
-  }
-
   storeAddress() {
     const query = new URLSearchParams();
-    const { text, row } = this.query;
+    const { text, row, index } = this.query;
     if (text !== undefined) query.set("q", text);
     if (row !== undefined) query.set("row", row);
+    if (index?.number) query.set("index", index.number);
     for (const [name, select] of Object.entries(this.selects)) if (select.value) query.set(name, select.value);
     if (this.k !== DEFAULT_HITS) query.set("k", this.k);
     const address = `/?${query}`;
@@ -221,17 +215,18 @@ export class Search {
     this.k = Number(query.get("k")) || DEFAULT_HITS;
     byId("query").value = query.get("q") ?? "";
     if (query.has("row")) {
+      const index = this.indexes[Number(query.get("index"))] ?? this.indexes[0];
       try {
-        const item = await api(`/api/items/${query.get("row")}`);
-        const name = item.captions.slice(0, 3).map((one) => one.text).join(" · ") || item.key;
-        this.query = { row: item.row, name, image: item.image };
+        const [hit] = await index.get(`/api/items?rows=${encodeURIComponent(query.get("row"))}`);
+        this.query = { row: hit.row, key: hit.key, index, name: caption(hit), image: hit.image };
       } catch (error) {
-        this.showStatus(error.message, true);
+        byId("panes").hidden = false;
+        this.panes[0].showStatus(error.message, true);
         return;
       }
     } else this.query = query.has("q") ? { text: query.get("q") } : null;
     if (this.query) await this.run();
-    else if (this.hits.length) this.clear();
+    else if (!byId("panes").hidden) this.clear();
   }
 }
 

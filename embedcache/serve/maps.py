@@ -1,0 +1,123 @@
+"""The map of an index for the page, read from the index's folder or computed once after the start, and its sample."""
+
+import logging
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from embedcache.arrays import Ints
+from embedcache.curate.map import Cluster, IndexMap, compute_map, read_map, write_map
+from embedcache.curate.settings import MapSettings
+from embedcache.errors import EmbedcacheError, UnknownNameError
+from embedcache.progress import NullProgress
+from embedcache.search.search import OpenIndex
+from embedcache.serve.schema import MapState
+
+log = logging.getLogger("embedcache.serve")
+
+_SAMPLE = 48
+_QUESTIONS = 6
+_LEVELS = 2**16 - 1
+
+
+class ServedMap:
+    """The map of an index. Until `load` has read or computed it, it is empty, and its state is `computing`.
+
+    Args:
+        index: the index; a computed map is written into its folder, if that can be written.
+        concepts: cache of concepts that name the clusters of a computed map.
+    """
+
+    def __init__(self, index: OpenIndex, concepts: str | None = None) -> None:
+        self._index, self._settings = index, MapSettings(projection="pca", concepts=concepts, device=index.device)
+        self._map: IndexMap | None = None
+        self._stopped = threading.Event()
+        self.state: MapState = "computing"
+        self.reason = ""
+
+    def load(self) -> None:
+        """Read the map, or compute and store it. Does not raise: the page works without a map."""
+        if self.state == "ready":
+            return
+        try:
+            self._map = read_map(self._index) or self._compute()
+            self.state = "ready"
+        except _StoppedError:
+            return
+        except Exception as error:  # a bug too: the page says that there is no map, and goes on
+            log.warning("the map: %s", error, exc_info=not isinstance(error, EmbedcacheError))
+            self.state, self.reason = "unavailable", "the map cannot be computed; the reason is in the server's log"
+
+    def stop(self) -> None:
+        """Let `load` end soon."""
+        self._stopped.set()
+
+    def _compute(self) -> IndexMap:
+        progress = _StoppableProgress(self._stopped)
+        computed = compute_map(self._index, self._settings, progress=progress)
+        try:
+            write_map(self._index, computed)
+        except (EmbedcacheError, OSError) as error:  # a folder of others, or read-only: it is computed at each start
+            log.info("the map is not stored: %s", error)
+        return computed
+
+    @property
+    def clusters(self) -> Sequence[Cluster]:
+        """The clusters, largest first."""
+        return () if self._map is None else self._map.clusters
+
+    @property
+    def projection(self) -> str:
+        """`umap` or `pca`; empty without a map."""
+        return "" if self._map is None else self._map.projection
+
+    @property
+    def num_points(self) -> int:
+        """Number of items on the map."""
+        return 0 if self._map is None else len(self._map.rows)
+
+    @cached_property
+    def _points(self) -> bytes:
+        assert self._map is not None
+        xs, ys = (np.rint(self._map.points * _LEVELS)).astype("<u2").T
+        columns = (self._map.rows.astype("<u4"), xs, ys, self._map.clusters_N.astype("<u2"))
+        return b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
+
+    def points(self) -> bytes:
+        """Return row (uint32), x and y (uint16, of 65,535) and cluster (uint16) of all items, column by column.
+
+        10 bytes per item, little-endian; rows ascend.
+        """
+        if self._map is None:
+            raise UnknownNameError("there is no map yet; GET /api/map says why")
+        return self._points
+
+    def sample(self) -> Ints:
+        """Return rows of items from as many different clusters as there are: (S,) int64."""
+        return np.empty(0, np.int64) if self._map is None else self._map.sample(_SAMPLE)
+
+    def questions(self) -> list[str]:
+        """Return captions of items near the centers of some clusters, as examples of a query."""
+        return list(dict.fromkeys(cluster.question for cluster in self.clusters if cluster.question))[:_QUESTIONS]
+
+    def cluster(self, number: int) -> Cluster:
+        """Return a cluster, or raise an UnknownNameError."""
+        if number >= len(self.clusters):
+            raise UnknownNameError(f"unknown cluster {number}; GET /api/map lists the known ones")
+        return self.clusters[number]
+
+
+class _StoppedError(Exception):
+    """The server ends."""
+
+
+class _StoppableProgress(NullProgress):
+    def __init__(self, stopped: threading.Event) -> None:
+        self._stopped = stopped
+
+    def advance(self, count: int) -> None:  # noqa: ARG002
+        """End the computation if the server does."""
+        if self._stopped.is_set():
+            raise _StoppedError
