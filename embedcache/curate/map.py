@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +30,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments
 from embedcache.provenance import to_record
 from embedcache.registry import require
-from embedcache.search.concepts import open_concepts
+from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.hits import Hit
 from embedcache.search.search import OpenIndex
 from embedcache.search.vectors import Vectors
@@ -136,6 +135,7 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
     vectors = Vectors(
         index.cache.path, card.modality, card.feature, index.run_path, width=card.width, device=settings.device
     )
+    named = None if settings.concepts is None else open_concepts(Cache(settings.concepts), vectors)
     rows_N = np.sort(rng.permutation(index.rows)[: settings.max_items])
     fitted_FP = vectors.read(np.sort(rng.permutation(rows_N)[:_MAX_FITTED]))
     num_clusters = max(1, min(_MAX_CLUSTERS, math.isqrt(len(rows_N)) // 2))
@@ -160,7 +160,7 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
     clusters_N, kept_C = _largest_first(np.concatenate(clusters), num_clusters)
     nearest = [_nearest(rows_N, np.concatenate(cosines), clusters_N == number) for number in range(len(kept_C))]
     hits = [index.hits.read(np.zeros(len(rows), np.float32), rows) for rows in nearest]
-    names = _name_by_concepts(vectors, centroids_CP[kept_C], settings.concepts) or name_clusters(hits)
+    names = name_clusters(hits) if named is None else _nearest_names(named, centroids_CP[kept_C])
     centers = [np.median(points_N2[clusters_N == number], axis=0).tolist() for number in range(len(kept_C))]
     described = [
         Cluster(name=name, size=size, x=x, y=y, nearest=rows.tolist(), question=_question(shown))
@@ -316,13 +316,9 @@ def _to_unit_square(points_N2: Floats) -> Floats:
     return np.clip(unit_N2, 0, 1).astype(np.float32)
 
 
-def _name_by_concepts(vectors: Vectors, centroids_CP: Floats, concepts: Path | str | None) -> list[str]:
-    """Return the concept nearest to each cluster; empty without concepts."""
-    if concepts is None:
-        return []
-    named = open_concepts(Cache(concepts), vectors)
-    rows_C1, _ = top_k(centroids_CP, named.vectors, 1)
-    return [named.names[row] for row in rows_C1[:, 0].tolist()]
+def _nearest_names(concepts: Concepts, centroids_CP: Floats) -> list[str]:
+    rows_C1, _ = top_k(centroids_CP, concepts.vectors, 1)
+    return [concepts.names[row] for row in rows_C1[:, 0].tolist()]
 
 
 def name_clusters(hits: Sequence[Sequence[Hit]]) -> list[str]:

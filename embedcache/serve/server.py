@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from embedcache.errors import SettingError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
+from embedcache.search.index import read_card
 from embedcache.serve.app import make_app
 from embedcache.serve.guard import RequestGuard, invalid_request, refuse_connection
 from embedcache.serve.service import SearchService, ServePaths, open_service
@@ -46,6 +47,8 @@ def serve(
     """
     with bind(settings) as bound:
         port = bound.getsockname()[1]
+        for one in paths:
+            read_card(one.index)  # a wrong path of the second fails before the first is opened
         services = [open_service(one, settings, device=device, progress=progress) for one in paths]
         token = settings.token or (None if settings.is_local else secrets.token_urlsafe(_TOKEN_BYTES))
         for line in _lines(services, settings, token, port):

@@ -12,7 +12,8 @@ from embedcache.curate import map as map_module
 from embedcache.curate.map import FILE, build_map, compute_map, name_clusters, project_to_plane, read_map, write_map
 from embedcache.curate.settings import MapSettings
 from embedcache.search.index import build_index
-from embedcache.search.search import Hit, OpenIndex
+from embedcache.search.hits import Hit
+from embedcache.search.search import OpenIndex
 from embedcache.search.settings import IndexSettings
 
 PCA = MapSettings(projection="pca")

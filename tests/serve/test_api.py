@@ -16,10 +16,11 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from embedcache.curate.coverage import measure_coverage
-from embedcache.curate.map import read_map
-from embedcache.curate.settings import CoverageSettings
+from embedcache.curate.map import compute_map, read_map
+from embedcache.curate.settings import CoverageSettings, MapSettings
 from embedcache.errors import CorruptError, DataError, FingerprintError, MissingExtraError, PathError, SettingError
 from embedcache.progress import NullProgress
+from embedcache.search.concepts import open_concepts
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
@@ -249,6 +250,15 @@ def test_map_in_ten_bytes_per_item(client: TestClient, root: Path) -> None:
     items = client.get("/api/items?rows=5&rows=3").json()
     assert [item["row"] for item in items] == [5, 3]
     assert client.get("/api/items?rows=80").status_code == 404
+
+
+def test_clusters_are_named_by_concepts(root: Path) -> None:
+    index = OpenIndex(root / "index")
+    named = compute_map(index, MapSettings(projection="pca", concepts=root / "concepts"))
+    concepts = open_concepts(Cache(root / "concepts"), index.query_encoder.indexed)
+    for cluster in named.clusters:
+        center = index.query_encoder.indexed.read(np.array(cluster.nearest)).mean(axis=0)
+        assert cluster.name == concepts.names[int((concepts.vectors @ center).argmax())]
 
 
 def test_missing_map_is_computed_and_stored(root: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ const MARGIN = 0.04;
 const MAX_ZOOM = 400;
 const IMAGE_PX = 64; // side of an image on the map
 const MAX_WITH_IMAGES = 3000; // visible points below which images are shown
+const FEW = 150; // as MAX_WITH_IMAGES, where the map is not zoomed
 const MAX_IMAGES = 300; // kept
 const NEAR_PX = 14;
 const HUES = [211, 28, 142, 350, 265, 190, 52, 320, 95, 12, 235, 165];
@@ -194,7 +195,8 @@ export class MapView {
     pen.setTransform(this.ratio, 0, 0, this.ratio, 0, 0);
     const boxes = [];
     this.drawNames(pen, boxes);
-    if (this.index.info.has_images && this.numVisible <= MAX_WITH_IMAGES) this.drawImages(pen, ranges, boxes);
+    const isNear = this.numVisible <= (this.view.zoom < 2 ? FEW : MAX_WITH_IMAGES); // seen from afar, images would hide the points
+    if (this.index.info.has_images && isNear) this.drawImages(pen, ranges, boxes);
     if (document.activeElement === this.frame) this.drawCross(pen);
   }
 
