@@ -11,8 +11,8 @@ import pytest
 from embedcache.curate import map as map_module
 from embedcache.curate.map import FILE, build_map, compute_map, name_clusters, project_to_plane, read_map, write_map
 from embedcache.curate.settings import MapSettings
-from embedcache.search.index import build_index
 from embedcache.search.hits import Hit
+from embedcache.search.index import build_index
 from embedcache.search.search import OpenIndex
 from embedcache.search.settings import IndexSettings
 

@@ -32,10 +32,10 @@ def test_cosines_are_at_most_one(results: SearchResults, index_path: Path) -> No
 
 def test_data_frame_has_a_row_per_hit(results: SearchResults) -> None:
     frame = results.to_pandas()
-    assert list(frame.columns) == ["query", "score", "row", "key", "captions", "label"]
+    assert list(frame.columns) == ["query", "score", "row", "key", "captions", "label", "languages"]
     assert frame["key"].tolist() == [hit.key for hits in results for hit in hits]
     assert frame["query"][:20].tolist() == ["<b>red</b>"] * 20
-    assert list(results[0].to_pandas().columns) == ["score", "row", "key", "captions", "label"]
+    assert list(results[0].to_pandas().columns) == ["score", "row", "key", "captions", "label", "languages"]
     assert list(SearchResults().to_pandas().columns) == list(frame.columns)
 
 
