@@ -290,7 +290,13 @@ class Cache:
         return [open_group(self.path, modality, path.parent.name, self.info) for path in paths]
 
     def features(self, modality: str | None = None) -> list[Feature]:
-        """Return all features, or those of a modality, complete or not, sorted by name."""
+        """Return all features, or those of a modality, complete or not, sorted by name.
+
+        Raises:
+            UnknownNameError: there is no such modality.
+        """
+        if modality not in (None, *MODALITIES):
+            raise UnknownNameError(self._missing(str(modality)))
         modalities = MODALITIES if modality is None else [modality]
         groups = [group for name in modalities for group in self.encoders(name)]
         return [Feature(group, name) for group in groups for name in group.features]

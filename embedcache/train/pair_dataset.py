@@ -28,6 +28,8 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         for batch in loader:
             loss = my_loss(batch["image"], batch["text"], batch["sample"])
 
+    With `sampler=BatchSampler(RandomSampler(dataset), 1024, False), batch_size=None` no tensor is made per pair.
+
     Features stay on disk and are mapped into memory, which workers share. Memory: 24 bytes per pair, and the commits of
     the features (under 100 bytes per item).
 

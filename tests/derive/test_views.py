@@ -98,7 +98,7 @@ def states(work: Path, run: str, cache: Path, feature: str, row: int) -> Floats:
 
 def test_each_view_has_a_folder(work: Path, cache: Path) -> None:
     views = ("plain", "babble5dB", "babble-5dB")
-    reports = derive_from_run(cache, work / "both", "audio-states", name="ao", views=views, dtype="float32")
+    reports = derive_from_run(cache, work / "both", "audio-states", name="ao", view=views, dtype="float32")
     assert [report.line() for report in reports] == [
         f"{name} (audio-states): derived 3 recordings, reused 0, failed 0"
         for name in ("ao", "ao@babble5dB", "ao@babble-5dB")
@@ -111,7 +111,7 @@ def test_each_view_has_a_folder(work: Path, cache: Path) -> None:
             expected = states(work, "both", cache, f"open_media{suffix}/frames", row)
             np.testing.assert_allclose(found, expected, atol=1e-5)
     assert not verify(opened)
-    again = derive_from_run(cache, work / "both", "audio-states", name="ao", views=views, dtype="float32")
+    again = derive_from_run(cache, work / "both", "audio-states", name="ao", view=views, dtype="float32")
     assert [report.derived for report in again] == [0, 0, 0]
 
 
@@ -163,32 +163,32 @@ def test_first_side_that_is_read_decides_the_items(work: Path, cache: Path, tmp_
 def test_view_is_read_in_place_of_the_sides_of_its_modality(work: Path, cache: Path, tmp_path: Path) -> None:
     view = "tests.extract.test_noise-backwards"
     write_run(cache, tmp_path / "run", {"audio": AUDIO, "video": VIDEO}, Length())
-    derive_from_run(cache, tmp_path / "run", "length", views=(view,))
+    derive_from_run(cache, tmp_path / "run", "length", view=(view,))
     group = Cache(cache).feature("video", f"run-length@{view}/length").group
     assert group.inputs == [("video", f"open_media@{view}/frames"), ("audio", "open_media/frames")]
     with pytest.raises(UnknownNameError, match=r"open_media@babble5dB/frames.*known: .*backwards/frames"):
-        derive_from_run(cache, tmp_path / "run", "length", views=("babble5dB",))  # a view of sound
+        derive_from_run(cache, tmp_path / "run", "length", view=("babble5dB",))  # a view of sound
 
 
 def test_views_of_derived_features_are_views(work: Path, cache: Path) -> None:
     """Training draws them, and a run on derived features derives from them in its turn."""
-    derive_from_run(cache, work / "both", "audio-states", name="ao", views=("plain", "babble-5dB"))
+    derive_from_run(cache, work / "both", "audio-states", name="ao", view=("plain", "babble-5dB"))
     data = open_data(cache, {"audio": "ao/audio-states", "video": VIDEO}, memory_bytes=1e6)
     (opened,) = data.open_views("audio", ["babble-5dB"])["babble-5dB"]
     assert opened.name == "ao@babble-5dB/audio-states"
     fingerprint = dict(Cache(cache).feature("audio", opened.name).fingerprint)
     assert fingerprint.pop("view")["inputs"][0]["feature"] == "open_media@babble-5dB/frames"
     assert fingerprint == Cache(cache).feature("audio", "ao/audio-states").fingerprint
-    derive_from_run(cache, work / "noisy", "audio-states", name="other", views=("babble-5dB",))
+    derive_from_run(cache, work / "noisy", "audio-states", name="other", view=("babble-5dB",))
     (cache / "audio/other@babble-5dB").rename(cache / "audio/ao@other")
     with pytest.raises(FingerprintError, match="ao@other/audio-states is no view of it"):
         data.open_views("audio", ["other"])
 
 
 def test_second_run_on_derived_views(work: Path, cache: Path, tmp_path: Path) -> None:
-    derive_from_run(cache, work / "both", "audio-states", name="ao", views=("plain", "babble-5dB"))
+    derive_from_run(cache, work / "both", "audio-states", name="ao", view=("plain", "babble-5dB"))
     write_run(cache, tmp_path / "second", {"audio": "ao/audio-states"})
-    (report,) = derive_from_run(cache, tmp_path / "second", "audio-states", name="two", views=("babble-5dB",))
+    (report,) = derive_from_run(cache, tmp_path / "second", "audio-states", name="two", view=("babble-5dB",))
     assert report.line() == "two@babble-5dB (audio-states): derived 3 recordings, reused 0, failed 0"
     whole = tree(cache)
     for name in ("open_media@babble-5dB/frames", "ao@babble-5dB/audio-states", "two@babble-5dB/audio-states"):
@@ -200,7 +200,7 @@ def test_second_run_on_derived_views(work: Path, cache: Path, tmp_path: Path) ->
 
 
 def test_run_on_a_view_reads_another_in_its_place(work: Path, cache: Path) -> None:
-    reports = derive_from_run(cache, work / "noisy", "audio-states", views=("plain", "babble-5dB"), dtype="float32")
+    reports = derive_from_run(cache, work / "noisy", "audio-states", view=("plain", "babble-5dB"), dtype="float32")
     assert [report.name for report in reports] == ["noisy-audio-states", "noisy-audio-states@babble-5dB"]
     for name, feature in (("", "open_media@babble5dB/frames"), ("@babble-5dB", "open_media@babble-5dB/frames")):
         (found,) = Cache(cache).feature("audio", f"noisy-audio-states{name}").gather_tokens(np.array([1]))
@@ -213,7 +213,7 @@ def test_view_of_another_encoder_is_refused(work: Path, cache: Path) -> None:
     attributes["attributes"]["embedcache"]["fingerprint"]["weights"] = "other"
     write_json(path, attributes)
     with pytest.raises(FingerprintError, match="weights: stored .* the cache's open_media@babble5dB/frames comes from"):
-        derive_from_run(cache, work / "both", "audio-states", views=("plain", "babble5dB"))
+        derive_from_run(cache, work / "both", "audio-states", view=("plain", "babble5dB"))
     assert not (cache / "audio/both-audio-states").exists()  # all views are opened before the first is computed
 
 
@@ -238,7 +238,7 @@ def test_pair_on_flipped_images(tmp_path: Path) -> None:
     settings = ExtractSettings(views=("flip",), chunk_size=16)
     extract(source, tmp_path / "c", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
     train(tmp_path / "c", tmp_path / "run", batch_size=20)
-    reports = derive_from_run(tmp_path / "c", tmp_path / "run", modality="image", views=("plain", "flip"))
+    reports = derive_from_run(tmp_path / "c", tmp_path / "run", modality="image", view=("plain", "flip"))
     assert [report.name for report in reports] == ["run-projected", "run-projected@flip"]
     plain, flipped = (Cache(tmp_path / "c").feature("image", report.name).load() for report in reports)
     assert (plain != flipped).any(axis=1).all()

@@ -60,6 +60,8 @@ def test_unknown_feature_raises(cache: Cache, name: str) -> None:
 def test_unknown_modality_raises(cache: Cache) -> None:
     with pytest.raises(UnknownNameError, match="unknown modality 'imag'; known: image, text, audio, video, points"):
         cache.feature("imag")
+    with pytest.raises(UnknownNameError, match="unknown modality 'imag'"):
+        cache.features("imag")
 
 
 def test_repr_has_counts(cache: Cache) -> None:
