@@ -28,7 +28,7 @@ def device_setting() -> Any:
 
 def name_precision(settings: Any) -> None:
     """Replace the short name of a precision in a frozen settings instance, before it is checked."""
-    object.__setattr__(settings, "precision", _ALIASES.get(settings.precision, settings.precision))
+    object.__setattr__(settings, "precision", _ALIASES.get(str(settings.precision), settings.precision))
 
 
 def torch_device(name: str = AUTO, *, needs_float64: bool = False) -> "torch.device":

@@ -1,6 +1,7 @@
 """What `auto` means on machines with and without GPUs. Torch is asked what there is; nothing runs on a GPU."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def test_precisions_have_short_names(short: str, long: str) -> None:
         assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == getattr(torch, long)
 
 
-def test_unknown_precision_raises() -> None:
+@pytest.mark.parametrize("wrong", ["half", ["fp16"], 16])
+def test_unknown_precision_raises(wrong: Any) -> None:
     with pytest.raises(SettingError, match="precision: expected one of auto, float32, float16, bfloat16, fp32"):
-        EncoderSettings(precision="half")  # type: ignore[arg-type]
+        EncoderSettings(precision=wrong)
