@@ -4,7 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 from embedcache.cli.console import open_progress, print_line
 from embedcache.extract.extract import extract
@@ -59,6 +61,14 @@ def train_seeds(
         for seed, run_path in zip(seeds, run_paths, strict=True)
     ]
     return run_paths, reports
+
+
+def format_difference(before: Sequence[float], after: Sequence[float]) -> str:
+    """Return the mean difference of two results per seed, paired, with its 95% interval over seeds (Student's t)."""
+    differences = np.subtract(after, before)
+    half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
+    low, mean, high = (differences.mean() + shift for shift in (-half, 0, half))
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def write_markdown_page(path: Path, title: str, before: Sequence[str], figure: Figure, after: Sequence[str]) -> None:

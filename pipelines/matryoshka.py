@@ -8,9 +8,7 @@ Writes docs/benchmarks/matryoshka.md and .svg. Existing results in the folder ar
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
 from embedcache.cli.console import print_line
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
@@ -63,13 +61,10 @@ def main() -> None:
 
 
 def _difference(reports: Mapping[str, RetrievalReport], recipe: str) -> str:
-    """Compare mean recalls at the whole width, seed by seed, with a 95% interval over seeds."""
-    differences = np.subtract(reports[f"{recipe}, Matryoshka"].by_seed, reports[recipe].by_seed)
-    half = stats.t.ppf(0.975, len(SEEDS) - 1) * differences.std(ddof=1) / len(SEEDS) ** 0.5
-    low, mean, high = (differences.mean() + shift for shift in (-half, 0, half))
+    before, after = (reports[name].by_seed for name in (recipe, f"{recipe}, Matryoshka"))
     return (
-        f"{recipe}: with Matryoshka, mean recall at the whole width changes by {mean:+.4f} [{low:+.4f}, {high:+.4f}] "
-        "(paired by seed, Student's t)."
+        f"{recipe}: with Matryoshka, mean recall at the whole width changes by "
+        f"{common.format_difference(before, after)} (paired by seed, Student's t)."
     )
 
 

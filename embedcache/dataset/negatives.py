@@ -5,7 +5,7 @@ group, -1 for a sample that was not looked at; `negatives`, a list of rows of sa
 cosines. Two samples of one group are never negatives of each other.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, Floats, Ints
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
+from embedcache.files import AnyPath
 from embedcache.outputs import check_output, new_output, read_metadata, to_metadata
 from embedcache.store.cache import Cache
 from embedcache.store.tables import open_table
@@ -91,50 +92,62 @@ def _lists(part: NegativesBlock) -> list[pa.Array]:
     return [pa.ListArray.from_arrays(offsets, pa.array(side[is_some_BK])) for side in values]
 
 
-def read_negatives(paths: Sequence[Path | str], caches: Sequence[Cache]) -> HardNegatives:
+def check_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> None:
+    """Check that tables are hard negatives of some caches, without reading their rows; errors: `read_negatives`."""
+    _open_tables(paths, caches, lambda table, number: None)  # noqa: ARG005
+
+
+def read_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> HardNegatives:
     """Read the tables of one or several caches; samples without a row have no negatives and are a group of their own.
 
     Memory: 4 bytes per sample and negative, 8 per sample, and a block of rows.
 
     Raises:
         PathError: a file does not exist.
-        CorruptError: a file is not such a table, or a page is damaged.
+        CorruptError: a file is not such a table, has changed since it was written, or a page is damaged.
         DataError: a table is of other samples than those of the caches, or two are of one cache.
     """
     firsts = np.concatenate([[0], np.cumsum([cache.info.num_samples for cache in caches])])
     negatives_SK, groups_S = np.full((int(firsts[-1]), 0), -1, np.int32), np.full(int(firsts[-1]), -1, np.int64)
-    read: set[int] = set()
-    for path in map(Path, paths):
-        check_negatives(path)
-        try:
-            with open_table(path) as table:
-                number = _find_cache(path, table, caches, read)
-                negatives_SK = _fill(table, int(firsts[number]), negatives_SK, groups_S)
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            if isinstance(error, EmbedcacheError):
-                raise
-            raise CorruptError(f"{path}: expected a table of curate negatives: {one_line(error)}") from error
+
+    def fill(table: pq.ParquetFile, number: int) -> None:
+        nonlocal negatives_SK
+        negatives_SK = _fill(table, int(firsts[number]), negatives_SK, groups_S)
+
+    _open_tables(paths, caches, fill)
     alone = np.flatnonzero(groups_S < 0)
     groups_S[alone] = -1 - alone
     return HardNegatives(negatives_SK=negatives_SK, groups_S=groups_S)
 
 
-def check_negatives(path: Path) -> None:
-    """Check that a table of hard negatives exists."""
-    if not path.is_file():
-        raise PathError(f"negatives {path} does not exist; write it with: embedcache curate negatives CACHE {path}")
+def _open_tables(paths: Sequence[AnyPath], caches: Sequence[Cache], use: Callable[[pq.ParquetFile, int], None]) -> None:
+    """Call a function with each open table and the number of its cache; its errors of Arrow become `CorruptError`."""
+    found: set[int] = set()
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise PathError(f"negatives {path} does not exist; write it with: embedcache curate negatives CACHE {path}")
+        try:
+            with open_table(path) as table:
+                number = _find_cache(path, table, caches)
+                if number in found:
+                    raise DataError(
+                        f"negatives {path}: expected one table per cache, got a second one of {caches[number].path}"
+                    )
+                found.add(number)
+                use(table, number)
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            if isinstance(error, EmbedcacheError):
+                raise
+            raise CorruptError(f"{path}: expected a table of curate negatives: {one_line(error)}") from error
 
 
-def _find_cache(path: Path, table: pq.ParquetFile, caches: Sequence[Cache], read: set[int]) -> int:
-    """Return the number of the cache that a table is of, and note it as read."""
+def _find_cache(path: Path, table: pq.ParquetFile, caches: Sequence[Cache]) -> int:
+    """Return the number of the cache that a table is of."""
     header = read_metadata(path, table.schema_arrow.metadata)
-    if not set(_SCHEMA.names) <= set(table.schema_arrow.names):
-        raise KeyError(f"it has the columns {', '.join(table.schema_arrow.names)}")
+    if not set(_SCHEMA.names) <= set(table.schema_arrow.names) or "spine" not in header:
+        raise ValueError(f"it has the columns {', '.join(table.schema_arrow.names)}")
     for number, cache in enumerate(caches):
         if cache.info.has_rows_of(header["spine"]) and cache.info.num_samples >= table.metadata.num_rows:
-            if number in read:
-                raise DataError(f"negatives {path}: expected one table per cache, got a second one of {cache.path}")
-            read.add(number)
             return number
     names = " and ".join(str(cache.path) for cache in caches)
     raise DataError(f"negatives {path}: expected those of {names}, got those of {header['cache']}; mine them again")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedcache.errors import PathError, one_line
 from embedcache.files import open_path
@@ -14,7 +15,7 @@ from embedcache.modalities import noun
 from embedcache.outputs import read_metadata, read_report_json
 from embedcache.provenance import fields_of, read_json, read_stage, recognize
 from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
-from embedcache.store.tables import read_table
+from embedcache.store.tables import open_table, read_table
 from embedcache.units import format_bytes, metric_label
 
 _FEATURE_COLUMNS = ("feature", "modality", "shape", "dtype", "chunks", "failed", "bytes")
@@ -23,7 +24,7 @@ _MOST_REASONS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Summary of a `cache`, `run`, `index`, `study` or `selection`: lines, a table (unless empty), and notes below it.
+    """Summary of a `cache`, `run`, `index`, `study`, `selection` or `negatives`: lines, a table, and notes below it.
 
     `record` is the content as JSON values.
     """
@@ -175,7 +176,29 @@ def _values(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
 
 
+def _summarize_negatives(path: Path) -> Summary:
+    table = read_table(path, columns=["group", "negatives"])
+    metadata = read_metadata(path, table.schema.metadata)
+    counts_S = pc.list_value_length(table["negatives"]).to_numpy()
+    counts = {
+        "num_samples": len(table),
+        "num_with_negatives": int((counts_S > 0).sum()),
+        "num_negatives": int(counts_S.sum()),
+    }
+    return Summary(
+        kind="negatives",
+        lines=[
+            f"{path}: {counts['num_negatives']:,} hard negatives of {counts['num_with_negatives']:,} samples of "
+            f"{metadata.get('cache')}",
+            _values({name: value for name, value in metadata.items() if name not in ("cache", "spine", "digest")}),
+        ],
+        record={"path": str(path), **metadata, **counts},
+    )
+
+
 def _summarize_selection(path: Path) -> Summary:
+    if path.is_file() and {"group", "negatives"} <= set(_column_names(path)):
+        return _summarize_negatives(path)
     try:
         table = read_table(path, columns=["reason"])
         reasons = Counter(reason.partition(",")[0] for reason in table["reason"].to_pylist())
@@ -195,6 +218,14 @@ def _summarize_selection(path: Path) -> Summary:
         notes=[f"and {len(reasons) - _MOST_REASONS:,} other reasons"] if len(reasons) > _MOST_REASONS else [],
         record={"path": str(path), **metadata, "num_samples": len(table)},
     )
+
+
+def _column_names(path: Path) -> list[str]:
+    try:
+        with open_table(path) as table:
+            return list(table.schema_arrow.names)
+    except (pa.ArrowException, OSError):
+        return []  # the caller says what is wrong with it
 
 
 _SUMMARIES: Mapping[str, Callable[[Path], Summary]] = {

@@ -186,8 +186,7 @@ def train_on(
     if settings.block_rows is None:
         settings = replace(settings, block_rows=_MAPPED_BLOCK_ROWS if data.is_mapped else 1)
     _check_features(data, settings)
-    for path in settings.negatives_paths:
-        check_negatives(path)
+    check_negatives(settings.negatives_paths, data.caches)
     files = {"split": settings.split.path, "selection": settings.selection_path}
     init_digests = source_digests(settings.parts.init_from)
     config = PairConfig(

@@ -183,8 +183,17 @@ def test_wrong_inputs_are_one_line(cache_path: Path, run_path: Path, mined: Path
     (tmp_path / "text.parquet").write_text("no table")
     with pytest.raises(CorruptError, match=r"text.parquet: expected a table of curate negatives"):
         read_negatives([tmp_path / "text.parquet"], [Cache(cache_path)])
+    data, parts = bytearray(mined.read_bytes()), pq.ParquetFile(mined).metadata.row_group(0)
+    (listed,) = [part for part in map(parts.column, range(parts.num_columns)) if part.path_in_schema[:9] == "negatives"]
+    data[listed.data_page_offset + listed.total_compressed_size // 2] ^= 1
+    (tmp_path / "flipped.parquet").write_bytes(data)
+    with pytest.raises(CorruptError, match=r"flipped.parquet"):
+        read_negatives([tmp_path / "flipped.parquet"], [Cache(cache_path)])
     with pytest.raises(CorruptError, match=r"split.parquet: expected a table of curate negatives"):
         read_negatives([run_path / "split.parquet"], [Cache(cache_path)])
     outcome = embedcache("curate", "negatives", str(cache_path), "n.parquet", "--run", str(run_path), "--json",
                          "--text-cosine", "0.999", "--image-cosine", "0.999", cwd=tmp_path)  # fmt: skip
     assert json.loads(outcome.stdout)["num_negatives"] > 0
+    shown = embedcache("inspect", "n.parquet", cwd=tmp_path)
+    assert shown.code == 0
+    assert "hard negatives of" in shown.stdout

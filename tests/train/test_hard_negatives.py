@@ -68,7 +68,7 @@ def test_another_table_is_another_run(cache_path: Path, table: Path, tmp_path: P
     shutil.copy(table, copy)
     run(cache_path, tmp_path / "run", epochs=1, negatives=str(copy))
     copy.unlink()
-    with pytest.raises(PathError, match=r"copy.parquet does not exist; write it with: embedcache curate negatives"):
+    with pytest.raises(PathError, match=r"copy.parquet does not exist; write it with"):
         run(cache_path, tmp_path / "run", epochs=1, negatives=str(copy))
     mine_negatives(cache_path, copy, image_feature=IMAGE, text_feature=TEXT, text_cosine=0.999, image_cosine=0.999)
     with pytest.raises(FingerprintError, match="negatives 0"):
@@ -82,6 +82,7 @@ def test_useless_hard_negatives_are_refused(
         run(cache_path, tmp_path / "run", negatives=str(table), mixup=1.0)
     with pytest.raises(DataError, match=r"negatives-0.parquet: expected those of .*a, got those of .*cache"):
         run(two_caches[0], tmp_path / "other", negatives=str(table))
+    assert not (tmp_path / "other").exists()
     few = tmp_path / "few.txt"  # two samples of one group have no negatives among them
     groups = read_negatives([table], [Cache(cache_path)]).groups_S
     twins = np.flatnonzero(groups == np.bincount(groups).argmax())
