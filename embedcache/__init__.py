@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from embedcache.curate.leaks import find_leaks
     from embedcache.curate.map import build_map
     from embedcache.curate.negatives import mine_negatives
+    from embedcache.curate.outliers import find_outliers
+    from embedcache.curate.score import score as score_samples
     from embedcache.curate.select.select import select as select_samples
     from embedcache.curate.settings import (
         CoverageSettings,
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
         LeakSettings,
         MapSettings,
         NegativesSettings,
+        OutlierSettings,
+        ScoreSettings,
         SelectSettings,
     )
     from embedcache.dataset.settings import SplitSettings
@@ -94,11 +98,13 @@ __all__ = [
     "NegativesSettings",
     "OpenIndex",
     "OptimizerSettings",
+    "OutlierSettings",
     "PairDataset",
     "PairsSettings",
     "ProbeSettings",
     "Queries",
     "RetrievalSettings",
+    "ScoreSettings",
     "SearchSettings",
     "SelectSettings",
     "SourceSettings",
@@ -127,6 +133,7 @@ __all__ = [
     "export_vectors",
     "extract_features",
     "find_leaks",
+    "find_outliers",
     "import_vectors",
     "load",
     "measure_coverage",
@@ -137,6 +144,7 @@ __all__ = [
     "plan_extraction",
     "remove_duplicates",
     "retry_failed",
+    "score_samples",
     "search_index",
     "select_samples",
     "sweep_projectors",

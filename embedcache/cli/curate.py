@@ -30,6 +30,8 @@ from embedcache.curate.settings import (
     LeakSettings,
     MapSettings,
     NegativesSettings,
+    OutlierSettings,
+    ScoreSettings,
     SelectSettings,
 )
 from embedcache.modalities import noun
@@ -187,7 +189,7 @@ def select(
         typer.Option(
             metavar="NAME",
             help="Method: random, top-score, clip-score, rare-first (the paper's), metaclip, image-based (DataComp's), "
-            "hierarchical, k-center, or module:attribute.",
+            "hierarchical, k-center, score (of a table), or module:attribute.",
         ),
     ],
     *,
@@ -452,6 +454,89 @@ def negatives(
     publish(lambda: print_line(f"{out}: {report.line()}"), report.to_json, as_json=as_json, output=output)
 
 
+@with_settings(settings=OutlierSettings)
+def outliers(
+    cache: CacheArgument,
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT", help="Table of the scores: a new .parquet file.", callback=check_new_file),
+    ] = None,
+    *,
+    settings: OutlierSettings,
+    as_json: Json = False,
+    output: Output = None,
+    html: Html = None,
+    image_folder: ImageFolders = None,
+) -> None:
+    """Find odd samples, likely mislabels and wrong captions.
+
+    By the nearest neighbors of each item; captions are compared with images by a run. OUT is a table of scores for
+    curate select --method score.
+
+    Example: embedcache curate outliers cache/ odd.parquet --html odd.html
+    """
+    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.curate.outliers import find_outliers
+    from embedcache.reports.scores import outlier_line, outlier_notes, threshold_table, write_outlier_page
+
+    report = find_outliers(cache, out, settings, progress=open_progress())
+
+    def show() -> None:
+        for line in (outlier_line(report), *outlier_notes(report)):
+            print_line(line)
+        print_table(*threshold_table(report))
+        if out is not None:
+            print_line(f"wrote {out}: {', '.join(report.scores)} of {report.cache.info.num_samples:,} samples")
+
+    publish(
+        show,
+        report.to_json,
+        as_json=as_json,
+        output=output,
+        html=html,
+        write_page=lambda path: write_outlier_page(path, report, image_folders=image_folder or ()),
+    )
+
+
+@with_settings(settings=ScoreSettings)
+def score(
+    cache: CacheArgument,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Table of the scores: a new .parquet file.", callback=check_new_file)
+    ],
+    *,
+    settings: ScoreSettings,
+    as_json: Json = False,
+    output: Output = None,
+    html: Html = None,
+    image_folder: ImageFolders = None,
+) -> None:
+    """Score the samples by a linear head or by texts.
+
+    Such as LAION's aesthetic predictor on CLIP vectors. OUT is a table of scores for curate select --method score.
+
+    Example: embedcache curate score cache/ sharp.parquet --run run/ --prompt "a sharp photo" --negative "a blur"
+    """
+    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.curate.score import score as score_samples
+    from embedcache.reports.scores import score_table, write_score_page
+
+    report = score_samples(cache, out, settings, progress=open_progress())
+
+    def show() -> None:
+        print_line(report.line())
+        print_table(*score_table(report))
+
+    publish(
+        show,
+        report.to_json,
+        as_json=as_json,
+        output=output,
+        html=html,
+        write_page=lambda path: write_score_page(path, report, image_folders=image_folder or ()),
+    )
+
+
 add_command(app, "index", index)
 add_command(app, "map", map_index)
 add_command(app, "coverage", coverage)
@@ -462,3 +547,5 @@ add_command(app, "export", export)
 add_command(app, "dedup", dedup)
 add_command(app, "leaks", leaks)
 add_command(app, "negatives", negatives)
+add_command(app, "outliers", outliers)
+add_command(app, "score", score)

@@ -157,7 +157,7 @@ Vtt: TypeAlias = Annotated[
 
 _CONFIG_HELP = "Read options from this TOML file; the command line takes precedence."
 _WIDEST_CHOICES = 24
-_WITH_COMMAS = ("FILE", "SPEC", "URL", "VALUE", "PART=RUN", "MODALITY=VIEW:WEIGHT,…")
+_WITH_COMMAS = ("FILE", "SPEC", "TEXT", "URL", "VALUE", "PART=RUN", "MODALITY=VIEW:WEIGHT,…")
 """Values that may contain a comma, so that a repeated option is not split at commas."""
 _COMMA = re.compile(r",(?!\s*\w+=)")
 """A comma between two values of an option; one before `name=` belongs to a value, as in `noise:5,tape=babble.wav`."""

@@ -8,14 +8,15 @@ comparing a random sample of items with all."""
 import copy
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
-from embedcache.curate.settings import DedupSettings
+from embedcache.curate.settings import DedupSettings, OutlierSettings
 from embedcache.dataset.clusters import (
     BLOCK,
     MAX_VISITS,
@@ -29,7 +30,7 @@ from embedcache.dataset.clusters import (
     scratch_matrix,
     to_float32,
 )
-from embedcache.dataset.similar_pairs import PairCollector, SimilarPairs, cosine_limit
+from embedcache.dataset.similar_pairs import NeighborCollector, PairCollector, SimilarPairs, cosine_limit
 from embedcache.devices import AUTO, products_on
 from embedcache.errors import DataError
 from embedcache.metrics.neighbors import note_duration
@@ -41,6 +42,7 @@ from embedcache.search.vectors import Vectors, run_pass
 ALL_PAIRS_LIMIT = 50_000  # up to this many items all pairs are compared: some ten seconds on two cores
 MAX_PAIRS = 20_000_000
 _NUM_PROBES = 1000
+_ANY_COSINE = 0.0  # neighbors may be this far away, so that the nearest borders are crossed wherever they are
 _ROUNDING = 1e-6  # two ways of summing one cosine in float32
 
 
@@ -91,28 +93,85 @@ def find_near_duplicates(
         MissingExtraError: faiss is needed for clusters, or Ray for its engine, and is not installed.
     """
     progress = progress or NullProgress()
-    use_all_pairs = len(rows_N) <= ALL_PAIRS_LIMIT if settings.all_pairs is None else settings.all_pairs
-    assignment = None if use_all_pairs else assign_clusters(vectors, rows_N, levels[0], settings, progress)
-    plan = make_plan(assignment, len(rows_N))
-    complete = 1.0 if assignment is None else float(assignment.is_complete.mean())
-    centroid_cosines = None if assignment is None else assignment.cosines
-    del assignment  # the clusters that each item visits are in the plan
-    dtype = np.float32 if use_all_pairs else np.float16
-    folder = Path(settings.scratch or tempfile.gettempdir())
-    with scratch_matrix(folder, (len(rows_N), vectors.width), dtype) as matrix_NP:
-        _fill(matrix_NP, vectors, rows_N, plan, progress)
-        collector = _compare(matrix_NP, plan, levels, vectors.device, progress)
+    with _arrange(vectors, rows_N, levels[0], settings, progress) as arranged:
+        collector = PairCollector(len(rows_N), levels, MAX_PAIRS)
+        _compare(arranged, collector, vectors.device, progress)
         pairs = collector.pairs()
-        recall = None if use_all_pairs else _measure_recall(matrix_NP, plan, pairs, collector.limit, settings.seed)
+        recall = None if arranged.is_exact else _measure_recall(arranged, pairs, collector.limit, settings.seed)
     return NearDuplicates(
         pairs=pairs,
         limit=collector.limit,
         highest=collector.highest,
-        num_clusters=len(plan.starts) - 1,
-        complete=complete,
+        num_clusters=arranged.num_clusters,
+        complete=arranged.complete,
         recall=recall,
-        centroid_cosines=centroid_cosines,
+        centroid_cosines=arranged.centroid_cosines,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbors:
+    """The K other items that are most similar to each of N items, best first."""
+
+    items: Ints  # (N, K) item numbers; -1 where fewer were compared
+    cosines: Floats  # (N, K); -2 where there is none
+    num_clusters: int  # 1 if all pairs were compared
+    recall: Recall | None  # of the K nearest of drawn items; None if all pairs were compared
+
+
+def find_neighbors(
+    vectors: Vectors,
+    rows_N: Ints,
+    k: int,
+    settings: DedupSettings | OutlierSettings,
+    progress: Progress | None = None,
+) -> Neighbors:
+    """Find the K nearest neighbors of each item: of all others, or of those in its cluster and near its borders.
+
+    Time, scratch space and errors as in `find_near_duplicates`; memory 12 K bytes per item in place of the pairs.
+    """
+    progress = progress or NullProgress()
+    with _arrange(vectors, rows_N, _ANY_COSINE, settings, progress) as arranged:
+        collector = NeighborCollector(len(rows_N), k)
+        _compare(arranged, collector, vectors.device, progress)
+        recall = None if arranged.is_exact else _measure_neighbor_recall(arranged, collector, settings.seed)
+    return Neighbors(
+        items=collector.items, cosines=collector.cosines, num_clusters=arranged.num_clusters, recall=recall
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arranged:
+    """Vectors in a scratch file, cluster by cluster."""
+
+    matrix_NP: Array
+    plan: Plan
+    is_exact: bool
+    complete: float
+    centroid_cosines: Floats | None
+
+    @property
+    def num_clusters(self) -> int:
+        return len(self.plan.starts) - 1
+
+
+@contextmanager
+def _arrange(
+    vectors: Vectors, rows_N: Ints, cosine: float, settings: DedupSettings | OutlierSettings, progress: Progress
+) -> Iterator[_Arranged]:
+    """Write the vectors to a scratch file in the order in which they are compared, for neighbors of such a cosine."""
+    is_exact = len(rows_N) <= ALL_PAIRS_LIMIT if settings.all_pairs is None else settings.all_pairs
+    assignment = None if is_exact else assign_clusters(vectors, rows_N, cosine, settings, progress)
+    plan = make_plan(assignment, len(rows_N))
+    complete = 1.0 if assignment is None else float(assignment.is_complete.mean())
+    centroid_cosines = None if assignment is None else assignment.cosines
+    del assignment  # the clusters that each item visits are in the plan
+    folder = Path(settings.scratch or tempfile.gettempdir())
+    with scratch_matrix(folder, (len(rows_N), vectors.width), np.float32 if is_exact else np.float16) as matrix_NP:
+        _fill(matrix_NP, vectors, rows_N, plan, progress)
+        yield _Arranged(
+            matrix_NP=matrix_NP, plan=plan, is_exact=is_exact, complete=complete, centroid_cosines=centroid_cosines
+        )
 
 
 _KMEANS_ITERATIONS = 10
@@ -120,7 +179,11 @@ _TRAINING_PER_CLUSTER = 40  # FAISS asks for 39 at least
 
 
 def assign_clusters(
-    vectors: Vectors, rows_N: Ints, cosine: float, settings: DedupSettings, progress: Progress | None = None
+    vectors: Vectors,
+    rows_N: Ints,
+    cosine: float,
+    settings: DedupSettings | OutlierSettings,
+    progress: Progress | None = None,
 ) -> ClusterAssignment:
     """Assign items to 2 √N clusters; errors as in `find_near_duplicates`."""
     rng = np.random.default_rng(settings.seed)
@@ -184,22 +247,50 @@ def _check_lengths(vectors_BP: Floats, vectors: Vectors) -> None:
         )
 
 
-def _compare(matrix_NP: Array, plan: Plan, levels: Sequence[float], device: str, progress: Progress) -> PairCollector:
-    collector = PairCollector(len(matrix_NP), levels, MAX_PAIRS)
+def _compare(
+    arranged: _Arranged, collector: PairCollector | NeighborCollector, device: str, progress: Progress
+) -> None:
+    matrix_NP, plan = arranged.matrix_NP, arranged.plan
     note_duration(progress, "comparing", num_compared(plan), matrix_NP.shape[1])
     progress.start("comparing", len(matrix_NP), "items")
     for tile, num_done in iterate_tiles(matrix_NP, plan, products=products_on(device)):
         collector.add(tile)
         progress.advance(num_done)
     progress.finish()
-    return collector
 
 
-def _measure_recall(matrix_NP: Array, plan: Plan, pairs: SimilarPairs, limit: float, seed: int) -> Recall:
+def _draw_probes(matrix_NP: Array, seed: int) -> tuple[Ints, Floats]:
+    positions = np.sort(np.random.default_rng(seed).permutation(len(matrix_NP))[:_NUM_PROBES])
+    return positions, to_float32(matrix_NP[positions])
+
+
+def _measure_neighbor_recall(arranged: _Arranged, collector: NeighborCollector, seed: int) -> Recall:
+    """Compare random items with all, and count how many of their nearest neighbors were found."""
+    matrix_NP, items_N = arranged.matrix_NP, arranged.plan.items
+    positions, probes_QP = _draw_probes(matrix_NP, seed)
+    k = collector.items.shape[1]
+    true_QK, cosines_QK = np.full((len(positions), k), -1), np.full((len(positions), k), -np.inf, np.float32)
+    for block in blocks(len(matrix_NP), 8 * BLOCK):
+        cosines = probes_QP @ to_float32(matrix_NP[block]).T
+        own = np.flatnonzero((positions >= block.start) & (positions < block.stop))
+        cosines[own, positions[own] - block.start] = -np.inf
+        joined = np.concatenate([cosines_QK, cosines], axis=1)
+        best = np.argpartition(joined, -k, axis=1)[:, -k:]
+        true_QK = np.where(
+            best < k, np.take_along_axis(true_QK, best % k, axis=1), items_N[block][np.maximum(best - k, 0)]
+        )
+        cosines_QK = np.take_along_axis(joined, best, axis=1)
+    found = items_N[positions]
+    is_found = (collector.items[found][:, None, :] == true_QK[:, :, None]).any(axis=2)
+    is_found |= cosines_QK <= collector.cosines[found][:, -1:] + _ROUNDING  # another one of the same cosine
+    return Recall(num_items=len(positions), num_pairs=is_found.size, num_found=int(is_found.sum()))
+
+
+def _measure_recall(arranged: _Arranged, pairs: SimilarPairs, limit: float, seed: int) -> Recall:
     """Compare random items with all, and count how many of their pairs were found."""
+    matrix_NP, plan = arranged.matrix_NP, arranged.plan
     num_items = len(matrix_NP)
-    probe_positions = np.sort(np.random.default_rng(seed).permutation(num_items)[:_NUM_PROBES])
-    probes_QP = to_float32(matrix_NP[probe_positions])
+    probe_positions, probes_QP = _draw_probes(matrix_NP, seed)
     true_keys = []
     for block in blocks(num_items, 8 * BLOCK):
         cosines = probes_QP @ to_float32(matrix_NP[block]).T

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
+from embedcache.modalities import ModalityName
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP
 from embedcache.settings import check_settings, setting
 from embedcache.units import parse_count_or_fraction, parse_counts
@@ -13,6 +14,33 @@ from embedcache.units import parse_count_or_fraction, parse_counts
 _RUN_HELP = "Run that projects the features into the shared space."
 _COMMON_FEATURE = "the only one that both have"
 _SELECTION_FORMAT = "Parquet, or a text file with one key per line"
+_COMPARED_DEFAULT = "image, or text if there are no image features"
+
+
+_ALL_PAIRS: dict[str, Any] = {
+    "default": None,
+    "help": "Compare every pair instead of pairs within clusters.",
+    "default_text": "up to 50,000 items",
+}
+_SCRATCH: dict[str, Any] = {
+    "default": None,
+    "help": "Folder for a temporary file of 2 to 4 bytes per number.",
+    "affects_result": False,
+    "metavar": "FOLDER",
+    "default_text": "the system's",
+}
+_ENGINE: dict[str, Any] = {
+    "default": "local",
+    "help": "Run on this machine, or on the machines of a Ray cluster.",
+    "affects_result": False,
+}
+_ADDRESS: dict[str, Any] = {
+    "default": None,
+    "help": "Address of a Ray cluster.",
+    "affects_result": False,
+    "metavar": "URL",
+    "default_text": "start one on this machine",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +72,8 @@ class CoverageSettings:
     index: Path | str | None = setting(
         None, "Count only what this index of the cache finds.", metavar="INDEX", default_text="all items"
     )
-    engine: Literal["local", "ray"] = setting(
-        "local", "Run on this machine, or on the machines of a Ray cluster.", affects_result=False
-    )
-    address: str | None = setting(
-        None, "Address of a Ray cluster.", affects_result=False, metavar="URL", default_text="start one on this machine"
-    )
+    engine: Literal["local", "ray"] = setting(**_ENGINE)
+    address: str | None = setting(**_ADDRESS)
     device: str = device_setting()
 
     def __post_init__(self) -> None:
@@ -72,7 +96,7 @@ class DedupSettings:
     )
     copies_only: bool = setting(False, "Remove exact copies only: equal bytes or texts.", flat_name="copies")
     modality: Literal["image", "text"] | None = setting(
-        None, "Modality of the items to compare.", default_text="image, or text if there are no image features"
+        None, "Modality of the items to compare.", default_text=_COMPARED_DEFAULT
     )
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
@@ -81,23 +105,11 @@ class DedupSettings:
         "Which duplicate stays: first, far (farthest from the center of its cluster) or best:COLUMN (largest number).",
         metavar="RULE",
     )
-    all_pairs: bool | None = setting(
-        None, "Compare every pair instead of pairs within clusters.", default_text="up to 50,000 items"
-    )
-    scratch: Path | str | None = setting(
-        None,
-        "Folder for a temporary file of 2 to 4 bytes per number.",
-        affects_result=False,
-        metavar="FOLDER",
-        default_text="the system's",
-    )
+    all_pairs: bool | None = setting(**_ALL_PAIRS)
+    scratch: Path | str | None = setting(**_SCRATCH)
     seed: int = setting(0, "Random seed of clusters and of items drawn to measure recall.", ge=0, lt=2**32)
-    engine: Literal["local", "ray"] = setting(
-        "local", "Run on this machine, or on the machines of a Ray cluster.", affects_result=False
-    )
-    address: str | None = setting(
-        None, "Address of a Ray cluster.", affects_result=False, metavar="URL", default_text="start one on this machine"
-    )
+    engine: Literal["local", "ray"] = setting(**_ENGINE)
+    address: str | None = setting(**_ADDRESS)
     device: str = device_setting()
 
     def __post_init__(self) -> None:
@@ -210,7 +222,83 @@ class NegativesSettings:
         return self.range_max or self.range_min + 10 * self.num_negatives
 
 
-METHOD_SETTINGS = ("budget", "per_concept", "threshold", "head", "clusters", "candidates")  # a method may refuse these
+@dataclass(frozen=True, kw_only=True)
+class OutlierSettings:
+    """Settings of typicality, likely mislabels and pairs that do not match: what is compared, with how many others."""
+
+    k: int = setting(10, "Nearest neighbors that an item is judged by.", ge=1, le=1000)
+    modality: Literal["image", "text"] | None = setting(
+        None, "Modality of the items to compare.", default_text=_COMPARED_DEFAULT
+    )
+    feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
+    run: Path | str | None = setting(
+        None, "Run that projects the features, and compares images with their captions.", metavar="RUN"
+    )
+    label: str | None = setting(None, "Column of class labels.", metavar="COLUMN", default_text="label, if it exists")
+    all_pairs: bool | None = setting(**_ALL_PAIRS)
+    scratch: Path | str | None = setting(**_SCRATCH)
+    seed: int = setting(0, "Random seed of clusters and of items drawn to measure recall.", ge=0, lt=2**32)
+    engine: Literal["local", "ray"] = setting(**_ENGINE)
+    address: str | None = setting(**_ADDRESS)
+    device: str = device_setting()
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """Settings of a score: a linear head or texts, and the items that are scored."""
+
+    weights: Path | None = setting(
+        None, "Linear head of one output: .npy, or .safetensors or .pth with weight and bias.", metavar="FILE"
+    )
+    fold_layers: bool = setting(
+        False, "Multiply the layers of the file into one; right only if there is no activation between them."
+    )
+    prompts: tuple[str, ...] = setting(
+        (), "Score by the cosine with this text, or with the mean of several.", flat_name="prompt", metavar="TEXT"
+    )
+    negative: tuple[str, ...] = setting(
+        (), "Subtract the cosine with this text, or with the mean of several.", metavar="TEXT"
+    )
+    column: str = setting("score", "Name of the score in the table.", metavar="NAME")
+    modality: ModalityName = setting("image", "Modality of the items to score.")
+    feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
+    run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
+    normalize: bool = setting(True, "Scale vectors to length 1 before they are scored.")
+    device: str = device_setting()
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if (self.weights is None) == (not self.prompts):
+            got = "neither" if self.weights is None else "both"
+            raise SettingError(f"expected --weights FILE or --prompt TEXT, got {got}; give one of them")
+        if any(not text.strip() for text in (*self.prompts, *self.negative)):
+            raise SettingError("prompt: expected texts with at least one word, got an empty text")
+        if self.weights is not None and self.negative:
+            raise SettingError("negative: expected --prompt TEXT with it, got --weights; leave it out")
+        if self.weights is None and self.fold_layers:
+            raise SettingError("fold_layers: expected --weights FILE with it, got none; leave it out")
+        if not self.normalize and (self.prompts or self.run):
+            raise SettingError("normalize: expected a head on a plain feature, got prompts or a run; leave it out")
+        if self.column in ("row", "key", ""):
+            raise SettingError(f"column: expected a name other than row and key, got {self.column!r}")
+
+
+METHOD_SETTINGS = (
+    "budget",
+    "per_concept",
+    "threshold",
+    "head",
+    "clusters",
+    "candidates",
+    "score",
+    "at_least",
+    "at_most",
+)
+"""A method may refuse these."""
+_YOUNGER = ("score", "at_least", "at_most")  # than the metadata of selections, which has them only where they are set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +333,14 @@ class SelectSettings:
         stored_as="drawn",
         default_text="20,000, or twice the budget if that is more",
     )
+    scores: Path | str | None = setting(
+        None, "score: Parquet with a column key and numbers, such as curate score writes.", metavar="FILE"
+    )
+    score: str | None = setting(
+        None, "score: column of the scores.", metavar="COLUMN", default_text="the only one that holds numbers"
+    )
+    at_least: float | None = setting(None, "score: select samples of this score or a higher one.")
+    at_most: float | None = setting(None, "score: select samples of this score or a lower one.")
     concepts: str | Path | None = setting(None, "Cache of prompts, one sample per concept.", metavar="CACHE")
     join_names: bool = setting(False, "Merge concepts of the same name.")
     label: str = setting("label", "Column of class labels.", metavar="COLUMN")
@@ -273,13 +369,14 @@ class SelectSettings:
         return [name for name in METHOD_SETTINGS if getattr(self, name) is not None]
 
     def inputs(self) -> dict[str, str]:
-        """Return the inputs that are set among `concepts`, `target` and `run`, as text."""
-        values: dict[str, Any] = {"concepts": self.concepts, "target": self.target, "run": self.run}
+        """Return the inputs that are set among `scores`, `concepts`, `target` and `run`, as text."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in ("scores", "concepts", "target", "run")}
         return {name: str(value) for name, value in values.items() if value is not None}
 
     def method_json(self) -> dict[str, Any]:
         """Return the settings that a selection's metadata stores."""
-        names = (*METHOD_SETTINGS, "seed")
+        names = [name for name in METHOD_SETTINGS if name not in _YOUNGER or getattr(self, name) is not None]
+        names += ["seed"]
         return {"drawn" if name == "candidates" else name: getattr(self, name) for name in names}
 
 

@@ -28,6 +28,9 @@ _VALUES: dict[str, Any] = {
     "head": 2.0,
     "clusters": (3,),
     "candidates": 9,
+    "score": "score",
+    "at_least": 0.5,
+    "at_most": 0.5,
 }
 
 

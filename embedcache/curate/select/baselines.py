@@ -1,14 +1,17 @@
-"""Baselines of selection: random samples, the best matches of any concept, and CLIP-score filtering."""
+"""Baselines of selection: random samples, the best matches of any concept, CLIP-score filtering, and any score."""
 
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Floats, Ints
 from embedcache.curate.select.pool import Pool, compute_cosines, to_keys, whole_samples
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
-from embedcache.errors import DataError
+from embedcache.errors import DataError, SettingError
+from embedcache.store.columns import Column
 
 
 class RandomSelector:
@@ -104,3 +107,42 @@ def find_above(scores_M: Floats, threshold: float) -> Ints:
             f"from {low:.3f} to {high:.3f}, half of them above {middle:.3f}"
         )
     return chosen
+
+
+class ScoreSelector:
+    """Samples by a score of a table: within bounds, and of these the highest, as many as the budget."""
+
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "score", "at_least", "at_most")
+    requires_one_of: ClassVar[tuple[str, ...]] = ()
+    modality: ClassVar[str | None] = None
+    required_inputs: ClassVar[tuple[str, ...]] = ("scores",)
+    uses_seed: ClassVar[bool] = False
+
+    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
+        """Select the samples. Memory: the table of scores."""
+        if settings.budget is None and settings.at_least is None and settings.at_most is None:
+            raise SettingError("--method score: expected --budget, --at-least or --at-most, got none")
+        name, samples_S = pool.score.name, pool.samples
+        scores_S = pool.score.values[samples_S]
+        low = -np.inf if settings.at_least is None else settings.at_least
+        high = np.inf if settings.at_most is None else settings.at_most
+        inside = np.flatnonzero((scores_S >= np.float32(low)) & (scores_S <= np.float32(high)))
+        if len(inside) < (settings.budget or 1):
+            lowest, middle, highest = np.quantile(scores_S, [0, 0.5, 1])
+            wanted = "a sample" if settings.budget is None else f"{settings.budget:,} samples"
+            raise DataError(
+                f"expected {wanted} with {name} from {low:g} to {high:g}, got {len(inside):,} of {len(samples_S):,}; "
+                f"it ranges from {lowest:.4g} to {highest:.4g}, and half of them are above {middle:.4g}"
+            )
+        if isinstance(settings.budget, int):
+            inside = inside[find_highest(scores_S[inside], settings.budget)]
+        reasons = pc.binary_join_element_wise(f"{name} ", format_scores(scores_S[inside]), "")
+        return Selection(rows=samples_S[inside], reasons=Column(reasons))
+
+
+def format_scores(scores_M: Floats) -> pa.Array:
+    """Return scores with three decimals, or exponents where they are large, as text; one string per distinct value."""
+    values_F, which_M = np.unique(scores_M.round(3), return_inverse=True)
+    return pa.array([f"{value:.5g}" if abs(value) >= 100 else f"{value:.3f}" for value in values_F.tolist()]).take(
+        pa.array(which_M)
+    )

@@ -8,6 +8,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, concatenated_ranges, normalize
 from embedcache.curate.settings import SelectSettings
+from embedcache.dataset.scores import Score, read_scores
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
@@ -66,7 +67,9 @@ class Pool:
 
     @cached_property
     def samples(self) -> Ints:
-        """Samples of the pool that have such an item, ascending: (S,) int64."""
+        """Samples of the pool that have such an item, or a score if there are scores, ascending: (S,) int64."""
+        if self._settings.scores is not None:
+            return self._scored_samples()
         samples = np.unique(self.item_samples[self.vectors.rows])
         samples = samples[samples >= 0]
         if not len(samples):
@@ -75,6 +78,20 @@ class Pool:
                 f"{self.vectors.feature.name}, got none"
             )
         return samples
+
+    def _scored_samples(self) -> Ints:
+        samples: Ints = np.flatnonzero(np.isfinite(self.score.values))
+        if self._settings.selection is not None:
+            samples = np.intersect1d(samples, read_selection(self._settings.selection, [self.cache]))
+        if not len(samples):
+            raise DataError(f"{self._settings.scores}: expected samples with {self.score.name}, got none in the pool")
+        return samples
+
+    @cached_property
+    def score(self) -> Score:
+        """A score of each sample of the cache."""
+        assert self._settings.scores is not None  # which the method requires
+        return read_scores(self._settings.scores, self.cache, self._settings.score)
 
     @cached_property
     def concepts(self) -> Concepts:

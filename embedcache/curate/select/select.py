@@ -34,6 +34,7 @@ SELECTORS = Registry(
         "metaclip": "embedcache.curate.select.concept_methods:MetaclipSelector",
         "random": "embedcache.curate.select.baselines:RandomSelector",
         "rare-first": "embedcache.curate.select.concept_methods:RareFirstSelector",
+        "score": "embedcache.curate.select.baselines:ScoreSelector",
         "top-score": "embedcache.curate.select.baselines:TopScoreSelector",
     },
     group="embedcache.selectors",
@@ -48,7 +49,8 @@ class Selector(Protocol):
         accepts: settings of `METHOD_SETTINGS` that it uses; `seed` is always accepted.
         requires_one_of: settings of which exactly one must be set.
         modality: modality that it compares by default; None: neither, or both.
-        required_inputs: `concepts`, `target` and `run`, as far as the pool must have them.
+        required_inputs: `scores`, `concepts`, `target` and `run`, as far as the pool must have them. With `scores` no
+            feature is read.
         uses_seed: whether the seed changes the result.
     """
 
@@ -132,8 +134,9 @@ def select(
     record = {
         "method": method,
         "settings": settings.method_json(),
-        "modality": pool.modality,
-        "feature": pool.vectors.feature.name,
+        **({"scores": inputs["scores"]} if "scores" in inputs else {}),
+        "modality": None if "scores" in inputs else pool.modality,
+        "feature": None if "scores" in inputs else pool.vectors.feature.name,
         "within": None if settings.selection is None else str(settings.selection),
         **{name: inputs.get(name) for name in ("concepts", "target", "run")},
     }
@@ -142,6 +145,7 @@ def select(
 
 
 _INPUTS = {
+    "scores": "--scores FILE, of curate score, curate outliers or another tool",
     "concepts": "--concepts CACHE, made by: embedcache extract prompts:concepts.txt CACHE --text-encoder SPEC",
     "target": "--target CACHE, with the features of the pool's encoder",
     "run": "--run RUN, a run of embedcache train",
@@ -162,13 +166,16 @@ def check_method_settings(method: str, selector: Selector, settings: SelectSetti
     for name in selector.required_inputs:
         if name not in inputs:
             raise SettingError(f"--method {method}: expected {_INPUTS[name]}, got none")
-    for name, path in inputs.items():
-        if name != "run" and name not in selector.required_inputs:
+    reads_features = "scores" not in selector.required_inputs
+    refused = {name: path for name, path in inputs.items() if name != "run" or not reads_features}
+    refused |= {} if settings.feature is None or reads_features else {"feature": settings.feature}
+    for name, path in refused.items():
+        if name not in selector.required_inputs:
             raise SettingError(f"--method {method}: expected no --{name}, got {path}; leave it out")
     if selector.modality is None and settings.modality is not None:
+        compares = "as it compares images with captions" if reads_features else "as it compares no items"
         raise SettingError(
-            f"--method {method}: expected no --modality, as it compares images with captions, got {settings.modality}; "
-            "leave it out"
+            f"--method {method}: expected no --modality, {compares}, got {settings.modality}; leave it out"
         )
 
 

@@ -5,14 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.select import Selector
 from embedcache.curate.settings import SelectSettings
+from embedcache.dataset.scores import write_scores
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from embedcache.train.settings import train_settings
 from embedcache.train.train import train
 from tests.images import write_images
@@ -24,7 +27,7 @@ FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
 
 @pytest.fixture(scope="session")
 def around(cache_path: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Paths: `cache`, `other`, `concepts`, `target`, `run`."""
+    """Paths: `cache`, `other`, `concepts`, `target`, `run`, `scores`."""
     folder = tmp_path_factory.mktemp("around")
     (folder / "concepts.json").write_text(json.dumps(CONCEPTS))
     write_images(folder / "images", 12, seed=5)
@@ -40,7 +43,10 @@ def around(cache_path: Path, image_folder: Path, tmp_path_factory: pytest.TempPa
     )
     settings = train_settings({"projector": "linear", "epochs": 0, "split": "key"})
     train(cache_path, folder / "run", image_feature=FEATURES["image"], text_feature=FEATURES["text"], settings=settings)
-    return {"cache": cache_path, **{name: folder / name for name in ("other", "concepts", "target", "run")}}
+    cache = Cache(cache_path)
+    write_scores(folder / "scores.parquet", cache, {"score": np.arange(300, dtype=np.float32) % 7}, {})
+    paths = {name: folder / name for name in ("other", "concepts", "target", "run")}
+    return {"cache": cache_path, "scores": folder / "scores.parquet", **paths}
 
 
 @pytest.fixture
@@ -50,7 +56,7 @@ def pools(around: dict[str, Path]) -> Callable[..., Pool]:
     def make(which: str, selector: Selector, *, selection: Path | None = None) -> Pool:
         modality = selector.modality or "image"
         inputs: dict[str, Any] = {name: around[name] for name in selector.required_inputs}
-        feature = None if "run" in selector.required_inputs else FEATURES[modality]
+        feature = None if {"run", "scores"} & set(selector.required_inputs) else FEATURES[modality]
         return Pool(around[which], modality, SelectSettings(feature=feature, selection=selection, **inputs))
 
     return make

@@ -49,6 +49,10 @@ class TestClipScoreAbove(SelectorContract):
     settings: ClassVar[dict[str, Any]] = {"threshold": 0.3}
 
 
+class TestScore(SelectorContract):
+    name = "score"
+
+
 class TestRareFirst(SelectorContract):
     name = "rare-first"
 

@@ -1,0 +1,300 @@
+"""Typicality, likely mislabels and pairs that do not match, from the neighbors that deduplication compares."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from embedcache.arrays import Bools, Floats, Ints, blocks
+from embedcache.curate.keep import Copies, find_copies
+from embedcache.curate.near_duplicates import Neighbors, find_neighbors
+from embedcache.curate.score import best_per_sample
+from embedcache.curate.select.pool import Pool
+from embedcache.curate.settings import OutlierSettings, SelectSettings
+from embedcache.dataset.labels import has_label, read_labels
+from embedcache.dataset.scores import check_scores_path, write_scores
+from embedcache.errors import DataError
+from embedcache.files import AnyPath
+from embedcache.modalities import noun
+from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.provenance import digest
+from embedcache.search.vectors import Vectors
+from embedcache.settings import replace_flat
+from embedcache.store.cache import Cache
+
+TYPICALITY, MARGIN, SUGGESTED, PAIR_COSINE = "typicality", "label_margin", "suggested_label", "pair_cosine"
+_LABEL = "label"
+_PAIR = ("image", "text")
+_NUM_NAMED = 20
+_MISLABELED = -0.5
+_QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 1.0)
+_COMPARISONS = 2**22  # of labels with each other, per block
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelVotes:
+    """What the neighbors of S samples say about their labels.
+
+    Args:
+        names: class names.
+        own_S: (S,) class of each sample, -1 without a label.
+        suggested_S: (S,) other class that most of the nearest neighbors have, -1 without one.
+        margins_S: (S,) fraction of the labeled neighbors with the sample's class less that with the suggested one; NaN
+            without a label or labeled neighbors.
+    """
+
+    names: Sequence[str]
+    own_S: Ints
+    suggested_S: Ints
+    margins_S: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutlierReport:
+    """Scores of S samples of a cache by which odd ones are found, the lowest first.
+
+    A sample is judged by the best of its items, so all of them are at least as odd.
+
+    Args:
+        cache: the cache.
+        path: the written table; None: none was written.
+        vectors: the compared vectors.
+        copies: items, and contents that were compared; copies count once.
+        neighbors: of the contents.
+        typicality_S: (S,) mean cosine of an item to its k nearest neighbors, NaN without an item.
+        rows_S: (S,) row of the item that it is of, -1 without one.
+        votes: by label; None without labels.
+        pair_cosines_S: (S,) best cosine of a sample's images and captions, NaN without both; None without a run.
+        settings: what was compared.
+    """
+
+    cache: Cache
+    path: Path | None
+    vectors: Vectors
+    copies: Copies
+    neighbors: Neighbors
+    typicality_S: Floats
+    rows_S: Ints
+    votes: LabelVotes | None
+    pair_cosines_S: Floats | None
+    settings: OutlierSettings = field(default_factory=OutlierSettings)
+
+    @property
+    def scores(self) -> Mapping[str, Floats]:
+        """Name -> (S,) scores, NaN where a sample has none."""
+        scores = {TYPICALITY: self.typicality_S}
+        if self.votes is not None:
+            scores[MARGIN] = self.votes.margins_S
+        if self.pair_cosines_S is not None:
+            scores[PAIR_COSINE] = self.pair_cosines_S
+        return scores
+
+    @property
+    def is_mislabeled(self) -> Bools:
+        """Whether the neighbors of each sample agree on another label, with a margin below -0.5: (S,)."""
+        assert self.votes is not None
+        return np.nan_to_num(self.votes.margins_S, nan=1.0) < _MISLABELED
+
+    def lowest(self, name: str, count: int) -> Ints:
+        """Return the samples with the lowest values of a score, lowest first, then by row."""
+        values_S = self.scores[name]
+        order = np.argsort(values_S, kind="stable")
+        return order[: min(count, int(np.isfinite(values_S).sum()))]
+
+    def neighbors_of(self, row: int) -> Ints:
+        """Return the rows of the nearest neighbors of an item, best first."""
+        content = self.copies.content_ids[np.searchsorted(self.copies.item_rows, row)]
+        items = self.neighbors.items[content]
+        rows: Ints = self.copies.unique_rows[items[items >= 0]]
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was compared, quantiles of the scores and the samples with the lowest, as JSON values."""
+        run, recall = self.settings.run, self.neighbors.recall
+        return {
+            "cache": str(self.cache.path),
+            "scores": None if self.path is None else str(self.path),
+            "modality": self.vectors.modality,
+            "feature": self.vectors.feature.name,
+            "fingerprint": digest(self.vectors.feature.fingerprint),
+            "run": None if run is None else str(run),
+            "run_weights": None if self.vectors.config is None else self.vectors.config.weights_digest,
+            "k": self.neighbors.items.shape[1],
+            "num_samples": self.cache.info.num_samples,
+            "num_items": len(self.copies.content_ids),
+            "num_contents": len(self.copies.unique_rows),
+            "num_clusters": self.neighbors.num_clusters,
+            "recall": None if recall is None else recall.to_json(),
+            "num_likely_mislabels": None if self.votes is None else int(self.is_mislabeled.sum()),
+            "quantiles": {
+                name: dict(zip(map(str, _QUANTILES), np.nanquantile(values_S, _QUANTILES).tolist(), strict=True))
+                for name, values_S in self.scores.items()
+            },
+            "lowest": {name: self._named(name) for name in self.scores},
+        }
+
+    def _named(self, name: str) -> list[dict[str, Any]]:
+        """Return the samples with the lowest values of a score as JSON values."""
+        samples = []
+        for sample in self.lowest(name, _NUM_NAMED).tolist():
+            values = {"row": sample, "key": self.cache.key(sample), name: float(self.scores[name][sample])}
+            if name == MARGIN and self.votes is not None:
+                values[_LABEL] = self.votes.names[self.votes.own_S[sample]]
+                values[SUGGESTED] = self.suggested(sample)
+            samples.append(values)
+        return samples
+
+    def suggested(self, sample: int) -> str | None:
+        """Return the name of the other class that most neighbors of a sample have; None without one."""
+        assert self.votes is not None
+        number = int(self.votes.suggested_S[sample])
+        return None if number < 0 else self.votes.names[number]
+
+
+def find_outliers(
+    cache_path: AnyPath,
+    out_path: AnyPath | None = None,
+    settings: OutlierSettings | None = None,
+    *,
+    progress: AnyProgress = None,
+    **options: Any,
+) -> OutlierReport:
+    """Score how typical the samples of a cache are, whether their labels fit, and whether images fit captions.
+
+    Time and scratch space as in `find_near_duplicates`; memory 12 k + 200 bytes per item.
+
+    Args:
+        cache_path: path or URL of the cache.
+        out_path: table of the scores to write, a `.parquet` file that `curate select --method score` reads.
+        settings: what is compared, with how many neighbors.
+        progress: progress in items.
+        options: settings by their names on the command line, which replace those of `settings`.
+
+    Raises:
+        PathError: the file's name does not end in `.parquet`, or there is a file that embedcache did not write.
+        UnknownNameError: there is no such feature, or no such column of labels.
+        DataError: fewer than two items differ, or a vector has no direction.
+        UnfinishedError, FingerprintError: see `Vectors`.
+        DiskFullError: the scratch file does not fit.
+    """
+    settings, progress = replace_flat(settings or OutlierSettings(), options), to_progress(progress)
+    out_path = None if out_path is None else Path(out_path)
+    if out_path is not None:
+        check_scores_path(out_path)
+    cache = Cache(cache_path)
+    modality = settings.modality or ("image" if cache.features("image") or not cache.features("text") else "text")
+    vectors = Vectors(cache_path, modality, settings.feature, settings.run, device=settings.device)
+    label = settings.label or (_LABEL if _LABEL in cache.columns else None)
+    if label is not None:
+        has_label(cache, np.empty(0, np.int64), column=label)  # raises before the work if there is no such column
+    copies = find_copies(cache, vectors.feature)
+    if len(copies.unique_rows) < 2:
+        raise DataError(
+            f"{cache.path}: expected at least 2 different {noun(modality)} to compare, got {len(copies.unique_rows)}"
+        )
+    neighbors = find_neighbors(
+        vectors, copies.unique_rows, min(settings.k, len(copies.unique_rows) - 1), settings, progress
+    )
+    typicality_S, rows_S = _typicality(cache, copies, neighbors)
+    report = OutlierReport(
+        cache=cache,
+        path=out_path,
+        vectors=vectors,
+        copies=copies,
+        neighbors=neighbors,
+        typicality_S=typicality_S,
+        rows_S=rows_S,
+        votes=None if label is None else _vote(cache, copies, neighbors, label),
+        pair_cosines_S=_pair_cosines(vectors, progress),
+        settings=settings,
+    )
+    if out_path is not None:
+        _write(out_path, report)
+    return report
+
+
+def _typicality(cache: Cache, copies: Copies, neighbors: Neighbors) -> tuple[Floats, Ints]:
+    """Return the typicality of each sample, and the row of its most typical item."""
+    is_found = neighbors.items >= 0
+    sums_C = np.where(is_found, neighbors.cosines, 0).sum(axis=1, dtype=np.float64)
+    typicality_C = (sums_C / np.maximum(is_found.sum(axis=1), 1)).astype(np.float32)
+    typicality_N = typicality_C[copies.content_ids]
+    best_S = best_per_sample(cache.info.num_samples, copies.samples, typicality_N)
+    missing = best_S < 0
+    return np.where(missing, np.float32(np.nan), typicality_N[best_S]), np.where(missing, -1, copies.item_rows[best_S])
+
+
+def _vote(cache: Cache, copies: Copies, neighbors: Neighbors, label: str) -> LabelVotes | None:
+    """Compare the label of each item with those of its neighbors; None if no sample has a label."""
+    is_labeled_S = has_label(cache, np.arange(cache.info.num_samples), column=label)
+    labeled = np.flatnonzero(is_labeled_S)
+    if not len(labeled):
+        return None
+    labels = read_labels(cache, labeled, column=label)
+    own_S = np.full(cache.info.num_samples, -1, np.int64)
+    own_S[labeled] = labels.numbers
+    _, first = np.unique(copies.content_ids, return_index=True)
+    label_C = own_S[copies.samples[first]]
+    num_items, k = len(copies.content_ids), neighbors.items.shape[1]
+    suggested_N, margins_N = np.full(num_items, -1, np.int64), np.full(num_items, np.nan, np.float32)
+    for block in blocks(num_items, max(1, _COMPARISONS // k**2)):
+        near_BK = neighbors.items[copies.content_ids[block]]
+        label_BK = np.where(near_BK < 0, -1, label_C[near_BK])
+        suggested_N[block], margins_N[block] = compare_labels(own_S[copies.samples[block]], label_BK)
+    best_S = best_per_sample(cache.info.num_samples, copies.samples, np.nan_to_num(margins_N, nan=-np.inf))
+    missing = best_S < 0
+    return LabelVotes(
+        names=labels.names,
+        own_S=own_S,
+        suggested_S=np.where(missing, -1, suggested_N[best_S]),
+        margins_S=np.where(missing, np.float32(np.nan), margins_N[best_S]),
+    )
+
+
+def compare_labels(own_B: Ints, label_BK: Ints) -> tuple[Ints, Floats]:
+    """Compare the label of each item with those of its neighbors, nearest first; -1 is no label.
+
+    Returns the most frequent other label, (B,) int64, of equally frequent ones that of the nearest neighbor, -1 without
+    one; and the fraction of labeled neighbors with the own label less that with the other one, (B,) float32, NaN
+    without a label of its own or of a neighbor.
+
+    Example:
+        >>> compare_labels(np.array([0]), np.array([[1, 0, 1, -1, 1]]))
+        (array([1]), array([-0.5], dtype=float32))
+    """
+    is_labeled_BK = label_BK >= 0
+    counts_BK = (label_BK[:, :, None] == label_BK[:, None, :]).sum(axis=2)
+    is_own_BK = is_labeled_BK & (label_BK == own_B[:, None])
+    other_BK = np.where(is_labeled_BK & ~is_own_BK, counts_BK, 0)
+    nearest_B = other_BK.argmax(axis=1)[:, None]
+    other_B = np.take_along_axis(other_BK, nearest_B, axis=1)[:, 0]
+    suggested_B = np.where(other_B > 0, np.take_along_axis(label_BK, nearest_B, axis=1)[:, 0], -1)
+    num_labeled_B = is_labeled_BK.sum(axis=1)
+    margins_B = (is_own_BK.sum(axis=1) - other_B) / np.maximum(num_labeled_B, 1)
+    is_known_B = (own_B >= 0) & (num_labeled_B > 0)
+    return suggested_B, np.where(is_known_B, margins_B, np.nan).astype(np.float32)
+
+
+def _pair_cosines(vectors: Vectors, progress: Progress) -> Floats | None:
+    """Compare images with their captions by a run of both; None without one, or if the cache lacks either."""
+    cache, config = vectors.cache, vectors.config
+    if config is None or set(config.modalities) != set(_PAIR) or not all(cache.features(name) for name in _PAIR):
+        return None
+    samples_M, cosines_M = Pool(
+        cache.path, "image", SelectSettings(run=vectors.run_path, device=vectors.device), progress=progress
+    ).pair_scores()
+    cosines_S = np.full(cache.info.num_samples, np.nan, np.float32)
+    cosines_S[samples_M] = cosines_M
+    return cosines_S
+
+
+def _write(path: Path, report: OutlierReport) -> None:
+    columns: dict[str, Any] = dict(report.scores)
+    if report.votes is not None:
+        names, suggested_S = pa.array(report.votes.names, pa.string()), report.votes.suggested_S
+        columns[SUGGESTED] = names.take(pa.array(suggested_S, mask=suggested_S < 0))
+    record = {name: value for name, value in report.to_json().items() if name != "lowest"}
+    write_scores(path, report.cache, columns, {"method": "outliers", **record})

@@ -1,0 +1,314 @@
+"""A score per sample from cached vectors: a linear head, or the cosine with texts. Either is one product per item."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from embedcache.arrays import Array, Floats, Ints, blocks, check_finite, normalize
+from embedcache.curate.settings import ScoreSettings
+from embedcache.dataset.inputs import to_inputs
+from embedcache.dataset.scores import check_scores_path, write_scores
+from embedcache.devices import torch_device
+from embedcache.encoders.open import feature_names, reopen_encoder
+from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
+from embedcache.extract.views import reopen_recorded_view
+from embedcache.files import AnyPath
+from embedcache.modalities import noun
+from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.projectors.saved import load_pair, project
+from embedcache.provenance import digest_file
+from embedcache.search.vectors import Vectors
+from embedcache.settings import from_flat, replace_flat
+from embedcache.store.cache import Cache
+
+_LAYER = re.compile(r"(?:(.*)\.)?weights?")
+_NUMBERS = re.compile(r"\d+")
+_QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearHead:
+    """A score `vector @ weights + bias`; `num_layers` were multiplied into one."""
+
+    weights_P: Array  # float64
+    bias: float = 0.0
+    num_layers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreReport:
+    """Scores of the samples of a cache; a sample has that of its item with the highest one.
+
+    Args:
+        cache: the cache.
+        path: the written table.
+        name: column of the scores.
+        modality: modality of the scored items.
+        feature: the scored feature.
+        source: what the score is, as JSON values.
+        scores_S: (S,) a score per sample, NaN without a valid item.
+        rows_S: (S,) row of the item that has it, -1 without one.
+    """
+
+    cache: Cache
+    path: Path
+    name: str
+    modality: str
+    feature: str
+    source: Mapping[str, Any]
+    scores_S: Floats
+    rows_S: Ints
+
+    def line(self) -> str:
+        """Describe the scores in one line."""
+        low, middle, high = self.quantiles(0.0, 0.5, 1.0)
+        scored = int(np.isfinite(self.scores_S).sum())
+        return (
+            f"{self.path}: {self.name} of {scored:,} of {len(self.scores_S):,} samples, from {low:.4g} to {high:.4g}, "
+            f"half of them above {middle:.4g}"
+        )
+
+    def quantiles(self, *fractions: float) -> list[float]:
+        """Return quantiles of the scores."""
+        found: list[float] = np.nanquantile(self.scores_S, fractions).tolist()
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was scored, and quantiles of the scores, as JSON values."""
+        return {
+            "cache": str(self.cache.path),
+            "scores": str(self.path),
+            "score": self.name,
+            "modality": self.modality,
+            "feature": self.feature,
+            **self.source,
+            "num_samples": len(self.scores_S),
+            "num_scored": int(np.isfinite(self.scores_S).sum()),
+            "quantiles": dict(zip(map(str, _QUANTILES), self.quantiles(*_QUANTILES), strict=True)),
+        }
+
+
+def score(
+    cache_path: AnyPath,
+    out_path: AnyPath,
+    settings: ScoreSettings | None = None,
+    *,
+    progress: AnyProgress = None,
+    **options: Any,
+) -> ScoreReport:
+    """Score the samples of a cache, and write the table that `curate select --method score` reads.
+
+    One pass over the chunks, N P products. Memory: a chunk, and 20 bytes per item.
+
+    Args:
+        cache_path: path or URL of the cache.
+        out_path: a `.parquet` file.
+        settings: the head or the texts, and which items are scored.
+        progress: progress in items.
+        options: settings by their names on the command line, which replace those of `settings`.
+
+    Raises:
+        SettingError: neither or both of a head and texts are given, or texts without an encoder for them.
+        PathError: a file does not exist, or the output must not be written.
+        CorruptError, DataError: the file of the head cannot be read, or its width is not that of the feature.
+        UnknownNameError, UnfinishedError, FingerprintError: see `Vectors`.
+    """
+    out_path, progress = Path(out_path), to_progress(progress)
+    settings = from_flat(ScoreSettings, options) if settings is None else replace_flat(settings, options)
+    check_scores_path(out_path)
+    vectors = Vectors(cache_path, settings.modality, settings.feature, settings.run, device=settings.device)
+    if settings.weights is not None:
+        head = read_head(settings.weights, vectors.width, fold_layers=settings.fold_layers)
+    else:
+        head = LinearHead(weights_P=_prompt_direction(vectors, settings))
+    scores_S, rows_S = _score_samples(vectors, head, settings, progress)
+    report = ScoreReport(
+        cache=vectors.cache,
+        path=out_path,
+        name=settings.column,
+        modality=vectors.modality,
+        feature=vectors.feature.name,
+        source=_describe_source(vectors, settings),
+        scores_S=scores_S,
+        rows_S=rows_S,
+    )
+    write_scores(out_path, vectors.cache, {report.name: scores_S}, {"method": "score", **report.to_json()})
+    return report
+
+
+def _describe_source(vectors: Vectors, settings: ScoreSettings) -> Mapping[str, Any]:
+    if settings.weights is None:
+        source: dict[str, Any] = {"prompts": list(settings.prompts), "negative": list(settings.negative)}
+    else:
+        source = {"weights": str(settings.weights), "weights_sha256": digest_file(settings.weights)}
+    return {
+        **source,
+        "normalized": settings.normalize,
+        "run": None if settings.run is None else str(settings.run),
+        "run_weights": None if vectors.config is None else vectors.config.weights_digest,
+    }
+
+
+def best_per_sample(num_samples: int, samples_N: Ints, values_N: Floats) -> Ints:
+    """Return the position of the highest value of each sample, the first of equal ones; -1 without any: (S,)."""
+    best_S = np.full(num_samples, -1, np.int64)
+    order = np.lexsort((np.arange(len(values_N)), -values_N, samples_N))
+    samples, first = np.unique(samples_N[order], return_index=True)
+    best_S[samples] = order[first]
+    return best_S
+
+
+def _score_samples(
+    vectors: Vectors, head: LinearHead, settings: ScoreSettings, progress: Progress
+) -> tuple[Floats, Ints]:
+    """Return the score of each sample and the row of the item that has it."""
+    item_samples = vectors.cache.items(vectors.modality, columns=["sample"])["sample"].to_numpy()
+    rows, scores = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+    progress.start("scoring", len(vectors.rows), noun(vectors.modality))
+    for rows_B, vectors_BP in _blocks(vectors, is_unit=settings.normalize):
+        scores_B = (vectors_BP.astype(np.float64) @ head.weights_P + head.bias).astype(np.float32)
+        check_finite(scores_B, f"scores of {vectors.feature.name}", rows=rows_B)
+        rows.append(rows_B)
+        scores.append(scores_B)
+        progress.advance(len(rows_B))
+    progress.finish()
+    rows_N, scores_N = np.concatenate(rows), np.concatenate(scores)
+    best_S = best_per_sample(vectors.cache.info.num_samples, item_samples[rows_N], scores_N)
+    missing = best_S < 0
+    return np.where(missing, np.float32(np.nan), scores_N[best_S]), np.where(missing, -1, rows_N[best_S])
+
+
+def _blocks(vectors: Vectors, *, is_unit: bool) -> Iterator[tuple[Ints, Array]]:
+    if is_unit:
+        yield from vectors.blocks()
+        return
+    for rows, inputs in vectors.feature.blocks():
+        yield rows, inputs.values
+
+
+def _prompt_direction(vectors: Vectors, settings: ScoreSettings) -> Array:
+    """Return the mean direction of the prompts less that of the negative ones: (P,) float64."""
+    texts = [*settings.prompts, *settings.negative]
+    encoded_TP = _encode_texts(vectors, texts, str(torch_device(settings.device))).astype(np.float64)
+    direction_P: Array = normalize(encoded_TP[: len(settings.prompts)].mean(axis=0)).astype(np.float64)
+    if settings.negative:
+        direction_P -= normalize(encoded_TP[len(settings.prompts) :].mean(axis=0))
+    return direction_P
+
+
+def _encode_texts(vectors: Vectors, texts: list[str], device: str) -> Floats:
+    """Encode texts into the space of the vectors: (T, P) float32, rows of length 1."""
+    if vectors.run_path is not None:
+        pair, config = load_pair(vectors.run_path, device=device)
+        source: Any = config.tower_input("text")
+    elif vectors.modality == "text":
+        pair, source = None, vectors.feature
+    else:
+        raise SettingError(
+            f"prompt: expected --run RUN, whose text tower reads it, to score the plain {vectors.modality} feature "
+            f"{vectors.feature.name}, got none; train a run, or give --weights"
+        )
+    name = source.feature if pair is not None else source.name
+    encoder = reopen_encoder(source.spec, modality="text", feature=name, fingerprint=source.fingerprint, device=device)
+    view, names, parts = reopen_recorded_view(name, source.fingerprint), feature_names(name), []
+    for block in blocks(len(texts), encoder.batch_size):
+        encoded = encoder.encode(encoder.prepare([view(text) for text in texts[block]]), names)
+        inputs = to_inputs([encoded[each] for each in names])
+        parts.append(normalize(inputs.values) if pair is None else project(pair.tower("text"), inputs, device=device))
+    return np.concatenate(parts)
+
+
+def read_head(path: Path, width: int, *, fold_layers: bool = False) -> LinearHead:
+    """Read a linear head of one output: nothing in the file is executed.
+
+    Args:
+        path: `.npy` of `width` weights, or one more with the bias last; or `.safetensors`, `.pt` or `.pth` with tensors
+            `weight` and, if there is one, `bias`, as `torch.nn.Linear` names them.
+        width: P, the width of the vectors.
+        fold_layers: multiply several layers into one, which is right if there is no activation between them.
+
+    Raises:
+        PathError: the file does not exist, or has another suffix.
+        CorruptError: the file cannot be read.
+        DataError: its tensors are no such head; the message has their shapes.
+    """
+    if not path.is_file():
+        raise PathError(f"weights: expected a .npy, .safetensors or .pth file, got {path}, which does not exist")
+    if path.suffix == ".npy":
+        return _from_array(path, width)
+    layers = _read_layers(path)
+    if len(layers) > 1 and not fold_layers:
+        raise DataError(
+            f"{path}: expected one layer, got {len(layers)}; if there is no activation between them, as in LAION's "
+            "aesthetic predictor, add --fold-layers, which multiplies them into one"
+        )
+    weights_UP, bias_U = layers[0]
+    for weight_TU, bias_T in layers[1:]:
+        if weight_TU.shape[1] != len(weights_UP):
+            raise DataError(
+                f"{path}: expected a layer of {len(weights_UP)} inputs after one of as many outputs, got a weight of "
+                f"shape {weight_TU.shape}"
+            )
+        weights_UP, bias_U = weight_TU @ weights_UP, weight_TU @ bias_U + bias_T
+    if weights_UP.shape != (1, width):
+        raise DataError(f"{path}: expected a head of shape (1, {width:,}) for these vectors, got {weights_UP.shape}")
+    return _checked(path, LinearHead(weights_P=weights_UP[0], bias=float(bias_U[0]), num_layers=len(layers)))
+
+
+def _from_array(path: Path, width: int) -> LinearHead:
+    try:
+        values = np.asarray(np.load(path, allow_pickle=False), np.float64)
+    except (ValueError, EOFError, OSError, TypeError) as error:
+        raise CorruptError(f"{path}: expected a .npy file of numbers, got an error: {one_line(error)}") from error
+    if values.size not in (width, width + 1) or max(values.shape, default=0) != values.size:
+        raise DataError(
+            f"{path}: expected {width:,} weights, or {width + 1:,} with the bias last, got shape {values.shape}"
+        )
+    values = values.reshape(-1)
+    return _checked(path, LinearHead(weights_P=values[:width], bias=float(values[width:].sum())))
+
+
+def _checked(path: Path, head: LinearHead) -> LinearHead:
+    check_finite(np.append(head.weights_P, head.bias), f"the head {path}")
+    return head
+
+
+def _read_layers(path: Path) -> list[tuple[Array, Array]]:
+    """Return the weights and biases of the linear layers in a file, in the order of the numbers in their names."""
+    tensors = _read_tensors(path)
+    names = [name for name in tensors if _LAYER.fullmatch(name)]
+    names.sort(key=lambda name: [int(number) for number in _NUMBERS.findall(name)])
+    shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items()) or "no tensors"
+    layers = []
+    for name in names:
+        weight_UT = np.atleast_2d(tensors[name])
+        bias_name = re.sub(r"weights?$", "bias", name)
+        bias_U = np.atleast_1d(tensors.get(bias_name, np.zeros(len(weight_UT))))
+        if weight_UT.ndim != 2 or bias_U.shape != (len(weight_UT),):
+            raise DataError(f"{path}: expected tensors weight (1, P) and bias (1,), got {shapes}")
+        layers.append((weight_UT, bias_U))
+    if not layers:
+        raise DataError(f"{path}: expected tensors weight (1, P) and bias (1,), got {shapes}")
+    return layers
+
+
+def _read_tensors(path: Path) -> dict[str, Array]:
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = load_file(path)
+        elif path.suffix in (".pt", ".pth"):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise PathError(f"weights: expected a .npy, .safetensors or .pth file, got {path}")
+    except PathError:
+        raise
+    except Exception as error:  # torch and safetensors have no common base class
+        raise CorruptError(f"{path}: expected a file of tensors, got an error: {one_line(error)}") from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else {}
+    return {name: value.double().numpy() for name, value in found.items() if isinstance(value, torch.Tensor)}

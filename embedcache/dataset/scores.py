@@ -1,0 +1,110 @@
+"""Scores: numbers of the samples of a cache in a Parquet table, one row per sample, found again by key."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedcache.arrays import Array, Floats
+from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
+from embedcache.outputs import check_output, new_output, read_metadata, to_metadata
+from embedcache.registry import unknown_name
+from embedcache.store.cache import Cache
+from embedcache.store.tables import read_table, write_table
+
+_ROW, _KEY = "row", "key"
+_NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
+
+
+class Score(NamedTuple):
+    """One score of all samples of a cache: its name, and (S,) float32 with NaN where a sample has none."""
+
+    name: str
+    values: Floats
+
+
+def check_scores_path(path: Path) -> None:
+    """Check that a path ends in `.parquet`, and that there is no file but an output of embedcache."""
+    if path.suffix != ".parquet":
+        raise PathError(f"scores {path}: expected a path that ends in .parquet, got {path.suffix or 'no suffix'}")
+    check_output(path)
+
+
+def write_scores(
+    path: Path, cache: Cache, columns: Mapping[str, "Floats | pa.Array"], metadata: Mapping[str, Any]
+) -> None:
+    """Write scores as Parquet: `row`, `key`, the columns, and `metadata` (how they were computed).
+
+    Args:
+        path: the file, which ends in `.parquet`.
+        cache: the cache.
+        columns: name -> a value per sample, in row order. NaN becomes null.
+
+    Raises:
+        PathError: the path does not end in `.parquet`, or is a file that embedcache did not write.
+    """
+    check_scores_path(path)
+    arrays = {
+        name: pa.array(values, pa.float32(), from_pandas=True) if isinstance(values, np.ndarray) else values
+        for name, values in columns.items()
+    }
+    table = pa.table({_ROW: np.arange(cache.info.num_samples), _KEY: cache.column(_KEY), **arrays})
+    header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
+    with new_output(path) as temporary:
+        write_table(temporary, table.replace_schema_metadata(to_metadata(header)))
+
+
+def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Score:
+    """Read one score of the samples of a cache, matched by key; keys that the cache does not have are ignored.
+
+    Args:
+        path: Parquet file with a column `key` and numbers, from `curate score`, `curate outliers` or another tool.
+        cache: the cache.
+        name: column of the score; None: the only one that holds numbers.
+
+    Raises:
+        PathError: the file does not exist.
+        CorruptError: the file cannot be read, or a bit of it has changed.
+        UnknownNameError: it has no such column of numbers.
+        SettingError: it has several, and none is named.
+        DataError: it has a key twice, or no key of the cache.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PathError(f"scores {path}: expected a Parquet file with a column key, got a path that does not exist")
+    try:
+        table = read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorruptError(f"scores {path}: expected a Parquet file with a column key: {one_line(error)}") from error
+    read_metadata(path, table.schema.metadata)
+    if _KEY not in table.column_names:
+        raise DataError(f"scores {path}: expected a column key, got {', '.join(table.column_names)}")
+    name = _choose_column(path, table, name)
+    keys, known = cache.column(_KEY), table[_KEY].cast(pa.string()).combine_chunks()
+    if len(pc.unique(known)) < len(known):
+        raise DataError(f"scores {path}: expected each key once, got {len(known) - len(pc.unique(known)):,} repeated")
+    positions = pc.index_in(keys, value_set=known).combine_chunks()
+    if positions.null_count == len(positions):
+        raise DataError(
+            f"scores {path}: expected keys of {cache.path}, such as {keys[0].as_py()!r}, got {len(known):,} others"
+            + (f", such as {known[0].as_py()!r}" if len(known) else "")
+        )
+    values: Array = table[name].cast(pa.float32(), safe=False).combine_chunks().take(positions).to_numpy(False)  # noqa: FBT003
+    return Score(name, np.asarray(values, np.float32))
+
+
+def _choose_column(path: Path, table: pa.Table, name: str | None) -> str:
+    numbers = [field.name for field in table.schema if field.name != _ROW and _is_number(field.type)]
+    if name is not None and name not in numbers:
+        raise unknown_name(f"column of numbers of {path}", name, numbers)
+    if name is None and len(numbers) != 1:
+        got = f"{len(numbers)}: {', '.join(numbers)}; name one with --score" if numbers else "none"
+        raise SettingError(f"score: expected {path} to have one column of numbers beside row, got {got}")
+    return name or numbers[0]
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in _NUMBERS)

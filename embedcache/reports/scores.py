@@ -1,0 +1,194 @@
+"""Scores of samples as tables, lines of text and pages: those of a head or of texts, and those of odd samples."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from embedcache.arrays import Floats, Ints
+from embedcache.curate.outliers import MARGIN, PAIR_COSINE, TYPICALITY, OutlierReport
+from embedcache.curate.score import ScoreReport
+from embedcache.dataset.thumbnails import credit
+from embedcache.modalities import noun
+from embedcache.reports.base import (
+    ItemRenderer,
+    PageItem,
+    QueryExample,
+    Section,
+    Table,
+    count_histogram,
+    format_count,
+    format_part,
+    write_report,
+)
+from embedcache.store.rows import RowReader
+
+_NUM_BINS = 40
+_PER_BAND = 8
+_BANDS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+_FRACTIONS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
+_NUM_EXAMPLES = 24
+_NUM_NEIGHBORS = 5
+_TITLES = {
+    TYPICALITY: "Least typical",
+    MARGIN: "Likely mislabels",
+    PAIR_COSINE: "Images and captions that match least",
+}
+_NOTES = {
+    TYPICALITY: "Left an item, right its nearest neighbors. The typicality is the mean cosine to all of its nearest "
+    "neighbors: items that resemble each other more often than that are typical, however odd they are.",
+    MARGIN: "Left an item with its label, right its nearest neighbors. The margin is the fraction of its nearest "
+    "neighbors that have its label less the fraction that have the most frequent other label.",
+    PAIR_COSINE: "The best cosine of a sample's images and captions, by the run. Pairs that the run was trained on "
+    "match better than others.",
+}
+
+
+def score_table(report: ScoreReport) -> Table:
+    """Return quantiles of the scores."""
+    values = report.quantiles(*_BANDS)
+    return [f"{fraction:.0%}" for fraction in _BANDS], [[f"{value:.4g}" for value in values]]
+
+
+def write_score_page(path: Path, report: ScoreReport, *, image_folders: Sequence[Path] = ()) -> None:
+    """Write a page to choose a threshold by: the distribution of the scores, and items of each part of it."""
+    renderer = ItemRenderer(report.cache, report.modality, image_folders)
+    distribution = Section(
+        title="Distribution",
+        notes=["Quantiles of the samples' scores: a column says below which score so many of them are."],
+        table=score_table(report),
+        figures=[_histogram(report.scores_S, report.name)],
+    )
+    bands = Section(
+        title="Items of each part",
+        notes=["From each part a few items at equal distances, the lowest first."],
+        examples=list(_bands(report, renderer)),
+    )
+    write_report(
+        path,
+        title=f"Scores: {report.name}",
+        summary=f"{report.cache.path.name}: {report.line()}.",
+        warnings=renderer.warnings(),
+        sections=[distribution, bands],
+        credit=credit(report.cache),
+    )
+
+
+def _bands(report: ScoreReport, renderer: ItemRenderer) -> Iterator[QueryExample]:
+    """Iterate over the parts between quantiles, highest first, each with a few items."""
+    order = np.argsort(report.scores_S, kind="stable")[: int(np.isfinite(report.scores_S).sum())]
+    edges = np.round(np.array(_BANDS) * len(order)).astype(np.int64)
+    for low, high, start, stop in reversed(list(zip(_BANDS, _BANDS[1:], edges, edges[1:], strict=False))):
+        samples = order[start:stop]
+        if not len(samples):
+            continue
+        shown = samples[np.unique(np.linspace(0, len(samples) - 1, _PER_BAND).astype(np.int64))]
+        scores = report.scores_S[samples]
+        yield QueryExample(
+            query=PageItem(text=f"{low:.0%} to {high:.0%}"),
+            outcome=f"{report.name} {scores[0]:.4g} to {scores[-1]:.4g}",
+            is_correct=True,
+            results=[renderer.render(int(report.rows_S[sample])) for sample in shown.tolist()],
+        )
+
+
+def outlier_line(report: OutlierReport) -> str:
+    """Return what was compared, and how completely, in one line."""
+    k, copies, recall = report.neighbors.items.shape[1], report.copies, report.neighbors.recall
+    items = f"{len(copies.content_ids):,} {noun(report.vectors.modality)} of {report.vectors.feature.name}"
+    text = f"{items}, each with its {k} nearest of {len(copies.unique_rows):,} different ones"
+    if recall is None:
+        return f"{text}; every pair was compared"
+    return f"{text}; {report.neighbors.num_clusters:,} clusters found {recall.value:.1%} of them for sampled items"
+
+
+def outlier_notes(report: OutlierReport) -> list[str]:
+    """Return one line per score beside typicality."""
+    notes = []
+    if report.votes is not None:
+        labeled = int(np.isfinite(report.votes.margins_S).sum())
+        count = format_part(int(report.is_mislabeled.sum()), labeled)
+        notes.append(f"likely mislabels: {count} of the labeled samples")
+    if report.pair_cosines_S is not None:
+        notes.append(f"pairs: {int(np.isfinite(report.pair_cosines_S).sum()):,} samples with an image and a caption")
+    return notes
+
+
+def threshold_table(report: OutlierReport) -> Table:
+    """Return for fractions of the samples the values of each score that leave so many out."""
+    rows = []
+    for fraction in _FRACTIONS:
+        row = [f"{fraction:.1%}", format_count(round(fraction * report.cache.info.num_samples))]
+        rows.append(row + [f"{np.nanquantile(values_S, fraction):.3f}" for values_S in report.scores.values()])
+    return ["left out", "samples", *(f"{name} of at least" for name in report.scores)], rows
+
+
+def write_outlier_page(path: Path, report: OutlierReport, *, image_folders: Sequence[Path] = ()) -> None:
+    """Write a page of odd samples: distributions, thresholds, and the lowest of each score beside their neighbors."""
+    renderer = ItemRenderer(report.cache, report.vectors.modality, image_folders)
+    images = renderer if report.vectors.modality == "image" else ItemRenderer(report.cache, "image", image_folders)
+    thresholds = Section(
+        title="What a threshold leaves out",
+        notes=["A sample is judged by the best of its items.", *outlier_notes(report)],
+        table=threshold_table(report),
+        figures=[_histogram(values_S, name) for name, values_S in report.scores.items()],
+    )
+    sections = [thresholds]
+    for name in report.scores:
+        samples = report.lowest(name, _NUM_EXAMPLES)
+        samples = samples[report.is_mislabeled[samples]] if name == MARGIN else samples
+        examples = (
+            _pairs(report, samples, images)
+            if name == PAIR_COSINE
+            else [_beside_neighbors(report, name, sample, renderer) for sample in samples.tolist()]
+        )
+        sections.append(Section(title=_TITLES[name], notes=[_NOTES[name]], examples=examples))
+    write_report(
+        path,
+        title="Outliers",
+        summary=f"{report.cache.path.name}: {outlier_line(report)}.",
+        warnings=dict.fromkeys((*renderer.warnings(), *images.warnings())),
+        sections=sections,
+        credit=credit(report.cache),
+    )
+
+
+def _beside_neighbors(report: OutlierReport, name: str, sample: int, renderer: ItemRenderer) -> QueryExample:
+    row = int(report.rows_S[sample])
+    outcome = f"{name.replace('_', ' ')} {report.scores[name][sample]:.3f}"
+    if name == MARGIN and report.votes is not None:
+        own = report.votes.names[report.votes.own_S[sample]]
+        outcome = f"{own}, its neighbors {report.suggested(sample)}; {outcome}"
+    near = report.neighbors_of(row)[:_NUM_NEIGHBORS]
+    return QueryExample(
+        query=renderer.render(row),
+        outcome=outcome,
+        is_correct=True,
+        results=[renderer.render(int(other)) for other in near],
+    )
+
+
+def _pairs(report: OutlierReport, samples: Ints, images: ItemRenderer) -> list[QueryExample]:
+    """Return the first image and the captions of some samples."""
+    assert report.pair_cosines_S is not None
+    texts = RowReader(report.cache, "text", ["text"])
+    starts, counts = RowReader(report.cache, "text").find(samples)
+    rows, _ = RowReader(report.cache, "image").find(samples)
+    examples = []
+    for sample, row, start, count in np.stack([samples, rows, starts, counts], axis=1).tolist():
+        captions = texts.take(np.arange(start, start + count))["text"].to_pylist()
+        examples.append(
+            QueryExample(
+                query=images.render(row),
+                outcome=f"pair cosine {report.pair_cosines_S[sample]:.3f}",
+                is_correct=True,
+                results=[PageItem(text=caption) for caption in captions[:_NUM_NEIGHBORS]],
+            )
+        )
+    return examples
+
+
+def _histogram(values_S: Floats, name: str) -> str:
+    """Draw the distribution of a score."""
+    counts, edges = np.histogram(values_S[np.isfinite(values_S)], bins=_NUM_BINS)
+    return count_histogram(edges[:-1], float(edges[1] - edges[0]), counts, x=name.replace("_", " "), y="samples")

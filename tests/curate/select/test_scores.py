@@ -1,0 +1,258 @@
+"""Scores of heads and texts: what is computed, what a table holds, and what selection makes of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from embedcache.arrays import Floats, normalize
+from embedcache.curate.score import best_per_sample, read_head, score
+from embedcache.curate.select.select import select
+from embedcache.curate.settings import ScoreSettings, SelectSettings
+from embedcache.dataset.scores import read_scores
+from embedcache.dataset.selections import read_selection
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
+from embedcache.reports.scores import write_score_page
+from embedcache.store.cache import Cache
+
+FEATURE, WIDTH = "open_toy/cls", 48
+
+
+def scored(cache: Path, out: Path, **options: Any) -> Floats:
+    """Score the samples and read the table again."""
+    score(cache, out, ScoreSettings(**options))
+    return read_scores(out, Cache(cache)).values
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A head that is the brightness of the first cells, with a bias."""
+    path = tmp_path / "head.npy"
+    np.save(path, np.append(np.linspace(1, 0, WIDTH), 0.25))
+    return path
+
+
+def test_linear_head(cache_path: Path, tmp_path: Path, weights: Path) -> None:
+    found = scored(cache_path, tmp_path / "a.parquet", weights=weights, feature=FEATURE)
+    stored = Cache(cache_path).feature("image", FEATURE).load()
+    expected = normalize(stored).astype(np.float64) @ np.linspace(1, 0, WIDTH) + 0.25
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    raw = scored(cache_path, tmp_path / "b.parquet", weights=weights, feature=FEATURE, normalize=False)
+    np.testing.assert_allclose(raw, stored.astype(np.float64) @ np.linspace(1, 0, WIDTH) + 0.25, rtol=1e-6)
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert table.column_names == ["row", "key", "score"]
+    record = json.loads(table.schema.metadata[b"embedcache"])
+    assert (record["method"], record["feature"], record["num_scored"]) == ("score", FEATURE, 300)
+    assert record["quantiles"]["1.0"] == pytest.approx(float(found.max()))
+
+
+def test_texts_through_a_run(around: dict[str, Path], tmp_path: Path) -> None:
+    """Check that images of red bars score higher by these words, and that a negative text is subtracted."""
+    options = {"run": around["run"], "prompts": ("red bar left on white", "red bar right on white")}
+    found = scored(around["cache"], tmp_path / "a.parquet", **options)
+    captions = Cache(around["cache"]).items("text")["text"].to_pylist()
+    is_red = np.array([caption.startswith("red") and caption.endswith("white") for caption in captions])
+    assert is_red.sum() > 3
+    assert found[is_red].min() > np.median(found)
+    less = scored(around["cache"], tmp_path / "b.parquet", **options, negative=("blue bar top on black",))
+    only = scored(around["cache"], tmp_path / "c.parquet", run=around["run"], prompts=("blue bar top on black",))
+    np.testing.assert_allclose(less, found - only, atol=1e-6)
+
+
+def test_captions_are_scored_by_their_own_encoder(cache_path: Path, tmp_path: Path) -> None:
+    captions = Cache(cache_path).items("text")["text"].to_pylist()
+    options = {"modality": "text", "feature": "open_toy/mean", "prompts": (captions[7],)}
+    found = scored(cache_path, tmp_path / "a.parquet", **options)
+    assert found[7] == pytest.approx(1, abs=1e-5)
+    words = {" ".join(sorted(captions[row].split())) for row in np.flatnonzero(found > 1 - 1e-5)}
+    assert words == {" ".join(sorted(captions[7].split()))}  # the toy encoder does not see their order
+
+
+def test_best_item_of_a_sample() -> None:
+    samples, values = np.array([0, 0, 2, 2, 2]), np.array([1, 2, 5, 7, 7], np.float32)
+    assert best_per_sample(4, samples, values).tolist() == [1, -1, 3, -1]
+
+
+def layers(*shapes: tuple[int, int]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for number, (outputs, inputs) in enumerate(shapes):
+        tensors[f"layers.{2 * number}.weight"] = torch.randn(outputs, inputs, generator=generator)
+        tensors[f"layers.{2 * number}.bias"] = torch.randn(outputs, generator=generator)
+    return tensors
+
+
+def test_heads_of_torch(tmp_path: Path) -> None:
+    """Check one layer, and layers as LAION's aesthetic predictor has them, against `torch.nn.Linear`."""
+    vectors = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    linear = torch.nn.Linear(6, 1)
+    torch.save(linear.state_dict(), tmp_path / "one.pth")
+    head = read_head(tmp_path / "one.pth", 6)
+    np.testing.assert_allclose(
+        vectors.numpy() @ head.weights_P + head.bias, linear(vectors)[:, 0].detach().numpy(), atol=1e-5
+    )
+
+    tensors = layers(*[(4, 6)] + [(4, 4)] * 10 + [(1, 4)])  # layers.10 comes after layers.2
+    save_file(tensors, tmp_path / "many.safetensors")
+    with pytest.raises(DataError, match="expected one layer, got 12; .* add --fold-layers"):
+        read_head(tmp_path / "many.safetensors", 6)
+    head = read_head(tmp_path / "many.safetensors", 6, fold_layers=True)
+    values = vectors
+    for number in range(12):
+        values = torch.nn.functional.linear(
+            values, tensors[f"layers.{2 * number}.weight"], tensors[f"layers.{2 * number}.bias"]
+        )
+    found = vectors.numpy() @ head.weights_P + head.bias
+    np.testing.assert_allclose(found, values[:, 0].numpy(), rtol=1e-3, atol=1e-3)
+
+
+class Opened:
+    """What a pickle would run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("opened"),)
+
+
+def test_wrong_heads_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"a": torch.ones(2)}, "named.safetensors")
+    save_file({"weight": torch.ones(2, 6)}, "two.safetensors")
+    save_file({"0.weight": torch.ones(3, 6), "1.weight": torch.ones(1, 4)}, "apart.safetensors")
+    save_file({"weight": torch.full((1, 6), torch.nan)}, "nan.safetensors")
+    Path("text.npy").write_text("1, 2, 3")
+    np.save("wide.npy", np.ones(9))
+    torch.save({"weight": Opened()}, "code.pth")
+    for name, error, words in [
+        ("none.npy", PathError, "which does not exist"),
+        ("text.npy", CorruptError, "expected a .npy file of numbers"),
+        ("wide.npy", DataError, r"expected 6 weights, or 7 with the bias last, got shape \(9,\)"),
+        ("named.safetensors", DataError, r"expected tensors weight \(1, P\) and bias \(1,\), got a \(2,\)"),
+        ("two.safetensors", DataError, r"expected a head of shape \(1, 6\) for these vectors, got \(2, 6\)"),
+        ("apart.safetensors", DataError, r"expected a layer of 3 inputs .* got a weight of shape \(1, 4\)"),
+        ("nan.safetensors", DataError, "holds NaN or infinity"),
+        ("code.pth", CorruptError, "expected a file of tensors, got an error"),
+    ]:
+        with pytest.raises(error, match=words):
+            read_head(Path(name), 6, fold_layers=True)
+    assert not Path("opened").exists()
+
+
+def test_wrong_settings_raise(cache_path: Path, run_path: Path, tmp_path: Path, weights: Path) -> None:
+    wrong: list[tuple[dict[str, Any], type[EmbedcacheError], str]] = [
+        ({}, SettingError, "expected --weights FILE or --prompt TEXT, got neither"),
+        ({"weights": weights, "prompts": ("a",)}, SettingError, "got both"),
+        ({"prompts": (" ",)}, SettingError, "got an empty text"),
+        ({"weights": weights, "negative": ("a",)}, SettingError, "expected --prompt TEXT with it"),
+        ({"weights": weights, "run": run_path, "normalize": False}, SettingError, "normalize: expected a head on a"),
+        ({"weights": weights, "column": "key"}, SettingError, "column: expected a name other than row and key"),
+        (
+            {"prompts": ("a",), "feature": FEATURE},
+            SettingError,
+            "prompt: expected --run RUN, whose text tower reads it",
+        ),
+        ({"weights": weights, "run": run_path}, DataError, "expected 16 weights, or 17 with the bias last"),
+    ]
+    for options, error, words in wrong:
+        with pytest.raises(error, match=words):
+            score(cache_path, tmp_path / "a.parquet", ScoreSettings(**options))
+    assert not (tmp_path / "a.parquet").exists()
+
+
+# selection by a score
+
+
+def chosen(cache: Path, out: Path, scores: Path, **options: Any) -> list[int]:
+    select(cache, out, "score", SelectSettings(scores=scores, **options))
+    return read_selection(out, [Cache(cache)]).tolist()
+
+
+def test_bounds_and_budget(cache_path: Path, tmp_path: Path, weights: Path) -> None:
+    scores, out = tmp_path / "scores.parquet", tmp_path / "out.parquet"
+    found = scored(cache_path, scores, weights=weights, feature=FEATURE)
+    low, high = np.quantile(found, [0.4, 0.8]).tolist()
+    assert chosen(cache_path, out, scores, at_least=low) == np.flatnonzero(found >= np.float32(low)).tolist()
+    assert chosen(cache_path, out, scores, at_most=low) == np.flatnonzero(found <= np.float32(low)).tolist()
+    best = sorted(np.argsort(-found, kind="stable")[:30].tolist())
+    assert chosen(cache_path, out, scores, budget=0.1) == best
+    between = chosen(cache_path, out, scores, at_most=high, budget=5)
+    assert found[between].min() >= np.sort(found[found <= np.float32(high)])[-5]
+    table = pq.read_table(out)
+    assert table["reason"][0].as_py() == f"score {found[between[0]]:.3f}"
+    record = json.loads(table.schema.metadata[b"embedcache"])
+    assert (record["scores"], record["feature"], record["settings"]["at_most"]) == (str(scores), None, high)
+    (tmp_path / "some.txt").write_text("\n".join(Cache(cache_path).column("key").to_pylist()[:50]))
+    some = chosen(cache_path, out, scores, budget=50, selection=tmp_path / "some.txt")
+    assert some == list(range(50))
+
+
+def test_scores_of_another_tool(cache_path: Path, tmp_path: Path) -> None:
+    """Check a table of few of the keys in another order, with several numbers and nulls."""
+    keys = Cache(cache_path).column("key").to_pylist()
+    table = {
+        "key": [keys[9], "elsewhere", keys[4], keys[2]],
+        "nsfw": [1, 0, 0, None],
+        "aesthetic": [4.0, 9.0, 6.5, 5.0],
+    }
+    pq.write_table(pa.table(table), tmp_path / "theirs.parquet")
+    scores, out = tmp_path / "theirs.parquet", tmp_path / "out.parquet"
+    assert chosen(cache_path, out, scores, score="aesthetic", at_least=5) == [2, 4]
+    assert chosen(cache_path, out, scores, score="nsfw", at_most=0) == [4]
+    with pytest.raises(SettingError, match="one column of numbers beside row, got 2: nsfw, aesthetic; name one with"):
+        read_scores(scores, Cache(cache_path))
+    with pytest.raises(UnknownNameError, match="unknown column of numbers of .* 'aestetic'; did you mean 'aesthetic'"):
+        read_scores(scores, Cache(cache_path), "aestetic")
+
+
+def test_wrong_tables_raise(cache_path: Path, tmp_path: Path) -> None:
+    cache, keys = Cache(cache_path), Cache(cache_path).column("key").to_pylist()
+    tables: list[tuple[dict[str, list[Any]], str]] = [
+        ({"uid": ["a"], "x": [1.0]}, "expected a column key, got uid, x"),
+        ({"key": [keys[0]] * 2, "x": [1.0, 2.0]}, "expected each key once, got 1 repeated"),
+        ({"key": ["a"], "x": [1.0]}, "expected keys of .*, got 1 others, such as 'a'"),
+    ]
+    for number, (table, words) in enumerate(tables):
+        pq.write_table(pa.table(table), tmp_path / f"{number}.parquet")
+        with pytest.raises(DataError, match=words):
+            read_scores(tmp_path / f"{number}.parquet", cache)
+    (tmp_path / "bad.parquet").write_text("no")
+    with pytest.raises(CorruptError, match="expected a Parquet file with a column key"):
+        read_scores(tmp_path / "bad.parquet", cache)
+    with pytest.raises(PathError, match="got a path that does not exist"):
+        read_scores(tmp_path / "none.parquet", cache)
+
+
+def test_wrong_selections_raise(cache_path: Path, tmp_path: Path, weights: Path) -> None:
+    scores, out = tmp_path / "scores.parquet", tmp_path / "out.parquet"
+    scored(cache_path, scores, weights=weights, feature=FEATURE)
+    wrong: list[tuple[str, dict[str, Any], type[EmbedcacheError], str]] = [
+        ("score", {"scores": scores}, SettingError, "expected --budget, --at-least or --at-most, got none"),
+        ("score", {"budget": 3}, SettingError, "expected --scores FILE, of curate score"),
+        ("score", {"scores": scores, "budget": 3, "feature": FEATURE}, SettingError, "expected no --feature"),
+        (
+            "score",
+            {"scores": scores, "budget": 3, "modality": "text"},
+            SettingError,
+            "as it compares no items, got text",
+        ),
+        ("score", {"scores": scores, "at_least": 99}, DataError, "with score from 99 to inf, got 0 of 300; it ranges"),
+        ("random", {"scores": scores, "budget": 3, "feature": FEATURE}, SettingError, "expected no --scores"),
+        ("random", {"at_most": 1, "budget": 3}, SettingError, "expected only --budget, got --at-most"),
+    ]
+    for method, options, error, words in wrong:
+        with pytest.raises(error, match=words):
+            select(cache_path, out, method, SelectSettings(**options))
+    assert not out.exists()
+
+
+def test_page(cache_path: Path, tmp_path: Path, weights: Path) -> None:
+    report = score(cache_path, tmp_path / "a.parquet", ScoreSettings(weights=weights, feature=FEATURE, column="light"))
+    write_score_page(tmp_path / "page.html", report)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/webp") > 40
+    assert "light of 300 of 300 samples" in page

@@ -1,0 +1,192 @@
+"""Typicality, likely mislabels and pairs that do not match, against planted ones and against all pairs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from embedcache.arrays import normalize
+from embedcache.curate import near_duplicates
+from embedcache.curate.near_duplicates import find_neighbors
+from embedcache.curate.outliers import MARGIN, PAIR_COSINE, TYPICALITY, compare_labels, find_outliers
+from embedcache.curate.select.select import select
+from embedcache.curate.settings import OutlierSettings, SelectSettings
+from embedcache.dataset.selections import read_selection
+from embedcache.dataset.similar_pairs import CosineTile, NeighborCollector
+from embedcache.errors import DataError, PathError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.metrics.neighbors import top_k
+from embedcache.reports.scores import outlier_line, outlier_notes, threshold_table, write_outlier_page
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from tests.curate.test_near_duplicates import made_vectors, write_vectors
+from tests.images import write_images
+from tests.toy import IMAGE, TEXT
+
+NUM = 240
+NOISE, COPY, FAILED, SWAPPED, RELABELED = (11, 47, 90), {60: 11}, 75, {20: 33, 33: 20}, (40, 105)
+
+
+@given(st.integers(2, 60), st.integers(1, 7), st.integers(1, 9), st.integers(0, 999))
+def test_collector_equals_all_pairs(count: int, size: int, k: int, seed: int) -> None:
+    """Check tiles of any size, each given twice with its sides exchanged, as clusters that visit each other are."""
+    vectors, k = made_vectors(count, seed, width=6), min(k, count - 1)
+    collector = NeighborCollector(count, k)
+    items = np.random.default_rng(seed).permutation(count)
+    starts = range(0, count, size)
+    for a in starts:
+        for b in starts[a // size :]:
+            sides = items[a : a + size], items[b : b + size]
+            for left, right in (sides, sides[::-1]):
+                cosines = vectors[left] @ vectors[right].T
+                collector.add(CosineTile(left=left, right=right, cosines=cosines, is_diagonal=a == b))
+    _, cosines_NK = top_k(vectors, vectors, k, exclude_self=True)
+    np.testing.assert_allclose(collector.cosines, cosines_NK, atol=1e-5)
+    np.testing.assert_allclose(np.einsum("np,nkp->nk", vectors, vectors[collector.items]), cosines_NK, atol=1e-5)
+    assert all(len(set(row)) == k and n not in row for n, row in enumerate(collector.items.tolist()))
+
+
+def test_collector_of_few_compared() -> None:
+    collector = NeighborCollector(4, 2)
+    collector.add(CosineTile(left=np.array([0]), right=np.array([2]), cosines=np.array([[0.5]], np.float32)))
+    assert collector.items.tolist() == [[2, -1], [-1, -1], [0, -1], [-1, -1]]
+    assert collector.cosines[1].tolist() == [-2, -2]
+
+
+def test_clusters_find_most_neighbors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the neighbors within clusters against all pairs, and the measured recall against the true one."""
+    monkeypatch.setattr(near_duplicates, "MAX_VISITS", 2)  # 16 of 49 clusters find them all
+    values = made_vectors(600, 3, noise=0.3)
+    vectors = write_vectors(tmp_path / "cache", values)
+    found = find_neighbors(vectors, np.arange(600), 5, OutlierSettings(all_pairs=False, scratch=tmp_path))
+    exact = find_neighbors(vectors, np.arange(600), 5, OutlierSettings(scratch=tmp_path))
+    assert (found.num_clusters, exact.num_clusters, exact.recall) == (49, 1, None)
+    expected, _ = top_k(values, values, 5, exclude_self=True)
+    np.testing.assert_array_equal(np.sort(exact.items), np.sort(expected))
+    recall = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(found.items.tolist(), expected.tolist(), strict=True)])
+    assert found.recall is not None
+    assert (found.recall.num_items, found.recall.num_pairs) == (600, 3000)
+    assert found.recall.value == pytest.approx(recall, abs=0.005)
+    assert 0.8 < recall < 1
+
+
+def test_labels_of_neighbors() -> None:
+    own = np.array([0, 0, 0, -1, 0])
+    near = np.array([[0, 0, 1, 0], [1, 2, 2, 1], [2, 2, 2, -1], [1, 1, 1, 1], [-1, -1, -1, -1]])
+    suggested, margins = compare_labels(own, near)
+    assert suggested.tolist() == [1, 1, 2, 1, -1]  # of two equally frequent ones that of the nearest
+    np.testing.assert_array_equal(margins, np.array([0.5, -0.5, -1, np.nan, np.nan], np.float32))
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of images labeled by their two colors, with noise, a copy of it, wrong labels and swapped captions."""
+    folder = tmp_path_factory.mktemp("planted")
+    source = write_images(folder / "source", NUM)
+    rng = np.random.default_rng(0)
+    for number in NOISE:
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((32, 32), Image.Resampling.NEAREST).save(source / f"{number:05d}.png")
+    for copy, original in COPY.items():
+        shutil.copy(source / f"{original:05d}.png", source / f"{copy:05d}.png")
+    (source / f"{FAILED:05d}.png").write_bytes(b"not an image")
+    captions = [(source / f"{number:05d}.txt").read_text() for number in range(NUM)]
+    for number, other in SWAPPED.items():
+        (source / f"{number:05d}.txt").write_text(captions[other])
+    for number, caption in enumerate(captions):
+        label = "green and white" if number in RELABELED else colors_of(caption)
+        (source / f"{number:05d}.json").write_text(json.dumps({"label": label}))
+    extract(
+        open_source(source),
+        folder / "cache",
+        image_encoder=[IMAGE],
+        text_encoder=[TEXT],
+        settings=ExtractSettings(chunk_size=32),
+    )
+    return folder / "cache"
+
+
+def test_planted_outliers_and_labels(planted: Path, tmp_path: Path) -> None:
+    odd, out = tmp_path / "odd.parquet", tmp_path / "kept.parquet"
+    report = find_outliers(planted, odd, OutlierSettings(k=3))
+    assert set(report.lowest(TYPICALITY, 4).tolist()) == {*NOISE, *COPY}
+    assert np.isnan(report.typicality_S[FAILED])
+    assert report.votes is not None
+    assert report.is_mislabeled[list(RELABELED)].all()
+    assert set(RELABELED) <= set(report.lowest(MARGIN, 12).tolist())
+    assert report.is_mislabeled.mean() < 0.1  # some pairs of colors are rare, and noise has no color
+    assert report.pair_cosines_S is None
+
+    table = pq.read_table(odd).to_pylist()
+    captions = [(planted.parent / "source" / f"{row:05d}.txt").read_text() for row in RELABELED]
+    assert [table[row]["suggested_label"] for row in RELABELED] == [colors_of(caption) for caption in captions]
+    assert table[FAILED]["typicality"] is None
+    worst = report.to_json()["lowest"]["label_margin"][0]
+    assert {"row", "key", "label", "suggested_label", "label_margin"} == set(worst)
+
+    few = OutlierSettings(k=3)
+    limit = float(report.typicality_S[report.lowest(TYPICALITY, 5)[-1]])
+    select(planted, out, "score", SelectSettings(scores=odd, score=TYPICALITY, at_least=limit))
+    left = set(range(NUM)) - set(read_selection(out, [Cache(planted)]).tolist())
+    assert left == {*NOISE, *COPY, FAILED}
+    assert "each with its 3 nearest of 238 different ones; every pair was compared" in outlier_line(report)
+    assert outlier_notes(report)[0].startswith("likely mislabels: ")
+    assert threshold_table(report)[0][2:] == ["typicality of at least", "label_margin of at least"]
+    again = find_outliers(planted, tmp_path / "again.parquet", few)
+    assert again.typicality_S.tobytes() == report.typicality_S.tobytes()
+
+
+def test_typicality_of_captions(planted: Path) -> None:
+    report = find_outliers(planted, settings=OutlierSettings(modality="text", k=2))
+    values = Cache(planted).feature("text").load()
+    contents = {caption: row for row, caption in reversed(list(enumerate(captions_of(planted))))}
+    rows = sorted(contents.values())
+    _, cosines = top_k(normalize(values[rows]), normalize(values[rows]), 2, exclude_self=True)
+    expected = dict(zip(rows, cosines.mean(axis=1).tolist(), strict=True))
+    wanted = [expected[contents[caption]] for caption in captions_of(planted)]
+    np.testing.assert_allclose(report.typicality_S, wanted, atol=1e-5)
+
+
+def colors_of(caption: str) -> str:
+    """Return the colors that a caption names, in order: an image looks the same with both exchanged."""
+    words = caption.split()
+    return " and ".join(sorted((words[0], words[-1])))
+
+
+def captions_of(path: Path) -> list[str]:
+    captions: list[str] = Cache(path).items("text")["text"].to_pylist()
+    return captions
+
+
+def test_swapped_captions(planted: Path, cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    """Check by a run that was trained on other pairs."""
+    report = find_outliers(planted, tmp_path / "odd.parquet", OutlierSettings(run=run_path))
+    assert report.pair_cosines_S is not None
+    lowest = report.lowest(PAIR_COSINE, len(SWAPPED) + len(NOISE) + len(COPY))
+    assert set(SWAPPED) <= set(lowest.tolist())
+    assert np.isnan(report.pair_cosines_S[FAILED])
+    write_outlier_page(tmp_path / "page.html", report)
+    page = (tmp_path / "page.html").read_text()
+    for title in ("Least typical", "Likely mislabels", "Images and captions that match least"):
+        assert f"<h2>{title}</h2>" in page
+    assert "pair cosine" in page
+    assert page.count("data:image/webp") > 50
+
+
+def test_wrong_requests_raise(planted: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="unknown column of samples of .* 'lable'; did you mean 'label'"):
+        find_outliers(planted, settings=OutlierSettings(label="lable"))
+    with pytest.raises(PathError, match="expected a path that ends in .parquet"):
+        find_outliers(planted, tmp_path / "odd.csv")
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "one" / "a.png")
+    extract(open_source(tmp_path / "one"), tmp_path / "cache", image_encoder=[IMAGE])
+    with pytest.raises(DataError, match="expected at least 2 different images to compare, got 1"):
+        find_outliers(tmp_path / "cache")
