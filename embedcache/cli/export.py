@@ -7,7 +7,7 @@ import typer
 
 from embedcache.cli.commands import add_command, new_group
 from embedcache.cli.options import CacheArgument, Json, Output, RunArgument, check_new_file, with_settings
-from embedcache.export.settings import ExportSettings
+from embedcache.export.settings import ExportSettings, HubSettings
 from embedcache.interop.settings import AtlasSettings, VectorExportSettings
 
 app = new_group("Write a run, or vectors, for other tools.")
@@ -197,6 +197,35 @@ def atlas(
     _export_vectors("atlas", cache, out, settings, as_json=as_json, output=output)
 
 
+@with_settings(settings=HubSettings)
+def hub(
+    cache: CacheArgument,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Data set of the Hub: OWNER/NAME.")],
+    *,
+    settings: HubSettings,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Upload a cache to the Hugging Face Hub.
+
+    As a data set that hf://datasets/OWNER/NAME opens. Run the same command again to resume an interrupted upload, or
+    to update the data set.
+
+    Example: embedcache export hub cache/ me/my-embeddings
+    """
+    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.export.hub import push_cache
+
+    with resumable():
+        report = push_cache(cache, repository, settings, progress=open_progress())
+
+    def show() -> None:
+        print_line(f"{report.url}: {report.num_files:,} files, {report.num_uploaded:,} uploaded")
+        print_line(f"read it with: embedcache inspect {report.location}")
+
+    publish(show, lambda: to_plain(report), as_json=as_json, output=output)
+
+
 def _export_vectors(
     format_name: str,
     cache: str,
@@ -227,3 +256,4 @@ add_command(app, "clip-retrieval", clip_retrieval)
 add_command(app, "parquet", parquet)
 add_command(app, "npy", npy)
 add_command(app, "atlas", atlas)
+add_command(app, "hub", hub, runs_named_code=False)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import CorruptError, PathError, SettingError, one_line
+from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.export.base import ExportNotes, ExportRun
 from embedcache.export.card import write_card
+from embedcache.export.hub import push_folder
 from embedcache.export.onnx import write_onnx
 from embedcache.export.open_clip import write_open_clip
 from embedcache.export.safetensors import write_safetensors
@@ -92,7 +93,7 @@ def export_run(
     differences, is_new = _existing_differences(folder, identity), False
     if differences is None:
         differences, is_new = _write(run, folder, identity, metrics, arguments), True
-    url = None if settings.push_to_hub is None else _push(folder, settings.push_to_hub, is_public=settings.public)
+    url = None if settings.push_to_hub is None else push_folder(folder, settings.push_to_hub, is_public=settings.public)
     return ExportReport(differences=differences, url=url, is_new=is_new)
 
 
@@ -140,22 +141,3 @@ def _write(
         }
         write_record(temporary / RECORD, record)
     return notes.differences
-
-
-def _push(folder: Path, repository: str, *, is_public: bool) -> str:
-    """Upload a folder to the hub as one commit and return its URL; an existing repository keeps its visibility."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    api = HfApi()
-    try:
-        url = api.create_repo(repository, private=not is_public, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message="Export a trained pair with embedcache"
-        )
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise PathError(
-            f"cannot upload to {repository}: {one_line(error)}; the export is in {folder}: run `hf auth login`, check "
-            "the name and the network, and run the same command again"
-        ) from error
-    return str(url)

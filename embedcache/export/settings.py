@@ -3,11 +3,18 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_PUBLIC: dict[str, Any] = {
+    "default": False,
+    "help": "Make a new repository on the hub public; it is private otherwise.",
+    "affects_result": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +28,29 @@ class ExportSettings:
         metavar="OWNER/NAME",
         affects_result=False,
     )
-    public: bool = setting(
-        False, "Make a new repository on the hub public; it is private otherwise.", affects_result=False
-    )
+    public: bool = setting(**_PUBLIC)
     towers: bool = setting(False, "Include the encoders in the graphs, not the projectors alone.")
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.push_to_hub is not None and not _REPOSITORY.fullmatch(self.push_to_hub):
-            raise SettingError(
-                f"push_to_hub: expected OWNER/NAME of letters, digits, - _ and ., got {self.push_to_hub!r}"
-            )
+        if self.push_to_hub is not None:
+            check_repository("push_to_hub", self.push_to_hub)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSettings:
+    """Options of the upload of a cache to a data set of the Hugging Face Hub."""
+
+    public: bool = setting(**_PUBLIC)
+    license: str = setting("unknown", "License of the data, as the Hub names it, for a new card.")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not _LICENSE.fullmatch(self.license):
+            raise SettingError(f"license: expected a name such as cc-by-4.0 or unknown, got {self.license!r}")
+
+
+def check_repository(name: str, repository: str) -> None:
+    """Check the name of a repository on the Hub, or raise a `SettingError` that begins with `name`."""
+    if not _REPOSITORY.fullmatch(repository):
+        raise SettingError(f"{name}: expected OWNER/NAME of letters, digits, - _ and ., got {repository!r}")

@@ -1,13 +1,9 @@
 """Properties of every export."""
 
-import http.server
 import json
-import os
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from embedcache.export.settings import ExportSettings
 from embedcache.export.transformers import copy_code
 from embedcache.projectors.saved import project
 from embedcache.provenance import write_json
+from tests.export.hub_server import serve_hub
 from tests.export.runs import make_run
 
 BLOCKED = """\
@@ -209,48 +206,6 @@ def _relative_imports(path: Path) -> set[str]:
     return set(re.findall(r"^\s*from\s+\.(\S+)\s+import", path.read_text(), re.MULTILINE))
 
 
-class _Hub(http.server.BaseHTTPRequestHandler):
-    """A hub that answers what an upload needs; the repository `me/closed` is read-only."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(length) if length else b"".join(self._chunks())
-        self.server.calls.append((self.path, body))  # type: ignore[attr-defined]
-        url = f"http://127.0.0.1:{self.server.server_address[1]}"  # type: ignore[index]
-        if "/closed/" in self.path or (self.path == "/api/repos/create" and json.loads(body)["name"] == "closed"):
-            self._answer({"error": "You have no rights here"}, status=403)
-        elif self.path == "/api/repos/create":
-            self._answer({"url": f"{url}/me/pair"})
-        elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            self._answer({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                                    for file in files]})  # fmt: skip
-        else:
-            self._answer({"commitUrl": f"{url}/me/pair/commit/1", "commitOid": "1" * 40, "success": True})
-
-    def do_GET(self) -> None:
-        self._answer({"id": "me/pair", "sha": "0" * 40, "siblings": [], "private": True})
-
-    def _chunks(self) -> Iterator[bytes]:
-        while size := int(self.rfile.readline(), 16):
-            yield self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-
-    def _answer(self, value: object, *, status: int = 200) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        """Log nothing."""
-
-
 PUSH = """\
 import sys
 from pathlib import Path
@@ -269,31 +224,15 @@ except PathError as error:
 
 @pytest.mark.slow
 def test_push_to_hub(run: Path, tmp_path: Path) -> None:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    server.calls = calls = []  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",  # read when huggingface_hub is imported
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": "hf_of_a_test",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    try:
-        command = [sys.executable, "-c", PUSH, str(run), str(tmp_path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    finally:
-        server.shutdown()
-        server.server_close()
+    command = [sys.executable, "-c", PUSH, str(run), str(tmp_path)]
+    with serve_hub() as hub:
+        done = subprocess.run(command, env=hub.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     pushed, refused = done.stdout.splitlines()
     assert pushed.endswith("/me/pair")
-    created = json.loads(calls[0][1])
-    assert created["name"] == "pair"
-    assert created.get("private") is True or created["visibility"] == "private"
-    commits = [body for path, body in calls if "/commit/" in path]
-    assert len(commits) == 1
-    names = {json.loads(line)["value"].get("path") for line in commits[0].splitlines() if line}
-    assert {"README.md", "config.json", "model.safetensors", RECORD} <= names
+    assert hub.created[0]["name"] == "pair"
+    assert hub.created[0].get("private") is True or hub.created[0]["visibility"] == "private"
+    assert [repository for repository, _ in hub.commits] == ["me/pair"]
+    assert {"README.md", "config.json", "model.safetensors", RECORD} <= set(hub.repositories["me/pair"])
     assert re.search(r"refused: cannot upload to me/closed: .*the export is in .*closed: run `hf auth login`", refused)
     assert (tmp_path / "closed" / "model.safetensors").is_file()

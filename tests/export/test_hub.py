@@ -1,0 +1,142 @@
+"""Caches on the Hub: uploaded in steps to a hub on this machine, interrupted, updated, and read back over `hf://`."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.errors import PathError, SettingError
+from embedcache.export.hub import push_cache
+from embedcache.export.settings import HubSettings
+from embedcache.store.cache import Cache
+from tests.export.hub_server import Hub, serve_hub
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "cache-1"
+UPLOADS = """\
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from embedcache.errors import EmbedcacheError
+from embedcache.export import hub
+from embedcache.export.settings import HubSettings
+from embedcache.store.cache import Cache
+
+folder, other = Path(sys.argv[1]), Path(sys.argv[2])
+hub._PER_COMMIT = 10
+
+
+def push(path, name="me/vectors"):
+    try:
+        report = hub.push_cache(path, name, HubSettings(license="cc-by-4.0"))
+        print(report.num_files, report.num_uploaded, report.location)
+    except EmbedcacheError as error:
+        print(type(error).__name__, error)
+
+
+push(folder)  # the third commit is refused
+push(folder)
+push(folder)
+Cache("hf://datasets/me/vectors").feature("image", "open_toy/cls").load().tofile(other / "cls")
+print(Cache("hf://datasets/me/vectors").column("key").to_pylist()[0])
+for path in sorted((folder / "text" / "open_toy" / "tokens").rglob("*"), reverse=True):
+    path.rmdir() if path.is_dir() else path.unlink()
+(folder / "records" / "new.json").parent.mkdir(exist_ok=True)
+(folder / "records" / "new.json").write_text("{}")
+push(folder)
+push(other / "cache")
+push(folder, "me/closed")
+push(folder, "you/models")
+"""
+
+
+@pytest.fixture(scope="module")
+def uploaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Hub, list[str], Path]:
+    """Upload a cache again and again, in a process that uses the hub: its state, and what was printed."""
+    folder = tmp_path_factory.mktemp("hub")
+    shutil.copytree(GOLDEN, folder / "cache")
+    (folder / "cache" / ".lock").touch()
+    shutil.copytree(GOLDEN.with_name("cache-1-modalities"), folder / "other" / "cache")
+    with serve_hub() as hub:
+        hub.failing_commit = 2
+        hub.repositories["you/models"] = {"weights.bin": b"0"}
+        command = [sys.executable, "-c", UPLOADS, str(folder / "cache"), str(folder / "other")]
+        done = subprocess.run(command, env=hub.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return hub, done.stdout.splitlines(), folder
+
+
+def files_of(folder: Path) -> set[str]:
+    """Return the files of a cache, without locks."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+@pytest.mark.slow
+def test_interrupted_upload_resumes(uploaded: tuple[Hub, list[str], Path]) -> None:
+    """Check that each large file is sent once, and that nothing but the last commit makes the files a cache."""
+    hub, lines, _ = uploaded
+    assert lines[0].startswith("PathError cannot upload to me/vectors: ")
+    assert "500" in lines[0]
+    assert lines[0].endswith("run `hf auth login`, check the name and the network, and run the same command again")
+    num_files = len(files_of(GOLDEN))
+    assert lines[1].split()[:2] == [str(num_files), str(num_files - 20)]
+    assert lines[2].split()[:2] == [str(num_files), "0"]
+    assert re.fullmatch("hf://datasets/me/vectors@[0-9a-f]{40}", lines[2].split()[2])
+    contents = Counter(hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() for name in files_of(GOLDEN))
+    assert all(count <= contents[oid] for oid, count in hub.stored.items())  # copies in one commit are each sent
+    assert len(hub.stored) > 10
+    first = [names for _, names in hub.commits if "README.md" in names]
+    assert len(first) == 1
+    assert set(first[0]) == {"cache.json", "samples.parquet", "image/items.parquet", "text/items.parquet", "README.md"}
+    before = hub.commits[: [names for _, names in hub.commits].index(first[0])]
+    assert all(len(names) <= 10 for _, names in before)
+
+
+@pytest.mark.slow
+def test_uploaded_cache_is_read_back(uploaded: tuple[Hub, list[str], Path]) -> None:
+    hub, lines, folder = uploaded
+    expected = Cache(GOLDEN).feature("image", "open_toy/cls").load()
+    read = np.fromfile(folder / "other" / "cls", expected.dtype).reshape(expected.shape)
+    np.testing.assert_array_equal(read, expected)
+    assert lines[3] == Cache(GOLDEN).column("key")[0].as_py()
+    card = hub.repositories["me/vectors"]["README.md"].decode()
+    assert card.startswith("---\nlicense: cc-by-4.0\ntags:\n- embedcache\n")
+    assert "  data_files: image/items.parquet\n" in card
+    assert "| `open_toy/tokens` | text | `tests.toy:open_toy` | any × 32 | float16 |" in card
+
+
+@pytest.mark.slow
+def test_update_removes_what_the_cache_has_lost(uploaded: tuple[Hub, list[str], Path]) -> None:
+    hub, lines, folder = uploaded
+    local = files_of(folder / "cache")
+    assert set(hub.repositories["me/vectors"]) == local | {"README.md"}
+    assert not any("tokens" in name for name in local)
+    assert all(hub.repositories["me/vectors"][name] == (folder / "cache" / name).read_bytes() for name in local)
+    assert lines[4].split()[1] == "1"
+
+
+@pytest.mark.slow
+def test_other_repositories_are_refused(uploaded: tuple[Hub, list[str], Path]) -> None:
+    hub, lines, _ = uploaded
+    assert lines[5].startswith("FingerprintError repository: expected a new one or one with the samples of")
+    assert lines[6].startswith("PathError cannot upload to me/closed: ")
+    assert lines[7].startswith(
+        "SettingError repository: expected a new one or one with this cache, got you/models with"
+    )
+    assert hub.repositories["you/models"] == {"weights.bin": b"0"}
+
+
+def test_wrong_requests_raise() -> None:
+    with pytest.raises(SettingError, match="repository: expected OWNER/NAME of letters, .*, got 'vectors'"):
+        push_cache(GOLDEN, "vectors")
+    with pytest.raises(SettingError, match="license: expected a name such as cc-by-4.0 or unknown, got 'mine: all'"):
+        HubSettings(license="mine: all")
+    with pytest.raises(PathError, match="cannot upload to me/vectors: HF_HUB_OFFLINE is set; the cache is in"):
+        push_cache(GOLDEN, "me/vectors")
