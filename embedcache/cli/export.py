@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.options import CacheArgument, Json, Output, RunArgument, check_new_file, with_settings
+from embedcache.cli.options import CacheArgument, Json, Output, RunArgument, check_new_file, split_names, with_settings
 from embedcache.export.settings import ExportSettings, HubSettings
-from embedcache.interop.settings import AtlasSettings, VectorExportSettings
+from embedcache.interop.settings import AtlasSettings, MtebSettings, VectorExportSettings
 
 app = new_group("Write a run, or vectors, for other tools.")
 
@@ -197,6 +197,40 @@ def atlas(
     _export_vectors("atlas", cache, out, settings, as_json=as_json, output=output)
 
 
+@with_settings(settings=MtebSettings)
+def mteb(
+    cache: CacheArgument,
+    out: NewFolder,
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            "--mteb-task", metavar="NAME", help="Task of mteb, such as Flickr30kI2TRetrieval. May be repeated."
+        ),
+    ],
+    *,
+    settings: MtebSettings,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Write vectors for mteb.
+
+    A folder for its CachedEmbeddingWrapper, which then encodes only what the cache does not have.
+
+    Example: embedcache export mteb cache/ embeddings/ --run run/ --mteb-task Flickr30kI2TRetrieval
+    """
+    from embedcache.cli.console import open_progress, print_line, publish
+    from embedcache.interop.mteb import write_mteb
+
+    names = split_names(tasks)
+    count = write_mteb(cache, out, names, settings, progress=open_progress())
+    publish(
+        lambda: print_line(f"{out}: {count:,} items for {', '.join(names)}"),
+        lambda: {"path": str(out), "num_items": count, "tasks": list(names), "format": "mteb"},
+        as_json=as_json,
+        output=output,
+    )
+
+
 @with_settings(settings=HubSettings)
 def hub(
     cache: CacheArgument,
@@ -256,4 +290,5 @@ add_command(app, "clip-retrieval", clip_retrieval)
 add_command(app, "parquet", parquet)
 add_command(app, "npy", npy)
 add_command(app, "atlas", atlas)
+add_command(app, "mteb", mteb)
 add_command(app, "hub", hub, runs_named_code=False)

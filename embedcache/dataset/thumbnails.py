@@ -81,13 +81,17 @@ class Thumbnails:
 
     def webp(self, row: int, size_px: int) -> bytes:
         """Return the image in a row as a WebP file that fits into a square of `size_px`. Thread-safe."""
-        item = FileItem(**self._items.take(np.array([row])).to_pylist()[0])
-        with restricted(self.folders):
-            image = decode_image(self._source.read(item))
+        image = decode_image(self.read(row))
         image.thumbnail((size_px, size_px))
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", quality=80)
         return buffer.getvalue()
+
+    def read(self, row: int) -> bytes:
+        """Read the bytes of the image in a row; raise an ItemError with the reason if it fails. Thread-safe."""
+        item = FileItem(**self._items.take(np.array([row])).to_pylist()[0])
+        with restricted(self.folders):
+            return self._source.read(item)
 
 
 def source_folders(cache: Cache) -> list[Path]:

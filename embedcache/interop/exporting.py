@@ -15,7 +15,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, UnknownNameError
 from embedcache.files import AnyPath, building, is_url
 from embedcache.interop.imported import rechunk
-from embedcache.interop.settings import VectorExportSettings
+from embedcache.interop.settings import MtebSettings, VectorExportSettings
 from embedcache.outputs import check_output, to_metadata
 from embedcache.registry import unknown_name
 from embedcache.search.vectors import Vectors
@@ -46,7 +46,7 @@ class VectorExport:
         features = {"image": settings.image_feature, "text": settings.text_feature}
         self._vectors = {
             modality: Vectors(cache_path, modality, features[modality], settings.run, device=settings.device)
-            for modality in _exported_modalities(self.cache, settings)
+            for modality in exported_modalities(self.cache, settings)
         }
         self._items = {
             modality: _first_items(self._samples_of[modality], self._is_usable(modality)) for modality in self._vectors
@@ -200,7 +200,8 @@ class VectorExport:
         return pc.if_else(is_relative, absolute, images["path"])
 
 
-def _exported_modalities(cache: Cache, settings: VectorExportSettings) -> list[Modality]:
+def exported_modalities(cache: Cache, settings: VectorExportSettings | MtebSettings) -> list[Modality]:
+    """Return the requested modalities that the cache has features of, or raise a `DataError`."""
     requested: Sequence[Modality] = _MODALITIES if settings.modality is None else (settings.modality,)
     modalities = [modality for modality in requested if cache.features(modality)]
     if not modalities:
@@ -223,10 +224,15 @@ def _first_items(samples_N: Ints, is_usable_N: Bools) -> tuple[Ints, Ints]:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to write into, which becomes `folder` after the block; after an error nothing is left."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise PathError(f"{folder}: expected a new or empty folder, got one that is not empty; name another one")
+    check_new_folder(folder)
     with building(folder) as temporary:
         yield temporary
+
+
+def check_new_folder(folder: Path) -> None:
+    """Check that a folder is new or empty."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise PathError(f"{folder}: expected a new or empty folder, got one that is not empty; name another one")
 
 
 def check_new_file(path: Path, suffix: str) -> None:

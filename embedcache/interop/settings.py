@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
@@ -37,36 +37,59 @@ class ImportSettings:
         check_settings(self)
 
 
+_IMAGE_FEATURE: dict[str, Any] = {
+    "default": None,
+    "help": "Image feature, as encoder/feature.",
+    "default_text": _FEATURE_DEFAULT,
+    "metavar": "NAME",
+}
+_TEXT_FEATURE = {**_IMAGE_FEATURE, "help": "Text feature, as encoder/feature."}
+_MODALITY: dict[str, Any] = {"default": None, "help": "Modality of the vectors to export.", "default_text": "both"}
+_RUN: dict[str, Any] = {
+    "default": None,
+    "help": "Run that projects the features into the shared space.",
+    "metavar": "RUN",
+}
+_IMAGE_FOLDERS: dict[str, Any] = {
+    "default": (),
+    "help": "Read images only below this folder. May be repeated.",
+    "flat_name": "image_folder",
+    "metavar": "FOLDER",
+    "default_text": "the folder of the cache's source",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class VectorExportSettings:
     """Settings of an export of vectors: which ones, and of which samples."""
 
-    image_feature: str | None = setting(
-        None,
-        "Image feature, as encoder/feature.",
-        default_text=_FEATURE_DEFAULT,
-        metavar="NAME",
-    )
-    text_feature: str | None = setting(
-        None,
-        "Text feature, as encoder/feature.",
-        default_text=_FEATURE_DEFAULT,
-        metavar="NAME",
-    )
-    modality: Literal["image", "text"] | None = setting(None, "Modality of the vectors to export.", default_text="both")
-    run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
+    image_feature: str | None = setting(**_IMAGE_FEATURE)
+    text_feature: str | None = setting(**_TEXT_FEATURE)
+    modality: Literal["image", "text"] | None = setting(**_MODALITY)
+    run: Path | None = setting(**_RUN)
     selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for modality, feature in (("image", self.image_feature), ("text", self.text_feature)):
-            if feature is not None and self.modality not in (None, modality):
-                raise SettingError(
-                    f"modality: expected {modality} with {modality}_feature {feature}, got {self.modality}; omit "
-                    "one of them"
-                )
+        _check_modality(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MtebSettings:
+    """Settings of an export to mteb: which vectors, and where the images are whose pixels it knows them by."""
+
+    image_feature: str | None = setting(**_IMAGE_FEATURE)
+    text_feature: str | None = setting(**_TEXT_FEATURE)
+    modality: Literal["image", "text"] | None = setting(**_MODALITY)
+    run: Path | None = setting(**_RUN)
+    image_folders: tuple[Path, ...] = setting(**_IMAGE_FOLDERS)
+    device: str = device_setting()
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        _check_modality(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,20 +98,14 @@ class AtlasSettings:
 
     modality: Literal["image", "text"] = setting("image", "Modality of the vectors that place the points.")
     feature: str | None = setting(None, "Feature, as encoder/feature.", default_text=_FEATURE_DEFAULT, metavar="NAME")
-    run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
+    run: Path | None = setting(**_RUN)
     selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     projection: Literal["umap", "pca"] = setting("umap", "Projection of the vectors to the plane.")
     images: Literal["thumbnails", "paths", "none"] = setting(
         "thumbnails", "Store thumbnails of the images, their paths, or nothing."
     )
-    image_folders: tuple[Path, ...] = setting(
-        (),
-        "Read images only below this folder. May be repeated.",
-        flat_name="image_folder",
-        metavar="FOLDER",
-        default_text="the folder of the cache's source",
-    )
+    image_folders: tuple[Path, ...] = setting(**_IMAGE_FOLDERS)
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
     device: str = device_setting()
 
@@ -107,3 +124,12 @@ class AtlasSettings:
             language=self.language,
             device=self.device,
         )
+
+
+def _check_modality(settings: VectorExportSettings | MtebSettings) -> None:
+    for modality, feature in (("image", settings.image_feature), ("text", settings.text_feature)):
+        if feature is not None and settings.modality not in (None, modality):
+            raise SettingError(
+                f"modality: expected {modality} with {modality}_feature {feature}, got {settings.modality}; omit "
+                "one of them"
+            )
