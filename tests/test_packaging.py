@@ -1,13 +1,24 @@
 """What a package index and a user's pip see: extras, hints that name them, metadata, the README, the wheel."""
 
+import os
 import re
+import shutil
+import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 from collections.abc import Iterator
+from email import message_from_string
+from email.message import Message
 from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 from embedcache.errors import MissingExtraError
 from embedcache.provenance import RECORDED_PACKAGES
@@ -93,3 +104,140 @@ def test_records_name_every_library_that_decides_an_output() -> None:
     extras = [needs for name, needs in EXTRAS.items() if name not in ("dev", "docs")]
     needed = {re.split(r"[<>=;\[ ]", need)[0] for needs in [PROJECT["dependencies"], *extras] for need in needs}
     assert needed - {"embedcache"} - set(RECORDED_PACKAGES) == DECIDES_NOTHING
+
+
+def test_readme_renders_on_the_index_and_its_links_are_absolute(metadata: Message) -> None:
+    readme = str(metadata.get_payload())
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert re.findall(r"\]\((?!https://)[^)]*\)", readme) == []
+    source = PROJECT["urls"]["Source"]
+    for path in re.findall(rf"\({source}/blob/main/([^)#]*)", readme):
+        assert (ROOT / path).exists(), path
+    markdown = pytest.importorskip("readme_renderer.markdown")
+    shown = markdown.render(readme)
+    assert "<table>" in shown
+    assert "<pre" in shown
+    assert re.search(r'<img [^>]*src="https://raw[^"]*/docs/images/search.png"', shown)
+
+
+def test_metadata_names_pages_systems_and_versions(metadata: Message) -> None:
+    urls = dict(value.split(", ") for value in metadata.get_all("Project-URL", []))
+    assert {"Homepage", "Documentation", "Source", "Issues", "Changelog"} == set(urls)
+    classifiers = metadata.get_all("Classifier", [])
+    assert "Operating System :: POSIX" in classifiers
+    assert all(f"Programming Language :: Python :: {version}" in classifiers for version in ci_versions())
+    assert (metadata["License-Expression"], metadata["Requires-Python"]) == ("Apache-2.0", ">=3.11")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["cff-version"]) == (PROJECT["version"], "1.2.0")
+    assert citation["repository-code"] == urls["Source"]
+
+
+def workflows() -> dict[str, Any]:
+    """Return name -> content of each workflow of GitHub Actions."""
+    return {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+
+
+def ci_versions() -> list[str]:
+    versions: list[str] = workflows()["tests"]["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    assert versions == ["3.11", "3.12", "3.13", "3.14"]
+    return versions
+
+
+def test_workflows_run_existing_recipes_and_only_publishing_can_publish() -> None:
+    found = workflows()
+    assert set(found) == {"tests", "docs", "publish"}
+    recipes = set(re.findall(r"^([a-z]+)\b[^:=]*:", (ROOT / "justfile").read_text(), re.MULTILINE))
+    for name, workflow in found.items():
+        assert workflow["permissions"] == {"contents": "read"}
+        for job, content in workflow["jobs"].items():
+            if (name, job) not in (("publish", "publish"), ("docs", "deploy")):
+                assert "permissions" not in content
+            for step in content["steps"]:
+                for line in re.findall(r"^just (.*)$", step.get("run", ""), re.MULTILINE):
+                    assert set(line.split()) <= recipes, line
+                assert re.fullmatch(r"[\w./-]+@[\w./-]+", step.get("uses", "a@b"))
+    assert found["publish"]["jobs"]["publish"]["permissions"] == {"id-token": "write"}
+
+
+def test_image_builds_from_files_that_exist() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    copied = [word for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE) for word in line.split()]
+    assert {"pyproject.toml", "setup.py", "embedcache"} <= set(copied)
+    allowed = (ROOT / ".dockerignore").read_text().splitlines()
+    for name in copied:
+        assert (ROOT / name).exists()
+        assert f"!{name}" in allowed
+    for extras in re.findall(r"^ARG EXTRAS=(.*)$", text, re.MULTILINE):
+        assert set(extras.split(",")) <= set(EXTRAS)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the wheel, built from a copy of the files that it is made of."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "embedcache", folder / "embedcache", ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    done = subprocess.run([sys.executable, "-c", build], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    """Return the metadata of the wheel."""
+    with ZipFile(wheel) as file:
+        (name,) = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
+        return message_from_string(file.read(name).decode())
+
+
+def test_wheel_has_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
+    with ZipFile(wheel) as file:
+        packed = {name for name in file.namelist() if ".dist-info/" not in name}
+    files = {path for path in (ROOT / "embedcache").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert packed == {str(path.relative_to(ROOT)) for path in files}
+
+
+@pytest.mark.slow
+def test_installed_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> None:
+    """An empty environment, in which other packages are those of this one, but embedcache is the wheel."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index", "--no-deps", "--quiet"]
+    subprocess.run([*pip, str(wheel)], check=True, cwd=tmp_path)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site / "others.pth").write_text(sysconfig.get_path("purelib"))  # read after the wheel, without its own .pth
+    rng = np.random.default_rng(0)
+    for name in ("images", "texts"):
+        np.save(tmp_path / f"{name}.npy", rng.normal(size=(60, 8)).astype(np.float16))
+    keys = "".join(f'{{"key": "{number:02d}", "caption": "text {number}"}}\n' for number in range(60))
+    (tmp_path / "rows.jsonl").write_text(keys)
+    program = f"""
+import sys
+import embedcache
+from embedcache.cli.main import app
+assert {str(site)!r} in embedcache.__file__, embedcache.__file__
+for line in sys.argv[1:]:
+    app(line.split(), standalone_mode=False)
+from importlib.resources import files
+assert (files("embedcache.serve") / "page").is_dir()
+"""
+    lines = (
+        "import npy cache --image-file images.npy --text-file texts.npy --table rows.jsonl",
+        "train cache run --split key --epochs 1 --shared-width 4",
+        "evaluate retrieval cache run --html page.html --json",
+        "curate index cache index --run run",
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-c", program, *lines], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "<svg" in (tmp_path / "page.html").read_text()
+    assert (tmp_path / "index" / "card.json").is_file()
+    shown = subprocess.run(
+        [tmp_path / "venv" / "bin" / "embedcache", "--version"], env=environment, capture_output=True, text=True
+    )
+    assert shown.stdout == f"embedcache {PROJECT['version']}\n"
