@@ -5,17 +5,22 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 import embedcache
+from embedcache.cli.main import app
 from embedcache.dataset.inputs import open_input
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.projectors.saved import load_pair, project
+from embedcache.settings import flat_settings
 from tests.edits import edit_record
 from tests.images import write_images
 from tests.interop.runs import SIDES, train_run
@@ -180,13 +185,15 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     """Every function, as a notebook calls them: paths as text, one run as a path."""
     folder = str(tmp_path)
     photos = write_images(tmp_path / "photos", 90)
-    embedcache.extract_features(str(photos), f"{folder}/cache", image_encoder=IMAGE, text_encoder=TEXT, dtype="float32")
+    embedcache.extract_features(
+        str(photos), f"{folder}/cache", image_encoder=IMAGE, text_encoder=TEXT, source_type="folder"
+    )
     settings = embedcache.TrainSettings(optimizer=embedcache.OptimizerSettings(epochs=2, batch_size=32))
     embedcache.train_projectors(f"{folder}/cache", f"{folder}/run", settings=settings, shared_width=16, split="key")
     cache, model = embedcache.Cache(f"{folder}/cache"), embedcache.load(f"{folder}/run")
     assert embedcache.verify_cache(cache).is_sound
-    assert embedcache.plan_extraction(photos, cache, image_encoder=IMAGE, dtype="float32").num_bytes == 0
-    assert embedcache.retry_failed(photos, cache, image_encoder=IMAGE, dtype="float32")[0].num_tried == 0
+    assert embedcache.plan_extraction(photos, cache, image_encoder=IMAGE).num_bytes == 0
+    assert embedcache.retry_failed(photos, cache, image_encoder=IMAGE)[0].num_tried == 0
     assert model.width == 16
     assert model.config.training["optimizer"]["epochs"] == 2
     report = embedcache.evaluate_retrieval(cache, model, language=None)
@@ -217,6 +224,42 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     train, test = map(embedcache.Cache, two_caches)
     leaks = embedcache.find_leaks(train, test, image_feature="open_toy/cls", text_feature="open_toy/mean")
     assert {leak.modality for leak in leaks.leaks} == {"image", "text"}
+
+
+NO_OPTIONS = {"trust", "config", "as_json", "output", "html", "image_folder", "overwrite", "quiet", "verbose"}
+OF_QUERIES = {"query_image", "query_key", "query_concept", "query_vectors", "concepts"}
+COMMANDS: dict[str, tuple[str, str, set[str]]] = {
+    "extract": ("extract_features", "ExtractSettings SourceSettings", {"plan", "retry_failed", "source_type"}),
+    "verify": ("verify_cache", "VerifySettings", set()),
+    "sweep": ("sweep_projectors", "SweepSettings", set()),
+    "search": ("search_index", "SearchSettings", OF_QUERIES),
+    "evaluate retrieval": ("compare_retrieval", "RetrievalSettings", set()),
+    "evaluate zero-shot": ("compare_zero_shot", "ZeroShotSettings", {"prompts"}),
+    "evaluate probe": ("evaluate_probe", "ProbeSettings", set()),
+    "evaluate pairs": ("evaluate_pairs", "PairsSettings", set()),
+    "curate index": ("build_index", "IndexSettings", set()),
+    "curate coverage": ("measure_coverage", "CoverageSettings", set()),
+    "curate select": ("select_samples", "SelectSettings", set()),
+    "curate dedup": ("remove_duplicates", "DedupSettings", set()),
+    "curate leaks": ("find_leaks", "LeakSettings", set()),
+    "export onnx": ("export_run", "ExportSettings", set()),
+    "export parquet": ("export_vectors", "VectorExportSettings", set()),
+    "export atlas": ("export_vectors", "AtlasSettings", set()),
+    "import npy": ("import_vectors", "ImportSettings", {"image_file", "text_file", "table"}),
+}
+"""Command -> its function, the settings that the function's options are from, and options that it takes otherwise."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_commands_are_options_of_functions(command: str) -> None:
+    function, kinds, others = COMMANDS[command]
+    found: Any = typer.main.get_command(app)
+    for word in command.split():
+        found = found.commands[word]
+    options = {option.name for option in found.params if option.param_type_name == "option"} - NO_OPTIONS
+    names = {item.name for kind in kinds.split() for item in flat_settings(getattr(embedcache, kind))}
+    assert options - others <= names | set(signature(getattr(embedcache, function)).parameters)
+    assert others <= options
 
 
 def test_options_are_those_of_the_command_line(image_folder: Path, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from embedcache.store.group import open_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import info_path, read_info
 
+_SOURCE_TYPE = "source_type"
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderReport:
@@ -83,7 +85,7 @@ def extract(
         encoder: modality -> encoders, of any modality.
         settings: how features are extracted and stored.
         options: settings by their names on the command line, which replace those of `settings`;
-            also those of `SourceSettings`, if the source is not open yet.
+            also those of `SourceSettings` and `source_type`, if the source is not open yet.
         progress: shows the number of encoded items.
 
     Returns:
@@ -119,16 +121,17 @@ def open_request(
     Raises:
         SettingError: an option of the source, which is open already; and the errors of `open_source` and `from_flat`.
     """
-    of_source = {item.name for item in flat_settings(SourceSettings)} & options.keys()
+    of_source = {_SOURCE_TYPE, *(item.name for item in flat_settings(SourceSettings))} & options.keys()
     if not isinstance(source, Source):
-        source = open_source(source, settings=from_flat(SourceSettings, {name: options[name] for name in of_source}))
+        chosen = {name: options[name] for name in of_source - {_SOURCE_TYPE}}
+        source = open_source(source, kind=options.get(_SOURCE_TYPE), settings=from_flat(SourceSettings, chosen))
     elif of_source:
         raise SettingError(
             f"{min(of_source)}: expected a source that is not open, got a {type(source).__name__}; give its location, "
             "or open it with settings of its own"
         )
-    chosen = {name: value for name, value in options.items() if name not in of_source}
-    return source, replace_flat(settings or ExtractSettings(), chosen)
+    of_extract = {name: value for name, value in options.items() if name not in of_source}
+    return source, replace_flat(settings or ExtractSettings(), of_extract)
 
 
 def join_encoders(
