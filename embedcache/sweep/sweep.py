@@ -14,7 +14,7 @@ from embedcache.settings import replace_flat
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import open_study
-from embedcache.train.data import Paths, TrainData, open_data
+from embedcache.train.data import Names, Paths, TrainData, name_features, open_data
 
 _BLOCK_ROWS_ON_DISK = 64
 
@@ -38,8 +38,8 @@ def sweep(
     study_path: AnyPath,
     space_path: AnyPath,
     *,
-    image_feature: str | None = None,
-    text_feature: str | None = None,
+    image_feature: Names = None,
+    text_feature: Names = None,
     settings: SweepSettings | None = None,
     progress: AnyProgress = None,
     **options: Any,
@@ -52,7 +52,7 @@ def sweep(
 
     Args:
         space_path: TOML file with fixed and swept settings.
-        image_feature: `encoder/feature`; None if the caches have only one.
+        image_feature: `encoder/feature`, or several of one encoder; None if the caches have only one.
         text_feature: `encoder/feature`; None if the caches have only one.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: shows one note per trial.
@@ -75,7 +75,7 @@ def sweep(
     space = read_space(Path(space_path))
     make_grid_points(space, settings)  # rejects an infinite grid before a folder is created
     memory = space.settings({}).machine.memory
-    data = open_data(cache_paths, {"image": image_feature, "text": text_feature}, memory_bytes=memory)
+    data = open_data(cache_paths, name_features(image_feature, text_feature, None), memory_bytes=memory)
     space = _with_block_rows(space, data)
     with disk_errors(study_path):
         study = open_study(study_path, data, space, settings)

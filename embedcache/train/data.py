@@ -25,6 +25,8 @@ from embedcache.store.columns import Column
 from embedcache.train.views import DrawnViews, merge_inputs
 
 Paths: TypeAlias = AnyPath | Sequence[AnyPath]
+Names: TypeAlias = str | Sequence[str] | None
+"""A feature, or several of one encoder; None: the only one."""
 
 
 def open_data(paths: Paths, features: Mapping[str, str | None], *, memory_bytes: int) -> "TrainData":
@@ -61,18 +63,20 @@ def open_data(paths: Paths, features: Mapping[str, str | None], *, memory_bytes:
     return TrainData(caches=caches, sides=sides, memory_bytes=memory_bytes)
 
 
-def name_features(
-    image: str | None, text: str | None, features: Mapping[str, str | None] | None
-) -> Mapping[str, str | None]:
-    """Return modality -> feature, given either an image and a text feature or features by modality."""
-    if features is None:
-        return {"image": image, "text": text}
-    if image is not None or text is not None:
+def name_features(image: Names, text: Names, features: Mapping[str, Names] | None) -> dict[str, str | None]:
+    """Return modality -> feature, given either an image and a text feature or features by modality.
+
+    Several features of one encoder are joined by `+`.
+    """
+    if features is not None and (image is not None or text is not None):
         raise SettingError(
             f"feature: expected either features by modality or an image and a text feature, got {', '.join(features)} "
             f"and {image or text}"
         )
-    return features
+    named = {"image": image, "text": text} if features is None else features
+    return {
+        name: value if value is None or isinstance(value, str) else "+".join(value) for name, value in named.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from embedcache.dataset.splits import Part
 from embedcache.errors import DataError
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.settings import replace_flat
-from embedcache.train.data import Paths, TrainData, name_features, open_data
+from embedcache.train.data import Names, Paths, TrainData, name_features, open_data
 
 
 class PairDataset(Dataset[dict[str, Tensor]]):
@@ -35,7 +35,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         cache_paths: one cache, or several made by the same encoders.
-        image_feature: `encoder/feature`; None: the only one.
+        image_feature: `encoder/feature`, or several of one encoder; None: the only one.
         text_feature: as `image_feature`, of the captions.
         feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`.
         part: `train`, `val` or `test` as `train_projectors` divides the samples; None: all samples.
@@ -55,9 +55,9 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         self,
         cache_paths: Paths,
         *,
-        image_feature: str | None = None,
-        text_feature: str | None = None,
-        feature: Mapping[str, str | None] | None = None,
+        image_feature: Names = None,
+        text_feature: Names = None,
+        feature: Mapping[str, Names] | None = None,
         part: Part | None = None,
         language: str | None = None,
         progress: AnyProgress = None,

@@ -32,7 +32,7 @@ from embedcache.provenance import digest, digest_file, record_stage
 from embedcache.settings import replace_flat
 from embedcache.train.batches import Batches, Loader, PairLoader
 from embedcache.train.checkpoint import finish_run, name_device, reuse_run, start_run
-from embedcache.train.data import Paths, TrainData, name_features, open_data
+from embedcache.train.data import Names, Paths, TrainData, name_features, open_data
 from embedcache.train.distributed import num_processes, process_group, process_rank, run_on_first
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
@@ -117,9 +117,9 @@ def train(
     cache_paths: Paths,
     run_path: AnyPath,
     *,
-    image_feature: str | None = None,
-    text_feature: str | None = None,
-    feature: Mapping[str, str | None] | None = None,
+    image_feature: Names = None,
+    text_feature: Names = None,
+    feature: Mapping[str, Names] | None = None,
     settings: TrainSettings | None = None,
     progress: AnyProgress = None,
     **options: Any,
@@ -134,7 +134,7 @@ def train(
     Args:
         cache_paths: one cache, or several made by the same encoders.
         run_path: folder of the run.
-        image_feature: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
+        image_feature: `encoder/feature`, or several of one encoder, also joined by `+`; None: the only one.
         text_feature: as `image_feature`, of the captions.
         feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`.
         settings: settings of the run.

@@ -62,6 +62,8 @@ def test_captions_of_several_caches(two_caches: list[Path]) -> None:
         both[45]["image"], cache.feature("image", "open_toy/patches").gather(np.array([5]))[0]
     )
     assert both.samples[45] == 45
+    with pytest.raises(DataError, match="features of one encoder and one width, got open_toy/cls of width 48 and"):
+        embedcache.PairDataset(two_caches, image_feature=["open_toy/cls", "open_toy/patches"])
 
 
 def test_wrong_requests_raise(cache_path: Path, tmp_path: Path) -> None:
