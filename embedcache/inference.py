@@ -17,7 +17,7 @@ from torch import Tensor
 from embedcache.arrays import Array, Floats, blocks, normalize
 from embedcache.dataset.inputs import to_inputs
 from embedcache.devices import AUTO, torch_device
-from embedcache.encoders.base import Encoder, Modality
+from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, SettingError
 from embedcache.extract.views import reopen_recorded_view
@@ -128,7 +128,9 @@ class Model:
             FingerprintError: the encoder is not the one whose features the run was trained on.
             MissingExtraError: the encoder's package is not installed.
         """
-        return self._as_requested(self._image_encoder.encode(list_images(images), load_image), tensors=tensors)
+        return self._as_requested(
+            self._image_encoder.encode(list_images(images), self._image_encoder.load_image), tensors=tensors
+        )
 
     @overload
     def encode_text(self, texts: str | Sequence[str], *, tensors: Literal[False] = False) -> Floats: ...
@@ -229,6 +231,10 @@ class ProjectedEncoder:
         batches = blocks(len(items), self.encoder.batch_size)
         parts = [self.embed(self.prepare([load_item(item) for item in items[rows]])) for rows in batches]
         return np.concatenate([np.empty((0, self.tower.output_width), np.float32), *parts])
+
+    def load_image(self, image: ImageLike) -> Any:
+        """Return an image as RGB, on the background that the encoder's images have."""
+        return load_image(image, background_of(self.encoder.fingerprint.preprocessing))
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
         """Convert RGB images or texts to the encoder's inputs, one array per item."""

@@ -52,6 +52,11 @@ class Fingerprint:
         return fields
 
 
+def background_of(preprocessing: Mapping[str, Any] | None) -> str:
+    """Return the color onto which transparent images are composited, given the preprocessing of a fingerprint."""
+    return str((preprocessing or {}).get("background", "white"))
+
+
 class Encoder(Protocol):
     """A frozen model of one modality.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from embedcache.devices import AUTO, torch_device
-from embedcache.encoders.base import Encoder, Modality
+from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError, UnknownNameError
 from embedcache.modalities import noun
@@ -83,7 +83,12 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
             f"features of {spec.text} are derived from other features, so no raw {modality} can be encoded like them: "
             "search with --query-key or --query-vectors, or use the features that they are derived from"
         )
-    return _load_opener(spec)(spec, modality=modality, settings=_without_auto(settings or EncoderSettings()))
+    settings = _without_auto(settings or EncoderSettings())
+    encoder = _load_opener(spec)(spec, modality=modality, settings=settings)
+    if modality == "image" and settings.background != "white":
+        preprocessing = {**encoder.fingerprint.preprocessing, "background": settings.background}
+        encoder.fingerprint = replace(encoder.fingerprint, preprocessing=preprocessing)
+    return encoder
 
 
 def _without_auto(settings: EncoderSettings) -> EncoderSettings:
@@ -124,6 +129,7 @@ def recorded_settings(fingerprint: Mapping[str, Any], device: str) -> dict[str, 
         "device": "cpu" if fingerprint["backend"] == "onnxruntime" else device,
         "backend": fingerprint["backend"] if has_choice else "auto",
         "precision": fingerprint["precision"] or "float32",
+        "background": background_of(fingerprint.get("preprocessing")),
     }
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from embedcache.devices import AUTO, name_precision
+from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
 
@@ -42,6 +43,31 @@ class EncoderSettings:
         affects_result=False,
     )
 
+    background: str = setting(
+        "white",
+        "Color behind transparent images: a name or #rrggbb.",
+        recorded_by_default=False,
+        metavar="COLOR",
+    )
+
     def __post_init__(self) -> None:
         name_precision(self)
         check_settings(self)
+        if self.background != "white":
+            object.__setattr__(self, "background", _color(self.background))
+
+
+def _color(text: str) -> str:
+    """Return a color as `white` or `#rrggbb`."""
+    from PIL import ImageColor
+
+    try:
+        channels = ImageColor.getrgb(text)
+        red, green, blue = channels[:3]
+        if len(channels) > len((red, green, blue)):
+            raise ValueError(text)
+    except ValueError:
+        raise SettingError(
+            f"background: expected an opaque color such as white, black or #7f7f7f, got {text!r}"
+        ) from None
+    return "white" if (red, green, blue) == (255, 255, 255) else f"#{red:02x}{green:02x}{blue:02x}"

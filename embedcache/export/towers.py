@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from embedcache.encoders import lite, sentence_transformers, timm, transformers
-from embedcache.encoders.base import Modality
+from embedcache.encoders.base import Modality, background_of
 from embedcache.encoders.image_features import (
     LITE_CROP_PADDING_PX,
     ImageFeatures,
@@ -66,6 +66,8 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
     if spec.options.get("fit", "crop") != "crop":
         raise unsupported(format_name, "the exported image processor crops the center square")
     preprocessing = tower_input.fingerprint["preprocessing"]
+    if background_of(preprocessing) != "white":
+        raise unsupported(format_name, "the exported image processor composites transparent images onto white")
     if "files" in preprocessing:
         raise unsupported(format_name, "its encoder is run by the library sentence-transformers as a whole")
     if modality == "text" and (preprocessing["prefix"] or preprocessing["lower"]):

@@ -11,7 +11,7 @@ from typing import Any
 from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.devices import torch_device
-from embedcache.encoders.base import Encoder
+from embedcache.encoders.base import Encoder, background_of
 from embedcache.encoders.open import EncoderSpec, open_encoder, recorded_settings
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.views import View, reopen_view
@@ -93,6 +93,11 @@ class FeatureWriter:
     def leases(self) -> Leases:
         """The leases of the folder's chunks, which processes work on one at a time."""
         return Leases(self.group.path / "chunks")
+
+    @cached_property
+    def background(self) -> str:
+        """Color onto which transparent images are composited before they are encoded."""
+        return background_of(self.encoder.fingerprint.preprocessing)
 
     def missing(self, chunk: int, *, refresh: bool = False) -> Sequence[str]:
         """Return the features that a chunk lacks; `refresh` reads the commit of an incomplete chunk again."""

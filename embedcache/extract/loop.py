@@ -180,18 +180,27 @@ def _load_file(
         num_bytes = len(data)
         content_hash = hash_item(data, interval=interval)
         writers[0].gate.wait()
-        raw = decode(data) if interval == (None, None) else decode(data, *interval)
+        colors = [writer.background for writer in writers]
+        raws = {color: _decode(decode, data, interval, color) for color in dict.fromkeys(colors)}
         del data  # an hour of sound is 115 MB
     except ItemError as error:
         failed, no_inputs = [str(error)] * len(writers), [None] * len(writers)
         return LoadedItem(hash=content_hash, failures=failed, inputs=list(no_inputs), num_bytes=num_bytes)
     inputs, failures = list[Array | None](), list[str | None]()
-    for writer in writers:
-        prepared, failure = _prepare(writer, raw)
+    for writer, color in zip(writers, colors, strict=True):
+        prepared, failure = _prepare(writer, raws[color])
         inputs.append(prepared)
         failures.append(failure)
+    raw = raws[colors[0]]
     is_blank = isinstance(raw, Image) and raw.getcolors(1) is not None  # stops at the second color
     return LoadedItem(hash=content_hash, failures=failures, inputs=inputs, num_bytes=num_bytes, is_blank=is_blank)
+
+
+def _decode(decode: Callable[..., Any], data: bytes, interval: tuple[float | None, float | None], color: str) -> Any:
+    """Decode an item; an image onto a color."""
+    if color != "white":
+        return decode(data, background=color)
+    return decode(data) if interval == (None, None) else decode(data, *interval)
 
 
 def _prepare(writer: FeatureWriter, raw: Any) -> tuple[Array | None, str | None]:

@@ -19,7 +19,6 @@ from embedcache.inference import ProjectedEncoder, open_projected_encoder
 from embedcache.projectors.saved import load_pair, read_config
 from embedcache.registry import require
 from embedcache.reports.results import MODEL
-from embedcache.sources.images import rgb_image
 
 _EXTRA = "clip-benchmark"
 
@@ -97,7 +96,7 @@ def load(
     text = open_projected_encoder("text", pair, config, device=device)
     return (
         _RunModel(image, text, device),
-        lambda pil_image: torch.from_numpy(image.prepare([rgb_image(pil_image)])[0]),
+        lambda pil_image: torch.from_numpy(image.prepare([image.load_image(pil_image)])[0]),
         lambda texts: _Tokens(text.prepare(texts)),
     )
 

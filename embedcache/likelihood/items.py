@@ -16,7 +16,7 @@ from embedcache.arrays import Array, blocks
 from embedcache.dataset.inputs import to_inputs
 from embedcache.derive.rules import Block, Rule, open_rule, to_items
 from embedcache.derive.runs import RUN
-from embedcache.encoders.base import Encoder
+from embedcache.encoders.base import Encoder, background_of
 from embedcache.encoders.open import DERIVED, IMPORTED, EncoderSpec, feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, ItemError, PathError
 from embedcache.extract.views import reopen_recorded_view
@@ -123,14 +123,23 @@ class ItemReader:
                 f"{self._modality} {name} does not exist: expected the path or bytes of a file, or an open item"
             )
         try:
-            if isinstance(item, Image):
-                item = rgb_image(item)
-            elif isinstance(item, str | Path | bytes):
-                data = item if isinstance(item, bytes) else Path(item).read_bytes()
-                item = MODALITIES[self._modality].load_decoder()(data)
-            return [opened.encoder.prepare([opened.view(item)])[0] for opened in self._encoders.values()]
+            if isinstance(item, str | Path):
+                item = Path(item).read_bytes()
+            return [
+                opened.encoder.prepare([opened.view(self._decode(item, opened.encoder))])[0]
+                for opened in self._encoders.values()
+            ]
         except ItemError as error:
             raise DataError(f"{name}: {error}") from error
+
+    def _decode(self, item: Any, encoder: Encoder) -> Any:
+        color = background_of(encoder.fingerprint.preprocessing)
+        if isinstance(item, Image):
+            return rgb_image(item, color)
+        decode = MODALITIES[self._modality].load_decoder()
+        if isinstance(item, bytes):
+            return decode(item, background=color) if self._modality == "image" else decode(item)
+        return item
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, Inputs, blocks, check_finite, normalize
 from embedcache.dataset.inputs import to_inputs
-from embedcache.encoders.base import Encoder, Modality
+from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.views import reopen_recorded_view
@@ -140,6 +140,11 @@ class QueryEncoder:
             )
         return self._encoders[modality]
 
+    @property
+    def background(self) -> str:
+        """Color onto which transparent query images are composited, as the indexed ones were."""
+        return background_of(self._tower_input("image").fingerprint.get("preprocessing"))
+
     def has_row(self, row: int) -> bool:
         """Return whether an item is in the index."""
         rows = self.indexed.rows
@@ -156,7 +161,8 @@ class QueryEncoder:
         if queries.texts:
             parts.append(self._encode_items("text", queries.texts))
         if len(images := list_images(queries.images)):
-            parts.append(self._encode_items("image", [load_image(image) for image in images]))
+            color = self.background
+            parts.append(self._encode_items("image", [load_image(image, color) for image in images]))
         if queries.keys:
             parts.append(self._read_keys(queries.keys))
         if queries.rows:

@@ -153,7 +153,7 @@ def _add_search(app: FastAPI, indexes: Indexes, threads: ImageThreads) -> None:
         service = indexes[options.index]
         if "image" not in service.accepted_queries:
             raise HTTPException(400, f"this index does not accept images: {service.rejected_queries['image']}")
-        async with uploads.receive(request.stream()) as image:
+        async with uploads.receive(request.stream(), service.index.query_encoder.background) as image:
             return await respond(options, image=image)
 
 

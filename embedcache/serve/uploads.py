@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from PIL.Image import Image
 
 from embedcache.serve.batching import BusyError
-from embedcache.sources.images import decode_image
+from embedcache.sources.images import WHITE, decode_image
 
 _T = TypeVar("_T")
 
@@ -87,13 +87,13 @@ class Uploads:
 
     def __init__(self, threads: ImageThreads, *, max_bytes: int, max_pixels: int) -> None:
         self._threads, self._max_bytes = threads, _MAX_FILES * max_bytes
-        self._decode = partial(decode_image, max_pixels=max_pixels)
+        self._decode = partial(decode_image, max_pixels=max_pixels, reads_svg=False)
         self._turn = asyncio.Semaphore(_MAX_IMAGES)
         self._files: list[_File] = []  # oldest first
 
     @asynccontextmanager
-    async def receive(self, parts: AsyncIterator[bytes]) -> AsyncIterator[Image]:
-        """Receive a file and decode it; the image must be used within the context.
+    async def receive(self, parts: AsyncIterator[bytes], background: str = WHITE) -> AsyncIterator[Image]:
+        """Receive a file and decode it onto a color; the image must be used within the context.
 
         Raises:
             BusyError: other visitors send more bytes than fit into memory.
@@ -110,7 +110,7 @@ class Uploads:
                     raise BusyError
             file.is_complete = True
             async with self._turn:
-                yield await self._threads.run(self._decode, file.take())
+                yield await self._threads.run(partial(self._decode, background=background), file.take())
         finally:
             self._files.remove(file)
             self._threads.trim_later()

@@ -23,6 +23,8 @@ MEDIA_SUFFIXES: Mapping[str, frozenset[str]] = {
     "points": frozenset({".npz", ".parquet", ".ply", ".las"}),
 }
 """Modality -> suffixes of its files, lower case."""
+SVG_SUFFIX = ".svg"
+"""Of images that are taken with the setting `svg` only, as folders hold such files beside their images."""
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
 TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})

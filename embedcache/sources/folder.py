@@ -10,10 +10,12 @@ from typing import Any
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_remote, open_path
 from embedcache.modalities import noun
+from embedcache.registry import require
 from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import SIDECAR_SUFFIXES, read_sidecar
 from embedcache.sources.files import (
     MEDIA_SUFFIXES,
+    SVG_SUFFIX,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
     add_sound,
@@ -32,8 +34,6 @@ _SUFFIXES = {
     for suffix in sorted(suffixes - TABLE_SUFFIXES)  # a table beside the files is no point cloud
 }
 """Suffix -> modality; of the files that share a name, the first in this order gives the sample its place."""
-_BESIDE = tuple(spelling for suffix in _SUFFIXES for spelling in (suffix, suffix.upper()))
-_MEDIA_BESIDE = tuple(spelling for spelling in _BESIDE if _SUFFIXES[spelling.lower()] != "image")
 _CONCURRENT_READS = 32  # of caption files on a server, which take tens of milliseconds each
 
 
@@ -53,19 +53,24 @@ class FolderSource:
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("folder")
+        settings.check_supported("folder", "svg")
+        if settings.svg:
+            require("resvg_py", extra="svg")
+        self._settings = settings
+        self._suffixes = {SVG_SUFFIX: "image", **_SUFFIXES} if settings.svg else _SUFFIXES
+        self._beside = [spelling for suffix in self._suffixes for spelling in (suffix, suffix.upper())]
         self._root = open_path(location).absolute()
         if not is_folder(self._root, TABLE_SUFFIXES | TAR_SUFFIXES):
             raise PathError(f"expected a folder of images, got {self._root}, which does not exist; check the path")
         self.skipped: Counter[str] = Counter()
 
     def describe(self) -> Mapping[str, Any]:
-        return {"type": "folder", "path": str(self._root), "settings": {}}
+        return {"type": "folder", "path": str(self._root), "settings": self._settings.to_json()}
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over the samples. Memory holds the names of one folder and of those above it."""
         self.skipped.clear()
-        firsts = (entry for entry in walk_files(self._root) if self._is_used(entry[0]) and _is_first(*entry))
+        firsts = (entry for entry in walk_files(self._root) if self._is_used(entry[0]) and self._is_first(*entry))
         if not is_remote(self._root):
             yield from (self._sample(*first) for first in firsts)
             return
@@ -80,7 +85,7 @@ class FolderSource:
         """Return whether a file is of a kind that samples have; count it if not. Text only, as this runs per file."""
         stem, dot, ending = name.rpartition("/")[2].rpartition(".")
         suffix = (dot + ending).lower() if stem else ""
-        is_used = suffix in _SUFFIXES or suffix in SIDECAR_SUFFIXES
+        is_used = suffix in self._suffixes or suffix in SIDECAR_SUFFIXES
         if not is_used:
             self.skipped[suffix or "files without a suffix"] += 1
         return is_used
@@ -102,9 +107,9 @@ class FolderSource:
     def _files(self, path: PurePosixPath, siblings: Mapping[str, int]) -> dict[str, tuple[FileItem, ...]]:
         """Return modality -> the file of a sample whose first file is at `path`."""
         files: dict[str, tuple[FileItem, ...]] = {}
-        others = [path.with_suffix(suffix) for suffix in _suffixes_beside(path, siblings)]
+        others = [path.with_suffix(suffix) for suffix in self._media_beside(path, siblings)]
         for file in (path, *others):
-            modality = _SUFFIXES[file.suffix.lower()]
+            modality = self._suffixes[file.suffix.lower()]
             if modality in files:
                 raise SourceError(
                     f"{self._root / files[modality][0].path} and {file.name} are both {noun(modality)} of one sample; "
@@ -143,25 +148,23 @@ class FolderSource:
         except OSError:
             return 0
 
+    def _is_first(self, name: str, siblings: Mapping[str, int]) -> bool:
+        """Return whether a file is the first of its sample: every image, and files without others before them."""
+        file_name = name.rpartition("/")[2]  # text only, as this runs per file
+        stem, dot, ending = file_name.rpartition(".")
+        suffix = dot + ending
+        modality = self._suffixes.get(suffix.lower())
+        if modality is None or not stem:
+            return False
+        if modality == "image" or suffix not in self._beside:  # a spelling such as .Wav is not looked for beside others
+            return True
+        before = self._beside[: self._beside.index(suffix)]
+        return not any(stem + other in siblings for other in before)
 
-def _is_first(name: str, siblings: Mapping[str, int]) -> bool:
-    """Return whether a file is the first of its sample: every image, and files without others before them."""
-    file_name = name.rpartition("/")[2]  # text only, as this runs per file
-    stem, dot, ending = file_name.rpartition(".")
-    suffix = dot + ending
-    modality = _SUFFIXES.get(suffix.lower())
-    if modality is None or not stem:
-        return False
-    if modality == "image" or suffix not in _BESIDE:  # a spelling such as .Wav is not looked for beside others
-        return True
-    before = _BESIDE[: _BESIDE.index(suffix)]
-    return not any(stem + other in siblings for other in before)
-
-
-def _suffixes_beside(path: PurePosixPath, siblings: Mapping[str, int]) -> list[str]:
-    """Return the suffixes of other files of a sample but images, in the order of `_SUFFIXES`."""
-    stem, own = path.stem, path.suffix
-    return [other for other in _MEDIA_BESIDE if stem + other in siblings and other != own]
+    def _media_beside(self, path: PurePosixPath, siblings: Mapping[str, int]) -> list[str]:
+        """Return the suffixes of other files of a sample but images, in the order of `_SUFFIXES`."""
+        media = (suffix for suffix in self._beside if self._suffixes[suffix.lower()] != "image")
+        return [other for other in media if path.stem + other in siblings and other != path.suffix]
 
 
 def _class_columns(path: PurePosixPath) -> dict[str, str]:

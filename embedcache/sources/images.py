@@ -1,4 +1,4 @@
-"""Decode image files to 8-bit RGB, upright and on a white background, as the published encoders expect."""
+"""Decode image files to 8-bit RGB, upright and on a plain background, white as the published encoders expect."""
 
 import io
 import struct
@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -25,6 +26,7 @@ _IMAGE_AXES, _RGB = 3, 3
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _DECOMPRESSED_BYTES = 2**20
 
+WHITE = "white"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 _TRANSPOSE = {
@@ -61,7 +63,7 @@ def list_images(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
     return [images] if is_one else images  # type: ignore[list-item, return-value]
 
 
-def load_image(image: ImageLike) -> Image.Image:
+def load_image(image: ImageLike, background: str = WHITE) -> Image.Image:
     """Return an image as `decode_image` does.
 
     Raises:
@@ -74,8 +76,8 @@ def load_image(image: ImageLike) -> Image.Image:
         )
     try:
         if isinstance(image, str | Path):
-            return decode_image(Path(image).read_bytes())
-        return rgb_image(image) if isinstance(image, Image.Image) else _array_image(image)
+            return decode_image(Path(image).read_bytes(), background=background)
+        return rgb_image(image, background) if isinstance(image, Image.Image) else _array_image(image)
     except ItemError as error:
         raise DataError(f"image {image}: {error}") from error
 
@@ -97,12 +99,19 @@ def _array_image(image: HasArray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values))
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, background: str = WHITE, reads_svg: bool = True
+) -> Image.Image:
     """Decode an image file to an RGB image with 8 bits per channel. Thread-safe.
 
-    Applies the EXIF orientation, composites transparent pixels onto white, converts gray and CMYK, scales 16-bit gray,
-    and takes the first frame of an animation. An unreadable EXIF block is ignored. Images with more than `max_pixels`
-    are rejected from the header, before memory is allocated.
+    Applies the EXIF orientation, composites transparent pixels onto the background, converts gray and CMYK, scales
+    16-bit gray, and takes the first frame of an animation. An unreadable EXIF block is ignored. Images with more than
+    `max_pixels` are rejected from the header, before memory is allocated. An SVG is rendered, see
+    `embedcache.sources.svg`.
+
+    Args:
+        background: name of a color, or `#rrggbb`.
+        reads_svg: false for files that anyone may send: a small SVG can take long.
 
     Raises:
         ItemError: the file cannot be decoded; the message is a short reason.
@@ -112,7 +121,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     _keep_blocks()
     try:
         with _suppress_warnings():
-            return rgb_image(_load(data, max_pixels))
+            return rgb_image(_load(data, max_pixels, reads_svg=reads_svg), background)
     except ItemError:
         raise
     except UnidentifiedImageError:
@@ -123,7 +132,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ItemError(_reason(error)) from None
 
 
-def rgb_image(image: Image.Image) -> Image.Image:
+def rgb_image(image: Image.Image, background: str = WHITE) -> Image.Image:
     """Convert an open image as `decode_image` does; ItemError if pixels are floating-point or exceed 16 bits."""
     image.load()  # a PNG may store its orientation after the pixels
     image = _upright(image)
@@ -131,8 +140,7 @@ def rgb_image(image: Image.Image) -> Image.Image:
         return _eight_bit(image).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
     return image.convert("RGB")
 
 
@@ -142,8 +150,13 @@ def _keep_blocks() -> None:
     Image.core.set_blocks_max(4)  # type: ignore[attr-defined]
 
 
-def _load(data: bytes, max_pixels: int) -> Image.Image:
+def _load(data: bytes, max_pixels: int, *, reads_svg: bool) -> Image.Image:
     """Read the header, then the pixels."""
+    if reads_svg and data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        svg: Any = import_module("embedcache.sources.svg")  # by name: this module is copied into exported folders
+        if svg.is_svg(data):
+            rendered: Image.Image = svg.render_svg(data, max_pixels=max_pixels, max_ratio=_MAX_ASPECT_RATIO)
+            return rendered
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):  # resizing the short side would exhaust memory

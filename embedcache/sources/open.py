@@ -13,6 +13,7 @@ from embedcache.sources.files import (
     IDX_IMAGES,
     MEDIA_SUFFIXES,
     SHARD_SEPARATOR,
+    SVG_SUFFIX,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
     TEXT_SUFFIXES,
@@ -71,7 +72,8 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
     if isinstance(path, str) and not path.strip():
         raise SourceError(f"the source is an empty string; {_ACCEPTED}")
     if kind is None:
-        kind, path = _detect_kind(path) if isinstance(path, str) else ("huggingface", path)
+        has_svg = settings is not None and settings.svg
+        kind, path = _detect_kind(path, has_svg=has_svg) if isinstance(path, str) else ("huggingface", path)
     source: Source = SOURCES.load(kind)(path, settings or SourceSettings())
     return source
 
@@ -107,7 +109,7 @@ def source_credit(description: Mapping[str, Any]) -> str:
     return str(getattr(SOURCES.load(kind), "credit", "")) if kind in SOURCES else ""
 
 
-def _detect_kind(location: str) -> tuple[str, str]:
+def _detect_kind(location: str, *, has_svg: bool) -> tuple[str, str]:
     """Return the kind of source at a location, and the location as that kind expects it."""
     kind, colon, rest = location.partition(":")
     if colon and kind in SOURCES and not is_url(location):
@@ -116,7 +118,7 @@ def _detect_kind(location: str) -> tuple[str, str]:
         return "webdataset", location
     path = open_path(location)
     if is_folder(path, TAR_SUFFIXES | TABLE_SUFFIXES):
-        return _folder_kind(path), location
+        return _folder_kind(path, has_svg=has_svg), location
     if file_size(path) is None:
         raise PathError(f"{location} does not exist{_hub_hint(location)}; {_ACCEPTED}")
     for suffixes, name in ((TAR_SUFFIXES, "webdataset"), (TABLE_SUFFIXES, "table"), (TEXT_SUFFIXES, "texts")):
@@ -135,7 +137,7 @@ def _hub_hint(location: str) -> str:
     return f"; if you mean the dataset of that name on the Hugging Face Hub, use hf:{location}"
 
 
-def _folder_kind(folder: Path) -> str:
+def _folder_kind(folder: Path, *, has_svg: bool) -> str:
     """Return the kind of a folder: a saved dataset, else images and media before IDX files, tars, tables and `.npz`.
 
     Stops at the first image, recording, video, `.ply` or `.las`, so that a folder of millions of them is not listed.
@@ -143,20 +145,33 @@ def _folder_kind(folder: Path) -> str:
     for names in (("dataset_dict.json",), ("dataset_info.json", "state.json")):  # of a DatasetDict, of a Dataset
         if all((folder / name).is_file() for name in names):
             return "huggingface"
-    kinds: set[str] = set()
+    kinds, images = set[str](), _MEDIA | {SVG_SUFFIX} if has_svg else _MEDIA
     for name, _ in walk_files(folder):
-        if has_suffix(name, _MEDIA):
+        if has_suffix(name, images):
             return "folder"
-        if IDX_IMAGES.fullmatch(name):
-            kinds.add("idx")
-        elif has_suffix(name, TAR_SUFFIXES):
-            kinds.add("webdataset")
-        elif has_suffix(name, TABLE_SUFFIXES):
-            kinds.add("table")
-        elif has_suffix(name, frozenset({".npz"})):
-            kinds.add("folder")
-    if not kinds:
-        raise SourceError(
-            f"{folder} contains no image, recording, video, point cloud, IDX file, .tar or table; {_ACCEPTED}"
-        )
-    return next(kind for kind in ("idx", "webdataset", "table", "folder") if kind in kinds)
+        kinds.add(_kind_of(name))
+    for kind in ("idx", "webdataset", "table", "folder"):
+        if kind in kinds:
+            return kind
+    hint = "; its .svg files are taken with --svg" if "svg" in kinds else ""
+    raise SourceError(
+        f"{folder} contains no image, recording, video, point cloud, IDX file, .tar or table{hint}; {_ACCEPTED}"
+    )
+
+
+def _kind_of(name: str) -> str:
+    """Return the kind of source that a file is part of, if a folder has no images or media; else an empty string."""
+    if IDX_IMAGES.fullmatch(name):
+        return "idx"
+    for suffixes, kind in _KINDS:
+        if has_suffix(name, suffixes):
+            return kind
+    return ""
+
+
+_KINDS = (
+    (TAR_SUFFIXES, "webdataset"),
+    (TABLE_SUFFIXES, "table"),
+    (frozenset({".npz"}), "folder"),
+    (frozenset({SVG_SUFFIX}), "svg"),
+)

@@ -62,6 +62,7 @@ class SourceSettings:
         metavar="CODE",
         default_text="all languages of the source",
     )
+    svg: bool = setting(False, "Take .svg files too, rendered by resvg (extra svg).")
     inside_only: bool = setting(False, "Read only files in the table's folder: none elsewhere, and no URL.")
 
     def __post_init__(self) -> None:

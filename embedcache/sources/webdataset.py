@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from embedcache.errors import PathError, SourceError
 from embedcache.files import is_remote, open_path
+from embedcache.registry import require
 from embedcache.sources.base import FileItem, Sample, Scalar
 from embedcache.sources.byte_ranges import ByteRanges
 from embedcache.sources.captions import (
@@ -26,6 +27,7 @@ from embedcache.sources.captions import (
 from embedcache.sources.files import (
     MEDIA_SUFFIXES,
     SHARD_SEPARATOR,
+    SVG_SUFFIX,
     TAR_SUFFIXES,
     add_sound,
     file_size,
@@ -69,7 +71,11 @@ class WebdatasetSource:
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("webdataset")
+        settings.check_supported("webdataset", "svg")
+        if settings.svg:
+            require("resvg_py", extra="svg")
+        self._settings = settings
+        self._modalities = {**_MODALITIES, SVG_SUFFIX: "image"} if settings.svg else _MODALITIES
         parts = [str(open_path(part).absolute()) for part in location.split(SHARD_SEPARATOR)]
         self._location = SHARD_SEPARATOR.join(parts)
         self._shards = [shard for part in parts for shard in _find_shards(part)]
@@ -77,7 +83,7 @@ class WebdatasetSource:
         self._ranges = ByteRanges()
 
     def describe(self) -> Mapping[str, Any]:
-        return {"type": "webdataset", "path": self._location, "settings": {}}
+        return {"type": "webdataset", "path": self._location, "settings": self._settings.to_json()}
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over all samples. Memory holds one sample, and the table of img2dataset for one shard."""
@@ -96,7 +102,7 @@ class WebdatasetSource:
         table = _read_shard_table(shard)
         split = split_from_path(path)
         for key, group in groupby(_files(iter_members(tar)), key=itemgetter(0)):
-            sample = _sample(tar, path, key, group, table.get(key, _EMPTY))
+            sample = _sample(tar, path, key, group, table.get(key, _EMPTY), self._modalities)
             if split:
                 columns = {"split": split, **sample.columns}
                 sample = replace(sample, key=f"{split}/{sample.key}", columns=columns)
@@ -126,13 +132,15 @@ def _files(tar_members: Iterable[Member]) -> Iterator[_File]:
             yield _File(folder + slash + stem, (dot + suffix).lower(), offset, length)
 
 
-def _sample(tar: TarBytes, path: str, key: str, files: Iterable[_File], row: Sidecar) -> Sample:
+def _sample(
+    tar: TarBytes, path: str, key: str, files: Iterable[_File], row: Sidecar, modalities: Mapping[str, str]
+) -> Sample:
     items: dict[str, list[FileItem]] = {}
     sidecar_files = {}
     columns = row.columns
     for _, suffix, offset, length in files:
-        if suffix in _MODALITIES:
-            items.setdefault(_MODALITIES[suffix], []).append(FileItem(path=path, offset=offset, length=length))
+        if suffix in modalities:
+            items.setdefault(modalities[suffix], []).append(FileItem(path=path, offset=offset, length=length))
         elif suffix in SIDECAR_SUFFIXES:
             sidecar_files[suffix] = tar.read(offset, length)
         elif suffix == _LABEL_SUFFIX:

@@ -178,7 +178,8 @@ def _digest(
     if skipped:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(skipped.items(), key=lambda pair: -pair[1])[:5])
         more = f", and {len(skipped) - 5} more kinds" if len(skipped) > 5 else ""
-        progress.note(f"skipped {sum(skipped.values()):,} files of kinds that samples do not have: {kinds}{more}")
+        svg = "; --svg takes the .svg files" if ".svg" in skipped else ""
+        progress.note(f"skipped {sum(skipped.values()):,} files of kinds that samples do not have: {kinds}{more}{svg}")
     return index_digest.hexdigest()
 
 

@@ -1,0 +1,94 @@
+"""Render SVG files through resvg (extra `svg`). What a stranger's file could do to this process is refused before.
+
+Fonts are those of the machine; without a font of the right kind, text is left out.
+"""
+
+import io
+from typing import Any
+from xml.parsers import expat
+
+from PIL import Image
+
+from embedcache.errors import ItemError, MissingExtraError
+from embedcache.registry import require
+
+SHORT_SIDE_PX = 512
+"""Size of the shorter side of what is rendered: above the input sizes of most encoders."""
+
+_MAX_BYTES = 2**24
+_MAX_DEPTH = 200  # the renderer recurses: a file of 100,000 nested groups ends the process
+_MAX_USES = 10_000  # each copies what it refers to, which may refer to others
+
+
+def is_svg(data: bytes) -> bool:
+    """Return whether a file looks like XML with an SVG element, from its first bytes."""
+    start = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start.startswith(b"<") and b"<svg" in start
+
+
+def render_svg(data: bytes, *, max_pixels: int, max_ratio: float) -> Image.Image:
+    """Render an SVG so that its shorter side has `SHORT_SIDE_PX`: RGBA, transparent where nothing is drawn.
+
+    Raises:
+        ItemError: it cannot be parsed or rendered; it is too large, narrow, or nested; it refers to another file; or
+            the extra is not installed.
+    """
+    _check(data)
+    try:
+        renderer: Any = require("resvg_py", extra="svg")
+    except MissingExtraError as error:
+        raise ItemError(f"SVG: {error}") from None
+    text = data.decode("utf-8", errors="replace")
+    width, height = _render(renderer, text, {}).size
+    if max(width, height) > max_ratio * min(width, height):
+        raise ItemError(f"too narrow: {width} x {height} pixels, more than {max_ratio:.0f} to 1")
+    if max(width, height) * SHORT_SIDE_PX**2 > max_pixels * min(width, height):
+        raise ItemError(f"too many pixels: {width} x {height} with {SHORT_SIDE_PX} on the shorter side")
+    return _render(renderer, text, {"width" if width <= height else "height": SHORT_SIDE_PX})
+
+
+def _render(renderer: Any, text: str, size: dict[str, int]) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(renderer.svg_to_bytes(svg_string=text, **size)), formats=("PNG",))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ItemError(f"damaged SVG: {error}") from None
+
+
+def _check(data: bytes) -> None:
+    """Check the elements of a file, without building a tree of them."""
+    if len(data) > _MAX_BYTES:
+        raise ItemError(f"SVG too large: {len(data):,} bytes, more than {_MAX_BYTES:,}")
+    depth = uses = 0
+
+    def start(name: str, attributes: dict[str, str]) -> None:
+        nonlocal depth, uses
+        depth, uses = depth + 1, uses + (name.rpartition(":")[2] == "use")
+        if depth > _MAX_DEPTH:
+            raise ItemError(f"SVG too deep: more than {_MAX_DEPTH} nested elements")
+        if uses > _MAX_USES:
+            raise ItemError(f"SVG too complex: more than {_MAX_USES:,} copied elements")
+        _check_link(name, attributes)
+
+    def end(_: str) -> None:
+        nonlocal depth
+        depth -= 1
+
+    def declare(name: str, *_: Any) -> None:
+        raise ItemError(f"SVG with the XML entity {name!r}")
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler, parser.EntityDeclHandler = start, end, declare
+    try:
+        parser.Parse(data, True)  # noqa: FBT003
+    except expat.ExpatError as error:
+        raise ItemError(f"damaged SVG: {error}") from None
+
+
+def _check_link(name: str, attributes: dict[str, str]) -> None:
+    """Check that an element draws no other file, which the renderer would read from any place on the disk."""
+    links = (value.strip() for key, value in attributes.items() if key.rpartition(":")[2] == "href")
+    if name.rpartition(":")[2] in ("image", "feImage") and not all(link.startswith(_EMBEDDED) for link in links):
+        raise ItemError("SVG with an image that is not a PNG, JPEG, GIF or WebP in the file itself")
+
+
+_EMBEDDED = ("#", *(f"data:image/{kind}" for kind in ("png", "jpeg", "jpg", "gif", "webp")))

@@ -1,0 +1,134 @@
+"""SVG files, rendered by resvg."""
+
+import base64
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from embedcache.errors import ItemError, MissingExtraError, SettingError, SourceError
+from embedcache.search.index import build_index
+from embedcache.search.queries import Queries
+from embedcache.search.search import search
+from embedcache.sources import SourceSettings, open_source, reopen_source
+from embedcache.sources.images import decode_image
+from embedcache.store.cache import Cache
+from tests.cli.run import embedcache, succeed
+from tests.sources.files import jpeg, write, write_tar
+
+pytest.importorskip("resvg_py")
+
+OPEN = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:x="http://www.w3.org/1999/xlink" viewBox="0 0 20 10">'
+HALF = f'<?xml version="1.0"?>\n<!-- drawn -->{OPEN}<rect width="10" height="10" fill="red"/></svg>'.encode()
+SVG = SourceSettings(svg=True)
+
+
+def drawn(inside: str) -> bytes:
+    return f"{OPEN}{inside}</svg>".encode()
+
+
+def test_short_side_and_background() -> None:
+    for color, right in (("white", (255, 255, 255)), ("#000080", (0, 0, 128))):
+        image = decode_image(HALF, background=color)
+        assert (image.size, image.mode) == ((1024, 512), "RGB")
+        assert [image.getpixel(place) for place in ((100, 100), (900, 100))] == [(255, 0, 0), right]
+    assert decode_image(b"\xef\xbb\xbf" + HALF).tobytes() == decode_image(HALF).tobytes()
+
+
+def test_embedded_image_is_drawn() -> None:
+    data = base64.b64encode(jpeg("blue")).decode()
+    image = decode_image(drawn(f'<image x:href="data:image/jpeg;base64,{data}" width="20" height="10"/>'))
+    assert np.asarray(image)[256, 512, 2] > 200
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (HALF[:-8], "damaged SVG: "),
+        (drawn("<g>" * 100_000 + "</g>" * 100_000), "SVG too deep: more than 200 nested elements"),
+        (drawn('<use x:href="#a"/>' * 10_001), "SVG too complex: more than 10,000 copied elements"),
+        (drawn('<image href="/etc/secret.png" width="5" height="5"/>'), "SVG with an image that is not"),
+        (
+            drawn('<image x:href="data:image/svg+xml,%3Csvg/%3E" width="5" height="5"/>'),
+            "SVG with an image that is not",
+        ),
+        (b'<!DOCTYPE svg [<!ENTITY a "b">]>' + HALF[22:], "SVG with the XML entity 'a'"),
+        (HALF.replace(b'0 0 20 10"', b'0 0 20 10" width="2000" height="1"'), "too narrow: 2000 x 1 pixels"),
+        (b"<html><body>no</body></html>", "not an image"),
+    ],
+)
+def test_bad_svg_is_a_reason(data: bytes, words: str) -> None:
+    with pytest.raises(ItemError, match=words):
+        decode_image(data)
+
+
+def test_svg_of_strangers_is_no_image() -> None:
+    with pytest.raises(ItemError, match="not an image"):
+        decode_image(HALF, reads_svg=False)
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(ItemError, match=r"SVG: .*pip install 'embedcache\[svg\]'"):
+        decode_image(HALF)
+    with pytest.raises(MissingExtraError, match=r"embedcache\[svg\]"):
+        open_source(write(tmp_path, {"a.svg": HALF}), settings=SVG)
+
+
+def test_folder_takes_svg_files_if_told(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "icons", {"a.svg": HALF, "a.txt": "half red", "b/c.SVG": HALF, "d.wav": b"", "d.svg": HALF}
+    )
+    plain = open_source(folder)
+    assert plain.describe()["settings"] == {}
+    assert [sample.key for sample in plain.samples()] == ["d"]
+    source = reopen_source(open_source(folder, settings=SVG).describe())
+    samples = {sample.key: sample for sample in source.samples()}
+    assert list(samples) == ["a", "b/c", "d"]
+    assert samples["a"].texts[0].text == "half red"
+    assert [item.path for item in samples["d"].files["audio"]] == ["d.wav"]
+    assert decode_image(source.read(samples["b/c"].images[0])).size == (1024, 512)
+    with pytest.raises(SourceError, match="its .svg files are taken with --svg"):
+        open_source(write(tmp_path / "only", {"a.svg": HALF}))
+    assert open_source(tmp_path / "only", settings=SVG).describe()["type"] == "folder"
+    with pytest.raises(SettingError, match="does not support the setting 'svg'"):
+        open_source(write(tmp_path / "t", {"t.csv": "caption\nx"}), settings=SVG)
+
+
+def test_shards_take_svg_files_if_told(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.svg", HALF), ("a.txt", "half"), ("b.jpg", jpeg())])
+    assert [len(sample.images) for sample in open_source(tmp_path / "0.tar").samples()] == [0, 1]
+    source = reopen_source(open_source(tmp_path / "0.tar", settings=SVG).describe())
+    assert [len(sample.images) for sample in source.samples()] == [1, 1]
+
+
+def test_background_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    half = Image.new("RGBA", (20, 10), "red")
+    half.paste((0, 0, 0, 0), (10, 0, 20, 10))
+    write(tmp_path / "icons", {"a.svg": HALF, "c.jpg": jpeg("blue")})
+    half.save(tmp_path / "icons" / "b.png")
+    words = ("extract", "icons", "--svg", "--image-encoder", "tests.toy:open_toy")
+    first, *rest = words
+    succeed(first, rest[0], "white", *rest[1:], cwd=tmp_path)
+    succeed(first, rest[0], "black", *rest[1:], "--background", "black", cwd=tmp_path)
+    white, black = (Cache(tmp_path / name).feature("image", "open_toy/cls") for name in ("white", "black"))
+    assert white.fingerprint["preprocessing"] == {"grid": 4}
+    assert black.fingerprint["preprocessing"] == {"grid": 4, "background": "#000000"}
+    vectors = {feature: np.asarray(feature.load(), np.float32) for feature in (white, black)}
+    np.testing.assert_allclose(vectors[white][0], vectors[white][1], atol=0.02)  # the drawing and the painting
+    assert (vectors[white][:2] - vectors[black][:2]).max() > 0.9
+    np.testing.assert_array_equal(vectors[white][2], vectors[black][2])
+    assert "cosine to the stored feature: mean 1.000000" in succeed(
+        "verify", "black", "--reencode", "100%", cwd=tmp_path
+    )
+    refused = embedcache(first, rest[0], "black", *rest[1:], cwd=tmp_path)
+    assert "preprocessing.background: stored '#000000', requested" in refused.stderr
+    refused = embedcache(first, rest[0], "other", *rest[1:], "--background", "blak", cwd=tmp_path)
+    assert (
+        refused.stderr == "error: --background: expected an opaque color such as white, black or #7f7f7f, got 'blak'\n"
+    )
+    build_index(Cache(tmp_path / "black"), tmp_path / "index")
+    (hits,) = search(tmp_path / "index", Queries(images=[tmp_path / "icons" / "b.png"]), k=1)
+    assert hits[0].score == pytest.approx(1, abs=1e-4)  # on white it would be below 0.9
