@@ -149,6 +149,8 @@ def search(index: str, *options: str) -> list[dict[str, Any]]:
     """Search an index and return one object per query; hits of equal scores are sorted by row."""
     found: list[dict[str, Any]] = json.loads(embedcache("search", index, *options, "--json"))
     for query in found:
+        for hit in query["hits"]:
+            hit.pop("languages")  # the first versions did not print them
         query["hits"].sort(key=lambda hit: (-round(hit["score"], 4), hit["row"]))
     return found
 
@@ -270,9 +272,11 @@ def rows_of(selection: Path | str) -> list[int]:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file, without the mark of a report."""
+    """Read a JSON file, without the mark and the digest of a report, which the first versions did not write."""
     value = json.loads(path.read_text())
-    return {name: part for name, part in value.items() if name != "generator"} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    return {name: part for name, part in value.items() if name not in ("generator", "digest")}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -60,6 +60,8 @@ def assert_same_table(found: Path, golden: Path) -> None:
         {name.decode(): json.loads(value) for name, value in (table.schema.metadata or {}).items()}
         for table in (found_table, golden_table)
     )
+    for about in found_about.values():
+        about.pop("digest", None)  # the first versions did not write one
     assert_close(found_about, golden_about)
 
 
