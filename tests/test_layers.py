@@ -40,6 +40,7 @@ HEAVY = {
     "plyfile": {"sources"},
     "fontTools": {"quickstart"},
     "faiss": {"search"},
+    "resvg_py": {"sources"},
     "timm": {"encoders"},
     "transformers": {"encoders", "export"},
     "sentence_transformers": {"encoders", "export"},

@@ -30,6 +30,7 @@ SOURCES = Registry(
         "folder": "embedcache.sources.folder:FolderSource",
         "hf": "embedcache.sources.huggingface:HuggingfaceSource",
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
+        "iconify": "embedcache.sources.iconify:IconifySource",
         "idx": "embedcache.sources.idx:IdxSource",
         "openmoji": "embedcache.quickstart.openmoji:OpenmojiSource",
         "pairs": "embedcache.sources.texts:PairsSource",

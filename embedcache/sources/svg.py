@@ -33,7 +33,7 @@ def render_svg(data: bytes, *, max_pixels: int, max_ratio: float) -> Image.Image
         ItemError: it cannot be parsed or rendered; it is too large, narrow, or nested; it refers to another file; or
             the extra is not installed.
     """
-    _check(data)
+    check_svg(data)
     try:
         renderer: Any = require("resvg_py", extra="svg")
     except MissingExtraError as error:
@@ -54,8 +54,8 @@ def _render(renderer: Any, text: str, size: dict[str, int]) -> Image.Image:
         raise ItemError(f"damaged SVG: {error}") from None
 
 
-def _check(data: bytes) -> None:
-    """Check the elements of a file, without building a tree of them."""
+def check_svg(data: bytes) -> None:
+    """Check the elements of a file, without building a tree of them; `ItemError` as in `render_svg`."""
     if len(data) > _MAX_BYTES:
         raise ItemError(f"SVG too large: {len(data):,} bytes, more than {_MAX_BYTES:,}")
     depth = uses = 0

@@ -1,0 +1,139 @@
+"""The source of Iconify's icons, on a package of four families written here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError
+from embedcache.sources import Source, open_source
+from embedcache.sources.base import FileItem
+from embedcache.sources.images import decode_image
+from embedcache.testing.sources import SourceContract
+
+pytest.importorskip("resvg_py")
+
+SQUARE = '<path fill="currentColor" d="M0 0h{0}v{0}h-{0}z"/>'
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": (
+        {"name": "Plain", "license": {"spdx": "MIT"}, "palette": False, "category": "UI 24px"},
+        {
+            "icons": {
+                "arrow-left": {"body": SQUARE.format(24)},
+                "old": {"body": "<g/>", "hidden": True},
+                "caf\u00e9-cup": {"body": "<text>\u00e9</text>" + SQUARE.format(12), "width": 12, "height": 12},
+            },
+            "aliases": {
+                "arrow-west": {"parent": "arrow-left"},
+                "arrow-back": {"parent": "arrow-west"},
+                "arrow-right": {"parent": "arrow-left", "hFlip": True},
+                "right": {"parent": "arrow-right"},
+            },
+            "width": 24,
+            "height": 24,
+        },
+    ),
+    "bright": (
+        {"name": "Bright", "license": {"spdx": "CC-BY-4.0"}, "palette": True},
+        {"icons": {"sun": {"body": '<circle cx="8" cy="8" r="4" fill="#f00"/>'}}},
+    ),
+    "faces": (
+        {"name": "Faces", "license": {"spdx": "MIT"}, "palette": True, "category": "Emoji"},
+        {"icons": {"grin": {"body": SQUARE.format(16)}}},
+    ),
+    "paid": ({"name": "Paid", "license": {"spdx": "CC-BY-NC-4.0"}}, {"icons": {"coin": {"body": SQUARE.format(16)}}}),
+}
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    folder = tmp_path / "node_modules" / "@iconify" / "json"
+    (folder / "json").mkdir(parents=True)
+    (folder / "package.json").write_text('{"version": "2.0.0"}')
+    (folder / "collections.json").write_text(json.dumps({name: about for name, (about, _) in FAMILIES.items()}))
+    for name, (_, content) in FAMILIES.items():
+        text = json.dumps({"prefix": name, **content}, ensure_ascii=False, indent="\t")
+        (folder / "json" / f"{name}.json").write_text(text)
+    return folder
+
+
+class TestIconify(SourceContract):
+    @pytest.fixture
+    def source(self, package: Path) -> Source:
+        return open_source(f"iconify:{package}")
+
+
+def pixels(source: Source, key: str) -> Any:
+    (sample,) = [sample for sample in source.samples() if sample.key == key]
+    return np.asarray(decode_image(source.read(sample.images[0])))
+
+
+def test_names_and_columns(package: Path) -> None:
+    samples = {sample.key: sample for sample in open_source(f"iconify:{package.parents[2]}").samples()}
+    assert set(samples) == {"plain:arrow-left", "plain:caf\u00e9-cup", "bright:sun"}
+    texts = {key: [text.text for text in sample.texts] for key, sample in samples.items()}
+    assert texts["plain:arrow-left"] == ["arrow left", "arrow west", "arrow back"]
+    assert texts["plain:caf\u00e9-cup"] == ["caf\u00e9 cup"]
+    assert samples["bright:sun"].columns == {
+        "family": "bright",
+        "palette": "color",
+        "licence": "CC-BY-4.0",
+        "category": None,
+    }
+
+
+def test_icons_are_drawn_on_white_within_a_margin(package: Path) -> None:
+    source = open_source(f"iconify:{package}")
+    for key, color in (("plain:arrow-left", 0x1F), ("plain:caf\u00e9-cup", 0x1F)):
+        image = pixels(source, key)
+        assert image.shape == (256, 256, 3)
+        assert (image[:15] == 255).all()
+        assert (image[17:239, 17:239, 0] == color).all()
+    sun = pixels(source, "bright:sun")
+    assert sun[128, 128].tolist() == [255, 0, 0]
+    assert sun[20, 128].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        ("palette=color", {"bright:sun"}),
+        ("families=faces+bright", {"faces:grin", "bright:sun"}),
+        ("without=bright", {"plain:arrow-left", "plain:caf\u00e9-cup"}),
+        ("licences=CC-BY-NC-4.0", {"paid:coin"}),
+    ],
+)
+def test_options(package: Path, options: str, keys: set[str]) -> None:
+    source = open_source(f"iconify:{package},{options}")
+    assert {sample.key for sample in source.samples()} == keys
+    assert source.describe()["path"] == f"{package},{options}"
+
+
+def test_wrong_options(package: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ("palette=blue", "unknown palette 'blue'"),
+        ("familes=plain", "did you mean 'families'"),
+        ("families=plan", "did you mean 'plain'"),
+        ("families", "families: expected values joined by +"),
+    ):
+        with pytest.raises(EmbedcacheError, match=message.replace("+", r"\+")):
+            open_source(f"iconify:{package},{options}")
+    with pytest.raises(SourceError, match="at least one of 4 families, got none"):
+        open_source(f"iconify:{package},families=plain,palette=color")
+    with pytest.raises(PathError, match="npm install @iconify/json"):
+        open_source(f"iconify:{tmp_path / 'json'}")
+
+
+def test_damaged_files(package: Path) -> None:
+    source = open_source(f"iconify:{package}")
+    with pytest.raises(ItemError, match="holds no icon at byte 3"):
+        source.read(FileItem(path="json/plain.json", offset=3, length=9))
+    (package / "json" / "bright.json").write_text('{"icons": {"sun": {"body": "<image href=\'/etc/hostname\'/>"}}}')
+    (sample,) = [sample for sample in source.samples() if sample.key == "bright:sun"]
+    with pytest.raises(ItemError, match="an image that is not"):
+        source.read(sample.images[0])
+    (package / "json" / "bright.json").write_text('{"icons": {"sun": {"body": ')
+    with pytest.raises(SourceError, match=r"bright\.json: expected a family of icons"):
+        list(source.samples())
