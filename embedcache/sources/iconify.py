@@ -129,7 +129,8 @@ def _caption(name: str) -> str:
 
 
 def _licence(family: Mapping[str, Any]) -> str | None:
-    return family.get("license", {}).get("spdx")
+    licence: str | None = family.get("license", {}).get("spdx")
+    return licence
 
 
 def _find_package(path: Path) -> Path:
