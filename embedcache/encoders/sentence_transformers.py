@@ -84,7 +84,12 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     except (SettingError, UnknownNameError) as error:
         return _open_with_library(spec, folder, prompt, modality=modality, settings=settings, reason=error)
     check_modality(spec, modality, "text")
-    return _open_without_library(spec, folder, modules, heads, prompt, settings)
+    try:
+        return _open_without_library(spec, folder, modules, heads, prompt, settings)
+    except PathError as error:  # such as a transformer with code of its own
+        if not has_trust():
+            raise
+        return _open_with_library(spec, folder, prompt, modality=modality, settings=settings, reason=error)
 
 
 def _open_without_library(
@@ -303,7 +308,8 @@ def _check_classes(folder: Path) -> None:
     path = folder / "modules.json"
     for row in read_json(path) if path.is_file() else ():
         config = folder / row["path"] / "config.json"
-        activation = (read_json(config) if config.is_file() else {}).get("activation_function") or "torch.nn."
+        is_dense = str(row["type"]).endswith(".Dense") and config.is_file()
+        activation = (read_json(config) if is_dense else {}).get("activation_function") or "torch.nn."
         for name, package in ((row["type"], "sentence_transformers."), (activation, "torch.nn.")):
             if not str(name).startswith(package) and not has_trust():
                 raise SettingError(

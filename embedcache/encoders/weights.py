@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, one_line
 from embedcache.files import io_reason, is_io_error, library_of
+from embedcache.registry import has_trust
 
 USE_LOCAL_FOLDER = "give the path of a local folder instead"
 
@@ -95,7 +96,7 @@ def find_model_folder(spec: EncoderSpec, *, next_step: str = USE_LOCAL_FOLDER) -
 
     with translate_hub_errors(f"{spec.model!r} (not a local folder)", next_step=next_step):
         for weights in ("*.safetensors", "*.bin"):
-            patterns = ["*.json", "*.txt", "*.model", "*.jinja", weights]
+            patterns = ["*.json", "*.txt", "*.model", "*.jinja", weights, *(["*.py"] if has_trust() else [])]
             path = Path(snapshot_download(spec.model, revision=spec.options.get("revision"), allow_patterns=patterns))
             if any(path.rglob(weights)):
                 return ModelFolder(path, revision=path.name)

@@ -1,9 +1,12 @@
 """Render SVG files through resvg (extra `svg`). What a stranger's file could do to this process is refused before.
 
-Fonts are those of the machine; without a font of the right kind, text is left out.
+All text is drawn in DejaVu Sans, which comes with matplotlib, so that every machine draws the same.
 """
 
 import io
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
@@ -49,7 +52,7 @@ def render_svg(data: bytes, *, max_pixels: int, max_ratio: float) -> Image.Image
 
 def _render(renderer: Any, text: str, size: dict[str, int]) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(renderer.svg_to_bytes(svg_string=text, **size)), formats=("PNG",))
+        return Image.open(io.BytesIO(renderer.svg_to_bytes(svg_string=text, **size, **_fonts())), formats=("PNG",))
     except (ValueError, RuntimeError, OSError) as error:
         raise ItemError(f"damaged SVG: {error}") from None
 
@@ -89,6 +92,16 @@ def _check_link(name: str, attributes: dict[str, str]) -> None:
     links = (value.strip() for key, value in attributes.items() if key.rpartition(":")[2] == "href")
     if name.rpartition(":")[2] in ("image", "feImage") and not all(link.startswith(_EMBEDDED) for link in links):
         raise ItemError("SVG with an image that is not a PNG, JPEG, GIF or WebP in the file itself")
+
+
+@cache
+def _fonts() -> dict[str, Any]:
+    """Return the options of the renderer that make one font stand for all."""
+    found = find_spec("matplotlib")
+    folders = [] if found is None else list(found.submodule_search_locations or ())
+    files = [str(Path(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")) for folder in folders]
+    kinds = ("font", "serif", "sans_serif", "cursive", "fantasy", "monospace")
+    return {"skip_system_fonts": True, "font_files": files, **{f"{kind}_family": "DejaVu Sans" for kind in kinds}}
 
 
 _EMBEDDED = ("#", *(f"data:image/{kind}" for kind in ("png", "jpeg", "jpg", "gif", "webp")))

@@ -14,6 +14,7 @@ from embedcache.encoders.audio import resample
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, ItemError, MissingExtraError, PathError, SettingError, UnknownNameError
+from embedcache.registry import trust_files
 from embedcache.testing.encoders import (
     TEXTS,
     EncoderContract,
@@ -266,6 +267,30 @@ def test_modules_that_the_library_lacks_raise(static: Path, tmp_path: Path) -> N
         (folder / "modules.json").write_text(json.dumps([{**rows[0], "type": kind}]))
         with pytest.raises((SettingError, ArtifactError), match=words):
             open_encoder(f"st:{folder}", modality="text")
+
+
+def test_modules_of_its_own_need_trust(static: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "own"
+    shutil.copytree(static, folder)
+    rows = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([{**rows[0], "type": "own_static.OwnStatic"}]))
+    code = "from sentence_transformers.sentence_transformer.modules import StaticEmbedding\n\n\n"
+    code += "class OwnStatic(StaticEmbedding):\n    @classmethod\n    def load(cls, *arguments, **options):\n"
+    code += "        made = super().load(*arguments, **options)\n        made.__class__ = cls\n        return made\n\n"
+    code += "    def forward(self, features, **_):\n"
+    code += (
+        "        found = super().forward(features)\n        found['sentence_embedding'] *= 2\n        return found\n"
+    )
+    (folder / "own_static.py").write_text(code)
+    with pytest.raises(SettingError, match="own_static.OwnStatic', which is custom code; .*--trust"):
+        open_encoder(f"st:{folder}", modality="text")
+    plain = open_encoder(f"st:{static}", modality="text")
+    with trust_files():
+        own = open_encoder(f"st:{folder}", modality="text")
+    doubled, single = (np.stack(each.encode(each.prepare(TEXTS), ["pooled"])["pooled"]) for each in (own, plain))
+    np.testing.assert_allclose(doubled, 2 * single, atol=1e-6)
 
 
 def test_missing_library_raises(static: Path, monkeypatch: pytest.MonkeyPatch) -> None:

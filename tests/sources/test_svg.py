@@ -37,6 +37,13 @@ def test_short_side_and_background() -> None:
     assert decode_image(b"\xef\xbb\xbf" + HALF).tobytes() == decode_image(HALF).tobytes()
 
 
+@pytest.mark.parametrize("family", ["", 'font-family="Helvetica, serif"'])
+def test_text_is_drawn_in_one_font(family: str) -> None:
+    text = f'<text x="2" y="8" font-size="8" {family}>Hi</text>'
+    assert decode_image(drawn(text)).tobytes() == decode_image(drawn(text.replace(family, ""))).tobytes()
+    assert np.asarray(decode_image(drawn(text))).min() == 0
+
+
 def test_embedded_image_is_drawn() -> None:
     data = base64.b64encode(jpeg("blue")).decode()
     image = decode_image(drawn(f'<image x:href="data:image/jpeg;base64,{data}" width="20" height="10"/>'))
