@@ -332,6 +332,9 @@ def locked(folder: Path, number: int = 0) -> Iterator[None]:
     """Lock a numbered piece of a folder for one thread of one process. The lock of a killed process is released.
 
     Behind a URL there are no locks: the last writer wins.
+
+    Raises:
+        PathError: the file system has no record locks, and the work is not divided; see `divided_work`.
     """
     if is_remote(folder):
         yield
@@ -340,9 +343,68 @@ def locked(folder: Path, number: int = 0) -> Iterator[None]:
     with _IN_THIS_PROCESS[str(folder.absolute()), number], ExitStack() as stack:
         descriptor = _open_shared(path)
         stack.callback(_close_shared, path)
-        fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, number)
-        stack.callback(fcntl.lockf, descriptor, fcntl.LOCK_UN, 1, number)
+        _lock(descriptor, fcntl.LOCK_EX, number, path)
+        stack.callback(_lock, descriptor, fcntl.LOCK_UN, number, path)
         yield
+
+
+SKIP_LOCKS = "EMBEDCACHE_SKIP_LOCKS"
+"""Environment variable: with 1, a file system without record locks is used without: one process per folder."""
+
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of NFS; of Lustre without the option flock
+_DIVIDED: list[bool] = []
+
+
+@contextmanager
+def divided_work(*, is_divided: bool) -> Iterator[None]:
+    """State that no other process works on the same chunks, so that locks that a file system lacks are not needed.
+
+    It applies to all threads of this process until the block ends.
+    """
+    _DIVIDED.append(is_divided)
+    try:
+        yield
+    finally:
+        _DIVIDED.remove(is_divided)
+
+
+def has_locks(folder: Path) -> bool:
+    """Return whether processes can exclude each other in a folder: it is local, and its file system has record locks.
+
+    Creates the folder.
+    """
+    if is_remote(folder):
+        return False
+    with ExitStack() as stack:
+        try:
+            descriptor = _open_shared(folder / LOCK)
+            stack.callback(_close_shared, folder / LOCK)
+            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, _NEVER_LOCKED)
+            fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _NEVER_LOCKED)
+        except OSError as error:
+            return error.errno not in _WITHOUT_LOCKS
+    return True
+
+
+_NEVER_LOCKED = 2**40
+"""Byte of a file of locks that stands for no piece of work."""
+
+
+def _lock(descriptor: int, kind: int, number: int, path: Path) -> bool:
+    """Take or release the record lock on a byte of a file; return whether no other process holds it."""
+    try:
+        fcntl.lockf(descriptor, kind, 1, number)
+    except OSError as error:
+        if kind & fcntl.LOCK_NB and error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        if not (any(_DIVIDED) or os.environ.get(SKIP_LOCKS, "0") != "0"):
+            raise PathError(
+                f"{path.parent}: its file system has no record locks ({io_reason(error)}); divide an extraction with "
+                f"--shard i/n, which needs none, or set {SKIP_LOCKS}=1 if no other process writes to this folder"
+            ) from error
+    return True
 
 
 _SHARED: dict[Path, int] = {}
@@ -397,15 +459,9 @@ class Leases:
         """Acquire a lease; return whether no other process holds it. With `wait`, wait until it is released."""
         if self._descriptor is None:
             return True
-        try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            return False
-        return True
+        return _lock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), number, self._folder / ".claims")
 
     def release(self, number: int) -> None:
         """Release a lease."""
         if self._descriptor is not None:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, number)
+            _lock(self._descriptor, fcntl.LOCK_UN, number, self._folder / ".claims")

@@ -32,10 +32,16 @@ def start(arguments: Sequence[str], *, output: Path | None = None) -> BaseProces
     return process
 
 
-def call(function: Callable[..., Any], *arguments: Any) -> None:
-    """Call a function of a module in a process of its own."""
+def start_call(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """Start a function of a module in a process of its own."""
     process = _CONTEXT.Process(target=function, args=arguments)
     process.start()
+    return process
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function of a module in a process of its own."""
+    process = start_call(function, *arguments)
     process.join()
     assert process.exitcode == 0
 

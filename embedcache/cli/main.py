@@ -36,8 +36,6 @@ _BUG = 70
 _NEXT_STEPS = {
     errno.EMFILE: "raise the limit of open files with ulimit -n, or use fewer --threads",
     errno.EFBIG: "raise the limit of file sizes with ulimit -f, or use a file system with larger files",
-    errno.ENOLCK: "use a file system with record locks, such as a local disk",
-    errno.EOPNOTSUPP: "use a file system with record locks, such as a local disk",
     errno.EIO: "check the disk, and rerun the same command: finished work is kept",
     errno.ESTALE: "check the file system, and rerun the same command: finished work is kept",
     errno.ENAMETOOLONG: "use shorter names",

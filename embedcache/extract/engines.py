@@ -14,7 +14,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, UnfinishedError
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.worker import ShardReport, Worker, merge_reports, step_name
-from embedcache.files import is_remote, open_path
+from embedcache.files import has_locks, open_path
 from embedcache.modalities import noun
 from embedcache.processes import connected, num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
@@ -52,8 +52,8 @@ def job_devices(settings: ExtractSettings) -> tuple[str, ...]:
 def _run_local(job: ExtractJob, source: Source, progress: Progress) -> list[ShardReport]:
     """Encode on the devices of this machine: in this process if there is one, else in one process per device.
 
-    Processes lease chunks one by one, and finish the chunks of one that was killed. Behind a URL, where nothing can be
-    leased, each has a fixed part of the chunks instead.
+    Processes lease chunks one by one, and finish the chunks of one that was killed. Behind a URL, and on a
+    file system without record locks, nothing can be leased, and each has a fixed part of the chunks instead.
     """
     devices = job_devices(job.settings)
     for device in devices:
@@ -61,7 +61,7 @@ def _run_local(job: ExtractJob, source: Source, progress: Progress) -> list[Shar
     count = len(devices)
     if count == 1:
         return Worker(job, source=source, device=devices[0]).run(progress)
-    is_split = is_remote(open_path(job.cache))
+    is_split = not has_locks(open_path(job.cache))
     threads = max(1, num_cores() // count)
     parts = [job.settings.split_shard(number, count) if is_split else job.settings for number in range(count)]
     reports, num_died = run_processes(

@@ -15,7 +15,7 @@ from embedcache.extract.precision import choose_precisions
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.extract.worker import ShardReport
-from embedcache.files import AnyPath, open_path, remove_partials
+from embedcache.files import AnyPath, divided_work, open_path, remove_partials
 from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import record_stage
@@ -183,15 +183,16 @@ def open_job(
             f"{path} was imported from {imported['path']}: it has vectors, but no images or texts to encode; "
             "extract the images and captions themselves into a new folder"
         )
-    info = index(
-        source,
-        path,
-        chunk_size=settings.chunk_size,
-        limit=settings.limit,
-        extend=settings.extend,
-        accept_replaced=repair_items,
-        progress=progress,
-    )
+    with divided_work(is_divided=settings.is_divided):  # all shards write the same tables
+        info = index(
+            source,
+            path,
+            chunk_size=settings.chunk_size,
+            limit=settings.limit,
+            extend=settings.extend,
+            accept_replaced=repair_items,
+            progress=progress,
+        )
     if info.num_samples == settings.limit:
         progress.note(
             f"the cache has the first {info.num_samples:,} samples (--limit); --extend with a larger --limit, or none, "

@@ -101,6 +101,11 @@ class ExtractSettings:
         """Number of threads that read and decode items."""
         return self.threads or num_cores()
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether other processes work on other chunks, so that no lock is needed: with shards, and on Ray."""
+        return self._shard_numbers()[1] > 1 or self.engine == "ray"
+
     def is_in_shard(self, chunk: int) -> bool:
         """Return whether a chunk belongs to this process's shard: those whose number modulo n is i."""
         number, count = self._shard_numbers()

@@ -23,6 +23,7 @@ from embedcache.extract.feature_writer import (
 from embedcache.extract.loop import encode_chunks
 from embedcache.extract.settings import ExtractJob
 from embedcache.extract.views import open_view
+from embedcache.files import divided_work
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import trust_files
@@ -96,11 +97,12 @@ class Worker:
             recorded = _record_chunks(tasks, encoded)
             encode_chunks(self.cache, self.source, modality, recorded, progress, threads=self.settings.num_threads)
 
-        encode_all(lease_free_chunks(writers, chunks))
-        for chunk in chunks:
-            for writer in writers:
-                if writer.missing(chunk, refresh=True):
-                    encode_all([lease_chunk(writer, chunk)])
+        with divided_work(is_divided=self.settings.is_divided):
+            encode_all(lease_free_chunks(writers, chunks))
+            for chunk in chunks:
+                for writer in writers:
+                    if writer.missing(chunk, refresh=True):
+                        encode_all([lease_chunk(writer, chunk)])
         return [_report(writer, encoded[writer.group.name]) for writer in writers]
 
     def empty_reports(self) -> list[ShardReport]:
