@@ -24,6 +24,7 @@ LAYERS = [
     {"reports", "transcription", "likelihood"},
     {"inference"},
     {"quickstart", "sweep", "export", "interop", "serve", "testing"},
+    {"maintain"},
     {"cli"},
     {"__main__"},
 ]

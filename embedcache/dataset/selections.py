@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Ints
-from embedcache.dataset.splits import check_split
+from embedcache.dataset.splits import check_split, warn_removed
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
 from embedcache.outputs import check_output, new_output, read_metadata, to_metadata
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
+from embedcache.store.removed import read_removed
 from embedcache.store.tables import read_table, write_table
 
 
@@ -57,6 +58,8 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
 def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     """Return the samples of a selection, ascending and counted across caches: (M,) int64.
 
+    Samples that are known to have been removed from a cache since are left out, and a warning tells their number.
+
     Args:
         path: Parquet file with a column `key`, or text file with one key per line; of a run's `split.parquet`, the keys
             of its training part.
@@ -70,6 +73,7 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     selected = pc.unique(read_selected_keys(Path(path)))
     keys = pa.chunked_array([chunk for cache in caches for chunk in cache.column("key").chunks], pa.string())
     unknown = selected.filter(pc.invert(pc.is_in(selected, value_set=keys))) if len(selected) else selected
+    unknown = _without_removed(path, unknown, caches)
     if len(unknown) or not len(selected):
         shown = ", ".join(repr(key) for key in sorted(unknown.to_pylist())[:3]) or "nothing"
         names = " and ".join(str(cache.path) for cache in caches)
@@ -78,6 +82,19 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
             f"has {len(keys):,}, such as {keys[0].as_py()!r}"
         )
     return np.flatnonzero(pc.is_in(keys, value_set=selected))
+
+
+def _without_removed(path: Path | str, keys: pa.Array, caches: Sequence[Cache]) -> pa.Array:
+    """Return keys that no cache has, without those of samples that were removed."""
+    removed = [read_removed(cache.path, cache.info) for cache in caches if cache.info.removed] if len(keys) else []
+    if not removed:
+        return keys
+    is_unknown = [all(of_cache.row_of(key) is None for of_cache in removed) for key in keys.to_pylist()]
+    unknown = keys.filter(pa.array(is_unknown))
+    if len(unknown) < len(keys):
+        num_removed = len(keys) - len(unknown)
+        warn_removed(f"{num_removed:,} samples of the selection {path} were removed from the cache; they are left out")
+    return unknown
 
 
 def read_selected_keys(path: Path) -> pa.Array:

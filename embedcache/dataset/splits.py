@@ -1,8 +1,10 @@
 """Splits of samples into training, validation and test parts: by near-duplicate groups, by key, or by a column."""
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache as cache_calls
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -23,6 +25,8 @@ from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, to_array
 from embedcache.store.tables import read_table, write_table
+
+_log = logging.getLogger(__name__)
 
 Part: TypeAlias = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
@@ -97,6 +101,8 @@ _MANIFESTS = ("config.json", "study.json")
 def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     """Read the split of all or some of its caches. Samples that were appended to a cache later are in no part.
 
+    Nor are those that were removed from it since, of which a warning tells the number.
+
     Args:
         path: the file; of a finished run or of a study, it is compared with its digest.
         caches: caches whose samples are returned, one after another.
@@ -137,6 +143,7 @@ def _select_cache(path: Path, table: pa.Table, cache: Cache) -> pa.Table:
     if "spine" in table.column_names:
         same = [name for name in pc.unique(table["spine"]).to_pylist() if cache.info.has_rows_of(name)]
         table = table.filter(pc.is_in(table["spine"], value_set=pa.array(same, pa.string()))).drop_columns("spine")
+    table = _without_removed(path, table, cache)
     if not len(table) or not table["key"].equals(keys.slice(0, len(table))):
         raise DataError(
             f"split {path} belongs to other samples: it has {len(table)} keys, {cache.path} has {len(keys)}, and "
@@ -151,6 +158,25 @@ def _select_cache(path: Path, table: pa.Table, cache: Cache) -> pa.Table:
         "group": np.arange(first_group, first_group + num_added),
     }
     return pa.concat_tables([table, pa.table(added, schema=table.schema)])
+
+
+def _without_removed(path: Path, table: pa.Table, cache: Cache) -> pa.Table:
+    """Put samples that were removed from the cache since into no part, under the keys that they have now."""
+    rows = cache.removed[cache.removed < len(table)]
+    if not len(rows):
+        return table
+    warn_removed(f"{len(rows):,} samples of the split {path} were removed from {cache.path}; they are in no part")
+    is_removed = np.zeros(len(table), bool)
+    is_removed[rows] = True
+    mask, keys = pa.array(is_removed), cache.column("key").slice(0, len(table))
+    columns = {"key": pc.if_else(mask, keys, table["key"]), "part": pc.if_else(mask, "", table["part"])}
+    return pa.table({**columns, "group": table["group"]}, table.schema)
+
+
+@cache_calls
+def warn_removed(message: str) -> None:
+    """Log that something names samples that were removed from a cache, once in a process."""
+    _log.warning(message)
 
 
 def make_split(

@@ -36,7 +36,7 @@ from embedcache.settings import replace_flat
 from embedcache.sources import reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
-from embedcache.store.commits import NOT_YET
+from embedcache.store.commits import NOT_YET, REMOVED
 from embedcache.store.compacted import table_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, open_group
@@ -289,13 +289,16 @@ def _retry_chunk(
         writer.leases.release(chunk)
 
 
+_NOT_TRIED = (NOT_YET, REMOVED)
+
+
 def _failed_rows(writer: FeatureWriter, chunk: int) -> set[int]:
     """Return the rows of a chunk, counted from its start, that were tried and have no feature."""
     commit = writer.group.commit(chunk)
     if commit is None:
         return set()
     reasons = [commit.failures[name] for name in writer.features if writer.group.has(commit, name)]
-    return {row for failures in reasons for row, reason in enumerate(failures) if reason not in (None, NOT_YET)}
+    return {row for failures in reasons for row, reason in enumerate(failures) if reason not in (None, *_NOT_TRIED)}
 
 
 def _rewrite_chunk(writer: FeatureWriter, chunk: int, retried: Mapping[int, LoadedItem], number: int) -> None:

@@ -60,7 +60,7 @@ class IndexBuilder:
         factory = kind.factory
         if kind.is_on_disk:
             return self._fill_on_disk(factory, vectors, progress)
-        index = self._resume(factory)
+        index = _without_removed(self._resume(factory), vectors, progress)
         if index is None:
             index = make_index(factory, vectors.width)
             self._write_state(factory)
@@ -68,6 +68,7 @@ class IndexBuilder:
                 progress.note(f"training {factory}")
                 index.train(vectors.sample(index.num_training), device=vectors.device)
                 index.write(self._partial_path)
+        index.resume()
         missing = np.setdiff1d(vectors.rows, index.rows)
         progress.start(f"indexing as {factory}", len(missing), noun(vectors.modality))
         last, writing_s = time.monotonic(), 0.0
@@ -95,13 +96,13 @@ class IndexBuilder:
         if self._factory == factory:
             index = _read_unfinished(self._partial_path)
             if index is not None:
-                return index.resume()
+                return index
         if self._factory not in (None, factory):
             return None
         index = self._read_finished()
         if index is not None:
             self._write_state(factory)
-        return None if index is None else index.resume()
+        return index
 
     def _read_finished(self) -> RowIndex | None:
         """Read the index in the folder; without a card it is unfinished."""
@@ -111,7 +112,10 @@ class IndexBuilder:
         return read_index(path, is_mapped=False)
 
     def _fill_on_disk(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
-        old = self._read_finished()
+        old, has_removed = self._read_finished(), False
+        if old is not None and not np.isin(old.rows, vectors.rows).all():
+            has_removed = True
+            progress.note(_REMOVED)
         trained = _read_unfinished(self._partial_path) if self._factory == factory else None
         if trained is None:
             for path in self._folder.glob("index.part-*.faiss"):
@@ -128,7 +132,7 @@ class IndexBuilder:
             else:
                 index = read_index(self._folder / "index.faiss", is_mapped=False).emptied()
             index.write(self._partial_path)
-        return _fill_lists(self._folder, self._partial_path, old, vectors, progress)
+        return _fill_lists(self._folder, self._partial_path, None if has_removed else old, vectors, progress)
 
     def record_files(self, checksums: Mapping[str, str]) -> None:
         """Record the checksums of files that are finished before the card that states them."""
@@ -140,6 +144,17 @@ class IndexBuilder:
         write_json(self._state_path, state)
 
 
+_REMOVED = "samples that the index holds were removed from the cache: adding all others again, without training"
+
+
+def _without_removed(index: RowIndex | None, vectors: Vectors, progress: Progress) -> RowIndex | None:
+    """Return an index, emptied but for its training if it holds samples that were removed from the cache."""
+    if index is None or np.isin(index.rows, vectors.rows).all():
+        return index
+    progress.note(_REMOVED)
+    return index.emptied()
+
+
 def _fill_lists(
     folder: Path, trained_path: Path, old: RowIndex | None, vectors: Vectors, progress: Progress
 ) -> RowIndex:
@@ -149,7 +164,8 @@ def _fill_lists(
         part = _read_unfinished(path, is_mapped=True)
         if part is None:
             continue
-        if np.isin(part.rows, _rows(parts)).any():  # merged before the process was killed
+        has_removed = not np.isin(part.rows, vectors.rows).all()
+        if has_removed or np.isin(part.rows, _rows(parts)).any():  # merged before the process was killed
             path.unlink()
         else:
             parts.append(part)

@@ -188,8 +188,11 @@ class RowIndex:
                 )
 
     def emptied(self) -> "RowIndex":
-        """Return the same trained inverted file without vectors; this object must not be used afterwards."""
-        lists = self._faiss.extract_index_ivf(self._inner)
+        """Return the same trained index without vectors; this object must not be used afterwards."""
+        lists = self._faiss.try_extract_index_ivf(self._inner)
+        if lists is None or self.is_refined:
+            self.wrapped.reset()
+            return RowIndex(self.wrapped)
         empty = self._faiss.ArrayInvertedLists(lists.nlist, lists.code_size)
         lists.replace_invlists(empty, _OWN)
         empty.this.disown()

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from embedcache.errors import CorruptError, FingerprintError, SettingError, UnfinishedError
 from embedcache.files import LOCK, AnyPath, disk_errors, locked, relative_location
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -37,6 +39,7 @@ from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
 from embedcache.settings import replace_flat
 from embedcache.store.arrays import check_file, file_checksum
+from embedcache.store.cache import Cache
 
 FORMAT_VERSION = 3
 _UNCHECKED = ("cache", "run")
@@ -116,7 +119,9 @@ def build_index(
     """Index all valid items of a feature, and measure the index against exact search.
 
     An interrupted build resumes from its last checkpoint, and a finished index gains the items that were added to the
-    cache. An index that misses the requested recall is deleted.
+    cache, without being trained again, if it is of the same feature and run. An index of samples that were removed from
+    the cache since is filled again without them, and kept whatever its recall. Any other that misses the requested
+    recall is deleted.
 
     Memory: the index, a chunk of the feature, and a sample to train on; with lists on disk, 256 MB of codes.
 
@@ -154,13 +159,28 @@ def build_index(
         card = read_card(index_path) if (index_path / "card.json").is_file() else None
         if card is not None:
             _check_reuse(index_path, card, vectors, settings)
-        if card is None or card.num_vectors < len(vectors.rows):
+        if card is None or _is_outdated(index_path, card, vectors):
             if card is not None and not (index_path / STATE).is_file():  # else the index may be newer than its card
                 _check_files(index_path, card.checksums)
             card = _build(index_path, vectors, card, settings, progress)
             write_record(index_path / "card.json", to_record(card), unchecked=_UNCHECKED)
         remove_leftovers(index_path, lists=card.lists)
     return card
+
+
+def _is_outdated(index_path: Path, card: IndexCard, vectors: Vectors) -> bool:
+    """Return whether items were added to the cache of an index, or removed from it."""
+    if card.num_vectors != len(vectors.rows):
+        return True
+    if not _may_hold_removed(card, vectors.cache):
+        return False
+    is_started = (index_path / STATE).is_file()  # the files may be newer than the card
+    return is_started or not np.isin(read_index(index_path / "index.faiss", is_mapped=True).rows, vectors.rows).all()
+
+
+def _may_hold_removed(card: IndexCard, cache: Cache) -> bool:
+    """Return whether an index was built before samples were removed from its cache, as far as its card tells."""
+    return bool(cache.info.removed) and card.index_digest != cache.info.index_digest
 
 
 def read_card(index_path: Path) -> IndexCard:
@@ -290,18 +310,22 @@ def _build(
     started, queries = time.perf_counter(), None
     with record_stage(index_path / "record.json", "index", record) as outcome, disk_errors(index_path):
         builder = IndexBuilder(index_path, source, vectors.cache.info, lists=None if old is None else old.lists)
+        must_keep = old is not None and _may_hold_removed(old, vectors.cache)
         while left:
             candidate, left = left[0], left[1:]
             if builder.rejected.get(candidate.factory, 1) >= settings.min_recall:
                 index = builder.fill(candidate, vectors, progress, checkpoint_s=settings.checkpoint_s)
                 queries = queries or draw_query_set(vectors)
                 quality = measure_index(index, queries, settings.min_recall)
-                if quality.recall_at_10 >= settings.min_recall:
+                if quality.recall_at_10 >= settings.min_recall or must_keep:
                     index.write(index_path / "index.faiss")
                     lists = lists_name(num) if candidate.is_on_disk else None
                     checksums = {name: file_checksum(index_path / name) for name in ("index.faiss", lists) if name}
                     builder.record_files(checksums)
                     outcome.update({"recall_at_10": quality.recall_at_10, "num_vectors": num})
+                    if old is not None:
+                        before = {"recall_at_10_before": old.recall_at_10, "num_vectors_before": old.num_vectors}
+                        outcome.update(before)
                     seconds = time.perf_counter() - started
                     card = _card(vectors, index_path, candidate, index, quality, settings.min_recall, seconds)
                     return replace(card, checksums=checksums)

@@ -141,9 +141,12 @@ class OpenIndex:
 
     def _apply(self, condition: Filter) -> "_Subset":
         """Apply a filter; if few items pass, read their vectors, as a search of the index would miss most of them."""
-        if not condition:
+        holds_removed = bool(self.cache.info.removed) and self.card.index_digest != self.cache.info.index_digest
+        if not (condition or holds_removed):
             return _Subset(is_allowed_N=None, num_items=len(self._index), vectors=None)
         is_allowed_N = self.filters.mask(condition)[self._index.rows]
+        if holds_removed:
+            is_allowed_N &= ~self.cache.removed_items(self.card.modality)[self._index.rows]
         num_items = int(is_allowed_N.sum())
         if num_items == len(self._index):
             return _Subset(is_allowed_N=None, num_items=num_items, vectors=None)

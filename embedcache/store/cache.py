@@ -11,16 +11,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.arrays import Ints, blocks
+from embedcache.arrays import Bools, Ints, blocks
 from embedcache.errors import CorruptError, UnknownNameError
 from embedcache.files import AnyPath, folder_bytes, open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.registry import require, unknown_name
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.checksums import BLOCK, check_rows, find_changed
+from embedcache.store.commits import REMOVED
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, read_info, samples_path
+from embedcache.store.removed import read_removed
 from embedcache.store.tables import open_table, read_table, table_errors
 
 if TYPE_CHECKING:
@@ -183,6 +185,17 @@ class Cache:
             self._sample_columns[name] = self.table(SAMPLES, [name])[name]
         return self._sample_columns[name]
 
+    @cached_property
+    def removed(self) -> Ints:
+        """Rows of the samples that were removed, ascending: (M,) int64; see `embedcache.store.removed`."""
+        return read_removed(self.path, self.info).rows
+
+    def removed_items(self, modality: str) -> Bools:
+        """Return whether the sample of each item was removed: (N,) bool."""
+        if not len(self.removed):
+            return np.zeros(self.num_rows(modality), bool)
+        return np.isin(self.items(modality, columns=["sample"])["sample"].to_numpy(), self.removed)
+
     def key(self, sample: int) -> str:
         """Return the key of one sample; reads the block that holds it."""
         key: str = self.block(SAMPLES, sample // BLOCK, columns=["key"])["key"][sample % BLOCK].as_py()
@@ -343,8 +356,9 @@ def describe_cache(cache: Cache) -> str:
     """Return one line with the number of samples and items, the source and the chunk size."""
     items = ", ".join(f"{count:,} {noun(modality)}" for modality, count in cache.info.num_items.items())
     source = f"{cache.info.source.get('type')} {cache.info.source.get('path', '')}".strip()
+    removed = f" ({cache.info.removed['num_samples']:,} removed)" if cache.info.removed else ""
     return (
-        f"{cache.path}: {cache.info.num_samples:,} samples with {items}, from {source}; "
+        f"{cache.path}: {cache.info.num_samples:,} samples{removed} with {items}, from {source}; "
         f"chunks of {cache.info.chunk_size:,}, format {cache.info.format}"
     )
 
@@ -387,6 +401,9 @@ def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list
     counts = sorted(pc.value_counts(kinds).to_pylist(), key=lambda entry: -entry["counts"])
     lines = []
     for kind, count in (entry.values() for entry in counts):
+        if kind == REMOVED:
+            lines.append(f"  {count:,} removed")
+            continue
         lines.append(f"  {count:,} failed: {kind}")
         members = np.flatnonzero(pc.equal(kinds, kind))[:num_shown]
         shown = zip(rows[members].tolist(), reasons.take(pa.array(members)).to_pylist(), strict=True)

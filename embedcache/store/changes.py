@@ -12,6 +12,7 @@ from embedcache.modalities import FILE_MODALITIES
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.layout import CacheInfo
+from embedcache.store.removed import RemovedSamples, read_removed
 from embedcache.store.tables import BATCH, digest_input, read_samples
 
 
@@ -24,12 +25,14 @@ class SourceChanges:
         relocated: modality -> row -> new location of the item's bytes, or their new length; empty if there are none.
         num_new: number of samples that the cache does not have.
         new_digest: SHA-256 of those samples.
+        num_removed: number of samples that were removed from the cache, and that the source still has.
     """
 
     digests: Sequence[str]
     relocated: dict[str, dict[int, FileItem]] = field(default_factory=dict)
     num_new: int = 0
     new_digest: str = ""
+    num_removed: int = 0
 
 
 def find_changes(
@@ -45,13 +48,15 @@ def find_changes(
 
     The samples of each segment must come in its order; new samples may be anywhere between them, as new files in a
     sorted folder do; `on_new` gets them in batches. Beyond the first `max_new` they are ignored, and the source is read
-    only until those and the cache's own samples were found.
+    only until those and the cache's own samples were found. Samples that were removed from the cache are passed over.
 
     Raises:
         FingerprintError: a sample is missing or out of order, or has other captions or files.
     """
     bounds = pairwise(accumulate((segment.num_samples for segment in info.all_segments), initial=0))
-    segments = [_SegmentReader(cache_path, info, range(start, stop)) for start, stop in bounds]
+    removed = read_removed(cache_path, info)
+    segments = [_SegmentReader(cache_path, info, range(start, stop), removed) for start, stop in bounds]
+    num_removed = 0
     new, relocated = _DigestBuffer(on_new), defaultdict[str, dict[int, FileItem]](dict)
     progress.start("comparing samples", info.num_samples, "samples")
     for sample in samples:
@@ -59,6 +64,8 @@ def find_changes(
         if segment is not None:
             for modality, moved in segment.compare(sample).items():
                 relocated[modality] |= moved
+        elif removed.row_of(sample.key) is not None:
+            num_removed += 1
         elif new.count != max_new:
             new.add(sample)
         progress.advance(1)
@@ -73,6 +80,7 @@ def find_changes(
         relocated=dict(relocated),
         num_new=new.count,
         new_digest=new.digest.hexdigest(),
+        num_removed=num_removed,
     )
 
 
@@ -112,10 +120,12 @@ class _DigestBuffer:
 class _SegmentReader:
     """Reader of one segment of a cache, in step with the samples of the source."""
 
-    def __init__(self, cache_path: Path, info: CacheInfo, rows: range) -> None:
+    def __init__(self, cache_path: Path, info: CacheInfo, rows: range, removed: RemovedSamples) -> None:
         self.buffer = _DigestBuffer(lambda _: None)
         self._cache_path, self._info = cache_path, info
-        self._stored = read_samples(cache_path, info.num_items, rows)
+        left_out = set(removed.rows.tolist())
+        stored = read_samples(cache_path, info.num_items, rows)
+        self._stored = (sample for row, sample in zip(rows, stored, strict=False) if row not in left_out)
         self._next = next(self._stored, None)
 
     @property

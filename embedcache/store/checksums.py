@@ -106,6 +106,6 @@ def check_rows(rows: pa.Table, checksums: Mapping[str, str], first_row: int, blo
         last = first_row + len(rows) - 1
         raise CorruptError(
             f"{path}: column {changed!r} has changed since it was written, in rows {first_row:,} to {last:,}; if an "
-            "--extend or --retry-failed was interrupted, run it again; else restore the file, or extract into a new "
-            "folder"
+            "--extend, --retry-failed or cache remove was interrupted, run it again; else restore the file, or extract "
+            "into a new folder"
         )

@@ -25,6 +25,9 @@ from embedcache.store.tables import read_table
 NOT_YET = "not extracted yet"
 """Reason of a row that was appended to a committed chunk: the next extraction encodes it."""
 
+REMOVED = "removed"
+"""Reason of an item whose sample was removed from the cache."""
+
 _FAILURE = "failure of "
 _METADATA_KEY = b"embedcache"
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 
-from embedcache.errors import FingerprintError, PathError, SettingError, SourceError
+from embedcache.errors import FingerprintError, PathError, SettingError, SourceError, UnfinishedError
 from embedcache.files import (
     LOCK,
     disk_errors,
@@ -23,13 +23,15 @@ from embedcache.files import (
 )
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import check_same, read_json, write_json
+from embedcache.provenance import check_same, digest, read_json, write_json
 from embedcache.sources.base import Sample, Source
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.cache import Cache
 from embedcache.store.changes import SourceChanges, find_changes, source_changed
 from embedcache.store.layout import (
     DEFAULT_CHUNK_SIZE,
+    INTERRUPTED_REMOVAL,
+    SUBSET,
     CacheInfo,
     Segment,
     TableVersion,
@@ -37,12 +39,13 @@ from embedcache.store.layout import (
     info_path,
     items_path,
     read_info,
+    removing_path,
     samples_path,
     write_info,
 )
 from embedcache.store.tables import BATCH, ITEM_SCHEMAS, TableWriter, digest_input, item_tables
 
-_CACHE_FILES = {LOCK, "cache.json", "mending.json", "samples.parquet", *ITEM_SCHEMAS}
+_CACHE_FILES = {LOCK, "cache.json", "mending.json", "removed.parquet", "samples.parquet", *ITEM_SCHEMAS}
 
 
 def index(
@@ -72,6 +75,7 @@ def index(
         PathError: the folder contains other files, or the path is a file.
         FingerprintError: the cache belongs to another source, the source changed, or the chunk size differs.
         SettingError: the chunk size is below 1, or the limit below the samples of a cache with features.
+        UnfinishedError: a removal of samples was interrupted.
         SourceError: there are no samples, a key is not unique, or a column has incompatible types.
     """
     progress = progress or NullProgress()
@@ -82,22 +86,24 @@ def index(
         if not exists:
             make_folder(cache_path)
             _check_no_other_files(cache_path)
+    if not is_remote(cache_path) and removing_path(cache_path).is_file():
+        raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
     if exists:
         info = read_info(cache_path)
         _check_chunk_size(cache_path, info, chunk_size)
         _check_limit(cache_path, info, limit)
-        if _is_unchanged(source, cache_path, info, chunk_size, limit, progress):
+        if _is_unchanged(source, cache_path, info, chunk_size, _max_new(info, limit, extend=extend), progress):
             return info
     with locked(cache_path), disk_errors(cache_path):  # check again: another process may have been first
         if not info_path(cache_path).is_file():
             return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, limit, progress)
         info = read_info(cache_path)
-        if _has_features(cache_path):
+        if _has_features(cache_path) or info.is_partial:
             _check_chunk_size(cache_path, info, chunk_size)
             return _update(
                 source, cache_path, limit=limit, extend=extend, accept_replaced=accept_replaced, progress=progress
             )
-        if _is_unchanged(source, cache_path, info, chunk_size, limit, progress):
+        if _is_unchanged(source, cache_path, info, chunk_size, _max_new(info, limit, extend=extend), progress):
             return info
         info_path(cache_path).unlink()  # the manifest first: without it the tables do not exist
         flush(cache_path)
@@ -142,21 +148,34 @@ def _check_limit(cache_path: Path, info: CacheInfo, limit: int | None) -> None:
 
 
 def _is_unchanged(
-    source: Source, cache_path: Path, info: CacheInfo, chunk_size: int | None, limit: int | None, progress: Progress
+    source: Source, cache_path: Path, info: CacheInfo, chunk_size: int | None, max_new: int | None, progress: Progress
 ) -> bool:
     """Return whether a cache has the chunk size and the samples of its source, and no update of it was interrupted."""
-    if chunk_size not in (None, info.chunk_size) or _update_path(cache_path).is_file():
+    if chunk_size not in (None, info.chunk_size) or update_path(cache_path).is_file():
         return False
-    if len(info.all_segments) == 1:
+    if len(info.all_segments) == 1 and not info.is_partial:
+        limit = None if max_new is None else info.num_samples + max_new
         return _digest(source, "checking samples", info.num_samples, limit, _count_only, progress) == info.index_digest
-    max_new = None if limit is None else limit - info.num_samples
     try:
         changes = find_changes(
             cache_path, info, source.samples(), on_new=_count_only, max_new=max_new, progress=progress
         )
     except FingerprintError:
         return False  # raised again by `_update`, under the lock
-    return not changes.num_new and _has_digests(info, changes)
+    _note_removed(changes, progress)
+    return not (changes.num_new or changes.relocated) and _has_digests(info, changes)
+
+
+def _max_new(info: CacheInfo, limit: int | None, *, extend: bool) -> int | None:
+    """Return how many new samples matter at most: a cache that was cut has fewer than its source by intention."""
+    if SUBSET in info.source and not extend:
+        return 0
+    return None if limit is None else limit - info.num_samples
+
+
+def _note_removed(changes: SourceChanges, progress: Progress) -> None:
+    if changes.num_removed:
+        progress.note(f"left out {changes.num_removed:,} samples of the source that were removed from this cache")
 
 
 def _digest(
@@ -184,7 +203,7 @@ def _digest(
 
 
 def _create(source: Source, cache_path: Path, chunk_size: int, limit: int | None, progress: Progress) -> CacheInfo:
-    with _scratch_folder(cache_path) as folder:
+    with scratch_folder(cache_path) as folder:
         writer = TableWriter(folder, chunk_size)
         index_digest = _digest(source, "indexing", 0, limit, writer.add, progress)
         if not writer.num_samples:
@@ -201,7 +220,7 @@ def _create(source: Source, cache_path: Path, chunk_size: int, limit: int | None
             table_digests=writer.digests,
             table_checksums=writer.checksums,
         )
-        _put_tables(folder, cache_path)
+        put_tables(folder, cache_path)
     write_info(cache_path, info)
     return info
 
@@ -212,8 +231,8 @@ def _update(
     """Compare a source with a cache that has features, and write the changes that are allowed."""
     info = read_info(cache_path)  # read again: another process may have written the changes before we got the lock
     _check_limit(cache_path, info, limit)
-    max_new = None if limit is None else limit - info.num_samples
-    with _scratch_folder(cache_path) as folder:
+    max_new = _max_new(info, limit, extend=extend)
+    with scratch_folder(cache_path) as folder:
         extended = _ExtendedTables(cache_path, info, folder / "longer")
         on_new = extended.add if extend else _count_only
         changes = find_changes(cache_path, info, source.samples(), on_new=on_new, max_new=max_new, progress=progress)
@@ -221,24 +240,27 @@ def _update(
         if not (changes.num_new or has_replaced):
             if not _has_digests(info, changes):
                 raise source_changed(cache_path, info, "columns or languages of its samples differ")
-            _update_path(cache_path).unlink(missing_ok=True)
+            update_path(cache_path).unlink(missing_ok=True)
             return info
         _check_allowed(cache_path, info, changes, extend=extend, accept_replaced=accept_replaced)
         tables, num_items, digests, checksums = extended.close()
         if has_replaced:
-            write_json(_update_path(cache_path), list(changes.digests))
+            write_json(update_path(cache_path), list(changes.digests))
             writer = TableWriter(folder / "moved", info.chunk_size)
             writer.copy(tables, info.num_samples + changes.num_new, changes.relocated, checksums)
             tables, num_items, digests, checksums = folder / "moved", writer.close(), writer.digests, writer.checksums
         if tables != cache_path:
-            _put_tables(tables, cache_path)
-    segments = [replace(segment, digest=now) for segment, now in zip(info.all_segments, changes.digests, strict=True)]
+            put_tables(tables, cache_path)
+    segments = [
+        replace(segment, digest=_joined(segment.digest, now, changes) if info.is_partial else now)
+        for segment, now in zip(info.all_segments, changes.digests, strict=True)
+    ]
     if changes.num_new:
         segments.append(Segment(num_samples=changes.num_new, digest=changes.new_digest))
     version = TableVersion(index_digest=info.index_digest, num_items=info.num_items)
     info = replace(
         info,
-        index_digest=combined_digest(segments),
+        index_digest=combined_digest(segments, info.removed),
         num_samples=info.num_samples + changes.num_new,
         num_items=num_items,
         table_digests=digests,
@@ -247,8 +269,13 @@ def _update(
         earlier_versions=(*info.earlier_versions, version),
     )
     write_info(cache_path, info)
-    _update_path(cache_path).unlink(missing_ok=True)
+    update_path(cache_path).unlink(missing_ok=True)
     return info
+
+
+def _joined(before: str, now: str, changes: SourceChanges) -> str:
+    """Return the digest of a segment of which the source's samples are only a part: it follows what was replaced."""
+    return digest([before, now]) if changes.relocated else before
 
 
 class _ExtendedTables:
@@ -256,7 +283,7 @@ class _ExtendedTables:
 
     def __init__(self, cache_path: Path, info: CacheInfo, folder: Path) -> None:
         self._cache_path, self._info, self._folder = cache_path, info, folder
-        self._checksums = {} if _update_path(cache_path).is_file() else info.table_checksums  # else older than the rows
+        self._checksums = {} if update_path(cache_path).is_file() else info.table_checksums  # else older than the rows
         self._writer: TableWriter | None = None
 
     def add(self, batch: list[Sample]) -> None:
@@ -276,19 +303,20 @@ def _count_only(_: list[Sample]) -> None:
     """Ignore new samples."""
 
 
-def _update_path(cache_path: Path) -> Path:
+def update_path(cache_path: Path) -> Path:
     """Return the file that exists while tables with replaced items are written."""
     return cache_path / "mending.json"
 
 
 def _is_interrupted(cache_path: Path, info: CacheInfo, changes: SourceChanges) -> bool:
     """Return whether a process was killed after it wrote tables with replaced items and before `cache.json`."""
-    path = _update_path(cache_path)
-    return not _has_digests(info, changes) and path.is_file() and read_json(path) == list(changes.digests)
+    path, is_written = update_path(cache_path), _has_digests(info, changes) and not info.is_partial
+    return not is_written and path.is_file() and read_json(path) == list(changes.digests)
 
 
 def _has_digests(info: CacheInfo, changes: SourceChanges) -> bool:
-    return list(changes.digests) == [segment.digest for segment in info.all_segments]
+    """Return whether the source has the samples that were indexed; of a part of them, keys and items are compared."""
+    return info.is_partial or list(changes.digests) == [segment.digest for segment in info.all_segments]
 
 
 def _check_allowed(
@@ -322,7 +350,7 @@ def _used_rows(cache_path: Path, info: CacheInfo, modality: str, rows: Sequence[
 
 
 @contextmanager
-def _scratch_folder(cache_path: Path) -> Iterator[Path]:
+def scratch_folder(cache_path: Path) -> Iterator[Path]:
     """Create a local folder for unfinished tables, beside those of the cache if possible."""
     if is_remote(cache_path):
         with tempfile.TemporaryDirectory() as name:
@@ -336,7 +364,8 @@ def _scratch_folder(cache_path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _put_tables(folder: Path, cache_path: Path) -> None:
+def put_tables(folder: Path, cache_path: Path) -> None:
+    """Move finished tables to their places in a cache."""
     put_file(samples_path(folder), samples_path(cache_path))
     new = item_tables(folder)
     for modality in new:

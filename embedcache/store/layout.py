@@ -18,6 +18,9 @@ from embedcache.provenance import (
 )
 
 FORMAT_VERSION = 1
+SUBSET = "subset"
+"""Key in the description of a source that tells that the cache was cut from one with more samples of it."""
+
 SAMPLES = "samples"
 """Name of the sample table, where item tables are named by their modality."""
 
@@ -25,7 +28,7 @@ DEFAULT_CHUNK_SIZE = 2048
 _MAX_ROWS = 2**40
 _STORED_NAMES = {"index_digest": "spine", "segments": "parts", "earlier_versions": "earlier", "table_digests": "tables"}
 _STORED_NAMES |= {"table_checksums": "checksums"}
-_OMITTED_IF_EMPTY = ("parts", "earlier", "tables", "checksums")
+_OMITTED_IF_EMPTY = ("parts", "earlier", "tables", "checksums", "removed")
 _UNCHECKED = ("source",)
 """Keys that the digest leaves out: the path of a source that has moved may be corrected by hand."""
 
@@ -61,6 +64,8 @@ class CacheInfo:
         table_digests: `samples` or a modality -> digest of the keys, or of its items, in row order.
         table_checksums: `samples` or a modality -> column -> CRC-32C of its values, 8 hex digits per block: 65,536
             samples, or the items of a chunk; absent from the first caches.
+        removed: of a cache from which samples were removed, `num_samples`, their number, and `digest`, the SHA-256 of
+            `removed.parquet`, which lists their rows.
         has_digests: whether `cache.json` and the commits hold digests of metadata; caches of the first versions do not,
             and stay as they are.
     """
@@ -75,7 +80,13 @@ class CacheInfo:
     earlier_versions: Sequence[TableVersion] = ()
     table_digests: Mapping[str, str] = field(default_factory=dict)
     table_checksums: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    removed: Mapping[str, Any] = field(default_factory=dict)
     has_digests: bool = True
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the source may have samples that the cache leaves out: it was cut, or samples were removed."""
+        return bool(self.removed) or SUBSET in self.source
 
     @property
     def all_segments(self) -> list[Segment]:
@@ -112,9 +123,10 @@ class CacheInfo:
         return [*self.earlier_versions, TableVersion(index_digest=self.index_digest, num_items=self.num_items)]
 
 
-def combined_digest(segments: Sequence[Segment]) -> str:
-    """Return the index digest of a cache with these segments."""
-    return segments[0].digest if len(segments) == 1 else digest([segment.digest for segment in segments])
+def combined_digest(segments: Sequence[Segment], removed: Mapping[str, Any] | None = None) -> str:
+    """Return the index digest of a cache with these segments, from which samples may have been removed."""
+    digests = [segment.digest for segment in segments] + ([removed["digest"]] if removed else [])
+    return digests[0] if len(digests) == 1 else digest(digests)
 
 
 def info_path(cache_path: Path) -> Path:
@@ -130,6 +142,19 @@ def samples_path(cache_path: Path) -> Path:
 def items_path(cache_path: Path, modality: str) -> Path:
     """Return the path of the item table of a modality."""
     return cache_path / modality / "items.parquet"
+
+
+def removed_path(cache_path: Path) -> Path:
+    """Return the path of the table of removed samples."""
+    return cache_path / "removed.parquet"
+
+
+def removing_path(cache_path: Path) -> Path:
+    """Return the table of the samples that are being removed, which exists until their removal is finished."""
+    return cache_path / "removing.parquet"
+
+
+INTERRUPTED_REMOVAL = "a removal of samples was interrupted; run the same embedcache cache remove again"
 
 
 def encoder_path(cache_path: Path, modality: str, encoder: str) -> Path:
@@ -202,7 +227,7 @@ def _parse(values: Mapping[str, Any]) -> CacheInfo:
             if modality not in MODALITIES:
                 raise ValueError(f"num_items: expected one of {', '.join(MODALITIES)}, got {modality!r}")
             _check_count(f"num_items of {modality}", count)
-    objects = (info.source, info.table_digests, info.table_checksums, *info.table_checksums.values())
+    objects = (info.source, info.removed, info.table_digests, info.table_checksums, *info.table_checksums.values())
     if not all(isinstance(value, Mapping) for value in objects):
         raise TypeError("expected objects as source, tables and checksums")
     return info

@@ -12,10 +12,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, SourceError, one_line
 from embedcache.files import io_reason, is_remote
 from embedcache.modalities import FILE_MODALITIES, MODALITIES
@@ -161,18 +163,22 @@ class TableWriter:
         num_samples: int,
         relocated: Mapping[str, Mapping[int, FileItem]],
         checksums: Mapping[str, Mapping[str, str]],
+        *,
+        removed: Ints | None = None,
     ) -> None:
         """Copy the first samples of a cache's tables; some rows of a modality have a new location of their bytes.
 
-        `checksums` are those of the tables: the copy of a damaged table would be called intact. Raises `CorruptError`.
+        `checksums` are those of the tables: the copy of a damaged table would be called intact. `removed` are rows of
+        samples of which nothing is copied but that they exist. Raises `CorruptError`.
         """
+        removed = np.empty(0, np.int64) if removed is None else removed
         old = TableChecksums(BLOCK)
         with open_table(samples_path(cache_path)) as file:
             is_longer = file.metadata.num_rows > num_samples  # by an --extend that was killed: columns may be wider
             for batch in file.iter_batches(BATCH, use_threads=False):
                 rows = pa.table(batch).slice(0, num_samples - self._samples.num_rows)
                 old.update(rows)
-                self._samples.write(rows)
+                self._samples.write(_without_samples(rows, self._samples.num_rows, removed))
         _check_copy(old, {} if is_longer else checksums.get("samples", {}), samples_path(cache_path))
         for modality in item_tables(cache_path):
             writer, moved, old = self._writer(modality), relocated.get(modality, {}), TableChecksums(self._chunk_size)
@@ -181,7 +187,7 @@ class TableWriter:
                     table = file.read_row_group(group, use_threads=False)
                     table = table.filter(pc.less(table["sample"], num_samples))
                     old.update(table)
-                    writer.write(_relocate(table, writer.num_rows, moved))
+                    writer.write(_relocate(_without_items(table, removed), writer.num_rows, moved))
             _check_copy(old, checksums.get(modality, {}), items_path(cache_path, modality))
         self.num_samples = num_samples
 
@@ -329,6 +335,41 @@ def _column(values: list[Any]) -> pa.Array:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types: keep them as text
         return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def _without_samples(table: pa.Table, first_row: int, removed: Ints) -> pa.Table:
+    """Replace the keys of removed samples, and their other columns by null."""
+    rows = removed[(removed >= first_row) & (removed < first_row + len(table))] - first_row
+    if not len(rows):
+        return table
+    is_removed, keys = np.zeros(len(table), bool), np.full(len(table), None)
+    is_removed[rows], keys[rows] = True, [removed_key(first_row + row) for row in rows.tolist()]
+    mask, nulls = pa.array(is_removed), {field.name: pa.scalar(None, field.type) for field in table.schema}
+    columns = {name: pc.if_else(mask, null, table[name]) for name, null in nulls.items() if name != "key"}
+    return pa.table({"key": pc.if_else(mask, pa.array(keys, pa.string()), table["key"]), **columns}, table.schema)
+
+
+def removed_key(row: int) -> str:
+    """Return the key in the place of that of a removed sample."""
+    return f"removed-{row}"
+
+
+_NOTHING = {"path": "", "offset": 0, "length": 0, "text": ""}
+"""Columns of an item of a removed sample; those that may be null are."""
+
+
+def _without_items(table: pa.Table, removed: Ints) -> pa.Table:
+    """Replace all of the items of removed samples but the sample."""
+    is_removed = np.isin(table["sample"].to_numpy(), removed)
+    if not is_removed.any():
+        return table
+    mask = pa.array(is_removed)
+    columns = {
+        field.name: pc.if_else(mask, pa.scalar(_NOTHING.get(field.name), field.type), table[field.name])
+        for field in table.schema
+        if field.name != "sample"
+    }
+    return pa.table({"sample": table["sample"], **columns}, table.schema)
 
 
 def _relocate(table: pa.Table, first_row: int, relocated: Mapping[int, FileItem]) -> pa.Table:

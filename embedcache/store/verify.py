@@ -23,7 +23,18 @@ from embedcache.store.commits import Commit, hash_item, read_commit
 from embedcache.store.compacted import check_compacted, read_stamps, table_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import ATTRIBUTE, EncoderGroup, feature_metadata, open_group, read_feature, token_metadata
-from embedcache.store.layout import FORMAT_VERSION, commit_path, fit_path, items_path, samples_path
+from embedcache.store.layout import (
+    FORMAT_VERSION,
+    INTERRUPTED_REMOVAL,
+    SAMPLES,
+    commit_path,
+    fit_path,
+    items_path,
+    removed_path,
+    removing_path,
+    samples_path,
+)
+from embedcache.store.removed import read_removed
 from embedcache.store.tables import TableDigest, open_table, table_errors
 
 _REORDERED = "its rows or their order changed since they were indexed; restore the file, or extract into a new folder"
@@ -70,7 +81,7 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
     between two encoders. Memory: one chunk.
     """
     progress = progress or NullProgress()
-    findings, features = list(_check_tables(cache)), []
+    findings, features = [*_check_removed(cache), *check_tables(cache)], []
     without_rows = {finding.modality for finding in findings if finding.reason != _REORDERED}
     for modality in cache.info.num_items:
         if modality in without_rows:
@@ -95,7 +106,18 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
     return findings
 
 
-def _check_tables(cache: Cache) -> Iterator[Finding]:
+def _check_removed(cache: Cache) -> Iterator[Finding]:
+    """Check the table of removed samples, and that no removal was interrupted."""
+    finding = partial(Finding, modality=SAMPLES, encoder="", chunk=-1, can_repair=False)
+    try:
+        read_removed(cache.path, cache.info)
+    except (CorruptError, PathError) as error:
+        yield finding(name=removed_path(cache.path).name, reason=str(error))
+    if removing_path(cache.path).is_file():
+        yield finding(name=removing_path(cache.path).name, reason=INTERRUPTED_REMOVAL)
+
+
+def check_tables(cache: Cache) -> Iterator[Finding]:
     """Compare the tables with their numbers of rows, and with their digests, which the first caches lack."""
     for name, num_rows in {"samples": cache.info.num_samples, **cache.info.num_items}.items():
         is_samples = name == "samples"

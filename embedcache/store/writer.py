@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from embedcache.errors import ArtifactError, CorruptError, DataError, Fingerprin
 from embedcache.files import locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import digest
-from embedcache.store.arrays import fill_value, write_chunk, write_metadata
+from embedcache.store.arrays import chunk_path, fill_value, write_chunk, write_metadata
 from embedcache.store.commits import NOT_YET, Commit, remove_commit, write_commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, chunk_shape, read_feature, token_metadata
@@ -147,6 +148,18 @@ def _remove_features(group: EncoderGroup, before: Commit, features: Collection[s
     if len(remaining.features) < len(before.features):
         write_commit(group.path, replace(remaining, index_digest=group.info.index_digest))
     return remaining
+
+
+def chunk_files(group: EncoderGroup, feature: str, chunk: int) -> list[Path]:
+    """Return the files in which a feature of a chunk is written, whether they exist or not."""
+    attributes, path = read_feature(group, feature), group.path / feature
+    item_shape, size = tuple(attributes["item_shape"]), group.info.chunk_size
+    if item_shape[0] < 0:
+        values = path / "values" / f"{chunk:05d}"
+        return [chunk_path(path / "lengths", chunk, 1), chunk_path(values, 0, 2), values / "zarr.json"]
+    shape = chunk_shape(group.info, item_shape, attributes["dtype"])
+    per_chunk = size // shape[0]
+    return [chunk_path(path, chunk * per_chunk + number, len(shape)) for number in range(per_chunk)]
 
 
 def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Sequence[Array | None]) -> dict[str, str]:

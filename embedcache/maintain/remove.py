@@ -1,0 +1,238 @@
+"""Removing samples, as after a takedown or a withdrawn consent, from a cache and from what was made of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from embedcache.arrays import Ints
+from embedcache.errors import DataError, PathError, SettingError, UnfinishedError
+from embedcache.files import is_remote, open_path, remove_partials
+from embedcache.maintain.files import remove_from, remove_from_run
+from embedcache.maintain.settings import RemoveSettings
+from embedcache.modalities import MODALITIES, noun
+from embedcache.progress import NullProgress, Progress
+from embedcache.provenance import record_stage
+from embedcache.search.index import IndexCard, build_index, read_card
+from embedcache.search.settings import IndexSettings
+from embedcache.store.cache import Cache
+from embedcache.store.layout import INTERRUPTED_REMOVAL, read_info
+from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
+from embedcache.store.removed import read_removed
+from embedcache.store.rows import find_keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovalPlan:
+    """What a removal would do.
+
+    Args:
+        rows: rows of the samples that the cache has, ascending.
+        num_before: how many of the keys were removed before.
+        num_items: modality -> number of items of the samples.
+        num_chunks: `modality/encoder` -> number of chunks that are written again.
+        outputs: indexes, selections, exports and runs from which the samples are removed.
+        is_resumed: whether the same removal was interrupted, and is finished.
+    """
+
+    cache: Path
+    rows: Ints
+    num_before: int
+    num_items: dict[str, int]
+    num_chunks: dict[str, int]
+    outputs: Sequence[Path]
+    is_resumed: bool = False
+
+    def lines(self) -> list[str]:
+        """Return the plan as lines."""
+        items = ", ".join(f"{count:,} {noun(modality)}" for modality, count in self.num_items.items())
+        known = f"; {self.num_before:,} were removed before" if self.num_before else ""
+        lines = [f"{self.cache}: {len(self.rows):,} samples with {items or 'no items'}{known}"]
+        lines += ["an interrupted removal of them is finished"] if self.is_resumed else []
+        lines += [f"{name}: {count:,} chunks are written again" for name, count in self.num_chunks.items()]
+        return [*lines, *(f"{path}: the samples are removed from it too" for path in self.outputs)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovalReport:
+    """Result of a removal.
+
+    Args:
+        num_samples: samples that were removed from the cache now.
+        num_before: samples that had been removed before.
+        indexes: index -> recall@10 and number of vectors, before and after.
+        entries: selection, export or run -> number of entries that were removed from it.
+    """
+
+    cache: Path
+    num_samples: int
+    num_before: int
+    indexes: dict[str, dict[str, float]] = field(default_factory=dict)
+    entries: dict[str, int] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """Return the result as lines."""
+        known = f"; {self.num_before:,} were removed before" if self.num_before else ""
+        lines = [f"{self.cache}: removed {self.num_samples:,} samples{known}"]
+        lines += [
+            f"{path}: {entry['num_vectors']:,} vectors, before {entry['num_vectors_before']:,}; recall@10 "
+            f"{entry['recall_at_10']:.3f}, before {entry['recall_at_10_before']:.3f}"
+            for path, entry in self.indexes.items()
+        ]
+        return [*lines, *(f"{path}: removed {count:,} entries" for path, count in self.entries.items())]
+
+
+def plan_removal(cache_path: Path | str, keys: Sequence[str], settings: RemoveSettings | None = None) -> RemovalPlan:
+    """Return what `remove_samples` would do, which changes nothing; the arguments and errors are its own."""
+    settings = settings or RemoveSettings()
+    path = _local(cache_path)
+    rows, _, num_before, is_resumed = _find(path, keys)
+    num_items: dict[str, int] = {}
+    num_chunks: dict[str, int] = {}
+    if len(rows) and not is_resumed:
+        cache = Cache(path)
+        for erased in find_chunks(cache, rows):
+            num_chunks[f"{erased.group.modality}/{erased.group.name}"] = len(erased.rows)
+        for modality in cache.info.num_items:
+            of_items = cache.items(modality, columns=["sample"])["sample"].to_numpy()
+            num_items[modality] = int(np.isin(of_items, rows).sum())
+    outputs = [*settings.indexes, *settings.selections, *settings.exports, *settings.runs]
+    for output in outputs:
+        if not output.exists():
+            raise PathError(f"{output} does not exist")
+    return RemovalPlan(
+        cache=path,
+        rows=rows,
+        num_before=num_before,
+        num_items=num_items,
+        num_chunks=num_chunks,
+        outputs=outputs,
+        is_resumed=is_resumed,
+    )
+
+
+def remove_samples(
+    cache_path: Path | str,
+    keys: Sequence[str],
+    settings: RemoveSettings | None = None,
+    *,
+    progress: Progress | None = None,
+) -> RemovalReport:
+    """Remove samples from a cache, and from indexes, selections, exports and runs that name them.
+
+    The rows of all other samples stay. Of a removed one nothing is left in these files: no key, caption, column, path,
+    hash or vector, of encoders, views and derived features alike. Its row remains, without features, for the reason
+    `removed`. The same call finishes one that was killed. Memory: the keys, and a chunk of the features.
+
+    Args:
+        cache_path: local cache.
+        keys: keys of the samples; those that were removed before are passed over.
+        settings: where else the samples are, and what is recorded of their keys.
+        progress: shows the number of items that are written again.
+
+    Raises:
+        DataError: the cache has no sample of a key, and none was removed.
+        SettingError: the cache is behind a URL, or an index is of another cache.
+        UnfinishedError: another removal was interrupted.
+        CorruptError: a table or a chunk of these samples is damaged; nothing is changed.
+        PathError: a file is none that samples can be removed from.
+    """
+    settings, progress = settings or RemoveSettings(), progress or NullProgress()
+    plan = plan_removal(cache_path, keys, settings)
+    path = plan.cache
+    cards = {index: _open_card(index, path) for index in settings.indexes}
+    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+    request = {"record_keys": settings.record_keys, "outputs": [str(output) for output in plan.outputs]}
+    with record_stage(path / "records" / f"remove-{started}.json", "remove", request) as outcome:
+        if len(plan.rows):
+            if not plan.is_resumed:
+                start_removal(Cache(path), plan.rows, _find(path, keys)[1])
+            apply_removal(path, settings.record_keys, progress=progress)
+        indexes = {str(index): _purge(path, index, card, progress) for index, card in cards.items()}
+        entries = {str(output): remove_from(output, set(keys)) for output in _with_removed(settings)}
+        entries |= {str(run): remove_from_run(run, set(keys), read_info(path)) for run in settings.runs}
+        report = RemovalReport(
+            cache=path,
+            num_samples=len(plan.rows),
+            num_before=plan.num_before,
+            indexes=indexes,
+            entries=entries,
+        )
+        if len(plan.rows) or any(entries.values()):
+            rows, spine = plan.rows.tolist(), read_info(path).index_digest
+            outcome |= {"num_samples": len(rows), "rows": rows, "spine": spine, "num_chunks": plan.num_chunks}
+            outcome |= {"indexes": indexes, "entries": entries}
+    if len(plan.rows):
+        finish_removal(path)
+    return report
+
+
+def _local(cache_path: Path | str) -> Path:
+    path = open_path(cache_path)
+    if is_remote(path):
+        raise SettingError(
+            f"{cache_path}: expected a local cache, got a URL; copy it to a disk, remove the samples there, and "
+            "replace the copy behind the URL"
+        )
+    return path
+
+
+def _find(cache_path: Path, keys: Sequence[str]) -> tuple[Ints, list[str], int, bool]:
+    """Return the rows of the keys that the cache has, these keys, how many were removed before, and if all are pending.
+
+    A removal that was interrupted may have replaced the keys already, so they are looked for there first.
+    """
+    unique = list(dict.fromkeys(keys))
+    if not unique:
+        raise DataError("expected keys of samples to remove, got none")
+    pending = read_pending(cache_path)
+    if pending is not None:
+        rows = [pending.row_of(key) for key in unique]
+        found = np.array([row for row in rows if row is not None], np.int64)
+        if not np.array_equal(np.sort(found), pending.rows):
+            raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
+        return pending.rows, [], len(unique) - len(found), True
+    cache = Cache(cache_path)
+    removed = read_removed(cache_path, cache.info)
+    found = find_keys(cache, unique)
+    unknown = [key for key, row in zip(unique, found.tolist(), strict=True) if row < 0 and removed.row_of(key) is None]
+    if unknown:
+        raise DataError(
+            f"expected keys of {cache_path}, got {len(unknown):,} of {len(unique):,} that it does not have, first "
+            f"{unknown[0]!r}; nothing is removed"
+        )
+    order = np.argsort(found)[int((found < 0).sum()) :]
+    return found[order], [unique[place] for place in order.tolist()], int((found < 0).sum()), False
+
+
+def _open_card(index_path: Path, cache_path: Path) -> IndexCard:
+    card = read_card(index_path)
+    if not read_info(cache_path).has_rows_of(card.index_digest):
+        raise SettingError(f"index: expected an index of {cache_path}, got {index_path}, which is of other samples")
+    return card
+
+
+def _purge(cache_path: Path, index_path: Path, card: IndexCard, progress: Progress) -> dict[str, float]:
+    """Fill an index again without the removed samples; return its recall and size, before and after."""
+    remove_partials(index_path)
+    settings = IndexSettings(
+        modality=MODALITIES[card.modality].name,
+        feature=card.feature,
+        run=None if card.run is None else index_path / card.run,
+        min_recall=min(card.min_recall, card.recall_at_10),
+    )
+    after = build_index(cache_path, index_path, settings, progress=progress)
+    return {
+        "num_vectors_before": card.num_vectors,
+        "num_vectors": after.num_vectors,
+        "recall_at_10_before": card.recall_at_10,
+        "recall_at_10": after.recall_at_10,
+    }
+
+
+def _with_removed(settings: RemoveSettings) -> list[Path]:
+    """Return selections and exports, with the table of removed samples that dedup writes beside a selection."""
+    beside = [path.with_name(f"{path.stem}.removed.parquet") for path in settings.selections]
+    return [*settings.selections, *(path for path in beside if path.is_file()), *settings.exports]

@@ -1,0 +1,268 @@
+"""After a removal no byte of the samples is left, all other rows are the same, and it can be killed at any rename."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnfinishedError
+from embedcache.maintain.files import remove_from
+from embedcache.maintain.remove import plan_removal, remove_samples
+from embedcache.maintain.settings import RemoveSettings
+from embedcache.search.faiss_index import read_index
+from embedcache.search.index import read_card
+from embedcache.search.queries import Queries
+from embedcache.search.search import OpenIndex
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
+from tests.crash import crash_function
+from tests.extract.cases import tree
+from tests.maintain.cases import KEYS, contents_of, make_cache, make_index, make_selection, traces, write_source
+
+SETTINGS = {"indexes": ("index",), "selections": ("kept.parquet", "keys.txt")}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a source, its cache, an index and selections. Not to be changed."""
+    folder = tmp_path_factory.mktemp("remove")
+    cache = make_cache(write_source(folder / "source"), folder / "c")
+    make_index(cache, folder / "index")
+    make_selection(cache, folder / "kept.parquet")
+    (folder / "keys.txt").write_text("".join(f"{key}\n" for key in Cache(cache).column("key").to_pylist()))
+    return folder
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, without the source, which belongs to both."""
+    return Path(shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("source")))
+
+
+def settings_of(folder: Path, **others: Any) -> RemoveSettings:
+    return RemoveSettings(
+        **{name: tuple(folder / path for path in paths) for name, paths in SETTINGS.items()}, **others
+    )
+
+
+def remove(folder: Path) -> None:
+    remove_samples(folder / "c", KEYS, settings_of(folder))
+
+
+@pytest.fixture(scope="module")
+def removed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder after an uninterrupted removal. Not to be changed."""
+    folder = tmp_path_factory.mktemp("removed") / "copy"
+    shutil.copytree(made, folder, ignore=shutil.ignore_patterns("source"))
+    remove(folder)
+    return folder
+
+
+def test_no_byte_is_left(made: Path, removed: Path) -> None:
+    contents = contents_of(made / "c")
+    assert {name for _, name in traces(made / "c", contents)} == {name for name in contents if "float32" not in name}
+    assert ("index/index.faiss", "image/open_toy/cls as float32") in traces(made, contents)
+    assert list(traces(removed, contents)) == []
+    assert verify(Cache(removed / "c")) == []
+
+
+def test_other_rows_are_the_same(made: Path, removed: Path) -> None:
+    before, after = Cache(made / "c"), Cache(removed / "c")
+    assert after.removed.tolist() == [3, 9]
+    others = np.setdiff1d(np.arange(12), after.removed)
+    assert after.samples.take(pa.array(others)).equals(before.samples.take(pa.array(others)))
+    assert after.column("key").take(pa.array(after.removed)).to_pylist() == ["removed-3", "removed-9"]
+    for modality in ("image", "text"):
+        for old, new in zip(before.features(modality), after.features(modality), strict=True):
+            assert new.failures == {3: "removed", 9: "removed"}
+            for one, other in zip(old.gather_tokens(others), new.gather_tokens(others), strict=True):
+                assert (one == other).all()
+    record = json.loads(next((removed / "c" / "records").glob("remove-*.json")).read_text())
+    assert record["outcome"]["rows"] == [3, 9]
+    assert not any(key in json.dumps(record) for key in KEYS)
+
+
+KILLS = [
+    r"c/removing\.parquet",
+    r"c/removed\.parquet",
+    r"c/samples\.parquet",
+    r"c/text/items\.parquet",
+    r"cache\.json",
+    r"removing/image/open_toy/patches/c/0/0/0",
+    r"removing/image/open_toy/chunks/00000\.parquet",
+    r"c/image/open_toy/cls/c/0/0",
+    r"c/image/open_toy/chunks/00000\.parquet",
+    r"c/image/small/chunks/00002\.parquet",
+    r"c/text/open_toy/tokens/values/00002/zarr\.json",
+    r"c/text/open_toy/chunks/00002\.parquet",
+    r"/index\.faiss",
+    r"card\.json",
+    r"kept\.parquet",
+    r"keys\.txt",
+    r"records/remove-.*\.json",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", KILLS)
+def test_killed_removal_is_finished(removed: Path, copy: Path, pattern: str) -> None:
+    crash_function(remove, (copy,), "before", pattern)
+    remove(copy)
+    expected, found = tree(removed), tree(copy)
+    for name in ("index/card.json", "index/record.json"):  # times
+        del expected[name], found[name]
+    assert {name: sha for name, sha in found.items() if not name.startswith("c/records")} == {
+        name: sha for name, sha in expected.items() if not name.startswith("c/records")
+    }
+
+
+def test_interrupted_removal_is_named(made: Path, copy: Path) -> None:
+    crash_function(remove, (copy,), "before", r"c/image/open_toy/cls/c/0/0")
+    with pytest.raises(UnfinishedError, match="a removal of samples was interrupted; run the same embedcache cache"):
+        make_cache(made / "source", copy / "c")
+    with pytest.raises(UnfinishedError, match="a removal of samples was interrupted"):
+        remove_samples(copy / "c", ["00001"])
+    assert [finding.name for finding in verify(Cache(copy / "c")) if finding.chunk < 0] == ["removing.parquet"]
+
+
+def test_source_with_removed_samples_extracts_nothing(made: Path, removed: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(removed / "c", tmp_path / "c"))
+    before = tree(cache)
+    make_cache(made / "source", cache, extend=True)
+    assert tree(cache) == before
+    source = Path(shutil.copytree(made / "source", tmp_path / "source"))
+    shutil.copy(source / "00001.png", source / "00001-new.png")
+    make_cache(source, cache, extend=True)
+    opened = Cache(cache)
+    assert opened.column("key").to_pylist()[9:] == ["removed-9", "00010", "00011", "00001-new"]
+    assert opened.feature("image", "open_toy/cls").valid.sum() == 11
+    assert verify(opened) == []
+
+
+def test_new_encoder_knows_removed_samples(made: Path, removed: Path, tmp_path: Path) -> None:
+    from embedcache.extract.extract import extract
+    from embedcache.sources import open_source
+
+    cache = Path(shutil.copytree(removed / "c", tmp_path / "c"))
+    other = "tests.toy:open_other"
+    extract(open_source(made / "source"), cache, image_encoders=[other], text_encoders=[other])
+    for modality, name in (("image", "open_other/cls"), ("text", "open_other/mean")):
+        assert Cache(cache).feature(modality, name).failures == {3: "removed", 9: "removed"}
+
+
+def test_keys_are_recorded_as_wished(made: Path, copy: Path) -> None:
+    remove_samples(copy / "c", KEYS[:1], RemoveSettings(record_keys="full"))
+    remove_samples(copy / "c", KEYS[1:], RemoveSettings(record_keys="none"))
+    table = pq.read_table(copy / "c" / "removed.parquet")
+    assert table["key"].to_pylist() == [KEYS[0], None]
+    assert [digest is None for digest in table["key_digest"].to_pylist()] == [False, True]
+    assert verify(Cache(copy / "c")) == []
+    with pytest.raises(FingerprintError, match=r"has other samples than this source has now: it has 1 more"):
+        make_cache(made / "source", copy / "c")  # nobody knows that it was removed
+
+
+def test_wrong_requests_change_nothing(copy: Path) -> None:
+    before = tree(copy)
+    with pytest.raises(DataError, match="got 1 of 2 that it does not have, first 'nobody'; nothing is removed"):
+        remove_samples(copy / "c", [KEYS[0], "nobody"])
+    with pytest.raises(DataError, match="expected keys of samples to remove, got none"):
+        remove_samples(copy / "c", [])
+    with pytest.raises(PathError, match="none does not exist"):
+        remove_samples(copy / "c", KEYS, RemoveSettings(indexes=(copy / "none",)))
+    with pytest.raises(SettingError, match="record_keys: expected one of digest, none, full, got 'all'"):
+        RemoveSettings(record_keys="all")  # type: ignore[arg-type]
+    assert plan_removal(copy / "c", KEYS).num_chunks["image/open_toy@flip"] == 2
+    assert tree(copy) == before
+    path = copy / "c" / "image" / "open_toy" / "cls" / "c" / "2" / "0"
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    with pytest.raises(CorruptError, match="repair it with: embedcache verify CACHE --repair"):
+        remove_samples(copy / "c", KEYS)
+    assert not (copy / "c" / "removing.parquet").exists()
+
+
+@pytest.mark.parametrize("factory", ["HNSW8", "IVF2,SQ8", "IVF2,RaBitQ,Refine(SQ8)"])
+def test_index_of_any_kind(copy: Path, factory: str) -> None:
+    index = make_index(copy / "c", copy / "other", factory)
+    report = remove_samples(copy / "c", KEYS, RemoveSettings(indexes=(index,)))
+    assert report.indexes[str(index)]["num_vectors"] == 10
+    assert sorted(read_index(index / "index.faiss").rows.tolist()) == [0, 1, 2, 4, 5, 6, 7, 8, 10, 11]
+    assert read_card(index).index_digest == Cache(copy / "c").info.index_digest
+
+
+def test_index_that_was_not_named_hides_samples(copy: Path) -> None:
+    remove_samples(copy / "c", KEYS)
+    (hits,) = OpenIndex(copy / "index").search(Queries(keys=["00001"]))
+    assert len(hits) == 10
+    assert {3, 9}.isdisjoint(hit.row for hit in hits)
+    assert make_index(copy / "c", copy / "index")
+    assert len(read_index(copy / "index" / "index.faiss")) == 10
+
+
+def test_selection_that_was_not_named_is_told(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from embedcache.dataset.selections import read_selection
+
+    remove_samples(copy / "c", KEYS)
+    with caplog.at_level(logging.WARNING):
+        assert len(read_selection(copy / "kept.parquet", [Cache(copy / "c")])) == 10
+    assert "2 samples of the selection" in caplog.text
+
+
+def test_run_is_told_and_cleaned(
+    cache_path: Path, run_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from embedcache.dataset.splits import read_split
+
+    cache = Path(shutil.copytree(cache_path, tmp_path / "cache"))
+    run = Path(shutil.copytree(run_path, tmp_path / "run"))
+    keys = ["00005", "00207"]
+    remove_samples(cache, keys)
+    with caplog.at_level(logging.WARNING):
+        split = read_split(run / "split.parquet", [Cache(cache)])
+    assert "2 samples of the split" in caplog.text
+    assert [split.parts[row] for row in (5, 207)] == ["", ""]
+    report = remove_samples(cache, keys, RemoveSettings(runs=(run,)))
+    assert report.entries == {str(run): 2}
+    assert [pq.read_table(run / "split.parquet")["key"][row].as_py() for row in (4, 5, 207)] == ["00004", "", ""]
+    assert read_split(run / "split.parquet", [Cache(cache)]).parts == split.parts
+
+
+def test_exports(tmp_path: Path) -> None:
+    vectors = np.arange(12, dtype=np.float16).reshape(4, 3)
+    table = pa.table({"key": ["a", "b", "c", "d"], "caption": ["1", "2", "3", "4"]})
+    folder = tmp_path / "npy"
+    folder.mkdir()
+    pq.write_table(table, folder / "rows.parquet")
+    np.save(folder / "image.npy", vectors)
+    assert remove_from(folder, {"b", "x"}) == 1
+    assert np.load(folder / "image.npy").tolist() == vectors[[0, 2, 3]].tolist()
+    assert pq.read_table(folder / "rows.parquet")["key"].to_pylist() == ["a", "c", "d"]
+    assert remove_from(folder, {"b"}) == 0
+
+    np.save(tmp_path / "uids.npy", np.array([(1, 2), (3, 4)], "u8,u8"))
+    assert remove_from(tmp_path / "uids.npy", {f"{3:016x}{4:016x}"}) == 1
+    assert np.load(tmp_path / "uids.npy").tolist() == [(1, 2)]
+
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(PathError, match="got a report; delete it, and make it again"):
+        remove_from(tmp_path / "report.json", {"b"})
+    pq.write_table(table.append_column("neighbors", pa.array([[1], [0], [0], [0]])), tmp_path / "atlas.parquet")
+    with pytest.raises(DataError, match="names neighbors by their position; delete it, and export it again"):
+        remove_from(tmp_path / "atlas.parquet", {"b"})
+    with pytest.raises(PathError, match="expected an export"):
+        remove_from(tmp_path, {"b"})
+
+
+def test_webdataset_export(made: Path, tmp_path: Path) -> None:
+    from embedcache.curate.select.export import export_selection
+
+    contents = contents_of(made / "c")
+    export_selection(made / "c", made / "kept.parquet", tmp_path / "tars", "webdataset")
+    assert list(traces(tmp_path, contents))
+    assert remove_from(tmp_path / "tars", set(KEYS)) == 2
+    assert not list(traces(tmp_path, contents))
