@@ -19,6 +19,7 @@ from embedcache.registry import has_trust
 from embedcache.sources.base import IMPORTED, FileItem
 from embedcache.sources.files import SHARD_SEPARATOR, restrict_reads
 from embedcache.sources.images import decode_image
+from embedcache.sources.merged import MERGED, merged_parts
 from embedcache.sources.open import SOURCES, base_source, reopen_source, source_credit
 from embedcache.sources.webdataset import shard_root
 from embedcache.store.cache import Cache
@@ -123,6 +124,8 @@ def _homes() -> Iterator[Path]:
 
 
 def _recorded_folders(source: Mapping[str, Any]) -> list[Path]:
+    if source.get("type") == MERGED:
+        return [folder for part in merged_parts(source) for folder in _recorded_folders(part)]
     kind, location = base_source(source)
     if kind not in SOURCES.paths and kind != IMPORTED:
         raise PathError(

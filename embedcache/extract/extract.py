@@ -22,6 +22,7 @@ from embedcache.provenance import record_stage
 from embedcache.registry import unknown_name
 from embedcache.settings import flat_settings, from_flat, replace_flat
 from embedcache.sources.base import IMPORTED, Source
+from embedcache.sources.merged import MERGED
 from embedcache.sources.open import SOURCES, open_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
@@ -182,6 +183,10 @@ def open_job(
         raise SettingError(
             f"{path} was imported from {imported['path']}: it has vectors, but no images or texts to encode; "
             "extract the images and captions themselves into a new folder"
+        )
+    if info_path(path).is_file() and (merged := read_info(path).source).get("type") == MERGED:
+        raise SettingError(
+            f"{path} was merged from caches of {merged['path']}; extract into each of these, and merge them again"
         )
     with divided_work(is_divided=settings.is_divided):  # all shards write the same tables
         info = index(

@@ -22,6 +22,7 @@ from embedcache.sources.files import (
     is_folder,
     walk_files,
 )
+from embedcache.sources.merged import MERGED, MergedSource, merged_parts
 from embedcache.sources.settings import SourceSettings
 
 SOURCES = Registry(
@@ -86,6 +87,8 @@ def reopen_source(description: Mapping[str, Any]) -> Source:
         PathError: its files no longer exist.
         SettingError: its class is custom code, and the cache is not trusted.
     """
+    if description["type"] == MERGED:
+        return MergedSource([reopen_source(part) for part in merged_parts(description)], description)
     settings = SourceSettings.from_json(description.get("settings", {}))
     if description["type"] == IMPORTED:
         return open_source(description["path"], kind=_IMPORTED_SOURCE, settings=settings)
@@ -106,8 +109,9 @@ def source_credit(description: Mapping[str, Any]) -> str:
 
     The description may come from an untrusted cache: only built-in and installed plug-ins are imported.
     """
-    kind, _ = base_source(description)
-    return str(getattr(SOURCES.load(kind), "credit", "")) if kind in SOURCES else ""
+    kinds = dict.fromkeys(base_source(part)[0] for part in merged_parts(description))
+    credits = [str(getattr(SOURCES.load(kind), "credit", "")) for kind in kinds if kind in SOURCES]
+    return "; ".join(filter(None, credits))
 
 
 def _detect_kind(location: str, *, has_svg: bool) -> tuple[str, str]:

@@ -1,0 +1,410 @@
+"""New caches from the samples of others: a subset of one, or several caches of the same encoders as one.
+
+The samples are a source of the new cache, which is indexed like any other; chunks are then read and committed one by
+one, so that the same call finishes one that was killed. Nothing is encoded.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedcache.arrays import Array, Ints, concatenated_ranges
+from embedcache.dataset.selections import read_selection
+from embedcache.errors import DataError
+from embedcache.files import open_path, remove_partials, write_atomic
+from embedcache.modalities import MODALITIES, noun
+from embedcache.progress import NullProgress, Progress
+from embedcache.provenance import check_same, digest, record_stage
+from embedcache.registry import unknown_name
+from embedcache.sources.base import FileItem, Sample, Scalar, TextItem
+from embedcache.sources.merged import merged_description, merged_path
+from embedcache.store.cache import Cache
+from embedcache.store.checksums import BLOCK
+from embedcache.store.feature import Feature
+from embedcache.store.group import EncoderGroup, add_feature, create_group
+from embedcache.store.indexing import index
+from embedcache.store.layout import SAMPLES, SUBSET, fit_path, info_path, read_info
+from embedcache.store.rows import RowReader
+from embedcache.store.tables import to_file_item
+from embedcache.store.writer import commit_chunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyReport:
+    """Result of a copy.
+
+    Args:
+        features: `modality/encoder/feature` that the new cache has.
+        left_out: features that it has not, because not all caches have them.
+        copied: items in the chunks that were written now, over all features.
+        reused: items in the chunks that existed before.
+    """
+
+    cache: Path
+    num_samples: int
+    features: Sequence[str]
+    left_out: Sequence[str]
+    copied: int
+    reused: int
+
+    def lines(self) -> list[str]:
+        """Return the result as lines."""
+        missing = [f"left out, because not all of the caches have it: {name}" for name in self.left_out]
+        return [
+            f"{self.cache}: {self.num_samples:,} samples, {', '.join(self.features)}; copied {self.copied:,} items, "
+            f"reused {self.reused:,}",
+            *missing,
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Samples of a cache, ascending, that were indexed together there; `prefix` is put before their keys."""
+
+    cache: Cache
+    samples: Ints
+    number: int | None
+    prefix: str = ""
+
+    def read(self) -> Iterator[Sample]:
+        """Iterate over the samples with their items. Memory: a block of each table."""
+        cache = self.cache
+        readers = {modality: RowReader(cache, modality) for modality in cache.info.num_items}
+        table = RowReader(cache, SAMPLES)
+        for block in _blocks(self.samples, BLOCK):
+            rows = table.take(block).to_pylist()
+            items = {modality: _items_of(reader, block) for modality, reader in readers.items()}
+            for place, row in enumerate(rows):
+                yield self._sample(row, {modality: of_sample[place] for modality, of_sample in items.items()})
+
+    def _sample(self, row: Mapping[str, Any], items: Mapping[str, list[dict[str, Any]]]) -> Sample:
+        columns: dict[str, Scalar] = {name: value for name, value in row.items() if name != "key" and value is not None}
+        files = {
+            modality: tuple(self._file(item) for item in found)
+            for modality, found in items.items()
+            if MODALITIES[modality].kind != "texts" and found
+        }
+        texts = tuple(TextItem(text=item["text"], language=item["language"]) for item in items.get("text", ()))
+        images = files.pop("image", ())
+        return Sample(key=self.prefix + row["key"], images=images, texts=texts, columns=columns, files=files)
+
+    def _file(self, item: Mapping[str, Any]) -> FileItem:
+        found = to_file_item(item)
+        if self.number is None:
+            return found
+        values = {name: getattr(found, name) for name in FileItem.__slots__}
+        return FileItem(**{**values, "path": merged_path(self.number, found.path)})
+
+    def item_rows(self, modality: str) -> Ints:
+        """Return the rows of the items of the samples, ascending."""
+        if modality not in self.cache.info.num_items:
+            return np.empty(0, np.int64)
+        of_items = self.cache.items(modality, columns=["sample"])["sample"].to_numpy()
+        return np.flatnonzero(np.isin(of_items, self.samples))
+
+
+class _Parts:
+    """The source of a new cache: the samples of some parts, one after another."""
+
+    def __init__(self, parts: Sequence[_Part], description: Mapping[str, Any]) -> None:
+        self._parts, self._description = parts, description
+
+    def describe(self) -> Mapping[str, Any]:
+        return self._description
+
+    def samples(self) -> Iterator[Sample]:
+        for part in self._parts:
+            yield from part.read()
+
+    def read(self, item: FileItem) -> bytes:
+        raise NotImplementedError  # nothing is encoded
+
+
+def cut_cache(
+    cache_path: Path | str,
+    selection: Path | str,
+    out_path: Path | str,
+    *,
+    features: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> CopyReport:
+    """Write the samples of a selection, with their features, into a cache of its own.
+
+    The new cache has the same source, so that it can be extended with other encoders; samples of the source that were
+    not selected are left out until `--extend` adds them. Memory: the keys, and a chunk of each feature.
+
+    Args:
+        cache_path: path or URL of the cache.
+        selection: Parquet file with a column `key`, or text file with one key per line.
+        out_path: new folder, or one in which the same call was interrupted.
+        features: features to copy, as `encoder/feature` or `encoder`; none: all.
+        progress: shows the number of items.
+
+    Raises:
+        DataError: a key of the selection is not in the cache, or it is empty.
+        UnfinishedError: a feature has missing chunks.
+        FingerprintError: the folder holds another cache.
+    """
+    cache = Cache(open_path(cache_path))
+    samples = np.setdiff1d(read_selection(selection, [cache]), cache.removed)
+    if not len(samples):
+        raise DataError(f"selection {selection}: expected samples of {cache.path}, got only removed ones")
+    subset = {"of": cache.info.index_digest, "rows": digest(samples.tolist())}
+    description = {**cache.info.source, SUBSET: subset}
+    parts = _divide(cache, samples, number=None)
+    return _copy(parts, description, open_path(out_path), features, "cut", progress or NullProgress())
+
+
+def merge_caches(
+    cache_paths: Sequence[Path | str],
+    out_path: Path | str,
+    *,
+    prefix_keys: bool = False,
+    features: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> CopyReport:
+    """Write the samples of several caches, with the features that all of them have, into one.
+
+    Memory: the keys, and a chunk of each feature.
+
+    Args:
+        cache_paths: caches of the same encoders, in the order of the new rows.
+        out_path: new folder, or one in which the same call was interrupted.
+        prefix_keys: begin each key with the name of the folder of its cache and a slash.
+        features: features to copy, as `encoder/feature` or `encoder`; none: all that every cache has.
+        progress: shows the number of items.
+
+    Raises:
+        DataError: two caches have a sample of the same key, or one of them is named twice.
+        FingerprintError: features of one name have different fingerprints; names each field that differs.
+        UnfinishedError: a feature has missing chunks.
+    """
+    caches = [Cache(open_path(path)) for path in cache_paths]
+    if len(caches) < 2:
+        raise DataError(f"expected at least two caches to merge, got {len(caches)}")
+    prefixes = [f"{cache.path.name}/" if prefix_keys else "" for cache in caches]
+    if prefix_keys and len(set(prefixes)) < len(prefixes):
+        raise DataError(
+            f"--prefix-keys: expected caches of different names, got {', '.join(prefixes)}; rename a folder"
+        )
+    if not prefix_keys:
+        _check_keys(caches)
+    own = [{name: value for name, value in cache.info.source.items() if name != SUBSET} for cache in caches]
+    is_one_source = not prefix_keys and all(source == own[0] for source in own)
+    parts = [
+        part
+        for number, (cache, prefix) in enumerate(zip(caches, prefixes, strict=True))
+        for part in _divide(
+            cache,
+            np.setdiff1d(np.arange(cache.info.num_samples), cache.removed),
+            number=None if is_one_source else number,
+            prefix=prefix,
+        )
+    ]
+    description = {
+        **(own[0] if is_one_source else merged_description(own)),
+        SUBSET: {"of": [cache.info.index_digest for cache in caches]},
+    }
+    return _copy(parts, description, open_path(out_path), features, "merge", progress or NullProgress())
+
+
+def _check_keys(caches: Sequence[Cache]) -> None:
+    """Check that no key is in two caches."""
+    seen = pa.chunked_array([], pa.string())
+    for cache in caches:
+        keys = cache.column("key").cast(pa.string())
+        is_left = np.ones(len(keys), bool)
+        is_left[cache.removed] = False
+        keys = keys.filter(pa.array(is_left))
+        again = keys.filter(pc.is_in(keys, value_set=seen.combine_chunks()))
+        if len(again):
+            shown = ", ".join(repr(key) for key in again.slice(0, 3).to_pylist())
+            raise DataError(
+                f"expected keys that no two caches have, got {len(again):,} of {cache.path} that another has too, "
+                f"such as {shown}; begin them with the names of the caches: --prefix-keys"
+            )
+        seen = pa.chunked_array([*seen.chunks, *keys.chunks], pa.string())
+
+
+def _divide(cache: Cache, samples: Ints, *, number: int | None, prefix: str = "") -> list[_Part]:
+    """Divide samples of a cache by the segments in which they were indexed: the source has each in its order."""
+    bounds = np.cumsum([0, *(segment.num_samples for segment in cache.info.all_segments)])
+    places = np.searchsorted(samples, bounds)
+    return [
+        _Part(cache=cache, samples=samples[start:stop], number=number, prefix=prefix)
+        for start, stop in pairwise(places.tolist())
+        if stop > start
+    ]
+
+
+def _copy(
+    parts: Sequence[_Part],
+    description: Mapping[str, Any],
+    out_path: Path,
+    features: Sequence[str],
+    stage: str,
+    progress: Progress,
+) -> CopyReport:
+    caches = list({id(part.cache): part.cache for part in parts}.values())
+    named, left_out = _choose(caches, features)
+    done = 0
+    if info_path(out_path).is_file():
+        stored = read_info(out_path)
+        check_same(f"cache {out_path}", stored.source, description, next_step="give the path of a new folder")
+        done = len(stored.all_segments)
+    for count in range(max(done, 1), len(parts) + 1):
+        source = _Parts(parts[:count], description)
+        index(source, out_path, chunk_size=caches[0].info.chunk_size, extend=count > 1, progress=progress)
+    out = Cache(out_path)
+    remove_partials(out.path)
+    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+    request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}
+    with record_stage(out.path / "records" / f"{stage}-{started}.json", stage, request) as outcome:
+        counts = [_copy_group(out, parts, groups, names, progress) for groups, names in named]
+        report = CopyReport(
+            cache=out.path,
+            num_samples=out.info.num_samples,
+            features=[f"{groups[0].modality}/{groups[0].name}/{name}" for groups, names in named for name in names],
+            left_out=left_out,
+            copied=sum(copied for copied, _ in counts),
+            reused=sum(reused for _, reused in counts),
+        )
+        if report.copied or not named:
+            outcome |= {"num_samples": report.num_samples, "features": report.features, "left_out": left_out}
+    return report
+
+
+def _choose(
+    caches: Sequence[Cache], features: Sequence[str]
+) -> tuple[list[tuple[list[EncoderGroup], list[str]]], list[str]]:
+    """Return the folders of each encoder that all caches have, with its features, and the names of those left out.
+
+    Raises:
+        UnknownNameError: no cache has a feature that is named.
+        FingerprintError: an encoder, or a feature, differs between caches.
+    """
+    by_name: dict[tuple[str, str], list[EncoderGroup]] = {}
+    for cache in caches:
+        for modality in cache.info.num_items:
+            for group in cache.encoders(modality):
+                by_name.setdefault((modality, group.name), []).append(group)
+    known = [f"{name}/{feature}" for (_, name), groups in by_name.items() for feature in groups[0].features]
+    for feature in features:
+        if feature not in known and feature not in {name for _, name in by_name}:
+            raise unknown_name(f"feature of {caches[0].path}", feature, known)
+    chosen, left_out = [], []
+    for (modality, name), groups in sorted(by_name.items()):
+        names = {feature for group in groups for feature in group.features}
+        names = {each for each in names if not features or name in features or f"{name}/{each}" in features}
+        num_with_items = sum(modality in cache.info.num_items for cache in caches)
+        common = names.intersection(*(group.features for group in groups)) if len(groups) == num_with_items else set()
+        left_out += [f"{modality}/{name}/{feature}" for feature in sorted(names - common)]
+        if common:
+            _check_same(groups, sorted(common))
+            chosen.append((groups, sorted(common)))
+    return chosen, left_out
+
+
+def _check_same(groups: Sequence[EncoderGroup], names: Sequence[str]) -> None:
+    first = groups[0]
+    for group in groups:
+        what, step = f"{group.name} of {group.path.parents[1]}", "merge caches of the same encoders, or name others"
+        check_same(what, group.fingerprint, first.fingerprint, next_step=f"{step} with --feature")
+        for name in names:
+            feature = Feature(group, name)
+            feature.require_complete()
+            stored, expected = _attributes(feature), _attributes(Feature(first, name))
+            check_same(f"feature {name} of {what}", stored, expected, next_step=f"{step} with --feature")
+
+
+def _attributes(feature: Feature) -> dict[str, Any]:
+    axis = None if feature.axis is None else feature.axis.to_json()
+    return {"item_shape": list(feature.item_shape), "dtype": feature.dtype, "axis": axis}
+
+
+def _copy_group(
+    out: Cache, parts: Sequence[_Part], groups: Sequence[EncoderGroup], names: Sequence[str], progress: Progress
+) -> tuple[int, int]:
+    """Copy features of one encoder; return the number of items in the chunks written now, and in those before."""
+    first = groups[0]
+    modality = first.modality
+    if fit_path(first.path).is_file():
+        write_atomic(fit_path(out.path / modality / first.name), fit_path(first.path).read_bytes())
+    group = create_group(
+        out.path, modality, first.name, out.info, spec=first.spec, fingerprint=first.fingerprint, view=first.view
+    )
+    for name in names:
+        feature = Feature(first, name)
+        add_feature(group, name, feature.item_shape, feature.dtype, axis=feature.axis)
+    readers = {other.path.parents[1]: _ItemReader(other, names) for other in groups}
+    rows = [(part, part.item_rows(modality)) for part in parts]
+    bounds = np.cumsum([0, *(len(of_part) for _, of_part in rows)])
+    missing = [chunk for chunk in range(out.info.num_chunks(modality)) if not _has_all(group, chunk, names)]
+    num_missing = out.info.count_items(modality, missing)
+    progress.start(f"copying {group.name}", num_missing, noun(modality))
+    for chunk in missing:
+        place = out.info.chunk_rows(modality, chunk)
+        values: dict[str, list[Array | None]] = {name: [] for name in names}
+        failures: dict[str, list[str | None]] = {name: [] for name in names}
+        hashes: list[bytes | None] = []
+        for (part, of_part), start in zip(rows, bounds[:-1].tolist(), strict=True):
+            for row in of_part[max(place.start - start, 0) : max(place.stop - start, 0)].tolist():
+                readers[part.cache.path].read(row, values, failures, hashes)
+        commit_chunk(group, chunk, values, hashes, failures)
+        progress.advance(len(hashes))
+    progress.finish()
+    group.compact()
+    return num_missing, out.info.num_items[modality] - num_missing
+
+
+def _has_all(group: EncoderGroup, chunk: int, names: Sequence[str]) -> bool:
+    commit = group.commit(chunk)
+    return all(group.has(commit, name) for name in names)
+
+
+class _ItemReader:
+    """Reads items of one encoder in row order, a chunk at a time, with checksums compared."""
+
+    def __init__(self, group: EncoderGroup, names: Sequence[str]) -> None:
+        self._group, self._names, self._chunk = group, names, -1
+
+    def read(
+        self,
+        row: int,
+        values: Mapping[str, list[Array | None]],
+        failures: Mapping[str, list[str | None]],
+        hashes: list[bytes | None],
+    ) -> None:
+        """Append the features, reasons and hash of one item."""
+        chunk, offset = divmod(row, self._group.info.chunk_size)
+        if chunk != self._chunk:
+            commit = self._group.commit(chunk)
+            assert commit is not None  # the features are complete
+            self._items = {name: Feature(self._group, name).items(commit) for name in self._names}
+            self._reasons = {name: list(commit.failures[name]) for name in self._names}
+            self._hashes, self._chunk = list(commit.hashes), chunk
+        for name in self._names:
+            values[name].append(self._items[name][offset])
+            failures[name].append(self._reasons[name][offset])
+        hashes.append(self._hashes[offset])
+
+
+def _blocks(samples: Ints, size: int) -> Iterator[Ints]:
+    for start in range(0, len(samples), size):
+        yield samples[start : start + size]
+
+
+def _items_of(reader: RowReader, samples: Ints) -> list[list[dict[str, Any]]]:
+    """Return the items of each sample."""
+    starts, counts = reader.find(samples)
+    _, rows = concatenated_ranges(starts, counts)
+    items = reader.take(rows).to_pylist() if len(rows) else []
+    ends = np.cumsum(counts).tolist()
+    return [items[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]

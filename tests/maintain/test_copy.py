@@ -1,0 +1,155 @@
+"""Cutting and merging: the same values in new rows, nothing encoded, and the same bytes after a kill."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.errors import DataError, FingerprintError, SettingError, SourceError, UnfinishedError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.maintain.copy import cut_cache, merge_caches
+from embedcache.maintain.remove import remove_samples
+from embedcache.sources import open_source, reopen_source
+from embedcache.sources.base import FileItem
+from embedcache.store.cache import Cache
+from embedcache.store.tables import to_file_item
+from embedcache.store.verify import verify
+from tests.crash import crash_function
+from tests.extract.cases import tree
+from tests.images import write_images
+from tests.maintain.cases import KEYS, make_cache, write_source
+from tests.toy import IMAGE
+
+CHOSEN = ["00001", KEYS[0], "00006", "00007", "00008", "00011"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source of twelve images, its cache, and a selection of six of them. Not to be changed."""
+    folder = tmp_path_factory.mktemp("copy")
+    make_cache(write_source(folder / "source"), folder / "c")
+    (folder / "chosen.txt").write_text("".join(f"{key}\n" for key in CHOSEN))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that was cut by the selection. Not to be changed."""
+    path = tmp_path_factory.mktemp("small") / "small"
+    cut_cache(made / "c", made / "chosen.txt", path)
+    return path
+
+
+def assert_same_values(cache: Cache, expected: Cache, samples: list[int]) -> None:
+    """Check that a cache has the items, features, reasons and hashes of some samples of another."""
+    for modality, num_items in cache.info.num_items.items():
+        of_items = expected.items(modality)["sample"].to_numpy()
+        rows = np.concatenate([np.flatnonzero(of_items == sample) for sample in samples])
+        assert num_items == len(rows)
+        for feature in cache.features(modality):
+            other = expected.feature(modality, feature.name)
+            assert feature.fingerprint == other.fingerprint
+            assert feature.axis == other.axis
+            assert list(feature.hashes) == [other.hashes[row] for row in rows.tolist()]
+            for one, two in zip(feature.gather_tokens(np.arange(num_items)), other.gather_tokens(rows), strict=True):
+                assert (one == two).all()
+
+
+def test_cut_has_samples_of_selection(made: Path, small: Path) -> None:
+    cache, whole = Cache(small), Cache(made / "c")
+    assert cache.column("key").to_pylist() == CHOSEN
+    assert verify(cache) == []
+    assert_same_values(cache, whole, [1, 3, 6, 7, 8, 11])
+    assert len(cache.features("image")) == len(whole.features("image"))
+
+
+def test_cut_cache_takes_other_encoders_of_its_samples_only(made: Path, small: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(small, tmp_path / "small"))
+    extract(open_source(made / "source"), cache, image_encoders=["tests.toy:open_other"])
+    assert Cache(cache).feature("image", "open_other/cls").shape == (6, 48)
+    extract(open_source(made / "source"), cache, image_encoders=[IMAGE], settings=ExtractSettings(extend=True))
+    assert Cache(cache).column("key").to_pylist()[:6] == CHOSEN
+    assert Cache(cache).feature("image", "open_toy/cls").valid.sum() == 12
+
+
+KILLS = [
+    *(r"samples\.parquet", r"cache\.json", r"image/small/fit\.safetensors", r"open_toy/patches/zarr\.json"),
+    *(r"open_toy@flip/cls/c/1/0", r"open_toy/chunks/00001\.parquet", r"records/cut-.*\.json"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", KILLS)
+def test_killed_cut_is_finished(made: Path, small: Path, tmp_path: Path, pattern: str) -> None:
+    arguments = (made / "c", made / "chosen.txt", tmp_path / "small")
+    crash_function(cut_cache, arguments, "before", pattern)
+    cut_cache(*arguments)
+    assert tree(tmp_path / "small") == tree(small)
+
+
+def test_cut_without_some(made: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(made / "c", tmp_path / "c"))
+    remove_samples(cache, KEYS)
+    report = cut_cache(cache, made / "chosen.txt", tmp_path / "small", features=["open_toy/cls", "small"])
+    assert report.features == ["image/open_toy/cls", "image/small/pca"]
+    assert Cache(tmp_path / "small").column("key").to_pylist() == [key for key in CHOSEN if key not in KEYS]
+    assert verify(Cache(tmp_path / "small")) == []
+    with pytest.raises(UnknownNameError, match="unknown feature of .* 'open_toy/clss'; did you mean 'open_toy/cls'"):
+        cut_cache(cache, made / "chosen.txt", tmp_path / "other", features=["open_toy/clss"])
+    (tmp_path / "one.txt").write_text("00001\n")
+    with pytest.raises(FingerprintError, match="subset.rows: stored"):
+        cut_cache(cache, tmp_path / "one.txt", tmp_path / "small")
+
+
+def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
+    first, second = two_caches
+    with pytest.raises(DataError, match=r"got 40 of .*b that another has too, such as '00000', '00001', '00002'"):
+        merge_caches([first, second], tmp_path / "both")
+    report = merge_caches([first, second], tmp_path / "both", prefix_keys=True)
+    assert (report.num_samples, report.copied) == (120, 240)
+    both = Cache(tmp_path / "both")
+    assert both.column("key").to_pylist()[39:41] == ["a/00039", "b/00000"]
+    assert verify(both) == []
+    for place, other in ((slice(0, 40), Cache(first)), (slice(40, 120), Cache(second))):
+        rows = np.arange(place.start, place.stop)
+        for feature in both.features("text"):
+            own = other.feature("text", feature.name).gather_tokens(np.arange(len(rows)))
+            assert all((one == two).all() for one, two in zip(feature.gather_tokens(rows), own, strict=True))
+    item = to_file_item(both.items("image").slice(41, 1).to_pylist()[0])
+    assert item.path == "1/00001.png"
+    read = reopen_source(both.info.source).read(item)
+    assert read == reopen_source(Cache(second).info.source).read(FileItem(path="00001.png"))
+    assert merge_caches([first, second], tmp_path / "both", prefix_keys=True).copied == 0
+    source = reopen_source(Cache(first).info.source)
+    with pytest.raises(SettingError, match="was merged from caches of .*; extract into each of these"):
+        extract(source, tmp_path / "both", image_encoders=[IMAGE])
+
+
+def test_cut_and_merged_again_is_the_same_source(made: Path, small: Path, tmp_path: Path) -> None:
+    rest = [key for key in Cache(made / "c").column("key").to_pylist() if key not in CHOSEN]
+    (tmp_path / "rest.txt").write_text("".join(f"{key}\n" for key in rest))
+    cut_cache(made / "c", tmp_path / "rest.txt", tmp_path / "rest")
+    merge_caches([small, tmp_path / "rest"], tmp_path / "again")
+    again = Cache(tmp_path / "again")
+    assert again.column("key").to_pylist() == [*CHOSEN, *rest]
+    extract(open_source(made / "source"), again.path, image_encoders=["tests.toy:open_other"])
+    assert Cache(again.path).feature("image", "open_other/cls").valid.all()
+
+
+def test_merge_refuses_other_encoders(made: Path, tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", 5, seed=3)
+    scaled = f"{IMAGE},scale=2"
+    extract(open_source(source), tmp_path / "scaled", image_encoders=[scaled])
+    with pytest.raises(FingerprintError, match=r"open_toy of .*scaled was made with other settings: weights: stored"):
+        merge_caches([made / "c", tmp_path / "scaled"], tmp_path / "both", prefix_keys=True)
+    extract(open_source(source), tmp_path / "one", image_encoders=[IMAGE], settings=ExtractSettings(chunk_size=2))
+    report = merge_caches([made / "c", tmp_path / "one"], tmp_path / "both", prefix_keys=True)
+    assert report.features == ["image/open_toy/cls"]
+    assert "image/open_toy@flip/cls" in report.left_out
+    (tmp_path / "one/image/open_toy/chunks/00001.parquet").unlink()
+    with pytest.raises(UnfinishedError, match="feature open_toy/cls is not finished: 1 of 3 chunks are missing"):
+        merge_caches([made / "c", tmp_path / "one"], tmp_path / "other", prefix_keys=True)
+    with pytest.raises(SourceError, match="are the sources of a merged cache; extract from each of them"):
+        next(iter(reopen_source(Cache(tmp_path / "both").info.source).samples()))
