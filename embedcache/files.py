@@ -245,6 +245,12 @@ def _service_errors(path: Path) -> Iterator[None]:
         raise PathError(f"cannot write {path}: {io_reason(error)}; what is committed is kept") from error
 
 
+def user_folder() -> Path:
+    """Return the folder of what is kept for a user: `EMBEDCACHE_HOME`, or `embedcache` in the user's cache folder."""
+    home = os.environ.get("EMBEDCACHE_HOME")
+    return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedcache"
+
+
 def folder_bytes(folder: Path) -> int:
     """Return the size of all files below a folder; 0 if there is none."""
     if is_remote(folder):
@@ -317,11 +323,11 @@ def make_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and its content."""
+    """Remove a folder and its content, as one step: under another name first, unless it is behind a URL."""
     if is_remote(path):
         path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
     else:
-        shutil.rmtree(path)
+        shutil.rmtree(path.replace(partial_path(path)))
 
 
 _IN_THIS_PROCESS: dict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)

@@ -61,8 +61,9 @@ def index(
     """
     from embedcache.cli.console import open_progress, print_line, publish, resumable
     from embedcache.provenance import to_record
-    from embedcache.search.index import build_index
+    from embedcache.search.index import build_index, read_card
 
+    before = read_card(out) if (out / "card.json").is_file() else None
     with resumable():
         card = build_index(cache, out, settings, progress=open_progress())
 
@@ -74,6 +75,11 @@ def index(
             f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries} queries, "
             f"{card.latency_ms:.2f} ms per query"
         )
+        if before is not None and before != card:
+            print_line(
+                f"before: {before.num_vectors:,} {noun(card.modality)}, recall@10 {before.recall_at_10:.3f}; "
+                "not trained again"
+            )
 
     publish(show, lambda: to_record(card), as_json=as_json, output=output)
 

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from embedcache.cli import curate, evaluate, export, import_
+from embedcache.cli import cache, curate, evaluate, export, import_
 from embedcache.cli.commands import CommandGroup, add_command
 from embedcache.cli.derive import derive
 from embedcache.cli.extract import extract
@@ -79,6 +79,7 @@ add_command(app, "transcribe", transcribe)
 app.add_typer(curate.app, name="curate")
 app.add_typer(export.app, name="export")
 app.add_typer(import_.app, name="import")
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from embedcache.encoders.base import Backend, Fingerprint, ItemShape, Modality
 from embedcache.encoders.image_features import native_features
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, CorruptError, SettingError
-from embedcache.files import replacing
+from embedcache.files import replacing, user_folder
 from embedcache.provenance import digest
 from embedcache.registry import require, unknown_name
 
@@ -298,9 +299,11 @@ def _export_once(export: OnnxExport, weights: str) -> Path:
         "opset": _OPSET,
     }
     name = str(key["name"]).replace("/", "--")
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache_home / "embedcache" / "onnx" / f"{name}-{digest(key)[:32]}.onnx"
-    if not path.is_file():
+    path = user_folder() / "onnx" / f"{name}-{digest(key)[:32]}.onnx"
+    if path.is_file():
+        with suppress(OSError):
+            os.utime(path)  # so that those that nothing uses can be deleted
+    else:
         require("onnx", extra="onnx")
         export.module.eval()
         with replacing(path) as temporary:

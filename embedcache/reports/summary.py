@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.errors import PathError, one_line
-from embedcache.files import open_path
-from embedcache.modalities import noun
+from embedcache.files import folder_bytes, open_path
+from embedcache.modalities import MODALITIES, noun
 from embedcache.outputs import read_metadata, read_report_json
 from embedcache.provenance import fields_of, read_json, read_stage, recognize
 from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
@@ -57,9 +57,10 @@ def _summarize_cache(path: Path) -> Summary:
         origin = f"{feature.group.spec}, from {inputs}" if inputs else feature.group.spec
         notes += [f"{feature.name}: {origin}", *failure_lines(cache, feature)]
     rows = [describe_feature(feature) for feature in features]
+    disk = _disk_use(cache, [int(row[-1].replace(",", "")) for row in rows])
     return Summary(
         kind="cache",
-        lines=[describe_cache(cache), *caption_error_lines(cache)],
+        lines=[describe_cache(cache), _disk_line(disk), *caption_error_lines(cache)],
         columns=_FEATURE_COLUMNS,
         rows=rows,
         notes=notes or ["no features yet: add some with embedcache extract"],
@@ -78,11 +79,36 @@ def _summarize_cache(path: Path) -> Summary:
                     "num_chunks": len(feature.commits),
                     "num_committed": sum(commit is not None for commit in feature.commits),
                     "num_failed": len(feature.failed[0]),
+                    "num_bytes": int(row[-1].replace(",", "")),
                 }
                 for feature, row in zip(features, rows, strict=True)
             ],
+            "num_removed": cache.info.removed.get("num_samples", 0),
+            "num_bytes": disk,
         },
     )
+
+
+def _disk_use(cache: Cache, feature_bytes: Sequence[int]) -> dict[str, int]:
+    """Return the bytes of a cache on disk: features, commits with what else is beside them, tables, and records."""
+    groups = [group.path for modality in cache.info.num_items for group in cache.encoders(modality)]
+    parts = {
+        "features": sum(feature_bytes),
+        "commits": sum(folder_bytes(path / "chunks") + _files_bytes(path) for path in groups),
+        "tables": sum(map(_files_bytes, [cache.path, *(cache.path / modality for modality in MODALITIES)])),
+        "records": folder_bytes(cache.path / "records"),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _files_bytes(folder: Path) -> int:
+    """Return the size of the files in a folder, without those in folders below it."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
+
+
+def _disk_line(num_bytes: Mapping[str, int]) -> str:
+    parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in num_bytes.items() if name != "total")
+    return f"{format_bytes(num_bytes['total'])} on disk: {parts}"
 
 
 def _summarize_run(path: Path) -> Summary:

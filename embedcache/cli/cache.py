@@ -1,0 +1,173 @@
+"""embedcache cache"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from embedcache.cli.commands import add_command, new_group
+from embedcache.cli.options import CacheArgument, Json, Output, SelectionArgument, split_names, with_settings
+from embedcache.errors import SettingError
+from embedcache.maintain.settings import PruneSettings, RemoveSettings
+
+app = new_group("Prune, cut and merge caches, and remove samples from them.")
+
+Yes = Annotated[bool, typer.Option("--yes", metavar="", help="Do it; without, print what would be done.")]
+NewCache = Annotated[
+    str, typer.Argument(metavar="OUT", help="New folder, or one in which the same command was interrupted.")
+]
+CopiedFeatures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--feature",
+        metavar="NAME",
+        help="Feature to copy, as encoder/feature, or encoder for all of its features. May be repeated.",
+        show_default="all",
+    ),
+]
+
+
+@with_settings(settings=PruneSettings)
+def prune(
+    cache: Annotated[
+        str | None, typer.Argument(metavar="CACHE", help="Cache: a folder or a URL; needed but for --onnx.")
+    ] = None,
+    yes: Yes = False,
+    *,
+    settings: PruneSettings,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Delete features, views, old records, and ONNX graphs.
+
+    Without --yes, print what would be deleted, and delete nothing.
+
+    Example: embedcache cache prune cache/ --feature dinov2-large/patches --yes
+    """
+    from embedcache.cli.console import print_line, publish, to_plain
+    from embedcache.maintain.prune import plan_prune
+    from embedcache.maintain.prune import prune as delete
+
+    plan = delete(cache, settings) if yes else plan_prune(cache, settings)
+
+    def show() -> None:
+        _show(plan.lines())
+        print_line("deleted" if yes else "nothing is deleted; add --yes to delete this")
+
+    record = {"is_done": yes, **to_plain(plan), "num_bytes": plan.num_bytes}
+    publish(show, lambda: record, as_json=as_json, output=output)
+
+
+@with_settings(settings=RemoveSettings)
+def remove(
+    cache: CacheArgument,
+    keys: SelectionArgument,
+    yes: Yes = False,
+    *,
+    settings: RemoveSettings,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Remove samples from a cache and from what was made of it.
+
+    Nothing of their keys, captions, columns and vectors is left in these files; the rows of all other samples stay.
+    Without --yes, print what would be done. Run the same command again to finish an interrupted removal.
+
+    Example: embedcache cache remove cache/ keys.txt --index index/ --selection kept.parquet --yes
+    """
+    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.dataset.selections import read_selected_keys
+    from embedcache.maintain.remove import plan_removal, remove_samples
+
+    if any(path.absolute() == keys.absolute() for path in (*settings.selections, *settings.exports)):
+        raise SettingError(f"selection: expected other files than the list of keys, got {keys}; delete it afterwards")
+    names = read_selected_keys(keys).to_pylist()
+    if not yes:
+        plan = plan_removal(cache, names, settings)
+
+        def show_plan() -> None:
+            _show(plan.lines())
+            print_line("nothing is removed; add --yes to remove this")
+
+        publish(show_plan, lambda: {"is_done": False, **to_plain(plan)}, as_json=as_json, output=output)
+        return
+    with resumable():
+        report = remove_samples(cache, names, settings, progress=open_progress())
+
+    def show() -> None:
+        _show(report.lines())
+        print_line(f"{keys} still names the samples, as do backups, snapshots, reports and copies of these files")
+
+    publish(show, lambda: {"is_done": True, **to_plain(report)}, as_json=as_json, output=output)
+
+
+def cut(
+    cache: CacheArgument,
+    selection: SelectionArgument,
+    out: NewCache,
+    feature: CopiedFeatures = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Write the samples of a selection into a cache of their own.
+
+    Nothing is encoded. Run the same command again to finish an interrupted one.
+
+    Example: embedcache cache cut cache/ selection.parquet small/
+    """
+    from embedcache.cli.console import open_progress, publish, resumable, to_plain
+    from embedcache.maintain.copy import cut_cache
+
+    with resumable():
+        report = cut_cache(cache, selection, out, features=split_names(feature), progress=open_progress())
+    publish(lambda: _show(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
+
+
+def merge(
+    caches: Annotated[
+        list[str],
+        typer.Argument(metavar="CACHE… OUT", help="Two caches or more of the same encoders, then a new folder."),
+    ],
+    prefix_keys: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-keys", metavar="", help="Begin each key with the name of its cache's folder and a slash."
+        ),
+    ] = False,
+    feature: CopiedFeatures = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Merge caches of the same encoders into a new one.
+
+    Nothing is encoded. Run the same command again to finish an interrupted one.
+
+    Example: embedcache cache merge first/ second/ both/
+    """
+    from embedcache.cli.console import open_progress, publish, resumable, to_plain
+    from embedcache.maintain.copy import merge_caches
+
+    if len(caches) < 3:
+        raise SettingError(f"expected two caches or more and a new folder, got {len(caches)} paths")
+    with resumable():
+        report = merge_caches(
+            caches[:-1],
+            caches[-1],
+            prefix_keys=prefix_keys,
+            features=split_names(feature),
+            progress=open_progress(),
+        )
+    publish(lambda: _show(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
+
+
+def _show(lines: Sequence[str]) -> None:
+    from embedcache.cli.console import print_line
+
+    for line in lines:
+        print_line(line)
+
+
+add_command(app, "prune", prune)
+add_command(app, "merge", merge)
+add_command(app, "cut", cut)
+add_command(app, "remove", remove)

@@ -1,0 +1,125 @@
+"""Pruning deletes what was named and nothing else, also after it was killed."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from embedcache.errors import SettingError, UnknownNameError
+from embedcache.files import user_folder
+from embedcache.maintain.prune import plan_prune, prune
+from embedcache.maintain.settings import PruneSettings
+from embedcache.reports.summary import summarize
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
+from tests.crash import crash_function
+from tests.extract.cases import tree
+from tests.maintain.cases import make_cache, write_source
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with a view and derived features. Not to be changed."""
+    folder = tmp_path_factory.mktemp("prune")
+    return make_cache(write_source(folder / "source"), folder / "c")
+
+
+@pytest.fixture
+def cache(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "c"))
+
+
+def names(cache: Path) -> list[str]:
+    opened = Cache(cache)
+    return [f"{modality}/{feature.name}" for modality in ("image", "text") for feature in opened.features(modality)]
+
+
+def test_feature_view_and_encoder(cache: Path) -> None:
+    before = names(cache)
+    settings = PruneSettings(features=("open_toy/patches", "open_toy@flip", "open_toy/tokens"))
+    plan = plan_prune(cache, settings)
+    assert [entry.kind for entry in plan.entries] == ["feature", "encoder", "feature"]
+    assert names(cache) == before
+    prune(cache, settings)
+    assert names(cache) == ["image/open_toy/cls", "image/small/pca", "text/open_toy/mean"]
+    assert verify(Cache(cache)) == []
+    assert not list(cache.rglob("*patches*"))
+    prune(cache, PruneSettings(features=("open_toy",), modality="text"))
+    assert names(cache) == ["image/open_toy/cls", "image/small/pca"]
+
+
+def test_dependents_are_named(made: Path) -> None:
+    [entry] = plan_prune(made, PruneSettings(features=("open_toy/cls",))).entries
+    assert entry.line().endswith("; small could not be computed again")
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"), [("open_toy", "image and text; name one"), ("opentoy", "did you mean")]
+)
+def test_wrong_name(made: Path, feature: str, message: str) -> None:
+    with pytest.raises(UnknownNameError, match=message):
+        plan_prune(made, PruneSettings(features=(feature,)))
+
+
+def test_nothing_named(made: Path) -> None:
+    with pytest.raises(SettingError, match="expected something to delete, got nothing"):
+        plan_prune(made, PruneSettings())
+    with pytest.raises(SettingError, match="expected a cache whose features or records to delete, got none"):
+        plan_prune(None, PruneSettings(records=3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("feature", "pattern", "number"),
+    [
+        ("open_toy/patches", r"image/open_toy/chunks/00001\.parquet", 1),
+        ("open_toy/patches", r"\.patches\..*\.partial", 1),
+        ("open_toy@flip", r"\.open_toy@flip\..*\.partial", 1),
+    ],
+)
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_prune_is_finished(
+    cache: Path, tmp_path: Path, feature: str, pattern: str, number: int, moment: str
+) -> None:
+    whole = Path(shutil.copytree(cache, tmp_path / "whole"))
+    settings = PruneSettings(features=(feature,))
+    prune(whole, settings)
+    crash_function(prune, (cache, settings), moment, pattern, number)
+    assert Cache(cache).feature("image", "open_toy/cls").valid.all()
+    prune(cache, settings)
+    assert tree(cache) == tree(whole)
+
+
+def test_records_but_those_of_removals(cache: Path) -> None:
+    records = cache / "records"
+    kept = records / "remove-20200101T000000000000.json"
+    shutil.copy(next(records.glob("extract-*.json")), kept)
+    assert not plan_prune(cache, PruneSettings(records=1)).entries
+    assert len(prune(cache, PruneSettings(records=0)).entries) == 2
+    assert list(records.iterdir()) == [kept]
+
+
+def test_onnx_graphs_by_their_last_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert user_folder() == tmp_path / "x" / "embedcache"
+    monkeypatch.setenv("EMBEDCACHE_HOME", str(tmp_path))
+    assert user_folder() == tmp_path
+    (tmp_path / "onnx").mkdir()
+    for name, time_s in (("old", 1), ("new", None)):
+        (tmp_path / "onnx" / f"{name}.onnx").write_bytes(b"graph")
+        os.utime(tmp_path / "onnx" / f"{name}.onnx", None if time_s is None else (time_s, time_s))
+    plan = prune(None, PruneSettings(onnx=30))
+    assert [(entry.name, entry.num_bytes) for entry in plan.entries] == [("old.onnx", 5)]
+    assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["new.onnx"]
+
+
+def test_inspect_states_disk_use(made: Path) -> None:
+    summary = summarize(made)
+    files = [path for path in made.rglob("*") if path.is_file()]
+    total = sum(path.stat().st_size for path in files)
+    assert summary.record["num_bytes"]["total"] == total
+    assert (
+        sum(feature["num_bytes"] for feature in summary.record["features"]) == summary.record["num_bytes"]["features"]
+    )
+    assert "on disk: features" in summary.lines[1]
