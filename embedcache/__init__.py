@@ -50,6 +50,10 @@ if TYPE_CHECKING:
     from embedcache.interop.importing import import_vectors
     from embedcache.interop.settings import AtlasSettings, ImportSettings, VectorExportSettings
     from embedcache.likelihood.model import LikelihoodModel
+    from embedcache.maintain.copy import cut_cache, merge_caches
+    from embedcache.maintain.prune import plan_prune, prune_cache
+    from embedcache.maintain.remove import plan_removal, remove_samples
+    from embedcache.maintain.settings import PruneSettings, RemoveSettings
     from embedcache.networks.settings import DecodingSettings
     from embedcache.search.index import build_index
     from embedcache.search.queries import Queries
@@ -102,7 +106,9 @@ __all__ = [
     "PairDataset",
     "PairsSettings",
     "ProbeSettings",
+    "PruneSettings",
     "Queries",
+    "RemoveSettings",
     "RetrievalSettings",
     "ScoreSettings",
     "SearchSettings",
@@ -123,6 +129,7 @@ __all__ = [
     "build_map",
     "compare_retrieval",
     "compare_zero_shot",
+    "cut_cache",
     "derive_features",
     "derive_from_run",
     "evaluate_pairs",
@@ -138,11 +145,16 @@ __all__ = [
     "load",
     "measure_coverage",
     "measure_coverage_by_modality",
+    "merge_caches",
     "mine_negatives",
     "open_source",
     "open_vectors",
     "plan_extraction",
+    "plan_prune",
+    "plan_removal",
+    "prune_cache",
     "remove_duplicates",
+    "remove_samples",
     "retry_failed",
     "score_samples",
     "search_index",

@@ -45,10 +45,9 @@ def prune(
     Example: embedcache cache prune cache/ --feature dinov2-large/patches --yes
     """
     from embedcache.cli.console import print_line, publish, to_plain
-    from embedcache.maintain.prune import plan_prune
-    from embedcache.maintain.prune import prune as delete
+    from embedcache.maintain.prune import plan_prune, prune_cache
 
-    plan = delete(cache, settings) if yes else plan_prune(cache, settings)
+    plan = prune_cache(cache, settings) if yes else plan_prune(cache, settings)
 
     def show() -> None:
         _show(plan.lines())

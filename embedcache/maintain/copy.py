@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 from embedcache.arrays import Array, Ints, concatenated_ranges
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError
-from embedcache.files import open_path, remove_partials, write_atomic
+from embedcache.files import AnyPath, open_path, remove_partials, write_atomic
 from embedcache.modalities import MODALITIES, noun
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, record_stage
 from embedcache.registry import unknown_name
 from embedcache.sources.base import FileItem, Sample, Scalar, TextItem
@@ -128,12 +128,12 @@ class _Parts:
 
 
 def cut_cache(
-    cache_path: Path | str,
+    cache_path: AnyPath,
     selection: Path | str,
-    out_path: Path | str,
+    out_path: AnyPath,
     *,
-    features: Sequence[str] = (),
-    progress: Progress | None = None,
+    features: str | Sequence[str] = (),
+    progress: AnyProgress = None,
 ) -> CopyReport:
     """Write the samples of a selection, with their features, into a cache of its own.
 
@@ -159,16 +159,16 @@ def cut_cache(
     subset = {"of": cache.info.index_digest, "rows": digest(samples.tolist())}
     description = {**cache.info.source, SUBSET: subset}
     parts = _divide(cache, samples, number=None)
-    return _copy(parts, description, open_path(out_path), features, "cut", progress or NullProgress())
+    return _copy(parts, description, open_path(out_path), features, "cut", to_progress(progress))
 
 
 def merge_caches(
-    cache_paths: Sequence[Path | str],
-    out_path: Path | str,
+    cache_paths: Sequence[AnyPath],
+    out_path: AnyPath,
     *,
     prefix_keys: bool = False,
-    features: Sequence[str] = (),
-    progress: Progress | None = None,
+    features: str | Sequence[str] = (),
+    progress: AnyProgress = None,
 ) -> CopyReport:
     """Write the samples of several caches, with the features that all of them have, into one.
 
@@ -212,7 +212,7 @@ def merge_caches(
         **(own[0] if is_one_source else merged_description(own)),
         SUBSET: {"of": [cache.info.index_digest for cache in caches]},
     }
-    return _copy(parts, description, open_path(out_path), features, "merge", progress or NullProgress())
+    return _copy(parts, description, open_path(out_path), features, "merge", to_progress(progress))
 
 
 def _check_keys(caches: Sequence[Cache]) -> None:
@@ -248,11 +248,12 @@ def _copy(
     parts: Sequence[_Part],
     description: Mapping[str, Any],
     out_path: Path,
-    features: Sequence[str],
+    features: str | Sequence[str],
     stage: str,
     progress: Progress,
 ) -> CopyReport:
     caches = list({id(part.cache): part.cache for part in parts}.values())
+    features = [features] if isinstance(features, str) else features
     named, left_out = _choose(caches, features)
     done = 0
     if info_path(out_path).is_file():

@@ -5,12 +5,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from embedcache.errors import SettingError, UnknownNameError
-from embedcache.files import folder_bytes, is_remote, locked, open_path, remove_folder, remove_partials, user_folder
+from embedcache.files import (
+    AnyPath,
+    folder_bytes,
+    is_remote,
+    locked,
+    open_path,
+    remove_folder,
+    remove_partials,
+    user_folder,
+)
 from embedcache.maintain.settings import PruneSettings
 from embedcache.provenance import read_stage
 from embedcache.registry import unknown_name
+from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 from embedcache.store.group import EncoderGroup
 from embedcache.store.writer import withdraw
@@ -56,11 +67,12 @@ class PrunePlan:
         return [*left, *(entry.line() for entry in self.entries), total]
 
 
-def plan_prune(cache_path: Path | str | None, settings: PruneSettings) -> PrunePlan:
-    """Return what `prune` would delete; the arguments and errors are its own.
+def plan_prune(cache_path: AnyPath | None, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
+    """Return what `prune_cache` would delete; the arguments and errors are its own.
 
     What a killed command had begun to delete is not listed: it does not exist for any reader.
     """
+    settings = replace_flat(settings or PruneSettings(), options)
     if settings == PruneSettings():
         raise SettingError("expected something to delete, got nothing; name it with --feature, --records or --onnx")
     entries: list[PrunedEntry] = []
@@ -80,7 +92,7 @@ def plan_prune(cache_path: Path | str | None, settings: PruneSettings) -> PruneP
     return PrunePlan(entries=entries, was_interrupted=was_interrupted)
 
 
-def prune(cache_path: Path | str | None, settings: PruneSettings) -> PrunePlan:
+def prune_cache(cache_path: AnyPath | None, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
     """Delete features, views, old records and ONNX graphs, and return what was deleted.
 
     A feature is withdrawn from the commits of its chunks before its files are deleted, and a folder gets another name
@@ -89,12 +101,13 @@ def prune(cache_path: Path | str | None, settings: PruneSettings) -> PrunePlan:
     Args:
         cache_path: path or URL of the cache; None for ONNX graphs only.
         settings: what to delete.
+        options: settings by name, such as `feature="open_toy/cls"`, which take precedence.
 
     Raises:
         SettingError: nothing is named, or no cache.
         UnknownNameError: there is no feature of a name, or there are several.
     """
-    plan = plan_prune(cache_path, settings)
+    plan = plan_prune(cache_path, settings, **options)
     if cache_path is not None:
         cache = Cache(open_path(cache_path))
         remove_partials(cache.path)

@@ -4,19 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.errors import DataError, PathError, SettingError, UnfinishedError
-from embedcache.files import is_remote, open_path, remove_partials
+from embedcache.files import AnyPath, is_remote, open_path, remove_partials
 from embedcache.maintain.files import remove_from, remove_from_run
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, noun
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import record_stage
 from embedcache.search.index import IndexCard, build_index, read_card
 from embedcache.search.settings import IndexSettings
+from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 from embedcache.store.layout import INTERRUPTED_REMOVAL, read_info
 from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
@@ -84,11 +86,13 @@ class RemovalReport:
         return [*lines, *(f"{path}: removed {count:,} entries" for path, count in self.entries.items())]
 
 
-def plan_removal(cache_path: Path | str, keys: Sequence[str], settings: RemoveSettings | None = None) -> RemovalPlan:
+def plan_removal(
+    cache_path: AnyPath, keys: str | Sequence[str], settings: RemoveSettings | None = None, **options: Any
+) -> RemovalPlan:
     """Return what `remove_samples` would do, which changes nothing; the arguments and errors are its own."""
-    settings = settings or RemoveSettings()
+    settings = replace_flat(settings or RemoveSettings(), options)
     path = _local(cache_path)
-    rows, _, num_before, is_resumed = _find(path, keys)
+    rows, _, num_before, is_resumed = _find(path, _as_list(keys))
     num_items: dict[str, int] = {}
     num_chunks: dict[str, int] = {}
     if len(rows) and not is_resumed:
@@ -114,11 +118,12 @@ def plan_removal(cache_path: Path | str, keys: Sequence[str], settings: RemoveSe
 
 
 def remove_samples(
-    cache_path: Path | str,
-    keys: Sequence[str],
+    cache_path: AnyPath,
+    keys: str | Sequence[str],
     settings: RemoveSettings | None = None,
     *,
-    progress: Progress | None = None,
+    progress: AnyProgress = None,
+    **options: Any,
 ) -> RemovalReport:
     """Remove samples from a cache, and from indexes, selections, exports and runs that name them.
 
@@ -128,9 +133,10 @@ def remove_samples(
 
     Args:
         cache_path: local cache.
-        keys: keys of the samples; those that were removed before are passed over.
+        keys: one or several keys of samples; those that were removed before are passed over.
         settings: where else the samples are, and what is recorded of their keys.
         progress: shows the number of items that are written again.
+        options: settings by name, such as `index=["index"]`, which take precedence.
 
     Raises:
         DataError: the cache has no sample of a key, and none was removed.
@@ -139,7 +145,8 @@ def remove_samples(
         CorruptError: a table or a chunk of these samples is damaged; nothing is changed.
         PathError: a file is none that samples can be removed from.
     """
-    settings, progress = settings or RemoveSettings(), progress or NullProgress()
+    settings, shown = replace_flat(settings or RemoveSettings(), options), to_progress(progress)
+    keys = _as_list(keys)
     plan = plan_removal(cache_path, keys, settings)
     path = plan.cache
     cards = {index: _open_card(index, path) for index in settings.indexes}
@@ -149,8 +156,8 @@ def remove_samples(
         if len(plan.rows):
             if not plan.is_resumed:
                 start_removal(Cache(path), plan.rows, _find(path, keys)[1])
-            apply_removal(path, settings.record_keys, progress=progress)
-        indexes = {str(index): _purge(path, index, card, progress) for index, card in cards.items()}
+            apply_removal(path, settings.record_keys, progress=shown)
+        indexes = {str(index): _purge(path, index, card, shown) for index, card in cards.items()}
         entries = {str(output): remove_from(output, set(keys)) for output in _with_removed(settings)}
         entries |= {str(run): remove_from_run(run, set(keys), read_info(path)) for run in settings.runs}
         report = RemovalReport(
@@ -169,7 +176,11 @@ def remove_samples(
     return report
 
 
-def _local(cache_path: Path | str) -> Path:
+def _as_list(keys: str | Sequence[str]) -> Sequence[str]:
+    return [keys] if isinstance(keys, str) else keys
+
+
+def _local(cache_path: AnyPath) -> Path:
     path = open_path(cache_path)
     if is_remote(path):
         raise SettingError(
@@ -221,6 +232,7 @@ def _purge(cache_path: Path, index_path: Path, card: IndexCard, progress: Progre
         modality=MODALITIES[card.modality].name,
         feature=card.feature,
         run=None if card.run is None else index_path / card.run,
+        width=card.width,
         min_recall=min(card.min_recall, card.recall_at_10),
     )
     after = build_index(cache_path, index_path, settings, progress=progress)

@@ -98,8 +98,9 @@ def start_removal(cache: Cache, samples: Ints, keys: Sequence[str]) -> None:
     for erased in find_chunks(cache, samples):
         for chunk in erased.rows:
             commit = erased.group.commit(chunk)
-            for name in commit.features if commit is not None else ():
-                Feature(erased.group, name).items(commit)
+            if commit is not None:
+                for name in commit.features:
+                    Feature(erased.group, name).items(commit)
     with locked(cache.path):
         before = read_removed(cache.path, cache.info)
         write_removed(removing_path(cache.path), make_removed(samples, keys, before.salt))

@@ -38,8 +38,8 @@ def make_cache(source: Path, cache: Path, **settings: object) -> Path:
     extract(
         open_source(source),
         cache,
-        image_encoders=[IMAGE],
-        text_encoders=[TEXT],
+        image_encoder=[IMAGE],
+        text_encoder=[TEXT],
         settings=ExtractSettings(**values),  # type: ignore[arg-type]
     )
     derive(cache, Derivation(name="small", inputs=[("image", "open_toy/cls")], rule="pca", parameters={"width": 4}))

@@ -67,9 +67,9 @@ def test_cut_has_samples_of_selection(made: Path, small: Path) -> None:
 
 def test_cut_cache_takes_other_encoders_of_its_samples_only(made: Path, small: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(small, tmp_path / "small"))
-    extract(open_source(made / "source"), cache, image_encoders=["tests.toy:open_other"])
+    extract(open_source(made / "source"), cache, image_encoder=["tests.toy:open_other"])
     assert Cache(cache).feature("image", "open_other/cls").shape == (6, 48)
-    extract(open_source(made / "source"), cache, image_encoders=[IMAGE], settings=ExtractSettings(extend=True))
+    extract(open_source(made / "source"), cache, image_encoder=[IMAGE], settings=ExtractSettings(extend=True))
     assert Cache(cache).column("key").to_pylist()[:6] == CHOSEN
     assert Cache(cache).feature("image", "open_toy/cls").valid.sum() == 12
 
@@ -124,7 +124,7 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
     assert merge_caches([first, second], tmp_path / "both", prefix_keys=True).copied == 0
     source = reopen_source(Cache(first).info.source)
     with pytest.raises(SettingError, match="was merged from caches of .*; extract into each of these"):
-        extract(source, tmp_path / "both", image_encoders=[IMAGE])
+        extract(source, tmp_path / "both", image_encoder=[IMAGE])
 
 
 def test_cut_and_merged_again_is_the_same_source(made: Path, small: Path, tmp_path: Path) -> None:
@@ -134,17 +134,17 @@ def test_cut_and_merged_again_is_the_same_source(made: Path, small: Path, tmp_pa
     merge_caches([small, tmp_path / "rest"], tmp_path / "again")
     again = Cache(tmp_path / "again")
     assert again.column("key").to_pylist() == [*CHOSEN, *rest]
-    extract(open_source(made / "source"), again.path, image_encoders=["tests.toy:open_other"])
+    extract(open_source(made / "source"), again.path, image_encoder=["tests.toy:open_other"])
     assert Cache(again.path).feature("image", "open_other/cls").valid.all()
 
 
 def test_merge_refuses_other_encoders(made: Path, tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", 5, seed=3)
     scaled = f"{IMAGE},scale=2"
-    extract(open_source(source), tmp_path / "scaled", image_encoders=[scaled])
+    extract(open_source(source), tmp_path / "scaled", image_encoder=[scaled])
     with pytest.raises(FingerprintError, match=r"open_toy of .*scaled was made with other settings: weights: stored"):
         merge_caches([made / "c", tmp_path / "scaled"], tmp_path / "both", prefix_keys=True)
-    extract(open_source(source), tmp_path / "one", image_encoders=[IMAGE], settings=ExtractSettings(chunk_size=2))
+    extract(open_source(source), tmp_path / "one", image_encoder=[IMAGE], settings=ExtractSettings(chunk_size=2))
     report = merge_caches([made / "c", tmp_path / "one"], tmp_path / "both", prefix_keys=True)
     assert report.features == ["image/open_toy/cls"]
     assert "image/open_toy@flip/cls" in report.left_out

@@ -8,7 +8,7 @@ import pytest
 
 from embedcache.errors import SettingError, UnknownNameError
 from embedcache.files import user_folder
-from embedcache.maintain.prune import plan_prune, prune
+from embedcache.maintain.prune import plan_prune, prune_cache
 from embedcache.maintain.settings import PruneSettings
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
@@ -41,11 +41,11 @@ def test_feature_view_and_encoder(cache: Path) -> None:
     plan = plan_prune(cache, settings)
     assert [entry.kind for entry in plan.entries] == ["feature", "encoder", "feature"]
     assert names(cache) == before
-    prune(cache, settings)
+    prune_cache(cache, settings)
     assert names(cache) == ["image/open_toy/cls", "image/small/pca", "text/open_toy/mean"]
     assert verify(Cache(cache)) == []
     assert not list(cache.rglob("*patches*"))
-    prune(cache, PruneSettings(features=("open_toy",), modality="text"))
+    prune_cache(cache, PruneSettings(features=("open_toy",), modality="text"))
     assert names(cache) == ["image/open_toy/cls", "image/small/pca"]
 
 
@@ -84,10 +84,10 @@ def test_killed_prune_is_finished(
 ) -> None:
     whole = Path(shutil.copytree(cache, tmp_path / "whole"))
     settings = PruneSettings(features=(feature,))
-    prune(whole, settings)
-    crash_function(prune, (cache, settings), moment, pattern, number)
+    prune_cache(whole, settings)
+    crash_function(prune_cache, (cache, settings), moment, pattern, number)
     assert Cache(cache).feature("image", "open_toy/cls").valid.all()
-    prune(cache, settings)
+    prune_cache(cache, settings)
     assert tree(cache) == tree(whole)
 
 
@@ -96,7 +96,7 @@ def test_records_but_those_of_removals(cache: Path) -> None:
     kept = records / "remove-20200101T000000000000.json"
     shutil.copy(next(records.glob("extract-*.json")), kept)
     assert not plan_prune(cache, PruneSettings(records=1)).entries
-    assert len(prune(cache, PruneSettings(records=0)).entries) == 2
+    assert len(prune_cache(cache, PruneSettings(records=0)).entries) == 2
     assert list(records.iterdir()) == [kept]
 
 
@@ -109,7 +109,7 @@ def test_onnx_graphs_by_their_last_use(tmp_path: Path, monkeypatch: pytest.Monke
     for name, time_s in (("old", 1), ("new", None)):
         (tmp_path / "onnx" / f"{name}.onnx").write_bytes(b"graph")
         os.utime(tmp_path / "onnx" / f"{name}.onnx", None if time_s is None else (time_s, time_s))
-    plan = prune(None, PruneSettings(onnx=30))
+    plan = prune_cache(None, PruneSettings(onnx=30))
     assert [(entry.name, entry.num_bytes) for entry in plan.entries] == [("old.onnx", 5)]
     assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["new.onnx"]
 

@@ -151,7 +151,7 @@ def test_new_encoder_knows_removed_samples(made: Path, removed: Path, tmp_path: 
 
     cache = Path(shutil.copytree(removed / "c", tmp_path / "c"))
     other = "tests.toy:open_other"
-    extract(open_source(made / "source"), cache, image_encoders=[other], text_encoders=[other])
+    extract(open_source(made / "source"), cache, image_encoder=[other], text_encoder=[other])
     for modality, name in (("image", "open_other/cls"), ("text", "open_other/mean")):
         assert Cache(cache).feature(modality, name).failures == {3: "removed", 9: "removed"}
 
