@@ -134,10 +134,8 @@ def _find_feature(cache: Cache, name: str, modality: str | None) -> tuple[list[P
         place = f"{folder}/{feature}" if feature else folder
         if any(_left(cache.path / each / place) for each in modalities) and not is_remote(cache.path):
             return [], True
-        known = [group.name for group in groups]
-        raise unknown_name(
-            f"feature of {cache.path}", name, known + [f"{g.name}/{f}" for g in groups for f in g.features]
-        )
+        known = [each for group in groups for each in (group.name, *(f"{group.name}/{f}" for f in group.features))]
+        raise unknown_name(f"feature of {cache.path}", name, list(dict.fromkeys(known)))
     [group] = named
     is_whole = not feature or group.features == [feature]
     path = group.path if is_whole else group.path / feature

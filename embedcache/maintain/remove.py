@@ -83,7 +83,7 @@ class RemovalReport:
             f"{entry['recall_at_10']:.3f}, before {entry['recall_at_10_before']:.3f}"
             for path, entry in self.indexes.items()
         ]
-        return [*lines, *(f"{path}: removed {count:,} entries" for path, count in self.entries.items())]
+        return [*lines, *(f"{path}: {count:,} entries removed" for path, count in self.entries.items())]
 
 
 def plan_removal(
@@ -102,6 +102,8 @@ def plan_removal(
         for modality in cache.info.num_items:
             of_items = cache.items(modality, columns=["sample"])["sample"].to_numpy()
             num_items[modality] = int(np.isin(of_items, rows).sum())
+    for index in settings.indexes:
+        _open_card(index, path)
     outputs = [*settings.indexes, *settings.selections, *settings.exports, *settings.runs]
     for output in outputs:
         if not output.exists():

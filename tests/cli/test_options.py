@@ -27,7 +27,7 @@ SAME_NOUN = {
     "--image-cosine": "limit of near-duplicates: above it for a strict split, at or above it for leaks",
     "--image-feature": "evaluate pairs takes several",
     "--language": "language of the captions that are read: several in some commands",
-    "--index": "coverage counts what it finds, negatives searches it",
+    "--index": "coverage counts what it finds, negatives searches it, cache remove takes several",
     "--modality": "names what the command does with the items of that modality",
     "--memory": "limit of an index while it is searched, of the features in training",
     "--num-negatives": "curate lists them, train draws them",

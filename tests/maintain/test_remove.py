@@ -122,6 +122,21 @@ def test_killed_removal_is_finished(removed: Path, copy: Path, pattern: str) -> 
     }
 
 
+def test_table_of_many_commits_is_written_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.store.group.MIN_CHUNKS", 1)
+    [group] = [group for group in Cache(copy / "c").encoders("image") if group.name == "open_toy"]
+    hashes = [Cache(copy / "c").feature("image", "open_toy/cls").hashes[row] for row in (3, 9)]
+    group.compact()
+    path = group.path / "commits.parquet"
+    assert all(each is not None and each in path.read_bytes() for each in hashes)
+    remove_samples(copy / "c", KEYS)
+    assert path.is_file()
+    assert not any(
+        each is not None and each in file.read_bytes() for each in hashes for file in group.path.rglob("*.*")
+    )
+    assert verify(Cache(copy / "c")) == []
+
+
 def test_interrupted_removal_is_named(made: Path, copy: Path) -> None:
     crash_function(remove, (copy,), "before", r"c/image/open_toy/cls/c/0/0")
     with pytest.raises(UnfinishedError, match="a removal of samples was interrupted; run the same embedcache cache"):
@@ -174,7 +189,9 @@ def test_wrong_requests_change_nothing(copy: Path) -> None:
     with pytest.raises(DataError, match="expected keys of samples to remove, got none"):
         remove_samples(copy / "c", [])
     with pytest.raises(PathError, match="none does not exist"):
-        remove_samples(copy / "c", KEYS, RemoveSettings(indexes=(copy / "none",)))
+        remove_samples(copy / "c", KEYS, index=[copy / "none"])
+    with pytest.raises(PathError, match="c is not a finished index"):
+        plan_removal(copy / "c", KEYS, index=[copy / "c"])
     with pytest.raises(SettingError, match="record_keys: expected one of digest, none, full, got 'all'"):
         RemoveSettings(record_keys="all")  # type: ignore[arg-type]
     assert plan_removal(copy / "c", KEYS).num_chunks["image/open_toy@flip"] == 2
