@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Ints
+from embedcache.curate.map import FILE as map_file
 from embedcache.errors import DataError, PathError, SettingError, UnfinishedError
 from embedcache.files import AnyPath, is_remote, open_path, remove_partials
 from embedcache.maintain.files import remove_from, remove_from_run
@@ -228,8 +229,9 @@ def _open_card(index_path: Path, cache_path: Path) -> IndexCard:
 
 
 def _purge(cache_path: Path, index_path: Path, card: IndexCard, progress: Progress) -> dict[str, float]:
-    """Fill an index again without the removed samples; return its recall and size, before and after."""
+    """Fill an index again without the removed samples, and delete its map; return recall and size, before and after."""
     remove_partials(index_path)
+    (index_path / map_file).unlink(missing_ok=True)  # clusters are named by captions
     settings = IndexSettings(
         modality=MODALITIES[card.modality].name,
         feature=card.feature,

@@ -23,7 +23,16 @@ from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests.crash import crash_function
 from tests.extract.cases import tree
-from tests.maintain.cases import KEYS, contents_of, make_cache, make_index, make_selection, traces, write_source
+from tests.maintain.cases import (
+    CAPTIONS,
+    KEYS,
+    contents_of,
+    make_cache,
+    make_index,
+    make_selection,
+    traces,
+    write_source,
+)
 
 SETTINGS = {"indexes": ("index",), "selections": ("kept.parquet", "keys.txt")}
 
@@ -34,6 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("remove")
     cache = make_cache(write_source(folder / "source"), folder / "c")
     make_index(cache, folder / "index")
+    (folder / "index" / "map.parquet").write_text(CAPTIONS[0])  # a map names clusters by captions
     make_selection(cache, folder / "kept.parquet")
     (folder / "keys.txt").write_text("".join(f"{key}\n" for key in Cache(cache).column("key").to_pylist()))
     return folder
