@@ -15,7 +15,7 @@ from embedcache.serve.settings import ServeSettings
 def serve(
     index: IndexArgument,
     other: Annotated[
-        Path | None, typer.Argument(metavar="[INDEX2]", help="Index to compare with, of another run for example.")
+        Path | None, typer.Argument(metavar="INDEX2", help="Index to compare with, of another run for example.")
     ] = None,
     run: Annotated[
         list[Path] | None,

@@ -17,7 +17,7 @@ from embedcache.serve.schema import MapState
 
 log = logging.getLogger("embedcache.serve")
 
-_SAMPLE = 48
+_SAMPLE = 36
 _QUESTIONS = 6
 _LEVELS = 2**16 - 1
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from axe_playwright_python.sync_playwright import Axe
+from axe_playwright_python.base import AXE_SCRIPT
 from playwright.sync_api import sync_playwright
 
 _GIVE = """([data, name, way]) => {
@@ -17,6 +17,12 @@ _GIVE = """([data, name, way]) => {
   document.body.dispatchEvent(way === "paste"
     ? new ClipboardEvent("paste", { ...options, clipboardData: holder })
     : new DragEvent("drop", { ...options, dataTransfer: holder }));
+}"""
+
+
+_FIND_BARRIERS = """async ([scheme, options]) => {
+  const found = await axe.run(document, { resultTypes: ["violations"], ...options });
+  return found.violations.map((one) => `${scheme} ${one.id}: ${one.nodes[0].html}`);
 }"""
 
 
@@ -88,8 +94,13 @@ class Browsing:
 
     def barriers(self) -> list[str]:
         """Return what axe-core finds that keeps people with a screen reader, a keyboard or weak eyes from the page."""
-        found = Axe().run(self.page).response["violations"]
-        return [f"{one['id']}: {one['nodes'][0]['html']}" for one in found]
+        if not self.page.evaluate("'axe' in window"):
+            self.page.evaluate(AXE_SCRIPT)
+        found = self.page.evaluate(_FIND_BARRIERS, ["light", {}])
+        self.page.emulate_media(color_scheme="dark")
+        found += self.page.evaluate(_FIND_BARRIERS, ["dark", {"runOnly": ["color-contrast"]}])
+        self.page.emulate_media(color_scheme="light")
+        return list(found)
 
     def shown_images(self) -> int:
         """Wait for the first images, and count those that have loaded."""

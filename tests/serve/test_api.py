@@ -226,7 +226,7 @@ def ready(client: TestClient, path: str) -> dict[str, Any]:
 
 def test_page_opens_on_sample_and_questions(client: TestClient, root: Path) -> None:
     opening = ready(client, "/api/opening")
-    assert len({hit["row"] for hit in opening["hits"]}) == 48
+    assert len({hit["row"] for hit in opening["hits"]}) == 36
     assert all(hit["score"] is None and hit["image"] == hit["row"] for hit in opening["hits"])
     captions = Cache(root / "cache").items("text")["text"].to_pylist()
     assert opening["questions"]
@@ -267,7 +267,7 @@ def test_missing_map_is_computed_and_stored(root: Path, tmp_path: Path) -> None:
     stale = shutil.copy(root / "index" / "map.parquet", tmp_path / "plain" / "map.parquet")
     with visit(start(index=tmp_path / "plain", cache=str(root / "cache"))) as client:
         opening = ready(client, "/api/opening")
-    assert len(opening["hits"]) == 48
+    assert len(opening["hits"]) == 36
     assert opening["questions"] == []  # texts are not accepted
     assert stale.read_bytes() != (root / "index" / "map.parquet").read_bytes()
     stale.unlink()
