@@ -172,9 +172,12 @@ class HitReader:
         for score, row, key, label, texts in zip(
             scores, rows.tolist(), found["key"].to_pylist(), labels, self._captions(rows), strict=True
         ):
-            kept = [(text, language) for text, language in texts if not languages or language in languages]
-            present = list(dict.fromkeys(language for _, language in kept))
-            captions = [text for text, language in kept if language == present[0]][:_MAX_CAPTIONS]
+            if languages:
+                texts = [(text, language) for text, language in texts if language in languages]
+            present = list(dict.fromkeys([language for _, language in texts]))
+            if len(present) > 1:
+                texts = [(text, language) for text, language in texts if language == present[0]]
+            captions = [text for text, _ in texts[:_MAX_CAPTIONS]]
             label = None if label is None else str(label)
             hits.append(Hit(score=score, row=row, key=key, captions=captions, label=label, languages=present))
         return hits
