@@ -41,4 +41,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "bert": f"hf:{bert}",
         "st": f"st:{st}",
         "dense": f"st:{dense}",
+        "truncated": f"st:{dense},truncate_dim=7",
     }

@@ -20,6 +20,7 @@ CASES = {
     "grid": ("dino", "grid:2", "bert", "tokens", "token"),
     "kmeans": ("vit", "kmeans:3", "bert", "tokens", "token"),
     "glu": ("dino", "cls", "dense", "dense", "glu"),
+    "truncated": ("vit", "cls", "truncated", "dense", "linear"),
     "fusemix": ("mamba", "patch_mean", "bert", "cls", "fusemix"),
     "asif": ("vit", "patch_mean", "st", "mean", "asif"),
     "identity": ("vit", "cls", "bert", "mean", "linear+identity"),
