@@ -37,8 +37,8 @@ NOTES = (
     "page: 'from CCA' is the recipe of the quickstart, 'random start' that of the table of "
     "[projectors](projectors.md), and each run keeps the epoch of the best validation recall at the whole width.",
     "From random weights the loss over prefixes more than doubles recall at width 8, and a quarter of the width comes "
-    "close to the whole. From CCA, whose components are ordered by their correlation, it changes nothing that these "
-    "items could show: a quarter of the width serves either way. The whole width loses nothing that can be seen.",
+    "close to the whole. From CCA, whose components are ordered by their correlation, it changes hardly anything: "
+    "a quarter of the width serves either way. The whole width loses nothing that can be seen.",
 )
 
 
