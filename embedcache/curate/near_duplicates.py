@@ -113,7 +113,7 @@ def find_near_duplicates(
 class Neighbors:
     """The K other items that are most similar to each of N items, best first."""
 
-    items: Ints  # (N, K) item numbers; -1 where fewer were compared
+    items: Array  # (N, K) int32 item numbers; -1 where fewer were compared
     cosines: Floats  # (N, K); -2 where there is none
     num_clusters: int  # 1 if all pairs were compared
     recall: Recall | None  # of the K nearest of drawn items; None if all pairs were compared
@@ -128,7 +128,7 @@ def find_neighbors(
 ) -> Neighbors:
     """Find the K nearest neighbors of each item: of all others, or of those in its cluster and near its borders.
 
-    Time, scratch space and errors as in `find_near_duplicates`; memory 12 K bytes per item in place of the pairs.
+    Time, scratch space and errors as in `find_near_duplicates`; memory 8 K bytes per item in place of the pairs.
     """
     progress = progress or NullProgress()
     with _arrange(vectors, rows_N, _ANY_COSINE, settings, progress) as arranged:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Bools, Floats, Ints, blocks
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.curate.keep import Copies, find_copies
 from embedcache.curate.near_duplicates import Neighbors, find_neighbors
 from embedcache.curate.score import best_per_sample
@@ -123,6 +123,7 @@ class OutlierReport:
             "run": None if run is None else str(run),
             "run_weights": None if self.vectors.config is None else self.vectors.config.weights_digest,
             "k": self.neighbors.items.shape[1],
+            "label_neighbors": self.settings.label_neighbors,
             "num_samples": self.cache.info.num_samples,
             "num_items": len(self.copies.content_ids),
             "num_contents": len(self.copies.unique_rows),
@@ -164,7 +165,7 @@ def find_outliers(
 ) -> OutlierReport:
     """Score how typical the samples of a cache are, whether their labels fit, and whether images fit captions.
 
-    Time and scratch space as in `find_near_duplicates`; memory 12 k + 200 bytes per item.
+    Time and scratch space as in `find_near_duplicates`; memory 8 k + 200 bytes per item.
 
     Args:
         cache_path: path or URL of the cache.
@@ -207,7 +208,7 @@ def find_outliers(
         neighbors=neighbors,
         typicality_S=typicality_S,
         rows_S=rows_S,
-        votes=None if label is None else _vote(cache, copies, neighbors, label),
+        votes=None if label is None else _vote(cache, copies, neighbors.items[:, : settings.label_neighbors], label),
         pair_cosines_S=_pair_cosines(vectors, progress),
         settings=settings,
     )
@@ -227,7 +228,7 @@ def _typicality(cache: Cache, copies: Copies, neighbors: Neighbors) -> tuple[Flo
     return np.where(missing, np.float32(np.nan), typicality_N[best_S]), np.where(missing, -1, copies.item_rows[best_S])
 
 
-def _vote(cache: Cache, copies: Copies, neighbors: Neighbors, label: str) -> LabelVotes | None:
+def _vote(cache: Cache, copies: Copies, near_CK: Array, label: str) -> LabelVotes | None:
     """Compare the label of each item with those of its neighbors; None if no sample has a label."""
     is_labeled_S = has_label(cache, np.arange(cache.info.num_samples), column=label)
     labeled = np.flatnonzero(is_labeled_S)
@@ -238,10 +239,10 @@ def _vote(cache: Cache, copies: Copies, neighbors: Neighbors, label: str) -> Lab
     own_S[labeled] = labels.numbers
     _, first = np.unique(copies.content_ids, return_index=True)
     label_C = own_S[copies.samples[first]]
-    num_items, k = len(copies.content_ids), neighbors.items.shape[1]
+    num_items, k = len(copies.content_ids), near_CK.shape[1]
     suggested_N, margins_N = np.full(num_items, -1, np.int64), np.full(num_items, np.nan, np.float32)
     for block in blocks(num_items, max(1, _COMPARISONS // k**2)):
-        near_BK = neighbors.items[copies.content_ids[block]]
+        near_BK = near_CK[copies.content_ids[block]]
         label_BK = np.where(near_BK < 0, -1, label_C[near_BK])
         suggested_N[block], margins_N[block] = compare_labels(own_S[copies.samples[block]], label_BK)
     best_S = best_per_sample(cache.info.num_samples, copies.samples, np.nan_to_num(margins_N, nan=-np.inf))

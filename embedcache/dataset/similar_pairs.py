@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embedcache.arrays import Floats, Ints
+from embedcache.arrays import Array, Floats, Ints
 
 _BELOW_ALL = np.float32(-2)
 _ALMOST_ONE = 1 - 1e-5  # equal vectors reach this in spite of rounding
@@ -102,15 +102,15 @@ class PairCollector:
 class NeighborCollector:
     """Collector of each item's K most similar other items, from tiles that may hold a pair more than once.
 
-    Of equal cosines the lower item comes first. Memory: 12 K bytes per item, and a mask of a tile.
+    Of equal cosines the lower item comes first. Memory: 8 K bytes per item, and a mask of a tile.
 
     Attributes:
-        items: (N, K) int64, best first; -1 where fewer items were compared.
+        items: (N, K) int32, best first; -1 where fewer items were compared.
         cosines: (N, K) float32, of each; -2 where there is none.
     """
 
     def __init__(self, num_items: int, k: int) -> None:
-        self.items: Ints = np.full((num_items, k), -1, np.int64)
+        self.items: Array = np.full((num_items, k), -1, np.int32)
         self.cosines: Floats = np.full((num_items, k), _BELOW_ALL, np.float32)
 
     def add(self, tile: CosineTile) -> None:

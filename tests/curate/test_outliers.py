@@ -131,7 +131,6 @@ def test_planted_outliers_and_labels(planted: Path, tmp_path: Path) -> None:
     worst = report.to_json()["lowest"]["label_margin"][0]
     assert {"row", "key", "label", "suggested_label", "label_margin"} == set(worst)
 
-    few = OutlierSettings(k=3)
     limit = float(report.typicality_S[report.lowest(TYPICALITY, 5)[-1]])
     select(planted, out, "score", SelectSettings(scores=odd, score=TYPICALITY, at_least=limit))
     left = set(range(NUM)) - set(read_selection(out, [Cache(planted)]).tolist())
@@ -139,8 +138,10 @@ def test_planted_outliers_and_labels(planted: Path, tmp_path: Path) -> None:
     assert "each with its 3 nearest of 238 different ones; every pair was compared" in outlier_line(report)
     assert outlier_notes(report)[0].startswith("likely mislabels: ")
     assert threshold_table(report)[0][2:] == ["typicality of at least", "label_margin of at least"]
-    again = find_outliers(planted, tmp_path / "again.parquet", few)
+    again = find_outliers(planted, tmp_path / "again.parquet", k=3, label_neighbors=1)
     assert again.typicality_S.tobytes() == report.typicality_S.tobytes()
+    assert again.votes is not None
+    assert set(again.votes.margins_S[np.isfinite(again.votes.margins_S)].tolist()) == {-1, 1}
 
 
 def test_typicality_of_captions(planted: Path) -> None:
