@@ -71,7 +71,7 @@ def write_negatives(
         parts: the negatives of all samples, block by block in their order.
         metadata: how they were found, as JSON values.
     """
-    header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
+    header = {"cache": str(cache.path), "spine": cache.info.index_digest, "num_samples": len(groups_S), **metadata}
     schema, keys, start = _SCHEMA.with_metadata(to_metadata(header)), cache.column("key"), 0
     with new_output(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
         for part in parts:
@@ -146,6 +146,8 @@ def _find_cache(path: Path, table: pq.ParquetFile, caches: Sequence[Cache]) -> i
     header = read_metadata(path, table.schema_arrow.metadata)
     if not set(_SCHEMA.names) <= set(table.schema_arrow.names) or "spine" not in header:
         raise ValueError(f"it has the columns {', '.join(table.schema_arrow.names)}")
+    if table.metadata.num_rows != header.get("num_samples"):
+        raise ValueError(f"it has {table.metadata.num_rows:,} rows, not one per sample; mine them again")
     for number, cache in enumerate(caches):
         if cache.info.has_rows_of(header["spine"]) and cache.info.num_samples >= table.metadata.num_rows:
             return number

@@ -183,6 +183,9 @@ def test_wrong_inputs_are_one_line(cache_path: Path, run_path: Path, mined: Path
     (tmp_path / "text.parquet").write_text("no table")
     with pytest.raises(CorruptError, match=r"text.parquet: expected a table of curate negatives"):
         read_negatives([tmp_path / "text.parquet"], [Cache(cache_path)])
+    pq.write_table(pq.read_table(mined).slice(1), tmp_path / "short.parquet")
+    with pytest.raises(CorruptError, match=r"it has 299 rows, not one per sample; mine them again"):
+        read_negatives([tmp_path / "short.parquet"], [Cache(cache_path)])
     data, parts = bytearray(mined.read_bytes()), pq.ParquetFile(mined).metadata.row_group(0)
     (listed,) = [part for part in map(parts.column, range(parts.num_columns)) if part.path_in_schema[:9] == "negatives"]
     data[listed.data_page_offset + listed.total_compressed_size // 2] ^= 1
