@@ -258,13 +258,14 @@ def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path, monkeypatch: pytes
 
     data = ["--dataset", "wds/photos", "--dataset_root", "photos", "--task", "zeroshot_classification"]
     options = [*data, "--num_workers", 0, "--quiet", "--save_clf", "classes.pt"]
-    embedcache("evaluate", "clip-benchmark", "run", *options, cwd=tmp_path)
+    printed = embedcache("evaluate", "clip-benchmark", "run", *options, "--json", cwd=tmp_path)
     monkeypatch.chdir(tmp_path)
     app(
         ["evaluate", "zero-shot", "images", "run", "--prompts", "prompts", "--output", "ours.json"],
         standalone_mode=False,
     )
     theirs = json.loads((tmp_path / "photos_run_en_zeroshot_classification.json").read_text())
+    assert json.loads(printed) == [theirs]
     ours = json.loads((tmp_path / "ours.json").read_text())
     assert theirs["metrics"] == pytest.approx(ours["metrics"], abs=1e-3)
     for field in ("model", "pretrained", "task", "language"):
