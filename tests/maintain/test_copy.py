@@ -89,6 +89,32 @@ def test_killed_cut_is_finished(made: Path, small: Path, tmp_path: Path, pattern
     assert tree(tmp_path / "small") == tree(small)
 
 
+MERGE_KILLS = [
+    *(r"samples\.parquet", r"cache\.json", r"open_toy/patches/zarr\.json"),
+    *(r"open_toy@flip/cls/c/2/0", r"open_toy/chunks/00002\.parquet", r"records/merge-.*\.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def halves(made: Path, small: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The cache of the selection, and one of all other samples. Not to be changed."""
+    folder = tmp_path_factory.mktemp("halves")
+    rest = [key for key in Cache(made / "c").column("key").to_pylist() if key not in CHOSEN]
+    (folder / "rest.txt").write_text("".join(f"{key}\n" for key in rest))
+    cut_cache(made / "c", folder / "rest.txt", folder / "rest")
+    return [small, folder / "rest"]
+
+
+@pytest.mark.slow
+def test_killed_merge_is_finished(halves: list[Path], tmp_path: Path) -> None:
+    merge_caches(halves, tmp_path / "whole")
+    for number, pattern in enumerate(MERGE_KILLS):
+        arguments = (halves, tmp_path / f"{number}" / "whole")
+        crash_function(merge_caches, arguments, "before", pattern)
+        merge_caches(*arguments)
+        assert tree(arguments[1]) == tree(tmp_path / "whole"), pattern
+
+
 def test_cut_without_some(made: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(made / "c", tmp_path / "c"))
     remove_samples(cache, KEYS)
@@ -127,13 +153,11 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
         extract(source, tmp_path / "both", image_encoder=[IMAGE])
 
 
-def test_cut_and_merged_again_is_the_same_source(made: Path, small: Path, tmp_path: Path) -> None:
-    rest = [key for key in Cache(made / "c").column("key").to_pylist() if key not in CHOSEN]
-    (tmp_path / "rest.txt").write_text("".join(f"{key}\n" for key in rest))
-    cut_cache(made / "c", tmp_path / "rest.txt", tmp_path / "rest")
-    merge_caches([small, tmp_path / "rest"], tmp_path / "again")
+def test_cut_and_merged_again_is_the_same_source(made: Path, halves: list[Path], tmp_path: Path) -> None:
+    merge_caches(halves, tmp_path / "again")
     again = Cache(tmp_path / "again")
-    assert again.column("key").to_pylist() == [*CHOSEN, *rest]
+    keys = again.column("key").to_pylist()
+    assert (keys[:6], len(set(keys))) == (CHOSEN, 12)
     extract(open_source(made / "source"), again.path, image_encoder=["tests.toy:open_other"])
     assert Cache(again.path).feature("image", "open_other/cls").valid.all()
 
