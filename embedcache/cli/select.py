@@ -1,0 +1,263 @@
+"""Commands of `embedcache curate` that choose samples or score them."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from embedcache.cli.options import (
+    CacheArgument,
+    Features,
+    Html,
+    ImageFeature,
+    ImageFolders,
+    Json,
+    Output,
+    Seed,
+    SelectionArgument,
+    SelectionOutput,
+    TextFeature,
+    by_modality,
+    check_new_file,
+    with_settings,
+)
+from embedcache.curate.settings import (
+    NegativesSettings,
+    OutlierSettings,
+    ScoreSettings,
+    SelectSettings,
+)
+
+
+@with_settings(settings=SelectSettings)
+def select(
+    cache: CacheArgument,
+    out: SelectionOutput,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Method: random, top-score, clip-score, rare-first (the paper's), metaclip, image-based (DataComp's), "
+            "hierarchical, k-center, score (of a table), or module:attribute.",
+        ),
+    ],
+    *,
+    settings: SelectSettings,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Select samples to train on, with a reason for each.
+
+    Example: embedcache curate select cache/ selection.parquet --method clip-score --run run/ --budget 25%
+    """
+    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.curate.select.select import select as run_select
+
+    with resumable():
+        report = run_select(cache, out, method, settings, progress=open_progress())
+    publish(lambda: print_line(report.line()), lambda: to_plain(report), as_json=as_json, output=output)
+
+
+def combine(
+    cache: CacheArgument,
+    first: Annotated[
+        Path, typer.Argument(metavar="FIRST", help="Selection: Parquet, or a text file with one key per line.")
+    ],
+    operation: Annotated[
+        Literal["and", "minus"],
+        typer.Argument(metavar="and|minus", help="Keep the samples in both, or those not in the second."),
+    ],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Second selection.")],
+    out: SelectionOutput,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Intersect two selections, or subtract one from another.
+
+    Example: embedcache curate combine cache/ first.parquet and second.parquet both.parquet
+    """
+    from embedcache.curate.select.select import combine_selections
+
+    num_samples = combine_selections(cache, out, first, operation, second)
+    _publish_size(out, num_samples, as_json=as_json, output=output)
+
+
+def _publish_size(out: Path, num_samples: int, *, as_json: bool, output: Path | None) -> None:
+    """Print how many samples were written, or publish it as JSON."""
+    from embedcache.cli.console import print_line, publish
+
+    publish(
+        lambda: print_line(f"{out}: {num_samples:,} samples"),
+        lambda: {"path": str(out), "num_samples": num_samples},
+        as_json=as_json,
+        output=output,
+    )
+
+
+def sample(
+    cache: CacheArgument,
+    selection: SelectionArgument,
+    size: Annotated[int, typer.Argument(metavar="N", help="Number of samples to draw.")],
+    out: SelectionOutput,
+    seed: Seed = 0,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Draw random samples of a selection.
+
+    Example: embedcache curate sample cache/ selection.parquet 1000 some.parquet
+    """
+    from embedcache.curate.select.select import sample_selection
+
+    num_samples = sample_selection(cache, out, selection, size, seed=seed)
+    _publish_size(out, num_samples, as_json=as_json, output=output)
+
+
+def export(
+    cache: CacheArgument,
+    selection: SelectionArgument,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="New file; for webdataset a new folder.", callback=check_new_file)
+    ],
+    form: Annotated[
+        Literal["datacomp", "keys", "webdataset"],
+        typer.Option(
+            "--format",
+            metavar="datacomp|keys|webdataset",
+            help="DataComp's uids (.npy), one key per line, or tars with the samples.",
+        ),
+    ] = "keys",
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Write a selection for other tools.
+
+    Example: embedcache curate export cache/ selection.parquet tars/ --format webdataset
+    """
+    from embedcache.cli.console import open_progress
+    from embedcache.curate.select.export import export_selection
+
+    num_samples = export_selection(cache, selection, out, form, progress=open_progress())
+    _publish_size(out, num_samples, as_json=as_json, output=output)
+
+
+@with_settings(settings=NegativesSettings)
+def negatives(
+    cache: CacheArgument,
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Table of hard negatives: a new .parquet file.", callback=check_new_file),
+    ],
+    image_feature: ImageFeature = None,
+    text_feature: TextFeature = None,
+    feature: Features = None,
+    *,
+    settings: NegativesSettings,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Find hard negatives of each sample.
+
+    The nearest samples that do not belong to it: copies and near-duplicates of it are left out. To train with them:
+    train --negatives OUT.
+
+    Example: embedcache curate negatives cache/ negatives.parquet --run run/ --relative-margin 0.05
+    """
+    from embedcache.cli.console import open_progress, print_line, publish, resumable
+    from embedcache.curate.negatives import mine_negatives
+
+    named = by_modality("--feature", feature, "audio=tiny.en/mean")
+    with resumable():
+        report = mine_negatives(
+            cache,
+            out,
+            settings,
+            image_feature=image_feature,
+            text_feature=text_feature,
+            feature=None if named is None else {modality: "+".join(names) for modality, names in named.items()},
+            progress=open_progress(),
+        )
+    publish(lambda: print_line(f"{out}: {report.line()}"), report.to_json, as_json=as_json, output=output)
+
+
+@with_settings(settings=OutlierSettings)
+def outliers(
+    cache: CacheArgument,
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT", help="Table of the scores: a new .parquet file.", callback=check_new_file),
+    ] = None,
+    *,
+    settings: OutlierSettings,
+    as_json: Json = False,
+    output: Output = None,
+    html: Html = None,
+    image_folder: ImageFolders = None,
+) -> None:
+    """Find odd samples, likely mislabels and wrong captions.
+
+    By the nearest neighbors of each item; captions are compared with images by a run. OUT is a table of scores for
+    curate select --method score.
+
+    Example: embedcache curate outliers cache/ odd.parquet --html odd.html
+    """
+    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.curate.outliers import find_outliers
+    from embedcache.reports.scores import outlier_line, outlier_notes, threshold_table, write_outlier_page
+
+    report = find_outliers(cache, out, settings, progress=open_progress())
+
+    def show() -> None:
+        for line in (outlier_line(report), *outlier_notes(report)):
+            print_line(line)
+        print_table(*threshold_table(report))
+        if out is not None:
+            print_line(f"wrote {out}: {', '.join(report.scores)} of {report.cache.info.num_samples:,} samples")
+
+    publish(
+        show,
+        report.to_json,
+        as_json=as_json,
+        output=output,
+        html=html,
+        write_page=lambda path: write_outlier_page(path, report, image_folders=image_folder or ()),
+    )
+
+
+@with_settings(settings=ScoreSettings)
+def score(
+    cache: CacheArgument,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Table of the scores: a new .parquet file.", callback=check_new_file)
+    ],
+    *,
+    settings: ScoreSettings,
+    as_json: Json = False,
+    output: Output = None,
+    html: Html = None,
+    image_folder: ImageFolders = None,
+) -> None:
+    """Score the samples by a linear head or by texts.
+
+    Such as LAION's aesthetic predictor on CLIP vectors. OUT is a table of scores for curate select --method score.
+
+    Example: embedcache curate score cache/ sharp.parquet --run run/ --prompt "a sharp photo" --negative "a blur"
+    """
+    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.curate.score import score as score_samples
+    from embedcache.reports.scores import score_table, write_score_page
+
+    report = score_samples(cache, out, settings, progress=open_progress())
+
+    def show() -> None:
+        print_line(report.line())
+        print_table(*score_table(report))
+
+    publish(
+        show,
+        report.to_json,
+        as_json=as_json,
+        output=output,
+        html=html,
+        write_page=lambda path: write_score_page(path, report, image_folders=image_folder or ()),
+    )
