@@ -1,7 +1,7 @@
 """Iconify as a source: some 390,000 drawings of 230 families, each with its name as caption, in one npm package.
 
-`npm install @iconify/json` gets them. The package has a JSON file per family; an item is the range of its bytes that
-describes one icon, and is drawn when it is read.
+`npm install @iconify/json` gets them. The package has a JSON file per family; an item is the place in it where the
+description of one icon begins, and is drawn when it is read.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ _PALETTES = ("color", "mono")
 _ICONS = re.compile(r'"icons"\s*:\s*\{')
 _NAME = re.compile(r'\s*,?\s*"([^"\\]+)"\s*:\s*')
 _DECODER = json.JSONDecoder()
+_READ_BYTES = 8192  # nearly all icons are shorter
 
 
 class IconifySource:
@@ -75,7 +76,7 @@ class IconifySource:
             family = self._families[icon.prefix]
             yield Sample(
                 key=f"{icon.prefix}:{icon.names[0]}",
-                images=(FileItem(path=f"json/{icon.prefix}.json", offset=icon.offset, length=icon.length),),
+                images=(FileItem(path=f"json/{icon.prefix}.json", offset=icon.offset),),
                 texts=tuple(TextItem(text=text, language="en") for text in dict.fromkeys(map(_caption, icon.names))),
                 columns={
                     "family": icon.prefix,
@@ -89,9 +90,7 @@ class IconifySource:
         """Draw one icon as a PNG."""
         path = self._folder / item.path
         try:
-            with path.open("rb") as file:
-                file.seek(item.offset)
-                icon = json.loads(file.read(item.length))
+            icon = _read_icon(path, item.offset)
             size = _sizes(path)
             left, top, width, height = (float(icon.get(name, size[name])) for name in size)
             body = str(icon["body"])
@@ -112,12 +111,11 @@ class IconifySource:
 
 @dataclass(frozen=True, slots=True)
 class _Icon:
-    """One icon: its family, its names, and the range of bytes that describes it in the file of the family."""
+    """One icon: its family, its names, and where its description begins in the file of the family."""
 
     prefix: str
     names: tuple[str, ...]
     offset: int
-    length: int
 
     @property
     def order(self) -> bytes:
@@ -192,9 +190,9 @@ def _allows_use(licence: str | None, chosen: Sequence[str] | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """The file of a family: name -> bytes and content of each icon, and all that is not an icon."""
+    """The file of a family: name -> first byte and content of each icon, and all that is not an icon."""
 
-    icons: Mapping[str, tuple[range, Mapping[str, Any]]]
+    icons: Mapping[str, tuple[int, Mapping[str, Any]]]
     others: Mapping[str, Any]
 
 
@@ -205,24 +203,43 @@ def _read_family(path: Path) -> _Family:
         found = _ICONS.search(text)
         if found is None:
             raise ValueError('it has no object "icons"')
-        icons: dict[str, tuple[range, Mapping[str, Any]]] = {}
+        icons: dict[str, tuple[int, Mapping[str, Any]]] = {}
         position = found.end()
         while name := _NAME.match(text, position):
             content, position = _DECODER.raw_decode(text, name.end())
-            icons[name[1].encode("latin-1").decode()] = range(name.end(), position), content
+            icons[name[1].encode("latin-1").decode()] = name.end(), content
         others = json.loads((text[: found.end()] + text[position:]).encode("latin-1"))
     except (OSError, ValueError) as error:
         raise SourceError(f"{path}: expected a family of icons in Iconify's JSON: {error}") from error
     return _Family(icons, others)
 
 
+def _read_icon(path: Path, offset: int) -> Mapping[str, Any]:
+    """Read the JSON object that begins at a byte. An item has no length, which would be that of the drawing."""
+    size = _READ_BYTES
+    with path.open("rb") as file:
+        while True:
+            file.seek(offset)
+            data = file.read(size)
+            try:
+                icon, _ = _DECODER.raw_decode(data.decode(errors="ignore"))
+            except ValueError:
+                if len(data) < size:
+                    raise
+                size *= 4
+                continue
+            if not isinstance(icon, dict):
+                raise ValueError(f"expected an object, got {icon!r:.40}")
+            return icon
+
+
 def _list_icons(folder: Path, prefix: str) -> Iterator[_Icon]:
     """Iterate over the icons of a family that are not hidden."""
     family = _read_family(folder / "json" / f"{prefix}.json")
     names = _other_names(family.others.get("aliases", {}))
-    for name, (part, content) in family.icons.items():
+    for name, (offset, content) in family.icons.items():
         if not content.get("hidden"):
-            yield _Icon(prefix, (name, *names.get(name, ())), part.start, len(part))
+            yield _Icon(prefix, (name, *names.get(name, ())), offset)
 
 
 def _other_names(aliases: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Sequence[str]]:

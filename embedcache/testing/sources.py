@@ -42,6 +42,10 @@ class SourceContract:
             for item in sample.images:
                 assert decode_image(source.read(item)).mode == "RGB"
 
+    def test_lengths_are_those_of_the_bytes(self, source: Source) -> None:
+        items = [item for item in _all_items(source) if item.length]
+        assert [len(source.read(item)) for item in items] == [item.length for item in items]
+
     def test_reopens_from_its_description(self, source: Source) -> None:
         with trust_files():
             reopened = reopen_source(json.loads(json.dumps(source.describe())))

@@ -126,10 +126,16 @@ def test_wrong_options(package: Path, tmp_path: Path) -> None:
         open_source(f"iconify:{tmp_path / 'json'}")
 
 
+def test_long_icons_are_read_whole(package: Path) -> None:
+    body = SQUARE.format(16).replace("h16", "h16" + " " * 40_000)
+    (package / "json" / "bright.json").write_text(json.dumps({"icons": {"sun": {"body": body}}}))
+    assert (pixels(open_source(f"iconify:{package}"), "bright:sun")[17:239, 17:239, 0] == 0x1F).all()
+
+
 def test_damaged_files(package: Path) -> None:
     source = open_source(f"iconify:{package}")
     with pytest.raises(ItemError, match="holds no icon at byte 3"):
-        source.read(FileItem(path="json/plain.json", offset=3, length=9))
+        source.read(FileItem(path="json/plain.json", offset=3))
     (package / "json" / "bright.json").write_text('{"icons": {"sun": {"body": "<image href=\'/etc/hostname\'/>"}}}')
     (sample,) = [sample for sample in source.samples() if sample.key == "bright:sun"]
     with pytest.raises(ItemError, match="an image that is not"):
