@@ -159,7 +159,7 @@ def make_step(case: Case) -> Callable[[], None]:
 
     def step() -> None:
         objective(loaded).backward()
-        update(objective, optimizer, 1e-3, 1.0)
+        update(objective, optimizer, 1e-3, 1.0, torch.amp.GradScaler("cpu", enabled=False))
 
     return step
 

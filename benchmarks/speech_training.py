@@ -179,7 +179,7 @@ def make_step(case: Case) -> Callable[[], None]:
 
     def step() -> None:
         objective(batch).backward()
-        update(objective, optimizer, 1e-3, 1.0)
+        update(objective, optimizer, 1e-3, 1.0, torch.amp.GradScaler("cpu", enabled=False))
 
     return step
 

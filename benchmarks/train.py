@@ -96,7 +96,7 @@ def _step(folder: str, batch_size: int, precision: str) -> Callable[[], None]:
 
     def step() -> None:
         objective(batch).backward()
-        update(objective, optimizer, 1e-3, 1.0)
+        update(objective, optimizer, 1e-3, 1.0, torch.amp.GradScaler("cpu", enabled=False))
 
     return step
 
@@ -140,7 +140,7 @@ def _ours(folder: str, batch_size: int) -> float:
 
     def step(batch: LoadedBatch) -> None:
         objective(batch).backward()
-        update(objective, optimizer, 1e-3, 1.0)
+        update(objective, optimizer, 1e-3, 1.0, torch.amp.GradScaler("cpu", enabled=False))
 
     return _rate(batches(), step, batch_size)
 

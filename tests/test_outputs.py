@@ -114,7 +114,8 @@ COMMANDS = [
     "transcribe R a.wav --vtt mine.txt",
 ]
 WRITE_FOLDERS = {f"export {name} out" for name in ("clip-retrieval", "npy", "onnx", "open-clip", "safetensors")}
-WRITE_FOLDERS |= {"export sentence-transformers out", "export transformers out", "curate index out"}
+WRITE_FOLDERS |= {"export sentence-transformers out", "export transformers out", "export mteb out", "curate index out"}
+WRITE_FOLDERS |= {"cache cut out"}
 
 
 @pytest.fixture(scope="module")

@@ -96,10 +96,10 @@ def test_onnx_export_is_cached(bert: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     folder = save_sentence_transformer(tmp_path / "st", bert, pooling="cls", max_tokens=MAX_TOKENS)
     open_encoder(f"st:{folder}", modality="text")
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "home" / "embedcache" / "onnx").iterdir()}
+    kept = {path: path.stat().st_ino for path in (tmp_path / "home" / "embedcache" / "onnx").iterdir()}
     assert [path.suffix for path in kept] == [".onnx"]
     open_encoder(f"st:{folder}", modality="text")
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert {path: path.stat().st_ino for path in kept} == kept
 
 
 def test_max_tokens_option(bert: Path, tmp_path: Path) -> None:

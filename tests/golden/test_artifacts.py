@@ -161,7 +161,7 @@ def test_index_builds_the_same(index: str) -> None:
     shutil.rmtree(index)
     commands.build_index(index)
     card = read_json(Path(index) / "card.json")
-    assert {card.pop("digest"), *card.pop("checksums")} > {"index.faiss"}  # which later versions write
+    assert "index.faiss" in card.pop("checksums")  # which later versions write
     assert_close(card, read_json(ARTIFACTS / index / "card.json"))
 
 

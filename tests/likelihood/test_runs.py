@@ -241,6 +241,6 @@ def test_wrong_evaluations_are_one_line(folder: Path, run: Path) -> None:
         ("cache run --task-file tasks.toml --beam 0", "--beam: expected a whole number from 1 to 1000, got 0"),
     ):
         assert message in one_error(embedcache("evaluate", "likelihood", *line.split(), cwd=folder))
-    assert "of the kind shared" in one_error(
+    assert "--task-file: expected a path such as tasks.toml, got none" in one_error(
         embedcache("train", "cache", "r", "--config", "run/config.json", cwd=folder)
     )

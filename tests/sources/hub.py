@@ -32,7 +32,6 @@ class _Hub(BaseHTTPRequestHandler):
 
     name: str
     revisions: Mapping[str, Mapping[str, bytes]]
-    protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
         self._answer()

@@ -123,7 +123,7 @@ def test_index_of_recordings_is_searched_with_texts(sounds: Path, finished: Path
     build_index(sounds, tmp_path / "index", IndexSettings(modality="audio", run=finished, min_recall=0.5))
     (hits,) = search(tmp_path / "index", Queries(texts=["a deafening shrill tone"]))
     assert sum("deafening" in hit.captions[0] for hit in hits) > sum("quiet" in hit.captions[0] for hit in hits)
-    with pytest.raises(DataError, match="image query: expected one of the modalities of the run, audio and text"):
+    with pytest.raises(DataError, match="expected a run with the modality image, got one of audio and text"):
         search(tmp_path / "index", Queries(images=[np.zeros((4, 4, 3), np.uint8)]))  # type: ignore[list-item]
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,7 @@ def test_library_records_without_a_network(
     pytest.importorskip(library)  # trackio reads its folder here
     config = {"training": {"optimizer": {"learning_rate": 0.001}, "selection": None}}
     for first_step in (0, 2):  # the second resumes the first
+        time.sleep(first_step / 2)  # wandb names a folder by the second
         run = TrackedRun(path=Path("run"), id="0123456789abcdef" * 2, first_step=first_step, config=config)
         trackers = Trackers([library], run)
         for step in range(first_step, first_step + 2):
