@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatch
+from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -288,13 +289,19 @@ def _installed_packages() -> dict[str, str]:
     """Return name -> version of what can have decided the output: known libraries, and packages of used plug-ins."""
     names = list(RECORDED_PACKAGES)
     if plugins := used_plugins():
-        owners = packages_distributions()  # reads the metadata of everything installed
+        owners = _owners()
         names += sorted({name for package in plugins for name in owners.get(package, ())} - {*names})
     found = {}
     for name in names:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+@cache
+def _owners() -> Mapping[str, list[str]]:
+    """Return name of a module -> packages that installed it; read from the metadata of all, once in a process."""
+    return packages_distributions()
 
 
 def read_stage(path: Path) -> dict[str, Any]:
