@@ -289,7 +289,7 @@ def _installed_packages() -> dict[str, str]:
     """Return name -> version of what can have decided the output: known libraries, and packages of used plug-ins."""
     names = list(RECORDED_PACKAGES)
     if plugins := used_plugins():
-        owners = _owners()
+        owners = _owners(tuple(sys.path))
         names += sorted({name for package in plugins for name in owners.get(package, ())} - {*names})
     found = {}
     for name in names:
@@ -299,8 +299,8 @@ def _installed_packages() -> dict[str, str]:
 
 
 @cache
-def _owners() -> Mapping[str, list[str]]:
-    """Return name of a module -> packages that installed it; read from the metadata of all, once in a process."""
+def _owners(path: tuple[str, ...]) -> Mapping[str, list[str]]:
+    """Return name of a module -> packages that installed it; the metadata of all on `sys.path` are read once."""
     return packages_distributions()
 
 
