@@ -299,7 +299,7 @@ def _installed_packages() -> dict[str, str]:
 
 
 @cache
-def _owners(path: tuple[str, ...]) -> Mapping[str, list[str]]:
+def _owners(path: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG001  # it is the key
     """Return name of a module -> packages that installed it; the metadata of all on `sys.path` are read once."""
     return packages_distributions()
 
