@@ -37,9 +37,10 @@ def extract_source(
     images: Sequence[str] = (IMAGE_ENCODER,),
     texts: Sequence[str] = (TEXT_ENCODER,),
     settings: ExtractSettings | None = None,
+    kind: str | None = None,
 ) -> None:
     """Extract the features of a source with image and text encoders, and print a line per encoder."""
-    source, progress = open_source(location), open_progress()
+    source, progress = open_source(location, kind=kind), open_progress()
     for report in extract(
         source, cache_path, image_encoder=images, text_encoder=texts, settings=settings, progress=progress
     ):

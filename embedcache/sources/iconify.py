@@ -45,6 +45,7 @@ class IconifySource:
     The location is the folder of the package, or the one in which npm installed it, and options after commas:
     `families=mdi+tabler` (all if absent), `without=flag+cif`, `palette=color`, and `licences=MIT+Apache-2.0` (all that
     allow use if absent). Families of emoji are left out unless they are named, since they draw what OpenMoji draws.
+    `families` holds what the package says about each family that is used: its name, author, license and others.
     """
 
     credit = "Icons: Iconify's collection (iconify.design); columns family and licence say whose and on which terms"
@@ -55,7 +56,7 @@ class IconifySource:
         self._folder = _find_package(Path(path))
         self._options = _parse_options(options)
         self._draw = require("resvg_py", extra="svg").svg_to_bytes
-        self._families = _choose_families(_read_json(self._folder / "collections.json"), self._options)
+        self.families = _choose_families(_read_json(self._folder / "collections.json"), self._options)
 
     def describe(self) -> Mapping[str, Any]:
         """Return what reopens the source, with the versions of the icons and of what draws them."""
@@ -70,10 +71,10 @@ class IconifySource:
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over the icons in the order of the SHA-256 of their keys. Memory: some 300 bytes per icon."""
-        icons = [icon for prefix in self._families for icon in _list_icons(self._folder, prefix)]
+        icons = [icon for prefix in self.families for icon in _list_icons(self._folder, prefix)]
         icons.sort(key=lambda icon: icon.order)
         for icon in icons:
-            family = self._families[icon.prefix]
+            family = self.families[icon.prefix]
             yield Sample(
                 key=f"{icon.prefix}:{icon.names[0]}",
                 images=(FileItem(path=f"json/{icon.prefix}.json", offset=icon.offset),),
