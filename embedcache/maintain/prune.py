@@ -89,7 +89,7 @@ def plan_prune(cache_path: AnyPath | None, settings: PruneSettings | None = None
             entries += _find_records(cache.path, settings.records)
     if settings.onnx is not None:
         entries += _find_graphs(settings.onnx)
-    return PrunePlan(entries=entries, was_interrupted=was_interrupted)
+    return PrunePlan(entries=_without_repeats(entries), was_interrupted=was_interrupted)
 
 
 def prune_cache(cache_path: AnyPath | None, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
@@ -147,6 +147,12 @@ def _find_feature(cache: Cache, name: str, modality: str | None) -> tuple[list[P
         dependents=_dependents(groups, group, None if is_whole else feature),
     )
     return [entry], False
+
+
+def _without_repeats(entries: Sequence[PrunedEntry]) -> list[PrunedEntry]:
+    """Return each entry once, without the features of an encoder that is deleted as a whole."""
+    by_path = {entry.path: entry for entry in entries}
+    return [entry for path, entry in by_path.items() if path.parent not in by_path]
 
 
 def _left(path: Path) -> bool:

@@ -49,6 +49,15 @@ def test_feature_view_and_encoder(cache: Path) -> None:
     assert names(cache) == ["image/open_toy/cls", "image/small/pca"]
 
 
+def test_what_is_named_twice_is_deleted_once(cache: Path) -> None:
+    settings = PruneSettings(
+        features=("open_toy/patches", "open_toy/patches", "open_toy", "open_toy/cls"), modality="image"
+    )
+    assert [entry.name for entry in plan_prune(cache, settings).entries] == ["image/open_toy"]
+    prune_cache(cache, settings)
+    assert [name for name in names(cache) if name.startswith("image/open_toy/")] == []
+
+
 def test_dependents_are_named(made: Path) -> None:
     [entry] = plan_prune(made, PruneSettings(features=("open_toy/cls",))).entries
     assert entry.line().endswith("; small could not be computed again")
