@@ -256,6 +256,11 @@ def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def new_record_path(cache_path: Path, stage: str) -> Path:
+    """Return the path of the record of a stage of a cache that starts now."""
+    return cache_path / "records" / f"{stage}-{datetime.now(UTC).strftime('%Y%m%dT%H%M%S%f')}.json"
+
+
 @contextmanager
 def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Write a JSON record of a stage, if it ends without an error; yields a dictionary for the outcome.

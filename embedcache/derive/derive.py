@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,7 +20,7 @@ from embedcache.errors import ItemError, SettingError
 from embedcache.files import AnyPath, Leases, remove_partials
 from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import record_stage
+from embedcache.provenance import new_record_path, record_stage
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature
@@ -143,8 +142,7 @@ def derive(cache_path: AnyPath, derivation: Derivation, *, progress: AnyProgress
         parameters={**parameters, **fitted},
         outputs=outputs,
     )
-    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    with record_stage(cache.path / "records" / f"derive-{started}.json", "derive", group.fingerprint) as outcome:
+    with record_stage(new_record_path(cache.path, "derive"), "derive", group.fingerprint) as outcome:
         chunks = opened.run(range(cache.info.num_chunks(group.modality)), progress)
         group.compact()
         counts = group.count_items(next(iter(outputs)), frozenset(chunks))

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from embedcache.devices import torch_device
@@ -18,7 +17,7 @@ from embedcache.extract.worker import ShardReport
 from embedcache.files import AnyPath, divided_work, open_path, remove_partials
 from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import record_stage
+from embedcache.provenance import new_record_path, record_stage
 from embedcache.registry import unknown_name
 from embedcache.settings import flat_settings, from_flat, replace_flat
 from embedcache.sources.base import IMPORTED, Source
@@ -234,7 +233,6 @@ def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: Ex
 
 def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextManager[dict[str, Any]]:
     """Record a stage on a cache in its folder `records`."""
-    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     request: dict[str, Any] = {
         "source": job.source,
         "image": [],
@@ -246,7 +244,7 @@ def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextMana
     request |= {modality: list(specs) for modality, specs in job.encoders.items()}
     if job.settings.limit is not None:
         request["limit"] = job.settings.limit
-    return record_stage(cache.path / "records" / f"{stage}-{started}.json", stage, request)
+    return record_stage(new_record_path(cache.path, stage), stage, request)
 
 
 def _count_items(cache: Cache, report: ShardReport) -> EncoderReport:

@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.imported import ImportedSamples, VectorImport
 from embedcache.interop.settings import ImportSettings
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import check_same, digest, digest_file, record_stage
+from embedcache.provenance import check_same, digest, digest_file, new_record_path, record_stage
 from embedcache.settings import replace_flat
 from embedcache.sources.base import IMPORTED
 from embedcache.sources.settings import SourceSettings
@@ -114,8 +113,7 @@ def import_vectors(
         index(ImportedSamples(vectors, source, columns), path, chunk_size=settings.chunk_size, progress=progress)
     cache = Cache(path)
     remove_partials(path)
-    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    with record_stage(path / "records" / f"import-{started}.json", "import", {**source, "files": hashes}) as outcome:
+    with record_stage(new_record_path(path, "import"), "import", {**source, "files": hashes}) as outcome:
         reports = [_import_feature(cache, vectors, name, source, progress) for name in vectors.modalities]
         outcome["features"] = [report.to_json() for report in reports]
     return reports

@@ -6,7 +6,6 @@ one, so that the same call finishes one that was killed. Nothing is encoded.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from embedcache.errors import DataError
 from embedcache.files import AnyPath, open_path, remove_partials, write_atomic
 from embedcache.modalities import MODALITIES, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import check_same, digest, record_stage
+from embedcache.provenance import check_same, digest, new_record_path, record_stage
 from embedcache.registry import unknown_name
 from embedcache.sources.base import FileItem, Sample, Scalar, TextItem
 from embedcache.sources.merged import merged_description, merged_path
@@ -265,9 +264,8 @@ def _copy(
         index(source, out_path, chunk_size=caches[0].info.chunk_size, extend=count > 1, progress=progress)
     out = Cache(out_path)
     remove_partials(out.path)
-    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}
-    with record_stage(out.path / "records" / f"{stage}-{started}.json", stage, request) as outcome:
+    with record_stage(new_record_path(out.path, stage), stage, request) as outcome:
         counts = [_copy_group(out, parts, groups, names, progress) for groups, names in named]
         report = CopyReport(
             cache=out.path,

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from embedcache.maintain.files import remove_from, remove_from_run
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import record_stage
+from embedcache.provenance import new_record_path, record_stage
 from embedcache.search.index import IndexCard, build_index, read_card
 from embedcache.search.settings import IndexSettings
 from embedcache.settings import replace_flat
@@ -153,9 +152,8 @@ def remove_samples(
     plan = plan_removal(cache_path, keys, settings)
     path = plan.cache
     cards = {index: _open_card(index, path) for index in settings.indexes}
-    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     request = {"record_keys": settings.record_keys, "outputs": [str(output) for output in plan.outputs]}
-    with record_stage(path / "records" / f"remove-{started}.json", "remove", request) as outcome:
+    with record_stage(new_record_path(path, "remove"), "remove", request) as outcome:
         if len(plan.rows):
             if not plan.is_resumed:
                 start_removal(Cache(path), plan.rows, _find(path, keys)[1])
