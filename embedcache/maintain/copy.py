@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Ints, concatenated_ranges
+from embedcache.arrays import Array, Ints, blocks, concatenated_ranges
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError
 from embedcache.files import AnyPath, open_path, remove_partials, write_atomic
@@ -41,7 +41,7 @@ class CopyReport:
 
     Args:
         features: `modality/encoder/feature` that the new cache has.
-        left_out: features that it has not, because not all caches have them.
+        left_out: features that were not copied, because not all caches have them.
         copied: items in the chunks that were written now, over all features.
         reused: items in the chunks that existed before.
     """
@@ -77,9 +77,10 @@ class _Part:
         cache = self.cache
         readers = {modality: RowReader(cache, modality) for modality in cache.info.num_items}
         table = RowReader(cache, SAMPLES)
-        for block in _blocks(self.samples, BLOCK):
-            rows = table.take(block).to_pylist()
-            items = {modality: _items_of(reader, block) for modality, reader in readers.items()}
+        for block in blocks(len(self.samples), BLOCK):
+            samples = self.samples[block]
+            rows = table.take(samples).to_pylist()
+            items = {modality: _items_of(reader, samples) for modality, reader in readers.items()}
             for place, row in enumerate(rows):
                 yield self._sample(row, {modality: of_sample[place] for modality, of_sample in items.items()})
 
@@ -393,11 +394,6 @@ class _ItemReader:
             values[name].append(self._items[name][offset])
             failures[name].append(self._reasons[name][offset])
         hashes.append(self._hashes[offset])
-
-
-def _blocks(samples: Ints, size: int) -> Iterator[Ints]:
-    for start in range(0, len(samples), size):
-        yield samples[start : start + size]
 
 
 def _items_of(reader: RowReader, samples: Ints) -> list[list[dict[str, Any]]]:

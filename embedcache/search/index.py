@@ -172,13 +172,13 @@ def _is_outdated(index_path: Path, card: IndexCard, vectors: Vectors) -> bool:
     """Return whether items were added to the cache of an index, or removed from it."""
     if card.num_vectors != len(vectors.rows):
         return True
-    if not _may_hold_removed(card, vectors.cache):
+    if not may_hold_removed(card, vectors.cache):
         return False
     is_started = (index_path / STATE).is_file()  # the files may be newer than the card
     return is_started or not np.isin(read_index(index_path / "index.faiss", is_mapped=True).rows, vectors.rows).all()
 
 
-def _may_hold_removed(card: IndexCard, cache: Cache) -> bool:
+def may_hold_removed(card: IndexCard, cache: Cache) -> bool:
     """Return whether an index was built before samples were removed from its cache, as far as its card tells."""
     return bool(cache.info.removed) and card.index_digest != cache.info.index_digest
 
@@ -310,7 +310,7 @@ def _build(
     started, queries = time.perf_counter(), None
     with record_stage(index_path / "record.json", "index", record) as outcome, disk_errors(index_path):
         builder = IndexBuilder(index_path, source, vectors.cache.info, lists=None if old is None else old.lists)
-        must_keep = old is not None and _may_hold_removed(old, vectors.cache)
+        must_keep = old is not None and may_hold_removed(old, vectors.cache)
         while left:
             candidate, left = left[0], left[1:]
             if builder.rejected.get(candidate.factory, 1) >= settings.min_recall:

@@ -15,7 +15,7 @@ from embedcache.files import AnyPath, is_url
 from embedcache.search.faiss_index import exact_search
 from embedcache.search.filters import CacheFilters
 from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
-from embedcache.search.index import open_row_index, read_card
+from embedcache.search.index import may_hold_removed, open_row_index, read_card
 from embedcache.search.queries import Queries, QueryEncoder
 from embedcache.search.settings import Filter, SearchSettings
 from embedcache.settings import replace_flat
@@ -141,11 +141,11 @@ class OpenIndex:
 
     def _apply(self, condition: Filter) -> "_Subset":
         """Apply a filter; if few items pass, read their vectors, as a search of the index would miss most of them."""
-        holds_removed = bool(self.cache.info.removed) and self.card.index_digest != self.cache.info.index_digest
-        if not (condition or holds_removed):
+        has_removed = may_hold_removed(self.card, self.cache)
+        if not (condition or has_removed):
             return _Subset(is_allowed_N=None, num_items=len(self._index), vectors=None)
         is_allowed_N = self.filters.mask(condition)[self._index.rows]
-        if holds_removed:
+        if has_removed:
             is_allowed_N &= ~self.cache.removed_items(self.card.modality)[self._index.rows]
         num_items = int(is_allowed_N.sum())
         if num_items == len(self._index):
