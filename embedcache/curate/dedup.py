@@ -9,7 +9,16 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Array, Ints
-from embedcache.curate.keep import FAR, Copies, RemovedSamples, check_keep, choose_removed, find_copies, order_samples
+from embedcache.curate.keep import (
+    FAR,
+    Copies,
+    RemovedSamples,
+    check_keep,
+    choose_modality,
+    choose_removed,
+    find_copies,
+    order_samples,
+)
 from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, assign_clusters, find_near_duplicates
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.inputs import InputFeature, open_input
@@ -200,7 +209,7 @@ def _compare(
     cache_path: AnyPath, settings: DedupSettings, levels: Sequence[float], progress: Progress | None
 ) -> DedupAnalysis:
     cache = Cache(cache_path)
-    modality = settings.modality or ("image" if cache.features("image") or not cache.features("text") else "text")
+    modality = choose_modality(cache, settings.modality)
     check_keep(settings.keep, cache)
     needs_vectors = bool(levels) or settings.keep == FAR
     vectors = (

@@ -33,6 +33,11 @@ class Copies:
         return len(self.content_ids) - len(self.unique_rows)
 
 
+def choose_modality(cache: Cache, modality: str | None) -> str:
+    """Return the modality of the items to compare: the given one, or image, or text if there are no image features."""
+    return modality or ("image" if cache.features("image") or not cache.features("text") else "text")
+
+
 def find_copies(cache: Cache, feature: InputFeature) -> Copies:
     """Number the usable items of a feature by content; `UnfinishedError` if chunks of it are missing."""
     items = read_items([cache], [feature])

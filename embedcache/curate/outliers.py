@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
-from embedcache.curate.keep import Copies, find_copies
+from embedcache.curate.keep import Copies, choose_modality, find_copies
 from embedcache.curate.near_duplicates import Neighbors, find_neighbors
 from embedcache.curate.score import best_per_sample
 from embedcache.curate.select.pool import Pool
@@ -186,7 +186,7 @@ def find_outliers(
     if out_path is not None:
         check_scores_path(out_path)
     cache = Cache(cache_path)
-    modality = settings.modality or ("image" if cache.features("image") or not cache.features("text") else "text")
+    modality = choose_modality(cache, settings.modality)
     vectors = Vectors(cache_path, modality, settings.feature, settings.run, device=settings.device)
     label = settings.label or (_LABEL if _LABEL in cache.columns else None)
     if label is not None:

@@ -299,15 +299,11 @@ def _read_layers(path: Path) -> list[tuple[Array, Array]]:
 
 
 def _read_tensors(path: Path) -> dict[str, Array]:
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise PathError(f"weights: expected a .npy, .safetensors or .pth file, got {path}")
     try:
-        if path.suffix == ".safetensors":
-            found: Any = load_file(path)
-        elif path.suffix in (".pt", ".pth"):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise PathError(f"weights: expected a .npy, .safetensors or .pth file, got {path}")
-    except PathError:
-        raise
+        is_safe = path.suffix == ".safetensors"
+        found: Any = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors have no common base class
         raise CorruptError(f"{path}: expected a file of tensors, got an error: {one_line(error)}") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else {}

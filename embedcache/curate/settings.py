@@ -7,7 +7,7 @@ from typing import Any, Literal
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
-from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP
+from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, MOVED_CACHE, MOVED_RUN
 from embedcache.settings import check_settings, setting
 from embedcache.units import parse_count_or_fraction, parse_counts
 
@@ -395,18 +395,8 @@ class MapSettings:
         metavar="CACHE",
         default_text="clusters are named by their captions",
     )
-    run: Path | str | None = setting(
-        None,
-        "Where the run of the index is, if it has moved.",
-        metavar="RUN",
-        default_text="where it was when the index was built",
-    )
-    cache: str | Path | None = setting(
-        None,
-        "Where the cache of the index is, if it has moved.",
-        metavar="CACHE",
-        default_text="where it was when the index was built",
-    )
+    run: Path | str | None = setting(**MOVED_RUN)
+    cache: str | Path | None = setting(**MOVED_CACHE)
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
     device: str = device_setting()
 

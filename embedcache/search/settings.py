@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
@@ -11,6 +12,18 @@ from embedcache.units import parse_size
 
 FEATURE_HELP = "Feature, as encoder/feature."
 FEATURE_DEFAULT = "the run's, or the only one of the modality"
+MOVED_RUN: dict[str, Any] = {
+    "default": None,
+    "help": "Where the run of the index is, if it has moved.",
+    "metavar": "RUN",
+    "default_text": "where it was when the index was built",
+}
+MOVED_CACHE: dict[str, Any] = {
+    "default": None,
+    "help": "Where the cache of the index is, if it has moved.",
+    "metavar": "CACHE",
+    "default_text": "where it was when the index was built",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +100,8 @@ class SearchSettings:
 
     k: int | None = setting(None, "Results per query.", ge=1, default_text="10, or all items if fewer")
     filter: Filter = group(Filter)
-    run: Path | str | None = setting(
-        None,
-        "Where the run of the index is, if it has moved.",
-        metavar="RUN",
-        default_text="where it was when the index was built",
-    )
-    cache: str | Path | None = setting(
-        None,
-        "Where the cache of the index is, if it has moved.",
-        metavar="CACHE",
-        default_text="where it was when the index was built",
-    )
+    run: Path | str | None = setting(**MOVED_RUN)
+    cache: str | Path | None = setting(**MOVED_CACHE)
     device: str = device_setting()
 
     def __post_init__(self) -> None:
