@@ -132,7 +132,7 @@ class PlainProgress:
         self._total, self._rate = 0, _Rate("")
 
     def start(self, what: str, total: int, unit: str) -> None:
-        """Start a piece of work."""
+        """Start a step."""
         self._what, self._total, self._unit = join_names(self._name, what), total, unit
         self._rate, self._state = _Rate(unit), ""
         self._last = time.monotonic()

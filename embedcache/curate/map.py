@@ -94,7 +94,7 @@ class IndexMap:
     seed: int
 
     def sample(self, size: int) -> Ints:
-        """Draw rows of as many different clusters as there are, in an order that takes one of each in turn: (S,)."""
+        """Draw rows evenly from the clusters, in round-robin order: (S,)."""
         chosen = draw_balanced(self.clusters_N[:, None], min(size, len(self.rows)), seed=self.seed)
         clusters_S = self.clusters_N[chosen]
         turn_S = np.array([np.count_nonzero(clusters_S[:place] == one) for place, one in enumerate(clusters_S)])
@@ -129,7 +129,7 @@ def build_map(
 
 
 def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress | None = None) -> IndexMap:
-    """Compute the map of an index; see `build_map`. Does not use what a search of the index uses, but its hits."""
+    """Compute the map of an open index, without writing it; see `build_map`."""
     progress, rng = progress or NullProgress(), np.random.default_rng(settings.seed)
     card = index.card
     vectors = Vectors(
@@ -223,7 +223,7 @@ def read_map(index: OpenIndex) -> IndexMap | None:
 
 
 def _about(index: OpenIndex) -> dict[str, Any]:
-    """Return what a map is of, as the index's card has it on disk."""
+    """Return the fields of the index's card by which a map is matched to its index."""
     card = to_record(index.card)
     return {name: card[name] for name in ("cache", "spine", "feature", "fingerprint", "run_weights", "num_vectors")}
 
@@ -267,7 +267,7 @@ def _choose_projection(projection: Literal["umap", "pca"] | None, num_fitted: in
 
 
 def _fit(fitted_FP: Floats, projection: Literal["umap", "pca"], *, seed: int) -> Placement:
-    """Fit a projection to a sample. Of UMAP, an item lies between the items of the sample that are nearest to it."""
+    """Fit a projection to a sample. UMAP places an item between its nearest neighbors in the sample."""
     if len(fitted_FP) < _MIN_POINTS:
         return lambda vectors_BP: np.zeros((len(vectors_BP), 2), np.float32)
     if projection == "pca":

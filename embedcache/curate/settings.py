@@ -388,7 +388,7 @@ class MapSettings:
     projection: Literal["umap", "pca"] | None = setting(
         None, "Projection of the vectors to the plane.", default_text="umap if umap-learn is installed, else pca"
     )
-    max_items: int = setting(100_000, "Most items on the map; of more, as many are drawn at random.", ge=1, le=10**6)
+    max_items: int = setting(100_000, "Most items on the map; of a larger index, a random sample.", ge=1, le=10**6)
     concepts: str | Path | None = setting(
         None,
         "Cache of prompts, one sample per concept.",

@@ -50,7 +50,7 @@ class PrunedEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan:
-    """What pruning deletes; `was_interrupted`: whether it goes on with one that was killed."""
+    """What pruning deletes; `was_interrupted`: whether it resumes one that was killed."""
 
     entries: Sequence[PrunedEntry]
     was_interrupted: bool = False

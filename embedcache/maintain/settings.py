@@ -57,7 +57,7 @@ class PruneSettings:
     records: int | None = setting(None, "Delete records that are older than this number of days.", ge=0, metavar="DAYS")
     onnx: int | None = setting(
         None,
-        "Delete ONNX graphs that were last used before this number of days, of all caches of this user.",
+        "Delete ONNX graphs of this user, of all caches, that were not used for this number of days.",
         ge=0,
         metavar="DAYS",
     )

@@ -304,7 +304,7 @@ def _count_only(_: list[Sample]) -> None:
 
 
 def update_path(cache_path: Path) -> Path:
-    """Return the file that exists while tables with replaced items are written."""
+    """Return the path of the file that exists while tables with replaced items are written."""
     return cache_path / "mending.json"
 
 

@@ -19,7 +19,7 @@ from embedcache.provenance import (
 
 FORMAT_VERSION = 1
 SUBSET = "subset"
-"""Key in the description of a source that tells that the cache was cut from one with more samples of it."""
+"""Key in the description of a source; present if the cache holds only some of the source's samples."""
 
 SAMPLES = "samples"
 """Name of the sample table, where item tables are named by their modality."""
@@ -150,7 +150,7 @@ def removed_path(cache_path: Path) -> Path:
 
 
 def removing_path(cache_path: Path) -> Path:
-    """Return the table of the samples that are being removed, which exists until their removal is finished."""
+    """Return the path of the table of samples that are being removed; the file exists until the removal is finished."""
     return cache_path / "removing.parquet"
 
 

@@ -355,11 +355,11 @@ def removed_key(row: int) -> str:
 
 
 _NOTHING = {"path": "", "offset": 0, "length": 0, "text": ""}
-"""Columns of an item of a removed sample; those that may be null are."""
+"""Values of the columns of a removed item that cannot be null; all others become null."""
 
 
 def _without_items(table: pa.Table, removed: Ints) -> pa.Table:
-    """Replace all of the items of removed samples but the sample."""
+    """Blank all columns of the items of removed samples, except `sample`."""
     is_removed = np.isin(table["sample"].to_numpy(), removed)
     if not is_removed.any():
         return table
