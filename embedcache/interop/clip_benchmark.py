@@ -1,5 +1,6 @@
 """Evaluation of runs with CLIP_benchmark: a model loader as it expects, and its own command with that loader added."""
 
+import argparse
 import glob
 import re
 import sys
@@ -124,10 +125,17 @@ def evaluate(run_path: Path, arguments: Sequence[str]) -> list[Path]:
         command.main()
     finally:
         sys.argv = words
-    named = [arguments[place + 1] for place, word in enumerate(arguments[:-1]) if word == "--output"]
-    pattern = re.sub(r"\{\w+\}", "*", glob.escape((named or [output])[-1]))
+    pattern = re.sub(r"\{\w+\}", "*", glob.escape(_find_output(arguments) or output))
     written = map(Path, glob.glob(pattern))  # noqa: PTH207 - takes absolute patterns too
     return sorted(path for path in written if path.stat().st_mtime_ns >= started_ns)
+
+
+def _find_output(arguments: Sequence[str]) -> str | None:
+    """Return the value of `--output`, in each form that the parser of its command accepts."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--output")
+    found: str | None = parser.parse_known_args(list(arguments))[0].output
+    return found
 
 
 def register() -> None:

@@ -23,7 +23,7 @@ from embedcache.errors import FingerprintError, MissingExtraError, PathError, Se
 from embedcache.evaluate.runs import load_runs, run_input
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.interop.clip_benchmark import evaluate, load, top_k_accuracy
+from embedcache.interop.clip_benchmark import _find_output, evaluate, load, top_k_accuracy
 from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.projectors.saved import load_pair, project
 from embedcache.sources import open_source
@@ -203,6 +203,12 @@ def test_errors(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "clip_benchmark.cli", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'embedcache\[clip-benchmark\]'"):
         evaluate(runs["vectors"], [])
+
+
+@pytest.mark.parametrize("words", [("--output", "a.json"), ("--output=a.json",), ("--out", "b.json", "--out=a.json")])
+def test_output_is_found_in_each_form(words: tuple[str, ...]) -> None:
+    assert _find_output(["--dataset", "wds/photos", *words, "--quiet"]) == "a.json"
+    assert _find_output(["--dataset", "wds/photos", "--quiet"]) is None
 
 
 def embedcache(*words: object, cwd: Path) -> str:
