@@ -214,7 +214,7 @@ def mteb(
 ) -> None:
     """Write vectors for mteb.
 
-    A folder for its CachedEmbeddingWrapper, which then encodes only what the cache does not have.
+    The CachedEmbeddingWrapper of mteb opens the folder, and then encodes only what the cache does not have.
 
     Example: embedcache export mteb cache/ embeddings/ --run run/ --mteb-task Flickr30kI2TRetrieval
     """
@@ -234,7 +234,7 @@ def mteb(
 @with_settings(settings=HubSettings)
 def hub(
     cache: CacheArgument,
-    repository: Annotated[str, typer.Argument(metavar="REPO", help="Data set of the Hub: OWNER/NAME.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Dataset of the Hub: OWNER/NAME.")],
     *,
     settings: HubSettings,
     as_json: Json = False,
@@ -242,8 +242,8 @@ def hub(
 ) -> None:
     """Upload a cache to the Hugging Face Hub.
 
-    As a data set that hf://datasets/OWNER/NAME opens. Run the same command again to resume an interrupted upload, or
-    to update the data set.
+    The URL hf://datasets/OWNER/NAME then opens it. Run the same command again to resume an interrupted upload, or to
+    update the dataset.
 
     Example: embedcache export hub cache/ me/my-embeddings
     """

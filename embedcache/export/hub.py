@@ -1,4 +1,4 @@
-"""Uploads to the Hugging Face Hub: a folder as one commit, and a cache as a data set, in commits that resume."""
+"""Uploads to the Hugging Face Hub: a folder as one commit, and a cache as a dataset, in commits that resume."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ class HubReport:
     """An uploaded cache.
 
     Args:
-        url: page of the data set.
+        url: page of the dataset.
         location: `hf://` URL of this version of the cache.
         num_files: number of its files.
         num_uploaded: number of files that the repository did not have.
@@ -49,7 +49,7 @@ def push_cache(
     progress: AnyProgress = None,
     **options: Any,
 ) -> HubReport:
-    """Upload a cache to a data set of the Hub, where `hf://datasets/OWNER/NAME` opens it.
+    """Upload a cache to a dataset of the Hub, where `hf://datasets/OWNER/NAME` opens it.
 
     New files are committed 256 at a time. The last commit has everything that a reader of an earlier version would
     miss or confuse: changed and removed files, the tables and `cache.json`. So each commit holds the earlier cache, or
@@ -76,7 +76,7 @@ def push_cache(
     cache, api = Cache(cache_path), HfApi()
     if is_remote(cache.path):
         raise PathError(f"{cache.path}: expected a local cache to upload, got a URL; copy it to a folder first")
-    with hub_errors(repository, f"the cache is in {cache.path}"):
+    with _hub_errors(repository, f"the cache is in {cache.path}"):
         url = str(api.create_repo(repository, repo_type="dataset", private=not settings.public, exist_ok=True))
         remote = {
             item.path: item
@@ -85,8 +85,7 @@ def push_cache(
         }
         _check_same_cache(api, repository, cache, remote)
         files = _files(cache.path)
-        new = [name for name in files if name not in remote and name not in _last(cache)]
-        changed = [name for name in files if name not in new and not _is_uploaded(cache.path / name, remote.get(name))]
+        new, changed = _find_changes(cache, files, remote)
         progress.start("uploading", len(new) + len(changed), "files")
         for block in blocks(len(new), _PER_COMMIT):
             additions = [CommitOperationAdd(name, str(cache.path / name)) for name in new[block]]
@@ -116,7 +115,7 @@ def push_folder(folder: Path, repository: str, *, is_public: bool) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with hub_errors(repository, f"the export is in {folder}"):
+    with _hub_errors(repository, f"the export is in {folder}"):
         url = api.create_repo(repository, private=not is_public, exist_ok=True)
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Export a trained pair with embedcache"
@@ -125,7 +124,7 @@ def push_folder(folder: Path, repository: str, *, is_public: bool) -> str:
 
 
 @contextmanager
-def hub_errors(repository: str, kept: str) -> Iterator[None]:
+def _hub_errors(repository: str, kept: str) -> Iterator[None]:
     """Raise what the Hub refuses, and what keeps it from being reached, as a `PathError`; `kept` says what is kept."""
     try:
         yield
@@ -152,6 +151,15 @@ def _last(cache: Cache) -> list[str]:
     return [*tables, "samples.parquet", info_path(cache.path).name]
 
 
+def _find_changes(cache: Cache, files: Sequence[str], remote: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the files that the repository does not have, and those to replace or to write last."""
+    last = _last(cache)
+    is_new = {name: name not in remote and name not in last for name in files}
+    new = [name for name in files if is_new[name]]
+    changed = [name for name in files if not is_new[name] and not _is_uploaded(cache.path / name, remote.get(name))]
+    return new, changed
+
+
 def _is_uploaded(path: Path, remote: Any) -> bool:
     """Return whether the repository has these bytes: compared by SHA-256, or as Git does for small files."""
     if remote is None or remote.size != path.stat().st_size:
@@ -164,8 +172,8 @@ def _is_uploaded(path: Path, remote: Any) -> bool:
 
 def _removed(remote: Mapping[str, Any], files: Sequence[str]) -> list[str]:
     """Return the files in folders of a cache that the cache no longer has, such as those of a removed feature."""
-    folders = {*MODALITIES, _RECORDS}
-    return [name for name in remote if name.partition("/")[0] in folders and "/" in name and name not in set(files)]
+    folders, kept = {*MODALITIES, _RECORDS}, set(files)
+    return [name for name in remote if name.partition("/")[0] in folders and "/" in name and name not in kept]
 
 
 def _check_same_cache(api: Any, repository: str, cache: Cache, remote: Mapping[str, Any]) -> None:
@@ -194,7 +202,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def write_card(cache: Cache, repository: str, settings: HubSettings) -> str:
-    """Return the data set card: what the cache holds, what made it, and how to open it."""
+    """Return the dataset card: what the cache holds, what made it, and how to open it."""
     modalities = [name for name in MODALITIES if name in cache.info.num_items]
     tables = [("samples", "samples.parquet"), *((name, f"{name}/items.parquet") for name in modalities)]
     configs = [line for name, path in tables for line in (f"- config_name: {name}", f"  data_files: {path}")]

@@ -39,7 +39,7 @@ class ExportSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class HubSettings:
-    """Options of the upload of a cache to a data set of the Hugging Face Hub."""
+    """Options of the upload of a cache to a dataset of the Hugging Face Hub."""
 
     public: bool = setting(**_PUBLIC)
     license: str = setting("unknown", "License of the data, as the Hub names it, for a new card.")
