@@ -135,6 +135,16 @@ def publish(
         print(visible(f"wrote {path}"), file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
+def publish_size(path: Path, num_samples: int, *, as_json: bool, output: Path | None) -> None:
+    """Publish how many samples a command has written to a file."""
+    publish(
+        lambda: print_line(f"{path}: {num_samples:,} samples"),
+        lambda: {"path": str(path), "num_samples": num_samples},
+        as_json=as_json,
+        output=output,
+    )
+
+
 def to_plain(value: Any) -> Any:
     """Return a report as JSON values: dataclasses become objects, arrays and sequences lists, paths text."""
     if is_dataclass(value) and not isinstance(value, type):

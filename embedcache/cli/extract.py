@@ -1,14 +1,13 @@
 """embedcache extract"""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedcache.cli.options import Json, Output, with_settings
+from embedcache.cli.options import Json, Output, by_modality, with_settings
 from embedcache.errors import SettingError
 from embedcache.extract.settings import ExtractSettings
-from embedcache.modalities import MODALITIES, noun
+from embedcache.modalities import noun
 from embedcache.sources.settings import SourceSettings
 from embedcache.units import format_bytes
 
@@ -70,7 +69,7 @@ def extract(
     encoders: dict[str, Any] = {
         "image_encoder": image_encoder or (),
         "text_encoder": text_encoder or (),
-        "encoder": _by_modality(encoder or ()),
+        "encoder": by_modality("--encoder", encoder, "audio=whisper:tiny.en", metavar="SPEC"),
     }
     progress = open_progress()
     with resumable():
@@ -93,20 +92,6 @@ def extract(
             print_line(line)
 
     publish(show, lambda: [to_plain(report) for report in reports], as_json=as_json, output=output)
-
-
-def _by_modality(options: Sequence[str]) -> dict[str, list[str]]:
-    """Return modality -> specs of the options `--encoder MODALITY=SPEC`."""
-    encoders: dict[str, list[str]] = {}
-    for option in options:
-        modality, equals, spec = option.partition("=")
-        if not (equals and modality in MODALITIES and spec):
-            raise SettingError(
-                f"--encoder: expected MODALITY=SPEC with a modality of {', '.join(MODALITIES)}, such as "
-                f"audio=whisper:tiny.en, got {option!r}"
-            )
-        encoders.setdefault(modality, []).append(spec)
-    return encoders
 
 
 def _show_plan(plan: "Plan") -> None:

@@ -157,16 +157,11 @@ def uids(
 
     Example: embedcache import uids uids.npy cache/ selection.parquet
     """
-    from embedcache.cli.console import print_line, publish
+    from embedcache.cli.console import publish_size
     from embedcache.interop.datacomp import import_uids
 
     num_samples = import_uids(path, cache, out)
-    publish(
-        lambda: print_line(f"{out}: {num_samples:,} samples"),
-        lambda: {"path": str(out), "num_samples": num_samples},
-        as_json=as_json,
-        output=output,
-    )
+    publish_size(out, num_samples, as_json=as_json, output=output)
 
 
 add_command(app, "clip-retrieval", clip_retrieval, runs_named_code=False)

@@ -59,12 +59,6 @@ SelectionArgument: TypeAlias = Annotated[
 SelectionOutput: TypeAlias = Annotated[
     Path, typer.Argument(metavar="OUT", help="Selection to write: a new .parquet file.", callback=check_new_file)
 ]
-MovedRun: TypeAlias = Annotated[
-    Path | None, typer.Option("--run", metavar="RUN", help="Where the run of the index is, if it has moved.")
-]
-Cache: TypeAlias = Annotated[
-    str | None, typer.Option("--cache", metavar="CACHE", help="Where the cache of the index is, if it has moved.")
-]
 Concepts: TypeAlias = Annotated[
     str | None, typer.Option("--concepts", metavar="CACHE", help="Cache of prompts, one sample per concept.")
 ]
@@ -303,8 +297,10 @@ def _elements(name: str, kind: Any, values: Sequence[Any]) -> Iterator[Any]:
             raise SettingError(f"--{name.replace('_', '-')}: expected numbers such as 1,2,4, got {word!r}") from None
 
 
-def by_modality(option: str, words: Sequence[str] | None, example: str) -> dict[str, list[str]] | None:
-    """Return modality -> values of an option `MODALITY=VALUE` that may be repeated; None without any.
+def by_modality(
+    option: str, words: Sequence[str] | None, example: str, *, metavar: str = "VALUE"
+) -> dict[str, list[str]]:
+    """Return modality -> values of an option `MODALITY=VALUE` that may be repeated.
 
     Raises:
         SettingError: a word of another form, or an unknown modality.
@@ -314,11 +310,17 @@ def by_modality(option: str, words: Sequence[str] | None, example: str) -> dict[
         modality, _, value = word.partition("=")
         if modality not in MODALITIES or not value:
             raise SettingError(
-                f"{option}: expected MODALITY=VALUE with a modality of {', '.join(MODALITIES)}, such as {example}, got "
-                f"{word!r}"
+                f"{option}: expected MODALITY={metavar} with a modality of {', '.join(MODALITIES)}, such as {example}, "
+                f"got {word!r}"
             )
         values.setdefault(modality, []).append(value)
-    return values or None
+    return values
+
+
+def features_by_modality(words: Sequence[str] | None) -> dict[str, str] | None:
+    """Return modality -> its features, joined by +, of the options `--feature MODALITY=NAME`; None without any."""
+    named = by_modality("--feature", words, "audio=tiny.en/mean")
+    return {modality: "+".join(names) for modality, names in named.items()} or None
 
 
 def split_names(values: Sequence[Any] | None) -> tuple[str, ...]:

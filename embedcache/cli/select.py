@@ -17,8 +17,8 @@ from embedcache.cli.options import (
     SelectionArgument,
     SelectionOutput,
     TextFeature,
-    by_modality,
     check_new_file,
+    features_by_modality,
     with_settings,
 )
 from embedcache.curate.settings import (
@@ -76,22 +76,11 @@ def combine(
 
     Example: embedcache curate combine cache/ first.parquet and second.parquet both.parquet
     """
+    from embedcache.cli.console import publish_size
     from embedcache.curate.select.select import combine_selections
 
     num_samples = combine_selections(cache, out, first, operation, second)
-    _publish_size(out, num_samples, as_json=as_json, output=output)
-
-
-def _publish_size(out: Path, num_samples: int, *, as_json: bool, output: Path | None) -> None:
-    """Print how many samples were written, or publish it as JSON."""
-    from embedcache.cli.console import print_line, publish
-
-    publish(
-        lambda: print_line(f"{out}: {num_samples:,} samples"),
-        lambda: {"path": str(out), "num_samples": num_samples},
-        as_json=as_json,
-        output=output,
-    )
+    publish_size(out, num_samples, as_json=as_json, output=output)
 
 
 def sample(
@@ -107,10 +96,11 @@ def sample(
 
     Example: embedcache curate sample cache/ selection.parquet 1000 some.parquet
     """
+    from embedcache.cli.console import publish_size
     from embedcache.curate.select.select import sample_selection
 
     num_samples = sample_selection(cache, out, selection, size, seed=seed)
-    _publish_size(out, num_samples, as_json=as_json, output=output)
+    publish_size(out, num_samples, as_json=as_json, output=output)
 
 
 def export(
@@ -134,11 +124,11 @@ def export(
 
     Example: embedcache curate export cache/ selection.parquet tars/ --format webdataset
     """
-    from embedcache.cli.console import open_progress
+    from embedcache.cli.console import open_progress, publish_size
     from embedcache.curate.select.export import export_selection
 
     num_samples = export_selection(cache, selection, out, form, progress=open_progress())
-    _publish_size(out, num_samples, as_json=as_json, output=output)
+    publish_size(out, num_samples, as_json=as_json, output=output)
 
 
 @with_settings(settings=NegativesSettings)
@@ -158,15 +148,15 @@ def negatives(
 ) -> None:
     """Find hard negatives of each sample.
 
-    The nearest samples that do not belong to it: copies and near-duplicates of it are left out. To train with them:
-    train --negatives OUT.
+    These are the nearest samples that do not belong to it; its copies and near-duplicates are left out. Train with
+    them by train --negatives OUT.
 
     Example: embedcache curate negatives cache/ negatives.parquet --run run/ --relative-margin 0.05
     """
     from embedcache.cli.console import open_progress, print_line, publish, resumable
     from embedcache.curate.negatives import mine_negatives
 
-    named = by_modality("--feature", feature, "audio=tiny.en/mean")
+    features = features_by_modality(feature)
     with resumable():
         report = mine_negatives(
             cache,
@@ -174,7 +164,7 @@ def negatives(
             settings,
             image_feature=image_feature,
             text_feature=text_feature,
-            feature=None if named is None else {modality: "+".join(names) for modality, names in named.items()},
+            feature=features,
             progress=open_progress(),
         )
     publish(lambda: print_line(f"{out}: {report.line()}"), report.to_json, as_json=as_json, output=output)
@@ -196,8 +186,8 @@ def outliers(
 ) -> None:
     """Find odd samples, likely mislabels and wrong captions.
 
-    By the nearest neighbors of each item; captions are compared with images by a run. OUT is a table of scores for
-    curate select --method score.
+    Each item is compared with its nearest neighbors, and with --run each caption with its image. OUT is a table of
+    scores for curate select --method score.
 
     Example: embedcache curate outliers cache/ odd.parquet --html odd.html
     """
@@ -239,7 +229,8 @@ def score(
 ) -> None:
     """Score the samples by a linear head or by texts.
 
-    Such as LAION's aesthetic predictor on CLIP vectors. OUT is a table of scores for curate select --method score.
+    A head is, for example, LAION's aesthetic predictor on CLIP vectors. OUT is a table of scores for curate select
+    --method score.
 
     Example: embedcache curate score cache/ sharp.parquet --run run/ --prompt "a sharp photo" --negative "a blur"
     """

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from embedcache.cli.options import Features, ImageFeature, Json, Output, TextFeature, by_modality, with_settings
+from embedcache.cli.options import (
+    Features,
+    ImageFeature,
+    Json,
+    Output,
+    TextFeature,
+    features_by_modality,
+    with_settings,
+)
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import SettingError
 from embedcache.settings import flat_settings, from_flat
@@ -76,14 +84,14 @@ def _prepare_pair(
     from embedcache.train.train import train as run_training
 
     _refuse(likelihood, "pair")
-    features = by_modality("--feature", named["feature"], "audio=tiny.en/mean")
+    features = features_by_modality(named["feature"])
     checked = train_settings(settings)
     return lambda progress: run_training(
         caches,
         run,
         image_feature=named["image_feature"],
         text_feature=named["text_feature"],
-        feature=None if features is None else {modality: "+".join(names) for modality, names in features.items()},
+        feature=features,
         settings=checked,
         progress=progress,
     )

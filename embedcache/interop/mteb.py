@@ -70,11 +70,8 @@ def write_mteb(
         PathError: the folder is not new, or images may not be read, see `Thumbnails`.
         UnfinishedError, FingerprintError: see `Vectors`.
     """
-    settings, progress, out_path = (
-        replace_flat(settings or MtebSettings(), options),
-        to_progress(progress),
-        Path(out_path),
-    )
+    settings, progress = replace_flat(settings or MtebSettings(), options), to_progress(progress)
+    out_path = Path(out_path)
     opened = [_open_task(task) for task in tasks]
     check_new_folder(out_path)
     cache = Cache(cache_path)
