@@ -122,7 +122,7 @@ def coverage(
 ) -> None:
     """Count the items of a cache near each concept.
 
-    Exact counts, with the largest concepts, gaps and overlaps.
+    Counts are exact; the largest concepts, gaps and overlaps are listed.
 
     Example: embedcache curate coverage cache/ concepts/ --run run/ --html coverage.html
     """

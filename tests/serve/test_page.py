@@ -266,10 +266,12 @@ def test_two_indexes_side_by_side(browser: Any, root: Path) -> None:
     """A text is answered by one index, and the other says why it does not; an item is answered by both."""
     with serving(ServePaths(index=root / "index"), ServePaths(index=root / "plain")) as address:
         page = Browsing(browser, address)
-        assert "The index plain cannot be asked by text: expected an index built with a run" in page.text("#rejections")
+        assert "The index plain cannot be searched by text: expected an index built with a run" in page.text(
+            "#rejections"
+        )
         page.type(TEXT)
         assert page.captions()[:10] == captions_of(root, [TEXT])
-        assert "This index cannot be asked by text: expected an index" in page.text(".pane:last-child .status")
+        assert "This index cannot be searched by text: expected an index" in page.text(".pane:last-child .status")
         page.page.keyboard.press("ArrowDown")
         page.page.keyboard.press("m")
         page.wait_for("#agreement", "of the first 10 results are in both")

@@ -48,7 +48,7 @@ export class Pane {
     const rejection = this.index.info.rejects[kind];
     if (rejection) {
       this.clear();
-      this.showStatus(`This index cannot be asked by ${kind}: ${rejection}`);
+      this.showStatus(`This index cannot be searched by ${kind}: ${rejection}`);
       return;
     }
     const running = (this.running = new AbortController());

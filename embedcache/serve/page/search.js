@@ -77,7 +77,7 @@ export class Search {
       .filter(([kind]) => kind === "text" || info.modality === "image")
       .map(([kind, reason]) => {
         const name = this.indexes.length > 1 ? `The index ${info.name}` : "This index";
-        return element("p", {}, element("strong", {}, `${name} cannot be asked by ${KINDS[kind]}: `), reason);
+        return element("p", {}, element("strong", {}, `${name} cannot be searched by ${KINDS[kind]}: `), reason);
       }));
     byId("rejections").replaceChildren(...lines);
     byId("rejections").hidden = !lines.length;
