@@ -165,7 +165,7 @@ def _steps(num_pairs: int) -> Iterator[_Step]:
     yield _Step(name="leaks", words=_words("curate leaks cache test clean.parquet"), written=("clean.parquet",))
     yield _Step(
         name="index within 2 GB",
-        words=_words("curate index cache found --run run --modality image --memory 2GB"),
+        words=_words("curate index cache found --run run --modality image --memory 2GB --on-disk"),
         written=("found",),
     )
     yield _Step(name="search by key", words=_words("search found --query-key k00000042 -k 5"))

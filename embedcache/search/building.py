@@ -1,4 +1,4 @@
-"""Filling an index chunk by chunk, with checkpoints, in memory or with inverted lists on disk."""
+"""Building an index chunk by chunk, with checkpoints, in memory or with inverted lists on disk."""
 
 import os
 import time
@@ -50,16 +50,12 @@ class IndexBuilder:
             )
             self._factory, self.rejected = state["factory"], state["refused"]
 
-    def fill(self, kind: Configuration, vectors: Vectors, progress: Progress, *, checkpoint_s: float) -> RowIndex:
-        """Build an index of all valid rows, or resume from the checkpoint or from the finished index.
+    def start(self, kind: Configuration, vectors: Vectors, progress: Progress) -> RowIndex:
+        """Return what was built of an index in memory, or a new one that is trained and empty.
 
-        Checkpoints are written every `checkpoint_s`, less often if writing takes longer than a tenth of that. An index
-        with lists on disk has none: an interrupted build keeps its finished parts. Raises `SettingError` if FAISS
-        rejects the factory string or has too few vectors to train, or if there are no lists to leave on disk.
+        Raises `SettingError` if FAISS rejects the factory string or has too few vectors to train.
         """
         factory = kind.factory
-        if kind.is_on_disk:
-            return self._fill_on_disk(factory, vectors, progress)
         index = _without_removed(self._resume(factory), vectors, progress)
         if index is None:
             index = make_index(factory, vectors.width)
@@ -68,9 +64,18 @@ class IndexBuilder:
                 progress.note(f"training {factory}")
                 index.train(vectors.sample(index.num_training), device=vectors.device)
                 index.write(self._partial_path)
+        return index
+
+    def fill(
+        self, index: RowIndex, kind: Configuration, vectors: Vectors, progress: Progress, *, checkpoint_s: float
+    ) -> None:
+        """Add all valid rows that the index does not hold.
+
+        Checkpoints are written every `checkpoint_s`, less often if writing takes longer than a tenth of that.
+        """
         index.resume()
         missing = np.setdiff1d(vectors.rows, index.rows)
-        progress.start(f"indexing as {factory}", len(missing), noun(vectors.modality))
+        progress.start(f"indexing as {kind.factory}", len(missing), noun(vectors.modality))
         last, writing_s = time.monotonic(), 0.0
         for number in np.unique(missing // vectors.cache.info.chunk_size):
             rows, vectors_BP = vectors.chunk(int(number))
@@ -83,7 +88,34 @@ class IndexBuilder:
                 last = time.monotonic()
                 writing_s = last - started if checkpoint_s else 0.0
         progress.finish()
-        return index
+
+    def fill_on_disk(self, kind: Configuration, vectors: Vectors, progress: Progress) -> RowIndex:
+        """Build an index of all valid rows with its lists on disk; an interrupted build keeps its finished parts.
+
+        Raises `SettingError` if FAISS rejects the factory string, has too few vectors to train, or has no lists.
+        """
+        factory, has_removed = kind.factory, False
+        old = self._read_finished()
+        if old is not None and not np.isin(old.rows, vectors.rows).all():
+            has_removed = True
+            progress.note(_REMOVED)
+        trained = _read_unfinished(self._partial_path) if self._factory == factory else None
+        if trained is None:
+            for path in self._folder.glob("index.part-*.faiss"):
+                path.unlink()  # of another trained index
+            index = make_index(factory, vectors.width)
+            if not index.num_lists or index.is_refined:
+                raise SettingError(
+                    f"factory: expected inverted lists to leave on disk, such as IVF4096,SQfp16, got {factory!r}"
+                )
+            self._write_state(factory)
+            if old is None:
+                progress.note(f"training {factory}")
+                index.train(vectors.sample(index.num_training), device=vectors.device)
+            else:
+                index = read_index(self._folder / "index.faiss", is_mapped=False).emptied()
+            index.write(self._partial_path)
+        return _fill_lists(self._folder, self._partial_path, None if has_removed else old, vectors, progress)
 
     def reject(self, factory: str, recall: float) -> None:
         """Record that a configuration missed the recall, and delete its files."""
@@ -110,29 +142,6 @@ class IndexBuilder:
         if not (self._folder / "card.json").is_file():
             return _read_unfinished(path)
         return read_index(path, is_mapped=False)
-
-    def _fill_on_disk(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
-        old, has_removed = self._read_finished(), False
-        if old is not None and not np.isin(old.rows, vectors.rows).all():
-            has_removed = True
-            progress.note(_REMOVED)
-        trained = _read_unfinished(self._partial_path) if self._factory == factory else None
-        if trained is None:
-            for path in self._folder.glob("index.part-*.faiss"):
-                path.unlink()  # of another trained index
-            index = make_index(factory, vectors.width)
-            if not index.num_lists or index.is_refined:
-                raise SettingError(
-                    f"factory: expected inverted lists to leave on disk, such as IVF4096,SQfp16, got {factory!r}"
-                )
-            self._write_state(factory)
-            if old is None:
-                progress.note(f"training {factory}")
-                index.train(vectors.sample(index.num_training), device=vectors.device)
-            else:
-                index = read_index(self._folder / "index.faiss", is_mapped=False).emptied()
-            index.write(self._partial_path)
-        return _fill_lists(self._folder, self._partial_path, None if has_removed else old, vectors, progress)
 
     def record_files(self, checksums: Mapping[str, str]) -> None:
         """Record the checksums of files that are finished before the card that states them."""

@@ -187,6 +187,10 @@ class RowIndex:
                     "command"
                 )
 
+    def copy(self) -> "RowIndex":
+        """Return an independent copy."""
+        return RowIndex(self._faiss.clone_index(self.wrapped))
+
     def emptied(self) -> "RowIndex":
         """Return the same trained index without vectors; this object must not be used afterwards."""
         lists = self._faiss.try_extract_index_ivf(self._inner)

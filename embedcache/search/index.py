@@ -32,6 +32,7 @@ from embedcache.search.autotune import (
     measure_index,
     on_disk_configurations,
     remaining_candidates,
+    sampled_recall,
 )
 from embedcache.search.building import FILES, STATE, IndexBuilder, lists_name, remove_leftovers
 from embedcache.search.faiss_index import RowIndex, check_factory, read_index
@@ -314,8 +315,11 @@ def _build(
         while left:
             candidate, left = left[0], left[1:]
             if builder.rejected.get(candidate.factory, 1) >= settings.min_recall:
-                index = builder.fill(candidate, vectors, progress, checkpoint_s=settings.checkpoint_s)
-                queries = queries or draw_query_set(vectors)
+                index = _fill(builder, candidate, vectors, settings, progress, can_refuse=old is None)
+                if index is None:
+                    left = remaining_candidates(left, candidate)
+                    continue
+                queries = queries or draw_query_set(vectors, progress)
                 quality = measure_index(index, queries, settings.min_recall)
                 if quality.recall_at_10 >= settings.min_recall or must_keep:
                     index.write(index_path / "index.faiss")
@@ -335,10 +339,31 @@ def _build(
         raise SettingError(_recall_error(builder.rejected, index_path, settings))
 
 
+def _fill(
+    builder: IndexBuilder,
+    candidate: Configuration,
+    vectors: Vectors,
+    settings: IndexSettings,
+    progress: Progress,
+    *,
+    can_refuse: bool,
+) -> RowIndex | None:
+    """Build one candidate; None if a sample shows that its codes cannot reach the recall."""
+    if candidate.is_on_disk:
+        return builder.fill_on_disk(candidate, vectors, progress)
+    index = builder.start(candidate, vectors, progress)
+    if can_refuse and not len(index) and (recall := sampled_recall(index, vectors)) < settings.min_recall:
+        builder.reject(candidate.factory, recall)
+        progress.note(f"{candidate.factory}: recall@10 {recall:.3f} on a sample is too low, not built")
+        return None
+    builder.fill(index, candidate, vectors, progress, checkpoint_s=settings.checkpoint_s)
+    return index
+
+
 def _recall_error(rejected: Mapping[str, float], index_path: Path, settings: IndexSettings) -> str:
     factory, recall = max(rejected.items(), key=lambda pair: pair[1])
     unchanged = "; the old index is unchanged" if (index_path / "card.json").is_file() else ""
-    larger = "leave --factory out" if settings.factory else "give more --memory"
+    larger = "leave --factory out" if settings.factory else "give more --memory, or --on-disk"
     return (
         f"min_recall: expected an index with recall@10 of at least {settings.min_recall:g}, got {recall:.3f} from the "
         f"best, {factory}, with its most thorough search{unchanged}; {larger}, or lower it with "

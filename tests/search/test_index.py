@@ -18,8 +18,9 @@ from embedcache.errors import (
 )
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.progress import NullProgress
 from embedcache.projectors.saved import load_pair, project
-from embedcache.search import faiss_index
+from embedcache.search import autotune, faiss_index
 from embedcache.search.faiss_index import read_index
 from embedcache.search.index import build_index, read_card
 from embedcache.search.queries import Queries
@@ -30,6 +31,19 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
+
+
+class Seen(NullProgress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.whats: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.whats.append(message)
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        self.whats.append(what)
 
 
 def test_card_content(cache_path: Path, index_path: Path) -> None:
@@ -69,6 +83,19 @@ def test_low_recall_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> 
     assert {path.name for path in (tmp_path / "pq").iterdir()} == {".lock", "building.json"}
     card = build_index(cache_path, tmp_path / "pq", IndexSettings(run=run_path, factory="PQ1x4", min_recall=0.0))
     assert card.recall_at_10 < 0.6
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+def test_codes_that_cannot_reach_the_recall_are_refused_on_a_sample(
+    cache_path: Path, run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_run: bool
+) -> None:
+    monkeypatch.setattr(autotune, "_NUM_SAMPLED", 30)  # of 300 images
+    monkeypatch.setattr(autotune, "_NUM_ASKED", 10)
+    source = {"run": run_path} if has_run else {"feature": "open_toy/cls"}
+    seen = Seen()
+    with pytest.raises(SettingError, match=r"got 0\.\d+ from the best, PQ1x4, with its most thorough search"):
+        build_index(cache_path, tmp_path / "pq", IndexSettings(**source, factory="PQ1x4"), progress=seen)
+    assert [what for what in seen.whats if "not built" in what or "indexing" in what] == seen.whats[-1:]
 
 
 def test_index_of_a_smaller_width(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
@@ -148,7 +175,7 @@ def test_memory_and_recall_choose_index(cache_path: Path, tmp_path: Path) -> Non
 
 
 def test_too_little_memory_names_best_recall(cache_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"from the best, IVF7,RaBitQ, .*; give more --memory, or lower it"):
+    with pytest.raises(SettingError, match=r"from the best, IVF7,RaBitQ, .*; give more --memory, or --on-disk, or"):
         build_index(cache_path, tmp_path / "i", IndexSettings(feature="open_toy/cls", memory=11_000))
 
 
