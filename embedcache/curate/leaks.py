@@ -318,7 +318,7 @@ def _closest_reasons(leak: ModalityLeaks, cache: Cache, rows: Ints) -> pa.Array:
     """Describe the largest cosine of each training sample to a test item; null for samples that were not compared."""
     cosines_S = np.full(cache.info.num_samples, -np.inf, np.float32)
     np.maximum.at(cosines_S, leak.train.samples, leak.train_cosines)
-    is_compared = cosines_S[rows] > -1
+    is_compared = np.isfinite(cosines_S[rows])
     thousandths = np.rint(np.where(is_compared, cosines_S[rows], 0).astype(np.float64) * 1000).astype(np.int64)
     values, codes = np.unique(thousandths, return_inverse=True)
     names = pa.array([f"closest {leak.modality} {value / 1000:.3f}" for value in values.tolist()], pa.string())

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from embedcache.curate.keep import find_copies
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import read_selection
+from embedcache.dataset.similar_pairs import cosine_limit
 from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -132,6 +134,11 @@ def test_analyze_levels(copied: Path, tmp_path: Path) -> None:
     assert comparison_line(analysis).endswith("3 are byte-identical copies; every pair was compared")
     assert "clusters found" in comparison_line(analyze(copied, DedupSettings(all_pairs=False)))
     json.dumps(written)
+    assert analysis.near is not None
+    near = replace(analysis.near, limit=0.97, highest=np.full(5, cosine_limit(0.97)))
+    of_limit = {level.cosine: level for level in replace(analysis, near=near).levels()}
+    assert [of_limit[cosine].num_near for cosine in (0.95, 0.97, 0.98)] == [5, 5, 0]
+    assert [of_limit[cosine].num_gone is None for cosine in (0.95, 0.97)] == [True, False]
 
 
 def test_too_many_pairs(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,22 @@ def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
         write_clean_selection(tmp_path / "none.parquet", find_leaks(*caches, replace(BOTH, image_cosine=0.01)))
 
 
+def test_limit_is_inclusive_and_the_smallest_cosine_is_one(caches: tuple[Path, Path]) -> None:
+    found = find_leaks(*caches, BOTH)
+    images = found.leaks[0]
+    near = replace(
+        images,
+        cosines=np.full_like(images.cosines, images.cosine),
+        is_copy=np.zeros_like(images.is_copy),
+        train_cosines=np.full_like(images.train_cosines, images.cosine),
+        train_is_copy=np.zeros_like(images.train_is_copy),
+    )
+    assert near.is_leaked.all()
+    assert near.train_samples.tolist() == list(range(80))
+    opposite = replace(found, leaks=[replace(near, train_cosines=-np.ones_like(images.train_cosines))])
+    assert set(opposite.clean_selection().reasons) == {"not in test; closest image -1.000"}
+
+
 def test_page_shows_images(caches: tuple[Path, Path], tmp_path: Path) -> None:
     write_leak_page(tmp_path / "leaks.html", find_leaks(*caches, BOTH))
     page = (tmp_path / "leaks.html").read_text()
