@@ -1,7 +1,11 @@
 """Settings that are declared once: validation, flat names, JSON records, command-line options and TOML files."""
 
+import importlib
 import json
-from dataclasses import dataclass
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +14,22 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+import embedcache
 from embedcache.cli.config_files import read_config
 from embedcache.cli.options import with_settings
 from embedcache.errors import PathError, SettingError, UnknownNameError
-from embedcache.settings import check_settings, flat_settings, from_flat, group, replace_flat, setting, to_flat, to_json
+from embedcache.settings import (
+    FlatSetting,
+    check_settings,
+    check_value,
+    flat_settings,
+    from_flat,
+    group,
+    replace_flat,
+    setting,
+    to_flat,
+    to_json,
+)
 from embedcache.sweep.space import read_space
 from embedcache.train.settings import OptimizerSettings, TrainSettings, command_line, train_settings
 
@@ -75,6 +91,52 @@ def test_invalid_value_raises(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("values", [{"count": 9}, {"size": 2**31 - 1}, {"fraction": 0}, {"inner_seed": -(2**31)}])
 def test_values_at_the_bounds_are_accepted(values: dict[str, Any]) -> None:
     assert to_flat(from_flat(Outer, values)) == values
+
+
+def declared_settings() -> Iterator[FlatSetting]:
+    """Iterate over the settings of all classes in the packages' `settings.py`, those of a group once per class."""
+    names = [
+        f"embedcache.{package.name}.settings" for package in pkgutil.iter_modules(embedcache.__path__) if package.ispkg
+    ]
+    for module in (importlib.import_module(name) for name in names if find_spec(name)):
+        for kind in vars(module).values():
+            if is_dataclass(kind) and kind.__module__ == module.__name__:
+                yield from flat_settings(kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("names", "allowed", "refused"),
+    [
+        (("seed", "split_seed"), (0, 2**32 - 1), (-1, 2**32)),
+        (("image_cosine", "text_cosine", "threshold"), (0.99,), (-1.01, 1.01)),
+        (("other_cosine", "max_score", "min_score"), (-1, 1), (-1.01, 1.01)),
+        (("absolute_margin",), (0, 2), (-0.01, 2.01)),
+        (("relative_margin", "min_recall", "warmup_fraction", "ctc_weight"), (0, 1), (-0.01, 1.01)),
+        (("test_fraction", "val_fraction"), (0.01, 0.99), (0, 1)),
+        (("dropout",), (0, 0.99), (-0.01, 1)),
+        (("shrinkage", "lr", "max_grad_norm", "deviations"), (1e-9,), (0,)),
+        (("weight_decay", "mixup", "structure", "length_power"), (0,), (-1e-9,)),
+        (("epochs",), (0, 10**6), (-1, 10**6 + 1)),
+        (("range_min",), (0, 2**20), (-1, 2**20 + 1)),
+        (("range_max",), (1, 2**20), (0, 2**20 + 1)),
+        (("label_neighbors", "beam"), (1, 1000), (0, 1001)),
+        (("threads", "workers"), (1, 1024), (0, 1025)),
+        (("shared_width",), (1, 2**16), (0, 2**16 + 1)),
+        (("chunk_size",), (1, 2**24), (0, 2**24 + 1)),
+        (("num_negatives", "patience", "max_val", "max_test", "block_rows", "min_count"), (1,), (0,)),
+    ],
+)
+def test_bounds_of_one_name_are_the_same(
+    names: tuple[str, ...], allowed: tuple[float, ...], refused: tuple[float, ...]
+) -> None:
+    items = [item for item in declared_settings() if item.name in names]
+    assert {item.name for item in items} == set(names)
+    for item in items:
+        for value in allowed:
+            check_value(item.name, value, item.type, item.declared)
+        for value in refused:
+            with pytest.raises(SettingError, match=f"^{item.name}: expected "):
+                check_value(item.name, value, item.type, item.declared)
 
 
 class Located:

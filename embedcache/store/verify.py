@@ -57,7 +57,7 @@ class Finding:
     modality: str
     encoder: str
     name: str
-    chunk: int
+    chunk: int = -1
     is_damage: bool = True
     can_repair: bool = True
     reason: str
@@ -108,7 +108,7 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
 
 def _check_removed(cache: Cache) -> Iterator[Finding]:
     """Check the table of removed samples, and that no removal was interrupted."""
-    finding = partial(Finding, modality=SAMPLES, encoder="", chunk=-1, can_repair=False)
+    finding = partial(Finding, modality=SAMPLES, encoder="", can_repair=False)
     try:
         read_removed(cache.path, cache.info)
     except (CorruptError, PathError) as error:
@@ -122,9 +122,7 @@ def check_tables(cache: Cache) -> Iterator[Finding]:
     for name, num_rows in {"samples": cache.info.num_samples, **cache.info.num_items}.items():
         is_samples = name == "samples"
         path = samples_path(cache.path) if is_samples else items_path(cache.path, name)
-        finding = partial(
-            Finding, modality=name, encoder="", name=str(path.relative_to(cache.path)), chunk=-1, can_repair=False
-        )
+        finding = partial(Finding, modality=name, encoder="", name=str(path.relative_to(cache.path)), can_repair=False)
         indexed_digest = cache.info.table_digests.get(name)
         block_rows = BLOCK if is_samples else cache.info.chunk_size
         try:
@@ -185,9 +183,7 @@ def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feat
             feature = Feature(open_group(cache.path, modality, encoder, cache.info), name)
         except (ArtifactError, PathError) as error:
             reason = f"{error}; remove that file and run the same embedcache extract or derive again"
-            findings.append(
-                Finding(modality=modality, encoder=encoder, name=name, chunk=-1, can_repair=False, reason=reason)
-            )
+            findings.append(Finding(modality=modality, encoder=encoder, name=name, can_repair=False, reason=reason))
             continue
         opened.append(feature)
         findings += list(_check_metadata(feature, commit))
@@ -197,7 +193,7 @@ def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feat
 def _check_group(group: EncoderGroup) -> Iterator[Finding]:
     """Check what the metadata of an encoder's folder state beside the fingerprint, which every commit names."""
     path = group.path / "zarr.json"
-    finding = partial(Finding, modality=group.modality, encoder=group.name, name=path.name, chunk=-1, can_repair=False)
+    finding = partial(Finding, modality=group.modality, encoder=group.name, name=path.name, can_repair=False)
     stored = read_metadata(group.path)
     expected = group_metadata(stored["attributes"])
     if not has_metadata(group.path, expected):
@@ -236,7 +232,6 @@ def _check_metadata(feature: Feature, commit: Commit | None) -> Iterator[Finding
                 modality=feature.modality,
                 encoder=group.name,
                 name=feature.feature,
-                chunk=-1,
                 can_repair=written is not None,
                 reason=f"{folder / 'zarr.json'} is missing or does not describe this array; {REPAIR}",
             )
@@ -248,9 +243,7 @@ def _check_fit(group: EncoderGroup) -> list[Finding]:
     if "fit" not in group.fingerprint or (path.is_file() and digest_file(path) == group.fingerprint["weights"]):
         return []
     reason = "missing or changed since the features were derived with it; restore it, or derive under another name"
-    return [
-        Finding(modality=group.modality, encoder=group.name, name=path.name, chunk=-1, can_repair=False, reason=reason)
-    ]
+    return [Finding(modality=group.modality, encoder=group.name, name=path.name, can_repair=False, reason=reason)]
 
 
 def _check_compacted(group: EncoderGroup) -> list[Finding]:
@@ -260,7 +253,7 @@ def _check_compacted(group: EncoderGroup) -> list[Finding]:
     if reason is None:
         return []
     reason = f"{reason}; readers do without it: delete it, or use --repair"
-    return [Finding(modality=group.modality, encoder=group.name, name=path.name, chunk=-1, reason=reason)]
+    return [Finding(modality=group.modality, encoder=group.name, name=path.name, reason=reason)]
 
 
 def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding]:
