@@ -75,13 +75,17 @@ def test_batch_size_of_zero_raises() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # from modules that torch's compiler imports
-def test_compile_does_not_change_values() -> None:
-    from torch._inductor import config  # takes seconds
+def test_compile_does_not_change_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured is run as it is: to translate it to C++ as well, which torch tests, takes 20 seconds."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # imports for seconds
 
+    compile_module, counter = torch.nn.Module.compile, CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=counter))
     images = np.random.default_rng(0).integers(0, 256, (4, 3), dtype=np.uint8)
-    module = LimitedMemory(max_rows=8)
-    plain, compiled = (TorchGraph(module, EncoderSettings(compile=compile_)) for compile_ in (False, True))
-    with config.patch({"compile_threads": 1, "cpp.vec_isa_ok": False}):  # fewer programs to compile
-        expected, found = (graph({"images": images}, ["double", "sum"]) for graph in (plain, compiled))
+    plain, compiled = (TorchGraph(LimitedMemory(8), EncoderSettings(compile=compile_)) for compile_ in (False, True))
+    expected = plain({"images": images}, ["double", "sum"])
+    assert counter.frame_count == 0
+    found = compiled({"images": images}, ["double", "sum"])
+    assert counter.frame_count == 1
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
