@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -291,21 +291,29 @@ def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterato
 
 
 def _installed_packages() -> dict[str, str]:
-    """Return name -> version of what can have decided the output: known libraries, and packages of used plug-ins."""
-    names = list(RECORDED_PACKAGES)
+    """Return name -> version of what can have decided the output: known libraries, and packages of used plug-ins.
+
+    The metadata of a package are read once in a process for each `sys.path`.
+    """
+    path, names = tuple(sys.path), list(RECORDED_PACKAGES)
     if plugins := used_plugins():
-        owners = _owners(tuple(sys.path))
+        owners = _owners(path)
         names += sorted({name for package in plugins for name in owners.get(package, ())} - {*names})
-    found = {}
-    for name in names:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    versions = {name: _version(name, path) for name in names}
+    return {name: found for name, found in versions.items() if found is not None}
+
+
+@cache
+def _version(name: str, path: tuple[str, ...]) -> str | None:  # noqa: ARG001  # the path is the key
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 @cache
 def _owners(path: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG001  # it is the key
-    """Return name of a module -> packages that installed it; the metadata of all on `sys.path` are read once."""
+    """Return name of a module -> packages that installed it."""
     return packages_distributions()
 
 

@@ -6,7 +6,16 @@ import pytest
 
 from embedcache.errors import CorruptError, FingerprintError, PathError
 from embedcache.files import partial_path
-from embedcache.provenance import check_same, digest, prepare_folder, read_json, read_stage, recognize, record_stage
+from embedcache.provenance import (
+    RECORDED_PACKAGES,
+    check_same,
+    digest,
+    prepare_folder,
+    read_json,
+    read_stage,
+    recognize,
+    record_stage,
+)
 from embedcache.registry import Registry
 from tests.golden.test_artifacts import ARTIFACTS
 
@@ -59,6 +68,17 @@ def test_record_stage(tmp_path: Path) -> None:
     assert record["peak_memory_bytes"] > 1e6
     assert record["packages"]["numpy"] == np.__version__
     assert {"embedcache", "timm", "transformers", "tokenizers", "scipy", "pillow"} <= set(record["packages"])
+
+
+def test_metadata_of_packages_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("embedcache.provenance.version", lambda name: asked.append(name) or "1.0")
+    monkeypatch.syspath_prepend(tmp_path)  # a path of its own
+    for number in range(3):
+        with record_stage(tmp_path / f"{number}.json", "train", {}) as outcome:
+            outcome["loss"] = 0.5
+    assert len(asked) == len(set(asked)) >= len(RECORDED_PACKAGES)
+    assert read_stage(tmp_path / "2.json")["packages"]["torch"] == "1.0"
 
 
 def test_record_names_the_package_of_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
