@@ -1,6 +1,6 @@
 """Leaks: test samples that are in a training cache, as exact copies by hash or as near-duplicates by cosine."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Bools, Floats, Ints, blocks
+from embedcache.arrays import Bools, Floats, Ints
+from embedcache.curate.closest import ItemSets, find_closest_items
+from embedcache.curate.near_duplicates import Recall
 from embedcache.curate.settings import LeakSettings
-from embedcache.dataset.inputs import InputFeature, open_input, to_unit_vectors
+from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.dataset.similar_pairs import cosine_limit
-from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.files import AnyPath
-from embedcache.metrics.neighbors import Closest, find_closest, note_duration
-from embedcache.modalities import noun
+from embedcache.metrics.neighbors import Closest
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import name_differences
 from embedcache.settings import replace_flat
@@ -27,7 +27,6 @@ from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 
 MODALITIES = ("image", "text")
-_MAX_QUERIES = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +42,11 @@ class ModalityLeaks:
     train_rows: Ints  # (Q,) row of the training item closest to each test item; -1 if unknown
     cosines: Floats  # (Q,) of the two; 1 for a copy, -inf if unknown
     is_copy: Bools  # (Q,)
-    train_cosines: Floats  # (C,) largest cosine of each training item to a test item; 1 for a copy
+    train_cosines: Floats  # (C,) largest cosine of each training item to a test item that it was compared with
     train_is_copy: Bools  # (C,)
+    num_clusters: int | None  # 1 if all pairs were compared; None if only copies were searched
+    complete: float | None  # fraction of test items whose near borders were all crossed
+    recall: Recall | None  # of the near-duplicates of drawn test items; None if all pairs or only copies were compared
 
     @property
     def is_leaked(self) -> Bools:
@@ -85,6 +87,9 @@ class ModalityLeaks:
             "num_samples_leaked": len(self.leaked_samples),
             "num_train_samples": len(self.train_samples),
             "highest_cosine": self.highest,
+            "num_clusters": self.num_clusters,
+            "complete": self.complete,
+            "recall": None if self.recall is None else self.recall.to_json(),
         }
 
 
@@ -141,14 +146,15 @@ def find_leaks(
     """Find the items of a test cache that are in a training cache.
 
     Copies are found by the hashes of bytes and texts, for any encoders. Near-duplicates need one feature of one encoder
-    in both caches: each test item is compared with each training item, Q C products of P components; 5,000 × 1,000,000
-    × 768 take a minute on two cores. Memory: at most 65,536 test vectors, and a chunk of the training cache, which is
-    read once per 65,536 test vectors.
+    in both caches. Up to 4 × 10¹² multiplications, such as those of 5,000 × 1,000,000 items of width 768, each test
+    item is compared with each training item, in about a minute on two cores; beyond that, or with `all_pairs=False`,
+    only within clusters, and the recall is measured. Time and memory as in `embedcache.curate.closest`.
 
     Args:
         train_path: the training cache.
         test_path: the test cache.
-        settings: limits of near-duplicates, and the features to compare; tokens are averaged.
+        settings: limits of near-duplicates, the features to compare, whose tokens are averaged, and whether all pairs
+            are compared.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in pairs.
 
@@ -190,17 +196,22 @@ def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings
     train_feature, test_feature, reason = _choose_features(train, test, modality, settings.feature(modality))
     train_items, test_items = _items(train, train_feature), _items(test, test_feature)
     copies, train_is_copy = _find_copies(train_feature, train_items, test_feature, test_items)
-    if reason is None:
-        match = _find_closest(train_feature, train_items, test_feature, test_items, settings.device, progress)
-    else:
-        unknown = [np.full(len(items.rows), np.float32(-np.inf)) for items in (test_items, train_items)]
-        match = Closest(np.full(len(test_items.rows), -1), *unknown)
+    sets = ItemSets(
+        train=train_feature,
+        test=test_feature,
+        num_train=len(train_items.rows),
+        test_rows=test_items.rows,
+        is_copy=copies >= 0,
+    )
+    cosine = settings.cosine(modality)
+    found = find_closest_items(sets, cosine, settings, progress) if reason is None else None
+    match = found.closest if found else _unknown(len(test_items.rows), len(train_items.rows))
     rows = np.where(match.rows >= 0, train_items.rows[match.rows], -1)
     return ModalityLeaks(
         modality=modality,
         feature=None if reason else test_feature.name,
         reason=reason,
-        cosine=settings.cosine(modality),
+        cosine=cosine,
         test=test_items,
         train=train_items,
         train_rows=np.where(copies >= 0, copies, rows),
@@ -208,7 +219,15 @@ def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings
         is_copy=copies >= 0,
         train_cosines=np.where(train_is_copy, np.float32(1), match.candidate_sims),
         train_is_copy=train_is_copy,
+        num_clusters=found.num_clusters if found else None,
+        complete=found.complete if found else None,
+        recall=found.recall if found else None,
     )
+
+
+def _unknown(num_test: int, num_train: int) -> Closest:
+    sims = [np.full(count, np.float32(-np.inf)) for count in (num_test, num_train)]
+    return Closest(np.full(num_test, -1), *sims)
 
 
 def _find_copies(
@@ -281,37 +300,6 @@ def _items(cache: Cache, feature: InputFeature) -> Items:
             f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {cache.path}"
         )
     return items
-
-
-def _find_closest(
-    train_feature: InputFeature,
-    train_items: Items,
-    test_feature: InputFeature,
-    test_items: Items,
-    device: str,
-    progress: Progress,
-) -> Closest:
-    """Compare all test items with all training items; rows are positions in the training items."""
-    num_pairs = len(test_items.rows) * len(train_items.rows)
-    what = f"comparing {noun(test_feature.modality)}"
-    note_duration(progress, what, num_pairs, test_feature.width)
-    progress.start(what, num_pairs, "pairs")
-
-    def train_blocks(num_queries: int) -> Iterator[Floats]:
-        for rows, inputs in train_feature.blocks():
-            yield to_unit_vectors(inputs)
-            progress.advance(num_queries * len(rows))
-
-    parts, products = [], products_on(device)
-    for block in blocks(len(test_items.rows), _MAX_QUERIES):
-        queries_QP = to_unit_vectors(test_feature.read(test_items.rows[block]))
-        parts.append(find_closest(queries_QP, train_blocks(len(queries_QP)), products=products))
-    progress.finish()
-    return Closest(
-        np.concatenate([part.rows for part in parts]),
-        np.concatenate([part.sims for part in parts]),
-        np.maximum.reduce([part.candidate_sims for part in parts]),
-    )
 
 
 def _closest_reasons(leak: ModalityLeaks, cache: Cache, rows: Ints) -> pa.Array:

@@ -29,6 +29,12 @@ _SCRATCH: dict[str, Any] = {
     "metavar": "FOLDER",
     "default_text": "the system's",
 }
+_SEED: dict[str, Any] = {
+    "default": 0,
+    "help": "Random seed of clusters and of items drawn to measure recall.",
+    "ge": 0,
+    "lt": 2**32,
+}
 _ENGINE: dict[str, Any] = {
     "default": "local",
     "help": "Run on this machine, or on the machines of a Ray cluster.",
@@ -107,7 +113,7 @@ class DedupSettings:
     )
     all_pairs: bool | None = setting(**_ALL_PAIRS)
     scratch: Path | str | None = setting(**_SCRATCH)
-    seed: int = setting(0, "Random seed of clusters and of items drawn to measure recall.", ge=0, lt=2**32)
+    seed: int = setting(**_SEED)
     engine: Literal["local", "ray"] = setting(**_ENGINE)
     address: str | None = setting(**_ADDRESS)
     device: str = device_setting()
@@ -130,6 +136,8 @@ class LeakSettings:
     text_feature: str | None = setting(
         None, "Text feature of both caches, as encoder/feature.", metavar="NAME", default_text=_COMMON_FEATURE
     )
+    all_pairs: bool | None = setting(**{**_ALL_PAIRS, "default_text": "if that takes about a minute"})
+    seed: int = setting(**_SEED)
     device: str = device_setting()
 
     def __post_init__(self) -> None:
@@ -238,7 +246,7 @@ class OutlierSettings:
     label: str | None = setting(None, "Column of class labels.", metavar="COLUMN", default_text="label, if it exists")
     all_pairs: bool | None = setting(**_ALL_PAIRS)
     scratch: Path | str | None = setting(**_SCRATCH)
-    seed: int = setting(0, "Random seed of clusters and of items drawn to measure recall.", ge=0, lt=2**32)
+    seed: int = setting(**_SEED)
     engine: Literal["local", "ray"] = setting(**_ENGINE)
     address: str | None = setting(**_ADDRESS)
     device: str = device_setting()

@@ -4,10 +4,11 @@ After "SemDeDup: Data-efficient learning at web-scale through semantic deduplica
 all pairs within each cluster, which misses the pairs that a border between clusters separates. Here an item is also
 compared with the members of the clusters whose border is nearest to it."""
 
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,10 +20,14 @@ from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, dot_
 from embedcache.dataset.similar_pairs import CosineTile
 from embedcache.errors import DiskFullError, PathError
 from embedcache.files import disk_errors
+from embedcache.metrics.neighbors import ITERATIONS, note_duration, spherical_means
+from embedcache.progress import Progress
 
 MAX_VISITS = 16
 BLOCK = 2048
 PLANNED_ROWS = 262_144
+READ_ROWS = 1024
+_TRAINING_PER_CLUSTER = 40
 _BORDER_ROUNDING = 1e-4
 _MIN_SQUARED_DISTANCE = 1e-6  # nearer centroids count as this far apart, so that their border is crossed
 
@@ -99,6 +104,37 @@ def concatenate_assignments(parts: list[ClusterAssignment]) -> ClusterAssignment
             joined[name][start:stop] = getattr(part, name)
         stop = start
     return ClusterAssignment(**joined)
+
+
+def cluster_items(
+    read: Callable[[Ints], Floats], num_items: int, cosine: float, *, seed: int, what: str, progress: Progress
+) -> tuple[Floats, ClusterAssignment]:
+    """Divide items into 2 √N clusters by `spherical_means` of some of them: (K, P) centroids, and the assignment.
+
+    Memory: 40 vectors per cluster, and 80 bytes per item.
+
+    Args:
+        read: returns the vectors of length 1 of items by their numbers, which start from 0: (B,) -> (B, P) float32.
+        num_items: number of items.
+        cosine: of near-duplicates, whose clusters an item visits.
+        what: the items, for progress.
+    """
+    rng = np.random.default_rng(seed)
+    num_clusters = max(1, round(2 * math.sqrt(num_items)))
+    drawn = np.sort(rng.permutation(num_items)[: _TRAINING_PER_CLUSTER * num_clusters])
+    vectors_SP = np.concatenate([read(drawn[block]) for block in blocks(len(drawn), READ_ROWS)])
+    num_pairs = ITERATIONS * len(drawn) * num_clusters
+    note_duration(progress, f"finding {num_clusters:,} clusters of {what}", num_pairs, vectors_SP.shape[1])
+    centroids_KP = spherical_means(vectors_SP, num_clusters, seed=seed)
+    assigner = ClusterAssigner(centroids_KP, max(cosine, 0.0), MAX_VISITS, np.ones(num_items, bool))
+    assigned = []
+    progress.start(f"clustering {what}", num_items, "items")
+    for block in blocks(num_items, BLOCK):
+        numbers = np.arange(block.start, block.stop)
+        assigned += assigner.process(numbers, read(numbers))
+        progress.advance(len(numbers))
+    progress.finish()
+    return centroids_KP, concatenate_assignments(assigned)
 
 
 @dataclass(frozen=True, kw_only=True)

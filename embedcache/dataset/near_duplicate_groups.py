@@ -1,6 +1,5 @@
 """Near-duplicate groups of a strict split: connected components of all pairs of samples with items above a cosine."""
 
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from scipy.sparse.csgraph import connected_components
 from embedcache.arrays import Array, Floats, Ints, blocks
 from embedcache.dataset.clusters import (
     BLOCK,
-    MAX_VISITS,
-    ClusterAssigner,
-    concatenate_assignments,
+    READ_ROWS,
+    cluster_items,
     iterate_tiles,
     make_plan,
     num_compared,
@@ -25,15 +23,13 @@ from embedcache.dataset.clusters import (
 from embedcache.dataset.inputs import Reader, to_unit_vectors
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
-from embedcache.metrics.neighbors import ITERATIONS, iterate_pairs_above, note_duration, spherical_means
+from embedcache.metrics.neighbors import iterate_pairs_above, note_duration
 from embedcache.progress import Progress
 
 ALL_PAIRS_LIMIT = 200_000
 """Up to this many items of both modalities all pairs are compared."""
 
-_READ_ROWS = 1024
 _NUM_PROBES = 1000
-_TRAINING_PER_CLUSTER = 40
 _MAX_EDGES = 4_000_000
 
 
@@ -61,7 +57,7 @@ def near_duplicate_groups(
 
 
 def _read_all(rows: Ints, read: Reader) -> Floats:
-    return np.concatenate([to_unit_vectors(read(rows[block])) for block in blocks(len(rows), _READ_ROWS)])
+    return np.concatenate([to_unit_vectors(read(rows[block])) for block in blocks(len(rows), READ_ROWS)])
 
 
 def _merge_all_pairs(vectors_ND: Floats, nodes: Ints, labels: Ints, threshold: float, progress: Progress) -> Ints:
@@ -94,20 +90,15 @@ class _ClusterWork:
 
 def _merge_clusters(work: _ClusterWork, read: Reader, labels: Ints, progress: Progress) -> Ints:
     rows, count = work.items.rows, len(work.items.rows)
-    rng = np.random.default_rng(work.seed)
-    num_clusters = max(1, round(2 * math.sqrt(count)))
-    drawn = np.sort(rng.permutation(count)[: _TRAINING_PER_CLUSTER * num_clusters])
-    what = f"finding {num_clusters:,} clusters for the split"
-    vectors_DP = _read_all(rows[drawn], read)
-    note_duration(progress, what, ITERATIONS * len(drawn) * num_clusters, vectors_DP.shape[1])
-    centroids_KP = spherical_means(vectors_DP, num_clusters, seed=work.seed)
-    assigner = ClusterAssigner(centroids_KP, max(work.cosine, 0.0), MAX_VISITS, np.ones(count, bool))
-    assigned = []
-    progress.start(f"clustering {work.modality} items for the split", count, "items")
-    for block in blocks(count, BLOCK):
-        assigned += assigner.process(np.arange(block.start, block.stop), to_unit_vectors(read(rows[block])))
-        progress.advance(block.stop - block.start)
-    plan = make_plan(concatenate_assignments(assigned), count)
+    centroids_KP, assignment = cluster_items(
+        lambda numbers: to_unit_vectors(read(rows[numbers])),
+        count,
+        work.cosine,
+        seed=work.seed,
+        what=f"{work.modality} items for the split",
+        progress=progress,
+    )
+    plan = make_plan(assignment, count)
     position_N = np.empty(count, np.int64)
     position_N[plan.items] = np.arange(count)
     with scratch_matrix(Path(tempfile.gettempdir()), (count, centroids_KP.shape[1]), np.float16) as matrix_NP:

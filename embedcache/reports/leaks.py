@@ -42,8 +42,18 @@ def leak_line(leaks: LeakReport) -> str:
 
 
 def leak_notes(leaks: LeakReport) -> list[str]:
-    """Return the modalities in which only copies were searched, and why."""
-    return [f"{noun(leak.modality)}: searched for copies only: {leak.reason}" for leak in leaks.leaks if leak.reason]
+    """Return the modalities in which only copies were searched, and why, or only clusters, and how completely."""
+    return [f"{noun(leak.modality)}: {note}" for leak in leaks.leaks if (note := _search_note(leak))]
+
+
+def _search_note(leak: ModalityLeaks) -> str | None:
+    if leak.reason:
+        return f"searched for copies only: {leak.reason}"
+    if leak.recall is None:
+        return None
+    recall = leak.recall
+    pairs = f"found {recall.num_found:,} of the {recall.num_pairs:,} pairs of {recall.num_items:,} sampled test items"
+    return f"{leak.num_clusters:,} clusters {pairs}"
 
 
 def leak_table(leaks: LeakReport) -> Table:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, normalize
-from embedcache.curate import leaks as stage
+from embedcache.curate import closest
 from embedcache.curate.leaks import find_leaks, write_clean_selection
 from embedcache.curate.settings import LeakSettings
 from embedcache.dataset.selections import read_selection
@@ -28,6 +28,7 @@ from embedcache.reports.leaks import (
 )
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from tests.cli.run import succeed
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
@@ -78,9 +79,9 @@ def test_closest_equals_brute_force(num_queries: int, sizes: list[int], seed: in
     assert sims[np.arange(num_queries), found.rows] == pytest.approx(found.sims, abs=1e-5)
 
 
-@pytest.mark.parametrize("most_queries", [65_536, 7])
-def test_leaks_equal_brute_force(caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, most_queries: int) -> None:
-    monkeypatch.setattr(stage, "_MAX_QUERIES", most_queries)
+@pytest.mark.parametrize("test_bytes", [2**29, 2048])
+def test_leaks_equal_brute_force(caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, test_bytes: int) -> None:
+    monkeypatch.setattr(closest, "_TEST_BYTES", test_bytes)
     train, test = caches
     found = find_leaks(train, test, replace(BOTH, image_cosine=0.99, text_cosine=0.999))
     leaked, dirty = set(), set()
@@ -94,6 +95,28 @@ def test_leaks_equal_brute_force(caches: tuple[Path, Path], monkeypatch: pytest.
     assert set(found.leaked_samples.tolist()) == leaked
     assert found.clean_selection().rows.tolist() == sorted(set(range(80)) - dirty)
     assert f"{len(leaked)} of 30 samples" in leak_line(found)
+
+
+def test_clusters_are_recorded(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    train, test = caches
+    options = "--image-feature open_toy/cls --text-feature open_toy/mean --image-cosine 0.99 --no-all-pairs --json"
+    by = json.loads(succeed("curate", "leaks", train, test, "clean.parquet", *options.split(), cwd=tmp_path))["by"]
+    exact = find_leaks(train, test, replace(BOTH, image_cosine=0.99))
+    for modality, leak in zip(by, exact.leaks, strict=True):
+        assert by[modality]["num_clusters"] > 1
+        assert by[modality]["complete"] == 1
+        assert by[modality]["recall"]["value"] == 1
+        assert by[modality]["num_samples_leaked"] == len(leak.leaked_samples)
+        assert by[modality]["num_train_samples"] == len(leak.train_samples)
+        assert (leak.num_clusters, leak.recall) == (1, None)
+    recall = by["image"]["recall"]
+    assert recall["num_items"] == 27  # of 29 images, without two copies
+    made = json.loads(pq.read_table(tmp_path / "clean.parquet").schema.metadata[b"embedcache"])
+    assert made["by"] == by
+    assert not leak_notes(exact)
+    notes = leak_notes(find_leaks(train, test, replace(BOTH, image_cosine=0.99, all_pairs=False)))
+    pairs = f"found {recall['num_pairs']} of the {recall['num_pairs']} pairs of 27 sampled test items"
+    assert notes[0] == f"images: {by['image']['num_clusters']} clusters {pairs}"
 
 
 def test_copies_come_first(caches: tuple[Path, Path]) -> None:

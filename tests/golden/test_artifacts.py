@@ -62,7 +62,15 @@ def assert_same_table(found: Path, golden: Path) -> None:
     )
     for about in found_about.values():
         about.pop("digest", None)  # the first versions did not write one
+        if about.get("method") == "leaks":
+            pop_search(about)
     assert_close(found_about, golden_about)
+
+
+def pop_search(leaks: dict[str, Any]) -> None:
+    """Take out how completely leaks were searched, which later versions write: all pairs were compared."""
+    for leak in leaks["by"].values():
+        assert [leak.pop(name) for name in ("num_clusters", "complete", "recall")] == [1, 1, None]
 
 
 def test_cache_verifies() -> None:
@@ -196,6 +204,7 @@ def test_figures_are_unchanged() -> None:
         for record in (results[name], golden[name]):
             record["details"].pop("chance")
             record["details"].pop("distinct", None)
+    pop_search(results["leaks"])
     assert_close(results, golden)
 
 
