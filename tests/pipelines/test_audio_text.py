@@ -1,16 +1,13 @@
 """The audio-text pipeline on tones whose file names say what they are."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.blocks import ROOT
 from tests.media_files import tone, wav
+from tests.pipelines.one_core import run_tiny
 
 PITCHES = {"low": 150, "middle": 500, "high": 1500, "shrill": 4000}
 LENGTHS = {"short": 0.15, "medium": 0.5, "long": 1.0}
@@ -28,17 +25,9 @@ def test_tiny_pipeline_beats_its_control(tmp_path: Path) -> None:
         times = np.arange(len(samples)) / 16_000
         samples = samples * (np.sin(2 * np.pi * RHYTHMS[rhythm] * times + 1) > 0)
         (tmp_path / f"sounds/{number:03d}-{length}-{rhythm}-{pitch}.wav").write_bytes(wav(samples))
-    words = [str(tmp_path / "sounds"), str(tmp_path / "work"), "--tiny", "--split", "key"]
-    finished = subprocess.run(
-        [sys.executable, "-m", "pipelines.audio_text", *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-    rows = {name: re.search(rf"{name} .*", finished.stdout) for name in ("run", "shuffled", "chance")}
+    printed = run_tiny("audio_text", tmp_path / "sounds", tmp_path / "work", "--split", "key")
+    rows = {name: re.search(rf"{name} .*", printed) for name in ("run", "shuffled", "chance")}
     recalls = {
         name: [float(value) for value in re.findall(r"(\d\.\d+) \[", row[0])] for name, row in rows.items() if row
     }
-    assert recalls["run"][1] > 3 * max(recalls["shuffled"][1], recalls["chance"][1]), finished.stdout  # a2t R@5
+    assert recalls["run"][1] > 3 * max(recalls["shuffled"][1], recalls["chance"][1]), printed  # a2t R@5

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ from embedcache.store.cache import Cache
 from pipelines.adaptation.results import Result, label_table, scenario_table, summary_table
 from pipelines.adaptation.steps import ORACLE, SOURCE
 from pipelines.summit import METHODS
-from tests.blocks import ROOT
+from tests.pipelines.one_core import run_tiny
 
 
 def make_result(scenario: str, *, switch: float, oracle: float = 0.9, source: float = 0.5, world: int = 1) -> Result:
@@ -62,11 +60,7 @@ def test_tables_average_over_worlds() -> None:
 
 @pytest.mark.slow
 def test_tiny_pipeline_runs_and_resumes(tmp_path: Path) -> None:
-    def run() -> str:
-        command = [sys.executable, "-m", "pipelines.summit", str(tmp_path), "--tiny"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-    first = run()
+    first = run_tiny("summit", tmp_path)
     result_path = tmp_path / "world1" / "seed0" / "day-day-night.json"
     result = Result.read(result_path)
     assert set(result.counts) == set(METHODS)
@@ -83,6 +77,6 @@ def test_tiny_pipeline_runs_and_resumes(tmp_path: Path) -> None:
     page = (tmp_path / "summit.html").read_text()
     assert all(method in page for method in METHODS)
     before = result_path.stat().st_mtime_ns
-    assert run().splitlines()[-3:] == first.splitlines()[-3:]
+    assert run_tiny("summit", tmp_path).splitlines()[-3:] == first.splitlines()[-3:]
     assert result_path.stat().st_mtime_ns == before
     json.loads(result_path.read_text())

@@ -159,6 +159,7 @@ def test_seeds_are_compared_on_the_same_items() -> None:
     not (HAS_LETTERS and FASHION_FOLDER.is_dir() and importlib.util.find_spec("easy_vqa")),
     reason="needs easy-vqa and the packages of .ci/run",
 )
+@pytest.mark.filterwarnings("ignore:The number of unique classes:UserWarning:sklearn")  # of a few examples
 def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     run_tiny("uniperceiver", tmp_path)
     html = (tmp_path / "uniperceiver.html").read_text()
