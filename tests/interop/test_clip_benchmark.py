@@ -1,8 +1,6 @@
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import distribution
@@ -29,6 +27,7 @@ from embedcache.projectors.saved import load_pair, project
 from embedcache.sources import open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
+from tests.cli.run import succeed
 from tests.conftest import FEATURES
 from tests.edits import edit_record
 from tests.interop.layout import write_layout
@@ -211,15 +210,6 @@ def test_output_is_found_in_each_form(words: tuple[str, ...]) -> None:
     assert _find_output(["--dataset", "wds/photos", "--quiet"]) is None
 
 
-def embedcache(*words: object, cwd: Path) -> str:
-    """Run a command, and give what it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "embedcache", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def write_emoji(folder: Path, every: int) -> Path:
     """Write some of OpenMoji's images with their English names beside them."""
     folder.mkdir()
@@ -249,6 +239,7 @@ def write_photos(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of CLIP_benchmark
 def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image, text = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
     extract(
@@ -264,7 +255,7 @@ def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path, monkeypatch: pytes
 
     data = ["--dataset", "wds/photos", "--dataset_root", "photos", "--task", "zeroshot_classification"]
     options = [*data, "--num_workers", 0, "--quiet", "--save_clf", "classes.pt"]
-    printed = embedcache("evaluate", "clip-benchmark", "run", *options, "--json", cwd=tmp_path)
+    printed = succeed("evaluate", "clip-benchmark", "run", *options, "--json", cwd=tmp_path)
     monkeypatch.chdir(tmp_path)
     app(
         ["evaluate", "zero-shot", "images", "run", "--prompts", "prompts", "--output", "ours.json"],
