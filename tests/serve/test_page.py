@@ -1,8 +1,7 @@
 """The page in headless Chromium with a real server: it shows the same hits as the command."""
 
+import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from embedcache.serve.server import bind, config
 from embedcache.serve.service import ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
+from tests.crash import start
 from tests.images import write_images
 from tests.serve.browser import Browsing, open_browser
 from tests.toy import IMAGE
@@ -39,15 +39,18 @@ TEXT = "red bar left on white"
 
 
 @pytest.fixture(scope="module")
-def address(root: Path) -> Iterator[str]:
-    """A server started from the command line."""
-    command = [sys.executable, "-m", "embedcache", "serve", str(root / "index"), "--port", "0", "--trust"]
+def address(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server started from the command line, in a process of its own."""
+    command = ["serve", str(root / "index"), "--port", "0", "--trust"]
     command += ["--coverage", str(root / "coverage.json"), "--selection", str(root / "few.txt")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as server:
-        assert server.stdout is not None
-        found = next(line.split()[1] for line in server.stdout if line.startswith("open http"))
+    pipe = tmp_path_factory.mktemp("served") / "printed"
+    os.mkfifo(pipe)
+    server = start(command, output=pipe)
+    with pipe.open() as printed:
+        found = next(line.split()[1] for line in printed if line.startswith("open http"))
         yield found.rstrip("/")
         server.terminate()
+        server.join()
 
 
 @pytest.fixture(scope="module")
