@@ -7,12 +7,12 @@ for few, which say little about the variance of each dimension.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints, blocks, normalize
+from embedcache.arrays import Array, Floats, Ints, Products, blocks, dot_products, normalize
 from embedcache.metrics.neighbors import top_k, vote
 from embedcache.registry import Registry, require
 
@@ -30,14 +30,15 @@ _BLOCK = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Vectors, (M, D) float32 and not zero, and their classes, (M,) int64."""
+    """Vectors, (M, D) float32 and not zero, their classes, (M,) int64, and what multiplies them, perhaps on a GPU."""
 
     vectors: Floats
     labels: Ints
+    products: Products = dot_products
 
     def take(self, rows: Ints) -> "Examples":
         """Return a copy of some of them."""
-        return Examples(vectors=self.vectors[rows], labels=self.labels[rows])
+        return replace(self, vectors=self.vectors[rows], labels=self.labels[rows])
 
 
 class Classifier(NamedTuple):
@@ -83,15 +84,15 @@ def fit_knn(train: Examples, val: Examples | None, num_classes: int) -> Classifi
     k = min(_NUM_NEIGHBORS, len(candidates))
 
     def scores(vectors_QD: Floats) -> Floats:
-        rows_QK, sims_QK = top_k(normalize(vectors_QD), candidates, k)
+        rows_QK, sims_QK = top_k(normalize(vectors_QD), candidates, k, products=both.products)
         return vote(both.labels[rows_QK], sims_QK, num_classes, temperature=_TEMPERATURE)
 
     return Classifier(scores, {"neighbors": k, "temperature": _TEMPERATURE})
 
 
-def compare_neighbors(queries_QD: Floats, candidates_CD: Floats) -> None:
+def compare_neighbors(queries_QD: Floats, candidates_CD: Floats, products: Products) -> None:
     """Find the neighbors of some vectors as `fit_knn` does, to time it."""
-    top_k(queries_QD, candidates_CD, min(_NUM_NEIGHBORS, len(candidates_CD)))
+    top_k(queries_QD, candidates_CD, min(_NUM_NEIGHBORS, len(candidates_CD)), products=products)
 
 
 def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
@@ -122,17 +123,17 @@ class Ridge:
     """
 
     def __init__(self, train: Examples, num_classes: int) -> None:
-        self._scale = Scale.of(train.vectors)
+        self._scale, self._products = Scale.of(train.vectors), train.products
         x_MD = self._scale(train.vectors)
         self._counts = np.bincount(train.labels, minlength=num_classes)
         self._prior = self._counts / len(x_MD)
         y_MC = np.eye(num_classes, dtype=np.float32)[train.labels] - self._prior.astype(np.float32)
         self._num = len(x_MD)
         is_wide = x_MD.shape[0] < x_MD.shape[1]
-        values, self._vectors = np.linalg.eigh(_gram(x_MD.T if is_wide else x_MD))
+        values, self._vectors = np.linalg.eigh(_gram(x_MD.T if is_wide else x_MD, train.products))
         self._values = np.maximum(values, 0)
         self._x_MD = x_MD if is_wide else None
-        target = y_MC if is_wide else x_MD.T @ y_MC
+        target = y_MC if is_wide else train.products(x_MD.T, y_MC.T)
         self._target = self._vectors.T @ target.astype(np.float64)
 
     def scores(self, shrinkage: float) -> Callable[[Floats], Floats]:
@@ -140,8 +141,8 @@ class Ridge:
         solved = self._vectors @ (self._target / (self._values + shrinkage * self._num)[:, None])
         weights_DC = (solved if self._x_MD is None else self._x_MD.T @ solved).astype(np.float32)
         bias_C = np.where(self._counts, self._prior, -np.inf).astype(np.float32)
-        scale = self._scale
-        return lambda vectors_QD: scale(vectors_QD) @ weights_DC + bias_C
+        scale, products = self._scale, self._products
+        return lambda vectors_QD: products(scale(vectors_QD), weights_DC.T) + bias_C
 
 
 def fit_logistic(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
@@ -238,16 +239,16 @@ def join_examples(train: Examples, val: Examples | None) -> Examples:
     """Concatenate training and validation examples."""
     if val is None:
         return train
-    return Examples(
-        vectors=np.concatenate([train.vectors, val.vectors]), labels=np.concatenate([train.labels, val.labels])
+    return replace(
+        train, vectors=np.concatenate([train.vectors, val.vectors]), labels=np.concatenate([train.labels, val.labels])
     )
 
 
-def _gram(x_MD: Array) -> Array:
+def _gram(x_MD: Floats, products: Products) -> Array:
     """Compute x'x, (D, D) float64, summed over blocks of rows."""
     gram_DD = np.zeros((x_MD.shape[1], x_MD.shape[1]))
     for block in blocks(len(x_MD), _BLOCK):
-        gram_DD += x_MD[block].T @ x_MD[block]
+        gram_DD += products(x_MD[block].T, x_MD[block].T)
     return gram_DD
 
 

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from embedcache.arrays import Floats, Ints, blocks, check_finite, normalize
+from embedcache.arrays import Floats, Ints, Products, blocks, check_finite, normalize
 from embedcache.dataset.inputs import InputFeature, open_input, to_unit_vectors
 from embedcache.dataset.pairs import Items, Pairs, pair_items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.dataset.splits import make_split
-from embedcache.devices import announce_device
+from embedcache.devices import products_on
 from embedcache.encoders.image_features import FeatureName
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.evaluate.settings import PairsSettings
@@ -155,15 +155,15 @@ def evaluate_pairs(
     sample = _split_samples(pairs, cache, (images[0], texts[0]), settings.split, progress)
     if settings.k >= len(sample.samples):
         raise SettingError(f"k: expected less than the {len(sample.samples)} compared samples, got {settings.k}")
-    _note_duration(sample, images, texts, settings.k, progress)
-    announce_device("cpu")
+    products = products_on(settings.device)
+    _note_duration(sample, images, texts, settings.k, progress, products)
     progress.start("encoder pairs", len(images) * len(texts), "pairs")
-    prepared_texts = [_prepare(feature, sample.pairs.second, sample, settings.k) for feature in texts]
+    prepared_texts = [_prepare(feature, sample.pairs.second, sample, settings.k, products) for feature in texts]
     metrics = []
     for feature in images:
-        image = _prepare(feature, sample.pairs.first, sample, settings.k)
+        image = _prepare(feature, sample.pairs.first, sample, settings.k, products)
         for text in prepared_texts:
-            metrics.append(_measure(sample, image, text, settings.resamples))
+            metrics.append(_measure(sample, image, text, settings.resamples, products))
             progress.advance(1)
     progress.finish()
     split = settings.split.kind
@@ -308,7 +308,12 @@ def _assign_blocks(groups: Ints) -> Ints:
 
 
 def _note_duration(
-    sample: _PairSample, images: Sequence[InputFeature], texts: Sequence[InputFeature], k: int, progress: Progress
+    sample: _PairSample,
+    images: Sequence[InputFeature],
+    texts: Sequence[InputFeature],
+    k: int,
+    progress: Progress,
+    products: Products,
 ) -> None:
     """Report how long the neighbors of all features and the probes of all pairs will take."""
     features = [*images, *texts]
@@ -318,7 +323,7 @@ def _note_duration(
         "nearest neighbors",
         len(features) * len(sample.samples) ** 2,
         width,
-        compare=lambda rows_ND, others_ND: top_k(rows_ND, others_ND, min(k, len(others_ND))),
+        compare=lambda rows_ND, others_ND: top_k(rows_ND, others_ND, min(k, len(others_ND)), products=products),
     )
     num_ranked = 2 * len(images) * len(texts) * len(sample.val.first.rows) * len(sample.val.second.rows)
     note_duration(progress, "ranking", num_ranked, min(_SHARED_WIDTH, width))
@@ -334,7 +339,7 @@ class _PreparedFeature(NamedTuple):
     own: KernelProducts
 
 
-def _prepare(feature: InputFeature, items: Items, sample: _PairSample, k: int) -> _PreparedFeature:
+def _prepare(feature: InputFeature, items: Items, sample: _PairSample, k: int, products: Products) -> _PreparedFeature:
     parts = []
     for block in blocks(len(items.rows), _BLOCK):
         inputs = feature.read(items.rows[block])
@@ -350,14 +355,16 @@ def _prepare(feature: InputFeature, items: Items, sample: _PairSample, k: int) -
     except DataError as error:
         raise DataError(f"{feature.modality} feature {feature.name}: {error}") from error
     own = kernel_products(blocked, blocked)
-    return _PreparedFeature(feature.name, unit_ID, rows_SD, nearest_others(rows_SD, k), own)
+    return _PreparedFeature(feature.name, unit_ID, rows_SD, nearest_others(rows_SD, k, products=products), own)
 
 
-def _measure(sample: _PairSample, image: _PreparedFeature, text: _PreparedFeature, resamples: int) -> PairMetrics:
+def _measure(
+    sample: _PairSample, image: _PreparedFeature, text: _PreparedFeature, resamples: int, products: Products
+) -> PairMetrics:
     x, y = CenteredRows(image.rows_SD, sample.blocks), CenteredRows(text.rows_SD, sample.blocks)
     both, sizes = kernel_products(x, y), np.bincount(sample.blocks)
     overlap_S = neighbor_overlap(image.neighbors_SK, text.neighbors_SK)
-    i2t, t2i = _probe(sample, image.items_ID, text.items_ID, resamples)
+    i2t, t2i = _probe(sample, image.items_ID, text.items_ID, resamples, products)
     return PairMetrics(
         image=image.name,
         text=text.name,
@@ -370,7 +377,9 @@ def _measure(sample: _PairSample, image: _PreparedFeature, text: _PreparedFeatur
     )
 
 
-def _probe(sample: _PairSample, images_ID: Floats, texts_TE: Floats, resamples: int) -> tuple[Estimate, Estimate]:
+def _probe(
+    sample: _PairSample, images_ID: Floats, texts_TE: Floats, resamples: int, products: Products
+) -> tuple[Estimate, Estimate]:
     """Fit CCA on all pairs of the training part, as training does, and rank the validation items both ways."""
     positions = sample.positions(sample.train)
     image_M, text_M = (position[joined] for position, joined in zip(positions, sample.train.all_pairs(), strict=True))
@@ -386,8 +395,8 @@ def _probe(sample: _PairSample, images_ID: Floats, texts_TE: Floats, resamples: 
     def recall(ranks: Ints, items: Items) -> Estimate:
         return bootstrap_mean(ranks <= _RECALL_K, sample.groups_of(items.samples), num_draws=resamples)
 
-    i2t = recall(best_ranks(images, texts, (image_M, text_M)), sample.val.first)
-    return i2t, recall(best_ranks(texts, images, (text_M, image_M)), sample.val.second)
+    i2t = recall(best_ranks(images, texts, (image_M, text_M), products=products), sample.val.first)
+    return i2t, recall(best_ranks(texts, images, (text_M, image_M), products=products), sample.val.second)
 
 
 def _pooling(feature: InputFeature) -> str:

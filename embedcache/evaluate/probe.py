@@ -1,13 +1,14 @@
 """Probes: how well classifiers on a frozen feature predict a label, and few-shot curves."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from embedcache.arrays import Array, Ints, blocks
-from embedcache.devices import announce_device
+from embedcache.devices import products_on
 from embedcache.errors import SettingError
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, compare_neighbors, fit_knn, load_method
 from embedcache.evaluate.labeled import LabeledFeature, read_labeled
@@ -137,10 +138,10 @@ def evaluate_probe(
     methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
     data = read_labeled(Cache(cache_path), settings)
     _check_shots(data, settings)
+    data = replace(data, examples=replace(data.examples, products=products_on(settings.device)))
     if fit_knn in methods.values():
         _note_neighbors(data, settings, progress)
     num_fits = 1 + (settings.control + len(settings.shots)) * settings.draws
-    announce_device("cpu")
     progress.start("probing", len(methods) * num_fits, "fits")
     scores = [_score(name, fit, data, progress) for name, fit in methods.items()]
     controls = [_control(name, fit, data, settings, progress) for name, fit in methods.items() if settings.control]
@@ -167,7 +168,8 @@ def _note_neighbors(data: LabeledFeature, settings: ProbeSettings, progress: Pro
     num_test, num_fitted = len(data.rows("test")), len(data.examples.labels) - len(data.rows("test"))
     num_full, num_shots = 1 + settings.control * settings.draws, sum(settings.shots) * settings.draws
     num_pairs = num_test * (num_full * num_fitted + num_shots * len(data.names))
-    note_duration(progress, "nearest neighbors", num_pairs, data.examples.vectors.shape[1], compare=compare_neighbors)
+    compare = partial(compare_neighbors, products=data.examples.products)
+    note_duration(progress, "nearest neighbors", num_pairs, data.examples.vectors.shape[1], compare=compare)
 
 
 def _ranks(fitted: Classifier, test: Examples) -> Ints:
@@ -225,7 +227,7 @@ def _repeat(
 
 def _fit(fit: Fit, data: LabeledFeature, labels_M: Ints) -> Classifier:
     """Fit on the training and validation items with the given labels."""
-    examples = Examples(vectors=data.examples.vectors, labels=labels_M)
+    examples = replace(data.examples, labels=labels_M)
     return fit(examples.take(data.rows("train")), examples.take(data.rows("val")), len(data.names))
 
 

@@ -81,6 +81,7 @@ class ProbeSettings:
     draws: int = setting(5, "Number of few-shot draws, or of label shuffles for the control.", ge=1)
     control: bool = setting(False, "Also fit on shuffled labels, as a control that must stay at chance.")
     seed: int = setting(0, "Random seed of the split, the draws and the shuffles.", ge=0, lt=2**32)
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -147,6 +148,7 @@ class PairsSettings:
     k: int = setting(10, "Neighbors of mutual kNN.", ge=1)
     resamples: int = setting(2000, "Bootstrap resamples of the 95% intervals.", ge=1)
     seed: int = setting(0, "Random seed of the draw.", ge=0, lt=2**32)
+    device: str = device_setting()
     split: SplitSettings = group(SplitSettings, val_fraction=0.25)  # a probe needs many samples to be measured on
 
     def __post_init__(self) -> None:

@@ -53,7 +53,9 @@ def negatives_before(
     return before_M
 
 
-def best_ranks(queries_QP: Floats, candidates_CP: Floats, positives: tuple[Ints, Ints]) -> Ints:
+def best_ranks(
+    queries_QP: Floats, candidates_CP: Floats, positives: tuple[Ints, Ints], *, products: Products = dot_products
+) -> Ints:
     """Compute the rank of each query's best positive among the negatives: (Q,) int64, 1 is the best.
 
     Arguments, ties and errors are those of `negatives_before`.
@@ -63,7 +65,7 @@ def best_ranks(queries_QP: Floats, candidates_CP: Floats, positives: tuple[Ints,
         >>> best_ranks(eye, eye[[1, 0, 2]], (np.arange(3), np.arange(3))).tolist()
         [3, 3, 1]
     """
-    return first_ranks(positives[0], negatives_before(queries_QP, candidates_CP, positives))
+    return first_ranks(positives[0], negatives_before(queries_QP, candidates_CP, positives, products=products))
 
 
 def first_ranks(query_M: Ints, before_M: Ints) -> Ints:

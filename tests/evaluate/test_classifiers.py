@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from embedcache.evaluate.classifiers import (
     METHODS,
     SHRINKAGE_GRID,
     Examples,
+    Fit,
     Ridge,
     Scale,
     _is_past_the_best,
@@ -48,6 +50,23 @@ def test_knn_matches_scikit_learn(seed: int, num: int, noise: float) -> None:
     is_clear = probabilities[:, -1] - probabilities[:, -2] > 1e-3
     found = fit_knn(train, None, CLASSES).scores(test.vectors).argmax(axis=1)
     np.testing.assert_array_equal(found[is_clear], model.predict(test.vectors)[is_clear])
+
+
+@pytest.mark.parametrize("fit", [fit_knn, fit_ridge])
+@pytest.mark.parametrize("width", [6, 90])  # of the vectors, or of the examples, is the smaller Gram matrix
+def test_products_of_the_examples_are_used(fit: Fit, width: int) -> None:
+    def products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        shapes.append((len(left), len(right)))
+        return left @ right.T
+
+    train, val, test = (blobs(seed, num, width=width) for seed, num in ((0, 40), (1, 20), (2, 30)))
+    expected = fit(train, val, CLASSES)
+    shapes: list[tuple[int, int]] = []
+    found = fit(replace(train, products=products), val, CLASSES)
+    gram = {(6, 6), (6, CLASSES)} if width == 6 else {(40, 40), (60, 60)}
+    assert set(shapes) == (set() if fit is fit_knn else {*gram, (20, CLASSES)})
+    np.testing.assert_array_equal(found.scores(test.vectors), expected.scores(test.vectors))
+    assert shapes[-1] == (30, 60 if fit is fit_knn else CLASSES)
 
 
 def scaled(train: Examples, test: Examples) -> tuple[np.ndarray, np.ndarray]:

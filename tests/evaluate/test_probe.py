@@ -16,6 +16,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_scor
 from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.evaluate import probe
 from embedcache.evaluate.classifiers import Classifier, Examples, Ridge, fit_ridge, join_examples
+from embedcache.evaluate.encoder_pairs import evaluate_pairs
 from embedcache.evaluate.labeled import read_labeled
 from embedcache.evaluate.probe import (
     ProbeReport,
@@ -310,6 +311,13 @@ def test_page_is_self_contained(report: ProbeReport, tmp_path: Path) -> None:
 
 def probing(path: Path, **settings: object) -> Callable[[], object]:
     return lambda: evaluate_probe(path, ProbeSettings(feature=FEATURE, classifiers=("ridge",), **settings))  # type: ignore[arg-type]
+
+
+def test_missing_device_raises(labeled_path: Path) -> None:
+    with pytest.raises(SettingError, match="device 'cuda:9' is not available"):
+        evaluate_probe(labeled_path, feature=FEATURE, device="cuda:9")
+    with pytest.raises(SettingError, match="device 'cuda:9' is not available"):
+        evaluate_pairs(labeled_path, split="key", device="cuda:9")
 
 
 def test_unknown_names_raise(labeled_path: Path) -> None:

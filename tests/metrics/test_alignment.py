@@ -19,6 +19,7 @@ from embedcache.metrics.alignment import (
     shuffled_cka,
 )
 from embedcache.metrics.intervals import jackknife
+from embedcache.metrics.ranking import best_ranks
 
 
 def sides(rows: int, *, seed: int = 0, widths: tuple[int, int] = (7, 5)) -> tuple[np.ndarray, np.ndarray]:
@@ -111,6 +112,18 @@ def test_mutual_knn_matches_loop(rows: int, data: st.DataObject, tile_bytes: int
     shares = [len(one & other) / k for one, other in zip(*expected, strict=True)]
     np.testing.assert_allclose(neighbor_overlap(*found), shares)
     assert mutual_knn(x, y, k) == pytest.approx(np.mean(shares))
+
+
+def test_given_products_are_used() -> None:
+    def opposite(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return -(left @ right.T)
+
+    rows = np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert nearest_others(rows, 1, products=opposite)[:, 0].tolist() == (unit @ unit.T).argmin(axis=1).tolist()
+    own = np.arange(30)
+    assert (best_ranks(unit, unit, (own, own)) == 1).all()
+    assert (best_ranks(unit, unit, (own, own), products=opposite) == 30).all()
 
 
 def test_mutual_knn_at_chance() -> None:
