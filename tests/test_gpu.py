@@ -1,5 +1,6 @@
 """Training and encoding on a CUDA device."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,15 @@ import pytest
 import torch
 
 import embedcache
+from embedcache.arrays import dot_products
 from embedcache.dataset.settings import SplitSettings
 from embedcache.devices import products_on
 from embedcache.encoders.backends import TorchGraph
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
+from embedcache.evaluate.classifiers import Examples, Fit, fit_knn, fit_ridge
+from embedcache.evaluate.encoder_pairs import evaluate_pairs
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.precision import fast_precisions
@@ -24,7 +28,8 @@ from embedcache.networks.decoding import decode_attention, decode_hybrid
 from embedcache.networks.sequence import LayerSizes, valid_frames
 from embedcache.progress import NullProgress
 from embedcache.projectors.saved import read_config
-from embedcache.search.faiss_index import num_gpus, spherical_kmeans
+from embedcache.search.faiss_gpu import gpu_bytes, gpu_obstacle, num_gpus
+from embedcache.search.faiss_index import RowIndex, make_index, read_index, spherical_kmeans
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -218,6 +223,24 @@ def test_products_match_cpu() -> None:
     np.testing.assert_allclose(products_on("cuda")(left, right), left @ right.T, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("fit", [fit_knn, fit_ridge])
+def test_classifiers_match_cpu(fit: Fit) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(600) % 5
+    vectors = (rng.normal(size=(5, 64))[labels] + rng.normal(size=(600, 64))).astype(np.float32)
+    examples = Examples(vectors=vectors, labels=labels, products=products_on("cuda"))
+    train, val = examples.take(np.arange(400)), examples.take(np.arange(400, 500))
+    found = fit(train, val, 5).scores(vectors[500:])
+    expected = fit(replace(train, products=dot_products), val, 5).scores(vectors[500:])
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_encoder_pairs_match_cpu(cache_path: Path) -> None:
+    found, expected = (evaluate_pairs(cache_path, device=device).pairs[0] for device in ("cuda", "cpu"))
+    for metric in ("probe", "mutual_knn", "debiased_cka"):
+        assert found.value(metric) == pytest.approx(expected.value(metric), abs=0.02)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_projected_vectors_match_cpu(cache_path: Path, run_path: Path, device: str) -> None:
     found = Vectors(cache_path, "image", run_path=run_path, device=device)
@@ -238,3 +261,44 @@ def test_faiss_clusters_on_the_gpu() -> None:
         )
         scores[device] = (vectors @ centroids.T).max(axis=1).mean()
     assert scores["cuda"] == pytest.approx(scores["cpu"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        "Flat",
+        *(f"IVF32,{codes}" for codes in ("Flat", "SQ4", "SQ6", "SQ8", "SQfp16", "PQ32", "PQ96")),
+        "IVF32_HNSW32,SQfp16",
+        "IVF32,RaBitQ,Refine(SQ8)",
+    ],
+)
+def test_index_of_a_gpu_agrees_with_the_cpu(tmp_path: Path, factory: str) -> None:
+    """Vectors go to the same lists, but for ties; a batch finds the same neighbors, but for rounding."""
+    if not num_gpus():
+        pytest.skip("needs faiss-gpu")
+    rng = np.random.default_rng(0)
+    vectors = (rng.normal(size=(64, 192))[rng.integers(0, 64, 20_000)] + rng.normal(size=(20_000, 192))).astype("f")
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    trained = make_index(factory, 192)
+    if not trained.is_trained:
+        trained.train(vectors)
+    trained.write(tmp_path / "trained")
+    indexes: dict[str, RowIndex] = {}
+    for device in ("cpu", "cuda"):
+        indexes[device] = read_index(tmp_path / "trained", is_mapped=False, device=device)
+        for start in range(0, 20_000, 5000):
+            indexes[device].add(2 * np.arange(start, start + 5000), vectors[start : start + 5000])
+        indexes[device].write(tmp_path / device)
+    assert (tmp_path / "cpu").stat().st_size == (tmp_path / "cuda").stat().st_size
+    parameters, free_bytes = {"nprobe": 8, "k_factor": 4}, torch.cuda.mem_get_info()[0]
+    on_cpu = read_index(tmp_path / "cuda", device="cpu").search(vectors[:500], 10, parameters)
+    on_gpu = indexes["cuda"].search(vectors[:500], 10, parameters)
+    np.testing.assert_allclose(on_gpu[0], on_cpu[0], atol=2e-3 if factory.endswith("PQ96") else 1e-4)
+    assert (on_gpu[1] == on_cpu[1]).mean() > (0.9 if "PQ" in factory else 0.98)
+    assert (indexes["cpu"].search(vectors[:500], 10, parameters)[1] == on_cpu[1]).mean() > 0.98
+    inner = indexes["cuda"]._gpu._index
+    if not gpu_obstacle(inner):
+        assert indexes["cuda"]._gpu._copy is not None
+        assert free_bytes - torch.cuda.mem_get_info()[0] <= gpu_bytes(inner) + 2 * 2**30
+    one = indexes["cuda"].search(vectors[:1], 10, parameters)
+    np.testing.assert_allclose(one[0], on_cpu[0][:1], atol=1e-6)

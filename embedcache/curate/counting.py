@@ -273,7 +273,7 @@ def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
         "width": pool.width,
     }
     check_card(path, card, requested, next_step=make)
-    return open_row_index(path, card), card
+    return open_row_index(path, card, device=pool.device), card
 
 
 def count_indexed(

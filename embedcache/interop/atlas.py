@@ -70,7 +70,7 @@ def find_neighbors(vectors_NP: Floats, k: int = _NUM_NEIGHBORS, *, device: str =
     rows_NK, scores_NK = np.empty((len(vectors_NP), k), np.int64), np.empty((len(vectors_NP), k), np.float32)
     graph = None
     if len(vectors_NP) > _MAX_EXACT:
-        graph = make_index(_GRAPH, vectors_NP.shape[1])
+        graph = make_index(_GRAPH, vectors_NP.shape[1], device=device)
         graph.add(rows_N, vectors_NP)
     for block in blocks(len(vectors_NP), _QUERIES_PER_BLOCK):
         if graph is None:

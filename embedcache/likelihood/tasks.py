@@ -293,7 +293,7 @@ def mine_candidates(task: ExampleTask, words: WordTable, k: int) -> ExampleTask:
         MissingExtraError: faiss is not installed.
     """
     vectors_CD = words.average(task.mined_texts)
-    index = make_index("Flat", vectors_CD.shape[1])
+    index = make_index("Flat", vectors_CD.shape[1], device="cpu")  # the same negatives on every machine
     index.add(np.arange(len(vectors_CD)), vectors_CD)
     return replace(task, mined=Mined(index, k, vectors_CD))
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Ints
+from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
@@ -30,12 +31,15 @@ FILES = ("index.faiss", "index.partial.faiss", STATE, "record.json", *_LIST_FILE
 class IndexBuilder:
     """The unfinished index in a folder. The ids in `index.partial.faiss` say which rows it holds.
 
-    `lists` is the file of inverted lists that a finished index in the folder uses. Raises `FingerprintError` if the
+    `lists` is the file of inverted lists that a finished index in the folder uses; FAISS uses GPUs unless `device` is
+    `cpu`. Raises `FingerprintError` if the
     folder holds an unfinished index built from another source; the cache may have grown since.
     """
 
-    def __init__(self, folder: Path, source: Mapping[str, Any], info: CacheInfo, *, lists: str | None = None) -> None:
-        self._folder, self._lists = folder, lists
+    def __init__(
+        self, folder: Path, source: Mapping[str, Any], info: CacheInfo, *, lists: str | None = None, device: str = AUTO
+    ) -> None:
+        self._folder, self._lists, self._device = folder, lists, device
         self._state_path = folder / STATE
         self._partial_path = folder / "index.partial.faiss"
         self._source = dict(source)
@@ -58,11 +62,11 @@ class IndexBuilder:
         factory = kind.factory
         index = _without_removed(self._resume(factory), vectors, progress)
         if index is None:
-            index = make_index(factory, vectors.width)
+            index = make_index(factory, vectors.width, device=self._device)
             self._write_state(factory)
             if not index.is_trained:
                 progress.note(f"training {factory}")
-                index.train(vectors.sample(index.num_training), device=vectors.device)
+                index.train(vectors.sample(index.num_training))
                 index.write(self._partial_path)
         return index
 
@@ -99,11 +103,11 @@ class IndexBuilder:
         if old is not None and not np.isin(old.rows, vectors.rows).all():
             has_removed = True
             progress.note(_REMOVED)
-        trained = _read_unfinished(self._partial_path) if self._factory == factory else None
+        trained = _read_unfinished(self._partial_path, device=self._device) if self._factory == factory else None
         if trained is None:
             for path in self._folder.glob("index.part-*.faiss"):
                 path.unlink()  # of another trained index
-            index = make_index(factory, vectors.width)
+            index = make_index(factory, vectors.width, device=self._device)
             if not index.num_lists or index.is_refined:
                 raise SettingError(
                     f"factory: expected inverted lists to leave on disk, such as IVF4096,SQfp16, got {factory!r}"
@@ -111,9 +115,9 @@ class IndexBuilder:
             self._write_state(factory)
             if old is None:
                 progress.note(f"training {factory}")
-                index.train(vectors.sample(index.num_training), device=vectors.device)
+                index.train(vectors.sample(index.num_training))
             else:
-                index = read_index(self._folder / "index.faiss", is_mapped=False).emptied()
+                index = read_index(self._folder / "index.faiss", is_mapped=False, device=self._device).emptied()
             index.write(self._partial_path)
         return _fill_lists(self._folder, self._partial_path, None if has_removed else old, vectors, progress)
 
@@ -126,7 +130,7 @@ class IndexBuilder:
 
     def _resume(self, factory: str) -> RowIndex | None:
         if self._factory == factory:
-            index = _read_unfinished(self._partial_path)
+            index = _read_unfinished(self._partial_path, device=self._device)
             if index is not None:
                 return index
         if self._factory not in (None, factory):
@@ -140,8 +144,8 @@ class IndexBuilder:
         """Read the index in the folder; without a card it is unfinished."""
         path = self._folder / "index.faiss"
         if not (self._folder / "card.json").is_file():
-            return _read_unfinished(path)
-        return read_index(path, is_mapped=False)
+            return _read_unfinished(path, device=self._device)
+        return read_index(path, is_mapped=False, device=self._device)
 
     def record_files(self, checksums: Mapping[str, str]) -> None:
         """Record the checksums of files that are finished before the card that states them."""
@@ -184,7 +188,8 @@ def _fill_lists(
     progress.start("indexing on disk", len(missing), noun(vectors.modality))
     numbers = np.unique(missing // vectors.cache.info.chunk_size).tolist()
     while numbers:
-        part, num_before = read_index(trained_path, is_mapped=False), sum(map(len, parts))
+        part = read_index(trained_path, is_mapped=False, device=vectors.device)
+        num_before = sum(map(len, parts))
         while numbers and len(part) * part.code_size < PART_BYTES:
             rows, vectors_BP = vectors.chunk(numbers.pop(0))
             is_new = np.isin(rows, missing)
@@ -201,10 +206,10 @@ def _fill_lists(
     return merged
 
 
-def _read_unfinished(path: Path, *, is_mapped: bool = False) -> RowIndex | None:
+def _read_unfinished(path: Path, *, is_mapped: bool = False, device: str = AUTO) -> RowIndex | None:
     """Read a file of an interrupted build; one that cannot be read is removed, as if it had not been written."""
     try:
-        return read_index(path, is_mapped=is_mapped)
+        return read_index(path, is_mapped=is_mapped, device=device)
     except PathError:
         return None
     except CorruptError:

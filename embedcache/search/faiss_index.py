@@ -1,13 +1,7 @@
 """FAISS: an inner-product index whose ids are rows of a cache, exact search, and k-means."""
 
-import importlib
 import os
-import platform
-import re
-import resource
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import zlib
@@ -19,35 +13,33 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
-from embedcache.devices import AUTO, announce
+from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError
 from embedcache.files import disk_full_message, replacing
 from embedcache.metrics.neighbors import note_duration
 from embedcache.progress import Progress
-from embedcache.registry import require
+from embedcache.search.faiss_gpu import MOST_SELECTED, GpuSide, faiss_reason, import_faiss, num_gpus
 
 _TRAINING_PER_LIST = 50
 _MIN_TRAINING = 20_000
 _MAPPED_FRACTION = 0.5  # of the machine's memory
-_MOST_GPU_NEIGHBORS = 2048
 _OWN = True  # FAISS takes no keyword
 _READ_BYTES = 2**20
 _ID_BYTES = 8
-_SAFE = re.compile(
-    r"(IVF\d+(_HNSW32)?,)?(Flat|SQ(4|6|8|fp16)|PQ\d+(x4)?|RaBitQ[1-8]?(,Refine\(SQ8\))?)|HNSW([2-9]|[1-9]\d\d?)"
-)
-"""Factory strings that FAISS builds or refuses; others may crash the process, such as `HNSW0`, and are tried before."""
-_NUM_TRIED = 1000
-_TRIAL_S = 300
 
 
 class RowIndex:
-    """An inner-product index over vectors of length 1: a FAISS `IndexIDMap` whose ids are rows of the cache."""
+    """An inner-product index over vectors of length 1: a FAISS `IndexIDMap` whose ids are rows of the cache.
 
-    def __init__(self, wrapped: Any) -> None:
-        self.wrapped = wrapped
-        self._faiss = _import_faiss()
+    It is on the CPU. Unless the device is `cpu`, FAISS's GPUs train it, assign new vectors to lists, and search batches
+    (see `GpuSide`).
+    """
+
+    def __init__(self, wrapped: Any, device: str = AUTO) -> None:
+        self.wrapped, self._device = wrapped, device
+        self._faiss = import_faiss()
         self._inner = self._faiss.downcast_index(wrapped.index)
+        self._gpu = GpuSide(self._inner, device)
         self._rows: Ints | None = None
         lists = self._faiss.try_extract_index_ivf(self._inner)
         self.num_lists = 0 if lists is None else int(lists.nlist)
@@ -86,29 +78,59 @@ class RowIndex:
         needs_none = isinstance(self._inner, self._faiss.IndexFlat | self._faiss.IndexHNSWFlat)
         return 0 if needs_none else max(_MIN_TRAINING, _TRAINING_PER_LIST * self.num_lists)
 
-    def train(self, vectors_SP: Floats, *, device: str = AUTO) -> None:
-        """Train on a sample, on the GPUs that FAISS can use; `SettingError` if there are too few vectors."""
-        lists = self._faiss.try_extract_index_ivf(self._inner)
-        if lists is not None and num_gpus(device):
-            lists.clustering_index = self._faiss.index_cpu_to_all_gpus(self._faiss.IndexFlatIP(lists.d))
+    def train(self, vectors_SP: Floats) -> None:
+        """Train on a sample; `SettingError` if there are too few vectors."""
+        lists, on_gpus = self._faiss.try_extract_index_ivf(self._inner), None
+        if lists is not None and num_gpus(self._device):
+            on_gpus = self._faiss.index_cpu_to_all_gpus(self._faiss.IndexFlatIP(lists.d))
+            lists.clustering_index = on_gpus  # FAISS keeps no reference
         try:
             self.wrapped.train(vectors_SP)
         except RuntimeError as error:
             raise SettingError(
-                f"factory: expected an index that FAISS can train, got an error: {_reason(error)}; try --factory Flat"
+                f"factory: expected an index that FAISS can train, got an error: {faiss_reason(error)}; try --factory "
+                "Flat"
             ) from error
+        finally:
+            if on_gpus is not None:
+                lists.clustering_index = None
 
     def add(self, rows_B: Ints, vectors_BP: Floats) -> None:
         """Add vectors of length 1."""
-        self.wrapped.add_with_ids(np.ascontiguousarray(vectors_BP), rows_B)
+        vectors_BP = np.ascontiguousarray(vectors_BP)
+        lists_B = self._gpu.find_lists(vectors_BP)
+        if lists_B is None:
+            self.wrapped.add_with_ids(vectors_BP, rows_B)
+        else:
+            self._add_to_lists(vectors_BP, lists_B, None)
+            num_before, rows = len(self), self.wrapped.id_map
+            rows.resize(num_before + len(rows_B))
+            self._faiss.rev_swig_ptr(rows.data(), rows.size())[num_before:] = rows_B
+            self.wrapped.ntotal = self._inner.ntotal
         self._rows = None
+        self._gpu.forget()
 
     def add_part(self, rows_B: Ints, vectors_BP: Floats, first: int) -> None:
         """Add vectors to a part of an inverted file that is merged later, at positions from `first` on."""
-        self._inner.add_with_ids(np.ascontiguousarray(vectors_BP), first + np.arange(len(rows_B)))
+        vectors_BP, positions_B = np.ascontiguousarray(vectors_BP), first + np.arange(len(rows_B))
+        lists_B = self._gpu.find_lists(vectors_BP)
+        if lists_B is None:
+            self._inner.add_with_ids(vectors_BP, positions_B)
+        else:
+            self._add_to_lists(vectors_BP, lists_B, positions_B)
         self._rows = np.concatenate([self.rows, rows_B])
         self._faiss.copy_array_to_vector(self._rows, self.wrapped.id_map)
         self.wrapped.ntotal = len(self._rows)
+
+    def _add_to_lists(self, vectors_BP: Floats, lists_B: Ints, positions_B: Ints | None) -> None:
+        """Add vectors to given lists, at the next positions if none are given: the same bytes as FAISS's own `add`."""
+        faiss = self._faiss
+        lists = faiss.downcast_index(faiss.extract_index_ivf(self._inner))
+        positions = None if positions_B is None else faiss.swig_ptr(positions_B)
+        lists.add_core(len(vectors_BP), faiss.swig_ptr(vectors_BP), positions, faiss.swig_ptr(lists_B))
+        if self.is_refined:
+            faiss.downcast_index(self._inner.refine_index).add(vectors_BP)
+            self._inner.ntotal = lists.ntotal
 
     def search(
         self,
@@ -123,11 +145,16 @@ class RowIndex:
         Of `nprobe`, `efSearch` and `k_factor`, the parameters that the kind of index has are used. `is_allowed_N` says
         which vectors may be returned, in the order of `rows`.
         """
-        selector = None
-        if is_allowed_N is not None:
+        queries_QP, selector, found = np.ascontiguousarray(queries_QP), None, None
+        if is_allowed_N is None:
+            nprobe = min((parameters or {}).get("nprobe", 1), max(1, self.num_lists))
+            found = self._gpu.search(queries_QP, k, nprobe)
+        else:
             selector = self._faiss.IDSelectorBitmap(np.packbits(is_allowed_N, bitorder="little"))
-        chosen = self._faiss_parameters(self._inner, parameters or {}, selector)
-        scores, positions = self._inner.search(np.ascontiguousarray(queries_QP), k, params=chosen)
+        if found is None:
+            chosen = self._faiss_parameters(self._inner, parameters or {}, selector)
+            found = self._inner.search(queries_QP, k, params=chosen)
+        scores, positions = found
         return scores, np.where(positions < 0, -1, self.rows[positions])
 
     def _faiss_parameters(self, index: Any, parameters: Mapping[str, int], selector: Any) -> Any:
@@ -189,20 +216,20 @@ class RowIndex:
 
     def copy(self) -> "RowIndex":
         """Return an independent copy."""
-        return RowIndex(self._faiss.clone_index(self.wrapped))
+        return RowIndex(self._faiss.clone_index(self.wrapped), self._device)
 
     def emptied(self) -> "RowIndex":
         """Return the same trained index without vectors; this object must not be used afterwards."""
         lists = self._faiss.try_extract_index_ivf(self._inner)
         if lists is None or self.is_refined:
             self.wrapped.reset()
-            return RowIndex(self.wrapped)
+            return RowIndex(self.wrapped, self._device)
         empty = self._faiss.ArrayInvertedLists(lists.nlist, lists.code_size)
         lists.replace_invlists(empty, _OWN)
         empty.this.disown()
         lists.ntotal = self._inner.ntotal = self.wrapped.ntotal = 0
         self._faiss.copy_array_to_vector(np.empty(0, np.int64), self.wrapped.id_map)
-        return RowIndex(self.wrapped)
+        return RowIndex(self.wrapped, self._device)
 
     def merge_on_disk(self, parts: Sequence["RowIndex"], path: Path) -> "RowIndex":
         """Fill this trained, empty inverted file with the vectors of others; its lists become the file `path`.
@@ -224,7 +251,7 @@ class RowIndex:
         lists.this.disown()
         inverted.ntotal = self._inner.ntotal = self.wrapped.ntotal = total
         faiss.copy_array_to_vector(np.concatenate([part.rows for part in parts]), self.wrapped.id_map)
-        return RowIndex(self.wrapped)
+        return RowIndex(self.wrapped, self._device)
 
     def resume(self) -> "RowIndex":
         """Advance a graph's random levels to where they were, so that adding continues as without an interruption."""
@@ -234,79 +261,19 @@ class RowIndex:
         return self
 
 
-def make_index(factory: str, width: int) -> RowIndex:
+def make_index(factory: str, width: int, *, device: str = AUTO) -> RowIndex:
     """Create an empty index; `SettingError` if FAISS does not accept the factory string."""
-    faiss = _import_faiss()
+    faiss = import_faiss()
     try:
-        return RowIndex(faiss.IndexIDMap(faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)))
+        return RowIndex(faiss.IndexIDMap(faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)), device)
     except RuntimeError as error:
         raise SettingError(
             "factory: expected a FAISS factory string such as Flat or IVF1024,SQ8, got "
-            f"{factory!r} for width {width}: {_reason(error)}"
+            f"{factory!r} for width {width}: {faiss_reason(error)}"
         ) from error
 
 
-def check_factory(factory: str, width: int, num_vectors: int) -> None:
-    """Check that FAISS can build an index by a factory string: some strings crash or hang the process.
-
-    Strings that are not known to be safe are tried in a process of their own, with few vectors and lists.
-
-    Raises:
-        SettingError: more lists than vectors, or FAISS fails to build such an index.
-    """
-    for found in re.finditer(r"IVF(\d+)", factory):
-        if not 1 <= int(found[1]) <= num_vectors:
-            raise SettingError(
-                f"factory: expected 1 to {num_vectors:,} lists, as there are so many vectors, got {found[1]} in "
-                f"{factory!r}"
-            )
-    if _SAFE.fullmatch(factory):
-        return
-    num_tried = min(num_vectors, _NUM_TRIED)
-    tried = re.sub(r"IVF(\d+)", lambda found: f"IVF{min(int(found[1]), num_tried, 4)}", factory)
-    call = f"_try_factory({tried!r}, {width}, {num_tried})"
-    program = f"from embedcache.search.faiss_index import _try_factory; print({call})"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", program],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=_TRIAL_S,
-            check=False,
-        )
-        reason = f"it ends with {signal.Signals(-done.returncode).name}" if done.returncode < 0 else done.stdout.strip()
-    except subprocess.TimeoutExpired:
-        reason = f"it takes more than {_TRIAL_S} s"
-    if reason:
-        raise SettingError(
-            f"factory: expected one with which FAISS indexes {num_tried:,} vectors of width {width}, got {factory!r}: "
-            f"{reason}; try --factory Flat"
-        )
-
-
-def _try_factory(factory: str, width: int, num_vectors: int) -> str:
-    """Build and search an index of random vectors; return why it fails, empty if FAISS builds or refuses it."""
-    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    resource.setrlimit(resource.RLIMIT_AS, (machine_bytes, machine_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    vectors_NP = np.random.default_rng(0).standard_normal((num_vectors, width)).astype(np.float32)
-    try:
-        try:
-            index = make_index(factory, width)
-            index.train(vectors_NP)
-        except SettingError:
-            return ""
-        index.add(np.arange(num_vectors), vectors_NP)
-        index.search(vectors_NP[:2], 1)
-    except RuntimeError as error:
-        return _reason(error)
-    except MemoryError:
-        return "it takes more memory than this machine has"
-    return ""
-
-
-def read_index(path: Path, *, is_mapped: bool | None = None) -> RowIndex:
+def read_index(path: Path, *, is_mapped: bool | None = None, device: str = AUTO) -> RowIndex:
     """Read an index that `RowIndex.write` wrote; `CorruptError` if FAISS cannot read it.
 
     A memory-mapped index can only be searched. By default, files larger than half of the machine's memory are mapped.
@@ -316,15 +283,16 @@ def read_index(path: Path, *, is_mapped: bool | None = None) -> RowIndex:
     if is_mapped is None:
         machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         is_mapped = path.stat().st_size > _MAPPED_FRACTION * machine_bytes
-    faiss = _import_faiss()
+    faiss = import_faiss()
     try:
         if not is_mapped:
             with _silence_stdout():
-                return RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY))
-        index = RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC))
-        return index if not index.num_lists else RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP))
+                flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
+                return RowIndex(faiss.read_index(str(path), flags), device)
+        index = RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), device)
+        return index if not index.num_lists else RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP), device)
     except (RuntimeError, AttributeError, MemoryError, ValueError) as error:
-        raise CorruptError(f"{path}: expected a FAISS index of rows, got an error: {_reason(error)}") from error
+        raise CorruptError(f"{path}: expected a FAISS index of rows, got an error: {faiss_reason(error)}") from error
 
 
 def exact_search(
@@ -342,22 +310,15 @@ def exact_search(
                 rows.append(rows_B)
                 yield np.ascontiguousarray(vectors_BP)
 
-    search = _require("faiss.contrib.exhaustive_search").knn_ground_truth
-    gpus = num_gpus(device) if k <= _MOST_GPU_NEIGHBORS else 0
-    metric = _import_faiss().METRIC_INNER_PRODUCT
+    search = import_faiss("faiss.contrib.exhaustive_search").knn_ground_truth
+    gpus = num_gpus(device) if k <= MOST_SELECTED else 0
+    metric = import_faiss().METRIC_INNER_PRODUCT
     scores_QK, positions_QK = search(np.ascontiguousarray(queries_QP), vectors(), k, metric_type=metric, ngpu=gpus)
     rows_N = np.concatenate([np.empty(0, np.int64), *rows])
     scores_QK = scores_QK[:, : len(rows_N)]
     rows_QK = rows_N[positions_QK[:, : len(rows_N)]]
     order_QK = np.lexsort((rows_QK, -scores_QK))
     return np.take_along_axis(scores_QK, order_QK, axis=1), np.take_along_axis(rows_QK, order_QK, axis=1)
-
-
-def num_gpus(device: str = AUTO) -> int:
-    """Return the number of GPUs that FAISS can use: 0 with faiss-cpu, and on the device `cpu`."""
-    gpus = 0 if device == "cpu" else int(getattr(_import_faiss(), "get_num_gpus", lambda: 0)())
-    announce(f"FAISS: {gpus} GPUs" if gpus else "FAISS: cpu")
-    return gpus
 
 
 def spherical_kmeans(
@@ -376,7 +337,7 @@ def spherical_kmeans(
     """
     num_pairs = iterations * min(len(vectors_NP), num_clusters * max_per_cluster) * num_clusters
     note_duration(progress, f"finding {num_clusters:,} clusters", num_pairs, vectors_NP.shape[1])
-    kmeans = _import_faiss().Kmeans(
+    kmeans = import_faiss().Kmeans(
         vectors_NP.shape[1],
         num_clusters,
         niter=iterations,
@@ -389,21 +350,6 @@ def spherical_kmeans(
     kmeans.train(np.ascontiguousarray(vectors_NP))
     centroids_KP: Floats = kmeans.centroids
     return centroids_KP
-
-
-def _import_faiss() -> Any:
-    return _require("faiss")
-
-
-def _require(module: str) -> Any:
-    """Import a module of FAISS; the hint of what to install names the build for this machine's GPU, if it has one."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        import torch  # too slow to import where FAISS is there
-
-        is_cuda_12 = torch.cuda.is_available() and platform.machine() == "x86_64"
-        return require(module, extra="faiss-gpu" if is_cuda_12 else "faiss-cpu")
 
 
 @contextmanager
@@ -427,7 +373,3 @@ def _checksum(path: Path) -> int:
         while block := file.read(_READ_BYTES):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def _reason(error: Exception) -> str:
-    return re.split(r"failed: |\.cpp:\d+: ", str(error).splitlines()[-1])[-1]  # without the C++ symbol

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, FingerprintError, SettingError, UnfinishedError
 from embedcache.files import LOCK, AnyPath, disk_errors, locked, relative_location
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -35,7 +36,8 @@ from embedcache.search.autotune import (
     sampled_recall,
 )
 from embedcache.search.building import FILES, STATE, IndexBuilder, lists_name, remove_leftovers
-from embedcache.search.faiss_index import RowIndex, check_factory, read_index
+from embedcache.search.factories import check_factory
+from embedcache.search.faiss_index import RowIndex, read_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
 from embedcache.settings import replace_flat
@@ -68,11 +70,11 @@ class IndexCard:
             tuned nothing: items of the other modality for a projected index, else items of the index, which do not
             count as their own neighbors.
         num_queries: number of queries measured.
-        latency_ms: median milliseconds of a single query on the machine that built the index.
+        latency_ms: median milliseconds of a single query on the CPU of the machine that built the index.
         search: FAISS search parameters that tuning chose.
         min_recall: requested `recall_at_10`; 0 in format 1.
         recall_at_1: fraction of queries whose nearest neighbor is found first; this and all below: None in format 1.
-        batch_latency_ms: milliseconds per query in one batch.
+        batch_latency_ms: milliseconds per query in one batch, on its GPU if FAISS can search the index there.
         memory_bytes: memory while searching, by formula; None for a given factory string.
         file_bytes: size of `index.faiss` and of the file of lists.
         num_training: number of vectors it was trained on.
@@ -205,7 +207,7 @@ def read_card(index_path: Path) -> IndexCard:
     return fields_of(path, lambda: IndexCard(**from_record(values)))
 
 
-def open_row_index(index_path: Path, card: IndexCard) -> RowIndex:
+def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> RowIndex:
     """Open the index that a card describes, whose files are compared with their checksums once in a process.
 
     Raises:
@@ -225,8 +227,8 @@ def open_row_index(index_path: Path, card: IndexCard) -> RowIndex:
                 "again"
             ) from error
         _check_files(index_path, finished)  # the longer index, whose card is not written yet
-        return read_index(index_path / "index.faiss")
-    index = read_index(index_path / "index.faiss")
+        return read_index(index_path / "index.faiss", device=device)
+    index = read_index(index_path / "index.faiss", device=device)
     found, expected = (len(index), index.width), (card.num_vectors, card.width)
     if found != expected and card.checksums:
         raise CorruptError(
@@ -310,7 +312,13 @@ def _build(
     }
     started, queries = time.perf_counter(), None
     with record_stage(index_path / "record.json", "index", record) as outcome, disk_errors(index_path):
-        builder = IndexBuilder(index_path, source, vectors.cache.info, lists=None if old is None else old.lists)
+        builder = IndexBuilder(
+            index_path,
+            source,
+            vectors.cache.info,
+            lists=None if old is None else old.lists,
+            device=vectors.device,
+        )
         must_keep = old is not None and may_hold_removed(old, vectors.cache)
         while left:
             candidate, left = left[0], left[1:]

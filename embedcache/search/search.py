@@ -66,7 +66,7 @@ class OpenIndex:
         index_path: index built by `build_index`.
         run_path: where the run that projected the index is now, if it has moved.
         cache_path: where the cache is now, if it has moved.
-        device: device that encoders run on.
+        device: device that encoders run on, and batches of 64 queries or more if FAISS can search the index there.
 
     Raises:
         PathError: the index, its run or its cache does not exist.
@@ -100,7 +100,7 @@ class OpenIndex:
         self.query_encoder = QueryEncoder(self.card, self.cache, self.run_path, device)
         self.filters = CacheFilters(self.cache, self.card.modality, self.run_path)
         self.hits = HitReader(self.cache, self.card.modality)
-        self._index = open_row_index(self.path, self.card)
+        self._index = open_row_index(self.path, self.card, device=device)
         self._subset = lru_cache(maxsize=8)(self._apply)
 
     @property

@@ -20,7 +20,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
 from embedcache.projectors.saved import load_pair, project
-from embedcache.search import autotune, faiss_index
+from embedcache.search import autotune, factories, faiss_gpu, faiss_index
 from embedcache.search.faiss_index import read_index
 from embedcache.search.index import build_index, read_card
 from embedcache.search.queries import Queries
@@ -206,7 +206,7 @@ def test_format_1_opens(cache_path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_gpu_training_reaches_recall(cache_path: Path, tmp_path: Path) -> None:
-    if not faiss_index.num_gpus():
+    if not faiss_gpu.num_gpus():
         pytest.skip("needs faiss-gpu and a GPU")
     card = build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls", factory="IVF4,SQfp16"))
     assert card.recall_at_10 >= 0.95
@@ -245,15 +245,15 @@ def test_failed_items_are_not_indexed(tmp_path: Path) -> None:
 )
 def test_factory_that_ends_the_process_raises(factory: str, words: str) -> None:
     with pytest.raises(SettingError, match=f"factory: expected .*{words}"):
-        faiss_index.check_factory(factory, 48, 400)
+        factories.check_factory(factory, 48, 400)
 
 
 def test_list_numbers_and_safe_factories() -> None:
     for factory in ("IVF0,Flat", "IVF401,SQ8", "PCA8,IVF0,Flat"):
         with pytest.raises(SettingError, match="expected 1 to 400 lists"):
-            faiss_index.check_factory(factory, 48, 400)
-    assert all(map(faiss_index._SAFE.fullmatch, ("Flat", "HNSW32", "IVF4_HNSW32,SQfp16", "RaBitQ,Refine(SQ8)")))
-    assert not any(map(faiss_index._SAFE.fullmatch, ("HNSW0", "HNSW1", "HNSW99999", "IVF4_HNSW0,Flat", "LSQ0x8")))
+            factories.check_factory(factory, 48, 400)
+    assert all(map(factories._SAFE.fullmatch, ("Flat", "HNSW32", "IVF4_HNSW32,SQfp16", "RaBitQ,Refine(SQ8)")))
+    assert not any(map(factories._SAFE.fullmatch, ("HNSW0", "HNSW1", "HNSW99999", "IVF4_HNSW0,Flat", "LSQ0x8")))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
