@@ -211,23 +211,30 @@ class Registry:
         return unknown_name(self.kind, name, self.names, hint=f"{error}; name a plug-in of yours as module:attribute")
 
     def _declared(self) -> Mapping[str, str]:
-        installed = tuple(path for path in sys.path if path and path not in _TRUST.folders)
-        return {} if self.group is None else _entry_points(self.group, installed)
+        return {} if self.group is None else _installed(self.group)
+
+
+def installed_plugins(kind: str) -> list[str]:
+    """Return the names that installed packages declare in the group `embedcache.KIND`, sorted; nothing is imported."""
+    return sorted(_installed(f"embedcache.{kind}"))
+
+
+def _installed(group: str) -> Mapping[str, str]:
+    return _entry_points(tuple(path for path in sys.path if path and path not in _TRUST.folders)).get(group, {})
 
 
 @cache
-def _entry_points(group: str, search_path: tuple[str, ...]) -> Mapping[str, str]:
-    """Return name -> `module:attribute` of the entry points of installed packages; a change of `sys.path` rereads.
+def _entry_points(search_path: tuple[str, ...]) -> Mapping[str, Mapping[str, str]]:
+    """Return group -> name -> `module:attribute` of all entry points of installed packages.
 
     Of two packages that declare one name, that which comes first on `sys.path` counts, as for modules.
     """
     from importlib.metadata import distributions
 
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {}
     for package in distributions(path=list(search_path)):
         for point in package.entry_points:
-            if point.group == group:
-                found.setdefault(point.name, point.value.partition("[")[0].strip())
+            found.setdefault(point.group, {}).setdefault(point.name, point.value.partition("[")[0].strip())
     return found
 
 

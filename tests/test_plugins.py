@@ -130,6 +130,24 @@ def test_unknown_names_list_installed_plugins(tmp_path: Path, words: tuple[str, 
     assert "plugged" in done.stderr.rpartition("known: ")[2]
 
 
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("command", "plugins"),
+    [
+        ("extract", "encoders plugged; sources plugged; views plugged"),
+        ("derive", "rules plugged"),
+        ("train", "projectors plugged; losses plugged"),
+        ("sweep", "projectors plugged; losses plugged"),
+        ("evaluate probe", "methods plugged"),
+        ("curate select", "selectors plugged"),
+    ],
+)
+def test_help_lists_installed_plugins(tmp_path: Path, command: str, plugins: str) -> None:
+    shown = succeed(*command.split(), "--help", cwd=tmp_path)
+    assert f"Plug-ins of installed packages: {plugins}." in " ".join(shown.split())
+    assert "plugged" not in sys.modules
+
+
 def test_the_first_package_of_a_name_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (2, 1):
         info = tmp_path / str(number) / f"numbers{number}-1.0.dist-info"

@@ -15,11 +15,13 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_new_file, keyword, set_parameters
 from embedcache.errors import EmbedcacheError
-from embedcache.registry import trust_files
+from embedcache.registry import installed_plugins, trust_files
 
 
 class Command(TyperCommand):
-    """A command whose help shows plain metavars, and whose errors name options as they are typed."""
+    """A command whose help shows plain metavars and installed plug-ins, and whose errors name options as typed."""
+
+    plugins: tuple[str, ...] = ()
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; the error of a setting names its option."""
@@ -38,10 +40,14 @@ class Command(TyperCommand):
         return _without_metavar(super().get_help_option(ctx))
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help, without Python types beside the arguments."""
+        """Write the help, without Python types beside the arguments, and with the plug-ins of installed packages."""
         for parameter in self.params:
             if isinstance(parameter, TyperArgument):
                 parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign]  # noqa: ARG005
+        found = {kind: installed_plugins(kind) for kind in self.plugins}
+        lists = [f"{kind} {', '.join(names)}" for kind, names in found.items() if names]
+        if lists:
+            self.epilog = f"Plug-ins of installed packages: {'; '.join(lists)}."
         super().format_help(ctx, formatter)
 
 
@@ -79,7 +85,13 @@ def new_group(help: str, **options: Any) -> typer.Typer:
 
 
 def add_command(
-    app: typer.Typer, name: str, command: Callable[..., None], *, runs_named_code: bool = True, **options: Any
+    app: typer.Typer,
+    name: str,
+    command: Callable[..., None],
+    *,
+    runs_named_code: bool = True,
+    plugins: tuple[str, ...] = (),
+    **options: Any,
 ) -> None:
     """Add a command with the options that all have; its help is its docstring.
 
@@ -88,11 +100,13 @@ def add_command(
         name: name of the command.
         command: function with typer's annotations.
         runs_named_code: whether files that the command opens may name code, so that it has the option `--trust`.
+        plugins: kinds of plug-ins that it takes by name, such as `encoders`; `--help` lists the installed ones.
         options: further arguments of `typer.Typer.command`.
     """
     help = _help_text(command)
     summary = help.partition("\n\n")[0]
-    app.command(name=name, help=help, short_help=summary, cls=Command, **options)(
+    kind = type("CommandWithPlugins", (Command,), {"plugins": plugins}) if plugins else Command
+    app.command(name=name, help=help, short_help=summary, cls=kind, **options)(
         _with_verbosity(_with_trust(command) if runs_named_code else command)
     )
 

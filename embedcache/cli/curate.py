@@ -302,7 +302,7 @@ def leaks(
 add_command(app, "index", index)
 add_command(app, "map", map_index)
 add_command(app, "coverage", coverage)
-add_command(app, "select", select)
+add_command(app, "select", select, plugins=("selectors",))
 add_command(app, "combine", combine)
 add_command(app, "sample", sample)
 add_command(app, "export", export)

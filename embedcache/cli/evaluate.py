@@ -336,7 +336,7 @@ def clip_benchmark(context: typer.Context, run: RunArgument, as_json: Json = Fal
 
 add_command(app, "retrieval", retrieval)
 add_command(app, "zero-shot", zero_shot)
-add_command(app, "probe", probe)
+add_command(app, "probe", probe, plugins=("methods",))
 add_command(app, "pairs", pairs)
 add_command(app, "speech", speech)
 add_command(app, "likelihood", likelihood)

@@ -66,12 +66,12 @@ def embedcache(
 
 
 add_command(app, "quickstart", quickstart, runs_named_code=False)
-add_command(app, "extract", extract)
-add_command(app, "derive", derive)
+add_command(app, "extract", extract, plugins=("encoders", "sources", "views"))
+add_command(app, "derive", derive, plugins=("rules",))
 add_command(app, "inspect", inspect)
 add_command(app, "verify", verify)
-add_command(app, "train", train)
-add_command(app, "sweep", sweep)
+add_command(app, "train", train, plugins=("projectors", "losses", "trackers"))
+add_command(app, "sweep", sweep, plugins=("projectors", "losses", "trackers"))
 app.add_typer(evaluate.app, name="evaluate")
 add_command(app, "search", search)
 add_command(app, "serve", serve)

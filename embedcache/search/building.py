@@ -200,7 +200,7 @@ def _fill_lists(
         parts.append(read_index(path, is_mapped=True))
     progress.finish()
     path = folder / lists_name(sum(map(len, parts)))
-    merged = read_index(trained_path, is_mapped=False).merge_on_disk(parts, path)
+    merged = read_index(trained_path, is_mapped=False, device=vectors.device).merge_on_disk(parts, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return merged
