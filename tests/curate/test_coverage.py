@@ -294,6 +294,13 @@ def test_other_index_raises(cache_path: Path, prompts: Path, tmp_path: Path) -> 
         of_texts(cache_path, prompts, index=tmp_path / "index")
 
 
+def test_index_of_a_smaller_width_raises(cache_path: Path, prompts: Path, tmp_path: Path) -> None:
+    settings = IndexSettings(modality="text", feature="open_toy/mean", factory="Flat", width=3)
+    build_index(cache_path, tmp_path / "index", settings)
+    with pytest.raises(FingerprintError, match=r"width: stored 3, requested \d+; build one: embedcache curate index"):
+        of_texts(cache_path, prompts, index=tmp_path / "index")
+
+
 def test_both_modalities(cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path) -> None:
     words = ["curate", "coverage", str(cache_path), str(prompts), "--run", str(run_path), "--modality", "both"]
     words += ["--deviations", "1.5", "--output", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
