@@ -154,7 +154,8 @@ def _is_unchanged(
     if chunk_size not in (None, info.chunk_size) or update_path(cache_path).is_file():
         return False
     if len(info.all_segments) == 1 and not info.is_partial:
-        limit = None if max_new is None else info.num_samples + max_new
+        one_more = 1 if max_new is None else min(1, max_new)  # tells whether the source has grown
+        limit = info.num_samples + one_more
         return _digest(source, "checking samples", info.num_samples, limit, _count_only, progress) == info.index_digest
     try:
         changes = find_changes(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, SourceError
+from embedcache.progress import NullProgress
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
@@ -239,6 +240,24 @@ def test_extend_grows_a_limited_cache(tmp_path: Path) -> None:
     assert index(source, tmp_path / "c", limit=7) == grown
     assert index(source, tmp_path / "c", limit=99, extend=True).num_samples == 10
     assert Cache(tmp_path / "c").samples["key"].to_pylist() == [f"k{number}" for number in range(10)]
+
+
+def test_checking_reads_one_sample_more_than_the_cache_has(tmp_path: Path) -> None:
+    source = CountedRows(rows(10).rows)
+    advanced: list[int] = []
+
+    class Bar(NullProgress):
+        def start(self, what: str, total: int, unit: str) -> None:
+            self.is_checking = what == "checking samples"
+
+        def advance(self, count: int) -> None:
+            if self.is_checking:
+                advanced.append(count)
+
+    index(source, tmp_path / "c", limit=3)
+    begin_a_feature(tmp_path / "c")
+    index(source, tmp_path / "c", limit=9, extend=True, progress=Bar())
+    assert advanced == [4]
 
 
 def test_limit_counts_rows_of_the_cache(tmp_path: Path) -> None:
