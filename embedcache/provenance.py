@@ -293,18 +293,23 @@ def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterato
 def _installed_packages() -> dict[str, str]:
     """Return name -> version of what can have decided the output: known libraries, and packages of used plug-ins.
 
-    The metadata of a package are read once in a process for each `sys.path`.
+    The metadata of a package are read once in a process, and again once other folders hold metadata.
     """
-    path, names = tuple(sys.path), list(RECORDED_PACKAGES)
+    folders, names = _metadata_folders(), list(RECORDED_PACKAGES)
     if plugins := used_plugins():
-        owners = _owners(path)
+        owners = _owners(folders)
         names += sorted({name for package in plugins for name in owners.get(package, ())} - {*names})
-    versions = {name: _version(name, path) for name in names}
+    versions = {name: _version(name, folders) for name in names}
     return {name: found for name, found in versions.items() if found is not None}
 
 
+def _metadata_folders() -> tuple[str, ...]:
+    """Return the entries of `sys.path` that hold metadata of packages; the folder of a command rarely does."""
+    return tuple(entry for entry in sys.path if not Path(entry).is_dir() or any(Path(entry).glob("*.*-info")))
+
+
 @cache
-def _version(name: str, path: tuple[str, ...]) -> str | None:  # noqa: ARG001  # the path is the key
+def _version(name: str, folders: tuple[str, ...]) -> str | None:  # noqa: ARG001  # they are the key
     try:
         return version(name)
     except PackageNotFoundError:
@@ -312,7 +317,7 @@ def _version(name: str, path: tuple[str, ...]) -> str | None:  # noqa: ARG001  #
 
 
 @cache
-def _owners(path: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG001  # it is the key
+def _owners(folders: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG001  # they are the key
     """Return name of a module -> packages that installed it."""
     return packages_distributions()
 

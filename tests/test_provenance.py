@@ -73,8 +73,11 @@ def test_record_stage(tmp_path: Path) -> None:
 def test_metadata_of_packages_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr("embedcache.provenance.version", lambda name: asked.append(name) or "1.0")
-    monkeypatch.syspath_prepend(tmp_path)  # a path of its own
+    (tmp_path / "own-1.0.dist-info").mkdir()  # no earlier test has read these metadata
+    monkeypatch.syspath_prepend(tmp_path)
     for number in range(3):
+        (tmp_path / f"folder{number}").mkdir()
+        monkeypatch.syspath_prepend(tmp_path / f"folder{number}")  # as the folder of a command
         with record_stage(tmp_path / f"{number}.json", "train", {}) as outcome:
             outcome["loss"] = 0.5
     assert len(asked) == len(set(asked)) >= len(RECORDED_PACKAGES)
