@@ -24,15 +24,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Start a cluster whose head computes nothing, with a machine of two cores; the driver is connected to it."""
+    """Start a cluster of one machine with two cores, to which the driver is connected."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 2000}
     system = checks | {"health_check_failure_threshold": 3}
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": system}  # a process less to start
+    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": system}  # a process less to start
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         yield cluster
