@@ -13,8 +13,10 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from embedcache.cli.main import app
+from embedcache.provenance import _metadata_folders, _owners
 
 replace = Path.replace
+_owners(_metadata_folders())  # cached for all forked processes that record a stage: each would take 0.3 s
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
