@@ -216,7 +216,7 @@ def building(folder: Path) -> Iterator[Path]:
 
 
 def _share(path: Path) -> None:
-    """Give a file the mode of a new one: safetensors creates files that only their owner can read."""
+    """Set the mode of a file to that of new ones: safetensors creates files that only their owner can read."""
     if path.is_file():
         path.chmod(0o666 & ~_UMASK)
 

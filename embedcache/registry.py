@@ -73,7 +73,7 @@ def has_trust() -> bool:
 
 
 def trust_package(package: str) -> None:
-    """Let files name the classes and functions that a package defines: for a package of pipelines that writes them."""
+    """Allow files to name the classes and functions that a package defines: for pipelines that write such files."""
     _TRUST.packages.add(package)
 
 

@@ -151,7 +151,7 @@ def uids(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Turn a list of uids of DataComp into a selection.
+    """Convert a list of DataComp uids to a selection.
 
     `embedcache curate export --format datacomp` writes such a list.
 

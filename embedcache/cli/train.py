@@ -130,6 +130,6 @@ def _split_settings(given: Mapping[str, Any]) -> SplitSettings | None:
 
 
 def _refuse(given: Mapping[str, Any], task: str) -> None:
-    """Refuse options that a task has not."""
+    """Raise a `SettingError` for options that a task does not have."""
     for name, value in given.items():
         raise SettingError(f"{name}: expected none with --task {task}, got {value}; omit it, or choose another --task")

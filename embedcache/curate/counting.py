@@ -238,7 +238,7 @@ def _scratch_arrays(num_rows: int, num_concepts: int) -> tuple[Floats, Bools]:
 
 
 def _first_largest(groups_M: Ints, values_M: Floats) -> Bools:
-    """Mark the largest value of each run of equal groups, of equal values the first. Groups ascend."""
+    """Return a mask of the largest value per group, the first of equal ones: (M,) bool. Groups ascend."""
     is_first_M = np.zeros(len(groups_M), bool)
     if not len(groups_M):
         return is_first_M

@@ -322,7 +322,7 @@ def _nearest_names(concepts: Concepts, centroids_CP: Floats) -> list[str]:
 
 
 def name_clusters(hits: Sequence[Sequence[Hit]]) -> list[str]:
-    """Name each cluster by one or two words that more of its captions have than those of other clusters.
+    """Return a name per cluster: one or two words that more of its captions have than those of other clusters.
 
     A word's weight is its term of the Kullback-Leibler divergence: p log (p / q), with the fractions p of the
     cluster's and q of all captions that have it. Without captions, labels take the place of words.

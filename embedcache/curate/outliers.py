@@ -36,7 +36,7 @@ _COMPARISONS = 2**22  # of labels with each other, per block
 
 @dataclass(frozen=True, kw_only=True)
 class LabelVotes:
-    """What the neighbors of S samples say about their labels.
+    """Votes of the neighbors of S samples on their labels.
 
     Args:
         names: class names.

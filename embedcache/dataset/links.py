@@ -10,9 +10,9 @@ _ROUNDING = 1e-6
 
 
 def align_times(first_TD: Array, first_axis: Axis, second_UE: Array, second_axis: Axis) -> tuple[Array, Array]:
-    """Bring two features of one item to the same frames: those of the slower one.
+    """Align two features of one item in time: both get the frames of the slower one.
 
-    Frames of the faster one are put side by side, in order: 2 for rates of 50 and 25 Hz. It is cut, or padded with its
+    Consecutive frames of the faster one are concatenated: 2 for rates of 50 and 25 Hz. It is cut, or padded with its
     last frame, by at most one frame of the slower one.
 
     Args:

@@ -161,7 +161,7 @@ def _select_cache(path: Path, table: pa.Table, cache: Cache) -> pa.Table:
 
 
 def _without_removed(path: Path, table: pa.Table, cache: Cache) -> pa.Table:
-    """Put samples that were removed from the cache since into no part, under the keys that they have now."""
+    """Return a split's table in which samples that were removed since are in no part, under their present keys."""
     rows = cache.removed[cache.removed < len(table)]
     if not len(rows):
         return table

@@ -150,7 +150,7 @@ def fit_gaussians(features_ND: Floats, labels_N: Ints, num_classes: int) -> Gaus
 
 
 class ModalityPredictions(NamedTuple):
-    """What one modality says about N points.
+    """Features and predicted classes of N points by one modality.
 
     Args:
         features_ND: (N, D) penultimate features of the target.

@@ -42,7 +42,7 @@ _BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """What is asked of a run.
+    """A run and the output of it to derive.
 
     Args:
         cache: the cache whose features the run reads.

@@ -267,7 +267,7 @@ class ImageFeatures(torch.nn.Module):
 
 
 def untie_last_state(model: torch.nn.Module, layers: Sequence[int]) -> None:
-    """If blocks are requested, make the last hidden state that of the last block, not the one after the final norm."""
+    """Configure a model so that its last hidden state precedes the final norm, if blocks are requested."""
     if layers:
         config: Any = model.config
         config.tie_last_hidden_states = False

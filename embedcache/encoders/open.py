@@ -92,7 +92,7 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
 
 
 def _without_auto(settings: EncoderSettings) -> EncoderSettings:
-    """Name the device and the precision; `auto` is the CPU for onnxruntime, and float32."""
+    """Replace `auto`: the device is the CPU for onnxruntime, else chosen; the precision is float32."""
     is_onnx = settings.device == AUTO and settings.backend == "onnxruntime"
     return replace(
         settings,

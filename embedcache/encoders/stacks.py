@@ -40,7 +40,7 @@ _MIN_DEVIATION = 1e-6  # below it, a video is the same frame throughout
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StackWeights:
-    """What the encoder computes with.
+    """Weights of the encoder: mean and principal components of stacked frames.
 
     Args:
         mean_KD: (K, D) float32, mean of the stacks of K frames of D pixels.

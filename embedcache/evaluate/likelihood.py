@@ -50,7 +50,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskReport:
-    """What one run does on one task.
+    """Metrics of one run on one task.
 
     Args:
         run_path: folder of the run.

@@ -185,7 +185,7 @@ def read_run_selection(run: Run, cache: Cache) -> Ints | None:
 
 
 def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
-    """Name each recipe by what the names of its folders have in common, or by their paths if that is not unique."""
+    """Return the recipes by name: what the names of their folders share, or their paths if that is not unique."""
     # without the number of a seed: `run-0` -> `run`; but `r0` stays, as `r` may be any of several
     stems = [[re.sub(r"[-_.]\d+$", "", path.name) or path.name for path in paths] for paths in recipes]
     names = [", ".join(dict.fromkeys(stem)) for stem in stems]

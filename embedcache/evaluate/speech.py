@@ -65,7 +65,7 @@ class Recognized:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechReport:
-    """What one run recognizes in utterances.
+    """Results of one run on utterances.
 
     Args:
         run_path: folder of the run.

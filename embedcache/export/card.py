@@ -84,7 +84,7 @@ def _summary(run: ExportRun, notes: ExportNotes, format_name: str) -> str:
 
 
 def _width_notes(run: ExportRun) -> list[str]:
-    """Say at which smaller widths the vectors can be used, if the run was trained for any."""
+    """Return a note on the smaller widths at which the vectors can be used, if the run was trained for any."""
     widths = sorted({*run.config.training.get("loss", {}).get("widths", ())} - {run.config.shared_width})
     if not widths:
         return []

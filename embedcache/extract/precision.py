@@ -80,7 +80,7 @@ def fast_precisions(device: str) -> tuple[Precision, ...]:
 
 
 def choose_precisions(job: ExtractJob, source: Source, device: str, *, progress: Progress) -> ExtractJob:
-    """Name the precision of each new encoder of a job: with `auto` on a GPU, the first that agrees with float32.
+    """Choose the precision of each new encoder of a job: with `auto` on a GPU, the first that agrees with float32.
 
     Encoders with stored features keep theirs.
     """

@@ -300,7 +300,7 @@ def mine_candidates(task: ExampleTask, words: WordTable, k: int) -> ExampleTask:
 
 @contextmanager
 def naming(task: NamedTask) -> Iterator[None]:
-    """Put the name of a task before the message of any error of a user's."""
+    """Prefix the message of any error of a user's with the name of a task."""
     try:
         yield
     except EmbedcacheError as error:

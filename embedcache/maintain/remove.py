@@ -28,7 +28,7 @@ from embedcache.store.rows import find_keys
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalPlan:
-    """What a removal would do.
+    """Rows, items and chunks that a removal affects.
 
     Args:
         rows: rows of the samples that the cache has, ascending.

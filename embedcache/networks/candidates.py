@@ -29,7 +29,7 @@ _TEMPERATURE = 0.07
 
 
 class Candidates(NamedTuple):
-    """What inputs are compared with.
+    """Representations that inputs are compared with.
 
     Args:
         vectors_CP: (C, P) representations.

@@ -215,7 +215,7 @@ def imitation_loss(output: PointOutput, other: PointOutput) -> Tensor:
 
 
 class PointPrediction(NamedTuple):
-    """What a network says about N points: class probabilities and penultimate features, float32."""
+    """Class probabilities and penultimate features of N points, float32."""
 
     prob_NC: Floats
     hidden_NP: Floats

@@ -125,7 +125,7 @@ class SharedNetwork(nn.Module):
         return parts | ({"heads": ["heads"]} if len(self.heads) else {})
 
     def set_words(self, vectors_VD: Floats) -> None:
-        """Take the vectors of the words, (V, D), and standardize their channels.
+        """Set the vectors of the words, (V, D), and standardize their channels.
 
         Raises:
             DataError: another number of vectors or another width than the network was built for.

@@ -44,7 +44,7 @@ class WordAdapter(Adapter):
         self.special = nn.Parameter(torch.randn(NUM_SPECIAL, width) * 0.5)  # as large as mapped words
 
     def set_table(self, vectors_VD: Tensor) -> None:
-        """Take the vectors of the words, and standardize by them."""
+        """Set the vectors of the words, (V, D), and standardize their channels."""
         if vectors_VD.shape != self.table.shape:
             raise DataError(
                 f"word table: expected {len(self.table):,} words of width {self.table.shape[1]}, got vectors of shape "

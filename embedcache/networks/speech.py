@@ -49,7 +49,7 @@ class Frames(NamedTuple):
 
 
 class EncodedSpeech(NamedTuple):
-    """What both heads of a `SpeechNetwork` read.
+    """Encoded frames of a batch, the input of both heads of a `SpeechNetwork`.
 
     Args:
         frames_BTP: encoded frames.
@@ -215,7 +215,7 @@ def _with_lengths(values_BTP: Tensor, lengths_B: Tensor, is_valid_BT: Tensor) ->
 
 
 def stack_frames(values_TD: np.ndarray, stack: int) -> np.ndarray:
-    """Put consecutive frames side by side: (T, D) -> (⌈T / stack⌉, stack · D); the last frame fills what is missing."""
+    """Concatenate consecutive frames: (T, D) -> (⌈T / stack⌉, stack · D); the last frame fills what is missing."""
     padding = np.repeat(values_TD[-1:], -len(values_TD) % stack, axis=0)
     return np.concatenate([values_TD, padding]).reshape(-1, stack * values_TD.shape[1])
 

@@ -51,7 +51,7 @@ class ServedMap:
             self.state, self.reason = "unavailable", "the map cannot be computed; the reason is in the server's log"
 
     def stop(self) -> None:
-        """Let `load` end soon."""
+        """Stop `load` at its next step."""
         self._stopped.set()
 
     def _compute(self) -> IndexMap:

@@ -192,7 +192,7 @@ def _load_repository(datasets: Any, name: _DatasetName) -> Any:
 
 
 def _check_hub(name: _DatasetName) -> None:
-    """Ask the Hub for a dataset once: `load_dataset` would try for half a minute to reach a Hub that is down."""
+    """Check that the Hub can be reached, once: `load_dataset` would try for half a minute if it is down."""
     hub = require("huggingface_hub", extra="datasets")
     if hub.constants.HF_HUB_OFFLINE:
         return

@@ -146,7 +146,7 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
 
 @dataclass(frozen=True, kw_only=True)
 class StreamInfo:
-    """What a file says about its first stream of sound or frames.
+    """Properties of the first stream of sound or frames in a file.
 
     Args:
         rate_hz: frames per second of a video; of sound, the rate that `iter_audio` resamples to.

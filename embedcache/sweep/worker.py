@@ -67,7 +67,7 @@ class StudyJob:
 
 
 def run_workers(job: StudyJob, progress: Progress) -> None:
-    """Work on a study in several processes until it is finished; if one dies, another repeats its trial.
+    """Run the trials of a study in several processes until it is finished; if one dies, another repeats its trial.
 
     Raises:
         UnfinishedError: all processes died.

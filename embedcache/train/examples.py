@@ -207,7 +207,7 @@ class Examples:
         return replace(self, media=None, rows_N=None)
 
     def shuffle_media(self, *, seed: int) -> "Examples":
-        """Give each example the item of another one, the same for all that share an item: a control.
+        """Assign another example's item to each example, the same to all that share an item: a control.
 
         Raises:
             DataError: the examples are about fewer than two items.

@@ -186,7 +186,7 @@ class MixtureTask:
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodRecipe:
-    """What decides a run beside its tasks and the settings of the loop.
+    """Settings of a run beside its tasks and those of the loop.
 
     Args:
         model: sizes of `SharedNetwork`: width, num_layers, num_heads, feed_forward, dropout, output_width.

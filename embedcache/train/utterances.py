@@ -111,7 +111,7 @@ def frame_counts(inputs: Inputs) -> Ints:
 
 
 def stack_inputs(inputs: Inputs, stack: int, shifts_B: Ints | None = None) -> tuple[Array, Ints]:
-    """Put `stack` consecutive frames of each item side by side: (B, T, stack · D) and (B,) lengths.
+    """Concatenate `stack` consecutive frames of each item: (B, T, stack · D) and (B,) lengths.
 
     The last frame of an item fills its last row, and all behind it.
 
