@@ -1,19 +1,17 @@
-"""Repairing a cache: encode damaged chunks again, retry failed items, and measure drift on a random sample."""
+"""Repairing a cache: verify it, encode damaged and missing chunks again, and retry failed items."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from embedcache.arrays import Array, Floats, Ints
-from embedcache.derive.repair import derivation_depth, derive_again, derive_rows, reopen_derivation
+from embedcache.derive.repair import derivation_depth, derive_again, reopen_derivation
 from embedcache.devices import AUTO
 from embedcache.encoders.base import Modality
-from embedcache.errors import CorruptError, EmbedcacheError, ItemError
+from embedcache.errors import CorruptError
+from embedcache.extract.drift import Drift, measure_drift
 from embedcache.extract.engines import job_devices
 from embedcache.extract.extract import join_encoders, open_job, open_request, record_job
 from embedcache.extract.feature_writer import (
@@ -21,17 +19,14 @@ from embedcache.extract.feature_writer import (
     check_unchanged,
     lease_chunk,
     reopen_writer,
-    view_fingerprint,
 )
 from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, check_length, encode_chunks, load_items
-from embedcache.extract.precision import MIN_COSINE, item_cosine
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.extract.worker import Worker
 from embedcache.files import AnyPath, remove_partials
 from embedcache.modalities import MODALITIES, noun
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
-from embedcache.provenance import name_differences
 from embedcache.settings import replace_flat
 from embedcache.sources import reopen_source
 from embedcache.sources.base import Source
@@ -39,7 +34,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import NOT_YET, REMOVED
 from embedcache.store.compacted import table_path
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, add_feature, open_group
+from embedcache.store.group import add_feature, open_group
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import commit_chunk, withdraw
@@ -60,7 +55,7 @@ class VerifyReport:
     detected: Sequence[Finding]
     repaired: Sequence[str]
     findings: Sequence[Finding]
-    drifts: Sequence["Drift"]
+    drifts: Sequence[Drift]
     was_repair: bool = False
 
     @property
@@ -312,152 +307,3 @@ def _rewrite_chunk(writer: FeatureWriter, chunk: int, retried: Mapping[int, Load
     hashes = [None if item is None else item.hash for item in items]
     failures = [NOT_YET if item is None else item.failures[number] for item in items]
     commit_chunk(writer.group, chunk, buffer.features, hashes, dict.fromkeys(features, failures), overwrite_failed=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """Difference between stored features and those of the same items encoded again.
-
-    Args:
-        rows: (n,) int64, the items that could be read.
-        cosines: (n,) float32, cosine between the stored and the new feature; of token features over all tokens.
-        differences: fields of the encoder's fingerprint that have changed.
-        note: why nothing was compared; else empty.
-    """
-
-    feature: str
-    rows: Ints
-    cosines: Floats
-    num_unreadable: int
-    num_changed: int
-    differences: Sequence[str]
-    note: str = ""
-
-    @property
-    def is_bad(self) -> bool:
-        """Whether an item or its features changed."""
-        return bool(self.num_unreadable or self.num_changed or (self.cosines < MIN_COSINE).any())
-
-    def line(self) -> str:
-        """Return a summary in one line."""
-        if self.note:
-            return f"{self.feature}: not compared: {self.note}"
-        parts = [f"{self.feature}: {len(self.cosines):,} items encoded again"]
-        if len(self.cosines):
-            parts.append(f"cosine to the stored feature: mean {self.cosines.mean():.6f}, min {self.cosines.min():.6f}")
-            parts += [f"in row {self.rows[self.cosines.argmin()]:,}"] * bool(self.cosines.min() < MIN_COSINE)
-        parts += [f"{self.num_unreadable:,} items can no longer be read"] * bool(self.num_unreadable)
-        parts += [f"the bytes of {self.num_changed:,} items have changed"] * bool(self.num_changed)
-        parts += [f"the encoder has changed: {'; '.join(self.differences)}"] * bool(self.differences)
-        return ("DRIFT " if self.is_bad else "") + ", ".join(parts)
-
-
-def measure_drift(
-    cache: Cache,
-    fraction: float,
-    *,
-    device: str = AUTO,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> list[Drift]:
-    """Encode a random sample of the items of every feature again and compare with what is stored.
-
-    This detects changes in libraries, preprocessing, weights and source. At least one item per modality is encoded.
-    Derived features are computed again from the stored ones; those whose rule or run cannot be opened have a note.
-    """
-    progress = progress or NullProgress()
-    source = reopen_source(cache.info.source)
-    groups = [group for modality in cache.info.num_items for group in cache.encoders(modality)]
-    progress.start("encoding a sample again", len(groups), "encoders")
-    drifts: list[Drift] = []
-    for group in groups:
-        rows = _sample_rows(group, fraction, np.random.default_rng(seed))
-        if len(rows) and group.is_derived:
-            drifts += list(_measure_derived(cache, group, rows, device))
-        elif len(rows):
-            drifts += list(_measure_group(cache, source, group, rows, device))
-        progress.advance(1)
-    progress.finish()
-    return drifts
-
-
-def _valid_features(group: EncoderGroup) -> list[Feature]:
-    return [feature for feature in (Feature(group, name) for name in group.features) if feature.valid.any()]
-
-
-def _sample_rows(group: EncoderGroup, fraction: float, rng: np.random.Generator) -> Ints:
-    """Draw a fraction of the rows that have all features of an encoder, at least one, ascending."""
-    features = _valid_features(group)
-    valid_rows = np.flatnonzero(np.logical_and.reduce([feature.valid for feature in features])) if features else ()
-    if not len(valid_rows):
-        return np.empty(0, np.int64)
-    rows: Ints = np.sort(rng.choice(valid_rows, max(1, round(fraction * len(valid_rows))), replace=False))
-    return rows
-
-
-def _measure_derived(cache: Cache, group: EncoderGroup, rows: Ints, device: str) -> Iterator[Drift]:
-    features = _valid_features(group)
-    names, differences, note = [feature.feature for feature in features], [], ""
-    derived: Mapping[str, Sequence[Array | ItemError]] = {name: [] for name in names}
-    try:
-        opened = reopen_derivation(cache, group, names, device=device)
-        differences = name_differences(group.fingerprint, opened.fingerprint)
-        derived = derive_rows(opened, rows)
-    except EmbedcacheError as error:
-        note = str(error)
-    for feature in features:
-        again = derived[feature.feature]
-        stored = feature.gather_tokens(rows) if again else []
-        yield Drift(
-            feature=feature.name,
-            rows=rows[: len(again)],
-            cosines=np.array([_cosine(*pair) for pair in zip(stored, again, strict=True)], np.float32),
-            num_unreadable=0,
-            num_changed=0,
-            differences=differences,
-            note=note,
-        )
-
-
-def _measure_group(cache: Cache, source: Source, group: EncoderGroup, rows: Ints, device: str) -> Iterator[Drift]:
-    features = _valid_features(group)
-    writer = reopen_writer(group, [feature.feature for feature in features], device=device)
-    hashes, loaded = _load_rows(cache, source, writer, rows)
-    buffer = BatchBuffer(writer, writer.features, len(rows))
-    add_loaded(buffer, enumerate(loaded), 0)
-    differences = name_differences(group.fingerprint, view_fingerprint(writer.encoder, writer.view))
-    is_read = np.array([item.failures[0] is None for item in loaded])
-    for feature in features:
-        encoded = [item for item in buffer.features[feature.feature] if item is not None]
-        stored = feature.gather_tokens(rows[is_read]) if feature.is_ragged else list(feature.gather(rows[is_read]))
-        yield Drift(
-            feature=feature.name,
-            rows=rows[is_read],
-            cosines=np.array([_cosine(*pair) for pair in zip(stored, encoded, strict=True)], np.float32),
-            num_unreadable=int((~is_read).sum()),
-            num_changed=sum(
-                item.hash is not None and item.hash != then for item, then in zip(loaded, hashes, strict=True)
-            ),
-            differences=differences,
-        )
-
-
-def _load_rows(
-    cache: Cache, source: Source, writer: FeatureWriter, rows: Ints
-) -> tuple[list[bytes | None], list[LoadedItem]]:
-    """Load the items of some rows, chunk by chunk; return the hashes they had when stored, and the loaded items."""
-    hashes: list[bytes | None] = []
-    loaded: list[LoadedItem] = []
-    size, modality = cache.info.chunk_size, writer.encoder.modality
-    with ThreadPoolExecutor(num_cores()) as executor:
-        for chunk in np.unique(rows // size).tolist():
-            offsets = (rows[rows // size == chunk] - chunk * size).tolist()
-            commit = writer.group.commit(chunk)
-            assert commit is not None  # its rows are valid
-            hashes += [commit.hashes[offset] for offset in offsets]
-            loaded += load_items(source, cache.items(modality, chunk=chunk).take(offsets), [writer], executor)
-    return hashes, loaded
-
-
-def _cosine(stored: Array, encoded: Array | ItemError) -> float:
-    return -1.0 if isinstance(encoded, ItemError) else item_cosine(stored, encoded)

@@ -13,7 +13,8 @@ from embedcache.derive.derive import Derivation, derive
 from embedcache.derive.rules import Block, Rule
 from embedcache.encoders.open import ENCODERS
 from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError, UnknownNameError
-from embedcache.extract.repair import measure_drift, repair, retry_failed, verify_cache
+from embedcache.extract.drift import measure_drift
+from embedcache.extract.repair import repair, retry_failed, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.provenance import read_json, write_json
 from embedcache.registry import trust_files

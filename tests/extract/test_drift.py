@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from embedcache.errors import CorruptError, FingerprintError, SettingError
+from embedcache.extract.drift import measure_drift
 from embedcache.extract.extract import extract
-from embedcache.extract.repair import MIN_COSINE, measure_drift, repair
+from embedcache.extract.precision import MIN_COSINE
+from embedcache.extract.repair import repair
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
