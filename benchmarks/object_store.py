@@ -30,7 +30,8 @@ from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.worker import Worker
-from embedcache.files import Leases, open_path
+from embedcache.files import open_path
+from embedcache.locks import Leases
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from embedcache.store.verify import verify

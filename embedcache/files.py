@@ -1,18 +1,13 @@
-"""Local paths and URLs (`s3://bucket/folder`, `gs://`, `https://`), atomic writes, and locks between processes."""
+"""Local paths and URLs (`s3://bucket/folder`, `gs://`, `https://`), and atomic writes."""
 
 import errno
-import fcntl
 import os
 import platform
 import re
 import shutil
 import tempfile
-import threading
-import weakref
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias, cast
 from uuid import uuid4
@@ -39,8 +34,6 @@ os.umask(_UMASK)  # the only way to read it
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
 _NODE = platform.node().replace(".", "-")
-LOCK = ".lock"
-"""File in a folder on which its locks are taken."""
 
 
 AnyPath: TypeAlias = Path | str | os.PathLike[str]
@@ -328,146 +321,3 @@ def remove_folder(path: Path) -> None:
         path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
     else:
         shutil.rmtree(path.replace(partial_path(path)))
-
-
-_IN_THIS_PROCESS: dict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
-
-
-@contextmanager
-def locked(folder: Path, number: int = 0) -> Iterator[None]:
-    """Lock a numbered piece of a folder for one thread of one process. The lock of a killed process is released.
-
-    Behind a URL there are no locks: the last writer wins.
-
-    Raises:
-        PathError: the file system has no record locks, and the work is not divided; see `divided_work`.
-    """
-    if is_remote(folder):
-        yield
-        return
-    path = folder / LOCK
-    with _IN_THIS_PROCESS[str(folder.absolute()), number], ExitStack() as stack:
-        descriptor = _open_shared(path)
-        stack.callback(_close_shared, path)
-        _lock(descriptor, fcntl.LOCK_EX, number, path)
-        stack.callback(_lock, descriptor, fcntl.LOCK_UN, number, path)
-        yield
-
-
-SKIP_LOCKS = "EMBEDCACHE_SKIP_LOCKS"
-"""Environment variable: with 1, a file system without record locks is used without: one process per folder."""
-
-_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of NFS; of Lustre without the option flock
-_DIVIDED: list[bool] = []
-
-
-@contextmanager
-def divided_work(*, is_divided: bool) -> Iterator[None]:
-    """State that no other process works on the same chunks, so that locks that a file system lacks are not needed.
-
-    It applies to all threads of this process until the block ends.
-    """
-    _DIVIDED.append(is_divided)
-    try:
-        yield
-    finally:
-        _DIVIDED.remove(is_divided)
-
-
-def has_locks(folder: Path) -> bool:
-    """Return whether processes can exclude each other in a folder: it is local, and its file system has record locks.
-
-    Creates the folder.
-    """
-    if is_remote(folder):
-        return False
-    with ExitStack() as stack:
-        try:
-            descriptor = _open_shared(folder / LOCK)
-            stack.callback(_close_shared, folder / LOCK)
-            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, _NEVER_LOCKED)
-            fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _NEVER_LOCKED)
-        except OSError as error:
-            return error.errno not in _WITHOUT_LOCKS
-    return True
-
-
-_NEVER_LOCKED = 2**40
-"""Byte of a file of locks that stands for no piece of work."""
-
-
-def _lock(descriptor: int, kind: int, number: int, path: Path) -> bool:
-    """Take or release the record lock on a byte of a file; return whether no other process holds it."""
-    try:
-        fcntl.lockf(descriptor, kind, 1, number)
-    except OSError as error:
-        if kind & fcntl.LOCK_NB and error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        if error.errno not in _WITHOUT_LOCKS:
-            raise
-        if not (any(_DIVIDED) or os.environ.get(SKIP_LOCKS, "0") != "0"):
-            raise PathError(
-                f"{path.parent}: its file system has no record locks ({io_reason(error)}); divide an extraction with "
-                f"--shard i/n, which needs none, or set {SKIP_LOCKS}=1 if no other process writes to this folder"
-            ) from error
-    return True
-
-
-_SHARED: dict[Path, int] = {}
-_USERS: Counter[Path] = Counter()
-_SHARED_GUARD = threading.RLock()  # reentrant: garbage collection may finalize `Leases` in it
-
-
-def _open_shared(path: Path) -> int:
-    """Open a file for record locks once per process: closing any of its descriptors drops all of its locks."""
-    path = path.absolute()
-    with _SHARED_GUARD:
-        _USERS[path] += 1
-        try:
-            if path not in _SHARED:
-                make_folder(path.parent)
-                _SHARED[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except BaseException:
-            _USERS[path] -= 1
-            raise
-        return _SHARED[path]
-
-
-def _close_shared(path: Path) -> None:
-    """Close the file once its last user has closed it."""
-    path = path.absolute()
-    with _SHARED_GUARD:
-        _USERS[path] -= 1
-        if not _USERS[path]:
-            os.close(_SHARED.pop(path))
-
-
-class Leases:
-    """Leases of this process on numbered pieces of work in a folder. Those of a killed process are released.
-
-    They are record locks on one file, so they exclude other processes of the machine and, if the file system supports
-    it, of a cluster: `.claims` in the folder. Behind a URL every lease is granted to every process.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    @cached_property
-    def _descriptor(self) -> int | None:
-        if is_remote(self._folder):
-            return None
-        path = self._folder / ".claims"
-        descriptor = _open_shared(path)
-        weakref.finalize(self, _close_shared, path)
-        return descriptor
-
-    def acquire(self, number: int, *, wait: bool = False) -> bool:
-        """Acquire a lease; return whether no other process holds it. With `wait`, wait until it is released."""
-        if self._descriptor is None:
-            return True
-        return _lock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), number, self._folder / ".claims")
-
-    def release(self, number: int) -> None:
-        """Release a lease."""
-        if self._descriptor is not None:
-            _lock(self._descriptor, fcntl.LOCK_UN, number, self._folder / ".claims")

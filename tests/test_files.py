@@ -8,10 +8,8 @@ import pytest
 
 from embedcache.errors import DiskFullError, PathError
 from embedcache.files import (
-    Leases,
     disk_errors,
     is_remote,
-    locked,
     make_folder,
     open_path,
     put_file,
@@ -21,6 +19,7 @@ from embedcache.files import (
     replacing,
     write_atomic,
 )
+from embedcache.locks import Leases, locked
 
 
 def test_failed_write_keeps_old_file(tmp_path: Path) -> None:
@@ -71,7 +70,7 @@ def test_make_folder_at_file_raises(tmp_path: Path) -> None:
 OTHER = """
 import sys, time
 from pathlib import Path
-from embedcache.files import Leases
+from embedcache.locks import Leases
 leases = Leases(Path(sys.argv[1]))
 print([leases.acquire(number) for number in (0, 1, 2)], flush=True)
 sys.stdin.read()

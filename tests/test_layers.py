@@ -12,6 +12,7 @@ LAYERS = [
     {"arrays", "registry", "progress", "units", "modalities", "axis"},
     {"settings", "processes"},
     {"devices", "files"},
+    {"locks"},
     {"metrics", "provenance"},
     {"outputs"},
     {"sources", "encoders", "projectors"},

@@ -17,7 +17,8 @@ from embedcache.devices import AUTO
 from embedcache.encoders.base import ItemShape
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ItemError, SettingError
-from embedcache.files import AnyPath, Leases, remove_partials
+from embedcache.files import AnyPath, remove_partials
+from embedcache.locks import Leases
 from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import new_record_path, record_stage

@@ -14,7 +14,8 @@ from embedcache.derive.chunks import ChunkReader
 from embedcache.derive.rules import Block, Rule
 from embedcache.encoders.open import DERIVED, EncoderSpec
 from embedcache.errors import CorruptError, SettingError
-from embedcache.files import locked, replacing
+from embedcache.files import replacing
+from embedcache.locks import locked
 from embedcache.provenance import digest, digest_file
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature

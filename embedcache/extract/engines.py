@@ -14,7 +14,8 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, UnfinishedError
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.worker import ShardReport, Worker, merge_reports, step_name
-from embedcache.files import has_locks, open_path
+from embedcache.files import open_path
+from embedcache.locks import has_locks
 from embedcache.modalities import noun
 from embedcache.processes import connected, num_cores, run_processes
 from embedcache.progress import NullProgress, Progress

@@ -14,7 +14,8 @@ from embedcache.extract.precision import choose_precisions
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.extract.worker import ShardReport
-from embedcache.files import AnyPath, divided_work, open_path, remove_partials
+from embedcache.files import AnyPath, open_path, remove_partials
+from embedcache.locks import divided_work
 from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import new_record_path, record_stage

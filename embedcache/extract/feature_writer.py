@@ -15,7 +15,7 @@ from embedcache.encoders.base import Encoder, background_of
 from embedcache.encoders.open import EncoderSpec, open_encoder, recorded_settings
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.views import View, reopen_view
-from embedcache.files import Leases
+from embedcache.locks import Leases
 from embedcache.modalities import MODALITIES
 from embedcache.processes import num_cores
 from embedcache.provenance import check_same

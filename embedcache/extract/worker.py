@@ -23,7 +23,7 @@ from embedcache.extract.feature_writer import (
 from embedcache.extract.loop import encode_chunks
 from embedcache.extract.settings import ExtractJob
 from embedcache.extract.views import open_view
-from embedcache.files import divided_work
+from embedcache.locks import divided_work
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import trust_files

@@ -8,16 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import SettingError, UnknownNameError
-from embedcache.files import (
-    AnyPath,
-    folder_bytes,
-    is_remote,
-    locked,
-    open_path,
-    remove_folder,
-    remove_partials,
-    user_folder,
-)
+from embedcache.files import AnyPath, folder_bytes, is_remote, open_path, remove_folder, remove_partials, user_folder
+from embedcache.locks import locked
 from embedcache.maintain.settings import PruneSettings
 from embedcache.provenance import read_stage
 from embedcache.registry import unknown_name

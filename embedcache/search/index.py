@@ -10,7 +10,8 @@ import numpy as np
 
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, FingerprintError, SettingError, UnfinishedError
-from embedcache.files import LOCK, AnyPath, disk_errors, locked, relative_location
+from embedcache.files import AnyPath, disk_errors, relative_location
+from embedcache.locks import LOCK, locked
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import (
     DIGEST,

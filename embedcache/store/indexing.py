@@ -10,17 +10,8 @@ from itertools import groupby, islice
 from pathlib import Path
 
 from embedcache.errors import FingerprintError, PathError, SettingError, SourceError, UnfinishedError
-from embedcache.files import (
-    LOCK,
-    disk_errors,
-    flush,
-    is_remote,
-    locked,
-    make_folder,
-    partial_path,
-    put_file,
-    remove_folder,
-)
+from embedcache.files import disk_errors, flush, is_remote, make_folder, partial_path, put_file, remove_folder
+from embedcache.locks import LOCK, locked
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, digest, read_json, write_json

@@ -14,7 +14,8 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, PathError, UnfinishedError
-from embedcache.files import Leases, disk_errors, flush, locked, put_file, remove_partials, write_atomic
+from embedcache.files import disk_errors, flush, put_file, remove_partials, write_atomic
+from embedcache.locks import Leases, locked
 from embedcache.modalities import MODALITIES, noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest_file

@@ -9,7 +9,7 @@ import numpy as np
 
 from embedcache.arrays import Array, blocks
 from embedcache.errors import ArtifactError, CorruptError, DataError, FingerprintError, PathError
-from embedcache.files import locked
+from embedcache.locks import locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import digest
 from embedcache.store.arrays import chunk_path, fill_value, write_chunk, write_metadata

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 from embedcache.dataset.splits import check_split, write_split
-from embedcache.files import LOCK, locked
+from embedcache.locks import LOCK, locked
 from embedcache.provenance import (
     DIGEST,
     STORED_NAMES,

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from embedcache.files import AnyPath, disk_errors, locked
+from embedcache.files import AnyPath, disk_errors
+from embedcache.locks import locked
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.provenance import write_record
 from embedcache.registry import require

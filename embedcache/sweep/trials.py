@@ -17,7 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from embedcache.errors import PathError, SettingError
-from embedcache.files import Leases, locked, remove_folder
+from embedcache.files import remove_folder
+from embedcache.locks import Leases, locked
 from embedcache.provenance import from_record, to_record
 from embedcache.sweep.settings import Pruner, Sampler, SweepSettings
 from embedcache.sweep.space import Range, Space, Value, to_stored

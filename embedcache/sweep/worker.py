@@ -11,7 +11,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from embedcache.errors import DiskFullError, EmbedcacheError, SettingError, UnfinishedError
-from embedcache.files import Leases
+from embedcache.locks import Leases
 from embedcache.processes import run_processes
 from embedcache.progress import Progress
 from embedcache.projectors.base import split_names

@@ -16,7 +16,8 @@ import torch
 
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, FingerprintError, PathError, one_line
-from embedcache.files import Leases, replacing
+from embedcache.files import replacing
+from embedcache.locks import Leases
 from embedcache.projectors.saved import config_path, split_path
 from embedcache.provenance import check_same, fields_of, prepare_folder, read_json, read_stage, write_json
 from embedcache.train.distributed import gather_objects, num_processes, process_rank

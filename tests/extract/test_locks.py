@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from embedcache import files
+from embedcache import locks
 from embedcache.errors import PathError
-from embedcache.files import Leases, has_locks, locked
+from embedcache.locks import Leases, has_locks, locked
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests.crash import start_call
@@ -55,7 +55,7 @@ def test_missing_locks_are_one_line(code: int, tmp_path: Path, monkeypatch: pyte
         pass
     with pytest.raises(PathError, match=expected):
         Leases(tmp_path).acquire(3)
-    monkeypatch.setenv(files.SKIP_LOCKS, "1")
+    monkeypatch.setenv(locks.SKIP_LOCKS, "1")
     with locked(tmp_path):
         assert Leases(tmp_path).acquire(3)
 

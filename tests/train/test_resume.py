@@ -130,7 +130,7 @@ def test_damaged_checkpoint_is_noticed(unfinished: Path) -> None:
 def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     script = (
-        "import sys; from pathlib import Path; from embedcache.files import Leases; "
+        "import sys; from pathlib import Path; from embedcache.locks import Leases; "
         "leases = Leases(Path(sys.argv[1])); "
         "print(leases.acquire(0), flush=True); input()"
     )
