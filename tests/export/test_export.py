@@ -21,8 +21,8 @@ from embedcache.export.settings import ExportSettings
 from embedcache.export.transformers import copy_code
 from embedcache.projectors.saved import project
 from embedcache.provenance import write_json
-from tests.export.hub_server import serve_hub
 from tests.export.runs import make_run
+from tests.hub_server import serve_hub
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from embedcache.errors import PathError, SettingError
 from embedcache.export.hub import push_cache
 from embedcache.export.settings import HubSettings
 from embedcache.store.cache import Cache
-from tests.export.hub_server import Hub, serve_hub
+from tests.hub_server import Hub, serve_hub
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cache-1"
 UPLOADS = """\

@@ -1,7 +1,8 @@
 """A small hub on this machine, in memory: what huggingface_hub 2 asks for to upload, list and read a repository.
 
 It compares the hashes and sizes of uploads, and answers in the form that huggingface_hub expects. It has one branch,
-and no Xet, multi-part uploads, tokens, limits or history. It cannot show how the real Hub behaves.
+other revisions that a test puts there, and no Xet, multi-part uploads, tokens, limits or history. It cannot show how
+the real Hub behaves.
 """
 
 import base64
@@ -23,10 +24,11 @@ LARGE = (".parquet", ".safetensors")
 
 @dataclass
 class Hub:
-    """State of the hub: files of `OWNER/NAME`, large objects by SHA-256, and what was asked."""
+    """State of the hub: files of `OWNER/NAME`, also at other revisions, large objects by SHA-256, and requests."""
 
     url: str = ""
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    revisions: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)  # of (OWNER/NAME, revision)
     large: dict[str, bytes] = field(default_factory=dict)
     created: list[dict[str, Any]] = field(default_factory=list)
     commits: list[tuple[str, list[str]]] = field(default_factory=list)
@@ -79,11 +81,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"errors": [], "warnings": []})
         elif "/closed/" in path:
             self._answer({"error": "You have no rights here"}, status=403)
-        elif found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/(preupload|commit|paths-info)/[^/]+", path):
-            files = self.hub.repositories[found[1]]
-            {"preupload": self._preupload, "commit": self._commit, "paths-info": self._paths_info}[found[2]](
-                found[1], files, body
-            )
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/(preupload|commit|paths-info)/(.+)", path):
+            answer = {"preupload": self._preupload, "commit": self._commit, "paths-info": self._paths_info}[found[2]]
+            if (files := self._files(found[1], found[3])) is not None:
+                answer(found[1], files, body)
         elif found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             self._batch(json.loads(body))
         else:
@@ -100,17 +101,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
-            if found[1] not in self.hub.repositories:
-                self._missing("RepoNotFound")
-                return
-            files = self.hub.repositories[found[1]]
-            siblings = [{"rfilename": name} for name in files]
-            self._answer({"id": found[1], "sha": self._sha(files), "siblings": siblings, "private": True, "tags": []})
-        elif found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", path):
-            self._tree(self.hub.repositories.get(found[1]), found[2] or "")
-        elif found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.*)", path):
-            self._resolve(self.hub.repositories.get(found[1], {}), found[2])
+        if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            if (files := self._files(found[1], found[2])) is not None:
+                siblings = [{"rfilename": name} for name in files]
+                about = {"id": found[1], "sha": self._sha(files), "siblings": siblings, "private": True, "tags": []}
+                self._answer(about)
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
+            if (files := self._files(found[1], found[2])) is not None:
+                self._tree(files, found[3] or "")
+        elif found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
+            if (files := self._files(found[1], found[2])) is not None:
+                self._resolve(files, found[3])
         else:
             self._answer({"error": f"no such endpoint {path}"}, status=404)
 
@@ -177,11 +178,11 @@ class _Handler(BaseHTTPRequestHandler):
                 found.append(self._folder(path))
         self._answer(found)
 
-    def _tree(self, files: dict[str, bytes] | None, folder: str) -> None:
+    def _tree(self, files: dict[str, bytes], folder: str) -> None:
         prefix = f"{folder}/" if folder else ""
-        inside = sorted(name for name in files or {} if name.startswith(prefix))
-        if files is None or (folder and not inside):
-            self._missing("RepoNotFound" if files is None else "EntryNotFound")
+        inside = sorted(name for name in files if name.startswith(prefix))
+        if folder and not inside:
+            self._missing("EntryNotFound")
             return
         parts = [name.removeprefix(prefix).split("/") for name in inside]
         if parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() in ("true", "1"):
@@ -204,6 +205,18 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= {"X-Repo-Commit": self._sha(files), "ETag": f'"{self._oid(name, files[name])}"'}
         headers["Accept-Ranges"] = "bytes"
         self._send(data, "application/octet-stream", status, headers)
+
+    def _files(self, repository: str, revision: str | None) -> dict[str, bytes] | None:
+        """Return the files at a branch, tag or commit; answer that there is none, and return None."""
+        if repository not in self.hub.repositories:
+            self._missing("RepoNotFound")
+            return None
+        named = {"main": self.hub.repositories[repository]}
+        named |= {tag: files for (name, tag), files in self.hub.revisions.items() if name == repository}
+        named |= {self._sha(files): files for files in list(named.values())}
+        if (revision or "main") not in named:
+            self._missing("RevisionNotFound")
+        return named.get(revision or "main")
 
     @staticmethod
     def _oid(name: str, data: bytes) -> str:
