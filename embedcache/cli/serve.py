@@ -1,14 +1,19 @@
 """embedcache serve"""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from embedcache.cli.options import Concepts, Device, IndexArgument, Json, with_settings
 from embedcache.devices import AUTO
 from embedcache.errors import SettingError
+from embedcache.search.settings import MOVED_CACHE, MOVED_RUN
 from embedcache.serve.settings import ServeSettings
+
+T = TypeVar("T")
 
 
 @with_settings(settings=ServeSettings)
@@ -19,11 +24,11 @@ def serve(
     ] = None,
     run: Annotated[
         list[Path] | None,
-        typer.Option(metavar="RUN", help="Where the run of the index is, if it has moved."),
+        typer.Option(metavar=MOVED_RUN["metavar"], help=MOVED_RUN["help"]),
     ] = None,
     cache: Annotated[
         list[str] | None,
-        typer.Option(metavar="CACHE", help="Where the cache of the index is, if it has moved."),
+        typer.Option(metavar=MOVED_CACHE["metavar"], help=MOVED_CACHE["help"]),
     ] = None,
     concepts: Concepts = None,
     coverage: Annotated[
@@ -55,17 +60,12 @@ def serve(
     from embedcache.serve.service import ServePaths
 
     indexes = [index] if other is None else [index, other]
-    for name, moved in (("run", run), ("cache", cache)):
-        if len(moved or ()) > len(indexes):
-            raise SettingError(f"{name}: expected at most one per index, got {len(moved or ())} for {len(indexes)}")
-    runs, caches = [*(run or ()), None, None], [*(cache or ()), None, None]
-    paths = [
-        ServePaths(
-            index=index, run=runs[0], cache=caches[0], coverage=coverage, concepts=concepts, selections=selection or ()
-        )
+    moved = zip(indexes, _per_index("run", run, indexes), _per_index("cache", cache, indexes), strict=True)
+    first, *others = [
+        ServePaths(index=path, run=its_run, cache=its_cache, selections=selection or ())
+        for path, its_run, its_cache in moved
     ]
-    if other is not None:
-        paths.append(ServePaths(index=other, run=runs[1], cache=caches[1], selections=selection or ()))
+    paths = [replace(first, coverage=coverage, concepts=concepts), *others]
     progress = open_progress()
 
     def announce(line: str) -> None:
@@ -80,3 +80,11 @@ def serve(
 
     with suppress(KeyboardInterrupt):  # Ctrl-C ends the server
         run_server(paths, settings, device=device, progress=progress, print_line=announce)
+
+
+def _per_index(option: str, moved: Sequence[T] | None, indexes: Sequence[Path]) -> list[T | None]:
+    """Return the value of an option for each index, None for the others."""
+    values = list(moved or ())
+    if len(values) > len(indexes):
+        raise SettingError(f"{option}: expected at most one per index, got {len(values)} for {len(indexes)}")
+    return [*values, *[None] * (len(indexes) - len(values))]

@@ -234,21 +234,7 @@ def measure_coverage(
     """
     settings = replace_flat(settings or CoverageSettings(), options)
     progress = to_progress(progress)
-    if settings.modality == "both":
-        raise SettingError("modality: expected image or text, got both; use measure_coverage_by_modality for both")
-    pool = Vectors(
-        cache_path,
-        settings.modality,
-        settings.feature,
-        settings.run,
-        settings.language,
-        device=settings.device,
-    )
-    if settings.k > len(pool.rows):
-        raise SettingError(
-            f"k: expected 1 to {len(pool.rows)}, the number of {noun(pool.modality)} of {pool.cache.path} with "
-            f"{pool.feature.name}, got {settings.k}"
-        )
+    pool = _open_pool(cache_path, settings)
     is_selected_N = _is_selected(pool, settings.selection)
     concepts = open_concepts(Cache(concepts_path), pool, label=settings.label)
     background = estimate_background(concepts.vectors, pool.sample(max(SAMPLE, settings.k)), settings.k)
@@ -284,6 +270,26 @@ def measure_coverage(
         overlaps=_overlaps(pool_counts.counts, partial.shared, nearest, cosines),
         index=card,
     )
+
+
+def _open_pool(cache_path: AnyPath, settings: CoverageSettings) -> Vectors:
+    """Open the vectors of the items, and check the settings that depend on them."""
+    if settings.modality == "both":
+        raise SettingError("modality: expected image or text, got both; use measure_coverage_by_modality for both")
+    pool = Vectors(
+        cache_path,
+        settings.modality,
+        settings.feature,
+        settings.run,
+        settings.language,
+        device=settings.device,
+    )
+    if settings.k > len(pool.rows):
+        raise SettingError(
+            f"k: expected 1 to {len(pool.rows)}, the number of {noun(pool.modality)} of {pool.cache.path} with "
+            f"{pool.feature.name}, got {settings.k}"
+        )
+    return pool
 
 
 def _is_selected(pool: Vectors, selection: Path | str | None) -> Bools | None:

@@ -1,6 +1,6 @@
 """Speech recognition: word and character error rates of runs, per view of the sound, with intervals and controls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from embedcache.networks.ctc import WordTime, word_times
 from embedcache.networks.recognition import check_decoder, recognize, to_text
 from embedcache.networks.saved import ModuleConfig, load_module, read_module_config
 from embedcache.networks.settings import DecodingSettings
-from embedcache.networks.speech import SpeechNetwork
+from embedcache.networks.speech import EncodedSpeech, SpeechNetwork
 from embedcache.networks.transcripts import encode_transcript
 from embedcache.progress import NullProgress, Progress
 from embedcache.store.cache import Cache
@@ -168,8 +168,7 @@ def evaluate_speech(
     found: dict[str, Recognized] = {}
     references = [to_text(symbols) for symbols in utterances.symbols]
     for view in decoded:
-        hypotheses: list[str] = []
-        for encoded in encode_utterances(
+        batches = encode_utterances(
             network,
             utterances,
             views={"audio": view} if "audio" in used else None,
@@ -178,10 +177,8 @@ def evaluate_speech(
             is_encoded=is_encoded,
             batch_size=batch_size,
             device=place,
-        ):
-            hypotheses += [to_text(best.symbols) for best in recognize(network, encoded, decoding)]
-            progress.advance(len(encoded.frames_BTP))
-        found[view] = count_errors(references, hypotheses)
+        )
+        found[view] = count_errors(references, _recognize_batches(network, batches, decoding, progress))
     progress.finish()
     return SpeechReport(
         run_path=Path(run_path),
@@ -190,16 +187,29 @@ def evaluate_speech(
         decoding=decoding,
         keys=utterances.keys,
         references=references,
-        clusters=(
-            word_clusters(utterances)
-            if clusters is None
-            else WordClusters("clusters", clusters_of_words(clusters, references))
-        ),
+        clusters=_open_clusters(utterances, clusters, references),
         views={view: found.get(view, found[decoded[0]]) for view in views},
         num_left_out=0,
         is_shuffled=videos_of is not None,
         was_seen=any(map(utterances.cache.info.has_rows_of, config.index_digest.split("+"))),
     )
+
+
+def _recognize_batches(
+    network: SpeechNetwork, batches: Iterable[EncodedSpeech], decoding: DecodingSettings, progress: Progress
+) -> list[str]:
+    """Return the recognized text of each utterance."""
+    hypotheses: list[str] = []
+    for encoded in batches:
+        hypotheses += [to_text(best.symbols) for best in recognize(network, encoded, decoding)]
+        progress.advance(len(encoded.frames_BTP))
+    return hypotheses
+
+
+def _open_clusters(utterances: Utterances, clusters: Ints | None, references: Sequence[str]) -> WordClusters:
+    if clusters is None:
+        return word_clusters(utterances)
+    return WordClusters("clusters", clusters_of_words(clusters, references))
 
 
 @torch.no_grad()

@@ -258,33 +258,23 @@ def _fit(
     on_epoch: OnEpoch | None,
 ) -> tuple[AlignedPair, TrainReport]:
     pairs = data.pairs(settings.language)
-    path = split_path(run_path)
-
-    def make_split() -> None:
-        if not path.is_file():  # a resumed run has one
-            if (kept := run_selection_path(run_path, settings.selection)) and settings.selection_path:
-                write_atomic(kept, settings.selection_path.read_bytes())
-            write_split(path, data.split(pairs, settings.split, progress=progress))
-
-    run_on_first(make_split)
-    split = read_split(path, data.caches)
+    run_on_first(lambda: _make_split(data, pairs, run_path, settings, progress))
+    split = read_split(split_path(run_path), data.caches)
     views = parse_views(settings.views)
     training = _shuffled_control(_training_pairs(data, pairs, split, settings), settings)
     validation = _shuffled_control(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
-        raise DataError(f"validation part of {path}: expected samples with both features, got none; check --language")
+        raise DataError(
+            f"validation part of {split_path(run_path)}: expected samples with both features, got none; "
+            "check --language"
+        )
     drawn = [
         data.draw_views(modality, views[modality], settings.seed) if modality in views else None
         for modality in data.sides
     ]
     negatives = _hard_negatives(data, training, settings, progress)
     batches, device = _batches(training, settings, drawn, negatives), settings.machine.device
-    with seeded(settings.seed, device):
-        pair = build(config, dropout=settings.model.dropout).to(device)
-    parts = pair_parts(pair)
-    sources = find_sources(settings.parts.init_from, parts)
-    initialize(pair, training, data.readers, _initialization(pair, settings, sources), seed=settings.seed)
-    load_parts(pair, parts, sources)
+    pair = _build_pair(config, data, training, settings)
     size = count_cost(config, {modality: feature.item_shape for modality, feature in data.features.items()})
     first, second = data.readers.values()
     load = PairLoader(drawn[0] or first, drawn[1] or second, device=device)
@@ -304,7 +294,7 @@ def _fit(
         seed=settings.seed,
         run_path=run_path,
         progress=progress,
-        trainable=parse_trainable(settings.parts.trainable, parts),
+        trainable=parse_trainable(settings.parts.trainable, pair_parts(pair)),
         on_epoch=on_epoch,
     ).fit()
     counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
@@ -321,6 +311,27 @@ def _fit(
         wait_fraction=result.wait_fraction,
         num_held_out=_count_held_out(data, split, settings),
     )
+
+
+def _make_split(data: TrainData, pairs: Pairs, run_path: Path, settings: TrainSettings, progress: Progress) -> None:
+    """Write the split of a run and a copy of its selection, unless an interrupted run did."""
+    path = split_path(run_path)
+    if path.is_file():
+        return
+    if (kept := run_selection_path(run_path, settings.selection)) and settings.selection_path:
+        write_atomic(kept, settings.selection_path.read_bytes())
+    write_split(path, data.split(pairs, settings.split, progress=progress))
+
+
+def _build_pair(config: PairConfig, data: TrainData, training: Pairs, settings: TrainSettings) -> AlignedPair:
+    """Build the pair on its device, initialize it on the training pairs, and load parts of other runs."""
+    with seeded(settings.seed, settings.machine.device):
+        pair = build(config, dropout=settings.model.dropout).to(settings.machine.device)
+    parts = pair_parts(pair)
+    sources = find_sources(settings.parts.init_from, parts)
+    initialize(pair, training, data.readers, _initialization(pair, settings, sources), seed=settings.seed)
+    load_parts(pair, parts, sources)
+    return pair
 
 
 def _initialization(pair: AlignedPair, settings: TrainSettings, sources: Mapping[str, Path]) -> ModelSettings:
