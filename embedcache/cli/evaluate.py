@@ -52,7 +52,8 @@ def retrieval(
     Example: embedcache evaluate retrieval cache/ run/ --part test --html page.html
     """
     from embedcache.cli.console import open_progress, print_table
-    from embedcache.evaluate.retrieval import compare_retrieval, rank
+    from embedcache.evaluate.ranking import rank
+    from embedcache.evaluate.retrieval import compare_retrieval
     from embedcache.evaluate.runs import load_runs
     from embedcache.reports.results import retrieval_result
     from embedcache.reports.retrieval import rank_table, retrieval_table, width_table, write_retrieval_page

@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 from embedcache.dataset.thumbnails import Thumbnails, credit
-from embedcache.evaluate.retrieval import RetrievalReport, rank
+from embedcache.evaluate.ranking import rank
+from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.evaluate.runs import load_runs
 from embedcache.reports.base import COLORS, INK, label, open_axes, svg, write_page
 from embedcache.reports.retrieval import query_sections, recall_bars, retrieval_table

@@ -9,7 +9,8 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.dataset.thumbnails import credit
-from embedcache.evaluate.retrieval import KS, Ranking, RetrievalReport
+from embedcache.evaluate.ranking import Ranking
+from embedcache.evaluate.retrieval import KS, RetrievalReport
 from embedcache.metrics.intervals import Estimate
 from embedcache.modalities import noun
 from embedcache.reports.base import (

@@ -7,7 +7,8 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from embedcache.evaluate.retrieval import RetrievalReport, rank
+from embedcache.evaluate.ranking import rank
+from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.evaluate.runs import load_runs
 from embedcache.reports.base import ItemRenderer, PageItem, Section, Table, format_count, write_report
 from embedcache.reports.retrieval import query_examples, recall_bars, retrieval_table

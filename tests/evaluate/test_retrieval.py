@@ -8,7 +8,8 @@ import pytest
 
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, FingerprintError, SettingError, UnknownNameError
-from embedcache.evaluate.retrieval import _measure, compare_retrieval, evaluate_retrieval, rank
+from embedcache.evaluate.ranking import rank
+from embedcache.evaluate.retrieval import _measure, compare_retrieval, evaluate_retrieval
 from embedcache.evaluate.runs import group_by_recipe, load_runs
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract

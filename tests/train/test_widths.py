@@ -13,7 +13,8 @@ from torch.nn.functional import normalize
 
 from embedcache.arrays import normalize as to_unit
 from embedcache.errors import SettingError
-from embedcache.evaluate.retrieval import evaluate_retrieval, rank
+from embedcache.evaluate.ranking import rank
+from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.metrics.ranking import best_ranks
