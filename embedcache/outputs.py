@@ -55,6 +55,21 @@ def check_output(path: Path, *, overwrite: bool = True) -> None:
         raise PathError(f"{path}: expected a new file, got one that exists; name another file, or add --overwrite")
 
 
+def check_table_output(name: str, path: Path) -> None:
+    """Check that an output ends in `.parquet`, and may be written there as by `check_output`.
+
+    Args:
+        name: name of the output in the error, such as `scores`.
+        path: the file.
+
+    Raises:
+        PathError: the path has another suffix, or is a file that embedcache did not write.
+    """
+    if path.suffix != ".parquet":
+        raise PathError(f"{name} {path}: expected a path that ends in .parquet, got {path.suffix or 'no suffix'}")
+    check_output(path)
+
+
 @contextmanager
 def new_output(path: Path) -> Iterator[Path]:
     """Create a temporary local path whose file becomes the output `path` after the block; see `check_output`.

@@ -18,7 +18,7 @@ from embedcache.arrays import Bools, Floats, Ints, blocks, concatenated_ranges
 from embedcache.curate.counting import open_index
 from embedcache.curate.settings import NegativesSettings
 from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
-from embedcache.dataset.negatives import NegativesBlock, check_negatives_path, write_negatives
+from embedcache.dataset.negatives import NegativesBlock, write_negatives
 from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
@@ -27,6 +27,7 @@ from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import note_duration, top_k
+from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import PairConfig, read_config, split_path
 from embedcache.search.vectors import Vectors
@@ -108,7 +109,7 @@ def mine_negatives(
     """
     settings = replace_flat(settings or NegativesSettings(), options)
     out_path, progress = Path(out_path), to_progress(progress)
-    check_negatives_path(out_path)
+    check_table_output("negatives", out_path)
     is_named = feature is not None or image_feature is not None or text_feature is not None
     named = name_features(image_feature, text_feature, feature) if is_named else None
     mining = _Mining(cache_path, settings, named, progress)

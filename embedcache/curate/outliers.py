@@ -15,10 +15,11 @@ from embedcache.curate.score import best_per_sample
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.settings import OutlierSettings, SelectSettings
 from embedcache.dataset.labels import has_label, read_labels
-from embedcache.dataset.scores import check_scores_path, write_scores
+from embedcache.dataset.scores import write_scores
 from embedcache.errors import DataError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
+from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
@@ -184,7 +185,7 @@ def find_outliers(
     settings, progress = replace_flat(settings or OutlierSettings(), options), to_progress(progress)
     out_path = None if out_path is None else Path(out_path)
     if out_path is not None:
-        check_scores_path(out_path)
+        check_table_output("scores", out_path)
     cache = Cache(cache_path)
     modality = choose_modality(cache, settings.modality)
     vectors = Vectors(cache_path, modality, settings.feature, settings.run, device=settings.device)

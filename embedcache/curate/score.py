@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from embedcache.arrays import Array, Floats, Ints, blocks, check_finite, normalize
 from embedcache.curate.settings import ScoreSettings
 from embedcache.dataset.inputs import to_inputs
-from embedcache.dataset.scores import check_scores_path, write_scores
+from embedcache.dataset.scores import write_scores
 from embedcache.devices import torch_device
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
+from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import load_pair, project
 from embedcache.provenance import digest_file
@@ -121,7 +122,7 @@ def score(
     """
     out_path, progress = Path(out_path), to_progress(progress)
     settings = from_flat(ScoreSettings, options) if settings is None else replace_flat(settings, options)
-    check_scores_path(out_path)
+    check_table_output("scores", out_path)
     vectors = Vectors(cache_path, settings.modality, settings.feature, settings.run, device=settings.device)
     if settings.weights is not None:
         head = read_head(settings.weights, vectors.width, fold_layers=settings.fold_layers)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, Floats, Ints
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
 from embedcache.files import AnyPath
-from embedcache.outputs import check_output, new_output, read_metadata, to_metadata
+from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.store.cache import Cache
 from embedcache.store.tables import open_table
 
@@ -50,13 +50,6 @@ class NegativesBlock(NamedTuple):
 
     negatives_BK: Array
     scores_BK: Floats
-
-
-def check_negatives_path(path: Path) -> None:
-    """Check that a path ends in `.parquet`, and that there is no file but an output of embedcache."""
-    if path.suffix != ".parquet":
-        raise PathError(f"negatives {path}: expected a path that ends in .parquet, got {path.suffix or 'no suffix'}")
-    check_output(path)
 
 
 def write_negatives(

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Floats
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
-from embedcache.outputs import check_output, new_output, read_metadata, to_metadata
+from embedcache.outputs import check_table_output, new_output, read_metadata, to_metadata
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table, write_table
@@ -26,13 +26,6 @@ class Score(NamedTuple):
     values: Floats
 
 
-def check_scores_path(path: Path) -> None:
-    """Check that a path ends in `.parquet`, and that there is no file but an output of embedcache."""
-    if path.suffix != ".parquet":
-        raise PathError(f"scores {path}: expected a path that ends in .parquet, got {path.suffix or 'no suffix'}")
-    check_output(path)
-
-
 def write_scores(
     path: Path, cache: Cache, columns: Mapping[str, "Floats | pa.Array"], metadata: Mapping[str, Any]
 ) -> None:
@@ -46,7 +39,7 @@ def write_scores(
     Raises:
         PathError: the path does not end in `.parquet`, or is a file that embedcache did not write.
     """
-    check_scores_path(path)
+    check_table_output("scores", path)
     arrays = {
         name: pa.array(values, pa.float32(), from_pandas=True) if isinstance(values, np.ndarray) else values
         for name, values in columns.items()

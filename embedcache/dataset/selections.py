@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from embedcache.arrays import Ints
 from embedcache.dataset.splits import check_split, warn_removed
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
-from embedcache.outputs import check_output, new_output, read_metadata, to_metadata
+from embedcache.outputs import check_table_output, new_output, read_metadata, to_metadata
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
 from embedcache.store.removed import read_removed
@@ -33,9 +33,7 @@ def check_selection_path(path: Path) -> None:
 
     `read_selection` reads a file of any other name as a list of keys.
     """
-    if path.suffix != ".parquet":
-        raise PathError(f"selection {path}: expected a path that ends in .parquet, got {path.suffix or 'no suffix'}")
-    check_output(path)
+    check_table_output("selection", path)
 
 
 def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Mapping[str, Any]) -> None:
