@@ -59,8 +59,9 @@ def extract(
     from embedcache.extract.extract import extract as extract_features
     from embedcache.extract.plan import plan as plan_extraction
     from embedcache.extract.repair import retry_failed as retry_failed_items
+    from embedcache.reports.summary import caption_error_lines
     from embedcache.sources import open_source
-    from embedcache.store.cache import Cache, caption_error_lines
+    from embedcache.store.cache import Cache
 
     if retry_failed and (plan or settings.extend):
         other = "--plan" if plan else "--extend"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,7 +15,9 @@ from embedcache.files import folder_bytes, open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.outputs import read_metadata, read_report_json
 from embedcache.provenance import fields_of, read_json, read_stage, recognize
-from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
+from embedcache.store.cache import Cache
+from embedcache.store.commits import REMOVED
+from embedcache.store.feature import Feature
 from embedcache.store.tables import open_table, read_table
 from embedcache.units import format_bytes, metric_label
 
@@ -56,8 +59,9 @@ def _summarize_cache(path: Path) -> Summary:
         inputs = ", ".join(f"{modality} {name}" for modality, name in feature.group.inputs)
         origin = f"{feature.group.spec}, from {inputs}" if inputs else feature.group.spec
         notes += [f"{feature.name}: {origin}", *failure_lines(cache, feature)]
-    rows = [describe_feature(feature) for feature in features]
-    disk = _disk_use(cache, [int(row[-1].replace(",", "")) for row in rows])
+    num_bytes = [folder_bytes(feature.group.path / feature.feature) for feature in features]
+    rows = [describe_feature(*described) for described in zip(features, num_bytes, strict=True)]
+    disk = _disk_use(cache, num_bytes)
     return Summary(
         kind="cache",
         lines=[describe_cache(cache), _disk_line(disk), *caption_error_lines(cache)],
@@ -79,14 +83,92 @@ def _summarize_cache(path: Path) -> Summary:
                     "num_chunks": len(feature.commits),
                     "num_committed": sum(commit is not None for commit in feature.commits),
                     "num_failed": len(feature.failed[0]),
-                    "num_bytes": int(row[-1].replace(",", "")),
+                    "num_bytes": on_disk,
                 }
-                for feature, row in zip(features, rows, strict=True)
+                for feature, row, on_disk in zip(features, rows, num_bytes, strict=True)
             ],
             "num_removed": cache.info.removed.get("num_samples", 0),
             "num_bytes": disk,
         },
     )
+
+
+def describe_cache(cache: Cache) -> str:
+    """Return one line with the number of samples and items, the source and the chunk size."""
+    items = ", ".join(f"{count:,} {noun(modality)}" for modality, count in cache.info.num_items.items())
+    source = f"{cache.info.source.get('type')} {cache.info.source.get('path', '')}".strip()
+    removed = f" ({cache.info.removed['num_samples']:,} removed)" if cache.info.removed else ""
+    return (
+        f"{cache.path}: {cache.info.num_samples:,} samples{removed} with {items}, from {source}; "
+        f"chunks of {cache.info.chunk_size:,}, format {cache.info.format}"
+    )
+
+
+def caption_error_lines(cache: Cache, *, num_shown: int = 5) -> list[str]:
+    """Return lines about the samples whose captions cannot be read; empty if there are none."""
+    if "caption_error" not in cache.columns:
+        return []
+    rows = np.flatnonzero(cache.column("caption_error").is_valid())
+    if not len(rows):
+        return []
+    lines = [f"{len(rows):,} samples have captions that cannot be read; they count as samples without captions"]
+    errors = cache.column("caption_error")
+    lines += [f"  key {cache.key(row)}: {errors[row].as_py()}" for row in rows[:num_shown].tolist()]
+    return [*lines, f"  … and {len(rows) - num_shown:,} more"] if len(rows) > num_shown else lines
+
+
+def describe_feature(feature: Feature, num_bytes: int) -> list[str]:
+    """Return the name, modality, shape, dtype, committed chunks, failed items and bytes on disk of a feature."""
+    committed = [commit for commit in feature.commits if commit is not None]
+    shape = " × ".join("any" if size < 0 else f"{size:,}" for size in feature.shape)
+    return [
+        feature.name,
+        feature.modality,
+        shape,
+        feature.dtype,
+        f"{len(committed)}/{len(feature.commits)}",
+        f"{len(feature.failed[0]):,}",
+        f"{num_bytes:,}",
+    ]
+
+
+def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list[str]:
+    """Return lines about failed items: for each kind of reason, most frequent first, some of the items.
+
+    Reads the rows of one chunk of the item table per item shown.
+    """
+    rows, reasons = feature.failed
+    kinds = pc.replace_substring_regex(reasons, "(?s):.*", "")
+    counts = sorted(pc.value_counts(kinds).to_pylist(), key=lambda entry: -entry["counts"])
+    lines = []
+    for kind, count in (entry.values() for entry in counts):
+        if kind == REMOVED:
+            lines.append(f"  {count:,} removed")
+            continue
+        lines.append(f"  {count:,} failed: {kind}")
+        members = np.flatnonzero(pc.equal(kinds, kind))[:num_shown]
+        shown = zip(rows[members].tolist(), reasons.take(pa.array(members)).to_pylist(), strict=True)
+        lines += [f"    {_describe_item(cache, feature, row)}: {reason}" for row, reason in shown]
+        if count > num_shown:
+            lines.append(f"    … and {count - num_shown:,} more")
+    return lines
+
+
+def _describe_item(cache: Cache, feature: Feature, row: int) -> str:
+    chunk, offset = divmod(row, cache.info.chunk_size)
+    item = cache.items(feature.modality, chunk=chunk).slice(offset, 1).to_pylist()[0]
+    path = f", {item['path']}" if "path" in item else ""
+    return f"row {row}, key {cache.key(item['sample'])}{path}{_describe_interval(item)}"
+
+
+def _describe_interval(item: Mapping[str, Any]) -> str:
+    bounds = [item.get("start_s"), item.get("stop_s")]
+    if bounds == [None, None]:
+        return ""
+    start, stop = (
+        word if bound is None else f"{bound:g} s" for bound, word in zip(bounds, ("start", "end"), strict=True)
+    )
+    return f", {start} to {stop}"
 
 
 def _disk_use(cache: Cache, feature_bytes: Sequence[int]) -> dict[str, int]:

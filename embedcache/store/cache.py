@@ -1,4 +1,4 @@
-"""An open cache: its tables, its features by name, and a description of its content."""
+"""An open cache: its tables, and its features by name."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Bools, Ints, blocks
 from embedcache.errors import CorruptError, UnknownNameError
-from embedcache.files import AnyPath, folder_bytes, open_path
+from embedcache.files import AnyPath, open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.registry import require, unknown_name
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.checksums import BLOCK, check_rows, find_changed
-from embedcache.store.commits import REMOVED
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, read_info, samples_path
@@ -350,81 +348,3 @@ class Cache:
             return message
         known = ", ".join(f"{other}={feature.name}" for other, feature in others)
         return f"{message}; or name others with --feature MODALITY=NAME, one of: {known}"
-
-
-def describe_cache(cache: Cache) -> str:
-    """Return one line with the number of samples and items, the source and the chunk size."""
-    items = ", ".join(f"{count:,} {noun(modality)}" for modality, count in cache.info.num_items.items())
-    source = f"{cache.info.source.get('type')} {cache.info.source.get('path', '')}".strip()
-    removed = f" ({cache.info.removed['num_samples']:,} removed)" if cache.info.removed else ""
-    return (
-        f"{cache.path}: {cache.info.num_samples:,} samples{removed} with {items}, from {source}; "
-        f"chunks of {cache.info.chunk_size:,}, format {cache.info.format}"
-    )
-
-
-def caption_error_lines(cache: Cache, *, num_shown: int = 5) -> list[str]:
-    """Return lines about the samples whose captions cannot be read; empty if there are none."""
-    if "caption_error" not in cache.columns:
-        return []
-    rows = np.flatnonzero(cache.column("caption_error").is_valid())
-    if not len(rows):
-        return []
-    lines = [f"{len(rows):,} samples have captions that cannot be read; they count as samples without captions"]
-    errors = cache.column("caption_error")
-    lines += [f"  key {cache.key(row)}: {errors[row].as_py()}" for row in rows[:num_shown].tolist()]
-    return [*lines, f"  … and {len(rows) - num_shown:,} more"] if len(rows) > num_shown else lines
-
-
-def describe_feature(feature: Feature) -> list[str]:
-    """Return the name, modality, shape, dtype, committed chunks, failed items and bytes on disk of a feature."""
-    committed = [commit for commit in feature.commits if commit is not None]
-    shape = " × ".join("any" if size < 0 else f"{size:,}" for size in feature.shape)
-    return [
-        feature.name,
-        feature.modality,
-        shape,
-        feature.dtype,
-        f"{len(committed)}/{len(feature.commits)}",
-        f"{len(feature.failed[0]):,}",
-        f"{folder_bytes(feature.group.path / feature.feature):,}",
-    ]
-
-
-def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list[str]:
-    """Return lines about failed items: for each kind of reason, most frequent first, some of the items.
-
-    Reads the rows of one chunk of the item table per item shown.
-    """
-    rows, reasons = feature.failed
-    kinds = pc.replace_substring_regex(reasons, "(?s):.*", "")
-    counts = sorted(pc.value_counts(kinds).to_pylist(), key=lambda entry: -entry["counts"])
-    lines = []
-    for kind, count in (entry.values() for entry in counts):
-        if kind == REMOVED:
-            lines.append(f"  {count:,} removed")
-            continue
-        lines.append(f"  {count:,} failed: {kind}")
-        members = np.flatnonzero(pc.equal(kinds, kind))[:num_shown]
-        shown = zip(rows[members].tolist(), reasons.take(pa.array(members)).to_pylist(), strict=True)
-        lines += [f"    {_describe_item(cache, feature, row)}: {reason}" for row, reason in shown]
-        if count > num_shown:
-            lines.append(f"    … and {count - num_shown:,} more")
-    return lines
-
-
-def _describe_item(cache: Cache, feature: Feature, row: int) -> str:
-    chunk, offset = divmod(row, cache.info.chunk_size)
-    item = cache.items(feature.modality, chunk=chunk).slice(offset, 1).to_pylist()[0]
-    path = f", {item['path']}" if "path" in item else ""
-    return f"row {row}, key {cache.key(item['sample'])}{path}{_describe_interval(item)}"
-
-
-def _describe_interval(item: Mapping[str, Any]) -> str:
-    bounds = [item.get("start_s"), item.get("stop_s")]
-    if bounds == [None, None]:
-        return ""
-    start, stop = (
-        word if bound is None else f"{bound:g} s" for bound, word in zip(bounds, ("start", "end"), strict=True)
-    )
-    return f", {start} to {stop}"

@@ -9,8 +9,9 @@ import pytest
 from embedcache.errors import MissingExtraError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.reports.summary import describe_cache, describe_feature, failure_lines
 from embedcache.sources import SourceSettings, open_source
-from embedcache.store.cache import Cache, describe_cache, describe_feature, failure_lines
+from embedcache.store.cache import Cache
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
@@ -29,7 +30,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 def test_describe(cache: Cache) -> None:
     assert "20 samples with 20 images, 20 texts" in describe_cache(cache)
-    assert describe_feature(cache.feature("image"))[:6] == ["open_toy/cls", "image", "20 × 48", "float16", "5/5", "7"]
+    assert describe_feature(cache.feature("image"), 0)[:6] == [
+        "open_toy/cls",
+        "image",
+        "20 × 48",
+        "float16",
+        "5/5",
+        "7",
+    ]
 
 
 def test_failure_lines_read_single_chunks(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
