@@ -15,7 +15,8 @@ from embedcache.files import open_path
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.commits import Commit, read_commit, write_commit
 from embedcache.store.layout import commit_path, items_path
-from embedcache.store.tables import TableWriter, open_table
+from embedcache.store.table_writer import TableWriter
+from embedcache.store.tables import open_table
 
 _NUM_ROWS, _WIDTH, _NUM_RANDOM, _COMMIT_ROWS = 16_384, 64, 32, 2_048
 _ROW_BYTES = 2 * _WIDTH

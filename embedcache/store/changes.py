@@ -13,7 +13,8 @@ from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.layout import CacheInfo
 from embedcache.store.removed import RemovedSamples, read_removed
-from embedcache.store.tables import BATCH, digest_input, read_samples
+from embedcache.store.table_writer import BATCH, digest_input
+from embedcache.store.tables import read_samples
 
 
 @dataclass(kw_only=True)

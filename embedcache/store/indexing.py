@@ -34,7 +34,8 @@ from embedcache.store.layout import (
     samples_path,
     write_info,
 )
-from embedcache.store.tables import BATCH, ITEM_SCHEMAS, TableWriter, digest_input, item_tables
+from embedcache.store.table_writer import BATCH, TableWriter, digest_input
+from embedcache.store.tables import ITEM_SCHEMAS, item_tables
 
 _CACHE_FILES = {LOCK, "cache.json", "mending.json", "removed.parquet", "samples.parquet", *ITEM_SCHEMAS}
 

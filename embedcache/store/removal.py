@@ -44,7 +44,7 @@ from embedcache.store.removed import (
     read_removed_file,
     write_removed,
 )
-from embedcache.store.tables import TableWriter
+from embedcache.store.table_writer import TableWriter
 from embedcache.store.verify import check_tables
 from embedcache.store.writer import chunk_files, write_feature_chunk
 

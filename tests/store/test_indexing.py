@@ -10,7 +10,7 @@ from embedcache.progress import NullProgress
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
-from embedcache.store.tables import digest_input
+from embedcache.store.table_writer import digest_input
 
 
 @dataclass

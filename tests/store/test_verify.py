@@ -12,7 +12,7 @@ from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.store.tables import TableWriter
+from embedcache.store.table_writer import TableWriter
 from embedcache.store.verify import verify
 from tests.extract.cases import tree
 from tests.images import write_images

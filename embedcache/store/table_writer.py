@@ -1,0 +1,301 @@
+"""Writing the sample and item tables of a cache: from a source's samples, or as a copy of those of a cache."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from json import JSONEncoder
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from embedcache.arrays import Ints
+from embedcache.errors import CorruptError, SourceError
+from embedcache.modalities import FILE_MODALITIES, MODALITIES
+from embedcache.sources.base import FileItem, Sample
+from embedcache.store.checksums import BLOCK, TableChecksums
+from embedcache.store.layout import items_path, samples_path
+from embedcache.store.tables import ITEM_SCHEMAS, TableDigest, item_tables, open_table, read_table
+
+_ALWAYS = ("image", "text")
+"""Modalities whose item table always exists; those of the others are written if a sample has such items."""
+_OTHERS = tuple(modality.name for modality in FILE_MODALITIES if modality.name not in _ALWAYS)
+BATCH = BLOCK
+_JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+class TableWriter:
+    """Writer of the sample and item tables of a cache to a new local folder; a row group holds one chunk of items.
+
+    Memory: the keys, to check that they are unique, and a batch.
+    """
+
+    def __init__(self, folder: Path, chunk_size: int) -> None:
+        self.num_samples = 0
+        self._samples = _SampleWriter(samples_path(folder))
+        self._folder, self._chunk_size = folder, chunk_size
+        self._items: dict[str, _ItemWriter] = {}
+        for modality in _ALWAYS:
+            self._writer(modality)
+
+    def copy(
+        self,
+        cache_path: Path,
+        num_samples: int,
+        relocated: Mapping[str, Mapping[int, FileItem]],
+        checksums: Mapping[str, Mapping[str, str]],
+        *,
+        removed: Ints | None = None,
+    ) -> None:
+        """Copy the first samples of a cache's tables; some rows of a modality have a new location of their bytes.
+
+        `checksums` are those of the tables: the copy of a damaged table would be called intact. `removed` are rows of
+        samples of which nothing is copied but that they exist. Raises `CorruptError`.
+        """
+        removed = np.empty(0, np.int64) if removed is None else removed
+        old = TableChecksums(BLOCK)
+        with open_table(samples_path(cache_path)) as file:
+            is_longer = file.metadata.num_rows > num_samples  # by an --extend that was killed: columns may be wider
+            for batch in file.iter_batches(BATCH, use_threads=False):
+                rows = pa.table(batch).slice(0, num_samples - self._samples.num_rows)
+                old.update(rows)
+                self._samples.write(_without_samples(rows, self._samples.num_rows, removed))
+        _check_copy(old, {} if is_longer else checksums.get("samples", {}), samples_path(cache_path))
+        for modality in item_tables(cache_path):
+            writer, moved, old = self._writer(modality), relocated.get(modality, {}), TableChecksums(self._chunk_size)
+            with open_table(items_path(cache_path, modality)) as file:
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group, use_threads=False)
+                    table = table.filter(pc.less(table["sample"], num_samples))
+                    old.update(table)
+                    writer.write(_relocate(_without_items(table, removed), writer.num_rows, moved))
+            _check_copy(old, checksums.get(modality, {}), items_path(cache_path, modality))
+        self.num_samples = num_samples
+
+    def add(self, batch: Sequence[Sample]) -> None:
+        """Append samples."""
+        self._samples.write(_sample_table(batch))
+        named = {name for sample in batch for name, items in sample.files.items() if items}
+        for modality in (*_ALWAYS, *(name for name in _OTHERS if name in named)):
+            self._writer(modality).write(_item_table(batch, modality, self.num_samples))
+        self.num_samples += len(batch)
+
+    def _writer(self, modality: str) -> "_ItemWriter":
+        if modality not in self._items:
+            path = items_path(self._folder, modality)
+            self._items[modality] = _ItemWriter(path, ITEM_SCHEMAS[modality], self._chunk_size)
+        return self._items[modality]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of the keys and of the items of each modality."""
+        items = {name: self._items[name].digest.hexdigest() for name in self._with_rows()}
+        return {"samples": self._samples.digest.hexdigest(), **items}
+
+    @property
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """Checksums of the columns of the finished tables, by blocks of rows."""
+        items = {name: self._items[name].checksums.close() for name in self._with_rows()}
+        return {"samples": self._samples.checksums.close(), **items}
+
+    def close(self) -> dict[str, int]:
+        """Finish the tables; return modality -> number of items.
+
+        Raises:
+            SourceError: a key is not unique, or a column has incompatible types.
+        """
+        for writer in self._items.values():
+            writer.close()
+        self._samples.close()
+        return {name: self._items[name].num_rows for name in self._with_rows()}
+
+    def _with_rows(self) -> list[str]:
+        return [name for name in MODALITIES if name in self._items and self._items[name].num_rows]
+
+
+def digest_input(batch: Sequence[Sample]) -> bytes:
+    """Return samples as lines of canonical JSON, the input of the index digest.
+
+    A line has a fifth element only if the sample has items of other modalities than image and text, and an item only
+    has five elements if it is an interval.
+
+    Raises:
+        SourceError: text that is not Unicode.
+    """
+    lines = []
+    for sample in batch:
+        images = [[item.path, item.offset, item.length] for item in sample.images]
+        texts = [[item.text, item.language] for item in sample.texts]
+        others = {name: [_location(item) for item in items] for name, items in sample.files.items() if items}
+        line = _JSON.encode([sample.key, images, texts, dict(sample.columns), *([others] if others else [])])
+        try:
+            lines.append(f"{line}\n".encode())
+        except UnicodeEncodeError as error:
+            raise SourceError(
+                f"sample {sample.key!r} holds text that is not valid Unicode: {error.reason}; correct the source"
+            ) from error
+    return b"".join(lines)
+
+
+def _location(item: FileItem) -> list[str | int | float | None]:
+    interval = [item.start_s, item.stop_s]
+    return [item.path, item.offset, item.length, *(interval if interval != [None, None] else [])]
+
+
+def _check_copy(copied: TableChecksums, written: Mapping[str, str], path: Path) -> None:
+    found = copied.close()
+    changed = [name for name, checksums in written.items() if found.get(name) != checksums]
+    if changed:
+        raise CorruptError(
+            f"{path}: column {changed[0]!r} has changed since it was written; restore the file, or extract into a new "
+            "folder"
+        )
+
+
+class _SampleWriter:
+    """Writer of each batch to a file of its own until all columns are known."""
+
+    def __init__(self, path: Path) -> None:
+        self.num_rows = 0
+        self.digest = TableDigest()
+        self.checksums = TableChecksums(BLOCK)
+        self._path = path
+        self._keys: list[pa.ChunkedArray] = []
+        self._schemas: list[pa.Schema] = []
+
+    def write(self, rows: pa.Table) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(rows, self._spool(len(self._keys)))
+        self._keys.append(rows["key"])
+        self.digest.update(rows.select(["key"]))
+        self._schemas.append(rows.schema)
+        self.num_rows += len(rows)
+
+    def close(self) -> None:
+        _check_unique(pa.chunked_array([chunk for keys in self._keys for chunk in keys.chunks], pa.string()))
+        try:
+            schema = pa.unify_schemas(self._schemas, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise SourceError(f"a column of the source changes its type between samples: {error}") from error
+        with pq.ParquetWriter(self._path, schema) as writer:
+            for number in range(len(self._keys)):
+                rows = [schema.empty_table(), read_table(self._spool(number))]
+                table = pa.concat_tables(rows, promote_options="permissive")
+                writer.write_table(table, row_group_size=BATCH)
+                self.checksums.update(table)
+                self._spool(number).unlink()
+
+    def _spool(self, number: int) -> Path:
+        return self._path.with_name(f"samples-{number:05d}.parquet")
+
+
+class _ItemWriter:
+    def __init__(self, path: Path, schema: pa.Schema, chunk_size: int) -> None:
+        path.parent.mkdir(parents=True)
+        self.num_rows = 0
+        self.digest = TableDigest()
+        self.checksums = TableChecksums(chunk_size)
+        self._writer = pq.ParquetWriter(path, schema)
+        self._schema = schema
+        self._chunk_size = chunk_size
+        self._buffer: pa.Table = schema.empty_table()
+
+    def write(self, rows: pa.Table) -> None:
+        self.num_rows += len(rows)
+        self.digest.update(rows)
+        rows = rows.cast(self._schema)
+        self.checksums.update(rows)
+        buffered = pa.concat_tables([self._buffer, rows])
+        num_full = len(buffered) // self._chunk_size * self._chunk_size
+        if num_full:
+            self._writer.write_table(buffered.slice(0, num_full), row_group_size=self._chunk_size)
+        self._buffer = buffered.slice(num_full).combine_chunks()
+
+    def close(self) -> None:
+        if len(self._buffer):
+            self._writer.write_table(self._buffer, row_group_size=self._chunk_size)
+        self._writer.close()
+
+
+def _item_table(batch: Sequence[Sample], modality: str, first: int) -> pa.Table:
+    schema = ITEM_SCHEMAS[modality]
+    is_text = MODALITIES[modality].kind == "texts"
+    items: list[Sequence[Any]] = [sample.texts if is_text else sample.items_in_files(modality) for sample in batch]
+    rows = [row for row, sample_items in enumerate(items, first) for _ in sample_items]
+    columns = ([getattr(item, name) for group in items for item in group] for name in schema.names[1:])
+    return pa.table([rows, *columns], schema=schema)
+
+
+def _sample_table(batch: Sequence[Sample]) -> pa.Table:
+    columns: dict[str, list[Any]] = defaultdict(lambda: [None] * len(batch))
+    for row, sample in enumerate(batch):
+        for name, value in sample.columns.items():
+            columns[name][row] = value
+    arrays = {name: _column(values) for name, values in sorted(columns.items()) if name != "key"}
+    return pa.table({"key": pa.array([sample.key for sample in batch], pa.string()), **arrays})
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types: keep them as text
+        return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def _without_samples(table: pa.Table, first_row: int, removed: Ints) -> pa.Table:
+    """Replace the keys of removed samples, and their other columns by null."""
+    rows = removed[(removed >= first_row) & (removed < first_row + len(table))] - first_row
+    if not len(rows):
+        return table
+    is_removed, keys = np.zeros(len(table), bool), np.full(len(table), None)
+    is_removed[rows], keys[rows] = True, [removed_key(first_row + row) for row in rows.tolist()]
+    mask, nulls = pa.array(is_removed), {field.name: pa.scalar(None, field.type) for field in table.schema}
+    columns = {name: pc.if_else(mask, null, table[name]) for name, null in nulls.items() if name != "key"}
+    return pa.table({"key": pc.if_else(mask, pa.array(keys, pa.string()), table["key"]), **columns}, table.schema)
+
+
+def removed_key(row: int) -> str:
+    """Return the key in the place of that of a removed sample."""
+    return f"removed-{row}"
+
+
+_NOTHING = {"path": "", "offset": 0, "length": 0, "text": ""}
+"""Values of the columns of a removed item that cannot be null; all others become null."""
+
+
+def _without_items(table: pa.Table, removed: Ints) -> pa.Table:
+    """Blank all columns of the items of removed samples, except `sample`."""
+    is_removed = np.isin(table["sample"].to_numpy(), removed)
+    if not is_removed.any():
+        return table
+    mask = pa.array(is_removed)
+    columns = {
+        field.name: pc.if_else(mask, pa.scalar(_NOTHING.get(field.name), field.type), table[field.name])
+        for field in table.schema
+        if field.name != "sample"
+    }
+    return pa.table({"sample": table["sample"], **columns}, table.schema)
+
+
+def _relocate(table: pa.Table, first_row: int, relocated: Mapping[int, FileItem]) -> pa.Table:
+    new_items = {row - first_row: item for row, item in relocated.items() if first_row <= row < first_row + len(table)}
+    for name in ("offset", "length") if new_items else ():
+        values = table[name].to_pylist()
+        for row, item in new_items.items():
+            values[row] = getattr(item, name)
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.int64()))
+    return table
+
+
+def _check_unique(keys: pa.ChunkedArray) -> None:
+    counts = pc.value_counts(keys)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        key = repeated[0]["values"].as_py()
+        rows = pc.indices_nonzero(pc.equal(keys, key)).to_pylist()
+        raise SourceError(
+            f"keys must be unique; {key!r} is the key of rows {rows[0]} and {rows[1]} ({len(repeated)} such keys); "
+            "rename a file (a.jpg and a.png have the same key), or choose another --key-column"
+        )
