@@ -203,8 +203,8 @@ def add_noise(samples_N: Floats, tape_M: Floats, snr_db: float) -> Floats:
     """Add noise from a tape to a recording x: x + n sqrt(Σx² / (10^(SNR/10) Σn²)), (N,) float32.
 
     Where the noise n begins in the tape follows from the recording's own samples, so that it is the same at every level
-    and on every run. A tape that ends goes on at its beginning; a silent stretch of it is left out. Sums are over the
-    whole recording. Nothing is clipped: at low ratios values exceed 1.
+    and on every run. A shorter tape is repeated, without its silent stretches. Sums are over the whole recording.
+    Nothing is clipped: at low ratios values exceed 1.
 
     Raises:
         ItemError: the recording is silent, so that it has no signal-to-noise ratio.

@@ -71,7 +71,7 @@ class OpenmojiSource:
         """Draw one image as a PNG of 256 x 256 pixels."""
         glyph = self._font.glyph(_emoji_of(item.path))
         if glyph is None:
-            raise ItemError(f"this version of OpenMoji has no picture {item.path}")
+            raise ItemError(f"this version of OpenMoji has no image {item.path}")
         out = io.BytesIO()
         self._font.draw(glyph).save(out, "PNG", compress_level=1, compress_type=_ZLIB_RLE)
         return out.getvalue()

@@ -72,7 +72,7 @@ class IdxSource:
         except (SourceError, PathError) as error:
             raise ItemError(str(error)) from None
         if not 0 <= item.offset < len(images_NHW):
-            raise ItemError(f"{item.path} has no picture {item.offset}, but {len(images_NHW):,}")
+            raise ItemError(f"{item.path}: expected an image below {len(images_NHW):,}, got {item.offset}")
         out = io.BytesIO()
         Image.fromarray(images_NHW[item.offset]).save(out, "PNG", compress_level=0)
         return out.getvalue()

@@ -31,7 +31,7 @@ _NEXT_STEPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What a tracker is told about a run.
+    """Description of a run for its trackers.
 
     Args:
         path: folder of the run, as the user named it.
@@ -81,7 +81,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Several trackers as one. One that fails while training goes on is dropped, with a warning.
+    """Several trackers as one. One that fails during training is dropped, with a warning.
 
     Args:
         names: their names, see `TRACKERS`.

@@ -151,7 +151,7 @@ def test_missing_files_raise(tmp_path: Path) -> None:
 
 def test_missing_image_raises_item_error(tmp_path: Path) -> None:
     source = open_source(write_idx(tmp_path))
-    with pytest.raises(ItemError, match="has no picture 5, but 5"):
+    with pytest.raises(ItemError, match="expected an image below 5, got 5"):
         source.read(FileItem(path="train-images-idx3-ubyte", offset=5))
     (tmp_path / "train-images-idx3-ubyte").unlink()
     again = open_source(tmp_path)
