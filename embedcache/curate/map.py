@@ -161,21 +161,26 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
     nearest = [_nearest(rows_N, np.concatenate(cosines), clusters_N == number) for number in range(len(kept_C))]
     hits = [index.hits.read(np.zeros(len(rows), np.float32), rows) for rows in nearest]
     names = name_clusters(hits) if named is None else _nearest_names(named, centroids_CP[kept_C])
-    centers = [np.median(points_N2[clusters_N == number], axis=0).tolist() for number in range(len(kept_C))]
-    described = [
-        Cluster(name=name, size=size, x=x, y=y, nearest=rows.tolist(), question=_question(shown))
-        for name, size, (x, y), rows, shown in zip(
-            names, np.bincount(clusters_N).tolist(), centers, nearest, hits, strict=True
-        )
-    ]
     return IndexMap(
         rows=rows_N,
         points=points_N2,
         clusters_N=clusters_N,
-        clusters=described,
+        clusters=_describe_clusters(points_N2, clusters_N, names, nearest, hits),
         projection=projection,
         seed=settings.seed,
     )
+
+
+def _describe_clusters(
+    points_N2: Floats, clusters_N: Ints, names: Sequence[str], nearest: Sequence[Ints], hits: Sequence[Sequence[Hit]]
+) -> list[Cluster]:
+    """Return the clusters, given for each one its name, and the rows and hits of the items nearest its centroid."""
+    centers = [np.median(points_N2[clusters_N == number], axis=0).tolist() for number in range(len(names))]
+    sizes = np.bincount(clusters_N).tolist()
+    return [
+        Cluster(name=name, size=size, x=x, y=y, nearest=rows.tolist(), question=_question(shown))
+        for name, size, (x, y), rows, shown in zip(names, sizes, centers, nearest, hits, strict=True)
+    ]
 
 
 def write_map(index: OpenIndex, computed: IndexMap) -> None:
