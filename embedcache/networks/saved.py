@@ -13,7 +13,15 @@ from torch import nn
 
 from embedcache.devices import announce_device
 from embedcache.errors import ArtifactError, CorruptError, DataError, one_line
-from embedcache.projectors.saved import RUN_FORMAT, config_path, is_pair, read_run, save_weights, split_path
+from embedcache.projectors.saved import (
+    CONFIG_NAMES,
+    RUN_FORMAT,
+    config_path,
+    is_pair,
+    read_run,
+    save_weights,
+    split_path,
+)
 from embedcache.provenance import digest_file, fields_of, from_record, to_record, write_record
 from embedcache.registry import Registry, names_from
 
@@ -27,13 +35,6 @@ NETWORKS = Registry(
     group="embedcache.networks",
 )
 """Modules by name. One of your own needs no entry: its kind is `module:attribute`."""
-_STORED_NAMES = {
-    "index_digest": "spine",
-    "file_digests": "given",
-    "split_digest": "split",
-    "weights_digest": "weights",
-}
-"""Field of `ModuleConfig` -> key in `config.json`, where they differ; as in format 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +97,13 @@ class ModuleConfig:
         """Return the JSON values of `config.json`."""
         trainable = None if self.trainable is None else list(self.trainable)
         sides = {name: side.to_json() for name, side in self.sides.items()}
-        return {**to_record(self, _STORED_NAMES), "sides": sides, "trainable": trainable}
+        return {**to_record(self, CONFIG_NAMES), "sides": sides, "trainable": trainable}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ModuleConfig":
         """Build a config from the values of `to_json`."""
         sides = {name: ModuleInput.from_json(side) for name, side in values["sides"].items()}
-        return cls(**{**from_record(values, _STORED_NAMES), "sides": sides})
+        return cls(**{**from_record(values, CONFIG_NAMES), "sides": sides})
 
 
 def build_module(config: ModuleConfig) -> nn.Module:

@@ -4,7 +4,7 @@ This module is the only one that knows the keys of `config.json`.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,24 +19,33 @@ from embedcache.devices import announce_device
 from embedcache.errors import CorruptError, DataError
 from embedcache.files import replacing
 from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.provenance import DIGEST, check_same, digest_file, fields_of, read_manifest, write_record
+from embedcache.provenance import (
+    DIGEST,
+    check_same,
+    digest_file,
+    fields_of,
+    from_record,
+    read_manifest,
+    to_record,
+    write_record,
+)
 from embedcache.registry import names_from
 
 RUN_FORMAT = 2
 """Newest format of a run: 1 is an aligned pair of images and texts, 2 any other pair or module."""
 CHANGED_CONFIG = f"restore the file, or remove its last key, {DIGEST}, if you have changed it yourself"
 """What to do about a `config.json` that differs from its digest."""
-
-_FORMAT_1 = ("image", "text")
-_PAIR = "pair"
-_BLOCK = 8192
-_STORED_NAMES = {
+CONFIG_NAMES = {
     "index_digest": "spine",
     "file_digests": "given",
     "split_digest": "split",
     "weights_digest": "weights",
 }
-"""Field of `PairConfig` -> key in `config.json`, where they differ."""
+"""Field of the config of a run -> key in `config.json`, where they differ, as in format 1."""
+
+_FORMAT_1 = ("image", "text")
+_PAIR = "pair"
+_BLOCK = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +94,7 @@ class PairConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON values of `config.json`: of format 1 for images and texts, else of format 2."""
-        values = {_STORED_NAMES.get(name, name): value for name, value in asdict(self).items()}
+        values = to_record(self, CONFIG_NAMES)
         sides = values.pop("sides")
         head = {name: values.pop(name) for name in ("projector", "shared_width")}
         if self.modalities == _FORMAT_1:
@@ -96,8 +105,9 @@ class PairConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "PairConfig":
         """Build a config from the values of `to_json`."""
-        names = {stored: name for name, stored in _STORED_NAMES.items()}
-        fields = {names.get(key, key): value for key, value in values.items() if key not in ("format", "kind")}
+        fields = from_record(values, CONFIG_NAMES)
+        for name in ("format", "kind"):
+            fields.pop(name, None)
         stored = fields.pop("sides") if "sides" in fields else {name: fields.pop(name) for name in _FORMAT_1}
         sides = {
             modality: TowerInput(**{name: value for name, value in side.items() if name != "modality"})

@@ -1,7 +1,7 @@
 """Train a pair of projectors on cached features, into a run folder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from embedcache.projectors.saved import (
     save_pair,
     split_path,
 )
-from embedcache.provenance import digest, digest_file, record_stage
+from embedcache.provenance import digest, digest_file, from_record, record_stage, to_record
 from embedcache.settings import replace_flat
 from embedcache.train.batches import Batches, Loader, PairLoader
 from embedcache.train.checkpoint import finish_run, name_device, reuse_run, start_run
@@ -104,13 +104,12 @@ class TrainReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values under the names of `record.json`."""
-        return {_STORED_NAMES.get(name, name): value for name, value in asdict(self).items()}
+        return to_record(self, _STORED_NAMES)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainReport":
         """Build a report from the values of `to_json`."""
-        names = {stored: name for name, stored in _STORED_NAMES.items()}
-        return cls(**{names.get(key, key): value for key, value in values.items()})
+        return cls(**from_record(values, _STORED_NAMES))
 
 
 def train(
