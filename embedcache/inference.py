@@ -30,26 +30,26 @@ from embedcache.transcription.model import SpeechModel, load_speech
 
 
 @overload
-def load(run_path: AnyPath, *, kind: Literal["pair"] | None = None, device: str = AUTO) -> "Model": ...
+def load(run: AnyPath, *, kind: Literal["pair"] | None = None, device: str = AUTO) -> "Model": ...
 
 
 @overload
-def load(run_path: AnyPath, *, kind: Literal["speech"], device: str = AUTO) -> SpeechModel: ...
+def load(run: AnyPath, *, kind: Literal["speech"], device: str = AUTO) -> SpeechModel: ...
 
 
 @overload
-def load(run_path: AnyPath, *, kind: Literal["likelihood"], device: str = AUTO) -> LikelihoodModel: ...
+def load(run: AnyPath, *, kind: Literal["likelihood"], device: str = AUTO) -> LikelihoodModel: ...
 
 
 def load(
-    run_path: AnyPath, *, kind: Literal["pair", "speech", "likelihood"] | None = None, device: str = AUTO
+    run: AnyPath, *, kind: Literal["pair", "speech", "likelihood"] | None = None, device: str = AUTO
 ) -> "Model | SpeechModel | LikelihoodModel":
     """Load a trained run: an aligned pair of `train_projectors`, or a run of `train_speech` or `train_likelihood`.
 
     Encoders are opened on first use, so a model that only embeds texts never loads the image encoder.
 
     Args:
-        run_path: folder of the run.
+        run: folder of the run.
         kind: expected kind of the run, `pair`, `speech` or `likelihood`; None: any. What a folder holds is unknown to
             type checkers: they take the result for the `Model` of a pair, unless another kind is given.
         device: torch device of encoders and projectors, or `auto`, the first of `cuda`, `mps` and `cpu` that this
@@ -64,19 +64,19 @@ def load(
         CorruptError: the weights do not match the config.
         SettingError: the device does not exist.
     """
-    run_path = Path(run_path)
-    values = read_run(run_path)
+    run = Path(run)
+    values = read_run(run)
     found = "pair" if is_pair(values) else str(values.get("kind"))
     found = "likelihood" if found == "shared" else found
     if kind is not None and found != kind:
-        raise DataError(f"{run_path}: expected a run of kind {kind}, got one of kind {found}")
+        raise DataError(f"{run}: expected a run of kind {kind}, got one of kind {found}")
     if found == "speech":
-        return load_speech(run_path, device=device)
+        return load_speech(run, device=device)
     if found == "likelihood":
-        return load_likelihood(run_path, device=device)
+        return load_likelihood(run, device=device)
     device = str(torch_device(device))
-    pair, config = load_pair(run_path, device=device)
-    return Model(pair, config, run_path=run_path, device=device)
+    pair, config = load_pair(run, device=device)
+    return Model(pair, config, run_path=run, device=device)
 
 
 class Model:

@@ -227,39 +227,48 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
 
 
 NO_OPTIONS = {"trust", "config", "as_json", "output", "html", "image_folder", "overwrite", "quiet", "verbose"}
-OF_QUERIES = {"query_image", "query_key", "query_concept", "query_vectors", "concepts"}
+OF_QUERIES = {"query", "query_image", "query_key", "query_concept", "query_vectors", "concepts"}
 COMMANDS: dict[str, tuple[str, str, set[str]]] = {
     "extract": ("extract_features", "ExtractSettings SourceSettings", {"plan", "retry_failed", "source_type"}),
     "verify": ("verify_cache", "VerifySettings", set()),
     "sweep": ("sweep_projectors", "SweepSettings", set()),
     "search": ("search_index", "SearchSettings", OF_QUERIES),
     "evaluate retrieval": ("compare_retrieval", "RetrievalSettings", set()),
-    "evaluate zero-shot": ("compare_zero_shot", "ZeroShotSettings", {"prompts"}),
+    "evaluate zero-shot": ("compare_zero_shot", "ZeroShotSettings", set()),
     "evaluate probe": ("evaluate_probe", "ProbeSettings", set()),
     "evaluate pairs": ("evaluate_pairs", "PairsSettings", set()),
-    "curate index": ("build_index", "IndexSettings", set()),
+    "curate index": ("build_index", "IndexSettings", {"out"}),  # its metavar is INDEX
     "curate coverage": ("measure_coverage", "CoverageSettings", set()),
     "curate select": ("select_samples", "SelectSettings", set()),
     "curate dedup": ("remove_duplicates", "DedupSettings", set()),
-    "curate leaks": ("find_leaks", "LeakSettings", set()),
+    "curate leaks": ("find_leaks", "LeakSettings", {"out"}),
     "export onnx": ("export_run", "ExportSettings", set()),
     "export parquet": ("export_vectors", "VectorExportSettings", set()),
     "export atlas": ("export_vectors", "AtlasSettings", set()),
     "import npy": ("import_vectors", "ImportSettings", {"image_file", "text_file", "table"}),
 }
-"""Command -> its function, the settings that the function's options are from, and options that it takes otherwise."""
+"""Command -> its function, the settings that the function's options are from, and words that it takes otherwise."""
+NOT_CALLED = {embedcache.Model, embedcache.SpeechModel, embedcache.LikelihoodModel, embedcache.EmbedcacheError}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_options_of_commands_are_options_of_functions(command: str) -> None:
+def test_words_of_commands_are_words_of_functions(command: str) -> None:
     function, kinds, others = COMMANDS[command]
     found: Any = typer.main.get_command(app)
     for word in command.split():
         found = found.commands[word]
-    options = {option.name for option in found.params if option.param_type_name == "option"} - NO_OPTIONS
+    words = {word.name for word in found.params} - NO_OPTIONS
     names = {item.name for kind in kinds.split() for item in flat_settings(getattr(embedcache, kind))}
-    assert options - others <= names | set(signature(getattr(embedcache, function)).parameters)
-    assert others <= options
+    parameters = set(signature(getattr(embedcache, function)).parameters)
+    assert not parameters & names  # else an option could not be given beside its settings
+    assert words - others <= names | parameters
+    assert others <= words - parameters
+
+
+def test_public_parameters_are_words_of_commands() -> None:
+    public = {getattr(embedcache, name) for name in embedcache.__all__} - NOT_CALLED
+    names = {name for member in public if callable(member) for name in signature(member).parameters}
+    assert not {name for name in names if name.endswith(("_path", "_paths"))}
 
 
 def test_options_are_those_of_the_command_line(image_folder: Path, tmp_path: Path) -> None:

@@ -184,8 +184,8 @@ class CoverageReport:
 
 
 def measure_coverage_by_modality(
-    cache_path: AnyPath,
-    concepts_path: AnyPath,
+    cache: AnyPath,
+    concepts: AnyPath,
     settings: CoverageSettings | None = None,
     *,
     progress: AnyProgress = None,
@@ -199,12 +199,12 @@ def measure_coverage_by_modality(
         by_modality = [images, replace(settings, modality="text")]
     else:
         by_modality = [settings]
-    return {each.modality: measure_coverage(cache_path, concepts_path, each, progress=progress) for each in by_modality}
+    return {each.modality: measure_coverage(cache, concepts, each, progress=progress) for each in by_modality}
 
 
 def measure_coverage(
-    cache_path: AnyPath,
-    concepts_path: AnyPath,
+    cache: AnyPath,
+    concepts: AnyPath,
     settings: CoverageSettings | None = None,
     *,
     progress: AnyProgress = None,
@@ -218,8 +218,8 @@ def measure_coverage(
     position above a threshold.
 
     Args:
-        cache_path: cache of the items.
-        concepts_path: cache of prompts, or of labeled examples; see `open_concepts`.
+        cache: cache of the items.
+        concepts: cache of prompts, or of labeled examples; see `open_concepts`.
         settings: modality, feature, thresholds, and what to keep.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
@@ -234,31 +234,31 @@ def measure_coverage(
     """
     settings = replace_flat(settings or CoverageSettings(), options)
     progress = to_progress(progress)
-    pool = _open_pool(cache_path, settings)
+    pool = _open_pool(cache, settings)
     is_selected_N = _is_selected(pool, settings.selection)
-    concepts = open_concepts(Cache(concepts_path), pool, label=settings.label)
-    background = estimate_background(concepts.vectors, pool.sample(max(SAMPLE, settings.k)), settings.k)
+    opened = open_concepts(Cache(concepts), pool, label=settings.label)
+    background = estimate_background(opened.vectors, pool.sample(max(SAMPLE, settings.k)), settings.k)
     thresholds = background.thresholds(settings.deviations)
     if settings.threshold is not None:
         thresholds = np.full_like(thresholds, settings.threshold)
     nearest, cosines = top_k(
-        concepts.vectors, concepts.vectors, min(_NUM_NEAREST, len(concepts.names) - 1), exclude_self=True
+        opened.vectors, opened.vectors, min(_NUM_NEAREST, len(opened.names) - 1), exclude_self=True
     )
     counter = CoverageCounter(
-        concepts.vectors,
+        opened.vectors,
         thresholds_C=thresholds,
         floors_C=background.floors,
         nearest_CJ=nearest,
         k=settings.k,
         is_selected_N=is_selected_N,
     )
-    partial, card = _count(pool, counter, concepts.vectors, settings, progress)
+    partial, card = _count(pool, counter, opened.vectors, settings, progress)
     scores, rows = partial.top.table()
-    _check_any_covered(partial, scores, thresholds, concepts, pool)
+    _check_any_covered(partial, scores, thresholds, opened, pool)
     pool_counts, *others = _concept_counts(partial, pool, settings.selection)
     return CoverageReport(
         pool=pool,
-        concepts=concepts,
+        concepts=opened,
         settings=settings,
         background=background,
         thresholds=thresholds,

@@ -134,7 +134,7 @@ class DedupReport:
 
 
 def analyze(
-    cache_path: AnyPath, settings: DedupSettings | None = None, *, progress: AnyProgress = None, **options: Any
+    cache: AnyPath, settings: DedupSettings | None = None, *, progress: AnyProgress = None, **options: Any
 ) -> DedupAnalysis:
     """Compare the items of a cache; `DedupAnalysis.levels` returns what each cosine would remove.
 
@@ -153,12 +153,12 @@ def analyze(
             f"OUT: expected a .parquet file for the samples that stay, because {given} removes the others, got none; "
             f"add it after the cache, or omit {given} to get a report"
         )
-    return _compare(cache_path, settings, LEVELS, progress)
+    return _compare(cache, settings, LEVELS, progress)
 
 
 def dedup(
-    cache_path: AnyPath,
-    out_path: AnyPath,
+    cache: AnyPath,
+    out: AnyPath,
     settings: DedupSettings | None = None,
     *,
     progress: AnyProgress = None,
@@ -170,8 +170,8 @@ def dedup(
     that stays. Samples without a usable item stay. The selection is written last.
 
     Args:
-        cache_path: path or URL of the cache.
-        out_path: a `.parquet` file.
+        cache: path or URL of the cache.
+        out: a `.parquet` file.
         settings: the limit, `cosine` or `copies_only`, and how items are compared.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
@@ -184,24 +184,24 @@ def dedup(
     """
     settings = replace_flat(settings or DedupSettings(), options)
     progress = to_progress(progress)
-    out_path, cosine = Path(out_path), settings.cosine
+    out, cosine = Path(out), settings.cosine
     if cosine is None and not settings.copies_only:
         raise SettingError("expected --cosine or --copies with a file to write, got neither; give one of them")
-    removed_path = out_path.with_suffix(".removed.parquet")
-    check_selection_path(out_path)
+    removed_path = out.with_suffix(".removed.parquet")
+    check_selection_path(out)
     check_output(removed_path)
-    analysis = _compare(cache_path, settings, [] if cosine is None else [cosine], progress)
+    analysis = _compare(cache, settings, [] if cosine is None else [cosine], progress)
     _check_any_pairs(analysis, cosine)
     report = DedupReport(
         analysis=analysis,
         cosine=cosine,
         removed=analysis.removed(cosine),
-        path=out_path,
+        path=out,
         removed_path=removed_path,
     )
     _write_removed(report.removed_path, analysis.cache, report.removed)
     record = {"method": "dedup", **report.to_json()}
-    write_selection(out_path, analysis.cache, _selection(analysis, report.removed), record)
+    write_selection(out, analysis.cache, _selection(analysis, report.removed), record)
     return report
 
 

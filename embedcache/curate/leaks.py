@@ -136,8 +136,8 @@ class LeakReport:
 
 
 def find_leaks(
-    train_path: AnyPath,
-    test_path: AnyPath,
+    train: AnyPath,
+    test: AnyPath,
     settings: LeakSettings | None = None,
     *,
     progress: AnyProgress = None,
@@ -151,8 +151,8 @@ def find_leaks(
     only within clusters, and the recall is measured. Time and memory as in `embedcache.curate.closest`.
 
     Args:
-        train_path: the training cache.
-        test_path: the test cache.
+        train: the training cache.
+        test: the test cache.
         settings: limits of near-duplicates, the features to compare, whose tokens are averaged, and whether all pairs
             are compared.
         options: settings by their names on the command line, which replace those of `settings`.
@@ -165,11 +165,11 @@ def find_leaks(
         UnfinishedError: chunks of a feature are missing.
     """
     settings, progress = replace_flat(settings or LeakSettings(), options), to_progress(progress)
-    train, test = Cache(train_path), Cache(test_path)
+    train, test = Cache(train), Cache(test)
     if train.info.has_rows_of(test.info.index_digest):
         raise SettingError(
-            f"expected a training cache and another test cache, got {train_path} and {test_path}, which hold the same "
-            "samples"
+            f"expected a training cache and another test cache, got {train.path} and {test.path}, which hold "
+            "the same samples"
         )
     common = [name for name in MODALITIES if train.features(name) and test.features(name)]
     if not common:
@@ -178,8 +178,8 @@ def find_leaks(
             for cache in (train, test)
         )
         raise DataError(
-            f"expected caches with a modality in common, got features of {train_has} in {train_path} and of {test_has} "
-            f"in {test_path}"
+            f"expected caches with a modality in common, got features of {train_has} in {train.path} and of "
+            f"{test_has} in {test.path}"
         )
     return LeakReport(
         train=train, test=test, leaks=[_find_leaks(train, test, name, settings, progress) for name in common]

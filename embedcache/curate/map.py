@@ -102,14 +102,14 @@ class IndexMap:
 
 
 def build_map(
-    index_path: AnyPath, settings: MapSettings | None = None, *, progress: Progress | None = None, **options: Any
+    index: AnyPath, settings: MapSettings | None = None, *, progress: Progress | None = None, **options: Any
 ) -> IndexMap:
     """Compute the map of an index, and write it into the index's folder as `map.parquet`.
 
     Memory: 10,000 vectors as float32, a block of vectors, and 32 bytes per item of the map.
 
     Args:
-        index_path: index built by `build_index`.
+        index: index built by `build_index`.
         settings: projection, names of clusters, and where the run and the cache are if they have moved.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
@@ -122,9 +122,9 @@ def build_map(
         DataError: the concepts cannot be compared with the items.
     """
     settings = replace_flat(settings or MapSettings(), options)
-    index = OpenIndex(index_path, run_path=settings.run, cache_path=settings.cache, device=settings.device)
-    computed = compute_map(index, settings, progress=progress)
-    write_map(index, computed)
+    opened = OpenIndex(index, run=settings.run, cache=settings.cache, device=settings.device)
+    computed = compute_map(opened, settings, progress=progress)
+    write_map(opened, computed)
     return computed
 
 

@@ -74,8 +74,8 @@ class NegativesReport:
 
 
 def mine_negatives(
-    cache_path: AnyPath,
-    out_path: AnyPath,
+    cache: AnyPath,
+    out: AnyPath,
     settings: NegativesSettings | None = None,
     *,
     image_feature: str | None = None,
@@ -91,8 +91,8 @@ def mine_negatives(
     of the compared items in float32 (with an index, the index), and as in `near_duplicate_groups`.
 
     Args:
-        cache_path: the cache.
-        out_path: new `.parquet` file.
+        cache: the cache.
+        out: new `.parquet` file.
         settings: what is compared, and which neighbors count.
         image_feature: without a run, image feature of the pair to be trained; None: the only one.
         text_feature: as `image_feature`, of the captions.
@@ -104,20 +104,20 @@ def mine_negatives(
         SettingError: a modality that the pair has not, or features beside a run.
         FingerprintError: the run or the index is of another encoder's features.
         DataError: no sample has both features, or none has a negative; then nothing is written.
-        PathError: `out_path` is a file that embedcache did not write.
+        PathError: `out` is a file that embedcache did not write.
         UnknownNameError, UnfinishedError: a feature does not exist, or has missing chunks.
     """
     settings = replace_flat(settings or NegativesSettings(), options)
-    out_path, progress = Path(out_path), to_progress(progress)
-    check_table_output("negatives", out_path)
+    out, progress = Path(out), to_progress(progress)
+    check_table_output("negatives", out)
     is_named = feature is not None or image_feature is not None or text_feature is not None
     named = name_features(image_feature, text_feature, feature) if is_named else None
-    mining = _Mining(cache_path, settings, named, progress)
+    mining = _Mining(cache, settings, named, progress)
     counts = _Counts()
     values = {name: _plain(value) for name, value in asdict(settings).items() if name != "device"}
     metadata = {"task": "negatives", **values}
     parts = counts.watch(mining.blocks())
-    write_negatives(out_path, mining.cache, mining.groups_S, parts, {**metadata, "sides": mining.names})
+    write_negatives(out, mining.cache, mining.groups_S, parts, {**metadata, "sides": mining.names})
     return NegativesReport(
         num_samples=len(mining.pairs.samples),
         num_with_negatives=counts.num_with,

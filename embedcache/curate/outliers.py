@@ -157,8 +157,8 @@ class OutlierReport:
 
 
 def find_outliers(
-    cache_path: AnyPath,
-    out_path: AnyPath | None = None,
+    cache: AnyPath,
+    out: AnyPath | None = None,
     settings: OutlierSettings | None = None,
     *,
     progress: AnyProgress = None,
@@ -169,8 +169,8 @@ def find_outliers(
     Time and scratch space as in `find_near_duplicates`; memory 8 k + 200 bytes per item.
 
     Args:
-        cache_path: path or URL of the cache.
-        out_path: table of the scores to write, a `.parquet` file that `curate select --method score` reads.
+        cache: path or URL of the cache.
+        out: table of the scores to write, a `.parquet` file that `curate select --method score` reads.
         settings: what is compared, with how many neighbors.
         progress: progress in items.
         options: settings by their names on the command line, which replace those of `settings`.
@@ -183,12 +183,12 @@ def find_outliers(
         DiskFullError: the scratch file does not fit.
     """
     settings, progress = replace_flat(settings or OutlierSettings(), options), to_progress(progress)
-    out_path = None if out_path is None else Path(out_path)
-    if out_path is not None:
-        check_table_output("scores", out_path)
-    cache = Cache(cache_path)
+    out = None if out is None else Path(out)
+    if out is not None:
+        check_table_output("scores", out)
+    cache = Cache(cache)
     modality = choose_modality(cache, settings.modality)
-    vectors = Vectors(cache_path, modality, settings.feature, settings.run, device=settings.device)
+    vectors = Vectors(cache, modality, settings.feature, settings.run, device=settings.device)
     label = settings.label or (_LABEL if _LABEL in cache.columns else None)
     if label is not None:
         has_label(cache, np.empty(0, np.int64), column=label)  # raises before the work if there is no such column
@@ -203,7 +203,7 @@ def find_outliers(
     typicality_S, rows_S = _typicality(cache, copies, neighbors)
     report = OutlierReport(
         cache=cache,
-        path=out_path,
+        path=out,
         vectors=vectors,
         copies=copies,
         neighbors=neighbors,
@@ -213,8 +213,8 @@ def find_outliers(
         pair_cosines_S=_pair_cosines(vectors, progress),
         settings=settings,
     )
-    if out_path is not None:
-        _write(out_path, report)
+    if out is not None:
+        _write(out, report)
     return report
 
 

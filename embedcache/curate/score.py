@@ -96,8 +96,8 @@ class ScoreReport:
 
 
 def score(
-    cache_path: AnyPath,
-    out_path: AnyPath,
+    cache: AnyPath,
+    out: AnyPath,
     settings: ScoreSettings | None = None,
     *,
     progress: AnyProgress = None,
@@ -108,8 +108,8 @@ def score(
     One pass over the chunks, N P products. Memory: a chunk, and 20 bytes per item.
 
     Args:
-        cache_path: path or URL of the cache.
-        out_path: a `.parquet` file.
+        cache: path or URL of the cache.
+        out: a `.parquet` file.
         settings: the head or the texts, and which items are scored.
         progress: progress in items.
         options: settings by their names on the command line, which replace those of `settings`.
@@ -120,10 +120,10 @@ def score(
         CorruptError, DataError: the file of the head cannot be read, or its width is not that of the feature.
         UnknownNameError, UnfinishedError, FingerprintError: see `Vectors`.
     """
-    out_path, progress = Path(out_path), to_progress(progress)
+    out, progress = Path(out), to_progress(progress)
     settings = from_flat(ScoreSettings, options) if settings is None else replace_flat(settings, options)
-    check_table_output("scores", out_path)
-    vectors = Vectors(cache_path, settings.modality, settings.feature, settings.run, device=settings.device)
+    check_table_output("scores", out)
+    vectors = Vectors(cache, settings.modality, settings.feature, settings.run, device=settings.device)
     if settings.weights is not None:
         head = read_head(settings.weights, vectors.width, fold_layers=settings.fold_layers)
     else:
@@ -131,7 +131,7 @@ def score(
     scores_S, rows_S = _score_samples(vectors, head, settings, progress)
     report = ScoreReport(
         cache=vectors.cache,
-        path=out_path,
+        path=out,
         name=settings.column,
         modality=vectors.modality,
         feature=vectors.feature.name,
@@ -139,7 +139,7 @@ def score(
         scores_S=scores_S,
         rows_S=rows_S,
     )
-    write_scores(out_path, vectors.cache, {report.name: scores_S}, {"method": "score", **report.to_json()})
+    write_scores(out, vectors.cache, {report.name: scores_S}, {"method": "score", **report.to_json()})
     return report
 
 

@@ -102,7 +102,7 @@ class DeriveReport:
         )
 
 
-def derive(cache_path: AnyPath, derivation: Derivation, *, progress: AnyProgress = None) -> DeriveReport:
+def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = None) -> DeriveReport:
     """Compute features from other features of a cache, and store them beside these.
 
     Committed chunks are not computed again, so an interrupted derivation resumes where it stopped, several processes
@@ -118,7 +118,7 @@ def derive(cache_path: AnyPath, derivation: Derivation, *, progress: AnyProgress
         DataError: a sample has several items of another modality, or a value does not fit the declared output.
     """
     progress = to_progress(progress)
-    cache = Cache(cache_path)
+    cache = Cache(cache)
     remove_partials(cache.path)
     rule = open_rule(derivation.rule)
     inputs = [_open_input(cache, derivation, modality, name) for modality, name in derivation.inputs]
@@ -167,8 +167,8 @@ def _choose_axis(derivation: Derivation, rule: Rule, output: str, inputs: Sequen
 
 
 def derive_from_run(
-    cache_path: AnyPath,
-    run_path: AnyPath,
+    cache: AnyPath,
+    run: AnyPath,
     output: str = "projected",
     *,
     name: str | None = None,
@@ -182,8 +182,8 @@ def derive_from_run(
     """Store an output of a trained run as features of a cache.
 
     Args:
-        cache_path: cache with the features that the run reads.
-        run_path: folder of the run.
+        cache: cache with the features that the run reads.
+        run: folder of the run.
         output: for an aligned pair, `projected` (unit vectors in the shared space) or `prob` (probabilities of
             classes).
         name: name of the folder in the cache; None: `RUN-OUTPUT`.
@@ -198,7 +198,7 @@ def derive_from_run(
     Returns:
         One report per view and modality; errors are those of `derive` and `embedcache.derive.runs.open_run`.
     """
-    run, cache = Path(run_path), Cache(cache_path)
+    run, cache = Path(run), Cache(cache)
     progress = to_progress(progress)
     requests = [
         RunRequest(cache=cache, path=run, output=output, modality=modality, view=view, prompts=prompts, device=device)
@@ -217,7 +217,7 @@ def derive_from_run(
         for request in requests
         for opened in open_run(request)
     ]
-    return [derive(cache_path, derivation, progress=progress) for derivation in derivations]
+    return [derive(cache, derivation, progress=progress) for derivation in derivations]
 
 
 def derive_with_settings(

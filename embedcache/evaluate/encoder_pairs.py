@@ -126,7 +126,7 @@ class PairsReport:
 
 
 def evaluate_pairs(
-    cache_path: AnyPath, settings: PairsSettings | None = None, *, progress: AnyProgress = None, **options: Any
+    cache: AnyPath, settings: PairsSettings | None = None, *, progress: AnyProgress = None, **options: Any
 ) -> PairsReport:
     """Compare every image feature with every text feature of a cache on the same samples, without training.
 
@@ -146,7 +146,7 @@ def evaluate_pairs(
         DataError: too few samples have all features, or a feature is constant, NaN or infinite.
     """
     settings, progress = replace_flat(settings or PairsSettings(), with_split_seed(options)), to_progress(progress)
-    cache = Cache(cache_path)
+    cache = Cache(cache)
     images, skipped_images = _open_features(cache, "image", settings.image_feature)
     texts, skipped_texts = _open_features(cache, "text", settings.text_feature)
     for line in (skipped := [*skipped_images, *skipped_texts]):

@@ -119,7 +119,7 @@ class ProbeReport:
 
 
 def evaluate_probe(
-    cache_path: AnyPath, settings: ProbeSettings | None = None, *, progress: AnyProgress = None, **options: Any
+    cache: AnyPath, settings: ProbeSettings | None = None, *, progress: AnyProgress = None, **options: Any
 ) -> ProbeReport:
     """Fit classifiers on the training items of a feature, and measure them on its test items.
 
@@ -136,7 +136,7 @@ def evaluate_probe(
     """
     settings, progress = replace_flat(settings or ProbeSettings(), options), to_progress(progress)
     methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
-    data = read_labeled(Cache(cache_path), settings)
+    data = read_labeled(Cache(cache), settings)
     _check_shots(data, settings)
     data = replace(data, examples=replace(data.examples, products=products_on(settings.device)))
     if fit_knn in methods.values():

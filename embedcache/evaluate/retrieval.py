@@ -94,8 +94,8 @@ class RetrievalReport:
 
 
 def evaluate_retrieval(
-    cache_path: AnyPath,
-    run_paths: RunPaths,
+    cache: AnyPath,
+    run: RunPaths,
     settings: RetrievalSettings | None = None,
     *,
     is_control: bool = False,
@@ -109,8 +109,8 @@ def evaluate_retrieval(
     samples, and tiles of similarities.
 
     Args:
-        cache_path: the cache.
-        run_paths: one run, or seeds of one recipe.
+        cache: the cache.
+        run: one run, or seeds of one recipe.
         settings: part, language and overlap check.
         options: settings by their names on the command line, which replace those of `settings`.
         is_control: require that the runs were trained on shuffled pairs.
@@ -124,7 +124,7 @@ def evaluate_retrieval(
     """
     settings = replace_flat(settings or RetrievalSettings(), options)
     progress = to_progress(progress)
-    cache, runs = Cache(cache_path), load_runs(run_paths, is_control=is_control, device=settings.device)
+    cache, runs = Cache(cache), load_runs(run, is_control=is_control, device=settings.device)
     rankings = [rank(cache, run, settings, progress=progress) for run in runs]
     modalities = runs[0].config.modalities
     both = directions(modalities)
@@ -155,8 +155,8 @@ def evaluate_retrieval(
 
 
 def compare_retrieval(
-    cache_path: AnyPath,
-    run_paths: RunPaths,
+    cache: AnyPath,
+    run: RunPaths,
     settings: RetrievalSettings | None = None,
     *,
     control_run: RunPaths = (),
@@ -166,8 +166,8 @@ def compare_retrieval(
     """Evaluate several recipes, each in every language of the settings; seeds of one recipe are averaged.
 
     Args:
-        cache_path: the cache.
-        run_paths: runs of any recipes.
+        cache: the cache.
+        run: runs of any recipes.
         settings: part, languages and overlap check.
         options: settings by their names on the command line, which replace those of `settings`.
         control_run: runs trained on shuffled pairs.
@@ -179,13 +179,11 @@ def compare_retrieval(
     settings = replace_flat(settings or RetrievalSettings(), options)
     progress = to_progress(progress)
     reports = {}
-    for name, paths, is_control in iterate_recipes(run_paths, control_run):
+    for name, paths, is_control in iterate_recipes(run, control_run):
         for language in settings.language or ("",):
             per_language = replace(settings, language=(language,) if language else ())
             title = f"{name}, {language}" if language else name
-            reports[title] = evaluate_retrieval(
-                cache_path, paths, per_language, is_control=is_control, progress=progress
-            )
+            reports[title] = evaluate_retrieval(cache, paths, per_language, is_control=is_control, progress=progress)
     return reports
 
 

@@ -113,9 +113,9 @@ class ZeroShotReport:
 
 
 def evaluate_zero_shot(
-    cache_path: AnyPath,
-    run_paths: RunPaths,
-    prompts_path: AnyPath,
+    cache: AnyPath,
+    run: RunPaths,
+    prompts: AnyPath,
     settings: ZeroShotSettings | None = None,
     *,
     is_control: bool = False,
@@ -126,9 +126,9 @@ def evaluate_zero_shot(
     Memory: a block of images and their scores, and the prompts.
 
     Args:
-        cache_path: cache with the image feature of the runs, and labels: names of classes, or their numbers from 0.
-        run_paths: one run, or seeds of one recipe.
-        prompts_path: cache with the text feature of the runs, written by `extract prompts:…`.
+        cache: cache with the image feature of the runs, and labels: names of classes, or their numbers from 0.
+        run: one run, or seeds of one recipe.
+        prompts: cache with the text feature of the runs, written by `extract prompts:…`.
         settings: label column, part and overlap check.
         options: settings by their names on the command line, which replace those of `settings`.
         is_control: require that the runs were trained on shuffled pairs.
@@ -140,9 +140,9 @@ def evaluate_zero_shot(
         DataError: the part is empty, no image has a label, a label is not a class, or a class has no prompt.
     """
     settings = replace_flat(settings or ZeroShotSettings(), options)
-    cache, prompts_cache = Cache(cache_path), Cache(prompts_path)
-    runs = load_runs(run_paths, is_control=is_control, device=settings.device)
-    predictions = [classify(cache, run, prompts_cache, settings) for run in runs]
+    cache, prompts = Cache(cache), Cache(prompts)
+    runs = load_runs(run, is_control=is_control, device=settings.device)
+    predictions = [classify(cache, run, prompts, settings) for run in runs]
     first, num_classes = predictions[0], len(predictions[0].names)
     labels = np.concatenate([prediction.labels for prediction in predictions])
     ranks = np.concatenate([prediction.ranks for prediction in predictions])
@@ -168,9 +168,9 @@ def evaluate_zero_shot(
 
 
 def compare_zero_shot(
-    cache_path: AnyPath,
-    run_paths: RunPaths,
-    prompts_path: AnyPath,
+    cache: AnyPath,
+    run: RunPaths,
+    prompts: AnyPath,
     settings: ZeroShotSettings | None = None,
     *,
     control_run: RunPaths = (),
@@ -179,9 +179,9 @@ def compare_zero_shot(
     """Evaluate several recipes; seeds of one recipe are averaged.
 
     Args:
-        cache_path: cache of labeled images.
-        run_paths: runs of any recipes.
-        prompts_path: cache of prompts.
+        cache: cache of labeled images.
+        run: runs of any recipes.
+        prompts: cache of prompts.
         settings: label column, part and overlap check.
         options: settings by their names on the command line, which replace those of `settings`.
         control_run: runs trained on shuffled pairs.
@@ -190,8 +190,8 @@ def compare_zero_shot(
         Name of the recipe -> report.
     """
     return {
-        name: evaluate_zero_shot(cache_path, paths, prompts_path, settings, is_control=is_control, **options)
-        for name, paths, is_control in iterate_recipes(run_paths, control_run)
+        name: evaluate_zero_shot(cache, paths, prompts, settings, is_control=is_control, **options)
+        for name, paths, is_control in iterate_recipes(run, control_run)
     }
 
 

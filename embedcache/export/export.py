@@ -53,7 +53,7 @@ class ExportReport:
 
 
 def export_run(
-    format_name: str, run_path: AnyPath, folder: AnyPath, settings: ExportSettings | None = None, **options: Any
+    format_name: str, run: AnyPath, out: AnyPath, settings: ExportSettings | None = None, **options: Any
 ) -> ExportReport:
     """Export a run, and upload it if requested.
 
@@ -62,7 +62,7 @@ def export_run(
 
     Args:
         format_name: a name in `FORMATS`.
-        folder: a new or empty folder, or a folder with the same export.
+        out: a new or empty folder, or a folder with the same export.
         options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
@@ -75,25 +75,25 @@ def export_run(
         MissingExtraError: the other library is not installed.
     """
     settings = replace_flat(settings or ExportSettings(), options)
-    run_path, folder = Path(run_path), Path(folder)
+    run, out = Path(run), Path(out)
     if format_name not in FORMATS:
         raise unknown_name("export format", format_name, FORMATS)
-    values = {"towers": settings.towers, "final": str(folder.absolute()), "hub_name": settings.push_to_hub}
+    values = {"towers": settings.towers, "final": str(out.absolute()), "hub_name": settings.push_to_hub}
     arguments = {name: values[name] for name in FORMATS[format_name][1]}
     if settings.towers and "towers" not in arguments:
         raise SettingError(f"towers: expected false for the {format_name} format, got true")
-    run = ExportRun.open(run_path)
+    opened = ExportRun.open(run)
     metrics = None if settings.metrics is None else read_report_json(settings.metrics)
     identity = {
         "form": format_name,
-        "run": digest(read_json(config_path(run_path))),
+        "run": digest(read_json(config_path(run))),
         "metrics": digest(metrics),
         **arguments,
     }
-    differences, is_new = _existing_differences(folder, identity), False
+    differences, is_new = _existing_differences(out, identity), False
     if differences is None:
-        differences, is_new = _write(run, folder, identity, metrics, arguments), True
-    url = None if settings.push_to_hub is None else push_folder(folder, settings.push_to_hub, is_public=settings.public)
+        differences, is_new = _write(opened, out, identity, metrics, arguments), True
+    url = None if settings.push_to_hub is None else push_folder(out, settings.push_to_hub, is_public=settings.public)
     return ExportReport(differences=differences, url=url, is_new=is_new)
 
 

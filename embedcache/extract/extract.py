@@ -64,7 +64,7 @@ class EncoderReport:
 
 def extract(
     source: Source | object,
-    cache_path: AnyPath,
+    cache: AnyPath,
     *,
     image_encoder: str | Sequence[str] = (),
     text_encoder: str | Sequence[str] = (),
@@ -80,7 +80,7 @@ def extract(
 
     Args:
         source: the raw samples: a source, or what `open_source` takes.
-        cache_path: path or URL of a new folder, or of a cache of this source.
+        cache: path or URL of a new folder, or of a cache of this source.
         image_encoder: one encoder of images or several, as `family:model`.
         text_encoder: encoders of texts.
         encoder: modality -> encoders, of any modality.
@@ -102,7 +102,7 @@ def extract(
     progress = to_progress(progress)
     source, settings = open_request(source, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
-    job = open_job(source, cache_path, specs, settings=settings, progress=progress)
+    job = open_job(source, cache, specs, settings=settings, progress=progress)
     cache = Cache(job.cache)
     remove_partials(cache.path)
     job = choose_precisions(job, source, job_devices(job.settings)[0], progress=progress)

@@ -99,7 +99,7 @@ class Plan:
 
 def plan(
     source: Source | object,
-    cache_path: AnyPath,
+    cache: AnyPath,
     *,
     image_encoder: str | Sequence[str] = (),
     text_encoder: str | Sequence[str] = (),
@@ -115,7 +115,7 @@ def plan(
     progress = to_progress(progress)
     source, settings = open_request(source, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
-    job = open_job(source, cache_path, specs, settings=settings, progress=progress)
+    job = open_job(source, cache, specs, settings=settings, progress=progress)
     device = job_devices(job.settings)[0]
     precisions = plan_precisions(job, source, device)
     job = use_precisions(job, precisions)

@@ -78,7 +78,7 @@ class VerifyReport:
 
 
 def verify_cache(
-    cache_path: AnyPath, settings: VerifySettings | None = None, *, progress: AnyProgress = None, **options: Any
+    cache: AnyPath, settings: VerifySettings | None = None, *, progress: AnyProgress = None, **options: Any
 ) -> VerifyReport:
     """Check every chunk of a cache against its checksum; on request repair it and encode a sample again.
 
@@ -86,7 +86,7 @@ def verify_cache(
         FingerprintError: an encoder that is needed for a repair has changed.
         CorruptError: a table is damaged, so that nothing can be repaired.
     """
-    cache, settings = Cache(cache_path), replace_flat(settings or VerifySettings(), options)
+    cache, settings = Cache(cache), replace_flat(settings or VerifySettings(), options)
     progress = to_progress(progress)
     detected = findings = verify(cache, progress=progress)
     repaired: list[str] = []
@@ -211,7 +211,7 @@ class RetryReport:
 
 def retry_failed(
     source: Source | object,
-    cache_path: AnyPath,
+    cache: AnyPath,
     *,
     image_encoder: str | Sequence[str] = (),
     text_encoder: str | Sequence[str] = (),
@@ -228,7 +228,7 @@ def retry_failed(
     progress = to_progress(progress)
     source, settings = open_request(source, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
-    job = open_job(source, cache_path, specs, settings=settings, repair_items=True, progress=progress)
+    job = open_job(source, cache, specs, settings=settings, repair_items=True, progress=progress)
     worker = Worker(job, source=source, device=job_devices(job.settings)[0])
     reports: list[RetryReport] = []
     with record_job(worker.cache, job, "retry") as outcome, ThreadPoolExecutor(job.settings.num_threads) as executor:

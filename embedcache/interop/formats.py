@@ -81,8 +81,8 @@ class VectorExportReport:
 
 def export_vectors(
     format_name: str,
-    cache_path: AnyPath,
-    out_path: AnyPath,
+    cache: AnyPath,
+    out: AnyPath,
     settings: VectorExportSettings | AtlasSettings | None = None,
     *,
     progress: AnyProgress = None,
@@ -95,8 +95,8 @@ def export_vectors(
 
     Args:
         format_name: `clip-retrieval`, `npy`, `parquet`, or `atlas` for embedding-atlas.
-        cache_path: path or URL of the cache.
-        out_path: a new `.parquet` file for `parquet` and `atlas`, else a new folder.
+        cache: path or URL of the cache.
+        out: a new `.parquet` file for `parquet` and `atlas`, else a new folder.
         settings: `AtlasSettings` for `atlas`, else `VectorExportSettings`: features, run, selection.
         progress: progress in vectors.
         options: settings by their names on the command line, which replace those of `settings`.
@@ -116,10 +116,10 @@ def export_vectors(
     chosen = replace_flat(settings or kind(), options)
     if not isinstance(chosen, kind):
         raise SettingError(f"settings: expected {kind.__name__} for {format_name}, got {type(chosen).__name__}")
-    progress, out_path = to_progress(progress), Path(out_path)
-    export = VectorExport(cache_path, chosen.vectors if isinstance(chosen, AtlasSettings) else chosen)
+    progress, out = to_progress(progress), Path(out)
+    export = VectorExport(cache, chosen.vectors if isinstance(chosen, AtlasSettings) else chosen)
     if isinstance(chosen, AtlasSettings):
-        num_rows = write_atlas(export, out_path, chosen, progress=progress)
+        num_rows = write_atlas(export, out, chosen, progress=progress)
     else:
-        num_rows = _WRITERS[format_name](export, out_path, progress=progress)
-    return VectorExportReport(path=out_path, num_rows=num_rows, left_out=export.left_out)
+        num_rows = _WRITERS[format_name](export, out, progress=progress)
+    return VectorExportReport(path=out, num_rows=num_rows, left_out=export.left_out)

@@ -80,7 +80,7 @@ class ImportReport:
 
 def import_vectors(
     vectors: VectorImport,
-    cache_path: AnyPath,
+    cache: AnyPath,
     settings: ImportSettings | None = None,
     *,
     progress: AnyProgress = None,
@@ -103,7 +103,7 @@ def import_vectors(
     """
     progress, settings = to_progress(progress), replace_flat(settings or ImportSettings(), options)
     columns = SourceSettings(key_column=settings.key_column, caption_columns=settings.caption_columns)
-    path = open_path(cache_path)
+    path = open_path(cache)
     hashes = _hash_files(vectors, progress)
     source = _describe(vectors, hashes, settings.model, columns)
     if info_path(path).is_file():

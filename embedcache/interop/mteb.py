@@ -92,15 +92,15 @@ def write_mteb(
     return sum(written.values())
 
 
-def load_mteb(run_path: AnyPath, *, device: str = AUTO) -> "MtebModel":
+def load_mteb(run: AnyPath, *, device: str = AUTO) -> "MtebModel":
     """Open a run as a model of mteb: it encodes what a task has with the run's encoders and projectors.
 
     Raises the errors of `embedcache.load`, and `MissingExtraError` if mteb is not installed.
     """
-    model = load(run_path, kind="pair", device=device)
+    model = load(run, kind="pair", device=device)
     meta = require("mteb.models.model_meta", extra=_EXTRA)
     about = {
-        "name": f"embedcache/{Path(run_path).resolve().name}",
+        "name": f"embedcache/{Path(run).resolve().name}",
         "revision": model.config.weights_digest[:40] or None,
         "modalities": list(model.config.modalities),
         "embed_dim": model.width,

@@ -128,9 +128,9 @@ class _Parts:
 
 
 def cut_cache(
-    cache_path: AnyPath,
+    cache: AnyPath,
     selection: Path | str,
-    out_path: AnyPath,
+    out: AnyPath,
     *,
     features: str | Sequence[str] = (),
     progress: AnyProgress = None,
@@ -141,9 +141,9 @@ def cut_cache(
     not selected are left out until `--extend` adds them. Memory: the keys, and a chunk of each feature.
 
     Args:
-        cache_path: path or URL of the cache.
+        cache: path or URL of the cache.
         selection: Parquet file with a column `key`, or text file with one key per line.
-        out_path: new folder, or one in which the same call was interrupted.
+        out: new folder, or one in which the same call was interrupted.
         features: features to copy, as `encoder/feature` or `encoder`; none: all.
         progress: shows the number of items.
 
@@ -152,19 +152,19 @@ def cut_cache(
         UnfinishedError: a feature has missing chunks.
         FingerprintError: the folder holds another cache.
     """
-    cache = Cache(open_path(cache_path))
+    cache = Cache(open_path(cache))
     samples = np.setdiff1d(read_selection(selection, [cache]), cache.removed)
     if not len(samples):
         raise DataError(f"selection {selection}: expected samples of {cache.path}, got only removed ones")
     subset = {"of": cache.info.index_digest, "rows": digest(samples.tolist())}
     description = {**cache.info.source, SUBSET: subset}
     parts = _divide(cache, samples, number=None)
-    return _copy(parts, description, open_path(out_path), features, "cut", to_progress(progress))
+    return _copy(parts, description, open_path(out), features, "cut", to_progress(progress))
 
 
 def merge_caches(
-    cache_paths: Sequence[AnyPath],
-    out_path: AnyPath,
+    caches: Sequence[AnyPath],
+    out: AnyPath,
     *,
     prefix_keys: bool = False,
     features: str | Sequence[str] = (),
@@ -175,8 +175,8 @@ def merge_caches(
     Memory: the keys, and a chunk of each feature.
 
     Args:
-        cache_paths: caches of the same encoders, in the order of the new rows.
-        out_path: new folder, or one in which the same call was interrupted.
+        caches: caches of the same encoders, in the order of the new rows.
+        out: new folder, or one in which the same call was interrupted.
         prefix_keys: begin each key with the name of the folder of its cache and a slash.
         features: features to copy, as `encoder/feature` or `encoder`; none: all that every cache has.
         progress: shows the number of items.
@@ -186,21 +186,21 @@ def merge_caches(
         FingerprintError: features of one name have different fingerprints; names each field that differs.
         UnfinishedError: a feature has missing chunks.
     """
-    caches = [Cache(open_path(path)) for path in cache_paths]
-    if len(caches) < 2:
-        raise DataError(f"expected at least two caches to merge, got {len(caches)}")
-    prefixes = [f"{cache.path.name}/" if prefix_keys else "" for cache in caches]
+    opened = [Cache(open_path(path)) for path in caches]
+    if len(opened) < 2:
+        raise DataError(f"expected at least two caches to merge, got {len(opened)}")
+    prefixes = [f"{cache.path.name}/" if prefix_keys else "" for cache in opened]
     if prefix_keys and len(set(prefixes)) < len(prefixes):
         raise DataError(
             f"--prefix-keys: expected caches of different names, got {', '.join(prefixes)}; rename a folder"
         )
     if not prefix_keys:
-        _check_keys(caches)
-    own = [{name: value for name, value in cache.info.source.items() if name != SUBSET} for cache in caches]
+        _check_keys(opened)
+    own = [{name: value for name, value in cache.info.source.items() if name != SUBSET} for cache in opened]
     is_one_source = not prefix_keys and all(source == own[0] for source in own)
     parts = [
         part
-        for number, (cache, prefix) in enumerate(zip(caches, prefixes, strict=True))
+        for number, (cache, prefix) in enumerate(zip(opened, prefixes, strict=True))
         for part in _divide(
             cache,
             np.setdiff1d(np.arange(cache.info.num_samples), cache.removed),
@@ -210,9 +210,9 @@ def merge_caches(
     ]
     description = {
         **(own[0] if is_one_source else merged_description(own)),
-        SUBSET: {"of": [cache.info.index_digest for cache in caches]},
+        SUBSET: {"of": [cache.info.index_digest for cache in opened]},
     }
-    return _copy(parts, description, open_path(out_path), features, "merge", to_progress(progress))
+    return _copy(parts, description, open_path(out), features, "merge", to_progress(progress))
 
 
 def _check_keys(caches: Sequence[Cache]) -> None:

@@ -59,7 +59,7 @@ class PrunePlan:
         return [*left, *(entry.line() for entry in self.entries), total]
 
 
-def plan_prune(cache_path: AnyPath | None, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
+def plan_prune(cache: AnyPath | None, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
     """Return what `prune_cache` would delete; the arguments and errors are its own.
 
     What a killed command had begun to delete is not listed: it does not exist for any reader.
@@ -70,9 +70,9 @@ def plan_prune(cache_path: AnyPath | None, settings: PruneSettings | None = None
     entries: list[PrunedEntry] = []
     was_interrupted = False
     if settings.features or settings.records is not None:
-        if cache_path is None:
+        if cache is None:
             raise SettingError("expected a cache whose features or records to delete, got none; name it")
-        cache = Cache(open_path(cache_path))
+        cache = Cache(open_path(cache))
         for name in settings.features:
             found, was_left = _find_feature(cache, name, settings.modality)
             entries += found
@@ -84,14 +84,14 @@ def plan_prune(cache_path: AnyPath | None, settings: PruneSettings | None = None
     return PrunePlan(entries=_without_repeats(entries), was_interrupted=was_interrupted)
 
 
-def prune_cache(cache_path: AnyPath | None, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
+def prune_cache(cache: AnyPath | None, settings: PruneSettings | None = None, **options: Any) -> PrunePlan:
     """Delete features, views, old records and ONNX graphs, and return what was deleted.
 
     A feature is withdrawn from the commits of its chunks before its files are deleted, and a folder gets another name
     first, so that none is ever half there; the same call finishes one that was killed.
 
     Args:
-        cache_path: path or URL of the cache; None for ONNX graphs only.
+        cache: path or URL of the cache; None for ONNX graphs only.
         settings: what to delete.
         options: settings by name, such as `feature="open_toy/cls"`, which take precedence.
 
@@ -99,13 +99,13 @@ def prune_cache(cache_path: AnyPath | None, settings: PruneSettings | None = Non
         SettingError: nothing is named, or no cache.
         UnknownNameError: there is no feature of a name, or there are several.
     """
-    plan = plan_prune(cache_path, settings, **options)
-    if cache_path is not None:
-        cache = Cache(open_path(cache_path))
-        remove_partials(cache.path)
+    plan = plan_prune(cache, settings, **options)
+    if cache is not None:
+        opened = Cache(open_path(cache))
+        remove_partials(opened.path)
     for entry in plan.entries:
         if entry.kind == "feature":
-            _delete_feature(cache, entry)
+            _delete_feature(opened, entry)
         elif entry.kind == "encoder":
             remove_folder(entry.path)
         else:

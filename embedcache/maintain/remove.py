@@ -87,11 +87,11 @@ class RemovalReport:
 
 
 def plan_removal(
-    cache_path: AnyPath, keys: str | Sequence[str], settings: RemoveSettings | None = None, **options: Any
+    cache: AnyPath, keys: str | Sequence[str], settings: RemoveSettings | None = None, **options: Any
 ) -> RemovalPlan:
     """Return what `remove_samples` would do, which changes nothing; the arguments and errors are its own."""
     settings = replace_flat(settings or RemoveSettings(), options)
-    path = _local(cache_path)
+    path = _local(cache)
     rows, _, num_before, is_resumed = _find(path, _as_list(keys))
     num_items: dict[str, int] = {}
     num_chunks: dict[str, int] = {}
@@ -120,7 +120,7 @@ def plan_removal(
 
 
 def remove_samples(
-    cache_path: AnyPath,
+    cache: AnyPath,
     keys: str | Sequence[str],
     settings: RemoveSettings | None = None,
     *,
@@ -134,7 +134,7 @@ def remove_samples(
     `removed`. The same call finishes one that was killed. Memory: the keys, and a chunk of the features.
 
     Args:
-        cache_path: local cache.
+        cache: local cache.
         keys: one or several keys of samples; those that were removed before are passed over.
         settings: where else the samples are, and what is recorded of their keys.
         progress: shows the number of items that are written again.
@@ -149,7 +149,7 @@ def remove_samples(
     """
     settings, shown = replace_flat(settings or RemoveSettings(), options), to_progress(progress)
     keys = _as_list(keys)
-    plan = plan_removal(cache_path, keys, settings)
+    plan = plan_removal(cache, keys, settings)
     path = plan.cache
     cards = {index: _open_card(index, path) for index in settings.indexes}
     request = {"record_keys": settings.record_keys, "outputs": [str(output) for output in plan.outputs]}

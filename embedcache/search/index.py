@@ -113,8 +113,8 @@ class IndexCard:
 
 
 def build_index(
-    cache_path: AnyPath,
-    index_path: AnyPath,
+    cache: AnyPath,
+    index: AnyPath,
     settings: IndexSettings | None = None,
     *,
     progress: AnyProgress = None,
@@ -130,8 +130,8 @@ def build_index(
     Memory: the index, a chunk of the feature, and a sample to train on; with lists on disk, 256 MB of codes.
 
     Args:
-        cache_path: path or URL of the cache.
-        index_path: folder for `index.faiss` and `card.json`.
+        cache: path or URL of the cache.
+        index: folder for `index.faiss` and `card.json`.
         settings: what is indexed, and which kind of index is built.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in items.
@@ -144,31 +144,31 @@ def build_index(
         DataError: the feature has several vectors per item, or no valid item.
     """
     settings = replace_flat(settings or IndexSettings(), options)
-    index_path, progress = Path(index_path), to_progress(progress)
+    index, progress = Path(index), to_progress(progress)
     vectors = Vectors(
-        cache_path,
+        cache,
         settings.modality,
         settings.feature,
         settings.run,
         width=settings.width,
         device=settings.device,
     )
-    if not (index_path / "card.json").is_file():  # so that nothing is put into a folder of others
+    if not (index / "card.json").is_file():  # so that nothing is put into a folder of others
         _candidates(settings, len(vectors.rows), vectors.width)
         if settings.factory is not None:
             check_factory(settings.factory, vectors.width, len(vectors.rows))
         allowed = [LOCK, "card.json", *FILES]
-        prepare_folder(index_path, kind="an index", marker=LOCK, allowed=allowed)
-    with locked(index_path):
-        card = read_card(index_path) if (index_path / "card.json").is_file() else None
+        prepare_folder(index, kind="an index", marker=LOCK, allowed=allowed)
+    with locked(index):
+        card = read_card(index) if (index / "card.json").is_file() else None
         if card is not None:
-            _check_reuse(index_path, card, vectors, settings)
-        if card is None or _is_outdated(index_path, card, vectors):
-            if card is not None and not (index_path / STATE).is_file():  # else the index may be newer than its card
-                _check_files(index_path, card.checksums)
-            card = _build(index_path, vectors, card, settings, progress)
-            write_record(index_path / "card.json", to_record(card), unchecked=_UNCHECKED)
-        remove_leftovers(index_path, lists=card.lists)
+            _check_reuse(index, card, vectors, settings)
+        if card is None or _is_outdated(index, card, vectors):
+            if card is not None and not (index / STATE).is_file():  # else the index may be newer than its card
+                _check_files(index, card.checksums)
+            card = _build(index, vectors, card, settings, progress)
+            write_record(index / "card.json", to_record(card), unchecked=_UNCHECKED)
+        remove_leftovers(index, lists=card.lists)
     return card
 
 

@@ -50,7 +50,7 @@ def search(
     if not isinstance(queries, Queries):
         queries = Queries(texts=[queries] if isinstance(queries, str) else queries)
     if not isinstance(index, OpenIndex):
-        index = OpenIndex(index, run_path=settings.run, cache_path=settings.cache, device=settings.device)
+        index = OpenIndex(index, run=settings.run, cache=settings.cache, device=settings.device)
     return index.search(queries, k=settings.k, condition=settings.filter)
 
 
@@ -63,9 +63,9 @@ class OpenIndex:
     they are few.
 
     Args:
-        index_path: index built by `build_index`.
-        run_path: where the run that projected the index is now, if it has moved.
-        cache_path: where the cache is now, if it has moved.
+        index: index built by `build_index`.
+        run: where the run that projected the index is now, if it has moved.
+        cache: where the cache is now, if it has moved.
         device: device that encoders run on, and batches of 64 queries or more if FAISS can search the index there.
 
     Raises:
@@ -76,26 +76,26 @@ class OpenIndex:
 
     def __init__(
         self,
-        index_path: AnyPath,
+        index: AnyPath,
         *,
-        run_path: AnyPath | None = None,
-        cache_path: AnyPath | None = None,
+        run: AnyPath | None = None,
+        cache: AnyPath | None = None,
         device: str = AUTO,
     ) -> None:
-        self.path = Path(index_path)
+        self.path = Path(index)
         self.card = read_card(self.path)
-        if run_path is None and self.card.run is not None:
-            run_path = _require_file(self.path / self.card.run, "config.json", "run")
-        if cache_path is None and is_url(self.card.cache):
-            cache_path = self.card.cache
-        elif cache_path is None:
-            cache_path = _require_file(self.path / self.card.cache, "cache.json", "cache")
-        self.cache = Cache(cache_path)
+        if run is None and self.card.run is not None:
+            run = _require_file(self.path / self.card.run, "config.json", "run")
+        if cache is None and is_url(self.card.cache):
+            cache = self.card.cache
+        elif cache is None:
+            cache = _require_file(self.path / self.card.cache, "cache.json", "cache")
+        self.cache = Cache(cache)
         if not self.cache.info.has_rows_of(self.card.index_digest):
             raise FingerprintError(
-                f"index {self.path}: expected the samples of {cache_path}, got others; build it again"
+                f"index {self.path}: expected the samples of {self.cache.path}, got others; build it again"
             )
-        self.run_path = None if run_path is None else Path(run_path)
+        self.run_path = None if run is None else Path(run)
         self.device = device
         self.query_encoder = QueryEncoder(self.card, self.cache, self.run_path, device)
         self.filters = CacheFilters(self.cache, self.card.modality, self.run_path)

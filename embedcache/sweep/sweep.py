@@ -35,9 +35,9 @@ class SweepReport:
 
 
 def sweep(
-    cache_paths: Paths,
-    study_path: AnyPath,
-    space_path: AnyPath,
+    caches: Paths,
+    study: AnyPath,
+    space: AnyPath,
     *,
     image_feature: Names = None,
     text_feature: Names = None,
@@ -52,7 +52,7 @@ def sweep(
     Several processes with one study share its trials.
 
     Args:
-        space_path: TOML file with fixed and swept settings.
+        space: TOML file with fixed and swept settings.
         image_feature: `encoder/feature`, or several of one encoder; None if the caches have only one.
         text_feature: `encoder/feature`; None if the caches have only one.
         options: settings by their names on the command line, which replace those of `settings`.
@@ -72,16 +72,16 @@ def sweep(
     from embedcache.sweep.worker import StudyJob, run_workers, work
 
     settings = replace_flat(settings or SweepSettings(), options)
-    study_path, progress = Path(study_path), to_progress(progress)
-    space = read_space(Path(space_path))
-    make_grid_points(space, settings)  # rejects an infinite grid before a folder is created
-    memory = space.settings({}).machine.memory
-    data = open_data(cache_paths, name_features(image_feature, text_feature, None), memory_bytes=memory)
-    space = _with_block_rows(space, data)
-    with disk_errors(study_path):
-        study = open_study(study_path, data, space, settings)
-        caches = tuple(str(cache.path) for cache in data.caches)
-        job = StudyJob(caches=caches, path=study_path, study=study, space=space, settings=settings)
+    folder, progress = Path(study), to_progress(progress)
+    searched = read_space(Path(space))
+    make_grid_points(searched, settings)  # rejects an infinite grid before a folder is created
+    memory = searched.settings({}).machine.memory
+    data = open_data(caches, name_features(image_feature, text_feature, None), memory_bytes=memory)
+    searched = _with_block_rows(searched, data)
+    with disk_errors(folder):
+        opened = open_study(folder, data, searched, settings)
+        paths = tuple(str(cache.path) for cache in data.caches)
+        job = StudyJob(caches=paths, path=folder, study=opened, space=searched, settings=settings)
         trials = job.trials()
         if settings.workers > 1:
             run_workers(job, progress)
@@ -89,10 +89,10 @@ def sweep(
         work(job, data, trials, progress)
         report = SweepReport(
             findings=collect_findings(job, data, trials),
-            page_path=study_path / "report.html",
-            json_path=study_path / "report.json",
+            page_path=folder / "report.html",
+            json_path=folder / "report.json",
         )
-        with locked(study_path):
+        with locked(folder):
             write_record(report.json_path, findings_json(job, trials, report.findings))
             write_sweep_page(report.page_path, report.findings)
     return report

@@ -53,7 +53,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        cache_paths: Paths,
+        caches: Paths,
         *,
         image_feature: Names = None,
         text_feature: Names = None,
@@ -65,7 +65,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         features = name_features(image_feature, text_feature, feature)
         settings = replace_flat(SplitSettings(), options)
-        data = open_data(cache_paths, features, memory_bytes=0)
+        data = open_data(caches, features, memory_bytes=0)
         for side in (side for sides in data.sides.values() for side in sides):
             if len(np.unique(side.lengths()[side.valid])) > 1:
                 raise DataError(

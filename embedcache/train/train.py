@@ -113,8 +113,8 @@ class TrainReport:
 
 
 def train(
-    cache_paths: Paths,
-    run_path: AnyPath,
+    caches: Paths,
+    run: AnyPath,
     *,
     image_feature: Names = None,
     text_feature: Names = None,
@@ -131,8 +131,8 @@ def train(
     must call it.
 
     Args:
-        cache_paths: one cache, or several made by the same encoders.
-        run_path: folder of the run.
+        caches: one cache, or several made by the same encoders.
+        run: folder of the run.
         image_feature: `encoder/feature`, or several of one encoder, also joined by `+`; None: the only one.
         text_feature: as `image_feature`, of the captions.
         feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`.
@@ -156,15 +156,15 @@ def train(
         PROJECTORS.load(name)
     LOSSES.load(settings.loss.name)
     check_trackers(settings.machine.report_to)
-    settings = replace(settings, machine=name_device(settings.machine, Path(run_path)))
+    settings = replace(settings, machine=name_device(settings.machine, Path(run)))
     with process_group(settings.machine.device) as device:
         settings = replace(settings, machine=replace(settings.machine, device=device))
         data = open_data(
-            cache_paths,
+            caches,
             name_features(image_feature, text_feature, feature),
             memory_bytes=settings.machine.memory,
         )
-        return train_on(data, run_path, settings, progress=progress)
+        return train_on(data, run, settings, progress=progress)
 
 
 def train_on(

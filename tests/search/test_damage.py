@@ -60,7 +60,7 @@ def read_all(folder: Path) -> Iterator[bytes]:
     yield b"".join(parameter.detach().numpy().tobytes() for parameter in run.pair.parameters())
     split = read_run_split(run, cache)
     yield repr([list(values) for values in (split.keys, split.parts, split.groups, split.index_digests)]).encode()
-    index = OpenIndex(folder / "index", run_path=folder / "run", cache_path=folder / "cache")
+    index = OpenIndex(folder / "index", run=folder / "run", cache=folder / "cache")
     queries_QP = np.eye(index.card.width, dtype=np.float32)[:2]
     yield repr(index.search_vectors(queries_QP, k=5)).encode()
     yield repr(read_reasons(folder / SELECTION, cache)).encode()

@@ -189,7 +189,7 @@ def test_damaged_index_is_refused(cache_path: Path, index_path: Path, tmp_path: 
     (copy / name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     run_path = index_path / record["run"]
     with pytest.raises(CorruptError, match=rf"{name}.* build it again: embedcache curate index CACHE"):
-        OpenIndex(copy, cache_path=cache_path, run_path=run_path)
+        OpenIndex(copy, cache=cache_path, run=run_path)
 
 
 def test_format_1_opens(cache_path: Path, tmp_path: Path) -> None:

@@ -90,8 +90,8 @@ class SelectReport:
 
 
 def select(
-    cache_path: AnyPath,
-    out_path: AnyPath,
+    cache: AnyPath,
+    out: AnyPath,
     method: str,
     settings: SelectSettings | None = None,
     *,
@@ -101,8 +101,8 @@ def select(
     """Select some samples of a cache and write the selection; the same arguments give the same selection.
 
     Args:
-        cache_path: path or URL of the cache.
-        out_path: Parquet file to write, or to replace.
+        cache: path or URL of the cache.
+        out: Parquet file to write, or to replace.
         method: a name in `SELECTORS`, or `module:attribute`.
         settings: how much is selected, by what, and from which samples.
         options: settings by their names on the command line, which replace those of `settings`.
@@ -116,12 +116,12 @@ def select(
         FingerprintError: the run, the concepts or the target have features of another encoder.
         UnfinishedError: chunks of a feature are missing.
     """
-    out_path, settings = Path(out_path), replace_flat(settings or SelectSettings(), options)
+    out, settings = Path(out), replace_flat(settings or SelectSettings(), options)
     progress = to_progress(progress)
-    check_selection_path(out_path)
+    check_selection_path(out)
     selector: Selector = SELECTORS.load(method)()
     check_method_settings(method, selector, settings)
-    pool = Pool(cache_path, settings.modality or selector.modality or "image", settings, progress=progress)
+    pool = Pool(cache, settings.modality or selector.modality or "image", settings, progress=progress)
     num_pool = len(pool.samples)
     budget = settings.budget
     if isinstance(budget, float):
@@ -140,8 +140,8 @@ def select(
         "within": None if settings.selection is None else str(settings.selection),
         **{name: inputs.get(name) for name in ("concepts", "target", "run")},
     }
-    write_selection(out_path, pool.cache, selection, record)
-    return SelectReport(path=out_path, num_selected=len(selection.rows), num_pool=num_pool)
+    write_selection(out, pool.cache, selection, record)
+    return SelectReport(path=out, num_selected=len(selection.rows), num_pool=num_pool)
 
 
 _INPUTS = {
