@@ -9,9 +9,8 @@ from typing import Any
 import typer
 from typer.cli import get_docs_for_click
 from typer.core import TyperGroup
-from typer.main import get_command
 
-from embedcache.cli.main import app
+from embedcache.cli.main import root_command
 
 DOCS = Path(__file__).parent
 
@@ -35,7 +34,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 def command_reference() -> str:
     """Return the help of every command as Markdown, as typer's own `utils docs` writes it."""
-    command = get_command(app)
+    command = root_command()
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="embedcache", indent=1)
     return re.sub(r"^Example: (.+)$", r"```sh\n\1\n```", text, flags=re.MULTILINE)
 
@@ -43,8 +42,8 @@ def command_reference() -> str:
 def option_table() -> str:
     """Return a table of all options: value, meaning and the commands that take it."""
     uses: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    names = [words for words, _ in leaves(get_command(app), "")]
-    for words, command in leaves(get_command(app), ""):
+    names = [words for words, _ in leaves(root_command(), "")]
+    for words, command in leaves(root_command(), ""):
         context = typer.Context(command)
         for option in command.get_params(context):
             if option.param_type_name == "option":

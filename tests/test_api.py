@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
 
 import embedcache
-from embedcache.cli.main import app
+from embedcache.cli.main import root_command
 from embedcache.dataset.inputs import open_input
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.projectors.saved import load_pair, project
@@ -254,7 +253,7 @@ NOT_CALLED = {embedcache.Model, embedcache.SpeechModel, embedcache.LikelihoodMod
 @pytest.mark.parametrize("command", COMMANDS)
 def test_words_of_commands_are_words_of_functions(command: str) -> None:
     function, kinds, others = COMMANDS[command]
-    found: Any = typer.main.get_command(app)
+    found: Any = root_command()
     for word in command.split():
         found = found.commands[word]
     words = {word.name for word in found.params} - NO_OPTIONS

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from embedcache import arrays
-from embedcache.cli.main import app
+from embedcache.cli.main import root_command
 from tests.blocks import ROOT, TUTORIAL, Block, blocks_of, run_block
 from tests.images import write_images
 from tests.media_files import wav
@@ -77,7 +77,7 @@ def test_wrong_command_line_fails(line: str) -> None:
 
 def parse(line: str) -> None:
     """Parse a line with the parser of its command, without running it."""
-    command, words = typer.main.get_command(app), shlex.split(line)[1:]
+    command, words = root_command(), shlex.split(line)[1:]
     while isinstance(command, TyperGroup):  # typer has a click of its own, whose groups are not click's
         command = command.commands[words.pop(0)]
     command.make_context("embedcache", words)

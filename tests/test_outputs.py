@@ -8,12 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from docs.hooks import leaves
-from embedcache.cli.main import app
+from embedcache.cli.main import root_command
 from embedcache.dataset.selections import Selection, read_selected_keys, read_selected_reasons, write_selection
 from embedcache.errors import CorruptError, PathError
 from embedcache.outputs import check_output, new_output, read_report_json, write_report_json
@@ -143,7 +142,7 @@ def test_commands_keep_files_of_others(folder: Path, line: str, overwrite: str) 
 def test_every_output_is_checked() -> None:
     unchecked = {
         f"{words.removeprefix('embedcache ')} {parameter.name}"
-        for words, command in leaves(typer.main.get_command(app))
+        for words, command in leaves(root_command())
         for parameter in command.params
         if parameter.name in ("out", "output", "html", "srt", "vtt") and parameter.callback is None
     }

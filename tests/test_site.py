@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
 import embedcache
 from docs.hooks import leaves
-from embedcache.cli.main import app
+from embedcache.cli.main import root_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +32,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_reference_has_every_option(site: Path) -> None:
     page = html.unescape(re.sub(r"<[^>]+>", "", (site / "reference" / "cli.html").read_text()))
-    for words, command in leaves(typer.main.get_command(app)):
+    for words, command in leaves(root_command()):
         assert f"$ {words} [OPTIONS]" in page
         for parameter in command.params:
             name = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar

@@ -46,8 +46,7 @@ class Command(TyperCommand):
                 parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign]  # noqa: ARG005
         found = {kind: installed_plugins(kind) for kind in self.plugins}
         lists = [f"{kind} {', '.join(names)}" for kind, names in found.items() if names]
-        if lists:
-            self.epilog = f"Plug-ins of installed packages: {'; '.join(lists)}."
+        self.epilog = f"Plug-ins of installed packages: {'; '.join(lists)}." if lists else None
         super().format_help(ctx, formatter)
 
 

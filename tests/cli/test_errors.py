@@ -24,7 +24,7 @@ def test_error_of_the_system_is_one_line(name: str, monkeypatch: pytest.MonkeyPa
     def fail(**_: str) -> None:
         raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "a/b")
 
-    monkeypatch.setattr(main, "app", fail)
+    monkeypatch.setattr(main, "root_command", lambda: fail)
     done = embedcache("inspect", "a", cwd=tmp_path)
     assert done.code == 1
     assert done.stderr.startswith(f"error: a/b: {os.strerror(getattr(errno, name))}")

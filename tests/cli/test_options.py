@@ -5,13 +5,12 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from docs.hooks import leaves
-from embedcache.cli.main import app
+from embedcache.cli.main import app, root_command
 
-COMMANDS = list(leaves(typer.main.get_command(app)))
+COMMANDS = list(leaves(root_command()))
 OPTIONS = [
     (words, option) for words, command in COMMANDS for option in command.params if option.param_type_name == "option"
 ]
