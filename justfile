@@ -20,7 +20,7 @@ types:
 
 # Run the tests in two processes of one thread; more arguments go to pytest: just test -m "not slow"
 test *args:
-    OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder {{ args }}
+    python -m pytest -n 2 --dist loadfile --no-loadscope-reorder {{ args }}
 
 # Run the tests that need an NVIDIA GPU; all others do not see it.
 gpu *args:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: without it each look-up waits for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: two test processes share two cores
 
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -29,10 +30,11 @@ trust_package("tests")  # caches of the tests name encoders of this package
 
 FEATURES = ("cls", "patches", "mean", "tokens")
 LONGEST = (
-    *("quickstart/test_quickstart", "pipelines/test_freeze_align", "pipelines/test_avsr", "test_ray"),
-    *("pipelines/test_uniperceiver", "export/test_export", "export/test_transformers", "extract/test_remote"),
-    *("train/test_distributed", "encoders/test_graph", "extract/test_engines", "interop/test_clip_benchmark"),
-    *("serve/test_page", "export/test_open_clip", "train/test_speech", "sweep/test_sweep", "extract/test_crash"),
+    *("quickstart/test_quickstart", "pipelines/test_freeze_align", "test_ray", "pipelines/test_avsr"),
+    *("pipelines/test_icons", "train/test_distributed", "export/test_transformers", "pipelines/test_uniperceiver"),
+    *("extract/test_remote", "extract/test_engines", "serve/test_page", "export/test_export", "export/test_open_clip"),
+    *("train/test_speech", "pipelines/test_summit", "sweep/test_sweep", "extract/test_crash", "cli/test_process"),
+    *("interop/test_clip_benchmark", "derive/test_derive", "pipelines/test_audio_text"),
     *("transcription/test_published_path", "transcription/test_model", "pipelines/test_talking"),
 )
 """The files that take longest, which start first so that both test processes end together."""
