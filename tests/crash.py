@@ -12,11 +12,12 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from embedcache.cli.main import app
+from embedcache.cli.main import root_command
 from embedcache.provenance import _metadata_folders, _owners
 
 replace = Path.replace
-_owners(_metadata_folders())  # cached for all forked processes that record a stage: each would take 0.3 s
+root_command()  # this and the next line are cached for all forked processes: each would take 0.05 and 0.3 s
+_owners(_metadata_folders())
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -88,7 +89,7 @@ def _call_as(environment: Mapping[str, str], function: Callable[..., Any], argum
 
 def _run(arguments: list[str], output: Path | None) -> None:
     with (output or Path(os.devnull)).open("w") as sys.stdout, Path(os.devnull).open("w") as sys.stderr:
-        app(arguments, standalone_mode=False)
+        root_command()(arguments, standalone_mode=False)
 
 
 def _call_and_die(

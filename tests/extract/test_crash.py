@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.cli.main import app
+from embedcache.cli.main import root_command
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests.crash import crash
@@ -26,7 +26,7 @@ def command(source: Path, cache: Path, *options: str) -> list[str]:
 
 def finish(arguments: list[str]) -> None:
     """Run a command in this process, to its end."""
-    app(arguments, standalone_mode=False)
+    root_command()(arguments, standalone_mode=False)
 
 
 @pytest.fixture(scope="module")
