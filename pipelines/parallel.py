@@ -36,7 +36,7 @@ def _run_all(task: tuple[Sequence[tuple[Any, ...]], Any], progress: Progress) ->
         if number >= len(steps):
             return
         step, *arguments = steps[number]
-        shown = [str(argument) for argument in arguments if isinstance(argument, str | float)]
+        shown = [str(argument) for argument in arguments if isinstance(argument, str | int | float)]
         name = " ".join([step.__self__.folder.name, step.__name__, *shown])
         step(*arguments, progress=progress.part(name))
         progress.note(f"{name}: done")

@@ -23,10 +23,11 @@ from pipelines.parallel import run_parallel
 from pipelines.perceiver.images import show_images
 from pipelines.perceiver.measures import MEASURED, evaluation_steps
 from pipelines.perceiver.page import novel_table, title_of, write_pages
-from pipelines.perceiver.results import Results, pretraining_table
+from pipelines.perceiver.results import pretraining_table
 from pipelines.perceiver.runs import Runs, tuning_steps
 from pipelines.perceiver.steps import make_data
 from pipelines.perceiver.tasks import EASY_VQA, LETTERS, TINY, Size
+from pipelines.results.measured import Results
 
 
 def main() -> None:

@@ -249,10 +249,11 @@ def _chances(rankings: Sequence[Ranking], both: Sequence[str]) -> dict[str, dict
 
 
 def _chance(rankings: Sequence[Ranking], direction: str, k: int) -> Estimate:
-    expected, num_queries = [], 0
-    for ranking in rankings:
-        queries, candidates = ranking.sides(direction)
-        positives = ranking.positives if ranking.is_forward(direction) else ranking.positives[::-1]
-        expected.append(tied_chance_recall(positives, candidates.contents, k))
-        num_queries += effective_number(queries.contents)
-    return chance_estimate(float(np.mean(expected)), num_queries)
+    num_queries = sum(effective_number(ranking.sides(direction)[0].contents) for ranking in rankings)
+    return chance_estimate(float(np.mean([chance_at(ranking, direction, k) for ranking in rankings])), num_queries)
+
+
+def chance_at(ranking: Ranking, direction: str, k: int) -> float:
+    """Compute the expected recall at k of random vectors, equal ones of equal items."""
+    positives = ranking.positives if ranking.is_forward(direction) else ranking.positives[::-1]
+    return tied_chance_recall(positives, ranking.sides(direction)[1].contents, k)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import binom, t
 
 from embedcache.arrays import Array, Ints, blocks
@@ -79,16 +80,57 @@ def bootstrap_class_mean(
 
 def bootstrap_runs(values_RM: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
     """Compute the mean of several runs on the same items, (R, M), from resampling both runs and clusters."""
-    num_runs, num_items = values_RM.shape
-    cluster_M, count_G = _clusters(clusters, num_items if num_runs else 0)
-    sum_RG = np.stack([np.bincount(cluster_M, weights=row.astype(np.float64)) for row in values_RM])
+    clusters = np.arange(values_RM.shape[1]) if clusters is None else clusters
+    means = resample_runs(list(values_RM[:, :, None]), [clusters] * len(values_RM), num_draws=num_draws, seed=seed)
+    return interval_of(means[:, 0])
+
+
+def resample_runs(
+    values: Sequence[Array], clusters: Sequence[Ints], *, num_draws: int = 1000, seed: int = 0
+) -> npt.NDArray[np.float64]:
+    """Compute means over several runs of all values, then of resamples of both runs and clusters.
+
+    Columns are compared on the same resamples, so that any statistic of the means has an interval: `interval_of`.
+
+    Args:
+        values: (M, K) float or bool of each run, whose items may be its own.
+        clusters: (M,) int of each run, cluster of each value; one cluster is drawn together in all runs.
+        num_draws: number of resamples.
+        seed: random seed of the resampling.
+
+    Returns:
+        (1 + num_draws, K) means of K columns. A resample without any value is 0.
+
+    Raises:
+        DataError: there are no values.
+    """
+    cluster_M, count_G = _clusters(np.concatenate([np.empty(0, np.int64), *clusters]), sum(map(len, values)))
+    num_runs, num_clusters = len(values), len(count_G)
+    count_RG, sums = np.zeros((num_runs, num_clusters)), []
+    parts = np.split(cluster_M, np.cumsum([len(of_run) for of_run in clusters])[:-1])
+    for run, (values_MK, part_M) in enumerate(zip(values, parts, strict=True)):
+        count_RG[run] = np.bincount(part_M, minlength=num_clusters)
+        columns = [np.bincount(part_M, column, minlength=num_clusters) for column in values_MK.T.astype(np.float64)]
+        sums.append(np.stack(columns, axis=1))
     weight_DR = np.concatenate(list(_resamples(num_runs, num_draws, seed + 1)))
-    means, done = [], 0
-    for weight_BG in _resamples(len(count_G), num_draws, seed):
-        sum_BG = weight_DR[done : done + len(weight_BG)] @ sum_RG
-        means.append((sum_BG * weight_BG).sum(axis=1) / (num_runs * (weight_BG @ count_G)))
+    means, done = [np.concatenate(values).mean(axis=0, dtype=np.float64)[None]], 0
+    for weight_BG in _resamples(num_clusters, num_draws, seed):
+        weight_BR = weight_DR[done : done + len(weight_BG)]
+        sum_BK = sum(weight_BR[:, [run]] * (weight_BG @ sum_GK) for run, sum_GK in enumerate(sums))
+        means.append(sum_BK / np.maximum((weight_BR * (weight_BG @ count_RG.T)).sum(axis=1), 1)[:, None])
         done += len(weight_BG)
-    return _estimates(np.array([values_RM.mean(dtype=np.float64)]), np.concatenate(means)[:, None])[0]
+    return np.concatenate(means)
+
+
+def interval_of(values_R: Array) -> Estimate:
+    """Return a statistic of all values, which is first, with the 95% percentile interval of that of the resamples.
+
+    Infinite ones are allowed: an end of the interval is one of the values.
+    """
+    low, high = np.quantile(
+        values_R[1:], [0.025, 0.975], method="inverted_cdf" if np.isinf(values_R).any() else "linear"
+    )
+    return Estimate(float(values_R[0]), float(low), float(high))
 
 
 def bootstrap(

@@ -7,6 +7,7 @@ interval (`0.066 [0.046, 0.101]`), percentages with one decimal (`12.3%`), count
 import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -195,7 +196,8 @@ COLORS = ("#2563eb", "#0d9488", "#9333ea", "#ea580c", "#db2777", "#ca8a04", "#11
 BAD = "#b91c1c"
 
 _MARKERS = "os^DvPX*"
-_LOWEST = 0.002  # of a logarithmic axis
+_LOWEST = 0.001  # of a logarithmic axis
+_LOG_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def open_axes(height: float, *, width: float = 9, **subplots: Any) -> Any:
@@ -231,10 +233,12 @@ class Curves(NamedTuple):
     Args:
         ticks: names of the places.
         lines: name of a line -> its estimate at each place; None where there is none.
+        places: positions on a logarithmic axis; evenly spaced without them.
     """
 
     ticks: Sequence[str]
     lines: Mapping[str, Sequence[Estimate | None]]
+    places: Sequence[float] = ()
 
 
 def estimate_curves(
@@ -253,21 +257,25 @@ def estimate_curves(
     names = dict.fromkeys(name for curves in panels.values() for name in curves.lines)
     numbers = {name: number for number, name in enumerate(names)}
     for axes, (title, curves) in zip(axes_P, panels.items(), strict=True):
+        places = curves.places or range(len(curves.ticks))
         for name, found in curves.lines.items():
-            _draw_curve(axes, numbers[name], name, found, is_control=name in controls)
-        axes.set_xticks(range(len(curves.ticks)), curves.ticks)
+            _draw_curve(axes, numbers[name], name, places, found, is_control=name in controls)
+        if curves.places:
+            axes.set_xscale("log")
+        axes.set_xticks(places, curves.ticks)
         axes.grid(axis="y", color=GRID)
         axes.set_title(title, color=INK, fontsize=11)
-        if is_log:
-            axes.set_yscale("log")
-            ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-            axes.set_yticks(ticks, [f"{tick:.1%}" if tick < 0.01 else f"{tick:.0%}" for tick in ticks])
-            axes.minorticks_off()
-        else:
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         label(axes, x, y * (axes is axes_P[0]))
-    if not is_log:
-        axes_P[0].set_ylim(bottom=0)  # once for all, and last: it keeps the upper end from growing
+    if is_log:  # once for all, which share it, and when all is drawn
+        axes_P[0].set_yscale("log")
+        lowest, highest = axes_P[0].get_ylim()
+        ticks = [tick for tick, above in pairwise((*_LOG_TICKS, 1.0)) if above >= lowest and tick / 2 < highest]
+        axes_P[0].set_yticks(ticks, [f"{tick:.1%}" if tick < 0.01 else f"{tick:.0%}" for tick in ticks])
+    else:
+        axes_P[0].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes_P[0].set_ylim(bottom=0)
+    for axes in axes_P:
+        axes.minorticks_off()
     figure: Figure = axes_P[0].figure
     handles = {name: handle for axes in axes_P for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(
@@ -281,9 +289,17 @@ def estimate_curves(
     return figure
 
 
-def _draw_curve(axes: Any, number: int, name: str, estimates: Sequence[Estimate | None], *, is_control: bool) -> None:
-    places = [place for place, estimate in enumerate(estimates) if estimate is not None]
-    found = [estimate for estimate in estimates if estimate is not None]
+def _draw_curve(
+    axes: Any,
+    number: int,
+    name: str,
+    places: Sequence[float],
+    estimates: Sequence[Estimate | None],
+    *,
+    is_control: bool,
+) -> None:
+    drawn = [(place, estimate) for place, estimate in zip(places, estimates, strict=True) if estimate is not None]
+    places, found = [place for place, _ in drawn], [estimate for _, estimate in drawn]
     color = SOFT if is_control and number >= len(COLORS) else COLORS[number % len(COLORS)]
     axes.fill_between(
         places,

@@ -23,7 +23,7 @@ from embedcache.evaluate.likelihood import (
 )
 from embedcache.networks.saved import read_module_config
 from embedcache.networks.words import NUM_SPECIAL
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import Progress
 from embedcache.train.examples import Examples
 from embedcache.train.likelihood_tasks import ExampleTask
 from pipelines.perceiver.results import (
@@ -33,13 +33,11 @@ from pipelines.perceiver.results import (
     NETWORK_PROBE,
     PRETRAINED,
     ZERO_SHOT,
-    Measures,
-    Result,
-    file_name,
     question_name,
 )
 from pipelines.perceiver.runs import ADAPTERS, NEVER, TUNINGS, Runs, adapted, alone, tuned
 from pipelines.perceiver.tasks import EASY_VQA, EMOJI, FASHION, LETTERS
+from pipelines.results.measured import Measures, Result, keep_result
 from pipelines.worlds.shapes import check_caption
 
 PROBES, BLIND_ANSWERS = (FEATURE_PROBE, NETWORK_PROBE), (BLIND_DRAW, BLIND_ALL)
@@ -240,17 +238,7 @@ class Evaluation:
     ) -> Result:
         """Read the result of these runs, or compute and write it."""
         weights = "+".join(read_module_config(self.runs.path(run)).weights_digest for run in runs)
-        path = self.folder / "results" / f"{file_name(f'{question} {model}')}.json"
-        if path.is_file() and (found := Result.read(path)).weights == weights:
-            return found
-        progress = progress or NullProgress()
-        progress.start(f"measuring {question}", 1, "results")
-        result = replace(compute(), model=model, question=question, weights=weights)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result.write(path)
-        progress.advance(1)
-        progress.finish()
-        return result
+        return keep_result(self.folder, model, question, weights, compute, progress)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,22 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
 from embedcache.evaluate.likelihood import BLIND, SHUFFLED
-from embedcache.files import write_atomic
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import Curves, Section, Table, estimate_curves, svg, write_report
-from pipelines.common import markdown_table, save_figure
+from embedcache.reports.base import Curves, Table, estimate_curves
 from pipelines.perceiver.images import ShownImage, image_figure
 from pipelines.perceiver.measures import BLIND_ANSWERS, MEASURED, MODELS
 from pipelines.perceiver.results import (
     PRETRAINED,
     ZERO_SHOT,
     Column,
-    Results,
     interference_table,
     model_table,
     pretraining_table,
@@ -25,6 +21,9 @@ from pipelines.perceiver.results import (
 )
 from pipelines.perceiver.runs import NEVER, TUNINGS, alone
 from pipelines.perceiver.tasks import EASY_VQA, EMOJI, FASHION, LETTERS
+from pipelines.results import pages
+from pipelines.results.measured import Results
+from pipelines.results.pages import Part
 
 TITLE = "One likelihood for every task on cached features"
 CREDIT = (
@@ -93,16 +92,6 @@ _ABOUT: Mapping[str, str] = {
 }
 
 
-class Part(NamedTuple):
-    """A section of the page: paragraphs, then a table or a figure, whose file has the name."""
-
-    title: str
-    notes: Sequence[str]
-    table: Table | None = None
-    figure: Figure | None = None
-    name: str = ""
-
-
 def write_pages(
     folder: Path,
     results: Results,
@@ -128,25 +117,7 @@ def write_pages(
         )
         parts.append(Part("What the runs say about images", [note], figure=image_figure(images), name="images"))
     summary = summarize(results, fractions)
-    write_report(
-        folder / "uniperceiver.html",
-        title=TITLE,
-        summary=summary,
-        sections=[
-            Section(title="What is compared", notes=NOTES),
-            *(
-                Section(title=title, notes=notes, table=table, figures=[] if figure is None else [svg(figure)])
-                for title, notes, table, figure, _ in parts
-            ),
-        ],
-        credit=CREDIT,
-    )
-    blocks = [f"# {TITLE}", *NOTES, summary]
-    for title, notes, table, figure, name in parts:
-        blocks += [f"## {title}", *notes]
-        blocks += [] if table is None else [markdown_table(*table)]
-        blocks += [] if figure is None else [f"![{title}]({save_figure(folder / f'uniperceiver-{name}', figure)})"]
-    write_atomic(folder / "uniperceiver.md", ("\n\n".join([*blocks, CREDIT]) + "\n").encode())
+    pages.write_pages(folder / "uniperceiver", TITLE, parts, notes=NOTES, summary=summary, credit=CREDIT)
 
 
 def summarize(results: Results, fractions: Sequence[float]) -> str:

@@ -14,9 +14,10 @@ from embedcache.progress import Progress
 from embedcache.train.likelihood import LikelihoodRecipe, TaskMixture, start_from, train_likelihood
 from embedcache.train.likelihood_tasks import ExampleTask
 from embedcache.train.settings import FitSettings, MachineSettings, OptimizerSettings, PartSettings
-from pipelines.perceiver.results import PRETRAINED, file_name, question_name
+from pipelines.perceiver.results import PRETRAINED, question_name
 from pipelines.perceiver.steps import Data
 from pipelines.perceiver.tasks import EASY_VQA, LETTERS, Size, Tables
+from pipelines.results.measured import file_name
 
 NEVER = "never pre-trained"
 

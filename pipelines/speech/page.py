@@ -9,11 +9,10 @@ from matplotlib.figure import Figure
 
 from embedcache.evaluate.speech import evaluate_speech
 from embedcache.evaluate.utterances import open_for_run, take_utterances
-from embedcache.files import write_atomic
 from embedcache.networks.ctc import WordTime
 from embedcache.networks.settings import DecodingSettings
 from embedcache.registry import trust_files
-from embedcache.reports.base import Section, Table, svg, write_report
+from embedcache.reports.base import Table
 from embedcache.reports.speech import add_words, read_rows
 from embedcache.reports.speech_figures import (
     Phone,
@@ -25,7 +24,8 @@ from embedcache.reports.speech_figures import (
     utterance_figure,
 )
 from embedcache.store.cache import Cache
-from pipelines.common import markdown_table, save_figure
+from pipelines.results import pages
+from pipelines.results.pages import Part
 from pipelines.speech.results import Results, Roles, crossing_db, gain_table, rate_table, requirement_table, seed_table
 from pipelines.worlds.talking import draw_record, read_manifest
 
@@ -111,28 +111,13 @@ def write_pages(
     sections = _sections(results, layout, sets)
     summary = summarize(results, layout, sets)
     captions = _captions(results, layout, sets)
-    write_report(
-        folder / "avsr.html",
-        title=TITLE,
-        summary=summary,
-        sections=[
-            Section(title="What is compared", notes=[*NOTES, *notes]),
-            *(
-                Section(title=title, notes=[note], figures=[svg(figures[name])])
-                for name, (title, note) in captions.items()
-                if name in figures
-            ),
-            *(Section(title=title, notes=paragraphs, table=table) for title, paragraphs, table in sections),
-        ],
-        credit=CREDIT,
-    )
-    blocks = [f"# {TITLE}", *NOTES, *notes, summary]
-    for name, (title, note) in captions.items():
-        if name in figures:
-            blocks += [f"## {title}", note, f"![{title}]({save_figure(folder / f'avsr-{name}', figures[name])})"]
-    for title, paragraphs, (columns, cells) in sections:
-        blocks += [f"## {title}", *paragraphs, markdown_table(columns, cells)]
-    write_atomic(folder / "avsr.md", ("\n\n".join([*blocks, CREDIT]) + "\n").encode())
+    parts = [
+        Part(title, [note], figure=figures[name], name=name)
+        for name, (title, note) in captions.items()
+        if name in figures
+    ]
+    parts += [Part(title, paragraphs, table) for title, paragraphs, table in sections]
+    pages.write_pages(folder / "avsr", TITLE, parts, notes=[*NOTES, *notes], summary=summary, credit=CREDIT)
 
 
 def summarize(results: Results, layout: Layout, sets: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from embedcache.evaluate.settings import ProbeSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.classification import rank_labels
-from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs
+from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs, interval_of, resample_runs
 from embedcache.progress import NullProgress
 from embedcache.reports.probe import control_name, few_shot_table, probe_json, probe_table, write_probe_page
 from embedcache.sources import open_source
@@ -260,6 +260,22 @@ def test_intervals_over_runs_are_wider() -> None:
     assert (same.low, same.high) == pytest.approx((alone.low, alone.high), abs=0.01)
     with pytest.raises(DataError, match="at least one value"):
         bootstrap_runs(np.empty((0, 0)), np.empty(0, np.int64))
+
+
+def test_columns_are_compared_on_the_same_resamples() -> None:
+    rng = np.random.default_rng(0)
+    before = [rng.random(300) < 0.5, rng.random(200) < 0.6]  # each run has items of its own
+    clusters = [np.arange(300) // 2, np.arange(100, 300)]
+    after = [values | (rng.random(len(values)) < 0.1) for values in before]
+    means = resample_runs([np.stack(pair, axis=1) for pair in zip(before, after, strict=True)], clusters)
+    assert means.shape == (1001, 2)
+    assert means[0] == pytest.approx([np.concatenate(before).mean(), np.concatenate(after).mean()])
+    gain, alone = interval_of(means[:, 1] - means[:, 0]), interval_of(means[:, 0])
+    assert 0 < gain.low < gain.value < gain.high < 0.1
+    assert alone.high - alone.low > 2 * (gain.high - gain.low)
+    crossings = np.where(means[:, 1] > means[0, 1], 3.0, np.inf)
+    assert interval_of(crossings).high == np.inf
+    assert interval_of(crossings).low == 3
 
 
 def test_tables(report: ProbeReport) -> None:

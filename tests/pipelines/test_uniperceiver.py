@@ -19,8 +19,6 @@ from pipelines.perceiver.page import COLUMNS, answer_curves, novel_table
 from pipelines.perceiver.results import (
     PRETRAINED,
     ZERO_SHOT,
-    Result,
-    Results,
     interference_table,
     model_table,
     pretraining_table,
@@ -29,6 +27,7 @@ from pipelines.perceiver.results import (
 from pipelines.perceiver.runs import Runs, adapted, alone, tuned
 from pipelines.perceiver.steps import WORD_VECTORS, Data
 from pipelines.perceiver.tasks import EASY_VQA, EMOJI, FASHION, LETTERS, TINY
+from pipelines.results.measured import Result, Results
 from pipelines.worlds.examples import in_split
 from pipelines.worlds.label_sets import FASHION_FOLDER
 from tests.pipelines.one_core import run_tiny
@@ -146,11 +145,17 @@ def test_image_figure_marks_what_is_wrong() -> None:
     assert len({text.get_color() for text in texts.texts[:4]}) == 1 != len({text.get_color() for text in texts.texts})
 
 
-def test_seeds_are_compared_on_the_same_items() -> None:
-    results = Results(make_result("prompts", "q", 4, seed=seed, first_item=seed) for seed in (0, 1))
-    with pytest.raises(DataError, match="expected the same items for all seeds"):
-        results.estimate("prompts", "q", "accuracy")
-    with pytest.raises(DataError, match="expected a result of prompts on q, got 'blind'"):
+def test_models_are_compared_on_the_same_items() -> None:
+    found = [make_result(model, "q", 4 + seed, seed=seed, first_item=seed) for model in ("a", "b") for seed in (0, 1)]
+    results = Results([*found, make_result("other", "q", 6, first_item=1), make_result("other", "q", 7, seed=1)])
+    estimate = results.estimate("a", "q", "accuracy")
+    assert estimate is not None
+    assert estimate.value == pytest.approx(0.45)  # seeds may have items of their own
+    means = results.resample([("a", "q"), ("b", "q")], "accuracy")
+    np.testing.assert_array_equal(means[:, 0], means[:, 1])  # on the same resamples
+    with pytest.raises(DataError, match="expected the same items for all models of a seed"):
+        results.resample([("a", "q"), ("other", "q")], "accuracy")
+    with pytest.raises(DataError, match="expected a result of a, b, other on q, got 'blind'"):
         results.seeds("blind", "q")
 
 

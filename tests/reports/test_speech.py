@@ -168,7 +168,7 @@ def test_curves_have_a_line_per_model_and_a_panel_per_noise() -> None:
         ["clean", "0 dB"],
         ["clean", "5 dB"],
     ]
-    assert [list(line.get_ydata()) for line in left.get_lines()] == [[0.1, 0.3], [0.002, 0.2]]
+    assert [list(line.get_ydata()) for line in left.get_lines()] == [[0.1, 0.3], [0.001, 0.2]]
     assert [line.get_linestyle() for line in left.get_lines()] == ["-", "--"]
     assert list(right.get_lines()[1].get_xdata()) == [0]
 

@@ -1,0 +1,1 @@
+"""What several pipelines share: results over seeds, and pages in HTML and Markdown."""

@@ -1,0 +1,163 @@
+"""Results of several models, questions and seeds, value by value: on disk, and as estimates over seeds."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from embedcache.arrays import Array
+from embedcache.errors import DataError
+from embedcache.evaluate.likelihood import Measured
+from embedcache.files import write_atomic
+from embedcache.metrics.intervals import Estimate, interval_of, resample_runs
+from embedcache.progress import NullProgress, Progress
+
+Measures: TypeAlias = Mapping[str, Measured]
+
+
+def file_name(name: str) -> str:
+    """Return a name of a file or folder."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One model on one question with one seed.
+
+    Args:
+        seed: seed of the run.
+        num_examples: number of examples.
+        measures: metric -> its values.
+        num_trained: number of examples that the model was tuned or fitted on.
+        model: name of the row in tables.
+        question: what is measured.
+        weights: SHA-256 of the weights of the runs that it was measured on, joined by `+`.
+        controls: control -> metric -> its values.
+        chance: metric -> its value for a random order of the candidates.
+        captions: key of an image -> its caption, of some.
+    """
+
+    seed: int
+    num_examples: int
+    measures: Measures
+    num_trained: int = 0
+    model: str = ""
+    question: str = ""
+    weights: str = ""
+    controls: Mapping[str, Measures] = field(default_factory=dict)
+    chance: Mapping[str, float] = field(default_factory=dict)
+    captions: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write the result as JSON."""
+        controls = {name: _to_json(measures) for name, measures in self.controls.items()}
+        values = {**vars(self), "measures": _to_json(self.measures), "controls": controls}
+        write_atomic(path, json.dumps(values).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """Read a result that `write` wrote."""
+        values: dict[str, Any] = json.loads(path.read_text())
+        controls = {name: _from_json(measures) for name, measures in values["controls"].items()}
+        return cls(**{**values, "measures": _from_json(values["measures"]), "controls": controls})
+
+
+def _to_json(measures: Measures) -> dict[str, list[list[int]]]:
+    return {
+        name: [np.asarray(item.values_M, int).tolist(), item.clusters_M.tolist()] for name, item in measures.items()
+    }
+
+
+def _from_json(measures: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Measured]:
+    return {name: Measured(*(np.array(row, np.int64) for row in rows)) for name, rows in measures.items()}
+
+
+def keep_result(
+    folder: Path, model: str, question: str, weights: str, compute: Callable[[], Result], progress: Progress | None
+) -> Result:
+    """Read the result of runs with these weights from the folder `results`, or compute and write it."""
+    path = folder / "results" / f"{file_name(f'{question} {model}')}.json"
+    if path.is_file() and (found := Result.read(path)).weights == weights:
+        return found
+    progress = progress or NullProgress()
+    progress.start(f"measuring {question}", 1, "results")
+    result = replace(compute(), model=model, question=question, weights=weights)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result.write(path)
+    progress.advance(1)
+    progress.finish()
+    return result
+
+
+class Results:
+    """Results of several models, questions and seeds."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        self._results: dict[tuple[str, str], list[Result]] = {}
+        self._estimates: dict[tuple[str, str, str, str | None], Estimate | None] = {}
+        for result in sorted(results, key=lambda result: result.seed):
+            self._results.setdefault((result.question, result.model), []).append(result)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Results":
+        """Read the results of all seeds in the folder of the pipeline."""
+        return cls(Result.read(path) for path in sorted(folder.glob("seed*/results/*.json")))
+
+    def models(self, question: str) -> list[str]:
+        """Return the models with results on a question."""
+        return [model for asked, model in self._results if asked == question]
+
+    def seeds(self, model: str, question: str) -> list[Result]:
+        """Return the results of a model on a question, one per seed.
+
+        Raises:
+            DataError: there are none.
+        """
+        if (question, model) not in self._results:
+            known = ", ".join(self.models(question)) or "nothing"
+            raise DataError(f"expected a result of {known} on {question}, got {model!r}")
+        return self._results[question, model]
+
+    def estimate(self, model: str, question: str, measure: str, *, control: str | None = None) -> Estimate | None:
+        """Return the mean over seeds with a 95% interval over seeds and items; None if that was not measured."""
+        key = model, question, measure, control
+        if key not in self._estimates:
+            self._estimates[key] = self._estimate(*key)
+        return self._estimates[key]
+
+    def _estimate(self, model: str, question: str, measure: str, control: str | None) -> Estimate | None:
+        found = []
+        for result in self.seeds(model, question):
+            measures = result.measures if control is None else result.controls.get(control, {})
+            if measure in measures:
+                found.append(measures[measure])
+        return interval_of(_resample([found])[:, 0]) if found else None
+
+    def resample(self, asked: Sequence[tuple[str, str]], measure: str) -> Array:
+        """Return means over seeds of K models on questions that have the same items: of all, then of resamples.
+
+        Args:
+            asked: model and question of each column.
+            measure: a metric of all of them.
+
+        Returns:
+            (1 + B, K), see `resample_runs`.
+
+        Raises:
+            DataError: columns have other seeds, or other items in a seed.
+        """
+        return _resample([[result.measures[measure] for result in self.seeds(*names)] for names in asked])
+
+
+def _resample(columns: Sequence[Sequence[Measured]]) -> Array:
+    values, clusters = [], []
+    for of_seed in zip(*columns, strict=True):
+        if any(not np.array_equal(item.clusters_M, of_seed[0].clusters_M) for item in of_seed):
+            raise DataError("expected the same items for all models of a seed, got different ones")
+        values.append(np.stack([item.values_M for item in of_seed], axis=1))
+        clusters.append(of_seed[0].clusters_M)
+    return resample_runs(values, clusters)
