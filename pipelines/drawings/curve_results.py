@@ -1,0 +1,237 @@
+"""What the learning curve says: recalls, gains over closed forms, where they begin, and costs; as JSON and tables."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from embedcache.arrays import Array
+from embedcache.metrics.intervals import Estimate, interval_of
+from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, interval_json, round_json
+from pipelines.drawings.curve import SeedRuns, choice_name, question, read_cost, read_report, read_score
+from pipelines.drawings.results import NAMES
+from pipelines.results.measured import Result, Results
+
+_Choices = Mapping[tuple[str, int], int]
+
+
+def read_results(every: Sequence[SeedRuns]) -> Results:
+    """Read all that was measured on the runs of these seeds."""
+    paths = [path for runs in every for path in sorted((runs.folder / "results").glob("*.json"))]
+    return Results(map(Result.read, paths))
+
+
+def curve_json(every: Sequence[SeedRuns], chosen: _Choices, results: Results) -> dict[str, Any]:
+    """Return the curve as JSON values.
+
+    Sizes are text. `runs`: recipe -> size -> its choice, validation recall of each seed, and means of what the training
+    took. `tests`: test -> metric -> `recipes`, `gains` over the closed form of the size (recipe -> size -> value and
+    interval), `crossings` (recipe -> pairs from which on it gains, with an interval: 0 is fewer than the smallest size
+    has, null more than the largest has), `chance`. `closed_form`: size -> closed form that validation chose.
+    `recommended`: size -> recipe with the highest recall on names never seen. Validation would not do: trained recipes
+    have chosen their epoch by it. `controls`: recipes that are drawn thin.
+    """
+    sizes, recipes = list(every[0].num_pairs), every[0].recipes
+    runs = {name: {str(size): _run_json(every, name, size, chosen[name, size]) for size in sizes} for name in recipes}
+    scored = [name for name, recipe in recipes.items() if recipe.control_of is None]
+    closed = [name for name in scored if recipes[name].schedule is None]
+    closed_form = {
+        str(size): max(closed, key=lambda name: fmean(runs[name][str(size)]["validation"])) for size in sizes
+    }
+    trained = [name for name in scored if name not in closed]
+    tests = {test: _test_json(results, test, list(recipes), trained, closed_form) for test in every[0].tests}
+
+    def recall(name: str, size: str) -> float:
+        return fmean(found["recipes"][name][size]["value"] for found in tests[NAMES].values())
+
+    return {
+        "seeds": [of_seed.seed for of_seed in every],
+        "num_pairs": {size: of_size["num_pairs"] for size, of_size in runs[closed[0]].items()},
+        "controls": [name for name in recipes if name not in trained],
+        "closed_form": closed_form,
+        "recommended": {size: max(scored, key=lambda name: recall(name, size)) for size in closed_form},
+        "tests": tests,
+        "runs": runs,
+    }
+
+
+def _run_json(every: Sequence[SeedRuns], name: str, size: int, choice: int) -> dict[str, Any]:
+    paths = [runs.path(name, size, choice) for runs in every]
+    reports, costs = [read_report(path) for path in paths], [read_cost(path) for path in paths]
+    recipe = every[0].recipes[name]
+    return {
+        "num_pairs": fmean(report.num_samples["train"] for report in reports),
+        "choice": dict(recipe.choices[choice]),
+        "options": {**recipe.options, **(recipe.schedule.options(every[0].num_pairs[size]) if recipe.schedule else {})},
+        "validation": [round_json(read_score(path)) for path in paths],
+        "best_epochs": [report.best_epoch for report in reports],
+        "epochs": fmean(cost.epochs for cost in costs),
+        "seconds": round(fmean(cost.seconds for cost in costs), 1),
+        "flops": fmean(cost.flops for cost in costs),
+        "num_parameters": reports[0].num_parameters,
+    }
+
+
+def _test_json(
+    results: Results, test: str, names: Sequence[str], trained: Sequence[str], closed: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return all estimates of one test; of each metric from the same resamples for all recipes and sizes."""
+    found = [results.seeds(names[0], question(test, int(size))) for size in closed]
+    counts = [fmean(result.num_trained for result in of_size) for of_size in found]
+    first = found[0][0]
+    return {
+        measure: {
+            "num_examples": len(first.measures[measure].values_M),
+            "chance": round_json(fmean(result.chance[measure] for result in found[0])),
+            **_estimates_json(results, test, measure, names, trained, closed, counts),
+        }
+        for measure in first.measures
+    }
+
+
+def _estimates_json(
+    results: Results,
+    test: str,
+    measure: str,
+    names: Sequence[str],
+    trained: Sequence[str],
+    closed: Mapping[str, str],
+    counts: Sequence[float],
+) -> dict[str, Any]:
+    asked = [(name, size) for name in names for size in closed]
+    means = results.resample([(name, question(test, int(size))) for name, size in asked], measure)
+    columns = dict(zip(asked, means.T, strict=True))
+    gains = {name: {size: columns[name, size] - columns[closed[size], size] for size in closed} for name in trained}
+    crossings = {
+        name: interval_of(np.array([find_crossing(counts, row) for row in np.stack([*of_size.values()], axis=1)]))
+        for name, of_size in gains.items()
+    }
+    return {
+        "recipes": {name: {size: _json(interval_of(columns[name, size])) for size in closed} for name in names},
+        "gains": {
+            name: {size: _json(interval_of(gain_R)) for size, gain_R in of_size.items()}
+            for name, of_size in gains.items()
+        },
+        "crossings": {
+            name: {"value": _finite(found.value), "interval": [_finite(found.low), _finite(found.high)]}
+            for name, found in crossings.items()
+        },
+    }
+
+
+def find_crossing(num_pairs: Sequence[float], gain_V: Array) -> float:
+    """Return the number of pairs from which on a gain stays above zero.
+
+    Between two sizes it is a line over the logarithm of the number of pairs. It is 0 if all gains are above zero, and
+    infinite if the last one is not.
+
+    Args:
+        num_pairs: the sizes, ascending.
+        gain_V: (V,) gain at each of them.
+    """
+    below = np.flatnonzero(gain_V <= 0)
+    if not len(below):
+        return 0.0
+    last = int(below[-1])
+    if last == len(gain_V) - 1:
+        return float("inf")
+    place = -gain_V[last] / (gain_V[last + 1] - gain_V[last])
+    low, high = np.log(num_pairs[last : last + 2])
+    return float(np.exp(low + place * (high - low)))
+
+
+def _json(estimate: Estimate) -> dict[str, Any]:
+    return {"value": round_json(estimate.value), "interval": interval_json(estimate)}
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 1) if np.isfinite(value) else None
+
+
+def estimate_of(values: Mapping[str, Any]) -> Estimate:
+    """Return an estimate from its JSON values."""
+    return Estimate(values["value"], *values["interval"])
+
+
+def size_names(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return size -> number of pairs as text."""
+    return {size: format_count(count) for size, count in values["num_pairs"].items()}
+
+
+def curve_table(values: Mapping[str, Any], test: str) -> Table:
+    """Return a test's metrics of each recipe by the number of pairs, with chance as the last row of each metric."""
+    sizes, rows = size_names(values), []
+    for measure, found in values["tests"][test].items():
+        for name, of_size in found["recipes"].items():
+            rows.append([measure, name, *(format_estimate(estimate_of(of_size[size])) for size in sizes)])
+        rows.append([measure, "chance", *[format_fraction(found["chance"])] * len(sizes)])
+    return ["", "recipe", *sizes.values()], rows
+
+
+def crossing_table(values: Mapping[str, Any]) -> Table:
+    """Return from how many pairs on each trained recipe is better than the closed form, by test and metric."""
+    counts, rows, names = list(values["num_pairs"].values()), [], []
+    for test, measures in values["tests"].items():
+        for measure, found in measures.items():
+            names = list(found["crossings"])
+            rows.append([f"{test}, {measure}", *(format_crossing(found["crossings"][name], counts) for name in names)])
+    return ["", *names], rows
+
+
+def format_crossing(values: Mapping[str, Any], num_pairs: Sequence[float]) -> str:
+    """Return a crossing with its interval as text, such as `4,200 [≤ 1,000, 9,100]`."""
+
+    def text(value: float | None) -> str:
+        if value is None:
+            return f"> {format_count(num_pairs[-1])}"
+        return format_count(value) if value else f"≤ {format_count(num_pairs[0])}"
+
+    low, high = values["interval"]
+    return f"{text(values['value'])} [{text(low)}, {text(high)}]"
+
+
+def recommendation_table(values: Mapping[str, Any]) -> Table:
+    """Return the recommended recipe for each number of pairs, and what it gains on each test."""
+    columns = [f"{test}, {measure}" for test, measures in values["tests"].items() for measure in measures]
+    rows = []
+    for size, count in size_names(values).items():
+        name, closed = values["recommended"][size], values["closed_form"][size]
+        gains = [
+            format_estimate(estimate_of(found["gains"][name][size])) if name in found["gains"] else ""
+            for measures in values["tests"].values()
+            for found in measures.values()
+        ]
+        rows.append([count, _with_choice(values, name, size), _with_choice(values, closed, size), *gains])
+    return ["pairs", "recommended", "closed form", *columns], rows
+
+
+def _with_choice(values: Mapping[str, Any], name: str, size: str) -> str:
+    return ", ".join(filter(None, [name, choice_name(values["runs"][name][size]["choice"])]))
+
+
+def validation_table(values: Mapping[str, Any]) -> Table:
+    """Return the validation recall of each recipe by the number of pairs, with what was chosen."""
+    sizes = size_names(values)
+    rows = []
+    for name, of_size in values["runs"].items():
+        cells = [
+            f"{format_fraction(fmean(of_size[size]['validation']))} {choice_name(of_size[size]['choice'])}".strip()
+            for size in sizes
+        ]
+        rows.append([name, *cells])
+    return ["recipe", *sizes.values()], rows
+
+
+def cost_table(values: Mapping[str, Any]) -> Table:
+    """Return epochs, seconds and operations of the training of each recipe by the number of pairs."""
+    sizes = size_names(values)
+    rows = [
+        [name, format_count(next(iter(of_size.values()))["num_parameters"]), *(_cost(of_size[size]) for size in sizes)]
+        for name, of_size in values["runs"].items()
+    ]
+    return ["recipe", "parameters", *sizes.values()], rows
+
+
+def _cost(run: Mapping[str, Any]) -> str:
+    return f"{run['epochs']:.0f} epochs, {run['seconds']:,.0f} s, {run['flops'] / 1e12:,.2f} TFLOP"
