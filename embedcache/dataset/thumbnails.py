@@ -136,7 +136,7 @@ def _recorded_folders(source: Mapping[str, Any]) -> list[Path]:
         return []
     if "://" in location:
         raise PathError(f"{NOT_SHOWN}the cache says that they are at {location}{_NAME}")
-    if kind == "huggingface" and not Path(location).exists():
+    if kind in {"folder", "huggingface"} and not Path(location).exists():
         raise PathError(f"{NOT_SHOWN}{location} is not a folder of this machine{_NAME}")
     if kind == "webdataset":
         return [shard_root(shard) for shard in location.split(SHARD_SEPARATOR)]

@@ -63,6 +63,14 @@ def test_source_that_holds_the_cache(inside: Path) -> None:
         assert shown(ItemRenderer(cache, "image")) == [True, True]
 
 
+def test_source_that_is_gone(hostile: Path) -> None:
+    (hostile / "photos").rename(hostile / "moved")
+    renderer = ItemRenderer(Cache(hostile / "cache"), "image")
+    assert shown(renderer) == [False, False]
+    (warning,) = renderer.warnings()
+    assert "photos is not a folder of this machine; name a folder of images with --image-folder" in warning
+
+
 def test_page_says_how_many_images_are_left_out(inside: Path) -> None:
     words = ("curate", "dedup", "cache", "--feature", "open_toy/cls", "--html", "page.html", "--overwrite")
     done = embedcache(*words, cwd=inside)
