@@ -18,6 +18,7 @@ from embedcache.errors import DataError, PathError, SettingError, SourceError, U
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.neighbors import find_closest
+from embedcache.progress import NullProgress
 from embedcache.reports.leaks import (
     closest_pairs,
     leak_line,
@@ -79,11 +80,28 @@ def test_closest_equals_brute_force(num_queries: int, sizes: list[int], seed: in
     assert sims[np.arange(num_queries), found.rows] == pytest.approx(found.sims, abs=1e-5)
 
 
+class Counted(NullProgress):
+    """Counts the finished units of each step."""
+
+    def __init__(self) -> None:
+        self.totals: list[int] = []
+        self.done: list[int] = []
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        self.totals.append(total)
+        self.done.append(0)
+
+    def advance(self, count: int) -> None:
+        self.done[-1] += count
+
+
 @pytest.mark.parametrize("test_bytes", [2**29, 2048])
 def test_leaks_equal_brute_force(caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, test_bytes: int) -> None:
     monkeypatch.setattr(closest, "_TEST_BYTES", test_bytes)
     train, test = caches
-    found = find_leaks(train, test, replace(BOTH, image_cosine=0.99, text_cosine=0.999))
+    progress = Counted()
+    found = find_leaks(train, test, replace(BOTH, image_cosine=0.99, text_cosine=0.999), progress=progress)
+    assert progress.done == progress.totals == [29 * 80, 30 * 80]
     leaked, dirty = set(), set()
     for leak in found.leaks:
         cosines = unit(test, leak.modality) @ unit(train, leak.modality).T

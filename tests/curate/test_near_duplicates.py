@@ -263,16 +263,18 @@ def test_histogram_counts_all(cosines: list[float]) -> None:
     assert counted.counts.sum() == len(cosines)
     assert len(counted.lows) <= 32
     assert counted.lows[-1] + counted.width == pytest.approx(1)
+    assert counted.lows[0] <= max(-1, min(cosines)) + 1e-3  # bins are wide enough to reach it
     for low, count in list(zip(counted.lows, counted.counts, strict=True))[1:]:
         inside = sum(low - 1e-3 <= cosine < low + counted.width + 1e-3 or (cosine >= 1) for cosine in cosines)
         assert count <= inside
     assert len(list(counted.bars())) == len(counted.lows)
 
 
-def test_centroids_depend_on_seed() -> None:
+def test_centroids_depend_on_seed(capfd: pytest.CaptureFixture[str]) -> None:
     vectors = made_vectors(400, 2)
     one, two, other = (fit_centroids(vectors, 10, seed=seed, progress=NullProgress()) for seed in (1, 1, 2))
     assert np.array_equal(one, two)
     assert not np.array_equal(one, other)
     assert np.linalg.norm(one, axis=1) == pytest.approx(1, abs=1e-5)
     assert len(fit_centroids(vectors[:4], 10, seed=0, progress=NullProgress())) == 4
+    assert capfd.readouterr().err == ""  # FAISS would warn of few vectors per cluster

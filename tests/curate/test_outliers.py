@@ -75,6 +75,10 @@ def test_clusters_find_most_neighbors(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (found.recall.num_items, found.recall.num_pairs) == (600, 3000)
     assert found.recall.value == pytest.approx(recall, abs=0.005)
     assert 0.8 < recall < 1
+    monkeypatch.setattr(near_duplicates, "BLOCK", 5)
+    assert find_neighbors(vectors, np.arange(600), 5, OutlierSettings(all_pairs=False, scratch=tmp_path)).recall == (
+        found.recall
+    )
 
 
 def test_labels_of_neighbors() -> None:

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs
-from embedcache.dataset.inputs import open_input, to_inputs, to_unit_vectors
+from embedcache.dataset.inputs import InputFeature, open_input, to_inputs, to_unit_vectors
 from embedcache.errors import DataError
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
+from tests.store.features import random_items, write_feature
 
 
 def test_open_input_reads_no_hashes(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +36,14 @@ def test_ragged_feature_comes_last() -> None:
     assert to_inputs([[np.zeros(3)] * 2, tokens]).lengths.tolist() == [3, 5]  # type: ignore[union-attr]
     with pytest.raises(DataError, match="must come last"):
         to_inputs([tokens, [np.zeros(3)] * 2])
+
+
+def test_chunk_of_failed_items_is_empty(tmp_path: Path) -> None:
+    items = random_items(8, (-1, 5), seed=1, failed=range(4))
+    feature = InputFeature([write_feature(tmp_path, items, (-1, 5), chunk_size=4)])
+    rows, inputs = feature.chunk(0)
+    assert (len(rows), inputs.values.shape) == (0, (0, 5))
+    assert feature.chunk(1)[0].tolist() == [4, 5, 6, 7]
 
 
 def test_unit_vectors_of_tokens() -> None:

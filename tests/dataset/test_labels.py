@@ -61,6 +61,13 @@ def test_read_labels_integers_with_classes(tmp_path: Path) -> None:
     assert labels.numbers.tolist() == [2, 0, 2]
 
 
+@pytest.mark.parametrize(("classes", "numbers"), [(["cat", "dog"], [1, 0, 1]), (["1", "0"], [0, 1, 0])])
+def test_read_labels_digits_are_names_if_classes_are_named_so(
+    tmp_path: Path, classes: list[str], numbers: list[int]
+) -> None:
+    assert read(make_cache(tmp_path, label=["1", "0", "1"]), classes=classes).numbers.tolist() == numbers
+
+
 def test_read_labels_unknown_class_raises(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, label=["cat", "dgo", "dgo", "xyzzy"])
     with pytest.raises(DataError) as caught:

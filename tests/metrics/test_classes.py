@@ -55,6 +55,7 @@ def test_bootstrap_class_mean_coverage() -> None:
         estimate = bootstrap_class_mean(right, labels, num_draws=200, seed=trial)
         hits += estimate.low <= 0.6 <= estimate.high
     assert hits >= 52  # of 60 intervals of 95%
+    assert astuple(bootstrap_class_mean(right, labels)) == astuple(bootstrap_class_mean(right, labels, seed=0))
 
 
 def test_bootstrap_means_share_resamples() -> None:

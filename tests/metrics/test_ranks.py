@@ -52,6 +52,19 @@ def test_ranks_match_loop(
         assert best_ranks(queries, candidates, (query_M, candidate_M)).tolist() == ranks
 
 
+def test_similarities_of_few_queries_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "_BLOCK_BYTES", 4 * 7 * 2)  # two queries with 7 candidates
+    sizes = []
+
+    def products(queries_BP: np.ndarray, candidates_CP: np.ndarray) -> np.ndarray:
+        sizes.append(len(queries_BP))
+        return queries_BP @ candidates_CP.T
+
+    rows = np.eye(7, dtype=np.float32)
+    assert not negatives_before(rows[:5], rows, (np.arange(5), np.arange(5)), products=products).any()
+    assert sizes == [2, 2, 1]
+
+
 def test_constant_embedding_ranks_last() -> None:
     same = np.ones((50, 4), np.float32)
     ranks = best_ranks(same, same, (np.arange(50), np.arange(50)))

@@ -92,8 +92,12 @@ def test_wider_shared_space_is_padded(name: str) -> None:
 
 
 def test_one_pair_raises() -> None:
+    images, texts = aligned(1, seed=0)
+    one = moments(images, texts)
+    np.testing.assert_allclose(one.image_mean, images[0])
+    np.testing.assert_allclose(one.text_mean, texts[0])
     with pytest.raises(DataError, match="expected at least 2 pairs to fit a projector, got 1"):
-        moments(*aligned(1, seed=0)).covariances()
+        one.covariances()
 
 
 def test_zero_shrinkage_raises() -> None:

@@ -56,7 +56,9 @@ def test_label_and_part(labeled: Path, tmp_path: Path, factory: str) -> None:
     keys = np.array(cache.samples["key"].to_pylist())
     queries = Queries(keys=[str(keys[0]), str(keys[40])])
     query_vectors = vectors.read(np.array([0, 40]))
+    write_selection(tmp_path / "one.parquet", cache, Selection(rows=np.array([5]), reasons=["x"]), {})
     for keep, prefix in (
+        (Filter(selection=tmp_path / "one.parquet"), (str(keys[5]),)),
         (Filter(label_value=("cat",)), ("train/cat", "val/cat")),
         (Filter(part=("val",)), ("val/",)),
         (Filter(label_value=("dog", "cat"), part=("train",)), ("train/",)),
@@ -66,7 +68,7 @@ def test_label_and_part(labeled: Path, tmp_path: Path, factory: str) -> None:
         assert np.flatnonzero(CacheFilters(cache, "image").mask(keep)).tolist() == rows.tolist()
         expected = -np.sort(-(query_vectors @ vectors.read(rows).T), axis=1)[:, :7]
         for hits, scores in zip(
-            search(tmp_path / "index", queries, SearchSettings(k=7, filter=keep)), expected, strict=True
+            search(tmp_path / "index", queries, SearchSettings(k=min(7, len(rows)), filter=keep)), expected, strict=True
         ):
             np.testing.assert_allclose([hit.score for hit in hits], scores, atol=1e-5)
             assert all(hit.key.startswith(prefix) for hit in hits)

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs, normalize
+from embedcache.devices import announce
 from embedcache.errors import (
     CorruptError,
     DataError,
@@ -202,6 +204,13 @@ def test_format_1_opens(cache_path: Path, tmp_path: Path) -> None:
     found = search(tmp_path / "index", Queries(keys=["00007"]), SearchSettings(k=1))
     assert found[0][0].key == "00007"
     assert build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls")).format == 1
+
+
+def test_faiss_without_a_gpu_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    announce.cache_clear()
+    with caplog.at_level(logging.INFO, "embedcache.devices"):
+        assert faiss_index.num_gpus("cpu") == 0
+    assert caplog.messages == ["FAISS: cpu"]
 
 
 @pytest.mark.gpu

@@ -121,7 +121,7 @@ def test_flipped_bit_raises(tmp_path: Path, kind: str) -> None:
     ("damage", "error", "words"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), CorruptError, "expected 44 bytes, got 43"),
-        (lambda path: path.write_bytes(b""), CorruptError, "got an empty file"),
+        (lambda path: path.write_bytes(b""), CorruptError, "expected 44 bytes, got an empty file"),
         (lambda path: path.unlink(), UnfinishedError, "is committed but missing"),
     ],
 )

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,12 +8,28 @@ import pytest
 
 from embedcache.errors import CorruptError
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import BLOCK, TableChecksums
+from embedcache.store.checksums import BLOCK, TableChecksums, column_checksum
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, samples_path, write_info
 from embedcache.store.rows import RowReader, find_keys
 
 NUM_SAMPLES, CHUNK_SIZE = BLOCK + 5000, 2048
 ROWS = np.array([BLOCK + 4999, 0, BLOCK - 1, BLOCK, 0, 3000])
+
+
+@pytest.mark.parametrize(
+    ("values", "data"),
+    [
+        ([7, None, -1], np.array([7, 0, -1], "<i8").tobytes()),
+        ([True, None, False], np.array([1, 0, 0], "<i8").tobytes()),
+        ([0.5, None], np.array([0.5, 0], "<f8").tobytes()),
+        (["é", None, "b"], np.array([2, 0, 1], "<i8").tobytes() + "éb".encode()),
+        ([["a"], None], b'[["a"], null]'),
+    ],
+)
+def test_checksum_of_a_column_is_that_of_its_values(values: list[object], data: bytes) -> None:
+    is_valid = np.packbits([value is not None for value in values]).tobytes()
+    assert column_checksum(pa.chunked_array([values])) == f"{google_crc32c.value(is_valid + data):08x}"
+    assert column_checksum(pa.chunked_array([values[:1], values[1:]])) == column_checksum(pa.chunked_array([values]))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from embedcache.arrays import Inputs
 from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.store.cache import Cache
-from embedcache.train.batches import Batches, num_batches
+from embedcache.train.batches import Batches, RowBatches, num_batches, shuffle_blocks
 from embedcache.train.data import open_data
 
 
@@ -51,6 +51,22 @@ def test_epoch_has_every_sample_once(samples: int, size: int, seed: int, epoch: 
 def test_batches_have_at_least_two_samples(samples: int, size: int, expected: int) -> None:
     assert num_batches(samples, size) == expected
     assert Batches(make_pairs(samples, seed=0), batch_size=size, seed=0).num_steps == expected
+
+
+@pytest.mark.parametrize(("count", "block_rows"), [(5000, 2), (5001, 2), (7, 1), (3, 8)])
+def test_shuffled_rows_stay_near_those_of_1024_blocks(count: int, block_rows: int) -> None:
+    order = shuffle_blocks(count, block_rows, np.random.default_rng(1))
+    assert sorted(order) == list(range(count))
+    assert not np.array_equal(order, shuffle_blocks(count, block_rows, np.random.default_rng(2)))
+    if count % block_rows == 0:
+        for part in np.split(order, range(1024 * block_rows, count, 1024 * block_rows)):
+            assert len(np.unique(part // block_rows)) <= 1024 or block_rows == 1
+
+
+def test_rows_are_shuffled_one_by_one_by_default() -> None:
+    rows = np.arange(100, 110)
+    first, second = (RowBatches(rows, batch_size=4, seed=0, **given).epoch(1) for given in ({}, {"block_rows": 1}))
+    assert [batch.tolist() for batch in first] == [batch.tolist() for batch in second]
 
 
 @pytest.mark.parametrize("samples", [6, 7])

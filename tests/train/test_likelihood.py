@@ -221,6 +221,8 @@ def test_bad_tasks_are_refused(squares: Squares, squares_run: Path, tmp_path: Pa
         squares.task("answer", "answer", "classify")
     few = squares.task("classify", "classify", candidates=["red red"])
     with pytest.raises(DataError, match="expected targets that are candidates"):
+        few.check()
+    with pytest.raises(DataError, match="expected targets that are candidates"):
         few.load(squares.train["classify"], None, device="cpu")
     tasks = [squares.task("classify", "classify", weight=0.5)]
     with pytest.raises(FingerprintError, match="other settings|differ"):

@@ -73,6 +73,15 @@ def test_rows_come_from_the_drawn_view(flipped: Path) -> None:
     assert set(numbers) == {0, 1}
 
 
+@pytest.mark.parametrize(("spared", "is_loaded"), [(0, True), (1, False)])
+def test_views_share_the_memory_of_their_side(flipped: Path, spared: int, is_loaded: bool) -> None:
+    num_bytes = Cache(flipped).feature("image", "open_toy@flip/cls").load().nbytes
+    features = {"image": "open_toy/cls", "text": "open_toy/mean"}
+    data = open_data(flipped, features, memory_bytes=4 * num_bytes - spared)  # two sides, two views of one
+    reader = data.draw_views("image", {"plain": 0.5, "flip": 0.5}, 0).readers["flip"]
+    assert hasattr(reader, "__self__") != is_loaded  # a method reads the rows of its feature from disk
+
+
 @pytest.mark.parametrize("options", [{}, {"mixup": 0.5}, {"image": "open_toy/patches", "projector": "token+mlp"}])
 def test_resume_with_views_is_identical(
     flipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from embedcache.curate.select.export import export_selection, to_uids, write_sha
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.errors import DataError, PathError
 from embedcache.extract.extract import extract
-from embedcache.sources import SourceSettings, open_source
+from embedcache.sources import Sample, Source, SourceSettings, open_source
 from embedcache.store.cache import Cache
+from embedcache.store.indexing import index
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
@@ -88,6 +91,23 @@ def test_shards_are_deterministic(made: tuple[Cache, Path], tmp_path: Path) -> N
     assert (tmp_path / "a/00000.tar").read_bytes() == (tmp_path / "b/00000.tar").read_bytes()
     with pytest.raises(PathError, match="expected a new or empty folder, got a folder that is not empty"):
         export_selection(cache.path, path, tmp_path / "a", "webdataset")
+
+
+class Doubled:
+    """A source whose second sample has its image twice."""
+
+    def __init__(self, source: Source) -> None:
+        self.describe, self.read, self._samples = source.describe, source.read, source.samples
+
+    def samples(self) -> Iterator[Sample]:
+        for number, sample in enumerate(self._samples()):
+            yield replace(sample, images=sample.images * (1 + (number == 1)))
+
+
+def test_shards_hold_one_image_per_sample(image_folder: Path, tmp_path: Path) -> None:
+    index(Doubled(open_source(image_folder)), tmp_path / "cache")
+    with pytest.raises(DataError, match="got several in 1 of 3 samples, first '00001'; use --format keys"):
+        write_shards(Cache(tmp_path / "cache"), np.arange(3), tmp_path / "shards")
 
 
 def test_missing_image_leaves_no_shards(tmp_path: Path) -> None:

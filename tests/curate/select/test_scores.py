@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from embedcache.arrays import Floats, normalize
 from embedcache.curate.score import best_per_sample, read_head, score
+from embedcache.curate.select.baselines import format_scores
 from embedcache.curate.select.select import select
 from embedcache.curate.settings import ScoreSettings, SelectSettings
 from embedcache.dataset.scores import read_scores
@@ -124,6 +125,7 @@ def test_wrong_heads_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     save_file({"a": torch.ones(2)}, "named.safetensors")
     save_file({"weight": torch.ones(2, 6)}, "two.safetensors")
     save_file({"0.weight": torch.ones(3, 6), "1.weight": torch.ones(1, 4)}, "apart.safetensors")
+    save_file({"weight": torch.ones(1, 6), "bias": torch.ones(2)}, "biases.safetensors")
     save_file({"weight": torch.full((1, 6), torch.nan)}, "nan.safetensors")
     Path("text.npy").write_text("1, 2, 3")
     np.save("wide.npy", np.ones(9))
@@ -135,6 +137,7 @@ def test_wrong_heads_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("named.safetensors", DataError, r"expected tensors weight \(1, P\) and bias \(1,\), got a \(2,\)"),
         ("two.safetensors", DataError, r"expected a head of shape \(1, 6\) for these vectors, got \(2, 6\)"),
         ("apart.safetensors", DataError, r"expected a layer of 3 inputs .* got a weight of shape \(1, 4\)"),
+        ("biases.safetensors", DataError, r"expected tensors weight \(1, P\) and bias \(1,\), got bias \(2,\), weight"),
         ("nan.safetensors", DataError, "holds NaN or infinity"),
         ("code.pth", CorruptError, "expected a file of tensors, got an error"),
     ]:
@@ -170,6 +173,11 @@ def test_wrong_settings_raise(cache_path: Path, run_path: Path, tmp_path: Path, 
 def chosen(cache: Path, out: Path, scores: Path, **options: Any) -> list[int]:
     select(cache, out, "score", SelectSettings(scores=scores, **options))
     return read_selection(out, [Cache(cache)]).tolist()
+
+
+def test_reasons_have_three_decimals_or_five_digits() -> None:
+    scores = np.array([0.0055, -0.25, 0.0004, 99.9996, 123.456, 1234567], np.float32)
+    assert format_scores(scores).to_pylist() == ["0.006", "-0.250", "0.000", "100", "123.46", "1.2346e+06"]
 
 
 def test_bounds_and_budget(cache_path: Path, tmp_path: Path, weights: Path) -> None:
