@@ -12,7 +12,13 @@ from embedcache.curate.keep import Copies, choose_removed
 from embedcache.curate.near_duplicates import find_near_duplicates, fit_centroids
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset import clusters
-from embedcache.dataset.clusters import ClusterAssigner, concatenate_assignments, scratch_matrix
+from embedcache.dataset.clusters import (
+    ClusterAssigner,
+    ClusterAssignment,
+    concatenate_assignments,
+    make_plan,
+    scratch_matrix,
+)
 from embedcache.dataset.similar_pairs import CosineTile, PairCollector, SimilarPairs, histogram
 from embedcache.errors import DataError, DiskFullError, PathError
 from embedcache.progress import NullProgress
@@ -101,6 +107,23 @@ def test_visits_cover_all_neighbors(count: int, num: int, seed: int, limit: floa
         for here, there in ((one, other), (other, one)):
             cluster = assigned.clusters[there]
             assert cluster == assigned.clusters[here] or cluster in assigned.visits[here]
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 999))
+def test_plan_has_every_member_and_visitor_of_each_cluster(count: int, num: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    clusters = rng.integers(num, size=count).astype(np.int32)
+    is_visited = rng.random((count, num)) < 0.4
+    visits = np.where(is_visited, np.arange(num), -1).astype(np.int32)
+    assignment = ClusterAssignment(
+        clusters=clusters, cosines=np.ones(count, np.float32), visits=visits, is_complete=np.ones(count, bool)
+    )
+    plan = make_plan(assignment, count)
+    for number in range(len(plan.starts) - 1):
+        members = plan.items[plan.starts[number] : plan.starts[number + 1]]
+        visitors = plan.items[plan.visitors[plan.visitor_starts[number] : plan.visitor_starts[number + 1]]]
+        assert members.tolist() == np.flatnonzero(clusters == number).tolist()
+        assert sorted(visitors) == np.flatnonzero(is_visited[:, number]).tolist()
 
 
 @settings(max_examples=12)

@@ -206,6 +206,15 @@ def test_format_1_opens(cache_path: Path, tmp_path: Path) -> None:
     assert build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls")).format == 1
 
 
+def test_cache_of_an_index_may_be_a_url(cache_path: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls"))
+    card = json.loads((tmp_path / "index" / "card.json").read_text())
+    del card["digest"]
+    for url, given in ((f"file://{cache_path}", None), ("file:///nowhere", cache_path)):
+        (tmp_path / "index" / "card.json").write_text(json.dumps({**card, "cache": url}))
+        assert str(OpenIndex(tmp_path / "index", cache_path=given).cache.path).endswith(str(cache_path))
+
+
 def test_faiss_without_a_gpu_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     announce.cache_clear()
     with caplog.at_level(logging.INFO, "embedcache.devices"):

@@ -14,7 +14,7 @@ from embedcache.networks.shared import SharedNetwork
 from embedcache.networks.words import BLANK, END, NUM_SPECIAL, WordLists
 from embedcache.train import trainer
 from embedcache.train.examples import Examples
-from embedcache.train.likelihood import TaskMixture, start_from, train_likelihood
+from embedcache.train.likelihood import MixtureTask, TaskMixture, start_from, train_likelihood
 from embedcache.train.likelihood_tasks import predict
 from tests.train.likelihood_cases import Squares, colors_of, fit_settings, open_tones, recipe
 
@@ -82,6 +82,14 @@ def test_tasks_are_drawn_by_weight_from_seed_epoch_and_step() -> None:
     assert draws(0, 1) != draws(1, 1)
     assert np.mean([number for number, _ in draws(0, 1)]) == pytest.approx(0.25, abs=0.06)
     assert TaskMixture([3.0, 1.0], [4, 8], num_steps=400, seed=0).num_samples == 2000
+
+
+def test_cost_of_a_step_grows_with_its_largest_batch(squares: Squares, squares_run: Path) -> None:
+    def cost(*sizes: int) -> float:
+        tasks = [squares.task(f"task{size}", "classify", "classify", batch_size=size) for size in sizes]
+        return MixtureTask(network(squares_run), tasks, fit_settings(), num_steps=1).forward_flops
+
+    assert cost(8, 16) == cost(16) == 2 * cost(8) > 0
 
 
 def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
