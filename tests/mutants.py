@@ -39,7 +39,7 @@ LIBRARIES = (
     *("scipy.sparse.csgraph", "scipy.stats", "torch.utils.checkpoint", "torch.utils.data"),
 )
 """What is imported once, before the forks; pytest must be the first to import its plug-ins, which zarr is one of."""
-QUICK = ("-q", "-x", "-m", "not slow", "-p", "no:cacheprovider")
+QUICK = ("-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--assert=plain")  # differences of bytes take minutes
 OTHERS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,

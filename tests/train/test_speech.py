@@ -238,7 +238,7 @@ def test_masked_spans_cover_about_the_fraction() -> None:
     values, lengths = rng.normal(5, 1, (200, 80, 3)).astype(np.float16), np.full(200, 70)
     masked = mask_spans(values, lengths, 0.1, rng)
     is_masked = (masked != values).any(axis=2)
-    assert is_masked.mean() == pytest.approx(0.13, abs=0.04)  # the last span overshoots
+    assert is_masked.mean() == pytest.approx(0.13, abs=0.015)  # the last span overshoots
     means = np.repeat(values[:, :70].mean(axis=1, dtype=np.float32)[:, None], 80, axis=1)
     np.testing.assert_allclose(masked[is_masked], means[is_masked], atol=0.01)
     assert masked.dtype == np.float16
