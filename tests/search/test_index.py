@@ -212,7 +212,7 @@ def test_cache_of_an_index_may_be_a_url(cache_path: Path, tmp_path: Path) -> Non
     del card["digest"]
     for url, given in ((f"file://{cache_path}", None), ("file:///nowhere", cache_path)):
         (tmp_path / "index" / "card.json").write_text(json.dumps({**card, "cache": url}))
-        assert str(OpenIndex(tmp_path / "index", cache_path=given).cache.path).endswith(str(cache_path))
+        assert str(OpenIndex(tmp_path / "index", cache=given).cache.path).endswith(str(cache_path))
 
 
 def test_faiss_without_a_gpu_is_logged(caplog: pytest.LogCaptureFixture) -> None:
