@@ -10,10 +10,11 @@ import hashlib
 import json
 import os
 import re
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -51,7 +52,7 @@ class Hub:
 def serve_hub() -> Iterator[Hub]:
     """Run a hub; repositories named `closed` refuse everything."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -59,6 +60,27 @@ def serve_hub() -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+        server.end_connections()
+
+
+class _Server(ThreadingHTTPServer):
+    """A server whose connections, which clients keep open between requests, can be ended."""
+
+    connections: list[socket.socket]
+
+    def server_activate(self) -> None:
+        self.connections = []
+        super().server_activate()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
+    def end_connections(self) -> None:
+        """End all connections; most were closed by their clients."""
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def git_hash(data: bytes) -> str:
