@@ -37,6 +37,7 @@ _CHECKED: set[tuple[tuple[int, ...] | None, str]] = set()  # files that this pro
 _MAX_OPEN_FILES = 32_768
 _REMOTE_BYTES = 2**30
 _BLOCK_BYTES = 2**22
+_READ_BYTES = 2**20
 
 
 def group_metadata(attributes: Mapping[str, Any]) -> bytes:
@@ -180,10 +181,11 @@ def _changed(path: Path, committed_crc: str, found: str) -> CorruptError:
 
 def file_checksum(path: Path) -> str:
     """Return the CRC-32C of all bytes of a local file as 8 hex digits. Memory: a block."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            crc = google_crc32c.extend(crc, block)
+    crc, buffer = 0, bytearray(_READ_BYTES)  # one piece of memory for all reads is faster
+    block = np.frombuffer(buffer, np.uint8)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            crc = google_crc32c.extend(crc, block[:count])
     return f"{crc:08x}"
 
 
