@@ -39,11 +39,11 @@ def write_pages(
         title=title,
         summary=summary,
         sections=[
-            Section(title="What is compared", notes=notes),
+            Section(title="What is compared", notes=_plain(notes)),
             *(
                 Section(
                     title=part.title,
-                    notes=part.notes,
+                    notes=_plain(part.notes),
                     table=part.table,
                     figures=[] if part.figure is None else [svg(part.figure)],
                 )
@@ -60,3 +60,8 @@ def write_pages(
             figure_name = save_figure(path.with_name(f"{path.name}-{part.name}"), part.figure)
             blocks.append(f"![{part.title}]({figure_name})")
     write_atomic(path.with_suffix(".md"), ("\n\n".join(filter(None, [*blocks, credit])) + "\n").encode())
+
+
+def _plain(notes: Sequence[str]) -> list[str]:
+    """Return notes without the backticks of Markdown."""
+    return [note.replace("`", "") for note in notes]
