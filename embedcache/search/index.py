@@ -375,8 +375,8 @@ def _recall_error(rejected: Mapping[str, float], index_path: Path, settings: Ind
     larger = "leave --factory out" if settings.factory else "give more --memory, or --on-disk"
     return (
         f"min_recall: expected an index with recall@10 of at least {settings.min_recall:g}, got {recall:.3f} from the "
-        f"best, {factory}, with its most thorough search{unchanged}; {larger}, or lower it with "
-        f"--min-recall {int(100 * recall) / 100:g}"
+        f"best, {factory}, with its most thorough search{unchanged}; {larger}, or lower it to "
+        "less than that with --min-recall"
     )
 
 
