@@ -1,25 +1,47 @@
 """What the learning curve says: recalls, gains over closed forms, where they begin, and costs; as JSON and tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from embedcache.arrays import Array
+from embedcache.evaluate.likelihood import Measured
 from embedcache.metrics.intervals import Estimate, interval_of
 from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, interval_json, round_json
 from pipelines.drawings.curve import SeedRuns, choice_name, question, read_cost, read_report, read_score
 from pipelines.drawings.results import NAMES
 from pipelines.results.measured import Result, Results
 
+CHOOSING = "names to choose by"
+"""Half of the names never seen, by which the recommended recipe is chosen; the other half is the test."""
 _Choices = Mapping[tuple[str, int], int]
 
 
 def read_results(every: Sequence[SeedRuns]) -> Results:
-    """Read all that was measured on the runs of these seeds."""
+    """Read all that was measured on the runs of these seeds, with the names never seen in two halves."""
     paths = [path for runs in every for path in sorted((runs.folder / "results").glob("*.json"))]
-    return Results(map(Result.read, paths))
+    names = {question(NAMES, size): question(CHOOSING, size) for size in every[0].num_pairs}
+    found: list[Result] = []
+    for result in map(Result.read, paths):
+        found += halve(result, names[result.question]) if result.question in names else [result]
+    return Results(found)
+
+
+def halve(result: Result, choosing: str) -> Iterator[Result]:
+    """Divide queries into the test and the half to choose by, whose question is named; a name is in one of them.
+
+    Both halves have the same candidates.
+    """
+    for is_choosing, name in enumerate((result.question, choosing)):
+        measures = {}
+        for measure, (value_M, cluster_M) in result.measures.items():
+            is_asked_M = cluster_M % 2 == is_choosing
+            measures[measure] = Measured(value_M[is_asked_M], cluster_M[is_asked_M])
+        count = max(len(item.values_M) for item in measures.values())
+        yield replace(result, question=name, measures=measures, num_examples=count)
 
 
 def curve_json(every: Sequence[SeedRuns], chosen: _Choices, results: Results) -> dict[str, Any]:
@@ -29,8 +51,8 @@ def curve_json(every: Sequence[SeedRuns], chosen: _Choices, results: Results) ->
     took. `tests`: test -> metric -> `recipes`, `gains` over the closed form of the size (recipe -> size -> value and
     interval), `crossings` (recipe -> pairs from which on it gains, with an interval: 0 is fewer than the smallest size
     has, null more than the largest has), `chance`. `closed_form`: size -> closed form that validation chose.
-    `recommended`: size -> recipe with the highest recall on names never seen. Validation would not do: trained recipes
-    have chosen their epoch by it. `controls`: recipes that are drawn thin.
+    `recommended`: size -> recipe with the highest recall on the names to choose by, which are no part of `tests`.
+    Validation would not do: trained recipes have chosen their epoch by it. `controls`: recipes that are drawn thin.
     """
     sizes, recipes = list(every[0].num_pairs), every[0].recipes
     runs = {name: {str(size): _run_json(every, name, size, chosen[name, size]) for size in sizes} for name in recipes}
@@ -43,7 +65,8 @@ def curve_json(every: Sequence[SeedRuns], chosen: _Choices, results: Results) ->
     tests = {test: _test_json(results, test, list(recipes), trained, closed_form) for test in every[0].tests}
 
     def recall(name: str, size: str) -> float:
-        return fmean(found["recipes"][name][size]["value"] for found in tests[NAMES].values())
+        found = results.seeds(name, question(CHOOSING, int(size)))
+        return fmean(item.values_M.mean() for result in found for item in result.measures.values())
 
     return {
         "seeds": [of_seed.seed for of_seed in every],

@@ -12,10 +12,11 @@ from embedcache.dataset.splits import read_split
 from embedcache.store.cache import Cache
 from pipelines.drawings.curve import Recipe, Schedule, read_report, selection_path
 from pipelines.drawings.curve_page import curve_figure
-from pipelines.drawings.curve_results import find_crossing, format_crossing
+from pipelines.drawings.curve_results import find_crossing, format_crossing, halve
 from pipelines.drawings.results import CLOSED_FORM, FAMILIES, MLP, NAMES, SHUFFLED
 from pipelines.drawings.steps import FEATURES, Data, Held, draw_families, find_concepts, first_names
 from pipelines.icons import run, run_curve
+from pipelines.results.measured import Result
 from tests.pipelines.made_icons import write_package
 from tests.pipelines.one_core import one_core
 
@@ -163,6 +164,24 @@ def test_curve_chooses_by_validation_and_measures_on_tests(
     assert "| > 112 [> 112, > 112] |" in page.replace(f"{values['num_pairs']['256']:,.0f}", "112")
     assert page.count(".svg)") == len(values["tests"])
     assert (folder / "curve.html").read_text().count("<svg") == len(values["tests"])
+
+
+def test_recommended_recipe_is_chosen_by_names_that_are_not_reported(
+    data: Data, make_curve: Callable[[], dict[str, Any]]
+) -> None:
+    values = make_curve()
+    path = data.folder / "curve" / "seed0" / "results" / "names-never-seen-256-ridge.json"
+    whole = Result.read(path)
+    test, choosing = halve(whole, "names to choose by 256")
+    assert (test.question, choosing.question) == ("names never seen 256", "names to choose by 256")
+    for measure, (value_M, name_M) in whole.measures.items():
+        halves = [result.measures[measure] for result in (test, choosing)]
+        assert not set(halves[0].clusters_M) & set(halves[1].clusters_M)
+        assert sum(len(half.values_M) for half in halves) == len(name_M)
+        assert sum(half.values_M.sum() for half in halves) == value_M.sum()
+        found = values["tests"][NAMES][measure]
+        assert found["num_examples"] == len(halves[0].values_M) < len(name_M)
+        assert found["recipes"]["ridge"]["256"]["value"] == pytest.approx(halves[0].values_M.mean(), abs=1e-5)
 
 
 def test_crossing_is_where_the_gain_stays_above_zero() -> None:
