@@ -152,6 +152,8 @@ def _check_can_be_swept(path: Path, name: str, fixed: Mapping[str, Any]) -> None
         reason = "all trials are compared on the same validation samples"
     elif name == "seed":
         reason = "the best seed means nothing, and --seeds-per-config retrains the best configurations"
+    elif name == "recipe":
+        reason = "it chooses the settings of all trials that the file does not name"
     elif name == "device" or not _SETTINGS[name].declared.affects_result:
         reason = "it cannot improve a trial"
     if reason is not None:

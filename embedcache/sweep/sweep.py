@@ -7,7 +7,7 @@ from typing import Any
 
 from embedcache.files import AnyPath, disk_errors
 from embedcache.locks import locked
-from embedcache.progress import AnyProgress, to_progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import write_record
 from embedcache.registry import require
 from embedcache.reports.sweep import SweepConfig, SweepFindings, write_sweep_page
@@ -16,6 +16,7 @@ from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import open_study
 from embedcache.train.data import Names, Paths, TrainData, name_features, open_data
+from embedcache.train.recipes import choose_settings, count_training_pairs
 
 _BLOCK_ROWS_ON_DISK = 64
 
@@ -77,7 +78,7 @@ def sweep(
     make_grid_points(searched, settings)  # rejects an infinite grid before a folder is created
     memory = searched.settings({}).machine.memory
     data = open_data(caches, name_features(image_feature, text_feature, None), memory_bytes=memory)
-    searched = _with_block_rows(searched, data)
+    searched = _with_block_rows(_with_recipe(searched, data, progress), data)
     with disk_errors(folder):
         opened = open_study(folder, data, searched, settings)
         paths = tuple(str(cache.path) for cache in data.caches)
@@ -96,6 +97,17 @@ def sweep(
             write_record(report.json_path, findings_json(job, trials, report.findings))
             write_sweep_page(report.page_path, report.findings)
     return report
+
+
+def _with_recipe(space: Space, data: TrainData, progress: Progress) -> Space:
+    """Fix what a recipe chooses, apart from settings of the space, so that all trials and pruners know it."""
+    settings = space.settings({})
+    if settings.recipe is None:
+        return space
+    given = {name: value for name, value in {**space.fixed, **space.ranges}.items() if name != "recipe"}
+    chosen = choose_settings(count_training_pairs(data, settings), given, progress)
+    fixed = {name: value for name, value in space.fixed.items() if name != "recipe"}
+    return replace(space, fixed={**fixed, **chosen})
 
 
 def _with_block_rows(space: Space, data: TrainData) -> Space:

@@ -1,14 +1,14 @@
 """Settings of a training run. Nothing heavy is imported here, so that the command line starts quickly."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.devices import AUTO, Precision, name_precision
 from embedcache.errors import SettingError
-from embedcache.settings import check_settings, flat_settings, from_flat, get_setting, group, setting, to_json
+from embedcache.settings import check_settings, flat_settings, get_setting, group, replace_flat, setting, to_json
 from embedcache.units import parse_size
 
 Initialization: TypeAlias = Literal["cca", "csa", "procrustes", "ridge", "random"]
@@ -206,8 +206,18 @@ class LikelihoodSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """All settings of a training run."""
+    """All settings of a training run.
 
+    Args:
+        given: names of settings that a recipe keeps, beside those that differ from their defaults.
+    """
+
+    recipe: Literal["auto"] | None = setting(
+        None,
+        "Choose projector, initialization, loss, dropout, shrinkage, epochs and patience by the number of training "
+        "pairs; options that are given take precedence.",
+        recorded_by_default=False,
+    )
     model: ModelSettings = group(ModelSettings)
     loss: LossSettings = group(LossSettings)
     optimizer: OptimizerSettings = group(OptimizerSettings)
@@ -252,6 +262,7 @@ class TrainSettings:
     )
     seed: int = setting(0, "Random seed of batch order, caption draws, initialization and dropout.", ge=0, lt=2**32)
     machine: MachineSettings = group(MachineSettings)
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -291,7 +302,22 @@ def _to_json(settings: Any, machine: MachineSettings) -> Mapping[str, Any]:
 
 def train_settings(options: Mapping[str, Any]) -> TrainSettings:
     """Build settings from flat names; `split_seed` defaults to `seed`."""
-    return from_flat(TrainSettings, with_split_seed(options))
+    return replace_options(TrainSettings(), with_split_seed(options))
+
+
+def replace_options(settings: TrainSettings, options: Mapping[str, Any]) -> TrainSettings:
+    """Return settings with some values replaced by flat name, which a recipe then keeps; None stands for the default.
+
+    Errors are those of `embedcache.settings.from_flat`.
+    """
+    names = {name for name, value in options.items() if value is not None}
+    return replace(replace_flat(settings, options), given=settings.given | names)
+
+
+def given_options(settings: TrainSettings) -> dict[str, Any]:
+    """Return the settings that were given by name, or differ from their defaults, by flat name."""
+    values = {item: get_setting(settings, item) for item in flat_settings(TrainSettings)}
+    return {item.name: value for item, value in values.items() if item.name in settings.given or value != item.default}
 
 
 def command_line(settings: TrainSettings) -> list[str]:
@@ -299,7 +325,8 @@ def command_line(settings: TrainSettings) -> list[str]:
     words, defaults = [], train_settings({"seed": settings.seed})
     for item in flat_settings(TrainSettings):
         value = get_setting(settings, item)
-        if item.name == "seed" or value != get_setting(defaults, item):
+        is_kept = settings.recipe is not None and item.name in settings.given
+        if item.name == "seed" or is_kept or value != get_setting(defaults, item):
             option = f"--{item.name.replace('_', '-')}"
             values = value if isinstance(value, tuple) else (value,)
             words += [option] if value is True else [word for part in values for word in (option, str(part))]

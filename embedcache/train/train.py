@@ -29,7 +29,6 @@ from embedcache.projectors.saved import (
     split_path,
 )
 from embedcache.provenance import digest, digest_file, from_record, record_stage, to_record
-from embedcache.settings import replace_flat
 from embedcache.train.batches import Batches, Loader, PairLoader
 from embedcache.train.checkpoint import finish_run, name_device, reuse_run, start_run
 from embedcache.train.data import Names, Paths, TrainData, name_features, open_data
@@ -38,7 +37,8 @@ from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
 from embedcache.train.pair import PairTask, Validation, pair_parts
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
-from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
+from embedcache.train.recipes import apply_recipe
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings, replace_options
 from embedcache.train.trackers import check_trackers
 from embedcache.train.trainer import OnEpoch, Trainer, seeded
 from embedcache.train.views import DrawnViews, parse_views
@@ -150,7 +150,7 @@ def train(
         DataError: too few samples, a feature that does not fit its projector, or a loss that is NaN or infinite.
         MissingExtraError: the library of a tracker is not installed.
     """
-    settings = replace_flat(settings or TrainSettings(), with_split_seed(options))
+    settings = replace_options(settings or TrainSettings(), with_split_seed(options))
     progress = to_progress(progress)
     for name in split_names(settings.model.projector):
         PROJECTORS.load(name)
@@ -181,6 +181,7 @@ def train_on(
     raises ends the training.
     """
     run_path, progress = Path(run_path), progress or NullProgress()
+    settings = apply_recipe(settings, data, progress)
     settings = replace(settings, machine=name_device(settings.machine, run_path))
     if settings.block_rows is None:
         settings = replace(settings, block_rows=_MAPPED_BLOCK_ROWS if data.is_mapped else 1)

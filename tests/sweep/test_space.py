@@ -77,6 +77,7 @@ INVALID = {
     "low is text": ("[space]\ndropout = {low = 'a', high = 0.2}", "low: expected a number, got 'a'"),
     "low is nan": ("[space]\ndropout = {low = nan, high = 0.2}", "low: expected a number, got nan"),
     "log is a number": ("[space]\ndropout = {low = 0.1, high = 0.2, log = 1}", "log: expected true or false, got 1"),
+    "recipe": ('[space]\nrecipe = ["auto"]', r"recipe in \[space\], but it chooses .*; move it to \[fixed\]"),
     "no choices": ("[space]\ndropout = []", r"expected a range or choices, such as .*, got \[\]"),
     "single value": ("[space]\ndropout = 0.1", r"expected a range or choices, such as .*, got 0\.1"),
     "choice out of bounds": (

@@ -16,6 +16,8 @@ from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file, read_json
 from embedcache.reports.sweep import write_sweep_page
 from embedcache.sweep.sweep import SweepReport, sweep
+from embedcache.train import recipes
+from embedcache.train.recipes import Recipe, Schedule
 from embedcache.train.trackers import TrackedRun
 from tests.crash import start
 from tests.recorded import RecordedProgress
@@ -225,6 +227,18 @@ def test_underperforming_trials_are_pruned(cache_path: Path, tmp_path: Path) -> 
     for trial in pruned:
         assert not (tmp_path / f"study/trials/{trial.number:05d}").exists()
     assert "pruned" in report.page_path.read_text()
+
+
+def test_recipe_is_fixed_for_all_trials(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Recipe(fewest=0, options={"projector": "linear", "shrinkage": 10.0}, schedule=Schedule(400, 1, 9))
+    monkeypatch.setattr(recipes, "RECIPES", (made,))
+    space_path = write_space(tmp_path, "[fixed]\nrecipe = 'auto'\nsplit = 'key'\n[space]\nshrinkage = [0.5]")
+    settings = replace(RANDOM, trials=1, sampler="grid", top_configs=1, seeds_per_config=1)
+    progress = RecordedProgress()
+    report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings, progress=progress)
+    assert progress.notes[0] == "195 training pairs: recipe for 0 or more: projector linear, epochs 2, patience 3"
+    assert "--projector linear --shrinkage 0.5 --epochs 2 --patience 3" in report.findings.command
+    assert "--recipe" not in report.findings.command
 
 
 def test_each_cache_is_evaluated_and_each_trial_tracked(two_caches: list[Path], tmp_path: Path) -> None:

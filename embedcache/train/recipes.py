@@ -1,0 +1,145 @@
+"""Recipes of `train --recipe auto`: settings by the number of training pairs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from embedcache.dataset.selections import read_selection
+from embedcache.dataset.settings import SplitSettings
+from embedcache.errors import SettingError
+from embedcache.progress import Progress
+from embedcache.train.data import TrainData
+from embedcache.train.settings import TrainSettings, given_options, replace_options
+
+
+class Schedule(NamedTuple):
+    """How long to train: epochs for so many pairs in all, but at least `fewest` and at most `most`.
+
+    Training stops earlier, after a quarter of the epochs without a better validation recall, three at least.
+    """
+
+    num_pairs: int
+    fewest: int
+    most: int
+
+    def options(self, num_pairs: int) -> dict[str, object]:
+        """Return the options of a training on so many pairs."""
+        epochs = min(max(round(self.num_pairs / num_pairs), self.fewest), self.most)
+        return {"epochs": epochs, "patience": max(3, epochs // 4)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings for a number of training pairs.
+
+    Args:
+        fewest: fewest training pairs that it is meant for.
+        options: settings by their names on the command line, without those of the schedule.
+        schedule: how long to train; None for a closed form.
+    """
+
+    fewest: int
+    options: Mapping[str, Any]
+    schedule: Schedule | None = None
+
+    def settings(self, num_pairs: int) -> dict[str, Any]:
+        """Return all settings for so many pairs by flat name."""
+        return {**self.options, **(self.schedule.options(num_pairs) if self.schedule else {"epochs": 0})}
+
+
+RECIPES = (
+    Recipe(fewest=0, options={"projector": "linear", "shrinkage": 10.0}),
+    Recipe(fewest=700, options={"projector": "linear", "shrinkage": 1.0}),
+    Recipe(fewest=10_000, options={"projector": "mlp"}, schedule=Schedule(2_000_000, 10, 100)),
+)
+"""Recipes in ascending order of pairs. They were chosen on icons: see docs/howto/train.md for the figures.
+
+A recipe leaves out `initialization` where it is the default, so that `--init-from` and other projectors keep theirs.
+"""
+
+_REPLACED = ("projector", "initialization", "init_from", "trainable")
+"""Settings that replace what a closed form consists of, so that training is needed."""
+_SPLITS_BY_FRACTION = ("strict", "key")
+
+
+def apply_recipe(settings: TrainSettings, data: TrainData, progress: Progress) -> TrainSettings:
+    """Return settings in which a recipe, if they ask for one, is replaced by the settings that it chooses.
+
+    Those that were given are kept. A note names the others. Errors are those of `choose_settings`, and of reading the
+    selection and the split.
+    """
+    if settings.recipe is None:
+        return settings
+    chosen = choose_settings(count_training_pairs(data, settings), given_options(settings), progress)
+    return replace_options(settings, {**chosen, "recipe": None})
+
+
+def choose_settings(num_pairs: int, given: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Return what the recipe for so many training pairs sets, by flat name, without settings that are given.
+
+    Args:
+        num_pairs: number of training pairs.
+        given: settings that the user chose, by flat name.
+        progress: gets a note of what is chosen.
+
+    Raises:
+        SettingError: the recipe is a closed form, and what is given needs training.
+    """
+    recipe = [recipe for recipe in RECIPES if recipe.fewest <= num_pairs][-1]
+    settings = recipe.settings(max(num_pairs, 1))
+    replaced = {name: given[name] for name in _REPLACED if name in given and given[name] != settings.get(name)}
+    if replaced and recipe.schedule is None and "epochs" not in given:
+        name, value = next(iter(replaced.items()))
+        raise SettingError(
+            f"{name}: expected {settings.get(name, 'none')} with --recipe auto, whose recipe for {num_pairs:,} "
+            f"training pairs is a closed form, got {_text(value)}; give --epochs too, or omit one of them"
+        )
+    if replaced:
+        settings.pop("initialization", None)  # of the projector that is replaced
+    chosen = {name: value for name, value in settings.items() if name not in given}
+    words = ", ".join(f"{name} {_text(value)}" for name, value in chosen.items())
+    progress.note(f"{num_pairs:,} training pairs: {_sizes(recipe)}: {words or 'all of its settings are given'}")
+    return chosen
+
+
+def count_training_pairs(data: TrainData, settings: TrainSettings) -> int:
+    """Count the samples that will be trained on, before a split is made.
+
+    The training part of a strict split, or of one by key, is estimated from the fractions of the others.
+    """
+    pairs = data.pairs(settings.language)
+    samples, fraction = pairs.samples, 1.0
+    if settings.split.kind in _SPLITS_BY_FRACTION:
+        fraction = _training_fraction(len(samples), settings.split)
+    else:
+        samples = np.intersect1d(samples, data.split(pairs, settings.split).rows("train"))
+    if settings.selection_path is not None:
+        samples = np.intersect1d(samples, read_selection(settings.selection_path, data.caches))
+    return round(len(samples) * fraction)
+
+
+def _training_fraction(num_samples: int, settings: SplitSettings) -> float:
+    """Return about which fraction of the samples is in the training part."""
+    num_val = min(num_samples * settings.val_fraction, settings.max_val)
+    num_test = min(num_samples * settings.test_fraction, settings.max_test)
+    return 1 - (num_val + num_test) / num_samples
+
+
+def _sizes(recipe: Recipe) -> str:
+    """Return the numbers of pairs that a recipe is meant for."""
+    larger = [other.fewest for other in RECIPES if other.fewest > recipe.fewest]
+    if not larger:
+        return f"recipe for {recipe.fewest:,} or more"
+    return (
+        f"recipe for {recipe.fewest:,} to {larger[0] - 1:,}"
+        if recipe.fewest
+        else f"recipe for fewer than {larger[0]:,}"
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

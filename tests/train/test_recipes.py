@@ -1,0 +1,129 @@
+"""`train --recipe auto`: settings chosen by the number of training pairs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.cli.config_files import read_config as read_options
+from embedcache.dataset.selections import Selection, write_selection
+from embedcache.errors import SettingError
+from embedcache.progress import NullProgress
+from embedcache.projectors.saved import read_config
+from embedcache.store.cache import Cache
+from embedcache.train import recipes
+from embedcache.train.data import TrainData, open_data
+from embedcache.train.recipes import RECIPES, Recipe, Schedule, apply_recipe, count_training_pairs
+from embedcache.train.settings import TrainSettings, command_line, train_settings
+from embedcache.train.train import train
+from tests.cli.run import embedcache
+from tests.recorded import RecordedProgress
+from tests.train.runs import IMAGE, TEXT
+
+CLOSED_FORM = {"projector": "linear", "initialization": "ridge", "shrinkage": 10.0}
+TRAINED = {"projector": "linear", "initialization": "procrustes", "dropout": 0.5}
+FEATURES = {"image_feature": IMAGE, "text_feature": TEXT}
+SPLIT = {"split": "key", "shared_width": 16}
+
+
+@pytest.fixture
+def data(cache_path: Path) -> TrainData:
+    return open_data(cache_path, {"image": IMAGE, "text": TEXT}, memory_bytes=2**30)
+
+
+@pytest.fixture
+def _recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use a closed form below 100 pairs, of which half of the samples of the cache are more."""
+    made = (
+        Recipe(fewest=0, options=CLOSED_FORM),
+        Recipe(fewest=100, options=TRAINED, schedule=Schedule(400, 1, 9)),
+        Recipe(fewest=1_000, options={"projector": "mlp"}, schedule=Schedule(9_000, 1, 9)),
+    )
+    monkeypatch.setattr(recipes, "RECIPES", made)
+
+
+def test_every_recipe_is_valid() -> None:
+    assert [recipe.fewest for recipe in RECIPES] == sorted({0, *(recipe.fewest for recipe in RECIPES)})
+    for recipe in RECIPES:
+        settings = train_settings(recipe.settings(max(recipe.fewest, 1)))
+        assert (settings.optimizer.epochs == 0) == (recipe.schedule is None)
+
+
+def test_schedule_keeps_its_bounds() -> None:
+    schedule = Schedule(100_000, 3, 20)
+    assert [schedule.options(pairs)["epochs"] for pairs in (10, 10_000, 10**6)] == [20, 10, 3]
+    assert [schedule.options(pairs)["patience"] for pairs in (10, 10_000)] == [5, 3]
+
+
+@pytest.mark.usefixtures("_recipes")
+def test_run_is_that_of_the_chosen_settings(cache_path: Path, tmp_path: Path) -> None:
+    chosen = {**TRAINED, "epochs": 2, "patience": 3}  # 400 / 195 pairs
+    progress = RecordedProgress()
+    train(cache_path, tmp_path / "auto", **FEATURES, recipe="auto", **SPLIT, progress=progress)
+    assert "projector linear, initialization procrustes, dropout 0.5, epochs 2, patience 3" in progress.notes[0]
+    assert progress.notes[0].startswith("195 training pairs: recipe for 100 to 999: ")
+    assert train(cache_path, tmp_path / "auto", **FEATURES, **chosen, **SPLIT).reused
+    train(cache_path, tmp_path / "named", **FEATURES, **chosen, **SPLIT)
+    assert train(cache_path, tmp_path / "named", **FEATURES, recipe="auto", **SPLIT).reused
+    config = read_config(tmp_path / "auto")
+    assert (config, "recipe" in config.training) == (read_config(tmp_path / "named"), False)
+
+
+@pytest.mark.usefixtures("_recipes")
+def test_given_options_win_where_they_are_the_default(data: TrainData) -> None:
+    for options in ({"dropout": 0.1, "projector": "mlp"}, {"dropout": 0.2, "projector": "mlp"}):
+        settings = train_settings({**SPLIT, "recipe": "auto", "epochs": 30, **options})
+        resolved = apply_recipe(settings, data, NullProgress())
+        assert resolved == train_settings({**SPLIT, "epochs": 30, "patience": 3, **options})  # its own initialization
+        assert apply_recipe(resolved, data, NullProgress()) == resolved
+    assert command_line(train_settings({"recipe": "auto", "dropout": 0.1})) == [
+        *("--recipe", "auto", "--dropout", "0.1", "--seed", "0")
+    ]
+    assert apply_recipe(TrainSettings(), data, NullProgress()) == TrainSettings()
+
+
+@pytest.mark.usefixtures("_recipes")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"projector": "mlp"}, "projector: expected linear with --recipe auto, .* 75 training pairs .*, got mlp; give"),
+        ({"initialization": "cca"}, "initialization: expected ridge with .*, got cca; give --epochs too"),
+        ({"init_from": ["image=run"]}, "init_from: expected none with .*, got image=run; give --epochs too"),
+        ({"trainable": "text"}, "trainable: expected none with .*, got text; give --epochs too"),
+    ],
+)
+def test_closed_form_refuses_what_needs_training(data: TrainData, options: dict[str, Any], message: str) -> None:
+    asked = {**SPLIT, "recipe": "auto", "val_fraction": 0.7, "test_fraction": 0.05, **options}
+    with pytest.raises(SettingError, match=message):
+        apply_recipe(train_settings(asked), data, NullProgress())
+    assert apply_recipe(train_settings({**asked, "epochs": 1}), data, NullProgress()).optimizer.epochs == 1
+
+
+def test_training_pairs_are_counted(data: TrainData, cache_path: Path, tmp_path: Path) -> None:
+    def count(**options: object) -> int:
+        return count_training_pairs(data, train_settings(options))
+
+    assert count() == count(split="key") == 195
+    assert count(val_fraction=0.5, test_fraction=0.25, max_val=10, max_test=40) == 250
+    train(cache_path, tmp_path / "run", **FEATURES, split="key", split_seed=3, epochs=0)
+    rows = data.split(data.pairs(None), train_settings({"split": "key", "split_seed": 3}).split).rows("train")
+    split = str(tmp_path / "run/split.parquet")
+    assert count(split=split) == len(rows)
+    selected = Selection(rows=rows[:60], reasons=["drawn"] * 60)
+    write_selection(tmp_path / "s7.parquet", Cache(cache_path), selected, {})
+    selection = str(tmp_path / "s{seed}.parquet")
+    assert count(selection=selection, split=split, seed=7) == 60
+    assert count(selection=selection, seed=7) == round(60 * 0.65)
+
+
+@pytest.mark.usefixtures("_recipes")
+def test_command_line_and_config_file(cache_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "auto.toml").write_text('recipe = "auto"\nsplit = "key"\nepochs = 1\nshared-width = 16\n')
+    words = ("--image-feature", IMAGE, "--text-feature", TEXT, "--config", "auto.toml")
+    done = embedcache("train", cache_path, "run", *words, "--dropout", "0.1", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert "195 training pairs: recipe for 100 to 999: projector linear, initialization procrustes" in done.stderr
+    options = read_options(tmp_path / "run/config.json")
+    assert (options["dropout"], options["epochs"], options["patience"]) == (0.1, 1, 3)
+    refused = embedcache("train", cache_path, "r", "--task", "likelihood", "--recipe", "auto", cwd=tmp_path)
+    assert "recipe: expected none with --task likelihood, got auto" in refused.stderr
