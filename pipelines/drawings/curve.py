@@ -27,6 +27,7 @@ from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file, read_json
 from embedcache.store.cache import Cache
 from embedcache.train.data import TrainData, open_data
+from embedcache.train.recipes import Schedule
 from embedcache.train.settings import TrainSettings, train_settings
 from embedcache.train.train import TrainReport, train_on
 from pipelines.common import with_options
@@ -39,22 +40,6 @@ SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
 _K = 10
 _MAX_SAMPLES = 10_000
 _MEMORY_BYTES = 4 * 2**30
-
-
-class Schedule(NamedTuple):
-    """How long to train: epochs for so many pairs in all, but at least `fewest` and at most `most`.
-
-    Training stops earlier, after a quarter of the epochs without a better validation recall, three at least.
-    """
-
-    num_pairs: int
-    fewest: int
-    most: int
-
-    def options(self, num_pairs: int) -> dict[str, object]:
-        """Return the options of a training on so many pairs."""
-        epochs = min(max(round(self.num_pairs / num_pairs), self.fewest), self.most)
-        return {"epochs": epochs, "patience": max(3, epochs // 4)}
 
 
 @dataclass(frozen=True, kw_only=True)

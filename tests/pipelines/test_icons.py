@@ -10,7 +10,8 @@ from embedcache.arrays import Floats, normalize
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
 from embedcache.store.cache import Cache
-from pipelines.drawings.curve import Recipe, Schedule, read_report, selection_path
+from embedcache.train.recipes import Schedule
+from pipelines.drawings.curve import Recipe, read_report, selection_path
 from pipelines.drawings.curve_page import curve_figure
 from pipelines.drawings.curve_results import find_crossing, format_crossing, halve
 from pipelines.drawings.results import CLOSED_FORM, FAMILIES, MLP, NAMES, SHUFFLED
