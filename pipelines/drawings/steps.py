@@ -57,7 +57,7 @@ class Held:
     """
 
     test_fraction: float = 0.15
-    max_test: int = 2_000
+    max_test: int = 4_000
     val_fraction: float = 0.05
     max_val: int = 1_000
     family_fraction: float = 0.1
