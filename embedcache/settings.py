@@ -52,6 +52,7 @@ class Declaration:
         flat_name: name on the command line and in TOML, where the field's own name is ambiguous outside its class.
         default_text: what `--help` shows as the default where the value is chosen at run time.
         metavar: placeholder of the value in `--help`; None: chosen from the type.
+        panel: panel of `--help`; None: that of the group, such as `optimizer`.
         parse: converts text from the command line or a TOML file, such as `4GB`; see `embedcache.units`.
     """
 
@@ -66,6 +67,7 @@ class Declaration:
     flat_name: str | None = None
     default_text: str | None = None
     metavar: str | None = None
+    panel: str | None = None
     parse: Callable[[str], Any] | None = None
 
 

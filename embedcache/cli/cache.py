@@ -1,6 +1,7 @@
 """embedcache cache"""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +13,9 @@ from embedcache.maintain.settings import PruneSettings, RemoveSettings
 
 app = new_group("Prune, cut and merge caches, and remove samples from them.")
 
-Yes = Annotated[bool, typer.Option("--yes", metavar="", help="Do it; without, print what would be done.")]
+Yes = Annotated[
+    bool, typer.Option("--yes", metavar="", help="Do it; without this option, only print what would be done.")
+]
 NewCache = Annotated[
     str, typer.Argument(metavar="OUT", help="New folder, or one in which the same command was interrupted.")
 ]
@@ -30,7 +33,7 @@ CopiedFeatures = Annotated[
 @with_settings(settings=PruneSettings)
 def prune(
     cache: Annotated[
-        str | None, typer.Argument(metavar="CACHE", help="Cache: a folder or a URL; needed but for --onnx.")
+        str | None, typer.Argument(metavar="CACHE", help="Cache: a folder or a URL; not needed for --onnx alone.")
     ] = None,
     yes: Yes = False,
     *,
@@ -60,7 +63,12 @@ def prune(
 @with_settings(settings=RemoveSettings)
 def remove(
     cache: CacheArgument,
-    keys: SelectionArgument,
+    keys: Annotated[
+        Path,
+        typer.Argument(
+            metavar="KEYS", help="Samples to remove: a selection (Parquet), or a text file with one key per line."
+        ),
+    ],
     yes: Yes = False,
     *,
     settings: RemoveSettings,
@@ -124,9 +132,9 @@ def cut(
 
 def merge(
     caches: Annotated[
-        list[str],
-        typer.Argument(metavar="CACHE… OUT", help="Two caches or more of the same encoders, then a new folder."),
+        list[str], typer.Argument(metavar="CACHE", help="Two caches or more of the same encoders: folders or URLs.")
     ],
+    out: NewCache,
     prefix_keys: Annotated[
         bool,
         typer.Option(
@@ -146,15 +154,11 @@ def merge(
     from embedcache.cli.console import open_progress, publish, resumable, to_plain
     from embedcache.maintain.copy import merge_caches
 
-    if len(caches) < 3:
-        raise SettingError(f"expected two caches or more and a new folder, got {len(caches)} paths")
+    if len(caches) < 2:
+        raise SettingError(f"expected two caches or more, then a new folder, got {caches[0]} and {out}")
     with resumable():
         report = merge_caches(
-            caches[:-1],
-            caches[-1],
-            prefix_keys=prefix_keys,
-            features=split_names(feature),
-            progress=open_progress(),
+            caches, out, prefix_keys=prefix_keys, features=split_names(feature), progress=open_progress()
         )
     publish(lambda: _show(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
 

@@ -67,9 +67,9 @@ def _is_from_file(context: typer.Context, name: str) -> bool:
 class CommandGroup(TyperGroup):
     """A group of commands whose help shows plain metavars."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        """Return the option `--help`, without a metavar."""
-        return _without_metavar(super().get_help_option(ctx))
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options, flags without a metavar: typer's own, `--help` and shell completion, have one."""
+        return [_without_metavar(option) if option.is_flag else option for option in super().get_params(ctx)]
 
 
 def _without_metavar(option: Any) -> Any:
@@ -125,7 +125,9 @@ def _with_trust(command: Callable[..., None]) -> Callable[..., None]:
     trust = Annotated[
         bool,
         typer.Option(
-            "--trust", metavar="", help="Run code that the files opened name as module:attribute: trust their authors."
+            "--trust",
+            metavar="",
+            help="Run code that the opened files name as module:attribute; only for files whose authors you trust.",
         ),
     ]
     own = list(inspect.signature(command, eval_str=True).parameters.values())
@@ -156,10 +158,21 @@ def _with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
             rich_help_panel=OUTPUT_PANEL,
         ),
     ]
-    own = inspect.signature(command, eval_str=True).parameters.values()
+    own = sorted(inspect.signature(command, eval_str=True).parameters.values(), key=_place_in_help)
     overwrite = [keyword(OVERWRITE, _Overwrite, False)] if any(map(_is_new_file, own)) else []
     set_parameters(run, [*own, *overwrite, keyword("quiet", quiet, False), keyword("verbose", verbose, False)])
     return run
+
+
+def _place_in_help(parameter: inspect.Parameter) -> int:
+    """Return the place of an option among those without a panel: the ones that many commands share come last."""
+    has_panel = any(
+        getattr(option, "rich_help_panel", None) for option in getattr(parameter.annotation, "__metadata__", ())
+    )
+    return _LAST.index(parameter.name) if parameter.name in _LAST and not has_panel else -1
+
+
+_LAST = ("engine", "address", "device", "trust", "config")
 
 
 _Overwrite: TypeAlias = Annotated[

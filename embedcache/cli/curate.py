@@ -257,7 +257,7 @@ def leaks(
 ) -> None:
     """Find test samples that are in a training cache.
 
-    Exact copies, and near-duplicates by cosine similarity.
+    These are exact copies, and near-duplicates by cosine similarity.
 
     Example: embedcache curate leaks train/ test/ clean.parquet --html leaks.html
     """

@@ -46,8 +46,8 @@ def retrieval(
 ) -> None:
     """Measure image-text retrieval in both directions.
 
-    With confidence intervals and the chance level, for each language that is named. A JSON report has the format of
-    CLIP_benchmark; --output may name a folder for one file per run.
+    Recalls have confidence intervals and the chance level beside them, for each language that is named. A JSON report
+    has the format of CLIP_benchmark; --output may name a folder for one file per run.
 
     Example: embedcache evaluate retrieval cache/ run/ --part test --html page.html
     """
@@ -92,8 +92,8 @@ def zero_shot(
 ) -> None:
     """Classify images by their similarity to prompts.
 
-    With confidence intervals and the chance level. A JSON report has the format of CLIP_benchmark; --output may name a
-    folder for one file per run.
+    Accuracies have confidence intervals and the chance level beside them. A JSON report has the format of
+    CLIP_benchmark; --output may name a folder for one file per run.
 
     Example: embedcache evaluate zero-shot labeled/ run/ --prompts prompts/
     """
@@ -163,8 +163,8 @@ def probe(
 ) -> None:
     """Train classifiers on a frozen feature.
 
-    Nearest neighbors, linear probes and few-shot curves, with the chance level. A JSON report has the format of
-    CLIP_benchmark.
+    These are nearest neighbors and linear probes, also on few examples per class, with the chance level. A JSON report
+    has the format of CLIP_benchmark.
 
     Example: embedcache evaluate probe labeled/ --feature resnet18/pooled --shots 1,2,4,8
     """
@@ -191,7 +191,9 @@ def probe(
     )
 
 
-@with_settings(settings=PairsSettings, build={"settings": pairs_settings}, skip=("resamples", "test_fraction"))
+@with_settings(
+    settings=PairsSettings, build={"settings": pairs_settings}, skip=("resamples", "test_fraction", "max_test")
+)
 def pairs(
     cache: CacheArgument,
     as_json: Json = False,
@@ -202,7 +204,7 @@ def pairs(
 ) -> None:
     """Compare encoder pairs before any training.
 
-    CKA, mutual kNN and a closed-form probe of every pair of an image and a text feature.
+    Print CKA, mutual kNN and a closed-form probe of every pair of an image and a text feature.
 
     Example: embedcache evaluate pairs cache/ --html pairs.html
     """
@@ -240,8 +242,8 @@ def speech(
 ) -> None:
     """Measure the word errors of speech recognizers.
 
-    Word and character error rates in views of the sound, such as levels of noise, with confidence intervals and paired
-    differences to the first run. If the samples have a column `recordings`, intervals are over these, else over
+    Print word and character error rates in views of the sound, such as levels of noise, with confidence intervals and
+    paired differences to the first run. If the samples have a column `recordings`, intervals are over these, else over
     utterances.
 
     Example: embedcache evaluate speech test/ audio/ fusion/ --view plain,babble0dB,babble-5dB --html wer.html
@@ -290,8 +292,8 @@ def likelihood(
 ) -> None:
     """Measure runs of one likelihood on tasks.
 
-    Accuracy over candidates, recall in both directions, predicted words and whole captions, with confidence intervals
-    over items and the chance level. Runs need not have been trained on the tasks.
+    Print accuracy over candidates, recall in both directions, predicted words and whole captions, with confidence
+    intervals over items and the chance level. Runs need not have been trained on the tasks.
 
     Example: embedcache evaluate likelihood cache/ run/ --task-file tasks.toml --shuffle-items
     """
@@ -318,8 +320,9 @@ def likelihood(
 def clip_benchmark(context: typer.Context, run: RunArgument, as_json: Json = False) -> None:
     """Evaluate a run with CLIP_benchmark.
 
-    Its own code, datasets and options: everything after the run is passed on to it; `clip_benchmark eval --help` lists
-    its options, such as --output for its file. With --json the contents of its files are printed at the end.
+    CLIP_benchmark brings its own code, datasets and options: everything after the run is passed on to it;
+    `clip_benchmark eval --help` lists its options, such as --output for its file. With --json the contents of its files
+    are printed at the end.
 
     Example: embedcache evaluate clip-benchmark run/ --dataset cifar10 --dataset_root data/
     """

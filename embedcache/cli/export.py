@@ -27,7 +27,7 @@ def transformers(
 ) -> None:
     """Write a model for transformers.
 
-    AutoModel, AutoProcessor and AutoTokenizer open the folder.
+    AutoModel, AutoProcessor and AutoTokenizer load the folder.
 
     Example: embedcache export transformers run/ model/
     """
@@ -45,7 +45,7 @@ def open_clip(
 ) -> None:
     """Write a model for open_clip.
 
-    It opens the folder as local-dir:OUT.
+    open_clip loads the folder as local-dir:OUT.
 
     Example: embedcache export open-clip run/ model/
     """
@@ -136,7 +136,7 @@ def clip_retrieval(
 ) -> None:
     """Write vectors of length 1 for clip-retrieval.
 
-    The folders img_emb, text_emb and metadata, for its index command.
+    Write the folders img_emb, text_emb and metadata, from which `clip-retrieval index` builds an index.
 
     Example: embedcache export clip-retrieval cache/ tree/ --run run/
     """
@@ -154,7 +154,7 @@ def parquet(
 ) -> None:
     """Write vectors, keys and captions to Parquet.
 
-    Columns key, caption, those of the source, and image_vector and text_vector as lists of fixed length.
+    The columns are key, caption, those of the source, and image_vector and text_vector as lists of fixed length.
 
     Example: embedcache export parquet cache/ vectors.parquet --run run/
     """
@@ -172,7 +172,7 @@ def npy(
 ) -> None:
     """Write vectors as NumPy arrays.
 
-    Files image.npy, text.npy and rows.parquet in a new folder.
+    Write image.npy, text.npy and rows.parquet into a new folder.
 
     Example: embedcache export npy cache/ arrays/ --image-feature resnet18/pooled
     """
@@ -190,7 +190,7 @@ def atlas(
 ) -> None:
     """Write a map of the dataset for embedding-atlas.
 
-    A Parquet file with vectors, captions, thumbnails, positions on the plane and neighbors.
+    The Parquet file holds vectors, captions, thumbnails, positions on the plane and neighbors.
 
     Example: embedcache export atlas cache/ atlas.parquet --run run/
     """

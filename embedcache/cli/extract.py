@@ -18,16 +18,31 @@ if TYPE_CHECKING:
 @with_settings(settings=ExtractSettings, source_settings=SourceSettings)
 def extract(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Folder, table, WebDataset tars, dataset on disk, or a URL.")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder, table, WebDataset tars, Hugging Face dataset on disk or as hf:org/name, or a URL of these; "
+            "prompts:FILE for the names of classes.",
+        ),
     ],
     cache: Annotated[
         str, typer.Argument(metavar="CACHE", help="New folder, or existing cache of this source; may be a URL.")
     ],
     image_encoder: Annotated[
-        list[str] | None, typer.Option(metavar="SPEC", help="Image encoder, as family:model. May be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Image encoder, as family:model of timm, hf, open_clip, st or lite, or module:attribute. May be "
+            "repeated.",
+        ),
     ] = None,
     text_encoder: Annotated[
-        list[str] | None, typer.Option(metavar="SPEC", help="Text encoder, as family:model. May be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Text encoder, as family:model of st, hf, open_clip, use or wordllama, or module:attribute. May be "
+            "repeated.",
+        ),
     ] = None,
     encoder: Annotated[
         list[str] | None,
@@ -41,7 +56,11 @@ def extract(
     ] = False,
     source_type: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Kind of source, or module:attribute.", show_default="by its content"),
+        typer.Option(
+            metavar="NAME",
+            help="Kind of source: folder, table, webdataset, hf, idx, texts, prompts, … or module:attribute.",
+            show_default="by its content",
+        ),
     ] = None,
     as_json: Json = False,
     output: Output = None,

@@ -89,7 +89,8 @@ def parquet(
 ) -> None:
     """Import vectors in list columns of Parquet.
 
-    With keys, captions and other columns. Run the same command again to resume an interrupted import.
+    Keys, captions and all other columns are imported as well. Run the same command again to resume an interrupted
+    import.
 
     Example: embedcache import parquet vectors.parquet cache/
     """

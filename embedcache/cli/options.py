@@ -90,7 +90,6 @@ Features: TypeAlias = Annotated[
     ),
 ]
 
-Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.", min=0, max=2**32 - 1)]
 Device: TypeAlias = Annotated[str, typer.Option("--device", metavar="DEVICE", help=DEVICE_HELP)]
 Json: TypeAlias = Annotated[
     bool,
@@ -241,7 +240,8 @@ def _option(item: FlatSetting, panel: str | None) -> inspect.Parameter:
         help = f"{help} One of: {', '.join(choices)}."
     is_list = get_origin(kind) is tuple
     element = get_args(kind)[0] if is_list else kind
-    title = item.path[0] if len(item.path) > 1 else (panel or "").removesuffix("settings").strip("_")
+    of_class = (panel or "").removesuffix("settings").strip("_")
+    title = declared.panel or (item.path[0] if len(item.path) > 1 else of_class)
     option = typer.Option(
         _flags(item, kind),
         help=help,

@@ -13,7 +13,6 @@ from embedcache.cli.options import (
     ImageFolders,
     Json,
     Output,
-    Seed,
     SelectionArgument,
     SelectionOutput,
     TextFeature,
@@ -88,7 +87,7 @@ def sample(
     selection: SelectionArgument,
     size: Annotated[int, typer.Argument(metavar="N", help="Number of samples to draw.")],
     out: SelectionOutput,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")] = 0,
     as_json: Json = False,
     output: Output = None,
 ) -> None:

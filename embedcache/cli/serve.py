@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from embedcache.cli.options import Concepts, Device, IndexArgument, Json, with_settings
+from embedcache.cli.options import OUTPUT_PANEL, Concepts, Device, IndexArgument, with_settings
 from embedcache.devices import AUTO
 from embedcache.errors import SettingError
 from embedcache.search.settings import MOVED_CACHE, MOVED_RUN
@@ -38,7 +38,12 @@ def serve(
         list[Path] | None, typer.Option(metavar="FILE", help="Offer this selection as a filter on the page.")
     ] = None,
     device: Device = AUTO,
-    as_json: Json = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", metavar="", help="Print the address as JSON on standard output.", rich_help_panel=OUTPUT_PANEL
+        ),
+    ] = False,
     *,
     settings: ServeSettings,
 ) -> None:

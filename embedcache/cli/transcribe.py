@@ -22,7 +22,7 @@ def transcribe(
         str | None,
         typer.Option(
             metavar="X0,Y0,X1,Y1",
-            help="Region of the mouth in every frame, from the left upper corner, as fractions of width and height; or "
+            help="Region of the mouth in every frame, from the upper left corner, as fractions of width and height; or "
             "all, if the frames show nothing else. Needed to read lips.",
         ),
     ] = None,

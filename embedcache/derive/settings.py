@@ -17,7 +17,7 @@ DTYPES = ("float16", "float32", "int16", "int32", "int64")
 class DeriveSettings:
     """What to derive: the output of a run, or of a rule on some inputs."""
 
-    run: Path | None = setting(None, "Derive an output of this run.", metavar="RUN")
+    run: Path | None = setting(None, "Apply this run to the features that it was trained on.", metavar="RUN")
     run_output: str = setting(
         "projected",
         "Output of the run: projected (unit vectors in the shared space) or prob (probabilities of classes).",
@@ -26,7 +26,7 @@ class DeriveSettings:
     prompts: str | None = setting(None, "Cache of prompts, written by extract prompts:FILE.", metavar="CACHE")
     modality: str | None = setting(
         None,
-        "Modality to derive features of a run for.",
+        "Modality whose features the run is applied to.",
         metavar="NAME",
         default_text="all for which the run has the output",
     )
@@ -40,7 +40,7 @@ class DeriveSettings:
     )
     rule: str | None = setting(
         None,
-        "Derive with this rule: concat, mean, pca, standardize, or module:attribute.",
+        "Apply this rule: concat, mean, pca, standardize or module:attribute.",
         metavar="NAME",
     )
     inputs: tuple[str, ...] = setting(
@@ -50,10 +50,10 @@ class DeriveSettings:
         metavar="MODALITY=NAME",
     )
     parameters: tuple[str, ...] = setting(
-        (), "Parameter of the rule, such as width=64. May be repeated.", flat_name="parameter", metavar="VALUE"
+        (), "Parameter of the rule, such as width=64. May be repeated.", flat_name="parameter", metavar="NAME=VALUE"
     )
     fit_split: Path | None = setting(
-        None, "Fit the rule on the training part of this split.parquet of a run.", default_text="all items"
+        None, "Fit the rule on the training part of a run: its split.parquet.", default_text="all items"
     )
     name: str | None = setting(
         None, "Name of the derived features' folder in the cache.", default_text="RUN-OUTPUT, or the rule"

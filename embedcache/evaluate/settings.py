@@ -143,7 +143,9 @@ class PairsSettings:
         metavar="NAME",
         default_text="all complete ones",
     )
-    language: str | None = setting(None, "Use only captions of this language; any uses all.", metavar="CODE")
+    language: str | None = setting(
+        None, "Use only captions of this language; any uses all.", metavar="CODE", default_text="any"
+    )
     num_samples: int = setting(5000, "Draw at most this many samples.", ge=20)
     k: int = setting(10, "Neighbors of mutual kNN.", ge=1)
     resamples: int = setting(2000, "Bootstrap resamples of the 95% intervals.", ge=1)

@@ -12,7 +12,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _PUBLIC: dict[str, Any] = {
     "default": False,
-    "help": "Make a new repository on the hub public; it is private otherwise.",
+    "help": "Make a new repository on the Hub public; it is private otherwise.",
     "affects_result": False,
 }
 

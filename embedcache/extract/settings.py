@@ -57,6 +57,7 @@ class ExtractSettings:
         "are those of this task of a SLURM array.",
         affects_result=False,
         metavar="I/N|slurm",
+        panel="machine",
     )
     devices: tuple[str, ...] = setting(
         (),
@@ -66,6 +67,7 @@ class ExtractSettings:
         affects_result=False,
         metavar="DEVICE",
         default_text=AUTO,
+        panel="machine",
     )
     threads: int | None = setting(
         None,
@@ -74,12 +76,21 @@ class ExtractSettings:
         le=1024,
         affects_result=False,
         default_text="one per core",
+        panel="machine",
     )
     engine: Literal["local", "ray"] = setting(
-        "local", "Run on this machine, or on the machines of a Ray cluster.", affects_result=False
+        "local",
+        "Run on this machine, or on the machines of a Ray cluster.",
+        affects_result=False,
+        panel="machine",
     )
     address: str | None = setting(
-        None, "Address of a Ray cluster.", affects_result=False, default_text="start one on this machine", metavar="URL"
+        None,
+        "Address of a Ray cluster.",
+        affects_result=False,
+        default_text="start one on this machine",
+        metavar="URL",
+        panel="machine",
     )
     actors: int | None = setting(
         None,
@@ -87,6 +98,7 @@ class ExtractSettings:
         ge=1,
         affects_result=False,
         default_text="one per GPU, or one per node without GPUs",
+        panel="machine",
     )
     encoder: EncoderSettings = group(EncoderSettings)
 

@@ -39,10 +39,13 @@ class CaptionSettings:
         judge: whether a caption is right; None: if it is a caption of the item in the examples.
     """
 
-    beam: int = setting(5, "Hypotheses that are kept per caption.", ge=1, le=1000)
-    max_length: int = setting(20, "Most words of a caption.", ge=1)
+    beam: int = setting(5, "Hypotheses that are kept per caption.", ge=1, le=1000, panel="caption")
+    max_length: int = setting(20, "Most words of a caption.", ge=1, panel="caption")
     length_power: float = setting(
-        0.0, "Exponent of the length that divides the log-probability of a caption; 1 compares means over words.", ge=0
+        0.0,
+        "Exponent of the length that divides the log-probability of a caption; 1 compares means over words.",
+        ge=0,
+        panel="caption",
     )
     judge: Judge | None = None
 

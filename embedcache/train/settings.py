@@ -145,12 +145,14 @@ class PartSettings:
         (),
         "Run whose weights are the initialization of all parts, or of one: image=RUN. Repeat it for several parts.",
         metavar="PART=RUN",
+        panel="fine-tuning",
         recorded_by_default=False,
     )
     trainable: str | None = setting(
         None,
         "Train only these parts, such as text or text+temperature; the others stay as they are.",
         metavar="PART[+PART]",
+        panel="fine-tuning",
         default_text="all",
         recorded_by_default=False,
     )
@@ -223,7 +225,9 @@ class TrainSettings:
     optimizer: OptimizerSettings = group(OptimizerSettings)
     parts: PartSettings = group(PartSettings)
     split: SplitSettings = group(SplitSettings)
-    language: str | None = setting(None, "Use only captions of this language; any uses all.", metavar="CODE")
+    language: str | None = setting(
+        None, "Use only captions of this language; any uses all.", metavar="CODE", default_text="any"
+    )
     captions: Literal["draw", "all"] = setting(
         "draw", "For several captions per sample: draw one per epoch, or use all as positives."
     )

@@ -36,7 +36,10 @@ def test_error_of_the_system_is_one_line(name: str, monkeypatch: pytest.MonkeyPa
     [
         (("inspect", "x" * 300), "File name too long; use shorter names"),
         (("inspect", "caf\udce9"), r"expected arguments in UTF-8, got 'caf\udce9'"),
-        (("curate", "sample", "c", "s.txt", "1", "o.parquet", "--seed", "-1"), "greater than or equal to 0"),
+        (
+            ("curate", "sample", "c", "s.txt", "1", "o.parquet", "--seed", "-1"),
+            "--seed: expected a whole number from 0",
+        ),
     ],
 )
 def test_bad_argument_is_refused(words: tuple[str, ...], message: str, tmp_path: Path) -> None:

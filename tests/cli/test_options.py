@@ -25,6 +25,7 @@ SAME_NOUN = {
     "--feature": "extract names features to store, before encoder/feature exists",
     "--image-cosine": "limit of near-duplicates: above it for a strict split, at or above it for leaks",
     "--image-feature": "evaluate pairs takes several",
+    "--json": "serve prints its address",
     "--language": "language of the captions that are read: several in some commands",
     "--index": "coverage counts what it finds, negatives searches it, cache remove takes several",
     "--modality": "names what the command does with the items of that modality",
@@ -94,7 +95,16 @@ def test_help_is_readable(words: str, command: Any) -> None:
         assert "[" not in text, f"rich reads {text} as markup"
     for parameter in command.params:
         assert parameter.metavar is not None, f"{words} {parameter.name} has no metavar"
+        assert getattr(parameter, "min", None) is None, f"{words} --help shows {parameter.name} as a Python range"
         assert parameter.help.endswith("."), parameter.help
+
+
+@pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[words for words, _ in COMMANDS])
+def test_shared_options_come_last(words: str, command: Any) -> None:
+    options = [each for each in command.params if each.param_type_name == "option" and not each.rich_help_panel]
+    shared = ["engine", "address", "device", "trust", "config"]
+    found = [option.name for option in options if option.name in shared]
+    assert [option.name for option in options][-len(found) or None :] == sorted(found, key=shared.index), words
 
 
 WITHOUT_OUTPUT = {
@@ -117,8 +127,9 @@ def test_inputs_come_first_and_the_output_last(words: str, command: Any) -> None
     assert not {"OUT", "STUDY"} & set(arguments[:-1])
 
 
-@pytest.mark.parametrize("words", ["", "evaluate", "curate", "export", "import"])
-def test_group_help_has_no_cut_line(words: str) -> None:
+@pytest.mark.parametrize("words", ["", "evaluate", "curate", "export", "import", "cache"])
+def test_group_help_has_no_cut_line_and_no_python_type(words: str) -> None:
     shown = CliRunner().invoke(app, [*words.split(), "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).output
     assert "…" not in shown
     assert "..." not in shown.replace("[ARGS]...", "")
+    assert "<" not in shown

@@ -211,8 +211,11 @@ def combine_selections(
 def sample_selection(cache_path: Path | str, out_path: Path, selection: Path, size: int, *, seed: int = 0) -> int:
     """Write a random sample of a selection, with its reasons, and return the number of samples.
 
-    Raises `SettingError` if the selection has fewer samples, and `DataError` if a key is not in the cache.
+    Raises `SettingError` if the selection has fewer samples or the seed does not fit 32 bits, and `DataError` if a key
+    is not in the cache.
     """
+    if not 0 <= seed < 2**32:
+        raise SettingError(f"seed: expected a whole number from 0 to {2**32 - 1:,}, got {seed:,}")
     cache = Cache(cache_path)
     reasons = read_reasons(selection, cache)
     if not 1 <= size <= len(reasons):
