@@ -80,7 +80,8 @@ class TrainReport:
     def line(self, run_path: Path) -> str:
         """Summarize the report in one line, with what to change if the selection or the training fell short."""
         counts = ", ".join(f"{count:,} {part}" for part, count in self.num_samples.items())
-        outcome = f"best epoch {self.best_epoch}" if self.best_epoch else "the initialization was best and was kept"
+        start = "the initialization was best and was kept" if self.pairs_per_s else "the initialization, as it is"
+        outcome = f"best epoch {self.best_epoch}" if self.best_epoch else start
         recalls = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in self.recalls.items())
         state = "reused, trained earlier with the same settings" if self.reused else "trained"
         size = f"{self.num_parameters:,} parameters, {self.flops_per_pair / 1e6:,.1f} MFLOP per pair"
@@ -97,8 +98,8 @@ class TrainReport:
         if not self.best_epoch and self.pairs_per_s:
             lines.append(
                 "WARNING: no epoch was better on validation than the initialization; with "
-                f"{self.num_samples['train']:,} training samples, raise --dropout, such as 0.5, or lower --lr, such as "
-                "0.0001"
+                f"{self.num_samples['train']:,} training samples, use a higher --dropout and a lower --lr than now "
+                "(0.5 and 0.0001 suit few samples), or keep the initialization with --epochs 0"
             )
         return lines
 
