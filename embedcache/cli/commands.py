@@ -69,7 +69,8 @@ class CommandGroup(TyperGroup):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the options, flags without a metavar: typer's own, `--help` and shell completion, have one."""
-        return [_without_metavar(option) if option.is_flag else option for option in super().get_params(ctx)]
+        options = super().get_params(ctx)
+        return [_without_metavar(each) if getattr(each, "is_flag", False) else each for each in options]
 
 
 def _without_metavar(option: Any) -> Any:
