@@ -21,7 +21,8 @@ from embedcache.progress import Progress, to_progress
 
 log = logging.getLogger("embedcache")
 
-_PLAIN_WIDTH = 160
+_PLAIN_WIDTH = 10_000
+"""Letters of a line of a table in a file or pipe, where nothing needs to be wrapped."""
 _INTERRUPTED = 130
 _JSON_CONTROLS = re.compile(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

@@ -99,7 +99,7 @@ def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[tu
 
 def report_line(start: str, seeds: Sequence[int], scores: Sequence[float], name: str, warning: str | None) -> str:
     """Summarize a report in one line: its start, the seeds with the score of each if there are several, a warning."""
-    line = f"{start}; seeds {', '.join(map(str, seeds))}"
+    line = f"{start}; {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
     if len(seeds) > 1:
         line += f" ({name} {', '.join(f'{score:.3f}' for score in scores)})"
     return "; ".join([f"{line}; 95% intervals over near-duplicate groups", *filter(None, [warning])])

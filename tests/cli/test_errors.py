@@ -62,6 +62,12 @@ def test_deleted_working_folder_is_one_line(
     assert capsys.readouterr().err == "error: the working folder does not exist any more; change to another one\n"
 
 
+def test_table_in_a_file_is_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    caption = f"a{' red' * 80} boat"
+    print_table(["caption", "key"], [[caption, "1"]])
+    assert f"│ {caption} │   1 │" in capsys.readouterr().out.splitlines()
+
+
 def test_controls_are_printed_as_escapes(capsys: pytest.CaptureFixture[str]) -> None:
     assert visible("a\tb\n" + HOSTILE) == "a\tb\n" + r"\x1b]0;owned\x07\x9b2J\u202eabc\ud800"
     print_line(HOSTILE)
