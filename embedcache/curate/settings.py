@@ -172,37 +172,58 @@ class NegativesSettings:
         default_text="compare all",
     )
     num_negatives: int = setting(3, "Hard negatives per sample.", ge=1, le=1000)
-    range_min: int = setting(0, "Skip this many of the nearest neighbors.", ge=0, le=2**20)
+    range_min: int = setting(0, "Skip this many of the nearest neighbors.", ge=0, le=2**20, panel="neighbor")
     range_max: int | None = setting(
         None,
         "Consider neighbors up to this rank.",
         ge=1,
         le=2**20,
         default_text="10 per negative beyond --range-min",
+        panel="neighbor",
     )
-    max_score: float | None = setting(None, "Skip neighbors above this cosine similarity.", ge=-1, le=1)
-    min_score: float | None = setting(None, "Skip neighbors below this cosine similarity.", ge=-1, le=1)
+    max_score: float | None = setting(
+        None, "Skip neighbors above this cosine similarity.", ge=-1, le=1, panel="neighbor"
+    )
+    min_score: float | None = setting(
+        None, "Skip neighbors below this cosine similarity.", ge=-1, le=1, panel="neighbor"
+    )
     absolute_margin: float | None = setting(
-        None, "With --run: skip neighbors that are not this much less similar than the sample's own pair.", ge=0, le=2
+        None,
+        "With --run: skip neighbors that are not this much less similar than the sample's own pair.",
+        ge=0,
+        le=2,
+        panel="neighbor",
     )
     relative_margin: float | None = setting(
         None,
         "With --run: skip neighbors that are not this fraction less similar than the sample's own pair, such as 0.05.",
         ge=0,
         le=1,
+        panel="neighbor",
     )
-    sampling: Literal["top", "random"] = setting("top", "Take the nearest of the considered neighbors, or random ones.")
+    sampling: Literal["top", "random"] = setting(
+        "top", "Take the nearest of the considered neighbors, or random ones.", panel="neighbor"
+    )
     image_cosine: float = setting(
-        0.9, "Images above this cosine similarity are near-duplicates, never negatives.", ge=-1, le=1
+        0.9,
+        "Images above this cosine similarity are near-duplicates, never negatives.",
+        ge=-1,
+        le=1,
+        panel="near-duplicate",
     )
     text_cosine: float = setting(
-        0.7, "Captions above this cosine similarity are near-duplicates, never negatives.", ge=-1, le=1
+        0.7,
+        "Captions above this cosine similarity are near-duplicates, never negatives.",
+        ge=-1,
+        le=1,
+        panel="near-duplicate",
     )
     other_cosine: float = setting(
         0.9,
         "Recordings, videos and point clouds above this cosine similarity are near-duplicates, never negatives.",
         ge=-1,
         le=1,
+        panel="near-duplicate",
     )
     selection: Path | str | None = setting(
         None,
@@ -321,12 +342,12 @@ class SelectSettings:
         parse=parse_count_or_fraction,
         metavar="COUNT",
     )
-    per_concept: int | None = setting(None, "rare-first: at most this many samples per concept.", ge=1)
+    per_concept: int | None = setting(None, "rare-first: at most this many samples per concept.", ge=1, panel="method")
     threshold: float | None = setting(
-        None, "clip-score, metaclip: cosine similarity from which an item matches.", ge=-1, le=1
+        None, "clip-score, metaclip: cosine similarity from which an item matches.", ge=-1, le=1, panel="method"
     )
     head: float | None = setting(
-        None, "metaclip: cut concepts with more matches than this to about this many samples.", ge=1
+        None, "metaclip: cut concepts with more matches than this to about this many samples.", ge=1, panel="method"
     )
     clusters: tuple[int, ...] | None = setting(
         None,
@@ -334,6 +355,7 @@ class SelectSettings:
         parse=parse_counts,
         metavar="N,...",
         default_text="one per 40 samples",
+        panel="method",
     )
     candidates: int | None = setting(
         None,
@@ -341,19 +363,31 @@ class SelectSettings:
         ge=1,
         stored_as="drawn",
         default_text="20,000, or twice the budget if that is more",
+        panel="method",
     )
     scores: Path | str | None = setting(
-        None, "score: Parquet with a column key and numbers, such as curate score writes.", metavar="FILE"
+        None,
+        "score: Parquet with a column key and numbers, such as curate score writes.",
+        metavar="FILE",
+        panel="method",
     )
     score: str | None = setting(
-        None, "score: column of the scores.", metavar="COLUMN", default_text="the only one that holds numbers"
+        None,
+        "score: column of the scores.",
+        metavar="COLUMN",
+        default_text="the only one that holds numbers",
+        panel="method",
     )
-    at_least: float | None = setting(None, "score: select samples of this score or a higher one.")
-    at_most: float | None = setting(None, "score: select samples of this score or a lower one.")
-    concepts: str | Path | None = setting(None, "Cache of prompts, one sample per concept.", metavar="CACHE")
-    join_names: bool = setting(False, "Merge concepts of the same name.")
-    label: str = setting("label", "Column of class labels.", metavar="COLUMN")
-    target: str | Path | None = setting(None, "image-based: cache of the images to resemble.", metavar="CACHE")
+    at_least: float | None = setting(None, "score: select samples of this score or a higher one.", panel="method")
+    at_most: float | None = setting(None, "score: select samples of this score or a lower one.", panel="method")
+    concepts: str | Path | None = setting(
+        None, "Cache of prompts, one sample per concept.", metavar="CACHE", panel="method"
+    )
+    join_names: bool = setting(False, "Merge concepts of the same name.", panel="method")
+    label: str = setting("label", "Column of class labels.", metavar="COLUMN", panel="method")
+    target: str | Path | None = setting(
+        None, "image-based: cache of the images to resemble.", metavar="CACHE", panel="method"
+    )
     run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
     modality: Literal["image", "text"] | None = setting(
         None, "Modality of the items that the method compares.", default_text="the method's"

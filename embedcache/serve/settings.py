@@ -17,19 +17,27 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
 class ServeSettings:
     """Where a search page is served, to whom, and its limits."""
 
-    host: str = setting("127.0.0.1", "Address to bind; one that others can reach requires a token.", metavar="ADDRESS")
-    port: int = setting(8000, "Port to bind; 0 chooses any free port.", ge=0, le=65535)
+    host: str = setting(
+        "127.0.0.1", "Address to bind; one that others can reach requires a token.", metavar="ADDRESS", panel="server"
+    )
+    port: int = setting(8000, "Port to bind; 0 chooses any free port.", ge=0, le=65535, panel="server")
     token: str | None = setting(
-        None, "Token that visitors must send.", metavar="TOKEN", default_text="random, where required"
+        None, "Token that visitors must send.", metavar="TOKEN", default_text="random, where required", panel="server"
     )
     names: tuple[str, ...] = setting(
-        (), "Accept requests for this host name too.", flat_name="host_name", metavar="NAME"
+        (), "Accept requests for this host name too.", flat_name="host_name", metavar="NAME", panel="server"
     )
     max_upload: int = setting(
-        20 * 2**20, "Largest query image in bytes.", gt=0, metavar="SIZE", default_text="20MiB", parse=parse_size
+        20 * 2**20,
+        "Largest query image in bytes.",
+        gt=0,
+        metavar="SIZE",
+        default_text="20MiB",
+        parse=parse_size,
+        panel="server",
     )
-    max_pixels: int = setting(40_000_000, "Largest query image in pixels.", gt=0)
-    timeout: float = setting(30.0, "Request timeout in seconds.", gt=0, le=86_400, metavar="SECONDS")
+    max_pixels: int = setting(40_000_000, "Largest query image in pixels.", gt=0, panel="server")
+    timeout: float = setting(30.0, "Request timeout in seconds.", gt=0, le=86_400, metavar="SECONDS", panel="server")
     image_folders: tuple[Path, ...] = setting(
         (),
         "Read images only below this folder. May be repeated.",
