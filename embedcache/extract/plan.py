@@ -22,6 +22,7 @@ from embedcache.extract.worker import Worker
 from embedcache.files import AnyPath, is_remote
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.sources.base import Source
+from embedcache.store.writer import num_padded
 from embedcache.units import format_bytes
 
 _PROBE_BATCHES = 4
@@ -35,18 +36,20 @@ class PlannedFeature:
 
     Args:
         num_items: number of items in the chunks that lack it.
+        num_rows: number of rows on disk: more than items where the last file is not full, as files have one size.
         item_bytes: bytes on disk per item; the mean of the probe where items differ in length.
     """
 
     name: str
     modality: Modality
     num_items: int
+    num_rows: int
     item_bytes: float
 
     @property
     def num_bytes(self) -> int:
         """Bytes on disk."""
-        return round(self.num_items * (self.item_bytes + _COMMIT_BYTES))
+        return round(self.num_rows * self.item_bytes + self.num_items * _COMMIT_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +132,13 @@ def plan(
             for writer, buffer in zip(writers, buffers, strict=True):
                 for name, items in buffer.features.items():
                     missing_chunks = [chunk for chunk in chunks if name in writer.missing(chunk)]
+                    num_items = worker.cache.info.count_items(modality, missing_chunks)
                     sizes = [item.nbytes for item in items if item is not None]
                     feature = PlannedFeature(
                         name=f"{writer.group.name}/{name}",
                         modality=modality,
-                        num_items=worker.cache.info.count_items(modality, missing_chunks),
+                        num_items=num_items,
+                        num_rows=num_padded(writer.group, name, num_items),
                         item_bytes=fmean(sizes or [0]),
                     )
                     features.append(feature)

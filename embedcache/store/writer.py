@@ -162,6 +162,16 @@ def chunk_files(group: EncoderGroup, feature: str, chunk: int) -> list[Path]:
     return [chunk_path(path, chunk * per_chunk + number, len(shape)) for number in range(per_chunk)]
 
 
+def num_padded(group: EncoderGroup, feature: str, num_items: int) -> int:
+    """Return how many rows the files of a feature have for the items of its last chunks: files have one size."""
+    attributes = read_feature(group, feature)
+    item_shape = tuple(attributes["item_shape"])
+    if item_shape[0] < 0:
+        return num_items
+    num_rows = chunk_shape(group.info, item_shape, attributes["dtype"])[0]
+    return -(-num_items // num_rows) * num_rows
+
+
 def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Sequence[Array | None]) -> dict[str, str]:
     """Write the arrays of one feature of one chunk; return file relative to the group -> CRC-32C of its rows."""
     attributes = read_feature(group, feature)
