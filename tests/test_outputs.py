@@ -114,7 +114,7 @@ COMMANDS = [
 ]
 WRITE_FOLDERS = {f"export {name} out" for name in ("clip-retrieval", "npy", "onnx", "open-clip", "safetensors")}
 WRITE_FOLDERS |= {"export sentence-transformers out", "export transformers out", "export mteb out", "curate index out"}
-WRITE_FOLDERS |= {"cache cut out"}
+WRITE_FOLDERS |= {"cache cut out", "cache merge out"}
 
 
 @pytest.fixture(scope="module")
