@@ -6,36 +6,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedcache.arrays import Floats, Ints, normalize
+from embedcache.arrays import Floats, Ints
 from embedcache.curate import near_duplicates as near_duplicates
 from embedcache.curate.keep import Copies, choose_removed
 from embedcache.curate.near_duplicates import find_near_duplicates, fit_centroids
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset import clusters
-from embedcache.dataset.clusters import (
-    ClusterAssigner,
-    ClusterAssignment,
-    concatenate_assignments,
-    make_plan,
-    scratch_matrix,
-)
-from embedcache.dataset.similar_pairs import CosineTile, PairCollector, SimilarPairs, histogram
-from embedcache.errors import DataError, DiskFullError, PathError
+from embedcache.dataset.similar_pairs import SimilarPairs
+from embedcache.errors import DataError
 from embedcache.progress import NullProgress
 from embedcache.search.vectors import Vectors
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.layout import CacheInfo, write_info
 from embedcache.store.writer import commit_chunk
+from tests.dataset.test_clusters import brute, made_vectors
 
 LIMIT = 0.9
-
-
-def made_vectors(count: int, seed: int, *, width: int = 16, noise: float = 0.08) -> Floats:
-    """Vectors in groups of one to five near-duplicates."""
-    rng = np.random.default_rng(seed)
-    groups = np.repeat(np.arange(count), rng.integers(1, 6, count))[:count]
-    centers = rng.standard_normal((count, width))
-    return normalize(centers[groups] + noise * rng.standard_normal((count, width)))[rng.permutation(count)]
 
 
 def write_vectors(path: Path, vectors_NP: Floats, *, chunk_size: int = 64) -> Vectors:
@@ -56,74 +42,8 @@ def write_vectors(path: Path, vectors_NP: Floats, *, chunk_size: int = 64) -> Ve
     return Vectors(path, "image")
 
 
-def brute(vectors_NP: Floats, limit: float) -> set[tuple[int, int]]:
-    cosines = vectors_NP.astype(np.float64) @ vectors_NP.T.astype(np.float64)
-    return {(int(i), int(j)) for i, j in zip(*np.nonzero(cosines >= limit), strict=True) if i < j}
-
-
 def pairs_of(pairs: SimilarPairs) -> set[tuple[int, int]]:
     return set(zip(pairs.left.tolist(), pairs.right.tolist(), strict=True))
-
-
-@given(st.integers(2, 60), st.integers(1, 7), st.integers(0, 999))
-def test_collector_equals_brute_force(count: int, size: int, seed: int) -> None:
-    vectors = made_vectors(count, seed, width=6)
-    collector = PairCollector(count, [LIMIT], 10**6)
-    items = np.random.default_rng(seed).permutation(count)
-    starts = range(0, count, size)
-    for a in starts:
-        for b in starts[a // size :]:
-            left, right = items[a : a + size], items[b : b + size]
-            collector.add(
-                CosineTile(left=left, right=right, cosines=vectors[left] @ vectors[right].T, is_diagonal=a == b)
-            )
-    assert pairs_of(collector.pairs()) == brute(vectors, LIMIT)
-    cosines = vectors @ vectors.T
-    np.fill_diagonal(cosines, -2)
-    assert collector.highest == pytest.approx(cosines.max(axis=1), abs=1e-5)
-
-
-def test_collector_raises_limit() -> None:
-    vectors = made_vectors(80, 1, width=4)
-    few = len(brute(vectors, 0.99))
-    collector = PairCollector(80, [0.5, 0.9, 0.99], few)
-    for half in (np.arange(40), np.arange(40, 80)):
-        collector.add(CosineTile(left=half, right=half, cosines=vectors[half] @ vectors[half].T, is_diagonal=True))
-    collector.add(CosineTile(left=np.arange(40), right=np.arange(40, 80), cosines=vectors[:40] @ vectors[40:].T))
-    assert collector.limit == 0.99
-    assert pairs_of(collector.pairs()) == brute(vectors, 0.99)
-    assert PairCollector(80, [], 0).limit == np.inf
-
-
-@given(st.integers(5, 120), st.integers(1, 9), st.integers(0, 999), st.floats(0.5, 0.999))
-def test_visits_cover_all_neighbors(count: int, num: int, seed: int, limit: float) -> None:
-    vectors = made_vectors(count, seed, width=5)
-    centroids = normalize(np.random.default_rng(seed).standard_normal((num, 5)))
-    assigned = concatenate_assignments(
-        [*ClusterAssigner(centroids, limit, num, np.ones(count, bool)).process(np.arange(count), vectors)]
-    )
-    assert assigned.is_complete.all()
-    for one, other in brute(vectors, limit):
-        for here, there in ((one, other), (other, one)):
-            cluster = assigned.clusters[there]
-            assert cluster == assigned.clusters[here] or cluster in assigned.visits[here]
-
-
-@given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 999))
-def test_plan_has_every_member_and_visitor_of_each_cluster(count: int, num: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    clusters = rng.integers(num, size=count).astype(np.int32)
-    is_visited = rng.random((count, num)) < 0.4
-    visits = np.where(is_visited, np.arange(num), -1).astype(np.int32)
-    assignment = ClusterAssignment(
-        clusters=clusters, cosines=np.ones(count, np.float32), visits=visits, is_complete=np.ones(count, bool)
-    )
-    plan = make_plan(assignment, count)
-    for number in range(len(plan.starts) - 1):
-        members = plan.items[plan.starts[number] : plan.starts[number + 1]]
-        visitors = plan.items[plan.visitors[plan.visitor_starts[number] : plan.visitor_starts[number + 1]]]
-        assert members.tolist() == np.flatnonzero(clusters == number).tolist()
-        assert sorted(visitors) == np.flatnonzero(is_visited[:, number]).tolist()
 
 
 @settings(max_examples=12)
@@ -257,40 +177,6 @@ def test_zero_vector_raises(tmp_path: Path) -> None:
         find_near_duplicates(
             write_vectors(tmp_path / "cache", vectors), np.arange(20), [LIMIT], DedupSettings(scratch=tmp_path)
         )
-
-
-def test_scratch_space_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        pytest.raises(DiskFullError, match="comparing 1,000,000,000 vectors needs 1536.0 GB in .* --scratch"),
-        scratch_matrix(tmp_path, (10**9, 768), np.float16),
-    ):
-        pass
-    with (
-        pytest.raises(PathError, match="scratch: expected an existing folder"),
-        scratch_matrix(tmp_path / "x", (1, 1), "f4"),
-    ):
-        pass
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(DiskFullError, match="no space left on the disk"), scratch_matrix(tmp_path, (2, 2), "f4"):
-        pass
-    assert not list(tmp_path.iterdir())
-
-
-@given(st.lists(st.floats(-2, 1, width=32), min_size=1, max_size=50))
-def test_histogram_counts_all(cosines: list[float]) -> None:
-    counted = histogram(np.array(cosines, np.float32))
-    assert counted.counts.sum() == len(cosines)
-    assert len(counted.lows) <= 32
-    assert counted.lows[-1] + counted.width == pytest.approx(1)
-    assert counted.lows[0] <= max(-1, min(cosines)) + 1e-3  # bins are wide enough to reach it
-    for low, count in list(zip(counted.lows, counted.counts, strict=True))[1:]:
-        inside = sum(low - 1e-3 <= cosine < low + counted.width + 1e-3 or (cosine >= 1) for cosine in cosines)
-        assert count <= inside
-    assert len(list(counted.bars())) == len(counted.lows)
 
 
 def test_centroids_depend_on_seed(capfd: pytest.CaptureFixture[str]) -> None:

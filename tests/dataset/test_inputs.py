@@ -1,11 +1,22 @@
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from embedcache.arrays import Inputs
-from embedcache.dataset.inputs import InputFeature, open_input, to_inputs, to_unit_vectors
-from embedcache.errors import DataError
+from embedcache.dataset.inputs import (
+    InputFeature,
+    check_same_view,
+    open_input,
+    to_inputs,
+    to_mean_vectors,
+    to_unit_vectors,
+    view_feature,
+)
+from embedcache.errors import DataError, FingerprintError, UnfinishedError
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from tests.store.features import random_items, write_feature
@@ -49,3 +60,110 @@ def test_chunk_of_failed_items_is_empty(tmp_path: Path) -> None:
 def test_unit_vectors_of_tokens() -> None:
     values = np.array([[[3.0, 0], [5, 0]], [[0, 2], [0, 0]]])
     assert to_unit_vectors(Inputs(values, np.array([2, 1]))).tolist() == [[1, 0], [0, 1]]
+
+
+SHAPES = {"vectors": (3,), "fixed": (2, 3), "varying": (-1, 3)}
+
+
+@settings(max_examples=15)
+@given(
+    st.lists(st.sampled_from(["vectors", "fixed"]), max_size=2),
+    st.sampled_from(list(SHAPES)),
+    st.integers(1, 4),
+    st.integers(0, 999),
+)
+def test_reading_any_way_gives_the_same_items(before: list[str], last: str, chunk_size: int, seed: int) -> None:
+    """Check rows, chunks, blocks and all items in memory against the items that were written, one by one."""
+    names, count, rng = [*before, last], 9, np.random.default_rng(seed)
+    failed = [rng.choice(count, 2, replace=False).tolist() for _ in names]
+    written = [random_items(count, SHAPES[n], seed=seed + k, failed=failed[k]) for k, n in enumerate(names)]
+    with tempfile.TemporaryDirectory() as folder:
+        features = [
+            write_feature(
+                Path(folder) / str(k), written[k], SHAPES[name], chunk_size=chunk_size, skip_chunks=[1] * (k == 0)
+            )
+            for k, name in enumerate(names)
+        ]
+        feature = InputFeature(features)
+        expected: dict[int, np.ndarray] = {}
+        for row in range(count):
+            items = [part[row] for part in written]
+            if row // chunk_size != 1 and all(item is not None for item in items):
+                rows = [np.atleast_2d(item.astype(np.float16)) for item in items]  # type: ignore[union-attr]
+                expected[row] = np.concatenate(rows)
+        assert np.flatnonzero(feature.valid).tolist() == list(expected)
+
+        def check(rows: list[int], inputs: Inputs) -> None:
+            assert inputs.values.ndim == (2 if names == ["vectors"] else 3)
+            values = inputs.values[:, None] if inputs.values.ndim == 2 else inputs.values
+            lengths = [values.shape[1]] * len(rows) if inputs.lengths is None else inputs.lengths.tolist()
+            assert [values[place, :length].tolist() for place, length in enumerate(lengths)] == [
+                expected[row].tolist() for row in rows
+            ]
+            assert all((values[place, length:] == 0).all() for place, length in enumerate(lengths))
+
+        found = []
+        for block, inputs in feature.blocks():
+            check(block.tolist(), inputs)
+            found += block.tolist()
+        assert found == list(expected)
+        with pytest.raises(UnfinishedError):
+            feature.require_complete()
+        if rows := [*expected][::-1]:
+            check(rows, feature.read(np.array(rows)))
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_all_items_in_memory_are_read_by_row(tmp_path: Path, name: str) -> None:
+    items = random_items(9, SHAPES[name], seed=3, failed=[4])
+    feature = InputFeature([write_feature(tmp_path, items, SHAPES[name], chunk_size=4)])
+    feature.require_complete()
+    rows = np.array([8, 0, 3, 7, 7])
+    loaded, read = feature.load()(rows), feature.read(rows)
+    np.testing.assert_array_equal(loaded.values, read.values)
+    if name == "varying":
+        counts = [0 if item is None else len(item) for item in items]
+        assert feature.lengths().tolist() == counts
+        np.testing.assert_array_equal(loaded.lengths, read.lengths)
+        assert loaded.lengths.tolist() == [counts[row] for row in rows]  # type: ignore[union-attr]
+        assert feature.item_shape == (round(sum(counts) / 9), 3)
+        assert feature.num_bytes == sum(counts) * 3 * 2
+    else:
+        assert loaded.lengths is None
+        assert feature.item_shape == SHAPES[name]
+        assert feature.num_bytes == 9 * np.prod(SHAPES[name]) * 2
+        assert feature.lengths().tolist() == [0 if row == 4 else 2 if name == "fixed" else 1 for row in range(9)]
+    assert feature.has_tokens == (name != "vectors")
+    assert feature.dtype == np.float16
+
+
+def test_joined_features_have_the_sum_of_their_tokens(cache_path: Path) -> None:
+    cache = Cache(cache_path)
+    joined = open_input(cache, "text", "open_toy/mean+open_toy/tokens")
+    mean, tokens = open_input(cache, "text", "open_toy/mean"), open_input(cache, "text", "open_toy/tokens")
+    assert joined.lengths().tolist() == (1 + tokens.lengths()).tolist()
+    assert joined.item_shape == (round(1 + tokens.lengths().mean()), 32)
+    assert joined.num_bytes == mean.num_bytes + tokens.num_bytes
+    assert joined.name == "open_toy/mean+open_toy/tokens"
+    rows = np.array([5, 2])
+    hashes = joined.hashes_of(rows).to_pylist()
+    assert hashes == [tokens.hashes[5], tokens.hashes[2]]
+
+
+def test_views_are_compared_without_their_name() -> None:
+    assert view_feature("a/cls+a/patches", "plain") == "a/cls+a/patches"
+    assert view_feature("a/cls", "flip") == "a@flip/cls"
+    one, flipped = {"family": "a"}, {"family": "a", "view": "flip"}
+    check_same_view("w", one, flipped, "flip", next_step="n")
+    check_same_view("w", one, one, "plain", next_step="n")
+    for expected, found, view in ((one, flipped, "plain"), (one, {**flipped, "family": "b"}, "flip")):
+        with pytest.raises(FingerprintError):
+            check_same_view("w", expected, found, view, next_step="n")
+
+
+def test_mean_vectors_leave_padding_out() -> None:
+    values = np.array([[[2, 4], [4, 8]], [[1, 3], [0, 0]]], np.float16)
+    assert to_mean_vectors(Inputs(values, np.array([2, 1]))).tolist() == [[3, 6], [1, 3]]
+    assert to_mean_vectors(Inputs(values)).tolist() == [[3, 6], [0.5, 1.5]]
+    assert to_mean_vectors(Inputs(values[0])).tolist() == values[0].tolist()
+    assert to_mean_vectors(Inputs(values[0])).dtype == np.float32

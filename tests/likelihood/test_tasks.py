@@ -2,16 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
 from embedcache.dataset.splits import Split
 from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
-from embedcache.likelihood.tasks import TASK_OPTIONS, TaskFile, mine_candidates, open_task, parts_of, read_task_file
-from embedcache.networks.words import list_words
+from embedcache.likelihood.tasks import TASK_OPTIONS, TaskFile, open_task, parts_of, read_task_file
 from embedcache.store.cache import Cache
-from embedcache.train.likelihood_tasks import ExampleTask
 from tests.train.likelihood_cases import Squares
 
 
@@ -72,60 +69,3 @@ def test_tasks_are_named_in_errors(squares: Squares, squares_paths: tuple[Path, 
     file = TaskFile(write(tmp_path, "[told]\nkind = 'caption'"), Cache(squares_paths[0]))
     with pytest.raises(DataError, match="told: examples: expected some of the part train, got none among 60"):
         open_task(file, file.tasks[0], squares.words, None)
-
-
-def has_nearest(task: ExampleTask, squares: Squares, number: int, others: set[int]) -> bool:
-    """Whether one of the candidates that are nearest to a candidate is among others."""
-    vectors = squares.words.average(task.mined_texts)
-    cosines = vectors @ vectors[number]
-    cosines[number] = -np.inf
-    return max(cosines[other] for other in others) > cosines.max() - 1e-5
-
-
-def test_candidates_near_the_positives_are_in_each_batch(squares: Squares) -> None:
-    names = [f"{left} {right}" for left in ("red", "green", "blue") for right in ("green", "red", "blue", "square")]
-    task = squares.task("classify", "classify", candidates=names, max_candidates=4, batch_size=2)
-    mined = mine_candidates(task, squares.words, 1)
-    words = task.candidate_words.padded()[0].tolist()
-    for seed in range(20):
-        batch = mined.draw(np.random.default_rng(seed), device="cpu")
-        assert batch.log_weights_C is not None
-        numbers = [words.index(row) for row in batch.candidates.numbers_BL.tolist()]
-        positives = {numbers[place] for place in batch.positives[1].tolist()}
-        kept = {number for number, weight in zip(numbers, batch.log_weights_C.tolist(), strict=True) if not weight}
-        assert positives <= kept
-        assert len(positives) <= len(kept) <= 2 * len(positives)
-        assert all(has_nearest(mined, squares, number, kept) for number in positives)
-    assert mined.describe()["mined"]["k"] == 1  # type: ignore[index]
-    assert "mined" not in task.describe()
-
-
-def test_a_batch_of_retrieval_has_the_nearest_texts(squares: Squares) -> None:
-    task = squares.task("retrieve", "retrieve", "captions", batch_size=8)
-    mined = mine_candidates(task, squares.words, 3)
-    texts = {tuple(row): number for number, row in enumerate(task.train.target_words.padded()[0].tolist())}
-    for seed in range(5):
-        batch = mined.draw(np.random.default_rng(seed), device="cpu")
-        numbers = {texts[tuple(row)] for row in batch.candidates.numbers_BL.tolist()}
-        assert sum(has_nearest(mined, squares, number, numbers) for number in numbers) >= 2
-        again = mined.draw(np.random.default_rng(seed), device="cpu")
-        assert again.rows is not None
-        assert batch.rows is not None
-        assert again.rows.tolist() == batch.rows.tolist()
-        assert len(batch.positives[0]) <= 8
-
-
-def test_vectors_of_candidates_are_the_means_of_their_words(squares: Squares) -> None:
-    vocabulary = squares.words.vocabulary
-    found = squares.words.average(vocabulary.encode(["red", "red blue", "nothing known", "blue red"]))
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), [1, 1, 0, 1], atol=1e-6)
-    np.testing.assert_allclose(found[1], found[3], atol=1e-6)
-    unit = squares.words.average(vocabulary.encode(["red", "blue"]))
-    np.testing.assert_allclose(found[1], unit.sum(axis=0) / np.linalg.norm(unit.sum(axis=0)), atol=1e-3)
-    assert list_words(["red"]) == ["red"]
-
-
-def test_vectors_of_other_candidates_are_refused(squares: Squares) -> None:
-    mined = mine_candidates(squares.task("answer", "answer"), squares.words, 1).mined
-    with pytest.raises(SettingError, match="mined: expected vectors of 9 candidates, got 3"):
-        squares.task("classify", "classify", mined=mined)

@@ -8,7 +8,14 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from embedcache.arrays import Floats, normalize
 from embedcache.metrics import neighbors
-from embedcache.metrics.neighbors import find_closest, iterate_pairs_above, note_duration, top_k, vote
+from embedcache.metrics.neighbors import (
+    find_closest,
+    iterate_pairs_above,
+    note_duration,
+    spherical_means,
+    top_k,
+    vote,
+)
 from tests.recorded import RecordedProgress
 
 
@@ -97,3 +104,50 @@ def test_duration_is_that_of_the_comparison(monkeypatch: pytest.MonkeyPatch) -> 
         "comparing: 61 pairs of vectors, about 10 s",
         "comparing: 60,000 pairs of vectors, about 3 hours",
     ]
+
+
+@given(st.integers(1, 20), st.integers(1, 40), st.integers(0, 1000), st.integers(1, 5))
+def test_no_neighbor_is_of_the_same_group(queries: int, candidates: int, seed: int, num_groups: int) -> None:
+    rng = np.random.default_rng(seed)
+    left, right = (rng.standard_normal((count, 4)).astype(np.float32) for count in (queries, candidates))
+    groups = rng.integers(num_groups, size=queries), rng.integers(num_groups, size=candidates)
+    rows, sims = top_k(left, right, candidates, groups=groups)
+    is_found = np.isfinite(sims)
+    assert (groups[1][rows] != groups[0][:, None])[is_found].all()
+    assert (is_found.sum(axis=1) == (groups[1] != groups[0][:, None]).sum(axis=1)).all()
+
+
+def test_no_neighbors_or_no_candidates() -> None:
+    rows = vectors(np.random.default_rng(0), 3, 4)
+    assert top_k(rows, rows, 0)[0].shape == (3, 0)
+    assert top_k(rows[:0], rows, 2)[1].shape == (0, 2)
+    assert find_closest(rows, [rows[:0]]).rows.tolist() == [-1] * 3
+    assert find_closest(rows, []).sims.tolist() == [-np.inf] * 3
+
+
+def test_closest_are_counted_across_blocks() -> None:
+    rng = np.random.default_rng(1)
+    queries, candidates = vectors(rng, 7, 3), vectors(rng, 20, 3)
+    with patch.object(neighbors, "_TILE", 3):
+        found = find_closest(queries, [candidates[:5], candidates[5:5], candidates[5:]])
+    exact = queries @ candidates.T
+    assert found.rows.tolist() == exact.argmax(axis=1).tolist()
+    np.testing.assert_allclose(found.sims, exact.max(axis=1), atol=1e-6)
+    np.testing.assert_allclose(found.candidate_sims, exact.max(axis=0), atol=1e-6)
+    equal = find_closest(queries[:1], [queries[:1], queries[:1]])
+    assert equal.rows.tolist() == [0]  # the first of equal ones
+
+
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(0, 999), st.integers(1, 8))
+def test_centroids_equal_plain_k_means(count: int, num_clusters: int, seed: int, tile: int) -> None:
+    rows = vectors(np.random.default_rng(seed), count, 3)
+    with patch.object(neighbors, "_TILE", tile):
+        found = spherical_means(rows, num_clusters, seed=seed)
+    chosen = np.random.default_rng(seed).choice(count, min(num_clusters, count), replace=False)
+    centroids = rows[np.sort(chosen)].copy()
+    for _ in range(10):
+        nearest = (rows @ centroids.T).argmax(axis=1)
+        for number in range(len(centroids)):
+            if (nearest == number).any():  # an empty cluster keeps its centroid
+                centroids[number] = normalize(rows[nearest == number].sum(axis=0, keepdims=True))[0]
+    np.testing.assert_allclose(found, centroids, atol=1e-5)

@@ -17,8 +17,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from embedcache.dataset.thumbnails import source_folders
-from embedcache.errors import ItemError, PathError, SettingError
+from embedcache.errors import ItemError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.provenance import read_json, write_json
@@ -31,7 +30,6 @@ from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import files, open_source
 from embedcache.sources.files import restrict_reads
-from embedcache.store.cache import Cache
 from tests.images import write_images
 from tests.serve.conftest import visit
 from tests.toy import IMAGE, TEXT
@@ -363,28 +361,6 @@ def test_hostile_tar_lengths_take_no_memory(hostile: Path) -> None:
     )
     with visit(open_hostile(hostile)) as client:
         assert client.get("/api/images/0/thumbnail").status_code == 404
-
-
-def test_folders_that_a_cache_may_not_name(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(hostile / "people" / "me"))
-    (hostile / "people" / "me").mkdir(parents=True)
-    table = str(hostile / "photos" / "a.csv")
-    for kind, path, message in (
-        ("os:system", "x", "source class 'os:system', which is custom code; .*--trust"),
-        ("folder", "s3://bucket/photos", "they are at s3://bucket/photos.*--image-folder"),
-        ("folder", "/", "in /, which holds all files of this machine; name a folder of images with --image-folder"),
-        ("folder", str(hostile / "photos" / ".." / ".." / ".."), "holds (all files|a home|the cache)"),
-        ("folder", str(hostile / "people" / "me"), "which holds a home"),
-        ("table", str(hostile / "people" / "a.csv"), "which holds a home"),
-        ("webdataset", str(hostile / "a.tar"), "which holds (a home|the cache)"),
-        ("folder", str(hostile / "cache"), "which holds the cache"),
-    ):
-        tamper(hostile / "cache", source={"type": kind, "path": path})
-        with pytest.raises(PathError, match=message):
-            source_folders(Cache(hostile / "cache"))
-    for kind, path, folders in (("openmoji", "en", []), ("table", table, [hostile / "photos"])):
-        tamper(hostile / "cache", source={"type": kind, "path": path})
-        assert source_folders(Cache(hostile / "cache")) == folders
 
 
 def test_operator_names_the_folder(hostile: Path) -> None:

@@ -177,3 +177,20 @@ def test_loaded_and_mapped_rows_are_equal(two_caches: list[Path], image: str, te
 def assert_same(one: Inputs, other: Inputs) -> None:
     np.testing.assert_array_equal(one.values, other.values)
     np.testing.assert_array_equal(one.lengths, other.lengths)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("count", "block_rows", "buffered"), [(20, 3, 2), (21, 3, 2), (7, 2, 3), (5, 8, 1), (12, 4, 3)]
+)
+def test_rows_of_a_few_blocks_are_drawn_together(
+    monkeypatch: pytest.MonkeyPatch, count: int, block_rows: int, buffered: int
+) -> None:
+    """Check that each part of the order has the rows of whole blocks, in order of no kind."""
+    monkeypatch.setattr("embedcache.train.batches._BUFFER_BLOCKS", buffered)
+    order = shuffle_blocks(count, block_rows, np.random.default_rng(3))
+    assert sorted(order.tolist()) == list(range(count))
+    starts = np.random.default_rng(3).permutation(-(-count // block_rows)) * block_rows
+    drawn = [row for start in starts for row in range(start, min(start + block_rows, count))]
+    size = block_rows * buffered
+    for place in range(0, count, size):
+        assert sorted(order[place : place + size].tolist()) == sorted(drawn[place : place + size])

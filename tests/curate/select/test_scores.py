@@ -18,7 +18,7 @@ from embedcache.curate.select.select import select
 from embedcache.curate.settings import ScoreSettings, SelectSettings
 from embedcache.dataset.scores import read_scores
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError
 from embedcache.reports.scores import write_score_page
 from embedcache.store.cache import Cache
 
@@ -211,28 +211,6 @@ def test_scores_of_another_tool(cache_path: Path, tmp_path: Path) -> None:
     scores, out = tmp_path / "theirs.parquet", tmp_path / "out.parquet"
     assert chosen(cache_path, out, scores, score="aesthetic", at_least=5) == [2, 4]
     assert chosen(cache_path, out, scores, score="nsfw", at_most=0) == [4]
-    with pytest.raises(SettingError, match="one column of numbers beside row, got 2: nsfw, aesthetic; name one with"):
-        read_scores(scores, Cache(cache_path))
-    with pytest.raises(UnknownNameError, match="unknown column of numbers of .* 'aestetic'; did you mean 'aesthetic'"):
-        read_scores(scores, Cache(cache_path), "aestetic")
-
-
-def test_wrong_tables_raise(cache_path: Path, tmp_path: Path) -> None:
-    cache, keys = Cache(cache_path), Cache(cache_path).column("key").to_pylist()
-    tables: list[tuple[dict[str, list[Any]], str]] = [
-        ({"uid": ["a"], "x": [1.0]}, "expected a column key, got uid, x"),
-        ({"key": [keys[0]] * 2, "x": [1.0, 2.0]}, "expected each key once, got 1 repeated"),
-        ({"key": ["a"], "x": [1.0]}, "expected keys of .*, got 1 others, such as 'a'"),
-    ]
-    for number, (table, words) in enumerate(tables):
-        pq.write_table(pa.table(table), tmp_path / f"{number}.parquet")
-        with pytest.raises(DataError, match=words):
-            read_scores(tmp_path / f"{number}.parquet", cache)
-    (tmp_path / "bad.parquet").write_text("no")
-    with pytest.raises(CorruptError, match="expected a Parquet file with a column key"):
-        read_scores(tmp_path / "bad.parquet", cache)
-    with pytest.raises(PathError, match="got a path that does not exist"):
-        read_scores(tmp_path / "none.parquet", cache)
 
 
 def test_wrong_selections_raise(cache_path: Path, tmp_path: Path, weights: Path) -> None:

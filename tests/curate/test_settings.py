@@ -1,0 +1,164 @@
+"""Numbers that the settings of curation declare, and settings that exclude each other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.curate.settings import (
+    CoverageSettings,
+    NegativesSettings,
+    ScoreSettings,
+    SelectSettings,
+)
+from embedcache.errors import SettingError
+from tests.declared import declared_numbers
+
+
+def test_numbers_are_declared_as_documented() -> None:
+    assert declared_numbers("embedcache.curate.settings") == {
+        "CoverageSettings": [
+            "threshold None [-1, 1)",
+            "deviations 4.0 (0, inf)",
+            "k 10 [1, inf)",
+            "min_count 20 [1, inf)",
+        ],
+        "DedupSettings": [
+            "cosine None (0, 1]",
+            "seed 0 [0, 4294967296)",
+        ],
+        "LeakSettings": [
+            "image_cosine 0.95 (0, 1]",
+            "text_cosine 0.95 (0, 1]",
+            "seed 0 [0, 4294967296)",
+        ],
+        "NegativesSettings": [
+            "num_negatives 3 [1, 1000]",
+            "range_min 0 [0, 1048576]",
+            "range_max None [1, 1048576]",
+            "max_score None [-1, 1]",
+            "min_score None [-1, 1]",
+            "absolute_margin None [0, 2]",
+            "relative_margin None [0, 1]",
+            "image_cosine 0.9 [-1, 1]",
+            "text_cosine 0.7 [-1, 1]",
+            "other_cosine 0.9 [-1, 1]",
+            "seed 0 [0, 4294967296)",
+        ],
+        "OutlierSettings": [
+            "k 50 [1, 1000]",
+            "label_neighbors 10 [1, 1000]",
+            "seed 0 [0, 4294967296)",
+        ],
+        "SelectSettings": [
+            "budget None (0, inf)",
+            "per_concept None [1, inf)",
+            "threshold None [-1, 1]",
+            "head None [1, inf)",
+            "candidates None [1, inf)",
+            "seed 0 [0, 4294967296)",
+        ],
+        "MapSettings": [
+            "max_items 100000 [1, 1000000]",
+            "seed 0 [0, 4294967296)",
+        ],
+    }
+
+
+RUN, HEAD = Path("run"), Path("head.npy")
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed", "refused", "message"),
+    [
+        (
+            CoverageSettings,
+            {"modality": "text", "index": "i"},
+            {"modality": "both", "index": "i"},
+            "modality: expected",
+        ),
+        (CoverageSettings, {"modality": "both"}, {"modality": "both", "feature": "f"}, "modality: expected"),
+        (CoverageSettings, {"modality": "text", "language": "en"}, {"language": "en"}, "got images, which have none"),
+        (
+            CoverageSettings,
+            {"modality": "both", "language": "en"},
+            {"modality": "text", "language": "en", "index": "i"},
+            "got an index, which finds",
+        ),
+        (
+            NegativesSettings,
+            {"range_min": 10, "range_max": 13},
+            {"range_min": 10, "range_max": 12},
+            "range_max: expected at least range_min . num_negatives, 13, got 12",
+        ),
+        (
+            NegativesSettings,
+            {"run": RUN, "absolute_margin": 0},
+            {"absolute_margin": 0},
+            "absolute_margin: expected a run",
+        ),
+        (
+            NegativesSettings,
+            {"run": RUN, "relative_margin": 0},
+            {"relative_margin": 0},
+            "relative_margin: expected a run",
+        ),
+        (ScoreSettings, {"weights": HEAD}, {}, "expected --weights FILE or --prompt TEXT, got neither"),
+        (ScoreSettings, {"prompts": ("a",)}, {"weights": HEAD, "prompts": ("a",)}, "got both"),
+        (
+            ScoreSettings,
+            {"prompts": ("a",), "negative": ("b",)},
+            {"prompts": ("a",), "negative": (" ",)},
+            "an empty text",
+        ),
+        (ScoreSettings, {"prompts": (" a ",)}, {"prompts": ("a", " ")}, "got an empty text"),
+        (ScoreSettings, {"weights": HEAD}, {"weights": HEAD, "negative": ("a",)}, "negative: expected --prompt TEXT"),
+        (
+            ScoreSettings,
+            {"weights": HEAD, "fold_layers": True},
+            {"prompts": ("a",), "fold_layers": True},
+            "fold_layers: expected --weights FILE",
+        ),
+        (
+            ScoreSettings,
+            {"weights": HEAD, "normalize": False},
+            {"prompts": ("a",), "normalize": False},
+            "normalize: exp",
+        ),
+        (
+            ScoreSettings,
+            {"weights": HEAD, "run": RUN},
+            {"weights": HEAD, "run": RUN, "normalize": False},
+            "normalize: e",
+        ),
+        (ScoreSettings, {"prompts": ("a",), "column": "rows"}, {"prompts": ("a",), "column": "row"}, "got 'row'"),
+        (ScoreSettings, {"prompts": ("a",)}, {"prompts": ("a",), "column": "key"}, "got 'key'"),
+        (ScoreSettings, {"prompts": ("a",)}, {"prompts": ("a",), "column": ""}, "got ''"),
+        (SelectSettings, {"budget": 1.0}, {"budget": 1.5}, "a fraction of at most 1 .100%., got 1.5"),
+        (SelectSettings, {"budget": 2}, {"budget": 1.01}, "a whole number or a fraction"),
+        (SelectSettings, {"clusters": (1,)}, {"clusters": (0,)}, "clusters: expected whole numbers of at least 1"),
+        (SelectSettings, {"clusters": (9, 1)}, {"clusters": (9, 0)}, "clusters: expected whole numbers of at least 1"),
+        (SelectSettings, {"clusters": None}, {"clusters": ()}, "clusters: expected whole numbers of at least 1"),
+    ],
+)
+def test_settings_that_exclude_each_other(
+    kind: type, allowed: dict[str, Any], refused: dict[str, Any], message: str
+) -> None:
+    kind(**allowed)
+    with pytest.raises(SettingError, match=message):
+        kind(**refused)
+
+
+def test_ranks_to_consider() -> None:
+    assert NegativesSettings(num_negatives=2, range_min=5).last_rank == 25
+    assert NegativesSettings(num_negatives=2, range_min=5, range_max=9).last_rank == 9
+
+
+def test_settings_of_a_selection_are_recorded() -> None:
+    younger = {"score", "at_least", "at_most"}
+    found = SelectSettings(budget=0.5, candidates=7, seed=3)
+    assert found.method_settings == ["budget", "candidates"]
+    names = {"budget", "per_concept", "threshold", "head", "clusters", "drawn", "seed"}
+    assert found.method_json() == {**dict.fromkeys(names), "budget": 0.5, "drawn": 7, "seed": 3}
+    assert set(SelectSettings(score="x", at_least=0, at_most=1).method_json()) == names | younger
+    assert SelectSettings(run=RUN, concepts="c").inputs() == {"concepts": "c", "run": "run"}

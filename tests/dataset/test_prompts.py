@@ -1,0 +1,50 @@
+"""Prompts of classes: which are encoded, and the mean direction of each class."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.arrays import normalize
+from embedcache.dataset.inputs import open_input
+from embedcache.dataset.prompts import check_prompts, class_vectors, has_prompts, read_prompts
+from embedcache.errors import DataError
+from embedcache.extract.extract import extract
+from embedcache.projectors.saved import load_pair, project
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from tests.toy import TEXT
+
+
+@pytest.fixture(scope="module")
+def prompts_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes with two and three prompts."""
+    folder = tmp_path_factory.mktemp("prompts")
+    classes = {"red": ["red bar", "a red bar"], "blue": ["blue bar", "blue bar left", "bar on blue"]}
+    (folder / "classes.json").write_text(json.dumps(classes))
+    extract(open_source(f"prompts:{folder / 'classes.json'}"), folder / "c", text_encoder=[TEXT])
+    return folder / "c"
+
+
+def test_class_vectors_are_mean_directions(prompts_path: Path, run_path: Path) -> None:
+    cache = Cache(prompts_path)
+    check_prompts(cache, "st:x")
+    prompts = read_prompts(cache, open_input(cache, "text", "open_toy/mean"))
+    assert prompts.names == ["red", "blue"]
+    assert prompts.counts.tolist() == [2, 3]
+    assert prompts.rows.tolist() == [0, 1, 2, 3, 4]
+    assert prompts.classes.tolist() == [0, 0, 1, 1, 1]
+    tower = load_pair(run_path)[0].tower("text")
+    projected_TP = project(tower, prompts.feature.read(prompts.rows))
+    expected = normalize(np.stack([projected_TP[:2].mean(axis=0), projected_TP[2:].mean(axis=0)]))
+    np.testing.assert_allclose(class_vectors(prompts, tower), expected, atol=1e-6)
+
+
+def test_cache_without_prompts_names_the_command(cache_path: Path) -> None:
+    cache = Cache(cache_path)
+    assert not has_prompts(cache)
+    command = "embedcache extract prompts:CLASSES+TEMPLATES cache-prompts --text-encoder st:x"
+    with pytest.raises(DataError, match=re.escape(f"{cache_path} holds no prompts") + f".*{re.escape(command)}"):
+        check_prompts(cache, "st:x")

@@ -1,0 +1,92 @@
+"""Tables of scores: what is written is found again by key, and tables of other tools are matched or refused."""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedcache.dataset.scores import read_scores, write_scores
+from embedcache.errors import CorruptError, DataError, PathError, SettingError, UnknownNameError
+from embedcache.store.cache import Cache
+
+
+@pytest.fixture(scope="module")
+def cache(two_caches: list[Path]) -> Cache:
+    return Cache(two_caches[0])
+
+
+def test_what_is_written_is_read(cache: Cache, tmp_path: Path) -> None:
+    values, words = np.arange(40, dtype=np.float32), pa.array(["a"] * 40)
+    values[3] = np.nan
+    write_scores(tmp_path / "s.parquet", cache, {"light": values, "word": words}, {"method": "score"})
+    table = pq.read_table(tmp_path / "s.parquet")
+    assert table.column_names == ["row", "key", "light", "word"]
+    assert table["row"].to_pylist() == list(range(40))
+    assert table["light"].null_count == 1
+    assert table["word"].to_pylist() == words.to_pylist()
+    about = json.loads(table.schema.metadata[b"embedcache"])
+    assert (about["cache"], about["spine"], about["method"]) == (str(cache.path), cache.info.index_digest, "score")
+    found = read_scores(tmp_path / "s.parquet", cache)
+    assert found.name == "light"
+    np.testing.assert_array_equal(found.values, values)
+    assert found.values.dtype == np.float32
+    with pytest.raises(PathError, match=r"scores .*s.csv: expected a path that ends in .parquet, got .csv"):
+        write_scores(tmp_path / "s.csv", cache, {"light": values}, {})
+    with pytest.raises(PathError, match="got no suffix"):
+        write_scores(tmp_path / "s", cache, {"light": values}, {})
+
+
+def test_scores_of_another_tool(cache: Cache, tmp_path: Path) -> None:
+    """Check a table of few of the keys in another order, with numbers of several kinds and nulls."""
+    keys = cache.column("key").to_pylist()
+    table = {
+        "row": [0, 1, 2, 3],
+        "key": [keys[9], "elsewhere", keys[4], keys[2]],
+        "nsfw": [True, False, False, None],
+        "count": [7, 8, 9, 2**40],
+        "aesthetic": [4.0, 9.0, 6.5, 5.0],
+        "price": [Decimal("1.5")] * 4,
+        "word": ["a"] * 4,
+    }
+    path = tmp_path / "theirs.parquet"
+    pq.write_table(pa.table(table), path)
+    for name, expected in (("aesthetic", [5, 6.5, 4]), ("nsfw", [np.nan, 0, 1]), ("count", [2**40, 9, 7])):
+        score = read_scores(path, cache, name)
+        assert score.name == name
+        np.testing.assert_array_equal(score.values[[2, 4, 9]], np.array(expected, np.float32))
+        assert np.isnan(np.delete(score.values, [2, 4, 9])).all()
+    assert read_scores(path, cache, "price").values[2] == 1.5
+    with pytest.raises(SettingError, match="one column of numbers beside row, got 4: nsfw, count, aesthetic, price; "):
+        read_scores(path, cache)
+    with pytest.raises(UnknownNameError, match="unknown column of numbers of .* 'aestetic'; did you mean 'aesthetic'"):
+        read_scores(path, cache, "aestetic")
+    for name in ("word", "row"):
+        with pytest.raises(UnknownNameError):
+            read_scores(path, cache, name)
+
+
+def test_wrong_tables_raise(cache: Cache, tmp_path: Path) -> None:
+    keys = cache.column("key").to_pylist()
+    tables: list[tuple[dict[str, list[Any]], str]] = [
+        ({"uid": ["a"], "x": [1.0]}, "expected a column key, got uid, x"),
+        ({"key": [keys[0]] * 3 + keys[1:2], "x": [1.0] * 4}, "expected each key once, got 2 repeated"),
+        ({"key": ["a", "b"], "x": [1.0, 2.0]}, "expected keys of .*, such as '00000', got 2 others, such as 'a'"),
+        ({"key": [], "x": np.empty(0)}, "such as '00000', got 0 others$"),  # type: ignore[dict-item]
+    ]
+    for number, (table, words) in enumerate(tables):
+        pq.write_table(pa.table(table), tmp_path / f"{number}.parquet")
+        with pytest.raises(DataError, match=words):
+            read_scores(tmp_path / f"{number}.parquet", cache)
+    pq.write_table(pa.table({"key": keys, "word": ["a"] * 40}), tmp_path / "words.parquet")
+    with pytest.raises(SettingError, match="to have one column of numbers beside row, got none$"):
+        read_scores(tmp_path / "words.parquet", cache)
+    (tmp_path / "bad.parquet").write_text("no")
+    with pytest.raises(CorruptError, match="expected a Parquet file with a column key"):
+        read_scores(tmp_path / "bad.parquet", cache)
+    with pytest.raises(PathError, match="got a path that does not exist"):
+        read_scores(tmp_path / "none.parquet", cache)

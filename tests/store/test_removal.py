@@ -1,0 +1,211 @@
+"""Removing samples from the tables and chunks of a cache, and what a removal that was stopped leaves to the next."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from embedcache.errors import CorruptError, PathError, UnfinishedError
+from embedcache.store import removal
+from embedcache.store.cache import Cache
+from embedcache.store.commits import REMOVED, hash_item
+from embedcache.store.indexing import update_path
+from embedcache.store.layout import commit_path, read_info
+from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
+from embedcache.store.removed import digest_key, make_removed, no_removed, read_removed
+from embedcache.store.verify import verify
+from tests.extract.cases import tree
+from tests.recorded import RecordedProgress
+
+SAMPLES = np.array([3, 9, 33])
+"""Of both chunks, which have 32 and 8 items."""
+
+
+@pytest.fixture
+def cache(two_caches: list[Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(two_caches[0], tmp_path / "cache"))
+
+
+def start(path: Path, samples: np.ndarray = SAMPLES) -> None:
+    opened = Cache(path)
+    start_removal(opened, samples, opened.column("key").take(pa.array(samples)).to_pylist())
+
+
+def remove(path: Path, samples: np.ndarray = SAMPLES) -> None:
+    start(path, samples)
+    apply_removal(path, "digest")
+    finish_removal(path)
+
+
+def test_rows_of_the_chunks_are_counted_from_their_start(cache: Path) -> None:
+    found = find_chunks(Cache(cache), SAMPLES)
+    assert {(erased.group.modality, erased.group.name) for erased in found} == {
+        (m, "open_toy") for m in ("image", "text")
+    }
+    assert all(erased.rows == {0: [3, 9], 1: [1]} for erased in found)
+
+
+def test_nothing_is_left_and_other_rows_are_the_same(two_caches: list[Path], cache: Path) -> None:
+    before = Cache(two_caches[0])
+    keys = before.column("key").to_pylist()
+    progress = RecordedProgress()
+    start(cache)
+    assert read_pending(cache).rows.tolist() == SAMPLES.tolist()  # type: ignore[union-attr]
+    apply_removal(cache, "digest", progress=progress)
+    finish_removal(cache)
+    assert read_pending(cache) is None
+    assert not (cache / "removing").exists()
+    assert progress.started == [("writing chunks of images", 40, "images"), ("writing chunks of texts", 40, "texts")]
+    assert progress.counts == {"writing chunks of images": 40, "writing chunks of texts": 40}
+    after = Cache(cache)
+    assert verify(after) == []
+    others = np.setdiff1d(np.arange(40), SAMPLES)
+    assert after.samples.take(pa.array(others)).equals(before.samples.take(pa.array(others)))
+    assert after.column("key").take(pa.array(SAMPLES)).to_pylist() == [f"removed-{row}" for row in SAMPLES]
+    files = [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
+    for modality in ("image", "text"):
+        for old, new in zip(before.features(modality), after.features(modality), strict=True):
+            assert new.failures == dict.fromkeys(SAMPLES.tolist(), REMOVED)
+            for one, other in zip(old.gather_tokens(others), new.gather_tokens(others), strict=True):
+                np.testing.assert_array_equal(one, other)
+            for values in old.gather_tokens(SAMPLES) if modality == "image" else ():  # captions repeat
+                assert not any(values.tobytes() in data for data in files)
+            assert [new.hashes[row] for row in others] == [old.hashes[row] for row in others]
+            assert {new.hashes[row] for row in SAMPLES} == {None if modality == "image" else hash_item(b"")}
+            assert all(new.commits[chunk].index_digest == after.info.index_digest for chunk in (0, 1))  # type: ignore[union-attr]
+    assert after.info.num_items == before.info.num_items
+    assert after.info.has_rows_of(before.info.index_digest)
+    assert after.info.index_digest != before.info.index_digest
+    assert after.info.is_partial
+    removed = read_removed(cache, after.info)
+    assert [removed.row_of(keys[row]) for row in (3, 9, 33, 4)] == [3, 9, 33, None]
+    assert removed.table["key"].null_count == 3
+
+
+def test_samples_that_are_removed_later_are_added(cache: Path, tmp_path: Path) -> None:
+    once = Path(shutil.copytree(cache, tmp_path / "once"))
+    remove(cache, np.array([9]))
+    salt = read_removed(cache, read_info(cache)).salt
+    remove(cache, np.array([3, 33]))
+    remove(once)
+    one, other = (Cache(path) for path in (once, cache))
+    removed = read_removed(cache, other.info)
+    assert (removed.rows.tolist(), removed.salt) == (SAMPLES.tolist(), salt)
+    assert other.info.removed["num_samples"] == 3
+    assert other.samples.equals(one.samples)
+    assert other.info.table_digests == one.info.table_digests
+    assert len(other.info.earlier_versions) == 2
+    assert verify(other) == []
+
+
+def test_tables_that_were_written_are_not_written_again(cache: Path) -> None:
+    start(cache)
+    apply_removal(cache, "none")
+    before, times = tree(cache), {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
+    apply_removal(cache, "none")
+    assert tree(cache) == before
+    written = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert written == {"removed.parquet"}  # neither tables nor chunks
+    assert [read_removed(cache, read_info(cache)).row_of(key) for key in ("00003", "00009")] == [None, None]
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 4, 9])
+def test_chunks_that_were_not_moved_are_moved_by_the_next(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Stop before any of the files of a chunk takes its place."""
+    whole = Path(shutil.copytree(cache, tmp_path / "whole"))
+    remove(whole)
+    moved: list[Path] = []
+
+    def put_some(path: Path, place: Path) -> None:
+        if len(moved) == number:
+            raise KeyboardInterrupt
+        put(path, place)
+        moved.append(place)
+
+    put = removal.put_file
+    start(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(removal, "put_file", put_some)
+        with pytest.raises(KeyboardInterrupt):
+            apply_removal(cache, "digest")
+    assert (cache / "removing.parquet").is_file()
+    apply_removal(cache, "digest")
+    finish_removal(cache)
+    assert tree(cache) == tree(whole)
+
+
+def test_chunk_without_commit_loses_its_arrays(cache: Path) -> None:
+    commit = commit_path(cache / "image/open_toy", 1)
+    commit.unlink()
+    values = [path for path in (cache / "image/open_toy").rglob("c/1/*") if path.is_file()]
+    assert values
+    remove(cache, np.array([33]))
+    assert not any(path.exists() for path in values)
+    assert not commit.exists()
+    assert Cache(cache).feature("image", "open_toy/cls").valid.sum() == 32
+    assert Cache(cache).feature("text", "open_toy/mean").valid.sum() == 39
+
+
+def test_nothing_starts_on_what_is_damaged_or_unfinished(cache: Path) -> None:
+    path = cache / "image/open_toy/cls/c/1/0"
+    data = path.read_bytes()
+    path.write_bytes(b"x" + data[1:])
+    start_removal(Cache(cache), np.array([3]), ["00003"])  # of the other chunk
+    finish_removal(cache)
+    with pytest.raises(CorruptError, match="open_toy/cls"):
+        start(cache)
+    path.write_bytes(data)
+    partial = cache / "image" / ".x.json.otherhost-1-0.partial"
+    partial.touch()
+    with pytest.raises(PathError, match="expected no unfinished files, got that of a process that runs, or was killed"):
+        start(cache)
+    partial.unlink()
+    update_path(cache).write_text("{}")
+    with pytest.raises(UnfinishedError, match="an extraction with --retry-failed was interrupted; run it again first"):
+        start(cache)
+    update_path(cache).unlink()
+    table = cache / "text" / "items.parquet"
+    data = table.read_bytes()
+    table.write_bytes(data[:99] + bytes([data[99] ^ 1]) + data[100:])
+    with pytest.raises(CorruptError):
+        start(cache)
+    table.write_bytes(data)
+    assert read_pending(cache) is None
+    start(cache)
+
+
+def test_another_table_of_removed_samples_is_noticed(cache: Path) -> None:
+    info = read_info(cache)
+    assert len(read_removed(cache, info).rows) == 0
+    remove(cache)
+    info = read_info(cache)
+    path = cache / "removed.parquet"
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(
+        CorruptError, match=r"removed.parquet: expected the table .* got another file; if .* interrupted"
+    ):
+        read_removed(cache, info)
+    path.unlink()
+    with pytest.raises(CorruptError, match="got none; "):
+        read_removed(cache, info)
+
+
+def test_tables_of_removed_samples_are_merged() -> None:
+    one = make_removed(np.array([5, 9]), ["e", "i"], "salt")
+    other = make_removed(np.array([2, 9]), ["b", "other"], "salt")
+    both = one.merge(other)
+    assert both.rows.tolist() == [2, 5, 9]
+    assert both.table["key"].to_pylist() == ["b", "e", "i"]  # the first record of a row counts
+    assert [both.row_of(key) for key in ("b", "i", "other")] == [2, 9, None]
+    recorded = [both.with_keys(kind).table for kind in ("full", "digest", "none")]
+    assert [table["key"].null_count for table in recorded] == [0, 3, 3]
+    assert [table["key_digest"].null_count for table in recorded] == [0, 0, 3]
+    assert both.with_keys("none").row_of("b") is None
+    assert no_removed("salt").row_of("b") is None
+    assert digest_key("b", "salt" * 30) == digest_key("b", "salt" * 16)  # BLAKE2b takes keys of up to 64 bytes
+    assert digest_key("b", "salt" * 15) != digest_key("b", "salt" * 16)
+    assert len(digest_key("b", "salt")) == 16
