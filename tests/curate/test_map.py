@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,91 @@ def test_names_are_what_distinguishes() -> None:
     dogs, cats = [hit("a dog on the grass"), hit("the dog")], [hit("a cat on the sofa"), hit("the cat")]
     assert name_clusters([dogs, cats]) == ["dog", "cat"]
     assert name_clusters([[hit("")], dogs]) == ["group 1", "dog, the"]
+
+
+def test_names_of_one_or_two_words() -> None:
+    """Check that a second word is named from 0.6 of the weight of the first, the more frequent one first."""
+    both = [hit("red dog"), hit("red dog"), hit("dog")]
+    assert name_clusters([both, [hit("cat")]]) == ["dog, red", "cat"]
+    few = [hit("red dog"), hit("dog"), hit("dog"), hit("dog")]
+    assert name_clusters([few, [hit("cat")]]) == ["dog", "cat"]
+    labeled = Hit(score=0.0, row=0, key="", captions=[], label="bird")
+    assert name_clusters([[labeled], [hit("Cat, CAT!")]]) == ["bird", "cat"]
+
+
+def test_questions_are_the_shortest_captions_of_the_nearest() -> None:
+    assert map_module._question([hit("a cat on a mat"), hit(" a dog "), hit("x" * 81)]) == "a dog"
+    assert map_module._question([hit("x" * 81), hit("a\nb"), hit("")]) == ""
+    assert map_module._question([hit("x" * 80)]) == "x" * 80
+    assert map_module._question([*[hit("long enough")] * 8, hit("short")]) == "long enough"
+
+
+def test_clusters_are_numbered_by_size() -> None:
+    numbers, order = map_module._largest_first(np.array([3, 1, 1, 3, 0, 1]), 5)
+    assert (numbers.tolist(), order.tolist()) == ([1, 0, 0, 1, 2, 0], [1, 3, 0])
+    inside = np.array([True, False, True, True])
+    rows, cosines = np.array([5, 6, 7, 8]), np.array([0.1, 0.9, 0.3, 0.3])
+    assert map_module._nearest(rows, cosines, inside).tolist() == [7, 8, 5]
+    assert len(map_module._nearest(np.arange(30), np.zeros(30), np.ones(30, bool))) == 24
+
+
+def test_points_fill_the_unit_square() -> None:
+    points = np.array([[2, 7], [4, 7], [3, 7]], np.float32)
+    assert map_module._to_unit_square(points).tolist() == [[0, 0.5], [1, 0.5], [0.5, 0.5]]
+
+
+def test_placed_items_are_weighted_means_of_five_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    fitted = rng.standard_normal((9, 4)).astype(np.float32)
+    fitted /= np.linalg.norm(fitted, axis=1, keepdims=True)
+    monkeypatch.setattr(map_module, "project_to_plane", lambda vectors, *_, **__: vectors[:, :2].copy())
+    other = np.array([[0.6, 0, 0.8, 0]], np.float32)
+    cosines = fitted @ other[0]
+    near = np.argsort(-cosines)[:5]
+    weights = 1 / (1e-4 + np.maximum(1 - cosines[near], 0)) ** 2
+    expected = (weights[:, None] * fitted[near, :2]).sum(axis=0) / weights.sum()
+    np.testing.assert_allclose(map_module._fit(fitted, "umap", seed=0)(other)[0], expected, rtol=1e-4)
+    assert map_module._fit(fitted[:3], "umap", seed=0)(other).tolist() == [[0, 0]]
+
+
+def test_projection_is_chosen_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_installed, count, expected in ((True, 16, "umap"), (True, 15, "pca"), (False, 16, "pca")):
+        monkeypatch.setattr(map_module, "find_spec", lambda _, found=is_installed: found or None)
+        assert map_module._choose_projection(None, count) == expected
+    assert map_module._choose_projection("pca", 16) == "pca"
+
+
+def test_maps_that_name_what_does_not_exist_are_invalid(index: OpenIndex) -> None:
+    built = compute_map(index, PCA)
+    assert map_module._is_valid(built, index)
+    outside, unsorted, number = built.points.copy(), built.rows.copy(), built.clusters_N.copy()
+    outside[0, 0], unsorted[:2], number[0] = 1.01, unsorted[1], 8
+    first, last, low = built.rows.copy(), built.rows.copy(), built.points.copy()
+    first[0], last[-1], low[3, 1] = -1, 300, -0.01
+    for changed in (
+        {"points": outside},
+        {"points": low},
+        {"rows": unsorted},
+        {"rows": first},
+        {"rows": last},
+        {"rows": built.rows[:0]},
+        {"clusters_N": number},
+        {"clusters_N": built.clusters_N - 1},
+        {"clusters": [replace(built.clusters[0], nearest=[300]), *built.clusters[1:]]},
+        {"clusters": [replace(built.clusters[0], nearest=[-1]), *built.clusters[1:]]},
+    ):
+        assert not map_module._is_valid(replace(built, **changed), index), changed.keys()  # type: ignore[arg-type]
+    assert map_module._is_valid(replace(built, clusters=[replace(built.clusters[0], nearest=[0, 299])] * 8), index)
+
+
+def test_clusters_are_at_their_median(index: OpenIndex) -> None:
+    built = compute_map(index, PCA)
+    captions = index.cache.items("text")["text"].to_pylist()
+    for number, cluster in enumerate(built.clusters):
+        median = np.median(built.points[built.clusters_N == number], axis=0)
+        assert (cluster.x, cluster.y) == pytest.approx(tuple(median))
+        assert cluster.question in {captions[row] for row in cluster.nearest[:8]}
+    assert len(compute_map(index, MapSettings(projection="pca", max_items=15)).clusters) == 1
 
 
 def test_other_or_damaged_map_counts_as_absent(index: OpenIndex, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.curate.negatives import _is_first, join_equal, mine_negatives
+from embedcache.curate.negatives import NegativesReport, _is_first, join_equal, mine_negatives
 from embedcache.curate.settings import NegativesSettings
 from embedcache.dataset.negatives import read_negatives
 from embedcache.dataset.pairs import Items, Pairs
@@ -21,10 +22,18 @@ from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache
+from tests.evaluate.test_retrieval import train_run
+from tests.recorded import RecordedProgress
 from tests.train.runs import IMAGE, TEXT
 
 FEATURES = {"image": IMAGE, "text": TEXT}
 LOOSE = {"image_cosine": 0.999, "text_cosine": 0.999}  # captions of the toy images repeat, and all are alike
+
+
+@pytest.fixture(scope="module")
+def own_run(two_caches: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the smaller cache."""
+    return train_run(two_caches[0], tmp_path_factory.mktemp("own") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +173,78 @@ def test_wrong_inputs_are_one_line(cache_path: Path, run_path: Path, mined: Path
     shown = embedcache("inspect", "n.parquet", cwd=tmp_path)
     assert shown.code == 0
     assert "hard negatives of" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"range_min": 2, "range_max": 5, "num_negatives": 2},
+        {"range_min": 1, "range_max": 60, "num_negatives": 50},
+        {"max_score": 0.4, "range_max": 40},
+        {"min_score": 0.2, "range_max": 40},
+        {"relative_margin": 0.5, "range_max": 40},
+        {"absolute_margin": 0.3, "range_max": 40},
+        {"relative_margin": 0.2, "absolute_margin": 0.1, "range_max": 40},
+    ],
+)
+def test_negatives_equal_a_plain_search(
+    two_caches: list[Path], own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Check every sample against a sort of all candidates of other groups, whatever the size of a block."""
+    monkeypatch.setattr("embedcache.curate.negatives._BLOCK", 16)
+    path, progress = two_caches[0], RecordedProgress()
+    settings = NegativesSettings(run=own_run, **LOOSE, **options)
+    report = mine_negatives(path, tmp_path / "n.parquet", settings, progress=progress)
+    table = pq.read_table(tmp_path / "n.parquet")
+    groups = table["group"].to_numpy()
+    train = read_split(own_run / "split.parquet", [Cache(path)]).rows("train")
+    images, texts = (Vectors(path, name, FEATURES[name], own_run).read(train) for name in ("image", "text"))
+    own = np.einsum("np,np->n", images, texts)
+    last = settings.range_max or settings.range_min + 10 * settings.num_negatives
+    found = []
+    for number, row in enumerate(train.tolist()):
+        scores = texts @ images[number]
+        limit = own[number] - abs(own[number]) * (settings.relative_margin or 0) - (settings.absolute_margin or 0)
+        has_margin = settings.relative_margin is not None or settings.absolute_margin is not None
+        others = np.flatnonzero(groups[train] != groups[row])
+        ranked = others[np.argsort(-scores[others], kind="stable")][settings.range_min : last]
+        kept = [
+            (scores[place], int(train[place]))
+            for place in ranked.tolist()
+            if (settings.max_score is None or scores[place] <= settings.max_score)
+            and (settings.min_score is None or scores[place] >= settings.min_score)
+            and (not has_margin or scores[place] <= limit)
+        ][: settings.num_negatives]
+        np.testing.assert_allclose(table["scores"][row].as_py(), [score for score, _ in kept], atol=1e-5)
+        found += kept
+    assert report.num_negatives == len(found)
+    assert report.num_samples == len(train)
+    assert report.num_with_negatives == sum(map(bool, table["negatives"].to_pylist()))
+    assert report.num_groups == len(np.unique(groups[groups >= 0]))
+    assert report.mean_score == pytest.approx(np.mean([score for score, _ in found]), abs=1e-5)
+    assert report.mean_own_score == pytest.approx(float(own.mean()), abs=1e-5)
+    assert set(np.flatnonzero(groups < 0)) == set(range(40)) - set(train.tolist())
+    assert progress.started[-1] == ("mining hard negatives", len(train), "samples")
+    assert progress.counts["mining hard negatives"] == len(train)
+
+
+def test_report_in_one_line() -> None:
+    counts = {"num_samples": 2000, "num_with_negatives": 1500, "num_negatives": 4000, "num_groups": 1800}
+    report = NegativesReport(**counts, mean_score=0.25, mean_own_score=None)
+    words = "4,000 hard negatives of 1,500 of 2,000 samples in 1,800 near-duplicate groups"
+    assert report.line() == f"{words}; mean cosine 0.250"
+    assert replace(report, mean_own_score=0.5).line() == f"{words}; mean cosine 0.250, of their own pairs 0.500"
+    assert replace(report, mean_score=None, mean_own_score=0.5).line() == words
+
+
+def test_few_samples_raise(two_caches: list[Path], tmp_path: Path) -> None:
+    keys = Cache(two_caches[0]).column("key").to_pylist()
+    for count in (1, 2):
+        (tmp_path / "keys.txt").write_text("\n".join(keys[:count]))
+        settings = NegativesSettings(selection=tmp_path / "keys.txt", image_cosine=1, text_cosine=1)
+        message = (
+            "at least two samples with both features, got 1" if count == 1 else "expected hard negatives, got none"
+        )
+        with pytest.raises(DataError, match=message):
+            mine_negatives(two_caches[0], tmp_path / "n.parquet", replace(settings, max_score=-1), feature=FEATURES)

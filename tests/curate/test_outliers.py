@@ -148,6 +148,35 @@ def test_planted_outliers_and_labels(planted: Path, tmp_path: Path) -> None:
     assert set(again.votes.margins_S[np.isfinite(again.votes.margins_S)].tolist()) == {-1, 1}
 
 
+def test_report_holds_what_was_compared(planted: Path) -> None:
+    """Check the JSON record against plain computations."""
+    report = find_outliers(planted, settings=OutlierSettings(k=3, label_neighbors=2))
+    record, votes = report.to_json(), report.votes
+    assert votes is not None
+    assert (record["k"], record["label_neighbors"], record["num_samples"]) == (3, 2, NUM)
+    assert (record["num_items"], record["num_contents"], record["num_clusters"]) == (NUM - 1, NUM - 2, 1)
+    assert (record["scores"], record["run"], record["run_weights"], record["recall"]) == (None, None, None, None)
+    margins = votes.margins_S[np.isfinite(votes.margins_S)]
+    assert record["num_likely_mislabels"] == (margins < -0.5).sum()
+    known = report.typicality_S[np.isfinite(report.typicality_S)]
+    for name in ("0.0", "0.01", "0.25", "1.0"):
+        assert record["quantiles"][TYPICALITY][name] == pytest.approx(np.quantile(known, float(name)), abs=1e-6)
+    lowest = record["lowest"][TYPICALITY]
+    assert [entry["row"] for entry in lowest] == report.lowest(TYPICALITY, 20).tolist()
+    assert [entry[TYPICALITY] for entry in lowest] == np.sort(known)[:20].tolist()
+    assert lowest[0]["key"] == Cache(planted).key(lowest[0]["row"])
+    for entry in record["lowest"][MARGIN]:
+        assert entry["label"] == votes.names[votes.own_S[entry["row"]]]
+    assert len(report.lowest(TYPICALITY, 1000)) == NUM - 1
+    copy, original = next(iter(COPY.items()))
+    assert report.neighbors_of(copy).tolist() == report.neighbors_of(original).tolist()
+    rows = np.setdiff1d(np.arange(NUM), [FAILED, copy, original])
+    values = normalize(Cache(planted).feature("image").gather(np.append(rows, original)))
+    cosines = dict(zip(rows.tolist(), (values[:-1] @ values[-1]).tolist(), strict=True))
+    found = [cosines[row] for row in report.neighbors_of(original).tolist()]
+    assert found == pytest.approx(sorted(cosines.values(), reverse=True)[:3], abs=1e-5)
+
+
 def test_typicality_of_captions(planted: Path) -> None:
     report = find_outliers(planted, settings=OutlierSettings(modality="text", k=2))
     values = Cache(planted).feature("text").load()

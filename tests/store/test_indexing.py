@@ -11,6 +11,7 @@ from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from embedcache.store.table_writer import digest_input
+from tests.recorded import RecordedProgress
 
 
 @dataclass
@@ -273,3 +274,40 @@ def test_limit_of_a_cache_without_features_may_shrink(tmp_path: Path) -> None:
     index(rows(10), tmp_path / "c", limit=6)
     assert index(rows(10), tmp_path / "c", limit=2).num_samples == 2
     assert index(rows(10), tmp_path / "c").num_samples == 10
+
+
+class Skipping(Rows):
+    """A source that has left out files of other kinds."""
+
+    skipped: dict[str, int]
+
+
+@pytest.mark.parametrize(
+    ("skipped", "line"),
+    [
+        ({".b": 2, ".a": 1500}, "1,502 files of kinds that samples do not have: 1,500 .a, 2 .b"),
+        (
+            {".svg": 1, **{f".{n}": n for n in range(2, 6)}},
+            "15 files of kinds that samples do not have: 5 .5, 4 .4, 3 .3, 2 .2, 1 .svg; --svg takes the .svg files",
+        ),
+        (
+            {f".{n}": n for n in range(1, 8)},
+            "28 files of kinds that samples do not have: 7 .7, 6 .6, 5 .5, 4 .4, 3 .3, and 2 more kinds",
+        ),
+    ],
+)
+def test_skipped_files_are_counted_by_kind(tmp_path: Path, skipped: dict[str, int], line: str) -> None:
+    source, progress = Skipping(rows(5).rows), RecordedProgress()
+    source.skipped = skipped
+    index(source, tmp_path / "c", progress=progress)
+    assert progress.notes == [f"skipped {line}"]
+    assert progress.started == [("indexing", 0, "samples")]
+    assert progress.counts["indexing"] == 5
+
+
+def test_nothing_is_said_of_sources_without_other_files(tmp_path: Path) -> None:
+    progress = RecordedProgress()
+    index(rows(5), tmp_path / "c", progress=progress)
+    index(rows(5), tmp_path / "c", progress=progress)
+    assert progress.notes == []
+    assert progress.started[1:] == [("checking samples", 5, "samples")]

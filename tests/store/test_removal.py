@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 
 from embedcache.errors import CorruptError, PathError, UnfinishedError
+from embedcache.sources import open_source
 from embedcache.store import removal
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, hash_item
-from embedcache.store.indexing import update_path
+from embedcache.store.indexing import index, update_path
 from embedcache.store.layout import commit_path, read_info
 from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
 from embedcache.store.removed import digest_key, make_removed, no_removed, read_removed
@@ -109,6 +110,16 @@ def test_tables_that_were_written_are_not_written_again(cache: Path) -> None:
     written = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert written == {"removed.parquet"}  # neither tables nor chunks
     assert [read_removed(cache, read_info(cache)).row_of(key) for key in ("00003", "00009")] == [None, None]
+
+
+def test_removed_samples_of_the_source_are_left_out(two_caches: list[Path], cache: Path) -> None:
+    remove(cache)
+    source, before, progress = open_source(two_caches[0].parent / "a-source"), tree(cache), RecordedProgress()
+    for extend in (False, True):
+        index(source, cache, extend=extend, progress=progress)
+    assert progress.notes == ["left out 3 samples of the source that were removed from this cache"] * 2
+    assert progress.counts == {"comparing samples": 80}
+    assert tree(cache) == before
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 4, 9])
