@@ -1,6 +1,5 @@
 """embedcache curate"""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,12 +8,11 @@ import typer
 from embedcache.cli.commands import add_command, new_group
 from embedcache.cli.options import (
     CacheArgument,
-    Html,
-    ImageFolders,
     IndexArgument,
     Json,
     Output,
-    check_new_file,
+    ReportOptions,
+    output_argument,
     with_settings,
 )
 from embedcache.cli.select import combine, export, negatives, outliers, sample, score, select
@@ -115,10 +113,7 @@ def coverage(
     ],
     *,
     settings: CoverageSettings,
-    as_json: Json = False,
-    output: Output = None,
-    html: Html = None,
-    image_folder: ImageFolders = None,
+    outputs: ReportOptions,
 ) -> None:
     """Count the items of a cache near each concept.
 
@@ -126,7 +121,7 @@ def coverage(
 
     Example: embedcache curate coverage cache/ concepts/ --run run/ --html coverage.html
     """
-    from embedcache.cli.console import open_progress, publish
+    from embedcache.cli.console import open_progress
     from embedcache.curate.coverage import measure_coverage_by_modality
     from embedcache.reports.coverage import coverage_json, write_coverage_page
 
@@ -142,13 +137,10 @@ def coverage(
         records = {modality: coverage_json(report) for modality, report in reports.items()}
         return records if settings.modality == "both" else records[settings.modality]
 
-    publish(
+    outputs.publish(
         show,
         record,
-        as_json=as_json,
-        output=output,
-        html=html,
-        write_page=lambda path: write_coverage_page(path, *reports.values(), image_folders=image_folder or ()),
+        lambda path: write_coverage_page(path, *reports.values(), image_folders=outputs.image_folders),
     )
 
 
@@ -179,16 +171,10 @@ def _show_difference(images: "CoverageReport", texts: "CoverageReport") -> None:
 @with_settings(settings=DedupSettings)
 def dedup(
     cache: CacheArgument,
-    out: Annotated[
-        Path | None,
-        typer.Argument(metavar="OUT", help="Selection of kept samples: a new .parquet file.", callback=check_new_file),
-    ] = None,
+    out: Annotated[Path | None, output_argument("Selection of kept samples: a new .parquet file.")] = None,
     *,
     settings: DedupSettings,
-    as_json: Json = False,
-    output: Output = None,
-    html: Html = None,
-    image_folder: ImageFolders = None,
+    outputs: ReportOptions,
 ) -> None:
     """Find copies and near-duplicates.
 
@@ -196,7 +182,7 @@ def dedup(
 
     Example: embedcache curate dedup cache/ kept.parquet --cosine 0.95
     """
-    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.cli.console import open_progress, print_line, print_table
     from embedcache.curate.dedup import analyze as analyze_duplicates
     from embedcache.curate.dedup import dedup as remove_duplicates
     from embedcache.reports.dedup import (
@@ -209,7 +195,6 @@ def dedup(
         write_threshold_page,
     )
 
-    publish_report = partial(publish, as_json=as_json, output=output, html=html)
     if out is None:
         analysis = analyze_duplicates(cache, settings, progress=open_progress())
 
@@ -219,10 +204,10 @@ def dedup(
             print_table(*threshold_table(analysis))
             print_line("choose a cosine, then: embedcache curate dedup CACHE OUT.parquet --cosine …")
 
-        publish_report(
+        outputs.publish(
             show_levels,
             lambda: threshold_json(analysis),
-            write_page=lambda path: write_threshold_page(path, analysis, image_folders=image_folder or ()),
+            lambda path: write_threshold_page(path, analysis, image_folders=outputs.image_folders),
         )
         return
     done = remove_duplicates(cache, out, settings, progress=open_progress())
@@ -231,9 +216,7 @@ def dedup(
         print_line(comparison_line(done.analysis))
         print_line(dedup_line(done))
 
-    publish_report(
-        show, done.to_json, write_page=lambda path: write_dedup_page(path, done, image_folders=image_folder or ())
-    )
+    outputs.publish(show, done.to_json, lambda path: write_dedup_page(path, done, image_folders=outputs.image_folders))
 
 
 @with_settings(settings=LeakSettings)
@@ -241,19 +224,11 @@ def leaks(
     train: Annotated[str, typer.Argument(metavar="TRAIN", help="Training cache: a folder or a URL.")],
     test: Annotated[str, typer.Argument(metavar="TEST", help="Test cache: a folder or a URL.")],
     out: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="OUT",
-            help="Selection of training samples without leaks: a new .parquet file.",
-            callback=check_new_file,
-        ),
+        Path | None, output_argument("Selection of training samples without leaks: a new .parquet file.")
     ] = None,
     *,
     settings: LeakSettings,
-    as_json: Json = False,
-    output: Output = None,
-    html: Html = None,
-    image_folder: ImageFolders = None,
+    outputs: ReportOptions,
 ) -> None:
     """Find test samples that are in a training cache.
 
@@ -261,7 +236,7 @@ def leaks(
 
     Example: embedcache curate leaks train/ test/ clean.parquet --html leaks.html
     """
-    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.cli.console import open_progress, print_line, print_table
     from embedcache.curate.leaks import find_leaks, write_clean_selection
     from embedcache.reports.leaks import (
         closest_pairs,
@@ -289,13 +264,10 @@ def leaks(
                 f"wrote {out}: kept {len(report.clean_selection().rows):,} of {report.train.info.num_samples:,} samples"
             )
 
-    publish(
+    outputs.publish(
         show,
         report.to_json,
-        as_json=as_json,
-        output=output,
-        html=html,
-        write_page=lambda path: write_leak_page(path, report, image_folders=image_folder or ()),
+        lambda path: write_leak_page(path, report, image_folders=outputs.image_folders),
     )
 
 

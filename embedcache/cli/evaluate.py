@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.options import CacheArgument, Device, Html, ImageFolders, Json, Output, RunArgument, with_settings
+from embedcache.cli.options import (
+    CacheArgument,
+    Device,
+    Html,
+    Json,
+    Output,
+    ReportOptions,
+    RunArgument,
+    with_settings,
+)
 from embedcache.devices import AUTO
 from embedcache.evaluate.settings import (
     LikelihoodEvalSettings,
@@ -37,12 +46,9 @@ def retrieval(
     cache: CacheArgument,
     run: Runs,
     control_run: ControlRuns = None,
-    as_json: Json = False,
-    output: Output = None,
-    html: Html = None,
-    image_folder: ImageFolders = None,
     *,
     settings: RetrievalSettings,
+    outputs: ReportOptions,
 ) -> None:
     """Measure image-text retrieval in both directions.
 
@@ -72,9 +78,9 @@ def retrieval(
     def write_page(path: Path) -> None:
         opened, shown = Cache(cache), replace(settings, language=settings.language[:1], check_overlap=False)
         ranking = rank(opened, load_runs(run[:1], device=settings.device)[0], shown)
-        write_retrieval_page(path, opened, reports, ranking, image_folders=image_folder or ())
+        write_retrieval_page(path, opened, reports, ranking, image_folders=outputs.image_folders)
 
-    _publish_results(show, results, as_json=as_json, output=output, html=html, write_page=write_page)
+    _publish_results(outputs, show, results, write_page)
 
 
 @with_settings(settings=ZeroShotSettings)
@@ -83,12 +89,9 @@ def zero_shot(
     run: Runs,
     prompts: Annotated[str, typer.Option(metavar="CACHE", help="Cache of prompts, written by extract prompts:FILE.")],
     control_run: ControlRuns = None,
-    as_json: Json = False,
-    output: Output = None,
-    html: Html = None,
-    image_folder: ImageFolders = None,
     *,
     settings: ZeroShotSettings,
+    outputs: ReportOptions,
 ) -> None:
     """Classify images by their similarity to prompts.
 
@@ -117,9 +120,9 @@ def zero_shot(
     def write_page(path: Path) -> None:
         opened, shown = Cache(cache), replace(settings, check_overlap=False)
         classified = classify(opened, load_runs(run[:1], device=settings.device)[0], Cache(prompts), shown)
-        write_zero_shot_page(path, opened, reports, classified, image_folders=image_folder or ())
+        write_zero_shot_page(path, opened, reports, classified, image_folders=outputs.image_folders)
 
-    _publish_results(show, results, as_json=as_json, output=output, html=html, write_page=write_page)
+    _publish_results(outputs, show, results, write_page)
 
 
 def _show_lines(reports: "Mapping[str, Any]") -> None:
@@ -131,25 +134,14 @@ def _show_lines(reports: "Mapping[str, Any]") -> None:
             print_line(f"  {report.overlap.line()}")
 
 
-def _publish_results(
-    show: Any, results: "Mapping[str, Any]", *, as_json: bool, output: Path | None, html: Path | None, write_page: Any
-) -> None:
+def _publish_results(outputs: ReportOptions, show: Any, results: "Mapping[str, Any]", write_page: Any) -> None:
     """Publish reports of one JSON object per run, which may go to one file each."""
-    from embedcache.cli.console import publish
     from embedcache.reports.results import write_results
 
     def record() -> Any:
         return next(iter(results.values())) if len(results) == 1 else list(results.values())
 
-    publish(
-        show,
-        record,
-        as_json=as_json,
-        output=output,
-        write_output=lambda path: write_results(path, results),
-        html=html,
-        write_page=write_page,
-    )
+    outputs.publish(show, record, write_page, write_output=lambda path: write_results(path, results))
 
 
 @with_settings(settings=ProbeSettings)
@@ -233,12 +225,9 @@ def speech(
     cache: CacheArgument,
     run: Runs,
     device: Device = AUTO,
-    as_json: Json = False,
-    output: Output = None,
-    html: Html = None,
-    image_folder: ImageFolders = None,
     *,
     settings: SpeechSettings,
+    outputs: ReportOptions,
 ) -> None:
     """Measure the word errors of speech recognizers.
 
@@ -248,7 +237,7 @@ def speech(
 
     Example: embedcache evaluate speech test/ audio/ fusion/ --view plain,babble0dB,babble-5dB --html wer.html
     """
-    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.cli.console import open_progress, print_line, print_table
     from embedcache.evaluate.speech import compare_runs
     from embedcache.reports.speech import difference_table, error_table, speech_json, write_speech_page
     from embedcache.store.cache import Cache
@@ -264,13 +253,10 @@ def speech(
         if difference_table(reports)[1]:
             print_table(*difference_table(reports))
 
-    publish(
+    outputs.publish(
         show,
         lambda: speech_json(reports, Path(cache).name),
-        as_json=as_json,
-        output=output,
-        html=html,
-        write_page=lambda path: write_speech_page(path, Cache(cache), reports, image_folders=image_folder or ()),
+        lambda path: write_speech_page(path, Cache(cache), reports, image_folders=outputs.image_folders),
     )
 
 

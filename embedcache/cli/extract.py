@@ -1,6 +1,7 @@
 """embedcache extract"""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -13,6 +14,7 @@ from embedcache.units import format_bytes
 
 if TYPE_CHECKING:
     from embedcache.extract.plan import Plan
+    from embedcache.sources.base import Source
 
 
 @with_settings(settings=ExtractSettings, source_settings=SourceSettings)
@@ -74,13 +76,8 @@ def extract(
 
     Example: embedcache extract photos/ cache/ --image-encoder timm:resnet18 --text-encoder st:all-MiniLM-L6-v2
     """
-    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
-    from embedcache.extract.extract import extract as extract_features
-    from embedcache.extract.plan import plan as plan_extraction
-    from embedcache.extract.repair import retry_failed as retry_failed_items
-    from embedcache.reports.summary import caption_error_lines
+    from embedcache.cli.console import publish, resumable, to_plain
     from embedcache.sources import open_source
-    from embedcache.store.cache import Cache
 
     if retry_failed and (plan or settings.extend):
         other = "--plan" if plan else "--extend"
@@ -91,27 +88,52 @@ def extract(
         "text_encoder": text_encoder or (),
         "encoder": by_modality("--encoder", encoder, "audio=whisper:tiny.en", metavar="SPEC"),
     }
-    progress = open_progress()
+    run = _plan if plan else _retry if retry_failed else _extract
     with resumable():
-        if plan:
-            made = plan_extraction(opened, cache, **encoders, settings=settings, progress=progress)
-            publish(lambda: _show_plan(made), lambda: to_plain(made), as_json=as_json, output=output)
-            made.check_space()
-            return
-        if retry_failed:
-            lines = []
-            reports: Any = retry_failed_items(opened, cache, **encoders, settings=settings, progress=progress)
-        else:
-            reports = extract_features(opened, cache, **encoders, settings=settings, progress=progress)
-            lines = caption_error_lines(Cache(cache))
-            if not any(report.encoded for report in reports):
-                lines.append("nothing to do: every chunk is committed")
+        report, show = run(opened, cache, encoders, settings)
+    publish(show, lambda: to_plain(report), as_json=as_json, output=output)
+    if plan:
+        report.check_space()
 
-    def show() -> None:
-        for line in [*(report.line() for report in reports), *lines]:
-            print_line(line)
 
-    publish(show, lambda: [to_plain(report) for report in reports], as_json=as_json, output=output)
+_Outcome: TypeAlias = tuple[Any, Callable[[], None]]
+"""What a command reports, and a function that prints it."""
+
+
+def _extract(source: "Source", cache: str, encoders: Mapping[str, Any], settings: ExtractSettings) -> _Outcome:
+    from embedcache.cli.console import open_progress
+    from embedcache.extract.extract import extract as extract_features
+    from embedcache.reports.summary import caption_error_lines
+    from embedcache.store.cache import Cache
+
+    reports = extract_features(source, cache, **encoders, settings=settings, progress=open_progress())
+    lines = [*(report.line() for report in reports), *caption_error_lines(Cache(cache))]
+    if not any(report.encoded for report in reports):
+        lines.append("nothing to do: every chunk is committed")
+    return reports, lambda: _print_lines(lines)
+
+
+def _retry(source: "Source", cache: str, encoders: Mapping[str, Any], settings: ExtractSettings) -> _Outcome:
+    from embedcache.cli.console import open_progress
+    from embedcache.extract.repair import retry_failed
+
+    reports = retry_failed(source, cache, **encoders, settings=settings, progress=open_progress())
+    return reports, lambda: _print_lines([report.line() for report in reports])
+
+
+def _plan(source: "Source", cache: str, encoders: Mapping[str, Any], settings: ExtractSettings) -> _Outcome:
+    from embedcache.cli.console import open_progress
+    from embedcache.extract.plan import plan
+
+    made = plan(source, cache, **encoders, settings=settings, progress=open_progress())
+    return made, lambda: _show_plan(made)
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    from embedcache.cli.console import print_line
+
+    for line in lines:
+        print_line(line)
 
 
 def _show_plan(plan: "Plan") -> None:

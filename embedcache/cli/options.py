@@ -4,13 +4,15 @@
     def train(caches: ..., run: ..., *, settings: TrainSettings) -> None: ...
 
 Each parameter that `with_settings` names is replaced by one option per setting of its class; a group of settings
-becomes a panel of `--help`. An option that several commands declare by hand is an alias here, with one meaning in all.
+becomes a panel of `--help`. A parameter of the type `ReportOptions` is replaced by the options of reports with a page.
+An option that several commands declare by hand is an alias here, with one meaning in all.
 """
 
 import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
@@ -48,6 +50,11 @@ def check_new_file(context: typer.Context, option: typer.CallbackParam, path: Pa
     return path
 
 
+def output_argument(help: str) -> Any:
+    """Return the declaration of OUT, a new file that a command writes."""
+    return typer.Argument(metavar="OUT", help=help, callback=check_new_file)
+
+
 CacheArgument: TypeAlias = Annotated[str, typer.Argument(metavar="CACHE", help="Cache: a folder or a URL.")]
 RunArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="RUN", help="Run: a folder written by train.")]
 IndexArgument: TypeAlias = Annotated[
@@ -56,9 +63,9 @@ IndexArgument: TypeAlias = Annotated[
 SelectionArgument: TypeAlias = Annotated[
     Path, typer.Argument(metavar="SELECTION", help="Selection: Parquet, or a text file with one key per line.")
 ]
-SelectionOutput: TypeAlias = Annotated[
-    Path, typer.Argument(metavar="OUT", help="Selection to write: a new .parquet file.", callback=check_new_file)
-]
+SelectionOutput: TypeAlias = Annotated[Path, output_argument("Selection to write: a new .parquet file.")]
+SCORES_OUT = output_argument("Table of the scores: a new .parquet file.")
+"""Declaration of OUT where it is a table of scores, which a command may require or not."""
 Concepts: TypeAlias = Annotated[
     str | None, typer.Option("--concepts", metavar="CACHE", help="Cache of prompts, one sample per concept.")
 ]
@@ -127,6 +134,44 @@ ImageFolders: TypeAlias = Annotated[
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Where a command publishes its report: on standard output, as JSON in a file, and as a page with images."""
+
+    as_json: Json = False
+    output: Output = None
+    html: Html = None
+    image_folder: ImageFolders = None
+
+    @property
+    def image_folders(self) -> Sequence[Path]:
+        """Folders that images of the page are read from; without any, that of the cache's source."""
+        return self.image_folder or ()
+
+    def publish(
+        self,
+        show: Callable[[], None],
+        record: Callable[[], Any],
+        write_page: Callable[[Path], None],
+        *,
+        write_output: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Publish a report; arguments are those of `embedcache.cli.console.publish`."""
+        from embedcache.cli.console import publish
+
+        publish(
+            show,
+            record,
+            as_json=self.as_json,
+            output=self.output,
+            write_output=write_output,
+            html=self.html,
+            write_page=write_page,
+        )
+
+
 Srt: TypeAlias = Annotated[
     Path | None,
     typer.Option(
@@ -185,9 +230,13 @@ def with_settings(
                     if _is_given(context, item.name)
                 }
                 values[key] = build[key](flat) if build and key in build else from_flat(kind, flat)
+            for key in reports:
+                values[key] = ReportOptions(**{name: values.pop(name) for name in report_options})
             command(**values)
 
         own = inspect.signature(command, eval_str=True).parameters
+        reports = [name for name, parameter in own.items() if parameter.annotation is ReportOptions]
+        report_options = inspect.signature(ReportOptions).parameters if reports else {}
         generated = [_option(item, key if len(kinds) > 1 else None) for key in kinds for item in items[key]]
         config = Annotated[
             Path | None,
@@ -197,10 +246,11 @@ def with_settings(
             run,
             [
                 inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
-                *(parameter for name, parameter in own.items() if name not in (*kinds, *OUTPUT_NAMES)),
+                *(parameter for name, parameter in own.items() if name not in (*kinds, *reports, *OUTPUT_NAMES)),
                 *generated,
                 keyword("config", config, None),
                 *(parameter for name, parameter in own.items() if name in OUTPUT_NAMES),
+                *report_options.values(),
             ],
         )
         return run

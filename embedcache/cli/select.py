@@ -6,18 +6,18 @@ from typing import Annotated, Literal
 import typer
 
 from embedcache.cli.options import (
+    SCORES_OUT,
     CacheArgument,
     Features,
-    Html,
     ImageFeature,
-    ImageFolders,
     Json,
     Output,
+    ReportOptions,
     SelectionArgument,
     SelectionOutput,
     TextFeature,
-    check_new_file,
     features_by_modality,
+    output_argument,
     with_settings,
 )
 from embedcache.curate.settings import (
@@ -105,9 +105,7 @@ def sample(
 def export(
     cache: CacheArgument,
     selection: SelectionArgument,
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="New file; for webdataset a new folder.", callback=check_new_file)
-    ],
+    out: Annotated[Path, output_argument("New file; for webdataset a new folder.")],
     form: Annotated[
         Literal["datacomp", "keys", "webdataset"],
         typer.Option(
@@ -133,10 +131,7 @@ def export(
 @with_settings(settings=NegativesSettings)
 def negatives(
     cache: CacheArgument,
-    out: Annotated[
-        Path,
-        typer.Argument(metavar="OUT", help="Table of hard negatives: a new .parquet file.", callback=check_new_file),
-    ],
+    out: Annotated[Path, output_argument("Table of hard negatives: a new .parquet file.")],
     image_feature: ImageFeature = None,
     text_feature: TextFeature = None,
     feature: Features = None,
@@ -172,16 +167,10 @@ def negatives(
 @with_settings(settings=OutlierSettings)
 def outliers(
     cache: CacheArgument,
-    out: Annotated[
-        Path | None,
-        typer.Argument(metavar="OUT", help="Table of the scores: a new .parquet file.", callback=check_new_file),
-    ] = None,
+    out: Annotated[Path | None, SCORES_OUT] = None,
     *,
     settings: OutlierSettings,
-    as_json: Json = False,
-    output: Output = None,
-    html: Html = None,
-    image_folder: ImageFolders = None,
+    outputs: ReportOptions,
 ) -> None:
     """Find odd samples, likely mislabels and wrong captions.
 
@@ -190,7 +179,7 @@ def outliers(
 
     Example: embedcache curate outliers cache/ odd.parquet --html odd.html
     """
-    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.cli.console import open_progress, print_line, print_table
     from embedcache.curate.outliers import find_outliers
     from embedcache.reports.scores import outlier_line, outlier_notes, threshold_table, write_outlier_page
 
@@ -203,28 +192,20 @@ def outliers(
         if out is not None:
             print_line(f"wrote {out}: {', '.join(report.scores)} of {report.cache.info.num_samples:,} samples")
 
-    publish(
+    outputs.publish(
         show,
         report.to_json,
-        as_json=as_json,
-        output=output,
-        html=html,
-        write_page=lambda path: write_outlier_page(path, report, image_folders=image_folder or ()),
+        lambda path: write_outlier_page(path, report, image_folders=outputs.image_folders),
     )
 
 
 @with_settings(settings=ScoreSettings)
 def score(
     cache: CacheArgument,
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Table of the scores: a new .parquet file.", callback=check_new_file)
-    ],
+    out: Annotated[Path, SCORES_OUT],
     *,
     settings: ScoreSettings,
-    as_json: Json = False,
-    output: Output = None,
-    html: Html = None,
-    image_folder: ImageFolders = None,
+    outputs: ReportOptions,
 ) -> None:
     """Score the samples by a linear head or by texts.
 
@@ -233,7 +214,7 @@ def score(
 
     Example: embedcache curate score cache/ sharp.parquet --run run/ --prompt "a sharp photo" --negative "a blur"
     """
-    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.cli.console import open_progress, print_line, print_table
     from embedcache.curate.score import score as score_samples
     from embedcache.reports.scores import score_table, write_score_page
 
@@ -243,11 +224,8 @@ def score(
         print_line(report.line())
         print_table(*score_table(report))
 
-    publish(
+    outputs.publish(
         show,
         report.to_json,
-        as_json=as_json,
-        output=output,
-        html=html,
-        write_page=lambda path: write_score_page(path, report, image_folders=image_folder or ()),
+        lambda path: write_score_page(path, report, image_folders=outputs.image_folders),
     )
