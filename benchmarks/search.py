@@ -24,8 +24,9 @@ from embedcache.arrays import Floats, Ints, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.extract.extract import extract
 from embedcache.provenance import peak_memory_bytes
+from embedcache.search.card import read_card
 from embedcache.search.faiss_index import exact_search, read_index
-from embedcache.search.index import build_index, read_card
+from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source

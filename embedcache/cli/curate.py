@@ -49,7 +49,8 @@ def index(
     """
     from embedcache.cli.console import open_progress, print_line, publish, resumable
     from embedcache.provenance import to_record
-    from embedcache.search.index import build_index, read_card
+    from embedcache.search.card import read_card
+    from embedcache.search.index import build_index
 
     before = read_card(out) if (out / "card.json").is_file() else None
     with resumable():

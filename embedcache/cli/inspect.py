@@ -1,10 +1,12 @@
 """embedcache inspect and verify"""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from embedcache.cli.options import CacheArgument, Json, Output, with_settings
+from embedcache.cli.options import Json, Output, with_settings
+from embedcache.errors import SettingError
 from embedcache.extract.settings import VerifySettings
 
 
@@ -38,8 +40,14 @@ def inspect(
 
 
 @with_settings(settings=VerifySettings)
-def verify(cache: CacheArgument, as_json: Json = False, output: Output = None, *, settings: VerifySettings) -> None:
-    """Check every chunk of a cache against its checksum.
+def verify(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Cache, or index: a folder or a URL.")],
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: VerifySettings,
+) -> None:
+    """Check every chunk of a cache, or all bytes of an index.
 
     The exit code is 1 if something is damaged, if encoding items again yields other vectors, or if a chunk is still
     missing after --repair.
@@ -47,9 +55,25 @@ def verify(cache: CacheArgument, as_json: Json = False, output: Output = None, *
     Example: embedcache verify cache/ --reencode 0.1%
     """
     from embedcache.cli.console import open_progress, print_line, publish, to_plain
+
+    if (Path(path) / "card.json").is_file():
+        from embedcache.search.card import read_card, verify_index
+
+        if settings.repair or settings.reencode is not None:
+            raise SettingError(f"--repair, --reencode: expected a cache, got {path}, an index; leave the option out")
+        card = read_card(Path(path))
+        verify_index(Path(path), card)
+        line = "equal their checksums" if card.checksums else "were not compared: early versions wrote no checksums"
+        publish(
+            lambda: print_line(f"{path}: all bytes {line}"),
+            lambda: {"index": path, "compared": sorted(card.checksums)},
+            as_json=as_json,
+            output=output,
+        )
+        return
     from embedcache.extract.repair import verify_cache
 
-    report = verify_cache(cache, settings, progress=open_progress())
+    report = verify_cache(path, settings, progress=open_progress())
 
     def show() -> None:
         for line in report.lines():

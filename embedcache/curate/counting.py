@@ -10,8 +10,8 @@ import numpy as np
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.errors import FingerprintError
 from embedcache.progress import Progress
+from embedcache.search.card import IndexCard, check_card, open_row_index, read_card
 from embedcache.search.faiss_index import RowIndex
-from embedcache.search.index import IndexCard, check_card, open_row_index, read_card
 from embedcache.search.vectors import Vectors
 
 SAMPLE = 16_384  # items drawn for quantiles and thresholds, which are exact if the pool has no more

@@ -28,8 +28,8 @@ from embedcache.metrics.classification import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
 from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
+from embedcache.search.card import IndexCard
 from embedcache.search.concepts import Concepts, open_concepts
-from embedcache.search.index import IndexCard
 from embedcache.search.vectors import Vectors, run_pass
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache

@@ -16,7 +16,8 @@ from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import new_record_path, record_stage
-from embedcache.search.index import IndexCard, build_index, read_card
+from embedcache.search.card import IndexCard, read_card
+from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache

@@ -244,7 +244,7 @@ def _summarize_module(path: Path, outcome: Mapping[str, Any]) -> Summary:
 
 
 def _summarize_index(path: Path) -> Summary:
-    from embedcache.search.index import read_card  # imports SciPy and what compares items
+    from embedcache.search.card import read_card  # imports FAISS
 
     card = read_card(path)
     size = "" if card.file_bytes is None else f", {format_bytes(card.file_bytes)}"

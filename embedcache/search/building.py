@@ -14,7 +14,8 @@ from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.provenance import check_same, read_json, write_json
-from embedcache.search.autotune import Configuration
+from embedcache.search.autotune import Configuration, sampled_recall
+from embedcache.search.card import CARD, INDEX, STATE
 from embedcache.search.faiss_index import RowIndex, make_index, read_index
 from embedcache.search.vectors import Vectors
 from embedcache.store.layout import CacheInfo
@@ -22,18 +23,15 @@ from embedcache.store.layout import CacheInfo
 PART_BYTES = 256_000_000  # codes per part on disk: kept in memory beside a chunk, and repeated by a killed build
 _LIST_FILES = ("index.part-*.faiss", "lists-*.ivfdata")
 
-STATE = "building.json"
-"""What an unfinished build has done; there is none in a finished index."""
-
-FILES = ("index.faiss", "index.partial.faiss", STATE, "record.json", *_LIST_FILES)
+FILES = (INDEX, "index.partial.faiss", STATE, "record.json", *_LIST_FILES)
 
 
 class IndexBuilder:
     """The unfinished index in a folder. The ids in `index.partial.faiss` say which rows it holds.
 
     `lists` is the file of inverted lists that a finished index in the folder uses; FAISS uses GPUs unless `device` is
-    `cpu`. Raises `FingerprintError` if the
-    folder holds an unfinished index built from another source; the cache may have grown since.
+    `cpu`. Raises `FingerprintError` if the folder holds an unfinished index built from another source; the cache may
+    have grown since.
     """
 
     def __init__(
@@ -54,12 +52,37 @@ class IndexBuilder:
             )
             self._factory, self.rejected = state["factory"], state["refused"]
 
-    def start(self, kind: Configuration, vectors: Vectors, progress: Progress) -> RowIndex:
-        """Return what was built of an index in memory, or a new one that is trained and empty.
+    def build(
+        self, kind: Configuration, vectors: Vectors, progress: Progress, *, checkpoint_s: float, min_recall: float = 0.0
+    ) -> RowIndex | None:
+        """Build an index of all valid rows, or resume an interrupted build of the same kind.
 
-        Raises `SettingError` if FAISS rejects the factory string or has too few vectors to train.
+        In memory, checkpoints are written every `checkpoint_s`, less often if writing takes longer than a tenth of
+        that; with lists on disk, finished parts are kept. Returns None, and rejects the kind, if a sample shows that
+        its codes cannot reach a recall.
+
+        Raises `SettingError` if FAISS rejects the factory string, has too few vectors to train, or has no lists that
+        can stay on disk.
         """
-        factory = kind.factory
+        if kind.is_on_disk:
+            return self._build_on_disk(kind.factory, vectors, progress)
+        index = self._start(kind.factory, vectors, progress)
+        if min_recall and not len(index) and (recall := sampled_recall(index, vectors)) < min_recall:
+            self.reject(kind.factory, recall)
+            progress.note(f"{kind.factory}: recall@10 {recall:.3f} on a sample is too low, not built")
+            return None
+        self._fill(index, kind.factory, vectors, progress, checkpoint_s)
+        return index
+
+    def reject(self, factory: str, recall: float) -> None:
+        """Record that a configuration missed the recall, and delete its files."""
+        self.rejected[factory] = recall
+        self._write_state(None)
+        self._partial_path.unlink(missing_ok=True)
+        _remove_lists(self._folder, keep=self._lists)
+
+    def _start(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
+        """Return what was built of an index in memory, or a new one that is trained and empty."""
         index = _without_removed(self._resume(factory), vectors, progress)
         if index is None:
             index = make_index(factory, vectors.width, device=self._device)
@@ -70,16 +93,11 @@ class IndexBuilder:
                 index.write(self._partial_path)
         return index
 
-    def fill(
-        self, index: RowIndex, kind: Configuration, vectors: Vectors, progress: Progress, *, checkpoint_s: float
-    ) -> None:
-        """Add all valid rows that the index does not hold.
-
-        Checkpoints are written every `checkpoint_s`, less often if writing takes longer than a tenth of that.
-        """
+    def _fill(self, index: RowIndex, factory: str, vectors: Vectors, progress: Progress, checkpoint_s: float) -> None:
+        """Add all valid rows that an index in memory does not hold."""
         index.resume()
         missing = np.setdiff1d(vectors.rows, index.rows)
-        progress.start(f"indexing as {kind.factory}", len(missing), noun(vectors.modality))
+        progress.start(f"indexing as {factory}", len(missing), noun(vectors.modality))
         last, writing_s = time.monotonic(), 0.0
         for number in np.unique(missing // vectors.cache.info.chunk_size):
             rows, vectors_BP = vectors.chunk(int(number))
@@ -93,15 +111,10 @@ class IndexBuilder:
                 writing_s = last - started if checkpoint_s else 0.0
         progress.finish()
 
-    def fill_on_disk(self, kind: Configuration, vectors: Vectors, progress: Progress) -> RowIndex:
-        """Build an index of all valid rows with its lists on disk; an interrupted build keeps its finished parts.
-
-        Raises `SettingError` if FAISS rejects the factory string, has too few vectors to train, or has no lists.
-        """
-        factory, has_removed = kind.factory, False
+    def _build_on_disk(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
         old = self._read_finished()
-        if old is not None and not np.isin(old.rows, vectors.rows).all():
-            has_removed = True
+        has_removed = old is not None and not np.isin(old.rows, vectors.rows).all()
+        if has_removed:
             progress.note(_REMOVED)
         trained = _read_unfinished(self._partial_path, device=self._device) if self._factory == factory else None
         if trained is None:
@@ -117,16 +130,10 @@ class IndexBuilder:
                 progress.note(f"training {factory}")
                 index.train(vectors.sample(index.num_training))
             else:
-                index = read_index(self._folder / "index.faiss", is_mapped=False, device=self._device).emptied()
+                index = read_index(self._folder / INDEX, is_mapped=False, device=self._device).emptied()
             index.write(self._partial_path)
-        return _fill_lists(self._folder, self._partial_path, None if has_removed else old, vectors, progress)
-
-    def reject(self, factory: str, recall: float) -> None:
-        """Record that a configuration missed the recall, and delete its files."""
-        self.rejected[factory] = recall
-        self._write_state(None)
-        self._partial_path.unlink(missing_ok=True)
-        _remove_lists(self._folder, keep=self._lists)
+        kept, used = (None if has_removed else old), self._lists
+        return _fill_lists(self._folder, self._partial_path, kept, vectors, progress, used=used)
 
     def _resume(self, factory: str) -> RowIndex | None:
         if self._factory == factory:
@@ -142,8 +149,8 @@ class IndexBuilder:
 
     def _read_finished(self) -> RowIndex | None:
         """Read the index in the folder; without a card it is unfinished."""
-        path = self._folder / "index.faiss"
-        if not (self._folder / "card.json").is_file():
+        path = self._folder / INDEX
+        if not (self._folder / CARD).is_file():
             return _read_unfinished(path, device=self._device)
         return read_index(path, is_mapped=False, device=self._device)
 
@@ -169,7 +176,7 @@ def _without_removed(index: RowIndex | None, vectors: Vectors, progress: Progres
 
 
 def _fill_lists(
-    folder: Path, trained_path: Path, old: RowIndex | None, vectors: Vectors, progress: Progress
+    folder: Path, trained_path: Path, old: RowIndex | None, vectors: Vectors, progress: Progress, *, used: str | None
 ) -> RowIndex:
     """Index all valid rows part by part, reuse existing parts, and merge all into one file of lists."""
     parts = [] if old is None else [old]
@@ -199,7 +206,7 @@ def _fill_lists(
         part.write(path)
         parts.append(read_index(path, is_mapped=True))
     progress.finish()
-    path = folder / lists_name(sum(map(len, parts)))
+    path = folder / _lists_name(sum(map(len, parts)), used)
     merged = read_index(trained_path, is_mapped=False, device=vectors.device).merge_on_disk(parts, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -221,9 +228,10 @@ def _rows(parts: list[RowIndex]) -> Ints:
     return np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)])
 
 
-def lists_name(num_vectors: int) -> str:
-    """Return the name of the file of lists; it depends on the number of items, so that an old index stays intact."""
-    return f"lists-{num_vectors}.ivfdata"
+def _lists_name(num_vectors: int, used: str | None) -> str:
+    """Return a name of the file of lists that is not in use, so that an old index stays intact."""
+    name = f"lists-{num_vectors}.ivfdata"
+    return name if name != used else f"lists-{num_vectors}-again.ivfdata"
 
 
 def remove_leftovers(folder: Path, *, lists: str | None) -> None:

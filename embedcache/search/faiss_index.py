@@ -19,6 +19,7 @@ from embedcache.files import disk_full_message, replacing
 from embedcache.metrics.neighbors import note_duration
 from embedcache.progress import Progress
 from embedcache.search.faiss_gpu import MOST_SELECTED, GpuSide, faiss_reason, import_faiss, num_gpus
+from embedcache.search.lists import open_disk_lists
 
 _TRAINING_PER_LIST = 50
 _MIN_TRAINING = 20_000
@@ -32,7 +33,7 @@ class RowIndex:
     """An inner-product index over vectors of length 1: a FAISS `IndexIDMap` whose ids are rows of the cache.
 
     It is on the CPU. Unless the device is `cpu`, FAISS's GPUs train it, assign new vectors to lists, and search batches
-    (see `GpuSide`).
+    (see `GpuSide`). `disk_lists` are the inverted lists that stay in a file, None if all is in memory.
     """
 
     def __init__(self, wrapped: Any, device: str = AUTO) -> None:
@@ -43,6 +44,7 @@ class RowIndex:
         self._rows: Ints | None = None
         lists = self._faiss.try_extract_index_ivf(self._inner)
         self.num_lists = 0 if lists is None else int(lists.nlist)
+        self.disk_lists = open_disk_lists(self._inner)
         self.is_graph = isinstance(self._inner, self._faiss.IndexHNSW)
         self.is_refined = isinstance(self._inner, self._faiss.IndexRefine)  # finer codes re-rank the best results
         self.is_exact = isinstance(self._inner, self._faiss.IndexFlat)  # float32 vectors are all compared
@@ -151,6 +153,8 @@ class RowIndex:
             found = self._gpu.search(queries_QP, k, nprobe)
         else:
             selector = self._faiss.IDSelectorBitmap(np.packbits(is_allowed_N, bitorder="little"))
+        if found is None and self.disk_lists is not None:
+            found = self.disk_lists.search(queries_QP, k, (parameters or {}).get("nprobe", 1), selector)
         if found is None:
             chosen = self._faiss_parameters(self._inner, parameters or {}, selector)
             found = self._inner.search(queries_QP, k, params=chosen)
@@ -194,10 +198,8 @@ class RowIndex:
             OSError: a write failed; of a full disk, `DiskFullError`.
             CorruptError: the file does not hold what was written.
         """
-        inverted = self._faiss.try_extract_index_ivf(self._inner)
-        lists = None if inverted is None else self._faiss.downcast_InvertedLists(inverted.invlists)
-        if isinstance(lists, self._faiss.OnDiskInvertedLists):
-            lists.filename = Path(lists.filename).name
+        if self.disk_lists is not None:
+            self.disk_lists.forget_folder()
         with replacing(path) as temporary:
             checksum = 0
             with temporary.open("wb") as file:  # FAISS's own files only print that closing them failed
@@ -277,6 +279,7 @@ def read_index(path: Path, *, is_mapped: bool | None = None, device: str = AUTO)
     """Read an index that `RowIndex.write` wrote; `CorruptError` if FAISS cannot read it.
 
     A memory-mapped index can only be searched. By default, files larger than half of the machine's memory are mapped.
+    FAISS cannot map the file of an index whose lists are another file, which is always mapped.
     """
     if not path.is_file():
         raise PathError(f"{path} does not exist; build an index with: embedcache curate index CACHE {path.parent}")

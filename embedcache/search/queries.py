@@ -19,8 +19,8 @@ from embedcache.modalities import noun
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project
 from embedcache.registry import unknown_name
+from embedcache.search.card import IndexCard
 from embedcache.search.concepts import open_concepts
-from embedcache.search.index import IndexCard
 from embedcache.search.vectors import Vectors
 from embedcache.sources.images import ImageLike, list_images, load_image
 from embedcache.store.cache import Cache

@@ -12,10 +12,10 @@ from embedcache.arrays import Bools, Floats, Ints
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.files import AnyPath, is_url
+from embedcache.search.card import may_hold_removed, open_row_index, read_card
 from embedcache.search.faiss_index import exact_search
 from embedcache.search.filters import CacheFilters
 from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
-from embedcache.search.index import may_hold_removed, open_row_index, read_card
 from embedcache.search.queries import Queries, QueryEncoder
 from embedcache.search.settings import Filter, SearchSettings
 from embedcache.settings import replace_flat

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from embedcache.errors import SettingError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
-from embedcache.search.index import read_card
+from embedcache.search.card import read_card
 from embedcache.serve.app import make_app
 from embedcache.serve.guard import RequestGuard, invalid_request, refuse_connection
 from embedcache.serve.service import SearchService, ServePaths, open_service

@@ -26,6 +26,9 @@ from embedcache.files import is_remote, read_file, write_atomic, write_blocks
 from embedcache.provenance import read_json
 
 CRC_BYTES = 4
+DIGITS = 8
+"""Hex digits of a CRC-32C."""
+
 REPAIR = "repair it with: embedcache verify CACHE --repair"
 """Next step for damaged chunks and commits."""
 
@@ -179,6 +182,14 @@ def _changed(path: Path, committed_crc: str, found: str) -> CorruptError:
     return CorruptError(f"{path}: expected checksum {committed_crc}, got {found}: the bytes changed on disk; {REPAIR}")
 
 
+def checksum_of(parts: Iterable[Array]) -> str:
+    """Return the CRC-32C of the bytes of contiguous arrays that follow each other as 8 hex digits."""
+    crc = 0
+    for part in parts:
+        crc = google_crc32c.extend(crc, part.view(np.uint8))
+    return f"{crc:08x}"
+
+
 def file_checksum(path: Path) -> str:
     """Return the CRC-32C of all bytes of a local file as 8 hex digits. Memory: a block."""
     crc, buffer = 0, bytearray(_READ_BYTES)  # one piece of memory for all reads is faster
@@ -189,8 +200,11 @@ def file_checksum(path: Path) -> str:
     return f"{crc:08x}"
 
 
-def check_file(path: Path, checksum: str, *, next_step: str) -> None:
-    """Compare a local file with its checksum, once in a process, unless `skips_checksums`.
+def check_file(path: Path, checksum: str, *, next_step: str, once: bool = True) -> None:
+    """Compare a local file with its checksum.
+
+    Args:
+        once: skip a file that this process has compared before, and any if `skips_checksums`.
 
     Raises:
         PathError: there is no such file.
@@ -200,7 +214,7 @@ def check_file(path: Path, checksum: str, *, next_step: str) -> None:
         raise PathError(f"{path} does not exist; {next_step}")
     status = path.stat()
     checked = ((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns), checksum)
-    if checked in _CHECKED or skips_checksums():
+    if once and (checked in _CHECKED or skips_checksums()):
         return
     actual = file_checksum(path)
     if actual != checksum:

@@ -15,11 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.errors import CorruptError
+from embedcache.store.arrays import DIGITS
 
 BLOCK = 65_536
 """Rows of the sample table in a block; an item table has blocks of a chunk."""
-
-_DIGITS = 8
 
 
 class TableChecksums:
@@ -93,8 +92,8 @@ def find_changed(rows: pa.Table, checksums: Mapping[str, str], first_row: int, b
     for name in names:
         written = checksums.get(name, "")
         for start in range(0, len(rows) if written else 0, block_rows):
-            place = (first_row + start) // block_rows * _DIGITS
-            if column_checksum(rows[name].slice(start, block_rows)) != written[place : place + _DIGITS]:
+            place = (first_row + start) // block_rows * DIGITS
+            if column_checksum(rows[name].slice(start, block_rows)) != written[place : place + DIGITS]:
                 return name
     return None
 

@@ -159,6 +159,15 @@ def test_verify_finds_damage_and_exits_with_1(folder: Path, tmp_path: Path) -> N
     assert damaged.code == 1
     assert "open_toy/cls chunk 0:" in damaged.stdout
     assert "1 damaged chunks" in damaged.stdout
+    assert succeed("verify", "index", cwd=folder) == "index: all bytes equal their checksums\n"
+    shutil.copytree(folder / "index", tmp_path / "index")
+    with (tmp_path / "index" / "index.faiss").open("ab") as file:
+        file.write(b"0")
+    damaged = embedcache("verify", "index", cwd=tmp_path)
+    assert (damaged.code, damaged.stderr.count("\n")) == (1, 1)
+    assert "index.faiss: expected checksum" in damaged.stderr
+    refused = embedcache("verify", "index", "--repair", cwd=folder)
+    assert (refused.code, refused.stderr.count("\n")) == (1, 1)
 
 
 def test_plan_estimates_and_writes_no_feature(folder: Path, tmp_path: Path) -> None:

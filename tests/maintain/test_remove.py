@@ -15,8 +15,8 @@ from embedcache.errors import CorruptError, DataError, FingerprintError, PathErr
 from embedcache.maintain.files import remove_from
 from embedcache.maintain.remove import plan_removal, remove_samples
 from embedcache.maintain.settings import RemoveSettings
+from embedcache.search.card import read_card
 from embedcache.search.faiss_index import read_index
-from embedcache.search.index import read_card
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex
 from embedcache.store.cache import Cache

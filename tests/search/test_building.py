@@ -13,10 +13,12 @@ from embedcache.extract.extract import extract
 from embedcache.extract.repair import retry_failed
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import partial_path
+from embedcache.maintain.remove import remove_samples
 from embedcache.progress import NullProgress
 from embedcache.search import building
+from embedcache.search.card import read_card
 from embedcache.search.faiss_index import read_index
-from embedcache.search.index import build_index, read_card
+from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
@@ -232,6 +234,21 @@ def test_on_disk_new_samples_are_added(tmp_path: Path, monkeypatch: pytest.Monke
     scores, rows = index.search(vectors, 10, {"nprobe": 4})
     assert (rows == index.rows[:, None]).any(axis=1).all()  # some images look alike
     assert scores[:, 0] == pytest.approx(1, abs=2e-3)
+
+
+def test_on_disk_one_sample_removed_and_one_added(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path, 40)
+    build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
+    before = files_of(tmp_path / "index")
+    remove_samples(cache, ["00003"])
+    write_cache(tmp_path, 41)
+    kill_at("before", r"card\.json", 1, cache, tmp_path / "index", "on disk")
+    assert files_of(tmp_path / "index")["lists-40.ivfdata"] == before["lists-40.ivfdata"]  # the old card needs them
+    card = build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
+    assert (card.num_vectors, card.lists) == (40, "lists-40-again.ivfdata")
+    assert "lists-40.ivfdata" not in files_of(tmp_path / "index")
+    (hits,) = search(tmp_path / "index", Queries(keys=["00040"]), SearchSettings(k=40))
+    assert sorted(hit.row for hit in hits) == [*range(3), *range(4, 41)]
 
 
 @pytest.mark.slow

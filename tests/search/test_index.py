@@ -23,8 +23,9 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
 from embedcache.projectors.saved import load_pair, project
 from embedcache.search import autotune, factories, faiss_gpu, faiss_index
+from embedcache.search.card import read_card
 from embedcache.search.faiss_index import read_index
-from embedcache.search.index import build_index, read_card
+from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import IndexSettings, SearchSettings

@@ -1,0 +1,216 @@
+"""The card of an index, which states its contents and measured recall, and opening the files that it describes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from embedcache.devices import AUTO
+from embedcache.errors import CorruptError, PathError, UnfinishedError
+from embedcache.provenance import (
+    DIGEST,
+    check_same,
+    fields_of,
+    from_record,
+    read_json,
+    read_manifest,
+    to_record,
+    write_record,
+)
+from embedcache.search.faiss_index import RowIndex, read_index
+from embedcache.store.arrays import DIGITS, check_file, file_checksum
+from embedcache.store.cache import Cache
+
+CARD = "card.json"
+INDEX = "index.faiss"
+STATE = "building.json"
+"""What an unfinished build has done; there is none in a finished index."""
+
+FORMAT_VERSION = 4
+IN_MEMORY_FORMAT = 3
+"""Format of an index without lists on disk, for which nothing has changed since."""
+
+_UNCHECKED = ("cache", "run")
+"""Keys of a card that its digest leaves out: paths that may be corrected by hand when folders have moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexCard:
+    """Content of an index's `card.json`, which is written after the index.
+
+    Args:
+        cache: path of the cache relative to the index's folder, so that both can move together.
+        index_digest: digest of the sample and item tables.
+        modality: modality of the indexed items.
+        feature: indexed feature as `encoder/feature`.
+        spec: encoder of that feature.
+        fingerprint: fingerprint of the feature.
+        run: relative path of the run that projected the feature; None: the plain feature.
+        run_weights: SHA-256 of that run's weights.
+        factory: FAISS factory string.
+        num_vectors: number of items.
+        width: width of a vector; of a smaller width than the space has, these are its first components, scaled to
+            length 1 again, and so are queries.
+        recall_at_10: fraction of the true 10 nearest neighbors that the index finds, on `num_queries` queries that
+            tuned nothing: items of the other modality for a projected index, else items of the index, which do not
+            count as their own neighbors.
+        num_queries: number of queries measured.
+        latency_ms: median milliseconds of a single query on the CPU of the machine that built the index.
+        search: FAISS search parameters that tuning chose.
+        min_recall: requested `recall_at_10`; 0 in format 1.
+        recall_at_1: fraction of queries whose nearest neighbor is found first; this and all below: None in format 1.
+        batch_latency_ms: milliseconds per query in one batch, on its GPU if FAISS can search the index there.
+        memory_bytes: memory while searching, by formula; None for a given factory string.
+        file_bytes: size of `index.faiss` and of the file of lists.
+        num_training: number of vectors it was trained on.
+        seconds: duration of this build; of an interrupted one, since it was resumed.
+        lists: file of inverted lists that stay on disk during search; None: all is in memory.
+        checksums: `index.faiss` -> CRC-32C of its bytes, and the file of lists -> CRC-32C of each list, 8 hex digits
+            one after another; in format 3 of all its bytes, or absent.
+        format: version of the format on disk: 4 with lists on disk, else 3.
+    """
+
+    cache: str
+    index_digest: str
+    modality: str
+    feature: str
+    spec: str
+    fingerprint: Mapping[str, Any]
+    run: str | None
+    run_weights: str | None
+    factory: str
+    num_vectors: int
+    width: int
+    recall_at_10: float
+    num_queries: int
+    latency_ms: float
+    search: Mapping[str, int] = field(default_factory=dict)
+    min_recall: float = 0.0
+    recall_at_1: float | None = None
+    batch_latency_ms: float | None = None
+    memory_bytes: int | None = None
+    file_bytes: int | None = None
+    num_training: int | None = None
+    seconds: float | None = None
+    lists: str | None = None
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    format: int = IN_MEMORY_FORMAT
+
+
+def read_card(index_path: Path) -> IndexCard:
+    """Read an index's card.
+
+    Raises:
+        PathError: there is no finished index.
+        ArtifactError: its format is later, or the card has changed since it was written.
+    """
+    path = index_path / CARD
+    make = f"embedcache curate index CACHE {index_path}"
+    values = read_manifest(
+        path,
+        kind="index",
+        latest_format=FORMAT_VERSION,
+        make=make,
+        next_step=f"restore it, or {_rebuild(index_path)}",
+        unchecked=_UNCHECKED,
+    )
+    values.pop(DIGEST, None)
+    return fields_of(path, lambda: IndexCard(**from_record(values)))
+
+
+def write_card(index_path: Path, card: IndexCard) -> None:
+    """Write an index's card, which marks the index as finished."""
+    write_record(index_path / CARD, to_record(card), unchecked=_UNCHECKED)
+
+
+def may_hold_removed(card: IndexCard, cache: Cache) -> bool:
+    """Return whether an index was built before samples were removed from its cache, as far as its card tells."""
+    return bool(cache.info.removed) and card.index_digest != cache.info.index_digest
+
+
+def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> RowIndex:
+    """Open the index that a card describes, whose files are compared with their checksums once in a process.
+
+    Lists on disk are compared one by one, each before it is first searched; see `DiskLists.compare`.
+
+    Raises:
+        PathError: a file is missing.
+        CorruptError: a file has other bytes, or is not the index that the card describes.
+        UnfinishedError: an extension was killed, or is still running, between the index and its card.
+    """
+    try:
+        index = _open(index_path, card.checksums, device)
+    except CorruptError as error:
+        if not (index_path / STATE).is_file():
+            raise
+        finished = read_json(index_path / STATE).get("checksums")
+        if finished is None:
+            raise UnfinishedError(
+                f"{index_path} is being extended, or was when a process ended; run the same embedcache curate index "
+                "again"
+            ) from error
+        return _open(index_path, finished, device)  # the longer index, whose card is not written yet
+    found, expected = (len(index), index.width), (card.num_vectors, card.width)
+    if found != expected and card.checksums:
+        raise CorruptError(
+            f"{index_path / INDEX}: expected {expected[0]:,} vectors of width {expected[1]:,}, as its card "
+            f"states, got {found[0]:,} of {found[1]:,}; {_rebuild(index_path)}"
+        )
+    return index
+
+
+def verify_index(index_path: Path, card: IndexCard) -> None:
+    """Compare all bytes of an index with their checksums, lists on disk too; raises what `open_row_index` raises.
+
+    Indexes of early versions have no checksums.
+    """
+    for name, checksum in card.checksums.items():
+        if len(checksum) == DIGITS:
+            check_file(index_path / name, checksum, next_step=_rebuild(index_path), once=False)
+    index = open_row_index(index_path, card, device="cpu")
+    if index.disk_lists is not None:
+        index.disk_lists.check_all()
+
+
+def checksums_of(index_path: Path, index: RowIndex) -> dict[str, str]:
+    """Return the checksums of the files of an index that was just written, for its card."""
+    of_index = {INDEX: file_checksum(index_path / INDEX)}
+    return of_index if index.disk_lists is None else {**of_index, index.disk_lists.file: index.disk_lists.checksums()}
+
+
+def _open(index_path: Path, checksums: Mapping[str, str], device: str) -> RowIndex:
+    next_step, of_lists = _rebuild(index_path), {}
+    for name, checksum in checksums.items():
+        if len(checksum) == DIGITS:
+            check_file(index_path / name, checksum, next_step=next_step)
+        elif (index_path / name).is_file():
+            of_lists[index_path / name] = checksum
+        else:
+            raise PathError(f"{index_path / name} does not exist; {next_step}")
+    index = read_index(index_path / INDEX, is_mapped=None if checksums.keys() <= {INDEX} else False, device=device)
+    for path, checksum in of_lists.items():
+        if index.disk_lists is None:
+            raise CorruptError(
+                f"{index_path / INDEX}: expected lists in {path.name}, got an index in memory; {next_step}"
+            )
+        index.disk_lists.compare(path, checksum, next_step)
+    return index
+
+
+def check_card(index_path: Path, card: IndexCard, requested: Mapping[str, Any], *, next_step: str) -> None:
+    """Check that an index is of what was requested, as fields of the card on disk, `modality` and `feature` among them.
+
+    The `FingerprintError` names each field that differs; if it is of another feature, only that.
+    """
+    record = to_record(card)
+    for names in (("modality", "feature"), requested):
+        check_same(
+            f"index {index_path}",
+            {name: record[name] for name in names},
+            {name: requested[name] for name in names},
+            next_step=next_step,
+        )
+
+
+def _rebuild(index_path: Path) -> str:
+    return f"remove {index_path} and build it again: embedcache curate index CACHE {index_path}"
