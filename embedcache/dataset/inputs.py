@@ -92,6 +92,11 @@ class InputFeature:
         valid: Bools = np.logical_and.reduce([feature.valid for feature in self._features])
         return valid
 
+    def has(self, rows: Ints) -> Bools:
+        """Return whether each item has all of the features, (B,) bool; see `Feature.has`."""
+        has_B: Bools = np.logical_and.reduce([feature.has(rows) for feature in self._features])
+        return has_B
+
     def require_complete(self) -> None:
         """Check that every chunk of the features is committed, or raise an `UnfinishedError`."""
         for feature in self._features:

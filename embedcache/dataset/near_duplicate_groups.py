@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+import scipy
 
 from embedcache.arrays import Array, Floats, Ints, blocks
 from embedcache.dataset.clusters import (
@@ -71,8 +70,8 @@ def _merge(labels: Ints, left: Ints, right: Ints) -> Ints:
     """Merge the groups of pairs of nodes: (S,) int64."""
     left, right = np.concatenate([labels[left], labels]), np.concatenate([labels[right], labels])
     size = int(labels.max()) + 1
-    edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))
-    _, component = connected_components(edges, directed=False)
+    edges = scipy.sparse.coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))
+    _, component = scipy.sparse.csgraph.connected_components(edges, directed=False)
     merged: Ints = component[labels].astype(np.int64)
     return merged
 
@@ -125,8 +124,8 @@ def _spanning(left: Ints, right: Ints) -> Array:
     """Return at most one edge per node that connects what the given edges connect: (2, E)."""
     nodes, codes = np.unique(np.concatenate([left, right]), return_inverse=True)
     shape = (len(nodes), len(nodes))
-    edges = coo_array((np.ones(len(left), bool), (codes[: len(left)], codes[len(left) :])), shape=shape)
-    count, component = connected_components(edges, directed=False) if len(nodes) else (0, codes)
+    edges = scipy.sparse.coo_array((np.ones(len(left), bool), (codes[: len(left)], codes[len(left) :])), shape=shape)
+    count, component = scipy.sparse.csgraph.connected_components(edges, directed=False) if len(nodes) else (0, codes)
     first_of = np.empty(count, np.int64)
     first_of[component[::-1]] = nodes[::-1]
     is_other = first_of[component] != nodes

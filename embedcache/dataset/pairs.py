@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy.sparse import csr_array
+import scipy
 
 from embedcache.arrays import Bools, Ints
 from embedcache.dataset.inputs import InputFeature
@@ -66,7 +66,7 @@ class Pairs:
         place = np.arange(len(first)) + np.repeat(starts_M - (np.cumsum(counts_M) - counts_M), counts_M)
         return first, np.argsort(self.second.samples, kind="stable")[place]
 
-    def relation(self) -> csr_array:
+    def relation(self) -> "scipy.sparse.csr_array":
         """Return which contents belong together: (first contents, second contents) bool.
 
         Contents belong together if any sample has both: several captions of one image, equal captions of different
@@ -75,7 +75,7 @@ class Pairs:
         first, second = self.all_pairs()
         shape = tuple(int(side.contents.max(initial=0)) + 1 for side in (self.first, self.second))
         contents = (self.first.contents[first], self.second.contents[second])
-        return csr_array((np.ones(len(first), bool), contents), shape=shape)
+        return scipy.sparse.csr_array((np.ones(len(first), bool), contents), shape=shape)
 
     def positives(self) -> tuple[Ints, Ints]:
         """Return all positive pairs of `relation`: two (M,) arrays of positions in `first` and `second`."""
@@ -148,7 +148,7 @@ def _is_among(samples: Ints, others: Ints | None = None) -> Bools:
     return mask
 
 
-def _where(matrix: csr_array) -> tuple[Ints, Ints]:
+def _where(matrix: "scipy.sparse.csr_array") -> tuple[Ints, Ints]:
     rows, columns = matrix.nonzero()
     order = np.lexsort((columns, rows))
     return rows[order].astype(np.int64), columns[order].astype(np.int64)

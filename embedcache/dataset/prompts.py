@@ -1,15 +1,18 @@
 """Prompts in a cache of `extract prompts:…`, where each sample is a class and its captions are the prompts."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, mean_directions
 from embedcache.dataset.inputs import InputFeature
 from embedcache.errors import DataError
-from embedcache.projectors.pair import AnyTower
 from embedcache.projectors.saved import project
 from embedcache.store.cache import Cache
+
+if TYPE_CHECKING:
+    from embedcache.projectors.pair import AnyTower
 
 _CLASS = "class"
 
@@ -70,7 +73,7 @@ def read_prompts(cache: Cache, feature: InputFeature) -> Prompts:
     return prompts
 
 
-def class_vectors(prompts: Prompts, tower: AnyTower, *, device: str = "cpu") -> Floats:
+def class_vectors(prompts: Prompts, tower: "AnyTower", *, device: str = "cpu") -> Floats:
     """Project the prompts and average those of each class: normalize, mean, normalize -> (C, P) float32."""
     projected_TP = project(tower, prompts.feature.read(prompts.rows), device=device)
     return mean_directions(projected_TP, prompts.classes, len(prompts.names))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import csr_array
+import scipy
 
 from embedcache.arrays import Floats, Ints, Products, blocks, dot_products, normalize
 from embedcache.progress import Progress
@@ -148,7 +148,7 @@ def spherical_means(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Floa
     centroids_KP = vectors_NP[np.sort(chosen)]
     for _ in range(ITERATIONS):
         nearest = [(vectors_NP[tile] @ centroids_KP.T).argmax(axis=1) for tile in blocks(len(vectors_NP), _TILE)]
-        members = csr_array(
+        members = scipy.sparse.csr_array(
             (np.ones(len(vectors_NP), np.float32), (np.concatenate(nearest), np.arange(len(vectors_NP)))),
             shape=(len(centroids_KP), len(vectors_NP)),
         )

@@ -1,24 +1,20 @@
 """A trained pair on disk: `model.safetensors`, and `config.json` written after it.
 
-This module is the only one that knows the keys of `config.json`.
+This module is the only one that knows the keys of `config.json`. torch is imported where weights are used, so that a
+config is read in milliseconds.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.devices import announce_device
 from embedcache.errors import CorruptError, DataError
 from embedcache.files import replacing
-from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.provenance import (
     DIGEST,
     check_same,
@@ -30,6 +26,11 @@ from embedcache.provenance import (
     write_record,
 )
 from embedcache.registry import names_from
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from embedcache.projectors.pair import AlignedPair, AnyTower
 
 RUN_FORMAT = 2
 """Newest format of a run: 1 is an aligned pair of images and texts, 2 any other pair or module."""
@@ -116,8 +117,10 @@ class PairConfig:
         return cls(sides=sides, **fields)
 
 
-def build(config: PairConfig, *, dropout: float = 0.0) -> AlignedPair:
+def build(config: PairConfig, *, dropout: float = 0.0) -> "AlignedPair":
     """Create an untrained pair of the shapes in a config; SettingError if a projector is custom code not trusted."""
+    from embedcache.projectors.pair import AlignedPair
+
     with names_from("the run"):
         return AlignedPair(
             config.projector,
@@ -142,7 +145,7 @@ def run_selection_path(run_path: Path, selection: str | None) -> Path | None:
     return None if selection is None else run_path / f"selection{Path(selection).suffix or '.txt'}"
 
 
-def save_pair(run_path: Path, pair: AlignedPair, config: PairConfig) -> None:
+def save_pair(run_path: Path, pair: "AlignedPair", config: PairConfig) -> None:
     """Write the weights, then the config with the digests of weights and split, which marks the run as complete."""
     model_path = run_path / "model.safetensors"
     save_weights(model_path, pair)
@@ -150,8 +153,10 @@ def save_pair(run_path: Path, pair: AlignedPair, config: PairConfig) -> None:
     write_record(config_path(run_path), {**config.to_json(), **digests})
 
 
-def save_weights(path: Path, module: nn.Module) -> None:
+def save_weights(path: Path, module: "nn.Module") -> None:
     """Write the parameters and buffers of a module as safetensors, atomically."""
+    from safetensors.torch import save_file
+
     state = {name: value.contiguous() for name, value in module.state_dict().items()}
     with replacing(path) as temporary:
         save_file(state, temporary)
@@ -203,7 +208,7 @@ def is_pair(manifest: Mapping[str, Any]) -> bool:
     return manifest.get("format") == 1 or manifest.get("kind") == _PAIR
 
 
-def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, PairConfig]:
+def load_pair(run_path: Path, *, device: str = "cpu") -> tuple["AlignedPair", PairConfig]:
     """Load a trained pair in evaluation mode.
 
     Raises:
@@ -211,6 +216,8 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, Pair
         CorruptError: the weights differ from those that `config.json` was written for.
         SettingError: a projector is custom code, and the run is not trusted.
     """
+    from safetensors.torch import load_file
+
     config = read_config(run_path)
     model_path = run_path / "model.safetensors"
     if not model_path.is_file() or digest_file(model_path) != config.weights_digest:
@@ -222,8 +229,7 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, Pair
     return pair.to(device).eval(), config
 
 
-@torch.inference_mode()
-def project(tower: AnyTower, inputs: Inputs, *, device: str = "cpu", width: int | None = None) -> Floats:
+def project(tower: "AnyTower", inputs: Inputs, *, device: str = "cpu", width: int | None = None) -> Floats:
     """Project items block by block: N items of any float dtype -> (N, P) float32, rows of length 1.
 
     Args:
@@ -235,14 +241,17 @@ def project(tower: AnyTower, inputs: Inputs, *, device: str = "cpu", width: int 
     Raises:
         DataError: a value is NaN or infinite after projection.
     """
+    import torch
+
     announce_device(device)
     out_NP = [np.empty((0, width or tower.output_width), np.float32)]
     num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
-    for block in blocks(len(inputs.values), max(1, _BLOCK // num_tokens)):
-        part = inputs.take(block)
-        values = torch.from_numpy(np.require(part.values, np.float32, ["W"])).to(device)  # chunks are mapped read-only
-        lengths = None if part.lengths is None else torch.from_numpy(part.lengths).to(device)
-        out_NP.append(tower(values, lengths)[:, :width].float().cpu().numpy())
+    with torch.inference_mode():
+        for block in blocks(len(inputs.values), max(1, _BLOCK // num_tokens)):
+            part = inputs.take(block)
+            values = torch.from_numpy(np.require(part.values, np.float32, ["W"])).to(device)  # chunks are read-only
+            lengths = None if part.lengths is None else torch.from_numpy(part.lengths).to(device)
+            out_NP.append(tower(values, lengths)[:, :width].float().cpu().numpy())
     projected_NP = np.concatenate(out_NP)
     check_finite(projected_NP, "the projected feature")
     return normalize(projected_NP)
@@ -268,6 +277,9 @@ class Cost(NamedTuple):
 
 def count_cost(config: PairConfig, shapes: Mapping[str, tuple[int, ...]]) -> Cost:
     """Count parameters and operations without allocating the weights; an item has the shape (D,) or (T, D)."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         pair = build(config).eval()
         for modality, shape in shapes.items():

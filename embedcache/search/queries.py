@@ -5,18 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Inputs, blocks, check_finite, normalize
+from embedcache.arrays import Array, Floats, Inputs, blocks, check_finite, concatenated_ranges, normalize
 from embedcache.dataset.inputs import to_inputs
 from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.modalities import noun
-from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project
 from embedcache.registry import unknown_name
 from embedcache.search.card import IndexCard
@@ -25,6 +24,9 @@ from embedcache.search.vectors import Vectors
 from embedcache.sources.images import ImageLike, list_images, load_image
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader, find_keys
+
+if TYPE_CHECKING:
+    from embedcache.projectors.pair import AlignedPair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,13 @@ class QueryEncoder:
         """The vectors that were indexed."""
         card = self._card
         return Vectors(
-            self._cache.path, card.modality, card.feature, self._run_path, width=card.width, device=self._device
+            self._cache.path,
+            card.modality,
+            card.feature,
+            self._run_path,
+            width=card.width,
+            device=self._device,
+            is_complete=True,  # or there were no index
         )
 
     @property
@@ -147,9 +155,7 @@ class QueryEncoder:
 
     def has_row(self, row: int) -> bool:
         """Return whether an item is in the index."""
-        rows = self.indexed.rows
-        position = int(np.searchsorted(rows, row))
-        return position < len(rows) and bool(rows[position] == row)
+        return bool(self.indexed.has(np.array([row]))[0])
 
     def encode(self, queries: Queries) -> Floats:
         """Compute one vector per query: (Q, P) float32, rows of length 1; of a view's feature, through that view.
@@ -199,15 +205,16 @@ class QueryEncoder:
                 raise UnknownNameError(
                     f"query_key: expected a key of the cache {path}, such as {self._cache.key(0)!r}, got {key!r}"
                 )
-        rows, (starts, counts) = self.indexed.rows, RowReader(self._cache, self._card.modality).find(samples)
-        positions, ends = np.searchsorted(rows, starts), np.searchsorted(rows, starts + counts)
-        for key, position, end in zip(keys, positions, ends, strict=True):
-            if position == end:
-                raise DataError(
-                    f"query_key: expected a sample with {noun(self._card.modality)} of {self._card.feature}, got "
-                    f"{key!r}, which has none"
-                )
-        return self.indexed.read(rows[positions])
+        owners, rows = concatenated_ranges(*RowReader(self._cache, self._card.modality).find(samples))
+        is_indexed = self.indexed.has(rows)
+        found, first = np.unique(owners[is_indexed], return_index=True)
+        if len(found) < len(keys):
+            without = np.setdiff1d(np.arange(len(keys)), found)[0]
+            raise DataError(
+                f"query_key: expected a sample with {noun(self._card.modality)} of {self._card.feature}, got "
+                f"{keys[without]!r}, which has none"
+            )
+        return self.indexed.read(rows[is_indexed][first])
 
     def _read_rows(self, rows: Sequence[int]) -> Floats:
         for row in rows:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -24,9 +24,11 @@ from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.processes import connected, num_cores
 from embedcache.progress import NullProgress, Progress
-from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project
 from embedcache.store.cache import Cache
+
+if TYPE_CHECKING:
+    from embedcache.projectors.pair import AlignedPair
 
 _BLOCK = 256
 
@@ -42,6 +44,8 @@ class Vectors:
         language: of texts, only those in this language; None or `any`: all.
         width: the first components to keep, scaled to length 1 again; None: all.
         device: torch device that projects.
+        is_complete: the feature is known to be complete and to have a valid item; then `read` opens only the chunks of
+            its rows.
 
     Raises:
         SettingError: the width is larger than that of the space.
@@ -60,6 +64,8 @@ class Vectors:
         language: str | None = None,
         width: int | None = None,
         device: str = AUTO,
+        *,
+        is_complete: bool = False,
     ) -> None:
         self.device = device
         self._language = None if language == ANY_LANGUAGE or modality != "text" else language
@@ -72,7 +78,7 @@ class Vectors:
         if self.run_path is not None:
             self.device = str(torch_device(device))
             self._pair, self.config = load_pair(self.run_path, device=self.device)
-        self.feature = _open(self.cache, modality, feature, self.config)
+        self.feature = _open(self.cache, modality, feature, self.config, is_complete=is_complete)
         self.full_width = self.feature.width if self.config is None else self.config.shared_width
         if width is not None and width > self.full_width:
             raise SettingError(f"width: expected at most {self.full_width}, the width of the space, got {width}")
@@ -105,6 +111,13 @@ class Vectors:
     @cached_property
     def _in_language(self) -> Bools | None:
         return None if self._language is None else is_language([self.cache], self._language)
+
+    def has(self, rows: Ints) -> Bools:
+        """Return whether each item is valid, (B,) bool; see `Feature.has`."""
+        has_B = self.feature.has(rows)
+        if self._in_language is not None:
+            has_B[has_B] = self._in_language[rows[has_B]]
+        return has_B
 
     def chunk(self, number: int) -> tuple[Ints, Floats]:
         """Read one chunk and verify its checksums: rows (B,) and vectors (B, P); both are empty if all items failed."""
@@ -141,11 +154,14 @@ def _normalize_blocks(values_BD: Array) -> Floats:
     return unit_BD
 
 
-def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | None) -> InputFeature:
+def _open(
+    cache: Cache, modality: str, name: str | None, config: PairConfig | None, *, is_complete: bool
+) -> InputFeature:
     if name is None and config is not None:
         name = config.tower_input(modality).feature
     feature = open_input(cache, modality, name)
-    feature.require_complete()
+    if not is_complete:
+        feature.require_complete()
     if config is not None:
         check_feature(config, modality, feature.name, feature.fingerprint)
     elif feature.has_tokens:
@@ -153,7 +169,7 @@ def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | No
             f"feature {feature.name}: expected one vector per item, got several; choose a vector feature, or a run "
             "that projects it"
         )
-    if not feature.valid.any():
+    if not is_complete and not feature.valid.any():
         raise DataError(
             f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {cache.path}"
         )

@@ -70,7 +70,7 @@ class SearchService:
         self._images = RowReader(index.cache, "image", ["sample"])
         for path in self.selections.values():
             index.filters.mask(Filter(selection=path))
-        index.query_encoder.has_row(0)  # reads which items are in the index
+        index.query_encoder.indexed.rows  # noqa: B018  # reads which items are in the index
 
     def load(self) -> None:
         """Read the keys and captions of all items, so that answers from now on read no file for them."""

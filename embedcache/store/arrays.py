@@ -1,7 +1,9 @@
 """Zarr v3 arrays whose chunks are raw little-endian rows and a CRC-32C, so that they can be memory-mapped.
 
 zarr-python writes the metadata, and any Zarr reader can read the arrays. Chunks are written here because they must be
-flushed before they are committed, and read from memory maps because zarr-python reads a complete chunk for one row."""
+flushed before they are committed, and read from memory maps because zarr-python reads a complete chunk for one row.
+zarr-python is imported where metadata are written: readers do without it.
+"""
 
 import json
 import math
@@ -11,19 +13,18 @@ import resource
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
-import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.core.buffer import Buffer
-from zarr.storage import MemoryStore
 
 from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, PathError, UnfinishedError
 from embedcache.files import is_remote, read_file, write_atomic, write_blocks
 from embedcache.provenance import read_json
+
+if TYPE_CHECKING:
+    from zarr.core.buffer import Buffer
 
 CRC_BYTES = 4
 DIGITS = 8
@@ -45,6 +46,9 @@ _READ_BYTES = 2**20
 
 def group_metadata(attributes: Mapping[str, Any]) -> bytes:
     """Return the content of a Zarr group's `zarr.json`."""
+    import zarr
+    from zarr.storage import MemoryStore
+
     files: dict[str, Buffer] = {}
     zarr.create_group(MemoryStore(files), attributes=dict(attributes))
     return files["zarr.json"].to_bytes()
@@ -54,6 +58,10 @@ def array_metadata(
     shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, attributes: Mapping[str, Any] | None = None
 ) -> bytes:
     """Return the content of a Zarr array's `zarr.json`; the fill value is NaN, or -1 for integers."""
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.storage import MemoryStore
+
     files: dict[str, Buffer] = {}
     zarr.create_array(
         MemoryStore(files),

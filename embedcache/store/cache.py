@@ -1,5 +1,6 @@
 """An open cache: its tables, and its features by name."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -250,6 +251,26 @@ class Cache:
         self._require_columns(name, rows.column_names, columns)
         return self._checked(name, rows, number)
 
+    def likely_blocks(self, name: str, column: str, texts: Sequence[str]) -> list[int]:
+        """Return all blocks of a table, first those that may hold one of some texts by the statistics of row groups.
+
+        Args:
+            name: `samples` or a modality.
+            column: column of texts.
+            texts: the texts, ascending.
+
+        Raises:
+            CorruptError: the table cannot be read.
+        """
+        path, size = self._table_path(name), self.block_rows(name)
+        likely = np.zeros(-(-self.num_rows(name) // size), bool)
+        with table_errors(path):
+            footer = self._footer(name, path)
+            for group, (start, stop) in enumerate(pairwise(footer.starts.tolist())):
+                if _may_hold(footer.metadata, group, column, texts):
+                    likely[start // size : -(-stop // size)] = True
+        return [*np.flatnonzero(likely).tolist(), *np.flatnonzero(~likely).tolist()]
+
     def _footer(self, name: str, path: Path) -> _Footer:
         """Return the footer of a table, which is read again when the file has changed."""
         status = path.stat()
@@ -348,3 +369,14 @@ class Cache:
             return message
         known = ", ".join(f"{other}={feature.name}" for other, feature in others)
         return f"{message}; or name others with --feature MODALITY=NAME, one of: {known}"
+
+
+def _may_hold(metadata: pq.FileMetaData, group: int, column: str, texts: Sequence[str]) -> bool:
+    """Return whether a row group may have one of some texts, ascending, in a column, by its least and greatest text."""
+    if column not in metadata.schema.names:
+        return True
+    found = metadata.row_group(group).column(metadata.schema.names.index(column)).statistics
+    if found is None or not found.has_min_max or not isinstance(found.min, str):
+        return True
+    first = bisect_left(texts, found.min)
+    return first < len(texts) and texts[first] <= found.max

@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 _REWRITE_S = 10.0
 _POLL_S = 0.05
+_FEW_CHUNKS = 64  # reading the commits of these takes less than reading the table of thousands
 
 
 class Feature:
@@ -47,6 +48,7 @@ class Feature:
         self.num_items = group.info.num_items[group.modality]
         self._attributes_digest = digest(attributes)
         self._maps: OrderedDict[int, Array] = OrderedDict()
+        self._few: dict[int, Commit | None] = {}  # commits of single chunks, until all are read
 
     def __repr__(self) -> str:
         shape = ", ".join("any" if size < 0 else str(size) for size in self.shape)
@@ -91,11 +93,14 @@ class Feature:
         Raises:
             CorruptError: a commit has changed, or the metadata of this feature has since it was committed.
         """
-        commits = self.group.commits()
-        commits = [commit if commit is not None and self.feature in commit.features else None for commit in commits]
-        for commit in commits:
-            self.check_attributes(commit)
-        return commits
+        return list(map(self._own, self.group.commits()))
+
+    def _own(self, commit: Commit | None) -> Commit | None:
+        """Return a commit if it has this feature, as the metadata describe it."""
+        if commit is None or self.feature not in commit.features:
+            return None
+        self.check_attributes(commit)
+        return commit
 
     def check_attributes(self, commit: Commit | None) -> None:
         """Check that a chunk was committed with the shape, dtype and axis that the metadata states now.
@@ -111,12 +116,33 @@ class Feature:
 
     @cached_property
     def valid(self) -> Bools:
-        """(N,) bool, whether each item has this feature."""
+        """(N,) bool, whether each item has this feature; `has` tells of a few."""
         valid = np.zeros(self.num_items, bool)
         for chunk, commit in enumerate(self.commits):
             if commit is not None:
                 valid[self._rows(chunk)] = is_missing(commit.failures[self.feature])
         return valid
+
+    def has(self, rows: Ints) -> Bools:
+        """Return whether each row has this feature, (B,) bool, False if there is no such row.
+
+        Of rows in a few chunks, only the commits of these chunks are read.
+        """
+        has_B = (rows >= 0) & (rows < self.num_items)
+        rows = rows[has_B]
+        chunks = rows // self.group.info.chunk_size
+        numbers = np.unique(chunks)
+        if "commits" in self.__dict__ or len(numbers) > _FEW_CHUNKS:
+            has_B[has_B] = self.valid[rows]
+            return has_B
+        is_valid = np.zeros(len(rows), bool)
+        for chunk in numbers.tolist():
+            commit, is_own = self._find_commit(chunk), chunks == chunk
+            if commit is not None:
+                missing = is_missing(commit.failures[self.feature])
+                is_valid[is_own] = missing[rows[is_own] - self._rows(chunk).start]
+        has_B[has_B] = is_valid
+        return has_B
 
     @cached_property
     def failed(self) -> tuple[Ints, pa.ChunkedArray]:
@@ -270,17 +296,26 @@ class Feature:
             raise DataError(
                 f"feature {self.name}: expected rows from 0 to {self.num_items - 1}, got {rows[outside][0]}"
             )
-        if not self.valid[rows].all():
-            row = int(rows[~self.valid[rows]][0])
+        has_B = self.has(rows)
+        if not has_B.all():
+            row = int(rows[~has_B][0])
             reason = self.failures.get(row, "its chunk is not committed")
             raise DataError(f"row {row} has no feature {self.name}: {reason}")
         return rows
 
     def _commit_of(self, chunk: int) -> Commit:
         """Return the commit of a chunk with valid rows."""
-        commit = self.commits[chunk]
+        commit = self._find_commit(chunk)
         assert commit is not None  # the caller has checked its rows
         return commit
+
+    def _find_commit(self, chunk: int) -> Commit | None:
+        """Return the commit of a chunk, None if this feature is not committed; reads no other commit."""
+        if "commits" in self.__dict__:
+            return self.commits[chunk]
+        if chunk not in self._few:
+            self._few[chunk] = self._own(self.group.commit(chunk))
+        return self._few[chunk]
 
     def _read(self, commit: Commit, read: Callable[[Commit], T]) -> T:
         """Read files of a chunk; again with its new commit if another process has written the chunk since.

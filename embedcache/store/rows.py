@@ -92,11 +92,12 @@ class RowReader:
 def find_keys(cache: Cache, keys: Sequence[str]) -> Ints:
     """Return the row of each key in the sample table, -1 for a key that it does not have: (K,) int64.
 
-    Blocks of samples are read in order until all keys are found. Memory: a block.
+    Blocks of samples are read until all keys are found: first those that may hold one by the statistics of the table,
+    then all others, as no checksum covers the statistics. Memory: a block.
     """
     wanted = pc.unique(pa.array(keys, pa.string()))
     rows = np.full(len(wanted), -1, np.int64)
-    for number in range(-(-cache.info.num_samples // BLOCK)):
+    for number in cache.likely_blocks(SAMPLES, "key", sorted(set(keys))):
         found = pc.index_in(cache.block(SAMPLES, number, columns=["key"])["key"], value_set=wanted)
         places = np.flatnonzero(found.is_valid())
         rows[found.take(pa.array(places)).to_numpy()] = number * BLOCK + places

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,17 @@ def test_search_reads_the_rows_it_shows(index_path: Path, monkeypatch: pytest.Mo
     (hits,) = search(index_path, Queries(keys=["00007"]), SearchSettings(k=3))
     assert [hits] == expected
     assert all(hit.captions for hit in hits)
+
+
+def test_search_of_a_plain_index_by_key_imports_no_torch(labeled_index: Path) -> None:
+    program = (
+        "import sys\n"
+        "from embedcache.search.search import Queries, search\n"
+        f"print(search({str(labeled_index)!r}, Queries(keys=['train/cat/00003']), k=1)[0][0].key)\n"
+        "print({'torch', 'zarr', 'scipy.sparse', 'timm', 'transformers'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "train/cat/00003\nset()\n"
 
 
 def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:

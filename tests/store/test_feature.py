@@ -37,7 +37,11 @@ def test_round_trip(item_shape: tuple[int, ...], count: int, chunk_size: int, fa
     with TemporaryDirectory() as folder:
         feature = write_feature(Path(folder), items, item_shape, chunk_size=chunk_size)
         assert feature.shape == (count, *item_shape)
+        asked = rng.integers(-2, count + 2, 20)
+        expected = [0 <= row < count and items[row] is not None for row in asked.tolist()]
+        assert feature.has(asked).tolist() == expected
         assert feature.valid.tolist() == [item is not None for item in items]
+        assert feature.has(asked).tolist() == expected
         assert set(feature.failures) == {row for row in range(count) if items[row] is None}
         lengths = [0 if item is None else len(item.reshape(-1, item_shape[-1])) for item in items]
         assert feature.lengths().tolist() == lengths
@@ -88,6 +92,17 @@ def test_uncommitted_chunk_is_missing(tmp_path: Path) -> None:
         feature.load()
     with pytest.raises(DataError, match="row 5 has no feature test/f: its chunk is not committed"):
         feature.gather(np.array([0, 5]))
+
+
+def test_few_rows_need_only_the_commits_of_their_chunks(tmp_path: Path) -> None:
+    items = random_items(12, (5,), seed=0, failed=[3])
+    write_feature(tmp_path, items, (5,), chunk_size=4)
+    (tmp_path / "image" / "test" / "chunks" / "00002.parquet").write_bytes(b"x")
+    feature = Cache(tmp_path).feature("image")
+    assert feature.has(np.array([7, 3, -1])).tolist() == [True, False, False]
+    np.testing.assert_array_equal(feature.gather(np.array([7, 0])), np.array([items[7], items[0]], np.float16))
+    with pytest.raises(CorruptError, match=r"00002\.parquet is not a readable commit"):
+        feature.gather(np.array([0, 11]))
 
 
 def test_gather_failed_row_raises(tmp_path: Path) -> None:

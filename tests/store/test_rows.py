@@ -102,6 +102,20 @@ def test_find_keys(cache: Cache) -> None:
     assert find_keys(cache, []).tolist() == []
 
 
+@pytest.mark.parametrize("has_statistics", [True, False])
+def test_keys_are_looked_for_where_they_are_first(cache: Cache, *, has_statistics: bool) -> None:
+    folder = cache.path.parent / f"sorted-{has_statistics}"
+    folder.mkdir()
+    table = pa.table({"key": [f"é{row:06d}" for row in range(2 * BLOCK + 10)]})
+    pq.write_table(table, samples_path(folder), row_group_size=BLOCK, write_statistics=has_statistics)
+    write_info(folder, replace(cache.info, num_samples=len(table), num_items={}, table_checksums={}))
+    opened, last = Cache(folder), [f"é{2 * BLOCK:06d}"]
+    assert opened.likely_blocks(SAMPLES, "key", last) == ([2, 0, 1] if has_statistics else [0, 1, 2])
+    assert opened.likely_blocks(SAMPLES, "key", ["a", *last, "z"])[0] == (2 if has_statistics else 0)
+    for row in (0, BLOCK - 1, BLOCK, 2 * BLOCK + 9):
+        assert find_keys(opened, [f"é{row:06d}", "none"]).tolist() == [row, -1]
+
+
 def test_short_table_raises(cache: Cache) -> None:
     folder = cache.path.parent / "short"
     folder.mkdir()
