@@ -42,6 +42,7 @@ class RowIndex:
         self._inner = self._faiss.downcast_index(wrapped.index)
         self._gpu = GpuSide(self._inner, device)
         self._rows: Ints | None = None
+        self._order: Ints | None = None
         lists = self._faiss.try_extract_index_ivf(self._inner)
         self.num_lists = 0 if lists is None else int(lists.nlist)
         self.disk_lists = open_disk_lists(self._inner)
@@ -109,7 +110,7 @@ class RowIndex:
             rows.resize(num_before + len(rows_B))
             self._faiss.rev_swig_ptr(rows.data(), rows.size())[num_before:] = rows_B
             self.wrapped.ntotal = self._inner.ntotal
-        self._rows = None
+        self._rows = self._order = None
         self._gpu.forget()
 
     def add_part(self, rows_B: Ints, vectors_BP: Floats, first: int) -> None:
@@ -133,6 +134,23 @@ class RowIndex:
         if self.is_refined:
             faiss.downcast_index(self._inner.refine_index).add(vectors_BP)
             self._inner.ntotal = lists.ntotal
+
+    def read(self, rows: Ints) -> Floats | None:
+        """Return the vectors of rows, (B, P) float32; None if the index holds codes of them, or lacks one.
+
+        The first call sorts the rows: 8 bytes per vector.
+        """
+        stored = self._faiss.downcast_index(self._inner.storage) if self.is_graph else self._inner
+        if not isinstance(stored, self._faiss.IndexFlat) or not len(self):
+            return None
+        if self._order is None:
+            self._order = np.argsort(self.rows, kind="stable")
+        found = np.minimum(np.searchsorted(self.rows, rows, sorter=self._order), len(self) - 1)
+        positions = self._order[found]
+        if (self.rows[positions] != rows).any():
+            return None
+        vectors_BP: Floats = stored.reconstruct_batch(np.ascontiguousarray(positions))
+        return vectors_BP
 
     def search(
         self,
@@ -159,7 +177,10 @@ class RowIndex:
             chosen = self._faiss_parameters(self._inner, parameters or {}, selector)
             found = self._inner.search(queries_QP, k, params=chosen)
         scores, positions = found
-        return scores, np.where(positions < 0, -1, self.rows[positions])
+        if not len(self):
+            return scores, positions
+        rows = self._faiss.rev_swig_ptr(self.wrapped.id_map.data(), len(self))  # `rows` is a copy: seconds for billions
+        return scores, np.where(positions < 0, -1, rows[positions])
 
     def _faiss_parameters(self, index: Any, parameters: Mapping[str, int], selector: Any) -> Any:
         faiss, index = self._faiss, self._faiss.downcast_index(index)

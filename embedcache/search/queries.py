@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Inputs, blocks, check_finite, concatenated_ranges, normalize
+from embedcache.arrays import Array, Floats, Inputs, Ints, blocks, check_finite, concatenated_ranges, normalize
 from embedcache.dataset.inputs import to_inputs
 from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.modalities import noun
-from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project
+from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project, read_config
 from embedcache.registry import unknown_name
 from embedcache.search.card import IndexCard
 from embedcache.search.concepts import open_concepts
+from embedcache.search.faiss_index import RowIndex
 from embedcache.search.vectors import Vectors
 from embedcache.sources.images import ImageLike, list_images, load_image
 from embedcache.store.cache import Cache
@@ -80,22 +81,23 @@ class Queries:
 
 
 class QueryEncoder:
-    """Encodes queries into an index's vector space. Each encoder is opened once, when it is first needed.
+    """Encodes queries into an index's vector space. The run and each encoder are opened once, when first needed.
 
     Raises `FingerprintError` if the run is not the one that the index was built with.
     """
 
-    def __init__(self, card: IndexCard, cache: Cache, run_path: Path | None, device: str) -> None:
-        self._card, self._cache, self._run_path, self._device = card, cache, run_path, device
-        self._run: tuple[AlignedPair, PairConfig] | None = None
+    def __init__(self, index: RowIndex, card: IndexCard, cache: Cache, run_path: Path | None, device: str) -> None:
+        self._index, self._card, self._cache, self._run_path, self._device = index, card, cache, run_path, device
+        self.config: PairConfig | None = None  # of the run
+        self._pair: AlignedPair | None = None
         self._encoders: dict[Modality, Encoder] = {}
         if card.run is None and run_path is not None:
             raise FingerprintError(
                 f"run: expected none for an index of the plain feature {card.feature}, got {run_path}; leave --run out"
             )
         if run_path is not None:
-            self._run = load_pair(run_path)
-            weights = self._run[1].weights_digest
+            self.config = read_config(run_path)
+            weights = self.config.weights_digest
             if weights != card.run_weights:
                 raise FingerprintError(
                     f"run {run_path}: expected the weights of the index, {card.run_weights}, got {weights}; give the "
@@ -113,23 +115,23 @@ class QueryEncoder:
             self._run_path,
             width=card.width,
             device=self._device,
-            is_complete=True,  # or there were no index
+            on_demand=True,
         )
 
-    @property
-    def config(self) -> PairConfig | None:
-        """Configuration of the run; None without a run."""
-        return None if self._run is None else self._run[1]
+    def _open_pair(self) -> "AlignedPair | None":
+        if self._pair is None and self._run_path is not None:
+            self._pair, _ = load_pair(self._run_path)
+        return self._pair
 
     def rejection(self, modality: Modality) -> str | None:
         """Return why items of a modality cannot be compared with the index; None if they can."""
-        if self._run is None and modality != self._card.modality:
+        if self.config is None and modality != self._card.modality:
             return (
                 f"expected an index built with a run, got one of the plain {self._card.modality} feature "
                 f"{self._card.feature}; build one with: embedcache curate index CACHE INDEX --run RUN"
             )
-        if self._run is not None and modality not in self._run[1].sides:
-            return f"expected one of the modalities of the run, {' and '.join(self._run[1].sides)}"
+        if self.config is not None and modality not in self.config.sides:
+            return f"expected one of the modalities of the run, {' and '.join(self.config.sides)}"
         return None
 
     def encoder(self, modality: Modality) -> Encoder:
@@ -139,6 +141,7 @@ class QueryEncoder:
             if rejection is not None:
                 raise DataError(f"{modality} query: {rejection}")
             source = self._tower_input(modality)
+            self._open_pair()  # a damaged run is refused first
             self._encoders[modality] = reopen_encoder(
                 source.spec,
                 modality=modality,
@@ -189,12 +192,12 @@ class QueryEncoder:
         return np.concatenate(vectors)
 
     def _tower_input(self, modality: Modality) -> TowerInput | IndexCard:
-        return self._card if self._run is None else self._run[1].tower_input(modality)
+        return self._card if self.config is None else self.config.tower_input(modality)
 
     def _project(self, modality: Modality, inputs: Inputs) -> Floats:
-        if self._run is None:
+        pair = self._open_pair()
+        if pair is None:
             return normalize(inputs.values[:, : self._card.width])
-        pair, _ = self._run
         return project(pair.tower(modality), inputs, width=self._card.width)
 
     def _read_keys(self, keys: Sequence[str]) -> Floats:
@@ -214,7 +217,7 @@ class QueryEncoder:
                 f"query_key: expected a sample with {noun(self._card.modality)} of {self._card.feature}, got "
                 f"{keys[without]!r}, which has none"
             )
-        return self.indexed.read(rows[is_indexed][first])
+        return self._read_items(rows[is_indexed][first])
 
     def _read_rows(self, rows: Sequence[int]) -> Floats:
         for row in rows:
@@ -222,7 +225,12 @@ class QueryEncoder:
                 raise UnknownNameError(
                     f"row: expected the row of an indexed {self._card.modality} of {self._card.feature}, got {row}"
                 )
-        return self.indexed.read(np.array(rows, np.int64))
+        return self._read_items(np.array(rows, np.int64))
+
+    def _read_items(self, rows: Ints) -> Floats:
+        """Read indexed vectors: from the index if it holds them in full, so that no run is opened, else the feature."""
+        stored = self._index.read(rows)
+        return self.indexed.read(rows) if stored is None else stored
 
     def _read_concepts(self, names: Sequence[str], path: Path | str) -> Floats:
         concepts = open_concepts(Cache(path), self.indexed)

@@ -97,10 +97,10 @@ class OpenIndex:
             )
         self.run_path = None if run is None else Path(run)
         self.device = device
-        self.query_encoder = QueryEncoder(self.card, self.cache, self.run_path, device)
+        self._index = open_row_index(self.path, self.card, device=device)
+        self.query_encoder = QueryEncoder(self._index, self.card, self.cache, self.run_path, device)
         self.filters = CacheFilters(self.cache, self.card.modality, self.run_path)
         self.hits = HitReader(self.cache, self.card.modality)
-        self._index = open_row_index(self.path, self.card, device=device)
         self._subset = lru_cache(maxsize=8)(self._apply)
 
     @property

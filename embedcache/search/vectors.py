@@ -24,7 +24,7 @@ from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.processes import connected, num_cores
 from embedcache.progress import NullProgress, Progress
-from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project
+from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project, read_config
 from embedcache.store.cache import Cache
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Vectors:
         language: of texts, only those in this language; None or `any`: all.
         width: the first components to keep, scaled to length 1 again; None: all.
         device: torch device that projects.
-        is_complete: the feature is known to be complete and to have a valid item; then `read` opens only the chunks of
-            its rows.
+        on_demand: the feature is known to be complete, as it was indexed: open nothing but the commits and weights
+            that `read` needs, when it needs them.
 
     Raises:
         SettingError: the width is larger than that of the space.
@@ -65,24 +65,33 @@ class Vectors:
         width: int | None = None,
         device: str = AUTO,
         *,
-        is_complete: bool = False,
+        on_demand: bool = False,
     ) -> None:
-        self.device = device
+        self._device = device
         self._language = None if language == ANY_LANGUAGE or modality != "text" else language
         self.cache = Cache(cache_path)
         run = None if run_path is None else os.fspath(run_path)
         self._arguments = (str(self.cache.path), modality, feature, run, language, width, device)
         self.run_path = None if run is None else Path(run)
+        self.config = None if self.run_path is None else read_config(self.run_path)
         self._pair: AlignedPair | None = None
-        self.config: PairConfig | None = None
-        if self.run_path is not None:
-            self.device = str(torch_device(device))
-            self._pair, self.config = load_pair(self.run_path, device=self.device)
-        self.feature = _open(self.cache, modality, feature, self.config, is_complete=is_complete)
+        if not on_demand:
+            self._load_pair()
+        self.feature = _open(self.cache, modality, feature, self.config, on_demand=on_demand)
         self.full_width = self.feature.width if self.config is None else self.config.shared_width
         if width is not None and width > self.full_width:
             raise SettingError(f"width: expected at most {self.full_width}, the width of the space, got {width}")
         self.width = width or self.full_width
+
+    def _load_pair(self) -> "AlignedPair | None":
+        if self._pair is None and self.run_path is not None:
+            self._pair, self.config = load_pair(self.run_path, device=self.device)
+        return self._pair
+
+    @cached_property
+    def device(self) -> str:
+        """Torch device that projects; without a run, the device that was asked for."""
+        return self._device if self.run_path is None else str(torch_device(self._device))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Vectors, self._arguments
@@ -95,7 +104,7 @@ class Vectors:
     @property
     def other_modality(self) -> str | None:
         """The other modality of the run; None without a run."""
-        return None if self._pair is None else next(name for name in self._pair.modalities if name != self.modality)
+        return None if self.config is None else next(name for name in self.config.modalities if name != self.modality)
 
     @property
     def num_chunks(self) -> int:
@@ -141,9 +150,10 @@ class Vectors:
         return self.read(np.sort(np.random.default_rng(seed).permutation(self.rows)[:size]))
 
     def _unit(self, inputs: Inputs) -> Floats:
-        if self._pair is None:
+        pair = self._load_pair()
+        if pair is None:
             return _normalize_blocks(inputs.values[:, : self.width])
-        return project(self._pair.tower(self.modality), inputs, width=self.width, device=self.device)
+        return project(pair.tower(self.modality), inputs, width=self.width, device=self.device)
 
 
 def _normalize_blocks(values_BD: Array) -> Floats:
@@ -154,13 +164,11 @@ def _normalize_blocks(values_BD: Array) -> Floats:
     return unit_BD
 
 
-def _open(
-    cache: Cache, modality: str, name: str | None, config: PairConfig | None, *, is_complete: bool
-) -> InputFeature:
+def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | None, *, on_demand: bool) -> InputFeature:
     if name is None and config is not None:
         name = config.tower_input(modality).feature
     feature = open_input(cache, modality, name)
-    if not is_complete:
+    if not on_demand:
         feature.require_complete()
     if config is not None:
         check_feature(config, modality, feature.name, feature.fingerprint)
@@ -169,7 +177,7 @@ def _open(
             f"feature {feature.name}: expected one vector per item, got several; choose a vector feature, or a run "
             "that projects it"
         )
-    if not is_complete and not feature.valid.any():
+    if not on_demand and not feature.valid.any():
         raise DataError(
             f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {cache.path}"
         )

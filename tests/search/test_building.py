@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from embedcache.errors import FingerprintError, SettingError
@@ -144,6 +145,9 @@ def test_new_samples_are_added(tmp_path: Path, factory: str) -> None:
     assert read_card(tmp_path / "index") == after
     new = read_index(tmp_path / "index" / "index.faiss")
     assert new.rows[:40].tolist() == old.rows.tolist()
+    if factory in ("Flat", "HNSW8"):
+        vectors = Vectors(cache, "image", "open_toy/cls").read(np.array([65, 2]))
+        np.testing.assert_allclose(new.read(np.array([65, 2])), vectors, atol=1e-6)
     assert sorted(new.rows.tolist()) == list(range(70))
     found = search(tmp_path / "index", Queries(keys=["00065", "00003"]), SearchSettings(k=20))
     assert [hits[0].score for hits in found] == pytest.approx([1, 1], abs=0.1)

@@ -50,15 +50,27 @@ def test_search_reads_the_rows_it_shows(index_path: Path, monkeypatch: pytest.Mo
     assert all(hit.captions for hit in hits)
 
 
-def test_search_of_a_plain_index_by_key_imports_no_torch(labeled_index: Path) -> None:
+def test_search_of_an_exact_index_by_key_imports_no_torch(labeled_index: Path, index_path: Path) -> None:
     program = (
         "import sys\n"
         "from embedcache.search.search import Queries, search\n"
         f"print(search({str(labeled_index)!r}, Queries(keys=['train/cat/00003']), k=1)[0][0].key)\n"
+        f"print(search({str(index_path)!r}, Queries(keys=['00007']), k=1)[0][0].key)\n"  # of a run
         "print({'torch', 'zarr', 'scipy.sparse', 'timm', 'transformers'} & set(sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "train/cat/00003\nset()\n"
+    assert done.stdout == "train/cat/00003\n00007\nset()\n"
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF4,SQfp16", "L2norm,Flat"])
+def test_vector_of_a_key_is_that_of_the_feature(cache_path: Path, run_path: Path, tmp_path: Path, factory: str) -> None:
+    build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path, factory=factory, min_recall=0.0))
+    index = OpenIndex(tmp_path / "index")
+    rows = np.array([7, 299, 7, 0])
+    found = index.query_encoder.encode(Queries(keys=[f"{row:05d}" for row in rows]))
+    np.testing.assert_allclose(found, index.query_encoder.indexed.read(rows), atol=1e-6)
+    assert (index._index.read(rows) is not None) == (factory in ("Flat", "HNSW8"))
+    assert index._index.read(np.array([7, 300])) is None
 
 
 def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
