@@ -91,6 +91,12 @@ def test_head_sizes_match_the_papers(name: str, widths: list[tuple[int, int]], m
     assert round(count / 1e6, 1) == millions
 
 
+def test_hidden_widths_are_those_of_open_clip() -> None:
+    for name, hidden, bias in (("openclip-mlp-image", 8, [(8,)]), ("openclip-mlp-text", 5, [])):
+        shapes = [tuple(parameter.shape) for parameter in PROJECTORS.load(name)(6, 4).parameters()]
+        assert shapes == [(hidden, 6), *bias, (4, hidden)]
+
+
 def test_identity_refuses_another_width() -> None:
     with pytest.raises(SettingError, match="expected a shared width equal to the feature's width 24, got 10; use --sh"):
         PROJECTORS.load("identity")(24, 10)

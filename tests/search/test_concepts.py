@@ -100,6 +100,8 @@ def test_max_examples_draws_a_sample(cache_path: Path, labeled: Path) -> None:
     assert one.counts.tolist() == [3] * len(NAMES)
     assert np.array_equal(one.vectors, again.vectors)
     assert not np.array_equal(one.vectors, other.vectors)
+    single = open_concepts(Cache(labeled), pool, max_examples=1)
+    np.testing.assert_allclose(np.linalg.norm(single.vectors, axis=1), 1, atol=1e-6)
     with pytest.raises(SettingError, match="max_examples: expected a whole number of at least 1, got 0"):
         open_concepts(Cache(labeled), pool, max_examples=0)
 

@@ -24,7 +24,7 @@ from embedcache.progress import NullProgress
 from embedcache.projectors.saved import load_pair, project
 from embedcache.search import autotune, factories, faiss_gpu, faiss_index
 from embedcache.search.card import read_card
-from embedcache.search.faiss_index import read_index
+from embedcache.search.faiss_index import read_index, spherical_kmeans
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
@@ -33,6 +33,7 @@ from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.images import write_images
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 
@@ -61,6 +62,25 @@ def test_card_content(cache_path: Path, index_path: Path) -> None:
     assert card.file_bytes == (index_path / "index.faiss").stat().st_size == pytest.approx(card.memory_bytes, rel=0.01)
     assert {path.name for path in index_path.iterdir()} == {".lock", "index.faiss", "card.json", "record.json"}
     assert card.run_weights == load_pair(index_path / str(card.run))[1].weights_digest
+
+
+def test_config_is_that_of_the_run(index_path: Path, cache_path: Path, tmp_path: Path) -> None:
+    config = OpenIndex(index_path).query_encoder.config
+    assert config is not None
+    assert config.weights_digest == read_card(index_path).run_weights
+    build_index(cache_path, tmp_path / "plain", IndexSettings(feature="open_toy/cls"))
+    assert OpenIndex(tmp_path / "plain").query_encoder.config is None
+
+
+def test_clusters_say_how_many_pairs_they_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", -1.0)
+    vectors = normalize(np.random.default_rng(0).standard_normal((40, 4)))
+    for most, num_pairs in ((5, "400"), (20, "800")):  # of 5 iterations of at most 5 or 20 vectors for each of 4
+        progress = RecordedProgress()
+        found = spherical_kmeans(vectors, 4, seed=0, iterations=5, max_per_cluster=most, progress=progress)
+        assert found.shape == (4, 4)
+        (note,) = progress.notes
+        assert note.startswith(f"finding 4 clusters: {num_pairs} pairs of vectors, about ")
 
 
 def test_same_index_is_reused(cache_path: Path, run_path: Path, index_path: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from embedcache.settings import from_flat
 from embedcache.train import distributed, pair
 from embedcache.train.batches import Batch, LoadedBatch, LoadedInputs
 from embedcache.train.data import TrainData, _gather, name_features
-from embedcache.train.modules import ModuleReport
+from embedcache.train.modules import ModuleReport, fitted_name
 from embedcache.train.pair import PairTask, Validation
 from embedcache.train.segmentation import PointData, SegmentationTask
 from embedcache.train.settings import FitSettings, LossSettings, MachineSettings, OptimizerSettings
@@ -270,3 +270,7 @@ def test_parts_of_a_large_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     loaded = LoadedInputs(values=values, lengths=None, rows=np.arange(7), num_items=7)
     pair.Objective._embed(objective, normed, loaded)  # type: ignore[arg-type]
     assert sizes == [7]  # a batch that is normalized is not divided
+
+
+def test_fitted_arrays_are_named_by_the_start_of_their_digest() -> None:
+    assert fitted_name({"weights": "0123456789abcdef0123"}) == "fit-0123456789abcdef.safetensors"
