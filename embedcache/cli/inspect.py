@@ -41,7 +41,7 @@ def inspect(
 
 @with_settings(settings=VerifySettings)
 def verify(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Cache, or index: a folder or a URL.")],
+    cache: Annotated[str, typer.Argument(metavar="PATH", help="Cache, or index: a folder or a URL.")],
     as_json: Json = False,
     output: Output = None,
     *,
@@ -56,24 +56,24 @@ def verify(
     """
     from embedcache.cli.console import open_progress, print_line, publish, to_plain
 
-    if (Path(path) / "card.json").is_file():
+    if (Path(cache) / "card.json").is_file():
         from embedcache.search.card import read_card, verify_index
 
         if settings.repair or settings.reencode is not None:
-            raise SettingError(f"--repair, --reencode: expected a cache, got {path}, an index; leave the option out")
-        card = read_card(Path(path))
-        verify_index(Path(path), card)
+            raise SettingError(f"--repair, --reencode: expected a cache, got {cache}, an index; leave the option out")
+        card = read_card(Path(cache))
+        verify_index(Path(cache), card)
         line = "equal their checksums" if card.checksums else "were not compared: early versions wrote no checksums"
         publish(
-            lambda: print_line(f"{path}: all bytes {line}"),
-            lambda: {"index": path, "compared": sorted(card.checksums)},
+            lambda: print_line(f"{cache}: all bytes {line}"),
+            lambda: {"index": cache, "compared": sorted(card.checksums)},
             as_json=as_json,
             output=output,
         )
         return
     from embedcache.extract.repair import verify_cache
 
-    report = verify_cache(path, settings, progress=open_progress())
+    report = verify_cache(cache, settings, progress=open_progress())
 
     def show() -> None:
         for line in report.lines():
