@@ -15,6 +15,7 @@ from embedcache.files import folder_bytes, open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.outputs import read_metadata, read_report_json
 from embedcache.provenance import fields_of, read_json, read_stage, recognize
+from embedcache.search.card import read_card
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED
 from embedcache.store.feature import Feature
@@ -244,8 +245,6 @@ def _summarize_module(path: Path, outcome: Mapping[str, Any]) -> Summary:
 
 
 def _summarize_index(path: Path) -> Summary:
-    from embedcache.search.card import read_card  # imports FAISS
-
     card = read_card(path)
     size = "" if card.file_bytes is None else f", {format_bytes(card.file_bytes)}"
     lines = [
