@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+import warnings
 from typing import Any, Protocol, TypeAlias
 
 from embedcache.errors import visible
@@ -85,17 +86,16 @@ class BarProgress:
 
     def __init__(self, name: str = "") -> None:
         self._name = name
+        self._tqdm = _import_tqdm()
         self._bar: Any = None
 
     def start(self, what: str, total: int, unit: str) -> None:
         """Start a bar; without a total it only counts."""
-        from tqdm.auto import tqdm
-
         self.finish()
         name = visible(join_names(self._name, what))
         # tqdm draws nothing in a terminal that does not know its size
         size: Any = {} if _is_notebook() else dict(zip(("ncols", "nrows"), shutil.get_terminal_size(), strict=True))
-        self._bar = tqdm(total=total or None, desc=name, unit=f" {unit}", **size)
+        self._bar = self._tqdm(total=total or None, desc=name, unit=f" {unit}", **size)
 
     def advance(self, count: int) -> None:
         """Advance the bar."""
@@ -115,13 +115,19 @@ class BarProgress:
 
     def note(self, line: str) -> None:
         """Print a line above all bars."""
-        from tqdm.auto import tqdm
-
-        tqdm.write(visible(line), file=sys.stdout if _is_notebook() else sys.stderr)
+        self._tqdm.write(visible(line), file=sys.stdout if _is_notebook() else sys.stderr)
 
     def part(self, name: str = "") -> "BarProgress":
         """Return the progress of a part, whose bars are on the same screen."""
         return BarProgress(join_names(self._name, name))
+
+
+def _import_tqdm() -> Any:
+    """Import the class of bars; in a notebook without ipywidgets it draws letters, which needs no warning in red."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+    return tqdm
 
 
 class PlainProgress:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -74,3 +75,21 @@ def test_bars_are_shown_in_terminals_and_notebooks_only(monkeypatch: pytest.Monk
         shell = SimpleNamespace(config=config)
         monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))  # type: ignore[arg-type]
         assert type(to_progress(None)) is kind
+
+
+def test_notebook_without_ipywidgets_gets_bars_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", SimpleNamespace())  # type: ignore[arg-type]
+    for name in ("tqdm.auto", "tqdm.autonotebook"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr("tqdm.notebook.IProgress", None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        progress = to_progress(None)
+    assert not caught
+    progress.start("training", 4, "pairs")
+    progress.finish()
+    assert "training" in capsys.readouterr().err
