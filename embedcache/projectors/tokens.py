@@ -82,6 +82,6 @@ class TokenMlpProjector(nn.Module):
 def _mean(values: Tensor, is_token: Tensor | None) -> Tensor:
     """Average over the tokens of each item: of (B, T, D), or of the (N, D) tokens selected by a mask -> (B, D)."""
     if is_token is None:
-        return values.mean(dim=1)
+        return values.squeeze(1) if values.shape[1] == 1 else values.mean(dim=1)
     padded_BTD = values.new_zeros(*is_token.shape, values.shape[-1]).masked_scatter(is_token[..., None], values)
     return padded_BTD.sum(dim=1) / is_token.sum(dim=1, keepdim=True)

@@ -1,7 +1,7 @@
 """Training losses over all pairs of a batch, and the STRUCTURE regularizer.
 
 A loss from a plug-in is a `torch.nn.Module` with the interface of `Loss`; `embedcache.testing.losses` has the tests
-that it must pass. No loss here holds a B x M matrix: they sum over tiles, see `tiles.py`.
+that it must pass. The losses here sum over tiles and hold no B x M matrix of more than 64 MB, see `tiles.py`.
 """
 
 import math

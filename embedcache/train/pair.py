@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
@@ -158,7 +159,7 @@ class Objective(nn.Module):
         ]
         loss = outputs[0].new_zeros(())
         for width in self._widths:
-            images, texts = (normalize(output[:, :width], dim=-1) for output in outputs)
+            images, texts = (unit_rows(output[:, :width]) for output in outputs)
             with self._autocast(images):
                 loss = loss + self.loss(images, texts, self.pair.scale, loaded.positives)
         if not self._structure:
@@ -172,8 +173,7 @@ class Objective(nn.Module):
     def _embed(self, tower: nn.Module, inputs: LoadedInputs) -> Tensor:
         num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
         part_rows = max(1, MAX_VECTORS // num_tokens)
-        has_batch_norm = any(isinstance(module, nn.BatchNorm1d) for module in tower.modules())
-        if len(inputs.values) <= part_rows or has_batch_norm:  # a batch that is normalized must not be divided
+        if len(inputs.values) <= part_rows or _has_batch_norm(tower):  # a batch that is normalized must not be divided
             return self._project(tower, inputs.values, inputs.lengths)
         return torch.cat(
             [
@@ -195,6 +195,45 @@ class Objective(nn.Module):
 
     def _autocast(self, values: Tensor) -> torch.autocast:
         return autocast(values.device.type, self._precision)
+
+
+def _has_batch_norm(tower: nn.Module) -> bool:
+    return any(isinstance(module, nn.BatchNorm1d) for module in tower.modules())
+
+
+_MIN_LENGTH = 1e-12  # of `normalize`
+_ROWS_PER_BLOCK = 256  # of width 512, in float32: half of a core's cache
+
+
+def unit_rows(vectors_BP: Tensor) -> Tensor:
+    """Scale rows to length 1, as `normalize` does: to the same bits, in half the time on a CPU."""
+    if vectors_BP.device.type != "cpu":
+        return normalize(vectors_BP, dim=-1)
+    unit_BP: Tensor = _UnitRows.apply(vectors_BP)  # type: ignore[no-untyped-call]
+    return unit_BP
+
+
+class _UnitRows(torch.autograd.Function):
+    # Autograd's backward pass of `normalize` goes nine times through memory; here blocks of rows stay in the cache.
+    @staticmethod
+    def forward(ctx: Any, vectors_BP: Tensor) -> Tensor:
+        lengths_B1 = vectors_BP.norm(dim=-1, keepdim=True)
+        unit_BP: Tensor = vectors_BP / lengths_B1.clamp_min(_MIN_LENGTH)
+        ctx.save_for_backward(unit_BP, lengths_B1)
+        return unit_BP
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BP: Tensor) -> Tensor:
+        unit_BP, lengths_B1 = ctx.saved_tensors
+        divisors_B1, result_BP = lengths_B1.clamp_min(_MIN_LENGTH), torch.empty_like(unit_BP)
+        for rows in blocks(len(unit_BP), _ROWS_PER_BLOCK):
+            unit, divisors, gradient = unit_BP[rows], divisors_B1[rows], gradient_BP[rows]
+            of_lengths = (unit / divisors).mul_(gradient).sum(dim=-1, keepdim=True)
+            of_lengths.masked_fill_(lengths_B1[rows] < _MIN_LENGTH, 0.0)
+            torch.div(gradient, divisors, out=result_BP[rows])
+            result_BP[rows].sub_(unit * of_lengths)
+        return result_BP
 
 
 def _mix(inputs: LoadedInputs, mix: float | None) -> LoadedInputs:

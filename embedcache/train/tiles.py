@@ -1,11 +1,13 @@
 """Sums over all pairs of a batch, tile by tile: exact, without a (B, N) matrix.
 
-The backward pass recomputes each tile. Several processes divide the tiles. Under autocast the matrix products use its
-dtype, everything else float32. Memory: a few tiles of `TILE_ROWS` × `TILE_COLUMNS`, and one gradient per modality."""
+The backward pass takes the tiles of the forward pass if all of them fit into `HELD_BYTES`, and otherwise computes them
+again, to the same bits. Several processes divide the tiles. Under autocast the matrix products use its dtype,
+everything else float32. Memory: a few tiles of `TILE_ROWS` × `TILE_COLUMNS`, those that are held, and one gradient per
+modality."""
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +21,10 @@ TILE_ROWS = 512
 TILE_COLUMNS = 2048
 """A float32 tile of this size stays in the cache of a core between its product and its sum."""
 
+HELD_BYTES = 2**26
+"""Memory of each process for tiles of the forward pass: 4,096 × 4,096 values in float32."""
+
 _PAIRS_PER_PART = 65_536
-_Tile: TypeAlias = tuple[slice, slice, Tensor]
 
 _MAX_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
 """Below it, e^logit neither vanishes nor overflows in float32, as logits of unit vectors lie in ± scale."""
@@ -86,25 +90,25 @@ class _LogSumExp(torch.autograd.Function):
     def forward(
         ctx: Any, left: Tensor, right: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        sums = _sum_powers if _is_safe(scale) else _sum_logs
-        over_rows, over_columns = sums(left, right, _tiles(left, right, scale, dtype, (rows, columns)))
-        ctx.save_for_backward(left, right, scale, rows, columns, over_rows, over_columns)
-        ctx.dtype = dtype
+        tiles = _Tiles(left, right, scale, dtype, masked=(rows, columns), are_powers=_is_safe(scale))
+        over_rows, over_columns = (_sum_powers if tiles.are_powers else _sum_logs)(left, right, tiles)
+        ctx.save_for_backward(left, right, scale, rows, columns, over_rows, over_columns, *tiles.held)
+        ctx.dtype, ctx.are_powers = dtype, tiles.are_powers
         return over_rows, over_columns
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, row_gradient: Tensor, column_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, scale, rows, columns, over_rows, over_columns = ctx.saved_tensors
+        left, right, scale, rows, columns, over_rows, over_columns, *held = ctx.saved_tensors
+        tiles = _Tiles(left, right, scale, ctx.dtype, masked=(rows, columns), are_powers=ctx.are_powers, held=held)
         gradients = _Gradients(left, right, ctx.dtype)
-        if _is_safe(scale):
-            by_row, by_column = row_gradient * (-over_rows).exp(), column_gradient * (-over_columns).exp()
-        for across, down, logits in _tiles(left, right, scale, ctx.dtype, (rows, columns)):
-            if _is_safe(scale):
-                weights = logits.exp_().mul_(by_row[across, None] + by_column[down])
+        by_row, by_column = row_gradient * (-over_rows).exp(), column_gradient * (-over_columns).exp()
+        for across, down, values in tiles:
+            if ctx.are_powers:
+                weights = (by_row[across, None] + by_column[down]).mul_(values)
             else:
-                weights = (logits - over_rows[across, None]).exp_().mul_(row_gradient[across, None])
-                weights += logits.sub_(over_columns[down]).exp_().mul_(column_gradient[down])
+                weights = (values - over_rows[across, None]).exp_().mul_(row_gradient[across, None])
+                weights += (values - over_columns[down]).exp_().mul_(column_gradient[down])
             gradients.add(across, down, weights)
         return (*gradients.result(scale), None, None, None)
 
@@ -112,21 +116,21 @@ class _LogSumExp(torch.autograd.Function):
 class _SoftplusSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(left, right, scale, bias)
+        tiles, total = _Tiles(left, right, scale, dtype), left.new_zeros(())
+        for _, _, logits in tiles:
+            total += softplus(logits + bias).sum()
+        ctx.save_for_backward(left, right, scale, bias, *tiles.held)
         ctx.dtype = dtype
-        total = left.new_zeros(())
-        for _, _, logits in _tiles(left, right, scale, dtype):
-            total += softplus(logits.add_(bias)).sum()
         sum_over_processes(total)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, scale, bias = ctx.saved_tensors
+        left, right, scale, bias, *held = ctx.saved_tensors
         gradients, bias_gradient = _Gradients(left, right, ctx.dtype), torch.zeros_like(bias)
-        for across, down, logits in _tiles(left, right, scale, ctx.dtype):
-            weights = logits.add_(bias).sigmoid_().mul_(gradient)
+        for across, down, logits in _Tiles(left, right, scale, ctx.dtype, held=held):
+            weights = (logits + bias).sigmoid_().mul_(gradient)
             bias_gradient += weights.sum()
             gradients.add(across, down, weights)
         sum_over_processes(bias_gradient)
@@ -153,55 +157,72 @@ class _Gradients:
         return self._left_sum.mul_(scale), self._right_sum.mul_(scale), of_scale
 
 
-def _tiles(
-    left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype, masked: tuple[Tensor, Tensor] | None = None
-) -> Iterator[_Tile]:
-    """Iterate over this process's tiles: rows, columns, and logits as a new (T, U) tensor of the inputs' dtype.
+class _Tiles:
+    """This process's tiles: rows, columns, and values in the inputs' dtype, which must not be changed.
 
-    Logits of the `masked` rows and columns become -inf, as in `log_sum_exp`.
+    Values are logits, or with `are_powers` e^logit; those of the `masked` rows and columns are left out, as in
+    `log_sum_exp`. The first iteration computes them, and holds them if they fit.
     """
-    scaled, right = (left * scale).to(dtype), right.to(dtype)
-    starts = range(0, len(left), TILE_ROWS)
-    for start in starts[process_rank() :: num_processes()]:
-        across = slice(start, start + TILE_ROWS)
-        inside = _masked_rows(masked, start)
-        for first in range(0, len(right), TILE_COLUMNS):
-            down = slice(first, first + TILE_COLUMNS)
-            logits = (scaled[across] @ right[down].T).to(left.dtype)
-            if inside is not None:
-                rows, columns = inside
-                is_here = (columns >= first) & (columns < first + logits.shape[1])
-                logits[rows[is_here], columns[is_here] - first] = -math.inf
-            yield across, down, logits
+
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        *,
+        masked: tuple[Tensor, Tensor] | None = None,
+        are_powers: bool = False,
+        held: Sequence[Tensor] = (),
+    ) -> None:
+        self._left, self._right, self._scale, self._dtype = left, right, scale, dtype
+        self._masked, self.are_powers, self.held = masked, are_powers, list(held)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        starts = range(0, len(self._left), TILE_ROWS)[process_rank() :: num_processes()]
+        edges = [(start, first) for start in starts for first in range(0, len(self._right), TILE_COLUMNS)]
+        num_bytes = len(self._left) * len(self._right) * self._left.itemsize // num_processes()
+        is_held, fits = bool(self.held), num_bytes <= HELD_BYTES
+        for (start, first), values_TU in zip(edges, self.held if is_held else self._compute(edges), strict=True):
+            if fits and not is_held:
+                self.held.append(values_TU)
+            yield slice(start, start + TILE_ROWS), slice(first, first + TILE_COLUMNS), values_TU
+
+    def _compute(self, edges: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        scaled, right = (self._left * self._scale).to(self._dtype), self._right.to(self._dtype)
+        for start, first in edges:
+            values = (scaled[start : start + TILE_ROWS] @ right[first : first + TILE_COLUMNS].T).to(self._left.dtype)
+            if self._masked is not None and len(self._masked[0]):
+                _mask(values, *self._masked, start, first)
+            yield values.exp_() if self.are_powers else values
 
 
-def _masked_rows(masked: tuple[Tensor, Tensor] | None, start: int) -> tuple[Tensor, Tensor] | None:
-    if masked is None or not len(masked[0]):
-        return None
-    rows, columns = masked
-    edges = torch.tensor([start, start + TILE_ROWS], device=rows.device)
+def _mask(logits: Tensor, rows: Tensor, columns: Tensor, start: int, first: int) -> None:
+    """Set the logits of a tile at ascending rows, and columns, of the whole matrix to -inf."""
+    edges = torch.tensor([start, start + len(logits)], device=rows.device)
     part = slice(*torch.searchsorted(rows, edges).tolist())
-    return (rows[part] - start, columns[part]) if part.stop > part.start else None
+    rows, columns = rows[part] - start, columns[part] - first
+    is_here = (columns >= 0) & (columns < logits.shape[1])
+    logits[rows[is_here], columns[is_here]] = -math.inf
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
-        total += left @ right
+        total += (left @ right).to(total.dtype)  # adding different dtypes takes twice as long
 
 
-def _sum_powers(left: Tensor, right: Tensor, tiles: Iterable[_Tile]) -> tuple[Tensor, Tensor]:
+def _sum_powers(left: Tensor, right: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
     over_rows, over_columns = left.new_zeros(len(left)), left.new_zeros(len(right))
-    for across, down, logits in tiles:
-        powers = logits.exp_()
+    for across, down, powers in tiles:
         over_rows[across] += powers.sum(dim=1)
         over_columns[down] += powers.sum(dim=0)
     sum_over_processes(over_rows, over_columns)
     return over_rows.log_(), over_columns.log_()
 
 
-def _sum_logs(left: Tensor, right: Tensor, tiles: Iterable[_Tile]) -> tuple[Tensor, Tensor]:
+def _sum_logs(left: Tensor, right: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
     over_rows, over_columns = (left.new_full((len(side),), -math.inf) for side in (left, right))
     for across, down, logits in tiles:
         over_rows[across] = torch.logaddexp(over_rows[across], logits.logsumexp(dim=1))

@@ -254,6 +254,13 @@ def test_dropout_is_off_in_evaluation() -> None:
     assert torch.equal(Dropout(0.5).eval()(values), values)
 
 
+def test_dropout_draws_as_in_finished_runs() -> None:
+    torch.manual_seed(5)
+    dropped = Dropout(0.3)(torch.full((3, 5), 2.0))
+    assert dropped.ravel().nonzero().ravel().tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14]
+    assert dropped.unique().tolist() == [0, (torch.tensor(2.0) * torch.tensor(1.0).div(0.7)).item()]
+
+
 def test_dropout_is_the_same_for_any_threads() -> None:
     before, drawn = torch.get_num_threads(), []
     try:

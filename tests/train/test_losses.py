@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
+from torch.utils.flop_counter import FlopCounterMode
 
 from embedcache.testing.losses import LossContract
 from embedcache.train import tiles
@@ -179,6 +180,28 @@ def test_products_in_bfloat16_are_close(name: str, scale: float) -> None:
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 0.02 * one.norm()
         assert not torch.equal(one, other)
+
+
+@every_loss
+@pytest.mark.parametrize("scale", [14.0, 100.0])
+@pytest.mark.parametrize("is_lower", [False, True])
+def test_held_tiles_change_no_bit(name: str, scale: float, is_lower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, (images, texts, positives) = LOSSES.load(name)(), draw(9, 4, num_contents=5)
+    positives = replace(positives, excluded=(torch.tensor([0, 4, 8]), torch.tensor([3, 0, 1])))
+    found, num_products = [], []
+    for held_bytes in (4 * 9 * 9, 4 * 9 * 9 - 1):
+        monkeypatch.setattr(tiles, "HELD_BYTES", held_bytes)
+        rows = [side.detach().float().requires_grad_() for side in (images, texts)]
+        factor = torch.tensor(scale, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_lower), FlopCounterMode(display=False) as counter:
+            value = loss(*rows, factor, positives)
+            for _ in range(2):  # the first backward pass leaves the tiles as they are
+                value.backward(retain_graph=True)
+        found.append([value, *(side.grad for side in (*rows, factor))])
+        num_products.append(counter.get_total_flops() // (2 * 9 * 9 * WIDTH))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert num_products[1] - num_products[0] == 2  # each backward pass computes them again
 
 
 def test_many_positives_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Matryoshka: the loss is a sum over prefixes of the shared space, whose recall is measured by width."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from embedcache.reports.retrieval import retrieval_json, width_section, width_ta
 from embedcache.store.cache import Cache
 from embedcache.train.batches import Batch, LoadedBatch, LoadedInputs
 from embedcache.train.losses import LOSSES, Positives
-from embedcache.train.pair import Objective
+from embedcache.train.pair import Objective, unit_rows
 from embedcache.train.settings import LossSettings
 from tests.train.runs import run
 
@@ -73,6 +74,21 @@ def test_loss_is_the_sum_over_truncated_vectors(name: str, size: int, seed: int,
     torch.testing.assert_close(ours, expected)
     for one, other in zip(*(torch.autograd.grad(value, parameters) for value in (ours, expected)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@given(st.integers(1, 600), st.integers(1, 40), st.integers(0, 100))
+def test_unit_rows_are_normalized_ones_to_the_bit(num: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vectors, gradient = torch.randn(num, 2 * width, generator=generator), torch.randn(num, width, generator=generator)
+    vectors[::7], vectors[1::7] = 0, 1e-14  # shorter than 1e-12, by which `normalize` divides them
+    found = []
+    for function in (unit_rows, partial(normalize, dim=-1)):
+        whole = vectors.clone().requires_grad_()
+        unit = function(whole[:, :width])
+        unit.backward(gradient)
+        found.append((unit, whole.grad))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_recall_by_width_is_that_of_truncated_vectors(cache_path: Path, tmp_path: Path) -> None:
