@@ -33,6 +33,7 @@ PARTS = {
     "peers": "extract:peers",
     "precision": "extract:precision",
     "thresholds": "thresholds:main",
+    "training-steps": "train:steps",
     "likelihood-training": "likelihood_training:main",
     "serve-load": "serve:under_load",
     "serve-map": "serve:draw_map",
@@ -40,8 +41,8 @@ PARTS = {
     "speech-decoding": "speech:decoding",
     "scale": "scale:main",
 }
-"""Parts of `extract`, `coverage`, `serve` and `speech` that can be run alone, names other than their module, and
-`scale`, which runs only if it is named."""
+"""Parts of other benchmarks that can be run alone, names other than their module, and `scale`, which runs only if it is
+named."""
 
 
 def load(name: str) -> Callable[..., None]:

@@ -12,7 +12,6 @@ Captions are searched by an untrained network, whose words are about equally pro
 their words, so that nearly all hypotheses live to the last one.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -23,14 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import in_own_process, median_rates
+from benchmarks.measure import added_peak_gb, in_own_process, median_rates, use_one_core, warmed_up
 from benchmarks.products import Product, attention, cpu_seconds, linears, make_products
 from embedcache.cli.console import print_line, print_table
 from embedcache.networks import captions
 from embedcache.networks.candidates import Candidates
 from embedcache.networks.shared import SharedNetwork, Tokens, Words
 from embedcache.networks.words import BLANK, END, NUM_SPECIAL
-from embedcache.provenance import peak_memory_bytes
 from embedcache.train.likelihood import LikelihoodObjective, LoadedTask
 from embedcache.train.likelihood_batches import TaskBatch
 from embedcache.train.settings import OptimizerSettings
@@ -125,22 +123,13 @@ def main(*, quick: bool) -> None:
 
 def _measure(name: str, repeats: int) -> Costs:
     """Alternate a step and its products on one core; call it in a process of its own."""
-    _use_one_core()
-    case, before = CASES[name], peak_memory_bytes()
-    step = make_step(case)
-    for _ in range(2):
-        step()
-    peak_gb = (peak_memory_bytes() - before) / 1e9
+    use_one_core()
+    case = CASES[name]
+    step, peak_gb = added_peak_gb(lambda: warmed_up(make_step(case)))
     calls = {"step": step, "products": make_products(products_of(case))}
     calls["products"]()
     costs = median_rates({key: cpu_seconds(call) for key, call in calls.items()}, repeats=repeats)
     return Costs(costs["step"], costs["products"], peak_gb)
-
-
-def _use_one_core() -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
 
 
 class _Task(NamedTuple):
@@ -254,7 +243,7 @@ def _show_captions(repeats: int) -> None:
 @torch.no_grad()
 def _measure_captions(repeats: int) -> dict[str, float]:
     """Return the CPU seconds of captions of one batch, by the way in which they are searched."""
-    _use_one_core()
+    use_one_core()
     network = Case(read="next", batch_size=BATCH).network().eval()
     numbers = torch.tensor([END, *range(NUM_SPECIAL, NUM_SPECIAL + VOCABULARY)])
     vocabulary = numbers, Candidates(network.encode_words(numbers))

@@ -16,12 +16,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from embedcache.cli.console import print_line, print_table
 from embedcache.provenance import peak_memory_bytes
+
+Result = TypeVar("Result")
 
 
 def median_seconds(call: Callable[[], object], *, repeats: int = 5) -> float:
@@ -133,7 +136,7 @@ def _resident_bytes(pid: int) -> tuple[int, int]:
 
 
 def in_own_process(function: Callable, *arguments: object) -> tuple:  # type: ignore[type-arg]
-    """Call in a fresh process on all cores; return the result and the GB it added to the memory of the imports."""
+    """Call in a fresh process on all cores; return the result and the GB that it added, see `added_peak_gb`."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         return executor.submit(_measured, function, arguments).result()
 
@@ -142,9 +145,36 @@ def _measured(function: Callable, arguments: tuple) -> tuple:  # type: ignore[ty
     import torch
 
     torch.manual_seed(0)
+    return added_peak_gb(lambda: function(*arguments))
+
+
+def added_peak_gb(call: Callable[[], Result]) -> tuple[Result, float]:
+    """Return the result of a call, and the GB by which resident memory grew at most while it ran.
+
+    On Linux the peak of the process is set to its present size before, or a call that needs less memory than the
+    imports did at their peak would seem to need none.
+    """
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     before = peak_memory_bytes()
-    result = function(*arguments)
+    result = call()
     return result, (peak_memory_bytes() - before) / 1e9
+
+
+def warmed_up(call: Callable[[], object]) -> Callable[[], object]:
+    """Return a function that has been called twice."""
+    for _ in range(2):
+        call()
+    return call
+
+
+def use_one_core() -> None:
+    """Run this process on one thread of one core from now on, so that its CPU time is that of its work."""
+    import torch
+
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # threads of other libraries, too
+    torch.set_num_threads(1)
 
 
 def main() -> None:

@@ -40,9 +40,9 @@ def linears(rows: int, *widths: int) -> Iterator[Product]:
         yield Product(1, rows, inner, columns)
 
 
-def make_products(products: Sequence[Product]) -> Callable[[], None]:
+def make_products(products: Sequence[Product], dtype: torch.dtype = torch.float32) -> Callable[[], None]:
     """Return a function that computes the products and nothing else, into buffers that equal shapes share."""
-    calls = {product: _make_product(product) for product in set(products)}
+    calls = {product: _make_product(product, dtype) for product in set(products)}
 
     def multiply() -> None:
         for product in products:
@@ -51,12 +51,13 @@ def make_products(products: Sequence[Product]) -> Callable[[], None]:
     return multiply
 
 
-def _make_product(product: Product) -> Callable[[], None]:
+def _make_product(product: Product, dtype: torch.dtype) -> Callable[[], None]:
     """Return a function that computes X · Wᵀ, and with G of its shape Gᵀ · X and G · W as far as they are needed."""
     pairs, rows, inner, columns, num_gradients = product
     multiply = torch.mm if pairs == 1 else torch.bmm
     batch = () if pairs == 1 else (pairs,)
-    left, right, output = (torch.randn(*batch, *shape) for shape in ((rows, inner), (columns, inner), (rows, columns)))
+    shapes = (rows, inner), (columns, inner), (rows, columns)
+    left, right, output = (torch.randn(*batch, *shape).to(dtype) for shape in shapes)
     left_gradient, right_gradient = torch.empty_like(left), torch.empty_like(right)
 
     def call() -> None:

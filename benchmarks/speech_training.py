@@ -10,7 +10,6 @@ do not. "Encoder alone" is the forward pass of Whisper tiny.en on prepared spect
 training without a cache would repeat in every step.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.measure import in_own_process, median_rates
+from benchmarks.measure import added_peak_gb, in_own_process, median_rates, use_one_core, warmed_up
 from benchmarks.products import Product, attention, cpu_seconds, linears, make_products
 from embedcache.arrays import Ints
 from embedcache.cli.console import print_line, print_table
@@ -29,7 +28,6 @@ from embedcache.encoders.open import open_encoder
 from embedcache.errors import MissingExtraError
 from embedcache.networks.speech import PAPER, Frames, SpeechBatch, SpeechNetwork, SpeechObjective, pad_transcripts
 from embedcache.networks.transcripts import END, SYMBOLS
-from embedcache.provenance import peak_memory_bytes
 from embedcache.train.parts import freeze
 from embedcache.train.settings import OptimizerSettings
 from embedcache.train.speech import FRAME_RATE_HZ
@@ -148,14 +146,9 @@ def main(*, quick: bool) -> None:
 
 def _measure(name: str, repeats: int) -> Costs:
     """Alternate a step, its products and the front-end on one core; call it in a process of its own."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one thread of the front-end's library, too
-    torch.set_num_threads(1)
-    case, before = CASES[name], peak_memory_bytes()
-    step = make_step(case)
-    for _ in range(2):
-        step()
-    peak_gb = (peak_memory_bytes() - before) / 1e9
+    use_one_core()
+    case = CASES[name]
+    step, peak_gb = added_peak_gb(lambda: warmed_up(make_step(case)))
     calls: dict[str, Callable[[], object]] = {
         "step": step,
         "products": make_products(products_of(case)),

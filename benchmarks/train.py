@@ -1,15 +1,16 @@
 """Training steps relative to their matrix products, a plain loop, and a loader of one tensor per row; width 512.
 
-The floor of a step is the time of its matrix products, measured on products of the same shapes: three products per
-layer, and four of B x 512 x B in the loss, which computes the similarities again in the backward pass so that no B x B
-matrix is stored. The ratio with three products, as if the matrix were stored, is printed as well.
+The floor of a step is the CPU time of its matrix products alone, on one thread and on matrices of the same shapes:
+three products per layer, and three of B x 512 x B in the loss. The loss of a batch whose similarities take more than
+64 MB computes them again in the backward pass: a fourth product. The ratio with four for all batches is printed too.
+A step and its products alternate in a process of their own; medians are shown.
 """
 
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +19,13 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.measure import in_own_process
-from embedcache.arrays import Inputs
+from benchmarks.measure import added_peak_gb, in_own_process, median_rates, use_one_core, warmed_up
+from benchmarks.products import Product, cpu_seconds, make_products
+from embedcache.arrays import Array, Inputs
 from embedcache.cli.console import print_line, print_table
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
+from embedcache.train import tiles
 from embedcache.train.batches import Batches, LoadedBatch, Loader, PairLoader
 from embedcache.train.pair import Objective
 from embedcache.train.settings import LossSettings, OptimizerSettings
@@ -30,8 +33,9 @@ from embedcache.train.trainer import keep_freed_memory, make_optimizer, update
 
 WIDTH = 512
 PROJECTOR, NUM_LAYERS = "cls_token+token_mlp", 8  # the paper's pair on one vector per item
-BATCHES = (4096, 16_384)
+BATCHES = {256: 101, 1024: 31, 4096: 11, 16_384: 3}  # to the number of measured steps
 PRECISIONS = ("float32", "bfloat16")
+_ROWS = 1024  # rows of similarities per product of the floor
 
 
 def main(*, quick: bool) -> None:
@@ -40,59 +44,83 @@ def main(*, quick: bool) -> None:
         for name in ("image", "text"):
             values = np.random.default_rng(len(name)).standard_normal((65_536, WIDTH), np.float32)
             np.save(Path(folder) / f"{name}.npy", values.astype(np.float16))
-        _floors(folder, quick=quick)
+        steps(quick=quick)
         _loops(folder, quick=quick)
 
 
-def _floors(folder: str, *, quick: bool) -> None:
+def steps(*, quick: bool) -> None:
+    """Print the table of training steps."""
     rows = []
     for precision in PRECISIONS:
-        for batch_size in BATCHES[:1] if quick else BATCHES:
-            repeats = 1 if quick else 5 if batch_size < 10_000 else 3
-            floor, lower, ours = in_own_process(_step_against_floor, folder, batch_size, precision, repeats)[0]
+        for batch_size, repeats in list(BATCHES.items())[: 3 if quick else None]:
+            costs: Costs = in_own_process(_measure, batch_size, precision, 1 if quick else repeats)[0]
             rows.append(
                 [
                     precision,
                     f"{batch_size:,}",
-                    f"{ours:.3f}",
-                    f"{floor:.3f}",
-                    f"{floor / ours:.2f}",
-                    f"{lower / ours:.2f}",
+                    f"{costs.step:.3f}",
+                    f"{costs.products:.3f}",
+                    f"{costs.products / costs.step:.2f}",
+                    f"{(costs.products + costs.fourth) / costs.step:.2f}",
+                    f"{costs.peak_gb:.2f}",
                 ]
             )
-    print_table(["precision", "batch", "step, s", "products alone, s", "ratio", "ratio, three in the loss"], rows)
+    columns = ["step, s", "products alone, s", "ratio", "four in the loss", "added peak, GB"]
+    print_table(["precision", "batch", *columns], rows, title="CPU time of a training step")
 
 
-def _step_against_floor(folder: str, batch_size: int, precision: str, repeats: int) -> tuple[float, float, float]:
-    """Alternate the products and a step; return median seconds of both floors and of a step."""
+class Costs(NamedTuple):
+    """CPU seconds of a step, of its products, and of a fourth one in the loss if it has three; added memory."""
+
+    step: float
+    products: float
+    fourth: float
+    peak_gb: float
+
+
+def _measure(batch_size: int, precision: str, repeats: int) -> Costs:
+    """Alternate the products and a step on one core; call it in a process of its own."""
+    use_one_core()
+    step, peak_gb = added_peak_gb(lambda: warmed_up(make_step(batch_size, precision)))
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    layer = _product(batch_size, WIDTH, WIDTH, dtype)
-    tile = _product(1024, WIDTH, batch_size, dtype)
-    step = _step(folder, batch_size, precision)
-    calls = {"layer": layer, "tile": tile, "step": step}
+    calls = {
+        "step": step,
+        "products": make_products(products_of(batch_size), dtype),
+        "fourth": make_products([] if _has_fourth(batch_size) else _similarities(batch_size, num_gradients=0), dtype),
+    }
     for call in calls.values():
         call()
-    seconds = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            seconds[name].append(statistics.median(_time(call) for _ in range(1 if name == "step" else 5)))
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    layers, loss = 3 * NUM_LAYERS * median["layer"], median["tile"] * batch_size / 1024
-    return layers + 4 * loss, layers + 3 * loss, median["step"]
+    return Costs(
+        **median_rates({name: cpu_seconds(call) for name, call in calls.items()}, repeats=repeats), peak_gb=peak_gb
+    )
 
 
-def _product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> Callable[[], object]:
-    left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
-    out = torch.empty(rows, columns, dtype=dtype)
-    return lambda: torch.mm(left, right.T, out=out)
+def products_of(batch_size: int) -> list[Product]:
+    """Return the matrix products of a training step."""
+    layers = [Product(1, batch_size, WIDTH, WIDTH)] * NUM_LAYERS
+    again = _similarities(batch_size, num_gradients=0) if _has_fourth(batch_size) else []
+    return [*layers, *_similarities(batch_size, num_gradients=2), *again]
 
 
-def _step(folder: str, batch_size: int, precision: str) -> Callable[[], None]:
+def _has_fourth(batch_size: int) -> bool:
+    """Return whether the loss computes similarities again in the backward pass."""
+    return 4 * batch_size**2 > tiles.HELD_BYTES
+
+
+def _similarities(batch_size: int, *, num_gradients: int) -> list[Product]:
+    rows = min(_ROWS, batch_size)
+    return [Product(1, rows, WIDTH, batch_size, num_gradients)] * (batch_size // rows)
+
+
+def make_step(batch_size: int, precision: str = "float32") -> Callable[[], None]:
+    """Return a training step on one batch: forward and backward passes, clipping and AdamW, as the training loop."""
     pair = AlignedPair(PROJECTOR, widths={"image": WIDTH, "text": WIDTH}, shared_width=WIDTH, dropout=0.1)
     objective = Objective(pair, LossSettings(), precision=precision)
     optimizer = make_optimizer(objective, OptimizerSettings())
     keep_freed_memory()
-    batch = next(iter(_loader(folder, batch_size).epoch(0)))
+    rng = np.random.default_rng(0)
+    sides = [rng.standard_normal((batch_size, WIDTH), np.float32).astype(np.float16) for _ in "it"]
+    batch = next(iter(_batches(sides, batch_size).epoch(0)))
 
     def step() -> None:
         objective(batch).backward()
@@ -102,7 +130,11 @@ def _step(folder: str, batch_size: int, precision: str) -> Callable[[], None]:
 
 
 def _loader(folder: str, batch_size: int) -> Loader:
-    image, text = (np.load(Path(folder) / f"{name}.npy") for name in ("image", "text"))
+    return _batches([np.load(Path(folder) / f"{name}.npy") for name in ("image", "text")], batch_size)
+
+
+def _batches(sides: Sequence[Array], batch_size: int) -> Loader:
+    image, text = sides
     rows = np.arange(len(image))
     items = Items(rows=rows, samples=rows, contents=rows)
     batches = Batches(Pairs(first=items, second=items), batch_size=batch_size, seed=0)
@@ -208,9 +240,3 @@ def _rate(batches: Iterator, step: Callable, batch_size: int) -> float:  # type:
         if time.perf_counter() - started > 20:
             break
     return count / (time.perf_counter() - started)
-
-
-def _time(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started

@@ -1,18 +1,21 @@
 """Every benchmark can be imported; they run on demand, so nothing else would detect a renamed function."""
 
 from dataclasses import replace
+from mmap import mmap
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import likelihood_training
+from benchmarks import likelihood_training, measure, train
 from benchmarks.__main__ import NAMES, PARTS, load
 from benchmarks.products import make_products
 from benchmarks.speech_training import CASES, make_step, products_of
 from embedcache.networks.captions import CaptionSteps
 from embedcache.networks.shared import Tokens
+from embedcache.train import tiles
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES, *PARTS}))
@@ -49,6 +52,27 @@ def test_floor_of_a_likelihood_step_has_its_products(name: str, monkeypatch: pyt
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step()
     assert counter.get_total_flops() == sum(product.flops for product in likelihood_training.products_of(case))
+
+
+@pytest.mark.parametrize("held_bytes", [0, 4 * 96**2])
+def test_floor_of_a_contrastive_step_has_its_products(held_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All operations that PyTorch counts are in the floor, those of similarities that are computed again too.
+
+    In float32 it would count no operations of `addmm_`.
+    """
+    monkeypatch.setattr(tiles, "HELD_BYTES", held_bytes)
+    step = train.make_step(96, "bfloat16")
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert counter.get_total_flops() == sum(product.flops for product in train.products_of(96))
+
+
+def test_added_peak_is_that_of_the_call() -> None:
+    def use(num_bytes: int) -> None:
+        np.frombuffer(mmap(-1, num_bytes), np.uint8)[:] = 1  # unlike freed memory, not kept for the next call
+
+    use(80_000_000)  # a higher peak before
+    assert 0.03 < measure.added_peak_gb(lambda: use(40_000_000))[1] < 0.06
 
 
 def test_recomputed_captions_are_those_of_kept_keys(monkeypatch: pytest.MonkeyPatch) -> None:
