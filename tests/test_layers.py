@@ -1,6 +1,8 @@
 """Imports between packages go downwards only, without cycles, and each heavy library has few importers."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -140,3 +142,11 @@ def test_every_package_has_a_level() -> None:
 def test_local_imports_are_found() -> None:
     tree = ast.parse("def f():\n    from embedcache.cli import main\n    import faiss\n")
     assert all_imports(tree) == {"embedcache.cli", "embedcache.cli.main", "faiss"}
+
+
+def test_coverage_does_not_wait_for_imports() -> None:
+    modules = "embedcache.curate.coverage", "embedcache.reports.coverage"
+    slow = {"faiss", "matplotlib", "scipy.stats", "torch", "zarr"}
+    code = f"import sys, {', '.join(modules)}; print(*{slow} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout == "\n"

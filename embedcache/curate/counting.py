@@ -2,13 +2,16 @@
 
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.errors import FingerprintError
+from embedcache.processes import num_cores
 from embedcache.progress import Progress
 from embedcache.search.card import IndexCard, check_card, open_row_index, read_card
 from embedcache.search.faiss_index import RowIndex
@@ -42,13 +45,19 @@ class Background:
 
 
 def estimate_background(concepts_CP: Floats, sample_SP: Floats, k: int) -> Background:
-    """Compare concepts with a sample of at least k items, rows of length 1. Memory: similarities of 128 concepts."""
-    columns = []
-    for block in blocks(len(concepts_CP), _CONCEPTS_PER_BLOCK):
-        sims_BS = np.sort(concepts_CP[block] @ sample_SP.T, axis=1)
-        ranks = np.round(np.array([_ONE_DEVIATION_BELOW, *QUANTILES]) * (len(sample_SP) - 1)).astype(np.int64)
-        columns.append(np.column_stack([sims_BS[:, ranks], sims_BS[:, -k]]))
-    found_CX = np.concatenate(columns)
+    """Compare concepts with a sample of at least k items, rows of length 1.
+
+    Memory: per core, the similarities of 128 concepts.
+    """
+    ranks = np.round(np.array([_ONE_DEVIATION_BELOW, *QUANTILES]) * (len(sample_SP) - 1)).astype(np.int64)
+
+    def quantiles(block: slice) -> Floats:
+        sims_BS = concepts_CP[block] @ sample_SP.T
+        sims_BS.sort(axis=1)
+        return np.column_stack([sims_BS[:, ranks], sims_BS[:, -k]])
+
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_cores()) as pool:
+        found_CX = np.concatenate(list(pool.map(quantiles, blocks(len(concepts_CP), _CONCEPTS_PER_BLOCK))))
     return Background(
         num_items=len(sample_SP),
         quantiles=found_CX[:, 1:-1],

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom, t
 
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.errors import DataError
@@ -183,6 +182,8 @@ def _estimates(values_K: Array, means_RK: Array) -> list[Estimate]:
 
 def chance_estimate(probability: float, num_queries: int) -> Estimate:
     """Return the chance level of a fraction of correct independent queries, with its 95% binomial interval."""
+    from scipy.stats import binom
+
     low, high = binom.ppf([0.025, 0.975], num_queries, probability) / num_queries
     return Estimate(probability, float(low), float(high))
 
@@ -199,7 +200,7 @@ def over_seeds(items: Estimate, values_R: Sequence[float], *, has_same_items: bo
         has_same_items: whether all runs were measured on the same items.
     """
     num_runs = len(values_R)
-    reach = float(t.ppf(0.975, num_runs - 1) * np.std(values_R, ddof=1) / np.sqrt(num_runs))
+    reach = float(_student(num_runs - 1) * np.std(values_R, ddof=1) / np.sqrt(num_runs))
     below, above = (items.value - items.low, items.high - items.value) if has_same_items else (0, 0)
     low, high = items.value - np.hypot(reach, below), items.value + np.hypot(reach, above)
     return Estimate(items.value, max(0.0, float(low)), min(1.0, float(high)))
@@ -229,5 +230,12 @@ def jackknife(values: Array, sizes: Ints) -> Estimate:
     ratio_G = sizes.sum() / sizes
     pseudo_G = ratio_G * value - (ratio_G - 1) * without_G
     mean = num_blocks * value - ((1 - 1 / ratio_G) * without_G).sum()
-    reach = float(t.ppf(0.975, num_blocks - 1) * np.sqrt(np.mean((pseudo_G - mean) ** 2 / (ratio_G - 1))))
+    reach = float(_student(num_blocks - 1) * np.sqrt(np.mean((pseudo_G - mean) ** 2 / (ratio_G - 1))))
     return Estimate(value, value - reach, value + reach)
+
+
+def _student(degrees: int) -> float:
+    """Return the 97.5% quantile of Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, degrees))

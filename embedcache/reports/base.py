@@ -9,11 +9,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from embedcache.arrays import Array, Bools
 from embedcache.dataset.thumbnails import NOT_SHOWN, Thumbnails
@@ -22,6 +21,9 @@ from embedcache.metrics.intervals import Estimate
 from embedcache.outputs import write_output
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Table: TypeAlias = tuple[list[str], list[list[str]]]
 """Column names, and rows of text."""
@@ -202,6 +204,8 @@ _LOG_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 def open_axes(height: float, *, width: float = 9, **subplots: Any) -> Any:
     """Create a figure of that size in inches; return its axes, or an array of them, see `Figure.subplots`."""
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained").subplots(**subplots)
 
 
@@ -243,7 +247,7 @@ class Curves(NamedTuple):
 
 def estimate_curves(
     panels: Mapping[str, Curves], *, x: str, y: str, controls: Collection[str] = (), is_log: bool = False
-) -> Figure:
+) -> "Figure":
     """Draw fractions as lines with 95% intervals as bands, one panel beside the other, with one legend.
 
     Args:
@@ -337,7 +341,7 @@ def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: 
     return svg(axes.figure)
 
 
-def svg(figure: Figure) -> str:
+def svg(figure: "Figure") -> str:
     """Return a figure as an SVG element to be placed inside a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)

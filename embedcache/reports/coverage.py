@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from matplotlib.ticker import StrMethodFormatter
 
 from embedcache.arrays import Ints
 from embedcache.curate.counting import QUANTILES
@@ -40,7 +39,7 @@ _MAX_GAPS = 100
 _MAX_EXAMPLES = 100
 _MAX_OVERLAPS = 20
 _MAX_DIFFERENCES = 20
-_COUNT = StrMethodFormatter("{x:,.0f}")
+_COUNT = "{x:,.0f}"
 
 
 def summary_table(report: CoverageReport) -> Table:
