@@ -22,7 +22,7 @@ from embedcache.curate.keep import (
 from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, assign_clusters, find_near_duplicates
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.inputs import InputFeature, open_input
-from embedcache.dataset.selections import Selection, check_selection_path, write_selection
+from embedcache.dataset.selections import Selection, check_selection_path, read_selection, write_selection
 from embedcache.dataset.similar_pairs import SimilarPairs, cosine_limit
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
@@ -55,6 +55,7 @@ class DedupAnalysis:
 
     cache: Cache
     feature: InputFeature
+    samples: Ints  # that are compared, ascending; also those without a usable item
     copies: Copies
     order: Ints  # samples in the order of the keep rule
     near: NearDuplicates | None  # among the contents; None if only copies were searched
@@ -77,14 +78,15 @@ class DedupAnalysis:
 
     def to_json(self) -> dict[str, Any]:
         """Return what was compared, and how completely, as JSON values."""
-        near, run = self.near, self.settings.run
+        near, run, selection = self.near, self.settings.run, self.settings.selection
         return {
             "cache": str(self.cache.path),
             "modality": self.feature.modality,
             "feature": self.feature.name,
             "fingerprint": digest(self.feature.fingerprint),
             "run": None if run is None else str(run),
-            "num_samples": self.cache.info.num_samples,
+            **({} if selection is None else {"within": str(selection)}),
+            "num_samples": len(self.samples),
             "num_items": len(self.copies.content_ids),
             "num_contents": len(self.copies.unique_rows),
             "keep": self.settings.keep,
@@ -167,7 +169,8 @@ def dedup(
     """Write a selection of the samples that stay, and beside it, in `OUT.removed.parquet`, the removed ones.
 
     A sample is removed if each of its items has the bytes, or a cosine of at least the limit, of an item of a sample
-    that stays. Samples without a usable item stay. The selection is written last.
+    that stays. Samples without a usable item stay. Only those of `settings.selection`, if it is given, are compared and
+    stay. The selection is written last.
 
     Args:
         cache: path or URL of the cache.
@@ -216,10 +219,14 @@ def _compare(
         Vectors(cache_path, modality, settings.feature, settings.run, device=settings.device) if needs_vectors else None
     )
     feature = open_input(cache, modality, settings.feature) if vectors is None else vectors.feature
-    copies = find_copies(cache, feature)
+    samples = np.arange(cache.info.num_samples)
+    if settings.selection is not None:
+        samples = read_selection(settings.selection, [cache])
+    copies = find_copies(cache, feature, samples)
     if not len(copies.unique_rows):
         raise DataError(
-            f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {cache.path}"
+            f"feature {feature.name}: expected encoded items of {len(samples):,} samples, got none; see: embedcache "
+            f"inspect {cache.path}"
         )
     near = None
     if vectors is not None and levels:
@@ -228,7 +235,9 @@ def _compare(
     if settings.keep == FAR and vectors is not None and centroid_cosines is None:
         centroid_cosines = assign_clusters(vectors, copies.unique_rows, 1.0, settings, progress).cosines
     order = order_samples(settings.keep, copies, cache, centroid_cosines)
-    return DedupAnalysis(cache=cache, feature=feature, copies=copies, order=order, near=near, settings=settings)
+    return DedupAnalysis(
+        cache=cache, feature=feature, samples=samples, copies=copies, order=order, near=near, settings=settings
+    )
 
 
 def _check_any_pairs(analysis: DedupAnalysis, cosine: float | None) -> None:
@@ -249,9 +258,8 @@ def _check_any_pairs(analysis: DedupAnalysis, cosine: float | None) -> None:
 
 
 def _selection(analysis: DedupAnalysis, removed: RemovedSamples) -> Selection:
-    num_samples = analysis.cache.info.num_samples
-    rows = np.setdiff1d(np.arange(num_samples), removed.samples)
-    has_items = np.zeros(num_samples, bool)
+    rows = np.setdiff1d(analysis.samples, removed.samples)
+    has_items = np.zeros(analysis.cache.info.num_samples, bool)
     has_items[analysis.copies.samples] = True
     order = np.argsort(removed.kept, kind="stable")
     kept_samples, starts = np.unique(removed.kept[order], return_index=True)

@@ -38,9 +38,13 @@ def choose_modality(cache: Cache, modality: str | None) -> str:
     return modality or ("image" if cache.features("image") or not cache.features("text") else "text")
 
 
-def find_copies(cache: Cache, feature: InputFeature) -> Copies:
-    """Number the usable items of a feature by content; `UnfinishedError` if chunks of it are missing."""
+def find_copies(cache: Cache, feature: InputFeature, samples: Ints | None = None) -> Copies:
+    """Number the usable items of a feature, or of some samples, by content.
+
+    Raises `UnfinishedError` if chunks of the feature are missing.
+    """
     items = read_items([cache], [feature])
+    items = items if samples is None else items.select(samples)
     _, first, contents = np.unique(items.contents, return_index=True, return_inverse=True)
     order = np.argsort(first)  # the first item of a content may have failed where a copy of it did not
     number = np.empty(len(order), np.int64)

@@ -111,6 +111,9 @@ class DedupSettings:
         "Which duplicate stays: first, far (farthest from the center of its cluster) or best:COLUMN (largest number).",
         metavar="RULE",
     )
+    selection: Path | str | None = setting(
+        None, f"Compare only the samples of this selection: {_SELECTION_FORMAT}.", metavar="FILE"
+    )
     all_pairs: bool | None = setting(**_ALL_PAIRS)
     scratch: Path | str | None = setting(**_SCRATCH)
     seed: int = setting(**_SEED)

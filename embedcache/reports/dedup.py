@@ -34,7 +34,7 @@ _MAX_SHOWN_PER_GROUP = 8
 
 def threshold_table(analysis: DedupAnalysis) -> Table:
     """Return what removing copies only, and removing at each cosine, would do."""
-    num_samples = analysis.cache.info.num_samples
+    num_samples = len(analysis.samples)
     rows = []
     for level in analysis.levels():
         row = ["copies only" if level.cosine is None else f"{level.cosine:g}"]
@@ -83,7 +83,7 @@ def threshold_json(analysis: DedupAnalysis) -> dict[str, Any]:
 
 def dedup_line(result: DedupReport) -> str:
     """Return how many samples are kept and removed, in one line."""
-    num_removed, num_samples = len(result.removed.samples), result.analysis.cache.info.num_samples
+    num_removed, num_samples = len(result.removed.samples), len(result.analysis.samples)
     return (
         f"{result.path}: kept {num_samples - num_removed:,} of {num_samples:,} samples; removed {num_removed:,}, of "
         f"which {int(result.removed.is_copy.sum()):,} are copies; {result.removed_path} names what each one duplicates"
@@ -116,7 +116,7 @@ def write_dedup_page(path: Path, result: DedupReport, *, image_folders: Sequence
         "copies only" if result.cosine is None else f"{result.cosine:g}",
         format_count(num_removed),
         format_count(int(removed.is_copy.sum())),
-        format_count(analysis.cache.info.num_samples - num_removed),
+        format_count(len(analysis.samples) - num_removed),
     ]
     sections = [
         Section(title="Removed samples", table=(["cosine", "removed", "of these copies", "kept"], [counts])),

@@ -106,6 +106,20 @@ def test_removed_samples_are_near_kept_ones(copied: Path, tmp_path: Path, keep: 
     assert cosines.max() < 0.97 + 1e-3
 
 
+def test_only_a_selection_is_compared(copied: Path, tmp_path: Path) -> None:
+    keys = [f"{number:05d}" for number in range(NUM) if number not in (3, 20)]
+    (tmp_path / "keys.txt").write_text("\n".join(keys))
+    settings = DedupSettings(copies_only=True, selection=tmp_path / "keys.txt")
+    done = dedup(copied, tmp_path / "kept.parquet", settings)
+    removed = pq.read_table(done.removed_path).to_pylist()
+    assert {row["key"]: row["kept_key"] for row in removed} == {"00051": "00050"}
+    assert pq.read_table(done.path)["key"].to_pylist() == [key for key in keys if key != "00051"]
+    assert (done.to_json()["num_samples"], done.to_json()["within"]) == (58, str(tmp_path / "keys.txt"))
+    assert "kept 57 of 58 samples" in dedup_line(done)
+    levels = {level.cosine: level.num_gone for level in analyze(copied, selection=settings.selection).levels()}
+    assert levels[None] == 1
+
+
 def test_keep_rule(copied: Path, tmp_path: Path) -> None:
     done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(copies_only=True, keep="best:score"))
     rows = {row["key"]: row["kept_key"] for row in pq.read_table(done.removed_path).to_pylist()}
