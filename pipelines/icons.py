@@ -5,17 +5,19 @@
     python -m pipelines.icons work/                         # all that allow use: hours; interrupted, it goes on
     python -m pipelines.icons work/ --icons package/ --seeds 0
     python -m pipelines.icons work/ --curve                 # recipes on 1,000 pairs, 3,000, … and all: hours more
+    python -m pipelines.icons work/ --curation              # methods that select 3,000 pairs, 10,000 and 30,000: hours
 
 Icons are extracted, compared for duplicates and with OpenMoji, and counted by the names that many families have. Whole
 families are held out. The rest is split strictly, once per seed: what is near the test part is dropped from training. A
 closed form, an `mlp` that starts from it, and a control of shuffled pairs are measured on names never seen, families
 never seen, OpenMoji's strict test, and Fashion-MNIST where it is installed.
 
-With `--curve`, more recipes are measured instead, on more and more pairs, with settings that validation chooses.
+With `--curve`, more recipes are measured instead, on more and more pairs, with settings that validation chooses. With
+`--curation`, two recipes on as many pairs as each method of `embedcache curate` selects, beside random draws.
 
 A folder per number of icons gets `results.json`, `report.html`, a page and a JSON file of each step, splits and runs;
-of the curve `curve.json`, `curve.html`, and `curve.md` with its figures. Steps whose output is there for the same icons
-and settings are skipped. A larger `--limit` appends icons.
+of the curve and of curation `NAME.json`, `NAME.html`, and `NAME.md` with its figures. Steps whose output is there for
+the same icons and settings are skipped. A larger `--limit` appends icons.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from typing import Any
 
 from embedcache.cli.console import print_line, print_table
 from embedcache.provenance import digest_file
+from pipelines.drawings.curation import BUDGETS
+from pipelines.drawings.curation_page import run_curation
 from pipelines.drawings.curve import RECIPES, SIZES, Recipe, open_runs, run_all
 from pipelines.drawings.curve_page import write_curve_pages
 from pipelines.drawings.curve_results import crossing_table, curve_json, read_results, recommendation_table
@@ -46,7 +50,7 @@ PACKAGE = Path("node_modules/@iconify/json")
 
 def run(data: Data, seeds: Sequence[int]) -> dict[str, Any]:
     """Run all steps; return the results as JSON values."""
-    prepare(data)
+    data.prepare()
     data.report_duplicates()
     data.measure_coverage()
     splits = {seed: data.split(seed) for seed in seeds}
@@ -65,12 +69,6 @@ def run(data: Data, seeds: Sequence[int]) -> dict[str, Any]:
     print_table(*accuracy_table(results), title="classes")
     print_line(f"{data.folder / 'report.html'}; {data.folder / 'results.json'}")
     return results
-
-
-def prepare(data: Data) -> None:
-    """Extract all caches, and decide what is held out for all seeds."""
-    for step in (data.extract, data.find_leaks, data.hold_out_families, data.cut_emoji):
-        step()
 
 
 def run_curve(
@@ -102,13 +100,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     help_text = "numbers of pairs of a learning curve, in place of the comparison; 1,000 to 100,000 and all without any"
     parser.add_argument("--curve", type=int, nargs="*", metavar="PAIRS", help=help_text)
+    help_text = (
+        "numbers of pairs that methods of curation select, in place of it too; 3,000, 10,000, 30,000 without any"
+    )
+    parser.add_argument("--curation", type=int, nargs="*", metavar="BUDGET", help=help_text)
     options = parser.parse_args()
     data = Data(options.workdir, options.icons, options.limit)
-    if options.curve is None:
+    if options.curve is None and options.curation is None:
         run(data, options.seeds)
-    else:
-        prepare(data)
+        return
+    data.prepare()
+    if options.curve is not None:
         run_curve(data, options.seeds, options.curve or SIZES)
+    if options.curation is not None:
+        run_curation(data, options.seeds, options.curation or BUDGETS)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def run_parallel(steps: Sequence[tuple[Any, ...]], *, num_processes: int | None 
     """Run steps in several processes, one thread each; a process that is free takes the next step.
 
     Args:
-        steps: methods of objects with a `folder`, whose name is shown, and their arguments; each takes `progress` too.
+        steps: methods of objects with a `folder`, whose end is shown, and their arguments; each takes `progress` too.
         num_processes: processes at once; None: one per core.
     """
     progress, count = open_progress(), min(num_processes or num_cores(), len(steps))
@@ -37,6 +37,6 @@ def _run_all(task: tuple[Sequence[tuple[Any, ...]], Any], progress: Progress) ->
             return
         step, *arguments = steps[number]
         shown = [str(argument) for argument in arguments if isinstance(argument, str | int | float)]
-        name = " ".join([step.__self__.folder.name, step.__name__, *shown])
+        name = " ".join(["/".join(step.__self__.folder.parts[-2:]), step.__name__, *shown])
         step(*arguments, progress=progress.part(name))
         progress.note(f"{name}: done")

@@ -185,14 +185,11 @@ def open_runs(
     everything = data.icons.info.num_samples
     kept = [*(size for size in sorted(sizes) if size < counts[seeds[0]]), everything]
     drawn = [draw_pairs(data, seed, kept) for seed in seeds]
-    tests = {NAMES: [data.icons.path], FAMILIES: [data.folder / "families"], EMOJI: [data.folder / "emoji"]}
-    if data.has_clothes:
-        tests[CLOTHES] = [data.folder / "clothes", data.folder / "clothes-names"]
     return [
         SeedRuns(
             folder=folder,
             icons=data.icons.path,
-            tests=tests,
+            tests=list_tests(data),
             split=f"{data.folder}/split-{{seed}}.parquet",
             num_pairs={size: min(size, counts[seeds[0]]) for size in kept},
             seed=seed,
@@ -200,6 +197,14 @@ def open_runs(
         )
         for seed, folder in zip(seeds, drawn, strict=True)
     ]
+
+
+def list_tests(data: Data) -> dict[str, list[Path]]:
+    """Return name of a test -> its cache, and the cache of the names of its classes, if it has classes."""
+    tests = {NAMES: [data.icons.path], FAMILIES: [data.folder / "families"], EMOJI: [data.folder / "emoji"]}
+    if data.has_clothes:
+        tests[CLOTHES] = [data.folder / "clothes", data.folder / "clothes-names"]
+    return tests
 
 
 def draw_pairs(data: Data, seed: int, sizes: Sequence[int]) -> Path:
@@ -225,7 +230,7 @@ def run_all(every: Sequence[SeedRuns]) -> dict[tuple[str, int], int]:
         Recipe and size -> number of its choice.
     """
     run_parallel(choice_steps(every[0]))
-    chosen = choose(every[0])
+    chosen = choose(every[:1])
     asked = [(name, size, choice) for (name, size), choice in chosen.items()]
     run_parallel([(runs.train, *which) for runs in every for which in asked])
     run_parallel([(runs.measure, *which) for runs in every for which in asked])
@@ -243,15 +248,17 @@ def choice_steps(first: SeedRuns) -> list[tuple[object, ...]]:
     ]
 
 
-def choose(first: SeedRuns) -> dict[tuple[str, int], int]:
-    """Return the choice of each recipe and size whose run of this seed has the highest mean validation recall."""
+def choose(draws: Sequence[SeedRuns]) -> dict[tuple[str, int], int]:
+    """Return the choice of each recipe and size with the highest mean validation recall over draws of one seed."""
+    recipes = draws[0].recipes
 
     def best(name: str, size: int) -> int:
-        name = first.recipes[name].control_of or name
-        scores = [read_score(first.path(name, size, choice)) for choice in range(len(first.recipes[name].choices))]
+        name = recipes[name].control_of or name
+        choices = range(len(recipes[name].choices))
+        scores = [fmean(read_score(runs.path(name, size, choice)) for runs in draws) for choice in choices]
         return int(np.argmax(scores))
 
-    return {(name, size): best(name, size) for size in first.num_pairs for name in first.recipes}
+    return {(name, size): best(name, size) for size in draws[0].num_pairs for name in recipes}
 
 
 def read_report(run_path: Path) -> TrainReport:

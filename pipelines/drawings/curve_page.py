@@ -22,7 +22,7 @@ from pipelines.results.measured import file_name
 from pipelines.results.pages import Part, write_pages
 
 TITLE = "From how many pairs on training gains over a closed form"
-_CREDIT = (
+CREDIT = (
     "Icons: Iconify (npm package @iconify/json), each family under the license that its author chose. Drawings: "
     "OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0. Fashion-MNIST: Zalando (Debian "
     "package dataset-fashion-mnist), MIT license."
@@ -49,7 +49,7 @@ _INTERVALS = (
     "together); all recipes and sizes are compared on the same resamples."
 )
 _SAME_SEED = " With one seed they are over items only."
-_ABOUT: Mapping[str, str] = {
+ABOUT: Mapping[str, str] = {
     NAMES: "Icons whose names, and drawings, are no near-duplicates of any in training.",
     FAMILIES: "Whole families, whose drawings are no near-duplicates of any in training; their names may be.",
     EMOJI: "The test part of OpenMoji's strict split; icons that are near-duplicates of OpenMoji's are not in "
@@ -69,7 +69,7 @@ def write_curve_pages(path: Path, values: Mapping[str, Any]) -> None:
     tests = [
         Part(
             f"{test[0].upper()}{test[1:]}",
-            [_ABOUT[test], f"{_counts(measures)}. {intervals}"],
+            [ABOUT[test], f"{_counts(measures)}. {intervals}"],
             curve_table(values, test),
             curve_figure(values, test),
             file_name(test),
@@ -89,7 +89,7 @@ def write_curve_pages(path: Path, values: Mapping[str, Any]) -> None:
         Part("Validation recall", ["The mean of R@1, R@5 and R@10 in both directions."], validation_table(values)),
         Part("What training takes", [taken], cost_table(values)),
     ]
-    write_pages(path, TITLE, parts, notes=NOTES, summary=summarize(values), credit=_CREDIT)
+    write_pages(path, TITLE, parts, notes=NOTES, summary=summarize(values), credit=CREDIT)
 
 
 def _counts(measures: Mapping[str, Any]) -> str:

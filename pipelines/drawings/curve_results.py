@@ -131,9 +131,9 @@ def _estimates_json(
         for name, of_size in gains.items()
     }
     return {
-        "recipes": {name: {size: _json(interval_of(columns[name, size])) for size in closed} for name in names},
+        "recipes": {name: {size: estimate_json(interval_of(columns[name, size])) for size in closed} for name in names},
         "gains": {
-            name: {size: _json(interval_of(gain_R)) for size, gain_R in of_size.items()}
+            name: {size: estimate_json(interval_of(gain_R)) for size, gain_R in of_size.items()}
             for name, of_size in gains.items()
         },
         "crossings": {
@@ -164,7 +164,8 @@ def find_crossing(num_pairs: Sequence[float], gain_V: Array) -> float:
     return float(np.exp(low + place * (high - low)))
 
 
-def _json(estimate: Estimate) -> dict[str, Any]:
+def estimate_json(estimate: Estimate) -> dict[str, Any]:
+    """Return an estimate as JSON values: `value` and `interval`."""
     return {"value": round_json(estimate.value), "interval": interval_json(estimate)}
 
 

@@ -81,6 +81,11 @@ class Data:
         self.workdir, self.icons_path, self.held = workdir, icons, held or Held()
         self._limit = limit
 
+    def prepare(self) -> None:
+        """Extract all caches, and decide what is held out for all seeds."""
+        for step in (self.extract, self.find_leaks, self.hold_out_families, self.cut_emoji):
+            step()
+
     def extract(self) -> None:
         """Extract icons and emoji, and clothes if Fashion-MNIST is installed."""
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -176,6 +181,20 @@ class Data:
         values = self.step("emoji", {"emoji": emoji.info.index_digest}, compute)
         cut_cache(emoji.path, self.folder / "emoji.parquet", self.folder / "emoji")
         return values
+
+    def cut_target(self) -> None:
+        """Cut the cache `target` of the other parts of OpenMoji, which no test holds: selections may resemble them."""
+        emoji, path = Cache(self.workdir / "emoji"), self.folder / "target.parquet"
+
+        def compute() -> Mapping[str, Any]:
+            rows = np.setdiff1d(
+                np.arange(emoji.info.num_samples), read_selection(self.folder / "emoji.parquet", [emoji])
+            )
+            write_selection(path, emoji, Selection(rows=rows, reasons=["not of the test part"] * len(rows)), {})
+            return {"num_samples": len(rows)}
+
+        self.step("target", {"emoji": emoji.info.index_digest}, compute)
+        cut_cache(emoji.path, path, self.folder / "target")
 
     def measure_coverage(self) -> dict[str, Any]:
         """Count the captions that are near-duplicates of names that many families have, with a page."""

@@ -5,19 +5,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from embedcache.arrays import Floats, normalize
+from embedcache.curate.coverage import measure_coverage
+from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
 from embedcache.store.cache import Cache
 from embedcache.train.recipes import Schedule
+from pipelines.drawings.curation import AGAIN, DRAWS, METHODS
+from pipelines.drawings.curation_page import run_curation
+from pipelines.drawings.curation_results import claim, rank_correlations, summarize
 from pipelines.drawings.curve import Recipe, read_report, selection_path
 from pipelines.drawings.curve_page import curve_figure
 from pipelines.drawings.curve_results import find_crossing, format_crossing, halve
 from pipelines.drawings.results import CLOSED_FORM, FAMILIES, MLP, NAMES, SHUFFLED
 from pipelines.drawings.steps import FEATURES, Data, Held, draw_families, find_concepts, first_names
 from pipelines.icons import run, run_curve
-from pipelines.results.measured import Result
+from pipelines.results.measured import Result, file_name
 from tests.pipelines.made_icons import write_package
 from tests.pipelines.one_core import one_core
 
@@ -183,6 +189,121 @@ def test_recommended_recipe_is_chosen_by_names_that_are_not_reported(
         found = values["tests"][NAMES][measure]
         assert found["num_examples"] == len(halves[0].values_M) < len(name_M)
         assert found["recipes"]["ridge"]["256"]["value"] == pytest.approx(halves[0].values_M.mean(), abs=1e-5)
+
+
+_METHODS = {
+    "rare-first": METHODS["rare-first"],
+    "dedup + hierarchical": METHODS["dedup + hierarchical"],
+    "clip-score half + balanced": METHODS["clip-score half + balanced"],
+}
+
+
+@pytest.fixture(scope="module")
+def make_curation(data: Data, results: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    def make() -> dict[str, Any]:
+        with one_core():
+            return run_curation(data, [0], [40, 500], _METHODS, {"ridge": _CURVE["ridge"]})
+
+    make()
+    return make
+
+
+def test_curation_selects_equal_numbers_of_training_pairs(
+    data: Data, make_curation: Callable[[], dict[str, Any]]
+) -> None:
+    folder = data.folder / "curation"
+
+    def rows(name: str) -> set[int]:
+        return set(read_selection(folder / name, [data.icons]).tolist())
+
+    train = set(read_split(data.folder / "split-0.parquet", [data.icons]).rows("train").tolist())
+    selected = {path.parts[-3]: rows(path.relative_to(folder)) for path in folder.glob("*/seed0/40-pairs.parquet")}
+    assert set(selected) == {file_name(name) for name in [*DRAWS, AGAIN, *_METHODS]}
+    assert {len(found) for found in selected.values()} == {40}
+    assert len(set(map(frozenset, selected.values()))) == len(selected)
+    assert all(found < train for found in selected.values())
+    reports = [read_report(path.parent) for path in folder.glob("*/seed0/40-*/record.json")]
+    assert {report.num_samples["train"] for report in reports} == {40}
+    kept = rows("pools/seed0/train-dedup.parquet")
+    images = unit_vectors(data.icons, "image")[sorted(kept)]
+    assert len(kept) < len(train)
+    assert (images @ images.T - 2 * np.eye(len(images))).max() <= 0.9 + 1e-3
+    assert selected["dedup-hierarchical"] < kept
+    half = rows("pools/seed0/40-unscored-clip-score.parquet")
+    assert abs(2 * len(half) - len(train) + 40) <= 1
+    assert half < selected["clip-score-half-balanced"] < train - selected[file_name(AGAIN)]
+    values = make_curation()["selections"]
+    assert values["clip-score half + balanced"]["40"]["num_filled"] == 40 - len(half)
+    assert values["rare-first"]["40"]["num_filled"] == 0
+
+
+def test_curation_covers_concepts_as_coverage_counts_them(
+    data: Data, make_curation: Callable[[], dict[str, Any]]
+) -> None:
+    found = make_curation()["selections"]["rare-first"]["40"]
+    path = data.folder / "curation" / "rare-first" / "seed0" / "40-pairs.parquet"
+    counted = measure_coverage(
+        data.icons.path,
+        data.folder / "concepts",
+        CoverageSettings(modality="text", threshold=HELD.text_cosine, selection=path),
+    ).selection_counts
+    assert counted is not None
+    assert (found["concepts"], found["matched"]) == ((counted.counts > 0).sum(), counted.num_covered)
+    assert found["gini"] == pytest.approx(counted.gini, abs=1e-4)
+
+
+def test_curation_is_compared_with_the_mean_of_random_draws(
+    data: Data, make_curation: Callable[[], dict[str, Any]]
+) -> None:
+    folder = data.folder
+    made = {path: path.stat().st_mtime_ns for path in (folder / "curation").rglob("*") if path.is_file()}
+    values = make_curation()
+    assert made == {path: path.stat().st_mtime_ns for path in (folder / "curation").rglob("*") if path.is_file()}
+    assert values["recipes"]["ridge"]["40"]["choice"] == {"shared_width": 64}
+    assert values["methods"] == [AGAIN, *_METHODS]
+    assert values["concept_methods"] == ["rare-first", "clip-score half + balanced"]
+
+    def recall(name: str) -> float:
+        path = folder / "curation" / file_name(name) / "seed0" / "results" / "names-never-seen-40-ridge.json"
+        return float(np.concatenate([item.values_M for item in Result.read(path).measures.values()]).mean())
+
+    found = values["tests"][NAMES]["R@10"]["recipes"]["ridge"]["40"]
+    mean = np.mean([recall(name) for name in DRAWS])
+    assert found["values"]["random"]["value"] == pytest.approx(mean, abs=2e-5)
+    for name in values["methods"]:
+        gain, (low, high) = found["gains"][name]["value"], found["gains"][name]["interval"]
+        assert gain == pytest.approx(recall(name) - mean, abs=2e-5)
+        assert low <= gain <= high
+    assert list(values["tests"][NAMES]) == ["R@10", "i2t R@10", "t2i R@10"]
+    page = (folder / "curation.md").read_text()
+    assert page.count(".svg)") == (folder / "curation.html").read_text().count("<svg") == len(values["tests"])
+    assert summarize(values) in page
+
+
+def test_claim_is_decided_by_intervals() -> None:
+    def summary(*intervals: tuple[float, float], num_filled: int = 0) -> str:
+        of_size = {
+            str(size): {"gains": {"rare-first": {"value": sum(interval) / 2, "interval": interval}}}
+            for size, interval in zip((100, 1000), intervals, strict=True)
+        }
+        values = {"tests": {NAMES: {"R@10": {"recipes": {"mlp": of_size}}}}, "num_pairs": {"100": 100, "1000": 1000}}
+        selections = {"rare-first": {size: {"num_filled": num_filled} for size in of_size}}
+        names = ["rare-first"]
+        return claim({**values, "methods": names, "concept_methods": names, "selections": selections})
+
+    assert "holds on names never seen with mlp" in summary((0.01, 0.02), (0.02, 0.03))
+    assert "holds at 1,000 pairs only on" in summary((-0.01, 0.02), (0.02, 0.03))
+    assert "does not hold, and is reversed at 100 pairs, on" in summary((-0.02, -0.01), (-0.02, 0.03))
+    assert "rare-first 1 / 0 / 1" in summary((-0.02, -0.01), (0.02, 0.03))
+    assert "rare-first 1 / 0 / 0" in summary((-0.02, -0.01), (0.02, 0.03), num_filled=51)
+
+
+def test_rank_correlations_are_spearmans() -> None:
+    rng = np.random.default_rng(0)
+    x_M, values_RM = rng.integers(4, size=9), rng.integers(5, size=(6, 9))
+    expected = [spearmanr(x_M, row).statistic for row in values_RM]
+    np.testing.assert_allclose(rank_correlations(x_M, values_RM), expected)
+    assert rank_correlations(np.ones(9), values_RM).tolist() == [0] * 6
 
 
 def test_crossing_is_where_the_gain_stays_above_zero() -> None:

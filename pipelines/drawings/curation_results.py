@@ -1,0 +1,327 @@
+"""What curation gains over random draws, what it costs and which concepts it covers; as JSON and tables."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from embedcache.arrays import Array
+from embedcache.evaluate.likelihood import Measured
+from embedcache.metrics.intervals import Estimate, interval_of
+from embedcache.provenance import read_json
+from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, format_percent, round_json
+from pipelines.drawings.curation import AGAIN, DRAWS, Curation
+from pipelines.drawings.curve import choice_name, question, read_score, selection_path
+from pipelines.drawings.curve_results import estimate_json, estimate_of, size_names
+from pipelines.drawings.results import NAMES
+from pipelines.results.measured import Result, Results
+
+RANDOM = "random"
+PAPER = "rare-first"
+"""The curation of "Harnessing Frozen Unimodal Encoders for Flexible Multimodal Alignment" (CVPR 2025)."""
+_BETTER, _UNDECIDED, _WORSE = "better", "undecided", "worse"
+
+
+def read_results(curation: Curation) -> Results:
+    """Read all that was measured; a model is a method and a recipe, and the metric of both directions comes first."""
+    return Results(
+        replace(_with_both(result), model=_model(name, result.model))
+        for name, every in curation.runs.items()
+        for runs in every
+        for path in sorted((runs.folder / "results").glob("*.json"))
+        for result in [Result.read(path)]
+    )
+
+
+def _model(method: str, recipe: str) -> str:
+    return f"{method}; {recipe}"
+
+
+def _with_both(result: Result) -> Result:
+    """Return a result with the metric of the queries of both directions before those of each, if there are two."""
+    if len(result.measures) == 1:
+        return result
+    values, clusters = zip(*result.measures.values(), strict=True)
+    name = next(iter(result.measures)).split()[-1]
+    both = Measured(np.concatenate(values), np.concatenate(clusters))
+    chance = np.average([result.chance[way] for way in result.measures], weights=[len(found) for found in values])
+    return replace(result, measures={name: both, **result.measures}, chance={name: float(chance), **result.chance})
+
+
+def curation_json(curation: Curation, chosen: Mapping[tuple[str, int], int], results: Results) -> dict[str, Any]:
+    """Return all of curation as JSON values.
+
+    Budgets are text. `recipes`: recipe -> budget -> its choice and the mean validation recall of the draws that chose
+    it. `selections`: method -> budget -> means over seeds of what `Curation.select` returns. `dedup`: what
+    deduplication removes of the training part of each seed. `tests`: test -> metric -> `num_examples`, `chance`, and
+    `recipes` -> recipe -> budget -> `values` and `gains` over random of each method, and `correlation` of the gains
+    with the number of concepts, over methods. `concept_methods`: methods that are given the names of concepts.
+    """
+    draws = [curation.runs[name][0] for name in DRAWS]
+    methods = [name for name in curation.methods if name not in DRAWS]
+    selections = {
+        name: {str(size): _selection_json(curation, names, size) for size in curation.budgets}
+        for name, names in {RANDOM: [*DRAWS], **{name: [name] for name in methods}}.items()
+    }
+    recipes = {
+        name: {
+            str(size): {
+                "choice": dict(recipe.choices[chosen[name, size]]),
+                "validation": round_json(
+                    fmean(read_score(runs.path(name, size, chosen[name, size])) for runs in draws)
+                ),
+            }
+            for size in curation.budgets
+        }
+        for name, recipe in draws[0].recipes.items()
+    }
+    return {
+        "seeds": [runs.seed for runs in curation.runs[AGAIN]],
+        "num_pairs": {str(size): size for size in curation.budgets},
+        "num_draws": len(DRAWS),
+        "methods": methods,
+        "concept_methods": [
+            name for name in methods if any("concepts" in step.inputs for step in curation.methods[name])
+        ],
+        "recipes": recipes,
+        "selections": selections,
+        "dedup": [read_json(path)["values"] for path in curation.dedup_paths()],
+        "tests": {test: _test_json(results, test, methods, selections, list(recipes)) for test in draws[0].tests},
+    }
+
+
+def _selection_json(curation: Curation, names: Sequence[str], size: int) -> dict[str, Any]:
+    """Return what the selections of some methods took and hold, means over methods and seeds."""
+    folders = [runs.folder for name in names for runs in curation.runs[name]]
+    found = [read_json(selection_path(folder, size).with_suffix(".json"))["values"] for folder in folders]
+    return {name: round(fmean(values[name] for values in found), 4) for name in found[0]}
+
+
+def _test_json(
+    results: Results, test: str, methods: Sequence[str], selections: Mapping[str, Any], recipes: Sequence[str]
+) -> dict[str, Any]:
+    sizes = list(selections[RANDOM])
+    found = results.seeds(_model(AGAIN, recipes[0]), question(test, int(sizes[0])))
+    return {
+        measure: {
+            "num_examples": len(found[0].measures[measure].values_M),
+            "chance": round_json(fmean(result.chance[measure] for result in found)),
+            "recipes": {
+                recipe: {
+                    size: _estimates_json(
+                        results,
+                        question(test, int(size)),
+                        measure,
+                        recipe,
+                        methods,
+                        [selections[name][size]["concepts"] for name in methods],
+                    )
+                    for size in sizes
+                }
+                for recipe in recipes
+            },
+        }
+        for measure in found[0].measures
+    }
+
+
+def _estimates_json(
+    results: Results, asked: str, measure: str, recipe: str, methods: Sequence[str], concepts: Sequence[float]
+) -> dict[str, Any]:
+    """Return recalls and gains of one test, recipe and budget, all from the same resamples.
+
+    In each resample, random is one of its draws: an interval holds how much one draw differs from another.
+    """
+    means = results.resample([(_model(name, recipe), asked) for name in [*DRAWS, *methods]], measure)
+    draw_R = np.random.default_rng(0).integers(len(DRAWS), size=len(means))
+    random_R = means[np.arange(len(means)), draw_R]
+    random_R[0] = means[0, : len(DRAWS)].mean()
+    columns = {RANDOM: random_R, **dict(zip(methods, means.T[len(DRAWS) :], strict=True))}
+    gains = {name: columns[name] - random_R for name in methods}
+    correlation_R = rank_correlations(np.array(concepts), np.stack(list(gains.values()), axis=1))
+    return {
+        "values": {name: estimate_json(interval_of(column_R)) for name, column_R in columns.items()},
+        "gains": {name: estimate_json(interval_of(gain_R)) for name, gain_R in gains.items()},
+        "correlation": estimate_json(interval_of(correlation_R)),
+    }
+
+
+def rank_correlations(x_M: Array, values_RM: Array) -> Array:
+    """Compute Spearman's rho of x and each row of values: (R,); 0 where one of them is constant."""
+    first_M, second_RM = rankdata(x_M), rankdata(values_RM, axis=1)
+    first_M, second_RM = first_M - first_M.mean(), second_RM - second_RM.mean(axis=1, keepdims=True)
+    lengths_R = np.sqrt((first_M**2).sum() * (second_RM**2).sum(axis=1))
+    return np.asarray(second_RM @ first_M / np.where(lengths_R > 0, lengths_R, np.inf))
+
+
+def verdict(gain: Mapping[str, Any]) -> str:
+    """Return whether a method is better or worse than random, by the interval of its gain."""
+    low, high = gain["interval"]
+    return _BETTER if low > 0 else _WORSE if high < 0 else _UNDECIDED
+
+
+def is_mostly_random(values: Mapping[str, Any], name: str, size: str) -> bool:
+    """Return whether a method found less than half of a budget; the others were drawn at random."""
+    return bool(2 * values["selections"][name][size]["num_filled"] > int(size))
+
+
+def iterate_gains(values: Mapping[str, Any], names: Sequence[str], tests: Sequence[str] | None = None) -> Iterator[Any]:
+    """Iterate over the gains of methods on tests, or on all, with each recipe and budget of which they found half."""
+    for test in values["tests"] if tests is None else tests:
+        for of_size in main_measure(values, test)["recipes"].values():
+            for size, found in of_size.items():
+                yield from (found["gains"][name] for name in names if not is_mostly_random(values, name, size))
+
+
+def main_measure(values: Mapping[str, Any], test: str) -> dict[str, Any]:
+    """Return the estimates of the first metric of a test, over both directions."""
+    return dict(next(iter(values["tests"][test].values())))
+
+
+def count_verdicts(values: Mapping[str, Any], names: Sequence[str], tests: Sequence[str] | None = None) -> str:
+    """Return how often methods are better than random, undecided, and worse, such as `3 / 4 / 1`."""
+    counts = Counter(map(verdict, iterate_gains(values, names, tests)))
+    return " / ".join(str(counts[name]) for name in (_BETTER, _UNDECIDED, _WORSE))
+
+
+def verdict_table(values: Mapping[str, Any]) -> Table:
+    """Return how often each method is better than random, undecided and worse on each test, and its mean gain."""
+    rows = []
+    gains = {name: [gain["value"] for gain in iterate_gains(values, [name])] for name in values["methods"]}
+    means = {name: fmean(of_method) for name, of_method in gains.items() if of_method}
+    for name in sorted(means, key=lambda name: -means[name]):
+        counts = [count_verdicts(values, [name], [test]) for test in values["tests"]]
+        rows.append([name, *counts, count_verdicts(values, [name]), f"{means[name]:+.3f}"])
+    return ["method", *values["tests"], "all", "mean gain"], rows
+
+
+def gain_table(values: Mapping[str, Any], test: str) -> Table:
+    """Return the recall of random draws and of chance, and the gain of each method over random, by budget."""
+    sizes, found = size_names(values), main_measure(values, test)
+    rows = []
+    for recipe, of_size in found["recipes"].items():
+        at = [format_estimate(estimate_of(of_size[size]["values"][RANDOM])) for size in sizes]
+        rows.append([f"{recipe}, {RANDOM}", *at])
+        for name in values["methods"]:
+            gains = [format_gain(estimate_of(of_size[size]["gains"][name])) for size in sizes]
+            stars = [" *" * is_mostly_random(values, name, size) for size in sizes]
+            rows.append([f"{recipe}, {name}", *map("".join, zip(gains, stars, strict=True))])
+    rows.append(["chance", *[format_fraction(found["chance"])] * len(sizes)])
+    return ["", *sizes.values()], rows
+
+
+def format_gain(gain: Estimate) -> str:
+    """Return a gain with its interval as text, such as `+0.012 [-0.003, +0.027]`."""
+    return f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+
+
+def selection_table(values: Mapping[str, Any]) -> Table:
+    """Return what each selection costs, covers, and lacked."""
+    rows = []
+    for name, of_size in values["selections"].items():
+        for size, count in size_names(values).items():
+            found = of_size[size]
+            rows.append(
+                [
+                    name,
+                    count,
+                    format_count(found["num_filled"]),
+                    f"{found['cpu']:,.1f}",
+                    f"{found['wall']:,.1f}",
+                    format_count(found["concepts"]),
+                    format_percent(found["matched"] / int(size)),
+                    format_fraction(found["gini"]),
+                ]
+            )
+    return ["method", "pairs", "filled at random", "CPU s", "wall s", "concepts", "pairs with a concept", "Gini"], rows
+
+
+def correlation_table(values: Mapping[str, Any]) -> Table:
+    """Return the rank correlation of concepts and gains over methods, by test, recipe and budget."""
+    sizes = size_names(values)
+    rows = [
+        [test, recipe, *(format_estimate(estimate_of(of_size[size]["correlation"])) for size in sizes)]
+        for test in values["tests"]
+        for recipe, of_size in main_measure(values, test)["recipes"].items()
+    ]
+    return ["test", "recipe", *sizes.values()], rows
+
+
+def dedup_table(values: Mapping[str, Any]) -> Table:
+    """Return how many pairs of the training part deduplication would remove at each cosine, means over seeds."""
+    of_seeds = values["dedup"]
+    total = fmean(found["num_samples"] for found in of_seeds)
+    rows = []
+    for number, (cosine, _) in enumerate(of_seeds[0]["levels"]):
+        gone = [found["levels"][number][1] for found in of_seeds]
+        if None not in gone:
+            rows.append(
+                [
+                    "copies only" if cosine is None else f"{cosine:g}",
+                    format_count(fmean(gone)),
+                    format_percent(fmean(gone) / total),
+                ]
+            )
+    return ["cosine", "removed", "of the training part"], rows
+
+
+def choice_table(values: Mapping[str, Any]) -> Table:
+    """Return what validation chose for each recipe and budget on random draws, and the mean recall there."""
+    sizes = size_names(values)
+    rows = [
+        [
+            name,
+            *(
+                f"{format_fraction(of_size[size]['validation'])} {choice_name(of_size[size]['choice'])}".strip()
+                for size in sizes
+            ),
+        ]
+        for name, of_size in values["recipes"].items()
+    ]
+    return ["recipe", *sizes.values()], rows
+
+
+def summarize(values: Mapping[str, Any]) -> str:
+    """Return which methods are better and worse than random on names never seen, and whether concepts are worth it."""
+    recipe, of_size = list(main_measure(values, NAMES)["recipes"].items())[-1]
+    lines = []
+    for size, count in size_names(values).items():
+        names = [name for name in values["methods"] if name != AGAIN and not is_mostly_random(values, name, size)]
+        gains = {name: of_size[size]["gains"][name] for name in names}
+        ranked = sorted(gains, key=lambda name: -gains[name]["value"])
+        parts = [f"random {of_size[size]['values'][RANDOM]['value']:.3f}"]
+        for kind in (_BETTER, _WORSE):
+            named = [f"{name} {gains[name]['value']:+.3f}" for name in ranked if verdict(gains[name]) == kind]
+            parts.append(f"{kind}: {', '.join(named) or 'none'}")
+        lines.append(f"{count} pairs: {'; '.join(parts)}")
+    head = f"R@10 on {NAMES} with {recipe}, over both directions, and gains whose interval does not hold zero."
+    return " ".join([head, ". ".join(lines) + ".", claim(values)])
+
+
+def claim(values: Mapping[str, Any]) -> str:
+    """Return whether data that is rich in concepts is better than random data here, and how methods fare in all."""
+    sentences, with_concepts = [], values["concept_methods"]
+    if PAPER in with_concepts:
+        recipe, of_size = list(main_measure(values, NAMES)["recipes"].items())[-1]
+        kinds = {count: verdict(of_size[size]["gains"][PAPER]) for size, count in size_names(values).items()}
+        better, worse = ([count for count, kind in kinds.items() if kind == asked] for asked in (_BETTER, _WORSE))
+        if len(better) == len(kinds):
+            holds = "holds"
+        elif better:
+            holds = f"holds at {' and '.join(better)} pairs only"
+        else:
+            holds = "does not hold"
+        holds += f", and is reversed at {' and '.join(worse)} pairs," * bool(worse)
+        sentences.append(
+            f"That data rich in concepts aligns better than random data, as the paper of {PAPER} claims, "
+            f"{holds} on {NAMES} with {recipe}."
+        )
+    groups = {name: [name] for name in (PAPER, "dedup + random", AGAIN) if name in values["methods"]}
+    groups[f"all {len(with_concepts)} methods with concepts"] = with_concepts
+    counted = ", ".join(f"{title} {count_verdicts(values, names)}" for title, names in groups.items())
+    sentences.append(f"Better / undecided / worse than random on all tests, with all recipes and budgets: {counted}.")
+    return " ".join(sentences)
