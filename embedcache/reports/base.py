@@ -246,7 +246,13 @@ class Curves(NamedTuple):
 
 
 def estimate_curves(
-    panels: Mapping[str, Curves], *, x: str, y: str, controls: Collection[str] = (), is_log: bool = False
+    panels: Mapping[str, Curves],
+    *,
+    x: str,
+    y: str,
+    controls: Collection[str] = (),
+    is_log: bool = False,
+    is_gain: bool = False,
 ) -> "Figure":
     """Draw fractions as lines with 95% intervals as bands, one panel beside the other, with one legend.
 
@@ -255,6 +261,7 @@ def estimate_curves(
         x, y: labels of the axes.
         controls: lines that are drawn dashed and thin.
         is_log: use a logarithmic axis of the fractions.
+        is_gain: the fractions are differences, above and below a line at zero.
     """
     width = 4.9 if len(panels) < 3 else 4.2
     axes_P = open_axes(4.6, width=3.4 + width * len(panels), ncols=len(panels), squeeze=False, sharey=True)[0]
@@ -263,7 +270,8 @@ def estimate_curves(
     for axes, (title, curves) in zip(axes_P, panels.items(), strict=True):
         places = curves.places or range(len(curves.ticks))
         for name, found in curves.lines.items():
-            _draw_curve(axes, numbers[name], name, places, found, is_control=name in controls)
+            lowest = _LOWEST if is_log else -np.inf
+            _draw_curve(axes, numbers[name], name, places, found, lowest=lowest, is_control=name in controls)
         if curves.places:
             axes.set_xscale("log")
         axes.set_xticks(places, curves.ticks)
@@ -276,10 +284,12 @@ def estimate_curves(
         ticks = [tick for tick, above in pairwise((*_LOG_TICKS, 1.0)) if above >= lowest and tick / 2 < highest]
         axes_P[0].set_yticks(ticks, [f"{tick:.1%}" if tick < 0.01 else f"{tick:.0%}" for tick in ticks])
     else:
-        axes_P[0].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes_P[0].set_ylim(bottom=0)
+        axes_P[0].yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}" if is_gain and value else f"{value:.0%}")
+        axes_P[0].set_ylim(bottom=None if is_gain else 0)
     for axes in axes_P:
         axes.minorticks_off()
+        if is_gain:
+            axes.axhline(0, color=INK, linewidth=1, zorder=0)
     figure: Figure = axes_P[0].figure
     handles = {name: handle for axes in axes_P for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(
@@ -300,6 +310,7 @@ def _draw_curve(
     places: Sequence[float],
     estimates: Sequence[Estimate | None],
     *,
+    lowest: float,
     is_control: bool,
 ) -> None:
     drawn = [(place, estimate) for place, estimate in zip(places, estimates, strict=True) if estimate is not None]
@@ -307,15 +318,15 @@ def _draw_curve(
     color = SOFT if is_control and number >= len(COLORS) else COLORS[number % len(COLORS)]
     axes.fill_between(
         places,
-        [max(estimate.low, _LOWEST) for estimate in found],
-        [max(estimate.high, _LOWEST) for estimate in found],
+        [max(estimate.low, lowest) for estimate in found],
+        [max(estimate.high, lowest) for estimate in found],
         color=color,
         alpha=0.06 if is_control else 0.14,
         linewidth=0,
     )
     axes.plot(
         places,
-        [max(estimate.value, _LOWEST) for estimate in found],
+        [max(estimate.value, lowest) for estimate in found],
         marker=_MARKERS[number % len(_MARKERS)],
         markersize=4 if is_control else 5,
         linestyle=(0, (3, 2)) if is_control else "-",

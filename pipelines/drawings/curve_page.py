@@ -56,6 +56,7 @@ ABOUT: Mapping[str, str] = {
     "training.",
     CLOTHES: "Ten classes by their bare names.",
 }
+_GAIN_NOTE = "The gain of each trained recipe over the closed form of the size, in recall at 10 of texts for an image."
 _CROSSING_NOTE = (
     "The number of pairs from which on the gain over the closed form stays above zero: between two sizes the gain is a "
     "line over the logarithm of the number of pairs, and the interval is that of the same number for each resample. "
@@ -84,6 +85,7 @@ def write_curve_pages(path: Path, values: Mapping[str, Any]) -> None:
     )
     parts = [
         Part("Recommended recipe", [gained, intervals], recommendation_table(values)),
+        Part("Gains of training", [_GAIN_NOTE, intervals], figure=gain_figure(values), name="gains"),
         Part("Where training begins to gain", [_CROSSING_NOTE], crossing_table(values)),
         *tests,
         Part("Validation recall", ["The mean of R@1, R@5 and R@10 in both directions."], validation_table(values)),
@@ -124,3 +126,14 @@ def curve_figure(values: Mapping[str, Any], test: str) -> Figure:
         controls=[*values["controls"], "chance"],
         is_log=True,
     )
+
+
+def gain_figure(values: Mapping[str, Any]) -> Figure:
+    """Draw what each trained recipe gains over the closed form, by the number of pairs, a panel for each retrieval."""
+    names, places = size_names(values), list(values["num_pairs"].values())
+    panels = {}
+    for test in (NAMES, FAMILIES, EMOJI):
+        gains = next(iter(values["tests"][test].values()))["gains"]
+        lines = {name: [estimate_of(of_size[size]) for size in names] for name, of_size in gains.items()}
+        panels[test] = Curves(list(names.values()), lines, places)
+    return estimate_curves(panels, x="training pairs", y="gain in recall at 10", is_gain=True)

@@ -18,9 +18,9 @@ from pipelines.drawings.curation import AGAIN, DRAWS, METHODS
 from pipelines.drawings.curation_page import run_curation
 from pipelines.drawings.curation_results import claim, rank_correlations, summarize
 from pipelines.drawings.curve import Recipe, read_report, selection_path
-from pipelines.drawings.curve_page import curve_figure
+from pipelines.drawings.curve_page import curve_figure, gain_figure
 from pipelines.drawings.curve_results import find_crossing, format_crossing, halve
-from pipelines.drawings.results import CLOSED_FORM, FAMILIES, MLP, NAMES, SHUFFLED
+from pipelines.drawings.results import CLOSED_FORM, EMOJI, FAMILIES, MLP, NAMES, SHUFFLED
 from pipelines.drawings.steps import FEATURES, Data, Held, draw_families, find_concepts, first_names
 from pipelines.icons import run, run_curve
 from pipelines.results.measured import Result, file_name
@@ -169,8 +169,14 @@ def test_curve_chooses_by_validation_and_measures_on_tests(
     assert list(figure.axes[0].get_lines()[0].get_xdata()) == list(values["num_pairs"].values())
     page = (folder / "curve.md").read_text()
     assert "| > 112 [> 112, > 112] |" in page.replace(f"{values['num_pairs']['256']:,.0f}", "112")
-    assert page.count(".svg)") == len(values["tests"])
-    assert (folder / "curve.html").read_text().count("<svg") == len(values["tests"])
+    assert page.count(".svg)") == len(values["tests"]) + 1
+    assert (folder / "curve.html").read_text().count("<svg") == len(values["tests"]) + 1
+    gains = gain_figure(values)
+    assert [axes.get_title() for axes in gains.axes] == [NAMES, FAMILIES, EMOJI]
+    drawn = gains.axes[0].get_lines()[0].get_ydata()
+    expected = values["tests"][NAMES]["i2t R@10"]["gains"]["random"]
+    assert list(drawn) == [expected[size]["value"] for size in values["num_pairs"]]
+    assert min(drawn) < 0
 
 
 def test_recommended_recipe_is_chosen_by_names_that_are_not_reported(
