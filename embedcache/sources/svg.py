@@ -17,6 +17,8 @@ from embedcache.registry import require
 
 SHORT_SIDE_PX = 512
 """Size of the shorter side of what is rendered: above the input sizes of most encoders."""
+_PIXELS_PER_INCH = 96
+"""That of CSS; without it resvg_py takes lengths in points, millimeters and inches for 0."""
 
 _MAX_BYTES = 2**24
 _MAX_DEPTH = 200  # the renderer recurses: a file of 100,000 nested groups ends the process
@@ -52,7 +54,8 @@ def render_svg(data: bytes, *, max_pixels: int, max_ratio: float) -> Image.Image
 
 def _render(renderer: Any, text: str, size: dict[str, int]) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(renderer.svg_to_bytes(svg_string=text, **size, **_fonts())), formats=("PNG",))
+        png = renderer.svg_to_bytes(svg_string=text, dpi=_PIXELS_PER_INCH, **size, **_fonts())
+        return Image.open(io.BytesIO(png), formats=("PNG",))
     except (ValueError, RuntimeError, OSError) as error:
         raise ItemError(f"damaged SVG: {error}") from None
 

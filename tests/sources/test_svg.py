@@ -44,6 +44,14 @@ def test_text_is_drawn_in_one_font(family: str) -> None:
     assert np.asarray(decode_image(drawn(text))).min() == 0
 
 
+@pytest.mark.parametrize(("size", "line"), [("20pt", "10pt"), ("2cm", "10mm"), ("1in", "48")])
+def test_lengths_have_units(size: str, line: str) -> None:
+    box = f'<rect width="{line}" height="{size}" fill="red"/>'
+    image = decode_image(f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}">{box}</svg>'.encode())
+    assert image.size == (512, 512)
+    assert [image.getpixel((x, 250)) for x in (200, 300)] == [(255, 0, 0), (255, 255, 255)]
+
+
 def test_embedded_image_is_drawn() -> None:
     data = base64.b64encode(jpeg("blue")).decode()
     image = decode_image(drawn(f'<image x:href="data:image/jpeg;base64,{data}" width="20" height="10"/>'))
