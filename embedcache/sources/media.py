@@ -234,13 +234,18 @@ def _open(data: bytes | Path, kind: str) -> Iterator[Any]:
         _check_riff(file.read(8), file.seek(0, io.SEEK_END))
         file.seek(0)
         try:
-            with av.open(file, metadata_errors="replace") as container:
+            with av.open(file, **_open_options(av.__version__)) as container:
                 yield container
         except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
             if isinstance(error, ItemError):
                 raise
             text = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
             raise ItemError(f"damaged {kind}: {text}") from None
+
+
+def _open_options(version: str) -> dict[str, str]:
+    """Return the options with which a version of PyAV reads titles that are not UTF-8, as it does from 19 on."""
+    return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
 
 
 def _samples(container: Any, stream: Any) -> Iterator[tuple[int, Floats]]:

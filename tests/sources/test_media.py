@@ -56,6 +56,14 @@ def test_clips_are_limited_and_nan_is_refused() -> None:
         decode_audio(float_wav(np.full(1600, np.nan, np.float32)))
 
 
+def test_title_that_is_not_utf8_is_no_damage() -> None:
+    data = wav(tone(0.5))
+    title = b"LIST\x10\0\0\0INFOINAM\x04\0\0\0\xff\xfeA\0"
+    size = (len(data) + len(title) - 8).to_bytes(4, "little")
+    named = data[:4] + size + data[8:12] + title + data[12:]
+    np.testing.assert_array_equal(decode_audio(named), decode_audio(data))
+
+
 def test_decoding_holds_a_recording_once() -> None:
     data = wav(tone(180.0))
     tracemalloc.start()
