@@ -7,9 +7,9 @@ from embedcache.derive.chunks import ChunkReader
 from embedcache.derive.derive import OpenDerivation
 from embedcache.derive.groups import read_fit, request_fingerprint
 from embedcache.derive.rules import Rule, open_rule
-from embedcache.derive.runs import RUN, reopen_run
+from embedcache.derive.runs import reopen_run
 from embedcache.devices import AUTO
-from embedcache.encoders.open import EncoderSpec
+from embedcache.encoders.open import RUN, EncoderSpec
 from embedcache.errors import ItemError, UnknownNameError
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import names_from

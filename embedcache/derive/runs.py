@@ -16,6 +16,7 @@ from embedcache.derive.groups import DerivedView
 from embedcache.derive.rules import Block, Output, Rule
 from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import ItemShape
+from embedcache.encoders.open import RUN
 from embedcache.errors import PathError, SettingError
 from embedcache.files import AnyPath
 from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module
@@ -33,9 +34,6 @@ from embedcache.projectors.saved import (
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.group import EncoderGroup
-
-RUN = "run"
-"""Name of the rule that a run is, as the fingerprints of its features record it."""
 
 _BLOCK = 256
 

@@ -50,6 +50,9 @@ IMPORTED = "imported"
 DERIVED = "derived"
 """Family in the spec of features that were derived from others, which no raw item can be encoded as."""
 
+RUN = "run"
+"""Model in the spec of derived features that a trained run has computed: the name of the rule that a run is."""
+
 _EXAMPLES = "timm:vit_small_patch14_dinov2.lvd142m or st:all-MiniLM-L6-v2"
 _PATH_STARTS = ("/", "./", "../", "~")
 _PART = re.compile(r'(?:^|,)([^,=]*=\s*"(?:\\.|[^"\\])*"\s*(?=,|$)|[^,]*)')

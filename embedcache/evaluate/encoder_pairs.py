@@ -189,7 +189,7 @@ def evaluate_pairs(
 
 
 def _open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[list[InputFeature], list[str]]:
-    """Open the named features, or all complete ones, and return them with a line for each that was left out."""
+    """Open the named features, or all complete ones that no run computed, and return a line for each one left out."""
     if names:
         named = {feature.name: feature for feature in (open_input(cache, modality, name) for name in names)}
         for feature in named.values():
@@ -200,6 +200,10 @@ def _open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[l
         open_input(cache, modality)  # raises, with the command that extracts some
     complete, skipped = [], []
     for stored_feature in stored:
+        if stored_feature.group.is_from_run:  # which was trained on these samples
+            name = stored_feature.name
+            skipped.append(f"left out: {name} was computed by a run; name it with --{modality}-feature to compare it")
+            continue
         feature = InputFeature([stored_feature])
         try:
             feature.require_complete()

@@ -15,9 +15,8 @@ from safetensors.numpy import load_file
 from embedcache.arrays import Array, blocks
 from embedcache.dataset.inputs import to_inputs
 from embedcache.derive.rules import Block, Rule, open_rule, to_items
-from embedcache.derive.runs import RUN
 from embedcache.encoders.base import Encoder, background_of
-from embedcache.encoders.open import DERIVED, IMPORTED, EncoderSpec, feature_names, reopen_encoder
+from embedcache.encoders.open import DERIVED, IMPORTED, RUN, EncoderSpec, feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, ItemError, PathError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.modalities import MODALITIES, noun

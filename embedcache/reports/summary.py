@@ -16,10 +16,12 @@ from embedcache.modalities import MODALITIES, noun
 from embedcache.outputs import read_metadata, read_report_json
 from embedcache.provenance import fields_of, read_json, read_stage, recognize
 from embedcache.search.card import read_card
+from embedcache.settings import flat_settings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED
 from embedcache.store.feature import Feature
 from embedcache.store.tables import open_table, read_table
+from embedcache.train.settings import TrainSettings
 from embedcache.units import format_bytes, metric_label
 
 _FEATURE_COLUMNS = ("feature", "modality", "shape", "dtype", "chunks", "failed", "bytes")
@@ -260,13 +262,17 @@ def _summarize_study(path: Path) -> Summary:
     study = read_report_json(path / "study.json")
     report = read_report_json(path / "report.json") if (path / "report.json").is_file() else {}
     counts = ", ".join(f"{count:,} {state}" for state, count in report.get("counts", {}).items())
+    names = {item.stored_name: item.name for item in flat_settings(TrainSettings)}
     lines = [
         f"{path}: sampler {study['sampler']}, pruner {study['pruner']}, seed {study['seed']}",
-        f"searched: {', '.join(study['space']['space'])}",
+        f"searched: {', '.join(names.get(name, name) for name in study['space']['space'])}",
         f"trials: {counts}" if counts else "not finished: run the same embedcache sweep again",
     ]
     best = report.get("best", [])
-    rows = [[str(trial["trial"]), f"{trial['score']:.3f}", _values(trial["params"])] for trial in best]
+    rows = []
+    for trial in best:
+        values = {names.get(name, name): value for name, value in trial["params"].items()}
+        rows.append([str(trial["trial"]), f"{trial['score']:.3f}", _values(values)])
     notes = [f"to train the best again: {report['winner']['command']}"] if report.get("winner") else []
     return Summary(
         kind="study",

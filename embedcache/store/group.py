@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.axis import Axis
-from embedcache.encoders.open import DERIVED
+from embedcache.encoders.open import DERIVED, RUN
 from embedcache.errors import ArtifactError, CorruptError, DataError, EmbedcacheError, PathError
 from embedcache.files import is_remote
 from embedcache.provenance import check_same, digest
@@ -81,6 +81,11 @@ class EncoderGroup:
     def is_derived(self) -> bool:
         """Whether the features were computed from other features of the cache."""
         return self.fingerprint.get("family") == DERIVED
+
+    @property
+    def is_from_run(self) -> bool:
+        """Whether a trained run computed the features."""
+        return self.is_derived and self.fingerprint.get("model") == RUN
 
     @property
     def is_imported(self) -> bool:

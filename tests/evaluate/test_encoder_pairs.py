@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from embedcache.arrays import Array, Ints, normalize
 from embedcache.cli.main import app
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
+from embedcache.derive.derive import derive_from_run
 from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.evaluate.encoder_pairs import METRICS, PairMetrics, PairsReport, _assign_blocks, evaluate_pairs
 from embedcache.evaluate.retrieval import evaluate_retrieval
@@ -219,6 +221,17 @@ def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     next((tmp_path / "c" / "image" / "open_toy" / "chunks").glob("*.parquet")).unlink()
     with pytest.raises(UnfinishedError, match=r"expected a complete image feature, got none; .*open_other/cls"):
         compare(tmp_path / "c", split=key)
+
+
+def test_feature_of_a_run_is_compared_only_by_name(cache_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache_path, tmp_path / "c")
+    split = SplitSettings(kind="key", val_fraction=0.25)
+    derive_from_run(tmp_path / "c", trained_run(tmp_path / "c", tmp_path / "run", split))
+    report = compare(tmp_path / "c", text_feature=TEXTS[0], split=split, resamples=20)
+    assert [pair.image for pair in report.pairs] == [*IMAGES]
+    assert "run-projected/projected was computed by a run" in report.skipped[0]
+    named = compare(tmp_path / "c", image_feature="run-projected", text_feature=TEXTS[0], split=split, resamples=20)
+    assert [pair.image for pair in named.pairs] == ["run-projected/projected"]
 
 
 def test_cache_without_a_modality_raises(tmp_path: Path) -> None:

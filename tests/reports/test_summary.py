@@ -30,6 +30,12 @@ def test_artifact_is_recognized(name: str, kind: str, line: str, row: str | None
     assert json.loads(json.dumps(summary.record))["path"] == str(ARTIFACTS / name)
 
 
+def test_settings_of_a_study_have_the_names_of_options() -> None:
+    summary = summarize(ARTIFACTS / "study")
+    assert summary.lines[1] == "searched: lr, shared_width"
+    assert all(row[2].startswith("lr 0.0") for row in summary.rows)
+
+
 @pytest.mark.parametrize("name", ["losses", "space.toml", "kept.removed.parquet", "run/split.parquet"])
 def test_other_files_are_refused(name: str) -> None:
     with pytest.raises(PathError, match="expected a"):
