@@ -234,7 +234,8 @@ def test_invalid_coverage_raises(cache_path: Path, prompts: Path, labeled: Path,
         of_texts(cache_path, prompts, k=301)
     with pytest.raises(
         DataError,
-        match=r"none of 300 texts .* of 6 concepts; the closest .*: highest similarity 0\.\d+, threshold 0.999",
+        match=r"none of 300 texts .* of 6 concepts; the closest .*: highest similarity (0\.\d+), threshold 0.999; "
+        r"the highest similarity of all is \1; give",
     ):
         of_texts(cache_path, prompts, threshold=0.999)
     other = prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2")

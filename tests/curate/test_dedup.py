@@ -153,6 +153,10 @@ def test_analyze_levels(copied: Path, tmp_path: Path) -> None:
     of_limit = {level.cosine: level for level in replace(analysis, near=near).levels()}
     assert [of_limit[cosine].num_near for cosine in (0.95, 0.97, 0.98)] == [5, 5, 0]
     assert [of_limit[cosine].num_gone is None for cosine in (0.95, 0.97)] == [True, False]
+    for highest, expected in (([0.5, 0.5], 0.5), ([0.5, 1.25], 1.0), ([0.5], None)):
+        two = replace(analysis.near, highest=np.array(highest, np.float32))
+        assert replace(analysis, near=two).highest == expected
+    assert replace(analysis, near=None).highest is None
 
 
 def test_too_many_pairs(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,7 @@ def test_recall_equals_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert near.recall is not None
     assert near.recall.value == pytest.approx(len(pairs_of(near.pairs) & true) / len(true), abs=0.01)
     assert 0.1 < near.recall.value < 0.95
+    assert near.recall.num_items == 1000
     assert near.complete < 1
 
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from embedcache.arrays import normalize
-from embedcache.dataset import near_duplicate_groups
+from embedcache.dataset import near_duplicate_groups, splits
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import PARTS, Split, draw_groups, read_split, write_split
+from embedcache.dataset.splits import PARTS, Split, draw_groups, make_split, read_split, write_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -21,6 +21,9 @@ from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 TOY_FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
+
+
+FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
 
 
 def split_of(cache_path: Path, settings: SplitSettings) -> Split:
@@ -119,6 +122,29 @@ def test_column_split(tmp_path: Path) -> None:
         assert ((parts == "test") == (column == "test")).all()
         assert ((parts == "") == (column == "restval")).all()
         assert (parts == "val").sum() == round(fraction * (column == "train").sum())
+    pairs = open_data([tmp_path / "c"], FEATURES, memory_bytes=10**9).pairs(None)
+    names = pa.chunked_array([["train", "test"] * 30])
+    for column, message in ((names, ""), (pa.chunked_array([["test"] * 60]), "expected train and test, got test")):
+        cache = Cache(tmp_path / "c")
+        cache._sample_columns["split"] = column
+        if message:
+            with pytest.raises(SourceError, match=message):
+                make_split([cache], pairs, SplitSettings(kind="column"), {})
+        else:
+            split = make_split([cache], pairs, SplitSettings(kind="column", val_fraction=0.1), {})
+            assert [split.parts.count(part) for part in ("train", "val", "test")] == [27, 3, 30]
+
+
+def test_languages_are_those_of_the_captions(two_caches: list[Path]) -> None:
+    data = open_data(two_caches[:1], FEATURES, memory_bytes=10**9)
+    languages = pa.chunked_array([["en", None] * 10 + ["de", "en"] * 10])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splits, "caption_languages", lambda _: languages)
+        pairs = data.pairs(None)
+        assert splits._languages(data.caches, pairs, ["image", "text"]) == ["de", "en"]
+        assert splits._languages(data.caches, pairs, ["image", "audio"]) == []
+        some = pairs.select(np.arange(20))
+        assert splits._languages(data.caches, some, ["image", "text"]) == ["en"]
 
 
 def test_strict_split_joins_by_any_caption(tmp_path: Path) -> None:

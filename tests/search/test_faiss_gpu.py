@@ -83,6 +83,15 @@ def test_kinds_that_gpus_have(factory: str, reason: str) -> None:
     assert faiss_gpu.gpu_obstacle(faiss.index_factory(48, factory, faiss.METRIC_INNER_PRODUCT)) == reason
 
 
+def test_lengths_of_codes_that_gpus_have() -> None:
+    """Check them against FAISS's `IVFPQ::isSupportedPQCodeLength`."""
+    found = []
+    for length in range(1, 130):
+        index = faiss.index_factory(length, f"IVF4,PQ{length}", faiss.METRIC_INNER_PRODUCT)
+        found += [] if faiss_gpu.gpu_obstacle(index) else [length]
+    assert found == [1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96]
+
+
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 @pytest.mark.parametrize("factory", [*(f"IVF4,{codes}" for codes in WITH_LISTS), "IVF4_HNSW32,SQfp16", "RR48,IVF4,SQ8"])
 def test_adding_with_a_gpu_ends_with_the_same_bytes(

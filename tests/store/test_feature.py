@@ -287,6 +287,15 @@ def test_integers_read_back(tmp_path: Path, item_shape: tuple[int, ...]) -> None
         assert (feature.load()[3] == -1).all()
 
 
+def test_cast_item_copies_what_keeps_a_batch_in_memory() -> None:
+    batch = np.ones((5, 3), np.float16)
+    own = batch[0].copy()
+    assert cast_item(own, (3,), "float16", "f") is own
+    copied = cast_item(batch[0], (3,), "float16", "f")
+    assert copied.base is None
+    assert cast_item(own, (3,), "float32", "f").dtype == np.float32
+
+
 def test_cast_item_large_value_in_float32() -> None:
     assert cast_item(np.full(3, 70_000, np.float32), (3,), "float32", "a/b").max() == 70_000
 

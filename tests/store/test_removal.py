@@ -12,6 +12,7 @@ from embedcache.sources import open_source
 from embedcache.store import removal
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, hash_item
+from embedcache.store.compacted import table_path
 from embedcache.store.indexing import index, update_path
 from embedcache.store.layout import commit_path, read_info
 from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
@@ -149,16 +150,42 @@ def test_chunks_that_were_not_moved_are_moved_by_the_next(
     assert tree(cache) == tree(whole)
 
 
+def test_table_of_commits_goes_before_the_first_chunk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.store.group.MIN_CHUNKS", 1)
+    (group,) = Cache(cache).encoders("image")
+    group.compact()
+    assert table_path(group.path).is_file()
+    start(cache)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(removal, "put_file", stop)
+        with pytest.raises(KeyboardInterrupt):
+            apply_removal(cache, "digest")
+    assert not table_path(group.path).exists()  # it repeats hashes
+    apply_removal(cache, "digest")
+    finish_removal(cache)
+    assert table_path(group.path).is_file()
+    assert verify(Cache(cache)) == []
+
+
 def test_chunk_without_commit_loses_its_arrays(cache: Path) -> None:
     commit = commit_path(cache / "image/open_toy", 1)
     commit.unlink()
     values = [path for path in (cache / "image/open_toy").rglob("c/1/*") if path.is_file()]
     assert values
+    ragged = cache / "text/open_toy"
+    commit_path(ragged, 1).unlink()
+    tokens = [ragged / "tokens/lengths/c/1", *(ragged / "tokens/values/00001").rglob("*")]
+    values += [path for path in tokens if path.is_file()]
+    assert len(values) >= 4
     remove(cache, np.array([33]))
     assert not any(path.exists() for path in values)
     assert not commit.exists()
     assert Cache(cache).feature("image", "open_toy/cls").valid.sum() == 32
-    assert Cache(cache).feature("text", "open_toy/mean").valid.sum() == 39
+    assert Cache(cache).feature("text", "open_toy/mean").valid.sum() == 32
 
 
 def test_nothing_starts_on_what_is_damaged_or_unfinished(cache: Path) -> None:

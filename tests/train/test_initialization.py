@@ -159,3 +159,8 @@ def test_many_pairs_are_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch) -> N
     image = pair.tower("image")
     assert isinstance(image, Tower)
     np.testing.assert_allclose(image.mean, normalize(IMAGES[sorted(set(read))]).mean(axis=0), atol=1e-6)
+
+
+def test_a_million_pairs_are_all_read() -> None:
+    assert len(initialization._thin_out(np.arange(2**20))) == 2**20
+    assert len(initialization._thin_out(np.arange(2**20 + 1))) == pytest.approx(2**19, rel=0.02)

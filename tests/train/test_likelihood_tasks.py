@@ -176,6 +176,8 @@ def test_texts_that_cannot_be_read_are_refused_before_any_step(squares: Squares)
     task.check()
     with pytest.raises(DataError):
         replace(task, train=two).check()
+    masked = squares.task("masked", "masked", "texts")
+    replace(masked, train=two).check()  # its texts are not read
     squares.task("retrieve", "retrieve", "captions").check()
 
 

@@ -26,6 +26,8 @@ from embedcache.train.modules import ModuleReport, fitted_name
 from embedcache.train.pair import PairTask, Validation
 from embedcache.train.segmentation import PointData, SegmentationTask
 from embedcache.train.settings import FitSettings, LossSettings, MachineSettings, OptimizerSettings
+from embedcache.train.speech import SpeechTask
+from embedcache.train.speech_batches import SpeechAugmentation
 from embedcache.train.train import TrainReport
 from embedcache.train.trainer import _BestWeights, _threads, learning_rate
 from tests.store.features import random_items, write_feature
@@ -274,3 +276,33 @@ def test_parts_of_a_large_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 def test_fitted_arrays_are_named_by_the_start_of_their_digest() -> None:
     assert fitted_name({"weights": "0123456789abcdef0123"}) == "fit-0123456789abcdef.safetensors"
+
+
+def test_frames_are_taken_with_their_points() -> None:
+    lengths = np.array([2, 3, 1])
+    data = PointData(features={"image": np.arange(6.0)[:, None]}, labels_N=np.arange(6), lengths_G=lengths)
+    for first, last, rows in ((0, 1, [0, 1]), (1, 3, [2, 3, 4, 5]), (0, 3, list(range(6))), (2, 2, [])):
+        part = data.frames(first, last)
+        assert part.labels_N.tolist() == part.features["image"][:, 0].tolist() == rows
+        assert part.lengths_G.tolist() == lengths[first:last].tolist()
+
+
+@pytest.mark.parametrize(("batch_size", "count", "steps"), [(None, 32, 1), (None, 33, 2), (4, 9, 3)])
+def test_a_batch_of_speech_has_32_utterances(batch_size: int | None, count: int, steps: int) -> None:
+    module, utterances = nn.Linear(2, 3), SimpleNamespace(symbols=[np.zeros(2)] * count)
+    settings = from_flat(FitSettings, {"batch_size": batch_size})
+    task = SpeechTask(module, utterances, utterances, settings, augmentation=SpeechAugmentation())  # type: ignore[arg-type]
+    assert task.loader.num_steps == steps
+    assert task.forward_flops == 2 * (batch_size or 32) * 75 * 9
+
+
+@pytest.mark.parametrize("consistency", [0.0, 0.1])
+def test_heads_are_equal_where_one_imitates_the_other(consistency: float) -> None:
+    torch.manual_seed(0)
+    data = PointData(features={"image": np.zeros((6, 3))}, labels_N=np.arange(6) % 3, lengths_G=np.array([6]))
+    module = PointNetworks(widths={"image": 3}, num_classes=3)
+    settings = from_flat(FitSettings, {})
+    task = SegmentationTask(module, data, {"image": data.labels_N}, settings, consistency=consistency)
+    assert task.objective is task.objective
+    network = module["image"]
+    assert torch.equal(network.mimic_head.weight, network.head.weight) == bool(consistency)

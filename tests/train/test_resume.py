@@ -18,7 +18,8 @@ import torch
 from embedcache.errors import CorruptError, FingerprintError, PathError, SettingError
 from embedcache.provenance import read_json
 from embedcache.train import trainer
-from embedcache.train.checkpoint import checkpoint_path, load_checkpoint
+from embedcache.train.checkpoint import checkpoint_path, load_checkpoint, name_device
+from embedcache.train.settings import MachineSettings
 from tests.cli.run import embedcache
 from tests.crash import start
 from tests.edits import edit_record
@@ -206,6 +207,9 @@ def test_auto_device_is_that_of_the_run(cache_path: Path, whole: Path, tmp_path:
     checkpoint_path(stopped).touch()
     with pytest.raises(SettingError, match="device 'cuda' is not available"):
         run(cache_path, stopped)
+    assert name_device(MachineSettings(device="cpu"), stopped).device == "cpu"
+    checkpoint_path(stopped).unlink()
+    assert name_device(MachineSettings(), stopped).device == "cpu"  # nothing to resume
 
 
 def test_float16_resumes(cache_path: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from embedcache.arrays import Inputs
+from embedcache.dataset.inputs import InputFeature
 from embedcache.derive.derive import derive_from_run
 from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
 from embedcache.networks.saved import load_module
@@ -262,6 +263,20 @@ def test_an_unknown_view_is_named(caches: tuple[Path, Path], tmp_path: Path) -> 
     augmentation = SpeechAugmentation(views={"audio": {"plain": 0.5, QUIET: 0.5}})
     with pytest.raises(UnknownNameError, match="view of the audio"):
         train_speech(*data, tmp_path / "run", recipe(augmentation=augmentation), fit_settings())
+
+
+def test_features_are_read_into_memory_unless_told_otherwise(
+    caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, features, loaded = Cache(caches[1]), {"audio": FEATURES["audio"]}, []
+    load = InputFeature.load
+    monkeypatch.setattr(InputFeature, "load", lambda feature: loaded.append(feature.name) or load(feature))
+    mapped = open_utterances(cache, features, in_memory=False).streams["audio"]
+    assert loaded == []
+    read = open_utterances(cache, features).streams["audio"]
+    assert loaded == [FEATURES["audio"]]
+    rows, views = mapped.rows(np.arange(3)), np.zeros(3, np.int64)
+    np.testing.assert_array_equal(mapped.read(rows, views).values, read.read(rows, views).values)
 
 
 def test_a_feature_without_time_is_refused(caches: tuple[Path, Path]) -> None:

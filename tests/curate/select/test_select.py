@@ -40,6 +40,11 @@ def test_selection_metadata(around: dict[str, Path], tmp_path: Path) -> None:
     assert (record["method"], record["modality"], record["feature"]) == ("rare-first", "text", TEXT_FEATURE)
     assert record["settings"]["per_concept"] == 5
     assert "concept '" in table["reason"][0].as_py()
+    inputs = (record["within"], record["concepts"], record["target"], record["run"])
+    assert inputs == (None, str(around["concepts"]), None, None)
+    chosen(around, tmp_path / "b.parquet", budget=3, selection=tmp_path / "a.parquet")
+    record = json.loads(pq.read_schema(tmp_path / "b.parquet").metadata[b"embedcache"])
+    assert (record["within"], record["concepts"]) == (str(tmp_path / "a.parquet"), None)
 
 
 def test_budget_as_fraction(around: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""Commits by themselves: hashes of items, the digest of all that they say, and commits of fewer or more rows."""
+
+import hashlib
+from typing import Any
+
+import pytest
+
+from embedcache.provenance import canonical_json
+from embedcache.store.commits import NOT_YET, Commit, _digest, hash_item
+
+
+def made(**values: Any) -> Commit:
+    return Commit(
+        **{
+            "chunk": 2,
+            "encoder": "e" * 64,
+            "index_digest": "d" * 64,
+            "features": {"b": {"b/c/2": "0a"}, "a": {}},
+            "hashes": [b"\x01" * 16, None, b"\xff" * 16],
+            "failures": {"b": [None, 'of "type"', None], "a": ["x", "y", None]},
+            "attributes": {"a": "1", "b": "2"},
+            **values,
+        }
+    )
+
+
+def test_digest_is_that_of_the_canonical_json() -> None:
+    commit = made()
+    hashes = [None if value is None else value.hex() for value in commit.hashes]
+    failures = {name: list(commit.failures[name]) for name in ("a", "b")}
+    content = [commit.chunk, commit.encoder, commit.index_digest, commit.features, hashes, failures]
+    assert _digest(commit) == hashlib.sha256(canonical_json(content)).hexdigest()
+    assert _digest(made(chunk=3)) != _digest(commit) == _digest(made(attributes={}))
+
+
+def test_hashes_of_items_and_of_intervals() -> None:
+    assert hash_item(b"x") == hash_item(b"x", interval=(None, None)) == hashlib.blake2b(b"x", digest_size=16).digest()
+    assert hash_item(b"x", interval=(0.5, None)) == hashlib.blake2b(b"x[0.5,null]", digest_size=16).digest()
+    assert hash_item(b"x", interval=(None, 2.0)) == hashlib.blake2b(b"x[null,2.0]", digest_size=16).digest()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5])
+def test_rows_that_were_appended_are_not_yet_computed(num_rows: int) -> None:
+    commit, kept = made(), min(num_rows, 3)
+    resized = commit.resize(num_rows)
+    assert (resized is commit) == (num_rows == 3)
+    assert list(resized.hashes) == [*commit.hashes[:kept], *[None] * (num_rows - kept)]
+    for name, reasons in commit.failures.items():
+        assert list(resized.failures[name]) == [*reasons[:kept], *[NOT_YET] * (num_rows - kept)]
+    assert resized.is_complete("a") == (num_rows <= 3)
+    assert not resized.is_complete("c")
+
+
+def test_used_rows_have_a_feature() -> None:
+    assert made().used_rows() == [0, 2]
+    without = made().without(["b"])
+    assert (without.features, without.attributes) == ({"a": {}}, {"a": "1"})
