@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -131,12 +132,28 @@ def disk_full_message(disk: str = "") -> str:
     return f"no space left on the disk{disk}; finished work is kept: free some space and rerun the same command"
 
 
+def check_regular(path: Path) -> None:
+    """Check that a file is no pipe, device or socket, also behind a link: reading one may never end.
+
+    Raises:
+        OSError: it is one, or there is no such file.
+    """
+    if not is_remote(path):
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder is an error in any case
+            raise OSError(errno.EINVAL, "expected a regular file, got a pipe or a device", str(path))
+
+
 def read_file(path: Path) -> bytes:
     """Read a whole file; behind a URL with one request, where `Path.read_bytes` asks for the size first.
 
-    A file that does not exist raises `FileNotFoundError` after that request, without a listing.
+    A file that does not exist raises `FileNotFoundError` after that request, without a listing. Pipes and devices are
+    not read: see `check_regular`.
     """
-    return bytes(path.fs.cat_file(path.path)) if is_remote(path) else path.read_bytes()  # type: ignore[attr-defined]
+    if is_remote(path):
+        return bytes(path.fs.cat_file(path.path))  # type: ignore[attr-defined]
+    check_regular(path)
+    return path.read_bytes()
 
 
 def read_limited(path: Path, max_bytes: int = 2**28) -> bytes:
@@ -144,6 +161,7 @@ def read_limited(path: Path, max_bytes: int = 2**28) -> bytes:
     if is_remote(path):
         data = read_file(path)
     else:
+        check_regular(path)
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
     if len(data) > max_bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, FingerprintError, PathError
-from embedcache.files import io_reason, make_folder, read_limited, remove_partials, write_atomic
+from embedcache.files import check_regular, io_reason, make_folder, read_limited, remove_partials, write_atomic
 from embedcache.registry import used_plugins
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def digest(value: Any) -> str:
 
 def digest_file(path: Path) -> str:
     """Return the SHA-256 of the bytes of a file as 64 hex digits."""
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

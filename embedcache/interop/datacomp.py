@@ -12,6 +12,7 @@ from embedcache.curate.select.export import to_uids
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError
+from embedcache.files import check_regular
 from embedcache.interop.imported import FileGroup, VectorImport
 from embedcache.interop.npy import open_npz, report_damage
 from embedcache.store.cache import Cache
@@ -92,6 +93,7 @@ def _as_bytes(uids: Array) -> pa.Array:
 def _read_uids(path: Path) -> Array:
     """Return the uids in a list, each once."""
     with report_damage(path):
+        check_regular(path)
         uids = np.load(path, allow_pickle=False)
     if not isinstance(uids, np.ndarray) or uids.dtype != np.dtype("u8,u8") or uids.ndim != 1:
         kind = f"{uids.dtype} shaped {uids.shape}" if isinstance(uids, np.ndarray) else "several arrays"

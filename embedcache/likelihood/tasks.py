@@ -192,7 +192,7 @@ class TaskFile:
         if isinstance(names, str):
             path = self._resolve(names)
             try:
-                text = path.read_text(encoding="utf-8")
+                text = read_limited(path).decode()
             except (OSError, UnicodeDecodeError) as error:
                 raise PathError(
                     f"candidates: expected a list, or a text file with one per line, got {path}: {one_line(error)}"

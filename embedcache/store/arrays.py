@@ -20,7 +20,7 @@ import numpy as np
 
 from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, PathError, UnfinishedError
-from embedcache.files import is_remote, read_file, write_atomic, write_blocks
+from embedcache.files import check_regular, io_reason, is_remote, read_file, write_atomic, write_blocks
 from embedcache.provenance import read_json
 
 if TYPE_CHECKING:
@@ -170,6 +170,8 @@ def open_chunk(
         mapped, identity = (read_file(path), None) if is_remote(path) else _map(path)
     except FileNotFoundError as error:
         raise UnfinishedError(f"{path} is committed but missing; run the same embedcache extract again") from error
+    except OSError as error:
+        raise PathError(f"cannot read {path}: {io_reason(error)}") from error
     except ValueError as error:  # an empty file cannot be mapped
         raise CorruptError(f"{path}: expected {num_bytes + CRC_BYTES} bytes, got an empty file; {REPAIR}") from error
     if len(mapped) != num_bytes + CRC_BYTES:
@@ -239,6 +241,7 @@ def skips_checksums() -> bool:
 
 def _map(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
     """Map a file; return it with what changes when the file is written again."""
+    check_regular(path)
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

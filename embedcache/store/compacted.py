@@ -25,6 +25,7 @@ from embedcache.store.checksums import column_checksum
 from embedcache.store.columns import HASH, HASH_BYTES, Column, is_missing, to_array, to_bytes
 from embedcache.store.commits import Commit, commit_metadata, make_commit, read_commit
 from embedcache.store.layout import commit_name, commit_path
+from embedcache.store.tables import open_table
 
 MIN_CHUNKS = 1000
 """Encoders with fewer chunks have no table."""
@@ -126,7 +127,7 @@ def check_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> str | 
     """
     path = table_path(encoder_folder)
     try:
-        with pq.ParquetFile(path) as file:
+        with open_table(path) as file:
             if _CHECKSUMS.encode() not in (file.metadata.metadata or {}):
                 return None  # of an earlier version: nothing reads it
             for group, checksums in enumerate(_read_checksums(file)):
@@ -150,7 +151,7 @@ def _iterate_commits(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> Itera
     """Iterate over the chunks whose commits have these stamps, with the commits; raises errors of `_UNREADABLE`."""
     columns = [name for name in _SCHEMA.names if name not in _HASH_COLUMNS]
     path = table_path(encoder_folder)
-    with pq.ParquetFile(path) as file:
+    with open_table(path) as file:
         for group, checksums in enumerate(_read_checksums(file)):
             load = cache(partial(_read_hashes, path, group, checksums))
             table = _read_group(file, group, columns, checksums)
@@ -222,7 +223,7 @@ class _Failures:
 def _read_hashes(path: Path, group: int, checksums: Mapping[str, str]) -> Sequence[pa.Array] | None:
     """Read the hashes of a row group; None if the table is not the one that was opened, or is damaged."""
     try:
-        with pq.ParquetFile(path) as file:
+        with open_table(path) as file:
             table = _read_group(file, group, _HASH_COLUMNS, checksums)
     except _UNREADABLE:
         return None

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, one_line
-from embedcache.files import io_reason, is_remote
+from embedcache.files import check_regular, io_reason, is_remote
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import digest
 from embedcache.sources.base import FileItem
@@ -30,6 +30,8 @@ def open_table(file: Path | BytesIO, metadata: pq.FileMetaData | None = None) ->
     pool had started aborted in 2 of 30 runs (pyarrow 26, with torch imported).
     """
     if isinstance(file, BytesIO) or not is_remote(file):
+        if not isinstance(file, BytesIO):
+            check_regular(file)
         with pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True) as table:
             yield table
         return

@@ -1,5 +1,6 @@
 """Random damage to every file of a cache, a run and an index: readers give the same numbers or a clear error."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import EmbedcacheError
 from embedcache.evaluate.runs import load_runs, read_run_split
 from embedcache.provenance import read_stage
+from embedcache.registry import trust_package
 from embedcache.reports.summary import summarize
 from embedcache.search.search import OpenIndex
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
+from tests.crash import start_call
 
 FEATURES = (
     ("image", "open_toy/cls"),
@@ -134,3 +137,33 @@ def test_same_numbers_or_a_clear_error(folder: Path, seed: int) -> None:
             file.write_bytes(content)
     assert num_refused > 5
     assert list(read_all(folder)) == expected
+
+
+PIPES = (
+    *("cache/samples.parquet", "cache/image/open_toy/zarr.json", "cache/image/open_toy/chunks/00001.parquet"),
+    *("cache/image/open_toy/cls/c/1/0", "cache/text/open_toy/tokens/lengths/c/0"),
+    *("run/config.json", "run/model.safetensors", "index/card.json"),
+)
+
+
+def test_pipes_and_devices_are_not_read(folder: Path) -> None:
+    process = start_call(refuse_pipes, folder)  # reading one would never end
+    process.join(120)
+    process.kill()
+    assert process.exitcode == 0
+
+
+def refuse_pipes(folder: Path) -> None:
+    """Replace each of these files by a pipe or a device, which no reader must read and `verify` must find."""
+    trust_package("tests")
+    for number, name in enumerate(PIPES):
+        path = folder / name
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path) if number % 2 else path.symlink_to("/dev/zero")
+        with pytest.raises(EmbedcacheError):
+            list(read_all(folder))
+        if name.startswith("cache/"):
+            assert verify(Cache(folder / "cache"))
+        path.unlink()
+        path.write_bytes(content)
