@@ -46,7 +46,7 @@ def check_output(path: Path, *, overwrite: bool = True) -> None:
         return
     if path.is_dir():
         raise PathError(f"{path}: expected a file, got a folder; name a file in it")
-    if not _is_output(path):
+    if not is_output(path):
         raise PathError(
             f"{path}: expected a new file, got one that exists and is no output of embedcache that can be recognized; "
             "name another file, or remove this one first"
@@ -127,8 +127,8 @@ def read_metadata(path: Path, metadata: Mapping[bytes, bytes] | None) -> dict[st
     return record
 
 
-def _is_output(path: Path) -> bool:
-    """Return whether a file carries the mark of an output."""
+def is_output(path: Path) -> bool:
+    """Return whether a file carries the mark of an output of embedcache, and is no link."""
     if not is_remote(path) and (path.is_symlink() or not path.is_file()):
         return False
     with path.open("rb") as file:

@@ -7,7 +7,7 @@ that the same removal finishes one that was killed.
 import io
 import json
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Bools
-from embedcache.errors import CorruptError, DataError, PathError, SettingError
-from embedcache.files import remove_leftovers, remove_partials, replacing
+from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
+from embedcache.files import check_regular, read_file, remove_leftovers, remove_partials, replacing
 from embedcache.interop.npy import open_npy, report_damage, write_array
+from embedcache.outputs import is_output
 from embedcache.progress import NullProgress
 from embedcache.provenance import DIGEST, digest_file, read_record, write_json, write_record
 from embedcache.store.layout import CacheInfo
 from embedcache.store.tables import open_table, table_errors
 
 _BLOCK = 8192
+_ROWS = "rows.parquet"
+_METADATA = "metadata/metadata_*.parquet"
 _TARS = "*.tar"
 _MANIFESTS = ("config.json", "study.json")
 _KEPT_KEY = "kept_key"
@@ -42,20 +45,45 @@ def remove_from(path: Path, keys: Collection[str]) -> int:
         keys: keys of the samples.
 
     Raises:
-        PathError: the path does not exist, or is none of these.
+        PathError: the path does not exist, is none of these, or is a link.
         DataError: the file holds positions of other rows, so that it must be exported again.
+        CorruptError: it is damaged.
     """
+    return _remover(path)(path, keys)
+
+
+def check_removable(path: Path) -> None:
+    """Check that a path is of a kind that `remove_from` takes, or raise its errors; the content is not read."""
+    _remover(path)
+
+
+def _remover(path: Path) -> Callable[[Path, Collection[str]], int]:
+    """Return the function that removes samples from a path of this kind."""
+    _check_no_link(path)
     if path.is_dir():
-        return _remove_from_folder(path, keys)
+        return _folder_remover(path)
     if not path.is_file():
         raise PathError(f"{path} does not exist; expected a selection or an export")
     if path.suffix == ".parquet":
-        return _remove_from_parquet(path, keys)
+        if not is_output(path):
+            raise PathError(
+                f"{path}: expected a selection or an export, got a table that embedcache did not write; remove the "
+                "samples from it by yourself"
+            )
+        with table_errors(path), open_table(path) as file:
+            _check_columns(path, file.schema_arrow.names)
+        return _remove_from_parquet
     if path.suffix == ".npy":
-        return _remove_from_uids(path, keys)
+        return _remove_from_uids
     if path.suffix in (".json", ".html", ".htm"):
         raise PathError(f"{path}: expected a selection or an export, got a report; delete it, and make it again")
-    return _remove_from_list(path, keys)
+    return _remove_from_list
+
+
+def _check_no_link(path: Path) -> None:
+    """Check that a path is no link: the file behind it would keep the samples."""
+    if path.is_symlink():
+        raise PathError(f"{path}: expected a file or a folder, got a link to {path.resolve()}; name that one")
 
 
 def remove_from_run(folder: Path, keys: Collection[str], info: CacheInfo) -> int:
@@ -74,13 +102,8 @@ def remove_from_run(folder: Path, keys: Collection[str], info: CacheInfo) -> int
         SettingError: the run was not trained on the cache.
         CorruptError: its manifest has changed since it was written.
     """
+    manifest, record = check_run(folder, info)
     remove_partials(folder)
-    manifest = next((folder / name for name in _MANIFESTS if (folder / name).is_file()), None)
-    if manifest is None:
-        raise PathError(f"{folder}: expected a finished run or study, got none; finish it, or delete it")
-    record = read_record(manifest, next_step="restore the file")
-    if not any(map(info.has_rows_of, str(record.get("spine", "")).split("+"))):
-        raise SettingError(f"run: expected one that was trained on this cache, got {folder}")
     had_digest = record.pop(DIGEST, None) is not None
     count = 0
     split = folder / "split.parquet"
@@ -88,13 +111,25 @@ def remove_from_run(folder: Path, keys: Collection[str], info: CacheInfo) -> int
         count += _remove_from_parquet(split, keys, rows_of=info)
         if isinstance(record.get("split"), str):
             record["split"] = digest_file(split)
-    for selection in sorted(folder.glob("selection.*")):
-        count += remove_from(selection, keys)
+    for selection in sorted(folder.glob("selection.*")):  # a copy of what the user gave, which may be any table of keys
+        remove = _remove_from_parquet if selection.suffix == ".parquet" else _remover(selection)
+        count += remove(selection, keys)
         given = record.get("given")
         if isinstance(given, dict) and "selection" in given:
             given["selection"] = digest_file(selection)
     _write_manifest(manifest, record, has_digest=had_digest)
     return count
+
+
+def check_run(folder: Path, info: CacheInfo) -> tuple[Path, dict[str, Any]]:
+    """Return the manifest of a finished run or study on a cache, and its content; the errors of `remove_from_run`."""
+    manifest = next((folder / name for name in _MANIFESTS if (folder / name).is_file()), None)
+    if manifest is None:
+        raise PathError(f"{folder}: expected a finished run or study, got none; finish it, or delete it")
+    record = read_record(manifest, next_step="restore the file")
+    if not any(map(info.has_rows_of, str(record.get("spine", "")).split("+"))):
+        raise SettingError(f"run: expected one that was trained on this cache, got {folder}")
+    return manifest, record
 
 
 def _write_manifest(path: Path, record: dict[str, Any], *, has_digest: bool) -> None:
@@ -112,10 +147,7 @@ def _remove_from_parquet(path: Path, keys: Collection[str], *, rows_of: CacheInf
     wanted, count = pa.array(sorted(keys), pa.string()), 0
     with table_errors(path), open_table(path) as file:
         schema = file.schema_arrow
-        if "key" not in schema.names:
-            raise PathError(f"{path}: expected a column key, got {', '.join(schema.names)}; name a selection or export")
-        if "neighbors" in schema.names:
-            raise DataError(f"{path} names neighbors by their position; delete it, and export it again")
+        _check_columns(path, schema.names)
         with _rewriting(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
             for number in range(file.num_row_groups):
                 table = file.read_row_group(number, use_threads=False)
@@ -136,9 +168,17 @@ def _remove_from_parquet(path: Path, keys: Collection[str], *, rows_of: CacheInf
     return count
 
 
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    if "key" not in names:
+        raise PathError(f"{path}: expected a column key, got {', '.join(names)}; name a selection or export")
+    if "neighbors" in names:
+        raise DataError(f"{path} names neighbors by their position; delete it, and export it again")
+
+
 @contextmanager
 def _rewriting(path: Path) -> Iterator[Path]:
     """Create a temporary path whose file replaces `path`; what a killed process left of one is removed."""
+    _check_no_link(path)
     remove_leftovers(path)
     with replacing(path) as temporary:
         yield temporary
@@ -150,13 +190,13 @@ def _set(table: pa.Table, name: str, values: Any) -> pa.Table:
 
 def _remove_from_list(path: Path, keys: Collection[str]) -> int:
     try:
-        lines = path.read_text().split("\n")
+        lines = read_file(path).decode().split("\n")
     except UnicodeDecodeError:
         raise PathError(f"{path}: expected a selection or an export, got a file of another kind") from None
-    kept = [line for line in lines if line not in keys]
+    kept = [line for line in lines if line.removesuffix("\r") not in keys]
     if len(kept) < len(lines):
         with _rewriting(path) as temporary:
-            temporary.write_text("\n".join(kept))
+            temporary.write_bytes("\n".join(kept).encode())
     return len(lines) - len(kept)
 
 
@@ -172,21 +212,31 @@ def _remove_from_uids(path: Path, keys: Collection[str]) -> int:
     return int((~is_kept).sum())
 
 
-def _remove_from_folder(folder: Path, keys: Collection[str]) -> int:
-    if (folder / "rows.parquet").is_file():
-        return _remove_from_arrays(folder / "rows.parquet", sorted(folder.glob("*.npy")), keys)
-    tables = sorted(folder.glob("metadata/metadata_*.parquet"))
-    if tables:
-        numbers = {table: table.stem.removeprefix("metadata_") for table in tables}
-        arrays = {table: sorted(folder.glob(f"*_emb/*_{number}.npy")) for table, number in numbers.items()}
-        return sum(_remove_from_arrays(table, arrays[table], keys) for table in tables)
-    tars = sorted(folder.glob(_TARS))
-    if tars:
-        return sum(_remove_from_tar(tar, keys) for tar in tars)
+def _folder_remover(folder: Path) -> Callable[[Path, Collection[str]], int]:
+    if (folder / _ROWS).is_file():
+        return _remove_from_npy
+    if any(folder.glob(_METADATA)):
+        return _remove_from_clip_retrieval
+    if any(folder.glob(_TARS)):
+        return _remove_from_tars
     raise PathError(
         f"{folder}: expected an export (rows.parquet with .npy files, metadata/ of clip-retrieval, or tars), got "
         "another folder; indexes are named with --index, runs with --run"
     )
+
+
+def _remove_from_npy(folder: Path, keys: Collection[str]) -> int:
+    return _remove_from_arrays(folder / _ROWS, sorted(folder.glob("*.npy")), keys)
+
+
+def _remove_from_clip_retrieval(folder: Path, keys: Collection[str]) -> int:
+    numbers = {table: table.stem.removeprefix("metadata_") for table in sorted(folder.glob(_METADATA))}
+    arrays = {table: sorted(folder.glob(f"*_emb/*_{number}.npy")) for table, number in numbers.items()}
+    return sum(_remove_from_arrays(table, arrays[table], keys) for table in numbers)
+
+
+def _remove_from_tars(folder: Path, keys: Collection[str]) -> int:
+    return sum(_remove_from_tar(tar, keys) for tar in sorted(folder.glob(_TARS)))
 
 
 def _remove_from_arrays(table_path: Path, arrays: list[Path], keys: Collection[str]) -> int:
@@ -219,13 +269,10 @@ def _kept_rows(path: Path, is_kept: Bools) -> Iterator[Any]:
 
 def _remove_from_tar(path: Path, keys: Collection[str]) -> int:
     """Write a shard again without samples, whose `.json` holds the key; the files of a sample share their stem."""
-    with tarfile.open(path) as tar:
+    with _shard_errors(path), tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
-        removed = {
-            _stem(member)
-            for member in members
-            if member.name.endswith(".json") and json.loads(_content(tar, member)).get("key") in keys
-        }
+        named = ((member, _key_of(tar, member)) for member in members if member.name.endswith(".json"))
+        removed = {_stem(member) for member, key in named if key in keys}
         if not removed:
             return 0
         with _rewriting(path) as temporary, tarfile.open(temporary, "w") as out:
@@ -233,6 +280,23 @@ def _remove_from_tar(path: Path, keys: Collection[str]) -> int:
                 if _stem(member) not in removed:
                     out.addfile(member, io.BytesIO(_content(tar, member)))
     return len(removed)
+
+
+@contextmanager
+def _shard_errors(path: Path) -> Iterator[None]:
+    """Raise errors of a shard as a `CorruptError`."""
+    check_regular(path)
+    try:
+        yield
+    except (tarfile.TarError, EOFError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptError(
+            f"{path}: expected a shard that embedcache wrote, got an error: {one_line(error)}; delete the folder, "
+            "and export it again"
+        ) from error
+
+
+def _key_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    return str(json.loads(_content(tar, member)).get("key"))
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import SettingError, UnknownNameError
+from embedcache.errors import CorruptError, SettingError, UnknownNameError
 from embedcache.files import AnyPath, folder_bytes, is_remote, open_path, remove_folder, remove_partials, user_folder
 from embedcache.locks import locked
 from embedcache.maintain.settings import PruneSettings
@@ -178,13 +178,24 @@ def _delete_feature(cache: Cache, entry: PrunedEntry) -> None:
 
 def _find_records(cache_path: Path, days: int) -> list[PrunedEntry]:
     """Return the records of stages that started before some days, but for those of removals."""
-    limit = datetime.now(UTC) - timedelta(days=days)
+    limit = datetime.now(UTC).timestamp() - days * _DAY_S
     kept = set((cache_path / "records").glob(_KEPT_RECORDS))
     return [
         PrunedEntry(name=path.name, kind="record", path=path, num_bytes=path.stat().st_size)
         for path in sorted((cache_path / "records").glob("*.json"))
-        if path not in kept and datetime.fromisoformat(str(read_stage(path)["started"])) <= limit
+        if path not in kept and _started(path) <= limit
     ]
+
+
+def _started(record: Path) -> float:
+    """Return when a stage started, in seconds since 1970; CorruptError if its record does not say it."""
+    text = str(read_stage(record).get("started"))
+    try:
+        return datetime.fromisoformat(text).astimezone().timestamp()
+    except (ValueError, OverflowError, OSError) as error:
+        raise CorruptError(
+            f"{record}: expected a time as started, got {text!r:.60}; delete this record, or restore it"
+        ) from error
 
 
 def _find_graphs(days: int) -> list[PrunedEntry]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.curate.map import FILE as map_file
-from embedcache.errors import DataError, PathError, SettingError, UnfinishedError
+from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.files import AnyPath, is_remote, open_path, remove_partials
-from embedcache.maintain.files import remove_from, remove_from_run
+from embedcache.maintain.files import check_removable, check_run, remove_from, remove_from_run
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -106,9 +106,10 @@ def plan_removal(
     for index in settings.indexes:
         _open_card(index, path)
     outputs = [*settings.indexes, *settings.selections, *settings.exports, *settings.runs]
-    for output in outputs:
-        if not output.exists():
-            raise PathError(f"{output} does not exist")
+    for output in (*settings.selections, *settings.exports):
+        check_removable(output)
+    for run in settings.runs:
+        check_run(run, read_info(path))
     return RemovalPlan(
         cache=path,
         rows=rows,

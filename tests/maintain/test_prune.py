@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.errors import SettingError, UnknownNameError
+from embedcache.errors import CorruptError, SettingError, UnknownNameError
 from embedcache.files import user_folder
 from embedcache.maintain.prune import plan_prune, prune_cache
 from embedcache.maintain.settings import PruneSettings
+from embedcache.provenance import write_json
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
@@ -107,6 +108,11 @@ def test_records_but_those_of_removals(cache: Path) -> None:
     assert not plan_prune(cache, PruneSettings(records=1)).entries
     assert len(prune_cache(cache, PruneSettings(records=0)).entries) == 2
     assert list(records.iterdir()) == [kept]
+    assert not plan_prune(cache, PruneSettings(records=2**31 - 1)).entries
+    for started in ({}, {"started": "x"}, {"started": "0001-01-01"}):
+        write_json(records / "extract-1.json", started)
+        with pytest.raises(CorruptError, match=r"extract-1.json: expected a time as started, got"):
+            plan_prune(cache, PruneSettings(records=0))
 
 
 def test_onnx_graphs_by_their_last_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from embedcache.errors import CorruptError, DataError, FingerprintError, PathErr
 from embedcache.maintain.files import remove_from
 from embedcache.maintain.remove import plan_removal, remove_samples
 from embedcache.maintain.settings import RemoveSettings
+from embedcache.outputs import to_metadata
 from embedcache.search.card import read_card
 from embedcache.search.faiss_index import read_index
 from embedcache.search.queries import Queries
@@ -205,6 +206,18 @@ def test_wrong_requests_change_nothing(copy: Path) -> None:
         plan_removal(copy / "c", KEYS, index=[copy / "c"])
     with pytest.raises(SettingError, match="record_keys: expected one of digest, none, full, got 'all'"):
         RemoveSettings(record_keys="all")  # type: ignore[arg-type]
+    pq.write_table(pa.table({"key": list(KEYS)}), copy / "mine.parquet")
+    (copy / "link.parquet").symlink_to(copy / "kept.parquet")
+    before = tree(copy)
+    for wrong, message in {
+        "mine.parquet": "got a table that embedcache did not write; remove the samples from it by yourself",
+        "c/samples.parquet": "got a table that embedcache did not write",  # also of another cache
+        "link.parquet": f"got a link to {copy / 'kept.parquet'}; name that one",
+    }.items():
+        with pytest.raises(PathError, match=message):
+            remove_samples(copy / "c", KEYS, selection=[copy / wrong])
+    with pytest.raises(PathError, match="expected a finished run or study, got none"):
+        remove_samples(copy / "c", KEYS, run=[copy / "c"])
     assert plan_removal(copy / "c", KEYS).num_chunks["image/open_toy@flip"] == 2
     assert tree(copy) == before
     path = copy / "c" / "image" / "open_toy" / "cls" / "c" / "2" / "0"
@@ -279,11 +292,17 @@ def test_exports(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(PathError, match="got a report; delete it, and make it again"):
         remove_from(tmp_path / "report.json", {"b"})
-    pq.write_table(table.append_column("neighbors", pa.array([[1], [0], [0], [0]])), tmp_path / "atlas.parquet")
+    marked = table.append_column("neighbors", pa.array([[1], [0], [0], [0]])).replace_schema_metadata(
+        to_metadata({"cache": "c"})
+    )
+    pq.write_table(marked, tmp_path / "atlas.parquet")
     with pytest.raises(DataError, match="names neighbors by their position; delete it, and export it again"):
         remove_from(tmp_path / "atlas.parquet", {"b"})
     with pytest.raises(PathError, match="expected an export"):
         remove_from(tmp_path, {"b"})
+    (tmp_path / "keys.txt").write_bytes("a\r\nb\r\nü".encode())
+    assert remove_from(tmp_path / "keys.txt", {"b"}) == 1
+    assert (tmp_path / "keys.txt").read_bytes() == "a\r\nü".encode()
 
 
 def test_webdataset_export(made: Path, tmp_path: Path) -> None:
@@ -294,3 +313,8 @@ def test_webdataset_export(made: Path, tmp_path: Path) -> None:
     assert list(traces(tmp_path, contents))
     assert remove_from(tmp_path / "tars", set(KEYS)) == 2
     assert not list(traces(tmp_path, contents))
+    shard = next((tmp_path / "tars").glob("*.tar"))
+    for damaged in (shard.read_bytes()[:1000], b"x" * 3000, shard.read_bytes().replace(b'{"key"', b'["key"')):
+        shard.write_bytes(damaged)
+        with pytest.raises(CorruptError, match="expected a shard that embedcache wrote"):
+            remove_from(tmp_path / "tars", set(KEYS))
