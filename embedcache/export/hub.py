@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.arrays import blocks
-from embedcache.errors import EmbedcacheError, FingerprintError, PathError, SettingError
+from embedcache.errors import EmbedcacheError, FingerprintError, PathError, SettingError, UnfinishedError
 from embedcache.export.settings import HubSettings, check_repository
 from embedcache.files import AnyPath, io_reason, is_io_error, is_remote
 from embedcache.modalities import MODALITIES, noun
@@ -16,7 +16,7 @@ from embedcache.progress import AnyProgress, to_progress
 from embedcache.provenance import digest_file
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
-from embedcache.store.layout import info_path, read_info
+from embedcache.store.layout import INTERRUPTED_REMOVAL, info_path, read_info, removing_path
 
 CARD = "README.md"
 _RECORDS = "records"
@@ -65,7 +65,8 @@ def push_cache(
         options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
-        PathError: the cache is behind a URL, or the Hub refuses the upload or cannot be reached.
+        PathError: the cache is behind a URL or holds a link, or the Hub refuses the upload or cannot be reached.
+        UnfinishedError: a removal of samples was interrupted.
         FingerprintError: the repository has another cache, or this one has changed during the upload.
         SettingError: the repository has another form than `OWNER/NAME`, or has other files.
     """
@@ -76,6 +77,9 @@ def push_cache(
     cache, api = Cache(cache_path), HfApi()
     if is_remote(cache.path):
         raise PathError(f"{cache.path}: expected a local cache to upload, got a URL; copy it to a folder first")
+    if removing_path(cache.path).is_file():  # its files still hold the samples
+        raise UnfinishedError(f"{cache.path}: {INTERRUPTED_REMOVAL}")
+    files = _files(cache.path)
     with _hub_errors(repository, f"the cache is in {cache.path}"):
         url = str(api.create_repo(repository, repo_type="dataset", private=not settings.public, exist_ok=True))
         remote = {
@@ -84,7 +88,6 @@ def push_cache(
             if hasattr(item, "blob_id")
         }
         _check_same_cache(api, repository, cache, remote)
-        files = _files(cache.path)
         new, changed = _find_changes(cache, files, remote)
         progress.start("uploading", len(new) + len(changed), "files")
         for block in blocks(len(new), _PER_COMMIT):
@@ -140,9 +143,23 @@ def _hub_errors(repository: str, kept: str) -> Iterator[None]:
 
 
 def _files(folder: Path) -> list[str]:
-    """Return the files of a cache, without locks and what killed processes left."""
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(str(path) for path in paths if not any(part.startswith(".") for part in path.parts))
+    """Return the files of a cache, without locks and what killed processes left.
+
+    A link is refused: in a stranger's cache it may name any file of this machine.
+    """
+    found = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        if path.is_symlink():
+            raise PathError(
+                f"{path}: expected a file of the cache, got a link to {path.resolve()}; remove it, or copy that file "
+                "here if it belongs to the cache"
+            )
+        if path.is_file():
+            found.append(str(name))
+    return sorted(found)
 
 
 def _last(cache: Cache) -> list[str]:

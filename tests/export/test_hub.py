@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.errors import PathError, SettingError
+from embedcache.errors import PathError, SettingError, UnfinishedError
 from embedcache.export.hub import push_cache
 from embedcache.export.settings import HubSettings
 from embedcache.store.cache import Cache
@@ -140,3 +140,16 @@ def test_wrong_requests_raise() -> None:
         HubSettings(license="mine: all")
     with pytest.raises(PathError, match="cannot upload to me/vectors: HF_HUB_OFFLINE is set; the cache is in"):
         push_cache(GOLDEN, "me/vectors")
+
+
+def test_links_and_removed_samples_are_not_uploaded(tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(GOLDEN, tmp_path / "cache"))
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    (cache / "image" / "notes").symlink_to(secret)
+    with pytest.raises(PathError, match=f"image/notes: expected a file of the cache, got a link to {secret}"):
+        push_cache(cache, "me/vectors")
+    (cache / "image" / "notes").unlink()
+    (cache / "removing.parquet").touch()
+    with pytest.raises(UnfinishedError, match="a removal of samples was interrupted"):
+        push_cache(cache, "me/vectors")
