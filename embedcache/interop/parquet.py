@@ -77,10 +77,10 @@ def to_vector_lists(vectors_ND: Array) -> pa.Array:
 
 
 def write_rows(path: Path, tables: Iterator[pa.Table], metadata: Mapping[str, str]) -> None:
-    """Write a stream of tables of one schema, one row group each."""
+    """Write a stream of tables of one schema, one row group each; `open_parquet` compares the checksums of pages."""
     first = next(tables)
     schema = first.schema.with_metadata(metadata)
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
         writer.write_table(first.cast(schema))
         for table in tables:
             writer.write_table(table.cast(schema))

@@ -107,7 +107,7 @@ def wrap_table_errors(path: Path) -> Iterator[None]:
 @contextmanager
 def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a local or remote Parquet file; only the parts that are accessed are read."""
-    with open_binary(path) as file, pq.ParquetFile(file) as parquet:
+    with open_binary(path) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
         yield parquet
 
 

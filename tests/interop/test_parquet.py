@@ -129,3 +129,15 @@ def test_languages_that_begin_in_a_later_block(tmp_path: Path, monkeypatch: pyte
     assert written["language"].to_pylist() == [None] * 5 + ["de"]
     captions = [(folder / f"{row:05d}.txt").read_text().strip() for row in (0, 2, 3, 4)]
     assert written["caption"].to_pylist() == [captions[0], None, *captions[1:], "ein roter Balken"]
+
+
+def test_flipped_vector_of_an_export_is_noticed(labeled: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    write_parquet(export_of(labeled, modality="image"), path, progress=NullProgress())
+    group = pq.read_metadata(path).row_group(0)
+    [column] = [group.column(i) for i in range(group.num_columns) if "image_vector" in group.column(i).path_in_schema]
+    start, data = column.dictionary_page_offset or column.data_page_offset, path.read_bytes()
+    place = start + column.total_compressed_size // 2
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    with pytest.raises(EmbedcacheError, match="x.parquet"):
+        import_files(open_parquet_vectors(path), tmp_path / "cache")
