@@ -191,13 +191,20 @@ class _SampleWriter:
         return self._path.with_name(f"samples-{number:05d}.parquet")
 
 
+class _TableFile(pq.ParquetWriter):  # type: ignore[misc]
+    """A table that is not finished when it is thrown away: on a full disk, pyarrow would print that this failed too."""
+
+    def __del__(self) -> None:
+        """Do nothing."""
+
+
 class _ItemWriter:
     def __init__(self, path: Path, schema: pa.Schema, chunk_size: int) -> None:
         path.parent.mkdir(parents=True)
         self.num_rows = 0
         self.digest = TableDigest()
         self.checksums = TableChecksums(chunk_size)
-        self._writer = pq.ParquetWriter(path, schema)
+        self._writer = _TableFile(path, schema)
         self._schema = schema
         self._chunk_size = chunk_size
         self._buffer: pa.Table = schema.empty_table()
