@@ -15,6 +15,7 @@ from embedcache.maintain.files import check_removable, check_run, remove_from, r
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.projectors.saved import read_run
 from embedcache.provenance import new_record_path, record_stage
 from embedcache.search.card import IndexCard, read_card
 from embedcache.search.index import build_index
@@ -225,6 +226,8 @@ def _open_card(index_path: Path, cache_path: Path) -> IndexCard:
     card = read_card(index_path)
     if not read_info(cache_path).has_rows_of(card.index_digest):
         raise SettingError(f"index: expected an index of {cache_path}, got {index_path}, which is of other samples")
+    if card.run is not None:
+        read_run(index_path / card.run)  # it is needed to fill the index again
     return card
 
 

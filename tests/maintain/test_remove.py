@@ -23,6 +23,7 @@ from embedcache.search.search import OpenIndex
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests.crash import crash_function
+from tests.edits import edit_record
 from tests.extract.cases import tree
 from tests.maintain.cases import (
     CAPTIONS,
@@ -218,6 +219,11 @@ def test_wrong_requests_change_nothing(copy: Path) -> None:
             remove_samples(copy / "c", KEYS, selection=[copy / wrong])
     with pytest.raises(PathError, match="expected a finished run or study, got none"):
         remove_samples(copy / "c", KEYS, run=[copy / "c"])
+    card = (copy / "index" / "card.json").read_bytes()
+    edit_record(copy / "index" / "card.json", run="../no-run")
+    with pytest.raises(PathError, match="run does not exist; make one with: embedcache train CACHE"):
+        plan_removal(copy / "c", KEYS, index=[copy / "index"])
+    (copy / "index" / "card.json").write_bytes(card)
     assert plan_removal(copy / "c", KEYS).num_chunks["image/open_toy@flip"] == 2
     assert tree(copy) == before
     path = copy / "c" / "image" / "open_toy" / "cls" / "c" / "2" / "0"
