@@ -100,9 +100,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     help_text = "numbers of pairs of a learning curve, in place of the comparison; 1,000 to 100,000 and all without any"
     parser.add_argument("--curve", type=int, nargs="*", metavar="PAIRS", help=help_text)
-    help_text = (
-        "numbers of pairs that methods of curation select, in place of it too; 3,000, 10,000, 30,000 without any"
-    )
+    parser.add_argument("--without", action="append", default=[], choices=RECIPES, help="omit a recipe of the curve")
+    help_text = "numbers of pairs that methods of curation select, in place of it too; 3,000 to 30,000 without any"
     parser.add_argument("--curation", type=int, nargs="*", metavar="BUDGET", help=help_text)
     options = parser.parse_args()
     data = Data(options.workdir, options.icons, options.limit)
@@ -111,7 +110,8 @@ def main() -> None:
         return
     data.prepare()
     if options.curve is not None:
-        run_curve(data, options.seeds, options.curve or SIZES)
+        recipes = {name: recipe for name, recipe in RECIPES.items() if name not in options.without}
+        run_curve(data, options.seeds, options.curve or SIZES, recipes)
     if options.curation is not None:
         run_curation(data, options.seeds, options.curation or BUDGETS)
 
