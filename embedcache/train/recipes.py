@@ -49,12 +49,15 @@ class Recipe:
         return {**self.options, **(self.schedule.options(num_pairs) if self.schedule else {"epochs": 0})}
 
 
+_TOKEN = {"projector": "token+token_mlp", "initialization": "random", "dropout": 0.5}
 RECIPES = (
     Recipe(fewest=0, options={"projector": "linear", "shrinkage": 10.0}),
-    Recipe(fewest=700, options={"projector": "linear", "shrinkage": 1.0}),
-    Recipe(fewest=10_000, options={"projector": "mlp"}, schedule=Schedule(2_000_000, 10, 100)),
+    Recipe(fewest=550, options={"projector": "linear", "shrinkage": 1.0}),
+    Recipe(fewest=5_500, options={"projector": "linear", "shrinkage": 0.1}),
+    Recipe(fewest=17_000, options=_TOKEN, schedule=Schedule(2_000_000, 10, 100)),
 )
-"""Recipes in ascending order of pairs. They were chosen on icons: see docs/howto/train.md for the figures.
+"""Recipes in ascending order of pairs, chosen on icons: docs/benchmarks/icons.md. They change halfway between the sizes
+that were measured, on a logarithmic axis.
 
 A recipe leaves out `initialization` where it is the default, so that `--init-from` and other projectors keep theirs.
 """
