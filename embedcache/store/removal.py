@@ -26,6 +26,7 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
 from embedcache.store.indexing import put_tables, scratch_folder, update_path
 from embedcache.store.layout import (
+    INTERRUPTED_REMOVAL,
     Segment,
     TableVersion,
     combined_digest,
@@ -81,7 +82,7 @@ def start_removal(cache: Cache, samples: Ints, keys: Sequence[str]) -> None:
 
     Raises:
         CorruptError: a table, or a chunk that holds an item of them, is damaged; repair it first.
-        UnfinishedError: a `--retry-failed` was interrupted.
+        UnfinishedError: a `--retry-failed`, or another removal, was interrupted or is running.
         PathError: another process writes to the cache, or left an unfinished file on another machine.
     """
     remove_partials(cache.path)
@@ -103,6 +104,8 @@ def start_removal(cache: Cache, samples: Ints, keys: Sequence[str]) -> None:
                 for name in commit.features:
                     Feature(erased.group, name).items(commit)
     with locked(cache.path):
+        if removing_path(cache.path).is_file():  # of another process, since this one looked
+            raise UnfinishedError(f"{cache.path}: {INTERRUPTED_REMOVAL}")
         before = read_removed(cache.path, cache.info)
         write_removed(removing_path(cache.path), make_removed(samples, keys, before.salt))
 

@@ -21,6 +21,7 @@ from embedcache.search.faiss_index import read_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex
 from embedcache.store.cache import Cache
+from embedcache.store.removal import start_removal
 from embedcache.store.verify import verify
 from tests.crash import crash_function
 from tests.edits import edit_record
@@ -157,6 +158,14 @@ def test_interrupted_removal_is_named(made: Path, copy: Path) -> None:
     with pytest.raises(UnfinishedError, match="a removal of samples was interrupted"):
         remove_samples(copy / "c", ["00001"])
     assert [finding.name for finding in verify(Cache(copy / "c")) if finding.chunk < 0] == ["removing.parquet"]
+
+
+def test_removal_that_has_started_is_not_replaced(copy: Path) -> None:
+    cache = Cache(copy / "c")
+    start_removal(cache, np.array([3]), KEYS[:1])
+    with pytest.raises(UnfinishedError, match="a removal of samples was interrupted"):
+        start_removal(cache, np.array([9]), KEYS[1:])  # by a process that looked before the first one wrote
+    assert remove_samples(copy / "c", KEYS[:1]).num_samples == 1
 
 
 def test_source_with_removed_samples_extracts_nothing(made: Path, removed: Path, tmp_path: Path) -> None:
