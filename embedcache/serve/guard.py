@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import cookie_parser
+from starlette.requests import ClientDisconnect, cookie_parser
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -72,6 +72,8 @@ class RequestGuard:
                     await self._app(scope, limited, response.send)
         except TimeoutError:
             await response.send_error(scope, receive, _error(503, _TIMEOUT))
+        except ClientDisconnect:
+            log.debug("%s %s was abandoned", scope["method"], scope["path"])
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"])
             await response.send_error(scope, receive, _error(500, BUG))
