@@ -1,5 +1,9 @@
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,3 +68,37 @@ def test_missing_ray_names_extra(holed: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"embedcache\[ray\]"):
         run_pass(Vectors(holed, "image"), Sums(), engine="ray")
+
+
+def test_the_other_modality_is_that_of_the_run(cache_path: Path, run_path: Path) -> None:
+    for modality, other in (("image", "text"), ("text", "image")):
+        assert Vectors(cache_path, modality, run_path=run_path).other_modality == other  # type: ignore[arg-type]
+    assert Vectors(cache_path, "image", "open_toy/cls").other_modality is None
+
+
+@pytest.mark.parametrize("cores", [{"CPU": 3.0}, {}])
+def test_tasks_of_a_pass_take_one_core_and_are_repeated(
+    holed: Path, monkeypatch: pytest.MonkeyPatch, cores: dict[str, float]
+) -> None:
+    """Stand for a Ray cluster, whose start takes seconds, and check the tasks that it gets."""
+    options: list[dict[str, int]] = []
+
+    def remote(**values: int) -> Any:
+        options.append(values)
+        return lambda function: SimpleNamespace(remote=lambda *given: (function, given))
+
+    @contextmanager
+    def connected(_: str | None) -> Iterator[Any]:
+        yield SimpleNamespace(
+            put=lambda value: value,
+            remote=remote,
+            get=lambda task: task[0](*task[1]),
+            cluster_resources=lambda: cores,
+        )
+
+    monkeypatch.setattr("embedcache.search.vectors.connected", connected)
+    rows, total = run_pass(Vectors(holed, "image"), Sums(), engine="ray")
+    expected_rows, expected = run_pass(Vectors(holed, "image"), Sums())
+    assert rows == expected_rows
+    np.testing.assert_array_equal(total, expected)
+    assert options == [{"num_cpus": 1, "max_retries": -1}]

@@ -30,6 +30,7 @@ from embedcache.train.speech import SpeechTask
 from embedcache.train.speech_batches import SpeechAugmentation
 from embedcache.train.train import TrainReport
 from embedcache.train.trainer import _BestWeights, _threads, learning_rate
+from embedcache.train.utterances import frame_counts
 from tests.store.features import random_items, write_feature
 
 
@@ -306,3 +307,9 @@ def test_heads_are_equal_where_one_imitates_the_other(consistency: float) -> Non
     assert task.objective is task.objective
     network = module["image"]
     assert torch.equal(network.mimic_head.weight, network.head.weight) == bool(consistency)
+
+
+def test_frames_of_items_are_counted() -> None:
+    values, lengths = np.zeros((2, 5, 3)), np.array([4, 5])
+    assert frame_counts(Inputs(values)).tolist() == [5, 5]
+    assert frame_counts(Inputs(values, lengths)).tolist() == [4, 5]

@@ -1,6 +1,7 @@
 """Selections for other tools, and back."""
 
 import hashlib
+import io
 import json
 import tarfile
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from embedcache.curate.select.export import export_selection, to_uids, write_shards
+from embedcache.curate.select.export import _suffix, export_selection, to_uids, write_shards
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.errors import DataError, PathError
 from embedcache.extract.extract import extract
@@ -118,3 +120,12 @@ def test_missing_image_leaves_no_shards(tmp_path: Path) -> None:
         write_shards(Cache(tmp_path / "cache"), np.arange(4), tmp_path / "shards")
     assert not (tmp_path / "shards").exists()
     assert not list(tmp_path.glob(".shards*"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_suffix_is_that_of_the_bytes(kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, kind)
+    expected = {"PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}.get(kind, "jpg")
+    assert _suffix(buffer.getvalue()) == expected
+    assert _suffix(b"RIFF....WAVE") == _suffix(b"....0000WEBP") == "jpg"
