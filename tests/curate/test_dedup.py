@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from embedcache.arrays import Floats, normalize
-from embedcache.curate.dedup import analyze, dedup
-from embedcache.curate.keep import find_copies
+from embedcache.curate.dedup import _reason, analyze, dedup
+from embedcache.curate.keep import RemovedSamples, find_copies
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import read_selection
@@ -249,3 +249,24 @@ def test_dedup_text_cache(tmp_path: Path) -> None:
     write_threshold_page(tmp_path / "look.html", analyze(tmp_path / "cache"))
     with pytest.raises(UnknownNameError, match="has no image features"):
         analyze(tmp_path / "cache", DedupSettings(modality="image"))
+
+
+@pytest.mark.parametrize(
+    ("is_copy", "reason"),
+    [
+        ([True], "kept; 1 copy goes"),
+        ([True, True], "kept; 2 copies go"),
+        ([False], "kept; 1 near-duplicate goes, closest cosine 0.950"),
+        ([False, False], "kept; 2 near-duplicates go, closest cosine 0.960"),
+        ([True, False], "kept; 1 copy and 1 near-duplicate go, closest cosine 0.960"),
+    ],
+)
+def test_reason_says_what_goes(is_copy: list[bool], reason: str) -> None:
+    count = len(is_copy)
+    removed = RemovedSamples(
+        samples=np.arange(count),
+        kept=np.full(count, 9),
+        cosines=np.array([0.95, 0.96][:count], np.float32),
+        is_copy=np.array(is_copy),
+    )
+    assert _reason(removed, np.arange(count)) == reason

@@ -181,6 +181,11 @@ def test_limit_is_inclusive_and_the_smallest_cosine_is_one(caches: tuple[Path, P
     )
     assert near.is_leaked.all()
     assert near.train_samples.tolist() == list(range(80))
+    count = len(images.cosines)
+    for largest, expected in ((1.0001, 1.0), (0.5, 0.5), (-np.inf, None)):
+        cosines = np.full(count, -np.inf, np.float32)
+        cosines[1] = largest
+        assert replace(images, cosines=cosines, is_copy=np.arange(count) == 2).highest == expected
     opposite = replace(found, leaks=[replace(near, train_cosines=-np.ones_like(images.train_cosines))])
     assert set(opposite.clean_selection().reasons) == {"not in test; closest image -1.000"}
 
