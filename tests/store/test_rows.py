@@ -1,3 +1,4 @@
+import io
 from dataclasses import replace
 
 import google_crc32c
@@ -11,6 +12,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK, TableChecksums, column_checksum
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, samples_path, write_info
 from embedcache.store.rows import RowReader, find_keys
+from embedcache.store.tables import read_table
 
 NUM_SAMPLES, CHUNK_SIZE = BLOCK + 5000, 2048
 ROWS = np.array([BLOCK + 4999, 0, BLOCK - 1, BLOCK, 0, 3000])
@@ -123,3 +125,19 @@ def test_short_table_raises(cache: Cache) -> None:
     write_info(folder, replace(cache.info, num_items={}))
     with pytest.raises(CorruptError, match=r"expected 5,000 rows, got 0"):
         RowReader(Cache(folder), SAMPLES).take(np.array([BLOCK]))
+
+
+def test_counts_of_rows_that_contradict_each_other_raise() -> None:
+    """Change each byte of a footer, which has no checksum: two counts of rows differ, or something else is wrong."""
+    buffer, found = io.BytesIO(), set()
+    pq.write_table(pa.table({"x": np.arange(50)}), buffer)
+    data = buffer.getvalue()
+    footer = int.from_bytes(data[-8:-4], "little")
+    for place in range(len(data) - 8 - footer, len(data) - 8):
+        changed = bytearray(data)
+        changed[place] ^= 2
+        try:
+            assert len(read_table(io.BytesIO(bytes(changed)))) == 50
+        except (pa.ArrowException, OSError) as error:
+            found.add(str(error))
+    assert "its footer counts 50 and 51 rows" in found

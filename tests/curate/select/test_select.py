@@ -55,6 +55,9 @@ def test_select_is_deterministic(around: dict[str, Path], tmp_path: Path) -> Non
     for name in ("a.parquet", "b.parquet"):
         chosen(around, tmp_path / name, "k-center", budget=9, seed=2)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    reasons = pq.read_table(tmp_path / "a.parquet")["reason"].to_pylist()
+    assert sorted(reason.split()[1] for reason in reasons) == [str(number) for number in range(1, 10)]
+    assert "number 1 of those drawn, cosine -1.000 to the nearest before" in reasons
 
 
 def test_long_selection_is_announced(around: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
