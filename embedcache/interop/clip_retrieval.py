@@ -79,7 +79,8 @@ def write_clip_retrieval(
         for name in (*names, _METADATA):
             (temporary / name).mkdir()
         for number, rows in numbers.items():
-            pq.write_table(_metadata(export, rows), temporary / _METADATA / f"{_METADATA}_{number}.parquet")
+            path = temporary / _METADATA / f"{_METADATA}_{number}.parquet"
+            pq.write_table(_metadata(export, rows), path, write_page_checksum=True)
         for name, modality in names.items():
             progress.start(f"writing {name}", len(export.samples), "vectors")
             stream = map(_unit, export.vectors(modality, size))
