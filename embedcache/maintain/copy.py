@@ -335,11 +335,11 @@ def _copy_group(
     """Copy features of one encoder; return the number of items in the chunks written now, and in those before."""
     first = groups[0]
     modality = first.modality
-    if fit_path(first.path).is_file():
-        write_atomic(fit_path(out.path / modality / first.name), fit_path(first.path).read_bytes())
     group = create_group(
         out.path, modality, first.name, out.info, spec=first.spec, fingerprint=first.fingerprint, view=first.view
-    )
+    )  # refuses features of one name that were fitted to something else
+    if fit_path(first.path).is_file():
+        write_atomic(fit_path(group.path), fit_path(first.path).read_bytes())
     for name in names:
         feature = Feature(first, name)
         add_feature(group, name, feature.item_shape, feature.dtype, axis=feature.axis)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embedcache.derive.derive import Derivation, derive
 from embedcache.errors import DataError, FingerprintError, SettingError, SourceError, UnfinishedError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -127,6 +128,16 @@ def test_cut_without_some(made: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("00001\n")
     with pytest.raises(FingerprintError, match="subset.rows: stored"):
         cut_cache(cache, tmp_path / "one.txt", tmp_path / "small")
+
+
+def test_cut_keeps_what_another_derived_feature_was_fitted_to(made: Path, tmp_path: Path) -> None:
+    out = cut_cache(made / "c", made / "chosen.txt", tmp_path / "out", features="open_toy").cache
+    inputs = [("image", "open_toy/cls")]
+    derive(out, Derivation(name="small", inputs=inputs, rule="pca", parameters={"width": 4}))
+    before = tree(out / "image" / "small")
+    with pytest.raises(FingerprintError, match="derived feature 'small' of cache .* was made with other settings"):
+        cut_cache(made / "c", made / "chosen.txt", out)
+    assert tree(out / "image" / "small") == before
 
 
 def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
