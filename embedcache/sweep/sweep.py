@@ -1,6 +1,7 @@
 """Sweeps: many training runs on one cache, the best configurations retrained and evaluated, and a report."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,19 +84,19 @@ def sweep(
         opened = open_study(folder, data, searched, settings)
         paths = tuple(str(cache.path) for cache in data.caches)
         job = StudyJob(caches=paths, path=folder, study=opened, space=searched, settings=settings)
-        trials = job.trials()
-        if settings.workers > 1:
-            run_workers(job, progress)
-            data = job.mapped_data()
-        work(job, data, trials, progress)
-        report = SweepReport(
-            findings=collect_findings(job, data, trials),
-            page_path=folder / "report.html",
-            json_path=folder / "report.json",
-        )
-        with locked(folder):
-            write_record(report.json_path, findings_json(job, trials, report.findings))
-            write_sweep_page(report.page_path, report.findings)
+        with closing(job.trials()) as trials:
+            if settings.workers > 1:
+                run_workers(job, progress)
+                data = job.mapped_data()
+            work(job, data, trials, progress)
+            report = SweepReport(
+                findings=collect_findings(job, data, trials),
+                page_path=folder / "report.html",
+                json_path=folder / "report.json",
+            )
+            with locked(folder):
+                write_record(report.json_path, findings_json(job, trials, report.findings))
+                write_sweep_page(report.page_path, report.findings)
     return report
 
 

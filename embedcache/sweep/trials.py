@@ -74,7 +74,12 @@ class Trials:
         self.total = settings.trials if self._grid is None else min(settings.trials, len(self._grid))
         self.use_pruner = settings.pruner != "none"
         with locked(path):
-            self.optuna = _open_storage(path, study, space, settings)
+            self._storage, self.optuna = _open_storage(path, study, space, settings)
+
+    def close(self) -> None:
+        """Close the connections to the storage; the next use opens new ones."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
 
     def lease_next(self) -> optuna.Trial | None:
         """Lease a trial to work on, waiting for those of other processes; None if all are finished."""
@@ -190,13 +195,16 @@ def _num_losses(trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get("deaths", 0))
 
 
-def _open_storage(path: Path, study: Study, space: Space, settings: SweepSettings) -> optuna.Study:
+def _open_storage(
+    path: Path, study: Study, space: Space, settings: SweepSettings
+) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = settings.storage or f"sqlite:///{path.resolve() / 'study.db'}"
     engine: dict[str, Any] = {"connect_args": {"timeout": _SQLITE_TIMEOUT_S}} if url.startswith("sqlite") else {}
     try:
-        return optuna.create_study(
-            storage=optuna.storages.RDBStorage(url, engine_kwargs=engine),
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=engine)
+        return storage, optuna.create_study(
+            storage=storage,
             study_name=study.name,
             direction="maximize",
             pruner=_make_pruner(settings.pruner, max_epochs=space.max_epochs()),

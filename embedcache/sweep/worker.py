@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -82,7 +83,8 @@ def run_workers(job: StudyJob, progress: Progress) -> None:
 
 
 def _run_worker(job: StudyJob, progress: Progress) -> None:
-    work(job, job.mapped_data(), job.trials(), progress)
+    with closing(job.trials()) as trials:
+        work(job, job.mapped_data(), trials, progress)
 
 
 def work(job: StudyJob, data: TrainData, trials: Trials, progress: Progress) -> None:

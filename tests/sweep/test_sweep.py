@@ -56,6 +56,12 @@ def test_json_has_trials_test_and_chance(swept: Swept) -> None:
     assert report.best[0].number == found["winner"]["trial"]
 
 
+def test_storage_is_closed(swept: Swept) -> None:
+    study_path, _, _ = swept
+    opened = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert study_path / "study.db" not in opened
+
+
 def test_validation_selects_the_winner(swept: Swept) -> None:
     _, report, _ = swept
     scores = {trial.number: trial.score for trial in report.findings.trials}
