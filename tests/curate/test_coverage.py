@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from embedcache.arrays import Inputs, normalize
 from embedcache.cli.main import app
 from embedcache.curate import counting
-from embedcache.curate.coverage import CoverageReport, measure_coverage
+from embedcache.curate.coverage import CoverageReport, _check_any_covered, measure_coverage
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
@@ -326,3 +327,13 @@ def test_coverage_without_source(cache_path: Path, prompts: Path, run_path: Path
     settings = CoverageSettings(run=run_path, deviations=1.5)
     one, other = (measure_coverage(path, prompts, settings) for path in (cache_path, tmp_path / "moved"))
     assert np.array_equal(one.pool_counts.counts, other.pool_counts.counts)
+
+
+def test_the_closest_concept_is_named_where_none_covers_an_item() -> None:
+    scores, thresholds = np.array([[0.5, 0.4], [0.3, 0.2]]), np.array([0.9, 0.31])
+    partial = SimpleNamespace(num_covered=[0], num_items=[7])
+    pool = SimpleNamespace(modality="image", cache=SimpleNamespace(path="c"))
+    with pytest.raises(DataError) as raised:
+        _check_any_covered(partial, scores, thresholds, SimpleNamespace(names=["a", "b"]), pool)  # type: ignore[arg-type]
+    words = "the closest is 'b': highest similarity 0.300, threshold 0.310; the highest similarity of all is 0.500"
+    assert words in str(raised.value)

@@ -21,6 +21,7 @@ from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
+from embedcache.train.data import open_data
 from tests.cli.run import embedcache
 from tests.evaluate.test_retrieval import train_run
 from tests.recorded import RecordedProgress
@@ -248,3 +249,18 @@ def test_few_samples_raise(two_caches: list[Path], tmp_path: Path) -> None:
         )
         with pytest.raises(DataError, match=message):
             mine_negatives(two_caches[0], tmp_path / "n.parquet", replace(settings, max_score=-1), feature=FEATURES)
+
+
+def test_features_of_up_to_2_gb_are_loaded(
+    two_caches: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check the memory for both features; a feature takes up to half of it."""
+    given: list[float] = []
+
+    def open_and_note(*values: Any, memory_bytes: float) -> Any:
+        given.append(memory_bytes)
+        return open_data(*values, memory_bytes=memory_bytes)
+
+    monkeypatch.setattr("embedcache.curate.negatives.open_data", open_and_note)
+    mine_negatives(two_caches[0], tmp_path / "n.parquet", NegativesSettings(**LOOSE), feature=FEATURES)
+    assert given == [4e9]

@@ -173,6 +173,8 @@ def test_report_holds_what_was_compared(planted: Path) -> None:
     rows = np.setdiff1d(np.arange(NUM), [FAILED, copy, original])
     values = normalize(Cache(planted).feature("image").gather(np.append(rows, original)))
     cosines = dict(zip(rows.tolist(), (values[:-1] @ values[-1]).tolist(), strict=True))
+    assert {len(report.neighbors_of(row)) for row in rows.tolist()} == {3}
+    assert any(0 in report.neighbors_of(row) for row in rows.tolist())
     found = [cosines[row] for row in report.neighbors_of(original).tolist()]
     assert found == pytest.approx(sorted(cosines.values(), reverse=True)[:3], abs=1e-5)
 

@@ -320,3 +320,16 @@ def test_invalid_settings_raise(cache_path: Path, tmp_path: Path) -> None:
         build_index(cache_path, tmp_path / "x", IndexSettings(feature="open_toy/cls", factory="Flat", memory=10**6))
     with pytest.raises(DataError, match="open_toy/patches: expected one vector per item"):
         build_index(cache_path, tmp_path / "x", IndexSettings(feature="open_toy/patches"))
+
+
+def test_files_above_half_of_the_memory_are_mapped(index_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (index_path / "index.faiss").stat().st_size
+    loaded: list[int] = []
+    silence = faiss_index._silence_stdout
+    monkeypatch.setattr(faiss_index, "_silence_stdout", lambda: loaded.append(1) or silence())
+    for page_bytes, is_loaded in ((2 * size, True), (2 * size - 1, False)):
+        loaded.clear()
+        values = {"SC_PAGE_SIZE": page_bytes, "SC_PHYS_PAGES": 1}
+        monkeypatch.setattr("os.sysconf", values.__getitem__)
+        assert len(read_index(index_path / "index.faiss")) == 300
+        assert bool(loaded) is is_loaded

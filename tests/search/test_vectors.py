@@ -102,3 +102,10 @@ def test_tasks_of_a_pass_take_one_core_and_are_repeated(
     assert rows == expected_rows
     np.testing.assert_array_equal(total, expected)
     assert options == [{"num_cpus": 1, "max_retries": -1}]
+
+
+def test_sample_is_that_of_seed_0_unless_told_otherwise(holed: Path) -> None:
+    vectors = Vectors(holed, "image")
+    np.testing.assert_array_equal(vectors.sample(5), vectors.sample(5, seed=0))
+    assert not np.array_equal(vectors.sample(5), vectors.sample(5, seed=1))
+    assert len(vectors.sample(100)) == len(vectors.rows)

@@ -138,6 +138,13 @@ def test_a_new_modality_is_learned_by_its_adapter_alone(squares: Squares, square
     assert report.measures["tones accuracy"] > 0.9
 
 
+def test_earlier_tasks_with_unknown_words_are_left_out(squares: Squares, tmp_path: Path) -> None:
+    earlier = [{"name": "a", "candidates": ["zebra"]}, {"name": "b", "candidates": ["red", "blue"]}, {"name": "c"}]
+    tasks = [squares.task("texts", "answer")]
+    train_likelihood(tasks, squares.words, tmp_path / "run", recipe(earlier_tasks=earlier), fit_settings(epochs=0))
+    assert read_module_config(tmp_path / "run").training["earlier_tasks"] == earlier[1:]
+
+
 def test_texts_alone_are_classified_at_their_blank(squares: Squares, tmp_path: Path) -> None:
     task = squares.task("texts", "answer")
     masked = squares.task("masked", "masked", "texts")

@@ -129,6 +129,12 @@ def test_rarest_concept_chooses_first() -> None:
     assert list(zip(concepts.tolist(), samples[concepts, ranks].tolist(), strict=True)) == [(1, 0), (0, 1)]
 
 
+@pytest.mark.parametrize(("quota", "order"), [(1, [0, 1, 2]), (2, [2, 0, 1]), (3, [1, 2, 0]), (9, [1, 2, 0])])
+def test_rarity_is_the_score_at_the_rank_of_the_quota(quota: int, order: list[int]) -> None:
+    scores = np.array([[0.7, 0.6, 0.5], [0.8, 0.65, 0.1], [0.9, 0.3, 0.2]], np.float32)
+    assert rarest_first(scores, quota).tolist() == order
+
+
 def test_even_quotas() -> None:
     assert even_quotas(7, 3).tolist() == [3, 2, 2]
     assert even_quotas(2, 3).tolist() == [1, 1, 0]
