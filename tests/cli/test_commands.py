@@ -172,10 +172,13 @@ def test_verify_finds_damage_and_exits_with_1(folder: Path, tmp_path: Path) -> N
 
 def test_plan_estimates_and_writes_no_feature(folder: Path, tmp_path: Path) -> None:
     shown = succeed("extract", folder / "photos", tmp_path / "c", *TOY, "--plan", cwd=folder)
-    assert re.search(r"open_toy/cls +│ +100 +│ +96 +│ 0\.01 MB", shown)
+    stored = [
+        sum(path.stat().st_size for path in (folder / "cache").glob(f"*/*/{name}/c/*/*")) for name in ("cls", "mean")
+    ]
+    assert re.search(rf"open_toy/cls +│ +100 +│ +96 +│ {stored[0] / 1e6:.2f} MB", shown)
     assert re.search(r"images: measured [\d,.]+ per second; [\d.]+ seconds", shown)
     assert re.search(r"memory: 0\.39 MB per process", shown)
-    assert re.search(r"disk: 0\.02 MB; [\d,.]+ GB are free", shown)
+    assert re.search(rf"disk: {sum(stored) / 1e6:.2f} MB; [\d,.]+ GB are free", shown)
     assert not list(tmp_path.glob("c/*/*/chunks/*"))
 
 
