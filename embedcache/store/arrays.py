@@ -66,7 +66,7 @@ def array_metadata(
     zarr.create_array(
         MemoryStore(files),
         shape=shape,
-        chunks=chunks,
+        chunks=tuple(max(size, 1) for size in chunks),  # Zarr 3.4 takes no chunk without values
         dtype=dtype,
         filters=None,
         serializer=BytesCodec(endian="little"),
