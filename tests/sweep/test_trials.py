@@ -1,5 +1,6 @@
 """Which process gets which trial. Nothing is trained here."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.sweep.conftest import FEATURES
 pytestmark = pytest.mark.slow
 
 OUTCOME = Outcome(recalls={}, best_epoch=1, num_parameters=1, flops_per_pair=1, num_pairs=1, seconds=1.0)
+OPENED: list[Trials] = []
 
 
 def open_trials(path: Path, space: Space, **settings: object) -> Trials:
@@ -37,7 +39,16 @@ def open_trials(path: Path, space: Space, **settings: object) -> Trials:
         seed=given.seed,
         storage=None,
     )
-    return Trials(path, study, space, given)
+    OPENED.append(Trials(path, study, space, given))
+    return OPENED[-1]
+
+
+@pytest.fixture(autouse=True)
+def _close_trials() -> Iterator[None]:
+    """Close the connections of each test, which Python 3.13 warns of."""
+    yield
+    while OPENED:
+        OPENED.pop().close()
 
 
 def run_all(trials: Trials) -> list[dict[str, object]]:
