@@ -23,10 +23,9 @@ from pipelines.drawings.curation_results import (
     verdict_table,
 )
 from pipelines.drawings.curve import Recipe
-from pipelines.drawings.curve_page import ABOUT, CREDIT
+from pipelines.drawings.curve_page import CREDIT, test_part
 from pipelines.drawings.curve_results import estimate_of, size_names
 from pipelines.drawings.steps import Data
-from pipelines.results.measured import file_name
 from pipelines.results.pages import Part, write_pages
 
 TITLE = "Is curation worth it at scale? Equal numbers of icons by several methods, compared with random draws"
@@ -108,12 +107,11 @@ def write_curation_pages(path: Path, values: Mapping[str, Any]) -> None:
     """Write the page of curation as HTML and Markdown, from its JSON values."""
     intervals = _INTERVALS + " With one seed they are over items and draws only." * (len(values["seeds"]) == 1)
     tests = [
-        Part(
-            f"{test[0].upper()}{test[1:]}",
-            [ABOUT[test], f"{main_measure(values, test)['num_examples']:,} queries. {_GAIN_NOTE}"],
+        test_part(
+            test,
+            f"{main_measure(values, test)['num_examples']:,} queries. {_GAIN_NOTE}",
             gain_table(values, test),
             gain_figure(values, test),
-            file_name(test),
         )
         for test in values["tests"]
     ]

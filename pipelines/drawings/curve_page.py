@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import Curves, estimate_curves
+from embedcache.reports.base import Curves, Table, estimate_curves
 from pipelines.drawings.curve_results import (
     cost_table,
     crossing_table,
@@ -64,17 +64,16 @@ _CROSSING_NOTE = (
 )
 
 
+def test_part(test: str, note: str, table: Table, figure: Figure) -> Part:
+    """Return the section of a test: what it is, a note, a table and a figure."""
+    return Part(f"{test[0].upper()}{test[1:]}", [ABOUT[test], note], table, figure, file_name(test))
+
+
 def write_curve_pages(path: Path, values: Mapping[str, Any]) -> None:
     """Write the page of the curve as HTML and Markdown, from its JSON values."""
     intervals = _INTERVALS + _SAME_SEED * (len(values["seeds"]) == 1)
     tests = [
-        Part(
-            f"{test[0].upper()}{test[1:]}",
-            [ABOUT[test], f"{_counts(measures)}. {intervals}"],
-            curve_table(values, test),
-            curve_figure(values, test),
-            file_name(test),
-        )
+        test_part(test, f"{_counts(measures)}. {intervals}", curve_table(values, test), curve_figure(values, test))
         for test, measures in values["tests"].items()
     ]
     gained = "Gains of the recommended recipe over the closed form, on nothing it was chosen by; empty where it is one."
