@@ -73,7 +73,7 @@ class GraphEncoder:
         axes: Mapping[str, Axis] | None = None,
     ) -> None:
         self.axes: Mapping[str, Axis] = axes or {}
-        self._graph, self._prepare, self._collate = graph, prepare, collate
+        self.graph, self._prepare, self._collate = graph, prepare, collate
         self.modality, self.features = modality, features
         on_cpu, on_gpu = (32, 128) if modality == "image" else (64, 512)
         self.batch_size = settings.batch_size or (on_cpu if torch_device(settings.device).type == "cpu" else on_gpu)
@@ -91,7 +91,7 @@ class GraphEncoder:
                 raise unknown_name("feature", name, self.features)
         if not prepared:
             return {name: [] for name in names}
-        outputs = self._graph(self._collate(prepared), names)
+        outputs = self.graph(self._collate(prepared), names)
         lengths = [len(ids) for ids in prepared]
         return {
             name: list(outputs[name])
@@ -127,7 +127,8 @@ def build_graph(export: OnnxExport, settings: EncoderSettings, weights: str) -> 
     `auto` chooses onnxruntime if possible: float32 on the CPU, extra `cpu` installed, weights small enough for one
     file, and an export that agrees with torch. Otherwise it chooses torch. The choice is part of the fingerprint.
     """
-    if settings.backend == "torch" or (settings.backend == "auto" and not _suits_onnx(export.module, settings)):
+    is_chosen = suits_onnx(settings) and _num_bytes(export.module) < _MAX_ONNX_BYTES
+    if settings.backend == "torch" or (settings.backend == "auto" and not is_chosen):
         return TorchGraph(export.module, settings)
     _check_onnx_settings(settings)
     try:
@@ -215,6 +216,7 @@ class OnnxGraph:
     backend: Backend = "onnxruntime"
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         announce_device("cpu")
         runtime = require("onnxruntime", extra="onnx")
         options = runtime.SessionOptions()
@@ -272,11 +274,14 @@ class _PositionalModule(torch.nn.Module):
         return tuple(outputs[name] for name in self._outputs)
 
 
-def _suits_onnx(module: torch.nn.Module, settings: EncoderSettings) -> bool:
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+def suits_onnx(settings: EncoderSettings) -> bool:
+    """Return whether models run on onnxruntime with `auto`: it is installed, on the CPU in float32."""
     is_installed = find_spec("onnx") is not None and find_spec("onnxruntime") is not None
-    is_cpu = torch_device(settings.device).type == "cpu"
-    return is_installed and is_cpu and settings.precision == "float32" and num_bytes < _MAX_ONNX_BYTES
+    return is_installed and torch_device(settings.device).type == "cpu" and settings.precision == "float32"
+
+
+def _num_bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
 def _check_onnx_settings(settings: EncoderSettings) -> None:

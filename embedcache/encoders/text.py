@@ -1,7 +1,15 @@
-"""Text encoders: a tokenizer, run on threads, and a model per padded batch."""
+"""Text encoders: a tokenizer, run on threads, and a model per padded batch.
+
+transformers takes longer to import, and to load a model, than a search takes in all. So an encoder of a model folder
+that runs on onnxruntime is described in a file beside its exported graph, and later opened by that file, as long as
+the folder, the options and the libraries are the same.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
+from os import utime
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -10,14 +18,21 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.backends import GraphEncoder, OnnxExport, build_graph
+from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, OnnxGraph, build_graph, suits_onnx
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features
+from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import PathError, SettingError, one_line
+from embedcache.encoders.weights import ModelFolder
+from embedcache.errors import ArtifactError, PathError, SettingError, one_line
+from embedcache.files import user_folder
+from embedcache.provenance import digest, digest_file, read_record, write_record
 
 _IDS, _MASK = "input_ids", "attention_mask"
 _NO_LIMIT = 1_000_000  # tokenizers without a limit of their own state 1e30
+_LIBRARIES = ("embedcache", "tokenizers", "torch", "transformers")
+_OTHER_FORMATS = frozenset({".gguf", ".h5", ".md", ".msgpack", ".onnx", ".ot"})
+"""Suffixes of files in a model folder that are never read."""
 
 
 def build_text_encoder(
@@ -55,14 +70,98 @@ def build_text_encoder(
         },
         key=onnx_key,
     )
+    graph = build_graph(export, settings, fingerprint.weights)
+    return _with_tokenizer(graph, tokenizer, features, fingerprint, settings)
+
+
+def _with_tokenizer(
+    graph: Graph,
+    tokenizer: "Tokenizer",
+    features: Mapping[str, ItemShape],
+    fingerprint: Fingerprint,
+    settings: EncoderSettings,
+) -> GraphEncoder:
     return GraphEncoder(
         "text",
-        build_graph(export, settings, fingerprint.weights),
+        graph,
         prepare=tokenizer,
         collate=lambda prepared: pad(prepared, tokenizer.pad_id),
         features=features,
         fingerprint=fingerprint,
         settings=settings,
+    )
+
+
+def find_description(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Path | None:
+    """Return the file that describes an encoder of a model folder; None if it would not run on onnxruntime.
+
+    The name is a digest of the spec, all files of the model, and the versions of the libraries: what was described
+    under the same name is the same encoder.
+    """
+    if settings.backend == "torch" or not suits_onnx(settings):
+        return None
+    key = {
+        "family": spec.family,
+        "model": spec.model_name,
+        "revision": folder.revision,
+        "options": dict(spec.options),
+        "features": list(settings.features),
+        "files": {path.relative_to(folder.path).as_posix(): digest_file(path) for path in _model_files(folder.path)},
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }
+    return user_folder() / "onnx" / f"{spec.family}-{spec.folder}-{digest(key)[:32]}.json"
+
+
+def open_described(description: Path | None, settings: EncoderSettings) -> GraphEncoder | None:
+    """Open an encoder by its description, its tokenizer and its graph alone; None if it has to be loaded."""
+    try:
+        if description is None or not description.is_file():
+            return None
+        record = read_record(description, next_step=f"delete {description}")
+        graph = description.with_name(record["graph"])
+        if not graph.is_file():
+            return None
+    except (ArtifactError, KeyError):
+        return None  # it is written again
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(record["tokenizer"].pop("state"))
+    tokenizer = Tokenizer(**record["tokenizer"], encode=_encode_on_threads(backend))
+    for path in (description, graph):
+        with suppress(OSError):
+            utime(path)  # so that those that nothing uses can be deleted
+    features = {name: tuple(shape) for name, shape in record["features"]}
+    return _with_tokenizer(OnnxGraph(graph), tokenizer, features, Fingerprint(**record["fingerprint"]), settings)
+
+
+def describe(encoder: GraphEncoder, tokenizer: "Tokenizer", description: Path | None) -> None:
+    """Write the file that `open_described` opens an encoder by, if a graph and a tokenizer are all that it needs."""
+    if description is None or tokenizer.state is None or not isinstance(encoder.graph, OnnxGraph):
+        return
+    record = {
+        "graph": encoder.graph.path.name,
+        "features": [[name, list(shape)] for name, shape in encoder.features.items()],
+        "fingerprint": encoder.fingerprint.to_json(),
+        "tokenizer": {
+            "max_tokens": tokenizer.max_tokens,
+            "pad_id": tokenizer.pad_id,
+            "prefix": tokenizer.prefix,
+            "is_lower": tokenizer.is_lower,
+            "state": tokenizer.state,
+        },
+    }
+    with suppress(OSError, ArtifactError):  # such as a full disk: then the model is loaded each time
+        write_record(description, record)
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder, sorted, but for hidden ones and copies of the weights in other formats."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix not in _OTHER_FORMATS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
     )
 
 
@@ -91,6 +190,7 @@ class Tokenizer:
         pad_id: token that fills up shorter texts.
         prefix: prepended to each text.
         is_lower: whether texts are lowercased first.
+        state: JSON text from which the library tokenizers makes the tokenizer again; None if it cannot.
     """
 
     encode: Callable[[list[str]], list[list[int]]]
@@ -98,6 +198,7 @@ class Tokenizer:
     pad_id: int
     prefix: str = ""
     is_lower: bool = False
+    state: str | None = None
 
     def __call__(self, texts: Sequence[str]) -> list[Ints]:
         """Return the token ids of each text: (T,) int64."""
@@ -125,12 +226,22 @@ def open_tokenizer(
     except (OSError, ValueError, KeyError) as error:
         raise PathError(f"no tokenizer in {folder}: {one_line(error)}; add the model's tokenizer files") from error
     limit = _input_limit(max_tokens, tokenizer, model, folder)
+    encode, state = _encode_slowly(tokenizer, limit), None
+    if tokenizer.is_fast:
+        # Truncation is state of the tokenizer, so it is set once here and never from a thread.
+        backend = tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.enable_truncation(limit, direction=tokenizer.truncation_side)
+        encode = _encode_on_threads(backend)
+        with suppress(Exception):  # the library's own type, of a tokenizer with a part in Python
+            state = backend.to_str()
     return Tokenizer(
-        encode=_encode_function(tokenizer, limit),
+        encode=encode,
         max_tokens=limit,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         prefix=prefix,
         is_lower=is_lower,
+        state=state,
     )
 
 
@@ -144,20 +255,18 @@ def num_positions(model: torch.nn.Module) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def _encode_function(tokenizer: Any, max_tokens: int) -> Callable[[list[str]], list[list[int]]]:
-    if not tokenizer.is_fast:
-        lock = Lock()
+def _encode_slowly(tokenizer: Any, max_tokens: int) -> Callable[[list[str]], list[list[int]]]:
+    lock = Lock()
 
-        def encode_slowly(texts: list[str]) -> list[list[int]]:
-            with lock:
-                rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
-                return rows
+    def encode(texts: list[str]) -> list[list[int]]:
+        with lock:
+            rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+            return rows
 
-        return encode_slowly
-    # Truncation is state of the tokenizer, so it is set once here and never from a thread.
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.enable_truncation(max_tokens, direction=tokenizer.truncation_side)
+    return encode
+
+
+def _encode_on_threads(backend: Any) -> Callable[[list[str]], list[list[int]]]:
     return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts)]
 
 

@@ -39,7 +39,7 @@ from embedcache.encoders.image_features import (
 )
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import build_text_encoder, open_tokenizer
+from embedcache.encoders.text import build_text_encoder, describe, find_description, open_described, open_tokenizer
 from embedcache.encoders.text_features import POOLING as TEXT_POOLING
 from embedcache.encoders.text_features import TextFeatures
 from embedcache.encoders.weights import (
@@ -77,6 +77,9 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
     folder = find_model_folder(spec)
     if modality == "audio":
         return _open_audio(spec, folder, settings)
+    description = find_description(spec, folder, settings) if modality == "text" else None
+    if (described := open_described(description, settings)) is not None:
+        return described
     config, loader = find_tower(folder.path, modality)
     check_modality(spec, modality, _served(config))
     model, weights = load_pretrained(loader, folder.path, config)
@@ -103,13 +106,15 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
         }
         return build_image_encoder(module, transform, fingerprint=fingerprint, settings=settings, onnx_key=onnx_key)
     tokenizer = open_tokenizer(folder.path, max_tokens=spec.int_option("max_tokens"), model=model)
-    return build_text_encoder(
+    encoder = build_text_encoder(
         TextFeatures(model, layers),
         tokenizer,
         fingerprint=replace(fingerprint, preprocessing=tokenizer.preprocessing),
         settings=settings,
         onnx_key={"name": f"hf-{spec.folder}", "config": digest(model_config.to_dict())},
     )
+    describe(encoder, tokenizer, description)
+    return encoder
 
 
 def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:

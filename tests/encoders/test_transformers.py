@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from embedcache.encoders import transformers
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
@@ -69,12 +70,15 @@ def test_images_match_transformers(num_registers: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.stack(found["patch_mean"]), states[:, 1 + num_registers :].mean(1), atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-def test_texts_match_transformers(backend: str, bert: Path) -> None:
+@pytest.mark.parametrize("how", ["torch", "onnxruntime", "without the model"])
+def test_texts_match_transformers(how: str, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModel, AutoTokenizer
 
-    settings = EncoderSettings(backend="torch" if backend == "torch" else "onnxruntime")
+    settings = EncoderSettings(backend="torch" if how == "torch" else "onnxruntime")
     encoder = open_encoder(f"hf:{bert}", modality="text", settings=settings)
+    if how == "without the model":
+        monkeypatch.setattr(transformers, "load_pretrained", None)
+        encoder = open_encoder(f"hf:{bert}", modality="text", settings=settings)
     assert encoder.features == {"mean": (32,), "cls": (32,), "tokens": (-1, 32)}
     found = encoder.encode(encoder.prepare(TEXTS), list(encoder.features))
     model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)

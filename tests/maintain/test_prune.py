@@ -121,12 +121,12 @@ def test_onnx_graphs_by_their_last_use(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("EMBEDCACHE_HOME", str(tmp_path))
     assert user_folder() == tmp_path
     (tmp_path / "onnx").mkdir()
-    for name, time_s in (("old", 1), ("new", None)):
-        (tmp_path / "onnx" / f"{name}.onnx").write_bytes(b"graph")
-        os.utime(tmp_path / "onnx" / f"{name}.onnx", None if time_s is None else (time_s, time_s))
+    for name, time_s in (("old.onnx", 1), ("old.json", 1), ("new.onnx", None), ("other.txt", 1)):
+        (tmp_path / "onnx" / name).write_bytes(b"graph")
+        os.utime(tmp_path / "onnx" / name, None if time_s is None else (time_s, time_s))
     plan = prune_cache(None, PruneSettings(onnx=30))
-    assert [(entry.name, entry.num_bytes) for entry in plan.entries] == [("old.onnx", 5)]
-    assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["new.onnx"]
+    assert [(entry.name, entry.num_bytes) for entry in plan.entries] == [("old.json", 5), ("old.onnx", 5)]
+    assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["new.onnx", "other.txt"]
 
 
 def test_inspect_states_disk_use(made: Path) -> None:
