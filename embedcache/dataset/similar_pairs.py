@@ -152,6 +152,7 @@ class NeighborCollector:
 
 _WIDTHS = (0.005, 0.01, 0.02, 0.05, 0.1)
 _MAX_BINS = 32
+_ROUNDING = 1e-4  # of a bin: 0.95 in float32 is a hundred-thousandth of one below the bin that begins there
 _BAR_LENGTH = 40
 
 
@@ -172,11 +173,10 @@ class Histogram:
 
 def histogram(cosines_N: Floats) -> Histogram:
     """Count each item's largest cosine in at most 32 bins that end at 1; the first bin includes all below it."""
-    lowest = float(np.clip(cosines_N.min(initial=1), -1, 1))
-    width = next((width for width in _WIDTHS if (1 - lowest) / width <= _MAX_BINS), _WIDTHS[-1])
-    num_bins = min(_MAX_BINS, max(1, int(np.ceil((1 - lowest) / width - 1e-6))))
-    bins = np.ceil((1 - cosines_N.astype(np.float64)) / width - 1e-4).astype(np.int64) - 1
-    bins = np.clip(bins, 0, num_bins - 1)
+    below_one_N = 1 - np.clip(cosines_N.astype(np.float64), -1, 1)
+    width = next(width for width in _WIDTHS if below_one_N.max(initial=0) / width - _ROUNDING <= _MAX_BINS)
+    bins_N = np.maximum(np.ceil(below_one_N / width - _ROUNDING), 1).astype(np.int64) - 1  # counted from the top
+    num_bins = 1 + int(bins_N.max(initial=0))
     lows = (1 - width * np.arange(num_bins, 0, -1)).astype(np.float32)
-    counts = np.bincount(num_bins - 1 - bins, minlength=num_bins).astype(np.int64)
+    counts = np.bincount(num_bins - 1 - bins_N, minlength=num_bins).astype(np.int64)
     return Histogram(lows=lows, width=width, counts=counts)
