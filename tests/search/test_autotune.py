@@ -1,21 +1,18 @@
-"""Candidate configurations, exact search, recall and search parameters."""
+"""Candidate configurations and exact search."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.arrays import Floats, normalize
+from embedcache.arrays import normalize
 from embedcache.errors import SettingError
 from embedcache.search.autotune import (
     Configuration,
-    drop_own,
     fit_memory,
     in_memory_configurations,
-    make_query_set,
     num_lists,
     on_disk_configurations,
-    parameter_choices,
     remaining_candidates,
 )
 from embedcache.search.faiss_index import exact_search, make_index
@@ -57,11 +54,62 @@ def test_num_lists_can_be_trained(num_vectors: int, width: int) -> None:
         fit_memory(every, smallest - 1)
 
 
+def test_memory_of_each_kind() -> None:
+    """Check codes, tables and two ids of 8 bytes per vector, and float32 centroids."""
+    num, centroids, bounds = 10_000, 256 * 4 * 64, 8 * 64
+    assert [(one.factory, one.memory_bytes, one.bits) for one in in_memory_configurations(num, 64)] == [
+        ("Flat", num * (256 + 8), 32),
+        ("HNSW32", num * (256 + 272 + 8), 32),
+        ("IVF256,SQfp16", num * (128 + 16) + centroids, 16),
+        ("IVF256,RaBitQ,Refine(SQ8)", num * (8 + 8 + 64 + 16) + centroids + bounds, 8),
+        ("IVF256,SQ8", num * (64 + 16) + centroids + bounds, 8),
+        ("IVF256,SQ6", num * (48 + 16) + centroids + bounds, 6),
+        ("IVF256,RaBitQ4", num * (32 + 20 + 16) + centroids, 4),
+        ("IVF256,PQ16", num * (16 + 16) + centroids + 256 * 4 * 64, 2),
+        ("IVF256,RaBitQ", num * (8 + 8 + 16) + centroids, 1),
+    ]
+    (kind,) = on_disk_configurations(num, 64)
+    assert (kind.factory, kind.memory_bytes, kind.bits) == ("IVF256,SQfp16", num * 16 + centroids + 256 * 24, 16)
+    with_graph = 16_384 * (4 * 768 + 272)
+    assert in_memory_configurations(10**8, 768)[-1].memory_bytes == 10**8 * (96 + 8 + 16) + with_graph
+    assert on_disk_configurations(10**8, 768)[0].memory_bytes == 10**8 * 16 + with_graph + 16_384 * 24
+
+
+@pytest.mark.parametrize(("num_vectors", "width", "has_pq"), [(9984, 64, True), (9983, 64, False), (9984, 66, False)])
+def test_product_codes_need_39_vectors_per_centroid_and_groups_of_four(
+    num_vectors: int, width: int, has_pq: bool
+) -> None:
+    names = [one.factory for one in in_memory_configurations(num_vectors, width)]
+    assert any("PQ" in name for name in names) == has_pq
+
+
+def test_number_of_lists() -> None:
+    for num_vectors, lists in (
+        *((1, 1), (77, 1), (78, 2), (200, 5), (9983, 255), (10**4, 256), (10**5, 512), (10**6, 2048)),
+        *((2**25 - 1, 8192), (2**25, 16_384), (10**8, 16_384), (10**9, 65_536)),
+    ):
+        assert num_lists(num_vectors) == lists
+
+
 def test_on_disk_memory_excludes_codes() -> None:
     (kind,) = fit_memory(on_disk_configurations(100_000_000, 768), 2 * GB)
     assert (kind.factory, kind.is_on_disk) == ("IVF16384_HNSW32,SQfp16", True)
     with pytest.raises(SettingError, match=r"at least 1,6\d\d,.* bytes, .* IVF16384_HNSW32,SQfp16, takes.*K or more$"):
         fit_memory(on_disk_configurations(100_000_000, 768), GB)
+
+
+def test_too_little_memory_names_the_smallest_in_whole_kilobytes() -> None:
+    larger = Configuration(factory="SQ8", memory_bytes=9000, bits=8)
+    for memory_bytes, kilobytes in ((2048, "2K"), (2049, "3K")):
+        kinds = [larger, Configuration(factory="SQ4", memory_bytes=memory_bytes, bits=4)]
+        with pytest.raises(SettingError) as error:
+            fit_memory(kinds, 1024)
+        assert str(error.value) == (
+            f"memory: expected at least {memory_bytes:,} bytes, which the smallest index of these vectors, SQ4, takes, "
+            f"got 1,024: give --memory {kilobytes} or more, or leave the vectors on disk with --on-disk"
+        )
+        assert fit_memory(kinds, memory_bytes) == kinds[1:]
+        assert fit_memory(kinds, None) == kinds
 
 
 @pytest.mark.parametrize("configuration", in_memory_configurations(2000, 64), ids=lambda one: one.factory)
@@ -80,10 +128,9 @@ def test_remaining_candidates_keep_finer_codes() -> None:
     graph, lists = kinds[0], kinds[1]
     assert remaining_candidates(kinds[1:], graph) == kinds[1:]
     assert remaining_candidates(kinds[2:], lists) == []
-
-
-def unit(count: int, width: int, seed: int) -> Floats:
-    return normalize(np.random.default_rng(seed).standard_normal((count, width)))
+    refined, scalar = kinds[2], kinds[3]
+    assert (refined.bits, scalar.bits) == (8, 8)
+    assert remaining_candidates(kinds[3:], refined) == [scalar]
 
 
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 8), st.integers(0, 99))
@@ -99,50 +146,3 @@ def test_exact_search_equals_sorting(count: int, k: int, block: int, seed: int) 
     scores, found = exact_search(queries, cut, k)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(queries @ vectors.T, found - 7, axis=1), expected, atol=1e-5)
-
-
-@given(st.integers(2, 40), st.integers(0, 99), st.booleans())
-def test_recall_is_fraction_of_true_neighbors(count: int, seed: int, is_own: bool) -> None:
-    vectors, rows = unit(count, 4, seed), np.arange(count) + 3
-    own = rows[:6] if is_own else None
-    queries = vectors[:6] if is_own else unit(6, 4, seed + 100)
-    query_set = make_query_set(queries, [(rows, vectors)], own=own)
-    index = make_index("Flat", 4)
-    index.add(rows, vectors)
-    found = query_set.search(index, {})
-    assert query_set.recall(found, query_set.k) == 1
-    if own is not None:
-        assert not (found == own[:, None]).any()
-    found[:, 0] = -1
-    assert query_set.recall(found, query_set.k) == pytest.approx(1 - 1 / query_set.k)
-    assert query_set.recall(found, 1) == 0
-
-
-def test_recall_counts_ties() -> None:
-    vectors = np.repeat(unit(2, 4, 0), 30, axis=0)
-    query_set = make_query_set(vectors[:1], [(np.arange(60), vectors)], own=None)
-    assert query_set.recall(np.arange(15, 25)[None], 10) == 1
-    assert query_set.recall(np.arange(25, 35)[None], 10) == 0.5
-
-
-def test_drop_own() -> None:
-    rows = np.array([[4, 7, 9], [1, 2, 3]])
-    assert drop_own(rows, np.array([7, 7])).tolist() == [[4, 9], [1, 2]]
-
-
-def test_parameter_choices_ascend() -> None:
-    index = make_index("IVF6,Flat", 4)
-    assert [effort["nprobe"] for effort in parameter_choices(index)] == [1, 2, 4, 6]
-    assert parameter_choices(make_index("Flat", 4)) == [{}]
-    assert [effort["efSearch"] for effort in parameter_choices(make_index("HNSW8", 4))] == [
-        16,
-        32,
-        64,
-        128,
-        256,
-        512,
-        1024,
-    ]
-    refined = make_index("IVF2,RaBitQ,Refine(SQ8)", 4)
-    assert parameter_choices(refined)[0] == {"nprobe": 1, "k_factor": 4}
-    assert parameter_choices(refined)[-1] == {"nprobe": 2, "k_factor": 64}

@@ -1,0 +1,239 @@
+"""Queries with true neighbors, recall, and the search parameters that reach it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.arrays import Bools, Floats, Ints, normalize
+from embedcache.interop.clip_retrieval import open_clip_retrieval
+from embedcache.search import autotune
+from embedcache.search.autotune import (
+    QuerySet,
+    draw_query_set,
+    drop_own,
+    make_query_set,
+    measure_index,
+    parameter_choices,
+    sampled_recall,
+    tune_search,
+)
+from embedcache.search.faiss_index import RowIndex, exact_search, make_index
+from embedcache.search.vectors import Vectors
+from tests.interop.cases import import_files, unit_rows, write_tree
+from tests.recorded import RecordedProgress
+
+
+def unit(count: int, width: int, seed: int) -> Floats:
+    return normalize(np.random.default_rng(seed).standard_normal((count, width)))
+
+
+@given(st.integers(2, 40), st.integers(0, 99), st.booleans())
+def test_recall_is_fraction_of_true_neighbors(count: int, seed: int, is_own: bool) -> None:
+    vectors, rows = unit(count, 4, seed), np.arange(count) + 3
+    own = rows[:6] if is_own else None
+    queries = vectors[:6] if is_own else unit(6, 4, seed + 100)
+    query_set = make_query_set(queries, [(rows, vectors)], own=own)
+    index = make_index("Flat", 4)
+    index.add(rows, vectors)
+    found = query_set.search(index, {})
+    assert query_set.k == min(10, count - is_own)
+    assert found.shape == (len(queries), query_set.k)
+    assert query_set.scores.shape == query_set.rows.shape == (len(queries), count - is_own)
+    assert query_set.recall(found, query_set.k) == 1
+    if own is not None:
+        assert not (found == own[:, None]).any()
+    found[:, 0] = -1
+    assert query_set.recall(found, query_set.k) == pytest.approx(1 - 1 / query_set.k)
+    assert query_set.recall(found, 1) == 0
+
+
+def test_recall_counts_ties() -> None:
+    vectors = np.repeat(unit(2, 4, 0), 30, axis=0)
+    query_set = make_query_set(vectors[:1], [(np.arange(60), vectors)], own=None)
+    assert query_set.recall(np.arange(15, 25)[None], 10) == 1
+    assert query_set.recall(np.arange(25, 35)[None], 10) == 0.5
+
+
+def test_drop_own() -> None:
+    rows = np.array([[4, 7, 9], [1, 2, 3]])
+    assert drop_own(rows, np.array([7, 7])).tolist() == [[4, 9], [1, 2]]
+
+
+def test_recall_counts_scores_within_rounding() -> None:
+    """Check the edge: 1e-5 below the k-th score is a tie, more is not."""
+    scores = np.array([[1, 0, -1e-5, -1.1e-5]], np.float32)
+    query_set = QuerySet(vectors=np.zeros((1, 2), np.float32), own=None, scores=scores, rows=np.arange(4)[None])
+    assert [query_set.recall(np.array([[row, 9]]), 2) for row in range(4)] == [0.5, 0.5, 0.5, 0]
+    assert query_set.recall(np.array([[1, 0]]), 1) == 0
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+def test_halves_are_every_other_query(has_own: bool) -> None:
+    own = np.array([5, 6, 7]) if has_own else None
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    query_set = QuerySet(vectors=values, own=own, scores=values + 10, rows=np.arange(6).reshape(3, 2))
+    one = query_set.half(1)
+    for part, chosen in ((query_set.half(0), [0, 2]), (one, [1]), (one.half(0), [1]), (one.half(1), [1])):
+        assert part.vectors.tolist() == values[chosen].tolist()
+        assert part.scores.tolist() == (values[chosen] + 10).tolist()
+        assert part.rows.tolist() == query_set.rows[chosen].tolist()
+        assert (part.own.tolist() if part.own is not None else None) == (own[chosen].tolist() if has_own else None)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Vectors:
+    """2,100 vectors of width 8 in three chunks."""
+    folder = tmp_path_factory.mktemp("many")
+    tree = write_tree(folder / "tree", unit_rows(2100), rows_per_file=2100)
+    cache, _ = import_files(open_clip_retrieval(tree), folder / "cache", chunk_size=800)
+    return Vectors(cache.path, "image")
+
+
+def test_two_thousand_queries_are_drawn(many: Vectors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", -1.0)
+    progress = RecordedProgress()
+    query_set = draw_query_set(many, progress)
+    own = np.random.default_rng(1).permutation(2100)[:2000]
+    assert query_set.own is not None
+    np.testing.assert_array_equal(query_set.own, own)
+    np.testing.assert_array_equal(query_set.vectors, many.read(own))
+    assert query_set.k == 10
+    assert query_set.scores.shape == query_set.rows.shape == (2000, 99)  # of 100, without the query itself
+    assert [note.partition(", about")[0] for note in progress.notes] == [
+        "searching exactly: 4,200,000 pairs of vectors"
+    ]
+
+
+def test_queries_of_the_other_modality_are_no_neighbors_of_their_own(cache_path: Path, run_path: Path) -> None:
+    for modality, other in (("image", "text"), ("text", "image")):
+        query_set = draw_query_set(Vectors(cache_path, modality, run_path=run_path), RecordedProgress())
+        assert query_set.own is None
+        rows = np.random.default_rng(1).permutation(300)
+        expected = Vectors(cache_path, other, run_path=run_path).read(rows)
+        np.testing.assert_array_equal(query_set.vectors, expected)
+
+
+def test_recall_on_a_sample_is_that_of_the_most_thorough_search(many: Vectors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_NUM_SAMPLED", 210)
+    monkeypatch.setattr(autotune, "_NUM_ASKED", 30)
+    index = make_index("IVF4,PQ1x4", 8)
+    index.train(many.sample(2100))
+    sample = many.sample(210, seed=2)
+    is_query = np.arange(210) % 7 == 0
+    rows = np.arange(180)
+    truth = exact_search(sample[is_query], [(rows, sample[~is_query])], 10)[1]
+    filled = index.copy()
+    filled.add(rows, sample[~is_query])
+    found = filled.search(sample[is_query], 10, {"nprobe": 4})[1]
+    hits = [len(set(one) & set(other)) for one, other in zip(found.tolist(), truth.tolist(), strict=True)]
+    assert sampled_recall(index, many) == pytest.approx(sum(hits) / 300)
+    assert len(index) == 0
+
+
+@pytest.mark.parametrize(("factory", "num_sampled"), [("Flat", 210), ("HNSW4", 210), ("IVF4,PQ1x4", 211)])
+def test_sample_is_not_read_where_it_saves_nothing(
+    many: Vectors, monkeypatch: pytest.MonkeyPatch, factory: str, num_sampled: int
+) -> None:
+    index = make_index(factory, 8)
+    index.train(many.sample(2100))
+    monkeypatch.setattr(autotune, "_NUM_SAMPLED", num_sampled)  # of 2,100: worth it up to a tenth
+    monkeypatch.setattr(Vectors, "sample", None)
+    assert sampled_recall(index, many) == 1
+
+
+def test_parameter_choices_ascend() -> None:
+    index = make_index("IVF6,Flat", 4)
+    assert parameter_choices(index) == [{"nprobe": nprobe} for nprobe in (1, 2, 4, 6)]
+    assert parameter_choices(make_index("Flat", 4)) == [{}]
+    efforts = [{"efSearch": ef} for ef in (16, 32, 64, 128, 256, 512, 1024)]
+    assert parameter_choices(make_index("HNSW8", 4)) == efforts
+
+
+def test_refined_choices_ascend_by_vectors_compared() -> None:
+    """Check the order by vectors of the searched lists, 1,000 each, and 8 times those that are ranked again."""
+    index = make_index("IVF4,RaBitQ,Refine(SQ8)", 4)
+    vectors = unit(4000, 4, 0)
+    index.train(vectors)
+    index.add(np.arange(4000), vectors)
+    pairs = [(1, 4), (1, 16), (2, 4), (2, 16), (4, 4), (4, 16), (1, 64), (2, 64), (4, 64)]
+    assert parameter_choices(index) == [{"nprobe": nprobe, "k_factor": factor} for nprobe, factor in pairs]
+
+
+class ScriptedIndex(RowIndex):
+    """An index of which each search finds as many of the true neighbors as planned, the first queries' first."""
+
+    def __init__(self, factory: str, num_found: Sequence[int]) -> None:
+        super().__init__(make_index(factory, 2).wrapped, "cpu")
+        self.num_found = num_found
+        self.searches: list[Mapping[str, int]] = []
+        self.queries: list[list[float]] = []
+
+    def search(
+        self,
+        queries_QP: Floats,
+        k: int,
+        parameters: Mapping[str, int] | None = None,
+        *,
+        is_allowed_N: Bools | None = None,
+    ) -> tuple[Floats, Ints]:
+        num_found = self.num_found[len(self.searches)]
+        self.searches.append(parameters or {})
+        self.queries.append(queries_QP[:, 0].tolist())
+        places = np.arange(len(queries_QP) * k).reshape(-1, k)
+        return np.zeros(places.shape, np.float32), np.where(places < num_found, np.arange(k), -1)
+
+    def measure_latency_ms(self, queries_QP: Floats, k: int, parameters: Mapping[str, int]) -> tuple[float, float]:
+        self.timed = len(queries_QP), k, parameters
+        return 1.23456, 0.98765
+
+
+def ten_neighbors(num_queries: int) -> QuerySet:
+    """Return queries whose true neighbors are the rows from 0 to 9."""
+    numbers = np.stack([np.arange(num_queries), np.ones(num_queries)], axis=1).astype(np.float32)
+    scores, rows = (np.tile(values, (num_queries, 1)) for values in (np.arange(10.0, 0, -1), np.arange(10)))
+    return QuerySet(vectors=numbers, own=None, scores=scores.astype(np.float32), rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("factory", "per_mille", "num_searches", "chosen"),
+    [
+        ("IVF64,Flat", [400, 699, 700, 800], 3, 2),  # reached exactly
+        ("IVF64,Flat", [100, 200, 300, 400, 500, 600, 650], 7, 6),  # never reached
+        ("IVF64,Flat", [600, 601, 601, 900], 3, 1),  # two doublings found nothing more
+        ("IVF64,Flat", [600, 603, 603, 603, 900], 4, 1),
+        ("IVF64,Flat", [600, 601, 603, 603, 603, 900], 5, 2),
+        ("IVF64,Flat", [500, 500, 500, 500, 500, 500, 650], 7, 6),  # flat at a low recall
+        ("IVF64,Flat", [501, 501, 501, 900], 3, 0),
+        ("IVF64,RaBitQ,Refine(SQ8)", [600] * 7 + [900], 7, 0),  # of refined lists, six steps
+        ("IVF2,Flat", [100, 900], 2, 1),
+        ("IVF1,Flat", [], 0, 0),
+        ("Flat", [], 0, 0),
+    ],
+)
+def test_fastest_search_that_reaches_the_recall_is_chosen(
+    factory: str, per_mille: list[int], num_searches: int, chosen: int
+) -> None:
+    index = ScriptedIndex(factory, per_mille)
+    choices = parameter_choices(index)
+    assert tune_search(index, ten_neighbors(100), 0.7) == choices[chosen]
+    assert index.searches == choices[:num_searches]
+
+
+def test_half_of_the_queries_tunes_to_a_little_more_and_the_other_measures() -> None:
+    """Check a target of 0.6 and a quarter of what is missing to 1: 0.7."""
+    index = ScriptedIndex("IVF64,Flat", [1370, 1390, 1407, 1311])  # of 2,010
+    quality = measure_index(index, ten_neighbors(402), 0.6)
+    assert index.queries == 3 * [list(range(0, 402, 2))] + [list(range(1, 402, 2))]
+    assert quality == autotune.IndexQuality(
+        search={"nprobe": 4},
+        recall_at_1=132 / 201,
+        recall_at_10=1311 / 2010,
+        num_queries=201,
+        latency_ms=1.2346,
+        batch_latency_ms=0.9877,
+    )
+    assert index.timed == (200, 10, {"nprobe": 4})
