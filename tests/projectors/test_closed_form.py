@@ -100,6 +100,27 @@ def test_one_pair_raises() -> None:
         one.covariances()
 
 
+def test_two_pairs_are_enough() -> None:
+    images, texts = np.array([[1.0, 0], [3, 0]]), np.array([[0.0, 2], [0, 1]])
+    image, text, cross = moments(images, texts).covariances()
+    assert (image.tolist(), text.tolist(), cross.tolist()) == (
+        [[1, 0], [0, 0]],
+        [[0, 0], [0, 0.25]],
+        [[0, -0.5], [0, 0]],
+    )
+
+
+@pytest.mark.parametrize("name", ["cca", "csa"])
+def test_constant_feature_is_projected_to_zero(name: str) -> None:
+    images, texts = aligned(20, seed=0)
+    for image_DP, text_DP in (
+        solve(name, moments(np.ones_like(images), texts), 3, shrinkage=0.1),
+        solve(name, moments(images, np.ones_like(texts)), 3, shrinkage=0.1),
+    ):
+        np.testing.assert_allclose(image_DP, 0, atol=1e-6)
+        np.testing.assert_allclose(text_DP, 0, atol=1e-6)
+
+
 def test_zero_shrinkage_raises() -> None:
     with pytest.raises(SettingError, match="shrinkage: expected a number above 0, got 0"):
         solve("cca", moments(*aligned(5, seed=0)), 2, shrinkage=0)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm
 
-from embedcache.errors import SettingError, UnknownNameError
+from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.heads import AsifProjector, Dropout
 from embedcache.projectors.pair import AlignedPair
@@ -97,6 +97,24 @@ def test_hidden_widths_are_those_of_open_clip() -> None:
         assert shapes == [(hidden, 6), *bias, (4, hidden)]
 
 
+def test_vector_heads_compute_their_formulas() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(5, 6)
+    mlp, glu, fusemix = (PROJECTORS.load(name)(6, 4).eval() for name in ("mlp", "glu", "fusemix"))
+    nn.init.normal_(mlp.output.weight)
+    hidden = gelu(mlp.hidden[1](layer_norm(rows, (6,))))
+    assert hidden.shape == (5, 512)
+    torch.testing.assert_close(mlp(rows), rows @ mlp.linear.weight.T + hidden @ mlp.output.weight.T)
+    normed = layer_norm(rows, (6,))
+    gated = glu.gate(normed).clamp(0, 6) * glu.value(normed)
+    torch.testing.assert_close(glu(rows), gated @ glu.output.weight.T + glu.output.bias)
+    summed = rows
+    for block in fusemix.blocks:
+        hidden = gelu(layer_norm(summed, (6,)) @ block.hidden[1].weight.T + block.hidden[1].bias)
+        summed = summed + hidden @ block.output.weight.T + block.output.bias
+    torch.testing.assert_close(fusemix(rows), summed @ fusemix.linear.weight.T + fusemix.linear.bias)
+
+
 def test_identity_refuses_another_width() -> None:
     with pytest.raises(SettingError, match="expected a shared width equal to the feature's width 24, got 10; use --sh"):
         PROJECTORS.load("identity")(24, 10)
@@ -105,6 +123,11 @@ def test_identity_refuses_another_width() -> None:
 def test_split_names() -> None:
     assert split_names("glu") == ("glu", "glu")
     assert split_names("identity+sharelock") == ("identity", "sharelock")
+
+
+def test_projector_takes_two_widths() -> None:
+    with pytest.raises(SettingError, match="is no projector: expected a class or function that takes 2 positional arg"):
+        PROJECTORS.load("embedcache.projectors.towers:Tower")  # takes a projector too
 
 
 def test_unknown_projector_suggests_a_name() -> None:
@@ -151,6 +174,45 @@ def test_token_heads_match_the_paper() -> None:
             token_mlp.residual[1](gelu(linear)) + linear, (3,), token_mlp.norm.weight, token_mlp.norm.bias
         )
         torch.testing.assert_close(token_mlp(tokens, lengths)[number], head)
+
+
+def test_items_of_equal_length_need_no_lengths() -> None:
+    torch.manual_seed(1)
+    for name in ("token", "cls_token", "token_mlp"):
+        projector = PROJECTORS.load(name)(6, 3).eval()
+        for num_tokens in (1, 2, 3):
+            tokens = torch.randn(2, num_tokens, 6)
+            torch.testing.assert_close(projector(tokens, None), projector(tokens, torch.tensor([num_tokens] * 2)))
+
+
+def test_towers_prepare_their_input() -> None:
+    """Check lengths of 1 minus the mean, vectors divided by one number, and tokens as they are."""
+    torch.manual_seed(0)
+    rows, mean = 3 * torch.randn(5, 6), torch.randn(6)
+    linear, raw, token = (
+        AlignedPair(name, widths={"image": 6, "text": 6}, shared_width=4).tower("image").eval()
+        for name in ("linear", "openclip-linear", "token")
+    )
+    linear.mean.copy_(mean)
+    raw.length.fill_(2.5)
+    lengths = rows.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(linear(rows), (rows / lengths - mean) @ linear.projector.linear.weight.T)
+    torch.testing.assert_close(raw(rows.double()), rows / 2.5 @ raw.projector.layers[0].weight.T)
+    torch.testing.assert_close(token(rows), token.projector(rows[:, None], None))  # one token per item
+    tokens, lengths = torch.randn(2, 3, 6), torch.tensor([3, 1])
+    torch.testing.assert_close(token(tokens, lengths), token.projector(tokens, lengths))
+
+
+def test_temperature_is_clamped_and_scale_its_inverse() -> None:
+    pair = AlignedPair("linear", widths={"image": 6, "text": 5}, shared_width=4)
+    for temperature, expected in ((None, 0.07), (0.2, 0.2), (1e-4, 0.001), (2.0, 0.5)):
+        if temperature is not None:
+            nn.init.constant_(pair.log_scale, -np.log(temperature))
+        assert pair.temperature.item() == pytest.approx(expected)
+        assert pair.scale.item() == pytest.approx(1 / expected)
+    assert pair.towers == (pair.tower("image"), pair.tower("text"))
+    with pytest.raises(DataError, match="expected a run with the modality audio, got one of image and text"):
+        pair.tower("audio")
 
 
 def test_pair_sets_dropout_of_token_heads() -> None:
@@ -245,8 +307,9 @@ def test_dropout_keeps_shape_and_dtype(shape: list[int], dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_dropout_of_none_and_all(fraction: float) -> None:
-    values = torch.randn(5, 7)
+    values, state = torch.randn(5, 7), torch.get_rng_state()
     assert torch.equal(Dropout(fraction)(values), nn.Dropout(fraction)(values))
+    assert fraction or torch.equal(torch.get_rng_state(), state)  # nothing is drawn where nothing is dropped
 
 
 def test_dropout_is_off_in_evaluation() -> None:
@@ -259,6 +322,7 @@ def test_dropout_draws_as_in_finished_runs() -> None:
     dropped = Dropout(0.3)(torch.full((3, 5), 2.0))
     assert dropped.ravel().nonzero().ravel().tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14]
     assert dropped.unique().tolist() == [0, (torch.tensor(2.0) * torch.tensor(1.0).div(0.7)).item()]
+    assert Dropout(0.5)(torch.ones(9)).nonzero().ravel().tolist() == [1, 3, 5, 6]  # where the next layer goes on
 
 
 def test_dropout_is_the_same_for_any_threads() -> None:

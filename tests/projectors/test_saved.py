@@ -1,6 +1,8 @@
 """Runs of aligned pairs on disk: what is written is loaded, damage is named, and items are projected block by block."""
 
 import json
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,6 +140,21 @@ def test_blocks_do_not_change_what_is_projected(count: int, block: int, kind: st
         length = None if lengths is None else torch.from_numpy(lengths[row : row + 1])
         expected = tower(item, length).detach().numpy()[:, : width or None]
         np.testing.assert_allclose(found[row], normalize(expected)[0], atol=1e-4)
+
+
+def test_blocks_have_8192_vectors() -> None:
+    tower = build(config_of()).tower("image").eval()
+    sizes: list[int] = []
+    tower.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    assert project(tower, Inputs(np.ones((8193, 6), np.float16))).shape == (8193, 4)
+    assert sizes == [8192, 1]
+
+
+def test_config_is_read_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "run", config_of())
+    monkeypatch.setitem(sys.modules, "torch", None)
+    config = runpy.run_path(str(saved.__file__))["read_config"](tmp_path / "run")
+    assert (config.shared_width, config.modalities) == (4, ("image", "text"))
 
 
 def test_values_that_are_not_finite_raise() -> None:
