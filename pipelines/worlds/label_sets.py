@@ -22,7 +22,8 @@ from embedcache.sources.base import FileItem, Sample, Source, TextItem
 from embedcache.sources.open import open_source
 from embedcache.sources.settings import SourceSettings
 from pipelines.worlds.examples import draw_examples, in_split
-from pipelines.worlds.talking_speech import LETTERS, RECORDINGS, encode_wav, find_recordings, read_recording
+from pipelines.worlds.talking_recordings import RECORDINGS, find_recordings, read_recording
+from pipelines.worlds.talking_speech import LETTERS, encode_wav
 
 EMOJI_KIND = "pipelines.worlds.label_sets:EmojiSource"
 FASHION_KIND = "pipelines.worlds.label_sets:FashionSource"

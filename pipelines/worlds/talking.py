@@ -43,16 +43,8 @@ from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
 from pipelines.worlds.talking_mouth import VIDEO_RATE_HZ, Damage, Phone, draw_clip, draw_face
 from pipelines.worlds.talking_noise import TAPE_VOICES, write_tapes
-from pipelines.worlds.talking_speech import (
-    FLITE_VOICES,
-    WORDS,
-    Utterance,
-    encode_wav,
-    espeak,
-    join_recordings,
-    load_recordings,
-    speak_flite,
-)
+from pipelines.worlds.talking_recordings import join_recordings, load_recordings
+from pipelines.worlds.talking_speech import FLITE_VOICES, WORDS, Utterance, encode_wav, espeak, speak_flite
 
 KIND = "pipelines.worlds.talking:TalkingSource"
 SETS = ("train", "valid", "A", "B", "R", "K")

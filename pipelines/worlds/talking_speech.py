@@ -1,4 +1,4 @@
-"""Speech with the times of its phones: espeak-ng, flite, and recorded letters and digits aligned by pocketsphinx.
+"""Speech with the times of its phones: words of a corpus, spoken by espeak-ng and flite.
 
 Every function returns an `Utterance`: sound at 16 kHz, phones of CMU's dictionary, and where each word lies. Nothing is
 downloaded or packaged here; each program is a Debian or PyPI package that an error names if it is missing:
@@ -7,9 +7,6 @@ downloaded or packaged here; each program is a Debian or PyPI package that an er
 | --- | --- | --- |
 | `Espeak` | Debian `libespeak-ng1` | GPL-3 |
 | `speak_flite` | Debian `flite` | BSD-like |
-| `RECORDINGS["allison"]`, spoken by Allison Smith | Debian `asterisk-core-sounds-en-g722` | CC BY-SA 3.0 |
-| `RECORDINGS["klettres-us"]` and `-gb` | Debian `klettres-data` | GPL-2+ |
-| `align` | PyPI `pocketsphinx` | BSD |
 
 espeak-ng is no function of its text: the same words twice give other samples, even another length. So its speech is
 written once and never spoken again when it is read.
@@ -21,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import wave
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -33,7 +30,7 @@ from scipy.signal import resample_poly
 
 from embedcache.arrays import Floats
 from embedcache.errors import DataError, MissingExtraError
-from embedcache.registry import require, unknown_name
+from embedcache.registry import unknown_name
 from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio
 from pipelines.worlds.talking_mouth import Phone, cmu_phone, espeak_phones
 
@@ -61,7 +58,7 @@ WORDS: Mapping[str, str] = {**{name: LETTERS[name] for name in LETTERS if name !
 
 FLITE_VOICES = ("awb", "kal16", "rms", "slt")
 """Voices of flite at 16 kHz; `kal` is `kal16` at 8 kHz."""
-_PEAK = 0.5
+PEAK = 0.5
 _SILENCE_S = (0.12, 0.3)
 """Shortest and longest silence before and after an utterance."""
 _FRAME_S = 1 / 25
@@ -122,10 +119,10 @@ class Espeak:
         try:
             self._library = ctypes.CDLL("libespeak-ng.so.1")
         except OSError:
-            raise _missing("espeak-ng's library", "apt-get install libespeak-ng1") from None
+            raise missing_program("espeak-ng's library", "apt-get install libespeak-ng1") from None
         self._rate_hz: int = self._library.espeak_Initialize(_SYNCHRONOUS, 0, None, _PHONEME_EVENTS)
         if self._rate_hz <= 0:
-            raise _missing("espeak-ng's data", "apt-get install espeak-ng-data")
+            raise missing_program("espeak-ng's data", "apt-get install espeak-ng-data")
         self._parts: list[bytes] = []
         self._events: list[tuple[int, float, str]] = []
         self._callback = _CALLBACK(self._receive)  # kept: the library holds only its address
@@ -178,7 +175,7 @@ class Espeak:
             for word, start_s, stop_s in zip(words, starts_s, [*starts_s[1:], duration_s], strict=True)
         ]
         samples = resample_poly(samples, AUDIO_RATE_HZ // 50, self._rate_hz // 50).astype(np.float32)
-        return _finish([(samples, phones, spans)], rng)
+        return finish_utterance([(samples, phones, spans)], rng)
 
     def _receive(self, samples: Any, count: int, events: Any) -> int:
         if samples and count > 0:
@@ -235,7 +232,7 @@ def speak_flite(
     if voice not in FLITE_VOICES:
         raise unknown_name("voice of flite", voice, FLITE_VOICES)
     if shutil.which("flite") is None:
-        raise _missing("flite", "apt-get install flite")
+        raise missing_program("flite", "apt-get install flite")
     text = (", " if has_pauses else " ").join("ay" if word == "A" else word.lower() for word in words)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "speech.wav")
@@ -247,7 +244,7 @@ def speak_flite(
         name, _, stop = entry.rpartition(":")
         phones.append(Phone(cmu_phone(name), start_s, float(stop)))
         start_s = float(stop)
-    return _finish([(samples, phones, _find_words(words, phones))], rng)
+    return finish_utterance([(samples, phones, _find_words(words, phones))], rng)
 
 
 def _find_words(words: Sequence[str], phones: Sequence[Phone]) -> list[Word]:
@@ -264,154 +261,8 @@ def _find_words(words: Sequence[str], phones: Sequence[Phone]) -> list[Word]:
     ]
 
 
-class Recording(NamedTuple):
-    """A recorded letter or digit without the silence around it. Phone times count from its first sample."""
-
-    name: str
-    word: str
-    samples: Floats
-    phones: tuple[Phone, ...]
-
-
-class Speaker(NamedTuple):
-    """Where the recordings of one person lie. `pattern` holds `{}` for the letter or digit."""
-
-    folders: Mapping[str, str]
-    package: str
-    pronunciations: Mapping[str, str] = {}
-
-
-RECORDINGS: Mapping[str, Speaker] = {
-    "allison": Speaker(
-        {
-            "letters": "/usr/share/asterisk/sounds/en_US_f_Allison/letters/{}.g722",
-            "digits": "/usr/share/asterisk/sounds/en_US_f_Allison/digits/{}.g722",
-        },
-        "asterisk-core-sounds-en-g722",
-    ),
-    "klettres-us": Speaker({"LETTERS": "/usr/share/klettres/en/alpha/{}.ogg"}, "klettres-data"),
-    "klettres-gb": Speaker({"letters": "/usr/share/klettres/en_GB/alpha/{}.ogg"}, "klettres-data", {"Z": "Z EH D"}),
-}
-_FADE_S = 0.005
-_MARGIN_S = 0.03
-_QUIET_S = 0.25
-_QUIET = 0.03  # of the loudest 10 ms: below, a recording has not begun
-
-
-@cache
-def load_recordings(speaker: str) -> tuple[Recording, ...]:
-    """Load the letters and digits that a person recorded, each aligned once, without the silence around it."""
-    place = RECORDINGS[speaker]
-    found = []
-    for word, path in find_recordings(speaker):
-        phones = place.pronunciations.get(word) or LETTERS.get(word) or DIGITS[word]
-        samples = read_recording(path)
-        found.append(Recording(f"{speaker}/{word}", word, samples, tuple(align(samples, phones.split()))))
-    return tuple(found)
-
-
-def find_recordings(speaker: str) -> list[tuple[str, Path]]:
-    """Return the letters and digits that a person recorded, each with its file.
-
-    Raises:
-        MissingExtraError: a file is missing; the message names the package.
-    """
-    found = []
-    place = RECORDINGS[speaker]
-    for kind, pattern in place.folders.items():
-        words = [*LETTERS] if kind.lower() == "letters" else [*DIGITS]
-        for number, word in enumerate(words):
-            name = str(number) if kind == "digits" else word if kind == "LETTERS" else word.lower()
-            path = Path(pattern.format(name))
-            if not path.is_file():
-                raise _missing(f"the recording {path}", f"apt-get install {place.package}")
-            found.append((word, path))
-    return found
-
-
-def read_recording(path: Path) -> Floats:
-    """Return the samples of a recorded word without the silence around it, to a peak of `_PEAK`."""
-    return _trim(_decode(path))
-
-
-def _decode(path: Path) -> Floats:
-    """Decode a recording; G.722 has no header, so its bytes are put into a container that has one."""
-    if path.suffix != ".g722":
-        return decode_audio(path.read_bytes())
-    av = require("av", extra="media")
-    with av.open(path) as container:
-        parts = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
-    return np.concatenate(parts).astype(np.float32) / np.float32(2**15)
-
-
-def _trim(samples: Floats) -> Floats:
-    """Cut what is quiet before and after speech, with a margin and a short fade, to a peak of `_PEAK`."""
-    step = AUDIO_RATE_HZ // 100
-    power = np.sqrt(np.mean(np.reshape(samples[: len(samples) // step * step], (-1, step)) ** 2, axis=1))
-    noise = min(2.5 * float(np.percentile(power, 10)), 0.15 * float(power.max()))
-    loud = np.flatnonzero(power > max(_QUIET * float(power.max()), noise))
-    margin = round(_MARGIN_S * AUDIO_RATE_HZ)
-    cut = samples[max(0, loud[0] * step - margin) : (loud[-1] + 1) * step + margin].copy()
-    ramp = np.linspace(0, 1, round(_FADE_S * AUDIO_RATE_HZ), dtype=np.float32)
-    cut[: len(ramp)] *= ramp
-    cut[-len(ramp) :] *= ramp[::-1]
-    return cut * np.float32(_PEAK / np.abs(cut).max())
-
-
-def align(samples: Floats, phones: Sequence[str]) -> list[Phone]:
-    """Return when each phone of one recorded word is spoken, in steps of 10 ms.
-
-    Inner boundaries are pocketsphinx's. The word reaches from margin to margin of `_trim`: the aligner takes the end of
-    a long vowel for silence.
-    """
-    decoder = _aligner()
-    quiet = np.zeros(round(_QUIET_S * AUDIO_RATE_HZ), np.float32)  # models expect silence around an utterance
-    data = (np.concatenate([quiet, samples, quiet]) * 32767).astype("<i2").tobytes()
-    word = "_".join(phones)
-    if decoder.lookup_word(word) is None:
-        decoder.add_word(word, " ".join(phones))
-    decoder.set_align_text(word)
-    _hear(decoder, data)
-    try:
-        decoder.set_alignment()  # the second pass finds phones
-    except RuntimeError:
-        raise DataError(f"pocketsphinx cannot align {' '.join(phones)} to {len(samples)} samples") from None
-    _hear(decoder, data)
-    found = [phone for part in decoder.get_alignment() for phone in part if phone.name != "SIL"]
-    if [phone.name for phone in found] != list(phones):
-        names = " ".join(phone.name for phone in found)
-        raise DataError(f"expected the phones {' '.join(phones)} from pocketsphinx, got {names}")
-    end_s = len(samples) / AUDIO_RATE_HZ - _MARGIN_S
-    starts_s = [_MARGIN_S, *(max(_MARGIN_S, phone.start / 100 - _QUIET_S) for phone in found[1:]), end_s]
-    return [
-        Phone(phone.name, min(start_s, end_s), min(stop_s, end_s))
-        for phone, (start_s, stop_s) in zip(found, pairwise(starts_s), strict=True)
-    ]
-
-
-def _hear(decoder: Any, data: bytes) -> None:
-    decoder.start_utt()
-    decoder.process_raw(data, full_utt=True)
-    decoder.end_utt()
-
-
-@cache
-def _aligner() -> Any:
-    return require("pocketsphinx", extra="recordings").Decoder(lm=None, loglevel="FATAL")
-
-
-def join_recordings(recordings: Iterable[Recording], *, rng: np.random.Generator) -> Utterance:
-    """Join recordings with gaps of 50 to 200 ms; each word names its recording."""
-    parts: list[tuple[Floats, list[Phone], list[Word]]] = []
-    for recording in recordings:
-        duration_s = len(recording.samples) / AUDIO_RATE_HZ
-        word = Word(recording.word, 0.0, duration_s, recording.name)
-        parts.append((recording.samples, list(recording.phones), [word]))
-    return _finish(parts, rng)
-
-
-def _finish(parts: Sequence[tuple[Floats, list[Phone], list[Word]]], rng: np.random.Generator) -> Utterance:
-    """Return parts in one utterance: silence around them, gaps between them, a peak of `_PEAK`, whole frames."""
+def finish_utterance(parts: Sequence[tuple[Floats, list[Phone], list[Word]]], rng: np.random.Generator) -> Utterance:
+    """Return parts in one utterance: silence around them, gaps between them, a peak of `PEAK`, whole frames."""
     low, high = (round(bound * AUDIO_RATE_HZ) for bound in _SILENCE_S)
     pieces: list[Floats] = []
     phones: list[Phone] = []
@@ -431,7 +282,7 @@ def _finish(parts: Sequence[tuple[Floats, list[Phone], list[Word]]], rng: np.ran
     gap += -place % frame
     samples = np.concatenate([*pieces, np.zeros(gap, np.float32)])
     phones.append(Phone("SIL", phones[-1].stop_s, len(samples) / AUDIO_RATE_HZ))
-    samples *= np.float32(_PEAK / max(float(np.abs(samples).max()), 1e-6))
+    samples *= np.float32(PEAK / max(float(np.abs(samples).max()), 1e-6))
     return Utterance(samples=samples, phones=tuple(phones), words=tuple(words))
 
 
@@ -446,5 +297,5 @@ def encode_wav(samples: Floats) -> bytes:
     return file.getvalue()
 
 
-def _missing(what: str, command: str) -> MissingExtraError:
+def missing_program(what: str, command: str) -> MissingExtraError:
     return MissingExtraError(f"{what} is not installed; run: {command}")

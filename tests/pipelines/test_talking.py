@@ -21,7 +21,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.tables import samples_path
 from embedcache.store.verify import verify
 from embedcache.testing.sources import SourceContract
-from pipelines.worlds import talking, talking_speech
+from pipelines.worlds import talking, talking_recordings, talking_speech
 from pipelines.worlds.talking import (
     KIND,
     MANIFEST,
@@ -52,18 +52,8 @@ from pipelines.worlds.talking_mouth import (
     mouth_track,
 )
 from pipelines.worlds.talking_noise import TAPES
-from pipelines.worlds.talking_speech import (
-    DIGITS,
-    LETTERS,
-    RECORDINGS,
-    WORDS,
-    Recording,
-    align,
-    espeak,
-    join_recordings,
-    load_recordings,
-    speak_flite,
-)
+from pipelines.worlds.talking_recordings import RECORDINGS, Recording, align, join_recordings, load_recordings
+from pipelines.worlds.talking_speech import DIGITS, LETTERS, WORDS, espeak, speak_flite
 from tests.crash import crash_function
 from tests.extract.cases import tree
 from tests.media_toy import MEDIA
@@ -291,8 +281,8 @@ class TestSpeech:
         monkeypatch.setenv("PATH", "")
         with pytest.raises(MissingExtraError, match="flite is not installed; run: apt-get install flite"):
             speak_flite(["BIN"], voice="slt", rng=rng())
-        nowhere = talking_speech.Speaker({"letters": "/nowhere/{}.ogg"}, "klettres-data")
-        monkeypatch.setitem(talking_speech.RECORDINGS, "klettres-us", nowhere)  # type: ignore[arg-type]
+        nowhere = talking_recordings.Speaker({"letters": "/nowhere/{}.ogg"}, "klettres-data")
+        monkeypatch.setitem(talking_recordings.RECORDINGS, "klettres-us", nowhere)  # type: ignore[arg-type]
         with pytest.raises(
             MissingExtraError, match=r"/nowhere/a.ogg is not installed; run: apt-get install klettres-data"
         ):

@@ -27,7 +27,7 @@ from pipelines.worlds.label_sets import (
     draw_labels,
 )
 from pipelines.worlds.shapes import KIND as SHAPES_KIND
-from pipelines.worlds.talking_speech import RECORDINGS
+from pipelines.worlds.talking_recordings import RECORDINGS
 from pipelines.worlds.texts import CLASSES, collect_words, frequent_words, load_descriptions
 
 HAS_LETTERS = Path(RECORDINGS["klettres-us"].folders["LETTERS"]).parent.is_dir()
