@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from embedcache.curate.outliers import find_outliers
     from embedcache.curate.score import score as score_samples
     from embedcache.curate.select.select import select as select_samples
+    from embedcache.curate.select.settings import SelectSettings
     from embedcache.curate.settings import (
         CoverageSettings,
         DedupSettings,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
         NegativesSettings,
         OutlierSettings,
         ScoreSettings,
-        SelectSettings,
     )
     from embedcache.dataset.settings import SplitSettings
     from embedcache.derive.derive import Derivation, derive_from_run

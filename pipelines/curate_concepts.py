@@ -12,7 +12,7 @@ from typing import Any
 
 from embedcache.cli.console import print_line
 from embedcache.curate.select.select import select
-from embedcache.curate.settings import SelectSettings
+from embedcache.curate.select.settings import SelectSettings
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.evaluate.zero_shot import evaluate_zero_shot

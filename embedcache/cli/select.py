@@ -20,11 +20,11 @@ from embedcache.cli.options import (
     output_argument,
     with_settings,
 )
+from embedcache.curate.select.settings import SelectSettings
 from embedcache.curate.settings import (
     NegativesSettings,
     OutlierSettings,
     ScoreSettings,
-    SelectSettings,
 )
 
 

@@ -13,7 +13,8 @@ from embedcache.curate.keep import Copies, choose_modality, find_copies
 from embedcache.curate.near_duplicates import Neighbors, find_neighbors
 from embedcache.curate.score import best_per_sample
 from embedcache.curate.select.pool import Pool
-from embedcache.curate.settings import OutlierSettings, SelectSettings
+from embedcache.curate.select.settings import SelectSettings
+from embedcache.curate.settings import OutlierSettings
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.scores import write_scores
 from embedcache.errors import DataError

@@ -1,4 +1,4 @@
-"""Settings of coverage, deduplication, leak detection and selection. Nothing heavy is imported here."""
+"""Settings of curation, but for selection, which has its own. Nothing heavy is imported here."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,10 @@ from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, MOVED_CACHE, MOVED_RUN
 from embedcache.settings import check_settings, setting
-from embedcache.units import parse_count_or_fraction, parse_counts
 
-_RUN_HELP = "Run that projects the features into the shared space."
+RUN_HELP = "Run that projects the features into the shared space."
 _COMMON_FEATURE = "the only one that both have"
-_SELECTION_FORMAT = "Parquet, or a text file with one key per line"
+SELECTION_FORMAT = "Parquet, or a text file with one key per line"
 _COMPARED_DEFAULT = "image, or text if there are no image features"
 
 
@@ -55,7 +54,7 @@ class CoverageSettings:
 
     modality: Literal["image", "text", "both"] = setting("image", "Modality of the items to count.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
-    run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
+    run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")
     label: str = setting("label", "Column of class labels.", metavar="COLUMN")
     language: str | None = setting(
         None, "Count only captions of this language; any counts all.", metavar="CODE", default_text="all"
@@ -73,7 +72,7 @@ class CoverageSettings:
     k: int = setting(10, "Most similar items to keep per concept.", ge=1)
     min_count: int = setting(20, "Report a concept with fewer items as a gap.", ge=1)
     selection: Path | str | None = setting(
-        None, f"Count the samples of this selection as well: {_SELECTION_FORMAT}.", metavar="FILE"
+        None, f"Count the samples of this selection as well: {SELECTION_FORMAT}.", metavar="FILE"
     )
     index: Path | str | None = setting(
         None, "Count only what this index of the cache finds.", metavar="INDEX", default_text="all items"
@@ -105,14 +104,14 @@ class DedupSettings:
         None, "Modality of the items to compare.", default_text=_COMPARED_DEFAULT
     )
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
-    run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
+    run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")
     keep: str = setting(
         "first",
         "Which duplicate stays: first, far (farthest from the center of its cluster) or best:COLUMN (largest number).",
         metavar="RULE",
     )
     selection: Path | str | None = setting(
-        None, f"Compare only the samples of this selection: {_SELECTION_FORMAT}.", metavar="FILE"
+        None, f"Compare only the samples of this selection: {SELECTION_FORMAT}.", metavar="FILE"
     )
     all_pairs: bool | None = setting(**_ALL_PAIRS)
     scratch: Path | str | None = setting(**_SCRATCH)
@@ -230,7 +229,7 @@ class NegativesSettings:
     )
     selection: Path | str | None = setting(
         None,
-        f"Use only the samples of this selection: {_SELECTION_FORMAT}.",
+        f"Use only the samples of this selection: {SELECTION_FORMAT}.",
         metavar="FILE",
         default_text="the training part of the run, or all",
     )
@@ -298,7 +297,7 @@ class ScoreSettings:
     column: str = setting("score", "Name of the score in the table.", metavar="NAME")
     modality: ModalityName = setting("image", "Modality of the items to score.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
-    run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
+    run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")
     normalize: bool = setting(True, "Scale vectors to length 1 before they are scored.")
     device: str = device_setting()
 
@@ -317,113 +316,6 @@ class ScoreSettings:
             raise SettingError("normalize: expected a head on a plain feature, got prompts or a run; leave it out")
         if self.column in ("row", "key", ""):
             raise SettingError(f"column: expected a name other than row and key, got {self.column!r}")
-
-
-METHOD_SETTINGS = (
-    "budget",
-    "per_concept",
-    "threshold",
-    "head",
-    "clusters",
-    "candidates",
-    "score",
-    "at_least",
-    "at_most",
-)
-"""A method may refuse these."""
-_YOUNGER = ("score", "at_least", "at_most")  # than the metadata of selections, which has them only where they are set
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectSettings:
-    """Settings of selection: how much, by what, from which samples. A method refuses settings that it does not use."""
-
-    budget: int | float | None = setting(
-        None,
-        "Number of samples to select, or a fraction of them: 1000 or 10%.",
-        gt=0,
-        parse=parse_count_or_fraction,
-        metavar="COUNT",
-    )
-    per_concept: int | None = setting(None, "rare-first: at most this many samples per concept.", ge=1, panel="method")
-    threshold: float | None = setting(
-        None, "clip-score, metaclip: cosine similarity from which an item matches.", ge=-1, le=1, panel="method"
-    )
-    head: float | None = setting(
-        None, "metaclip: cut concepts with more matches than this to about this many samples.", ge=1, panel="method"
-    )
-    clusters: tuple[int, ...] | None = setting(
-        None,
-        "image-based, hierarchical: number of clusters, one per level, finest first, such as 1000,100.",
-        parse=parse_counts,
-        metavar="N,...",
-        default_text="one per 40 samples",
-        panel="method",
-    )
-    candidates: int | None = setting(
-        None,
-        "k-center: number of randomly drawn samples to choose from.",
-        ge=1,
-        stored_as="drawn",
-        default_text="20,000, or twice the budget if that is more",
-        panel="method",
-    )
-    scores: Path | str | None = setting(
-        None,
-        "score: Parquet with a column key and numbers, such as curate score writes.",
-        metavar="FILE",
-        panel="method",
-    )
-    score: str | None = setting(
-        None,
-        "score: column of the scores.",
-        metavar="COLUMN",
-        default_text="the only one that holds numbers",
-        panel="method",
-    )
-    at_least: float | None = setting(None, "score: select samples of this score or a higher one.", panel="method")
-    at_most: float | None = setting(None, "score: select samples of this score or a lower one.", panel="method")
-    concepts: str | Path | None = setting(
-        None, "Cache of prompts, one sample per concept.", metavar="CACHE", panel="method"
-    )
-    join_names: bool = setting(False, "Merge concepts of the same name.", panel="method")
-    label: str = setting("label", "Column of class labels.", metavar="COLUMN", panel="method")
-    target: str | Path | None = setting(
-        None, "image-based: cache of the images to resemble.", metavar="CACHE", panel="method"
-    )
-    run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
-    modality: Literal["image", "text"] | None = setting(
-        None, "Modality of the items that the method compares.", default_text="the method's"
-    )
-    feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
-    selection: Path | str | None = setting(
-        None, f"Use only the samples of this selection: {_SELECTION_FORMAT}.", metavar="FILE"
-    )
-    seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
-    device: str = device_setting()
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if isinstance(self.budget, float) and self.budget > 1:
-            raise SettingError(f"budget: expected a whole number or a fraction of at most 1 (100%), got {self.budget}")
-        if self.clusters is not None and (not self.clusters or min(self.clusters) < 1):
-            raise SettingError(f"clusters: expected whole numbers of at least 1, got {self.clusters}")
-
-    @property
-    def method_settings(self) -> list[str]:
-        """Names of the settings of `METHOD_SETTINGS` that are set."""
-        return [name for name in METHOD_SETTINGS if getattr(self, name) is not None]
-
-    def inputs(self) -> dict[str, str]:
-        """Return the inputs that are set among `scores`, `concepts`, `target` and `run`, as text."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in ("scores", "concepts", "target", "run")}
-        return {name: str(value) for name, value in values.items() if value is not None}
-
-    def method_json(self) -> dict[str, Any]:
-        """Return the settings that a selection's metadata stores."""
-        names = [name for name in METHOD_SETTINGS if name not in _YOUNGER or getattr(self, name) is not None]
-        names += ["seed"]
-        return {"drawn" if name == "candidates" else name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import pytest
 
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.select import SELECTORS, Selector, check_method_settings
-from embedcache.curate.settings import SelectSettings
+from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import SettingError
 

@@ -22,7 +22,8 @@ from embedcache.curate.select.cluster_methods import default_levels
 from embedcache.curate.select.concept_methods import Matches, match_near
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.select import SELECTORS, combine_selections, select
-from embedcache.curate.settings import DedupSettings, SelectSettings
+from embedcache.curate.select.settings import SelectSettings
+from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError

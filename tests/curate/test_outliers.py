@@ -16,7 +16,8 @@ from embedcache.curate import near_duplicates
 from embedcache.curate.near_duplicates import find_neighbors
 from embedcache.curate.outliers import MARGIN, PAIR_COSINE, TYPICALITY, compare_labels, find_outliers
 from embedcache.curate.select.select import select
-from embedcache.curate.settings import OutlierSettings, SelectSettings
+from embedcache.curate.select.settings import SelectSettings
+from embedcache.curate.settings import OutlierSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.similar_pairs import CosineTile, NeighborCollector
 from embedcache.errors import DataError, PathError, UnknownNameError

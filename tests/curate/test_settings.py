@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from embedcache.curate.select.settings import SelectSettings
 from embedcache.curate.settings import (
     CoverageSettings,
     NegativesSettings,
     ScoreSettings,
-    SelectSettings,
 )
 from embedcache.errors import SettingError
 from tests.declared import declared_numbers
@@ -50,16 +50,18 @@ def test_numbers_are_declared_as_documented() -> None:
             "label_neighbors 10 [1, 1000]",
             "seed 0 [0, 4294967296)",
         ],
+        "MapSettings": [
+            "max_items 100000 [1, 1000000]",
+            "seed 0 [0, 4294967296)",
+        ],
+    }
+    assert declared_numbers("embedcache.curate.select.settings") == {
         "SelectSettings": [
             "budget None (0, inf)",
             "per_concept None [1, inf)",
             "threshold None [-1, 1]",
             "head None [1, inf)",
             "candidates None [1, inf)",
-            "seed 0 [0, 4294967296)",
-        ],
-        "MapSettings": [
-            "max_items 100000 [1, 1000000]",
             "seed 0 [0, 4294967296)",
         ],
     }

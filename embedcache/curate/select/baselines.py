@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Floats, Ints
 from embedcache.curate.select.pool import Pool, compute_cosines, to_keys, whole_samples
-from embedcache.curate.settings import SelectSettings
+from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError, SettingError
 from embedcache.store.columns import Column

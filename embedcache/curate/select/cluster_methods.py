@@ -9,7 +9,7 @@ import numpy as np
 from embedcache.arrays import Floats, Ints, blocks
 from embedcache.curate.select.baselines import draw_rows
 from embedcache.curate.select.pool import TRAINING_PER_CLUSTER, Pool, default_clusters, find_centroids
-from embedcache.curate.settings import SelectSettings
+from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, concatenated_ranges, normalize
-from embedcache.curate.settings import SelectSettings
+from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.scores import Score, read_scores
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError

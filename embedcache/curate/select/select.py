@@ -9,7 +9,7 @@ import numpy as np
 
 from embedcache.curate.select.baselines import draw_rows
 from embedcache.curate.select.pool import Pool
-from embedcache.curate.settings import SelectSettings
+from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import (
     Selection,
     check_selection_path,

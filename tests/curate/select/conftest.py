@@ -10,7 +10,7 @@ import pytest
 
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.select import Selector
-from embedcache.curate.settings import SelectSettings
+from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.scores import write_scores
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings

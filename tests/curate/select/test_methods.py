@@ -26,7 +26,7 @@ from embedcache.curate.select.concept_methods import (
     rarest_first,
 )
 from embedcache.curate.select.select import SELECTORS
-from embedcache.curate.settings import SelectSettings
+from embedcache.curate.select.settings import SelectSettings
 from embedcache.errors import DataError
 from embedcache.testing.selectors import SelectorContract
 

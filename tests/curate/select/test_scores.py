@@ -15,7 +15,8 @@ from embedcache.arrays import Floats, normalize
 from embedcache.curate.score import best_per_sample, read_head, score
 from embedcache.curate.select.baselines import format_scores
 from embedcache.curate.select.select import select
-from embedcache.curate.settings import ScoreSettings, SelectSettings
+from embedcache.curate.select.settings import SelectSettings
+from embedcache.curate.settings import ScoreSettings
 from embedcache.dataset.scores import read_scores
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError

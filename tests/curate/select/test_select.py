@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.curate.select.select import combine_selections, sample_selection, select
-from embedcache.curate.settings import SelectSettings
+from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.runs import group_by_recipe
