@@ -24,7 +24,7 @@ class TaskLoader(Protocol):
     waited_s: float
     """Seconds that the training loop has waited for batches."""
 
-    def epoch(self, number: int, *, first_step: int = 0) -> Iterator[Any]:
+    def epoch(self, number: int, *, first_step: int) -> Iterator[Any]:
         """Iterate over the batches of one epoch, from a step on; under torchrun over this process's part of each."""
         ...
 

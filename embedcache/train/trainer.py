@@ -257,7 +257,7 @@ def learning_rate(settings: OptimizerSettings, step: int, num_steps: int) -> flo
     warmup = max(1, round(settings.warmup_fraction * num_steps))
     if step < warmup:
         return settings.lr * (step + 1) / warmup
-    fraction = (step - warmup) / max(1, num_steps - warmup)
+    fraction = (step - warmup) / (num_steps - warmup)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * fraction))
 
 

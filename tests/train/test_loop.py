@@ -97,7 +97,7 @@ def test_small_steps_use_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    for flops, threads, expected in ((6.6e9, None, 1), (6.7e9, None, 6), (1.0, 3, 3), (1e12, 2, 2)):
+    for flops, threads, expected in ((6.6e9, None, 1), (2e10 / 3, None, 6), (1.0, 3, 3), (1e12, 2, 2)):
         used.clear()
         with _threads(flops, MachineSettings(threads=threads)):
             assert used == [expected]
@@ -106,6 +106,7 @@ def test_small_steps_use_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_best_weights_are_the_first_of_equal_scores() -> None:
     best, module = _BestWeights(), nn.Linear(1, 1)
+    assert best.epoch == 0
     for epoch, (score, expected) in enumerate([(float("nan"), 0), (0.2, 1), (0.2, 1), (0.1, 1), (0.3, 4)]):
         nn.init.constant_(module.weight, epoch)
         best.update(epoch, score, {"x": score}, module)
