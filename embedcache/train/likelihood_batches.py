@@ -15,7 +15,7 @@ from embedcache.networks.words import BLANK, WordLists
 from embedcache.train.batches import to_device
 from embedcache.train.examples import Examples, Media
 
-_BLOCK_ROWS = 256
+BLOCK_ROWS = 256
 _BLOCK_WORDS = 2048
 
 
@@ -112,8 +112,9 @@ class Subtask(Protocol):
 
 def read_tokens(media: Media | None, rows_B: Ints | None, *, device: str) -> dict[str, Tokens]:
     """Read the tokens of some rows; a pooled vector is one token."""
-    if media is None or rows_B is None:
+    if media is None:
         return {}
+    assert rows_B is not None
     inputs = media.read(rows_B)
     values = inputs.values[:, None] if inputs.values.ndim == 2 else inputs.values
     lengths = None if inputs.lengths is None else to_device(inputs.lengths, device)
@@ -136,8 +137,9 @@ def read_inputs(network: SharedNetwork, batch: TaskBatch) -> Tensor:
 
 def examples_of(batch: TaskBatch) -> Ints:
     """Return the number in its batch of the example of each input that was read."""
-    if batch.read == "task" or batch.words is None:
-        return np.arange(len(batch.positives[0]))
+    of_input_E, _ = batch.positives
+    if batch.words is None:
+        return np.arange(len(of_input_E))
     where = batch.is_read
     if where is None:
         where = (batch.words.numbers_BL == BLANK) & valid_frames(batch.words.lengths_B, batch.words.numbers_BL.shape[1])
@@ -158,7 +160,7 @@ def encode_texts(network: SharedNetwork, texts: WordLists, *, device: str = "cpu
 @torch.no_grad()
 def encode_items(network: SharedNetwork, media: Media, rows_N: Ints, *, device: str = "cpu") -> Iterator[Tensor]:
     """Encode items in their order, in blocks: (B, P) each."""
-    for rows in blocks(len(rows_N), _BLOCK_ROWS):
+    for rows in blocks(len(rows_N), BLOCK_ROWS):
         yield network.encode(read_tokens(media, rows_N[rows], device=device))
 
 

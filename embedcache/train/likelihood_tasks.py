@@ -25,6 +25,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -39,6 +40,7 @@ from embedcache.settings import check_settings, setting
 from embedcache.train.batches import to_device
 from embedcache.train.examples import Examples, with_blanks
 from embedcache.train.likelihood_batches import (
+    BLOCK_ROWS,
     TaskBatch,
     encode_texts,
     examples_of,
@@ -52,8 +54,6 @@ Kind: TypeAlias = Literal["classify", "answer", "retrieve", "caption", "masked"]
 Loader: TypeAlias = Callable[[Examples, np.random.Generator], tuple[WordLists, Ints]]
 """Returns the input text of each example, and the number of its candidate: (B,) int64."""
 KINDS: tuple[Kind, ...] = ("classify", "answer", "retrieve", "caption", "masked")
-
-_BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ class ExampleTask:
         order_N, starts_F = self._of_target
         seeds = positions_B[: max(1, len(positions_B) // (mined.k + 1))]
         near = mined.near(self.train.target_N[seeds]).ravel()
-        near = near[(near >= 0) & (starts_F[near + 1] > starts_F[near])][: len(positions_B) - len(seeds)]
+        near = near[starts_F[near + 1] > starts_F[near]]  # false for -1, too
         found = order_N[starts_F[near] + rng.integers(starts_F[near + 1] - starts_F[near])]
         distinct, first = np.unique(np.concatenate([seeds, found, positions_B[len(seeds) :]]), return_index=True)
         return distinct[np.argsort(first)][: len(positions_B)]
@@ -285,15 +285,15 @@ class ExampleTask:
     def _target_positions(self, examples: Examples) -> Ints:
         """Return the number of the candidate of each example."""
         places = {name: number for number, name in enumerate(self.names)}
-        distinct = examples.targets.to_pylist()
-        used = np.unique(examples.target_N)
-        missing = [distinct[number] for number in used.tolist() if distinct[number] not in places]
+        numbers_U, which_N = np.unique(examples.target_N, return_inverse=True)
+        used = examples.targets.take(pa.array(numbers_U)).to_pylist()
+        missing = [target for target in used if target not in places]
         if missing:
             raise DataError(
                 f"{self.name}: expected targets that are candidates, got {missing[0]!r}; pass all of them as candidates"
             )
-        place_F: Ints = np.array([places.get(name, -1) for name in distinct], np.int64)
-        return place_F[examples.target_N]
+        place_U: Ints = np.array([places[target] for target in used], np.int64)
+        return place_U[which_N]
 
     def _next_words(self, texts: WordLists, *, is_training: bool) -> tuple[Ints, Bools]:
         """Return the candidate after each prefix, and where there is one; in training, only where it is one.
@@ -360,14 +360,14 @@ def predict(task: ExampleTask, network: SharedNetwork, examples: Examples, *, de
     network.eval()
     vectors_CP = encode_texts(network, task.candidate_words, device=device)
     parts: list[tuple[Ints, Ints, Ints]] = []
-    for rows in blocks(len(examples), _BLOCK_ROWS):
+    for rows in blocks(len(examples), BLOCK_ROWS):
         numbers_B = np.arange(rows.start, rows.stop)
         batch = task.load(examples.take(numbers_B), None, device=device)
         queries, candidates = network.compare(
             read_inputs(network, batch), Candidates(vectors_CP), family=task.family, head=batch.head
         )
         best = [
-            _logits(queries[part], candidates).argmax(dim=1).cpu().numpy() for part in blocks(len(queries), _BLOCK_ROWS)
+            _logits(queries[part], candidates).argmax(dim=1).cpu().numpy() for part in blocks(len(queries), BLOCK_ROWS)
         ]
         parts.append((np.concatenate(best), batch.positives[1].cpu().numpy(), numbers_B[examples_of(batch)]))
     predicted_M, target_M, example_M = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -14,7 +14,7 @@ from embedcache.networks.shared import SharedNetwork
 from embedcache.networks.words import BLANK, END, NUM_SPECIAL, WordLists
 from embedcache.train import trainer
 from embedcache.train.examples import Examples
-from embedcache.train.likelihood import MixtureTask, TaskMixture, start_from, train_likelihood
+from embedcache.train.likelihood import TaskMixture, start_from, train_likelihood
 from embedcache.train.likelihood_tasks import predict
 from tests.train.likelihood_cases import Squares, colors_of, fit_settings, open_tones, recipe
 
@@ -84,14 +84,6 @@ def test_tasks_are_drawn_by_weight_from_seed_epoch_and_step() -> None:
     assert TaskMixture([3.0, 1.0], [4, 8], num_steps=400, seed=0).num_samples == 2000
 
 
-def test_cost_of_a_step_grows_with_its_largest_batch(squares: Squares, squares_run: Path) -> None:
-    def cost(*sizes: int) -> float:
-        tasks = [squares.task(f"task{size}", "classify", "classify", batch_size=size) for size in sizes]
-        return MixtureTask(network(squares_run), tasks, fit_settings(), num_steps=1).forward_flops
-
-    assert cost(8, 16) == cost(16) == 2 * cost(8) > 0
-
-
 def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
     task = squares.task("answer", "answer", has_head=True)
     tuned_recipe, parts = start_from(
@@ -118,12 +110,17 @@ def test_a_label_head_of_a_tuned_run_starts_from_the_likelihood(
     squares: Squares, squares_run: Path, tmp_path: Path
 ) -> None:
     tuned_recipe, parts = start_from(squares_run, trainable="heads")
+    assert (tuned_recipe.num_prompts, tuned_recipe.steps_per_epoch) == (0, 100)
     settings = fit_settings(epochs=0, init_from=parts.init_from, trainable=parts.trainable)
     task = squares.task("classify", "classify", has_head=True)
     train_likelihood([task], squares.words, tmp_path / "tuned", tuned_recipe, settings)
-    found = predict(task, network(tmp_path / "tuned"), squares.valid["classify"])
+    net = network(tmp_path / "tuned")
+    found = predict(task, net, squares.valid["classify"])
     expected = predict(squares.task("classify", "classify"), network(squares_run), squares.valid["classify"])
     assert found.predicted_M.tolist() == expected.predicted_M.tolist()
+    with torch.no_grad():
+        net.heads["classify"].linear.bias[3] = 1000.0  # type: ignore[index,operator,union-attr]
+    assert set(predict(task, net, squares.valid["classify"]).predicted_M.tolist()) == {3}
 
 
 def test_a_new_modality_is_learned_by_its_adapter_alone(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
@@ -136,6 +133,13 @@ def test_a_new_modality_is_learned_by_its_adapter_alone(squares: Squares, square
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert {key.partition(".")[2].partition(".")[0] for key in after.keys() - before.keys()} == {"audio"}
     assert report.measures["tones accuracy"] > 0.9
+    described = read_module_config(tmp_path / "tuned").arguments["modalities"]
+    for name, examples in (("image", squares.train["classify"]), ("audio", tones)):
+        media = examples.media
+        assert media is not None
+        axis = None if media.axis is None else media.axis.to_json()
+        assert described[name] == {"width": media.feature.width, "axis": axis}
+    assert described["audio"]["axis"]["rate_hz"] == 50
 
 
 def test_earlier_tasks_with_unknown_words_are_left_out(squares: Squares, tmp_path: Path) -> None:
@@ -205,8 +209,9 @@ def test_a_loader_makes_texts_and_answers(squares: Squares, squares_run: Path) -
     assert set(batch.positives[1].tolist()) == {0, 1}
     assert task.describe()["loader"]["name"] == "tests.train.test_likelihood:show_captions"  # type: ignore[index]
     assert task.measure(network(squares_run), device="cpu").keys() == {"match accuracy"}
-    with pytest.raises(SettingError, match="loader: expected the kind answer with candidates"):
-        squares.task("match", "classify", "captions", loader=show_captions)
+    for kind, options in (("classify", {"candidates": ["left"]}), ("answer", {}), ("classify", {})):
+        with pytest.raises(SettingError, match=f"loader: expected the kind answer with candidates, got {kind}"):
+            squares.task("match", kind, "captions", loader=show_captions, **options)  # type: ignore[arg-type]
 
 
 def test_words_that_are_no_candidates_are_not_trained_and_never_right(squares: Squares, squares_run: Path) -> None:
@@ -216,7 +221,7 @@ def test_words_that_are_no_candidates_are_not_trained_and_never_right(squares: S
     measured = task.load(examples, None, device="cpu")
     num_blue = sum(text.split().count("blue") for text in examples.targets.take(examples.target_N).to_pylist())
     assert num_blue
-    assert len(measured.positives[1]) - len(trained.positives[1]) == num_blue == (measured.positives[1] < 0).sum()
+    assert len(measured.positives[1]) - len(trained.positives[1]) == num_blue == (measured.positives[1] == -1).sum()
     found = predict(task, network(squares_run), examples)
     assert not found.is_correct_M[found.target_M < 0].any()
 
@@ -235,8 +240,11 @@ def test_bad_tasks_are_refused(squares: Squares, squares_run: Path, tmp_path: Pa
     with pytest.raises(SettingError, match="kind=classify"):
         squares.task("answer", "answer", "classify")
     few = squares.task("classify", "classify", candidates=["red red"])
-    with pytest.raises(DataError, match="expected targets that are candidates"):
-        few.check()
+    one = squares.task("classify", "classify", candidates=few.train.targets.to_pylist()[1:])
+    first = few.train.targets[0].as_py()
+    message = f"classify: expected targets that are candidates, got '{first}'; pass all of them as candidates"
+    with pytest.raises(DataError, match=message):
+        one.check()
     with pytest.raises(DataError, match="expected targets that are candidates"):
         few.load(squares.train["classify"], None, device="cpu")
     tasks = [squares.task("classify", "classify", weight=0.5)]

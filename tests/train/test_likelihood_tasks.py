@@ -101,6 +101,47 @@ def test_examples_of_the_nearest_texts_replace_the_last_ones_of_a_batch(squares:
     few = task._with_neighbors(positions[:2], mined, np.random.default_rng(1))
     assert few[0] == positions[0]
     assert len(few) == 2
+    assert texts[few[1]] in mined.near(texts[positions[:1]])
+
+
+def test_any_example_of_a_near_text_is_drawn(squares: Squares) -> None:
+    """Check which examples are drawn beside seeds of the texts 3 and 8, where the text 5 has no examples."""
+    whole = squares.train["captions"]
+    examples = whole.take(np.flatnonzero(whole.target_N != 5))
+    mined = Mined(Nearest(9), 2, np.arange(9, dtype=np.float32)[:, None])  # type: ignore[arg-type]
+    task = squares.task("retrieve", "retrieve", "captions", train=examples, mined=mined)
+    assert len(examples.targets) == 9
+    seeds = [int(np.flatnonzero(examples.target_N == text)[0]) for text in (3, 8)]
+    rest = np.flatnonzero(examples.target_N == 6)[:4].tolist()
+    drawn: set[int] = set()
+    for seed in range(100):
+        found = task._with_neighbors(np.array([*seeds, *rest]), mined, np.random.default_rng(seed)).tolist()
+        assert (found[:2], len(found)) == (seeds, 6)
+        drawn |= set(found) - {*seeds, *rest}
+    assert drawn == set(np.flatnonzero(np.isin(examples.target_N, (4, 0, 1))).tolist())
+
+
+def test_the_first_candidate_is_mined_like_others(squares: Squares) -> None:
+    mined = Mined(Nearest(9), 1, np.arange(9, dtype=np.float32)[:, None])  # type: ignore[arg-type]
+    task = squares.task("classify", "classify", max_candidates=4, mined=mined)
+    words = task.candidate_words.padded()[0].tolist()
+    last = task.train.take(np.flatnonzero(task._target_positions(task.train) == 8)[:1])
+    for seed in range(10):
+        batch = task.load(last, np.random.default_rng(seed), device="cpu")
+        numbers = [words.index(row) for row in batch.candidates.numbers_BL.tolist()]
+        assert batch.log_weights_C is not None
+        kept = [number for number, weight in zip(numbers, batch.log_weights_C.tolist(), strict=True) if not weight]
+        assert (kept, len(numbers)) == ([0, 8], 4)
+
+
+def test_masks_of_validation_are_always_the_same(squares: Squares) -> None:
+    task = squares.task("masked", "masked", "captions", masked=0.5)
+    batches = [task.load(task.train, rng, device="cpu") for rng in (None, None, np.random.default_rng(0))]
+    numbers = [batch.words.numbers_BL.tolist() for batch in batches if batch.words is not None]
+    assert numbers[0] == numbers[1] == numbers[2]
+    other = task.load(task.train, np.random.default_rng(1), device="cpu").words
+    assert other is not None
+    assert other.numbers_BL.tolist() != numbers[0]
 
 
 def test_what_decides_the_batches_is_described(squares: Squares) -> None:
@@ -217,7 +258,7 @@ def test_blocks_do_not_change_predictions(squares: Squares, squares_run: Path, m
     whole = predict(task, network, squares.valid["captions"])  # type: ignore[arg-type]
     assert whole.example_M.max() == len(squares.valid["captions"]) - 1
     assert (np.diff(whole.example_M) >= 0).all()
-    monkeypatch.setattr(likelihood_tasks, "_BLOCK_ROWS", 30)
+    monkeypatch.setattr(likelihood_tasks, "BLOCK_ROWS", 30)
     few = predict(task, network, squares.valid["captions"])  # type: ignore[arg-type]
     assert len(few.predicted_M) == len(few.target_M) == len(few.example_M)
     assert few.is_correct_M.tolist() == (few.predicted_M == few.target_M).tolist()
