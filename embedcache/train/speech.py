@@ -65,6 +65,28 @@ class _Objective(SpeechObjective):
         return super().forward(batch.batch)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeechRecipe:
+    """What decides a speech run beside its utterances and the settings of the loop.
+
+    Args:
+        model: arguments of `SpeechNetwork` other than its streams, such as `PAPER`.
+        augmentation: what is changed in training.
+        measured: views of the sound in which validation is measured.
+        ctc_weight: weight of the CTC loss; the rest is that of attention.
+        align_epochs: first epochs, with CTC as all of the loss and plain views alone. In noise, or beside an attention
+            decoder, which learns to spell before it attends to anything, CTC takes far longer to learn to align.
+        smoothing: smoothing of both losses.
+    """
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    augmentation: SpeechAugmentation = field(default_factory=SpeechAugmentation)
+    measured: Sequence[str] = (PLAIN,)
+    ctc_weight: float = CTC_WEIGHT
+    align_epochs: int = 0
+    smoothing: float = SMOOTHING
+
+
 class SpeechTask:
     """A `Task`: a speech recognizer on utterances. The epoch with the lowest word error rate in validation is kept.
 
@@ -74,8 +96,7 @@ class SpeechTask:
         validation: utterances of other speakers, recognized by the best path of CTC, or by attention if CTC has no
             weight.
         settings: batch size and seed.
-        augmentation: what is changed in training.
-        measured: view of the sound in which validation is measured.
+        recipe: weights of the losses, what is changed in training, and views that are measured.
         is_encoded: the features are states of the encoders, derived from the runs that `module` starts from.
     """
 
@@ -87,18 +108,13 @@ class SpeechTask:
         train: Utterances,
         validation: Utterances,
         settings: FitSettings,
+        recipe: SpeechRecipe,
         *,
-        augmentation: SpeechAugmentation,
-        measured: Sequence[str] = ("plain",),
-        ctc_weight: float = CTC_WEIGHT,
-        smoothing: float = SMOOTHING,
-        align_epochs: int = 0,
         is_encoded: bool = False,
         device: str = "cpu",
     ) -> None:
         self.module, self._train, self._validation = module, train, validation
-        self._augmentation, self._measured, self._is_encoded, self._device = augmentation, measured, is_encoded, device
-        self._ctc_weight, self._smoothing, self._align_epochs = ctc_weight, smoothing, align_epochs
+        self._recipe, self._is_encoded, self._device = recipe, is_encoded, device
         batch_size = settings.optimizer.batch_size or _BATCH_SIZE
         lengths_S = np.array([len(symbols) for symbols in train.symbols], np.int64)
         plan = UtteranceBatches(lengths_S, batch_size=batch_size, seed=settings.seed)
@@ -114,15 +130,16 @@ class SpeechTask:
     @cached_property
     def objective(self) -> _Objective:
         """The loss."""
-        return _Objective(self.module, ctc_weight=self._ctc_weight, smoothing=self._smoothing)
+        return _Objective(self.module, ctc_weight=self._recipe.ctc_weight, smoothing=self._recipe.smoothing)
 
     def _load(self, drawn: DrawnBatch) -> LoadedUtterances:
         numbers_B = drawn.numbers_B[own_slice(len(drawn.numbers_B))]
         rng = np.random.default_rng([drawn.seed, drawn.epoch, drawn.step, int(numbers_B[0])])
-        is_aligning = drawn.epoch < self._align_epochs
-        augmentation = replace(self._augmentation, views={}) if is_aligning else self._augmentation
+        is_aligning, augmentation = drawn.epoch < self._recipe.align_epochs, self._recipe.augmentation
+        if is_aligning:
+            augmentation = replace(augmentation, views={})
         streams = read_augmented(self._train, numbers_B, self._stacks, augmentation, rng)
-        missing = draw_missing(self._augmentation.missing, tuple(streams), len(numbers_B), rng)
+        missing = draw_missing(augmentation.missing, tuple(streams), len(numbers_B), rng)
         targets_BL, lengths_B = pad_transcripts([self._train.symbols[number] for number in numbers_B])
         batch = SpeechBatch(
             streams={name: self._frames(*stream) for name, stream in streams.items()},
@@ -151,12 +168,12 @@ class SpeechTask:
         Both decode greedily. The epoch is chosen by their mean: the best CTC may be that of an epoch in which the
         attention decoder knows nothing, and the hybrid decoder needs both.
         """
-        return {name: rate for view in self._measured for name, rate in self._word_errors(view).items()}
+        return {name: rate for view in self._recipe.measured for name, rate in self._word_errors(view).items()}
 
     def _word_errors(self, view: str) -> dict[str, float]:
         """Return the word error rates of a view, by the name of the measure."""
-        decoders: dict[str, Decoder] = {f"WER {view}": "ctc"} if self._ctc_weight else {}
-        if self._ctc_weight < 1:
+        decoders: dict[str, Decoder] = {f"WER {view}": "ctc"} if self._recipe.ctc_weight else {}
+        if self._recipe.ctc_weight < 1:
             decoders[f"attention WER {view}"] = "attention"
         found: dict[str, list[str]] = {name: [] for name in decoders}
         for encoded in encode_utterances(
@@ -226,28 +243,6 @@ def encode_utterances(
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpeechRecipe:
-    """What decides a speech run beside its utterances and the settings of the loop.
-
-    Args:
-        model: arguments of `SpeechNetwork` other than its streams, such as `PAPER`.
-        augmentation: what is changed in training.
-        measured: views of the sound in which validation is measured.
-        ctc_weight: weight of the CTC loss; the rest is that of attention.
-        align_epochs: first epochs, with CTC as all of the loss and plain views alone. In noise, or beside an attention
-            decoder, which learns to spell before it attends to anything, CTC takes far longer to learn to align.
-        smoothing: smoothing of both losses.
-    """
-
-    model: Mapping[str, Any] = field(default_factory=dict)
-    augmentation: SpeechAugmentation = field(default_factory=SpeechAugmentation)
-    measured: Sequence[str] = (PLAIN,)
-    ctc_weight: float = CTC_WEIGHT
-    align_epochs: int = 0
-    smoothing: float = SMOOTHING
-
-
 def train_speech(
     train: Utterances,
     validation: Utterances,
@@ -299,11 +294,7 @@ def train_speech(
             trained,
             measured,
             settings,
-            augmentation=recipe.augmentation,
-            measured=recipe.measured,
-            ctc_weight=recipe.ctc_weight,
-            align_epochs=recipe.align_epochs,
-            smoothing=recipe.smoothing,
+            recipe,
             is_encoded=states is not None,
             device=device,
         )
@@ -324,7 +315,7 @@ def _describe_streams(utterances: Utterances) -> dict[str, dict[str, int]]:
     for name, stream in utterances.streams.items():
         goal = min(slowest, FRAME_RATE_HZ)
         stack = round(stream.rate_hz / goal)
-        if not stack or abs(stream.rate_hz / goal - stack) > _ROUNDING:
+        if abs(stream.rate_hz / goal - stack) > _ROUNDING:
             raise SettingError(
                 f"expected frame rates that are multiples of {goal:g} Hz, got {stream.rate_hz:g} Hz of {name}; extract "
                 "it at another rate"

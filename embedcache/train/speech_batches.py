@@ -113,13 +113,11 @@ def draw_missing(
     chances: Mapping[str, float], streams: Sequence[str], count: int, rng: np.random.Generator
 ) -> dict[str, Bools]:
     """Draw which utterances lose a stream; none loses all of them: stream -> (B,) bool."""
-    draws_B = rng.random(count)
-    missing, before = {}, 0.0
-    for name in streams if len(streams) > 1 else ():
-        chance = chances.get(name, 0.0)
-        missing[name] = (draws_B >= before) & (draws_B < before + chance)
-        before += chance
-    return missing
+    if len(streams) < 2:
+        return {}
+    limits = np.cumsum([chances.get(name, 0.0) for name in streams])
+    which_B = np.searchsorted(limits, rng.random(count), side="right")
+    return {name: which_B == number for number, name in enumerate(streams)}
 
 
 def mask_spans(values_BTD: Array, lengths_B: Ints, fraction: float, rng: np.random.Generator) -> Array:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -152,7 +153,7 @@ def open_utterances(
     """
     opened = {name: _open_views(cache, name, feature, (views or {}).get(name)) for name, feature in features.items()}
     items = {name: [read_items([cache], [feature]) for feature in found.values()] for name, found in opened.items()}
-    rows = {name: _common([of_view.rows for of_view in found]) for name, found in items.items()}
+    rows = {name: reduce(np.intersect1d, [of_view.rows for of_view in found]) for name, found in items.items()}
     owners = {name: cache.items(name)["sample"].to_numpy() for name in features}
     table = cache.items("text", columns=["sample", "text"])
     texts = dict(zip(table["sample"].to_pylist(), table["text"].to_pylist(), strict=True))
@@ -182,10 +183,3 @@ def open_utterances(
 
 def _open_views(cache: Cache, stream: str, feature: str, views: Sequence[str] | None) -> dict[str, InputFeature]:
     return {view: open_input(cache, stream, view_feature(feature, view)) for view in views or (PLAIN,)}
-
-
-def _common(rows: Sequence[Ints]) -> Ints:
-    common = rows[0]
-    for others in rows[1:]:
-        common = np.intersect1d(common, others)
-    return common

@@ -27,8 +27,7 @@ from embedcache.train.pair import PairTask, Validation
 from embedcache.train.parts import _shorten
 from embedcache.train.segmentation import PointData, SegmentationTask
 from embedcache.train.settings import FitSettings, LossSettings, MachineSettings, OptimizerSettings
-from embedcache.train.speech import SpeechTask
-from embedcache.train.speech_batches import SpeechAugmentation
+from embedcache.train.speech import SpeechRecipe, SpeechTask
 from embedcache.train.train import TrainReport
 from embedcache.train.trainer import _BestWeights, _threads, learning_rate
 from embedcache.train.utterances import frame_counts
@@ -294,7 +293,7 @@ def test_frames_are_taken_with_their_points() -> None:
 def test_a_batch_of_speech_has_32_utterances(batch_size: int | None, count: int, steps: int) -> None:
     module, utterances = nn.Linear(2, 3), SimpleNamespace(symbols=[np.zeros(2)] * count)
     settings = from_flat(FitSettings, {"batch_size": batch_size})
-    task = SpeechTask(module, utterances, utterances, settings, augmentation=SpeechAugmentation())  # type: ignore[arg-type]
+    task = SpeechTask(module, utterances, utterances, settings, SpeechRecipe())  # type: ignore[arg-type]
     assert task.loader.num_steps == steps
     assert task.forward_flops == 2 * (batch_size or 32) * 75 * 9
 

@@ -1,6 +1,8 @@
 """Training of speech recognizers: one stream, then the fusion on both complete runs with their encoders frozen."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from embedcache.arrays import Inputs
 from embedcache.dataset.inputs import InputFeature
 from embedcache.derive.derive import derive_from_run
 from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
-from embedcache.networks.saved import load_module
+from embedcache.networks.saved import load_module, read_module_config
 from embedcache.networks.speech import SpeechNetwork
 from embedcache.store.cache import Cache
 from embedcache.train.speech import encode_utterances, train_speech
@@ -88,6 +90,18 @@ def test_an_epoch_is_chosen_by_both_readouts(caches: tuple[Path, Path], tmp_path
     assert dict(report.measures) == min(logged, key=lambda measures: sum(measures.values()))
 
 
+def test_settings_and_the_longest_utterance_are_recorded(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    data = [utterances(cache, "audio") for cache in caches]
+    data = [replace(part, streams={"audio": replace(part.streams["audio"], rate_hz=23.0)}) for part in data]
+    train_speech(*data, tmp_path / "run", recipe(), fit_settings(epochs=0))
+    config = read_module_config(tmp_path / "run")
+    assert config.arguments["streams"] == {"audio": {"width": 2, "stack": 1}}
+    augmentation = {"views": {}, "missing": {}, "shift_s": 0.0, "swapped": 0.0, "masked": 0.0}
+    recorded = {"model": MODEL, "augmentation": augmentation, "measured": ["plain"], "align_epochs": 0, "states": None}
+    assert {name: config.training[name] for name in recorded} == recorded
+    assert config.training["longest_s"] == 1.565  # 36 frames
+
+
 def train_with_views(caches: tuple[Path, Path], run: Path, checkpoint_s: float) -> None:
     """Train on drawn views, in a process of its own."""
     augmentation = SpeechAugmentation(views={"audio": {"plain": 0.5, QUIET: 0.5}}, masked=0.2)
@@ -150,7 +164,7 @@ def test_states_of_another_run_are_refused(caches: tuple[Path, Path], runs: dict
 def test_states_cannot_train_the_encoders(
     trainable: str | None, caches: tuple[Path, Path], runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(SettingError, match="parts without the encoders"):
+    with pytest.raises(SettingError, match=rf"frozen ones, got {re.escape(trainable or 'all')}; use fusion\+ctc"):
         train_fusion(caches, tmp_path / "av", runs, on_states=True, trainable=trainable)
 
 
