@@ -407,12 +407,13 @@ def _batches(
             f"batch_size: expected at most the {num_samples:,} training samples, got {batch_size:,}; "
             f"use --batch-size {num_samples} or less"
         )
+    assert settings.block_rows is not None  # named by `train_on`
     batches = Batches(
         training,
         batch_size=batch_size or min(_DEFAULT_BATCH_SIZE, num_samples),
         seed=settings.seed,
         captions=settings.captions,
-        block_rows=settings.block_rows or 1,
+        block_rows=settings.block_rows,
         mixup=settings.loss.mixup,
         views=views,
         negatives=negatives,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.evaluate.retrieval import RetrievalReport
+from embedcache.progress import AnyProgress
 from embedcache.train.settings import train_settings
 from embedcache.train.train import TrainReport, train
 
@@ -12,13 +13,18 @@ IMAGE, TEXT = "open_toy/cls", "open_toy/mean"
 
 
 def run(
-    caches: Path | list[Path], run_path: Path, *, image: str = IMAGE, text: str = TEXT, **options: Any
+    caches: Path | list[Path],
+    run_path: Path,
+    *,
+    image: str = IMAGE,
+    text: str = TEXT,
+    progress: AnyProgress = None,
+    **options: Any,
 ) -> TrainReport:
     """Train a small run, by default two epochs of the default recipe."""
     defaults = {"shared_width": 16, "epochs": 2, "batch_size": 64, "split": "key"}
-    return train(
-        caches, run_path, image_feature=image, text_feature=text, settings=train_settings({**defaults, **options})
-    )  # type: ignore[arg-type]
+    settings = train_settings({**defaults, **options})
+    return train(caches, run_path, image_feature=image, text_feature=text, settings=settings, progress=progress)  # type: ignore[arg-type]
 
 
 def log_lines(run_path: Path) -> list[dict[str, Any]]:

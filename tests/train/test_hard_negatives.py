@@ -13,6 +13,7 @@ from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.store.cache import Cache
 from embedcache.train.batches import Batches
+from tests.recorded import RecordedProgress
 from tests.train.runs import IMAGE, TEXT, log_lines, run
 from tests.train.test_resume import assert_same_run, run_interrupted
 from tests.train.test_resume import run as run_whole
@@ -39,9 +40,12 @@ def test_hard_negatives_of_the_training_part_are_added(
         return hard
 
     monkeypatch.setattr(Batches, "_draw_hard", watch)
-    report = run(cache_path, tmp_path / "run", negatives=str(table).replace("-0", "-{seed}"), num_negatives=2)
+    progress, path = RecordedProgress(), str(table).replace("-0", "-{seed}")
+    report = run(cache_path, tmp_path / "run", negatives=path, num_negatives=2, progress=progress)
     train = set(read_split(tmp_path / "run/split.parquet", [Cache(cache_path)]).rows("train").tolist())
     negatives = read_negatives([table], [Cache(cache_path)])
+    num_some = sum(bool(train & set(negatives.negatives_SK[sample].tolist())) for sample in train)
+    assert progress.notes == [f"{num_some} of {len(train)} training samples have hard negatives in the training part"]
     assert {sample for _, hard in seen for sample in hard.tolist()} <= train
     for own, hard in seen:
         assert len(own) <= 22  # 64 // 3 and one

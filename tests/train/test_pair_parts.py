@@ -49,6 +49,12 @@ def test_closed_form_of_the_other_tower_is_kept_out(cache_path: Path, finished: 
     assert changed_parts(tmp_path / "run", tmp_path / "random") == {"image"}
 
 
+def test_given_initialization_is_that_of_the_other_tower(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    for name, start in (("run", (f"image={finished}",)), ("closed", ())):
+        run(cache_path, tmp_path / name, initialization="cca", init_from=start, epochs=0)
+    assert changed_parts(tmp_path / "run", tmp_path / "closed") == {"image"}
+
+
 def test_run_with_other_shapes_is_refused(cache_path: Path, finished: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"part image .* expected shape \(8, 48\), got \(16, 48\)"):
         run(cache_path, tmp_path / "narrow", init_from=(f"image={finished}",), shared_width=8)

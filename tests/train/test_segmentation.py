@@ -137,6 +137,14 @@ def test_norm_statistics_are_a_run_that_training_starts_from(runs: dict[str, Pat
     assert torch.equal(start.hidden_norm.running_mean, stored["image"].hidden_norm.running_mean)  # type: ignore[arg-type]
 
 
+def test_norm_statistics_of_one_modality_are_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    save_adapted_norms({"points": runs["points"]}, make_data(20).features, ["points"], tmp_path / "norms")
+    found, source = read_module_config(tmp_path / "norms"), read_module_config(runs["points"])
+    assert (found.arguments, found.sides) == (source.arguments, source.sides)
+    assert found.training == {"norm statistics": ["points"]}
+    assert found.init_runs == {"points": source.weights_digest}
+
+
 def test_nan_feature_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
     data = make_data(10)
     data.features["image"][7, 0] = np.nan

@@ -12,7 +12,7 @@ import torch
 
 from embedcache.arrays import Inputs
 from embedcache.cli.config_files import read_config as read_options
-from embedcache.dataset.pairs import Pairs
+from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.splits import read_split
 from embedcache.errors import (
     ArtifactError,
@@ -33,9 +33,9 @@ from embedcache.store.cache import Cache
 from embedcache.train import train as train_module
 from embedcache.train.batches import Batches
 from embedcache.train.initialization import initialize
-from embedcache.train.pair import Validation
+from embedcache.train.pair import PairTask, Validation
 from embedcache.train.parts import source_digests
-from embedcache.train.settings import OptimizerSettings
+from embedcache.train.settings import OptimizerSettings, train_settings
 from embedcache.train.trainer import learning_rate, make_optimizer
 from tests.cli.run import embedcache
 from tests.edits import edit_record
@@ -71,6 +71,7 @@ def test_run_folder_is_complete(cache_path: Path, tmp_path: Path) -> None:
     config = read_config(tmp_path / "run")
     assert config.tower_input("image").feature == IMAGE
     assert config.index_digest == Cache(cache_path).info.index_digest
+    assert config.training["block_rows"] == 1
     assert report.num_parameters == sum(p.numel() for p in load_pair(tmp_path / "run")[0].parameters())
 
 
@@ -131,6 +132,8 @@ def test_zero_epochs_keep_the_closed_form(cache_path: Path, tmp_path: Path) -> N
 def test_mapped_features_train_the_same(cache_path: Path, finished: Path, tmp_path: Path) -> None:
     run(cache_path, tmp_path / "run", memory=1, block_rows=1)
     assert (finished / "model.safetensors").read_bytes() == (tmp_path / "run/model.safetensors").read_bytes()
+    run(cache_path, tmp_path / "blocks", memory=1, epochs=0)
+    assert read_config(tmp_path / "blocks").training["block_rows"] == 64
 
 
 def test_bfloat16_trains(cache_path: Path, tmp_path: Path) -> None:
@@ -273,6 +276,7 @@ def test_file_named_like_a_split_is_not_read(cache_path: Path, tmp_path: Path, m
 
 def test_training_uses_only_its_part(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, set[int]] = {"initialization": set(), "validation": set(), "batches": set()}
+    flops: list[float] = []
 
     def watched_initialize(pair: AlignedPair, pairs: Pairs, *rest: Any, **more: Any) -> None:
         seen["initialization"].update(pairs.samples)
@@ -286,10 +290,16 @@ def test_training_uses_only_its_part(cache_path: Path, tmp_path: Path, monkeypat
         seen["batches"].update(pairs.samples)
         return Batches(pairs, **more)
 
+    def watched_task(*, forward_flops: float, **more: Any) -> PairTask:
+        flops.append(forward_flops)
+        return PairTask(forward_flops=forward_flops, **more)
+
+    monkeypatch.setattr(train_module, "PairTask", watched_task)
     monkeypatch.setattr(train_module, "initialize", watched_initialize)
     monkeypatch.setattr(train_module, "Validation", watched_validation)
     monkeypatch.setattr(train_module, "Batches", watched_batches)
-    run(cache_path, tmp_path / "run", epochs=1)
+    report = run(cache_path, tmp_path / "run", epochs=1)
+    assert flops == [64 * report.flops_per_pair]  # of a batch
     split = read_split(tmp_path / "run/split.parquet", [Cache(cache_path)])
     assert seen["initialization"] == seen["batches"] == set(split.rows("train"))
     assert seen["validation"] == set(split.rows("val"))
@@ -306,6 +316,37 @@ def test_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path) ->
     split = read_split(tmp_path / "run/split.parquet", [cache])
     validation = Validation(pairs.pairs(None).select(split.rows("val")), *pairs.readers.values(), device="cpu")
     assert validation.recalls(pair) == pytest.approx(scores[best])
+
+
+@pytest.mark.parametrize(
+    ("count", "given", "expected"), [(1025, None, [513, 512]), (1024, None, [1024]), (9, 9, [9]), (9, 2, [3, 2, 2, 2])]
+)
+def test_a_batch_has_1024_samples_or_all(count: int, given: int | None, expected: list[int]) -> None:
+    rows = np.arange(count)
+    items = Items(rows=rows, samples=rows, contents=rows)
+    settings = train_settings({"batch_size": given, "block_rows": 1})
+    batches = train_module._batches(Pairs(first=items, second=items), settings, [None, None], None)
+    assert [len(batch.samples) for batch in batches.epoch(0)] == expected
+
+
+def test_each_process_has_an_item_of_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.arange(9)
+    items = Items(rows=rows, samples=rows, contents=rows)
+    pairs = Pairs(first=items, second=items)
+    settings = train_settings({"batch_size": 3, "block_rows": 1})
+    for processes in (1, 3, 4):
+        monkeypatch.setattr(train_module, "num_processes", lambda processes=processes: processes)
+        if processes <= 3:
+            assert train_module._batches(pairs, settings, [None, None], None).smallest == 3
+            continue
+        with pytest.raises(SettingError, match=r"one item per process in each batch, got 3 for 4 processes; raise --b"):
+            train_module._batches(pairs, settings, [None, None], None)
+
+
+def test_towers_without_parameters_are_not_trained(cache_path: Path, tmp_path: Path) -> None:
+    report = run(cache_path, tmp_path / "run", projector="asif", shared_width=40)
+    assert (report.best_epoch, report.pairs_per_s) == (0, 0.0)
+    assert [list(line) for line in log_lines(tmp_path / "run")] == [["epoch", "validation"]]
 
 
 def test_patience_stops_training(cache_path: Path, tmp_path: Path) -> None:

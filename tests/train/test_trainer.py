@@ -86,6 +86,7 @@ def test_log_progress_and_rates_of_a_run(tmp_path: Path, ticking: None) -> None:
     training = make(tmp_path, [0.1, 0.3, 0.2], progress=progress, on_epoch=lambda *values: told.append(values))
     result = training.fit()
     assert (result.best_epoch, result.measures) == (1, {"score": 0.3})
+    assert (tmp_path / "last.safetensors").is_file()
     assert result.samples_per_s == 1.8  # 14 samples in twice 4 s: the clock is read before, and after each of 3 steps
     assert result.wait_fraction == 0.1543
     assert progress.started == [("training", 14, "points")]
@@ -155,6 +156,18 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     assert progress.advances == [2, 2]
     assert [state["pairs"] for state in states] == [3, 5, 7, 10, 12, 14]
     assert len({state["run_id"] for state in states}) == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_processes_average_their_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    wrapped: list[nn.Module] = []
+    monkeypatch.setattr(trainer, "num_processes", lambda: processes)
+    monkeypatch.setattr(trainer, "DistributedDataParallel", lambda module: wrapped.append(module) or module)
+    training = make(tmp_path, [0.1, 0.2], epochs=1)
+    training.fit()
+    assert wrapped == [training.task.objective] * (processes - 1)
 
 
 def test_each_process_has_random_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
