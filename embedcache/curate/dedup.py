@@ -242,8 +242,9 @@ def _compare(
 
 def _check_any_pairs(analysis: DedupAnalysis, cosine: float | None) -> None:
     near = analysis.near
-    if near is None or cosine is None:
+    if near is None:
         return
+    assert cosine is not None  # without one only copies are searched
     if near.limit > cosine:
         raise SettingError(
             f"cosine: expected at most {MAX_PAIRS:,} pairs above it, got more with {cosine}; give a higher one: "

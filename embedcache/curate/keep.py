@@ -74,11 +74,11 @@ def choose_removed(copies: Copies, pairs: SimilarPairs, order: Ints) -> RemovedS
     graph = _Graph(pairs, len(copies.unique_rows))
     starts = np.concatenate([[0], np.cumsum(np.bincount(copies.samples))])
     content_ids = copies.content_ids[np.argsort(copies.samples, kind="stable")]
-    is_shared = (np.bincount(copies.content_ids) > 1) | (np.diff(graph.starts) > 0)
-    may_be_duplicate = np.bincount(copies.samples, weights=is_shared[copies.content_ids]) > 0  # the others stay
+    num_like_C = np.bincount(copies.content_ids) - 1 + np.diff(graph.starts)  # copies and near-duplicates
+    may_be_duplicate = np.bincount(copies.samples, weights=num_like_C[copies.content_ids]).astype(bool)
     holder_C = np.full(len(copies.unique_rows), -1, np.int64)
     removed = []
-    for sample in order[may_be_duplicate[order]].tolist():
+    for sample in order[may_be_duplicate[order]].tolist():  # the others stay
         own = content_ids[starts[sample] : starts[sample + 1]]
         partners = [graph.partner(content, holder_C) for content in own.tolist()]
         if all(kept >= 0 for kept, _ in partners):
@@ -113,10 +113,8 @@ class _Graph:
             return int(holder_C[content]), _COPY
         here = slice(self.starts[content], self.starts[content + 1])
         holders = holder_C[self._others[here]]
-        if not (holders >= 0).any():
-            return -1, 0.0
-        first = int((holders >= 0).argmax())
-        return int(holders[first]), float(self._cosines[here][first])
+        held = np.flatnonzero(holders >= 0)
+        return (int(holders[held[0]]), float(self._cosines[here][held[0]])) if len(held) else (-1, 0.0)
 
 
 def order_samples(keep: str, copies: Copies, cache: Cache, centroid_cosines: Floats | None) -> Ints:

@@ -196,17 +196,18 @@ def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings
     train_feature, test_feature, reason = _choose_features(train, test, modality, settings.feature(modality))
     train_items, test_items = _items(train, train_feature), _items(test, test_feature)
     copies, train_is_copy = _find_copies(train_feature, train_items, test_feature, test_items)
+    is_copy: Bools = copies >= 0
     sets = ItemSets(
         train=train_feature,
         test=test_feature,
         num_train=len(train_items.rows),
         test_rows=test_items.rows,
-        is_copy=copies >= 0,
+        is_copy=is_copy,
     )
     cosine = settings.cosine(modality)
     found = find_closest_items(sets, cosine, settings, progress) if reason is None else None
     match = found.closest if found else _unknown(len(test_items.rows), len(train_items.rows))
-    rows = np.where(match.rows >= 0, train_items.rows[match.rows], -1)
+    rows = np.append(train_items.rows, -1)[match.rows]  # -1 stays -1
     return ModalityLeaks(
         modality=modality,
         feature=None if reason else test_feature.name,
@@ -214,9 +215,9 @@ def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings
         cosine=cosine,
         test=test_items,
         train=train_items,
-        train_rows=np.where(copies >= 0, copies, rows),
-        cosines=np.where(copies >= 0, np.float32(1), match.sims),
-        is_copy=copies >= 0,
+        train_rows=np.where(is_copy, copies, rows),
+        cosines=np.where(is_copy, np.float32(1), match.sims),
+        is_copy=is_copy,
         train_cosines=np.where(train_is_copy, np.float32(1), match.candidate_sims),
         train_is_copy=train_is_copy,
         num_clusters=found.num_clusters if found else None,

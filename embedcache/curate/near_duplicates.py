@@ -187,7 +187,7 @@ def assign_clusters(
 ) -> ClusterAssignment:
     """Assign items to 2 √N clusters; errors as in `find_near_duplicates`."""
     rng = np.random.default_rng(settings.seed)
-    num_clusters = max(1, round(2 * math.sqrt(len(rows_N))))
+    num_clusters = round(2 * math.sqrt(len(rows_N)))
     training_rows = np.sort(rng.permutation(rows_N)[: _TRAINING_PER_CLUSTER * num_clusters])
     training = copy.copy(vectors).read(training_rows)  # a copy opens anew, and its maps of the whole feature are freed
     _check_lengths(training, vectors)
@@ -238,9 +238,9 @@ def _mask(rows_N: Ints, vectors: Vectors) -> Bools:
 
 
 def _check_lengths(vectors_BP: Floats, vectors: Vectors) -> None:
-    lengths = np.einsum("bp,bp->b", vectors_BP, vectors_BP)
-    if not (lengths > 0.5).all():
-        count = int((~(lengths > 0.5)).sum())
+    squares_B = np.einsum("bp,bp->b", vectors_BP, vectors_BP)
+    count = int((np.rint(squares_B) != 1).sum())
+    if count:
         raise DataError(
             f"feature {vectors.feature.name}: expected vectors that have a cosine, got {count:,} of length zero or NaN "
             "in one chunk; extract it again"
@@ -270,7 +270,7 @@ def _measure_neighbor_recall(arranged: _Arranged, collector: NeighborCollector, 
     positions, probes_QP = _draw_probes(matrix_NP, seed)
     k = collector.items.shape[1]
     true_QK, cosines_QK = np.full((len(positions), k), -1), np.full((len(positions), k), -np.inf, np.float32)
-    for block in blocks(len(matrix_NP), 8 * BLOCK):
+    for block in blocks(len(matrix_NP), BLOCK):
         cosines = probes_QP @ to_float32(matrix_NP[block]).T
         own = np.flatnonzero((positions >= block.start) & (positions < block.stop))
         cosines[own, positions[own] - block.start] = -np.inf
@@ -292,7 +292,7 @@ def _measure_recall(arranged: _Arranged, pairs: SimilarPairs, limit: float, seed
     num_items = len(matrix_NP)
     probe_positions, probes_QP = _draw_probes(matrix_NP, seed)
     true_keys = []
-    for block in blocks(num_items, 8 * BLOCK):
+    for block in blocks(num_items, BLOCK):
         cosines = probes_QP @ to_float32(matrix_NP[block]).T
         query, other = np.nonzero(cosines >= cosine_limit(limit) + _ROUNDING)
         left, right = plan.items[probe_positions[query]], plan.items[other + block.start]

@@ -319,13 +319,13 @@ def _group_samples(pairs: Pairs, data: TrainData, settings: NegativesSettings, p
 def join_equal(labels_S: Ints, pairs: Pairs) -> Ints:
     """Join the groups of samples that have an equal item: (S,) int64 labels in the order of `pairs.samples`."""
     samples = pairs.samples
-    nodes, values, size = [], [], int(labels_S.max(initial=0)) + 1
+    nodes, values, size = [], [], int(labels_S.max()) + 1
     for side in (pairs.first, pairs.second):
         nodes.append(labels_S[np.searchsorted(samples, side.samples)])
         values.append(size + side.contents)
-        size += int(side.contents.max(initial=0)) + 1
-    edges = (np.concatenate(nodes), np.concatenate(values))
-    graph = coo_array((np.ones(len(edges[0]), bool), edges), shape=(size, size))
+        size += int(side.contents.max()) + 1
+    node, value = np.concatenate(nodes), np.concatenate(values)
+    graph = coo_array((np.ones(len(node), bool), (node, value)), shape=(size, size))
     _, component = connected_components(graph, directed=False)
     _, groups_S = np.unique(component[labels_S], return_inverse=True)
     return groups_S.astype(np.int64)

@@ -120,6 +120,30 @@ def test_only_a_selection_is_compared(copied: Path, tmp_path: Path) -> None:
     assert levels[None] == 1
 
 
+def test_copies_need_no_vectors(cache_path: Path, copied: Path, tmp_path: Path) -> None:
+    """Check with tokens, which have no cosine, and with the rule that does need vectors."""
+    settings = DedupSettings(copies_only=True, feature="open_toy/patches")
+    assert dedup(cache_path, tmp_path / "a.parquet", settings).analysis.feature.name == "open_toy/patches"
+    far = dedup(copied, tmp_path / "b.parquet", DedupSettings(copies_only=True, keep="far"))
+    assert {row["key"]: row["kept_key"] for row in pq.read_table(far.removed_path).to_pylist()} == COPIES
+
+
+def test_copies_or_near_duplicates_suffice(copied: Path, tmp_path: Path) -> None:
+    distinct = np.delete(np.arange(NUM), [int(key) for key in COPIES])
+    cosines = unit(copied)[distinct] @ unit(copied)[distinct].T
+    near = distinct[np.argwhere(np.triu(cosines, 1) > 0.97)[0]].tolist()
+
+    def removed(rows: list[int]) -> list[int]:
+        (tmp_path / "keys.txt").write_text("\n".join(f"{row:05d}" for row in rows))
+        settings = DedupSettings(cosine=0.97, selection=tmp_path / "keys.txt")
+        return dedup(copied, tmp_path / "kept.parquet", settings).removed.samples.tolist()
+
+    assert removed([3, 50]) == [50]
+    assert removed(near) == [near[1]]
+    with pytest.raises(SettingError, match="reach, got 0.97: there is only one; nothing would be removed"):
+        removed([3])
+
+
 def test_keep_rule(copied: Path, tmp_path: Path) -> None:
     done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(copies_only=True, keep="best:score"))
     rows = {row["key"]: row["kept_key"] for row in pq.read_table(done.removed_path).to_pylist()}
@@ -162,7 +186,7 @@ def test_analyze_levels(copied: Path, tmp_path: Path) -> None:
 def test_too_many_pairs(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.curate.near_duplicates.MAX_PAIRS", 2)
     assert threshold_table(analyze(copied))[1][-1][2:] == ["too many pairs", "", ""]
-    with pytest.raises(SettingError, match=r"pairs above it, got more with 0.5; give a higher one"):
+    with pytest.raises(SettingError, match=r"at most 20,000,000 pairs above it, got more with 0.5; give a"):
         dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=0.5))
 
 

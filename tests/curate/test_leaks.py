@@ -14,7 +14,10 @@ from embedcache.curate import closest
 from embedcache.curate.leaks import find_leaks, write_clean_selection
 from embedcache.curate.settings import LeakSettings
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
+from embedcache.encoders.base import Encoder, Modality
+from embedcache.encoders.open import EncoderSpec
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.errors import DataError, PathError, SettingError, SourceError, UnfinishedError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.neighbors import find_closest
@@ -29,11 +32,12 @@ from embedcache.reports.leaks import (
 )
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from tests import toy
 from tests.cli.run import succeed
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
-PLANTED = {"00002": "00011", "00007": "00030"}
+PLANTED = {"00000": "00011", "00007": "00000"}  # the first item of either cache is copied
 FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
 BOTH = LeakSettings(image_feature="open_toy/cls", text_feature="open_toy/mean")
 
@@ -107,6 +111,10 @@ def test_leaks_equal_brute_force(caches: tuple[Path, Path], monkeypatch: pytest.
     for leak in found.leaks:
         cosines = unit(test, leak.modality) @ unit(train, leak.modality).T
         near = cosines >= leak.cosine
+        cosines = cosines[leak.test.rows]
+        np.testing.assert_allclose(leak.cosines, cosines.max(axis=1), atol=1e-5)
+        np.testing.assert_allclose(leak.train_cosines, cosines.max(axis=0), atol=1e-5)
+        np.testing.assert_allclose(cosines[np.arange(len(cosines)), leak.train_rows], leak.cosines, atol=1e-5)
         assert set(leak.leaked_samples.tolist()) == set(np.flatnonzero(near.any(axis=1)).tolist())
         assert set(leak.train_samples.tolist()) == set(np.flatnonzero(near.any(axis=0)).tolist())
         leaked |= set(leak.leaked_samples.tolist())
@@ -208,16 +216,37 @@ def test_other_encoder_compares_hashes(caches: tuple[Path, Path], tmp_path: Path
     train, test = caches
     extract(open_source(test.parent / "test-source"), tmp_path / "other", image_encoder=["tests.toy:open_other"])
     found = find_leaks(train, tmp_path / "other")
-    assert len(found.leaks[0].copied_samples) == 2
+    images = found.leaks[0]
+    assert images.copied_samples.tolist() == [0, 7]
+    assert images.train_rows.tolist() == [11, *[-1] * 5, 0, *[-1] * 22]  # of 29 images: the sixth cannot be read
+    assert images.train_samples.tolist() == [0, 11]
     assert leak_table(found)[1][0][1:5] == ["hashes only", "", "2", "unknown"]
-    assert (
-        "images: searched for copies only: no encoder made image features of both: open_toy/cls" in leak_notes(found)[0]
-    )
-    assert "open_other/cls" in leak_notes(found)[0]
-    extract(open_source(test.parent / "test-source"), tmp_path / "scaled", image_encoder=["tests.toy:open_toy,scale=2"])
-    found = find_leaks(train, tmp_path / "scaled", BOTH)
-    assert "are of different encoders (weights: " in leak_notes(found)[0]
-    assert "tests.toy:open_toy,scale=2" in leak_notes(found)[0]
+    assert leak_notes(found) == [
+        "images: searched for copies only: no encoder made image features of both: open_toy/cls, open_toy/patches in "
+        "training, open_other/cls in test"
+    ]
+    shutil.rmtree(tmp_path / "other" / "image" / "open_other" / "chunks")
+    with pytest.raises(UnfinishedError, match="feature open_other/cls is not finished: 1 of 1 chunks are missing"):
+        find_leaks(train, tmp_path / "other")
+
+
+def open_toy(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
+    """Open the toy encoder as one of the same name with other weights."""
+    encoder = toy.open_toy(spec, modality=modality, settings=settings)
+    encoder.fingerprint = replace(encoder.fingerprint, model="other", revision="1", weights="0")
+    return encoder
+
+
+def test_other_weights_compare_hashes(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    train, test = caches
+    source = open_source(test.parent / "test-source")
+    extract(source, tmp_path / "other", image_encoder=["tests.curate.test_leaks:open_toy"])
+    found = find_leaks(train, tmp_path / "other", BOTH)
+    assert leak_notes(found) == [
+        "images: searched for copies only: open_toy/cls of tests.toy:open_toy in training and open_toy/cls of "
+        "tests.curate.test_leaks:open_toy in test are of different encoders (model: stored 'image', requested 'other'; "
+        "revision: stored None, requested '1')"
+    ]
     assert len(found.leaked_samples) == 2
 
 

@@ -9,17 +9,19 @@ from hypothesis import strategies as st
 from embedcache.arrays import Floats, Ints
 from embedcache.curate import near_duplicates as near_duplicates
 from embedcache.curate.keep import Copies, choose_removed
-from embedcache.curate.near_duplicates import find_near_duplicates, fit_centroids
+from embedcache.curate.near_duplicates import find_near_duplicates, find_neighbors, fit_centroids
 from embedcache.curate.settings import DedupSettings
 from embedcache.dataset import clusters
 from embedcache.dataset.similar_pairs import SimilarPairs
 from embedcache.errors import DataError
 from embedcache.progress import NullProgress
 from embedcache.search.vectors import Vectors
+from embedcache.settings import flat_settings
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.layout import CacheInfo, write_info
 from embedcache.store.writer import commit_chunk
 from tests.dataset.test_clusters import brute, made_vectors
+from tests.recorded import RecordedProgress
 
 LIMIT = 0.9
 
@@ -72,6 +74,8 @@ def test_all_pairs_equal_brute_force(tmp_path: Path) -> None:
     assert near.num_clusters == 1
     assert pairs_of(near.pairs) == brute(vectors, LIMIT)
     assert len(near.pairs.left) > 500
+    cosines = np.einsum("lp,lp->l", vectors[near.pairs.left], vectors[near.pairs.right])
+    np.testing.assert_allclose(near.pairs.cosines, cosines, atol=1e-6)  # not those of float16
 
 
 def test_all_pairs_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +85,47 @@ def test_all_pairs_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         near = find_near_duplicates(opened, np.arange(count), [LIMIT], DedupSettings(scratch=tmp_path))
         assert (near.num_clusters == 1) == is_all_pairs
         assert (near.recall is None) == is_all_pairs
+
+
+def test_limit_of_all_pairs_is_documented() -> None:
+    (declared,) = [item.declared for item in flat_settings(DedupSettings) if item.name == "all_pairs"]
+    assert declared.default_text == f"up to {near_duplicates.ALL_PAIRS_LIMIT:,} items"
+
+
+def test_steps_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check 2 √N clusters, ten iterations over at most 40 vectors per cluster, and the counts of each step."""
+    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
+    opened, progress = write_vectors(tmp_path / "cache", made_vectors(300, 1)), RecordedProgress()
+    settings = DedupSettings(all_pairs=False, scratch=tmp_path)
+    near = find_near_duplicates(opened, np.arange(290), [LIMIT], settings, progress)
+    assert near.num_clusters == 34
+    assert progress.started == [
+        ("assigning to 34 clusters", 300, "images"),
+        ("sorting", 300, "images"),
+        ("comparing", 290, "items"),
+    ]
+    assert progress.counts == {what: total for what, total, _ in progress.started}
+    assert progress.notes[0].startswith(f"finding 34 clusters: {10 * 290 * 34:,} pairs of vectors")
+    fit_centroids(made_vectors(100, 1), 2, seed=0, progress=progress)
+    assert progress.notes[-1].startswith("finding 2 clusters: 1,600 pairs of vectors")
+
+
+@pytest.mark.parametrize(("limit", "num_pairs"), [(0.600098, 0), (0.6000975, 0), (0.6, 1)])
+def test_recall_leaves_out_pairs_at_the_limit(tmp_path: Path, limit: float, num_pairs: int) -> None:
+    """Check that a pair within 1e-6 of the limit, which rounding may move across it, is not counted as missed."""
+    vectors = np.array([[1, 0], [0.6, 0.8]], np.float32)  # in float16 the cosine is 0.60009766
+    settings = DedupSettings(all_pairs=False, scratch=tmp_path)
+    near = find_near_duplicates(write_vectors(tmp_path / "cache", vectors), np.arange(2), [limit], settings)
+    assert near.recall is not None
+    assert (near.recall.num_items, near.recall.num_pairs, near.recall.num_found) == (2, num_pairs, num_pairs)
+    assert near.recall.to_json()["value"] == (1 if num_pairs else None)
+
+
+def test_any_neighbor_of_the_same_cosine_counts_as_found(tmp_path: Path) -> None:
+    opened = write_vectors(tmp_path / "cache", np.repeat(made_vectors(20, 1, noise=1), 6, axis=0))
+    found = find_neighbors(opened, np.arange(120), 3, DedupSettings(all_pairs=False, scratch=tmp_path))
+    assert found.recall is not None
+    assert found.recall.to_json() == {"num_items": 120, "num_pairs": 360, "num_found": 360, "value": 1}
 
 
 def test_recall_equals_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +214,19 @@ def test_chain_keeps_both_ends() -> None:
     assert (removed.samples.tolist(), removed.kept.tolist()) == ([1], [0])
     from_the_middle = choose_removed(items, links, np.array([1, 0, 2]))
     assert (from_the_middle.samples.tolist(), from_the_middle.kept.tolist()) == ([0, 2], [1, 1])
+
+
+def test_partner_is_the_first_sample_that_holds_a_content() -> None:
+    """Check where a later sample, which stays for another item, holds the same content."""
+    items = Copies(
+        item_rows=np.arange(4),
+        samples=np.array([0, 1, 1, 2]),
+        content_ids=np.array([0, 0, 1, 0]),
+        unique_rows=np.array([0, 2]),
+    )
+    none = SimilarPairs(left=np.empty(0, np.int64), right=np.empty(0, np.int64), cosines=np.empty(0, np.float32))
+    removed = choose_removed(items, none, np.arange(3))
+    assert (removed.samples.tolist(), removed.kept.tolist()) == ([2], [0])
 
 
 def test_zero_vector_raises(tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ def test_wrong_inputs_are_one_line(cache_path: Path, run_path: Path, mined: Path
         {"relative_margin": 0.5, "range_max": 40},
         {"absolute_margin": 0.3, "range_max": 40},
         {"relative_margin": 0.2, "absolute_margin": 0.1, "range_max": 40},
+        {"max_score": 0.4, "range_max": 12, "index": "index"},
     ],
 )
 def test_negatives_equal_a_plain_search(
@@ -194,7 +195,11 @@ def test_negatives_equal_a_plain_search(
 ) -> None:
     """Check every sample against a sort of all candidates of other groups, whatever the size of a block."""
     monkeypatch.setattr("embedcache.curate.negatives._BLOCK", 16)
+    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
     path, progress = two_caches[0], RecordedProgress()
+    if "index" in options:
+        options = {**options, "index": tmp_path / "index"}
+        build_index(path, options["index"], IndexSettings(run=own_run, modality="text"))
     settings = NegativesSettings(run=own_run, **LOOSE, **options)
     report = mine_negatives(path, tmp_path / "n.parquet", settings, progress=progress)
     table = pq.read_table(tmp_path / "n.parquet")
@@ -225,9 +230,63 @@ def test_negatives_equal_a_plain_search(
     assert report.num_groups == len(np.unique(groups[groups >= 0]))
     assert report.mean_score == pytest.approx(np.mean([score for score, _ in found]), abs=1e-5)
     assert report.mean_own_score == pytest.approx(float(own.mean()), abs=1e-5)
-    assert set(np.flatnonzero(groups < 0)) == set(range(40)) - set(train.tolist())
+    assert set(np.flatnonzero(groups == -1)) == set(range(40)) - set(train.tolist())
+    notes = [note.partition(" of vectors")[0] for note in progress.notes if note.startswith("mining")]
+    assert notes == ([] if "index" in options else [f"mining hard negatives: {len(train) ** 2:,} pairs"])
     assert progress.started[-1] == ("mining hard negatives", len(train), "samples")
     assert progress.counts["mining hard negatives"] == len(train)
+
+
+def test_limits_are_inclusive(two_caches: list[Path], own_run: Path, tmp_path: Path) -> None:
+    """Check the nearest neighbor of a sample with its own cosine as the limit."""
+    settings = NegativesSettings(run=own_run, num_negatives=1, **LOOSE)
+
+    def nearest(**options: Any) -> list[list[float]]:
+        mine_negatives(two_caches[0], tmp_path / "n.parquet", replace(settings, **options))
+        scores: list[list[float]] = pq.read_table(tmp_path / "n.parquet")["scores"].to_pylist()
+        return scores
+
+    images, texts = (Vectors(two_caches[0], name, FEATURES[name], own_run).read(np.arange(40)) for name in FEATURES)
+    own = np.einsum("np,np->n", images, texts).tolist()
+    found = nearest()
+    row = next(row for row, scores in enumerate(found) if scores and own[row] / 2 < scores[0] < own[row])
+    score = found[row][0]
+    for options in ({"max_score": score}, {"min_score": score}, {"absolute_margin": own[row] - score}):
+        assert nearest(**options)[row] == [score]
+
+
+def test_an_index_is_asked_for_twice_the_neighbors_and_64(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    """Check every sample against the nearest 84 images, of which few are of the selection."""
+    build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path))
+    keys = Cache(cache_path).column("key").to_pylist()
+    (tmp_path / "keys.txt").write_text("\n".join(keys[::12]))
+    selected = set(range(0, 300, 12))
+    options = {"run": run_path, "modality": "text", "index": tmp_path / "index", "selection": tmp_path / "keys.txt"}
+    settings = NegativesSettings(num_negatives=10, range_max=10, **LOOSE, **options)
+    mine_negatives(cache_path, tmp_path / "negatives.parquet", settings)
+    table = pq.read_table(tmp_path / "negatives.parquet")
+    groups = table["group"].to_numpy()
+    images, texts = (Vectors(cache_path, name, FEATURES[name], run_path).read(np.arange(300)) for name in FEATURES)
+    for row in selected:
+        near = np.argsort(-(images @ texts[row]), kind="stable")[:84].tolist()
+        expected = [other for other in near if other in selected and groups[other] != groups[row]][:10]
+        assert table["negatives"][row].as_py() == expected
+
+
+def test_settings_are_recorded(two_caches: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("\n".join(Cache(two_caches[0]).column("key").to_pylist()))
+    settings = NegativesSettings(selection=tmp_path / "keys.txt", num_negatives=2, seed=3, **LOOSE)
+    mine_negatives(two_caches[0], tmp_path / "n.parquet", settings, feature=FEATURES)
+    record = json.loads(pq.read_schema(tmp_path / "n.parquet").metadata[b"embedcache"])
+    assert {name: record[name] for name in ("task", "selection", "num_negatives", "seed", "run", "sides")} == {
+        "task": "negatives",
+        "selection": str(tmp_path / "keys.txt"),
+        "num_negatives": 2,
+        "seed": 3,
+        "run": None,
+        "sides": FEATURES,
+    }
+    assert "device" not in record
 
 
 def test_report_in_one_line() -> None:

@@ -54,7 +54,7 @@ class ImageBasedSelector:
                 )
             drawn_rows = draw_rows(selected_S, settings.budget, seed=settings.seed)
             cluster_S, selected_S = cluster_S[np.searchsorted(selected_S, drawn_rows)], drawn_rows
-        counts_C = np.bincount(target_T, minlength=num_clusters)
+        counts_C = np.bincount(target_T)
         reasons = [f"cluster {c}, with {counts_C[c]:,} items of the target" for c in cluster_S.tolist()]
         return Selection(rows=selected_S, reasons=reasons)
 
@@ -110,7 +110,7 @@ class HierarchicalSelector:
         )
         labels_SL = build_tree(leaf_S, centroids, sizes[1:], seed=settings.seed, device=settings.device)
         chosen = draw_balanced(labels_SL, settings.budget, seed=settings.seed)
-        counts = np.bincount(leaf_S, minlength=sizes[0])
+        counts = np.bincount(leaf_S)
         reasons = [
             f"cluster {'/'.join(map(str, reversed(path)))}, of {counts[path[0]]:,} samples"
             for path in labels_SL[chosen].tolist()

@@ -83,15 +83,15 @@ class RareFirstSelector:
         """Select the samples. Memory: 16 bytes for each of C x 25 n candidates."""
         concepts = pool.concepts
         num_concepts = len(concepts.names)
-        budget = settings.budget if isinstance(settings.budget, int) else None
-        most = settings.per_concept or -(-(budget or 0) // num_concepts)
+        if isinstance(settings.budget, int):
+            quotas_C = even_quotas(settings.budget, num_concepts)  # the rarest first
+        else:
+            quotas_C = np.full(num_concepts, settings.per_concept)
+        most = int(quotas_C.max())
         k = min(len(pool.samples), _CANDIDATES_PER_SAMPLE * most)
         best = best_samples(pool.blocks("comparing with concepts"), concepts.vectors, k)
         order_C = rarest_first(best.scores_CK, most)
-        quota_C = np.full(num_concepts, most)
-        if budget is not None:
-            quota_C[order_C] = even_quotas(budget, num_concepts)
-        concept_M, rank_M = assign(best.samples_CK, order_C, quota_C)
+        concept_M, rank_M = assign(best.samples_CK, order_C, quotas_C[np.argsort(order_C)])
         rows_M = best.samples_CK[concept_M, rank_M]
         by_row = np.argsort(rows_M)
         reasons = [
@@ -117,7 +117,7 @@ def assign(samples_CK: Ints, order_C: Ints, quota_C: Ints) -> tuple[Ints, Ints]:
 
     Returns two (M,) arrays: the concept that chose, and the rank of its candidate, from 0.
     """
-    is_taken: Bools = np.zeros(int(samples_CK.max(initial=-1)) + 1, bool)
+    is_taken: Bools = np.zeros(int(samples_CK.max()) + 1, bool)
     chosen = []
     for concept in order_C.tolist():
         ranks = np.flatnonzero(~is_taken[samples_CK[concept]])[: quota_C[concept]]

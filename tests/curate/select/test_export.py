@@ -23,6 +23,7 @@ from embedcache.sources import Sample, Source, SourceSettings, open_source
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from tests.images import write_images
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 UIDS = st.lists(st.binary(min_size=16, max_size=16).map(bytes.hex), min_size=1, max_size=9, unique=True)
@@ -42,6 +43,18 @@ def test_other_keys_raise() -> None:
         to_uids(pa.chunked_array([["0" * 32, "a/b"]]))
 
 
+def test_keys_with_line_breaks_raise(tmp_path: Path) -> None:
+    keys = ["a", "b\nc", "d\n"]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"uid": key, "caption": key}) for key in keys))
+    index(open_source(tmp_path / "t.jsonl", settings=SourceSettings(key_column="uid")), tmp_path / "cache")
+    cache = Cache(tmp_path / "cache")
+    write_selection(tmp_path / "s.parquet", cache, Selection(rows=np.arange(3), reasons=["x"] * 3), {"method": "hand"})
+    with pytest.raises(DataError) as raised:
+        export_selection(cache.path, tmp_path / "s.parquet", tmp_path / "keys.txt", "keys")
+    assert str(raised.value) == "expected keys without line breaks, got 2 with one, first 'b\\nc'"
+    assert not (tmp_path / "keys.txt").exists()
+
+
 @pytest.fixture
 def made(cache_path: Path, tmp_path: Path) -> tuple[Cache, Path]:
     """A cache and a selection of seven of its samples."""
@@ -55,6 +68,12 @@ def test_keys_roundtrip(made: tuple[Cache, Path], tmp_path: Path) -> None:
     cache, path = made
     assert export_selection(cache.path, path, tmp_path / "keys.txt", "keys") == 7
     assert np.array_equal(read_selection(tmp_path / "keys.txt", [cache]), read_selection(path, [cache]))
+
+
+def test_output_is_checked_first(made: tuple[Cache, Path], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(PathError, match=r"mine\.txt"):
+        export_selection(made[0].path, tmp_path / "none.parquet", tmp_path / "mine.txt", "keys")
 
 
 def test_export_datacomp(tmp_path: Path) -> None:
@@ -72,7 +91,10 @@ def test_export_datacomp(tmp_path: Path) -> None:
 def test_shards_roundtrip(made: tuple[Cache, Path], image_folder: Path, tmp_path: Path) -> None:
     cache, path = made
     rows = read_selection(path, [cache])
-    write_shards(cache, rows, tmp_path / "shards", size=3)
+    progress = RecordedProgress()
+    (tmp_path / "shards").mkdir()
+    write_shards(cache, rows, tmp_path / "shards", size=3, progress=progress)
+    assert (progress.started, progress.advances) == ([("writing shards", 7, "samples")], [3, 3, 1])
     assert sorted(file.name for file in (tmp_path / "shards").iterdir()) == ["00000.tar", "00001.tar", "00002.tar"]
     with tarfile.open(tmp_path / "shards" / "00002.tar") as tar:
         assert tar.getnames() == ["000000299.png", "000000299.txt", "000000299.json"]
@@ -91,8 +113,10 @@ def test_shards_are_deterministic(made: tuple[Cache, Path], tmp_path: Path) -> N
     for name in ("a", "b"):
         export_selection(cache.path, path, tmp_path / name, "webdataset")
     assert (tmp_path / "a/00000.tar").read_bytes() == (tmp_path / "b/00000.tar").read_bytes()
-    with pytest.raises(PathError, match="expected a new or empty folder, got a folder that is not empty"):
-        export_selection(cache.path, path, tmp_path / "a", "webdataset")
+    (tmp_path / "c").write_text("")
+    for name, got in (("a", "a folder that is not empty"), ("c", "a file")):
+        with pytest.raises(PathError, match=f"expected a new or empty folder, got {got}; give the path of a new one"):
+            export_selection(cache.path, path, tmp_path / name, "webdataset")
 
 
 class Doubled:

@@ -1,5 +1,8 @@
 """Each method keeps to the contract, and does what its name says."""
 
+import re
+from collections import Counter
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -7,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedcache.arrays import Floats
 from embedcache.curate.select.baselines import ClipScoreSelector, find_above, find_highest
 from embedcache.curate.select.cluster_methods import (
+    _CANDIDATES,
     default_levels,
     divide_budget,
     draw_balanced,
@@ -25,9 +30,13 @@ from embedcache.curate.select.concept_methods import (
     match_words,
     rarest_first,
 )
+from embedcache.curate.select.pool import Pool, compute_cosines, find_centroids
 from embedcache.curate.select.select import SELECTORS
 from embedcache.curate.select.settings import SelectSettings
-from embedcache.errors import DataError
+from embedcache.dataset.selections import Selection
+from embedcache.errors import DataError, SettingError
+from embedcache.progress import NullProgress
+from embedcache.settings import flat_settings
 from embedcache.testing.selectors import SelectorContract
 
 
@@ -103,6 +112,16 @@ def test_every_selector_has_a_contract_test() -> None:
     assert tested == set(SELECTORS.paths)
 
 
+def apply(pools: Any, name: str, **options: Any) -> Selection:
+    selector = SELECTORS.load(name)()
+    return selector.select(pools("cache", selector), SelectSettings(**options))
+
+
+def concept_cosines(pool: Pool) -> Floats:
+    """Cosines of the captions, of which each sample has one, with the concepts: (S, C)."""
+    return compute_cosines(pool.vectors.read(np.arange(300)), pool.concepts.vectors)
+
+
 # rare first
 
 
@@ -140,11 +159,31 @@ def test_even_quotas() -> None:
     assert even_quotas(2, 3).tolist() == [1, 1, 0]
 
 
-def test_rare_first_reason(pools: Any) -> None:
+@pytest.mark.parametrize(
+    ("options", "quotas"), [({"budget": 10}, [3, 3, 2, 2]), ({"budget": 4}, [1] * 4), ({"per_concept": 6}, [6] * 4)]
+)
+def test_rare_first_equals_a_plain_search(pools: Any, options: dict[str, int], quotas: list[int]) -> None:
+    pool = pools("cache", SELECTORS.load("rare-first"))
+    cosines_SC, names = concept_cosines(pool), pool.concepts.names
+    ranked = [np.argsort(-cosines_SC[:, concept], kind="stable").tolist() for concept in range(4)]
+    rarest = sorted(range(4), key=lambda concept: cosines_SC[ranked[concept][quotas[0] - 1], concept])
+    reasons: dict[int, str] = {}
+    for concept, quota in zip(rarest, quotas, strict=True):
+        free = [(rank, row) for rank, row in enumerate(ranked[concept], start=1) if row not in reasons]
+        for rank, row in free[:quota]:
+            reasons[row] = f"concept {names[concept]!r}, text cosine {cosines_SC[row, concept]:.3f}, rank {rank}"
+    found = apply(pools, "rare-first", **options)
+    assert dict(zip(found.rows.tolist(), found.reasons, strict=True)) == reasons
+    assert found.rows.tolist() == sorted(reasons)
+
+
+def test_rare_first_considers_25_candidates_per_sample(pools: Any) -> None:
+    """Check with 27 equal concepts, of which the last two find all of their candidates taken."""
     selector = SELECTORS.load("rare-first")()
-    found = selector.select(pools("cache", selector), SelectSettings(per_concept=1))
-    assert len(found.rows) == 4
-    assert any("concept 'red bar', text cosine 0." in reason and "rank 1" in reason for reason in found.reasons)
+    pool = pools("cache", selector)
+    equal = np.repeat(pool.concepts.vectors[:1], 27, axis=0)
+    pool.concepts = replace(pool.concepts, names=[f"red {number}" for number in range(27)], vectors=equal)
+    assert len(selector.select(pool, SelectSettings(per_concept=1)).rows) == 25
 
 
 # top score and CLIP score
@@ -156,12 +195,39 @@ def test_highest_prefers_first_of_equals(scores: list[float], size: int) -> None
     assert find_highest(np.array(scores, np.float32), size).tolist() == expected
 
 
+def test_top_score_equals_a_sort(pools: Any) -> None:
+    found, pool = apply(pools, "top-score", budget=25), pools("cache", SELECTORS.load("top-score"))
+    cosines_SC, names = concept_cosines(pool), pool.concepts.names
+    best = sorted(np.argsort(-cosines_SC.max(axis=1), kind="stable")[:25].tolist())
+    assert found.rows.tolist() == best
+    assert list(found.reasons) == [
+        f"concept {names[cosines_SC[row].argmax()]!r}, text cosine {cosines_SC[row].max():.3f}" for row in best
+    ]
+
+
 def test_above_names_range_of_scores() -> None:
-    with pytest.raises(
-        DataError,
-        match=r"threshold: expected one that some of 3 cosines reach, got 0.9; they range from 0.100 to 0.500",
-    ):
-        find_above(np.array([0.1, 0.2, 0.5], np.float32), 0.9)
+    scores = np.array([0.1, 0.2, 0.5], np.float32)
+    assert find_above(scores, 0.5).tolist() == [2]
+    with pytest.raises(DataError) as raised:
+        find_above(scores, 0.9)
+    assert str(raised.value) == (
+        "threshold: expected one that some of 3 cosines reach, got 0.9; they range from 0.100 to 0.500, half of them "
+        "above 0.200"
+    )
+
+
+def test_clip_score_takes_up_to_all_pairs(pools: Any) -> None:
+    samples, scores = pools("cache", ClipScoreSelector()).pair_scores()
+    threshold = float(np.median(scores))
+    found = apply(pools, "clip-score", threshold=threshold)
+    assert found.rows.tolist() == samples[scores >= np.float32(threshold)].tolist()
+    assert found.reasons[0] == f"image and caption cosine {scores[found.rows[0]]:.3f}"
+    assert apply(pools, "clip-score", budget=300).rows.tolist() == list(range(300))
+    with pytest.raises(DataError) as raised:
+        apply(pools, "clip-score", budget=301)
+    assert str(raised.value) == (
+        "budget: expected at most the 300 samples that have both an image and a caption, got 301"
+    )
 
 
 def test_clip_score_exceeds_shuffled_pairs(pools: Any) -> None:
@@ -196,6 +262,12 @@ def test_match_near_ignores_blocks(seed: int, size: int) -> None:
     assert list(zip(*(values.tolist() for values in found), strict=True)) == expected
 
 
+def test_match_near_includes_the_threshold() -> None:
+    concepts = np.array([[0.5, 0], [0.25, 0]], np.float32)
+    found = match_near([(np.array([7]), np.array([[1, 0]], np.float32))], concepts, 0.5)
+    assert (found.samples_M.tolist(), found.concepts_M.tolist()) == ([7], [0])
+
+
 def test_metaclip_keeps_rare_concepts() -> None:
     matches = Matches(np.arange(1010), np.repeat([0, 1], [1000, 10]))
     kept = []
@@ -220,11 +292,37 @@ def test_metaclip_heads_are_nested(pools: Any) -> None:
     assert few < more
 
 
-def test_metaclip_too_large_budget_raises(pools: Any) -> None:
-    with pytest.raises(DataError, match=r"expected at most the \d+ of 300 samples that match .*, got 299"):
-        MetaclipSelector().select(pools("cache", MetaclipSelector()), SelectSettings(budget=299))
-    with pytest.raises(DataError, match="match one of 4 concepts, such as .*, got none of 300"):
-        MetaclipSelector().select(pools("cache", MetaclipSelector()), SelectSettings(budget=3, threshold=1.0))
+def test_metaclip_keeps_a_sample_whose_head_is_below(pools: Any) -> None:
+    """Check with the head at which one sample is kept next: it is not kept yet."""
+    pool = pools("cache", MetaclipSelector())
+    matches = match_words(pool.texts(), pool.concepts.names)
+    first, heads = lowest_heads(matches, seed=0)
+    head = float(np.sort(heads[heads >= 1])[5])
+    kept, counts = first[heads < head], Counter(matches.concepts_M.tolist())
+    found = apply(pools, "metaclip", head=head)
+    assert found.rows.tolist() == matches.samples_M[kept].tolist()
+    assert list(found.reasons) == [
+        f"concept {pool.concepts.names[concept]!r}, one of {counts[concept]} matches"
+        for concept in matches.concepts_M[kept].tolist()
+    ]
+
+
+def test_metaclip_takes_up_to_all_matching_samples(pools: Any) -> None:
+    pool = pools("cache", MetaclipSelector())
+    matching = np.unique(match_words(pool.texts(), pool.concepts.names).samples_M).tolist()
+    assert apply(pools, "metaclip", budget=len(matching)).rows.tolist() == matching
+    with pytest.raises(DataError) as raised:
+        apply(pools, "metaclip", budget=len(matching) + 1)
+    assert str(raised.value) == (
+        f"budget: expected at most the {len(matching)} of 300 samples that match one of 4 concepts, got "
+        f"{len(matching) + 1}; lower it, or match by a lower --threshold"
+    )
+    with pytest.raises(DataError) as raised:
+        apply(pools, "metaclip", budget=3, threshold=1.0)
+    assert str(raised.value) == (
+        "expected samples that match one of 4 concepts, such as 'red bar', got none of 300; lower --threshold, or give "
+        "other concepts"
+    )
 
 
 # clusters
@@ -234,6 +332,52 @@ def test_near_target() -> None:
     samples, clusters = np.array([0, 1, 1, 2, 3]), np.array([5, 1, 2, 3, 2])
     kept, cluster = find_near_target(samples, clusters, np.array([2, 2, 3]))
     assert (kept.tolist(), cluster.tolist()) == ([1, 2, 3], [2, 3, 2])
+
+
+def test_image_based_takes_the_clusters_of_the_target(pools: Any) -> None:
+    whole = apply(pools, "image-based", clusters=(30,))
+    clusters = Counter(whole.reasons)
+    counts = [int(re.fullmatch(r"cluster \d+, with (\d+) items of the target", reason)[1]) for reason in clusters]
+    assert sum(counts) == 12
+    drawn = apply(pools, "image-based", clusters=(30,), budget=len(whole.rows))
+    assert (drawn.rows.tolist(), list(drawn.reasons)) == (whole.rows.tolist(), list(whole.reasons))
+    with pytest.raises(DataError) as raised:
+        apply(pools, "image-based", clusters=(30,), budget=len(whole.rows) + 1)
+    assert str(raised.value) == (
+        f"budget: expected at most the {len(whole.rows)} of 300 samples in the target's {len(clusters)} clusters, got "
+        f"{len(whole.rows) + 1}; lower it, or give fewer --clusters"
+    )
+    with pytest.raises(SettingError, match="clusters: expected one level for image-based, got 2"):
+        apply(pools, "image-based", clusters=(9, 3))
+
+
+def test_hierarchical_reasons_name_the_path_from_the_top(pools: Any) -> None:
+    found = apply(pools, "hierarchical", budget=300, clusters=(20, 4))
+    assert found.rows.tolist() == list(range(300))
+    leaves, tops = Counter(), {}
+    for reason in found.reasons:
+        top, leaf, size = map(int, re.fullmatch(r"cluster (\d+)/(\d+), of (\d+) samples", reason).groups())
+        assert top < 4
+        assert tops.setdefault(leaf, top) == top
+        leaves[leaf, size] += 1
+    assert len(leaves) <= 20
+    assert all(count == size for (_, size), count in leaves.items())
+    assert sum(leaves.values()) == 300
+
+
+def test_as_many_clusters_as_vectors_of_any_seed() -> None:
+    options: dict[str, Any] = {"progress": NullProgress(), "device": "cpu"}
+    assert sorted(find_centroids(np.eye(3, dtype=np.float32), 3, seed=0, **options).tolist()) == [
+        [0, 0, 1],
+        [0, 1, 0],
+        [1, 0, 0],
+    ]
+    with pytest.raises(SettingError, match="clusters: expected at most the 3 vectors, got 4"):
+        find_centroids(np.eye(3, dtype=np.float32), 4, seed=0, **options)
+    vectors = np.random.default_rng(0).standard_normal((60, 4)).astype(np.float32)
+    low, high, other = (find_centroids(vectors, 5, seed=seed, **options) for seed in (7, 2**31 + 7, 8))
+    assert np.array_equal(low, high)
+    assert not np.array_equal(low, other)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.data())
@@ -256,11 +400,27 @@ def test_balanced_divides_equally(seed: int, budget: int) -> None:
     assert len(set(kept.tolist())) == len(kept) == budget
     tops = np.bincount(labels[shuffled][kept, 1], minlength=2)
     assert abs(tops[0] - tops[1]) <= max(1, budget - 30)  # the second has 15 samples
+    leaves = np.bincount(labels[shuffled][kept, 0], minlength=4)
+    for small, large, size in ((0, 1, 5), (2, 3, 5)):
+        assert abs(leaves[small] - leaves[large]) <= 1 or leaves[small] == size
+
+
+def test_balanced_draw_of_a_seed_stays_the_same() -> None:
+    """Check that a branch which is taken whole draws no random numbers."""
+    labels = np.stack([np.repeat([0, 1, 2, 3], [2, 1, 7, 7]), np.repeat([0, 1], [3, 14])], axis=1)
+    assert draw_balanced(labels, 6, seed=2).tolist() == [0, 1, 2, 6, 7, 15]
 
 
 def test_default_levels() -> None:
+    assert default_levels(10**9) == (10_000, 1000, 100, 10)
     assert default_levels(40_000) == (1000, 100, 10)
+    assert default_levels(800) == (20, 2)
     assert default_levels(30) == (1,)
+
+
+def test_default_candidates_are_documented() -> None:
+    (declared,) = [item.declared for item in flat_settings(SelectSettings) if item.name == "candidates"]
+    assert declared.default_text == f"{_CANDIDATES:,}, or twice the budget if that is more"
 
 
 @given(st.integers(0, 99))
@@ -269,6 +429,7 @@ def test_farthest_first(seed: int) -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     chosen, cosines = farthest_first(vectors, 9)
     assert sorted(chosen.tolist()) == list(range(9))
+    assert (chosen[0], cosines[0]) == (0, -1)
     assert (np.diff(cosines[1:]) >= -1e-6).all()
     for number in range(1, 9):
         nearest = (vectors @ vectors[chosen[:number]].T).max(axis=1)

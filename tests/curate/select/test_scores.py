@@ -216,7 +216,9 @@ def test_scores_of_another_tool(cache_path: Path, tmp_path: Path) -> None:
 
 def test_wrong_selections_raise(cache_path: Path, tmp_path: Path, weights: Path) -> None:
     scores, out = tmp_path / "scores.parquet", tmp_path / "out.parquet"
-    scored(cache_path, scores, weights=weights, feature=FEATURE)
+    low, middle, high = np.quantile(scored(cache_path, scores, weights=weights, feature=FEATURE), [0, 0.5, 1])
+    quantiles = f"it ranges from {low:.4g} to {high:.4g}, and half of them are above {middle:.4g}"
+    lowest = {"scores": scores, "at_most": float(low)}
     wrong: list[tuple[str, dict[str, Any], type[EmbedcacheError], str]] = [
         ("score", {"scores": scores}, SettingError, "expected --budget, --at-least or --at-most, got none"),
         ("score", {"budget": 3}, SettingError, "expected --scores FILE, of curate score"),
@@ -227,7 +229,18 @@ def test_wrong_selections_raise(cache_path: Path, tmp_path: Path, weights: Path)
             SettingError,
             "as it compares no items, got text",
         ),
-        ("score", {"scores": scores, "at_least": 99}, DataError, "with score from 99 to inf, got 0 of 300; it ranges"),
+        (
+            "score",
+            {"scores": scores, "at_least": 99},
+            DataError,
+            f"^expected a sample with score from 99 to inf, got 0 of 300; {quantiles}$",
+        ),
+        (
+            "score",
+            {**lowest, "budget": 2},
+            DataError,
+            f"^expected 2 samples with score from -inf to {low:g}, got 1 of 300; {quantiles}$",
+        ),
         ("random", {"scores": scores, "budget": 3, "feature": FEATURE}, SettingError, "expected no --scores"),
         ("random", {"at_most": 1, "budget": 3}, SettingError, "expected only --budget, got --at-most"),
     ]
@@ -235,6 +248,7 @@ def test_wrong_selections_raise(cache_path: Path, tmp_path: Path, weights: Path)
         with pytest.raises(error, match=words):
             select(cache_path, out, method, SelectSettings(**options))
     assert not out.exists()
+    assert len(chosen(cache_path, out, scores, at_most=lowest["at_most"], budget=1)) == 1
 
 
 def test_page(cache_path: Path, tmp_path: Path, weights: Path) -> None:

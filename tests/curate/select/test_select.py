@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from embedcache.curate.select.baselines import RandomSelector
 from embedcache.curate.select.select import combine_selections, sample_selection, select
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import read_selection
@@ -48,7 +49,23 @@ def test_selection_metadata(around: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_budget_as_fraction(around: dict[str, Path], tmp_path: Path) -> None:
-    assert len(chosen(around, tmp_path / "a.parquet", budget=0.1)) == 30
+    path = tmp_path / "a.parquet"
+    assert len(chosen(around, path, budget=0.1)) == 30
+    report = select(around["cache"], path, "random", budget=0.001, feature=IMAGE_FEATURE)
+    assert report.line() == f"{path}: 1 of 300 samples (0.3%)"
+
+
+class NamedSelector(RandomSelector):
+    """A method that cannot be made without a name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def test_methods_of_a_user_are_made_without_arguments(around: dict[str, Path], tmp_path: Path) -> None:
+    assert len(chosen(around, tmp_path / "a.parquet", f"{RandomSelector.__module__}:RandomSelector", budget=3)) == 3
+    with pytest.raises(SettingError, match="expected a class or function that takes 0 positional arguments, got one"):
+        chosen(around, tmp_path / "a.parquet", f"{__name__}:NamedSelector", budget=3)
 
 
 def test_select_is_deterministic(around: dict[str, Path], tmp_path: Path) -> None:
@@ -60,24 +77,44 @@ def test_select_is_deterministic(around: dict[str, Path], tmp_path: Path) -> Non
     assert "number 1 of those drawn, cosine -1.000 to the nearest before" in reasons
 
 
-def test_long_selection_is_announced(around: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("candidates", "num_candidates"), [(50, 50), (9, 9), (None, 18)])
+def test_long_selection_is_announced(
+    around: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    candidates: int | None,
+    num_candidates: int,
+) -> None:
+    """Check also that by default there are twice as many candidates as are chosen, if that is more than usual."""
     monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
-    settings, progress = SelectSettings(budget=9, candidates=50, feature=IMAGE_FEATURE), RecordedProgress()
+    monkeypatch.setattr("embedcache.curate.select.cluster_methods._CANDIDATES", 10)
+    settings, progress = SelectSettings(budget=9, candidates=candidates, feature=IMAGE_FEATURE), RecordedProgress()
     select(around["cache"], tmp_path / "a.parquet", "k-center", settings, progress=progress)
-    assert progress.notes[0].startswith("choosing samples: 450 pairs of vectors, about 0 s")
+    assert progress.notes[0].startswith(f"choosing samples: {9 * num_candidates} pairs of vectors, about 0 s")
     assert progress.started[-1] == ("choosing samples", 9, "samples")
     assert progress.counts["choosing samples"] == 9
 
 
 @pytest.mark.parametrize("method", ["hierarchical", "image-based"])
+@pytest.mark.parametrize(
+    ("clusters", "num_pairs"), [(3, 3 * 300 * 20), (1, 256 * 20), (None, 7 * 300 * 20)], ids=["few", "one", "default"]
+)
 def test_long_clustering_is_announced(
-    around: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    around: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    clusters: int | None,
+    num_pairs: int,
 ) -> None:
+    """Check the number of clusters, 20 iterations and at most 256 vectors per cluster."""
     monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
-    target = {"target": around["cache"]} if method == "image-based" else {}
-    settings, progress = SelectSettings(budget=9, clusters=(3,), feature=IMAGE_FEATURE, **target), RecordedProgress()
+    given: dict[str, Any] = {"target": around["cache"]} if method == "image-based" else {}
+    given |= {} if clusters is None else {"clusters": (clusters,)}
+    settings, progress = SelectSettings(budget=9, feature=IMAGE_FEATURE, **given), RecordedProgress()
     select(around["cache"], tmp_path / "a.parquet", method, settings, progress=progress)
-    assert progress.notes[0].startswith("finding 3 clusters: 18,000 pairs of vectors, about 0 s")
+    words = f"finding {clusters or 7} clusters: {num_pairs:,} pairs of vectors, about 0 s"
+    assert progress.notes[0].startswith(words)
 
 
 def test_select_from_selection_and_train(around: dict[str, Path], tmp_path: Path) -> None:
@@ -124,9 +161,27 @@ def test_empty_combination_raises(around: dict[str, Path], tmp_path: Path) -> No
         combine_selections(
             around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", "minus", tmp_path / "a.parquet"
         )
-    with pytest.raises(SettingError, match="size: expected 1 to 4, the number of samples of .*, got 5"):
-        sample_selection(around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", 5)
+    for size in (0, 5):
+        with pytest.raises(SettingError, match=f"size: expected 1 to 4, the number of samples of .*, got {size}"):
+            sample_selection(around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", size)
+    for seed, got in ((-1, "-1"), (2**32, "4,294,967,296")):
+        with pytest.raises(SettingError) as raised:
+            sample_selection(around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", 2, seed=seed)
+        assert str(raised.value) == f"seed: expected a whole number from 0 to 4,294,967,295, got {got}"
     assert not (tmp_path / "b.parquet").exists()
+
+
+def test_sample_of_any_size_and_seed(around: dict[str, Path], tmp_path: Path) -> None:
+    a, b, cache = tmp_path / "a.parquet", tmp_path / "b.parquet", Cache(around["cache"])
+    rows = chosen(around, a, budget=12)
+
+    def drawn(size: int, **options: int) -> list[int]:
+        assert sample_selection(around["cache"], b, a, size, **options) == size
+        return read_selection(b, [cache]).tolist()
+
+    assert len(drawn(1)) == 1
+    assert drawn(12) == rows.tolist()
+    assert drawn(6) == drawn(6, seed=0) != drawn(6, seed=2**32 - 1)
 
 
 MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
@@ -154,6 +209,12 @@ MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         {"budget": 3, "clusters": (5, 9)},
         SettingError,
         "clusters: expected fewer on each level than on the one before, got 5,9",
+    ),
+    (
+        "hierarchical",
+        {"budget": 3, "clusters": (9, 9)},
+        SettingError,
+        "clusters: expected fewer on each level than on the one before, got 9,9",
     ),
     (
         "hierarchical",
