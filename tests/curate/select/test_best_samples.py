@@ -1,10 +1,14 @@
 """The best samples of each concept, against sorting everything."""
 
+import tracemalloc
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedcache.arrays import Floats, Ints
 from embedcache.curate.select.pool import best_samples, from_keys, to_keys, whole_samples
 
 SCORES = st.floats(-1, 1, width=32) | st.floats(width=32, allow_nan=False)  # cosines, and scores of any table
@@ -38,6 +42,24 @@ def test_best_samples_equal_sorting(seed: int, size: int, k: int) -> None:
         best = {int(s): max(float(v @ concepts[concept]) for v in vectors[samples == s]) for s in samples}
         expected = sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))[:k]
         assert list(zip(found.samples_CK[concept].tolist(), found.scores_CK[concept].tolist(), strict=True)) == expected
+
+
+def test_memory_of_best_samples_does_not_grow_with_the_items() -> None:
+    concepts = np.ones((64, 1), np.float32)
+
+    def blocks(count: int) -> Iterator[tuple[Ints, Floats]]:
+        for number in range(count):
+            yield np.arange(16 * number, 16 * number + 16), np.zeros((16, 1), np.float32)
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        best_samples(blocks(count), concepts, 4)
+        _, highest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return highest
+
+    peak(2)
+    assert peak(200) < 1.2 * peak(20)
 
 
 @given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 5))

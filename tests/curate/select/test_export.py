@@ -1,6 +1,7 @@
 """Selections for other tools, and back."""
 
 import hashlib
+import inspect
 import io
 import json
 import tarfile
@@ -106,6 +107,11 @@ def test_shards_roundtrip(made: tuple[Cache, Path], image_folder: Path, tmp_path
     assert again.samples["key"].to_pylist() == [cache.samples["key"].to_pylist()[row] for row in rows]
     for modality, feature in (("image", "open_toy/cls"), ("text", "open_toy/mean")):
         assert np.array_equal(again.feature(modality).load(), cache.feature(modality, feature).load()[rows])
+
+
+def test_size_of_a_shard_is_documented() -> None:
+    size = inspect.signature(write_shards).parameters["size"].default
+    assert f"{size:,} samples per tar" in (Path(__file__).parents[3] / "docs/howto/curate.md").read_text()
 
 
 def test_shards_are_deterministic(made: tuple[Cache, Path], tmp_path: Path) -> None:
