@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -33,7 +33,7 @@ class BatchPlan(Protocol):
     num_samples: int
     num_steps: int
 
-    def epoch(self, number: int, *, first_step: int = 0) -> Iterator[Any]:
+    def epoch(self, number: int, *, first_step: int) -> Iterator[Any]:
         """Iterate over descriptions of the batches of one epoch, from a step on."""
         ...
 
@@ -122,9 +122,9 @@ class Batch:
     first_rows: Ints
     second_rows: Ints
     positives: tuple[Ints, Ints]
+    num_hard: int
     mix: float | None = None
     views: tuple[Ints | None, Ints | None] = (None, None)
-    num_hard: int = 0
     excluded: tuple[Ints, Ints] | None = None
 
 
@@ -189,8 +189,7 @@ class Batches:
                 hard = self._draw_hard(part, np.random.default_rng([self._seed, number, _HARD, step]))
                 numbers = np.concatenate([part, hard])
                 positions = self._second.all(numbers) if self._captions == "all" else second[numbers]
-                batch = self._batch(self._samples[numbers], first[numbers], positions, mixes[step], drawn)
-                yield replace(batch, num_hard=len(hard))
+                yield self._batch(self._samples[numbers], first[numbers], positions, len(hard), mixes[step], drawn)
 
     def _draw_hard(self, numbers: Ints, rng: np.random.Generator) -> Ints:
         """Draw hard negatives of some samples, by number in the training part: ascending, each once, none of them."""
@@ -204,7 +203,13 @@ class Batches:
         return np.setdiff1d(np.take_along_axis(place_BK, chosen_BK, axis=1)[is_some_BK], numbers)
 
     def _batch(
-        self, samples: Ints, first: Ints, second: Ints, mix: float | None, drawn: Sequence[Ints | None]
+        self,
+        samples: Ints,
+        first: Ints,
+        second: Ints,
+        num_hard: int,
+        mix: float | None,
+        drawn: Sequence[Ints | None],
     ) -> Batch:
         if mix is None:
             positives = self._positives(first, second)
@@ -225,6 +230,7 @@ class Batches:
                 None if of_second is None else of_second[second_rows],
             ),
             positives=positives,
+            num_hard=num_hard,
             mix=mix,
             excluded=None if self._negatives is None else self._excluded(first, second, positives, self._negatives),
         )
@@ -325,8 +331,9 @@ class PairLoader:
         )
 
     def _read(self, read: Reader | DrawnViews, rows: Ints, views: Ints | None, *, is_mixed: bool) -> LoadedInputs:
-        num_items = len(rows) // 2 if is_mixed else len(rows)
-        positions = np.arange(len(rows)).reshape(-1, num_items)[:, own_slice(num_items)].ravel()
+        num_halves = 2 if is_mixed else 1
+        num_items = len(rows) // num_halves
+        positions = np.arange(len(rows)).reshape(num_halves, num_items)[:, own_slice(num_items)].ravel()
         own = rows[positions]
         if isinstance(read, DrawnViews):
             assert views is not None

@@ -77,9 +77,9 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
         )
     own = generators[process_rank()]
     torch.set_rng_state(own["cpu"].cpu())
-    if own["cuda"] is not None and device.startswith("cuda"):
+    if device.startswith("cuda"):
         torch.cuda.set_rng_state(own["cuda"].cpu(), device)
-    if "mps" in own and device == "mps":
+    if device == "mps":
         torch.mps.set_rng_state(own["mps"].cpu())
     return state
 

@@ -155,10 +155,10 @@ class Examples:
     targets: pa.Array
     target_N: Ints
     target_words: WordLists
-    media: Media | None = None
-    rows_N: Ints | None = None
-    text_words: WordLists | None = None
-    num_left_out: int = 0
+    media: Media | None
+    rows_N: Ints | None
+    text_words: WordLists | None
+    num_left_out: int
 
     def __len__(self) -> int:
         return len(self.target_N)
@@ -321,7 +321,7 @@ def with_blanks(texts: WordLists) -> WordLists:
     lengths_N = texts.lengths()
     of_text_M = np.repeat(np.arange(texts.num_texts), lengths_N)
     blanks_N = np.bincount(of_text_M[texts.numbers_M == BLANK], minlength=texts.num_texts)
-    if blanks_N.max(initial=0) > 1:
+    if (blanks_N > 1).any():
         row = int(blanks_N.argmax())
         raise DataError(f"text: expected at most one blank, got {blanks_N[row]} in example {row}")
     ends_N = texts.offsets_N[1:][blanks_N == 0]

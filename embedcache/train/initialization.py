@@ -42,9 +42,9 @@ def initialize(
     towers = (first, second)
     form = settings.initialization or ("cca" if all(tower.supports(HasLinearBranch) for tower in towers) else "random")
     _check(towers, form, settings)
-    moments = Moments(towers[0].width, towers[1].width)
-    for block in blocks(len(towers[0].rows), _BLOCK):
-        moments.add(towers[0].vectors(block), towers[1].vectors(block))
+    moments = Moments(first.width, second.width)
+    for block in blocks(len(first.rows), _BLOCK):
+        moments.add(first.vectors(block), second.vectors(block))
     covariances = moments.covariances()[:2]
     for rows, mean in zip(towers, (moments.image_mean, moments.text_mean), strict=True):
         if isinstance(rows.tower, RawTower):
@@ -55,7 +55,7 @@ def initialize(
         weights = solve(form, moments, settings.shared_width, shrinkage=settings.shrinkage)
         for rows, weights_DP, covariance in zip(towers, weights, covariances, strict=True):
             # the root mean square length of the projected training rows: a learned branch expects about 1
-            length = float(np.sqrt(np.trace(weights_DP.T @ covariance @ weights_DP)) + np.finfo(np.float64).tiny)
+            length = max(float(np.sqrt(np.trace(weights_DP.T @ covariance @ weights_DP))), np.finfo(np.float64).tiny)
             rows.tower.projector.set_linear_map(torch.from_numpy(weights_DP / length))
     if any(tower.supports(HasAnchors) for tower in towers):
         _set_anchors(towers, settings.shared_width, seed)
@@ -110,7 +110,8 @@ def _check(towers: tuple[_TowerRows, _TowerRows], form: str, settings: ModelSett
             f"initialization: expected random, as projector {settings.projector} has no linear branch, got {form}; "
             "use --initialization random"
         )
-    num_pairs = len(towers[0].rows)
+    first, _ = towers
+    num_pairs = len(first.rows)
     if num_pairs < settings.shared_width and any(tower.supports(HasAnchors) for tower in towers):
         raise SettingError(
             f"projector {settings.projector}: expected at least as many training pairs as the shared width "
@@ -120,7 +121,8 @@ def _check(towers: tuple[_TowerRows, _TowerRows], form: str, settings: ModelSett
 
 def _set_anchors(towers: tuple[_TowerRows, _TowerRows], num_anchors: int, seed: int) -> None:
     """Set the anchors of both towers to the same pairs, drawn without replacement, as the projectors see them."""
-    anchor_rows = np.sort(np.random.default_rng(seed).choice(len(towers[0].rows), num_anchors, replace=False))
+    first, _ = towers
+    anchor_rows = np.sort(np.random.default_rng(seed).choice(len(first.rows), num_anchors, replace=False))
     for rows in towers:
         if rows.supports(HasAnchors) and isinstance(rows.tower, Tower):
             unit_PD = torch.from_numpy(rows.vectors(anchor_rows)).to(rows.tower.mean.device)

@@ -108,7 +108,8 @@ def train_task(
         leases = run_on_first(lambda: start_run(run_path, config.to_json()))
         with disk_errors(run_path):
             if leases is None:  # not the first of several processes
-                return _fit(make_task, run_path, settings, progress, on_epoch)[1]
+                _, report = _fit(make_task, run_path, settings, progress, on_epoch)
+                return report
             if split is not None and not split_path(run_path).is_file():
                 write_split(split_path(run_path), split)
             for name, path in (files or {}).items():

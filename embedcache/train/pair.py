@@ -208,7 +208,7 @@ _ROWS_PER_BLOCK = 256  # of width 512, in float32: half of a core's cache
 def unit_rows(vectors_BP: Tensor) -> Tensor:
     """Scale rows to length 1, as `normalize` does: to the same bits, in half the time on a CPU."""
     if vectors_BP.device.type != "cpu":
-        return normalize(vectors_BP, dim=-1)
+        return normalize(vectors_BP)
     unit_BP: Tensor = _UnitRows.apply(vectors_BP)  # type: ignore[no-untyped-call]
     return unit_BP
 
@@ -243,5 +243,5 @@ def _mix(inputs: LoadedInputs, mix: float | None) -> LoadedInputs:
     """
     if mix is None:
         return inputs
-    first, second = normalize(inputs.values.float(), dim=-1).chunk(2)
+    first, second = normalize(inputs.values.float()).chunk(2)
     return replace(inputs, values=mix * first + (1 - mix) * second)

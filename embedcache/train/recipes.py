@@ -91,7 +91,7 @@ def choose_settings(num_pairs: int, given: Mapping[str, Any], progress: Progress
         SettingError: the recipe is a closed form, and what is given needs training.
     """
     recipe = [recipe for recipe in RECIPES if recipe.fewest <= num_pairs][-1]
-    settings = recipe.settings(max(num_pairs, 1))
+    settings = recipe.settings(num_pairs)
     replaced = {name: given[name] for name in _REPLACED if name in given and given[name] != settings.get(name)}
     if replaced and recipe.schedule is None and "epochs" not in given:
         name, value = next(iter(replaced.items()))

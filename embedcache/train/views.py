@@ -62,7 +62,7 @@ class DrawnViews:
     probabilities: Mapping[str, float]
     num_rows: int
     seed: int
-    side: int = 0
+    side: int
 
     def draw(self, epoch: int) -> Ints:
         """Return the number of the view of each row in an epoch: (N,) int64."""

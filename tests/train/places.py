@@ -114,7 +114,13 @@ class PlaceTask:
 
 
 def train_places(
-    cache_path: Path, run_path: Path, settings: FitSettings, *, scale: float = 1.0, on_epoch: OnEpoch | None = None
+    cache_path: Path,
+    run_path: Path,
+    settings: FitSettings,
+    *,
+    scale: float = 1.0,
+    files: Mapping[str, Path] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> ModuleReport:
     """Train the classifier on the shared cache."""
     feature = open_input(Cache(cache_path), "image", FEATURE)
@@ -130,6 +136,7 @@ def train_places(
         run_path,
         config,
         settings,
+        files=files,
         on_epoch=on_epoch,
     )
 

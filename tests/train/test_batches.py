@@ -1,3 +1,7 @@
+import math
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +14,9 @@ from embedcache.arrays import Inputs
 from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.store.cache import Cache
-from embedcache.train.batches import Batches, RowBatches, num_batches, shuffle_blocks
+from embedcache.train.batches import Batch, Batches, Loader, PairLoader, RowBatches, num_batches, shuffle_blocks
 from embedcache.train.data import open_data
+from embedcache.train.views import DrawnViews
 
 
 def make_pairs(samples: int, *, seed: int) -> Pairs:
@@ -63,10 +68,58 @@ def test_shuffled_rows_stay_near_those_of_1024_blocks(count: int, block_rows: in
             assert len(np.unique(part // block_rows)) <= 1024 or block_rows == 1
 
 
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 3), st.sampled_from([1, 3]))
+def test_row_batches_have_every_row_once(count: int, size: int, epoch: int, block_rows: int) -> None:
+    batches = RowBatches(np.arange(count) + 100, batch_size=size, seed=1, block_rows=block_rows)
+    found = [batch.tolist() for batch in batches.epoch(epoch)]
+    assert len(found) == batches.num_steps == math.ceil(count / size)
+    assert sorted(row for batch in found for row in batch) == list(range(100, 100 + count))
+    assert min(map(len, found)) + 1 >= max(map(len, found)) <= size
+    rest = [batch.tolist() for batch in batches.epoch(epoch, first_step=len(found) // 2)]
+    assert rest == found[len(found) // 2 :]
+
+
 def test_rows_are_shuffled_one_by_one_by_default() -> None:
     rows = np.arange(100, 110)
     first, second = (RowBatches(rows, batch_size=4, seed=0, **given).epoch(1) for given in ({}, {"block_rows": 1}))
     assert [batch.tolist() for batch in first] == [batch.tolist() for batch in second]
+    pairs = make_pairs(10, seed=0)
+    first, second = (Batches(pairs, batch_size=4, seed=0, **given).epoch(1) for given in ({}, {"block_rows": 1}))
+    assert [batch.samples.tolist() for batch in first] == [batch.samples.tolist() for batch in second]
+
+
+class Steps:
+    """A plan of six batches, which remembers those that were asked for; the first can be loaded when the third is."""
+
+    num_samples, num_steps = 12, 6
+
+    def __init__(self) -> None:
+        self.drawn: list[int] = []
+        self.is_third = threading.Event()
+
+    def epoch(self, number: int, *, first_step: int) -> Iterator[tuple[int, int]]:
+        for step in range(first_step, self.num_steps):
+            self.drawn.append(step)
+            if step == 2:
+                self.is_third.set()
+            yield number, step
+
+    def load(self, batch: tuple[int, int]) -> tuple[int, int]:
+        assert self.is_third.wait(60)
+        return batch
+
+
+def test_loader_is_two_batches_ahead_on_one_thread() -> None:
+    plan, started = Steps(), time.perf_counter()
+    loader = Loader(plan, plan.load)
+    batches = loader.epoch(7)
+    assert next(batches) == (7, 0)
+    assert plan.drawn == [0, 1, 2]
+    assert [thread.name for thread in threading.enumerate() if "loader" in thread.name] == ["loader_0"]
+    assert list(batches) == [(7, step) for step in range(1, 6)]
+    assert list(loader.epoch(8, first_step=4)) == [(8, 4), (8, 5)]
+    assert (loader.num_samples, loader.num_steps) == (12, 6)
+    assert 0 < loader.waited_s < time.perf_counter() - started
 
 
 @pytest.mark.parametrize("samples", [6, 7])
@@ -75,6 +128,25 @@ def test_mixup_leaves_out_the_odd_item(samples: int) -> None:
     assert [len(batch.samples), len(batch.first_rows), len(batch.second_rows)] == [6, 6, 6]
     assert (batch.first_rows - 100 == batch.samples).all()
     assert set(range(3)) == set(batch.positives[0].tolist())
+
+
+@given(st.integers(2, 14), st.integers(0, 200))
+def test_mixed_items_belong_together_if_both_of_their_items_do(samples: int, seed: int) -> None:
+    pairs = make_pairs(samples, seed=seed)
+    relation = pairs.relation().toarray()
+    batches = Batches(pairs, batch_size=6, seed=seed, mixup=0.5)
+    halves = []
+    for batch in batches.epoch(1):
+        half = len(batch.first_rows) // 2
+        contents = pairs.first.contents[batch.first_rows - 100], pairs.second.contents[batch.second_rows - 500]
+        of_first, of_second = (
+            relation[np.ix_(*(side[part] for side in contents))] for part in (slice(half), slice(half, None))
+        )
+        found = np.zeros((half, half), bool)
+        found[batch.positives] = True
+        np.testing.assert_array_equal(found, of_first & of_second)
+        halves.append(half)
+    assert min(halves) == batches.smallest
 
 
 def test_epochs_differ_in_order_and_captions() -> None:
@@ -152,6 +224,66 @@ def test_hard_negatives_are_in_the_batch_and_near_duplicates_are_excluded(
     for one, other in zip(epoch[len(epoch) // 2 :], again, strict=True):
         np.testing.assert_array_equal(one.second_rows, other.second_rows)
         np.testing.assert_array_equal(one.samples, other.samples)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "expected"),
+    [(6, {}, 4), (6, {"num_negatives": 2}, 6), (8, {}, 3), (8, {"num_negatives": 3}, 6)],
+)
+def test_hard_negatives_take_their_part_of_the_batch_size(size: int, options: dict[str, int], expected: int) -> None:
+    negatives = HardNegatives(negatives_SK=np.full((12, 4), -1, np.int32), groups_S=np.arange(12))
+    batches = Batches(make_pairs(12, seed=0), batch_size=size, seed=0, negatives=negatives, **options)
+    assert batches.num_steps == expected
+
+
+def test_hard_negatives_of_a_step_depend_on_seed_and_epoch_alone() -> None:
+    """Check the draws by their definition: a run that was interrupted goes on with the same ones."""
+    table = np.random.default_rng(0).integers(20, size=(20, 4)).astype(np.int32)
+    negatives = HardNegatives(negatives_SK=table, groups_S=np.arange(20))
+    pairs = make_pairs(20, seed=0)
+    for step, batch in enumerate(Batches(pairs, batch_size=9, seed=5, negatives=negatives).epoch(2)):
+        own, hard = np.split(batch.samples, [len(batch.samples) - batch.num_hard])
+        keys = np.random.default_rng([5, 2, 3, step]).random((len(own), 4))
+        assert hard.tolist() == sorted({*table[own, keys.argmin(axis=1)]} - {*own})
+
+
+@pytest.mark.parametrize(("mix", "rows", "own"), [(None, 7, [2, 3, 4, 5, 6]), (0.5, 6, [1, 2, 4, 5])])
+def test_a_process_loads_its_part_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch, mix: float | None, rows: int, own: list[int]
+) -> None:
+    """The last two thirds, of mixed items those of both halves."""
+    monkeypatch.setattr("embedcache.train.batches.own_slice", lambda count: slice(count // 3, count))
+    table = np.arange(40, dtype=np.float32).reshape(20, 2)
+    first = DrawnViews(
+        readers={"plain": lambda rows: Inputs(table[rows]), "other": lambda rows: Inputs(-table[rows])},
+        probabilities={"plain": 0.5, "other": 0.5},
+        num_rows=20,
+        seed=0,
+        side=0,
+    )
+    batch = Batch(
+        samples=np.arange(rows),
+        first_rows=np.arange(rows) + 3,
+        second_rows=np.arange(rows) + 8,
+        positives=(np.array([0, 1]), np.array([0, 2])),
+        num_hard=0,
+        mix=mix,
+        views=(np.arange(rows) % 2, None),
+        excluded=(np.array([1]), np.array([4])),
+    )
+    loaded = PairLoader(first, lambda rows: Inputs(table[rows], rows % 5), device="cpu")(batch)
+    signs = np.where(np.array(own) % 2, -1, 1)[:, None]
+    assert loaded.first.rows.tolist() == [place + 3 for place in own]
+    np.testing.assert_array_equal(loaded.first.values, table[loaded.first.rows] * signs)
+    assert loaded.first.lengths is None
+    assert loaded.second.rows.tolist() == [place + 8 for place in own]
+    np.testing.assert_array_equal(loaded.second.values, table[loaded.second.rows])
+    assert loaded.second.lengths is not None
+    assert loaded.second.lengths.tolist() == [(place + 8) % 5 for place in own]
+    assert loaded.first.num_items == loaded.second.num_items == (rows if mix is None else rows // 2)
+    assert [loaded.positives.images.tolist(), loaded.positives.texts.tolist()] == [[0, 1], [0, 2]]
+    assert loaded.positives.excluded is not None
+    assert [side.tolist() for side in loaded.positives.excluded] == [[1], [4]]
 
 
 @pytest.mark.parametrize("image", ["cls", "patches"])

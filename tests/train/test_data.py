@@ -1,6 +1,9 @@
 """The input of a run: several caches, selections, all captions, token features."""
 
+import contextlib
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +16,8 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.train.data import open_data
+from embedcache.train.data import _check_same_feature, open_data
+from tests.edits import edit_record
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 from tests.train.runs import beats_chance, run
@@ -51,6 +55,30 @@ def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_pa
             {"image": "open_toy/cls", "text": "open_toy/mean"},
             memory_bytes=10**9,
         )
+
+
+def test_an_extended_cache_and_its_earlier_version_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
+    larger = Path(shutil.copytree(two_caches[1], tmp_path / "larger"))
+    info = Cache(two_caches[0]).info
+    edit_record(larger / "cache.json", earlier=[{"spine": info.index_digest, "num_items": dict(info.num_items)}])
+    for caches in ([two_caches[0], larger], [larger, two_caches[0]]):
+        with pytest.raises(DataError, match=f"got the same in {caches[1]} and {caches[0]}; name one"):
+            open_data(caches, {"image": "open_toy/cls", "text": "open_toy/mean"}, memory_bytes=0)
+
+
+@pytest.mark.parametrize("changed", [{"name": "toy/other"}, {"width": 5}, {"fingerprint": {"family": "other"}}, {}])
+def test_features_of_two_caches_have_one_name_width_and_encoder(changed: dict[str, object]) -> None:
+    first = SimpleNamespace(name="toy/cls", width=4, fingerprint={"family": "toy"})
+    second = SimpleNamespace(**{**vars(first), **changed})
+    caches = SimpleNamespace(path="a"), SimpleNamespace(path="b")
+    messages = {
+        "name": "b: expected toy/cls of width 4, as in a, got toy/other of width 4; use caches that have the same",
+        "width": "b: expected toy/cls of width 4, as in a, got toy/cls of width 5; use caches that have the same",
+        "fingerprint": "toy/cls of a.*family: .*toy.*other.*that of b: use caches made by one encoder",
+    }
+    refused = [pytest.raises((DataError, FingerprintError), match=messages[name]) for name in changed]
+    with refused[0] if refused else contextlib.nullcontext():
+        _check_same_feature(caches[0], first, caches[1], second)  # type: ignore[arg-type]
 
 
 def test_unfinished_feature_is_named(two_caches: list[Path], tmp_path: Path) -> None:

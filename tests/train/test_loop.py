@@ -22,6 +22,7 @@ from embedcache.settings import from_flat
 from embedcache.train import distributed, pair
 from embedcache.train.batches import Batch, LoadedBatch, LoadedInputs
 from embedcache.train.data import TrainData, _gather, name_features
+from embedcache.train.losses import Positives
 from embedcache.train.modules import ModuleReport, fitted_name
 from embedcache.train.pair import PairTask, Validation
 from embedcache.train.parts import _shorten
@@ -76,6 +77,36 @@ def test_without_a_group_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -
     for rank, expected in ((None, True), ("0", True), ("1", False)):
         monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK", rank)
         assert distributed.is_first_process() is expected
+
+
+def test_gradients_of_gathered_rows_are_those_of_one_process(
+    one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DistributedDataParallel divides them by the number of processes; here the first of two, alone in its group."""
+    monkeypatch.setattr(distributed, "num_processes", lambda: 2)
+    rows = torch.ones(2, 3, requires_grad=True)
+    gathered = distributed.gather_rows(rows, 5)
+    assert gathered.tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 3
+    (gathered * torch.arange(15.0).reshape(5, 3)).sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.tolist() == [[0, 2, 4], [6, 8, 10]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "used", "backend"),
+    [("cpu", "cpu", "gloo"), ("cuda", "cuda:1", "nccl"), ("cuda:0", "cuda:0", "nccl")],
+)
+def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch, asked: str, used: str, backend: str) -> None:
+    calls: list[Any] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", calls.append)
+    monkeypatch.setattr(dist, "barrier", lambda: calls.append("wait"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("leave"))
+    with distributed.process_group(asked) as device:
+        assert device == used
+    assert calls == [*([used] if asked == "cuda" else []), backend, "wait", "leave"]
 
 
 @pytest.mark.parametrize(("count", "processes"), list(itertools.product((0, 1, 7, 12), (1, 2, 3, 5))))
@@ -230,6 +261,8 @@ def test_features_of_half_the_memory_are_loaded(tmp_path: Path) -> None:
         data = TrainData(caches=[], sides={"image": [feature], "text": [feature]}, memory_bytes=memory)
         assert data.is_mapped is is_mapped
         assert TrainData(caches=[], sides={"image": [feature] * 2}, memory_bytes=2 * memory).is_mapped is is_mapped
+        reads_from_disk = [hasattr(reader, "__self__") for reader in data.readers.values()]  # a method of the feature
+        assert reads_from_disk == [is_mapped, is_mapped]
 
 
 def test_rows_are_numbered_across_readers() -> None:
@@ -252,6 +285,7 @@ def test_features_are_named_once() -> None:
 def test_parts_of_a_large_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check sizes of parts: vectors count, of which an item of tokens has several."""
     sizes: list[int] = []
+    assert pair.MAX_VECTORS == 2**15
     objective = SimpleNamespace(_project=lambda tower, values, lengths: sizes.append(len(values)) or values)
     monkeypatch.setattr(pair, "MAX_VECTORS", 6)
     tower = nn.Linear(2, 2)
@@ -274,6 +308,26 @@ def test_parts_of_a_large_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     loaded = LoadedInputs(values=values, lengths=None, rows=np.arange(7), num_items=7)
     pair.Objective._embed(objective, normed, loaded)  # type: ignore[arg-type]
     assert sizes == [7]  # a batch that is normalized is not divided
+
+
+def test_a_batch_of_one_part_is_projected_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass projects the parts of a larger one again."""
+    sizes: list[int] = []
+    network = AlignedPair("linear", widths={"image": 2, "text": 2}, shared_width=2)
+    network.towers[0].register_forward_pre_hook(lambda _, values: sizes.append(len(values[0])))
+    objective = pair.Objective(network, LossSettings(), precision="float32")
+    monkeypatch.setattr(pair, "MAX_VECTORS", 6)
+    for count, forward, backward in ((6, [6], []), (7, [6, 1], [1, 6])):
+        rows = np.arange(count)
+        inputs = LoadedInputs(values=torch.randn(count, 2), lengths=None, rows=rows, num_items=count)
+        places = torch.arange(count)
+        batch = Batch(samples=rows, first_rows=rows, second_rows=rows, positives=(rows, rows), num_hard=0)
+        step = LoadedBatch(batch=batch, first=inputs, second=inputs, positives=Positives(images=places, texts=places))
+        sizes.clear()
+        loss = objective(step)
+        assert sizes == forward
+        loss.backward()
+        assert sorted(sizes[len(forward) :]) == backward
 
 
 def test_fitted_arrays_are_named_by_the_start_of_their_digest() -> None:

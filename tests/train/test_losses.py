@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from embedcache.testing.losses import LossContract
 from embedcache.train import tiles
 from embedcache.train.losses import LOSSES, Positives
+from embedcache.train.tiles import log_sum_exp
 
 WIDTH = 5
 TILE_ROWS = 3
@@ -202,6 +203,32 @@ def test_held_tiles_change_no_bit(name: str, scale: float, is_lower: bool, monke
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
     assert num_products[1] - num_products[0] == 2  # each backward pass computes them again
+
+
+@pytest.mark.parametrize("spared", [0, 1])
+def test_each_process_holds_its_own_tiles(spared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes, each holds half of the tiles: the backward pass computes no product of the forward pass."""
+    monkeypatch.setattr(tiles, "num_processes", lambda: 2)
+    monkeypatch.setattr(tiles, "HELD_BYTES", 4 * 9 * 9 // 2 - spared)
+    rows = [side.detach().float().requires_grad_() for side in draw(9, 4)[:2]]
+    value = sum(side.sum() for side in log_sum_exp(*rows, torch.tensor(14.0)))
+    with FlopCounterMode(display=False) as counter:
+        value.backward()  # type: ignore[union-attr]
+    assert counter.get_total_flops() == spared * (2 * 6 * 9 * WIDTH)  # of rows 0 to 2 and 6 to 8
+
+
+@pytest.mark.parametrize(("scale", "are_powers"), [(40.0, True), (-40.0, True), (41.0, False), (-41.0, False)])
+def test_powers_are_summed_where_no_logit_overflows(
+    scale: float, are_powers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "TILE_ROWS", 500)
+    monkeypatch.setattr(tiles, "TILE_COLUMNS", 500)
+    images, texts = (side.detach().float() for side in draw(500, 4)[:2])
+    logits = (images * scale) @ texts.T
+    by_powers, by_logs = logits.exp().sum(dim=1).log(), logits.logsumexp(dim=1)
+    assert not torch.equal(by_powers, by_logs)
+    over_rows, _ = log_sum_exp(images, texts, torch.tensor(scale))
+    assert torch.equal(over_rows, by_powers if are_powers else by_logs)
 
 
 def test_many_positives_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,55 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from embedcache.errors import DataError, FingerprintError
+from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.projectors.saved import load_pair, read_config
+from embedcache.train.parts import find_sources, freeze
 from tests.cli.run import embedcache
 from tests.train.runs import IMAGE, TEXT, log_lines, run
+
+PARTS = {"image": ["image"], "text": ["text"], "temperature": ["log_scale"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], {}),
+        (["run"], {"image": "run", "text": "run", "temperature": "run"}),
+        (["text=a"], {"text": "a"}),
+        (["text=a", "run"], {"image": "run", "text": "a", "temperature": "run"}),
+        (["run", "image=a", "text=b"], {"image": "a", "text": "b", "temperature": "run"}),
+        (["lr=0.1"], {"image": "lr=0.1", "text": "lr=0.1", "temperature": "lr=0.1"}),
+    ],
+)
+def test_sources_of_parts(
+    words: list[str], expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1").mkdir()  # a folder whose name looks like a part and its run
+    assert find_sources(words, PARTS) == {name: Path(run) for name, run in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a", "b"], "expected one run for all parts, got a and b; name parts, as in image=b"),
+        (["text=a", "text=b"], "expected one run for part text, got a and b; name parts, as in image=b"),
+    ],
+)
+def test_parts_have_one_source_each(words: list[str], message: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        find_sources(words, PARTS)
+    assert str(caught.value) == f"init_from: {message}"
+
+
+def test_what_belongs_to_no_part_or_to_a_trained_one_is_trained() -> None:
+    module = nn.ModuleDict({name: nn.Linear(1, 1) for name in ("one", "shared", "two", "twofold", "rest")})
+    parts = {"first": ["one", "shared"], "second": ["shared", "two", "twofold.bias"]}
+    assert freeze(module, parts, ["first"]) == [module["two"]]
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"two.weight", "two.bias", "twofold.bias"}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from embedcache.projectors.saved import read_config
 from embedcache.store.cache import Cache
 from embedcache.train import recipes
 from embedcache.train.data import TrainData, open_data
-from embedcache.train.recipes import RECIPES, Recipe, Schedule, apply_recipe, count_training_pairs
+from embedcache.train.recipes import RECIPES, Recipe, Schedule, apply_recipe, choose_settings, count_training_pairs
 from embedcache.train.settings import TrainSettings, command_line, train_settings
 from embedcache.train.train import train
 from tests.cli.run import embedcache
@@ -47,6 +47,41 @@ def test_every_recipe_is_valid() -> None:
     for recipe in RECIPES:
         settings = train_settings(recipe.settings(max(recipe.fewest, 1)))
         assert (settings.optimizer.epochs == 0) == (recipe.schedule is None)
+
+
+LINEAR = {"projector": "linear", "epochs": 0}
+TOKEN = {"projector": "token+token_mlp", "initialization": "random", "dropout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "sizes", "chosen"),
+    [
+        (0, "fewer than 550", {**LINEAR, "shrinkage": 10.0}),
+        (549, "fewer than 550", {**LINEAR, "shrinkage": 10.0}),
+        (550, "550 to 5,499", {**LINEAR, "shrinkage": 1.0}),
+        (5_499, "550 to 5,499", {**LINEAR, "shrinkage": 1.0}),
+        (5_500, "5,500 to 16,999", {**LINEAR, "shrinkage": 0.1}),
+        (16_999, "5,500 to 16,999", {**LINEAR, "shrinkage": 0.1}),
+        (17_000, "17,000 or more", {**TOKEN, "epochs": 100, "patience": 25}),
+        (20_100, "17,000 or more", {**TOKEN, "epochs": 100, "patience": 25}),
+        (160_000, "17,000 or more", {**TOKEN, "epochs": 12, "patience": 3}),
+        (10**6, "17,000 or more", {**TOKEN, "epochs": 10, "patience": 3}),
+    ],
+)
+def test_recipes_by_the_number_of_pairs(num_pairs: int, sizes: str, chosen: dict[str, Any]) -> None:
+    progress = RecordedProgress()
+    assert choose_settings(num_pairs, {}, progress) == chosen
+    words = ", ".join(f"{name} {value}".removesuffix(".0") for name, value in chosen.items())
+    assert sorted(progress.notes[0].split(", ")) == sorted(
+        f"{num_pairs:,} training pairs: recipe for {sizes}: {words}".split(", ")
+    )
+
+
+def test_a_recipe_leaves_nothing_to_choose_where_all_is_given() -> None:
+    progress = RecordedProgress()
+    given = {"projector": "linear", "shrinkage": 2.0, "epochs": 0}
+    assert choose_settings(10, given, progress) == {}
+    assert progress.notes == ["10 training pairs: recipe for fewer than 550: all of its settings are given"]
 
 
 def test_schedule_keeps_its_bounds() -> None:

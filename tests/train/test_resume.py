@@ -17,8 +17,15 @@ import torch
 
 from embedcache.errors import CorruptError, FingerprintError, PathError, SettingError
 from embedcache.provenance import read_json
-from embedcache.train import trainer
-from embedcache.train.checkpoint import checkpoint_path, load_checkpoint, name_device
+from embedcache.train import checkpoint, trainer
+from embedcache.train.checkpoint import (
+    RunLog,
+    checkpoint_path,
+    finish_run,
+    load_checkpoint,
+    name_device,
+    start_run,
+)
 from embedcache.train.settings import MachineSettings
 from tests.cli.run import embedcache
 from tests.crash import start
@@ -133,7 +140,8 @@ def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) 
     script = (
         "import sys; from pathlib import Path; from embedcache.locks import Leases; "
         "leases = Leases(Path(sys.argv[1])); "
-        "print(leases.acquire(0), flush=True); input()"
+        "print(leases.acquire(0), flush=True); input(); leases.release(0); "
+        "print('released', flush=True); input(); print(leases.acquire(0), flush=True)"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -142,8 +150,23 @@ def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) 
         (tmp_path / "run/started.json").write_text("{}")
         with pytest.raises(PathError, match="another process trains into .*run; wait for it"):
             run(cache_path, tmp_path / "run")
-        other.communicate("\n")
+        assert other.stdin is not None
+        other.stdin.write("\n")
+        other.stdin.flush()
+        assert other.stdout.readline() == "released\n"
+        leases = start_run(tmp_path / "run", {})
+        finish_run(tmp_path / "run", leases)
+        assert other.communicate("\n") == ("True\n", None)
     runs.run(cache_path, tmp_path / "run", epochs=0)
+
+
+def test_only_the_first_process_writes_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, size in ((0, 12), (1, 0)):
+        monkeypatch.setattr(checkpoint, "process_rank", lambda rank=rank: rank)
+        with RunLog(tmp_path, num_bytes=0, step=0) as log:
+            log.write({"loss": rank}, 0, {})
+            assert log.flush() == size
+    assert (tmp_path / "losses.jsonl").read_bytes() == b'{"loss": 0}\n'
 
 
 def test_missing_log_is_not_padded(cache_path: Path, unfinished: Path) -> None:
@@ -199,7 +222,9 @@ def test_auto_device_is_that_of_the_run(cache_path: Path, whole: Path, tmp_path:
     assert read_json(whole / "config.json")["training"]["machine"]["device"] == "cpu"
     finished, stopped = (Path(shutil.copytree(whole, tmp_path / name)) for name in ("finished", "stopped"))
     edit_record(finished / "config.json", {'"device": "cpu"': '"device": "cuda"'})
+    checkpoint_path(finished).touch()  # as if interrupted right after its config was written
     run(cache_path, finished)
+    assert not checkpoint_path(finished).exists()
     with pytest.raises(FingerprintError, match="device: stored 'cuda', requested 'cpu'"):
         runs.run(cache_path, finished, device="cpu", **OPTIONS)
     (finished / "config.json").rename(stopped / "started.json")

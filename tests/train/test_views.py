@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from embedcache.arrays import Inputs, Ints
 from embedcache.dataset.inputs import Reader, view_feature
+from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import FingerprintError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -16,7 +18,7 @@ from embedcache.projectors.saved import read_config
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train import trainer
-from embedcache.train.data import open_data
+from embedcache.train.data import TrainData, open_data
 from embedcache.train.settings import command_line, train_settings
 from embedcache.train.views import DrawnViews, parse_views
 from tests.images import write_images
@@ -56,7 +58,10 @@ def test_views_are_drawn_by_weight_seed_and_epoch() -> None:
     np.testing.assert_array_equal(draw(3, 4), draw(3, 4))
     for other in (draw(0, 1), draw(1, 0), draw(0, 0, side=1)):
         assert abs((draw(0, 0) == other).mean() - (0.75**2 + 0.25**2)) < 0.03  # independent
-    drawn = DrawnViews(readers=readers, probabilities=probabilities["image"], num_rows=9, seed=0)
+    chances = np.random.default_rng([3, 4, 1]).random(10_000), np.random.default_rng([3, 4, 2]).random(10_000)
+    np.testing.assert_array_equal(draw(3, 4), chances[0] >= 0.25)
+    np.testing.assert_array_equal(draw(3, 4, side=1), chances[1] >= 0.25)
+    drawn = DrawnViews(readers=readers, probabilities=probabilities["image"], num_rows=9, seed=0, side=0)
     rows = np.array([7, 2, 2, 5])
     inputs = drawn.read(rows, np.array([1, 0, 1, 0]))
     np.testing.assert_array_equal(inputs.values, [[7, 1], [2, 0], [2, 1], [5, 0]])
@@ -132,8 +137,34 @@ def test_views_are_recorded_only_if_used(flipped: Path, tmp_path: Path) -> None:
     "word", ["flip", "image", "picture=flip", "image=flip:x", "image=flip:0", "image=flip:-1", "image=a,a", "image=:1"]
 )
 def test_wrong_views_are_named(word: str) -> None:
-    with pytest.raises(SettingError, match="views: expected "):
+    with pytest.raises(SettingError, match="views: expected (a modality of image, .*|different views, .*), got '"):
         parse_views([word])
+
+
+def test_views_of_a_modality_are_one_word() -> None:
+    with pytest.raises(SettingError) as caught:
+        parse_views(["image=flip", "image=plain"])
+    assert str(caught.value) == (
+        "views: expected one word per modality, as in image=plain:0.5,flip:0.5, got 'image=plain'"
+    )
+
+
+def test_pairs_have_all_views_of_their_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views that were made for some of the items, of the first side or of the second one."""
+    rows = np.arange(6)
+    items = Items(rows=rows, samples=rows, contents=rows)
+    made = {"image": rows != 2, "text": rows % 5 > 0}
+    monkeypatch.setattr(
+        TrainData, "open_views", lambda _, modality, views: {v: [SimpleNamespace(valid=made[modality])] for v in views}
+    )
+    data = TrainData(caches=[], sides={"image": [], "text": []}, memory_bytes=0)
+    for views, left in (
+        ({"image": ["flip"]}, [0, 1, 3, 4, 5]),
+        ({"text": ["upper"]}, [1, 2, 3, 4]),
+        ({"image": ["flip"], "text": ["upper"]}, [1, 3, 4]),
+    ):
+        pairs = data.with_views(Pairs(first=items, second=items), views)
+        assert pairs.first.samples.tolist() == pairs.second.samples.tolist() == left
 
 
 def test_missing_view_lists_what_there_is(flipped: Path, tmp_path: Path) -> None:

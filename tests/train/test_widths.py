@@ -42,7 +42,7 @@ def batch(size: int, seed: int) -> LoadedBatch:
         for _ in "it"
     ]
     described = Batch(
-        samples=numbers, first_rows=numbers, second_rows=numbers, positives=(rows.numpy(), columns.numpy())
+        samples=numbers, first_rows=numbers, second_rows=numbers, positives=(rows.numpy(), columns.numpy()), num_hard=0
     )
     return LoadedBatch(
         batch=described, first=inputs[0], second=inputs[1], positives=Positives(images=rows, texts=columns)
