@@ -49,9 +49,10 @@ class WordTable:
         Memory: the result, and the words in float32.
         """
         is_word_M = texts.numbers_M >= NUM_SPECIAL
-        columns_M = np.where(is_word_M, texts.numbers_M - NUM_SPECIAL, 0)
+        columns = texts.numbers_M[is_word_M] - NUM_SPECIAL
+        offsets_N = np.concatenate([[0], np.cumsum(is_word_M)])[texts.offsets_N]
         shape = texts.num_texts, len(self.vocabulary)
-        counts_NV = csr_array((is_word_M.astype(np.float32), columns_M, texts.offsets_N), shape=shape)
+        counts_NV = csr_array((np.ones(len(columns), np.float32), columns, offsets_N), shape=shape)
         means_ND: Floats = counts_NV @ normalize(np.asarray(self.vectors_VD, np.float32))
         return normalize(means_ND)
 

@@ -18,6 +18,7 @@ from embedcache.train.tiles import log_sum_exp
 
 WIDTH = 5
 TILE_ROWS = 3
+TILE_BYTES = 4 * tiles.TILE_ROWS * tiles.TILE_COLUMNS
 
 
 def plain_info_nce(logits_BB: Tensor, positives_BB: Tensor) -> Tensor:
@@ -203,6 +204,10 @@ def test_held_tiles_change_no_bit(name: str, scale: float, is_lower: bool, monke
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
     assert num_products[1] - num_products[0] == 2  # each backward pass computes them again
+
+
+def test_a_tile_takes_4_mb_and_64_mb_are_held() -> None:
+    assert (TILE_BYTES, tiles.HELD_BYTES) == (2**22, 4 * 4096 * 4096)
 
 
 @pytest.mark.parametrize("spared", [0, 1])
