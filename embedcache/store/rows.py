@@ -53,10 +53,10 @@ class RowReader:
         """Return rows in the given order, which must exist."""
         if self._whole is not None:
             return self._whole.take(pa.array(rows))
-        order = np.argsort(rows // self._size, kind="stable")
+        order = np.argsort(rows, kind="stable")
         numbers, starts = np.unique(rows[order] // self._size, return_index=True)
         if not len(numbers):
-            return self._block(0).slice(0, 0)
+            return self._block(0).schema.empty_table()
         parts = np.split(rows[order] % self._size, starts[1:])
         taken = [self._block(number).take(pa.array(part)) for number, part in zip(numbers.tolist(), parts, strict=True)]
         return pa.concat_tables(taken).take(pa.array(np.argsort(order)))
@@ -78,8 +78,9 @@ class RowReader:
 
     def _first_row(self, sample: int) -> int:
         """Return the first row of a sample or of a later one, from the few chunks that a binary search reads."""
-        number = bisect_left(range(-(-self._num_rows // self._size)), sample, key=self._last_sample)
-        if number * self._size >= self._num_rows:
+        num_blocks = -(-self._num_rows // self._size)
+        number = bisect_left(range(num_blocks), sample, key=self._last_sample)
+        if number == num_blocks:
             return self._num_rows
         samples_B = self._cache.block(self._name, number, columns=["sample"])["sample"].to_numpy()
         return number * self._size + int(np.searchsorted(samples_B, sample))

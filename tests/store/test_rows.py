@@ -1,4 +1,5 @@
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 
 import google_crc32c
@@ -84,6 +85,51 @@ def test_find_the_items_of_samples(cache: Cache, *, is_loaded: bool) -> None:
     assert counts.tolist() == [(sample_N == sample).sum() for sample in samples]
 
 
+@pytest.fixture
+def read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the blocks that are read, in order."""
+    numbers: list[int] = []
+    block = Cache.block
+
+    def counted(self: Cache, name: str, number: int, *, columns: Sequence[str] | None = None) -> pa.Table:
+        numbers.append(number)
+        return block(self, name, number, columns=columns)
+
+    monkeypatch.setattr(Cache, "block", counted)
+    return numbers
+
+
+def test_loaded_rows_are_read_once(cache: Cache, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, tables = RowReader(cache, "text"), [cache.table("text")]
+    monkeypatch.setattr(Cache, "table", lambda *_: tables.pop())
+    for _ in range(2):
+        reader.load()
+        assert reader.take(np.array([7]))["text"].to_pylist() == ["caption 7"]
+        assert reader.find(np.array([0]))[0].tolist() == [0]
+    assert (tables, read) == ([], [])
+    nothing = RowReader(cache, "audio")
+    nothing.load()
+    assert len(nothing) == 0
+
+
+@pytest.mark.parametrize(("kept_rows", "expected"), [(2 * CHUNK_SIZE, [0, 1, 2, 0]), (1, [0, 1, 0, 2, 0])])
+def test_blocks_that_were_used_last_are_kept(
+    cache: Cache, read: list[int], monkeypatch: pytest.MonkeyPatch, kept_rows: int, expected: list[int]
+) -> None:
+    assert RowReader(cache, SAMPLES)._block.cache_info().maxsize == 64  # 4 million rows
+    monkeypatch.setattr("embedcache.store.rows._KEPT_ROWS", kept_rows)
+    reader = RowReader(cache, "text")
+    for block in (0, 0, 1, 0, 1 if kept_rows > 1 else 0, 2, 0):
+        reader.take(np.array([block * CHUNK_SIZE + 5]))
+    assert read == expected
+
+
+def test_no_rows_of_a_table_of_one_block_have_its_columns(cache: Cache) -> None:
+    short = Cache(cache.path)
+    short.info = replace(cache.info, num_samples=BLOCK, table_checksums={})
+    assert RowReader(short, SAMPLES).take(np.array([], np.int64)).schema == cache.table(SAMPLES).schema
+
+
 def test_only_blocks_of_the_rows_are_read(cache: Cache) -> None:
     """What is elsewhere in the file, damaged here, is not noticed; in these rows it is."""
     folder = cache.path.parent / "changed"
@@ -98,10 +144,13 @@ def test_only_blocks_of_the_rows_are_read(cache: Cache) -> None:
         reader.take(np.array([4096]))
 
 
-def test_find_keys(cache: Cache) -> None:
+def test_find_keys(cache: Cache, read: list[int]) -> None:
     keys = cache.column("key").take(pa.array(ROWS)).to_pylist()
     assert find_keys(cache, [*keys, "none"]).tolist() == [*ROWS, -1]
     assert find_keys(cache, []).tolist() == []
+    read.clear()
+    assert find_keys(cache, ["k0"]).tolist() == [0]
+    assert read == [0], "no block is read once all are found"
 
 
 @pytest.mark.parametrize("has_statistics", [True, False])
@@ -114,8 +163,22 @@ def test_keys_are_looked_for_where_they_are_first(cache: Cache, *, has_statistic
     opened, last = Cache(folder), [f"é{2 * BLOCK:06d}"]
     assert opened.likely_blocks(SAMPLES, "key", last) == ([2, 0, 1] if has_statistics else [0, 1, 2])
     assert opened.likely_blocks(SAMPLES, "key", ["a", *last, "z"])[0] == (2 if has_statistics else 0)
+    for row in (BLOCK, 2 * BLOCK - 1):  # the least and the greatest text of a group
+        assert opened.likely_blocks(SAMPLES, "key", [f"é{row:06d}"]) == ([1, 0, 2] if has_statistics else [0, 1, 2])
+    assert opened.likely_blocks(SAMPLES, "other", last) == [0, 1, 2]
     for row in (0, BLOCK - 1, BLOCK, 2 * BLOCK + 9):
         assert find_keys(opened, [f"é{row:06d}", "none"]).tolist() == [row, -1]
+
+
+def test_groups_of_rows_of_several_blocks_make_each_likely(cache: Cache) -> None:
+    folder = cache.path.parent / "groups"
+    folder.mkdir()
+    table = pa.table({"key": [f"{row:06d}" for row in range(3 * BLOCK)]})
+    pq.write_table(table, samples_path(folder), row_group_size=45_000)  # rows of blocks 0, 0 to 1, 1 to 2, 2, 2
+    write_info(folder, replace(cache.info, num_samples=len(table), num_items={}, table_checksums={}))
+    opened = Cache(folder)
+    for row, expected in ((45_000, [0, 1, 2]), (90_000, [1, 2, 0]), (139_000, [2, 0, 1]), (180_000, [2, 0, 1])):
+        assert opened.likely_blocks(SAMPLES, "key", [f"{row:06d}"]) == expected
 
 
 def test_short_table_raises(cache: Cache) -> None:
