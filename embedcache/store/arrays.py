@@ -252,7 +252,7 @@ def max_maps(array_path: Path, chunk_bytes: int) -> int:
     """Return how many chunks a feature may keep open: each takes an open file, or memory if it is remote."""
     if is_remote(array_path):
         return max(1, _REMOTE_BYTES // chunk_bytes)
-    return _raise_open_file_limit() // 8
+    return max(16, _raise_open_file_limit() // 8)
 
 
 @cache
@@ -262,4 +262,4 @@ def _raise_open_file_limit() -> int:
     limit = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    return max(128, limit)
+    return limit

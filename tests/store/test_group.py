@@ -11,10 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.errors import CorruptError, FingerprintError, PathError, UnknownNameError
-from embedcache.store import arrays
+from embedcache.errors import CorruptError, FingerprintError, UnknownNameError
 from embedcache.store import group as group_module
-from embedcache.store.arrays import check_file, file_checksum, max_maps
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import (
@@ -146,55 +144,6 @@ def test_commits_that_are_kept_are_those_of_eight_encoders(tmp_path: Path, monke
         assert feature.group.commits() is feature.group.commits()
         assert len(group_module._KEPT) == (number + 1 if number < 8 else 1)
     group_module._KEPT.clear()
-
-
-def test_files_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrays, "_READ_BYTES", 7)
-    monkeypatch.setattr(arrays, "_CHECKED", set())
-    path, number = tmp_path / "x", [0]
-    path.write_bytes(bytes(range(100)))
-    checksum = file_checksum(path)
-    monkeypatch.setattr(arrays, "_READ_BYTES", 1000)
-    assert file_checksum(path) == checksum != "00000000"
-    (tmp_path / "empty").write_bytes(b"")
-    assert file_checksum(tmp_path / "empty") == "00000000"
-
-    def count(path: Path) -> str:
-        number[0] += 1
-        return file_checksum(path)
-
-    monkeypatch.setattr(arrays, "file_checksum", count)
-    check_file(path, checksum, next_step="again")
-    check_file(path, checksum, next_step="again")
-    assert number == [1]
-    with pytest.raises(
-        CorruptError, match=f"expected checksum 00000001, got {checksum}: the bytes changed on disk; again"
-    ):
-        check_file(path, "00000001", next_step="again")
-    monkeypatch.setenv(arrays.SKIP_CHECKSUMS, "1")
-    check_file(path, "00000001", next_step="again")
-    monkeypatch.setenv(arrays.SKIP_CHECKSUMS, "0")
-    with pytest.raises(CorruptError):
-        check_file(path, "00000001", next_step="again")
-    with pytest.raises(PathError, match="none does not exist; again"):
-        check_file(tmp_path / "none", checksum, next_step="again")
-
-
-def test_open_chunks_take_an_eighth_of_the_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit, expected in ((4096, 512), (100, 16)):
-        arrays._raise_open_file_limit.cache_clear()
-        monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
-        monkeypatch.setattr("resource.setrlimit", lambda *_: pytest.fail("it is as high as it may be"))
-        assert max_maps(tmp_path, 1) == expected
-    raised: list[tuple[int, int]] = []
-    for soft, hard, expected in ((100, 4096, [(4096, 4096)]), (100, -1, [(32768, -1)]), (-1, -1, [])):
-        arrays._raise_open_file_limit.cache_clear()
-        raised.clear()
-        monkeypatch.setattr("resource.getrlimit", lambda _, pair=(soft, hard): pair)
-        monkeypatch.setattr("resource.setrlimit", lambda _, pair: raised.append(pair))
-        arrays._raise_open_file_limit()
-        assert raised == expected
-    arrays._raise_open_file_limit.cache_clear()
 
 
 def test_numbers_of_rows_and_chunks() -> None:

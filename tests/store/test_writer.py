@@ -2,12 +2,10 @@
 
 import subprocess
 import sys
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +14,6 @@ import pytest
 from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.errors import CorruptError, FingerprintError
-from embedcache.store.arrays import chunk_path, write_chunk
 from embedcache.store.commits import NOT_YET
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
@@ -208,16 +205,3 @@ def test_invalid_axis_is_corrupt(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"grid"', '"gird"'))
     with pytest.raises(CorruptError, match="feature test/f: axis: expected the kind time, grid"):
         Feature(group, "f")
-
-
-def test_rows_are_written_block_by_block(tmp_path: Path) -> None:
-    parts = [np.random.default_rng(0).standard_normal((rows, 512)).astype(np.float16) for rows in (1, 30_000)]
-    tracemalloc.start()
-    crc = write_chunk(tmp_path, 0, parts, (30_002, 512), "float16")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 0.5 * parts[1].nbytes  # 31 MB
-    padding = np.full((1, 512), np.nan, np.float16)
-    data = np.concatenate([*parts, padding]).tobytes()
-    assert crc == f"{google_crc32c.value(data):08x}"
-    assert chunk_path(tmp_path, 0, 2).read_bytes() == data + google_crc32c.value(data).to_bytes(4, "little")

@@ -1,0 +1,151 @@
+"""Files of arrays: their metadata, which bytes of a chunk are compared, and how many chunks stay open."""
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from embedcache.errors import CorruptError, PathError
+from embedcache.files import open_path
+from embedcache.store import arrays
+from embedcache.store.arrays import (
+    array_metadata,
+    check_file,
+    checksum_of,
+    file_checksum,
+    has_metadata,
+    max_maps,
+    open_chunk,
+    write_chunk,
+)
+
+
+def test_chunks_of_arrays_without_values_have_a_size() -> None:
+    metadata = json.loads(array_metadata((3, 0), (0, 0), "int32"))
+    assert metadata["chunk_grid"]["configuration"]["chunk_shape"] == [1, 1]
+    assert (metadata["shape"], metadata["fill_value"]) == ([3, 0], -1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"storage_transformers": [], "dimension_names": None, "consolidated_metadata": None}, True),
+        ({"dimension_names": ["a", "b"]}, False),
+        ({"attributes": {"a": 1}}, False),
+        ({"attributes": None}, False),
+        ({"shape": [3, 5]}, False),
+        (None, False),
+    ],
+)
+def test_metadata_may_lack_empty_optional_entries_only(tmp_path: Path, changes: object, expected: bool) -> None:
+    metadata = array_metadata((3, 4), (2, 4), "float16")
+    assert not has_metadata(tmp_path, metadata)
+    record = json.loads(metadata)
+    for name in ("storage_transformers", "dimension_names", "consolidated_metadata"):
+        record.pop(name, None)
+    (tmp_path / "zarr.json").write_text(json.dumps({**record, **changes} if isinstance(changes, dict) else [record]))
+    assert has_metadata(tmp_path, metadata) is expected
+
+
+@pytest.mark.parametrize(("once", "num_compared"), [(False, 3), (True, 1)])
+def test_chunk_is_compared_each_time_or_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, once: bool, num_compared: int
+) -> None:
+    values, compared = np.arange(12, dtype=np.int16).reshape(3, 4), []
+    crc = write_chunk(tmp_path, 7, [values[:1], values[1:]], (4, 4), "int16")
+    value = google_crc32c.value
+    monkeypatch.setattr("google_crc32c.value", lambda data: compared.append(len(data)) or value(data))
+    for _ in range(3):
+        found = open_chunk(tmp_path, 7, (4, 4), "int16", crc, once=once)
+    assert found.tolist() == [*values.tolist(), [-1] * 4]
+    assert compared == [32] * num_compared
+    monkeypatch.setenv(arrays.SKIP_CHECKSUMS, "1")
+    open_chunk(tmp_path, 7, (4, 4), "int16", crc)
+    assert len(compared) == num_compared + 1, "all are compared where none may be skipped"
+    assert crc == checksum_of([values, np.full(4, -1, np.int16)])
+
+
+def test_chunk_that_cannot_be_opened_raises(tmp_path: Path) -> None:
+    (tmp_path / "c/0/0").mkdir(parents=True)
+    with pytest.raises(PathError, match=f"cannot read {tmp_path}/c/0/0: "):
+        open_chunk(tmp_path, 0, (4, 4), "int16", "0" * 8)
+
+
+def test_chunks_and_files_are_read_and_written_in_blocks(tmp_path: Path) -> None:
+    parts = [np.random.default_rng(0).standard_normal((rows, 512)).astype(np.float16) for rows in (1, 30_000)]
+    tracemalloc.start()
+    crc = write_chunk(tmp_path, 0, parts, (30_002, 512), "float16")
+    peak = tracemalloc.get_traced_memory()[1]
+    padding = np.full((1, 512), np.nan, np.float16)
+    path = arrays.chunk_path(tmp_path, 0, 2)
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    checksum = file_checksum(path)
+    file_peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert 2**22 <= peak < 2.5 * 2**22  # one block and the next one, of 31 MB
+    assert 2**20 <= file_peak < 1.5 * 2**20
+    data = np.concatenate([*parts, padding]).tobytes()
+    assert crc == f"{google_crc32c.value(data):08x}"
+    data += google_crc32c.value(data).to_bytes(4, "little")
+    assert path.read_bytes() == data
+    assert checksum == f"{google_crc32c.value(data):08x}"
+
+
+def test_files_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "_READ_BYTES", 7)
+    monkeypatch.setattr(arrays, "_CHECKED", set())
+    path, number = tmp_path / "x", [0]
+    path.write_bytes(bytes(range(100)))
+    checksum = file_checksum(path)
+    monkeypatch.setattr(arrays, "_READ_BYTES", 1000)
+    assert file_checksum(path) == checksum != "00000000"
+    (tmp_path / "empty").write_bytes(b"")
+    assert file_checksum(tmp_path / "empty") == "00000000"
+
+    def count(path: Path) -> str:
+        number[0] += 1
+        return file_checksum(path)
+
+    monkeypatch.setattr(arrays, "file_checksum", count)
+    check_file(path, checksum, next_step="again")
+    check_file(path, checksum, next_step="again")
+    assert number == [1]
+    check_file(path, checksum, next_step="again", once=False)
+    assert number == [2]
+    with pytest.raises(
+        CorruptError, match=f"expected checksum 00000001, got {checksum}: the bytes changed on disk; again"
+    ):
+        check_file(path, "00000001", next_step="again")
+    monkeypatch.setenv(arrays.SKIP_CHECKSUMS, "1")
+    check_file(path, "00000001", next_step="again")
+    monkeypatch.setenv(arrays.SKIP_CHECKSUMS, "0")
+    with pytest.raises(CorruptError):
+        check_file(path, "00000001", next_step="again")
+    with pytest.raises(PathError, match="none does not exist; again"):
+        check_file(tmp_path / "none", checksum, next_step="again")
+
+
+def test_open_chunks_take_an_eighth_of_the_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, expected in ((4096, 512), (136, 17), (100, 16)):
+        arrays._raise_open_file_limit.cache_clear()
+        monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
+        monkeypatch.setattr("resource.setrlimit", lambda *_: pytest.fail("it is as high as it may be"))
+        assert max_maps(tmp_path, 1) == expected
+    raised: list[tuple[int, int]] = []
+    for soft, hard, expected in ((100, 4096, [(4096, 4096)]), (100, -1, [(32768, -1)]), (-1, -1, [])):
+        arrays._raise_open_file_limit.cache_clear()
+        raised.clear()
+        monkeypatch.setattr("resource.getrlimit", lambda _, pair=(soft, hard): pair)
+        monkeypatch.setattr("resource.setrlimit", lambda _, pair: raised.append(pair))
+        arrays._raise_open_file_limit()
+        assert raised == expected
+    arrays._raise_open_file_limit.cache_clear()
+
+
+@pytest.mark.parametrize(("chunk_bytes", "expected"), [(2**20, 1024), (2**30, 1), (2**31, 1)])
+def test_open_chunks_of_a_remote_feature_take_a_gibibyte(chunk_bytes: int, expected: int) -> None:
+    assert max_maps(open_path("memory://tests-of-arrays/f"), chunk_bytes) == expected
