@@ -3,7 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -30,10 +30,10 @@ class SourceChanges:
     """
 
     digests: Sequence[str]
-    relocated: dict[str, dict[int, FileItem]] = field(default_factory=dict)
-    num_new: int = 0
-    new_digest: str = ""
-    num_removed: int = 0
+    relocated: dict[str, dict[int, FileItem]]
+    num_new: int
+    new_digest: str
+    num_removed: int
 
 
 def find_changes(

@@ -1,5 +1,7 @@
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.reports.summary import describe_cache, describe_feature, failure_lines
 from embedcache.sources import SourceSettings, open_source
 from embedcache.store.cache import Cache
+from embedcache.store.tables import open_table
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
@@ -61,7 +64,7 @@ def test_failures_are_collected_once(cache: Cache) -> None:
 
 @pytest.mark.parametrize("name", ["open_toy/clss", "other"])
 def test_unknown_feature_raises(cache: Cache, name: str) -> None:
-    with pytest.raises(UnknownNameError, match="known: open_toy/cls"):
+    with pytest.raises(UnknownNameError, match=rf"unknown image feature of .*/cache '{name}'; .*known: open_toy/cls"):
         cache.feature("image", name)
 
 
@@ -70,6 +73,32 @@ def test_unknown_modality_raises(cache: Cache) -> None:
         cache.feature("imag")
     with pytest.raises(UnknownNameError, match="unknown modality 'imag'"):
         cache.features("imag")
+
+
+def test_footer_of_a_table_is_read_again_when_the_file_has_changed(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(cache.path, tmp_path / "c"))
+    opened, footers = Cache(path), []
+
+    def counted(file: Path, metadata: object = None) -> Any:
+        footers.append(metadata is None)
+        return open_table(file, metadata)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("embedcache.store.cache.open_table", counted)
+    table = pq.read_table(path / "text/items.parquet")
+    for group_rows in (4, 7):  # 7: as another process may write it, for the same rows
+        pq.write_table(table, path / "text/items.parquet", row_group_size=group_rows)
+        for chunk in range(5):
+            assert opened.items("text", chunk=chunk).equals(table.slice(4 * chunk, 4))
+    assert footers.count(True) == 2
+
+
+def test_columns_are_read_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, table, num_read = Cache(cache.path), Cache.table, []
+    monkeypatch.setattr(Cache, "table", lambda *arguments: num_read.append(1) or table(*arguments))
+    assert opened.column("key") is opened.column("key")
+    assert len(num_read) == 1
 
 
 def test_repr_has_counts(cache: Cache) -> None:
@@ -83,8 +112,9 @@ def test_rows_are_samples(cache: Cache) -> None:
     texts = cache.items("text")["text"].to_pylist()
     samples = [{"key": f"{n:05d}", "image": [f"{n:05d}.png"], "text": [texts[n]]} for n in range(20)]
     assert list(cache) == samples
-    assert (cache[3], cache[-1], cache[np.int64(4)]) == (samples[3], samples[19], samples[4])
+    assert (cache[3], cache[-1], cache[-20], cache[np.int64(4)]) == (samples[3], samples[19], samples[0], samples[4])
     assert (cache[5:8], cache[18:99], cache[9:3], cache[8:2:-3]) == (samples[5:8], samples[18:], [], samples[8:2:-3])
+    assert cache[2:9:2] == samples[2:9:2]
     assert cache["key"].to_pylist() == [sample["key"] for sample in samples]
 
 

@@ -1,5 +1,7 @@
 """A source that changed since a cache numbered it: what is taken in, what is refused."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +12,17 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Array
 from embedcache.errors import FingerprintError
+from embedcache.provenance import digest
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
+from embedcache.store.changes import SourceChanges, find_changes
 from embedcache.store.group import add_feature, create_group
-from embedcache.store.indexing import index
-from embedcache.store.layout import read_info
+from embedcache.store.indexing import index, update_path
+from embedcache.store.layout import SUBSET, Segment, read_info, write_info
+from embedcache.store.table_writer import digest_input
 from embedcache.store.writer import commit_chunk
-from tests.store.test_indexing import Rows, rows
+from tests.recorded import RecordedProgress
+from tests.store.test_indexing import CountedRows, Rows, rows
 
 CHUNK = 4
 
@@ -86,6 +92,30 @@ def test_extend_repeatedly(tmp_path: Path) -> None:
         index(Rows([one for one in source.rows if one.key != "8"]), tmp_path)
 
 
+def test_new_samples_are_forwarded_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.store.changes.BATCH", 3)
+    info, batches, progress = index(rows(4), tmp_path), [], RecordedProgress()
+    source = Rows([*rows(4).rows[:2], *(sample(f"n{number}") for number in range(7)), *rows(4).rows[2:]])
+    changes = find_changes(tmp_path, info, source.samples(), on_new=batches.append, progress=progress)
+    assert [[one.key for one in batch] for batch in batches] == [["n0", "n1", "n2"], ["n3", "n4", "n5"], ["n6"]]
+    assert changes == SourceChanges(
+        digests=[info.index_digest],
+        relocated={},
+        num_new=7,
+        new_digest=hashlib.sha256(digest_input(source.rows[2:9])).hexdigest(),
+        num_removed=0,
+    )
+    assert (progress.started, progress.advances) == ([("comparing samples", 4, "samples")], [1] * 11)
+
+
+@pytest.mark.parametrize(("max_new", "num_read"), [(0, 4), (1, 5), (2, 6), (7, 11), (8, 11), (None, 11)])
+def test_source_is_read_no_further_than_needed(tmp_path: Path, max_new: int | None, num_read: int) -> None:
+    info, source = index(rows(4), tmp_path), CountedRows([*rows(4).rows, *(sample(f"n{n}") for n in range(7))])
+    on_new, progress = list[list[Sample]]().append, RecordedProgress()
+    changes = find_changes(tmp_path, info, source.samples(), on_new=on_new, max_new=max_new, progress=progress)
+    assert (changes.num_new, source.num_read) == (num_read - 4, num_read)
+
+
 def changed(source: Rows, row: int, **fields: object) -> Rows:
     return Rows([replace(one, **fields) if number == row else one for number, one in enumerate(source.rows)])  # type: ignore[arg-type]
 
@@ -127,6 +157,98 @@ def test_replaced_failed_image_is_accepted(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     assert cache.items("image")["length"].to_pylist() == [0, 1, 9, 3, 4, 5]
     assert cache.feature("image").valid.tolist() == [True, True, False, True, True, True], "commits are good still"
+
+
+def replaced(source: Rows, failed: Sequence[int]) -> Rows:
+    """Return the source with other bytes of some images."""
+    for row in failed:
+        moved = FileItem(path=f"{row}.png", offset=10 * row + 1, length=100 + row)
+        source = changed(source, row, images=(moved,))
+    return source
+
+
+@pytest.mark.parametrize("added", [0, 2])
+def test_replaced_images_of_several_chunks_have_their_new_place(tmp_path: Path, added: int) -> None:
+    failed = (0, 3, 4, 7, 8)
+    begin(tmp_path, rows(9), failed=failed)
+    source = Rows([*(sample(f"n{number}") for number in range(added)), *replaced(rows(9), failed).rows])
+    with pytest.raises(FingerprintError, match="5 of its failed images have other bytes now; "):
+        index(source, tmp_path, extend=True)
+    info = index(source, tmp_path, extend=True, accept_replaced=True)
+    images = Cache(tmp_path).items("image")
+    assert images["length"].to_pylist() == [100 + row if row in failed else row for row in range(9)] + [1] * added
+    assert images["offset"].to_pylist() == [10 * row + 1 if row in failed else 0 for row in range(9)] + [0] * added
+    assert [segment.num_samples for segment in info.all_segments] == ([9, added] if added else [9])
+    assert index(source, tmp_path) == info == read_info(tmp_path)
+    assert not update_path(tmp_path).exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (3, "has other samples than this source has now: other bytes in 2 of its images, such as 3.png in row 3"),
+        (6, "has other samples than this source has now: other bytes in 2 of its images, such as 6.png in row 6"),
+    ],
+)
+def test_replaced_images_of_which_one_has_features_raise(tmp_path: Path, row: int, reason: str) -> None:
+    begin(tmp_path, rows(9), failed=(2, 7))
+    expected = f"{reason}; it was extracted from rows nowhere; put the old files back, or extract into a new folder"
+    with pytest.raises(FingerprintError, match=expected):
+        index(replaced(rows(9), (2, row)), tmp_path, accept_replaced=True)
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("added", [0, 1])
+def test_replaced_images_after_a_kill_before_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, added: int
+) -> None:
+    mended, infos = replaced(rows(6), (2, 5)), []
+    for name in ("killed", "whole"):
+        path = tmp_path / name
+        begin(path, rows(6), failed=(2, 5))
+        if name == "killed":
+            with monkeypatch.context() as patch:
+                patch.setattr("embedcache.store.indexing.write_info", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    index(mended, path, accept_replaced=True)
+            assert update_path(path).is_file()
+            with pytest.raises(FingerprintError, match="columns or languages of its samples differ"):
+                index(changed(mended, 1, columns={"label": 5}), path)
+        source = Rows([*mended.rows, *[sample("a")] * added])
+        infos.append(index(source, path, extend=True, accept_replaced=name == "whole"))
+        assert not update_path(path).exists()
+        assert index(source, path) == infos[-1]
+    assert infos[0] == infos[1]
+
+
+def test_replaced_images_after_a_kill_before_the_tables(tmp_path: Path) -> None:
+    begin(tmp_path, rows(6))
+    update_path(tmp_path).write_text("[]")
+    assert index(rows(6), tmp_path) == read_info(tmp_path)
+    assert not update_path(tmp_path).exists()
+
+
+def test_cut_cache_takes_new_samples_only_to_extend(tmp_path: Path) -> None:
+    begin(tmp_path, rows(6), failed=(2,))
+    info = read_info(tmp_path)
+    cut = replace(info, source={**info.source, SUBSET: {"of": "x"}})
+    write_info(tmp_path, cut)
+    source = Rows([*rows(6).rows, sample("a"), sample("b")])
+    assert index(source, tmp_path) == index(source, tmp_path, limit=9) == cut
+    assert index(changed(source, 3, columns={"label": 5}), tmp_path) == cut, "columns may have been chosen"
+    longer = index(source, tmp_path, limit=7, extend=True)
+    assert longer.all_segments == [
+        Segment(num_samples=6, digest=info.index_digest),
+        Segment(num_samples=1, digest=hashlib.sha256(digest_input(source.rows[6:7])).hexdigest()),
+    ]
+    assert index(source, tmp_path) == longer
+    mended = index(replaced(source, (2,)), tmp_path, accept_replaced=True)
+    now = hashlib.sha256(digest_input(replaced(source, (2,)).rows[:6])).hexdigest()
+    assert mended.all_segments[0] == Segment(num_samples=6, digest=digest([info.index_digest, now]))
+    assert mended.num_items == longer.num_items
 
 
 def test_replaced_image_of_another_encoder_raises(tmp_path: Path) -> None:
