@@ -118,6 +118,21 @@ def test_index_into_foreign_folder_raises(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
+def test_index_into_a_folder_of_many_files_names_three(tmp_path: Path) -> None:
+    for name in ("d", "b", ".x.partial", "a", "c", "samples.parquet"):
+        (tmp_path / name).touch()
+    with pytest.raises(PathError, match=r"it contains a, b, c; use the path of a new folder$"):
+        index(rows(2), tmp_path)
+
+
+@pytest.mark.parametrize(("chunk_size", "expected"), [(None, 2048), (1, 1), (7, 7)])
+def test_chunk_size_is_that_of_the_first_time(tmp_path: Path, chunk_size: int | None, expected: int) -> None:
+    assert index(rows(2), tmp_path / "c", chunk_size=chunk_size).chunk_size == expected
+    assert index(rows(3), tmp_path / "c").chunk_size == expected
+    begin_a_feature(tmp_path / "c")
+    assert index(rows(3), tmp_path / "c", chunk_size=expected).chunk_size == expected
+
+
 @pytest.mark.parametrize(
     ("sample", "words"),
     [(Sample(key="bad", texts=(TextItem(text="\ud800"),)), "sample 'bad' holds text that is not valid Unicode")],
@@ -258,6 +273,16 @@ def test_checking_reads_one_sample_more_than_the_cache_has(tmp_path: Path) -> No
     index(source, tmp_path / "c", limit=3)
     begin_a_feature(tmp_path / "c")
     index(source, tmp_path / "c", limit=9, extend=True, progress=Bar())
+    assert advanced == [4]
+    advanced.clear()
+    source.rows.append(replace(source.rows[0], key="k10"))
+    with pytest.raises(FingerprintError, match="it has 2 more"):
+        index(source, tmp_path / "c", progress=Bar())
+    assert advanced == [], "of two segments"
+    index(source, tmp_path / "d", limit=3)
+    begin_a_feature(tmp_path / "d")
+    with pytest.raises(FingerprintError, match="it has 8 more"):
+        index(source, tmp_path / "d", progress=Bar())
     assert advanced == [4]
 
 
