@@ -28,7 +28,7 @@ class Column(Sequence[T]):
     @classmethod
     def deferred(cls, length: int, load: "Callable[[], pa.Array]") -> "Column[T]":
         """Return a column of a known length that is read when a value is first used."""
-        column = cls(pa.nulls(0))
+        column = cls(pa.array([], pa.null()))
         column._length, column._load = length, load
         return column
 
@@ -74,7 +74,8 @@ class Column(Sequence[T]):
     def __getitem__(self, index: slice) -> list[T]: ...
 
     def __getitem__(self, index: int | slice) -> Any:
-        if self._places is not None and isinstance(index, int) and 0 <= index < self._length:
+        if self._places is not None and isinstance(index, int):
+            index = range(self._length)[index]
             place = int(np.searchsorted(self._places, index))
             is_present = place < len(self._places) and self._places[place] == index
             return self._array[place].as_py() if is_present else None

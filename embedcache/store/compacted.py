@@ -214,10 +214,8 @@ class _Failures:
         """Return the reason for each item of a chunk whose feature failed, null for the others."""
         start, stop = self._bounds[position : position + 2].tolist()
         offsets, reasons = self._offsets[start:stop], self._reasons.slice(start, stop - start)
-        if len(self._code) > 1 or feature not in self._code:
-            own = np.flatnonzero(self._codes[start:stop] == self._code.get(feature, -1))
-            offsets, reasons = offsets[own], reasons.take(pa.array(own))
-        return Column.sparse(num_rows, offsets, reasons)
+        own = np.flatnonzero(self._codes[start:stop] == self._code.get(feature))  # none where it has no code
+        return Column.sparse(num_rows, offsets[own], reasons.take(pa.array(own)))
 
 
 def _read_hashes(path: Path, group: int, checksums: Mapping[str, str]) -> Sequence[pa.Array] | None:

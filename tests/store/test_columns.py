@@ -1,6 +1,7 @@
 import numpy as np
 import pyarrow as pa
-from hypothesis import given
+import pytest
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from embedcache.provenance import canonical_json
@@ -11,6 +12,9 @@ HASHES = st.lists(st.none() | st.binary(min_size=16, max_size=16) | st.sampled_f
 
 
 @given(HASHES, st.integers(0, 3))
+@example([_OFTEN[1], _OFTEN[0], None, _OFTEN[1], _OFTEN[2], _OFTEN[1], _OFTEN[3], _OFTEN[2], None, _OFTEN[0]], 2)
+@example([_OFTEN[0], _OFTEN[1], _OFTEN[0]], 0)
+@example([_OFTEN[1], _OFTEN[2], _OFTEN[1]], 0)
 def test_hashes_are_written_and_numbered_as_python_objects(values: list[bytes | None], skipped: int) -> None:
     array = pa.array([b"x" * 16] * skipped + values, HASH).slice(skipped)
     assert hashes_json(array) == canonical_json([None if value is None else value.hex() for value in values])
@@ -36,6 +40,12 @@ def test_column_is_a_sequence() -> None:
     assert column != values[1:]
     assert (column[1], column[2], column[1:3]) == (None, "b", [None, "b"])
     assert (len(column), column.count("a"), "b" in column, "c" in column) == (4, 2, True, False)
+    nothing = Column[str | None](pa.array([None], pa.string()))
+    assert (column.count("c"), nothing.count("a"), "a" in nothing, nothing == "a") == (0, 0, False, False)
+    assert column != dict.fromkeys(values)
+    for array in (pa.array(values), pa.chunked_array([values[:1], values[1:]])):
+        for kind in (pa.string(), pa.large_string()):
+            assert to_array(Column(array), kind).equals(pa.array(values, kind))
     assert is_missing(column).tolist() == is_missing(values).tolist() == [False, True, False, False]
     assert to_array(column, pa.string()).equals(to_array(values, pa.string()))
     assert np.array(Column(pa.array([1, 2]))).tolist() == [1, 2]
@@ -49,7 +59,10 @@ def test_sparse_column_equals_dense(values: list[str | None]) -> None:
         Column[str | None].sparse(len(values), places, kept),
         Column[str | None](pa.array(values, pa.string())),
     )
-    assert [column[number] for number in range(len(values))] == values
+    assert [column[number] for number in range(-len(values), len(values))] == values * 2
+    for number in (-len(values) - 1, len(values)):
+        with pytest.raises(IndexError):
+            column[number]
     assert column[1:3] == values[1:3]
     assert list(column) == values
     assert is_missing(column).tolist() == is_missing(values).tolist()
@@ -58,3 +71,12 @@ def test_sparse_column_equals_dense(values: list[str | None]) -> None:
         found, texts = one.present()
         assert found.tolist() == places.tolist()
         assert texts.equals(kept)
+
+
+def test_deferred_column_is_read_when_a_value_is() -> None:
+    reads: list[int] = []
+    column = Column[str | None].deferred(3, lambda: reads.append(1) or pa.array(["a", None, "b"]))
+    assert (len(column), reads) == (3, [])
+    assert (column[0], column[1:], list(column)) == ("a", [None, "b"], ["a", None, "b"])
+    assert column.is_null().tolist() == [False, True, False]
+    assert len(reads) == 4

@@ -6,15 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from embedcache.errors import CorruptError
 from embedcache.extract.repair import repair
 from embedcache.store import group as group_module
 from embedcache.store.cache import Cache
-from embedcache.store.commits import Commit
-from embedcache.store.compacted import check_compacted, read_compacted, read_stamps, table_path, write_compacted
+from embedcache.store.commits import Commit, write_commit
+from embedcache.store.compacted import (
+    Stamp,
+    check_compacted,
+    read_compacted,
+    read_stamps,
+    table_path,
+    write_compacted,
+)
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature
+from embedcache.store.layout import commit_name, commit_path
 from embedcache.store.verify import verify
 from embedcache.store.writer import commit_chunk, withdraw
 from tests.store.features import random_items, write_feature
@@ -134,6 +144,72 @@ def test_table_that_differs_from_a_commit_is_reported(feature: Feature) -> None:
     wrong = replace(commits[1], hashes=[b"x" * 16] * len(commits[1].hashes))
     write_compacted(group.path, stamps, iter([commits[0], wrong, *commits[2:]]))
     assert check_compacted(group.path, stamps) == "it differs from the commit of chunk 1"
+
+
+def test_table_has_groups_of_256_chunks(feature: Feature) -> None:
+    commit = feature.group.commit(0)
+    assert commit is not None
+    commits = [replace(commit, chunk=chunk) for chunk in range(600)]
+    stamps = {commit_name(chunk): Stamp(size=chunk, time_ns=2 * chunk, inode=3 * chunk) for chunk in range(600)}
+    del stamps[commit_name(7)]  # written since
+    path = feature.group.path
+    write_compacted(path, stamps, iter(commits))
+    metadata = pq.read_metadata(table_path(path))
+    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [256, 256, 87]
+    table = pq.read_table(table_path(path))
+    assert table.drop_columns("metadata").slice(1, 1).to_pylist() == [
+        {
+            "chunk": 1,
+            "size": 1,
+            "time_ns": 2,
+            "inode": 3,
+            "num_rows": 4,
+            "failures": [{"feature": "f", "offset": 3, "reason": "broken"}],
+            "hashes": b"".join(row.to_bytes(16, "big") for row in (0, 1, 2, 0)),
+            "without_hash": [3],
+        }
+    ]
+    stamps[commit_name(300)] = Stamp(size=0, time_ns=600, inode=900)
+    expected = {chunk: commit for chunk, commit in enumerate(commits) if chunk not in (7, 300)}
+    assert read_compacted(path, stamps) == expected
+
+
+def test_tables_without_checksums_are_of_earlier_versions(feature: Feature) -> None:
+    path, stamps = table_path(feature.group.path), read_stamps(feature.group.path)
+    assert check_compacted(feature.group.path, stamps) is None
+    pq.write_table(pq.read_table(path), path)
+    assert check_compacted(feature.group.path, stamps) is None
+    assert read_compacted(feature.group.path, stamps) == {}
+    path.unlink()
+    assert check_compacted(feature.group.path, stamps) is None
+    assert read_stamps(feature.group.path / "none") == {}
+
+
+def test_hashes_of_a_chunk_that_was_changed_raise(feature: Feature) -> None:
+    group = feature.group
+    table_path(group.path).unlink()
+    group.compact()
+    first, second, *_ = read_compacted(group.path, read_stamps(group.path)).values()
+    table_path(group.path).write_bytes(b"PAR1")
+    commit_path(group.path, 0).unlink()
+    shorter = group.commit(1)
+    assert shorter is not None
+    write_commit(group.path, shorter.resize(3))
+    for commit in (first, second):
+        words = f"chunk {commit.chunk} in {group.path} was changed by another process; run it again"
+        with pytest.raises(CorruptError, match=words):
+            list(commit.hashes)
+
+
+@pytest.mark.parametrize(("num_chunks", "is_kept"), [(999, False), (1000, True)])
+def test_commits_of_a_thousand_chunks_are_kept(tmp_path: Path, num_chunks: int, is_kept: bool) -> None:
+    group = write_feature(tmp_path, random_items(2, (4,), seed=0), (4,), chunk_size=1, skip_chunks=[1]).group
+    group = replace(group, info=replace(group.info, num_items={"image": num_chunks}))
+    found = group.commits()
+    assert [chunk for chunk, commit in enumerate(found) if commit is not None] == [0]
+    assert (group.commits() is found) is is_kept
+    group.compact()
+    assert table_path(group.path).exists() is is_kept
 
 
 def test_few_chunks_have_no_table(tmp_path: Path) -> None:
