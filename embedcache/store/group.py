@@ -348,7 +348,7 @@ def feature_metadata(
 
 def token_metadata(num_tokens: int, width: int, dtype: str) -> bytes:
     """Return the metadata of the tokens of one chunk."""
-    return array_metadata((num_tokens, width), (max(num_tokens, 1), width), dtype)
+    return array_metadata((num_tokens, width), (num_tokens, width), dtype)
 
 
 def _must_keep(group: EncoderGroup, feature: str, attributes: Mapping[str, Any]) -> bool:

@@ -11,11 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.errors import CorruptError, FingerprintError, UnknownNameError
+from embedcache.encoders.open import DERIVED, RUN
+from embedcache.errors import CorruptError, FingerprintError, PathError, UnknownNameError
+from embedcache.sources.base import IMPORTED
 from embedcache.store import group as group_module
 from embedcache.store.cache import Cache
+from embedcache.store.commits import write_commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import (
+    EncoderGroup,
     _is_item_shape,
     add_feature,
     chunk_shape,
@@ -24,7 +28,8 @@ from embedcache.store.group import (
     open_group,
     read_feature,
 )
-from embedcache.store.layout import CacheInfo, Segment, TableVersion, combined_digest
+from embedcache.store.layout import CacheInfo, TableVersion, write_info
+from embedcache.store.writer import commit_chunk
 from tests.store.features import FINGERPRINT, random_items, write_feature
 
 
@@ -63,6 +68,49 @@ def test_chunks_of_tokens_are_halved_until_they_are_small(monkeypatch: pytest.Mo
     assert chunk_shape(info, (999,), "float64") == (64, 999)
 
 
+@pytest.mark.parametrize(("num_tokens", "rows"), [(256, 32), (264, 16)])  # 16 and 16.5 MiB are half of the rows
+def test_chunks_of_tokens_have_up_to_16_mebibytes(num_tokens: int, rows: int) -> None:
+    info = CacheInfo(chunk_size=64, source={}, index_digest="s", num_samples=1, num_items={})
+    assert chunk_shape(info, (num_tokens, 1024), "float16") == (rows, num_tokens, 1024)
+
+
+FEATURE = {"modality": "image", "feature": "e/f"}
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "kinds", "inputs"),
+    [
+        ({"family": "timm", "model": RUN}, (False, False, False), []),
+        ({"family": IMPORTED}, (False, False, True), []),
+        ({"family": DERIVED, "model": "pca", "inputs": [FEATURE]}, (True, False, False), [("image", "e/f")]),
+        ({"family": DERIVED, "model": RUN, "inputs": []}, (True, True, False), []),
+        (
+            {"family": "timm", "view": {"inputs": [FEATURE]}, "inputs": [{**FEATURE, "feature": "e/g"}]},
+            (False, False, False),
+            [("image", "e/f")],
+        ),
+    ],
+)
+def test_kinds_of_encoders(
+    fingerprint: dict[str, Any], kinds: tuple[bool, bool, bool], inputs: list[tuple[str, str]]
+) -> None:
+    info = CacheInfo(chunk_size=64, source={}, index_digest="s", num_samples=1, num_items={})
+    group = EncoderGroup(path=Path("c/image/e"), modality="image", info=info, spec="s", fingerprint=fingerprint)
+    assert (group.is_derived, group.is_from_run, group.is_imported) == kinds
+    assert group.inputs == inputs
+    assert group.command == ("embedcache derive" if kinds[0] else "embedcache extract")
+    derived = "use the same inputs and parameters as before, or derive under another name"
+    encoder = "use the same encoder, --backend and --precision as before, or extract into a new folder"
+    for family, expected in (
+        (DERIVED, ("derived feature", derived) if kinds[0] else ("encoder", encoder)),
+        ("other", ("encoder", encoder)),
+    ):
+        with pytest.raises(FingerprintError) as raised:
+            group.check_same({**fingerprint, "family": family, "weights": "w"})
+        assert str(raised.value).startswith(f"{expected[0]} 'e' of cache c was made with other settings: ")
+        assert str(raised.value).endswith(f"weights: stored None, requested 'w'; {expected[1]}")
+
+
 @pytest.mark.parametrize(("shape", "tokens"), [((4,), 9), ((3, 4), 27), ((-1, 4), None)])
 def test_counts_of_items_and_tokens(tmp_path: Path, shape: tuple[int, ...], tokens: int | None) -> None:
     items = random_items(9, shape, seed=1, failed=[2, 8])
@@ -73,6 +121,38 @@ def test_counts_of_items_and_tokens(tmp_path: Path, shape: tuple[int, ...], toke
     assert (counts.computed, counts.reused, counts.failures) == (4, 5, {"broken": 2})
     rows, reasons = feature.failed
     assert (rows.tolist(), reasons.to_pylist()) == ([2, 8], ["broken"] * 2)
+
+
+def test_items_without_files_are_not_counted(tmp_path: Path) -> None:
+    group = write_feature(tmp_path, random_items(9, (4,), seed=1), (4,), chunk_size=4, skip_chunks=[0]).group
+    (group.path / "f/c/1/0").write_bytes(b"x")
+    counts = group.count_items("f", [0, 1])
+    assert (counts.computed, counts.reused, counts.failures) == (0, 1, {})
+
+
+def test_commits_are_those_of_the_rows_that_were_opened(tmp_path: Path) -> None:
+    """Another process has appended samples and committed their chunk since."""
+    opened = write_feature(tmp_path, random_items(6, (4,), seed=1), (4,), chunk_size=4, skip_chunks=[1]).group
+    version = TableVersion(index_digest="s", num_items={"image": 6})
+    longer = replace(opened.info, index_digest="l", num_items={"image": 7}, earlier_versions=(version,))
+    write_info(tmp_path, longer)
+    group, items = replace(opened, info=longer), [np.ones(4, np.float16)] * 3
+    commit_chunk(group, 1, {"f": items}, [bytes(16)] * 3, {"f": [None] * 3})
+    found = opened.commit(1)
+    assert found is not None
+    assert (list(found.hashes), list(found.failures["f"])) == ([bytes(16)] * 2, [None] * 2)
+    write_commit(group.path, found)
+    with pytest.raises(CorruptError, match=f"chunk 1 in {group.path}: expected 3 rows, got 2$"):
+        group.commit(1)
+
+
+def test_table_of_commits_that_is_up_to_date_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_module, "MIN_CHUNKS", 2)
+    group = write_feature(tmp_path, random_items(8, (4,), seed=1), (4,), chunk_size=4).group
+    group.compact()
+    before = (group.path / "commits.parquet").stat()
+    group.compact()
+    assert (group.path / "commits.parquet").stat() == before
 
 
 def test_files_of_another_size_are_none(tmp_path: Path) -> None:
@@ -99,11 +179,19 @@ def test_groups_are_found_by_their_commits(tmp_path: Path) -> None:
     assert found is not None
     assert (found.features, found.has_commits, found.name) == (["f"], True, "test")
     assert find_group(tmp_path, "image", "other", info) is None
+    shutil.copytree(found.path / "chunks", tmp_path / "image/other/chunks")
+    assert find_group(tmp_path, "image", "other", info) is None, "it has no metadata"
+    shutil.rmtree(tmp_path / "image/other")
     other = create_group(tmp_path, "image", "other", info, spec="o:m", fingerprint={"family": "o"}, view="v")
     assert find_group(tmp_path, "image", "other", info) is None
     assert not other.has_commits
     assert (open_group(tmp_path, "image", "other", info).view, feature.group.view) == ("v", "")
     assert [group.name for group in found.siblings()] == ["other"]
+    attributes = [json.loads((group.path / "zarr.json").read_text())["attributes"] for group in (found, other)]
+    assert attributes == [
+        {"embedcache": {"format": 1, "spec": "test:m", "fingerprint": FINGERPRINT}},
+        {"embedcache": {"format": 1, "spec": "o:m", "fingerprint": {"family": "o"}, "view": "v"}},
+    ]
     again = create_group(tmp_path, "image", "other", info, spec="o:n", fingerprint={"family": "p"})  # nothing is lost
     assert again.fingerprint == {"family": "p"}
     with pytest.raises(FingerprintError, match="encoder 'test' of cache .*family: stored 'test', requested 'p'"):
@@ -121,7 +209,9 @@ def test_groups_are_found_by_their_commits(tmp_path: Path) -> None:
 
 def test_features_with_commits_keep_their_metadata(tmp_path: Path) -> None:
     group = write_feature(tmp_path, random_items(4, (4,), seed=1), (4,), chunk_size=4).group
+    before = (group.path / "f/zarr.json").stat()
     add_feature(group, "f", (4,), "float16")
+    assert (group.path / "f/zarr.json").stat() == before
     with pytest.raises(FingerprintError, match="feature test/f.*dtype: stored 'float16', requested 'float32'"):
         add_feature(group, "f", (4,), "float32")
     with pytest.raises(FingerprintError, match="item_shape"):
@@ -144,29 +234,6 @@ def test_commits_that_are_kept_are_those_of_eight_encoders(tmp_path: Path, monke
         assert feature.group.commits() is feature.group.commits()
         assert len(group_module._KEPT) == (number + 1 if number < 8 else 1)
     group_module._KEPT.clear()
-
-
-def test_numbers_of_rows_and_chunks() -> None:
-    version = TableVersion(index_digest="old", num_items={"image": 7})
-    info = CacheInfo(
-        chunk_size=4, source={}, index_digest="new", num_samples=9, num_items={"image": 10}, earlier_versions=(version,)
-    )
-    assert (info.num_chunks("image"), info.num_chunks("text")) == (3, 0)
-    assert replace(info, num_items={"image": 8}).num_chunks("image") == 2
-    assert info.chunk_rows("image", 2) == slice(8, 10)
-    assert info.count_items("image", [0, 2]) == 6
-    assert [info.num_chunk_rows("old", "image", chunk) for chunk in range(3)] == [4, 3, 0]
-    assert [info.num_chunk_rows("new", "image", chunk) for chunk in range(3)] == [4, 4, 2]
-    assert info.num_chunk_rows("new", "text", 0) == 0
-    assert info.num_chunk_rows("other", "image", 0) is None
-    assert [info.has_rows_of(name) for name in ("old", "new", "other")] == [True, True, False]
-    assert info.all_segments == [Segment(num_samples=9, digest="new")]
-    parts = [Segment(num_samples=4, digest="a"), Segment(num_samples=5, digest="b")]
-    assert replace(info, segments=parts).all_segments == parts
-    assert combined_digest(parts[:1]) == "a"
-    digests = {combined_digest(parts), combined_digest(parts[::-1]), combined_digest(parts[:1], {"digest": "c"})}
-    assert len(digests) == 3
-    assert (info.is_partial, replace(info, removed={"digest": "c"}).is_partial) == (False, True)
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +301,12 @@ def test_tables_without_a_column_or_rows_raise(copied: Path, tmp_path: Path) -> 
     assert Cache(path).items("text", chunk=0).num_rows == 32
     with pytest.raises(CorruptError):
         Cache(path).items("text", chunk=1)
+    items.write_bytes(b"PAR1")
+    with pytest.raises(CorruptError, match=f"{items} cannot be read: .*; restore the file, or extract into a new"):
+        Cache(path).items("text")
+    items.unlink()
+    with pytest.raises(PathError, match=f"cannot read {items}: "):
+        Cache(path).items("text")
 
 
 def test_vectors_of_a_chunk_without_commit_are_missing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Tables as they are written: groups of rows, batches, copies without removed samples, and checksums of blocks."""
+"""Tables as they are written and read: groups of rows, batches, copies, digests, and checksums of blocks."""
 
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import google_crc32c
@@ -10,13 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import CorruptError, SourceError
+from embedcache.provenance import digest
 from embedcache.sources import FileItem, Sample
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import TableChecksums, column_checksum
 from embedcache.store.indexing import index
 from embedcache.store.layout import items_path, samples_path
 from embedcache.store.table_writer import TableWriter
-from embedcache.store.tables import TableDigest, read_table
+from embedcache.store.tables import IndexedSample, TableDigest, read_samples, read_table
 from tests.extract.cases import tree
 from tests.recorded import RecordedProgress
 from tests.store.test_indexing import Rows, rows
@@ -140,16 +142,49 @@ def test_checksums_and_digests_do_not_depend_on_batches(num_rows: int, step: int
             "t": pa.array([None if row % 2 else "é" * row for row in range(num_rows)], pa.string()),
         }
     )
-    checksums, digest, whole = TableChecksums(4), TableDigest(), TableDigest()
+    checksums, batches, whole = TableChecksums(4), TableDigest(), TableDigest()
     for start in range(0, num_rows, step):
         checksums.update(table.slice(start, step))
-        digest.update(table.slice(start, step))
+        batches.update(table.slice(start, step))
     whole.update(table)
-    assert digest.hexdigest() == whole.hexdigest()
+    assert batches.hexdigest() == whole.hexdigest()
     blocks = [table.slice(start, 4) for start in range(0, num_rows, 4)]
     expected = {name: "".join(column_checksum(block[name]) for block in blocks) for name in table.column_names}
     assert checksums.close() == expected
     assert TableChecksums(4).close() == {}
+
+
+def test_digest_of_a_table_is_that_of_its_values() -> None:
+    table = pa.table(
+        {
+            "i": pa.array([1, -2], pa.int64()),
+            "f": pa.array([0.5, None], pa.float64()),
+            "t": pa.array(["é", None], pa.string()),
+        }
+    )
+    columns = {"i": np.array([1, -2], "<i8"), "f": np.array([0.5, np.nan], "<f8"), "t": "é\0\1\0".encode()}
+    found = TableDigest()
+    found.update(table)
+    assert found.hexdigest() == digest({name: sha256(bytes(data)).hexdigest() for name, data in columns.items()})
+
+
+@pytest.mark.parametrize("modalities", [["image", "text"], ["image"], ["text"]])
+@pytest.mark.parametrize("span", [range(10), range(3, 7), range(9, 10), range(4, 4)])
+def test_samples_are_read_with_their_items(tmp_path: Path, modalities: list[str], span: range) -> None:
+    source = rows(10)
+    for row in (4, 5):
+        source.rows[row] = replace(source.rows[row], images=source.rows[row].images * (row - 3))
+    source.rows[2] = replace(source.rows[2], images=())
+    index(source, tmp_path / "c", chunk_size=4)
+    first_rows = [0, 1, 2, 2, 3, 4, 6, 7, 8, 9]
+    assert list(read_samples(tmp_path / "c", modalities, span)) == [
+        IndexedSample(
+            key=f"k{row}",
+            files={"image": (first_rows[row], list(source.rows[row].images))} if "image" in modalities else {},
+            texts=[(text.text, "en") for text in source.rows[row].texts] if "text" in modalities else [],
+        )
+        for row in span
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""What `cache.json` holds, which numbers are refused, and how rows and chunks are counted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.errors import CorruptError
+from embedcache.store.layout import CacheInfo, Segment, TableVersion, combined_digest, info_path, read_info, write_info
+
+EMPTY = CacheInfo(chunk_size=1, source={}, index_digest="s", num_samples=0, num_items={})
+
+
+def test_empty_fields_of_later_additions_are_omitted(tmp_path: Path) -> None:
+    first = {"chunk_size": 1, "source": {}, "spine": "s", "num_samples": 0, "num_items": {}, "format": 1}
+    for info in (EMPTY, replace(EMPTY, has_digests=False)):
+        write_info(tmp_path, info)
+        record = json.loads(info_path(tmp_path).read_text())
+        assert ("digest" in record) is info.has_digests
+        assert {name: value for name, value in record.items() if name != "digest"} == first
+        assert read_info(tmp_path) == info
+
+
+def test_all_fields_are_read_back(tmp_path: Path) -> None:
+    info = CacheInfo(
+        chunk_size=4,
+        source={"type": "folder"},
+        index_digest="new",
+        num_samples=9,
+        num_items={"image": 10, "audio": 0},
+        segments=(Segment(num_samples=4, digest="a"), Segment(num_samples=5, digest="b")),
+        earlier_versions=(TableVersion(index_digest="old", num_items={"image": 7}),),
+        table_digests={"samples": "d"},
+        table_checksums={"samples": {"key": "00000000"}},
+        removed={"num_samples": 1, "digest": "r"},
+    )
+    write_info(tmp_path, info)
+    assert read_info(tmp_path) == info
+    record = json.loads(info_path(tmp_path).read_text())
+    names = "chunk_size source spine num_samples num_items format parts earlier tables checksums removed digest"
+    assert set(record) == set(names.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("chunk_size", 1, ""),
+        ("chunk_size", 0, "chunk_size: expected a whole number of at least 1, got 0"),
+        ("chunk_size", True, "chunk_size: expected a whole number of at least 1, got True"),
+        ("chunk_size", 2**40 - 1, ""),
+        ("chunk_size", 2**40, f"chunk_size: expected a whole number of at least 1, got {2**40}"),
+        ("num_samples", 0, ""),
+        ("num_samples", -1, "num_samples: expected a whole number of at least 0, got -1"),
+        ("num_samples", 1.0, "num_samples: expected a whole number of at least 0, got 1.0"),
+        ("num_items", {"image": 0}, ""),
+        ("num_items", {"image": -1}, "num_items of image: expected a whole number of at least 0, got -1"),
+        ("num_items", {"imag": 3}, "num_items: expected one of image, text, audio, video, points, got 'imag'"),
+        ("earlier", [{"spine": "x", "num_items": {"text": 5}}], ""),
+        ("earlier", [{"spine": "x", "num_items": {"text": None}}], "num_items of text: expected a whole number"),
+        ("source", [], "expected objects as source, tables and checksums"),
+        ("tables", ["x"], "expected objects as source, tables and checksums"),
+        ("checksums", {"text": "x"}, "expected objects as source, tables and checksums"),
+        ("removed", "x", "expected objects as source, tables and checksums"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path: Path, name: str, value: Any, words: str) -> None:
+    write_info(tmp_path, replace(EMPTY, has_digests=False))
+    record = json.loads(info_path(tmp_path).read_text())
+    info_path(tmp_path).write_text(json.dumps({**record, name: value}))
+    if words:
+        with pytest.raises(CorruptError) as raised:
+            read_info(tmp_path)
+        assert words in str(raised.value)
+    else:
+        read_info(tmp_path)
+
+
+def test_numbers_of_rows_and_chunks() -> None:
+    version = TableVersion(index_digest="old", num_items={"image": 7})
+    info = CacheInfo(
+        chunk_size=4, source={}, index_digest="new", num_samples=9, num_items={"image": 10}, earlier_versions=(version,)
+    )
+    assert (info.num_chunks("image"), info.num_chunks("text")) == (3, 0)
+    assert replace(info, num_items={"image": 8}).num_chunks("image") == 2
+    assert info.chunk_rows("image", 2) == slice(8, 10)
+    assert info.count_items("image", [0, 2]) == 6
+    assert [info.num_chunk_rows("old", "image", chunk) for chunk in range(3)] == [4, 3, 0]
+    assert [info.num_chunk_rows("new", "image", chunk) for chunk in range(3)] == [4, 4, 2]
+    assert info.num_chunk_rows("new", "text", 0) == 0
+    assert info.num_chunk_rows("other", "image", 0) is None
+    assert [info.has_rows_of(name) for name in ("old", "new", "other")] == [True, True, False]
+    assert info.all_segments == [Segment(num_samples=9, digest="new")]
+    parts = [Segment(num_samples=4, digest="a"), Segment(num_samples=5, digest="b")]
+    assert replace(info, segments=parts).all_segments == parts
+    assert combined_digest(parts[:1]) == "a"
+    digests = {combined_digest(parts), combined_digest(parts[::-1]), combined_digest(parts[:1], {"digest": "c"})}
+    assert len(digests) == 3
+    assert (info.is_partial, replace(info, removed={"digest": "c"}).is_partial) == (False, True)
