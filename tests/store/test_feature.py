@@ -105,17 +105,56 @@ def test_few_rows_need_only_the_commits_of_their_chunks(tmp_path: Path) -> None:
         feature.gather(np.array([0, 11]))
 
 
+def test_commits_are_read_once_and_all_for_rows_of_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = write_feature(tmp_path, random_items(70, (4,), seed=0), (4,), chunk_size=1, skip_chunks=range(1, 70)).group
+    read, read_commit = [], group_module.read_commit
+    monkeypatch.setattr(
+        group_module, "read_commit", lambda folder, chunk: read.append(chunk) or read_commit(folder, chunk)
+    )
+    feature = Feature(group, "f")
+    for _ in range(2):
+        assert np.flatnonzero(feature.has(np.arange(64))).tolist() == [0]
+    assert read == list(range(64))
+    feature.gather(np.array([0]))
+    assert len(read) == 64
+    for rows in (np.arange(65), np.arange(5)):
+        assert np.flatnonzero(feature.has(rows)).tolist() == [0]
+        assert read[64:] == list(range(70)), "all of them, once"
+
+
+def test_reader_waits_for_a_chunk_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = random_items(8, (5,), seed=1)
+    group = write_feature(tmp_path, items, (5,), chunk_size=4).group
+    add_feature(group, "g", (5,), "float16")
+    hashes, waited = group.commit(1).hashes, []  # type: ignore[union-attr]
+    reader = Feature(group, "f")
+    assert reader.valid.all()
+    new = [np.full(5, row, np.float16) for row in range(4)]
+    withdraw(group, 1, ["f"])
+    write_feature_chunk(group, "f", 1, new)
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        commit_chunk(group, 1, {"gf"[len(waited) - 1]: new}, hashes, {"gf"[len(waited) - 1]: [None] * 4})
+
+    monkeypatch.setattr("time.sleep", wait)
+    assert reader.gather(np.array([7])).tolist() == [[3] * 5]
+    assert waited == [0.05] * 2, "first without the feature, then with it"
+
+
 def test_gather_failed_row_raises(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(5, (5,), seed=0, failed=[2]), (5,), chunk_size=4)
     with pytest.raises(DataError, match="row 2 has no feature test/f: broken"):
-        feature.gather(np.array([1, 2]))
+        feature.gather(np.array([1, 2, 0]))
+    with pytest.raises(DataError, match="feature test/f has a varying number of tokens; use gather_tokens or chunks"):
+        write_feature(tmp_path / "r", random_items(5, (-1, 5), seed=0), (-1, 5), chunk_size=4).load()
 
 
 @pytest.mark.parametrize("row", [-1, 5])
 def test_gather_row_out_of_range_raises(tmp_path: Path, row: int) -> None:
     feature = write_feature(tmp_path, random_items(5, (5,), seed=0), (5,), chunk_size=4)
-    with pytest.raises(DataError, match=f"feature test/f: expected rows from 0 to 4, got {row}"):
-        feature.gather(np.array([row]))
+    with pytest.raises(DataError, match=f"feature test/f: expected rows from 0 to 4, got {row}$"):
+        feature.gather(np.array([0, 4, row, 9]))
 
 
 @pytest.mark.parametrize("kind", SHAPES)

@@ -1,21 +1,35 @@
 import json
 import shutil
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedcache.encoders.open import DERIVED
 from embedcache.errors import CorruptError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.sources import open_source
+from embedcache.sources.base import IMPORTED
 from embedcache.store.cache import Cache
+from embedcache.store.commits import Commit, write_commit
+from embedcache.store.group import add_feature, create_group
+from embedcache.store.indexing import index
+from embedcache.store.layout import INTERRUPTED_REMOVAL, fit_path
+from embedcache.store.removal import start_removal
 from embedcache.store.table_writer import TableWriter
-from embedcache.store.verify import verify
+from embedcache.store.verify import Finding, verify
+from embedcache.store.writer import write_feature_chunk
 from tests.extract.cases import tree
 from tests.images import write_images
+from tests.recorded import RecordedProgress
+from tests.store.features import random_items, write_feature
+from tests.store.test_indexing import rows
 from tests.toy import IMAGE, TEXT
 
 
@@ -30,7 +44,18 @@ def flip_a_bit(path: Path) -> None:
 
 
 def test_verify_intact_cache(copy: Path) -> None:
-    assert verify(Cache(copy)) == []
+    progress = RecordedProgress()
+    assert verify(Cache(copy), progress=progress) == []
+    assert (progress.started, progress.advances) == ([("verifying", 20, "chunks")], [1] * 20)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "encoder", "line"),
+    [(-1, "", "n: r"), (-1, "e", "e/n: r"), (0, "e", "e/n chunk 0: r"), (7, "e", "e/n chunk 7: r")],
+)
+def test_findings_name_their_place(chunk: int, encoder: str, line: str) -> None:
+    finding = Finding(modality="image", encoder=encoder, name="n", chunk=chunk, reason="r")
+    assert (finding.line(), finding.is_damage, finding.can_repair) == (line, True, True)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +124,99 @@ def test_readers_refuse_a_changed_table(copy: Path, name: str, column: str) -> N
     assert any(finding.location == f"{name}.parquet" for finding in verify(Cache(copy)))
     with pytest.raises(CorruptError, match=words):  # `--extend` copies the tables
         TableWriter(copy / "longer", 64).copy(copy, 300, {}, Cache(copy).info.table_checksums)
+
+
+def test_verify_names_the_changed_column(tmp_path: Path) -> None:
+    """Of a column that is no part of the digest of keys; and in an empty cache."""
+    index(rows(10), tmp_path, chunk_size=4)
+    assert verify(Cache(tmp_path)) == []
+    path = tmp_path / "samples.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(1, "label", pa.array([5] * 10)), path)
+    (finding,) = verify(Cache(tmp_path))
+    words = "column 'label' has changed since it was indexed; restore the file, or extract into a new folder"
+    assert finding.line() == f"samples.parquet: {words}"
+    pq.write_table(table.slice(0, 7), path)
+    (finding,) = verify(Cache(tmp_path))
+    assert finding.line() == "samples.parquet: expected 10 rows, got 7; restore the file, or extract into a new folder"
+
+
+def lines_of(cache: Path) -> list[str]:
+    """Return what `verify` finds in a cache of `write_feature`, whose encoders have the specs of others."""
+    return [finding.line() for finding in verify(Cache(cache)) if "is that of another encoder" not in finding.reason]
+
+
+def test_verify_finds_items_with_other_bytes(tmp_path: Path) -> None:
+    info = write_feature(tmp_path, random_items(9, (4,), seed=0), (4,), chunk_size=4).group.info
+    pq.write_table(pa.table({"sample": range(9)}), tmp_path / "image/items.parquet")
+    pq.write_table(pa.table({"key": [f"k{row}" for row in range(9)]}), tmp_path / "samples.parquet")
+    names = ("second", "third", IMPORTED)
+    for name in names:
+        group = create_group(tmp_path, "image", name, info, spec=f"{name}:m", fingerprint={"family": name})
+        for feature in "fg":
+            add_feature(group, feature, (4,), "float16")
+        for chunk in range(3):
+            span = range(9)[info.chunk_rows("image", chunk)]
+            failed = (7, 8) if name == "second" else (7,)
+            items = [None if row in failed else np.ones(4, np.float16) for row in span]
+            reasons = [None if item is not None else "broken" for item in items]
+            changed = {"second": (0,), "third": (5, 6, 7, 8), IMPORTED: range(9)}[name]
+            hashes = [b"x" * 16 if row in changed else (row % 4).to_bytes(16, "big") for row in span]
+            commit = Commit(
+                chunk=chunk,
+                encoder=group.fingerprint_digest,
+                index_digest=info.index_digest,
+                features={feature: write_feature_chunk(group, feature, chunk, items) for feature in "fg"},
+                hashes=hashes,
+                failures={"f": reasons, "g": [None] * len(span) if name == "third" else ["all"] * len(span)},
+            )
+            if name == "third":
+                commit = replace(commit, failures={"f": ["all"] * len(span), "g": reasons})
+            write_commit(group.path, commit)
+    step = "remove the folder of the one that is out of date, and extract it again"
+    assert lines_of(tmp_path) == [
+        f"test/f chunk 0: 1 items, first row 0, had other bytes when second was extracted; {step}",
+        f"third/f chunk 0: 1 items, first row 0, had other bytes when second was extracted; {step}",
+        f"third/f chunk 1: 2 items, first row 5, had other bytes when second was extracted; {step}",
+        f"third/f chunk 2: 1 items, first row 8, had other bytes when test was extracted; {step}",
+    ]
+
+
+def test_verify_finds_changed_arrays_of_a_rule(tmp_path: Path) -> None:
+    info = write_feature(tmp_path, random_items(4, (4,), seed=0), (4,), chunk_size=4).group.info
+    data = b"fitted"
+    fingerprint = {"family": DERIVED, "model": "pca", "fit": {"a": 1}, "weights": sha256(data).hexdigest()}
+    group = create_group(tmp_path, "image", "pca", info, spec="derived:pca", fingerprint=fingerprint)
+    pq.write_table(pa.table({"sample": range(4)}), tmp_path / "image/items.parquet")
+    pq.write_table(pa.table({"key": list("abcd")}), tmp_path / "samples.parquet")
+    fit_path(group.path).write_bytes(data)
+    assert lines_of(tmp_path) == []
+    fit_path(group.path).write_bytes(b"other")
+    reason = "missing or changed since the features were derived with it; restore it, or derive under another name"
+    assert lines_of(tmp_path) == [f"pca/fit.safetensors: {reason}"]
+    fit_path(group.path).unlink()
+    assert lines_of(tmp_path) == [f"pca/fit.safetensors: {reason}"]
+
+
+def test_verify_finds_a_removal_that_was_interrupted(copy: Path) -> None:
+    start_removal(Cache(copy), np.array([3]), ["00003"])
+    (finding,) = verify(Cache(copy))
+    assert finding.line() == f"removing.parquet: {INTERRUPTED_REMOVAL}"
+
+
+@pytest.mark.parametrize(("has_digests", "can_repair"), [(True, True), (False, False)])
+def test_metadata_of_a_single_chunk_are_repaired_if_its_commit_confirms_them(
+    tmp_path: Path, has_digests: bool, can_repair: bool
+) -> None:
+    group = write_feature(tmp_path, random_items(3, (4,), seed=0), (4,), chunk_size=4).group
+    pq.write_table(pa.table({"sample": range(3)}), tmp_path / "image/items.parquet")
+    pq.write_table(pa.table({"key": list("abc")}), tmp_path / "samples.parquet")
+    path = group.path / "f/zarr.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fill_value": 0}))
+    if not has_digests:
+        write_commit(group.path, replace(group.commit(0), attributes={}))  # type: ignore[type-var]
+    (finding,) = (finding for finding in verify(Cache(tmp_path)) if finding.name == "f")
+    assert (finding.can_repair, finding.chunk, finding.location) == (can_repair, -1, "test/f")
 
 
 def test_verify_ignores_uncounted_rows(copy: Path) -> None:

@@ -1,5 +1,6 @@
 """Existing values of a chunk stay unchanged when more are written to it."""
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,14 @@ import pytest
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.errors import CorruptError, FingerprintError
+from embedcache.errors import CorruptError, DataError, FingerprintError, UnfinishedError
+from embedcache.sources.base import IMPORTED
 from embedcache.store.commits import NOT_YET
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
 from embedcache.store.layout import CacheInfo, TableVersion, write_info
-from embedcache.store.writer import commit_chunk
-from tests.store.features import FINGERPRINT
+from embedcache.store.writer import cast_item, chunk_files, commit_chunk, num_padded, withdraw
+from tests.store.features import FINGERPRINT, random_items, write_feature
 
 SHAPES = pytest.mark.parametrize("shape", [(3,), (2, 3), (-1, 3)])
 
@@ -205,3 +207,127 @@ def test_invalid_axis_is_corrupt(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"grid"', '"gird"'))
     with pytest.raises(CorruptError, match="feature test/f: axis: expected the kind time, grid"):
         Feature(group, "f")
+
+
+@pytest.mark.parametrize("shape", [(3,), (0,), (2, 3), (0, 3), (-1, 3)])
+def test_files_of_a_chunk_are_named_before_they_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr("embedcache.store.group._TOKEN_CHUNK_BYTES", 2 * 3 * 2 * 2)  # of 2 rows
+    feature = write_feature(tmp_path, random_items(11, shape, seed=0, failed=[8]), shape, chunk_size=4)
+    group, path = feature.group, feature.group.path / "f"
+    files = [chunk_files(group, "f", chunk) for chunk in range(3)]
+    assert all(len(set(names)) == len(names) == len(files[0]) for names in files)
+    array = {path / name / "zarr.json" for name in (("", "lengths", "values") if shape[0] < 0 else ("",))}
+    assert {file for names in files for file in names} == {file for file in path.rglob("*") if file.is_file()} - array
+    expected = {(2, 3): [2, 2, 4, 4, 6], (-1, 3): [1, 2, 3, 4, 5]}.get(shape, [4, 4, 4, 4, 8])
+    assert [num_padded(group, "f", number) for number in range(1, 6)] == expected
+
+
+def test_tokens_of_a_chunk_that_grew_are_kept_and_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of four items in arrays of two rows: the second array exists only once there is a third item."""
+    monkeypatch.setattr("embedcache.store.group._TOKEN_CHUNK_BYTES", 2 * 2 * 3 * 2)
+    group = group_of(tmp_path, 1)
+    add_feature(group, "f", (2, 3), "float16")
+    commit(group, [item(0, (2, 3))])
+    longer = group_of(tmp_path, 4, earlier=1)
+    feature, record = Feature(longer, "f"), longer.commit(0)
+    assert record is not None
+    assert [(rows, len(values)) for rows, values in feature.read_chunk(record)] == [(slice(0, 2), 2)]
+    assert [one is None for one in feature.items(record)] == [False, True]
+    with pytest.raises(UnfinishedError, match="feature test/f is not finished: 1 of 1 chunks are missing"):
+        feature.load()
+    add_feature(longer, "f", (2, 3), "float16")
+    commit(longer, [item(10 + row, (2, 3)) for row in range(4)])
+    assert values(longer) == [0, 11, 12, 13]
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [0, 1], [1, None], [None, None]])
+def test_chunks_with_few_tokens(tmp_path: Path, counts: list[int | None]) -> None:
+    items = [None if count is None else np.ones((count, 3), np.float16) for count in counts]
+    feature = write_feature(tmp_path, items, (-1, 3), chunk_size=2)
+    num_tokens = sum(count or 0 for count in counts)
+    metadata = json.loads((feature.group.path / "f/values/00000/zarr.json").read_text())
+    assert (metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]) == ([num_tokens, 3], [1, 3])
+    assert [None if one is None else one.tolist() for one in feature.items(feature.commits[0])] == [  # type: ignore[arg-type]
+        None if one is None else one.tolist() for one in items
+    ]
+    assert feature.num_tokens == num_tokens
+
+
+def test_items_of_other_encoders_are_compared(tmp_path: Path) -> None:
+    first = group_of(tmp_path, 4)
+    add_feature(first, "f", (3,), "float16")
+    commit(first, [item(0, (3,))] * 3 + [None])
+    other, imported = (
+        create_group(tmp_path, "image", name, first.info, spec="s:m", fingerprint={"family": name})
+        for name in ("other", IMPORTED)
+    )
+    new, hashes = [item(1, (3,))] * 4, [bytes(16), None, b"1" * 16, b"1" * 16]
+    for group in (other, imported):
+        add_feature(group, "f", (3,), "float16")
+    words = (
+        "image 2.png in row 2 has other bytes now than when test was extracted; put the old file back, or extract "
+        "into a new folder"
+    )
+    with pytest.raises(FingerprintError, match=words):
+        commit_chunk(other, 0, {"f": new}, hashes, {"f": [None] * 4})
+    commit_chunk(imported, 0, {"f": new}, hashes, {"f": [None] * 4})  # nobody has their items
+    (tmp_path / "image/test/chunks/00000.parquet").write_bytes(b"damaged")
+    hashes = [bytes(16), None, b"1" * 16, None]
+    with pytest.raises(FingerprintError, match="row 0 has other bytes now than when imported was extracted"):
+        commit_chunk(other, 0, {"f": new}, [b"2" * 16, *hashes[1:]], {"f": [None] * 4})
+    commit_chunk(other, 0, {"f": new}, hashes, {"f": [None] * 4})
+    assert values(other) == [1] * 4
+
+
+def test_changed_captions_have_no_path(tmp_path: Path) -> None:
+    info = replace(group_of(tmp_path, 6).info, num_items={"text": 6})
+    group = create_group(tmp_path, "text", "t", info, spec="s:m", fingerprint={"family": "t"})
+    for name in ("f", "g"):
+        add_feature(group, name, (3,), "float16")
+    commit_chunk(group, 1, {"f": [item(0, (3,))] * 2}, [bytes(16)] * 2, {"f": [None] * 2})
+    with pytest.raises(FingerprintError, match="^text in row 5 has other bytes now than when t was extracted"):
+        commit_chunk(group, 1, {"g": [item(0, (3,))] * 2}, [bytes(16), b"1" * 16], {"g": [None] * 2})
+
+
+def test_withdrawn_features_leave_the_others(tmp_path: Path) -> None:
+    group, path = group_of(tmp_path, 4), tmp_path / "image/test/chunks/00000.parquet"
+    for name in ("f", "g"):
+        add_feature(group, name, (3,), "float16")
+        commit(group, [item(0, (3,))] * 4, feature=name)
+    before = path.stat()
+    withdraw(group, 0, ["none"])
+    withdraw(group, 1, ["f"])
+    assert path.stat() == before
+    withdraw(group, 0, ["f"])
+    record = group.commit(0)
+    assert record is not None
+    assert (list(record.features), list(record.attributes)) == (["g"], ["g"])
+    withdraw(group, 0, ["g"])
+    assert not path.exists()
+    path.write_bytes(b"damaged")
+    withdraw(group, 0, ["g"])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16"])
+def test_integers_up_to_the_limits_of_their_type_are_stored(dtype: str) -> None:
+    limits = np.iinfo(dtype)
+    for kind in ("float64", "int64"):
+        edges = np.array([limits.min, 0, limits.max], kind)
+        assert cast_item(edges, (3,), dtype, "f").tolist() == edges.tolist()
+        for value in (limits.min - 1, limits.max + 1):
+            with pytest.raises(DataError, match=f"{limits.min} to {limits.max}, the range of {dtype}, got {value}"):
+                cast_item(np.array([0, value, 0], kind), (3,), dtype, "f")
+
+
+def test_first_caches_stay_without_digests_of_attributes(tmp_path: Path) -> None:
+    group = group_of(tmp_path, 4)
+    group = replace(group, info=replace(group.info, has_digests=False))
+    for name in ("f", "g"):
+        add_feature(group, name, (3,), "float16")
+        commit(group, [item(0, (3,))] * 4, feature=name)
+    record = group.commit(0)
+    assert record is not None
+    assert (sorted(record.features), dict(record.attributes)) == (["f", "g"], {})
