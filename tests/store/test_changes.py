@@ -180,7 +180,15 @@ def test_replaced_images_of_several_chunks_have_their_new_place(tmp_path: Path, 
     assert images["offset"].to_pylist() == [10 * row + 1 if row in failed else 0 for row in range(9)] + [0] * added
     assert [segment.num_samples for segment in info.all_segments] == ([9, added] if added else [9])
     assert index(source, tmp_path) == info == read_info(tmp_path)
+    assert set(info.table_checksums) == {"samples", "image", "text"}
     assert not update_path(tmp_path).exists()
+
+
+def test_first_caches_have_no_checksums_when_they_are_extended(tmp_path: Path) -> None:
+    begin(tmp_path, rows(6))
+    write_info(tmp_path, replace(read_info(tmp_path), has_digests=False, table_checksums={}))
+    info = index(rows(7), tmp_path, extend=True)
+    assert (info.num_samples, info.table_checksums, info.has_digests) == (7, {}, False)
 
 
 @pytest.mark.parametrize(
