@@ -31,7 +31,7 @@ _ID_BYTES = 8
 def num_gpus(device: str = AUTO) -> int:
     """Return the number of GPUs that FAISS can use: 0 with faiss-cpu, and on the device `cpu`."""
     gpus = 0 if device == "cpu" else int(getattr(import_faiss(), "get_num_gpus", lambda: 0)())
-    announce(f"FAISS: {gpus} GPUs" if gpus else "FAISS: cpu")
+    announce(f"FAISS: {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "FAISS: cpu")
     return gpus
 
 

@@ -1,6 +1,7 @@
 """What FAISS's GPUs are given. The CPU stands for a GPU here; tests/test_gpu.py has the tests for a real one."""
 
 import logging
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from embedcache.arrays import Floats
 from embedcache.devices import announce
+from embedcache.errors import MissingExtraError
 from embedcache.search import faiss_gpu
 from embedcache.search.faiss_index import RowIndex, make_index, read_index
 from embedcache.search.index import IndexSettings, build_index
@@ -122,6 +124,10 @@ def test_parts_of_lists_on_disk_are_the_same_with_a_gpu(copies: list[Any], tmp_p
 def test_batches_search_a_copy(copies: list[Any], factory: str) -> None:
     index, expected = filled(factory), filled(factory, "cpu")
     copies.clear()
+    for left, right in zip(index.search(VECTORS[:64], 5), expected.search(VECTORS[:64], 5), strict=True):
+        np.testing.assert_array_equal(left, right)  # of one list
+    index._gpu.forget()
+    copies.clear()
     parameters = {"nprobe": 9}  # more than there are lists
     for queries in (VECTORS[:63], VECTORS[:64]):
         found = index.search(queries, 5, parameters)
@@ -131,6 +137,7 @@ def test_batches_search_a_copy(copies: list[Any], factory: str) -> None:
     copies[0].reset()
     assert (index.search(VECTORS[:64], 5)[1] == -1).all()  # of the copy, which is empty now
     assert (index.search(VECTORS[:1], 5)[1] >= 0).all()
+    assert (index.search(VECTORS[:64], 2048)[1] == -1).all()
     assert (index.search(VECTORS[:64], 2049)[1][:, 0] >= 0).all()
     assert (index.search(VECTORS[:64], 5, is_allowed_N=np.ones(700, bool))[1] >= 0).all()
     index.add(np.array([5000]), VECTORS[:1])
@@ -139,7 +146,9 @@ def test_batches_search_a_copy(copies: list[Any], factory: str) -> None:
 
 
 def test_lookup_tables_are_float16_only_where_they_must_be(copies: list[Any]) -> None:
-    options = [faiss_gpu.cloner_options(faiss.index_factory(96, f"IVF4,{codes}")) for codes in ("PQ48", "PQ96", "SQ8")]
+    options = [
+        faiss_gpu.cloner_options(faiss.index_factory(48 * 49, f"IVF4,{codes}")) for codes in ("PQ48", "PQ49", "SQ8")
+    ]
     assert [made.useFloat16 for made in options] == [False, True, False]
     assert all(made.allowCpuCoarseQuantizer and not made.use_cuvs for made in options)
 
@@ -160,6 +169,95 @@ def test_index_that_does_not_fit_is_searched_on_the_cpu(
     ]
     fitting.search(VECTORS, 1)
     assert len(copies) == 1
+
+
+@pytest.mark.parametrize(
+    ("factory", "num_bytes"),
+    [
+        ("Flat", 700 * 48 * 4),
+        ("IVF4,SQ8", (700 + 4 * 32) * (48 + 8) + 4 * 48 * 4),  # lists are padded to 32 vectors
+        ("IVF4,SQfp16", (700 + 4 * 32) * (96 + 8) + 4 * 48 * 4),
+    ],
+)
+def test_memory_of_a_copy(copies: list[Any], monkeypatch: pytest.MonkeyPatch, factory: str, num_bytes: int) -> None:
+    index = filled(factory, "cpu")
+    inner = faiss.downcast_index(index.wrapped.index)
+    assert faiss_gpu.gpu_bytes(inner) == num_bytes
+    for free, fits in ((2 * 2**30 + num_bytes - 1, False), (2 * 2**30 + num_bytes, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**10))
+        assert (faiss_gpu.GpuSide(inner, "auto").search(VECTORS[:64], 1, 1) is not None) is fits
+        assert len(copies) == fits
+
+
+def test_gpu_selects_from_at_most_2048_lists(copies: list[Any]) -> None:
+    index = filled("IVF4,Flat", "cpu")
+    side = faiss_gpu.GpuSide(faiss.downcast_index(index.wrapped.index), "auto")
+    assert side.search(VECTORS[:64], 1, 2049) is None
+    assert side.search(VECTORS[:64], 2049, 1) is None
+    assert not copies
+    assert side.search(VECTORS[:64], 2048, 2048) is not None
+
+
+def test_device_chooses_the_gpu(copies: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+
+    def copy(resources: object, number: int, index: Any, options: object = None) -> Any:
+        chosen.append(number)
+        return faiss.clone_index(index)
+
+    def free(number: int) -> tuple[int, int]:
+        chosen.append(number)
+        return 4 * 10**9, 10**10
+
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", copy)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    for device, number in (("auto", 0), ("cuda", 0), ("cuda:1", 1), ("cpu", None)):
+        chosen.clear()
+        filled("IVF4,SQ8", device).search(VECTORS, 1)
+        assert chosen == ([] if number is None else [number] * 3)  # centroids, free memory, the copy
+
+
+def test_machine_without_a_gpu_has_no_free_memory(
+    copies: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    caplog.set_level(logging.INFO)
+    filled("Flat").search(VECTORS, 1)
+    assert caplog.messages[-1].endswith("bytes, and the GPU has 0 free)")
+
+
+def test_number_of_gpus_is_logged(
+    copies: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert [faiss_gpu.num_gpus(device) for device in ("auto", "cuda:1", "cpu")] == [1, 1, 0]
+    monkeypatch.delattr(faiss, "get_num_gpus")  # faiss-cpu of some versions
+    assert faiss_gpu.num_gpus() == 0
+    assert caplog.messages == ["FAISS: 1 GPU", "FAISS: cpu"]
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "machine", "extra"),
+    [(True, "x86_64", "faiss-gpu"), (True, "aarch64", "faiss-cpu"), (False, "x86_64", "faiss-cpu")],
+)
+def test_missing_faiss_names_the_build_for_the_machine(
+    monkeypatch: pytest.MonkeyPatch, has_cuda: bool, machine: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    with pytest.raises(MissingExtraError, match=rf"embedcache\[{extra}\]"):
+        faiss_gpu.import_faiss()
+
+
+def test_reason_of_an_error_is_its_last_words() -> None:
+    for message, reason in (
+        ("Error in f at /faiss/impl/io.cpp:67: Error: 'x' failed: could not open a for reading: No such file", "could"),
+        ("could not parse 'HNS32'", "could not parse 'HNS32'"),
+        ("Errors:\nError at a.cpp:1: Error: 'n > 0' failed: too few failed: at last", "at last"),
+        ("CUDA error 2 at a.cu:9: out of memory", "out of memory"),
+    ):
+        assert faiss_gpu.faiss_reason(RuntimeError(message)).startswith(reason)
 
 
 def test_error_of_a_gpu_leaves_the_work_to_the_cpu(
