@@ -98,9 +98,8 @@ class SearchResults(list[Hits]):
         ]
         if len(self) > _MAX_QUERIES:
             parts.append(f"<p>… and {len(self) - _MAX_QUERIES:,} more queries</p>")
-        parts += [
-            f"<p><small>{_text(words)}</small></p>" for words in {credit(hits.cache): 0 for hits in self} if words
-        ]
+        credited = dict.fromkeys(credit(hits.cache) for hits in self)
+        parts += [f"<p><small>{_text(words)}</small></p>" for words in credited if words]
         return "\n".join(parts)
 
     def _repr_html_(self) -> str:

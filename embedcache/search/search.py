@@ -48,7 +48,7 @@ def search(
     """
     settings = replace_flat(settings or SearchSettings(), options)
     if not isinstance(queries, Queries):
-        queries = Queries(texts=[queries] if isinstance(queries, str) else queries)
+        queries = Queries(texts=queries)
     if not isinstance(index, OpenIndex):
         index = OpenIndex(index, run=settings.run, cache=settings.cache, device=settings.device)
     return index.search(queries, k=settings.k, condition=settings.filter)
@@ -167,7 +167,7 @@ class OpenIndex:
         scores_QK, rows_QK = self._index.search(queries_QP, k, parameters, is_allowed_N=subset.is_allowed_N)
         if (rows_QK >= 0).all():
             return scores_QK, rows_QK
-        parameters |= {"nprobe": max(1, self._index.num_lists), "efSearch": len(self._index)}  # all of the index
+        parameters |= {"nprobe": self._index.num_lists, "efSearch": len(self._index)}  # all of the index
         return self._index.search(queries_QP, k, parameters, is_allowed_N=subset.is_allowed_N)
 
 

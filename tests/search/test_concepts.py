@@ -8,12 +8,14 @@ import pytest
 from embedcache.arrays import Inputs, normalize
 from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
+from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.projectors.saved import load_pair, project
 from embedcache.search.concepts import open_concepts
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.images import COLORS, write_images
+from tests.interop.cases import import_files, write_tree
 from tests.interop.runs import SIDES, train_run
 from tests.toy import IMAGE, TEXT
 
@@ -65,9 +67,15 @@ def test_prompts_are_averaged(cache_path: Path, prompts: Path) -> None:
     np.testing.assert_allclose(concepts.vectors, expected, atol=1e-6)
     assert concepts.names == NAMES
     assert concepts.counts.tolist() == [len(TEMPLATES)] * len(NAMES)
-    assert concepts.source["of"] == "prompts"
-    assert concepts.source["spine"] == Cache(prompts).info.index_digest
-    assert concepts.source["run"] is None
+    assert concepts.source == {
+        "cache": str(prompts),
+        "spine": Cache(prompts).info.index_digest,
+        "feature": "open_toy/mean",
+        "fingerprint": dict(Cache(prompts).feature("text").fingerprint),
+        "run": None,
+        "run_weights": None,
+        "of": "prompts",
+    }
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
@@ -77,7 +85,7 @@ def test_run_projects_prompts(cache_path: Path, prompts: Path, run_path: Path, m
     texts = project(pair.tower("text"), Inputs(Cache(prompts).feature("text").load()))
     expected = normalize(texts.reshape(len(NAMES), len(TEMPLATES), -1).mean(axis=1))
     np.testing.assert_allclose(concepts.vectors, expected, atol=1e-5)
-    assert concepts.source["run_weights"] == config.weights_digest
+    assert (concepts.source["run"], concepts.source["run_weights"]) == (str(run_path), config.weights_digest)
 
 
 def test_prototypes_are_means_of_examples(cache_path: Path, labeled: Path) -> None:
@@ -91,7 +99,8 @@ def test_prototypes_are_means_of_examples(cache_path: Path, labeled: Path) -> No
         np.testing.assert_allclose(concepts.vectors[number], normalize(images[chosen].mean(axis=0)), atol=1e-5)
         assert concepts.counts[number] == chosen.sum()
     assert concepts.counts.sum() == 59
-    assert concepts.source["of"] == "examples"
+    last = dict(list(concepts.source.items())[-4:])
+    assert last == {"of": "examples", "label": "label", "most_examples": 128, "seed": 0}
 
 
 def test_max_examples_draws_a_sample(cache_path: Path, labeled: Path) -> None:
@@ -136,6 +145,40 @@ def test_repeated_name_raises(cache_path: Path, tmp_path: Path) -> None:
     cache = Cache(prompt_cache(tmp_path, ["red", "crane", "blue", "crane"]))
     with pytest.raises(DataError, match=r"got 1 of 3 repeated.*: 'crane' \(numbers 1 and 3\)"):
         open_concepts(cache, Vectors(cache_path, "text", "open_toy/mean"))
+
+
+def test_only_five_of_the_repeated_names_are_shown_and_all_may_be_joined(cache_path: Path, tmp_path: Path) -> None:
+    names = ["red", "blue", "green", "white", "black", "yellow"]
+    cache, pool = Cache(prompt_cache(tmp_path, names * 2)), Vectors(cache_path, "text", "open_toy/mean")
+    with pytest.raises(DataError) as error:
+        open_concepts(cache, pool)
+    shown = ", ".join(f"{name!r} (numbers {number} and {number + 6})" for number, name in enumerate(names[:5]))
+    assert str(error.value) == (
+        f"{cache.path}: expected each concept once, got 6 of 6 repeated, counted from 0: {shown}; extract a list with "
+        "each name once"
+    )
+    concepts = open_concepts(cache, pool, join_names=True)
+    assert (concepts.names, concepts.counts.tolist()) == (names, [6] * 6)
+    texts = normalize(cache.feature("text").load()).reshape(2, 6, 3, -1)
+    np.testing.assert_allclose(concepts.vectors, normalize(texts.mean(axis=(0, 2))), atol=1e-6)
+
+
+def test_examples_that_cancel_and_missing_labels_raise(tmp_path: Path) -> None:
+    unit = np.eye(8, dtype=np.float16)[[0, 1, 2, 2, 3, 4]]
+    unit[3] *= -1
+    labels: list[object] = ["a", "a", "b", "b", None, ""]
+    tree = write_tree(tmp_path / "tree", unit, label=labels, none=[None, "", None, "", None, ""])
+    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    with pytest.raises(DataError) as error:
+        open_concepts(cache, Vectors(cache.path, "image"))
+    assert str(error.value) == (
+        f"1 of 2 concepts of {cache.path} have vectors whose mean is zero, first 'b'; give them other prompts or "
+        "examples"
+    )
+    with pytest.raises(
+        DataError, match="column 'none' of .*: expected labels, got none for images with img_emb/vector"
+    ):
+        open_concepts(cache, Vectors(cache.path, "image"), label="none")
 
 
 def test_concept_without_example_raises(cache_path: Path, tmp_path: Path) -> None:

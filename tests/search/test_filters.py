@@ -15,16 +15,20 @@ from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.splits import read_split, write_split
 from embedcache.errors import CorruptError, DataError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
+from embedcache.interop.clip_retrieval import open_clip_retrieval
+from embedcache.maintain.remove import remove_samples
+from embedcache.search.card import may_hold_removed, read_card
 from embedcache.search.faiss_index import make_index
 from embedcache.search.filters import CacheFilters
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
-from embedcache.search.search import search
+from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import Filter, IndexSettings, SearchSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.images import write_images
+from tests.interop.cases import import_files, unit_rows, write_tree
 from tests.toy import IMAGE, TEXT
 
 
@@ -136,3 +140,107 @@ def test_invalid_filters_raise(labeled: Path, labeled_index: Path, cache_path: P
         search(labeled_index, ask, SearchSettings(filter=Filter(part=("val",), selection=tmp_path / "s.txt")))
     with pytest.raises(UnknownNameError, match="--label-value: expected a column 'label' in .*, got the columns"):
         CacheFilters(Cache(cache_path), "image").mask(Filter(label_value=("cat",)))
+    assert CacheFilters(Cache(cache_path), "image").values("label") == {}
+
+
+def test_values_are_counted_with_those_that_no_item_has(captioned: Path, labeled: Path) -> None:
+    images, texts = (CacheFilters(Cache(captioned), modality) for modality in ("image", "text"))
+    assert list(images.values("label").items()) == [("cat", 3), ("dog", 2)]
+    assert list(texts.values("label").items()) == [("cat", 8), ("dog", 0)]
+    assert (images.values("language"), texts.values("language")) == ({"de": 1}, {"de": 2})
+    assert CacheFilters(Cache(labeled), "image").values("split") == {"train": 30, "val": 30}
+
+
+def test_missing_columns_and_captions_are_named(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    cache, _ = import_files(open_clip_retrieval(write_tree(tmp_path / "tree", unit_rows(3))), tmp_path / "cache")
+    for filters in (
+        CacheFilters(cache, "image"),
+        CacheFilters(cache, "image", tmp_path),
+    ):  # no run, one without a split
+        assert [filters.values(name) for name in ("label", "split", "language")] == [{}, {}, {}]
+        for condition, message in (
+            (Filter(label_value=("cat",)), "--label-value: expected a column 'label' in .*, got the columns key"),
+            (Filter(part=("val",)), "--part: expected a column 'split' in .*, got the columns key"),
+            (Filter(language=("de",)), "--language: expected captions in .*, got none"),
+        ):
+            with pytest.raises(UnknownNameError, match=message):
+                filters.mask(condition)
+    filters = CacheFilters(Cache(cache_path), "image", run_path)
+    assert filters.values("label") == {}
+    assert sum(filters.values("split").values()) == 300
+    with pytest.raises(UnknownNameError, match="--label-value: expected a column 'label'"):
+        filters.mask(Filter(label_value=("cat",)))
+
+
+def test_a_fraction_of_the_items_is_searched_more_thoroughly(
+    labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check the search of more items than are compared one by one: a quarter passes, so 4 times as many lists."""
+    settings = IndexSettings(feature="open_toy/cls", factory="IVF8,SQ8", min_recall=0.0)
+    build_index(labeled, tmp_path / "index", settings)
+    index = OpenIndex(tmp_path / "index")
+    index.card = replace(index.card, search={"nprobe": 2, "k_factor": 4})
+    searches: list[dict[str, int]] = []
+    inner = index._index.search
+    monkeypatch.setattr(
+        index._index, "search", lambda *given, **options: [searches.append(dict(given[2])), inner(*given, **options)][1]
+    )
+    queries_QP = index.query_encoder.indexed.read(np.array([0, 16]))
+    condition = Filter(label_value=("cat",), part=("train",))
+    (few, _) = index.search_vectors(queries_QP, k=3, condition=condition)
+    assert not searches
+    monkeypatch.setattr("embedcache.search.search._COMPARE_ALL", 14)
+    index._subset.cache_clear()
+    (hits, _) = index.search_vectors(queries_QP, k=3, condition=condition)
+    assert searches == [{"nprobe": 8, "k_factor": 4}]
+    assert hits[0].row == few[0].row == 0
+    searches.clear()
+    assert len(index.search_vectors(queries_QP, k=60)[0]) == 60  # not all are in two lists
+    assert searches == [{"nprobe": 2, "k_factor": 4}, {"nprobe": 8, "k_factor": 4, "efSearch": 60}]
+
+
+def test_vectors_are_read_only_of_few_items_of_an_index_of_codes(
+    labeled: Path, labeled_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = IndexSettings(feature="open_toy/cls", factory="SQ8", min_recall=0.0)
+    build_index(labeled, tmp_path / "index", settings)
+    (tmp_path / "one.txt").write_text("val/cat/00003\n")
+    none, some = Filter(part=("train",), selection=tmp_path / "one.txt"), Filter(part=("val",))
+    for path, is_read in ((labeled_index, False), (tmp_path / "index", True)):
+        index = OpenIndex(path)
+        assert (index.count(none), index.count(Filter()), index.count(Filter(label_value=("cat", "dog")))) == (
+            0,
+            60,
+            60,
+        )
+        assert "indexed" not in vars(index.query_encoder)
+        assert index.count(some) == 30
+        assert ("indexed" in vars(index.query_encoder)) is is_read
+
+
+def test_last_eight_filters_are_kept(labeled_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = OpenIndex(labeled_index)
+    asked: list[Filter] = []
+    mask = index.filters.mask
+    monkeypatch.setattr(index.filters, "mask", lambda condition: [asked.append(condition), mask(condition)][1])
+    labels, parts = (("cat",), ("dog",), ("cat", "dog")), (("train",), ("val",), ("val", "train"))
+    nine = [Filter(label_value=label, part=part) for label in labels for part in parts]
+    for condition in (*nine[:8], *nine[:8], nine[8], nine[0]):
+        index.count(condition)
+    assert asked == [*nine, nine[0]]
+
+
+def test_samples_removed_since_are_not_found(labeled: Path, labeled_index: Path, tmp_path: Path) -> None:
+    cache, key = Path(shutil.copytree(labeled, tmp_path / "cache")), "train/cat/00003"
+    card = read_card(labeled_index)
+    assert not may_hold_removed(card, Cache(cache))
+    assert not may_hold_removed(replace(card, index_digest="other"), Cache(cache))  # grown, but nothing was removed
+    remove_samples(cache, [key])
+    assert may_hold_removed(card, Cache(cache))
+    assert not may_hold_removed(replace(card, index_digest=Cache(cache).info.index_digest), Cache(cache))
+    index = OpenIndex(labeled_index, cache=cache)
+    (hits,) = index.search(Queries(keys=["train/cat/00004"]), k=59)
+    assert key not in {hit.key for hit in hits}
+    assert (len(hits), index.count(Filter()), index.count(Filter(label_value=("cat",)))) == (59, 59, 29)
+    with pytest.raises(SettingError, match="from 1 to 59, as 59 of 60 items pass the filter, got 60"):
+        index.search(Queries(keys=["train/cat/00004"]), k=60)

@@ -1,6 +1,7 @@
 """Hits as a table and as they are shown in a notebook: escaped, with few images, and none outside of the source."""
 
 import re
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,13 @@ import numpy as np
 import pytest
 
 from embedcache.errors import MissingExtraError
-from embedcache.search.hits import Hits, SearchResults
+from embedcache.interop.clip_retrieval import open_clip_retrieval
+from embedcache.search import hits as hits_module
+from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
+from embedcache.store.cache import Cache
+from tests.interop.cases import import_files, unit_rows, write_tree
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +35,58 @@ def test_cosines_are_at_most_one(results: SearchResults, index_path: Path) -> No
     assert [hit.score for hit in too_large] == [1, -1]
 
 
+def test_hits_have_keys_labels_and_captions_of_one_language(captioned: Path) -> None:
+    scores, rows = np.array([0.5, 2, -0.25, 0.125], np.float32), np.array([1, -1, 0, 3])  # nothing found: -1
+    german = Hit(score=0.5, row=1, key="cat/00001", captions=["rot", "blau"], label="cat", languages=["de", None])
+    others = Hit(score=-0.25, row=0, key="cat/00000", captions=["one", "two", "three"], label="cat", languages=[None])
+    reader = HitReader(Cache(captioned), "image")
+    for _ in range(2):
+        dog = Hit(score=0.125, row=3, key="dog/00000", captions=[], label="dog", languages=[])
+        assert reader.read(scores, rows) == [german, others, dog]
+        assert reader.read(scores[:3], rows[:3], ["de"]) == [
+            replace(german, languages=["de"]),
+            replace(others, captions=[], languages=[]),
+        ]
+        assert reader.captions(1) == [
+            {"text": text, "language": language}
+            for text, language in (("rot", "de"), ("blau", "de"), ("red", None), ("blue", None))
+        ]
+        reader.load()
+    caption = replace(others, row=7, key="cat/00001", captions=["blue"])
+    assert HitReader(Cache(captioned), "text").read(scores[2:3], np.array([7])) == [caption]
+
+
+def test_hits_of_a_cache_without_captions_and_labels(tmp_path: Path) -> None:
+    cache, _ = import_files(open_clip_retrieval(write_tree(tmp_path / "tree", unit_rows(3))), tmp_path / "cache")
+    found = HitReader(cache, "image").read(np.ones(2, np.float32), np.array([2, 0]))
+    assert found == [Hit(score=1, row=row, key=f"k{row}", captions=[], languages=[]) for row in (2, 0)]
+
+
+def test_page_of_a_caption(captioned: Path) -> None:
+    hit = Hit(score=0.5, row=0, key="k", captions=["red", "blue"], label="cat")
+    style = "width: 112px; margin: 4px; text-align: center; overflow-wrap: anywhere"
+    for hits, title, words in (
+        ([hit], "k · cat · red · blue", "red"),
+        ([replace(hit, captions=[], label=None)], "k", "k"),
+    ):
+        assert Hits(hits, query="q", cache=Cache(captioned), modality="text").to_html() == (
+            f'<b>q</b>\n<div style="display: flex; flex-wrap: wrap"><div title="{title}" style="{style}">'
+            f"<small><b>0.500</b> {words}</small></div></div>"
+        )
+
+
+def test_as_much_as_a_page_shows_is_not_cut(results: SearchResults) -> None:
+    hits = results[0]
+    for num_queries, num_hits, num_characters in ((8, 12, 120), (9, 13, 121)):
+        query = "x" * num_characters
+        one = Hits(hits[:num_hits], query=query, cache=hits.cache, modality="text")
+        page = SearchResults([one] * num_queries).to_html()
+        is_cut = num_hits > 12
+        assert page.count("<p>… and 1 more</p>") == (8 if is_cut else 0)
+        assert page.count("<p>… and 1 more queries</p>") == is_cut
+        assert page.count(f"<b>{'x' * 120}{'…' if is_cut else ''}</b>") == 8
+
+
 def test_data_frame_has_a_row_per_hit(results: SearchResults) -> None:
     frame = results.to_pandas()
     assert list(frame.columns) == ["query", "score", "row", "key", "captions", "label", "languages"]
@@ -43,6 +100,7 @@ def test_data_frame_needs_pandas(results: SearchResults, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(MissingExtraError, match=r"'embedcache\[pandas\]'"):
         results.to_pandas()
+    assert "HitReader" in runpy.run_path(str(hits_module.__file__))  # nothing else needs it
 
 
 def test_notebook_shows_thumbnails_of_some(results: SearchResults) -> None:

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,7 +24,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
 from embedcache.projectors.saved import load_pair, project
 from embedcache.search import autotune, factories, faiss_gpu, faiss_index
-from embedcache.search.card import read_card
+from embedcache.search.card import open_row_index, read_card
 from embedcache.search.faiss_index import read_index, spherical_kmeans
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
@@ -280,14 +281,45 @@ def test_failed_items_are_not_indexed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("factory", "words"),
-    [("HNSW0", "400 vectors of width 48, got 'HNSW0': it ends with SIG"), ("IVF99999999,Flat", "1 to 400 lists")],
+    [
+        ("HNSW0", "1,000 vectors of width 48, got 'HNSW0': it ends with SIG"),
+        ("IVF99999999,Flat", "1 to 2,000 lists, as there are so many vectors, got 99999999 in 'IVF99999999,Flat'"),
+    ],
 )
 def test_factory_that_ends_the_process_raises(factory: str, words: str) -> None:
     with pytest.raises(SettingError, match=f"factory: expected .*{words}"):
-        factories.check_factory(factory, 48, 400)
+        factories.check_factory(factory, 48, 2000)
+
+
+def test_trial_of_a_factory_is_limited_in_time_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs: list[str] = []
+
+    def run(command: list[str], *, timeout: float, **_options: object) -> None:
+        programs.append(command[-1])
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for num_vectors, num_tried, lists in ((2000, 1000, 4), (3, 3, 3)):
+        with pytest.raises(SettingError, match="got 'PCA8,IVF3,LSQ0x8': it takes more than 300 s; try --factory Flat"):
+            factories.check_factory("PCA8,IVF3,LSQ0x8", 48, num_vectors)
+        assert programs[-1].endswith(f"print(_try_factory('PCA8,IVF3,LSQ0x8', 48, {num_tried}))")
+        with pytest.raises(SettingError, match="it takes more than 300 s"):
+            factories.check_factory(f"PCA8,IVF{num_vectors},LSQ0x8", 48, num_vectors)
+        assert f"'PCA8,IVF{lists},LSQ0x8'" in programs[-1]
+
+
+def test_trial_of_a_factory_may_take_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: dict[int, tuple[int, int]] = {}
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
+    for factory in ("PCA8,Flat", "HNS32", "IVF40,PQ7"):  # the last two are refused, which is no crash
+        assert factories._try_factory(factory, 48, 100) == ""
+    assert limits == {resource.RLIMIT_AS: (4_096_000, 4_096_000), resource.RLIMIT_CORE: (0, 0)}
 
 
 def test_list_numbers_and_safe_factories() -> None:
+    for factory in ("IVF1,Flat", "IVF400,Flat"):
+        factories.check_factory(factory, 48, 400)
     for factory in ("IVF0,Flat", "IVF401,SQ8", "PCA8,IVF0,Flat"):
         with pytest.raises(SettingError, match="expected 1 to 400 lists"):
             factories.check_factory(factory, 48, 400)
@@ -327,9 +359,12 @@ def test_files_above_half_of_the_memory_are_mapped(index_path: Path, monkeypatch
     loaded: list[int] = []
     silence = faiss_index._silence_stdout
     monkeypatch.setattr(faiss_index, "_silence_stdout", lambda: loaded.append(1) or silence())
-    for page_bytes, is_loaded in ((2 * size, True), (2 * size - 1, False)):
-        loaded.clear()
-        values = {"SC_PAGE_SIZE": page_bytes, "SC_PHYS_PAGES": 1}
+    for page_bytes in (size, size - 1):
+        values = {"SC_PAGE_SIZE": page_bytes, "SC_PHYS_PAGES": 2}
         monkeypatch.setattr("os.sysconf", values.__getitem__)
-        assert len(read_index(index_path / "index.faiss")) == 300
-        assert bool(loaded) is is_loaded
+        for opened in (
+            read_index(index_path / "index.faiss"),
+            open_row_index(index_path, read_card(index_path), device="cpu"),
+        ):
+            assert len(opened) == 300
+        assert len(loaded) == 2  # both, while half of the memory holds the file

@@ -118,11 +118,12 @@ def test_lists_are_compared_once(copy: Path, queries_QP: Floats) -> None:
 def test_results_are_those_of_faiss(cache_path: Path, tmp_path: Path, queries_QP: Floats, factory: str) -> None:
     build_index(cache_path, tmp_path / "index", IndexSettings(**ON_DISK, factory=factory))
     is_allowed_N = np.arange(300) % 3 > 0
-    for nprobe, allowed in ((1, None), (2, is_allowed_N), (9, None)):
+    for nprobe, allowed in ((1, None), (2, is_allowed_N), (9, None), (None, None)):
         compared, plain = opened(tmp_path / "index"), read_index(tmp_path / "index" / "index.faiss")
+        parameters = None if nprobe is None else {"nprobe": nprobe}
         for one, other in zip(
-            compared.search(queries_QP, 7, {"nprobe": nprobe}, is_allowed_N=allowed),
-            plain.search(queries_QP, 7, {"nprobe": nprobe}, is_allowed_N=allowed),
+            compared.search(queries_QP, 7, parameters, is_allowed_N=allowed),
+            plain.search(queries_QP, 7, parameters, is_allowed_N=allowed),
             strict=True,
         ):
             assert (one == other).all()
@@ -139,6 +140,30 @@ def test_file_of_another_size_is_refused_when_opened(copy: Path) -> None:
     (copy / LISTS).unlink()
     with pytest.raises(PathError, match=rf"{LISTS} does not exist; remove .* and build it again"):
         opened(copy)
+
+
+def test_card_of_other_lists_is_refused(copy: Path, cache_path: Path, tmp_path: Path) -> None:
+    checksums = dict(read_card(copy).checksums)
+    write_card(copy, checksums={**checksums, LISTS: checksums[LISTS][:-8] + "0" * 16})
+    with pytest.raises(
+        CorruptError, match=rf"{LISTS}: expected 4 lists in 31,200 bytes, .* got 5 checksums and 31,200 bytes; remove"
+    ):
+        opened(copy)
+    build_index(cache_path, tmp_path / "memory", IndexSettings(**{**ON_DISK, "on_disk": False}, factory="Flat"))
+    shutil.copy(tmp_path / "memory" / "index.faiss", copy)
+    of_index = {"index.faiss": file_checksum(copy / "index.faiss")}
+    record = json.loads((copy / "card.json").read_text())
+    (copy / "card.json").write_text(json.dumps({**record, "checksums": {**checksums, **of_index}}))
+    with pytest.raises(CorruptError, match=rf"index.faiss: expected lists in {LISTS}, got an index in memory; remove "):
+        opened(copy)
+
+
+def test_lists_on_disk_are_not_mapped_twice(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sysconf", lambda _: 1)  # a machine whose memory holds no index
+    index = opened(copy)
+    assert index.disk_lists is not None
+    assert index.disk_lists.file == LISTS
+    assert read_card(copy).file_bytes == sum((copy / name).stat().st_size for name in ("index.faiss", LISTS))
 
 
 def test_comparison_may_be_skipped(copy: Path, queries_QP: Floats, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from embedcache.arrays import Inputs, normalize
 from embedcache.dataset.inputs import open_input
@@ -268,6 +269,90 @@ def test_invalid_queries_raise(
     (tmp_path / "v.npy").write_bytes(b"no array")
     with pytest.raises(CorruptError, match=r"v\.npy: expected a \.npy file of numbers"):
         read_vectors(tmp_path / "v.npy")
+
+
+def test_names_of_queries(image_folder: Path) -> None:
+    image = Image.new("RGB", (4, 4))
+    queries = Queries(
+        texts="red bar",
+        images=[image_folder / "00005.png", image],
+        keys="00001",
+        rows=[3, 4],
+        concepts="red",
+        concept_cache="prompts",
+        vectors=np.ones(4),
+    )
+    path = str(image_folder / "00005.png")
+    assert queries.names == ["red bar", path, "image 1", "00001", "row 3", "row 4", "red", "vector 0"]
+    assert Queries(vectors=np.ones((2, 4))).names == ["vector 0", "vector 1"]
+    with pytest.raises(SettingError) as error:
+        Queries(concepts=["red", "sky"])
+    assert str(error.value) == "concept 'red': expected a cache of prompts, got none; give --concepts CACHE"
+
+
+def test_number_of_results(index_path: Path) -> None:
+    index, queries = OpenIndex(index_path), Queries(keys=["00005", "00000"])
+    for k, found in ((None, 10), (1, 1), (300, 300)):
+        assert [len(hits) for hits in index.search(queries, k=k)] == [found] * 2
+    for k in (0, 301):
+        with pytest.raises(SettingError, match=f"k: expected a whole number from 1 to 300, as .* 300 items, got {k}"):
+            index.search(queries, k=k)
+
+
+def test_modalities_that_can_be_compared(index_path: Path, labeled_index: Path, run_path: Path) -> None:
+    projected, plain = OpenIndex(index_path).query_encoder, OpenIndex(labeled_index).query_encoder
+    assert [projected.rejection(name) for name in ("image", "text")] == [None, None]
+    assert projected.rejection("audio") == "expected one of the modalities of the run, image and text"
+    assert plain.rejection("image") is None
+    assert plain.rejection("text") == (
+        "expected an index built with a run, got one of the plain image feature open_toy/cls; build one with: "
+        "embedcache curate index CACHE INDEX --run RUN"
+    )
+    with pytest.raises(FingerprintError, match=r"run: expected none for an index of the plain feature open_toy/cls, g"):
+        OpenIndex(labeled_index, run=run_path)
+
+
+def test_run_is_loaded_once(index_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Path] = []
+    monkeypatch.setattr("embedcache.search.queries.load_pair", lambda path: [loaded.append(path), load_pair(path)][1])
+    index = OpenIndex(index_path)
+    for texts in ("red", "blue"):
+        index.search(Queries(texts=texts, images=image_folder / "00005.png"), k=1)
+    assert len(loaded) == 1
+
+
+def test_keys_without_an_indexed_item_are_named(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "s", 4)
+    for number in (1, 2):
+        (folder / f"0000{number}.png").write_bytes(b"no image")
+    extract(open_source(folder), tmp_path / "cache", image_encoder=[IMAGE])
+    build_index(tmp_path / "cache", tmp_path / "index")
+    index = OpenIndex(tmp_path / "index")
+    with pytest.raises(DataError) as error:
+        index.search(Queries(keys=["00000", "00002", "00001"]))
+    assert str(error.value) == ("query_key: expected a sample with images of open_toy/cls, got '00002', which has none")
+    with pytest.raises(UnknownNameError, match="row: expected the row of an indexed image of open_toy/cls, got 2"):
+        index.search(Queries(rows=[3, 2]))
+
+
+def test_invalid_vectors_raise(index_path: Path, tmp_path: Path) -> None:
+    index = OpenIndex(index_path)
+    for vectors, message in (
+        (np.ones(15), r"query vectors: expected shape \(Q, 16\), got \(1, 15\)"),
+        (np.ones((2, 16, 16)), r"query vectors: expected shape \(Q, 16\), got \(2, 16, 16\)"),
+        (np.eye(3, 16, -1), "query vectors: expected rows with a direction, got zeros in row 0"),
+        (np.eye(17, 16), "query vectors: expected rows with a direction, got zeros in row 16"),
+    ):
+        with pytest.raises(DataError, match=message):
+            index.search(Queries(vectors=vectors))
+    np.save(tmp_path / "v.npy", np.eye(2, 3))
+    assert read_vectors(tmp_path / "v.npy").dtype == np.float32
+    with pytest.raises(PathError) as error:
+        read_vectors(tmp_path / "no.npy")
+    path = tmp_path / "no.npy"
+    assert (
+        str(error.value) == f"expected a .npy file of query vectors, got {path}, which does not exist; check the path"
+    )
 
 
 def test_search_beyond_first_lists(cache_path: Path, tmp_path: Path) -> None:

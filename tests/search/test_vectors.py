@@ -1,4 +1,5 @@
 import copy
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,14 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from embedcache.arrays import Floats, Ints
-from embedcache.errors import DataError, MissingExtraError
+from embedcache.errors import DataError, MissingExtraError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.maintain.remove import remove_samples
+from embedcache.projectors.saved import load_pair
 from embedcache.search.vectors import Vectors, run_pass
 from embedcache.sources import open_source
 from tests.images import write_images
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE
 
 Found = tuple[list[int], np.ndarray]
@@ -24,6 +29,7 @@ class Sums:
     """The rows in the order of their merges, and the sum of their vectors in that order."""
 
     def process(self, rows_B: Ints, vectors_BP: Floats) -> Found:
+        assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
         return rows_B.tolist(), vectors_BP.sum(axis=0, dtype=np.float32)
 
     def merge(self, before: Found, after: Found) -> Found:
@@ -42,8 +48,10 @@ def holed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pass_visits_valid_rows_in_order(cache_path: Path, holed: Path) -> None:
-    rows, _ = run_pass(Vectors(cache_path, "image", "open_toy/cls"), Sums())
+    progress = RecordedProgress()
+    rows, _ = run_pass(Vectors(cache_path, "image", "open_toy/cls"), Sums(), progress=progress)
     assert rows == list(range(300))
+    assert (progress.started, progress.advances) == ([("reading vectors", 300, "images")], [64] * 4 + [44])
     rows, total = run_pass(Vectors(holed, "image"), Sums())
     assert rows == [row for row in range(30) if row not in (5, 8, 9, 10, 11)]
     vectors = Vectors(holed, "image")
@@ -76,23 +84,34 @@ def test_the_other_modality_is_that_of_the_run(cache_path: Path, run_path: Path)
     assert Vectors(cache_path, "image", "open_toy/cls").other_modality is None
 
 
-@pytest.mark.parametrize("cores", [{"CPU": 3.0}, {}])
+@pytest.mark.parametrize(("cores", "most"), [({"CPU": 3.0}, 7), ({}, 3)])
 def test_tasks_of_a_pass_take_one_core_and_are_repeated(
-    holed: Path, monkeypatch: pytest.MonkeyPatch, cores: dict[str, float]
+    holed: Path, monkeypatch: pytest.MonkeyPatch, cores: dict[str, float], most: int
 ) -> None:
-    """Stand for a Ray cluster, whose start takes seconds, and check the tasks that it gets."""
+    """Stand for a Ray cluster, whose start takes seconds, and check the tasks that it gets: two per core and one."""
     options: list[dict[str, int]] = []
+    waiting: list[Any] = []
+    counts: list[int] = []
+
+    def start(*task: Any) -> Any:
+        waiting.append(task)
+        counts.append(len(waiting))
+        return task
+
+    def finish(task: Any) -> Any:
+        assert task is waiting.pop(0)
+        return task[0](*task[1:])
 
     def remote(**values: int) -> Any:
         options.append(values)
-        return lambda function: SimpleNamespace(remote=lambda *given: (function, given))
+        return lambda function: SimpleNamespace(remote=lambda *given: start(function, *given))
 
     @contextmanager
     def connected(_: str | None) -> Iterator[Any]:
         yield SimpleNamespace(
             put=lambda value: value,
             remote=remote,
-            get=lambda task: task[0](*task[1]),
+            get=finish,
             cluster_resources=lambda: cores,
         )
 
@@ -102,6 +121,7 @@ def test_tasks_of_a_pass_take_one_core_and_are_repeated(
     assert rows == expected_rows
     np.testing.assert_array_equal(total, expected)
     assert options == [{"num_cpus": 1, "max_retries": -1}]
+    assert (max(counts), len(counts), waiting) == (most, 8, [])
 
 
 def test_sample_is_that_of_seed_0_unless_told_otherwise(holed: Path) -> None:
@@ -109,3 +129,62 @@ def test_sample_is_that_of_seed_0_unless_told_otherwise(holed: Path) -> None:
     np.testing.assert_array_equal(vectors.sample(5), vectors.sample(5, seed=0))
     assert not np.array_equal(vectors.sample(5), vectors.sample(5, seed=1))
     assert len(vectors.sample(100)) == len(vectors.rows)
+
+
+def test_captions_of_one_language(captioned: Path) -> None:
+    every = Vectors(captioned, "text")
+    for vectors, rows in (
+        (Vectors(captioned, "text", language="any"), range(8)),
+        (Vectors(captioned, "text", language="de"), (4, 5)),
+        (Vectors(captioned, "image", language="de"), range(5)),  # of texts only
+    ):
+        assert vectors.rows.tolist() == list(rows)
+        if vectors.modality == "text":
+            is_among = [row in rows for row in (3, 5, 6)]
+            assert vectors.has(np.array([3, 5, 6])).tolist() == is_among
+            np.testing.assert_array_equal(np.concatenate([part for part, _ in vectors.blocks()]), list(rows))
+            found = np.concatenate([part for _, part in vectors.blocks()])
+            np.testing.assert_array_equal(found, every.read(np.array(rows)))
+    with pytest.raises(UnknownNameError):
+        Vectors(captioned, "text", language="fr").chunk(0)
+
+
+def test_width_and_device(cache_path: Path, run_path: Path) -> None:
+    for width, expected in ((None, 48), (48, 48), (1, 1)):
+        assert Vectors(cache_path, "image", "open_toy/cls", width=width).width == expected
+    with pytest.raises(SettingError, match="width: expected at most 48, the width of the space, got 49"):
+        Vectors(cache_path, "image", "open_toy/cls", width=49)
+    assert Vectors(cache_path, "image", "open_toy/cls", device="auto").device == "auto"
+    vectors = Vectors(cache_path, "image", run_path=run_path, device="auto")
+    assert (vectors.device, vectors.width, vectors.full_width) == ("cpu", 16, 16)
+
+
+def test_run_is_loaded_once(cache_path: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(
+        "embedcache.search.vectors.load_pair", lambda path, device: [loaded.append(device), load_pair(path)][1]
+    )
+    vectors = Vectors(cache_path, "image", run_path=run_path, device="auto")
+    vectors.read(np.array([3]))
+    vectors.chunk(1)
+    assert loaded == ["cpu"]
+
+
+def test_unfinished_feature_raises_unless_it_was_indexed(holed: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(holed, tmp_path / "cache"))
+    (cache / "image/open_toy/chunks/00001.parquet").unlink()
+    with pytest.raises(UnfinishedError, match="feature open_toy/cls is not finished: 1 of 8 chunks are missing"):
+        Vectors(cache, "image")
+    assert Vectors(cache, "image", on_demand=True).read(np.array([0])).shape == (1, 48)
+
+
+def test_feature_without_values_raises(tmp_path: Path) -> None:
+    write_images(tmp_path / "s", 2)
+    (tmp_path / "s/00000.png").write_bytes(b"not an image")
+    extract(open_source(tmp_path / "s"), tmp_path / "cache", image_encoder=[IMAGE])
+    remove_samples(tmp_path / "cache", ["00001"])
+    with pytest.raises(DataError) as error:
+        Vectors(tmp_path / "cache", "image")
+    assert str(error.value) == (
+        f"feature open_toy/cls: expected encoded items, got none; see: embedcache inspect {tmp_path}/cache"
+    )

@@ -1,0 +1,79 @@
+"""Opening an index that its card does not describe: damaged, being extended, exchanged, or of an early version."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedcache.errors import CorruptError, PathError, UnfinishedError
+from embedcache.search.card import FORMAT_VERSION, IN_MEMORY_FORMAT, open_row_index, read_card, verify_index
+from embedcache.search.faiss_index import make_index
+from embedcache.store.arrays import file_checksum
+
+
+@pytest.fixture
+def copy(labeled_index: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(labeled_index, tmp_path / "index"))
+
+
+def change_card(path: Path, **changes: Any) -> None:
+    record = {**json.loads((path / "card.json").read_text()), **changes}
+    record.pop("digest", None)
+    (path / "card.json").write_text(json.dumps(record))
+
+
+def write_longer(path: Path) -> dict[str, str]:
+    """Replace the index of 60 vectors by one of 61; return its checksum."""
+    index = make_index("Flat", 48)
+    index.add(np.arange(61), np.eye(61, 48, dtype=np.float32))
+    index.write(path / "index.faiss")
+    return {"index.faiss": file_checksum(path / "index.faiss")}
+
+
+def test_formats() -> None:
+    assert (IN_MEMORY_FORMAT, FORMAT_VERSION) == (3, 4)  # as on disk
+
+
+def test_index_that_is_being_extended_opens_once_it_is_written(copy: Path) -> None:
+    card, checksums = read_card(copy), write_longer(copy)
+    (copy / "building.json").write_text(json.dumps({"factory": "Flat"}))
+    with pytest.raises(UnfinishedError) as error:
+        open_row_index(copy, card)
+    assert str(error.value) == (
+        f"{copy} is being extended, or was when a process ended; run the same embedcache curate index again"
+    )
+    (copy / "building.json").write_text(json.dumps({"factory": "Flat", "checksums": checksums}))
+    assert len(open_row_index(copy, card)) == 61
+    (copy / "building.json").unlink()
+    for read in (open_row_index, verify_index):
+        with pytest.raises(CorruptError, match=r"index\.faiss: expected checksum \w+, got \w+"):
+            read(copy, card)
+
+
+def test_card_of_another_index_is_refused(copy: Path) -> None:
+    change_card(copy, checksums=write_longer(copy))
+    with pytest.raises(CorruptError) as error:
+        open_row_index(copy, read_card(copy))
+    assert str(error.value) == (
+        f"{copy}/index.faiss: expected 60 vectors of width 48, as its card states, got 61 of 48; remove {copy} and "
+        f"build it again: embedcache curate index CACHE {copy}"
+    )
+    change_card(copy, num_vectors=61, width=47)
+    with pytest.raises(CorruptError, match="expected 61 vectors of width 47, as its card states, got 61 of 48;"):
+        open_row_index(copy, read_card(copy))
+    change_card(copy, checksums={})
+    assert len(open_row_index(copy, read_card(copy))) == 61  # early versions have no checksums
+    verify_index(copy, read_card(copy))
+
+
+def test_missing_files_are_named(copy: Path) -> None:
+    card = read_card(copy)
+    (copy / "index.faiss").unlink()
+    with pytest.raises(PathError, match=rf"{copy}/index.faiss does not exist"):
+        open_row_index(copy, card)
+    (copy / "card.json").unlink()
+    with pytest.raises(PathError, match=f"make one with: embedcache curate index CACHE {copy}"):
+        read_card(copy)

@@ -1,0 +1,146 @@
+"""An index of rows by itself: sizes, defaults, latency, reading, and what it leaves of the process."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import faiss.contrib.exhaustive_search
+import numpy as np
+import pytest
+
+from embedcache.arrays import Floats, normalize
+from embedcache.errors import DiskFullError, PathError
+from embedcache.search import faiss_index
+from embedcache.search.faiss_index import RowIndex, exact_search, make_index, read_index
+
+VECTORS = normalize(np.random.default_rng(0).standard_normal((400, 16)))
+ROWS = 2 * np.arange(400) + 5
+
+
+def filled(factory: str, vectors_NP: Floats = VECTORS) -> RowIndex:
+    index = make_index(factory, 16, device="cpu")
+    if not index.is_trained:
+        index.train(vectors_NP)
+    index.add(ROWS[: len(vectors_NP)], vectors_NP)
+    return index
+
+
+def test_numbers_of_training_vectors() -> None:
+    for factory, expected in (
+        *(("Flat", 0), ("HNSW8", 0), ("SQ8", 20_000), ("PCA8,Flat", 20_000)),
+        *(("IVF400,Flat", 20_000), ("IVF401,SQ8", 20_050), ("IVF500,RaBitQ,Refine(SQ8)", 25_000)),
+    ):
+        assert make_index(factory, 16).num_training == expected
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,RaBitQ,Refine(SQ8)", "PCA16,IVF8,Flat"])
+def test_search_is_the_fastest_unless_told_otherwise(factory: str) -> None:
+    index = filled(factory)
+    fastest = {"nprobe": 1, "k_factor": 1}
+    rows = index.search(VECTORS[:100], 5, fastest)[1]
+    for parameters in (None, {}, {"efSearch": 9}):
+        np.testing.assert_array_equal(index.search(VECTORS[:100], 5, parameters)[1], rows)
+    thorough = [{**fastest, name: 2} for name in ("nprobe", *(["k_factor"] if index.is_refined else []))]
+    assert all((index.search(VECTORS[:100], 5, parameters)[1] != rows).any() for parameters in thorough)
+
+
+def test_graph_searches_with_the_effort_of_its_kind() -> None:
+    index = filled("HNSW2")
+    found = [index.search(VECTORS[:100], 5, parameters)[1] for parameters in (None, {"efSearch": 16}, {"efSearch": 1})]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] != found[2]).any()
+
+
+def test_empty_index_finds_and_reads_nothing() -> None:
+    index = make_index("Flat", 16)
+    assert index.read(np.array([0])) is None
+    scores, rows = index.search(VECTORS[:2], 3)
+    assert (scores.shape, rows.tolist()) == ((2, 3), [[-1] * 3] * 2)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8"])
+def test_vectors_are_read_in_the_order_asked_for(factory: str) -> None:
+    index = filled(factory)
+    rows = np.array([803, 5, 5, 7])
+    np.testing.assert_array_equal(index.read(rows), VECTORS[[399, 0, 0, 1]])
+    for missing in (3, 6, 804, 900):
+        assert index.read(np.array([5, missing])) is None
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "SQ8", "IVF4,SQ8", "IVF4,RaBitQ,Refine(SQ8)", "L2norm,IVF4,Flat"])
+def test_emptied_index_keeps_its_training(factory: str) -> None:
+    index = filled(factory)
+    parameters = {"nprobe": 4, "efSearch": 400}
+    expected = index.search(VECTORS[:20], 5, parameters)
+    emptied = index.emptied()
+    assert (len(emptied), emptied.rows.tolist(), emptied.is_trained) == (0, [], True)
+    emptied.add(ROWS, VECTORS)
+    assert emptied.rows.tolist() == ROWS.tolist()
+    for found, before in zip(emptied.search(VECTORS[:20], 5, parameters), expected, strict=True):
+        np.testing.assert_array_equal(found, before)
+
+
+def test_latency_is_the_median_of_single_queries_and_the_mean_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10, 10.001, 20, 20.006, 30, 30.002, 40, 40.03])
+    monkeypatch.setattr(faiss_index, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert filled("Flat").measure_latency_ms(VECTORS[:3], 2, {}) == pytest.approx((2, 10))
+
+
+def test_lists_are_merged_where_the_disk_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = filled("IVF4,SQ8")
+    part.write(tmp_path / "trained")
+    free = 400 * (16 + 8)  # a code of a byte per number, and an id
+    for number, room in enumerate((free - 1, free)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, room=room: SimpleNamespace(free=room))
+        empty = read_index(tmp_path / "trained").emptied()
+        path = tmp_path / f"lists-{number}"
+        if room < free:
+            with pytest.raises(DiskFullError, match=r"lists-0, which takes 9,600 bytes"):
+                empty.merge_on_disk([part], path)
+            assert not path.exists()
+        else:
+            merged = empty.merge_on_disk([part], path)
+            assert (len(merged), merged.rows.tolist(), path.stat().st_size) == (400, ROWS.tolist(), free)
+
+
+def test_standard_output_is_left_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    filled("IVF4,SQ8").write(tmp_path / "index")
+    before = [os.fstat(number).st_ino for number in (1, 2)]
+    assert before[0] != before[1]
+    with faiss_index._silence_stdout():
+        os.write(1, b"out\n")
+        os.write(2, b"error\n")
+    assert [os.fstat(number).st_ino for number in (1, 2)] == before
+    os.write(1, b"after\n")
+    assert tuple(capfd.readouterr()) == ("after\n", "error\n")
+
+
+def test_missing_index_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(PathError) as error:
+        read_index(tmp_path / "i" / "index.faiss")
+    assert str(error.value) == (
+        f"{tmp_path}/i/index.faiss does not exist; build an index with: embedcache curate index CACHE {tmp_path}/i"
+    )
+
+
+def test_exact_search_takes_a_gpu_for_as_many_neighbors_as_it_selects(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus: list[int] = []
+
+    def search(queries_QP: Floats, blocks: object, k: int, *, metric_type: int, ngpu: int) -> tuple[Floats, Floats]:
+        gpus.append(ngpu)
+        return knn(queries_QP, blocks, k, metric_type=metric_type, ngpu=0)
+
+    knn = faiss.contrib.exhaustive_search.knn_ground_truth
+    monkeypatch.setattr(faiss.contrib.exhaustive_search, "knn_ground_truth", search)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2, raising=False)
+    for k, device in ((2048, "auto"), (2049, "auto"), (1, "cpu")):
+        scores, rows = exact_search(VECTORS[:2], [(ROWS[:0], VECTORS[:0]), (ROWS, VECTORS)], k, device=device)
+        assert scores.shape == rows.shape == (2, min(k, 400))
+    assert gpus == [2, 0, 0]
+
+
+def test_equal_scores_are_ordered_by_row() -> None:
+    vectors = np.repeat(VECTORS[:1], 4, axis=0)
+    assert exact_search(vectors[:1], [(np.array([7, 3]), vectors[:2]), (np.array([9, 1]), vectors[2:])], 4)[
+        1
+    ].tolist() == [[1, 3, 7, 9]]

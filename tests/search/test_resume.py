@@ -1,0 +1,128 @@
+"""Checkpoints of a build, and what an interrupted one continues with."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from embedcache.search import building, index
+from embedcache.search.faiss_index import RowIndex
+from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
+from tests.recorded import RecordedProgress
+from tests.search.test_building import FEATURE, ON_DISK, Stop, bytes_of, files_of, write_cache
+
+Written = list[tuple[str, int]]
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Written:
+    """The files of indexes that are written, with their numbers of vectors."""
+    found: Written = []
+    write = RowIndex.write
+    monkeypatch.setattr(RowIndex, "write", lambda row_index, path: write_and_note(row_index, path))
+
+    def write_and_note(row_index: RowIndex, path: Path) -> None:
+        found.append((path.name, len(row_index)))
+        write(row_index, path)
+
+    return found
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_s", "times", "sizes"),
+    [
+        # of each chunk when it is added, and of each checkpoint its start and end
+        (60, [0, 60, (100, 109), 198, 199, (200, 201), 260, 261, (262, 263)], [64, 192, 300]),
+        (60, [0, 59, 60, (61, 66), 125, 126, (126, 127), 186], [128, 256]),
+        (0, [0, 1, (2, 9), 9, (9, 9), 9, (9, 9), 9, (9, 9), 9, (9, 9)], [64, 128, 192, 256, 300]),
+    ],
+)
+def test_checkpoints_are_rarer_where_writing_takes_long(
+    cache_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    written: Written,
+    checkpoint_s: float,
+    times: list[Any],
+    sizes: list[int],
+) -> None:
+    clock = iter([moment for time in times for moment in (time if isinstance(time, tuple) else (time,))])
+    monkeypatch.setattr(building, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    build_index(cache_path, tmp_path, IndexSettings(factory="Flat", checkpoint_s=checkpoint_s, **FEATURE))
+    assert written == [*(("index.partial.faiss", size) for size in sizes), ("index.faiss", 300)]
+    assert next(clock, None) is None
+
+
+def test_interrupted_build_of_a_cache_that_has_grown(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path, 40)
+    settings = IndexSettings(factory="Flat", checkpoint_s=0, **FEATURE)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(cache, tmp_path / "index", settings, progress=Stop())
+    write_cache(tmp_path, 70)
+    progress = RecordedProgress()
+    assert build_index(cache, tmp_path / "index", settings, progress=progress).num_vectors == 70
+    assert progress.started[0] == ("indexing as Flat", 38, "images")  # two chunks of 16 were there
+    build_index(cache, tmp_path / "anew", settings)
+    assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "anew")
+
+
+def test_growing_trains_nothing(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path, 40)
+    for factory in ("IVF4,SQ8", "on disk"):
+        settings = IndexSettings(**(ON_DISK if factory == "on disk" else {**FEATURE, "factory": factory}))
+        progress = RecordedProgress()
+        build_index(cache, tmp_path / factory, settings, progress=progress)
+        assert progress.notes == [f"training {settings.factory}"]
+    write_cache(tmp_path, 70)
+    for factory, title in (("IVF4,SQ8", "indexing as IVF4,SQ8"), ("on disk", "indexing on disk")):
+        progress = RecordedProgress()
+        build_index(cache, tmp_path / factory, IndexSettings(**FEATURE), progress=progress)
+        assert progress.notes == []
+        assert progress.started[0] == (title, 30, "images")
+
+
+def test_parts_on_disk_are_kept(
+    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: Written
+) -> None:
+    monkeypatch.setattr(building, "PART_BYTES", 128 * 96)  # exactly two chunks
+    build_index(cache_path, tmp_path / "whole", IndexSettings(**ON_DISK))
+    parts = [(f"index.part-{first:012d}.faiss", min(128, 300 - first)) for first in (0, 128, 256)]
+    assert written == [("index.partial.faiss", 0), *parts, ("index.faiss", 300)]
+    with pytest.raises(KeyboardInterrupt):
+        build_index(cache_path, tmp_path / "index", IndexSettings(**ON_DISK), progress=Stop())
+    progress = RecordedProgress()
+    written.clear()
+    build_index(cache_path, tmp_path / "index", IndexSettings(**ON_DISK), progress=progress)
+    assert written == [*parts[1:], ("index.faiss", 300)]
+    assert progress.started[0] == ("indexing on disk", 172, "images")
+    assert files_of(tmp_path / "index") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("settings", "added"),
+    [(ON_DISK, []), ({**FEATURE, "factory": "Flat"}, [0]), ({**FEATURE, "factory": "IVF4,SQ8"}, [300])],
+    ids=["on disk", "exact", "trained"],
+)
+def test_index_without_a_card_is_not_trained_again(
+    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], added: list[int]
+) -> None:
+    """Check a build that ends before its last file: all it had is there, or its last checkpoint, here the training."""
+
+    def stop(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    write_card = index.write_card
+    monkeypatch.setattr(index, "write_card", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(cache_path, tmp_path, IndexSettings(**settings))
+    monkeypatch.setattr(index, "write_card", write_card)
+    before = files_of(tmp_path)
+    progress = RecordedProgress()
+    card = build_index(cache_path, tmp_path, IndexSettings(**settings), progress=progress)
+    assert card.num_vectors == 300
+    after = files_of(tmp_path)
+    assert {name: before[name] for name in after} == after
+    assert progress.notes == []
+    assert [total for title, total, _ in progress.started if "indexing" in title] == added
