@@ -165,9 +165,9 @@ class CoverageCounter:
         """Count a chunk."""
         partial = self.empty()
         partial.num_items = self.count_items(rows_B)
-        num_concepts = len(self.lower_C)
-        num_tiles = max(1, -(-len(rows_B) // max(_MIN_TILE_ROWS, _TILE // num_concepts)))
-        size = max(1, -(-len(rows_B) // num_tiles))  # tiles of about equal size
+        num_rows, num_concepts = max(1, len(rows_B)), len(self.lower_C)
+        num_tiles = -(-num_rows // max(_MIN_TILE_ROWS, _TILE // num_concepts))
+        size = -(-num_rows // num_tiles)  # tiles of about equal size
         sims, mask = _scratch_arrays(size, num_concepts)
         for tile in blocks(len(rows_B), size):
             sims_BC, mask_BC = sims[: tile.stop - tile.start], mask[: tile.stop - tile.start]
@@ -343,5 +343,9 @@ def _exact_cosines(pool: Vectors, concepts_BP: Floats, rows_BK: Ints) -> Floats:
 
 def _more_thorough(parameters: Mapping[str, int], k: int) -> dict[str, int]:
     """Return parameters for many results: they were tuned for the 10 nearest, and matches are in more lists."""
-    factors = {"nprobe": _MORE_LISTS * -(-k // _FIRST_K), "efSearch": -(-2 * k // parameters.get("efSearch", 1))}
-    return {name: value * max(1, factors.get(name, 1)) for name, value in parameters.items()}
+    more = dict(parameters)
+    if "nprobe" in more:
+        more["nprobe"] *= _MORE_LISTS * -(-k // _FIRST_K)
+    if "efSearch" in more:
+        more["efSearch"] *= -(-2 * k // more["efSearch"])  # the next multiple from 2 k on
+    return more

@@ -242,8 +242,8 @@ def _vote(cache: Cache, copies: Copies, near_CK: Array, label: str) -> LabelVote
     _, first = np.unique(copies.content_ids, return_index=True)
     label_C = own_S[copies.samples[first]]
     num_items, k = len(copies.content_ids), near_CK.shape[1]
-    suggested_N, margins_N = np.full(num_items, -1, np.int64), np.full(num_items, np.nan, np.float32)
-    for block in blocks(num_items, max(1, _COMPARISONS // k**2)):
+    suggested_N, margins_N = np.empty(num_items, np.int64), np.empty(num_items, np.float32)
+    for block in blocks(num_items, _COMPARISONS // k**2):  # k is at most 1,000
         near_BK = near_CK[copies.content_ids[block]]
         label_BK = np.where(near_BK < 0, -1, label_C[near_BK])
         suggested_N[block], margins_N[block] = compare_labels(own_S[copies.samples[block]], label_BK)

@@ -35,11 +35,10 @@ _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class LinearHead:
-    """A score `vector @ weights + bias`; `num_layers` were multiplied into one."""
+    """A score `vector @ weights + bias`."""
 
     weights_P: Array  # float64
     bias: float = 0.0
-    num_layers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +258,7 @@ def read_head(path: Path, width: int, *, fold_layers: bool = False) -> LinearHea
         weights_UP, bias_U = weight_TU @ weights_UP, weight_TU @ bias_U + bias_T
     if weights_UP.shape != (1, width):
         raise DataError(f"{path}: expected a head of shape (1, {width:,}) for these vectors, got {weights_UP.shape}")
-    return _checked(path, LinearHead(weights_P=weights_UP[0], bias=float(bias_U[0]), num_layers=len(layers)))
+    return _checked(path, LinearHead(weights_P=weights_UP[0], bias=float(bias_U[0])))
 
 
 def _from_array(path: Path, width: int) -> LinearHead:
@@ -267,11 +266,11 @@ def _from_array(path: Path, width: int) -> LinearHead:
         values = np.asarray(np.load(path, allow_pickle=False), np.float64)
     except (ValueError, EOFError, OSError, TypeError) as error:
         raise CorruptError(f"{path}: expected a .npy file of numbers, got an error: {one_line(error)}") from error
-    if values.size not in (width, width + 1) or max(values.shape, default=0) != values.size:
+    if values.size not in (width, width + 1) or values.squeeze().ndim > 1:
         raise DataError(
             f"{path}: expected {width:,} weights, or {width + 1:,} with the bias last, got shape {values.shape}"
         )
-    values = values.reshape(-1)
+    values = values.ravel()
     return _checked(path, LinearHead(weights_P=values[:width], bias=float(values[width:].sum())))
 
 

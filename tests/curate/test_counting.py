@@ -2,7 +2,9 @@ import copy
 import tracemalloc
 from collections.abc import Sequence
 from functools import reduce
+from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,10 @@ from hypothesis import strategies as st
 from embedcache.arrays import Array, normalize
 from embedcache.curate import counting
 from embedcache.curate.counting import QUANTILES, CoverageCounter, PartialCoverage, TopItems, estimate_background
+from embedcache.curate.coverage import measure_coverage
+from embedcache.search.faiss_index import RowIndex, make_index
+from tests.curate.test_near_duplicates import write_vectors
+from tests.recorded import RecordedProgress
 
 
 def small(rng: np.random.Generator, *shape: int) -> Array:
@@ -69,6 +75,7 @@ def test_counter_equals_brute_force(problem: dict[str, Array]) -> None:
     sims = problem["vectors"] @ problem["concepts"].T
     above, selected = sims > thresholds, problem["selected"][rows]
     top = np.where(above, sims, -np.inf).argmax(axis=1)
+    assert (partial.num_items.shape, partial.counts.shape) == ((2,), (2, len(thresholds)))
     for group, chosen in enumerate((np.ones(len(rows), bool), selected)):
         covered = above.any(axis=1) & chosen
         assigned = np.bincount(top[covered], minlength=len(thresholds))
@@ -99,6 +106,57 @@ def test_tile_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         partial = work.process(rows, vectors)
         found += [partial.counts, partial.assigned, partial.shared, *partial.top.table()]
     assert all(np.array_equal(one, other) for one, other in zip(whole, tiled, strict=True))
+
+
+def test_tiles_are_of_about_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, int]] = []
+    make = counting._scratch_arrays
+    monkeypatch.setattr(counting, "_scratch_arrays", lambda *shape: shapes.append(shape) or make(*shape))
+    work = CoverageCounter(
+        np.eye(3, dtype=np.float32),
+        thresholds_C=np.zeros(3, np.float32),
+        floors_C=np.zeros(3, np.float32),
+        nearest_CJ=np.zeros((3, 1), int),
+        k=1,
+    )
+    for tile, num_rows in ((12, 1), (12, 64), (12, 65), (12, 130), (300, 100), (300, 130)):
+        monkeypatch.setattr(counting, "_TILE", tile)
+        work.process(np.arange(num_rows), np.ones((num_rows, 3), np.float32))
+    assert shapes == [(1, 3), (64, 3), (33, 3), (44, 3), (100, 3), (65, 3)]
+
+
+def test_scratch_arrays_are_kept() -> None:
+    counting._SCRATCH.__dict__.clear()
+    sims, mask = counting._scratch_arrays(4, 3)
+    assert (sims.shape, mask.shape, sims.dtype, mask.dtype) == ((4, 3), (4, 3), np.float32, bool)
+    assert counting._scratch_arrays(4, 3)[0] is counting._scratch_arrays(2, 3)[0] is sims
+    assert counting._scratch_arrays(5, 3)[0].shape == (5, 3)
+    assert counting._scratch_arrays(4, 2)[0].shape == (4, 2)
+
+
+def test_items_at_a_floor_are_candidates_and_those_at_a_threshold_do_not_count() -> None:
+    work = CoverageCounter(
+        np.eye(2, dtype=np.float32),
+        thresholds_C=np.array([1, 2], np.float32),
+        floors_C=np.ones(2, np.float32),
+        nearest_CJ=np.array([[1], [0]]),
+        k=2,
+    )
+    partial = work.process(np.arange(3), np.array([[1, 0], [2, 1], [0, 3]], np.float32))
+    assert partial.counts.tolist() == partial.assigned.tolist() == [[1, 1]]
+    assert [array.tolist() for array in partial.top.table()] == [[[2, 1], [3, 1]], [[1, 0], [2, 1]]]
+
+
+def test_sizes_are_as_documented() -> None:
+    documented = (measure_coverage, estimate_background, counting.count_indexed)
+    text = " ".join(" ".join(str(function.__doc__) for function in documented).split())
+    for words in (
+        f"thresholds come from {counting.SAMPLE:,} items drawn at random",
+        f"a tile of {4 * counting._TILE // 10**6} MB of similarities",
+        f"the similarities of {counting._CONCEPTS_PER_BLOCK} concepts",
+        f"the vectors of {counting._ITEMS_PER_BLOCK:,} items",
+    ):
+        assert words in text
 
 
 def test_merge_of_copied_read_only_parts() -> None:
@@ -132,6 +190,17 @@ def test_top_items_ignore_order(candidates: list[tuple[int, int, int]]) -> None:
         there = rows[concept] >= 0
         assert list(zip(-scores[concept][there], rows[concept][there], strict=True)) == expected
     assert np.array_equal(rows, merged.table()[1])
+
+
+def test_top_items_hold_few_candidates() -> None:
+    """Check that more than twice what is asked for is cut to that."""
+    top, sizes = TopItems(3, 2), []
+    assert [array.tolist() for array in top.table()] == [[[-np.inf] * 2] * 3, [[-1] * 2] * 3]
+    for row in range(14):
+        top.add(np.array([row % 3]), np.array([row], np.float32), np.array([row]))
+        sizes.append(sum(len(part[0]) for part in top._parts))
+    assert sizes == [*range(1, 13), 6, 7]
+    assert top.table()[1].tolist() == [[12, 9], [13, 10], [11, 8]]
 
 
 def test_memory_is_bounded() -> None:
@@ -178,3 +247,50 @@ def test_threshold_is_robust_to_matches() -> None:
     passed = (sims[2000:] > threshold).mean()
     assert passed < 4 * NormalDist().cdf(-4)
     assert (sims[:2000] > threshold).mean() > 0.99
+
+
+def test_search_continues_while_there_are_more_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the results of an index against a pass over all items, and the searches for 30, 6 and 2 matches."""
+    kinds = np.array([0, 1, *[0] * 29, *[1] * 5, 2, 2])
+    vectors = np.eye(3, dtype=np.float32)[kinds]
+    pool, concepts = write_vectors(tmp_path / "cache", vectors), np.eye(3, dtype=np.float32)
+    work = CoverageCounter(
+        concepts,
+        thresholds_C=np.array([2, 0.5, 0.5], np.float32),
+        floors_C=np.ones(3, np.float32),
+        nearest_CJ=np.array([[1], [2], [0]]),
+        k=3,
+        is_selected_N=np.arange(38) % 2 == 0,
+    )
+    index, searches, progress = make_index("Flat", 3), [], RecordedProgress()
+    index.add(np.arange(38), vectors)
+    search = RowIndex.search
+
+    def recorded(self: RowIndex, queries: Array, k: int, *rest: Any) -> tuple[Array, Array]:
+        searches.append((len(queries), k))
+        return search(self, queries, k, *rest)
+
+    monkeypatch.setattr(RowIndex, "search", recorded)
+    monkeypatch.setattr(counting, "_FIRST_K", 4)
+    monkeypatch.setattr(counting, "_ITEMS_PER_BLOCK", 8)
+    found = counting.count_indexed(pool, work, concepts, index, {}, progress)
+    exact = work.process(np.arange(38), vectors)
+    for name in ("num_items", "num_covered", "counts", "assigned", "shared"):
+        assert np.array_equal(getattr(found, name), getattr(exact, name)), name
+    assert found.counts.tolist() == [[0, 6, 2], [0, 2, 1]]
+    assert [array.tolist() for array in found.top.table()] == [array.tolist() for array in exact.top.table()]
+    assert searches == [(2, 4), (1, 4), (1, 8), (1, 8), (1, 16), (1, 16), (1, 32), (1, 38)]
+    assert progress.started == [("searching", 3, "concepts")]
+    assert sum(progress.advances) == 3
+
+
+def test_searches_for_many_results_are_more_thorough() -> None:
+    for tuned, k, expected in (
+        ({"nprobe": 3}, 256, {"nprobe": 12}),
+        ({"nprobe": 3, "k_factor": 2}, 257, {"nprobe": 24, "k_factor": 2}),
+        ({"efSearch": 16}, 8, {"efSearch": 16}),
+        ({"efSearch": 16}, 9, {"efSearch": 32}),
+        ({"efSearch": 16}, 17, {"efSearch": 48}),
+        ({}, 300, {}),
+    ):
+        assert counting._more_thorough(tuned, k) == expected

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from embedcache.arrays import normalize
-from embedcache.curate import near_duplicates
+from embedcache.arrays import Floats, Ints, normalize
+from embedcache.curate import near_duplicates, outliers
 from embedcache.curate.near_duplicates import find_neighbors
 from embedcache.curate.outliers import MARGIN, PAIR_COSINE, TYPICALITY, compare_labels, find_outliers
 from embedcache.curate.select.select import select
@@ -24,6 +25,7 @@ from embedcache.errors import DataError, PathError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.neighbors import top_k
+from embedcache.projectors.saved import load_pair
 from embedcache.reports.scores import outlier_line, outlier_notes, threshold_table, write_outlier_page
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -33,6 +35,7 @@ from tests.toy import IMAGE, TEXT
 
 NUM = 240
 NOISE, COPY, FAILED, SWAPPED, RELABELED = (11, 47, 90), {60: 11}, 75, {20: 33, 33: 20}, (40, 105)
+UNLABELED = 150
 
 
 @given(st.integers(2, 60), st.integers(1, 7), st.integers(1, 9), st.integers(0, 999))
@@ -88,6 +91,8 @@ def test_labels_of_neighbors() -> None:
     suggested, margins = compare_labels(own, near)
     assert suggested.tolist() == [1, 1, 2, 1, -1]  # of two equally frequent ones that of the nearest
     np.testing.assert_array_equal(margins, np.array([0.5, -0.5, -1, np.nan, np.nan], np.float32))
+    suggested, margins = compare_labels(np.array([0, 1]), np.array([[0, 0, -1], [0, -1, 1]]))
+    assert (suggested.tolist(), margins.tolist()) == ([-1, 0], [1, 0])
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +111,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, other in SWAPPED.items():
         (source / f"{number:05d}.txt").write_text(captions[other])
     for number, caption in enumerate(captions):
+        if number == UNLABELED:
+            continue
         label = "green and white" if number in RELABELED else colors_of(caption)
         (source / f"{number:05d}.json").write_text(json.dumps({"label": label}))
     extract(
@@ -180,6 +187,65 @@ def test_report_holds_what_was_compared(planted: Path) -> None:
     assert found == pytest.approx(sorted(cosines.values(), reverse=True)[:3], abs=1e-5)
 
 
+def test_labels_are_compared_with_those_of_the_nearest(planted: Path, tmp_path: Path) -> None:
+    """Check the margin and the suggestion of each sample against counted labels."""
+    report = find_outliers(planted, tmp_path / "odd.parquet", OutlierSettings(k=5, label_neighbors=3))
+    labels, votes = Cache(planted).column("label").to_pylist(), report.votes
+    assert votes is not None
+    margins, suggested = np.full(NUM, np.nan), [None] * NUM
+    for row in set(range(NUM)) - {FAILED}:
+        near = [labels[other] for other in report.neighbors_of(row)[:3] if labels[other] is not None]
+        others = Counter(label for label in near if label != labels[row])  # most_common keeps the order of equal ones
+        suggested[row], most = others.most_common(1)[0] if others else (None, 0)
+        if row != UNLABELED:
+            margins[row] = (near.count(labels[row]) - most) / len(near)
+    np.testing.assert_allclose(votes.margins_S, margins, atol=1e-6)
+    assert [report.suggested(row) for row in range(NUM)] == suggested
+    assert (votes.own_S[UNLABELED], votes.suggested_S[FAILED]) == (-1, -1)
+    table = pq.read_table(tmp_path / "odd.parquet").to_pydict()
+    assert table["suggested_label"] == suggested
+    expected_rows = np.where(np.arange(NUM) == FAILED, -1, np.arange(NUM))
+    assert report.rows_S.tolist() == expected_rows.tolist()
+    lowest = report.to_json()["lowest"]
+    assert [entry["suggested_label"] for entry in lowest[MARGIN]] == [
+        suggested[entry["row"]] for entry in lowest[MARGIN]
+    ]
+    assert set(lowest[TYPICALITY][0]) == {"row", "key", "typicality"}
+
+
+def test_many_labels_are_compared_block_by_block(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that as many items are compared at a time as have 4 million pairs of labels."""
+    sizes = []
+
+    def compare(own: Ints, near: Ints) -> tuple[Ints, Floats]:
+        sizes.append(near.shape)
+        return compare_labels(own, near)
+
+    monkeypatch.setattr(outliers, "compare_labels", compare)
+    report = find_outliers(planted, settings=OutlierSettings(k=1000, label_neighbors=1000))
+    assert report.to_json()["k"] == NUM - 3  # all others that differ
+    assert sizes == [(74, 237)] * 3 + [(17, 237)]
+
+
+def test_recall_of_neighbors_is_recorded(planted: Path) -> None:
+    report = find_outliers(planted, all_pairs=False, k=3)
+    assert report.neighbors.recall is not None
+    assert report.to_json()["recall"] == report.neighbors.recall.to_json()
+
+
+def test_two_images_are_as_typical_as_they_are_similar(run_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    for name in ("red", "blue"):
+        Image.new("RGB", (8, 8), name).save(tmp_path / "two" / f"{name}.png")
+    extract(open_source(tmp_path / "two"), tmp_path / "cache", image_encoder=[IMAGE])
+    report = find_outliers(tmp_path / "cache")
+    blue, red = normalize(Cache(tmp_path / "cache").feature("image").load())
+    np.testing.assert_allclose(report.typicality_S, [blue @ red] * 2, atol=1e-6)
+    record = report.to_json()
+    assert (record["k"], record["num_likely_mislabels"], list(record["lowest"])) == (1, None, [TYPICALITY])
+    assert find_outliers(tmp_path / "cache", run=run_path).pair_cosines_S is None  # there are no captions
+
+
 def test_typicality_of_captions(planted: Path) -> None:
     report = find_outliers(planted, settings=OutlierSettings(modality="text", k=2))
     values = Cache(planted).feature("text").load()
@@ -206,6 +272,9 @@ def test_swapped_captions(planted: Path, cache_path: Path, run_path: Path, tmp_p
     """Check by a run that was trained on other pairs."""
     report = find_outliers(planted, tmp_path / "odd.parquet", OutlierSettings(run=run_path))
     assert report.pair_cosines_S is not None
+    record = report.to_json()
+    assert (record["scores"], record["run"]) == (str(tmp_path / "odd.parquet"), str(run_path))
+    assert record["run_weights"] == load_pair(run_path)[1].weights_digest
     lowest = report.lowest(PAIR_COSINE, len(SWAPPED) + len(NOISE) + len(COPY))
     assert set(SWAPPED) <= set(lowest.tolist())
     assert np.isnan(report.pair_cosines_S[FAILED])

@@ -8,6 +8,8 @@ import pytest
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.curate.settings import (
     CoverageSettings,
+    DedupSettings,
+    LeakSettings,
     NegativesSettings,
     ScoreSettings,
 )
@@ -67,6 +69,12 @@ def test_numbers_are_declared_as_documented() -> None:
     }
 
 
+def test_limits_and_features_of_leaks_are_by_modality() -> None:
+    settings = LeakSettings(image_cosine=0.9, text_cosine=0.8, image_feature="i", text_feature="t")
+    assert [settings.cosine(name) for name in ("image", "text")] == [0.9, 0.8]
+    assert [settings.feature(name) for name in ("image", "text")] == ["i", "t"]
+
+
 RUN, HEAD = Path("run"), Path("head.npy")
 
 
@@ -87,6 +95,8 @@ RUN, HEAD = Path("run"), Path("head.npy")
             {"modality": "text", "language": "en", "index": "i"},
             "got an index, which finds",
         ),
+        (DedupSettings, {"copies_only": True}, {"copies_only": True, "cosine": 0.9}, "expected --cosine or --copies"),
+        (DedupSettings, {"cosine": 0.9}, {"copies_only": True, "cosine": 1.0}, "got both"),
         (
             NegativesSettings,
             {"range_min": 10, "range_max": 13},

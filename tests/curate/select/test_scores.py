@@ -20,8 +20,13 @@ from embedcache.curate.settings import ScoreSettings
 from embedcache.dataset.scores import read_scores
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, SettingError
+from embedcache.extract.extract import extract
+from embedcache.projectors.saved import load_pair
 from embedcache.reports.scores import write_score_page
+from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from tests.images import write_images
+from tests.toy import IMAGE
 
 FEATURE, WIDTH = "open_toy/cls", 48
 
@@ -65,6 +70,14 @@ def test_texts_through_a_run(around: dict[str, Path], tmp_path: Path) -> None:
     less = scored(around["cache"], tmp_path / "b.parquet", **options, negative=("blue bar top on black",))
     only = scored(around["cache"], tmp_path / "c.parquet", run=around["run"], prompts=("blue bar top on black",))
     np.testing.assert_allclose(less, found - only, atol=1e-6)
+    record = json.loads(pq.read_table(tmp_path / "b.parquet").schema.metadata[b"embedcache"])
+    assert {name: record[name] for name in ("prompts", "negative", "normalized", "run", "run_weights")} == {
+        "prompts": list(options["prompts"]),
+        "negative": ["blue bar top on black"],
+        "normalized": True,
+        "run": str(around["run"]),
+        "run_weights": load_pair(around["run"])[1].weights_digest,
+    }
 
 
 def test_captions_are_scored_by_their_own_encoder(cache_path: Path, tmp_path: Path) -> None:
@@ -79,6 +92,22 @@ def test_captions_are_scored_by_their_own_encoder(cache_path: Path, tmp_path: Pa
 def test_best_item_of_a_sample() -> None:
     samples, values = np.array([0, 0, 2, 2, 2]), np.array([1, 2, 5, 7, 7], np.float32)
     assert best_per_sample(4, samples, values).tolist() == [1, -1, 3, -1]
+
+
+def test_samples_without_an_item_have_no_score(tmp_path: Path, weights: Path) -> None:
+    source = write_images(tmp_path / "source", 3)
+    (source / "00001.png").write_bytes(b"not an image")
+    extract(open_source(source), tmp_path / "cache", image_encoder=[IMAGE])
+    report = score(tmp_path / "cache", tmp_path / "a.parquet", weights=weights)
+    assert report.rows_S.tolist() == [0, -1, 2]
+    assert np.isnan(report.scores_S).tolist() == [False, True, False]
+    low, high = sorted(report.scores_S[[0, 2]].tolist())
+    assert report.line() == (
+        f"{tmp_path / 'a.parquet'}: score of 2 of 3 samples, from {low:.4g} to {high:.4g}, "
+        f"half of them above {(low + high) / 2:.4g}"
+    )
+    assert (report.to_json()["num_samples"], report.to_json()["num_scored"]) == (3, 2)
+    assert (report.to_json()["run"], report.to_json()["run_weights"]) == (None, None)
 
 
 def layers(*shapes: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -114,6 +143,15 @@ def test_heads_of_torch(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, values[:, 0].numpy(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (7, 1)])
+def test_heads_of_numpy(shape: tuple[int, ...], tmp_path: Path) -> None:
+    np.save(tmp_path / "head.npy", np.arange(7).reshape(shape))
+    head = read_head(tmp_path / "head.npy", 6)
+    assert (head.weights_P.tolist(), head.bias) == ([0, 1, 2, 3, 4, 5], 6)
+    head = read_head(tmp_path / "head.npy", 7)
+    assert (head.weights_P.tolist(), head.bias) == ([0, 1, 2, 3, 4, 5, 6], 0)
+
+
 class Opened:
     """What a pickle would run."""
 
@@ -130,11 +168,13 @@ def test_wrong_heads_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     save_file({"weight": torch.full((1, 6), torch.nan)}, "nan.safetensors")
     Path("text.npy").write_text("1, 2, 3")
     np.save("wide.npy", np.ones(9))
+    np.save("square.npy", np.ones((2, 3)))
     torch.save({"weight": Opened()}, "code.pth")
     for name, error, words in [
         ("none.npy", PathError, "which does not exist"),
         ("text.npy", CorruptError, "expected a .npy file of numbers"),
         ("wide.npy", DataError, r"expected 6 weights, or 7 with the bias last, got shape \(9,\)"),
+        ("square.npy", DataError, r"expected 6 weights, or 7 with the bias last, got shape \(2, 3\)"),
         ("named.safetensors", DataError, r"expected tensors weight \(1, P\) and bias \(1,\), got a \(2,\)"),
         ("two.safetensors", DataError, r"expected a head of shape \(1, 6\) for these vectors, got \(2, 6\)"),
         ("apart.safetensors", DataError, r"expected a layer of 3 inputs .* got a weight of shape \(1, 4\)"),
@@ -145,6 +185,8 @@ def test_wrong_heads_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(error, match=words):
             read_head(Path(name), 6, fold_layers=True)
     assert not Path("opened").exists()
+    with pytest.raises(DataError, match="expected one layer, got 2"):
+        read_head(Path("apart.safetensors"), 6)
 
 
 def test_wrong_settings_raise(cache_path: Path, run_path: Path, tmp_path: Path, weights: Path) -> None:
