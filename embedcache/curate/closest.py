@@ -68,7 +68,7 @@ def find_closest_items(sets: ItemSets, cosine: float, settings: LeakSettings, pr
     drawn = np.random.default_rng(settings.seed).permutation(np.flatnonzero(~sets.is_copy))[:_NUM_PROBES]
     is_probe = np.isin(np.arange(count), drawn)
     products, parts = products_on(settings.device), []
-    for block in blocks(count, max(1, _TEST_BYTES // (4 * width))):
+    for block in blocks(count, _TEST_BYTES // (4 * width)):
         vectors_QP = _read(sets.test, sets.test_rows[block])
         if is_exact:
             parts.append(_compare_all(sets, vectors_QP, products, progress))
@@ -130,7 +130,7 @@ def _compare_clusters(sets: ItemSets, clusters: "_Clusters", progress: Progress)
     progress.start(what, sets.num_train, noun(sets.test.modality))
     sims_C = np.full(sets.num_train, -np.inf, np.float32)
     num_before = 0
-    for batch_BP in _batches(sets.train, max(1, _BATCH_BYTES // (4 * sets.train.width))):
+    for batch_BP in _batches(sets.train, _BATCH_BYTES // (4 * sets.train.width)):
         sims_C[num_before : num_before + len(batch_BP)] = clusters.compare(batch_BP, num_before)
         num_before += len(batch_BP)
         progress.advance(len(batch_BP))

@@ -81,7 +81,7 @@ class IndexMap:
         rows: rows of the items, ascending: (N,) int64.
         points: positions from 0 to 1: (N, 2) float32.
         clusters_N: number of each item's cluster: (N,) int64.
-        clusters: the clusters, largest first.
+        clusters: the clusters, at most 48, largest first.
         projection: `umap` or `pca`.
         seed: random seed.
     """
@@ -106,7 +106,7 @@ def build_map(
 ) -> IndexMap:
     """Compute the map of an index, and write it into the index's folder as `map.parquet`.
 
-    Memory: 10,000 vectors as float32, a block of vectors, and 32 bytes per item of the map.
+    Memory: 10,000 vectors as float32, a block of 4,096 vectors, and 32 bytes per item of the map.
 
     Args:
         index: index built by `build_index`.
@@ -315,10 +315,9 @@ def project_to_plane(vectors_NP: Floats, projection: Literal["umap", "pca"], *, 
 
 
 def _to_unit_square(points_N2: Floats) -> Floats:
-    low, high = points_N2.min(axis=0), points_N2.max(axis=0)
-    scale = np.where(high > low, high - low, 1)
-    unit_N2 = np.where(high > low, (points_N2 - low) / scale, 0.5)
-    return np.clip(unit_N2, 0, 1).astype(np.float32)
+    low, span = points_N2.min(axis=0), np.ptp(points_N2, axis=0)
+    middle_N2 = np.full(points_N2.shape, 0.5, np.float32)
+    return np.divide(points_N2 - low, span, out=middle_N2, where=span > 0)
 
 
 def _nearest_names(concepts: Concepts, centroids_CP: Floats) -> list[str]:
@@ -334,7 +333,7 @@ def name_clusters(hits: Sequence[Sequence[Hit]]) -> list[str]:
     """
     counts = [Counter(word for hit in cluster for word in _words(hit)) for cluster in hits]
     fractions = [
-        {word: number / max(1, len(cluster)) for word, number in counted.items()}
+        {word: number / len(cluster) for word, number in counted.items()}
         for counted, cluster in zip(counts, hits, strict=True)
     ]
     mean: Counter[str] = Counter()

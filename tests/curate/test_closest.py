@@ -13,6 +13,7 @@ from embedcache.curate.settings import LeakSettings
 from embedcache.dataset import clusters
 from embedcache.progress import NullProgress
 from tests.curate.test_near_duplicates import made_vectors, write_vectors
+from tests.recorded import RecordedProgress
 
 LIMIT = 0.9
 CLUSTERS = LeakSettings(all_pairs=False)
@@ -112,3 +113,55 @@ def test_batches_and_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert blocked.num_clusters == 13 + 13 + 6
     if blocked.complete == whole.complete == 1:
         assert [items.tolist() for items in near(blocked)] == [items.tolist() for items in near(whole)]
+
+
+def test_sizes_are_as_documented() -> None:
+    text = " ".join(str(find_closest_items.__doc__).split())
+    for words in (
+        f"{closest._NUM_PROBES:,} C for the recall",
+        f"at most {closest._TEST_BYTES // 2**20} MiB of test vectors",
+        f"twice {closest._BATCH_BYTES // 2**20} MiB",
+    ):
+        assert words in text
+
+
+def test_progress_of_all_pairs_and_of_clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the totals, the batches of whole chunks of 256, and the durations that are announced."""
+    sets, announced = made_sets(600, 90, 7, tmp_path), []
+    monkeypatch.setattr(closest, "note_duration", lambda _, *what, **__: announced.append(what))
+    find_closest_items(sets, LIMIT, LeakSettings(all_pairs=True), (progress := RecordedProgress()))
+    assert progress.started == [("comparing images", 600 * 90, "pairs")]
+    assert progress.advances == [256 * 90, 256 * 90, 88 * 90]
+    assert announced == [("comparing images", 600 * 90, 16)]
+
+    what = "comparing images within 19 clusters"
+    for size, batches in ((256, [256, 256, 88]), (257, [512, 88])):
+        monkeypatch.setattr(closest, "_BATCH_BYTES", 4 * 16 * size)
+        find_closest_items(sets, LIMIT, CLUSTERS, (progress := RecordedProgress()))
+        assert progress.started[-1] == (what, 600, "images")
+        assert progress.advances[-len(batches) :] == batches
+        assert progress.counts[what] == 600
+    monkeypatch.setattr(clusters, "MAX_VISITS", 0)
+    find_closest_items(sets, LIMIT, CLUSTERS, NullProgress())
+    num_probes = int((~sets.is_copy).sum())
+    compared = 19 + num_probes + 90 / 19  # centroids, items drawn for the recall, and those of one cluster
+    assert announced[-1] == (what, pytest.approx(600 * compared), 16)
+    assert 600 * compared < announced[-2][1] <= 600 * (compared + 16 * 90 / 19)
+
+
+def test_the_first_of_equal_training_items_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closest, "_BATCH_BYTES", 4 * 16 * 100)
+    vectors = made_vectors(160, 2, width=16)
+    train = write_vectors(tmp_path / "train", np.tile(vectors[60:], (3, 1)), chunk_size=100).feature
+    test = write_vectors(tmp_path / "test", vectors[:60]).feature
+    sets = ItemSets(train=train, test=test, num_train=300, test_rows=np.arange(60), is_copy=np.zeros(60, bool))
+    for leaks in (CLUSTERS, LeakSettings(all_pairs=True)):
+        found = find(sets, leaks)
+        assert found.closest.rows.max() < 100
+
+
+def test_items_without_a_training_item_in_their_cluster(tmp_path: Path) -> None:
+    found = find(made_sets(1, 60, 4, tmp_path))
+    is_compared = np.isfinite(found.closest.sims)
+    assert 0 < is_compared.sum() < 60
+    assert found.closest.rows.tolist() == np.where(is_compared, 0, -1).tolist()

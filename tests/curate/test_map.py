@@ -4,18 +4,33 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from embedcache.arrays import Floats
 from embedcache.curate import map as map_module
-from embedcache.curate.map import FILE, build_map, compute_map, name_clusters, project_to_plane, read_map, write_map
+from embedcache.curate.map import (
+    FILE,
+    IndexMap,
+    build_map,
+    compute_map,
+    name_clusters,
+    project_to_plane,
+    read_map,
+    write_map,
+)
 from embedcache.curate.settings import MapSettings
+from embedcache.search.concepts import Concepts
 from embedcache.search.hits import Hit
 from embedcache.search.index import build_index
 from embedcache.search.search import OpenIndex
 from embedcache.search.settings import IndexSettings
+from tests.recorded import RecordedProgress
+from tests.search.test_concepts import NAMES, labeled_cache
 
 PCA = MapSettings(projection="pca")
 
@@ -64,7 +79,7 @@ def test_sample_takes_each_cluster_in_turn(index: OpenIndex) -> None:
     rows = built.sample(20)
     clusters = built.clusters_N[np.searchsorted(built.rows, rows)]
     assert len(set(rows.tolist())) == 20
-    assert sorted(clusters[:8]) == list(range(8))
+    assert clusters[:16].tolist() == [*range(8), *range(8)]
     assert len(built.sample(1000)) == 300
 
 
@@ -92,8 +107,65 @@ def test_few_items(num: int, monkeypatch: pytest.MonkeyPatch, index: OpenIndex) 
     monkeypatch.setattr(OpenIndex, "rows", np.arange(num))
     built = compute_map(index, PCA)
     assert len(built.points) == num
+    assert (built.points == 0.5).all() == (num < 4)
     assert [cluster.size for cluster in built.clusters] == [num]
-    assert len(project_to_plane(np.ones((4, 1), np.float32), "pca", seed=0)[0]) == 2
+
+
+def test_plane_of_the_largest_variance() -> None:
+    """Check a PCA against a singular value decomposition, and that one dimension has a second of zeros."""
+    vectors = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32) + 3
+    centered = vectors - vectors.mean(axis=0)
+    expected = centered @ np.linalg.svd(centered, full_matrices=False)[2][:2].T
+    found = project_to_plane(vectors, "pca", seed=0)
+    np.testing.assert_allclose(found * np.sign(found[0] * expected[0]), expected, atol=1e-4)
+    line = project_to_plane(np.arange(4, dtype=np.float32)[:, None], "pca", seed=0)
+    np.testing.assert_allclose(np.abs(line), [[1.5, 0], [0.5, 0], [0.5, 0], [1.5, 0]], atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "num_neighbors"), [(10, 9), (16, 15), (17, 15)])
+def test_umap_has_fifteen_neighbors(count: int, num_neighbors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {}
+
+    class Umap:
+        def __init__(self, **given: Any) -> None:
+            options.update(given)
+
+        def fit_transform(self, vectors: Floats) -> Floats:
+            return vectors[:, :2].astype(np.float64)
+
+    monkeypatch.setattr(map_module, "require", lambda *_, **__: SimpleNamespace(UMAP=Umap))
+    vectors = np.random.default_rng(0).standard_normal((count, 4)).astype(np.float32)
+    found = project_to_plane(vectors, "umap", seed=3)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, vectors[:, :2])
+    assert options == {"metric": "cosine", "n_neighbors": num_neighbors, "random_state": 3, "n_jobs": 1}
+
+
+def test_umap_is_announced(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(map_module, "project_to_plane", lambda vectors, *_, **__: vectors[:, :2].copy())
+    progress = RecordedProgress()
+    assert compute_map(index, MapSettings(projection="umap", max_items=40), progress=progress).projection == "umap"
+    assert progress.notes == ["fitting UMAP to 40 images"]
+    assert progress.counts["placing on the map"] == 40
+    compute_map(index, PCA, progress=(progress := RecordedProgress()))
+    assert progress.notes == []
+
+
+def test_clusters_are_named_by_the_nearest_concept(index: OpenIndex, tmp_path: Path) -> None:
+    concepts = Concepts(names=["x", "y", "z"], vectors=np.eye(3, dtype=np.float32), counts=np.ones(3, int), source={})
+    centroids = np.array([[0.1, 0.9, 0.2], [0.7, 0.6, 0], [0.2, 0.3, 0.9]], np.float32)
+    assert map_module._nearest_names(concepts, centroids) == ["y", "x", "z"]
+    built = compute_map(index, MapSettings(projection="pca", max_items=60, concepts=labeled_cache(tmp_path, 30)))
+    assert {cluster.name for cluster in built.clusters} <= set(NAMES)
+
+
+def test_sizes_are_as_documented() -> None:
+    text = " ".join(f"{build_map.__doc__} {IndexMap.__doc__}".split())
+    for words in (
+        f"Memory: {map_module._MAX_FITTED:,} vectors as float32, a block of {map_module._BLOCK:,} vectors",
+        f"at most {map_module._MAX_CLUSTERS}, largest first",
+    ):
+        assert words in text
 
 
 def test_names_are_what_distinguishes() -> None:

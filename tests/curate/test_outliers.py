@@ -204,6 +204,10 @@ def test_labels_are_compared_with_those_of_the_nearest(planted: Path, tmp_path: 
     assert (votes.own_S[UNLABELED], votes.suggested_S[FAILED]) == (-1, -1)
     table = pq.read_table(tmp_path / "odd.parquet").to_pydict()
     assert table["suggested_label"] == suggested
+    record = json.loads(pq.read_schema(tmp_path / "odd.parquet").metadata[b"embedcache"])
+    described = {name: value for name, value in report.to_json().items() if name != "lowest"}
+    assert "lowest" not in record
+    assert described.items() <= record.items()
     expected_rows = np.where(np.arange(NUM) == FAILED, -1, np.arange(NUM))
     assert report.rows_S.tolist() == expected_rows.tolist()
     lowest = report.to_json()["lowest"]
