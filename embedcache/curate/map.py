@@ -317,7 +317,8 @@ def project_to_plane(vectors_NP: Floats, projection: Literal["umap", "pca"], *, 
 def _to_unit_square(points_N2: Floats) -> Floats:
     low, span = points_N2.min(axis=0), np.ptp(points_N2, axis=0)
     middle_N2 = np.full(points_N2.shape, 0.5, np.float32)
-    return np.divide(points_N2 - low, span, out=middle_N2, where=span > 0)
+    unit_N2: Floats = np.divide(points_N2 - low, span, out=middle_N2, where=span > 0)
+    return unit_N2
 
 
 def _nearest_names(concepts: Concepts, centroids_CP: Floats) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,29 @@ def test_labels_are_compared_with_those_of_the_nearest(planted: Path, tmp_path: 
     assert set(lowest[TYPICALITY][0]) == {"row", "key", "typicality"}
 
 
+def test_table_names_the_suggested_labels(planted: Path, tmp_path: Path) -> None:
+    report = find_outliers(planted, k=3)
+    assert report.votes is not None
+    votes = replace(report.votes, suggested_S=np.arange(NUM) % 3 - 1)
+    outliers._write(tmp_path / "odd.parquet", replace(report, votes=votes))
+    names = pq.read_table(tmp_path / "odd.parquet")["suggested_label"].to_pylist()
+    assert names == [None, votes.names[0], votes.names[1]] * (NUM // 3)
+
+
+def test_typicality_is_the_mean_of_compared_neighbors(planted: Path) -> None:
+    """Check items of which all, one or none of the nearest were compared, as happens within clusters."""
+    report = find_outliers(planted, k=3)
+    items, cosines = report.neighbors.items.copy(), report.neighbors.cosines.copy()
+    expected = cosines.mean(axis=1)
+    expected[5:] = cosines[5:, 0]
+    expected[7] = 0
+    items[5:, 1:] = items[7] = -1
+    cosines[items < 0] = -2
+    few = replace(report.neighbors, items=items, cosines=cosines)
+    found, _ = outliers._typicality(report.cache, report.copies, few)
+    np.testing.assert_allclose(found[report.copies.samples], expected[report.copies.content_ids], atol=1e-6)
+
+
 def test_many_labels_are_compared_block_by_block(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that as many items are compared at a time as have 4 million pairs of labels."""
     sizes = []
@@ -239,12 +263,13 @@ def test_recall_of_neighbors_is_recorded(planted: Path) -> None:
 
 def test_two_images_are_as_typical_as_they_are_similar(run_path: Path, tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
-    for name in ("red", "blue"):
+    for name in ("orange", "red"):
         Image.new("RGB", (8, 8), name).save(tmp_path / "two" / f"{name}.png")
     extract(open_source(tmp_path / "two"), tmp_path / "cache", image_encoder=[IMAGE])
     report = find_outliers(tmp_path / "cache")
-    blue, red = normalize(Cache(tmp_path / "cache").feature("image").load())
-    np.testing.assert_allclose(report.typicality_S, [blue @ red] * 2, atol=1e-6)
+    orange, red = normalize(Cache(tmp_path / "cache").feature("image").load())
+    assert orange @ red > 0.1
+    np.testing.assert_allclose(report.typicality_S, [orange @ red] * 2, atol=1e-6)
     record = report.to_json()
     assert (record["k"], record["num_likely_mislabels"], list(record["lowest"])) == (1, None, [TYPICALITY])
     assert find_outliers(tmp_path / "cache", run=run_path).pair_cosines_S is None  # there are no captions
