@@ -18,8 +18,8 @@ def symmetric_kl(mean_D: Array, variance_D: Array, other_mean_D: Array, other_va
     """
     values = [np.asarray(value, np.float64) for value in (mean_D, variance_D, other_mean_D, other_variance_D)]
     mean_D, variance_D, other_mean_D, other_variance_D = values
-    if min(variance_D.min(initial=0), other_variance_D.min(initial=0)) < 0:
-        raise DataError(f"expected variances of at least 0, got {min(variance_D.min(), other_variance_D.min())}")
+    if (lowest := np.minimum(variance_D, other_variance_D).min(initial=0)) < 0:
+        raise DataError(f"expected variances of at least 0, got {lowest}")
     square_D = (mean_D - other_mean_D) ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
         forward_D = (variance_D + square_D) / other_variance_D

@@ -75,14 +75,14 @@ def align_tokens(reference: Sequence[str], hypothesis: Sequence[str]) -> Ints:
     return np.array(pairs[::-1], np.int64).reshape(-1, 2)
 
 
-def _last_edit(distance: Array, row: int, column: int) -> tuple[bool, bool]:
+def _last_edit(distance: Sequence[Array], row: int, column: int) -> tuple[bool, bool]:
     """Return whether the last edit of a shortest way uses a token of the reference, and one of the hypothesis."""
-    here = distance[row, column]
-    if row and here == distance[row - 1, column] + 1:
+    here = distance[row][column]
+    if row and here == distance[row - 1][column] + 1:  # always without tokens of the hypothesis
         return True, False
-    if row and column and here == distance[row - 1, column - 1] + 1:
+    if row and here == distance[row - 1][column - 1] + 1:
         return True, True
-    is_insertion = column > 0 and here == distance[row, column - 1] + 1
+    is_insertion = here == distance[row][column - 1] + 1
     return not is_insertion, True
 
 
@@ -93,18 +93,17 @@ def _num_equal(first: Sequence[str], second: Sequence[str]) -> int:
     )
 
 
-def _distances(reference: Sequence[str], hypothesis: Sequence[str]) -> Array:
-    """Compute the edit distance of each beginning of the reference to each of the hypothesis: (L + 1, L' + 1) int32."""
+def _distances(reference: Sequence[str], hypothesis: Sequence[str]) -> list[Array]:
+    """Compute the edit distance of each beginning of the reference to each of the hypothesis: L + 1 (L' + 1,) int32."""
     numbers = {token: number for number, token in enumerate(dict.fromkeys([*reference, *hypothesis]))}
     hypothesis_H = np.array([numbers[token] for token in hypothesis], np.int32)
     columns = np.arange(len(hypothesis) + 1, dtype=np.int32)
-    distance = np.empty((len(reference) + 1, len(columns)), np.int32)
-    distance[0] = columns
-    for row, token in enumerate(reference, start=1):
-        above = distance[row - 1]
+    distance = [columns]
+    for token in reference:
+        above = distance[-1]
         best = above + 1
         np.minimum(best[1:], above[:-1] + (hypothesis_H != numbers[token]), out=best[1:])
-        distance[row] = np.minimum.accumulate(best - columns) + columns  # insertions: any number from the left
+        distance.append(np.minimum.accumulate(best - columns) + columns)  # insertions: any number from the left
     return distance
 
 

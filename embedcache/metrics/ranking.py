@@ -117,7 +117,7 @@ def chance_recall(num_positives_Q: Ints, num_candidates: int, k: int) -> float:
     misses_Q = np.ones(len(num_positives_Q))
     for num_drawn in range(min(k, num_candidates)):
         left = num_candidates - num_drawn
-        misses_Q *= np.clip((left - num_positives_Q) / left, 0, 1)
+        misses_Q *= np.maximum(left - num_positives_Q, 0) / left
     return float(np.mean(1 - misses_Q))
 
 

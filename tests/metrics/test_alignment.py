@@ -205,8 +205,16 @@ def test_invalid_input_raises() -> None:
         linear_cka(x, y[1:])
     with pytest.raises(DataError, match="at least 4 rows to compare, got 3"):
         debiased_cka(x[:3], y[:3])
-    with pytest.raises(DataError, match="got equal rows"):
-        linear_cka(np.full((20, 3), 0.1), y)
+    assert linear_cka(x[:4], y[:4]) == pytest.approx(cka_by_gram_matrices(x[:4], y[:4]))
+    for equal in (0.0, 0.1):
+        with pytest.raises(DataError, match="got equal rows"):
+            linear_cka(np.full((20, 3), equal), y)
+    one, zero = np.ones(1), np.zeros(1)
+    for squares in ((one, zero), (zero, one)):
+        with pytest.raises(DataError, match="expected an unbiased HSIC above 0"):
+            cka(one, *squares)
+    with pytest.raises(DataError, match="at least 4 rows to compare, got 3"):
+        CenteredRows(x[:8], np.repeat([0, 1], [5, 3]))
     with pytest.raises(DataError, match="NaN or infinity in 1 of 20 rows"):
         mutual_knn(np.where(np.arange(20)[:, None] == 3, np.nan, x), y, 3)
     for k in (0, 20):

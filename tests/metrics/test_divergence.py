@@ -34,5 +34,7 @@ def test_constant_channels() -> None:
     found = symmetric_kl(np.array([0.0, 0, 0]), np.array([0.0, 0, 1]), np.array([0.0, 1, 0]), np.array([0.0, 0, 0]))
     assert found.tolist() == [0, np.inf, np.inf]
     assert domain_gap(zeros, ones, zeros, np.array([1.0, 1, 0])) == 0  # one odd channel does not decide
-    with pytest.raises(DataError, match="variances of at least 0, got -1"):
-        symmetric_kl(zeros, ones, zeros, -ones)
+    for variances in ((ones, np.array([1, -2, 3])), (np.array([-2, 1, 1]), -ones)):
+        with pytest.raises(DataError, match=r"variances of at least 0, got -2.0$"):
+            symmetric_kl(zeros, variances[0], zeros, variances[1])
+    assert symmetric_kl(*[np.empty(0)] * 4).shape == (0,)

@@ -1,6 +1,7 @@
 """Word and character errors against jiwer; intervals over clusters."""
 
 import doctest
+from itertools import zip_longest
 
 import jiwer
 import numpy as np
@@ -21,7 +22,7 @@ from embedcache.metrics.edits import (
     estimate_error_rate,
     word_error_rate,
 )
-from embedcache.metrics.intervals import bootstrap_mean
+from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs
 
 TOKENS = st.lists(st.sampled_from("ABC"), max_size=9)
 TEXTS = st.lists(
@@ -42,6 +43,15 @@ def test_counts_equal_jiwer(reference: list[str], hypothesis: list[str]) -> None
     assert found[:3] == (expected.substitutions, expected.deletions, expected.insertions)
     assert found.errors_L.sum() == sum(found[:3])
     assert len(found.errors_L) == len(reference)
+
+
+@given(TOKENS.filter(bool), TOKENS)
+def test_alignment_is_that_of_jiwer(reference: list[str], hypothesis: list[str]) -> None:
+    expected: list[list[int]] = []
+    for chunk in jiwer.process_words(" ".join(reference), " ".join(hypothesis)).alignments[0]:
+        said, heard = range(chunk.ref_start_idx, chunk.ref_end_idx), range(chunk.hyp_start_idx, chunk.hyp_end_idx)
+        expected += [list(pair) for pair in zip_longest(said, heard, fillvalue=-1)]
+    assert align_tokens(reference, hypothesis).tolist() == expected
 
 
 @given(TOKENS, TOKENS)
@@ -148,6 +158,24 @@ def test_several_runs_are_averaged_and_resampled() -> None:
     assert found.low == 0
     assert found.high == pytest.approx(0.5, abs=0.01)
     assert estimate_error_difference(runs, runs).low == 0
+
+
+def test_1000_resamples_are_drawn_from_seed_0() -> None:
+    rng = np.random.default_rng(0)
+    references = [" ".join(rng.choice(["A", "BE", "C"], count)) for count in range(1, 31)]
+    hypotheses, others = ([text.replace(word, "D") for text in references] for word in ("A", "BE"))
+    one, other = (count_word_errors(references, texts) for texts in (hypotheses, others))
+    clusters, options = np.repeat(np.arange(30), np.arange(1, 31)), {"num_draws": 1000, "seed": 0}
+    expected = bootstrap_runs(one.errors_M[None], clusters, **options)  # type: ignore[arg-type]
+    assert word_error_rate(references, hypotheses) == estimate_error_rate([one]) == expected
+    expected = bootstrap_runs((one.errors_M - other.errors_M)[None], clusters, **options)  # type: ignore[arg-type]
+    assert estimate_error_difference([one], [other]) == expected
+    characters = count_character_errors(references, hypotheses)
+    clusters = np.repeat(np.arange(30), characters.lengths_N)
+    expected = bootstrap_runs(characters.errors_M[None], clusters, **options)  # type: ignore[arg-type]
+    assert character_error_rate(references, hypotheses) == expected
+    for rate in (word_error_rate, character_error_rate):
+        assert rate(references, hypotheses) != rate(references, hypotheses, seed=1)
 
 
 def test_confusions_of_words() -> None:

@@ -2,7 +2,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -83,6 +83,7 @@ def test_ties_go_to_the_lower_row(values: list[list[int]], k: int, tile: int, ex
 def test_pairs_above_matches_full_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbors, "_TILE", 7)
     units = vectors(np.random.default_rng(0), 30, 3)
+    assert [left.size for left, _ in iterate_pairs_above(np.eye(8, dtype=np.float32), 1.0)] == [0, 0]  # above, not at
     left, right = map(np.concatenate, zip(*iterate_pairs_above(units, 0.8), strict=True))
     expected = np.nonzero(units @ units.T > 0.8)
     assert (left.tolist(), right.tolist()) == (expected[0].tolist(), expected[1].tolist())
@@ -103,6 +104,35 @@ def test_duration_is_that_of_the_comparison(monkeypatch: pytest.MonkeyPatch) -> 
     assert progress.notes == [
         "comparing: 61 pairs of vectors, about 10 s",
         "comparing: 60,000 pairs of vectors, about 3 hours",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "duration"),
+    [(11, "11 s"), (119, "119 s"), (120, "2 minutes"), (7199, "120 minutes"), (7200, "2 hours"), (90_000, "25 hours")],
+)
+def test_durations_are_in_the_largest_unit(monkeypatch: pytest.MonkeyPatch, seconds: int, duration: str) -> None:
+    clock, progress = iter([0, 1]), RecordedProgress()
+    monkeypatch.setattr(neighbors.time, "perf_counter", lambda: next(clock))
+    note_duration(progress, "x", seconds * 512 * 4096, 1, compare=lambda left, right: left)
+    assert progress.notes == [f"x: {seconds * 2**21:,} pairs of vectors, about {duration}"]
+
+
+def test_products_of_tiles_are_held_at_once() -> None:
+    shapes: list[tuple[int, int]] = []
+
+    def products(left: Floats, right: Floats) -> Floats:
+        shapes.append((len(left), len(right)))
+        return left @ right.T
+
+    one, many, wide = (np.ones((count, 1), np.float32) for count in (1, 1025, 16_385))
+    top_k(many, one, 1, products=products)
+    top_k(one, wide, 1, products=products)
+    find_closest(many, [one], products=products)
+    assert shapes == [(1024, 1), (1, 1), (1, 16_384), (1, 1), (1024, 1), (1, 1)]
+    assert [(len(left), left[0], left[-1]) for left, _ in iterate_pairs_above(many, 0.5)] == [
+        (1024 * 1025, 0, 1023),
+        (1025, 1024, 1024),
     ]
 
 
@@ -139,6 +169,7 @@ def test_closest_are_counted_across_blocks() -> None:
 
 
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(0, 999), st.integers(1, 8))
+@example(200, 30, 0, 64)  # clusters still change after ten iterations
 def test_centroids_equal_plain_k_means(count: int, num_clusters: int, seed: int, tile: int) -> None:
     rows = vectors(np.random.default_rng(seed), count, 3)
     with patch.object(neighbors, "_TILE", tile):

@@ -1,5 +1,5 @@
 import doctest
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score
 
 from embedcache.errors import DataError
 from embedcache.metrics import ranking as ranks_module
-from embedcache.metrics.intervals import bootstrap_mean, effective_number, over_seeds
+from embedcache.metrics.intervals import bootstrap_mean, over_seeds
 from embedcache.metrics.ranking import (
     average_precisions,
     best_ranks,
@@ -52,8 +52,14 @@ def test_ranks_match_loop(
         assert best_ranks(queries, candidates, (query_M, candidate_M)).tolist() == ranks
 
 
-def test_similarities_of_few_queries_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks_module, "_BLOCK_BYTES", 4 * 7 * 2)  # two queries with 7 candidates
+@pytest.mark.parametrize(
+    ("block_bytes", "num_candidates", "expected"),
+    [(4 * 7 * 2, 7, [2, 2, 1]), (4 * 7 * 2 - 1, 7, [1] * 5), (1, 7, [1] * 5), (4 * 3, 1, [3, 2])],
+)
+def test_similarities_of_few_queries_are_held_at_once(
+    monkeypatch: pytest.MonkeyPatch, block_bytes: int, num_candidates: int, expected: list[int]
+) -> None:
+    monkeypatch.setattr(ranks_module, "_BLOCK_BYTES", block_bytes)
     sizes = []
 
     def products(queries_BP: np.ndarray, candidates_CP: np.ndarray) -> np.ndarray:
@@ -61,8 +67,22 @@ def test_similarities_of_few_queries_are_held_at_once(monkeypatch: pytest.Monkey
         return queries_BP @ candidates_CP.T
 
     rows = np.eye(7, dtype=np.float32)
-    assert not negatives_before(rows[:5], rows, (np.arange(5), np.arange(5)), products=products).any()
-    assert sizes == [2, 2, 1]
+    own = np.arange(5), np.minimum(np.arange(5), num_candidates - 1)
+    assert not negatives_before(rows[:5], rows[:num_candidates], own, products=products).any()
+    assert sizes == expected
+
+
+def test_64_megabytes_of_similarities_are_held_at_once() -> None:
+    sizes = []
+
+    def products(queries_BP: np.ndarray, candidates_CP: np.ndarray) -> np.ndarray:
+        sizes.append(len(queries_BP))
+        return np.zeros((len(queries_BP), len(candidates_CP)), np.float32)
+
+    queries, candidates = np.zeros((3, 1), np.float32), np.zeros((2**23, 1), np.float32)
+    before = negatives_before(queries, candidates, (np.arange(3), np.arange(3)), products=products)
+    assert sizes == [2, 1]
+    assert before.tolist() == [2**23 - 1] * 3
 
 
 def test_constant_embedding_ranks_last() -> None:
@@ -83,14 +103,21 @@ def test_query_without_positive_raises() -> None:
     one = np.ones((2, 1), np.float32)
     with pytest.raises(DataError, match="got none for 1, first query 1"):
         best_ranks(one, one, (np.array([0]), np.array([0])))
+    four = np.ones((4, 1), np.float32)
+    with pytest.raises(DataError, match="got none for 2, first query 1"):
+        best_ranks(four, four, (np.array([0, 3]), np.array([0, 3])))
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(6, 12), st.integers(1, 12))
+def test_no_query_has_no_rank() -> None:
+    nothing = np.empty(0, np.int64)
+    assert best_ranks(np.empty((0, 3), np.float32), np.empty((0, 3), np.float32), (nothing, nothing)).shape == (0,)
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(6, 9), st.integers(1, 11))
 def test_chance_recall_matches_enumeration(num_positives: list[int], num_candidates: int, k: int) -> None:
-    rng = np.random.default_rng(0)
-    draws = [rng.permutation(num_candidates)[:k] for _ in range(1000)]
-    counted = np.mean([[(draw < count).any() for draw in draws] for count in num_positives])
-    assert chance_recall(np.array(num_positives), num_candidates, k) == pytest.approx(counted, abs=0.07)
+    draws = list(combinations(range(num_candidates), min(k, num_candidates)))
+    counted = np.mean([np.mean([draw[0] < count for draw in draws]) for count in num_positives])  # the lowest is first
+    assert chance_recall(np.array(num_positives), num_candidates, k) == pytest.approx(counted)
 
 
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=6), st.integers(1, 8), st.integers(0, 1000))
@@ -126,11 +153,6 @@ def test_interval_over_seeds_holds_chance_as_often_as_it_should() -> None:
         inside["items"] += items.low <= 0.3 <= items.high
         inside["seeds"] += seeds.low <= 0.3 <= seeds.high
     assert inside["seeds"] >= 90 > inside["items"]
-
-
-def test_effective_number_of_repeated_queries() -> None:
-    assert effective_number(np.array([5, 5, 5, 5])) == 1
-    assert effective_number(np.arange(7)) == 7
 
 
 def test_bootstrap_interval_coverage() -> None:

@@ -104,8 +104,20 @@ def test_difference_is_paired() -> None:
     same, difference = bootstrap_iou_difference(base, base), bootstrap_iou_difference(counts, base)
     assert (same.low, same.high) == (0, 0)
     assert 0 < difference.low < difference.value < difference.high
-    with pytest.raises(DataError, match="same frames"):
-        bootstrap_iou_difference(counts, counts[::-1])
+    for other in (counts[::-1], counts[:-1]):
+        with pytest.raises(DataError, match="same frames"):
+            bootstrap_iou_difference(counts, other)
+
+
+def test_frames_are_drawn_1000_times_from_seed_0() -> None:
+    counts, base = random_frames(0, 9, 0.3), random_frames(0, 9, 0.2)
+    drawn = np.random.default_rng(0).integers(9, size=(1000, 9))
+    values = [[mean_iou(each[rows].sum(axis=0)) for each in (counts, base)] for rows in drawn]
+    found = bootstrap_mean_iou(counts)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile([own for own, _ in values], [0.025, 0.975])))
+    found = bootstrap_iou_difference(counts, base)
+    differences = [own - other for own, other in values]
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])))
 
 
 def test_predict_together_sums_probabilities() -> None:
