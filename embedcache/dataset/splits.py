@@ -358,8 +358,8 @@ def draw_groups(keys: "pa.Array | pa.ChunkedArray", groups_S: Ints, quotas: Sequ
     Returns:
         (S,) int64 position of the quota that a sample was drawn for, or -1.
     """
-    drawn_G = np.full(int(groups_S.max(initial=-1)) + 1, -1, np.int64)
-    order, sizes_G = _random_order(keys, groups_S, seed), np.bincount(groups_S)
+    sizes_G = np.bincount(groups_S)
+    drawn_G, order = np.full(len(sizes_G), -1, np.int64), _random_order(keys, groups_S, sizes_G, seed)
     for number, quota in enumerate(quotas):
         is_taken = _take_first(sizes_G[order], quota)
         drawn_G[order[is_taken]] = number
@@ -367,13 +367,13 @@ def draw_groups(keys: "pa.Array | pa.ChunkedArray", groups_S: Ints, quotas: Sequ
     return drawn_G[groups_S]
 
 
-def _random_order(keys: "pa.Array | pa.ChunkedArray", groups_S: Ints, seed: int) -> Ints:
+def _random_order(keys: "pa.Array | pa.ChunkedArray", groups_S: Ints, sizes_G: Ints, seed: int) -> Ints:
     """Return the groups by the SHA-256 of the seed and their lowest key."""
-    is_shared = np.bincount(groups_S)[groups_S] > 1
-    lead_G = np.empty(int(groups_S.max(initial=-1)) + 1, np.int64)
+    is_shared = sizes_G[groups_S] > 1
+    lead_G = np.empty(len(sizes_G), np.int64)
     lead_G[groups_S[~is_shared]] = np.flatnonzero(~is_shared)
     shared = np.flatnonzero(is_shared)
-    by_key = shared[pc.sort_indices(keys.take(pa.array(shared))).to_numpy()] if len(shared) else shared
+    by_key = shared[pc.sort_indices(keys.take(pa.array(shared))).to_numpy()]
     lead_G[groups_S[by_key[::-1]]] = by_key[::-1]  # the last assignment is that of the lowest key
     digests, salt, sha256 = [], f"{seed}:".encode(), hashlib.sha256
     for block in blocks(len(lead_G), _KEYS_PER_BLOCK):
@@ -388,10 +388,7 @@ def _random_order(keys: "pa.Array | pa.ChunkedArray", groups_S: Ints, seed: int)
 def _take_first(sizes: Ints, quota: int) -> Bools:
     """Return which of some groups to take in their order, skipping those that are larger than what is left."""
     is_taken, start = np.zeros(len(sizes), bool), 0
-    while quota and start < len(sizes):
-        fits = np.flatnonzero(sizes[start:] <= quota)
-        if not len(fits):
-            break
+    while len(fits := np.flatnonzero(sizes[start:] <= quota)):
         start += int(fits[0])
         count = int(np.searchsorted(np.cumsum(sizes[start:]), quota, side="right"))
         is_taken[start : start + count] = True

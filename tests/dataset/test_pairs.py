@@ -1,8 +1,19 @@
+import json
+from pathlib import Path
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.dataset.pairs import Items, Pairs
+from embedcache.dataset.inputs import open_input
+from embedcache.dataset.pairs import Items, Pairs, pair_items
+from embedcache.errors import DataError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from tests.images import write_images
+from tests.toy import IMAGE, TEXT
 
 
 @st.composite
@@ -45,3 +56,58 @@ def test_joined_pairs_all_items_of_a_sample(pairs: Pairs) -> None:
         if image == text
     ]
     assert list(zip(*(array.tolist() for array in pairs.all_pairs()), strict=True)) == expected
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """Six images, of which the third is damaged, with captions in three languages, the last ones equal."""
+    folder = tmp_path_factory.mktemp("captioned")
+    write_images(folder, 6)
+    (folder / "00002.png").write_text("no image")
+    captions = [["one"], ["eins", "zwei"], ["un"], [], ["drei"], ["drei"]]
+    rows = [
+        {"key": f"k{row}", "image": f"{row:05d}.png", "caption": caption, "language": language}
+        for row, (caption, language) in enumerate(zip(captions, ["en", "de", "fr", "de", "de", None], strict=True))
+    ]
+    (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    extract(open_source(folder / "t.jsonl"), folder / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
+    return Cache(folder / "cache")
+
+
+def paired(*caches: Cache, language: str | None = None) -> Pairs:
+    images, texts = ([open_input(cache, m) for cache in caches] for m in ("image", "text"))
+    return pair_items(caches, images, texts, language=language)
+
+
+def test_items_of_samples_with_both_features_are_paired(captioned: Cache) -> None:
+    for language in (None, "any"):
+        pairs = paired(captioned, language=language)
+        assert pairs.samples.tolist() == pairs.first.samples.tolist() == pairs.first.rows.tolist() == [0, 1, 4, 5]
+        assert pairs.second.rows.tolist() == [0, 1, 2, 4, 5]
+        assert pairs.second.samples.tolist() == [0, 1, 1, 4, 5]
+        assert len(set(pairs.second.contents[:4].tolist())) == 4
+        assert pairs.second.contents[3] == pairs.second.contents[4]
+
+
+def test_captions_of_a_language_are_counted_across_caches(captioned: Cache) -> None:
+    german = paired(captioned, captioned, language="de")
+    assert german.samples.tolist() == german.first.rows.tolist() == [1, 4, 7, 10]
+    assert german.second.rows.tolist() == [1, 2, 4, 7, 8, 10]
+    assert german.second.samples.tolist() == [1, 1, 4, 7, 7, 10]
+    assert german.second.contents[:3].tolist() == german.second.contents[3:].tolist()
+
+
+def test_captions_that_cannot_be_paired_raise(captioned: Cache, two_caches: list[Path]) -> None:
+    with pytest.raises(DataError, match="cache: expected samples with open_toy/cls and open_toy/mean, got none; check"):
+        paired(captioned, language="fr")
+    with pytest.raises(UnknownNameError, match="unknown caption language in .*cache 'dee'; did you mean 'de'"):
+        paired(captioned, language="dee")
+    caches = [Cache(path) for path in two_caches]
+    images, texts = (
+        [open_input(cache, modality, f"open_toy/{name}") for cache in caches]
+        for modality, name in (("image", "cls"), ("text", "mean"))
+    )
+    with pytest.raises(DataError, match="feature open_toy/mean: expected 40 rows as in its item table, got 80"):
+        pair_items(caches[:1], images[:1], texts[1:])
+    with pytest.raises(UnknownNameError, match="captions of .*a and .*b have no language, expected de; use --language"):
+        pair_items(caches, images, texts, language="de")

@@ -4,13 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from embedcache.curate.select.select import read_reasons
-from embedcache.dataset.selections import Selection, read_selection, write_selection
+from embedcache.dataset.scores import write_scores
+from embedcache.dataset.selections import Selection, read_selected_reasons, read_selection, write_selection
 from embedcache.dataset.splits import read_split, write_split
-from embedcache.errors import CorruptError, DataError, EmbedcacheError
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError
 from embedcache.provenance import write_record
 from embedcache.store.cache import Cache
 
@@ -54,6 +56,41 @@ def test_split_of_a_run_or_study_is_compared(run_path: Path, cache_path: Path, t
     write_record(run / "study.json", {"split": "0" * 64})
     with pytest.raises(CorruptError, match=r"expected the split that study.json was written for"):
         read_split(path, [cache])
+
+
+def test_keys_of_several_caches(two_caches: list[Path], tmp_path: Path) -> None:
+    """Check text files: a key may be of both caches, or listed twice, and lines may be empty."""
+    caches, path = [Cache(folder) for folder in two_caches], tmp_path / "keys.txt"
+    path.write_text("00003\n\n00041\n00003\n")
+    assert read_selection(path, caches).tolist() == [3, 43, 81]
+    assert read_selection(str(path), caches[1:]).tolist() == [3, 41]
+    for lines, words in (
+        (["00003", "d", "b", "c", "a"], "of 5 keys has 'a', 'b', 'c'; 4 are not keys of {}, which has 120, such as"),
+        (["00003", "b"], "of 2 keys has 'b'; 1 are not keys of {}, which has 120, such as '00000'$"),
+        ([], "of 0 keys has nothing; 0 are not keys of {}, which has 120, such as '00000'$"),
+    ):
+        path.write_text("\n".join(lines))
+        with pytest.raises(DataError, match=words.format(" and ".join(map(str, two_caches)))):
+            read_selection(path, caches)
+    with pytest.raises(PathError, match="none does not exist; expected Parquet with a column key, or text with one"):
+        read_selection(tmp_path / "none", caches)
+
+
+def test_tables_without_keys_raise(two_caches: list[Path], tmp_path: Path) -> None:
+    cache, path = Cache(two_caches[0]), tmp_path / "s.parquet"
+    for values in ({"row": [1]}, {"part": ["train"], "uid": ["00001"]}):
+        pq.write_table(pa.table(values), path)
+        with pytest.raises(CorruptError, match="s.parquet: expected a Parquet file with a column key, or a text file"):
+            read_selection(path, [cache])
+    pq.write_table(pa.table({"key": ["00001", "00002"], "part": ["train", "val"]}), path)  # no split: it has no groups
+    assert read_selection(path, [cache]).tolist() == [1, 2]
+    assert read_selected_reasons(path) == {}
+    pq.write_table(pa.table({"key": ["00001", "00002"], "reason": ["a", "b"]}), path)
+    assert read_selected_reasons(path) == {"00001": "a", "00002": "b"}
+    scores = tmp_path / "scores.parquet"  # of embedcache, but no selection
+    write_scores(scores, cache, {"light": np.zeros(40, np.float32)}, {})
+    with pytest.raises(CorruptError, match="scores.parquet: expected a Parquet file with a column key"):
+        read_selected_reasons(scores)
 
 
 def test_write_empty_selection_raises(cache_path: Path, tmp_path: Path) -> None:

@@ -1,18 +1,24 @@
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from embedcache.arrays import normalize
+from embedcache.arrays import Inputs, Ints, normalize
 from embedcache.dataset import near_duplicate_groups, splits
+from embedcache.dataset.inputs import Reader
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import PARTS, Split, draw_groups, make_split, read_split, write_split
-from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
+from embedcache.dataset.splits import PARTS, Split, draw_groups, make_split, read_split, split_samples, write_split
+from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
+from embedcache.provenance import write_record
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.data import open_data
@@ -74,9 +80,38 @@ def test_many_items_are_compared_within_clusters(cache_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("sizes", "quotas"), [([1] * 30, [9, 4]), ([5, 1, 1, 7, 3, 2, 1, 1], [6, 5]), ([4, 4], [3, 9])]
+    ("sizes", "quotas"),
+    [([1] * 30, [9, 4]), ([5, 1, 1, 7, 3, 2, 1, 1], [6, 5]), ([4, 4], [3, 9]), ([1, 2, 1], [4, 0]), ([2, 2], [0, 9])],
 )
-def test_drawn_groups_are_those_of_one_after_another(sizes: list[int], quotas: list[int]) -> None:
+def test_drawn_groups_are_those_of_one_after_another(
+    sizes: list[int], quotas: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, draw = groups_one_after_another(sizes, quotas)
+    np.testing.assert_array_equal(draw(), expected)
+    monkeypatch.setattr(splits, "_KEYS_PER_BLOCK", 3)
+    np.testing.assert_array_equal(draw(), expected)
+    sha256 = hashlib.sha256
+
+    class EqualStarts:
+        """Digests whose first eight bytes are equal."""
+
+        def __init__(self, data: bytes) -> None:
+            self._data = data
+
+        def digest(self) -> bytes:
+            return bytes(8) + sha256(self._data).digest()[3:]
+
+    monkeypatch.setattr(hashlib, "sha256", EqualStarts)
+    expected, draw = groups_one_after_another(sizes, quotas)
+    np.testing.assert_array_equal(draw(), expected)
+
+
+def test_nothing_is_drawn_from_nothing() -> None:
+    assert draw_groups(pa.array([], pa.string()), np.empty(0, np.int64), [3], 0).tolist() == []
+
+
+def groups_one_after_another(sizes: list[int], quotas: list[int]) -> tuple[Ints, Callable[[], Ints]]:
+    """Draw groups of some sizes in a loop; return what is expected, and a function that draws them."""
     groups = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
     keys = [f"k{number * 7 % len(groups)}" for number in range(len(groups))]
     members = [np.flatnonzero(groups == group).tolist() for group in range(len(sizes))]
@@ -89,7 +124,7 @@ def test_drawn_groups_are_those_of_one_after_another(sizes: list[int], quotas: l
                 quota -= len(members[group])
                 expected[members[group]] = number
                 rest.remove(group)
-    np.testing.assert_array_equal(draw_groups(pa.array(keys), groups, quotas, 3), expected)
+    return expected, lambda: draw_groups(pa.array(keys), groups, quotas, 3)
 
 
 @pytest.mark.parametrize("kind", ["strict", "key"])
@@ -184,6 +219,131 @@ def test_split_of_two_caches(cache_path: Path, two_caches: list[Path], tmp_path:
     assert read_split(tmp_path / "split.parquet", [second]).parts == split.parts[40:]
     with pytest.raises(DataError, match="it has 0 keys, .* has 300"):
         read_split(tmp_path / "split.parquet", [Cache(cache_path)])
+
+
+@pytest.mark.parametrize("groups", [[0] * 30, list(range(29, -1, -1)), [-1] * 30])
+def test_samples_that_were_appended_are_in_no_part(two_caches: list[Path], tmp_path: Path, groups: list[int]) -> None:
+    cache = Cache(two_caches[0])
+    keys, parts = cache.column("key").to_pylist(), ["train", "val", "test"] * 10
+    write_split(tmp_path / "split.parquet", Split(keys=keys[:30], parts=parts, groups=groups))
+    read = read_split(tmp_path / "split.parquet", [cache])
+    added = list(range(max(groups) + 1, max(groups) + 11))
+    assert read == Split(keys=keys, parts=parts + [""] * 10, groups=groups + added)
+    write_split(tmp_path / "split.parquet", Split(keys=keys[:1], parts=["train"], groups=[7]))
+    assert list(read_split(tmp_path / "split.parquet", [cache]).groups) == list(range(7, 47))
+
+
+def test_files_that_are_no_split_raise(two_caches: list[Path], tmp_path: Path) -> None:
+    cache, path = Cache(two_caches[0]), tmp_path / "x.parquet"
+    path.write_text("no table")
+    with pytest.raises(CorruptError, match="x.parquet: expected a split with the columns key, part and group: "):
+        read_split(path, [cache])
+    pq.write_table(pa.table({"key": cache.column("key"), "part": ["train"] * 40}), path)
+    with pytest.raises(CorruptError, match="expected a split with the columns key, part and group: .*group"):
+        read_split(path, [cache])
+    pq.write_table(pa.table({"key": [], "part": [], "group": []}), path)
+    with pytest.raises(DataError, match=r"belongs to other samples: it has 0 keys, .* has 40, and they differ; use a"):
+        read_split(path, [cache])
+
+
+@pytest.mark.parametrize("digest", [None, "", 7])
+def test_split_beside_a_manifest_without_its_digest_is_read(
+    two_caches: list[Path], tmp_path: Path, digest: object
+) -> None:
+    cache = Cache(two_caches[0])
+    split = split_samples([cache], np.arange(40), SplitSettings(kind="key"))
+    write_split(tmp_path / "split.parquet", split)
+    write_record(tmp_path / "config.json", {"split": digest})
+    assert read_split(tmp_path / "split.parquet", [cache]) == split
+    write_record(tmp_path / "config.json", {"split": "0" * 64})
+    shutil.copy(tmp_path / "split.parquet", tmp_path / "other.parquet")  # of another name, so not that of the run
+    assert read_split(tmp_path / "other.parquet", [cache]) == split
+
+
+def test_split_of_another_run_is_used(two_caches: list[Path], tmp_path: Path) -> None:
+    cache = Cache(two_caches[0])
+    split = split_samples([cache], np.arange(0, 40, 2), SplitSettings(kind="key"))
+    write_split(tmp_path / "3.parquet", split)
+    kind = str(tmp_path / "{seed}.parquet")
+    assert split_samples([cache], np.arange(40), SplitSettings(kind=kind, seed=3)) == split
+    with pytest.raises(UnknownNameError, match="unknown split .*; or use the path of another run's split.parquet"):
+        split_samples([cache], np.arange(40), SplitSettings(kind=kind, seed=4))
+    with pytest.raises(UnknownNameError, match="unknown split 'strict'"):  # needs features
+        split_samples([cache], np.arange(40), SplitSettings())
+
+
+def vectors_of(*groups: int) -> dict[str, Reader]:
+    """Return readers of features in which samples of one group are equal, and others are orthogonal."""
+    vectors = np.eye(max(groups) + 1, dtype=np.float32)[list(groups)]
+    return {name: lambda rows: Inputs(vectors[rows]) for name in ("image", "text")}
+
+
+def test_parts_that_are_empty_raise(two_caches: list[Path]) -> None:
+    data = open_data(two_caches[:1], FEATURES, memory_bytes=10**9)
+    pairs = data.pairs(None).select(np.arange(8))
+
+    def split(readers: dict[str, Reader], **settings: Any) -> list[int]:
+        made = make_split(data.caches, pairs, SplitSettings(**settings), readers)
+        return [made.parts.count(part) for part in PARTS]
+
+    assert split(vectors_of(*range(8)), val_fraction=0.12) == [5, 1, 2]
+    for fractions in ({"val_fraction": 0.01}, {"test_fraction": 0.01}):
+        with pytest.raises(
+            SettingError,
+            match="^--split strict leaves no validation or test samples among 8: the largest near-duplicate group has "
+            "3 samples; raise --image-cosine 0.9 and --text-cosine 0.7, or use --split key$",
+        ):
+            split(vectors_of(0, 1, 1, 2, 3, 4, 1, 5), **fractions)
+        with pytest.raises(
+            SettingError,
+            match="^--split key leaves no validation or test samples among 8; raise --val-fraction and "
+            "--test-fraction, or use more samples$",
+        ):
+            split({}, kind="key", **fractions)
+
+
+@pytest.mark.parametrize(
+    ("languages", "advice"),
+    [
+        (["de", None], "raise"),
+        (
+            ["de", "en"],
+            "its captions are in 2 languages, and an encoder finds captions alike in those that it does not know: use "
+            "--language with one of de, en, or else raise",
+        ),
+    ],
+)
+def test_captions_of_several_languages_are_a_reason(
+    two_caches: list[Path], monkeypatch: pytest.MonkeyPatch, languages: list[str | None], advice: str
+) -> None:
+    data = open_data(two_caches[:1], FEATURES, memory_bytes=10**9)
+    monkeypatch.setattr(splits, "caption_languages", lambda _: pa.chunked_array([languages * 20]))
+    with pytest.raises(SettingError, match=f"group has 40 samples; {advice} --image-cosine 0.9"):
+        make_split(data.caches, data.pairs(None), SplitSettings(), vectors_of(*[0] * 40))
+
+
+def test_column_of_several_caches(two_caches: list[Path]) -> None:
+    """Check that names are of any case, that unknown ones are in no part, and that samples without a pair are not."""
+    caches = [Cache(path) for path in two_caches]
+    first, second = ["Train", "TEST", "dev", "other"] * 10, ["valid", "validation", "train", None] * 20
+    for cache, names in zip(caches, (first, second), strict=True):
+        cache._sample_columns["split"] = pa.chunked_array([names])
+        assert "split" not in cache.columns
+    settings, samples = SplitSettings(kind="column"), np.arange(1, 120)
+    with pytest.raises(SourceError, match=r"the samples of .*a have no column 'split'; use"):
+        split_samples(caches, samples, settings)
+    for cache in caches:
+        vars(cache)["columns"] = ["key", "split"]
+    split = split_samples(caches, samples, settings)
+    assert split.parts == ["", *(["train", "test", "val", ""] * 10)[1:], *["val", "val", "train", ""] * 20]
+    assert list(split.groups) == list(range(120))
+    assert split.index_digests == [cache.info.index_digest for cache in caches for _ in cache.column("key")]
+    assert split.keys == [key for cache in caches for key in cache.column("key").to_pylist()]
+    caches[0]._sample_columns["split"] = pa.chunked_array([["Train", "x", None, "val"] * 10])
+    with pytest.raises(
+        SourceError, match=r"of .*a and .*b: expected train and test, got none, train, val, valid, vali"
+    ):
+        split_samples(caches, samples, settings)
 
 
 def test_mistakes_are_named(cache_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""Near-duplicate groups against connected components of all pairs, compared at once and within clusters."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedcache.arrays import Floats, Inputs, Ints, normalize
+from embedcache.dataset import clusters
+from embedcache.dataset import near_duplicate_groups as module
+from embedcache.dataset.clusters import MAX_VISITS
+from embedcache.dataset.inputs import Reader
+from embedcache.dataset.near_duplicate_groups import ALL_PAIRS_LIMIT, near_duplicate_groups
+from embedcache.dataset.pairs import Items, Pairs
+from embedcache.dataset.settings import SplitSettings
+from tests.recorded import RecordedProgress
+
+COSINES = SplitSettings(image_cosine=0.9, text_cosine=0.5, seed=3)
+
+
+def made(seed: int, num_samples: int) -> tuple[Pairs, dict[str, Reader], list[tuple[Items, Floats, float]]]:
+    """Return samples, of which each second one is used, with one image and one or two texts in a table with others."""
+    rng = np.random.default_rng(seed)
+    used = np.arange(1, 2 * num_samples, 2)
+    sides, vectors = [], []
+    for samples in (used, np.sort(np.concatenate([used, used[: num_samples // 2]]))):
+        rows = np.sort(rng.permutation(2 * len(samples))[: len(samples)])
+        sides.append(Items(rows=rows, samples=samples, contents=np.arange(len(samples))))
+        vectors.append(normalize(rng.standard_normal((2 * len(samples), 4))))
+    readers = {"image": lambda rows: Inputs(vectors[0][rows]), "text": lambda rows: Inputs(vectors[1][rows])}
+    of_sides = [(items, of_side[items.rows], cosine) for items, of_side, cosine in zip(sides, vectors, (0.9, 0.5))]  # noqa: B905
+    return Pairs(first=sides[0], second=sides[1]), readers, of_sides
+
+
+def components(pairs: Pairs, sides: list[tuple[Items, Floats, float]]) -> Ints:
+    """Return the connected components of all pairs of samples with items above a cosine."""
+    size = len(pairs.samples)
+    near = np.zeros((size, size), bool)
+    for items, vectors, cosine in sides:
+        left, right = np.nonzero(vectors @ vectors.T > cosine)
+        place = np.searchsorted(pairs.samples, items.samples)
+        near[place[left], place[right]] = True
+    return scipy.sparse.csgraph.connected_components(near)[1]
+
+
+def together(groups: Ints) -> list[list[bool]]:
+    return (groups[:, None] == groups[None, :]).tolist()
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 999), st.integers(2, 40), st.sampled_from([2, 7]))
+def test_groups_are_connected_components(seed: int, num_samples: int, block: int) -> None:
+    """Check both ways; blocks of any size, and edges that are merged at any time, give the same."""
+    pairs, readers, sides = made(seed, num_samples)
+    expected = together(components(pairs, sides))
+    progress = RecordedProgress()
+    assert together(near_duplicate_groups(pairs, COSINES, readers, progress)) == expected
+    assert (progress.notes, progress.started) == ([], [])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ALL_PAIRS_LIMIT", 1), ("BLOCK", block), ("READ_ROWS", block), ("_MAX_EDGES", block)):
+            patch.setattr(module, name, value)
+        found = near_duplicate_groups(pairs, COSINES, readers, progress)
+    assert found.dtype == np.int64
+    texts = len(pairs.second.rows)
+    assert together(found) == expected  # so few clusters that every border is crossed
+    assert progress.started == [
+        (f"{what} {modality} items for the split", count, "items")
+        for modality, count in (("image", num_samples), ("text", texts))
+        for what in ("clustering", "comparing")
+    ]
+    assert progress.counts == {what: count for what, count, _ in progress.started}
+
+
+def group_clustered(
+    vectors: Floats, cosine: float, monkeypatch: pytest.MonkeyPatch, **numbers: Any
+) -> tuple[Ints, list[str]]:
+    """Compare one text per sample within clusters, and images that are all different: the groups and the notes."""
+    items = Items(rows=np.arange(len(vectors)), samples=np.arange(len(vectors)), contents=np.arange(len(vectors)))
+    readers = {"image": lambda rows: Inputs(np.eye(len(vectors))[rows]), "text": lambda rows: Inputs(vectors[rows])}
+    progress, settings = RecordedProgress(), SplitSettings(image_cosine=0.95, text_cosine=cosine)
+    for name, value in {"ALL_PAIRS_LIMIT": 0, **numbers}.items():
+        monkeypatch.setattr(module, name, value)
+    groups = near_duplicate_groups(Pairs(first=items, second=items), settings, readers, progress)
+    return groups, progress.notes
+
+
+def test_pairs_of_random_items_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.repeat(np.eye(10, 16, dtype=np.float32), 3, axis=0)  # thirty items in groups of three
+    assert group_clustered(vectors, 0.8, monkeypatch, _NUM_PROBES=7)[1] == [
+        "split: 30 image items compared within clusters; of the 0 pairs above cosine 0.95 that hold one of 7 random "
+        "items, there is none",
+        "split: 30 text items compared within clusters; of the 14 pairs above cosine 0.8 that hold one of 7 random "
+        "items, 1.0000 are in one group",
+    ]
+
+
+def test_pairs_that_no_cluster_holds_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without visits, pairs across borders are missed; items are compared with all in blocks of eight."""
+    angles = np.deg2rad(np.arange(0, 360, 9))
+    vectors: Floats = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    monkeypatch.setattr(clusters, "MAX_VISITS", 0)
+    groups, notes = group_clustered(vectors, 0.97, monkeypatch, BLOCK=1)
+    is_near = vectors @ vectors.T > 0.97
+    np.fill_diagonal(is_near, False)
+    num_found = int((is_near & (groups[:, None] == groups)).sum())
+    assert 0 < num_found < is_near.sum()
+    assert notes[1].endswith(
+        f"of the {is_near.sum()} pairs above cosine 0.97 that hold one of 40 random items, "
+        f"{num_found / is_near.sum():.4f} are in one group"
+    )
+
+
+def test_items_at_the_cosine_are_no_near_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.array([[1, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]], np.float32)
+    items = Items(rows=np.arange(2), samples=np.arange(2), contents=np.arange(2))
+    pairs, readers = Pairs(first=items, second=items), {name: lambda rows: Inputs(vectors[rows]) for name in "ab"}
+    for limit in (4, 3):  # four items of both sides are compared at once, or not
+        monkeypatch.setattr(module, "ALL_PAIRS_LIMIT", limit)
+        for cosine, num_groups in ((0.5, 2), (0.499, 1)):
+            progress = RecordedProgress()
+            groups = near_duplicate_groups(pairs, SplitSettings(other_cosine=cosine), readers, progress)
+            assert len(set(groups.tolist())) == num_groups
+            assert len(progress.notes) == {4: 0, 3: 2}[limit]
+
+
+def test_documented_numbers() -> None:
+    text = " ".join(str(near_duplicate_groups.__doc__).split())
+    assert f"Up to {ALL_PAIRS_LIMIT:,} items all pairs are compared." in text
+    assert f"across the {MAX_VISITS} nearest borders of each item" in text
