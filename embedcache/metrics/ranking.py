@@ -148,14 +148,14 @@ def tied_chance_recall(positives: tuple[Ints, Ints], contents_C: Ints, k: int) -
     np.add.at(removed_QK, (query_P[is_small], size_G[group_P[is_small]]), 1)
     groups_K = np.bincount(size_G[size_G < k], minlength=k)
     patterns, counts = np.unique(removed_QK, axis=0, return_counts=True)
-    recalls = [_first_within(groups_K - [0, *pattern[1:]], int(pattern[0]), num_groups, k) for pattern in patterns]
+    recalls = [_first_within(groups_K - pattern, int(pattern[0]), num_groups, k) for pattern in patterns]
     return float(np.average(recalls, weights=counts))
 
 
 def _first_within(negatives_K: Ints, num_positives: int, num_groups: int, k: int) -> float:
     """Return the probability that fewer than k items are in the groups before the first positive one.
 
-    `negatives_K[s]` is the number of negative groups of s items.
+    `negatives_K[s]` is the number of negative groups of s items, from 1 on.
     """
     sets_JS = np.zeros((k, k))  # number of sets of j negative groups with s items in all
     sets_JS[0, 0] = 1

@@ -1,5 +1,6 @@
 """Intervals against plain loops over the same resamples, and against what is known of a mean."""
 
+import inspect
 import tracemalloc
 from collections.abc import Callable
 
@@ -85,11 +86,12 @@ def test_intervals_are_quantiles_over_resamples(estimate, statistic, num_draws, 
     assert found(estimate(VALUES, CLUSTERS, num_draws=61, seed=5)) == pytest.approx(expected)
 
 
-def test_runs_and_clusters_are_resampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of_runs", [[[3, 3, 8], [5], [8, 3]], [[3], [5], [8]]])
+def test_runs_and_clusters_are_resampled_together(of_runs: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Check two columns of three runs, of which each has its own items, with a loop; some resamples hold no value."""
     monkeypatch.setattr(intervals, "_DRAWS_PER_BLOCK", 9)
     rng = np.random.default_rng(0)
-    clusters = [np.array([3, 3, 8]), np.array([5]), np.array([8, 3])]
+    clusters = [np.array(of_run) for of_run in of_runs]
     values = [rng.random((len(of_run), 2)) for of_run in clusters]
     expected = [np.concatenate(values).mean(axis=0)]
     for drawn_runs, drawn in zip(draw(3, 1000, 1), draw(3, 1000, 0), strict=True):
@@ -103,6 +105,12 @@ def test_runs_and_clusters_are_resampled_together(monkeypatch: pytest.MonkeyPatc
     assert found(interval_of(means[:, 1])) == pytest.approx((means[0, 1], *np.quantile(means[1:, 1], [0.025, 0.975])))
     with pytest.raises(DataError, match="expected at least one value, got none"):
         resample_runs([], [])
+
+
+def test_default_numbers_of_resamples() -> None:
+    functions = (bootstrap, bootstrap_class_mean, bootstrap_mean, bootstrap_means, bootstrap_median, bootstrap_runs)
+    defaults = [inspect.signature(function).parameters["num_draws"].default for function in functions]
+    assert defaults == [1000, 1000, 2000, 2000, 1000, 1000]
 
 
 def test_ends_of_an_interval_with_infinite_values_are_values() -> None:

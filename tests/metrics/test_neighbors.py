@@ -109,13 +109,26 @@ def test_duration_is_that_of_the_comparison(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("seconds", "duration"),
-    [(11, "11 s"), (119, "119 s"), (120, "2 minutes"), (7199, "120 minutes"), (7200, "2 hours"), (90_000, "25 hours")],
+    [
+        (11, "11 s"),
+        (119, "119 s"),
+        (120, "2 minutes"),
+        (7199, "120 minutes"),
+        (7200, "2 hours"),
+        (36_000_000, "10000 hours"),
+    ],
 )
 def test_durations_are_in_the_largest_unit(monkeypatch: pytest.MonkeyPatch, seconds: int, duration: str) -> None:
     clock, progress = iter([0, 1]), RecordedProgress()
     monkeypatch.setattr(neighbors.time, "perf_counter", lambda: next(clock))
     note_duration(progress, "x", seconds * 512 * 4096, 1, compare=lambda left, right: left)
     assert progress.notes == [f"x: {seconds * 2**21:,} pairs of vectors, about {duration}"]
+
+
+def test_short_comparison_is_not_announced() -> None:
+    progress = RecordedProgress()
+    note_duration(progress, "x", 6, 3, timed=(2, 3))
+    assert progress.notes == []
 
 
 def test_products_of_tiles_are_held_at_once() -> None:
