@@ -120,7 +120,7 @@ def cluster_items(
         what: the items, for progress.
     """
     rng = np.random.default_rng(seed)
-    num_clusters = max(1, round(2 * math.sqrt(num_items)))
+    num_clusters = round(2 * math.sqrt(num_items))
     drawn = np.sort(rng.permutation(num_items)[: _TRAINING_PER_CLUSTER * num_clusters])
     vectors_SP = np.concatenate([read(drawn[block]) for block in blocks(len(drawn), READ_ROWS)])
     num_pairs = ITERATIONS * len(drawn) * num_clusters

@@ -68,13 +68,15 @@ def lift(values_TD: Array, axis: Axis, uv_N2: Array) -> Floats:
         DataError: the axis is no grid of T cells, has no box, `uv_N2` is float16 or not finite, or lies outside of the
             box.
     """
-    if axis.kind != "grid" or axis.rows is None or axis.columns is None:
+    if axis.kind != "grid":
         raise DataError(f"expected a feature with an axis of kind grid, got {axis.kind}; name one such as patches")
     if axis.box is None:
         raise DataError(
             "expected a grid that covers a known part of each image, got one after a crop or a view; extract the image "
             "encoder with the option fit=whole"
         )
+    assert axis.rows is not None
+    assert axis.columns is not None
     if len(values_TD) != axis.rows * axis.columns:
         raise DataError(f"expected {axis.rows} x {axis.columns} cells, got {len(values_TD)}")
     x_N, y_N = _in_box(uv_N2, axis.box)

@@ -108,8 +108,9 @@ def _merge_clusters(work: _ClusterWork, read: Reader, labels: Ints, progress: Pr
         edges, num_edges = [], 0
         for tile, num_done in iterate_tiles(matrix_NP, plan):
             row, column = np.nonzero(tile.cosines > work.cosine)
-            edges.append(_spanning(work.nodes[tile.left[row]], work.nodes[tile.right[column]]))
-            num_edges += edges[-1].shape[1]
+            if len(row):
+                edges.append(_spanning(work.nodes[tile.left[row]], work.nodes[tile.right[column]]))
+                num_edges += edges[-1].shape[1]
             if num_edges > _MAX_EDGES:
                 labels, edges, num_edges = _merge(labels, *np.concatenate(edges, axis=1)), [], 0
             progress.advance(num_done)
@@ -125,7 +126,7 @@ def _spanning(left: Ints, right: Ints) -> Array:
     nodes, codes = np.unique(np.concatenate([left, right]), return_inverse=True)
     shape = (len(nodes), len(nodes))
     edges = scipy.sparse.coo_array((np.ones(len(left), bool), (codes[: len(left)], codes[len(left) :])), shape=shape)
-    count, component = scipy.sparse.csgraph.connected_components(edges, directed=False) if len(nodes) else (0, codes)
+    count, component = scipy.sparse.csgraph.connected_components(edges, directed=False)
     first_of = np.empty(count, np.int64)
     first_of[component[::-1]] = nodes[::-1]
     is_other = first_of[component] != nodes

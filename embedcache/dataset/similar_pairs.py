@@ -77,7 +77,7 @@ class PairCollector:
         """Return all pairs."""
         keys, first = np.unique(np.concatenate([np.empty(0, np.int64), *self._keys]), return_index=True)
         cosines = np.concatenate([np.empty(0, np.float32), *self._cosines])[first]
-        left, right = np.divmod(keys, max(1, len(self.highest)))
+        left, right = np.divmod(keys, len(self.highest))
         return SimilarPairs(left=left, right=right, cosines=cosines)
 
     def _raise_highest(self, items: Ints, cosines: Floats) -> None:
@@ -166,7 +166,7 @@ class Histogram:
 
     def bars(self) -> Iterator[str]:
         """Draw one line per bin, the most similar first; the length of a bar is the logarithm of its count."""
-        logs = np.log1p(self.counts) / np.log1p(max(1, self.counts.max(initial=0)))
+        logs = np.log1p(self.counts) / np.log1p(self.counts.max(initial=1))
         for low, log, count in zip(self.lows[::-1], logs[::-1], self.counts[::-1], strict=True):
             yield f"{low:6.3f}  {'█' * round(_BAR_LENGTH * float(log)):{_BAR_LENGTH}}  {count:,}"
 

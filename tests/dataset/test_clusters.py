@@ -1,6 +1,7 @@
 """Clusters of near vectors: which an item visits, what a plan compares, and the scratch file."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from embedcache.dataset.clusters import (
     scratch_matrix,
 )
 from embedcache.errors import DiskFullError, PathError
+from embedcache.metrics import neighbors
 from embedcache.metrics.neighbors import spherical_means
 from tests.recorded import RecordedProgress
 
@@ -131,7 +133,7 @@ def test_visits_are_the_nearest_borders_within_reach() -> None:
     """Check items on a circle: those near the border of a cluster visit it, the nearest first, `max_visits` at most."""
     angles = np.deg2rad(np.arange(0, 360, 90))
     centroids: Floats = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    items = np.deg2rad([0, 40, 44, 50, 300])
+    items = np.deg2rad([0, 40, 35, 50, 300])  # the third one at the very angle
     vectors: Floats = np.stack([np.cos(items), np.sin(items)], axis=1).astype(np.float32)
     mask = np.array([True, True, True, True, False])
 
@@ -143,7 +145,7 @@ def test_visits_are_the_nearest_borders_within_reach() -> None:
 
     found = assign(2)
     assert found.clusters.tolist() == [0, 0, 0, 1]
-    np.testing.assert_allclose(found.cosines, np.cos(np.deg2rad([0, 40, 44, 40])), atol=1e-6)
+    np.testing.assert_allclose(found.cosines, np.cos(np.deg2rad([0, 40, 35, 40])), atol=1e-6)
     assert found.visits.tolist() == [[-1, -1], [1, -1], [1, -1], [0, -1]]
     assert found.is_complete.all()
     assert assign(0).visits.shape == (4, 0)
@@ -174,10 +176,46 @@ def test_items_are_clustered_block_by_block(monkeypatch: pytest.MonkeyPatch, cou
     assert progress.counts == {"clustering dots": count}
 
 
+def test_few_vectors_are_read_at_once() -> None:
+    """Check the documented 40 vectors per cluster, and the numbers of items that are in memory."""
+    angles, num_read, progress = np.linspace(0, 6, 10_000), [], RecordedProgress()
+
+    def read(numbers: Ints) -> Floats:
+        num_read.append(len(numbers))
+        return np.stack([np.cos(angles[numbers]), np.sin(angles[numbers])], axis=1).astype(np.float32)
+
+    centroids, _ = cluster_items(read, len(angles), 0.99999, seed=0, what="dots", progress=progress)
+    assert len(centroids) == 200
+    assert num_read == [*[1024] * 7, 40 * 200 - 7 * 1024, *[2048] * 4, 10_000 - 4 * 2048]
+    assert progress.notes == []
+
+
+def test_time_to_find_clusters_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, vectors, progress = iter([0, 10**6]), made_vectors(50, 3), RecordedProgress()
+    monkeypatch.setattr(neighbors.time, "perf_counter", lambda: next(clock))
+    cluster_items(lambda numbers: vectors[numbers], 50, 0.9, seed=1, what="dots", progress=progress)
+    hours = 10**6 * 10 * 50 * 14 / (512 * 4096) / 60  # ten iterations of 50 items with 14 centroids
+    assert progress.notes == [f"finding 14 clusters of dots: 7,000 pairs of vectors, about {hours:.0f} minutes"]
+
+
 def test_scratch_space_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(DiskFullError, match="comparing 1,000,000,000 vectors needs 1536.0 GB in .* --scratch"),
         scratch_matrix(tmp_path, (10**9, 768), np.float16),
+    ):
+        pass
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2400))
+    with scratch_matrix(tmp_path, (300, 2), "f4") as matrix:
+        matrix[:] = 7
+        assert (matrix.shape, matrix.dtype) == ((300, 2), np.float32)
+    with scratch_matrix(tmp_path, (0, 2), "f4") as matrix:
+        assert matrix.shape == (0, 2)
+    with pytest.raises(DiskFullError), scratch_matrix(tmp_path, (1201, 1), np.float16):
+        pass
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * 10**9))
+    with (
+        pytest.raises(DiskFullError, match=rf"needs 3.0 GB in {tmp_path}, which has 2.0 GB free; free some, or give"),
+        scratch_matrix(tmp_path, (10**9, 3), np.int8),
     ):
         pass
     with (
@@ -186,10 +224,14 @@ def test_scratch_space_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ):
         pass
 
-    def full(*_: object) -> None:
+    allocated = []
+
+    def full(_: int, *span: int) -> None:
+        allocated.append(span)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(DiskFullError, match="no space left on the disk"), scratch_matrix(tmp_path, (2, 2), "f4"):
         pass
+    assert allocated == [(0, 16)]
     assert not list(tmp_path.iterdir())

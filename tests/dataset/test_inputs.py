@@ -1,3 +1,4 @@
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_joined_features_of_other_width_raises(cache_path: Path) -> None:
         open_input(Cache(cache_path), "image", "open_toy/cls+open_toy/patches")
 
 
+def test_joined_features_of_other_encoder_raises(two_caches: list[Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(two_caches[0], tmp_path / "cache"))
+    shutil.copytree(path / "image" / "open_toy", path / "image" / "other")
+    with pytest.raises(
+        DataError, match="one encoder and one width, got open_toy/cls of width 48 and other/cls of width 48"
+    ):
+        open_input(Cache(path), "image", "open_toy/cls+other/cls")
+
+
 def test_ragged_feature_comes_last() -> None:
     tokens = [np.ones((2, 3)), np.ones((4, 3))]
     assert to_inputs([[np.zeros(3)] * 2, tokens]).lengths.tolist() == [3, 5]  # type: ignore[union-attr]
@@ -55,6 +65,26 @@ def test_chunk_of_failed_items_is_empty(tmp_path: Path) -> None:
     rows, inputs = feature.chunk(0)
     assert (len(rows), inputs.values.shape) == (0, (0, 5))
     assert feature.chunk(1)[0].tolist() == [4, 5, 6, 7]
+    assert [rows.tolist() for rows, _ in feature.blocks()] == [[4, 5, 6, 7]]
+
+
+def test_dense_items_are_read_without_an_object_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = random_items(8, (2, 3), seed=1, failed=[2])
+    feature = InputFeature([write_feature(tmp_path, items, (2, 3), chunk_size=4)])
+    monkeypatch.setattr(Feature, "items", lambda *_: pytest.fail("items are read one by one"))
+    assert [rows.tolist() for rows, _ in feature.blocks()] == [[0, 1, 3], [4, 5, 6, 7]]
+
+
+def test_one_item_has_its_own_number_of_tokens(tmp_path: Path) -> None:
+    items = [np.ones((5, 3), np.float32)]
+    assert InputFeature([write_feature(tmp_path, items, (-1, 3), chunk_size=4)]).item_shape == (5, 3)
+
+
+def test_items_are_padded_to_the_longest() -> None:
+    def shape(*lengths: int) -> tuple[int, ...]:
+        return to_inputs([[np.ones((length, 3)) for length in lengths]]).values.shape
+
+    assert [shape(0, 1), shape(1, 0, 4), shape(2, 2)] == [(2, 1, 3), (3, 4, 3), (2, 2, 3)]
 
 
 def test_unit_vectors_of_tokens() -> None:

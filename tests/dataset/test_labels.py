@@ -2,9 +2,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from embedcache.dataset.labels import Labels, read_labels
+from embedcache.dataset.labels import Labels, has_label, read_labels
 from embedcache.errors import DataError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -82,6 +83,57 @@ def test_read_labels_error_is_short(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, label=[f"label {number}" for number in range(30)])
     with pytest.raises(DataError, match=r"and 25 others; .* … \(30\); the classes are 'a', .* … \(9\)"):
         read(cache, classes=list("abcdefghi"))
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "listed", "shown"),
+    [
+        (5, "{0}, {1}, {2}, {3}, {4}", "'l0', 'l1', 'l2', 'l3', 'l4'"),
+        (6, "{0}, {1}, {2}, {3}, {4} and 1 others", "'l0', 'l1', 'l2', 'l3', 'l4', … (6)"),
+    ],
+)
+def test_read_labels_error_lists_five(tmp_path: Path, num_labels: int, listed: str, shown: str) -> None:
+    """Check the whole message: the most frequent label is first."""
+    names = [f"l{number}" for number in range(num_labels)]
+    cache = make_cache(tmp_path, label=[*names, "l3"])
+    described = [f"'{name}' (1 samples)" for name in names if name != "l3"]
+    with pytest.raises(DataError) as caught:
+        read(cache, classes=["a", "b"])
+    assert str(caught.value) == (
+        f"{num_labels + 1} of {num_labels + 1} samples have labels in column 'label' of {cache.path} that are not "
+        f"classes: {listed.format(repr('l3') + ' (2 samples)', *described)}; the labels are {shown}; the classes are "
+        "'a', 'b', counted from 0"
+    )
+
+
+def test_read_labels_of_no_samples(tmp_path: Path) -> None:
+    nothing = np.empty(0, np.int64)
+    (tmp_path / "numbers").mkdir()
+    for cache in (make_cache(tmp_path, label=["cat"]), make_cache(tmp_path / "numbers", label=[0.5])):
+        assert read_labels(cache, nothing).names == []
+        labels = read_labels(cache, nothing, classes=["cat", "dog"])
+        assert (labels.names, labels.numbers.tolist()) == (["cat", "dog"], [])
+
+
+def test_read_labels_mixed_digits_raise(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, label=["0", "1", "x"])
+    with pytest.raises(DataError, match="3 of 3 samples have labels"):
+        read(cache, classes=["cat", "dog"])
+
+
+def test_empty_cells_are_missing_labels(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("key,text,label,number\na,words,cat,1\nb,words,,2\nc,words,dog,3\n")
+    extract(open_source(tmp_path / "table.csv"), tmp_path / "cache", text_encoder=[TEXT])
+    cache = Cache(tmp_path / "cache")
+    assert has_label(cache, np.array([2, 1, 0])).tolist() == [True, False, True]
+    assert has_label(cache, np.arange(3), column="number").all()
+    with pytest.raises(DataError, match="1 of 3 samples have no label in column 'label' of .* first 'b'; label them"):
+        read(cache)
+    cache._sample_columns["label"] = cache.column("label").cast(pa.large_string())  # as in tables of Polars
+    assert has_label(cache, np.array([2, 1, 0])).tolist() == [True, False, True]
+    assert read_labels(cache, np.array([2, 0])).names == ["cat", "dog"]
+    with pytest.raises(UnknownNameError, match="column of samples of .*'lable'; did you mean 'label'"):
+        has_label(cache, np.arange(3), column="lable")
 
 
 @pytest.mark.parametrize("number", [-1, 2])

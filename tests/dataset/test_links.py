@@ -46,6 +46,44 @@ def test_frames_that_do_not_fit_raise(fast: int, first: Axis, second: Axis, mess
         align_times(frames(fast), first, frames(4), second)
 
 
+def at(rate_hz: float, start_s: float | None) -> Axis:
+    return Axis(kind="time", rate_hz=rate_hz, start_s=start_s)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (at(25, 0), at(25, 0)),
+        (at(50.00002, 0), at(25, 0)),  # off by less than one millionth
+        (at(50, None), at(25, 0.02)),
+        (at(50, 0.02), at(25, None)),
+        (at(50, 0.02), at(25, 0)),
+        (at(50, 3.5), at(25, 3.5)),
+    ],
+)
+def test_rates_and_starts_that_fit(first: Axis, second: Axis) -> None:
+    count = 2 if first.rate_hz != second.rate_hz else 1
+    stacked, same = align_times(frames(4 * count), first, frames(4), second)
+    np.testing.assert_array_equal(stacked, frames(4 * count).reshape(4, -1))
+    np.testing.assert_array_equal(same, frames(4))
+
+
+@pytest.mark.parametrize(
+    ("fast", "first", "slow", "second", "message"),
+    [
+        (8, at(50.0002, 0), 4, at(25, 0), "a multiple of the other, got 50.0002 and 25 Hz; extract one of them at an"),
+        (8, at(50, 0), 4, at(25, 0.04), "starts that differ by less than a frame, got -0.04 s; cut the later feature"),
+        (8, at(50, None), 4, at(25, 0.05), "less than a frame, got -0.05 s"),
+        (8, at(50, 0.05), 4, at(25, None), "less than a frame, got 0.05 s"),
+        (0, at(50, 0), 1, at(25, 0), "expected 2 frames at 50 Hz for 1 at 25 Hz, 2 more or fewer, got 0; are they"),
+        (0, at(50, 0), 4, Axis(kind="points"), "kind time, got time and points; name features of frames"),
+    ],
+)
+def test_rates_and_starts_that_do_not_fit_raise(fast: int, first: Axis, slow: int, second: Axis, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        align_times(frames(fast), first, frames(slow), second)
+
+
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 2**32 - 1))
 def test_lift_is_bilinear_interpolation(rows: int, columns: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -70,6 +108,16 @@ def test_lift_maps_through_the_box() -> None:
         lift(values, inner, uv)
 
 
+def test_places_at_the_border_may_be_rounded() -> None:
+    values, axis = frames(12), Axis(kind="grid", rows=3, columns=4, box=WHOLE)
+    corners = np.array([[-5e-7, -5e-7], [1 + 5e-7, 1 + 5e-7]])
+    np.testing.assert_allclose(lift(values, axis, corners), [values[0], values[-1]])
+    for places in ([[0, 0], [0.5, 1.5], [0, 2]], [[0, 0.5], [-2e-6, 0.5], [0.5, -1]]):
+        u, v = places[1]
+        with pytest.raises(DataError, match=rf"got \({u:g}, {v:g}\), and 2 such points; leave them out"):
+            lift(values, axis, np.array(places))
+
+
 @pytest.mark.parametrize(
     ("axis", "uv", "message"),
     [
@@ -78,6 +126,9 @@ def test_lift_maps_through_the_box() -> None:
         (Axis(kind="grid", rows=4, columns=4, box=WHOLE), np.zeros((1, 2), np.float32), "4 x 4 cells, got 12"),
         (Axis(kind="grid", rows=3, columns=4, box=WHOLE), np.zeros((1, 2), np.float16), "got float16.*dtype float32"),
         (Axis(kind="grid", rows=3, columns=4, box=WHOLE), np.full((1, 2), np.nan, np.float32), "got .nan, nan."),
+        (Axis(kind="grid", rows=3, columns=4, box=WHOLE), np.zeros((1, 3), np.float32), r"float32 of shape \(1, 3\)"),
+        (Axis(kind="grid", rows=3, columns=4, box=WHOLE), np.zeros(2), r"got float64 of shape \(2,\)"),
+        (Axis(kind="grid", rows=3, columns=4, box=WHOLE), np.zeros((2, 2, 2)), r"float64 of shape \(2, 2, 2\)"),
     ],
 )
 def test_lift_refuses(axis: Axis, uv: np.ndarray, message: str) -> None:

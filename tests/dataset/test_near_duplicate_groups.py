@@ -124,6 +124,7 @@ def test_items_at_the_cosine_are_no_near_duplicates(monkeypatch: pytest.MonkeyPa
             groups = near_duplicate_groups(pairs, SplitSettings(other_cosine=cosine), readers, progress)
             assert len(set(groups.tolist())) == num_groups
             assert len(progress.notes) == {4: 0, 3: 2}[limit]
+            assert all(f"of the {4 - 2 * num_groups} pairs above" in note for note in progress.notes)
 
 
 def test_documented_numbers() -> None:

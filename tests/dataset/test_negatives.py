@@ -90,6 +90,13 @@ def test_cache_that_has_grown_has_samples_without_negatives(caches: list[Cache],
     assert found.negatives_SK[40:].max() >= 40
 
 
+def test_samples_may_have_no_negatives_at_all(caches: list[Cache], tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", caches[0], np.full((40, 3), -1), np.zeros(40, np.int64), 80)
+    found = read_negatives([tmp_path / "a.parquet"], caches[:1])
+    assert found.negatives_SK.shape == (40, 0)
+    assert found.groups_S.tolist() == [0] * 40
+
+
 def test_tables_that_do_not_belong_raise(caches: list[Cache], run_path: Path, tmp_path: Path) -> None:
     paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     for path, cache in zip(paths, caches, strict=True):

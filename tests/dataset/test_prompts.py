@@ -42,6 +42,14 @@ def test_class_vectors_are_mean_directions(prompts_path: Path, run_path: Path) -
     np.testing.assert_allclose(class_vectors(prompts, tower), expected, atol=1e-6)
 
 
+def test_classes_without_prompts_raise(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("class,caption\nred,red bar\ngone,\nblue,blue\nnone,\n")
+    extract(open_source(tmp_path / "p.csv"), tmp_path / "c", text_encoder=[TEXT])
+    cache = Cache(tmp_path / "c")
+    with pytest.raises(DataError, match="2 of 4 classes of .*c have no encoded prompt, first 'gone'; add one and"):
+        read_prompts(cache, open_input(cache, "text"))
+
+
 def test_cache_without_prompts_names_the_command(cache_path: Path) -> None:
     cache = Cache(cache_path)
     assert not has_prompts(cache)

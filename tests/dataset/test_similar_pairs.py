@@ -99,6 +99,11 @@ def test_limit_of_equal_vectors_leaves_room_for_rounding() -> None:
 @example([190])  # 0.95, which float32 rounds down
 @example([168])  # 0.84, of which 32 bins of the smallest width reach to 1
 @example([167])
+@example([])
+@example([200])
+@example([137])
+@example([135, 40])
+@example([-400, -200])
 def test_histogram_counts_each_cosine_in_its_bin(steps: list[int]) -> None:
     """Check bins against whole numbers: a lower bound belongs to its bin, and all below -1 to the first."""
     counted = histogram(np.array(steps, np.float32) / np.float32(200))
@@ -118,7 +123,10 @@ def test_bars_are_as_long_as_the_logarithm_of_a_count() -> None:
     assert [bar.count("█") for bar in bars] == [round(40 * np.log(2) / np.log(10000)), 20, 0, 40]
     assert bars[-1] == f" 0.980  {'█' * 40}  9,999"
     assert bars[0] == f" 0.995  {'█' * 3}{' ' * 37}  1"
-    assert list(Histogram(lows=lows[:1], width=0.005, counts=np.array([0])).bars()) == [f" 0.980  {' ' * 40}  0"]
+    for count in (0, 1):
+        (bar,) = Histogram(lows=lows[:1], width=0.005, counts=np.array([count])).bars()
+        assert bar == f" 0.980  {'█' * 40 * count:40}  {count}"
+    assert list(Histogram(lows=lows[:0], width=0.005, counts=np.empty(0, np.int64)).bars()) == []
 
 
 @pytest.mark.parametrize("count", [1, 2])

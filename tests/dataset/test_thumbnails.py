@@ -104,6 +104,10 @@ def test_images_are_read_and_made_small(two_caches: list[Path], image_folder: Pa
     assert thumbnails.read(7) == (folder / "00007.png").read_bytes()
     with Image.open(io.BytesIO(thumbnails.webp(7, 20))) as image:
         assert (image.format, image.size) == ("WEBP", (20, 20))
+    with Image.open(folder / "00007.png") as image:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "WEBP", quality=80)
+    assert thumbnails.webp(7, 32) == buffer.getvalue()
     url = thumbnails.data_url(7)
     kind, _, text = url.partition(",")
     assert kind == "data:image/webp;base64"
