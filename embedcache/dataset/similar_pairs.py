@@ -173,7 +173,7 @@ class Histogram:
 
 def histogram(cosines_N: Floats) -> Histogram:
     """Count each item's largest cosine in at most 32 bins that end at 1; the first bin includes all below it."""
-    below_one_N = 1 - np.clip(cosines_N.astype(np.float64), -1, 1)
+    below_one_N = 1 - np.maximum(cosines_N.astype(np.float64), -1)
     width = next(width for width in _WIDTHS if below_one_N.max(initial=0) / width - _ROUNDING <= _MAX_BINS)
     bins_N = np.maximum(np.ceil(below_one_N / width - _ROUNDING), 1).astype(np.int64) - 1  # counted from the top
     num_bins = 1 + int(bins_N.max(initial=0))
