@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+import tests.flushes  # noqa: F401 - in forked processes, too
 from embedcache.cli.main import root_command
 from embedcache.provenance import _metadata_folders, _owners
 
@@ -21,7 +22,7 @@ _owners(_metadata_folders())
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        *("tests.crash", "tests.toy", "torch", "zarr", "pandas", "pydantic", "PIL.PngImagePlugin"),
+        *("tests.crash", "tests.toy", "torch", "torch._dynamo", "zarr", "pandas", "pydantic", "PIL.PngImagePlugin"),
         *("embedcache.extract.plan", "embedcache.extract.repair", "embedcache.sources.folder"),
         *("embedcache.search.index", "embedcache.train.train", "faiss"),
     ]

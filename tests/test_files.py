@@ -31,6 +31,22 @@ def test_failed_write_keeps_old_file(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_file_is_flushed_before_its_rename_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, replace = list[str | Path](), Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: steps.append(Path(f"/proc/self/fd/{file}").readlink()))
+    monkeypatch.setattr(Path, "replace", lambda *paths: steps.append("renamed") or replace(*paths))
+    write_atomic(tmp_path / "new" / "file", b"x")
+    write_atomic(tmp_path / "new" / "file", b"y")
+    first, second = (steps[:4], steps[4:])
+    assert first[0] == tmp_path  # the entry of the new folder
+    for file, renamed, folder in (first[1:], second):
+        assert isinstance(file, Path)
+        assert (file.parent, file.suffix) == (tmp_path / "new", ".partial")
+        assert (renamed, folder) == ("renamed", tmp_path / "new")
+
+
 def test_remove_partials_of_dead_processes(tmp_path: Path) -> None:
     program = (
         "import sys, os, signal\n"
