@@ -81,7 +81,7 @@ def _read_npy(data: bytes) -> Array:
 
 
 def _read_parquet(data: bytes) -> dict[str, Array]:
-    with pq.ParquetFile(io.BytesIO(data)) as file:
+    with pq.ParquetFile(io.BytesIO(data), pre_buffer=False) as file:
         _check_count(file.metadata.num_rows)
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
         _check_size(sum(group.total_byte_size for group in groups))

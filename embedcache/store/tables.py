@@ -27,12 +27,13 @@ def open_table(file: Path | BytesIO, metadata: pq.FileMetaData | None = None) ->
     """Open a local or remote Parquet table; pages that have a checksum are compared with it when they are read.
 
     Always read it with `use_threads=False`: the tables are small, and a process that exited right after Arrow's thread
-    pool had started aborted in 2 of 30 runs (pyarrow 26, with torch imported).
+    pool had started aborted in 2 of 30 runs (pyarrow 26, with torch imported). Local files are not read ahead either:
+    Arrow does that in threads, which takes a table of one chunk four times as long.
     """
     if isinstance(file, BytesIO) or not is_remote(file):
         if not isinstance(file, BytesIO):
             check_regular(file)
-        with pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True) as table:
+        with pq.ParquetFile(file, metadata=metadata, pre_buffer=False, page_checksum_verification=True) as table:
             yield table
         return
     with (
