@@ -76,6 +76,14 @@ def test_image_fills_a_white_square(all_languages: Source) -> None:
     assert bottom - top > 150
 
 
+def test_second_source_draws_nothing_again(all_languages: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [sample.key for sample in all_languages.samples()]
+    monkeypatch.setattr("embedcache.quickstart.openmoji._EmojiFont", None)
+    other = open_source("openmoji:en")
+    assert [sample.key for sample in other.samples()] == names
+    assert other.read(FileItem(path="1F600")) == all_languages.read(FileItem(path="1F600"))
+
+
 def test_only_given_languages_are_kept() -> None:
     source = open_source("openmoji:de+fr")
     assert {text.language for text in next(source.samples()).texts} == {"de", "fr"}
