@@ -5,9 +5,12 @@ compute, and the files they write, must stay the same. All paths are relative to
 so that no artifact contains an absolute path.
 """
 
+import contextlib
+import io
 import json
 import shlex
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.numpy import load_file
-from typer.testing import CliRunner
+from typer.main import get_command
 
 from embedcache import load
 from embedcache.cli.main import app
@@ -92,6 +95,10 @@ shared_width = {low = 8, high = 24, step = 8}
 REAL_ENCODERS = (("lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"), (None, "wordllama:l2_supercat_256"))
 
 
+build = cache(get_command)
+"""Builds all commands, once."""
+
+
 def embedcache(*words: object) -> str:
     """Run an `embedcache` command in this process and return what it prints.
 
@@ -99,9 +106,11 @@ def embedcache(*words: object) -> str:
         words: arguments; one that holds spaces and begins with `--` stands for several.
     """
     arguments = [part for word in map(str, words) for part in (shlex.split(word) if word[:2] == "--" else [word])]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = build(app)(arguments, standalone_mode=False)
+    assert not code, printed.getvalue()
+    return printed.getvalue()
 
 
 def extract(source: str, cache: Path | str, *, image: str | None = TOY, text: str = TOY, options: str = "") -> None:
