@@ -200,7 +200,7 @@ def test_corrupt_checkpoint_is_named(cache_path: Path, unfinished: Path) -> None
 @pytest.mark.slow
 def test_resume_after_kill_is_identical(cache_path: Path, tmp_path: Path) -> None:
     options = (
-        "--image-feature open_toy/cls --text-feature open_toy/mean --split key --epochs 40 --batch-size 64 "
+        "--image-feature open_toy/cls --text-feature open_toy/mean --split key --epochs 15 --batch-size 64 "
         "--shared-width 16 --checkpoint-s 0"
     )
     command = ["train", str(cache_path), str(tmp_path / "killed"), *options.split()]
@@ -213,7 +213,7 @@ def test_resume_after_kill_is_identical(cache_path: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "killed/config.json").exists()
     outcome = embedcache(*command, cwd=tmp_path)
     assert "resumed from the checkpoint after step" in outcome.stderr
-    runs.run(cache_path, tmp_path / "whole", epochs=40)
+    runs.run(cache_path, tmp_path / "whole", epochs=15)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
