@@ -4,7 +4,7 @@
     img2dataset …                                       # download the images of its keys; and of CC3M, CC12M and SBU
     python -m pipelines.freeze_align work/ --pairs "laion/{00000..00559}.tar::cc/{00000..01250}.tar" --device cuda
     python -m pipelines.zero_shot_suite sets/ work/sets/ work/run/
-    python -m pipelines.freeze_align work/ --tiny       # all of it on OpenMoji, in a minute or two
+    python -m pipelines.freeze_align work/ --tiny       # all of it on 1,000 emoji, in a minute
 
 docs/howto/paper.md has the size of each step, the differences from the paper, and the paper's results. We have not run
 it on the full data.
@@ -23,7 +23,7 @@ from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER, extract_source, with_o
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Encoders, features, number of captions per concept, and training settings."""
+    """Encoders, features, number of captions per concept, training settings, and number of samples if not all."""
 
     image_encoder: str
     text_encoder: str
@@ -31,6 +31,7 @@ class Recipe:
     image_feature: str
     per_concept: int
     training: TrainSettings
+    limit: int | None = None
 
 
 # fmt: off
@@ -48,8 +49,9 @@ TINY = Recipe(
     image_encoder=f"{IMAGE_ENCODER},fit=112x112", text_encoder=TEXT_ENCODER,
     features=("patch_mean", "kmeans:4", "mean"),
     image_feature="efficientnet-lite0/patch_mean+efficientnet-lite0/kmeans:4", per_concept=3,
-    training=with_options(PAPER, shared_width=512, epochs=5, batch_size=512, split="strict", val_fraction=0.1,
+    training=with_options(PAPER, shared_width=512, epochs=8, batch_size=256, split="strict", val_fraction=0.1,
                           test_fraction=0.25),
+    limit=1000,
 )
 # fmt: on
 
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--concepts", default="prompts:imagenet1k+voc2007", help="class names to cover")
     parser.add_argument("--pairs", help="images with captions: the selected ones, and others")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--tiny", action="store_true", help="run everything on OpenMoji, with small encoders")
+    parser.add_argument("--tiny", action="store_true", help="run everything on 1,000 emoji, with small encoders")
     options = parser.parse_args()
     recipe, workdir = TINY if options.tiny else FULL, options.workdir
     captions, pairs = ("openmoji:en", "openmoji:en") if options.tiny else (options.captions, options.pairs)
@@ -75,8 +77,8 @@ def main() -> None:
 
 def select_captions(workdir: Path, captions: str, concepts: str, recipe: Recipe, device: str) -> None:
     """Select the same number of captions per concept, rare concepts first, without looking at images."""
-    settings = embedcache.ExtractSettings(devices=(device,))
-    for name, location in (("captions", captions), ("concepts", concepts)):
+    for name, location, limit in (("captions", captions, recipe.limit), ("concepts", concepts, None)):
+        settings = embedcache.ExtractSettings(devices=(device,), limit=limit)
         extract_source(location, workdir / name, images=[], texts=[recipe.text_encoder], settings=settings)
     report = embedcache.select_samples(
         workdir / "captions",
@@ -94,7 +96,9 @@ def select_captions(workdir: Path, captions: str, concepts: str, recipe: Recipe,
 def align(workdir: Path, pairs: str, recipe: Recipe, training: TrainSettings) -> None:
     """Extract features, train the paper's projectors and the shuffled control, and evaluate both on the test part."""
     cache, images, texts = workdir / "pairs", [recipe.image_encoder], [recipe.text_encoder]
-    settings = embedcache.ExtractSettings(features=recipe.features, devices=(training.machine.device,))
+    settings = embedcache.ExtractSettings(
+        features=recipe.features, devices=(training.machine.device,), limit=recipe.limit
+    )
     extract_source(pairs, cache, images=images, texts=texts, settings=settings)
     reports = {}
     for name, is_control in (("run", False), ("shuffled", True)):
