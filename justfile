@@ -1,3 +1,6 @@
+# Processes that tests start read the bytecode of the package; each would compile it again, for 0.25 seconds.
+export PYTHONDONTWRITEBYTECODE := ""
+
 # List the recipes.
 default:
     @just --list
