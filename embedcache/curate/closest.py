@@ -103,7 +103,7 @@ def _join(parts: list[ClosestItems]) -> ClosestItems:
             np.concatenate([part.closest.sims for part in parts]),
             np.maximum.reduce([part.closest.candidate_sims for part in parts]),
         ),
-        num_clusters=sum(part.num_clusters for part in parts) if recalls else 1,
+        num_clusters=sum(part.num_clusters for part in parts) if recalls else parts[0].num_clusters,
         complete=float(np.average([part.complete for part in parts], weights=sizes)),
         recall=recall if recalls else None,
     )

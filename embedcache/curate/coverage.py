@@ -27,7 +27,7 @@ from embedcache.files import AnyPath
 from embedcache.metrics.classification import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
 from embedcache.modalities import noun
-from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.search.card import IndexCard
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.vectors import Vectors, run_pass
@@ -306,7 +306,7 @@ def _count(
     counter: CoverageCounter,
     concepts_CP: Floats,
     settings: CoverageSettings,
-    progress: Progress | None,
+    progress: Progress,
 ) -> tuple[PartialCoverage, IndexCard | None]:
     """Count all items, or those that an index finds; return the card of the index too."""
     if settings.index is None:
@@ -315,7 +315,7 @@ def _count(
         )
         return partial, None
     index, card = open_index(settings.index, pool)
-    return count_indexed(pool, counter, concepts_CP, index, card.search, progress or NullProgress()), card
+    return count_indexed(pool, counter, concepts_CP, index, card.search, progress), card
 
 
 def _concept_counts(partial: PartialCoverage, pool: Vectors, selection: Path | str | None) -> list[ConceptCounts]:

@@ -281,7 +281,7 @@ def _fit(fitted_FP: Floats, projection: Literal["umap", "pca"], *, seed: int) ->
 
     def place(vectors_BP: Floats) -> Floats:
         rows_BK, cosines_BK = top_k(vectors_BP, fitted_FP, min(_NUM_ANCHORS, len(fitted_FP)))
-        weights_BK = 1 / (1e-4 + np.maximum(1 - cosines_BK, 0)) ** 2  # an item of the sample stays where it is
+        weights_BK = (1e-4 + np.maximum(1 - cosines_BK, 0)) ** -2  # an item of the sample stays where it is
         weights_BK /= weights_BK.sum(axis=1, keepdims=True)
         placed: Floats = np.einsum("bk,bke->be", weights_BK, fitted_F2[rows_BK])
         return placed
@@ -322,8 +322,7 @@ def _to_unit_square(points_N2: Floats) -> Floats:
 
 
 def _nearest_names(concepts: Concepts, centroids_CP: Floats) -> list[str]:
-    rows_C1, _ = top_k(centroids_CP, concepts.vectors, 1)
-    return [concepts.names[row] for row in rows_C1[:, 0].tolist()]
+    return [concepts.names[row] for row in find_closest(centroids_CP, [concepts.vectors]).rows.tolist()]
 
 
 def name_clusters(hits: Sequence[Sequence[Hit]]) -> list[str]:

@@ -1,6 +1,9 @@
 import json
 import shutil
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from statistics import NormalDist
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +13,8 @@ from typer.testing import CliRunner
 
 from embedcache.arrays import Inputs, normalize
 from embedcache.cli.main import app
-from embedcache.curate import counting
-from embedcache.curate.coverage import CoverageReport, _check_any_covered, measure_coverage
+from embedcache.curate import counting, coverage
+from embedcache.curate.coverage import ConceptCounts, CoverageReport, _check_any_covered, measure_coverage
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
@@ -80,6 +83,7 @@ def test_counts_of_projected_images(cache_path: Path, prompts: Path, run_path: P
     expected = ordered[150] + 1.5 * (ordered[150] - ordered[47])
     np.testing.assert_allclose(report.thresholds, expected, atol=0.02)
     assert report.pool_counts.counts.tolist() == (sims > report.thresholds).sum(axis=0).tolist()
+    assert f", open_toy/cls projected by {run_path.name}; 6 concepts of " in report.line()
     backs = [caption.split()[-1] for caption in Cache(cache_path).items("text")["text"].to_pylist()]
     right = [backs[row] == name for name, rows in zip(NAMES, report.rows, strict=True) for row in rows]
     assert np.mean(right) > 0.4  # chance is a sixth
@@ -137,6 +141,53 @@ def test_gaps_and_overlaps(cache_path: Path, tmp_path: Path) -> None:
     assert first.cosine == pytest.approx(report.concepts.vectors[0] @ report.concepts.vectors[1], abs=1e-5)
 
 
+def test_a_concept_with_the_least_count_is_no_gap(cache_path: Path, prompts: Path) -> None:
+    counts = np.array([5, 2, 0, 3, 2])
+    part = ConceptCounts(name="", num_items=9, num_covered=9, counts=counts, assigned=counts)
+    assert part.gaps(3).tolist() == [2, 1, 4]
+    report = of_texts(cache_path, prompts, **FIXED)
+    counts = report.pool_counts.counts
+    settings = replace(report.settings, min_count=int(counts.max()))
+    assert set(replace(report, settings=settings).gaps().tolist()) == set(
+        np.flatnonzero(counts < counts.max()).tolist()
+    )
+
+
+def test_overlaps_equal_brute_force(cache_path: Path, prompts: Path) -> None:
+    report = of_texts(cache_path, prompts, threshold=0.3, k=1)
+    texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
+    above, expected = texts @ report.concepts.vectors.T > 0.3, []
+    for first, second in combinations(range(len(NAMES)), 2):
+        both, either = above[:, [first, second]].all(axis=1).sum(), above[:, [first, second]].any(axis=1).sum()
+        if both:
+            expected.append((-both * both / either, first, second, both, pytest.approx(both / either)))
+    assert len(expected) > 3
+    found = [(pair.first, pair.second, pair.num_items, pair.jaccard) for pair in report.overlaps]
+    assert found == [pair[1:] for pair in sorted(expected, key=lambda pair: pair[:3])]
+
+
+def test_line_says_what_was_counted(cache_path: Path, prompts: Path) -> None:
+    report = of_texts(cache_path, prompts, **FIXED)
+    line = f"{cache_path.name}: 300 texts{{}}, open_toy/mean; 6 concepts of {{}}; {{}}"
+    for counts, each in (
+        ([3, 3], "3 prompts"),
+        ([1, 1], "1 prompt"),
+        ([2, 2], "2 prompts"),
+        ([1, 4], "1 to 4 prompts"),
+    ):
+        concepts = replace(report.concepts, counts=np.array(counts))
+        assert replace(report, concepts=concepts).line() == line.format("", each, "threshold 0.45 for all")
+    for language, words in (("de", " in de"), ("any", "")):
+        changed = replace(report, settings=replace(report.settings, language=language))
+        assert changed.line() == line.format(words, "3 prompts", "threshold 0.45 for all")
+    settings = replace(report.settings, threshold=None, deviations=2.5)
+    thresholds = np.array([0.25, 0.125, 0.5], np.float32)
+    assert replace(report, settings=settings, thresholds=thresholds).line() == line.format(
+        "", "3 prompts", "thresholds 2.5 deviations above each background (0.125 to 0.500)"
+    )
+    assert f"each is compared with the {coverage._NUM_NEAREST} nearest" in " ".join(str(CoverageReport.__doc__).split())
+
+
 def test_equal_gaps_are_ordered_by_nearness(cache_path: Path, tmp_path: Path) -> None:
     report = of_texts(cache_path, prompt_cache(tmp_path, ["red bar", "zebra", "yak", "bar on"]), threshold=0.62, k=1)
     gaps = report.gaps()
@@ -151,6 +202,9 @@ def test_chance_counts_all_concepts(cache_path: Path, prompts: Path) -> None:
     report = of_texts(cache_path, prompts, deviations=1)
     one, any_of_all = report.expected_by_chance, report.covered_by_chance
     assert one is not None
+    assert one == pytest.approx(300 * NormalDist().cdf(-1))
+    empty = replace(report, pool_counts=replace(report.pool_counts, num_items=0))
+    assert empty.covered_by_chance is None
     assert any_of_all == pytest.approx(300 * (1 - (1 - one / 300) ** len(NAMES)))
     assert ["items above any threshold by chance", f"{any_of_all:,.2g}"] in summary_table(report)[1]
 
@@ -226,6 +280,20 @@ def test_warnings(cache_path: Path, prompts: Path) -> None:
     assert of_texts(cache_path, prompts, deviations=2).warnings() == []
 
 
+def test_warnings_at_their_limits(cache_path: Path, prompts: Path) -> None:
+    """Check a threshold at the median, above which half of a normal background is."""
+    report = of_texts(cache_path, prompts, deviations=2)
+    for min_count, num_warnings in ((150, 1), (151, 0)):
+        settings = replace(report.settings, deviations=1e-300, min_count=min_count)
+        assert len(replace(report, settings=settings).warnings()) == num_warnings
+    thresholds = np.nextafter(report.background.quantiles[:, 0], np.float32(1))
+    assert replace(report, thresholds=thresholds).warnings() == []
+    thresholds[:2] = report.background.quantiles[:2, 0]
+    assert replace(report, thresholds=thresholds).warnings() == [
+        "WARNING: for 2 of 6 concepts at least half of the pool is above the threshold; raise --threshold"
+    ]
+
+
 def test_invalid_coverage_raises(cache_path: Path, prompts: Path, labeled: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="name one of these features: open_toy/mean, open_toy/tokens$"):
         measure_coverage(cache_path, prompts, CoverageSettings(modality="text"))
@@ -279,8 +347,11 @@ def test_coverage_through_index(
     assert found.pool_counts.num_items == exact.pool_counts.num_items
     assert (found.pool_counts.counts <= exact.pool_counts.counts).all()
     assert found.pool_counts.counts.sum() >= 0.95 * exact.pool_counts.counts.sum()
-    assert "counted through an index" in found.warnings()[0]
     assert found.index is not None
+    assert found.warnings()[0] == (
+        f"counted through an index, {factory}, whose measured recall@10 is {found.index.recall_at_10:.3f}: "
+        "a count may be too low, never too high"
+    )
     if factory == "Flat":
         for here, there in zip(found.all_counts, exact.all_counts, strict=True):
             assert np.array_equal(here.counts, there.counts)

@@ -174,6 +174,12 @@ def test_names_are_what_distinguishes() -> None:
     assert name_clusters([[hit("")], dogs]) == ["group 1", "dog, the"]
 
 
+def test_names_are_by_the_fraction_of_captions() -> None:
+    """Check a word that is in two of three captions of one cluster, and in the only one of the other."""
+    birds = [hit("bird rock"), hit("bird"), hit("lake")]
+    assert name_clusters([birds, [hit("bird tree")]]) == ["lake, rock", "tree"]
+
+
 def test_names_of_one_or_two_words() -> None:
     """Check that a second word is named from 0.6 of the weight of the first, the more frequent one first."""
     both = [hit("red dog"), hit("red dog"), hit("dog")]
