@@ -105,12 +105,12 @@ def test_batches_and_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.M
     batched = find(sets)
     assert batched.closest.rows.tolist() == whole.closest.rows.tolist()
     assert batched.recall == whole.recall
-    monkeypatch.setattr(closest, "_TEST_BYTES", 4 * 16 * 40)  # three blocks, each with clusters of its own
+    monkeypatch.setattr(closest, "_TEST_BYTES", 4 * 16 * 45)  # two blocks, each with clusters of its own
     blocked = find(sets)
     assert blocked.recall is not None
     assert whole.recall is not None
     assert blocked.recall.num_pairs == whole.recall.num_pairs
-    assert blocked.num_clusters == 13 + 13 + 6
+    assert blocked.num_clusters == 13 + 13
     if blocked.complete == whole.complete == 1:
         assert [items.tolist() for items in near(blocked)] == [items.tolist() for items in near(whole)]
 

@@ -276,7 +276,7 @@ def test_warnings(cache_path: Path, prompts: Path) -> None:
     assert low.warnings() == [
         "WARNING: for 6 of 6 concepts at least half of the pool is above the threshold; raise --threshold"
     ]
-    assert low.expected_by_chance is None
+    assert low.expected_by_chance is low.covered_by_chance is None
     assert of_texts(cache_path, prompts, deviations=2).warnings() == []
 
 

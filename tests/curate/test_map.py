@@ -207,7 +207,7 @@ def test_clusters_are_numbered_by_size() -> None:
 
 
 def test_points_fill_the_unit_square() -> None:
-    points = np.array([[2, 7], [4, 7], [3, 7]], np.float32)
+    points = np.array([[2, 7], [2.5, 7], [2.25, 7]], np.float32)
     assert map_module._to_unit_square(points).tolist() == [[0, 0.5], [1, 0.5], [0.5, 0.5]]
 
 
