@@ -355,6 +355,7 @@ def test_open_chunks_of_a_remote_feature_fit_the_memory(monkeypatch: pytest.Monk
     rows = np.flatnonzero(feature.valid)
     np.testing.assert_array_equal(feature.gather(rows), local.gather(rows))
     assert len(feature._maps) == 2 < feature.group.info.num_chunks("image")
+    assert Cache(root).samples.equals(Cache(GOLDEN).samples)
 
 
 def test_token_chunk_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,6 +307,9 @@ def test_tables_without_a_column_or_rows_raise(copied: Path, tmp_path: Path) -> 
     items.unlink()
     with pytest.raises(PathError, match=f"cannot read {items}: "):
         Cache(path).items("text")
+    items.symlink_to("/dev/null")
+    with pytest.raises(PathError, match="expected a regular file, got a pipe or a device"):
+        Cache(path).items("text")
 
 
 def test_vectors_of_a_chunk_without_commit_are_missing(tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ def test_find_keys(cache: Cache, read: list[int]) -> None:
     read.clear()
     assert find_keys(cache, ["k0"]).tolist() == [0]
     assert read == [0], "no block is read once all are found"
+    assert [cache.key(row) for row in ROWS.tolist()] == keys
 
 
 @pytest.mark.parametrize("has_statistics", [True, False])

@@ -357,10 +357,34 @@ def test_metadata_that_follow_are_found_and_written_again(tmp_path: Path) -> Non
     assert tree(cache) == whole
 
 
-def test_verify_finds_another_spec(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (
+            '"tests.toy:open_toy"',
+            '"tests.toy:open_tox"',
+            "its spec 'tests.toy:open_tox' is that of another encoder; restore that file",
+        ),
+        ('"tests.toy:open_toy"', '""', "its spec '' is that of another encoder; restore that file"),
+        ('"format": 1', '"format": 2', "expected format 1; restore that file"),
+        ('"node_type": "group"', '"node_type": "grop"', "it is not the metadata of a Zarr group; restore that file"),
+    ],
+)
+def test_verify_finds_changed_metadata_of_an_encoder(copy: Path, old: str, new: str, reason: str) -> None:
     path = copy / "image/open_toy/zarr.json"
-    path.write_text(path.read_text().replace('"tests.toy:open_toy"', '"tests.toy:open_tox"', 1))
-    assert "its spec 'tests.toy:open_tox' is that of another encoder" in verify(Cache(copy))[0].reason
+    text = path.read_text()
+    path.write_text(text.replace(old, new, 1))
+    assert path.read_text() != text
+    (finding,) = verify(Cache(copy))
+    assert (finding.line(), finding.can_repair) == (f"open_toy/zarr.json: {reason}", False)
+
+
+def test_verify_finds_an_encoder_of_which_nothing_can_be_read(copy: Path) -> None:
+    (copy / "image/other").mkdir()
+    (copy / "image/other/zarr.json").write_text("{}")
+    (finding,) = verify(Cache(copy))
+    assert finding.line().startswith(f"other/: {copy}/image/other: expected Zarr attributes of embedcache, got none; ")
+    assert finding.line().endswith("; remove that file and run the same embedcache extract or derive again")
 
 
 def test_repair_leaves_nothing_missing(copy: Path) -> None:
