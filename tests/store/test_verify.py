@@ -217,6 +217,9 @@ def test_metadata_of_a_single_chunk_are_repaired_if_its_commit_confirms_them(
         write_commit(group.path, replace(group.commit(0), attributes={}))  # type: ignore[type-var]
     (finding,) = (finding for finding in verify(Cache(tmp_path)) if finding.name == "f")
     assert (finding.can_repair, finding.chunk, finding.location) == (can_repair, -1, "test/f")
+    (group.path / "zarr.json").unlink()
+    (finding,) = verify(Cache(tmp_path))
+    assert finding.line().endswith("; remove that file and run the same embedcache extract or derive again")
 
 
 def test_verify_ignores_uncounted_rows(copy: Path) -> None:
