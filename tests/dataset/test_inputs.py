@@ -68,11 +68,19 @@ def test_chunk_of_failed_items_is_empty(tmp_path: Path) -> None:
     assert [rows.tolist() for rows, _ in feature.blocks()] == [[4, 5, 6, 7]]
 
 
-def test_dense_items_are_read_without_an_object_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk_bytes", [24, 48])
+def test_dense_items_are_read_without_an_object_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    """Check chunks of four items of 12 bytes in one file and in two."""
+    monkeypatch.setattr("embedcache.store.group._TOKEN_CHUNK_BYTES", chunk_bytes)
     items = random_items(8, (2, 3), seed=1, failed=[2])
     feature = InputFeature([write_feature(tmp_path, items, (2, 3), chunk_size=4)])
     monkeypatch.setattr(Feature, "items", lambda *_: pytest.fail("items are read one by one"))
-    assert [rows.tolist() for rows, _ in feature.blocks()] == [[0, 1, 3], [4, 5, 6, 7]]
+    (first, one), (second, other) = feature.blocks()
+    assert (first.tolist(), second.tolist()) == ([0, 1, 3], [4, 5, 6, 7])
+    for rows, inputs in ((first, one), (second, other)):
+        assert inputs.values.tolist() == [items[row].astype(np.float16).tolist() for row in rows]  # type: ignore[union-attr]
 
 
 def test_one_item_has_its_own_number_of_tokens(tmp_path: Path) -> None:
@@ -195,5 +203,6 @@ def test_mean_vectors_leave_padding_out() -> None:
     values = np.array([[[2, 4], [4, 8]], [[1, 3], [0, 0]]], np.float16)
     assert to_mean_vectors(Inputs(values, np.array([2, 1]))).tolist() == [[3, 6], [1, 3]]
     assert to_mean_vectors(Inputs(values)).tolist() == [[3, 6], [0.5, 1.5]]
+    assert to_mean_vectors(Inputs(values[:, :1])).tolist() == values[:, 0].tolist()
     assert to_mean_vectors(Inputs(values[0])).tolist() == values[0].tolist()
     assert to_mean_vectors(Inputs(values[0])).dtype == np.float32
