@@ -29,7 +29,6 @@ from embedcache.reports.dedup import (
 )
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
@@ -190,14 +189,13 @@ def test_too_many_pairs(copied: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=0.5))
 
 
-def test_dedup_texts_and_projected_images(cache_path: Path, copied: Path, tmp_path: Path) -> None:
+def test_dedup_texts_and_projected_images(cache_path: Path, run_path: Path, copied: Path, tmp_path: Path) -> None:
     done = dedup(copied, tmp_path / "a.parquet", DedupSettings(copies_only=True, modality="text"))
     captions = Cache(copied).items("text")["text"].to_pylist()
     assert NUM - len(done.removed.samples) == len(set(captions))
-    run = train_run(cache_path, tmp_path / "run")
-    projected = analyze(cache_path, DedupSettings(run=run))
+    projected = analyze(cache_path, DedupSettings(run=run_path))
     assert projected.feature.name == "open_toy/cls"
-    assert projected.to_json()["run"] == str(run)
+    assert projected.to_json()["run"] == str(run_path)
 
 
 def test_failed_item_is_ignored(copied: Path) -> None:
