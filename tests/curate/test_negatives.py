@@ -187,7 +187,7 @@ def test_wrong_inputs_are_one_line(cache_path: Path, run_path: Path, mined: Path
         {"relative_margin": 0.5, "range_max": 40},
         {"absolute_margin": 0.3, "range_max": 40},
         {"relative_margin": 0.2, "absolute_margin": 0.1, "range_max": 40},
-        {"max_score": 0.4, "range_max": 12, "index": "index"},
+        {"max_score": 0.4, "range_max": 4, "index": "index"},
     ],
 )
 def test_negatives_equal_a_plain_search(
