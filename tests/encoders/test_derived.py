@@ -321,7 +321,7 @@ def _check_native(
 
 
 def _inner(encoder: Any) -> Any:
-    return encoder._graph._module._module._model
+    return encoder.graph._module._module._model
 
 
 def _states(model: Any, blocks: Any, prepared: Any, encoder: Any) -> list[torch.Tensor]:

@@ -130,7 +130,7 @@ def _other(weights: Path) -> str:
 
 
 def _parameters(encoder: Any) -> set[int]:
-    return {parameter.data_ptr() for parameter in encoder._graph._module.parameters()}
+    return {parameter.data_ptr() for parameter in encoder.graph._module.parameters()}
 
 
 def _pooled(encoder: Any, items: Any) -> np.ndarray:
