@@ -64,6 +64,8 @@ def test_counts_of_texts_equal_brute_force(cache_path: Path, prompts: Path) -> N
     report = of_texts(cache_path, prompts, **FIXED)
     texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
     sims = texts @ report.concepts.vectors.T
+    cosines = report.concepts.vectors @ report.concepts.vectors.T - 2 * np.eye(len(NAMES))
+    assert report.nearest.tolist() == cosines.argmax(axis=1).tolist()
     assert report.pool_counts.num_items == 300
     assert report.pool_counts.counts.tolist() == (sims > 0.45).sum(axis=0).tolist()
     assert report.pool_counts.num_covered == (sims > 0.45).any(axis=1).sum()
@@ -401,7 +403,7 @@ def test_coverage_without_source(cache_path: Path, prompts: Path, run_path: Path
 
 
 def test_the_closest_concept_is_named_where_none_covers_an_item() -> None:
-    scores, thresholds = np.array([[0.5, 0.4], [0.3, 0.2]]), np.array([0.9, 0.31])
+    scores, thresholds = np.array([[0.5, 0.4], [0.3, -0.9]]), np.array([0.9, 0.31])
     partial = SimpleNamespace(num_covered=[0], num_items=[7])
     pool = SimpleNamespace(modality="image", cache=SimpleNamespace(path="c"))
     with pytest.raises(DataError) as raised:
