@@ -1,6 +1,7 @@
 import copy
 import tracemalloc
 from collections.abc import Sequence
+from decimal import Decimal
 from functools import reduce
 from pathlib import Path
 from statistics import NormalDist
@@ -152,7 +153,7 @@ def test_sizes_are_as_documented() -> None:
     text = " ".join(" ".join(str(function.__doc__) for function in documented).split())
     for words in (
         f"thresholds come from {counting.SAMPLE:,} items drawn at random",
-        f"a tile of {4 * counting._TILE // 10**6} MB of similarities",
+        f"a tile of {Decimal(4 * counting._TILE) / 10**6} MB of similarities",
         f"the similarities of {counting._CONCEPTS_PER_BLOCK} concepts",
         f"the vectors of {counting._ITEMS_PER_BLOCK:,} items",
     ):
