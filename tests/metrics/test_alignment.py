@@ -145,6 +145,13 @@ def test_cka_without_each_block(num_blocks: int, seed: int) -> None:
     np.testing.assert_allclose(cka(xy.unbiased, xx.unbiased, yy.unbiased), unbiased, atol=1e-8)
 
 
+def test_both_products_are_hsic() -> None:
+    x, y = sides(20)
+    products, center = kernel_products(CenteredRows(x), CenteredRows(y)), np.eye(20) - 1 / 20
+    assert products.unbiased == pytest.approx([hsic_by_gram_matrices(x, y)])
+    assert products.biased == pytest.approx([np.trace(x @ x.T @ center @ y @ y.T @ center) / 19**2])
+
+
 def debiased_with_interval(x: np.ndarray, y: np.ndarray, groups: np.ndarray, num_blocks: int):  # type: ignore[no-untyped-def]
     block_N = groups % num_blocks
     one, other = CenteredRows(x, block_N), CenteredRows(y, block_N)
