@@ -84,6 +84,7 @@ def test_as_much_as_a_page_shows_is_not_cut(results: SearchResults) -> None:
         is_cut = num_hits > 12
         assert page.count("<p>… and 1 more</p>") == (8 if is_cut else 0)
         assert page.count("<p>… and 1 more queries</p>") == is_cut
+        assert page.count("more") == 9 * is_cut
         assert page.count(f"<b>{'x' * 120}{'…' if is_cut else ''}</b>") == 8
 
 
