@@ -1,5 +1,6 @@
 """Tiny encoders on disk."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +34,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     bert = save_bert(folder / "bert", seed=0)
     st = save_sentence_transformer(folder / "st", bert, pooling="mean", max_tokens=20)
     dense = save_sentence_transformer(folder / "dense", bert, pooling="cls", max_tokens=20, width=20)
+    gc.freeze()  # an export collects garbage: of what is created from here on, not of all libraries
     return {
         "vit": f"timm:test_vit,weights={save_timm('test_vit', folder, seed=0)}",
         "whole": f"timm:xcit_nano_12_p16_224,weights={save_timm('xcit_nano_12_p16_224', folder, seed=0)}",

@@ -75,13 +75,10 @@ def test_objects_are_frozen_before_serving(root: Path, monkeypatch: pytest.Monke
     """A full garbage collection walked half a million objects while all queries waited."""
     frozen: list[int] = []
     monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: frozen.append(gc.get_freeze_count()))
-    try:
-        paths = ServePaths(index=root / "index")
-        serve([paths], ServeSettings(port=0), device="cpu", progress=NullProgress(), print_line=lambda _: None)
-        assert frozen[0] > 100_000
-        assert len(gc.get_objects(generation=2)) < frozen[0] / 10
-    finally:
-        gc.unfreeze()
+    paths = ServePaths(index=root / "index")
+    serve([paths], ServeSettings(port=0), device="cpu", progress=NullProgress(), print_line=lambda _: None)
+    assert frozen[0] > 100_000
+    assert len(gc.get_objects(generation=2)) < frozen[0] / 10  # they stay frozen: later collections are faster
 
 
 def test_slow_uploads_do_not_hold_others(port: int, root: Path, caplog: pytest.LogCaptureFixture) -> None:
