@@ -55,13 +55,17 @@ def as_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
-    """Collect no garbage while modules are imported, and never look at what they hold: a million objects at a time."""
+    """Collect no garbage while modules are imported, and never look at what they hold: a million objects at a time.
+
+    Tests collect garbage more rarely than Python would, which took 7 % of their time.
+    """
     gc.disable()
     try:
         return (yield)
     finally:
         gc.enable()
         gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
