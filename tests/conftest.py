@@ -37,6 +37,7 @@ LONGEST = (
     *("train/test_speech", "pipelines/test_summit", "sweep/test_sweep", "extract/test_crash", "cli/test_process"),
     *("interop/test_clip_benchmark", "derive/test_derive", "pipelines/test_audio_text"),
     *("transcription/test_published_path", "transcription/test_model", "pipelines/test_talking"),
+    *("search/test_damage", "train/test_likelihood", "train/test_train", "train/test_trackers", "train/test_data"),
 )
 """The files that take longest, which start first so that both test processes end together."""
 
