@@ -44,8 +44,8 @@ NOTES = (
     "is CCA of shuffled pairs.",
 )
 _GLU = (
-    "`glu`, of 20 times the operations per pair, has 300,000 pairs, 3 to 30 epochs, dropout 0.3 and learning rate 5e-4: "
-    "less than it needs."
+    "`glu`, of 20 times the operations per pair, has 300,000 pairs, 3 to 30 epochs, dropout 0.3 and learning rate "
+    "5e-4, which is less than it needs."
 )
 _INTERVALS = (
     "Brackets hold 95% percentile intervals from 1,000 resamples of both seeds and items (icons of one name are drawn "
