@@ -17,7 +17,7 @@ from embedcache.provenance import digest
 from embedcache.store.arrays import REPAIR, max_maps, open_chunk
 from embedcache.store.columns import HASH, Column, is_missing, to_array
 from embedcache.store.commits import Commit
-from embedcache.store.group import EncoderGroup, chunk_shape, read_axis, read_feature
+from embedcache.store.group import EncoderGroup, read_axis, read_feature
 
 T = TypeVar("T")
 
@@ -287,7 +287,7 @@ class Feature:
 
     @cached_property
     def _chunk_shape(self) -> tuple[int, ...]:
-        return chunk_shape(self.group.info, self.item_shape, self.dtype)
+        return self.group.info.chunk_shape(self.item_shape, self.dtype)
 
     def _check_rows(self, rows: Ints) -> Ints:
         rows = np.asarray(rows, np.int64)

@@ -44,7 +44,6 @@ from embedcache.store.layout import FORMAT_VERSION, CacheInfo, encoder_path, rea
 
 _MAX_SIZE = 2**31
 _DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64"})
-_TOKEN_CHUNK_BYTES = 16 * 2**20
 ATTRIBUTE = "embedcache"
 _SAME_ENCODER = "use the same encoder, --backend and --precision as before, or extract into a new folder"
 _SAME_DERIVATION = "use the same inputs and parameters as before, or derive under another name"
@@ -337,7 +336,7 @@ def feature_metadata(
     path, item_shape, dtype = group.path / feature, tuple(attributes["item_shape"]), attributes["dtype"]
     num_items = group.info.num_items[group.modality] if num_items is None else num_items
     if item_shape[0] >= 0:
-        chunks = chunk_shape(group.info, item_shape, dtype)
+        chunks = group.info.chunk_shape(item_shape, dtype)
         return {path: array_metadata((num_items, *item_shape), chunks, dtype, {ATTRIBUTE: attributes})}
     return {
         path / "lengths": array_metadata((num_items,), (group.info.chunk_size,), "int32"),
@@ -398,13 +397,3 @@ def _read_attributes(path: Path) -> dict[str, Any]:
     if not isinstance(attributes, dict):
         raise CorruptError(f"{path}: expected Zarr attributes of embedcache, got none; extract into a new folder")
     return attributes
-
-
-def chunk_shape(info: CacheInfo, item_shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
-    """Return the chunk shape of an array: a commit's rows for vectors, an exact fraction of them for tokens."""
-    rows = info.chunk_size
-    item_bytes = math.prod(item_shape) * np.dtype(dtype).itemsize
-    if len(item_shape) > 1:
-        while rows % 2 == 0 and rows * item_bytes > _TOKEN_CHUNK_BYTES:
-            rows //= 2
-    return (rows, *item_shape)

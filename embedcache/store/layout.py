@@ -1,9 +1,12 @@
 """File names of a cache, and its manifest `cache.json`."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import (
@@ -26,6 +29,7 @@ SAMPLES = "samples"
 
 DEFAULT_CHUNK_SIZE = 2048
 _MAX_ROWS = 2**40
+_TOKEN_CHUNK_BYTES = 16 * 2**20
 _STORED_NAMES = {"index_digest": "spine", "segments": "parts", "earlier_versions": "earlier", "table_digests": "tables"}
 _STORED_NAMES |= {"table_checksums": "checksums"}
 _OMITTED_IF_EMPTY = ("parts", "earlier", "tables", "checksums", "removed")
@@ -101,6 +105,15 @@ class CacheInfo:
         """Return the item rows of one chunk; the last chunk may be shorter."""
         start = chunk * self.chunk_size
         return slice(start, min(start + self.chunk_size, self.num_items[modality]))
+
+    def chunk_shape(self, item_shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+        """Return the chunk shape of an array: a commit's rows for vectors, an exact fraction of them for tokens."""
+        rows = self.chunk_size
+        item_bytes = math.prod(item_shape) * np.dtype(dtype).itemsize
+        if len(item_shape) > 1:
+            while rows % 2 == 0 and rows * item_bytes > _TOKEN_CHUNK_BYTES:
+                rows //= 2
+        return (rows, *item_shape)
 
     def count_items(self, modality: str, chunks: Iterable[int]) -> int:
         """Return the number of items in some chunks."""

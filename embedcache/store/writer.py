@@ -15,7 +15,7 @@ from embedcache.provenance import digest
 from embedcache.store.arrays import chunk_path, fill_value, write_chunk, write_metadata
 from embedcache.store.commits import NOT_YET, Commit, remove_commit, write_commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, chunk_shape, read_feature, token_metadata
+from embedcache.store.group import EncoderGroup, read_feature, token_metadata
 from embedcache.store.layout import items_path
 from embedcache.store.tables import open_table, table_errors
 
@@ -157,7 +157,7 @@ def chunk_files(group: EncoderGroup, feature: str, chunk: int) -> list[Path]:
     if item_shape[0] < 0:
         values = path / "values" / f"{chunk:05d}"
         return [chunk_path(path / "lengths", chunk, 1), chunk_path(values, 0, 2), values / "zarr.json"]
-    shape = chunk_shape(group.info, item_shape, attributes["dtype"])
+    shape = group.info.chunk_shape(item_shape, attributes["dtype"])
     per_chunk = size // shape[0]
     return [chunk_path(path, chunk * per_chunk + number, len(shape)) for number in range(per_chunk)]
 
@@ -168,7 +168,7 @@ def num_padded(group: EncoderGroup, feature: str, num_items: int) -> int:
     item_shape = tuple(attributes["item_shape"])
     if item_shape[0] < 0:
         return num_items
-    num_rows = chunk_shape(group.info, item_shape, attributes["dtype"])[0]
+    num_rows = group.info.chunk_shape(item_shape, attributes["dtype"])[0]
     return -(-num_items // num_rows) * num_rows
 
 
@@ -185,7 +185,7 @@ def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Se
     if item_shape[0] < 0:
         return _write_ragged(group, feature, chunk, items, item_shape[1], dtype)
     missing = np.full(item_shape, fill_value(dtype), dtype)
-    shape = chunk_shape(group.info, item_shape, dtype)
+    shape = group.info.chunk_shape(item_shape, dtype)
     files = {}
     for number, rows in enumerate(blocks(len(items), shape[0]), chunk * group.info.chunk_size // shape[0]):
         values = np.stack([missing if item is None else item for item in items[rows]])

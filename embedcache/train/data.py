@@ -1,7 +1,7 @@
 """The input of a training run: features of two modalities of one or several caches, and their pairs."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import combinations
 from typing import Any, TypeAlias
@@ -12,6 +12,7 @@ import pyarrow as pa
 from embedcache.arrays import Inputs, Ints
 from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, check_same_view, open_input, view_feature
 from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
+from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split, make_split
 from embedcache.errors import DataError, SettingError
@@ -19,10 +20,11 @@ from embedcache.files import AnyPath, one_or_many
 from embedcache.modalities import order_pair
 from embedcache.progress import Progress
 from embedcache.projectors.saved import TowerInput
-from embedcache.provenance import check_same
+from embedcache.provenance import check_same, digest
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
-from embedcache.train.views import DrawnViews, merge_inputs
+from embedcache.train.settings import TrainSettings
+from embedcache.train.views import DrawnViews, merge_inputs, parse_views
 
 Paths: TypeAlias = AnyPath | Sequence[AnyPath]
 Names: TypeAlias = str | Sequence[str] | None
@@ -221,3 +223,51 @@ def _gather(readers: Sequence[Reader], stops: Ints, rows: Ints, dtype: np.dtype[
         if len(positions):
             parts.append((positions, read(rows[positions] - (stops[number - 1] if number else 0))))
     return merge_inputs(parts, len(rows), dtype)
+
+
+def view_digests(data: TrainData, settings: TrainSettings) -> dict[str, str]:
+    """Return the SHA-256 of the fingerprint of each view that is drawn."""
+    views = parse_views(settings.views)
+    for modality in views:
+        if modality not in data.sides:
+            raise SettingError(f"views: expected views of {' or '.join(data.sides)}, got {modality}")
+    return {
+        f"view {modality}@{view}": digest(features[0].fingerprint)
+        for modality, weights in views.items()
+        for view, features in data.open_views(modality, weights).items()
+    }
+
+
+def training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:
+    """Return the pairs of the training part that are in the selection, if there is one, with the views of both sides.
+
+    Raises:
+        DataError: there are none.
+    """
+    rows: Ints = split.rows("train")
+    if settings.selection_path is not None:
+        rows = np.intersect1d(rows, read_selection(settings.selection_path, data.caches))
+    views = parse_views(settings.views)
+    training = data.with_views(pairs.select(rows), views) if views else pairs.select(rows)
+    if not len(training.samples):
+        named = "" if settings.selection is None else f" in selection {settings.selection_path}"
+        raise DataError(f"training part{named}: expected samples with both features, got none; check --language")
+    return training
+
+
+def count_held_out(data: TrainData, split: Split, settings: TrainSettings) -> int | None:
+    """Return how many samples of the selection are in the validation or test part; None without a selection."""
+    if settings.selection_path is None:
+        return None
+    is_held_out = split.mask("val") | split.mask("test")
+    return int(is_held_out[read_selection(settings.selection_path, data.caches)].sum())
+
+
+def shuffle_pairs(pairs: Pairs, settings: TrainSettings) -> Pairs:
+    """Assign each sample's second items, to another sample if `shuffle_pairs` is set, so that only chance remains."""
+    if not settings.shuffle_pairs:
+        return pairs
+    samples = pairs.samples
+    shuffled = np.random.default_rng(settings.seed).permutation(samples)
+    second = replace(pairs.second, samples=shuffled[np.searchsorted(samples, pairs.second.samples)])
+    return Pairs(first=pairs.first, second=second)

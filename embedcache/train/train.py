@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Ints, blocks
+from embedcache.arrays import blocks
 from embedcache.dataset.negatives import HardNegatives, check_negatives, read_negatives
 from embedcache.dataset.pairs import Pairs
-from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import with_split_seed
-from embedcache.dataset.splits import PARTS, Split, read_split, write_split
+from embedcache.dataset.splits import PARTS, read_split, write_split
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath, disk_errors, relative_location, write_atomic
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
@@ -28,10 +27,20 @@ from embedcache.projectors.saved import (
     save_pair,
     split_path,
 )
-from embedcache.provenance import digest, digest_file, from_record, record_stage, to_record
+from embedcache.provenance import digest_file, from_record, record_stage, to_record
 from embedcache.train.batches import Batches, Loader, PairLoader
 from embedcache.train.checkpoint import finish_run, name_device, reuse_run, start_run
-from embedcache.train.data import Names, Paths, TrainData, name_features, open_data
+from embedcache.train.data import (
+    Names,
+    Paths,
+    TrainData,
+    count_held_out,
+    name_features,
+    open_data,
+    shuffle_pairs,
+    training_pairs,
+    view_digests,
+)
 from embedcache.train.distributed import num_processes, process_group, process_rank, run_on_first
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
@@ -200,7 +209,7 @@ def train_on(
             **{name: digest_file(path) for name, path in files.items() if path and path.is_file()},
             **{f"negatives {number}": digest_file(path) for number, path in enumerate(settings.negatives_paths)},
             **{f"init_from {part}": value for part, value in init_digests.items()},
-            **_view_digests(data, settings),
+            **view_digests(data, settings),
         },
     )
     if config_path(run_path).is_file():
@@ -216,19 +225,6 @@ def train_on(
         save_pair(run_path, pair, config)
         finish_run(run_path, leases)
     return report
-
-
-def _view_digests(data: TrainData, settings: TrainSettings) -> dict[str, str]:
-    """Return the SHA-256 of the fingerprint of each view that is drawn."""
-    views = parse_views(settings.views)
-    for modality in views:
-        if modality not in data.sides:
-            raise SettingError(f"views: expected views of {' or '.join(data.sides)}, got {modality}")
-    return {
-        f"view {modality}@{view}": digest(features[0].fingerprint)
-        for modality, weights in views.items()
-        for view, features in data.open_views(modality, weights).items()
-    }
 
 
 def _check_features(data: TrainData, settings: TrainSettings) -> None:
@@ -262,8 +258,8 @@ def _fit(
     run_on_first(lambda: _make_split(data, pairs, run_path, settings, progress))
     split = read_split(split_path(run_path), data.caches)
     views = parse_views(settings.views)
-    training = _shuffled_control(_training_pairs(data, pairs, split, settings), settings)
-    validation = _shuffled_control(pairs.select(split.rows("val")), settings)
+    training = shuffle_pairs(training_pairs(data, pairs, split, settings), settings)
+    validation = shuffle_pairs(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
         raise DataError(
             f"validation part of {split_path(run_path)}: expected samples with both features, got none; "
@@ -310,7 +306,7 @@ def _fit(
         recalls=result.measures,
         pairs_per_s=result.samples_per_s,
         wait_fraction=result.wait_fraction,
-        num_held_out=_count_held_out(data, split, settings),
+        num_held_out=count_held_out(data, split, settings),
     )
 
 
@@ -346,36 +342,6 @@ def _optimizer_of(pair: AlignedPair, settings: TrainSettings) -> OptimizerSettin
     """Return the settings of the optimizer; towers without parameters, such as those of asif, are not trained."""
     has_parameters = any(True for tower in pair.towers for _ in tower.parameters())
     return settings.optimizer if has_parameters else replace(settings.optimizer, epochs=0)
-
-
-def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:
-    rows: Ints = split.rows("train")
-    if settings.selection_path is not None:
-        rows = np.intersect1d(rows, read_selection(settings.selection_path, data.caches))
-    views = parse_views(settings.views)
-    training = data.with_views(pairs.select(rows), views) if views else pairs.select(rows)
-    if not len(training.samples):
-        named = "" if settings.selection is None else f" in selection {settings.selection_path}"
-        raise DataError(f"training part{named}: expected samples with both features, got none; check --language")
-    return training
-
-
-def _count_held_out(data: TrainData, split: Split, settings: TrainSettings) -> int | None:
-    """Return how many samples of the selection are in the validation or test part; None without a selection."""
-    if settings.selection_path is None:
-        return None
-    is_held_out = split.mask("val") | split.mask("test")
-    return int(is_held_out[read_selection(settings.selection_path, data.caches)].sum())
-
-
-def _shuffled_control(pairs: Pairs, settings: TrainSettings) -> Pairs:
-    """Assign each sample's second items, to another sample if `shuffle_pairs` is set, so that only chance remains."""
-    if not settings.shuffle_pairs:
-        return pairs
-    samples = pairs.samples
-    shuffled = np.random.default_rng(settings.seed).permutation(samples)
-    second = replace(pairs.second, samples=shuffled[np.searchsorted(samples, pairs.second.samples)])
-    return Pairs(first=pairs.first, second=second)
 
 
 def _hard_negatives(

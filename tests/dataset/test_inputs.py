@@ -73,7 +73,7 @@ def test_dense_items_are_read_without_an_object_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
     """Check chunks of four items of 12 bytes in one file and in two."""
-    monkeypatch.setattr("embedcache.store.group._TOKEN_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("embedcache.store.layout._TOKEN_CHUNK_BYTES", chunk_bytes)
     items = random_items(8, (2, 3), seed=1, failed=[2])
     feature = InputFeature([write_feature(tmp_path, items, (2, 3), chunk_size=4)])
     monkeypatch.setattr(Feature, "items", lambda *_: pytest.fail("items are read one by one"))

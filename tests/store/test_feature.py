@@ -359,7 +359,7 @@ def test_open_chunks_of_a_remote_feature_fit_the_memory(monkeypatch: pytest.Monk
 
 
 def test_token_chunk_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_module, "_TOKEN_CHUNK_BYTES", 3 * 4 * 2 * 2)
+    monkeypatch.setattr("embedcache.store.layout._TOKEN_CHUNK_BYTES", 3 * 4 * 2 * 2)
     items = random_items(21, (3, 4), seed=0, failed=[20])
     feature = write_feature(tmp_path, items, (3, 4), chunk_size=8)
     assert zarr.open_array(tmp_path / "image" / "test" / "f", mode="r").chunks == (2, 3, 4)

@@ -22,7 +22,6 @@ from embedcache.store.group import (
     EncoderGroup,
     _is_item_shape,
     add_feature,
-    chunk_shape,
     create_group,
     find_group,
     open_group,
@@ -56,22 +55,6 @@ from tests.store.features import FINGERPRINT, random_items, write_feature
 )
 def test_shapes_of_items(shape: Any, expected: bool) -> None:
     assert _is_item_shape(shape) is expected
-
-
-def test_chunks_of_tokens_are_halved_until_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_module, "_TOKEN_CHUNK_BYTES", 16 * 4 * 8 * 2)  # of 16 rows of 4 tokens of width 8
-    info = CacheInfo(chunk_size=64, source={}, index_digest="s", num_samples=1, num_items={})
-    assert chunk_shape(info, (4, 8), "float16") == (16, 4, 8)
-    assert chunk_shape(info, (4, 8), "float32") == (8, 4, 8)
-    assert chunk_shape(replace(info, chunk_size=63), (4, 8), "float16") == (63, 4, 8)  # chunks stay equal parts
-    assert chunk_shape(replace(info, chunk_size=60), (4, 8), "float16") == (15, 4, 8)
-    assert chunk_shape(info, (999,), "float64") == (64, 999)
-
-
-@pytest.mark.parametrize(("num_tokens", "rows"), [(256, 32), (264, 16)])  # 16 and 16.5 MiB are half of the rows
-def test_chunks_of_tokens_have_up_to_16_mebibytes(num_tokens: int, rows: int) -> None:
-    info = CacheInfo(chunk_size=64, source={}, index_digest="s", num_samples=1, num_items={})
-    assert chunk_shape(info, (num_tokens, 1024), "float16") == (rows, num_tokens, 1024)
 
 
 FEATURE = {"modality": "image", "feature": "e/f"}

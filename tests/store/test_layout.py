@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from embedcache.errors import CorruptError
+from embedcache.store import layout
 from embedcache.store.layout import CacheInfo, Segment, TableVersion, combined_digest, info_path, read_info, write_info
 
 EMPTY = CacheInfo(chunk_size=1, source={}, index_digest="s", num_samples=0, num_items={})
@@ -98,3 +99,19 @@ def test_numbers_of_rows_and_chunks() -> None:
     digests = {combined_digest(parts), combined_digest(parts[::-1]), combined_digest(parts[:1], {"digest": "c"})}
     assert len(digests) == 3
     assert (info.is_partial, replace(info, removed={"digest": "c"}).is_partial) == (False, True)
+
+
+def test_chunks_of_tokens_are_halved_until_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "_TOKEN_CHUNK_BYTES", 16 * 4 * 8 * 2)  # of 16 rows of 4 tokens of width 8
+    info = CacheInfo(chunk_size=64, source={}, index_digest="s", num_samples=1, num_items={})
+    assert info.chunk_shape((4, 8), "float16") == (16, 4, 8)
+    assert info.chunk_shape((4, 8), "float32") == (8, 4, 8)
+    assert replace(info, chunk_size=63).chunk_shape((4, 8), "float16") == (63, 4, 8)  # chunks stay equal parts
+    assert replace(info, chunk_size=60).chunk_shape((4, 8), "float16") == (15, 4, 8)
+    assert info.chunk_shape((999,), "float64") == (64, 999)
+
+
+@pytest.mark.parametrize(("num_tokens", "rows"), [(256, 32), (264, 16)])  # 16 and 16.5 MiB are half of the rows
+def test_chunks_of_tokens_have_up_to_16_mebibytes(num_tokens: int, rows: int) -> None:
+    info = CacheInfo(chunk_size=64, source={}, index_digest="s", num_samples=1, num_items={})
+    assert info.chunk_shape((num_tokens, 1024), "float16") == (rows, num_tokens, 1024)

@@ -213,7 +213,7 @@ def test_invalid_axis_is_corrupt(tmp_path: Path) -> None:
 def test_files_of_a_chunk_are_named_before_they_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr("embedcache.store.group._TOKEN_CHUNK_BYTES", 2 * 3 * 2 * 2)  # of 2 rows
+    monkeypatch.setattr("embedcache.store.layout._TOKEN_CHUNK_BYTES", 2 * 3 * 2 * 2)  # of 2 rows
     feature = write_feature(tmp_path, random_items(11, shape, seed=0, failed=[8]), shape, chunk_size=4)
     group, path = feature.group, feature.group.path / "f"
     files = [chunk_files(group, "f", chunk) for chunk in range(3)]
@@ -226,7 +226,7 @@ def test_files_of_a_chunk_are_named_before_they_exist(
 
 def test_tokens_of_a_chunk_that_grew_are_kept_and_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of four items in arrays of two rows: the second array exists only once there is a third item."""
-    monkeypatch.setattr("embedcache.store.group._TOKEN_CHUNK_BYTES", 2 * 2 * 3 * 2)
+    monkeypatch.setattr("embedcache.store.layout._TOKEN_CHUNK_BYTES", 2 * 2 * 3 * 2)
     group = group_of(tmp_path, 1)
     add_feature(group, "f", (2, 3), "float16")
     commit(group, [item(0, (2, 3))])
