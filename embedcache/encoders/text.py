@@ -31,6 +31,7 @@ from embedcache.provenance import digest, digest_file, read_record, write_record
 _IDS, _MASK = "input_ids", "attention_mask"
 _NO_LIMIT = 1_000_000  # tokenizers without a limit of their own state 1e30
 _LIBRARIES = ("embedcache", "tokenizers", "torch", "transformers")
+_MOST_BYTES = 4_000_000_000  # a folder may hold the 1.9 GB that fit into a graph in two formats
 _OTHER_FORMATS = frozenset({".gguf", ".h5", ".md", ".msgpack", ".onnx", ".ot"})
 """Suffixes of files in a model folder that are never read."""
 
@@ -96,9 +97,12 @@ def find_description(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSe
     """Return the file that describes an encoder of a model folder; None if it would not run on onnxruntime.
 
     The name is a digest of the spec, all files of the model, and the versions of the libraries: what was described
-    under the same name is the same encoder.
+    under the same name is the same encoder. Files of more than 4 GB are not read; their model is too large for a graph.
     """
     if settings.backend == "torch" or not suits_onnx(settings):
+        return None
+    files = _model_files(folder.path)
+    if sum(path.stat().st_size for path in files) > _MOST_BYTES:
         return None
     key = {
         "family": spec.family,
@@ -106,7 +110,7 @@ def find_description(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSe
         "revision": folder.revision,
         "options": dict(spec.options),
         "features": list(settings.features),
-        "files": {path.relative_to(folder.path).as_posix(): digest_file(path) for path in _model_files(folder.path)},
+        "files": {path.relative_to(folder.path).as_posix(): digest_file(path) for path in files},
         "versions": {name: version(name) for name in _LIBRARIES},
     }
     return user_folder() / "onnx" / f"{spec.family}-{spec.folder}-{digest(key)[:32]}.json"

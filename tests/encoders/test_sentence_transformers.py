@@ -13,8 +13,10 @@ import pytest
 from embedcache.arrays import normalize
 from embedcache.encoders import sentence_transformers
 from embedcache.encoders.audio import resample
-from embedcache.encoders.open import open_encoder
+from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.text import find_description
+from embedcache.encoders.weights import ModelFolder
 from embedcache.errors import ArtifactError, ItemError, MissingExtraError, PathError, SettingError, UnknownNameError
 from embedcache.registry import trust_files
 from embedcache.testing.encoders import (
@@ -153,6 +155,23 @@ def test_damaged_description_is_written_again(folder: Path, home: Path, damage: 
     assert open_encoder(f"st:{folder}", modality="text").fingerprint == expected
     assert description.read_text() == whole
     assert graph.is_file()
+
+
+def test_files_that_are_too_large_for_a_graph_are_not_read(
+    folder: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    read: list[Path] = []
+    monkeypatch.setattr("embedcache.encoders.text.digest_file", lambda path: read.append(path) or "")
+    num_bytes = sum(path.stat().st_size for path in copy.rglob("*") if path.is_file())
+    settings = EncoderSettings(device="cpu", precision="float32")
+    for other, are_read in ((0, True), (1, False)):
+        with (copy / "shard.bin").open("wb") as file:
+            file.truncate(4_000_000_000 - num_bytes + other)  # holds nothing, and takes no space
+        read.clear()
+        find_description(EncoderSpec.parse(f"st:{copy}"), ModelFolder(copy), settings)
+        assert bool(read) is are_read
 
 
 def test_refused_option_is_refused_again(folder: Path, home: Path) -> None:
