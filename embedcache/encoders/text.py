@@ -20,7 +20,7 @@ import torch
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, OnnxGraph, build_graph, suits_onnx
 from embedcache.encoders.base import Fingerprint, ItemShape
-from embedcache.encoders.image_features import native_features
+from embedcache.encoders.image_features import native_features, requested_layers
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import ModelFolder
@@ -109,7 +109,7 @@ def find_description(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSe
         "model": spec.model_name,
         "revision": folder.revision,
         "options": dict(spec.options),
-        "features": list(settings.features),
+        "features": [name for name in settings.features if requested_layers([name])],  # all others are always there
         "files": {path.relative_to(folder.path).as_posix(): digest_file(path) for path in files},
         "versions": {name: version(name) for name in _LIBRARIES},
     }

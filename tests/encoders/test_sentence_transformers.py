@@ -120,6 +120,8 @@ def test_exported_once_and_then_opened_without_the_model(
     with monkeypatch.context() as patch:
         patch.setattr(sentence_transformers, "load_transformer", load)
         again = open_encoder(spec, modality="text", settings=settings)
+        more = EncoderSettings(features=("mean", "layer1.mean"))  # as a search names what a cache holds
+        assert open_encoder(spec, modality="text", settings=more).features == again.features
         moved = tmp_path / "elsewhere" / folder.name
         shutil.copytree(folder, moved)
         (moved / "openvino_model.onnx").write_bytes(b"another format")
