@@ -20,6 +20,7 @@ from embedcache.store.writer import withdraw
 from embedcache.units import format_bytes
 
 _DAY_S = 86_400
+_KINDS = {".onnx": "ONNX graph", ".json": "description of an encoder"}
 _KEPT_RECORDS = "remove-*.json"
 """Records that are never old: what was removed, and when."""
 
@@ -202,7 +203,7 @@ def _find_graphs(days: int) -> list[PrunedEntry]:
     """Return the graphs, and the descriptions of encoders that run them, which nothing has opened for some days."""
     limit = time.time() - days * _DAY_S
     return [
-        PrunedEntry(name=path.name, kind="ONNX graph", path=path, num_bytes=path.stat().st_size)
+        PrunedEntry(name=path.name, kind=_KINDS[path.suffix], path=path, num_bytes=path.stat().st_size)
         for path in sorted((user_folder() / "onnx").glob("*"))
-        if path.suffix in (".onnx", ".json") and path.stat().st_mtime <= limit
+        if path.suffix in _KINDS and path.stat().st_mtime <= limit
     ]

@@ -125,7 +125,10 @@ def test_onnx_graphs_by_their_last_use(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / "onnx" / name).write_bytes(b"graph")
         os.utime(tmp_path / "onnx" / name, None if time_s is None else (time_s, time_s))
     plan = prune_cache(None, PruneSettings(onnx=30))
-    assert [(entry.name, entry.num_bytes) for entry in plan.entries] == [("old.json", 5), ("old.onnx", 5)]
+    assert [(entry.kind, entry.name, entry.num_bytes) for entry in plan.entries] == [
+        ("description of an encoder", "old.json", 5),
+        ("ONNX graph", "old.onnx", 5),
+    ]
     assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["new.onnx", "other.txt"]
 
 
