@@ -41,6 +41,11 @@ class AlignedPair(nn.Module):
     def temperature(self) -> Tensor:
         return torch.exp(-self.log_scale).clamp(*_TEMPERATURE_RANGE)
 
+    def set_temperature(self, temperature: float) -> None:
+        """Replace the temperature."""
+        with torch.no_grad():
+            self.log_scale.fill_(-math.log(temperature))
+
     @property
     def scale(self) -> Tensor:
         """The factor of the similarities: the inverse of the temperature, a scalar."""

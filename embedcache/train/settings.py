@@ -78,6 +78,14 @@ class LossSettings:
         flat_name="loss",
         metavar="NAME",
     )
+    temperature: float | None = setting(
+        None,
+        "Temperature that training begins with; it is learned, unless --trainable leaves it out.",
+        ge=0.001,
+        le=0.5,
+        default_text="0.07, or that of --init-from",
+        recorded_by_default=False,
+    )
     mixup: float = setting(0.0, "FuseMix alpha: mix each batch with lambda ~ Beta(alpha, alpha); 0 disables it.", ge=0)
     structure: float = setting(0.0, "Weight of the STRUCTURE regularizer; 0 disables it.", ge=0)
     widths: tuple[int, ...] = setting(

@@ -321,13 +321,15 @@ def _make_split(data: TrainData, pairs: Pairs, run_path: Path, settings: TrainSe
 
 
 def _build_pair(config: PairConfig, data: TrainData, training: Pairs, settings: TrainSettings) -> AlignedPair:
-    """Build the pair on its device, initialize it on the training pairs, and load parts of other runs."""
+    """Build the pair on its device, initialize it on the training pairs, load parts of other runs, set a temperature."""
     with seeded(settings.seed, settings.machine.device):
         pair = build(config, dropout=settings.model.dropout).to(settings.machine.device)
     parts = pair_parts(pair)
     sources = find_sources(settings.parts.init_from, parts)
     initialize(pair, training, data.readers, _initialization(pair, settings, sources), seed=settings.seed)
     load_parts(pair, parts, sources)
+    if settings.loss.temperature is not None:
+        pair.set_temperature(settings.loss.temperature)
     return pair
 
 

@@ -86,6 +86,15 @@ def test_only_trainable_parts_change(
     assert config.file_digests == {"init_from *": read_config(finished).weights_digest}
 
 
+def test_temperature_is_set_after_that_of_another_run(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    options = {"init_from": (str(finished),), "temperature": 0.2}
+    run(cache_path, tmp_path / "fixed", **options, trainable="image+text")
+    assert load_pair(tmp_path / "fixed")[0].temperature.item() == pytest.approx(0.2)
+    run(cache_path, tmp_path / "learned", **options)
+    found = [line["temperature"] for line in log_lines(tmp_path / "learned") if "temperature" in line]
+    assert 0.19 < found[-1] < found[0] < 0.2
+
+
 def test_closed_form_of_the_other_tower_is_kept_out(cache_path: Path, finished: Path, tmp_path: Path) -> None:
     run(cache_path, tmp_path / "run", init_from=(f"image={finished}",), epochs=0)
     run(cache_path, tmp_path / "random", initialization="random", epochs=0)

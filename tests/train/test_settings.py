@@ -27,6 +27,7 @@ def test_numbers_are_declared_as_documented() -> None:
             "patience None [1, inf)",
         ],
         "LossSettings": [
+            "temperature None [0.001, 0.5]",
             "mixup 0.0 [0, inf)",
             "structure 0.0 [0, inf)",
             "widths () [1, inf)",
