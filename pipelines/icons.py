@@ -6,6 +6,7 @@
     python -m pipelines.icons work/ --icons package/ --seeds 0
     python -m pipelines.icons work/ --curve                 # recipes on 1,000 pairs, 3,000, … and all: hours more
     python -m pipelines.icons work/ --curation              # methods that select 3,000 pairs, 10,000 and 30,000: hours
+    python -m pipelines.icons work/ --ablation              # batch, temperature and width on 100,000 pairs: hours
 
 Icons are extracted, compared for duplicates and with OpenMoji, and counted by the names that many families have. Whole
 families are held out. The rest is split strictly, once per seed: what is near the test part is dropped from training. A
@@ -13,25 +14,26 @@ closed form, an `mlp` that starts from it, and a control of shuffled pairs are m
 never seen, OpenMoji's strict test, and Fashion-MNIST where it is installed.
 
 With `--curve`, more recipes are measured instead, on more and more pairs, with settings that validation chooses. With
-`--curation`, two recipes on as many pairs as each method of `embedcache curate` selects, beside random draws.
+`--curation`, two recipes on as many pairs as each method of `embedcache curate` selects, beside random draws. With
+`--ablation`, one recipe with one setting changed at a time.
 
 A folder per number of icons gets `results.json`, `report.html`, a page and a JSON file of each step, splits and runs;
-of the curve and of curation `NAME.json`, `NAME.html`, and `NAME.md` with its figures. Steps whose output is there for
+of the last three `NAME.json`, `NAME.html`, and `NAME.md` with its figures. Steps whose output is there for
 the same icons and settings are skipped. A larger `--limit` appends icons.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from embedcache.cli.console import print_line, print_table
 from embedcache.provenance import digest_file
+from pipelines.drawings.ablation import SIZE, run_ablation
 from pipelines.drawings.curation import BUDGETS
 from pipelines.drawings.curation_page import run_curation
-from pipelines.drawings.curve import RECIPES, SIZES, Recipe, open_runs, run_all
-from pipelines.drawings.curve_page import write_curve_pages
-from pipelines.drawings.curve_results import crossing_table, curve_json, read_results, recommendation_table
+from pipelines.drawings.curve import RECIPES, SIZES
+from pipelines.drawings.curve_page import run_curve
 from pipelines.drawings.page import write_icon_page
 from pipelines.drawings.results import (
     MLP,
@@ -71,26 +73,6 @@ def run(data: Data, seeds: Sequence[int]) -> dict[str, Any]:
     return results
 
 
-def run_curve(
-    data: Data, seeds: Sequence[int], sizes: Sequence[int], recipes: Mapping[str, Recipe] = RECIPES
-) -> dict[str, Any]:
-    """Train and measure recipes on more and more pairs, but for what is finished; return the curve as JSON values."""
-    every = open_runs(data, seeds, sizes, recipes)
-    chosen = run_all(every)
-    trained = [digest_file(runs.path(*key, choice) / "config.json") for runs in every for key, choice in chosen.items()]
-
-    def measure() -> dict[str, Any]:
-        values = curve_json(every, chosen, read_results(every))
-        write_curve_pages(data.folder / "curve", values)
-        return values
-
-    values = data.step("curve", {"runs": trained, "clothes": data.has_clothes}, measure)
-    print_table(*recommendation_table(values), title="recommended, and gains over the closed form")
-    print_table(*crossing_table(values), title="pairs from which on training gains")
-    print_line(f"{data.folder / 'curve.html'}; {data.folder / 'curve.json'}")
-    return values
-
-
 def main() -> None:
     """Run the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,9 +85,11 @@ def main() -> None:
     parser.add_argument("--without", action="append", default=[], choices=RECIPES, help="omit a recipe of the curve")
     help_text = "numbers of pairs that methods of curation select, in place of it too; 3,000 to 30,000 without any"
     parser.add_argument("--curation", type=int, nargs="*", metavar="BUDGET", help=help_text)
+    help_text = "number of pairs on which one setting is changed at a time, in place of it too; 100,000 without any"
+    parser.add_argument("--ablation", type=int, nargs="?", const=SIZE, metavar="PAIRS", help=help_text)
     options = parser.parse_args()
     data = Data(options.workdir, options.icons, options.limit)
-    if options.curve is None and options.curation is None:
+    if options.curve is options.curation is options.ablation is None:
         run(data, options.seeds)
         return
     data.prepare()
@@ -114,6 +98,8 @@ def main() -> None:
         run_curve(data, options.seeds, options.curve or SIZES, recipes)
     if options.curation is not None:
         run_curation(data, options.seeds, options.curation or BUDGETS)
+    if options.ablation is not None:
+        run_ablation(data, options.seeds, options.ablation)
 
 
 if __name__ == "__main__":

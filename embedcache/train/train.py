@@ -321,7 +321,7 @@ def _make_split(data: TrainData, pairs: Pairs, run_path: Path, settings: TrainSe
 
 
 def _build_pair(config: PairConfig, data: TrainData, training: Pairs, settings: TrainSettings) -> AlignedPair:
-    """Build the pair on its device, initialize it on the training pairs, load parts of other runs, set a temperature."""
+    """Build the pair on its device: the initialization on the training pairs, parts of other runs, a temperature."""
     with seeded(settings.seed, settings.machine.device):
         pair = build(config, dropout=settings.model.dropout).to(settings.machine.device)
     parts = pair_parts(pair)

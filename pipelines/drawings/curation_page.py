@@ -23,7 +23,7 @@ from pipelines.drawings.curation_results import (
     verdict_table,
 )
 from pipelines.drawings.curve import Recipe
-from pipelines.drawings.curve_page import CREDIT, test_part
+from pipelines.drawings.curve_page import CREDIT, part_of_test
 from pipelines.drawings.curve_results import estimate_of, size_names
 from pipelines.drawings.steps import Data
 from pipelines.results.pages import Part, write_pages
@@ -107,7 +107,7 @@ def write_curation_pages(path: Path, values: Mapping[str, Any]) -> None:
     """Write the page of curation as HTML and Markdown, from its JSON values."""
     intervals = _INTERVALS + " With one seed they are over items and draws only." * (len(values["seeds"]) == 1)
     tests = [
-        test_part(
+        part_of_test(
             test,
             f"{main_measure(values, test)['num_examples']:,} queries. {_GAIN_NOTE}",
             gain_table(values, test),

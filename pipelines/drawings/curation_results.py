@@ -10,15 +10,14 @@ import numpy as np
 from scipy.stats import rankdata
 
 from embedcache.arrays import Array
-from embedcache.evaluate.likelihood import Measured
-from embedcache.metrics.intervals import Estimate, interval_of
+from embedcache.metrics.intervals import interval_of
 from embedcache.provenance import read_json
 from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, format_percent, round_json
 from pipelines.drawings.curation import AGAIN, DRAWS, Curation
 from pipelines.drawings.curve import choice_name, question, read_score, selection_path
-from pipelines.drawings.curve_results import estimate_json, estimate_of, size_names
+from pipelines.drawings.curve_results import estimate_json, estimate_of, format_gain, size_names
 from pipelines.drawings.results import NAMES
-from pipelines.results.measured import Result, Results
+from pipelines.results.measured import Result, Results, with_both
 
 RANDOM = "random"
 PAPER = "rare-first"
@@ -29,7 +28,7 @@ _BETTER, _UNDECIDED, _WORSE = "better", "undecided", "worse"
 def read_results(curation: Curation) -> Results:
     """Read all that was measured; a model is a method and a recipe, and the metric of both directions comes first."""
     return Results(
-        replace(_with_both(result), model=_model(name, result.model))
+        replace(with_both(result), model=_model(name, result.model))
         for name, every in curation.runs.items()
         for runs in every
         for path in sorted((runs.folder / "results").glob("*.json"))
@@ -39,17 +38,6 @@ def read_results(curation: Curation) -> Results:
 
 def _model(method: str, recipe: str) -> str:
     return f"{method}; {recipe}"
-
-
-def _with_both(result: Result) -> Result:
-    """Return a result with the metric of the queries of both directions before those of each, if there are two."""
-    if len(result.measures) == 1:
-        return result
-    values, clusters = zip(*result.measures.values(), strict=True)
-    name = next(iter(result.measures)).split()[-1]
-    both = Measured(np.concatenate(values), np.concatenate(clusters))
-    chance = np.average([result.chance[way] for way in result.measures], weights=[len(found) for found in values])
-    return replace(result, measures={name: both, **result.measures}, chance={name: float(chance), **result.chance})
 
 
 def curation_json(curation: Curation, chosen: Mapping[tuple[str, int], int], results: Results) -> dict[str, Any]:
@@ -212,11 +200,6 @@ def gain_table(values: Mapping[str, Any], test: str) -> Table:
             rows.append([f"{recipe}, {name}", *map("".join, zip(gains, stars, strict=True))])
     rows.append(["chance", *[format_fraction(found["chance"])] * len(sizes)])
     return ["", *sizes.values()], rows
-
-
-def format_gain(gain: Estimate) -> str:
-    """Return a gain with its interval as text, such as `+0.012 [-0.003, +0.027]`."""
-    return f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
 
 
 def selection_table(values: Mapping[str, Any]) -> Table:

@@ -173,29 +173,37 @@ def _open_icons(path: Path) -> TrainData:
     return open_data(path, FEATURES, memory_bytes=_MEMORY_BYTES)
 
 
+def curve_sizes(data: Data, seed: int, sizes: Sequence[int]) -> list[int]:
+    """Return the sizes that the training part of a seed has more of; the last one, all icons, is all that remains."""
+    count = data.split(seed)["train"]
+    return [*(size for size in sorted(sizes) if size < count), data.icons.info.num_samples]
+
+
 def open_runs(
-    data: Data, seeds: Sequence[int], sizes: Sequence[int], recipes: Mapping[str, Recipe] = RECIPES
+    data: Data, folder: Path, seeds: Sequence[int], sizes: Sequence[int], recipes: Mapping[str, Recipe]
 ) -> list[SeedRuns]:
     """Draw nested numbers of pairs from the training part of each seed, and return the runs of each seed.
 
-    Sizes that the training part of the first seed does not have are left out; the last one, the number of all icons, is
-    all that remains of them.
+    Args:
+        data: the icons.
+        folder: folder of the runs, with a folder of each seed.
+        seeds: seeds of splits, draws and trainings.
+        sizes: numbers of pairs; where a training part has fewer, all of it.
+        recipes: recipes by name.
     """
     counts = {seed: data.split(seed)["train"] for seed in seeds}
-    everything = data.icons.info.num_samples
-    kept = [*(size for size in sorted(sizes) if size < counts[seeds[0]]), everything]
-    drawn = [draw_pairs(data, seed, kept) for seed in seeds]
+    drawn = [draw_pairs(data, folder / f"seed{seed}", seed, sizes) for seed in seeds]
     return [
         SeedRuns(
-            folder=folder,
+            folder=path,
             icons=data.icons.path,
             tests=list_tests(data),
             split=f"{data.folder}/split-{{seed}}.parquet",
-            num_pairs={size: min(size, counts[seeds[0]]) for size in kept},
+            num_pairs={size: min(size, counts[seeds[0]]) for size in sizes},
             seed=seed,
             recipes=recipes,
         )
-        for seed, folder in zip(seeds, drawn, strict=True)
+        for seed, path in zip(seeds, drawn, strict=True)
     ]
 
 
@@ -207,9 +215,9 @@ def list_tests(data: Data) -> dict[str, list[Path]]:
     return tests
 
 
-def draw_pairs(data: Data, seed: int, sizes: Sequence[int]) -> Path:
+def draw_pairs(data: Data, folder: Path, seed: int, sizes: Sequence[int]) -> Path:
     """Write selections of so many pairs of the training part, each a part of the next; return their folder."""
-    folder, split = data.folder / "curve" / f"seed{seed}", data.folder / f"split-{seed}.parquet"
+    split = data.folder / f"split-{seed}.parquet"
     folder.mkdir(parents=True, exist_ok=True)
 
     def compute() -> Mapping[str, int]:
@@ -219,7 +227,8 @@ def draw_pairs(data: Data, seed: int, sizes: Sequence[int]) -> Path:
             write_selection(selection_path(folder, size), data.icons, drawn, {"seed": seed})
         return {str(size): len(rows[:size]) for size in sizes}
 
-    data.step(f"curve/seed{seed}/pairs", {"split": digest_file(split), "sizes": list(sizes)}, compute)
+    name = str((folder / "pairs").relative_to(data.folder))
+    data.step(name, {"split": digest_file(split), "sizes": list(sizes)}, compute)
     return folder
 
 

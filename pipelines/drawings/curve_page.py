@@ -1,23 +1,29 @@
 """The page of the learning curve: a figure and a table of each test, crossings, recommendations and costs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from embedcache.cli.console import print_line, print_table
 from embedcache.metrics.intervals import Estimate
+from embedcache.provenance import digest_file
 from embedcache.reports.base import Curves, Table, estimate_curves
+from pipelines.drawings.curve import RECIPES, Recipe, curve_sizes, open_runs, run_all
 from pipelines.drawings.curve_results import (
     cost_table,
     crossing_table,
+    curve_json,
     curve_table,
     estimate_of,
+    read_results,
     recommendation_table,
     size_names,
     validation_table,
 )
 from pipelines.drawings.results import CLOTHES, EMOJI, FAMILIES, NAMES
+from pipelines.drawings.steps import Data
 from pipelines.results.measured import file_name
 from pipelines.results.pages import Part, write_pages
 
@@ -67,8 +73,28 @@ _CROSSING_NOTE = (
 )
 
 
-def test_part(test: str, note: str, table: Table, figure: Figure) -> Part:
-    """Return the section of a test: what it is, a note, a table and a figure."""
+def run_curve(
+    data: Data, seeds: Sequence[int], sizes: Sequence[int], recipes: Mapping[str, Recipe] = RECIPES
+) -> dict[str, Any]:
+    """Train and measure recipes on more and more pairs, but for what is finished; return the curve as JSON values."""
+    every = open_runs(data, data.folder / "curve", seeds, curve_sizes(data, seeds[0], sizes), recipes)
+    chosen = run_all(every)
+    trained = [digest_file(runs.path(*key, choice) / "config.json") for runs in every for key, choice in chosen.items()]
+
+    def measure() -> dict[str, Any]:
+        values = curve_json(every, chosen, read_results(every))
+        write_curve_pages(data.folder / "curve", values)
+        return values
+
+    values = data.step("curve", {"runs": trained, "clothes": data.has_clothes}, measure)
+    print_table(*recommendation_table(values), title="recommended, and gains over the closed form")
+    print_table(*crossing_table(values), title="pairs from which on training gains")
+    print_line(f"{data.folder / 'curve.html'}; {data.folder / 'curve.json'}")
+    return values
+
+
+def part_of_test(test: str, note: str, table: Table, figure: Figure | None = None) -> Part:
+    """Return the section of a test: what it is, a note, a table and perhaps a figure."""
     return Part(f"{test[0].upper()}{test[1:]}", [ABOUT[test], note], table, figure, file_name(test))
 
 
@@ -78,7 +104,7 @@ def write_curve_pages(path: Path, values: Mapping[str, Any]) -> None:
     notes = [*NOTES, _GLU] if is_glu_measured else NOTES
     intervals = _INTERVALS + _SAME_SEED * (len(values["seeds"]) == 1)
     tests = [
-        test_part(test, f"{_counts(measures)}. {intervals}", curve_table(values, test), curve_figure(values, test))
+        part_of_test(test, f"{_counts(measures)}. {intervals}", curve_table(values, test), curve_figure(values, test))
         for test, measures in values["tests"].items()
     ]
     gained = "Gains of the recommended recipe over the closed form, on nothing it was chosen by; empty where it is one."

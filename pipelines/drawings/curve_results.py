@@ -55,7 +55,7 @@ def curve_json(every: Sequence[SeedRuns], chosen: _Choices, results: Results) ->
     Validation would not do: trained recipes have chosen their epoch by it. `controls`: recipes that are drawn thin.
     """
     sizes, recipes = list(every[0].num_pairs), every[0].recipes
-    runs = {name: {str(size): _run_json(every, name, size, chosen[name, size]) for size in sizes} for name in recipes}
+    runs = {name: {str(size): run_json(every, name, size, chosen[name, size]) for size in sizes} for name in recipes}
     scored = [name for name, recipe in recipes.items() if recipe.control_of is None]
     closed = [name for name in scored if recipes[name].schedule is None]
     closed_form = {
@@ -79,7 +79,8 @@ def curve_json(every: Sequence[SeedRuns], chosen: _Choices, results: Results) ->
     }
 
 
-def _run_json(every: Sequence[SeedRuns], name: str, size: int, choice: int) -> dict[str, Any]:
+def run_json(every: Sequence[SeedRuns], name: str, size: int, choice: int) -> dict[str, Any]:
+    """Return what the trainings of a recipe took, with its choice and the validation recall of each seed."""
     paths = [runs.path(name, size, choice) for runs in every]
     reports, costs = [read_report(path) for path in paths], [read_cost(path) for path in paths]
     recipe = every[0].recipes[name]
@@ -176,6 +177,11 @@ def _finite(value: float) -> float | None:
 def estimate_of(values: Mapping[str, Any]) -> Estimate:
     """Return an estimate from its JSON values."""
     return Estimate(values["value"], *values["interval"])
+
+
+def format_gain(gain: Estimate) -> str:
+    """Return a gain with its interval as text, such as `+0.012 [-0.003, +0.027]`."""
+    return f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
 
 
 def size_names(values: Mapping[str, Any]) -> dict[str, str]:

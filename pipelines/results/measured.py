@@ -93,6 +93,17 @@ def keep_result(
     return result
 
 
+def with_both(result: Result) -> Result:
+    """Return a result with the metric of the queries of both directions before those of each, if there are two."""
+    if len(result.measures) == 1:
+        return result
+    values, clusters = zip(*result.measures.values(), strict=True)
+    name = next(iter(result.measures)).split()[-1]
+    both = Measured(np.concatenate(values), np.concatenate(clusters))
+    chance = np.average([result.chance[way] for way in result.measures], weights=[len(found) for found in values])
+    return replace(result, measures={name: both, **result.measures}, chance={name: float(chance), **result.chance})
+
+
 class Results:
     """Results of several models, questions and seeds."""
 

@@ -14,15 +14,18 @@ from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
 from embedcache.store.cache import Cache
 from embedcache.train.recipes import Schedule
+from pipelines.drawings.ablation import Group, run_ablation
+from pipelines.drawings.ablation import gain_figure as ablation_figure
+from pipelines.drawings.ablation import summarize as summarize_ablation
 from pipelines.drawings.curation import AGAIN, DRAWS, METHODS
 from pipelines.drawings.curation_page import run_curation
 from pipelines.drawings.curation_results import claim, rank_correlations, summarize
 from pipelines.drawings.curve import Recipe, read_report, selection_path
-from pipelines.drawings.curve_page import curve_figure, gain_figure
+from pipelines.drawings.curve_page import curve_figure, gain_figure, run_curve
 from pipelines.drawings.curve_results import find_crossing, format_crossing, halve
 from pipelines.drawings.results import CLOSED_FORM, EMOJI, FAMILIES, MLP, NAMES, SHUFFLED
 from pipelines.drawings.steps import FEATURES, Data, Held, draw_families, find_concepts, first_names
-from pipelines.icons import run, run_curve
+from pipelines.icons import run
 from pipelines.results.measured import Result, file_name
 from tests.pipelines.made_icons import write_package
 from tests.pipelines.one_core import one_core
@@ -284,6 +287,36 @@ def test_curation_is_compared_with_the_mean_of_random_draws(
     page = (folder / "curation.md").read_text()
     assert page.count(".svg)") == (folder / "curation.html").read_text().count("<svg") == len(values["tests"])
     assert summarize(values) in page
+
+
+def test_ablation_compares_each_variant_with_the_base(data: Data, results: dict[str, Any]) -> None:
+    narrow, wide = (Recipe(options={**_RIDGE, "shared_width": width}) for width in (1, 64))
+    chosen = Recipe(options=_RIDGE, choices=_WIDTHS)
+    groups = {
+        "width": Group(base="wide", variants={"narrow": narrow, "wide": wide}),
+        "choice": Group(base="wide", variants={"wide": wide, "chosen": chosen}),
+    }
+    with one_core():
+        values = run_ablation(data, [0], 40, groups)
+        assert run_ablation(data, [0], 40, groups) == values
+    assert {name: run["num_pairs"] for name, run in values["runs"].items()} == dict.fromkeys(values["runs"], 40)
+    assert values["runs"]["chosen"]["choice"] == {"shared_width": 64}
+    found = values["tests"][NAMES]["R@10"]
+    for name in ("narrow", "wide"):
+        path = data.folder / "ablation" / "seed0" / "results" / f"names-never-seen-40-{name}.json"
+        recall = np.concatenate([item.values_M for item in Result.read(path).measures.values()]).mean()
+        assert found["values"][name]["value"] == pytest.approx(recall, abs=1e-5)
+    gain = found["gains"]["width"]["narrow"]
+    assert gain["value"] == pytest.approx(
+        found["values"]["narrow"]["value"] - found["values"]["wide"]["value"], abs=2e-5
+    )
+    assert gain["interval"][1] < 0 == found["gains"]["choice"]["chosen"]["value"]
+    page = (data.folder / "ablation.md").read_text()
+    assert summarize_ablation(values) in page
+    assert "width: wide 0." in page
+    assert "choice: wide" in page
+    assert page.count("no variant differs") == 1
+    assert len(ablation_figure(values).axes) == 3
 
 
 def test_claim_is_decided_by_intervals() -> None:
