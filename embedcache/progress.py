@@ -15,7 +15,7 @@ class Progress(Protocol):
     """Receives the progress of a function. Any object with these methods can show it."""
 
     def start(self, what: str, total: int, unit: str) -> None:
-        """Start a step of `total` units, which ends the step before; a total of 0 is unknown."""
+        """Start a step of `total` units, which ends the step before; a total that is 0 or exceeded is unknown."""
         ...
 
     def advance(self, count: int) -> None:
@@ -146,6 +146,8 @@ class PlainProgress:
     def advance(self, count: int) -> None:
         """Write the count, the rate, the time left and the state, at most every ten seconds."""
         self._rate.add(count)
+        if self._rate.done > self._total:  # bars of tqdm then have no total either
+            self._total = 0
         if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             done = f"{self._rate.done:,}{_of(self._total)} {self._unit}"

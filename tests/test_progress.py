@@ -32,6 +32,20 @@ def test_lines_name_the_part_and_the_state(monkeypatch: pytest.MonkeyPatch, caps
     assert lines[0].endswith(" s left; loss of sound")
 
 
+def test_lines_have_no_total_once_it_is_exceeded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0)
+    progress = PlainProgress()
+    progress.start("comparing samples", 4, "samples")
+    for _ in range(3):
+        progress.advance(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" samples, ")[0] for line in lines] == [f"comparing samples: {n}" for n in ("2/4", "4/4", 6)]
+    assert [line.endswith(" 0 s left") for line in lines] == [True, True, False]
+    assert lines[-1].endswith(" samples/s")
+
+
 def test_bars_of_parts_are_shown_at_once_and_stay(capsys: pytest.CaptureFixture[str]) -> None:
     progress = BarProgress()
     progress.advance(1)  # of nothing

@@ -43,6 +43,7 @@ def find_changes(
     *,
     on_new: Callable[[list[Sample]], None],
     max_new: int | None = None,
+    extend: bool = False,
     progress: Progress,
 ) -> SourceChanges:
     """Compare a source with a cache, sample by sample. Memory: one batch.
@@ -50,6 +51,7 @@ def find_changes(
     The samples of each segment must come in its order; new samples may be anywhere between them, as new files in a
     sorted folder do; `on_new` gets them in batches. Beyond the first `max_new` they are ignored, and the source is read
     only until those and the cache's own samples were found. Samples that were removed from the cache are passed over.
+    With `extend` new samples are expected, and progress has no total: a source does not say how many samples it has.
 
     Raises:
         FingerprintError: a sample is missing or out of order, or has other captions or files.
@@ -59,7 +61,7 @@ def find_changes(
     segments = [_SegmentReader(cache_path, info, range(start, stop), removed) for start, stop in bounds]
     num_removed = 0
     new, relocated = _DigestBuffer(on_new), defaultdict[str, dict[int, FileItem]](dict)
-    progress.start("comparing samples", info.num_samples, "samples")
+    progress.start("comparing samples", 0 if extend else info.num_samples, "samples")
     for sample in samples:
         segment = next((segment for segment in segments if segment.is_next(sample)), None)
         if segment is not None:

@@ -84,7 +84,9 @@ def index(
         info = read_info(cache_path)
         _check_chunk_size(cache_path, info, chunk_size)
         _check_limit(cache_path, info, limit)
-        if _is_unchanged(source, cache_path, info, chunk_size, _max_new(info, limit, extend=extend), progress):
+        if _is_unchanged(
+            source, cache_path, info, chunk_size=chunk_size, limit=limit, extend=extend, progress=progress
+        ):
             return info
     with locked(cache_path), disk_errors(cache_path):  # check again: another process may have been first
         if not info_path(cache_path).is_file():
@@ -95,7 +97,9 @@ def index(
             return _update(
                 source, cache_path, limit=limit, extend=extend, accept_replaced=accept_replaced, progress=progress
             )
-        if _is_unchanged(source, cache_path, info, chunk_size, _max_new(info, limit, extend=extend), progress):
+        if _is_unchanged(
+            source, cache_path, info, chunk_size=chunk_size, limit=limit, extend=extend, progress=progress
+        ):
             return info
         info_path(cache_path).unlink()  # the manifest first: without it the tables do not exist
         flush(cache_path)
@@ -140,18 +144,26 @@ def _check_limit(cache_path: Path, info: CacheInfo, limit: int | None) -> None:
 
 
 def _is_unchanged(
-    source: Source, cache_path: Path, info: CacheInfo, chunk_size: int | None, max_new: int | None, progress: Progress
+    source: Source,
+    cache_path: Path,
+    info: CacheInfo,
+    *,
+    chunk_size: int | None,
+    limit: int | None,
+    extend: bool,
+    progress: Progress,
 ) -> bool:
     """Return whether a cache has the chunk size and the samples of its source, and no update of it was interrupted."""
     if chunk_size not in (None, info.chunk_size) or update_path(cache_path).is_file():
         return False
+    max_new = _max_new(info, limit, extend=extend)
     if len(info.all_segments) == 1 and not info.is_partial:
-        one_more = 1 if max_new is None else min(1, max_new)  # tells whether the source has grown
-        limit = info.num_samples + one_more
-        return _digest(source, "checking samples", info.num_samples, limit, _count_only, progress) == info.index_digest
+        num_read = info.num_samples + (1 if max_new is None else min(1, max_new))  # tells whether the source has grown
+        stored = info.index_digest
+        return _digest(source, "checking samples", info.num_samples, num_read, _count_only, progress) == stored
     try:
         changes = find_changes(
-            cache_path, info, source.samples(), on_new=_count_only, max_new=max_new, progress=progress
+            cache_path, info, source.samples(), on_new=_count_only, max_new=max_new, extend=extend, progress=progress
         )
     except FingerprintError:
         return False  # raised again by `_update`, under the lock
@@ -228,7 +240,9 @@ def _update(
     with scratch_folder(cache_path) as folder:
         extended = _ExtendedTables(cache_path, info, folder / "longer")
         on_new = extended.add if extend else _count_only
-        changes = find_changes(cache_path, info, source.samples(), on_new=on_new, max_new=max_new, progress=progress)
+        changes = find_changes(
+            cache_path, info, source.samples(), on_new=on_new, max_new=max_new, extend=extend, progress=progress
+        )
         has_replaced = bool(changes.relocated) or _is_interrupted(cache_path, info, changes)
         if not (changes.num_new or has_replaced):
             if not _has_digests(info, changes):

@@ -116,6 +116,16 @@ def test_source_is_read_no_further_than_needed(tmp_path: Path, max_new: int | No
     assert (changes.num_new, source.num_read) == (num_read - 4, num_read)
 
 
+@pytest.mark.parametrize(("extend", "total"), [(True, 0), (False, 4)])
+def test_progress_has_a_total_unless_new_samples_are_expected(tmp_path: Path, extend: bool, total: int) -> None:
+    begin(tmp_path, rows(3))
+    index(rows(4), tmp_path, extend=True)
+    progress = RecordedProgress()
+    index(rows(9 if extend else 4), tmp_path, extend=extend, progress=progress)
+    assert set(progress.started) == {("comparing samples", total, "samples")}
+    assert len(progress.started) == 1 + extend, "the second time under the lock"
+
+
 def changed(source: Rows, row: int, **fields: object) -> Rows:
     return Rows([replace(one, **fields) if number == row else one for number, one in enumerate(source.rows)])  # type: ignore[arg-type]
 
