@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, Products, blocks, check_finite, normalize
-from embedcache.dataset.inputs import InputFeature, open_input, to_unit_vectors
-from embedcache.dataset.pairs import Items, Pairs, pair_items
+from embedcache.dataset.inputs import InputFeature, to_unit_vectors
+from embedcache.dataset.pairs import Items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
-from embedcache.dataset.splits import make_split
 from embedcache.devices import products_on
 from embedcache.encoders.image_features import FeatureName
-from embedcache.errors import DataError, SettingError, UnfinishedError
+from embedcache.errors import DataError, SettingError
+from embedcache.evaluate.pair_sample import PairSample, draw_samples, open_features, split_samples
 from embedcache.evaluate.settings import PairsSettings
 from embedcache.files import AnyPath
 from embedcache.metrics.alignment import (
@@ -25,9 +25,9 @@ from embedcache.metrics.alignment import (
     neighbor_overlap,
     shuffled_from_products,
 )
-from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, effective_number, jackknife
+from embedcache.metrics.intervals import Estimate, bootstrap_mean, jackknife
 from embedcache.metrics.neighbors import note_duration, top_k
-from embedcache.metrics.ranking import best_ranks, tied_chance_recall
+from embedcache.metrics.ranking import best_ranks
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.settings import replace_flat
@@ -36,8 +36,6 @@ from embedcache.store.cache import Cache
 _RECALL_K = 10
 _SHARED_WIDTH, _SHRINKAGE = 256, 1.0  # the defaults of training
 _BLOCK = 1024
-_MIN_SAMPLES = 20
-_NUM_BLOCKS = 50
 
 ROWS = "each item scaled to length 1, then the mean over a sample's images and over its captions"
 """How a sample becomes one row per modality; the paper averages five captions too, and does not scale images first."""
@@ -147,14 +145,48 @@ def evaluate_pairs(
     """
     settings, progress = replace_flat(settings or PairsSettings(), with_split_seed(options)), to_progress(progress)
     cache = Cache(cache)
-    images, skipped_images = _open_features(cache, "image", settings.image_feature)
-    texts, skipped_texts = _open_features(cache, "text", settings.text_feature)
+    images, skipped_images = open_features(cache, "image", settings.image_feature)
+    texts, skipped_texts = open_features(cache, "text", settings.text_feature)
     for line in (skipped := [*skipped_images, *skipped_texts]):
         progress.note(line)
-    pairs = _draw_samples(cache, images, texts, settings)
-    sample = _split_samples(pairs, cache, (images[0], texts[0]), settings.split, progress)
+    pairs = draw_samples(cache, images, texts, settings)
+    sample = split_samples(pairs, cache, (images[0], texts[0]), settings.split, progress)
     if settings.k >= len(sample.samples):
         raise SettingError(f"k: expected less than the {len(sample.samples)} compared samples, got {settings.k}")
+    metrics = _measure_pairs(sample, images, texts, settings, progress)
+    return PairsReport(
+        pairs=sorted(metrics, key=lambda pair: -pair.probe),
+        pooling={feature.name: _pooling(feature) for feature in (*images, *texts)},
+        num_drawn=len(pairs.samples),
+        num_compared=len(sample.samples),
+        num_trained=len(sample.train.samples),
+        num_held=len(sample.val.samples),
+        num_groups=len(np.unique(sample.groups)),
+        split=_split_line(settings.split, images[0], texts[0]),
+        language=settings.language,
+        k=settings.k,
+        seed=settings.seed,
+        knn_chance=settings.k / (len(sample.samples) - 1),
+        chance=sample.chance(_RECALL_K),
+        skipped=skipped,
+    )
+
+
+def _split_line(settings: SplitSettings, image: InputFeature, text: InputFeature) -> str:
+    if settings.kind != "strict":
+        return settings.kind
+    limits = f"{settings.image_cosine:g} and {settings.text_cosine:g}"
+    return f"{settings.kind} by {image.name} and {text.name} (cosine above {limits})"
+
+
+def _measure_pairs(
+    sample: PairSample,
+    images: Sequence[InputFeature],
+    texts: Sequence[InputFeature],
+    settings: PairsSettings,
+    progress: Progress,
+) -> list[PairMetrics]:
+    """Measure every pair: all texts are prepared first, then one image after another."""
     products = products_on(settings.device)
     _note_duration(sample, images, texts, settings.k, progress, products)
     progress.start("encoder pairs", len(images) * len(texts), "pairs")
@@ -166,153 +198,11 @@ def evaluate_pairs(
             metrics.append(_measure(sample, image, text, settings.resamples, products))
             progress.advance(1)
     progress.finish()
-    split = settings.split.kind
-    if split == "strict":
-        limits = f"{settings.split.image_cosine:g} and {settings.split.text_cosine:g}"
-        split += f" by {images[0].name} and {texts[0].name} (cosine above {limits})"
-    return PairsReport(
-        pairs=sorted(metrics, key=lambda pair: -pair.probe),
-        pooling={feature.name: _pooling(feature) for feature in (*images, *texts)},
-        num_drawn=len(pairs.samples),
-        num_compared=len(sample.samples),
-        num_trained=len(sample.train.samples),
-        num_held=len(sample.val.samples),
-        num_groups=len(np.unique(sample.groups)),
-        split=split,
-        language=settings.language,
-        k=settings.k,
-        seed=settings.seed,
-        knn_chance=settings.k / (len(sample.samples) - 1),
-        chance=sample.chance(_RECALL_K),
-        skipped=skipped,
-    )
-
-
-def _open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[list[InputFeature], list[str]]:
-    """Open the named features, or all complete ones that no run computed, and return a line for each one left out."""
-    if names:
-        named = {feature.name: feature for feature in (open_input(cache, modality, name) for name in names)}
-        for feature in named.values():
-            feature.require_complete()
-        return list(named.values()), []
-    stored = cache.features(modality)
-    if not stored:
-        open_input(cache, modality)  # raises, with the command that extracts some
-    complete, skipped = [], []
-    for stored_feature in stored:
-        if stored_feature.group.is_from_run:  # which was trained on these samples
-            name = stored_feature.name
-            skipped.append(f"left out: {name} was computed by a run; name it with --{modality}-feature to compare it")
-            continue
-        feature = InputFeature([stored_feature])
-        try:
-            feature.require_complete()
-            complete.append(feature)
-        except UnfinishedError as error:
-            skipped.append(f"left out: {error}")
-    if skipped and not complete:
-        raise UnfinishedError(
-            f"{cache.path}: expected a complete {modality} feature, got none; {skipped[0].partition(': ')[2]}"
-        )
-    return complete, skipped
-
-
-def _draw_samples(
-    cache: Cache, images: Sequence[InputFeature], texts: Sequence[InputFeature], settings: PairsSettings
-) -> Pairs:
-    """Draw samples without replacement from those that have an image and a text with all of the features."""
-    pairs = pair_items([cache], images[:1], texts[:1], language=settings.language)
-    image, text = (
-        items.where(np.logical_and.reduce([feature.valid for feature in features])[items.rows])
-        for items, features in ((pairs.first, images), (pairs.second, texts))
-    )
-    samples = np.intersect1d(image.samples, text.samples)
-    if len(samples) < _MIN_SAMPLES:
-        raise DataError(
-            f"expected at least {_MIN_SAMPLES} samples of {cache.path} with all of the features, got {len(samples)}: "
-            "compare fewer features, or extract more samples"
-        )
-    if len(samples) > settings.num_samples:
-        samples = np.random.default_rng(settings.seed).choice(samples, settings.num_samples, replace=False)
-    return Pairs(first=image.select(samples), second=text.select(samples))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _PairSample:
-    """The compared samples: all pairs, those that the probe is fitted on, and those that it is measured on.
-
-    `groups` and `blocks` are (S,): the near-duplicate group and the jackknife block of each of `samples`.
-    """
-
-    pairs: Pairs
-    train: Pairs
-    val: Pairs
-    groups: Ints
-    blocks: Ints
-
-    @property
-    def samples(self) -> Ints:
-        """(S,) int64 rows of the sample table, ascending."""
-        return self.pairs.samples
-
-    def groups_of(self, samples: Ints) -> Ints:
-        """Return the groups of some of the samples."""
-        groups: Ints = self.groups[np.searchsorted(self.samples, samples)]
-        return groups
-
-    def positions(self, part: Pairs) -> tuple[Ints, Ints]:
-        """Return the positions of the images and texts of a part among those of all samples."""
-        return (
-            np.searchsorted(self.pairs.first.rows, part.first.rows),
-            np.searchsorted(self.pairs.second.rows, part.second.rows),
-        )
-
-    def chance(self, k: int) -> dict[str, Estimate]:
-        """Compute the recall at k of a random order of the validation items: `i2t` and `t2i`."""
-        image_M, text_M = self.val.positives()
-        images, texts = self.val.first, self.val.second
-        directions = {"i2t": ((image_M, text_M), images, texts), "t2i": ((text_M, image_M), texts, images)}
-        return {
-            name: chance_estimate(
-                tied_chance_recall(positives, candidates.contents, k), effective_number(queries.contents)
-            )
-            for name, (positives, queries, candidates) in directions.items()
-        }
-
-
-def _split_samples(
-    pairs: Pairs, cache: Cache, features: Sequence[InputFeature], settings: SplitSettings, progress: Progress
-) -> _PairSample:
-    """Split samples into parts, without the test part; the two features decide near-duplicates of a strict split."""
-    split = make_split(
-        [cache], pairs, settings, {feature.modality: feature.read for feature in features}, progress=progress
-    )
-    train, val = pairs.select(split.rows("train")), pairs.select(split.rows("val"))
-    both = np.union1d(train.samples, val.samples)
-    if len(both) < _MIN_SAMPLES or not (len(train.samples) and len(val.samples)):
-        raise DataError(
-            f"expected at least {_MIN_SAMPLES} samples in the training and validation parts, some in each, got "
-            f"{len(train.samples)} and {len(val.samples)} of {len(pairs.samples)} samples of {cache.path} with all "
-            "features: compare fewer features, or use another split"
-        )
-    groups = np.array(split.groups)[both]
-    return _PairSample(pairs=pairs.select(both), train=train, val=val, groups=groups, blocks=_assign_blocks(groups))
-
-
-def _assign_blocks(groups: Ints) -> Ints:
-    """Assign whole groups to blocks of about equal size, the largest group first: (S,) block of each sample."""
-    _, group_S, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    filled = np.zeros(min(_NUM_BLOCKS, len(sizes)), np.int64)
-    block_G = np.empty(len(sizes), np.int64)
-    for group in np.argsort(-sizes, kind="stable"):
-        block_G[group] = filled.argmin()
-        filled[block_G[group]] += sizes[group]
-    block_S: Ints = block_G[group_S]
-    return block_S
+    return metrics
 
 
 def _note_duration(
-    sample: _PairSample,
+    sample: PairSample,
     images: Sequence[InputFeature],
     texts: Sequence[InputFeature],
     k: int,
@@ -343,7 +233,7 @@ class _PreparedFeature(NamedTuple):
     own: KernelProducts
 
 
-def _prepare(feature: InputFeature, items: Items, sample: _PairSample, k: int, products: Products) -> _PreparedFeature:
+def _prepare(feature: InputFeature, items: Items, sample: PairSample, k: int, products: Products) -> _PreparedFeature:
     parts = []
     for block in blocks(len(items.rows), _BLOCK):
         inputs = feature.read(items.rows[block])
@@ -363,7 +253,7 @@ def _prepare(feature: InputFeature, items: Items, sample: _PairSample, k: int, p
 
 
 def _measure(
-    sample: _PairSample, image: _PreparedFeature, text: _PreparedFeature, resamples: int, products: Products
+    sample: PairSample, image: _PreparedFeature, text: _PreparedFeature, resamples: int, products: Products
 ) -> PairMetrics:
     x, y = CenteredRows(image.rows_SD, sample.blocks), CenteredRows(text.rows_SD, sample.blocks)
     both, sizes = kernel_products(x, y), np.bincount(sample.blocks)
@@ -382,7 +272,7 @@ def _measure(
 
 
 def _probe(
-    sample: _PairSample, images_ID: Floats, texts_TE: Floats, resamples: int, products: Products
+    sample: PairSample, images_ID: Floats, texts_TE: Floats, resamples: int, products: Products
 ) -> tuple[Estimate, Estimate]:
     """Fit CCA on all pairs of the training part, as training does, and rank the validation items both ways."""
     positions = sample.positions(sample.train)
