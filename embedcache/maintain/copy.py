@@ -4,9 +4,8 @@ The samples are a source of the new cache, which is indexed like any other; chun
 one, so that the same call finishes one that was killed. Nothing is encoded.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Ints, blocks, concatenated_ranges
+from embedcache.arrays import Array
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError
 from embedcache.files import AnyPath, open_path, remove_partials, write_atomic
-from embedcache.modalities import MODALITIES, noun
+from embedcache.maintain.samples import CopySource, SegmentSamples, divide_segments
+from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, new_record_path, record_stage
 from embedcache.registry import unknown_name
-from embedcache.sources.base import FileItem, Sample, Scalar, TextItem
-from embedcache.sources.merged import merged_description, merged_path
+from embedcache.sources.merged import merged_description
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import BLOCK
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
 from embedcache.store.indexing import index
-from embedcache.store.layout import SAMPLES, SUBSET, fit_path, info_path, read_info
-from embedcache.store.rows import RowReader
-from embedcache.store.tables import to_file_item
+from embedcache.store.layout import SUBSET, fit_path, info_path, read_info
 from embedcache.store.writer import commit_chunk
 
 
@@ -61,70 +57,6 @@ class CopyReport:
             f"reused {self.reused:,}",
             *missing,
         ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """Samples of a cache, ascending, that were indexed together there; `prefix` is put before their keys."""
-
-    cache: Cache
-    samples: Ints
-    number: int | None
-    prefix: str = ""
-
-    def read(self) -> Iterator[Sample]:
-        """Iterate over the samples with their items. Memory: a block of each table."""
-        cache = self.cache
-        readers = {modality: RowReader(cache, modality) for modality in cache.info.num_items}
-        table = RowReader(cache, SAMPLES)
-        for block in blocks(len(self.samples), BLOCK):
-            samples = self.samples[block]
-            rows = table.take(samples).to_pylist()
-            items = {modality: _items_of(reader, samples) for modality, reader in readers.items()}
-            for place, row in enumerate(rows):
-                yield self._sample(row, {modality: of_sample[place] for modality, of_sample in items.items()})
-
-    def _sample(self, row: Mapping[str, Any], items: Mapping[str, list[dict[str, Any]]]) -> Sample:
-        columns: dict[str, Scalar] = {name: value for name, value in row.items() if name != "key" and value is not None}
-        files = {
-            modality: tuple(self._file(item) for item in found)
-            for modality, found in items.items()
-            if MODALITIES[modality].kind != "texts" and found
-        }
-        texts = tuple(TextItem(text=item["text"], language=item["language"]) for item in items.get("text", ()))
-        images = files.pop("image", ())
-        return Sample(key=self.prefix + row["key"], images=images, texts=texts, columns=columns, files=files)
-
-    def _file(self, item: Mapping[str, Any]) -> FileItem:
-        found = to_file_item(item)
-        if self.number is None:
-            return found
-        values = {name: getattr(found, name) for name in FileItem.__slots__}
-        return FileItem(**{**values, "path": merged_path(self.number, found.path)})
-
-    def item_rows(self, modality: str) -> Ints:
-        """Return the rows of the items of the samples, ascending."""
-        if modality not in self.cache.info.num_items:
-            return np.empty(0, np.int64)
-        of_items = self.cache.items(modality, columns=["sample"])["sample"].to_numpy()
-        return np.flatnonzero(np.isin(of_items, self.samples))
-
-
-class _Parts:
-    """The source of a new cache: the samples of some parts, one after another."""
-
-    def __init__(self, parts: Sequence[_Part], description: Mapping[str, Any]) -> None:
-        self._parts, self._description = parts, description
-
-    def describe(self) -> Mapping[str, Any]:
-        return self._description
-
-    def samples(self) -> Iterator[Sample]:
-        for part in self._parts:
-            yield from part.read()
-
-    def read(self, item: FileItem) -> bytes:
-        raise NotImplementedError  # nothing is encoded
 
 
 def cut_cache(
@@ -158,8 +90,8 @@ def cut_cache(
         raise DataError(f"selection {selection}: expected samples of {cache.path}, got only removed ones")
     subset = {"of": cache.info.index_digest, "rows": digest(samples.tolist())}
     description = {**cache.info.source, SUBSET: subset}
-    parts = _divide(cache, samples, number=None)
-    return _copy(parts, description, open_path(out), features, "cut", to_progress(progress))
+    segments = divide_segments(cache, samples, number=None)
+    return _copy(segments, description, open_path(out), features, "cut", to_progress(progress))
 
 
 def merge_caches(
@@ -198,10 +130,10 @@ def merge_caches(
         _check_keys(opened)
     own = [{name: value for name, value in cache.info.source.items() if name != SUBSET} for cache in opened]
     is_one_source = not prefix_keys and all(source == own[0] for source in own)
-    parts = [
-        part
+    segments = [
+        segment
         for number, (cache, prefix) in enumerate(zip(opened, prefixes, strict=True))
-        for part in _divide(
+        for segment in divide_segments(
             cache,
             np.setdiff1d(np.arange(cache.info.num_samples), cache.removed),
             number=None if is_one_source else number,
@@ -212,7 +144,7 @@ def merge_caches(
         **(own[0] if is_one_source else merged_description(own)),
         SUBSET: {"of": [cache.info.index_digest for cache in opened]},
     }
-    return _copy(parts, description, open_path(out), features, "merge", to_progress(progress))
+    return _copy(segments, description, open_path(out), features, "merge", to_progress(progress))
 
 
 def _check_keys(caches: Sequence[Cache]) -> None:
@@ -233,26 +165,15 @@ def _check_keys(caches: Sequence[Cache]) -> None:
         seen = pa.chunked_array([*seen.chunks, *keys.chunks], pa.string())
 
 
-def _divide(cache: Cache, samples: Ints, *, number: int | None, prefix: str = "") -> list[_Part]:
-    """Divide samples of a cache by the segments in which they were indexed: the source has each in its order."""
-    bounds = np.cumsum([0, *(segment.num_samples for segment in cache.info.all_segments)])
-    places = np.searchsorted(samples, bounds)
-    return [
-        _Part(cache=cache, samples=samples[start:stop], number=number, prefix=prefix)
-        for start, stop in pairwise(places.tolist())
-        if stop > start
-    ]
-
-
 def _copy(
-    parts: Sequence[_Part],
+    segments: Sequence[SegmentSamples],
     description: Mapping[str, Any],
     out_path: Path,
     features: str | Sequence[str],
     stage: str,
     progress: Progress,
 ) -> CopyReport:
-    caches = list({id(part.cache): part.cache for part in parts}.values())
+    caches = list({id(segment.cache): segment.cache for segment in segments}.values())
     features = [features] if isinstance(features, str) else features
     named, left_out = _choose(caches, features)
     done = 0
@@ -260,14 +181,14 @@ def _copy(
         stored = read_info(out_path)
         check_same(f"cache {out_path}", stored.source, description, next_step="give the path of a new folder")
         done = len(stored.all_segments)
-    for count in range(max(done, 1), len(parts) + 1):
-        source = _Parts(parts[:count], description)
+    for count in range(max(done, 1), len(segments) + 1):
+        source = CopySource(segments[:count], description)
         index(source, out_path, chunk_size=caches[0].info.chunk_size, extend=count > 1, progress=progress)
     out = Cache(out_path)
     remove_partials(out.path)
     request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}
     with record_stage(new_record_path(out.path, stage), stage, request) as outcome:
-        counts = [_copy_group(out, parts, groups, names, progress) for groups, names in named]
+        counts = [_copy_group(out, segments, groups, names, progress) for groups, names in named]
         report = CopyReport(
             cache=out.path,
             num_samples=out.info.num_samples,
@@ -330,7 +251,11 @@ def _attributes(feature: Feature) -> dict[str, Any]:
 
 
 def _copy_group(
-    out: Cache, parts: Sequence[_Part], groups: Sequence[EncoderGroup], names: Sequence[str], progress: Progress
+    out: Cache,
+    segments: Sequence[SegmentSamples],
+    groups: Sequence[EncoderGroup],
+    names: Sequence[str],
+    progress: Progress,
 ) -> tuple[int, int]:
     """Copy features of one encoder; return the number of items in the chunks written now, and in those before."""
     first = groups[0]
@@ -344,8 +269,8 @@ def _copy_group(
         feature = Feature(first, name)
         add_feature(group, name, feature.item_shape, feature.dtype, axis=feature.axis)
     readers = {other.path.parents[1]: _ItemReader(other, names) for other in groups}
-    rows = [(part, part.item_rows(modality)) for part in parts]
-    bounds = np.cumsum([0, *(len(of_part) for _, of_part in rows)])
+    rows = [(segment, segment.item_rows(modality)) for segment in segments]
+    bounds = np.cumsum([0, *(len(of_segment) for _, of_segment in rows)])
     missing = [chunk for chunk in range(out.info.num_chunks(modality)) if not _has_all(group, chunk, names)]
     num_missing = out.info.count_items(modality, missing)
     progress.start(f"copying {group.name}", num_missing, noun(modality))
@@ -354,9 +279,9 @@ def _copy_group(
         values: dict[str, list[Array | None]] = {name: [] for name in names}
         failures: dict[str, list[str | None]] = {name: [] for name in names}
         hashes: list[bytes | None] = []
-        for (part, of_part), start in zip(rows, bounds[:-1].tolist(), strict=True):
-            for row in of_part[max(place.start - start, 0) : max(place.stop - start, 0)].tolist():
-                readers[part.cache.path].read(row, values, failures, hashes)
+        for (segment, of_segment), start in zip(rows, bounds[:-1].tolist(), strict=True):
+            for row in of_segment[max(place.start - start, 0) : max(place.stop - start, 0)].tolist():
+                readers[segment.cache.path].read(row, values, failures, hashes)
         commit_chunk(group, chunk, values, hashes, failures)
         progress.advance(len(hashes))
     progress.finish()
@@ -394,12 +319,3 @@ class _ItemReader:
             values[name].append(self._items[name][offset])
             failures[name].append(self._reasons[name][offset])
         hashes.append(self._hashes[offset])
-
-
-def _items_of(reader: RowReader, samples: Ints) -> list[list[dict[str, Any]]]:
-    """Return the items of each sample."""
-    starts, counts = reader.find(samples)
-    _, rows = concatenated_ranges(starts, counts)
-    items = reader.take(rows).to_pylist() if len(rows) else []
-    ends = np.cumsum(counts).tolist()
-    return [items[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
