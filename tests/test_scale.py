@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.scale import write_features, write_table
+from benchmarks.scale_data import write_features, write_table
 from embedcache.dataset.pairs import pair_items
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.dataset.settings import SplitSettings
