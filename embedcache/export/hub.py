@@ -70,38 +70,28 @@ def push_cache(
         FingerprintError: the repository has another cache, or this one has changed during the upload.
         SettingError: the repository has another form than `OWNER/NAME`, or has other files.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import HfApi
 
     settings, progress = replace_flat(settings or HubSettings(), options), to_progress(progress)
     check_repository("repository", repository)
     cache, api = Cache(cache_path), HfApi()
-    if is_remote(cache.path):
-        raise PathError(f"{cache.path}: expected a local cache to upload, got a URL; copy it to a folder first")
-    if removing_path(cache.path).is_file():  # its files still hold the samples
-        raise UnfinishedError(f"{cache.path}: {INTERRUPTED_REMOVAL}")
+    _check_local(cache)
     files = _files(cache.path)
     with _hub_errors(repository, f"the cache is in {cache.path}"):
         url = str(api.create_repo(repository, repo_type="dataset", private=not settings.public, exist_ok=True))
-        remote = {
-            item.path: item
-            for item in api.list_repo_tree(repository, recursive=True, repo_type="dataset")
-            if hasattr(item, "blob_id")
-        }
+        remote = _list_files(api, repository)
         _check_same_cache(api, repository, cache, remote)
         new, changed = _find_changes(cache, files, remote)
         progress.start("uploading", len(new) + len(changed), "files")
         for block in blocks(len(new), _PER_COMMIT):
-            additions = [CommitOperationAdd(name, str(cache.path / name)) for name in new[block]]
-            api.create_commit(repository, additions, commit_message=_MESSAGE, repo_type="dataset")
-            progress.advance(len(additions))
+            _commit(api, repository, {name: cache.path / name for name in new[block]})
+            progress.advance(len(new[block]))
         if read_info(cache.path).index_digest != cache.info.index_digest:
             raise FingerprintError(f"{cache.path}: expected no change during the upload, got new samples; run it again")
-        operations: list[Any] = [CommitOperationAdd(name, str(cache.path / name)) for name in changed]
+        last: dict[str, Path | bytes] = {name: cache.path / name for name in changed}
         if CARD not in remote:
-            operations.append(CommitOperationAdd(CARD, write_card(cache, repository, settings).encode()))
-        operations += [CommitOperationDelete(name) for name in _removed(remote, files)]
-        if operations:
-            api.create_commit(repository, operations, commit_message=_MESSAGE, repo_type="dataset")
+            last[CARD] = write_card(cache, repository, settings).encode()
+        _commit(api, repository, last, removed=_removed(remote, files))
         progress.advance(len(changed))
         progress.finish()
         revision = api.repo_info(repository, repo_type="dataset").sha
@@ -142,6 +132,13 @@ def _hub_errors(repository: str, kept: str) -> Iterator[None]:
         ) from error
 
 
+def _check_local(cache: Cache) -> None:
+    if is_remote(cache.path):
+        raise PathError(f"{cache.path}: expected a local cache to upload, got a URL; copy it to a folder first")
+    if removing_path(cache.path).is_file():  # its files still hold the samples
+        raise UnfinishedError(f"{cache.path}: {INTERRUPTED_REMOVAL}")
+
+
 def _files(folder: Path) -> list[str]:
     """Return the files of a cache, without locks and what killed processes left.
 
@@ -160,6 +157,24 @@ def _files(folder: Path) -> list[str]:
         if path.is_file():
             found.append(str(name))
     return sorted(found)
+
+
+def _list_files(api: Any, repository: str) -> dict[str, Any]:
+    """Return the files of the repository by their paths."""
+    tree = api.list_repo_tree(repository, recursive=True, repo_type="dataset")
+    return {item.path: item for item in tree if hasattr(item, "blob_id")}
+
+
+def _commit(api: Any, repository: str, additions: Mapping[str, Path | bytes], *, removed: Sequence[str] = ()) -> None:
+    """Commit files, given by paths or contents, and removals; without any nothing is committed."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    operations = [
+        *(CommitOperationAdd(name, file) for name, file in additions.items()),
+        *(CommitOperationDelete(name) for name in removed),
+    ]
+    if operations:
+        api.create_commit(repository, operations, commit_message=_MESSAGE, repo_type="dataset")
 
 
 def _last(cache: Cache) -> list[str]:

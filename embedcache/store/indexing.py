@@ -73,14 +73,7 @@ def index(
     progress = progress or NullProgress()
     if chunk_size is not None and chunk_size < 1:
         raise SettingError(f"chunk_size: expected an integer of at least 1, got {chunk_size}")
-    with wrap_io_errors(cache_path):
-        exists = info_path(cache_path).is_file()
-        if not exists:
-            make_folder(cache_path)
-            _check_no_other_files(cache_path)
-    if not is_remote(cache_path) and removing_path(cache_path).is_file():
-        raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
-    if exists:
+    if _open_folder(cache_path):
         info = read_info(cache_path)
         _check_chunk_size(cache_path, info, chunk_size)
         _check_limit(cache_path, info, limit)
@@ -101,11 +94,20 @@ def index(
             source, cache_path, info, chunk_size=chunk_size, limit=limit, extend=extend, progress=progress
         ):
             return info
-        info_path(cache_path).unlink()  # the manifest first: without it the tables do not exist
-        flush(cache_path)
-        for group in cache_path.glob("*/*/zarr.json"):
-            remove_folder(group.parent)
+        _discard(cache_path)
         return _create(source, cache_path, chunk_size or info.chunk_size, limit, progress)
+
+
+def _open_folder(cache_path: Path) -> bool:
+    """Return whether a folder is a cache; create it if it does not exist."""
+    with wrap_io_errors(cache_path):
+        exists = info_path(cache_path).is_file()
+        if not exists:
+            make_folder(cache_path)
+            _check_no_other_files(cache_path)
+    if not is_remote(cache_path) and removing_path(cache_path).is_file():
+        raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
+    return exists
 
 
 def _check_no_other_files(cache_path: Path) -> None:
@@ -117,6 +119,14 @@ def _check_no_other_files(cache_path: Path) -> None:
             f"{cache_path} is not a cache and not empty: it contains {', '.join(other_names[:3])}; "
             "use the path of a new folder"
         )
+
+
+def _discard(cache_path: Path) -> None:
+    """Remove the folders of encoders, and the manifest first: without it the tables do not exist."""
+    info_path(cache_path).unlink()
+    flush(cache_path)
+    for group in cache_path.glob("*/*/zarr.json"):
+        remove_folder(group.parent)
 
 
 def _has_features(cache_path: Path) -> bool:

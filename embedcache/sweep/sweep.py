@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedcache.files import AnyPath, disk_errors
 from embedcache.locks import locked
@@ -18,6 +18,10 @@ from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import open_study
 from embedcache.train.data import Names, Paths, TrainData, name_features, open_data
 from embedcache.train.recipes import choose_settings, count_training_pairs
+
+if TYPE_CHECKING:
+    from embedcache.sweep.trials import Trials
+    from embedcache.sweep.worker import StudyJob
 
 _BLOCK_ROWS_ON_DISK = 64
 
@@ -69,7 +73,6 @@ def sweep(
     """
     for library in ("optuna", "sklearn"):  # scikit-learn is needed only at the end, to measure importance
         require(library, extra="sweep")
-    from embedcache.sweep.findings import collect_findings, findings_json
     from embedcache.sweep.trials import make_grid_points
     from embedcache.sweep.worker import StudyJob, run_workers, work
 
@@ -89,15 +92,7 @@ def sweep(
                 run_workers(job, progress)
                 data = job.mapped_data()
             work(job, data, trials, progress)
-            report = SweepReport(
-                findings=collect_findings(job, data, trials),
-                page_path=folder / "report.html",
-                json_path=folder / "report.json",
-            )
-            with locked(folder):
-                write_record(report.json_path, findings_json(job, trials, report.findings))
-                write_sweep_page(report.page_path, report.findings)
-    return report
+            return _write_report(job, data, trials)
 
 
 def _with_recipe(space: Space, data: TrainData, progress: Progress) -> Space:
@@ -119,3 +114,18 @@ def _with_block_rows(space: Space, data: TrainData) -> Space:
     if "block_rows" in {**space.fixed, **space.ranges}:
         return space
     return replace(space, fixed={**space.fixed, "block_rows": _BLOCK_ROWS_ON_DISK if data.is_mapped else 1})
+
+
+def _write_report(job: "StudyJob", data: TrainData, trials: "Trials") -> SweepReport:
+    """Retrain and evaluate the best configurations, and write the page and the report."""
+    from embedcache.sweep.findings import collect_findings, findings_json
+
+    report = SweepReport(
+        findings=collect_findings(job, data, trials),
+        page_path=job.path / "report.html",
+        json_path=job.path / "report.json",
+    )
+    with locked(job.path):
+        write_record(report.json_path, findings_json(job, trials, report.findings))
+        write_sweep_page(report.page_path, report.findings)
+    return report
