@@ -266,7 +266,7 @@ def test_error_names_a_setting_as_it_was_given(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a cache of labeled images."""
-    from tests.evaluate.test_probe import color, make_cache
+    from tests.evaluate.conftest import color, make_cache
 
     folder = tmp_path_factory.mktemp("probe")
     make_cache(folder, color)

@@ -1,6 +1,4 @@
 import json
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
-from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
+from embedcache.errors import SettingError, UnknownNameError
 from embedcache.evaluate import probe
 from embedcache.evaluate.classifiers import Classifier, Examples, Ridge, fit_ridge, join_examples
 from embedcache.evaluate.encoder_pairs import evaluate_pairs
@@ -28,57 +25,16 @@ from embedcache.evaluate.probe import (
 )
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.extract.extract import extract
-from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.classification import rank_labels
-from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs, interval_of, resample_runs
 from embedcache.progress import NullProgress
 from embedcache.reports.probe import control_name, few_shot_table, probe_json, probe_table, write_probe_page
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.conftest import FEATURES
+from tests.evaluate.conftest import FEATURE, make_cache, write_colors
 from tests.images import COLORS
 from tests.recorded import RecordedProgress
 from tests.sources.files import write_tar
-from tests.toy import IMAGE, TEXT
-
-FEATURE = "open_toy/cls"
-ColumnsOf = Callable[[int, str], dict[str, object]]
-
-
-def color(number: int, caption: str) -> dict[str, object]:
-    """Label an image with its color, and put every fourth into the test part."""
-    return {"label": caption.split()[0], "split": "test" if number % 4 == 0 else "train"}
-
-
-def write_colors(folder: Path, count: int) -> Path:
-    """Write images of one color each, in random shades, with the color in the caption."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        name = str(rng.choice(list(COLORS)))
-        pixels = np.array(COLORS[name]) + rng.normal(0, 40, 3) + rng.normal(0, 40, (16, 16, 3))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05d}.png")
-        (folder / f"{number:05d}.txt").write_text(f"{name} thing {number}\n")
-    return folder
-
-
-def make_cache(folder: Path, columns_of: ColumnsOf, *, count: int = 120, copies: int = 0) -> Path:
-    """Create a cache of images with the given columns; copies repeat the first images under other keys."""
-    source = write_colors(folder / "source", count)
-    for number in range(copies):
-        for suffix in (".png", ".txt"):
-            shutil.copy(source / f"{number:05d}{suffix}", source / f"copy-{number:05d}{suffix}")
-    for number, path in enumerate(sorted(source.glob("*.txt"))):
-        path.with_suffix(".json").write_text(json.dumps(columns_of(number, path.read_text().strip())))
-    settings = ExtractSettings(features=FEATURES, chunk_size=32)
-    extract(open_source(source), folder / "cache", image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
-    return folder / "cache"
-
-
-@pytest.fixture(scope="module")
-def labeled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of 240 images labeled with their color, 60 of them for test."""
-    return make_cache(tmp_path_factory.mktemp("labeled"), color, count=240)
+from tests.toy import IMAGE
 
 
 @pytest.fixture(scope="module")
@@ -141,24 +97,6 @@ def test_long_neighbors_are_announced(labeled_path: Path, monkeypatch: pytest.Mo
     assert not progress.notes
 
 
-def test_parts_follow_the_column_split(labeled_path: Path) -> None:
-    cache = Cache(labeled_path)
-    data = read_labeled(cache, ProbeSettings(feature=FEATURE))
-    values = np.array(cache.samples["split"].to_pylist())[data.items.samples]
-    np.testing.assert_array_equal(data.parts == "test", values == "test")
-    assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 162, "val": 18, "test": 60}
-    assert data.split_rule == "parts by column 'split', 10% of train for validation"
-    np.testing.assert_array_equal(data.parts, read_labeled(cache, ProbeSettings(feature=FEATURE)).parts)
-    assert (data.parts != read_labeled(cache, ProbeSettings(feature=FEATURE, seed=1)).parts).any()
-
-
-def test_vectors_and_labels_match_rows(labeled_path: Path) -> None:
-    cache = Cache(labeled_path)
-    data = read_labeled(cache, ProbeSettings(feature=FEATURE))
-    np.testing.assert_array_equal(data.examples.vectors, cache.feature("image", FEATURE).load().astype(np.float32))
-    assert [data.names[label] for label in data.examples.labels] == cache.samples["label"].to_pylist()
-
-
 def test_tokens_are_averaged(labeled_path: Path) -> None:
     data = read_labeled(Cache(labeled_path), ProbeSettings(modality="text", feature="open_toy/tokens"))
     tokens = Cache(labeled_path).feature("text", "open_toy/tokens").gather_tokens(np.array([7]))[0]
@@ -170,16 +108,6 @@ def test_tokens_are_averaged(labeled_path: Path) -> None:
     assert report.scores[0].accuracy.value > 0.9
 
 
-def test_hash_split_keeps_copies_together(tmp_path: Path) -> None:
-    path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=100, copies=60)
-    data = read_labeled(Cache(path), ProbeSettings(feature=FEATURE))
-    assert data.split_rule == "parts by a hash of the keys, 25% for test and 10% for validation"
-    assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 104, "val": 16, "test": 40}
-    for content in np.unique(data.items.contents):
-        assert len(set(data.parts[data.items.contents == content].tolist())) == 1
-    assert data.overlap() == 0
-
-
 def test_copies_of_training_items_warn(tmp_path: Path) -> None:
     def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0], "split": "test" if number < 10 or number >= 80 else "train"}
@@ -188,25 +116,6 @@ def test_copies_of_training_items_warn(tmp_path: Path) -> None:
     report = evaluate_probe(path, ProbeSettings(feature=FEATURE, classifiers=("ridge",)))
     assert report.warnings() == ["WARNING: 10 test images are copies of training or validation items"]
     assert probe_json(report, "x")["details"]["overlap"] == 10
-
-
-def test_validation_part_is_used_or_tested(tmp_path: Path) -> None:
-    def columns_of(number: int, caption: str) -> dict[str, object]:
-        return {"label": caption.split()[0], "split": ["train", "train", "validation", "test", "extra"][number % 5]}
-
-    cache = Cache(make_cache(tmp_path, columns_of, count=100))
-    data = read_labeled(cache, ProbeSettings(feature=FEATURE))
-    values = np.array(cache.samples["split"].to_pylist())[data.items.samples]
-    assert set(zip(values.tolist(), data.parts.tolist(), strict=True)) == {
-        ("train", "train"), ("validation", "val"), ("test", "test"),
-    }  # fmt: skip
-    assert (data.num_left_out, data.split_rule) == (20, "parts by column 'split'")
-    held = read_labeled(cache, ProbeSettings(feature=FEATURE, part="val"))
-    values = np.array(cache.samples["split"].to_pylist())[held.items.samples]
-    assert set(zip(values.tolist(), held.parts.tolist(), strict=True)) == {
-        ("train", "train"), ("train", "val"), ("validation", "test"),
-    }  # fmt: skip
-    assert "val is held out" in held.split_rule
 
 
 def test_figures_match_scikit_learn(labeled_path: Path) -> None:
@@ -245,37 +154,6 @@ def test_shots_come_from_given_rows() -> None:
     labels = np.arange(40) % 2
     rows = np.arange(10, 20)
     assert set(draw_shots(labels, rows, 3, seed=(0, 0)).tolist()) <= set(rows.tolist())
-
-
-def test_intervals_over_runs_are_wider() -> None:
-    rng = np.random.default_rng(0)
-    shares = np.array([0.2, 0.5, 0.8])[:, None]
-    values = rng.random((3, 400)) < shares
-    both = bootstrap_runs(values, np.arange(400))
-    items = bootstrap_mean(values.mean(axis=0))
-    assert both.value == pytest.approx(items.value)
-    assert both.low < items.low < items.high < both.high
-    same = bootstrap_runs(np.tile(values[1], (5, 1)), np.arange(400))
-    alone = bootstrap_mean(values[1])
-    assert (same.low, same.high) == pytest.approx((alone.low, alone.high), abs=0.01)
-    with pytest.raises(DataError, match="at least one value"):
-        bootstrap_runs(np.empty((0, 0)), np.empty(0, np.int64))
-
-
-def test_columns_are_compared_on_the_same_resamples() -> None:
-    rng = np.random.default_rng(0)
-    before = [rng.random(300) < 0.5, rng.random(200) < 0.6]  # each run has items of its own
-    clusters = [np.arange(300) // 2, np.arange(100, 300)]
-    after = [values | (rng.random(len(values)) < 0.1) for values in before]
-    means = resample_runs([np.stack(pair, axis=1) for pair in zip(before, after, strict=True)], clusters)
-    assert means.shape == (1001, 2)
-    assert means[0] == pytest.approx([np.concatenate(before).mean(), np.concatenate(after).mean()])
-    gain, alone = interval_of(means[:, 1] - means[:, 0]), interval_of(means[:, 0])
-    assert 0 < gain.low < gain.value < gain.high < 0.1
-    assert alone.high - alone.low > 2 * (gain.high - gain.low)
-    crossings = np.where(means[:, 1] > means[0, 1], 3.0, np.inf)
-    assert interval_of(crossings).high == np.inf
-    assert interval_of(crossings).low == 3
 
 
 def test_tables(report: ProbeReport) -> None:
@@ -325,10 +203,6 @@ def test_page_is_self_contained(report: ProbeReport, tmp_path: Path) -> None:
     assert "Few items per class" not in (tmp_path / "short.html").read_text()
 
 
-def probing(path: Path, **settings: object) -> Callable[[], object]:
-    return lambda: evaluate_probe(path, ProbeSettings(feature=FEATURE, classifiers=("ridge",), **settings))  # type: ignore[arg-type]
-
-
 def test_missing_device_raises(labeled_path: Path) -> None:
     with pytest.raises(SettingError, match="device 'cuda:9' is not available"):
         evaluate_probe(labeled_path, feature=FEATURE, device="cuda:9")
@@ -344,9 +218,9 @@ def test_unknown_names_raise(labeled_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'open_toy/cls'"):
         evaluate_probe(labeled_path, ProbeSettings(feature="open_toy/csl"))
     with pytest.raises(UnknownNameError, match="'labels'; did you mean 'label'"):
-        probing(labeled_path, label="labels")()
+        evaluate_probe(labeled_path, feature=FEATURE, classifier=("ridge",), label="labels")
     with pytest.raises(SettingError, match=r"shots: expected at most \d+, the training items of class .*, got 1,000"):
-        probing(labeled_path, shots=(1, 1000))()
+        evaluate_probe(labeled_path, feature=FEATURE, classifier=("ridge",), shots=(1, 1000))
 
 
 @pytest.mark.parametrize(
@@ -361,57 +235,6 @@ def test_unknown_names_raise(labeled_path: Path) -> None:
 def test_invalid_settings_raise(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         ProbeSettings(**settings)
-
-
-BAD = {
-    "one class": (
-        lambda n, c: {**color(n, c), "label": "red"},
-        DataError,
-        "expected at least two classes among the training items, got only 'red'",
-    ),
-    "no label": (
-        lambda n, c: {"label": None, "color": 1.5},
-        DataError,
-        "column 'label' of .*: expected labels, got none for 40 items",
-    ),
-    "no column": (lambda n, c: {"color": "red"}, UnknownNameError, "known: color"),
-    "empty part": (
-        lambda n, c: {**color(n, c), "split": "test" if n else "train"},
-        DataError,
-        r"expected val items with open_toy/cls, got none \(train: 1, val: 0, test: 39; parts by column",
-    ),
-    "no test": (
-        lambda n, c: {**color(n, c), "split": "val" if n % 3 else "train"},
-        DataError,
-        "expected train and test among its values, got train, val; use another part: --part val",
-    ),
-    "no part at all": (
-        lambda n, c: {**color(n, c), "split": f"fold {n % 2}"},
-        DataError,
-        "expected train and test among its values, got fold 0, fold 1$",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_unusable_data_raise(tmp_path: Path, case: str) -> None:
-    columns_of, error, message = BAD[case]
-    path = make_cache(tmp_path, columns_of, count=40)
-    with pytest.raises(error, match=message):
-        probing(path)()
-
-
-def test_val_part_needs_a_column(tmp_path: Path) -> None:
-    path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=40)
-    with pytest.raises(DataError, match="part: expected test, .* no column 'split', got val"):
-        probing(path, part="val")()
-
-
-def test_unfinished_feature_is_refused(labeled_path: Path, tmp_path: Path) -> None:
-    path = shutil.copytree(labeled_path, tmp_path / "cache")
-    (path / "image" / "open_toy" / "chunks" / "00003.parquet").unlink()
-    with pytest.raises(UnfinishedError, match="1 of 8 chunks are missing"):
-        probing(path)()
 
 
 def test_untrained_classes_warn(tmp_path: Path) -> None:
@@ -431,17 +254,6 @@ def test_unlabeled_items_are_counted(tmp_path: Path) -> None:
     assert report.counts == {"train": 52, "val": 8, "test": 20}
     assert report.line().endswith("; 40 without a label left out")
     assert probe_json(report, "x")["details"]["num_unlabelled"] == 40
-
-
-def test_failed_items_are_counted(tmp_path: Path) -> None:
-    source = write_colors(tmp_path / "source", 60)
-    for number, path in enumerate(sorted(source.glob("*.txt"))):
-        path.with_suffix(".json").write_text(json.dumps(color(number, path.read_text().strip())))
-    (source / "00007.png").write_bytes(b"not an image")
-    extract(open_source(source), tmp_path / "cache", image_encoder=[IMAGE])
-    data = read_labeled(Cache(tmp_path / "cache"), ProbeSettings(feature=FEATURE))
-    assert data.num_left_out == 1
-    assert 7 not in data.items.rows
 
 
 def test_labeled_tars(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from embedcache.reports.speech import read_rows
 from embedcache.store.cache import Cache
 from tests.cli.run import TOY, embedcache
 from tests.images import write_images
-from tests.serve.test_safety import tamper
+from tests.serve.test_untrusted import tamper
 
 
 @pytest.fixture

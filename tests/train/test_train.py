@@ -35,8 +35,7 @@ from embedcache.train.batches import Batches
 from embedcache.train.initialization import initialize
 from embedcache.train.pair import PairTask, Validation
 from embedcache.train.parts import source_digests
-from embedcache.train.settings import OptimizerSettings, train_settings
-from embedcache.train.trainer import learning_rate, make_optimizer
+from embedcache.train.settings import train_settings
 from tests.cli.run import embedcache
 from tests.edits import edit_record
 from tests.train.runs import IMAGE, beats_chance, log_lines, run
@@ -355,31 +354,6 @@ def test_patience_stops_training(cache_path: Path, tmp_path: Path) -> None:
     assert max(epochs) == report.best_epoch + 2 < 50
 
 
-def test_learning_rate_schedule() -> None:
-    settings = OptimizerSettings(epochs=10, warmup_fraction=0.2)
-    rates = [learning_rate(settings, step, 100) for step in range(100)]
-    assert rates[0] < rates[10] < rates[19] == max(rates) == 1e-3
-    assert rates[20:] == sorted(rates[20:], reverse=True)
-    assert rates[-1] < 1e-5
-
-
-def test_only_matrices_decay() -> None:
-    pair = AlignedPair("mlp", widths={"image": 8, "text": 6}, shared_width=4)
-    optimizer = make_optimizer(pair, OptimizerSettings(weight_decay=0.3))
-    decayed, others = ([id(parameter) for parameter in group["params"]] for group in optimizer.param_groups)
-    assert decayed == [id(parameter) for parameter in pair.parameters() if parameter.ndim > 1]
-    assert others == [id(parameter) for parameter in pair.parameters() if parameter.ndim < 2]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
-
-
-def test_temperature_is_clamped() -> None:
-    pair = AlignedPair("linear", widths={"image": 2, "text": 2}, shared_width=2)
-    assert pair.temperature.item() == pytest.approx(0.07)
-    for log_scale, expected in ((50.0, 0.001), (-50.0, 0.5)):
-        torch.nn.init.constant_(pair.log_scale, log_scale)
-        assert pair.temperature.item() == pytest.approx(expected)
-
-
 def test_nan_weights_are_refused(finished: Path) -> None:
     pair, _ = load_pair(finished)
     assert not pair.training
@@ -399,14 +373,3 @@ def test_several_threads_give_the_same_weights(cache_path: Path, tmp_path: Path)
         run(cache_path, tmp_path / name, **options)
     a, b = ((tmp_path / name / "last.safetensors").read_bytes() for name in "ab")
     assert a == b
-
-
-def test_tensorboard_events_match_the_log(cache_path: Path, tmp_path: Path) -> None:
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run(cache_path, tmp_path / "run", report_to=("tensorboard",))
-    events = event_accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
-    events.Reload()
-    losses = [event.value for event in events.Scalars("loss")]
-    logged = [line["loss"] for line in log_lines(tmp_path / "run") if "loss" in line]
-    np.testing.assert_allclose(losses, logged, rtol=1e-6)
-    assert len(events.Scalars("i2t r@1")) == 3

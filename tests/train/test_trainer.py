@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from embedcache.projectors.pair import AlignedPair
 from embedcache.train import trainer
 from embedcache.train.settings import MachineSettings, OptimizerSettings
-from embedcache.train.trainer import Trainer, keep_freed_memory, learning_rate, seeded
+from embedcache.train.trainer import Trainer, keep_freed_memory, learning_rate, make_optimizer, seeded
 from tests.recorded import RecordedProgress
 from tests.train.runs import log_lines
 
@@ -177,6 +178,23 @@ def test_each_process_has_random_numbers_of_its_own(monkeypatch: pytest.MonkeyPa
         with seeded(7, "cpu"):
             assert torch.initial_seed() == expected
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_learning_rate_schedule() -> None:
+    settings = OptimizerSettings(epochs=10, warmup_fraction=0.2)
+    rates = [learning_rate(settings, step, 100) for step in range(100)]
+    assert rates[0] < rates[10] < rates[19] == max(rates) == 1e-3
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[-1] < 1e-5
+
+
+def test_only_matrices_decay() -> None:
+    pair = AlignedPair("mlp", widths={"image": 8, "text": 6}, shared_width=4)
+    optimizer = make_optimizer(pair, OptimizerSettings(weight_decay=0.3))
+    decayed, others = ([id(parameter) for parameter in group["params"]] for group in optimizer.param_groups)
+    assert decayed == [id(parameter) for parameter in pair.parameters() if parameter.ndim > 1]
+    assert others == [id(parameter) for parameter in pair.parameters() if parameter.ndim < 2]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
 
 
 def test_rates_of_schedules_without_a_fall() -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from embedcache.curate.select.pool import Pool
-from embedcache.curate.select.select import Selector
+from embedcache.curate.select.select import SELECTORS, Selector
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.scores import write_scores
+from embedcache.dataset.selections import Selection
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
@@ -60,3 +61,9 @@ def pools(around: dict[str, Path]) -> Callable[..., Pool]:
         return Pool(around[which], modality, SelectSettings(feature=feature, selection=selection, **inputs))
 
     return make
+
+
+def apply(pools: Any, name: str, **options: Any) -> Selection:
+    """Select from the session's cache by a method."""
+    selector = SELECTORS.load(name)()
+    return selector.select(pools("cache", selector), SelectSettings(**options))

@@ -1,0 +1,126 @@
+"""Labeled items of a cache: their labels, vectors and parts, and what cannot be measured."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.errors import DataError, UnfinishedError, UnknownNameError
+from embedcache.evaluate.labeled import read_labeled
+from embedcache.evaluate.settings import ProbeSettings
+from embedcache.extract.extract import extract
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from tests.evaluate.conftest import FEATURE, color, make_cache, write_colors
+from tests.toy import IMAGE
+
+
+def test_parts_follow_the_column_split(labeled_path: Path) -> None:
+    cache = Cache(labeled_path)
+    data = read_labeled(cache, ProbeSettings(feature=FEATURE))
+    values = np.array(cache.samples["split"].to_pylist())[data.items.samples]
+    np.testing.assert_array_equal(data.parts == "test", values == "test")
+    assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 162, "val": 18, "test": 60}
+    assert data.split_rule == "parts by column 'split', 10% of train for validation"
+    np.testing.assert_array_equal(data.parts, read_labeled(cache, ProbeSettings(feature=FEATURE)).parts)
+    assert (data.parts != read_labeled(cache, ProbeSettings(feature=FEATURE, seed=1)).parts).any()
+
+
+def test_vectors_and_labels_match_rows(labeled_path: Path) -> None:
+    cache = Cache(labeled_path)
+    data = read_labeled(cache, ProbeSettings(feature=FEATURE))
+    np.testing.assert_array_equal(data.examples.vectors, cache.feature("image", FEATURE).load().astype(np.float32))
+    assert [data.names[label] for label in data.examples.labels] == cache.samples["label"].to_pylist()
+
+
+def test_hash_split_keeps_copies_together(tmp_path: Path) -> None:
+    path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=100, copies=60)
+    data = read_labeled(Cache(path), ProbeSettings(feature=FEATURE))
+    assert data.split_rule == "parts by a hash of the keys, 25% for test and 10% for validation"
+    assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 104, "val": 16, "test": 40}
+    for content in np.unique(data.items.contents):
+        assert len(set(data.parts[data.items.contents == content].tolist())) == 1
+    assert data.overlap() == 0
+
+
+def test_validation_part_is_used_or_tested(tmp_path: Path) -> None:
+    def columns_of(number: int, caption: str) -> dict[str, object]:
+        return {"label": caption.split()[0], "split": ["train", "train", "validation", "test", "extra"][number % 5]}
+
+    cache = Cache(make_cache(tmp_path, columns_of, count=100))
+    data = read_labeled(cache, ProbeSettings(feature=FEATURE))
+    values = np.array(cache.samples["split"].to_pylist())[data.items.samples]
+    assert set(zip(values.tolist(), data.parts.tolist(), strict=True)) == {
+        ("train", "train"), ("validation", "val"), ("test", "test"),
+    }  # fmt: skip
+    assert (data.num_left_out, data.split_rule) == (20, "parts by column 'split'")
+    held = read_labeled(cache, ProbeSettings(feature=FEATURE, part="val"))
+    values = np.array(cache.samples["split"].to_pylist())[held.items.samples]
+    assert set(zip(values.tolist(), held.parts.tolist(), strict=True)) == {
+        ("train", "train"), ("train", "val"), ("validation", "test"),
+    }  # fmt: skip
+    assert "val is held out" in held.split_rule
+
+
+BAD = {
+    "one class": (
+        lambda n, c: {**color(n, c), "label": "red"},
+        DataError,
+        "expected at least two classes among the training items, got only 'red'",
+    ),
+    "no label": (
+        lambda n, c: {"label": None, "color": 1.5},
+        DataError,
+        "column 'label' of .*: expected labels, got none for 40 items",
+    ),
+    "no column": (lambda n, c: {"color": "red"}, UnknownNameError, "known: color"),
+    "empty part": (
+        lambda n, c: {**color(n, c), "split": "test" if n else "train"},
+        DataError,
+        r"expected val items with open_toy/cls, got none \(train: 1, val: 0, test: 39; parts by column",
+    ),
+    "no test": (
+        lambda n, c: {**color(n, c), "split": "val" if n % 3 else "train"},
+        DataError,
+        "expected train and test among its values, got train, val; use another part: --part val",
+    ),
+    "no part at all": (
+        lambda n, c: {**color(n, c), "split": f"fold {n % 2}"},
+        DataError,
+        "expected train and test among its values, got fold 0, fold 1$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_unusable_data_raise(tmp_path: Path, case: str) -> None:
+    columns_of, error, message = BAD[case]
+    path = make_cache(tmp_path, columns_of, count=40)
+    with pytest.raises(error, match=message):
+        read_labeled(Cache(path), ProbeSettings(feature=FEATURE))
+
+
+def test_val_part_needs_a_column(tmp_path: Path) -> None:
+    path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=40)
+    with pytest.raises(DataError, match="part: expected test, .* no column 'split', got val"):
+        read_labeled(Cache(path), ProbeSettings(feature=FEATURE, part="val"))
+
+
+def test_unfinished_feature_is_refused(labeled_path: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(labeled_path, tmp_path / "cache")
+    (path / "image" / "open_toy" / "chunks" / "00003.parquet").unlink()
+    with pytest.raises(UnfinishedError, match="1 of 8 chunks are missing"):
+        read_labeled(Cache(path), ProbeSettings(feature=FEATURE))
+
+
+def test_failed_items_are_counted(tmp_path: Path) -> None:
+    source = write_colors(tmp_path / "source", 60)
+    for number, path in enumerate(sorted(source.glob("*.txt"))):
+        path.with_suffix(".json").write_text(json.dumps(color(number, path.read_text().strip())))
+    (source / "00007.png").write_bytes(b"not an image")
+    extract(open_source(source), tmp_path / "cache", image_encoder=[IMAGE])
+    data = read_labeled(Cache(tmp_path / "cache"), ProbeSettings(feature=FEATURE))
+    assert data.num_left_out == 1
+    assert 7 not in data.items.rows

@@ -1,0 +1,202 @@
+"""Caches of strangers: what they name outside their source is neither read nor requested."""
+
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from embedcache.errors import ItemError
+from embedcache.extract.extract import extract
+from embedcache.progress import NullProgress
+from embedcache.provenance import read_json, write_json
+from embedcache.registry import trust_files
+from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
+from embedcache.serve.service import SearchService, ServePaths, open_service
+from embedcache.serve.settings import ServeSettings
+from embedcache.sources import files, open_source
+from embedcache.sources.files import restrict_reads
+from tests.images import write_images
+from tests.serve.conftest import visit
+from tests.toy import IMAGE, TEXT
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A cache of a folder of eight images, its index of plain features, and a secret image outside."""
+    write_images(tmp_path / "photos", 8)
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/cls"))
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "secret.png")
+    return tmp_path
+
+
+def tamper(cache: Path, *, path: str | None = None, source: dict[str, Any] | None = None, **changes: int) -> None:
+    """Change the paths of the first image, or of all images, in a cache."""
+    if source is not None:
+        info = read_json(cache / "cache.json")
+        write_json(cache / "cache.json", {**info, "source": {**info["source"], **source}})
+    table = pq.read_table(cache / "image" / "items.parquet")
+    columns = table.to_pydict()
+    if path is not None:
+        columns["path"][0] = path
+    for name, value in changes.items():
+        columns[name][0] = value
+    pq.write_table(pa.table(columns, schema=table.schema), cache / "image" / "items.parquet", row_group_size=2048)
+    info = read_json(cache / "cache.json")
+    without = {name: value for name, value in info.items() if name not in ("checksums", "digest")}
+    write_json(cache / "cache.json", without)  # a stranger would compute them again
+
+
+def open_hostile(root: Path, **settings: Any) -> SearchService:
+    return open_service(
+        ServePaths(index=root / "index"), ServeSettings(**settings), device="cpu", progress=NullProgress()
+    )
+
+
+@pytest.mark.parametrize("kind", ["climbing", "absolute", "link", "link of a folder", "pipe", "device", "folder"])
+def test_images_outside_source_are_not_served(hostile: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    photos = hostile / "photos"
+    if kind == "link":
+        (photos / "x.png").symlink_to(hostile / "secret.png")
+    elif kind == "link of a folder":
+        (photos / "x").symlink_to(hostile)
+    elif kind == "pipe":
+        os.mkfifo(photos / "pipe.png")
+    written = {
+        "climbing": "../secret.png", "absolute": str(hostile / "secret.png"), "link": "x.png",
+        "link of a folder": "x/secret.png", "pipe": "pipe.png", "device": "/dev/zero", "folder": "../photos",
+    }[kind]  # fmt: skip
+    tamper(hostile / "cache", path=written)
+    with visit(open_hostile(hostile)) as client:
+        for size in ("thumbnail", "full"):
+            answer = client.get(f"/api/images/0/{size}")
+            assert answer.status_code == 404
+            assert str(hostile) not in answer.text
+        assert client.get("/api/images/1/thumbnail").status_code == 200
+    assert "is outside the source's folder" in caplog.text or "is not a regular file" in caplog.text
+
+
+def test_link_inside_source_is_served(hostile: Path) -> None:
+    (hostile / "photos" / "x.png").symlink_to(hostile / "photos" / "00001.png")
+    tamper(hostile / "cache", path="x.png")
+    with visit(open_hostile(hostile)) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 200
+
+
+def test_trusted_cache_may_lead_outside(hostile: Path) -> None:
+    (hostile / "photos" / "x.png").symlink_to(hostile / "secret.png")
+    tamper(hostile / "cache", path="x.png")
+    with trust_files():
+        trusted = open_hostile(hostile)
+    with visit(trusted) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 200
+
+
+@pytest.fixture
+def trap() -> Iterator[tuple[str, list[str]]]:
+    """A web server that must not receive a request: its address, and the requested paths."""
+    requested: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requested.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", requested
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_urls_of_source_are_not_requested(hostile: Path, trap: tuple[str, list[str]]) -> None:
+    address, requested = trap
+    for kind, path in (
+        ("folder", f"{address}/photos"),
+        ("table", f"{address}/pairs.parquet"),
+        ("webdataset", f"{hostile}/a.tar::{address}/b.tar"),
+        ("webdataset", f"simplecache::{address}/b.tar"),
+        ("pairs", f"folder:{address}/photos"),
+        ("huggingface", "a-strangers/dataset"),
+        ("os:system", "touch pwned"),
+        ("subprocess:Popen", "touch pwned"),
+    ):
+        tamper(hostile / "cache", source={"type": kind, "path": path})
+        served = open_hostile(hostile)
+        assert served.images is None, (kind, path)
+        assert "cannot be read" in served.info()["missing_images"]
+        with visit(served) as client:
+            assert client.get("/api/images/0/thumbnail").status_code == 404
+            assert client.post("/api/search", json={"row": 0}).status_code == 200
+    assert requested == []
+    assert not Path("pwned").exists()
+
+
+def test_urls_of_table_are_not_requested(hostile: Path, trap: tuple[str, list[str]]) -> None:
+    address, requested = trap
+    folder = hostile / "table"
+    folder.mkdir()
+    cells = [{"bytes": None, "path": f"{address}/cell.png"}, {"bytes": None, "path": str(hostile / "secret.png")}]
+    pq.write_table(pa.table({"image": cells}), folder / "cells.parquet")
+    tamper(hostile / "cache", source={"type": "table", "path": str(folder)}, path=f"{address}/item.png")
+    with visit(open_hostile(hostile)) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 404
+        tamper(hostile / "cache", path="cells.parquet", offset=0)
+    with visit(open_hostile(hostile)) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 404
+        tamper(hostile / "cache", path="cells.parquet", offset=1)
+    with visit(open_hostile(hostile)) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 404
+    assert requested == []
+
+
+def test_hostile_tar_lengths_take_no_memory(hostile: Path) -> None:
+    (hostile / "photos" / "a.tar").write_bytes(b"\0" * 10_240)
+    tamper(
+        hostile / "cache",
+        source={"type": "webdataset", "path": str(hostile / "photos" / "a.tar")},
+        path="a.tar",
+        length=2**50,
+    )
+    with visit(open_hostile(hostile)) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 404
+
+
+def test_operator_names_the_folder(hostile: Path) -> None:
+    """The folder that the operator names holds, whatever the cache says."""
+    tamper(hostile / "cache", source={"type": "folder", "path": str(hostile)}, path="secret.png")
+    assert open_hostile(hostile).images is None
+    with visit(open_hostile(hostile, image_folders=(hostile / "photos",))) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 404
+    with visit(open_hostile(hostile, image_folders=(hostile,))) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 200
+
+
+def test_image_swapped_while_it_is_read_is_not_served(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that leads outside only between the check of its name and its opening."""
+    photo = hostile / "photos" / "00000.png"
+    real = files.check_read_allowed
+
+    def check_then_swap(path: Path, num_bytes: int | None = None) -> None:
+        real(path, num_bytes)
+        photo.unlink()
+        photo.symlink_to(hostile / "secret.png")
+
+    monkeypatch.setattr(files, "check_read_allowed", check_then_swap)
+    with restrict_reads([hostile / "photos"]), pytest.raises(ItemError, match="outside the source's folder"):
+        files.open_descriptor(photo)
