@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from embedcache.arrays import Array
 from embedcache.evaluate.encoder_pairs import METRICS, PairsReport
-from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.reports.base import COLORS, GRID, INK, Table, format_estimate, format_fraction, label
 from pipelines.common import markdown_table, write_markdown_page
 from pipelines.rank_correlation import rank_correlation
@@ -24,17 +23,17 @@ class Outcomes:
 
     Args:
         measured: reports of the same pairs, one per split; their values are averaged.
-        trained: recipe -> pair -> reports of the runs, one per seed.
+        recalls: recipe -> pair -> test R@10, averaged over directions and seeds.
     """
 
     measured: Sequence[PairsReport]
-    trained: Mapping[str, Mapping[Pair, Sequence[RetrievalReport]]]
+    recalls: Mapping[str, Mapping[Pair, float]]
 
     @property
     def pairs(self) -> list[Pair]:
         """All pairs, by descending recall with the first recipe."""
-        first = next(iter(self.trained))
-        return sorted(self.trained[first], key=lambda pair: -self._recall(first, pair))
+        first = next(iter(self.recalls.values()))
+        return sorted(first, key=lambda pair: -first[pair])
 
     def metric(self, name: str) -> Array:
         """Return one of `METRICS` for each of `pairs`: (M,) float64."""
@@ -42,21 +41,17 @@ class Outcomes:
         return np.array([np.mean([value[pair] for value in values]) for pair in self.pairs])
 
     def recall(self, recipe: str) -> Array:
-        """Return test R@10 for each of `pairs`, averaged over directions and seeds: (M,) float64."""
-        return np.array([self._recall(recipe, pair) for pair in self.pairs])
-
-    def _recall(self, recipe: str, pair: Pair) -> float:
-        reports = self.trained[recipe][pair]
-        return float(np.mean([report.recalls[way]["r@10"].value for report in reports for way in report.directions]))
+        """Return the recall of each of `pairs`: (M,) float64."""
+        return np.array([self.recalls[recipe][pair] for pair in self.pairs])
 
 
-def correlation_rows(outcomes: Outcomes) -> Table:
+def correlation_table(outcomes: Outcomes) -> Table:
     """Return the rank correlations with their intervals, one row per recipe and metric.
 
     The last two columns are the recall of the pair with the highest metric, and the best recall of any pair.
     """
     rows = []
-    for recipe in outcomes.trained:
+    for recipe in outcomes.recalls:
         recalls = outcomes.recall(recipe)
         for metric, name in METRICS.items():
             values = outcomes.metric(metric)
@@ -71,30 +66,31 @@ def write_correlations(path: Path, outcomes: Outcomes, *, title: str, notes: Seq
 
     The plot is an SVG of the same name.
     """
-    before = [*notes, markdown_table(*correlation_rows(outcomes))]
-    write_markdown_page(path, title, before, _plot(outcomes), [markdown_table(*_pair_rows(outcomes))])
+    before = [*notes, markdown_table(*correlation_table(outcomes))]
+    write_markdown_page(path, title, before, correlation_figure(outcomes), [markdown_table(*pair_table(outcomes))])
 
 
-def _pair_rows(outcomes: Outcomes) -> Table:
-    columns = [*(f"test R@10, {recipe}" for recipe in outcomes.trained), *METRICS.values()]
-    measures = [*map(outcomes.recall, outcomes.trained), *map(outcomes.metric, METRICS)]
+def pair_table(outcomes: Outcomes) -> Table:
+    """Return the recall of each pair with each recipe, and its metrics before training."""
+    columns = [*(f"test R@10, {recipe}" for recipe in outcomes.recalls), *METRICS.values()]
+    measures = [*map(outcomes.recall, outcomes.recalls), *map(outcomes.metric, METRICS)]
     rows = [[*pair, *(format_fraction(values[row]) for values in measures)] for row, pair in enumerate(outcomes.pairs)]
     return ["image", "text", *columns], rows
 
 
-def _plot(outcomes: Outcomes) -> Figure:
+def correlation_figure(outcomes: Outcomes) -> Figure:
     """Draw one panel per recipe (rows) and metric (columns), with one color per image feature."""
     images = sorted({image for image, _ in outcomes.pairs})
-    figure = Figure(figsize=(2.9 * len(METRICS), 0.5 + 2.7 * len(outcomes.trained)), layout="constrained")
-    grid = figure.subplots(len(outcomes.trained), len(METRICS), sharex="col", sharey="row", squeeze=False)
-    for row, recipe in enumerate(outcomes.trained):
+    figure = Figure(figsize=(2.9 * len(METRICS), 0.5 + 2.7 * len(outcomes.recalls)), layout="constrained")
+    grid = figure.subplots(len(outcomes.recalls), len(METRICS), sharex="col", sharey="row", squeeze=False)
+    for row, recipe in enumerate(outcomes.recalls):
         recalls = outcomes.recall(recipe)
         for column, (metric, name) in enumerate(METRICS.items()):
             axes, values = grid[row, column], outcomes.metric(metric)
             for color, image in zip(COLORS, images, strict=False):
                 is_shown = np.array([pair[0] == image for pair in outcomes.pairs])
                 axes.scatter(values[is_shown], recalls[is_shown], s=18, color=color, label=image)
-            label(axes, name if row == len(outcomes.trained) - 1 else "", "" if column else f"test R@10, {recipe}")
+            label(axes, name if row == len(outcomes.recalls) - 1 else "", "" if column else f"test R@10, {recipe}")
             axes.grid(color=GRID)
             axes.set_axisbelow(True)
     handles, names = grid[0, 0].get_legend_handles_labels()

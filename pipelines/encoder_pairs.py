@@ -6,8 +6,10 @@
 Writes docs/benchmarks/encoder_pairs.md and .svg. Existing results in the folder are reused.
 """
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 from embedcache.cli.console import open_progress, print_line, print_table
 from embedcache.evaluate.encoder_pairs import evaluate_pairs
@@ -18,7 +20,7 @@ from embedcache.projectors.saved import split_path
 from embedcache.train.data import open_data
 from embedcache.train.settings import TrainSettings, train_settings
 from pipelines.common import extract_source, parse_workdir, train_seeds, with_options
-from pipelines.correlation import Outcomes, Pair, correlation_rows, write_correlations
+from pipelines.correlation import Outcomes, Pair, correlation_table, write_correlations
 
 IMAGE_ENCODERS = ("lite:efficientnet-lite0", "lite:efficientnet-lite1")
 TEXT_ENCODERS = ("st:all-MiniLM-L6-v2", "wordllama:l2_supercat_256")
@@ -49,6 +51,11 @@ NOTES = (
 )
 
 
+def mean_recall(reports: Sequence[RetrievalReport]) -> float:
+    """Return R@10, averaged over directions and reports."""
+    return fmean(report.recalls[way]["r@10"].value for report in reports for way in report.directions)
+
+
 def main() -> None:
     """Extract, measure all pairs on three splits, train them on the same splits, correlate and write the page."""
     workdir, progress = parse_workdir(__doc__), open_progress()
@@ -60,19 +67,19 @@ def main() -> None:
         evaluate_pairs(cache_path, pairs_settings({**features, "seed": seed}), progress=progress) for seed in SEEDS
     ]
     split = "strict"
-    trained: dict[str, dict[Pair, list[RetrievalReport]]] = {}
+    recalls: dict[str, dict[Pair, float]] = {}
     for recipe, base in RECIPES.items():
-        trained[recipe] = {}
+        recalls[recipe] = {}
         for image, text in product(IMAGES, TEXTS):
             data = open_data(cache_path, {"image": image, "text": text}, memory_bytes=10**9)
             path = workdir / "runs" / f"{recipe}-{image}-{text}".replace("/", "-").replace(" ", "-")
             run_paths, _ = train_seeds(data, path, with_options(base, split=split), SEEDS)
-            trained[recipe][image, text] = [evaluate_retrieval(cache_path, [run_path]) for run_path in run_paths]
+            recalls[recipe][image, text] = mean_recall([evaluate_retrieval(cache_path, [path]) for path in run_paths])
             if split == "strict":  # the first pair decides the splits of all others
                 split = str(split_path(path.with_name(path.name + "-{seed}")))
-    outcomes = Outcomes(measured=measured, trained=trained)
+    outcomes = Outcomes(measured=measured, recalls=recalls)
     print_line(measured[0].line())
-    print_table(*correlation_rows(outcomes))
+    print_table(*correlation_table(outcomes))
     write_correlations(PAGE, outcomes, title="What predicts an encoder pair's recall", notes=NOTES)
 
 

@@ -7,6 +7,7 @@
     python -m pipelines.icons work/ --curve                 # recipes on 1,000 pairs, 3,000, … and all: hours more
     python -m pipelines.icons work/ --curation              # methods that select 3,000 pairs, 10,000 and 30,000: hours
     python -m pipelines.icons work/ --ablation              # batch, temperature and width on 100,000 pairs: hours
+    python -m pipelines.icons work/ --features              # tokens, and other encoders, on 100,000 pairs: hours
 
 Icons are extracted, compared for duplicates and with OpenMoji, and counted by the names that many families have. Whole
 families are held out. The rest is split strictly, once per seed: what is near the test part is dropped from training. A
@@ -15,10 +16,11 @@ never seen, OpenMoji's strict test, and Fashion-MNIST where it is installed.
 
 With `--curve`, more recipes are measured instead, on more and more pairs, with settings that validation chooses. With
 `--curation`, two recipes on as many pairs as each method of `embedcache curate` selects, beside random draws. With
-`--ablation`, one recipe with one setting changed at a time.
+`--ablation`, one recipe with one setting changed at a time. With `--features`, tokens and pairs of encoders on a cut of
+the icons, with the first of the seeds, for which more features are extracted.
 
 A folder per number of icons gets `results.json`, `report.html`, a page and a JSON file of each step, splits and runs;
-of the last three `NAME.json`, `NAME.html`, and `NAME.md` with its figures. Steps whose output is there for
+of the last four `NAME.json`, `NAME.html`, and `NAME.md` with its figures. Steps whose output is there for
 the same icons and settings are skipped. A larger `--limit` appends icons.
 """
 
@@ -29,11 +31,12 @@ from typing import Any
 
 from embedcache.cli.console import print_line, print_table
 from embedcache.provenance import digest_file
-from pipelines.drawings.ablation import SIZE, run_ablation
+from pipelines.drawings.ablation import NUM_PAIRS, run_ablation
 from pipelines.drawings.curation import BUDGETS
 from pipelines.drawings.curation_page import run_curation
 from pipelines.drawings.curve import RECIPES, SIZES
 from pipelines.drawings.curve_page import run_curve
+from pipelines.drawings.features import run_features
 from pipelines.drawings.page import write_icon_page
 from pipelines.drawings.results import (
     MLP,
@@ -86,10 +89,12 @@ def main() -> None:
     help_text = "numbers of pairs that methods of curation select, in place of it too; 3,000 to 30,000 without any"
     parser.add_argument("--curation", type=int, nargs="*", metavar="BUDGET", help=help_text)
     help_text = "number of pairs on which one setting is changed at a time, in place of it too; 100,000 without any"
-    parser.add_argument("--ablation", type=int, nargs="?", const=SIZE, metavar="PAIRS", help=help_text)
+    parser.add_argument("--ablation", type=int, nargs="?", const=NUM_PAIRS, metavar="PAIRS", help=help_text)
+    help_text = "number of pairs on which other features are compared, in place of it too; 100,000 without any"
+    parser.add_argument("--features", type=int, nargs="?", const=NUM_PAIRS, metavar="PAIRS", help=help_text)
     options = parser.parse_args()
     data = Data(options.workdir, options.icons, options.limit)
-    if options.curve is options.curation is options.ablation is None:
+    if options.curve is options.curation is options.ablation is options.features is None:
         run(data, options.seeds)
         return
     data.prepare()
@@ -100,6 +105,8 @@ def main() -> None:
         run_curation(data, options.seeds, options.curation or BUDGETS)
     if options.ablation is not None:
         run_ablation(data, options.seeds, options.ablation)
+    if options.features is not None:
+        run_features(data, options.seeds[0], options.features)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from pipelines.drawings.steps import Data
 from pipelines.results.measured import Result, Results, with_both
 from pipelines.results.pages import Part, write_pages
 
-SIZE = 100_000
+NUM_PAIRS = 100_000
 _MLP: Mapping[str, object] = {"projector": "mlp", "initialization": "cca"}
 _SCHEDULE = Schedule(1_000_000, 10, 30)
 _RATES = ({"lr": 1e-3}, {"lr": 4e-3})
@@ -66,13 +66,6 @@ def _kept(temperature: float) -> Recipe:
 
 _DEFAULT = _variant()
 GROUPS: Mapping[str, Group] = {
-    "batch": Group(
-        base="batch 1,024",
-        variants={
-            f"batch {size:,}": replace(_variant(batch_size=size), choices=_RATES)
-            for size in (1_024, 4_096, 16_384, 32_768)
-        },
-    ),
     "temperature": Group(
         base=DEFAULT,
         variants={
@@ -87,6 +80,13 @@ GROUPS: Mapping[str, Group] = {
             "width 128": _variant(shared_width=128),
             DEFAULT: _DEFAULT,
             **{f"width {value:,}": _variant(shared_width=value) for value in (512, 1_024)},
+        },
+    ),
+    "batch": Group(
+        base="batch 1,024",
+        variants={
+            f"batch {size:,}": replace(_variant(batch_size=size), choices=_RATES)
+            for size in (1_024, 4_096, 16_384, 32_768)
         },
     ),
 }
@@ -114,7 +114,7 @@ _TAKEN = (
 
 
 def run_ablation(
-    data: Data, seeds: Sequence[int], size: int = SIZE, groups: Mapping[str, Group] = GROUPS
+    data: Data, seeds: Sequence[int], size: int = NUM_PAIRS, groups: Mapping[str, Group] = GROUPS
 ) -> dict[str, Any]:
     """Train and measure all variants, but for what is finished; return the results as JSON values, with a page."""
     recipes = {name: recipe for group in groups.values() for name, recipe in group.variants.items()}

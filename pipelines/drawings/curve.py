@@ -6,8 +6,8 @@ results are reused.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -51,12 +51,14 @@ class Recipe:
         choices: alternatives, of which the validation part chooses one for each number of pairs.
         schedule: how long to train; None for a closed form.
         control_of: recipe that this is the control of, whose choices it has.
+        features: modality -> its feature.
     """
 
     options: Mapping[str, object]
     choices: Sequence[Mapping[str, float]] = ({},)
     schedule: Schedule | None = None
     control_of: str | None = None
+    features: Mapping[str, str] = field(default_factory=lambda: FEATURES)
 
     def settings(self, num_pairs: int) -> list[TrainSettings]:
         """Return the settings of each choice for so many pairs."""
@@ -119,7 +121,8 @@ class SeedRuns:
             selection=str(selection),
             seed=self.seed,
         )
-        train_on(_open_icons(self.icons), self.path(recipe, size, choice), settings, progress=progress)
+        data = _open_icons(self.icons, tuple(self.recipes[recipe].features.items()))
+        train_on(data, self.path(recipe, size, choice), settings, progress=progress)
 
     def measure(self, recipe: str, size: int, choice: int, *, progress: Progress | None = None) -> None:
         """Measure a run on all tests."""
@@ -167,10 +170,10 @@ def selection_path(folder: Path, size: int) -> Path:
     return folder / f"{size}-pairs.parquet"
 
 
-@cache
-def _open_icons(path: Path) -> TrainData:
-    """Open the features once in a process."""
-    return open_data(path, FEATURES, memory_bytes=_MEMORY_BYTES)
+@lru_cache(1)
+def _open_icons(path: Path, features: Sequence[tuple[str, str]]) -> TrainData:
+    """Open features, those opened last once in a process."""
+    return open_data(path, dict(features), memory_bytes=_MEMORY_BYTES)
 
 
 def curve_sizes(data: Data, seed: int, sizes: Sequence[int]) -> list[int]:

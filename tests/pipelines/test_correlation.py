@@ -6,7 +6,8 @@ import pytest
 from embedcache.evaluate.encoder_pairs import METRICS, PairMetrics, PairsReport
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.metrics.intervals import Estimate
-from pipelines.correlation import Outcomes, correlation_rows, write_correlations
+from pipelines.correlation import Outcomes, correlation_table, write_correlations
+from pipelines.encoder_pairs import mean_recall
 from pipelines.rank_correlation import rank_correlation
 
 NAMES = [(f"a/{image}", f"b/{text}") for image in "xyz" for text in "uv"]
@@ -52,12 +53,12 @@ def trained(recall: float) -> RetrievalReport:
 
 OUTCOMES = Outcomes(
     measured=[measured(0.0), measured(0.04)],
-    trained={"plain": {pair: [trained(0.1 * rank), trained(0.1 * rank)] for rank, pair in enumerate(NAMES)}},
+    recalls={"plain": {pair: mean_recall([trained(0.1 * rank)] * 2) for rank, pair in enumerate(NAMES)}},
 )
 
 
 def test_metric_in_the_order_of_recalls() -> None:
-    columns, rows = correlation_rows(OUTCOMES)
+    columns, rows = correlation_table(OUTCOMES)
     assert columns[:4] == ["metric", "training", "Spearman", "Kendall"]
     found = {row[0]: row[1:] for row in rows}
     assert found["probe R@10"] == ["plain", "1.000 [1.000, 1.000]", "1.000 [1.000, 1.000]", "0.550", "0.550"]

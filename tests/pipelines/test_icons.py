@@ -14,6 +14,7 @@ from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
 from embedcache.store.cache import Cache
 from embedcache.train.recipes import Schedule
+from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER
 from pipelines.drawings.ablation import Group, run_ablation
 from pipelines.drawings.ablation import gain_figure as ablation_figure
 from pipelines.drawings.ablation import summarize as summarize_ablation
@@ -23,6 +24,7 @@ from pipelines.drawings.curation_results import claim, rank_correlations, summar
 from pipelines.drawings.curve import Recipe, read_report, selection_path
 from pipelines.drawings.curve_page import curve_figure, gain_figure, run_curve
 from pipelines.drawings.curve_results import find_crossing, format_crossing, halve
+from pipelines.drawings.features import Compared, run_features
 from pipelines.drawings.results import CLOSED_FORM, EMOJI, FAMILIES, MLP, NAMES, SHUFFLED
 from pipelines.drawings.steps import FEATURES, Data, Held, draw_families, find_concepts, first_names
 from pipelines.icons import run
@@ -317,6 +319,34 @@ def test_ablation_compares_each_variant_with_the_base(data: Data, results: dict[
     assert "choice: wide" in page
     assert page.count("no variant differs") == 1
     assert len(ablation_figure(values).axes) == 3
+
+
+def test_features_are_compared_on_a_cut_of_the_icons(data: Data, results: dict[str, Any]) -> None:
+    lite0, mini = "efficientnet-lite0", "all-MiniLM-L6-v2"
+    compared = Compared(
+        image_encoders={IMAGE_ENCODER: ("layer12.patch_mean", "kmeans:4")},
+        text_encoders={TEXT_ENCODER: ("layer4.mean",)},
+        tokens={name: f"{lite0}/{name}" for name in ("patch_mean", "kmeans:4")},
+        images=[f"{lite0}/{layer}patch_mean" for layer in ("", "layer12.")],
+        texts=[f"{mini}/{layer}mean" for layer in ("", "layer4.")],
+        recipes={"ridge": Recipe(options=_RIDGE)},
+        schedule=Schedule(40, 1, 1),
+    )
+    with one_core():
+        values = run_features(data, 0, 40, compared)
+        assert run_features(data, 0, 40, compared) == values
+    split, icons = read_split(data.folder / "split-0.parquet", [data.icons]), Cache(data.folder / "features" / "icons")
+    assert len(icons) == 40 + len(split.rows("val")) + len(split.rows("test"))
+    assert values["num_bytes"] == {"patch_mean": 2 * 1280, "kmeans:4": 2 * 4 * 1280}
+    assert {run["num_pairs"] for run in values["runs"].values()} == {40}
+    assert len(values["pairs"]) == 4
+    found = values["tests"][NAMES]["values"]
+    assert found[f"ridge, {lite0}/patch_mean, {mini}/mean"] != found[f"ridge, {lite0}/patch_mean, {mini}/layer4.mean"]
+    best = max(value["value"] for name, value in found.items() if name.startswith("ridge"))
+    assert values["pairs"][0]["test R@10, ridge"] == f"{best:.3f}"
+    page = (data.folder / "features.md").read_text()
+    assert "| kmeans:4 | 10,240 |" in page
+    assert f"with that by ridge; its choice reaches {values['rank'][0]['recall of its choice']}" in page
 
 
 def test_claim_is_decided_by_intervals() -> None:

@@ -1,0 +1,296 @@
+"""Other features in the pipeline of icons: tokens by their bytes, and encoders chosen on 1,000 pairs, on 100,000 pairs.
+
+They are extracted for a cut of the icons: the pairs that the first seed trains, validates and tests on. Finished
+caches, runs and results are reused.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.cli.console import open_progress, print_line, print_table
+from embedcache.dataset.selections import Selection, read_selection, write_selection
+from embedcache.dataset.splits import Split, read_split, write_split
+from embedcache.evaluate.encoder_pairs import PairsReport, evaluate_pairs
+from embedcache.evaluate.settings import pairs_settings
+from embedcache.extract.settings import ExtractSettings
+from embedcache.maintain.copy import cut_cache
+from embedcache.metrics.intervals import interval_of
+from embedcache.provenance import digest_file
+from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, round_json
+from embedcache.store.cache import Cache
+from embedcache.store.columns import Column
+from embedcache.store.feature import Feature
+from embedcache.train.recipes import Schedule
+from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER, extract_source
+from pipelines.correlation import Outcomes, correlation_figure, correlation_table, pair_table
+from pipelines.drawings.ablation import NUM_PAIRS
+from pipelines.drawings.curve import RECIPES, Recipe, SeedRuns, open_runs, question, run_all, selection_path
+from pipelines.drawings.curve_page import CREDIT
+from pipelines.drawings.curve_results import estimate_json, estimate_of, run_json
+from pipelines.drawings.results import EMOJI, FAMILIES, NAMES
+from pipelines.drawings.steps import Data
+from pipelines.results.measured import Result, Results, with_both
+from pipelines.results.pages import Part, write_pages
+
+_MEASURE = "R@10"
+NUM_MEASURED = 1_000
+_DRAWS = (0, 1, 2)
+_SCHEDULE = Schedule(1_000_000, 10, 30)
+_LITE0, _LITE1, _MINI = "efficientnet-lite0", "efficientnet-lite1", "all-MiniLM-L6-v2"
+_TOKENS = {"initialization": "random", "dropout": 0.3, "precision": "bfloat16"}
+_TRAINED: Mapping[str, Recipe] = {
+    "mlp": Recipe(options={"projector": "mlp", "initialization": "cca"}, schedule=_SCHEDULE),
+    "CCA": RECIPES["CCA"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Features that are compared.
+
+    Args:
+        image_encoders: encoder -> features to extract.
+        text_encoders: encoder -> features to extract.
+        tokens: name -> image feature, of which the tokens of `+` are the second part.
+        images: image features whose pairs with all of `texts` are compared.
+        texts: text features.
+        recipes: how pairs of features are trained.
+        schedule: how long tokens are trained.
+    """
+
+    image_encoders: Mapping[str, Sequence[str]]
+    text_encoders: Mapping[str, Sequence[str]]
+    tokens: Mapping[str, str]
+    images: Sequence[str]
+    texts: Sequence[str]
+    recipes: Mapping[str, Recipe] = field(default_factory=lambda: _TRAINED)
+    schedule: Schedule = _SCHEDULE
+
+    def token_recipes(self) -> dict[str, Recipe]:
+        """Return the paper's projectors of tokens for each token feature."""
+        return {
+            name: Recipe(
+                options={**_TOKENS, "projector": f"{'cls_token' if '+' in image else 'token'}+token_mlp"},
+                schedule=self.schedule,
+                features={"image": image, "text": self.texts[0]},
+            )
+            for name, image in self.tokens.items()
+        }
+
+    def pair_recipes(self) -> dict[str, Recipe]:
+        """Return `mlp` and the closed form for each pair of features."""
+        return {
+            _pair_name(kind, image, text): replace(recipe, features={"image": image, "text": text})
+            for kind, recipe in self.recipes.items()
+            for image, text in product(self.images, self.texts)
+        }
+
+
+COMPARED = Compared(
+    image_encoders={
+        IMAGE_ENCODER: ("patch_mean", "layer12.patch_mean", "kmeans:4", "grid:4"),
+        "lite:efficientnet-lite1": ("patch_mean", "layer12.patch_mean"),
+    },
+    text_encoders={
+        TEXT_ENCODER: ("mean", "layer4.mean"),
+        "wordllama:l2_supercat_256": ("mean",),
+        "use:multilingual-v3": ("dense",),
+    },
+    tokens={
+        "patch_mean": f"{_LITE0}/patch_mean",
+        "patch_mean + kmeans:4": f"{_LITE0}/patch_mean+{_LITE0}/kmeans:4",
+        "kmeans:4": f"{_LITE0}/kmeans:4",
+        "grid:4": f"{_LITE0}/grid:4",
+    },
+    images=[f"{name}/{layer}patch_mean" for name in (_LITE0, _LITE1) for layer in ("", "layer12.")],
+    texts=[f"{_MINI}/mean", f"{_MINI}/layer4.mean", "l2_supercat_256/mean", "multilingual-v3/dense"],
+)
+TITLE = "Tokens by their bytes, and encoders chosen on 1,000 pairs"
+NOTES = (
+    "Pairs of an icon of Iconify and its name, with the split and tests of the learning curve, and other features than "
+    "Lite0's `patch_mean` and MiniLM's `mean`. All train on the same pairs, ten epochs of 100,000, of which the best "
+    "by validation recall is kept.",
+)
+_TOKEN_NOTE = (
+    "The paper's projectors on all rows: `token`, the mean of T over an image's tokens, or for a sum `cls_token`, T of "
+    "one vector plus the mean of another T over the tokens; the text side is `token_mlp`. Random initialization, "
+    "dropout 0.3, bfloat16. R@10 over the queries of both directions, with 95% intervals over items and seeds."
+)
+_PAIR_NOTE = (
+    "The metrics of `evaluate pairs` on 1,000 pairs of the training and validation parts, the mean of three draws, and "
+    "test R@10 on names never seen, averaged over both directions, after training on all pairs: `mlp` with train's "
+    "defaults, and CCA with the shrinkage that validation chooses. Rank correlations over the pairs of features; their "
+    "intervals are too narrow, since pairs share encoders."
+)
+
+
+def _pair_name(kind: str, image: str, text: str) -> str:
+    return f"{kind}, {image}, {text}"
+
+
+def run_features(data: Data, seed: int, size: int = NUM_PAIRS, compared: Compared = COMPARED) -> dict[str, Any]:
+    """Extract, train and measure, but for what is finished; return the results as JSON values, with a page."""
+    folder = data.folder / "features"
+    recipes = {**compared.token_recipes(), **compared.pair_recipes()}
+    (runs,) = open_runs(data, folder, [seed], [size], recipes)
+    selection = selection_path(runs.folder, size)
+    caches = cut_caches(data, folder, seed, selection)
+    encoders = {**compared.image_encoders, **compared.text_encoders}
+    made = {"pairs": digest_file(selection), "encoders": {name: list(features) for name, features in encoders.items()}}
+    data.step("features/encoders", made, lambda: _extract_all(data, compared, caches))
+    tests = {name: [path] for name, path in caches.items()}
+    runs = replace(runs, icons=caches[NAMES], tests=tests, split=f"{folder}/split-{{seed}}.parquet")
+    chosen = run_all([runs])
+    trained = [digest_file(runs.path(*key, choice) / "config.json") for key, choice in chosen.items()]
+
+    def measure() -> dict[str, Any]:
+        values = features_json(runs, chosen, compared)
+        outcomes = pair_outcomes(values, compared, [_measure_pairs(runs, compared, draw) for draw in _DRAWS])
+        write_feature_pages(folder, values, outcomes)
+        return {**values, "pairs": _table_json(pair_table(outcomes)), "rank": _table_json(correlation_table(outcomes))}
+
+    values = data.step("features", {"runs": trained}, measure)
+    print_table(*token_table(values), title="tokens")
+    print_line(f"{folder}.html; {folder}.json")
+    return values
+
+
+def cut_caches(data: Data, folder: Path, seed: int, selection: Path) -> dict[str, Path]:
+    """Cut the icons of a selection with those of validation and test, and the caches of the other tests.
+
+    The split of the cut is `split-SEED.parquet` in the folder.
+
+    Returns:
+        Test -> its cache; that of the names never seen has the training pairs too.
+    """
+    split = read_split(data.folder / f"split-{seed}.parquet", [data.icons])
+    rows = [read_selection(selection, [data.icons]), split.rows("val"), split.rows("test")]
+    used = Selection(rows=np.sort(np.concatenate(rows)), reasons=["of a part"] * sum(map(len, rows)))
+    write_selection(folder / "used.parquet", data.icons, used, {"seed": seed})
+    caches = {NAMES: folder / "icons", FAMILIES: folder / "families", EMOJI: folder / "emoji"}
+    cut_cache(data.icons.path, folder / "used.parquet", caches[NAMES])
+    of_cut = Split(
+        keys=Column(Cache(caches[NAMES]).column("key")),
+        parts=np.array(split.parts)[used.rows].tolist(),
+        groups=np.array(split.groups)[used.rows].tolist(),
+    )
+    write_split(folder / f"split-{seed}.parquet", of_cut)
+    cut_cache(data.icons.path, data.folder / "families.parquet", caches[FAMILIES])
+    cut_cache(data.workdir / "emoji", data.folder / "emoji.parquet", caches[EMOJI])
+    return caches
+
+
+def _extract_all(data: Data, compared: Compared, caches: Mapping[str, Path]) -> dict[str, int]:
+    """Extract all features of all caches; return test -> number of samples."""
+    for name, path in caches.items():
+        location = "openmoji:en" if name == EMOJI else f"iconify:{data.icons_path}"
+        for encoder, features in compared.image_encoders.items():
+            settings = ExtractSettings(features=tuple(features))
+            extract_source(location, path, images=[encoder], texts=[], settings=settings)
+        for encoder, features in compared.text_encoders.items():
+            settings = ExtractSettings(features=tuple(features))
+            extract_source(location, path, images=[], texts=[encoder], settings=settings)
+    return {name: len(Cache(path)) for name, path in caches.items()}
+
+
+def _measure_pairs(runs: SeedRuns, compared: Compared, draw: int) -> PairsReport:
+    settings = {
+        "image_feature": tuple(compared.images),
+        "text_feature": tuple(compared.texts),
+        "num_samples": NUM_MEASURED,
+        "seed": draw,
+        "split": runs.split.replace("{seed}", str(runs.seed)),
+    }
+    return evaluate_pairs(runs.icons, pairs_settings(settings), progress=open_progress())
+
+
+def features_json(runs: SeedRuns, chosen: Mapping[tuple[str, int], int], compared: Compared) -> dict[str, Any]:
+    """Return all results as JSON values.
+
+    `runs`: recipe -> its features, choice, validation recall, and what the training took. `num_bytes`: token feature ->
+    bytes per image. `tests`: test -> `chance`, and `values`, recipe -> R@10 of both directions.
+    """
+    (size,) = runs.num_pairs
+    results = Results(with_both(Result.read(path)) for path in sorted((runs.folder / "results").glob("*.json")))
+    icons, names = Cache(runs.icons), list(runs.recipes)
+    stored = {name: image.split("+") for name, image in compared.tokens.items()}
+    return {
+        "seeds": [runs.seed],
+        "runs": {
+            name: {**run_json([runs], name, size, chosen[name, size]), "features": dict(runs.recipes[name].features)}
+            for name in names
+        },
+        "num_bytes": {
+            name: sum(_bytes_per_item(icons.feature("image", feature)) for feature in features)
+            for name, features in stored.items()
+        },
+        "tests": {test: _test_json(results, question(test, size), names) for test in runs.tests},
+    }
+
+
+def _bytes_per_item(feature: Feature) -> int:
+    return int(np.prod(feature.shape[1:])) * np.dtype(feature.dtype).itemsize
+
+
+def _test_json(results: Results, asked: str, names: Sequence[str]) -> dict[str, Any]:
+    means = results.resample([(name, asked) for name in names], _MEASURE)
+    values = {name: estimate_json(interval_of(column_R)) for name, column_R in zip(names, means.T, strict=True)}
+    return {"chance": round_json(results.seeds(names[0], asked)[0].chance[_MEASURE]), "values": values}
+
+
+def pair_outcomes(values: Mapping[str, Any], compared: Compared, measured: Sequence[PairsReport]) -> Outcomes:
+    """Return the recalls of all pairs of features on names never seen, beside their metrics on few pairs."""
+    found = values["tests"][NAMES]["values"]
+    recalls = {
+        kind: {
+            (image, text): found[_pair_name(kind, image, text)]["value"]
+            for image, text in product(compared.images, compared.texts)
+        }
+        for kind in compared.recipes
+    }
+    return Outcomes(measured=measured, recalls=recalls)
+
+
+def _table_json(table: Table) -> list[dict[str, str]]:
+    columns, rows = table
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def write_feature_pages(path: Path, values: Mapping[str, Any], outcomes: Outcomes) -> None:
+    """Write the page as HTML and Markdown."""
+    parts = [
+        Part("Tokens", [_TOKEN_NOTE], token_table(values)),
+        Part("Encoders", [_PAIR_NOTE], correlation_table(outcomes), correlation_figure(outcomes), "encoders"),
+        Part("All pairs of features", ["Sorted by recall."], pair_table(outcomes)),
+    ]
+    write_pages(path, TITLE, parts, notes=NOTES, summary=summarize(values, outcomes), credit=CREDIT)
+
+
+def token_table(values: Mapping[str, Any]) -> Table:
+    """Return the recalls of each token feature by its bytes, with chance."""
+    rows = []
+    for name, num_bytes in values["num_bytes"].items():
+        run = values["runs"][name]
+        recalls = [format_estimate(estimate_of(found["values"][name])) for found in values["tests"].values()]
+        rows.append([name, format_count(num_bytes), *recalls, f"{run['seconds']:,.0f}", f"{run['flops'] / 1e12:,.1f}"])
+    chances = [format_fraction(found["chance"]) for found in values["tests"].values()]
+    return ["image feature", "bytes", *values["tests"], "seconds", "TFLOP"], [*rows, ["chance", "", *chances, "", ""]]
+
+
+def summarize(values: Mapping[str, Any], outcomes: Outcomes) -> str:
+    """Return which tokens are best, and whether the probe on few pairs chooses the best encoders."""
+    found = values["tests"][NAMES]["values"]
+    tokens = ", ".join(f"{name} {format_estimate(estimate_of(found[name]))}" for name in values["num_bytes"])
+    columns, rows = correlation_table(outcomes)
+    probe = dict(zip(columns, rows[0], strict=True))
+    return (
+        f"R@10 on {NAMES}, by tokens: {tokens}. The ranking of {len(outcomes.pairs)} pairs of features by the "
+        f"{probe['metric']} on {format_count(NUM_MEASURED)} pairs has a Spearman correlation of {probe['Spearman']} "
+        f"with that by {probe['training']}; its choice reaches {probe['recall of its choice']}, the best pair "
+        f"{probe['best recall']}."
+    )
