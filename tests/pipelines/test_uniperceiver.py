@@ -5,13 +5,17 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from safetensors.numpy import load_file
 
 from embedcache.arrays import Array, Floats, normalize
-from embedcache.errors import DataError
+from embedcache.axis import Axis
+from embedcache.derive.rules import Block
+from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.likelihood import SHUFFLED, Measured
 from embedcache.networks.saved import read_module_config
+from embedcache.networks.words import Vocabulary
 from embedcache.store.cache import Cache
 from pipelines.perceiver.images import Answer, ShownImage, image_figure
 from pipelines.perceiver.measures import MEASURED, MODELS, pool
@@ -25,7 +29,7 @@ from pipelines.perceiver.results import (
     question_name,
 )
 from pipelines.perceiver.runs import Runs, adapted, alone, tuned
-from pipelines.perceiver.steps import WORD_VECTORS, Data
+from pipelines.perceiver.steps import AUDIO_TOKENS, IMAGE_TOKENS, JOIN_GRIDS, WORD_VECTORS, Data
 from pipelines.perceiver.tasks import EASY_VQA, EMOJI, FASHION, LETTERS, TINY
 from pipelines.results.measured import Result, Results
 from pipelines.worlds.examples import in_split
@@ -51,6 +55,20 @@ def make_result(model: str, question: str, num_right: int, *, seed: int = 0, fir
         chance={"accuracy": 0.25},
         captions={"test/00000": "a red circle"},
     )
+
+
+def test_joined_tokens_hold_the_cells_that_they_cover() -> None:
+    fine = np.arange(64, dtype=np.float32).reshape(1, 64, 1)  # cell number on an 8 x 8 grid
+    coarse = -np.arange(16, dtype=np.float32).reshape(1, 16, 1)
+    tokens = JOIN_GRIDS.apply([Block(fine), Block(coarse)], {})["tokens"]
+    assert isinstance(tokens, np.ndarray)
+    assert tokens.shape == (1, 16, 5)
+    assert tokens[0, 0].tolist() == [0, 0, 1, 8, 9]
+    assert tokens[0, 6].tolist() == [-6, 20, 21, 28, 29]
+    assert JOIN_GRIDS.outputs is not None
+    assert JOIN_GRIDS.outputs([(64, 40), (16, 112)], {}) == {"tokens": (16, 272)}
+    with pytest.raises(SettingError, match="a fraction of its side, got 49 and 16 cells"):
+        JOIN_GRIDS.outputs([(49, 40), (16, 112)], {})
 
 
 def test_result_is_read_as_written(tmp_path: Path) -> None:
@@ -159,48 +177,82 @@ def test_models_are_compared_on_the_same_items() -> None:
         results.seeds("blind", "q")
 
 
+@pytest.fixture(scope="class")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny pipeline."""
+    folder = tmp_path_factory.mktemp("uniperceiver")
+    run_tiny("uniperceiver", folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (HAS_LETTERS and FASHION_FOLDER.is_dir() and importlib.util.find_spec("easy_vqa")),
     reason="needs easy-vqa and the packages of .ci/run",
 )
 @pytest.mark.filterwarnings("ignore:The number of unique classes:UserWarning:sklearn")  # of a few examples
-def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
-    run_tiny("uniperceiver", tmp_path)
-    html = (tmp_path / "uniperceiver.html").read_text()
-    assert "What cannot be concluded" in html
-    assert html.count("<svg") == 2
-    page = (tmp_path / "uniperceiver.md").read_text()
-    for name in ("uniperceiver-curves.svg", "uniperceiver-images.jpg"):
-        assert name in page
-        assert (tmp_path / name).is_file()
-    results, (fraction,) = Results.read(tmp_path), TINY.fractions
-    for question in MEASURED:
-        (result,) = results.seeds(PRETRAINED, question)
-        assert result.controls
-        assert f"| {question}: " in page
-    assert results.seeds(PRETRAINED, "captions")[0].captions
-    for data, part in [(EASY_VQA, fraction), *TINY.other_fractions.items()]:
-        assert results.models(question_name(data, 0)) == [ZERO_SHOT]
-        assert set(results.models(question_name(data, part))) == set(MODELS[data])
-    assert set(results.models(question_name(LETTERS, 1))) == set(MODELS[LETTERS])
-    (heard,) = results.seeds("new adapter", question_name(LETTERS, 1))
-    assert len(np.unique(heard.measures["accuracy"].clusters_M)) == heard.num_examples == 52  # each recording once
-    assert heard.num_trained == 26
+class TestTinyPipeline:
+    def test_data_is_complete(self, folder: Path) -> None:
+        data = Data(folder)
+        for name in ("shapes", "vqa", "emoji", "fashion"):
+            feature = Cache(data.cache(name)).feature("image", IMAGE_TOKENS)
+            assert feature.shape[1:] == (16, 272)
+            assert feature.axis == Axis(kind="grid", rows=4, columns=4, box=(0.0, 0.0, 1.0, 1.0))
+        assert Cache(data.cache("letters")).feature("audio", AUDIO_TOKENS).shape == (52, -1, 384)
+        words = data.words_path.read_text().split()
+        vocabulary = Vocabulary(words)
+        cache = Cache(data.cache("words"))
+        assert cache.feature("text", WORD_VECTORS).shape == (len(words), 384)
+        caches = {"descriptions": None, "vqa": "vqa", "emoji-captions": "emoji", "letters-classes": "letters"}
+        caches |= {f"shapes-{name}": "shapes" for name in ("classes", "captions", "statements")}
+        caches["fashion-classes"] = "fashion"
+        for name, home in caches.items():
+            examples = data.examples(name)
+            texts = [text for column in ("text", "target") for text in data.distinct(name, column)]
+            assert vocabulary.require_known(texts, name).num_texts == len(texts)
+            if home is not None:
+                keys = pc.unique(examples["key"].combine_chunks())
+                known = Cache(data.cache(home)).samples["key"].combine_chunks()
+                assert pc.all(pc.is_in(keys, known)).as_py()
 
-    runs = Runs(folder=tmp_path / "seed0", data=Data(tmp_path), seed=0, size=TINY)
-    _, groups = runs.tables.test_of(EASY_VQA)
-    assert groups.keys() == {"open", "yes-no", "negated"}
-    assert (np.stack(list(groups.values())).sum(axis=0) == 1).all()  # each question is of one kind
-    check_parts(runs)
-    check_trained(runs)
-    check_pooled(runs)
-    check_alone(runs)
+    def test_writes_its_page(self, folder: Path) -> None:
+        html = (folder / "uniperceiver.html").read_text()
+        assert "What cannot be concluded" in html
+        assert html.count("<svg") == 2
+        page = (folder / "uniperceiver.md").read_text()
+        for name in ("uniperceiver-curves.svg", "uniperceiver-images.jpg"):
+            assert name in page
+            assert (folder / name).is_file()
+        results, (fraction,) = Results.read(folder), TINY.fractions
+        for question in MEASURED:
+            (result,) = results.seeds(PRETRAINED, question)
+            assert result.controls
+            assert f"| {question}: " in page
+        assert results.seeds(PRETRAINED, "captions")[0].captions
+        for data, part in [(EASY_VQA, fraction), *TINY.other_fractions.items()]:
+            assert results.models(question_name(data, 0)) == [ZERO_SHOT]
+            assert set(results.models(question_name(data, part))) == set(MODELS[data])
+        assert set(results.models(question_name(LETTERS, 1))) == set(MODELS[LETTERS])
+        (heard,) = results.seeds("new adapter", question_name(LETTERS, 1))
+        assert len(np.unique(heard.measures["accuracy"].clusters_M)) == heard.num_examples == 52  # each recording once
+        assert heard.num_trained == 26
 
-    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in {".json", ".safetensors"}}
-    run_tiny("uniperceiver", tmp_path)
-    kept = {path for path in made if path.stat().st_mtime_ns == made[path] and "seed0" in path.parts}
-    assert kept == {path for path in made if "seed0" in path.parts}
+    def test_runs_train_what_they_should(self, folder: Path) -> None:
+        runs = Runs(folder=folder / "seed0", data=Data(folder), seed=0, size=TINY)
+        _, groups = runs.tables.test_of(EASY_VQA)
+        assert groups.keys() == {"open", "yes-no", "negated"}
+        assert (np.stack(list(groups.values())).sum(axis=0) == 1).all()  # each question is of one kind
+        check_parts(runs)
+        check_trained(runs)
+        check_pooled(runs)
+        check_alone(runs)
+
+    def test_resumes(self, folder: Path) -> None:
+        made = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+        run_tiny("uniperceiver", folder)
+        changed = {path for path in made if path.stat().st_mtime_ns != made[path]}
+        assert not [path for path in changed if path.suffix == ".parquet" or path.name == "words.txt"]
+        assert not [path for path in changed if path.suffix in {".json", ".safetensors"} and "seed0" in path.parts]
 
 
 def check_parts(runs: Runs) -> None:
