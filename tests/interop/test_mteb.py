@@ -1,70 +1,21 @@
 """Vectors for mteb, found by its own wrapper in an evaluation of its own, and a run as one of its models."""
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("mteb")
-
-from datasets import Dataset, Features, Image, Value
-from mteb import evaluate
-from mteb.abstasks.retrieval import AbsTaskRetrieval
-from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
-from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.models.cache_wrappers import CachedEmbeddingWrapper
-from mteb.models.models_protocols import EncoderProtocol
 
 from embedcache.errors import DataError, PathError, UnknownNameError
 from embedcache.interop.mteb import MtebModel, load_mteb, write_mteb
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 
-NUM = 24
+if TYPE_CHECKING:
+    from tests.interop.mteb_task import Pairs
 
-
-class Pairs(AbsTaskRetrieval):
-    """Images by their captions."""
-
-    metadata = TaskMetadata(
-        type="Any2AnyRetrieval",
-        name="EmbedcachePairs",
-        description="Images by their captions.",
-        reference=None,
-        dataset={"path": "none", "revision": "none"},
-        category="t2i",
-        modalities=["image", "text"],
-        eval_splits=["test"],
-        eval_langs=["eng-Latn"],
-        main_score="ndcg_at_10",
-        date=("2026-01-01", "2026-01-02"),
-        domains=[],
-        task_subtypes=[],
-        license="cc-by-4.0",
-        annotations_creators="derived",
-        dialect=[],
-        sample_creation="found",
-        bibtex_citation="",
-    )
-    folder: Path
-
-    def load_data(self, *_: Any, **__: Any) -> None:
-        """Read the first images and captions of a folder."""
-        images = sorted(self.folder.glob("*.png"))[:NUM]
-        captions = [path.with_suffix(".txt").read_text().strip() for path in images]
-        queries = {"id": [f"q{n}" for n in range(NUM)], "text": captions}
-        features = Features({"id": Value("string"), "image": Image()})
-        corpus = {"id": [f"d{n}" for n in range(NUM)], "image": [str(path) for path in images]}
-        relevant = {f"q{n}": {f"d{m}": int(captions[m] == captions[n]) for m in range(NUM)} for n in range(NUM)}
-        data = RetrievalSplitData(
-            queries=Dataset.from_dict(queries),
-            corpus=Dataset.from_dict(corpus, features=features),
-            relevant_docs=relevant,
-            top_ranked=None,
-        )
-        self.dataset = {"default": {"test": data}}
-        self.data_loaded = True
+pytestmark = pytest.mark.skipif(find_spec("mteb") is None, reason="needs mteb")
 
 
 class Counting(MtebModel):
@@ -78,13 +29,17 @@ class Counting(MtebModel):
 
 
 @pytest.fixture
-def task(image_folder: Path) -> Pairs:
+def task(image_folder: Path) -> "Pairs":
+    from tests.interop.mteb_task import Pairs
+
     task = Pairs()
     task.folder = image_folder
     return task
 
 
-def score(model: Any, task: Pairs) -> float:
+def score(model: Any, task: "Pairs") -> float:
+    from mteb import evaluate
+
     found = evaluate(model, task, cache=None, show_progress_bar=False)
     value: float = found.task_results[0].scores["test"][0]["main_score"]
     return value
@@ -92,13 +47,17 @@ def score(model: Any, task: Pairs) -> float:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_cached_vectors_are_found(cache_path: Path, run_path: Path, task: Pairs, tmp_path: Path) -> None:
+def test_cached_vectors_are_found(cache_path: Path, run_path: Path, task: "Pairs", tmp_path: Path) -> None:
     """Check that mteb encodes nothing that the cache has, and gets the run's own score."""
+    from datasets import Dataset, Features, Image
+    from mteb.models.cache_wrappers import CachedEmbeddingWrapper
+    from mteb.models.models_protocols import EncoderProtocol
+
     opened = load_mteb(run_path)
     assert isinstance(opened, EncoderProtocol)
     model = Counting(opened.model, opened.mteb_model_meta)
     plain = score(model, task)
-    assert model.count == 2 * NUM
+    assert model.count == 2 * task.num_images
     captions = set(Cache(cache_path).items("text")["text"].to_pylist())
     assert write_mteb(cache_path, tmp_path / "out", [task], run=run_path) == 300 + len(captions)
     assert {path.name for path in (tmp_path / "out" / "EmbedcachePairs").iterdir()} == {"query", "document"}
@@ -118,18 +77,20 @@ def test_cached_vectors_are_found(cache_path: Path, run_path: Path, task: Pairs,
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_missing_items_are_encoded(labeled: Path, run_path: Path, task: Pairs, tmp_path: Path) -> None:
+def test_missing_items_are_encoded(labeled: Path, run_path: Path, task: "Pairs", tmp_path: Path) -> None:
     """Check a cache of the first captions only: mteb asks the run for the images."""
+    from mteb.models.cache_wrappers import CachedEmbeddingWrapper
+
     write_mteb(labeled, tmp_path / "out", [task], modality="text", run=run_path)
     opened = load_mteb(run_path)
     model = Counting(opened.model, opened.mteb_model_meta)
     cached = CachedEmbeddingWrapper(model, tmp_path / "out")
     score(cached, task)
-    assert model.count == NUM
+    assert model.count == task.num_images
     cached.close()
 
 
-def test_wrong_requests_raise(cache_path: Path, task: Pairs, tmp_path: Path) -> None:
+def test_wrong_requests_raise(cache_path: Path, task: "Pairs", tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown task of mteb 'Flickr30kI2TRetrieva'"):
         write_mteb(cache_path, tmp_path / "out", ["Flickr30kI2TRetrieva"])
     (tmp_path / "full").mkdir()
@@ -137,7 +98,7 @@ def test_wrong_requests_raise(cache_path: Path, task: Pairs, tmp_path: Path) -> 
     with pytest.raises(PathError, match="expected a new or empty folder"):
         write_mteb(cache_path, tmp_path / "full", [task])
     about = {"name": "Pics", "category": "i2i", "modalities": ["image"]}
-    task.metadata = Pairs.metadata.model_copy(update=about)
+    task.metadata = task.metadata.model_copy(update=about)
     with pytest.raises(DataError, match="expected a task with items of text, got Pics"):
         write_mteb(cache_path, tmp_path / "out", [task], modality="text", text_feature="open_toy/mean")
     assert not (tmp_path / "out").exists()
