@@ -324,8 +324,11 @@ def _owners(folders: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG00
 
 
 def read_stage(path: Path) -> dict[str, Any]:
-    """Read the record of a stage, or raise the errors of `read_record`."""
-    return read_record(path, unchecked=_UNCHECKED, next_step="restore the file")
+    """Read the record of a stage, or raise the errors of `read_record`, also for another file in its place."""
+    record = read_record(path, unchecked=_UNCHECKED, next_step="restore the file")
+    if "stage" not in record:
+        raise CorruptError(f"{path}: expected the record of a stage, got another JSON file; restore the file")
+    return record
 
 
 def peak_memory_bytes() -> int:

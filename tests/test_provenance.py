@@ -15,6 +15,7 @@ from embedcache.provenance import (
     read_stage,
     recognize,
     record_stage,
+    write_record,
 )
 from embedcache.registry import Registry
 from tests.golden.test_artifacts import ARTIFACTS
@@ -68,6 +69,12 @@ def test_record_stage(tmp_path: Path) -> None:
     assert record["peak_memory_bytes"] > 1e6
     assert record["packages"]["numpy"] == np.__version__
     assert {"embedcache", "timm", "transformers", "tokenizers", "scipy", "pillow"} <= set(record["packages"])
+
+
+def test_another_file_in_place_of_a_record_is_found(tmp_path: Path) -> None:
+    write_record(tmp_path / "record.json", {"format": 2, "kind": "pair"})  # such as a config, whose digest is right
+    with pytest.raises(CorruptError, match=r"record.json: expected the record of a stage, got another JSON file"):
+        read_stage(tmp_path / "record.json")
 
 
 def test_metadata_of_packages_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,6 @@ def test_training_caches_are_found_from_any_folder(
 
 def test_record_without_caches_is_named(run: Run, other: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run.path, tmp_path / "run-0"))
-    (copy / "record.json").write_text('{"settings": {}}')
+    (copy / "record.json").write_text('{"stage": "train", "settings": {}}')
     with pytest.raises(CorruptError, match=r"record\.json does not hold the fields of its format"):
         evaluate_retrieval(other, [copy])

@@ -110,7 +110,7 @@ def test_records_but_those_of_removals(cache: Path) -> None:
     assert list(records.iterdir()) == [kept]
     assert not plan_prune(cache, PruneSettings(records=2**31 - 1)).entries
     for started in ({}, {"started": "x"}, {"started": "0001-01-01"}):
-        write_json(records / "extract-1.json", started)
+        write_json(records / "extract-1.json", {"stage": "extract", **started})
         with pytest.raises(CorruptError, match=r"extract-1.json: expected a time as started, got"):
             plan_prune(cache, PruneSettings(records=0))
 
