@@ -62,3 +62,9 @@ def test_page_escapes_text_and_loads_nothing(tmp_path: Path) -> None:
     assert page.count("<svg") == 1
     assert "src=" not in page
     assert "<link" not in page
+
+
+def test_no_row_of_a_table_in_a_section_is_emphasized(tmp_path: Path) -> None:
+    table = ["samples", "recall"], [["200", "0.100"], ["2,000", "0.300"]]
+    write_report(tmp_path / "page.html", title="T", summary="S", sections=[Section(title="by size", table=table)])
+    assert (tmp_path / "page.html").read_text().count("<tr>") == 3  # the names of the columns, then rows alike

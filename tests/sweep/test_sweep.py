@@ -90,6 +90,8 @@ def test_page_has_every_section_and_loads_nothing(swept: Swept) -> None:
     ]
     for words in ("chance", f"trial {report.best[1].number}", "shared_width"):
         assert words in page
+    number = str(report.best[0].number)
+    assert re.findall(r'<tr class="first"><td>(.*?)</td>', page) == [number, f"trial {number}"]
 
 
 def test_page_without_importance(swept: Swept, tmp_path: Path) -> None:
