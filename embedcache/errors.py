@@ -15,7 +15,10 @@ EmbedcacheError
     └── CorruptError                    bytes that differ from their checksum
 """
 
+import faulthandler
 import re
+import sys
+from contextlib import suppress
 
 
 class EmbedcacheError(Exception):
@@ -84,3 +87,10 @@ def visible(text: str) -> str:
 def one_line(error: BaseException, max_length: int = 200) -> str:
     """Return an error's message on one line, to quote it in another message."""
     return " ".join(str(error).split())[:max_length]
+
+
+def show_faults() -> None:
+    """Print a traceback if a fault ends this process, such as SIGBUS where a disk fails below a mapped chunk."""
+    if sys.stderr is not None and not faulthandler.is_enabled():
+        with suppress(OSError):  # standard error is no file
+            faulthandler.enable()

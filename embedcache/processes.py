@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-from embedcache.errors import EmbedcacheError
+from embedcache.errors import EmbedcacheError, show_faults
 from embedcache.progress import Progress, join_names
 from embedcache.registry import Trust, adopt_trust, current_trust, require
 
@@ -107,6 +107,7 @@ def run_processes(
 
 
 def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trust: tuple[Trust, bool]) -> None:
+    show_faults()
     adopt_trust(trust)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process terminates this one
     try:

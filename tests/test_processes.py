@@ -1,6 +1,7 @@
 """Worker processes: results, errors, deaths and their common progress; and the number of cores."""
 
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,8 @@ from tests.recorded import RecordedProgress
 def work(task: str, progress: Progress) -> str:
     """Do what the task names, in a worker process."""
     if task == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.kill(os.getpid(), signal.SIGBUS)  # as a disk that fails below a mapped file
     if task == "error":
         raise SettingError("a mistake of the user")
     if task == "bug":
@@ -39,12 +41,15 @@ def work(task: str, progress: Progress) -> str:
     return task.upper()
 
 
-def test_dead_process_leaves_others_running() -> None:
+def test_dead_process_leaves_others_running(capfd: pytest.CaptureFixture[str]) -> None:
     progress = RecordedProgress()
     assert run_processes(work, ["count", "die"], progress, steps=["counting"]) == (["COUNT"], 1)
     assert progress.started == [("counting", 3, "things")]
     assert progress.counts == {"counting": 3}
     assert progress.notes == ["counted"]
+    printed = capfd.readouterr().err
+    assert "Fatal Python error: Bus error" in printed
+    assert "in work" in printed
 
 
 def test_error_is_raised_as_it_was() -> None:

@@ -22,7 +22,7 @@ from embedcache.cli.serve import serve
 from embedcache.cli.sweep import sweep
 from embedcache.cli.train import train
 from embedcache.cli.transcribe import transcribe
-from embedcache.errors import EmbedcacheError, PathError, visible
+from embedcache.errors import EmbedcacheError, PathError, show_faults, visible
 from embedcache.files import disk_full_message, io_reason, is_io_error
 from embedcache.registry import search_plugins_in
 
@@ -98,6 +98,7 @@ def main() -> None:
     Exit codes: 0 success; 1 a user's error, printed as one line, or findings of `verify`; 2 wrong usage; 70 a bug, with
     its traceback; 130 interrupted. EMBEDCACHE_DEBUG=1 prints the traceback of a user's error too.
     """
+    show_faults()
     try:
         _check_arguments()
         search_plugins_in(str(_working_folder()))  # so that module:attribute finds a plug-in beside the data

@@ -65,6 +65,25 @@ def test_bug_shows_its_traceback_and_exits_with_70(photos: Path, tmp_path: Path)
     assert "ZeroDivisionError: ours" in done.stderr
 
 
+def test_fault_of_a_mapped_file_shows_where_it_happened(photos: Path, tmp_path: Path) -> None:
+    """A disk that fails below a mapped file raises SIGBUS, as a file that became shorter does."""
+    (tmp_path / "mapped_plugin.py").write_text(
+        "import mmap, resource\n"
+        "def source(location, settings):\n"
+        "    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        "    with open('mapped', 'w+b') as file:\n"
+        "        file.truncate(4096)\n"
+        "        mapped = mmap.mmap(file.fileno(), 4096)\n"
+        "        file.truncate(0)\n"
+        "        return mapped[0]\n"
+    )
+    words = [*PROGRAM, "extract", str(photos), "c", *TOY, "--source-type", "mapped_plugin:source"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False)
+    assert done.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in done.stderr
+    assert 'mapped_plugin.py", line 8 in source' in done.stderr
+
+
 def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Traceback" not in embedcache("inspect", "nowhere", cwd=tmp_path).stderr
     monkeypatch.setenv("EMBEDCACHE_DEBUG", "1")
