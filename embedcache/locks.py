@@ -129,11 +129,18 @@ def _close_shared(path: Path) -> None:
             os.close(_SHARED.pop(path))
 
 
+_WHOLE = 2**41
+"""Byte of a file of leases that all processes share which work on its folder."""
+
+
 class Leases:
     """Leases of this process on numbered pieces of work in a folder. Those of a killed process are released.
 
     They are record locks on one file, so they exclude other processes of the machine and, if the file system supports
     it, of a cluster: `.claims` in the folder. Behind a URL every lease is granted to every process.
+
+    With its first lease a process takes part in the work on the folder, until this object is gone; another one that
+    wants the folder alone, see `without_others`, knows of it also between two leases.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -146,7 +153,33 @@ class Leases:
         path = self._folder / ".claims"
         descriptor = _open_shared(path)
         weakref.finalize(self, _close_shared, path)
+        if not _lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, _WHOLE, path):
+            raise PathError(f"{self._folder.parent} is being deleted by another process; run the same command again")
         return descriptor
+
+    def take_part(self) -> None:
+        """Take part in the work on the folder before the first lease is needed.
+
+        Raises:
+            PathError: another process has the folder alone.
+        """
+        self._descriptor  # noqa: B018  # opens the file
+
+    @contextmanager
+    def without_others(self) -> Iterator[bool]:
+        """Keep other processes from taking part until the block ends; yields whether none does, else it keeps nobody.
+
+        Behind a URL it keeps nobody either.
+        """
+        path = self._folder / ".claims"
+        if self._descriptor is None:
+            yield True
+            return
+        is_alone = _lock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, _WHOLE, path)
+        try:
+            yield is_alone
+        finally:
+            _lock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, _WHOLE, path)
 
     def acquire(self, number: int, *, wait: bool = False) -> bool:
         """Acquire a lease; return whether no other process holds it. With `wait`, wait until it is released."""

@@ -74,12 +74,15 @@ class Worker:
 
     def missing(self, modality: Modality) -> list[int]:
         """Return the chunks of this shard that lack a feature."""
-        chunks = filter(self.settings.is_in_shard, range(self.cache.info.num_chunks(modality)))
-        return [chunk for chunk in chunks if any(writer.missing(chunk) for writer in self.writers[modality])]
+        return [chunk for chunk in self._chunks(modality) if any(w.missing(chunk) for w in self.writers[modality])]
+
+    def _chunks(self, modality: Modality) -> list[int]:
+        return list(filter(self.settings.is_in_shard, range(self.cache.info.num_chunks(modality))))
 
     def run(self, progress: Progress | None = None) -> list[ShardReport]:
         """Encode every missing chunk of the shard."""
         progress = progress or NullProgress()
+        self._take_part()
         reports = self.empty_reports()
         for modality in self.writers:
             chunks = self.missing(modality)
@@ -88,6 +91,15 @@ class Worker:
                 reports += self.encode(modality, chunks, progress)
                 progress.finish()
         return merge_reports(reports)
+
+    def _take_part(self) -> None:
+        """Take part in the work on every folder that lacks a chunk, so that nobody deletes one before its turn."""
+        with divided_work(is_divided=self.settings.is_divided):
+            for modality, writers in self.writers.items():
+                chunks = self._chunks(modality)
+                for writer in writers:
+                    if any(map(writer.missing, chunks)):
+                        writer.leases.take_part()
 
     def encode(self, modality: Modality, chunks: Sequence[int], progress: Progress) -> list[ShardReport]:
         """Encode chunks: first those that no other process works on, then those that other processes did not finish."""

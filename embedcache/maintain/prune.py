@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import CorruptError, SettingError, UnknownNameError
+from embedcache.errors import CorruptError, PathError, SettingError, UnknownNameError
 from embedcache.files import AnyPath, folder_bytes, is_remote, open_path, remove_folder, remove_partials, user_folder
-from embedcache.locks import locked
+from embedcache.locks import Leases, locked
 from embedcache.maintain.settings import PruneSettings
 from embedcache.provenance import read_stage
 from embedcache.registry import unknown_name
@@ -34,6 +35,11 @@ class PrunedEntry:
     path: Path
     num_bytes: int
     dependents: Sequence[str] = ()
+
+    @property
+    def encoder_path(self) -> Path | None:
+        """Folder of the encoder that is deleted, or one of whose features is; None for anything else."""
+        return {"encoder": self.path, "feature": self.path.parent}.get(self.kind)
 
     def line(self) -> str:
         """Return the entry as one line."""
@@ -99,18 +105,26 @@ def prune_cache(cache: AnyPath | None, settings: PruneSettings | None = None, **
     Raises:
         SettingError: nothing is named, or no cache.
         UnknownNameError: there is no feature of a name, or there are several.
+        PathError: another process extracts, derives or repairs features of that encoder; nothing is deleted.
     """
     plan = plan_prune(cache, settings, **options)
     if cache is not None:
         opened = Cache(open_path(cache))
         remove_partials(opened.path)
-    for entry in plan.entries:
-        if entry.kind == "feature":
-            _delete_feature(opened, entry)
-        elif entry.kind == "encoder":
-            remove_folder(entry.path)
-        else:
-            entry.path.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        for entry in plan.entries:
+            if entry.encoder_path and not stack.enter_context(Leases(entry.encoder_path / "chunks").without_others()):
+                raise PathError(
+                    f"{entry.encoder_path}: another process computes features in this folder; wait until it has ended, "
+                    "then delete them; nothing was deleted"
+                )
+        for entry in plan.entries:
+            if entry.kind == "feature":
+                _delete_feature(opened, entry)
+            elif entry.kind == "encoder":
+                remove_folder(entry.path)
+            else:
+                entry.path.unlink(missing_ok=True)
     return plan
 
 

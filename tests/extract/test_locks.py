@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from embedcache.errors import PathError
 from embedcache.locks import Leases, has_locks, locked
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
-from tests.crash import start_call
+from tests.crash import call, start_call
 from tests.extract.cases import run, tree
 from tests.images import write_images
 
@@ -58,6 +59,22 @@ def test_missing_locks_are_one_line(code: int, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv(locks.SKIP_LOCKS, "1")
     with locked(tmp_path):
         assert Leases(tmp_path).acquire(3)
+
+
+def acquire(folder: Path, *, is_refused: bool) -> None:
+    if not is_refused:
+        assert Leases(folder / "chunks").acquire(3)
+        return
+    with pytest.raises(PathError, match=f"{folder} is being deleted by another process; run the same command again"):
+        Leases(folder / "chunks").acquire(3)
+
+
+def test_no_other_process_takes_part(tmp_path: Path) -> None:
+    own = Leases(tmp_path / "chunks")
+    with own.without_others() as is_alone:
+        assert is_alone
+        call(partial(acquire, is_refused=True), tmp_path)
+    call(partial(acquire, is_refused=False), tmp_path)
 
 
 def test_has_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

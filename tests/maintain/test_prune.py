@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
-from embedcache.errors import CorruptError, SettingError, UnknownNameError
+from embedcache.errors import CorruptError, PathError, SettingError, UnknownNameError
 from embedcache.files import user_folder
 from embedcache.maintain.prune import plan_prune, prune_cache
 from embedcache.maintain.settings import PruneSettings
@@ -14,7 +15,7 @@ from embedcache.provenance import write_json
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
-from tests.crash import crash_function
+from tests.crash import crash_function, start
 from tests.extract.cases import tree
 from tests.maintain.cases import make_cache, write_source
 
@@ -77,6 +78,24 @@ def test_nothing_named(made: Path) -> None:
         plan_prune(made, PruneSettings())
     with pytest.raises(SettingError, match="expected a cache whose features or records to delete, got none"):
         plan_prune(None, PruneSettings(records=3))
+
+
+def test_features_that_another_process_extracts_are_kept(tmp_path: Path) -> None:
+    """Also those of texts, on which no chunk is leased while images are encoded."""
+    source, cache = write_source(tmp_path / "source"), tmp_path / "c"
+    encoders = ["--image-encoder", "tests.toy:open_toy,delay_ms=60000", "--text-encoder", "tests.toy:open_toy"]
+    extraction = start(["extract", str(source), str(cache), *encoders])
+    while not (cache / "text/open_toy/chunks/.claims").exists() and extraction.is_alive():
+        time.sleep(0.05)
+    files = tree(cache)
+    for modality in ("image", "text"):
+        with pytest.raises(PathError, match=rf"{modality}/open_toy: another process computes .*; nothing was deleted"):
+            prune_cache(cache, PruneSettings(features=("open_toy",), modality=modality))
+    assert tree(cache) == files
+    extraction.kill()
+    extraction.join()
+    prune_cache(cache, PruneSettings(features=("open_toy",), modality="text"))
+    assert not (cache / "text/open_toy").exists()
 
 
 @pytest.mark.slow
