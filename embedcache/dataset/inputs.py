@@ -92,6 +92,11 @@ class InputFeature:
         valid: Bools = np.logical_and.reduce([feature.valid for feature in self._features])
         return valid
 
+    @property
+    def failed_rows(self) -> Ints:
+        """Rows of committed chunks that lack a feature, ascending: (M,) int64. Reads commits only."""
+        return np.unique(np.concatenate([feature.failed[0] for feature in self._features]))
+
     def has(self, rows: Ints) -> Bools:
         """Return whether each item has all of the features, (B,) bool; see `Feature.has`."""
         has_B: Bools = np.logical_and.reduce([feature.has(rows) for feature in self._features])

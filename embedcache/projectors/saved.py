@@ -68,7 +68,8 @@ class PairConfig:
         sides: modality -> input of its tower, of two modalities; `image` comes before `text`.
         index_digest: digest of the sample and item tables of the cache, joined by `+` for several caches.
         training: all settings of the training run that affect its result.
-        file_digests: SHA-256 of the files named by the settings `split` and `selection`, if any.
+        file_digests: SHA-256 of the files named by the settings `split` and `selection`, if any, and of what else
+            decides the result beside them, such as the items without a feature.
         split_digest: SHA-256 of `split.parquet`.
         weights_digest: SHA-256 of `model.safetensors`.
     """

@@ -23,7 +23,7 @@ from embedcache.provenance import (
 )
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space
-from embedcache.train.data import TrainData
+from embedcache.train.data import FAILED, TrainData, check_failed, failed_digests
 
 FORMAT_VERSION = 1
 _FILES = (
@@ -44,6 +44,8 @@ _FILES = (
 _STORED_NAMES = {**STORED_NAMES, "split_digest": "split"}
 """Field of `Study` -> key in `study.json`, where they differ."""
 
+_FAILED = "failed"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
@@ -51,8 +53,8 @@ class Study:
 
     Args:
         space: fixed and swept settings, by stored name.
-        image: name and fingerprint of the image feature.
-        text: name and fingerprint of the text feature.
+        image: name and fingerprint of the image feature, and the digest of the rows without it, if there are any.
+        text: the same of the text feature.
         storage: URL of the storage without its password; None is the file `study.db` in the folder.
         name: name of the study in the storage.
         split_digest: SHA-256 of `split.parquet`; empty in the first studies.
@@ -84,12 +86,12 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
         FingerprintError: the folder's study has another space, other features, another sampler, pruner or storage.
         PathError: the folder contains other files.
     """
-    image, text = data.tower_inputs["image"], data.tower_inputs["text"]
+    failed = failed_digests(data)
     requested = Study(
         space=space.to_json(),
         index_digest=data.index_digest,
-        image={"feature": image.feature, "fingerprint": image.fingerprint},
-        text={"feature": text.feature, "fingerprint": text.fingerprint},
+        image=_describe_side(data, "image", failed),
+        text=_describe_side(data, "text", failed),
         sampler=settings.sampler,
         pruner=settings.pruner,
         seed=settings.seed,
@@ -113,7 +115,8 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
             stored = fields_of(manifest, lambda: Study(**from_record(values, _STORED_NAMES)))
             expected = replace(requested, name=stored.name, split_digest=stored.split_digest)
             next_step = "use a new folder, or request the same"
-            check_same(f"study {path}", asdict(stored), asdict(expected), next_step=next_step)
+            check_same(f"study {path}", _without_failed(stored), _without_failed(expected), next_step=next_step)
+            check_failed(f"study {path}", _failed_of(stored), failed)
             check_split(split_path(path))
             return stored
         split = data.split(data.pairs(space.settings({}).language), space.settings({}).split)
@@ -121,6 +124,22 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
         made = replace(requested, split_digest=digest_file(split_path(path)))
         write_record(manifest, made.to_json())
     return made
+
+
+def _describe_side(data: TrainData, modality: str, failed: Mapping[str, str]) -> dict[str, Any]:
+    side, name = data.tower_inputs[modality], f"{FAILED}{modality}"
+    described = {"feature": side.feature, "fingerprint": side.fingerprint}
+    return {**described, _FAILED: failed[name]} if name in failed else described
+
+
+def _without_failed(study: Study) -> dict[str, Any]:
+    image, text = ({k: v for k, v in side.items() if k != _FAILED} for side in (study.image, study.text))
+    return asdict(replace(study, image=image, text=text))
+
+
+def _failed_of(study: Study) -> dict[str, str]:
+    sides = {"image": study.image, "text": study.text}
+    return {f"{FAILED}{modality}": side[_FAILED] for modality, side in sides.items() if _FAILED in side}
 
 
 def split_path(path: Path) -> Path:

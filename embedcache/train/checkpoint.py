@@ -20,6 +20,7 @@ from embedcache.files import replacing
 from embedcache.locks import Leases
 from embedcache.projectors.saved import config_path, split_path
 from embedcache.provenance import check_same, fields_of, prepare_folder, read_json, read_stage, write_json
+from embedcache.train.data import FAILED, check_failed
 from embedcache.train.distributed import gather_objects, num_processes, process_rank
 from embedcache.train.settings import MachineSettings
 from embedcache.train.trackers import TrackedRun, Trackers
@@ -179,7 +180,7 @@ def start_run(run_path: Path, values: Mapping[str, Any]) -> Leases:
     path = run_path / "started.json"
     if checkpoint_path(run_path).is_file():
         next_step = "use the same settings to resume, or give the path of a new folder"
-        check_same(f"the unfinished run {run_path}", read_json(path), values, next_step=next_step)
+        _check_config(f"the unfinished run {run_path}", read_json(path), values, next_step=next_step)
     else:
         split_path(run_path).unlink(missing_ok=True)
     write_json(path, values)
@@ -195,9 +196,20 @@ def finish_run(run_path: Path, leases: Leases) -> None:
 def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any], make: Callable[[Any], T]) -> T:
     """Return the report in the record of a finished run; a config other than the expected one is refused."""
     next_step = "give the path of a new folder, or use the same settings"
-    check_same(f"run {run_path}", stored, expected, next_step=next_step)
+    _check_config(f"run {run_path}", stored, expected, next_step=next_step)
     if process_rank() == 0:
         checkpoint_path(run_path).unlink(missing_ok=True)
     path = run_path / "record.json"
     record = read_stage(path)
     return fields_of(path, lambda: make(record["outcome"]))
+
+
+def _check_config(what: str, stored: Mapping[str, Any], expected: Mapping[str, Any], *, next_step: str) -> None:
+    """Check that a run has the expected config, then that no item of its features was retried since."""
+    check_same(what, _without_failed(stored), _without_failed(expected), next_step=next_step)
+    check_failed(what, stored.get("given", {}), expected["given"])
+
+
+def _without_failed(values: Mapping[str, Any]) -> dict[str, Any]:
+    given = values.get("given", {})
+    return {**values, "given": {name: value for name, value in given.items() if not name.startswith(FAILED)}}

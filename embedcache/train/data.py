@@ -1,5 +1,6 @@
 """The input of a training run: features of two modalities of one or several caches, and their pairs."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -15,9 +16,9 @@ from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split, make_split
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.files import AnyPath, one_or_many
-from embedcache.modalities import order_pair
+from embedcache.modalities import noun, order_pair
 from embedcache.progress import Progress
 from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import check_same, digest
@@ -236,6 +237,52 @@ def view_digests(data: TrainData, settings: TrainSettings) -> dict[str, str]:
         for modality, weights in views.items()
         for view, features in data.open_views(modality, weights).items()
     }
+
+
+FAILED = "failed "
+"""Start of the names of `failed_digests` in the config of a run."""
+
+
+def failed_digests(data: TrainData, views: Sequence[str] = ()) -> dict[str, str]:
+    """Return the SHA-256 of the rows that lack a feature, by names such as `failed image` and `failed image@flip`.
+
+    Sides and views that all items have are left out. Reads commits only.
+
+    Args:
+        views: as the setting of training has them.
+
+    Raises:
+        UnfinishedError: a feature has missing chunks.
+    """
+    found = dict(data.sides)
+    for modality, weights in parse_views(views).items():
+        opened = data.open_views(modality, weights)
+        found |= {f"{modality}@{view}": features for view, features in opened.items() if view != PLAIN}
+    digests = {}
+    for name, features in found.items():
+        for feature in features:
+            feature.require_complete()
+        rows = [feature.failed_rows for feature in features]
+        if any(map(len, rows)):
+            digests[f"{FAILED}{name}"] = digest([hashlib.sha256(own.tobytes()).hexdigest() for own in rows])
+    return digests
+
+
+def check_failed(what: str, stored: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Check that the items that lack features are those that did when something was trained, by `failed_digests`.
+
+    The first runs and studies have not recorded it, which is no difference.
+
+    Raises:
+        FingerprintError: items were retried since.
+    """
+    for name, value in stored.items():
+        if name.startswith(FAILED) and now.get(name) != value:
+            modality, _, view = name.removeprefix(FAILED).partition("@")
+            raise FingerprintError(
+                f"{what} was made when other {noun(modality)}{view and ' of the view ' + view} had no features, which "
+                "were retried since; give the path of a new folder to train with them"
+            )
 
 
 def training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:

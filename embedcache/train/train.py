@@ -35,6 +35,7 @@ from embedcache.train.data import (
     Paths,
     TrainData,
     count_held_out,
+    failed_digests,
     name_features,
     open_data,
     shuffle_pairs,
@@ -153,7 +154,8 @@ def train(
     Raises:
         UnknownNameError: there is no feature, projector, loss, language or split of that name.
         UnfinishedError: a feature has missing chunks.
-        FingerprintError: the folder holds a run with other settings, or different encoders made the caches.
+        FingerprintError: the folder holds a run with other settings or of the items before some were retried, or
+            different encoders made the caches.
         PathError: the folder holds other files, or the selection or a table of hard negatives does not exist.
         SettingError: a missing device, a batch larger than the data, contradictory settings, or near-duplicates that
             leave nothing to hold out.
@@ -210,6 +212,7 @@ def train_on(
             **{f"negatives {number}": digest_file(path) for number, path in enumerate(settings.negatives_paths)},
             **{f"init_from {part}": value for part, value in init_digests.items()},
             **view_digests(data, settings),
+            **failed_digests(data, settings.views),
         },
     )
     if config_path(run_path).is_file():

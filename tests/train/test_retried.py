@@ -1,0 +1,106 @@
+"""Runs and studies that were made before items of their features were retried."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.errors import FingerprintError, UnfinishedError
+from embedcache.extract.extract import extract
+from embedcache.extract.repair import retry_failed
+from embedcache.extract.settings import ExtractSettings
+from embedcache.projectors.saved import config_path, read_config
+from embedcache.sources import open_source
+from embedcache.store.layout import read_info
+from embedcache.sweep.settings import SweepSettings
+from embedcache.sweep.space import read_space
+from embedcache.sweep.study import open_study
+from embedcache.train.data import open_data
+from tests.edits import edit_record
+from tests.images import write_images
+from tests.sweep.conftest import FEATURES, SPACE
+from tests.toy import IMAGE, TEXT
+from tests.train import test_resume
+from tests.train.runs import run
+
+SETTINGS = ExtractSettings(chunk_size=16, views=("flip",))
+OPTIONS: dict[str, Any] = {"epochs": 0, "batch_size": 8}
+RETRIED = "was made when other images had no features, which were retried since; give the path of a new folder"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty images with captions. Not to be changed."""
+    return write_images(tmp_path_factory.mktemp("retried") / "source", 40)
+
+
+@pytest.fixture(scope="module")
+def before(source: Path) -> Path:
+    """A cache of them, made when two were broken: files as long as the good ones. Not to be changed."""
+    broken, cache = Path(shutil.copytree(source, source.parent / "broken")), source.parent / "before"
+    for number in (3, 20):
+        path = broken / f"{number:05d}.png"
+        path.write_bytes(b"x" * path.stat().st_size)
+    extract(open_source(broken), cache, image_encoder=[IMAGE], text_encoder=[TEXT], settings=SETTINGS)
+    return cache
+
+
+@pytest.fixture(scope="module")
+def after(before: Path, source: Path) -> Path:
+    """The same cache after one of them was retried: its samples, and their digest, are the same. Not to be changed."""
+    cache = Path(shutil.copytree(before, before.with_name("after")))
+    retry_failed(open_source(source), cache, image_encoder=[IMAGE], settings=SETTINGS)
+    assert read_info(cache).index_digest == read_info(before).index_digest
+    return cache
+
+
+def test_finished_run(before: Path, after: Path, tmp_path: Path) -> None:
+    run(before, tmp_path / "run", **OPTIONS)
+    assert set(read_config(tmp_path / "run").file_digests) == {"failed image"}
+    assert run(before, tmp_path / "run", **OPTIONS).reused
+    with pytest.raises(FingerprintError, match=f"^run .*/run {RETRIED}"):
+        run(after, tmp_path / "run", **OPTIONS)
+    with pytest.raises(FingerprintError, match="with other settings: training.optimizer.epochs: stored 0, req"):
+        run(after, tmp_path / "run", epochs=1, batch_size=8)
+    edit_record(config_path(tmp_path / "run"), given={})  # as the first runs have it
+    assert run(after, tmp_path / "run", **OPTIONS).reused
+
+
+def test_unfinished_run(before: Path, after: Path, tmp_path: Path) -> None:
+    test_resume.run_interrupted(before, tmp_path / "run", 1, batch_size=8)
+    with pytest.raises(FingerprintError, match=f"the unfinished run .*/run {RETRIED}"):
+        test_resume.run(after, tmp_path / "run", batch_size=8)
+
+
+def test_view_of_a_run(before: Path, after: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "views": ("image=plain,flip",)}
+    run(before, tmp_path / "run", **options)
+    given = dict(read_config(tmp_path / "run").file_digests)
+    assert set(given) == {"failed image", "failed image@flip", "view image@flip", "view image@plain"}
+    del given["failed image"]
+    edit_record(config_path(tmp_path / "run"), given=given)
+    with pytest.raises(FingerprintError, match="other images of the view flip had no features"):
+        run(after, tmp_path / "run", **options)
+
+
+def test_missing_chunk_is_no_retried_item(before: Path, tmp_path: Path) -> None:
+    run(before, tmp_path / "run", **OPTIONS)
+    cache = Path(shutil.copytree(before, tmp_path / "c"))
+    (cache / "image/open_toy/chunks/00000.parquet").unlink()
+    with pytest.raises(UnfinishedError, match="open_toy/cls is not finished: 1 of 3 chunks are missing"):
+        run(cache, tmp_path / "run", **OPTIONS)
+
+
+def test_study(before: Path, after: Path, tmp_path: Path) -> None:
+    (tmp_path / "space.toml").write_text(SPACE)
+    space = read_space(tmp_path / "space.toml")
+    names = {"image": FEATURES["image_feature"], "text": FEATURES["text_feature"]}
+    then, now = (open_data(cache, names, memory_bytes=10**9) for cache in (before, after))
+    made = open_study(tmp_path / "study", then, space, SweepSettings())
+    assert open_study(tmp_path / "study", then, space, SweepSettings()) == made
+    with pytest.raises(FingerprintError, match=f"study .*/study {RETRIED}"):
+        open_study(tmp_path / "study", now, space, SweepSettings())
+    image = {name: value for name, value in made.image.items() if name != "failed"}
+    edit_record(tmp_path / "study" / "study.json", image=image)  # as in the first studies
+    assert open_study(tmp_path / "study", now, space, SweepSettings()).image == image
