@@ -79,6 +79,7 @@ SWEEP = (
 INDEXES = {
     "index": "--run run --factory HNSW8 --min-recall 0.5",
     "disk-index": "--feature open_toy/cls --factory IVF2,SQfp16 --on-disk --min-recall 0.5",
+    "disk-index-4": "--feature open_toy/cls --factory IVF2,SQfp16 --on-disk --min-recall 0.5",
 }
 SPACE = """[fixed]
 projector = "linear"

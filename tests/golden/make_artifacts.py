@@ -15,6 +15,7 @@ folder as its `tests/golden`, install the extras `cpu`, `demo`, `sweep` and `wor
 | `stopped/` | a run interrupted after its fifth checkpoint, 5 of 12 steps |
 | `stopped.jsonl` | losses of the same run without the interruption |
 | `index/`, `disk-index/` | HNSW in memory over projected vectors; on-disk IVF over a plain feature |
+| `disk-index-4/` | the latter in format 4, a checksum per list: `commands.build_index` wrote it later |
 | `study/`, `space.toml` | a sweep with two trials; `@FOLDER@` stands for the absolute path of `artifacts/` |
 | `selection.parquet` | written by `curate select` |
 | `kept.parquet`, `kept.removed.parquet` | written by `curate dedup` |
@@ -47,7 +48,7 @@ def make(folder: Path) -> None:
     commands.extract_toy(folder)
     commands.train("run", commands.TRAIN_RUN)
     commands.select("selection.parquet", "rare-first")
-    for index in commands.INDEXES:
+    for index in ("index", "disk-index"):
         commands.build_index(index)
     (folder / "space.toml").write_text(commands.SPACE)
     commands.sweep("study", 2)
