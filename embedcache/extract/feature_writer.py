@@ -37,11 +37,18 @@ class CpuGate:
     """Makes decoding wait while a model computes, where both would need all cores.
 
     On 2 cores, an EfficientNet and decoding at the same time took 6% longer than in sequence, because they
-    evict each other's data from the CPU caches. Reading files never waits. The gate of another device stays open.
+    evict each other's data from the CPU caches. Reading files never waits. The gate of another device stays open, and
+    that of a model with fewer threads than cores, as `OMP_NUM_THREADS` may set: decoding uses the others.
+
+    Args:
+        cores: number of cores that this process may use; None for all.
     """
 
-    def __init__(self, device: str) -> None:
-        self._is_needed = device == "cpu" and num_cores() <= _FEW_CORES
+    def __init__(self, device: str, *, cores: int | None = None) -> None:
+        import torch  # takes seconds, and has been imported where an encoder is open
+
+        uses_all = torch.get_num_threads() >= (cores or num_cores())
+        self._is_needed = device == "cpu" and num_cores() <= _FEW_CORES and uses_all
         self._guard = threading.Lock()
         self._num_running = 0
         self._open = threading.Event()

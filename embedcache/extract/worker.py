@@ -25,6 +25,7 @@ from embedcache.extract.settings import ExtractJob
 from embedcache.extract.views import open_view
 from embedcache.locks import divided_work
 from embedcache.modalities import noun
+from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import trust_files
 from embedcache.sources import Source, reopen_source
@@ -161,7 +162,8 @@ def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, 
         for modality, requested in specs.items()
     }
     check_features([encoder for group in encoders.values() for encoder in group], job.settings.features)
-    gate, dtype = CpuGate(device), job.settings.dtype
+    gate = CpuGate(device, cores=min(num_cores(), job.settings.num_threads))
+    dtype = job.settings.dtype
     views = [open_view(name) for name in job.settings.views]
     writers: dict[Modality, list[FeatureWriter]] = {}
     for modality, modality_encoders in encoders.items():
