@@ -20,7 +20,7 @@ from embedcache.files import read_limited
 from embedcache.registry import require, unknown_name
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.svg import check_svg
+from embedcache.sources.svg import check_svg, draw_png
 
 _IMAGE_PX = 256
 _MARGIN = 1 / 16  # of the image, on each side: encoders cut that much off
@@ -55,7 +55,7 @@ class IconifySource:
         path, *options = location.split(",")
         self._folder = _find_package(Path(path))
         self._options = _parse_options(options)
-        self._draw = require("resvg_py", extra="svg").svg_to_bytes
+        require("resvg_py", extra="svg")
         self.families = _choose_families(_read_json(self._folder / "collections.json"), self._options)
 
     def describe(self) -> Mapping[str, Any]:
@@ -105,7 +105,7 @@ class IconifySource:
         )
         check_svg(svg.encode())
         try:
-            return bytes(self._draw(svg_string=svg, background="white", skip_system_fonts=True))
+            return draw_png(svg_string=svg, background="white", skip_system_fonts=True)
         except ValueError as error:
             raise ItemError(f"cannot be drawn: {error}") from error
 

@@ -1,18 +1,27 @@
-"""Render SVG files through resvg (extra `svg`). What a stranger's file could do to this process is refused before.
+"""Render SVG files through resvg (extra `svg`). What a stranger's file could do to this machine is refused before.
 
 All text is drawn in DejaVu Sans, which comes with matplotlib, so that every machine draws the same.
 """
 
+import atexit
 import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Empty, LifoQueue
 from typing import Any
 from xml.parsers import expat
 
 from PIL import Image
 
-from embedcache.errors import ItemError, MissingExtraError
+from embedcache.errors import EmbedcacheError, ItemError, MissingExtraError
+from embedcache.processes import num_cores
 from embedcache.registry import require
 
 SHORT_SIDE_PX = 512
@@ -40,24 +49,107 @@ def render_svg(data: bytes, *, max_pixels: int, max_ratio: float) -> Image.Image
     """
     check_svg(data)
     try:
-        renderer: Any = require("resvg_py", extra="svg")
+        require("resvg_py", extra="svg")
     except MissingExtraError as error:
         raise ItemError(f"SVG: {error}") from None
     text = data.decode("utf-8", errors="replace")
-    width, height = _render(renderer, text, {}).size
+    width, height = _render(text, {}).size
     if max(width, height) > max_ratio * min(width, height):
         raise ItemError(f"too narrow: {width} x {height} pixels, more than {max_ratio:.0f} to 1")
     if max(width, height) * SHORT_SIDE_PX**2 > max_pixels * min(width, height):
         raise ItemError(f"too many pixels: {width} x {height} with {SHORT_SIDE_PX} on the shorter side")
-    return _render(renderer, text, {"width" if width <= height else "height": SHORT_SIDE_PX})
+    return _render(text, {"width" if width <= height else "height": SHORT_SIDE_PX})
 
 
-def _render(renderer: Any, text: str, size: dict[str, int]) -> Image.Image:
+def _render(text: str, size: dict[str, int]) -> Image.Image:
     try:
-        png = renderer.svg_to_bytes(svg_string=text, dpi=_PIXELS_PER_INCH, **size, **_fonts())
+        png = draw_png(svg_string=text, dpi=_PIXELS_PER_INCH, **size, **_fonts())
         return Image.open(io.BytesIO(png), formats=("PNG",))
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ItemError(f"damaged SVG: {error}") from None
+
+
+def draw_png(**options: Any) -> bytes:
+    """Draw an SVG as a PNG with the arguments of `resvg_py.svg_to_bytes`, in a process beside this one.
+
+    resvg_py holds the lock of Python's interpreter while it draws, so that threads would draw one after the other and
+    hold up everything else. Each thread that draws has a process of its own, at most one per core, which is kept until
+    this process ends. Memory: 12 MB per process, and what it draws.
+
+    Raises:
+        ValueError: the SVG cannot be parsed or drawn.
+        EmbedcacheError: the process ended.
+    """
+    slots = _slots(os.getpid())
+    renderer = slots.get()
+    try:
+        renderer = renderer or _Renderer()
+        kind, answer = renderer.draw(options)
+    except BaseException:  # the answer may still come
+        if renderer is not None:
+            renderer.close()
+            renderer = None
+        raise
+    finally:
+        slots.put(renderer)
+    if kind == "error":
+        raise ValueError(answer.decode())
+    return answer
+
+
+@cache
+def _slots(process: int) -> "LifoQueue[_Renderer | None]":
+    """Return the renderers of a process, None for one that was not started yet: a forked process has its own."""
+    slots = LifoQueue[_Renderer | None]()
+    for _ in range(num_cores()):
+        slots.put(None)
+    atexit.register(_close_all, process, slots)
+    return slots
+
+
+def _close_all(process: int, slots: "LifoQueue[_Renderer | None]") -> None:
+    with suppress(Empty):
+        while process == os.getpid():
+            renderer = slots.get_nowait()
+            if renderer is not None:
+                renderer.close()
+
+
+class _Renderer:
+    """A process that draws one SVG after the other, see `svg_process`."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("svg_process.py")
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(script), json.dumps(sys.path, default=str)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                process_group=0,  # Ctrl-C interrupts this process only, which then ends the other
+            )
+        except OSError as error:  # not a fault of the SVG
+            raise EmbedcacheError(f"cannot start a process that draws SVG files: {error}") from error
+
+    def draw(self, options: Mapping[str, Any]) -> tuple[str, bytes]:
+        """Return `png` and the drawing, or `error` and the reason."""
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None
+        assert answers is not None
+        with suppress(BrokenPipeError):
+            requests.write(json.dumps(options).encode() + b"\n")
+            requests.flush()
+        kind, _, size = answers.readline().decode().partition(" ")
+        answer = answers.read(int(size or 0))
+        if not size or len(answer) < int(size):
+            raise EmbedcacheError(
+                f"a process that draws SVG files ended with status {self._process.wait()}; run the same command again"
+            )
+        return kind, answer
+
+    def close(self) -> None:
+        """End the process."""
+        with suppress(OSError), self._process:  # closes its pipes and waits for it
+            self._process.kill()
 
 
 def check_svg(data: bytes) -> None:

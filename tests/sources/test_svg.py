@@ -1,24 +1,31 @@
 """SVG files, rendered by resvg."""
 
 import base64
+import os
+import signal
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from embedcache.errors import ItemError, MissingExtraError, SettingError, SourceError
+from embedcache.errors import EmbedcacheError, ItemError, MissingExtraError, SettingError, SourceError
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.sources import SourceSettings, open_source, reopen_source
+from embedcache.sources import svg as svg_module
 from embedcache.sources.images import decode_image
+from embedcache.sources.svg import draw_png
 from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
 from tests.sources.files import jpeg, write, write_tar
 
-pytest.importorskip("resvg_py")
+resvg: Any = pytest.importorskip("resvg_py")
 
 OPEN = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:x="http://www.w3.org/1999/xlink" viewBox="0 0 20 10">'
 HALF = f'<?xml version="1.0"?>\n<!-- drawn -->{OPEN}<rect width="10" height="10" fill="red"/></svg>'.encode()
@@ -27,6 +34,71 @@ SVG = SourceSettings(svg=True)
 
 def drawn(inside: str) -> bytes:
     return f"{OPEN}{inside}</svg>".encode()
+
+
+def renderers() -> list[int]:
+    """Return the numbers of the processes that draw for this one."""
+    found = list(svg_module._slots(os.getpid()).queue)
+    return [renderer._process.pid for renderer in found if renderer is not None]
+
+
+def test_drawings_are_those_of_one_process() -> None:
+    texts = [drawn(f'<circle cx="{x}" cy="5" r="{x / 7}"/><text>é</text>').decode() for x in range(1, 20)]
+    with ThreadPoolExecutor(3) as executor:
+        assert list(executor.map(lambda text: draw_png(svg_string=text), texts)) == [
+            resvg.svg_to_bytes(svg_string=text) for text in texts
+        ]
+    for damaged in (HALF[:-8].decode(), "\ud800"):
+        with pytest.raises(ValueError, match=r".") as expected:
+            resvg.svg_to_bytes(svg_string=damaged)
+        with pytest.raises(ValueError, match=r".") as error:
+            draw_png(svg_string=damaged)
+        assert str(error.value) == str(expected.value)
+
+
+def test_other_threads_run_while_one_draws() -> None:
+    with ThreadPoolExecutor(1) as executor:
+        drawing = executor.submit(draw_png, svg_string=HALF.decode(), width=4000)
+        ticks = 0
+        while wait([drawing], timeout=0.001).not_done:
+            ticks += 1
+    assert ticks > 5
+
+
+def test_killed_renderer_is_replaced() -> None:
+    png = draw_png(svg_string=HALF.decode())
+    for number in renderers():
+        os.kill(number, signal.SIGKILL)
+    with pytest.raises(EmbedcacheError, match="ended with status -9; run the same command") as error:
+        decode_image(HALF)
+    assert not isinstance(error.value, ItemError)  # which would be stored as the reason of a failed row
+    assert draw_png(svg_string=HALF.decode()) == png
+
+
+FORK = """
+import os, signal, sys
+from embedcache.sources import svg
+
+def draw():
+    drawing = svg.draw_png(svg_string=sys.argv[1])
+    print([found._process.pid for found in svg._slots(os.getpid()).queue if found], drawing.hex(), flush=True)
+
+draw()
+forked = os.fork()
+draw()
+if forked:
+    os.waitpid(forked, 0)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_renderers_belong_to_one_process_and_end_with_it() -> None:
+    command = [sys.executable, "-c", FORK, HALF.decode()]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)  # they hold its stderr
+    assert (ended.returncode, ended.stderr) == (-signal.SIGKILL, "")
+    numbers, drawings = zip(*(line.rsplit(" ", 1) for line in ended.stdout.splitlines()), strict=True)
+    assert (len(numbers), len(set(numbers)), len(set(drawings))) == (3, 2, 1)
 
 
 def test_short_side_and_background() -> None:
