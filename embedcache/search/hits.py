@@ -158,6 +158,10 @@ class HitReader:
         samples_K: Ints = self._items.take(rows_K)["sample"].to_numpy()
         return samples_K
 
+    def find_key(self, key: str) -> int:
+        """Return the sample of a key, -1 if there is none."""
+        return self._samples.find_key(key)
+
     def find(self, samples: Ints) -> tuple[Ints, Ints]:
         """Return the first item of each sample, and how many it has; see `RowReader.find`."""
         return self._items.find(samples)

@@ -24,7 +24,7 @@ from embedcache.serve.maps import ServedMap
 from embedcache.serve.schema import SearchOptions
 from embedcache.serve.settings import ServeSettings
 from embedcache.store.layout import SAMPLES
-from embedcache.store.rows import RowReader, find_keys
+from embedcache.store.rows import RowReader
 from embedcache.units import format_bytes
 
 log = logging.getLogger("embedcache.serve")
@@ -160,11 +160,11 @@ class SearchService:
     def row_of(self, key: str) -> int:
         """Return the row of the first indexed item of a sample, or raise an UnknownNameError.
 
-        Reads blocks of keys until it is found.
+        Reads blocks of keys until it is found, unless all were loaded.
         """
-        samples = find_keys(self.index.cache, [key])
-        if samples[0] >= 0:
-            (start,), (count,) = self.index.hits.find(samples)
+        sample = self.index.hits.find_key(key)
+        if sample >= 0:
+            (start,), (count,) = self.index.hits.find(np.array([sample]))
             row = next((row for row in range(start, start + count) if self.index.query_encoder.has_row(row)), None)
             if row is not None:
                 return row

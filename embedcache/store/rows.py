@@ -73,6 +73,13 @@ class RowReader:
             )
         return starts, stops - starts
 
+    def find_key(self, key: str) -> int:
+        """Return the row of a key in the sample table, -1 if it does not have it; see `find_keys`."""
+        if self._whole is None:
+            return int(find_keys(self._cache, [key])[0])
+        keys = self._whole["key"].chunk(0)
+        return int(pc.index(keys, pa.scalar(key, keys.type)).as_py())
+
     def _read_block(self, number: int) -> pa.Table:
         return self._cache.block(self._name, number, columns=self._columns)
 

@@ -154,6 +154,16 @@ def test_find_keys(cache: Cache, read: list[int]) -> None:
     assert [cache.key(row) for row in ROWS.tolist()] == keys
 
 
+def test_loaded_rows_have_the_same_keys(cache: Cache, read: list[int]) -> None:
+    keys = [*cache.column("key").take(pa.array(ROWS)).to_pylist(), "none"]
+    reader = RowReader(cache, SAMPLES, ["key"])
+    found = [reader.find_key(key) for key in keys]
+    reader.load()
+    read.clear()
+    assert [reader.find_key(key) for key in keys] == found == [*ROWS, -1]
+    assert not read
+
+
 @pytest.mark.parametrize("has_statistics", [True, False])
 def test_keys_are_looked_for_where_they_are_first(cache: Cache, *, has_statistics: bool) -> None:
     folder = cache.path.parent / f"sorted-{has_statistics}"
