@@ -50,11 +50,15 @@ class Recipe:
 
 
 _TOKEN = {"projector": "token+token_mlp", "initialization": "random", "dropout": 0.5}
+_MLP = {"projector": "mlp", "loss": "siglip"}
+_LONG = Schedule(2_000_000, 10, 100)
 RECIPES = (
     Recipe(fewest=0, options={"projector": "linear", "shrinkage": 10.0}),
     Recipe(fewest=550, options={"projector": "linear", "shrinkage": 1.0}),
     Recipe(fewest=5_500, options={"projector": "linear", "shrinkage": 0.1}),
-    Recipe(fewest=17_000, options=_TOKEN, schedule=Schedule(2_000_000, 10, 100)),
+    Recipe(fewest=17_000, options=_TOKEN, schedule=_LONG),
+    Recipe(fewest=70_000, options={**_MLP, "dropout": 0.5}, schedule=_LONG),
+    Recipe(fewest=130_000, options={**_MLP, "dropout": 0.1}, schedule=_LONG),
 )
 """Recipes in ascending order of pairs, chosen on icons: docs/benchmarks/icons.md. They change halfway between the sizes
 that were measured, on a logarithmic axis.
