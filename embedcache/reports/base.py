@@ -245,6 +245,11 @@ class Curves(NamedTuple):
     places: Sequence[float] = ()
 
 
+def _percent_tick(value: float, *, is_signed: bool) -> str:
+    text = f"{value:+.1%}" if is_signed and value else f"{value:.1%}"
+    return text.replace(".0%", "%")
+
+
 def estimate_curves(
     panels: Mapping[str, Curves],
     *,
@@ -284,7 +289,7 @@ def estimate_curves(
         ticks = [tick for tick, above in pairwise((*_LOG_TICKS, 1.0)) if above >= lowest and tick / 2 < highest]
         axes_P[0].set_yticks(ticks, [f"{tick:.1%}" if tick < 0.01 else f"{tick:.0%}" for tick in ticks])
     else:
-        axes_P[0].yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}" if is_gain and value else f"{value:.0%}")
+        axes_P[0].yaxis.set_major_formatter(lambda value, _: _percent_tick(value, is_signed=is_gain))
         axes_P[0].set_ylim(bottom=None if is_gain else 0)
     for axes in axes_P:
         axes.minorticks_off()

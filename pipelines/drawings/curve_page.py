@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from embedcache.cli.console import print_line, print_table
 from embedcache.metrics.intervals import Estimate
 from embedcache.provenance import digest_file
-from embedcache.reports.base import Curves, Table, estimate_curves
+from embedcache.reports.base import Curves, Table, estimate_curves, format_count
 from pipelines.drawings.curve import RECIPES, Recipe, curve_sizes, open_runs, run_all
 from pipelines.drawings.curve_results import (
     cost_table,
@@ -143,7 +143,7 @@ def summarize(values: Mapping[str, Any]) -> str:
 
 def curve_figure(values: Mapping[str, Any], test: str) -> Figure:
     """Draw each recipe by the number of pairs, both axes logarithmic, beside the control and chance."""
-    names, places = size_names(values), list(values["num_pairs"].values())
+    names, places = _ticks(values), list(values["num_pairs"].values())
     panels = {}
     for measure, found in values["tests"][test].items():
         lines = {name: [estimate_of(of_size[size]) for size in names] for name, of_size in found["recipes"].items()}
@@ -160,10 +160,16 @@ def curve_figure(values: Mapping[str, Any], test: str) -> Figure:
 
 def gain_figure(values: Mapping[str, Any]) -> Figure:
     """Draw what each trained recipe gains over the closed form, by the number of pairs, a panel for each retrieval."""
-    names, places = size_names(values), list(values["num_pairs"].values())
+    names, places = _ticks(values), list(values["num_pairs"].values())
     panels = {}
     for test in (NAMES, FAMILIES, EMOJI):
         gains = next(iter(values["tests"][test].values()))["gains"]
         lines = {name: [estimate_of(of_size[size]) for size in names] for name, of_size in gains.items()}
         panels[test] = Curves(list(names.values()), lines, places)
     return estimate_curves(panels, x="training pairs", y="gain in recall at 10", is_gain=True)
+
+
+def _ticks(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return size -> number of pairs in thousands, such as `161k`, short enough for neighbors on a logarithmic axis."""
+    counts = values["num_pairs"].items()
+    return {size: format_count(count) if count < 1000 else f"{count / 1000:,.0f}k" for size, count in counts}

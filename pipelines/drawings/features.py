@@ -151,8 +151,9 @@ def run_features(data: Data, seed: int, size: int = NUM_PAIRS, compared: Compare
     def measure() -> dict[str, Any]:
         values = features_json(runs, chosen, compared)
         outcomes = pair_outcomes(values, compared, [_measure_pairs(runs, compared, draw) for draw in _DRAWS])
-        write_feature_pages(folder, values, outcomes)
-        return {**values, "pairs": _table_json(pair_table(outcomes)), "rank": _table_json(correlation_table(outcomes))}
+        ranked = correlation_table(outcomes)
+        write_feature_pages(folder, values, outcomes, ranked)
+        return {**values, "pairs": _table_json(pair_table(outcomes)), "rank": _table_json(ranked)}
 
     values = data.step("features", {"runs": trained}, measure)
     print_table(*token_table(values), title="tokens")
@@ -261,14 +262,14 @@ def _table_json(table: Table) -> list[dict[str, str]]:
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def write_feature_pages(path: Path, values: Mapping[str, Any], outcomes: Outcomes) -> None:
-    """Write the page as HTML and Markdown."""
+def write_feature_pages(path: Path, values: Mapping[str, Any], outcomes: Outcomes, ranked: Table) -> None:
+    """Write the page as HTML and Markdown, with the rank correlations of `correlation_table`."""
     parts = [
         Part("Tokens", [_TOKEN_NOTE], token_table(values)),
-        Part("Encoders", [_PAIR_NOTE], correlation_table(outcomes), correlation_figure(outcomes), "encoders"),
+        Part("Encoders", [_PAIR_NOTE], ranked, correlation_figure(outcomes), "encoders"),
         Part("All pairs of features", ["Sorted by recall."], pair_table(outcomes)),
     ]
-    write_pages(path, TITLE, parts, notes=NOTES, summary=summarize(values, outcomes), credit=CREDIT)
+    write_pages(path, TITLE, parts, notes=NOTES, summary=summarize(values, len(outcomes.pairs), ranked), credit=CREDIT)
 
 
 def token_table(values: Mapping[str, Any]) -> Table:
@@ -282,14 +283,14 @@ def token_table(values: Mapping[str, Any]) -> Table:
     return ["image feature", "bytes", *values["tests"], "seconds", "TFLOP"], [*rows, ["chance", "", *chances, "", ""]]
 
 
-def summarize(values: Mapping[str, Any], outcomes: Outcomes) -> str:
+def summarize(values: Mapping[str, Any], num_pairs: int, ranked: Table) -> str:
     """Return which tokens are best, and whether the probe on few pairs chooses the best encoders."""
     found = values["tests"][NAMES]["values"]
     tokens = ", ".join(f"{name} {format_estimate(estimate_of(found[name]))}" for name in values["num_bytes"])
-    columns, rows = correlation_table(outcomes)
+    columns, rows = ranked
     probe = dict(zip(columns, rows[0], strict=True))
     return (
-        f"R@10 on {NAMES}, by tokens: {tokens}. The ranking of {len(outcomes.pairs)} pairs of features by the "
+        f"R@10 on {NAMES}, by tokens: {tokens}. The ranking of {num_pairs} pairs of features by the "
         f"{probe['metric']} on {format_count(NUM_MEASURED)} pairs has a Spearman correlation of {probe['Spearman']} "
         f"with that by {probe['training']}; its choice reaches {probe['recall of its choice']}, the best pair "
         f"{probe['best recall']}."

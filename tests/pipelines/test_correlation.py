@@ -15,7 +15,7 @@ NAMES = [(f"a/{image}", f"b/{text}") for image in "xyz" for text in "uv"]
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.rank_correlation.rank_correlation", partial(rank_correlation, num_draws=20))
+    monkeypatch.setattr("pipelines.correlation.rank_correlation", partial(rank_correlation, num_draws=20))
 
 
 def exactly(value: float) -> Estimate:

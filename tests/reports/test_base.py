@@ -7,9 +7,11 @@ import pytest
 
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import (
+    Curves,
     PageItem,
     Section,
     count_histogram,
+    estimate_curves,
     estimates_json,
     format_count,
     format_estimate,
@@ -68,3 +70,13 @@ def test_no_row_of_a_table_in_a_section_is_emphasized(tmp_path: Path) -> None:
     table = ["samples", "recall"], [["200", "0.100"], ["2,000", "0.300"]]
     write_report(tmp_path / "page.html", title="T", summary="S", sections=[Section(title="by size", table=table)])
     assert (tmp_path / "page.html").read_text().count("<tr>") == 3  # the names of the columns, then rows alike
+
+
+def test_ticks_of_curves_say_tenths_of_percents_where_they_are_some() -> None:
+    lines = {"a": [Estimate(value, value, value) for value in (-0.025, 0.125)]}
+    for is_gain, expected in ((True, {"-2.5%", "+2.5%", "0%", "+5%"}), (False, {"2.5%", "0%", "5%"})):
+        figure = estimate_curves({"": Curves(["1", "2"], lines)}, x="", y="", is_gain=is_gain)
+        axes = figure.axes[0]
+        axes.set_yticks([-0.025, 0.0, 0.025, 0.05])
+        figure.canvas.draw()
+        assert expected <= {label.get_text() for label in axes.get_yticklabels()}
