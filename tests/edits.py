@@ -15,3 +15,10 @@ def edit_record(path: Path, replace: dict[str, str] | None = None, **values: Any
         assert old in text, old
         text = text.replace(old, new)
     path.write_text(text)
+
+
+def exchange(path: Path, data: bytes | bytearray) -> None:
+    """Put another file in place of one, which threads of FAISS that read ahead may still have mapped."""
+    other = path.with_suffix(".other")
+    other.write_bytes(data)
+    other.replace(path)

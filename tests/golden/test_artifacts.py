@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import CorruptError
+from tests.edits import exchange
 from tests.golden import commands
 from tests.golden.commands import ARTIFACTS, read_json
 
@@ -185,7 +186,7 @@ def test_index_with_a_checksum_per_list_is_searched() -> None:
     assert_close(found, read_json(ARTIFACTS / "figures.json")["search on the disk"])
     lists = Path("disk-index-4/lists-95.ivfdata")
     data = lists.read_bytes()
-    lists.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    exchange(lists, bytes([data[0] ^ 1]) + data[1:])
     with pytest.raises(CorruptError, match=r"lists-95.ivfdata: expected checksum \w+ of list \d, got"):
         commands.embedcache("verify", "disk-index-4")
 

@@ -19,6 +19,7 @@ from embedcache.search.search import OpenIndex
 from embedcache.search.settings import IndexSettings
 from embedcache.store.arrays import SKIP_CHECKSUMS, file_checksum
 from embedcache.store.cache import Cache
+from tests.edits import exchange
 
 ON_DISK: dict[str, Any] = {"feature": "open_toy/cls", "min_recall": 0.0, "on_disk": True}
 LISTS = "lists-300.ivfdata"
@@ -60,7 +61,7 @@ def bounds(path: Path) -> list[int]:
 def flip(path: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 1
-    path.write_bytes(data)
+    exchange(path, data)
 
 
 def write_card(path: Path, **changes: Any) -> None:
@@ -97,7 +98,7 @@ def test_damage_is_found_when_its_list_is_searched(copy: Path, queries_QP: Float
             for nprobe in (4, 9):
                 with pytest.raises(CorruptError, match=CHANGED):
                     opened(copy).search(queries_QP, 5, {"nprobe": nprobe})
-            (copy / LISTS).write_bytes(whole)
+            exchange(copy / LISTS, whole)
     assert num_found == 2 * len(queries_QP)  # each query reads one list, and each list was damaged twice
 
 
