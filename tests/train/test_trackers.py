@@ -276,14 +276,26 @@ def read_wandb(folder: Path, name: str) -> list[tuple[int, float]]:
     found = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         data, place = path.read_bytes(), 7  # after the header; then checksum, length, kind and bytes of each record
-        while place < len(data):
+        while place + 7 <= len(data):
             length, kind = struct.unpack_from("<HB", data, place + 4)
+            if place + 7 + length > len(data):
+                break  # is being written
             assert kind == 1  # whole: the file is smaller than a block
             record = Record.FromString(data[place + 7 : place + 7 + length])
             values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
             if name in values:
                 found.append((values["_step"], values[name]))
             place += 7 + length
+    return found
+
+
+def read_whole(
+    read: Callable[[Path, str], list[tuple[int, float]]], folder: Path, name: str, count: int
+) -> list[tuple[int, float]]:
+    """Read until there are so many values, for some seconds: the process of wandb writes its file when it can."""
+    deadline = time.monotonic() + 20
+    while len(found := read(folder, name)) < count and time.monotonic() < deadline:
+        time.sleep(0.1)
     return found
 
 
@@ -341,7 +353,7 @@ def test_library_records_without_a_network(
             trackers.log(step, {"loss": 1 / (step + 1), "i2t r@1": 0.25})
         trackers.finish(failed=first_step == 0)
     for name, expected in (("loss", [1, 1 / 2, 1 / 3, 1 / 4]), ("i2t r@1", [0.25] * 4)):
-        steps, values = zip(*read(tmp_path, name), strict=True)
+        steps, values = zip(*read_whole(read, tmp_path, name, 4), strict=True)
         assert steps == (0, 1, 2, 3)
         np.testing.assert_allclose(values, expected, rtol=1e-6)
     assert capsys.readouterr().out == ""
