@@ -206,7 +206,7 @@ def _main_measure(values: Mapping[str, Any], test: str) -> Mapping[str, Any]:
 
 
 def summarize(values: Mapping[str, Any]) -> str:
-    """Return which variants differ from their base on names never seen, beyond their intervals."""
+    """Return the variants whose gain over their base on names never seen has an interval without zero."""
     found, lines = _main_measure(values, NAMES), []
     for setting, gains in found["gains"].items():
         differing = [
@@ -218,9 +218,8 @@ def summarize(values: Mapping[str, Any]) -> str:
         value = format_fraction(found["values"][base]["value"])
         lines.append(f"{setting}: {base} {value}; {', '.join(differing) or 'no variant differs'}")
     (count,) = {run["num_pairs"] for run in values["runs"].values()}
-    return (
-        f"R@10 on {NAMES}, trained on {format_count(count)} pairs, and gains beyond their interval. {'. '.join(lines)}."
-    )
+    about = f"R@10 on {NAMES}, trained on {format_count(count)} pairs, and gains whose interval excludes zero."
+    return f"{about} {'. '.join(lines)}."
 
 
 def variant_table(values: Mapping[str, Any], test: str) -> Table:
