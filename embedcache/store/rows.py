@@ -64,13 +64,12 @@ class RowReader:
     def find(self, samples: Ints) -> tuple[Ints, Ints]:
         """Return the first row of each sample in an item table, and how many rows it has: two (S,) int64."""
         samples = np.asarray(samples, np.int64)
+        bounds, places = np.unique(np.concatenate([samples, samples + 1]), return_inverse=True)
         if self._samples_N is not None:
-            starts, stops = (np.searchsorted(self._samples_N, bound) for bound in (samples, samples + 1))
+            first_rows = np.searchsorted(self._samples_N, bounds)
         else:
-            starts, stops = (
-                np.array([self._first_row(sample) for sample in bound.tolist()], np.int64)
-                for bound in (samples, samples + 1)
-            )
+            first_rows = self._first_rows(bounds)
+        starts, stops = np.split(first_rows[places], 2)
         return starts, stops - starts
 
     def find_key(self, key: str) -> int:
@@ -83,14 +82,22 @@ class RowReader:
     def _read_block(self, number: int) -> pa.Table:
         return self._cache.block(self._name, number, columns=self._columns)
 
-    def _first_row(self, sample: int) -> int:
-        """Return the first row of a sample or of a later one, from the few chunks that a binary search reads."""
-        num_blocks = -(-self._num_rows // self._size)
-        number = bisect_left(range(num_blocks), sample, key=self._last_sample)
-        if number == num_blocks:
-            return self._num_rows
-        samples_B = self._cache.block(self._name, number, columns=["sample"])["sample"].to_numpy()
-        return number * self._size + int(np.searchsorted(samples_B, sample))
+    def _first_rows(self, samples: Ints) -> Ints:
+        """Return the first row of each sample or of a later one, from the chunks that hold them; samples ascend.
+
+        A binary search reads a few chunks to find the first one of the samples that are left; then all in it are found.
+        """
+        first_rows = np.full(len(samples), self._num_rows, np.int64)
+        num_blocks, number, start = -(-self._num_rows // self._size), 0, 0
+        while start < len(samples):
+            number = bisect_left(range(num_blocks), int(samples[start]), lo=number, key=self._last_sample)
+            if number == num_blocks:
+                break
+            samples_B = self._cache.block(self._name, number, columns=["sample"])["sample"].to_numpy()
+            stop = int(np.searchsorted(samples, samples_B[-1], "right"))
+            first_rows[start:stop] = number * self._size + np.searchsorted(samples_B, samples[start:stop])
+            number, start = number + 1, stop
+        return first_rows
 
     def _read_last_sample(self, number: int) -> int:
         last: int = self._cache.block(self._name, number, columns=["sample"])["sample"][-1].as_py()

@@ -99,6 +99,14 @@ def read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
+def test_find_many_samples_reads_a_chunk_twice_at_most(cache: Cache, read: list[int]) -> None:
+    """Once to find it, once for all samples in it: not once per sample."""
+    RowReader(cache, "text").find(np.arange(NUM_SAMPLES))
+    num_chunks = -(-len(cache.table("text")) // CHUNK_SIZE)
+    assert sorted(set(read)) == list(range(num_chunks))
+    assert len(read) <= 2 * num_chunks
+
+
 def test_loaded_rows_are_read_once(cache: Cache, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     reader, tables = RowReader(cache, "text"), [cache.table("text")]
     monkeypatch.setattr(Cache, "table", lambda *_: tables.pop())
