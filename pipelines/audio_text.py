@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.cli.console import open_progress, print_line, print_table
+from embedcache.cli.failures import run_program
 from embedcache.errors import PathError
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract
@@ -99,4 +100,4 @@ def train_and_evaluate(cache_path: Path, workdir: Path, *, split: str, is_tiny: 
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

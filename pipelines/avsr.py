@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from embedcache.cli.console import print_table
+from embedcache.cli.failures import run_program
 from pipelines.parallel import run_parallel
 from pipelines.speech.models import ABLATIONS, AUDIO, FUSION, FUSIONS, VIDEO, page_layout, questions
 from pipelines.speech.page import SETS, show_utterances, write_pages
@@ -69,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from embedcache.cli.console import open_progress, print_line, print_table
+from embedcache.cli.failures import run_program
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.settings import ExtractSettings
 from embedcache.reports.retrieval import retrieval_table
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 from embedcache.cli.console import print_table
+from embedcache.cli.failures import run_program
 from embedcache.files import write_atomic
 from pipelines.common import extract_source, markdown_table
 from pipelines.drawings.clip_art import CLIP_ART, STAMPS, list_clip_art, list_stamps, write_table
@@ -70,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

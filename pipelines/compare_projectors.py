@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from embedcache.cli.console import print_line
+from embedcache.cli.failures import run_program
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.train.data import open_data
 from embedcache.train.settings import TrainSettings, train_settings
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

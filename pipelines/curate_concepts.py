@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.cli.console import print_line
+from embedcache.cli.failures import run_program
 from embedcache.curate.select.select import select
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.evaluate.retrieval import evaluate_retrieval
@@ -84,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

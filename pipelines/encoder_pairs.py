@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from embedcache.cli.console import open_progress, print_line, print_table
+from embedcache.cli.failures import run_program
 from embedcache.evaluate.encoder_pairs import evaluate_pairs
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.evaluate.settings import pairs_settings
@@ -84,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

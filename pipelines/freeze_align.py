@@ -16,6 +16,7 @@ from pathlib import Path
 
 import embedcache
 from embedcache.cli.console import open_progress, print_line, print_table
+from embedcache.cli.failures import run_program
 from embedcache.reports.retrieval import retrieval_table
 from embedcache.train.settings import TrainSettings, train_settings
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER, extract_source, with_options
@@ -112,4 +113,4 @@ def align(workdir: Path, pairs: str, recipe: Recipe, training: TrainSettings) ->
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

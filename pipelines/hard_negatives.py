@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from embedcache.cli.console import print_line
+from embedcache.cli.failures import run_program
 from embedcache.curate.negatives import mine_negatives
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.reports.base import INK, estimate_bars
@@ -36,9 +37,8 @@ NOTES = (
     "pairs to train on, projector `mlp`. Produced by `python -m pipelines.hard_negatives work/` on 2 CPU cores.",
     "`curate negatives` lists ten per sample: the nearest by the run trained without (same seed), by other ranks, by"
     " a margin, by the cosine of captions, or random ones as a control. `train --negatives` adds one, drawn in each "
-    "epoch, to each sample of a batch of 512. That halves the samples of the epoch in a batch, so there are more "
-    "steps; training without is also tried with half the batch. Means over three seeds and their splits. Validation "
-    "chose the row with hard negatives, and the one without, that are read on the test part.",
+    "epoch, to each sample of a batch of 512. That halves the samples of the epoch in a batch, so training without is "
+    "also tried with half the batch. Means over three seeds and splits. Validation chose both rows that are tested.",
     "**Hard negatives do not help here, and are off by default.** A batch of 512 has 40% of all pairs, most of what "
     "could be confused. From random weights they are better than half the batch, but hardly more so than random "
     "ones, and the whole batch without any is best. Three per sample and a looser guard were planned and cut for "
@@ -117,4 +117,4 @@ def _plot(tests: Mapping[str, RetrievalReport]) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.cli.console import print_line, print_table
+from embedcache.cli.failures import run_program
 from embedcache.provenance import digest_file
 from pipelines.drawings.ablation import NUM_PAIRS, run_ablation
 from pipelines.drawings.curation import BUDGETS
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

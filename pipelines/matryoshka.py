@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from embedcache.cli.console import print_line
+from embedcache.cli.failures import run_program
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.quickstart.quickstart import TRAINED
@@ -95,4 +96,4 @@ def _plot(reports: Mapping[str, RetrievalReport]) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

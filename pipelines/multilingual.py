@@ -9,6 +9,7 @@ docs/benchmarks/multilingual.md and .svg. Existing results in the folder are reu
 from pathlib import Path
 
 from embedcache.cli.console import print_line
+from embedcache.cli.failures import run_program
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.train.data import open_data
@@ -70,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import embedcache
+from embedcache.cli.failures import run_program
 from embedcache.dataset.thumbnails import Thumbnails, credit
 from embedcache.search.hits import Hit
 
@@ -55,4 +56,4 @@ def search_test_images(folder: Path) -> Sequence[Sequence[Hit]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

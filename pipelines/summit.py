@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from embedcache.cli.console import print_line, print_table
+from embedcache.cli.failures import run_program
 from pipelines.adaptation import steps
 from pipelines.adaptation.page import write_pages
 from pipelines.adaptation.results import Result, summary_table
@@ -110,4 +111,4 @@ def run_scenario(
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -8,6 +8,7 @@ Writes docs/benchmarks/tokens.md and .svg. Existing results in the folder are re
 from pathlib import Path
 
 from embedcache.cli.console import print_line
+from embedcache.cli.failures import run_program
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.settings import ExtractSettings
 from embedcache.train.data import open_data
@@ -51,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

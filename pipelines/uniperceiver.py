@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from embedcache.cli.console import print_table
+from embedcache.cli.failures import run_program
 from pipelines.parallel import run_parallel
 from pipelines.perceiver.images import show_images
 from pipelines.perceiver.measures import MEASURED, evaluation_steps
@@ -58,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from embedcache.cli.console import print_line, print_table
+from embedcache.cli.failures import run_program
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
 from embedcache.extract.settings import ExtractSettings
@@ -65,4 +66,4 @@ def prompts_location(folder: Path, images: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -12,8 +12,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from embedcache.devices import announce
 from embedcache.errors import DataError, PathError, visible
 from embedcache.files import read_limited
@@ -72,7 +70,7 @@ def resumable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print("Interrupted. Finished work is kept; rerun the same command to resume.", file=sys.stderr)
-        raise typer.Exit(_INTERRUPTED) from None
+        sys.exit(_INTERRUPTED)
 
 
 def print_line(line: str) -> None:

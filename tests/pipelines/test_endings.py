@@ -1,0 +1,28 @@
+"""How pipelines end."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+import pipelines
+
+PROGRAMS = sorted(path for path in Path(pipelines.__path__[0]).glob("*.py") if "__main__" in path.read_text())
+
+
+def test_users_error_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["icons", str(tmp_path / "work"), "--icons", str(tmp_path / "nope")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("pipelines.icons", run_name="__main__", alter_sys=True)
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "nope: expected the folder of the npm package @iconify/json" in line
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_all_end_like_the_command(path: Path) -> None:
+    assert path.read_text().endswith('if __name__ == "__main__":\n    run_program(main)\n')
