@@ -106,9 +106,10 @@ _BATCH_NOTE = (
     "its learning rate (1e-3, 4e-3) by the validation recall of the first seed. The loss is exact for every size: its "
     "similarities are computed in tiles."
 )
+_RETRIEVAL = "R@10 over the queries of both directions."
 _INTERVALS = (
-    "R@10 over the queries of both directions. Brackets hold 95% percentile intervals from 1,000 resamples of both "
-    "seeds and items (icons of one name are drawn together), the same for all variants."
+    "Brackets hold 95% percentile intervals from 1,000 resamples of both seeds and items (icons of one name are drawn "
+    "together), the same for all variants."
 )
 _TAKEN = (
     "Means over seeds, of one thread; seconds include all of the run, or what followed its last interruption, on a "
@@ -191,9 +192,11 @@ def _estimates_json(
 def write_ablation_pages(path: Path, values: Mapping[str, Any]) -> None:
     """Write the page as HTML and Markdown, from its JSON values."""
     intervals = _INTERVALS + " With one seed they are over items only." * (len(values["seeds"]) == 1)
+    retrieval = f"{_RETRIEVAL} {intervals}"
+    about = {test: retrieval if len(measures) > 1 else intervals for test, measures in values["tests"].items()}
     parts = [
-        Part("Gains over the base", [intervals], figure=gain_figure(values), name="gains"),
-        *(part_of_test(test, intervals, variant_table(values, test)) for test in values["tests"]),
+        Part("Gains over the base", [retrieval], figure=gain_figure(values), name="gains"),
+        *(part_of_test(test, about[test], variant_table(values, test)) for test in values["tests"]),
         Part("What training takes", [_TAKEN], cost_table(values)),
     ]
     notes = [*NOTES, _BATCH_NOTE] if "batch" in values["groups"] else NOTES
