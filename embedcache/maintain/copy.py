@@ -176,14 +176,12 @@ def _copy(
     caches = list({id(segment.cache): segment.cache for segment in segments}.values())
     features = [features] if isinstance(features, str) else features
     named, left_out = _choose(caches, features)
-    done = 0
     if info_path(out_path).is_file():
-        stored = read_info(out_path)
-        check_same(f"cache {out_path}", stored.source, description, next_step="give the path of a new folder")
-        done = len(stored.all_segments)
-    for count in range(max(done, 1), len(segments) + 1):
-        source = CopySource(segments[:count], description)
-        index(source, out_path, chunk_size=caches[0].info.chunk_size, extend=count > 1, progress=progress)
+        stored = read_info(out_path).source
+        check_same(f"cache {out_path}", stored, description, next_step="give the path of a new folder")
+    sizes = [len(segment.samples) for segment in segments]
+    source, chunk_size = CopySource(segments, description), caches[0].info.chunk_size
+    index(source, out_path, chunk_size=chunk_size, extend=True, segment_sizes=sizes, progress=progress)
     out = Cache(out_path)
     remove_partials(out.path)
     request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}

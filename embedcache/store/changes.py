@@ -2,15 +2,15 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 from embedcache.errors import FingerprintError
 from embedcache.modalities import FILE_MODALITIES
 from embedcache.progress import Progress
-from embedcache.sources.base import FileItem, Sample
+from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.store.layout import CacheInfo
 from embedcache.store.removed import RemovedSamples, read_removed
 from embedcache.store.table_writer import BATCH, digest_input
@@ -85,6 +85,44 @@ def find_changes(
         new_digest=new.digest.hexdigest(),
         num_removed=num_removed,
     )
+
+
+def digest_segments(
+    source: Source,
+    step: str,
+    num_samples: int,
+    limit: int | None,
+    sizes: Sequence[int],
+    on_batch: Callable[[list[Sample]], None],
+    progress: Progress,
+) -> list[str]:
+    """Read the samples of a source; return the SHA-256 of each segment. Memory: one batch.
+
+    Args:
+        step: what progress calls it.
+        num_samples: number of samples that are expected; 0: unknown.
+        limit: the most samples to read; None: all.
+        sizes: numbers of samples of the segments; none: all samples are one.
+        on_batch: gets the samples.
+    """
+    bounds, start = list(accumulate(sizes[:-1])), 0
+    segments, samples = [hashlib.sha256() for _ in range(len(bounds) + 1)], islice(source.samples(), limit)
+    progress.start(step, num_samples, "samples")
+    while batch := list(islice(samples, BATCH)):
+        cuts = [0, *(min(max(bound - start, 0), len(batch)) for bound in bounds), len(batch)]
+        for segment, (first, stop) in zip(segments, pairwise(cuts), strict=True):
+            segment.update(digest_input(batch[first:stop]))
+        on_batch(batch)
+        start += len(batch)
+        progress.advance(len(batch))
+    progress.finish()
+    skipped: Mapping[str, int] = getattr(source, "skipped", {})
+    if skipped:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(skipped.items(), key=lambda pair: -pair[1])[:5])
+        more = f", and {len(skipped) - 5} more kinds" if len(skipped) > 5 else ""
+        svg = "; --svg takes the .svg files" if ".svg" in skipped else ""
+        progress.note(f"skipped {sum(skipped.values()):,} files of kinds that samples do not have: {kinds}{more}{svg}")
+    return [segment.hexdigest() for segment in segments]
 
 
 def source_changed(

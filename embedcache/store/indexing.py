@@ -1,12 +1,11 @@
 """Indexing a source: every sample and item gets a row in the tables of a cache, before any model runs."""
 
-import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 
 from embedcache.errors import FingerprintError, PathError, SettingError, SourceError, UnfinishedError
@@ -18,7 +17,7 @@ from embedcache.provenance import check_same, digest, read_json, write_json
 from embedcache.sources.base import Sample, Source
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.cache import Cache
-from embedcache.store.changes import SourceChanges, find_changes, source_changed
+from embedcache.store.changes import SourceChanges, digest_segments, find_changes, source_changed
 from embedcache.store.layout import (
     DEFAULT_CHUNK_SIZE,
     INTERRUPTED_REMOVAL,
@@ -34,7 +33,7 @@ from embedcache.store.layout import (
     samples_path,
     write_info,
 )
-from embedcache.store.table_writer import BATCH, TableWriter, digest_input
+from embedcache.store.table_writer import TableWriter
 from embedcache.store.tables import ITEM_SCHEMAS, item_tables
 
 _CACHE_FILES = {LOCK, "cache.json", "mending.json", "removed.parquet", "samples.parquet", *ITEM_SCHEMAS}
@@ -48,6 +47,7 @@ def index(
     limit: int | None = None,
     extend: bool = False,
     accept_replaced: bool = False,
+    segment_sizes: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> CacheInfo:
     """Write the sample and item tables of a source, or check that a cache still matches its source.
@@ -62,6 +62,7 @@ def index(
             the first of those that it lacks; the source is read no further than needed. None: all.
         extend: append samples of the source that the cache lacks.
         accept_replaced: accept other bytes of items on which all encoders failed.
+        segment_sizes: numbers of samples that a new cache records as if they were added one after another.
 
     Raises:
         PathError: the folder contains other files, or the path is a file.
@@ -83,7 +84,7 @@ def index(
             return info
     with locked(cache_path), disk_errors(cache_path):  # check again: another process may have been first
         if not info_path(cache_path).is_file():
-            return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, limit, progress)
+            return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, limit, segment_sizes, progress)
         info = read_info(cache_path)
         if _has_features(cache_path) or info.is_partial:
             _check_chunk_size(cache_path, info, chunk_size)
@@ -95,7 +96,7 @@ def index(
         ):
             return info
         _discard(cache_path)
-        return _create(source, cache_path, chunk_size or info.chunk_size, limit, progress)
+        return _create(source, cache_path, chunk_size or info.chunk_size, limit, segment_sizes, progress)
 
 
 def _open_folder(cache_path: Path) -> bool:
@@ -170,7 +171,9 @@ def _is_unchanged(
     if len(info.all_segments) == 1 and not info.is_partial:
         num_read = info.num_samples + (1 if max_new is None else min(1, max_new))  # tells whether the source has grown
         stored = info.index_digest
-        return _digest(source, "checking samples", info.num_samples, num_read, _count_only, progress) == stored
+        return digest_segments(source, "checking samples", info.num_samples, num_read, (), _count_only, progress) == [
+            stored
+        ]
     try:
         changes = find_changes(
             cache_path, info, source.samples(), on_new=_count_only, max_new=max_new, extend=extend, progress=progress
@@ -193,47 +196,33 @@ def _note_removed(changes: SourceChanges, progress: Progress) -> None:
         progress.note(f"left out {changes.num_removed:,} samples of the source that were removed from this cache")
 
 
-def _digest(
+def _create(
     source: Source,
-    step: str,
-    num_samples: int,
+    cache_path: Path,
+    chunk_size: int,
     limit: int | None,
-    on_batch: Callable[[list[Sample]], None],
+    segment_sizes: Sequence[int],
     progress: Progress,
-) -> str:
-    index_digest, samples = hashlib.sha256(), islice(source.samples(), limit)
-    progress.start(step, num_samples, "samples")
-    while batch := list(islice(samples, BATCH)):
-        index_digest.update(digest_input(batch))
-        on_batch(batch)
-        progress.advance(len(batch))
-    progress.finish()
-    skipped: Mapping[str, int] = getattr(source, "skipped", {})
-    if skipped:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(skipped.items(), key=lambda pair: -pair[1])[:5])
-        more = f", and {len(skipped) - 5} more kinds" if len(skipped) > 5 else ""
-        svg = "; --svg takes the .svg files" if ".svg" in skipped else ""
-        progress.note(f"skipped {sum(skipped.values()):,} files of kinds that samples do not have: {kinds}{more}{svg}")
-    return index_digest.hexdigest()
-
-
-def _create(source: Source, cache_path: Path, chunk_size: int, limit: int | None, progress: Progress) -> CacheInfo:
+) -> CacheInfo:
     with scratch_folder(cache_path) as folder:
         writer = TableWriter(folder, chunk_size)
-        index_digest = _digest(source, "indexing", 0, limit, writer.add, progress)
+        digests = digest_segments(source, "indexing", 0, limit, segment_sizes, writer.add, progress)
         if not writer.num_samples:
             raise SourceError(
                 f"{source.describe().get('path', 'the source')}: expected samples, got none; "
                 "use a source that contains images, captions or other items"
             )
+        sizes = segment_sizes or [writer.num_samples]
+        segments = tuple(Segment(num_samples=size, digest=of) for size, of in zip(sizes, digests, strict=True))
         info = CacheInfo(
             chunk_size=chunk_size,
             source=dict(source.describe()),
-            index_digest=index_digest,
+            index_digest=combined_digest(segments),
             num_samples=writer.num_samples,
             num_items=writer.close(),
             table_digests=writer.digests,
             table_checksums=writer.checksums,
+            segments=segments if len(segments) > 1 else (),
         )
         put_tables(folder, cache_path)
     write_info(cache_path, info)

@@ -1,6 +1,7 @@
 """Cutting and merging: the same values in new rows, nothing encoded, and the same bytes after a kill."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.copy import cut_cache, merge_caches
 from embedcache.maintain.remove import remove_samples
+from embedcache.maintain.samples import SegmentSamples
 from embedcache.sources import open_source, reopen_source
-from embedcache.sources.base import FileItem
+from embedcache.sources.base import FileItem, Sample
 from embedcache.store.cache import Cache
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import verify
@@ -162,6 +164,19 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
     source = reopen_source(Cache(first).info.source)
     with pytest.raises(SettingError, match="was merged from caches of .*; extract into each of these"):
         extract(source, tmp_path / "both", image_encoder=[IMAGE])
+
+
+def test_merge_reads_each_sample_once(halves: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    iterate = SegmentSamples.read
+
+    def counted(self: SegmentSamples) -> Iterator[Sample]:
+        read.extend(self.samples.tolist())
+        return iterate(self)
+
+    monkeypatch.setattr(SegmentSamples, "read", counted)
+    merge_caches(halves, tmp_path / "whole")
+    assert sorted(read) == sorted([*range(6), *range(6)])
 
 
 def test_cut_and_merged_again_is_the_same_source(made: Path, halves: list[Path], tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_row_group_holds_a_chunk(
     index(rows(10), tmp_path / "whole", chunk_size=chunk_size)
     assert group_rows(items_path(tmp_path / "whole", "image")) == images
     assert group_rows(items_path(tmp_path / "whole", "text")) == texts
-    monkeypatch.setattr("embedcache.store.indexing.BATCH", 3)
+    monkeypatch.setattr("embedcache.store.changes.BATCH", 3)
     progress = RecordedProgress()
     index(rows(10), tmp_path / "batches", chunk_size=chunk_size, progress=progress)
     assert (progress.started, progress.advances) == ([("indexing", 0, "samples")], [3, 3, 3, 1])
@@ -126,7 +126,7 @@ def test_columns_of_mixed_types_are_texts(tmp_path: Path, values: list[object], 
 
 
 def test_columns_that_change_their_type_between_batches_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.store.indexing.BATCH", 2)
+    monkeypatch.setattr("embedcache.store.changes.BATCH", 2)
     samples = [Sample(key=f"k{number}", columns={"x": value}) for number, value in enumerate([1, 2, "b", "c"])]
     with pytest.raises(SourceError, match="a column of the source changes its type between samples: .*x"):
         index(Rows(samples), tmp_path / "c")
