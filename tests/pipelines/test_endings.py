@@ -16,7 +16,7 @@ def test_users_error_is_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["icons", str(tmp_path / "work"), "--icons", str(tmp_path / "nope")])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("pipelines.icons", run_name="__main__", alter_sys=True)
+        runpy.run_path(str(Path(pipelines.__path__[0]) / "icons.py"), run_name="__main__")
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
