@@ -13,6 +13,7 @@ from embedcache.reports.base import COLORS, GRID, INK, Table, format_estimate, f
 from pipelines.common import markdown_table, write_markdown_page
 from pipelines.rank_correlation import rank_correlation
 
+UNDEFINED = "all equal"
 Pair = tuple[str, str]
 """An image feature and a text feature."""
 
@@ -48,16 +49,21 @@ class Outcomes:
 def correlation_table(outcomes: Outcomes) -> Table:
     """Return the rank correlations with their intervals, one row per recipe and metric.
 
-    The last two columns are the recall of the pair with the highest metric, and the best recall of any pair.
+    The last two columns are the recall of the pair with the highest metric, and the best recall of any pair. Where all
+    pairs are equal, no correlation is defined and no pair is chosen.
     """
     rows = []
     for recipe in outcomes.recalls:
         recalls = outcomes.recall(recipe)
         for metric, name in METRICS.items():
             values = outcomes.metric(metric)
+            best = format_fraction(recalls.max())
+            if min(np.ptp(values), np.ptp(recalls)) == 0:  # neither ranks nor chooses
+                rows.append([name, recipe, UNDEFINED, UNDEFINED, UNDEFINED, best])
+                continue
             found = rank_correlation(values, recalls)
-            chosen = [format_fraction(recalls[values.argmax()]), format_fraction(recalls.max())]
-            rows.append([name, recipe, format_estimate(found.spearman), format_estimate(found.kendall), *chosen])
+            chosen = format_fraction(recalls[values.argmax()])
+            rows.append([name, recipe, format_estimate(found.spearman), format_estimate(found.kendall), chosen, best])
     return ["metric", "training", "Spearman", "Kendall", "recall of its choice", "best recall"], rows
 
 

@@ -141,7 +141,8 @@ def evaluate_pairs(
         UnknownNameError: no such feature or language, or the cache has no feature of a modality.
         UnfinishedError: a named feature has missing chunks, or all have.
         SettingError: k is not below the number of samples, or nothing can be held out.
-        DataError: too few samples have all features, or a feature is constant, NaN or infinite.
+        DataError: too few samples have all features or are in the validation part, or a feature is constant, NaN or
+            infinite.
     """
     settings, progress = replace_flat(settings or PairsSettings(), with_split_seed(options)), to_progress(progress)
     cache = Cache(cache)
@@ -151,6 +152,13 @@ def evaluate_pairs(
         progress.note(line)
     pairs = draw_samples(cache, images, texts, settings)
     sample = split_samples(pairs, cache, (images[0], texts[0]), settings.split, progress)
+    num_candidates = min(len(sample.val.first.rows), len(sample.val.second.rows))
+    if num_candidates <= _RECALL_K:  # then any order of them has a recall of 1
+        raise DataError(
+            f"expected more than {_RECALL_K} images and texts in the validation part, on which R@{_RECALL_K} of the "
+            f"probe is measured, got {num_candidates} of {len(sample.samples):,} drawn samples: draw more with "
+            "--num-samples, or use a split with a larger validation part, as by --val-fraction 0.25"
+        )
     if settings.k >= len(sample.samples):
         raise SettingError(f"k: expected less than the {len(sample.samples)} compared samples, got {settings.k}")
     metrics = _measure_pairs(sample, images, texts, settings, progress)

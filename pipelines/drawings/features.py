@@ -27,11 +27,11 @@ from embedcache.store.columns import Column
 from embedcache.store.feature import Feature
 from embedcache.train.recipes import Schedule
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER, extract_source
-from pipelines.correlation import Outcomes, correlation_figure, correlation_table, pair_table
+from pipelines.correlation import UNDEFINED, Outcomes, correlation_figure, correlation_table, pair_table
 from pipelines.drawings.ablation import NUM_PAIRS
 from pipelines.drawings.curve import RECIPES, Recipe, SeedRuns, open_runs, question, run_all, selection_path
 from pipelines.drawings.curve_page import CREDIT
-from pipelines.drawings.curve_results import estimate_json, estimate_of, run_json
+from pipelines.drawings.curve_results import estimate_json, estimate_of, format_gain, run_json
 from pipelines.drawings.results import EMOJI, FAMILIES, NAMES
 from pipelines.drawings.steps import Data
 from pipelines.results.measured import Result, Results, with_both
@@ -39,6 +39,7 @@ from pipelines.results.pages import Part, write_pages
 
 _MEASURE = "R@10"
 NUM_MEASURED = 1_000
+_VALIDATION = 0.25
 _DRAWS = (0, 1, 2)
 _SCHEDULE = Schedule(1_000_000, 10, 30)
 _LITE0, _LITE1, _MINI = "efficientnet-lite0", "efficientnet-lite1", "all-MiniLM-L6-v2"
@@ -119,13 +120,15 @@ NOTES = (
 _TOKEN_NOTE = (
     "The paper's projectors on all rows: `token`, the mean of T over an image's tokens, or for a sum `cls_token`, T of "
     "one vector plus the mean of another T over the tokens; the text side is `token_mlp`. Random initialization, "
-    "dropout 0.3, bfloat16. R@10 over the queries of both directions, with 95% intervals over items and seeds."
+    "dropout 0.3, bfloat16. R@10 over the queries of both directions, and what it gains over the first feature on the "
+    "same items, with 95% intervals over items and seeds."
 )
 _PAIR_NOTE = (
-    "The metrics of `evaluate pairs` on 1,000 pairs of the training and validation parts, the mean of three draws, and "
-    "test R@10 on names never seen, averaged over both directions, after training on all pairs: `mlp` with train's "
-    "defaults, and CCA with the shrinkage that validation chooses. Rank correlations over the pairs of features; their "
-    "intervals are too narrow, since pairs share encoders."
+    "The metrics of `evaluate pairs` on 1,000 pairs, less those of the test part, means of three draws; the probe is "
+    "measured on a quarter of the groups of near-duplicates. Beside them is test R@10 on names never seen, averaged "
+    "over both directions, after training on all pairs: `mlp` with train's defaults, and CCA with the shrinkage that "
+    "validation chooses. Rank correlations over the pairs of features; their intervals are too narrow, since pairs "
+    "share encoders."
 )
 
 
@@ -140,6 +143,7 @@ def run_features(data: Data, seed: int, size: int = NUM_PAIRS, compared: Compare
     (runs,) = open_runs(data, folder, [seed], [size], recipes)
     selection = selection_path(runs.folder, size)
     caches = cut_caches(data, folder, seed, selection)
+    write_pairs_split(folder, seed)
     encoders = {**compared.image_encoders, **compared.text_encoders}
     made = {"pairs": digest_file(selection), "encoders": {name: list(features) for name, features in encoders.items()}}
     data.step("features/encoders", made, lambda: _extract_all(data, compared, caches))
@@ -155,7 +159,8 @@ def run_features(data: Data, seed: int, size: int = NUM_PAIRS, compared: Compare
         write_feature_pages(folder, values, outcomes, ranked)
         return {**values, "pairs": _table_json(pair_table(outcomes)), "rank": _table_json(ranked)}
 
-    values = data.step("features", {"runs": trained}, measure)
+    made = {"runs": trained, "pairs": digest_file(folder / f"pairs-{seed}.parquet")}
+    values = data.step("features", made, measure)
     print_table(*token_table(values), title="tokens")
     print_line(f"{folder}.html; {folder}.json")
     return values
@@ -186,6 +191,21 @@ def cut_caches(data: Data, folder: Path, seed: int, selection: Path) -> dict[str
     return caches
 
 
+def write_pairs_split(folder: Path, seed: int) -> None:
+    """Write `pairs-SEED.parquet`, the split of the cut with a quarter of the pairs outside the test in validation.
+
+    Few pairs are drawn of it: of a hundredth in validation there would be ten, on which any R@10 is 1.
+    """
+    icons = Cache(folder / "icons")
+    split = read_split(folder / f"split-{seed}.parquet", [icons])
+    is_used, groups = np.array(split.parts) != "test", np.array(split.groups)
+    names = np.unique(groups[is_used])
+    validation = np.random.default_rng(seed).choice(names, round(_VALIDATION * len(names)), replace=False)
+    in_validation = is_used & np.isin(groups, validation)
+    parts = np.where(in_validation, "val", np.where(is_used, "train", "test")).tolist()
+    write_split(folder / f"pairs-{seed}.parquet", replace(split, parts=parts))
+
+
 def _extract_all(data: Data, compared: Compared, caches: Mapping[str, Path]) -> dict[str, int]:
     """Extract all features of all caches; return test -> number of samples."""
     for name, path in caches.items():
@@ -205,7 +225,7 @@ def _measure_pairs(runs: SeedRuns, compared: Compared, draw: int) -> PairsReport
         "text_feature": tuple(compared.texts),
         "num_samples": NUM_MEASURED,
         "seed": draw,
-        "split": runs.split.replace("{seed}", str(runs.seed)),
+        "split": str(runs.icons.parent / f"pairs-{runs.seed}.parquet"),
     }
     return evaluate_pairs(runs.icons, pairs_settings(settings), progress=open_progress())
 
@@ -214,7 +234,8 @@ def features_json(runs: SeedRuns, chosen: Mapping[tuple[str, int], int], compare
     """Return all results as JSON values.
 
     `runs`: recipe -> its features, choice, validation recall, and what the training took. `num_bytes`: token feature ->
-    bytes per image. `tests`: test -> `chance`, and `values`, recipe -> R@10 of both directions.
+    bytes per image. `tests`: test -> `chance`, `values`, recipe -> R@10 of both directions, and `gains`, token feature
+    -> what it gains over the first one.
     """
     (size,) = runs.num_pairs
     results = Results(with_both(Result.read(path)) for path in sorted((runs.folder / "results").glob("*.json")))
@@ -230,7 +251,7 @@ def features_json(runs: SeedRuns, chosen: Mapping[tuple[str, int], int], compare
             name: sum(_bytes_per_item(icons.feature("image", feature)) for feature in features)
             for name, features in stored.items()
         },
-        "tests": {test: _test_json(results, question(test, size), names) for test in runs.tests},
+        "tests": {test: _test_json(results, question(test, size), names, list(stored)) for test in runs.tests},
     }
 
 
@@ -238,10 +259,15 @@ def _bytes_per_item(feature: Feature) -> int:
     return int(np.prod(feature.shape[1:])) * np.dtype(feature.dtype).itemsize
 
 
-def _test_json(results: Results, asked: str, names: Sequence[str]) -> dict[str, Any]:
+def _test_json(results: Results, asked: str, names: Sequence[str], tokens: Sequence[str]) -> dict[str, Any]:
     means = results.resample([(name, asked) for name in names], _MEASURE)
-    values = {name: estimate_json(interval_of(column_R)) for name, column_R in zip(names, means.T, strict=True)}
-    return {"chance": round_json(results.seeds(names[0], asked)[0].chance[_MEASURE]), "values": values}
+    columns = dict(zip(names, means.T, strict=True))
+    gains = {name: columns[name] - columns[tokens[0]] for name in tokens[1:]}
+    return {
+        "chance": round_json(results.seeds(names[0], asked)[0].chance[_MEASURE]),
+        "values": {name: estimate_json(interval_of(column_R)) for name, column_R in columns.items()},
+        "gains": {name: estimate_json(interval_of(column_R)) for name, column_R in gains.items()},
+    }
 
 
 def pair_outcomes(values: Mapping[str, Any], compared: Compared, measured: Sequence[PairsReport]) -> Outcomes:
@@ -273,14 +299,23 @@ def write_feature_pages(path: Path, values: Mapping[str, Any], outcomes: Outcome
 
 
 def token_table(values: Mapping[str, Any]) -> Table:
-    """Return the recalls of each token feature by its bytes, with chance."""
-    rows = []
+    """Return the recalls of each token feature by its bytes, with chance, and what it gains over the first one."""
+    rows, tests = [], values["tests"]
     for name, num_bytes in values["num_bytes"].items():
         run = values["runs"][name]
-        recalls = [format_estimate(estimate_of(found["values"][name])) for found in values["tests"].values()]
+        recalls = [
+            cell
+            for found in tests.values()
+            for cell in (format_estimate(estimate_of(found["values"][name])), _gain(found["gains"].get(name)))
+        ]
         rows.append([name, format_count(num_bytes), *recalls, f"{run['seconds']:,.0f}", f"{run['flops'] / 1e12:,.1f}"])
-    chances = [format_fraction(found["chance"]) for found in values["tests"].values()]
-    return ["image feature", "bytes", *values["tests"], "seconds", "TFLOP"], [*rows, ["chance", "", *chances, "", ""]]
+    chances = [cell for found in tests.values() for cell in (format_fraction(found["chance"]), "")]
+    columns = [column for test in tests for column in (test, "gain")]
+    return ["image feature", "bytes", *columns, "seconds", "TFLOP"], [*rows, ["chance", "", *chances, "", ""]]
+
+
+def _gain(value: Mapping[str, Any] | None) -> str:
+    return "" if value is None else format_gain(estimate_of(value))
 
 
 def summarize(values: Mapping[str, Any], num_pairs: int, ranked: Table) -> str:
@@ -289,9 +324,11 @@ def summarize(values: Mapping[str, Any], num_pairs: int, ranked: Table) -> str:
     tokens = ", ".join(f"{name} {format_estimate(estimate_of(found[name]))}" for name in values["num_bytes"])
     columns, rows = ranked
     probe = dict(zip(columns, rows[0], strict=True))
-    return (
-        f"R@10 on {NAMES}, by tokens: {tokens}. The ranking of {num_pairs} pairs of features by the "
-        f"{probe['metric']} on {format_count(NUM_MEASURED)} pairs has a Spearman correlation of {probe['Spearman']} "
-        f"with that by {probe['training']}; its choice reaches {probe['recall of its choice']}, the best pair "
-        f"{probe['best recall']}."
+    ranked_as = (
+        f"All {num_pairs} pairs of features have the same {probe['metric']} on {format_count(NUM_MEASURED)} pairs"
+        if probe["Spearman"] == UNDEFINED
+        else f"The ranking of {num_pairs} pairs of features by the {probe['metric']} on {format_count(NUM_MEASURED)} "
+        f"pairs has a Spearman correlation of {probe['Spearman']} with that by {probe['training']}; its choice reaches "
+        f"{probe['recall of its choice']}, the best pair {probe['best recall']}"
     )
+    return f"R@10 on {NAMES}, by tokens: {tokens}. {ranked_as}."

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from embedcache.arrays import Array, Ints, normalize
 from embedcache.cli.main import app
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import read_split
+from embedcache.dataset.splits import Split, read_split, write_split
 from embedcache.derive.derive import derive_from_run
 from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.evaluate.encoder_pairs import METRICS, PairMetrics, PairsReport, evaluate_pairs
@@ -257,6 +257,11 @@ def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Pat
         compare(cache_path, split=replace(SPLIT, text_cosine=0.1))
     with pytest.raises(DataError, match="expected at least 20 samples .*, got 10 and 5 of 20 samples"):
         compare(cache_path, num_samples=20, split=key)
+    ten = Split(keys=Cache(cache_path).column("key"), parts=["train"] * 290 + ["val"] * 10, groups=np.arange(300))
+    write_split(tmp_path / "ten.parquet", ten)
+    expected = "more than 10 images and texts in the validation part, .*, got 10 of 300 drawn samples: draw more with"
+    with pytest.raises(DataError, match=expected):
+        compare(cache_path, split=SplitSettings(kind=str(tmp_path / "ten.parquet")))
     extract(open_source(write_images(tmp_path / "few", 19)), tmp_path / "f", image_encoder=[IMAGE], text_encoder=[TEXT])
     with pytest.raises(DataError, match="expected at least 20 samples of .* with all of the features, got 19"):
         compare(tmp_path / "f", split=key)

@@ -6,7 +6,7 @@ import pytest
 from embedcache.evaluate.encoder_pairs import METRICS, PairMetrics, PairsReport
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.metrics.intervals import Estimate
-from pipelines.correlation import Outcomes, correlation_table, write_correlations
+from pipelines.correlation import UNDEFINED, Outcomes, correlation_table, write_correlations
 from pipelines.encoder_pairs import mean_recall
 from pipelines.rank_correlation import rank_correlation
 
@@ -75,3 +75,10 @@ def test_page_lists_pairs_by_recall(tmp_path: Path) -> None:
     assert rows[0] == "| a/z | b/v | 0.550 | 0.500 | 0.000 | 0.100 | 0.420 |"
     assert [row.split(" | ")[0] for row in rows] == [f"| a/{name}" for name in "zzyyxx"]
     assert "probe R@10" in (tmp_path / "page.svg").read_text()
+
+
+def test_equal_recalls_are_neither_ranked_nor_chosen_from() -> None:
+    equal = Outcomes(measured=OUTCOMES.measured, recalls={"plain": dict.fromkeys(NAMES, 0.5)})
+    columns, rows = correlation_table(equal)
+    assert [row[columns.index("best recall")] for row in rows] == ["0.500"] * len(METRICS)
+    assert {cell for row in rows for cell in row[2:-1]} == {UNDEFINED}

@@ -338,12 +338,18 @@ def test_features_are_compared_on_a_cut_of_the_icons(
         schedule=Schedule(40, 1, 1),
     )
     with one_core():
-        values = run_features(data, 0, 40, compared)
-        assert run_features(data, 0, 40, compared) == values
+        values = run_features(data, 0, 100, compared)
+        assert run_features(data, 0, 100, compared) == values
     split, icons = read_split(data.folder / "split-0.parquet", [data.icons]), Cache(data.folder / "features" / "icons")
-    assert len(icons) == 40 + len(split.rows("val")) + len(split.rows("test"))
+    assert len(icons) == 100 + len(split.rows("val")) + len(split.rows("test"))
+    of_cut, of_pairs = (read_split(data.folder / f"features/{name}-0.parquet", [icons]) for name in ("split", "pairs"))
+    assert of_pairs.rows("test").tolist() == of_cut.rows("test").tolist()
+    assert len(of_pairs.rows("val")) > 10, "of ten, any R@10 is 1"
+    assert not set(np.array(of_pairs.groups)[of_pairs.rows("val")]) & set(
+        np.array(of_pairs.groups)[of_pairs.rows("train")]
+    )
     assert values["num_bytes"] == {"patch_mean": 2 * 1280, "kmeans:4": 2 * 4 * 1280}
-    assert {run["num_pairs"] for run in values["runs"].values()} == {40}
+    assert {run["num_pairs"] for run in values["runs"].values()} == {100}
     assert len(values["pairs"]) == 3
     found = values["tests"][NAMES]["values"]
     assert found[f"ridge, {lite0}/patch_mean, {mini}/mean"] != found[f"ridge, {lite0}/patch_mean, {mini}/layer4.mean"]
@@ -351,7 +357,9 @@ def test_features_are_compared_on_a_cut_of_the_icons(
     assert values["pairs"][0]["test R@10, ridge"] == f"{best:.3f}"
     page = (data.folder / "features.md").read_text()
     assert "| kmeans:4 | 10,240 |" in page
-    assert f"with that by ridge; its choice reaches {values['rank'][0]['recall of its choice']}" in page
+    assert values["tests"][NAMES]["gains"].keys() == {"kmeans:4"}
+    assert values["rank"][0]["best recall"] == f"{best:.3f}"
+    assert "pairs of features have the same probe R@10 on 1,000 pairs" in page, "27 easy icons: all have 1.000"
 
 
 def test_claim_is_decided_by_intervals() -> None:
