@@ -206,7 +206,8 @@ def test_installed_wheel_works_without_the_repository(wheel: Path, tmp_path: Pat
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index", "--no-deps", "--quiet"]
-    subprocess.run([*pip, str(wheel)], check=True, cwd=tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([*pip, str(wheel)], check=True, cwd=tmp_path, env=environment)
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "others.pth").write_text(sysconfig.get_path("purelib"))  # read after the wheel, without its own .pth
     rng = np.random.default_rng(0)
@@ -230,7 +231,6 @@ assert (files("embedcache.serve") / "page").is_dir()
         "evaluate retrieval cache run --html page.html --json",
         "curate index cache index --run run",
     )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [python, "-c", program, *lines], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
