@@ -14,6 +14,7 @@ from pipelines.common import markdown_table, write_markdown_page
 from pipelines.rank_correlation import rank_correlation
 
 UNDEFINED = "all equal"
+"""Cell of a correlation between values of which one side has no order."""
 Pair = tuple[str, str]
 """An image feature and a text feature."""
 

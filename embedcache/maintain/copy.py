@@ -181,6 +181,7 @@ def _copy(
         check_same(f"cache {out_path}", stored, description, next_step="give the path of a new folder")
     sizes = [len(segment.samples) for segment in segments]
     source, chunk_size = CopySource(segments, description), caches[0].info.chunk_size
+    # extend: else a cut whose call was interrupted before all segments were indexed would count as whole
     index(source, out_path, chunk_size=chunk_size, extend=True, segment_sizes=sizes, progress=progress)
     out = Cache(out_path)
     remove_partials(out.path)
