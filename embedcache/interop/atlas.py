@@ -20,7 +20,7 @@ from embedcache.interop.exporting import VectorExport, check_new_file
 from embedcache.interop.parquet import to_vector_lists, write_rows
 from embedcache.interop.settings import AtlasSettings
 from embedcache.outputs import new_output
-from embedcache.progress import Progress
+from embedcache.progress import NullProgress, Progress
 from embedcache.search.faiss_index import exact_search, make_index
 
 _MIN_POINTS = 4
@@ -51,32 +51,39 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
     vectors_NP = np.concatenate([normalize(block) for block in export.vectors(modality, _BLOCK)])
     if len(vectors_NP) < _MIN_POINTS:
         raise DataError(f"points: expected at least {_MIN_POINTS}, got {len(vectors_NP)}; export more samples")
-    progress.note(f"projecting {len(vectors_NP):,} points with {settings.projection}")
-    points_N2 = project_to_plane(vectors_NP, settings.projection, seed=settings.seed)
-    neighbors = find_neighbors(vectors_NP, device=settings.device)
+    points_N2 = project_to_plane(vectors_NP, settings.projection, seed=settings.seed, progress=progress)
+    neighbors = find_neighbors(vectors_NP, device=settings.device, progress=progress)
     with new_output(path) as temporary:
         tables = _tables(export, images, thumbnails, vectors_NP, points_N2, neighbors, progress)
         write_rows(temporary, tables, export.metadata)
     return len(vectors_NP)
 
 
-def find_neighbors(vectors_NP: Floats, k: int = _NUM_NEIGHBORS, *, device: str = AUTO) -> tuple[Ints, Floats]:
+def find_neighbors(
+    vectors_NP: Floats, k: int = _NUM_NEIGHBORS, *, device: str = AUTO, progress: Progress | None = None
+) -> tuple[Ints, Floats]:
     """Return the k nearest vectors of each, itself included: rows (N, K) int64 and cosine distances (N, K) float32.
 
     Up to 100,000 vectors are compared exactly; more are searched in a graph, and a row for which it found fewer is
     padded with itself. K is smaller if there are fewer vectors.
     """
-    k, rows_N = min(k, len(vectors_NP)), np.arange(len(vectors_NP))
+    progress, k, rows_N = progress or NullProgress(), min(k, len(vectors_NP)), np.arange(len(vectors_NP))
     rows_NK, scores_NK = np.empty((len(vectors_NP), k), np.int64), np.empty((len(vectors_NP), k), np.float32)
     graph = None
     if len(vectors_NP) > _MAX_EXACT:
         graph = make_index(_GRAPH, vectors_NP.shape[1], device=device)
-        graph.add(rows_N, vectors_NP)
+        progress.start("building the graph", len(vectors_NP), "points")
+        for block in blocks(len(vectors_NP), _QUERIES_PER_BLOCK):
+            graph.add(rows_N[block], vectors_NP[block])
+            progress.advance(len(rows_N[block]))
+    progress.start("finding neighbors", len(vectors_NP), "points")
     for block in blocks(len(vectors_NP), _QUERIES_PER_BLOCK):
         if graph is None:
             scores_NK[block], rows_NK[block] = exact_search(vectors_NP[block], [(rows_N, vectors_NP)], k, device=device)
         else:
             scores_NK[block], rows_NK[block] = graph.search(vectors_NP[block], k, _GRAPH_SEARCH)
+        progress.advance(len(rows_N[block]))
+    progress.finish()
     is_missing = rows_NK < 0
     rows_NK[is_missing], scores_NK[is_missing] = np.nonzero(is_missing)[0], 1.0
     return rows_NK, np.maximum(1 - scores_NK, 0)

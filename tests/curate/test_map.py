@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.arrays import Floats
+from embedcache.arrays import Floats, normalize
 from embedcache.curate import map as map_module
 from embedcache.curate.map import (
     FILE,
@@ -93,7 +93,7 @@ def test_large_index_is_sampled(index: OpenIndex, monkeypatch: pytest.MonkeyPatc
 
 def test_umap_places_others_between_neighbors(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     """Items of the fitted sample stay where UMAP puts them; an equal vector lies there too."""
-    monkeypatch.setattr(map_module, "project_to_plane", lambda vectors, *_, **__: vectors[:, :2].copy())
+    monkeypatch.setattr(map_module, "_run_umap", lambda vectors, **_: vectors[:, :2].copy())
     fitted = index.query_encoder.indexed.read(np.arange(40))
     place = map_module._fit(fitted, "umap", seed=0)
     np.testing.assert_allclose(place(fitted[:5]), fitted[:5, :2], atol=1e-3)
@@ -142,7 +142,7 @@ def test_umap_has_fifteen_neighbors(count: int, num_neighbors: int, monkeypatch:
 
 
 def test_umap_is_announced(index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(map_module, "project_to_plane", lambda vectors, *_, **__: vectors[:, :2].copy())
+    monkeypatch.setattr(map_module, "_run_umap", lambda vectors, **_: vectors[:, :2].copy())
     progress = RecordedProgress()
     assert compute_map(index, MapSettings(projection="umap", max_items=40), progress=progress).projection == "umap"
     assert progress.notes == ["fitting UMAP to 40 images"]
@@ -215,7 +215,7 @@ def test_placed_items_are_weighted_means_of_five_anchors(monkeypatch: pytest.Mon
     rng = np.random.default_rng(0)
     fitted = rng.standard_normal((9, 4)).astype(np.float32)
     fitted /= np.linalg.norm(fitted, axis=1, keepdims=True)
-    monkeypatch.setattr(map_module, "project_to_plane", lambda vectors, *_, **__: vectors[:, :2].copy())
+    monkeypatch.setattr(map_module, "_run_umap", lambda vectors, **_: vectors[:, :2].copy())
     other = np.array([[0.6, 0, 0.8, 0]], np.float32)
     cosines = fitted @ other[0]
     near = np.argsort(-cosines)[:5]
@@ -223,6 +223,28 @@ def test_placed_items_are_weighted_means_of_five_anchors(monkeypatch: pytest.Mon
     expected = (weights[:, None] * fitted[near, :2]).sum(axis=0) / weights.sum()
     np.testing.assert_allclose(map_module._fit(fitted, "umap", seed=0)(other)[0], expected, rtol=1e-4)
     assert map_module._fit(fitted[:3], "umap", seed=0)(other).tolist() == [[0, 0]]
+
+
+def test_umap_of_many_is_fitted_to_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that items of the sample stay where UMAP puts them, and that all others are placed."""
+    fitted: list[Floats] = []
+
+    def run_umap(vectors: Floats, **_: Any) -> Floats:
+        fitted.append(vectors)
+        return vectors[:, :2].copy()
+
+    monkeypatch.setattr(map_module, "_run_umap", run_umap)
+    monkeypatch.setattr(map_module, "_MAX_FITTED", 30)
+    vectors = normalize(np.random.default_rng(0).standard_normal((100, 6)).astype(np.float32))
+    progress = RecordedProgress()
+    points = project_to_plane(vectors, "umap", seed=0, progress=progress)
+    assert progress.notes == ["fitting UMAP to 30 of 100 points"]
+    assert progress.counts["placing on the plane"] == 100
+    is_fitted = (vectors[:, None] == fitted[0]).all(axis=2).any(axis=1)
+    assert is_fitted.sum() == len(fitted[0]) == 30
+    np.testing.assert_allclose(points[is_fitted], vectors[is_fitted, :2], atol=1e-3)
+    assert (np.abs(points) <= np.abs(fitted[0][:, :2]).max()).all()
+    assert len(np.unique(points, axis=0)) == 100
 
 
 def test_projection_is_chosen_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
