@@ -15,6 +15,7 @@ from embedcache.errors import CorruptError, SourceError, UnfinishedError
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.imported import ImportedSamples, VectorImport
 from embedcache.interop.settings import ImportSettings
+from embedcache.locks import Leases
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, digest_file, new_record_path, record_stage
 from embedcache.settings import replace_flat
@@ -195,6 +196,8 @@ def _write_chunks(cache: Cache, group: EncoderGroup, vectors: VectorImport, name
     missing = {chunk for chunk in range(cache.info.num_chunks(group.modality)) if not _is_intact(group, chunk)}
     if not missing:
         return 0
+    leases = Leases(group.path / "chunks")  # while it exists, no other process deletes the folder
+    leases.take_part()
     first, size, num_imported = min(missing), cache.info.chunk_size, 0
     progress.start(f"importing {name}", vectors.num_rows - first * size, "vectors")
     for chunk, vectors_BD in enumerate(vectors.blocks(name, first * size, size), start=first):

@@ -105,7 +105,7 @@ def prune_cache(cache: AnyPath | None, settings: PruneSettings | None = None, **
     Raises:
         SettingError: nothing is named, or no cache.
         UnknownNameError: there is no feature of a name, or there are several.
-        PathError: another process extracts, derives or repairs features of that encoder; nothing is deleted.
+        PathError: another process extracts, derives, imports or repairs features of that encoder; nothing is deleted.
     """
     plan = plan_prune(cache, settings, **options)
     if cache is not None:

@@ -1,6 +1,7 @@
 """An import becomes a normal cache, goes on after a stop, and says what is wrong with its files."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,11 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, FingerprintError, PathError, SettingError, SourceError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import repair
+from embedcache.interop import importing
 from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.interop.npy import open_npy_vectors
+from embedcache.maintain.prune import prune_cache
+from embedcache.maintain.settings import PruneSettings
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
@@ -20,10 +24,11 @@ from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
+from embedcache.store.group import EncoderGroup
 from embedcache.store.verify import verify
 from embedcache.train.settings import OptimizerSettings, TrainSettings
 from embedcache.train.train import train
-from tests.crash import crash
+from tests.crash import call, crash
 from tests.extract.cases import tree as files_of
 from tests.interop.cases import import_files, unit_rows, write_tree
 
@@ -133,6 +138,29 @@ def test_resume_after_kill_is_identical(tree: Path, tmp_path: Path, moment: str,
     assert files_of(tmp_path / "cache") != files_of(tmp_path / "whole")
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
     assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
+
+
+def test_features_of_a_running_import_are_kept(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, tried = importing.commit_chunk, []
+
+    def prune_first(group: EncoderGroup, *rest: Any) -> None:
+        tried.append(group.path)
+        if len(tried) == 1:
+            call(expect_refusal, tmp_path / "cache")
+        commit(group, *rest)
+
+    monkeypatch.setattr(importing, "commit_chunk", prune_first)
+    cache, reports = import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    assert tried
+    assert [report.imported for report in reports] == [40, 40]
+    assert not verify(cache)
+    prune_cache(cache.path, PruneSettings(features=("img_emb",)))
+    assert not tried[0].exists()
+
+
+def expect_refusal(cache: Path) -> None:
+    with pytest.raises(PathError, match="img_emb: another process computes features in this folder"):
+        prune_cache(cache, PruneSettings(features=("img_emb",)))
 
 
 def test_train_and_index_on_import(tree: Path, tmp_path: Path) -> None:
