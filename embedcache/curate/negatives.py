@@ -36,6 +36,7 @@ from embedcache.store.cache import Cache
 from embedcache.train.data import TrainData, name_features, open_data
 
 _BLOCK = 8192
+_QUERIES_PER_STEP = 1024  # after which progress is shown
 _MEMORY_BYTES = 4 * 10**9
 
 
@@ -228,7 +229,6 @@ class _Mining:
                 inside = samples[places] - block.start
                 rows = self._queries.rows[first_query[places]]
                 negatives_BK[inside], scores_BK[inside] = self._mine(samples[places], rows, rng)
-            self.progress.advance(places.stop - places.start)
             yield NegativesBlock(negatives_BK, scores_BK)
         self.progress.finish()
 
@@ -267,17 +267,21 @@ class _Mining:
         if self._index is None:
             groups_C = self.groups_S[self._candidates.samples]
             k = min(settings.last_rank, len(groups_C))
-            places_BK, scores_BK = top_k(
-                queries_BP,
-                self._candidate_vectors,
-                k,
-                groups=(groups_B, groups_C),
-                products=products_on(settings.device),
-            )
+            places_BK, scores_BK = np.empty((len(groups_B), k), np.int64), np.empty((len(groups_B), k), np.float32)
+            for part in blocks(len(groups_B), _QUERIES_PER_STEP):
+                places_BK[part], scores_BK[part] = top_k(
+                    queries_BP[part],
+                    self._candidate_vectors,
+                    k,
+                    groups=(groups_B[part], groups_C),
+                    products=products_on(settings.device),
+                )
+                self.progress.advance(part.stop - part.start)
             return np.where(np.isfinite(scores_BK), self._candidates.samples[places_BK], -1), scores_BK
         index, card = self._index
         k = min(2 * settings.last_rank + 64, len(index))  # some are of the query's group, or not selected
         scores_BK, rows_BK = index.search(queries_BP, k, card.search)
+        self.progress.advance(len(groups_B))
         places_BK = np.searchsorted(self._candidates.rows, rows_BK).clip(max=len(self._candidates.rows) - 1)
         samples_BK = self._candidates.samples[places_BK]
         is_other_BK = self.groups_S[samples_BK] != groups_B[:, None]

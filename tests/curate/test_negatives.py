@@ -195,6 +195,7 @@ def test_negatives_equal_a_plain_search(
 ) -> None:
     """Check every sample against a sort of all candidates of other groups, whatever the size of a block."""
     monkeypatch.setattr("embedcache.curate.negatives._BLOCK", 16)
+    monkeypatch.setattr("embedcache.curate.negatives._QUERIES_PER_STEP", 7)
     monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
     path, progress = two_caches[0], RecordedProgress()
     if "index" in options:
@@ -235,6 +236,7 @@ def test_negatives_equal_a_plain_search(
     assert notes == ([] if "index" in options else [f"mining hard negatives: {len(train) ** 2:,} pairs"])
     assert progress.started[-1] == ("mining hard negatives", len(train), "samples")
     assert progress.counts["mining hard negatives"] == len(train)
+    assert max(progress.advances[-5:]) <= (16 if "index" in options else 7)
 
 
 def test_limits_are_inclusive(two_caches: list[Path], own_run: Path, tmp_path: Path) -> None:
