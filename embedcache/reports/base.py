@@ -220,15 +220,27 @@ def label(axes: Any, x: str, y: str = "") -> None:
 
 
 def estimate_bars(
-    axes: Any, estimates: Mapping[str, Estimate], *, height: float, colors: Sequence[str] = COLORS
+    axes: Any,
+    estimates: Mapping[str, Estimate],
+    *,
+    height: float,
+    colors: Sequence[str] = COLORS,
+    is_gain: bool = False,
 ) -> None:
-    """Draw one horizontal bar per named estimate with its interval as a line, the first one at the top."""
+    """Draw one horizontal bar per named estimate with its interval as a line, the first one at the top.
+
+    With `is_gain` the estimates are differences of fractions: signed percentages, and a line at zero.
+    """
     for position, estimate in enumerate(estimates.values()):
         axes.barh(position, estimate.value, color=colors[position % len(colors)], height=height)
         axes.plot([estimate.low, estimate.high], [position, position], color="#111827", linewidth=1.5)
     axes.set_yticks(range(len(estimates)), list(estimates))
     if not axes.yaxis_inverted():
         axes.invert_yaxis()  # once for axes that share it
+    if is_gain:
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(lambda value, _: _percent_tick(value, is_signed=True))
 
 
 class Curves(NamedTuple):

@@ -260,8 +260,7 @@ def gain_figure(values: Mapping[str, Any]) -> Figure:
     for axes, test in zip(axes_P, tests, strict=True):
         found = _main_measure(values, test)["gains"]
         bars = {name: estimate_of(gain) for of_setting in found.values() for name, gain in of_setting.items()}
-        estimate_bars(axes, bars, height=0.6, colors=colors)
-        axes.axvline(0, color=INK, linewidth=0.8)
+        estimate_bars(axes, bars, height=0.6, colors=colors, is_gain=True)
         axes.set_title(test, color=INK, fontsize=11)
         label(axes, "gain in R@10")
     figure: Figure = axes_P[0].figure

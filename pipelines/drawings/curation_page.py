@@ -146,8 +146,7 @@ def gain_figure(values: Mapping[str, Any], test: str) -> Figure:
     for axes_P, (recipe, of_size) in zip(axes_RP, found["recipes"].items(), strict=True):
         for axes, (size, count) in zip(axes_P, sizes.items(), strict=True):
             gains = {name: estimate_of(gain) for name, gain in of_size[size]["gains"].items()}
-            estimate_bars(axes, gains, height=0.6, colors=colors)
-            axes.axvline(0, color=INK, linewidth=0.8)
+            estimate_bars(axes, gains, height=0.6, colors=colors, is_gain=True)
             axes.set_title(f"{recipe}, {count} pairs", color=INK, fontsize=11)
             label(axes, "gain over random" * (recipe == list(found["recipes"])[-1]))
     figure: Figure = axes_RP[0, 0].figure

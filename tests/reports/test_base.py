@@ -1,5 +1,6 @@
 """Numbers, examples and pages of all reports."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from embedcache.reports.base import (
     PageItem,
     Section,
     count_histogram,
+    estimate_bars,
     estimate_curves,
     estimates_json,
     format_count,
@@ -18,6 +20,7 @@ from embedcache.reports.base import (
     format_fraction,
     format_part,
     format_percent,
+    open_axes,
     ranked_example,
     round_json,
     write_report,
@@ -80,3 +83,20 @@ def test_ticks_of_curves_say_tenths_of_percents_where_they_are_some() -> None:
         axes.set_yticks([-0.025, 0.0, 0.025, 0.05])
         figure.canvas.draw()
         assert expected <= {label.get_text() for label in axes.get_yticklabels()}
+
+
+def test_ticks_of_gains_beside_each_other_do_not_overlap() -> None:
+    """Check panels as narrow as those of the pages of icons, whose ticks overlapped as fractions of three decimals."""
+    gains = {"a": Estimate(-0.04, -0.05, -0.03), "b": Estimate(0.077, 0.062, 0.092)}
+    axes_P = open_axes(2.0, width=11.8, ncols=3, sharey=True)
+    for axes in axes_P:
+        estimate_bars(axes, gains, height=0.6, is_gain=True)
+    figure = axes_P[0].figure
+    figure.canvas.draw()
+    for axes in axes_P:
+        low, high = axes.get_xlim()
+        labels = [label for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+        assert {"-5%", "0%", "+5%"} <= {label.get_text() for label in labels}
+        boxes = [label.get_window_extent() for label in labels]
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+        assert [line.get_xdata()[0] for line in axes.lines].count(0) == 1
