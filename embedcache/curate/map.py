@@ -303,8 +303,8 @@ def project_to_plane(
     """Project (N, P) float32 rows of length 1 to two dimensions: (N, 2) float32; at least 4.
 
     `umap` preserves neighborhoods (cosine, 15 neighbors) and runs on one core, so that a seed gives the same result. Of
-    more than 10,000 rows it is fitted to a random sample, and the others are placed between their nearest of it.
-    `pca` keeps the two directions of largest variance.
+    more than 10,000 rows it is fitted to a random sample, and the others are placed between their nearest neighbors in
+    the sample. `pca` keeps the two directions of largest variance.
 
     Memory: for more than 10,000 rows, the sample and a block of 4,096 rows.
     """
@@ -323,6 +323,12 @@ def project_to_plane(
         progress.advance(len(points_N2[block]))
     progress.finish()
     return points_N2
+
+
+def check_projection(projection: Literal["umap", "pca"]) -> None:
+    """Raise `MissingExtraError` if the package of a projection is not installed."""
+    if projection == "umap" and not find_spec("umap"):  # importing it takes seconds
+        require("umap", extra="atlas")
 
 
 def _run_umap(vectors_NP: Floats, *, seed: int) -> Floats:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Floats, Ints, blocks, normalize
-from embedcache.curate.map import project_to_plane
+from embedcache.curate.map import check_projection, project_to_plane
 from embedcache.dataset.thumbnails import Thumbnails
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, ItemError
@@ -45,6 +45,7 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
     """
     settings = settings or AtlasSettings()
     check_new_file(path, ".parquet")
+    check_projection(settings.projection)  # before vectors are read, which takes long
     [modality] = export.modalities
     images = settings.images if modality == "image" else "none"
     thumbnails = Thumbnails(export.cache, settings.image_folders) if images == "thumbnails" else None

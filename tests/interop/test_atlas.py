@@ -1,6 +1,7 @@
 """The Parquet for embedding-atlas, read as its version 0.26 reads it: with pandas, and columns by name."""
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from embedcache.arrays import normalize
 from embedcache.curate.map import project_to_plane
-from embedcache.errors import DataError, PathError
+from embedcache.errors import DataError, MissingExtraError, PathError
 from embedcache.interop import atlas
 from embedcache.interop.atlas import find_neighbors, write_atlas
 from embedcache.interop.settings import AtlasSettings
@@ -97,6 +98,16 @@ def test_graph_equals_exact_neighbors(monkeypatch: pytest.MonkeyPatch) -> None:
     found, near = find_neighbors(vectors)
     assert (found == rows).mean() > 0.99
     np.testing.assert_allclose(near.mean(), distances.mean(), atol=1e-3)
+
+
+def test_missing_umap_is_named_before_vectors_are_read(
+    labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)
+    export = export_of(labeled, modality="image")
+    monkeypatch.setattr(type(export), "vectors", lambda *_: pytest.fail("vectors were read"))
+    with pytest.raises(MissingExtraError, match="atlas"):
+        write_atlas(export, tmp_path / "atlas.parquet", AtlasSettings(images="none"), progress=NullProgress())
 
 
 @pytest.mark.slow
