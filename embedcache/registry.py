@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -269,13 +271,34 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str = "") 
     return UnknownNameError("; ".join(parts))
 
 
+def is_installed(package: str) -> bool:
+    """Return whether a top-level package can be imported, without importing it.
+
+    An uninstalled package may leave a folder behind, such as that of its compiled code, which Python imports as an
+    empty package.
+    """
+    return _is_complete(find_spec(package))
+
+
+def _is_complete(spec: ModuleSpec | None) -> bool:
+    return spec is not None and spec.origin is not None
+
+
 def require(module: str, *, extra: str) -> ModuleType:
     """Import an optional package; if it is missing, MissingExtraError has the pip command for our `extra`."""
+    package = module.partition(".")[0]
     try:
-        return importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+        if error.name is None or package != error.name.partition(".")[0]:
             raise
-        raise MissingExtraError(
-            f"the package {error.name!r} is not installed; run: python -m pip install 'embedcache[{extra}]'"
-        ) from error
+        raise _missing(error.name, extra) from error
+    if not _is_complete(sys.modules[package].__spec__):
+        raise _missing(package, extra)
+    return imported
+
+
+def _missing(package: str, extra: str) -> MissingExtraError:
+    return MissingExtraError(
+        f"the package {package!r} is not installed; run: python -m pip install 'embedcache[{extra}]'"
+    )

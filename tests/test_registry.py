@@ -1,5 +1,6 @@
 """Names to objects, and what is said when there is none."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from embedcache.errors import MissingExtraError, SettingError, UnknownNameError
-from embedcache.registry import Registry, require, unknown_name
+from embedcache.registry import Registry, is_installed, require, unknown_name
 
 TABLE = Registry("number", {"pi": "math:pi", "broken": "math:no_such_number"})
 
@@ -93,6 +94,19 @@ def test_unknown_name_in_empty_registry() -> None:
 def test_require_missing_package_raises() -> None:
     with pytest.raises(MissingExtraError, match=r"no_such_package.*pip install 'embedcache\[open-clip\]'"):
         require("no_such_package.part", extra="open-clip")
+
+
+def test_folder_that_an_uninstalled_package_leaves_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "left_behind" / "__pycache__").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("left_behind") is not None
+    assert [is_installed(name) for name in ("left_behind", "no_such_package", "numpy")] == [False, False, True]
+    with pytest.raises(MissingExtraError, match=r"'left_behind' is not installed.*'embedcache\[atlas\]'"):
+        require("left_behind", extra="atlas")
+    with pytest.raises(MissingExtraError, match=r"'left_behind.part' is not installed"):
+        require("left_behind.part", extra="atlas")
 
 
 def test_require_broken_package_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ from embedcache.outputs import new_output
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments
 from embedcache.provenance import to_record
-from embedcache.registry import require
+from embedcache.registry import is_installed, require
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.hits import Hit
 from embedcache.search.search import OpenIndex
@@ -268,7 +267,7 @@ Placement = Callable[[Floats], Floats]
 def _choose_projection(projection: Literal["umap", "pca"] | None, num_fitted: int) -> Literal["umap", "pca"]:
     if projection is not None:
         return projection
-    return "umap" if find_spec("umap") and num_fitted > _NUM_NEIGHBORS else "pca"
+    return "umap" if is_installed("umap") and num_fitted > _NUM_NEIGHBORS else "pca"
 
 
 def _fit(fitted_FP: Floats, projection: Literal["umap", "pca"], *, seed: int) -> Placement:
@@ -327,7 +326,7 @@ def project_to_plane(
 
 def check_projection(projection: Literal["umap", "pca"]) -> None:
     """Raise `MissingExtraError` if the package of a projection is not installed."""
-    if projection == "umap" and not find_spec("umap"):  # importing it takes seconds
+    if projection == "umap" and not is_installed("umap"):  # importing it takes seconds
         require("umap", extra="atlas")
 
 

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +24,7 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.files import replacing, user_folder
 from embedcache.provenance import digest
-from embedcache.registry import require, unknown_name
+from embedcache.registry import is_installed, require, unknown_name
 
 _MAX_ONNX_BYTES = 1_900_000_000  # an ONNX file is a protobuf message, which is limited to 2 GiB
 _OPSET = 17
@@ -276,8 +275,8 @@ class _PositionalModule(torch.nn.Module):
 
 def suits_onnx(settings: EncoderSettings) -> bool:
     """Return whether models run on onnxruntime with `auto`: it is installed, on the CPU in float32."""
-    is_installed = find_spec("onnx") is not None and find_spec("onnxruntime") is not None
-    return is_installed and torch_device(settings.device).type == "cpu" and settings.precision == "float32"
+    has_runtime = is_installed("onnx") and is_installed("onnxruntime")
+    return has_runtime and torch_device(settings.device).type == "cpu" and settings.precision == "float32"
 
 
 def _num_bytes(module: torch.nn.Module) -> int:

