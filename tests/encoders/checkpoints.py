@@ -83,7 +83,7 @@ SPEECH_SIZES = {
     "intermediate_size": 24,
     "conv_dim": [8] * 7,
     "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 2,
+    "num_conv_pos_embedding_groups": 4,  # torch 2.13 with AMX computes wrong bfloat16 values for groups of 8 channels
     "vocab_size": 20,
 }
 """Sizes of a wav2vec 2.0 whose convolutions are as in the published models."""
