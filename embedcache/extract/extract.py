@@ -96,6 +96,7 @@ def extract(
         SettingError: no encoder is named, or the cache was imported.
         UnknownNameError: a modality, encoder or feature is unknown.
         SourceError: the source cannot be indexed, lacks a modality, or none of its items can be read.
+        DataError: a named precision computes wrong values on this device.
         FingerprintError: the cache holds other samples, or features of a different encoder of that name.
         DiskFullError: the disk is full; committed chunks stay valid, so run again with more space.
     """

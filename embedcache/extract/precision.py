@@ -1,4 +1,4 @@
-"""The precision of new features: the fastest on this device whose vectors agree with those of float32."""
+"""The precision of new features: the named one, or the fastest on this device, if vectors agree with float32."""
 
 import gc
 import time
@@ -28,6 +28,9 @@ from embedcache.store.layout import encoder_path
 MIN_COSINE = 0.999
 """Cosine below which an item has drifted: float16 on disk costs 1e-6, and another summation order about as much."""
 
+LEAST_COSINE = 0.99
+"""Cosine below which the device computes something else: an overflow, or a faulty kernel of its library."""
+
 _NUM_MEASURED = {"image": 64, "text": 64}
 _NUM_LONG = 4  # recordings, videos and point clouds
 
@@ -53,6 +56,15 @@ class MeasuredPrecision:
     def agrees(self) -> bool:
         """Whether all cosines are at least 0.999."""
         return bool(len(self.cosines)) and bool(self.cosines.min() >= MIN_COSINE)
+
+    def check(self) -> None:
+        """Raise `DataError` if the precision computes something else than float32."""
+        if len(self.cosines) and self.cosines.min() < LEAST_COSINE:
+            raise DataError(
+                f"{self.encoder}: expected vectors in {self.precision} to have cosines of at least {LEAST_COSINE} to "
+                f"those in float32, got {self.cosines.min():.6f} on the first {noun(self.modality)}: this device or "
+                "its library computes wrong values; use --precision float32"
+            )
 
     def line(self) -> str:
         """Return a summary in one line."""
@@ -82,16 +94,21 @@ def fast_precisions(device: str) -> tuple[Precision, ...]:
 def choose_precisions(job: ExtractJob, source: Source, device: str, *, progress: Progress) -> ExtractJob:
     """Choose the precision of each new encoder of a job: with `auto` on a GPU, the first that agrees with float32.
 
-    Encoders with stored features keep theirs.
+    One that is named is compared too. Encoders with stored features keep theirs.
+
+    Raises:
+        DataError: with the named precision an item has a cosine below 0.99 to its vector of float32.
     """
-    if job.settings.encoder.precision != AUTO or job.settings.engine != "local":
+    if job.settings.engine != "local":
         return job
     measured: list[MeasuredPrecision] = []
     for modality, spec in _new_encoders(job):
-        for found in measure_precisions(job, source, modality, spec, device, fast_precisions(device)):
+        for found in measure_precisions(job, source, modality, spec, device, _candidates(job, device)):
             progress.note(found.line())
             measured.append(found)
-            if found.agrees:
+            if job.settings.encoder.precision != AUTO:
+                found.check()
+            elif found.agrees:
                 break
     return use_precisions(job, measured)
 
@@ -106,13 +123,19 @@ def use_precisions(job: ExtractJob, measured: Sequence[MeasuredPrecision]) -> Ex
 
 def plan_precisions(job: ExtractJob, source: Source, device: str) -> list[MeasuredPrecision]:
     """Compare the precisions that new encoders of a job could use with float32: the named one, or the fast ones."""
-    asked = job.settings.encoder.precision
-    candidates = fast_precisions(device) if asked == AUTO else () if asked == "float32" else (cast(Precision, asked),)
     return [
         found
         for modality, spec in _new_encoders(job)
-        for found in measure_precisions(job, source, modality, spec, device, candidates)
+        for found in measure_precisions(job, source, modality, spec, device, _candidates(job, device))
     ]
+
+
+def _candidates(job: ExtractJob, device: str) -> tuple[Precision, ...]:
+    """Return the precisions to compare with float32: the named one, or the fast ones."""
+    asked = job.settings.encoder.precision
+    if asked == AUTO:
+        return fast_precisions(device)
+    return () if asked == "float32" else (cast(Precision, asked),)
 
 
 def _new_encoders(job: ExtractJob) -> Iterator[tuple[Modality, EncoderSpec]]:

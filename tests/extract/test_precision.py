@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import FingerprintError
+from embedcache.errors import DataError, FingerprintError
 from embedcache.extract import precision
 from embedcache.extract.extract import extract
 from embedcache.extract.plan import plan
@@ -15,6 +15,7 @@ from embedcache.store.cache import Cache
 from tests.cli.run import embedcache
 from tests.encoders.checkpoints import save_timm
 from tests.images import write_images
+from tests.recorded import RecordedProgress
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,20 @@ def test_stored_features_keep_precision_and_backend(fast: None, photos: Path, en
     assert stored(tmp_path / "c") == ("float32", "torch")
     with pytest.raises(FingerprintError, match="precision: stored 'float32', requested 'bfloat16'"):
         extract(open_source(photos), tmp_path / "c", image_encoder=[encoder], settings=settings_of(precision="bf16"))
+
+
+def test_named_precision_is_compared_with_float32(
+    photos: Path, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress, settings = RecordedProgress(), settings_of(precision="bf16")
+    extract(open_source(photos), tmp_path / "c", image_encoder=[encoder], settings=settings, progress=progress)
+    assert stored(tmp_path / "c")[0] == "bfloat16"
+    assert [note for note in progress.notes if "test_vit: bfloat16 is " in note]
+    monkeypatch.setattr(precision, "LEAST_COSINE", 1.1)
+    with pytest.raises(DataError, match=r"test_vit: expected .*16 .*at least 1.1.*got 0.99.*--precision float32"):
+        extract(open_source(photos), tmp_path / "wrong", image_encoder=[encoder], settings=settings)
+    assert not Cache(tmp_path / "wrong").features("image")
+    extract(open_source(photos), tmp_path / "c", image_encoder=[encoder], settings=settings)  # stored features
 
 
 def test_plan_states_the_drift(photos: Path, encoder: str, tmp_path: Path) -> None:
