@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -277,10 +276,7 @@ def is_installed(package: str) -> bool:
     An uninstalled package may leave a folder behind, such as that of its compiled code, which Python imports as an
     empty package.
     """
-    return _is_complete(find_spec(package))
-
-
-def _is_complete(spec: ModuleSpec | None) -> bool:
+    spec = find_spec(package)
     return spec is not None and spec.origin is not None
 
 
@@ -293,7 +289,8 @@ def require(module: str, *, extra: str) -> ModuleType:
         if error.name is None or package != error.name.partition(".")[0]:
             raise
         raise _missing(error.name, extra) from error
-    if not _is_complete(sys.modules[package].__spec__):
+    found = sys.modules[package]
+    if hasattr(found, "__path__") and getattr(found, "__file__", None) is None:
         raise _missing(package, extra)
     return imported
 

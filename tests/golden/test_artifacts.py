@@ -19,6 +19,11 @@ from tests.golden import commands
 from tests.golden.commands import ARTIFACTS, read_json
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
+RELATIVE_LOSSES = {"fusemix": 0.02}
+"""Its first loss is 0.006, and rounding decides on the sign of small gradients, which Adam's first step follows.
+
+On one processor the second loss is 0.04256 or 0.04260, by the instructions that MKL may use; the golden one is 0.04252.
+"""
 MEASURED = {"seconds", "latency_ms", "batch_latency_ms"}
 
 
@@ -33,25 +38,26 @@ def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def assert_close(found: Any, golden: Any, location: str = "") -> None:
+def assert_close(found: Any, golden: Any, location: str = "", *, relative: float = RELATIVE) -> None:
     """Check that JSON values are the same: keys, texts and whole numbers exactly, other numbers closely."""
     if isinstance(golden, dict):
         assert set(found) == set(golden), location
         for name in golden.keys() - MEASURED:
-            assert_close(found[name], golden[name], f"{location}/{name}")
+            assert_close(found[name], golden[name], f"{location}/{name}", relative=relative)
     elif isinstance(golden, list):
         assert len(found) == len(golden), location
         for number, value in enumerate(golden):
-            assert_close(found[number], value, f"{location}[{number}]")
+            assert_close(found[number], value, f"{location}[{number}]", relative=relative)
     elif isinstance(golden, float):
-        assert found == pytest.approx(golden, rel=RELATIVE, abs=ABSOLUTE), location
+        assert found == pytest.approx(golden, rel=relative, abs=ABSOLUTE), location
     else:
         assert found == golden, location
 
 
-def assert_losses_close(found: Path, golden: Path) -> None:
+def assert_losses_close(found: Path, golden: Path, *, relative: float = RELATIVE) -> None:
     """Check that two `losses.jsonl` have the same lines."""
-    assert_close(*([json.loads(line) for line in path.read_text().splitlines()] for path in (found, golden)))
+    lines = ([json.loads(line) for line in path.read_text().splitlines()] for path in (found, golden))
+    assert_close(*lines, relative=relative)
 
 
 def assert_same_table(found: Path, golden: Path) -> None:
@@ -147,7 +153,8 @@ def test_losses_are_unchanged(recipe: str) -> None:
     stored = read_json(golden / f"{recipe}.config.json")
     assert commands.config_of(run) == {name: value for name, value in stored.items() if name != "split"}
     assert_same_table(run / "split.parquet", golden / f"{recipe}.split.parquet")
-    assert_losses_close(run / "losses.jsonl", golden / f"{recipe}.jsonl")
+    relative = RELATIVE_LOSSES.get(recipe, RELATIVE)
+    assert_losses_close(run / "losses.jsonl", golden / f"{recipe}.jsonl", relative=relative)
 
 
 @pytest.mark.parametrize("projector", commands.PROJECTORS)
