@@ -19,10 +19,11 @@ from tests.golden import commands
 from tests.golden.commands import ARTIFACTS, read_json
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
-RELATIVE_LOSSES = {"fusemix": 0.02}
-"""Its first loss is 0.006, and rounding decides on the sign of small gradients, which Adam's first step follows.
+RELATIVE_LATER = {"fusemix": 0.01}
+"""Recipe -> relative difference of losses after the first step, where rounding grows.
 
-On one processor the second loss is 0.04256 or 0.04260, by the instructions that MKL may use; the golden one is 0.04252.
+On one processor the second loss of `fusemix` is 0.04256 or 0.04260, by the instructions that MKL may use; the golden
+one is 0.04252. Later ones differ by up to 0.8%; the first, and all validation recalls, are the same.
 """
 MEASURED = {"seconds", "latency_ms", "batch_latency_ms"}
 
@@ -55,9 +56,12 @@ def assert_close(found: Any, golden: Any, location: str = "", *, relative: float
 
 
 def assert_losses_close(found: Path, golden: Path, *, relative: float = RELATIVE) -> None:
-    """Check that two `losses.jsonl` have the same lines."""
-    lines = ([json.loads(line) for line in path.read_text().splitlines()] for path in (found, golden))
-    assert_close(*lines, relative=relative)
+    """Check that two `losses.jsonl` have the same lines; `relative` is that of losses after the first step."""
+    lines = [[json.loads(line) for line in path.read_text().splitlines()] for path in (found, golden)]
+    assert len(lines[0]) == len(lines[1])
+    for number, (line, expected) in enumerate(zip(*lines, strict=True)):
+        is_later = expected.get("step", 0) > 0
+        assert_close(line, expected, f"[{number}]", relative=relative if is_later else RELATIVE)
 
 
 def assert_same_table(found: Path, golden: Path) -> None:
@@ -153,7 +157,7 @@ def test_losses_are_unchanged(recipe: str) -> None:
     stored = read_json(golden / f"{recipe}.config.json")
     assert commands.config_of(run) == {name: value for name, value in stored.items() if name != "split"}
     assert_same_table(run / "split.parquet", golden / f"{recipe}.split.parquet")
-    relative = RELATIVE_LOSSES.get(recipe, RELATIVE)
+    relative = RELATIVE_LATER.get(recipe, RELATIVE)
     assert_losses_close(run / "losses.jsonl", golden / f"{recipe}.jsonl", relative=relative)
 
 
