@@ -276,23 +276,24 @@ def is_installed(package: str) -> bool:
     An uninstalled package may leave a folder behind, such as that of its compiled code, which Python imports as an
     empty package.
     """
-    spec = find_spec(package)
+    try:
+        spec = find_spec(package)
+    except ValueError:  # it has been imported by other means, and has no spec
+        return True
     return spec is not None and spec.origin is not None
 
 
 def require(module: str, *, extra: str) -> ModuleType:
     """Import an optional package; if it is missing, MissingExtraError has the pip command for our `extra`."""
     package = module.partition(".")[0]
+    if not is_installed(package):
+        raise _missing(package, extra)
     try:
-        imported = importlib.import_module(module)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or package != error.name.partition(".")[0]:
             raise
         raise _missing(error.name, extra) from error
-    found = sys.modules[package]
-    if hasattr(found, "__path__") and getattr(found, "__file__", None) is None:
-        raise _missing(package, extra)
-    return imported
 
 
 def _missing(package: str, extra: str) -> MissingExtraError:
