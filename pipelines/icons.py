@@ -27,15 +27,16 @@ the same icons and settings are skipped. A larger `--limit` appends icons.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from embedcache.cli.console import print_line, print_table
 from embedcache.cli.failures import run_program
+from embedcache.devices import Precision
 from embedcache.provenance import digest_file
 from pipelines.drawings.ablation import NUM_PAIRS, run_ablation
 from pipelines.drawings.curation import BUDGETS
 from pipelines.drawings.curation_page import run_curation
-from pipelines.drawings.curve import RECIPES, SIZES
+from pipelines.drawings.curve import RECIPES, SIZES, in_precision
 from pipelines.drawings.curve_page import run_curve
 from pipelines.drawings.features import run_features
 from pipelines.drawings.page import write_icon_page
@@ -87,6 +88,7 @@ def main() -> None:
     help_text = "numbers of pairs of a learning curve, in place of the comparison; 1,000 to 100,000 and all without any"
     parser.add_argument("--curve", type=int, nargs="*", metavar="PAIRS", help=help_text)
     parser.add_argument("--without", action="append", default=[], choices=RECIPES, help="omit a recipe of the curve")
+    parser.add_argument("--precision", choices=get_args(Precision), help="of the trainings of the curve")
     help_text = "numbers of pairs that methods of curation select, in place of it too; 3,000 to 30,000 without any"
     parser.add_argument("--curation", type=int, nargs="*", metavar="BUDGET", help=help_text)
     help_text = "number of pairs on which one setting is changed at a time, in place of it too; 100,000 without any"
@@ -101,6 +103,7 @@ def main() -> None:
     data.prepare()
     if options.curve is not None:
         recipes = {name: recipe for name, recipe in RECIPES.items() if name not in options.without}
+        recipes = in_precision(recipes, options.precision) if options.precision else recipes
         run_curve(data, options.seeds, options.curve or SIZES, recipes)
     if options.curation is not None:
         run_curation(data, options.seeds, options.curation or BUDGETS)

@@ -6,7 +6,7 @@ results are reused.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +16,7 @@ import numpy as np
 
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.splits import read_split
+from embedcache.devices import Precision
 from embedcache.evaluate.likelihood import Measured
 from embedcache.evaluate.ranking import rank
 from embedcache.evaluate.retrieval import chance_at
@@ -68,7 +69,7 @@ class Recipe:
 
 _SHRINKAGES = tuple({"shrinkage": value} for value in (10.0, 1.0, 0.1, 0.01))
 _DROPOUTS = tuple({"dropout": value} for value in (0.1, 0.5))
-_SHORT, _LONG = Schedule(300_000, 3, 30), Schedule(2_000_000, 10, 100)
+_SCHEDULE = Schedule(2_000_000, 10, 100)
 _LINEAR: Mapping[str, object] = {"projector": "linear", "initialization": "cca"}
 _MLP: Mapping[str, object] = {"projector": "mlp", "initialization": "cca"}
 _TOKEN: Mapping[str, object] = {"projector": "token+token_mlp", "initialization": "random"}
@@ -76,14 +77,22 @@ _GLU: Mapping[str, object] = {"projector": "glu", "initialization": "random", "d
 RECIPES: Mapping[str, Recipe] = {
     "ridge": Recipe(options={**_LINEAR, "initialization": "ridge"}, choices=_SHRINKAGES),
     "CCA": Recipe(options=_LINEAR, choices=_SHRINKAGES),
-    "linear": Recipe(options=_LINEAR, choices=_DROPOUTS, schedule=_LONG),
-    "mlp": Recipe(options=_MLP, choices=_DROPOUTS, schedule=_LONG),
-    "mlp, siglip": Recipe(options={**_MLP, "loss": "siglip"}, choices=_DROPOUTS, schedule=_LONG),
-    "token": Recipe(options=_TOKEN, choices=_DROPOUTS, schedule=_LONG),
-    "glu": Recipe(options=_GLU, schedule=_SHORT),
+    "linear": Recipe(options=_LINEAR, choices=_DROPOUTS, schedule=_SCHEDULE),
+    "mlp": Recipe(options=_MLP, choices=_DROPOUTS, schedule=_SCHEDULE),
+    "mlp, siglip": Recipe(options={**_MLP, "loss": "siglip"}, choices=_DROPOUTS, schedule=_SCHEDULE),
+    "token": Recipe(options=_TOKEN, choices=_DROPOUTS, schedule=_SCHEDULE),
+    "glu": Recipe(options=_GLU, schedule=_SCHEDULE),
     "CCA of shuffled pairs": Recipe(options={**_LINEAR, "shuffle_pairs": True}, choices=_SHRINKAGES, control_of="CCA"),
 }
 """Recipe -> how it is trained."""
+
+
+def in_precision(recipes: Mapping[str, Recipe], precision: Precision) -> dict[str, Recipe]:
+    """Return recipes whose trainings compute in a precision; closed forms stay in float32."""
+    return {
+        name: replace(recipe, options={**recipe.options, "precision": precision}) if recipe.schedule else recipe
+        for name, recipe in recipes.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
