@@ -13,6 +13,7 @@ from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
+from embedcache.projectors.saved import read_config
 from embedcache.store.cache import Cache
 from embedcache.train.recipes import Schedule
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER
@@ -22,7 +23,7 @@ from pipelines.drawings.ablation import summarize as summarize_ablation
 from pipelines.drawings.curation import AGAIN, DRAWS, METHODS
 from pipelines.drawings.curation_page import run_curation
 from pipelines.drawings.curation_results import claim, rank_correlations, summarize
-from pipelines.drawings.curve import Recipe, read_report, selection_path
+from pipelines.drawings.curve import Recipe, in_precision, read_report, selection_path
 from pipelines.drawings.curve_page import curve_figure, gain_figure, run_curve
 from pipelines.drawings.curve_results import find_crossing, format_crossing, halve
 from pipelines.drawings.features import Compared, run_features
@@ -54,11 +55,14 @@ def results(data: Data) -> dict[str, Any]:
 
 _RIDGE = {"projector": "linear", "initialization": "ridge"}
 _WIDTHS = ({"shared_width": 1}, {"shared_width": 64})
-_CURVE = {
-    "ridge": Recipe(options=_RIDGE, choices=_WIDTHS),
-    "random": Recipe(options={"projector": "linear", "initialization": "random"}, schedule=Schedule(120, 1, 2)),
-    "shuffled": Recipe(options={**_RIDGE, "shuffle_pairs": True}, choices=_WIDTHS, control_of="ridge"),
-}
+_CURVE = in_precision(
+    {
+        "ridge": Recipe(options=_RIDGE, choices=_WIDTHS),
+        "random": Recipe(options={"projector": "linear", "initialization": "random"}, schedule=Schedule(120, 1, 2)),
+        "shuffled": Recipe(options={**_RIDGE, "shuffle_pairs": True}, choices=_WIDTHS, control_of="ridge"),
+    },
+    "bfloat16",
+)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +180,10 @@ def test_curve_chooses_by_validation_and_measures_on_tests(
     assert list(figure.axes[0].get_lines()[0].get_xdata()) == list(values["num_pairs"].values())
     page = (folder / "curve.md").read_text()
     assert "| > 112 [> 112, > 112] |" in page.replace(f"{values['num_pairs']['256']:,.0f}", "112")
+    assert "Trained recipes compute in bfloat16, closed forms in float32." in page
+    for name, precision in (("ridge-shared-width-64", "float32"), ("random", "bfloat16")):
+        config = read_config(folder / "curve" / "seed0" / f"256-{name}")
+        assert config.training["machine"]["precision"] == precision
     assert page.count(".svg)") == len(values["tests"]) + 1
     assert (folder / "curve.html").read_text().count("<svg") == len(values["tests"]) + 1
     gains = gain_figure(values)
