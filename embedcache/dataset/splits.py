@@ -74,9 +74,10 @@ def write_split(path: Path, split: Split) -> None:
         "part": to_array(split.parts, pa.string()),
         "group": to_array(split.groups, pa.int64()),
     }
-    table = pa.table({**columns, "spine": list(split.index_digests)} if split.index_digests else columns)
+    if split.index_digests:
+        columns["spine"] = to_array(split.index_digests, pa.string())
     with replacing(path) as temporary:
-        write_table(temporary, table)
+        write_table(temporary, pa.table(columns))
 
 
 def check_split(path: Path) -> None:
@@ -284,17 +285,12 @@ def _by_column(caches: Sequence[Cache], keys: pa.ChunkedArray, samples: Ints, se
     for cache in caches:
         if "split" not in cache.columns:
             raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
-    encoded = [pc.dictionary_encode(cache.column("split").combine_chunks(), "encode") for cache in caches]
-    names = [[str(name).lower() for name in column.dictionary.to_pylist()] for column in encoded]
-    if not {"train", "test"} <= {PART_NAMES.get(name, "") for known in names for name in known}:
-        known = sorted({name for column in names for name in column})
+    columns = [cache.column("split") for cache in caches]
+    codes = [pc.index_in(column_parts(names), value_set=pa.array(list(_CODES))) for names in columns]
+    part_S = np.concatenate([of_cache.to_numpy() for of_cache in codes]).astype(np.int8)
+    if not {_CODES["train"], _CODES["test"]} <= set(np.unique(part_S).tolist()):
+        known = sorted({str(name).lower() for names in columns for name in pc.unique(names).to_pylist()})
         raise SourceError(f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(known)}")
-    part_S = np.concatenate(
-        [
-            np.array([_CODES[PART_NAMES.get(name, "")] for name in known], np.int8)[column.indices.to_numpy()]
-            for known, column in zip(names, encoded, strict=True)
-        ]
-    )
     is_used = np.zeros(len(part_S), bool)
     is_used[samples] = True
     part_S[~is_used] = _CODES[""]
@@ -340,6 +336,13 @@ PART_NAMES: dict[str, Part] = {
     "test": "test",
 }
 """Value of a source's column `split`, in lower case -> part."""
+
+
+def column_parts(names: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedArray":
+    """Return the part that each value of a column `split` names, as texts: empty for null and all other values."""
+    known = pc.unique(names)
+    parts = pa.array([PART_NAMES.get(str(name).lower(), "") for name in known.to_pylist()], pa.string())
+    return parts.take(pc.index_in(names, value_set=known))
 
 
 _KEYS_PER_BLOCK = 65_536

@@ -6,12 +6,13 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Floats, Ints, number_values
 from embedcache.dataset.inputs import InputFeature, open_input, to_mean_vectors
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
-from embedcache.dataset.splits import PART_NAMES, PARTS, draw_groups
+from embedcache.dataset.splits import PARTS, column_parts, draw_groups
 from embedcache.errors import DataError
 from embedcache.evaluate.classifiers import Examples
 from embedcache.evaluate.settings import ProbeSettings
@@ -106,14 +107,13 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
 
 def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) -> tuple[Array, str]:
     """Return the (S,) part of each sample, or "", and the rule in words."""
-    part_S = np.full(cache.info.num_samples, "", "<U5")
     if _SPLIT in cache.columns:
-        part_S[:] = _column_parts(cache, part)
+        part_S = _read_parts(cache, part)
         how = f"parts by column {_SPLIT!r}" + (f", {part} is held out" if part != "test" else "")
         if (part_S == "val").any():
             return part_S, how
-        quota = round(_VAL_FRACTION * int((part_S == "train").sum()))
-        samples, drawn = _draw(cache, items.where(part_S[items.samples] == "train"), [quota], seed)
+        train = items.where(part_S[items.samples] == "train")
+        samples, drawn = _draw(cache, train, [round(_VAL_FRACTION * len(np.unique(train.samples)))], seed)
         part_S[samples[drawn == 0]] = "val"
         return part_S, f"{how}, {_VAL_FRACTION:.0%} of train for validation"
     if part != "test":
@@ -121,27 +121,29 @@ def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) 
             f"part: expected test, as the samples of {cache.path} have no column {_SPLIT!r}, got {part}; use "
             "--part test"
         )
-    num_samples = len(np.unique(items.samples))
+    part_S, num_samples = np.full(cache.info.num_samples, "", "<U5"), len(np.unique(items.samples))
     quotas = [round(fraction * num_samples) for fraction in (_TEST_FRACTION, _VAL_FRACTION)]
     samples, drawn = _draw(cache, items, quotas, seed)
     part_S[samples] = np.array(["train", "test", "val"])[drawn + 1]
     return part_S, f"parts by a hash of the keys, {_TEST_FRACTION:.0%} for test and {_VAL_FRACTION:.0%} for validation"
 
 
-def _column_parts(cache: Cache, part: Literal["test", "val"]) -> list[str]:
-    """Read the column `split`; the part to measure on becomes `test`."""
-    values = [str(value).lower() for value in cache.column(_SPLIT).to_pylist()]
-    named = [PART_NAMES.get(value, "") for value in values]
-    if not {"train", part} <= set(named):
-        others = [name for name in ("test", "val") if name in named and "train" in named]
+def _read_parts(cache: Cache, part: Literal["test", "val"]) -> Array:
+    """Read the part of each sample from the column `split`, (S,) texts; the part to measure on becomes `test`."""
+    part_S = column_parts(cache.column(_SPLIT)).to_numpy(zero_copy_only=False).astype("<U5")
+    found = set(np.unique(part_S).tolist())
+    if not {"train", part} <= found:
+        others = [name for name in ("test", "val") if {"train", name} <= found]
         next_step = f"; use another part: --part {others[0]}" if others else ""
+        values = sorted({str(value).lower() for value in pc.unique(cache.column(_SPLIT)).to_pylist()})
         raise DataError(
             f"column {_SPLIT!r} of {cache.path}: expected train and {part} among its values, got "
-            f"{', '.join(sorted(set(values)))}{next_step}"
+            f"{', '.join(values)}{next_step}"
         )
-    if part == "test":
-        return list(named)
-    return [{"val": "test", "test": ""}.get(name, name) for name in named]
+    if part != "test":
+        part_S[part_S == "test"] = ""
+        part_S[part_S == part] = "test"
+    return part_S
 
 
 def _draw(cache: Cache, items: Items, quotas: Sequence[int], seed: int) -> tuple[Ints, Ints]:

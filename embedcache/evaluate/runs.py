@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from embedcache.arrays import Ints
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import read_selected_keys
-from embedcache.dataset.splits import Split, read_split
+from embedcache.dataset.splits import Split, column_parts, read_split
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, DataError, SettingError
 from embedcache.files import AnyPath, one_or_many
@@ -149,13 +149,13 @@ def read_part(cache: Cache, part: str | None = None) -> EvalSplit:
     Raises:
         DataError: there is no such part.
     """
-    parts = cache.column("split") if "split" in cache.columns else pa.chunked_array([], pa.string())
+    names = cache.column("split") if "split" in cache.columns else pa.chunked_array([], pa.string())
     groups = np.arange(cache.info.num_samples)
-    rows = np.flatnonzero(pc.fill_null(pc.equal(parts.cast(pa.string()), part or "test"), False))  # noqa: FBT003
+    rows = np.flatnonzero(pc.equal(column_parts(names), part or "test"))
     if part == "all" or (part is None and not len(rows)):
         return EvalSplit("all samples", groups, groups)
     if not len(rows):
-        known = sorted(map(str, pc.unique(parts.drop_null()).to_pylist()))
+        known = sorted(map(str, pc.unique(names.drop_null()).to_pylist()))
         reason = f"its column split holds {', '.join(known)}" if known else "it has no column split"
         raise DataError(f"{cache.path}: expected {part} samples, got none, as {reason}; use --part all")
     return EvalSplit(f"split {part or 'test'} of {cache.path.name}", rows, groups)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import PART_NAMES, Split, read_split, split_samples
+from embedcache.dataset.splits import Split, column_parts, read_split, split_samples
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.likelihood import BLIND, SHUFFLED, TaskReport, evaluate_task
@@ -21,6 +22,7 @@ from embedcache.networks.words import Vocabulary
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import split_path
 from embedcache.store.cache import Cache
+from embedcache.store.columns import Column, to_array
 from embedcache.train.examples import WordTable, open_word_table
 from embedcache.train.likelihood import LikelihoodRecipe, start_from, train_likelihood
 from embedcache.train.likelihood_tasks import ExampleTask
@@ -119,13 +121,17 @@ def _split_caches(file: TaskFile, settings: SplitSettings | None) -> dict[Path, 
 def _join(file: TaskFile, splits: Mapping[Path, Split]) -> Split:
     """Return the splits of several caches as one, each sample with the digest of its cache."""
     caches = {cache.path: cache for cache in map(file.cache_of, file.tasks)}
-    keys: list[str] = []
-    parts: list[str] = []
-    digests: list[str] = []
-    for path, split in splits.items():
-        keys, parts = [*keys, *split.keys], [*parts, *split.parts]
-        digests += [caches[path].info.index_digest] * len(split.keys)
-    return Split(keys=keys, parts=parts, groups=list(range(len(keys))), index_digests=digests)
+    arrays = [(to_array(split.keys, pa.string()), to_array(split.parts, pa.string())) for split in splits.values()]
+    digests = [
+        pa.repeat(caches[path].info.index_digest, len(keys)) for path, (keys, _) in zip(splits, arrays, strict=True)
+    ]
+    keys = pa.chunked_array([keys for keys, _ in arrays], pa.string())
+    return Split(
+        keys=Column(keys),
+        parts=Column(pa.chunked_array([parts for _, parts in arrays], pa.string())),
+        groups=Column(pa.array(np.arange(len(keys)))),
+        index_digests=Column(pa.chunked_array(digests, pa.string())),
+    )
 
 
 def _note_unknown(tasks: Sequence[ExampleTask], words: WordTable, progress: Progress) -> None:
@@ -233,9 +239,8 @@ def _split_of_run(cache: Cache, run_path: Path, config: ModuleConfig) -> Split |
             return None
     if "split" not in cache.columns:
         return None
-    keys, names = (cache.samples[column].to_pylist() for column in ("key", "split"))
-    parts = [PART_NAMES.get(str(name).lower(), "") for name in names]
-    return Split(keys=keys, parts=list(parts), groups=list(range(len(keys))))
+    keys, parts = cache.column("key"), column_parts(cache.column("split"))
+    return Split(keys=Column(keys), parts=Column(parts), groups=Column(pa.array(np.arange(len(keys)))))
 
 
 def _recorded_candidates(task: NamedTask, config: ModuleConfig) -> tuple[str, ...] | None:

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.dataset.splits import PART_NAMES, Split
+from embedcache.dataset.splits import Split, column_parts
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.files import io_reason, read_limited
 from embedcache.modalities import MODALITIES
@@ -227,9 +227,7 @@ def parts_of(task: NamedTask, table: pa.Table, split: Split | None) -> pa.Array:
         split: split of the samples of the task's cache; None: there is none.
     """
     if "split" in table.column_names:
-        names = read_texts(table, "split").combine_chunks().dictionary_encode()
-        values = pa.array([PART_NAMES.get(str(name).lower(), "") for name in names.dictionary.to_pylist()], pa.string())
-        return pc.fill_null(values.take(names.indices), "")
+        return column_parts(read_texts(table, "split"))
     if split is None or not is_about_items(task, table):
         return pa.repeat("", len(table))
     keys = read_texts(table, "key").combine_chunks()

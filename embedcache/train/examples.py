@@ -296,21 +296,11 @@ def read_texts(table: pa.Table, name: str) -> pa.ChunkedArray:
         raise DataError(f"examples: column {name}: expected texts, got {table[name].type}") from error
 
 
-def read_captions(cache: Cache, *, part: str | None = None) -> pa.Table:
-    """Return a cache's own captions as a table of examples, with the columns `key` and `target`; empty ones left out.
-
-    Args:
-        part: use only samples whose column `split` has this value.
-    """
+def read_captions(cache: Cache) -> pa.Table:
+    """Return a cache's captions as a table of examples, with the columns `key` and `target`, without empty ones."""
     items = cache.items("text", columns=["sample", "text"])
-    samples = cache.samples
-    table = pa.table({"key": samples["key"].take(items["sample"]), "target": items["text"]})
-    is_used = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(items["text"])), 0)
-    if part is not None:
-        if "split" not in cache.columns:
-            raise DataError(f"{cache.path}: expected a column split to select {part}, got none")
-        is_used = pc.and_(is_used, pc.equal(samples["split"].take(items["sample"]), part))
-    return table.filter(is_used)
+    table = pa.table({"key": cache.column("key").take(items["sample"]), "target": items["text"]})
+    return table.filter(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(items["text"])), 0))
 
 
 def with_blanks(texts: WordLists) -> WordLists:

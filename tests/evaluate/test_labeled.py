@@ -28,6 +28,15 @@ def test_parts_follow_the_column_split(labeled_path: Path) -> None:
     assert (data.parts != read_labeled(cache, ProbeSettings(feature=FEATURE, seed=1)).parts).any()
 
 
+def test_validation_is_drawn_from_labeled_items(tmp_path: Path) -> None:
+    def columns_of(number: int, caption: str) -> dict[str, object]:
+        label = caption.split()[0] if number % 4 == 0 else None
+        return {"label": label, "split": "TEST" if number % 5 == 0 else "Train"}
+
+    data = read_labeled(Cache(make_cache(tmp_path, columns_of, count=400)), ProbeSettings(feature=FEATURE))
+    assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 72, "val": 8, "test": 20}
+
+
 def test_vectors_and_labels_match_rows(labeled_path: Path) -> None:
     cache = Cache(labeled_path)
     data = read_labeled(cache, ProbeSettings(feature=FEATURE))

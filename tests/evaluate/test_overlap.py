@@ -12,11 +12,12 @@ from embedcache.evaluate import overlap
 from embedcache.evaluate.overlap import ItemSet, training_items
 from embedcache.evaluate.ranking import rank
 from embedcache.evaluate.retrieval import evaluate_retrieval
-from embedcache.evaluate.runs import Run, load_runs, read_eval_split, read_run_split, run_input
+from embedcache.evaluate.runs import Run, load_runs, read_eval_split, read_part, read_run_split, run_input
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from tests.evaluate.conftest import make_cache
 from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
@@ -61,6 +62,15 @@ def test_cache_without_a_split_is_used_whole(run: Run, two_caches: list[Path]) -
     assert len(read_eval_split(Cache(two_caches[0]), run).samples) == 40
     with pytest.raises(DataError, match="expected test samples, got none, as it has no column split"):
         read_eval_split(Cache(two_caches[0]), run, "test")
+
+
+def test_column_split_may_write_parts_otherwise(tmp_path: Path) -> None:
+    names = ["TRAIN", "validation", "Test", "extra", None]
+    path = make_cache(tmp_path, lambda number, _: {"split": names[number % 5]}, count=25)
+    found = {part: read_part(Cache(path), part).samples.tolist() for part in (None, "train", "val", "test")}
+    assert found == {
+        part: list(range(first, 25, 5)) for part, first in ((None, 2), ("train", 0), ("val", 1), ("test", 2))
+    }
 
 
 def test_overlap_matches_comparing_all_pairs(cache_path: Path, run: Run, other: Path) -> None:
