@@ -157,7 +157,7 @@ def evaluate_tasks(
     """Evaluate runs on the tasks of a file, which they need not have been trained on.
 
     Candidates are those of the file, or those that a run was trained with for a task of that name and kind, or else
-    the distinct targets of all its examples.
+    the distinct targets of all its examples. A label head is used only for the candidates that it was trained with.
 
     Args:
         cache_path: cache of the tasks that name none.
@@ -207,14 +207,17 @@ def _evaluate(
         raise DataError(f"expected {part} examples, got none among {len(table):,}; use --part all")
     vocabulary = Vocabulary(config.arguments["words"])
     examples = file.open(task, chosen, vocabulary)
-    candidates = file.candidates_of(task) or _recorded_candidates(task, config)
+    candidates = file.candidates_of(task)
+    recorded = _recorded_candidates(task, config)
+    if candidates is None or (recorded is not None and sorted(candidates) == sorted(recorded)):
+        candidates = recorded  # in the order of the label head
     opened = ExampleTask(
         name=task.name,
         kind=task.table.kind,  # type: ignore[arg-type]  # read_task_file has checked it
         train=file.open(task, table, vocabulary) if candidates is None else examples,
         validation=examples,
         candidates=candidates,
-        **{**task.options, "has_head": task.name in config.arguments["heads"]},
+        **{**task.options, "has_head": _has_head(task, candidates, config)},
     )
     controls = [SHUFFLED] if settings.shuffle_items and task.table.kind != "retrieve" else []
     if settings.omit_items and task.table.kind in ("answer", "masked"):
@@ -249,6 +252,14 @@ def _recorded_candidates(task: NamedTask, config: ModuleConfig) -> tuple[str, ..
         if (recorded["name"], recorded.get("kind")) == (task.name, task.table.kind) and recorded["candidates"]:
             return tuple(recorded["candidates"])
     return None
+
+
+def _has_head(task: NamedTask, candidates: Sequence[str] | None, config: ModuleConfig) -> bool:
+    """Return whether a run has a label head for exactly these candidates of a task."""
+    if task.name not in config.arguments["heads"] or candidates is None:
+        return False
+    (trained,) = (recorded for recorded in config.training["tasks"] if recorded["name"] == task.name)
+    return trained.get("kind") == task.table.kind and trained["candidates"] == list(candidates)
 
 
 def _read_recipe(run_path: Path) -> dict[str, Any]:

@@ -122,6 +122,18 @@ def test_a_run_answers_with_its_own_candidates(run: Path, folder: Path) -> None:
     assert len(model.caption(cache, max_length=2)) == 60
 
 
+def test_a_label_head_is_used_for_its_own_candidates_only(folder: Path, run: Path) -> None:
+    def measure(candidates: str) -> dict[str, Any]:
+        (folder / "own.toml").write_text(f'[color]\nkind = "answer"\nexamples = "answers.parquet"\n{candidates}')
+        shown = succeed(*"evaluate likelihood cache run --task-file own.toml --json".split(), cwd=folder)
+        found: dict[str, Any] = json.loads(shown)["models"][0]["tasks"][0]
+        return found
+
+    expected = measure("")
+    assert measure('candidates = ["blue", "red", "green"]')["measures"] == expected["measures"]
+    assert measure('candidates = ["red", "green", "blue", "left"]')["chance"]["accuracy"] == pytest.approx(0.25)
+
+
 def test_seeds_are_averaged_and_prompts_tuned(folder: Path, run: Path) -> None:
     (folder / "color.toml").write_text(TASKS[TASKS.index("[color]") : TASKS.index("[masked]")])
     line = "train cache RUN --task likelihood --task-file color.toml --words words --init-from run"
