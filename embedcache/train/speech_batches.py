@@ -24,7 +24,7 @@ class SpeechAugmentation:
             stays.
         shift_s: lips are early or late by up to this many seconds.
         swapped: probability that the lips are those of another utterance.
-        masked: fraction of the frames of each stream that are replaced by their mean, in spans of up to 0.4 s.
+        masked: mean fraction of the frames of each stream that are replaced by their mean, in spans of up to 0.4 s.
     """
 
     views: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -121,17 +121,19 @@ def draw_missing(
 
 
 def mask_spans(values_BTD: Array, lengths_B: Ints, fraction: float, rng: np.random.Generator) -> Array:
-    """Replace about a fraction of the frames of each item by the mean of its frames, in spans of 1 to 10 frames.
+    """Replace some frames of each item by the mean of its frames, in spans of 1 to 10 frames.
 
-    Zeros would be no frames at all: channels of frozen encoders are far from zero, by up to 14 standard deviations.
+    The share of an item's frames is drawn uniformly, with the mean `fraction`. Zeros would be no frames at all:
+    channels of frozen encoders are far from zero, by up to 14 standard deviations.
     """
     if not fraction:
         return values_BTD
     is_masked_BT = np.zeros(values_BTD.shape[:2], bool)
     for row, length in enumerate(lengths_B.tolist()):
-        while is_masked_BT[row].sum() < rng.uniform(0, 2 * fraction) * length:
-            start = rng.integers(length)
-            is_masked_BT[row, start : start + rng.integers(1, _LONGEST_SPAN + 1)] = True
+        wanted = round(rng.uniform(max(0.0, 2 * fraction - 1), min(1.0, 2 * fraction)) * length)
+        while (lacking := wanted - np.count_nonzero(is_masked_BT[row])) > 0:
+            start, span = rng.integers(length), min(lacking, rng.integers(1, _LONGEST_SPAN + 1))
+            is_masked_BT[row, start : min(start + span, length)] = True
     is_valid_BT1 = (np.arange(values_BTD.shape[1]) < lengths_B[:, None])[..., None]
     means_B1D = values_BTD.mean(axis=1, keepdims=True, dtype=np.float32, where=is_valid_BT1).astype(values_BTD.dtype)
     return np.where(is_masked_BT[..., None], means_B1D, values_BTD)

@@ -125,7 +125,7 @@ def test_a_run_answers_with_its_own_candidates(run: Path, folder: Path) -> None:
 def test_a_label_head_is_used_for_its_own_candidates_only(folder: Path, run: Path) -> None:
     def measure(candidates: str) -> dict[str, Any]:
         (folder / "own.toml").write_text(f'[color]\nkind = "answer"\nexamples = "answers.parquet"\n{candidates}')
-        shown = succeed(*"evaluate likelihood cache run --task-file own.toml --json".split(), cwd=folder)
+        shown = succeed(*["evaluate", "likelihood", "cache", "run", "--task-file", "own.toml", "--json"], cwd=folder)
         found: dict[str, Any] = json.loads(shown)["models"][0]["tasks"][0]
         return found
 

@@ -143,11 +143,13 @@ def test_draws_of_a_seed_are_those_of_earlier_versions() -> None:
 
 
 def test_spans_of_one_to_ten_frames_are_masked() -> None:
-    values = np.arange(310.0, dtype=np.float32)[None, :, None].repeat(300, axis=0)
-    masked = mask_spans(values, np.full(300, 300), 1e-9, np.random.default_rng(0))
-    is_masked = (masked != values)[..., 0]
-    assert set(is_masked.sum(axis=1).tolist()) == set(range(1, 11))
-    assert (np.diff(is_masked.astype(int), axis=1, prepend=0) == 1).sum(axis=1).tolist() == [1] * 300
+    values = np.arange(3000.0, dtype=np.float32)[None, :, None].repeat(100, axis=0)
+    masked = mask_spans(values, np.full(100, 3000), 0.005, np.random.default_rng(0))  # too few to touch often
+    changes = np.flatnonzero(np.diff((masked != values).ravel().astype(int), prepend=0, append=0))
+    lengths = changes[1::2] - changes[::2]
+    counts = np.bincount(lengths)
+    assert set(range(1, 11)) <= set(lengths.tolist())
+    assert counts[11:].sum() < 0.05 * counts.sum()
 
 
 def test_utterances_are_sorted_by_length_within_eight_batches() -> None:
