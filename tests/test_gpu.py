@@ -1,5 +1,6 @@
 """Training and encoding on a CUDA device."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from embedcache.interop.clip_benchmark import load
 from embedcache.networks.attention import AttentionDecoder
 from embedcache.networks.ctc import align_ctc, decode_ctc
 from embedcache.networks.decoding import decode_attention, decode_hybrid
+from embedcache.networks.points import PointNetwork, adapt_norms, norm_gaps, predict_points, scale_entropy
 from embedcache.networks.sequence import LayerSizes, valid_frames
 from embedcache.progress import NullProgress
 from embedcache.projectors.saved import read_config
@@ -57,6 +59,19 @@ def test_training_recall_matches_cpu(cache_path: Path, tmp_path: Path, precision
         )
         recalls[device] = evaluate_retrieval(cache_path, [tmp_path / device]).recalls["i2t"]["r@10"].value
     assert recalls["cuda"] == pytest.approx(recalls["cpu"], abs=0.1)
+
+
+def test_segmentation_of_points_matches_cpu() -> None:
+    torch.manual_seed(0)
+    features = np.random.default_rng(0).normal(1, 2, (500, 6)).astype(np.float32)
+    on_cpu = PointNetwork(6, 3, hidden=8)
+    on_gpu = copy.deepcopy(on_cpu).cuda()
+    assert norm_gaps(on_gpu, features) == pytest.approx(norm_gaps(on_cpu, features), rel=1e-4)
+    for network in (on_cpu, on_gpu):
+        adapt_norms(network, features)
+    assert scale_entropy(on_gpu, features, 0.5) == pytest.approx(scale_entropy(on_cpu, features, 0.5), rel=1e-3)
+    for expected, found in zip(predict_points(on_cpu, features), predict_points(on_gpu, features), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("ctc_weight", [0.0, 0.1, 1.0])

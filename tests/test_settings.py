@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import embedcache
 from embedcache.cli.config_files import read_config
 from embedcache.cli.options import with_settings
+from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.errors import PathError, SettingError, UnknownNameError
 from embedcache.settings import (
     FlatSetting,
@@ -239,6 +240,9 @@ def test_split_seed_defaults_to_seed() -> None:
         with pytest.raises(SettingError, match="^seed: expected a whole number"):
             train_settings(wrong)
     assert train_settings({"epochs": 3, "patience": None}).optimizer == OptimizerSettings(epochs=3)
+    own = TrainSettings(split=SplitSettings(seed=7))
+    assert with_split_seed({"seed": 3}, own) == {"seed": 3}
+    assert with_split_seed({"seed": 3}, TrainSettings()) == {"seed": 3, "split_seed": 3}
 
 
 def test_gpu_number_is_not_recorded() -> None:

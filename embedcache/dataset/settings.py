@@ -13,10 +13,13 @@ KINDS = ("strict", "key", "column")
 """Ways to split; any other `kind` is the path of a split file."""
 
 
-def with_split_seed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flat names that are not None; `split_seed` defaults to `seed`."""
+def with_split_seed(options: Mapping[str, Any], settings: Any = None) -> dict[str, Any]:
+    """Return the flat names that are not None; `split_seed` defaults to `seed`.
+
+    It does not if the settings in which they replace values have a split seed that differs from their seed.
+    """
     given = {name: value for name, value in options.items() if value is not None}
-    if "seed" in given:
+    if "seed" in given and (settings is None or settings.split.seed == settings.seed):
         with suppress(SettingError):  # raised for `seed`, the name that was given
             return {"split_seed": SplitSettings(seed=given["seed"]).seed, **given}
     return given
@@ -56,7 +59,7 @@ class SplitSettings:
         ge=0,
         lt=2**32,
         flat_name="split_seed",
-        default_text="the value of --seed",
+        default_text="the value of --seed, or 0 with --task likelihood",
     )
 
     def __post_init__(self) -> None:

@@ -144,7 +144,8 @@ def evaluate_pairs(
         DataError: too few samples have all features or are in the validation part, or a feature is constant, NaN or
             infinite.
     """
-    settings, progress = replace_flat(settings or PairsSettings(), with_split_seed(options)), to_progress(progress)
+    settings, progress = settings or PairsSettings(), to_progress(progress)
+    settings = replace_flat(settings, with_split_seed(options, settings))
     cache = Cache(cache)
     images, skipped_images = open_features(cache, "image", settings.image_feature)
     texts, skipped_texts = open_features(cache, "text", settings.text_feature)

@@ -4,7 +4,7 @@ All points of a batch are one packed array, one row per point, without padding; 
 The normalizations keep the moments of the features they were trained on: the only trace of the source domain.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -223,11 +223,19 @@ class PointPrediction(NamedTuple):
 
 @torch.no_grad()
 def predict_points(network: PointNetwork, features_ND: Floats) -> PointPrediction:
-    """Compute the class probabilities and the penultimate features of N points, in blocks, in evaluation mode."""
+    """Compute the class probabilities and the penultimate features of N points, in evaluation mode.
+
+    Blocks are computed on the network's device.
+    """
     network.eval()
-    parts = [network(torch.from_numpy(features_ND[rows])) for rows in blocks(len(features_ND), _BLOCK)]
-    logits_NC = torch.cat([part.logits_NC for part in parts])
-    return PointPrediction(softmax(logits_NC, dim=1).numpy(), torch.cat([part.hidden_NP for part in parts]).numpy())
+    parts = [(part.logits_NC.cpu(), part.hidden_NP.cpu()) for part in _run_blocks(network, features_ND)]
+    logits_NC, hidden_NP = (torch.cat(blocks_N) for blocks_N in zip(*parts, strict=True))
+    return PointPrediction(softmax(logits_NC, dim=1).numpy(), hidden_NP.numpy())
+
+
+def _run_blocks(network: PointNetwork, features_ND: Floats) -> Iterator[PointOutput]:
+    for rows in blocks(len(features_ND), _BLOCK):
+        yield network(torch.from_numpy(features_ND[rows]).to(network.linear.weight.device))
 
 
 @torch.no_grad()
@@ -241,9 +249,7 @@ def scale_entropy(network: PointNetwork, features_ND: Floats, entropy_nats: floa
         The temperature, from 0.1 to 10.
     """
     network.eval()
-    logits_NC = torch.cat(
-        [network(torch.from_numpy(features_ND[rows])).logits_NC for rows in blocks(len(features_ND), _BLOCK)]
-    )
+    logits_NC = torch.cat([part.logits_NC.cpu() for part in _run_blocks(network, features_ND)])
     low, high = -1.0, 1.0
     for _ in range(_NUM_HALVINGS):  # the entropy grows with the temperature
         middle = (low + high) / 2
@@ -317,7 +323,8 @@ def _norm_inputs(
 
     def hidden(block: Floats) -> Floats:
         with torch.no_grad():
-            values: Floats = network.linear(network.input_norm(torch.from_numpy(block).float())).numpy()
+            values_ND = torch.from_numpy(block).to(network.linear.weight.device)
+            values: Floats = network.linear(network.input_norm(values_ND)).cpu().numpy()
         return values
 
     for norm, transform in ((network.input_norm, None), (network.hidden_norm, hidden)):
@@ -326,12 +333,13 @@ def _norm_inputs(
             block = features_ND[rows].astype(np.float32)
             moments.add(block if transform is None else transform(block))
         if adapt:
-            norm.running_mean = torch.from_numpy(moments.mean.astype(np.float32))
-            norm.running_var = torch.from_numpy(moments.variance.astype(np.float32))
+            device = network.linear.weight.device
+            norm.running_mean = torch.from_numpy(moments.mean.astype(np.float32)).to(device)
+            norm.running_var = torch.from_numpy(moments.variance.astype(np.float32)).to(device)
         yield norm, moments
 
 
 def _array(values: Tensor | None) -> Floats:
     assert values is not None  # a batch normalization without stored moments is never made here
-    array: Floats = values.numpy()
+    array: Floats = values.cpu().numpy()
     return array

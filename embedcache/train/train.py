@@ -162,7 +162,8 @@ def train(
         DataError: too few samples, a feature that does not fit its projector, or a loss that is NaN or infinite.
         MissingExtraError: the library of a tracker is not installed.
     """
-    settings = replace_options(settings or TrainSettings(), with_split_seed(options))
+    settings = settings or TrainSettings()
+    settings = replace_options(settings, with_split_seed(options, settings))
     progress = to_progress(progress)
     for name in split_names(settings.model.projector):
         PROJECTORS.load(name)
