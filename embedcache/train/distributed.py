@@ -22,7 +22,7 @@ T = TypeVar("T")
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
     """Join the processes that torchrun started, if any, and yield this process's device: of `cuda` its own GPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if num_started() == 1 or dist.is_initialized():
         yield device
         return
     if device == "cuda":
@@ -35,6 +35,11 @@ def process_group(device: str) -> Iterator[str]:
     finally:
         gc.collect()  # DistributedDataParallel's cycles hold the group; freed at exit, its threads abort the process
         dist.destroy_process_group()
+
+
+def num_started() -> int:
+    """Return the number of processes that torchrun started, by its environment, before a process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def num_processes() -> int:

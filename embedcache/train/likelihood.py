@@ -24,7 +24,7 @@ from embedcache.networks.shared import SharedNetwork
 from embedcache.progress import Progress
 from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.train.batches import Loader
-from embedcache.train.distributed import num_processes
+from embedcache.train.distributed import num_started
 from embedcache.train.examples import Examples, Media, WordTable
 from embedcache.train.likelihood_batches import Subtask, TaskBatch, read_inputs
 from embedcache.train.modules import ModuleReport, describe_input, describe_origin, fitted_files, train_task
@@ -338,8 +338,10 @@ def _check(tasks: Sequence[Subtask], words: WordTable, settings: FitSettings) ->
             f"batch_size: expected none, as each task has its own, got {settings.optimizer.batch_size}; pass it to "
             "the tasks"
         )
-    if num_processes() > 1:
-        raise SettingError(f"expected one process, got {num_processes()}; tasks of one likelihood train in one")
+    if num_started() > 1:
+        raise SettingError(
+            f"expected one process, got {num_started()}; tasks of one likelihood train in one: start it without torchrun"
+        )
     for task in tasks:
         for examples in (task.train, task.validation):
             if examples.vocabulary.words != words.vocabulary.words:

@@ -226,6 +226,13 @@ def test_words_that_are_no_candidates_are_not_trained_and_never_right(squares: S
     assert not found.is_correct_M[found.target_M < 0].any()
 
 
+def test_processes_of_torchrun_are_refused(squares: Squares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingError, match=r"expected one process, got 2; .* start it without torchrun"):
+        train_likelihood([squares.task("classify", "classify")], squares.words, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_bad_tasks_are_refused(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
     task = squares.task("classify", "classify")
     for tasks in ([], [task, task], [squares.task("a.b", "classify", "classify")]):
