@@ -121,16 +121,16 @@ def _split_caches(file: TaskFile, settings: SplitSettings | None) -> dict[Path, 
 def _join(file: TaskFile, splits: Mapping[Path, Split]) -> Split:
     """Return the splits of several caches as one, each sample with the digest of its cache."""
     caches = {cache.path: cache for cache in map(file.cache_of, file.tasks)}
-    arrays = [(to_array(split.keys, pa.string()), to_array(split.parts, pa.string())) for split in splits.values()]
-    digests = [
-        pa.repeat(caches[path].info.index_digest, len(keys)) for path, (keys, _) in zip(splits, arrays, strict=True)
-    ]
-    keys = pa.chunked_array([keys for keys, _ in arrays], pa.string())
+    tables = []
+    for path, split in splits.items():
+        columns = {"key": to_array(split.keys, pa.string()), "part": to_array(split.parts, pa.string())}
+        tables.append(pa.table({**columns, "digest": pa.repeat(caches[path].info.index_digest, len(split.keys))}))
+    joined = pa.concat_tables(tables)
     return Split(
-        keys=Column(keys),
-        parts=Column(pa.chunked_array([parts for _, parts in arrays], pa.string())),
-        groups=Column(pa.array(np.arange(len(keys)))),
-        index_digests=Column(pa.chunked_array(digests, pa.string())),
+        keys=Column(joined["key"]),
+        parts=Column(joined["part"]),
+        groups=Column(pa.array(np.arange(len(joined)))),
+        index_digests=Column(joined["digest"]),
     )
 
 

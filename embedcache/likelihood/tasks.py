@@ -230,8 +230,7 @@ def parts_of(task: NamedTask, table: pa.Table, split: Split | None) -> pa.Array:
         return column_parts(read_texts(table, "split"))
     if split is None or not is_about_items(task, table):
         return pa.repeat("", len(table))
-    keys = read_texts(table, "key").combine_chunks()
-    samples = pc.index_in(keys, value_set=to_array(split.keys, pa.string()))
+    samples = pc.index_in(read_texts(table, "key"), value_set=to_array(split.keys, pa.large_string()))
     return pc.fill_null(to_array(split.parts, pa.string()).take(samples), "")
 
 

@@ -4,6 +4,7 @@ Behind each number stands a vector of that word alone. A network that reads numb
 computed from a whole text, which would tell it the words that it is to predict.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ NUM_SPECIAL = 3
 BLANK_WORD = "_"
 """What stands for a blank in a text."""
 _SEPARATORS = r"[^\p{L}\p{M}\p{N}_']+"
+_TEXTS_PER_BLOCK = 1_000_000
 
 
 class WordLists(NamedTuple):
@@ -68,7 +70,7 @@ class Vocabulary:
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = tuple(words)
-        self._words = pa.array(self.words, pa.string())
+        self._words = pa.array(self.words, pa.large_string())
         if len(set(self.words)) < len(self.words):
             counts = pc.value_counts(self._words).to_pylist()
             twice = next(entry["values"] for entry in counts if entry["counts"] > 1)
@@ -89,8 +91,15 @@ class Vocabulary:
         """Return the numbers of the words of texts. A text that is null has none.
 
         A word that is not listed becomes `UNKNOWN`; `_` alone becomes `BLANK`. Runs in Arrow, without a Python object
-        per text.
+        per text. Memory: the numbers, and a million texts as words.
         """
+        lists = [self._encode(block) for block in _blocks(texts)]
+        lengths_N = np.concatenate([block.lengths() for block in lists])
+        return WordLists(
+            np.concatenate([block.numbers_M for block in lists]), np.concatenate([[0], np.cumsum(lengths_N)])
+        )
+
+    def _encode(self, texts: pa.Array | pa.ChunkedArray) -> WordLists:
         lists = split_words(texts)
         offsets_N = lists.offsets.to_numpy().astype(np.int64)
         flat = lists.flatten()
@@ -141,9 +150,8 @@ def split_words(texts: pa.Array | pa.ChunkedArray | Sequence[str | None]) -> pa.
         >>> split_words(["A red circle, isn't it?", None]).to_pylist()
         [['a', 'red', 'circle', "isn't", 'it'], []]
     """
-    array = texts if isinstance(texts, pa.Array | pa.ChunkedArray) else pa.array(texts, pa.string())
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    array = pc.fill_null(array.cast(pa.string()), "")
+    texts = pc.fill_null(_to_large(texts), "")
+    array = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
     spaced = pc.replace_substring_regex(pc.utf8_lower(array), _SEPARATORS, " ")
     lists = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(spaced))
     is_word_M = pc.not_equal(lists.flatten(), "").to_numpy(zero_copy_only=False)
@@ -154,7 +162,21 @@ def split_words(texts: pa.Array | pa.ChunkedArray | Sequence[str | None]) -> pa.
 
 def list_words(*texts: pa.Array | pa.ChunkedArray | Sequence[str | None]) -> list[str]:
     """Return the distinct words of texts, the most frequent first, then in alphabetical order: for a word table."""
-    flat = pa.concat_arrays([split_words(part).flatten() for part in texts])
-    table = pc.value_counts(flat.filter(pc.not_equal(flat, BLANK_WORD)))
-    words, counts = table.field("values").to_pylist(), table.field("counts").to_numpy()
-    return [words[place] for place in np.lexsort((np.array(words, object).astype(str), -counts))] if words else []
+    counts: Counter[str] = Counter()
+    for block in (block for part in texts for block in _blocks(part)):
+        table = pc.value_counts(split_words(block).flatten())
+        counts.update(dict(zip(table.field("values").to_pylist(), table.field("counts").to_pylist(), strict=True)))
+    del counts[BLANK_WORD]
+    return sorted(counts, key=lambda word: (-counts[word], word))
+
+
+def _blocks(texts: pa.Array | pa.ChunkedArray | Sequence[str | None]) -> list[pa.Array | pa.ChunkedArray]:
+    """Divide texts into blocks of a million, at least one."""
+    array = _to_large(texts)
+    return [array.slice(start, _TEXTS_PER_BLOCK) for start in range(0, max(1, len(array)), _TEXTS_PER_BLOCK)]
+
+
+def _to_large(texts: pa.Array | pa.ChunkedArray | Sequence[str | None]) -> pa.Array | pa.ChunkedArray:
+    """Return texts as Arrow's large strings, of which one array can hold more than 2 GiB."""
+    is_arrow = isinstance(texts, pa.Array | pa.ChunkedArray)
+    return texts.cast(pa.large_string()) if is_arrow else pa.array(texts, pa.large_string())

@@ -15,6 +15,7 @@ HASH_BYTES = 16
 HASH = pa.binary(HASH_BYTES)
 _QUOTED = 2 * HASH_BYTES + 3  # hex digits, two quotes and a comma
 _NULL = np.frombuffer(b"null,", np.uint8)
+_MAX_STRING_BYTES = 2**31 - 1
 
 
 class Column(Sequence[T]):
@@ -103,12 +104,14 @@ class Column(Sequence[T]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def to_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    """Return values as one Arrow array."""
+def to_array(values: Sequence[Any], kind: pa.DataType) -> "pa.Array | pa.ChunkedArray":
+    """Return values as one Arrow array; strings beyond the 2 GiB that one can hold stay in chunks."""
     if not isinstance(values, Column):
         return pa.array(values, kind)
-    array = values.array.combine_chunks() if isinstance(values.array, pa.ChunkedArray) else values.array
-    return array if array.type == kind else array.cast(kind)
+    array = values.array if values.array.type == kind else values.array.cast(kind)
+    if not isinstance(array, pa.ChunkedArray) or (pa.types.is_string(kind) and array.nbytes > _MAX_STRING_BYTES):
+        return array
+    return array.combine_chunks()
 
 
 def is_missing(values: Sequence[Any]) -> Bools:

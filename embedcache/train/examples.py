@@ -102,7 +102,8 @@ class Media:
         Raises:
             DataError: a key is null, or is in no sample of the cache.
         """
-        found = pc.index_in(keys_N, value_set=self.cache.column("key").combine_chunks())
+        keys_S = self.cache.column("key").cast(pa.large_string())  # all together may exceed 2 GiB
+        found = pc.index_in(keys_N.cast(pa.large_string()), value_set=keys_S)
         if found.null_count:
             missing = pc.unique(keys_N.filter(pc.is_null(found)))
             shown = ", ".join(map(repr, missing[:_NUM_SHOWN].to_pylist()))
@@ -291,7 +292,7 @@ def read_texts(table: pa.Table, name: str) -> pa.ChunkedArray:
             return pa.chunked_array([pa.nulls(len(table), pa.string())])
         raise DataError(f"examples: expected the columns key, text and target, got {', '.join(table.column_names)}")
     try:
-        return table[name].cast(pa.string())
+        return table[name].cast(pa.large_string())
     except pa.ArrowException as error:
         raise DataError(f"examples: column {name}: expected texts, got {table[name].type}") from error
 

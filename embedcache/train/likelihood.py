@@ -340,7 +340,7 @@ def _check(tasks: Sequence[Subtask], words: WordTable, settings: FitSettings) ->
         )
     if num_started() > 1:
         raise SettingError(
-            f"expected one process, got {num_started()}; tasks of one likelihood train in one: start it without torchrun"
+            f"expected one process for tasks of one likelihood, got {num_started()}; start it without torchrun"
         )
     for task in tasks:
         for examples in (task.train, task.validation):

@@ -32,6 +32,17 @@ def test_a_sliced_array_is_split_like_a_copy() -> None:
     assert split_words(texts[1:]).to_pylist() == [["two", "words"], [], ["three", "more", "words"]]
 
 
+def test_blocks_of_texts_are_encoded_and_counted_like_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a red circle", None, "", "isn't it", "a", "red a", "circle"]
+    expected, listed = WORDS.encode(texts), list_words(texts)
+    monkeypatch.setattr("embedcache.networks.words._TEXTS_PER_BLOCK", 2)
+    for given in (texts, pa.array(texts), pa.chunked_array([texts[:3], texts[3:]])):
+        found = WORDS.encode(given)
+        np.testing.assert_array_equal(found.numbers_M, expected.numbers_M)
+        np.testing.assert_array_equal(found.offsets_N, expected.offsets_N)
+        assert list_words(given) == listed == ["a", "circle", "red", "isn't", "it"]
+
+
 def test_words_are_listed_by_frequency() -> None:
     assert list_words(["b a", "a _ c"], ["a b", "d"]) == ["a", "b", "c", "d"]
     assert list_words([]) == []

@@ -33,6 +33,14 @@ def test_reasons_are_written_as_python_objects(values: list[str | None]) -> None
     assert strings_json(pa.array(values, pa.string())) == expected
 
 
+def test_strings_that_one_array_cannot_hold_stay_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    column = Column[str](pa.chunked_array([["ab", "cd"], ["ef"]]))
+    assert to_array(column, pa.string()).equals(pa.array(["ab", "cd", "ef"]))
+    monkeypatch.setattr("embedcache.store.columns._MAX_STRING_BYTES", 8)
+    assert to_array(column, pa.string()).num_chunks == 2
+    assert to_array(column, pa.large_string()).equals(pa.array(["ab", "cd", "ef"], pa.large_string()))
+
+
 def test_column_is_a_sequence() -> None:
     values = ["a", None, "b", "a"]
     column = Column[str | None](pa.array(values))

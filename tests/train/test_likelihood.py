@@ -228,7 +228,7 @@ def test_words_that_are_no_candidates_are_not_trained_and_never_right(squares: S
 
 def test_processes_of_torchrun_are_refused(squares: Squares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SettingError, match=r"expected one process, got 2; .* start it without torchrun"):
+    with pytest.raises(SettingError, match="got 2; start it without torchrun"):
         train_likelihood([squares.task("classify", "classify")], squares.words, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
