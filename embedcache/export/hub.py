@@ -16,7 +16,7 @@ from embedcache.progress import AnyProgress, to_progress
 from embedcache.provenance import digest_file
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
-from embedcache.store.layout import INTERRUPTED_REMOVAL, info_path, read_info, removing_path
+from embedcache.store.layout import INTERRUPTED_REMOVAL, info_path, read_info, removed_path, removing_path
 
 CARD = "README.md"
 _RECORDS = "records"
@@ -180,7 +180,7 @@ def _commit(api: Any, repository: str, additions: Mapping[str, Path | bytes], *,
 def _last(cache: Cache) -> list[str]:
     """Return the files of the last commit: that which makes a cache of the others, and its tables."""
     tables = [f"{modality}/items.parquet" for modality in cache.info.num_items]
-    return [*tables, "samples.parquet", info_path(cache.path).name]
+    return [*tables, "samples.parquet", removed_path(cache.path).name, info_path(cache.path).name]
 
 
 def _find_changes(cache: Cache, files: Sequence[str], remote: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -35,7 +35,7 @@ Names: TypeAlias = str | Sequence[str] | None
 def open_data(paths: Paths, features: Mapping[str, str | None], *, memory_bytes: int) -> "TrainData":
     """Open the same features of two modalities of one or several caches.
 
-    Features that fit into `memory_bytes` are loaded once.
+    The features of a modality that fit into half of `memory_bytes` are loaded once.
 
     Args:
         paths: one cache, or several.

@@ -124,7 +124,7 @@ class MachineSettings:
     )
     memory: int = setting(
         4 * 2**30,
-        "Load features that fit into this much memory, such as 4GB; memory-map larger ones.",
+        "Load the features of a modality that fit into half of this, such as 4GB; memory-map larger ones.",
         gt=0,
         affects_result=False,
         parse=parse_size,

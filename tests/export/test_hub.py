@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from embedcache.errors import PathError, SettingError, UnfinishedError
+from embedcache.export import hub as hub_module
 from embedcache.export.hub import push_cache
 from embedcache.export.settings import HubSettings
 from embedcache.store.cache import Cache
@@ -131,6 +132,14 @@ def test_other_repositories_are_refused(uploaded: tuple[Hub, list[str], Path]) -
         "SettingError repository: expected a new one or one with this cache, got you/models with"
     )
     assert hub.repositories["you/models"] == {"weights.bin": b"0"}
+
+
+def test_list_of_removed_samples_comes_with_the_tables(tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(GOLDEN, tmp_path / "cache"))
+    (cache / "removed.parquet").touch()
+    new, last = hub_module._find_changes(Cache(cache), sorted(files_of(cache)), {})
+    assert last == ["cache.json", "image/items.parquet", "removed.parquet", "samples.parquet", "text/items.parquet"]
+    assert set(new) | set(last) == files_of(cache)
 
 
 def test_wrong_requests_raise() -> None:
