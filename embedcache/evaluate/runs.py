@@ -17,6 +17,7 @@ from embedcache.dataset.splits import Split, column_parts, read_split
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, DataError, SettingError
 from embedcache.files import AnyPath, one_or_many
+from embedcache.networks.saved import read_module_config
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import (
     PairConfig,
@@ -86,6 +87,17 @@ def group_by_recipe(
             groups.append((recipe, seeds := []))
         seeds.append(path)
     return _name_recipes([paths for _, paths in groups])
+
+
+def read_module_recipe(run_path: Path) -> dict[str, Any]:
+    """Return all that decides a run of a module except its seed, where it was trained, and the weights it starts from.
+
+    The names of the runs that it starts from belong to it.
+    """
+    config = read_module_config(run_path)
+    values = {name: value for name, value in config.to_json().items() if name not in ("weights", "init_runs")}
+    machine = {**config.training.get("machine", {}), "device": None}
+    return {**values, "training": {**config.training, "seed": None, "machine": machine}}
 
 
 def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[tuple[str, list[Path], bool]]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from embedcache.arrays import Ints
 from embedcache.dataset.inputs import PLAIN, check_same_view
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, FingerprintError, SettingError
-from embedcache.evaluate.runs import group_by_recipe, read_part
+from embedcache.evaluate.runs import group_by_recipe, read_module_recipe, read_part
 from embedcache.evaluate.settings import SpeechSettings
 from embedcache.evaluate.utterances import (
     WordClusters,
@@ -34,7 +33,7 @@ from embedcache.metrics.edits import (
 from embedcache.metrics.intervals import Estimate
 from embedcache.networks.ctc import WordTime, word_times
 from embedcache.networks.recognition import check_decoder, recognize, to_text
-from embedcache.networks.saved import ModuleConfig, load_module, read_module_config
+from embedcache.networks.saved import ModuleConfig, load_module
 from embedcache.networks.settings import DecodingSettings
 from embedcache.networks.speech import EncodedSpeech, SpeechNetwork
 from embedcache.networks.transcripts import encode_transcript
@@ -279,7 +278,7 @@ def compare_runs(
         raise SettingError("expected at least one run to evaluate, got none")
     cache = Cache(cache_path)
     samples = read_part(cache, settings.part).samples
-    recipes = group_by_recipe(run_paths, _read_recipe)
+    recipes = group_by_recipe(run_paths, read_module_recipe)
     for path in run_paths:
         config = read_speech_config(path, settings.streams)
         check_decoder(config.training, settings.decoding, run=str(path))
@@ -389,10 +388,3 @@ def _check_feature(name: str, utterances: Utterances, config: ModuleConfig, *, i
             f"the {name} encoder: expected states that were derived from the run or the one that it starts from, got "
             f"{feature.name} of another one; derive them again"
         )
-
-
-def _read_recipe(run_path: Path) -> dict[str, Any]:
-    """Return all that decides a run of a module except its seed."""
-    config = read_module_config(run_path)
-    values = {name: value for name, value in config.to_json().items() if name != "weights"}
-    return {**values, "training": {**config.training, "seed": None}}

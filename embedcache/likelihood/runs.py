@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +13,7 @@ from embedcache.dataset.splits import Split, column_parts, read_split, split_sam
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.likelihood import BLIND, SHUFFLED, TaskReport, evaluate_task
-from embedcache.evaluate.runs import group_by_recipe
+from embedcache.evaluate.runs import group_by_recipe, read_module_recipe
 from embedcache.evaluate.settings import LikelihoodEvalSettings
 from embedcache.likelihood.tasks import NamedTask, TaskFile, is_about_items, naming, open_task, parts_of
 from embedcache.networks.saved import ModuleConfig, read_module_config
@@ -179,7 +178,7 @@ def evaluate_tasks(
     file = TaskFile(task_file, Cache(cache_path))
     progress.start("evaluate", len(file.tasks) * len(run_paths), "tasks")
     reports: dict[str, dict[str, list[TaskReport]]] = {}
-    for name, paths in group_by_recipe(run_paths, _read_recipe).items():
+    for name, paths in group_by_recipe(run_paths, read_module_recipe).items():
         for path in paths:
             for task in file.tasks:
                 with naming(task):
@@ -260,10 +259,3 @@ def _has_head(task: NamedTask, candidates: Sequence[str] | None, config: ModuleC
         return False
     (trained,) = (recorded for recorded in config.training["tasks"] if recorded["name"] == task.name)
     return trained.get("kind") == task.table.kind and trained["candidates"] == list(candidates)
-
-
-def _read_recipe(run_path: Path) -> dict[str, Any]:
-    """Return all that decides a run except its seed, and the weights of the runs that it starts from."""
-    config = read_module_config(run_path)
-    values = {name: value for name, value in config.to_json().items() if name not in ("weights", "init_runs")}
-    return {**values, "training": {**config.training, "seed": None}}
