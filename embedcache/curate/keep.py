@@ -147,5 +147,5 @@ def _read_column(cache: Cache, name: str) -> Floats:
     column = cache.column(name)
     if not any(is_number(column.type) for is_number in _IS_NUMBER):
         raise SettingError(f"keep: expected numbers in column {name!r} of {cache.path}, got {column.type}")
-    values = np.array([np.nan if value is None else value for value in column.to_pylist()], np.float64)
+    values: Floats = column.cast(pa.float64(), safe=False).to_numpy()  # null is NaN
     return np.where(np.isnan(values), -np.inf, values)

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from embedcache.arrays import Array, Floats, Ints, concatenated_ranges, normalize
 from embedcache.curate.select.settings import SelectSettings
@@ -139,11 +140,14 @@ class Pool:
 
     def texts(self) -> Iterator[tuple[int, str]]:
         """Iterate over the captions of the pool: sample and text. Memory: the table of texts."""
-        inside = set(self.samples.tolist())
-        items = self.cache.items("text")
-        for sample, text in zip(items["sample"].to_pylist(), items["text"].to_pylist(), strict=True):
-            if sample in inside:
-                yield sample, text
+        is_inside_S = np.zeros(self.cache.info.num_samples, bool)
+        is_inside_S[self.samples] = True
+        items = self.cache.items("text", columns=["sample", "text"])
+        for start in range(0, len(items), _TEXTS_PER_BLOCK):
+            block = items.slice(start, _TEXTS_PER_BLOCK)
+            is_inside = is_inside_S[block["sample"].to_numpy()]
+            kept = block.filter(pa.array(is_inside))
+            yield from zip(kept["sample"].to_pylist(), kept["text"].to_pylist(), strict=True)
 
     def pair_scores(self) -> tuple[Ints, Floats]:
         """Compare each image of the pool with each caption of its sample, projected by the run.
@@ -172,6 +176,7 @@ class Pool:
 
 
 _MOST_SAMPLES = 2**32
+_TEXTS_PER_BLOCK = 65_536
 
 
 class TopSamples(NamedTuple):

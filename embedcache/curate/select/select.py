@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from embedcache.curate.select.baselines import draw_rows
 from embedcache.curate.select.pool import Pool
@@ -229,8 +230,8 @@ def sample_selection(cache_path: Path | str, out_path: Path, selection: Path, si
 def read_reasons(path: Path, cache: Cache) -> dict[int, str]:
     """Read a selection as row -> reason; for a text file, the reason is its name."""
     rows = read_selection(path, [cache])
-    keys = cache.column("key").to_pylist()
+    keys = cache.column("key").take(pa.array(rows)).to_pylist()
     reasons: dict[str, str] = {}
     if path.suffix == ".parquet":
         reasons = read_selected_reasons(path)
-    return {row: reasons.get(keys[row], f"in {path.name}") for row in rows.tolist()}
+    return {row: reasons.get(key, f"in {path.name}") for row, key in zip(rows.tolist(), keys, strict=True)}
