@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeAlias, cast
 from uuid import uuid4
 
-from embedcache.errors import DiskFullError, PathError
+from embedcache.errors import DiskFullError, EmbedcacheError, PathError
 from embedcache.registry import require
 
 _SERVICES = frozenset(
@@ -33,6 +33,8 @@ _LONGEST_REASON = 300
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)  # the only way to read it
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+TEXT_ENCODING = "utf-8-sig"
+"""Encoding of all text files that users write, whatever the locale: UTF-8, with or without a byte order mark."""
 _PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
 _NODE = platform.node().replace(".", "-")
 
@@ -167,6 +169,26 @@ def read_limited(path: Path, max_bytes: int = 2**28) -> bytes:
     if len(data) > max_bytes:
         raise PathError(f"{path}: expected a file of at most {max_bytes:,} bytes, got more")
     return data
+
+
+def read_text(path: Path, error_class: type[EmbedcacheError] = PathError) -> str:
+    """Read a text file that a user wrote; the errors are those of `read_limited` and `decode_text`."""
+    return decode_text(read_limited(path), path, error_class)
+
+
+def decode_text(content: bytes, name: Path | str, error_class: type[EmbedcacheError] = PathError) -> str:
+    """Decode the content of a text file that a user wrote: UTF-8, without its byte order mark, if it has one.
+
+    Args:
+        content: the whole file.
+        name: name of the file, for the message.
+        error_class: class of the error that is raised if the content is not UTF-8.
+    """
+    try:
+        return content.decode(TEXT_ENCODING)
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start} is {content[error.start]:#04x}"
+        raise error_class(f"{name} is not UTF-8 ({reason}); save it as UTF-8") from None
 
 
 def write_atomic(path: Path, data: bytes) -> None:

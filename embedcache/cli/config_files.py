@@ -55,16 +55,14 @@ def read_config(path: Path) -> dict[str, Any]:
         PathError: the file cannot be read.
         SettingError: it is not TOML, or not JSON of a run, or has ranges of settings in a table `[space]`.
     """
-    from embedcache.files import io_reason, read_limited
+    from embedcache.files import io_reason, read_text
 
     try:
-        text = read_limited(path).decode("utf-8")
+        text = read_text(path, SettingError)
     except OSError as error:
         raise PathError(
             f"cannot read {path}: {io_reason(error)}; pass a TOML file or a run's config.json to --config"
         ) from error
-    except UnicodeDecodeError as error:
-        raise SettingError(f"{path}: expected UTF-8 text, got other bytes: {error}") from error
     if path.suffix == ".json":
         return _read_run_config(path, text)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from embedcache.devices import announce
 from embedcache.errors import DataError, PathError, visible
-from embedcache.files import read_limited
+from embedcache.files import read_text
 from embedcache.progress import Progress, to_progress
 
 log = logging.getLogger("embedcache")
@@ -165,8 +165,6 @@ def read_lines(path: Path) -> list[str]:
         DataError: it is not UTF-8.
     """
     try:
-        return [line for line in read_limited(path).decode("utf-8").splitlines() if line.strip()]
+        return [line for line in read_text(path, DataError).splitlines() if line.strip()]
     except FileNotFoundError as error:
         raise PathError(f"expected a file with one text per line, got {path}, which does not exist") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, got other bytes: {error}") from error

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from embedcache.arrays import Ints
 from embedcache.dataset.splits import check_split, warn_removed
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
+from embedcache.files import TEXT_ENCODING, read_file
 from embedcache.outputs import check_table_output, new_output, read_metadata, to_metadata
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
@@ -59,8 +60,8 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     Samples that are known to have been removed from a cache since are left out, and a warning tells their number.
 
     Args:
-        path: Parquet file with a column `key`, or text file with one key per line; of a run's `split.parquet`, the keys
-            of its training part.
+        path: Parquet file with a column `key`, or text file in UTF-8 with one key per line; of a run's `split.parquet`,
+            the keys of its training part.
         caches: caches of the keys; a key of several caches is selected in each.
 
     Raises:
@@ -109,7 +110,8 @@ def read_selected_keys(path: Path) -> pa.Array:
             if {"part", "group"} <= set(table.column_names):
                 table = table.filter(pc.equal(table["part"], "train"))
             return table["key"].cast(pa.string()).combine_chunks()
-        return pa.array([line for line in path.read_text().split("\n") if line], pa.string())
+        lines = read_file(path).decode(TEXT_ENCODING).split("\n")
+        return pa.array([key for line in lines if (key := line.removesuffix("\r"))], pa.string())
 
 
 def read_selected_reasons(path: Path) -> dict[str, str]:
@@ -131,5 +133,5 @@ def _selection_errors(path: Path) -> Iterator[None]:
         if isinstance(error, EmbedcacheError):
             raise
         raise CorruptError(
-            f"{path}: expected a Parquet file with a column key, or a text file: {one_line(error)}"
+            f"{path}: expected a Parquet file with a column key, or a text file in UTF-8: {one_line(error)}"
         ) from error

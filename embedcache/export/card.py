@@ -7,7 +7,7 @@ from typing import Any
 
 from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
-from embedcache.files import write_atomic
+from embedcache.files import read_text, write_atomic
 from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import read_stage
 
@@ -47,7 +47,7 @@ def _find_license(tower_input: TowerInput) -> str | None:
     card = Path(tower_input.spec.partition(":")[2].partition(",")[0]) / "README.md"
     if not card.is_file():
         return None
-    match = re.match(r"---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    match = re.match(r"---\n.*?^license:\s*(\S+)\s*$.*?^---$", read_text(card), re.MULTILINE | re.DOTALL)
     return match[1] if match else None
 
 

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from embedcache.dataset.splits import Split, column_parts
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, one_line
-from embedcache.files import io_reason, read_limited
+from embedcache.files import io_reason, read_text
 from embedcache.modalities import MODALITIES
 from embedcache.networks.candidates import Mined
 from embedcache.networks.words import Vocabulary
@@ -103,10 +103,12 @@ def read_task_file(path: Path | str) -> list[NamedTask]:
     """
     path = Path(path)
     try:
-        tables = tomllib.loads(read_limited(path).decode())
+        text = read_text(path, SettingError)
     except OSError as error:
         raise PathError(f"expected a TOML file of tasks, got {path}: {io_reason(error)}; check the path") from error
-    except (ValueError, RecursionError) as error:  # invalid TOML, or not UTF-8
+    try:
+        tables = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # invalid TOML, or a number of thousands of digits
         raise SettingError(f"{path}: expected TOML, got an error: {error}") from error
     wrong = [name for name, table in tables.items() if not isinstance(table, dict)]
     if wrong or not tables:
@@ -192,8 +194,8 @@ class TaskFile:
         if isinstance(names, str):
             path = self._resolve(names)
             try:
-                text = read_limited(path).decode()
-            except (OSError, UnicodeDecodeError) as error:
+                text = read_text(path)
+            except OSError as error:
                 raise PathError(
                     f"candidates: expected a list, or a text file with one per line, got {path}: {one_line(error)}"
                 ) from error

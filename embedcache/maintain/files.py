@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Bools
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
-from embedcache.files import check_regular, read_file, remove_leftovers, remove_partials, replacing
+from embedcache.files import TEXT_ENCODING, check_regular, read_file, remove_leftovers, remove_partials, replacing
 from embedcache.interop.npy import open_npy, report_damage, write_array
 from embedcache.outputs import is_output
 from embedcache.progress import NullProgress
@@ -190,7 +190,7 @@ def _set(table: pa.Table, name: str, values: Any) -> pa.Table:
 
 def _remove_from_list(path: Path, keys: Collection[str]) -> int:
     try:
-        lines = read_file(path).decode().split("\n")
+        lines = read_file(path).decode(TEXT_ENCODING).split("\n")
     except UnicodeDecodeError:
         raise PathError(f"{path}: expected a selection or an export, got a file of another kind") from None
     kept = [line for line in lines if line.removesuffix("\r") not in keys]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embedcache.errors import ItemError, SourceError
+from embedcache.files import decode_text
 from embedcache.sources.base import Scalar, TextItem
 
 SIDECAR_SUFFIXES = frozenset({".json", ".txt"})
@@ -89,14 +90,14 @@ def _read_file(content: bytes | ItemError, name: str) -> Sidecar:
             raise content
         if name.endswith(".json"):
             return _read_json(content, name)
-        lines = [line for line in _decode(content, name).splitlines() if line.strip()]
+        lines = [line for line in decode_text(content, name, SourceError).splitlines() if line.strip()]
         return Sidecar(texts=to_text_items(lines or [""], None))
     except (ItemError, SourceError) as error:
         return Sidecar(columns={CAPTION_ERROR: str(error)})
 
 
 def _read_json(content: bytes, name: str) -> Sidecar:
-    fields = parse_json_object(_decode(content, name), name)
+    fields = parse_json_object(decode_text(content, name, SourceError), name)
     _check_unicode(fields, name)
     language, key = _string(fields, "language", name), _string(fields, "key", name)
     captions = [
@@ -121,11 +122,3 @@ def _string(fields: dict[str, Any], name: str, file_name: str) -> str | None:
     if value is None or isinstance(value, str):
         return value or None
     raise SourceError(f"{file_name}: {name} is {value!r:.60}; expected a string")
-
-
-def _decode(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start} is {content[error.start]:#04x}"
-        raise SourceError(f"{name} is not UTF-8 ({reason}); save it as UTF-8") from None

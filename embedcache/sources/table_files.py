@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.errors import EmbedcacheError, ItemError, SourceError
+from embedcache.files import TEXT_ENCODING
 from embedcache.sources.captions import parse_json_object
 from embedcache.sources.files import open_binary, wrap_io_errors
 
@@ -141,7 +142,7 @@ def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     """Iterate over the objects of a JSONL file; blank lines are skipped."""
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open(encoding=TEXT_ENCODING) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield parse_json_object(line, f"{path} line {number}")
@@ -162,7 +163,7 @@ def _read_csv(path: Path, delimiter: str, columns: Sequence[str]) -> Iterator[Ro
 
 def _csv_lines(path: Path, delimiter: str) -> Iterator[list[str]]:
     """Iterate over the rows of a CSV file, header first; blank lines are skipped."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding=TEXT_ENCODING, newline="") as file:
         yield from (cells for cells in csv.reader(file, delimiter=delimiter, strict=True) if cells)
 
 

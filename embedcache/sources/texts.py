@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.files import check_regular, is_remote, open_path
+from embedcache.files import TEXT_ENCODING, check_regular, is_remote, open_path
 from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.sources.captions import to_text_items
 from embedcache.sources.files import TEXT_SUFFIXES, file_size, has_suffix
@@ -54,7 +54,7 @@ class TextsSource:
 def _texts(path: Path) -> Iterator[str]:
     check_regular(path)
     if path.suffix.lower() != ".npy":
-        with path.open(encoding="utf-8-sig") as lines:
+        with path.open(encoding=TEXT_ENCODING) as lines:
             yield from lines
         return
     texts_N = _open_array(path)

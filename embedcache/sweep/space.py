@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from embedcache.dataset.settings import SplitSettings
 from embedcache.devices import torch_device
 from embedcache.errors import EmbedcacheError, PathError, SettingError
-from embedcache.files import read_limited
+from embedcache.files import read_text
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.registry import unknown_name
 from embedcache.settings import Declaration, check_value, flat_settings
@@ -129,10 +129,12 @@ def read_space(path: Path) -> Space:
 
 def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        tables = tomllib.loads(read_limited(path).decode())
+        text = read_text(path, SettingError)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise PathError(f"expected a TOML file with a table [space], got {path}, which is not a file") from error
-    except (ValueError, RecursionError) as error:  # invalid TOML, or not UTF-8
+    try:
+        tables = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # invalid TOML, or a number of thousands of digits
         raise SettingError(f"{path}: expected TOML, got an error: {error}") from error
     for name, table in tables.items():
         if name not in ("fixed", "space") or not isinstance(table, dict):

@@ -76,6 +76,14 @@ def test_keys_of_several_caches(two_caches: list[Path], tmp_path: Path) -> None:
         read_selection(tmp_path / "none", caches)
 
 
+def test_marks_and_line_ends_are_no_part_of_keys(cache_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_bytes(b"\xef\xbb\xbf00003\r\n00041\r\n")
+    assert read_selection(tmp_path / "keys.txt", [Cache(cache_path)]).tolist() == [3, 41]
+    (tmp_path / "latin.txt").write_bytes("00003\né\n".encode("latin-1"))
+    with pytest.raises(CorruptError, match=r"latin\.txt: expected a Parquet file .* or a text file in UTF-8: .*0xe9"):
+        read_selection(tmp_path / "latin.txt", [Cache(cache_path)])
+
+
 def test_tables_without_keys_raise(two_caches: list[Path], tmp_path: Path) -> None:
     cache, path = Cache(two_caches[0]), tmp_path / "s.parquet"
     for values in ({"row": [1]}, {"part": ["train"], "uid": ["00001"]}):

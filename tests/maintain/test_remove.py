@@ -318,6 +318,9 @@ def test_exports(tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_bytes("a\r\nb\r\nü".encode())
     assert remove_from(tmp_path / "keys.txt", {"b"}) == 1
     assert (tmp_path / "keys.txt").read_bytes() == "a\r\nü".encode()
+    (tmp_path / "keys.txt").write_bytes(b"\xef\xbb\xbfb\na\n")
+    assert remove_from(tmp_path / "keys.txt", {"b"}) == 1
+    assert (tmp_path / "keys.txt").read_bytes() == b"a\n"
 
 
 def test_webdataset_export(made: Path, tmp_path: Path) -> None:
