@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.files import open_path, read_limited
+from embedcache.files import open_path, read_limited, read_text
 from embedcache.registry import require, unknown_name
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
@@ -128,7 +128,7 @@ def _read_templates(path: Path) -> list[str]:
 def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise PathError(f"expected a file, got {path}, which does not exist; check the path")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip() for line in read_text(path, SourceError).splitlines()]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:

@@ -89,6 +89,8 @@ def test_path_with_plus(tmp_path: Path) -> None:
         ({"n.txt": ""}, "n.txt", SourceError, "n.txt: expected one text per line"),
         ({"n.txt": "a\n\nb"}, "n.txt", SourceError, "n.txt line 2 is blank"),
         ({"n.txt": "a", "t.txt": "a photo"}, "n.txt+t.txt", SourceError, "template 'a photo' of .*: expected {c}"),
+        ({"n.txt": b"caf\xe9\n"}, "n.txt", SourceError, r"n.txt is not UTF-8 \(byte 3 is 0xe9\); save it as UTF-8$"),
+        ({"n.txt": "a", "t.txt": b"\xff{c}"}, "n.txt+t.txt", SourceError, "t.txt is not UTF-8"),
         ({"p.json": "[1]"}, "p.json", SourceError, "p.json: expected a JSON object"),
         ({"p.json": "{"}, "p.json", SourceError, "p.json is not valid JSON"),
         ({"p.json": '{"cat": ["x"], "dog": []}'}, "p.json", SourceError, "class 'dog' of .*: expected a list"),
@@ -102,7 +104,7 @@ def test_path_with_plus(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_files_raise(
-    tmp_path: Path, files: dict[str, str], location: str, error: type[Exception], words: str
+    tmp_path: Path, files: dict[str, bytes | str], location: str, error: type[Exception], words: str
 ) -> None:
     write(tmp_path, files)
     place = "+".join(part if part == "cupl" else f"{tmp_path}/{part}" for part in location.split("+"))
