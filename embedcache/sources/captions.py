@@ -65,12 +65,17 @@ def to_scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:
     return {name: value for name, value in fields.items() if isinstance(value, _SCALARS)}
 
 
-def parse_json_object(text: str, location: str) -> dict[str, Any]:
-    """Parse a JSON object; the error for other text starts with `location`."""
+def parse_json(text: str, location: str) -> Any:
+    """Parse JSON in which no name occurs twice in one object; the error for other text starts with `location`."""
     try:
-        fields = json.loads(text, object_pairs_hook=_unique_fields)
+        return json.loads(text, object_pairs_hook=_unique_fields)
     except (ValueError, RecursionError) as error:  # invalid, too deep, or a number of thousands of digits
         raise SourceError(f"{location} is not valid JSON: {error}; repair or remove it") from None
+
+
+def parse_json_object(text: str, location: str) -> dict[str, Any]:
+    """Parse a JSON object as `parse_json` does; the error for other text starts with `location`."""
+    fields = parse_json(text, location)
     if not isinstance(fields, dict):
         example = '{"caption": "a dog"}'
         raise SourceError(f"{location} is not a JSON object such as {example}: {fields!r:.60}")

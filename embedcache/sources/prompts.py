@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.files import open_path, read_limited, read_text
+from embedcache.files import open_path, read_text
 from embedcache.registry import require, unknown_name
 from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.sources.captions import parse_json
 from embedcache.sources.settings import SourceSettings
 
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -81,10 +82,7 @@ def _class_prompts(classes: str, templates: str, language: str) -> list[tuple[st
 def _json_prompts(path: Path) -> list[tuple[str, Sequence[str]]]:
     if not path.is_file():
         raise PathError(f"expected a file, got {path}, which does not exist; check the path")
-    try:
-        content = json.loads(read_limited(path))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is not valid JSON: {error}; repair or replace it") from None
+    content = parse_json(read_text(path, SourceError), str(path))
     if not isinstance(content, dict) or not content:
         raise SourceError(f"{path}: expected a JSON object of class name -> list of prompts, got {content!r:.60}")
     classes = {name: [prompts] if isinstance(prompts, str) else prompts for name, prompts in content.items()}

@@ -93,6 +93,13 @@ def test_path_with_plus(tmp_path: Path) -> None:
         ({"n.txt": "a", "t.txt": b"\xff{c}"}, "n.txt+t.txt", SourceError, "t.txt is not UTF-8"),
         ({"p.json": "[1]"}, "p.json", SourceError, "p.json: expected a JSON object"),
         ({"p.json": "{"}, "p.json", SourceError, "p.json is not valid JSON"),
+        (
+            {"p.json": '{"cat": ["x"], "cat": ["y"]}'},
+            "p.json",
+            SourceError,
+            "p.json is not valid JSON: a name occurs twice",
+        ),
+        ({"p.json": b'{"caf\xe9": ["x"]}'}, "p.json", SourceError, r"p.json is not UTF-8 \(byte 5 is 0xe9\)"),
         ({"p.json": '{"cat": ["x"], "dog": []}'}, "p.json", SourceError, "class 'dog' of .*: expected a list"),
         (
             {"p.json": '{"cat": "x"}', "t.txt": "{c}"},
