@@ -27,7 +27,8 @@ class PromptsSource:
     dataset of the package clip-benchmark, such as `imagenet1k`. Templates are a `.txt` with one template per line and
     `{c}` in place of the name; a dataset of clip-benchmark; or `cupl`, prompts that a language model wrote for each
     ImageNet class. By default they are those of the folder or dataset, else `a photo of a {c}.` The setting `languages`
-    may hold one language of clip-benchmark: ar, cn, en, it or jp.
+    may hold one language of clip-benchmark: ar, cn, en, it or jp. Paths may contain `+`: the location is split at the
+    first one that has classes before it and templates after it.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -35,7 +36,7 @@ class PromptsSource:
         if len(settings.languages) > 1:
             raise SourceError(f"expected one language of prompts, got {', '.join(settings.languages)}")
         self._language = settings.languages[0] if settings.languages else "en"
-        classes, _, templates = (location, "", "") if open_path(location).exists() else location.partition("+")
+        classes, templates = _split_location(location)
         parts = [part for part in (classes, templates) if part]
         self._location = "+".join(str(open_path(part).absolute()) if _is_path(part) else part for part in parts)
         self._settings = settings
@@ -54,6 +55,22 @@ class PromptsSource:
 
     def read(self, item: FileItem) -> bytes:
         raise ItemError(f"prompts have no image such as {item.path}")
+
+
+def _split_location(location: str) -> tuple[str, str]:
+    """Return the classes and the templates of a location, whose paths may contain `+` themselves."""
+    if open_path(location).exists():
+        return location, ""
+    parts = location.split("+")
+    splits = [("+".join(parts[:number]), "+".join(parts[number:])) for number in range(1, len(parts) + 1)]
+    found = (split for split in splits if split[1] and all(_is_found(part) for part in split))
+    named = (split for split in splits if _is_path(split[0]))  # for the error that names what does not exist
+    return next(found, None) or next(named, splits[0])
+
+
+def _is_found(part: str) -> bool:
+    """Return whether a part of a location exists, or may be the name of a dataset."""
+    return open_path(part).exists() or not ("+" in part or _is_path(part))
 
 
 def _is_path(part: str) -> bool:

@@ -1,10 +1,11 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from embedcache.errors import ItemError, MissingExtraError, PathError, SettingError, SourceError, UnknownNameError
-from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_source
+from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_source, reopen_source
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import write
 
@@ -78,6 +79,41 @@ def test_cupl_prompts() -> None:
 def test_path_with_plus(tmp_path: Path) -> None:
     write(tmp_path, {"c++/names.txt": NAMES})
     assert len(samples_of(f"{tmp_path}/c++/names.txt")) == 3
+
+
+@pytest.mark.parametrize(
+    ("classes", "templates"),
+    [("c+x/n.txt", "t.txt"), ("n.txt", "t+x/t.txt"), ("c++/n+.txt", "+t/t+.txt"), ("c+x", "t.txt")],
+)
+def test_paths_of_classes_and_templates_may_have_plus(
+    tmp_path: Path, classes: str, templates: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = classes if classes.endswith(".txt") else f"{classes}/classnames.txt"
+    write(tmp_path, {names: NAMES, templates: TEMPLATES, "c": ""})
+    monkeypatch.chdir(tmp_path)
+    source = open_source(f"prompts:{classes}+{templates}")
+    assert source.describe()["path"] == f"{tmp_path}/{classes}+{tmp_path}/{templates}"
+    samples = list(source.samples())
+    assert [prompts(sample) for sample in samples][1] == ["a photo of a Trouser.", "Trouser, on a table"]
+    assert list(reopen_source(source.describe()).samples()) == samples
+
+
+@pytest.mark.parametrize(
+    ("location", "named"),
+    [
+        ("c+x/none.txt+t.txt", "c+x/none.txt"),
+        ("c+x/none.txt", "c+x/none.txt"),
+        ("c+x/n.txt+none+t.txt", "none+t.txt"),
+        ("none.txt+t.txt", "none.txt"),
+    ],
+)
+def test_missing_file_is_named_whole(
+    tmp_path: Path, location: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, {"c+x/n.txt": NAMES, "t.txt": TEMPLATES})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PathError, match=f"expected a file, got {re.escape(named)}, which does not exist"):
+        open_source(f"prompts:{location}")
 
 
 @pytest.mark.parametrize(
