@@ -99,6 +99,11 @@ class PairsSource:
         inner = self._source.describe()
         return {**inner, "type": "pairs", "path": f"{inner['type']}:{inner['path']}"}
 
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Return the count per kind of file that the other source left out."""
+        return getattr(self._source, "skipped", {})
+
     def samples(self) -> Iterator[Sample]:
         for sample in self._source.samples():
             for number, text in enumerate(sample.texts):

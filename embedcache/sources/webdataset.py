@@ -1,6 +1,7 @@
 """WebDataset shards: tars in which the files of one sample are adjacent and share a name; also those of img2dataset."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -64,7 +65,9 @@ class WebdatasetSource:
     reported in the column `label_error`. For shards in a top folder named `train`, `val`, `valid`, `validation` or
     `test`, in any case, that name is the column `split` and the first part of the keys, as shards are numbered from 0
     in each such folder. Images, recordings, videos and point clouds are told apart by their suffixes; a video is a
-    recording too, unless its sample has one. Iterating over the samples reads headers, captions and labels only.
+    recording too, unless its sample has one. Hidden members are skipped, and so are members of other kinds, which
+    `skipped` counts by suffix; all after the first dot is the suffix, so that `1.2.jpg` is no image of the sample `1`.
+    Iterating over the samples reads headers, captions and labels only.
 
     The location is a tar, a folder of tars, a pattern such as `shards/{00000..00009}.tar` or `{train,val}.tar`, or
     several of these joined by `::`; paths or URLs.
@@ -81,12 +84,14 @@ class WebdatasetSource:
         self._shards = [shard for part in parts for shard in _find_shards(part)]
         self._root = shard_root(self._location)
         self._ranges = ByteRanges()
+        self.skipped: Counter[str] = Counter()
 
     def describe(self) -> Mapping[str, Any]:
         return {"type": "webdataset", "path": self._location, "settings": self._settings.to_json()}
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over all samples. Memory holds one sample, and the table of img2dataset for one shard."""
+        self.skipped.clear()
         for shard in self._shards:
             yield from self._samples_of(shard)
 
@@ -102,7 +107,7 @@ class WebdatasetSource:
         table = _read_shard_table(shard)
         split = split_from_path(path)
         for key, group in groupby(_files(iter_members(tar)), key=itemgetter(0)):
-            sample = _sample(tar, path, key, group, table.get(key, _EMPTY), self._modalities)
+            sample = _sample(tar, path, key, group, table.get(key, _EMPTY), self._modalities, self.skipped)
             if split:
                 columns = {"split": split, **sample.columns}
                 sample = replace(sample, key=f"{split}/{sample.key}", columns=columns)
@@ -133,7 +138,13 @@ def _files(tar_members: Iterable[Member]) -> Iterator[_File]:
 
 
 def _sample(
-    tar: TarBytes, path: str, key: str, files: Iterable[_File], row: Sidecar, modalities: Mapping[str, str]
+    tar: TarBytes,
+    path: str,
+    key: str,
+    files: Iterable[_File],
+    row: Sidecar,
+    modalities: Mapping[str, str],
+    skipped: Counter[str],
 ) -> Sample:
     items: dict[str, list[FileItem]] = {}
     sidecar_files = {}
@@ -145,6 +156,8 @@ def _sample(
             sidecar_files[suffix] = tar.read(offset, length)
         elif suffix == _LABEL_SUFFIX:
             columns = {**columns, **_label(tar.read(offset, min(length, _MAX_LABEL_BYTES)), key)}
+        else:
+            skipped[_skipped_kind(suffix)] += 1
     sidecar = read_sidecar(sidecar_files, key) if sidecar_files else row
     found = {name: tuple(members) for name, members in items.items()}
     return Sample(
@@ -154,6 +167,12 @@ def _sample(
         columns={**columns, **sidecar.columns} if columns else sidecar.columns,
         files=add_sound(found) if len(found) > ("image" in found) else {},
     )
+
+
+def _skipped_kind(suffix: str) -> str:
+    """Return the kind of a member that is skipped, without the parts of its name that may be others in each sample."""
+    last = suffix[suffix.rfind(".") :] if suffix else "files without a suffix"
+    return last if len(last) >= len(suffix) else f"{last} after another dot in the name"
 
 
 def _label(content: bytes, key: str) -> Mapping[str, Scalar]:
