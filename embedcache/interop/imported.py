@@ -15,7 +15,7 @@ from embedcache.sources.base import IMPORTED, FileItem, Sample, TextItem
 from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file, resolve_item
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table import TableColumns, assign_columns, read_key, read_texts
+from embedcache.sources.table import TableColumns, assign_columns, read_key, read_rows, read_texts
 from embedcache.sources.table_files import Row, open_table_file
 
 _DTYPES = ("float16", "float32")
@@ -191,9 +191,9 @@ class ImportedSamples:
                 "--caption-column"
             )
         count = 0
-        for count, row in enumerate(file.rows(columns.to_read()), start=1):
+        for count, (roles, row) in enumerate(read_rows(file, columns, self._settings), start=1):
             if count <= group.num_rows:
-                yield self._sample(columns, row, first + count - 1, f"{group.table} row {count - 1:,}")
+                yield self._sample(roles, row, first + count - 1, f"{group.table} row {count - 1:,}")
         if count != group.num_rows:
             vectors = next(iter(group.vectors.values())).path
             raise SourceError(

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf
 from pathlib import Path
@@ -26,7 +26,7 @@ from embedcache.sources.files import (
     walk_files,
 )
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_files import Row, RowGroups, TableFile, open_table_file
+from embedcache.sources.table_files import HEADER_ROWS, Row, RowGroups, TableFile, open_table_file
 
 IMAGE_NAMES = (
     "image", "image_path", "path", "file", "filepath", "file_name", "filename",
@@ -121,6 +121,38 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     )
 
 
+def read_rows(file: TableFile, columns: TableColumns, settings: SourceSettings) -> Iterator[tuple[TableColumns, Row]]:
+    """Iterate over the rows of a table, each with the roles of the columns that are known by then.
+
+    A field of a JSONL file that occurs after its first rows becomes a column of the samples from that row on, whatever
+    follows, so that a file that grows keeps its first samples.
+
+    Raises:
+        SourceError: such a field has a name by which it would have another role, such as that of captions.
+    """
+    known = set(file.columns)
+    for number, row in enumerate(file.rows(columns.to_read())):
+        if file.is_open and not row.keys() <= known:
+            for name in [name for name in row if name not in known]:
+                file, others = _with_field(file, name, settings, number)
+                columns = replace(columns, others=(*columns.others, *others))
+                known.add(name)
+        yield columns, row
+
+
+def _with_field(file: TableFile, name: str, settings: SourceSettings, number: int) -> tuple[TableFile, tuple[str, ...]]:
+    """Return a JSONL file with one more field, and its name if it becomes a column of the samples."""
+    wider = replace(file, columns=(*file.columns, name), plain=(*file.plain, name))
+    before, after = assign_columns(file, settings), assign_columns(wider, settings)
+    if replace(after, others=()) != replace(before, others=()):
+        raise SourceError(
+            f"{file.path} row {number}: expected the field {name!r}, which has the name of an item, a caption, a key, "
+            f"a language or a time, in one of the first {HEADER_ROWS} rows too; add it to the first row, for instance "
+            "as null, or rename it"
+        )
+    return wider, tuple(other for other in after.others if other == name)
+
+
 def _find_media(file: TableFile, settings: SourceSettings) -> dict[str, str]:
     """Return modality -> column of recordings, videos and point clouds."""
     media = {}
@@ -192,7 +224,9 @@ def read_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem
 
 def _existing(file: TableFile, name: str | None, option: str) -> str | None:
     if name is not None and name not in file.columns:
-        raise SourceError(f"{option} {name}: no such column in {file.path}; it has {', '.join(file.columns) or 'none'}")
+        rows = f"the first {HEADER_ROWS} rows of " if file.is_open else ""
+        names = ", ".join(file.columns) or "none"
+        raise SourceError(f"{option} {name}: no such column in {rows}{file.path}; it has {names}")
     return name
 
 
@@ -226,7 +260,8 @@ class TableSource:
     recordings, videos or point clouds holds bytes, a struct of `bytes` and `path` as Hugging Face writes it, or paths:
     absolute, relative to the folder of the table, or URLs. One column may serve two modalities, such as the audio and
     the video of an `.mp4`. Columns `start_s` and `stop_s` make each recording and video an interval; an empty cell is
-    the beginning or the end. Iterating over the samples reads no item.
+    the beginning or the end. Fields of a JSONL file may be missing in any row; those that `read_rows` finds after its
+    first 100 rows are columns too. Iterating over the samples reads no item.
 
     With the setting `inside_only`, an item outside the table's folder, after following links, or behind a URL is not
     read, and is a row with that reason: for a table that somebody else wrote.
@@ -252,8 +287,8 @@ class TableSource:
         """Iterate over all rows. Memory holds one batch of rows, without embedded items."""
         for path in self._files:
             file = open_table_file(path)
-            columns = find_columns(file, self._settings)
-            for number, row in enumerate(file.rows(columns.to_read())):
+            rows = read_rows(file, find_columns(file, self._settings), self._settings)
+            for number, (columns, row) in enumerate(rows):
                 yield self._sample(file, columns, number, row)
 
     def read(self, item: FileItem) -> bytes:

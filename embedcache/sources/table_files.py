@@ -23,7 +23,8 @@ from embedcache.sources.files import open_binary, wrap_io_errors
 Row: TypeAlias = Mapping[str, Any]
 BATCH_ROWS = 1024
 _CACHE_BYTES = 256 * 2**20  # of decoded row groups
-_HEADER_ROWS = 100  # of a JSONL file, read to find its columns
+HEADER_ROWS = 100
+"""Rows at the beginning of a JSONL file, whose fields are its columns when it is opened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class TableFile:
         image_bytes: columns that hold images: bytes, or a struct with a field `bytes`.
         plain: columns of text, numbers, booleans or lists of them.
         read: iterates over the rows with the given columns.
+        is_open: whether later rows may have fields beside `columns`; rows then hold all their fields.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class TableFile:
     image_bytes: frozenset[str]
     plain: tuple[str, ...]
     read: Callable[[Sequence[str]], Iterator[Row]]
+    is_open: bool = False
 
     @cached_property
     def stem(self) -> str:
@@ -64,15 +67,16 @@ def open_table_file(path: Path) -> TableFile:
             with open_parquet(path) as file:
                 schema = file.schema_arrow
             return arrow_table(path, schema, partial(_read_parquet, path))
-        if suffix == ".jsonl":  # later rows may lack some of the fields of the first ones, or have others
-            columns = tuple(dict.fromkeys(name for row in islice(_jsonl_rows(path), _HEADER_ROWS) for name in row))
+        is_open = suffix == ".jsonl"  # later rows may lack some of the fields of the first ones, or have others
+        if is_open:
+            columns = tuple(dict.fromkeys(name for row in islice(_read_jsonl(path), HEADER_ROWS) for name in row))
             read = partial(_read_jsonl, path)
         else:
             delimiter = "\t" if suffix == ".tsv" else ","
             columns = tuple(next(_csv_lines(path, delimiter), []))
             read = partial(_read_csv, path, delimiter)
     _check_unique(columns, path)
-    return TableFile(path=path, columns=columns, image_bytes=frozenset(), plain=columns, read=read)
+    return TableFile(path=path, columns=columns, image_bytes=frozenset(), plain=columns, read=read, is_open=is_open)
 
 
 def _check_unique(columns: Sequence[str], path: Path) -> None:
@@ -135,13 +139,8 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             yield from batch.to_pylist()
 
 
-def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    for row in _jsonl_rows(path):
-        yield {name: row[name] for name in columns if name in row}
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    """Iterate over the objects of a JSONL file; blank lines are skipped."""
+def _read_jsonl(path: Path, _columns: Sequence[str] = ()) -> Iterator[Row]:
+    """Iterate over the objects of a JSONL file, with all their fields; blank lines are skipped."""
     with path.open(encoding=TEXT_ENCODING) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
