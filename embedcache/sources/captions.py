@@ -1,7 +1,7 @@
 """Captions of images in `.txt` and `.json` sidecar files, and checks of captions shared with tables."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,19 +14,45 @@ CAPTION_ERROR = "caption_error"
 
 _SCALARS = (str, int, float, bool, type(None))
 _CAPTION_FIELDS = ("caption", "captions", "text", "texts")
+_EXPORTED = "embedcache"
+_RESERVED = frozenset({*_CAPTION_FIELDS, "key", "language", _EXPORTED})
+"""Fields of a `.json` that are not columns."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sidecar:
-    """Content of the files beside one image; its columns include `caption_error` if a file is invalid."""
+    """Content of the files beside one image.
+
+    Args:
+        key: key of the sample, if a file names it.
+        texts: captions.
+        columns: other fields, and `caption_error` if a file is invalid.
+        is_exported: whether it is a `.json` of `to_sidecar`, which a `.txt` beside it adds nothing to.
+    """
 
     key: str | None = None
     texts: tuple[TextItem, ...] = ()
     columns: Mapping[str, Scalar] = field(default_factory=dict)
+    is_exported: bool = False
+
+
+def to_sidecar(key: str, texts: Sequence[TextItem], columns: Mapping[str, Scalar]) -> bytes:
+    """Return the content of a `.json` from which `read_sidecar` reads the same key, captions, languages and columns.
+
+    For other readers, `captions` and columns are fields of their own. The object `embedcache` has what these cannot
+    express: the language of each caption, and the columns whose names are those of fields with another meaning.
+    """
+    exported = {
+        "languages": [text.language for text in texts],
+        "columns": {name: value for name, value in columns.items() if name in _RESERVED},
+    }
+    others = {name: value for name, value in columns.items() if name not in _RESERVED}
+    fields = {"key": key, **others, "captions": [text.text for text in texts], _EXPORTED: exported}
+    return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def read_sidecar(files: Mapping[str, bytes | ItemError], name: str) -> Sidecar:
-    """Merge the sidecar files of one image; a caption in both counts once.
+    """Merge the sidecar files of one image; a caption in both counts once. A `.json` of `to_sidecar` is read alone.
 
     An invalid file yields only the reason, in the column `caption_error`: one among millions must not stop the rest.
 
@@ -35,7 +61,7 @@ def read_sidecar(files: Mapping[str, bytes | ItemError], name: str) -> Sidecar:
         name: name of the files in the source, without the suffix.
     """
     sidecars = [_read_file(files[suffix], name + suffix) for suffix in (".json", ".txt") if suffix in files]
-    if len(sidecars) == 1:
+    if len(sidecars) == 1 or any(sidecar.is_exported for sidecar in sidecars):
         return sidecars[0]
     columns = {name: value for sidecar in sidecars for name, value in sidecar.columns.items()}
     errors = [str(sidecar.columns[CAPTION_ERROR]) for sidecar in sidecars if CAPTION_ERROR in sidecar.columns]
@@ -104,6 +130,8 @@ def _read_file(content: bytes | ItemError, name: str) -> Sidecar:
 def _read_json(content: bytes, name: str) -> Sidecar:
     fields = parse_json_object(decode_text(content, name, SourceError), name)
     _check_unicode(fields, name)
+    if isinstance(fields.get(_EXPORTED), dict):
+        return _read_exported(fields, name)
     language, key = _string(fields, "language", name), _string(fields, "key", name)
     captions = [
         caption
@@ -111,6 +139,21 @@ def _read_json(content: bytes, name: str) -> Sidecar:
         for caption in parse_captions(fields.pop(caption_field, None), f"{name}: {caption_field}")
     ]
     return Sidecar(key=key, texts=to_text_items(captions, language), columns=to_scalar_columns(fields))
+
+
+def _read_exported(fields: dict[str, Any], name: str) -> Sidecar:
+    """Return the content of a `.json` of `to_sidecar`."""
+    exported, key = fields.pop(_EXPORTED), _string(fields, "key", name)
+    captions = parse_captions(fields.pop("captions", None), f"{name}: captions")
+    languages, columns = exported.get("languages"), exported.get("columns")
+    are_languages = isinstance(languages, list) and all(isinstance(of, str | None) for of in languages)
+    if not (are_languages and len(languages) == len(captions) and isinstance(columns, dict)):
+        raise SourceError(
+            f"{name}: expected columns and one language per caption in {_EXPORTED}, got {exported!r:.60}; export the "
+            f"samples again, or remove {_EXPORTED}"
+        )
+    texts = tuple(TextItem(text=text, language=of) for text, of in zip(captions, languages, strict=True))
+    return Sidecar(key=key, texts=texts, columns=to_scalar_columns({**fields, **columns}), is_exported=True)
 
 
 def _check_unicode(fields: Mapping[str, Any], name: str) -> None:

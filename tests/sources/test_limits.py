@@ -90,6 +90,12 @@ def test_names_that_occur_twice_raise(tmp_path: Path) -> None:
             list(open_source(tmp_path / name).samples())
 
 
+@pytest.mark.parametrize("exported", ["{}", '{"languages": ["de"], "columns": {}}', '{"languages": [], "columns": 1}'])
+def test_damaged_export_is_a_row_with_a_reason(exported: str) -> None:
+    sidecar = read_sidecar({".json": f'{{"captions": [], "embedcache": {exported}}}'.encode()}, "a")
+    assert str(sidecar.columns[CAPTION_ERROR]).startswith("a.json: expected columns and one language per caption")
+
+
 @pytest.mark.parametrize("value", ["1" * 5000, '"\\ud800"', "[" * 100_000], ids=["digits", "half", "deep"])
 def test_bad_caption_file_is_a_row_with_a_reason(value: str) -> None:
     sidecar = read_sidecar({".json": f'{{"caption": {value}}}'.encode()}, "a")

@@ -1,9 +1,8 @@
 """Export of selections: DataComp's uids, a list of keys, or new WebDataset shards."""
 
 import io
-import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -17,7 +16,8 @@ from embedcache.errors import DataError, ItemError, PathError
 from embedcache.files import building
 from embedcache.outputs import check_output, new_output
 from embedcache.progress import NullProgress, Progress
-from embedcache.sources.base import FileItem, Source
+from embedcache.sources.base import FileItem, Source, TextItem
+from embedcache.sources.captions import to_sidecar
 from embedcache.sources.open import reopen_source
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
@@ -36,7 +36,7 @@ def export_selection(
     key per line, in the order of the cache; `webdataset` is a folder of tars, see `write_shards`. Writes are atomic.
 
     Raises:
-        DataError: a key is not in the cache, or, for `datacomp`, not a uid.
+        DataError: a key is not in the cache, or, for `datacomp`, not a uid; or, for `webdataset`, as `write_shards`.
         PathError: the selection does not exist, the file or, for `webdataset`, the folder exists, or the source does
             not.
     """
@@ -98,9 +98,10 @@ def write_shards(
     """Write samples as `00000.tar` … into a new folder, in the order of the cache.
 
     A sample's files are named by its row, in nine digits, as keys may contain dots and slashes. Its `.json` holds the
-    `key`, the `captions` and the columns, which `embedcache extract` reads again, and its `.txt` the first caption, for
-    other readers. Languages of captions are lost. The bytes of images are those of the source. The same selection gives
-    the same bytes, and the folder appears when it is complete. Memory: one image, and the items of those samples.
+    key, the captions with their languages and the columns, which `embedcache extract` reads again (`to_sidecar`), and
+    its `.txt` the first caption, for other readers. The bytes of images are those of the source. The same selection
+    gives the same bytes, and the folder appears when it is complete. Memory: one image, the tables of those samples
+    and of their items, and the samples of one shard.
 
     Raises:
         PathError: the source does not exist, or the folder is not empty.
@@ -115,60 +116,81 @@ def write_shards(
     with building(folder) as temporary:
         progress.start("writing shards", len(rows), "samples")
         for number, part in enumerate(blocks(len(rows), size)):
-            _write_shard(temporary / f"{number:05d}.tar", samples, range(part.start, part.stop), source)
+            _write_shard(temporary / f"{number:05d}.tar", samples, part, source)
             progress.advance(part.stop - part.start)
         progress.finish()
 
 
 class _Samples:
-    """Tables of some samples and their items."""
+    """Tables of some samples, (M,) ascending rows of a cache, and of their items."""
 
     def __init__(self, cache: Cache, rows: Ints) -> None:
-        self.rows = rows
+        self._rows = rows
         self._columns = cache.samples.take(pa.array(rows))
-        self._images = _by_sample(cache, "image", rows)
-        self._texts = _by_sample(cache, "text", rows)
-        several = [row for row, items in self._images.items() if len(items) > 1]
-        if several:
-            key = cache.column("key")[several[0]].as_py()
+        self._items = {name: _Items(cache, name, rows) for name in ("image", "text") if name in cache.info.num_items}
+        self._check_single("image")
+
+    def _check_single(self, modality: str) -> None:
+        """Check that no sample has several files of a modality: their members would have the same name."""
+        num_items_M = self._items[modality].num_items_M if modality in self._items else np.zeros(1, int)
+        several = np.flatnonzero(num_items_M > 1)
+        if len(several):
+            key = self._columns["key"][int(several[0])].as_py()
             raise DataError(
-                f"expected one image per sample of WebDataset, got several in {len(several):,} of {len(rows):,} "
+                f"expected one image per sample of WebDataset, got several in {len(several):,} of {len(self._rows):,} "
                 f"samples, first {key!r}; use --format keys"
             )
 
-    def files(self, position: int, source: Source) -> Iterator[tuple[str, bytes]]:
-        """Iterate over the files of one sample: suffix and content."""
-        row = int(self.rows[position])
-        columns = {name: self._columns[name][position].as_py() for name in self._columns.column_names}
-        captions = [item["text"] for item in self._texts.get(row, [])]
-        for item in self._images.get(row, []):
-            try:
-                data = source.read(FileItem(**{name: item[name] for name in ("path", "offset", "length")}))
-            except ItemError as error:
-                raise DataError(f"the image of {columns['key']!r} cannot be read any more: {error}") from error
-            yield _suffix(data), data
-        if captions:
-            yield "txt", captions[0].encode()
-        yield "json", json.dumps({**columns, "captions": captions}, ensure_ascii=False).encode()
+    def files(self, part: slice, source: Source) -> Iterator[tuple[str, bytes]]:
+        """Iterate over the files of some samples, given by their positions: name and content."""
+        columns = self._columns.slice(part.start, part.stop - part.start).to_pylist()
+        items = {name: of.lists(part) for name, of in self._items.items()}
+        for position, row in enumerate(self._rows[part].tolist()):
+            of_sample = {name: lists[position] for name, lists in items.items()}
+            for suffix, data in _sample_files(columns[position], of_sample, source):
+                yield f"{row:09d}.{suffix}", data
 
 
-def _by_sample(cache: Cache, modality: str, rows: Ints) -> dict[int, list[dict[str, Any]]]:
-    if modality not in cache.info.num_items:
-        return {}
-    items = cache.items(modality)
-    by_sample: dict[int, list[dict[str, Any]]] = {}
-    for item in items.filter(pc.is_in(items["sample"], pa.array(rows))).to_pylist():
-        by_sample.setdefault(item["sample"], []).append(item)
-    return by_sample
+class _Items:
+    """The items of some samples of one modality: those of sample i are `num_items_M[i]` rows of a table."""
+
+    def __init__(self, cache: Cache, modality: str, rows: Ints) -> None:
+        items = cache.items(modality)
+        self._items = items.filter(pc.is_in(items["sample"], pa.array(rows)))
+        samples_N = self._items["sample"].to_numpy()
+        self._starts_M, self._stops_M = (np.searchsorted(samples_N, rows, side) for side in ("left", "right"))
+        self.num_items_M: Ints = self._stops_M - self._starts_M
+
+    def lists(self, part: slice) -> list[list[dict[str, Any]]]:
+        """Return the items of each of some samples, given by their positions."""
+        starts, stops = self._starts_M[part], self._stops_M[part]
+        first = int(starts[0])
+        items = self._items.slice(first, int(stops[-1]) - first).to_pylist()
+        return [items[start:stop] for start, stop in zip(starts - first, stops - first, strict=True)]
 
 
-def _write_shard(path: Path, samples: _Samples, positions: range, source: Source) -> None:
+def _sample_files(
+    columns: Mapping[str, Any], items: Mapping[str, Sequence[Mapping[str, Any]]], source: Source
+) -> Iterator[tuple[str, bytes]]:
+    """Iterate over the files of one sample: suffix and content."""
+    for item in items.get("image", ()):
+        try:
+            data = source.read(FileItem(**{name: item[name] for name in ("path", "offset", "length")}))
+        except ItemError as error:
+            raise DataError(f"the image of {columns['key']!r} cannot be read any more: {error}") from error
+        yield _suffix(data), data
+    texts = [TextItem(text=item["text"], language=item["language"]) for item in items.get("text", ())]
+    if texts:
+        yield "txt", texts[0].text.encode()
+    yield "json", to_sidecar(columns["key"], texts, {name: columns[name] for name in columns if name != "key"})
+
+
+def _write_shard(path: Path, samples: _Samples, part: slice, source: Source) -> None:
     with tarfile.open(path, "w") as tar:
-        for position in positions:
-            for suffix, data in samples.files(position, source):
-                member = tarfile.TarInfo(f"{samples.rows[position]:09d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        for name, data in samples.files(part, source):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
 
 
 def _suffix(data: bytes) -> str:

@@ -5,7 +5,7 @@ import inspect
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from embedcache.curate.select.export import _suffix, export_selection, to_uids, 
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.errors import DataError, PathError
 from embedcache.extract.extract import extract
-from embedcache.sources import Sample, Source, SourceSettings, open_source
+from embedcache.sources import Sample, Source, SourceSettings, TextItem, open_source
+from embedcache.sources.base import Scalar
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from tests.images import write_images
@@ -107,6 +108,44 @@ def test_shards_roundtrip(made: tuple[Cache, Path], image_folder: Path, tmp_path
     assert again.samples["key"].to_pylist() == [cache.samples["key"].to_pylist()[row] for row in rows]
     for modality, feature in (("image", "open_toy/cls"), ("text", "open_toy/mean")):
         assert np.array_equal(again.feature(modality).load(), cache.feature(modality, feature).load()[rows])
+
+
+class Described:
+    """A source whose samples have the given captions and columns."""
+
+    def __init__(self, source: Source, about: Sequence[tuple[Sequence[TextItem], Mapping[str, Scalar]]]) -> None:
+        self.describe, self.read, self._source, self._about = source.describe, source.read, source, about
+
+    def samples(self) -> Iterator[Sample]:
+        for sample, (texts, columns) in zip(self._source.samples(), self._about, strict=True):
+            yield replace(sample, texts=tuple(texts), columns=columns)
+
+
+ABOUT = [
+    ([TextItem(text="eins", language="de"), TextItem(text="one", language="en")], {"text": 0, "n": 1, "language": "x"}),
+    ([TextItem(text="a\nb"), TextItem(text="c"), TextItem(text="c")], {"text": 1, "caption_error": "none", "n": None}),
+    ([], {"captions": "x", "caption": 0.5, "texts": False, "embedcache": "é", "label": "cat"}),
+    ([TextItem(text="")], {"text": None, "label": "dog", "n": 3}),
+]
+
+
+def test_captions_languages_and_columns_are_read_again(tmp_path: Path) -> None:
+    source = Described(open_source(write_images(tmp_path / "p", 4)), ABOUT)
+    index(source, tmp_path / "cache")
+    cache = Cache(tmp_path / "cache")
+    write_shards(cache, np.arange(4), tmp_path / "shards", size=3)
+    again = list(open_source(tmp_path / "shards").samples())
+    assert [sample.key for sample in again] == cache.column("key").to_pylist()
+    assert [sample.texts for sample in again] == [tuple(texts) for texts, _ in ABOUT]
+    names = [name for name in cache.columns if name != "key"]
+    assert [sample.columns for sample in again] == [{name: about.get(name) for name in names} for _, about in ABOUT]
+    with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
+        text, fields = (tar.extractfile(f"000000000.{suffix}") for suffix in ("txt", "json"))
+        assert text is not None
+        assert fields is not None
+        assert text.read() == b"eins"
+        read = json.load(fields)
+    assert (read["key"], read["captions"], read["n"]) == ("00000", ["eins", "one"], 1)
 
 
 def test_size_of_a_shard_is_documented() -> None:
