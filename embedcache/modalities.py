@@ -63,3 +63,8 @@ def directions(modalities: Sequence[str]) -> tuple[str, str]:
 def noun(modality: str) -> str:
     """Return the plural of a modality's items, such as `images`."""
     return MODALITIES[modality].noun
+
+
+def one_noun(modality: str) -> str:
+    """Return the singular of `noun`, such as `image`."""
+    return noun(modality).removesuffix("s")

@@ -1,6 +1,7 @@
 """Export of selections: DataComp's uids, a list of keys, or new WebDataset shards."""
 
 import io
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,15 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Ints, blocks
+from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, ItemError, PathError
 from embedcache.files import building
+from embedcache.modalities import FILE_MODALITIES, MODALITIES, Modality, one_noun
 from embedcache.outputs import check_output, new_output
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import FileItem, Source, TextItem
 from embedcache.sources.captions import to_sidecar
 from embedcache.sources.open import reopen_source
+from embedcache.sources.table import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
 
@@ -82,30 +85,50 @@ def to_uids(keys: pa.ChunkedArray) -> Array:
     return uids
 
 
-_MAGIC = (
-    (b"\xff\xd8\xff", "jpg"),
-    (b"\x89PNG", "png"),
-    (b"GIF8", "gif"),
-    (b"BM", "bmp"),
-    (b"II*\x00", "tif"),
-    (b"MM\x00*", "tif"),
-)
+_FORMATS: Mapping[str, Mapping[str, bytes]] = {
+    "image": {
+        "jpg": rb"\xff\xd8\xff",
+        "png": rb"\x89PNG",
+        "gif": rb"GIF8",
+        "bmp": rb"BM",
+        "tif": rb"II\*\0|MM\0\*",
+        "webp": rb"RIFF.{4}WEBP",
+    },
+    "audio": {
+        "wav": rb"RIFF.{4}WAVE",
+        "flac": rb"fLaC",
+        "mp3": rb"ID3|\xff[\xe0-\xff]",
+        "ogg": rb"OggS",
+        "m4a": rb".{4}ftyp",
+    },
+    "video": {
+        "mp4": rb".{4}ftyp(?!qt)",
+        "mov": rb".{4}(ftypqt|moov|mdat|wide)",
+        "avi": rb"RIFF.{4}AVI ",
+        "webm": rb"\x1a\x45\xdf\xa3.{0,60}webm",
+        "mkv": rb"\x1a\x45\xdf\xa3",
+    },
+    "points": {"npz": rb"PK\x03\x04", "parquet": rb"PAR1", "ply": rb"ply", "las": rb"LASF"},
+}
+"""Modality -> suffix -> first bytes of its files, a regular expression; files of other formats get the first suffix."""
 
 
 def write_shards(
     cache: Cache, rows: Ints, folder: Path, *, size: int = 10_000, progress: Progress | None = None
 ) -> None:
-    """Write samples as `00000.tar` … into a new folder, in the order of the cache.
+    """Write samples, (M,) ascending rows of the cache, as `00000.tar` … into a new folder.
 
     A sample's files are named by its row, in nine digits, as keys may contain dots and slashes. Its `.json` holds the
     key, the captions with their languages and the columns, which `embedcache extract` reads again (`to_sidecar`), and
-    its `.txt` the first caption, for other readers. The bytes of images are those of the source. The same selection
-    gives the same bytes, and the folder appears when it is complete. Memory: one image, the tables of those samples
-    and of their items, and the samples of one shard.
+    its `.txt` the first caption, for other readers. Images, recordings, videos and point clouds are the bytes of the
+    source; the sound of a video is in its file, from which it is read again. The same selection gives the same bytes,
+    and the folder appears when it is complete. Memory: one file, the tables of those samples and of their items, and
+    the samples of one shard.
 
     Raises:
         PathError: the source does not exist, or the folder is not empty.
-        DataError: an image cannot be read any more, or a sample has several images.
+        DataError: a file cannot be read any more, or, before anything is written, a sample has several files of one
+            modality, or an interval of a recording or video, which a file of a tar cannot be.
     """
     progress = progress or NullProgress()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -127,19 +150,26 @@ class _Samples:
     def __init__(self, cache: Cache, rows: Ints) -> None:
         self._rows = rows
         self._columns = cache.samples.take(pa.array(rows))
-        self._items = {name: _Items(cache, name, rows) for name in ("image", "text") if name in cache.info.num_items}
-        self._check_single("image")
+        self._items = {name: _Items(cache, name, rows) for name in MODALITIES if name in cache.info.num_items}
+        for modality in FILE_MODALITIES:
+            if modality.name in self._items:
+                self._check_files(modality)
 
-    def _check_single(self, modality: str) -> None:
-        """Check that no sample has several files of a modality: their members would have the same name."""
-        num_items_M = self._items[modality].num_items_M if modality in self._items else np.zeros(1, int)
-        several = np.flatnonzero(num_items_M > 1)
-        if len(several):
-            key = self._columns["key"][int(several[0])].as_py()
-            raise DataError(
-                f"expected one image per sample of WebDataset, got several in {len(several):,} of {len(self._rows):,} "
-                f"samples, first {key!r}; use --format keys"
-            )
+    def _check_files(self, modality: Modality) -> None:
+        """Check that the files of a modality can be members of a tar: one per sample, and none is an interval."""
+        items, thing = self._items[modality.name], one_noun(modality.name)
+        several_M, has_interval_M = items.num_items_M > 1, items.have_interval_M()
+        for is_refused_M, expected, got in (
+            (several_M, f"one {thing}", "several"),
+            (has_interval_M, f"a whole {thing}", "intervals of longer ones"),
+        ):
+            refused = np.flatnonzero(is_refused_M)
+            if len(refused):
+                key = self._columns["key"][int(refused[0])].as_py()
+                raise DataError(
+                    f"expected {expected} per sample of WebDataset, got {got} in {len(refused):,} of "
+                    f"{len(self._rows):,} samples, first {key!r}; use --format keys"
+                )
 
     def files(self, part: slice, source: Source) -> Iterator[tuple[str, bytes]]:
         """Iterate over the files of some samples, given by their positions: name and content."""
@@ -161,6 +191,15 @@ class _Items:
         self._starts_M, self._stops_M = (np.searchsorted(samples_N, rows, side) for side in ("left", "right"))
         self.num_items_M: Ints = self._stops_M - self._starts_M
 
+    def have_interval_M(self) -> Bools:
+        """Return whether any item of each sample is an interval of its file: (M,) bool."""
+        has_interval_N = np.zeros(len(self._items), bool)
+        for name in INTERVAL_NAMES:
+            if name in self._items.column_names:
+                has_interval_N |= pc.is_valid(self._items[name]).to_numpy()
+        counts = np.concatenate([[0], np.cumsum(has_interval_N)])
+        return np.asarray(counts[self._stops_M] > counts[self._starts_M])
+
     def lists(self, part: slice) -> list[list[dict[str, Any]]]:
         """Return the items of each of some samples, given by their positions."""
         starts, stops = self._starts_M[part], self._stops_M[part]
@@ -173,12 +212,19 @@ def _sample_files(
     columns: Mapping[str, Any], items: Mapping[str, Sequence[Mapping[str, Any]]], source: Source
 ) -> Iterator[tuple[str, bytes]]:
     """Iterate over the files of one sample: suffix and content."""
-    for item in items.get("image", ()):
+    files = {
+        name: FileItem(path=item["path"], offset=item["offset"], length=item["length"])
+        for name in _FORMATS
+        for item in items.get(name, ())
+    }
+    for name, file in files.items():
+        if name == "audio" and file == files.get("video"):  # the sound of the video
+            continue
         try:
-            data = source.read(FileItem(**{name: item[name] for name in ("path", "offset", "length")}))
+            data = source.read(file)
         except ItemError as error:
-            raise DataError(f"the image of {columns['key']!r} cannot be read any more: {error}") from error
-        yield _suffix(data), data
+            raise DataError(f"the {one_noun(name)} of {columns['key']!r} cannot be read any more: {error}") from error
+        yield _suffix(name, data), data
     texts = [TextItem(text=item["text"], language=item["language"]) for item in items.get("text", ())]
     if texts:
         yield "txt", texts[0].text.encode()
@@ -193,8 +239,8 @@ def _write_shard(path: Path, samples: _Samples, part: slice, source: Source) -> 
             tar.addfile(member, io.BytesIO(data))
 
 
-def _suffix(data: bytes) -> str:
-    """Return an image's file extension by its first bytes, as fonts and tables have no file names."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), "jpg")
+def _suffix(modality: str, data: bytes) -> str:
+    """Return the suffix of a file by its first bytes, as fonts and tables have no file names."""
+    formats = _FORMATS[modality]
+    found = (suffix for suffix, start in formats.items() if re.match(start, data, re.DOTALL))
+    return next(found, next(iter(formats)))

@@ -25,7 +25,9 @@ from embedcache.sources.base import Scalar
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 from tests.images import write_images
+from tests.media_files import cloud, encode_audio, encode_video, las, moving_square, npz, ply, points_parquet, tone, wav
 from tests.recorded import RecordedProgress
+from tests.sources.files import jpeg, write
 from tests.toy import IMAGE, TEXT
 
 UIDS = st.lists(st.binary(min_size=16, max_size=16).map(bytes.hex), min_size=1, max_size=9, unique=True)
@@ -121,7 +123,7 @@ class Described:
             yield replace(sample, texts=tuple(texts), columns=columns)
 
 
-ABOUT = [
+ABOUT: list[tuple[list[TextItem], dict[str, Scalar]]] = [
     ([TextItem(text="eins", language="de"), TextItem(text="one", language="en")], {"text": 0, "n": 1, "language": "x"}),
     ([TextItem(text="a\nb"), TextItem(text="c"), TextItem(text="c")], {"text": 1, "caption_error": "none", "n": None}),
     ([], {"captions": "x", "caption": 0.5, "texts": False, "embedcache": "é", "label": "cat"}),
@@ -181,6 +183,46 @@ def test_shards_hold_one_image_per_sample(image_folder: Path, tmp_path: Path) ->
         write_shards(Cache(tmp_path / "cache"), np.arange(3), tmp_path / "shards")
 
 
+def test_files_of_all_modalities_are_read_again(tmp_path: Path) -> None:
+    sound, points = wav(tone(0.1)), npz(cloud(5))
+    video, silent = encode_video(moving_square(3), samples=tone(0.2)), encode_video(moving_square(2), kind="webm")
+    image = jpeg()
+    files = {"a.jpg": image, "a.wav": sound, "a.npz": points, "b.mp4": video, "c.webm": silent, "c.flac": b"fLaC"}
+    source = open_source(write(tmp_path / "f", {**files, "a.txt": "a tone"}))
+    index(source, tmp_path / "cache")
+    write_shards(Cache(tmp_path / "cache"), np.arange(3), tmp_path / "shards")
+    with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
+        names = [name.removeprefix("00000000") for name in tar.getnames() if not name.endswith(".json")]
+    assert names == ["0.jpg", "0.wav", "0.npz", "0.txt", "1.mp4", "2.flac", "2.webm"]
+    again = open_source(tmp_path / "shards")
+    assert [contents(again, sample) for sample in again.samples()] == [
+        {"image": image, "audio": sound, "points": points},
+        {"video": video, "audio": video},
+        {"video": silent, "audio": b"fLaC"},
+    ]
+    assert [contents(source, sample) for sample in source.samples()] == [
+        contents(again, sample) for sample in again.samples()
+    ]
+
+
+def contents(source: Source, sample: Sample) -> dict[str, bytes]:
+    """Return modality -> bytes of the one file of a sample."""
+    found = {name: sample.items_in_files(name) for name in ("image", "audio", "video", "points")}
+    return {name: source.read(item) for name, items in found.items() for item in items}
+
+
+def test_intervals_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    write(tmp_path, {"a.wav": wav(tone(0.2)), "t.csv": "audio,stop_s,text\na.wav,,x\na.wav,0.1,y\na.wav,0.2,z\n"})
+    index(open_source(tmp_path / "t.csv"), tmp_path / "cache")
+    (tmp_path / "a.wav").unlink()
+    cache = Cache(tmp_path / "cache")
+    with pytest.raises(DataError, match=r"got intervals of longer ones in 2 of 3 samples, first 't/1'; use --format"):
+        write_shards(cache, np.arange(3), tmp_path / "shards")
+    with pytest.raises(DataError, match=r"the recording of 't/0' cannot be read any more"):
+        write_shards(cache, np.arange(1), tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+
+
 def test_missing_image_leaves_no_shards(tmp_path: Path) -> None:
     write_images(tmp_path / "p", 4)
     extract(open_source(tmp_path / "p"), tmp_path / "cache", image_encoder=[IMAGE])
@@ -196,5 +238,21 @@ def test_suffix_is_that_of_the_bytes(kind: str) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, kind)
     expected = {"PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}.get(kind, "jpg")
-    assert _suffix(buffer.getvalue()) == expected
-    assert _suffix(b"RIFF....WAVE") == _suffix(b"....0000WEBP") == "jpg"
+    assert _suffix("image", buffer.getvalue()) == expected
+    assert _suffix("image", b"RIFF....WAVE") == _suffix("image", b"....0000WEBP") == "jpg"
+
+
+@pytest.mark.parametrize("kind", ["flac", "mp3", "ogg", "m4a"])
+def test_suffix_of_a_recording(kind: str) -> None:
+    assert _suffix("audio", encode_audio(tone(0.1), kind)) == kind
+    assert _suffix("audio", wav(tone(0.1))) == _suffix("audio", b"") == "wav"
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mov", "avi", "webm", "mkv"])
+def test_suffix_of_a_video(kind: str) -> None:
+    assert _suffix("video", encode_video(moving_square(2), kind=kind)) == kind
+
+
+def test_suffix_of_a_point_cloud() -> None:
+    files = {"npz": npz(cloud(3)), "parquet": points_parquet(cloud(3)), "ply": ply(cloud(3)), "las": las(cloud(3))}
+    assert [_suffix("points", data) for data in files.values()] == list(files)
