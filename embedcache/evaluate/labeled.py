@@ -130,7 +130,7 @@ def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) 
 
 def _read_parts(cache: Cache, part: Literal["test", "val"]) -> Array:
     """Read the part of each sample from the column `split`, (S,) texts; the part to measure on becomes `test`."""
-    part_S = column_parts(cache.column(_SPLIT)).to_numpy(zero_copy_only=False).astype("<U5")
+    part_S: Array = column_parts(cache.column(_SPLIT)).to_numpy(zero_copy_only=False).astype("<U5")
     found = set(np.unique(part_S).tolist())
     if not {"train", part} <= found:
         others = [name for name in ("test", "val") if {"train", name} <= found]

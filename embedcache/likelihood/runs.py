@@ -258,4 +258,4 @@ def _has_head(task: NamedTask, candidates: Sequence[str] | None, config: ModuleC
     if task.name not in config.arguments["heads"] or candidates is None:
         return False
     (trained,) = (recorded for recorded in config.training["tasks"] if recorded["name"] == task.name)
-    return trained.get("kind") == task.table.kind and trained["candidates"] == list(candidates)
+    return bool(trained.get("kind") == task.table.kind and trained["candidates"] == list(candidates))

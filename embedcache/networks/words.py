@@ -178,5 +178,6 @@ def _blocks(texts: pa.Array | pa.ChunkedArray | Sequence[str | None]) -> list[pa
 
 def _to_large(texts: pa.Array | pa.ChunkedArray | Sequence[str | None]) -> pa.Array | pa.ChunkedArray:
     """Return texts as Arrow's large strings, of which one array can hold more than 2 GiB."""
-    is_arrow = isinstance(texts, pa.Array | pa.ChunkedArray)
-    return texts.cast(pa.large_string()) if is_arrow else pa.array(texts, pa.large_string())
+    if isinstance(texts, pa.Array | pa.ChunkedArray):
+        return texts.cast(pa.large_string())
+    return pa.array(texts, pa.large_string())
