@@ -307,4 +307,4 @@ def _read_tensors(path: Path) -> dict[str, Array]:
     except Exception as error:  # torch and safetensors have no common base class
         raise CorruptError(f"{path}: expected a file of tensors, got an error: {one_line(error)}") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else {}
-    return {name: value.double().numpy() for name, value in found.items() if isinstance(value, torch.Tensor)}
+    return {name: value.detach().double().numpy() for name, value in found.items() if isinstance(value, torch.Tensor)}

@@ -129,6 +129,9 @@ def test_heads_of_torch(tmp_path: Path) -> None:
         vectors.numpy() @ head.weights_P + head.bias, linear(vectors)[:, 0].detach().numpy(), atol=1e-5
     )
 
+    torch.save({"weight": linear.weight, "bias": linear.bias}, tmp_path / "parameters.pth")  # which require gradients
+    assert read_head(tmp_path / "parameters.pth", 6).weights_P.tolist() == head.weights_P.tolist()
+
     tensors = layers(*[(4, 6)] + [(4, 4)] * 10 + [(1, 4)])  # layers.10 comes after layers.2
     save_file(tensors, tmp_path / "many.safetensors")
     with pytest.raises(DataError, match="expected one layer, got 12; .* add --fold-layers"):
