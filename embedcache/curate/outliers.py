@@ -15,7 +15,7 @@ from embedcache.curate.score import best_per_sample
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.curate.settings import OutlierSettings
-from embedcache.dataset.labels import has_label, read_labels
+from embedcache.dataset.labels import Labels, has_label, read_labels
 from embedcache.dataset.scores import write_scores
 from embedcache.errors import DataError
 from embedcache.files import AnyPath
@@ -179,7 +179,7 @@ def find_outliers(
     Raises:
         PathError: the file's name does not end in `.parquet`, or there is a file that embedcache did not write.
         UnknownNameError: there is no such feature, or no such column of labels.
-        DataError: fewer than two items differ, or a vector has no direction.
+        DataError: fewer than two items differ, a vector has no direction, or labels are neither text nor whole numbers.
         UnfinishedError, FingerprintError: see `Vectors`.
         DiskFullError: the scratch file does not fit.
     """
@@ -191,8 +191,7 @@ def find_outliers(
     modality = choose_modality(cache, settings.modality)
     vectors = Vectors(cache, modality, settings.feature, settings.run, device=settings.device)
     label = settings.label or (_LABEL if _LABEL in cache.columns else None)
-    if label is not None:
-        has_label(cache, np.empty(0, np.int64), column=label)  # raises before the work if there is no such column
+    labels = None if label is None else _number_labels(cache, label)  # raises before the work if they are no classes
     copies = find_copies(cache, vectors.feature)
     if len(copies.unique_rows) < 2:
         raise DataError(
@@ -210,7 +209,7 @@ def find_outliers(
         neighbors=neighbors,
         typicality_S=typicality_S,
         rows_S=rows_S,
-        votes=None if label is None else _vote(cache, copies, neighbors.items[:, : settings.label_neighbors], label),
+        votes=None if labels is None else _vote(copies, neighbors.items[:, : settings.label_neighbors], labels),
         pair_cosines_S=_pair_cosines(vectors, progress),
         settings=settings,
     )
@@ -230,15 +229,20 @@ def _typicality(cache: Cache, copies: Copies, neighbors: Neighbors) -> tuple[Flo
     return np.where(missing, np.float32(np.nan), typicality_N[best_S]), np.where(missing, -1, copies.item_rows[best_S])
 
 
-def _vote(cache: Cache, copies: Copies, near_CK: Array, label: str) -> LabelVotes | None:
-    """Compare the label of each item with those of its neighbors; None if no sample has a label."""
-    is_labeled_S = has_label(cache, np.arange(cache.info.num_samples), column=label)
-    labeled = np.flatnonzero(is_labeled_S)
+def _number_labels(cache: Cache, label: str) -> Labels | None:
+    """Return the class number of each sample, (S,), -1 without a label; None if no sample has a label."""
+    labeled = np.flatnonzero(has_label(cache, np.arange(cache.info.num_samples), column=label))
     if not len(labeled):
         return None
     labels = read_labels(cache, labeled, column=label)
     own_S = np.full(cache.info.num_samples, -1, np.int64)
     own_S[labeled] = labels.numbers
+    return Labels(names=labels.names, numbers=own_S)
+
+
+def _vote(copies: Copies, near_CK: Array, labels: Labels) -> LabelVotes:
+    """Compare the label of each item with those of its neighbors."""
+    own_S = labels.numbers
     _, first = np.unique(copies.content_ids, return_index=True)
     label_C = own_S[copies.samples[first]]
     num_items, k = len(copies.content_ids), near_CK.shape[1]
@@ -247,7 +251,7 @@ def _vote(cache: Cache, copies: Copies, near_CK: Array, label: str) -> LabelVote
         near_BK = near_CK[copies.content_ids[block]]
         label_BK = np.where(near_BK < 0, -1, label_C[near_BK])
         suggested_N[block], margins_N[block] = compare_labels(own_S[copies.samples[block]], label_BK)
-    best_S = best_per_sample(cache.info.num_samples, copies.samples, np.nan_to_num(margins_N, nan=-np.inf))
+    best_S = best_per_sample(len(own_S), copies.samples, np.nan_to_num(margins_N, nan=-np.inf))
     missing = best_S < 0
     return LabelVotes(
         names=labels.names,

@@ -17,7 +17,7 @@ from embedcache.store.cache import Cache
 Label: TypeAlias = str | int
 
 _NUM_SHOWN = 5
-_LABEL_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean)
+_MAX_WHOLE = 2**53  # beyond it, floating-point numbers are further apart than 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +29,23 @@ class Labels:
 
 
 def has_label(cache: Cache, samples: Ints, *, column: str = "label") -> Bools:
-    """Return whether each of some samples has a label: (M,) bool."""
-    _require_column(cache, column)
+    """Return whether each of some samples has a label: (M,) bool; errors are those of `read_labels`."""
     has_value: Bools = _read(cache, samples, column).is_valid().to_numpy(zero_copy_only=False)
     return has_value
 
 
 def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: Sequence[str] | None = None) -> Labels:
-    """Read the label of each of some samples. Memory: the sample table.
+    """Read the label of each of some samples. Memory: the column.
 
     Args:
         samples: (M,) int64 rows of `cache.samples`, in any order.
-        column: column of the labels, which are class names or class numbers from 0.
+        column: column of the labels, which are class names or class numbers from 0. Whole numbers in floating point are
+            class numbers, and NaN is a missing label: pandas stores integers so if one is missing.
         classes: names of all classes; None: the distinct labels, sorted.
 
     Raises:
         UnknownNameError: the cache has no such column; the message lists its columns.
-        DataError: a sample has no label, labels are neither text nor integers, or labels are not among `classes`.
+        DataError: a sample has no label, labels are neither text nor whole numbers, or labels are not among `classes`.
     """
     location = f"column {column!r} of {cache.path}"
     labels, which_M = _find_distinct(cache, samples, column, location)
@@ -62,7 +62,6 @@ def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: 
 
 def _find_distinct(cache: Cache, samples: Ints, column: str, location: str) -> tuple[list[Label], Ints]:
     """Return the distinct labels, and the position of each sample's label among them: (M,)."""
-    _require_column(cache, column)
     values = _read(cache, samples, column)
     if values.null_count:
         first = cache.column("key")[int(samples[np.flatnonzero(values.is_null())[0]])].as_py()
@@ -70,8 +69,6 @@ def _find_distinct(cache: Cache, samples: Ints, column: str, location: str) -> t
             f"{values.null_count:,} of {len(samples):,} samples have no label in {location}, first {first!r}; "
             "label them in the source and extract again, or choose another column"
         )
-    if len(samples) and not any(is_label(values.type) for is_label in _LABEL_TYPES):
-        raise DataError(f"{location}: expected class names, or class numbers from 0, got {values.type}")
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.string())
     encoded = values.dictionary_encode()
@@ -80,10 +77,27 @@ def _find_distinct(cache: Cache, samples: Ints, column: str, location: str) -> t
 
 
 def _read(cache: Cache, samples: Ints, column: str) -> pa.Array:
-    """Read the labels of some samples; an empty string, as in the empty cells of a CSV, is a missing label."""
-    values = cache.samples[column].combine_chunks().take(pa.array(samples))
-    is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
-    return pc.if_else(pc.equal(values, ""), None, values) if is_text else values
+    """Read the labels of some samples: text, integers or booleans; an empty string, as in a CSV, is a missing label."""
+    _require_column(cache, column)
+    values = cache.column(column).combine_chunks().take(pa.array(samples))
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return pc.if_else(pc.equal(values, ""), None, values)
+    if pa.types.is_floating(values.type):
+        return _to_integers(cache, column, values.to_numpy(zero_copy_only=False))
+    return values
+
+
+def _to_integers(cache: Cache, column: str, values_M: Array) -> pa.Array:
+    """Return whole numbers in floating point as integers, and NaN as null."""
+    is_missing = np.isnan(values_M)
+    numbers_M = np.where(is_missing, 0, values_M.astype(np.float64))
+    is_whole = (np.trunc(numbers_M) == numbers_M) & (np.abs(numbers_M) < _MAX_WHOLE)
+    if not is_whole.all():
+        raise DataError(
+            f"column {column!r} of {cache.path}: expected class names, or class numbers from 0, got "
+            f"{values_M[~is_whole][0]}; name another column with --label"
+        )
+    return pa.array(numbers_M.astype(np.int64), mask=is_missing)
 
 
 def _require_column(cache: Cache, column: str) -> None:

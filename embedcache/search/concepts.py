@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Floats, Ints, blocks, normalize
 from embedcache.dataset.labels import has_label, read_labels
@@ -127,7 +126,8 @@ def _draw_examples(
             f"{vectors.feature.name}; name another column with --label"
         )
     labels = read_labels(cache, samples_N, column=label)
-    num_labels = len([value for value in pc.unique(cache.samples[label]).to_pylist() if value not in (None, "")])
+    is_labeled_S = has_label(cache, np.arange(cache.info.num_samples), column=label)
+    num_labels = len(read_labels(cache, np.flatnonzero(is_labeled_S), column=label).names)
     if len(labels.names) < num_labels:
         raise DataError(
             f"column {label!r} of {cache.path}: expected an encoded example of each of {num_labels:,} labels, got none "

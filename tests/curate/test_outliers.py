@@ -1,6 +1,7 @@
 """Typicality, likely mislabels and pairs that do not match, against planted ones and against all pairs."""
 
 import json
+import math
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -25,6 +26,7 @@ from embedcache.dataset.similar_pairs import CosineTile, NeighborCollector
 from embedcache.errors import DataError, PathError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.interop.clip_retrieval import open_clip_retrieval
 from embedcache.metrics.neighbors import top_k
 from embedcache.projectors.saved import load_pair
 from embedcache.reports.scores import outlier_line, outlier_notes, threshold_table, write_outlier_page
@@ -32,6 +34,7 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.curate.test_near_duplicates import made_vectors, write_vectors
 from tests.images import write_images
+from tests.interop.cases import import_files, write_tree
 from tests.toy import IMAGE, TEXT
 
 NUM = 240
@@ -259,6 +262,19 @@ def test_recall_of_neighbors_is_recorded(planted: Path) -> None:
     report = find_outliers(planted, all_pairs=False, k=3)
     assert report.neighbors.recall is not None
     assert report.to_json()["recall"] == report.neighbors.recall.to_json()
+
+
+def test_labels_in_floating_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check class numbers as pandas writes them if one is missing; other numbers are rejected before the comparison."""
+    numbers, vectors = [0.0, 0.0, 1.0, math.nan, 0.0], np.eye(5, dtype=np.float16) + np.float16(0.5)
+    tree = write_tree(tmp_path / "tree", vectors, label=numbers, price=[0.5, 1.0, 2.0, 3.0, 4.0])
+    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    votes = find_outliers(cache).votes
+    assert votes is not None
+    assert (votes.names, votes.own_S.tolist()) == (["0", "1"], [0, 0, 1, -1, 0])
+    monkeypatch.delattr(outliers, "find_neighbors")  # the error comes before the work
+    with pytest.raises(DataError, match="column 'price' of .*, got 0.5; name another column with --label"):
+        find_outliers(cache, label="price")
 
 
 def test_two_images_are_as_typical_as_they_are_similar(run_path: Path, tmp_path: Path) -> None:

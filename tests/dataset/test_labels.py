@@ -1,8 +1,11 @@
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from embedcache.dataset.labels import Labels, has_label, read_labels
@@ -169,6 +172,35 @@ def test_read_labels_missing_label_raises(tmp_path: Path) -> None:
     assert read_labels(cache, np.array([0, 2])).names == ["cat", "dog"]
 
 
-def test_read_labels_other_type_raises(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected class names, or class numbers from 0, got double"):
-        read(make_cache(tmp_path, label=[0.5, 1.5]))
+def float_cache(folder: Path, labels: list[float], kind: pa.DataType) -> Cache:
+    """Create a cache of texts with labels in floating point, as pandas writes integers of which one is missing."""
+    table = pa.table({"key": [f"k{number}" for number in range(len(labels))], "text": ["words"] * len(labels)})
+    pq.write_table(table.append_column("label", pa.array(labels, kind)), folder / "table.parquet")
+    extract(open_source(folder / "table.parquet"), folder / "cache", text_encoder=[TEXT])
+    return Cache(folder / "cache")
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.float32(), pa.float16()])
+def test_whole_numbers_in_floating_point_are_class_numbers(tmp_path: Path, kind: pa.DataType) -> None:
+    cache = float_cache(tmp_path, [10, math.nan, 2, 10], kind)
+    assert has_label(cache, np.arange(4)).tolist() == [True, False, True, True]
+    labels = read_labels(cache, np.array([0, 2, 3]))
+    assert (labels.names, labels.numbers.tolist()) == (["2", "10"], [1, 0, 1])
+    classes = [f"class {number}" for number in range(11)]
+    assert read_labels(cache, np.array([3, 2]), classes=classes).numbers.tolist() == [10, 2]
+    with pytest.raises(DataError, match="1 of 4 samples have no label in column 'label' of .* first 'k1'"):
+        read(cache)
+
+
+@pytest.mark.parametrize("other", [0.5, math.inf, 2.0**53])
+def test_other_floating_point_numbers_are_no_labels(tmp_path: Path, other: float) -> None:
+    cache = float_cache(tmp_path, [1, other, 2], pa.float64())
+    said = f"class numbers from 0, got {re.escape(str(other))}; name another column with --label"
+    for function in (has_label, read_labels):
+        with pytest.raises(DataError, match=said):
+            function(cache, np.arange(3))
+
+
+def test_a_column_of_missing_values_has_no_labels(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, label=[None, None])
+    assert not has_label(cache, np.arange(2)).any()

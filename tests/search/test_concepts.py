@@ -1,3 +1,4 @@
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.images import COLORS, write_images
-from tests.interop.cases import import_files, write_tree
+from tests.interop.cases import import_files, unit_rows, write_tree
 from tests.interop.runs import SIDES, train_run
 from tests.toy import IMAGE, TEXT
 
@@ -179,6 +180,14 @@ def test_examples_that_cancel_and_missing_labels_raise(tmp_path: Path) -> None:
         DataError, match="column 'none' of .*: expected labels, got none for images with img_emb/vector"
     ):
         open_concepts(cache, Vectors(cache.path, "image"), label="none")
+
+
+def test_examples_of_class_numbers_in_floating_point(tmp_path: Path) -> None:
+    """Check labels as pandas writes integers of which some are missing."""
+    tree = write_tree(tmp_path / "tree", unit_rows(5), label=[2.0, math.nan, 0.0, 2.0, math.nan])
+    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    concepts = open_concepts(cache, Vectors(cache.path, "image"))
+    assert (concepts.names, concepts.counts.tolist()) == (["0", "2"], [1, 2])
 
 
 def test_concept_without_example_raises(cache_path: Path, tmp_path: Path) -> None:
