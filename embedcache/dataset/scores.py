@@ -1,6 +1,7 @@
 """Scores: numbers of the samples of a cache in a Parquet table, one row per sample, found again by key."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Scor
 
     Raises:
         PathError: the file does not exist.
-        CorruptError: the file cannot be read, or a bit of it has changed.
+        CorruptError: the file cannot be read, a bit of it has changed, or its keys are no texts or numbers.
         UnknownNameError: it has no such column of numbers.
         SettingError: it has several, and none is named.
         DataError: it has a key twice, or no key of the cache.
@@ -68,15 +69,15 @@ def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Scor
     path = Path(path)
     if not path.is_file():
         raise PathError(f"scores {path}: expected a Parquet file with a column key, got a path that does not exist")
-    try:
+    with _table_errors(path):
         table = read_table(path)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorruptError(f"scores {path}: expected a Parquet file with a column key: {one_line(error)}") from error
     read_metadata(path, table.schema.metadata)
     if _KEY not in table.column_names:
         raise DataError(f"scores {path}: expected a column key, got {', '.join(table.column_names)}")
     name = _choose_column(path, table, name)
-    keys, known = cache.column(_KEY), table[_KEY].cast(pa.string()).combine_chunks()
+    with _table_errors(path):
+        known = table[_KEY].cast(pa.string()).combine_chunks()
+    keys = cache.column(_KEY)
     if len(pc.unique(known)) < len(known):
         raise DataError(f"scores {path}: expected each key once, got {len(known) - len(pc.unique(known)):,} repeated")
     positions = pc.index_in(keys, value_set=known).combine_chunks()
@@ -87,6 +88,14 @@ def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Scor
         )
     values: Array = table[name].cast(pa.float32(), safe=False).combine_chunks().take(positions).to_numpy(False)  # noqa: FBT003
     return Score(name, np.asarray(values, np.float32))
+
+
+@contextmanager
+def _table_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorruptError(f"scores {path}: expected a Parquet file with a column key: {one_line(error)}") from error
 
 
 def _choose_column(path: Path, table: pa.Table, name: str | None) -> str:

@@ -88,5 +88,8 @@ def test_wrong_tables_raise(cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_text("no")
     with pytest.raises(CorruptError, match="expected a Parquet file with a column key"):
         read_scores(tmp_path / "bad.parquet", cache)
+    pq.write_table(pa.table({"key": [[key] for key in keys], "x": np.ones(40)}), tmp_path / "lists.parquet")
+    with pytest.raises(CorruptError, match="lists.parquet: expected a Parquet file with a column key: .*list"):
+        read_scores(tmp_path / "lists.parquet", cache)
     with pytest.raises(PathError, match="got a path that does not exist"):
         read_scores(tmp_path / "none.parquet", cache)
