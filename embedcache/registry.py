@@ -257,14 +257,22 @@ def _import_plugin(name: str, module: str) -> ModuleType:
         ) from error
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> UnknownNameError:
-    """Create the error for an unknown name, with the known names and the closest match."""
+def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str = "", hint: str = "") -> UnknownNameError:
+    """Create the error for an unknown name, with the known names and the closest match.
+
+    Args:
+        kind: what it is the name of, such as `column`.
+        name: the unknown name.
+        known: all names that there are.
+        where: what has these names, with a preposition, such as `of cache/`.
+        hint: the next step.
+    """
     names = sorted(known)
     close = get_close_matches(name, names, n=1, cutoff=0.5)
-    parts = [f"unknown {kind} {name!r}"]
+    parts = [f"unknown {kind} {name!r} {where}".rstrip()]
     if close:
         parts.append(f"did you mean {close[0]!r}?")
-    parts.append(f"known: {', '.join(names)}" if names else f"there is no {kind} here")
+    parts.append(f"known: {', '.join(names)}" if names else f"there is no {kind} {where or 'here'}")
     if hint:
         parts.append(hint)
     return UnknownNameError("; ".join(parts))

@@ -89,6 +89,8 @@ def test_load_broken_builtin_raises() -> None:
 
 def test_unknown_name_in_empty_registry() -> None:
     assert "there is no number here" in str(unknown_name("number", "pi", []))
+    assert str(unknown_name("number", "pi", ["e"], where="of a/")) == "unknown number 'pi' of a/; known: e"
+    assert str(unknown_name("number", "pi", [], where="of a/")) == "unknown number 'pi' of a/; there is no number of a/"
 
 
 def test_require_missing_package_raises() -> None:

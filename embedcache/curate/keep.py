@@ -143,7 +143,7 @@ def check_keep(keep: str, cache: Cache) -> None:
 
 def _read_column(cache: Cache, name: str) -> Floats:
     if name not in cache.columns:
-        raise unknown_name(f"column of {cache.path}", name, cache.columns)
+        raise unknown_name("column", name, cache.columns, where=f"of {cache.path}")
     column = cache.column(name)
     if not any(is_number(column.type) for is_number in _IS_NUMBER):
         raise SettingError(f"keep: expected numbers in column {name!r} of {cache.path}, got {column.type}")

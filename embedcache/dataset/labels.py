@@ -104,7 +104,7 @@ def _require_column(cache: Cache, column: str) -> None:
     if column not in cache.columns:
         known = [name for name in cache.columns if name != "key"]
         hint = "a folder with a subfolder per class has the column 'label'"
-        raise unknown_name(f"column of samples of {cache.path}", column, known, hint=hint)
+        raise unknown_name("column of samples", column, known, where=f"of {cache.path}", hint=hint)
 
 
 def _number_labels(labels: Sequence[Label], classes: Sequence[str], location: str) -> dict[Label, int]:

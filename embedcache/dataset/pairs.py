@@ -183,5 +183,5 @@ def is_language(caches: Sequence[Cache], language: str) -> Bools:
                 f"the captions of {name_caches(caches)} have no language, expected {language}; use --language any for "
                 "all captions, or extract with --language-column"
             )
-        raise unknown_name(f"caption language in {name_caches(caches)}", language, known)
+        raise unknown_name("caption language", language, known, where=f"in {name_caches(caches)}")
     return mask

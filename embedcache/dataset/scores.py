@@ -101,7 +101,7 @@ def _table_errors(path: Path) -> Iterator[None]:
 def _choose_column(path: Path, table: pa.Table, name: str | None) -> str:
     numbers = [field.name for field in table.schema if field.name != _ROW and _is_number(field.type)]
     if name is not None and name not in numbers:
-        raise unknown_name(f"column of numbers of {path}", name, numbers)
+        raise unknown_name("column of numbers", name, numbers, where=f"of {path}")
     if name is None and len(numbers) != 1:
         got = f"{len(numbers)}: {', '.join(numbers)}; name one with --score" if numbers else "none"
         raise SettingError(f"score: expected {path} to have one column of numbers beside row, got {got}")

@@ -94,7 +94,7 @@ class Rule:
         values = dict(defaults)
         for name, value in given.items():
             if name not in defaults:
-                raise unknown_name(f"parameter of the rule {self.name!r}", name, defaults)
+                raise unknown_name("parameter", name, defaults, where=f"of the rule {self.name!r}")
             default = defaults[name]
             if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
                 raise SettingError(

@@ -140,7 +140,7 @@ def _open_module(request: RunRequest) -> list[RunRule]:
     def outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
         offered = offering.output_shapes(shapes)
         if request.output not in offered:
-            raise unknown_name(f"output of the run {request.path}", request.output, offered)
+            raise unknown_name("output", request.output, offered, where=f"of the run {request.path}")
         return {request.output: offered[request.output]}
 
     @torch.inference_mode()
@@ -193,7 +193,7 @@ def _open_pair(request: RunRequest) -> list[RunRule]:
     pair, config = load_pair(request.path, device=request.device)
     openers = {"projected": _open_projected, "prob": _open_prob}
     if request.output not in openers:
-        raise unknown_name(f"output of the run {request.path}", request.output, openers)
+        raise unknown_name("output", request.output, openers, where=f"of the run {request.path}")
     if request.prompts is not None and request.output != "prob":
         raise SettingError(f"prompts: expected the output prob, got {request.output}; omit --prompts")
     both = config.modalities
@@ -203,7 +203,7 @@ def _open_pair(request: RunRequest) -> list[RunRule]:
     elif request.modality in both:
         modalities = [request.modality]
     else:
-        raise unknown_name(f"modality of the run {request.path}", request.modality, both)
+        raise unknown_name("modality", request.modality, both, where=f"of the run {request.path}")
     return [openers[request.output](request, pair, config, modality) for modality in modalities]
 
 

@@ -240,7 +240,7 @@ def check_options(spec: EncoderSpec, known: Collection[str]) -> None:
     """Check that a spec has only options of its family."""
     for name in spec.options:
         if name not in known:
-            raise unknown_name(f"option of the encoder family {spec.family!r}", name, known)
+            raise unknown_name("option", name, known, where=f"of the encoder family {spec.family!r}")
 
 
 def check_modality(spec: EncoderSpec, modality: Modality, served: Modality) -> None:

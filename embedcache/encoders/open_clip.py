@@ -170,7 +170,7 @@ def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
         return pretrained
     path = Path(pretrained).expanduser()
     if not path.exists() and "/" not in pretrained and not path.suffix:
-        raise unknown_name(f"published weights of {spec.model}", pretrained, tags)
+        raise unknown_name("published weights", pretrained, tags, where=f"of {spec.model}")
     check_weights_file(path)
     return str(path)
 

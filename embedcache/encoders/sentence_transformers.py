@@ -153,7 +153,9 @@ def _find_prompt(spec: EncoderSpec, folder: Path) -> str:
             raise SettingError(f"{spec.text}: expected prompt or prompt_name, got both; omit one of the two")
         return spec.options["prompt"]
     if name is not None and name not in prompts:
-        raise unknown_name(f"prompt_name of {spec.model}", name, prompts, hint='write your own as prompt="query: "')
+        raise unknown_name(
+            "prompt_name", name, prompts, where=f"of {spec.model}", hint='write your own as prompt="query: "'
+        )
     name = name or config.get("default_prompt_name")
     return str(prompts.get(name) or "") if name else ""
 
@@ -229,7 +231,7 @@ def _read_pools(path: Path) -> list[str]:
     modes = [modes] if isinstance(modes, str) else list(modes)
     for mode in modes:
         if mode not in _MODES:
-            raise unknown_name(f"pooling mode in {path}", mode, _MODES)
+            raise unknown_name("pooling mode", mode, _MODES, where=f"in {path}")
     return [_MODES[mode] for mode in modes]
 
 
@@ -244,7 +246,7 @@ def load_dense(folder: Path) -> Dense:
     config = read_json(folder / "config.json")
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     if activation not in _ACTIVATIONS:
-        raise unknown_name(f"activation in {folder}", activation, _ACTIVATIONS)
+        raise unknown_name("activation", activation, _ACTIVATIONS, where=f"in {folder}")
     if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
         raise SettingError(
             f"the Dense module in {folder} is residual or applies to tokens: expected a plain one; choose another"

@@ -55,7 +55,7 @@ def open_vectors(format_name: str, path: AnyPath | None = None, **options: Any) 
     given = {name: value for name, value in {"path": path, **options}.items() if value is not None}
     for name in given:
         if name not in names:
-            raise unknown_name(f"argument of the import format {format_name}", name, names)
+            raise unknown_name("argument", name, names, where=f"of the import format {format_name}")
     if "path" in names and path is None:
         raise SettingError(f"path: expected a folder or file of the format {format_name}, got none")
     return opener(**{name: Path(value) if name in _PATHS else value for name, value in given.items()})

@@ -161,7 +161,7 @@ def _open_column(path: Path, column: str) -> ParquetColumn:
     with wrap_table_errors(path), open_parquet(path) as file:
         schema = file.schema_arrow
         if column not in schema.names:
-            raise unknown_name("column of vectors", column, _vector_columns(schema), hint=f"in {path}")
+            raise unknown_name("column of vectors", column, _vector_columns(schema), where=f"in {path}")
         kind = schema.field(column).type
         if not _is_list(kind):
             raise DataError(f"column {column} of {path}: expected lists of float16 or float32, got {kind}")

@@ -121,7 +121,7 @@ def _parse_table(path: Path, name: str, values: Mapping[str, Any]) -> NamedTask:
     own = {item.name for item in flat_settings(TaskTable)}
     for key in values:
         if key not in TASK_OPTIONS:
-            raise unknown_name(f"option of the task {name} in {path}:", key, TASK_OPTIONS)
+            raise unknown_name("option", key, TASK_OPTIONS, where=f"of the task {name} in {path}")
     read = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:
         table = from_flat(TaskTable, {key: value for key, value in read.items() if key in own})

@@ -218,7 +218,7 @@ def _choose(
     known = [f"{name}/{feature}" for (_, name), groups in by_name.items() for feature in groups[0].features]
     for feature in features:
         if feature not in known and feature not in {name for _, name in by_name}:
-            raise unknown_name(f"feature of {caches[0].path}", feature, known)
+            raise unknown_name("feature", feature, known, where=f"of {caches[0].path}")
     chosen, left_out = [], []
     for (modality, name), groups in sorted(by_name.items()):
         names = {feature for group in groups for feature in group.features}

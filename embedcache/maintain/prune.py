@@ -142,7 +142,7 @@ def _find_feature(cache: Cache, name: str, modality: str | None) -> tuple[list[P
         if any(_left(cache.path / each / place) for each in modalities) and not is_remote(cache.path):
             return [], True
         known = [each for group in groups for each in (group.name, *(f"{group.name}/{f}" for f in group.features))]
-        raise unknown_name(f"feature of {cache.path}", name, list(dict.fromkeys(known)))
+        raise unknown_name("feature", name, list(dict.fromkeys(known)), where=f"of {cache.path}")
     [group] = named
     is_whole = not feature or group.features == [feature]
     path = group.path if is_whole else group.path / feature

@@ -74,8 +74,13 @@ class CacheFilters:
 
     def _has_value(self, column: "_Column", values: Sequence[str], name: str) -> Bools:
         for value in values:
+            if not column.names:
+                option = _OPTIONS.get(name, name)
+                raise UnknownNameError(
+                    f"--{option}: {self._cache.path} names no {name}, expected {value!r}; search without --{option}"
+                )
             if value not in column.names:
-                raise unknown_name(f"{name} in {self._cache.path}", value, column.names)
+                raise unknown_name(name, value, column.names, where=f"in {self._cache.path}")
         has_value_N: Bools = np.isin(column.codes, [column.names.index(value) for value in values])
         return has_value_N
 

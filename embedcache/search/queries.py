@@ -1,6 +1,5 @@
 """Queries of an index, and their vectors in its space."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -204,9 +203,9 @@ class QueryEncoder:
         samples = find_keys(self._cache, keys)
         for key, sample in zip(keys, samples.tolist(), strict=True):
             if sample < 0:
-                path = os.path.normpath(self._cache.path)  # an index holds it relative to itself
                 raise UnknownNameError(
-                    f"query_key: expected a key of the cache {path}, such as {self._cache.key(0)!r}, got {key!r}"
+                    f"query_key: expected a key of the cache {self._cache.path}, such as {self._cache.key(0)!r}, got "
+                    f"{key!r}"
                 )
         owners, rows = concatenated_ranges(*RowReader(self._cache, self._card.modality).find(samples))
         is_indexed = self.indexed.has(rows)
@@ -236,7 +235,7 @@ class QueryEncoder:
         concepts = open_concepts(Cache(path), self.indexed)
         for name in names:
             if name not in concepts.names:
-                raise unknown_name(f"concept in {path}", name, concepts.names)
+                raise unknown_name("concept", name, concepts.names, where=f"in {path}")
         return concepts.vectors[[concepts.names.index(name) for name in names]]
 
     def _check_vectors(self, vectors_QP: Array) -> Floats:

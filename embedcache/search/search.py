@@ -1,5 +1,6 @@
 """Searching an index: texts, images, samples, concepts or vectors in, the nearest items out."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -195,8 +196,10 @@ def _choose_k(k: int | None, num_allowed: int, num_items: int) -> int:
 
 
 def _require_file(path: Path, file: str, option: str) -> Path:
+    """Return a path that an index holds relative to itself, without `..` where no link is in between."""
     if not (path / file).is_file():
         raise PathError(
             f"{option} {path}, which the index was built from, does not exist; if it has moved, give --{option}"
         )
-    return path
+    short = Path(os.path.normpath(path))
+    return short if short.exists() and short.samefile(path) else path

@@ -166,7 +166,7 @@ def _dataset_entry(file: str, name: str, kind: str) -> list[str]:
     datasets = clip_benchmark_file(file)
     if name not in datasets:
         hint = "or use a file or a folder"
-        raise unknown_name(f"dataset of clip-benchmark with {kind}", name, datasets, hint=hint)
+        raise unknown_name("dataset", name, datasets, where=f"of clip-benchmark with {kind}", hint=hint)
     entry: list[str] = datasets[name]
     return entry
 

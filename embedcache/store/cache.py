@@ -93,7 +93,7 @@ class Cache:
         """
         if isinstance(place, str):
             if place not in self.columns:
-                raise unknown_name(f"column of {self.path}", place, self.columns)
+                raise unknown_name("column", place, self.columns, where=f"of {self.path}")
             return self.column(place)
         if isinstance(place, slice):
             rows = range(len(self))[place]
@@ -147,7 +147,7 @@ class Cache:
         if modality is None:
             return self.samples.to_pandas()
         if modality not in self.info.num_items:
-            raise unknown_name(f"modality of {self.path}", modality, self.info.num_items)
+            raise unknown_name("modality", modality, self.info.num_items, where=f"of {self.path}")
         items, samples = self.items(modality), self.samples
         of_sample = samples.take(items["sample"].combine_chunks())
         columns = {name: of_sample[name] for name in samples.column_names}
@@ -344,7 +344,7 @@ class Cache:
             UnknownNameError: no feature or several features have that name; the message lists them.
         """
         features = self.features(modality)
-        kind = f"{modality} feature of {self.path}"
+        kind, where = f"{modality} feature", f"of {self.path}"
         matches = [feature for feature in features if name in (None, feature.name, feature.group.name)]
         if len(matches) == 1:
             return matches[0]
@@ -352,9 +352,9 @@ class Cache:
         if not features:
             raise UnknownNameError(self._missing(modality))
         if not matches:
-            raise unknown_name(kind, name or "", names)
+            raise unknown_name(kind, name or "", names, where=where)
         raise UnknownNameError(
-            f"{kind}: {'no name was given' if name is None else repr(name) + ' matches several'}; "
+            f"{kind} {where}: {'no name was given' if name is None else repr(name) + ' matches several'}; "
             f"name one of these features: {', '.join(feature.name for feature in matches)}"
         )
 

@@ -84,7 +84,7 @@ class Utterances:
         """Return the number of a view of a stream, or raise an `UnknownNameError`."""
         names = list(self.streams[stream].readers)
         if view not in names:
-            raise unknown_name(f"view of the {stream} of {self.cache.path}", view, names)
+            raise unknown_name("view", view, names, where=f"of the {stream} of {self.cache.path}")
         return names.index(view)
 
     def require_close_lengths(self, inputs: Mapping[str, Inputs], numbers_B: Ints) -> None:

@@ -242,7 +242,7 @@ def test_invalid_settings_raise(copied: Path, tmp_path: Path) -> None:
         dedup(copied, tmp_path / "kept.txt", DedupSettings(cosine=0.9))
     with pytest.raises(UnknownNameError, match="unknown keep rule 'last'"):
         analyze(copied, DedupSettings(keep="last"))
-    with pytest.raises(UnknownNameError, match="unknown column .* 'scoer'; did you mean 'score'"):
+    with pytest.raises(UnknownNameError, match="unknown column 'scoer' of .*; did you mean 'score'"):
         analyze(copied, DedupSettings(keep="best:scoer"))
     with pytest.raises(SettingError, match="keep: expected numbers in column 'key' of .*, got string"):
         analyze(copied, DedupSettings(keep="best:key"))

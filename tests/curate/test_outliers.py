@@ -332,7 +332,7 @@ def test_swapped_captions(planted: Path, cache_path: Path, run_path: Path, tmp_p
 
 
 def test_wrong_requests_raise(planted: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="unknown column of samples of .* 'lable'; did you mean 'label'"):
+    with pytest.raises(UnknownNameError, match="unknown column of samples 'lable' of .*; did you mean 'label'"):
         find_outliers(planted, settings=OutlierSettings(label="lable"))
     with pytest.raises(PathError, match="expected a path that ends in .parquet"):
         find_outliers(planted, tmp_path / "odd.csv")

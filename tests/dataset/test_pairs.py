@@ -100,7 +100,7 @@ def test_captions_of_a_language_are_counted_across_caches(captioned: Cache) -> N
 def test_captions_that_cannot_be_paired_raise(captioned: Cache, two_caches: list[Path]) -> None:
     with pytest.raises(DataError, match="cache: expected samples with open_toy/cls and open_toy/mean, got none; check"):
         paired(captioned, language="fr")
-    with pytest.raises(UnknownNameError, match="unknown caption language in .*cache 'dee'; did you mean 'de'"):
+    with pytest.raises(UnknownNameError, match="unknown caption language 'dee' in .*cache; did you mean 'de'"):
         paired(captioned, language="dee")
     caches = [Cache(path) for path in two_caches]
     images, texts = (

@@ -63,7 +63,7 @@ def test_scores_of_another_tool(cache: Cache, tmp_path: Path) -> None:
     assert read_scores(path, cache, "price").values[2] == 1.5
     with pytest.raises(SettingError, match="one column of numbers beside row, got 4: nsfw, count, aesthetic, price; "):
         read_scores(path, cache)
-    with pytest.raises(UnknownNameError, match="unknown column of numbers of .* 'aestetic'; did you mean 'aesthetic'"):
+    with pytest.raises(UnknownNameError, match="unknown column of numbers 'aestetic' of .*; did you mean 'aesthetic'"):
         read_scores(path, cache, "aestetic")
     for name in ("word", "row"):
         with pytest.raises(UnknownNameError):

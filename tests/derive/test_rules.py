@@ -128,7 +128,7 @@ def test_standardize(cache: Path) -> None:
         ("pca", [CLS], {"width": 49}, SettingError, "width of the rule 'pca': expected 1 to 48, got 49"),
         ("pca", [CLS], {"width": "5"}, SettingError, "expected a whole number, got '5'"),
         ("pca", [CLS], {"whiten": 1}, SettingError, "expected true or false, got 1"),
-        ("pca", [CLS], {"widht": 5}, UnknownNameError, "parameter of the rule 'pca' 'widht'; did you mean 'width'"),
+        ("pca", [CLS], {"widht": 5}, UnknownNameError, "parameter 'widht' of the rule 'pca'; did you mean 'width'"),
         ("pca", [PATCHES, CLS], {}, SettingError, "takes 1 input, got 2"),
     ],
 )

@@ -139,13 +139,13 @@ def test_repair_without_or_with_another_run_raises(cache: Path, work: Path, tmp_
 
 def test_refusals(cache: Path, work: Path, tmp_path: Path) -> None:
     run = work / "vectors"
-    with pytest.raises(UnknownNameError, match="unknown output of the run .* 'projekted'; did you mean 'projected'"):
+    with pytest.raises(UnknownNameError, match="unknown output 'projekted' of the run .*; did you mean 'projected'"):
         derive_from_run(cache, run, "projekted")
     with pytest.raises(SettingError, match="name a cache of prompts with --prompts"):
         derive_from_run(cache, run, "prob")
     with pytest.raises(SettingError, match="prompts: expected the output prob, got projected"):
         derive_from_run(cache, run, prompts=work / "prompts")
-    with pytest.raises(UnknownNameError, match="unknown modality .* 'audio'"):
+    with pytest.raises(UnknownNameError, match="unknown modality 'audio' of the run"):
         derive_from_run(cache, run, modality="audio")
     with pytest.raises(PathError, match="is not a finished run|does not exist"):
         derive_from_run(cache, tmp_path / "none")
@@ -206,7 +206,7 @@ def test_outputs_of_a_module(cache: Path, tmp_path: Path) -> None:
 
 def test_module_refusals(cache: Path, tmp_path: Path) -> None:
     run = write_module_run(cache, tmp_path / "run")
-    with pytest.raises(UnknownNameError, match="unknown output of the run .* 'prob'; known: states, sum"):
+    with pytest.raises(UnknownNameError, match="unknown output 'prob' of the run .*; known: states, sum"):
         derive_from_run(cache, run, "prob")
     with pytest.raises(SettingError, match="modality: expected none for a run of .*Doubler, got image"):
         derive_from_run(cache, run, "sum", modality="image")

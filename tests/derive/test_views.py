@@ -153,7 +153,7 @@ def test_first_side_that_is_read_decides_the_items(work: Path, cache: Path, tmp_
     np.testing.assert_array_equal(found, [[25, 50], [25, 50], [26, 55], [27, 60]])
     with pytest.raises(SettingError, match="modality: expected none for a run of .*Length, got audio"):
         derive_from_run(cache, tmp_path / "run", "length", modality="audio")
-    with pytest.raises(UnknownNameError, match="unknown output of the run .* 'lengths'; did you mean 'length'"):
+    with pytest.raises(UnknownNameError, match="unknown output 'lengths' of the run .*; did you mean 'length'"):
         derive_from_run(cache, tmp_path / "run", "lengths")
     write_run(cache, tmp_path / "other", {"audio": AUDIO, "video": VIDEO}, Plain())
     with pytest.raises(DataError, match="expected one video per sample, got 2 in the sample '0'.*first input"):

@@ -219,7 +219,7 @@ def test_prompts(bert: Path, tmp_path: Path) -> None:
     oracle = _library(folder).encode(TEXTS, prompt_name="query", normalize_embeddings=True)
     np.testing.assert_allclose(found, oracle, atol=1e-4)
     with pytest.raises(
-        UnknownNameError, match=r"prompt_name of .* 'passage'; .*known: query; write your own as prompt="
+        UnknownNameError, match=r"prompt_name 'passage' of .*; .*known: query; write your own as prompt="
     ):
         open_encoder(f"st:{folder},prompt_name=passage", modality="text")
     with pytest.raises(SettingError, match="expected prompt or prompt_name, got both"):

@@ -217,7 +217,7 @@ def test_unknown_names_raise(labeled_path: Path) -> None:
         evaluate_probe(labeled_path, ProbeSettings(feature=FEATURE, classifiers=("rigde",)))
     with pytest.raises(UnknownNameError, match="did you mean 'open_toy/cls'"):
         evaluate_probe(labeled_path, ProbeSettings(feature="open_toy/csl"))
-    with pytest.raises(UnknownNameError, match="'labels'; did you mean 'label'"):
+    with pytest.raises(UnknownNameError, match="'labels' of .*; did you mean 'label'"):
         evaluate_probe(labeled_path, feature=FEATURE, classifier=("ridge",), label="labels")
     with pytest.raises(SettingError, match=r"shots: expected at most \d+, the training items of class .*, got 1,000"):
         evaluate_probe(labeled_path, feature=FEATURE, classifier=("ridge",), shots=(1, 1000))

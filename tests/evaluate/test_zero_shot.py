@@ -129,7 +129,7 @@ def test_unusable_prompts_or_labels_raise(
 ) -> None:
     with pytest.raises(DataError, match=r"holds no prompts: it has no column 'class'; create them: embedcache extract"):
         evaluate_zero_shot(labeled, runs[:1], cache_path)
-    with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
+    with pytest.raises(UnknownNameError, match="unknown column of samples 'labl' of .*; did you mean 'label'"):
         evaluate_zero_shot(labeled, runs[:1], prompts, ZeroShotSettings(label="labl"))
     few = tmp_path / "few"
     few.mkdir()

@@ -79,7 +79,7 @@ def test_killed_process_leaves_its_chunks_to_others(
 
 @pytest.mark.slow
 def test_error_in_a_process_is_raised(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="unknown option of the encoder family 'tests.toy:open_toy' 'nonsense'"):
+    with pytest.raises(UnknownNameError, match="unknown option 'nonsense' of the encoder family 'tests.toy:open_toy'"):
         extract_slowly(
             source,
             tmp_path / "c",

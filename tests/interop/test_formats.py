@@ -32,7 +32,7 @@ def test_exported_vectors_are_imported(labeled: Path, tmp_path: Path) -> None:
 def test_wrong_requests_raise(labeled: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown import format 'parket'; did you mean 'parquet'"):
         open_vectors("parket", "x")
-    with pytest.raises(UnknownNameError, match=r"unknown argument of the import format npy 'path'; known: image_file"):
+    with pytest.raises(UnknownNameError, match=r"unknown argument 'path' of the import format npy; known: image_file"):
         open_vectors("npy", "x.npy")
     with pytest.raises(SettingError, match=r"path: expected a folder or file of the format datacomp, got none"):
         open_vectors("datacomp")

@@ -74,7 +74,12 @@ def test_origin_is_recorded(labeled: Path, tmp_path: Path) -> None:
     ("lists", "options", "error", "words"),
     [
         ([[1, 2]] * 3, {}, SettingError, "expected a column image_vector or text_vector; name one .*: emb"),
-        ([[1, 2]] * 3, {"image_vector_column": "vec"}, UnknownNameError, "unknown column of vectors 'vec'.*known: emb"),
+        (
+            [[1, 2]] * 3,
+            {"image_vector_column": "vec"},
+            UnknownNameError,
+            "unknown column of vectors 'vec' in .*; known: emb",
+        ),
         (
             [[1, 2]] * 3,
             {"image_vector_column": "other"},

@@ -223,7 +223,7 @@ def test_a_wrong_option_is_one_line(folder: Path, run: Path, options: str, messa
         ("kind = 'masked'\nexamples = 'lists.parquet'", "bad: examples: column split: expected texts, got list"),
         ("kind = 'masked'\ncache = 'nowhere'", "bad: nowhere does not exist"),
         ("kind = 'answer'\nexamples = 'blanks.parquet'", "bad: text: expected at most one blank, got 2 in example 0"),
-        ("kind = 'caption'\n[bad.worse]\nkind = 'caption'", "unknown option of the task bad"),
+        ("kind = 'caption'\n[bad.worse]\nkind = 'caption'", "unknown option 'worse' of the task bad in "),
     ],
 )
 def test_a_wrong_task_is_one_line_with_its_name(folder: Path, tmp_path: Path, table: str, message: str) -> None:

@@ -125,7 +125,7 @@ def test_cut_without_some(made: Path, tmp_path: Path) -> None:
     assert report.features == ["image/open_toy/cls", "image/small/pca"]
     assert Cache(tmp_path / "small").column("key").to_pylist() == [key for key in CHOSEN if key not in KEYS]
     assert verify(Cache(tmp_path / "small")) == []
-    with pytest.raises(UnknownNameError, match="unknown feature of .* 'open_toy/clss'; did you mean 'open_toy/cls'"):
+    with pytest.raises(UnknownNameError, match="unknown feature 'open_toy/clss' of .*; did you mean 'open_toy/cls'"):
         cut_cache(cache, made / "chosen.txt", tmp_path / "other", features=["open_toy/clss"])
     (tmp_path / "one.txt").write_text("00001\n")
     with pytest.raises(FingerprintError, match="subset.rows: stored"):

@@ -132,7 +132,7 @@ def test_incomparable_concepts_raise(
         open_concepts(Cache(prompts), Vectors(cache_path, "image", "open_toy/cls"))
     with pytest.raises(UnknownNameError, match="no text features"):
         open_concepts(Cache(labeled), Vectors(cache_path, "text", "open_toy/mean"))
-    with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
+    with pytest.raises(UnknownNameError, match="unknown column of samples 'labl' of .*; did you mean 'label'"):
         open_concepts(Cache(labeled), Vectors(cache_path, "image", "open_toy/cls"), label="labl")
     other = Cache(prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2"))
     message = r"open_toy/mean.* made with other settings: weights: stored '.*', requested '.*'; extract the concepts"

@@ -98,7 +98,7 @@ def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path, t
     assert filters.values("split")["test"] == len(rows)
     (hits,) = search(index_path, ["red bar"], SearchSettings(k=len(rows), filter=Filter(part=("test",))))
     assert sorted(hit.row for hit in hits) == rows.tolist()
-    with pytest.raises(UnknownNameError, match="unknown part in .* 'tset'; did you mean 'test'"):
+    with pytest.raises(UnknownNameError, match="unknown part 'tset' in .*; did you mean 'test'"):
         filters.mask(Filter(part=("tset",)))
     damaged = Path(shutil.copytree(run_path, tmp_path / "run"))
     split = read_split(run_path / "split.parquet", [cache])
@@ -125,13 +125,23 @@ def test_language(tmp_path: Path) -> None:
     assert hits[0].languages == ["de", None]
     assert hits[0].captions == ["rot 00000"]
     assert all(hit.languages == [None] and len(hit.captions) == 1 for hit in hits if hit.row > 3)
-    with pytest.raises(UnknownNameError, match="unknown language in .* 'fr'; known: de"):
+    with pytest.raises(UnknownNameError, match="unknown language 'fr' in .*; known: de"):
         search(tmp_path / "image", ask, SearchSettings(filter=Filter(language=("fr",))))
+
+
+def test_language_of_captions_without_one_raises(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 3)
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoder=[IMAGE], text_encoder=[TEXT])
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings())
+    with pytest.raises(UnknownNameError) as error:
+        search(tmp_path / "index", Queries(keys=["00000"]), SearchSettings(filter=Filter(language=("en",))))
+    said = f"--language: {tmp_path / 'cache'} names no language, expected 'en'; search without --language"
+    assert str(error.value) == said  # the index holds the path as ../cache
 
 
 def test_invalid_filters_raise(labeled: Path, labeled_index: Path, cache_path: Path, tmp_path: Path) -> None:
     ask = Queries(keys=[Cache(labeled).samples["key"][0].as_py()])
-    with pytest.raises(UnknownNameError, match=r"unknown label in .* 'cta'; did you mean 'cat'\?; known: cat, dog"):
+    with pytest.raises(UnknownNameError, match=r"unknown label 'cta' in .*; did you mean 'cat'\?; known: cat, dog"):
         search(labeled_index, ask, SearchSettings(filter=Filter(label_value=("cta",))))
     with pytest.raises(SettingError, match="from 1 to 15, as 15 of 60 items pass the filter, got 16"):
         search(labeled_index, ask, SearchSettings(k=16, filter=Filter(label_value=("cat",), part=("val",))))

@@ -262,7 +262,7 @@ def test_invalid_queries_raise(
         search(index_path, Queries(vectors=np.ones((2, 3))))
     with pytest.raises(DataError, match="the array of query vectors holds NaN"):
         search(index_path, Queries(vectors=np.full((2, 16), np.nan)))
-    with pytest.raises(UnknownNameError, match="unknown concept in .* 'rad'; did you mean 'red'"):
+    with pytest.raises(UnknownNameError, match="unknown concept 'rad' in .*; did you mean 'red'"):
         search(index_path, Queries(concepts=["rad"], concept_cache=concepts))
     with pytest.raises(DataError, match="plain image feature open_toy/cls, got prompts"):
         search(labeled_index, Queries(concepts=["red"], concept_cache=concepts))

@@ -64,7 +64,7 @@ def test_failures_are_collected_once(cache: Cache) -> None:
 
 @pytest.mark.parametrize("name", ["open_toy/clss", "other"])
 def test_unknown_feature_raises(cache: Cache, name: str) -> None:
-    with pytest.raises(UnknownNameError, match=rf"unknown image feature of .*/cache '{name}'; .*known: open_toy/cls"):
+    with pytest.raises(UnknownNameError, match=rf"unknown image feature '{name}' of .*/cache; .*known: open_toy/cls"):
         cache.feature("image", name)
 
 
@@ -122,7 +122,7 @@ def test_rows_are_samples(cache: Cache) -> None:
 def test_row_out_of_range_raises(cache: Cache, row: int) -> None:
     with pytest.raises(IndexError, match=rf"expected a row below 20, got {row}"):
         cache[row]
-    with pytest.raises(UnknownNameError, match=r"unknown column of .*/cache 'label'; .*key"):
+    with pytest.raises(UnknownNameError, match=r"unknown column 'label' of .*/cache; .*key"):
         cache["label"]
 
 
@@ -144,7 +144,7 @@ def test_samples_have_several_items_or_none(tmp_path: Path) -> None:
         ["c", "z", 3, 2],
     ]
     assert cache.to_pandas()["label"].tolist() == [1, 2, 3]
-    with pytest.raises(UnknownNameError, match="unknown modality of .*'audio'"):
+    with pytest.raises(UnknownNameError, match="unknown modality 'audio' of "):
         cache.to_pandas("audio")
 
 

@@ -221,7 +221,7 @@ def test_swapped_weights_are_refused(cache_path: Path, finished: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"image": "open_toy/clss"}, UnknownNameError, "'open_toy/clss'; did you mean 'open_toy/cls'"),
+        ({"image": "open_toy/clss"}, UnknownNameError, "'open_toy/clss' of .*; did you mean 'open_toy/cls'"),
         ({"image": None}, UnknownNameError, "open_toy/cls, open_toy/patches"),
         ({"image": "open_toy/patches"}, DataError, "open_toy/patches: expected a vector feature for projector mlp"),
         ({"text": "open_toy/tokens"}, DataError, "open_toy/tokens: expected a vector feature for projector mlp"),

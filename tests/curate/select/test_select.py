@@ -269,7 +269,7 @@ def test_incomparable_concepts_raise(around: dict[str, Path], tmp_path: Path) ->
     )
     with pytest.raises(FingerprintError, match="extract the concepts with the pool's encoder"):
         chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts=tmp_path / "louder")
-    with pytest.raises(UnknownNameError, match="column of samples of .* 'label'"):
+    with pytest.raises(UnknownNameError, match="column of samples 'label' of "):
         chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts=around["target"])
 
 
