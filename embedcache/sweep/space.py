@@ -26,6 +26,8 @@ Number: TypeAlias = int | float
 Value: TypeAlias = str | int | float | bool
 
 _SETTINGS = {item.name: item for item in flat_settings(TrainSettings)}
+_FEATURES = ("image_feature", "text_feature")
+"""Options of `train` that are arguments of `sweep`."""
 _FLAT_NAMES = {item.stored_name: item.name for item in _SETTINGS.values()}
 _EXAMPLE = "lr = {low = 1e-4, high = 1e-2, log = true}, or projector = ['linear', 'mlp']"
 _COMPARED_BY = (*(item.name for item in flat_settings(SplitSettings)), "language", "shuffle_pairs")
@@ -116,6 +118,11 @@ def read_space(path: Path) -> Space:
     tables = _read_tables(path)
     fixed, swept = tables.get("fixed", {}), tables.get("space", {})
     for name in {**fixed, **swept}:
+        if name in _FEATURES:
+            raise SettingError(
+                f"{path}: expected settings of training, got the feature {name}, which all trials share; remove it, "
+                f"and give --{name.replace('_', '-')} NAME to sweep"
+            )
         if name not in _SETTINGS:
             raise unknown_name("training setting", name, _SETTINGS, hint=f"named in {path}")
     for name in swept:

@@ -52,6 +52,10 @@ def test_split_seed_is_independent_of_seed(tmp_path: Path) -> None:
 INVALID = {
     "unknown swept setting": ("[space]\nlearning_rat = [1.0]", "'learning_rat'; did you mean"),
     "unknown fixed setting": ("[fixed]\nlrr = 1\n[space]\ndropout = [0.1]", "'lrr'; did you mean 'lr'"),
+    "feature": (
+        "[fixed]\nimage-feature = 'a/b'\n[space]\ndropout = [0.1]",
+        "got the feature image_feature, .* give --image-feature NAME to sweep",
+    ),
     "no space": ("[fixed]\nepochs = 3", r"expected settings to try in a table \[space\], got none; for example"),
     "empty space": ("[space]", "expected settings to try"),
     "empty file": ("", "expected settings to try"),
