@@ -106,6 +106,12 @@ class OutlierReport:
         order = np.argsort(values_S, kind="stable")
         return order[: min(count, int(np.isfinite(values_S).sum()))]
 
+    def quantiles(self, name: str, fractions: Sequence[float]) -> list[float | None]:
+        """Return quantiles of a score; None if no sample has it, as one labeled sample alone has no margin."""
+        known = self.scores[name][np.isfinite(self.scores[name])]
+        found: list[float | None] = np.quantile(known, fractions).tolist() if len(known) else [None] * len(fractions)
+        return found
+
     def neighbors_of(self, row: int) -> Ints:
         """Return the rows of the nearest neighbors of an item, best first."""
         content = self.copies.content_ids[np.searchsorted(self.copies.item_rows, row)]
@@ -133,8 +139,8 @@ class OutlierReport:
             "recall": None if recall is None else recall.to_json(),
             "num_likely_mislabels": None if self.votes is None else int(self.is_mislabeled.sum()),
             "quantiles": {
-                name: dict(zip(map(str, _QUANTILES), np.nanquantile(values_S, _QUANTILES).tolist(), strict=True))
-                for name, values_S in self.scores.items()
+                name: dict(zip(map(str, _QUANTILES), self.quantiles(name, _QUANTILES), strict=True))
+                for name in self.scores
             },
             "lowest": {name: self._named(name) for name in self.scores},
         }

@@ -119,7 +119,8 @@ def threshold_table(report: OutlierReport) -> Table:
     rows = []
     for fraction in _FRACTIONS:
         row = [f"{fraction:.1%}", format_count(round(fraction * report.cache.info.num_samples))]
-        rows.append(row + [f"{np.nanquantile(values_S, fraction):.3f}" for values_S in report.scores.values()])
+        limits = [limit for name in report.scores for limit in report.quantiles(name, [fraction])]
+        rows.append(row + ["" if limit is None else f"{limit:.3f}" for limit in limits])
     return ["left out", "samples", *(f"{name} of at least" for name in report.scores)], rows
 
 

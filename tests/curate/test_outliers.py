@@ -277,6 +277,21 @@ def test_labels_in_floating_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         find_outliers(cache, label="price")
 
 
+def test_scores_that_no_sample_has_are_null(tmp_path: Path) -> None:
+    """Check one labeled sample, which has no labeled neighbor: JSON knows no NaN."""
+    vectors = np.eye(4, dtype=np.float16) + np.float16(0.5)
+    tree = write_tree(tmp_path / "tree", vectors, label=["a", None, None, None])
+    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    report = find_outliers(cache, tmp_path / "odd.parquet")
+    nothing = dict.fromkeys(map(str, outliers._QUANTILES))
+    record = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert (record["quantiles"][MARGIN], record["lowest"][MARGIN], record["num_likely_mislabels"]) == (nothing, [], 0)
+    metadata = pq.read_schema(tmp_path / "odd.parquet").metadata[b"embedcache"]
+    assert json.loads(metadata)["quantiles"] == record["quantiles"]
+    assert {row[-1] for row in threshold_table(report)[1]} == {""}
+    write_outlier_page(tmp_path / "page.html", report)
+
+
 def test_two_images_are_as_typical_as_they_are_similar(run_path: Path, tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     for name in ("orange", "red"):
