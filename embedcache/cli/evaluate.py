@@ -1,5 +1,6 @@
 """embedcache evaluate"""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 
 from embedcache.cli.commands import add_command, new_group
 from embedcache.cli.options import (
+    OUTPUT_PANEL,
     CacheArgument,
     Device,
     Html,
@@ -16,9 +18,12 @@ from embedcache.cli.options import (
     Output,
     ReportOptions,
     RunArgument,
+    check_new_file,
+    check_path_is_own,
     with_settings,
 )
 from embedcache.devices import AUTO
+from embedcache.errors import PathError
 from embedcache.evaluate.settings import (
     LikelihoodEvalSettings,
     PairsSettings,
@@ -30,7 +35,7 @@ from embedcache.evaluate.settings import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 app = new_group("Measure runs and features.")
 
@@ -41,7 +46,29 @@ ControlRuns = Annotated[
 ]
 
 
-@with_settings(settings=RetrievalSettings)
+def check_new_results(context: typer.Context, option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Check an output that is a `.json` file or a folder; the command checks the files in it, which it names."""
+    if path is None or path.suffix == ".json":
+        return check_new_file(context, option, path)
+    if os.path.lexists(path) and not path.is_dir():
+        raise PathError(f"{option.opts[0]}: expected a .json file or a folder, got the file {path}; name another")
+    check_path_is_own(context, option, path)
+    return path
+
+
+Results = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        metavar="FILE",
+        help="Write the report as JSON to this file.",
+        rich_help_panel=OUTPUT_PANEL,
+        callback=check_new_results,
+    ),
+]
+
+
+@with_settings(settings=RetrievalSettings, output=Results)
 def retrieval(
     cache: CacheArgument,
     run: Runs,
@@ -53,7 +80,7 @@ def retrieval(
     """Measure image-text retrieval in both directions.
 
     Recalls have confidence intervals and the chance level beside them, for each language that is named. A JSON report
-    has the format of CLIP_benchmark; --output may name a folder for one file per run.
+    has the format of CLIP_benchmark; --output may name a folder for one file per recipe.
 
     Example: embedcache evaluate retrieval cache/ run/ --part test --html page.html
     """
@@ -65,6 +92,7 @@ def retrieval(
     from embedcache.reports.retrieval import rank_table, retrieval_table, width_table, write_retrieval_page
     from embedcache.store.cache import Cache
 
+    files = _name_files(outputs, "zeroshot_retrieval", cache, run, control_run, settings.language)
     reports = compare_retrieval(cache, run, settings, control_run=control_run or [], progress=open_progress())
     results = {name: retrieval_result(report, cache=cache, runs=report.run_paths) for name, report in reports.items()}
 
@@ -80,10 +108,10 @@ def retrieval(
         ranking = rank(opened, load_runs(run[:1], device=settings.device)[0], shown)
         write_retrieval_page(path, opened, reports, ranking, image_folders=outputs.image_folders)
 
-    _publish_results(outputs, show, results, write_page)
+    _publish_results(outputs, show, results, files, write_page)
 
 
-@with_settings(settings=ZeroShotSettings)
+@with_settings(settings=ZeroShotSettings, output=Results)
 def zero_shot(
     cache: CacheArgument,
     run: Runs,
@@ -96,7 +124,7 @@ def zero_shot(
     """Classify images by their similarity to prompts.
 
     Accuracies have confidence intervals and the chance level beside them. A JSON report has the format of
-    CLIP_benchmark; --output may name a folder for one file per run.
+    CLIP_benchmark; --output may name a folder for one file per recipe.
 
     Example: embedcache evaluate zero-shot labeled/ run/ --prompts prompts/
     """
@@ -107,6 +135,7 @@ def zero_shot(
     from embedcache.reports.zero_shot import write_zero_shot_page, zero_shot_table
     from embedcache.store.cache import Cache
 
+    files = _name_files(outputs, "zeroshot_classification", cache, run, control_run)
     reports = compare_zero_shot(cache, run, prompts, settings, control_run=control_run or [])
     results = {
         name: zero_shot_result(report, cache=cache, prompts=prompts, runs=report.run_paths)
@@ -122,7 +151,7 @@ def zero_shot(
         classified = classify(opened, load_runs(run[:1], device=settings.device)[0], Cache(prompts), shown)
         write_zero_shot_page(path, opened, reports, classified, image_folders=outputs.image_folders)
 
-    _publish_results(outputs, show, results, write_page)
+    _publish_results(outputs, show, results, files, write_page)
 
 
 def _show_lines(reports: "Mapping[str, Any]") -> None:
@@ -134,14 +163,38 @@ def _show_lines(reports: "Mapping[str, Any]") -> None:
             print_line(f"  {report.overlap.line()}")
 
 
-def _publish_results(outputs: ReportOptions, show: Any, results: "Mapping[str, Any]", write_page: Any) -> None:
+def _name_files(
+    outputs: ReportOptions,
+    task: str,
+    cache: str,
+    run: "Sequence[Path]",
+    control_run: "Sequence[Path] | None",
+    languages: "Sequence[str]" = (),
+) -> "Sequence[Path]":
+    """Return the files that results go to, which are checked before the work; none without `--output`."""
+    from embedcache.evaluate.runs import iterate_recipes
+    from embedcache.outputs import check_output
+    from embedcache.reports.results import result_files
+
+    if outputs.output is None:
+        return ()
+    recipes = [paths for _, paths, _ in iterate_recipes(run, control_run or ())]
+    files = result_files(outputs.output, task, cache, recipes, languages)
+    for path in files:
+        check_output(path, overwrite=outputs.overwrite)
+    return files
+
+
+def _publish_results(
+    outputs: ReportOptions, show: Any, results: "Mapping[str, Any]", files: "Sequence[Path]", write_page: Any
+) -> None:
     """Publish reports of one JSON object per run, which may go to one file each."""
     from embedcache.reports.results import write_results
 
     def record() -> Any:
         return next(iter(results.values())) if len(results) == 1 else list(results.values())
 
-    outputs.publish(show, record, write_page, write_output=lambda path: write_results(path, results))
+    outputs.publish(show, record, write_page, write_output=lambda _: write_results(files, results))
 
 
 @with_settings(settings=ProbeSettings)

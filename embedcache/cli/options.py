@@ -44,10 +44,15 @@ def check_new_file(context: typer.Context, option: typer.CallbackParam, path: Pa
     if path is None:
         return None
     check_output(path, overwrite=context.params[OVERWRITE])
+    check_path_is_own(context, option, path)
+    return path
+
+
+def check_path_is_own(context: typer.Context, option: typer.CallbackParam, path: Path) -> None:
+    """Check that no other parameter names the same path; SettingError if one does."""
     for name, other in context.params.items():
         if name != option.name and isinstance(other, Path) and other.absolute() == path.absolute():
             raise SettingError(f"{option.opts[0]}: expected a file of its own, got {path}, which {name} names too")
-    return path
 
 
 def output_argument(help: str) -> Any:
@@ -138,12 +143,16 @@ ImageFolders: TypeAlias = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Where a command publishes its report: on standard output, as JSON in a file, and as a page with images."""
+    """Where a command publishes its report: on standard output, as JSON in a file, and as a page with images.
+
+    `overwrite` is an option of all commands that write an output.
+    """
 
     as_json: Json = False
     output: Output = None
     html: Html = None
     image_folder: ImageFolders = None
+    overwrite: bool = False
 
     @property
     def image_folders(self) -> Sequence[Path]:
@@ -207,6 +216,7 @@ def with_settings(
     skip: Sequence[str] = (),
     build: Mapping[str, Callable[[Mapping[str, Any]], Any]] | None = None,
     config_help: str = _CONFIG_HELP,
+    output: Any = Output,
     **kinds: type[Any],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that replaces parameters of a command by one option per setting, and adds `--config`.
@@ -215,6 +225,7 @@ def with_settings(
         skip: flat names that get no option.
         build: parameter -> function that builds its settings from flat values; `from_flat` if not given.
         config_help: help of `--config`.
+        output: declaration of the option `--output` of `ReportOptions`.
         kinds: parameter -> settings class.
     """
     items = {key: [item for item in flat_settings(kind) if item.name not in skip] for key, kind in kinds.items()}
@@ -231,12 +242,17 @@ def with_settings(
                 }
                 values[key] = build[key](flat) if build and key in build else from_flat(kind, flat)
             for key in reports:
-                values[key] = ReportOptions(**{name: values.pop(name) for name in report_options})
+                values[key] = ReportOptions(
+                    **{name: values.pop(name) for name in report_options}, overwrite=context.params[OVERWRITE]
+                )
             command(**values)
 
         own = inspect.signature(command, eval_str=True).parameters
         reports = [name for name, parameter in own.items() if parameter.annotation is ReportOptions]
-        report_options = inspect.signature(ReportOptions).parameters if reports else {}
+        report_options = dict(inspect.signature(ReportOptions).parameters) if reports else {}
+        if reports:
+            del report_options[OVERWRITE]
+            report_options["output"] = report_options["output"].replace(annotation=output)
         generated = [_option(item, key if len(kinds) > 1 else None) for key in kinds for item in items[key]]
         config = Annotated[
             Path | None,

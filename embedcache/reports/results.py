@@ -11,9 +11,9 @@ from typing import Any
 from embedcache.errors import SettingError
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.evaluate.zero_shot import ZeroShotReport
-from embedcache.files import make_folder
 from embedcache.modalities import MODALITIES
 from embedcache.outputs import write_report_json
+from embedcache.provenance import digest
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.reports.zero_shot import zero_shot_json
 from embedcache.store.cache import Cache
@@ -21,6 +21,7 @@ from embedcache.store.cache import Cache
 MODEL = "embedcache"
 """Name of the model in a result, and of its type among CLIP_benchmark's model types."""
 
+_MAX_NAME, _NUM_KEPT, _NUM_DIGITS = 240, 50, 16
 _METRICS = {
     "zeroshot_classification": "acc1|acc5|mean_per_class_recall",
     "zeroshot_retrieval": rf"({'|'.join(MODALITIES)})_retrieval_recall@\d+",
@@ -98,17 +99,46 @@ def zero_shot_result(
     )
 
 
-def write_results(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write results for `clip_benchmark build`, which makes one row of each file.
+def result_files(
+    path: Path,
+    task: str,
+    dataset: Path | str,
+    recipes: Sequence[Sequence[Path]],
+    languages: Sequence[str] = (),
+) -> list[Path]:
+    """Return the files that results are written to: a `.json` file itself, or one file per result in a folder.
 
-    A `.json` file holds the first result, and the others in its `details.others`; a folder gets one file per result.
+    Files in a folder are named by all that tells results apart, so that those of other calls may be there, too.
+
+    Args:
+        path: the file, or the folder.
+        task: CLIP_benchmark's name of the task.
+        dataset: the cache.
+        recipes: the runs of each recipe.
+        languages: languages in which each recipe is evaluated; empty: one that is not named.
     """
     if path.suffix == ".json":
-        (_, first), *others = results.items()
-        details = {**first["details"], "others": dict(others)} if others else first["details"]
-        write_report_json(path, {**first, "details": details})
+        return [path]
+    files = []
+    for paths in recipes:
+        for language in languages or ("",):
+            words = [Path(dataset).name, "+".join(map(str, paths)), language, task]
+            name = "_".join(re.sub(r"[^\w.=+-]+", "-", word).strip("-.") for word in words if word)
+            if len(name.encode()) > _MAX_NAME:  # names of files have at most 255 bytes
+                name = f"{name[:_NUM_KEPT]}_{digest(name)[:_NUM_DIGITS]}"
+            files.append(path / f"{name}.json")
+    return files
+
+
+def write_results(files: Sequence[Path], results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write results for `clip_benchmark build`, which makes one row of each file.
+
+    A single file holds the first result, and the others in its `details.others`; several hold one result each.
+    """
+    if len(files) > 1:
+        for path, result in zip(files, results.values(), strict=True):
+            write_report_json(path, result)
         return
-    make_folder(path)
-    for number, (name, result) in enumerate(results.items()):
-        plain = re.sub(r"[^\w.=+-]+", "-", name)
-        write_report_json(path / f"{number:02}-{plain}.json", result)
+    (_, first), *others = results.items()
+    details = {**first["details"], "others": dict(others)} if others else first["details"]
+    write_report_json(files[0], {**first, "details": details})

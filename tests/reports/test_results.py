@@ -14,7 +14,13 @@ from embedcache.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.provenance import read_json, write_json
 from embedcache.reports.probe import probe_json
-from embedcache.reports.results import clip_benchmark_result, retrieval_result, write_results, zero_shot_result
+from embedcache.reports.results import (
+    clip_benchmark_result,
+    result_files,
+    retrieval_result,
+    write_results,
+    zero_shot_result,
+)
 from embedcache.sources import open_source
 from tests.images import write_images
 from tests.interop.runs import SIDES, train_run
@@ -101,9 +107,10 @@ def test_clip_benchmark_build_reads_results(
         f"run, {code}": retrieval_result(replace(retrieved, language=code), cache="cache", runs=["run-0", "run-1"])
         for code in ("en", "de")
     }
-    write_results(tmp_path / "retrieval", languages)
+    files = result_files(tmp_path / "retrieval", "zeroshot_retrieval", "cache", [[folder / "run"]], ["en", "de"])
+    write_results(files, languages)
     accuracies = zero_shot_result(classified, cache="cache", prompts=folder / "prompts", runs=["run-0"])
-    write_results(tmp_path / "zero-shot.json", {"run": accuracies})
+    write_results([tmp_path / "zero-shot.json"], {"run": accuracies})
     probe = evaluate_probe(folder / "labeled", ProbeSettings(feature="open_toy/cls", classifiers=("ridge",)))
     write_json(tmp_path / "probe.json", probe_json(probe, "cache"))
 
@@ -124,7 +131,7 @@ def test_clip_benchmark_build_reads_results(
 
 def test_json_file_holds_all_results(retrieved: RetrievalReport, tmp_path: Path) -> None:
     results = {name: retrieval_result(retrieved, cache="cache", runs=[name]) for name in ("run", "shuffled")}
-    write_results(tmp_path / "figures.json", results)
+    write_results(result_files(tmp_path / "figures.json", "zeroshot_retrieval", "cache", [[Path("run")]]), results)
     written = read_json(tmp_path / "figures.json")
     assert written["pretrained"] == "run"
     assert written["details"]["others"] == {"shuffled": results["shuffled"]}
