@@ -69,7 +69,8 @@ class DeriveSettings:
             got = "neither" if self.run is None else "both"
             raise SettingError(f"rule: expected either --run or --rule, got {got}")
         of_rule = {"input": self.inputs, "parameter": self.parameters, "fit_split": self.fit_split}
-        of_run = {"prompts": self.prompts, "modality": self.modality, "view": self.views}
+        output = "" if self.run_output == type(self).run_output else self.run_output  # the default says nothing
+        of_run = {"run_output": output, "prompts": self.prompts, "modality": self.modality, "view": self.views}
         given = [name for name, value in (of_run if self.run is None else of_rule).items() if value]
         if given:
             raise SettingError(f"{given[0]}: expected with {'--run' if self.run is None else '--rule'} only; omit it")

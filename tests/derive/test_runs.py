@@ -228,6 +228,7 @@ def test_command_line(cache: Path, work: Path, tmp_path: Path) -> None:
     assert "preprocessing.whiten: stored False, requested True" in refused.stderr
     for more, message in (
         ((), "--rule: expected either --run or --rule, got neither"),
+        (("--rule", "mean", "--run-output", "prob"), "--run-output: expected with --run only; omit it"),
         (("--rule", "mean", "--prompts", "p"), "--prompts: expected with --run only"),
         (("--run", "r", "--input", "image=a"), "--input: expected with --rule only"),
         (("--rule", "mean", "--input", "image"), "--input: expected MODALITY=NAME, such as image=dinov2/cls"),
