@@ -121,7 +121,7 @@ class OutlierReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return what was compared, quantiles of the scores and the samples with the lowest, as JSON values."""
-        run, recall = self.settings.run, self.neighbors.recall
+        run, recall, k = self.settings.run, self.neighbors.recall, self.neighbors.items.shape[1]
         return {
             "cache": str(self.cache.path),
             "scores": None if self.path is None else str(self.path),
@@ -130,8 +130,8 @@ class OutlierReport:
             "fingerprint": digest(self.vectors.feature.fingerprint),
             "run": None if run is None else str(run),
             "run_weights": None if self.vectors.config is None else self.vectors.config.weights_digest,
-            "k": self.neighbors.items.shape[1],
-            "label_neighbors": self.settings.label_neighbors,
+            "k": k,
+            "label_neighbors": min(self.settings.label_neighbors, k),
             "num_samples": self.cache.info.num_samples,
             "num_items": len(self.copies.content_ids),
             "num_contents": len(self.copies.unique_rows),

@@ -258,7 +258,7 @@ class OutlierSettings:
     """Settings of typicality, likely mislabels and pairs that do not match: what is compared, with how many others."""
 
     k: int = setting(50, "Nearest neighbors to which the mean cosine is the typicality.", ge=1, le=1000)
-    label_neighbors: int = setting(10, "Nearest of these whose labels are compared.", ge=1, le=1000)
+    label_neighbors: int = setting(10, "Nearest of these whose labels are compared; all if -k is less.", ge=1, le=1000)
     modality: Literal["image", "text"] | None = setting(
         None, "Modality of the items to compare.", default_text=_COMPARED_DEFAULT
     )
