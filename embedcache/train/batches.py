@@ -18,6 +18,7 @@ from embedcache.arrays import Array, Ints, concatenated_ranges
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
+from embedcache.errors import SettingError
 from embedcache.train.distributed import own_slice
 from embedcache.train.losses import Positives
 from embedcache.train.views import DrawnViews
@@ -146,7 +147,11 @@ class Batches:
 
     With hard negatives, batches have fewer samples of the epoch: to each, `num_negatives` of its hard negatives are
     added, drawn anew in each epoch, each sample once per batch, so that a batch has at most `batch_size` samples, all
-    of them pairs. Pairs of items of one near-duplicate group are excluded; they take 16 bytes each.
+    of them pairs; a batch of three samples of the epoch, where two fit, has fewer negatives. Pairs of items of one
+    near-duplicate group are excluded; they take 16 bytes each.
+
+    Raises:
+        SettingError: two samples with their hard negatives do not fit in a batch.
     """
 
     def __init__(
@@ -169,6 +174,8 @@ class Batches:
         self._seed, self._captions, self._block_rows, self._mixup = seed, captions, block_rows, mixup
         self._views = views
         self.num_samples, self.batch_size = len(self._samples), batch_size
+        if negatives is not None:
+            _check_fits(batch_size, self.num_samples, num_negatives, negatives)
         most = batch_size if negatives is None else max(1, batch_size // (1 + num_negatives))
         self.num_steps = num_batches(self.num_samples, most)
 
@@ -200,7 +207,9 @@ class Batches:
         keys_BK = np.where(self._samples[place_BK] == hard_BK, rng.random(hard_BK.shape), 2.0)  # 2: not in training
         chosen_BK = np.argsort(keys_BK, axis=1)[:, : self._num_negatives]
         is_some_BK = np.take_along_axis(keys_BK, chosen_BK, axis=1) < 2
-        return np.setdiff1d(np.take_along_axis(place_BK, chosen_BK, axis=1)[is_some_BK], numbers)
+        hard = np.setdiff1d(np.take_along_axis(place_BK, chosen_BK, axis=1)[is_some_BK], numbers)
+        num_free = self.batch_size - len(numbers)
+        return hard if len(hard) <= num_free else np.sort(rng.choice(hard, num_free, replace=False))
 
     def _batch(
         self,
@@ -252,6 +261,17 @@ class Batches:
         position, entries = concatenated_ranges(starts, self._relation.indptr[first_contents + 1] - starts)
         which, others = _equal_pairs(self._relation.indices[entries], second_contents)
         return position[which], others
+
+
+def _check_fits(batch_size: int, num_samples: int, num_negatives: int, negatives: HardNegatives) -> None:
+    """Check that a batch has room for two samples with their hard negatives, of which there may be fewer."""
+    num_drawn = min(num_negatives, negatives.negatives_SK.shape[1])
+    smallest = min(2 * (1 + num_drawn), num_samples)
+    if batch_size < smallest:
+        raise SettingError(
+            f"batch_size: expected at least {smallest}, for two samples and {num_drawn} hard negatives of each, got "
+            f"{batch_size}; raise --batch-size, or lower --num-negatives"
+        )
 
 
 def _equal_pairs(left: Ints, right: Ints) -> tuple[Ints, Ints]:

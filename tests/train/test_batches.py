@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.arrays import Inputs
+from embedcache.arrays import Array, Inputs
 from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
+from embedcache.errors import SettingError
 from embedcache.store.cache import Cache
 from embedcache.train.batches import Batch, Batches, Loader, PairLoader, RowBatches, num_batches, shuffle_blocks
 from embedcache.train.data import open_data
@@ -201,18 +202,23 @@ def test_hard_negatives_are_in_the_batch_and_near_duplicates_are_excluded(
     samples: int, size: int, seed: int, num: int, captions: Literal["draw", "all"]
 ) -> None:
     pairs, negatives = make_pairs(samples, seed=seed), draw_negatives(samples, seed)
+    size = max(size, min(2 * (1 + min(num, 3)), samples))  # a smaller one is refused
     options = {"batch_size": size, "seed": seed, "negatives": negatives, "num_negatives": num, "captions": captions}
     batches = Batches(pairs, **options)  # type: ignore[arg-type]
     drawn, epoch = [], list(batches.epoch(1))
     for batch in epoch:
         own, hard = np.split(batch.samples, [len(batch.samples) - batch.num_hard])
         drawn += own.tolist()
-        assert len(set(batch.samples.tolist())) == len(batch.samples) <= max(size, 3 * (1 + num))
+        assert len(set(batch.samples.tolist())) == len(batch.samples) <= size
         listed = negatives.negatives_SK[own]
         assert np.isin(hard, listed).all()
         for row in listed:
             left = np.setdiff1d(row[(row >= 0) & (row < samples)], batch.samples)
-            assert not len(left) or np.isin(row, batch.samples).sum() >= min(num, len(np.unique(row)))
+            assert (
+                not len(left)
+                or len(batch.samples) == size
+                or np.isin(row, batch.samples).sum() >= min(num, len(np.unique(row)))
+            )
         assert batch.excluded is not None
         texts = pairs.second.samples[batch.second_rows - 500]
         near = negatives.groups_S[batch.first_rows - 100][:, None] == negatives.groups_S[texts]
@@ -234,6 +240,23 @@ def test_hard_negatives_take_their_part_of_the_batch_size(size: int, options: di
     negatives = HardNegatives(negatives_SK=np.full((12, 4), -1, np.int32), groups_S=np.arange(12))
     batches = Batches(make_pairs(12, seed=0), batch_size=size, seed=0, negatives=negatives, **options)
     assert batches.num_steps == expected
+
+
+@pytest.mark.parametrize(("size", "num", "smallest"), [(16, 15, 32), (8, 5, 12), (2, 1, 4), (11, 5, 12), (32, 15, 32)])
+def test_two_samples_with_their_hard_negatives_fit_in_a_batch(size: int, num: int, smallest: int) -> None:
+    table = np.random.default_rng(0).integers(99, size=(99, 20)).astype(np.int32)
+
+    def sizes(batch_size: int, table_SK: Array) -> list[int]:
+        negatives = HardNegatives(negatives_SK=table_SK, groups_S=np.arange(99))
+        batches = Batches(make_pairs(99, seed=0), batch_size=batch_size, seed=0, negatives=negatives, num_negatives=num)
+        return [len(batch.samples) for batch in batches.epoch(0)]
+
+    assert max(sizes(smallest, table)) <= smallest  # also of the batch with three samples of an odd number
+    assert max(sizes(4, table[:, :1])) == 4  # there are fewer negatives than may be drawn
+    if size < smallest:
+        message = f"batch_size: expected at least {smallest}, .* and {num} hard negatives of each, got {size}; raise"
+        with pytest.raises(SettingError, match=message):
+            sizes(size, table)
 
 
 def test_hard_negatives_of_a_step_depend_on_seed_and_epoch_alone() -> None:
