@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from embedcache.provenance import DIGEST, read_json, write_json
 
 
@@ -15,6 +17,15 @@ def edit_record(path: Path, replace: dict[str, str] | None = None, **values: Any
         assert old in text, old
         text = text.replace(old, new)
     path.write_text(text)
+
+
+def damage_column(path: Path, column: str) -> None:
+    """Change a byte of a column of a table, so that reading the column is an error and reading the others is none."""
+    data, group = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(0)
+    (found,) = [each for each in map(group.column, range(group.num_columns)) if each.path_in_schema == column]
+    start = found.dictionary_page_offset or found.data_page_offset
+    data[start + found.total_compressed_size // 2] ^= 1
+    path.write_bytes(data)
 
 
 def exchange(path: Path, data: bytes | bytearray) -> None:

@@ -296,7 +296,7 @@ def _is_selected(pool: Vectors, selection: Path | str | None) -> Bools | None:
     """Return whether each item of the cache is of a selected sample; None without a selection."""
     if selection is None:
         return None
-    samples_N = pool.cache.items(pool.modality)["sample"].to_numpy()
+    samples_N = pool.cache.items(pool.modality, columns=["sample"])["sample"].to_numpy()
     is_selected_N: Bools = np.isin(samples_N, read_selection(selection, [pool.cache]))
     return is_selected_N
 

@@ -63,7 +63,12 @@ def read_prompts(cache: Cache, feature: InputFeature) -> Prompts:
     feature.require_complete()
     names: list[str] = cache.samples[_CLASS].to_pylist()
     rows = np.flatnonzero(feature.valid)
-    prompts = Prompts(feature=feature, names=names, rows=rows, classes=cache.items("text")["sample"].to_numpy()[rows])
+    prompts = Prompts(
+        feature=feature,
+        names=names,
+        rows=rows,
+        classes=cache.items("text", columns=["sample"])["sample"].to_numpy()[rows],
+    )
     missing = [name for name, count in zip(names, prompts.counts, strict=True) if not count]
     if missing:
         raise DataError(

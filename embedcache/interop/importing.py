@@ -226,7 +226,7 @@ def _is_intact(group: EncoderGroup, chunk: int) -> bool:
 def _write_chunk(cache: Cache, group: EncoderGroup, chunk: int, vectors_BD: Array) -> None:
     texts: list[str | None] = [None] * len(vectors_BD)
     if group.modality == "text":
-        texts = cache.items("text", chunk=chunk)["text"].to_pylist()
+        texts = cache.items("text", chunk=chunk, columns=["text"])["text"].to_pylist()
     is_finite_B: Bools = np.asarray(np.isfinite(vectors_BD).all(axis=1))
     failures = [
         _EMPTY if text is not None and not text.strip() else None if is_finite else _NO_VECTOR

@@ -157,7 +157,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
 
 def _concepts_json(report: CoverageReport) -> list[dict[str, Any]]:
     cache = report.pool.cache
-    samples = cache.items(report.pool.modality)["sample"].to_numpy()[report.rows.ravel()]
+    samples = cache.items(report.pool.modality, columns=["sample"])["sample"].to_numpy()[report.rows.ravel()]
     keys = cache.column("key").take(pa.array(samples)).to_numpy().reshape(report.rows.shape)
     return [
         {

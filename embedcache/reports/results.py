@@ -88,7 +88,7 @@ def zero_shot_result(
     metrics = {name: estimate.value for name, estimate in report.accuracies.items()}
     if len(report.names) < 5:
         del metrics["acc5"]
-    languages = set(Cache(prompts).items("text")["language"].to_pylist())
+    languages = set(Cache(prompts).items("text", columns=["language"])["language"].to_pylist())
     return clip_benchmark_result(
         "zeroshot_classification",
         metrics,

@@ -260,7 +260,7 @@ def query_sections(
 
 def _item_view(cache: Cache, renderer: ItemRenderer, modality: str, rows: Ints) -> Callable[..., PageItem]:
     """Return a function that shows the item at a position: an image, a text, or the path of another item."""
-    paths = None if modality in ("image", "text") else cache.items(modality)["path"]
+    paths = None if modality in ("image", "text") else cache.items(modality, columns=["path"])["path"]
 
     def show(position: int, *, is_correct: bool = False) -> PageItem:
         row = int(rows[position])

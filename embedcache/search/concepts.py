@@ -117,7 +117,7 @@ def _draw_examples(
 ) -> tuple[list[str], Ints, Ints]:
     """Return the names of the labels, the rows of the drawn examples in order, and the label number of each."""
     cache = vectors.cache
-    samples_N = cache.items(vectors.modality)["sample"].to_numpy()[vectors.rows]
+    samples_N = cache.items(vectors.modality, columns=["sample"])["sample"].to_numpy()[vectors.rows]
     is_labeled_N = has_label(cache, samples_N, column=label)
     rows_N, samples_N = vectors.rows[is_labeled_N], samples_N[is_labeled_N]
     if not len(rows_N):

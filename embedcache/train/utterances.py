@@ -154,7 +154,7 @@ def open_utterances(
     opened = {name: _open_views(cache, name, feature, (views or {}).get(name)) for name, feature in features.items()}
     items = {name: [read_items([cache], [feature]) for feature in found.values()] for name, found in opened.items()}
     rows = {name: reduce(np.intersect1d, [of_view.rows for of_view in found]) for name, found in items.items()}
-    owners = {name: cache.items(name)["sample"].to_numpy() for name in features}
+    owners = {name: cache.items(name, columns=["sample"])["sample"].to_numpy() for name in features}
     table = cache.items("text", columns=["sample", "text"])
     texts = dict(zip(table["sample"].to_pylist(), table["text"].to_pylist(), strict=True))
     wanted = np.array(sorted(texts), np.int64) if samples is None else np.intersect1d(samples, list(texts))

@@ -23,6 +23,7 @@ from embedcache.search.settings import IndexSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.curate.conftest import FIXED, of_texts
+from tests.edits import damage_column
 from tests.search.test_concepts import NAMES, labeled_cache, prompt_cache
 from tests.toy import TEXT
 
@@ -83,6 +84,13 @@ def test_chunk_size_changes_nothing(image_folder: Path, prompts: Path, cache_pat
     assert [(pair.first, pair.second, pair.num_items) for pair in one.overlaps] == [
         (pair.first, pair.second, pair.num_items) for pair in other.overlaps
     ]
+
+
+def test_selection_reads_no_captions(cache_path: Path, prompts: Path, half: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(cache_path, tmp_path / "cache"))
+    damage_column(cache / "text/items.parquet", "text")
+    report = of_texts(cache, prompts, selection=half, **FIXED)
+    assert [counts.num_items for counts in report.all_counts] == [300, 150]
 
 
 def test_selection_uses_thresholds_of_pool(cache_path: Path, prompts: Path, half: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from embedcache.train.speech_batches import (
 )
 from embedcache.train.utterances import Utterances, open_utterances, stack_inputs
 from tests.crash import crash_function
+from tests.edits import damage_column
 from tests.train.runs import log_lines
 from tests.train.speech_cases import FEATURES, MODEL, QUIET, fit_settings, make_cache, recipe, utterances
 
@@ -287,6 +289,12 @@ def test_an_unknown_view_is_named(caches: tuple[Path, Path], tmp_path: Path) -> 
     augmentation = SpeechAugmentation(views={"audio": {"plain": 0.5, QUIET: 0.5}})
     with pytest.raises(UnknownNameError, match="unknown view '.*' of the audio of "):
         train_speech(*data, tmp_path / "run", recipe(augmentation=augmentation), fit_settings())
+
+
+def test_utterances_are_opened_without_their_paths(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(caches[1], tmp_path / "cache"))
+    damage_column(cache / "audio/items.parquet", "path")
+    assert len(utterances(cache, "audio").texts) == 12
 
 
 def test_features_are_read_into_memory_unless_told_otherwise(

@@ -171,7 +171,7 @@ class Pool:
         return paired_samples, best[paired_samples]
 
     def _samples_of(self, modality: str) -> Ints:
-        samples: Array = self.cache.items(modality)["sample"].to_numpy()
+        samples: Array = self.cache.items(modality, columns=["sample"])["sample"].to_numpy()
         return samples.astype(np.int64)
 
 

@@ -1,7 +1,9 @@
 """Each method keeps to the contract, and does what its name says."""
 
+import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +29,7 @@ from embedcache.curate.select.settings import SelectSettings
 from embedcache.errors import DataError
 from embedcache.testing.selectors import SelectorContract
 from tests.curate.select.conftest import apply
+from tests.edits import damage_column
 
 
 class TestRandom(SelectorContract):
@@ -307,3 +310,9 @@ def test_metaclip_takes_up_to_all_matching_samples(pools: Any) -> None:
         "expected samples that match one of 4 concepts, such as 'red bar', got none of 300; lower --threshold, or give "
         "other concepts"
     )
+
+
+def test_pool_reads_no_paths(cache_path: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(cache_path, tmp_path / "cache"))
+    damage_column(cache / "image/items.parquet", "path")
+    assert Pool(cache, "image").item_samples.tolist() == list(range(300))
