@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
-from inspect import signature
+from inspect import getdoc, signature
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,15 @@ def test_public_names_are_documented() -> None:
     for name in embedcache.__all__:
         assert getattr(embedcache, name).__doc__, name
     assert {*embedcache.__all__, "__version__"} <= set(dir(embedcache))
+
+
+def test_documented_arguments_exist() -> None:
+    for name in embedcache.__all__:
+        public = getattr(embedcache, name)
+        described = re.search(r"^Args:\n((?:    .*\n?|\n)*)", getdoc(public) or "", re.MULTILINE)
+        if described:
+            names = re.findall(r"^    (\w+): ", described[1], re.MULTILINE)
+            assert set(names) <= set(signature(public).parameters), name
 
 
 def test_version_is_the_distributions() -> None:

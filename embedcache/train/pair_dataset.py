@@ -34,7 +34,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
     the features (under 100 bytes per item).
 
     Args:
-        cache_paths: one cache, or several made by the same encoders.
+        caches: one cache, or several made by the same encoders.
         image_feature: `encoder/feature`, or several of one encoder; None: the only one.
         text_feature: as `image_feature`, of the captions.
         feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`.
