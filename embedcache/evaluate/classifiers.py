@@ -119,7 +119,8 @@ def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Classi
 class Ridge:
     """Ridge regression to one-hot classes at any shrinkage, from one decomposition of the smaller Gram matrix.
 
-    Memory: a scaled copy of the vectors and three square matrices of min(M, D) rows in float64.
+    Memory: a scaled copy of the vectors, a float32 number per example and class, (M, C), and three square matrices of
+    min(M, D) rows in float64.
     """
 
     def __init__(self, train: Examples, num_classes: int) -> None:
@@ -127,7 +128,9 @@ class Ridge:
         x_MD = self._scale(train.vectors)
         self._counts = np.bincount(train.labels, minlength=num_classes)
         self._prior = self._counts / len(x_MD)
-        y_MC = np.eye(num_classes, dtype=np.float32)[train.labels] - self._prior.astype(np.float32)
+        y_MC = np.zeros((len(x_MD), num_classes), np.float32)
+        y_MC[np.arange(len(x_MD)), train.labels] = 1
+        y_MC -= self._prior.astype(np.float32)
         self._num = len(x_MD)
         is_wide = x_MD.shape[0] < x_MD.shape[1]
         values, self._vectors = np.linalg.eigh(_gram(x_MD.T if is_wide else x_MD, train.products))

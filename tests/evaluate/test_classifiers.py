@@ -1,4 +1,5 @@
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -50,6 +51,17 @@ def test_knn_matches_scikit_learn(seed: int, num: int, noise: float) -> None:
     is_clear = probabilities[:, -1] - probabilities[:, -2] > 1e-3
     found = fit_knn(train, None, CLASSES).scores(test.vectors).argmax(axis=1)
     np.testing.assert_array_equal(found[is_clear], model.predict(test.vectors)[is_clear])
+
+
+def test_ridge_has_one_number_per_example_and_class() -> None:
+    examples = blobs(0, 4000, num_classes=500)
+    tracemalloc.start()
+    try:
+        Ridge(examples, 500)
+        _, highest = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert highest < 1.2 * 4 * 4000 * 500
 
 
 @pytest.mark.parametrize("fit", [fit_knn, fit_ridge])
