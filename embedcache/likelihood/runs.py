@@ -26,6 +26,7 @@ from embedcache.train.examples import WordTable, open_word_table
 from embedcache.train.likelihood import LikelihoodRecipe, start_from, train_likelihood
 from embedcache.train.likelihood_tasks import ExampleTask
 from embedcache.train.modules import ModuleReport
+from embedcache.train.parts import ALL_PARTS, parse_sources
 from embedcache.train.settings import FitSettings, LikelihoodSettings
 
 _SIZES = ("width", "num_layers", "num_heads", "feed_forward")
@@ -76,8 +77,8 @@ def train_tasks(
 def _make_recipe(settings: LikelihoodSettings, fit: FitSettings) -> tuple[LikelihoodRecipe, FitSettings]:
     """Return the recipe of a new network, or of the run that it starts from; then all parts of that run are named."""
     sizes = {name: getattr(settings, name) for name in _SIZES}
-    whole = [word for word in fit.parts.init_from if "=" not in word or Path(word).exists()]
-    if not whole:
+    whole = parse_sources(fit.parts.init_from).get(ALL_PARTS)
+    if whole is None:
         recipe = LikelihoodRecipe(
             model=sizes, num_prompts=settings.num_prompts, steps_per_epoch=settings.steps_per_epoch
         )
@@ -88,11 +89,11 @@ def _make_recipe(settings: LikelihoodSettings, fit: FitSettings) -> tuple[Likeli
     changed = [name for name in _SIZES if sizes[name] != getattr(defaults, name)]
     if changed:
         raise SettingError(
-            f"{changed[0]}: expected none with --init-from {whole[0]}, whose sizes the network has, got "
+            f"{changed[0]}: expected none with --init-from {whole}, whose sizes the network has, got "
             f"{sizes[changed[0]]}; omit it"
         )
     recipe, parts = start_from(
-        whole[0],
+        whole,
         trainable=fit.parts.trainable,
         num_prompts=settings.num_prompts,
         steps_per_epoch=settings.steps_per_epoch,

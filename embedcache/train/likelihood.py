@@ -28,6 +28,7 @@ from embedcache.train.distributed import num_started
 from embedcache.train.examples import Examples, Media, WordTable
 from embedcache.train.likelihood_batches import Subtask, TaskBatch, read_inputs
 from embedcache.train.modules import ModuleReport, describe_input, describe_origin, fitted_files, train_task
+from embedcache.train.parts import parse_sources
 from embedcache.train.settings import FitSettings, PartSettings
 
 _NUM_SAMPLED = 256  # items whose tokens standardize the channels of a feature
@@ -366,8 +367,8 @@ def _media_of(tasks: Sequence[Subtask]) -> dict[str, Media]:
 
 
 def _check_start_runs(sides: Mapping[str, ModuleInput], settings: FitSettings) -> None:
-    for path in dict.fromkeys(word.partition("=")[2] or word for word in settings.parts.init_from):
-        for name, side in read_module_config(Path(path)).sides.items():
+    for path in dict.fromkeys(parse_sources(settings.parts.init_from).values()):
+        for name, side in read_module_config(path).sides.items():
             if name in sides:
                 check_same(
                     f"the {name} feature of the run {path}",

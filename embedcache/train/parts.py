@@ -18,7 +18,8 @@ from embedcache.registry import unknown_name
 
 Parts: TypeAlias = Mapping[str, Sequence[str]]
 _NUM_SHOWN = 3
-_ALL = "*"
+ALL_PARTS = "*"
+"""Stands for all parts that are not named."""
 
 
 def find_sources(words: Sequence[str], parts: Parts) -> dict[str, Path]:
@@ -28,11 +29,11 @@ def find_sources(words: Sequence[str], parts: Parts) -> dict[str, Path]:
         UnknownNameError: there is no part of that name.
         SettingError: a part is named twice, or two words name all parts.
     """
-    named = _parse_sources(words)
+    named = parse_sources(words)
     for name in named:
-        if name not in (*parts, _ALL):
+        if name not in (*parts, ALL_PARTS):
             raise unknown_name("part", name, parts, hint="named in init_from")
-    return {name: named.get(name) or named[_ALL] for name in parts if name in named or _ALL in named}
+    return {name: named.get(name) or named[ALL_PARTS] for name in parts if name in named or ALL_PARTS in named}
 
 
 def source_digests(words: Sequence[str]) -> dict[str, str]:
@@ -42,17 +43,22 @@ def source_digests(words: Sequence[str]) -> dict[str, str]:
         PathError: a folder is not a finished run.
         SettingError: a part is named twice.
     """
-    return {name: _weights_digest(path) for name, path in _parse_sources(words).items()}
+    return {name: _weights_digest(path) for name, path in parse_sources(words).items()}
 
 
-def _parse_sources(words: Sequence[str]) -> dict[str, Path]:
+def parse_sources(words: Sequence[str]) -> dict[str, Path]:
+    """Return the run that each word names, by part; `*` stands for all parts.
+
+    Raises:
+        SettingError: a part is named twice, or two words name all parts.
+    """
     sources: dict[str, Path] = {}
     for word in words:
         name, separator, run = word.partition("=")
         if not separator or Path(word).exists():  # a path may contain a `=`
-            name, run = _ALL, word
+            name, run = ALL_PARTS, word
         if name in sources:
-            what = "all parts" if name == _ALL else f"part {name}"
+            what = "all parts" if name == ALL_PARTS else f"part {name}"
             raise SettingError(
                 f"init_from: expected one run for {what}, got {sources[name]} and {run}; name parts, as in image={run}"
             )

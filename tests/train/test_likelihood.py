@@ -1,5 +1,6 @@
 """Tasks of one likelihood trained together, resumed, tuned by prompts, and with a new modality."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,25 @@ def test_a_label_head_of_a_tuned_run_starts_from_the_likelihood(
     with torch.no_grad():
         net.heads["classify"].linear.bias[3] = 1000.0  # type: ignore[index,operator,union-attr]
     assert set(predict(task, net, squares.valid["classify"]).predicted_M.tolist()) == {3}
+
+
+def test_a_run_to_start_from_may_have_an_equals_sign_in_its_path(
+    squares: Squares, squares_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(squares_run, tmp_path / "lr=0.1")
+    monkeypatch.chdir(tmp_path)
+    tuned_recipe, _ = start_from("lr=0.1", trainable=None)
+    settings = fit_settings(epochs=0, init_from=("lr=0.1",))
+    tables: dict[Any, str] = {
+        "classify": "classify",
+        "retrieve": "captions",
+        "caption": "captions",
+        "masked": "captions",
+    }
+    tasks = [squares.task(kind, kind, table) for kind, table in tables.items()]
+    train_likelihood(tasks, squares.words, tmp_path / "run", tuned_recipe, settings)
+    before, after = (load_file(path / "model.safetensors") for path in (squares_run, tmp_path / "run"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_a_new_modality_is_learned_by_its_adapter_alone(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
