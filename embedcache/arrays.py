@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import DataError
+from embedcache.errors import DataError, one_line
 
 Array: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -95,6 +95,37 @@ def mean_directions(vectors_ND: Floats, groups_N: Ints, num_groups: int) -> Floa
     sums_GD: Array = np.zeros((num_groups, vectors_ND.shape[1]), np.float64)
     np.add.at(sums_GD, groups_N, vectors_ND)
     return normalize(sums_GD)
+
+
+def to_numbers(values: Any, name: str) -> Array:
+    """Return numbers as an array, given a number, a sequence, an array, or a tensor on any device, also bfloat16.
+
+    Raises:
+        DataError: they are no numbers, or sequences of different lengths.
+    """
+    if hasattr(values, "detach"):  # a tensor, which may require gradients
+        values = values.detach().cpu()
+        values = values.float() if str(values.dtype) == "torch.bfloat16" else values  # which NumPy does not have
+    try:
+        array = np.asarray(list(values) if isinstance(values, Iterator) else values)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}: expected numbers in an array, got an error: {one_line(error)}") from error
+    if array.dtype.kind not in "fiub":
+        wrong = next(each for each in array.ravel().tolist() if not isinstance(each, int | float) or abs(each) >= 2**63)
+        raise DataError(
+            f"{name}: expected floating-point numbers or integers of 64 bits, got {wrong!r}; give an array or a tensor"
+        )
+    return array
+
+
+def to_rows(rows: Any, name: str = "rows") -> Ints:
+    """Return row numbers, given one or several: (M,) int64; DataError if they are no integers."""
+    numbers = np.atleast_1d(to_numbers(rows, name))
+    if numbers.dtype.kind not in "iu" and numbers.size:
+        others = (each for each in numbers.ravel().tolist() if isinstance(each, bool) or not each.is_integer())
+        other = next(others, numbers.ravel()[0])
+        raise DataError(f"{name}: expected integers, got {other}; rows are counted from 0")
+    return numbers.astype(np.int64, copy=False)
 
 
 def check_finite(values: Array, name: str, *, rows: Ints | None = None) -> None:

@@ -23,6 +23,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.files import AnyPath
 from embedcache.likelihood.model import LikelihoodModel, Scores, load_likelihood
+from embedcache.modalities import list_texts
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.saved import PairConfig, is_pair, load_pair, project, read_run
 from embedcache.sources.images import ImageLike, list_images, load_image
@@ -124,13 +125,12 @@ class Model:
 
         Raises:
             PathError: a file does not exist.
-            DataError: an image cannot be decoded, or a tensor is no RGB image; the message names it.
+            DataError: an image cannot be decoded, or it is no image or no RGB tensor; the message names it.
             FingerprintError: the encoder is not the one whose features the run was trained on.
             MissingExtraError: the encoder's package is not installed.
         """
-        return self._as_requested(
-            self._image_encoder.encode(list_images(images), self._image_encoder.load_image), tensors=tensors
-        )
+        listed = list_images(images)
+        return self._as_requested(self._image_encoder.encode(listed, self._image_encoder.load_image), tensors=tensors)
 
     @overload
     def encode_text(self, texts: str | Sequence[str], *, tensors: Literal[False] = False) -> Floats: ...
@@ -142,18 +142,18 @@ class Model:
         """Embed texts, one batch of the encoder at a time.
 
         Args:
-            texts: one text, or N.
+            texts: one text, or N, a sequence or an iterator.
             tensors: return a tensor on the device of the model, not an array.
 
         Returns:
             (N, P) float32, rows of length 1; a single text gives (1, P), an empty list (0, P).
 
         Raises:
-            DataError: a text is empty.
+            DataError: a text is empty, or no text.
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
-        items = [texts] if isinstance(texts, str) else texts
-        return self._as_requested(self._text_encoder.encode(items, _check_text), tensors=tensors)
+        listed = list_texts(texts)
+        return self._as_requested(self._text_encoder.encode(listed, _check_text), tensors=tensors)
 
     def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Floats:
         """Compute the cosine similarity of every image with every text; for embeddings, use `images @ texts.T`.
@@ -188,8 +188,7 @@ class Model:
             SettingError: a template without `{}`.
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
-        names = (names,) if isinstance(names, str) else tuple(names)
-        templates = (template,) if isinstance(template, str) else tuple(template)
+        names, templates = list_texts(names, "names"), list_texts(template, "template")
         if not names or len(set(names)) < len(names):
             twice = next((name for name in names if names.count(name) > 1), None)
             raise DataError(f"names: expected distinct names of classes, got {f'{twice!r} twice' if twice else 'none'}")

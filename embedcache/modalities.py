@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, TypeAlias
 
+from embedcache.errors import DataError
+
 ModalityName: TypeAlias = Literal["image", "text", "audio", "video", "points"]
 
 
@@ -47,6 +49,27 @@ MODALITIES: Mapping[str, Modality] = {
     )
 }
 FILE_MODALITIES = tuple(modality for modality in MODALITIES.values() if modality.kind == "files")
+
+
+def list_texts(texts: Any, name: str = "texts") -> tuple[str, ...]:
+    """Return texts, given one or several.
+
+    Args:
+        texts: a text, or a sequence, an array or an iterator of texts.
+        name: what they are, for the message.
+
+    Raises:
+        DataError: they are no texts.
+    """
+    if isinstance(texts, str):
+        return (texts,)
+    if not isinstance(texts, Iterable):
+        raise DataError(f"{name}: expected a text or several, got {texts!r}; pass one text or a list")
+    listed = tuple(texts)
+    for position, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise DataError(f"{name}: expected texts, got {text!r} at position {position}; leave it out")
+    return listed
 
 
 def order_pair(modalities: Iterable[str]) -> tuple[str, ...]:

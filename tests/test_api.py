@@ -175,6 +175,30 @@ def test_invalid_items_raise(run_path: Path, tmp_path: Path) -> None:
             model.encode_image(wrong)
     with pytest.raises(DataError, match="got an empty text"):
         model.encode_text(["a", " "])
+    for wrong, words in (
+        ([None, "a"], "texts: expected texts, got None at position 0; leave it out"),
+        (["a", float("nan")], "texts: expected texts, got nan at position 1"),
+        (None, "texts: expected a text or several, got None; pass one text or a list"),
+    ):
+        with pytest.raises(DataError, match=words):
+            model.encode_text(wrong)
+    for wrong, words in (
+        (None, "images: expected the path of a file, .* or several of them, got None"),
+        ([None], "image: expected the path of a file, an open PIL image, a tensor or an array, got None"),
+        (b"bytes", "images: expected the path of a file, .* got b'bytes'"),
+    ):
+        with pytest.raises(DataError, match=words):
+            model.encode_image(wrong)
+    with pytest.raises(DataError, match="names: expected texts, got 1 at position 0"):
+        model.classify(tmp_path / "x.png", [1])
+
+
+def test_iterators_and_tensors_with_gradients_are_items(run_path: Path) -> None:
+    model, image = embedcache.load(run_path), torch.rand(3, 8, 8)
+    texts = model.encode_text(["red", "blue"])
+    np.testing.assert_array_equal(model.encode_text(text for text in ("red", "blue")), texts)
+    images = model.encode_image([image, image])
+    np.testing.assert_array_equal(model.encode_image(each.requires_grad_() for each in (image, image)), images)
 
 
 def test_changed_encoder_raises_on_first_use(run_path: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 A feature that was derived by rules from those of encoders is computed again from what the run recorded of it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -90,7 +90,9 @@ class ItemReader:
         self._compute = _open_feature(side, run_path)
 
     def open(self, items: ItemLike | Sequence[ItemLike]) -> OpenItems:
-        """Open items, which are read batch by batch."""
+        """Open items, which are read batch by batch; DataError if they are no items."""
+        if not isinstance(items, (*_ONE, Iterable)):
+            raise DataError(f"items: expected an item, several, or a cache, got {items!r}; pass a path or an open item")
         given = [items] if isinstance(items, _ONE) else list(items)
 
         def name_of(number: int) -> str:

@@ -16,6 +16,7 @@ from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.likelihood import load_shared
 from embedcache.likelihood.items import Batches, ItemReader, ItemsLike, OpenItems, open_cache
+from embedcache.modalities import list_texts
 from embedcache.networks.candidates import Candidates
 from embedcache.networks.captions import write_captions
 from embedcache.networks.saved import ModuleConfig
@@ -163,7 +164,7 @@ class LikelihoodModel:
         Raises:
             DataError: another number of questions than of items, or a question with several blanks.
         """
-        questions = [questions] if isinstance(questions, str) else list(questions)
+        questions = list_texts(questions, "questions")
         words = with_blanks(self._network.vocabulary.encode(questions))
         if items is None:
             batches: Batches = ((rows, {}) for rows in blocks(len(questions), _BLOCK_TEXTS))
@@ -213,6 +214,7 @@ class LikelihoodModel:
 
         Arguments and errors are those of `retrieve`.
         """
+        texts = list_texts(texts)
         texts_QP = self._encode_queries(texts)
         return _nearest(self._encode_items(self._open(items, modality)), texts_QP, k, lambda number: texts[number])
 
@@ -244,7 +246,7 @@ class LikelihoodModel:
         if words is None:
             given = [word for task in self._tasks("caption") for word in task["candidates"]]
             words = given or self._network.vocabulary.words
-        lists, vectors_CP = self._encode_set(tuple(words), is_words=True)
+        lists, vectors_CP = self._encode_set(list_texts(words, "words"), is_words=True)
         vocabulary = to_device(lists.numbers_M.astype(np.int64), self._device), Candidates(vectors_CP)
         captions: list[str] = []
         for _, tokens in self._open(items, modality).batches:
@@ -265,6 +267,8 @@ class LikelihoodModel:
         head = None
         if names is None:
             names, head = self._closed_set(kind, task)
+        else:
+            names = list_texts(names, "candidates")
         _, vectors_CP = self._encode_set(tuple(names), is_words=False)
         queries_NP, compared = self._network.compare(queries_NP, Candidates(vectors_CP), family=kind, head=head)
         logits_NC = queries_NP @ compared.vectors_CP.T
@@ -300,7 +304,7 @@ class LikelihoodModel:
         return lists, encode_texts(self._network, lists, device=self._device)
 
     def _encode_queries(self, texts: str | Sequence[str]) -> Tensor:
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = list_texts(texts)
         lists = self._network.vocabulary.encode(texts)
         is_known_M = lists.numbers_M != UNKNOWN
         known_N = np.bincount(np.repeat(np.arange(len(texts)), lists.lengths())[is_known_M], minlength=len(texts))

@@ -13,7 +13,7 @@ from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.files import AnyPath, is_remote, open_path, remove_partials
 from embedcache.maintain.files import check_removable, check_run, remove_from, remove_from_run
 from embedcache.maintain.settings import RemoveSettings
-from embedcache.modalities import MODALITIES, noun
+from embedcache.modalities import MODALITIES, list_texts, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import read_run
 from embedcache.provenance import new_record_path, record_stage
@@ -94,7 +94,7 @@ def plan_removal(
     """Return what `remove_samples` would do, which changes nothing; the arguments and errors are its own."""
     settings = replace_flat(settings or RemoveSettings(), options)
     path = _local(cache)
-    rows, _, num_before, is_resumed = _find(path, _as_list(keys))
+    rows, _, num_before, is_resumed = _find(path, list_texts(keys, "keys"))
     num_items: dict[str, int] = {}
     num_chunks: dict[str, int] = {}
     if len(rows) and not is_resumed:
@@ -151,7 +151,7 @@ def remove_samples(
         PathError: a file is none that samples can be removed from.
     """
     settings, shown = replace_flat(settings or RemoveSettings(), options), to_progress(progress)
-    keys = _as_list(keys)
+    keys = list_texts(keys, "keys")
     plan = plan_removal(cache, keys, settings)
     path = plan.cache
     cards = {index: _open_card(index, path) for index in settings.indexes}
@@ -178,10 +178,6 @@ def remove_samples(
     if len(plan.rows):
         finish_removal(path)
     return report
-
-
-def _as_list(keys: str | Sequence[str]) -> Sequence[str]:
-    return [keys] if isinstance(keys, str) else keys
 
 
 def _local(cache_path: AnyPath) -> Path:

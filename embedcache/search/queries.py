@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Inputs, Ints, blocks, check_finite, concatenated_ranges, normalize
+from embedcache.arrays import (
+    Array,
+    Floats,
+    Inputs,
+    Ints,
+    blocks,
+    check_finite,
+    concatenated_ranges,
+    normalize,
+    to_numbers,
+    to_rows,
+)
 from embedcache.dataset.inputs import to_inputs
 from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.views import reopen_recorded_view
-from embedcache.modalities import noun
+from embedcache.modalities import list_texts, noun
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project, read_config
 from embedcache.registry import unknown_name
 from embedcache.search.card import IndexCard
@@ -41,6 +52,10 @@ class Queries:
         concepts: names in `concept_cache`: the mean vector of the prompts of each.
         concept_cache: cache of prompts, one sample per concept, named by its column `class`, else by its key.
         vectors: (Q, P) or (P,) of any float type, an array or a tensor, in the space of the index.
+
+    Raises:
+        DataError: a text, image, key, row, concept or vector is of another type, or a text is empty.
+        SettingError: there is no query, or there are concepts without their cache.
     """
 
     texts: Sequence[str] = ()
@@ -53,11 +68,11 @@ class Queries:
 
     def __post_init__(self) -> None:
         for name in ("texts", "keys", "concepts"):
-            if isinstance(value := getattr(self, name), str):
-                object.__setattr__(self, name, (value,))
+            object.__setattr__(self, name, list_texts(getattr(self, name), name))
         object.__setattr__(self, "images", list_images(self.images))
+        object.__setattr__(self, "rows", tuple(to_rows(self.rows).tolist()))
         if self.vectors is not None:
-            object.__setattr__(self, "vectors", np.asarray(self.vectors))
+            object.__setattr__(self, "vectors", to_numbers(self.vectors, "vectors"))
         if self.concepts and self.concept_cache is None:
             raise SettingError(
                 f"concept {self.concepts[0]!r}: expected a cache of prompts, got none; give --concepts CACHE"

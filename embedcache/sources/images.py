@@ -5,7 +5,7 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, to_numbers
 from embedcache.errors import DataError, ItemError, PathError
 
 _MAX_ASPECT_RATIO = 100
@@ -23,6 +23,7 @@ MAX_PIXELS = 89_478_485
 """Limit checked in the header: Pillow's own, 256 MiB as RGB."""
 
 _IMAGE_AXES, _RGB = 3, 3
+_EXPECTED, _MAX_SHOWN = "the path of a file, an open PIL image, a tensor or an array", 80
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _DECOMPRESSED_BYTES = 2**20
 
@@ -58,9 +59,20 @@ Tensors and arrays are RGB, uint8 from 0 to 255 or floating-point from 0 to 1.""
 
 
 def list_images(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
-    """Return a sequence of images, given one image or several; a tensor or array of four axes holds several."""
-    is_one = isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", None) == _IMAGE_AXES
-    return [images] if is_one else images  # type: ignore[list-item, return-value]
+    """Return a sequence of images, given one image or several; a tensor or array of four axes holds several.
+
+    Raises:
+        DataError: it is neither an image nor several.
+    """
+    if isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", None) == _IMAGE_AXES:
+        return [images]  # type: ignore[list-item]
+    if isinstance(images, bytes) or not isinstance(images, Iterable):
+        raise DataError(f"images: expected {_EXPECTED}, or several of them, got {_shorten(images)}")
+    return images if isinstance(images, Sequence) or hasattr(images, "ndim") else list(images)
+
+
+def _shorten(value: Any) -> str:
+    return repr(value)[:_MAX_SHOWN]
 
 
 def load_image(image: ImageLike, background: str = WHITE) -> Image.Image:
@@ -70,10 +82,10 @@ def load_image(image: ImageLike, background: str = WHITE) -> Image.Image:
         PathError: a file does not exist.
         DataError: an image cannot be decoded, or an array is no RGB image; the message names it.
     """
+    if not isinstance(image, str | Path | Image.Image) and not hasattr(image, "__array__"):
+        raise DataError(f"image: expected {_EXPECTED}, got {_shorten(image)}")
     if isinstance(image, str | Path) and not Path(image).is_file():
-        raise PathError(
-            f"image {image} does not exist: expected the path of a file, an open PIL image, or a tensor; check the path"
-        )
+        raise PathError(f"image {image} does not exist: expected {_EXPECTED}; check the path")
     try:
         if isinstance(image, str | Path):
             return decode_image(Path(image).read_bytes(), background=background)
@@ -83,7 +95,7 @@ def load_image(image: ImageLike, background: str = WHITE) -> Image.Image:
 
 
 def _array_image(image: HasArray) -> Image.Image:
-    values, axes = np.asarray(image), "(3, H, W)"
+    values, axes = to_numbers(image, "image"), "(3, H, W)"
     if not isinstance(image, np.ndarray):  # a tensor has the channels first
         values = np.moveaxis(values, 0, -1) if values.ndim == _IMAGE_AXES else values
     else:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Array, Bools, Ints
+from embedcache.arrays import Array, Bools, Ints, to_rows
 from embedcache.errors import CorruptError, DataError, UnfinishedError
 from embedcache.provenance import digest
 from embedcache.store.arrays import REPAIR, max_maps, open_chunk
@@ -128,6 +128,7 @@ class Feature:
 
         Of rows in a few chunks, only the commits of these chunks are read.
         """
+        rows = to_rows(rows)
         has_B = (rows >= 0) & (rows < self.num_items)
         rows = rows[has_B]
         chunks = rows // self.group.info.chunk_size
@@ -182,7 +183,7 @@ class Feature:
         """Copy rows in the given order: (B,) int -> (B, D) or (B, T, D) in the dtype on disk.
 
         Raises:
-            DataError: the feature is ragged, or a row is out of range, failed or not committed.
+            DataError: the feature is ragged, or a row is no integer, out of range, failed or not committed.
             CorruptError: a chunk differs from its checksum, which is compared when this process first maps it.
         """
         self._require_fixed()
@@ -290,7 +291,7 @@ class Feature:
         return self.group.info.chunk_shape(self.item_shape, self.dtype)
 
     def _check_rows(self, rows: Ints) -> Ints:
-        rows = np.asarray(rows, np.int64)
+        rows = to_rows(rows)
         outside = (rows < 0) | (rows >= self.num_items)
         if outside.any():
             raise DataError(

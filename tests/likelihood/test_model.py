@@ -139,6 +139,11 @@ def test_wrong_items_names_and_tasks_are_refused(
 ) -> None:
     with pytest.raises(PathError, match=r"image nothing\.png does not exist"):
         model.classify("nothing.png", task="classify")
+    with pytest.raises(DataError, match="items: expected an item, several, or a cache, got 3; pass a path"):
+        model.classify(3)  # type: ignore[arg-type]
+    for wrong in (lambda: model.classify(images, ["red", None]), lambda: model.retrieve(["red", None], images)):  # type: ignore[list-item]
+        with pytest.raises(DataError, match="expected texts, got None at position 1; leave it out"):
+            wrong()
     with pytest.raises(DataError, match="image 1: not an image"):
         model.caption([images[0], b"text"])
     with pytest.raises(DataError, match="expected words of the list, got 'violet'"):

@@ -208,6 +208,8 @@ def test_wrong_requests_change_nothing(copy: Path) -> None:
     before = tree(copy)
     with pytest.raises(DataError, match="got 1 of 2 that it does not have, first 'nobody'; nothing is removed"):
         remove_samples(copy / "c", [KEYS[0], "nobody"])
+    with pytest.raises(DataError, match="keys: expected texts, got 3 at position 1; leave it out"):
+        remove_samples(copy / "c", [KEYS[0], 3])  # type: ignore[list-item]
     with pytest.raises(DataError, match="expected keys of samples to remove, got none"):
         remove_samples(copy / "c", [])
     with pytest.raises(PathError, match="none does not exist"):

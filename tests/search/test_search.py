@@ -3,9 +3,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from embedcache.arrays import Inputs, normalize
@@ -285,6 +287,31 @@ def test_names_of_queries(image_folder: Path) -> None:
     path = str(image_folder / "00005.png")
     assert queries.names == ["red bar", path, "image 1", "00001", "row 3", "row 4", "red", "vector 0"]
     assert Queries(vectors=np.ones((2, 4))).names == ["vector 0", "vector 1"]
+    assert Queries(vectors=torch.ones(4, dtype=torch.bfloat16, requires_grad=True)).vectors.tolist() == [1, 1, 1, 1]
+    assert Queries(keys=(key for key in "ab"), rows=3).names == ["a", "b", "row 3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"texts": [None]}, "texts: expected texts, got None at position 0; leave it out"),
+        ({"keys": [3]}, "keys: expected texts, got 3 at position 0"),
+        ({"concepts": 3}, "concepts: expected a text or several, got 3"),
+        ({"images": 3}, "images: expected the path of a file, .*, got 3"),
+        ({"rows": [0, 1.5]}, "rows: expected integers, got 1.5; rows are counted from 0"),
+        ({"rows": [float("inf")]}, "rows: expected integers, got inf"),
+        ({"rows": [True]}, "rows: expected integers, got True"),
+        (
+            {"rows": [1, 2**70]},
+            "rows: expected floating-point numbers or integers of 64 bits, got 1180591620717411303424",
+        ),
+        ({"vectors": ["a"] * 32}, "vectors: expected floating-point numbers .*, got 'a'; give an array or a tensor"),
+        ({"vectors": [[1], [1, 2]]}, "vectors: expected numbers in an array, got an error"),
+    ],
+)
+def test_queries_of_another_type_raise(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Queries(**options)
     with pytest.raises(SettingError) as error:
         Queries(concepts=["red", "sky"])
     assert str(error.value) == "concept 'red': expected a cache of prompts, got none; give --concepts CACHE"

@@ -157,6 +157,13 @@ def test_gather_row_out_of_range_raises(tmp_path: Path, row: int) -> None:
         feature.gather(np.array([0, 4, row, 9]))
 
 
+def test_rows_that_are_no_integers_raise(tmp_path: Path) -> None:
+    feature = write_feature(tmp_path, random_items(5, (5,), seed=0), (5,), chunk_size=4)
+    for read in (feature.gather, feature.has):
+        with pytest.raises(DataError, match="rows: expected integers, got 1.5; rows are counted from 0"):
+            read(np.array([1, 1.5]))
+
+
 @pytest.mark.parametrize("kind", SHAPES)
 def test_flipped_bit_raises(tmp_path: Path, kind: str) -> None:
     feature = write_feature(tmp_path, random_items(8, SHAPES[kind], seed=1), SHAPES[kind], chunk_size=4)
