@@ -52,3 +52,9 @@ def random_items(
         shape = (int(rng.integers(5)), *item_shape[1:]) if item_shape[0] < 0 else item_shape
         items.append(None if row in failed else rng.standard_normal(shape).astype(np.float32))
     return items
+
+
+def written(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written or replaced, and not when it is read."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns

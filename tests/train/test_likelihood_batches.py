@@ -15,7 +15,6 @@ from embedcache.errors import DataError, SettingError
 from embedcache.networks.candidates import Candidates
 from embedcache.networks.shared import SharedNetwork
 from embedcache.networks.words import NUM_SPECIAL, WordLists
-from embedcache.train import likelihood
 from embedcache.train.likelihood import (
     LikelihoodObjective,
     LikelihoodRecipe,
@@ -98,12 +97,6 @@ def test_bad_losses_name_the_feature_or_five_rows(squares: Squares, network: Sha
 def test_defaults_of_a_recipe() -> None:
     expected: Mapping[str, Any] = {"model": {}, "num_prompts": 0, "steps_per_epoch": 100, "modalities": {}}
     assert vars(LikelihoodRecipe()) == {**expected, "families": (), "earlier_tasks": ()}
-
-
-def test_several_processes_are_refused(squares: Squares, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likelihood, "num_processes", lambda: 2)
-    with pytest.raises(SettingError, match="expected one process, got 2; tasks of one likelihood train in one"):
-        train_likelihood([squares.task("classify", "classify")], squares.words, "never")
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a.b"])
