@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -19,7 +20,16 @@ from embedcache.errors import CorruptError, FingerprintError, PathError, one_lin
 from embedcache.files import replacing
 from embedcache.locks import Leases
 from embedcache.projectors.saved import config_path, split_path
-from embedcache.provenance import check_same, fields_of, prepare_folder, read_json, read_stage, write_json
+from embedcache.provenance import (
+    check_same,
+    digest,
+    digest_file,
+    fields_of,
+    prepare_folder,
+    read_json,
+    read_stage,
+    write_json,
+)
 from embedcache.train.data import FAILED, check_failed
 from embedcache.train.distributed import gather_objects, num_processes, process_rank
 from embedcache.train.settings import MachineSettings
@@ -39,7 +49,10 @@ def checkpoint_path(run_path: Path) -> Path:
 
 
 def save_checkpoint(run_path: Path, device: str, state: Mapping[str, Any]) -> None:
-    """Write the state of a run with the random generators of all processes, which must all call it."""
+    """Write the state of a run with the random generators of all processes, which must all call it.
+
+    It holds digests of the run's settings and of its split, which `load_checkpoint` compares.
+    """
     cuda = torch.cuda.get_rng_state(device) if device.startswith("cuda") else None
     own = {"cpu": torch.get_rng_state(), "cuda": cuda}
     if device == "mps":
@@ -47,7 +60,7 @@ def save_checkpoint(run_path: Path, device: str, state: Mapping[str, Any]) -> No
     generators = gather_objects(own)
     if process_rank() == 0:
         buffer = io.BytesIO()  # torch.save into a file does not raise OSError when the disk is full
-        torch.save({**state, "generators": generators}, buffer)
+        torch.save({**state, "generators": generators, "run": _digest_run(run_path)}, buffer)
         with replacing(checkpoint_path(run_path)) as temporary:
             temporary.write_bytes(buffer.getbuffer())
 
@@ -56,7 +69,7 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
     """Read the state of a run and restore this process's random generators; return None without a checkpoint.
 
     Raises:
-        CorruptError: it cannot be read, or has changed since it was written.
+        CorruptError: it cannot be read, or has changed since it was written; it is of another run, or the split is.
         FingerprintError: another number of processes wrote it.
     """
     path = checkpoint_path(run_path)
@@ -71,6 +84,13 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
     except _UNREADABLE as error:
         reason = "objects that are no tensors" if isinstance(error, UnpicklingError) else f"an error: {one_line(error)}"
         raise CorruptError(f"{path}: expected a checkpoint, got {reason}; delete it to restart training") from error
+    found = _digest_run(run_path)
+    for name, expected in state.get("run", found).items():  # earlier versions did not write it
+        if found.get(name) != expected:
+            raise CorruptError(
+                f"{run_path / name}: expected the file of the run that wrote {path.name}, got another; delete "
+                f"{path.name} to restart training"
+            )
     if len(generators) != num_processes():
         raise FingerprintError(
             f"{path}: expected {len(generators)} processes, which wrote it, got {num_processes()}; start "
@@ -85,10 +105,29 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
     return state
 
 
+def _digest_run(run_path: Path) -> dict[str, str]:
+    """Return file -> digest of what decides a run besides its checkpoint: its settings and, of a pair, its split."""
+    started, split = run_path / "started.json", split_path(run_path)
+    digests = {started.name: digest(_without_failed(read_json(started)))} if started.is_file() else {}
+    if split.is_file():
+        digests[split.name] = _digest_split(split, split.stat().st_mtime_ns)
+    return digests
+
+
+@cache
+def _digest_split(path: Path, _written_ns: int) -> str:
+    """Return the digest of a split, which takes a second for tens of millions of samples, once per process."""
+    return digest_file(path)
+
+
 class RunLog:
     """The log of a run: `losses.jsonl`, and trackers if named; of several processes, only the first writes.
 
-    A context manager: it ends with the training. Lines after the first `num_bytes` are cut off.
+    A context manager: it ends with the training. Lines after the first `num_bytes` are cut off. A log that was deleted
+    begins at the checkpoint.
+
+    Raises:
+        CorruptError: the log of the steps before the checkpoint is not whole.
     """
 
     def __init__(
@@ -97,12 +136,19 @@ class RunLog:
         self._file, self._trackers = None, None
         if process_rank():
             return
+        path = run_path / "losses.jsonl"
+        size = path.stat().st_size if path.is_file() else 0
+        if 0 < size < num_bytes:
+            raise CorruptError(
+                f"{path}: expected {num_bytes:,} bytes of losses before the checkpoint, got {size:,}; delete it to go "
+                f"on without them, or {checkpoint_path(run_path).name} to restart training"
+            )
         if report_to:
             started = run_path / "started.json"
             config = read_json(started) if started.is_file() else {}
             self._trackers = Trackers(report_to, TrackedRun(path=run_path, id=run_id, first_step=step, config=config))
-        self._file = (run_path / "losses.jsonl").open("ab")
-        self._file.truncate(min(num_bytes, self._file.seek(0, os.SEEK_END)))
+        self._file = path.open("ab")
+        self._file.truncate(min(num_bytes, size))
 
     def __enter__(self) -> "RunLog":
         return self
@@ -177,10 +223,14 @@ def start_run(run_path: Path, values: Mapping[str, Any]) -> Leases:
     leases = Leases(run_path)
     if not leases.acquire(0):
         raise PathError(f"another process trains into {run_path}; wait for it, or give the path of a new folder")
+    if config_path(run_path).is_file():
+        leases.release(0)
+        raise PathError(f"another process has just finished the run {run_path}; run the same command again to reuse it")
     path = run_path / "started.json"
     if checkpoint_path(run_path).is_file():
         next_step = "use the same settings to resume, or give the path of a new folder"
-        _check_config(f"the unfinished run {run_path}", read_json(path), values, next_step=next_step)
+        stored, what = read_json(path), f"the unfinished run {run_path}"
+        fields_of(path, lambda: _check_config(what, stored, values, next_step=next_step))
     else:
         split_path(run_path).unlink(missing_ok=True)
     write_json(path, values)

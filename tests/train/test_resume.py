@@ -175,6 +175,59 @@ def test_missing_log_is_not_padded(cache_path: Path, unfinished: Path) -> None:
     assert b"\0" not in (unfinished / "losses.jsonl").read_bytes()
 
 
+def test_log_that_was_cut_is_refused(cache_path: Path, unfinished: Path) -> None:
+    path = unfinished / "losses.jsonl"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(
+        CorruptError, match=r"losses.jsonl: expected \d+ bytes of losses before the .*, got 50; delete it"
+    ):
+        run(cache_path, unfinished)
+    assert path.stat().st_size == 50
+    path.unlink()
+    run(cache_path, unfinished)
+
+
+@pytest.mark.parametrize(("name", "options"), [("started.json", {"seed": 1}), ("split.parquet", {"split_seed": 1})])
+def test_checkpoint_belongs_to_its_settings_and_split(
+    cache_path: Path, unfinished: Path, tmp_path: Path, name: str, options: dict[str, int]
+) -> None:
+    run_interrupted(cache_path, tmp_path / "other", 1, **options)
+    if name == "started.json":
+        shutil.copy(checkpoint_path(tmp_path / "other"), checkpoint_path(unfinished))
+    else:
+        shutil.copy(tmp_path / "other" / name, unfinished / name)
+    with pytest.raises(
+        CorruptError, match=f"{name}: expected the file of the run that wrote checkpoint.pt, got another"
+    ):
+        run(cache_path, unfinished)
+    checkpoint_path(unfinished).unlink()
+    run(cache_path, unfinished)
+
+
+def test_settings_of_an_unfinished_run_that_are_no_object_are_named(cache_path: Path, unfinished: Path) -> None:
+    (unfinished / "started.json").write_text("[]")
+    with pytest.raises(CorruptError, match="started.json does not hold the fields of its format"):
+        run(cache_path, unfinished)
+
+
+def test_run_that_another_process_has_finished_is_not_trained_again(
+    cache_path: Path, whole: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process writes the config between the look at the folder and the lease."""
+    acquire = checkpoint.Leases.acquire
+
+    def finish_first(leases: checkpoint.Leases, number: int) -> bool:
+        shutil.copytree(whole, unfinished, dirs_exist_ok=True)
+        checkpoint_path(unfinished).unlink(missing_ok=True)
+        return acquire(leases, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Leases, "acquire", finish_first)
+        with pytest.raises(PathError, match="another process has just finished the run .* again to reuse it"):
+            run(cache_path, unfinished)
+    assert_same_run(unfinished, whole)
+
+
 def test_checkpoint_of_more_processes_is_refused(cache_path: Path, unfinished: Path) -> None:
     path = checkpoint_path(unfinished)
     state = torch.load(path, weights_only=True)
