@@ -22,8 +22,8 @@ from embedcache.encoders.base import Backend, Fingerprint, ItemShape, Modality
 from embedcache.encoders.image_features import native_features
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, CorruptError, SettingError
-from embedcache.files import replacing, user_folder
-from embedcache.provenance import digest
+from embedcache.files import replacing, user_folder, write_atomic
+from embedcache.provenance import digest, digest_file
 from embedcache.registry import is_installed, require, unknown_name
 
 _MAX_ONNX_BYTES = 1_900_000_000  # an ONNX file is a protobuf message, which is limited to 2 GiB
@@ -226,7 +226,10 @@ class OnnxGraph:
         failures = runtime.capi.onnxruntime_pybind11_state
         try:
             self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except (failures.InvalidProtobuf, failures.Fail, failures.InvalidGraph, failures.NoSuchFile) as error:
+        except (
+            *(failures.InvalidProtobuf, failures.InvalidArgument, failures.Fail),
+            *(failures.InvalidGraph, failures.NoSuchFile),
+        ) as error:
             raise CorruptError(f"cannot read {path} as ONNX; delete it and run the command again") from error
         except failures.NotImplemented as error:
             raise ArtifactError(f"onnxruntime lacks an operator of {path.name}; use backend torch") from error
@@ -293,7 +296,7 @@ def _check_onnx_settings(settings: EncoderSettings) -> None:
 
 
 def _export_once(export: OnnxExport, weights: str) -> Path:
-    """Return the path of the exported graph; export and check it if it does not exist yet."""
+    """Return the path of the exported graph; export and check it if it does not exist yet, or has changed."""
     key = {
         **export.key,
         "weights": weights,
@@ -304,16 +307,30 @@ def _export_once(export: OnnxExport, weights: str) -> Path:
     }
     name = str(key["name"]).replace("/", "--")
     path = user_folder() / "onnx" / f"{name}-{digest(key)[:32]}.onnx"
-    if path.is_file():
-        with suppress(OSError):
-            os.utime(path)  # so that those that nothing uses can be deleted
-    else:
+    if not is_intact(path):
         require("onnx", extra="onnx")
         export.module.eval()
         with replacing(path) as temporary:
             export_graph(export, temporary)
             _check_agreement(export, OnnxGraph(temporary))
+            found = digest_file(temporary)
+        write_atomic(_digest_path(path), found.encode())
     return path
+
+
+def is_intact(graph: Path) -> bool:
+    """Return whether an exported graph exists, and has the digest that was written beside it; both count as used."""
+    path = _digest_path(graph)
+    if not (graph.is_file() and path.is_file() and path.read_bytes() == digest_file(graph).encode()):
+        return False
+    for used in (graph, path):
+        with suppress(OSError):
+            os.utime(used)  # so that those that nothing uses can be deleted
+    return True
+
+
+def _digest_path(graph: Path) -> Path:
+    return graph.with_suffix(".sha256")
 
 
 def _check_agreement(export: OnnxExport, graph: Graph) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, OnnxGraph, build_graph, suits_onnx
+from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, OnnxGraph, build_graph, is_intact, suits_onnx
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features, requested_layers
 from embedcache.encoders.open import EncoderSpec
@@ -123,7 +123,7 @@ def open_described(description: Path | None, settings: EncoderSettings) -> Graph
             return None
         record = read_record(description, next_step=f"delete {description}")
         graph = description.with_name(record["graph"])
-        if not graph.is_file():
+        if not is_intact(graph):
             return None
     except (ArtifactError, KeyError):
         return None  # it is written again
@@ -131,9 +131,8 @@ def open_described(description: Path | None, settings: EncoderSettings) -> Graph
 
     backend = tokenizers.Tokenizer.from_str(record["tokenizer"].pop("state"))
     tokenizer = Tokenizer(**record["tokenizer"], encode=_encode_on_threads(backend))
-    for path in (description, graph):
-        with suppress(OSError):
-            utime(path)  # so that those that nothing uses can be deleted
+    with suppress(OSError):
+        utime(description)  # so that those that nothing uses can be deleted
     features = {name: tuple(shape) for name, shape in record["features"]}
     return _with_tokenizer(OnnxGraph(graph), tokenizer, features, Fingerprint(**record["fingerprint"]), settings)
 

@@ -21,7 +21,7 @@ from embedcache.store.writer import withdraw
 from embedcache.units import format_bytes
 
 _DAY_S = 86_400
-_KINDS = {".onnx": "ONNX graph", ".json": "description of an encoder"}
+_KINDS = {".onnx": "ONNX graph", ".sha256": "digest of a graph", ".json": "description of an encoder"}
 _KEPT_RECORDS = "remove-*.json"
 """Records that are never old: what was removed, and when."""
 

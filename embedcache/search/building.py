@@ -13,7 +13,7 @@ from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
-from embedcache.provenance import check_same, read_json, write_json
+from embedcache.provenance import check_same, fields_of, read_json, write_json
 from embedcache.search.autotune import Configuration, sampled_recall
 from embedcache.search.card import CARD, INDEX, STATE
 from embedcache.search.faiss_index import RowIndex, make_index, read_index
@@ -45,12 +45,12 @@ class IndexBuilder:
         self.rejected: dict[str, float] = {}
         if self._state_path.is_file():
             state = read_json(self._state_path)
-            stored = state["about"]["spine"]
-            requested = {**source, "spine": stored if info.has_rows_of(stored) else source["spine"]}
-            check_same(
-                f"the unfinished index {folder}", state["about"], requested, next_step="give the path of a new folder"
+            about, self._factory, self.rejected = fields_of(
+                self._state_path, lambda: (dict(state["about"]), state["factory"], dict(state["refused"]))
             )
-            self._factory, self.rejected = state["factory"], state["refused"]
+            stored = str(about.get("spine"))
+            requested = {**source, "spine": stored if info.has_rows_of(stored) else source["spine"]}
+            check_same(f"the unfinished index {folder}", about, requested, next_step="give the path of a new folder")
 
     def build(
         self, kind: Configuration, vectors: Vectors, progress: Progress, *, checkpoint_s: float, min_recall: float = 0.0

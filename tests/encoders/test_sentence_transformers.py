@@ -110,7 +110,7 @@ def test_exported_once_and_then_opened_without_the_model(
     settings = EncoderSettings(features=("layer1.mean",))
     encoder = open_encoder(spec, modality="text", settings=settings)
     before = {path: path.stat().st_ino for path in home.iterdir()}
-    assert sorted(path.suffix for path in before) == [".json", ".onnx"]
+    assert sorted(path.suffix for path in before) == [".json", ".onnx", ".sha256"]
     for path in before:
         os.utime(path, (1, 1))
 
@@ -143,20 +143,26 @@ def test_exported_once_and_then_opened_without_the_model(
     assert all(path.stat().st_mtime > 1 for path in before)  # as `cache prune --onnx` asks when each was opened
 
 
-@pytest.mark.parametrize("damage", ["no graph", "cut", "changed", "not an object"])
+@pytest.mark.parametrize("damage", ["no graph", "bit of the graph", "no digest", "cut", "changed", "not an object"])
 def test_damaged_description_is_written_again(folder: Path, home: Path, damage: str) -> None:
     expected = open_encoder(f"st:{folder}", modality="text").fingerprint
     (description,), (graph,) = home.glob("*.json"), home.glob("*.onnx")
-    whole = description.read_text()
+    whole, exported = description.read_text(), graph.read_bytes()
     if damage == "no graph":
         graph.unlink()
+    elif damage == "no digest":
+        graph.with_suffix(".sha256").unlink()
+    elif damage == "bit of the graph":
+        content = bytearray(exported)
+        content[len(content) // 2] ^= 64
+        graph.write_bytes(content)
     else:
         changed = {"cut": whole[:-9], "changed": whole.replace('"pad_id": 0', '"pad_id": 1'), "not an object": "[]"}
         assert changed[damage] != whole
         description.write_text(changed[damage])
     assert open_encoder(f"st:{folder}", modality="text").fingerprint == expected
     assert description.read_text() == whole
-    assert graph.is_file()
+    assert graph.read_bytes() == exported
 
 
 def test_files_that_are_too_large_for_a_graph_are_not_read(

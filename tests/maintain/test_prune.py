@@ -140,13 +140,14 @@ def test_onnx_graphs_by_their_last_use(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("EMBEDCACHE_HOME", str(tmp_path))
     assert user_folder() == tmp_path
     (tmp_path / "onnx").mkdir()
-    for name, time_s in (("old.onnx", 1), ("old.json", 1), ("new.onnx", None), ("other.txt", 1)):
+    for name, time_s in (("old.onnx", 1), ("old.sha256", 1), ("old.json", 1), ("new.onnx", None), ("other.txt", 1)):
         (tmp_path / "onnx" / name).write_bytes(b"graph")
         os.utime(tmp_path / "onnx" / name, None if time_s is None else (time_s, time_s))
     plan = prune_cache(None, PruneSettings(onnx=30))
     assert [(entry.kind, entry.name, entry.num_bytes) for entry in plan.entries] == [
         ("description of an encoder", "old.json", 5),
         ("ONNX graph", "old.onnx", 5),
+        ("digest of a graph", "old.sha256", 5),
     ]
     assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["new.onnx", "other.txt"]
 
