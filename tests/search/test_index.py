@@ -110,6 +110,18 @@ def test_low_recall_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> 
     assert card.recall_at_10 < 0.6
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"about": {}}'])
+def test_damaged_state_of_an_unfinished_index_is_named(
+    cache_path: Path, run_path: Path, tmp_path: Path, content: str
+) -> None:
+    settings = IndexSettings(run=run_path, factory="PQ1x4")
+    with pytest.raises(SettingError):
+        build_index(cache_path, tmp_path / "pq", settings)
+    (tmp_path / "pq" / "building.json").write_text(content)
+    with pytest.raises(CorruptError, match="building.json does not hold the fields of its format"):
+        build_index(cache_path, tmp_path / "pq", settings)
+
+
 @pytest.mark.parametrize("has_run", [True, False])
 def test_codes_that_cannot_reach_the_recall_are_refused_on_a_sample(
     cache_path: Path, run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_run: bool
