@@ -128,7 +128,7 @@ def _open_tables(paths: Sequence[AnyPath], caches: Sequence[Cache], use: Callabl
                     )
                 found.add(number)
                 use(table, number)
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
             if isinstance(error, EmbedcacheError):
                 raise
             raise CorruptError(f"{path}: expected a table of curate negatives: {one_line(error)}") from error

@@ -117,6 +117,11 @@ def test_tables_that_do_not_belong_raise(caches: list[Cache], run_path: Path, tm
         CorruptError, match=r"expected a table of curate negatives: it has the columns row, key, part, group"
     ):
         check_negatives([run_path / "split.parquet"], caches)
+    table = pq.read_table(paths[0])
+    numbers = table.set_column(2, "negatives", table["group"])
+    pq.write_table(numbers, tmp_path / "numbers.parquet")
+    with pytest.raises(CorruptError, match="numbers.parquet: expected a table of curate negatives"):
+        read_negatives([tmp_path / "numbers.parquet"], caches)
     pq.write_table(pq.read_table(paths[0]).replace_schema_metadata(), tmp_path / "plain.parquet")
     with pytest.raises(CorruptError, match="it has the columns key, group, negatives, scores"):
         check_negatives([tmp_path / "plain.parquet"], caches)
