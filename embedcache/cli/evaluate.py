@@ -10,7 +10,6 @@ import typer
 
 from embedcache.cli.commands import add_command, new_group
 from embedcache.cli.options import (
-    OUTPUT_PANEL,
     CacheArgument,
     Device,
     Html,
@@ -20,6 +19,7 @@ from embedcache.cli.options import (
     RunArgument,
     check_new_file,
     check_path_is_own,
+    output_option,
     with_settings,
 )
 from embedcache.devices import AUTO
@@ -58,13 +58,7 @@ def check_new_results(context: typer.Context, option: typer.CallbackParam, path:
 
 Results = Annotated[
     Path | None,
-    typer.Option(
-        "--output",
-        metavar="FILE",
-        help="Write the report as JSON to this file.",
-        rich_help_panel=OUTPUT_PANEL,
-        callback=check_new_results,
-    ),
+    output_option("Write the report as JSON to this file, or to a file per recipe in this folder.", check_new_results),
 ]
 
 

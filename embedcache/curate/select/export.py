@@ -158,7 +158,7 @@ class _Samples:
     def _check_files(self, modality: Modality) -> None:
         """Check that the files of a modality can be members of a tar: one per sample, and none is an interval."""
         items, thing = self._items[modality.name], one_noun(modality.name)
-        several_M, has_interval_M = items.num_items_M > 1, items.have_interval_M()
+        several_M, has_interval_M = items.num_items_M > 1, items.are_intervals()
         for is_refused_M, expected, got in (
             (several_M, f"one {thing}", "several"),
             (has_interval_M, f"a whole {thing}", "intervals of longer ones"),
@@ -191,7 +191,7 @@ class _Items:
         self._starts_M, self._stops_M = (np.searchsorted(samples_N, rows, side) for side in ("left", "right"))
         self.num_items_M: Ints = self._stops_M - self._starts_M
 
-    def have_interval_M(self) -> Bools:
+    def are_intervals(self) -> Bools:
         """Return whether any item of each sample is an interval of its file: (M,) bool."""
         has_interval_N = np.zeros(len(self._items), bool)
         for name in INTERVAL_NAMES:
