@@ -56,10 +56,7 @@ def check_new_results(context: typer.Context, option: typer.CallbackParam, path:
     return path
 
 
-Results = Annotated[
-    Path | None,
-    output_option("Write the report as JSON to this file, or to a file per recipe in this folder.", check_new_results),
-]
+Results = Annotated[Path | None, output_option(check_new_results)]
 
 
 @with_settings(settings=RetrievalSettings, output=Results)

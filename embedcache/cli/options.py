@@ -60,9 +60,10 @@ def output_argument(help: str) -> Any:
     return typer.Argument(metavar="OUT", help=help, callback=check_new_file)
 
 
-def output_option(help: str, check: Callable[..., Path | None]) -> Any:
-    """Return the declaration of `--output`, where a command writes its report as JSON."""
-    return typer.Option("--output", metavar="FILE", help=help, rich_help_panel=OUTPUT_PANEL, callback=check)
+def output_option(check: Callable[..., Path | None]) -> Any:
+    """Return the declaration of `--output`, whose path is checked before the work."""
+    text = "Write the report as JSON to this file."
+    return typer.Option("--output", metavar="FILE", help=text, rich_help_panel=OUTPUT_PANEL, callback=check)
 
 
 CacheArgument: TypeAlias = Annotated[str, typer.Argument(metavar="CACHE", help="Cache: a folder or a URL.")]
@@ -114,7 +115,7 @@ Json: TypeAlias = Annotated[
         "--json", metavar="", help="Print the report as JSON on standard output.", rich_help_panel=OUTPUT_PANEL
     ),
 ]
-Output: TypeAlias = Annotated[Path | None, output_option("Write the report as JSON to this file.", check_new_file)]
+Output: TypeAlias = Annotated[Path | None, output_option(check_new_file)]
 Html: TypeAlias = Annotated[
     Path | None,
     typer.Option(
