@@ -15,8 +15,8 @@ from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.provenance import check_same, fields_of, read_json, write_json
 from embedcache.search.autotune import Configuration, sampled_recall
-from embedcache.search.card import CARD, INDEX, STATE
-from embedcache.search.faiss_index import RowIndex, make_index, read_index
+from embedcache.search.card import CARD, INDEX, STATE, check_lists, open_row_index, read_card
+from embedcache.search.faiss_index import RowIndex, is_whole, make_index, read_index
 from embedcache.search.vectors import Vectors
 from embedcache.store.layout import CacheInfo
 
@@ -42,11 +42,19 @@ class IndexBuilder:
         self._partial_path = folder / "index.partial.faiss"
         self._source = dict(source)
         self._factory: str | None = None
+        self._checksums: dict[str, dict[str, str]] = {}
         self.rejected: dict[str, float] = {}
-        if self._state_path.is_file():
+        self._is_resumed = self._state_path.is_file()
+        if self._is_resumed:
             state = read_json(self._state_path)
-            about, self._factory, self.rejected = fields_of(
-                self._state_path, lambda: (dict(state["about"]), state["factory"], dict(state["refused"]))
+            about, self._factory, self.rejected, self._checksums = fields_of(
+                self._state_path,
+                lambda: (
+                    dict(state["about"]),
+                    state["factory"],
+                    dict(state["refused"]),
+                    {name: dict(state[name]) for name in ("lists", "checksums") if name in state},
+                ),
             )
             stored = str(about.get("spine"))
             requested = {**source, "spine": stored if info.has_rows_of(stored) else source["spine"]}
@@ -77,6 +85,7 @@ class IndexBuilder:
     def reject(self, factory: str, recall: float) -> None:
         """Record that a configuration missed the recall, and delete its files."""
         self.rejected[factory] = recall
+        self._checksums = {}
         self._write_state(None)
         self._partial_path.unlink(missing_ok=True)
         _remove_lists(self._folder, keep=self._lists)
@@ -148,19 +157,38 @@ class IndexBuilder:
         return index
 
     def _read_finished(self) -> RowIndex | None:
-        """Read the index in the folder; without a card it is unfinished."""
-        path = self._folder / INDEX
-        if not (self._folder / CARD).is_file():
-            return _read_unfinished(path, device=self._device)
-        return read_index(path, is_mapped=False, device=self._device)
+        """Read the index in the folder, whose files may be newer than its card; without a card it is unfinished."""
+        path, known = self._folder / INDEX, {}
+        has_card = (self._folder / CARD).is_file()
+        if has_card:
+            card = read_card(self._folder)
+            known = dict(card.checksums)
+            if self._is_resumed and not is_whole(path):
+                return open_row_index(self._folder, card, device=self._device)  # of an early version, or damaged
+            index: RowIndex | None = read_index(path, is_mapped=False, device=self._device)
+        else:
+            index = _read_unfinished(path, device=self._device)
+        if index is None or not self._is_resumed:
+            return index
+        for name in ("checksums", "lists"):
+            known.update(self._checksums.get(name, {}))
+        try:
+            check_lists(self._folder, index, known)
+        except (CorruptError, PathError):
+            if has_card:
+                raise
+            path.unlink()
+            return None
+        return index
 
-    def record_files(self, checksums: Mapping[str, str]) -> None:
-        """Record the checksums of files that are finished before the card that states them."""
-        self._write_state(self._factory, checksums=dict(checksums))
+    def record(self, **checksums: Mapping[str, str]) -> None:
+        """Record checksums by file: of `lists` before the index that names them, of all `checksums` before the card."""
+        self._checksums.update({name: dict(of_files) for name, of_files in checksums.items()})
+        self._write_state(self._factory)
 
-    def _write_state(self, factory: str | None, **finished: Mapping[str, str]) -> None:
+    def _write_state(self, factory: str | None) -> None:
         self._factory = factory
-        state = {"about": self._source, "factory": factory, "refused": self.rejected, **finished}
+        state = {"about": self._source, "factory": factory, "refused": self.rejected, **self._checksums}
         write_json(self._state_path, state)
 
 
@@ -214,14 +242,16 @@ def _fill_lists(
 
 
 def _read_unfinished(path: Path, *, is_mapped: bool = False, device: str = AUTO) -> RowIndex | None:
-    """Read a file of an interrupted build; one that cannot be read is removed, as if it had not been written."""
+    """Read a file of an interrupted build; one with other bytes is removed, as if it had not been written."""
     try:
-        return read_index(path, is_mapped=is_mapped, device=device)
-    except PathError:
+        if is_whole(path):
+            return read_index(path, is_mapped=is_mapped, device=device)
+    except FileNotFoundError:
         return None
     except CorruptError:
-        path.unlink()
-        return None
+        pass  # bytes that FAISS did not write
+    path.unlink()
+    return None
 
 
 def _rows(parts: list[RowIndex]) -> Ints:

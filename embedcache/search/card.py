@@ -17,7 +17,7 @@ from embedcache.provenance import (
     to_record,
     write_record,
 )
-from embedcache.search.faiss_index import RowIndex, read_index
+from embedcache.search.faiss_index import RowIndex, is_whole, read_index
 from embedcache.store.arrays import DIGITS, check_file, file_checksum
 from embedcache.store.cache import Cache
 
@@ -144,7 +144,9 @@ def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> 
         if not (index_path / STATE).is_file():
             raise
         finished = read_json(index_path / STATE).get("checksums")
-        if finished is None:
+        if finished is None or file_checksum(index_path / INDEX) != finished[INDEX]:
+            if not is_whole(index_path / INDEX):
+                raise
             raise UnfinishedError(
                 f"{index_path} is being extended, or was when a process ended; run the same embedcache curate index "
                 "again"
@@ -172,10 +174,16 @@ def verify_index(index_path: Path, card: IndexCard) -> None:
         index.disk_lists.check_all()
 
 
-def checksums_of(index_path: Path, index: RowIndex) -> dict[str, str]:
-    """Return the checksums of the files of an index that was just written, for its card."""
-    of_index = {INDEX: file_checksum(index_path / INDEX)}
-    return of_index if index.disk_lists is None else {**of_index, index.disk_lists.file: index.disk_lists.checksums()}
+def check_lists(index_path: Path, index: RowIndex, checksums: Mapping[str, str]) -> None:
+    """Compare the lists that an index has on disk with their checksums; raises what `open_row_index` raises."""
+    if index.disk_lists is None or index.disk_lists.file not in checksums:
+        return  # in memory, or of an early version
+    name = index.disk_lists.file
+    if len(checksums[name]) == DIGITS:
+        check_file(index_path / name, checksums[name], next_step=_rebuild(index_path))
+    else:
+        index.disk_lists.compare(index_path / name, checksums[name], _rebuild(index_path))
+        index.disk_lists.check_all()
 
 
 def _open(index_path: Path, checksums: Mapping[str, str], device: str) -> RowIndex:

@@ -25,8 +25,8 @@ _TRAINING_PER_LIST = 50
 _MIN_TRAINING = 20_000
 _MAPPED_FRACTION = 0.5  # of the machine's memory
 _OWN = True  # FAISS takes no keyword
-_READ_BYTES = 2**20
-_ID_BYTES = 8
+_READ_BYTES, _ID_BYTES = 2**20, 8
+_END = b"crc32 %08x"
 
 
 class RowIndex:
@@ -211,9 +211,9 @@ class RowIndex:
         return 1000 * float(np.median(seconds)), 1000 * (time.perf_counter() - started) / len(queries_QP)
 
     def write(self, path: Path) -> None:
-        """Write the index atomically, read back before it replaces a file.
+        """Write the index atomically with its checksum at the end, read back before it replaces a file.
 
-        Lists on disk are looked up beside it when it is read again.
+        FAISS does not read what follows an index. Lists on disk are looked up beside it when it is read again.
 
         Raises:
             OSError: a write failed; of a full disk, `DiskFullError`.
@@ -221,8 +221,8 @@ class RowIndex:
         """
         if self.disk_lists is not None:
             self.disk_lists.forget_folder()
+        checksum = 0
         with replacing(path) as temporary:
-            checksum = 0
             with temporary.open("wb") as file:  # FAISS's own files only print that closing them failed
 
                 def write(data: bytes) -> None:
@@ -231,7 +231,8 @@ class RowIndex:
                     checksum = zlib.crc32(data, checksum)
 
                 self._faiss.write_index(self.wrapped, self._faiss.PyCallbackIOWriter(write, _READ_BYTES))
-            if _checksum(temporary) != checksum:
+                file.write(_END % checksum)
+            if not is_whole(temporary):
                 raise CorruptError(
                     f"{path}: expected the bytes that were written, got others; check the disk, and rerun the same "
                     "command"
@@ -390,10 +391,10 @@ def _silence_stdout() -> Iterator[None]:
         os.close(nothing)
 
 
-def _checksum(path: Path) -> int:
-    """Return the CRC-32 of a file. Memory: one block."""
-    checksum = 0
+def is_whole(path: Path) -> bool:
+    """Return whether a file that `RowIndex.write` wrote ends with its checksum. Memory: one block."""
+    left, checksum = path.stat().st_size - len(_END % 0), 0
     with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+        while left > 0 and (block := file.read(min(left, _READ_BYTES))):
+            checksum, left = zlib.crc32(block, checksum), left - len(block)
+        return file.read() == _END % checksum

@@ -33,7 +33,6 @@ from embedcache.search.card import (
     STATE,
     IndexCard,
     check_card,
-    checksums_of,
     may_hold_removed,
     read_card,
     verify_index,
@@ -44,7 +43,7 @@ from embedcache.search.faiss_index import RowIndex, read_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
 from embedcache.settings import replace_flat
-from embedcache.store.arrays import skips_checksums
+from embedcache.store.arrays import file_checksum, skips_checksums
 
 
 def build_index(
@@ -197,9 +196,20 @@ def _build(
             left = remaining_candidates(left, candidate)
         else:
             raise SettingError(_recall_error(builder.rejected, index_path, settings))
+        lists = {} if index.disk_lists is None else {index.disk_lists.file: index.disk_lists.checksums()}
+        builder.record(lists=lists)
         index.write(index_path / INDEX)
-        card = _card(vectors, index_path, candidate, index, quality, settings.min_recall, time.perf_counter() - started)
-        builder.record_files(card.checksums)
+        card = _card(
+            vectors,
+            index_path,
+            candidate,
+            index,
+            quality,
+            settings.min_recall,
+            time.perf_counter() - started,
+            {INDEX: file_checksum(index_path / INDEX), **lists},
+        )
+        builder.record(checksums=card.checksums)
         outcome.update({"recall_at_10": quality.recall_at_10, "num_vectors": num})
         if old is not None:
             outcome.update({"recall_at_10_before": old.recall_at_10, "num_vectors_before": old.num_vectors})
@@ -225,6 +235,7 @@ def _card(
     quality: IndexQuality,
     min_recall: float,
     seconds: float,
+    checksums: Mapping[str, str],
 ) -> IndexCard:
     lists = None if index.disk_lists is None else index.disk_lists.file
     return IndexCard(
@@ -239,7 +250,7 @@ def _card(
         num_training=min(index.num_training, len(index)),
         seconds=round(seconds, 3),
         lists=lists,
-        checksums=checksums_of(index_path, index),
+        checksums=checksums,
         format=IN_MEMORY_FORMAT if lists is None else FORMAT_VERSION,
     )
 

@@ -113,6 +113,41 @@ def test_unreadable_unfinished_index_is_absent(cache_path: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("factory", "moment", "pattern", "number", "damaged"),
+    [
+        ("Flat", "after", r"index\.partial\.faiss", 3, "index.partial.faiss"),
+        ("Flat", "after", r"/index\.faiss", 1, "index.faiss"),
+        ("on disk", "after", r"index\.part-.*", 2, "index.partial.faiss"),
+        ("on disk", "after", r"index\.part-.*", 2, "index.part-*.faiss"),
+        ("on disk", "after", r"/index\.faiss", 1, "lists-300.ivfdata"),
+        ("on disk", "before", r"card\.json", 1, "lists-300.ivfdata"),
+    ],
+)
+def test_flipped_bit_in_an_unfinished_index_is_found(
+    cache_path: Path,
+    tmp_path: Path,
+    factory: str,
+    moment: str,
+    pattern: str,
+    number: int,
+    damaged: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(building, "PART_BYTES", 100 * 96)
+    build(cache_path, tmp_path / "whole", factory)
+    kill_at(moment, pattern, number, cache_path, tmp_path / "index", factory)
+    for position in (0.02, 0.5, 0.97):  # FAISS reads all of these without an error
+        shutil.copytree(tmp_path / "index", tmp_path / f"index-{position}")
+        path = next((tmp_path / f"index-{position}").glob(damaged))
+        data = bytearray(path.read_bytes())
+        data[round(position * len(data))] ^= 1
+        path.write_bytes(data)
+        build(cache_path, tmp_path / f"index-{position}", factory)
+        assert files_of(tmp_path / f"index-{position}") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [r"index\.partial\.faiss", r"/index\.faiss", r"card\.json"])
 def test_kill_while_growing_keeps_old_index(tmp_path: Path, pattern: str) -> None:
     cache = write_cache(tmp_path, 40)
