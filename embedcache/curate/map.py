@@ -4,7 +4,6 @@ Projection and clusters are fitted to a random sample, and all other items are p
 memory hardly grow with the index.
 """
 
-import json
 import math
 import re
 import warnings
@@ -21,10 +20,11 @@ from embedcache.curate.select.cluster_methods import draw_balanced
 from embedcache.curate.select.pool import find_centroids
 from embedcache.curate.settings import MapSettings
 from embedcache.derive.rules import principal_components
+from embedcache.errors import CorruptError
 from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import find_closest, top_k
 from embedcache.modalities import noun
-from embedcache.outputs import new_output
+from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments
 from embedcache.provenance import to_record
@@ -38,8 +38,8 @@ from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table, write_table
 
 FILE = "map.parquet"
-_FORMAT = 1
-_KEY = b"embedcache"
+_FORMAT = 2
+"""Since which the metadata has a digest; maps of format 1 are computed again."""
 _MIN_POINTS = 4  # fewer cannot be projected
 _MAX_FITTED = 10_000  # UMAP of as many takes 20 s on one core
 _MAX_CLUSTERS = 48
@@ -197,9 +197,8 @@ def write_map(index: OpenIndex, computed: IndexMap) -> None:
         "seed": computed.seed,
         "clusters": [asdict(cluster) for cluster in computed.clusters],
     }
-    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(header, ensure_ascii=False)})
     with new_output(index.path / FILE) as temporary:
-        write_table(temporary, table)
+        write_table(temporary, pa.table(columns, metadata=to_metadata(header)))
 
 
 def read_map(index: OpenIndex) -> IndexMap | None:
@@ -209,7 +208,7 @@ def read_map(index: OpenIndex) -> IndexMap | None:
         return None
     try:
         table = read_table(path)
-        header = json.loads((table.schema.metadata or {})[_KEY])
+        header = read_metadata(path, table.schema.metadata)
         about = {"format": _FORMAT, **_about(index)}
         if {name: header.get(name) for name in about} != about:
             return None
@@ -222,7 +221,7 @@ def read_map(index: OpenIndex) -> IndexMap | None:
             seed=int(header["seed"]),
         )
         return found if _is_valid(found, index) else None
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+    except (CorruptError, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         return None
 
 

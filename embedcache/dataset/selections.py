@@ -106,7 +106,12 @@ def read_selected_keys(path: Path) -> pa.Array:
     with _selection_errors(path):
         if path.suffix == ".parquet":
             table = read_table(path)
-            read_metadata(path, table.schema.metadata)
+            written = read_metadata(path, table.schema.metadata).get("columns", table.column_names)
+            if written != table.column_names:
+                raise CorruptError(
+                    f"{path}: expected the columns {', '.join(written)}, as its metadata states, got "
+                    f"{', '.join(table.column_names)}; restore the file"
+                )
             if {"part", "group"} <= set(table.column_names):
                 table = table.filter(pc.equal(table["part"], "train"))
             return table["key"].cast(pa.string()).combine_chunks()

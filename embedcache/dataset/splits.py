@@ -19,6 +19,7 @@ from embedcache.dataset.pairs import Pairs, caption_languages, name_caches
 from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError, one_line
 from embedcache.files import replacing
+from embedcache.outputs import to_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest_file, read_record
 from embedcache.registry import unknown_name
@@ -67,7 +68,10 @@ class Split:
 
 
 def write_split(path: Path, split: Split) -> None:
-    """Write a split as Parquet: `row`, `key`, `part`, `group`, and `spine` for several caches."""
+    """Write a split as Parquet: `row`, `key`, `part`, `group`, and `spine` for several caches.
+
+    Its metadata names the columns, because a split without its parts would be a selection of all samples.
+    """
     columns = {
         "row": np.arange(len(split.keys)),
         "key": to_array(split.keys, pa.string()),
@@ -77,7 +81,7 @@ def write_split(path: Path, split: Split) -> None:
     if split.index_digests:
         columns["spine"] = to_array(split.index_digests, pa.string())
     with replacing(path) as temporary:
-        write_table(temporary, pa.table(columns))
+        write_table(temporary, pa.table(columns, metadata=to_metadata({"columns": list(columns)})))
 
 
 def check_split(path: Path) -> None:

@@ -16,10 +16,10 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from embedcache.errors import PathError, SettingError
+from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.files import remove_folder
 from embedcache.locks import Leases, locked
-from embedcache.provenance import from_record, to_record
+from embedcache.provenance import digest, from_record, to_record
 from embedcache.sweep.settings import Pruner, Sampler, SweepSettings
 from embedcache.sweep.space import Range, Space, Value, to_stored
 from embedcache.sweep.study import Study, trial_path, without_password
@@ -97,6 +97,7 @@ class Trials:
     def complete(self, trial: optuna.Trial, score: float, outcome: Outcome) -> None:
         """Record the score and the outcome of a trial."""
         trial.set_user_attr("outcome", outcome.to_json())
+        trial.set_user_attr("digest", _digest(trial.params, score, outcome.to_json()))
         self._close(trial, TrialState.COMPLETE, score)
 
     def prune(self, trial: optuna.Trial) -> None:
@@ -111,8 +112,19 @@ class Trials:
         self._close(trial, TrialState.FAIL)
 
     def finished(self) -> list[FrozenTrial]:
-        """Return the trials that are complete, pruned or failed, by number, without lost ones that are repeated."""
-        return [trial for trial in self._all() if trial.state.is_finished() and not _is_lost(trial)]
+        """Return the trials that are complete, pruned or failed, by number, without lost ones that are repeated.
+
+        Raises `CorruptError` if the settings, score or outcome of one have changed since they were recorded.
+        """
+        finished = [trial for trial in self._all() if trial.state.is_finished() and not _is_lost(trial)]
+        for trial in [trial for trial in finished if trial.state == TrialState.COMPLETE]:
+            written = trial.user_attrs.get("digest")
+            if written not in (None, _digest(trial.params, trial.value, trial.user_attrs.get("outcome"))):
+                raise CorruptError(
+                    f"study {self._path}: trial {trial.number}: its settings, score or outcome in the storage have "
+                    "changed since they were recorded; restore the storage, or use a new folder"
+                )
+        return finished
 
     def _all(self) -> list[FrozenTrial]:
         return self.optuna.get_trials(deepcopy=False)
@@ -146,6 +158,10 @@ class Trials:
                     if _is_repeated(trial):
                         self.optuna.enqueue_trial(trial.params, user_attrs={"deaths": _num_losses(trial) + 1})
             self._leases.release(number)
+
+
+def _digest(params: Params, score: float | None, outcome: Mapping[str, Any] | None) -> str:
+    return digest({"params": params, "score": score, "outcome": outcome})
 
 
 def remove_run(path: Path, number: int) -> None:

@@ -24,6 +24,7 @@ from embedcache.curate.map import (
     write_map,
 )
 from embedcache.curate.settings import MapSettings
+from embedcache.outputs import to_metadata
 from embedcache.search.concepts import Concepts
 from embedcache.search.hits import Hit
 from embedcache.search.index import build_index
@@ -294,13 +295,16 @@ def test_other_or_damaged_map_counts_as_absent(index: OpenIndex, tmp_path: Path)
     table = pq.read_table(path)
     header = json.loads(table.schema.metadata[b"embedcache"])
     nowhere = {**header, "clusters": [{**cluster, "nearest": [10**6]} for cluster in header["clusters"]]}
-    for changed in ({**header, "format": 2}, {**header, "num_vectors": 299}, {**header, "clusters": []}, nowhere):
-        pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(changed)}), path)
+    del header["digest"]
+    for changed in ({**header, "format": 1}, {**header, "num_vectors": 299}, {**header, "clusters": []}, nowhere):
+        pq.write_table(table.replace_schema_metadata(to_metadata(changed)), path)
         assert read_map(index) is None
-    damaged = bytearray(valid)
-    damaged[1000] ^= 1
-    path.write_bytes(damaged)
-    assert read_map(index) is None
+    name = header["clusters"][0]["name"].encode()
+    for position in (1000, valid.rindex(b'"name": "' + name) + 9):  # a page, and a name in the footer
+        damaged = bytearray(valid)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        assert read_map(index) is None
     path.write_bytes(valid)
     assert read_map(index) is not None
     shutil.copy(path, tmp_path / FILE)

@@ -1,5 +1,6 @@
 """Which process gets which trial. Nothing is trained here."""
 
+import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from optuna.trial import TrialState
 
 from embedcache.dataset.splits import read_split
-from embedcache.errors import PathError, SettingError
+from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.files import make_folder
 from embedcache.reports.sweep import pareto_front
 from embedcache.sweep.settings import SweepSettings
@@ -167,6 +168,26 @@ def test_rank_complete_lists_each_configuration_once(tmp_path: Path) -> None:
     others = [trial.value for trial in trials.finished() if trial.params == second.params]
     assert first.params != second.params
     assert second.value == max(value for value in others if value is not None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE trial_values SET value = 0.75",
+        "UPDATE trial_user_attributes SET value_json = replace(value_json, '\"seconds\": 1.0', '\"seconds\": 1.5')",
+        "UPDATE trial_params SET param_value = 1 - param_value WHERE param_name = 'projector'",
+    ],
+)
+def test_changed_trial_is_refused(tmp_path: Path, change: str) -> None:
+    (tmp_path / "space.toml").write_text("[space]\nprojector = ['linear', 'mlp']")
+    space = read_space(tmp_path / "space.toml")
+    run_all(open_trials(tmp_path / "a", space, trials=1))
+    assert [trial.value for trial in open_trials(tmp_path / "a", space, trials=1).finished()] == [0.5]
+    with sqlite3.connect(tmp_path / "a" / "study.db") as storage:
+        assert storage.execute(change).rowcount
+    storage.close()
+    with pytest.raises(CorruptError, match="trial 0: its settings, score or outcome in the storage have changed"):
+        open_trials(tmp_path / "a", space, trials=2).lease_next()
 
 
 def test_study_without_complete_trials_raises(tmp_path: Path, space: Space) -> None:
