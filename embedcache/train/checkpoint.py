@@ -108,7 +108,7 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
 def _digest_run(run_path: Path) -> dict[str, str]:
     """Return file -> digest of what decides a run besides its checkpoint: its settings and, of a pair, its split."""
     started, split = run_path / "started.json", split_path(run_path)
-    digests = {started.name: digest(_without_failed(read_json(started)))} if started.is_file() else {}
+    digests = {started.name: digest(_comparable(read_json(started)))} if started.is_file() else {}
     if split.is_file():
         digests[split.name] = _digest_split(split, split.stat().st_mtime_ns)
     return digests
@@ -256,10 +256,16 @@ def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, 
 
 def _check_config(what: str, stored: Mapping[str, Any], expected: Mapping[str, Any], *, next_step: str) -> None:
     """Check that a run has the expected config, then that no item of its features was retried since."""
-    check_same(what, _without_failed(stored), _without_failed(expected), next_step=next_step)
+    check_same(what, _comparable(stored), _comparable(expected), next_step=next_step)
     check_failed(what, stored.get("given", {}), expected["given"])
 
 
-def _without_failed(values: Mapping[str, Any]) -> dict[str, Any]:
-    given = values.get("given", {})
-    return {**values, "given": {name: value for name, value in given.items() if not name.startswith(FAILED)}}
+def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without failed items, and without paths of files whose digests it has: they may have moved."""
+    given, training = values.get("given", {}), values["training"]
+    if "split" in given:
+        training = {**training, "split": {**training["split"], "kind": "a file"}}
+    if "selection" in given:
+        training = {**training, "selection": "a file"}
+    given = {name: value for name, value in given.items() if not name.startswith(FAILED)}
+    return {**values, "training": training, "given": given}

@@ -27,7 +27,7 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.inference import load
 from embedcache.projectors.heads import ShareLockProjector
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import load_pair, project, read_config
+from embedcache.projectors.saved import load_pair, project, read_config, split_path
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from embedcache.train import train as train_module
@@ -36,6 +36,7 @@ from embedcache.train.initialization import initialize
 from embedcache.train.pair import PairTask, Validation
 from embedcache.train.parts import source_digests
 from embedcache.train.settings import train_settings
+from embedcache.train.train import TrainReport
 from tests.cli.run import embedcache
 from tests.edits import edit_record
 from tests.train.runs import IMAGE, beats_chance, log_lines, run
@@ -264,6 +265,26 @@ def test_split_of_another_run_is_used(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "a/split.parquet").write_bytes((tmp_path / "c/split.parquet").read_bytes())
     with pytest.raises(FingerprintError, match=r"given\.split: "):
         run(cache_path, tmp_path / "b", **given)
+
+
+def test_files_of_a_run_may_move(cache_path: Path, tmp_path: Path) -> None:
+    """The run of a copied study, whose split and selection are then at other paths."""
+    run(cache_path, tmp_path / "first", epochs=0)
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        shutil.copy(split_path(tmp_path / "first"), tmp_path / name / "split.parquet")
+        (tmp_path / name / "keys.txt").write_text("".join(f"{number:05d}\n" for number in range(250)))
+
+    def again(folder: str) -> TrainReport:
+        given = {"split": str(tmp_path / folder / "split.parquet"), "selection": str(tmp_path / folder / "keys.txt")}
+        return run(cache_path, tmp_path / "run", epochs=0, **given)
+
+    again("here")
+    assert again("there").reused
+    with (tmp_path / "there" / "keys.txt").open("a") as file:
+        file.write("00250\n")
+    with pytest.raises(FingerprintError, match="was made with other settings: given.selection: stored"):
+        again("there")
 
 
 def test_file_named_like_a_split_is_not_read(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
