@@ -127,7 +127,15 @@ class OpenIndex:
     def search_vectors(
         self, queries_QP: Floats, *, k: int | None = None, condition: Filter | None = None
     ) -> list[list[Hit]]:
-        """Search with vectors of the index's space, (Q, P) float32 rows of length 1; as `search` otherwise."""
+        """Search with vectors of the index's space, (Q, P) float32 rows of length 1; as `search` otherwise.
+
+        Raises `DataError` if they have another shape, or values that are no numbers.
+        """
+        queries_QP = np.asarray(queries_QP, np.float32)
+        if queries_QP.ndim != 2 or queries_QP.shape[1] != self.card.width:
+            raise DataError(f"queries: expected (Q, {self.card.width}) vectors for {self.path}, got {queries_QP.shape}")
+        if not np.isfinite(queries_QP).all():
+            raise DataError(f"queries: expected finite vectors for {self.path}, got NaN or infinite values")
         condition = condition or Filter()
         subset = self._subset(condition)
         scores_QK, rows_QK = self._search_subset(queries_QP, _choose_k(k, subset.num_items, len(self._index)), subset)

@@ -254,3 +254,14 @@ def test_samples_removed_since_are_not_found(labeled: Path, labeled_index: Path,
     assert (len(hits), index.count(Filter()), index.count(Filter(label_value=("cat",)))) == (59, 59, 29)
     with pytest.raises(SettingError, match="from 1 to 59, as 59 of 60 items pass the filter, got 60"):
         index.search(Queries(keys=["train/cat/00004"]), k=60)
+
+
+def test_vectors_of_another_shape_or_without_values_raise(labeled_index: Path) -> None:
+    index = OpenIndex(labeled_index)
+    queries_QP = index.query_encoder.indexed.read(np.array([0, 16]))
+    for vectors in (queries_QP[0], queries_QP[:, 1:]):
+        with pytest.raises(DataError, match=rf"expected \(Q, {queries_QP.shape[1]}\) vectors for .*, got \("):
+            index.search_vectors(vectors)
+    queries_QP[1, 2] = np.nan
+    with pytest.raises(DataError, match="expected finite vectors for"):
+        index.search_vectors(queries_QP)
