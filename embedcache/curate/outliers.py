@@ -196,8 +196,7 @@ def find_outliers(
     cache = Cache(cache)
     modality = choose_modality(cache, settings.modality)
     vectors = Vectors(cache, modality, settings.feature, settings.run, device=settings.device)
-    label = settings.label or (_LABEL if _LABEL in cache.columns else None)
-    labels = None if label is None else _number_labels(cache, label)  # raises before the work if they are no classes
+    labels = _requested_labels(cache, settings.label, progress)  # raises before the work if they are no classes
     copies = find_copies(cache, vectors.feature)
     if len(copies.unique_rows) < 2:
         raise DataError(
@@ -233,6 +232,17 @@ def _typicality(cache: Cache, copies: Copies, neighbors: Neighbors) -> tuple[Flo
     best_S = best_per_sample(cache.info.num_samples, copies.samples, typicality_N)
     missing = best_S < 0
     return np.where(missing, np.float32(np.nan), typicality_N[best_S]), np.where(missing, -1, copies.item_rows[best_S])
+
+
+def _requested_labels(cache: Cache, label: str | None, progress: Progress) -> Labels | None:
+    """Return the labels of a column; of the default one only if it exists and its values are classes."""
+    if label is not None:
+        return _number_labels(cache, label)
+    try:
+        return _number_labels(cache, _LABEL) if _LABEL in cache.columns else None
+    except DataError as error:
+        progress.note(f"labels are not compared: {error}")
+        return None
 
 
 def _number_labels(cache: Cache, label: str) -> Labels | None:

@@ -35,6 +35,7 @@ from embedcache.store.cache import Cache
 from tests.curate.test_near_duplicates import made_vectors, write_vectors
 from tests.images import write_images
 from tests.interop.cases import import_files, write_tree
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 NUM = 240
@@ -189,6 +190,18 @@ def test_report_holds_what_was_compared(planted: Path) -> None:
     assert any(0 in report.neighbors_of(row) for row in rows.tolist())
     found = [cosines[row] for row in report.neighbors_of(original).tolist()]
     assert found == pytest.approx(sorted(cosines.values(), reverse=True)[:3], abs=1e-5)
+
+
+def test_column_label_that_holds_no_classes_is_left_out_with_a_note(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", 12)
+    for number in range(12):
+        (source / f"{number:05d}.json").write_text(json.dumps({"label": number + 0.5}))
+    extract(open_source(source), tmp_path / "cache", image_encoder=[IMAGE])
+    progress = RecordedProgress()
+    assert find_outliers(tmp_path / "cache", settings=OutlierSettings(k=3), progress=progress).votes is None
+    assert progress.notes[0].startswith("labels are not compared: column 'label' of ")
+    with pytest.raises(DataError, match=r"expected class names, or class numbers from 0, got 0\.5"):
+        find_outliers(tmp_path / "cache", settings=OutlierSettings(k=3, label="label"))
 
 
 def test_labels_are_compared_with_those_of_the_nearest(planted: Path, tmp_path: Path) -> None:
