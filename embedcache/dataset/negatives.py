@@ -70,7 +70,7 @@ def write_negatives(
         for part in parts:
             count = len(part.negatives_BK)
             columns = [
-                keys.slice(start, count).combine_chunks(),
+                keys.slice(start, count).cast(pa.string()).combine_chunks(),
                 pa.array(groups_S[start : start + count]),
                 *_lists(part),
             ]

@@ -14,6 +14,7 @@ from embedcache.errors import CorruptError, DataError, PathError, SettingError, 
 from embedcache.outputs import check_table_output, new_output, read_metadata, to_metadata
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
+from embedcache.store.columns import places_in
 from embedcache.store.tables import read_table, write_table
 
 _ROW, _KEY = "row", "key"
@@ -76,11 +77,11 @@ def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Scor
         raise DataError(f"scores {path}: expected a column key, got {', '.join(table.column_names)}")
     name = _choose_column(path, table, name)
     with _table_errors(path):
-        known = table[_KEY].cast(pa.string()).combine_chunks()
+        known = table[_KEY].cast(pa.large_string()).combine_chunks()
     keys = cache.column(_KEY)
     if len(pc.unique(known)) < len(known):
         raise DataError(f"scores {path}: expected each key once, got {len(known) - len(pc.unique(known)):,} repeated")
-    positions = pc.index_in(keys, value_set=known).combine_chunks()
+    positions = places_in(keys, known).combine_chunks()
     if positions.null_count == len(positions):
         raise DataError(
             f"scores {path}: expected keys of {cache.path}, such as {keys[0].as_py()!r}, got {len(known):,} others"

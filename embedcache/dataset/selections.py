@@ -15,8 +15,8 @@ from embedcache.dataset.splits import check_split, warn_removed
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
 from embedcache.files import TEXT_ENCODING, read_file
 from embedcache.outputs import check_table_output, new_output, read_metadata, to_metadata
-from embedcache.store.cache import Cache
-from embedcache.store.columns import to_array
+from embedcache.store.cache import Cache, keys_of
+from embedcache.store.columns import places_in, to_array
 from embedcache.store.removed import read_removed
 from embedcache.store.tables import read_table, write_table
 
@@ -70,8 +70,8 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
         DataError: the file has no keys, or a key that no cache has.
     """
     selected = pc.unique(read_selected_keys(Path(path)))
-    keys = pa.chunked_array([chunk for cache in caches for chunk in cache.column("key").chunks], pa.string())
-    unknown = selected.filter(pc.invert(pc.is_in(selected, value_set=keys))) if len(selected) else selected
+    keys = keys_of(caches)
+    unknown = selected.filter(pc.is_null(places_in(selected, keys))) if len(selected) else selected
     unknown = _without_removed(path, unknown, caches)
     if len(unknown) or not len(selected):
         shown = ", ".join(repr(key) for key in sorted(unknown.to_pylist())[:3]) or "nothing"
@@ -80,7 +80,7 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
             f"selection {path} of {len(selected):,} keys has {shown}; {len(unknown):,} are not keys of {names}, which "
             f"has {len(keys):,}, such as {keys[0].as_py()!r}"
         )
-    return np.flatnonzero(pc.is_in(keys, value_set=selected))
+    return np.flatnonzero(places_in(keys, selected).is_valid())
 
 
 def _without_removed(path: Path | str, keys: pa.Array, caches: Sequence[Cache]) -> pa.Array:
@@ -114,9 +114,9 @@ def read_selected_keys(path: Path) -> pa.Array:
                 )
             if {"part", "group"} <= set(table.column_names):
                 table = table.filter(pc.equal(table["part"], "train"))
-            return table["key"].cast(pa.string()).combine_chunks()
+            return table["key"].cast(pa.large_string()).combine_chunks()
         lines = read_file(path).decode(TEXT_ENCODING).split("\n")
-        return pa.array([key for line in lines if (key := line.removesuffix("\r"))], pa.string())
+        return pa.array([key for line in lines if (key := line.removesuffix("\r"))], pa.large_string())
 
 
 def read_selected_reasons(path: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ from embedcache.outputs import to_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest_file, read_record
 from embedcache.registry import unknown_name
-from embedcache.store.cache import Cache
+from embedcache.store.cache import Cache, keys_of
 from embedcache.store.columns import Column, to_array
 from embedcache.store.tables import read_table, write_table
 
@@ -144,7 +144,7 @@ _COLUMNS = pa.schema([("key", pa.string()), ("part", pa.string()), ("group", pa.
 
 def _select_cache(path: Path, table: pa.Table, cache: Cache) -> pa.Table:
     """Return key, part and group of the samples of one cache, with appended samples in no part."""
-    keys = cache.column("key")
+    keys = cache.column("key").cast(pa.string())
     if "spine" in table.column_names:
         same = [name for name in pc.unique(table["spine"]).to_pylist() if cache.info.has_rows_of(name)]
         table = table.filter(pc.is_in(table["spine"], value_set=pa.array(same, pa.string()))).drop_columns("spine")
@@ -173,7 +173,7 @@ def _without_removed(path: Path, table: pa.Table, cache: Cache) -> pa.Table:
     warn_removed(f"{len(rows):,} samples of the split {path} were removed from {cache.path}; they are in no part")
     is_removed = np.zeros(len(table), bool)
     is_removed[rows] = True
-    mask, keys = pa.array(is_removed), cache.column("key").slice(0, len(table))
+    mask, keys = pa.array(is_removed), cache.column("key").cast(pa.string()).slice(0, len(table))
     columns = {"key": pc.if_else(mask, keys, table["key"]), "part": pc.if_else(mask, "", table["part"])}
     return pa.table({**columns, "group": table["group"]}, table.schema)
 
@@ -211,7 +211,7 @@ def make_split(
     if settings.kind != "strict":
         return split_samples(caches, pairs.samples, settings)
     groups = near_duplicate_groups(pairs, settings, readers, progress or NullProgress())
-    split = _by_groups(_keys_of(caches), pairs.samples, groups, settings)
+    split = _by_groups(keys_of(caches), pairs.samples, groups, settings)
     _require_parts(split, groups, settings, readers, _languages(caches, pairs, list(readers)))
     return _of_caches(caches, split)
 
@@ -227,7 +227,7 @@ def split_samples(caches: Sequence[Cache], samples: Ints, settings: SplitSetting
     Raises:
         UnknownNameError, SettingError, SourceError: as in `make_split`.
     """
-    keys = _keys_of(caches)
+    keys = keys_of(caches)
     if settings.kind == "column":
         split = _by_column(caches, keys, samples, settings)
     elif settings.kind == "key":
@@ -238,10 +238,6 @@ def split_samples(caches: Sequence[Cache], samples: Ints, settings: SplitSetting
     else:
         split = read_split(settings.path, caches)
     return _of_caches(caches, split)
-
-
-def _keys_of(caches: Sequence[Cache]) -> pa.ChunkedArray:
-    return pa.chunked_array([chunk for cache in caches for chunk in cache.column("key").chunks], pa.string())
 
 
 def _of_caches(caches: Sequence[Cache], split: Split) -> Split:

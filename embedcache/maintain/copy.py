@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from embedcache.arrays import Array
 from embedcache.dataset.selections import read_selection
@@ -24,6 +23,7 @@ from embedcache.provenance import check_same, digest, new_record_path, record_st
 from embedcache.registry import unknown_name
 from embedcache.sources.merged import merged_description
 from embedcache.store.cache import Cache
+from embedcache.store.columns import places_in
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
 from embedcache.store.indexing import index
@@ -149,20 +149,20 @@ def merge_caches(
 
 def _check_keys(caches: Sequence[Cache]) -> None:
     """Check that no key is in two caches."""
-    seen = pa.chunked_array([], pa.string())
+    seen = pa.chunked_array([], pa.large_string())
     for cache in caches:
-        keys = cache.column("key").cast(pa.string())
+        keys = cache.column("key").cast(pa.large_string())
         is_left = np.ones(len(keys), bool)
         is_left[cache.removed] = False
         keys = keys.filter(pa.array(is_left))
-        again = keys.filter(pc.is_in(keys, value_set=seen.combine_chunks()))
+        again = keys.filter(places_in(keys, seen).is_valid())
         if len(again):
             shown = ", ".join(repr(key) for key in again.slice(0, 3).to_pylist())
             raise DataError(
                 f"expected keys that no two caches have, got {len(again):,} of {cache.path} that another has too, "
                 f"such as {shown}; begin them with the names of the caches: --prefix-keys"
             )
-        seen = pa.chunked_array([*seen.chunks, *keys.chunks], pa.string())
+        seen = pa.chunked_array([*seen.chunks, *keys.chunks], pa.large_string())
 
 
 def _copy(

@@ -18,6 +18,7 @@ from embedcache.modalities import MODALITIES, noun
 from embedcache.registry import require, unknown_name
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.checksums import BLOCK, check_rows, find_changed
+from embedcache.store.columns import widen
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, read_info, samples_path
@@ -174,14 +175,14 @@ class Cache:
         return self.table(SAMPLES)
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Return one column of the sample table, which is read once, without the others.
+        """Return one column of the sample table, which is read once, without the others; see `widen`.
 
         Raises:
             KeyError: there is no such column; `columns` lists them.
             CorruptError: the table cannot be read, or the rows differ from their checksums.
         """
         if name not in self._sample_columns:
-            self._sample_columns[name] = self.table(SAMPLES, [name])[name]
+            self._sample_columns[name] = widen(self.table(SAMPLES, [name])[name])
         return self._sample_columns[name]
 
     @cached_property
@@ -369,6 +370,12 @@ class Cache:
             return message
         known = ", ".join(f"{other}={feature.name}" for other, feature in others)
         return f"{message}; or name others with --feature MODALITY=NAME, one of: {known}"
+
+
+def keys_of(caches: Sequence[Cache]) -> pa.ChunkedArray:
+    """Return the keys of the samples of some caches, one after another; see `widen`."""
+    columns = [cache.column("key").cast(pa.string()) for cache in caches]
+    return widen(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()))
 
 
 def _may_hold(metadata: pq.FileMetaData, group: int, column: str, texts: Sequence[str]) -> bool:

@@ -114,6 +114,23 @@ def to_array(values: Sequence[Any], kind: pa.DataType) -> "pa.Array | pa.Chunked
     return array.combine_chunks()
 
 
+def widen(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return texts that exceed the 2 GiB of one array of `string` as `large_string`.
+
+    Arrow joins the chunks of a column of `string` when rows are taken from it, and fails beyond that.
+    """
+    if pa.types.is_string(texts.type) and texts.nbytes > _MAX_STRING_BYTES:
+        return texts.cast(pa.large_string())
+    return texts
+
+
+def places_in(texts: "pa.Array | pa.ChunkedArray", known: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedArray":
+    """Return the first place of each text among known ones, null if it is not one of them; all may exceed 2 GiB."""
+    if texts.type != known.type:
+        texts, known = texts.cast(pa.large_string()), known.cast(pa.large_string())
+    return pc.index_in(texts, value_set=known)
+
+
 def is_missing(values: Sequence[Any]) -> Bools:
     """Return which values are None: (N,) bool."""
     if isinstance(values, Column):

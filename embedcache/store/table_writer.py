@@ -16,6 +16,7 @@ from embedcache.errors import CorruptError, SourceError
 from embedcache.modalities import FILE_MODALITIES, MODALITIES
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.checksums import BLOCK, TableChecksums
+from embedcache.store.columns import widen
 from embedcache.store.layout import items_path, samples_path
 from embedcache.store.tables import ITEM_SCHEMAS, TableDigest, item_tables, open_table, read_table
 
@@ -174,7 +175,7 @@ class _SampleWriter:
         self.num_rows += len(rows)
 
     def close(self) -> None:
-        _check_unique(pa.chunked_array([chunk for keys in self._keys for chunk in keys.chunks], pa.string()))
+        _check_unique(widen(pa.chunked_array([chunk for keys in self._keys for chunk in keys.chunks], pa.string())))
         try:
             schema = pa.unify_schemas(self._schemas, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:

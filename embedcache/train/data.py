@@ -8,7 +8,6 @@ from itertools import combinations
 from typing import Any, TypeAlias
 
 import numpy as np
-import pyarrow as pa
 
 from embedcache.arrays import Inputs, Ints
 from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, check_same_view, open_input, view_feature
@@ -22,7 +21,7 @@ from embedcache.modalities import noun, order_pair
 from embedcache.progress import Progress
 from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import check_same, digest
-from embedcache.store.cache import Cache
+from embedcache.store.cache import Cache, keys_of
 from embedcache.store.columns import Column
 from embedcache.train.settings import TrainSettings
 from embedcache.train.views import DrawnViews, merge_inputs, parse_views
@@ -113,8 +112,7 @@ class TrainData:
 
     @cached_property
     def keys(self) -> Sequence[str]:
-        chunks = [chunk for cache in self.caches for chunk in cache.column("key").chunks]
-        return Column(pa.chunked_array(chunks, pa.string()))
+        return Column(keys_of(self.caches))
 
     def split(self, pairs: Pairs, settings: SplitSettings, *, progress: Progress | None = None) -> Split:
         """Split the samples; features are loaded for a strict split only."""

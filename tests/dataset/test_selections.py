@@ -10,12 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.curate.select.select import read_reasons
-from embedcache.dataset.scores import write_scores
+from embedcache.dataset.scores import read_scores, write_scores
 from embedcache.dataset.selections import Selection, read_selected_reasons, read_selection, write_selection
+from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split, write_split
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError
 from embedcache.provenance import write_record
-from embedcache.store.cache import Cache
+from embedcache.store import columns
+from embedcache.store.cache import Cache, keys_of
+from embedcache.train.data import open_data
 
 
 def test_what_is_written_is_read(cache_path: Path, tmp_path: Path) -> None:
@@ -26,6 +29,29 @@ def test_what_is_written_is_read(cache_path: Path, tmp_path: Path) -> None:
     assert table["reason"].to_pylist() == ["a", "b", "c"]
     about = json.loads(table.schema.metadata[b"embedcache"])
     assert (about["method"], about["spine"]) == ("random", cache.info.index_digest)
+
+
+def test_keys_beyond_what_one_array_holds(
+    two_caches: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow's `string` holds 2 GiB, as 20 million keys of 108 characters take; here 100 bytes."""
+    names, rows = {"image": "open_toy/cls", "text": "open_toy/mean"}, np.arange(0, 80, 7)
+    settings = SplitSettings(kind="key")
+    data = open_data(two_caches, names, memory_bytes=10**9)
+    split = data.split(data.pairs(None), settings)
+    write_split(tmp_path / "split.parquet", split)
+    monkeypatch.setattr(columns, "_MAX_STRING_BYTES", 100)
+    wide = open_data(two_caches, names, memory_bytes=10**9)
+    assert {str(keys_of(wide.caches).type), str(wide.caches[1].column("key").type)} == {"large_string"}
+    second = wide.caches[1]
+    write_selection(tmp_path / "s.parquet", second, Selection(rows=rows, reasons=["a"] * len(rows)), {})
+    write_scores(tmp_path / "scores.parquet", second, {"score": np.arange(80, dtype=np.float32)}, {})
+    assert read_scores(tmp_path / "scores.parquet", second).values.tolist() == list(range(80))
+    assert wide.split(wide.pairs(None), settings) == split == read_split(tmp_path / "split.parquet", wide.caches)
+    found = read_selection(tmp_path / "s.parquet", wide.caches)
+    monkeypatch.undo()
+    assert found.tolist() == read_selection(tmp_path / "s.parquet", data.caches).tolist()
+    assert np.array_equal(read_selection(tmp_path / "s.parquet", data.caches[1:]), rows)
 
 
 def test_flipped_bits_are_noticed(cache_path: Path, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ class _Samples:
 
     def __init__(self, cache: Cache, rows: Ints) -> None:
         self._rows = rows
-        self._columns = cache.samples.take(pa.array(rows))
+        self._columns = cache.samples.filter(pa.array(np.isin(np.arange(cache.info.num_samples), rows)))
         self._items = {name: _Items(cache, name, rows) for name in MODALITIES if name in cache.info.num_items}
         for modality in FILE_MODALITIES:
             if modality.name in self._items:
