@@ -11,11 +11,14 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedcache.errors import CorruptError, PathError
 from embedcache.files import is_remote, remove_leftovers, replacing
 from embedcache.provenance import add_digest, check_record, read_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MARK = {"generator": "embedcache"}
 _HEAD_BYTES = 1000
@@ -25,6 +28,7 @@ _MARKED = re.compile(
     re.DOTALL,
 )
 """Beginnings of JSON and of pages; the first pages had no `<meta>`, but this style."""
+_COLUMNS = "columns"
 _WRITE_AGAIN = "write it again with the command that made it"
 _REMOVED = ["row", "key", "kept_row", "kept_key", "cosine", "is_copy"]
 """Columns of the samples that dedup removes; these tables had no metadata at first."""
@@ -105,18 +109,19 @@ def read_report_json(path: Path) -> Any:
     return report
 
 
-def to_metadata(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return schema metadata of Parquet that says what a table belongs to."""
-    return {MARK["generator"]: json.dumps(add_digest(record))}
+def to_metadata(record: Mapping[str, Any], schema: "pa.Schema") -> dict[str, str]:
+    """Return schema metadata of Parquet: what a table belongs to, and its columns, whose names have no checksum."""
+    columns = {field.name: _kind(field.type) for field in schema}
+    return {MARK["generator"]: json.dumps(add_digest({**record, _COLUMNS: columns}))}
 
 
-def read_metadata(path: Path, metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
-    """Return the record in the schema metadata of a table; empty if it has none.
+def read_metadata(path: Path, schema: "pa.Schema") -> dict[str, Any]:
+    """Return the record in the metadata of a table's schema, of all its columns; empty if it has none.
 
     Raises:
-        CorruptError: the record has changed since it was written, or is no JSON object.
+        CorruptError: the record or a column has changed since it was written, or the record is no JSON object.
     """
-    written = (metadata or {}).get(MARK["generator"].encode())
+    written = (schema.metadata or {}).get(MARK["generator"].encode())
     if written is None:
         return {}
     try:
@@ -124,7 +129,28 @@ def read_metadata(path: Path, metadata: Mapping[bytes, bytes] | None) -> dict[st
     except (ValueError, TypeError) as error:
         raise CorruptError(f"{path} has changed since it was written: {error}; {_WRITE_AGAIN}") from error
     check_record(path, record, next_step=_WRITE_AGAIN)
+    found = {field.name: _kind(field.type) for field in schema}
+    columns = record.pop(_COLUMNS, found)
+    if columns != found or list(columns) != list(found):
+        shown = (", ".join(f"{name} ({kind})" for name, kind in kinds.items()) for kinds in (columns, found))
+        raise CorruptError(f"{path}: expected the columns {next(shown)}, got {next(shown)}; {_WRITE_AGAIN}")
     return record
+
+
+def _kind(kind: "pa.DataType") -> str:
+    """Return the type of a column in a word that does not depend on how a version of Arrow reads it."""
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _kind(kind.value_type)
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return "text"
+    if types.is_list(kind) or types.is_large_list(kind):
+        return f"list of {_kind(kind.value_type)}"
+    if types.is_fixed_size_list(kind):
+        return f"{kind.list_size} of {_kind(kind.value_type)}"
+    return str(kind) if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) else "other"
 
 
 def is_output(path: Path) -> bool:

@@ -297,4 +297,4 @@ def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
     )
     header = {"cache": str(cache.path), "method": "dedup"}
     with new_output(path) as temporary:
-        write_table(temporary, table.replace_schema_metadata(to_metadata(header)))
+        write_table(temporary, table.replace_schema_metadata(to_metadata(header, table.schema)))

@@ -198,7 +198,8 @@ def write_map(index: OpenIndex, computed: IndexMap) -> None:
         "clusters": [asdict(cluster) for cluster in computed.clusters],
     }
     with new_output(index.path / FILE) as temporary:
-        write_table(temporary, pa.table(columns, metadata=to_metadata(header)))
+        table = pa.table(columns)
+        write_table(temporary, table.replace_schema_metadata(to_metadata(header, table.schema)))
 
 
 def read_map(index: OpenIndex) -> IndexMap | None:
@@ -208,7 +209,7 @@ def read_map(index: OpenIndex) -> IndexMap | None:
         return None
     try:
         table = read_table(path)
-        header = read_metadata(path, table.schema.metadata)
+        header = read_metadata(path, table.schema)
         about = {"format": _FORMAT, **_about(index)}
         if {name: header.get(name) for name in about} != about:
             return None

@@ -65,7 +65,7 @@ def write_negatives(
         metadata: how they were found, as JSON values.
     """
     header = {"cache": str(cache.path), "spine": cache.info.index_digest, "num_samples": len(groups_S), **metadata}
-    schema, keys, start = _SCHEMA.with_metadata(to_metadata(header)), cache.column("key"), 0
+    schema, keys, start = _SCHEMA.with_metadata(to_metadata(header, _SCHEMA)), cache.column("key"), 0
     with new_output(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
         for part in parts:
             count = len(part.negatives_BK)
@@ -136,7 +136,7 @@ def _open_tables(paths: Sequence[AnyPath], caches: Sequence[Cache], use: Callabl
 
 def _find_cache(path: Path, table: pq.ParquetFile, caches: Sequence[Cache]) -> int:
     """Return the number of the cache that a table is of."""
-    header = read_metadata(path, table.schema_arrow.metadata)
+    header = read_metadata(path, table.schema_arrow)
     if not set(_SCHEMA.names) <= set(table.schema_arrow.names) or "spine" not in header:
         raise ValueError(f"it has the columns {', '.join(table.schema_arrow.names)}")
     if table.metadata.num_rows != header.get("num_samples"):
@@ -161,6 +161,8 @@ def _fill(table: pq.ParquetFile, first: int, negatives_SK: Array, groups_S: Ints
         is_some_BK = np.arange(negatives_SK.shape[1]) < lengths_B[:, None]
         negatives_SK[start : start + count][is_some_BK] = lists.flatten().to_numpy() + first
         start += count
+    if start - first != table.metadata.num_rows:
+        raise ValueError(f"it has {start - first:,} rows, not {table.metadata.num_rows:,} as its footer counts")
     is_grouped = groups_S[first:start] >= 0
     groups_S[first:start][is_grouped] += first  # numbers of different caches differ, as they are below its samples
     return negatives_SK

@@ -49,7 +49,7 @@ def write_scores(
     table = pa.table({_ROW: np.arange(cache.info.num_samples), _KEY: cache.column(_KEY), **arrays})
     header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
     with new_output(path) as temporary:
-        write_table(temporary, table.replace_schema_metadata(to_metadata(header)))
+        write_table(temporary, table.replace_schema_metadata(to_metadata(header, table.schema)))
 
 
 def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Score:
@@ -72,7 +72,7 @@ def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Scor
         raise PathError(f"scores {path}: expected a Parquet file with a column key, got a path that does not exist")
     with _table_errors(path):
         table = read_table(path)
-    read_metadata(path, table.schema.metadata)
+    read_metadata(path, table.schema)
     if _KEY not in table.column_names:
         raise DataError(f"scores {path}: expected a column key, got {', '.join(table.column_names)}")
     name = _choose_column(path, table, name)

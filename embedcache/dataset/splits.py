@@ -68,10 +68,7 @@ class Split:
 
 
 def write_split(path: Path, split: Split) -> None:
-    """Write a split as Parquet: `row`, `key`, `part`, `group`, and `spine` for several caches.
-
-    Its metadata names the columns, because a split without its parts would be a selection of all samples.
-    """
+    """Write a split as Parquet: `row`, `key`, `part`, `group`, and `spine` for several caches."""
     columns = {
         "row": np.arange(len(split.keys)),
         "key": to_array(split.keys, pa.string()),
@@ -81,7 +78,8 @@ def write_split(path: Path, split: Split) -> None:
     if split.index_digests:
         columns["spine"] = to_array(split.index_digests, pa.string())
     with replacing(path) as temporary:
-        write_table(temporary, pa.table(columns, metadata=to_metadata({"columns": list(columns)})))
+        table = pa.table(columns)
+        write_table(temporary, table.replace_schema_metadata(to_metadata({}, table.schema)))
 
 
 def check_split(path: Path) -> None:
@@ -372,6 +370,8 @@ def draw_groups(keys: "pa.Array | pa.ChunkedArray", groups_S: Ints, quotas: Sequ
 
 def _random_order(keys: "pa.Array | pa.ChunkedArray", groups_S: Ints, sizes_G: Ints, seed: int) -> Ints:
     """Return the groups by the SHA-256 of the seed and their lowest key."""
+    if isinstance(keys, pa.ChunkedArray):
+        keys = keys.combine_chunks()  # Arrow joins the chunks each time that rows are taken from them
     is_shared = sizes_G[groups_S] > 1
     lead_G = np.empty(len(sizes_G), np.int64)
     lead_G[groups_S[~is_shared]] = np.flatnonzero(~is_shared)

@@ -13,14 +13,14 @@ from embedcache.dataset.splits import read_split
 from embedcache.derive.chunks import ChunkReader
 from embedcache.derive.rules import Block, Rule
 from embedcache.encoders.open import DERIVED, EncoderSpec
-from embedcache.errors import CorruptError, SettingError
+from embedcache.errors import SettingError
 from embedcache.files import replacing
 from embedcache.locks import locked
 from embedcache.provenance import digest, digest_file
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group, open_group
-from embedcache.store.layout import encoder_path, fit_path
+from embedcache.store.layout import checked_fit_path, encoder_path, fit_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +153,4 @@ def read_fit(group: EncoderGroup) -> dict[str, Array]:
     Raises:
         CorruptError: the file is missing or has changed.
     """
-    path = fit_path(group.path)
-    if not path.is_file() or digest_file(path) != group.fingerprint["weights"]:
-        raise CorruptError(
-            f"{path} is missing or not the file that the features were derived with; restore it, or derive under "
-            "another name"
-        )
-    return dict(load_file(path))
+    return dict(load_file(checked_fit_path(group.path, group.fingerprint)))

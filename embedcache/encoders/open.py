@@ -75,23 +75,30 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
     """
     if isinstance(spec, str):
         spec = EncoderSpec.parse(spec)
-    if spec.family == IMPORTED:
-        raise SettingError(
-            f"the vectors of {spec.model} were imported and their encoder is unknown, so no {modality} can be encoded "
-            "like them: search with --query-key or --query-vectors, repair damage by running the same embedcache "
-            f"import again, or extract features of new {noun(modality)} with an encoder into a cache of its own"
-        )
-    if spec.family == DERIVED:
-        raise SettingError(
-            f"features of {spec.text} are derived from other features, so no raw {modality} can be encoded like them: "
-            "search with --query-key or --query-vectors, or use the features that they are derived from"
-        )
+    if (reason := why_no_encoder(spec, modality)) is not None:
+        raise SettingError(reason)
     settings = _without_auto(settings or EncoderSettings())
     encoder = _load_opener(spec)(spec, modality=modality, settings=settings)
     if modality == "image" and settings.background != "white":
         preprocessing = {**encoder.fingerprint.preprocessing, "background": settings.background}
         encoder.fingerprint = replace(encoder.fingerprint, preprocessing=preprocessing)
     return encoder
+
+
+def why_no_encoder(spec: "EncoderSpec", modality: Modality) -> str | None:
+    """Return why no items can be encoded like the features of a spec, if no encoder computed them."""
+    if spec.family == IMPORTED:
+        return (
+            f"the vectors of {spec.model} were imported and their encoder is unknown, so no {modality} can be encoded "
+            "like them: search with --query-key or --query-vectors, repair damage by running the same embedcache "
+            f"import again, or extract features of new {noun(modality)} with an encoder into a cache of its own"
+        )
+    if spec.family == DERIVED:
+        return (
+            f"features of {spec.text} are derived from other features, so no raw {modality} can be encoded like them: "
+            "search with --query-key or --query-vectors, or use the features that they are derived from"
+        )
+    return None
 
 
 def _without_auto(settings: EncoderSettings) -> EncoderSettings:

@@ -56,7 +56,7 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
     neighbors = find_neighbors(vectors_NP, device=settings.device, progress=progress)
     with new_output(path) as temporary:
         tables = _tables(export, images, thumbnails, vectors_NP, points_N2, neighbors, progress)
-        write_rows(temporary, tables, export.metadata)
+        write_rows(temporary, tables, export.record)
     return len(vectors_NP)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from embedcache.errors import DataError, PathError, UnknownNameError
 from embedcache.files import AnyPath, building, is_url
 from embedcache.interop.imported import rechunk
 from embedcache.interop.settings import MtebSettings, VectorExportSettings
-from embedcache.outputs import check_output, to_metadata
+from embedcache.outputs import check_output
 from embedcache.registry import unknown_name
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
@@ -80,20 +81,19 @@ class VectorExport:
         return ", ".join(parts)
 
     @property
-    def metadata(self) -> dict[str, str]:
-        """Provenance as metadata of a Parquet schema: the cache, its rows, and the encoder of each feature."""
+    def record(self) -> dict[str, Any]:
+        """Provenance as JSON values: the cache, its rows, and the encoder of each feature."""
         features = {
             modality: {"feature": feature.name, "spec": feature.spec, "fingerprint": feature.fingerprint}
             for modality, feature in ((modality, vectors.feature) for modality, vectors in self._vectors.items())
         }
         run = self._settings.run
-        metadata = {
+        return {
             "cache": str(self.cache.path),
             "spine": self.cache.info.index_digest,
             "features": features,
             "run": None if run is None else str(run),
         }
-        return to_metadata(metadata)
 
     def width(self, modality: Modality) -> int:
         return self._vectors[modality].width

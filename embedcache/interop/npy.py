@@ -52,7 +52,7 @@ def write_npy(export: VectorExport, folder: Path, *, progress: Progress) -> int:
     """
     num_rows = len(export.samples)
     with new_folder(folder) as temporary:
-        write_rows(temporary / "rows.parquet", map(export.table, blocks(num_rows, _ROW_GROUP)), export.metadata)
+        write_rows(temporary / "rows.parquet", map(export.table, blocks(num_rows, _ROW_GROUP)), export.record)
         for modality in export.modalities:
             progress.start(f"writing {modality}.npy", num_rows, "vectors")
             shape = (num_rows, export.width(modality))

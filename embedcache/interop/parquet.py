@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
-from embedcache.errors import DataError, PathError, SettingError
+from embedcache.errors import CorruptError, DataError, PathError, SettingError
 from embedcache.interop.exporting import VectorExport, check_new_file
 from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
-from embedcache.outputs import new_output, read_metadata
+from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
 from embedcache.sources.table_files import open_parquet, wrap_table_errors
+from embedcache.store.tables import check_footer
 
 _COLUMNS: Mapping[Modality, str] = {"image": "image_vector", "text": "text_vector"}
 _BLOCK = 8192
@@ -54,7 +55,7 @@ def write_parquet(export: VectorExport, path: Path, *, progress: Progress) -> in
     """
     check_new_file(path, ".parquet")
     with new_output(path) as temporary:
-        write_rows(temporary, _table_blocks(export, progress), export.metadata)
+        write_rows(temporary, _table_blocks(export, progress), export.record)
     return len(export.samples)
 
 
@@ -76,10 +77,10 @@ def to_vector_lists(vectors_ND: Array) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
 
 
-def write_rows(path: Path, tables: Iterator[pa.Table], metadata: Mapping[str, str]) -> None:
+def write_rows(path: Path, tables: Iterator[pa.Table], record: Mapping[str, Any]) -> None:
     """Write a stream of tables of one schema, one row group each; `open_parquet` compares the checksums of pages."""
     first = next(tables)
-    schema = first.schema.with_metadata(metadata)
+    schema = first.schema.with_metadata(to_metadata(record, first.schema))
     with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
         writer.write_table(first.cast(schema))
         for table in tables:
@@ -107,7 +108,7 @@ def _assign_modalities(
 
 def _read_origin(path: Path, schema: pa.Schema) -> Mapping[str, Any]:
     """Return what the file records of the cache that it was exported from; empty for other files."""
-    origin = read_metadata(path, schema.metadata)
+    origin = read_metadata(path, schema)
     return {"origin": origin} if origin else {}
 
 
@@ -135,6 +136,11 @@ class ParquetColumn:
             for batch in file.iter_batches(size, row_groups=groups, columns=[self.column], use_threads=False):
                 yield self._values(batch.column(0), row)[max(0, first - row) :]
                 row += len(batch)
+            if row != self.num_rows:
+                raise CorruptError(
+                    f"{self.path}: expected {self.num_rows:,} rows as its footer counts, got {row:,} of the column "
+                    f"{self.column}; get the file again"
+                )
 
     def _values(self, lists: pa.Array, first: int) -> Array:
         lengths = lists.value_lengths().fill_null(self.width).to_numpy(zero_copy_only=False)
@@ -159,7 +165,7 @@ def _open_column(path: Path, column: str) -> ParquetColumn:
         DataError: the column does not hold lists of float16 or float32, or has no list at all.
     """
     with wrap_table_errors(path), open_parquet(path) as file:
-        schema = file.schema_arrow
+        schema = check_footer(file).schema_arrow
         if column not in schema.names:
             raise unknown_name("column of vectors", column, _vector_columns(schema), where=f"in {path}")
         kind = schema.field(column).type

@@ -27,7 +27,7 @@ from embedcache.store.columns import places_in
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
 from embedcache.store.indexing import index
-from embedcache.store.layout import SUBSET, fit_path, info_path, read_info
+from embedcache.store.layout import SUBSET, checked_fit_path, fit_path, info_path, read_info
 from embedcache.store.writer import commit_chunk
 
 
@@ -262,8 +262,8 @@ def _copy_group(
     group = create_group(
         out.path, modality, first.name, out.info, spec=first.spec, fingerprint=first.fingerprint, view=first.view
     )  # refuses features of one name that were fitted to something else
-    if fit_path(first.path).is_file():
-        write_atomic(fit_path(group.path), fit_path(first.path).read_bytes())
+    if "fit" in first.fingerprint:
+        write_atomic(fit_path(group.path), checked_fit_path(first.path, first.fingerprint).read_bytes())
     for name in names:
         feature = Feature(first, name)
         add_feature(group, name, feature.item_shape, feature.dtype, axis=feature.axis)

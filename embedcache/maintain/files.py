@@ -21,7 +21,7 @@ from embedcache.arrays import Bools
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
 from embedcache.files import TEXT_ENCODING, check_regular, read_file, remove_leftovers, remove_partials, replacing
 from embedcache.interop.npy import open_npy, report_damage, write_array
-from embedcache.outputs import is_output
+from embedcache.outputs import is_output, read_metadata
 from embedcache.progress import NullProgress
 from embedcache.provenance import DIGEST, digest_file, read_record, write_json, write_record
 from embedcache.store.layout import CacheInfo
@@ -32,6 +32,8 @@ _ROWS = "rows.parquet"
 _METADATA = "metadata/metadata_*.parquet"
 _TARS = "*.tar"
 _MANIFESTS = ("config.json", "study.json")
+_STARTED = "removing.json"
+"""In a run while samples are removed from it: its files were compared with their digests, and may be new."""
 _KEPT_KEY = "kept_key"
 """Column of the samples that dedup removed: the key of the sample that each duplicates."""
 
@@ -72,6 +74,7 @@ def _remover(path: Path) -> Callable[[Path, Collection[str]], int]:
             )
         with table_errors(path), open_table(path) as file:
             _check_columns(path, file.schema_arrow.names)
+            read_metadata(path, file.schema_arrow)
         return _remove_from_parquet
     if path.suffix == ".npy":
         return _remove_from_uids
@@ -100,13 +103,14 @@ def remove_from_run(folder: Path, keys: Collection[str], info: CacheInfo) -> int
     Raises:
         PathError: the folder is no finished run or study.
         SettingError: the run was not trained on the cache.
-        CorruptError: its manifest has changed since it was written.
+        CorruptError: its manifest, split or selection has changed since it was written; nothing is changed.
     """
     manifest, record = check_run(folder, info)
     remove_partials(folder)
     had_digest = record.pop(DIGEST, None) is not None
     count = 0
     split = folder / "split.parquet"
+    write_json(folder / _STARTED, {})
     if split.is_file():
         count += _remove_from_parquet(split, keys, rows_of=info)
         if isinstance(record.get("split"), str):
@@ -118,6 +122,7 @@ def remove_from_run(folder: Path, keys: Collection[str], info: CacheInfo) -> int
         if isinstance(given, dict) and "selection" in given:
             given["selection"] = digest_file(selection)
     _write_manifest(manifest, record, has_digest=had_digest)
+    (folder / _STARTED).unlink()
     return count
 
 
@@ -129,7 +134,21 @@ def check_run(folder: Path, info: CacheInfo) -> tuple[Path, dict[str, Any]]:
     record = read_record(manifest, next_step="restore the file")
     if not any(map(info.has_rows_of, str(record.get("spine", "")).split("+"))):
         raise SettingError(f"run: expected one that was trained on this cache, got {folder}")
+    if not (folder / _STARTED).is_file():
+        _check_digests(folder, record)
     return manifest, record
+
+
+def _check_digests(folder: Path, record: dict[str, Any]) -> None:
+    """Compare the files of a run that are to be written again, and signed anew, with their digests in its manifest."""
+    given = record.get("given")
+    selection = given.get("selection") if isinstance(given, dict) else None
+    written = dict.fromkeys(folder.glob("selection.*"), selection) | {folder / "split.parquet": record.get("split")}
+    for path, expected in written.items():
+        if isinstance(expected, str) and expected and path.is_file() and digest_file(path) != expected:
+            raise CorruptError(
+                f"{path}: expected the file that the run was made with, got another one; restore it, or delete the run"
+            )
 
 
 def _write_manifest(path: Path, record: dict[str, Any], *, has_digest: bool) -> None:
@@ -148,6 +167,7 @@ def _remove_from_parquet(path: Path, keys: Collection[str], *, rows_of: CacheInf
     with table_errors(path), open_table(path) as file:
         schema = file.schema_arrow
         _check_columns(path, schema.names)
+        read_metadata(path, schema)  # what has changed would be signed anew
         with _rewriting(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
             for number in range(file.num_row_groups):
                 table = file.read_row_group(number, use_threads=False)

@@ -22,6 +22,7 @@ BLANK_WORD = "_"
 """What stands for a blank in a text."""
 _SEPARATORS = r"[^\p{L}\p{M}\p{N}_']+"
 _TEXTS_PER_BLOCK = 1_000_000
+_MAX_WORDS = 1024
 
 
 class WordLists(NamedTuple):
@@ -92,6 +93,8 @@ class Vocabulary:
 
         A word that is not listed becomes `UNKNOWN`; `_` alone becomes `BLANK`. Runs in Arrow, without a Python object
         per text. Memory: the numbers, and a million texts as words.
+
+        Raises `DataError` for a text of more than 1,024 words: attention takes memory by the square of their number.
         """
         lists = [self._encode(block) for block in _blocks(texts)]
         lengths_N = np.concatenate([block.lengths() for block in lists])
@@ -102,6 +105,12 @@ class Vocabulary:
     def _encode(self, texts: pa.Array | pa.ChunkedArray) -> WordLists:
         lists = split_words(texts)
         offsets_N = lists.offsets.to_numpy().astype(np.int64)
+        longest = int(np.diff(offsets_N).argmax()) if len(texts) else 0
+        if len(texts) and (count := int(offsets_N[longest + 1] - offsets_N[longest])) > _MAX_WORDS:
+            raise DataError(
+                f"texts: expected at most {_MAX_WORDS:,} words, got {count:,} in the one that begins "
+                f"{texts[longest].as_py()[:40]!r}; shorten it, or leave it out"
+            )
         flat = lists.flatten()
         found = pc.fill_null(pc.index_in(flat, value_set=self._words), UNKNOWN - NUM_SPECIAL)
         numbers_M = found.to_numpy(zero_copy_only=False) + NUM_SPECIAL

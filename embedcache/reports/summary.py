@@ -289,9 +289,8 @@ def _values(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
 
 
-def _summarize_negatives(path: Path) -> Summary:
-    table = read_table(path, columns=["group", "negatives"])
-    metadata = read_metadata(path, table.schema.metadata)
+def _summarize_negatives(path: Path, schema: pa.Schema) -> Summary:
+    table, metadata = read_table(path, columns=["group", "negatives"]), read_metadata(path, schema)
     counts_S = pc.list_value_length(table["negatives"]).to_numpy()
     counts = {
         "num_samples": len(table),
@@ -310,14 +309,15 @@ def _summarize_negatives(path: Path) -> Summary:
 
 
 def _summarize_selection(path: Path) -> Summary:
-    if path.is_file() and {"group", "negatives"} <= set(_column_names(path)):
-        return _summarize_negatives(path)
+    schema = _read_schema(path) if path.is_file() else pa.schema([])
+    if {"group", "negatives"} <= set(schema.names):
+        return _summarize_negatives(path, schema)
     try:
         table = read_table(path, columns=["reason"])
         reasons = Counter(reason.partition(",")[0] for reason in table["reason"].to_pylist())
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise PathError(f"{path}: expected a selection, got another Parquet file: {one_line(error)}") from error
-    if not (metadata := read_metadata(path, table.schema.metadata)):
+    if not (metadata := read_metadata(path, schema)):
         raise PathError(f"{path}: expected a selection, got another Parquet file, which names no cache")
     settings = _values(metadata.get("settings", {}))
     lines = [f"{path}: {len(table):,} samples of {metadata.get('cache')}"]
@@ -333,12 +333,12 @@ def _summarize_selection(path: Path) -> Summary:
     )
 
 
-def _column_names(path: Path) -> list[str]:
+def _read_schema(path: Path) -> pa.Schema:
     try:
         with open_table(path) as table:
-            return list(table.schema_arrow.names)
+            return table.schema_arrow
     except (pa.ArrowException, OSError):
-        return []  # the caller says what is wrong with it
+        return pa.schema([])  # the caller says what is wrong with it
 
 
 _SUMMARIES: Mapping[str, Callable[[Path], Summary]] = {

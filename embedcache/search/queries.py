@@ -22,7 +22,7 @@ from embedcache.arrays import (
 )
 from embedcache.dataset.inputs import to_inputs
 from embedcache.encoders.base import Encoder, Modality, background_of
-from embedcache.encoders.open import feature_names, reopen_encoder
+from embedcache.encoders.open import EncoderSpec, feature_names, reopen_encoder, why_no_encoder
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.modalities import list_texts, noun
@@ -146,7 +146,7 @@ class QueryEncoder:
             )
         if self.config is not None and modality not in self.config.sides:
             return f"expected one of the modalities of the run, {' and '.join(self.config.sides)}"
-        return None
+        return why_no_encoder(EncoderSpec.parse(self._tower_input(modality).spec), modality)
 
     def encoder(self, modality: Modality) -> Encoder:
         """Return the encoder of a modality, which must be the one that made the feature."""

@@ -171,7 +171,10 @@ def _limited(receive: Receive, limit: int) -> Receive:
 def _is_cross_site(headers: Headers, host: str) -> bool:
     """Return whether a page of another site sent a request; following a link to this server is allowed."""
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host:
+    try:
+        if origin is not None and urlsplit(origin).netloc != host:
+            return True
+    except ValueError:  # an origin such as http://[
         return True
     site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode", "")
     return site not in ("none", "same-origin") and mode != "navigate"

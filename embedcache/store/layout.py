@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from embedcache.errors import CorruptError
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import (
     DIGEST,
     digest,
+    digest_file,
     fields_of,
     from_record,
     read_manifest,
@@ -188,6 +190,20 @@ def commit_name(chunk: int) -> str:
 def fit_path(encoder_folder: Path) -> Path:
     """Return the path of the arrays that a rule was fitted to, of derived features."""
     return encoder_folder / "fit.safetensors"
+
+
+def checked_fit_path(encoder_folder: Path, fingerprint: Mapping[str, Any]) -> Path:
+    """Return that path, after the file was compared with the fingerprint of the features; `CorruptError` if it differs.
+
+    Memory: a block of the file.
+    """
+    path = fit_path(encoder_folder)
+    if not path.is_file() or digest_file(path) != fingerprint["weights"]:
+        raise CorruptError(
+            f"{path} is missing or not the file that the features were derived with; restore it, or derive under "
+            "another name"
+        )
+    return path
 
 
 def write_info(cache_path: Path, info: CacheInfo) -> None:

@@ -14,7 +14,7 @@ from embedcache.projectors.saved import config_path, split_path
 from embedcache.provenance import record_stage
 from embedcache.store.feature import Feature
 from embedcache.store.group import open_group
-from embedcache.store.layout import fit_path
+from embedcache.store.layout import checked_fit_path
 from embedcache.train.checkpoint import finish_run, name_device, reuse_run, start_run
 from embedcache.train.distributed import process_group, run_on_first
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
@@ -139,11 +139,14 @@ def describe_origin(feature: InputFeature) -> ModuleInput:
 
 
 def fitted_files(features: Iterable[InputFeature]) -> dict[str, Path]:
-    """Return the files of arrays that rules of derived features were fitted to, under their names in a run."""
+    """Return the files of arrays that rules of derived features were fitted to, under their names in a run.
+
+    Raises `CorruptError` if one has changed.
+    """
     found: dict[str, Path] = {}
     for feature in features:
         if "fit" in feature.fingerprint:
-            found[fitted_name(feature.fingerprint)] = fit_path(feature.group.path)
+            found[fitted_name(feature.fingerprint)] = checked_fit_path(feature.group.path, feature.fingerprint)
         found |= fitted_files(_inputs_of(feature))
     return found
 

@@ -1,5 +1,6 @@
 """Tables of hard negatives: written in blocks, read and counted across caches, and refused where they do not belong."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,11 @@ def test_tables_that_do_not_belong_raise(caches: list[Cache], run_path: Path, tm
     table = pq.read_table(paths[0])
     numbers = table.set_column(2, "negatives", table["group"])
     pq.write_table(numbers, tmp_path / "numbers.parquet")
+    with pytest.raises(CorruptError, match=r"expected the columns .*negatives \(list of int32\).* negatives \(int64\)"):
+        read_negatives([tmp_path / "numbers.parquet"], caches)
+    header = json.loads(table.schema.metadata[b"embedcache"])
+    early = {name: value for name, value in header.items() if name not in ("columns", "digest")}
+    pq.write_table(numbers.replace_schema_metadata({"embedcache": json.dumps(early)}), tmp_path / "numbers.parquet")
     with pytest.raises(CorruptError, match="numbers.parquet: expected a table of curate negatives"):
         read_negatives([tmp_path / "numbers.parquet"], caches)
     pq.write_table(pq.read_table(paths[0]).replace_schema_metadata(), tmp_path / "plain.parquet")

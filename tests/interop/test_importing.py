@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.dataset.settings import SplitSettings
-from embedcache.errors import CorruptError, FingerprintError, PathError, SettingError, SourceError
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, SourceError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import repair
 from embedcache.interop import importing
@@ -182,7 +182,7 @@ def test_train_and_index_on_import(tree: Path, tmp_path: Path) -> None:
     build_index(cache.path, tmp_path / "index", IndexSettings(run=tmp_path / "run"))
     [hits] = search(tmp_path / "index", Queries(keys=["k7"]), SearchSettings(k=1))
     assert hits[0].key == "k7"
-    with pytest.raises(SettingError, match="text_emb.* imported"):
+    with pytest.raises(DataError, match="text query: the vectors of text_emb were imported"):
         search(tmp_path / "index", ["a dog"])
 
 

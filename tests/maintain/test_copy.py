@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from embedcache.derive.derive import Derivation, derive
-from embedcache.errors import DataError, FingerprintError, SettingError, SourceError, UnfinishedError, UnknownNameError
+from embedcache.errors import (
+    CorruptError,
+    DataError,
+    FingerprintError,
+    SettingError,
+    SourceError,
+    UnfinishedError,
+    UnknownNameError,
+)
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.copy import cut_cache, merge_caches
@@ -140,6 +148,16 @@ def test_cut_keeps_what_another_derived_feature_was_fitted_to(made: Path, tmp_pa
     with pytest.raises(FingerprintError, match="derived feature 'small' of cache .* was made with other settings"):
         cut_cache(made / "c", made / "chosen.txt", out)
     assert tree(out / "image" / "small") == before
+
+
+def test_damaged_fit_is_not_copied(made: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(made / "c", tmp_path / "c"))
+    out = cut_cache(cache, made / "chosen.txt", tmp_path / "out").cache
+    before, path = tree(out), cache / "image" / "small" / "fit.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CorruptError, match=r"fit.safetensors is missing or not the file that the features were"):
+        cut_cache(cache, made / "chosen.txt", out)
+    assert tree(out) == before
 
 
 def test_merge(two_caches: list[Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnfinishedError
+from embedcache.dataset.splits import read_split, write_split
+from embedcache.errors import (
+    CorruptError,
+    DataError,
+    EmbedcacheError,
+    FingerprintError,
+    PathError,
+    SettingError,
+    UnfinishedError,
+)
 from embedcache.maintain.files import remove_from
 from embedcache.maintain.remove import plan_removal, remove_samples
 from embedcache.maintain.settings import RemoveSettings
@@ -274,8 +284,6 @@ def test_selection_that_was_not_named_is_told(copy: Path, caplog: pytest.LogCapt
 def test_run_is_told_and_cleaned(
     cache_path: Path, run_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from embedcache.dataset.splits import read_split
-
     cache = Path(shutil.copytree(cache_path, tmp_path / "cache"))
     run = Path(shutil.copytree(run_path, tmp_path / "run"))
     keys = ["00005", "00207"]
@@ -288,6 +296,53 @@ def test_run_is_told_and_cleaned(
     assert report.entries == {str(run): 2}
     assert [pq.read_table(run / "split.parquet")["key"][row].as_py() for row in (4, 5, 207)] == ["00004", "", ""]
     assert read_split(run / "split.parquet", [Cache(cache)]).parts == split.parts
+
+
+def remove_from_copy(cache: Path, run: Path) -> None:
+    remove_samples(cache, ["00005"], RemoveSettings(runs=(run,)))
+
+
+def test_other_split_of_a_run_is_not_signed(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(cache_path, tmp_path / "cache"))
+    run = Path(shutil.copytree(run_path, tmp_path / "run"))
+    split = read_split(run / "split.parquet", [Cache(cache)])
+    swapped = replace(split, parts=[{"train": "test", "test": "train"}.get(part, part) for part in split.parts])
+    write_split(run / "split.parquet", swapped)
+    before = tree(run)
+    with pytest.raises(CorruptError, match=r"split.parquet: expected the file that the run was made with, got another"):
+        remove_from_copy(cache, run)
+    assert tree(run) == before
+    assert not Cache(cache).info.removed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [r"removing\.json", r"run/split\.parquet", r"run/config\.json"])
+def test_killed_removal_from_a_run_is_finished(cache_path: Path, run_path: Path, tmp_path: Path, pattern: str) -> None:
+    copies = {}
+    for name in ("whole", "killed"):
+        shutil.copytree(cache_path, tmp_path / name / "cache")
+        shutil.copytree(run_path, tmp_path / name / "run")
+        copies[name] = tmp_path / name / "cache", tmp_path / name / "run"
+    remove_from_copy(*copies["whole"])
+    crash_function(remove_from_copy, copies["killed"], "before", pattern)
+    remove_from_copy(*copies["killed"])
+    assert tree(tmp_path / "killed" / "run") == tree(tmp_path / "whole" / "run")
+
+
+def test_damaged_footer_of_a_selection_is_not_signed(copy: Path) -> None:
+    """A count of rows, and the name of a column; no checksum covers them."""
+    path, rows = copy / "kept.parquet", pq.read_table(copy / "kept.parquet").num_rows
+    data, num_refused = path.read_bytes(), 0
+    start = data.rindex(b"embedcache\x18") - 400
+    for place in range(start, start + 400):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 8]) + data[place + 1 :])
+        try:
+            assert remove_from(path, {"nobody"}) == 0
+            table = pq.read_table(path)
+            assert (table.num_rows, table.column_names[:2]) == (rows, ["row", "key"]), place
+        except EmbedcacheError:
+            num_refused += 1
+    assert num_refused > 50
 
 
 def test_exports(tmp_path: Path) -> None:
@@ -310,7 +365,7 @@ def test_exports(tmp_path: Path) -> None:
     with pytest.raises(PathError, match="got a report; delete it, and make it again"):
         remove_from(tmp_path / "report.json", {"b"})
     marked = table.append_column("neighbors", pa.array([[1], [0], [0], [0]])).replace_schema_metadata(
-        to_metadata({"cache": "c"})
+        to_metadata({"cache": "c"}, pa.schema([*table.schema, ("neighbors", pa.list_(pa.int64()))]))
     )
     pq.write_table(marked, tmp_path / "atlas.parquet")
     with pytest.raises(DataError, match="names neighbors by their position; delete it, and export it again"):

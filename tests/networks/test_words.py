@@ -60,3 +60,10 @@ def test_candidates_need_known_words() -> None:
         WORDS.require_known(["red", "a blue circle"], "classes")
     with pytest.raises(DataError, match="texts with words"):
         WORDS.require_known(["?"], "answers")
+
+
+def test_a_text_too_long_for_attention_is_named() -> None:
+    vocabulary = Vocabulary(["a", "b"])
+    assert vocabulary.encode(["a", "b " * 1024]).lengths().tolist() == [1, 1024]
+    with pytest.raises(DataError, match=r"expected at most 1,024 words, got 1,025 in the one that begins 'b a a a"):
+        vocabulary.encode(["a", None, "b" + " a" * 1024])

@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.map import compute_map, read_map
 from embedcache.curate.settings import CoverageSettings, MapSettings
+from embedcache.derive.derive import Derivation, derive
 from embedcache.errors import CorruptError, DataError, FingerprintError, MissingExtraError, PathError, SettingError
 from embedcache.progress import NullProgress
 from embedcache.search.concepts import open_concepts
@@ -297,6 +298,19 @@ def test_missing_package_of_an_encoder_is_no_obstacle(
         assert set(client.get("/api/info").json()["rejects"]) == {"text", "image"}
         assert len(ask(client, row=3, k=2)) == 2
     assert "text queries: open_toy needs a package; pip install toys" in caplog.text
+
+
+def test_index_of_features_without_an_encoder_is_served(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "cache", tmp_path / "cache")
+    inputs, four = [("image", "open_toy/cls")], {"width": 4}
+    derive(tmp_path / "cache", Derivation(name="small", inputs=inputs, rule="pca", parameters=four))
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(modality="image", feature="small"))
+    with visit(start(index=tmp_path / "index")) as client:
+        rejects = client.get("/api/info").json()["rejects"]
+        assert "are derived from other features, so no raw image can be encoded like them" in rejects["image"]
+        assert len(ask(client, row=3, k=2)) == 2
+        refused = client.post("/api/search/image?k=1", content=b"x")
+        assert (refused.status_code, rejects["image"] in refused.json()["error"]) == (400, True)
 
 
 def test_two_indexes_answer_one_question(served: SearchService, root: Path) -> None:
