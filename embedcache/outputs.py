@@ -118,6 +118,8 @@ def to_metadata(record: Mapping[str, Any], schema: "pa.Schema") -> dict[str, str
 def read_metadata(path: Path, schema: "pa.Schema") -> dict[str, Any]:
     """Return the record in the metadata of a table's schema, of all its columns; empty if it has none.
 
+    Columns that were added or left out since are not compared: a user has changed the table.
+
     Raises:
         CorruptError: the record or a column has changed since it was written, or the record is no JSON object.
     """
@@ -131,9 +133,12 @@ def read_metadata(path: Path, schema: "pa.Schema") -> dict[str, Any]:
     check_record(path, record, next_step=_WRITE_AGAIN)
     found = {field.name: _kind(field.type) for field in schema}
     columns = record.pop(_COLUMNS, found)
-    if columns != found or list(columns) != list(found):
+    if len(columns) == len(found) and list(columns.items()) != list(found.items()):  # else a user has chosen columns
         shown = (", ".join(f"{name} ({kind})" for name, kind in kinds.items()) for kinds in (columns, found))
-        raise CorruptError(f"{path}: expected the columns {next(shown)}, got {next(shown)}; {_WRITE_AGAIN}")
+        raise CorruptError(
+            f"{path}: expected the columns {next(shown)}, got {next(shown)}; {_WRITE_AGAIN}, or without the metadata "
+            "embedcache if you have changed the columns"
+        )
     return record
 
 

@@ -54,6 +54,21 @@ def test_keys_beyond_what_one_array_holds(
     assert np.array_equal(read_selection(tmp_path / "s.parquet", data.caches[1:]), rows)
 
 
+def test_columns_of_a_selection_may_be_added_and_left_out(cache_path: Path, tmp_path: Path) -> None:
+    cache, path, rows = Cache(cache_path), tmp_path / "s.parquet", np.array([3, 7, 200])
+    write_selection(path, cache, Selection(rows=rows, reasons=["a", "b", "c"]), {"method": "random"})
+    table = pq.read_table(path)
+    for changed in (table.select(["key"]), table.append_column("mine", [[1, 2, 3]]), table.slice(0, 3)):
+        pq.write_table(changed, path)
+        assert np.array_equal(read_selection(path, [cache]), rows)
+    renamed = table.rename_columns(["row", "key", "why"])
+    pq.write_table(renamed.replace_schema_metadata(table.schema.metadata), path)
+    with pytest.raises(CorruptError, match=r"expected the columns .* reason \(text\), got .* why \(text\); write it"):
+        read_selection(path, [cache])
+    pq.write_table(renamed.replace_schema_metadata(), path)
+    assert np.array_equal(read_selection(path, [cache]), rows)
+
+
 def test_flipped_bits_are_noticed(cache_path: Path, tmp_path: Path) -> None:
     """Values, headers of pages and the footer: the same samples and reasons, or one line."""
     cache, rng, path = Cache(cache_path), np.random.default_rng(0), tmp_path / "s.parquet"
