@@ -229,7 +229,7 @@ def estimate_bars(
 ) -> None:
     """Draw one horizontal bar per named estimate with its interval as a line, the first one at the top.
 
-    With `is_gain` the estimates are differences of fractions: signed percentages, and a line at zero.
+    With `is_gain` the estimates are differences of fractions: signed, and with a line at zero.
     """
     for position, estimate in enumerate(estimates.values()):
         axes.barh(position, estimate.value, color=colors[position % len(colors)], height=height)
@@ -240,7 +240,7 @@ def estimate_bars(
     if is_gain:
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.locator_params(axis="x", nbins=5)
-        axes.xaxis.set_major_formatter(lambda value, _: _percent_tick(value, is_signed=True))
+        axes.xaxis.set_major_formatter(lambda value, _: _tick(value, is_signed=True))
 
 
 class Curves(NamedTuple):
@@ -257,9 +257,11 @@ class Curves(NamedTuple):
     places: Sequence[float] = ()
 
 
-def _percent_tick(value: float, *, is_signed: bool) -> str:
-    text = f"{value:+.1%}" if is_signed and value else f"{value:.1%}"
-    return text.replace(".0%", "%")
+def _tick(value: float, *, is_signed: bool) -> str:
+    """Return a fraction in percent; a difference of fractions as in tables, where `+20%` would be a fifth more."""
+    if is_signed:
+        return f"{value:+.3f}".removesuffix("0") if value else "0"
+    return f"{value:.1%}".replace(".0%", "%")
 
 
 def estimate_curves(
@@ -301,7 +303,7 @@ def estimate_curves(
         ticks = [tick for tick, above in pairwise((*_LOG_TICKS, 1.0)) if above >= lowest and tick / 2 < highest]
         axes_P[0].set_yticks(ticks, [f"{tick:.1%}" if tick < 0.01 else f"{tick:.0%}" for tick in ticks])
     else:
-        axes_P[0].yaxis.set_major_formatter(lambda value, _: _percent_tick(value, is_signed=is_gain))
+        axes_P[0].yaxis.set_major_formatter(lambda value, _: _tick(value, is_signed=is_gain))
         axes_P[0].set_ylim(bottom=None if is_gain else 0)
     for axes in axes_P:
         axes.minorticks_off()
