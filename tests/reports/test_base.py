@@ -77,7 +77,7 @@ def test_no_row_of_a_table_in_a_section_is_emphasized(tmp_path: Path) -> None:
 
 def test_ticks_of_curves_say_tenths_of_percents_where_they_are_some() -> None:
     lines = {"a": [Estimate(value, value, value) for value in (-0.025, 0.125)]}
-    for is_gain, expected in ((True, {"-2.5%", "+2.5%", "0%", "+5%"}), (False, {"2.5%", "0%", "5%"})):
+    for is_gain, expected in ((True, {"-0.025", "+0.025", "0", "+0.05"}), (False, {"2.5%", "0%", "5%"})):
         figure = estimate_curves({"": Curves(["1", "2"], lines)}, x="", y="", is_gain=is_gain)
         axes = figure.axes[0]
         axes.set_yticks([-0.025, 0.0, 0.025, 0.05])
@@ -96,7 +96,7 @@ def test_ticks_of_gains_beside_each_other_do_not_overlap() -> None:
     for axes in axes_P:
         low, high = axes.get_xlim()
         labels = [label for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
-        assert {"-5%", "0%", "+5%"} <= {label.get_text() for label in labels}
+        assert {"-0.05", "0", "+0.05"} <= {label.get_text() for label in labels}
         boxes = [label.get_window_extent() for label in labels]
         assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
         assert [line.get_xdata()[0] for line in axes.lines].count(0) == 1
