@@ -251,6 +251,9 @@ def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, 
         checkpoint_path(run_path).unlink(missing_ok=True)
     path = run_path / "record.json"
     record = read_stage(path)
+    settings = record.get("settings", {})
+    if any(name in settings and settings[name] != stored.get(name) for name in ("spine", "training")):
+        raise CorruptError(f"{path}: expected the record of this run, got that of another one; restore the file")
     return fields_of(path, lambda: make(record["outcome"]))
 
 

@@ -161,6 +161,14 @@ def test_record_of_another_version_is_named(
         run(cache_path, finished)
 
 
+def test_record_of_another_run_is_refused(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    run(cache_path, tmp_path / "other", epochs=0, seed=7)
+    shutil.copy(tmp_path / "other" / "record.json", copy)
+    with pytest.raises(CorruptError, match=r"record\.json: expected the record of this run, got that of another one"):
+        run(cache_path, copy)
+
+
 def test_foreign_folder_is_refused_and_untouched(cache_path: Path, tmp_path: Path) -> None:
     for name in ("model.safetensors", "thesis.tex"):
         (tmp_path / name).write_text("mine")
