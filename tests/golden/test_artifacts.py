@@ -74,9 +74,10 @@ def assert_same_table(found: Path, golden: Path) -> None:
     )
     for about in found_about.values():
         about.pop("digest", None)  # the first versions did not write one
+        assert list(about.pop("columns")) == found_table.column_names  # nor these
         if about.get("method") == "leaks":
             pop_search(about)
-    assert_close(found_about, golden_about)
+    assert_close({name: about for name, about in found_about.items() if about}, golden_about)
 
 
 def pop_search(leaks: dict[str, Any]) -> None:
@@ -184,6 +185,7 @@ def test_index_builds_the_same(index: str) -> None:
     card, golden = read_json(Path(index) / "card.json"), read_json(ARTIFACTS / index / "card.json")
     assert "index.faiss" in card.pop("checksums")  # which later versions write
     golden.pop("checksums", None)
+    golden["file_bytes"] += len("crc32 01234567")  # at the end of index.faiss, which later versions write
     if card["lists"]:
         assert card.pop("format") == 4  # with a checksum per list
         golden.pop("format")

@@ -274,7 +274,8 @@ def test_auto_device_is_that_of_the_run(cache_path: Path, whole: Path, tmp_path:
     """A machine without a GPU reuses a run that was trained on one, and does not resume it elsewhere."""
     assert read_json(whole / "config.json")["training"]["machine"]["device"] == "cpu"
     finished, stopped = (Path(shutil.copytree(whole, tmp_path / name)) for name in ("finished", "stopped"))
-    edit_record(finished / "config.json", {'"device": "cpu"': '"device": "cuda"'})
+    for name in ("config.json", "record.json"):
+        edit_record(finished / name, {'"device": "cpu"': '"device": "cuda"'})
     checkpoint_path(finished).touch()  # as if interrupted right after its config was written
     run(cache_path, finished)
     assert not checkpoint_path(finished).exists()
