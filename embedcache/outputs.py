@@ -115,6 +115,11 @@ def to_metadata(record: Mapping[str, Any], schema: "pa.Schema") -> dict[str, str
     return {MARK["generator"]: json.dumps(add_digest({**record, _COLUMNS: columns}))}
 
 
+def with_metadata(table: "pa.Table", record: Mapping[str, Any]) -> "pa.Table":
+    """Return a table with the metadata of `to_metadata`, in place of any other."""
+    return table.replace_schema_metadata(to_metadata(record, table.schema))
+
+
 def read_metadata(path: Path, schema: "pa.Schema") -> dict[str, Any]:
     """Return the record in the metadata of a table's schema, of all its columns; empty if it has none.
 

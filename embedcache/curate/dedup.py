@@ -27,7 +27,7 @@ from embedcache.dataset.similar_pairs import SimilarPairs, cosine_limit
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
-from embedcache.outputs import check_output, new_output, to_metadata
+from embedcache.outputs import check_output, new_output, with_metadata
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
@@ -297,4 +297,4 @@ def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
     )
     header = {"cache": str(cache.path), "method": "dedup"}
     with new_output(path) as temporary:
-        write_table(temporary, table.replace_schema_metadata(to_metadata(header, table.schema)))
+        write_table(temporary, with_metadata(table, header))

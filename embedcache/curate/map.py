@@ -24,7 +24,7 @@ from embedcache.errors import CorruptError
 from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import find_closest, top_k
 from embedcache.modalities import noun
-from embedcache.outputs import new_output, read_metadata, to_metadata
+from embedcache.outputs import new_output, read_metadata, with_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments
 from embedcache.provenance import to_record
@@ -198,8 +198,7 @@ def write_map(index: OpenIndex, computed: IndexMap) -> None:
         "clusters": [asdict(cluster) for cluster in computed.clusters],
     }
     with new_output(index.path / FILE) as temporary:
-        table = pa.table(columns)
-        write_table(temporary, table.replace_schema_metadata(to_metadata(header, table.schema)))
+        write_table(temporary, with_metadata(pa.table(columns), header))
 
 
 def read_map(index: OpenIndex) -> IndexMap | None:

@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Floats
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, one_line
-from embedcache.outputs import check_table_output, new_output, read_metadata, to_metadata
+from embedcache.outputs import check_table_output, new_output, read_metadata, with_metadata
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
-from embedcache.store.columns import places_in
+from embedcache.store.columns import index_in
 from embedcache.store.tables import read_table, write_table
 
 _ROW, _KEY = "row", "key"
@@ -49,7 +49,7 @@ def write_scores(
     table = pa.table({_ROW: np.arange(cache.info.num_samples), _KEY: cache.column(_KEY), **arrays})
     header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
     with new_output(path) as temporary:
-        write_table(temporary, table.replace_schema_metadata(to_metadata(header, table.schema)))
+        write_table(temporary, with_metadata(table, header))
 
 
 def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Score:
@@ -81,7 +81,7 @@ def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Scor
     keys = cache.column(_KEY)
     if len(pc.unique(known)) < len(known):
         raise DataError(f"scores {path}: expected each key once, got {len(known) - len(pc.unique(known)):,} repeated")
-    positions = places_in(keys, known).combine_chunks()
+    positions = index_in(keys, known).combine_chunks()
     if positions.null_count == len(positions):
         raise DataError(
             f"scores {path}: expected keys of {cache.path}, such as {keys[0].as_py()!r}, got {len(known):,} others"

@@ -14,9 +14,9 @@ from embedcache.arrays import Ints
 from embedcache.dataset.splits import check_split, warn_removed
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
 from embedcache.files import TEXT_ENCODING, read_file
-from embedcache.outputs import check_table_output, new_output, read_metadata, to_metadata
+from embedcache.outputs import check_table_output, new_output, read_metadata, with_metadata
 from embedcache.store.cache import Cache, keys_of
-from embedcache.store.columns import places_in, to_array
+from embedcache.store.columns import index_in, to_array
 from embedcache.store.removed import read_removed
 from embedcache.store.tables import read_table, write_table
 
@@ -51,7 +51,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
     table = pa.table({"row": selection.rows, "key": keys, "reason": to_array(selection.reasons, pa.string())})
     header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
     with new_output(path) as temporary:
-        write_table(temporary, table.replace_schema_metadata(to_metadata(header, table.schema)))
+        write_table(temporary, with_metadata(table, header))
 
 
 def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
@@ -71,7 +71,7 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     """
     selected = pc.unique(read_selected_keys(Path(path)))
     keys = keys_of(caches)
-    unknown = selected.filter(pc.is_null(places_in(selected, keys))) if len(selected) else selected
+    unknown = selected.filter(pc.is_null(index_in(selected, keys))) if len(selected) else selected
     unknown = _without_removed(path, unknown, caches)
     if len(unknown) or not len(selected):
         shown = ", ".join(repr(key) for key in sorted(unknown.to_pylist())[:3]) or "nothing"
@@ -80,7 +80,7 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
             f"selection {path} of {len(selected):,} keys has {shown}; {len(unknown):,} are not keys of {names}, which "
             f"has {len(keys):,}, such as {keys[0].as_py()!r}"
         )
-    return np.flatnonzero(places_in(keys, selected).is_valid())
+    return np.flatnonzero(index_in(keys, selected).is_valid())
 
 
 def _without_removed(path: Path | str, keys: pa.Array, caches: Sequence[Cache]) -> pa.Array:

@@ -19,7 +19,7 @@ from embedcache.dataset.pairs import Pairs, caption_languages, name_caches
 from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError, one_line
 from embedcache.files import replacing
-from embedcache.outputs import to_metadata
+from embedcache.outputs import with_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest_file, read_record
 from embedcache.registry import unknown_name
@@ -78,8 +78,7 @@ def write_split(path: Path, split: Split) -> None:
     if split.index_digests:
         columns["spine"] = to_array(split.index_digests, pa.string())
     with replacing(path) as temporary:
-        table = pa.table(columns)
-        write_table(temporary, table.replace_schema_metadata(to_metadata({}, table.schema)))
+        write_table(temporary, with_metadata(pa.table(columns), {}))
 
 
 def check_split(path: Path) -> None:

@@ -29,7 +29,7 @@ from embedcache.projectors.saved import (
 )
 from embedcache.provenance import check_same, digest_file
 from embedcache.store.cache import Cache
-from embedcache.store.columns import places_in
+from embedcache.store.columns import index_in
 
 RunPaths: TypeAlias = AnyPath | Sequence[AnyPath]
 """One run, or seeds of one recipe."""
@@ -194,7 +194,7 @@ def read_run_selection(run: Run, cache: Cache) -> Ints | None:
             f"{path}: expected the selection that the run was trained on, got another file; train again into a new "
             "folder"
         )
-    return np.flatnonzero(places_in(cache.column("key"), read_selected_keys(path)).is_valid())
+    return np.flatnonzero(index_in(cache.column("key"), read_selected_keys(path)).is_valid())
 
 
 def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:

@@ -23,7 +23,7 @@ from embedcache.provenance import check_same, digest, new_record_path, record_st
 from embedcache.registry import unknown_name
 from embedcache.sources.merged import merged_description
 from embedcache.store.cache import Cache
-from embedcache.store.columns import places_in
+from embedcache.store.columns import index_in
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
 from embedcache.store.indexing import index
@@ -155,7 +155,7 @@ def _check_keys(caches: Sequence[Cache]) -> None:
         is_left = np.ones(len(keys), bool)
         is_left[cache.removed] = False
         keys = keys.filter(pa.array(is_left))
-        again = keys.filter(places_in(keys, seen).is_valid())
+        again = keys.filter(index_in(keys, seen).is_valid())
         if len(again):
             shown = ", ".join(repr(key) for key in again.slice(0, 3).to_pylist())
             raise DataError(

@@ -124,7 +124,7 @@ def widen(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     return texts
 
 
-def places_in(texts: "pa.Array | pa.ChunkedArray", known: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedArray":
+def index_in(texts: "pa.Array | pa.ChunkedArray", known: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedArray":
     """Return the first place of each text among known ones, null if it is not one of them; all may exceed 2 GiB."""
     if texts.type != known.type:
         texts, known = texts.cast(pa.large_string()), known.cast(pa.large_string())
