@@ -95,8 +95,8 @@ def why_no_encoder(spec: "EncoderSpec", modality: Modality) -> str | None:
         )
     if spec.family == DERIVED:
         return (
-            f"features of {DERIVED}:{spec.model} are derived from other features, so no raw {modality} can be encoded like them: "
-            "search with --query-key or --query-vectors, or use the features that they are derived from"
+            f"features of {DERIVED}:{spec.model} are derived from other features, so no raw {modality} can be encoded "
+            "like them: search with --query-key or --query-vectors, or use the features that they are derived from"
         )
     return None
 
