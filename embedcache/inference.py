@@ -23,7 +23,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.files import AnyPath
 from embedcache.likelihood.model import LikelihoodModel, Scores, load_likelihood
-from embedcache.modalities import list_texts
+from embedcache.modalities import list_distinct, list_texts
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.saved import PairConfig, is_pair, load_pair, project, read_run
 from embedcache.sources.images import ImageLike, list_images, load_image
@@ -188,10 +188,7 @@ class Model:
             SettingError: a template without `{}`.
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
-        names, templates = list_texts(names, "names"), list_texts(template, "template")
-        if not names or len(set(names)) < len(names):
-            twice = next((name for name in names if names.count(name) > 1), None)
-            raise DataError(f"names: expected distinct names of classes, got {f'{twice!r} twice' if twice else 'none'}")
+        names, templates = list_distinct(names, "names", "names of classes"), list_texts(template, "template")
         for prompt in templates or ("",):
             if "{}" not in prompt:
                 raise SettingError(f"template: expected a text with {{}} for the name, got {prompt!r}")

@@ -72,6 +72,15 @@ def list_texts(texts: Any, name: str = "texts") -> tuple[str, ...]:
     return listed
 
 
+def list_distinct(texts: Any, name: str, what: str) -> tuple[str, ...]:
+    """Return texts as `list_texts` does; `DataError` too if there are none, or one twice. `what` describes them."""
+    listed = list_texts(texts, name)
+    if not listed or len(set(listed)) < len(listed):
+        twice = next((text for text in listed if listed.count(text) > 1), None)
+        raise DataError(f"{name}: expected distinct {what}, got {'none' if twice is None else f'{twice!r} twice'}")
+    return listed
+
+
 def order_pair(modalities: Iterable[str]) -> tuple[str, ...]:
     """Return modalities in the order in which a pair names them: as in the table, but `text` last."""
     return tuple(sorted(modalities, key=lambda name: (name == "text", list(MODALITIES).index(name))))

@@ -28,6 +28,13 @@ def damage_column(path: Path, column: str) -> None:
     path.write_bytes(data)
 
 
+def flip(path: Path, position: int) -> None:
+    """Flip the lowest bit of a byte."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
 def exchange(path: Path, data: bytes | bytearray) -> None:
     """Put another file in place of one, which threads of FAISS that read ahead may still have mapped."""
     other = path.with_suffix(".other")

@@ -85,15 +85,16 @@ def check_split(path: Path) -> None:
     """Compare a split with its digest in the `config.json` of its run, or the `study.json` of its study, if any.
 
     Raises:
-        CorruptError: the split, or that file, has changed since it was written.
+        CorruptError: the split is missing, or it or that file has changed since it was written.
     """
     for name in _MANIFESTS if path.name == "split.parquet" else ():
         if (manifest := path.with_name(name)).is_file():
             written = read_record(manifest, next_step="restore the file").get("split")
-            if isinstance(written, str) and written and digest_file(path) != written:
+            if isinstance(written, str) and written and not (path.is_file() and digest_file(path) == written):
+                got = "another file" if path.is_file() else "none"
                 raise CorruptError(
-                    f"{path}: expected the split that {manifest.name} was written for, got another file; restore it, "
-                    "or use a new folder"
+                    f"{path}: expected the split that {manifest.name} was written for, got {got}; restore it, or use "
+                    "a new folder"
                 )
 
 

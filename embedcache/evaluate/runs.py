@@ -90,7 +90,15 @@ def group_by_recipe(
     return _name_recipes([paths for _, paths in groups])
 
 
-def read_module_recipe(run_path: Path) -> dict[str, Any]:
+def group_modules_by_recipe(run_paths: RunPaths) -> dict[str, list[Path]]:
+    """Group runs of modules by recipe, as `group_by_recipe` does; `SettingError` if two of one have the same seed."""
+    groups = group_by_recipe(run_paths, _module_recipe)
+    for paths in groups.values():
+        _check_seeds([read_module_config(path).training["seed"] for path in paths])
+    return groups
+
+
+def _module_recipe(run_path: Path) -> dict[str, Any]:
     """Return all that decides a run of a module except its seed, where it was trained, and the weights it starts from.
 
     The names of the runs that it starts from belong to it.
@@ -207,10 +215,13 @@ def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
     return dict(zip(names, recipes, strict=True))
 
 
-def _check_same_recipe(runs: Sequence[Run]) -> None:
-    seeds = [run.seed for run in runs]
+def _check_seeds(seeds: Sequence[int]) -> None:
     if len(set(seeds)) < len(seeds):
         raise SettingError(f"expected runs of different seeds to average, got seeds {', '.join(map(str, seeds))}")
+
+
+def _check_same_recipe(runs: Sequence[Run]) -> None:
+    _check_seeds([run.seed for run in runs])
     for run in runs[1:]:
         next_step = f"average only seeds of one recipe: evaluate {runs[0].path} and {run.path} one by one"
         check_same(f"run {runs[0].path}", _recipe(runs[0].config), _recipe(run.config), next_step=next_step)

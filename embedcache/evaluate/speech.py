@@ -11,7 +11,7 @@ from embedcache.arrays import Ints
 from embedcache.dataset.inputs import PLAIN, check_same_view
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, FingerprintError, SettingError
-from embedcache.evaluate.runs import group_by_recipe, read_module_recipe, read_part
+from embedcache.evaluate.runs import group_modules_by_recipe, read_part
 from embedcache.evaluate.settings import SpeechSettings
 from embedcache.evaluate.utterances import (
     WordClusters,
@@ -269,7 +269,7 @@ def compare_runs(
         run_paths: runs of `train_speech`.
 
     Raises:
-        SettingError: no run, or none of the runs has a stream of that name.
+        SettingError: no run, two of one recipe with the same seed, or none has a stream of that name.
         DataError: there is no such part; or as in `evaluate_speech`, which lists other errors, too.
         UnknownNameError: the cache has no feature or view of a name.
     """
@@ -278,7 +278,7 @@ def compare_runs(
         raise SettingError("expected at least one run to evaluate, got none")
     cache = Cache(cache_path)
     samples = read_part(cache, settings.part).samples
-    recipes = group_by_recipe(run_paths, read_module_recipe)
+    recipes = group_modules_by_recipe(run_paths)
     for path in run_paths:
         config = read_speech_config(path, settings.streams)
         check_decoder(config.training, settings.decoding, run=str(path))

@@ -16,7 +16,7 @@ from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.likelihood import load_shared
 from embedcache.likelihood.items import Batches, ItemReader, ItemsLike, OpenItems, open_cache
-from embedcache.modalities import list_texts
+from embedcache.modalities import list_distinct, list_texts
 from embedcache.networks.candidates import Candidates
 from embedcache.networks.captions import write_captions
 from embedcache.networks.saved import ModuleConfig
@@ -134,8 +134,8 @@ class LikelihoodModel:
 
         Raises:
             PathError: a file does not exist.
-            DataError: an item cannot be decoded, a name has words that the word table lacks, raw items cannot be read
-                as the feature of the run, or the cache does not have it.
+            DataError: an item cannot be decoded, there is no name, one twice, or one has words that the word table
+                lacks, raw items cannot be read as the feature of the run, or the cache does not have it.
             SettingError: several tasks, or none, have classes.
             FingerprintError: the encoder or the cache's feature is not what the run was trained on.
             MissingExtraError: a package is not installed.
@@ -268,7 +268,7 @@ class LikelihoodModel:
         if names is None:
             names, head = self._closed_set(kind, task)
         else:
-            names = list_texts(names, "candidates")
+            names = list_distinct(names, "candidates", "texts")
         _, vectors_CP = self._encode_set(tuple(names), is_words=False)
         queries_NP, compared = self._network.compare(queries_NP, Candidates(vectors_CP), family=kind, head=head)
         logits_NC = queries_NP @ compared.vectors_CP.T

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import Split, column_parts, read_split, split_samples
+from embedcache.dataset.splits import Split, check_split, column_parts, read_split, split_samples
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.likelihood import BLIND, SHUFFLED, TaskReport, evaluate_task
-from embedcache.evaluate.runs import group_by_recipe, read_module_recipe
+from embedcache.evaluate.runs import group_modules_by_recipe
 from embedcache.evaluate.settings import LikelihoodEvalSettings
 from embedcache.likelihood.tasks import NamedTask, TaskFile, is_about_items, naming, open_task, parts_of
 from embedcache.networks.saved import ModuleConfig, read_module_config
@@ -170,7 +170,8 @@ def evaluate_tasks(
         Recipe -> task -> a report per seed.
 
     Raises:
-        SettingError: there are no runs.
+        SettingError: there are no runs, or two of one recipe with the same seed.
+        CorruptError: the split of a run is missing, or has changed.
         DataError: there are no examples of the part; or as `evaluate_task`. Errors of a task begin with its name.
     """
     settings, progress = settings or LikelihoodEvalSettings(), progress or NullProgress()
@@ -179,7 +180,7 @@ def evaluate_tasks(
     file = TaskFile(task_file, Cache(cache_path))
     progress.start("evaluate", len(file.tasks) * len(run_paths), "tasks")
     reports: dict[str, dict[str, list[TaskReport]]] = {}
-    for name, paths in group_by_recipe(run_paths, read_module_recipe).items():
+    for name, paths in group_modules_by_recipe(run_paths).items():
         for path in paths:
             for task in file.tasks:
                 with naming(task):
@@ -235,11 +236,14 @@ def _evaluate(
 
 def _split_of_run(cache: Cache, run_path: Path, config: ModuleConfig) -> Split | None:
     """Return the split of a cache that a run was trained on, or that of its column `split`; None: there is none."""
-    if split_path(run_path).is_file() and any(map(cache.info.has_rows_of, config.index_digest.split("+"))):
-        try:
-            return read_split(split_path(run_path), [cache])
-        except DataError:  # the run's split is one of its other caches
-            return None
+    path = split_path(run_path)
+    if any(map(cache.info.has_rows_of, config.index_digest.split("+"))):
+        check_split(path)
+        if path.is_file():
+            try:
+                return read_split(path, [cache])
+            except DataError:  # the run's split is one of its other caches
+                return None
     if "split" not in cache.columns:
         return None
     keys, parts = cache.column("key"), column_parts(cache.column("split"))

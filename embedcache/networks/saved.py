@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from embedcache.devices import announce_device
-from embedcache.errors import ArtifactError, CorruptError, DataError, one_line
+from embedcache.errors import ArtifactError, DataError, one_line
 from embedcache.projectors.saved import (
     CONFIG_NAMES,
     RUN_FORMAT,
+    checked_weights_path,
     config_path,
     is_pair,
     read_run,
@@ -149,11 +150,7 @@ def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, Modu
         CorruptError: the weights differ from those that `config.json` was written for.
     """
     config = read_module_config(run_path)
-    model_path = run_path / "model.safetensors"
-    if not model_path.is_file() or digest_file(model_path) != config.weights_digest:
-        raise CorruptError(
-            f"{model_path} is missing or not the file that config.json was written for; train again into a new folder"
-        )
+    model_path = checked_weights_path(run_path, config.weights_digest)
     try:
         with names_from(run_path):
             module = build_module(config)

@@ -44,6 +44,12 @@ CONFIG_NAMES = {
 }
 """Field of the config of a run -> key in `config.json`, where they differ, as in format 1."""
 
+_READERS = {
+    "shared": "evaluate it with: embedcache evaluate likelihood",
+    "speech": "evaluate it with: embedcache evaluate speech",
+}
+_LOADER = "load it with embedcache.networks.saved.load_module"
+"""What else to do with a run of a module, by its kind."""
 _FORMAT_1 = ("image", "text")
 _PAIR = "pair"
 _BLOCK = 8192
@@ -163,6 +169,16 @@ def save_weights(path: Path, module: "nn.Module") -> None:
         save_file(state, temporary)
 
 
+def checked_weights_path(run_path: Path, expected: str) -> Path:
+    """Return the path of the weights of a run; `CorruptError` if they have another digest or are missing."""
+    path = run_path / "model.safetensors"
+    if not path.is_file() or digest_file(path) != expected:
+        raise CorruptError(
+            f"{path} is missing or not the file that config.json was written for; train again into a new folder"
+        )
+    return path
+
+
 def read_run(run_path: Path, *, make: str = "embedcache train CACHE {}") -> dict[str, Any]:
     """Read the values of the `config.json` of any run, without its digest.
 
@@ -198,8 +214,8 @@ def read_config(run_path: Path) -> PairConfig:
     values = read_run(run_path)
     if not is_pair(values):
         raise DataError(
-            f"{run_path}: expected an aligned pair, got a run of kind {values.get('kind')}; load it with "
-            "embedcache.networks.saved.load_module"
+            f"{run_path}: expected an aligned pair, got a run of kind {values.get('kind')}; "
+            f"{_READERS.get(str(values.get('kind')), _LOADER)}"
         )
     return fields_of(config_path(run_path), lambda: PairConfig.from_json(values))
 
@@ -220,11 +236,7 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple["AlignedPair", Pa
     from safetensors.torch import load_file
 
     config = read_config(run_path)
-    model_path = run_path / "model.safetensors"
-    if not model_path.is_file() or digest_file(model_path) != config.weights_digest:
-        raise CorruptError(
-            f"{model_path} is missing or not the file that config.json was written for; train again into a new folder"
-        )
+    model_path = checked_weights_path(run_path, config.weights_digest)
     pair = build(config)
     pair.load_state_dict(load_file(model_path))
     return pair.to(device).eval(), config

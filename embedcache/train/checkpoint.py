@@ -1,5 +1,6 @@
 """The folder of a run while it is trained: lease, settings, checkpoint, log of losses; its reuse once finished."""
 
+import hashlib
 import io
 import json
 import lzma
@@ -10,16 +11,17 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from zipfile import BadZipFile, ZipFile
 
 import torch
 
+from embedcache.dataset.splits import check_split
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, FingerprintError, PathError, one_line
 from embedcache.files import replacing
 from embedcache.locks import Leases
-from embedcache.projectors.saved import config_path, split_path
+from embedcache.projectors.saved import checked_weights_path, config_path, split_path
 from embedcache.provenance import (
     check_same,
     digest,
@@ -120,35 +122,48 @@ def _digest_split(path: Path, _written_ns: int) -> str:
     return digest_file(path)
 
 
+class LogEnd(NamedTuple):
+    """Where the log of a run ended when a checkpoint was written: its size, and SHA-256 as hex digits.
+
+    The digest is empty in checkpoints of earlier versions.
+    """
+
+    num_bytes: int = 0
+    digest: str = ""
+
+
 class RunLog:
     """The log of a run: `losses.jsonl`, and trackers if named; of several processes, only the first writes.
 
-    A context manager: it ends with the training. Lines after the first `num_bytes` are cut off. A log that was deleted
-    begins at the checkpoint.
+    A context manager: it ends with the training. Lines after `end` are cut off. A log that was deleted begins at the
+    checkpoint.
 
     Raises:
-        CorruptError: the log of the steps before the checkpoint is not whole.
+        CorruptError: the log of the steps before the checkpoint is not whole, or has changed.
     """
 
     def __init__(
-        self, run_path: Path, *, num_bytes: int, step: int, report_to: tuple[str, ...] = (), run_id: str = ""
+        self, run_path: Path, *, end: LogEnd, step: int, report_to: tuple[str, ...] = (), run_id: str = ""
     ) -> None:
-        self._file, self._trackers = None, None
+        self._file, self._trackers, self._digest = None, None, hashlib.sha256()
         if process_rank():
             return
         path = run_path / "losses.jsonl"
-        size = path.stat().st_size if path.is_file() else 0
-        if 0 < size < num_bytes:
+        before = path.read_bytes()[: end.num_bytes] if path.is_file() else b""
+        self._digest.update(before)
+        is_whole = len(before) == end.num_bytes
+        if before and not (is_whole and end.digest in ("", self._digest.hexdigest())):
+            got = "other ones" if is_whole else f"{len(before):,}"
             raise CorruptError(
-                f"{path}: expected {num_bytes:,} bytes of losses before the checkpoint, got {size:,}; delete it to go "
-                f"on without them, or {checkpoint_path(run_path).name} to restart training"
+                f"{path}: expected the {end.num_bytes:,} bytes of losses before the checkpoint, got {got}; delete it "
+                f"to go on without them, or {checkpoint_path(run_path).name} to restart training"
             )
         if report_to:
             started = run_path / "started.json"
             config = read_json(started) if started.is_file() else {}
             self._trackers = Trackers(report_to, TrackedRun(path=run_path, id=run_id, first_step=step, config=config))
         self._file = path.open("ab")
-        self._file.truncate(min(num_bytes, size))
+        self._file.truncate(len(before))
 
     def __enter__(self) -> "RunLog":
         return self
@@ -162,17 +177,19 @@ class RunLog:
     def write(self, line: Mapping[str, Any], step: int, scalars: Mapping[str, float]) -> None:
         """Write a line of JSON, and report the scalars of a step to the trackers."""
         if self._file is not None:
-            self._file.write(json.dumps(line).encode() + b"\n")
+            data = json.dumps(line).encode() + b"\n"
+            self._digest.update(data)
+            self._file.write(data)
         if self._trackers is not None:
             self._trackers.log(step, scalars)
 
-    def flush(self) -> int:
-        """Flush all lines to the disk and return their size in bytes."""
+    def flush(self) -> LogEnd:
+        """Flush all lines to the disk and return where they end."""
         if self._file is None:
-            return 0
+            return LogEnd()
         self._file.flush()
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        return LogEnd(self._file.tell(), self._digest.hexdigest())
 
 
 T = TypeVar("T")
@@ -244,9 +261,16 @@ def finish_run(run_path: Path, leases: Leases) -> None:
 
 
 def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any], make: Callable[[Any], T]) -> T:
-    """Return the report in the record of a finished run; a config other than the expected one is refused."""
+    """Return the report in the record of a finished run; a config other than the expected one is refused.
+
+    Raises:
+        FingerprintError: the config is another one.
+        CorruptError: the weights, the split or the record of the run are missing, or not those of its config.
+    """
     next_step = "give the path of a new folder, or use the same settings"
     _check_config(f"run {run_path}", stored, expected, next_step=next_step)
+    checked_weights_path(run_path, stored["weights"])
+    check_split(split_path(run_path))
     if process_rank() == 0:
         checkpoint_path(run_path).unlink(missing_ok=True)
     path = run_path / "record.json"

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from embedcache.devices import announce_device
 from embedcache.progress import Progress
 from embedcache.projectors.saved import save_weights
-from embedcache.train.checkpoint import RunLog, load_checkpoint, save_checkpoint
+from embedcache.train.checkpoint import LogEnd, RunLog, load_checkpoint, save_checkpoint
 from embedcache.train.distributed import broadcast_from_first, num_processes, process_rank
 from embedcache.train.parts import freeze
 from embedcache.train.settings import MachineSettings, OptimizerSettings
@@ -69,7 +69,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._best, self._run_id = _BestWeights(), uuid.uuid4().hex
-        self._step = self._epoch = self._log_bytes = self._num_resumed = self._num_samples = 0
+        self._step = self._epoch = self._num_resumed = self._num_samples = 0
+        self._log_end = LogEnd()
         self._last_checkpoint = time.perf_counter()
 
     def fit(self) -> FitResult:
@@ -106,7 +107,7 @@ class Trainer:
         self.progress.start("training", total - self._num_resumed, self.task.unit)
         self._log = RunLog(
             self.run_path,
-            num_bytes=self._log_bytes,
+            end=self._log_end,
             step=self._step,
             report_to=self.machine.report_to,
             run_id=self._run_id,
@@ -167,6 +168,7 @@ class Trainer:
         seconds = time.perf_counter() - self._last_checkpoint
         if not broadcast_from_first(seconds >= self.machine.checkpoint_s):
             return
+        log_end = self._log.flush()
         save_checkpoint(
             self.run_path,
             self.machine.device,
@@ -177,7 +179,8 @@ class Trainer:
                 "step": self._step,
                 "epoch": self._epoch,
                 "pairs": self._num_resumed + self._num_samples,
-                "log_bytes": self._log.flush(),
+                "log_bytes": log_end.num_bytes,
+                "log_digest": log_end.digest,
                 **({"scaler": self._scaler.state_dict()} if self._scaler.is_enabled() else {}),
                 "run_id": self._run_id,
             },
@@ -192,7 +195,8 @@ class Trainer:
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state.get("scaler", {}))
         self._best = _BestWeights.from_state(state["best"])
-        self._step, self._epoch, self._log_bytes = state["step"], state["epoch"], state["log_bytes"]
+        self._step, self._epoch = state["step"], state["epoch"]
+        self._log_end = LogEnd(state["log_bytes"], state.get("log_digest", ""))  # none in earlier versions
         self._num_resumed = state["pairs"]
         self._run_id = state.get("run_id", self._run_id)  # absent from checkpoints of earlier versions
         self.progress.note(f"resumed from the checkpoint after step {self._step:,}")

@@ -148,6 +148,9 @@ def test_wrong_items_names_and_tasks_are_refused(
         model.caption([images[0], b"text"])
     with pytest.raises(DataError, match="expected words of the list, got 'violet'"):
         model.classify(images, ["red", "violet"])
+    for names, words in ((["red", "red"], "'red' twice"), ([], "none")):
+        with pytest.raises(DataError, match=f"candidates: expected distinct texts, got {words}"):
+            model.classify(images, names)
     with pytest.raises(DataError, match="got 'violet mauve', which has none"):
         model.retrieve(["red", "violet mauve"], images)
     with pytest.raises(DataError, match="one for each of 30 items, got 2"):

@@ -146,6 +146,16 @@ def test_seeds_are_averaged_and_prompts_tuned(folder: Path, run: Path) -> None:
     assert [(model["model"], len(model["runs"])) for model in models] == [("tuned", 2), ("run", 1)]
 
 
+def test_a_run_without_its_split_is_neither_measured_nor_reused(folder: Path, run: Path) -> None:
+    (run / "split.parquet").rename(folder / "aside")
+    try:
+        for command in ([*["evaluate", "likelihood", "cache", "run", "--task-file", "tasks.toml"]], train("run")):
+            message = one_error(embedcache(*command, cwd=folder))
+            assert "split.parquet: expected the split that config.json was written for, got none; restore it" in message
+    finally:
+        (folder / "aside").rename(run / "split.parquet")
+
+
 def test_ctrl_c_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint, num_left = trainer.save_checkpoint, 4
 
@@ -246,6 +256,7 @@ def test_wrong_evaluations_are_one_line(folder: Path, run: Path) -> None:
     for line, message in (
         ("cache nowhere --task-file tasks.toml", "nowhere does not exist"),
         ("cache run --task-file none.toml", "got none.toml"),
+        ("cache run run --task-file tasks.toml", "expected runs of different seeds to average, got seeds 0, 0"),
         (
             "cache run --task-file tasks.toml --part val",
             "texts: expected val examples, got none among 60; use --part all",

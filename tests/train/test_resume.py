@@ -19,6 +19,7 @@ from embedcache.errors import CorruptError, FingerprintError, PathError, Setting
 from embedcache.provenance import read_json
 from embedcache.train import checkpoint, trainer
 from embedcache.train.checkpoint import (
+    LogEnd,
     RunLog,
     checkpoint_path,
     finish_run,
@@ -29,7 +30,7 @@ from embedcache.train.checkpoint import (
 from embedcache.train.settings import MachineSettings
 from tests.cli.run import embedcache
 from tests.crash import start
-from tests.edits import edit_record
+from tests.edits import edit_record, flip
 from tests.train import runs
 
 SAME = ("model.safetensors", "last.safetensors", "losses.jsonl", "split.parquet", "config.json")
@@ -163,9 +164,9 @@ def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) 
 def test_only_the_first_process_writes_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rank, size in ((0, 12), (1, 0)):
         monkeypatch.setattr(checkpoint, "process_rank", lambda rank=rank: rank)
-        with RunLog(tmp_path, num_bytes=0, step=0) as log:
+        with RunLog(tmp_path, end=LogEnd(), step=0) as log:
             log.write({"loss": rank}, 0, {})
-            assert log.flush() == size
+            assert log.flush().num_bytes == size
     assert (tmp_path / "losses.jsonl").read_bytes() == b'{"loss": 0}\n'
 
 
@@ -179,11 +180,20 @@ def test_log_that_was_cut_is_refused(cache_path: Path, unfinished: Path) -> None
     path = unfinished / "losses.jsonl"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(
-        CorruptError, match=r"losses.jsonl: expected \d+ bytes of losses before the .*, got 50; delete it"
+        CorruptError, match=r"losses.jsonl: expected the \d+ bytes of losses before the .*, got 50; delete it"
     ):
         run(cache_path, unfinished)
     assert path.stat().st_size == 50
     path.unlink()
+    run(cache_path, unfinished)
+
+
+def test_log_that_was_changed_is_refused(cache_path: Path, unfinished: Path) -> None:
+    path = unfinished / "losses.jsonl"
+    flip(path, position=30)
+    with pytest.raises(CorruptError, match=r"losses.jsonl: expected the \d+ bytes of .*, got other ones; delete"):
+        run(cache_path, unfinished)
+    flip(path, position=30)
     run(cache_path, unfinished)
 
 

@@ -38,7 +38,7 @@ from embedcache.train.parts import source_digests
 from embedcache.train.settings import train_settings
 from embedcache.train.train import TrainReport
 from tests.cli.run import embedcache
-from tests.edits import edit_record
+from tests.edits import edit_record, flip
 from tests.train.runs import IMAGE, beats_chance, log_lines, run
 
 
@@ -150,6 +150,17 @@ def test_finished_run_is_reused(cache_path: Path, finished: Path) -> None:
     assert before == {path: path.read_bytes() for path in finished.iterdir()}
     with pytest.raises(FingerprintError, match=r"training\.seed: .*0.*1.*; give the path"):
         run(cache_path, finished, seed=1, split_seed=0)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "split.parquet"])
+def test_damaged_run_is_not_reused(cache_path: Path, finished: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    flip(copy / name, position=100)
+    with pytest.raises(CorruptError, match=f"{name}.*config.json was written for"):
+        run(cache_path, copy)
+    (copy / name).unlink()
+    with pytest.raises(CorruptError, match=f"{name}.*config.json was written for"):
+        run(cache_path, copy)
 
 
 @pytest.mark.parametrize("outcome", [{}, {"reused": False, "later_figure": 1}])
