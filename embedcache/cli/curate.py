@@ -147,7 +147,7 @@ def coverage(
 
 def _show_coverage(report: "CoverageReport") -> None:
     from embedcache.cli.console import print_line, print_table
-    from embedcache.reports.coverage import concept_table, largest_first, overlap_table, summary_table
+    from embedcache.reports.coverage import GAP_NOTE, concept_table, largest_first, overlap_table, summary_table
 
     print_line(report.line())
     for warning in report.warnings():
@@ -159,6 +159,8 @@ def _show_coverage(report: "CoverageReport") -> None:
         print_table(*concept_table(report, order[10:][-10:]), title="smallest concepts")
     if report.overlaps:
         print_table(*overlap_table(report, num_rows=5), title="concepts that share items")
+    if len(report.gaps()):
+        print_line(GAP_NOTE)
 
 
 def _show_difference(images: "CoverageReport", texts: "CoverageReport") -> None:

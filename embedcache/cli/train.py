@@ -66,6 +66,7 @@ def train(
     from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
     from embedcache.progress import NullProgress
     from embedcache.train.distributed import is_first_process
+    from embedcache.train.recipes import suggest_recipe
 
     named = {"image_feature": image_feature, "text_feature": text_feature, "feature": feature}
     prepare = _prepare_pair if task == "pair" else _prepare_likelihood
@@ -74,8 +75,13 @@ def train(
     with resumable():
         report = start(open_progress() if is_first else NullProgress())
     if is_first:
-        line = report.line(run) if task == "pair" else report.line()
-        publish(lambda: print_line(line), lambda: to_plain(report), as_json=as_json, output=output)
+
+        def show() -> None:
+            print_line(report.line(run) if task == "pair" else report.line())
+            if task == "pair" and (line := suggest_recipe(report.num_samples["train"], settings)):
+                print_line(line)
+
+        publish(show, lambda: to_plain(report), as_json=as_json, output=output)
 
 
 def _prepare_pair(

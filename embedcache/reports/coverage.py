@@ -41,6 +41,12 @@ _MAX_OVERLAPS = 20
 _MAX_DIFFERENCES = 20
 _COUNT = "{x:,.0f}"
 
+GAP_NOTE = (
+    "A count is a lower bound, as thresholds favor precision: of a broad concept, or of images that are compared with "
+    "names through a run, few items are above it. Before you collect more for a gap, look at its nearest items, and "
+    "count captions too: --modality both."
+)
+
 
 def summary_table(report: CoverageReport) -> Table:
     """Return the main numbers, with one column for the pool and one for its selection."""
@@ -243,7 +249,7 @@ def _gap_section(report: CoverageReport) -> Section:
     if not len(gaps):
         return Section(title="Gaps", notes=[f"No concept has fewer than {least:,} items."])
     order = "the smallest first, of equal ones that nearest to its items"
-    notes = [f"Concepts with fewer than {least:,} items in {part.name}, {order}."]
+    notes = [f"Concepts with fewer than {least:,} items in {part.name}, {order}. {GAP_NOTE}"]
     if len(gaps) > _MAX_GAPS:
         notes.append(f"The first {_MAX_GAPS} of {len(gaps):,}; the JSON report has all of them.")
     return Section(title="Gaps", notes=notes, table=concept_table(report, gaps[:_MAX_GAPS]))

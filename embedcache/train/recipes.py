@@ -109,6 +109,17 @@ def choose_settings(num_pairs: int, given: Mapping[str, Any], progress: Progress
     return chosen
 
 
+def suggest_recipe(num_pairs: int, given: Mapping[str, Any]) -> str | None:
+    """Return a line that suggests a closed form to who trained on few pairs without choosing how, or None."""
+    recipe = [recipe for recipe in RECIPES if recipe.fewest <= num_pairs][-1]
+    if recipe.schedule is not None or any(name in given for name in ("recipe", "epochs", "shuffle_pairs", *_REPLACED)):
+        return None
+    return (
+        f"{num_pairs:,} training pairs: with fewer than {RECIPES[-1].fewest:,} no training was better than a closed "
+        "form where we measured it, and that takes seconds: --recipe auto"
+    )
+
+
 def count_training_pairs(data: TrainData, settings: TrainSettings) -> int:
     """Count the samples that will be trained on, before a split is made.
 
