@@ -1,12 +1,13 @@
 """What all export formats share: the exported run, the notes for its model card, and the parity check."""
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from embedcache.arrays import Floats
 from embedcache.encoders.base import Modality
@@ -17,6 +18,7 @@ from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair
 from embedcache.registry import names_from
+from embedcache.sources.images import load_image
 
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
 
@@ -52,7 +54,7 @@ class ExportRun:
         """Embed the example images or texts with the run's own encoder, in float32: (N, P) float32 unit vectors."""
         if modality not in self._examples:
             encoder = open_projected_encoder(modality, self.pair, _in_float32(self.config), device="cpu")
-            items: Sequence[Any] = example_images() if modality == "image" else TEXTS
+            items: Sequence[Any] = [load_image(image) for image in example_images()] if modality == "image" else TEXTS
             self._examples[modality] = encoder.embed(encoder.prepare(items))
         return self._examples[modality]
 
@@ -106,11 +108,25 @@ def unsupported(format_name: str, reason: str, next_step: str = "") -> SettingEr
 
 
 def example_images() -> list[Image.Image]:
-    """Create images of noise, landscape, portrait and small, and a single-colored image."""
+    """Create images of noise, landscape, portrait and small, a single-colored one, and three to be converted first.
+
+    These are partly transparent, of 16-bit gray, and a JPEG whose EXIF block says that it lies on its side.
+    """
     random = np.random.default_rng(0)
     sizes = ((320, 200), (200, 320), (37, 41))
     noise = [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-    return [*noise, Image.new("RGB", (120, 90), (200, 30, 60))]
+    transparent = Image.fromarray(random.integers(0, 256, (80, 60, 4), dtype=np.uint8))
+    gray = Image.fromarray(random.integers(0, 2**16, (60, 80), dtype=np.uint16))
+    return [*noise, Image.new("RGB", (120, 90), (200, 30, 60)), transparent, gray, _lying_jpeg(random)]
+
+
+def _lying_jpeg(random: np.random.Generator) -> Image.Image:
+    blocks = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((140, 100))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    file = io.BytesIO()
+    blocks.save(file, "JPEG", exif=exif)
+    return Image.open(file)
 
 
 def check_parity(library: str, actual: Any, expected: Floats) -> float:

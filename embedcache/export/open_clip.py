@@ -21,6 +21,7 @@ from embedcache.export.dense import DenseLayer, dense_chain
 from embedcache.export.towers import open_module
 from embedcache.provenance import write_json
 from embedcache.registry import require
+from embedcache.sources.images import rgb_image
 
 _FORMAT = "open-clip"
 _NEXT_STEP = "train with --projector openclip-linear or openclip-mlp, or use embedcache export transformers"
@@ -306,7 +307,7 @@ def _check(run: ExportRun, folder: Path) -> dict[str, float]:
         model, _, preprocess = open_clip.create_model_and_transforms(name)
         tokenizer = open_clip.get_tokenizer(name)
         model.eval()
-        images = torch.stack([preprocess(image) for image in example_images()])
+        images = torch.stack([preprocess(rgb_image(image)) for image in example_images()])
         vectors: dict[Modality, Tensor] = {
             "image": model.encode_image(images, normalize=True),
             "text": model.encode_text(tokenizer(list(TEXTS)), normalize=True),

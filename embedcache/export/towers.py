@@ -11,6 +11,7 @@ from torch import nn
 
 from embedcache.encoders import lite, sentence_transformers, timm, transformers
 from embedcache.encoders.base import Modality, background_of
+from embedcache.encoders.image import plain_json
 from embedcache.encoders.image_features import (
     LITE_CROP_PADDING_PX,
     ImageFeatures,
@@ -129,8 +130,10 @@ def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _Op
     if modality == "text":
         return TextFeatures(model, layers).eval(), config, partial(_save_tokenizer, folder)
     config["input_size"] = list(transformers.pixel_transform(folder)[3])
-    processor = AutoImageProcessor.from_pretrained(folder)
-    return ImageFeatures(model, layers).eval(), config, processor.save_pretrained
+    processor = AutoImageProcessor.from_pretrained(folder).to_dict()
+    settings = plain_json({name: value for name, value in processor.items() if not name.startswith("_")})
+    module = ImageFeatures(model, layers).eval()
+    return module, config, partial(_save_image_processor, "transformers", settings)
 
 
 def _load_seeded(load: Callable[[], tuple[nn.Module, str]], names: Sequence[str]) -> tuple[nn.Module, list[int]]:

@@ -76,6 +76,17 @@ def save_dinov2(folder: Path, *, num_registers: int) -> Path:
     return folder
 
 
+def save_vit(folder: Path) -> Path:
+    """Save a ViT of 2 layers of 32 at 32 px, and its image processor, which does not convert images to RGB."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    transformers.ViTModel(transformers.ViTConfig(**sizes, intermediate_size=64)).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
 SPEECH_SIZES = {
     "hidden_size": 16,
     "num_hidden_layers": 2,

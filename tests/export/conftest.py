@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.encoders.checkpoints import save_bert, save_dinov2, save_sentence_transformer, save_timm
+from tests.encoders.checkpoints import save_bert, save_dinov2, save_sentence_transformer, save_timm, save_vit
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,6 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "whole": f"timm:xcit_nano_12_p16_224,weights={save_timm('xcit_nano_12_p16_224', folder, seed=0)}",
         "mamba": f"timm:test_mambaout,weights={save_timm('test_mambaout', folder, seed=0)}",
         "dino": f"hf:{save_dinov2(folder / 'dino', num_registers=2)}",
+        "hf_vit": f"hf:{save_vit(folder / 'vit')}",
         "bert": f"hf:{bert}",
         "st": f"st:{st}",
         "dense": f"st:{dense}",

@@ -14,6 +14,7 @@ from embedcache.export.export import export_run
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
+from embedcache.sources.images import rgb_image
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.encoders.checkpoints import write_clip_config
@@ -47,8 +48,9 @@ def _check_loads(folder: Path, run: Path) -> None:
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     model.eval()
+    images = [rgb_image(image) for image in example_images()]
     with torch.inference_mode():
-        image = model.encode_image(torch.stack([preprocess(image) for image in example_images()]), normalize=True)
+        image = model.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
         text = model.encode_text(open_clip.get_tokenizer(name)(list(TEXTS)), normalize=True)
     opened = ExportRun.open(run)
     torch.testing.assert_close(image, torch.from_numpy(opened.embed_examples("image")), atol=TOLERANCE, rtol=0)

@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
 from embedcache.export.export import export_run
+from embedcache.export.hub_code.image_processing_embedcache import EmbedcacheImageProcessor
 from embedcache.export.transformers import load_exported
+from embedcache.sources.images import rgb_image
 from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
@@ -20,6 +24,7 @@ CASES = {
     "grid": ("dino", "grid:2", "bert", "tokens", "token"),
     "kmeans": ("vit", "kmeans:3", "bert", "tokens", "token"),
     "glu": ("dino", "cls", "dense", "dense", "glu"),
+    "vit of transformers": ("hf_vit", "cls", "bert", "mean", "linear"),
     "truncated": ("vit", "cls", "truncated", "dense", "linear"),
     "fusemix": ("mamba", "patch_mean", "bert", "cls", "fusemix"),
     "asif": ("vit", "patch_mean", "st", "mean", "asif"),
@@ -65,6 +70,21 @@ def test_has_the_interface_of_clip(tiny: dict[str, str], tmp_path: Path) -> None
     ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(TEXTS[0])["input_ids"]
     assert ids == inputs["input_ids"][0, : len(ids)].tolist()
     assert not (folder / "embedcache").exists()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_processor_of_transformers_gets_rgb_images(mode: str) -> None:
+    """As the encoder did; without the conversion, the processor of a ViT accepts RGB images only."""
+    from transformers import ViTImageProcessor
+
+    noise = np.random.default_rng(0).integers(0, 256, (50, 70, 4), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    plain = ViTImageProcessor(size={"height": 32, "width": 32})
+    processor = EmbedcacheImageProcessor(kind="transformers", settings=plain.to_dict())
+    for options in ({}, {"do_normalize": False}):
+        found = processor(image, return_tensors="pt", **options)["pixel_values"]
+        expected = plain(rgb_image(image), return_tensors="pt", **options)["pixel_values"]
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_weights_of_other_names_are_refused(tiny: dict[str, str], tmp_path: Path) -> None:

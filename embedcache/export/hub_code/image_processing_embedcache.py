@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import to_pil_image
@@ -15,11 +16,11 @@ from embedcache.sources.images import rgb_image
 
 
 class EmbedcacheImageProcessor(BaseImageProcessor):  # type: ignore[misc]
-    """Resizes, crops and normalizes images.
+    """Converts images to RGB, upright and on white, then resizes, crops and normalizes them.
 
     Args:
-        kind: `timm`: timm's transform; `lite`: that of EfficientNet-Lite.
-        settings: settings of the transform.
+        kind: `timm`: timm's transform; `lite`: that of EfficientNet-Lite; `transformers`: a processor of transformers.
+        settings: settings of the transform, or of the processor.
     """
 
     model_input_names = ("pixel_values",)
@@ -28,11 +29,21 @@ class EmbedcacheImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         super().__init__(**others)
         self.kind, self.settings = kind, settings or {}
 
-    def preprocess(self, images: Any, return_tensors: str | None = None, **_: Any) -> BatchFeature:
-        """Convert images of any size and mode to `pixel_values`, (B, 3, H, W) float32."""
+    def preprocess(self, images: Any, return_tensors: str | None = None, **options: Any) -> BatchFeature:
+        """Convert images of any size and mode to `pixel_values`, (B, 3, H, W) float32.
+
+        Options, such as `do_normalize`, are those of a processor of transformers; other transforms have none.
+        """
         rgb_images = [rgb_image(to_pil_image(image)) for image in make_flat_list_of_images(images)]
+        if self.kind == "transformers":
+            return self._library_processor()(rgb_images, return_tensors=return_tensors, **options)
         transform = self._lite if self.kind == "lite" else self._timm_transform()
         return BatchFeature({"pixel_values": np.stack([transform(image) for image in rgb_images])}, return_tensors)
+
+    def _library_processor(self) -> Any:
+        name = self.settings["image_processor_type"]
+        processor = getattr(transformers, name, None) or getattr(transformers, name.removesuffix("Pil"))
+        return processor.from_dict(self.settings)  # transformers 4 has no names that end in Pil
 
     def _timm_transform(self) -> Any:
         data = importlib.import_module("timm.data")
