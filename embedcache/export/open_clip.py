@@ -42,6 +42,11 @@ with torch.inference_mode():
     text = model.encode_text(texts, normalize=True)
     print((model.logit_scale.exp() * image @ text.T).softmax(dim=-1))
 """
+_RGB_NOTE = (
+    "open_clip's own transform prepares images, and only RGB images give the vectors of the run: it ignores the EXIF "
+    "orientation, drops transparency, clips 16-bit gray, and resizes other modes before it converts them. Convert such "
+    "images first: upright, transparent pixels on white."
+)
 _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
 _ARCHITECTURES = ("bert", "roberta", "xlm-roberta")
 _LAST_MAPS = {
@@ -77,7 +82,7 @@ def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str |
     state = {**model.state, "logit_scale": run.pair.scale.log()}
     state = {name: value.detach().clone().contiguous() for name, value in state.items()}
     save_file(state, folder / "open_clip_model.safetensors")
-    notes, requirements = [], ["open_clip_torch"]
+    notes, requirements = [_RGB_NOTE], ["open_clip_torch"]
     if model.text_config is not None:
         model.text_config.save_pretrained(folder)
         requirements.append("transformers")
@@ -307,6 +312,7 @@ def _check(run: ExportRun, folder: Path) -> dict[str, float]:
         model, _, preprocess = open_clip.create_model_and_transforms(name)
         tokenizer = open_clip.get_tokenizer(name)
         model.eval()
+        # The format has no place for the conversion to RGB, which open_clip does in another way.
         images = torch.stack([preprocess(rgb_image(image)) for image in example_images()])
         vectors: dict[Modality, Tensor] = {
             "image": model.encode_image(images, normalize=True),
