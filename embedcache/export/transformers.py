@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images, unsupported
 from embedcache.export.towers import EncoderModule, open_module
-from embedcache.provenance import read_json, write_json
+from embedcache.provenance import digest_file, read_json, write_json
 
 _FORMAT = "transformers"
 _CODE_PACKAGE = "embedcache.export.hub_code"
 _MODEL = "modeling_embedcache"
 _PROCESSOR_MODULE = f"{_CODE_PACKAGE}.image_processing_embedcache"
+_WEIGHTS = "model.safetensors"
 
 _IMPORT = re.compile(r"^(\s*from )(embedcache\.[\w.]+)( import )", re.MULTILINE)
 _HEADER = "# Copyright the embedcache authors. Apache-2.0. Copied from {module} of embedcache by its export.\n"
@@ -58,8 +59,8 @@ def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
     for encoder in encoders.values():
         encoder.save_processor(folder)
     _copy_code(run, folder)
+    save_file(_state(run, encoders), folder / _WEIGHTS, metadata={"format": "pt"})
     _write_config(run, folder, encoders)
-    save_file(_state(run, encoders), folder / "model.safetensors", metadata={"format": "pt"})
     differences = _check(run, folder)
     is_timm = encoders["image"].config["kind"] == "timm"
     return ExportNotes(
@@ -160,6 +161,8 @@ def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, Enco
     )
     config.auto_map = {"AutoConfig": f"{_MODEL}.EmbedcacheConfig", "AutoModel": f"{_MODEL}.EmbedcacheModel"}
     config.save_pretrained(folder)
+    path = folder / "config.json"
+    write_json(path, {**read_json(path), "weights_sha256": {_WEIGHTS: digest_file(folder / _WEIGHTS)}})
     path = folder / "preprocessor_config.json"
     processor = {**read_json(path), "processor_class": "VisionTextDualEncoderProcessor"}
     if _has_own_processor(folder):
