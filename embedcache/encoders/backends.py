@@ -6,8 +6,8 @@ A model that exports to ONNX is exported once, checked against torch, and kept i
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,7 +134,8 @@ def build_graph(export: OnnxExport, settings: EncoderSettings, weights: str) -> 
         return OnnxGraph(_export_once(export, weights))
     except ArtifactError as error:
         if settings.backend == "onnxruntime":
-            raise
+            next_step = "" if isinstance(error, CorruptError) else "; use backend torch"
+            raise type(error)(f"{error}{next_step}") from error
         _log.warning("running on torch: %s", error)
         return TorchGraph(export.module, settings)
 
@@ -232,7 +233,7 @@ class OnnxGraph:
         ) as error:
             raise CorruptError(f"cannot read {path} as ONNX; delete it and run the command again") from error
         except failures.NotImplemented as error:
-            raise ArtifactError(f"onnxruntime lacks an operator of {path.name}; use backend torch") from error
+            raise ArtifactError(f"onnxruntime lacks an operator of {path.name}") from error
 
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
         """Compute the named outputs of one batch, by name, each with B rows."""
@@ -240,11 +241,11 @@ class OnnxGraph:
 
 
 def export_graph(export: OnnxExport, path: Path) -> None:
-    """Write a module as an ONNX file."""
+    """Write a module as an ONNX file; ArtifactError if it has an operator that ONNX lacks, or cannot be traced."""
     arguments = tuple(torch.from_numpy(array) for array in export.example.values())
     module = _PositionalModule(export.module, list(export.example), export.outputs)
     # The exporter warns about its own age and about every Python branch; the comparison with torch decides instead.
-    with warnings.catch_warnings(), torch.inference_mode():
+    with warnings.catch_warnings(), torch.inference_mode(), _no_graph_dump():
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
@@ -259,9 +260,18 @@ def export_graph(export: OnnxExport, path: Path) -> None:
             )
         except _EXPORT_ERRORS as error:
             first_line = str(error).partition("\n")[0]
-            raise ArtifactError(
-                f"cannot export {type(export.module).__name__} to ONNX: {first_line}; use backend torch"
-            ) from error
+            raise ArtifactError(f"cannot export the model to ONNX: {first_line}") from error
+
+
+@contextmanager
+def _no_graph_dump() -> Iterator[None]:
+    """Keep torch from printing its graph to stdout, hundreds of lines, if an export fails; none of its options does."""
+    print_graph = torch._C._jit_onnx_log
+    torch._C._jit_onnx_log = lambda *_: None
+    try:
+        yield
+    finally:
+        torch._C._jit_onnx_log = print_graph
 
 
 class _PositionalModule(torch.nn.Module):
@@ -339,6 +349,4 @@ def _check_agreement(export: OnnxExport, graph: Graph) -> None:
     for name in export.outputs:
         # The packaged models differ by at most 1e-5; a constant that the tracer froze wrongly differs by 1e-1 and more.
         if not np.allclose(outputs[name], expected[name], rtol=1e-3, atol=1e-3):
-            raise ArtifactError(
-                f"the ONNX export of {export.key['name']} computes another {name} than torch; use backend torch"
-            )
+            raise ArtifactError(f"the ONNX export of {export.key['name']} computes another {name} than torch")

@@ -2,23 +2,35 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from embedcache.arrays import Array, Inputs
 from embedcache.encoders.backends import OnnxExport, OnnxGraph, export_graph
 from embedcache.encoders.base import Modality
-from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, check_parity, example_images
+from embedcache.errors import ArtifactError
+from embedcache.export.base import (
+    MODALITIES,
+    TEXTS,
+    ExportNotes,
+    ExportRun,
+    check_parity,
+    example_images,
+    unsupported,
+)
 from embedcache.export.transformers import copy_code, load_exported, write_transformers
 from embedcache.projectors.pair import AnyTower
 from embedcache.projectors.saved import project
 from embedcache.projectors.towers import TokenTower
 from embedcache.registry import require
 
+_NEXT_STEP = "use embedcache export transformers or safetensors"
 _PROJECTORS_CODE = """\
 import numpy as np
 import onnxruntime
@@ -125,10 +137,12 @@ class _ModelTower(nn.Module):
 
 
 def _write_towers(run: ExportRun, folder: Path) -> ExportNotes:
-    write_transformers(run, folder)
+    requirements = write_transformers(run, folder).requirements
     model = load_exported(folder)
+    prepared = _prepared_inputs(folder)
+    _fix_positions(model, prepared["image"]["pixel_values"])
     differences: dict[str, float] = {}
-    for modality, inputs in _prepared_inputs(folder).items():
+    for modality, inputs in prepared.items():
         axes = {name: {0: "batch"} | ({1: "tokens"} if array.ndim == 2 else {}) for name, array in inputs.items()}
         export = OnnxExport(
             module=_ModelTower(model, modality),
@@ -146,13 +160,38 @@ def _write_towers(run: ExportRun, folder: Path) -> ExportNotes:
         library="onnx",
         task="zero-shot-image-classification",
         code=_TOWERS_CODE,
-        requirements=("onnxruntime", "transformers", "torch", "pillow"),
+        requirements=("onnxruntime", *requirements),
         differences=differences,
         notes=(
             "`image.onnx` takes `pixel_values`, `text.onnx` takes `input_ids` and `attention_mask`; both "
             "return `embeds`, rows of length 1. The processor and the tokenizer in this folder prepare their inputs.",
         ),
     )
+
+
+@torch.inference_mode()
+def _fix_positions(model: Any, pixels: Array) -> None:
+    """Keep the position embeddings for images of this size, the only one of the graph, as constants.
+
+    Classes of transformers interpolate them whenever they are traced, also to their own size, and DINOv2 with registers
+    by an operator that ONNX lacks.
+    """
+    for module in model.modules():
+        if hasattr(module, "interpolate_pos_encoding"):
+            module.interpolate_pos_encoding = _keep_first(module.interpolate_pos_encoding)
+    model.get_image_features(torch.from_numpy(pixels[:1]))
+
+
+def _keep_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that computes its result once, whatever it is called with later."""
+    results: list[Tensor] = []
+
+    def first(*arguments: Any) -> Tensor:
+        if not results:
+            results.append(function(*arguments))
+        return results[0]
+
+    return first
 
 
 def _prepared_inputs(folder: Path) -> Mapping[Modality, dict[str, Array]]:
@@ -169,7 +208,10 @@ def _prepared_inputs(folder: Path) -> Mapping[Modality, dict[str, Array]]:
 def _write_graph(export: OnnxExport, path: Path, run: ExportRun, modality: Modality) -> OnnxGraph:
     """Write a graph with the run, feature and encoder in its metadata, and open it."""
     onnx = require("onnx", extra="onnx")
-    export_graph(export, path)
+    try:
+        export_graph(export, path)
+    except ArtifactError as error:
+        raise unsupported("onnx", f"{path.stem.replace('_', ' ')}: {error}", _NEXT_STEP) from error
     tower_input = run.config.tower_input(modality)
     graph = onnx.load(path)
     metadata = {

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.encoders.backends import TorchGraph
+from embedcache.encoders.backends import OnnxExport, TorchGraph, export_graph
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import SettingError
+from embedcache.errors import ArtifactError, SettingError
 
 
 class LimitedMemory(torch.nn.Module):
@@ -89,3 +89,18 @@ def test_compile_does_not_change_values(monkeypatch: pytest.MonkeyPatch) -> None
     assert counter.frame_count == 1
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+
+
+class LogGamma(torch.nn.Module):
+    """A module with an operator that ONNX lacks."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": torch.lgamma(x)}
+
+
+def test_failed_onnx_export_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    example = {"x": np.ones((2, 3), np.float32)}
+    export = OnnxExport(module=LogGamma(), example=example, outputs=["y"], dynamic_axes={})
+    with pytest.raises(ArtifactError, match=r"cannot export the model to ONNX: .*'aten::lgamma'.* is not supported$"):
+        export_graph(export, tmp_path / "graph.onnx")
+    assert capfd.readouterr() == ("", "")

@@ -7,7 +7,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
+from embedcache.errors import SettingError
 from embedcache.export.base import TOLERANCE
 from embedcache.export.export import export_run
 from embedcache.export.settings import ExportSettings
@@ -33,8 +35,30 @@ def test_projectors_match_the_run(projector: str, tiny: dict[str, str], tmp_path
     assert json.loads(about["fingerprint"])["family"] == "hf"
 
 
-def test_towers_match_the_run(tiny: dict[str, str], tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["st"], "mean"))
+class Unknown(torch.nn.Module):
+    """A projector with an operator that ONNX lacks."""
+
+    def __init__(self, input_width: int, output_width: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(input_width, output_width)
+
+    def forward(self, vectors_BD: torch.Tensor) -> torch.Tensor:
+        return torch.lgamma(self.linear(vectors_BD))
+
+
+def test_unknown_operator_is_refused(tiny: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"), f"linear+{__name__}:Unknown")
+    capfd.readouterr()
+    words = r"this run: text projector: cannot export .*'aten::lgamma'.*; use embedcache export transformers or safeten"
+    with pytest.raises(SettingError, match=words):
+        export_run("onnx", run, tmp_path / "model")
+    assert "graph" not in "".join(capfd.readouterr())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("image", ["vit", "dino"])
+def test_towers_match_the_run(image: str, tiny: dict[str, str], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (tiny[image], "cls"), (tiny["st"], "mean"))
     report = export_run("onnx", run, tmp_path / "model", ExportSettings(towers=True))
     assert max(report.differences.values()) < TOLERANCE
     session = onnxruntime.InferenceSession(tmp_path / "model" / "text.onnx")
