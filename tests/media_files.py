@@ -13,7 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 RATE_HZ = 16_000
-CODECS = {"flac": ("flac", "flac"), "mp3": ("mp3", "libmp3lame"), "ogg": ("ogg", "libopus"), "m4a": ("ipod", "aac")}
+CODECS = {
+    "flac": ("flac", "flac"),
+    "mp3": ("mp3", "libmp3lame"),
+    "ogg": ("ogg", "libopus"),
+    "m4a": ("ipod", "aac"),
+    "aiff": ("aiff", "pcm_s16be"),
+}
 
 
 def tone(seconds: float, hz: float = 440.0, *, rate_hz: int = RATE_HZ) -> np.ndarray:

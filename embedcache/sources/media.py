@@ -16,6 +16,7 @@ import numpy as np
 from embedcache.arrays import Array, Floats
 from embedcache.errors import ItemError
 from embedcache.registry import require
+from embedcache.sources.containers import announced_frames, check_container
 from embedcache.sources.points import decode_points
 
 __all__ = [
@@ -37,11 +38,12 @@ MAX_VIDEO_PIXELS = 2**28
 
 _SEEKABLE = frozenset({"avi", "flac", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "wav"})
 """Formats that store exact times and durations; others are decoded from their beginning."""
+_FLAC = "flac"
+_SAME_S = 1e-6  # less than a sample
 _PREROLL_S = 1.0  # decoded before an interval: codecs with memory need some of it
 _LATE_S = 0.1  # an interval may end this much after its recording: labels are rounded
 _CLOCK = re.compile(r"(\d+):(\d\d):(\d\d\.\d+)")
 _MICROSECONDS = 1_000_000
-_UNKNOWN_SIZE = 2**32 - 2**16  # written by programs that do not know the size when they begin
 _TRUNCATED = 0.05  # fraction of the announced duration that may be missing; containers round
 
 
@@ -76,14 +78,14 @@ def decode_audio(data: bytes, start_s: float | None = None, stop_s: float | None
         ItemError: the file cannot be decoded, has no sound, is longer than `MAX_AUDIO_S`, holds NaN, or ends before the
             interval does.
     """
-    with _open(data, "recording") as container:
+    with _open(data, "recording") as (container, num_frames):
         stream = _stream(container, "audio", start_s, stop_s)
         duration_s = _duration_s(container, stream) or 0.0
         if (start_s, stop_s) == (None, None) and duration_s > MAX_AUDIO_S:
             raise ItemError(f"too long: {duration_s:,.0f} s of sound, more than {MAX_AUDIO_S:,}; index intervals of it")
         sound = bytearray()  # grows in place, where joining parts needs each sample twice
         end_s, num_kept, is_finite = 0.0, 0, True
-        for first, samples_n in _samples(container, stream):
+        for first, samples_n in _samples(container, stream, num_frames):
             kept = samples_n[_position(start_s, 0, first) : _position(stop_s, len(samples_n), first)]
             end_s, num_kept = (first + len(samples_n)) / AUDIO_RATE_HZ, num_kept + len(kept)
             sound += np.clip(kept, -1, 1).data
@@ -115,7 +117,7 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
         ItemError: the file cannot be decoded, has no frames, has more than `MAX_VIDEO_PIXELS` in them, or ends before
             the interval does.
     """
-    with _open(data, "video") as container:
+    with _open(data, "video") as (container, _):
         stream = _stream(container, "video", start_s, stop_s)
         rate_hz = _frame_rate(stream)
         frames, shapes = bytearray(), set[tuple[int, ...]]()  # grows in place, as sound does
@@ -163,7 +165,7 @@ def probe_media(path: Path) -> dict[str, StreamInfo]:
     Raises:
         ItemError: the file cannot be opened.
     """
-    with _open(path, "file") as container:
+    with _open(path, "file") as (container, _):
         found = {}
         for kind in ("audio", "video"):
             if getattr(container.streams, kind):
@@ -181,10 +183,10 @@ def iter_audio(path: Path) -> Iterator[Floats]:
     Raises:
         ItemError: the file cannot be decoded, has no sound, holds NaN, or ends before its announced end.
     """
-    with _open(path, "recording") as container:
+    with _open(path, "recording") as (container, num_frames):
         stream = _stream(container, "audio", None, None)
         num_samples = 0
-        for first, samples_n in _samples(container, stream):
+        for first, samples_n in _samples(container, stream, num_frames):
             if not np.isfinite(samples_n).all():
                 raise ItemError("NaN or infinity in the sound")
             num_samples = first + len(samples_n)
@@ -206,7 +208,7 @@ def iter_frames(path: Path) -> Iterator[Array]:
     Raises:
         ItemError: the file cannot be decoded, has no frames, changes its size, or ends before its announced end.
     """
-    with _open(path, "video") as container:
+    with _open(path, "video") as (container, _):
         stream = _stream(container, "video", None, None)
         step_s = 1 / _frame_rate(stream)
         shown: Array | None = None
@@ -227,15 +229,19 @@ def iter_frames(path: Path) -> Iterator[Array]:
 
 
 @contextmanager
-def _open(data: bytes | Path, kind: str) -> Iterator[Any]:
-    """Open a file, in memory or on disk; whatever FFmpeg reports inside the block is the reason why the item fails."""
+def _open(data: bytes | Path, kind: str) -> Iterator[tuple[Any, int | None]]:
+    """Open a file, in memory or on disk, with the number of frames that it announces, if it is an MP3 file.
+
+    Whatever FFmpeg reports inside the block is the reason why the item fails.
+    """
     av = require("av", extra="media")
     with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
-        _check_riff(file.read(8), file.seek(0, io.SEEK_END))
+        check_container(file)
+        num_frames = announced_frames(file)
         file.seek(0)
         try:
             with av.open(file, **_open_options(av.__version__)) as container:
-                yield container
+                yield container, num_frames if container.format.name == "mp3" else None
         except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
             if isinstance(error, ItemError):
                 raise
@@ -248,11 +254,11 @@ def _open_options(version: str) -> dict[str, str]:
     return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
 
 
-def _samples(container: Any, stream: Any) -> Iterator[tuple[int, Floats]]:
+def _samples(container: Any, stream: Any, num_frames: int | None) -> Iterator[tuple[int, Floats]]:
     """Iterate over the mono samples of a stream with the number of the first, counted from the stream's start."""
     resampler = require("av", extra="media").AudioResampler(format="fltp", rate=AUDIO_RATE_HZ)
     number = -1
-    for time_s, frame in _frames(container, stream):
+    for time_s, frame in _frames(container, stream, num_frames):
         number = round(time_s * AUDIO_RATE_HZ) if number < 0 else number
         for resampled in resampler.resample(frame):
             yield number, resampled.to_ndarray().mean(axis=0)  # FFmpeg's own downmix of stereo is louder by sqrt(2)
@@ -280,15 +286,6 @@ def _upright(frame: Any) -> Array:
     return np.rot90(frame_HW3, round(frame.rotation / 90))
 
 
-def _check_riff(head: bytes, size: int) -> None:
-    """Check the size in the header of a WAV or AVI file, which FFmpeg takes for that of a shorter one if it was cut."""
-    if not size:
-        raise ItemError("empty file")
-    announced = int.from_bytes(head[4:8], "little") + 8
-    if head[:4] == b"RIFF" and announced < _UNKNOWN_SIZE and size < (1 - _TRUNCATED) * announced:
-        raise ItemError(f"truncated: {size:,} bytes of {announced:,}")
-
-
 def _stream(container: Any, kind: str, start_s: float | None, stop_s: float | None) -> Any:
     """Return the first stream of a kind, ready to decode from shortly before a time on one thread."""
     streams = getattr(container.streams, kind)
@@ -299,6 +296,8 @@ def _stream(container: Any, kind: str, start_s: float | None, stop_s: float | No
     if stream.codec_context is None:
         raise ItemError(f"no decoder for the {kind} stream")
     stream.codec_context.thread_count = 1  # items are decoded on many threads already
+    if container.format.name == _FLAC:
+        stream.codec_context.options = {"err_detect": "crccheck+explode"}  # else frames of noise, or fewer of them
     duration_s = _duration_s(container, stream)
     if duration_s is not None:
         _check_interval(duration_s, start_s, stop_s)
@@ -310,15 +309,30 @@ def _stream(container: Any, kind: str, start_s: float | None, stop_s: float | No
     return stream
 
 
-def _frames(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
-    """Iterate over the frames of a stream with their times in seconds from its start."""
+def _frames(container: Any, stream: Any, num_announced: int | None = None) -> Iterator[tuple[float, Any]]:
+    """Iterate over the frames of a stream with their times in seconds from its start.
+
+    Raises:
+        ItemError: frames of FLAC are missing, or more than one of the frames that an MP3 file announces: programs
+            differ in whether they count the frame that announces them.
+    """
+    is_exact = container.format.name == _FLAC and stream.type == "audio"
     start = stream.start_time or 0
-    next_s = 0.0
-    for frame in container.decode(stream):
-        time_s = next_s if frame.pts is None else float((frame.pts - start) * frame.time_base)
-        samples = getattr(frame, "samples", None)
-        next_s = time_s + (samples / frame.sample_rate if samples else 1 / float(stream.average_rate or 25))
-        yield time_s, frame
+    next_s, num_packets = None, 0
+    for packet in container.demux(stream):
+        num_packets += packet.size > 0
+        for frame in packet.decode():
+            time_s = next_s or 0.0 if frame.pts is None else float((frame.pts - start) * frame.time_base)
+            if is_exact and next_s is not None and abs(time_s - next_s) > _SAME_S:
+                raise ItemError(f"damaged recording: its sound is missing from {next_s:.2f} s to {time_s:.2f} s")
+            samples = getattr(frame, "samples", None)
+            next_s = time_s + (samples / frame.sample_rate if samples else 1 / float(stream.average_rate or 25))
+            yield time_s, frame
+    if num_announced is not None and num_packets < num_announced - 1:
+        raise ItemError(f"truncated: {num_packets:,} frames of sound of {num_announced:,}")
+    announced_s = _duration_s(container, stream) if is_exact else None
+    if announced_s is not None and next_s is not None and abs(announced_s - next_s) > _SAME_S:
+        raise ItemError(f"truncated or damaged: {next_s:.2f} s could be decoded of {announced_s:.2f} s")
 
 
 def _duration_s(container: Any, stream: Any) -> float | None:
