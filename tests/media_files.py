@@ -39,6 +39,15 @@ def wav(samples: np.ndarray, *, rate_hz: int = RATE_HZ, channels: int = 1) -> by
     return file.getvalue()
 
 
+def float_wav(samples: np.ndarray) -> bytes:
+    """Return a WAV of 32-bit floats, which the standard library cannot write."""
+    data = samples.astype("<f4").tobytes()
+    layout = (3).to_bytes(2, "little") + (1).to_bytes(2, "little") + (16_000).to_bytes(4, "little")
+    layout += (64_000).to_bytes(4, "little") + (4).to_bytes(2, "little") + (32).to_bytes(2, "little")
+    body = b"WAVEfmt " + len(layout).to_bytes(4, "little") + layout + b"data" + len(data).to_bytes(4, "little") + data
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+
 def encode_audio(samples: np.ndarray, kind: str) -> bytes:
     """Return a compressed recording; `kind` is its suffix."""
     container_format, codec = CODECS[kind]

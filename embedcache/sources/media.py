@@ -33,6 +33,8 @@ __all__ = [
 AUDIO_RATE_HZ = 16_000
 MAX_AUDIO_S = 3_600
 """An hour is 230 MB of float32 samples."""
+LOUDEST = 2.0
+"""Samples beyond it are not on the scale of [-1, 1], which sound of lossy formats exceeds by less."""
 MAX_VIDEO_PIXELS = 2**28
 """Frames × height × width: 768 MiB as RGB."""
 
@@ -181,7 +183,8 @@ def iter_audio(path: Path) -> Iterator[Floats]:
     Memory: one packet. The file is read once, from its beginning to its end.
 
     Raises:
-        ItemError: the file cannot be decoded, has no sound, holds NaN, or ends before its announced end.
+        ItemError: the file cannot be decoded, has no sound, holds NaN or samples above `LOUDEST`, or ends
+            before its announced end.
     """
     with _open(path, "recording") as (container, num_frames):
         stream = _stream(container, "audio", None, None)
@@ -189,6 +192,8 @@ def iter_audio(path: Path) -> Iterator[Floats]:
         for first, samples_n in _samples(container, stream, num_frames):
             if not np.isfinite(samples_n).all():
                 raise ItemError("NaN or infinity in the sound")
+            if (loudest := max(samples_n.max(initial=0), -samples_n.min(initial=0))) > LOUDEST:
+                raise ItemError(f"expected samples in [-1, 1], got up to {loudest:g}; scale the recording")
             num_samples = first + len(samples_n)
             yield np.clip(samples_n, -1, 1)
         if not num_samples:

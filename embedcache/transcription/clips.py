@@ -15,6 +15,7 @@ from embedcache.arrays import Array, Floats, blocks
 from embedcache.errors import DataError, ItemError, PathError, SettingError
 from embedcache.sources.media import (
     AUDIO_RATE_HZ,
+    LOUDEST,
     MAX_VIDEO_PIXELS,
     StreamInfo,
     Video,
@@ -36,7 +37,6 @@ _SHORTEST_S = 1.0  # the last window is not shorter, unless the recording is
 _CUT_RANGE = 0.6  # the last part of a window, as a fraction, in which it may end
 _QUIET_S = 0.5  # span whose loudness or motion is compared: longer than the closure of a consonant
 _LEVEL_HZ = 100  # levels of loudness per second
-_LOUDEST = 2.0  # samples beyond it are no floats in [-1, 1]
 _NOUNS: Mapping[str, str] = {"audio": "sound", "video": "frames"}
 
 
@@ -107,7 +107,7 @@ def open_clip(
     """
     name = next((str(item) for item in (audio, video) if isinstance(item, str | Path)), name)
     try:
-        found = _find_streams(audio, video, streams)
+        found = _find_streams(audio, video, streams, name)
     except ItemError as error:
         raise DataError(f"{name}: {error}") from error
     used = _choose_streams(name, found, streams, wanted)
@@ -124,15 +124,15 @@ def open_clip(
 
 
 def _find_streams(
-    audio: AudioLike | None, video: VideoLike | None, streams: Sequence[str]
+    audio: AudioLike | None, video: VideoLike | None, streams: Sequence[str], name: str
 ) -> dict[str, tuple[Source, StreamInfo | None]]:
     """Return stream -> where it is and what is known of it; None if the file has no such stream."""
     found: dict[str, tuple[Source, StreamInfo | None]] = {}
     if audio is not None:
-        source = _check_audio(audio)
+        source = _check_audio(audio, name)
         infos = _inspect(source, "audio")
         serves_all = isinstance(source, Path) and video is None
-        found = {name: (source, infos.get(name)) for name in (streams if serves_all else ("audio",))}
+        found = {stream: (source, infos.get(stream)) for stream in (streams if serves_all else ("audio",))}
         if serves_all and len(streams) > 1 and "video" not in infos:  # a recording of sound alone
             del found["video"]
     if video is not None:
@@ -167,15 +167,16 @@ def _choose_streams(
     return used
 
 
-def _check_audio(item: AudioLike) -> Path | Array:
+def _check_audio(item: AudioLike, name: str) -> Path | Array:
     if isinstance(item, str | Path):
         return _check_file(Path(item))
     if not isinstance(item, np.ndarray) or item.ndim != 1 or item.dtype != np.float32 or not len(item):
         what = f"{item.dtype} of shape {item.shape}" if isinstance(item, np.ndarray) else type(item).__name__
         raise DataError(f"expected a path, or mono float32 samples at {AUDIO_RATE_HZ} Hz, got {what}")
-    loudest = max(item.max(), -item.min())  # without a copy of what may be an hour
-    if loudest > _LOUDEST:
-        raise DataError(f"expected samples in [-1, 1], got up to {loudest:g}; divide 16-bit ones by 32768")
+    loudest = max(item.max(), -item.min())  # without a copy of what may be an hour; NaN if one sample is
+    if not loudest <= LOUDEST:
+        what = f"up to {loudest:g}; divide 16-bit ones by 32768" if loudest < np.inf else "NaN or infinity"
+        raise DataError(f"{name}: expected samples in [-1, 1], got {what}")
     return item
 
 
@@ -194,14 +195,18 @@ def _check_video(item: VideoLike) -> Path | Video:
 
 def _check_file(path: Path) -> Path:
     if not path.is_file():
-        state = "is a folder" if path.is_dir() else "does not exist"
+        found = "is a folder" if path.is_dir() else "is a pipe or a device"
+        state = found if path.exists() else "does not exist"
         raise PathError(f"{path} {state}: expected a recording or a video, such as a .wav or .mp4 file")
     return path
 
 
 def _inspect(item: Source, stream: str) -> dict[str, StreamInfo]:
     if isinstance(item, Path):
-        return probe_media(item)
+        infos = probe_media(item)
+        if not infos:  # FFmpeg reads texts of many kinds as subtitles
+            raise ItemError("expected a recording or a video, got a file with neither sound nor frames")
+        return infos
     if isinstance(item, Video):
         return {stream: StreamInfo(rate_hz=item.rate_hz, duration_s=len(item.frames_THW3) / item.rate_hz)}
     return {stream: StreamInfo(rate_hz=AUDIO_RATE_HZ, duration_s=len(item) / AUDIO_RATE_HZ)}

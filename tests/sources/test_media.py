@@ -10,7 +10,7 @@ import pytest
 from embedcache.errors import ItemError
 from embedcache.sources import media
 from embedcache.sources.media import StreamInfo, decode_audio, decode_video, iter_audio, iter_frames, probe_media
-from tests.media_files import CODECS, encode_audio, encode_video, moving_square, tone, wav
+from tests.media_files import CODECS, encode_audio, encode_video, float_wav, moving_square, tone, wav
 
 
 def test_wav_values() -> None:
@@ -71,15 +71,6 @@ def test_decoding_holds_a_recording_once() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.5 * num_bytes
-
-
-def float_wav(samples: np.ndarray) -> bytes:
-    """Return a WAV of 32-bit floats, which the standard library cannot write."""
-    data = samples.astype("<f4").tobytes()
-    layout = (3).to_bytes(2, "little") + (1).to_bytes(2, "little") + (16_000).to_bytes(4, "little")
-    layout += (64_000).to_bytes(4, "little") + (4).to_bytes(2, "little") + (32).to_bytes(2, "little")
-    body = b"WAVEfmt " + len(layout).to_bytes(4, "little") + layout + b"data" + len(data).to_bytes(4, "little") + data
-    return b"RIFF" + len(body).to_bytes(4, "little") + body
 
 
 @pytest.mark.parametrize("bounds", [(5.0, None), (0.0, 5.0), (5.0, 6.0)])

@@ -12,7 +12,7 @@ from embedcache.errors import DataError, PathError, SettingError
 from embedcache.sources.media import Video
 from embedcache.transcription import clips
 from embedcache.transcription.clips import Clip, iter_windows, open_clip
-from tests.media_files import encode_audio, encode_video, moving_square, tone, wav
+from tests.media_files import encode_audio, encode_video, float_wav, moving_square, tone, wav
 from tests.sources.files import write
 
 BOTH = ("audio", "video")
@@ -140,6 +140,8 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "sound.wav": wav(tone(1.0)),
             "text.mp4": b"no video at all" * 40,
             "cut.wav": wav(tone(4.0))[:60_000],
+            "loud.wav": float_wav(np.full(16_000, 5e5, np.float32)),
+            "settings.toml": b"[train]\nepochs = 3\n" * 20,
         },
     )
     return folder
@@ -177,6 +179,13 @@ def test_streams_of_files(audio: str | None, video: str | None, options: Any, ex
         ("cut.wav", None, {}, "cut.wav: truncated: 60,000 bytes of 128,044"),
         ("none.wav", None, {}, r"none.wav does not exist: expected a recording or a video"),
         (".", None, {}, "is a folder: expected a recording"),
+        ("/dev/zero", None, {}, "/dev/zero is a pipe or a device: expected a recording or a video"),
+        (
+            "settings.toml",
+            None,
+            {},
+            "settings.toml: expected a recording or a video, got a file with neither sound nor",
+        ),
     ],
 )
 def test_wrong_files_raise(audio: str | None, video: str | None, options: Any, message: str, media: Path) -> None:
@@ -207,6 +216,8 @@ def test_wrong_settings_raise(audio: bool, options: Any, message: str, media: Pa
         (np.zeros(100), None, "mono float32 samples at 16000 Hz, got float64 of shape"),
         (np.zeros((100, 2), np.float32), None, r"float32 of shape \(100, 2\)"),
         (np.full(100, 20_000, np.float32), None, r"samples in \[-1, 1\], got up to 20000; divide"),
+        (np.full(100, np.nan, np.float32), None, r"the recording: expected samples in \[-1, 1\], got NaN or infinity"),
+        (np.full(100, -np.inf, np.float32), None, r"the recording: expected samples in \[-1, 1\], got NaN or infinity"),
         (None, np.zeros((9, 4, 4, 3), np.uint8), "a Video of frames and their rate, got ndarray"),
         (None, Video(frames_THW3=np.zeros((9, 4, 4, 3)), rate_hz=25.0), "uint8 RGB frames of shape .*got float64"),
         (None, Video(frames_THW3=np.zeros((9, 4, 4, 3), np.uint8), rate_hz=0.0), "positive frame rate, got 0"),
@@ -222,6 +233,12 @@ def test_damage_inside_a_file_names_it(tmp_path: Path) -> None:
     write(tmp_path, {"a.flac": data[: len(data) // 2]})
     with pytest.raises(DataError, match=r"a\.flac: (truncated|damaged)"):
         list(iter_windows(opened(tmp_path / "a.flac"), window_s=2.0, step_s=0.04))
+
+
+def test_loud_files_are_refused_as_arrays_are(media: Path) -> None:
+    for clip in (lambda: opened(media / "loud.wav"), lambda: opened(np.full(16_000, 5e5, np.float32))):
+        with pytest.raises(DataError, match=r": expected samples in \[-1, 1\], got up to 500000; "):
+            list(iter_windows(clip(), window_s=2.0, step_s=0.04))
 
 
 def test_large_frames_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
