@@ -12,6 +12,7 @@ on worlds 10 and 11, without the scenarios of fog and of the camera on the roof.
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -88,11 +89,13 @@ def run_scenario(
     frames: str,
     ablations: Mapping[str, Adaptation] | None = None,
 ) -> Result:
-    """Adapt with every method and measure on the test frames, unless the result is there already."""
+    """Adapt with every method and measure on the test frames, unless the result of these settings is there already."""
     runs = folder / f"seed{seed}"
     path = runs / f"{'-'.join(domains)}{'-ablations' * bool(ablations)}.json"
-    if path.is_file():
-        return Result.read(path)
+    settings = {"domains": domains, "world": world, "seed": seed, "epochs": epochs, "frames": frames}
+    settings["ablations"] = {method: asdict(options) for method, options in (ablations or {}).items()}
+    if stored := Result.read(path, settings):
+        return stored
     caches = {domain: steps.make_cache(f"world={world},{frames}", domain, folder / domain) for domain in set(domains)}
     sources = {
         modality: steps.train_source_run(
@@ -106,7 +109,7 @@ def run_scenario(
     counts = {method: scenario.evaluate(run) for method, run in found.items()}
     quality = {method: scenario.quality(feature) for method, feature in labels.items()}
     result = Result(scenario=name, world=world, seed=seed, gaps=scenario.gaps, counts=counts, labels=quality)
-    result.write(path)
+    result.write(path, settings)
     return result
 
 

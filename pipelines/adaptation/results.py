@@ -1,18 +1,19 @@
 """Results of adaptation as tables: per scenario, over all scenarios, and of the pseudo-labels."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.files import write_atomic
 from embedcache.metrics.segmentation import bootstrap_iou_difference, bootstrap_mean_iou, mean_iou
+from embedcache.provenance import fields_of
 from embedcache.reports.base import Table
 from pipelines.adaptation.steps import ORACLE, SOURCE, VIEWS
+from pipelines.results.stored import read_step, write_step
 
 BOTH = "2D+3D"
 _SHORT = {"norm statistics": "norms", "norm statistics by the gap": "norms by gap", "source only": "source"}
@@ -37,15 +38,19 @@ class Result:
     counts: Mapping[str, Mapping[str, Ints]]
     labels: Mapping[str, Sequence[float]]
 
-    def write(self, path: Path) -> None:
-        """Write the result as JSON."""
+    def write(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Write the result with the settings that it was computed with."""
         counts = {m: {v: values.tolist() for v, values in views.items()} for m, views in self.counts.items()}
-        write_atomic(path, json.dumps({**vars(self), "counts": counts}).encode())
+        write_step(path, settings, {**vars(self), "counts": counts})
 
     @classmethod
-    def read(cls, path: Path) -> "Result":
-        """Read a result that `write` wrote."""
-        values: dict[str, Any] = json.loads(path.read_text())
+    def read(cls, path: Path, settings: Mapping[str, Any]) -> "Result | None":
+        """Read a result that `write` wrote; None if there is none, or one of other settings."""
+        values = read_step(path, settings)
+        return None if values is None else fields_of(path, partial(cls._from_values, values))
+
+    @classmethod
+    def _from_values(cls, values: Mapping[str, Any]) -> "Result":
         counts = {m: {v: np.array(rows) for v, rows in views.items()} for m, views in values["counts"].items()}
         return cls(**{**values, "counts": counts})
 

@@ -19,7 +19,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.segmentation import count_frames, predict_together
 from embedcache.networks.points import PointNetworks, norm_gaps, predict_points
-from embedcache.networks.saved import ModuleInput, load_module
+from embedcache.networks.saved import ModuleInput, load_module, read_module_config
 from embedcache.projectors.saved import config_path
 from embedcache.settings import from_flat
 from embedcache.sources import open_source
@@ -186,7 +186,7 @@ class Scenario:
     def adapt_norms(self, sources: Mapping[str, Path], modalities: Sequence[str], name: str) -> Path:
         """Join runs, replace the norm statistics of some modalities by those of the target; return the new run."""
         run = self.folder / name
-        if not config_path(run).is_file():
+        if not is_adapted(run, sources, modalities):
             save_adapted_norms(sources, self.target.features, modalities, run)
         return run
 
@@ -269,7 +269,7 @@ class Scenario:
         run = self.train(f"{name}-trained", start, labels, consistency=options.consistency, parts=options.parts)
         if not options.entropy_matched:
             return run, feature
-        if not config_path(self.folder / name).is_file():
+        if not _is_matched(self.folder / name, run):
             before = {m: _predict(_load(start), m, self.target.features[m]) for m in moved}
             entropies = {m: float(entropy(prob_NC).mean()) for m, prob_NC in before.items()}
             save_matched_entropy(run, self.target.features, entropies, self.folder / name)
@@ -345,6 +345,23 @@ class Scenario:
     def _name(self, run: Path, what: str) -> str:
         """Return a folder name in the cache of what is derived from a run."""
         return f"{self.folder.parent.name}-{self.folder.name}-{run.name}-{what}"
+
+
+def is_adapted(run: Path, sources: Mapping[str, Path], modalities: Sequence[str]) -> bool:
+    """Return whether a run joins these source runs, as they are now, with other norm statistics of these modalities."""
+    if not config_path(run).is_file():
+        return False
+    weights = {name: read_module_config(source).weights_digest for name, source in sources.items()}
+    config = read_module_config(run)
+    return config.init_runs == weights and config.training.get("norm statistics") == list(modalities)
+
+
+def _is_matched(matched: Path, run: Path) -> bool:
+    """Return whether a run has the scaled predictions of another one: the same start and training."""
+    if not config_path(matched).is_file():
+        return False
+    found, source = read_module_config(matched), read_module_config(run)
+    return found.init_runs == source.init_runs and {**found.training, **source.training} == found.training
 
 
 def _load(run: Path) -> PointNetworks:

@@ -3,7 +3,6 @@
 Each step is reused where its output is there for the same samples and settings.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -34,6 +33,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 from embedcache.train.data import open_data
 from pipelines.common import IMAGE_FEATURE, TEXT_FEATURE, extract_source
+from pipelines.results.stored import read_step, write_step
 from pipelines.worlds.label_sets import FASHION_FOLDER, FASHION_KIND, FASHION_LABELS
 
 FEATURES = {"image": IMAGE_FEATURE, "text": TEXT_FEATURE}
@@ -121,11 +121,11 @@ class Data:
     def step(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """Return the values of a step, which `NAME.json` has if it was computed for the same samples and settings."""
         path, request = self.folder / f"{name}.json", {"icons": self.icons.info.index_digest, **settings}
-        if path.is_file() and (record := json.loads(path.read_text()))["settings"] == request:
+        if (stored := read_step(path, request)) is not None:
             print_line(f"{name}: reused")
-            return dict(record["values"])
+            return stored
         values = dict(compute())
-        write_atomic(path, (json.dumps({"settings": request, "values": values}, indent=1) + "\n").encode())
+        write_step(path, request, values)
         return values
 
     def report_duplicates(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Results of several models, questions and seeds, value by value: on disk, and as estimates over seeds."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,9 +12,10 @@ import numpy as np
 from embedcache.arrays import Array
 from embedcache.errors import DataError
 from embedcache.evaluate.likelihood import Measured
-from embedcache.files import write_atomic
 from embedcache.metrics.intervals import Estimate, interval_of, resample_runs
 from embedcache.progress import NullProgress, Progress
+from embedcache.provenance import fields_of
+from pipelines.results.stored import read_values, write_values
 
 Measures: TypeAlias = Mapping[str, Measured]
 
@@ -56,12 +57,15 @@ class Result:
         """Write the result as JSON."""
         controls = {name: _to_json(measures) for name, measures in self.controls.items()}
         values = {**vars(self), "measures": _to_json(self.measures), "controls": controls}
-        write_atomic(path, json.dumps(values).encode())
+        write_values(path, values)
 
     @classmethod
     def read(cls, path: Path) -> "Result":
         """Read a result that `write` wrote."""
-        values: dict[str, Any] = json.loads(path.read_text())
+        return fields_of(path, partial(cls._from_values, read_values(path)))
+
+    @classmethod
+    def _from_values(cls, values: Mapping[str, Any]) -> "Result":
         controls = {name: _from_json(measures) for name, measures in values["controls"].items()}
         return cls(**{**values, "measures": _from_json(values["measures"]), "controls": controls})
 

@@ -1,9 +1,8 @@
 """Results of speech recognition on disk, tables over seeds, and what a fusion has to reach."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from embedcache.arrays import Ints
 from embedcache.errors import DataError
 from embedcache.evaluate.speech import SpeechReport
 from embedcache.evaluate.utterances import clusters_of_characters
-from embedcache.files import write_atomic
 from embedcache.metrics.edits import (
     ErrorCounts,
     count_character_errors,
@@ -21,9 +19,11 @@ from embedcache.metrics.edits import (
     estimate_error_rate,
 )
 from embedcache.metrics.intervals import Estimate
+from embedcache.provenance import fields_of
 from embedcache.reports.base import Table
 from embedcache.reports.speech import format_difference, format_rate
 from embedcache.reports.speech_figures import parse_level, view_names
+from pipelines.results.stored import read_values, write_values
 
 _POINT = 0.01
 _COUNTS = ("errors_M", "lengths_N", "substitutions_N", "deletions_N", "insertions_N")
@@ -77,12 +77,15 @@ class Result:
         }
         values = {**vars(self), "clusters_M": self.clusters_M.tolist(), "words": words}
         values.pop("characters", None)
-        write_atomic(path, json.dumps(values).encode())
+        write_values(path, values)
 
     @classmethod
     def read(cls, path: Path) -> "Result":
         """Read a result that `write` wrote."""
-        values: dict[str, Any] = json.loads(path.read_text())
+        return fields_of(path, partial(cls._from_values, read_values(path)))
+
+    @classmethod
+    def _from_values(cls, values: Mapping[str, Any]) -> "Result":
         words = {
             view: ErrorCounts(**{name: np.array(counts[name], np.int64) for name in _COUNTS})
             for view, counts in values["words"].items()

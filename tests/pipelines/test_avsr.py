@@ -42,7 +42,7 @@ def test_tiny_pipeline_writes_its_page_and_resumes(tmp_path: Path) -> None:
     assert step.__self__ == runs
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
     path = runs.folder / "results" / "audio-A.json"  # of other weights: recognized again
-    path.write_text(path.read_text().replace(results.seeds(AUDIO, "A")[0].weights, "0" * 64))
+    replace(Result.read(path), weights="0" * 64).write(path)
     runs = replace(runs, caches={"A": tmp_path / "caches" / "A"})
     again = runs.evaluate(*questions(AUDIO, ("A",))[0])
     assert again.weights == Result.read(path).weights == results.seeds(AUDIO, "A")[0].weights

@@ -3,12 +3,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from embedcache.errors import CorruptError
 from embedcache.metrics.segmentation import mean_iou
-from embedcache.networks.saved import load_module
+from embedcache.networks.points import PointNetworks
+from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module, save_module
 from embedcache.store.cache import Cache
+from embedcache.train.segmentation import save_adapted_norms
 from pipelines.adaptation.results import Result, label_table, scenario_table, summary_table
-from pipelines.adaptation.steps import ORACLE, SOURCE
+from pipelines.adaptation.steps import ORACLE, SOURCE, is_adapted
 from pipelines.summit import METHODS
 from tests.pipelines.one_core import run_tiny
 
@@ -29,10 +33,56 @@ def make_result(scenario: str, *, switch: float, oracle: float = 0.9, source: fl
 
 def test_result_is_read_as_written(tmp_path: Path) -> None:
     result = make_result("day", switch=0.7)
-    result.write(tmp_path / "result.json")
-    found = Result.read(tmp_path / "result.json")
+    result.write(tmp_path / "result.json", {"epochs": 3, "domains": ("day", "night")})
+    found = Result.read(tmp_path / "result.json", {"epochs": 3, "domains": ("day", "night")})
+    assert found is not None
     assert (found.scenario, found.gaps, found.gain("switch")) == ("day", result.gaps, result.gain("switch"))
     assert found.line("switch") == result.line("switch")
+
+
+def test_result_of_other_settings_is_not_reused(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    assert Result.read(path, {"epochs": 3}) is None
+    make_result("day", switch=0.7).write(path, {"epochs": 3})
+    assert Result.read(path, {"epochs": 12}) is None
+    path.write_text(json.dumps({"scenario": "day", "world": 1}))  # as earlier versions wrote it: without settings
+    assert Result.read(path, {"epochs": 3}) is None
+
+
+def test_damaged_result_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    make_result("day", switch=0.7).write(path, {"epochs": 3})
+    whole, base = path.read_bytes(), Result.read(path, {"epochs": 3})
+    assert base is not None
+    num_damaged = 0
+    for place in range(0, len(whole), 7):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        path.write_bytes(data)
+        try:
+            found = Result.read(path, {"epochs": 3})
+        except CorruptError:
+            num_damaged += 1
+        else:
+            assert found is not None  # a flip in the name of the digest
+            assert found.line("switch") == base.line("switch")
+    assert num_damaged > len(whole) // 7 - 5
+
+
+def test_norms_of_another_source_run_are_not_reused(tmp_path: Path) -> None:
+    features = {"image": np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)}
+    for name, seed in (("a", 0), ("b", 1)):
+        torch.manual_seed(seed)
+        side = ModuleInput(modality="points", feature="f", spec="s", fingerprint={}, width=3)
+        arguments = {"widths": {"image": 3}, "num_classes": 2}
+        config = ModuleConfig(kind="points", arguments=arguments, sides={"image": side}, training={})
+        (tmp_path / name).mkdir()
+        save_module(tmp_path / name, PointNetworks(**arguments), config)
+    save_adapted_norms({"image": tmp_path / "a"}, features, ["image"], tmp_path / "norms")
+    assert is_adapted(tmp_path / "norms", {"image": tmp_path / "a"}, ["image"])
+    assert not is_adapted(tmp_path / "norms", {"image": tmp_path / "b"}, ["image"])
+    assert not is_adapted(tmp_path / "norms", {"image": tmp_path / "a"}, [])
+    assert not is_adapted(tmp_path / "none", {"image": tmp_path / "a"}, ["image"])
 
 
 def test_summary_counts_gains_and_harm() -> None:
@@ -62,7 +112,9 @@ def test_tables_average_over_worlds() -> None:
 def test_tiny_pipeline_runs_and_resumes(tmp_path: Path) -> None:
     first = run_tiny("summit", tmp_path)
     result_path = tmp_path / "world1" / "seed0" / "day-day-night.json"
-    result = Result.read(result_path)
+    settings = {"domains": ("day", "day", "night"), "world": 1, "seed": 0, "epochs": 3, "frames": "frames=4,test=2"}
+    result = Result.read(result_path, {**settings, "ablations": {}})
+    assert result is not None
     assert set(result.counts) == set(METHODS)
     assert result.gaps["image"] > 0.3
     for views in result.counts.values():
