@@ -71,8 +71,16 @@ def search(
 
 
 def _hit_rows(hits: Sequence["Hit"]) -> tuple[list[str], list[list[str]]]:
-    columns = ["captions", "cosine", "key"]
-    rows = [[" · ".join(hit.captions), f"{hit.score:.3f}", hit.key] for hit in hits]
-    if all(hit.label is None for hit in hits):
-        return columns, rows
-    return [*columns, "label"], [[*row, hit.label or ""] for row, hit in zip(rows, hits, strict=True)]
+    """Return the columns and rows of a table of hits: files where keys do not name them, labels where there are any."""
+    from embedcache.sources.files import names_file
+
+    columns = {
+        "captions": [" · ".join(hit.captions) for hit in hits],
+        "cosine": [f"{hit.score:.3f}" for hit in hits],
+        "key": [hit.key for hit in hits],
+    }
+    if any(hit.path is not None and not names_file(hit.key, hit.path) for hit in hits):
+        columns["path"] = [hit.path or "" for hit in hits]
+    if any(hit.label is not None for hit in hits):
+        columns["label"] = [hit.label or "" for hit in hits]
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]

@@ -19,6 +19,7 @@ from embedcache.dataset.thumbnails import NOT_SHOWN, Thumbnails
 from embedcache.errors import EmbedcacheError
 from embedcache.metrics.intervals import Estimate
 from embedcache.outputs import write_output
+from embedcache.sources.files import own_file
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader
 
@@ -82,11 +83,13 @@ class PageItem:
 
 
 class ItemRenderer:
-    """Renderer of items of one modality for a page; an image that cannot be read is represented by its sample's key."""
+    """Renderer of items of one modality for a page: images with the key of their sample, and their file if the key does
+    not name it; an image that cannot be read by these alone.
+    """
 
     def __init__(self, cache: Cache, modality: str, image_folders: Sequence[Path] = ()) -> None:
         self._cache, self._is_text = cache, modality == "text"
-        self._items = RowReader(cache, modality, ["text" if modality == "text" else "sample"])
+        self._items = RowReader(cache, modality, ["text"] if modality == "text" else ["sample", "path"])
         self._thumbnails: Thumbnails | None = None
         self._reason: str | None = None
         self._left_out: set[int] = set()
@@ -98,9 +101,9 @@ class ItemRenderer:
 
     def render(self, row: int, *, is_correct: bool = False) -> PageItem:
         """Return the item in a row as it is shown on a page."""
-        value = self._items.take(np.array([row]))[0][0].as_py()
+        item = self._items.take(np.array([row])).to_pylist()[0]
         if self._is_text:
-            return PageItem(text=value, is_correct=is_correct)
+            return PageItem(text=item["text"], is_correct=is_correct)
         image_url = None
         try:
             image_url = None if self._thumbnails is None else self._thumbnails.data_url(row)
@@ -108,7 +111,9 @@ class ItemRenderer:
             self._reason = str(error)
         if image_url is None and self._reason is not None:
             self._left_out.add(row)
-        return PageItem(text=self._cache.key(value), image_url=image_url, is_correct=is_correct)
+        key = self._cache.key(item["sample"])
+        text = " · ".join(filter(None, [key, own_file(item["path"], key)]))
+        return PageItem(text=text, image_url=image_url, is_correct=is_correct)
 
     def warnings(self) -> list[str]:
         """Return how many images are missing from the page, if any are, and why."""

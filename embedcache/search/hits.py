@@ -13,6 +13,7 @@ from embedcache.dataset.thumbnails import Thumbnails, credit
 from embedcache.errors import EmbedcacheError, visible
 from embedcache.files import AnyPath, one_or_many
 from embedcache.registry import require
+from embedcache.sources.files import own_file
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
 from embedcache.store.rows import RowReader
@@ -33,6 +34,8 @@ class Hit:
         score: cosine similarity to the query, from -1 to 1; for an index of codes, its estimate.
         row: row of the item in the table of its modality.
         key: key of its sample.
+        path: file of the item as its source names it, relative to the source if it lies below it; for bytes in a shard
+            or a table, that file; None for a text, and where the source names no file.
         captions: for an image, at most three captions of its sample, in the language of the first; for a caption, the
             caption.
         label: label of its sample, if the cache has that column.
@@ -42,9 +45,15 @@ class Hit:
     score: float
     row: int
     key: str
+    path: str | None = None
     captions: Sequence[str]
     label: str | None = None
     languages: Sequence[str | None] = ()
+
+    @property
+    def name(self) -> str:
+        """What to call the item where it has no caption: its key, or its file if the key does not name that."""
+        return own_file(self.path, self.key) or self.key
 
 
 class Hits(list[Hit]):
@@ -121,8 +130,9 @@ def _show(hits: Hits, folders: Sequence[Path]) -> list[str]:
                 image = f'<img src="{thumbnails.data_url(hit.row)}" alt="{_text(hit.key)}"><br>'
         except EmbedcacheError as error:
             reason = f"images are not shown: {error}"
-        details = _text(" · ".join(filter(None, [hit.key, hit.label, *hit.captions])))
-        words = _text(hit.captions[0] if hit.captions else hit.key)
+        file = own_file(hit.path, hit.key)
+        details = _text(" · ".join(filter(None, [hit.key, file, hit.label, *hit.captions])))
+        words = _text(hit.captions[0] if hit.captions else hit.name)
         cards.append(
             f'<div title="{details}" style="width: 112px; margin: 4px; text-align: center; overflow-wrap: anywhere">'
             f"{image}<small><b>{hit.score:.3f}</b> {words}</small></div>"
@@ -146,7 +156,7 @@ class HitReader:
         self._modality = modality
         self._samples = RowReader(cache, SAMPLES, ["key", "label"] if "label" in cache.columns else ["key"])
         self._texts = RowReader(cache, "text")
-        self._items = self._texts if modality == "text" else RowReader(cache, modality, ["sample"])
+        self._items = self._texts if modality == "text" else RowReader(cache, modality, ["sample", "path"])
 
     def load(self) -> None:
         """Read all rows, for a process that looks up many: later lookups take microseconds per row."""
@@ -171,9 +181,10 @@ class HitReader:
         scores, rows = np.clip(scores_K[rows_K >= 0], -1, 1).tolist(), rows_K[rows_K >= 0]  # rounding exceeds 1
         found = self._samples.take(self.samples(rows))
         labels = found["label"].to_pylist() if "label" in found.column_names else [None] * len(rows)
+        keys, paths, captions_of = found["key"].to_pylist(), self.paths(rows), self._captions(rows)
         hits = []
-        for score, row, key, label, texts in zip(
-            scores, rows.tolist(), found["key"].to_pylist(), labels, self._captions(rows), strict=True
+        for score, row, key, path, label, texts in zip(
+            scores, rows.tolist(), keys, paths, labels, captions_of, strict=True
         ):
             if languages:
                 texts = [(text, language) for text, language in texts if language in languages]
@@ -182,8 +193,15 @@ class HitReader:
                 texts = [(text, language) for text, language in texts if language == present[0]]
             captions = [text for text, _ in texts[:_MAX_CAPTIONS]]
             label = None if label is None else str(label)
-            hits.append(Hit(score=score, row=row, key=key, captions=captions, label=label, languages=present))
+            hit = Hit(score=score, row=row, key=key, path=path, captions=captions, label=label, languages=present)
+            hits.append(hit)
         return hits
+
+    def paths(self, rows_K: Ints) -> list[str | None]:
+        """Return the file of each item as its source names it; None where there is none."""
+        if self._modality == "text":
+            return [None] * len(rows_K)
+        return [path or None for path in self._items.take(rows_K)["path"].to_pylist()]
 
     def captions(self, row: int) -> list[dict[str, str | None]]:
         """Return `text` and `language` of the captions of an image's sample, or of a caption itself."""

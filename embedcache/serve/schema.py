@@ -13,6 +13,10 @@ MapState = Literal["computing", "ready", "unavailable"]
 _Values = Annotated[list[Annotated[str, Field(max_length=_MAX_TEXT_LENGTH)]], Field(max_length=_MAX_VALUES)]
 MAX_INDEXES = 2
 IndexNumber = Annotated[int, Field(ge=0, lt=MAX_INDEXES, description="Number of the index: 0, or 1 for the second.")]
+_PATH = (
+    "File of the item as its source names it; its name only, if that is outside of the source; null for a text, and if "
+    "the source names none."
+)
 _Count = Annotated[int, Field(ge=1, le=MAX_HITS)]
 
 
@@ -49,6 +53,8 @@ class HitOut(BaseModel):
     )
     row: int = Field(description="Row of the item in the item table of its modality.")
     key: str = Field(description="Key of the sample.")
+    path: str | None = Field(description=_PATH)
+    name: str = Field(description="What to call the item without a caption: its key, or its file if they differ.")
     captions: list[str] = Field(description="Captions of the sample in one language, at most three.")
     languages: list[str | None] = Field(description="Languages of its captions, that of these first; null is unknown.")
     label: str | None = Field(description="Label of the sample, if the cache has labels.")
@@ -75,6 +81,7 @@ class ItemOut(BaseModel):
 
     row: int
     key: str
+    path: str | None = Field(description=_PATH)
     image: int | None = Field(description="Row of the image to show.")
     captions: list[CaptionOut]
     columns: dict[str, str | int | float | bool | None] = Field(description="Other columns of the sample.")

@@ -121,6 +121,7 @@ class SearchService:
         return {
             "row": row,
             "key": columns.pop("key"),
+            "path": _public_path(self.index.hits.paths(rows)[0]),
             "image": self._image_rows(rows)[0],
             "captions": self.index.hits.captions(row),
             "columns": columns,
@@ -129,7 +130,10 @@ class SearchService:
     def hits(self, hits: Sequence[Hit]) -> list[dict[str, Any]]:
         """Return the fields of `HitOut` for each hit."""
         images = self._image_rows(np.array([hit.row for hit in hits], np.int64))
-        return [{**asdict(hit), "image": image} for hit, image in zip(hits, images, strict=True)]
+        return [
+            {**asdict(hit), "path": _public_path(hit.path), "name": hit.name, "image": image}
+            for hit, image in zip(hits, images, strict=True)
+        ]
 
     def items(self, rows_K: Ints) -> list[dict[str, Any]]:
         """Return the fields of `HitOut` for the items in some rows, which no query found."""
@@ -194,6 +198,17 @@ class SearchService:
         rows = np.array([hit["row"] for hit in shown_hits], np.int64)
         hits = self.hits(self.index.hits.read(scores, rows))
         return {"name": concept["name"], "threshold": concept["threshold"], "hits": hits}
+
+
+def _public_path(path: str | None) -> str | None:
+    """Return the path of an item as visitors may see it: of a file outside of the source, only the name.
+
+    An absolute path shows folders of this machine, and a URL may contain credentials. Those of a merged cache follow
+    the number of their source.
+    """
+    if path is None or not (path.startswith("/") or "//" in path):
+        return path
+    return path.partition("?")[0].rpartition("/")[2] or None
 
 
 @dataclass(frozen=True, kw_only=True)

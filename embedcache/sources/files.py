@@ -26,6 +26,7 @@ MEDIA_SUFFIXES: Mapping[str, frozenset[str]] = {
 SVG_SUFFIX = ".svg"
 """Of images that are taken with the setting `svg` only, as folders hold such files beside their images."""
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
+_OWN_SUFFIXES = {SVG_SUFFIX, *(suffix for found in MEDIA_SUFFIXES.values() for suffix in found - TABLE_SUFFIXES)}
 TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})
 IDX_IMAGES = re.compile(r"(?P<set>.+)-images[-.]idx3-ubyte(\.gz)?")
@@ -38,6 +39,19 @@ _FORBIDDEN = 403
 _READ_AHEAD_BYTES = 2**18  # one request for small columns that are adjacent in the file
 _MAX_RESTRICTED_BYTES = 2**28
 _ALLOWED_FOLDERS: ContextVar[tuple[Path, ...] | None] = ContextVar("allowed_folders", default=None)
+
+
+def names_file(key: str, path: str) -> bool:
+    """Return whether the key of a sample is the path of an item, with or without its suffix."""
+    return key in (path, str(PurePosixPath(path).with_suffix("") if path else ""))
+
+
+def own_file(path: str | None, key: str) -> str | None:
+    """Return the name of an item's file if it holds nothing else, as a shard does, and the key does not name it."""
+    path = path or ""
+    file = PurePosixPath(path.partition("?")[0] if is_url(path) else path)
+    is_own = file.suffix.lower() in _OWN_SUFFIXES and file.stem != PurePosixPath(key).name
+    return file.name if is_own else None
 
 
 @contextmanager

@@ -160,7 +160,8 @@ def search(index: str, *options: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(embedcache("search", index, *options, "--json"))
     for query in found:
         for hit in query["hits"]:
-            hit.pop("languages")  # the first versions did not print them
+            for name in ("languages", "path"):  # the first versions did not print them
+                hit.pop(name)
         query["hits"].sort(key=lambda hit: (-round(hit["score"], 4), hit["row"]))
     return found
 

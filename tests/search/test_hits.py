@@ -5,18 +5,27 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from embedcache.cli.main import app
 from embedcache.errors import MissingExtraError
+from embedcache.extract.extract import extract
 from embedcache.interop.clip_retrieval import open_clip_retrieval
+from embedcache.reports.base import ItemRenderer
 from embedcache.search import hits as hits_module
 from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
+from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
+from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from tests.images import write_images
 from tests.interop.cases import import_files, unit_rows, write_tree
+from tests.toy import IMAGE
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +44,18 @@ def test_cosines_are_at_most_one(results: SearchResults, index_path: Path) -> No
     assert [hit.score for hit in too_large] == [1, -1]
 
 
-def test_hits_have_keys_labels_and_captions_of_one_language(captioned: Path) -> None:
+def hit_of(label: str, *, row: int, **values: Any) -> Hit:
+    key = f"{label}/{row:05}"
+    return Hit(row=row, key=key, path=f"{key}.png", label=label, **values)
+
+
+def test_hits_have_keys_files_labels_and_captions_of_one_language(captioned: Path) -> None:
     scores, rows = np.array([0.5, 2, -0.25, 0.125], np.float32), np.array([1, -1, 0, 3])  # nothing found: -1
-    german = Hit(score=0.5, row=1, key="cat/00001", captions=["rot", "blau"], label="cat", languages=["de", None])
-    others = Hit(score=-0.25, row=0, key="cat/00000", captions=["one", "two", "three"], label="cat", languages=[None])
+    german = hit_of("cat", score=0.5, row=1, captions=["rot", "blau"], languages=["de", None])
+    others = hit_of("cat", score=-0.25, row=0, captions=["one", "two", "three"], languages=[None])
     reader = HitReader(Cache(captioned), "image")
     for _ in range(2):
-        dog = Hit(score=0.125, row=3, key="dog/00000", captions=[], label="dog", languages=[])
+        dog = replace(hit_of("dog", score=0.125, row=0, captions=[], languages=[]), row=3)
         assert reader.read(scores, rows) == [german, others, dog]
         assert reader.read(scores[:3], rows[:3], ["de"]) == [
             replace(german, languages=["de"]),
@@ -52,7 +66,7 @@ def test_hits_have_keys_labels_and_captions_of_one_language(captioned: Path) -> 
             for text, language in (("rot", "de"), ("blau", "de"), ("red", None), ("blue", None))
         ]
         reader.load()
-    caption = replace(others, row=7, key="cat/00001", captions=["blue"])
+    caption = replace(others, row=7, key="cat/00001", path=None, captions=["blue"])
     assert HitReader(Cache(captioned), "text").read(scores[2:3], np.array([7])) == [caption]
 
 
@@ -60,6 +74,24 @@ def test_hits_of_a_cache_without_captions_and_labels(tmp_path: Path) -> None:
     cache, _ = import_files(open_clip_retrieval(write_tree(tmp_path / "tree", unit_rows(3))), tmp_path / "cache")
     found = HitReader(cache, "image").read(np.ones(2, np.float32), np.array([2, 0]))
     assert found == [Hit(score=1, row=row, key=f"k{row}", captions=[], languages=[]) for row in (2, 0)]
+
+
+def test_hits_name_files_that_keys_do_not_name(tmp_path: Path) -> None:
+    write_images(tmp_path / "s" / "photos", 2)
+    rows = "".join(f"photos/{number:05}.png,a {number}\n" for number in range(2))
+    (tmp_path / "s" / "captions.csv").write_text(f"file,caption\n{rows}")
+    extract(open_source(tmp_path / "s" / "captions.csv"), tmp_path / "cache", image_encoder=[IMAGE])
+    (hit,) = HitReader(Cache(tmp_path / "cache"), "image").read(np.ones(1, np.float32), np.array([1]))
+    assert (hit.key, hit.path, hit.name) == ("captions/1", "photos/00001.png", "00001.png")
+    assert (
+        'title="captions/1 · 00001.png · a 1"'
+        in SearchResults([Hits([hit], query="q", cache=Cache(tmp_path / "cache"), modality="text")]).to_html()
+    )
+    assert ItemRenderer(Cache(tmp_path / "cache"), "image").render(1).text == "captions/1 · 00001.png"
+    build_index(tmp_path / "cache", tmp_path / "index")
+    shown = CliRunner().invoke(app, ["search", str(tmp_path / "index"), "--query-key", "captions/1", "-k", "1"]).output
+    assert re.search(r"captions +┃ +cosine +┃ +key +┃ +path", shown)
+    assert re.search(r"a 1 +│ +1.000 +│ +captions/1 +│ +photos/00001.png", shown)
 
 
 def test_page_of_a_caption(captioned: Path) -> None:
@@ -90,10 +122,10 @@ def test_as_much_as_a_page_shows_is_not_cut(results: SearchResults) -> None:
 
 def test_data_frame_has_a_row_per_hit(results: SearchResults) -> None:
     frame = results.to_pandas()
-    assert list(frame.columns) == ["query", "score", "row", "key", "captions", "label", "languages"]
+    assert list(frame.columns) == ["query", "score", "row", "key", "path", "captions", "label", "languages"]
     assert frame["key"].tolist() == [hit.key for hits in results for hit in hits]
     assert frame["query"][:20].tolist() == ["<b>red</b>"] * 20
-    assert list(results[0].to_pandas().columns) == ["score", "row", "key", "captions", "label", "languages"]
+    assert list(results[0].to_pandas().columns) == ["score", "row", "key", "path", "captions", "label", "languages"]
     assert list(SearchResults().to_pandas().columns) == list(frame.columns)
 
 

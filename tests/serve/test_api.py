@@ -53,7 +53,7 @@ def as_found(root: Path, queries: Queries | list[str], **options: Any) -> list[d
 
 
 def without_image(hits: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in hit.items() if name != "image"} for hit in hits]
+    return [{name: value for name, value in hit.items() if name not in ("image", "name")} for hit in hits]
 
 
 def test_text_query_equals_command(client: TestClient, root: Path) -> None:
@@ -137,6 +137,7 @@ def test_concurrent_queries_form_batches(served: SearchService, monkeypatch: pyt
 def test_item_has_all_columns(client: TestClient) -> None:
     item = client.get("/api/items/0").json()
     assert item["key"] == "train/cat/00000"
+    assert item["path"] == "train/cat/00000.png"
     assert [one["language"] for one in item["captions"]] == ["de", None]
     assert item["columns"] == {"split": "train", "label": "cat", "folder": "train/cat"}
     assert client.get("/api/items/80").status_code == 404

@@ -84,6 +84,16 @@ def test_images_outside_source_are_not_served(hostile: Path, kind: str, caplog: 
     assert "is outside the source's folder" in caplog.text or "is not a regular file" in caplog.text
 
 
+@pytest.mark.parametrize("path", ["{}/secret.png", "1/{}/secret.png", "https://user:key@host/a/secret.png?sig=1"])
+def test_visitors_see_names_of_files_outside_source(hostile: Path, path: str) -> None:
+    tamper(hostile / "cache", path=path.format(hostile))
+    with visit(open_hostile(hostile)) as client:
+        assert client.get("/api/items/0").json()["path"] == "secret.png"
+        outside, inside = client.get("/api/items?rows=0&rows=1").json()
+    assert (outside["path"], outside["name"]) == ("secret.png", "secret.png")
+    assert (inside["path"], inside["name"]) == ("00001.png", "00001")
+
+
 def test_link_inside_source_is_served(hostile: Path) -> None:
     (hostile / "photos" / "x.png").symlink_to(hostile / "photos" / "00001.png")
     tamper(hostile / "cache", path="x.png")

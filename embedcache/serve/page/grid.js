@@ -2,7 +2,7 @@
 
 import { byId, element } from "./dom.js";
 
-export const caption = (hit) => hit.captions.join(" · ") || hit.key;
+export const caption = (hit) => hit.captions.join(" · ") || hit.name;
 
 const names = typeof Intl.DisplayNames === "function" ? new Intl.DisplayNames(["en"], { type: "language" }) : null;
 
@@ -152,7 +152,7 @@ export class ItemDialog {
     const item = await this.index.get(`/api/items/${hit.row}`);
     if (this.hits[this.place] !== hit) return;
     byId("item-captions").replaceChildren(...captionsByLanguage(item.captions));
-    const rows = [["cosine", hit.score?.toFixed(3) ?? null], ["key", item.key], ...Object.entries(item.columns)];
+    const rows = [["cosine", hit.score?.toFixed(3) ?? null], ["key", item.key], ["path", item.path], ...Object.entries(item.columns)];
     byId("item-columns").replaceChildren(...rows.filter(([, value]) => value !== null).map(([name, value]) =>
       element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, String(value)))));
   }
