@@ -1,7 +1,7 @@
 """Use a trained run on raw items: its frozen encoders, as the run used them, and what was trained on their features.
 
-An aligned pair embeds images and texts; a run that recognizes speech is in `embedcache.transcription.model`, one of a
-likelihood for many tasks in `embedcache.likelihood.model`."""
+An aligned pair embeds images, texts and stored features; a run that recognizes speech is in
+`embedcache.transcription.model`, one of a likelihood for many tasks in `embedcache.likelihood.model`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ import torch
 from scipy.special import softmax
 from torch import Tensor
 
-from embedcache.arrays import Array, Floats, blocks, normalize
+from embedcache.arrays import Array, Floats, Inputs, blocks, check_finite, normalize, to_numbers
 from embedcache.dataset.inputs import to_inputs
 from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder, Modality, background_of
-from embedcache.encoders.open import feature_names, reopen_encoder
+from embedcache.encoders.open import EncoderSpec, feature_names, reopen_encoder, why_no_encoder
 from embedcache.errors import DataError, SettingError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.files import AnyPath
@@ -26,6 +26,7 @@ from embedcache.likelihood.model import LikelihoodModel, Scores, load_likelihood
 from embedcache.modalities import list_distinct, list_texts
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.saved import PairConfig, is_pair, load_pair, project, read_run
+from embedcache.projectors.towers import TokenTower
 from embedcache.sources.images import ImageLike, list_images, load_image
 from embedcache.transcription.model import SpeechModel, load_speech
 
@@ -81,7 +82,7 @@ def load(
 
 
 class Model:
-    """A trained pair with its frozen encoders: embeds images and texts in a shared space. Create it with `load`."""
+    """A trained pair with its frozen encoders: embeds items of both modalities in a shared space, see `load`."""
 
     def __init__(self, pair: AlignedPair, config: PairConfig, *, run_path: Path, device: str) -> None:
         self._pair, self._run_path, self._device = pair, run_path, device
@@ -154,6 +155,41 @@ class Model:
         """
         listed = list_texts(texts)
         return self._as_requested(self._text_encoder.encode(listed, _check_text), tensors=tensors)
+
+    @overload
+    def project(self, modality: Modality, vectors: Any, *, tensors: Literal[False] = False) -> Floats: ...
+
+    @overload
+    def project(self, modality: Modality, vectors: Any, *, tensors: Literal[True]) -> Tensor: ...
+
+    def project(self, modality: Modality, vectors: Any, *, tensors: bool = False) -> Floats | Tensor:
+        """Embed stored features: vectors as they are in a cache, or as the tool computes them that they came from.
+
+        No encoder is opened, so this is how a run on imported vectors embeds new items.
+
+        Args:
+            modality: modality of the features, one of the two of the run, such as `text`.
+            vectors: (N, D) of any float type, an array or a tensor, where D is the width of the run's feature, scaled
+                as those in the cache are; (D,) is one vector, and (N, T, D) are tokens, if the run takes them.
+            tensors: return a tensor on the device of the model, not an array.
+
+        Returns:
+            (N, P) float32, rows of length 1.
+
+        Raises:
+            DataError: the run does not have the modality, the vectors have another width, or one holds NaN or infinity.
+        """
+        tower, side = self._pair.tower(modality), self.config.tower_input(modality)
+        values, has_tokens = np.atleast_2d(to_numbers(vectors, "vectors")), isinstance(tower, TokenTower)
+        if values.shape[-1] != side.width or values.ndim > 2 + has_tokens:
+            raise DataError(
+                f"vectors: expected shape (N, {'T, ' * has_tokens}{side.width}), as {side.feature} has, got "
+                f"{values.shape}; give {modality} vectors of that feature"
+            )
+        with np.errstate(over="ignore"):  # float64 beyond the range of float32 is infinite
+            values = values.astype(np.float32)
+        check_finite(values, "the array of vectors")
+        return self._as_requested(project(tower, Inputs(values), device=self._device), tensors=tensors)
 
     def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Floats:
         """Compute the cosine similarity of every image with every text; for embeddings, use `images @ texts.T`.
@@ -254,8 +290,12 @@ def open_projected_encoder(
 
     Raises:
         FingerprintError: the encoder or view is not the one that the run was trained on.
+        SettingError: no encoder computed the feature.
     """
     tower_input = config.tower_input(modality)
+    next_step = f'embed vectors of that feature with project("{modality}", vectors)'
+    if reason := why_no_encoder(EncoderSpec.parse(tower_input.spec), modality, next_step=next_step):
+        raise SettingError(reason)
     feature, fingerprint = tower_input.feature, tower_input.fingerprint
     encoder = reopen_encoder(
         tower_input.spec, modality=modality, feature=feature, fingerprint=fingerprint, device=device

@@ -193,6 +193,31 @@ def test_invalid_items_raise(run_path: Path, tmp_path: Path) -> None:
         model.classify(tmp_path / "x.png", [1])
 
 
+def test_stored_features_are_projected(run_path: Path, exact_cache: Path) -> None:
+    model = embedcache.load(run_path)
+    feature = model.config.sides["image"].feature
+    stored = open_input(embedcache.Cache(exact_cache), "image", feature).read(np.arange(3)).values
+    projected = model.project("image", stored.astype(np.float64))
+    np.testing.assert_allclose(projected, cached_vectors(exact_cache, run_path, "image", 3), atol=1e-5)
+    assert projected.dtype == np.float32
+    assert model.project("image", stored, tensors=True).shape == (3, model.width)
+    assert model.project("image", stored[:0]).shape == (0, model.width)
+    width = stored.shape[-1]
+    assert model.project("image", stored.reshape(-1, width)[0]).shape == (1, model.width)
+    shape = rf"\({'N, T' if stored.ndim == 3 else 'N'}, {width}\)"
+    for wrong, words in (
+        (stored[..., 1:], f"vectors: expected shape {shape}, as {re.escape(feature)} has, got .*{width - 1}"),
+        (stored[None], f"vectors: expected shape {shape}"),
+        (stored * np.nan, "the array of vectors holds NaN or infinity in 3 of 3 rows, first row 0"),
+        (np.full((1, width), 1e300), "the array of vectors holds NaN or infinity in 1 of 1 rows"),
+        (["a"], "vectors: expected floating-point numbers"),
+    ):
+        with pytest.raises(DataError, match=words):
+            model.project("image", wrong)
+    with pytest.raises(DataError, match="expected a run with the modality audio, got one of image and text"):
+        model.project("audio", stored)
+
+
 def test_iterators_and_tensors_with_gradients_are_items(run_path: Path) -> None:
     model, image = embedcache.load(run_path), torch.rand(3, 8, 8)
     texts = model.encode_text(["red", "blue"])

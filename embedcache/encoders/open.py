@@ -85,18 +85,27 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
     return encoder
 
 
-def why_no_encoder(spec: "EncoderSpec", modality: Modality) -> str | None:
-    """Return why no items can be encoded like the features of a spec, if no encoder computed them."""
+def why_no_encoder(spec: "EncoderSpec", modality: Modality, *, next_step: str | None = None) -> str | None:
+    """Return why no items can be encoded like the features of a spec, if no encoder computed them.
+
+    Args:
+        spec: how the features were made.
+        modality: modality of the items.
+        next_step: what to do instead; None: what applies to extraction and repair.
+    """
     if spec.family == IMPORTED:
+        next_step = next_step or (
+            "repair damage by running the same embedcache import again, or extract features of new "
+            f"{noun(modality)} with an encoder into a cache of its own"
+        )
         return (
             f"the vectors of {spec.model} were imported and their encoder is unknown, so no {modality} can be encoded "
-            "like them: search with --query-key or --query-vectors, repair damage by running the same embedcache "
-            f"import again, or extract features of new {noun(modality)} with an encoder into a cache of its own"
+            f"like them: {next_step}"
         )
     if spec.family == DERIVED:
         return (
             f"features of {DERIVED}:{spec.model} are derived from other features, so no raw {modality} can be encoded "
-            "like them: search with --query-key or --query-vectors, or use the features that they are derived from"
+            f"like them: {next_step or 'use the features that they are derived from'}"
         )
     return None
 

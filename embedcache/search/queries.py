@@ -146,7 +146,10 @@ class QueryEncoder:
             )
         if self.config is not None and modality not in self.config.sides:
             return f"expected one of the modalities of the run, {' and '.join(self.config.sides)}"
-        return why_no_encoder(EncoderSpec.parse(self._tower_input(modality).spec), modality)
+        next_step = "search with --query-key or --query-vectors"
+        if self.config is not None:
+            next_step = f"search with --query-key, or with --query-vectors and what {_project_call(modality)} returns"
+        return why_no_encoder(EncoderSpec.parse(self._tower_input(modality).spec), modality, next_step=next_step)
 
     def encoder(self, modality: Modality) -> Encoder:
         """Return the encoder of a modality, which must be the one that made the feature."""
@@ -255,12 +258,23 @@ class QueryEncoder:
 
     def _check_vectors(self, vectors_QP: Array) -> Floats:
         if vectors_QP.ndim != 2 or vectors_QP.shape[1] != self._card.width:
-            raise DataError(f"query vectors: expected shape (Q, {self._card.width}), got {vectors_QP.shape}")
+            shape = f"query vectors: expected shape (Q, {self._card.width}), got {vectors_QP.shape}"
+            raise DataError(f"{shape}{self._how_to_project(vectors_QP)}")
         check_finite(vectors_QP, "the array of query vectors")
         is_zero = ~vectors_QP.any(axis=1)
         if is_zero.any():
             raise DataError(f"query vectors: expected rows with a direction, got zeros in row {is_zero.argmax()}")
         return normalize(vectors_QP)
+
+    def _how_to_project(self, vectors_QD: Array) -> str:
+        """Return the next step for vectors of the width of a feature of the run; empty for others."""
+        sides = {} if self.config is None else self.config.sides
+        calls = [_project_call(modality) for modality, side in sides.items() if vectors_QD.shape[-1] == side.width]
+        return f"; project vectors of the run's feature first: {' or '.join(calls)}" if calls else ""
+
+
+def _project_call(modality: str) -> str:
+    return f'embedcache.load(RUN).project("{modality}", vectors)'
 
 
 def read_vectors(path: Path) -> Array:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import embedcache
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, SourceError
 from embedcache.extract.extract import extract
@@ -182,8 +183,23 @@ def test_train_and_index_on_import(tree: Path, tmp_path: Path) -> None:
     build_index(cache.path, tmp_path / "index", IndexSettings(run=tmp_path / "run"))
     [hits] = search(tmp_path / "index", Queries(keys=["k7"]), SearchSettings(k=1))
     assert hits[0].key == "k7"
-    with pytest.raises(DataError, match="text query: the vectors of text_emb were imported"):
+    call = 'embedcache.load(RUN).project("{}", vectors)'
+    with pytest.raises(DataError, match="text query: the vectors of text_emb were imported") as refused:
         search(tmp_path / "index", ["a dog"])
+    message = f"search with --query-key, or with --query-vectors and what {call.format('text')} returns"
+    assert str(refused.value).endswith(message)
+    with pytest.raises(DataError, match=r"query vectors: expected shape \(Q, 256\), got \(40, 8\); ") as refused:
+        search(tmp_path / "index", Queries(vectors=unit_rows(40)))
+    assert str(refused.value).endswith(f"feature first: {call.format('image')} or {call.format('text')}")
+    model = embedcache.load(tmp_path / "run")
+    projected = model.project("image", unit_rows(40).astype(np.float64))
+    assert projected.dtype == np.float32
+    [hits] = search(tmp_path / "index", Queries(vectors=projected[7]), SearchSettings(k=1))
+    assert (hits[0].key, round(hits[0].score, 5)) == ("k7", 1)
+    with pytest.raises(
+        SettingError, match=r'is unknown, .* embed vectors of that feature with project\("text", vectors\)'
+    ):
+        model.encode_text("a dog")
 
 
 def test_extract_into_import_raises(tree: Path, tmp_path: Path, image_folder: Path) -> None:
