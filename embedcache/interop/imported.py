@@ -18,12 +18,13 @@ from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table import TableColumns, assign_columns, read_key, read_rows, read_texts
 from embedcache.sources.table_files import Row, open_table_file
 
-_DTYPES = ("float16", "float32")
+_DTYPES = {"float16": "float16", "float32": "float32", "float64": "float32"}
+"""dtype in a file -> dtype in the cache."""
 _KEY_FORMAT = "{:09d}"
 
 
 class VectorFile(Protocol):
-    """Vectors of float16 or float32 in one file, one per row."""
+    """Vectors of float16, float32 or float64 in one file, one per row."""
 
     @property
     def path(self) -> Path: ...
@@ -102,15 +103,50 @@ class VectorImport:
         paths = [path for group in self.groups for path in (*(v.path for v in group.vectors.values()), group.table)]
         return list(dict.fromkeys(path for path in paths if path is not None))
 
+    def dtypes(self, name: str) -> tuple[str, str]:
+        """Return the dtype of a feature in its files, and in the cache: float32 for float64."""
+        dtype = self.groups[0].vectors[name].dtype
+        return dtype, _DTYPES[dtype]
+
     def blocks(self, name: str, first: int, size: int) -> Iterator[Array]:
-        """Iterate over a feature from row `first` on in arrays of `size` rows; the last may be shorter."""
+        """Iterate over a feature from row `first` on in arrays of `size` rows, as the cache stores them.
+
+        The last may be shorter.
+
+        Raises:
+            DataError: a number is beyond the range of float32.
+        """
         return rechunk(self._blocks(name, first, size), size)
 
     def _blocks(self, name: str, first: int, size: int) -> Iterator[Array]:
         for group in self.groups:
             if first < group.num_rows:
-                yield from group.vectors[name].blocks(first, size)
+                yield from stored_blocks(group.vectors[name], first, size)
             first = max(0, first - group.num_rows)
+
+
+def stored_blocks(file: VectorFile, first: int, size: int) -> Iterator[Array]:
+    """Iterate over the rows of a file from `first` on as the cache stores them: float64 is rounded to float32.
+
+    Raises:
+        DataError: a number is beyond the range of float32.
+    """
+    for values in file.blocks(first, size):
+        yield values if _DTYPES[file.dtype] == file.dtype else _round(values, file, first)
+        first += len(values)
+
+
+def _round(values_BD: Array, file: VectorFile, first: int) -> Array:
+    with np.errstate(over="ignore"):
+        stored_BD: Array = values_BD.astype(_DTYPES[file.dtype])
+    is_beyond = np.isinf(stored_BD) & np.isfinite(values_BD)
+    if is_beyond.any():
+        row, column = np.argwhere(is_beyond)[0]
+        raise DataError(
+            f"{file.path}, row {first + row:,}: expected numbers in the range of float32, up to 3.4e+38, got "
+            f"{values_BD[row, column]:g}; scale the vectors"
+        )
+    return stored_BD
 
 
 def rechunk(arrays: Iterator[Array], size: int) -> Iterator[Array]:
@@ -131,9 +167,11 @@ def rechunk(arrays: Iterator[Array], size: int) -> Iterator[Array]:
 
 
 def check_dtype(dtype: np.dtype[np.generic] | str, location: str) -> str:
-    """Return a dtype that a cache can store, or raise a DataError."""
+    """Return a dtype that can be imported, or raise a DataError."""
     if str(dtype) not in _DTYPES:
-        raise DataError(f"{location}: expected little-endian {' or '.join(_DTYPES)}, got {dtype}; convert it first")
+        raise DataError(
+            f"{location}: expected little-endian float16, float32 or float64, got {dtype}; convert it first"
+        )
     return str(dtype)
 
 

@@ -13,7 +13,7 @@ from embedcache.arrays import Array, Bools
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import CorruptError, SourceError, UnfinishedError
 from embedcache.files import AnyPath, open_path, remove_partials
-from embedcache.interop.imported import ImportedSamples, VectorImport
+from embedcache.interop.imported import ImportedSamples, VectorImport, stored_blocks
 from embedcache.interop.settings import ImportSettings
 from embedcache.locks import Leases
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -87,7 +87,8 @@ def import_vectors(
     progress: AnyProgress = None,
     **options: Any,
 ) -> list[ImportReport]:
-    """Write a normal cache of vectors that another tool computed. Values and dtype are kept as they are.
+    """Write a normal cache of vectors that another tool computed. Values are kept as they are, but float64 as
+    float32.
 
     The files are read twice: once for their SHA-256, once for their rows. Committed chunks with correct checksums are
     reused, so an interrupted import resumes and a damaged chunk is repaired. Memory: one chunk; while the samples are
@@ -159,7 +160,10 @@ def _import_feature(
     cache: Cache, vectors: VectorImport, name: str, source: Mapping[str, Any], progress: Progress
 ) -> ImportReport:
     modality, files = vectors.modalities[name], [group.vectors[name] for group in vectors.groups]
-    first_blocks = (next(file.blocks(0, _CHECKED_ROWS), None) for file in files)
+    first_blocks = (next(stored_blocks(file, 0, _CHECKED_ROWS), None) for file in files)
+    in_file, in_cache = vectors.dtypes(name)
+    if in_file != in_cache:
+        progress.note(f"{name}: {in_file} is stored as {in_cache}")
     has_unit_length = all(is_normalized(block_BD) for block_BD in first_blocks if block_BD is not None)
     fingerprint = {
         "family": IMPORTED,
@@ -173,7 +177,7 @@ def _import_feature(
     }
     folder = EncoderSpec(IMPORTED, name).folder
     group = create_group(cache.path, modality, folder, cache.info, spec=f"{IMPORTED}:{folder}", fingerprint=fingerprint)
-    add_feature(group, _FEATURE, (files[0].width,), files[0].dtype)
+    add_feature(group, _FEATURE, (files[0].width,), in_cache)
     num_imported = _write_chunks(cache, group, vectors, name, progress)
     group.compact()
     failures: Counter[str] = Counter()

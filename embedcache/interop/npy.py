@@ -34,7 +34,7 @@ def open_npy_vectors(
     Raises:
         SettingError: neither array is named.
         CorruptError: a file is damaged.
-        DataError: an array is not (rows, width) of float16 or float32, or they differ in their rows.
+        DataError: an array is not (rows, width) of float16, float32 or float64, or they differ in their rows.
     """
     first = image_file or text_file
     if first is None:
@@ -70,7 +70,7 @@ class NpyFile:
         path: the `.npy` or `.npz` file.
         num_rows: number of rows.
         width: components per row.
-        dtype: `float16` or `float32`.
+        dtype: `float16`, `float32` or `float64`.
         start: offset of its components in the file or member, in bytes.
         member: name of the array in an `.npz`; None for a `.npy`.
     """
@@ -114,7 +114,7 @@ def open_npy(path: Path) -> NpyFile:
 
     Raises:
         CorruptError: it is not a `.npy` file, or ends before its last row.
-        DataError: it is not a two-dimensional array of float16 or float32 in C order.
+        DataError: it is not a two-dimensional array of float16, float32 or float64 in C order.
     """
     with report_damage(path), open_binary(path) as file:
         rows = _parse_header(path, file, None)

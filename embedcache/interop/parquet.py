@@ -34,7 +34,7 @@ def open_parquet_vectors(
     Raises:
         SettingError: no column is named, and the default ones do not exist.
         UnknownNameError: a file has no such column.
-        DataError: a column does not hold vectors of float16 or float32, or files differ in width or dtype.
+        DataError: a column does not hold vectors of float16, float32 or float64, or files differ in width or dtype.
     """
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
@@ -112,12 +112,12 @@ def _read_origin(path: Path, schema: pa.Schema) -> Mapping[str, Any]:
     return {"origin": origin} if origin else {}
 
 
-_DTYPES = {"halffloat": "float16", "float": "float32"}
+_DTYPES = {"halffloat": "float16", "float": "float32", "double": "float64"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetColumn:
-    """A column of float16 or float32 lists of one length in a Parquet file."""
+    """A column of float16, float32 or float64 lists of one length in a Parquet file."""
 
     path: Path
     column: str
@@ -162,7 +162,7 @@ def _open_column(path: Path, column: str) -> ParquetColumn:
 
     Raises:
         UnknownNameError: there is no such column; the message lists the columns of vectors.
-        DataError: the column does not hold lists of float16 or float32, or has no list at all.
+        DataError: the column does not hold lists of float16, float32 or float64, or has no list at all.
     """
     with wrap_table_errors(path), open_parquet(path) as file:
         schema = check_footer(file).schema_arrow
@@ -170,7 +170,7 @@ def _open_column(path: Path, column: str) -> ParquetColumn:
             raise unknown_name("column of vectors", column, _vector_columns(schema), where=f"in {path}")
         kind = schema.field(column).type
         if not _is_list(kind):
-            raise DataError(f"column {column} of {path}: expected lists of float16 or float32, got {kind}")
+            raise DataError(f"column {column} of {path}: expected lists of float16, float32 or float64, got {kind}")
         name = str(kind.value_type)
         dtype = check_dtype(_DTYPES.get(name, name), f"column {column} of {path}")
         width = kind.list_size if pa.types.is_fixed_size_list(kind) else _first_length(file, column)

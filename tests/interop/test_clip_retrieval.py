@@ -103,7 +103,8 @@ def test_an_array_cut_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.zeros((5, 8)), "expected little-endian float16 or float32, got float64"),
+        (np.zeros((5, 8)), "expected float16 vectors .*, got float64 of 8"),
+        (np.zeros((5, 8), ">f8"), "expected little-endian float16, float32 or float64, got >f8"),
         (np.zeros((5, 8), ">f4"), "got >f4"),
         (np.zeros((5, 8), np.int64), "got int64"),
         (np.zeros(5, np.float16), r"got shape \(5,\)"),

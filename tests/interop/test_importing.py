@@ -16,9 +16,14 @@ from embedcache.extract.extract import extract
 from embedcache.extract.repair import repair
 from embedcache.interop import importing
 from embedcache.interop.clip_retrieval import open_clip_retrieval
+from embedcache.interop.imported import VectorImport
+from embedcache.interop.importing import import_vectors
 from embedcache.interop.npy import open_npy_vectors
+from embedcache.interop.parquet import open_parquet_vectors
+from embedcache.interop.settings import ImportSettings
 from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.settings import PruneSettings
+from embedcache.progress import PlainProgress
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
@@ -53,6 +58,36 @@ def test_nan_vector_is_a_failed_item(tmp_path: Path) -> None:
         "normalized"
     )
     assert not verify(cache)
+
+
+@pytest.mark.parametrize("form", ["npy", "parquet"])
+def test_float64_is_stored_as_float32(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    vectors = np.random.default_rng(0).standard_normal((20, 8))
+    vectors[3, 2] = np.nan
+
+    def opened() -> VectorImport:
+        if form == "npy":
+            np.save(tmp_path / "x.npy", vectors)
+            return open_npy_vectors(image_file=tmp_path / "x.npy")
+        pq.write_table(pa.table({"image_vector": list(vectors)}), tmp_path / "x.parquet")
+        return open_parquet_vectors(tmp_path / "x.parquet")
+
+    settings = ImportSettings(chunk_size=8)
+    [report] = import_vectors(opened(), tmp_path / "cache", settings, progress=PlainProgress())
+    assert "float64 is stored as float32" in capsys.readouterr().err
+    feature = Cache(tmp_path / "cache").feature("image")
+    assert (str(feature.dtype), list(feature.failures)) == ("float32", [3])
+    is_finite = np.isfinite(vectors).all(axis=1)
+    np.testing.assert_array_equal(feature.load()[is_finite], vectors[is_finite].astype(np.float32))
+    chunk = next((tmp_path / "cache").glob("image/*/vector/c/1*/**/0"))
+    chunk.write_bytes(b"damaged")
+    assert verify(Cache(tmp_path / "cache"))
+    [again] = import_vectors(opened(), tmp_path / "cache", settings)
+    assert (report.imported, again.imported, again.reused) == (20, 8, 12)
+    assert not verify(Cache(tmp_path / "cache"))
+    vectors[13, 1] = -1e39
+    with pytest.raises(DataError, match=r"row 13: expected numbers in the range of float32, .* got -1e\+39; scale the"):
+        import_vectors(opened(), tmp_path / "other", settings)
 
 
 def test_only_nan_raises(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_origin_is_recorded(labeled: Path, tmp_path: Path) -> None:
             [[1, 2]] * 3,
             {"image_vector_column": "other"},
             DataError,
-            "column other of .*: expected lists of float16 or float32, got int64",
+            "column other of .*: expected lists of float16, float32 or float64, got int64",
         ),
         (
             [[1, 2]] * 3,
@@ -103,12 +103,12 @@ def test_wrong_columns_raise(
         open_parquet_vectors(path, **options)
 
 
-def test_ragged_lists_and_double_raise(tmp_path: Path) -> None:
+def test_ragged_and_integer_lists_raise(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", lists_of([[1, 2], [1, 2], [1, 2, 3]], pa.list_(pa.float32())))
     with pytest.raises(DataError, match="row 2: expected 2 components as in the first row, got 3"):
         import_files(open_parquet_vectors(path, image_vector_column="emb"), tmp_path / "cache")
-    path = write(tmp_path / "y.parquet", lists_of([[1, 2]], pa.list_(pa.float64())))
-    with pytest.raises(DataError, match="column emb of .*: expected little-endian float16 or float32, got double"):
+    path = write(tmp_path / "y.parquet", lists_of([[1, 2]], pa.list_(pa.int32())))
+    with pytest.raises(DataError, match="emb of .*: expected little-endian float16, float32 or float64, got int32"):
         open_parquet_vectors(path, image_vector_column="emb")
 
 
