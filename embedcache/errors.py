@@ -2,6 +2,7 @@
 
 EmbedcacheError
 ├── UnknownNameError      LookupError   there is no encoder, feature, source, projector … of that name
+│   └── AmbiguousNameError              several features have that name, or none was named
 ├── SettingError          ValueError    a setting out of its range, or contradictory settings
 ├── MissingExtraError     ImportError   an optional package is not installed
 ├── PathError             OSError       a path that is missing or is not what was expected
@@ -27,6 +28,12 @@ class EmbedcacheError(Exception):
 
 class UnknownNameError(EmbedcacheError, LookupError):
     """An unknown name."""
+
+
+class AmbiguousNameError(UnknownNameError):
+    """A name of several features of `modality`, or none where there are several."""
+
+    modality = ""
 
 
 class SettingError(EmbedcacheError, ValueError):

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_new_file, keyword, set_parameters
-from embedcache.errors import EmbedcacheError
+from embedcache.errors import AmbiguousNameError, EmbedcacheError
 from embedcache.registry import installed_plugins, trust_files
 
 
@@ -24,9 +24,12 @@ class Command(TyperCommand):
     plugins: tuple[str, ...] = ()
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; the error of a setting names its option."""
+        """Run the command; the error of a setting names its option, and so does that of a feature to choose."""
         try:
             return super().invoke(ctx)
+        except AmbiguousNameError as error:
+            error.args = (f"{error}{_feature_option(ctx, error.modality)}",)
+            raise
         except EmbedcacheError as error:
             error.args = (_name_option(ctx, str(error)),)
             raise
@@ -57,6 +60,16 @@ def _name_option(context: typer.Context, message: str) -> str:
         if option.name == name and option.param_type_name == "option" and not _is_from_file(context, name):
             return f"{option.opts[0]}{separator}{rest}"
     return message
+
+
+def _feature_option(context: typer.Context, modality: str) -> str:
+    """Return which option names a feature of a modality, to follow the names; empty without such an option."""
+    options = {option.name: option for option in context.command.params if option.param_type_name == "option"}
+    for name in (f"{modality}_feature", "feature"):
+        if name in options:
+            metavar = str(options[name].metavar).replace("MODALITY", modality)
+            return f"; with {options[name].opts[0]} {metavar}"
+    return ""
 
 
 def _is_from_file(context: typer.Context, name: str) -> bool:

@@ -29,7 +29,7 @@ from embedcache.metrics.neighbors import top_k
 from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.search.card import IndexCard
-from embedcache.search.concepts import Concepts, open_concepts
+from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.search.vectors import Vectors, run_pass
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
@@ -234,6 +234,8 @@ def measure_coverage(
     """
     settings = replace_flat(settings or CoverageSettings(), options)
     progress = to_progress(progress)
+    if settings.feature is None and settings.run is None and settings.modality != "both":
+        settings = replace(settings, feature=choose_feature(cache, concepts, settings.modality, progress=progress))
     pool = _open_pool(cache, settings)
     is_selected_N = _is_selected(pool, settings.selection)
     opened = open_concepts(Cache(concepts), pool, label=settings.label)

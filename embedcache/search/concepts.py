@@ -9,7 +9,9 @@ from embedcache.arrays import Array, Floats, Ints, blocks, normalize
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.prompts import has_prompts, read_prompts
 from embedcache.errors import DataError, SettingError
+from embedcache.files import AnyPath
 from embedcache.modalities import noun
+from embedcache.progress import Progress
 from embedcache.provenance import check_same
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
@@ -89,6 +91,26 @@ def open_concepts(
     if not has_prompts(cache):
         source |= {"label": label, "most_examples": max_examples, "seed": seed}
     return Concepts(names=names, vectors=vectors_CP, counts=np.bincount(numbers, minlength=len(names)), source=source)
+
+
+def choose_feature(cache: AnyPath, concepts: AnyPath, modality: str, *, progress: Progress) -> str | None:
+    """Return the feature to compare the items of a cache with concepts by, where none is named and no run projects.
+
+    Of several features of the cache it is the only one of vectors that the cache of concepts has too, from the same
+    encoder, and a line says so; None otherwise.
+    """
+    features = Cache(cache).features(modality)
+    if len(features) < 2:
+        return None
+    in_concepts = {feature.name: feature.fingerprint for feature in Cache(concepts).features(modality)}
+    vectors = [feature for feature in features if len(feature.item_shape) == 1]
+    shared = [feature for feature in vectors if in_concepts.get(feature.name) == feature.fingerprint]
+    if len(shared) != 1:
+        return None
+    progress.note(
+        f"{shared[0].name} is used: of the {modality} features of {cache}, {concepts} has no other one to compare with"
+    )
+    return shared[0].name
 
 
 def _open(cache: Cache, pool: Vectors) -> Vectors:

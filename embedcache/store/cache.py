@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Bools, Ints, blocks
-from embedcache.errors import CorruptError, UnknownNameError
+from embedcache.errors import AmbiguousNameError, CorruptError, UnknownNameError
 from embedcache.files import AnyPath, open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.registry import require, unknown_name
@@ -342,7 +342,8 @@ class Cache:
             name: `encoder/feature`; `encoder` if it has one feature; None if the modality has one feature.
 
         Raises:
-            UnknownNameError: no feature or several features have that name; the message lists them.
+            UnknownNameError: no feature has that name; the message lists those that there are.
+            AmbiguousNameError: several features have that name; the message lists them.
         """
         features = self.features(modality)
         kind, where = f"{modality} feature", f"of {self.path}"
@@ -354,10 +355,12 @@ class Cache:
             raise UnknownNameError(self._missing(modality))
         if not matches:
             raise unknown_name(kind, name or "", names, where=where)
-        raise UnknownNameError(
+        error = AmbiguousNameError(
             f"{kind} {where}: {'no name was given' if name is None else repr(name) + ' matches several'}; "
             f"name one of these features: {', '.join(feature.name for feature in matches)}"
         )
+        error.modality = modality
+        raise error
 
     def _missing(self, modality: str) -> str:
         """Return the message that the cache has no features of a modality, and what it has instead."""

@@ -172,9 +172,14 @@ def test_single_concept(cache_path: Path, tmp_path: Path) -> None:
     assert concept_table(report, [0])[1][0][-1] == ""
 
 
+def test_only_feature_of_the_concepts_is_used(cache_path: Path, prompts: Path) -> None:
+    report = measure_coverage(cache_path, prompts, CoverageSettings(modality="text", **FIXED))
+    named = of_texts(cache_path, prompts, **FIXED)
+    assert report.pool.feature.name == "open_toy/mean"
+    assert report.pool_counts.counts.tolist() == named.pool_counts.counts.tolist()
+
+
 def test_invalid_coverage_raises(cache_path: Path, prompts: Path, labeled: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="name one of these features: open_toy/mean, open_toy/tokens$"):
-        measure_coverage(cache_path, prompts, CoverageSettings(modality="text"))
     with pytest.raises(
         SettingError, match="k: expected 1 to 300, the number of texts of .* with open_toy/mean, got 301"
     ):
@@ -186,6 +191,8 @@ def test_invalid_coverage_raises(cache_path: Path, prompts: Path, labeled: Path,
     ):
         of_texts(cache_path, prompts, threshold=0.999)
     other = prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2")
+    with pytest.raises(UnknownNameError, match="name one of these features: open_toy/mean, open_toy/tokens$"):
+        measure_coverage(cache_path, other, CoverageSettings(modality="text"))
     with pytest.raises(FingerprintError, match="feature open_toy/mean .* weights: stored '.*', requested '.*'"):
         of_texts(cache_path, other)
     (tmp_path / "keys.txt").write_text("nobody\n")

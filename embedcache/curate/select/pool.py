@@ -11,11 +11,11 @@ from embedcache.arrays import Array, Floats, Ints, concatenated_ranges, normaliz
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.scores import Score, read_scores
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import AmbiguousNameError, DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
-from embedcache.search.concepts import Concepts, open_concepts
+from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.search.faiss_index import spherical_kmeans
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
@@ -52,10 +52,19 @@ class Pool:
 
     @cached_property
     def vectors(self) -> Vectors:
-        """Vectors of the compared items."""
-        return Vectors(
-            self.cache.path, self.modality, self._settings.feature, self._settings.run, device=self._settings.device
-        )
+        """Vectors of the compared items: of the feature of the settings, or the only one that the concepts have too."""
+        settings, feature = self._settings, self._settings.feature
+        if feature is None and settings.run is None and settings.concepts is not None:
+            feature = choose_feature(self.cache.path, settings.concepts, self.modality, progress=self.progress)
+        return Vectors(self.cache.path, self.modality, feature, settings.run, device=settings.device)
+
+    @cached_property
+    def feature(self) -> str | None:
+        """Name of the feature of the vectors; None if none of several is named, as a random draw needs none."""
+        try:
+            return self.vectors.feature.name
+        except AmbiguousNameError:
+            return None
 
     @cached_property
     def item_samples(self) -> Ints:
@@ -68,15 +77,19 @@ class Pool:
 
     @cached_property
     def samples(self) -> Ints:
-        """Samples of the pool that have such an item, or a score if there are scores, ascending: (S,) int64."""
+        """Samples of the pool that have such an item, or a score if there are scores, ascending: (S,) int64.
+
+        Without a feature, those that have an item of the modality.
+        """
         if self._settings.scores is not None:
             return self._scored_samples()
-        samples = np.unique(self.item_samples[self.vectors.rows])
+        rows = ~self.cache.removed_items(self.modality) if self.feature is None else self.vectors.rows
+        samples = np.unique(self.item_samples[rows])
         samples = samples[samples >= 0]
         if not len(samples):
+            of_feature = "" if self.feature is None else f" of {self.feature}"
             raise DataError(
-                f"{self._settings.selection}: expected samples with {noun(self.modality)} of "
-                f"{self.vectors.feature.name}, got none"
+                f"{self._settings.selection}: expected samples with {noun(self.modality)}{of_feature}, got none"
             )
         return samples
 

@@ -137,7 +137,7 @@ def select(
         "settings": settings.method_json(),
         **({"scores": inputs["scores"]} if "scores" in inputs else {}),
         "modality": None if "scores" in inputs else pool.modality,
-        "feature": None if "scores" in inputs else pool.vectors.feature.name,
+        "feature": None if "scores" in inputs else pool.feature,
         "within": None if settings.selection is None else str(settings.selection),
         **{name: inputs.get(name) for name in ("concepts", "target", "run")},
     }

@@ -62,7 +62,31 @@ def test_select_combine_sample_and_export(command: Command, tmp_path: Path) -> N
     assert (tmp_path / "shards" / "00000.tar").is_file()
 
 
+def test_feature_need_not_be_named(command: Command, tmp_path: Path) -> None:
+    for line, expected in (
+        ("select cache a.parquet --method random --budget 7", "7 of 300"),
+        ("select cache b.parquet --method rare-first --concepts concepts --per-concept 9", "36 of 300"),
+    ):
+        code, out, err = command(line)
+        assert code == 0, err
+        assert expected in out
+    assert err.startswith(
+        "open_toy/mean is used: of the text features of cache, concepts has no other one to compare with\n"
+    )
+    code, out, err = command("coverage cache concepts --modality text --threshold 0.4")
+    assert code == 0, err
+    assert "open_toy/mean is used" in err
+
+
 MISTAKES = [
+    (
+        "select cache a.parquet --method k-center --budget 3",
+        "no name was given; name one of these features: open_toy/cls, open_toy/patches; with --feature NAME",
+    ),
+    (
+        "negatives cache out.parquet",
+        "name one of these features: open_toy/cls, open_toy/patches; with --image-feature NAME",
+    ),
     ("select cache a.parquet --method rndom --budget 3", "did you mean 'random'"),
     ("select cache a.parquet --method random --budget many", "invalid count 'many'"),
     (
