@@ -7,7 +7,7 @@ from typing import Any, Literal
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
-from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, MOVED_CACHE, MOVED_RUN
+from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, MOVED_CACHE, MOVED_RUN
 from embedcache.settings import check_settings, setting
 
 RUN_HELP = "Run that projects the features into the shared space."
@@ -55,7 +55,7 @@ class CoverageSettings:
     modality: Literal["image", "text", "both"] = setting("image", "Modality of the items to count.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")
-    label: str = setting("label", "Column of class labels.", metavar="COLUMN")
+    label: str = setting(**LABEL)
     language: str | None = setting(
         None, "Count only captions of this language; any counts all.", metavar="CODE", default_text="all"
     )

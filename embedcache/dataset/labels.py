@@ -78,7 +78,7 @@ def _find_distinct(cache: Cache, samples: Ints, column: str, location: str) -> t
 
 def _read(cache: Cache, samples: Ints, column: str) -> pa.Array:
     """Read the labels of some samples: text, integers or booleans; an empty string, as in a CSV, is a missing label."""
-    _require_column(cache, column)
+    require_column(cache, column)
     values = cache.column(column).combine_chunks().take(pa.array(samples))
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         return pc.if_else(pc.equal(values, ""), None, values)
@@ -100,7 +100,8 @@ def _to_integers(cache: Cache, column: str, values_M: Array) -> pa.Array:
     return pa.array(numbers_M.astype(np.int64), mask=is_missing)
 
 
-def _require_column(cache: Cache, column: str) -> None:
+def require_column(cache: Cache, column: str) -> None:
+    """Check that samples have a column; `UnknownNameError` with those that there are if they do not."""
     if column not in cache.columns:
         known = [name for name in cache.columns if name != "key"]
         hint = "a folder with a subfolder per class has the column 'label'"

@@ -25,11 +25,11 @@ _OPTIONS = {"label": "label-value", "split": "part"}  # column -> option of `emb
 class CacheFilters:
     """Applies filters to the items of a cache; the columns they need are read on first use and kept.
 
-    The split of the run at `run_path` is used if the samples have no column `split`.
+    The split of the run at `run_path` is used if the samples have no column `split`. Labels are in the column `label`.
     """
 
-    def __init__(self, cache: Cache, modality: str, run_path: Path | None = None) -> None:
-        self._cache, self._modality = cache, modality
+    def __init__(self, cache: Cache, modality: str, run_path: Path | None = None, *, label: str = "label") -> None:
+        self._cache, self._modality, self._label = cache, modality, label
         self._run_path = run_path if run_path is not None and split_path(run_path).is_file() else None
         self._column = lru_cache(maxsize=None)(self._read_column)
         self._languages = lru_cache(maxsize=None)(self._read_languages)
@@ -70,7 +70,7 @@ class CacheFilters:
     def _has_column(self, name: str) -> bool:
         if name == "language":
             return "text" in self._cache.info.num_items
-        return name in self._cache.columns or (name == "split" and self._run_path is not None)
+        return self._column_of(name) in self._cache.columns or (name == "split" and self._run_path is not None)
 
     def _has_value(self, column: "_Column", values: Sequence[str], name: str) -> Bools:
         for value in values:
@@ -93,15 +93,19 @@ class CacheFilters:
         is_in_language_S[self._cache.items("text", columns=["sample"])["sample"].to_numpy()[is_in_language_T]] = True
         return is_in_language_S[self._samples]
 
+    def _column_of(self, name: str) -> str:
+        """Return the column of the samples that holds their `label` or `split`."""
+        return self._label if name == "label" else name
+
     def _read_column(self, name: str) -> "_Column":
-        if name in self._cache.columns:
-            return _encode(self._cache.column(name))
+        if self._column_of(name) in self._cache.columns:
+            return _encode(self._cache.column(self._column_of(name)))
         if name == "split" and self._run_path is not None:
             parts = to_array(read_split(split_path(self._run_path), [self._cache]).parts, pa.string())
             return _encode(pa.chunked_array([pc.if_else(pc.equal(parts, ""), None, parts)]))
         raise UnknownNameError(
             f"--{_OPTIONS[name]}: expected a column {name!r} in {self._cache.path}, got the columns "
-            f"{', '.join(self._cache.columns)}"
+            f"{', '.join(self._cache.columns)}{'; name another one with --label' if name == 'label' else ''}"
         )
 
     def _read_languages(self) -> "_Column":

@@ -38,7 +38,7 @@ class Hit:
             or a table, that file; None for a text, and where the source names no file.
         captions: for an image, at most three captions of its sample, in the language of the first; for a caption, the
             caption.
-        label: label of its sample, if the cache has that column.
+        label: label of its sample, in the column `label` or another that was named, if the cache has it.
         languages: languages of the captions that there are, that of `captions` first; None is an unknown one.
     """
 
@@ -152,9 +152,10 @@ def _text(words: str, max_characters: int = _MAX_CHARACTERS) -> str:
 class HitReader:
     """Looks up the keys, labels and captions of items, reading only the rows that it returns; see `RowReader`."""
 
-    def __init__(self, cache: Cache, modality: str) -> None:
-        self._modality = modality
-        self._samples = RowReader(cache, SAMPLES, ["key", "label"] if "label" in cache.columns else ["key"])
+    def __init__(self, cache: Cache, modality: str, *, label: str = "label") -> None:
+        self._modality, self._label = modality, label
+        columns = {"key", label} & set(cache.columns)
+        self._samples = RowReader(cache, SAMPLES, sorted(columns))
         self._texts = RowReader(cache, "text")
         self._items = self._texts if modality == "text" else RowReader(cache, modality, ["sample", "path"])
 
@@ -180,7 +181,7 @@ class HitReader:
         """Return the hits of one query, with captions in some languages (empty: all); rows of -1 are skipped."""
         scores, rows = np.clip(scores_K[rows_K >= 0], -1, 1).tolist(), rows_K[rows_K >= 0]  # rounding exceeds 1
         found = self._samples.take(self.samples(rows))
-        labels = found["label"].to_pylist() if "label" in found.column_names else [None] * len(rows)
+        labels = found[self._label].to_pylist() if self._label in found.column_names else [None] * len(rows)
         keys, paths, captions_of = found["key"].to_pylist(), self.paths(rows), self._captions(rows)
         hits = []
         for score, row, key, path, label, texts in zip(

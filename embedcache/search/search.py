@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
+from embedcache.dataset.labels import require_column
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.files import AnyPath, is_url
@@ -18,7 +19,7 @@ from embedcache.search.faiss_index import exact_search
 from embedcache.search.filters import CacheFilters
 from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
 from embedcache.search.queries import Queries, QueryEncoder
-from embedcache.search.settings import Filter, SearchSettings
+from embedcache.search.settings import LABEL, Filter, SearchSettings
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 
@@ -37,8 +38,8 @@ def search(
     Args:
         index: index built by `build_index`; to search more than once, an `OpenIndex`, which is opened once.
         queries: one text or several, or queries of all kinds.
-        settings: number of results and filter; device, and where the run and the cache are if they have moved, unless
-            the index is open.
+        settings: number of results and filter; device, column of labels, and where the run and the cache are if they
+            have moved, unless the index is open.
         options: settings by their names on the command line, which replace those of `settings`.
 
     Returns:
@@ -51,7 +52,7 @@ def search(
     if not isinstance(queries, Queries):
         queries = Queries(texts=queries)
     if not isinstance(index, OpenIndex):
-        index = OpenIndex(index, run=settings.run, cache=settings.cache, device=settings.device)
+        index = OpenIndex(index, run=settings.run, cache=settings.cache, label=settings.label, device=settings.device)
     return index.search(queries, k=settings.k, condition=settings.filter)
 
 
@@ -67,11 +68,13 @@ class OpenIndex:
         index: index built by `build_index`.
         run: where the run that projected the index is now, if it has moved.
         cache: where the cache is now, if it has moved.
+        label: column of the labels that hits have and filters name.
         device: device that encoders run on, and batches of 64 queries or more if FAISS can search the index there.
 
     Raises:
         PathError: the index, its run or its cache does not exist.
         FingerprintError: the run or the cache is not the one that the index was built from.
+        UnknownNameError: the cache has no column of that name, other than the default.
         CorruptError: the card or a file of the index has changed.
     """
 
@@ -81,6 +84,7 @@ class OpenIndex:
         *,
         run: AnyPath | None = None,
         cache: AnyPath | None = None,
+        label: str = LABEL["default"],
         device: str = AUTO,
     ) -> None:
         self.path = Path(index)
@@ -100,8 +104,11 @@ class OpenIndex:
         self.device = device
         self._index = open_row_index(self.path, self.card, device=device)
         self.query_encoder = QueryEncoder(self._index, self.card, self.cache, self.run_path, device)
-        self.filters = CacheFilters(self.cache, self.card.modality, self.run_path)
-        self.hits = HitReader(self.cache, self.card.modality)
+        if label != LABEL["default"]:
+            require_column(self.cache, label)
+        self.label = label
+        self.filters = CacheFilters(self.cache, self.card.modality, self.run_path, label=label)
+        self.hits = HitReader(self.cache, self.card.modality, label=label)
         self._subset = lru_cache(maxsize=8)(self._apply)
 
     @property

@@ -12,6 +12,7 @@ from embedcache.units import parse_size
 
 FEATURE_HELP = "Feature, as encoder/feature."
 FEATURE_DEFAULT = "the run's, or the only one of the modality"
+LABEL: dict[str, Any] = {"default": "label", "help": "Column of class labels.", "metavar": "COLUMN"}
 MOVED_RUN: dict[str, Any] = {
     "default": None,
     "help": "Where the run of the index is, if it has moved.",
@@ -99,6 +100,7 @@ class SearchSettings:
     """Settings of a search: how many results it returns, which items they come from, and where encoders run."""
 
     k: int | None = setting(None, "Results per query.", ge=1, default_text="10, or all items if fewer")
+    label: str = setting(**LABEL)
     filter: Filter = group(Filter)
     run: Path | str | None = setting(**MOVED_RUN)
     cache: str | Path | None = setting(**MOVED_CACHE)

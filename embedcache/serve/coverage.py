@@ -65,7 +65,7 @@ def measure_served_coverage(
 ) -> CoverageData:
     """Measure coverage in the index's space; see `measure_coverage`."""
     settings = replace(
-        settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors)),
+        settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors), label=index.label),
         modality="image" if index.card.modality == "image" else "text",
         feature=index.card.feature,
         run=index.run_path,

@@ -236,7 +236,7 @@ def open_service(paths: ServePaths, settings: ServeSettings, *, device: str, pro
     """Open everything that is served; see `OpenIndex` and `SearchService` for the errors."""
     if paths.coverage is not None and paths.concepts is not None:
         raise SettingError("coverage: expected --coverage or --concepts, got both; omit one of them")
-    index = OpenIndex(paths.index, run=paths.run, cache=paths.cache, device=device)
+    index = OpenIndex(paths.index, run=paths.run, cache=paths.cache, label=settings.label, device=device)
     coverage = None
     if paths.coverage is not None:
         coverage = read_coverage(paths.coverage, index)

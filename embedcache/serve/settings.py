@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedcache.errors import SettingError
+from embedcache.search.settings import LABEL
 from embedcache.settings import check_settings, setting
 from embedcache.units import parse_size
 
@@ -38,6 +39,7 @@ class ServeSettings:
     )
     max_pixels: int = setting(40_000_000, "Largest query image in pixels.", gt=0, panel="server")
     timeout: float = setting(30.0, "Request timeout in seconds.", gt=0, le=86_400, metavar="SECONDS", panel="server")
+    label: str = setting(**LABEL)
     image_folders: tuple[Path, ...] = setting(
         (),
         "Read images only below this folder. May be repeated.",

@@ -153,6 +153,17 @@ def test_invalid_filters_raise(labeled: Path, labeled_index: Path, cache_path: P
     assert CacheFilters(Cache(cache_path), "image").values("label") == {}
 
 
+def test_labels_are_in_the_named_column(labeled: Path, labeled_index: Path) -> None:
+    ask = Queries(keys=[Cache(labeled).samples["key"][0].as_py()])
+    condition = Filter(label_value=("train/dog",))
+    (hits,) = search(labeled_index, ask, SearchSettings(k=15, label="folder", filter=condition))
+    assert {(hit.label, hit.key.rpartition("/")[0]) for hit in hits} == {("train/dog", "train/dog")}
+    filters = CacheFilters(Cache(labeled), "image", label="folder")
+    assert filters.values("label") == {f"{part}/{name}": 15 for part in ("train", "val") for name in ("cat", "dog")}
+    with pytest.raises(UnknownNameError, match=r"unknown column of samples 'fodler' .*; did you mean 'folder'\?"):
+        search(labeled_index, ask, SearchSettings(label="fodler"))
+
+
 def test_values_are_counted_with_those_that_no_item_has(captioned: Path, labeled: Path) -> None:
     images, texts = (CacheFilters(Cache(captioned), modality) for modality in ("image", "text"))
     assert list(images.values("label").items()) == [("cat", 3), ("dog", 2)]

@@ -288,6 +288,13 @@ def test_index_says_why_texts_are_not_accepted(root: Path, caplog: pytest.LogCap
         assert info["rejects"]["text"] in refused.json()["error"]
 
 
+def test_label_column_is_named(root: Path) -> None:
+    paths, settings = ServePaths(index=root / "plain"), ServeSettings(label="folder")
+    with visit(open_service(paths, settings, device="cpu", progress=NullProgress())) as client:
+        assert "train/cat" in client.get("/api/info").json()["filters"]["label"]
+        assert {hit["label"] for hit in ask(client, row=0, labels=["val/dog"])} == {"val/dog"}
+
+
 def test_missing_package_of_an_encoder_is_no_obstacle(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

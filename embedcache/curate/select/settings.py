@@ -7,7 +7,7 @@ from typing import Any, Literal
 from embedcache.curate.settings import RUN_HELP, SELECTION_FORMAT
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
-from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP
+from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL
 from embedcache.settings import check_settings, setting
 from embedcache.units import parse_count_or_fraction, parse_counts
 
@@ -79,7 +79,7 @@ class SelectSettings:
         None, "Cache of prompts, one sample per concept.", metavar="CACHE", panel="method"
     )
     join_names: bool = setting(False, "Merge concepts of the same name.", panel="method")
-    label: str = setting("label", "Column of class labels.", metavar="COLUMN", panel="method")
+    label: str = setting(**LABEL, panel="method")
     target: str | Path | None = setting(
         None, "image-based: cache of the images to resemble.", metavar="CACHE", panel="method"
     )
