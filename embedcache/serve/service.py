@@ -89,6 +89,8 @@ class SearchService:
         for name, values in named.items():
             known = self.selections if name == "selection" else self.values.get(name, {})
             for value in values:
+                if not known:
+                    raise UnknownNameError(f"{name} {value!r}: this index has no {name} to filter by; leave it out")
                 if value not in known:
                     raise UnknownNameError(f"unknown {name} {value!r}; GET /api/info lists the known ones")
         path = None if options.selection is None else self.selections[options.selection]

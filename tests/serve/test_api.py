@@ -286,6 +286,8 @@ def test_index_says_why_texts_are_not_accepted(root: Path, caplog: pytest.LogCap
         refused = client.post("/api/search", json={"text": "a"})
         assert refused.status_code == 400
         assert info["rejects"]["text"] in refused.json()["error"]
+        refused = client.post("/api/search", json={"row": 0, "selection": "few"})
+        assert refused.json() == {"error": "selection 'few': this index has no selection to filter by; leave it out"}
 
 
 def test_label_column_is_named(root: Path) -> None:

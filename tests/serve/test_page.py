@@ -114,6 +114,20 @@ def test_map(page: Browsing) -> None:
     page.page.wait_for_function("() => document.activeElement.classList.contains('frame')")
 
 
+def test_address_of_a_tab(page: Browsing) -> None:
+    page.type(TEXT)
+    page.page.click("#tab-map")
+    assert page.page.url.endswith("/?tab=map&q=red+bar+left+on+white")
+    page.page.reload()
+    page.wait_for(".mapped .status", "80 of 80 visible")
+    assert page.page.input_value("#query") == TEXT
+    page.page.go_back()
+    page.page.wait_for_selector("#query", state="visible")
+    assert not page.page.is_visible("#map")
+    page.page.goto(f"{page.address}/?tab=none")
+    page.page.wait_for_selector("#query", state="visible")
+
+
 def test_text_query(page: Browsing, root: Path) -> None:
     page.type(TEXT)
     assert page.captions()[:10] == captions_of(root, [TEXT])

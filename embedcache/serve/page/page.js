@@ -10,15 +10,16 @@ const VIEWS = ["search", "map", "coverage", "cards"];
 
 function addTabs(onShow) {
   const tabs = VIEWS.map((view) => byId(`tab-${view}`));
-  const show = (view) => {
+  const show = (wanted, isChosen = false) => {
+    const view = tabs.some((tab) => tab.id === `tab-${wanted}` && !tab.hidden) ? wanted : VIEWS[0];
     for (const name of VIEWS) {
       byId(name).hidden = name !== view;
       byId(`tab-${name}`).setAttribute("aria-selected", String(name === view));
       byId(`tab-${name}`).tabIndex = name === view ? 0 : -1;
     }
-    onShow(view);
+    onShow(view, isChosen);
   };
-  for (const view of VIEWS) byId(`tab-${view}`).addEventListener("click", () => show(view));
+  for (const view of VIEWS) byId(`tab-${view}`).addEventListener("click", () => show(view, true));
   byId("tab-search").parentElement.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!step) return;
@@ -46,7 +47,9 @@ async function start() {
   byId("missing").textContent = info.missing_images ?? "";
   byId("tab-coverage").hidden = !info.has_coverage;
   let coverage, map;
-  const show = addTabs((view) => {
+  const show = addTabs((view, isChosen) => {
+    search.view = view;
+    if (isChosen) search.storeAddress();
     if (view === "map") map.load();
     if (view === "coverage") coverage.load();
     if (view === "cards") loadCards(byId("cards"), indexes);

@@ -1,4 +1,4 @@
-// Search with texts, images or items, with filters; the page's address stores the query.
+// Search with texts, images or items, with filters; the page's address stores the query and the tab.
 
 import { byId, count, element } from "./dom.js";
 import { Grid, ItemDialog, caption, focusCell } from "./grid.js";
@@ -13,6 +13,7 @@ export class Search {
     this.indexes = indexes;
     this.info = indexes[0].info;
     this.showTab = showTab;
+    this.view = "search"; // the tab that is shown
     this.query = null; // { text } or { row, key, index, name, image } or { file }
     this.k = DEFAULT_HITS;
     this.itemDialog = new ItemDialog((hit, index) => this.searchSimilar(hit, index));
@@ -153,6 +154,12 @@ export class Search {
   }
 
   clear() {
+    this.showStart();
+    history.pushState(null, "", "/");
+    byId("query").focus();
+  }
+
+  showStart() {
     this.query = null;
     byId("query").value = "";
     this.showQuery();
@@ -160,8 +167,6 @@ export class Search {
     byId("agreement").textContent = "";
     byId("start").hidden = false;
     byId("panes").hidden = true;
-    history.pushState(null, "", "/");
-    byId("query").focus();
   }
 
   options() {
@@ -199,18 +204,20 @@ export class Search {
 
   storeAddress() {
     const query = new URLSearchParams();
-    const { text, row, index } = this.query;
+    const { text, row, index } = this.query ?? {};
+    if (this.view !== "search") query.set("tab", this.view);
     if (text !== undefined) query.set("q", text);
     if (row !== undefined) query.set("row", row);
     if (index?.number) query.set("index", index.number);
     for (const [name, select] of Object.entries(this.selects)) if (select.value) query.set(name, select.value);
     if (this.k !== DEFAULT_HITS) query.set("k", this.k);
-    const address = `/?${query}`;
+    const address = [...query].length ? `/?${query}` : "/";
     if (address !== location.pathname + location.search) history.pushState(null, "", address);
   }
 
   async loadAddress() {
     const query = new URLSearchParams(location.search);
+    this.showTab(query.get("tab") ?? "search");
     for (const [name, select] of Object.entries(this.selects)) select.value = query.get(name) ?? "";
     this.k = Number(query.get("k")) || DEFAULT_HITS;
     byId("query").value = query.get("q") ?? "";
@@ -226,7 +233,7 @@ export class Search {
       }
     } else this.query = query.has("q") ? { text: query.get("q") } : null;
     if (this.query) await this.run();
-    else if (!byId("panes").hidden) this.clear();
+    else if (!byId("panes").hidden) this.showStart();
   }
 }
 
