@@ -6,24 +6,48 @@ from typing import Any
 
 from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
+from embedcache.projectors.heads import IdentityProjector, LinearProjector, MlpProjector
 from embedcache.projectors.saved import save_weights
-from embedcache.projectors.towers import RawTower, TokenTower
+from embedcache.projectors.towers import RawTower, TokenTower, Tower
 from embedcache.provenance import write_json
 
-_CODE = """\
+_HEAD = """\
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
+from torch.nn.functional import gelu, layer_norm, normalize
 
 folder = Path("{folder}")
 tensors = load_file(folder / "model.safetensors")
 config = json.loads((folder / "config.json").read_text())
 for line in config["recipe"]:
     print(line)
-for name, tensor in tensors.items():
-    print(name, tuple(tensor.shape))
 """
+_PROJECT = """
+
+def project_{modality}(vectors):  # (N, {width}) of {feature} -> (N, {shared_width}), rows of length 1
+    x = normalize(vectors.float(), dim=-1) - tensors["{modality}.mean"]
+{steps}
+    return normalize(x, dim=-1)
+
+
+print(project_{modality}(torch.rand(2, {width})).shape)  # with vectors of that feature in place of random ones
+"""
+_NO_CODE = """\
+print([name for name in tensors if name.startswith("{modality}.")])  # how to use them is in the lines above
+"""
+_STEPS: dict[type, tuple[str, ...]] = {
+    IdentityProjector: (),
+    LinearProjector: ("x = x @ part['linear.weight'].T",),
+    MlpProjector: (
+        "hidden = layer_norm(x, x.shape[-1:], part['hidden.0.weight'], part['hidden.0.bias'])",
+        "hidden = gelu(hidden @ part['hidden.1.weight'].T + part['hidden.1.bias'])",
+        "x = x @ part['linear.weight'].T + hidden @ part['output.weight'].T",
+    ),
+}
+"""Projector -> the lines that apply it, where these are few."""
 
 
 def write_safetensors(run: ExportRun, folder: Path) -> ExportNotes:
@@ -46,11 +70,28 @@ def write_safetensors(run: ExportRun, folder: Path) -> ExportNotes:
     return ExportNotes(
         library="safetensors",
         task=None,
-        code=_CODE,
+        code=_HEAD + "".join(_code(run, modality) for modality in MODALITIES),
         requirements=("safetensors", "torch"),
         notes=("The encoders are not included: `config.json` names them and describes how to project.",),
         encoders=(),
     )
+
+
+def _code(run: ExportRun, modality: Modality) -> str:
+    """Return Python code that projects vectors of a modality with the tensors, where that takes a few lines."""
+    tower, config = run.pair.tower(modality), run.config
+    steps = _STEPS.get(type(tower.projector))
+    if steps is None or not isinstance(tower, Tower):
+        return _NO_CODE.format(modality=modality)
+    lines = [step.replace("part['", f"tensors['{modality}.projector.").replace("'", '"') for step in steps]
+    code = _PROJECT.format(
+        modality=modality,
+        width=tower.input_width,
+        feature=config.tower_input(modality).feature,
+        shared_width=config.shared_width,
+        steps="\n".join(f"    {line}" for line in lines),
+    )
+    return code.replace("{", "{{").replace("}", "}}")  # the card fills in the folder
 
 
 def _describe(run: ExportRun, modality: Modality) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 
 from embedcache.encoders import sentence_transformers as encoders
 from embedcache.encoders.open import EncoderSpec, feature_names
-from embedcache.encoders.weights import find_model_folder
+from embedcache.encoders.weights import find_model_folder, quiet_transformers
 from embedcache.export.base import TEXTS, ExportNotes, ExportRun, check_plain, unsupported
 from embedcache.export.dense import DenseChain, dense_chain
 from embedcache.registry import require
@@ -28,11 +28,13 @@ def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
     library = require("sentence_transformers", extra=_FORMAT)
     chain = dense_chain(run.pair.tower("text"), _FORMAT)
     check_plain(run.config.tower_input("text"), _FORMAT)
-    modules = [*_encoder_modules(run, library), *_projector_modules(chain, library)]
-    model = library.SentenceTransformer(modules=modules, device="cpu")
-    with torch.inference_mode():
-        model.save(str(folder), create_model_card=False)
-    vectors = library.SentenceTransformer(str(folder), device="cpu").encode(list(TEXTS), show_progress_bar=False)
+    with quiet_transformers():
+        modules = [*_encoder_modules(run, library), *_projector_modules(chain, library)]
+        model = library.SentenceTransformer(modules=modules, device="cpu")
+        with torch.inference_mode():
+            model.save(str(folder), create_model_card=False)
+        exported = library.SentenceTransformer(str(folder), device="cpu")
+    vectors = exported.encode(list(TEXTS), show_progress_bar=False)
     return ExportNotes(
         library=_FORMAT,
         task="sentence-similarity",

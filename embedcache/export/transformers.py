@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from embedcache.encoders.base import Modality
+from embedcache.encoders.weights import quiet_transformers
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images, unsupported
 from embedcache.export.towers import EncoderModule, open_module
 from embedcache.provenance import digest_file, read_json, write_json
@@ -78,10 +79,11 @@ def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
 
 
 def load_exported(folder: Path) -> Any:
-    """Open an exported folder with transformers."""
+    """Open an exported folder with transformers, without its progress bar."""
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    with quiet_transformers():
+        return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 
 
 def _copy_code(run: ExportRun, folder: Path) -> None:

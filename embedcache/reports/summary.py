@@ -160,7 +160,7 @@ def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list
 def _describe_item(cache: Cache, feature: Feature, row: int) -> str:
     chunk, offset = divmod(row, cache.info.chunk_size)
     item = cache.items(feature.modality, chunk=chunk).slice(offset, 1).to_pylist()[0]
-    path = f", {item['path']}" if "path" in item else ""
+    path = f", {item['path']}" if item.get("path") else ""
     return f"row {row}, key {cache.key(item['sample'])}{path}{_describe_interval(item)}"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from embedcache.arrays import Inputs
@@ -73,6 +74,23 @@ def test_safetensors_recipe(tiny: dict[str, str], tmp_path: Path) -> None:
     out = out @ tensors["image.projector.linear.weight"].T
     out /= np.linalg.norm(out, axis=1, keepdims=True)
     np.testing.assert_allclose(out, project(ExportRun.open(run).pair.tower("image"), Inputs(features)), atol=1e-5)
+
+
+def test_safetensors_card_projects_vectors(
+    tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "mlp+linear")
+    export_run("safetensors", run, tmp_path / "model")
+    code = re.search(r"^```python\n(.*?)^```", (tmp_path / "model" / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert code
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code[1], "card", "exec"), names)  # noqa: S102
+    for modality in ("image", "text"):
+        tower = ExportRun.open(run).pair.tower(modality)
+        features = np.random.default_rng(0).normal(size=(5, tower.input_width)).astype(np.float32)
+        projected = names[f"project_{modality}"](torch.from_numpy(features))
+        np.testing.assert_allclose(projected, project(tower, Inputs(features)), atol=1e-5)
 
 
 def test_export_is_reused_or_refused(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from embedcache.interop.settings import ImportSettings
 from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.settings import PruneSettings
 from embedcache.progress import PlainProgress
+from embedcache.reports.summary import failure_lines
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
@@ -52,7 +53,9 @@ def test_nan_vector_is_a_failed_item(tmp_path: Path) -> None:
     vectors = unit_rows(40)
     vectors[3, 2], vectors[21] = np.nan, np.inf
     cache, [report] = import_files(open_clip_retrieval(write_tree(tmp_path / "tree", vectors)), tmp_path / "cache")
-    assert cache.feature("image").failures == dict.fromkeys((3, 21), "NaN or infinity in the imported vector")
+    reason = "NaN or infinity in the imported vector"
+    assert cache.feature("image").failures == dict.fromkeys((3, 21), reason)
+    assert f"    row 3, key k3: {reason}" in failure_lines(cache, cache.feature("image"))
     assert report.line() == (
         "img_emb/vector: imported 40 image vectors, reused 0, failed 2: 2 NaN or infinity in the imported vector; "
         "normalized"
