@@ -11,7 +11,15 @@ import pytest
 
 import embedcache
 from embedcache.dataset.settings import SplitSettings
-from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, SourceError
+from embedcache.errors import (
+    CorruptError,
+    DataError,
+    FingerprintError,
+    PathError,
+    SettingError,
+    SourceError,
+    UnknownNameError,
+)
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import repair
 from embedcache.interop import importing
@@ -246,6 +254,17 @@ def test_extract_into_import_raises(tree: Path, tmp_path: Path, image_folder: Pa
         extract(open_source(image_folder), tmp_path / "cache", image_encoder=["tests.toy:open_toy"])
     with pytest.raises(PathError, match="imported:.* does not exist"):  # not a kind of source to choose
         extract(open_source(f"imported:{tree}"), tmp_path / "other", image_encoder=["tests.toy:open_toy"])
+
+
+def test_missing_modality_can_be_imported(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", unit_rows(4))
+    cache, _ = import_files(open_npy_vectors(image_file=tmp_path / "images.npy"), tmp_path / "cache")
+    for modality, words in (
+        ("text", "new cache: embedcache import npy, also with --text-file FILE --table FILE"),
+        ("audio", "it was imported, and only vectors of images and texts are"),
+    ):
+        with pytest.raises(UnknownNameError, match=f"cache has no {modality} features; .*{words}"):
+            cache.feature(modality)
 
 
 def test_text_vectors_need_captions(tmp_path: Path) -> None:
