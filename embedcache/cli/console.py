@@ -31,6 +31,9 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
     level, started = log.level, time.monotonic()
     handler = logging.StreamHandler()
     devices, device_lines = logging.getLogger("embedcache.devices"), logging.StreamHandler()
+    warnings = logging.StreamHandler()
+    warnings.setLevel(logging.WARNING)
+    warnings.setFormatter(_VisibleFormatter("warning: %(message)s"))
     handler.setFormatter(_VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     announce.cache_clear()  # a test runs several commands in one process
     if quiet:
@@ -39,6 +42,7 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
         log.addHandler(handler)
         log.setLevel(logging.DEBUG)
     else:
+        log.addHandler(warnings)
         devices.addHandler(device_lines)
         devices.setLevel(logging.INFO)
     try:
@@ -47,6 +51,7 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         log.info("run time %.1f s, peak memory %.0f MB", time.monotonic() - started, peak_mb)
         log.removeHandler(handler)
+        log.removeHandler(warnings)
         log.setLevel(level)
         devices.removeHandler(device_lines)
         devices.setLevel(logging.NOTSET)

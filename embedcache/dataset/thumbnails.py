@@ -29,6 +29,7 @@ from embedcache.store.tables import ITEM_SCHEMAS
 _SIZE_PX = 88
 _FIRST_PERSON = 1000  # users with smaller numbers are services
 NOT_SHOWN = "images are not shown: "
+_MOVED = "; if they have moved, run the same extract on their new place: it encodes nothing and records the place"
 _NAME = "; name a folder of images with --image-folder, or use --trust if you trust the cache"
 
 
@@ -68,8 +69,11 @@ class Thumbnails:
 
     def __init__(self, cache: Cache, folders: Sequence[Path] = ()) -> None:
         self.folders = allowed_folders(cache, folders)
-        with restricted(self.folders):
-            self._source = reopen_source(cache.info.source)
+        try:
+            with restricted(self.folders):
+                self._source = reopen_source(cache.info.source)
+        except PathError as error:
+            raise PathError(f"{NOT_SHOWN}{error}{_MOVED}") from None
         self._items = RowReader(cache, "image", [name for name in ITEM_SCHEMAS["image"].names if name != "sample"])
         self._urls: dict[int, str] = {}
 
@@ -137,7 +141,8 @@ def _recorded_folders(source: Mapping[str, Any]) -> list[Path]:
     if "://" in location:
         raise PathError(f"{NOT_SHOWN}the cache says that they are at {location}{_NAME}")
     if kind in {"folder", "huggingface"} and not Path(location).exists():
-        raise PathError(f"{NOT_SHOWN}{location} is not a folder of this machine{_NAME}")
+        next_step = _MOVED if kind == "folder" else _NAME  # else it may be a name on the Hub
+        raise PathError(f"{NOT_SHOWN}{location} is not a folder of this machine{next_step}")
     if kind == "webdataset":
         return [shard_root(shard) for shard in location.split(SHARD_SEPARATOR)]
     path = Path(location)

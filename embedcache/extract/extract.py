@@ -2,20 +2,21 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from embedcache.devices import torch_device
 from embedcache.encoders.open import EncoderSpec
-from embedcache.errors import SettingError, SourceError
+from embedcache.errors import PathError, SettingError, SourceError
 from embedcache.extract.engines import job_devices, run_engine
 from embedcache.extract.precision import choose_precisions
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.extract.worker import ShardReport
 from embedcache.files import AnyPath, open_path, remove_partials
-from embedcache.locks import divided_work
+from embedcache.locks import divided_work, locked
 from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import new_record_path, record_stage
@@ -23,12 +24,12 @@ from embedcache.registry import unknown_name
 from embedcache.settings import flat_settings, from_flat, replace_flat
 from embedcache.sources.base import IMPORTED, Source
 from embedcache.sources.merged import MERGED
-from embedcache.sources.open import SOURCES, open_source
+from embedcache.sources.open import SOURCES, open_source, reopen_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.group import open_group
 from embedcache.store.indexing import index
-from embedcache.store.layout import info_path, read_info
+from embedcache.store.layout import SUBSET, info_path, read_info, write_info
 
 _SOURCE_TYPE = "source_type"
 
@@ -199,6 +200,7 @@ def open_job(
             accept_replaced=repair_items,
             progress=progress,
         )
+        _record_location(source, path, info.source, progress)
     if info.num_samples == settings.limit:
         progress.note(
             f"the cache has the first {info.num_samples:,} samples (--limit); --extend with a larger --limit, or none, "
@@ -212,6 +214,30 @@ def open_job(
         encoders=encoders,
         settings=settings,
     )
+
+
+def _record_location(source: Source, cache_path: Path, stored: Mapping[str, Any], progress: Progress) -> None:
+    """Record where the source of a cache is now, if it is no longer where the cache says.
+
+    Rows and digests stay as they are. A cache that cannot be written keeps the old place.
+    """
+    found = dict(source.describe())
+    if found["type"] != stored.get("type") or found["path"] == stored.get("path") or not _is_gone(stored):
+        return
+    with suppress(OSError), locked(cache_path):
+        info = read_info(cache_path)  # read again: another process may have appended samples
+        subset = {name: value for name, value in info.source.items() if name == SUBSET}
+        write_info(cache_path, replace(info, source={**found, **subset}))
+        progress.note(f"the source of {cache_path} is now {found['path']}; it was {stored.get('path')}")
+
+
+def _is_gone(description: Mapping[str, Any]) -> bool:
+    """Return whether the files of a source that a cache recorded no longer exist."""
+    try:
+        reopen_source(description)
+    except PathError:
+        return True
+    return False
 
 
 def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: ExtractSettings) -> None:

@@ -68,7 +68,7 @@ def test_folders_that_are_gone_or_hold_more_are_refused(
     for kind, path, words in [
         ("my.module:Source", "x", "the cache names the source class 'my.module:Source', which is custom code; if you"),
         ("folder", "s3://bucket/x", f"the cache says that they are at s3://bucket/x; {next_step}"),
-        ("folder", tmp_path / "none", f"none is not a folder of this machine; {next_step}"),
+        ("folder", tmp_path / "none", "none is not a folder of this machine; if they have moved, run the same extract"),
         ("huggingface", tmp_path / "none", f"none is not a folder of this machine; {next_step}"),
         ("folder", "/", f"the cache says that they are in /, which holds all files of this machine; {next_step}"),
         ("table", tmp_path / "t.csv", f"which holds a home; {next_step}"),

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from embedcache.dataset.settings import SplitSettings
-from embedcache.errors import FingerprintError
+from embedcache.dataset.thumbnails import Thumbnails
+from embedcache.errors import FingerprintError, PathError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract, open_job
 from embedcache.extract.plan import plan
@@ -196,6 +197,29 @@ def test_run_and_index_survive_extend(tmp_path: Path) -> None:
     )
     train(tmp_path / "c", tmp_path / "later", settings=later)
     assert read_table(tmp_path / "later/split.parquet")["part"].to_pylist()[-1] == ""
+
+
+def test_place_of_a_moved_source_is_recorded(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "old", 20)
+    rows = (f"{path.name},{path.with_suffix('.txt').read_text().strip()}" for path in sorted(folder.glob("*.png")))
+    (folder / "captions.csv").write_text("filename,caption\n" + "\n".join(rows))
+    run(folder / "captions.csv", tmp_path / "c")
+    cache_json = (tmp_path / "c/cache.json").read_text()
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    run(copy / "captions.csv", tmp_path / "c")
+    assert (tmp_path / "c/cache.json").read_text() == cache_json, "the recorded source still exists"
+    shutil.rmtree(folder)
+    moved = "does not exist; check the path; if they have moved, run the same extract on their new place"
+    with pytest.raises(PathError, match=f"^images are not shown: .*{moved}"):
+        Thumbnails(Cache(tmp_path / "c"))
+    before = tree(tmp_path / "c")
+    assert all(report.encoded == 0 for report in run(copy / "captions.csv", tmp_path / "c"))
+    after = tree(tmp_path / "c")
+    assert {name for name in after if after[name] != before.get(name)} == {"cache.json"}
+    now = cache_json.replace(str(folder), str(copy))
+    assert (tmp_path / "c/cache.json").read_text() == now, "other fields and the digest stay"
+    assert Thumbnails(Cache(tmp_path / "c")).webp(3, 16)
+    assert not any(finding.is_damage for finding in verify(Cache(tmp_path / "c")))
 
 
 def test_limited_cache_grows_to_the_whole_one(tmp_path: Path) -> None:
