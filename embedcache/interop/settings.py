@@ -20,7 +20,7 @@ class ImportSettings:
         None, "Description of the model that computed the vectors, for the record.", metavar="TEXT"
     )
     key_column: str | None = setting(
-        None, "Table column that holds a unique key per row.", default_text="key, id or uid", metavar="COLUMN"
+        None, "Table column that holds the keys of samples.", default_text="key, id or uid", metavar="COLUMN"
     )
     caption_columns: tuple[str, ...] = setting(
         (),

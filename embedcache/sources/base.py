@@ -67,7 +67,8 @@ class Source(Protocol):
 
     A plug-in is a class called with a location and `SourceSettings`. It may have a class attribute `credit`: the
     attribution that every page showing its images must carry; and an attribute `skipped`: a count per kind of file that
-    the last pass over the samples left out, which is reported after indexing.
+    the last pass over the samples left out, which is reported after indexing; and `shared_column`: the column of a
+    table whose cells may name one image in several rows, which is noted with the option that joins them.
     """
 
     def describe(self) -> Mapping[str, Any]:

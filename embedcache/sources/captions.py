@@ -1,13 +1,14 @@
 """Captions of images in `.txt` and `.json` sidecar files, and checks of captions shared with tables."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 from embedcache.errors import ItemError, SourceError
 from embedcache.files import decode_text
-from embedcache.sources.base import Scalar, TextItem
+from embedcache.sources.base import Sample, Scalar, TextItem
 
 SIDECAR_SUFFIXES = frozenset({".json", ".txt"})
 CAPTION_ERROR = "caption_error"
@@ -84,6 +85,36 @@ def parse_captions(value: Any, location: str) -> list[str]:
 def to_text_items(captions: Iterable[str], language: str | None) -> tuple[TextItem, ...]:
     """Create the text items of captions in one language; blank captions become "", which extraction reports."""
     return tuple(TextItem(text=caption.strip(), language=language or None) for caption in captions)
+
+
+def join_captions(rows: Iterable[tuple[str, Sample]]) -> Iterator[Sample]:
+    """Join adjacent samples of one key, which differ in their captions only, into one with all captions, in order.
+
+    Args:
+        rows: place of each sample, for errors, and the sample.
+
+    Raises:
+        SourceError: two of them name other items or have other columns.
+    """
+    for key, group in groupby(rows, key=lambda row: row[1].key):
+        (place, first), *others = group
+        for other_place, other in others:
+            if replace(other, texts=first.texts) != first:
+                raise SourceError(
+                    f"{place} and {other_place}: expected rows of one key to differ in their captions only, got other "
+                    f"{_difference(first, other)} for {key!r}; correct or remove it, or name another --key-column"
+                )
+        texts = tuple(text for _, sample in ((place, first), *others) for text in sample.texts)
+        yield replace(first, texts=texts) if others else first
+
+
+def _difference(one: Sample, other: Sample) -> str:
+    """Return what two samples differ in, beside their captions."""
+    if one.images != other.images:
+        return "images"
+    modality = next((name for name in (*one.files, *other.files) if one.files.get(name) != other.files.get(name)), None)
+    names = (name for name in (*one.columns, *other.columns) if one.columns.get(name) != other.columns.get(name))
+    return f"items of {modality}" if modality else f"values in column {next(names, None)!r}"
 
 
 def to_scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:

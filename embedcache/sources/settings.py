@@ -45,7 +45,7 @@ class SourceSettings:
     )
     key_column: str | None = setting(
         None,
-        "Table column that holds a unique key per row.",
+        "Table column that holds the keys of samples.",
         metavar="COLUMN",
         default_text="key, id, uid if present, else file and row",
     )

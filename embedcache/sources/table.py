@@ -12,7 +12,7 @@ from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.files import is_remote, open_path
 from embedcache.modalities import MODALITIES
 from embedcache.sources.base import FileItem, Sample, TextItem
-from embedcache.sources.captions import parse_captions, to_scalar_columns, to_text_items
+from embedcache.sources.captions import join_captions, parse_captions, to_scalar_columns, to_text_items
 from embedcache.sources.files import (
     TABLE_SUFFIXES,
     file_size,
@@ -263,6 +263,10 @@ class TableSource:
     the beginning or the end. Fields of a JSONL file may be missing in any row; those that `read_rows` finds after its
     first 100 rows are columns too. Iterating over the samples reads no item.
 
+    With the setting `key_column`, adjacent rows of one key that name the same items are one sample with the captions of
+    all of them; see `join_captions`. Without it, `shared_column` is the column of the paths of images, of which several
+    rows may name one.
+
     With the setting `inside_only`, an item outside the table's folder, after following links, or behind a URL is not
     read, and is a row with that reason: for a table that somebody else wrote.
     """
@@ -278,18 +282,28 @@ class TableSource:
         self._root_text = str(self._root)
         self._embedding = {path for path in self._files if path.suffix.lower() == ".parquet"}
         self._row_groups = RowGroups()
+        self.shared_column: str | None = None
         self._image_column = lru_cache(maxsize=4096)(self._find_image_column)
 
     def describe(self) -> Mapping[str, Any]:
         return {"type": "table", "path": str(self._location), "settings": self._settings.to_json()}
 
     def samples(self) -> Iterator[Sample]:
-        """Iterate over all rows. Memory holds one batch of rows, without embedded items."""
+        """Iterate over all samples. Memory holds one batch of rows, without embedded items, and the rows of a key."""
+        if self._settings.key_column is None:
+            return (sample for _, sample in self._rows())
+        return join_captions(self._rows())
+
+    def _rows(self) -> Iterator[tuple[str, Sample]]:
+        """Iterate over all rows: the place of each, and its sample."""
         for path in self._files:
             file = open_table_file(path)
-            rows = read_rows(file, find_columns(file, self._settings), self._settings)
-            for number, (columns, row) in enumerate(rows):
-                yield self._sample(file, columns, number, row)
+            first = find_columns(file, self._settings)
+            if not (first.holds_bytes or self._settings.key_column):
+                self.shared_column = first.image
+            for number, (columns, row) in enumerate(read_rows(file, first, self._settings)):
+                place = f"{file.path} row {number}"
+                yield place, self._sample(file, columns, number, row, place)
 
     def read(self, item: FileItem) -> bytes:
         """Read the bytes of one item: a file, or a cell of a Parquet file."""
@@ -312,8 +326,7 @@ class TableSource:
             return read_item_file(resolve_item(path.parent, cell["path"]))
         raise ItemError(f"no {'image' if named is None else 'item'} in column {column}, row {item.offset} of {path}")
 
-    def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> Sample:
-        location = f"{file.path} row {number}"
+    def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row, location: str) -> Sample:
         return Sample(
             key=read_key(columns, row, location) or f"{relative_to(self._root_text, file.stem)}/{number}",
             images=self._images(file, columns, number, row),

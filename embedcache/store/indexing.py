@@ -224,9 +224,24 @@ def _create(
             table_checksums=writer.checksums,
             segments=segments if len(segments) > 1 else (),
         )
+        _note_shared_images(source, writer, info, progress)
         put_tables(folder, cache_path)
     write_info(cache_path, info)
     return info
+
+
+def _note_shared_images(source: Source, writer: TableWriter, info: CacheInfo, progress: Progress) -> None:
+    column, num_rows = getattr(source, "shared_column", None), info.num_items.get("image", 0)
+    if (
+        column is not None
+        and num_rows
+        and "text" in info.num_items
+        and num_rows > (num := writer.count_distinct_images())
+    ):
+        progress.note(
+            f"{num_rows - num:,} rows name an image of an earlier row: {num_rows:,} rows, {num:,} images; to make them "
+            f"one sample with several captions: --key-column {column}"
+        )
 
 
 def _update(

@@ -112,6 +112,11 @@ class TableWriter:
         self._samples.close()
         return {name: self._items[name].num_rows for name in self._with_rows()}
 
+    def count_distinct_images(self) -> int:
+        """Return how many images the rows of the finished table name. Memory: the paths."""
+        with open_table(items_path(self._folder, "image")) as file:
+            return int(pc.count_distinct(file.read(columns=["path"], use_threads=False)["path"]).as_py())
+
     def _with_rows(self) -> list[str]:
         return [name for name in MODALITIES if name in self._items and self._items[name].num_rows]
 
@@ -305,5 +310,6 @@ def _check_unique(keys: pa.ChunkedArray) -> None:
         rows = pc.indices_nonzero(pc.equal(keys, key)).to_pylist()
         raise SourceError(
             f"keys must be unique; {key!r} is the key of rows {rows[0]} and {rows[1]} ({len(repeated)} such keys); "
-            "rename a file (a.jpg and a.png have the same key), or choose another --key-column"
+            "rename a file (a.jpg and a.png have the same key); of a table, sort the rows by --key-column if those of "
+            "one key are one sample, or choose another column"
         )

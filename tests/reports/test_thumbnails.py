@@ -68,7 +68,9 @@ def test_source_that_is_gone(hostile: Path) -> None:
     renderer = ItemRenderer(Cache(hostile / "cache"), "image")
     assert shown(renderer) == [False, False]
     (warning,) = renderer.warnings()
-    assert "photos is not a folder of this machine; if they have moved, run the same extract on their new place" in warning
+    assert (
+        "photos is not a folder of this machine; if they have moved, run the same extract on their new place" in warning
+    )
 
 
 def test_page_says_how_many_images_are_left_out(inside: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 
 from embedcache.errors import ItemError, SettingError, SourceError
 from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source, reopen_source
+from embedcache.store.indexing import index
 from embedcache.testing.sources import SourceContract
+from tests.recorded import RecordedProgress
 from tests.sources.files import COLORS, jpeg, write, write_parquet
 
 IMAGES = [jpeg(color) for color in COLORS]
@@ -56,6 +58,56 @@ def test_keys_without_key_column(tmp_path: Path) -> None:
         write_parquet(tmp_path / f"{name}.parquet", caption=["x", "y"])
     keys = [sample.key for sample in open_source(tmp_path).samples()]
     assert keys == ["a/0", "a/1", "b/0", "b/1"]
+
+
+def write_captions(folder: Path, rows: str) -> Path:
+    write(folder, {"a.jpg": IMAGES[0], "b.jpg": IMAGES[1], "t.csv": "filename,caption,lang,split\n" + rows})
+    return folder / "t.csv"
+
+
+def test_rows_of_one_key_are_one_sample(tmp_path: Path) -> None:
+    path = write_captions(tmp_path, "a.jpg,one,en,train\na.jpg,zwei,de,train\nb.jpg,three,en,test\n")
+    source = open_source(path, settings=SourceSettings(key_column="filename", image_column="filename"))
+    first, second = source.samples()
+    assert first.key == "a.jpg"
+    assert first.images == (FileItem(path="a.jpg"),)
+    assert first.texts == (TextItem(text="one", language="en"), TextItem(text="zwei", language="de"))
+    assert [text.text for text in second.texts] == ["three"]
+    assert list(reopen_source(source.describe()).samples()) == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (
+            "a.jpg,one,en,train\na.jpg,two,en,test\n",
+            "row 0 and .*row 1: .* got other values in column 'split' for 'a.jpg'",
+        ),
+        ("a.jpg,one,en,x\nb.jpg,two,en,x\n", "row 0 and .*row 1: .* got other images for 'x'; correct or remove it"),
+    ],
+)
+def test_rows_of_one_key_that_differ_raise(tmp_path: Path, rows: str, words: str) -> None:
+    key = "split" if rows.endswith("x\n") else "filename"
+    source = open_source(write_captions(tmp_path, rows), settings=SourceSettings(key_column=key))
+    with pytest.raises(SourceError, match=words):
+        list(source.samples())
+
+
+def test_index_of_rows_that_name_one_image(tmp_path: Path) -> None:
+    path = write_captions(tmp_path, "a.jpg,one,en,x\nb.jpg,two,en,x\na.jpg,three,en,x\na.jpg,four,en,x\n")
+    progress = RecordedProgress()
+    index(open_source(path), tmp_path / "c", progress=progress)
+    assert progress.notes == [
+        "2 rows name an image of an earlier row: 4 rows, 2 images; to make them one sample with several captions: "
+        "--key-column filename"
+    ]
+    keyed = open_source(path, settings=SourceSettings(key_column="filename"))
+    with pytest.raises(SourceError, match=r"'a.jpg' is the key of rows 0 and 2 .*sort the rows by --key-column"):
+        index(keyed, tmp_path / "keyed")
+    write_captions(tmp_path, "a.jpg,one,en,x\na.jpg,three,en,x\nb.jpg,two,en,x\n")
+    info = index(keyed, tmp_path / "keyed", progress=progress)
+    assert (info.num_samples, dict(info.num_items)) == (2, {"image": 2, "text": 3})
+    assert len(progress.notes) == 1
 
 
 def test_item_of_bytes_is_file_and_row(tmp_path: Path) -> None:
