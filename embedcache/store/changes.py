@@ -183,7 +183,12 @@ class _SegmentReader:
         stored, self._next = self._next, next(self._stored, None)
         self.buffer.add(sample)
         if [text.text for text in sample.texts] != [text for text, _ in stored.texts]:
-            raise source_changed(self._cache_path, self._info, f"sample {sample.key!r} has other captions")
+            step = (
+                f"{self._removal()}, then append the changed sample under another key with --extend; or extract into a "
+                "new folder"
+            )
+            reason = f"sample {sample.key!r} has other captions"
+            raise source_changed(self._cache_path, self._info, reason, next_step=step)
         relocated: dict[str, dict[int, FileItem]] = {}
         for modality in FILE_MODALITIES:
             first_row, old_items = stored.files.get(modality.name, (0, ()))
@@ -198,7 +203,13 @@ class _SegmentReader:
     def close(self) -> None:
         self.buffer.flush()
         if self._next is not None:
-            raise source_changed(self._cache_path, self._info, f"sample {self._next.key!r} is missing or out of order")
+            reason = f"sample {self._next.key!r} is missing or out of order"
+            step = f"if it was deleted, {self._removal()}; or extract into a new folder"
+            raise source_changed(self._cache_path, self._info, reason, next_step=step)
+
+    def _removal(self) -> str:
+        """Return the step that removes a sample from the cache."""
+        return f"remove it with: embedcache cache remove {self._cache_path} FILE-OF-KEYS --yes, which encodes nothing"
 
 
 def _identity(item: FileItem) -> tuple[str, float | None, float | None]:

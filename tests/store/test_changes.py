@@ -134,13 +134,19 @@ def changed(source: Rows, row: int, **fields: object) -> Rows:
 @pytest.mark.parametrize(
     ("now", "words"),
     [
-        (rows(5), "sample 'k5' is missing or out of order"),
+        (
+            rows(5),
+            "sample 'k5' is missing or out of order; .* if it was deleted, remove it with: embedcache cache remove",
+        ),
         (
             Rows([*rows(6).rows[:4], rows(6).rows[5], rows(6).rows[4]]),
             "sample 'k5' is missing or out of order",
         ),
         (Rows([*rows(6).rows, sample("a")]), "it has 1 more;.*append them with --extend"),
-        (changed(rows(6), 2, texts=(TextItem(text="other"),)), "sample 'k2' has other captions"),
+        (
+            changed(rows(6), 2, texts=(TextItem(text="other"),)),
+            "sample 'k2' has other captions; .* under another key with --extend",
+        ),
         (changed(rows(6), 2, images=(FileItem(path="x.png", length=2),)), "sample 'k2' has other images"),
         (
             changed(rows(6), 2, images=(FileItem(path="2.png", length=9),)),
