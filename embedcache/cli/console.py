@@ -69,12 +69,12 @@ def open_progress() -> Progress:
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """Explain on Ctrl-C that the same command resumes the work, and exit with code 130."""
+def resumable(kept: Callable[[], str] = lambda: "Finished work is kept") -> Iterator[None]:
+    """Explain on Ctrl-C what is `kept` and that the same command resumes the work, and exit with code 130."""
     try:
         yield
     except KeyboardInterrupt:
-        print("Interrupted. Finished work is kept; rerun the same command to resume.", file=sys.stderr)
+        print(f"Interrupted. {kept()}; rerun the same command to resume.", file=sys.stderr)
         sys.exit(_INTERRUPTED)
 
 

@@ -89,11 +89,23 @@ def extract(
         "encoder": by_modality("--encoder", encoder, "audio=whisper:tiny.en", metavar="SPEC"),
     }
     run = _plan if plan else _retry if retry_failed else _extract
-    with resumable():
+    with resumable(lambda: _kept(cache)):
         report, show = run(opened, cache, encoders, settings)
     publish(show, lambda: to_plain(report), as_json=as_json, output=output)
     if plan:
         report.check_space()
+
+
+def _kept(cache: str) -> str:
+    """Return what an interrupted extraction keeps."""
+    from embedcache.files import open_path
+    from embedcache.store.layout import info_path, read_info
+
+    path = open_path(cache)
+    if not info_path(path).is_file():
+        return "Nothing was encoded yet"
+    num_items = read_info(path).chunk_size
+    return f"Finished chunks of {num_items:,} items are kept (--chunk-size sets the number for a new cache)"
 
 
 _Outcome: TypeAlias = tuple[Any, Callable[[], None]]

@@ -136,7 +136,7 @@ def changed(source: Rows, row: int, **fields: object) -> Rows:
     [
         (
             rows(5),
-            "sample 'k5' is missing or out of order; .* if it was deleted, remove it with: embedcache cache remove",
+            "sample 'k5' is missing or out of order; .* if it was deleted, remove it with: embedcache cache",
         ),
         (
             Rows([*rows(6).rows[:4], rows(6).rows[5], rows(6).rows[4]]),
