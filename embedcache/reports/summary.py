@@ -18,7 +18,7 @@ from embedcache.provenance import fields_of, read_json, read_stage, recognize
 from embedcache.search.card import read_card
 from embedcache.settings import flat_settings
 from embedcache.store.cache import Cache
-from embedcache.store.commits import REMOVED
+from embedcache.store.commits import NOT_YET, REMOVED
 from embedcache.store.feature import Feature
 from embedcache.store.tables import open_table, read_table
 from embedcache.train.settings import TrainSettings
@@ -85,7 +85,8 @@ def _summarize_cache(path: Path) -> Summary:
                     "inputs": [f"{modality}/{name}" for modality, name in feature.group.inputs],
                     "num_chunks": len(feature.commits),
                     "num_committed": sum(commit is not None for commit in feature.commits),
-                    "num_failed": len(feature.failed[0]),
+                    "num_failed": len(feature.failed[0]) - _num_pending(feature),
+                    "num_pending": _num_pending(feature),
                     "num_bytes": on_disk,
                 }
                 for feature, row, on_disk in zip(features, rows, num_bytes, strict=True)
@@ -130,9 +131,14 @@ def describe_feature(feature: Feature, num_bytes: int) -> list[str]:
         shape,
         feature.dtype,
         f"{len(committed)}/{len(feature.commits)}",
-        f"{len(feature.failed[0]):,}",
+        f"{len(feature.failed[0]) - _num_pending(feature):,}",
         f"{num_bytes:,}",
     ]
+
+
+def _num_pending(feature: Feature) -> int:
+    """Return how many items of committed chunks an encoder has not been run on: those that were appended since."""
+    return int(pc.sum(pc.equal(feature.failed[1], NOT_YET)).as_py() or 0)
 
 
 def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list[str]:
@@ -145,8 +151,8 @@ def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list
     counts = sorted(pc.value_counts(kinds).to_pylist(), key=lambda entry: -entry["counts"])
     lines = []
     for kind, count in (entry.values() for entry in counts):
-        if kind == REMOVED:
-            lines.append(f"  {count:,} removed")
+        if kind in (NOT_YET, REMOVED):
+            lines.append(f"  {count:,} {kind}")
             continue
         lines.append(f"  {count:,} failed: {kind}")
         members = np.flatnonzero(pc.equal(kinds, kind))[:num_shown]

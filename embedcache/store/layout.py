@@ -126,6 +126,14 @@ class CacheInfo:
         """Return whether the rows of that digest are the same rows in this cache, which may have more now."""
         return any(index_digest == version.index_digest for version in self._versions())
 
+    def num_samples_since(self, index_digest: str) -> int:
+        """Return the number of samples that were appended since the rows of that digest; 0 if it is not known."""
+        segments = self.all_segments
+        for count in range(1, len(segments)):
+            if combined_digest(segments[:count], self.removed) == index_digest:
+                return sum(segment.num_samples for segment in segments[count:])
+        return 0
+
     def num_chunk_rows(self, index_digest: str, modality: str, chunk: int) -> int | None:
         """Return the number of rows that a chunk had in a version of the tables; None for an unknown version."""
         for version in self._versions():

@@ -6,7 +6,7 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -32,6 +32,7 @@ from embedcache.provenance import (
     read_stage,
     write_json,
 )
+from embedcache.store.cache import Cache
 from embedcache.train.data import FAILED, check_failed
 from embedcache.train.distributed import gather_objects, num_processes, process_rank
 from embedcache.train.settings import MachineSettings
@@ -279,6 +280,16 @@ def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, 
     if any(name in settings and settings[name] != stored.get(name) for name in ("spine", "training")):
         raise CorruptError(f"{path}: expected the record of this run, got that of another one; restore the file")
     return fields_of(path, lambda: make(record["outcome"]))
+
+
+def check_not_extended(run_path: Path, index_digest: str, caches: Sequence[Cache]) -> None:
+    """Check that no samples were appended to the caches since a run was trained; else raise a `FingerprintError`."""
+    for stored, grown in zip(index_digest.split("+"), caches, strict=False):
+        if num_new := grown.info.num_samples_since(stored):
+            raise FingerprintError(
+                f"run {run_path} was trained when {grown.path} had {num_new:,} samples fewer; train into a new folder, "
+                f"or keep the run, which stays valid for the first {len(grown) - num_new:,} samples"
+            )
 
 
 def _check_config(what: str, stored: Mapping[str, Any], expected: Mapping[str, Any], *, next_step: str) -> None:

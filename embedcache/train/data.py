@@ -117,7 +117,15 @@ class TrainData:
     def split(self, pairs: Pairs, settings: SplitSettings, *, progress: Progress | None = None) -> Split:
         """Split the samples; features are loaded for a strict split only."""
         readers = {modality: partial(self._read, modality) for modality in self.sides}
-        return make_split(self.caches, pairs, settings, readers, progress=progress)
+        split = make_split(self.caches, pairs, settings, readers, progress=progress)
+        if settings.path is not None and progress is not None:
+            num_all, num_missing = split.parts.count(""), sum(map(len, self.caches)) - len(np.unique(pairs.samples))
+            if num_other := num_all - num_missing:
+                progress.note(
+                    f"left out {num_all:,} samples: {num_missing:,} without both features, {num_other:,} in no "
+                    f"part of {settings.path}, such as those that were appended since it was written"
+                )
+        return split
 
     def _read(self, modality: str, rows: Ints) -> Inputs:
         return self.readers[modality](rows)

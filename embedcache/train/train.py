@@ -29,7 +29,7 @@ from embedcache.projectors.saved import (
 )
 from embedcache.provenance import digest_file, from_record, record_stage, to_record
 from embedcache.train.batches import Batches, Loader, PairLoader
-from embedcache.train.checkpoint import finish_run, name_device, reuse_run, start_run
+from embedcache.train.checkpoint import check_not_extended, finish_run, name_device, reuse_run, start_run
 from embedcache.train.data import (
     Names,
     Paths,
@@ -217,7 +217,7 @@ def train_on(
         },
     )
     if config_path(run_path).is_file():
-        return _reuse_run(run_path, config)
+        return _reuse_run(run_path, config, data)
     leases = run_on_first(lambda: start_run(run_path, config.to_json()))
     recorded = {"caches": [relative_location(cache.path, run_path) for cache in data.caches], **config.to_json()}
     with disk_errors(run_path):
@@ -243,8 +243,9 @@ def _check_features(data: TrainData, settings: TrainSettings) -> None:
                 raise SettingError(f"{option}: expected 0 for the token feature {feature.name}, got {value}")
 
 
-def _reuse_run(run_path: Path, config: PairConfig) -> TrainReport:
+def _reuse_run(run_path: Path, config: PairConfig, data: TrainData) -> TrainReport:
     stored = read_config(run_path)
+    check_not_extended(run_path, stored.index_digest, data.caches)
     expected = replace(config, weights_digest=stored.weights_digest, split_digest=stored.split_digest)
     report = reuse_run(run_path, stored.to_json(), expected.to_json(), TrainReport.from_json)
     return replace(report, reused=True)

@@ -134,8 +134,8 @@ def test_interrupt_explains_how_to_resume(photos: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         expected = (
-            "Interrupted. Finished chunks of 8 items are kept (--chunk-size sets the number for a new cache); rerun the "
-            "same command to resume.\n"
+            "Interrupted. Finished chunks of 8 items are kept (--chunk-size sets the number for a new cache); rerun "
+            "the same command to resume.\n"
         )
         assert process.stderr.read().endswith(expected)
     assert process.returncode == 130

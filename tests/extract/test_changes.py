@@ -18,6 +18,7 @@ from embedcache.extract.repair import retry_failed
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker
 from embedcache.progress import NullProgress
+from embedcache.reports.summary import summarize
 from embedcache.search.index import build_index
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings
@@ -30,6 +31,7 @@ from embedcache.train.settings import OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.extract.cases import FEATURES, run, tree
 from tests.images import write_images
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 
@@ -161,6 +163,10 @@ def test_extend_one_feature_then_the_other(tmp_path: Path) -> None:
     patches = Cache(tmp_path / "c").feature("image", "open_toy/patches")
     assert patches.valid.tolist() == [True] * 20 + [False]
     assert patches.failures == {20: "not extracted yet"}
+    summary = summarize(tmp_path / "c")
+    assert summary.rows[1][5] == "0", "not extracted yet is no failure"
+    assert "  1 not extracted yet" in summary.notes
+    assert [record["num_pending"] for record in summary.record["features"][:2]] == [0, 1]
     run(source, tmp_path / "c", features=("patches",))
     patches = Cache(tmp_path / "c").feature("image", "open_toy/patches")
     np.testing.assert_array_equal(patches.load()[20], patches.load()[0])
@@ -192,10 +198,14 @@ def test_run_and_index_survive_extend(tmp_path: Path) -> None:
     run(source, tmp_path / "c", extend=True)
     assert evaluate_retrieval(tmp_path / "c", [tmp_path / "run"]).recalls == before
     assert search(tmp_path / "index", ["a red bar"]) == hits
+    with pytest.raises(FingerprintError, match="had 1 samples fewer; train into a new folder"):
+        train(tmp_path / "c", tmp_path / "run", settings=settings)
     later = TrainSettings(
         split=SplitSettings(kind=str(tmp_path / "run/split.parquet")), optimizer=OptimizerSettings(epochs=0)
     )
-    train(tmp_path / "c", tmp_path / "later", settings=later)
+    progress = RecordedProgress()
+    train(tmp_path / "c", tmp_path / "later", settings=later, progress=progress)
+    assert progress.notes[0].startswith("left out 1 samples: 0 without both features, 1 in no part of ")
     assert read_table(tmp_path / "later/split.parquet")["part"].to_pylist()[-1] == ""
 
 
