@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from embedcache.devices import AUTO
 from embedcache.encoders.base import Encoder, Modality
@@ -23,12 +24,14 @@ from embedcache.extract.feature_writer import (
 from embedcache.extract.loop import encode_chunks
 from embedcache.extract.settings import ExtractJob
 from embedcache.extract.views import open_view
+from embedcache.files import is_remote, open_path
 from embedcache.locks import divided_work
 from embedcache.modalities import noun
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import trust_files
 from embedcache.sources import Source, reopen_source
+from embedcache.sources.files import TABLE_SUFFIXES, has_suffix
 from embedcache.store.cache import Cache
 from embedcache.store.group import find_group
 
@@ -146,6 +149,15 @@ def _record_chunks(tasks: Iterable[ChunkTask], encoded: Mapping[str, set[int]]) 
             yield task
 
 
+def _other_source(job: ExtractJob) -> str:
+    """Return what to do about a source that lacks items: a table in its folder may have them."""
+    if job.source["type"] == "folder" and not is_remote(open_path(job.source["path"])):
+        for path in sorted(Path(job.source["path"]).iterdir()):
+            if has_suffix(path.name, TABLE_SUFFIXES):
+                return f"use the table in that folder as the source: {path}"
+    return "check the source"
+
+
 def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, list[FeatureWriter]]:
     specs: Mapping[Modality, Sequence[EncoderSpec]] = {
         modality: [EncoderSpec.parse(spec) for spec in requested] for modality, requested in job.encoders.items()
@@ -153,7 +165,7 @@ def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, 
     for modality in specs:
         if not cache.info.num_items.get(modality):
             option = f"--{modality}-encoder" if modality in ("image", "text") else f"--encoder {modality}=…"
-            raise SourceError(f"cache {cache.path} has no {modality} items; omit {option}, or check the source")
+            raise SourceError(f"cache {cache.path} has no {modality} items; omit {option}, or {_other_source(job)}")
     encoders: dict[Modality, list[Encoder]] = {
         modality: [
             open_encoder(spec, modality=modality, settings=_encoder_settings(cache, job, modality, spec, device))

@@ -76,10 +76,9 @@ def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     """Assign roles to the columns of a table, and check that one of them contains items or captions."""
     columns = assign_columns(file, settings)
     if columns.image is None and not columns.captions and not columns.media:
-        names = ", ".join(file.columns) or "none"
         raise SourceError(
-            f"{file.path} has no column with a usual name for images or captions; it has {names}; name them with "
-            "--image-column and --caption-column, or --audio-column, --video-column and --points-column"
+            f"{file.path} has no column with a usual name for images or captions; it has {_names(file)}; name them "
+            "with --image-column and --caption-column, or --audio-column, --video-column and --points-column"
         )
     return columns
 
@@ -225,9 +224,16 @@ def read_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem
 def _existing(file: TableFile, name: str | None, option: str) -> str | None:
     if name is not None and name not in file.columns:
         rows = f"the first {HEADER_ROWS} rows of " if file.is_open else ""
-        names = ", ".join(file.columns) or "none"
-        raise SourceError(f"{option} {name}: no such column in {rows}{file.path}; it has {names}")
+        raise SourceError(f"{option} {name}: no such column in {rows}{file.path}; it has {_names(file)}")
     return name
+
+
+def _names(file: TableFile) -> str:
+    """Return the names of all columns; of a single one, a hint if it is a header with another delimiter."""
+    names = ", ".join(file.columns) or "none"
+    delimiter = next((repr(mark) for mark in ";\t|," if mark in names), "") if len(file.columns) == 1 else ""
+    hint = f", one column; if {delimiter} separates them, save the table with commas as .csv, or with tabs as .tsv"
+    return names + hint if delimiter else names
 
 
 def _check_plain(file: TableFile, name: str | None, option: str) -> None:

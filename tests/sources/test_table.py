@@ -110,6 +110,13 @@ def test_index_of_rows_that_name_one_image(tmp_path: Path) -> None:
     assert len(progress.notes) == 1
 
 
+@pytest.mark.parametrize("settings", [SourceSettings(), SourceSettings(image_column="filename")])
+def test_other_delimiter_is_named(tmp_path: Path, settings: SourceSettings) -> None:
+    write(tmp_path, {"t.csv": "filename;caption\na.jpg;one\n"})
+    with pytest.raises(SourceError, match="it has filename;caption, one column; if ';' separates them, save the table"):
+        list(open_source(tmp_path / "t.csv", settings=settings).samples())
+
+
 def test_item_of_bytes_is_file_and_row(tmp_path: Path) -> None:
     source = open_source(write_parquet(tmp_path / "t.parquet", image=IMAGES))
     items = [sample.images[0] for sample in source.samples()]
