@@ -230,7 +230,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """Create a temporary folder that becomes `folder` after the block; after an error, nothing is left."""
+    """Create a temporary folder that becomes `folder` after the block; after an error, nothing is left.
+
+    PathError if another process has written `folder` meanwhile, which stays as it is.
+    """
     make_folder(folder.parent)
     remove_leftovers(folder)
     scratch = partial_path(folder)
@@ -242,10 +245,22 @@ def building(folder: Path) -> Iterator[Path]:
             for path in (*temporary.rglob("*"), temporary):
                 _share(path)
                 flush(path)
-            temporary.rename(folder)
+            _move_folder(temporary, folder)
             flush(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move_folder(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise PathError(
+            f"{folder}: expected a new folder, but another process wrote it meanwhile; run the same command again, or "
+            "give the path of a new folder"
+        ) from error
 
 
 def _share(path: Path) -> None:

@@ -12,6 +12,7 @@ from embedcache.cli.config_files import read_config
 from embedcache.cli.console import read_lines
 from embedcache.errors import DataError, DiskFullError, EmbedcacheError, PathError, SettingError
 from embedcache.files import (
+    building,
     disk_errors,
     is_remote,
     make_folder,
@@ -188,3 +189,20 @@ def test_open_path_url() -> None:
 def test_open_path_unknown_protocol_raises() -> None:
     with pytest.raises(PathError, match="nonsense://x"):
         open_path("nonsense://x")
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_building_what_another_process_wrote_raises(tmp_path: Path, *, is_folder: bool) -> None:
+    folder = tmp_path / "model"
+    other = folder / "theirs" if is_folder else folder
+
+    def build() -> None:
+        with building(folder) as temporary:
+            (temporary / "ours").write_text("ours")
+            other.parent.mkdir(exist_ok=True)
+            other.write_text("theirs")
+
+    with pytest.raises(PathError, match=r"/model: expected a new folder, but another process wrote it meanwhile; run"):
+        build()
+    assert other.read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
