@@ -42,8 +42,8 @@ class EncoderReport:
         modality: modality of the items.
         encoder: name of the encoder's folder in the cache.
         features: names of the stored features.
-        encoded: number of items in the chunks that were encoded now.
-        reused: number of items in the chunks that existed before.
+        encoded: number of items that were encoded now, or failed.
+        reused: number of items that were stored before.
         failures: kind of failure -> number of items, over the whole cache.
     """
 
@@ -278,13 +278,13 @@ def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextMana
 def _count_items(cache: Cache, report: ShardReport) -> EncoderReport:
     group = open_group(cache.path, report.modality, report.encoder, cache.info)
     group.compact()
-    counts = group.count_items(report.features[0], report.chunks)
+    counts, num_stored = group.count_items(report.features[0], report.chunks), sum(report.chunks.values())
     return EncoderReport(
         modality=report.modality,
         encoder=report.encoder,
         features=list(report.features),
-        encoded=counts.computed,
-        reused=counts.reused,
+        encoded=counts.computed - num_stored,
+        reused=counts.reused + num_stored,
         failures=counts.failures,
     )
 

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.devices import torch_device
@@ -21,6 +25,8 @@ from embedcache.processes import num_cores
 from embedcache.provenance import check_same
 from embedcache.registry import names_from, unknown_name
 from embedcache.store.cache import Cache
+from embedcache.store.columns import to_array
+from embedcache.store.commits import NOT_YET
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
 from embedcache.store.writer import cast_item
@@ -223,10 +229,15 @@ def check_unchanged(writer: FeatureWriter) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ChunkTask:
-    """A chunk, and for each writer the features that it lacks; this process holds the lease of each writer."""
+    """A chunk, and for each writer the features that it lacks; this process holds the lease of each writer.
+
+    Args:
+        num_stored: rows at its start that are not encoded, as they are stored already; see `_count_stored`.
+    """
 
     chunk: int
     missing: Mapping[FeatureWriter, Sequence[str]]
+    num_stored: int = 0
 
     def release(self) -> None:
         for writer in self.missing:
@@ -255,4 +266,28 @@ def _open_task(chunk: int, leased: Sequence[FeatureWriter]) -> ChunkTask:
     """Create the task, without the writers whose chunk another process committed just before the lease was taken."""
     missing = {writer: writer.missing(chunk, refresh=True) for writer in leased}
     ChunkTask(chunk, {writer: names for writer, names in missing.items() if not names}).release()
-    return ChunkTask(chunk, {writer: names for writer, names in missing.items() if names})
+    missing = {writer: names for writer, names in missing.items() if names}
+    return ChunkTask(chunk, missing, _count_stored(chunk, missing))
+
+
+def _count_stored(chunk: int, missing: Mapping[FeatureWriter, Sequence[str]]) -> int:
+    """Count the rows at the start of a chunk, after samples were appended to it, that all writers have stored.
+
+    Only whole batches count: the rows after them are then encoded together with the same others as if all were encoded,
+    to the same bits. It is 0 for texts, whose batches are sorted by length.
+    """
+    is_start = np.ones(1, bool)  # whether all rows before one are stored, in whole batches
+    for writer, names in missing.items():
+        commit = writer.group.commit(chunk)
+        if commit is None or MODALITIES[writer.group.modality].kind == "texts":
+            return 0
+        for name in names:
+            if name not in commit.features or not writer.group.has_files(commit, name):
+                return 0
+            reasons = to_array(commit.failures[name], pa.string())
+            is_new = pc.is_in(reasons, value_set=pa.array([NOT_YET]))
+            num_new, num_valid = (
+                np.cumsum(np.append(0, mask.to_numpy(zero_copy_only=False))) for mask in (is_new, reasons.is_null())
+            )
+            is_start = is_start & (num_new == 0) & (num_valid % writer.encoder.batch_size == 0)
+    return int(np.flatnonzero(is_start).max())

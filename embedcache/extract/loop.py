@@ -21,7 +21,7 @@ from embedcache.processes import prefetch_map
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Source
 from embedcache.store.cache import Cache
-from embedcache.store.commits import REMOVED, hash_item
+from embedcache.store.commits import NOT_YET, REMOVED, hash_item
 from embedcache.store.tables import to_file_item
 from embedcache.store.writer import commit_chunk
 from embedcache.units import format_bytes
@@ -71,18 +71,21 @@ def _encode_file_chunks(
     """
     decode = modality.load_decoder()
 
-    def load(task_item: tuple[ChunkTask, FileItem | None]) -> tuple[ChunkTask, LoadedItem]:
+    def load(task_item: tuple[ChunkTask, FileItem | str]) -> tuple[ChunkTask, LoadedItem]:
         task, item = task_item
-        if item is None:
-            return task, _without_content(len(task.missing), hash=None)
+        if isinstance(item, str):
+            return task, _without_content(len(task.missing), item, hash=None)
         loaded = _load_file(source, item, decode, list(task.missing))
         check_length(item, loaded, modality.name)
         return task, loaded
 
     num_blank = 0
     removed, items_of = set(cache.removed.tolist()), partial(cache.items, modality.name)
-    rows = ((task, row) for task in tasks for row in items_of(chunk=task.chunk).to_pylist())
-    task_items = ((task, None if row["sample"] in removed else to_file_item(row)) for task, row in rows)
+    rows = ((task, *row) for task in tasks for row in enumerate(items_of(chunk=task.chunk).to_pylist()))
+    task_items = (
+        (task, NOT_YET if number < task.num_stored else REMOVED if row["sample"] in removed else to_file_item(row))
+        for task, number, row in rows
+    )
     with closing(prefetch_map(executor, load, task_items, window=modality.num_ahead)) as stream:
         for task, group in groupby(stream, key=itemgetter(0)):
             num_items = cache.info.count_items(modality.name, [task.chunk])
@@ -124,7 +127,7 @@ def _encode_text_chunks(
         loaded = _load_texts(table, list(task.missing))
         for row, sample in enumerate(table["sample"].to_pylist() if removed else ()):
             if sample in removed:
-                loaded[row] = _without_content(len(task.missing), hash=loaded[row].hash)
+                loaded[row] = _without_content(len(task.missing), REMOVED, hash=loaded[row].hash)
         return task, loaded
 
     with closing(prefetch_map(executor, load, tasks, window=2)) as stream:
@@ -155,9 +158,9 @@ class LoadedItem:
     is_blank: bool = False
 
 
-def _without_content(num_writers: int, *, hash: bytes | None) -> LoadedItem:
-    """Return what is loaded of an item of a removed sample."""
-    return LoadedItem(hash=hash, failures=[REMOVED] * num_writers, inputs=[None] * num_writers)
+def _without_content(num_writers: int, reason: str, *, hash: bytes | None) -> LoadedItem:
+    """Return what is loaded of an item that is not encoded: of a removed sample, or stored already."""
+    return LoadedItem(hash=hash, failures=[reason] * num_writers, inputs=[None] * num_writers)
 
 
 def check_length(item: FileItem, loaded: LoadedItem, modality: str) -> None:

@@ -38,12 +38,17 @@ from embedcache.store.group import find_group
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """The chunks that one or more processes encoded for one feature writer; `encoder` names its folder."""
+    """What one or more processes encoded for one feature writer.
+
+    Args:
+        encoder: name of its folder.
+        chunks: chunk -> rows at its start that were stored already and not encoded again.
+    """
 
     modality: str
     encoder: str
     features: tuple[str, ...]
-    chunks: frozenset[int]
+    chunks: Mapping[int, int]
 
 
 def merge_reports(reports: Iterable[ShardReport]) -> list[ShardReport]:
@@ -51,7 +56,7 @@ def merge_reports(reports: Iterable[ShardReport]) -> list[ShardReport]:
     merged: dict[tuple[str, str], ShardReport] = {}
     for report in reports:
         earlier = merged.get((report.modality, report.encoder), report)
-        merged[report.modality, report.encoder] = replace(report, chunks=report.chunks | earlier.chunks)
+        merged[report.modality, report.encoder] = replace(report, chunks={**earlier.chunks, **report.chunks})
     return list(merged.values())
 
 
@@ -107,7 +112,7 @@ class Worker:
 
     def encode(self, modality: Modality, chunks: Sequence[int], progress: Progress) -> list[ShardReport]:
         """Encode chunks: first those that no other process works on, then those that other processes did not finish."""
-        writers, encoded = self.writers[modality], defaultdict[str, set[int]](set)
+        writers, encoded = self.writers[modality], defaultdict[str, dict[int, int]](dict)
 
         def encode_all(tasks: Iterable[ChunkTask]) -> None:
             recorded = _record_chunks(tasks, encoded)
@@ -123,7 +128,7 @@ class Worker:
 
     def empty_reports(self) -> list[ShardReport]:
         """Return one report per feature writer, without chunks."""
-        return [_report(writer, ()) for writers in self.writers.values() for writer in writers]
+        return [_report(writer, {}) for writers in self.writers.values() for writer in writers]
 
 
 def step_name(modality: Modality) -> str:
@@ -131,20 +136,20 @@ def step_name(modality: Modality) -> str:
     return f"encoding {noun(modality)}"
 
 
-def _report(writer: FeatureWriter, chunks: Iterable[int]) -> ShardReport:
+def _report(writer: FeatureWriter, chunks: Mapping[int, int]) -> ShardReport:
     return ShardReport(
         modality=writer.group.modality,
         encoder=writer.group.name,
         features=tuple(writer.features),
-        chunks=frozenset(chunks),
+        chunks=dict(chunks),
     )
 
 
-def _record_chunks(tasks: Iterable[ChunkTask], encoded: Mapping[str, set[int]]) -> Iterator[ChunkTask]:
-    """Iterate over tasks, and add each chunk to the set of its encoder's folder."""
+def _record_chunks(tasks: Iterable[ChunkTask], encoded: Mapping[str, dict[int, int]]) -> Iterator[ChunkTask]:
+    """Iterate over tasks, and record each chunk and its stored rows for its encoder's folder."""
     for task in tasks:
         for writer in task.missing:
-            encoded[writer.group.name].add(task.chunk)
+            encoded[writer.group.name][task.chunk] = task.num_stored
         if task.missing:
             yield task
 
