@@ -167,7 +167,7 @@ def _parse_header(path: Path, file: IO[bytes], member: str | None) -> NpyFile:
     read = npy_format.read_array_header_1_0 if is_version_1 else npy_format.read_array_header_2_0
     shape, is_fortran, dtype = read(file)
     if len(shape) != 2 or is_fortran:
-        order = " in Fortran order" if is_fortran else ""
+        order = " in Fortran order; save it with np.ascontiguousarray(vectors)" if is_fortran else ""
         raise DataError(f"{location}: expected an array (rows, width) in C order, got shape {shape}{order}")
     if not shape[1]:
         raise DataError(f"{location}: expected vectors of a width of at least 1, got shape {shape}")
