@@ -205,10 +205,10 @@ class SearchService:
 def _public_path(path: str | None) -> str | None:
     """Return the path of an item as visitors may see it: of a file outside of the source, only the name.
 
-    An absolute path shows folders of this machine, and a URL may contain credentials. Those of a merged cache follow
-    the number of their source.
+    Such a path shows folders of this machine, and a URL may contain credentials. Those of a merged cache follow the
+    number of their source.
     """
-    if path is None or not (path.startswith("/") or "//" in path):
+    if path is None or not (path.startswith("/") or "//" in path or ".." in path.split("/")):
         return path
     return path.partition("?")[0].rpartition("/")[2] or None
 

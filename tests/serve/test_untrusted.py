@@ -84,7 +84,9 @@ def test_images_outside_source_are_not_served(hostile: Path, kind: str, caplog: 
     assert "is outside the source's folder" in caplog.text or "is not a regular file" in caplog.text
 
 
-@pytest.mark.parametrize("path", ["{}/secret.png", "1/{}/secret.png", "https://user:key@host/a/secret.png?sig=1"])
+@pytest.mark.parametrize(
+    "path", ["{}/secret.png", "1/{}/secret.png", "../a/secret.png", "https://user:key@host/a/secret.png?sig=1"]
+)
 def test_visitors_see_names_of_files_outside_source(hostile: Path, path: str) -> None:
     tamper(hostile / "cache", path=path.format(hostile))
     with visit(open_hostile(hostile)) as client:
