@@ -26,7 +26,7 @@ from embedcache.provenance import check_same
 from embedcache.registry import names_from, unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
-from embedcache.store.commits import NOT_YET
+from embedcache.store.commits import NOT_YET, Commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
 from embedcache.store.writer import cast_item
@@ -101,6 +101,7 @@ class FeatureWriter:
     executor: Executor
     gate: CpuGate
     _missing: dict[int, Sequence[str]] = field(default_factory=dict, init=False)
+    _begun: set[int] = field(default_factory=set, init=False)  # chunks with a commit, as far as `missing` has read them
 
     @cached_property
     def leases(self) -> Leases:
@@ -117,7 +118,13 @@ class FeatureWriter:
         if chunk not in self._missing or (refresh and self._missing[chunk]):
             commit = self.group.commit(chunk)
             self._missing[chunk] = [name for name in self.features if not self.group.has(commit, name)]
+            if commit is not None:
+                self._begun.add(chunk)
         return self._missing[chunk]
+
+    def begun(self, chunk: int) -> Commit | None:
+        """Return the commit of a chunk; None if there was none when `missing` read it."""
+        return self.group.commit(chunk) if chunk in self._begun else None
 
     def mark_complete(self, chunk: int) -> None:
         """Record that this process has committed all features of a chunk."""
@@ -278,7 +285,7 @@ def _count_stored(chunk: int, missing: Mapping[FeatureWriter, Sequence[str]]) ->
     """
     is_start = np.ones(1, bool)  # whether all rows before one are stored, in whole batches
     for writer, names in missing.items():
-        commit = writer.group.commit(chunk)
+        commit = writer.begun(chunk)
         if commit is None or MODALITIES[writer.group.modality].kind == "texts":
             return 0
         for name in names:
