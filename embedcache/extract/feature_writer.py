@@ -101,7 +101,7 @@ class FeatureWriter:
     executor: Executor
     gate: CpuGate
     _missing: dict[int, Sequence[str]] = field(default_factory=dict, init=False)
-    _begun: set[int] = field(default_factory=set, init=False)  # chunks with a commit, as far as `missing` has read them
+    _begun: set[int] = field(default_factory=set, init=False)  # chunks that had a commit when `missing` read it
 
     @cached_property
     def leases(self) -> Leases:
@@ -122,7 +122,7 @@ class FeatureWriter:
                 self._begun.add(chunk)
         return self._missing[chunk]
 
-    def begun(self, chunk: int) -> Commit | None:
+    def stored_commit(self, chunk: int) -> Commit | None:
         """Return the commit of a chunk; None if there was none when `missing` read it."""
         return self.group.commit(chunk) if chunk in self._begun else None
 
@@ -285,7 +285,7 @@ def _count_stored(chunk: int, missing: Mapping[FeatureWriter, Sequence[str]]) ->
     """
     is_start = np.ones(1, bool)  # whether all rows before one are stored, in whole batches
     for writer, names in missing.items():
-        commit = writer.begun(chunk)
+        commit = writer.stored_commit(chunk)
         if commit is None or MODALITIES[writer.group.modality].kind == "texts":
             return 0
         for name in names:

@@ -87,12 +87,11 @@ def import_vectors(
     progress: AnyProgress = None,
     **options: Any,
 ) -> list[ImportReport]:
-    """Write a normal cache of vectors that another tool computed. Values are kept as they are, but float64 as
-    float32.
+    """Write a normal cache of vectors that another tool computed.
 
-    The files are read twice: once for their SHA-256, once for their rows. Committed chunks with correct checksums are
-    reused, so an interrupted import resumes and a damaged chunk is repaired. Memory: one chunk; while the samples are
-    numbered, their keys.
+    Values are kept as they are, those of float64 as float32. The files are read twice: once for their SHA-256, once for
+    their rows. Committed chunks with correct checksums are reused, so an interrupted import resumes and a damaged chunk
+    is repaired. Memory: one chunk; while the samples are numbered, their keys.
 
     Returns:
         One report per feature.

@@ -83,8 +83,10 @@ class PageItem:
 
 
 class ItemRenderer:
-    """Renderer of items of one modality for a page: images with the key of their sample, and their file if the key does
-    not name it; an image that cannot be read by these alone.
+    """Renderer of items of one modality for a page.
+
+    An image has the key of its sample, and the name of its file if the key does not give it; one that cannot be read
+    is represented by these alone.
     """
 
     def __init__(self, cache: Cache, modality: str, image_folders: Sequence[Path] = ()) -> None:

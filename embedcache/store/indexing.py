@@ -231,16 +231,15 @@ def _create(
 
 
 def _note_shared_images(source: Source, writer: TableWriter, info: CacheInfo, progress: Progress) -> None:
-    column, num_rows = getattr(source, "shared_column", None), info.num_items.get("image", 0)
-    if (
-        column is not None
-        and num_rows
-        and "text" in info.num_items
-        and num_rows > (num := writer.count_distinct_images())
-    ):
+    """Report images that several rows of a table name, if they have captions: the option joins these rows."""
+    column = getattr(source, "shared_column", None)
+    if column is None or not {"image", "text"} <= info.num_items.keys():
+        return
+    num_rows, num_images = info.num_items["image"], writer.count_distinct_images()
+    if num_rows > num_images:
         progress.note(
-            f"{num_rows - num:,} rows name an image of an earlier row: {num_rows:,} rows, {num:,} images; to make them "
-            f"one sample with several captions: --key-column {column}"
+            f"{num_rows - num_images:,} rows name an image of an earlier row: {num_rows:,} rows, {num_images:,} "
+            f"images; to make them one sample with several captions: --key-column {column}"
         )
 
 

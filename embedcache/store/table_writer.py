@@ -115,7 +115,8 @@ class TableWriter:
     def count_distinct_images(self) -> int:
         """Return how many images the rows of the finished table name. Memory: the paths."""
         with open_table(items_path(self._folder, "image")) as file:
-            return int(pc.count_distinct(file.read(columns=["path"], use_threads=False)["path"]).as_py())
+            paths = file.read(columns=["path"], use_threads=False)["path"]
+        return int(pc.count_distinct(widen(paths)).as_py())
 
     def _with_rows(self) -> list[str]:
         return [name for name in MODALITIES if name in self._items and self._items[name].num_rows]
