@@ -42,9 +42,9 @@ _MAX_DIFFERENCES = 20
 _COUNT = "{x:,.0f}"
 
 GAP_NOTE = (
-    "A count is a lower bound, as thresholds favor precision: of a broad concept, or of images that are compared with "
-    "names through a run, few items are above it. Before you collect more for a gap, look at its nearest items, and "
-    "count captions too: --modality both."
+    "Thresholds favor precision, so counts are low: of a broad concept, or of images that are compared with names "
+    "through a run, few items are above it. Before you collect more for a gap, look at its nearest items, and count "
+    "captions too: --modality both."
 )
 
 
