@@ -155,7 +155,9 @@ def _record_chunks(tasks: Iterable[ChunkTask], encoded: Mapping[str, dict[int, i
 
 
 def _other_source(job: ExtractJob) -> str:
-    """Return what to do about a source that lacks items: a table in its folder may have them."""
+    """Return what to do about a source that lacks items: a table in its folder, or the file as one, may have them."""
+    if job.source["type"] == "texts":
+        return f"if the file is a table, extract table:{job.source['path']} into a new folder"
     if job.source["type"] == "folder" and not is_remote(open_path(job.source["path"])):
         for path in sorted(Path(job.source["path"]).iterdir()):
             if has_suffix(path.name, TABLE_SUFFIXES):

@@ -27,6 +27,7 @@ SVG_SUFFIX = ".svg"
 """Of images that are taken with the setting `svg` only, as folders hold such files beside their images."""
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
 _OWN_SUFFIXES = {SVG_SUFFIX, *(suffix for found in MEDIA_SUFFIXES.values() for suffix in found - TABLE_SUFFIXES)}
+JSON_SUFFIXES = frozenset({".json"})
 TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})
 IDX_IMAGES = re.compile(r"(?P<set>.+)-images[-.]idx3-ubyte(\.gz)?")
@@ -272,6 +273,16 @@ def item_path(root: str, folder: str, written: str) -> str:
     if is_url(written):
         return written
     return relative_to(root, written if written.startswith("/") else f"{folder}/{written}")
+
+
+def find_image_root(location: str) -> str:
+    """Return a folder of images as an absolute path, a URL unchanged; PathError if there is no such local folder."""
+    if is_url(location):
+        return location
+    folder = open_path(location).absolute()
+    if not folder.is_dir():
+        raise PathError(f"image_root: expected a folder of images, got {folder}, which is none; check the path")
+    return str(folder)
 
 
 def resolve_item(root: Path, written: str) -> Path:

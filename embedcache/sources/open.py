@@ -11,6 +11,7 @@ from embedcache.registry import Registry, names_from
 from embedcache.sources.base import IMPORTED, Source
 from embedcache.sources.files import (
     IDX_IMAGES,
+    JSON_SUFFIXES,
     MEDIA_SUFFIXES,
     SHARD_SEPARATOR,
     SVG_SUFFIX,
@@ -28,6 +29,7 @@ from embedcache.sources.settings import SourceSettings
 SOURCES = Registry(
     "source",
     {
+        "coco": "embedcache.sources.coco:CocoSource",
         "folder": "embedcache.sources.folder:FolderSource",
         "hf": "embedcache.sources.huggingface:HuggingfaceSource",
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
@@ -43,14 +45,17 @@ SOURCES = Registry(
     group="embedcache.sources",
     arguments=2,
 )
+_SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_SUFFIXES, "coco": JSON_SUFFIXES}
+"""Kind of source -> suffixes of the files that it reads."""
 _IMPORTED_SOURCE = "embedcache.interop.imported:ImportedSource"  # reopened only, so not among the names to choose from
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (
     "expected a folder of images, recordings, videos or point clouds, a .parquet/.csv/.tsv/.jsonl table or a folder "
-    "of tables, a WebDataset .tar, a folder of tars or a pattern such as shards/{000..009}.tar, a .txt or .npy of "
-    "texts, MNIST's IDX files or a folder of them, a URL of any of these, a folder written by save_to_disk of Hugging"
-    " Face datasets, hf:org/name of one on the Hub, openmoji:, prompts:, or pairs: followed by any of these"
+    "of tables, COCO's .json of captions, a WebDataset .tar, a folder of tars or a pattern such as "
+    "shards/{000..009}.tar, a .txt or .npy of texts, MNIST's IDX files or a folder of them, a URL of any of these, a "
+    "folder written by save_to_disk of Hugging Face datasets, hf:org/name of one on the Hub, openmoji:, prompts:, or "
+    "pairs: followed by any of these"
 )
 
 
@@ -122,11 +127,11 @@ def _detect_kind(location: str, *, has_svg: bool) -> tuple[str, str]:
     if SHARD_SEPARATOR in location or ("{" in location and has_suffix(location, TAR_SUFFIXES)):
         return "webdataset", location
     path = open_path(location)
-    if is_folder(path, TAR_SUFFIXES | TABLE_SUFFIXES):
+    if is_folder(path, TAR_SUFFIXES | TABLE_SUFFIXES | JSON_SUFFIXES):
         return _folder_kind(path, has_svg=has_svg), location
     if file_size(path) is None:
         raise PathError(f"{location} does not exist{_hub_hint(location)}; {_ACCEPTED}")
-    for suffixes, name in ((TAR_SUFFIXES, "webdataset"), (TABLE_SUFFIXES, "table"), (TEXT_SUFFIXES, "texts")):
+    for name, suffixes in _SUFFIXES.items():
         if has_suffix(location, suffixes):
             return name, location
     if IDX_IMAGES.fullmatch(location):
@@ -136,7 +141,7 @@ def _detect_kind(location: str, *, has_svg: bool) -> tuple[str, str]:
 
 def _hub_hint(location: str) -> str:
     """Return a hint for what may be the bare name of a dataset on the Hub."""
-    is_file = has_suffix(location, _MEDIA | TABLE_SUFFIXES | TAR_SUFFIXES | TEXT_SUFFIXES)
+    is_file = has_suffix(location, _MEDIA.union(*_SUFFIXES.values()))
     if is_file or not _HUB_NAME.fullmatch(location) or Path(location).parent.exists():
         return ""
     return f"; if you mean the dataset of that name on the Hugging Face Hub, use hf:{location}"

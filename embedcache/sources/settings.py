@@ -7,6 +7,8 @@ from typing import Any
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting, to_json
 
+_NO_DELIMITERS = ' "\r\n'
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSettings:
@@ -49,6 +51,12 @@ class SourceSettings:
         metavar="COLUMN",
         default_text="key, id, uid if present, else file and row",
     )
+    omit_columns: tuple[str, ...] = setting(
+        (),
+        "Table column to leave out, such as a number per caption. May be repeated.",
+        flat_name="omit_column",
+        metavar="COLUMN",
+    )
     language_column: str | None = setting(
         None,
         "Table column that holds the language of a row's captions.",
@@ -62,11 +70,29 @@ class SourceSettings:
         metavar="CODE",
         default_text="all languages of the source",
     )
+    image_root: str | None = setting(
+        None,
+        "Folder or URL that the image paths of a table or of captions in COCO's JSON are relative to.",
+        metavar="FOLDER",
+        default_text="the table's folder; COCO: beside that of the JSON file",
+    )
+    delimiter: str | None = setting(
+        None,
+        r"Character between the cells of a text table, such as '|'; spaces after it are skipped.",
+        metavar="CHARACTER",
+        default_text="comma; tab in .tsv",
+    )
     svg: bool = setting(False, "Take .svg files too, rendered by resvg (extra svg).")
-    inside_only: bool = setting(False, "Read only files in the table's folder: none elsewhere, and no URL.")
+    inside_only: bool = setting(
+        False, "Read only files in the table's folder and --image-root: none elsewhere, and no URL."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in _NO_DELIMITERS):
+            raise SettingError(
+                f"delimiter: expected one character, such as '|' or $'\\t' for a tab, got {self.delimiter!r}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that were given, as JSON; `from_json` is the inverse."""
@@ -82,9 +108,9 @@ class SourceSettings:
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
         return cls(**values)
 
-    def check_supported(self, kind: str, *names: str) -> None:
-        """Check that only settings are given that a source of this kind uses; else raise SettingError."""
+    def check_supported(self, kind: str, *names: str, hint: str = "") -> None:
+        """Check that only settings are given that a source of this kind uses; else raise SettingError, with a hint."""
         for name in self.to_json():
             if name not in names:
                 supported = f"it supports {', '.join(names)}" if names else "it has no settings"
-                raise SettingError(f"a source of type {kind} does not support the setting {name!r}; {supported}")
+                raise SettingError(f"a source of type {kind} does not support the setting {name!r}; {supported}{hint}")

@@ -16,6 +16,7 @@ from embedcache.sources.captions import join_captions, parse_captions, to_scalar
 from embedcache.sources.files import (
     TABLE_SUFFIXES,
     file_size,
+    find_image_root,
     has_suffix,
     is_folder,
     item_path,
@@ -29,7 +30,7 @@ from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_files import HEADER_ROWS, Row, RowGroups, TableFile, open_table_file
 
 IMAGE_NAMES = (
-    "image", "image_path", "path", "file", "filepath", "file_name", "filename",
+    "image", "image_path", "path", "file", "filepath", "file_name", "filename", "image_name",
     "jpg", "jpeg", "png", "webp",
 )  # fmt: skip
 MEDIA_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -38,7 +39,7 @@ MEDIA_NAMES: Mapping[str, tuple[str, ...]] = {
     "points": ("points_path", "point_cloud", "lidar", "npz", "ply", "las"),
 }
 ITEM_SETTINGS = ("image_column", *(f"{modality}_column" for modality in MEDIA_NAMES))
-TEXT_SETTINGS = ("caption_columns", "key_column", "language_column")
+TEXT_SETTINGS = ("caption_columns", "key_column", "omit_columns", "language_column")
 INTERVAL_NAMES = ("start_s", "stop_s")
 _COLUMN_MARK = "#"
 
@@ -96,17 +97,11 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     key = _existing(file, settings.key_column, "--key-column") or _find(file, ("key", "id", "uid", "__key__"))
     language = _existing(file, settings.language_column, "--language-column") or _find(file, ("language", "lang"))
     _check_plain(file, settings.language_column, "--language-column")
+    omitted = [_existing(file, name, "--omit-column") for name in settings.omit_columns]
     is_timed = "audio" in media or "video" in media
     interval = tuple(_find(file, [name]) if is_timed else None for name in INTERVAL_NAMES)
-    used = {
-        image,
-        *media.values(),
-        *interval,
-        *captions,
-        key,
-        language,
-        "key",
-    }  # the sample table has its own column `key`
+    own = "key"  # of the sample table
+    used = {own, image, *media.values(), *interval, *captions, *omitted, key, language}
     return TableColumns(
         image=image,
         holds_bytes=image in file.image_bytes,
@@ -232,7 +227,7 @@ def _names(file: TableFile) -> str:
     """Return the names of all columns; of a single one, a hint if it is a header with another delimiter."""
     names = ", ".join(file.columns) or "none"
     delimiter = next((repr(mark) for mark in ";\t|," if mark in names), "") if len(file.columns) == 1 else ""
-    hint = f", one column; if {delimiter} separates them, save the table with commas as .csv, or with tabs as .tsv"
+    hint = f", one column; if {delimiter} separates them, give --delimiter {delimiter}"
     return names + hint if delimiter else names
 
 
@@ -264,7 +259,8 @@ class TableSource:
 
     Keys are the cells of the key column, else `<path of the file without suffix>/<row>`. A column of images,
     recordings, videos or point clouds holds bytes, a struct of `bytes` and `path` as Hugging Face writes it, or paths:
-    absolute, relative to the folder of the table, or URLs. One column may serve two modalities, such as the audio and
+    absolute, relative to the folder of the table, or URLs; those of images may be relative to the setting `image_root`
+    instead. One column may serve two modalities, such as the audio and
     the video of an `.mp4`. Columns `start_s` and `stop_s` make each recording and video an interval; an empty cell is
     the beginning or the end. Fields of a JSONL file may be missing in any row; those that `read_rows` finds after its
     first 100 rows are columns too. Iterating over the samples reads no item.
@@ -278,14 +274,17 @@ class TableSource:
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("table", *ITEM_SETTINGS, *TEXT_SETTINGS, "inside_only")
-        self._settings = settings
+        settings.check_supported("table", *ITEM_SETTINGS, *TEXT_SETTINGS, "delimiter", "image_root", "inside_only")
+        image_root = settings.image_root and find_image_root(settings.image_root)
+        self._settings = replace(settings, image_root=image_root)
         self._location = open_path(location).absolute()
-        if settings.inside_only and is_remote(self._location):
-            raise SettingError(f"inside_only: expected a local table, got {location}; copy it to this machine first")
+        for place in (location, *([image_root] if image_root else [])):
+            if settings.inside_only and is_remote(open_path(place)):
+                raise SettingError(f"inside_only: expected local files, got {place}; copy them to this machine first")
         self._files = _find_files(self._location)
         self._root = self._location.parent if self._files == [self._location] else self._location
         self._root_text = str(self._root)
+        self._allowed = [self._root, *([Path(image_root)] if image_root else [])]
         self._embedding = {path for path in self._files if path.suffix.lower() == ".parquet"}
         self._row_groups = RowGroups()
         self.shared_column: str | None = None
@@ -303,7 +302,7 @@ class TableSource:
     def _rows(self) -> Iterator[tuple[str, Sample]]:
         """Iterate over all rows: the place of each, and its sample."""
         for path in self._files:
-            file = open_table_file(path)
+            file = open_table_file(path, delimiter=self._settings.delimiter)
             first = find_columns(file, self._settings)
             if not (first.holds_bytes or self._settings.key_column):
                 self.shared_column = first.image
@@ -314,7 +313,7 @@ class TableSource:
     def read(self, item: FileItem) -> bytes:
         """Read the bytes of one item: a file, or a cell of a Parquet file."""
         if self._settings.inside_only:
-            with restrict_reads([self._root]):
+            with restrict_reads(self._allowed):
                 return self._read(item)
         return self._read(item)
 
@@ -373,11 +372,12 @@ class TableSource:
                 f"{file.path} row {number}: expected a path in column {column}, got {value!r:.60}; name another "
                 f"column with --{modality}-column"
             )
-        return item_path(self._root_text, file.stem.rpartition("/")[0], value)
+        root = self._settings.image_root if modality == "image" else None
+        return item_path(self._root_text, root or file.stem.rpartition("/")[0], value)
 
     def _find_image_column(self, path: Path) -> str:
         try:
-            column = find_columns(open_table_file(path), self._settings).image
+            column = find_columns(open_table_file(path, delimiter=self._settings.delimiter), self._settings).image
         except (PathError, SourceError) as error:
             raise ItemError(str(error)) from None
         if column is None:

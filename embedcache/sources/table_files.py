@@ -10,12 +10,12 @@ from functools import cached_property, partial
 from itertools import accumulate, islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedcache.errors import EmbedcacheError, ItemError, SourceError
+from embedcache.errors import EmbedcacheError, ItemError, SettingError, SourceError
 from embedcache.files import TEXT_ENCODING
 from embedcache.sources.captions import parse_json_object
 from embedcache.sources.files import open_binary, wrap_io_errors
@@ -56,12 +56,18 @@ class TableFile:
             yield from self.read(columns)
 
 
-def open_table_file(path: Path) -> TableFile:
-    """Read the columns of a table file, whose format follows from its suffix.
+def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
+    """Read the columns of a table file, whose format follows from its suffix; other suffixes than those are text.
 
-    CSV and TSV have no types, so all their cells are text and a key `007` keeps its zeros.
+    Text tables (CSV, TSV) have no types, so all their cells are text and a key `007` keeps its zeros.
+
+    Args:
+        path: the file.
+        delimiter: character between the cells of a text table; None: a comma, or a tab in `.tsv`.
     """
     suffix = path.suffix.lower()
+    if delimiter is not None and suffix in (".parquet", ".jsonl"):
+        raise SettingError(f"{path} has no delimiter, as it is no text table; omit --delimiter {delimiter!r}")
     with wrap_table_errors(path):
         if suffix == ".parquet":
             with open_parquet(path) as file:
@@ -72,9 +78,10 @@ def open_table_file(path: Path) -> TableFile:
             columns = tuple(dict.fromkeys(name for row in islice(_read_jsonl(path), HEADER_ROWS) for name in row))
             read = partial(_read_jsonl, path)
         else:
-            delimiter = "\t" if suffix == ".tsv" else ","
-            columns = tuple(next(_csv_lines(path, delimiter), []))
-            read = partial(_read_csv, path, delimiter)
+            usual = "\t" if suffix == ".tsv" else ","
+            dialect = _Dialect(delimiter or usual, skips_spaces=delimiter is not None)
+            columns = tuple(next(_csv_lines(path, dialect), (0, []))[1])
+            read = partial(_read_csv, path, dialect)
     _check_unique(columns, path)
     return TableFile(path=path, columns=columns, image_bytes=frozenset(), plain=columns, read=read, is_open=is_open)
 
@@ -105,7 +112,7 @@ def wrap_table_errors(path: Path) -> Iterator[None]:
             yield
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from None
-    except (pa.ArrowException, csv.Error) as error:
+    except pa.ArrowException as error:
         raise SourceError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from None
 
 
@@ -147,23 +154,37 @@ def _read_jsonl(path: Path, _columns: Sequence[str] = ()) -> Iterator[Row]:
                 yield parse_json_object(line, f"{path} line {number}")
 
 
-def _read_csv(path: Path, delimiter: str, columns: Sequence[str]) -> Iterator[Row]:
-    lines = _csv_lines(path, delimiter)
-    header = next(lines, [])
+class _Dialect(NamedTuple):
+    """How a line of a text table is divided into cells."""
+
+    delimiter: str
+    skips_spaces: bool = False
+
+
+def _read_csv(path: Path, dialect: _Dialect, columns: Sequence[str]) -> Iterator[Row]:
+    lines = _csv_lines(path, dialect)
+    _, header = next(lines, (0, []))
     positions = [(name, header.index(name)) for name in columns]
-    for number, cells in enumerate(lines, start=1):
+    for number, cells in lines:
         if len(cells) != len(header):
             raise SourceError(
-                f"{path} row {number}: expected {len(header)} cells as in the header, got {len(cells)}: "
-                f"{delimiter.join(cells)!r:.60}"
+                f"{path} line {number}: expected {len(header)} cells as in the header, got {len(cells)}: "
+                f"{dialect.delimiter.join(cells)!r:.60}"
             )
         yield {name: cells[position] for name, position in positions}
 
 
-def _csv_lines(path: Path, delimiter: str) -> Iterator[list[str]]:
-    """Iterate over the rows of a CSV file, header first; blank lines are skipped."""
+def _csv_lines(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]]]:
+    """Iterate over the rows of a text table, header first, each with the number of its last line, from 1.
+
+    Blank lines are skipped.
+    """
     with path.open(encoding=TEXT_ENCODING, newline="") as file:
-        yield from (cells for cells in csv.reader(file, delimiter=delimiter, strict=True) if cells)
+        lines = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=dialect.skips_spaces, strict=True)
+        try:
+            yield from ((lines.line_num, cells) for cells in lines if cells)
+        except csv.Error as error:
+            raise SourceError(f"{path} line {lines.line_num}: {error}; correct the line") from None
 
 
 class RowGroups:

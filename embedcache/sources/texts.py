@@ -31,7 +31,7 @@ class TextsSource:
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("texts")
+        settings.check_supported("texts", hint=f"; if the file is a table: table:{location}")
         self._path = open_path(location).absolute()
         if file_size(self._path) is None:
             raise PathError(f"expected a file, got {self._path}, which does not exist; check the path")

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.errors import ItemError, SettingError, SourceError
+from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source, reopen_source
 from embedcache.store.indexing import index
 from embedcache.testing.sources import SourceContract
@@ -113,8 +114,91 @@ def test_index_of_rows_that_name_one_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", [SourceSettings(), SourceSettings(image_column="filename")])
 def test_other_delimiter_is_named(tmp_path: Path, settings: SourceSettings) -> None:
     write(tmp_path, {"t.csv": "filename;caption\na.jpg;one\n"})
-    with pytest.raises(SourceError, match="it has filename;caption, one column; if ';' separates them, save the table"):
+    with pytest.raises(
+        SourceError, match="it has filename;caption, one column; if ';' separates them, give --delimiter"
+    ):
         list(open_source(tmp_path / "t.csv", settings=settings).samples())
+
+
+FLICKR = """image_name| comment_number| comment
+a.jpg| 0| Two "young" men .
+a.jpg| 1| Men , and bushes
+b.jpg| 0| A bar
+"""
+
+
+def test_captions_of_flickr30k_as_downloaded(tmp_path: Path) -> None:
+    write(tmp_path, {"images/a.jpg": IMAGES[0], "images/b.jpg": IMAGES[1], "results.csv": FLICKR})
+    settings = SourceSettings(
+        delimiter="|",
+        caption_columns=("comment",),
+        key_column="image_name",
+        omit_columns=("comment_number",),
+        image_root=str(tmp_path / "images"),
+    )
+    source = open_source(tmp_path / "results.csv", settings=settings)
+    first, second = source.samples()
+    assert [text.text for text in first.texts] == ['Two "young" men .', "Men , and bushes"]
+    assert first.columns == {}
+    assert [first.images, second.images] == [(FileItem(path=f"images/{name}.jpg"),) for name in "ab"]
+    assert source.read(second.images[0]) == IMAGES[1]
+    assert list(reopen_source(source.describe()).samples()) == [first, second]
+    write(tmp_path, {"results.csv": FLICKR + "b.jpg| 1| A | bar\n"})
+    with pytest.raises(SourceError, match=r"results.csv line 5: expected 3 cells as in the header, got 4: 'b.jpg\|"):
+        list(source.samples())
+
+
+def test_captions_of_flickr8k_as_downloaded(tmp_path: Path) -> None:
+    write(tmp_path, {"Images/a.jpg": IMAGES[0], "captions.txt": 'image,caption\na.jpg,"One , two"\na.jpg,three\n'})
+    settings = SourceSettings(key_column="image", image_root=str(tmp_path / "Images"))
+    with pytest.raises(SettingError, match=r"'key_column'; it has no settings; if the file is a table: table:.*s.txt"):
+        open_source(tmp_path / "captions.txt", settings=settings)
+    source = open_source(f"table:{tmp_path}/captions.txt", settings=settings)
+    (sample,) = source.samples()
+    assert [text.text for text in sample.texts] == ["One , two", "three"]
+    assert source.read(sample.images[0]) == IMAGES[0]
+
+
+def test_images_in_a_folder_elsewhere(tmp_path: Path) -> None:
+    write(tmp_path, {"images/a.jpg": IMAGES[0], "c.jpg": IMAGES[1], "table/t.csv": "image\na.jpg\n../c.jpg\n"})
+    settings = SourceSettings(image_root=str(tmp_path / "images"), inside_only=True)
+    source = open_source(tmp_path / "table/t.csv", settings=settings)
+    first, second = (sample.images[0] for sample in source.samples())
+    assert (first.path, second.path) == (f"{tmp_path}/images/a.jpg", f"{tmp_path}/c.jpg")
+    assert source.read(first) == IMAGES[0]
+    with pytest.raises(ItemError, match="outside the source's folder"):
+        source.read(second)
+    bucket = SourceSettings(image_root="s3://bucket/images")
+    (item, _) = (sample.images[0] for sample in open_source(tmp_path / "table/t.csv", settings=bucket).samples())
+    assert item.path == "s3://bucket/images/a.jpg"
+    with pytest.raises(SettingError, match="expected local files, got s3://bucket/images"):
+        open_source(tmp_path / "table/t.csv", settings=replace(bucket, inside_only=True))
+    with pytest.raises(PathError, match="image_root: expected a folder of images, got .*/t.csv, which is none"):
+        open_source(tmp_path / "table/t.csv", settings=SourceSettings(image_root=str(tmp_path / "table/t.csv")))
+
+
+@pytest.mark.parametrize("delimiter", ["", "||", '"', "\n", " "])
+def test_delimiter_is_one_character(delimiter: str) -> None:
+    with pytest.raises(SettingError, match="delimiter: expected one character"):
+        SourceSettings(delimiter=delimiter)
+
+
+def test_delimiter_of_a_table_without_one_raises(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", caption=["a"])
+    with pytest.raises(SettingError, match=r"t.parquet has no delimiter, as it is no text table"):
+        list(open_source(path, settings=SourceSettings(delimiter=";")).samples())
+
+
+def test_column_to_omit_must_exist(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", caption=["a"])
+    with pytest.raises(SourceError, match="--omit-column number: no such column in .*; it has caption"):
+        list(open_source(path, settings=SourceSettings(omit_columns=("number",))).samples())
+
+
+def test_damaged_line_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {"t.csv": 'image,caption\na.jpg,one\nb.jpg,"two" three\n'})
+    with pytest.raises(SourceError, match=r"t.csv line 3: ',' expected after '\"'; correct the line"):
+        list(open_source(tmp_path / "t.csv").samples())
 
 
 def test_item_of_bytes_is_file_and_row(tmp_path: Path) -> None:
@@ -259,5 +343,5 @@ def test_inside_only_reads_no_other_file(tmp_path: Path) -> None:
     for item in others:
         with pytest.raises(ItemError, match="outside the source's folder|is a URL"):
             source.read(item)
-    with pytest.raises(SettingError, match="expected a local table, got s3://bucket/t.parquet"):
+    with pytest.raises(SettingError, match="expected local files, got s3://bucket/t.parquet"):
         open_source("s3://bucket/t.parquet", kind="table", settings=SourceSettings(inside_only=True))

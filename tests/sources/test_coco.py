@@ -1,0 +1,157 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.dataset.thumbnails import source_folders
+from embedcache.errors import PathError, SettingError, SourceError
+from embedcache.sources import FileItem, Source, SourceSettings, open_source, reopen_source
+from embedcache.store.cache import Cache
+from embedcache.store.indexing import index
+from embedcache.testing.sources import SourceContract
+from tests.sources.files import COLORS, jpeg, write
+
+IMAGES = [
+    {"id": 100 + n, "file_name": f"00000000{n}.jpg", "license": n % 2, "width": 20, "height": 10} for n in range(5)
+]
+ANNOTATIONS = [
+    {"id": 10 * n + k, "image_id": 100 + n, "caption": f"A {COLORS[n]} image, {k}.\n"} for k in (0, 1) for n in range(4)
+]
+COCO = {
+    "info": {"year": 2017},
+    "licenses": [{"id": 1, "name": "Attribution License", "url": "http://x"}],
+    "images": IMAGES,
+    "annotations": ANNOTATIONS,
+}
+KARPATHY = {
+    "dataset": "coco",
+    "images": [
+        {
+            "filepath": "val2014",
+            "filename": f"{n}.jpg",
+            "imgid": n,
+            "split": split,
+            "sentids": [n],
+            "sentences": [{"tokens": ["a"], "raw": f"A {COLORS[n]} image.", "imgid": n, "sentid": n}],
+        }
+        for n, split in enumerate(["train", "restval", "val", "test", "test"])
+    ],
+}
+
+
+def write_coco(folder: Path, fields: object = COCO) -> Path:
+    """Write COCO as it is unpacked: `annotations` beside the folder of its images."""
+    write(folder / "val2017", {f"00000000{n}.jpg": jpeg(color) for n, color in enumerate(COLORS)})
+    write(folder, {"annotations/captions_val2017.json": json.dumps(fields)})
+    return folder / "annotations/captions_val2017.json"
+
+
+def write_karpathy(folder: Path) -> Path:
+    write(folder / "val2014", {f"{n}.jpg": jpeg(color) for n, color in enumerate(COLORS)})
+    write(folder, {"dataset_coco.json": json.dumps(KARPATHY)})
+    return folder / "dataset_coco.json"
+
+
+class TestCoco(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(write_coco(tmp_path))
+
+
+class TestKarpathy(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(write_karpathy(tmp_path))
+
+
+def test_coco_samples_have_all_captions_and_columns(tmp_path: Path) -> None:
+    samples = list(open_source(write_coco(tmp_path)).samples())
+    assert [sample.key for sample in samples] == [f"00000000{n}" for n in range(5)]
+    assert samples[1].images == (FileItem(path="000000001.jpg"),)
+    assert [text.text for text in samples[1].texts] == ["A green image, 0.", "A green image, 1."]
+    assert samples[4].texts == ()
+    assert samples[1].columns == {"license": "Attribution License", "width": 20, "height": 10, "image_id": 101}
+    assert samples[0].columns["license"] == 0, "a number that the file does not explain"
+
+
+def test_karpathy_samples_have_the_parts_that_others_train_on(tmp_path: Path) -> None:
+    samples = list(open_source(write_karpathy(tmp_path)).samples())
+    assert [sample.key for sample in samples] == [f"val2014/{n}" for n in range(5)]
+    assert [sample.columns["split"] for sample in samples] == ["train", "train", "val", "test", "test"]
+    assert samples[1].columns == {"imgid": 1, "split": "train"}
+    assert [text.text for text in samples[2].texts] == ["A blue image."]
+
+
+@pytest.mark.parametrize("folder", ["annotations/val2017", "images/val2017", "annotations", "elsewhere"])
+def test_images_are_found(tmp_path: Path, folder: str) -> None:
+    path = write_coco(tmp_path)
+    (tmp_path / "val2017").rename(tmp_path / "moved")
+    (tmp_path / folder).parent.mkdir(exist_ok=True)
+    if folder == "annotations":
+        path = path.rename(tmp_path / "moved/captions.json")
+        folder = "moved"
+    else:
+        (tmp_path / "moved").rename(tmp_path / folder)
+    settings = SourceSettings(image_root=str(tmp_path / folder)) if folder == "elsewhere" else SourceSettings()
+    source = open_source(path, settings=settings)
+    assert source.describe()["settings"] == {"image_root": str(tmp_path / folder)}
+    assert len(source.read(next(iter(source.samples())).images[0])) > 100
+
+
+def test_missing_images_raise(tmp_path: Path) -> None:
+    path = write_coco(tmp_path)
+    (tmp_path / "val2017").rename(tmp_path / "moved")
+    with pytest.raises(SourceError, match=r"its images in .*annotations, got no 000000000.jpg there; .* --image-root"):
+        list(open_source(path).samples())
+    with pytest.raises(PathError, match="image_root: expected a folder of images, got .*nope"):
+        open_source(path, settings=SourceSettings(image_root=str(tmp_path / "nope")))
+    with pytest.raises(PathError, match="does not exist; check the path"):
+        open_source(tmp_path / "nope.json", kind="coco")
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {**COCO, **fields}
+
+
+INVALID = {
+    "a list": ([1], "is not a JSON object"),
+    "no images": ({"annotations": []}, "has no list of images; expected the JSON of COCO's captions"),
+    "no annotations": ({"images": IMAGES}, "has no list of annotations"),
+    "objects instead of captions": (
+        changed(annotations=[{"id": 1, "image_id": 100, "bbox": [0, 0, 1, 1]}]),
+        "annotation 0 has no caption, but id, image_id, bbox",
+    ),
+    "an image without a name": (changed(images=[{"id": 1}]), "image 0: expected file_name, .* got None"),
+    "an image without an id": (changed(images=[{"file_name": "000000000.jpg"}]), "image 0: expected an id, .* None"),
+    "one id twice": (changed(images=[IMAGES[0], IMAGES[0]]), "image 1: .* got 100, that of image 0"),
+    "captions of no image": (changed(images=IMAGES[:3]), "of its images only, got image_id 103"),
+    "sentences that are texts": ({"images": [{"filename": "000000000.jpg", "sentences": ["a"]}]}, "list of sentences"),
+    "raw that is a number": (
+        {"images": [{"filename": "000000000.jpg", "sentences": [{"raw": 1}]}]},
+        "image 0: raw holds 1; expected a string",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_file_raises(tmp_path: Path, case: str) -> None:
+    fields, message = INVALID[case]
+    with pytest.raises(SourceError, match=message):
+        list(open_source(write_coco(tmp_path, fields)).samples())
+
+
+def test_cut_file_raises(tmp_path: Path) -> None:
+    path = write_coco(tmp_path)
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(SourceError, match="is not valid JSON"):
+        list(open_source(path).samples())
+    with pytest.raises(SettingError, match="does not support the setting 'key_column'; it supports image_root"):
+        open_source(path, settings=SourceSettings(key_column="id"))
+
+
+def test_pages_read_images_from_their_folder_only(tmp_path: Path) -> None:
+    index(open_source(write_coco(tmp_path)), tmp_path / "cache")
+    cache = Cache(tmp_path / "cache")
+    assert source_folders(cache) == [tmp_path / "val2017"]
+    assert reopen_source(cache.info.source).describe() == cache.info.source
