@@ -145,8 +145,8 @@ def _recorded_folders(source: Mapping[str, Any]) -> list[Path]:
         raise PathError(f"{NOT_SHOWN}{location} is not a folder of this machine{next_step}")
     if kind == "webdataset":
         return [shard_root(shard) for shard in location.split(SHARD_SEPARATOR)]
-    path, image_root = Path(location), source.get("settings", {}).get("image_root")
+    path, root = Path(location), source.get("settings", {}).get("root")
     folders = [] if kind == "coco" else [path if path.is_dir() else path.parent]
-    if image_root and "://" in image_root:
-        raise PathError(f"{NOT_SHOWN}the cache says that they are at {image_root}{_NAME}")
-    return [*folders, *([Path(image_root)] if image_root else [])]
+    if root and "://" in root:
+        raise PathError(f"{NOT_SHOWN}the cache says that they are at {root}{_NAME}")
+    return [*folders, *([Path(root)] if root else [])]

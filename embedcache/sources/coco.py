@@ -15,7 +15,7 @@ from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import parse_captions, parse_json_object, to_scalar_columns, to_text_items
 from embedcache.sources.files import (
     file_size,
-    find_image_root,
+    find_root,
     item_path,
     read_bytes,
     read_item_file,
@@ -39,19 +39,19 @@ class CocoSource:
     texts become columns; its `id` becomes `image_id`, the number of its license the name of the license, and the split
     `restval` of Karpathy's COCO `train`. An image without captions is a sample without texts.
 
-    Paths of images are relative to the setting `image_root`. Without it, to the folder that is named like the end of
+    Paths of images are relative to the setting `root`. Without it, to the folder that is named like the end of
     the file (`annotations/captions_val2017.json`: `val2017`) beside that of the file or in it, as COCO is unpacked,
     and else to the folder of the file. The location is the path or URL of the file.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("coco", "image_root")
+        settings.check_supported("coco", "root")
         self._path = open_path(location).absolute()
         if file_size(self._path) is None:
             raise PathError(f"expected a file, got {self._path}, which does not exist; check the path")
-        self._root_text = find_image_root(settings.image_root or str(_guess_root(self._path)))
+        self._root_text = find_root(settings.root or str(_guess_root(self._path)))
         self._root = open_path(self._root_text)
-        self._settings = replace(settings, image_root=self._root_text)
+        self._settings = replace(settings, root=self._root_text)
 
     def describe(self) -> Mapping[str, Any]:
         return {"type": "coco", "path": str(self._path), "settings": self._settings.to_json()}
@@ -82,7 +82,7 @@ class CocoSource:
         if not any((self._root / name).exists() for name in islice(names, _LOOKED_FOR)):
             raise SourceError(
                 f"{self._path}: expected its images in {self._root}, got no {names[0]} there; name their folder with "
-                "--image-root"
+                "--root"
             )
 
 

@@ -275,13 +275,13 @@ def item_path(root: str, folder: str, written: str) -> str:
     return relative_to(root, written if written.startswith("/") else f"{folder}/{written}")
 
 
-def find_image_root(location: str) -> str:
-    """Return a folder of images as an absolute path, a URL unchanged; PathError if there is no such local folder."""
+def find_root(location: str) -> str:
+    """Return a folder of items as an absolute path, a URL unchanged; PathError if there is no such local folder."""
     if is_url(location):
         return location
     folder = open_path(location).absolute()
     if not folder.is_dir():
-        raise PathError(f"image_root: expected a folder of images, got {folder}, which is none; check the path")
+        raise PathError(f"root: expected a folder, got {folder}, which is none; check the path")
     return str(folder)
 
 

@@ -70,9 +70,9 @@ class SourceSettings:
         metavar="CODE",
         default_text="all languages of the source",
     )
-    image_root: str | None = setting(
+    root: str | None = setting(
         None,
-        "Folder or URL that the image paths of a table or of captions in COCO's JSON are relative to.",
+        "Folder or URL that paths in a table or in COCO's JSON are relative to.",
         metavar="FOLDER",
         default_text="the table's folder; COCO: beside that of the JSON file",
     )
@@ -83,9 +83,7 @@ class SourceSettings:
         default_text="comma; tab in .tsv",
     )
     svg: bool = setting(False, "Take .svg files too, rendered by resvg (extra svg).")
-    inside_only: bool = setting(
-        False, "Read only files in the table's folder and --image-root: none elsewhere, and no URL."
-    )
+    inside_only: bool = setting(False, "Read only files in the table's folder or --root: none elsewhere, and no URL.")
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -16,7 +16,7 @@ from embedcache.sources.captions import join_captions, parse_captions, to_scalar
 from embedcache.sources.files import (
     TABLE_SUFFIXES,
     file_size,
-    find_image_root,
+    find_root,
     has_suffix,
     is_folder,
     item_path,
@@ -259,11 +259,10 @@ class TableSource:
 
     Keys are the cells of the key column, else `<path of the file without suffix>/<row>`. A column of images,
     recordings, videos or point clouds holds bytes, a struct of `bytes` and `path` as Hugging Face writes it, or paths:
-    absolute, relative to the folder of the table, or URLs; those of images may be relative to the setting `image_root`
-    instead. One column may serve two modalities, such as the audio and
-    the video of an `.mp4`. Columns `start_s` and `stop_s` make each recording and video an interval; an empty cell is
-    the beginning or the end. Fields of a JSONL file may be missing in any row; those that `read_rows` finds after its
-    first 100 rows are columns too. Iterating over the samples reads no item.
+    absolute, URLs, or relative to the setting `root`, without it to the folder of the table. One column may serve two
+    modalities, such as the audio and the video of an `.mp4`. Columns `start_s` and `stop_s` make each recording and
+    video an interval; an empty cell is the beginning or the end. Fields of a JSONL file may be missing in any row;
+    those that `read_rows` finds after its first 100 rows are columns too. Iterating over the samples reads no item.
 
     With the setting `key_column`, adjacent rows of one key that name the same items are one sample with the captions of
     all of them; see `join_captions`. Without it, `shared_column` is the column of the paths of images, of which several
@@ -274,17 +273,17 @@ class TableSource:
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("table", *ITEM_SETTINGS, *TEXT_SETTINGS, "delimiter", "image_root", "inside_only")
-        image_root = settings.image_root and find_image_root(settings.image_root)
-        self._settings = replace(settings, image_root=image_root)
+        settings.check_supported("table", *ITEM_SETTINGS, *TEXT_SETTINGS, "delimiter", "root", "inside_only")
+        root = settings.root and find_root(settings.root)
+        self._settings = replace(settings, root=root)
         self._location = open_path(location).absolute()
-        for place in (location, *([image_root] if image_root else [])):
+        for place in (location, *([root] if root else [])):
             if settings.inside_only and is_remote(open_path(place)):
                 raise SettingError(f"inside_only: expected local files, got {place}; copy them to this machine first")
         self._files = _find_files(self._location)
         self._root = self._location.parent if self._files == [self._location] else self._location
         self._root_text = str(self._root)
-        self._allowed = [self._root, *([Path(image_root)] if image_root else [])]
+        self._allowed = [self._root, *([Path(root)] if root else [])]
         self._embedding = {path for path in self._files if path.suffix.lower() == ".parquet"}
         self._row_groups = RowGroups()
         self.shared_column: str | None = None
@@ -372,8 +371,7 @@ class TableSource:
                 f"{file.path} row {number}: expected a path in column {column}, got {value!r:.60}; name another "
                 f"column with --{modality}-column"
             )
-        root = self._settings.image_root if modality == "image" else None
-        return item_path(self._root_text, root or file.stem.rpartition("/")[0], value)
+        return item_path(self._root_text, self._settings.root or file.stem.rpartition("/")[0], value)
 
     def _find_image_column(self, path: Path) -> str:
         try:

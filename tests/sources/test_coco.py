@@ -93,19 +93,19 @@ def test_images_are_found(tmp_path: Path, folder: str) -> None:
         folder = "moved"
     else:
         (tmp_path / "moved").rename(tmp_path / folder)
-    settings = SourceSettings(image_root=str(tmp_path / folder)) if folder == "elsewhere" else SourceSettings()
+    settings = SourceSettings(root=str(tmp_path / folder)) if folder == "elsewhere" else SourceSettings()
     source = open_source(path, settings=settings)
-    assert source.describe()["settings"] == {"image_root": str(tmp_path / folder)}
+    assert source.describe()["settings"] == {"root": str(tmp_path / folder)}
     assert len(source.read(next(iter(source.samples())).images[0])) > 100
 
 
 def test_missing_images_raise(tmp_path: Path) -> None:
     path = write_coco(tmp_path)
     (tmp_path / "val2017").rename(tmp_path / "moved")
-    with pytest.raises(SourceError, match=r"its images in .*annotations, got no 000000000.jpg there; .* --image-root"):
+    with pytest.raises(SourceError, match=r"its images in .*annotations, got no 000000000.jpg there; .* --root"):
         list(open_source(path).samples())
-    with pytest.raises(PathError, match="image_root: expected a folder of images, got .*nope"):
-        open_source(path, settings=SourceSettings(image_root=str(tmp_path / "nope")))
+    with pytest.raises(PathError, match="root: expected a folder, got .*nope"):
+        open_source(path, settings=SourceSettings(root=str(tmp_path / "nope")))
     with pytest.raises(PathError, match="does not exist; check the path"):
         open_source(tmp_path / "nope.json", kind="coco")
 
@@ -146,7 +146,7 @@ def test_cut_file_raises(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:-9])
     with pytest.raises(SourceError, match="is not valid JSON"):
         list(open_source(path).samples())
-    with pytest.raises(SettingError, match="does not support the setting 'key_column'; it supports image_root"):
+    with pytest.raises(SettingError, match="does not support the setting 'key_column'; it supports root"):
         open_source(path, settings=SourceSettings(key_column="id"))
 
 

@@ -134,7 +134,7 @@ def test_captions_of_flickr30k_as_downloaded(tmp_path: Path) -> None:
         caption_columns=("comment",),
         key_column="image_name",
         omit_columns=("comment_number",),
-        image_root=str(tmp_path / "images"),
+        root=str(tmp_path / "images"),
     )
     source = open_source(tmp_path / "results.csv", settings=settings)
     first, second = source.samples()
@@ -150,7 +150,7 @@ def test_captions_of_flickr30k_as_downloaded(tmp_path: Path) -> None:
 
 def test_captions_of_flickr8k_as_downloaded(tmp_path: Path) -> None:
     write(tmp_path, {"Images/a.jpg": IMAGES[0], "captions.txt": 'image,caption\na.jpg,"One , two"\na.jpg,three\n'})
-    settings = SourceSettings(key_column="image", image_root=str(tmp_path / "Images"))
+    settings = SourceSettings(key_column="image", root=str(tmp_path / "Images"))
     with pytest.raises(SettingError, match=r"'key_column'; it has no settings; if the file is a table: table:.*s.txt"):
         open_source(tmp_path / "captions.txt", settings=settings)
     source = open_source(f"table:{tmp_path}/captions.txt", settings=settings)
@@ -161,20 +161,30 @@ def test_captions_of_flickr8k_as_downloaded(tmp_path: Path) -> None:
 
 def test_images_in_a_folder_elsewhere(tmp_path: Path) -> None:
     write(tmp_path, {"images/a.jpg": IMAGES[0], "c.jpg": IMAGES[1], "table/t.csv": "image\na.jpg\n../c.jpg\n"})
-    settings = SourceSettings(image_root=str(tmp_path / "images"), inside_only=True)
+    settings = SourceSettings(root=str(tmp_path / "images"), inside_only=True)
     source = open_source(tmp_path / "table/t.csv", settings=settings)
     first, second = (sample.images[0] for sample in source.samples())
     assert (first.path, second.path) == (f"{tmp_path}/images/a.jpg", f"{tmp_path}/c.jpg")
     assert source.read(first) == IMAGES[0]
     with pytest.raises(ItemError, match="outside the source's folder"):
         source.read(second)
-    bucket = SourceSettings(image_root="s3://bucket/images")
+    bucket = SourceSettings(root="s3://bucket/images")
     (item, _) = (sample.images[0] for sample in open_source(tmp_path / "table/t.csv", settings=bucket).samples())
     assert item.path == "s3://bucket/images/a.jpg"
     with pytest.raises(SettingError, match="expected local files, got s3://bucket/images"):
         open_source(tmp_path / "table/t.csv", settings=replace(bucket, inside_only=True))
-    with pytest.raises(PathError, match="image_root: expected a folder of images, got .*/t.csv, which is none"):
-        open_source(tmp_path / "table/t.csv", settings=SourceSettings(image_root=str(tmp_path / "table/t.csv")))
+    with pytest.raises(PathError, match="root: expected a folder, got .*/t.csv, which is none"):
+        open_source(tmp_path / "table/t.csv", settings=SourceSettings(root=str(tmp_path / "table/t.csv")))
+
+
+def test_recordings_of_clotho_as_downloaded(tmp_path: Path) -> None:
+    rows = "file_name,caption_1,caption_2\na b.wav,A bird .,Wind\n"
+    write(tmp_path, {"captions.csv": rows, "development/a b.wav": b"RIFF"})
+    settings = SourceSettings(audio_column="file_name", root=str(tmp_path / "development"))
+    source = open_source(tmp_path / "captions.csv", settings=settings)
+    (sample,) = source.samples()
+    assert (sample.images, [text.text for text in sample.texts]) == ((), ["A bird .", "Wind"])
+    assert source.read(sample.files["audio"][0]) == b"RIFF"
 
 
 @pytest.mark.parametrize("delimiter", ["", "||", '"', "\n", " "])
