@@ -72,7 +72,10 @@ class Source(Protocol):
     """
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source, as JSON values: `type`, `path` and `settings`. The cache records it."""
+        """Return what reopens the source, as JSON values: `type`, `path` and `settings`. The cache records it.
+
+        Paths are absolute, as a cache may be opened from any folder.
+        """
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over all samples, in an order that never changes, without reading their files.

@@ -56,6 +56,43 @@ class LossContract:
         permuted = loss(images[order], texts[order], scale, positives)
         torch.testing.assert_close(permuted, loss(images, texts, scale, positives))
 
+    def test_excluded_pairs_do_not_count(self, loss: torch.nn.Module) -> None:
+        """The similarity of a near-duplicate pair must not matter, in either direction."""
+        here, there = (torch.tensor([0]), torch.tensor([1])), (torch.tensor([1]), torch.tensor([0]))
+        for excluded, other in ((here, there), (there, here)):
+            row, column = (int(side) for side in excluded)
+            low, high = (self._loss_at(loss, row, column, cosine, excluded=excluded) for cosine in (-0.5, 0.3))
+            torch.testing.assert_close(low, high)
+            low, high = (self._loss_at(loss, row, column, cosine, excluded=other) for cosine in (-0.5, 0.3))
+            assert low < high, "a negative pair must count"
+
+    def test_other_positives_are_not_negatives(self, loss: torch.nn.Module) -> None:
+        """An image and the caption of another one that belong together must not be pushed apart."""
+        low, high = (self._loss_at(loss, 0, 1, cosine, positive=(0, 1)) for cosine in (-0.5, 0.0))
+        assert high <= low
+
+    @staticmethod
+    def _loss_at(
+        loss: torch.nn.Module,
+        row: int,
+        column: int,
+        cosine: float,
+        *,
+        excluded: tuple[Tensor, Tensor] | None = None,
+        positive: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Return the loss of four pairs in which the cosine of one image with one text is given, all others fixed."""
+        cosines_BB = torch.linspace(-0.3, 0.2, 16, dtype=torch.float64).reshape(4, 4) + 0.3 * torch.eye(4)
+        cosines_BB[row, column] = cosine
+        rests_B = (1 - cosines_BB.square().sum(dim=0)).sqrt()
+        images_BP = torch.eye(8, dtype=torch.float64)[:4]
+        texts_BP = torch.cat([cosines_BB.T, torch.diag(rests_B)], dim=1)  # of length 1
+        pairs = sorted({(item, item) for item in range(4)} | ({positive} if positive else set()))
+        rows, columns = (torch.tensor(side) for side in zip(*pairs, strict=True))
+        positives = Positives(images=rows, texts=columns, excluded=excluded)
+        value: Tensor = loss(images_BP, texts_BP, torch.tensor(5.0, dtype=torch.float64), positives).detach()
+        return value
+
     def test_several_captions_per_image(self, loss: torch.nn.Module) -> None:
         if not self.has_all_captions:
             return

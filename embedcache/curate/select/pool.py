@@ -11,7 +11,7 @@ from embedcache.arrays import Array, Floats, Ints, concatenated_ranges, normaliz
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.scores import Score, read_scores
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import AmbiguousNameError, DataError, SettingError
+from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
@@ -60,10 +60,15 @@ class Pool:
 
     @cached_property
     def feature(self) -> str | None:
-        """Name of the feature of the vectors; None if none of several is named, as a random draw needs none."""
+        """Name of the feature of the vectors; None if none is named, and there are several or none.
+
+        A random draw needs none.
+        """
         try:
             return self.vectors.feature.name
-        except AmbiguousNameError:
+        except UnknownNameError:
+            if self._settings.feature is not None or self._settings.run is not None:
+                raise
             return None
 
     @cached_property
@@ -88,9 +93,8 @@ class Pool:
         samples = samples[samples >= 0]
         if not len(samples):
             of_feature = "" if self.feature is None else f" of {self.feature}"
-            raise DataError(
-                f"{self._settings.selection}: expected samples with {noun(self.modality)}{of_feature}, got none"
-            )
+            where = self._settings.selection or self.cache.path
+            raise DataError(f"{where}: expected samples with {noun(self.modality)}{of_feature}, got none")
         return samples
 
     def _scored_samples(self) -> Ints:

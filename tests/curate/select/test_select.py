@@ -18,6 +18,7 @@ from embedcache.extract.extract import extract
 from embedcache.projectors.saved import read_config
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.store.indexing import index
 from embedcache.train.settings import train_settings
 from embedcache.train.train import train
 from tests.curate.select.conftest import FEATURES
@@ -53,6 +54,17 @@ def test_budget_as_fraction(around: dict[str, Path], tmp_path: Path) -> None:
     assert len(chosen(around, path, budget=0.1)) == 30
     report = select(around["cache"], path, "random", budget=0.001, feature=IMAGE_FEATURE)
     assert report.line() == f"{path}: 1 of 300 samples (0.3%)"
+
+
+def test_random_draw_needs_no_feature(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,caption\n" + "".join(f"k{n},caption {n}\n" for n in range(9)))
+    index(open_source(tmp_path / "t.csv"), tmp_path / "cache")
+    select(tmp_path / "cache", tmp_path / "a.parquet", "random", budget=4, modality="text")
+    assert pq.read_table(tmp_path / "a.parquet").num_rows == 4
+    with pytest.raises(UnknownNameError, match="has no text features"):
+        select(tmp_path / "cache", tmp_path / "b.parquet", "random", budget=4, modality="text", feature="x/y")
+    with pytest.raises(DataError, match="cache: expected samples with images, got none"):
+        select(tmp_path / "cache", tmp_path / "b.parquet", "random", budget=4, modality="image")
 
 
 class NamedSelector(RandomSelector):
