@@ -46,6 +46,10 @@ _MAX_SIZE = 2**31
 _DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64"})
 ATTRIBUTE = "embedcache"
 _SAME_ENCODER = "use the same encoder, --backend and --precision as before, or extract into a new folder"
+_OTHER_NAME = (
+    "an encoder of another family has this name, the model part of its spec: extract into a new folder, or name the "
+    "model of your own encoder otherwise"
+)
 _SAME_DERIVATION = "use the same inputs and parameters as before, or derive under another name"
 
 
@@ -222,13 +226,14 @@ class EncoderGroup:
 
     def check_same(self, fingerprint: Mapping[str, Any]) -> None:
         """Check that the stored features have a fingerprint; `FingerprintError` names each field that differs."""
-        is_derived = self.is_derived and fingerprint.get("family") == DERIVED
+        is_same_family = self.fingerprint.get("family") == fingerprint.get("family")
+        is_derived = self.is_derived and is_same_family
         what = "derived feature" if is_derived else "encoder"
         check_same(
             f"{what} {self.name!r} of cache {self.path.parents[1]}",
             self.fingerprint,
             fingerprint,
-            next_step=_SAME_DERIVATION if is_derived else _SAME_ENCODER,
+            next_step=_SAME_DERIVATION if is_derived else _SAME_ENCODER if is_same_family else _OTHER_NAME,
         )
 
 

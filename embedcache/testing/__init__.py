@@ -4,7 +4,8 @@
 - an encoder: `embedcache.testing.encoders.ImageEncoderContract` or `TextEncoderContract`;
 - a projector: `embedcache.testing.projectors.ProjectorContract` or `TokenProjectorContract`;
 - a loss: `embedcache.testing.losses.LossContract`;
-- a method of selection: `embedcache.testing.selectors.SelectorContract`.
+- a method of selection: `embedcache.testing.selectors.SelectorContract`;
+- a classifier of `evaluate probe`: `embedcache.testing.classifiers.ClassifierContract`.
 
 pytest must be installed; nothing else in the package imports these modules.
 """
@@ -13,5 +14,5 @@ import pytest
 
 # Without it, a failed assert in these modules would not show the values that it compared.
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{name}" for name in ("encoders", "losses", "projectors", "selectors", "sources"))
+    *(f"{__name__}.{name}" for name in ("classifiers", "encoders", "losses", "projectors", "selectors", "sources"))
 )

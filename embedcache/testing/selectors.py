@@ -4,7 +4,7 @@ class TestMine(SelectorContract):
     name = "mypackage.selection:MySelector"
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +16,10 @@ from embedcache.curate.select.select import SELECTORS, Selector, check_method_se
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import SettingError
+from embedcache.testing.examples import write_examples
 
 Pools = Callable[..., Pool]
-"""`pools(which, selector, selection=None)` opens a pool of 40 samples or more, `cache` or `other`, which differ in
+"""`pools(which, selector, selection=None)` opens a pool of 80 samples or more, `cache` or `other`, which differ in
 chunk size."""
 
 _VALUES: dict[str, Any] = {
@@ -37,12 +38,28 @@ _VALUES: dict[str, Any] = {
 class SelectorContract:
     """Tests of a method; `name` is its name, `settings` are what it needs beside `budget`, which may be None.
 
-    The fixture `pools` must be defined, see `Pools`.
+    The pools are example caches with what the method requires. A method that needs other data overrides the fixture
+    `pools`, see `Pools`, or `paths`: a path for each of `cache`, `other` and the method's `required_inputs`.
     """
 
     name: str
     settings: ClassVar[dict[str, Any]] = {}
     budget: int | None = 40
+
+    @pytest.fixture
+    def paths(self, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+        """Return the paths of the example caches `cache` and `other`, and of inputs; see `write_examples`."""
+        return write_examples(tmp_path_factory.getbasetemp() / "embedcache-examples")
+
+    @pytest.fixture
+    def pools(self, paths: Mapping[str, Path]) -> Pools:
+        """Return a function that opens a pool with all that a method requires."""
+
+        def open_pool(which: str, selector: Selector, *, selection: Path | None = None) -> Pool:
+            inputs: dict[str, Any] = {name: paths[name] for name in selector.required_inputs}
+            return Pool(paths[which], selector.modality or "image", SelectSettings(selection=selection, **inputs))
+
+        return open_pool
 
     @pytest.fixture
     def selector(self) -> Selector:

@@ -28,8 +28,25 @@ from embedcache.evaluate.classifiers import (
     load_method,
 )
 from embedcache.evaluate.probe import evaluate_probe
+from embedcache.testing.classifiers import ClassifierContract
 
 CLASSES = 4
+
+
+class TestKnn(ClassifierContract):
+    name = "knn"
+
+
+class TestLogistic(ClassifierContract):
+    name = "logistic"
+
+
+class TestRidge(ClassifierContract):
+    name = "ridge"
+
+
+def test_every_method_is_tested() -> None:
+    assert set(METHODS.paths) <= {kind.name for kind in ClassifierContract.__subclasses__()}
 
 
 def blobs(seed: int, num: int, *, width: int = 6, noise: float = 1.0, num_classes: int = CLASSES) -> Examples:

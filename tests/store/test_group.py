@@ -84,9 +84,13 @@ def test_kinds_of_encoders(
     assert group.command == ("embedcache derive" if kinds[0] else "embedcache extract")
     derived = "use the same inputs and parameters as before, or derive under another name"
     encoder = "use the same encoder, --backend and --precision as before, or extract into a new folder"
+    other = (
+        "an encoder of another family has this name, the model part of its spec: extract into a new folder, or "
+        "name the model of your own encoder otherwise"
+    )
     for family, expected in (
-        (DERIVED, ("derived feature", derived) if kinds[0] else ("encoder", encoder)),
-        ("other", ("encoder", encoder)),
+        (fingerprint["family"], ("derived feature", derived) if kinds[0] else ("encoder", encoder)),
+        ("other", ("encoder", other)),
     ):
         with pytest.raises(FingerprintError) as raised:
             group.check_same({**fingerprint, "family": family, "weights": "w"})

@@ -1,0 +1,74 @@
+"""Contract tests for classifiers of `evaluate probe`.
+
+class TestMine(ClassifierContract):
+    name = "mypackage.probes:fit_mine"
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+from embedcache.evaluate.classifiers import Examples, Fit, load_method
+
+_NUM_CLASSES = 4
+_WIDTH = 12
+
+
+class ClassifierContract:
+    """Tests of a function that fits a classifier; `name` is its name."""
+
+    name: str
+
+    @pytest.fixture
+    def fit(self) -> Fit:
+        """Return the function under test."""
+        return load_method(self.name)
+
+    @pytest.mark.parametrize("num_val", [0, 20])
+    def test_scores_have_a_column_per_class(self, fit: Fit, num_val: int) -> None:
+        val = example_vectors(num_val, seed=1) if num_val else None
+        scores = fit(example_vectors(40, seed=0), val, _NUM_CLASSES).scores
+        for size in (1, 7):
+            found = scores(example_vectors(size, seed=2).vectors)
+            assert found.shape == (size, _NUM_CLASSES)
+            assert found.dtype == np.float32
+            assert np.isfinite(found).all()
+
+    @pytest.mark.parametrize("num_val", [0, 20])
+    def test_separate_classes_are_learned(self, fit: Fit, num_val: int) -> None:
+        val, test = example_vectors(num_val, seed=1) if num_val else None, example_vectors(60, seed=2)
+        found = fit(example_vectors(40, seed=0), val, _NUM_CLASSES).scores(test.vectors).argmax(axis=1)
+        assert np.mean(found == test.labels) > 0.9
+
+    def test_class_without_examples_is_never_found(self, fit: Fit) -> None:
+        scores = fit(example_vectors(40, seed=0), None, _NUM_CLASSES + 1).scores(example_vectors(9, seed=2).vectors)
+        assert scores.shape == (9, _NUM_CLASSES + 1)
+        assert (scores[:, -1] < scores[:, :-1].max(axis=1)).all()  # NaN is not less
+
+    def test_same_examples_give_the_same_scores(self, fit: Fit) -> None:
+        train, val, test = (example_vectors(size, seed=seed) for seed, size in enumerate((40, 20, 9)))
+        copies = [examples.vectors.copy() for examples in (train, val, test)]
+        first, again = (fit(train, val, _NUM_CLASSES).scores(test.vectors) for _ in range(2))
+        np.testing.assert_array_equal(first, again)
+        for examples, copy in zip((train, val, test), copies, strict=True):
+            np.testing.assert_array_equal(examples.vectors, copy)
+
+    def test_items_are_independent(self, fit: Fit) -> None:
+        scores, test = fit(example_vectors(40, seed=0), None, _NUM_CLASSES).scores, example_vectors(9, seed=2)
+        np.testing.assert_allclose(scores(test.vectors[2:3]), scores(test.vectors)[2:3], atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("num_val", [0, 20])
+    def test_choices_survive_json(self, fit: Fit, num_val: int) -> None:
+        val = example_vectors(num_val, seed=1) if num_val else None
+        chosen = dict(fit(example_vectors(40, seed=0), val, _NUM_CLASSES).chosen)
+        assert json.loads(json.dumps(chosen, allow_nan=False)) == chosen
+
+
+def example_vectors(size: int, *, seed: int) -> Examples:
+    """Return vectors around one center per class, in no order of classes."""
+    centers_CD = np.random.default_rng(100).standard_normal((_NUM_CLASSES, _WIDTH))
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(size) % _NUM_CLASSES)
+    vectors = centers_CD[labels] + 0.3 * rng.standard_normal((size, _WIDTH))
+    return Examples(vectors=vectors.astype(np.float32), labels=labels)

@@ -1,0 +1,113 @@
+"""The page of one's own plug-ins: its modules pass its tests and run, and the names that it promises exist."""
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+import embedcache
+from embedcache.curate.select.settings import METHOD_SETTINGS
+from embedcache.dataset.selections import read_selected_reasons
+from tests.blocks import ROOT, blocks_of
+from tests.cli.run import TOY, succeed
+from tests.images import write_images
+
+HOWTO = ROOT / "docs" / "howto"
+PAGE = HOWTO / "own_plugins.md"
+MODULES = re.findall(r"^## .*`(my_\w+)\.py`$", PAGE.read_text(), re.MULTILINE)
+PROMISED = {
+    (module, name)
+    for _, module, names in re.findall(
+        r"^\| ([\w, ]+) \| `(embedcache[\w.]*)` \| (.+) \|$", PAGE.read_text(), re.MULTILINE
+    )
+    for name in re.findall(r"`(\w+)`", names)
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder with the modules of the page and its tests."""
+    blocks = [block.code for block in blocks_of(PAGE) if block.language == "python"]
+    for name, code in zip([*MODULES, "test_plugins"], blocks, strict=True):
+        (tmp_path / f"{name}.py").write_text(code)
+    yield tmp_path
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.slow
+def test_modules_of_the_page_pass_its_tests(folder: Path) -> None:
+    pytest_words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "test_plugins.py")
+    done = subprocess.run(
+        [sys.executable, *pytest_words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d\d passed in", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_modules_of_the_page_run_in_commands(folder: Path) -> None:
+    write_images(folder / "photos", 60)
+    with ZipFile(folder / "photos.zip", "w") as archive:
+        for number, path in enumerate(sorted((folder / "photos").glob("*.png"))):
+            caption = path.with_suffix(".txt").read_text().strip().replace(" ", "_")
+            archive.write(path, f"{'ab'[number % 2]}/{caption}_{number}.png")
+    (folder / "elsewhere").mkdir()
+    extract = ("extract", "photos.zip", "cache", "--source-type", "my_sources:ZipSource", *TOY)
+    assert "encoded 60" in succeed(*extract, cwd=folder)
+    (folder / "my_sources.py").rename(folder / "elsewhere" / "my_sources.py")
+    verify = ("verify", "../cache", "--reencode", "100%", "--trust")
+    assert "60 items encoded again" in succeed(*verify, cwd=folder / "elsewhere")
+    heads = ("--projector", "my_heads:ResidualProjector+linear", "--loss", "my_losses:SoftMargin", "--split", "key")
+    succeed("train", "cache", "run", *heads, "--epochs", "2", cwd=folder)
+    assert "R@1" in succeed("evaluate", "retrieval", "cache", "run", "--trust", cwd=folder)
+    select = ("curate", "select", "cache", "unusual.parquet", "--method", "my_selectors:Unusual", "--budget", "10%")
+    succeed(*select, cwd=folder)
+    reasons = read_selected_reasons(folder / "unusual.parquet")
+    assert len(reasons) == 6
+    assert all(re.fullmatch(r"cosine 0\.\d+ with the mean", reason) for reason in reasons.values())
+    probe = ("evaluate", "probe", "cache", "--label", "label", "--classifier", "my_probes:fit_centroids")
+    assert "my_probes:fit_centroids" in succeed(*probe, cwd=folder)
+
+
+def test_promised_names_exist() -> None:
+    assert len(PROMISED) > 60
+    for module, name in sorted(PROMISED):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+@pytest.mark.parametrize("page", sorted(HOWTO.glob("own_*.md")), ids=lambda page: page.stem)
+def test_pages_import_promised_names_only(page: Path) -> None:
+    """Check that what the pages import is promised there, or public under another path."""
+    public = {id(getattr(embedcache, name)) for name in embedcache.__all__}
+    for block in blocks_of(page):
+        for node in ast.walk(ast.parse(block.code if block.language == "python" else "")):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("embedcache"):
+                for name in (alias.name for alias in node.names):
+                    promised = (node.module, name) in PROMISED
+                    is_public = id(getattr(importlib.import_module(str(node.module)), name)) in public
+                    assert promised or is_public, f"{node.module}.{name}"
+
+
+def test_table_has_every_entry_point_group() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "embedcache").rglob("*.py"))
+    groups = set(re.findall(r'group="(embedcache\.\w+)"', code))
+    table = re.findall(r"^\| `(embedcache\.\w+)` \|", (HOWTO / "own_encoder.md").read_text(), re.MULTILINE)
+    assert sorted(groups) == sorted(table)
+
+
+def test_page_names_every_setting_of_methods() -> None:
+    named = re.search(r"`METHOD_SETTINGS` \((.*?)\)", PAGE.read_text(), re.DOTALL)
+    assert named
+    assert tuple(re.findall(r"`(\w+)`", named[1])) == METHOD_SETTINGS
