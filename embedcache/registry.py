@@ -137,6 +137,12 @@ class Registry:
         """All names, sorted; reads the metadata of installed packages."""
         return sorted({*self.paths, *self._declared()})
 
+    def path(self, name: str) -> str:
+        """Return the `module:attribute` of a plug-in, or the name itself if there is no such plug-in."""
+        if name in self.paths:
+            return self.paths[name]
+        return name if ":" in name else self._declared().get(name, name)
+
     def load(self, name: str) -> Any:
         """Import a plug-in by its name, or any object by its `module:attribute`.
 
@@ -146,10 +152,9 @@ class Registry:
                 cannot be called as a plug-in of this kind.
             MissingExtraError: the module of the plug-in imports a package that is not installed.
         """
+        module, _, attribute = self.path(name).partition(":")
         if name in self.paths:
-            module, _, attribute = self.paths[name].partition(":")
             return getattr(importlib.import_module(module), attribute)
-        module, _, attribute = (name if ":" in name else self._declared().get(name, name)).partition(":")
         if not all(part and "/" not in part for part in (*module.split("."), attribute)):
             raise unknown_name(self.kind, name, [*self.names, *self.presets])
         package = self._package_to_trust(name) if ":" in name else None

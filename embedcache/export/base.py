@@ -1,6 +1,7 @@
 """What all export formats share: the exported run, the notes for its model card, and the parity check."""
 
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,6 +50,19 @@ class ExportRun:
         with names_from(self.path):
             projector: type = PROJECTORS.load(self.projector(modality))
         return projector
+
+    def projector_path(self, modality: Modality) -> tuple[str, str]:
+        """Return the module that defines the projector, and its name there.
+
+        A projector that no module has under its own name, such as a class that a function made, is named as the user
+        or the entry point did.
+        """
+        projector = self.projector_class(modality)
+        module, name = getattr(projector, "__module__", None), getattr(projector, "__name__", None)
+        if module in sys.modules and isinstance(name, str) and vars(sys.modules[module]).get(name) is projector:
+            return module, name
+        module, _, name = PROJECTORS.path(self.projector(modality)).partition(":")
+        return module, name
 
     def embed_examples(self, modality: Modality) -> Floats:
         """Embed the example images or texts with the run's own encoder, in float32: (N, P) float32 unit vectors."""

@@ -24,7 +24,8 @@ from embedcache.export.base import (
     example_images,
     unsupported,
 )
-from embedcache.export.transformers import copy_code, load_exported, write_transformers
+from embedcache.export.code import copy_code
+from embedcache.export.transformers import load_exported, write_transformers
 from embedcache.projectors.pair import AnyTower
 from embedcache.projectors.saved import project
 from embedcache.projectors.towers import TokenTower

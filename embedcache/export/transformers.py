@@ -3,13 +3,10 @@
 The folder includes its code: modules of this package, copied so that they run without it.
 """
 
-import ast
 import gc
-import inspect
-import re
 import sys
-from collections.abc import Mapping, Sequence
-from importlib import import_module
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +16,24 @@ from torch import Tensor, nn
 
 from embedcache.encoders.base import Modality
 from embedcache.encoders.weights import quiet_transformers
-from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images, unsupported
+from embedcache.errors import one_line
+from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images
+from embedcache.export.code import (
+    LIBRARIES,
+    PROCESSOR_MODULE,
+    change_plugin,
+    check_name,
+    copy_code,
+    has_own_processor,
+    is_plugin,
+)
 from embedcache.export.towers import EncoderModule, open_module
 from embedcache.provenance import digest_file, read_json, write_json
 
 _FORMAT = "transformers"
 _CODE_PACKAGE = "embedcache.export.hub_code"
 _MODEL = "modeling_embedcache"
-_PROCESSOR_MODULE = f"{_CODE_PACKAGE}.image_processing_embedcache"
 _WEIGHTS = "model.safetensors"
-
-_IMPORT = re.compile(r"^(\s*from )(embedcache\.[\w.]+)( import )", re.MULTILINE)
-_HEADER = "# Copyright the embedcache authors. Apache-2.0. Copied from {module} of embedcache by its export.\n"
-_NESTED = "# Imports of the modules above: transformers 4 copies only what this file imports itself.\n"
-_LIBRARIES = ("PIL", "numpy", "torch", "transformers")
-_ALLOWED = {*_LIBRARIES, *sys.stdlib_module_names}
-
 _CODE = """\
 import torch
 from PIL import Image
@@ -59,10 +58,10 @@ def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
     encoders = {modality: open_module(run, modality, _FORMAT) for modality in MODALITIES}
     for encoder in encoders.values():
         encoder.save_processor(folder)
-    _copy_code(run, folder)
+    plugins = _copy_code(run, folder)
     save_file(_state(run, encoders), folder / _WEIGHTS, metadata={"format": "pt"})
     _write_config(run, folder, encoders)
-    differences = _check(run, folder)
+    differences = _check(run, folder, plugins)
     is_timm = encoders["image"].config["kind"] == "timm"
     return ExportNotes(
         library="transformers",
@@ -74,6 +73,10 @@ def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
             "Embeddings have length 1. Texts are padded on the right and truncated to the tokenizer's "
             "`model_max_length`.",
             "`trust_remote_code=True` runs the code in this folder: read it first, it is short.",
+            *(
+                f"Files whose first line names `{name}` are copies of its code: its license applies."
+                for name in sorted(plugins)
+            ),
         ),
     )
 
@@ -86,70 +89,26 @@ def load_exported(folder: Path) -> Any:
         return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 
 
-def _copy_code(run: ExportRun, folder: Path) -> None:
-    projectors = {modality: run.projector_class(modality) for modality in MODALITIES}
+def _copy_code(run: ExportRun, folder: Path) -> set[str]:
+    """Write the code of the model; return the packages of plug-ins of which it has copies."""
+    paths = {modality: run.projector_path(modality) for modality in MODALITIES}
+    projector_modules = [module for module, _ in paths.values() if not _is_of_library(module)]
+    files = copy_code([f"{_CODE_PACKAGE}.{_MODEL}", *projector_modules], folder, _FORMAT)
     lines = ['"""The projectors of both modalities."""', ""]
-    lines += [
-        f"from .{projector.__module__.rpartition('.')[2]} import {projector.__name__} as {modality.title()}Projector"
-        for modality, projector in projectors.items()
-    ]
-    (folder / "projectors.py").write_text("\n".join([*lines, "", '__all__ = ["ImageProjector", "TextProjector"]', ""]))
-    modules = [f"{_CODE_PACKAGE}.{_MODEL}", *(projector.__module__ for projector in projectors.values())]
-    copy_code(modules, folder, _FORMAT)
+    packages = [name for name in sorted(files) if is_plugin(name) and hasattr(sys.modules[name], "__path__")]
+    lines += [f"from .{files[name]} import __name__ as _" for name in packages]  # Python runs packages first
+    for modality, (module, attribute) in paths.items():
+        source = module if _is_of_library(module) else f".{files[module]}"
+        check_name(attribute, _FORMAT)
+        lines.append(f"from {source} import {attribute} as {modality.title()}Projector")
+    text = "\n".join([*lines, "", '__all__ = ["ImageProjector", "TextProjector"]', ""])
+    (folder / "projectors.py").write_text(text, "utf-8")
+    return {module.partition(".")[0] for module in files if is_plugin(module)}
 
 
-def copy_code(modules: Sequence[str], folder: Path, format_name: str) -> None:
-    """Copy modules, that of the image processor, and those of this package that they import; keep existing files.
-
-    transformers 4 copies only what a module that it opens imports itself from a local folder, so that the first module
-    and that of the processor import all that their imports import.
-    """
-    opened = [*modules[:1], *([_PROCESSOR_MODULE] if _has_own_processor(folder) else [])]
-    waiting, imports, texts = [*modules, *opened], dict[str, list[str]](), dict[str, str]()
-    while waiting:
-        module = waiting.pop()
-        if module in imports:
-            continue
-        source = inspect.getsource(import_module(module))
-        imports[module] = [imported for _, imported, _ in _IMPORT.findall(source)]
-        waiting += imports[module]
-        texts[module] = _IMPORT.sub(lambda match: f"{match[1]}.{match[2].rpartition('.')[2]}{match[3]}", source)
-        _check_imports(module, texts[module], format_name)
-    for module in opened:
-        roots = modules if module in modules else [module]
-        nested = _reachable(roots, imports) - {module, *imports[module]}
-        lines = [f"from .{name.rpartition('.')[2]} import __name__ as _\n" for name in sorted(nested)]
-        texts[module] += "".join(["\n", _NESTED, *lines] if lines else [])
-    for module, text in texts.items():
-        path = folder / f"{module.rpartition('.')[2]}.py"
-        if not path.exists():  # `projectors.py` was written for this run
-            path.write_text(_HEADER.format(module=module) + text, encoding="utf-8")
-
-
-def _reachable(roots: Sequence[str], imports: Mapping[str, Sequence[str]]) -> set[str]:
-    """Return modules with all that they import, directly or not."""
-    found, waiting = set[str](), list(roots)
-    while waiting:
-        module = waiting.pop()
-        if module not in found:
-            found.add(module)
-            waiting += imports[module]
-    return found
-
-
-def _has_own_processor(folder: Path) -> bool:
-    """Return whether an exported folder's image processor is embedcache's, not transformers'."""
-    kind: str | None = read_json(folder / "preprocessor_config.json").get("image_processor_type")
-    return kind == "EmbedcacheImageProcessor"
-
-
-def _check_imports(module: str, text: str, format_name: str) -> None:
-    for node in ast.walk(ast.parse(text)):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level and node.module else []
-        for name in names:
-            if name.split(".")[0] not in _ALLOWED:
-                raise unsupported(format_name, f"{module} imports {name}: expected only {', '.join(_LIBRARIES)}")
+def _is_of_library(module: str) -> bool:
+    """Return whether a module is of a library that an export requires, such as `torch.nn`."""
+    return module.partition(".")[0] in LIBRARIES
 
 
 def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, EncoderModule]) -> None:
@@ -167,9 +126,9 @@ def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, Enco
     write_json(path, {**read_json(path), "weights_sha256": {_WEIGHTS: digest_file(folder / _WEIGHTS)}})
     path = folder / "preprocessor_config.json"
     processor = {**read_json(path), "processor_class": "VisionTextDualEncoderProcessor"}
-    if _has_own_processor(folder):
+    if has_own_processor(folder):
         processor["auto_map"] = {
-            "AutoImageProcessor": f"{_PROCESSOR_MODULE.rpartition('.')[2]}.EmbedcacheImageProcessor"
+            "AutoImageProcessor": f"{PROCESSOR_MODULE.rpartition('.')[2]}.EmbedcacheImageProcessor"
         }
     write_json(path, processor)
     write_json(folder / "processor_config.json", {"processor_class": "VisionTextDualEncoderProcessor"})
@@ -192,8 +151,33 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
+def _check(run: ExportRun, folder: Path, plugins: Collection[str]) -> dict[str, float]:
+    """Compare the vectors of the exported folder with the run's; it is loaded while plug-ins cannot be imported."""
+    try:
+        with _hidden(plugins):
+            vectors = _embed_examples(folder)
+    except Exception as error:
+        if not plugins:
+            raise
+        names, cause = ", ".join(sorted(plugins)), f"{type(error).__name__}: {one_line(error)}"
+        reason = f"the copied code of {names} does not run outside of that package: {cause}"
+        raise change_plugin(_FORMAT, reason) from error
+    return run.check_parity(_FORMAT, vectors)
+
+
+@contextmanager
+def _hidden(packages: Collection[str]) -> Iterator[None]:
+    """Make every import from packages fail, as where they are not installed."""
+    loaded = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in packages}
+    sys.modules.update(dict.fromkeys(loaded))  # type: ignore[arg-type]  # None: Python does not look for it
+    try:
+        yield
+    finally:
+        sys.modules.update(loaded)
+
+
 @torch.inference_mode()
-def _check(run: ExportRun, folder: Path) -> dict[str, float]:
+def _embed_examples(folder: Path) -> Mapping[Modality, Any]:
     from transformers import AutoProcessor
 
     model = load_exported(folder)
@@ -206,4 +190,4 @@ def _check(run: ExportRun, folder: Path) -> dict[str, float]:
     }
     del model
     gc.collect()
-    return run.check_parity(_FORMAT, vectors)
+    return vectors

@@ -17,9 +17,9 @@ from embedcache.arrays import Inputs
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.export.base import ExportRun, check_parity
 from embedcache.export.card import _metrics, _width_notes
+from embedcache.export.code import copy_code
 from embedcache.export.export import RECORD, export_run
 from embedcache.export.settings import ExportSettings
-from embedcache.export.transformers import copy_code
 from embedcache.projectors.saved import project
 from embedcache.provenance import write_json
 from tests.export.runs import make_run
@@ -227,7 +227,6 @@ from pathlib import Path
 from embedcache.errors import PathError
 from embedcache.export.export import export_run
 from embedcache.export.settings import ExportSettings
-from embedcache.export.transformers import copy_code
 run, folder = Path(sys.argv[1]), Path(sys.argv[2])
 print(export_run("safetensors", run, folder / "pair", ExportSettings(push_to_hub="me/pair")).url)
 try:
