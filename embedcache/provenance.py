@@ -200,6 +200,9 @@ def from_record(record: Mapping[str, Any], stored_names: Mapping[str, str] = STO
     return {names.get(stored, stored): value for stored, value in record.items()}
 
 
+_LOCKS = frozenset({".claims", ".lock"})
+
+
 def prepare_folder(path: Path, *, kind: str, marker: str, allowed: Collection[str]) -> None:
     """Create a folder for the output of a stage, or reuse one that an interrupted run of the same stage left.
 
@@ -212,7 +215,7 @@ def prepare_folder(path: Path, *, kind: str, marker: str, allowed: Collection[st
     make_folder(path)
     remove_partials(path)
     names = {entry.name for entry in path.iterdir() if not fnmatch(entry.name, ".*.partial")}  # left: of live processes
-    is_resumed = marker in names
+    is_resumed = marker in names or names <= _LOCKS  # a lock comes first
     foreign = sorted(name for name in names if not (is_resumed and any(fnmatch(name, pattern) for pattern in allowed)))
     if foreign:
         raise PathError(

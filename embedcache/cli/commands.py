@@ -7,15 +7,20 @@ The error of a setting that was not read from a file names its option: `--batch-
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_new_file, keyword, set_parameters
-from embedcache.errors import AmbiguousNameError, EmbedcacheError
+from embedcache.errors import AmbiguousNameError, EmbedcacheError, PathError
 from embedcache.registry import installed_plugins, trust_files
+
+_URL = re.compile(r"(s3|s3a|gs|gcs|az|abfss?|adl|https?|hf|file|memory|s?ftp|hdfs|github):/+(.*)")
+"""A URL as a path; a folder of such a name can be given by its absolute path."""
 
 
 class Command(TyperCommand):
@@ -25,6 +30,7 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; the error of a setting names its option, and so does that of a feature to choose."""
+        _check_local_paths(ctx)
         try:
             return super().invoke(ctx)
         except AmbiguousNameError as error:
@@ -51,6 +57,20 @@ class Command(TyperCommand):
         lists = [f"{kind} {', '.join(names)}" for kind, names in found.items() if names]
         self.epilog = f"Plug-ins of installed packages: {'; '.join(lists)}." if lists else None
         super().format_help(ctx, formatter)
+
+
+def _check_local_paths(context: typer.Context) -> None:
+    """Check that no parameter that is a path on this machine is a URL, of which `Path` joins the slashes."""
+    for option in context.command.params:
+        value = context.params.get(str(option.name))
+        for path in value if isinstance(value, list | tuple) else [value]:
+            match = _URL.match(str(path)) if isinstance(path, Path) else None
+            if match:
+                name = option.opts[0] if option.param_type_name == "option" else option.metavar or option.name
+                raise PathError(
+                    f"{name}: expected a path on this machine, got the URL {match[1]}://{match[2]}; name a local path, "
+                    "and copy what is there"
+                )
 
 
 def _name_option(context: typer.Context, message: str) -> str:

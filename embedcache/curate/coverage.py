@@ -175,6 +175,12 @@ class CoverageReport:
                 f"WARNING: for {num_low:,} of {len(self.thresholds):,} concepts at least half of the pool is above the "
                 "threshold; raise --threshold"
             )
+        num_high = int((self.thresholds >= 1).sum())
+        if num_high:
+            warnings.append(
+                f"WARNING: for {num_high:,} of {len(self.thresholds):,} concepts no item can be above the threshold, "
+                "which is 1 or more; lower --deviations, or give --threshold"
+            )
         return warnings
 
     @property

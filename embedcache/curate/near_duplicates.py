@@ -38,6 +38,7 @@ from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.faiss_index import spherical_kmeans
 from embedcache.search.vectors import Vectors, run_pass
+from embedcache.store.rows import RowReader
 
 ALL_PAIRS_LIMIT = 50_000  # up to this many items all pairs are compared: some ten seconds on two cores
 MAX_PAIRS = 20_000_000
@@ -190,7 +191,7 @@ def assign_clusters(
     num_clusters = round(2 * math.sqrt(len(rows_N)))
     training_rows = np.sort(rng.permutation(rows_N)[: _TRAINING_PER_CLUSTER * num_clusters])
     training = copy.copy(vectors).read(training_rows)  # a copy opens anew, and its maps of the whole feature are freed
-    _check_lengths(training, vectors)
+    _check_lengths(training, training_rows, vectors)
     centroids_KP = fit_centroids(
         training, num_clusters, seed=settings.seed, device=vectors.device, progress=progress or NullProgress()
     )
@@ -224,7 +225,7 @@ def _fill(matrix_NP: Array, vectors: Vectors, rows_N: Ints, plan: Plan, progress
     progress.start("sorting", len(vectors.rows), noun(vectors.modality))
     for rows, vectors_BP in vectors.blocks():
         kept_BP = vectors_BP[mask_N[rows]]
-        _check_lengths(kept_BP, vectors)
+        _check_lengths(kept_BP, rows[mask_N[rows]], vectors)
         matrix_NP[position_N[num_written : num_written + len(kept_BP)]] = kept_BP
         num_written += len(kept_BP)
         progress.advance(len(rows))
@@ -237,13 +238,16 @@ def _mask(rows_N: Ints, vectors: Vectors) -> Bools:
     return mask_N
 
 
-def _check_lengths(vectors_BP: Floats, vectors: Vectors) -> None:
+def _check_lengths(vectors_BP: Floats, rows_B: Ints, vectors: Vectors) -> None:
     squares_B = np.einsum("bp,bp->b", vectors_BP, vectors_BP)
-    count = int((np.rint(squares_B) != 1).sum())
-    if count:
+    bad = np.flatnonzero(np.rint(squares_B) != 1)
+    if len(bad):
+        item = RowReader(vectors.cache, vectors.modality, ["sample"]).take(rows_B[bad[:1]])
+        key = vectors.cache.key(item["sample"][0].as_py())
         raise DataError(
-            f"feature {vectors.feature.name}: expected vectors that have a cosine, got {count:,} of length zero or NaN "
-            "in one chunk; extract it again"
+            f"feature {vectors.feature.name}: expected vectors that have a cosine, got {len(bad):,} of length zero or "
+            f"NaN in one chunk, first that of the sample {key!r}; leave them out with a --selection of the others, or "
+            "remove them with: embedcache cache remove"
         )
 
 

@@ -2,20 +2,22 @@
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints
+from embedcache.arrays import Array, Floats, Ints
+from embedcache.metrics.ranking import is_below
 
 
 def rank_labels(scores_NC: Floats, labels_N: Ints) -> Ints:
     """Compute the rank of each item's true class: (N,) int64, 1 is the best.
 
-    A class with the same score or NaN counts as ranked before it, so that constant scores are never correct.
+    A class with the same score, to within rounding, or NaN counts as ranked before it, so that constant scores are
+    never correct.
 
     Example:
         >>> rank_labels(np.array([[0.1, 0.9], [0.5, 0.5]], np.float32), np.array([1, 0])).tolist()
         [1, 2]
     """
     own_N = scores_NC[np.arange(len(labels_N)), labels_N]
-    is_before_NC: Bools = ~(scores_NC < own_N[:, None])
+    is_before_NC = ~is_below(scores_NC, own_N[:, None])
     num_before_N = is_before_NC.sum(axis=1)
     ranks_N: Ints = np.where(np.isnan(own_N), scores_NC.shape[1], num_before_N)
     return ranks_N

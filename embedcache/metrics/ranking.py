@@ -4,7 +4,7 @@ from math import comb
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints, Products, blocks, dot_products
+from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, dot_products
 from embedcache.errors import DataError
 
 _BLOCK_BYTES = 64 * 2**20
@@ -19,8 +19,9 @@ def negatives_before(
 ) -> Ints:
     """Count the negatives ranked before each positive pair: (M,) int64.
 
-    Similarity is the dot product, the cosine for rows of length 1. A negative with the same similarity or NaN counts as
-    ranked before the positive, so that a constant embedding scores zero. Tiled: about 200 MB above the inputs.
+    Similarity is the dot product, the cosine for rows of length 1. A negative with the same similarity, to within
+    rounding (`is_below`), or NaN counts as ranked before the positive, so that a constant embedding scores zero. Tiled:
+    about 200 MB above the inputs.
 
     Args:
         positives: two (M,) arrays, query and candidate of each positive pair; every query needs at least one.
@@ -48,9 +49,24 @@ def negatives_before(
         own = sims_BC[row, column]
         sims_BC[row, column] = -np.inf  # positives do not count as negatives of each other
         for part in blocks(len(inside), rows):
-            is_after_EC = sims_BC[row[part]] < own[part, None]  # so that NaN counts as before
+            is_after_EC = is_below(sims_BC[row[part]], own[part, None])  # so that NaN counts as before
             before_M[inside[part]] = is_after_EC.shape[1] - is_after_EC.sum(axis=1)
     return before_M
+
+
+def is_below(values: Floats, others: Floats) -> Bools:
+    """Return whether values lie below others by more than rounding: 4 steps of float32 at 1, or at a larger value.
+
+    A product with equal rows may differ by a step or two from one to the other, as libraries sum some of them in
+    another order.
+
+    Example:
+        >>> is_below(np.float32([0.5, 0.4999998, np.nan]), np.float32([0.5000001])).tolist()
+        [False, False, False]
+    """
+    margin = 4 * np.finfo(np.float32).eps * np.maximum(1, np.abs(others))
+    result: Bools = values < others - margin
+    return result
 
 
 def best_ranks(

@@ -129,7 +129,9 @@ def _open(cache: Cache, pool: Vectors) -> Vectors:
         f"feature {vectors.feature.name} of {cache.path}",
         vectors.feature.fingerprint,
         pool.feature.fingerprint,
-        next_step=f"extract the concepts with the pool's encoder: --{pool.modality}-encoder {pool.feature.spec}",
+        next_step="import both at once, and divide them with: embedcache cache cut"
+        if pool.feature.group.is_imported
+        else f"extract the concepts with the pool's encoder: --{pool.modality}-encoder {pool.feature.spec}",
     )
     return vectors
 

@@ -40,6 +40,17 @@ def test_error_of_the_system_is_one_line(name: str, monkeypatch: pytest.MonkeyPa
             ("curate", "sample", "c", "s.txt", "1", "o.parquet", "--seed", "-1"),
             "--seed: expected a whole number from 0",
         ),
+        (
+            ("train", "c", "s3://b/run"),
+            "RUN: expected a path on this machine, got the URL s3://b/run; name a local path",
+        ),
+        (("curate", "index", "c", "gs://b/i"), "INDEX: expected a path on this machine, got the URL gs://b/i;"),
+        (("curate", "dedup", "c", "memory://d.parquet"), "path on this machine, got the URL memory://d.parquet;"),
+        (("export", "npy", "c", "file:///o"), "OUT: expected a path on this machine, got the URL file://o;"),
+        (
+            ("evaluate", "retrieval", "c", "r", "--output", "s3://b/r.json"),
+            "--output: expected a path on this machine, got the URL s3://b/r.json;",
+        ),
     ],
 )
 def test_bad_argument_is_refused(words: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -124,6 +124,13 @@ def test_warnings_at_their_limits(cache_path: Path, prompts: Path) -> None:
     assert replace(report, thresholds=thresholds).warnings() == [
         "WARNING: for 2 of 6 concepts at least half of the pool is above the threshold; raise --threshold"
     ]
+    thresholds[:] = np.nextafter(np.float32(1), np.float32(0))
+    assert replace(report, thresholds=thresholds).warnings() == []
+    thresholds[:3] = 1
+    assert replace(report, thresholds=thresholds).warnings() == [
+        "WARNING: for 3 of 6 concepts no item can be above the threshold, which is 1 or more; lower --deviations, or "
+        "give --threshold"
+    ]
 
 
 def test_command(cache_path: Path, prompts: Path, half: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from embedcache.curate.settings import DedupSettings
 from embedcache.dataset import clusters
 from embedcache.dataset.similar_pairs import SimilarPairs
 from embedcache.errors import DataError
+from embedcache.interop.importing import import_vectors
+from embedcache.interop.npy import open_npy_vectors
 from embedcache.progress import NullProgress
 from embedcache.search.vectors import Vectors
 from embedcache.settings import flat_settings
@@ -232,9 +234,12 @@ def test_partner_is_the_first_sample_that_holds_a_content() -> None:
 def test_zero_vector_raises(tmp_path: Path) -> None:
     vectors = made_vectors(20, 0)
     vectors[7] = 0
-    with pytest.raises(DataError, match="feature made/f: expected vectors that have a cosine, got 1 of length zero"):
+    np.save(tmp_path / "v.npy", vectors)
+    (tmp_path / "t.csv").write_text("key\n" + "".join(f"k{row}\n" for row in range(20)))
+    import_vectors(open_npy_vectors(image_file=tmp_path / "v.npy", table=tmp_path / "t.csv"), tmp_path / "cache")
+    with pytest.raises(DataError, match="got 1 of length zero or NaN in one chunk, first that of the sample 'k7';"):
         find_near_duplicates(
-            write_vectors(tmp_path / "cache", vectors), np.arange(20), [LIMIT], DedupSettings(scratch=tmp_path)
+            Vectors(tmp_path / "cache", "image"), np.arange(20), [LIMIT], DedupSettings(scratch=tmp_path)
         )
 
 

@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
+from embedcache.arrays import dot_products, normalize
 from embedcache.errors import DataError
 from embedcache.metrics import ranking as ranks_module
+from embedcache.metrics.classification import rank_labels
 from embedcache.metrics.intervals import bootstrap_mean, over_seeds
 from embedcache.metrics.ranking import (
     average_precisions,
@@ -89,6 +91,19 @@ def test_constant_embedding_ranks_last() -> None:
     same = np.ones((50, 4), np.float32)
     ranks = best_ranks(same, same, (np.arange(50), np.arange(50)))
     assert recall_at(ranks, 10) == 0
+
+
+@pytest.mark.parametrize("width", [33, 100, 256, 257, 384])
+@pytest.mark.parametrize("count", [5, 7, 17])
+def test_equal_candidates_rank_last(width: int, count: int) -> None:
+    """A matrix product sums some of equal columns in another order, and rounds them otherwise."""
+    queries, row = normalize(np.random.default_rng(width).standard_normal((count + 1, width))), slice(count, None)
+    same = np.repeat(queries[row], count, axis=0)
+    everyone = np.arange(count), np.arange(count)
+    assert negatives_before(queries[:count], same, everyone).tolist() == [count - 1] * count
+    scores = dot_products(queries[:count], same)
+    scores[:, 0] = np.nextafter(scores[:, 0], np.float32(2))
+    assert rank_labels(scores, np.zeros(count, np.int64)).tolist() == [count] * count
 
 
 @pytest.mark.parametrize("where", ["queries", "candidates", "both"])

@@ -260,6 +260,21 @@ def test_corrupt_checkpoint_is_named(cache_path: Path, unfinished: Path) -> None
         run(cache_path, unfinished)
 
 
+@pytest.mark.parametrize("left", [[".claims"], [".claims", ".started.json.0.partial"]])
+def test_resume_after_kill_at_the_start(cache_path: Path, whole: Path, tmp_path: Path, left: list[str]) -> None:
+    """A lease is acquired before anything is written, so its file may be all there is."""
+    (tmp_path / "killed").mkdir()
+    for name in left:
+        (tmp_path / "killed" / name).touch()
+    run(cache_path, tmp_path / "killed")
+    assert_same_run(tmp_path / "killed", whole)
+    (tmp_path / "other").mkdir()
+    for name in (".claims", "notes.txt"):
+        (tmp_path / "other" / name).touch()
+    with pytest.raises(PathError, match="is not a run and not empty: it holds .claims, notes.txt"):
+        run(cache_path, tmp_path / "other")
+
+
 @pytest.mark.slow
 def test_resume_after_kill_is_identical(cache_path: Path, tmp_path: Path) -> None:
     options = (

@@ -12,6 +12,7 @@ from embedcache.curate.select.pool import Pool, best_samples, compute_cosines
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError
+from embedcache.progress import Progress
 
 _WORD = re.compile(r"\w+")
 
@@ -27,13 +28,17 @@ def match_words(texts: Iterable[tuple[int, str]], names: Sequence[str]) -> Match
     """Match captions that contain a concept's name: whole words, ignoring case and punctuation.
 
     As the substring match of "Demystifying CLIP Data" (ICLR 2024), it matches neither plurals nor languages without
-    spaces. One look-up per sequence of words of a caption. Memory: some 50 bytes per match.
+    spaces. Names of the same words match the same captions, one without words none. One look-up per sequence of words
+    of a caption. Memory: some 50 bytes per match.
     """
-    concept_of = {_words(name): concept for concept, name in enumerate(names)}
-    lengths = {len(words) for words in concept_of} - {0}
+    concepts_of: dict[tuple[str, ...], list[int]] = {}
+    for concept, name in enumerate(names):
+        concepts_of.setdefault(_words(name), []).append(concept)
+    lengths = {len(words) for words in concepts_of} - {0}
     codes = array("q")
     for sample, text in texts:
-        codes.extend(sample * len(names) + concept_of[run] for run in _runs(_words(text), lengths) if run in concept_of)
+        for run in _runs(_words(text), lengths):
+            codes.extend(sample * len(names) + concept for concept in concepts_of.get(run, ()))
     return Matches(*np.divmod(np.unique(np.array(codes, np.int64)), max(1, len(names))))
 
 
@@ -49,6 +54,26 @@ def match_near(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, thres
         concepts.append(concept)
     pairs_M2 = np.unique(np.stack([np.concatenate(samples), np.concatenate(concepts)], axis=1), axis=0)
     return Matches(pairs_M2[:, 0], pairs_M2[:, 1])
+
+
+def note_names(names: Sequence[str], progress: Progress) -> None:
+    """Note names that match no caption, or the same captions as another."""
+    words = [_words(name) for name in names]
+    without = [name for name, of_name in zip(names, words, strict=True) if not of_name]
+    if without:
+        progress.note(
+            f"{len(without):,} of {len(names):,} concepts have no words and match none, such as {without[0]!r}"
+        )
+    names_of: dict[tuple[str, ...], list[str]] = {}
+    for name, of_name in zip(names, words, strict=True):
+        names_of.setdefault(of_name, []).append(name)
+    same = [found for of_name, found in names_of.items() if of_name and len(found) > 1]
+    if same:
+        count = f"{sum(map(len, same)):,} of {len(names):,}"
+        progress.note(
+            f"{count} concepts have the words of another and match the same captions, such as {same[0][0]!r} and "
+            f"{same[0][1]!r}"
+        )
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -144,6 +169,7 @@ class MetaclipSelector:
         """Select the samples. Memory: some 50 bytes per match."""
         names = pool.concepts.names
         if settings.threshold is None:
+            note_names(names, pool.progress)
             matches = match_words(pool.texts(), names)
         else:
             matches = match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors, settings.threshold)

@@ -21,6 +21,7 @@ from embedcache.curate.select.concept_methods import (
     lowest_heads,
     match_near,
     match_words,
+    note_names,
     rarest_first,
 )
 from embedcache.curate.select.pool import Pool, compute_cosines
@@ -30,6 +31,7 @@ from embedcache.errors import DataError
 from embedcache.testing.selectors import SelectorContract
 from tests.curate.select.conftest import apply
 from tests.edits import damage_column
+from tests.recorded import RecordedProgress
 
 
 class TestRandom(SelectorContract):
@@ -229,6 +231,21 @@ def test_clip_score_exceeds_shuffled_pairs(pools: Any) -> None:
 
 
 # MetaCLIP
+
+
+def test_concepts_of_the_same_words_match_the_same_captions() -> None:
+    names = ["C++", "C#", "cat", "Cat", "!!!"]
+    found = match_words([(0, "a C++ book"), (1, "the cat sat"), (2, "!!!")], names)
+    pairs = list(zip(found.samples_M.tolist(), found.concepts_M.tolist(), strict=True))
+    assert pairs == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    progress = RecordedProgress()
+    note_names(names, progress)
+    assert progress.notes == [
+        "1 of 5 concepts have no words and match none, such as '!!!'",
+        "4 of 5 concepts have the words of another and match the same captions, such as 'C++' and 'C#'",
+    ]
+    note_names(["hot dog", "dog"], progress)
+    assert len(progress.notes) == 2
 
 
 def test_match_words() -> None:
