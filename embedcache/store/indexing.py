@@ -52,7 +52,7 @@ def index(
 ) -> CacheInfo:
     """Write the sample and item tables of a source, or check that a cache still matches its source.
 
-    Rows never change: samples that are added later get the next rows. Memory: the keys while tables are written, one
+    Rows never change: samples that are added later get the next rows. Memory: some 90 bytes per sample while tables are written, one
     batch while a cache is checked.
 
     Args:

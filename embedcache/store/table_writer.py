@@ -30,7 +30,7 @@ _JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 class TableWriter:
     """Writer of the sample and item tables of a cache to a new local folder; a row group holds one chunk of items.
 
-    Memory: the keys, to check that they are unique, and a batch.
+    Memory: some 90 bytes per sample, to check that keys are unique, and a batch.
     """
 
     def __init__(self, folder: Path, chunk_size: int) -> None:
@@ -113,10 +113,11 @@ class TableWriter:
         return {name: self._items[name].num_rows for name in self._with_rows()}
 
     def count_distinct_images(self) -> int:
-        """Return how many images the rows of the finished table name. Memory: the paths."""
+        """Return how many images the rows of the finished table name. Memory: 16 bytes per row."""
         with open_table(items_path(self._folder, "image")) as file:
-            paths = file.read(columns=["path"], use_threads=False)["path"]
-        return int(pc.count_distinct(widen(paths)).as_py())
+            batches = file.iter_batches(BATCH, columns=["path"], use_threads=False)
+            hashes = [_hash_texts(batch["path"]) for batch in batches]
+        return len(np.unique(np.concatenate(hashes)))
 
     def _with_rows(self) -> list[str]:
         return [name for name in MODALITIES if name in self._items and self._items[name].num_rows]
@@ -169,30 +170,44 @@ class _SampleWriter:
         self.digest = TableDigest()
         self.checksums = TableChecksums(BLOCK)
         self._path = path
-        self._keys: list[pa.ChunkedArray] = []
+        self._hashes: list[Ints] = []
         self._schemas: list[pa.Schema] = []
 
     def write(self, rows: pa.Table) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(rows, self._spool(len(self._keys)))
-        self._keys.append(rows["key"])
+        pq.write_table(rows, self._spool(len(self._schemas)))
+        self._hashes.append(_hash_texts(rows["key"]))
         self.digest.update(rows.select(["key"]))
         self._schemas.append(rows.schema)
         self.num_rows += len(rows)
 
     def close(self) -> None:
-        _check_unique(widen(pa.chunked_array([chunk for keys in self._keys for chunk in keys.chunks], pa.string())))
+        self._check_unique()
         try:
             schema = pa.unify_schemas(self._schemas, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise SourceError(f"a column of the source changes its type between samples: {error}") from error
         with pq.ParquetWriter(self._path, schema) as writer:
-            for number in range(len(self._keys)):
+            for number in range(len(self._schemas)):
                 rows = [schema.empty_table(), read_table(self._spool(number))]
                 table = pa.concat_tables(rows, promote_options="permissive")
                 writer.write_table(table, row_group_size=BATCH)
                 self.checksums.update(table)
                 self._spool(number).unlink()
+
+    def _check_unique(self) -> None:
+        """Check that no two keys are equal, by reading those whose hashes are."""
+        hashes_N = np.concatenate([np.empty(0, np.int64), *self._hashes])
+        order_N = np.argsort(hashes_N, kind="stable")
+        is_next = np.diff(hashes_N[order_N]) == 0
+        rows = np.sort(order_N[np.append(is_next, False) | np.append(False, is_next)])
+        if not len(rows):
+            return
+        starts, keys = np.cumsum([0, *map(len, self._hashes)]), []
+        for number in np.unique(np.searchsorted(starts, rows, side="right") - 1).tolist():
+            inside = rows[(rows >= starts[number]) & (rows < starts[number + 1])] - starts[number]
+            keys.append(read_table(self._spool(number), columns=["key"])["key"].take(pa.array(inside)))
+        _check_unique(widen(pa.chunked_array([chunk for part in keys for chunk in part.chunks], pa.string())), rows)
 
     def _spool(self, number: int) -> Path:
         return self._path.with_name(f"samples-{number:05d}.parquet")
@@ -303,12 +318,17 @@ def _relocate(table: pa.Table, first_row: int, relocated: Mapping[int, FileItem]
     return table
 
 
-def _check_unique(keys: pa.ChunkedArray) -> None:
+def _hash_texts(texts: pa.Array | pa.ChunkedArray) -> Ints:
+    """Return a 64-bit hash of each text that is not null, the same within this process."""
+    return np.fromiter(map(hash, texts.drop_null().to_pylist()), np.int64)
+
+
+def _check_unique(keys: pa.ChunkedArray, rows_N: Ints) -> None:
     counts = pc.value_counts(keys)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
         key = repeated[0]["values"].as_py()
-        rows = pc.indices_nonzero(pc.equal(keys, key)).to_pylist()
+        rows = rows_N[pc.indices_nonzero(pc.equal(keys, key)).to_numpy()].tolist()
         raise SourceError(
             f"keys must be unique; {key!r} is the key of rows {rows[0]} and {rows[1]} ({len(repeated)} such keys); "
             "rename a file (a.jpg and a.png have the same key); of a table, sort the rows by --key-column if those of "

@@ -13,6 +13,7 @@ import pytest
 from embedcache.errors import CorruptError, SourceError
 from embedcache.provenance import digest
 from embedcache.sources import FileItem, Sample
+from embedcache.store import table_writer
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import TableChecksums, column_checksum
 from embedcache.store.indexing import index
@@ -105,7 +106,14 @@ def test_copy_of_changed_tables_raises(tmp_path: Path, name: str) -> None:
         ("abcbcbd", "'b' is the key of rows 1 and 3 (2 such keys); rename a file"),
     ],
 )
-def test_keys_must_be_unique(tmp_path: Path, keys: str, words: str) -> None:
+@pytest.mark.parametrize("hashes", ["own", "equal", "pairs"])
+def test_keys_must_be_unique(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: str, words: str, hashes: str
+) -> None:
+    if hashes != "own":
+        number = {"equal": lambda _: 7, "pairs": lambda key: ord(key) // 2}[hashes]
+        monkeypatch.setattr(table_writer, "hash", number, raising=False)
+        index(Rows([Sample(key=key) for key in "abcdefg"]), tmp_path / "unique")
     with pytest.raises(SourceError) as raised:
         index(Rows([Sample(key=key) for key in keys]), tmp_path / "c")
     assert f"keys must be unique; {words}" in str(raised.value)
