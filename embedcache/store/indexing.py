@@ -52,8 +52,8 @@ def index(
 ) -> CacheInfo:
     """Write the sample and item tables of a source, or check that a cache still matches its source.
 
-    Rows never change: samples that are added later get the next rows. Memory: some 90 bytes per sample while tables are written, one
-    batch while a cache is checked.
+    Rows never change: samples that are added later get the next rows. Memory: some 90 bytes per sample while tables
+    are written, one batch while a cache is checked.
 
     Args:
         cache_path: a new or empty folder, or a cache of this source; a cache without features is indexed again.

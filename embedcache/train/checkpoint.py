@@ -272,7 +272,7 @@ def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, 
     _check_config(f"run {run_path}", stored, expected, next_step=next_step)
     checked_weights_path(run_path, stored["weights"])
     check_split(split_path(run_path))
-    if process_rank() == 0:
+    if process_rank() == 0 and checkpoint_path(run_path).exists():  # nothing may be removed on a read-only disk
         checkpoint_path(run_path).unlink(missing_ok=True)
     path = run_path / "record.json"
     record = read_stage(path)

@@ -1,5 +1,6 @@
 """An interrupted run resumes and ends with the same bytes."""
 
+import errno
 import io
 import os
 import shutil
@@ -258,6 +259,16 @@ def test_corrupt_checkpoint_is_named(cache_path: Path, unfinished: Path) -> None
         CorruptError, match=r"checkpoint.pt: expected a checkpoint, got an error: .*; delete it to restart training"
     ):
         run(cache_path, unfinished)
+
+
+def test_finished_run_on_a_read_only_disk_is_reused(
+    cache_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    run(cache_path, whole)
 
 
 @pytest.mark.parametrize("left", [[".claims"], [".claims", ".started.json.0.partial"]])
