@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -210,15 +211,56 @@ def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: 
     vector (B, P). Memory: the products of a block in float64, and 8 bytes for each of C x 2 K candidates; it does not
     grow with the items.
     """
-    best_keys = [np.empty((len(concepts_CP), 0), np.int64)]
+    best = _BestKeys(len(concepts_CP), k)
     for samples_B, vectors_BP in whole_samples(blocks):
         samples_S, starts_S = np.unique(samples_B, return_index=True)
-        scores_CS = np.maximum.reduceat(compute_cosines(concepts_CP, vectors_BP), starts_S, axis=1)
-        best_keys.append(_largest(to_keys(scores_CS, samples_S), k))
-        if sum(part.shape[1] for part in best_keys) >= 2 * k:
-            best_keys = [_largest(np.concatenate(best_keys, axis=1), k)]
-    keys_CK = -np.sort(-_largest(np.concatenate(best_keys, axis=1), k), axis=1)
-    return from_keys(keys_CK)
+        best.add(np.maximum.reduceat(compute_cosines(concepts_CP, vectors_BP), starts_S, axis=1), samples_S)
+    return from_keys(-np.sort(-best.merged(), axis=1))
+
+
+class _BestKeys:
+    """The k largest keys of each concept, of scores that come in the order of their samples.
+
+    Of a full row only the scores above its lowest are looked at, of which there are fewer and fewer.
+    """
+
+    def __init__(self, num_concepts: int, k: int) -> None:
+        self._k, self._keys_CK = k, np.empty((num_concepts, 0), np.int64)
+        self._lowest_C1 = np.full((num_concepts, 1), -np.inf, np.float32)
+        self._concepts: list[Ints] = []  # of the keys that are not merged yet
+        self._keys: list[Ints] = []
+
+    def add(self, scores_CS: Floats, samples_S: Ints) -> None:
+        """Add the scores of further samples."""
+        if self._keys_CK.shape[1] < self._k:
+            self._keys_CK = _largest(np.concatenate([self._keys_CK, to_keys(scores_CS, samples_S)], axis=1), self._k)
+            self._find_lowest()
+            return
+        concept_M, sample_M = np.nonzero(scores_CS > self._lowest_C1)  # of equal scores the earlier sample is better
+        if not len(concept_M):
+            return
+        self._concepts.append(concept_M)
+        self._keys.append(to_keys(scores_CS[concept_M, sample_M], samples_S[sample_M]))
+        if 4 * sum(map(len, self._keys)) >= self._keys_CK.size:
+            self.merged()
+
+    def merged(self) -> Ints:
+        """Return the k largest keys of each concept, or all if there are fewer, in any order: (C, K) int64."""
+        if self._keys:
+            concept_M, key_M = np.concatenate(self._concepts), np.concatenate(self._keys)
+            order_M = np.argsort(concept_M, kind="stable")
+            edges = np.searchsorted(concept_M[order_M], np.arange(len(self._keys_CK) + 1))
+            for concept, (start, stop) in enumerate(pairwise(edges.tolist())):
+                if stop > start:
+                    keys = np.concatenate([self._keys_CK[concept], key_M[order_M[start:stop]]])
+                    self._keys_CK[concept] = np.partition(keys, -self._k)[-self._k :]
+            self._concepts, self._keys = [], []
+            self._find_lowest()
+        return self._keys_CK
+
+    def _find_lowest(self) -> None:
+        if self._keys_CK.shape[1] == self._k:
+            self._lowest_C1 = from_keys(self._keys_CK.min(axis=1, keepdims=True)).scores_CK
 
 
 def compute_cosines(left_QP: Floats, right_CP: Floats) -> Floats:
