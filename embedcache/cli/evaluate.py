@@ -76,15 +76,16 @@ def retrieval(
     Example: embedcache evaluate retrieval cache/ run/ --part test --html page.html
     """
     from embedcache.cli.console import open_progress, print_table
-    from embedcache.evaluate.ranking import rank
     from embedcache.evaluate.retrieval import compare_retrieval
-    from embedcache.evaluate.runs import load_runs
     from embedcache.reports.results import retrieval_result
     from embedcache.reports.retrieval import rank_table, retrieval_table, width_table, write_retrieval_page
     from embedcache.store.cache import Cache
 
     files = _name_files(outputs, "zeroshot_retrieval", cache, run, control_run, settings.language)
-    reports = compare_retrieval(cache, run, settings, control_run=control_run or [], progress=open_progress())
+    first = _First(is_kept=outputs.html is not None)
+    reports = compare_retrieval(
+        cache, run, settings, control_run=control_run or [], progress=open_progress(), on_ranking=first.receive
+    )
     results = {name: retrieval_result(report, cache=cache, runs=report.run_paths) for name, report in reports.items()}
 
     def show() -> None:
@@ -95,9 +96,7 @@ def retrieval(
             print_table(*width_table(reports), title="recall by width")
 
     def write_page(path: Path) -> None:
-        opened, shown = Cache(cache), replace(settings, language=settings.language[:1], check_overlap=False)
-        ranking = rank(opened, load_runs(run[:1], device=settings.device)[0], shown)
-        write_retrieval_page(path, opened, reports, ranking, image_folders=outputs.image_folders)
+        write_retrieval_page(path, Cache(cache), reports, first.value, image_folders=outputs.image_folders)
 
     _publish_results(outputs, show, results, files, write_page)
 
@@ -143,6 +142,18 @@ def zero_shot(
         write_zero_shot_page(path, opened, reports, classified, image_folders=outputs.image_folders)
 
     _publish_results(outputs, show, results, files, write_page)
+
+
+class _First:
+    """Keeps the first of the values that it receives, which a page shows: that of the first run."""
+
+    def __init__(self, *, is_kept: bool) -> None:
+        self._is_kept = is_kept
+        self.value: Any = None
+
+    def receive(self, value: Any) -> None:
+        if self._is_kept and self.value is None:
+            self.value = value
 
 
 def _show_lines(reports: "Mapping[str, Any]") -> None:

@@ -14,7 +14,7 @@ from embedcache.evaluate.runs import EvalSplit, Run, read_eval_split, run_input
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.metrics.neighbors import note_duration
 from embedcache.metrics.ranking import average_precisions, first_ranks, negatives_before
-from embedcache.modalities import directions
+from embedcache.modalities import directions, noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import project
 from embedcache.store.cache import Cache
@@ -88,20 +88,29 @@ def rank(
     pairs, part = _draw_samples(pairs, split.part, settings.max_samples)
     split = split._replace(part=part)
     num_pairs = 2 * len(pairs.first.rows) * len(pairs.second.rows)
-    note_duration(progress or NullProgress(), "ranking", num_pairs, run.config.shared_width)
+    progress = progress or NullProgress()
+    note_duration(progress, "ranking", num_pairs, run.config.shared_width)
     item_sets = [ItemSet(side, items) for side, items in zip(sides, (pairs.first, pairs.second), strict=True)]
-    first, second = (
-        project(tower, item_set.feature.read(item_set.items.rows), device=run.device)
-        for tower, item_set in zip(run.pair.towers, item_sets, strict=True)
-    )
-    products = products_on(run.device)
-    ranking = _rank_items(run.seed, split, modalities, pairs, (first, second), pairs.positives(), products)
+    widths = _smaller_widths(run, settings)
+    first, second = (_project(run, item_set, progress) for item_set in item_sets)
+    counter = _Counter(modalities, products_on(run.device), progress)
+    ranking = _rank_items(run.seed, split, pairs, (first, second), pairs.positives(), counter)
     return replace(
         ranking,
-        distinct=_rank_distinct(ranking, split, products),
-        by_width=_ranks_by_width(ranking, _smaller_widths(run, settings), products),
+        distinct=_rank_distinct(ranking, split, counter),
+        by_width=_ranks_by_width(ranking, widths, counter),
         overlap=find_overlap(run, cache, dict(zip(modalities, item_sets, strict=True)), settings),
     )
+
+
+def _project(run: Run, items: ItemSet, progress: Progress) -> Floats:
+    """Project the items of one side: (N, P) float32."""
+    modality = items.feature.modality
+    progress.start(f"projecting {noun(modality)}", len(items.items.rows), noun(modality))
+    projected_NP = project(run.pair.tower(modality), items.feature.read(items.items.rows), device=run.device)
+    progress.advance(len(projected_NP))
+    progress.finish()
+    return projected_NP
 
 
 def _smaller_widths(run: Run, settings: RetrievalSettings) -> list[int]:
@@ -115,43 +124,59 @@ def _smaller_widths(run: Run, settings: RetrievalSettings) -> list[int]:
     return sorted(set(widths) - {whole})
 
 
-def _ranks_by_width(ranking: Ranking, widths: Sequence[int], products: Products) -> dict[int, dict[str, Ints]]:
+def _ranks_by_width(ranking: Ranking, widths: Sequence[int], counter: "_Counter") -> dict[int, dict[str, Ints]]:
     ranks: dict[int, dict[str, Ints]] = {}
     for width in widths:
         first, second = normalize(ranking.first[:, :width]), normalize(ranking.second[:, :width])
-        counts = _negatives_before(ranking.modalities, (first, second), ranking.positives, products)
+        counts = counter.negatives_before(f"ranking by width {width}", (first, second), ranking.positives)
         ranks[width] = {direction: first_ranks(*of_direction) for direction, of_direction in counts.items()}
     return ranks
 
 
-def _negatives_before(
-    modalities: tuple[str, ...], vectors: tuple[Floats, Floats], positives: tuple[Ints, Ints], products: Products
-) -> dict[str, tuple[Ints, Ints]]:
-    """Return, by direction, the query of each positive pair and the number of negatives ranked before the positive."""
-    (first, second), (first_M, second_M) = vectors, positives
-    there, back = directions(modalities)
-    return {
-        there: (first_M, negatives_before(first, second, (first_M, second_M), products=products)),
-        back: (second_M, negatives_before(second, first, (second_M, first_M), products=products)),
-    }
+@dataclass(frozen=True)
+class _Counter:
+    """Counts the negatives before positives in both directions, with progress in queries."""
+
+    modalities: tuple[str, ...]
+    products: Products
+    progress: Progress
+
+    def negatives_before(
+        self, step: str, vectors: tuple[Floats, Floats], positives: tuple[Ints, Ints]
+    ) -> dict[str, tuple[Ints, Ints]]:
+        """Return, by direction, the query of each positive pair and the number of negatives before the positive."""
+        (first, second), (first_M, second_M) = vectors, positives
+        there, back = directions(self.modalities)
+        self.progress.start(step, len(first) + len(second), "queries")
+        counts = {
+            there: (first_M, negatives_before(first, second, (first_M, second_M), products=self._products)),
+            back: (second_M, negatives_before(second, first, (second_M, first_M), products=self._products)),
+        }
+        self.progress.finish()
+        return counts
+
+    def _products(self, queries_QP: Floats, candidates_CP: Floats) -> Floats:
+        products_QC = self.products(queries_QP, candidates_CP)
+        self.progress.advance(len(queries_QP))
+        return products_QC
 
 
 def _rank_items(
     seed: int,
     split: EvalSplit,
-    modalities: tuple[str, ...],
     pairs: Pairs,
     vectors: tuple[Floats, Floats],
     positives: tuple[Ints, Ints],
-    products: Products,
+    counter: _Counter,
+    step: str = "ranking",
 ) -> Ranking:
-    (first, second), before = vectors, _negatives_before(modalities, vectors, positives, products)
+    (first, second), before = vectors, counter.negatives_before(step, vectors, positives)
     return Ranking(
         seed=seed,
         part=split.part,
         pairs=pairs,
         groups=split.groups,
-        modalities=modalities,
+        modalities=counter.modalities,
         first=first,
         second=second,
         positives=positives,
@@ -180,7 +205,7 @@ def _draw_samples(pairs: Pairs, part: str, max_samples: int) -> tuple[Pairs, str
     return pairs.select(drawn), described
 
 
-def _rank_distinct(ranking: Ranking, split: EvalSplit, products: Products) -> Ranking | None:
+def _rank_distinct(ranking: Ranking, split: EvalSplit, counter: _Counter) -> Ranking | None:
     """Rank the first item of each content among those of all other contents; None if no content is repeated."""
     sides = ranking.pairs.first, ranking.pairs.second
     kept = [np.sort(np.unique(side.contents, return_index=True)[1]) for side in sides]
@@ -196,4 +221,4 @@ def _rank_distinct(ranking: Ranking, split: EvalSplit, products: Products) -> Ra
     )
     vectors = ranking.first[kept[0]], ranking.second[kept[1]]
     pairs = Pairs(first=first, second=second)
-    return _rank_items(ranking.seed, split, ranking.modalities, pairs, vectors, (first_M, second_M), products)
+    return _rank_items(ranking.seed, split, pairs, vectors, (first_M, second_M), counter, "ranking each content once")

@@ -1,9 +1,9 @@
 """Retrieval between the two modalities of trained runs, such as images and texts, on cached features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from embedcache.store.cache import Cache
 
 KS = (1, 5, 10)
 _MAX_K = 100
+
+OnRanking: TypeAlias = Callable[[Ranking], object]
+"""Receives the ranking of a run, such as to show queries of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,7 @@ def evaluate_retrieval(
     *,
     is_control: bool = False,
     progress: AnyProgress = None,
+    on_ranking: OnRanking | None = None,
     **options: Any,
 ) -> RetrievalReport:
     """Rank the items of one part of a cache with a run, or with the seeds of one recipe, which are averaged.
@@ -114,7 +118,8 @@ def evaluate_retrieval(
         settings: part, language and overlap check.
         options: settings by their names on the command line, which replace those of `settings`.
         is_control: require that the runs were trained on shuffled pairs.
-        progress: reports before a long ranking how long it takes.
+        progress: progress in queries; reports before a long ranking how long it takes.
+        on_ranking: receives the ranking of each run.
 
     Raises:
         SettingError: no run, two of one seed, a control that was not trained on shuffled pairs, several languages, or a
@@ -126,6 +131,9 @@ def evaluate_retrieval(
     progress = to_progress(progress)
     cache, runs = Cache(cache), load_runs(run, is_control=is_control, device=settings.device)
     rankings = [rank(cache, run, settings, progress=progress) for run in runs]
+    if on_ranking:
+        for ranking in rankings:
+            on_ranking(ranking)
     modalities = runs[0].config.modalities
     both = directions(modalities)
     measured = [_measure(rankings, direction) for direction in both]
@@ -161,6 +169,7 @@ def compare_retrieval(
     *,
     control_run: RunPaths = (),
     progress: AnyProgress = None,
+    on_ranking: OnRanking | None = None,
     **options: Any,
 ) -> dict[str, RetrievalReport]:
     """Evaluate several recipes, each in every language of the settings; seeds of one recipe are averaged.
@@ -171,7 +180,8 @@ def compare_retrieval(
         settings: part, languages and overlap check.
         options: settings by their names on the command line, which replace those of `settings`.
         control_run: runs trained on shuffled pairs.
-        progress: reports before a long ranking how long it takes.
+        progress: progress in queries; reports before a long ranking how long it takes.
+        on_ranking: receives the ranking of each run.
 
     Returns:
         Name of the recipe, with the language if there are several -> report.
@@ -183,7 +193,9 @@ def compare_retrieval(
         for language in settings.language or ("",):
             per_language = replace(settings, language=(language,) if language else ())
             title = f"{name}, {language}" if language else name
-            reports[title] = evaluate_retrieval(cache, paths, per_language, is_control=is_control, progress=progress)
+            reports[title] = evaluate_retrieval(
+                cache, paths, per_language, is_control=is_control, progress=progress, on_ranking=on_ranking
+            )
     return reports
 
 

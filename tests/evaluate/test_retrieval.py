@@ -8,7 +8,7 @@ import pytest
 
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, FingerprintError, SettingError, UnknownNameError
-from embedcache.evaluate.ranking import rank
+from embedcache.evaluate.ranking import Ranking, rank
 from embedcache.evaluate.retrieval import _measure, compare_retrieval, evaluate_retrieval
 from embedcache.evaluate.runs import group_by_recipe, load_runs
 from embedcache.evaluate.settings import RetrievalSettings
@@ -231,10 +231,16 @@ def test_intervals_are_over_near_duplicate_groups(cache_path: Path, runs: list[P
 def test_large_parts_are_drawn_from(cache_path: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
     progress = RecordedProgress()
-    report = evaluate_retrieval(cache_path, runs, RetrievalSettings(max_samples=20), progress=progress)
+    settings, rankings = RetrievalSettings(max_samples=20), list[Ranking]()
+    report = evaluate_retrieval(cache_path, runs, settings, progress=progress, on_ranking=rankings.append)
     assert report.num_items["image"] == [20, 20]
     assert "part test of the run's split, 20 of 75 samples drawn at random (--max-samples 0 ranks all)" in report.line()
     assert progress.notes[0].startswith("ranking: 800 pairs of vectors, about 0 s")
+    steps = [("projecting images", 20, "images"), ("projecting texts", 20, "texts"), ("ranking", 40, "queries")]
+    repeated = ("ranking each content once", 39, "queries")  # of the first run's split
+    assert progress.started == [*steps, repeated, *steps]
+    assert progress.counts == {**{step: 2 * total for step, total, _ in steps}, repeated[0]: 39}
+    assert [ranking.seed for ranking in rankings] == report.seeds
     exact = evaluate_retrieval(cache_path, runs, RetrievalSettings(max_samples=0))
     assert exact.recalls == evaluate_retrieval(cache_path, runs).recalls
     assert "drawn" not in exact.line()
