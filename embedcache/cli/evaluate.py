@@ -2,7 +2,6 @@
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,15 +117,23 @@ def zero_shot(
 
     Example: embedcache evaluate zero-shot labeled/ run/ --prompts prompts/
     """
-    from embedcache.cli.console import print_table
-    from embedcache.evaluate.runs import load_runs
-    from embedcache.evaluate.zero_shot import classify, compare_zero_shot
+    from embedcache.cli.console import open_progress, print_table
+    from embedcache.evaluate.zero_shot import compare_zero_shot
     from embedcache.reports.results import zero_shot_result
     from embedcache.reports.zero_shot import write_zero_shot_page, zero_shot_table
     from embedcache.store.cache import Cache
 
     files = _name_files(outputs, "zeroshot_classification", cache, run, control_run)
-    reports = compare_zero_shot(cache, run, prompts, settings, control_run=control_run or [])
+    first = _First(is_kept=outputs.html is not None)
+    reports = compare_zero_shot(
+        cache,
+        run,
+        prompts,
+        settings,
+        control_run=control_run or [],
+        progress=open_progress(),
+        on_predictions=first.receive,
+    )
     results = {
         name: zero_shot_result(report, cache=cache, prompts=prompts, runs=report.run_paths)
         for name, report in reports.items()
@@ -137,9 +144,7 @@ def zero_shot(
         print_table(*zero_shot_table(reports))
 
     def write_page(path: Path) -> None:
-        opened, shown = Cache(cache), replace(settings, check_overlap=False)
-        classified = classify(opened, load_runs(run[:1], device=settings.device)[0], Cache(prompts), shown)
-        write_zero_shot_page(path, opened, reports, classified, image_folders=outputs.image_folders)
+        write_zero_shot_page(path, Cache(cache), reports, first.value, image_folders=outputs.image_folders)
 
     _publish_results(outputs, show, results, files, write_page)
 

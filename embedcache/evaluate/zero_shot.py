@@ -1,9 +1,9 @@
 """Zero-shot classification of trained runs on two caches: the images, and the prompts of the classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from embedcache.files import AnyPath
 from embedcache.metrics.classification import class_means, count_confusion, rank_labels
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate, over_seeds
 from embedcache.metrics.ranking import recall_at
+from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.saved import project
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
@@ -59,6 +60,10 @@ class ZeroShotPredictions:
     ranks: Ints
     predicted: Ints
     overlap: Overlap | None
+
+
+OnPredictions: TypeAlias = Callable[[ZeroShotPredictions], object]
+"""Receives the predictions of a run, such as to show images of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +124,8 @@ def evaluate_zero_shot(
     settings: ZeroShotSettings | None = None,
     *,
     is_control: bool = False,
+    progress: AnyProgress = None,
+    on_predictions: OnPredictions | None = None,
     **options: Any,
 ) -> ZeroShotReport:
     """Classify the images of a cache with a run, or with the seeds of one recipe, which are averaged.
@@ -132,6 +139,8 @@ def evaluate_zero_shot(
         settings: label column, part and overlap check.
         options: settings by their names on the command line, which replace those of `settings`.
         is_control: require that the runs were trained on shuffled pairs.
+        progress: progress in images.
+        on_predictions: receives the predictions of each run.
 
     Raises:
         SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
@@ -142,7 +151,11 @@ def evaluate_zero_shot(
     settings = replace_flat(settings or ZeroShotSettings(), options)
     cache, prompts = Cache(cache), Cache(prompts)
     runs = load_runs(run, is_control=is_control, device=settings.device)
-    predictions = [classify(cache, run, prompts, settings) for run in runs]
+    progress = to_progress(progress)
+    predictions = [classify(cache, run, prompts, settings, progress=progress) for run in runs]
+    if on_predictions:
+        for of_run in predictions:
+            on_predictions(of_run)
     first, num_classes = predictions[0], len(predictions[0].names)
     labels = np.concatenate([prediction.labels for prediction in predictions])
     ranks = np.concatenate([prediction.ranks for prediction in predictions])
@@ -174,6 +187,8 @@ def compare_zero_shot(
     settings: ZeroShotSettings | None = None,
     *,
     control_run: RunPaths = (),
+    progress: AnyProgress = None,
+    on_predictions: OnPredictions | None = None,
     **options: Any,
 ) -> dict[str, ZeroShotReport]:
     """Evaluate several recipes; seeds of one recipe are averaged.
@@ -185,10 +200,13 @@ def compare_zero_shot(
         settings: label column, part and overlap check.
         options: settings by their names on the command line, which replace those of `settings`.
         control_run: runs trained on shuffled pairs.
+        progress: progress in images.
+        on_predictions: receives the predictions of each run.
 
     Returns:
         Name of the recipe -> report.
     """
+    options |= {"progress": to_progress(progress), "on_predictions": on_predictions}
     return {
         name: evaluate_zero_shot(cache, paths, prompts, settings, is_control=is_control, **options)
         for name, paths, is_control in iterate_recipes(run, control_run)
@@ -196,7 +214,12 @@ def compare_zero_shot(
 
 
 def classify(
-    cache: Cache, run: Run, prompts_cache: Cache, settings: ZeroShotSettings | None = None
+    cache: Cache,
+    run: Run,
+    prompts_cache: Cache,
+    settings: ZeroShotSettings | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> ZeroShotPredictions:
     """Classify the images of one part with one run; errors are those of `evaluate_zero_shot`."""
     settings = settings or ZeroShotSettings(check_overlap=False)
@@ -213,7 +236,7 @@ def classify(
             f"{split.part}; name another column with --label"
         )
     labels = read_labels(cache, items.samples, column=settings.label, classes=prompts.names).numbers
-    ranks, predicted = _rank(run, image, items.rows, labels, prompts)
+    ranks, predicted = _rank(run, image, items.rows, labels, prompts, progress or NullProgress())
     return ZeroShotPredictions(
         seed=run.seed,
         split=split,
@@ -228,10 +251,13 @@ def classify(
     )
 
 
-def _rank(run: Run, image: InputFeature, rows: Ints, labels: Ints, prompts: Prompts) -> tuple[Ints, Ints]:
+def _rank(
+    run: Run, image: InputFeature, rows: Ints, labels: Ints, prompts: Prompts, progress: Progress
+) -> tuple[Ints, Ints]:
     """Compute the (I,) rank of each image's class and the (I, K) classes with the highest scores."""
     classes_CP = class_vectors(prompts, run.pair.tower("text"), device=run.device)
     ranks, predicted = [], []
+    progress.start("classifying", len(rows), "images")
     for block in blocks(len(rows), _BLOCK):
         scores_BC = project(run.pair.tower("image"), image.read(rows[block]), device=run.device) @ classes_CP.T
         ranks.append(rank_labels(scores_BC, labels[block]))
@@ -239,6 +265,8 @@ def _rank(run: Run, image: InputFeature, rows: Ints, labels: Ints, prompts: Prom
         best_BK = np.argpartition(-scores_BC, k - 1, axis=1)[:, :k]
         order_BK = np.argsort(-np.take_along_axis(scores_BC, best_BK, axis=1), axis=1, kind="stable")
         predicted.append(np.take_along_axis(best_BK, order_BK, axis=1))
+        progress.advance(len(scores_BC))
+    progress.finish()
     return np.concatenate(ranks), np.concatenate(predicted)
 
 

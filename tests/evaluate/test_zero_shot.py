@@ -8,7 +8,7 @@ from embedcache.arrays import Inputs, normalize
 from embedcache.errors import DataError, FingerprintError, UnknownNameError
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import ZeroShotSettings
-from embedcache.evaluate.zero_shot import classify, evaluate_zero_shot
+from embedcache.evaluate.zero_shot import ZeroShotPredictions, classify, evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import project
 from embedcache.reports.zero_shot import confusion_table, write_zero_shot_page, zero_shot_json, zero_shot_table
@@ -16,6 +16,7 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.evaluate.test_retrieval import train_run
 from tests.images import COLORS, PLACES, write_images
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 COLOR_NAMES = sorted(COLORS)
@@ -81,10 +82,15 @@ def test_accuracy_matches_counting_by_hand(labeled: Path, prompts: Path, runs: l
 
 
 def test_seeds_are_averaged(labeled: Path, prompts: Path, runs: list[Path]) -> None:
-    one, other, both = (evaluate_zero_shot(labeled, paths, prompts) for paths in (runs[:1], runs[1:], runs))
+    one, other = (evaluate_zero_shot(labeled, paths, prompts) for paths in (runs[:1], runs[1:]))
+    progress, predictions = RecordedProgress(), list[ZeroShotPredictions]()
+    both = evaluate_zero_shot(labeled, runs, prompts, progress=progress, on_predictions=predictions.append)
     assert both.accuracies["acc1"].value == pytest.approx(np.mean([*one.by_seed, *other.by_seed]))
     assert np.array_equal(both.confusion, one.confusion + other.confusion)
     assert both.confusion.sum() == 200
+    assert progress.started == [("classifying", 100, "images")] * 2
+    assert progress.counts == {"classifying": 200}
+    assert [np.mean(of_run.ranks == 1) for of_run in predictions] == [*one.by_seed, *other.by_seed]
 
 
 def test_labels_may_be_numbers_or_missing(prompts: Path, runs: list[Path], tmp_path: Path) -> None:
