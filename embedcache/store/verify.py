@@ -13,6 +13,7 @@ from embedcache.arrays import Array, Ints
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
 from embedcache.files import is_remote
+from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest, digest_file
 from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_metadata
@@ -81,7 +82,7 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
     between two encoders. Memory: one chunk.
     """
     progress = progress or NullProgress()
-    findings, features = [*_check_removed(cache), *check_tables(cache)], []
+    findings, features = [*_check_removed(cache), *check_tables(cache, progress=progress)], []
     without_rows = {finding.modality for finding in findings if finding.reason != _REORDERED}
     for modality in cache.info.num_items:
         if modality in without_rows:
@@ -102,7 +103,7 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
         if not feature.group.is_imported
     }
     for modality in cache.info.num_items:
-        findings += list(_check_items([groups[key] for key in sorted(groups) if key[0] == modality]))
+        findings += list(_check_items([groups[key] for key in sorted(groups) if key[0] == modality], progress))
     return findings
 
 
@@ -117,16 +118,18 @@ def _check_removed(cache: Cache) -> Iterator[Finding]:
         yield finding(name=removing_path(cache.path).name, reason=INTERRUPTED_REMOVAL)
 
 
-def check_tables(cache: Cache) -> Iterator[Finding]:
+def check_tables(cache: Cache, *, progress: Progress | None = None) -> Iterator[Finding]:
     """Compare the tables with their numbers of rows, and with their digests, which the first caches lack."""
-    for name, num_rows in {"samples": cache.info.num_samples, **cache.info.num_items}.items():
+    progress, tables = progress or NullProgress(), {"samples": cache.info.num_samples, **cache.info.num_items}
+    progress.start("checking tables", sum(tables.values()), "rows")
+    for name, num_rows in tables.items():
         is_samples = name == "samples"
         path = samples_path(cache.path) if is_samples else items_path(cache.path, name)
         finding = partial(Finding, modality=name, encoder="", name=str(path.relative_to(cache.path)), can_repair=False)
         indexed_digest = cache.info.table_digests.get(name)
         block_rows = BLOCK if is_samples else cache.info.chunk_size
         try:
-            actual_digest, checksums, missing = _digest(path, num_rows, block_rows, is_samples=is_samples)
+            actual_digest, checksums, missing = _digest(path, num_rows, block_rows, progress, is_samples=is_samples)
         except (CorruptError, PathError) as error:
             yield finding(reason=str(error))
             continue
@@ -144,9 +147,12 @@ def check_tables(cache: Cache) -> Iterator[Finding]:
                 reason=f"column {changed[0]!r} has changed since it was indexed; restore the file, or extract into a "
                 "new folder"
             )
+    progress.finish()
 
 
-def _digest(path: Path, num_rows: int, block_rows: int, *, is_samples: bool) -> tuple[str, dict[str, str], int]:
+def _digest(
+    path: Path, num_rows: int, block_rows: int, progress: Progress, *, is_samples: bool
+) -> tuple[str, dict[str, str], int]:
     """Return the digest and the checksums of the first rows of a table, and how many of them are missing."""
     table_digest, checksums = TableDigest(), TableChecksums(block_rows)
     with table_errors(path), open_table(path) as table:
@@ -155,6 +161,7 @@ def _digest(path: Path, num_rows: int, block_rows: int, *, is_samples: bool) -> 
             table_digest.update(rows.select(["key"]) if is_samples else rows)
             checksums.update(rows)
             num_rows -= len(rows)
+            progress.advance(len(rows))
     return table_digest.hexdigest(), checksums.close(), num_rows
 
 
@@ -292,9 +299,13 @@ def _check_tokens(feature: Feature, chunk: int, items: Sequence[Array | None]) -
         yield f"{folder / 'zarr.json'} is missing or does not describe this array; {REPAIR}"
 
 
-def _check_items(features: Sequence[Feature]) -> Iterator[Finding]:
+def _check_items(features: Sequence[Feature], progress: Progress) -> Iterator[Finding]:
     """Check that the encoders of a modality encoded the same bytes of each item; of each, one feature is given."""
-    for chunk in range(features[0].group.info.num_chunks(features[0].modality) if features else 0):
+    if len(features) < 2:
+        return  # nothing to compare
+    num_chunks = features[0].group.info.num_chunks(features[0].modality)
+    progress.start(f"comparing encoders of {noun(features[0].modality)}", num_chunks, "chunks")
+    for chunk in range(num_chunks):
         seen = _SeenItems(features[0].group.info.count_items(features[0].modality, [chunk]))
         for feature in features:
             try:
@@ -315,6 +326,8 @@ def _check_items(features: Sequence[Feature]) -> Iterator[Finding]:
                     f"{seen.encoder(row)} was extracted; remove the folder of the one that is out of date, and "
                     "extract it again",
                 )
+        progress.advance(1)
+    progress.finish()
 
 
 class _SeenItems:

@@ -46,7 +46,9 @@ def flip_a_bit(path: Path) -> None:
 def test_verify_intact_cache(copy: Path) -> None:
     progress = RecordedProgress()
     assert verify(Cache(copy), progress=progress) == []
-    assert (progress.started, progress.advances) == ([("verifying", 20, "chunks")], [1] * 20)
+    assert progress.started == [("checking tables", 900, "rows"), ("verifying", 20, "chunks")]
+    assert progress.counts == {"checking tables": 900, "verifying": 20}
+    assert progress.advances[-20:] == [1] * 20
 
 
 @pytest.mark.parametrize(
@@ -180,6 +182,10 @@ def test_verify_finds_items_with_other_bytes(tmp_path: Path) -> None:
         f"third/f chunk 1: 2 items, first row 5, had other bytes when second was extracted; {step}",
         f"third/f chunk 2: 1 items, first row 8, had other bytes when test was extracted; {step}",
     ]
+    progress = RecordedProgress()
+    verify(Cache(tmp_path), progress=progress)
+    assert progress.started[-1] == ("comparing encoders of images", 3, "chunks")
+    assert progress.counts["comparing encoders of images"] == 3
 
 
 def test_verify_finds_changed_arrays_of_a_rule(tmp_path: Path) -> None:
