@@ -8,6 +8,8 @@ import pyarrow as pa
 
 from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, concatenated_ranges, normalize
 from embedcache.errors import DataError
+from embedcache.modalities import noun
+from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, is_missing
@@ -136,9 +138,12 @@ class InputFeature:
             return valid_rows, Inputs(np.empty((0, self.width), self.dtype))
         return valid_rows + start, to_inputs([[part[row] for row in valid_rows] for part in items])  # type: ignore[misc]
 
-    def load(self) -> Reader:
+    def load(self, *, progress: Progress | None = None) -> Reader:
         """Read all items into memory, with checksums checked, and return a reader of their rows."""
-        readers = [_load_ragged(feature) if feature.is_ragged else _load(feature) for feature in self._features]
+        progress = progress or NullProgress()
+        progress.start(f"loading {self.name}", self.num_items * len(self._features), noun(self.modality))
+        readers = [(_load_ragged if feature.is_ragged else _load)(feature, progress) for feature in self._features]
+        progress.finish()
         return lambda rows: _join([read(rows) for read in readers])
 
 
@@ -212,13 +217,16 @@ def _read_dense_chunk(feature: Feature, commit: Commit) -> tuple[Ints, Array]:
     return valid_rows, values if len(valid_rows) == len(values) else values[valid_rows]
 
 
-def _load(feature: Feature) -> Reader:
-    loaded = feature.load()
+def _load(feature: Feature, progress: Progress) -> Reader:
+    loaded = feature.load(progress=progress)
     return lambda rows: Inputs(loaded[rows])
 
 
-def _load_ragged(feature: Feature) -> Reader:
-    items = [tokens for _, chunk in feature.chunks() for tokens in chunk]
+def _load_ragged(feature: Feature, progress: Progress) -> Reader:
+    items: list[Array | None] = []
+    for _, chunk in feature.chunks():
+        items += chunk
+        progress.advance(len(chunk))
     lengths = np.array([0 if tokens is None else len(tokens) for tokens in items], np.int64)
     values = np.concatenate([tokens for tokens in items if tokens is not None])
     starts = np.cumsum(lengths) - lengths

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Array, Bools, Ints, to_rows
 from embedcache.errors import CorruptError, DataError, UnfinishedError
+from embedcache.progress import Progress
 from embedcache.provenance import digest
 from embedcache.store.arrays import REPAIR, max_maps, open_chunk
 from embedcache.store.columns import HASH, Column, is_missing, to_array
@@ -262,7 +263,7 @@ class Feature:
         reasons = commit.failures[self.feature][: len(items)]
         return [item if reason is None else None for item, reason in zip(items, reasons, strict=True)]
 
-    def load(self) -> Array:
+    def load(self, *, progress: Progress | None = None) -> Array:
         """Read the complete feature into memory: (N, D) or (N, T, D), with checksums checked.
 
         Failed rows are NaN, of integers -1.
@@ -277,6 +278,8 @@ class Feature:
         out = np.empty(self.shape, self.dtype)
         for rows, values in self.chunks():
             out[rows] = values
+            if progress:
+                progress.advance(len(values))
         return out
 
     def _require_fixed(self) -> None:

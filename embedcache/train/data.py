@@ -2,8 +2,8 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from embedcache.dataset.splits import Split, make_split
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.files import AnyPath, one_or_many
 from embedcache.modalities import noun, order_pair
-from embedcache.progress import Progress
+from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import check_same, digest
 from embedcache.store.cache import Cache, keys_of
@@ -31,7 +31,9 @@ Names: TypeAlias = str | Sequence[str] | None
 """A feature, or several of one encoder; None: the only one."""
 
 
-def open_data(paths: Paths, features: Mapping[str, str | None], *, memory_bytes: int) -> "TrainData":
+def open_data(
+    paths: Paths, features: Mapping[str, str | None], *, memory_bytes: int, progress: Progress | None = None
+) -> "TrainData":
     """Open the same features of two modalities of one or several caches.
 
     The features of a modality that fit into half of `memory_bytes` are loaded once.
@@ -40,6 +42,7 @@ def open_data(paths: Paths, features: Mapping[str, str | None], *, memory_bytes:
         paths: one cache, or several.
         features: modality -> `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
         memory_bytes: for both features.
+        progress: progress of what is then done with the data: loading, pairing and splitting them.
 
     Raises:
         SettingError: not two modalities.
@@ -62,7 +65,7 @@ def open_data(paths: Paths, features: Mapping[str, str | None], *, memory_bytes:
     for opened in sides.values():
         for cache, feature in zip(caches[1:], opened[1:], strict=True):
             _check_same_feature(caches[0], opened[0], cache, feature)
-    return TrainData(caches=caches, sides=sides, memory_bytes=memory_bytes)
+    return TrainData(caches=caches, sides=sides, memory_bytes=memory_bytes, progress=progress or NullProgress())
 
 
 def name_features(image: Names, text: Names, features: Mapping[str, Names] | None) -> dict[str, str | None]:
@@ -94,6 +97,7 @@ class TrainData:
     caches: Sequence[Cache]
     sides: Mapping[str, Sequence[InputFeature]]
     memory_bytes: float
+    progress: Progress = field(default_factory=NullProgress)
 
     @property
     def features(self) -> dict[str, InputFeature]:
@@ -116,8 +120,13 @@ class TrainData:
 
     def split(self, pairs: Pairs, settings: SplitSettings, *, progress: Progress | None = None) -> Split:
         """Split the samples; features are loaded for a strict split only."""
-        readers = {modality: partial(self._read, modality) for modality in self.sides}
-        split = make_split(self.caches, pairs, settings, readers, progress=progress)
+        if settings.kind == "strict":  # has steps of its own
+            split = make_split(self.caches, pairs, settings, self.readers, progress=progress)
+        else:
+            self.progress.start("splitting", len(pairs.samples), "samples")
+            split = make_split(self.caches, pairs, settings, {}, progress=progress)
+            self.progress.advance(len(pairs.samples))
+            self.progress.finish()
         if settings.path is not None and progress is not None:
             num_all, num_missing = split.parts.count(""), sum(map(len, self.caches)) - len(np.unique(pairs.samples))
             if num_other := num_all - num_missing:
@@ -127,13 +136,12 @@ class TrainData:
                 )
         return split
 
-    def _read(self, modality: str, rows: Ints) -> Inputs:
-        return self.readers[modality](rows)
-
     @cached_property
     def readers(self) -> dict[str, Reader]:
         """Modality -> reader of its rows."""
-        return {modality: _reader(opened, self.memory_bytes / 2) for modality, opened in self.sides.items()}
+        return {
+            modality: _reader(opened, self.memory_bytes / 2, self.progress) for modality, opened in self.sides.items()
+        }
 
     @property
     def is_mapped(self) -> bool:
@@ -143,7 +151,11 @@ class TrainData:
     def pairs(self, language: str | None) -> Pairs:
         """Pair the items; arguments and errors are those of `pair_items`."""
         first, second = self.sides.values()
-        return pair_items(self.caches, first, second, language=language)
+        self.progress.start("pairing", sum(map(len, self.caches)), "samples")
+        pairs = pair_items(self.caches, first, second, language=language)
+        self.progress.advance(sum(map(len, self.caches)))
+        self.progress.finish()
+        return pairs
 
     def open_views(self, modality: str, views: Iterable[str]) -> dict[str, list[InputFeature]]:
         """Open views of a side's feature in every cache: view -> features.
@@ -169,7 +181,9 @@ class TrainData:
         opened = self.open_views(modality, views)
         return DrawnViews(
             readers={
-                view: self.readers[modality] if view == PLAIN else _reader(features, self.memory_bytes / 2 / len(views))
+                view: self.readers[modality]
+                if view == PLAIN
+                else _reader(features, self.memory_bytes / 2 / len(views), self.progress)
                 for view, features in opened.items()
             },
             probabilities=views,
@@ -211,9 +225,9 @@ def _fits(features: Sequence[InputFeature], memory_bytes: float) -> bool:
     return sum(feature.num_bytes for feature in features) <= memory_bytes
 
 
-def _reader(features: Sequence[InputFeature], memory_bytes: float) -> Reader:
+def _reader(features: Sequence[InputFeature], memory_bytes: float, progress: Progress) -> Reader:
     fits = _fits(features, memory_bytes)
-    readers = [feature.load() if fits else feature.read for feature in features]
+    readers = [feature.load(progress=progress) if fits else feature.read for feature in features]
     if len(readers) == 1:
         return readers[0]
     stops = np.cumsum([feature.num_items for feature in features])

@@ -10,6 +10,7 @@ from embedcache.arrays import Floats, Ints, blocks, check_finite, normalize
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Pairs
 from embedcache.errors import SettingError
+from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import HasAnchors, HasLinearBranch
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.projectors.pair import AlignedPair, AnyTower
@@ -22,7 +23,13 @@ MAX_PAIRS = 2**20
 
 
 def initialize(
-    pair: AlignedPair, pairs: Pairs, readers: Mapping[str, Reader], settings: ModelSettings, *, seed: int
+    pair: AlignedPair,
+    pairs: Pairs,
+    readers: Mapping[str, Reader],
+    settings: ModelSettings,
+    *,
+    seed: int,
+    progress: Progress | None = None,
 ) -> None:
     """Center both towers on the training pairs, and set their projectors to a closed form or to anchors.
 
@@ -42,13 +49,16 @@ def initialize(
     towers = (first, second)
     form = settings.initialization or ("cca" if all(tower.supports(HasLinearBranch) for tower in towers) else "random")
     _check(towers, form, settings)
-    moments = Moments(first.width, second.width)
+    moments, progress = Moments(first.width, second.width), progress or NullProgress()
+    num_passes = 1 + sum(isinstance(rows.tower, RawTower) for rows in towers)
+    progress.start("initializing", len(first.rows) * num_passes, "pairs")
     for block in blocks(len(first.rows), _BLOCK):
         moments.add(first.vectors(block), second.vectors(block))
+        progress.advance(len(first.rows[block]))
     covariances = moments.covariances()[:2]
     for rows, mean in zip(towers, (moments.image_mean, moments.text_mean), strict=True):
         if isinstance(rows.tower, RawTower):
-            rows.tower.length.fill_(rows.rms_length())
+            rows.tower.length.fill_(rows.rms_length(progress))
         elif isinstance(rows.tower, Tower):
             rows.tower.mean.copy_(torch.from_numpy(mean))
     if form != "random":
@@ -59,6 +69,7 @@ def initialize(
             rows.tower.projector.set_linear_map(torch.from_numpy(weights_DP / length))
     if any(tower.supports(HasAnchors) for tower in towers):
         _set_anchors(towers, settings.shared_width, seed)
+    progress.finish()
 
 
 def _thin_out(positions_M: Ints) -> Ints:
@@ -85,13 +96,14 @@ class _TowerRows:
     def supports(self, interface: type[HasLinearBranch] | type[HasAnchors]) -> bool:
         return isinstance(self.tower, Tower) and isinstance(self.tower.projector, interface)
 
-    def rms_length(self) -> float:
+    def rms_length(self, progress: Progress) -> float:
         """Compute the root mean square length of the rows in one pass."""
         total = 0.0
         for block in blocks(len(self.rows), _BLOCK):
             values = np.asarray(self.read(self.rows[block]).values, np.float64)
             check_finite(values, f"the {self.name} feature", rows=self.rows[block])
             total += float((values**2).sum())
+            progress.advance(len(values))
         return float(np.sqrt(total / len(self.rows))) or 1.0
 
     def vectors(self, which: slice | Ints) -> Floats:

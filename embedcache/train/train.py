@@ -172,11 +172,8 @@ def train(
     settings = replace(settings, machine=name_device(settings.machine, Path(run)))
     with process_group(settings.machine.device) as device:
         settings = replace(settings, machine=replace(settings.machine, device=device))
-        data = open_data(
-            caches,
-            name_features(image_feature, text_feature, feature),
-            memory_bytes=settings.machine.memory,
-        )
+        features = name_features(image_feature, text_feature, feature)
+        data = open_data(caches, features, memory_bytes=settings.machine.memory, progress=progress)
         return train_on(data, run, settings, progress=progress)
 
 
@@ -276,7 +273,7 @@ def _fit(
     ]
     negatives = _hard_negatives(data, training, settings, progress)
     batches, device = _batches(training, settings, drawn, negatives), settings.machine.device
-    pair = _build_pair(config, data, training, settings)
+    pair = _build_pair(config, data, training, settings, progress)
     size = count_cost(config, {modality: feature.item_shape for modality, feature in data.features.items()})
     first, second = data.readers.values()
     load = PairLoader(drawn[0] or first, drawn[1] or second, device=device)
@@ -325,13 +322,16 @@ def _make_split(data: TrainData, pairs: Pairs, run_path: Path, settings: TrainSe
     write_split(path, data.split(pairs, settings.split, progress=progress))
 
 
-def _build_pair(config: PairConfig, data: TrainData, training: Pairs, settings: TrainSettings) -> AlignedPair:
+def _build_pair(
+    config: PairConfig, data: TrainData, training: Pairs, settings: TrainSettings, progress: Progress
+) -> AlignedPair:
     """Build the pair on its device: the initialization on the training pairs, parts of other runs, a temperature."""
     with seeded(settings.seed, settings.machine.device):
         pair = build(config, dropout=settings.model.dropout).to(settings.machine.device)
     parts = pair_parts(pair)
     sources = find_sources(settings.parts.init_from, parts)
-    initialize(pair, training, data.readers, _initialization(pair, settings, sources), seed=settings.seed)
+    model = _initialization(pair, settings, sources)
+    initialize(pair, training, data.readers, model, seed=settings.seed, progress=progress)
     load_parts(pair, parts, sources)
     if settings.loss.temperature is not None:
         pair.set_temperature(settings.loss.temperature)

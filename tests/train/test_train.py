@@ -25,6 +25,7 @@ from embedcache.errors import (
 )
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.inference import load
+from embedcache.modalities import noun
 from embedcache.projectors.heads import ShareLockProjector
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import load_pair, project, read_config, split_path
@@ -39,7 +40,8 @@ from embedcache.train.settings import train_settings
 from embedcache.train.train import TrainReport
 from tests.cli.run import embedcache
 from tests.edits import edit_record, flip
-from tests.train.runs import IMAGE, beats_chance, log_lines, run
+from tests.recorded import RecordedProgress
+from tests.train.runs import IMAGE, TEXT, beats_chance, log_lines, run
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +344,20 @@ def test_training_uses_only_its_part(cache_path: Path, tmp_path: Path, monkeypat
     split = read_split(tmp_path / "run/split.parquet", [Cache(cache_path)])
     assert seen["initialization"] == seen["batches"] == set(split.rows("train"))
     assert seen["validation"] == set(split.rows("val"))
+
+
+@pytest.mark.parametrize("split", ["key", "strict"])
+def test_progress_begins_before_the_first_step(cache_path: Path, tmp_path: Path, split: str) -> None:
+    progress, cache = RecordedProgress(), Cache(cache_path)
+    report = run(cache_path, tmp_path / "run", split=split, image_cosine=0.9999, text_cosine=0.9999, progress=progress)
+    features = [cache.feature("image", IMAGE), cache.feature("text", TEXT)]
+    loading = [(f"loading {feature.name}", feature.num_items, noun(feature.modality)) for feature in features]
+    pairing, splitting = ("pairing", len(cache), "samples"), ("splitting", len(cache), "samples")
+    steps = [pairing, splitting, *loading] if split == "key" else [pairing, *loading]
+    assert progress.started[:-2] == steps
+    assert [what for what, *_ in progress.started[-2:]] == ["initializing", "training"]
+    assert progress.started[-2][1] >= report.num_samples["train"]
+    assert progress.counts == {what: total for what, total, _ in progress.started}
 
 
 def test_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path) -> None:
