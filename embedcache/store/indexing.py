@@ -206,7 +206,7 @@ def _create(
 ) -> CacheInfo:
     with scratch_folder(cache_path) as folder:
         writer = TableWriter(folder, chunk_size)
-        digests = digest_segments(source, "indexing", 0, limit, segment_sizes, writer.add, progress)
+        digests = digest_segments(source, "indexing", sum(segment_sizes), limit, segment_sizes, writer.add, progress)
         if not writer.num_samples:
             raise SourceError(
                 f"{source.describe().get('path', 'the source')}: expected samples, got none; "

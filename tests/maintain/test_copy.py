@@ -31,6 +31,7 @@ from tests.crash import crash_function
 from tests.extract.cases import tree
 from tests.images import write_images
 from tests.maintain.cases import KEYS, make_cache, write_source
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE
 
 CHOSEN = ["00001", KEYS[0], "00006", "00007", "00008", "00011"]
@@ -89,6 +90,15 @@ KILLS = [
     *(r"samples\.parquet", r"cache\.json", r"image/small/fit\.safetensors", r"open_toy/patches/zarr\.json"),
     *(r"open_toy@flip/cls/c/1/0", r"open_toy/chunks/00001\.parquet", r"records/cut-.*\.json"),
 ]
+
+
+def test_cut_and_merge_show_how_many_samples_there_are(made: Path, halves: list[Path], tmp_path: Path) -> None:
+    progress = RecordedProgress()
+    cut_cache(made / "c", made / "chosen.txt", tmp_path / "small", progress=progress)
+    merge_caches(halves, tmp_path / "whole", progress=progress)
+    steps = [step for step in progress.started if step[0] == "indexing"]
+    assert steps == [("indexing", 6, "samples"), ("indexing", 12, "samples")]
+    assert progress.counts["indexing"] == 18
 
 
 @pytest.mark.slow
