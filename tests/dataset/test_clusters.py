@@ -1,5 +1,6 @@
 """Clusters of near vectors: which an item visits, what a plan compares, and the scratch file."""
 
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,7 +192,7 @@ def test_few_vectors_are_read_at_once() -> None:
 
 
 def test_time_to_find_clusters_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, vectors, progress = iter([0, 10**6]), made_vectors(50, 3), RecordedProgress()
+    clock, vectors, progress = count(0, 10**6), made_vectors(50, 3), RecordedProgress()
     monkeypatch.setattr(neighbors.time, "perf_counter", lambda: next(clock))
     cluster_items(lambda numbers: vectors[numbers], 50, 0.9, seed=1, what="dots", progress=progress)
     hours = 10**6 * 10 * 50 * 14 / (512 * 4096) / 60  # ten iterations of 50 items with 14 centroids

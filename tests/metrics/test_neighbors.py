@@ -1,3 +1,4 @@
+from itertools import count
 from unittest.mock import patch
 
 import numpy as np
@@ -90,17 +91,21 @@ def test_pairs_above_matches_full_product(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_duration_is_that_of_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, shapes = [0.0], []
+    clock, shapes, durations = (
+        [0.0],
+        [],
+        iter([2.0, *(2.0, 3.0, 2.0, 4.0), *(9.0, 3.0, 4.0, 2.0), *(9.0, 2.0, 1.0, 3.0)]),
+    )
 
     def compare(queries: Floats, candidates: Floats) -> None:
         shapes.append((queries.shape, candidates.shape))
-        clock[0] += 2.0
+        clock[0] += next(durations)
 
     monkeypatch.setattr(neighbors.time, "perf_counter", lambda: clock[0])
     progress = RecordedProgress()
-    for num_pairs in (60, 61, 60_000):
+    for num_pairs in (60, 61, 60_000, 120):  # the first comparison of each is cold, and the last is short once warm
         note_duration(progress, "comparing", num_pairs, 3, compare=compare, timed=(2, 6))
-    assert shapes == [((2, 3), (6, 3))] * 3
+    assert shapes == [((2, 3), (6, 3))] * 13
     assert progress.notes == [
         "comparing: 61 pairs of vectors, about 10 s",
         "comparing: 60,000 pairs of vectors, about 3 hours",
@@ -119,7 +124,7 @@ def test_duration_is_that_of_the_comparison(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_durations_are_in_the_largest_unit(monkeypatch: pytest.MonkeyPatch, seconds: int, duration: str) -> None:
-    clock, progress = iter([0, 1]), RecordedProgress()
+    clock, progress = count(), RecordedProgress()
     monkeypatch.setattr(neighbors.time, "perf_counter", lambda: next(clock))
     note_duration(progress, "x", seconds * 512 * 4096, 1, compare=lambda left, right: left)
     assert progress.notes == [f"x: {seconds * 2**21:,} pairs of vectors, about {duration}"]
