@@ -228,13 +228,9 @@ class EncoderGroup:
         """Check that the stored features have a fingerprint; `FingerprintError` names each field that differs."""
         is_same_family = self.fingerprint.get("family") == fingerprint.get("family")
         is_derived = self.is_derived and is_same_family
-        what = "derived feature" if is_derived else "encoder"
-        check_same(
-            f"{what} {self.name!r} of cache {self.path.parents[1]}",
-            self.fingerprint,
-            fingerprint,
-            next_step=_SAME_DERIVATION if is_derived else _SAME_ENCODER if is_same_family else _OTHER_NAME,
-        )
+        what = f"{'derived feature' if is_derived else 'encoder'} {self.name!r} of cache {self.path.parents[1]}"
+        next_step = _SAME_DERIVATION if is_derived else _SAME_ENCODER if is_same_family else _OTHER_NAME
+        check_same(what, self.fingerprint, fingerprint, next_step=next_step)
 
 
 @dataclass(frozen=True, kw_only=True)
