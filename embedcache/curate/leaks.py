@@ -119,6 +119,8 @@ class LeakReport:
         parts = [_closest_reasons(leak, self.train, rows) for leak in self.leaks if leak.feature]
         reasons = pa.repeat("not in test", len(rows))
         if parts:
+            is_compared = pc.is_valid(pc.coalesce(*parts))
+            parts[0] = pc.if_else(is_compared, parts[0], "")  # "skip" leaves out rows of nulls only
             closest = pc.binary_join_element_wise(*parts, ", ", null_handling="skip")
             joined = pc.binary_join_element_wise(reasons, closest, "; ")
             reasons = pc.if_else(pc.equal(closest, ""), reasons, joined)

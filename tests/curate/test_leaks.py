@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,31 @@ def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
         write_clean_selection(tmp_path / "clean.txt", found)
     with pytest.raises(DataError, match="no sample of .* is selected"):
         write_clean_selection(tmp_path / "none.parquet", find_leaks(*caches, replace(BOTH, image_cosine=0.01)))
+
+
+@pytest.mark.parametrize("modalities", [("image", "text"), ("image",), ("text",)])
+def test_training_samples_without_vectors_are_kept(
+    caches: tuple[Path, Path], tmp_path: Path, modalities: tuple[str, ...]
+) -> None:
+    source = write_images(tmp_path / "source", 6, seed=3)
+    for file in source.glob("*.txt"):
+        file.write_text(f"a caption of {file.stem} alone\n")
+    for name in ("00002", "00003"):
+        (source / f"{name}.png").write_bytes(b"not an image")
+    for name in ("00003", "00004"):
+        (source / f"{name}.txt").unlink()
+    encoders = {f"{modality}_encoder": [IMAGE if modality == "image" else TEXT] for modality in modalities}
+    extract(open_source(source), tmp_path / "train", **encoders)
+    options = [f"--{modality}-feature {FEATURES[modality]} --{modality}-cosine 1" for modality in modalities]
+    succeed("curate", "leaks", "train", caches[1], "clean.parquet", *" ".join(options).split(), cwd=tmp_path)
+    table = pq.read_table(tmp_path / "clean.parquet")
+    reasons = dict(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
+    assert list(reasons) == [f"{number:05d}" for number in range(6)]
+    without = {"image": {"00002", "00003"}, "text": {"00003", "00004"}}
+    for key, reason in reasons.items():
+        compared = [modality for modality in modalities if key not in without[modality]]
+        closest = ", ".join(rf"closest {modality} -?\d\.\d{{3}}" for modality in compared)
+        assert re.fullmatch(f"not in test; {closest}" if compared else "not in test", reason)
 
 
 def test_limit_is_inclusive_and_the_smallest_cosine_is_one(caches: tuple[Path, Path]) -> None:
