@@ -19,6 +19,8 @@ from embedcache.reports.base import (
     format_percent,
     write_report,
 )
+from embedcache.store.layout import SAMPLES
+from embedcache.store.rows import RowReader
 
 _MAX_PAIRS = 40
 
@@ -81,14 +83,16 @@ def closest_pairs(leaks: LeakReport, leak: ModalityLeaks, num_pairs: int) -> lis
     items = [(leaks.test, leak.test.rows[order]), (leaks.train, leak.train_rows[order])]
     names = []
     for cache, rows in items:
-        table = cache.items(leak.modality).take(rows)
-        names.append(table["text"] if leak.modality == "text" else cache.column("key").take(table["sample"]))
+        found = RowReader(cache, leak.modality).take(rows)
+        if leak.modality != "text":
+            found = RowReader(cache, SAMPLES, ["key"]).take(found["sample"].to_numpy())
+        names.append(found["text" if leak.modality == "text" else "key"].to_pylist())
     return [
         LeakedPair(
             test_row=int(leak.test.rows[position]),
             train_row=int(leak.train_rows[position]),
-            test=str(test),
-            train=str(train),
+            test=test,
+            train=train,
             similarity="equal" if leak.is_copy[position] else format_fraction(min(1, leak.cosines[position])),
         )
         for position, test, train in zip(order.tolist(), *names, strict=True)

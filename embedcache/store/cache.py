@@ -150,10 +150,7 @@ class Cache:
             return self.samples.to_pandas()
         if modality not in self.info.num_items:
             raise unknown_name("modality", modality, self.info.num_items, where=f"of {self.path}")
-        items, samples = self.items(modality), self.samples
-        of_sample = samples.take(items["sample"].combine_chunks())
-        columns = {name: of_sample[name] for name in samples.column_names}
-        return pa.table({**columns, **{name: items[name] for name in items.column_names}}).to_pandas()
+        return _with_columns_of_samples(self.items(modality), self.samples).to_pandas()
 
     @cached_property
     def columns(self) -> list[str]:
@@ -382,6 +379,17 @@ def keys_of(caches: Sequence[Cache]) -> pa.ChunkedArray:
     """Return the keys of the samples of some caches, one after another; see `widen`."""
     columns = [cache.column("key").cast(pa.string()) for cache in caches]
     return widen(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()))
+
+
+def _with_columns_of_samples(items: pa.Table, samples: pa.Table) -> pa.Table:
+    """Join the columns of each item's sample; those of a sample recur, so that its texts may exceed 2 GiB together."""
+    wide = {
+        name: column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
+        for name, column in zip(samples.column_names, samples.columns, strict=True)
+    }
+    of_sample = pa.table(wide).take(items["sample"].combine_chunks())
+    columns = {name: of_sample[name] for name in samples.column_names}
+    return pa.table({**columns, **{name: items[name] for name in items.column_names}})
 
 
 def _may_hold(metadata: pq.FileMetaData, group: int, column: str, texts: Sequence[str]) -> bool:

@@ -162,6 +162,16 @@ def test_copies_come_first(caches: tuple[Path, Path]) -> None:
     assert leaked_pair_table(texts)[1][0][2] == "equal"
 
 
+def test_pairs_are_read_without_their_tables(caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow cannot take rows of a column of more than 2 GiB, and the rows are few."""
+    found = find_leaks(*caches, BOTH)
+    expected = [closest_pairs(found, leak, 10) for leak in found.leaks]
+    assert all(expected)
+    for method in ("table", "column"):
+        monkeypatch.delattr(Cache, method)
+    assert [closest_pairs(found, leak, 10) for leak in found.leaks] == expected
+
+
 def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
     found = find_leaks(*caches, LeakSettings(image_cosine=1.0, text_cosine=1.0, image_feature="open_toy/cls"))
     write_clean_selection(tmp_path / "clean.parquet", found)
