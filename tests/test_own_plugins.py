@@ -74,9 +74,9 @@ def test_modules_of_the_page_run_in_commands(folder: Path) -> None:
     assert "R@1" in succeed("evaluate", "retrieval", "cache", "run", "--trust", cwd=folder)
     select = ("curate", "select", "cache", "unusual.parquet", "--method", "my_selectors:Unusual", "--budget", "10%")
     succeed(*select, cwd=folder)
-    reasons = read_selected_reasons(folder / "unusual.parquet")
+    reasons = read_selected_reasons(folder / "unusual.parquet")["reason"].to_pylist()
     assert len(reasons) == 6
-    assert all(re.fullmatch(r"cosine 0\.\d+ with the mean", reason) for reason in reasons.values())
+    assert all(re.fullmatch(r"cosine 0\.\d+ with the mean", reason) for reason in reasons)
     probe = ("evaluate", "probe", "cache", "--label", "label", "--classifier", "my_probes:fit_centroids")
     assert "my_probes:fit_centroids" in succeed(*probe, cwd=folder)
 

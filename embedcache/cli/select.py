@@ -75,10 +75,10 @@ def combine(
 
     Example: embedcache curate combine cache/ first.parquet and second.parquet both.parquet
     """
-    from embedcache.cli.console import publish_size
+    from embedcache.cli.console import open_progress, publish_size
     from embedcache.curate.select.select import combine_selections
 
-    num_samples = combine_selections(cache, out, first, operation, second)
+    num_samples = combine_selections(cache, out, first, operation, second, progress=open_progress())
     publish_size(out, num_samples, as_json=as_json, output=output)
 
 
@@ -95,10 +95,10 @@ def sample(
 
     Example: embedcache curate sample cache/ selection.parquet 1000 some.parquet
     """
-    from embedcache.cli.console import publish_size
+    from embedcache.cli.console import open_progress, publish_size
     from embedcache.curate.select.select import sample_selection
 
-    num_samples = sample_selection(cache, out, selection, size, seed=seed)
+    num_samples = sample_selection(cache, out, selection, size, seed=seed, progress=open_progress())
     publish_size(out, num_samples, as_json=as_json, output=output)
 
 

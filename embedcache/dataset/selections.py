@@ -20,6 +20,8 @@ from embedcache.store.columns import index_in, to_array
 from embedcache.store.removed import read_removed
 from embedcache.store.tables import read_table, write_table
 
+_REASONS = pa.schema({"key": pa.large_string(), "reason": pa.large_string()})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -114,15 +116,14 @@ def read_selected_keys(path: Path) -> pa.Array:
         return pa.array([key for line in lines if (key := line.removesuffix("\r"))], pa.large_string())
 
 
-def read_selected_reasons(path: Path) -> dict[str, str]:
-    """Return key -> reason of a Parquet file; empty for one that is not a selection and has no reasons."""
+def read_selected_reasons(path: Path) -> pa.Table:
+    """Return `key` and `reason` of a Parquet file; no rows for one that is not a selection and has no reasons."""
     with _selection_errors(path):
         table = read_table(path)
         about = read_metadata(path, table.schema)
         if "reason" not in table.column_names and "spine" not in about:
-            return {}
-        keys, reasons = (table[name].cast(pa.string()).to_pylist() for name in ("key", "reason"))
-        return dict(zip(keys, reasons, strict=True))
+            return _REASONS.empty_table()
+        return table.select(_REASONS.names).cast(_REASONS).combine_chunks()
 
 
 @contextmanager

@@ -66,7 +66,8 @@ def read_all(folder: Path) -> Iterator[bytes]:
     index = OpenIndex(folder / "index", run=folder / "run", cache=folder / "cache")
     queries_QP = np.eye(index.card.width, dtype=np.float32)[:2]
     yield repr(index.search_vectors(queries_QP, k=5)).encode()
-    yield repr(read_reasons(folder / SELECTION, cache)).encode()
+    known = read_reasons(folder / SELECTION, cache)
+    yield repr((known.rows.tolist(), known.take(np.arange(len(known.rows))).to_pylist())).encode()
     yield repr(summarize(folder / SELECTION).rows).encode()
     summaries = [summarize(folder / name) for name in ("run", "index")]
     yield repr([(summary.lines[:2], summary.rows) for summary in summaries]).encode()

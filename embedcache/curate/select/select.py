@@ -7,7 +7,9 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from embedcache.arrays import Ints, blocks
 from embedcache.curate.select.baselines import draw_rows
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.settings import SelectSettings
@@ -20,10 +22,13 @@ from embedcache.dataset.selections import (
 )
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
-from embedcache.progress import AnyProgress, to_progress
+from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.registry import Registry
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
+from embedcache.store.columns import Column, index_in
+
+_REASONS_AT_ONCE = 2**20
 
 SELECTORS = Registry(
     "method of selection",
@@ -185,53 +190,118 @@ def _options(names: Sequence[str]) -> str:
 
 
 def combine_selections(
-    cache_path: Path | str, out_path: Path, first: Path, operation: Literal["and", "minus"], second: Path
+    cache_path: Path | str,
+    out_path: Path,
+    first: Path,
+    operation: Literal["and", "minus"],
+    second: Path,
+    *,
+    progress: AnyProgress = None,
 ) -> int:
     """Write the samples of one selection that are also in another (`and`) or not (`minus`), and return their number.
 
     The reasons are those of the first and, with `and`, of the second. A selection is Parquet, or a text file with one
-    key per line.
+    key per line. Progress is in files, then in samples.
 
     Raises `DataError` if a key is not in the cache, or no sample is left.
     """
-    cache = Cache(cache_path)
-    left, right = (read_reasons(path, cache) for path in (first, second))
+    cache, progress = Cache(cache_path), to_progress(progress)
+    progress.start("reading selections", 2, "files")
+    left, right = (read_reasons(path, cache, progress) for path in (first, second))
     is_and = operation == "and"
-    rows = np.array(sorted(left.keys() & right.keys() if is_and else left.keys() - right.keys()), np.int64)
+    is_both_L = np.isin(left.rows, right.rows, assume_unique=True)
+    places = np.flatnonzero(is_both_L if is_and else ~is_both_L)
+    rows = left.rows[places]
     if not len(rows):
         raise DataError(
-            f"{first} {operation} {second}: expected at least one sample, got none: they select {len(left):,} and "
-            f"{len(right):,} samples of {cache.path}, {len(left.keys() & right.keys()):,} of them both"
+            f"{first} {operation} {second}: expected at least one sample, got none: they select {len(left.rows):,} and "
+            f"{len(right.rows):,} samples of {cache.path}, {int(is_both_L.sum()):,} of them both"
         )
-    reasons = [f"{left[row]}; {right[row]}" if is_and else left[row] for row in rows.tolist()]
+    chosen = [(left, places), (right, np.searchsorted(right.rows, rows))] if is_and else [(left, places)]
     record = {"method": operation, "selections": [str(first), str(second)]}
-    write_selection(out_path, cache, Selection(rows=rows, reasons=reasons), record)
+    write_selection(out_path, cache, Selection(rows=rows, reasons=_join_reasons(chosen, progress)), record)
     return len(rows)
 
 
-def sample_selection(cache_path: Path | str, out_path: Path, selection: Path, size: int, *, seed: int = 0) -> int:
+def sample_selection(
+    cache_path: Path | str,
+    out_path: Path,
+    selection: Path,
+    size: int,
+    *,
+    seed: int = 0,
+    progress: AnyProgress = None,
+) -> int:
     """Write a random sample of a selection, with its reasons, and return the number of samples.
+
+    Progress is in files, then in samples.
 
     Raises `SettingError` if the selection has fewer samples or the seed does not fit 32 bits, and `DataError` if a key
     is not in the cache.
     """
     if not 0 <= seed < 2**32:
         raise SettingError(f"seed: expected a whole number from 0 to {2**32 - 1:,}, got {seed:,}")
-    cache = Cache(cache_path)
-    reasons = read_reasons(selection, cache)
-    if not 1 <= size <= len(reasons):
-        raise SettingError(f"size: expected 1 to {len(reasons):,}, the number of samples of {selection}, got {size:,}")
-    rows = draw_rows(np.array(sorted(reasons), np.int64), size, seed=seed)
+    cache, progress = Cache(cache_path), to_progress(progress)
+    progress.start("reading the selection", 1, "files")
+    known = read_reasons(selection, cache, progress)
+    num_known = len(known.rows)
+    if not 1 <= size <= num_known:
+        raise SettingError(f"size: expected 1 to {num_known:,}, the number of samples of {selection}, got {size:,}")
+    rows = draw_rows(known.rows, size, seed=seed)
+    reasons = _join_reasons([(known, np.searchsorted(known.rows, rows))], progress)
     record = {"method": "sample", "selections": [str(selection)], "seed": seed}
-    write_selection(out_path, cache, Selection(rows=rows, reasons=[reasons[row] for row in rows.tolist()]), record)
+    write_selection(out_path, cache, Selection(rows=rows, reasons=reasons), record)
     return size
 
 
-def read_reasons(path: Path, cache: Cache) -> dict[int, str]:
-    """Read a selection as row -> reason; for a text file, the reason is its name."""
+@dataclass(frozen=True, kw_only=True)
+class SelectedReasons:
+    """Samples of a selection and their reasons, in Arrow's memory.
+
+    Args:
+        rows: (M,) rows of the samples, ascending.
+        places: (M,) place of the reason of each, -1 if the file has none.
+        texts: reasons in the order of the file.
+        default: reason of a sample without one.
+    """
+
+    rows: Ints
+    places: Ints
+    texts: pa.Array
+    default: str
+
+    def take(self, chosen: Ints) -> pa.Array:
+        """Return the reasons of some of the samples, by their places in `rows`."""
+        places = self.places[chosen]
+        reasons = self.texts.take(pa.array(places, mask=places < 0)).cast(pa.string())
+        return pc.fill_null(reasons, self.default)
+
+
+def read_reasons(path: Path, cache: Cache, progress: Progress | None = None) -> SelectedReasons:
+    """Read the samples of a selection with their reasons; for a text file, the reason is its name.
+
+    Memory: about the strings of the file and of the keys of the cache.
+    """
     rows = read_selection(path, [cache])
-    keys = cache.column("key").take(pa.array(rows)).to_pylist()
-    reasons: dict[str, str] = {}
+    places, texts = np.full(len(rows), -1, np.int64), pa.array([], pa.large_string())
     if path.suffix == ".parquet":
-        reasons = read_selected_reasons(path)
-    return {row: reasons.get(key, f"in {path.name}") for row, key in zip(rows.tolist(), keys, strict=True)}
+        table = read_selected_reasons(path)
+        texts = table["reason"].combine_chunks()
+        numbers = index_in(table["key"], cache.column("key").take(pa.array(rows)))
+        places[numbers.drop_null().to_numpy()] = np.flatnonzero(numbers.is_valid())  # the last of a key that recurs
+    if progress is not None:
+        progress.advance(1)
+    return SelectedReasons(rows=rows, places=places, texts=texts, default=f"in {path.name}")
+
+
+def _join_reasons(chosen: Sequence[tuple[SelectedReasons, Ints]], progress: Progress) -> Column[str]:
+    """Join the reasons of the same samples in several selections; arrays hold a million, so that none exceeds 2 GiB."""
+    num_samples = len(chosen[0][1])
+    progress.start("joining reasons", num_samples, "samples")
+    joined = []
+    for block in blocks(num_samples, _REASONS_AT_ONCE):
+        parts = [known.take(places[block]) for known, places in chosen]
+        joined.append(pc.binary_join_element_wise(*parts, "; "))
+        progress.advance(len(parts[0]))
+    progress.finish()
+    return Column(pa.chunked_array(joined))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -165,6 +166,50 @@ def test_combine_with_key_list(around: dict[str, Path], tmp_path: Path) -> None:
     chosen(around, tmp_path / "a.parquet", budget=300)
     combine_selections(around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", "minus", tmp_path / "keys.txt")
     assert read_selection(tmp_path / "b.parquet", [Cache(around["cache"])]).tolist() == list(range(5, 300))
+
+
+@pytest.mark.parametrize("max_bytes", [2**31 - 1, 100])
+def test_reasons_are_those_of_the_files(
+    around: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int
+) -> None:
+    """Reasons are joined a million at once, here 7, and may exceed the 2 GiB of one array, here 100 bytes."""
+    monkeypatch.setattr("embedcache.curate.select.select._REASONS_AT_ONCE", 7)
+    monkeypatch.setattr("embedcache.store.columns._MAX_STRING_BYTES", max_bytes)
+    cache, rng = Cache(around["cache"]), np.random.default_rng(0)
+    keys = cache.samples["key"].to_pylist()
+    reasons: dict[str, dict[str, str]] = {}
+    for name in ("a", "b"):
+        order = rng.permutation(300)[:120].tolist()
+        table = pa.table({"key": [keys[row] for row in order], "reason": [f"{name}, {row}" for row in order]})
+        twice = pa.table({"key": [keys[order[0]]], "reason": ["the last"]})
+        pq.write_table(pa.concat_tables([table, twice]), tmp_path / f"{name}.parquet")
+        reasons[name] = dict(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
+        reasons[name][keys[order[0]]] = "the last"
+    (tmp_path / "c.txt").write_text("\n".join(keys[:200]))
+    reasons["c"] = dict.fromkeys(keys[:200], "in c.txt")
+    out, progress = tmp_path / "out.parquet", RecordedProgress()
+    for first, operation, second in (("a", "and", "b"), ("a", "minus", "b"), ("c", "and", "a"), ("b", "minus", "c")):
+        left, right = reasons[first], reasons[second]
+        paths = [next(tmp_path.glob(f"{name}.*")) for name in (first, second)]
+        combine_selections(cache.path, out, paths[0], operation, paths[1], progress=progress)
+        if operation == "and":
+            expected = [(key, f"{left[key]}; {right[key]}") for key in keys if key in left and key in right]
+        else:
+            expected = [(key, left[key]) for key in keys if key in left and key not in right]
+        assert read_pairs(out) == expected
+        assert progress.started[-2:] == [
+            ("reading selections", 2, "files"),
+            ("joining reasons", len(expected), "samples"),
+        ]
+    sample_selection(cache.path, out, tmp_path / "a.parquet", 50)
+    drawn = read_pairs(out)
+    assert len(drawn) == 50
+    assert drawn == [(key, reasons["a"][key]) for key in keys if key in dict(drawn)]
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    table = pq.read_table(path)
+    return list(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
 
 
 def test_empty_combination_raises(around: dict[str, Path], tmp_path: Path) -> None:
