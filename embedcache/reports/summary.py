@@ -1,6 +1,5 @@
 """Summaries of what embedcache writes: a cache, a run, an index, a study or a selection."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,11 +319,13 @@ def _summarize_selection(path: Path) -> Summary:
         return _summarize_negatives(path, schema)
     try:
         table = read_table(path, columns=["reason"])
-        reasons = Counter(reason.partition(",")[0] for reason in table["reason"].to_pylist())
+        kinds = pc.replace_substring_regex(table["reason"], "(?s),.*", "")
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise PathError(f"{path}: expected a selection, got another Parquet file: {one_line(error)}") from error
     if not (metadata := read_metadata(path, schema)):
         raise PathError(f"{path}: expected a selection, got another Parquet file, which names no cache")
+    counts = pc.value_counts(kinds)
+    most = counts.take(np.argsort(-counts.field("counts").to_numpy(), kind="stable")[:_MOST_REASONS])
     settings = _values(metadata.get("settings", {}))
     lines = [f"{path}: {len(table):,} samples of {metadata.get('cache')}"]
     if metadata.get("method"):
@@ -333,8 +334,8 @@ def _summarize_selection(path: Path) -> Summary:
         kind="selection",
         lines=lines,
         columns=("reason", "samples"),
-        rows=[[reason, f"{count:,}"] for reason, count in reasons.most_common(_MOST_REASONS)],
-        notes=[f"and {len(reasons) - _MOST_REASONS:,} other reasons"] if len(reasons) > _MOST_REASONS else [],
+        rows=[[entry["values"], f"{entry['counts']:,}"] for entry in most.to_pylist()],
+        notes=[f"and {len(counts) - _MOST_REASONS:,} other reasons"] if len(counts) > _MOST_REASONS else [],
         record={"path": str(path), **metadata, "num_samples": len(table)},
     )
 

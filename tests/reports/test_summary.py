@@ -1,12 +1,18 @@
 """`embedcache inspect` recognizes what embedcache writes: the golden artifacts."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import PathError
 from embedcache.reports.summary import summarize
+from embedcache.store.cache import Cache
 from tests.golden.commands import ARTIFACTS
 
 
@@ -34,6 +40,20 @@ def test_settings_of_a_study_have_the_names_of_options() -> None:
     summary = summarize(ARTIFACTS / "study")
     assert summary.lines[1] == "searched: lr, shared_width"
     assert all(row[2].startswith("lr 0.0") for row in summary.rows)
+
+
+def test_reasons_are_counted_up_to_a_comma(tmp_path: Path) -> None:
+    cache, rng = Cache(ARTIFACTS / "cache"), np.random.default_rng(0)
+    reasons = [f"concept {rng.integers(13)}, cosine\n0.{row}, nearest" for row in range(95)] + ["alone"]
+    write_selection(tmp_path / "s.parquet", cache, Selection(rows=np.arange(96), reasons=reasons), {"method": "random"})
+    summary = summarize(tmp_path / "s.parquet")
+    counts = Counter(reason.partition(",")[0] for reason in reasons)
+    assert summary.rows == [[reason, str(count)] for reason, count in counts.most_common(10)]
+    assert summary.notes == [f"and {len(counts) - 10} other reasons"]
+    assert len(counts) == 14
+    pq.write_table(pa.table({"key": ["a"], "reason": [1]}), tmp_path / "numbers.parquet")
+    with pytest.raises(PathError, match="expected a selection, got another Parquet file"):
+        summarize(tmp_path / "numbers.parquet")
 
 
 @pytest.mark.parametrize("name", ["losses", "space.toml", "kept.removed.parquet", "run/split.parquet"])
