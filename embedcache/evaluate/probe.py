@@ -125,8 +125,7 @@ def evaluate_probe(
 
     A method chooses its hyperparameters on validation and is then fitted on training and validation together. Few-shot
     classifiers have fixed hyperparameters, as choosing them needs more labels. Memory: the vectors in float32, and
-    about three copies of the training part; for ridge regression also a float32 number per training item and class.
-    `progress` is told before long nearest neighbors how long they take.
+    about three copies of the training part. `progress` is told before long nearest neighbors how long they take.
 
     Raises:
         SettingError: more shots than a class has training items.

@@ -11,6 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from embedcache.arrays import normalize
 from embedcache.errors import MissingExtraError, UnknownNameError
+from embedcache.evaluate import classifiers
 from embedcache.evaluate.classifiers import (
     C_GRID,
     FEW_SHOT_C,
@@ -70,15 +71,35 @@ def test_knn_matches_scikit_learn(seed: int, num: int, noise: float) -> None:
     np.testing.assert_array_equal(found[is_clear], model.predict(test.vectors)[is_clear])
 
 
-def test_ridge_has_one_number_per_example_and_class() -> None:
-    examples = blobs(0, 4000, num_classes=500)
+@pytest.mark.parametrize("has_val", [False, True])
+def test_ridge_has_no_number_per_example_and_class(monkeypatch: pytest.MonkeyPatch, *, has_val: bool) -> None:
+    monkeypatch.setattr(classifiers, "_BLOCK", 100)
+    train, val = blobs(0, 4000, num_classes=500), blobs(1, 4000, num_classes=500) if has_val else None
+    fit_ridge(train, val, 500)
     tracemalloc.start()
     try:
-        Ridge(examples, 500)
+        fit_ridge(train, val, 500)
         _, highest = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert highest < 1.2 * 4 * 4000 * 500
+    assert highest < 0.2 * 4 * 4000 * 500
+
+
+@pytest.mark.parametrize("block", [7, 8192])
+@pytest.mark.parametrize(("num", "width"), [(50, 6), (30, 90)])
+def test_ridge_solves_the_normal_equations(monkeypatch: pytest.MonkeyPatch, block: int, num: int, width: int) -> None:
+    monkeypatch.setattr(classifiers, "_BLOCK", block)
+    train, val, test = (blobs(seed, size, width=width) for seed, size in enumerate((num, 20, 25)))
+    inputs, held = scaled(train, test)
+    one_hot = np.eye(CLASSES)[train.labels]
+    weights = np.linalg.solve(
+        inputs.T @ inputs + 0.1 * num * np.eye(width), inputs.T @ (one_hot - one_hot.mean(axis=0))
+    )
+    found = Ridge(train, CLASSES).scores(0.1)(test.vectors)
+    np.testing.assert_allclose(found, held @ weights + one_hot.mean(axis=0), atol=1e-5)
+    expected = Ridge(train, CLASSES).scores(1e-7)(val.vectors).argmax(axis=1)
+    accuracy = fit_ridge(train, val, CLASSES).chosen["val_accuracy"]["1e-07"]
+    assert accuracy == round(float(np.mean(expected == val.labels)), 5)
 
 
 @pytest.mark.parametrize("fit", [fit_knn, fit_ridge])
@@ -92,7 +113,7 @@ def test_products_of_the_examples_are_used(fit: Fit, width: int) -> None:
     expected = fit(train, val, CLASSES)
     shapes: list[tuple[int, int]] = []
     found = fit(replace(train, products=products), val, CLASSES)
-    gram = {(6, 6), (6, CLASSES)} if width == 6 else {(40, 40), (60, 60)}
+    gram = {(6, 6)} if width == 6 else {(40, 40), (60, 60)}
     assert set(shapes) == (set() if fit is fit_knn else {*gram, (20, CLASSES)})
     np.testing.assert_array_equal(found.scores(test.vectors), expected.scores(test.vectors))
     assert shapes[-1] == (30, 60 if fit is fit_knn else CLASSES)
