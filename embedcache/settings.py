@@ -262,6 +262,16 @@ def from_flat(kind: type[S], values: Mapping[str, Any]) -> S:
     return _build(kind, nested)
 
 
+def with_underscores(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table of a TOML file with `max_grad_norm` for `max-grad-norm`; SettingError if it has both."""
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        if (flat := name.replace("-", "_")) in values:
+            raise SettingError(f"{path}: {name}: expected one value, got two, as names may have - or _; remove one")
+        values[flat] = value
+    return values
+
+
 def _build(kind: type[S], nested: Mapping[str, Any]) -> S:
     hints = get_type_hints(kind)
     made = dict(nested)

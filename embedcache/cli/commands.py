@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
+from embedcache.cli.config_files import is_from_file, refused_value
 from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_new_file, keyword, set_parameters
 from embedcache.errors import AmbiguousNameError, EmbedcacheError, PathError
 from embedcache.registry import installed_plugins, trust_files
@@ -27,6 +28,15 @@ class Command(TyperCommand):
     """A command whose help shows plain metavars and installed plug-ins, and whose errors name options as typed."""
 
     plugins: tuple[str, ...] = ()
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line; the error of a value that was read from a file names the file."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            if (refused := refused_value(ctx, error)) is None:
+                raise
+            raise refused from error
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; the error of a setting names its option, and so does that of a feature to choose."""
@@ -77,7 +87,7 @@ def _name_option(context: typer.Context, message: str) -> str:
     """Replace the name of a setting at the start of a message by its option, unless a file set it."""
     name, separator, rest = message.partition(": ")
     for option in context.command.params:
-        if option.name == name and option.param_type_name == "option" and not _is_from_file(context, name):
+        if option.name == name and option.param_type_name == "option" and not is_from_file(context, name):
             return f"{option.opts[0]}{separator}{rest}"
     return message
 
@@ -90,11 +100,6 @@ def _feature_option(context: typer.Context, modality: str) -> str:
             metavar = str(options[name].metavar).replace("MODALITY", modality)
             return f"; with {options[name].opts[0]} {metavar}"
     return ""
-
-
-def _is_from_file(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "DEFAULT_MAP"
 
 
 class CommandGroup(TyperGroup):

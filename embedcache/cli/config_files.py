@@ -11,7 +11,7 @@ import typer
 
 from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.registry import mark_as_read, unknown_name
-from embedcache.settings import FlatSetting, flat_settings
+from embedcache.settings import FlatSetting, flat_settings, with_underscores
 
 
 def use_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -19,30 +19,74 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
 
     Raises:
         UnknownNameError: the command has no option of that name.
+        SettingError: an option occurs twice, or has a value of another type.
     """
     if path is not None:
         options = {
-            flag.lstrip("-").replace("-", "_"): option
+            flag.lstrip("-").replace("-", "_"): (option, flag in option.secondary_opts)
             for option in context.command.params
             for flag in (*option.opts, *option.secondary_opts)
+            if option.name != "config"
         }
-        values = read_config(path)
-        for name in values:
-            if name not in options or name == "config":
+        words: dict[str, Any] = {}
+        for name, value in read_config(path).items():
+            if name not in options:
                 raise unknown_name("option", name, sorted(options))
-        context.default_map = {
-            str(options[name].name): _as_words(value, is_list=getattr(options[name], "multiple", False))
-            for name, value in values.items()
-        }
+            option, is_off = options[name]
+            if option.name in words:
+                raise SettingError(f"{path}: {name}: expected one value, got another of the same option; remove one")
+            try:
+                words[str(option.name)] = _as_words(value, option, is_off=is_off)
+            except ValueError:
+                raise _wrong_type(path, name, option, value) from None
+        context.default_map = words
     return path
 
 
-def _as_words(value: Any, *, is_list: bool) -> Any:
-    """Return a value as the parser of the command line expects it."""
-    if isinstance(value, list):
-        return [str(element) for element in value]
-    word = value if isinstance(value, bool) else str(value)
-    return [word] if is_list else word
+def refused_value(context: typer.Context, error: typer.BadParameter) -> SettingError | None:
+    """Return the error of a value which the parser of the command line refuses and a file has; None for others."""
+    option = error.param
+    path = context.params.get("config")
+    if path is None or option is None or not is_from_file(context, str(option.name)):
+        return None
+    return _wrong_type(path, str(option.name), option, (context.default_map or {})[str(option.name)])
+
+
+def is_from_file(context: typer.Context, name: str) -> bool:
+    """Return whether the value of an option was read from a file."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT_MAP"
+
+
+def _as_words(value: Any, option: Any, *, is_off: bool) -> Any:
+    """Return a value as the parser of the command line expects it; ValueError if it is of a type that no word has."""
+    is_flag = getattr(option, "is_flag", False)
+    takes_many = getattr(option, "multiple", False) or option.nargs != 1
+    elements = value if isinstance(value, list) and takes_many else [value]
+    if is_flag != isinstance(value, bool) or any(
+        isinstance(element, list | dict) or isinstance(element, bool) is not is_flag for element in elements
+    ):
+        raise ValueError
+    if is_flag:
+        return value is not is_off
+    words = [str(element) for element in elements]
+    return words if takes_many else words[0]
+
+
+def _wrong_type(path: Path, name: str, option: Any, value: Any) -> SettingError:
+    """Create the error of a value that an option cannot have."""
+    kind = option.type_descriptor
+    if kind.choices:
+        expected = f"one of {', '.join(map(str, kind.choices))}"
+    elif getattr(option, "multiple", False):
+        expected = "a text, a number or a list of them"
+    else:
+        expected = _NOUNS.get(kind.annotation, "a text")
+    got = str(value).lower() if isinstance(value, bool) else value
+    return SettingError(f"{path}: {name}: expected {expected}, got {got}")
+
+
+_NOUNS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -80,7 +124,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: expected all options at the top or all in a table [fixed], got both: "
             f"{', '.join(values) or 'fixed'}; move them into one"
         )
-    return {name.replace("-", "_"): value for name, value in (fixed or values).items()}
+    return with_underscores(path, fixed or values)
 
 
 def _read_run_config(path: Path, text: str) -> dict[str, Any]:

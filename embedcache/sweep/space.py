@@ -17,7 +17,7 @@ from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.files import read_text
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.registry import unknown_name
-from embedcache.settings import Declaration, check_value, flat_settings
+from embedcache.settings import Declaration, check_value, flat_settings, with_underscores
 from embedcache.train.losses import LOSSES
 from embedcache.train.settings import TrainSettings, train_settings
 from embedcache.train.trackers import check_trackers
@@ -148,9 +148,7 @@ def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
             raise SettingError(f"{path}: expected only the tables [fixed] and [space] at the top, got {name!r}")
     if not tables.get("space"):
         raise SettingError(f"{path}: expected settings to try in a table [space], got none; for example {_EXAMPLE}")
-    return {
-        name: {option.replace("-", "_"): value for option, value in table.items()} for name, table in tables.items()
-    }
+    return {name: with_underscores(path, table) for name, table in tables.items()}
 
 
 def _check_can_be_swept(path: Path, name: str, fixed: Mapping[str, Any]) -> None:

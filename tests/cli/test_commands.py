@@ -282,6 +282,45 @@ def test_error_names_a_setting_as_it_was_given(folder: Path) -> None:
     assert read == "error: lr: expected a number above 0, got -1.0\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs = true", "epochs: expected a whole number, got true"),
+        ("lr = true", "lr: expected a number, got true"),
+        ("image-feature = false", "image_feature: expected a text, got false"),
+        ("widths = [4, true]", "widths: expected a text, a number or a list of them, got [4, True]"),
+        ("shuffle-pairs = 1", "shuffle_pairs: expected true or false, got 1"),
+        ("shuffle-pairs = 'x'", "shuffle_pairs: expected true or false, got x"),
+        ("device = ['cpu']", "device: expected a text, got ['cpu']"),
+        ("epochs = 1.5", "epochs: expected a whole number, got 1.5"),
+        ("epochs = 2020-01-01", "epochs: expected a whole number, got 2020-01-01"),
+        ("lr = 'fast'", "lr: expected a number, got fast"),
+        ("captions = 'some'", "captions: expected one of draw, all, got some"),
+        (
+            "shared-width = 8\nshared_width = 16",
+            "shared_width: expected one value, got two, as names may have - or _; remove one",
+        ),
+        ("quiet = true\nq = true", "q: expected one value, got another of the same option; remove one"),
+        ("config = 'x.toml'", "unknown option 'config'; known: batch_size"),
+    ],
+)
+def test_value_that_an_option_cannot_have_in_a_file(folder: Path, text: str, message: str) -> None:
+    (folder / "wrong.toml").write_text(text)
+    done = embedcache(*["train", "cache", "r", "--config", "wrong.toml"], cwd=folder)
+    assert done.code == 1
+    (line,) = done.stderr.splitlines()
+    assert message in line
+    assert "config," not in line
+    assert ("wrong.toml: " in line) is not line.startswith("error: unknown option")
+
+
+def test_flag_of_a_file_may_be_off(folder: Path) -> None:
+    (folder / "calm.toml").write_text("shuffle-pairs = false\nimage-feature = 'open_toy/cls'\nwidths = 4\nepochs = 1\n")
+    succeed(*["train", "cache", "calm", "--config", "calm.toml", "--split", "key"], cwd=folder)
+    training = json.loads((folder / "calm/config.json").read_text())["training"]
+    assert (training["shuffle_pairs"], training["loss"]["widths"]) == (False, [4])
+
+
 @pytest.fixture(scope="module")
 def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a cache of labeled images."""

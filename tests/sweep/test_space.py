@@ -59,6 +59,10 @@ INVALID = {
     "no space": ("[fixed]\nepochs = 3", r"expected settings to try in a table \[space\], got none; for example"),
     "empty space": ("[space]", "expected settings to try"),
     "empty file": ("", "expected settings to try"),
+    "two spellings": (
+        "[fixed]\nshared-width = 8\nshared_width = 16\n[space]\ndropout = [0.1]",
+        "shared_width: expected one value, got two, as names may have - or _",
+    ),
     "unknown table": ("[fixd]\nepochs = 3\n[space]\ndropout = [0.1]", r"tables \[fixed\] and \[space\] .* 'fixd'"),
     "setting at the top": ("dropout = [0.1]", "at the top, got 'dropout'"),
     "no TOML": ("[space]\ndropout = 0.1.2", r"space\.toml: expected TOML, got an error: .*line 2"),
