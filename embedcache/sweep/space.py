@@ -7,7 +7,7 @@ Settings have their flat names here, such as `lr`. Studies on disk and Optuna kn
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ from embedcache.train.trackers import check_trackers
 
 Number: TypeAlias = int | float
 Value: TypeAlias = str | int | float | bool
+"""A value of a setting, as Optuna stores it; a list is text there, such as `4,8`."""
 
 _SETTINGS = {item.name: item for item in flat_settings(TrainSettings)}
 _FEATURES = ("image_feature", "text_feature")
@@ -74,14 +75,20 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """The settings of all trials by flat name: fixed values, and ranges or choices."""
+    """The settings of all trials by flat name: fixed values, and ranges or choices.
+
+    Args:
+        lists: choices that are lists: name of the setting -> the choice, such as `4,8` -> the list.
+    """
 
     fixed: Mapping[str, Value]
     ranges: Mapping[str, Range | tuple[Value, ...]]
+    lists: Mapping[str, Mapping[Value, list[Any]]] = field(default_factory=dict)
 
     def settings(self, values: Mapping[str, Value]) -> TrainSettings:
         """Return the training settings with values of the swept settings; contradictions raise a `SettingError`."""
-        return train_settings({**self.fixed, **values})
+        swept = {name: self.lists.get(name, {}).get(value, value) for name, value in values.items()}
+        return train_settings({**self.fixed, **swept})
 
     def max_epochs(self) -> int:
         """Return the largest number of epochs that a trial can have."""
@@ -127,8 +134,15 @@ def read_space(path: Path) -> Space:
             raise unknown_name("training setting", name, _SETTINGS, hint=f"named in {path}")
     for name in swept:
         _check_can_be_swept(path, name, fixed)
-    ranges = {name: _parse_range(path, name, value) for name, value in swept.items()}
-    space = Space(fixed={"split_seed": 0, **fixed}, ranges=ranges)
+    space = Space(
+        fixed={"split_seed": 0, **fixed},
+        ranges={name: _parse_range(path, name, value) for name, value in swept.items()},
+        lists={
+            name: {_choice(choice): choice for choice in value if isinstance(choice, list)}
+            for name, value in swept.items()
+            if isinstance(value, list)
+        },
+    )
     for name, value in _testable_values(space):
         _check_value(path, space, name, value)
     return space
@@ -170,7 +184,11 @@ def _check_can_be_swept(path: Path, name: str, fixed: Mapping[str, Any]) -> None
 def _parse_range(path: Path, name: str, value: Any) -> Range | tuple[Value, ...]:
     location = f"{path}: {name} in [space]"
     if isinstance(value, list) and value:
-        return tuple(value)
+        choices = tuple(_choice(choice) for choice in value)
+        for position, choice in enumerate(choices):
+            if choice in choices[:position]:
+                raise SettingError(f"{location}: expected different choices, got {choice!r} twice; remove one of them")
+        return choices
     if not isinstance(value, dict):
         raise SettingError(f"{location}: expected a range or choices, such as {_EXAMPLE}, got {value!r}")
     unknown = [key for key in value if key not in ("low", "high", "log", "step")]
@@ -184,6 +202,12 @@ def _parse_range(path: Path, name: str, value: Any) -> Range | tuple[Value, ...]
         return Range(**value)
     except SettingError as error:
         raise SettingError(f"{location}: {error}") from error
+
+
+def _choice(value: Any) -> Value:
+    """Return a choice as Optuna stores it, a list as on the command line."""
+    choice: Value = ",".join(map(str, value)) if isinstance(value, list) else value
+    return choice
 
 
 def _testable_values(space: Space) -> Iterator[tuple[str, Any]]:

@@ -43,6 +43,14 @@ def test_read_space(tmp_path: Path) -> None:
     assert (settings.model.projector, settings.optimizer.batch_size, settings.optimizer.epochs) == ("linear", 256, 7)
 
 
+def test_choices_that_are_lists(tmp_path: Path) -> None:
+    space = read_space(written(tmp_path, "[space]\nwidths = [[], [4], [4, 8], 16]"))
+    assert make_distributions(space) == {"widths": CategoricalDistribution(("", "4", "4,8", 16))}
+    assert space.to_json()["space"] == {"widths": ["", "4", "4,8", 16]}
+    widths = [space.settings({"widths": value}).loss.widths for value in ("", "4", "4,8", 16)]
+    assert widths == [(), (4,), (4, 8), (16,)]
+
+
 def test_split_seed_is_independent_of_seed(tmp_path: Path) -> None:
     space = read_space(written(tmp_path, "[fixed]\nseed = 5\n[space]\ndropout = [0.1, 0.2]"))
     settings = space.settings({})
@@ -87,6 +95,13 @@ INVALID = {
     "log is a number": ("[space]\ndropout = {low = 0.1, high = 0.2, log = 1}", "log: expected true or false, got 1"),
     "recipe": ('[space]\nrecipe = ["auto"]', r"recipe in \[space\], but it chooses .*; move it to \[fixed\]"),
     "no choices": ("[space]\ndropout = []", r"expected a range or choices, such as .*, got \[\]"),
+    "equal choices": ("[space]\nlr = [1e-3, 0.001]", r"lr in \[space\]: expected different choices, got 0\.001 twice"),
+    "equal lists": ("[space]\nwidths = [[4, 8], [4, 8]]", "expected different choices, got '4,8' twice"),
+    "list of texts": (
+        "[space]\nwidths = [['a']]",
+        r"widths = 'a': widths: expected a value of at least 1, got \('a',\)",
+    ),
+    "list for a number": ("[space]\ndropout = [[0.1]]", r"dropout: expected a number .*got \[0\.1\]"),
     "single value": ("[space]\ndropout = 0.1", r"expected a range or choices, such as .*, got 0\.1"),
     "choice out of bounds": (
         "[space]\ndropout = [0.1, 1.5]",

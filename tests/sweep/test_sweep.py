@@ -249,6 +249,21 @@ def test_recipe_is_fixed_for_all_trials(cache_path: Path, tmp_path: Path, monkey
     assert "--recipe" not in report.findings.command
 
 
+def test_lists_are_tried(cache_path: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    space_path = write_space(
+        tmp_path, "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\n[space]\nwidths = [[4], [2, 4]]"
+    )
+    settings = replace(RANDOM, trials=2, sampler="grid", top_configs=1, seeds_per_config=1)
+    for _ in range(2):  # the study is opened again
+        report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings)
+    for trial in report.findings.trials:
+        config = read_config(tmp_path / "study/trials" / f"{trial.number:05d}")
+        assert ",".join(map(str, config.training["loss"]["widths"])) == trial.params["widths"]
+    assert {trial.params["widths"] for trial in report.findings.trials} == {"4", "2,4"}
+    assert f"--widths {report.best[0].params['widths']}" in report.findings.command
+    assert not [warning for warning in recwarn if "optuna" in str(warning.message).lower()]
+
+
 def test_each_cache_is_evaluated_and_each_trial_tracked(two_caches: list[Path], tmp_path: Path) -> None:
     NOTES.clear()
     space_path = write_space(
