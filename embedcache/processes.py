@@ -17,13 +17,26 @@ from typing import Any, TypeVar
 
 from embedcache.errors import EmbedcacheError, show_faults
 from embedcache.progress import Progress, join_names
-from embedcache.registry import Trust, adopt_trust, current_trust, require
+from embedcache.registry import Trust, adopt_trust, current_trust, plugin_of, require
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _CGROUP = Path("/sys/fs/cgroup")
 _SECONDS_BETWEEN_REPORTS = 0.2
+
+
+class WorkerError(RuntimeError):
+    """Any error of a worker process but that of a user, with its traceback.
+
+    Args:
+        text: traceback.
+        plugin: package of the plug-in that raised it, if one did.
+    """
+
+    def __init__(self, text: str, plugin: str | None) -> None:
+        super().__init__(f"a worker process failed:\n{text}")
+        self.plugin = plugin
 
 
 @cache
@@ -118,8 +131,8 @@ def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trus
         os._exit(1)
     except OSError as error:
         pipe.send(("error", OSError(error.errno, error.strerror, error.filename) if error.errno else error))
-    except Exception:  # noqa: BLE001 - the parent process raises it
-        pipe.send(("bug", traceback.format_exc()))
+    except Exception as error:  # noqa: BLE001 - the parent process raises it
+        pipe.send(("bug", traceback.format_exc(), plugin_of(error)))
 
 
 def _collect(pipes: list[Connection], progress: "_MergedProgress | _Parts") -> tuple[list[Any], int]:
@@ -134,7 +147,7 @@ def _collect(pipes: list[Connection], progress: "_MergedProgress | _Parts") -> t
             if kind == "error":
                 raise content[0]
             if kind == "bug":
-                raise RuntimeError(f"a worker process failed:\n{content[0]}")
+                raise WorkerError(*content)
             if kind in ("result", "died"):
                 pipes.remove(pipe)
                 progress.end(pipe)

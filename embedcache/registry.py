@@ -108,6 +108,19 @@ def used_plugins() -> frozenset[str]:
     return frozenset(_USED_PLUGINS)
 
 
+def plugin_of(error: BaseException) -> str | None:
+    """Return the top-level package of the loaded plug-in that an error was raised in, or in what it called.
+
+    A worker process sends the package as the attribute `plugin` of its error, as tracebacks stay behind.
+    """
+    found, step = getattr(error, "plugin", None), error.__traceback__
+    while step is not None:
+        package = _package_of(str(step.tb_frame.f_globals.get("__name__", "")))
+        found = package if package in _USED_PLUGINS - {"embedcache"} else found
+        step = step.tb_next
+    return found
+
+
 @dataclass(frozen=True)
 class Registry:
     """The plug-ins of one kind: built-in ones, and those of installed packages that declare an entry point.
@@ -158,6 +171,7 @@ class Registry:
         if not all(part and "/" not in part for part in (*module.split("."), attribute)):
             raise unknown_name(self.kind, name, [*self.names, *self.presets])
         package = self._package_to_trust(name) if ":" in name else None
+        _USED_PLUGINS.add(_package_of(module))  # before it is imported, which may raise
         try:
             imported = _import_plugin(name, module)
         except ModuleNotFoundError as error:
@@ -169,7 +183,6 @@ class Registry:
         if package is not None and callable(plugin) and _package_of(getattr(plugin, "__module__", "")) != package:
             raise self._is_untrusted(name)
         self._check_call(name, plugin)
-        _USED_PLUGINS.add(_package_of(module))
         return plugin
 
     def _check_call(self, name: str, plugin: Any) -> None:

@@ -35,6 +35,8 @@ class Words:
         return {"type": "plugged", "path": "+".join(self.words), "settings": {}}
 
     def samples(self):
+        if "broken" in self.words:
+            raise ZeroDivisionError("of the plug-in")
         return (Sample(key=word, texts=(TextItem(text=word),)) for word in self.words)
 
     def read(self, item):
@@ -53,6 +55,9 @@ def open_view(argument):
 class Anything:
     def __init__(self, *arguments, **options):
         pass
+
+    def __call__(self, *arguments, **options):
+        raise ZeroDivisionError("of the plug-in")
 """
 REGISTRIES: dict[str, tuple[Registry, str]] = {
     "encoders": (ENCODERS, "open_encoder"),
@@ -111,6 +116,23 @@ def test_installed_plugins_need_no_trust(tmp_path: Path) -> None:
     words = ("--image-encoder", "plugged:toy", "--view", "plugged:90")
     assert "toy@plugged-90 (cls): encoded 3" in succeed("extract", "photos", "i", *words, cwd=tmp_path)
     assert "toy@plugged-90/cls: 3 items encoded again" in succeed("verify", "i", "--reencode", "100%", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "extract plugged:red+broken c --text-encoder plugged:toy",
+        "train {cache} r --loss plugged --split key --image-feature open_toy/cls --text-feature open_toy/mean",
+    ],
+    ids=["source", "loss"],
+)
+@pytest.mark.usefixtures("installed")
+def test_error_in_a_plugin_names_it(tmp_path: Path, cache_path: Path, line: str) -> None:
+    done = embedcache(*line.format(cache=cache_path).split(), cwd=tmp_path)
+    assert done.code == 70
+    assert "ZeroDivisionError: of the plug-in" in done.stderr
+    assert "error was raised in the plug-in plugged (plugged 1.0), or in what it called" in done.stderr
+    assert "bug in embedcache" not in done.stderr
 
 
 @pytest.mark.parametrize(

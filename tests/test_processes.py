@@ -12,6 +12,7 @@ import pytest
 
 from embedcache.errors import SettingError
 from embedcache.processes import (
+    WorkerError,
     _collect,
     _MergedProgress,
     _Parts,
@@ -22,6 +23,7 @@ from embedcache.processes import (
     run_processes,
 )
 from embedcache.progress import Progress
+from embedcache.registry import Registry, plugin_of
 from tests.recorded import RecordedProgress
 
 
@@ -60,6 +62,20 @@ def test_error_is_raised_as_it_was() -> None:
 def test_bug_is_raised_with_its_traceback() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)in work\n.*ZeroDivisionError: a bug"):
         run_processes(work, ["bug"], RecordedProgress())
+
+
+def work_of_a_plugin(task: str, progress: Progress) -> str:
+    """Load a plug-in of this package, so that an error in this function is one of a plug-in."""
+    Registry("plug-in", {}).load(task)
+    raise ZeroDivisionError
+
+
+def test_error_of_a_plugin_in_a_process_is_known_as_such() -> None:
+    for function, task, plugin in ((work, "bug", None), (work_of_a_plugin, "tests.toy:open_toy", "tests")):
+        with pytest.raises(WorkerError) as raised:
+            run_processes(function, [task], RecordedProgress())
+        assert raised.value.plugin == plugin
+        assert plugin_of(raised.value.with_traceback(None)) == plugin
 
 
 STEPS = ["images", "texts"]

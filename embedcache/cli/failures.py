@@ -10,6 +10,7 @@ from typing import NoReturn
 from embedcache.cli.console import resumable
 from embedcache.errors import EmbedcacheError, PathError, show_faults, visible
 from embedcache.files import disk_full_message, io_reason, is_io_error
+from embedcache.registry import plugin_of
 
 _BUG = 70
 _NEXT_STEPS = {
@@ -25,7 +26,8 @@ _NEXT_STEPS = {
 def run_program(run: Callable[[], object]) -> None:
     """Run a program: the command line, or a pipeline.
 
-    Exit codes: 0 success; 1 a user's error, printed as one line; 70 a bug, with its traceback; 130 interrupted.
+    Exit codes: 0 success; 1 a user's error, printed as one line; 70 a bug, in embedcache or a plug-in,
+    with its traceback; 130 interrupted.
     EMBEDCACHE_DEBUG=1 prints the traceback of a user's error too.
     """
     show_faults()
@@ -44,11 +46,11 @@ def run_program(run: Callable[[], object]) -> None:
         _fail(_os_error_line(error))
     except RuntimeError as error:
         if "can't start new thread" not in str(error):
-            _report_bug()
+            _report_bug(error)
         _fail("can't start new thread; raise the limit of processes with ulimit -u, or use fewer --threads")
     except Exception as error:  # noqa: BLE001
         if not is_io_error(error):
-            _report_bug()
+            _report_bug(error)
         _fail(f"a remote service failed: {io_reason(error)}; check the address and the network")
 
 
@@ -78,7 +80,23 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _report_bug() -> NoReturn:
+def _report_bug(error: Exception) -> NoReturn:
     traceback.print_exc()
-    print("This is a bug in embedcache, not an error of yours: please report it with the text above.", file=sys.stderr)
+    plugin = plugin_of(error)
+    if plugin is None:
+        line = "This is a bug in embedcache, not an error of yours: please report it with the text above."
+    else:
+        line = (
+            f"The error was raised in the plug-in {_plugin_name(plugin)}, or in what it called, as the text above "
+            "shows: please correct the plug-in, or report it to its author."
+        )
+    print(line, file=sys.stderr)
     sys.exit(_BUG)
+
+
+def _plugin_name(module: str) -> str:
+    """Return the module of a plug-in, with the package that installed it and its version."""
+    from importlib.metadata import packages_distributions, version
+
+    packages = sorted({*packages_distributions().get(module, ())})
+    return f"{module} ({', '.join(f'{name} {version(name)}' for name in packages)})" if packages else module
