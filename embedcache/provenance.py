@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -17,7 +17,14 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, FingerprintError, PathError
+from embedcache.errors import (
+    ArtifactError,
+    CorruptError,
+    EmbedcacheError,
+    FingerprintError,
+    PathError,
+    UnknownNameError,
+)
 from embedcache.files import check_regular, io_reason, make_folder, read_limited, remove_partials, write_atomic
 from embedcache.registry import used_plugins
 
@@ -324,6 +331,25 @@ def _version(name: str, folders: tuple[str, ...]) -> str | None:  # noqa: ARG001
 def _owners(folders: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG001  # they are the key
     """Return name of a module -> packages that installed it."""
     return packages_distributions()
+
+
+@contextmanager
+def naming_packages(path: Path) -> Iterator[None]:
+    """Add to the error of an unknown name the packages of plug-ins that a stage used and that are missing here.
+
+    Args:
+        path: record of the stage.
+    """
+    try:
+        yield
+    except UnknownNameError as error:
+        with suppress(EmbedcacheError, OSError):
+            used: Mapping[str, str] = read_stage(path).get("packages", {})
+            folders = _metadata_folders()
+            missing = [name for name in used if name not in RECORDED_PACKAGES and _version(name, folders) is None]
+            if missing:
+                error.args = (f"{error}; {path} records {', '.join(f'{name} {used[name]}' for name in missing)}",)
+        raise
 
 
 def read_stage(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Trust:
 
     Args:
         given: `module:attribute` that the user gave, each after its kind.
-        read: `module:attribute` that settings were filled with from a file -> the file.
+        read: names, such as `module:attribute`, that settings were filled with from a file -> the file.
         packages: packages whose own objects any file may name.
         folders: folders in which plug-ins that the user gives or trusts are found, besides those of `sys.path`.
     """
@@ -85,7 +85,7 @@ def search_plugins_in(folder: str) -> None:
 
 def mark_as_read(file: object, names: Iterable[str]) -> None:
     """Treat some names as read from a file wherever they are loaded, as settings do not say where they come from."""
-    _TRUST.read.update({name: str(file) for name in names if ":" in name})
+    _TRUST.read.update({name: str(file) for name in names if name})
 
 
 def current_trust() -> tuple[Trust, bool]:
@@ -169,7 +169,7 @@ class Registry:
         if name in self.paths:
             return getattr(importlib.import_module(module), attribute)
         if not all(part and "/" not in part for part in (*module.split("."), attribute)):
-            raise unknown_name(self.kind, name, [*self.names, *self.presets])
+            raise unknown_name(self.kind, name, [*self.names, *self.presets], hint=missing_plugin_hint(name))
         package = self._package_to_trust(name) if ":" in name else None
         _USED_PLUGINS.add(_package_of(module))  # before it is imported, which may raise
         try:
@@ -227,7 +227,8 @@ class Registry:
         )
 
     def _not_found(self, name: str, error: Exception) -> UnknownNameError:
-        return unknown_name(self.kind, name, self.names, hint=f"{error}; name a plug-in of yours as module:attribute")
+        next_step = missing_plugin_hint(name) or "name a plug-in of yours as module:attribute"
+        return unknown_name(self.kind, name, self.names, hint=f"{error}; {next_step}")
 
     def _declared(self) -> Mapping[str, str]:
         return {} if self.group is None else _installed(self.group)
@@ -273,6 +274,12 @@ def _import_plugin(name: str, module: str) -> ModuleType:
             f"the plug-in {name!r} imports {missing!r}, which is not installed; install it, such as with: "
             f"python -m pip install {missing.partition('.')[0]}"
         ) from error
+
+
+def missing_plugin_hint(name: str) -> str:
+    """Return which file names an unknown plug-in, and what to do; empty if the user named it."""
+    file = _FILE.get() or _TRUST.read.get(name)
+    return "" if file is None else f"{file} names it: if it is a plug-in, install its package, which is missing here"
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str = "", hint: str = "") -> UnknownNameError:

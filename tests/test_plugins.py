@@ -1,5 +1,6 @@
 """Plug-ins of an installed package: a tiny distribution, installed by pip, with an entry point of every kind."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -24,6 +25,7 @@ MODULE = """
 from embedcache.encoders.open import EncoderSpec
 from embedcache.extract.views import View
 from embedcache.sources import Sample, TextItem
+from embedcache.projectors.heads import LinearProjector as Head
 from tests.toy import open_toy as open_encoder
 
 
@@ -64,7 +66,7 @@ REGISTRIES: dict[str, tuple[Registry, str]] = {
     "losses": (LOSSES, "Anything"),
     "methods": (METHODS, "Anything"),
     "networks": (NETWORKS, "Anything"),
-    "projectors": (PROJECTORS, "Anything"),
+    "projectors": (PROJECTORS, "Head"),
     "rules": (RULES, "Anything"),
     "selectors": (SELECTORS, "Anything"),
     "sources": (SOURCES, "Words"),
@@ -133,6 +135,30 @@ def test_error_in_a_plugin_names_it(tmp_path: Path, cache_path: Path, line: str)
     assert "ZeroDivisionError: of the plug-in" in done.stderr
     assert "error was raised in the plug-in plugged (plugged 1.0), or in what it called" in done.stderr
     assert "bug in embedcache" not in done.stderr
+
+
+def test_artifacts_of_plugins_that_are_not_installed(tmp_path: Path, cache_path: Path, site: Path) -> None:
+    features = "--image-feature open_toy/cls --text-feature open_toy/mean"
+    train = f"train {cache_path} run --projector plugged+linear --split key --epochs 1 {features}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        succeed(*train.split(), cwd=tmp_path)
+        succeed("extract", "plugged:red+green", "c", "--text-encoder", "plugged:toy", cwd=tmp_path)
+    sys.modules.pop("plugged")
+    hint = "names it: if it is a plug-in, install its package, which is missing here"
+    for line, message in (
+        (f"evaluate retrieval {cache_path} run", f"projector 'plugged'; .*; the run {hint}; run/record.json records "),
+        (f"train {cache_path} again --config run/config.json", f"projector 'plugged'; .*; run/config.json {hint}"),
+        (
+            "verify c --reencode 100%",
+            f"'plugged'.*; the record of the feature toy/mean {hint}|source 'plugged'.*{hint}",
+        ),
+    ):
+        done = embedcache(*line.split(), cwd=tmp_path)
+        assert done.code == 1
+        (error,) = (text for text in done.stderr.splitlines() if text.startswith("error: "))
+        assert re.search(message, error), error
+    assert "plugged 1.0" in embedcache("evaluate", "retrieval", cache_path, "run", cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError, UnknownNameError
 from embedcache.modalities import noun
 from embedcache.provenance import check_same
-from embedcache.registry import Registry, names_from, unknown_name
+from embedcache.registry import Registry, missing_plugin_hint, names_from, unknown_name
 
 ENCODERS = Registry(
     "encoder family",
@@ -305,5 +305,6 @@ def _load_opener(spec: EncoderSpec) -> Callable[..., Encoder]:
     except UnknownNameError as error:
         family = spec.family.partition(":")[0]
         cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
-        hint = f"write a plug-in's encoder as module:attribute{cause}"
+        next_step = missing_plugin_hint(family) or "write a plug-in's encoder as module:attribute"
+        hint = f"{next_step}{cause}"
         raise unknown_name("encoder family", family, ENCODERS.names, hint=hint) from error

@@ -23,7 +23,7 @@ from embedcache.projectors.saved import (
     save_weights,
     split_path,
 )
-from embedcache.provenance import digest_file, fields_of, from_record, to_record, write_record
+from embedcache.provenance import digest_file, fields_of, from_record, naming_packages, to_record, write_record
 from embedcache.registry import Registry, names_from
 
 NETWORKS = Registry(
@@ -152,7 +152,7 @@ def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, Modu
     config = read_module_config(run_path)
     model_path = checked_weights_path(run_path, config.weights_digest)
     try:
-        with names_from(run_path):
+        with names_from(run_path), naming_packages(run_path / "record.json"):
             module = build_module(config)
         module.load_state_dict(load_file(model_path))
     except (TypeError, RuntimeError) as error:

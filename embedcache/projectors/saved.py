@@ -21,6 +21,7 @@ from embedcache.provenance import (
     digest_file,
     fields_of,
     from_record,
+    naming_packages,
     read_manifest,
     to_record,
     write_record,
@@ -237,7 +238,8 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple["AlignedPair", Pa
 
     config = read_config(run_path)
     model_path = checked_weights_path(run_path, config.weights_digest)
-    pair = build(config)
+    with naming_packages(run_path / "record.json"):
+        pair = build(config)
     pair.load_state_dict(load_file(model_path))
     return pair.to(device).eval(), config
 
