@@ -383,13 +383,10 @@ def keys_of(caches: Sequence[Cache]) -> pa.ChunkedArray:
 
 def _with_columns_of_samples(items: pa.Table, samples: pa.Table) -> pa.Table:
     """Join the columns of each item's sample; those of a sample recur, so that its texts may exceed 2 GiB together."""
-    wide = {
-        name: column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
-        for name, column in zip(samples.column_names, samples.columns, strict=True)
-    }
+    named = zip(samples.column_names, samples.columns, strict=True)
+    wide = {name: of.cast(pa.large_string()) if pa.types.is_string(of.type) else of for name, of in named}
     of_sample = pa.table(wide).take(items["sample"].combine_chunks())
-    columns = {name: of_sample[name] for name in samples.column_names}
-    return pa.table({**columns, **{name: items[name] for name in items.column_names}})
+    return pa.table({name: table[name] for table in (of_sample, items) for name in table.column_names})
 
 
 def _may_hold(metadata: pq.FileMetaData, group: int, column: str, texts: Sequence[str]) -> bool:
