@@ -78,6 +78,18 @@ def resumable(kept: Callable[[], str] = lambda: "Finished work is kept") -> Iter
         sys.exit(_INTERRUPTED)
 
 
+@contextmanager
+def restartable(out: Path) -> Iterator[None]:
+    """Explain on Ctrl-C that `out` is not written and that the same command starts again, and exit with code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(
+            f"Interrupted. {visible(str(out))} is not written; rerun the same command to start again.", file=sys.stderr
+        )
+        sys.exit(_INTERRUPTED)
+
+
 def print_line(line: str) -> None:
     """Print one line of a result."""
     print(visible(line), flush=True)

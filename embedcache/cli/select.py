@@ -49,10 +49,10 @@ def select(
 
     Example: embedcache curate select cache/ selection.parquet --method clip-score --run run/ --budget 25%
     """
-    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_line, publish, restartable, to_plain
     from embedcache.curate.select.select import select as run_select
 
-    with resumable():
+    with restartable(out):
         report = run_select(cache, out, method, settings, progress=open_progress())
     publish(lambda: print_line(report.line()), lambda: to_plain(report), as_json=as_json, output=output)
 
@@ -75,10 +75,11 @@ def combine(
 
     Example: embedcache curate combine cache/ first.parquet and second.parquet both.parquet
     """
-    from embedcache.cli.console import open_progress, publish_size
+    from embedcache.cli.console import open_progress, publish_size, restartable
     from embedcache.curate.select.select import combine_selections
 
-    num_samples = combine_selections(cache, out, first, operation, second, progress=open_progress())
+    with restartable(out):
+        num_samples = combine_selections(cache, out, first, operation, second, progress=open_progress())
     publish_size(out, num_samples, as_json=as_json, output=output)
 
 
@@ -95,10 +96,11 @@ def sample(
 
     Example: embedcache curate sample cache/ selection.parquet 1000 some.parquet
     """
-    from embedcache.cli.console import open_progress, publish_size
+    from embedcache.cli.console import open_progress, publish_size, restartable
     from embedcache.curate.select.select import sample_selection
 
-    num_samples = sample_selection(cache, out, selection, size, seed=seed, progress=open_progress())
+    with restartable(out):
+        num_samples = sample_selection(cache, out, selection, size, seed=seed, progress=open_progress())
     publish_size(out, num_samples, as_json=as_json, output=output)
 
 
@@ -147,11 +149,11 @@ def negatives(
 
     Example: embedcache curate negatives cache/ negatives.parquet --run run/ --relative-margin 0.05
     """
-    from embedcache.cli.console import open_progress, print_line, publish, resumable
+    from embedcache.cli.console import open_progress, print_line, publish, restartable
     from embedcache.curate.negatives import mine_negatives
 
     features = features_by_modality(feature)
-    with resumable():
+    with restartable(out):
         report = mine_negatives(
             cache,
             out,
