@@ -83,11 +83,14 @@ class Space:
 
     fixed: Mapping[str, Value]
     ranges: Mapping[str, Range | tuple[Value, ...]]
-    lists: Mapping[str, Mapping[Value, list[Any]]] = field(default_factory=dict)
+    lists: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)
 
     def settings(self, values: Mapping[str, Value]) -> TrainSettings:
         """Return the training settings with values of the swept settings; contradictions raise a `SettingError`."""
-        swept = {name: self.lists.get(name, {}).get(value, value) for name, value in values.items()}
+        swept = {
+            name: self.lists.get(name, {}).get(value, value) if isinstance(value, str) else value
+            for name, value in values.items()
+        }
         return train_settings({**self.fixed, **swept})
 
     def max_epochs(self) -> int:
@@ -138,7 +141,7 @@ def read_space(path: Path) -> Space:
         fixed={"split_seed": 0, **fixed},
         ranges={name: _parse_range(path, name, value) for name, value in swept.items()},
         lists={
-            name: {_choice(choice): choice for choice in value if isinstance(choice, list)}
+            name: {str(_choice(choice)): choice for choice in value if isinstance(choice, list)}
             for name, value in swept.items()
             if isinstance(value, list)
         },

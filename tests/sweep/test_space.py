@@ -102,6 +102,10 @@ INVALID = {
         r"widths = 'a': widths: expected a value of at least 1, got \('a',\)",
     ),
     "list for a number": ("[space]\ndropout = [[0.1]]", r"dropout: expected a number .*got \[0\.1\]"),
+    "table for a choice": (
+        "[space]\ndropout = [0.1, {low = 0.2}]",
+        r"dropout: expected a number .*got \{'low': 0\.2\}",
+    ),
     "single value": ("[space]\ndropout = 0.1", r"expected a range or choices, such as .*, got 0\.1"),
     "choice out of bounds": (
         "[space]\ndropout = [0.1, 1.5]",
