@@ -85,6 +85,8 @@ def restrict_reads(folders: Sequence[Path]) -> Iterator[None]:
 
 def check_read_allowed(path: Path | str, num_bytes: int | None = None) -> None:
     """Check that `restrict_reads` allows this thread to read `num_bytes`, or all, of a path, or of a URL as text."""
+    if "\0" in str(path):  # no file can have that name, and Python raises a ValueError
+        raise ItemError(f"expected a path without null characters, got {str(path)!r}")
     folders = _ALLOWED_FOLDERS.get()
     if folders is None:
         return

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from embedcache.errors import SourceError
+from embedcache.errors import ItemError, SourceError
 from embedcache.sources.base import FileItem, Sample, Source
 
 MERGED = "merged"
@@ -49,4 +49,6 @@ class MergedSource:
         """Return the bytes of an item; the errors are those of its source."""
         number, _, path = item.path.partition("/")
         values = {each.name: getattr(item, each.name) for each in fields(item)}
+        if not number.isdecimal() or int(number) >= len(self._sources):
+            raise ItemError(f"{item.path}: expected the number of one of {len(self._sources)} sources, and a path")
         return self._sources[int(number)].read(FileItem(**{**values, "path": path}))

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from embedcache.errors import ItemError
 from embedcache.registry import trust_files
 from embedcache.sources import FileItem, Source, reopen_source
 from embedcache.sources.images import decode_image
@@ -55,6 +56,11 @@ class SourceContract:
         assert reopened.describe() == source.describe()
         contents = [source.read(item) for item in _all_items(source)]
         assert [reopened.read(item) for item in _all_items(reopened)] == contents
+
+    def test_item_that_cannot_be_read_is_an_item_error(self, source: Source) -> None:
+        """A file may be removed after it was indexed: its row then has the reason."""
+        with pytest.raises(ItemError):
+            source.read(FileItem(path="nowhere/there is no such file.png", length=1))
 
     def test_read_is_thread_safe(self, source: Source) -> None:
         items = _all_items(source)
