@@ -255,7 +255,7 @@ def sample_selection(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectedReasons:
+class SelectionReasons:
     """Samples of a selection and their reasons, in Arrow's memory.
 
     Args:
@@ -277,7 +277,7 @@ class SelectedReasons:
         return pc.fill_null(reasons, self.default)
 
 
-def read_reasons(path: Path, cache: Cache, progress: Progress | None = None) -> SelectedReasons:
+def read_reasons(path: Path, cache: Cache, progress: Progress | None = None) -> SelectionReasons:
     """Read the samples of a selection with their reasons; for a text file, the reason is its name.
 
     Memory: about the strings of the file and of the keys of the cache.
@@ -291,10 +291,10 @@ def read_reasons(path: Path, cache: Cache, progress: Progress | None = None) -> 
         places[numbers.drop_null().to_numpy()] = np.flatnonzero(numbers.is_valid())  # the last of a key that recurs
     if progress is not None:
         progress.advance(1)
-    return SelectedReasons(rows=rows, places=places, texts=texts, default=f"in {path.name}")
+    return SelectionReasons(rows=rows, places=places, texts=texts, default=f"in {path.name}")
 
 
-def _join_reasons(chosen: Sequence[tuple[SelectedReasons, Ints]], progress: Progress) -> Column[str]:
+def _join_reasons(chosen: Sequence[tuple[SelectionReasons, Ints]], progress: Progress) -> Column[str]:
     """Join the reasons of the same samples in several selections; arrays hold a million, so that none exceeds 2 GiB."""
     num_samples = len(chosen[0][1])
     progress.start("joining reasons", num_samples, "samples")
