@@ -101,12 +101,12 @@ def _coco_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]]
         location = f"{path}: annotation {number}"
         if not isinstance(annotation.get("caption"), str):
             raise SourceError(f"{location} has no caption, but {', '.join(annotation)}; {_EXPECTED}")
-        captions_of[annotation.get("image_id")].append(annotation["caption"])
+        captions_of[_read_id(annotation, "image_id", location)].append(annotation["caption"])
     licenses = {license_.get("id"): license_.get("name") for license_ in _objects(fields, "licenses", path, default=[])}
     numbers: dict[int | str, int] = {}
     for number, image in enumerate(images):
         location = f"{path}: image {number}"
-        first = numbers.setdefault(_image_id(image, location), number)
+        first = numbers.setdefault(_read_id(image, "id", location), number)
         if first != number:
             raise SourceError(f"{location}: expected an id of its own, got {image['id']!r}, that of image {first}")
         columns = {
@@ -114,8 +114,8 @@ def _coco_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]]
             "image_id": image["id"],
             "license": licenses.get(image.get("license"), image.get("license")),
         }
-        columns = {name: value for name, value in columns.items() if name not in ("id", "file_name")}
-        yield _sample(image["file_name"], captions_of.pop(image["id"], []), columns)
+        columns = {name: value for name, value in columns.items() if name not in ("id", "file_name", "filename")}
+        yield _sample(_image_name(image, location), captions_of.pop(image["id"], []), columns)
     if captions_of:
         raise SourceError(
             f"{path}: expected annotations of its images only, got image_id {next(iter(captions_of))!r}; download the "
@@ -153,10 +153,10 @@ def _image_name(image: Mapping[str, Any], location: str) -> str:
     return f"{folder}/{name}" if isinstance(folder, str) and folder else name
 
 
-def _image_id(image: Mapping[str, Any], location: str) -> int | str:
-    number = image.get("id")
+def _read_id(fields: Mapping[str, Any], name: str, location: str) -> int | str:
+    number = fields.get(name)
     if not isinstance(number, int | str):
-        raise SourceError(f"{location}: expected an id, a number or a text, got {number!r:.60}")
+        raise SourceError(f"{location}: expected {name}, a number or a text, got {number!r:.60}; {_EXPECTED}")
     return number
 
 

@@ -75,6 +75,12 @@ def test_coco_samples_have_all_captions_and_columns(tmp_path: Path) -> None:
     assert samples[0].columns["license"] == 0, "a number that the file does not explain"
 
 
+def test_name_of_an_image_may_be_spelled_as_by_karpathy(tmp_path: Path) -> None:
+    images = [{"id": 100, "filename": "000000000.jpg"}, *IMAGES[1:]]
+    first, *_ = open_source(write_coco(tmp_path, changed(images=images))).samples()
+    assert (first.key, len(first.texts), first.columns) == ("000000000", 2, {"image_id": 100, "license": None})
+
+
 def test_karpathy_samples_have_the_parts_that_others_train_on(tmp_path: Path) -> None:
     samples = list(open_source(write_karpathy(tmp_path)).samples())
     assert [sample.key for sample in samples] == [f"val2014/{n}" for n in range(5)]
@@ -123,7 +129,11 @@ INVALID = {
         "annotation 0 has no caption, but id, image_id, bbox",
     ),
     "an image without a name": (changed(images=[{"id": 1}]), "image 0: expected file_name, .* got None"),
-    "an image without an id": (changed(images=[{"file_name": "000000000.jpg"}]), "image 0: expected an id, .* None"),
+    "an image without an id": (changed(images=[{"file_name": "000000000.jpg"}]), "image 0: expected id, .* None"),
+    "captions of a list": (
+        changed(annotations=[{"image_id": [100], "caption": "a"}]),
+        r"annotation 0: expected image_id, a number or a text, got \[100\]",
+    ),
     "one id twice": (changed(images=[IMAGES[0], IMAGES[0]]), "image 1: .* got 100, that of image 0"),
     "captions of no image": (changed(images=IMAGES[:3]), "of its images only, got image_id 103"),
     "sentences that are texts": ({"images": [{"filename": "000000000.jpg", "sentences": ["a"]}]}, "list of sentences"),
