@@ -54,6 +54,9 @@ class Declaration:
         metavar: placeholder of the value in `--help`; None: chosen from the type.
         panel: panel of `--help`; None: that of the group, such as `optimizer`.
         parse: converts text from the command line or a TOML file, such as `4GB`; see `embedcache.units`.
+        commas: what becomes of commas in a text on the command line, or in a file of its options, of a setting of
+            several values. `split`: they separate values. `split specs`: those before `name=` belong to a value, such
+            as `noise:5,tape=babble.wav`; all others separate. `keep`: they belong to the value, as they do in paths.
     """
 
     help: str
@@ -69,6 +72,7 @@ class Declaration:
     metavar: str | None = None
     panel: str | None = None
     parse: Callable[[str], Any] | None = None
+    commas: Literal["split", "split specs", "keep"] = "split"
 
 
 def setting(default: Any, help: str, **declared: Any) -> Any:

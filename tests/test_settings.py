@@ -322,6 +322,32 @@ def test_config_lists_become_tuples(tmp_path: Path) -> None:
     assert parse(["--names", "a,b", "--names", "c"], Outer).names == ("a", "b", "c")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Commas:
+    names: tuple[str, ...] = setting((), "Some names.", metavar="TEXT")
+    specs: tuple[str, ...] = setting((), "Some specs.", commas="split specs")
+    texts: tuple[str, ...] = setting((), "Some texts.", commas="keep")
+    paths: tuple[Path, ...] = setting((), "Some paths.")
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "values"),
+    [
+        ("names", ["a=1, b=2", "c"], ("a=1", "b=2", "c")),
+        ("specs", ["noise:5,tape=a.wav,flip", "crop:1, size=2"], ("noise:5,tape=a.wav", "flip", "crop:1, size=2")),
+        ("texts", ["red, or blue", "c"], ("red, or blue", "c")),
+        ("paths", ["a,b", "c"], (Path("a,b"), Path("c"))),
+    ],
+)
+def test_commas_mean_what_the_setting_declares(
+    tmp_path: Path, name: str, texts: list[str], values: tuple[Any, ...]
+) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(f"{name} = {json.dumps(texts)}")
+    assert getattr(parse(["--config", str(path)], Commas), name) == values
+    assert getattr(parse([word for text in texts for word in (f"--{name}", text)], Commas), name) == values
+
+
 def test_flag_that_is_on_is_switched_off(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text("no-check = true")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.options import CacheArgument, Json, Output, SelectionArgument, split_names, with_settings
+from embedcache.cli.options import CacheArgument, Json, Output, SelectionArgument, split_at_commas, with_settings
 from embedcache.errors import SettingError
 from embedcache.maintain.settings import PruneSettings, RemoveSettings
 
@@ -126,7 +126,7 @@ def cut(
     from embedcache.maintain.copy import cut_cache
 
     with resumable():
-        report = cut_cache(cache, selection, out, features=split_names(feature), progress=open_progress())
+        report = cut_cache(cache, selection, out, features=split_at_commas(feature), progress=open_progress())
     publish(lambda: _show(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
 
 
@@ -158,7 +158,7 @@ def merge(
         raise SettingError(f"expected two caches or more, then a new folder, got {caches[0]} and {out}")
     with resumable():
         report = merge_caches(
-            caches, out, prefix_keys=prefix_keys, features=split_names(feature), progress=open_progress()
+            caches, out, prefix_keys=prefix_keys, features=split_at_commas(feature), progress=open_progress()
         )
     publish(lambda: _show(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
 

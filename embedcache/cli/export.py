@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from embedcache.cli.commands import add_command, new_group
-from embedcache.cli.options import CacheArgument, Json, Output, RunArgument, check_new_file, split_names, with_settings
+from embedcache.cli.options import (
+    CacheArgument,
+    Json,
+    Output,
+    RunArgument,
+    check_new_file,
+    split_at_commas,
+    with_settings,
+)
 from embedcache.export.settings import ExportSettings, HubSettings
 from embedcache.interop.settings import AtlasSettings, MtebSettings, VectorExportSettings
 
@@ -221,7 +229,7 @@ def mteb(
     from embedcache.cli.console import open_progress, print_line, publish
     from embedcache.interop.mteb import write_mteb
 
-    names = split_names(tasks)
+    names = split_at_commas(tasks)
     count = write_mteb(cache, out, names, settings, progress=open_progress())
     publish(
         lambda: print_line(f"{out}: {count:,} items for {', '.join(names)}"),

@@ -201,10 +201,8 @@ Vtt: TypeAlias = Annotated[
 
 _CONFIG_HELP = "Read options from this TOML file; the command line takes precedence."
 _WIDEST_CHOICES = 24
-_WITH_COMMAS = ("FILE", "SPEC", "TEXT", "URL", "VALUE", "PART=RUN", "MODALITY=VIEW:WEIGHT,…")
-"""Values that may contain a comma, so that a repeated option is not split at commas."""
-_COMMA = re.compile(r",(?!\s*\w+=)")
-"""A comma between two values of an option; one before `name=` belongs to a value, as in `noise:5,tape=babble.wav`."""
+_COMMA = re.compile(",")
+_COMMA_BETWEEN_SPECS = re.compile(r",(?!\s*\w+=)")
 _METAVARS: Mapping[Any, str] = {int: "N", float: "FLOAT", str: "NAME", Path: "FILE"}
 
 
@@ -345,15 +343,14 @@ def _setting_value(item: FlatSetting, value: Any) -> Any:
     if get_origin(kind) is not tuple:
         return value
     element = get_args(kind)[0]
-    if element is Path or item.declared.metavar in _WITH_COMMAS:
+    if element is Path or item.declared.commas == "keep":
         return tuple(value)
-    if item.declared.metavar == "VIEW":
-        return tuple(name.strip() for word in value for name in _COMMA.split(word) if name.strip())
-    return tuple(_elements(item.name, element, value))
+    comma = _COMMA_BETWEEN_SPECS if item.declared.commas == "split specs" else _COMMA
+    return tuple(_elements(item.name, element, split_at_commas(value, comma)))
 
 
-def _elements(name: str, kind: Any, values: Sequence[Any]) -> Iterator[Any]:
-    for word in split_names(values):
+def _elements(name: str, kind: Any, words: Sequence[str]) -> Iterator[Any]:
+    for word in words:
         try:
             yield kind(word) if kind in (int, float) else word
         except ValueError:
@@ -386,6 +383,6 @@ def features_by_modality(words: Sequence[str] | None) -> dict[str, str] | None:
     return {modality: "+".join(names) for modality, names in named.items()} or None
 
 
-def split_names(values: Sequence[Any] | None) -> tuple[str, ...]:
+def split_at_commas(values: Sequence[Any] | None, comma: re.Pattern[str] = _COMMA) -> tuple[str, ...]:
     """Split the values of an option that may be repeated and may hold several names with commas between them."""
-    return tuple(name.strip() for value in values or () for name in str(value).split(",") if name.strip())
+    return tuple(word.strip() for value in values or () for word in comma.split(str(value)) if word.strip())

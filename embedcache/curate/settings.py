@@ -289,10 +289,14 @@ class ScoreSettings:
         False, "Multiply the layers of the file into one; right only if there is no activation between them."
     )
     prompts: tuple[str, ...] = setting(
-        (), "Score by the cosine with this text, or with the mean of several.", flat_name="prompt", metavar="TEXT"
+        (),
+        "Score by the cosine with this text, or with the mean of several.",
+        flat_name="prompt",
+        metavar="TEXT",
+        commas="keep",
     )
     negative: tuple[str, ...] = setting(
-        (), "Subtract the cosine with this text, or with the mean of several.", metavar="TEXT"
+        (), "Subtract the cosine with this text, or with the mean of several.", metavar="TEXT", commas="keep"
     )
     column: str = setting("score", "Name of the score in the table.", metavar="NAME")
     modality: ModalityName = setting("image", "Modality of the items to score.")

@@ -36,6 +36,7 @@ class DeriveSettings:
         "own; plain is the features themselves. May be repeated.",
         flat_name="view",
         metavar="VIEW",
+        commas="split specs",
         default_text="plain",
     )
     rule: str | None = setting(

@@ -101,6 +101,7 @@ class SpeechSettings:
         "itself. May be repeated.",
         flat_name="view",
         metavar="VIEW",
+        commas="split specs",
         default_text="plain",
     )
     streams: tuple[str, ...] = setting(

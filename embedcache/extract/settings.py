@@ -35,6 +35,7 @@ class ExtractSettings:
         "repeated.",
         flat_name="view",
         metavar="VIEW",
+        commas="split specs",
     )
     dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored features.")
     chunk_size: int | None = setting(

@@ -74,7 +74,9 @@ class IndexSettings:
 class Filter:
     """Filter of the items that a search may return; all conditions must hold."""
 
-    label_value: tuple[str, ...] = setting((), "Return only samples with this label. May be repeated.", metavar="VALUE")
+    label_value: tuple[str, ...] = setting(
+        (), "Return only samples with this label. May be repeated.", metavar="VALUE", commas="keep"
+    )
     part: tuple[str, ...] = setting(
         (),
         "Return only samples of this part: a value of the column split, or of the run's split if there is no such "

@@ -153,6 +153,7 @@ class PartSettings:
         (),
         "Run whose weights are the initialization of all parts, or of one: image=RUN. Repeat it for several parts.",
         metavar="PART=RUN",
+        commas="keep",
         panel="fine-tuning",
         recorded_by_default=False,
     )
@@ -244,6 +245,7 @@ class TrainSettings:
         "Read items from views of their feature, drawn in each epoch with these weights: image=plain:0.5,flip:0.5; "
         "plain is the feature itself. May be repeated for the other modality.",
         metavar="MODALITY=VIEW:WEIGHT,…",
+        commas="keep",
         recorded_by_default=False,
     )
     selection: str | None = setting(
@@ -257,6 +259,7 @@ class TrainSettings:
         "Table of hard negatives, written by curate negatives; {seed} stands for the seed. Repeat it for several "
         "caches.",
         metavar="FILE",
+        commas="keep",
         recorded_by_default=False,
     )
     num_negatives: int = setting(
