@@ -313,5 +313,11 @@ def to_json(settings: Any) -> dict[str, Any]:
             target = record
             for key in item.stored_path[:-1]:
                 target = target.setdefault(key, {})
-            target[item.stored_path[-1]] = list(value) if isinstance(value, tuple) else value
+            target[item.stored_path[-1]] = _json_value(value)
     return record
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_json_value(element) for element in value]
+    return str(value) if isinstance(value, Path) else value

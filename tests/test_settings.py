@@ -162,6 +162,7 @@ def test_one_value_stands_for_several_and_an_object_for_its_path() -> None:
     made = Stored(names="a", paths=["b.png", Located()], run=Located(), file=Located())  # type: ignore[arg-type]
     assert made == Stored(names=("a",), paths=(Path("b.png"), Path("folder")), run="folder", file=Path("folder"))
     assert Stored(names=(Path("a"), Located())).names == ("a", "folder")  # type: ignore[arg-type]
+    assert to_json(made) == {"names": ["a"], "paths": ["b.png", "folder"], "run": "folder", "file": "folder"}
     assert Outer(shots=3).shots == (3,)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"shots: expected a value .*, got"):
         Outer(shots="3")  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import PairConfig, read_config, split_path
 from embedcache.search.vectors import Vectors
-from embedcache.settings import replace_flat
+from embedcache.settings import replace_flat, to_json
 from embedcache.store.cache import Cache
 from embedcache.train.data import TrainData, name_features, open_data
 
@@ -115,10 +115,9 @@ def mine_negatives(
     named = name_features(image_feature, text_feature, feature) if is_named else None
     mining = _Mining(cache, settings, named, progress)
     counts = _Counts()
-    values = {name: _plain(value) for name, value in asdict(settings).items() if name != "device"}
-    metadata = {"task": "negatives", **values}
+    metadata = {"task": "negatives", **to_json(settings), "sides": mining.names}
     parts = counts.watch(mining.blocks())
-    write_negatives(out, mining.cache, mining.groups_S, parts, {**metadata, "sides": mining.names})
+    write_negatives(out, mining.cache, mining.groups_S, parts, metadata)
     return NegativesReport(
         num_samples=len(mining.pairs.samples),
         num_with_negatives=counts.num_with,
@@ -127,10 +126,6 @@ def mine_negatives(
         mean_score=counts.mean_score,
         mean_own_score=mining.mean_own_score,
     )
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 class _Counts:

@@ -8,7 +8,7 @@ from embedcache.curate.settings import RUN_HELP, SELECTION_FORMAT
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL
-from embedcache.settings import check_settings, setting
+from embedcache.settings import check_settings, flat_settings, setting, to_json
 from embedcache.units import parse_count_or_fraction, parse_counts
 
 METHOD_SETTINGS = (
@@ -23,7 +23,6 @@ METHOD_SETTINGS = (
     "at_most",
 )
 """A method may refuse these."""
-_YOUNGER = ("score", "at_least", "at_most")  # than the metadata of selections, which has them only where they are set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +70,15 @@ class SelectSettings:
         "score: column of the scores.",
         metavar="COLUMN",
         default_text="the only one that holds numbers",
+        recorded_by_default=False,
         panel="method",
     )
-    at_least: float | None = setting(None, "score: select samples of this score or a higher one.", panel="method")
-    at_most: float | None = setting(None, "score: select samples of this score or a lower one.", panel="method")
+    at_least: float | None = setting(
+        None, "score: select samples of this score or a higher one.", recorded_by_default=False, panel="method"
+    )
+    at_most: float | None = setting(
+        None, "score: select samples of this score or a lower one.", recorded_by_default=False, panel="method"
+    )
     concepts: str | Path | None = setting(
         None, "Cache of prompts, one sample per concept.", metavar="CACHE", panel="method"
     )
@@ -112,7 +116,6 @@ class SelectSettings:
         return {name: str(value) for name, value in values.items() if value is not None}
 
     def method_json(self) -> dict[str, Any]:
-        """Return the settings that a selection's metadata stores."""
-        names = [name for name in METHOD_SETTINGS if name not in _YOUNGER or getattr(self, name) is not None]
-        names += ["seed"]
-        return {"drawn" if name == "candidates" else name: getattr(self, name) for name in names}
+        """Return the settings of `METHOD_SETTINGS` and the seed as the metadata of a selection stores them."""
+        names = {item.stored_name for item in flat_settings(type(self)) if item.name in (*METHOD_SETTINGS, "seed")}
+        return {name: value for name, value in to_json(self).items() if name in names}
