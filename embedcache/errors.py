@@ -19,7 +19,11 @@ EmbedcacheError
 import faulthandler
 import re
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TypeVar
+
+V = TypeVar("V")
 
 
 class EmbedcacheError(Exception):
@@ -92,8 +96,14 @@ def visible(text: str) -> str:
 
 
 def one_line(error: BaseException, max_length: int = 200) -> str:
-    """Return an error's message on one line, to quote it in another message."""
-    return " ".join(str(error).split())[:max_length]
+    """Return an error's message on one line, to quote it in another message; without a message, the error's class."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:max_length]
+
+
+def first_few(values: Sequence[V], num_shown: int = 3, *, show: Callable[[V], str] = str, separator: str = ", ") -> str:
+    """List the first values in a message and count the others: `a, b, c and 4 more`."""
+    more = f" and {len(values) - num_shown:,} more" if len(values) > num_shown else ""
+    return separator.join(map(show, values[:num_shown])) + more
 
 
 def show_faults() -> None:

@@ -104,8 +104,8 @@ def io_reason(error: BaseException) -> str:
     if names & set(_HUB_REASONS):
         return next(reason for name, reason in _HUB_REASONS.items() if name in names)
     if isinstance(error, FileNotFoundError) and error.__cause__:
-        return _one_line(error.__cause__)
-    return (isinstance(error, OSError) and error.strerror) or _one_line(error)
+        return _first_line(error.__cause__)
+    return (isinstance(error, OSError) and error.strerror) or _first_line(error)
 
 
 def library_of(kind: type) -> str:
@@ -113,7 +113,8 @@ def library_of(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-def _one_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's message: those of services continue with paragraphs of advice."""
     return (str(error).partition("\n")[0] or type(error).__name__)[:_LONGEST_REASON]
 
 

@@ -24,6 +24,7 @@ from embedcache.errors import (
     FingerprintError,
     PathError,
     UnknownNameError,
+    first_few,
 )
 from embedcache.files import check_regular, io_reason, make_folder, read_limited, remove_partials, write_atomic
 from embedcache.registry import used_plugins
@@ -226,7 +227,7 @@ def prepare_folder(path: Path, *, kind: str, marker: str, allowed: Collection[st
     foreign = sorted(name for name in names if not (is_resumed and any(fnmatch(name, pattern) for pattern in allowed)))
     if foreign:
         raise PathError(
-            f"{path} is not {kind} and not empty: it holds {', '.join(foreign[:3])}; give the path of a new folder"
+            f"{path} is not {kind} and not empty: it holds {first_few(foreign)}; give the path of a new folder"
         )
 
 
@@ -242,13 +243,13 @@ def name_differences(found: Mapping[str, Any], requested: Mapping[str, Any]) -> 
     flat_found, flat_requested = _flatten(found), _flatten(requested)
     differing = [name for name in {**flat_found, **flat_requested} if flat_found.get(name) != flat_requested.get(name)]
     return [
-        f"{name}: stored {_shorten(flat_found.get(name))}, requested {_shorten(flat_requested.get(name))}"
+        f"{name}: stored {_cut_long_list(flat_found.get(name))}, requested {_cut_long_list(flat_requested.get(name))}"
         for name in differing
     ]
 
 
-def _shorten(value: Any) -> str:
-    """Return a value as text; of a long list, such as the words of a vocabulary, the beginning."""
+def _cut_long_list(value: Any) -> str:
+    """Return a value as text; of a long list, such as the words of a vocabulary, the first characters."""
     text = repr(value)
     if not isinstance(value, list | tuple) or len(text) <= _LONGEST_LIST:
         return text

@@ -3,20 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Ints
-from embedcache.errors import DataError
+from embedcache.errors import DataError, first_few
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 
 Label: TypeAlias = str | int
 
-_NUM_SHOWN = 5
 _MAX_WHOLE = 2**53  # beyond it, floating-point numbers are further apart than 1
 
 
@@ -133,11 +132,11 @@ def _check_known(
     if not others:
         return
     others.sort(key=lambda position: -count_F[position])
-    listed = ", ".join(_describe(labels[position], int(count_F[position]), names) for position in others[:_NUM_SHOWN])
-    more = f" and {len(others) - _NUM_SHOWN:,} others" if len(others) > _NUM_SHOWN else ""
+    listed = first_few(others, 5, show=lambda position: _describe(labels[position], int(count_F[position]), names))
     raise DataError(
         f"{count_F[others].sum():,} of {len(which_M):,} samples have labels in {location} that are not classes: "
-        f"{listed}{more}; the labels are {_shorten(sorted(labels))}; the classes are {_shorten(names)}, counted from 0"
+        f"{listed}; the labels are {first_few(sorted(labels), 5, show=repr)}; the classes are "
+        f"{first_few(names, 5, show=repr)}, counted from 0"
     )
 
 
@@ -145,8 +144,3 @@ def _describe(label: Label, count: int, names: Sequence[str]) -> str:
     similar = get_close_matches(label, names, n=1, cutoff=0.5) if isinstance(label, str) else []
     hint = f", did you mean {similar[0]!r}?" if similar else ""
     return f"{label!r} ({count:,} samples{hint})"
-
-
-def _shorten(values: Sequence[Any]) -> str:
-    shown = ", ".join(repr(value) for value in values[:_NUM_SHOWN])
-    return f"{shown}, … ({len(values):,})" if len(values) > _NUM_SHOWN else shown

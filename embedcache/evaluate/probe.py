@@ -9,7 +9,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.devices import products_on
-from embedcache.errors import SettingError
+from embedcache.errors import SettingError, first_few
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, compare_neighbors, fit_knn, load_method
 from embedcache.evaluate.labeled import LabeledFeature, read_labeled
 from embedcache.evaluate.settings import ProbeSettings
@@ -107,8 +107,7 @@ class ProbeReport:
             lines.append(f"{overlap:,} test {noun(data.feature.modality)} are copies of training or validation items")
         unseen = np.setdiff1d(data.examples.labels[is_test], data.examples.labels[~is_test])
         if len(unseen):
-            names = ", ".join(repr(data.names[number]) for number in unseen[:5])
-            names += f" and {len(unseen) - 5:,} others" if len(unseen) > 5 else ""
+            names = first_few(unseen.tolist(), 5, show=lambda number: repr(data.names[number]))
             lines.append(f"{len(unseen):,} classes have test items and no training items: {names}")
         for score in self.scores:
             if not score.chosen.get("converged", True):

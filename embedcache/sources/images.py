@@ -67,11 +67,12 @@ def list_images(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
     if isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", None) == _IMAGE_AXES:
         return [images]  # type: ignore[list-item]
     if isinstance(images, bytes) or not isinstance(images, Iterable):
-        raise DataError(f"images: expected {_EXPECTED}, or several of them, got {_shorten(images)}")
+        raise DataError(f"images: expected {_EXPECTED}, or several of them, got {_short_repr(images)}")
     return images if isinstance(images, Sequence) or hasattr(images, "ndim") else list(images)
 
 
-def _shorten(value: Any) -> str:
+def _short_repr(value: Any) -> str:
+    """Return the first characters of a value, which may be a whole file, for a message."""
     return repr(value)[:_MAX_SHOWN]
 
 
@@ -83,7 +84,7 @@ def load_image(image: ImageLike, background: str = WHITE) -> Image.Image:
         DataError: an image cannot be decoded, or an array is no RGB image; the message names it.
     """
     if not isinstance(image, str | Path | Image.Image) and not hasattr(image, "__array__"):
-        raise DataError(f"image: expected {_EXPECTED}, got {_shorten(image)}")
+        raise DataError(f"image: expected {_EXPECTED}, got {_short_repr(image)}")
     if isinstance(image, str | Path) and not Path(image).is_file():
         raise PathError(f"image {image} does not exist: expected {_EXPECTED}; check the path")
     try:

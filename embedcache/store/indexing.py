@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from embedcache.errors import FingerprintError, PathError, SettingError, SourceError, UnfinishedError
+from embedcache.errors import FingerprintError, PathError, SettingError, SourceError, UnfinishedError, first_few
 from embedcache.files import disk_errors, flush, is_remote, make_folder, partial_path, put_file, remove_folder
 from embedcache.locks import LOCK, locked
 from embedcache.modalities import noun
@@ -117,7 +117,7 @@ def _check_no_other_files(cache_path: Path) -> None:
     other_names = sorted(name for name in names if name not in _CACHE_FILES and not name.endswith(".partial"))
     if other_names:
         raise PathError(
-            f"{cache_path} is not a cache and not empty: it contains {', '.join(other_names[:3])}; "
+            f"{cache_path} is not a cache and not empty: it contains {first_few(other_names)}; "
             "use the path of a new folder"
         )
 

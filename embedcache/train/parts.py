@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from embedcache.errors import CorruptError, DataError, PathError, SettingError
+from embedcache.errors import CorruptError, DataError, PathError, SettingError, first_few
 from embedcache.projectors.saved import config_path, read_run
 from embedcache.provenance import digest_file, fields_of
 from embedcache.registry import unknown_name
 
 Parts: TypeAlias = Mapping[str, Sequence[str]]
-_NUM_SHOWN = 3
 ALL_PARTS = "*"
 """Stands for all parts that are not named."""
 
@@ -105,8 +104,8 @@ def _read_weights(run_path: Path) -> dict[str, Tensor]:
 
 def _check_weights(part: str, run_path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     lacking, other = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    problems = [f"it lacks {_shorten(lacking)}"] if lacking else []
-    problems += [f"it also has {_shorten(other)}"] if other else []
+    problems = [f"it lacks {first_few(lacking)}"] if lacking else []
+    problems += [f"it also has {first_few(other)}"] if other else []
     problems += [
         f"{key}: expected shape {tuple(expected[key].shape)}, got {tuple(found[key].shape)}"
         for key in sorted(expected.keys() & found.keys())
@@ -114,14 +113,9 @@ def _check_weights(part: str, run_path: Path, expected: Mapping[str, Tensor], fo
     ]
     if problems:
         raise DataError(
-            f"init_from: the part {part} of {run_path} does not fit: {_shorten(problems, '; ')}; use a run with the "
-            "same architecture and widths, or name the parts to take as PART=RUN"
+            f"init_from: the part {part} of {run_path} does not fit: {first_few(problems, separator='; ')}; use a run "
+            "with the same architecture and widths, or name the parts to take as PART=RUN"
         )
-
-
-def _shorten(words: Sequence[str], separator: str = ", ") -> str:
-    more = f" and {len(words) - _NUM_SHOWN} more" if len(words) > _NUM_SHOWN else ""
-    return separator.join(words[:_NUM_SHOWN]) + more
 
 
 def parse_trainable(names: str | None, parts: Parts) -> tuple[str, ...]:

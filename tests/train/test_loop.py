@@ -25,7 +25,6 @@ from embedcache.train.data import TrainData, _gather, name_features
 from embedcache.train.losses import Positives
 from embedcache.train.modules import ModuleReport, fitted_name
 from embedcache.train.pair import PairTask, Validation
-from embedcache.train.parts import _shorten
 from embedcache.train.segmentation import PointData, SegmentationTask
 from embedcache.train.settings import FitSettings, LossSettings, MachineSettings, OptimizerSettings
 from embedcache.train.speech import SpeechRecipe, SpeechTask
@@ -368,9 +367,3 @@ def test_frames_of_items_are_counted() -> None:
     values, lengths = np.zeros((2, 5, 3)), np.array([4, 5])
     assert frame_counts(Inputs(values)).tolist() == [5, 5]
     assert frame_counts(Inputs(values, lengths)).tolist() == [4, 5]
-
-
-def test_three_words_are_shown_and_the_others_counted() -> None:
-    assert _shorten(list("abc")) == "a, b, c"
-    assert _shorten(list("abcd")) == "a, b, c and 1 more"
-    assert _shorten(list("ab"), "; ") == "a; b"
