@@ -1,5 +1,7 @@
 """Folders of real image files with captions that say what is in them."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,3 +31,14 @@ def write_images(folder: Path, count: int, *, seed: int = 0) -> Path:
         Image.fromarray(np.maximum(np.asarray(image), 12) - noise).save(folder / f"{number:05d}.png")
         (folder / f"{number:05d}.txt").write_text(f"{front} bar {place} on {back}\n")
     return folder
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """Return a PNG of a kilobyte whose header states that size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\0" * 1_000_000, 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")

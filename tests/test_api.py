@@ -18,11 +18,10 @@ import embedcache
 from embedcache.cli.main import root_command
 from embedcache.dataset.inputs import open_input
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
-from embedcache.projectors.saved import load_pair, project
 from embedcache.settings import flat_settings
 from tests.edits import edit_record
 from tests.images import write_images
-from tests.interop.runs import SIDES, train_run
+from tests.interop.runs import SIDES, cached_vectors, train_run
 from tests.toy import IMAGE, TEXT
 
 ROOT = Path(__file__).parents[1]
@@ -91,17 +90,11 @@ def run_path(request: pytest.FixtureRequest, exact_cache: Path, tmp_path_factory
     return train_run(exact_cache, tmp_path_factory.mktemp("runs") / request.param, *SIDES[request.param])
 
 
-def cached_vectors(cache_path: Path, run_path: Path, modality: str, count: int) -> np.ndarray:
-    pair, config = load_pair(run_path)
-    side = open_input(embedcache.Cache(cache_path), modality, config.tower_input(modality).feature)
-    return project(pair.tower(modality), side.read(np.arange(count)))
-
-
 def test_model_matches_the_cache(exact_cache: Path, image_folder: Path, run_path: Path) -> None:
     model, paths = embedcache.load(run_path), sorted(image_folder.glob("*.png"))[:20]
     texts = embedcache.Cache(exact_cache).items("text")["text"].to_pylist()[:20]
-    images_NP = cached_vectors(exact_cache, run_path, "image", 20)
-    texts_MP = cached_vectors(exact_cache, run_path, "text", 20)
+    images_NP = cached_vectors(exact_cache, run_path, "image")[:20]
+    texts_MP = cached_vectors(exact_cache, run_path, "text")[:20]
     np.testing.assert_allclose(model.encode_image(paths), images_NP, atol=1e-4)
     np.testing.assert_allclose(model.encode_image([Image.open(path) for path in paths]), images_NP, atol=1e-4)
     np.testing.assert_allclose(model.encode_text(texts), texts_MP, atol=1e-4)
@@ -198,7 +191,7 @@ def test_stored_features_are_projected(run_path: Path, exact_cache: Path) -> Non
     feature = model.config.sides["image"].feature
     stored = open_input(embedcache.Cache(exact_cache), "image", feature).read(np.arange(3)).values
     projected = model.project("image", stored.astype(np.float64))
-    np.testing.assert_allclose(projected, cached_vectors(exact_cache, run_path, "image", 3), atol=1e-5)
+    np.testing.assert_allclose(projected, cached_vectors(exact_cache, run_path, "image")[:3], atol=1e-5)
     assert projected.dtype == np.float32
     assert model.project("image", stored, tensors=True).shape == (3, model.width)
     assert model.project("image", stored[:0]).shape == (0, model.width)

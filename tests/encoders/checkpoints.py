@@ -1,6 +1,7 @@
 """Tiny checkpoints with random weights, written by each library's own code."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,23 @@ def write_clip_config(folder: Path) -> Path:
     path = folder / "tiny-clip.json"
     path.write_text(json.dumps({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}))
     return path
+
+
+def save_clip(path: Path) -> Path:
+    """Write random weights of `tiny-clip`, and register its architecture with open_clip."""
+    import open_clip
+
+    open_clip.add_model_config(write_clip_config(path.parent))
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-clip").state_dict(), path)
+    return path
+
+
+def copy_changed(folder: Path, copy: Path) -> Path:
+    """Copy a model and change one value of its weights."""
+    shutil.copytree(folder, copy)
+    change_one_weight(copy / "model.safetensors")
+    return copy
 
 
 def change_one_weight(path: Path, change: Callable[[Any], Any] = lambda tensor: tensor + 1) -> None:

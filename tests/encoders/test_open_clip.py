@@ -13,7 +13,7 @@ import torch
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import ArtifactError, CorruptError, PathError
 from embedcache.testing.encoders import TEXTS, ImageEncoderContract, TextEncoderContract, example_images
-from tests.encoders.checkpoints import write_clip_config
+from tests.encoders.checkpoints import save_clip, write_clip_config
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -114,11 +114,7 @@ def test_unreachable_hub_raises() -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("open-clip")
-    open_clip.add_model_config(write_clip_config(folder))
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-clip").state_dict(), folder / "tiny.pt")
-    return folder / "tiny.pt"
+    return save_clip(tmp_path_factory.mktemp("open-clip") / "tiny.pt")
 
 
 def _other(weights: Path) -> str:

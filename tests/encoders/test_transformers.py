@@ -17,7 +17,7 @@ from embedcache.testing.encoders import (
     TextEncoderContract,
     example_images,
 )
-from tests.encoders.checkpoints import MAX_TOKENS, change_one_weight, save_dinov2
+from tests.encoders.checkpoints import MAX_TOKENS, copy_changed, save_dinov2
 
 NUM_REGISTERS = 3
 
@@ -29,7 +29,7 @@ class TestTransformersImage(ImageEncoderContract):
 
     @pytest.fixture
     def other_spec(self, dinov2: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-        return f"hf:{_changed(dinov2, tmp_path_factory.mktemp('changed') / 'dinov2')}"
+        return f"hf:{copy_changed(dinov2, tmp_path_factory.mktemp('changed') / 'dinov2')}"
 
 
 class TestTransformersText(TextEncoderContract):
@@ -41,7 +41,7 @@ class TestTransformersText(TextEncoderContract):
 
     @pytest.fixture
     def other_spec(self, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-        return f"hf:{_changed(bert, tmp_path_factory.mktemp('changed') / 'bert')}"
+        return f"hf:{copy_changed(bert, tmp_path_factory.mktemp('changed') / 'bert')}"
 
 
 def test_nondeterministic_model_raises(tmp_path: Path) -> None:
@@ -146,9 +146,3 @@ def test_missing_file_raises(missing: str, words: str, dinov2: Path, tmp_path: P
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_dinov2(tmp_path_factory.mktemp("hf") / "tiny-dinov2", num_registers=NUM_REGISTERS)
-
-
-def _changed(folder: Path, copy: Path) -> Path:
-    shutil.copytree(folder, copy)
-    change_one_weight(copy / "model.safetensors")
-    return copy

@@ -12,7 +12,7 @@ from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import PathError, SettingError
 from embedcache.testing.encoders import TOLERANCE, AudioEncoderContract, example_audio
-from tests.encoders.checkpoints import change_one_weight, save_bert, save_clap, save_speech, save_whisper
+from tests.encoders.checkpoints import copy_changed, save_bert, save_clap, save_speech, save_whisper
 
 
 class TestWav2Vec2(AudioEncoderContract):
@@ -22,7 +22,7 @@ class TestWav2Vec2(AudioEncoderContract):
 
     @pytest.fixture
     def other_spec(self, wav2vec2: Path, tmp_path: Path) -> str:
-        return f"hf:{_changed(wav2vec2, tmp_path / 'changed')}"
+        return f"hf:{copy_changed(wav2vec2, tmp_path / 'changed')}"
 
 
 class TestClap(AudioEncoderContract):
@@ -32,7 +32,7 @@ class TestClap(AudioEncoderContract):
 
     @pytest.fixture
     def other_spec(self, clap: Path, tmp_path: Path) -> str:
-        return f"hf:{_changed(clap, tmp_path / 'changed')}"
+        return f"hf:{copy_changed(clap, tmp_path / 'changed')}"
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,3 @@ def wav2vec2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_clap(tmp_path_factory.mktemp("clap") / "tiny", seed=0, is_fused=False)
-
-
-def _changed(folder: Path, copy: Path) -> Path:
-    shutil.copytree(folder, copy)
-    change_one_weight(copy / "model.safetensors")
-    return copy

@@ -17,7 +17,7 @@ from embedcache.sources import open_source
 from embedcache.sources.images import rgb_image
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
-from tests.encoders.checkpoints import write_clip_config
+from tests.encoders.checkpoints import save_clip
 from tests.export.runs import make_run
 from tests.images import write_images
 
@@ -85,11 +85,7 @@ def test_trained_preset(projector: str, cache: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("clip")
-    open_clip.add_model_config(write_clip_config(folder))
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-clip").state_dict(), folder / "clip.pt")
-    return f"open_clip:tiny-clip,pretrained={folder / 'clip.pt'}"
+    return f"open_clip:tiny-clip,pretrained={save_clip(tmp_path_factory.mktemp('clip') / 'clip.pt')}"
 
 
 def test_linear_projector_folds_into_clip(tiny_clip: str, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from sklearn.metrics import top_k_accuracy_score
 from torch.utils.data import default_collate
 
 from embedcache.cli.main import app
-from embedcache.dataset.inputs import open_input
 from embedcache.dataset.prompts import class_vectors, read_prompts
 from embedcache.errors import FingerprintError, MissingExtraError, PathError, SettingError
 from embedcache.evaluate.runs import load_runs, run_input
@@ -23,7 +22,6 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.interop.clip_benchmark import _find_output, evaluate, load, top_k_accuracy
 from embedcache.metrics.ranking import best_ranks, recall_at
-from embedcache.projectors.saved import load_pair, project
 from embedcache.sources import open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
@@ -31,7 +29,7 @@ from tests.cli.run import succeed
 from tests.conftest import FEATURES
 from tests.edits import edit_record
 from tests.interop.layout import write_layout
-from tests.interop.runs import SIDES, train_run
+from tests.interop.runs import SIDES, cached_vectors, train_run
 from tests.toy import IMAGE, TEXT
 
 PHOTOS = Path(str(distribution("foolbox").locate_file("foolbox/data")))
@@ -52,13 +50,6 @@ def exact_cache(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def runs(exact_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     return {name: train_run(exact_cache, folder / name, *sides) for name, sides in SIDES.items()}
-
-
-def cached_vectors(cache_path: Path, run_path: Path, modality: str) -> np.ndarray:
-    """Project the features of a cache, in row order."""
-    pair, config = load_pair(run_path)
-    side = open_input(Cache(cache_path), modality, config.tower_input(modality).feature)
-    return project(pair.tower(modality), side.read(np.arange(side.num_items)))
 
 
 @pytest.mark.parametrize("name", SIDES)

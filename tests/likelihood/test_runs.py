@@ -10,9 +10,9 @@ import pytest
 
 import embedcache as package
 from embedcache.store.cache import Cache
-from embedcache.train import trainer
 from tests.cli.run import Result, embedcache, succeed
 from tests.train.likelihood_cases import tables
+from tests.train.runs import interrupted_after
 
 TASKS = """
 [caption]
@@ -156,18 +156,8 @@ def test_a_run_without_its_split_is_neither_measured_nor_reused(folder: Path, ru
         (folder / "aside").rename(run / "split.parquet")
 
 
-def test_ctrl_c_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checkpoint, num_left = trainer.save_checkpoint, 4
-
-    def save(*args: Any) -> None:
-        nonlocal num_left
-        save_checkpoint(*args)
-        num_left -= 1
-        if not num_left:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", save)
+def test_ctrl_c_keeps_what_is_done(folder: Path) -> None:
+    with interrupted_after(4, KeyboardInterrupt):
         stopped = embedcache(*train("stopped", "--checkpoint-s 0"), cwd=folder)
     assert (stopped.code, "rerun the same command" in stopped.stderr) == (130, True)
     resumed = embedcache(*train("stopped", "--checkpoint-s 0"), cwd=folder)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +11,12 @@ from embedcache.errors import CorruptError, PathError, UnfinishedError
 from embedcache.search.card import FORMAT_VERSION, IN_MEMORY_FORMAT, open_row_index, read_card, verify_index
 from embedcache.search.faiss_index import make_index
 from embedcache.store.arrays import file_checksum
+from tests.edits import edit_record
 
 
 @pytest.fixture
 def copy(labeled_index: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(labeled_index, tmp_path / "index"))
-
-
-def change_card(path: Path, **changes: Any) -> None:
-    record = {**json.loads((path / "card.json").read_text()), **changes}
-    record.pop("digest", None)
-    (path / "card.json").write_text(json.dumps(record))
 
 
 def write_longer(path: Path) -> dict[str, str]:
@@ -54,17 +48,17 @@ def test_index_that_is_being_extended_opens_once_it_is_written(copy: Path) -> No
 
 
 def test_card_of_another_index_is_refused(copy: Path) -> None:
-    change_card(copy, checksums=write_longer(copy))
+    edit_record(copy / "card.json", checksums=write_longer(copy))
     with pytest.raises(CorruptError) as error:
         open_row_index(copy, read_card(copy))
     assert str(error.value) == (
         f"{copy}/index.faiss: expected 60 vectors of width 48, as its card states, got 61 of 48; remove {copy} and "
         f"build it again: embedcache curate index CACHE {copy}"
     )
-    change_card(copy, num_vectors=61, width=47)
+    edit_record(copy / "card.json", num_vectors=61, width=47)
     with pytest.raises(CorruptError, match="expected 61 vectors of width 47, as its card states, got 61 of 48;"):
         open_row_index(copy, read_card(copy))
-    change_card(copy, checksums={})
+    edit_record(copy / "card.json", checksums={})
     assert len(open_row_index(copy, read_card(copy))) == 61  # early versions have no checksums
     verify_index(copy, read_card(copy))
 

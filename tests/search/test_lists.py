@@ -1,6 +1,5 @@
 """Lists on disk: each is compared with its checksum before a search reads it."""
 
-import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,7 @@ from embedcache.search.search import OpenIndex
 from embedcache.search.settings import IndexSettings
 from embedcache.store.arrays import SKIP_CHECKSUMS, file_checksum
 from embedcache.store.cache import Cache
-from tests.edits import exchange
+from tests.edits import edit_record, exchange
 
 ON_DISK: dict[str, Any] = {"feature": "open_toy/cls", "min_recall": 0.0, "on_disk": True}
 LISTS = "lists-300.ivfdata"
@@ -62,12 +61,6 @@ def flip(path: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 1
     exchange(path, data)
-
-
-def write_card(path: Path, **changes: Any) -> None:
-    record = {**json.loads((path / "card.json").read_text()), **changes}
-    del record["digest"]
-    (path / "card.json").write_text(json.dumps(record))
 
 
 def test_card_has_a_checksum_per_list(built: Path) -> None:
@@ -145,7 +138,7 @@ def test_file_of_another_size_is_refused_when_opened(copy: Path) -> None:
 
 def test_card_of_other_lists_is_refused(copy: Path, cache_path: Path, tmp_path: Path) -> None:
     checksums = dict(read_card(copy).checksums)
-    write_card(copy, checksums={**checksums, LISTS: checksums[LISTS][:-8] + "0" * 16})
+    edit_record(copy / "card.json", checksums={**checksums, LISTS: checksums[LISTS][:-8] + "0" * 16})
     with pytest.raises(
         CorruptError, match=rf"{LISTS}: expected 4 lists in 31,200 bytes, .* got 5 checksums and 31,200 bytes; remove"
     ):
@@ -153,8 +146,7 @@ def test_card_of_other_lists_is_refused(copy: Path, cache_path: Path, tmp_path: 
     build_index(cache_path, tmp_path / "memory", IndexSettings(**{**ON_DISK, "on_disk": False}, factory="Flat"))
     shutil.copy(tmp_path / "memory" / "index.faiss", copy)
     of_index = {"index.faiss": file_checksum(copy / "index.faiss")}
-    record = json.loads((copy / "card.json").read_text())
-    (copy / "card.json").write_text(json.dumps({**record, "checksums": {**checksums, **of_index}}))
+    edit_record(copy / "card.json", checksums={**checksums, **of_index})
     with pytest.raises(CorruptError, match=rf"index.faiss: expected lists in {LISTS}, got an index in memory; remove "):
         opened(copy)
 
@@ -177,7 +169,7 @@ def test_comparison_may_be_skipped(copy: Path, queries_QP: Floats, monkeypatch: 
 
 def test_lists_of_format_3_are_compared_when_opened(copy: Path, cache_path: Path, queries_QP: Floats) -> None:
     checksums = {name: file_checksum(copy / name) for name in ("index.faiss", LISTS)}
-    write_card(copy, format=3, checksums=checksums)
+    edit_record(copy / "card.json", format=3, checksums=checksums)
     assert OpenIndex(copy, cache=cache_path).search_vectors(queries_QP[:1], k=3)
     flip(copy / LISTS, 7)
     with pytest.raises(CorruptError, match=rf"{LISTS}: expected checksum {checksums[LISTS]}, got"):

@@ -15,9 +15,9 @@ from embedcache.search.card import read_card
 from embedcache.search.faiss_index import read_index
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
+from tests.edits import edit_record
 from tests.recorded import RecordedProgress
 from tests.search.test_building import write_cache
-from tests.search.test_card import change_card
 
 CLS = "open_toy/cls"
 
@@ -75,7 +75,7 @@ def build(copy: Path, **settings: Any) -> Any:
 def test_memory_of_an_index_is_compared_with_the_limit(copy: Path) -> None:
     for memory_bytes, counted in ((12_000, 12_000), (None, read_card(copy).file_bytes)):
         assert counted is not None
-        change_card(copy, memory_bytes=memory_bytes)
+        edit_record(copy / "card.json", memory_bytes=memory_bytes)
         assert build(copy, memory=counted).num_vectors == 60
         with pytest.raises(SettingError) as error:
             build(copy, memory=counted - 1)
@@ -83,14 +83,14 @@ def test_memory_of_an_index_is_compared_with_the_limit(copy: Path) -> None:
             f"memory: expected an index of at most {counted - 1:,} bytes, got {counted:,} with 60 items for {copy}, "
             "Flat; give the path of a new folder for a smaller one"
         )
-    change_card(copy, memory_bytes=6000, num_vectors=30)  # which grows to sixty
+    edit_record(copy / "card.json", memory_bytes=6000, num_vectors=30)  # which grows to sixty
     with pytest.raises(SettingError, match="at most 11,999 bytes, got 12,000 with 60 items"):
         build(copy, memory=11_999)
 
 
 def test_recall_of_an_index_is_compared_with_the_limit(copy: Path) -> None:
     for version, is_measured in ((3, True), (2, True), (1, False)):
-        change_card(copy, recall_at_10=0.75, format=version)
+        edit_record(copy / "card.json", recall_at_10=0.75, format=version)
         assert build(copy, min_recall=0.75).recall_at_10 == 0.75
         if not is_measured:  # in the first format
             assert build(copy, min_recall=0.76).recall_at_10 == 0.75
@@ -104,7 +104,7 @@ def test_recall_of_an_index_is_compared_with_the_limit(copy: Path) -> None:
 
 
 def test_damaged_index_is_not_extended(copy: Path) -> None:
-    change_card(copy, num_vectors=59)
+    edit_record(copy / "card.json", num_vectors=59)
     data = (copy / "index.faiss").read_bytes()
     (copy / "index.faiss").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(CorruptError, match="index.faiss: expected checksum"):
@@ -138,7 +138,7 @@ def test_index_of_removed_samples_is_kept_whatever_its_recall(tmp_path: Path) ->
     cache = write_cache(tmp_path, 40)
     settings = IndexSettings(feature=CLS)
     build_index(cache, tmp_path / "index", settings, factory="PQ4x4", min_recall=0.0)
-    change_card(tmp_path / "index", recall_at_10=0.99)
+    edit_record(tmp_path / "index" / "card.json", recall_at_10=0.99)
     remove_samples(cache, ["00003"])
     card = build_index(cache, tmp_path / "index", settings)
     assert (card.num_vectors, card.memory_bytes) == (39, None)

@@ -2,9 +2,7 @@
 
 import logging
 import socket
-import struct
 import threading
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +14,7 @@ from embedcache.serve.app import make_app
 from embedcache.serve.server import bind
 from embedcache.serve.service import SearchService
 from embedcache.serve.settings import ServeSettings
+from tests.images import png_of_size
 from tests.serve.conftest import visit
 
 TOKEN = "a-token-of-the-test-0123456789"
@@ -125,22 +124,11 @@ def test_long_bodies_are_rejected(client: TestClient) -> None:
     assert "too many bytes; expected at most 200,000" in answer.json()["error"]
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few kilobytes that says it has that many pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = zlib.compress(b"\0" * 1_000_000, 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
 def test_bad_images_are_rejected(client: TestClient) -> None:
     for data, message in (
-        (bomb(50_000, 50_000), "too many pixels"),
-        (bomb(7_000, 6_000), "too many pixels: 7000 x 6000, more than 40,000,000"),
-        (bomb(40_000, 1), "too narrow"),
+        (png_of_size(50_000, 50_000), "too many pixels"),
+        (png_of_size(7_000, 6_000), "too many pixels: 7000 x 6000, more than 40,000,000"),
+        (png_of_size(40_000, 1), "too narrow"),
         (b"", "empty file"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
         (b"GIF89a" + b"\0" * 20, "image"),

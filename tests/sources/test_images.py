@@ -4,7 +4,6 @@ import threading
 import time
 import tracemalloc
 import warnings
-import zlib
 from contextlib import suppress
 from importlib.metadata import distribution
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image, ImageOps
 
 from embedcache.errors import ItemError
 from embedcache.sources.images import MAX_PIXELS, decode_image
+from tests.images import png_of_size
 from tests.sources.files import encode, noise
 
 ORIENTATION = 0x0112
@@ -27,18 +27,6 @@ REAL_FILES = {path.name: path.read_bytes() for path in iscc_samples.images() if 
 
 def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
-
-
-def png_header(width: int, height: int) -> bytes:
-    """Return the start of a PNG of the given size, with almost no data."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = chunk(b"IDAT", zlib.compress(bytes(100)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("name", sorted(REAL_FILES))
@@ -157,7 +145,7 @@ def test_truncated_file_raises(name: str) -> None:
 
 
 def test_huge_image_is_rejected_from_its_header() -> None:
-    data = png_header(30_000, 30_000)
+    data = png_of_size(30_000, 30_000)
     tracemalloc.start()
     start = time.perf_counter()
     with pytest.raises(ItemError, match=r"too many pixels.*89,478,485"):
@@ -171,7 +159,7 @@ def test_huge_image_is_rejected_from_its_header() -> None:
 
 def test_largest_allowed_image_is_decoded() -> None:
     with pytest.raises(ItemError, match=r"truncated|damaged"):
-        decode_image(png_header(MAX_PIXELS // 9_000, 9_000))
+        decode_image(png_of_size(MAX_PIXELS // 9_000, 9_000))
 
 
 def test_extreme_aspect_ratio_raises() -> None:

@@ -1,11 +1,16 @@
 """Runs on the toy features, shared by the tests of training."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.progress import AnyProgress
+from embedcache.train import trainer
 from embedcache.train.settings import train_settings
 from embedcache.train.train import TrainReport, train
 
@@ -25,6 +30,23 @@ def run(
     defaults = {"shared_width": 16, "epochs": 2, "batch_size": 64, "split": "key"}
     settings = train_settings({**defaults, **options})
     return train(caches, run_path, image_feature=image, text_feature=text, settings=settings, progress=progress)  # type: ignore[arg-type]
+
+
+@contextmanager
+def interrupted_after(num_checkpoints: int, error: type[BaseException] = InterruptedError) -> Iterator[None]:
+    """Raise an error right after training has written that many checkpoints."""
+    save_checkpoint, num_left = trainer.save_checkpoint, num_checkpoints
+
+    def save(*args: Any) -> None:
+        nonlocal num_left
+        save_checkpoint(*args)
+        num_left -= 1
+        if not num_left:
+            raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", save)
+        yield
 
 
 def log_lines(run_path: Path) -> list[dict[str, Any]]:

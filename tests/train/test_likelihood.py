@@ -13,11 +13,11 @@ from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.networks.saved import load_module, read_module_config
 from embedcache.networks.shared import SharedNetwork
 from embedcache.networks.words import BLANK, END, NUM_SPECIAL, WordLists
-from embedcache.train import trainer
 from embedcache.train.examples import Examples
 from embedcache.train.likelihood import TaskMixture, start_from, train_likelihood
 from embedcache.train.likelihood_tasks import predict
 from tests.train.likelihood_cases import Squares, colors_of, fit_settings, open_tones, recipe
+from tests.train.runs import interrupted_after
 
 
 def network(run: Path) -> SharedNetwork:
@@ -48,24 +48,11 @@ def train_two(squares: Squares, run: Path, *, checkpoint_s: float = 60.0) -> Non
     train_likelihood(tasks, squares.words, run, recipe(steps_per_epoch=4), settings)
 
 
-def test_an_interrupted_run_resumes_to_the_same_bytes(
-    squares: Squares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bytes(squares: Squares, tmp_path: Path) -> None:
     whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
     train_two(squares, whole)
-    save_checkpoint, num_left = trainer.save_checkpoint, 6
-
-    def save(*args: Any) -> None:
-        nonlocal num_left
-        save_checkpoint(*args)
-        num_left -= 1
-        if not num_left:
-            raise InterruptedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", save)
-        with pytest.raises(InterruptedError):
-            train_two(squares, interrupted, checkpoint_s=0.0)
+    with interrupted_after(6), pytest.raises(InterruptedError):
+        train_two(squares, interrupted, checkpoint_s=0.0)
     assert not (interrupted / "config.json").exists()
     train_two(squares, interrupted, checkpoint_s=0.0)
     for name in ("model.safetensors", "losses.jsonl"):

@@ -18,7 +18,7 @@ import torch
 
 from embedcache.errors import CorruptError, FingerprintError, PathError, SettingError
 from embedcache.provenance import read_json
-from embedcache.train import checkpoint, trainer
+from embedcache.train import checkpoint
 from embedcache.train.checkpoint import (
     LogEnd,
     RunLog,
@@ -44,19 +44,8 @@ def run(cache_path: Path, run_path: Path, **options: Any) -> None:
 
 def run_interrupted(cache_path: Path, run_path: Path, num_steps: int, **options: Any) -> None:
     """Train until an exception right after the checkpoint of a step."""
-    save_checkpoint, num_left = trainer.save_checkpoint, num_steps
-
-    def save(*args: object) -> None:
-        nonlocal num_left
-        save_checkpoint(*args)  # type: ignore[arg-type]
-        num_left -= 1
-        if not num_left:
-            raise InterruptedError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", save)
-        with pytest.raises(InterruptedError):
-            run(cache_path, run_path, **options)
+    with runs.interrupted_after(num_steps), pytest.raises(InterruptedError):
+        run(cache_path, run_path, **options)
 
 
 def assert_same_run(found: Path, expected: Path) -> None:

@@ -12,7 +12,6 @@ from embedcache.errors import DataError
 from embedcache.networks.points import PointNetworks
 from embedcache.networks.saved import ModuleInput, load_module, read_module_config
 from embedcache.settings import from_flat
-from embedcache.train import trainer
 from embedcache.train.segmentation import (
     PointData,
     SegmentationInputs,
@@ -22,6 +21,7 @@ from embedcache.train.segmentation import (
     train_source,
 )
 from embedcache.train.settings import FitSettings
+from tests.train.runs import interrupted_after
 
 C, WIDTHS = 3, {"image": 6, "points": 4}
 
@@ -100,22 +100,9 @@ def test_adaptation_changes_one_modality_only(runs: dict[str, Path], tmp_path: P
     assert set(read_module_config(tmp_path / "run").init_runs) == {"image", "points"}
 
 
-def test_adaptation_keeps_the_last_epoch_and_resumes_to_the_same_bits(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_checkpoint, num_left = trainer.save_checkpoint, 9
-
-    def save(*args: Any) -> None:
-        nonlocal num_left
-        save_checkpoint(*args)
-        num_left -= 1
-        if not num_left:
-            raise InterruptedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", save)
-        with pytest.raises(InterruptedError):
-            adapt(runs, tmp_path / "run", checkpoint_s=0, epochs=3)
+def test_adaptation_keeps_the_last_epoch_and_resumes_to_the_same_bits(runs: dict[str, Path], tmp_path: Path) -> None:
+    with interrupted_after(9), pytest.raises(InterruptedError):
+        adapt(runs, tmp_path / "run", checkpoint_s=0, epochs=3)
     for name in ("run", "whole"):
         adapt(runs, tmp_path / name, checkpoint_s=0, epochs=3)
     for name in ("model.safetensors", "last.safetensors", "losses.jsonl"):

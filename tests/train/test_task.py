@@ -28,13 +28,12 @@ from embedcache.registry import trust_files
 from embedcache.reports.summary import summarize
 from embedcache.settings import from_flat
 from embedcache.store.cache import Cache
-from embedcache.train import trainer
 from embedcache.train.checkpoint import checkpoint_path
 from embedcache.train.modules import ModuleReport, describe_input, describe_origin, fitted_files, fitted_name
 from embedcache.train.settings import FitSettings
 from tests.edits import edit_record
 from tests.train.places import FEATURE, read_places, train_places
-from tests.train.runs import log_lines
+from tests.train.runs import interrupted_after, log_lines
 
 SAME = ("model.safetensors", "last.safetensors", "losses.jsonl", "config.json")
 
@@ -74,20 +73,9 @@ def test_run_is_reused_or_refused(cache_path: Path, finished: Path) -> None:
 
 @pytest.mark.parametrize("num_steps", [1, 4, 9])
 def test_resume_of_any_task_is_identical(cache_path: Path, tmp_path: Path, num_steps: int) -> None:
-    save_checkpoint, num_left = trainer.save_checkpoint, num_steps
-
-    def save(*args: Any) -> None:
-        nonlocal num_left
-        save_checkpoint(*args)
-        num_left -= 1
-        if not num_left:
-            raise InterruptedError
-
     options = {"checkpoint_s": 0, "batch_size": 60, "precision": "bfloat16"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", save)
-        with pytest.raises(InterruptedError):
-            fit(cache_path, tmp_path / "run", **options)
+    with interrupted_after(num_steps), pytest.raises(InterruptedError):
+        fit(cache_path, tmp_path / "run", **options)
     assert checkpoint_path(tmp_path / "run").is_file()
     torch.manual_seed(99)
     fit(cache_path, tmp_path / "run", **options)

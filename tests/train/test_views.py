@@ -17,13 +17,12 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import read_config
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.train import trainer
 from embedcache.train.data import TrainData, open_data
 from embedcache.train.settings import command_line, train_settings
 from embedcache.train.views import DrawnViews, parse_views
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
-from tests.train.runs import log_lines, run
+from tests.train.runs import interrupted_after, log_lines, run
 
 VIEWS = ("image=plain:1,flip:3",)
 
@@ -88,24 +87,11 @@ def test_views_share_the_memory_of_their_side(flipped: Path, spared: int, is_loa
 
 
 @pytest.mark.parametrize("options", [{}, {"mixup": 0.5}, {"image": "open_toy/patches", "projector": "token+mlp"}])
-def test_resume_with_views_is_identical(
-    flipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
+def test_resume_with_views_is_identical(flipped: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     options = {"views": VIEWS, "checkpoint_s": 0, "batch_size": 20, "initialization": "random", "epochs": 3, **options}
     run(flipped, tmp_path / "whole", **options)
-    save_checkpoint, num_left = trainer.save_checkpoint, 4
-
-    def save(*args: Any) -> None:
-        nonlocal num_left
-        save_checkpoint(*args)
-        num_left -= 1
-        if not num_left:
-            raise InterruptedError
-
-    monkeypatch.setattr(trainer, "save_checkpoint", save)
-    with pytest.raises(InterruptedError):
+    with interrupted_after(4), pytest.raises(InterruptedError):
         run(flipped, tmp_path / "run", **options)
-    monkeypatch.setattr(trainer, "save_checkpoint", save_checkpoint)
     run(flipped, tmp_path / "run", **options)
     for name in ("model.safetensors", "last.safetensors", "losses.jsonl", "config.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
