@@ -1,6 +1,5 @@
 """embedcache cache"""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -47,13 +46,13 @@ def prune(
 
     Example: embedcache cache prune cache/ --feature dinov2-large/patches --yes
     """
-    from embedcache.cli.console import print_line, publish, to_plain
+    from embedcache.cli.console import print_line, print_lines, publish, to_plain
     from embedcache.maintain.prune import plan_prune, prune_cache
 
     plan = prune_cache(cache, settings) if yes else plan_prune(cache, settings)
 
     def show() -> None:
-        _show(plan.lines())
+        print_lines(plan.lines())
         print_line("deleted" if yes else "nothing is deleted; add --yes to delete this")
 
     record = {"is_done": yes, **to_plain(plan), "num_bytes": plan.num_bytes}
@@ -82,7 +81,7 @@ def remove(
 
     Example: embedcache cache remove cache/ keys.txt --index index/ --selection kept.parquet --yes
     """
-    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_line, print_lines, publish, resumable, to_plain
     from embedcache.dataset.selections import read_selected_keys
     from embedcache.maintain.remove import plan_removal, remove_samples
 
@@ -93,7 +92,7 @@ def remove(
         plan = plan_removal(cache, names, settings)
 
         def show_plan() -> None:
-            _show(plan.lines())
+            print_lines(plan.lines())
             print_line("nothing is removed; add --yes to remove this")
 
         publish(show_plan, lambda: {"is_done": False, **to_plain(plan)}, as_json=as_json, output=output)
@@ -102,7 +101,7 @@ def remove(
         report = remove_samples(cache, names, settings, progress=open_progress())
 
     def show() -> None:
-        _show(report.lines())
+        print_lines(report.lines())
         print_line(f"{keys} still names the samples, as do backups, snapshots, reports and copies of these files")
 
     publish(show, lambda: {"is_done": True, **to_plain(report)}, as_json=as_json, output=output)
@@ -122,12 +121,12 @@ def cut(
 
     Example: embedcache cache cut cache/ selection.parquet small/
     """
-    from embedcache.cli.console import open_progress, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_lines, publish, resumable, to_plain
     from embedcache.maintain.copy import cut_cache
 
     with resumable():
         report = cut_cache(cache, selection, out, features=split_at_commas(feature), progress=open_progress())
-    publish(lambda: _show(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
+    publish(lambda: print_lines(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
 
 
 def merge(
@@ -151,7 +150,7 @@ def merge(
 
     Example: embedcache cache merge first/ second/ both/
     """
-    from embedcache.cli.console import open_progress, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_lines, publish, resumable, to_plain
     from embedcache.maintain.copy import merge_caches
 
     if len(caches) < 2:
@@ -160,14 +159,7 @@ def merge(
         report = merge_caches(
             caches, out, prefix_keys=prefix_keys, features=split_at_commas(feature), progress=open_progress()
         )
-    publish(lambda: _show(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
-
-
-def _show(lines: Sequence[str]) -> None:
-    from embedcache.cli.console import print_line
-
-    for line in lines:
-        print_line(line)
+    publish(lambda: print_lines(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
 
 
 add_command(app, "prune", prune)

@@ -185,7 +185,7 @@ def dedup(
 
     Example: embedcache curate dedup cache/ kept.parquet --cosine 0.95
     """
-    from embedcache.cli.console import open_progress, print_line, print_table
+    from embedcache.cli.console import open_progress, print_line, print_lines, print_table
     from embedcache.curate.dedup import analyze as analyze_duplicates
     from embedcache.curate.dedup import dedup as remove_duplicates
     from embedcache.reports.dedup import (
@@ -202,8 +202,7 @@ def dedup(
         analysis = analyze_duplicates(cache, settings, progress=open_progress())
 
         def show_levels() -> None:
-            for line in (comparison_line(analysis), *histogram_lines(analysis)):
-                print_line(line)
+            print_lines([comparison_line(analysis), *histogram_lines(analysis)])
             print_table(*threshold_table(analysis))
             print_line("choose a cosine, then: embedcache curate dedup CACHE OUT.parquet --cosine …")
 

@@ -220,15 +220,14 @@ def probe(
 
     Example: embedcache evaluate probe labeled/ --feature resnet18/pooled --shots 1,2,4,8
     """
-    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.cli.console import open_progress, print_lines, print_table, publish
     from embedcache.evaluate.probe import evaluate_probe
     from embedcache.reports.probe import few_shot_table, probe_json, probe_table, write_probe_page
 
     report = evaluate_probe(cache, settings, progress=open_progress())
 
     def show() -> None:
-        for line in (report.line(), *report.warnings()):
-            print_line(line)
+        print_lines([report.line(), *report.warnings()])
         print_table(*probe_table(report))
         if report.few_shots:
             print_table(*few_shot_table(report))
@@ -343,21 +342,22 @@ def likelihood(
 
     Example: embedcache evaluate likelihood cache/ run/ --task-file tasks.toml --shuffle-items
     """
-    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.cli.console import open_progress, print_lines, print_table, publish
     from embedcache.likelihood.runs import evaluate_tasks
     from embedcache.reports.likelihood import likelihood_json, likelihood_table
 
     reports = evaluate_tasks(cache, run, task_file, settings, device=device, progress=open_progress())
 
     def show() -> None:
-        for line in dict.fromkeys(
-            warning
-            for tasks in reports.values()
-            for seeds in tasks.values()
-            for seed in seeds
-            for warning in seed.warnings()
-        ):
-            print_line(line)
+        print_lines(
+            dict.fromkeys(
+                warning
+                for tasks in reports.values()
+                for seeds in tasks.values()
+                for seed in seeds
+                for warning in seed.warnings()
+            )
+        )
         print_table(*likelihood_table(reports))
 
     publish(show, lambda: likelihood_json(reports, Path(cache).name), as_json=as_json, output=output)

@@ -1,6 +1,6 @@
 """embedcache extract"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
@@ -113,7 +113,7 @@ _Outcome: TypeAlias = tuple[Any, Callable[[], None]]
 
 
 def _extract(source: "Source", cache: str, encoders: Mapping[str, Any], settings: ExtractSettings) -> _Outcome:
-    from embedcache.cli.console import open_progress
+    from embedcache.cli.console import open_progress, print_lines
     from embedcache.extract.extract import extract as extract_features
     from embedcache.reports.summary import caption_error_lines
     from embedcache.store.cache import Cache
@@ -122,15 +122,15 @@ def _extract(source: "Source", cache: str, encoders: Mapping[str, Any], settings
     lines = [*(report.line() for report in reports), *caption_error_lines(Cache(cache))]
     if not any(report.encoded for report in reports):
         lines.append("nothing to do: every chunk is committed")
-    return reports, lambda: _print_lines(lines)
+    return reports, lambda: print_lines(lines)
 
 
 def _retry(source: "Source", cache: str, encoders: Mapping[str, Any], settings: ExtractSettings) -> _Outcome:
-    from embedcache.cli.console import open_progress
+    from embedcache.cli.console import open_progress, print_lines
     from embedcache.extract.repair import retry_failed
 
     reports = retry_failed(source, cache, **encoders, settings=settings, progress=open_progress())
-    return reports, lambda: _print_lines([report.line() for report in reports])
+    return reports, lambda: print_lines([report.line() for report in reports])
 
 
 def _plan(source: "Source", cache: str, encoders: Mapping[str, Any], settings: ExtractSettings) -> _Outcome:
@@ -139,13 +139,6 @@ def _plan(source: "Source", cache: str, encoders: Mapping[str, Any], settings: E
 
     made = plan(source, cache, **encoders, settings=settings, progress=open_progress())
     return made, lambda: _show_plan(made)
-
-
-def _print_lines(lines: Sequence[str]) -> None:
-    from embedcache.cli.console import print_line
-
-    for line in lines:
-        print_line(line)
 
 
 def _show_plan(plan: "Plan") -> None:

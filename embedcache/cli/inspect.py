@@ -23,18 +23,16 @@ def inspect(
 
     Example: embedcache inspect cache/
     """
-    from embedcache.cli.console import print_line, print_table, publish
+    from embedcache.cli.console import print_lines, print_table, publish
     from embedcache.reports.summary import summarize
 
     summary = summarize(path)
 
     def show() -> None:
-        for line in summary.lines:
-            print_line(line)
+        print_lines(summary.lines)
         if summary.rows:
             print_table(summary.columns, summary.rows)
-        for line in summary.notes:
-            print_line(line)
+        print_lines(summary.notes)
 
     publish(show, lambda: {"kind": summary.kind, **summary.record}, as_json=as_json, output=output)
 
@@ -54,7 +52,7 @@ def verify(
 
     Example: embedcache verify cache/ --reencode 0.1%
     """
-    from embedcache.cli.console import open_progress, print_line, publish, to_plain
+    from embedcache.cli.console import open_progress, print_line, print_lines, publish, to_plain
 
     if (Path(cache) / "card.json").is_file():
         from embedcache.search.card import read_card, verify_index
@@ -74,11 +72,6 @@ def verify(
     from embedcache.extract.repair import verify_cache
 
     report = verify_cache(cache, settings, progress=open_progress())
-
-    def show() -> None:
-        for line in report.lines():
-            print_line(line)
-
-    publish(show, lambda: to_plain(report), as_json=as_json, output=output)
+    publish(lambda: print_lines(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
     if not report.is_sound:
         raise typer.Exit(1)

@@ -181,15 +181,14 @@ def outliers(
 
     Example: embedcache curate outliers cache/ odd.parquet --html odd.html
     """
-    from embedcache.cli.console import open_progress, print_line, print_table
+    from embedcache.cli.console import open_progress, print_line, print_lines, print_table
     from embedcache.curate.outliers import find_outliers
     from embedcache.reports.scores import outlier_line, outlier_notes, threshold_table, write_outlier_page
 
     report = find_outliers(cache, out, settings, progress=open_progress())
 
     def show() -> None:
-        for line in (outlier_line(report), *outlier_notes(report)):
-            print_line(line)
+        print_lines([outlier_line(report), *outlier_notes(report)])
         print_table(*threshold_table(report))
         if out is not None:
             print_line(f"wrote {out}: {', '.join(report.scores)} of {report.cache.info.num_samples:,} samples")
