@@ -68,6 +68,11 @@ def estimates_json(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
     }
 
 
+def estimate_json(estimate: Estimate) -> dict[str, Any]:
+    """Return an estimate as JSON values: `value` and `interval`."""
+    return {"value": round_json(estimate.value), "interval": interval_json(estimate)}
+
+
 def interval_json(estimate: Estimate) -> list[float | None]:
     """Return the 95% interval of an estimate as a JSON value."""
     return [round_json(estimate.low), round_json(estimate.high)]

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 from embedcache.evaluate.likelihood import TaskReport, estimate_runs
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import Table, format_estimate, format_fraction, interval_json, round_json
+from embedcache.reports.base import Table, estimate_json, format_estimate, format_fraction, round_json
 
 Reports: TypeAlias = Mapping[str, Mapping[str, Sequence[TaskReport]]]
 """Recipe -> task -> a report per seed."""
@@ -49,9 +49,9 @@ def _task_json(seeds: Sequence[TaskReport]) -> dict[str, Any]:
         "task": first.task,
         "kind": first.kind,
         "num_examples": first.num_examples,
-        "measures": {name: _estimate_json(_estimate(seeds, name)) for name in first.measures},
+        "measures": {name: _measure_json(seeds, name) for name in first.measures},
         "controls": {
-            control: {name: _estimate_json(_estimate(seeds, name, control)) for name in measures}
+            control: {name: _measure_json(seeds, name, control) for name in measures}
             for control, measures in first.controls.items()
         },
         "chance": {name: round_json(value) for name, value in first.chance.items()},
@@ -68,5 +68,6 @@ def _estimate(seeds: Sequence[TaskReport], measure: str, control: str | None = N
     return measured.estimate() if len(seeds) == 1 else estimate_runs(seeds, measure, control=control)
 
 
-def _estimate_json(estimate: Estimate | None) -> dict[str, Any] | None:
-    return None if estimate is None else {"value": round_json(estimate.value), "interval": interval_json(estimate)}
+def _measure_json(seeds: Sequence[TaskReport], measure: str, control: str | None = None) -> dict[str, Any] | None:
+    estimate = _estimate(seeds, measure, control)
+    return None if estimate is None else estimate_json(estimate)

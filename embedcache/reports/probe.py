@@ -92,7 +92,7 @@ def _details(report: ProbeReport) -> dict[str, Any]:
     data, settings = report.labeled, report.settings
     few_shot: dict[str, dict[str, Any]] = {}
     for result in report.few_shots:
-        few_shot.setdefault(result.method, {})[str(result.shots)] = _estimate_json(result.accuracy)
+        few_shot.setdefault(result.method, {})[str(result.shots)] = _accuracy_json(result.accuracy)
     return {
         "feature": data.feature.name,
         "modality": data.feature.modality,
@@ -112,7 +112,7 @@ def _details(report: ProbeReport) -> dict[str, Any]:
         "methods": {score.method: _score_json(score, data.names) for score in report.scores},
         "shuffled_labels": {
             control.method: {
-                **_estimate_json(control.accuracy),
+                **_accuracy_json(control.accuracy),
                 "by_shuffle": list(map(round_json, control.by_shuffle)),
             }
             for control in report.controls
@@ -124,7 +124,7 @@ def _details(report: ProbeReport) -> dict[str, Any]:
 
 def _score_json(score: Score, names: Sequence[str]) -> dict[str, Any]:
     return {
-        **_estimate_json(score.accuracy),
+        **_accuracy_json(score.accuracy),
         "acc5": round_json(score.top5),
         "mean_per_class_recall": round_json(score.mean_per_class.value),
         "mean_per_class_interval": interval_json(score.mean_per_class),
@@ -133,7 +133,7 @@ def _score_json(score: Score, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _estimate_json(estimate: Estimate) -> dict[str, Any]:
+def _accuracy_json(estimate: Estimate) -> dict[str, Any]:
     return {"acc1": round_json(estimate.value), "interval": interval_json(estimate)}
 
 

@@ -6,6 +6,7 @@ chooses it. Finished runs and results are reused.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,17 +21,17 @@ from embedcache.reports.base import (
     INK,
     Table,
     estimate_bars,
+    estimate_json,
     format_count,
     format_estimate,
     format_fraction,
     label,
     open_axes,
-    round_json,
 )
 from embedcache.train.recipes import Schedule
 from pipelines.drawings.curve import Recipe, SeedRuns, choice_name, open_runs, question, run_all
 from pipelines.drawings.curve_page import CREDIT, part_of_test
-from pipelines.drawings.curve_results import estimate_json, estimate_of, format_gain, run_json
+from pipelines.drawings.curve_results import estimate_of, format_gain, measures_json, run_json
 from pipelines.drawings.results import NAMES
 from pipelines.drawings.steps import Data
 from pipelines.results.measured import Result, Results, with_both
@@ -155,24 +156,15 @@ def ablation_json(
             setting: {"base": group.base, "variants": list(group.variants)} for setting, group in groups.items()
         },
         "runs": {name: run_json(every, name, size, chosen[name, size]) for name in names},
-        "tests": {test: _test_json(results, question(test, size), names, groups) for test in every[0].tests},
-    }
-
-
-def _test_json(results: Results, asked: str, names: Sequence[str], groups: Mapping[str, Group]) -> dict[str, Any]:
-    found = results.seeds(names[0], asked)
-    return {
-        measure: {
-            "num_examples": len(found[0].measures[measure].values_M),
-            "chance": round_json(fmean(result.chance[measure] for result in found)),
-            **_estimates_json(results, asked, measure, names, groups),
-        }
-        for measure in found[0].measures
+        "tests": {
+            test: measures_json(results, names[0], asked, partial(_estimates_json, results, asked, names, groups))
+            for test, asked in ((test, question(test, size)) for test in every[0].tests)
+        },
     }
 
 
 def _estimates_json(
-    results: Results, asked: str, measure: str, names: Sequence[str], groups: Mapping[str, Group]
+    results: Results, asked: str, names: Sequence[str], groups: Mapping[str, Group], measure: str
 ) -> dict[str, Any]:
     means = results.resample([(name, asked) for name in names], measure)
     columns = dict(zip(names, means.T, strict=True))

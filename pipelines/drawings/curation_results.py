@@ -12,10 +12,18 @@ from scipy.stats import rankdata
 from embedcache.arrays import Array
 from embedcache.metrics.intervals import interval_of
 from embedcache.provenance import read_json
-from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, format_percent, round_json
+from embedcache.reports.base import (
+    Table,
+    estimate_json,
+    format_count,
+    format_estimate,
+    format_fraction,
+    format_percent,
+    round_json,
+)
 from pipelines.drawings.curation import AGAIN, DRAWS, Curation
 from pipelines.drawings.curve import choice_name, question, read_score, selection_path
-from pipelines.drawings.curve_results import estimate_json, estimate_of, format_gain, size_names
+from pipelines.drawings.curve_results import estimate_of, format_gain, measures_json, size_names
 from pipelines.drawings.results import NAMES
 from pipelines.results.measured import Result, Results, with_both
 
@@ -92,29 +100,28 @@ def _selection_json(curation: Curation, names: Sequence[str], size: int) -> dict
 def _test_json(
     results: Results, test: str, methods: Sequence[str], selections: Mapping[str, Any], recipes: Sequence[str]
 ) -> dict[str, Any]:
+    """Return all estimates of one test: metric -> recipe -> budget, each from resamples of its own."""
     sizes = list(selections[RANDOM])
-    found = results.seeds(_model(AGAIN, recipes[0]), question(test, int(sizes[0])))
-    return {
-        measure: {
-            "num_examples": len(found[0].measures[measure].values_M),
-            "chance": round_json(fmean(result.chance[measure] for result in found)),
-            "recipes": {
-                recipe: {
-                    size: _estimates_json(
-                        results,
-                        question(test, int(size)),
-                        measure,
-                        recipe,
-                        methods,
-                        [selections[name][size]["concepts"] for name in methods],
-                    )
-                    for size in sizes
-                }
-                for recipe in recipes
-            },
+
+    def estimates(measure: str) -> dict[str, Any]:
+        """Return the estimates of one metric."""
+        of_recipe = {
+            recipe: {
+                size: _estimates_json(
+                    results,
+                    question(test, int(size)),
+                    measure,
+                    recipe,
+                    methods,
+                    [selections[name][size]["concepts"] for name in methods],
+                )
+                for size in sizes
+            }
+            for recipe in recipes
         }
-        for measure in found[0].measures
-    }
+        return {"recipes": of_recipe}
+
+    return measures_json(results, _model(AGAIN, recipes[0]), question(test, int(sizes[0])), estimates)
 
 
 def _estimates_json(

@@ -1,7 +1,8 @@
 """What the learning curve says: recalls, gains over closed forms, where they begin, and costs; as JSON and tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from embedcache.arrays import Array
 from embedcache.evaluate.likelihood import Measured
 from embedcache.metrics.intervals import Estimate, interval_of
-from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, interval_json, round_json
+from embedcache.reports.base import Table, estimate_json, format_count, format_estimate, format_fraction, round_json
 from pipelines.drawings.curve import SeedRuns, choice_name, question, read_cost, read_report, read_score
 from pipelines.drawings.results import NAMES
 from pipelines.results.measured import Result, Results
@@ -101,27 +102,40 @@ def _test_json(
     results: Results, test: str, names: Sequence[str], trained: Sequence[str], closed: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return all estimates of one test; of each metric from the same resamples for all recipes and sizes."""
-    found = [results.seeds(names[0], question(test, int(size))) for size in closed]
-    counts = [fmean(result.num_trained for result in of_size) for of_size in found]
-    first = found[0][0]
+    asked = [question(test, int(size)) for size in closed]
+    counts = [fmean(result.num_trained for result in results.seeds(names[0], size)) for size in asked]
+    estimates = partial(_estimates_json, results, test, names, trained, closed, counts)
+    return measures_json(results, names[0], asked[0], estimates)
+
+
+def measures_json(
+    results: Results, model: str, asked: str, estimates: Callable[[str], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return metric -> `num_examples`, `chance` and estimates, of a question whose examples all models share.
+
+    Args:
+        model: any of the models that were asked.
+        estimates: metric -> what else is recorded of it.
+    """
+    found = results.seeds(model, asked)
     return {
         measure: {
-            "num_examples": len(first.measures[measure].values_M),
-            "chance": round_json(fmean(result.chance[measure] for result in found[0])),
-            **_estimates_json(results, test, measure, names, trained, closed, counts),
+            "num_examples": len(found[0].measures[measure].values_M),
+            "chance": round_json(fmean(result.chance[measure] for result in found)),
+            **estimates(measure),
         }
-        for measure in first.measures
+        for measure in found[0].measures
     }
 
 
 def _estimates_json(
     results: Results,
     test: str,
-    measure: str,
     names: Sequence[str],
     trained: Sequence[str],
     closed: Mapping[str, str],
     counts: Sequence[float],
+    measure: str,
 ) -> dict[str, Any]:
     asked = [(name, size) for name in names for size in closed]
     means = results.resample([(name, question(test, int(size))) for name, size in asked], measure)
@@ -163,11 +177,6 @@ def find_crossing(num_pairs: Sequence[float], gain_V: Array) -> float:
     place = -gain_V[last] / (gain_V[last + 1] - gain_V[last])
     low, high = np.log(num_pairs[last : last + 2])
     return float(np.exp(low + place * (high - low)))
-
-
-def estimate_json(estimate: Estimate) -> dict[str, Any]:
-    """Return an estimate as JSON values: `value` and `interval`."""
-    return {"value": round_json(estimate.value), "interval": interval_json(estimate)}
 
 
 def _finite(value: float) -> float | None:

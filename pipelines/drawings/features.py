@@ -21,7 +21,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.copy import cut_cache
 from embedcache.metrics.intervals import interval_of
 from embedcache.provenance import digest_file
-from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, round_json
+from embedcache.reports.base import Table, estimate_json, format_count, format_estimate, format_fraction, round_json
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 from embedcache.store.feature import Feature
@@ -31,7 +31,7 @@ from pipelines.correlation import UNDEFINED, Outcomes, correlation_figure, corre
 from pipelines.drawings.ablation import NUM_PAIRS
 from pipelines.drawings.curve import RECIPES, Recipe, SeedRuns, open_runs, question, run_all, selection_path
 from pipelines.drawings.curve_page import CREDIT
-from pipelines.drawings.curve_results import estimate_json, estimate_of, format_gain, run_json
+from pipelines.drawings.curve_results import estimate_of, format_gain, run_json
 from pipelines.drawings.results import EMOJI, FAMILIES, NAMES
 from pipelines.drawings.steps import Data
 from pipelines.results.measured import Result, Results, with_both
