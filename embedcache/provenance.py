@@ -43,8 +43,11 @@ RECORDED_PACKAGES = (
 )
 """Packages that can decide an output, by their names on the index; a record has the installed ones."""
 
-STORED_NAMES = {"index_digest": "spine"}
-"""Field in code -> key on disk, where they differ; format 1 keeps the old key."""
+INDEX_DIGEST = "spine"
+"""Key of an index digest on disk, in JSON, metadata and columns of tables: the name that format 1 began with."""
+
+STORED_NAMES = {"index_digest": INDEX_DIGEST}
+"""Field in code -> key on disk, where they differ."""
 
 DIGEST = "digest"
 """Key of JSON objects that are compared with their digest when they are read."""

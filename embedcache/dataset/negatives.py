@@ -18,6 +18,7 @@ from embedcache.arrays import Array, Floats, Ints
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
 from embedcache.files import AnyPath
 from embedcache.outputs import new_output, read_metadata, to_metadata
+from embedcache.provenance import INDEX_DIGEST
 from embedcache.store.cache import Cache
 from embedcache.store.tables import open_table
 
@@ -64,7 +65,7 @@ def write_negatives(
         parts: the negatives of all samples, block by block in their order.
         metadata: how they were found, as JSON values.
     """
-    header = {"cache": str(cache.path), "spine": cache.info.index_digest, "num_samples": len(groups_S), **metadata}
+    header = {"cache": str(cache.path), INDEX_DIGEST: cache.info.index_digest, "num_samples": len(groups_S), **metadata}
     schema, keys, start = _SCHEMA.with_metadata(to_metadata(header, _SCHEMA)), cache.column("key"), 0
     with new_output(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
         for part in parts:
@@ -137,12 +138,12 @@ def _open_tables(paths: Sequence[AnyPath], caches: Sequence[Cache], use: Callabl
 def _find_cache(path: Path, table: pq.ParquetFile, caches: Sequence[Cache]) -> int:
     """Return the number of the cache that a table is of."""
     header = read_metadata(path, table.schema_arrow)
-    if not set(_SCHEMA.names) <= set(table.schema_arrow.names) or "spine" not in header:
+    if not set(_SCHEMA.names) <= set(table.schema_arrow.names) or INDEX_DIGEST not in header:
         raise ValueError(f"it has the columns {', '.join(table.schema_arrow.names)}")
     if table.metadata.num_rows != header.get("num_samples"):
         raise ValueError(f"it has {table.metadata.num_rows:,} rows, not one per sample; mine them again")
     for number, cache in enumerate(caches):
-        if cache.info.has_rows_of(header["spine"]) and cache.info.num_samples >= table.metadata.num_rows:
+        if cache.info.has_rows_of(header[INDEX_DIGEST]) and cache.info.num_samples >= table.metadata.num_rows:
             return number
     names = " and ".join(str(cache.path) for cache in caches)
     raise DataError(f"negatives {path}: expected those of {names}, got those of {header['cache']}; mine them again")

@@ -15,6 +15,7 @@ from embedcache.dataset.splits import check_split, warn_removed
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
 from embedcache.files import TEXT_ENCODING, read_file
 from embedcache.outputs import check_table_output, new_output, read_metadata, with_metadata
+from embedcache.provenance import INDEX_DIGEST
 from embedcache.store.cache import Cache, keys_of
 from embedcache.store.columns import index_in, to_array
 from embedcache.store.removed import read_removed
@@ -51,7 +52,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
         raise DataError(f"no sample of {cache.path} is selected, so {path} is not written; select with looser settings")
     keys = cache.column("key").take(pa.array(selection.rows))
     table = pa.table({"row": selection.rows, "key": keys, "reason": to_array(selection.reasons, pa.string())})
-    header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
+    header = {"cache": str(cache.path), INDEX_DIGEST: cache.info.index_digest, **metadata}
     with new_output(path) as temporary:
         write_table(temporary, with_metadata(table, header))
 
@@ -121,7 +122,7 @@ def read_selected_reasons(path: Path) -> pa.Table:
     with _selection_errors(path):
         table = read_table(path)
         about = read_metadata(path, table.schema)
-        if "reason" not in table.column_names and "spine" not in about:
+        if "reason" not in table.column_names and INDEX_DIGEST not in about:
             return _REASONS.empty_table()
         return table.select(_REASONS.names).cast(_REASONS).combine_chunks()
 

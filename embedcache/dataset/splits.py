@@ -21,7 +21,7 @@ from embedcache.errors import CorruptError, DataError, PathError, SettingError, 
 from embedcache.files import replacing
 from embedcache.outputs import with_metadata
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import digest_file, read_record
+from embedcache.provenance import INDEX_DIGEST, digest_file, read_record
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache, keys_of
 from embedcache.store.columns import Column, to_array
@@ -76,7 +76,7 @@ def write_split(path: Path, split: Split) -> None:
         "group": to_array(split.groups, pa.int64()),
     }
     if split.index_digests:
-        columns["spine"] = to_array(split.index_digests, pa.string())
+        columns[INDEX_DIGEST] = to_array(split.index_digests, pa.string())
     with replacing(path) as temporary:
         write_table(temporary, with_metadata(pa.table(columns), {}))
 
@@ -120,7 +120,7 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     check_split(path)
     try:
         table = read_table(path)
-        schema = pa.schema([column for column in _COLUMNS if column.name != "spine" or "spine" in table.column_names])
+        schema = _COLUMNS if INDEX_DIGEST in table.column_names else _COLUMNS.remove(len(_COLUMNS) - 1)
         table = table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise CorruptError(
@@ -137,15 +137,15 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     )
 
 
-_COLUMNS = pa.schema([("key", pa.string()), ("part", pa.string()), ("group", pa.int64()), ("spine", pa.string())])
+_COLUMNS = pa.schema([("key", pa.string()), ("part", pa.string()), ("group", pa.int64()), (INDEX_DIGEST, pa.string())])
 
 
 def _select_cache(path: Path, table: pa.Table, cache: Cache) -> pa.Table:
     """Return key, part and group of the samples of one cache, with appended samples in no part."""
     keys = cache.column("key").cast(pa.string())
-    if "spine" in table.column_names:
-        same = [name for name in pc.unique(table["spine"]).to_pylist() if cache.info.has_rows_of(name)]
-        table = table.filter(pc.is_in(table["spine"], value_set=pa.array(same, pa.string()))).drop_columns("spine")
+    if INDEX_DIGEST in table.column_names:
+        same = pa.array(filter(cache.info.has_rows_of, pc.unique(table[INDEX_DIGEST]).to_pylist()), pa.string())
+        table = table.filter(pc.is_in(table[INDEX_DIGEST], value_set=same)).drop_columns(INDEX_DIGEST)
     table = _without_removed(path, table, cache)
     if not len(table) or not table["key"].equals(keys.slice(0, len(table))):
         raise DataError(

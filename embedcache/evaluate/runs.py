@@ -27,7 +27,7 @@ from embedcache.projectors.saved import (
     run_selection_path,
     split_path,
 )
-from embedcache.provenance import check_same, digest_file
+from embedcache.provenance import INDEX_DIGEST, check_same, digest_file
 from embedcache.store.cache import Cache
 from embedcache.store.columns import index_in
 
@@ -237,6 +237,6 @@ def _recipe(config: PairConfig) -> dict[str, Any]:
     split = {**config.training["split"], "seed": None, **({"kind": "a file"} if is_file else {})}
     return {
         **{modality: side.feature for modality, side in config.sides.items()},
-        "spine": config.index_digest,
+        INDEX_DIGEST: config.index_digest,
         "training": {**config.training, "seed": None, "split": split, "machine": machine},
     }

@@ -18,6 +18,7 @@ from embedcache.files import AnyPath, building, is_url
 from embedcache.interop.imported import rechunk
 from embedcache.interop.settings import MtebSettings, VectorExportSettings
 from embedcache.outputs import check_output
+from embedcache.provenance import INDEX_DIGEST
 from embedcache.registry import unknown_name
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
@@ -90,7 +91,7 @@ class VectorExport:
         run = self._settings.run
         return {
             "cache": str(self.cache.path),
-            "spine": self.cache.info.index_digest,
+            INDEX_DIGEST: self.cache.info.index_digest,
             "features": features,
             "run": None if run is None else str(run),
         }

@@ -16,7 +16,7 @@ from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, list_texts, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import read_run
-from embedcache.provenance import new_record_path, record_stage
+from embedcache.provenance import INDEX_DIGEST, new_record_path, record_stage
 from embedcache.search.card import IndexCard, read_card
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
@@ -94,16 +94,16 @@ def plan_removal(
     """Return what `remove_samples` would do, which changes nothing; the arguments and errors are its own."""
     settings = replace_flat(settings or RemoveSettings(), options)
     path = _local(cache)
-    rows, _, num_before, is_resumed = _find(path, list_texts(keys, "keys"))
+    found = _find(path, list_texts(keys, "keys"))
     num_items: dict[str, int] = {}
     num_chunks: dict[str, int] = {}
-    if len(rows) and not is_resumed:
+    if len(found.rows) and not found.is_resumed:
         cache = Cache(path)
-        for erased in find_chunks(cache, rows):
+        for erased in find_chunks(cache, found.rows):
             num_chunks[f"{erased.group.modality}/{erased.group.name}"] = len(erased.rows)
         for modality in cache.info.num_items:
             of_items = cache.items(modality, columns=["sample"])["sample"].to_numpy()
-            num_items[modality] = int(np.isin(of_items, rows).sum())
+            num_items[modality] = int(np.isin(of_items, found.rows).sum())
     for index in settings.indexes:
         _open_card(index, path)
     outputs = [*settings.indexes, *settings.selections, *settings.exports, *settings.runs]
@@ -113,12 +113,12 @@ def plan_removal(
         check_run(run, read_info(path))
     return RemovalPlan(
         cache=path,
-        rows=rows,
-        num_before=num_before,
+        rows=found.rows,
+        num_before=found.num_before,
         num_items=num_items,
         num_chunks=num_chunks,
         outputs=outputs,
-        is_resumed=is_resumed,
+        is_resumed=found.is_resumed,
     )
 
 
@@ -159,7 +159,7 @@ def remove_samples(
     with record_stage(new_record_path(path, "remove"), "remove", request) as outcome:
         if len(plan.rows):
             if not plan.is_resumed:
-                start_removal(Cache(path), plan.rows, _find(path, keys)[1])
+                start_removal(Cache(path), plan.rows, _find(path, keys).keys)
             apply_removal(path, settings.record_keys, progress=shown)
         indexes = {str(index): _purge(path, index, card, shown) for index, card in cards.items()}
         entries = {str(output): remove_from(output, set(keys)) for output in _with_removed(settings)}
@@ -172,8 +172,8 @@ def remove_samples(
             entries=entries,
         )
         if len(plan.rows) or any(entries.values()):
-            rows, spine = plan.rows.tolist(), read_info(path).index_digest
-            outcome |= {"num_samples": len(rows), "rows": rows, "spine": spine, "num_chunks": plan.num_chunks}
+            outcome |= {"num_samples": len(plan.rows), "rows": plan.rows.tolist()}
+            outcome |= {INDEX_DIGEST: read_info(path).index_digest, "num_chunks": plan.num_chunks}
             outcome |= {"indexes": indexes, "entries": entries}
     if len(plan.rows):
         finish_removal(path)
@@ -190,8 +190,25 @@ def _local(cache_path: AnyPath) -> Path:
     return path
 
 
-def _find(cache_path: Path, keys: Sequence[str]) -> tuple[Ints, list[str], int, bool]:
-    """Return the rows of the keys that the cache has, these keys, how many were removed before, and if all are pending.
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Samples to remove.
+
+    Args:
+        rows: rows of the samples that the cache has, ascending.
+        keys: the key of each of `rows`; none if `is_resumed`, as their hashes are stored already.
+        num_before: how many of the keys were removed before.
+        is_resumed: whether an interrupted removal of exactly these samples is to be finished.
+    """
+
+    rows: Ints
+    keys: list[str]
+    num_before: int
+    is_resumed: bool
+
+
+def _find(cache_path: Path, keys: Sequence[str]) -> _Found:
+    """Find the samples of keys.
 
     A removal that was interrupted may have replaced the keys already, so they are looked for there first.
     """
@@ -204,7 +221,7 @@ def _find(cache_path: Path, keys: Sequence[str]) -> tuple[Ints, list[str], int, 
         found = np.array([row for row in rows if row is not None], np.int64)
         if not np.array_equal(np.sort(found), pending.rows):
             raise UnfinishedError(f"{cache_path}: {INTERRUPTED_REMOVAL}")
-        return pending.rows, [], len(unique) - len(found), True
+        return _Found(rows=pending.rows, keys=[], num_before=len(unique) - len(found), is_resumed=True)
     cache = Cache(cache_path)
     removed = read_removed(cache_path, cache.info)
     found = find_keys(cache, unique)
@@ -214,8 +231,10 @@ def _find(cache_path: Path, keys: Sequence[str]) -> tuple[Ints, list[str], int, 
             f"expected keys of {cache_path}, got {len(unknown):,} of {len(unique):,} that it does not have, first "
             f"{unknown[0]!r}; nothing is removed"
         )
-    order = np.argsort(found)[int((found < 0).sum()) :]
-    return found[order], [unique[place] for place in order.tolist()], int((found < 0).sum()), False
+    num_before = int((found < 0).sum())
+    order = np.argsort(found)[num_before:]
+    ordered = [unique[place] for place in order.tolist()]
+    return _Found(rows=found[order], keys=ordered, num_before=num_before, is_resumed=False)
 
 
 def _open_card(index_path: Path, cache_path: Path) -> IndexCard:

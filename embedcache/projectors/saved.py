@@ -17,6 +17,7 @@ from embedcache.errors import CorruptError, DataError
 from embedcache.files import replacing
 from embedcache.provenance import (
     DIGEST,
+    STORED_NAMES,
     check_same,
     digest_file,
     fields_of,
@@ -38,7 +39,7 @@ RUN_FORMAT = 2
 CHANGED_CONFIG = f"restore the file, or remove its last key, {DIGEST}, if you have changed it yourself"
 """What to do about a `config.json` that differs from its digest."""
 CONFIG_NAMES = {
-    "index_digest": "spine",
+    **STORED_NAMES,
     "file_digests": "given",
     "split_digest": "split",
     "weights_digest": "weights",

@@ -12,6 +12,7 @@ from embedcache.arrays import Ints
 from embedcache.curate.counting import QUANTILES
 from embedcache.curate.coverage import ConceptCounts, CoverageReport
 from embedcache.dataset.thumbnails import credit
+from embedcache.provenance import INDEX_DIGEST
 from embedcache.reports.base import (
     BAD,
     COLORS,
@@ -119,7 +120,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
     return {
         "pool": {
             "cache": str(pool.cache.path),
-            "spine": pool.cache.info.index_digest,
+            INDEX_DIGEST: pool.cache.info.index_digest,
             "modality": pool.modality,
             "feature": pool.feature.name,
             "fingerprint": dict(pool.feature.fingerprint),

@@ -13,7 +13,7 @@ from embedcache.errors import PathError, one_line
 from embedcache.files import folder_bytes, open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.outputs import read_metadata, read_report_json
-from embedcache.provenance import fields_of, read_json, read_stage, recognize
+from embedcache.provenance import INDEX_DIGEST, fields_of, read_json, read_stage, recognize
 from embedcache.search.card import read_card
 from embedcache.settings import flat_settings
 from embedcache.store.cache import Cache
@@ -307,7 +307,7 @@ def _summarize_negatives(path: Path, schema: pa.Schema) -> Summary:
         lines=[
             f"{path}: {counts['num_negatives']:,} hard negatives of {counts['num_with_negatives']:,} samples of "
             f"{metadata.get('cache')}",
-            _values({name: value for name, value in metadata.items() if name not in ("cache", "spine", "digest")}),
+            _values({name: value for name, value in metadata.items() if name not in ("cache", INDEX_DIGEST, "digest")}),
         ],
         record={"path": str(path), **metadata, **counts},
     )

@@ -13,7 +13,7 @@ from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
-from embedcache.provenance import check_same, fields_of, read_json, write_json
+from embedcache.provenance import INDEX_DIGEST, check_same, fields_of, read_json, write_json
 from embedcache.search.autotune import Configuration, sampled_recall
 from embedcache.search.card import CARD, INDEX, STATE, check_lists, open_row_index, read_card
 from embedcache.search.faiss_index import RowIndex, is_whole, make_index, read_index
@@ -56,8 +56,8 @@ class IndexBuilder:
                     {name: dict(state[name]) for name in ("lists", "checksums") if name in state},
                 ),
             )
-            stored = str(about.get("spine"))
-            requested = {**source, "spine": stored if info.has_rows_of(stored) else source["spine"]}
+            stored = str(about.get(INDEX_DIGEST))
+            requested = {**source, INDEX_DIGEST: stored if info.has_rows_of(stored) else source[INDEX_DIGEST]}
             check_same(f"the unfinished index {folder}", about, requested, next_step="give the path of a new folder")
 
     def build(

@@ -12,7 +12,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.progress import Progress
-from embedcache.provenance import check_same
+from embedcache.provenance import INDEX_DIGEST, check_same
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 
@@ -81,7 +81,7 @@ def open_concepts(
         )
     source: dict[str, Any] = {
         "cache": str(cache.path),
-        "spine": cache.info.index_digest,
+        INDEX_DIGEST: cache.info.index_digest,
         "feature": vectors.feature.name,
         "fingerprint": dict(vectors.feature.fingerprint),
         "run": None if vectors.run_path is None else str(vectors.run_path),

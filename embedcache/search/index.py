@@ -13,7 +13,7 @@ from embedcache.errors import FingerprintError, SettingError
 from embedcache.files import AnyPath, disk_errors, relative_location
 from embedcache.locks import LOCK, locked
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import from_record, prepare_folder, record_stage
+from embedcache.provenance import INDEX_DIGEST, from_record, prepare_folder, record_stage
 from embedcache.search.autotune import (
     Configuration,
     IndexQuality,
@@ -137,7 +137,7 @@ def _check_reuse(index_path: Path, card: IndexCard, vectors: Vectors, settings: 
         )
     factory = settings.factory or card.factory
     source = _source(vectors, index_path)
-    requested = {**source, "spine": card.index_digest, "factory": factory, "width": vectors.width}
+    requested = {**source, INDEX_DIGEST: card.index_digest, "factory": factory, "width": vectors.width}
     check_card(index_path, card, requested, next_step=new_folder)
     memory = _grown(card, len(vectors.rows)).memory_bytes or card.file_bytes or 0
     if settings.memory is not None and memory > settings.memory:
@@ -259,7 +259,7 @@ def _source(vectors: Vectors, index_path: Path) -> dict[str, Any]:
     """Return what an index is built from, as fields of the card on disk."""
     return {
         "cache": relative_location(vectors.cache.path, index_path),
-        "spine": vectors.cache.info.index_digest,
+        INDEX_DIGEST: vectors.cache.info.index_digest,
         "modality": vectors.modality,
         "feature": vectors.feature.name,
         "spec": vectors.feature.spec,

@@ -11,7 +11,7 @@ from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.modalities import noun
 from embedcache.outputs import read_report_json
 from embedcache.progress import Progress
-from embedcache.provenance import fields_of
+from embedcache.provenance import INDEX_DIGEST, fields_of
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.search import OpenIndex
 
@@ -49,7 +49,7 @@ def read_coverage(path: Path, index: OpenIndex) -> CoverageData:
         )
     values = read_report_json(path)
     data, index_digest, modality = fields_of(
-        path, lambda: (_coverage_data(values), str(values["pool"]["spine"]), str(values["pool"]["modality"]))
+        path, lambda: (_coverage_data(values), str(values["pool"][INDEX_DIGEST]), str(values["pool"]["modality"]))
     )
     if not index.cache.info.has_rows_of(index_digest):
         raise FingerprintError(f"{path}: expected samples of {index.cache.path}, got other samples; measure it again")

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from embedcache.errors import CorruptError, PathError, one_line
 from embedcache.files import flush, io_reason, read_file, write_atomic
-from embedcache.provenance import canonical_json
+from embedcache.provenance import INDEX_DIGEST, canonical_json
 from embedcache.store.arrays import REPAIR
 from embedcache.store.columns import HASH, Column, hashes_json, strings_json, to_array
 from embedcache.store.layout import commit_path
@@ -145,7 +145,7 @@ def commit_metadata(commit: Commit) -> dict[str, Any]:
     metadata = {
         "chunk": commit.chunk,
         "encoder": commit.encoder,
-        "spine": commit.index_digest,
+        INDEX_DIGEST: commit.index_digest,
         "features": {name: dict(files) for name, files in commit.features.items()},
     }
     return {**metadata, "attributes": dict(commit.attributes)} if commit.attributes else metadata
@@ -158,7 +158,7 @@ def make_commit(
     return Commit(
         chunk=metadata["chunk"],
         encoder=metadata["encoder"],
-        index_digest=metadata["spine"],
+        index_digest=metadata[INDEX_DIGEST],
         features=metadata["features"],
         hashes=hashes,
         failures=failures,

@@ -12,6 +12,7 @@ from embedcache.errors import CorruptError
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import (
     DIGEST,
+    STORED_NAMES,
     digest,
     digest_file,
     fields_of,
@@ -32,8 +33,8 @@ SAMPLES = "samples"
 DEFAULT_CHUNK_SIZE = 2048
 _MAX_ROWS = 2**40
 _TOKEN_CHUNK_BYTES = 16 * 2**20
-_STORED_NAMES = {"index_digest": "spine", "segments": "parts", "earlier_versions": "earlier", "table_digests": "tables"}
-_STORED_NAMES |= {"table_checksums": "checksums"}
+_STORED_NAMES = {**STORED_NAMES, "segments": "parts", "earlier_versions": "earlier"}
+_STORED_NAMES |= {"table_digests": "tables", "table_checksums": "checksums"}
 _OMITTED_IF_EMPTY = ("parts", "earlier", "tables", "checksums", "removed")
 _UNCHECKED = ("source",)
 """Keys that the digest leaves out: the path of a source that has moved may be corrected by hand."""

@@ -23,6 +23,7 @@ from embedcache.files import replacing
 from embedcache.locks import Leases
 from embedcache.projectors.saved import checked_weights_path, config_path, split_path
 from embedcache.provenance import (
+    INDEX_DIGEST,
     check_same,
     digest,
     digest_file,
@@ -277,7 +278,7 @@ def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, 
     path = run_path / "record.json"
     record = read_stage(path)
     settings = record.get("settings", {})
-    if any(name in settings and settings[name] != stored.get(name) for name in ("spine", "training")):
+    if any(name in settings and settings[name] != stored.get(name) for name in (INDEX_DIGEST, "training")):
         raise CorruptError(f"{path}: expected the record of this run, got that of another one; restore the file")
     return fields_of(path, lambda: make(record["outcome"]))
 

@@ -150,6 +150,7 @@ def ablation_json(
     paths = [path for runs in every for path in sorted((runs.folder / "results").glob("*.json"))]
     results, names = Results(with_both(Result.read(path)) for path in paths), list(every[0].recipes)
     (size,) = every[0].num_pairs
+    questions = {test: question(test, size) for test in every[0].tests}
     return {
         "seeds": [of_seed.seed for of_seed in every],
         "groups": {
@@ -158,7 +159,7 @@ def ablation_json(
         "runs": {name: run_json(every, name, size, chosen[name, size]) for name in names},
         "tests": {
             test: measures_json(results, names[0], asked, partial(_estimates_json, results, asked, names, groups))
-            for test, asked in ((test, question(test, size)) for test in every[0].tests)
+            for test, asked in questions.items()
         },
     }
 
