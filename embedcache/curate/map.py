@@ -16,8 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Floats, Ints, blocks
-from embedcache.curate.select.cluster_methods import draw_balanced
-from embedcache.curate.select.pool import find_centroids
+from embedcache.curate.select.cluster_methods import draw_balanced, find_centroids
 from embedcache.curate.settings import MapSettings
 from embedcache.derive.rules import principal_components
 from embedcache.errors import CorruptError

@@ -6,15 +6,21 @@ from typing import ClassVar
 
 import numpy as np
 
-from embedcache.arrays import Floats, Ints, blocks
+from embedcache.arrays import Floats, Ints, blocks, normalize
 from embedcache.curate.select.baselines import draw_rows
-from embedcache.curate.select.pool import TRAINING_PER_CLUSTER, Pool, default_clusters, find_centroids
+from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.neighbors import find_closest, note_duration
 from embedcache.progress import NullProgress, Progress
+from embedcache.search.faiss_index import spherical_kmeans
+
+_ITERATIONS = 20
+_TRAINING_PER_CLUSTER = 256  # vectors that k-means trains on at most
+_ITEMS_PER_CLUSTER = 40
+_MAX_CLUSTERS = 10_000
 
 
 class ImageBasedSelector:
@@ -35,7 +41,7 @@ class ImageBasedSelector:
         if settings.clusters is not None and len(settings.clusters) > 1:
             raise SettingError(f"clusters: expected one level for image-based, got {len(settings.clusters)}")
         num_clusters = settings.clusters[0] if settings.clusters else default_clusters(len(pool.samples))
-        drawn = pool.sample(TRAINING_PER_CLUSTER * num_clusters, seed=settings.seed)
+        drawn = pool.sample(_TRAINING_PER_CLUSTER * num_clusters, seed=settings.seed)
         centroids_CP = find_centroids(
             drawn, num_clusters, seed=settings.seed, progress=pool.progress, device=settings.device
         )
@@ -77,6 +83,31 @@ _RATIO = 10
 _BLOCK = 4096
 
 
+def default_clusters(num_vectors: int) -> int:
+    """Return the default number of clusters: one per 40 vectors, 10,000 at most."""
+    return max(1, min(_MAX_CLUSTERS, num_vectors // _ITEMS_PER_CLUSTER))
+
+
+def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int, progress: Progress, device: str) -> Floats:
+    """Cluster rows of length 1 by cosine similarity: (C, P) float32 rows of length 1.
+
+    Raises `SettingError` if there are fewer vectors than clusters, and `MissingExtraError` without faiss.
+    """
+    if num_clusters > len(vectors_NP):
+        raise SettingError(f"clusters: expected at most the {len(vectors_NP):,} vectors, got {num_clusters:,}")
+    return normalize(
+        spherical_kmeans(
+            vectors_NP,
+            num_clusters,
+            seed=seed % 2**31,
+            iterations=_ITERATIONS,
+            max_per_cluster=_TRAINING_PER_CLUSTER,
+            progress=progress,
+            device=device,
+        )
+    )
+
+
 class HierarchicalSelector:
     """The balancing of "Automatic Data Curation for Self-Supervised Learning: A Clustering-Based Approach" (TMLR 2024).
 
@@ -100,7 +131,7 @@ class HierarchicalSelector:
             raise SettingError(
                 f"clusters: expected fewer on each level than on the one before, got {','.join(map(str, sizes))}"
             )
-        drawn = np.random.default_rng(settings.seed).permutation(rows_S)[: TRAINING_PER_CLUSTER * sizes[0]]
+        drawn = np.random.default_rng(settings.seed).permutation(rows_S)[: _TRAINING_PER_CLUSTER * sizes[0]]
         vectors_NP = pool.vectors.read(np.sort(drawn))
         centroids = find_centroids(
             vectors_NP, sizes[0], seed=settings.seed, progress=pool.progress, device=settings.device

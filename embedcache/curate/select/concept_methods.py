@@ -8,7 +8,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints
-from embedcache.curate.select.pool import Pool, best_samples, compute_cosines
+from embedcache.curate.select.best_samples import best_samples
+from embedcache.curate.select.pool import Pool, compute_cosines
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError

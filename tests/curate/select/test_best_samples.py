@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints
-from embedcache.curate.select.pool import best_samples, from_keys, to_keys, whole_samples
+from embedcache.curate.select.best_samples import best_samples, from_keys, to_keys, whole_samples
 
 SCORES = st.floats(-1, 1, width=32) | st.floats(width=32, allow_nan=False)  # cosines, and scores of any table
 

@@ -15,9 +15,9 @@ from embedcache.curate.select.cluster_methods import (
     divide_budget,
     draw_balanced,
     farthest_first,
+    find_centroids,
     find_near_target,
 )
-from embedcache.curate.select.pool import find_centroids
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.errors import DataError, SettingError
 from embedcache.progress import NullProgress
