@@ -174,25 +174,6 @@ def _check_counts(references: Sequence[object], hypotheses: Sequence[object]) ->
         )
 
 
-def word_error_rate(
-    references: Sequence[str], hypotheses: Sequence[str], clusters: Ints | None = None, *, seed: int = 0
-) -> Estimate:
-    """Compute the word error rate with a 95% interval; `clusters` as in `estimate_error_rate`.
-
-    Example:
-        >>> word_error_rate(["SET B AT 2", "BIN RED"], ["SET D AT 2", "BIN RED"]).value
-        0.16666666666666666
-    """
-    return estimate_error_rate([count_word_errors(references, hypotheses)], clusters, seed=seed)
-
-
-def character_error_rate(
-    references: Sequence[str], hypotheses: Sequence[str], clusters: Ints | None = None, *, seed: int = 0
-) -> Estimate:
-    """Compute the character error rate with a 95% interval; `clusters` as in `estimate_error_rate`."""
-    return estimate_error_rate([count_character_errors(references, hypotheses)], clusters, seed=seed)
-
-
 def estimate_error_rate(
     runs: Sequence[ErrorCounts], clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0
 ) -> Estimate:
@@ -210,6 +191,11 @@ def estimate_error_rate(
 
     Raises:
         DataError: runs with different references, or another number of clusters.
+
+    Example:
+        >>> words = count_word_errors(["SET B AT 2", "BIN RED"], ["SET D AT 2", "BIN RED"])
+        >>> estimate_error_rate([words]).value
+        0.16666666666666666
     """
     errors_RM, lengths_N = _stack(runs)
     return bootstrap_runs(errors_RM, _clusters(clusters, lengths_N), num_draws=num_draws, seed=seed)

@@ -7,7 +7,6 @@ Architecture for Generic Perception for Zero-shot and Few-shot Tasks" (CVPR 2022
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -38,66 +37,6 @@ class Candidates(NamedTuple):
 
     vectors_CP: Tensor
     bias_C: Tensor | None = None
-
-
-class Prototypes(nn.Module):
-    """A candidate set of learned vectors, as the rows of a linear classifier.
-
-    With the similarity `dot` and scale 1, the logits are those of `nn.Linear(width, num_candidates)`.
-    """
-
-    def __init__(self, num_candidates: int, width: int, *, has_bias: bool = True) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_candidates, width))
-        self.bias = nn.Parameter(torch.zeros(num_candidates)) if has_bias else None
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-    def __len__(self) -> int:
-        return len(self.weight)
-
-    def forward(self, numbers_C: Tensor | None = None) -> Candidates:
-        """Return some candidates by their numbers, None: all."""
-        if numbers_C is None:
-            return Candidates(self.weight, self.bias)
-        return Candidates(self.weight[numbers_C], None if self.bias is None else self.bias[numbers_C])
-
-
-class Encoded:
-    """A candidate set of class names, words or answers, which the network encodes like any input.
-
-    Args:
-        encode: (C,) int64 numbers of candidates -> (C, P) representations.
-        num_candidates: number of candidates.
-    """
-
-    def __init__(self, encode: Callable[[Tensor], Tensor], num_candidates: int) -> None:
-        self._encode, self._num_candidates = encode, num_candidates
-
-    def __len__(self) -> int:
-        return self._num_candidates
-
-    def __call__(self, numbers_C: Tensor | None = None) -> Candidates:
-        """Encode some candidates by their numbers, None: all."""
-        return Candidates(self._encode(torch.arange(self._num_candidates) if numbers_C is None else numbers_C))
-
-
-class InBatch:
-    """The candidate set of contrastive losses: the items of the batch, such as its captions.
-
-    Args:
-        contents_C: (C,) int64 content of each item; items of equal content belong to the same queries.
-    """
-
-    def __init__(self, contents_C: Ints) -> None:
-        self._contents_C = contents_C
-
-    def __len__(self) -> int:
-        return len(self._contents_C)
-
-    def positives(self, contents_B: Ints) -> tuple[Ints, Ints]:
-        """Return all pairs of a query and a candidate with equal contents: two (E,) int64, queries ascending."""
-        queries_E, candidates_E = np.nonzero(contents_B[:, None] == self._contents_C)
-        return queries_E, candidates_E
 
 
 class NearestNeighbors(Protocol):

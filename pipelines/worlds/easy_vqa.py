@@ -25,13 +25,11 @@ from pipelines.worlds.examples import draw_examples, in_split, make_examples
 
 KIND = "pipelines.worlds.easy_vqa:EasyVqaSource"
 NUM_IMAGES: Mapping[str, int] = {"train": 4000, "test": 1000}
-NUM_QUESTIONS: Mapping[str, int] = {"train": 38_575, "test": 9_673}
 """As published."""
 NUM_VALID = 400
 KINDS = ("yes-no", "negated", "color", "shape")
 """Kinds of questions: answered by yes or no, without and with a negation; by a color; by a shape."""
 OPEN_KINDS = ("color", "shape")
-FRACTIONS = (0.01, 0.05, 0.2, 1.0)
 _SHAPES = frozenset({"circle", "rectangle", "triangle"})
 
 
@@ -88,11 +86,6 @@ def load_questions(*, max_images: int | None = None) -> pa.Table:
                 splits.append(_split(part, number))
                 kinds.append(question_kind(question, answer))
     return make_examples(keys=keys, texts=texts, targets=targets, columns={"split": splits, "kind": kinds})
-
-
-def load_answers() -> list[str]:
-    """Return the 13 answers in alphabetical order: the candidates of every question."""
-    return sorted((_data_folder() / "answers.txt").read_text().split())
 
 
 def question_kind(question: str, answer: str) -> str:

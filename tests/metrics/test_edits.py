@@ -13,14 +13,12 @@ from embedcache.errors import DataError
 from embedcache.metrics import edits
 from embedcache.metrics.edits import (
     align_tokens,
-    character_error_rate,
     count_character_errors,
     count_confusions,
     count_edits,
     count_word_errors,
     estimate_error_difference,
     estimate_error_rate,
-    word_error_rate,
 )
 from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs
 
@@ -93,8 +91,8 @@ def test_rates_equal_jiwer(texts: list[tuple[list[str], list[str]]]) -> None:
 
 def test_estimates_have_the_rate_as_value() -> None:
     references, hypotheses = ["SET B", "A 2"], ["SET BE", "A"]
-    assert word_error_rate(references, hypotheses).value == 2 / 4
-    assert character_error_rate(references, hypotheses).value == 3 / 8
+    assert estimate_error_rate([count_word_errors(references, hypotheses)]).value == 2 / 4
+    assert estimate_error_rate([count_character_errors(references, hypotheses)]).value == 3 / 8
 
 
 def test_interval_resamples_utterances_by_their_lengths() -> None:
@@ -106,13 +104,14 @@ def test_interval_resamples_utterances_by_their_lengths() -> None:
     wrong = [text.count("B") for text in hypotheses]
     draws = [rng.integers(60, size=60) for _ in range(4000)]
     low, high = np.quantile([np.take(wrong, draw).sum() / lengths[draw].sum() for draw in draws], [0.025, 0.975])
-    found = word_error_rate(references, hypotheses)
+    counts = [count_word_errors(references, hypotheses)]
+    found = estimate_error_rate(counts)
     assert found.value == sum(wrong) / lengths.sum()
     assert found.low == pytest.approx(low, abs=0.01)
     assert found.high == pytest.approx(high, abs=0.01)
-    by_utterance = word_error_rate(references, hypotheses, np.arange(60))
+    by_utterance = estimate_error_rate(counts, np.arange(60))
     assert by_utterance == found
-    by_word = word_error_rate(references, hypotheses, np.repeat(np.arange(60), lengths))
+    by_word = estimate_error_rate(counts, np.repeat(np.arange(60), lengths))
     assert by_word == found
 
 
@@ -167,15 +166,15 @@ def test_1000_resamples_are_drawn_from_seed_0() -> None:
     one, other = (count_word_errors(references, texts) for texts in (hypotheses, others))
     clusters, options = np.repeat(np.arange(30), np.arange(1, 31)), {"num_draws": 1000, "seed": 0}
     expected = bootstrap_runs(one.errors_M[None], clusters, **options)  # type: ignore[arg-type]
-    assert word_error_rate(references, hypotheses) == estimate_error_rate([one]) == expected
+    assert estimate_error_rate([one]) == expected
     expected = bootstrap_runs((one.errors_M - other.errors_M)[None], clusters, **options)  # type: ignore[arg-type]
     assert estimate_error_difference([one], [other]) == expected
     characters = count_character_errors(references, hypotheses)
     clusters = np.repeat(np.arange(30), characters.lengths_N)
     expected = bootstrap_runs(characters.errors_M[None], clusters, **options)  # type: ignore[arg-type]
-    assert character_error_rate(references, hypotheses) == expected
-    for rate in (word_error_rate, character_error_rate):
-        assert rate(references, hypotheses) != rate(references, hypotheses, seed=1)
+    assert estimate_error_rate([characters]) == expected
+    for counts in (one, characters):
+        assert estimate_error_rate([counts]) != estimate_error_rate([counts], seed=1)
 
 
 def test_confusions_of_words() -> None:
@@ -202,7 +201,7 @@ def test_confusions_of_words() -> None:
 )
 def test_unexpected_transcripts_raise(references: list[str], hypotheses: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        word_error_rate(references, hypotheses)
+        count_word_errors(references, hypotheses)
 
 
 def test_confusions_need_pairs() -> None:

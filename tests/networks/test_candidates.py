@@ -13,11 +13,8 @@ from embedcache.errors import DataError, SettingError
 from embedcache.networks import candidates
 from embedcache.networks.candidates import (
     Candidates,
-    Encoded,
-    InBatch,
     Likelihood,
     Mined,
-    Prototypes,
     cross_entropy_over,
     draw_candidates,
 )
@@ -30,17 +27,18 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def test_prototypes_with_dot_products_are_a_linear_layer() -> None:
-    linear, prototypes = nn.Linear(8, 5), Prototypes(5, 8)
-    prototypes.load_state_dict(linear.state_dict())
+def test_learned_candidates_with_dot_products_are_a_linear_layer() -> None:
+    linear, weight_CP = nn.Linear(8, 5), nn.Parameter(torch.empty(5, 8))
+    weight_CP.data.copy_(linear.weight)
+    learned = Candidates(weight_CP, linear.bias)
     likelihood = Likelihood(similarity="dot", scale=1.0, is_learned=False)
     queries, labels = torch.randn(7, 8), torch.randint(5, (7,))
-    torch.testing.assert_close(likelihood.logits(queries, prototypes()), linear(queries))
+    torch.testing.assert_close(likelihood.logits(queries, learned), linear(queries))
     for smoothing in (0.0, 0.1):
         expected = cross_entropy(linear(queries), labels, label_smoothing=smoothing)
-        found = likelihood(queries, prototypes(), labels, smoothing=smoothing)
+        found = likelihood(queries, learned, labels, smoothing=smoothing)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-        found_gradient = torch.autograd.grad(found, prototypes.weight)[0]
+        found_gradient = torch.autograd.grad(found, weight_CP)[0]
         torch.testing.assert_close(found_gradient, torch.autograd.grad(expected, linear.weight)[0], atol=1e-6, rtol=0)
 
 
@@ -48,7 +46,7 @@ def test_candidates_of_the_batch_are_the_losses_of_pairs() -> None:
     images, texts = torch.randn(6, 4), torch.randn(6, 4)
     likelihood = Likelihood(scale=20.0)
     for contents, loss in ((np.arange(6), InfoNce()), (np.array([0, 1, 0, 2, 1, 0]), MultiPositive())):
-        of_images, of_texts = map(torch.from_numpy, InBatch(contents).positives(contents))
+        of_images, of_texts = map(torch.from_numpy, np.nonzero(contents[:, None] == contents))
         pairs = LossPositives(images=of_images, texts=of_texts)
         expected = loss(normalize(images, dim=1), normalize(texts, dim=1), torch.tensor(20.0), pairs)
         found = likelihood(images, Candidates(texts), (of_images, of_texts))
@@ -69,13 +67,11 @@ def test_blocks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(found, expected)
 
 
-def test_a_vocabulary_is_a_candidate_set_of_encoded_words() -> None:
-    table = nn.Embedding(11, 4)
-    vocabulary = Encoded(table, 11)
-    likelihood, queries = Likelihood(), torch.randn(3, 4)
+def test_logits_of_a_candidate_do_not_depend_on_the_others() -> None:
+    likelihood, queries, words = Likelihood(), torch.randn(3, 4), torch.randn(11, 4)
     some = torch.tensor([2, 7])
     torch.testing.assert_close(
-        likelihood.logits(queries, vocabulary(some)), likelihood.logits(queries, vocabulary())[:, some]
+        likelihood.logits(queries, Candidates(words[some])), likelihood.logits(queries, Candidates(words))[:, some]
     )
 
 
