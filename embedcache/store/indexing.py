@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -33,7 +33,7 @@ from embedcache.store.layout import (
     samples_path,
     write_info,
 )
-from embedcache.store.table_writer import TableWriter
+from embedcache.store.table_writer import TableWriter, WrittenTables
 from embedcache.store.tables import ITEM_SCHEMAS, item_tables
 
 _CACHE_FILES = {LOCK, "cache.json", "mending.json", "removed.parquet", "samples.parquet", *ITEM_SCHEMAS}
@@ -214,14 +214,15 @@ def _create(
             )
         sizes = segment_sizes or [writer.num_samples]
         segments = tuple(Segment(num_samples=size, digest=of) for size, of in zip(sizes, digests, strict=True))
+        tables = writer.close()
         info = CacheInfo(
             chunk_size=chunk_size,
             source=dict(source.describe()),
             index_digest=combined_digest(segments),
             num_samples=writer.num_samples,
-            num_items=writer.close(),
-            table_digests=writer.digests,
-            table_checksums=writer.checksums,
+            num_items=tables.num_items,
+            table_digests=tables.digests,
+            table_checksums=tables.checksums,
             segments=segments if len(segments) > 1 else (),
         )
         _note_shared_images(source, writer, info, progress)
@@ -263,14 +264,15 @@ def _update(
             update_path(cache_path).unlink(missing_ok=True)
             return info
         _check_allowed(cache_path, info, changes, extend=extend, accept_replaced=accept_replaced)
-        tables, num_items, digests, checksums = extended.close()
+        tables = extended.close()
         if has_replaced:
             write_json(update_path(cache_path), list(changes.digests))
             writer = TableWriter(folder / "moved", info.chunk_size)
-            writer.copy(tables, info.num_samples + changes.num_new, changes.relocated, checksums)
-            tables, num_items, digests, checksums = folder / "moved", writer.close(), writer.digests, writer.checksums
-        if tables != cache_path:
-            put_tables(tables, cache_path)
+            num_samples = info.num_samples + changes.num_new
+            writer.copy(tables.folder, num_samples, changes.relocated, tables.checksums)
+            tables = writer.close()
+        if tables.folder != cache_path:
+            put_tables(tables.folder, cache_path)
     segments = [
         replace(segment, digest=_joined(segment.digest, now, changes) if info.is_partial else now)
         for segment, now in zip(info.all_segments, changes.digests, strict=True)
@@ -282,9 +284,9 @@ def _update(
         info,
         index_digest=combined_digest(segments, info.removed),
         num_samples=info.num_samples + changes.num_new,
-        num_items=num_items,
-        table_digests=digests,
-        table_checksums=checksums if info.has_digests else {},
+        num_items=tables.num_items,
+        table_digests=tables.digests,
+        table_checksums=tables.checksums if info.has_digests else {},
         segments=tuple(segments),
         earlier_versions=(*info.earlier_versions, version),
     )
@@ -312,11 +314,11 @@ class _ExtendedTables:
             self._writer.copy(self._cache_path, self._info.num_samples, {}, self._checksums)
         self._writer.add(batch)
 
-    def close(self) -> tuple[Path, Mapping[str, int], Mapping[str, str], Mapping[str, Mapping[str, str]]]:
-        """Return the folder of the tables (the cache if nothing was added), their items, digests and checksums."""
+    def close(self) -> WrittenTables:
+        """Finish the tables; those of the cache if nothing was added."""
         if self._writer is None:
-            return self._cache_path, self._info.num_items, self._info.table_digests, self._checksums
-        return self._folder, self._writer.close(), self._writer.digests, self._writer.checksums
+            return WrittenTables(self._cache_path, self._info.num_items, self._info.table_digests, self._checksums)
+        return self._writer.close()
 
 
 def _count_only(_: list[Sample]) -> None:

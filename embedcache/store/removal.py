@@ -152,7 +152,7 @@ def _write_tables(cache_path: Path, pending: RemovedSamples) -> None:
     with scratch_folder(cache_path) as folder:
         writer = TableWriter(folder, info.chunk_size)
         writer.copy(cache_path, info.num_samples, {}, {}, removed=removed.rows)
-        num_items, digests, checksums = writer.close(), writer.digests, writer.checksums
+        tables = writer.close()
         put_tables(folder, cache_path)
     segments: list[Segment] = info.all_segments
     version = TableVersion(index_digest=info.index_digest, num_items=info.num_items)
@@ -161,11 +161,11 @@ def _write_tables(cache_path: Path, pending: RemovedSamples) -> None:
         replace(
             info,
             index_digest=combined_digest(segments, record),
-            num_items=num_items,
+            num_items=tables.num_items,
             segments=tuple(segments),
             earlier_versions=(*info.earlier_versions, version),
-            table_digests=digests,
-            table_checksums=checksums if info.has_digests else {},
+            table_digests=tables.digests,
+            table_checksums=tables.checksums if info.has_digests else {},
             removed=record,
         ),
     )

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from json import JSONEncoder
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,21 @@ _ALWAYS = ("image", "text")
 _OTHERS = tuple(modality.name for modality in FILE_MODALITIES if modality.name not in _ALWAYS)
 BATCH = BLOCK
 _JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+class WrittenTables(NamedTuple):
+    """The tables in a folder, and what `cache.json` states of them.
+
+    Args:
+        num_items: modality -> number of items.
+        digests: table -> digest of its keys or items.
+        checksums: table -> column -> checksums by blocks of rows.
+    """
+
+    folder: Path
+    num_items: Mapping[str, int]
+    digests: Mapping[str, str]
+    checksums: Mapping[str, Mapping[str, str]]
 
 
 class TableWriter:
@@ -89,20 +104,8 @@ class TableWriter:
             self._items[modality] = _ItemWriter(path, ITEM_SCHEMAS[modality], self._chunk_size)
         return self._items[modality]
 
-    @property
-    def digests(self) -> dict[str, str]:
-        """Digests of the keys and of the items of each modality."""
-        items = {name: self._items[name].digest.hexdigest() for name in self._with_rows()}
-        return {"samples": self._samples.digest.hexdigest(), **items}
-
-    @property
-    def checksums(self) -> dict[str, dict[str, str]]:
-        """Checksums of the columns of the finished tables, by blocks of rows."""
-        items = {name: self._items[name].checksums.close() for name in self._with_rows()}
-        return {"samples": self._samples.checksums.close(), **items}
-
-    def close(self) -> dict[str, int]:
-        """Finish the tables; return modality -> number of items.
+    def close(self) -> WrittenTables:
+        """Finish the tables; those of modalities without items are not among them.
 
         Raises:
             SourceError: a key is not unique, or a column has incompatible types.
@@ -110,7 +113,14 @@ class TableWriter:
         for writer in self._items.values():
             writer.close()
         self._samples.close()
-        return {name: self._items[name].num_rows for name in self._with_rows()}
+        items = {name: self._items[name] for name in MODALITIES if name in self._items and self._items[name].num_rows}
+        tables: dict[str, _SampleWriter | _ItemWriter] = {"samples": self._samples, **items}
+        return WrittenTables(
+            folder=self._folder,
+            num_items={name: writer.num_rows for name, writer in items.items()},
+            digests={name: writer.digest.hexdigest() for name, writer in tables.items()},
+            checksums={name: writer.checksums.close() for name, writer in tables.items()},
+        )
 
     def count_distinct_images(self) -> int:
         """Return how many images the rows of the finished table name. Memory: 16 bytes per row."""
@@ -118,9 +128,6 @@ class TableWriter:
             batches = file.iter_batches(BATCH, columns=["path"], use_threads=False)
             hashes = [_hash_texts(batch["path"]) for batch in batches]
         return len(np.unique(np.concatenate(hashes)))
-
-    def _with_rows(self) -> list[str]:
-        return [name for name in MODALITIES if name in self._items and self._items[name].num_rows]
 
 
 def digest_input(batch: Sequence[Sample]) -> bytes:

@@ -56,7 +56,7 @@ def test_copy_blanks_what_was_removed(tmp_path: Path, monkeypatch: pytest.Monkey
     removed, info = np.array([0, 3, 4, 7, 9]), index(rows(10), tmp_path / "c", chunk_size=4)
     writer, moved = TableWriter(tmp_path / "d", 4), FileItem(path="", offset=7, length=70)
     writer.copy(tmp_path / "c", 10, {"image": {3: moved, 4: moved, 8: moved}}, info.table_checksums, removed=removed)
-    assert writer.close() == info.num_items
+    assert writer.close().num_items == info.num_items
     samples = read_table(samples_path(tmp_path / "d")).to_pydict()
     assert samples["key"] == [f"removed-{row}" if row in removed else f"k{row}" for row in range(10)]
     assert samples["label"] == [row if row % 2 and row not in removed else None for row in range(10)]
@@ -79,9 +79,10 @@ def test_copy_of_longer_tables_is_that_of_their_first_rows(tmp_path: Path) -> No
     info = index(rows(6), tmp_path / "c", chunk_size=4)
     writer = TableWriter(tmp_path / "d", 4)
     writer.copy(tmp_path / "longer", 6, {}, info.table_checksums)
-    assert (writer.num_samples, writer.close()) == (6, info.num_items)
-    assert writer.digests == info.table_digests
-    assert {name: writer.checksums[name] for name in ("image", "text")} == {
+    tables = writer.close()
+    assert (writer.num_samples, tables.num_items) == (6, info.num_items)
+    assert tables.digests == info.table_digests
+    assert {name: tables.checksums[name] for name in ("image", "text")} == {
         name: info.table_checksums[name] for name in ("image", "text")
     }
     for name in ("image", "text"):
