@@ -198,6 +198,7 @@ class _Rate:
 
 
 def _of(total: int) -> str:
+    """Return the total behind a count, `/1,000`; nothing if it is unknown."""
     return f"/{total:,}" if total else ""
 
 

@@ -238,7 +238,7 @@ def leaks(
 
     Example: embedcache curate leaks train/ test/ clean.parquet --html leaks.html
     """
-    from embedcache.cli.console import open_progress, print_line, print_table
+    from embedcache.cli.console import open_progress, print_line, print_lines, print_table
     from embedcache.curate.leaks import find_leaks, write_clean_selection
     from embedcache.reports.leaks import (
         closest_pairs,
@@ -254,8 +254,7 @@ def leaks(
         write_clean_selection(out, report)
 
     def show() -> None:
-        for text in (leak_line(report), *leak_notes(report)):
-            print_line(text)
+        print_lines([leak_line(report), *leak_notes(report)])
         print_table(*leak_table(report))
         for leak in filter(lambda leak: leak.is_leaked.any(), report.leaks):
             print_table(

@@ -226,6 +226,8 @@ def with_settings(
     items = {key: [item for item in flat_settings(kind) if item.name not in skip] for key, kind in kinds.items()}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        """Return a function with the options as its signature, which builds the settings and calls the command."""
+
         @functools.wraps(command)
         def run(*, context: typer.Context, config: Path | None, **values: Any) -> None:  # noqa: ARG001
             for key, kind in kinds.items():

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -140,8 +140,24 @@ def _served(config: Any) -> Modality:
     return "image" if is_vision else "text"
 
 
-def pixel_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str, Any], tuple[int, ...]]:
-    """Return the transform up to uint8, the normalization that follows, the published settings, and (3, H, W)."""
+class PixelTransform(NamedTuple):
+    """How a model's images become its input.
+
+    Args:
+        to_pixels: an image to uint8 pixels.
+        scale: the normalization that follows.
+        published: settings of the published image processor.
+        input_shape: (3, H, W).
+    """
+
+    to_pixels: Transform
+    scale: torch.nn.Module
+    published: dict[str, Any]
+    input_shape: tuple[int, ...]
+
+
+def pixel_transform(folder: Path) -> PixelTransform:
+    """Return the transform of the image processor in a model's folder."""
     from transformers import AutoImageProcessor
 
     try:
@@ -165,7 +181,7 @@ def pixel_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str,
             "one: set do_center_crop, or a size with height and width, in preprocessor_config.json"
         )
     transform, scale = split_transform(whole, to_pixels, _pixel_scale(published))
-    return transform, scale, plain_json(published), shapes.pop()
+    return PixelTransform(transform, scale, plain_json(published), shapes.pop())
 
 
 def _pixel_scale(published: Mapping[str, Any]) -> PixelScale:

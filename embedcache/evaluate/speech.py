@@ -16,7 +16,6 @@ from embedcache.evaluate.settings import SpeechSettings
 from embedcache.evaluate.utterances import (
     WordClusters,
     clusters_of_characters,
-    clusters_of_words,
     open_for_run,
     read_speech_config,
     shuffle_videos,
@@ -124,7 +123,6 @@ def evaluate_speech(
     streams: Sequence[str] | None = None,
     decoding: DecodingSettings | None = None,
     videos_of: Ints | None = None,
-    clusters: Ints | None = None,
     is_encoded: bool = False,
     batch_size: int = _BATCH_SIZE,
     device: str = AUTO,
@@ -141,7 +139,6 @@ def evaluate_speech(
         streams: streams to use; None: all of the run. Others are missing.
         decoding: the decoder.
         videos_of: (N,) utterance whose lips each one gets, as by `shuffle_videos`; None: its own.
-        clusters: (N,) or (M,) int, cluster of each utterance or of each word; None: those of `word_clusters`.
         is_encoded: the features are states that were derived from the run, or from the runs that it starts from.
         batch_size: utterances at a time.
         device: torch device.
@@ -186,7 +183,7 @@ def evaluate_speech(
         decoding=decoding,
         keys=utterances.keys,
         references=references,
-        clusters=_open_clusters(utterances, clusters, references),
+        clusters=word_clusters(utterances),
         views={view: found.get(view, found[decoded[0]]) for view in views},
         num_left_out=0,
         is_shuffled=videos_of is not None,
@@ -203,12 +200,6 @@ def _recognize_batches(
         hypotheses += [to_text(best.symbols) for best in recognize(network, encoded, decoding)]
         progress.advance(len(encoded.frames_BTP))
     return hypotheses
-
-
-def _open_clusters(utterances: Utterances, clusters: Ints | None, references: Sequence[str]) -> WordClusters:
-    if clusters is None:
-        return word_clusters(utterances)
-    return WordClusters("clusters", clusters_of_words(clusters, references))
 
 
 @torch.no_grad()

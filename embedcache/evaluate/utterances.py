@@ -116,19 +116,6 @@ def word_clusters(utterances: Utterances) -> WordClusters:
     return WordClusters(" and ".join(nouns), np.array(clusters, np.int64))
 
 
-def clusters_of_words(clusters: Ints, references: Sequence[str]) -> Ints:
-    """Return the cluster of each word, given that of each word or of each utterance."""
-    counts_N = np.array([len(text.split()) for text in references])
-    if clusters.shape == counts_N.shape:
-        return np.repeat(clusters, counts_N)
-    if clusters.shape != (counts_N.sum(),):
-        raise DataError(
-            f"clusters: expected one for each of {len(counts_N)} utterances or of {counts_N.sum()} words, got shape "
-            f"{clusters.shape}"
-        )
-    return clusters
-
-
 def clusters_of_characters(clusters_M: Ints, references: Sequence[str]) -> Ints:
     """Return the cluster of each character: that of its word; a space belongs to the word before it."""
     repeats = [

@@ -212,7 +212,8 @@ def _open_feature(side: ModuleInput, run_path: Path) -> _Compute:
     rule, parameters = _reopen_rule(side, run_path)
     inputs = [_open_feature(item, run_path) for item in side.inputs]
 
-    def compute(encoded: _Encoded, names: Sequence[str]) -> list[Sequence[Array]]:
+    def apply_rule(encoded: _Encoded, names: Sequence[str]) -> list[Sequence[Array]]:
+        """Return each output of all items; `names` are those of the items, for errors."""
         returned = rule.apply([_to_block(compute(encoded, names)[0]) for compute in inputs], parameters)
         found: list[Sequence[Array]] = []
         for output in outputs:
@@ -223,7 +224,7 @@ def _open_feature(side: ModuleInput, run_path: Path) -> _Compute:
             found.append([item for item in items if not isinstance(item, ItemError)])
         return found
 
-    return compute
+    return apply_rule
 
 
 def _to_block(items: Sequence[Array]) -> Block:

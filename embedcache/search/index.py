@@ -155,11 +155,10 @@ def _check_reuse(index_path: Path, card: IndexCard, vectors: Vectors, settings: 
 def _build(
     index_path: Path, vectors: Vectors, old: IndexCard | None, settings: IndexSettings, progress: Progress
 ) -> IndexCard:
-    """Build one candidate after another until one reaches the recall; a finished index keeps its configuration."""
+    """Build an index, write it and record how; a finished index keeps its configuration."""
     source, num = _source(vectors, index_path), len(vectors.rows)
     if vectors.width < vectors.full_width:  # an unfinished index of the whole width does not name it
         source["width"] = vectors.width
-    left = _candidates(settings, num, vectors.width) if old is None else [_grown(old, num)]
     record = {
         **source,
         "cache": str(vectors.cache.path),
@@ -169,7 +168,7 @@ def _build(
         "min_recall": settings.min_recall,
         "on_disk": settings.on_disk,
     }
-    started, queries = time.perf_counter(), None
+    started = time.perf_counter()
     with record_stage(index_path / "record.json", "index", record) as outcome, disk_errors(index_path):
         builder = IndexBuilder(
             index_path,
@@ -178,24 +177,7 @@ def _build(
             lists=None if old is None else old.lists,
             device=vectors.device,
         )
-        must_keep = old is not None and may_hold_removed(old, vectors.cache)
-        least = settings.min_recall if old is None else 0.0  # a finished index is filled before it is judged
-        while left:
-            candidate, left = left[0], left[1:]
-            if builder.rejected.get(candidate.factory, 1) >= settings.min_recall:
-                index = builder.build(
-                    candidate, vectors, progress, checkpoint_s=settings.checkpoint_s, min_recall=least
-                )
-                if index is not None:
-                    queries = queries or draw_query_set(vectors, progress)
-                    quality = measure_index(index, queries, settings.min_recall)
-                    if quality.recall_at_10 >= settings.min_recall or must_keep:
-                        break
-                    builder.reject(candidate.factory, quality.recall_at_10)
-                    progress.note(f"{candidate.factory}: recall@10 {quality.recall_at_10:.3f} is too low, not kept")
-            left = remaining_candidates(left, candidate)
-        else:
-            raise SettingError(_recall_error(builder.rejected, index_path, settings))
+        candidate, index, quality = _find_index(builder, index_path, vectors, old, settings, progress)
         lists = {} if index.disk_lists is None else {index.disk_lists.file: index.disk_lists.checksums()}
         builder.record(lists=lists)
         index.write(index_path / INDEX)
@@ -214,6 +196,38 @@ def _build(
         if old is not None:
             outcome.update({"recall_at_10_before": old.recall_at_10, "num_vectors_before": old.num_vectors})
     return card
+
+
+def _find_index(
+    builder: IndexBuilder,
+    index_path: Path,
+    vectors: Vectors,
+    old: IndexCard | None,
+    settings: IndexSettings,
+    progress: Progress,
+) -> tuple[Configuration, RowIndex, IndexQuality]:
+    """Build one candidate after another until one reaches the recall.
+
+    A finished index, `old`, is the only candidate. It is filled before it is judged, and kept below the recall if its
+    files hold removed samples.
+    """
+    num = len(vectors.rows)
+    left = _candidates(settings, num, vectors.width) if old is None else [_grown(old, num)]
+    must_keep = old is not None and may_hold_removed(old, vectors.cache)
+    least, queries = settings.min_recall if old is None else 0.0, None
+    while left:
+        candidate, left = left[0], left[1:]
+        if builder.rejected.get(candidate.factory, 1) >= settings.min_recall:
+            index = builder.build(candidate, vectors, progress, checkpoint_s=settings.checkpoint_s, min_recall=least)
+            if index is not None:
+                queries = queries or draw_query_set(vectors, progress)
+                quality = measure_index(index, queries, settings.min_recall)
+                if quality.recall_at_10 >= settings.min_recall or must_keep:
+                    return candidate, index, quality
+                builder.reject(candidate.factory, quality.recall_at_10)
+                progress.note(f"{candidate.factory}: recall@10 {quality.recall_at_10:.3f} is too low, not kept")
+        left = remaining_candidates(left, candidate)
+    raise SettingError(_recall_error(builder.rejected, index_path, settings))
 
 
 def _recall_error(rejected: Mapping[str, float], index_path: Path, settings: IndexSettings) -> str:

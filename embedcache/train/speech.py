@@ -286,6 +286,7 @@ def train_speech(
     trained, measured = states or (train, validation)
 
     def make_task(device: str) -> SpeechTask:
+        """Build the network, with inputs standardized by the training utterances, and its task on a device."""
         module = SpeechNetwork(**arguments)
         for name, stream in train.streams.items():
             module.standardize(name, sample_frames(stream))

@@ -201,6 +201,7 @@ class Curation:
         out = selection_path(folder, budget)
 
         def compute() -> Mapping[str, Any]:
+            """Run the steps one after another, each on the pairs that the one before kept; return counts and times."""
             pools, costs = [self._pool(seed)], []
             if scorer is not None:
                 pools.append(self._without_scored(pools[0], seed, budget))

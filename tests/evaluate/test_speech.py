@@ -89,9 +89,6 @@ def test_interval_resamples_recordings(folder: Path) -> None:
         draws.append(errors[drawn].mean())
     estimate = estimate_errors([report], "plain", num_draws=4000)
     assert [estimate.low, estimate.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.02)
-    by_utterance = evaluate(folder, "audio-0", clusters=np.arange(20))
-    assert estimate_errors([by_utterance], "plain").value == estimate.value
-    assert by_utterance.clusters.noun == "clusters"
 
 
 def test_characters_belong_to_the_recording_of_their_word() -> None:
@@ -214,5 +211,3 @@ def test_user_errors_are_named(folder: Path) -> None:
         compare_runs(folder / "test", [folder / "audio-0", folder / "audio-0"])
     with pytest.raises(DataError, match="got none, as it has no column split"):
         compare_runs(folder / "test", [folder / "audio-0"], SpeechSettings(part="test"))
-    with pytest.raises(DataError, match="clusters: expected one for each of 20 utterances or of 49 words"):
-        evaluate(folder, "audio-0", clusters=np.arange(3))
