@@ -62,7 +62,7 @@ class Pairs:
         counts_S = np.bincount(self.second.samples, minlength=self._size)
         counts_M = counts_S[self.first.samples]  # partners of each item of the first side
         first = np.repeat(np.arange(len(counts_M)), counts_M)
-        starts_M = (np.cumsum(counts_S) - counts_S)[self.first.samples]
+        starts_M = (np.cumsum(counts_S) - counts_S)[self.first.samples]  # of its partners, if sorted by sample
         place = np.arange(len(first)) + np.repeat(starts_M - (np.cumsum(counts_M) - counts_M), counts_M)
         return first, np.argsort(self.second.samples, kind="stable")[place]
 
@@ -83,6 +83,7 @@ class Pairs:
 
     @property
     def _size(self) -> int:
+        """Number of samples up to the last one with a first item."""
         return int(self.first.samples.max(initial=-1)) + 1
 
     def select(self, samples: Ints) -> "Pairs":
@@ -141,7 +142,7 @@ def shared_samples(first: Items, second: Items) -> Ints:
 
 
 def _is_among(samples: Ints, others: Ints | None = None) -> Bools:
-    """Return whether each sample, up to the last of both arguments, is among the first ones."""
+    """Return a mask over all samples, true for `samples`: (S,) bool, up to the last sample of both arguments."""
     last = samples.max(initial=-1) if others is None else max(samples.max(initial=-1), others.max(initial=-1))
     mask = np.zeros(last + 1, bool)
     mask[samples] = True
@@ -149,6 +150,7 @@ def _is_among(samples: Ints, others: Ints | None = None) -> Bools:
 
 
 def _where(matrix: "scipy.sparse.csr_array") -> tuple[Ints, Ints]:
+    """Return the row and the column of each element that is not zero, sorted by both."""
     rows, columns = matrix.nonzero()
     order = np.lexsort((columns, rows))
     return rows[order].astype(np.int64), columns[order].astype(np.int64)

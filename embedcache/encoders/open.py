@@ -205,7 +205,7 @@ class EncoderSpec:
 
     @property
     def inner(self) -> "EncoderSpec | None":
-        """The image encoder's spec in one such as `frames:lite:efficientnet-lite0,rate=25`; None for other specs."""
+        """Spec of the image encoder in a spec such as `frames:lite:efficientnet-lite0,rate=25`; None for others."""
         if self.family != "frames" or ":" not in self.model:
             return None
         options = {name: value for name, value in self.options.items() if name != "rate"}
@@ -215,7 +215,7 @@ class EncoderSpec:
     def is_path(self) -> bool:
         """Whether the model is a path: it starts with `/`, `~` or a dot, or holds a `/` and is an existing folder.
 
-        That of `stacks` is always one, of a file.
+        The model of `stacks` is always the path of a file.
         """
         is_folder = "/" in self.model and Path(self.model).is_dir()
         return is_folder or self.family == "stacks" or self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)

@@ -178,7 +178,7 @@ class EncoderGroup:
             write_compacted(self.path, stamps, (commit for commit in commits if commit is not None))
 
     def _checked(self, commit: Commit) -> Commit:
-        """Check that a commit belongs to this encoder and these rows, and give it the rows of the tables."""
+        """Check that a commit belongs to this encoder and these rows; return it with the rows of the tables now."""
         chunk = commit.chunk
         if commit.encoder != self.fingerprint_digest:
             raise CorruptError(f"chunk {chunk} in {self.path} belongs to another encoder; {REPAIR}")
@@ -242,7 +242,7 @@ class ItemCounts:
     failures: dict[str, int]
 
 
-_KEPT: dict[tuple[Path, str, str], tuple[Mapping[str, Stamp], list[Commit | None]]] = {}
+_KEPT: dict[tuple[Path, str, str], tuple[Mapping[str, Stamp], list[Commit | None]]] = {}  # read in this process
 _MAX_KEPT = 8
 
 

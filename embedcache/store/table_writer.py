@@ -160,6 +160,7 @@ def _location(item: FileItem) -> list[str | int | float | None]:
 
 
 def _check_copy(copied: TableChecksums, written: Mapping[str, str], path: Path) -> None:
+    """Check that the rows that were copied have the checksums that `cache.json` states."""
     found = copied.close()
     changed = [name for name, checksums in written.items() if found.get(name) != checksums]
     if changed:
@@ -170,7 +171,7 @@ def _check_copy(copied: TableChecksums, written: Mapping[str, str], path: Path) 
 
 
 class _SampleWriter:
-    """Writer of each batch to a file of its own until all columns are known."""
+    """Writer of samples, each batch to a file of its own: what columns there are is known after the last one."""
 
     def __init__(self, path: Path) -> None:
         self.num_rows = 0
@@ -182,7 +183,7 @@ class _SampleWriter:
 
     def write(self, rows: pa.Table) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(rows, self._spool(len(self._schemas)))
+        pq.write_table(rows, self._batch_path(len(self._schemas)))
         self._hashes.append(_hash_texts(rows["key"]))
         self.digest.update(rows.select(["key"]))
         self._schemas.append(rows.schema)
@@ -196,11 +197,11 @@ class _SampleWriter:
             raise SourceError(f"a column of the source changes its type between samples: {error}") from error
         with pq.ParquetWriter(self._path, schema) as writer:
             for number in range(len(self._schemas)):
-                rows = [schema.empty_table(), read_table(self._spool(number))]
+                rows = [schema.empty_table(), read_table(self._batch_path(number))]
                 table = pa.concat_tables(rows, promote_options="permissive")
                 writer.write_table(table, row_group_size=BATCH)
                 self.checksums.update(table)
-                self._spool(number).unlink()
+                self._batch_path(number).unlink()
 
     def _check_unique(self) -> None:
         """Check that no two keys are equal, by reading those whose hashes are."""
@@ -213,10 +214,10 @@ class _SampleWriter:
         starts, keys = np.cumsum([0, *map(len, self._hashes)]), []
         for number in np.unique(np.searchsorted(starts, rows, side="right") - 1).tolist():
             inside = rows[(rows >= starts[number]) & (rows < starts[number + 1])] - starts[number]
-            keys.append(read_table(self._spool(number), columns=["key"])["key"].take(pa.array(inside)))
-        _check_unique(widen(pa.chunked_array([chunk for part in keys for chunk in part.chunks], pa.string())), rows)
+            keys.append(read_table(self._batch_path(number), columns=["key"])["key"].take(pa.array(inside)))
+        _check_keys(widen(pa.chunked_array([chunk for part in keys for chunk in part.chunks], pa.string())), rows)
 
-    def _spool(self, number: int) -> Path:
+    def _batch_path(self, number: int) -> Path:
         return self._path.with_name(f"samples-{number:05d}.parquet")
 
 
@@ -228,6 +229,8 @@ class _TableFile(pq.ParquetWriter):  # type: ignore[misc]
 
 
 class _ItemWriter:
+    """Writer of the items of one modality, whose columns are known: whole chunks are written, the rest is kept."""
+
     def __init__(self, path: Path, schema: pa.Schema, chunk_size: int) -> None:
         path.parent.mkdir(parents=True)
         self.num_rows = 0
@@ -316,6 +319,7 @@ def _without_items(table: pa.Table, removed: Ints) -> pa.Table:
 
 
 def _relocate(table: pa.Table, first_row: int, relocated: Mapping[int, FileItem]) -> pa.Table:
+    """Set where in their files the bytes of some items are; `relocated` has rows of the whole table."""
     new_items = {row - first_row: item for row, item in relocated.items() if first_row <= row < first_row + len(table)}
     for name in ("offset", "length") if new_items else ():
         values = table[name].to_pylist()
@@ -330,7 +334,8 @@ def _hash_texts(texts: pa.Array | pa.ChunkedArray) -> Ints:
     return np.fromiter(map(hash, texts.drop_null().to_pylist()), np.int64)
 
 
-def _check_unique(keys: pa.ChunkedArray, rows_N: Ints) -> None:
+def _check_keys(keys: pa.ChunkedArray, rows_N: Ints) -> None:
+    """Check that keys are unique; `rows_N` are their rows in the sample table."""
     counts = pc.value_counts(keys)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
