@@ -40,8 +40,14 @@ class ExportRun:
 
     @classmethod
     def open(cls, path: Path) -> "ExportRun":
-        """Load a run."""
-        return cls(path, *load_pair(path))
+        """Load a run of images and texts; SettingError for one of other modalities, which no format supports."""
+        pair, config = load_pair(path)
+        if set(config.modalities) != set(MODALITIES):
+            raise SettingError(
+                f"{path}: expected a run of image and text, got one of {' and '.join(config.modalities)}; its vectors "
+                f"can be exported: embedcache derive CACHE --run {path}, then embedcache export npy or parquet"
+            )
+        return cls(path, pair, config)
 
     def projector(self, modality: Modality) -> str:
         return dict(zip(MODALITIES, split_names(self.config.projector), strict=True))[modality]
@@ -116,7 +122,11 @@ def check_plain(tower_input: TowerInput, format_name: str) -> None:
 
 
 def unsupported(format_name: str, reason: str, next_step: str = "") -> SettingError:
-    """Return the error for a run that a format cannot represent."""
+    """Return the error for a run that a format cannot represent.
+
+    `next_step` may name another format only if that one supports the run, as far as it was checked; safetensors, which
+    is named without it, refuses no run.
+    """
     next_step = next_step or "use embedcache export safetensors, which supports the projectors of any run"
     return SettingError(f"the {format_name} format does not support this run: {reason}; {next_step}")
 

@@ -115,7 +115,7 @@ def _training(run: ExportRun) -> str:
     caches = record.get("settings", {}).get("caches", [])  # relative to the run, or to where it was trained
     names = [f"the cache `{(run.path / name).resolve().name}`" for name in caches]
     data = ", ".join(names) or f"the rows `{run.config.index_digest}`"
-    loss, optimizer, split = (training.get(name, {}) for name in ("loss", "optimizer", "split"))
+    split = training.get("split", {})
     lines = [
         "## Data and training\n",
         f"- data: {data}; its license: {_UNKNOWN_LICENSE}",
@@ -123,11 +123,25 @@ def _training(run: ExportRun) -> str:
         f"- caption language: {training.get('language') or 'all'}",
         f"- held out: split `{split.get('kind')}`, {split.get('val_share')} for validation, {split.get('test_share')} "
         "for test",
-        f"- loss `{loss.get('name')}`, {optimizer.get('epochs')} epochs, seed {training.get('seed')}",
+        f"- {_weights_line(training, record.get('outcome', {}).get('best_epoch'))}; seed {training.get('seed')}",
     ]
     if training.get("shuffle_pairs"):
         lines.append("- **control: trained on shuffled pairs, so it must perform at chance**")
     return "\n".join([*lines, ""])
+
+
+def _weights_line(training: Mapping[str, Any], best_epoch: int | None) -> str:
+    """Return where the weights come from; `best_epoch` is 0 if the initialization was kept, None if unknown."""
+    model, loss, optimizer = (training.get(name, {}) for name in ("model", "loss", "optimizer"))
+    start = "other runs" if training.get("parts", {}).get("init_from") else f"`{model.get('start')}`"
+    if not optimizer.get("epochs"):
+        return f"weights: the initialization ({start}), without training"
+    trained = f"loss `{loss.get('name')}`, {optimizer['epochs']} epochs"
+    if best_epoch is None:
+        return trained
+    if not best_epoch:
+        return f"weights: the initialization ({start}); {trained}, none of which was better on validation"
+    return f"{trained}; weights of epoch {best_epoch}"
 
 
 def _metrics(metrics: Any, run: ExportRun) -> str:

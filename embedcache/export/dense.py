@@ -1,12 +1,14 @@
 """A tower as an exact chain of linear layers and activations; batch normalization and centering are folded in."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from embedcache.errors import SettingError
 from embedcache.export.base import unsupported
 from embedcache.projectors.heads import (
     AsifProjector,
@@ -24,6 +26,7 @@ from embedcache.projectors.pair import AnyTower
 from embedcache.projectors.towers import RawTower, TokenTower
 
 _Affine = tuple[Tensor, Tensor]  # (a, b) of x -> a x + b, in float64
+_Refuse = Callable[[str], SettingError]
 _ACTIVATIONS = (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid)
 _CHAINS = (OpenClipLinear, OpenClipImageMlp, OpenClipTextMlp, ShareLockProjector)
 _REASONS = {
@@ -32,9 +35,6 @@ _REASONS = {
     FuseMixProjector: "has residual blocks with layer normalization",
     AsifProjector: "keeps the largest of its cosines",
 }
-_NEXT_STEP = (
-    "train with linear, identity, sharelock, openclip-linear or openclip-mlp, or use embedcache export transformers"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,21 +58,25 @@ class DenseChain(NamedTuple):
 
 
 @torch.no_grad()
-def dense_chain(tower: AnyTower, format_name: str) -> DenseChain:
-    """Return a trained tower as a chain of dense layers that computes the same, up to rounding."""
+def dense_chain(tower: AnyTower, format_name: str, next_step: str) -> DenseChain:
+    """Return a trained tower as a chain of dense layers that computes the same, up to rounding.
+
+    Raises:
+        SettingError: the projector is no such chain; the message ends with `next_step`, which the format knows.
+    """
+    refuse = partial(unsupported, format_name, next_step=next_step)
     if isinstance(tower, TokenTower):
-        name = type(tower.projector).__name__
-        raise unsupported(format_name, f"{name} maps every token, and a dense layer maps one vector")
-    modules = list(_modules(tower, format_name))
+        raise refuse(f"{type(tower.projector).__name__} maps every token, and a dense layer maps one vector")
+    modules = list(_modules(tower, refuse))
     ones_D = torch.ones(tower.input_width, dtype=torch.float64)
     if isinstance(tower, RawTower):
         affine = (ones_D / tower.length.double(), 0 * ones_D)
     else:
         affine = (ones_D, -tower.mean.double())
-    return DenseChain(_fold(modules, affine, format_name), has_unit_input=not isinstance(tower, RawTower))
+    return DenseChain(_fold(modules, affine, refuse), has_unit_input=not isinstance(tower, RawTower))
 
 
-def _modules(tower: AnyTower, format_name: str) -> Iterable[nn.Module]:
+def _modules(tower: AnyTower, refuse: _Refuse) -> Iterable[nn.Module]:
     projector = tower.projector
     if isinstance(projector, IdentityProjector):
         return []
@@ -82,10 +86,10 @@ def _modules(tower: AnyTower, format_name: str) -> Iterable[nn.Module]:
         return projector.layers
     reason = _REASONS.get(type(projector), "is a plug-in with unknown layers")
     name = type(projector).__name__
-    raise unsupported(format_name, f"{name} {reason}, unlike a chain of dense layers", _NEXT_STEP)
+    raise refuse(f"{name} {reason}, unlike a chain of dense layers")
 
 
-def _fold(modules: list[nn.Module], affine: _Affine | None, format_name: str) -> tuple[DenseLayer, ...]:
+def _fold(modules: list[nn.Module], affine: _Affine | None, refuse: _Refuse) -> tuple[DenseLayer, ...]:
     """Fold affine maps x -> a x + b, before or after a linear layer, into the layers, in float64."""
     layers: list[DenseLayer] = []
     for module in modules:
@@ -102,7 +106,7 @@ def _fold(modules: list[nn.Module], affine: _Affine | None, format_name: str) ->
         elif isinstance(module, _ACTIVATIONS) and can_extend:
             layers[-1] = replace(layers[-1], activation=module)
         elif not isinstance(module, (nn.Dropout, nn.Identity)):
-            raise unsupported(format_name, f"a {type(module).__name__} cannot be folded into a dense layer")
+            raise refuse(f"a {type(module).__name__} cannot be folded into a dense layer")
     if affine is not None and any((affine[0] != 1) | (affine[1] != 0)):
         layers.append(DenseLayer(weight_PD=torch.diag(affine[0]), bias_P=affine[1], activation=nn.Identity()))
     return tuple(

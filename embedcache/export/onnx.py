@@ -31,7 +31,6 @@ from embedcache.projectors.saved import project
 from embedcache.projectors.towers import TokenTower
 from embedcache.registry import require
 
-_NEXT_STEP = "use embedcache export transformers or safetensors"
 _PROJECTORS_CODE = """\
 import numpy as np
 import onnxruntime
@@ -151,7 +150,8 @@ def _write_towers(run: ExportRun, folder: Path) -> ExportNotes:
             outputs=["embeds"],
             dynamic_axes={**axes, "embeds": {0: "batch"}},
         )
-        graph = _write_graph(export, folder / f"{modality}.onnx", run, modality)
+        next_step = "use embedcache export transformers"  # which has opened this run
+        graph = _write_graph(export, folder / f"{modality}.onnx", run, modality, next_step=next_step)
         expected = run.embed_examples(modality)
         differences[modality] = check_parity("onnxruntime", graph(inputs, ["embeds"])["embeds"], expected)
         single = graph({name: array[:1] for name, array in inputs.items()}, ["embeds"])["embeds"]
@@ -206,13 +206,15 @@ def _prepared_inputs(folder: Path) -> Mapping[Modality, dict[str, Array]]:
     return {"image": {"pixel_values": pixels}, "text": ids}
 
 
-def _write_graph(export: OnnxExport, path: Path, run: ExportRun, modality: Modality) -> OnnxGraph:
+def _write_graph(
+    export: OnnxExport, path: Path, run: ExportRun, modality: Modality, *, next_step: str = ""
+) -> OnnxGraph:
     """Write a graph with the run, feature and encoder in its metadata, and open it."""
     onnx = require("onnx", extra="onnx")
     try:
         export_graph(export, path)
     except ArtifactError as error:
-        raise unsupported("onnx", f"{path.stem.replace('_', ' ')}: {error}", _NEXT_STEP) from error
+        raise unsupported("onnx", f"{path.stem.replace('_', ' ')}: {error}", next_step) from error
     tower_input = run.config.tower_input(modality)
     graph = onnx.load(path)
     metadata = {

@@ -24,7 +24,13 @@ from embedcache.registry import require
 from embedcache.sources.images import rgb_image
 
 _FORMAT = "open-clip"
-_NEXT_STEP = "train with --projector openclip-linear or openclip-mlp, or use embedcache export transformers"
+_TRANSFORMERS = "use embedcache export transformers"
+"""Next step where both encoders are known to be some that the format transformers supports."""
+_OTHER_HEADS = f"train with --projector openclip-linear or openclip-mlp, or {_TRANSFORMERS}"
+_OTHER_HEADS_OF_CLIP = (
+    "train with --projector openclip-linear, or use embedcache export safetensors, which supports the projectors of "
+    "any run"
+)
 _CODE = """\
 import open_clip
 import torch
@@ -113,32 +119,38 @@ def _write_config(folder: Path, model: _Model, *, text_name: str) -> None:
     write_json(folder / "open_clip_config.json", {"model_cfg": model.config, "preprocess_cfg": model.preprocess})
 
 
-def _layers(run: ExportRun, modality: Modality) -> tuple[DenseLayer, ...]:
-    chain = dense_chain(run.pair.tower(modality), _FORMAT)
+def _layers(run: ExportRun, modality: Modality, next_step: str) -> tuple[DenseLayer, ...]:
+    chain = dense_chain(run.pair.tower(modality), _FORMAT, next_step)
     if chain.has_unit_input:
         raise unsupported(
             _FORMAT,
             f"the projector {run.projector(modality)} normalizes and centers its input, and open_clip's heads do not",
-            _NEXT_STEP,
+            next_step,
         )
     return chain.layers
 
 
 def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
-    layers = {modality: _layers(run, modality) for modality in MODALITIES}
+    text = open_module(run, "text", _FORMAT)  # encoders before projectors: another projector does not help them
+    family = run.config.tower_input("image").fingerprint["family"]
+    if family != "timm":
+        next_step = _TRANSFORMERS if family in ("hf", "lite") else ""
+        reason = f"its image encoder is of the family {family!r}: expected timm, or open_clip for both encoders"
+        raise unsupported(_FORMAT, reason, next_step)
+    image = open_module(run, "image", _FORMAT)
+    preprocess, vision_config = _preprocess_config(run), _vision_config(image.config)
+    architecture = text.config["config"]["model_type"]
+    if architecture not in _ARCHITECTURES:
+        reason = f"its text encoder is a {architecture}: expected {', '.join(_ARCHITECTURES)}"
+        raise unsupported(_FORMAT, reason, _TRANSFORMERS)
+    pooler = _POOLERS.get("_".join(text.config["features"]))
+    if pooler is None:
+        reason = f"its text feature is {run.config.tower_input('text').feature}: expected mean or cls"
+        raise unsupported(_FORMAT, reason, _TRANSFORMERS)
+    layers = {modality: _layers(run, modality, _OTHER_HEADS) for modality in MODALITIES}
     width = run.config.shared_width
     image_head_config, image_head = _image_head(layers["image"], width)
     text_head_config, text_head = _text_head(layers["text"], width)
-    preprocess = _preprocess_config(run)
-    image, text = (open_module(run, modality, _FORMAT) for modality in MODALITIES)
-    architecture = text.config["config"]["model_type"]
-    if architecture not in _ARCHITECTURES:
-        raise unsupported(_FORMAT, f"its text encoder is a {architecture}: expected {', '.join(_ARCHITECTURES)}")
-    pooler = _POOLERS.get("_".join(text.config["features"]))
-    if pooler is None:
-        raise unsupported(
-            _FORMAT, f"its text feature is {run.config.tower_input('text').feature}: expected mean or cls"
-        )
     text.save_processor(folder)
     transformer: Any = text.module.get_submodule("_transformer" if text.config["kind"] == "sentences" else "_model")
     state: dict[str, Tensor] = transformer.state_dict()
@@ -148,7 +160,7 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
     return _Model(
         config={
             "embed_dim": width,
-            "vision_cfg": {**_vision_config(image.config), **image_head_config},
+            "vision_cfg": {**vision_config, **image_head_config},
             "text_cfg": {
                 "hf_model_name": "",
                 "hf_tokenizer_name": "",
@@ -176,9 +188,11 @@ def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["features"] not in (["pooled"], ["cls"], ["patch_mean"]):
         feature = "+".join(config["features"])
-        raise unsupported(_FORMAT, f"its image feature is {feature}: expected pooled, cls or patch_mean, as timm pools")
+        reason = f"its image feature is {feature}: expected pooled, cls or patch_mean, as timm pools"
+        raise unsupported(_FORMAT, reason, _TRANSFORMERS)
     if config["image_size"]:
-        raise unsupported(_FORMAT, "its encoder has the option image_size, and open_clip uses timm's published size")
+        reason = "its encoder has the option image_size, and open_clip uses timm's published size"
+        raise unsupported(_FORMAT, reason, _TRANSFORMERS)
     return {
         "image_size": config["input_size"][-1],
         "timm_model_name": config["model"],
@@ -189,19 +203,14 @@ def _vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _preprocess_config(run: ExportRun) -> dict[str, Any]:
     """Return timm's transform as open_clip's config, if it only resizes to the input size and crops or squeezes."""
-    fingerprint = run.config.tower_input("image").fingerprint
-    if fingerprint["family"] != "timm":
-        raise unsupported(
-            _FORMAT, f"its image encoder is of the family {fingerprint['family']!r}: expected timm or open_clip"
-        )
-    timm = fingerprint["preprocessing"]
+    timm = run.config.tower_input("image").fingerprint["preprocessing"]
     modes = {"center": "shortest", "squash": "squash"}
     if timm["crop_pct"] != 1 or timm["crop_mode"] not in modes or timm["interpolation"] not in ("bicubic", "bilinear"):
         raise unsupported(
             _FORMAT,
             f"timm crops this model's images with crop_pct {timm['crop_pct']}, crop_mode {timm['crop_mode']}, "
             f"{timm['interpolation']}, and open_clip resizes to the input size, bicubic or bilinear",
-            "use embedcache export transformers, or an encoder with crop_pct 1",
+            f"{_TRANSFORMERS}, or an encoder with crop_pct 1",
         )
     return {
         "size": timm["input_size"][-1],
@@ -229,7 +238,7 @@ def _image_head(layers: Sequence[DenseLayer], shared_width: int) -> _Head:
         raise unsupported(
             _FORMAT,
             "its image projector is neither a linear map nor two of them with a GELU between and 2 P hidden units",
-            _NEXT_STEP,
+            _OTHER_HEADS,
         )
     state[f"{name}.weight"] = layers[-1].weight_PD
     if layers[-1].bias_P is not None:
@@ -248,7 +257,7 @@ def _text_head(layers: Sequence[DenseLayer], shared_width: int) -> _Head:
         _FORMAT,
         "its text projector is neither a linear map without a bias nor two of them with a GELU between and (D + P) / 2 "
         "hidden units",
-        _NEXT_STEP,
+        _OTHER_HEADS,
     )
 
 
@@ -262,7 +271,7 @@ def _clip_model(run: ExportRun, folder: Path) -> _Model:
     checkpoint = load_checkpoint(open_clip, specs["image"], "cpu")
     state = dict(checkpoint.model.state_dict())
     for modality in MODALITIES:
-        _fold_into_tower(state, modality, _layers(run, modality))
+        _fold_into_tower(state, modality, _layers(run, modality, _OTHER_HEADS_OF_CLIP))
     config = {**open_clip.get_model_config(specs["image"].model), "embed_dim": run.config.shared_width}
     tokenizer = open_clip.get_tokenizer(specs["image"].model)
     if config["text_cfg"].get("hf_tokenizer_name"):
@@ -276,7 +285,7 @@ def _fold_into_tower(state: dict[str, Tensor], modality: str, layers: Sequence[D
         raise unsupported(
             _FORMAT,
             f"the {modality} projector is more than a linear map, and open_clip's towers end in a linear map",
-            "train with --projector openclip-linear",
+            _OTHER_HEADS_OF_CLIP,
         )
     weight_PD = layers[0].weight_PD.double()
     for name in _LAST_MAPS[modality]:
@@ -320,5 +329,6 @@ def _check(run: ExportRun, folder: Path) -> dict[str, float]:
         }
     except RuntimeError as error:  # some timm networks have another width than they announce to open_clip
         specs = f"{run.config.tower_input('image').spec} with {run.config.tower_input('text').spec}"
-        raise unsupported(_FORMAT, f"open_clip cannot run {specs}: {one_line(error)}") from error
+        next_step = _TRANSFORMERS if run.config.tower_input("image").fingerprint["family"] == "timm" else ""
+        raise unsupported(_FORMAT, f"open_clip cannot run {specs}: {one_line(error)}", next_step) from error
     return run.check_parity("open_clip", vectors)

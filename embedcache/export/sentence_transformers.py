@@ -11,9 +11,14 @@ from embedcache.encoders.open import EncoderSpec, feature_names
 from embedcache.encoders.weights import find_model_folder, quiet_transformers
 from embedcache.export.base import TEXTS, ExportNotes, ExportRun, check_plain, unsupported
 from embedcache.export.dense import DenseChain, dense_chain
+from embedcache.export.towers import SENTENCE_OPTIONS
 from embedcache.registry import require
 
 _FORMAT = "sentence-transformers"
+_NEXT_STEP = (
+    "train with --projector linear, identity, sharelock, openclip-linear or openclip-mlp on a vector feature, or use "
+    "embedcache export safetensors, which supports the projectors of any run"
+)
 _CODE = """\
 from sentence_transformers import SentenceTransformer
 
@@ -26,10 +31,11 @@ print(vectors.shape)
 def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
     """Write a folder that `SentenceTransformer` opens, and check it with that library."""
     library = require("sentence_transformers", extra=_FORMAT)
-    chain = dense_chain(run.pair.tower("text"), _FORMAT)
     check_plain(run.config.tower_input("text"), _FORMAT)
     with quiet_transformers():
-        modules = [*_encoder_modules(run, library), *_projector_modules(chain, library)]
+        encoder = _encoder_modules(run, library)  # before the projector: another one does not help an encoder
+        chain = dense_chain(run.pair.tower("text"), _FORMAT, _NEXT_STEP)
+        modules = [*encoder, *_projector_modules(chain, library)]
         model = library.SentenceTransformer(modules=modules, device="cpu")
         with torch.inference_mode():
             model.save(str(folder), create_model_card=False)
@@ -65,7 +71,7 @@ def _encoder_modules(run: ExportRun, library: Any) -> list[Any]:
 
 
 def _sentence_modules(spec: EncoderSpec, name: str, max_tokens: int, library: Any) -> list[Any]:
-    for option in ("prompt", "prompt_name", "truncate_dim"):
+    for option in SENTENCE_OPTIONS:
         if option in spec.options:
             raise unsupported(_FORMAT, f"its text encoder has the option {option}")
     folder = encoders.find_folder(spec).path

@@ -27,6 +27,8 @@ from embedcache.projectors.towers import RawTower, TokenTower
 
 _STALE_OPTIONS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")
 """Options that a tokenizer remembers from earlier use; a processor would truncate texts at that `max_length`."""
+SENTENCE_OPTIONS = ("prompt", "prompt_name", "truncate_dim")
+"""Options of an encoder `st:` that a folder of sentence-transformers does not hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +74,15 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
     if "files" in preprocessing:
         raise unsupported(format_name, "its encoder is run by the library sentence-transformers as a whole")
     if modality == "text" and (preprocessing["prefix"] or preprocessing["lower"]):
+        text_alone = "use embedcache export sentence-transformers for the text tower"
         raise unsupported(
             format_name,
             "its text encoder prepends a prompt or lowercases texts, and a tokenizer does not",
-            "use embedcache export sentence-transformers for the text tower",
+            "" if set(SENTENCE_OPTIONS) & spec.options.keys() else text_alone,
         )
+    if spec.family == "lite" and config["layers"]:
+        reason = "layerN counts blocks in lite, and stages in timm's network of that architecture"
+        raise unsupported(format_name, reason)
     module, own_config, save_processor = openers[spec.family](spec, names)
     config |= own_config
     if modality == "image":
@@ -98,7 +104,7 @@ def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     is_resized = size_px is not None and hasattr(model, "set_input_size")
     if is_resized:
         model.set_input_size(img_size=(size_px, size_px))
-    settings = timm.pixel_transform(model, size_px)[2]
+    _, _, settings = timm.pixel_transform(model, size_px)
     is_on_hub = spec.model.startswith(timm.HUB_PREFIXES)
     config = {
         "kind": "timm",
@@ -111,13 +117,12 @@ def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
 
 def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     network, size_px = lite.load_model(spec)
-    if requested_layers(names):
-        raise unsupported("exported", "layerN counts blocks in lite, and stages in timm's network of that architecture")
     network.reset_classifier(0)
     input_size = [3, size_px, size_px]
     config = {"kind": "timm", "model": lite.timm_name(spec.model), "image_size": None, "input_size": input_size}
     settings = {"size_px": size_px, "crop_padding_px": LITE_CROP_PADDING_PX, "mean": lite.MEAN, "std": lite.STD}
-    return TimmFeatures(network, []).eval(), config, partial(_save_image_processor, "lite", settings)
+    module = TimmFeatures(network, requested_layers(names)).eval()
+    return module, config, partial(_save_image_processor, "lite", settings)
 
 
 def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _Opened:
@@ -129,7 +134,7 @@ def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _Op
     config = {"kind": "transformers", **_model_config(model)}
     if modality == "text":
         return TextFeatures(model, layers).eval(), config, partial(_save_tokenizer, folder)
-    config["input_size"] = list(transformers.pixel_transform(folder)[3])
+    config["input_size"] = list(transformers.pixel_transform(folder).input_shape)
     processor = AutoImageProcessor.from_pretrained(folder).to_dict()
     settings = plain_json({name: value for name, value in processor.items() if not name.startswith("_")})
     module = ImageFeatures(model, layers).eval()

@@ -1,12 +1,16 @@
 """Runs on tiny encoders, with random weights everywhere so that every part of a projector matters."""
 
+import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from embedcache.encoders.base import Modality
 from embedcache.encoders.open import feature_names, open_encoder
 from embedcache.encoders.settings import EncoderSettings
+from embedcache.errors import SettingError
+from embedcache.export.export import export_run
 from embedcache.projectors.base import HasAnchors
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, save_pair, split_path
@@ -56,3 +60,14 @@ def _randomize(tower: torch.nn.Module) -> None:
         tower.length.fill_(3.0)
     if isinstance(tower, (Tower, RawTower)) and isinstance(tower.projector, HasAnchors):
         tower.projector.set_anchors(torch.randn_like(tower.projector.anchors))
+
+
+def follow_error(format_name: str, run: Path, out: Path) -> str:
+    """Export a run that a format refuses, then in the format that the error names; return the error."""
+    with pytest.raises(SettingError) as caught:
+        export_run(format_name, run, out)
+    message = str(caught.value)
+    named = re.findall(r"use embedcache export ([\w-]+)", message)
+    assert named, message
+    export_run(named[0], run, out)
+    return message

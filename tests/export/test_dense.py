@@ -49,9 +49,9 @@ def test_dense_chain_is_exact(pieces: list[str], is_bare: bool) -> None:
     vectors = torch.randn(5, 6)
     if any(_is_alone(modules, position) for position in range(len(modules))):
         with pytest.raises(ValueError, match="cannot be folded into a dense layer"):
-            dense_chain(tower.eval(), "test")
+            dense_chain(tower.eval(), "test", "use another")
         return
-    chain = dense_chain(tower.eval(), "test")
+    chain = dense_chain(tower.eval(), "test", "use another")
     torch.testing.assert_close(run_chain(chain, vectors), tower(vectors).detach(), atol=1e-4, rtol=1e-4)
 
 

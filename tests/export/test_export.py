@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,8 +21,10 @@ from embedcache.export.card import _metrics, _width_notes
 from embedcache.export.code import copy_code
 from embedcache.export.export import RECORD, export_run
 from embedcache.export.settings import ExportSettings
-from embedcache.projectors.saved import project
-from embedcache.provenance import write_json
+from embedcache.projectors.pair import AlignedPair
+from embedcache.projectors.saved import PairConfig, TowerInput, project, save_pair, split_path
+from embedcache.provenance import record_stage, write_json
+from tests.edits import edit_record
 from tests.export.runs import make_run
 from tests.hub_server import serve_hub
 
@@ -173,6 +176,43 @@ def test_card_content(run: Path, tmp_path: Path) -> None:
         assert words in card
     weights = tmp_path / "out" / "model.safetensors"
     assert weights.stat().st_mode == (tmp_path / "out" / "README.md").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("epochs", "best_epoch", "expected"),
+    [
+        (3, 2, "- loss `siglip`, 3 epochs; weights of epoch 2; seed 5"),
+        (
+            3,
+            0,
+            "- weights: the initialization (`cca`); loss `siglip`, 3 epochs, none of which was better",
+        ),
+        (0, 0, "- weights: the initialization (`cca`), without training; seed 5"),
+    ],
+)
+def test_card_states_where_the_weights_come_from(
+    run: Path, epochs: int, best_epoch: int, expected: str, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    training = {
+        "model": {"start": "cca"}, "loss": {"name": "siglip"}, "optimizer": {"epochs": epochs}, "seed": 5, "split": {}
+    }  # fmt: skip
+    edit_record(copy / "config.json", training=training)
+    with record_stage(copy / "record.json", "train", {}) as outcome:
+        outcome["best_epoch"] = best_epoch
+    export_run("safetensors", copy, tmp_path / "out")
+    assert expected in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_run_of_other_modalities_is_refused(tmp_path: Path) -> None:
+    side = TowerInput(feature="e/mean", spec="e:m", fingerprint={}, width=4)
+    sides = {"audio": side, "text": side}
+    config = PairConfig(projector="linear", shared_width=2, index_digest="rows", training={}, sides=sides)
+    (tmp_path / "run").mkdir()
+    split_path(tmp_path / "run").write_bytes(b"a split")
+    save_pair(tmp_path / "run", AlignedPair("linear", widths={"audio": 4, "text": 4}, shared_width=2), config)
+    with pytest.raises(SettingError, match=r"expected a run of image and text, got one of audio and text; its vectors"):
+        export_run("safetensors", tmp_path / "run", tmp_path / "out")
 
 
 def test_card_states_widths(run: Path) -> None:

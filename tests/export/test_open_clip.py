@@ -18,7 +18,7 @@ from embedcache.sources.images import rgb_image
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.encoders.checkpoints import save_clip
-from tests.export.runs import make_run
+from tests.export.runs import follow_error, make_run
 from tests.images import write_images
 
 pytestmark = pytest.mark.slow
@@ -94,8 +94,18 @@ def test_linear_projector_folds_into_clip(tiny_clip: str, tmp_path: Path) -> Non
     assert max(report.differences.values()) < TOLERANCE
     _check_loads(tmp_path / "model", run)
     deep = make_run(tmp_path / "deep", (tiny_clip, "pooled"), (tiny_clip, "pooled"), "openclip-mlp")
-    with pytest.raises(SettingError, match="the image projector is more than a linear map"):
-        export_run("open-clip", deep, tmp_path / "other")
+    error = follow_error("open-clip", deep, tmp_path / "other")
+    assert "the image projector is more than a linear map" in error
+    assert "train with --projector openclip-linear, or use" in error
+
+
+def test_errors_name_a_format_that_supports_the_run(tiny: dict[str, str], tiny_clip: str, tmp_path: Path) -> None:
+    of_clip = make_run(tmp_path / "clip", (tiny_clip, "pooled"), (tiny_clip, "pooled"), "mlp")
+    assert "MlpProjector adds a linear branch" in follow_error("open-clip", of_clip, tmp_path / "1")
+    of_hf = make_run(tmp_path / "hf", (tiny["dino"], "cls"), (tiny["bert"], "mean"), "mlp")
+    assert "of the family 'hf': expected timm" in follow_error("open-clip", of_hf, tmp_path / "2")
+    mixed = make_run(tmp_path / "mixed", (tiny_clip, "pooled"), (tiny["bert"], "mean"), "openclip-linear")
+    assert "expected timm, or open_clip for both" in follow_error("open-clip", mixed, tmp_path / "3")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun
 from embedcache.export.export import export_run
-from tests.export.runs import make_run
+from tests.export.runs import follow_error, make_run
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,8 @@ def test_matches_the_run(
         ("mean", "glu", "GluProjector multiplies two branches"),
         ("mean", "fusemix", "FuseMixProjector has residual blocks"),
         ("mean", "asif", "AsifProjector keeps the largest of its cosines"),
-        ("tokens", "linear+token", "TokenProjector maps every token"),
+        ("mean", "linear+token", "TokenProjector maps every token"),
+        ("tokens", "linear+token", "its text feature is encoder/tokens"),
         ("layer1.mean", "linear", "its text feature is encoder/layer1.mean"),
     ],
 )
@@ -54,3 +55,17 @@ def test_unsupported_run_raises(feature: str, projector: str, words: str, tiny: 
     with pytest.raises(SettingError, match=words):
         export_run("sentence-transformers", run, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("format_name", ["transformers", "sentence-transformers"])
+def test_errors_name_a_format_that_supports_the_run(format_name: str, tiny: dict[str, str], tmp_path: Path) -> None:
+    """Neither format holds a prompt, and no other projector helps."""
+    text = f"{tiny['st']},prompt=query"
+    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (text, "mean"), "mlp")
+    assert "prompt" in follow_error(format_name, run, tmp_path / "model")
+
+
+def test_error_names_projectors_that_help(tiny: dict[str, str], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "mlp")
+    error = follow_error("sentence-transformers", run, tmp_path / "model")
+    assert "train with --projector linear, identity, sharelock, openclip-linear or openclip-mlp on a vector" in error
