@@ -121,7 +121,7 @@ def test_index_into_foreign_folder_raises(tmp_path: Path) -> None:
 def test_index_into_a_folder_of_many_files_names_three(tmp_path: Path) -> None:
     for name in ("d", "b", ".x.partial", "a", "c", "samples.parquet"):
         (tmp_path / name).touch()
-    with pytest.raises(PathError, match=r"it contains a, b, c; use the path of a new folder$"):
+    with pytest.raises(PathError, match=r"it contains a, b, c and 1 more; use the path of a new folder$"):
         index(rows(2), tmp_path)
 
 
