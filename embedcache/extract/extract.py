@@ -181,15 +181,7 @@ def open_job(
     for device in job_devices(settings) if settings.engine == "local" else settings.devices:
         torch_device(device)
     path = open_path(cache_path)
-    if info_path(path).is_file() and (imported := read_info(path).source).get("type") == IMPORTED:
-        raise SettingError(
-            f"{path} was imported from {imported['path']}: it has vectors, but no images or texts to encode; "
-            "extract the images and captions themselves into a new folder"
-        )
-    if info_path(path).is_file() and (merged := read_info(path).source).get("type") == MERGED:
-        raise SettingError(
-            f"{path} was merged from caches of {merged['path']}; extract into each of these, and merge them again"
-        )
+    _check_has_a_source(path)
     with divided_work(is_divided=settings.is_divided):  # all shards write the same tables
         info = index(
             source,
@@ -214,6 +206,22 @@ def open_job(
         encoders=encoders,
         settings=settings,
     )
+
+
+def _check_has_a_source(cache_path: Path) -> None:
+    """Check that a cache, if there is one, was made of raw items, not of vectors or of other caches."""
+    if not info_path(cache_path).is_file():
+        return
+    source = read_info(cache_path).source
+    if source.get("type") == IMPORTED:
+        raise SettingError(
+            f"{cache_path} was imported from {source['path']}: it has vectors, but no images or texts to encode; "
+            "extract the images and captions themselves into a new folder"
+        )
+    if source.get("type") == MERGED:
+        raise SettingError(
+            f"{cache_path} was merged from caches of {source['path']}; extract into each of these, and merge them again"
+        )
 
 
 def _record_location(source: Source, cache_path: Path, stored: Mapping[str, Any], progress: Progress) -> None:

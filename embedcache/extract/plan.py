@@ -11,10 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
 from embedcache.extract.engines import count_processes, job_devices
 from embedcache.extract.extract import join_encoders, open_job, open_request
+from embedcache.extract.feature_writer import FeatureWriter
 from embedcache.extract.loop import BatchBuffer, add_distinct, load_items
 from embedcache.extract.precision import MeasuredPrecision, plan_precisions, use_precisions
 from embedcache.extract.settings import ExtractSettings
@@ -131,17 +133,7 @@ def plan(
             rates[modality], buffers = _probe(worker, modality, chunks[0], job.settings.num_threads)
             for writer, buffer in zip(writers, buffers, strict=True):
                 for name, items in buffer.features.items():
-                    missing_chunks = [chunk for chunk in chunks if name in writer.missing(chunk)]
-                    num_items = worker.cache.info.count_items(modality, missing_chunks)
-                    sizes = [item.nbytes for item in items if item is not None]
-                    feature = PlannedFeature(
-                        name=f"{writer.group.name}/{name}",
-                        modality=modality,
-                        num_items=num_items,
-                        num_rows=num_padded(writer.group, name, num_items),
-                        item_bytes=fmean(sizes or [0]),
-                    )
-                    features.append(feature)
+                    features.append(_plan_feature(writer, modality, name, chunks, items))
     return Plan(
         cache=worker.cache.path,
         features=features,
@@ -150,6 +142,22 @@ def plan(
         precisions=precisions,
         free_bytes=None if is_remote(worker.cache.path) else shutil.disk_usage(worker.cache.path).free,
         chunk_size=worker.cache.info.chunk_size,
+    )
+
+
+def _plan_feature(
+    writer: FeatureWriter, modality: Modality, name: str, chunks: Sequence[int], items: Sequence[Array | None]
+) -> PlannedFeature:
+    """Return what a feature of one encoder lacks in `chunks`; `items` are the first ones, None where one failed."""
+    missing_chunks = [chunk for chunk in chunks if name in writer.missing(chunk)]
+    num_items = writer.group.info.count_items(modality, missing_chunks)
+    sizes = [item.nbytes for item in items if item is not None]
+    return PlannedFeature(
+        name=f"{writer.group.name}/{name}",
+        modality=modality,
+        num_items=num_items,
+        num_rows=num_padded(writer.group, name, num_items),
+        item_bytes=fmean(sizes or [0]),
     )
 
 
