@@ -118,13 +118,13 @@ def to_numbers(values: Any, name: str) -> Array:
     return array
 
 
-def to_rows(rows: Any, name: str = "rows") -> Ints:
+def to_rows(rows: Any) -> Ints:
     """Return row numbers, given one or several: (M,) int64; DataError if they are no integers."""
-    numbers = np.atleast_1d(to_numbers(rows, name))
+    numbers = np.atleast_1d(to_numbers(rows, "rows"))
     if numbers.dtype.kind not in "iu" and numbers.size:
         others = (each for each in numbers.ravel().tolist() if isinstance(each, bool) or not each.is_integer())
         other = next(others, numbers.ravel()[0])
-        raise DataError(f"{name}: expected integers, got {other}; rows are counted from 0")
+        raise DataError(f"rows: expected integers, got {other}; rows are counted from 0")
     return numbers.astype(np.int64, copy=False)
 
 

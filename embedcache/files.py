@@ -30,6 +30,7 @@ _HUB_REASONS = {
 """Class of the Hub's library, the more special ones first -> reason; their own texts are paragraphs."""
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})  # have no folders
 _LONGEST_REASON = 300
+_MAX_TEXT_BYTES = 2**28
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)  # the only way to read it
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -159,16 +160,16 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_limited(path: Path, max_bytes: int = 2**28) -> bytes:
-    """Read a file that people or embedcache write, such as JSON or TOML; PathError if it is larger."""
+def read_limited(path: Path) -> bytes:
+    """Read a file that people or embedcache write, such as JSON or TOML; PathError if it is above 256 MiB."""
     if is_remote(path):
         data = read_file(path)
     else:
         check_regular(path)
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise PathError(f"{path}: expected a file of at most {max_bytes:,} bytes, got more")
+            data = file.read(_MAX_TEXT_BYTES + 1)
+    if len(data) > _MAX_TEXT_BYTES:
+        raise PathError(f"{path}: expected a file of at most {_MAX_TEXT_BYTES:,} bytes, got more")
     return data
 
 
