@@ -1,8 +1,8 @@
 """`fields:xyz,uv,label`: named arrays of a point cloud as features, one row per point, unchanged.
 
-Coordinates, labels and links between points and pixels so have hashes, commits, failures and provenance like any other
-feature. A name may be followed by its number of columns, its dtype or both, `normal:3` or `moving:int16`; `FIELDS` has
-those of common names, others are one float32 column.
+Coordinates, labels and links between points and pixels become features, with hashes, commits, failures and provenance
+like any other. A name may be followed by its number of columns, its dtype or both, `normal:3` or `moving:int16`;
+`FIELDS` has those of common names, others are one float32 column.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,6 +74,8 @@ def _parse_field(text: str, spec: EncoderSpec) -> tuple[str, Field]:
 
 
 class _Fields:
+    """The encoder: it copies the arrays of each point cloud."""
+
     modality: Modality = "points"
 
     def __init__(self, fields: Mapping[str, Field], *, batch_size: int) -> None:
@@ -130,6 +132,7 @@ def _checked(name: str, array: Array, field: Field, num_points: int) -> Array:
 
 
 def _to_integers(name: str, values: Array, dtype: str) -> Array:
+    """Return whole numbers in an integer dtype, with `MISSING` for NaN, or raise an `ItemError`."""
     is_missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
     filled = np.where(is_missing, MISSING, values)
     limits = np.iinfo(dtype)

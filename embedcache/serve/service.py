@@ -33,8 +33,9 @@ log = logging.getLogger("embedcache.serve")
 class SearchService:
     """An index with its encoders, images, filters, map and coverage. Nothing but a missing map is written.
 
-    Everything a first request needs is loaded here, but keys and captions, of which the rows that it shows are read
-    until `load` has read all. Visitors may filter by selections, each named by its file's stem.
+    Everything that a first request needs is loaded here, except keys and captions: those of the rows that are shown
+    are read for each request, until `load` has read all. Visitors may filter by selections, each named by its file's
+    stem.
 
     Raises:
         SettingError: two selections have the same name.
@@ -321,8 +322,7 @@ def _run_table(index: OpenIndex) -> list[InfoTable]:
         ["name", index.run_path.resolve().name],
         ["projector", config.projector],
         ["shared width", f"{config.shared_width:,}"],
-        ["image feature", f"{config.tower_input('image').feature} of {config.tower_input('image').spec}"],
-        ["text feature", f"{config.tower_input('text').feature} of {config.tower_input('text').spec}"],
+        *([f"{modality} feature", f"{side.feature} of {side.spec}"] for modality, side in config.sides.items()),
         ["weights (SHA-256)", config.weights_digest],
         *_flat("", outcome),
     ]
@@ -330,6 +330,7 @@ def _run_table(index: OpenIndex) -> list[InfoTable]:
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> list[list[str]]:
+    """Return nested values as pairs of a name and a text; the name of an inner value follows that of the outer one."""
     rows = []
     for name, value in values.items():
         title = f"{prefix}{name}".replace("_", " ")

@@ -16,8 +16,9 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair, read_config
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
-from embedcache.search.search import search
+from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import IndexSettings
+from embedcache.serve.service import info_tables
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.train.settings import train_settings
@@ -125,6 +126,8 @@ def test_index_of_recordings_is_searched_with_texts(sounds: Path, finished: Path
     assert sum("deafening" in hit.captions[0] for hit in hits) > sum("quiet" in hit.captions[0] for hit in hits)
     with pytest.raises(DataError, match="expected a run with the modality image, got one of audio and text"):
         search(tmp_path / "index", Queries(images=[np.zeros((4, 4, 3), np.uint8)]))  # type: ignore[list-item]
+    _, of_run, _ = info_tables(OpenIndex(tmp_path / "index"))
+    assert {"audio feature", "text feature"} < {name for name, _ in of_run["rows"]}
 
 
 def test_command_line_trains_and_shows_recordings(sounds: Path, tmp_path: Path) -> None:
