@@ -80,6 +80,7 @@ def write_negatives(
 
 
 def _lists(part: NegativesBlock) -> list[pa.Array]:
+    """Return the columns `negatives` and `scores` of a block: a list per sample, of those that it has."""
     is_some_BK = part.negatives_BK >= 0
     offsets = pa.array(np.concatenate([[0], np.cumsum(is_some_BK.sum(axis=1))]).astype(np.int32))
     values = (part.negatives_BK.astype(np.int32), part.scores_BK.astype(np.float32))
@@ -165,5 +166,7 @@ def _fill(table: pq.ParquetFile, first: int, negatives_SK: Array, groups_S: Ints
     if start - first != table.metadata.num_rows:
         raise ValueError(f"it has {start - first:,} rows, not {table.metadata.num_rows:,} as its footer counts")
     is_grouped = groups_S[first:start] >= 0
-    groups_S[first:start][is_grouped] += first  # numbers of different caches differ, as they are below its samples
+    groups_S[first:start][is_grouped] += (
+        first  # so that no two caches share a number: each is below the cache's samples
+    )
     return negatives_SK

@@ -41,7 +41,7 @@ MAX_VIDEO_PIXELS = 2**28
 _SEEKABLE = frozenset({"avi", "flac", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "wav"})
 """Formats that store exact times and durations; others are decoded from their beginning."""
 _FLAC = "flac"
-_SAME_S = 1e-6  # less than a sample
+_SAME_S = 1e-6  # times that differ by less are equal: less than a sample
 _PREROLL_S = 1.0  # decoded before an interval: codecs with memory need some of it
 _LATE_S = 0.1  # an interval may end this much after its recording: labels are rounded
 _CLOCK = re.compile(r"(\d+):(\d\d):(\d\d\.\d+)")
@@ -126,9 +126,9 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
         num_pixels, time_s = 0, 0.0
         first_s, last_s = start_s or 0.0, np.inf if stop_s is None else stop_s
         for time_s, frame in _frames(container, stream):
-            if time_s >= last_s - 1e-6:
+            if time_s >= last_s - _SAME_S:
                 break
-            if time_s < first_s - 1e-6:
+            if time_s < first_s - _SAME_S:
                 continue
             num_pixels += frame.width * frame.height
             if num_pixels > MAX_VIDEO_PIXELS:
@@ -219,7 +219,7 @@ def iter_frames(path: Path) -> Iterator[Array]:
         shown: Array | None = None
         time_s, middle_s = 0.0, step_s / 2
         for time_s, frame in _frames(container, stream):
-            while shown is not None and middle_s < time_s - 1e-6:
+            while shown is not None and middle_s < time_s - _SAME_S:
                 yield shown
                 middle_s += step_s
             before, shown = shown, _upright(frame)
@@ -227,7 +227,7 @@ def iter_frames(path: Path) -> Iterator[Array]:
                 raise ItemError("the frames change their size")
         if shown is None:
             raise ItemError("no frames")
-        while middle_s < time_s + step_s - 1e-6:
+        while middle_s < time_s + step_s - _SAME_S:
             yield shown
             middle_s += step_s
         _check_end(container, stream, time_s + step_s, None, None)
