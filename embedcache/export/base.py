@@ -44,8 +44,8 @@ class ExportRun:
         pair, config = load_pair(path)
         if set(config.modalities) != set(MODALITIES):
             raise SettingError(
-                f"{path}: expected a run of image and text, got one of {' and '.join(config.modalities)}; its vectors "
-                f"can be exported: embedcache derive CACHE --run {path}, then embedcache export npy or parquet"
+                f"{path}: expected a run of image and text, got one of {' and '.join(config.modalities)}; store its "
+                f"vectors in the cache instead: embedcache derive CACHE --run {path}"
             )
         return cls(path, pair, config)
 
