@@ -184,12 +184,12 @@ def _build(
         card = _card(
             vectors,
             index_path,
-            candidate,
-            index,
-            quality,
-            settings.min_recall,
-            time.perf_counter() - started,
-            {INDEX: file_checksum(index_path / INDEX), **lists},
+            candidate=candidate,
+            index=index,
+            quality=quality,
+            min_recall=settings.min_recall,
+            seconds=time.perf_counter() - started,
+            checksums={INDEX: file_checksum(index_path / INDEX), **lists},
         )
         builder.record(checksums=card.checksums)
         outcome.update({"recall_at_10": quality.recall_at_10, "num_vectors": num})
@@ -244,6 +244,7 @@ def _recall_error(rejected: Mapping[str, float], index_path: Path, settings: Ind
 def _card(
     vectors: Vectors,
     index_path: Path,
+    *,
     candidate: Configuration,
     index: RowIndex,
     quality: IndexQuality,
@@ -251,6 +252,7 @@ def _card(
     seconds: float,
     checksums: Mapping[str, str],
 ) -> IndexCard:
+    """Return the card of an index whose files are written; `checksums` of each file, or of each of its lists."""
     lists = None if index.disk_lists is None else index.disk_lists.file
     return IndexCard(
         **from_record(_source(vectors, index_path)),
