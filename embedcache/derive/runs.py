@@ -129,8 +129,8 @@ def _open_module(request: RunRequest) -> list[RunRule]:
             f"{request.path}: the module {config.kind} offers no outputs; give it the methods of OutputModule in "
             "embedcache/derive/runs.py"
         )
-    offering = cast(OutputModule, module)
-    sides = _output_sides(offering, config, request.output)
+    output_module = cast(OutputModule, module)
+    sides = _output_sides(output_module, config, request.output)
     if request.prompts is not None or request.modality not in (None, sides[0].modality):
         name, value = ("prompts", request.prompts) if request.prompts is not None else ("modality", request.modality)
         raise SettingError(f"{name}: expected none for a run of {config.kind}, got {value}; omit --{name}")
@@ -138,14 +138,14 @@ def _open_module(request: RunRequest) -> list[RunRule]:
     opened = [_open_side(request.cache, side.modality, side, view) for side, view in zip(sides, views, strict=True)]
 
     def outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-        offered = offering.output_shapes(shapes)
+        offered = output_module.output_shapes(shapes)
         if request.output not in offered:
             raise unknown_name("output", request.output, offered, where=f"of the run {request.path}")
         return {request.output: offered[request.output]}
 
     @torch.inference_mode()
     def apply(blocks: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
-        return offering.compute_outputs(blocks, [request.output])
+        return output_module.compute_outputs(blocks, [request.output])
 
     rule = Rule(
         name=RUN,
@@ -183,6 +183,7 @@ def _open_side(cache: Cache, modality: str, side: ModuleInput | TowerInput, view
 
 
 def _derived_view(view: str, sides: Sequence[tuple[str, ModuleInput | TowerInput]]) -> DerivedView | None:
+    """Return the view that derived features are of, with the features that the run was trained on; None if plain."""
     plain = [(modality, part, side.fingerprint) for modality, side in sides for part in side.feature.split("+")]
     return None if view == PLAIN else DerivedView(name=view, plain_inputs=plain)
 
@@ -208,6 +209,8 @@ def _open_pair(request: RunRequest) -> list[RunRule]:
 
 
 def _open_projected(request: RunRequest, pair: AlignedPair, config: PairConfig, modality: str) -> RunRule:
+    """Open the unit vectors in the shared space."""
+
     def apply(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
         return {"projected": _project(pair, modality, inputs, request.device)}
 
@@ -253,6 +256,7 @@ def _open_prob(request: RunRequest, pair: AlignedPair, config: PairConfig, modal
 def _tower_rule(
     request: RunRequest, config: PairConfig, modality: str, rule: Rule, parameters: Mapping[str, Any]
 ) -> RunRule:
+    """Return a rule of an aligned pair with the feature of the cache that its tower reads."""
     side = config.tower_input(modality)
     feature = _open_side(request.cache, modality, side, request.view)
     return RunRule(

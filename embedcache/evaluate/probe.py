@@ -178,6 +178,7 @@ def _ranks(fitted: Classifier, test: Examples) -> Ints:
 
 
 def _score(name: str, fit: Fit, data: LabeledFeature, progress: Progress) -> Score:
+    """Fit a method on all training items, and measure it on the test items; intervals are over their samples."""
     fitted = _fit(fit, data, data.examples.labels)
     rows = data.rows("test")
     test, clusters = data.examples.take(rows), data.items.samples[rows]
@@ -194,6 +195,8 @@ def _score(name: str, fit: Fit, data: LabeledFeature, progress: Progress) -> Sco
 
 
 def _control(name: str, fit: Fit, data: LabeledFeature, settings: ProbeSettings, progress: Progress) -> Control:
+    """Measure a method that is fitted on shuffled labels, which must stay at chance."""
+
     def fit_shuffled(draw: int) -> Classifier:
         return _fit(fit, data, shuffle_labels(data, seed=(settings.seed, draw)))
 
@@ -204,6 +207,8 @@ def _control(name: str, fit: Fit, data: LabeledFeature, settings: ProbeSettings,
 def _few_shot(
     name: str, fit: Fit, data: LabeledFeature, shots: int, settings: ProbeSettings, progress: Progress
 ) -> FewShot:
+    """Measure a method that is fitted on a few items per class, drawn several times."""
+
     def fit_drawn(draw: int) -> Classifier:
         rows = draw_shots(data.examples.labels, data.rows("train"), shots, seed=(settings.seed, draw))
         return fit(data.examples.take(rows), None, len(data.names))

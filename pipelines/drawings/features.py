@@ -260,6 +260,7 @@ def _bytes_per_item(feature: Feature) -> int:
 
 
 def _test_json(results: Results, asked: str, names: Sequence[str], tokens: Sequence[str]) -> dict[str, Any]:
+    """Return the recalls of one test, and what each kind of tokens gains over the first, from the same resamples."""
     means = results.resample([(name, asked) for name in names], _MEASURE)
     columns = dict(zip(names, means.T, strict=True))
     gains = {name: columns[name] - columns[tokens[0]] for name in tokens[1:]}
