@@ -15,6 +15,7 @@ torch, NumPy, PIL, the standard library and `embedcache.errors`.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from inspect import signature
 from math import sqrt
 from typing import Any
@@ -118,7 +119,7 @@ class GridPool(torch.nn.Module):
         """Return (B, K * K, D) float32."""
         # ONNX has no adaptive pooling, so it is a matrix product; in float32, like all means of this package.
         with torch.autocast(patches_BTD.device.type, enabled=False):
-            return self.weights_KT @ patches_BTD.float()
+            return self.weights_KT @ _to_float32(patches_BTD)
 
 
 def _cell_weights(size: int, num_cells: int) -> torch.Tensor:
@@ -148,7 +149,7 @@ class KMeansPool(torch.nn.Module):
     def forward(self, patches_BTD: torch.Tensor) -> torch.Tensor:
         """Return (B, K, D) float32."""
         with torch.autocast(patches_BTD.device.type, enabled=False):
-            tokens_BTD = patches_BTD.float()
+            tokens_BTD = _to_float32(patches_BTD)
             mean_B1D = tokens_BTD.mean(dim=1, keepdim=True)
             tokens_BTD = tokens_BTD - mean_B1D  # a common offset would cost digits of the distances
             centers_BKD = tokens_BTD[:, self.starts_K]
@@ -177,9 +178,14 @@ def _lloyd_round(tokens_BTD: torch.Tensor, centers_BKD: torch.Tensor) -> torch.T
     return torch.where(sizes_BK1 > 0, means_BKD, centers_BKD)
 
 
+def _to_float32(values: torch.Tensor) -> torch.Tensor:
+    """Convert values that are not float32: before 1.31, onnxruntime removes an output that a graph casts to its type."""
+    return values if values.dtype == torch.float32 else values.float()
+
+
 def with_patch_mean(patches_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the features `patches` and `patch_mean`, their mean in float32."""
-    return {"patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
+    return {"patch_mean": _to_float32(patches_BTD).mean(dim=1), "patches": patches_BTD}
 
 
 class TimmFeatures(torch.nn.Module):
@@ -266,6 +272,10 @@ class ImageFeatures(torch.nn.Module):
         return {**outputs, **with_patch_mean(state[:, self._num_prefix :])}
 
 
+_UNTIES_SINCE = (5, 18)
+"""First version of transformers that `untie_last_state` changes; in earlier ones the state depends on the model."""
+
+
 def untie_last_state(model: torch.nn.Module, layers: Sequence[int]) -> None:
     """Configure a model so that its last hidden state precedes the final norm, if blocks are requested."""
     if layers:
@@ -279,8 +289,22 @@ def hidden_states_option(layers: Sequence[int]) -> dict[str, bool]:
 
 
 def hidden_states(states: Any, layers: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
-    """Return (block, state) for each block within the depth of the transformers model that returned `states`."""
+    """Return (block, state) for each block within the depth of the transformers model that returned `states`.
+
+    Raises:
+        SettingError: the last block is requested, and the installed transformers may return its state after the final
+            norm.
+    """
     found: Sequence[torch.Tensor] = (states.hidden_states if layers else None) or ()
+    last = len(found) - 1
+    if last in layers and found[last] is states.last_hidden_state:
+        installed = version("transformers")
+        if tuple(map(int, installed.split(".")[:2])) < _UNTIES_SINCE:
+            raise SettingError(
+                f"feature layer{last}: transformers {installed} may return the state after the model's final norm "
+                f"instead of the one after block {last}, the last; upgrade with: pip install 'transformers>=5.18', or "
+                "use an earlier block, or the features without layerN"
+            )
     return [(layer, found[layer]) for layer in layers if layer < len(found)]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from embedcache.encoders.image_features import (
 )
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
+from embedcache.errors import SettingError
 from embedcache.testing.encoders import TEXTS, example_images
 from tests.encoders.checkpoints import save_dinov2, save_sentence_transformer, save_timm
 
@@ -164,6 +166,8 @@ REQUESTED = ("layer1.cls", "layer2.patches", "grid:2", "layer1.grid:3", "layer2.
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_vit_relpos"])
 def test_timm_transformer_blocks(name: str, tmp_path: Path) -> None:
+    if name not in timm.list_models():
+        pytest.skip(f"timm {timm.__version__} does not have {name}")
     spec = f"timm:{name},weights={save_timm(name, tmp_path, seed=0)}"
     encoder, prepared, found = _check_native(spec, "image", REQUESTED)
     model = _inner(encoder)
@@ -296,6 +300,21 @@ def test_last_text_block_is_before_final_norm(tmp_path: Path) -> None:
         np.testing.assert_allclose(model.encoder.final_layer_norm(state), states.last_hidden_state, atol=1e-6)
     assert layer == 2
     assert not torch.allclose(state, states.last_hidden_state)
+
+
+def test_last_block_is_refused_where_transformers_cannot_return_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    from embedcache.encoders import image_features
+
+    config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    states = T5EncoderModel(config).eval()(input_ids=torch.arange(6)[None], output_hidden_states=True)
+    monkeypatch.setattr(image_features, "version", lambda _: "5.17.1")
+    assert [layer for layer, _ in image_features.hidden_states(states, [1, 3])] == [1]
+    with pytest.raises(SettingError, match=r"feature layer2: transformers 5\.17\.1 .* 'transformers>=5\.18'"):
+        image_features.hidden_states(states, [1, 2])
+    monkeypatch.setattr(image_features, "version", lambda _: "5.18.0")
+    assert [layer for layer, _ in image_features.hidden_states(states, [1, 2])] == [1, 2]
 
 
 def _check_native(
