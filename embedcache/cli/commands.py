@@ -2,7 +2,7 @@
 
     add_command(app, "train", train)
 
-The error of a setting that was not read from a file names its option: `--batch-size` for `batch_size`.
+The error of a setting names its option, `--batch-size` for `batch_size`, or the file that it was read from.
 """
 
 import functools
@@ -84,10 +84,12 @@ def _check_local_paths(context: typer.Context) -> None:
 
 
 def _name_option(context: typer.Context, message: str) -> str:
-    """Replace the name of a setting at the start of a message by its option, unless a file set it."""
+    """Replace the name of a setting at the start of a message by its option, or by the file that set it and its key."""
     name, separator, rest = message.partition(": ")
     for option in context.command.params:
-        if option.name == name and option.param_type_name == "option" and not is_from_file(context, name):
+        if option.param_type_name == "option" and name in (option.name, option.opts[0]):
+            if is_from_file(context, str(option.name)):
+                return f"{context.params['config']}: {option.name}{separator}{rest}"
             return f"{option.opts[0]}{separator}{rest}"
     return message
 

@@ -356,7 +356,7 @@ def _elements(name: str, kind: Any, words: Sequence[str]) -> Iterator[Any]:
         try:
             yield kind(word) if kind in (int, float) else word
         except ValueError:
-            raise SettingError(f"--{name.replace('_', '-')}: expected numbers such as 1,2,4, got {word!r}") from None
+            raise SettingError(f"{name}: expected numbers such as 1,2,4, got {word!r}") from None
 
 
 def by_modality(

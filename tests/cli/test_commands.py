@@ -275,11 +275,18 @@ def test_user_error_is_one_line_and_exit_1(folder: Path, line: str | list[str], 
 
 
 def test_error_names_a_setting_as_it_was_given(folder: Path) -> None:
-    (folder / "wrong.toml").write_text("lr = -1\n")
     typed = embedcache(*["train", "cache", "r", "--lr", "-1"], cwd=folder).stderr
-    read = embedcache(*["train", "cache", "r", "--config", "wrong.toml"], cwd=folder).stderr
     assert typed == "error: --lr: expected a number above 0, got -1.0\n"
-    assert read == "error: lr: expected a number above 0, got -1.0\n"
+    wrong = {
+        "lr = -1": "lr: expected a number above 0, got -1.0",
+        "widths = ['a']": "widths: expected numbers such as 1,2,4, got 'a'",
+        "feature = ['image']": "feature: expected MODALITY=VALUE with a modality of image, text, audio, video, points, ",
+    }
+    for text, message in wrong.items():
+        (folder / "wrong.toml").write_text(text)
+        read = embedcache(*["train", "cache", "r", "--config", "wrong.toml"], cwd=folder).stderr
+        assert read.startswith(f"error: wrong.toml: {message}")
+        assert read.count("\n") == 1
 
 
 @pytest.mark.parametrize(
