@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Bools, Floats, Ints
+from embedcache.arrays import Bools, Floats, Ints, blocks
 from embedcache.curate.closest import ItemSets, find_closest_items
 from embedcache.curate.near_duplicates import Recall
 from embedcache.curate.settings import LeakSettings
@@ -27,6 +27,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 
 MODALITIES = ("image", "text")
+_REASONS_AT_ONCE = 2**20  # so that no array of Arrow exceeds 2 GiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +117,12 @@ class LeakReport:
         """Select the training samples of which nothing is in test; the reason is how close each comes to test."""
         leaked = np.concatenate([leak.train_samples for leak in self.leaks])
         rows = np.setdiff1d(np.arange(self.train.info.num_samples), leaked)
-        parts = [_closest_reasons(leak, self.train, rows) for leak in self.leaks if leak.feature]
-        reasons = pa.repeat("not in test", len(rows))
-        if parts:
-            is_compared = pc.is_valid(pc.coalesce(*parts))
-            parts[0] = pc.if_else(is_compared, parts[0], "")  # "skip" leaves out rows of nulls only
-            closest = pc.binary_join_element_wise(*parts, ", ", null_handling="skip")
-            joined = pc.binary_join_element_wise(reasons, closest, "; ")
-            reasons = pc.if_else(pc.equal(closest, ""), reasons, joined)
-        return Selection(rows=rows, reasons=Column(reasons))
+        closest = [_closest_reasons(leak, self.train, rows) for leak in self.leaks if leak.feature]
+        reasons = [
+            _join_reasons([part[block].dictionary_decode() for part in closest], block.stop - block.start)
+            for block in blocks(len(rows), _REASONS_AT_ONCE)
+        ]
+        return Selection(rows=rows, reasons=Column(pa.chunked_array(reasons, pa.string())))
 
     def to_json(self) -> dict[str, Any]:
         """Return all counts as JSON values."""
@@ -305,7 +303,7 @@ def _items(cache: Cache, feature: InputFeature) -> Items:
     return items
 
 
-def _closest_reasons(leak: ModalityLeaks, cache: Cache, rows: Ints) -> pa.Array:
+def _closest_reasons(leak: ModalityLeaks, cache: Cache, rows: Ints) -> pa.DictionaryArray:
     """Describe the largest cosine of each training sample to a test item; null for samples that were not compared."""
     cosines_S = np.full(cache.info.num_samples, -np.inf, np.float32)
     np.maximum.at(cosines_S, leak.train.samples, leak.train_cosines)
@@ -313,4 +311,15 @@ def _closest_reasons(leak: ModalityLeaks, cache: Cache, rows: Ints) -> pa.Array:
     thousandths = np.rint(np.where(is_compared, cosines_S[rows], 0).astype(np.float64) * 1000).astype(np.int64)
     values, codes = np.unique(thousandths, return_inverse=True)
     names = pa.array([f"closest {leak.modality} {value / 1000:.3f}" for value in values.tolist()], pa.string())
-    return names.take(pa.array(codes, mask=~is_compared))
+    return pa.DictionaryArray.from_arrays(pa.array(codes, mask=~is_compared), names)
+
+
+def _join_reasons(closest: Sequence[pa.Array], num_samples: int) -> pa.Array:
+    """Join what each modality says of some samples; null where they were not compared in it."""
+    reasons = pa.repeat("not in test", num_samples)
+    if not closest:
+        return reasons
+    is_compared = pc.is_valid(pc.coalesce(*closest))
+    first = pc.if_else(is_compared, closest[0], "")  # "skip" leaves out rows of nulls only
+    joined = pc.binary_join_element_wise(first, *closest[1:], ", ", null_handling="skip")
+    return pc.if_else(pc.equal(joined, ""), reasons, pc.binary_join_element_wise(reasons, joined, "; "))

@@ -33,6 +33,7 @@ from embedcache.reports.leaks import (
 )
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.store.columns import Column
 from tests import toy
 from tests.cli.run import succeed
 from tests.images import write_images
@@ -211,6 +212,19 @@ def test_training_samples_without_vectors_are_kept(
         compared = [modality for modality in modalities if key not in without[modality]]
         closest = ", ".join(rf"closest {modality} -?\d\.\d{{3}}" for modality in compared)
         assert re.fullmatch(f"not in test; {closest}" if compared else "not in test", reason)
+
+
+def test_reasons_of_many_samples_are_in_several_arrays(
+    caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An array of Arrow holds 2 GiB: the reasons of 43 million samples."""
+    found = find_leaks(*caches, BOTH)
+    whole = found.clean_selection()
+    monkeypatch.setattr("embedcache.curate.leaks._REASONS_AT_ONCE", 7)
+    reasons = found.clean_selection().reasons
+    assert reasons == whole.reasons
+    assert isinstance(reasons, Column)
+    assert {len(chunk) for chunk in reasons.array.chunks[:-1]} == {7}
 
 
 def test_limit_is_inclusive_and_the_smallest_cosine_is_one(caches: tuple[Path, Path]) -> None:
