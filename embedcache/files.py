@@ -17,9 +17,12 @@ from embedcache.errors import DiskFullError, EmbedcacheError, PathError
 from embedcache.registry import require
 
 _SERVICES = frozenset(
-    {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs"}
+    {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs", "upath"}
     | {"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2"}
 )
+_UNCLASSIFIED = (ValueError, RuntimeError, LookupError, AttributeError)
+"""What file systems also raise: of a URL that they cannot parse, an unexpected answer, or a server that takes no files
+(`NotImplementedError`)."""
 _HUB_REASONS = {
     "GatedRepoError": "its access is restricted: accept its terms on its page, and run: hf auth login",
     "RepositoryNotFoundError": "no such repository, or a private one: check the name, or run: hf auth login",
@@ -67,7 +70,7 @@ def open_path(location: AnyPath) -> Path:
         options = {"max_concurrency": 1} if str(location).startswith(("s3:", "s3a:")) else {}
         path = upath.UPath(str(location), use_listings_cache=False, **options)
         path.fs  # noqa: B018  # imports the file system of the protocol
-    except ValueError as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # no such protocol, or more than a URL needed
         raise PathError(f"{location}: URLs of this protocol cannot be read: {error}") from None
     except OSError as error:  # some file systems connect at once
         raise PathError(f"cannot reach {location}: {io_reason(error)}") from None
@@ -93,8 +96,18 @@ def relative_location(path: Path, folder: Path) -> str:
 
 def is_io_error(error: BaseException) -> bool:
     """Return whether an error comes from a disk or a remote service; those of services have no common base class."""
-    has_no_ranges = isinstance(error, ValueError) and "range requests" in str(error)  # fsspec on a web server
-    return isinstance(error, OSError) or has_no_ranges or any(library_of(k) in _SERVICES for k in type(error).__mro__)
+    is_of_service = any(library_of(kind) in _SERVICES for kind in type(error).__mro__)
+    return isinstance(error, OSError) or is_of_service or (isinstance(error, _UNCLASSIFIED) and _is_from_service(error))
+
+
+def _is_from_service(error: BaseException) -> bool:
+    """Return whether an error was raised while a library for remote services was called."""
+    place = error.__traceback__
+    while place is not None:
+        if str(place.tb_frame.f_globals.get("__name__")).partition(".")[0] in _SERVICES:
+            return True
+        place = place.tb_next
+    return False
 
 
 def io_reason(error: BaseException) -> str:
@@ -106,6 +119,8 @@ def io_reason(error: BaseException) -> str:
         return next(reason for name, reason in _HUB_REASONS.items() if name in names)
     if isinstance(error, FileNotFoundError) and error.__cause__:
         return _first_line(error.__cause__)
+    if isinstance(error, NotImplementedError):
+        return "not supported by URLs of this protocol"
     return (isinstance(error, OSError) and error.strerror) or _first_line(error)
 
 

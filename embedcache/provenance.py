@@ -184,10 +184,18 @@ def recognize(path: Path) -> str:
             return kind
     if path.suffix == ".parquet" and path.is_file():
         return "selection"
-    if not path.exists():
-        raise PathError(f"{path} does not exist")
+    _check_exists(path)
     manifests = ", ".join(f"{kind} ({name})" for name, kind in _MANIFESTS.items())
     raise PathError(f"{path}: expected a finished {manifests} or a selection (.parquet)")
+
+
+def _check_exists(path: Path) -> None:
+    """Check that a path exists; a web server that cannot be reached is the cause of a missing file to fsspec."""
+    try:
+        path.stat()
+    except FileNotFoundError as error:
+        reason = f"cannot be read: {io_reason(error)}" if error.__cause__ else "does not exist"
+        raise PathError(f"{path} {reason}") from None
 
 
 def fields_of(path: Path, make: Callable[[], T]) -> T:

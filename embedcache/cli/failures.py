@@ -1,9 +1,11 @@
 """How a program ends: a user's error as one line, a bug with its traceback."""
 
 import errno
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -31,6 +33,7 @@ def run_program(run: Callable[[], object]) -> None:
     EMBEDCACHE_DEBUG=1 prints the traceback of a user's error too.
     """
     show_faults()
+    _silence_libraries()
     try:
         _check_arguments()
         with resumable():
@@ -44,14 +47,23 @@ def run_program(run: Callable[[], object]) -> None:
         sys.exit(1)
     except OSError as error:
         _fail(_os_error_line(error))
-    except RuntimeError as error:
-        if "can't start new thread" not in str(error):
-            _report_bug(error)
-        _fail("can't start new thread; raise the limit of processes with ulimit -u, or use fewer --threads")
     except Exception as error:  # noqa: BLE001
+        if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+            _fail("can't start new thread; raise the limit of processes with ulimit -u, or use fewer --threads")
         if not is_io_error(error):
             _report_bug(error)
         _fail(f"a remote service failed: {io_reason(error)}; check the address and the network")
+
+
+def _silence_libraries() -> None:
+    """Silence what libraries print of errors that they raise too, and of kinds of URLs that they have not tested."""
+    logging.getLogger("gcsfs").addFilter(_is_not_raised)
+    warnings.filterwarnings("ignore", "UPath '.*' filesystem not explicitly implemented", UserWarning)
+
+
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """Return false for the tracebacks that the module of retries logs before it raises their exceptions."""
+    return not (record.module == "retry" and record.exc_info)
 
 
 def _check_arguments() -> None:

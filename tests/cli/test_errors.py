@@ -1,15 +1,19 @@
 """Errors of the operating system are one line, and nothing that is printed can control the terminal."""
 
+import asyncio
 import errno
 import json
+import logging
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from embedcache.cli import main
 from embedcache.cli.console import print_json, print_line, print_table
+from embedcache.cli.failures import run_program
 from embedcache.errors import visible
 from embedcache.progress import PlainProgress
 from tests.cli.run import embedcache
@@ -58,6 +62,46 @@ def test_bad_argument_is_refused(words: tuple[str, ...], message: str, tmp_path:
     assert done.code in (1, 2)
     assert "Traceback" not in done.stderr
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("inspect", "github://x"), "github://x: URLs of this protocol cannot be read: "),
+        (("inspect", "reference://x"), "reference://x: URLs of this protocol cannot be read: "),
+        (("extract", "dir://x", "c"), "dir://x: URLs of this protocol cannot be read: "),
+        (("inspect", "http://localhost:1/"), "http://localhost:1/ cannot be read: Cannot connect to host "),
+        (("extract", "data://x,y", "c"), "cannot read x,y: "),
+        (("extract", "webhdfs://localhost:1/x", "c"), "cannot read webhdfs:///x: "),
+        (
+            ("import", "npy", "http://localhost:1/", "--image-file", "a.npy"),
+            "cannot write http://localhost:1/: ",
+        ),
+        (
+            ("import", "npy", "data://x", "--image-file", "a.npy"),
+            "a remote service failed: not supported by URLs",
+        ),
+    ],
+)
+def test_url_that_cannot_be_used_is_one_line(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((2, 4), np.float32))
+    done = embedcache(*words, cwd=tmp_path)
+    assert done.code == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in done.stderr
+
+
+def test_tracebacks_of_errors_that_gcsfs_raises_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    retry = pytest.importorskip("gcsfs.retry")
+
+    async def fail() -> None:
+        raise retry.HttpError({"code": 400, "message": "x"})
+
+    run_program(lambda: None)
+    with pytest.raises(retry.HttpError):
+        asyncio.run(retry.retry_request(fail)())
+    logging.getLogger("gcsfs").warning("deferred close failed")
+    assert caplog.messages == ["deferred close failed"]
 
 
 def test_deleted_working_folder_is_one_line(
