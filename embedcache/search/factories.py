@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 
+from embedcache.arrays import normalize
 from embedcache.errors import SettingError
 from embedcache.search.faiss_gpu import faiss_reason
 from embedcache.search.faiss_index import make_index
@@ -18,6 +19,7 @@ _SAFE = re.compile(
 )
 """Factory strings that FAISS builds or refuses; others may crash the process, such as `HNSW0`, and are tried before."""
 _NUM_TRIED = 1000
+_NUM_QUERIES, _NUM_NEIGHBORS = 10, 10
 _TRIAL_S = 300
 
 
@@ -61,19 +63,27 @@ def check_factory(factory: str, width: int, num_vectors: int) -> None:
 
 
 def _try_factory(factory: str, width: int, num_vectors: int) -> str:
-    """Build and search an index of random vectors; return why it fails, empty if FAISS builds or refuses it."""
+    """Use an index of random vectors as one of a cache is used: build it in parts, search it, empty it.
+
+    Return why that fails, empty if it does not, or FAISS refuses the string or the training, which is said later.
+    """
     machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     resource.setrlimit(resource.RLIMIT_AS, (machine_bytes, machine_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    vectors_NP = np.random.default_rng(0).standard_normal((num_vectors, width)).astype(np.float32)
+    vectors_NP = normalize(np.random.default_rng(0).standard_normal((num_vectors, width)).astype(np.float32))
+    rows_N, k = np.arange(num_vectors), min(num_vectors, _NUM_NEIGHBORS)
     try:
         try:
             index = make_index(factory, width, device="cpu")
             index.train(vectors_NP)
         except SettingError:
             return ""
-        index.add(np.arange(num_vectors), vectors_NP)
-        index.search(vectors_NP[:2], 1)
+        for part in np.array_split(rows_N, min(num_vectors, 2)):
+            index.add(part, vectors_NP[part])
+        scores_QK, _ = index.search(vectors_NP[:_NUM_QUERIES], k)
+        if (np.diff(scores_QK) > 0).any():
+            return "its scores are no cosines: they rise from the best to the worst"
+        index.emptied()
     except RuntimeError as error:
         return faiss_reason(error)
     except MemoryError:

@@ -220,6 +220,20 @@ def test_a_fraction_of_the_items_is_searched_more_thoroughly(
     assert searches == [{"nprobe": 2, "k_factor": 4}, {"nprobe": 8, "k_factor": 4, "efSearch": 60}]
 
 
+@pytest.mark.parametrize("factory", ["PQ4x4", "PCA16,PQ4x4", "PQ4x4fs"])
+def test_kinds_that_faiss_cannot_filter_are_filtered(
+    labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str
+) -> None:
+    build_index(labeled, tmp_path / "index", feature="open_toy/cls", factory=factory, min_recall=0.0)
+    monkeypatch.setattr("embedcache.search.search._COMPARE_ALL", 0)
+    index = OpenIndex(tmp_path / "index")
+    queries_QP = index.query_encoder.indexed.read(np.array([0, 16]))
+    ranked = index.search_vectors(queries_QP, k=60)
+    for hits, every in zip(index.search_vectors(queries_QP, k=7, condition=Filter(part=("val",))), ranked, strict=True):
+        assert all(hit.key.startswith("val/") for hit in hits)
+        assert [hit.score for hit in hits] == [hit.score for hit in every if hit.key.startswith("val/")][:7]
+
+
 def test_vectors_are_read_only_of_few_items_of_an_index_of_codes(
     labeled: Path, labeled_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -296,10 +296,12 @@ def test_failed_items_are_not_indexed(tmp_path: Path) -> None:
     ("factory", "words"),
     [
         ("HNSW0", "1,000 vectors of width 48, got 'HNSW0': it ends with SIG"),
+        ("NSG16", "1,000 vectors of width 48, got 'NSG16': NSG does not support incremental addition; try"),
+        ("ZnLattice3x10_6", "got 'ZnLattice3x10_6': its scores are no cosines: they rise from the best to the worst"),
         ("IVF99999999,Flat", "1 to 2,000 lists, as there are so many vectors, got 99999999 in 'IVF99999999,Flat'"),
     ],
 )
-def test_factory_that_ends_the_process_raises(factory: str, words: str) -> None:
+def test_factory_that_does_not_serve_as_an_index_raises(factory: str, words: str) -> None:
     with pytest.raises(SettingError, match=f"factory: expected .*{words}"):
         factories.check_factory(factory, 48, 2000)
 
