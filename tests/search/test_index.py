@@ -25,6 +25,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.progress import NullProgress
 from embedcache.projectors.saved import load_pair, project
 from embedcache.search import autotune, factories, faiss_gpu, faiss_index
+from embedcache.search.building import IndexBuilder
 from embedcache.search.card import open_row_index, read_card
 from embedcache.search.faiss_index import read_index, spherical_kmeans
 from embedcache.search.index import build_index
@@ -108,6 +109,36 @@ def test_low_recall_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> 
     assert {path.name for path in (tmp_path / "pq").iterdir()} == {".lock", "building.json"}
     card = build_index(cache_path, tmp_path / "pq", IndexSettings(run=run_path, factory="PQ1x4", min_recall=0.0))
     assert card.recall_at_10 < 0.6
+
+
+@pytest.mark.parametrize(
+    ("factory", "least"),
+    [
+        ("IVF10,Flat", 390),
+        ("IVF10(IVF2,Flat),Flat", 390),
+        ("PCA8,IVF4_HNSW4,PQ4x4fs,RFlat", 624),
+        ("HNSW8,PQ4x4", 624),
+        ("SQ8,Refine(PQ4x4)", 624),
+        ("IVF2,RQ2x4", 624),
+        ("SQ8", 0),
+    ],
+)
+def test_few_training_vectors_are_a_note_and_no_warning_of_faiss(
+    labeled: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], factory: str, least: int
+) -> None:
+    """Silencing the warning trains the same index."""
+    (tmp_path / "index").mkdir()
+    progress, vectors = RecordedProgress(), Vectors(labeled, "image", "open_toy/cls", width=16)
+    index = IndexBuilder(tmp_path / "index", {}, vectors.cache.info)._start(factory, vectors, progress)
+    assert "WARNING" not in "".join(capfd.readouterr())
+    few = f" on 60 vectors; k-means finds better centroids in {least} or more" if least > 60 else ""
+    assert progress.notes == [f"training {factory}{few}"]
+    plain = faiss_index.make_index(factory, 16)
+    plain.train(vectors.sample(plain.num_training))
+    assert "WARNING clustering 60 points" in capfd.readouterr().err or least == 0
+    plain.write(tmp_path / "plain.faiss")
+    index.write(tmp_path / "index.faiss")
+    assert (tmp_path / "plain.faiss").read_bytes() == (tmp_path / "index.faiss").read_bytes()
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{}", '{"about": {}}'])
