@@ -1,6 +1,5 @@
 """An open cache: its tables, and its features by name."""
 
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -9,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from embedcache.arrays import Bools, Ints, blocks
 from embedcache.errors import AmbiguousNameError, CorruptError, UnknownNameError
@@ -24,7 +22,7 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, read_info, samples_path
 from embedcache.store.removed import read_removed
-from embedcache.store.tables import open_table, read_table, table_errors
+from embedcache.store.tables import Footer, open_table, read_footer, read_table, table_errors
 
 if TYPE_CHECKING:
     import pandas
@@ -34,11 +32,11 @@ if TYPE_CHECKING:
 _SAMPLES_AT_ONCE = 1024
 
 
-class _Footer(NamedTuple):
-    """Footer of a table's file of some size and time, and the first row of each row group, then the number of rows."""
+class _TableFile(NamedTuple):
+    """The file of a table at some size and time: its footer, and the first row of each row group, then their number."""
 
     stamp: tuple[int, float]
-    metadata: pq.FileMetaData
+    footer: Footer
     starts: Ints
 
 
@@ -63,7 +61,7 @@ class Cache:
             self.info: CacheInfo = read_info(self.path)
         # Parsing a footer takes longer than reading the rows of a chunk.
         self._sample_columns: dict[str, pa.ChunkedArray] = {}
-        self._footers: dict[str, _Footer] = {}
+        self._files: dict[str, _TableFile] = {}
 
     def __fspath__(self) -> str:
         """Return the path or URL, so that functions that take a path of a cache take a `Cache`."""
@@ -241,17 +239,19 @@ class Cache:
         """
         path, place = self._table_path(name), self._place(name, number)
         with table_errors(path):
-            footer = self._footer(name, path)
-            first = int(np.searchsorted(footer.starts, place.start, "right")) - 1
-            last = int(np.searchsorted(footer.starts[:-1], place.stop))
-            with open_table(path, footer.metadata) as file:
+            opened = self._open_file(name, path)
+            first = int(np.searchsorted(opened.starts, place.start, "right")) - 1
+            last = int(np.searchsorted(opened.starts[:-1], place.stop))
+            with open_table(path, opened.footer.metadata) as file:
                 rows = file.read_row_groups(range(first, last), columns=columns, use_threads=False)
-        rows = rows.slice(place.start - int(footer.starts[first]), place.stop - place.start)
+        rows = rows.slice(place.start - int(opened.starts[first]), place.stop - place.start)
         self._require_columns(name, rows.column_names, columns)
         return self._checked(name, rows, number)
 
     def likely_blocks(self, name: str, column: str, texts: Sequence[str]) -> list[int]:
         """Return all blocks of a table, first those that may hold one of some texts by the statistics of row groups.
+
+        Without a checksum of the footer, as in the first caches, all may.
 
         Args:
             name: `samples` or a modality.
@@ -264,23 +264,22 @@ class Cache:
         path, size = self._table_path(name), self.block_rows(name)
         likely = np.zeros(-(-self.num_rows(name) // size), bool)
         with table_errors(path):
-            footer = self._footer(name, path)
-            for group, (start, stop) in enumerate(pairwise(footer.starts.tolist())):
-                if _may_hold(footer.metadata, group, column, texts):
+            opened = self._open_file(name, path)
+            for group, (start, stop) in enumerate(pairwise(opened.starts.tolist())):
+                if opened.footer.may_hold(group, column, texts):
                     likely[start // size : -(-stop // size)] = True
         return [*np.flatnonzero(likely).tolist(), *np.flatnonzero(~likely).tolist()]
 
-    def _footer(self, name: str, path: Path) -> _Footer:
+    def _open_file(self, name: str, path: Path) -> _TableFile:
         """Return the footer of a table, which is read again when the file has changed."""
         status = path.stat()
         stamp = (status.st_size, status.st_mtime)  # another process may append samples at any time
-        footer = self._footers.get(name)
-        if footer is None or footer.stamp != stamp:
-            with open_table(path) as file:
-                metadata = file.metadata
-            counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-            footer = self._footers[name] = _Footer(stamp, metadata, np.cumsum([0, *counts]))
-        return footer
+        opened = self._files.get(name)
+        if opened is None or opened.stamp != stamp:
+            footer = read_footer(path)
+            counts = [footer.metadata.row_group(group).num_rows for group in range(footer.metadata.num_row_groups)]
+            opened = self._files[name] = _TableFile(stamp, footer, np.cumsum([0, *counts]))
+        return opened
 
     def _table_path(self, name: str) -> Path:
         return samples_path(self.path) if name == SAMPLES else items_path(self.path, name)
@@ -387,14 +386,3 @@ def _with_columns_of_samples(items: pa.Table, samples: pa.Table) -> pa.Table:
     wide = {name: of.cast(pa.large_string()) if pa.types.is_string(of.type) else of for name, of in named}
     of_sample = pa.table(wide).take(items["sample"].combine_chunks())
     return pa.table({name: table[name] for table in (of_sample, items) for name in table.column_names})
-
-
-def _may_hold(metadata: pq.FileMetaData, group: int, column: str, texts: Sequence[str]) -> bool:
-    """Return whether a row group may have one of some texts, ascending, in a column, by its least and greatest text."""
-    if column not in metadata.schema.names:
-        return True
-    found = metadata.row_group(group).column(metadata.schema.names.index(column)).statistics
-    if found is None or not found.has_min_max or not isinstance(found.min, str):
-        return True
-    first = bisect_left(texts, found.min)
-    return first < len(texts) and texts[first] <= found.max

@@ -18,7 +18,14 @@ from embedcache.sources.base import FileItem, Sample
 from embedcache.store.checksums import BLOCK, TableChecksums
 from embedcache.store.columns import widen
 from embedcache.store.layout import items_path, samples_path
-from embedcache.store.tables import ITEM_SCHEMAS, TableDigest, item_tables, open_table, read_table
+from embedcache.store.tables import (
+    ITEM_SCHEMAS,
+    TableDigest,
+    add_footer_checksum,
+    item_tables,
+    open_table,
+    read_table,
+)
 
 _ALWAYS = ("image", "text")
 """Modalities whose item table always exists; those of the others are written if a sample has such items."""
@@ -202,6 +209,7 @@ class _SampleWriter:
                 writer.write_table(table, row_group_size=BATCH)
                 self.checksums.update(table)
                 self._batch_path(number).unlink()
+        add_footer_checksum(self._path)
 
     def _check_unique(self) -> None:
         """Check that no two keys are equal, by reading those whose hashes are."""
@@ -236,7 +244,7 @@ class _ItemWriter:
         self.num_rows = 0
         self.digest = TableDigest()
         self.checksums = TableChecksums(chunk_size)
-        self._writer = _TableFile(path, schema)
+        self._path, self._writer = path, _TableFile(path, schema)
         self._schema = schema
         self._chunk_size = chunk_size
         self._buffer: pa.Table = schema.empty_table()
@@ -256,6 +264,7 @@ class _ItemWriter:
         if len(self._buffer):
             self._writer.write_table(self._buffer, row_group_size=self._chunk_size)
         self._writer.close()
+        add_footer_checksum(self._path)
 
 
 def _item_table(batch: Sequence[Sample], modality: str, first: int) -> pa.Table:

@@ -1,6 +1,8 @@
 """The sample and item tables: their columns, and reading them in row order."""
 
 import hashlib
+import os
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,8 +11,9 @@ from io import BytesIO
 from itertools import groupby, islice, repeat
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
+import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -21,38 +24,102 @@ from embedcache.provenance import digest
 from embedcache.sources.base import FileItem
 from embedcache.store.layout import items_path, samples_path
 
+_FOOTER_END = 8  # its length, int32 little-endian, and the magic number of Parquet
+_READ_BYTES = 2**16  # as Arrow reads at once; a footer of millions of rows is longer
+_CHECKSUM, _CHECKSUM_WORD = b"footer crc32c %08x", b"footer crc32c "
+_CHECKSUM_BYTES = len(_CHECKSUM % 0)
+
+
+class Footer(NamedTuple):
+    """The footer of a table, and whether the file has a checksum of it, which was compared."""
+
+    metadata: pq.FileMetaData
+    has_checksum: bool
+
+    def may_hold(self, group: int, column: str, texts: Sequence[str]) -> bool:
+        """Return whether a row group may have one of some texts, ascending, in a column, by its least and greatest.
+
+        Arrow ends the process where it looks at a column of a damaged footer: without a checksum, each group may.
+        """
+        if not self.has_checksum or column not in self.metadata.schema.names:
+            return True
+        found = self.metadata.row_group(group).column(self.metadata.schema.names.index(column)).statistics
+        if found is None or not found.has_min_max or not isinstance(found.min, str):
+            return True
+        first = bisect_left(texts, found.min)
+        return first < len(texts) and texts[first] <= found.max
+
 
 @contextmanager
 def open_table(file: Path | BytesIO, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
-    """Open a local or remote Parquet table; pages that have a checksum are compared with it when they are read.
+    """Open a local or remote Parquet table; its footer and pages are compared with the checksums that they have.
 
     Always read it with `use_threads=False`: the tables are small, and a process that exited right after Arrow's thread
     pool had started aborted in 2 of 30 runs (pyarrow 26, with torch imported). Local files are not read ahead either:
     Arrow does that in threads, which takes a table of one chunk four times as long.
     """
-    if isinstance(file, BytesIO) or not is_remote(file):
-        if not isinstance(file, BytesIO):
-            check_regular(file)
+    if isinstance(file, BytesIO):  # a commit has a digest
+        with pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as table:
+            yield check_footer(table)
+    elif not is_remote(file):
+        metadata = metadata or read_footer(file).metadata
         with pq.ParquetFile(file, metadata=metadata, pre_buffer=False, page_checksum_verification=True) as table:
-            yield table if metadata is not None else check_footer(table)
-        return
-    with (
-        file.open("rb") as stream,
-        pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True) as table,
-    ):
-        yield table if metadata is not None else check_footer(table)
+            yield table
+    else:
+        with file.open("rb") as stream:
+            metadata = metadata or _parse_footer(stream).metadata
+            with pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True) as table:
+                yield table
+
+
+def read_footer(path: Path) -> Footer:
+    """Read the footer of a table.
+
+    Raises:
+        ArrowInvalid: it differs from its checksum, is not of Parquet, or contradicts itself about the number of rows.
+    """
+    if not is_remote(path):
+        check_regular(path)
+    with path.open("rb") as file:
+        return _parse_footer(file)
+
+
+def _parse_footer(file: BinaryIO) -> Footer:
+    size = file.seek(0, os.SEEK_END)
+    end = _read_end(file, size, _READ_BYTES)
+    length = _FOOTER_END + int.from_bytes(end[-_FOOTER_END:-4], "little")
+    if len(end) < length + _CHECKSUM_BYTES:
+        end = _read_end(file, size, length + _CHECKSUM_BYTES)
+    footer, checksum = end[-length:], end[-length - _CHECKSUM_BYTES : -length]
+    has_checksum = checksum.startswith(_CHECKSUM_WORD)
+    if has_checksum and checksum != _CHECKSUM % google_crc32c.value(footer):
+        raise pa.ArrowInvalid("its footer has changed since it was written")
+    with pq.ParquetFile(pa.BufferReader(end)) as table:
+        return Footer(check_footer(table).metadata, has_checksum)
+
+
+def _read_end(file: BinaryIO, size: int, num_bytes: int) -> bytes:
+    file.seek(max(0, size - num_bytes))
+    return file.read()
 
 
 def check_footer(table: pq.ParquetFile) -> pq.ParquetFile:
-    """Return an open table whose footer, which has no checksum, counts its rows consistently; else `ArrowInvalid`.
-
-    Columns are not looked at: Arrow ends the process where it reads the metadata of a damaged one.
-    """
+    """Return an open table whose footer counts its rows consistently, else raise `ArrowInvalid`."""
     metadata = table.metadata
     counts = {metadata.num_rows, sum(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))}
     if len(counts) > 1:
         raise pa.ArrowInvalid(f"its footer counts {' and '.join(map(str, sorted(counts)))} rows")
     return table
+
+
+def add_footer_checksum(path: Path) -> None:
+    """Write the CRC-32C of a finished table's footer in front of it: a gap to readers, which know where pages are."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        length = _FOOTER_END + int.from_bytes(_read_end(file, size, _FOOTER_END)[:4], "little")
+        footer = _read_end(file, size, length)
+        file.seek(size - length)
+        file.write(_CHECKSUM % google_crc32c.value(footer) + footer)
 
 
 def read_table(file: Path | BytesIO, columns: Sequence[str] | None = None) -> pa.Table:
@@ -65,8 +132,9 @@ def read_table(file: Path | BytesIO, columns: Sequence[str] | None = None) -> pa
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a table whose pages have checksums, which `open_table` compares."""
+    """Write a table whose pages and footer have checksums, which `open_table` compares."""
     pq.write_table(table, path, write_page_checksum=True)
+    add_footer_checksum(path)
 
 
 class TableDigest:

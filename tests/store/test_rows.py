@@ -13,7 +13,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK, TableChecksums, column_checksum
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, samples_path, write_info
 from embedcache.store.rows import RowReader, find_keys
-from embedcache.store.tables import read_table
+from embedcache.store.tables import add_footer_checksum, read_table
 
 NUM_SAMPLES, CHUNK_SIZE = BLOCK + 5000, 2048
 ROWS = np.array([BLOCK + 4999, 0, BLOCK - 1, BLOCK, 0, 3000])
@@ -172,12 +172,16 @@ def test_loaded_rows_have_the_same_keys(cache: Cache, read: list[int]) -> None:
     assert not read
 
 
-@pytest.mark.parametrize("has_statistics", [True, False])
-def test_keys_are_looked_for_where_they_are_first(cache: Cache, *, has_statistics: bool) -> None:
-    folder = cache.path.parent / f"sorted-{has_statistics}"
+@pytest.mark.parametrize(("has_statistics", "has_checksum"), [(True, True), (False, True), (True, False)])
+def test_keys_are_looked_for_where_they_are_first(cache: Cache, *, has_statistics: bool, has_checksum: bool) -> None:
+    """Statistics that no checksum covers are not used: pyarrow ends the process where it looks at damaged ones."""
+    folder = cache.path.parent / f"sorted-{has_statistics}-{has_checksum}"
     folder.mkdir()
     table = pa.table({"key": [f"é{row:06d}" for row in range(2 * BLOCK + 10)]})
     pq.write_table(table, samples_path(folder), row_group_size=BLOCK, write_statistics=has_statistics)
+    if has_checksum:
+        add_footer_checksum(samples_path(folder))
+    has_statistics = has_statistics and has_checksum
     write_info(folder, replace(cache.info, num_samples=len(table), num_items={}, table_checksums={}))
     opened, last = Cache(folder), [f"é{2 * BLOCK:06d}"]
     assert opened.likely_blocks(SAMPLES, "key", last) == ([2, 0, 1] if has_statistics else [0, 1, 2])
@@ -194,6 +198,7 @@ def test_groups_of_rows_of_several_blocks_make_each_likely(cache: Cache) -> None
     folder.mkdir()
     table = pa.table({"key": [f"{row:06d}" for row in range(3 * BLOCK)]})
     pq.write_table(table, samples_path(folder), row_group_size=45_000)  # rows of blocks 0, 0 to 1, 1 to 2, 2, 2
+    add_footer_checksum(samples_path(folder))
     write_info(folder, replace(cache.info, num_samples=len(table), num_items={}, table_checksums={}))
     opened = Cache(folder)
     for row, expected in ((45_000, [0, 1, 2]), (90_000, [1, 2, 0]), (139_000, [2, 0, 1]), (180_000, [2, 0, 1])):

@@ -19,7 +19,14 @@ from embedcache.store.checksums import TableChecksums, column_checksum
 from embedcache.store.indexing import index
 from embedcache.store.layout import items_path, samples_path
 from embedcache.store.table_writer import TableWriter
-from embedcache.store.tables import IndexedSample, TableDigest, read_samples, read_table
+from embedcache.store.tables import (
+    IndexedSample,
+    TableDigest,
+    add_footer_checksum,
+    read_footer,
+    read_samples,
+    read_table,
+)
 from tests.extract.cases import tree
 from tests.recorded import RecordedProgress
 from tests.store.test_indexing import Rows, rows
@@ -212,3 +219,36 @@ def test_checksums_do_not_depend_on_the_width_of_a_type(values: pa.Array, data: 
     assert column_checksum(pa.chunked_array([values])) == f"{google_crc32c.value(is_valid + data):08x}"
     longer = pa.concat_arrays([values.slice(1), values])
     assert column_checksum(pa.chunked_array([longer.slice(2)])) == column_checksum(pa.chunked_array([values]))
+
+
+@pytest.mark.parametrize("num_groups", [1, 500])
+def test_footer_that_differs_from_its_checksum_is_not_parsed(tmp_path: Path, num_groups: int) -> None:
+    """Arrow would end the process where it looks at a damaged column; with 500 groups, the footer is above 64 KiB."""
+    path, table = tmp_path / "t.parquet", pa.table({"key": [f"k{row}" for row in range(num_groups)]})
+    pq.write_table(table, path, row_group_size=1)
+    bare = path.read_bytes()
+    assert not read_footer(path).has_checksum
+    add_footer_checksum(path)
+    data, length = path.read_bytes(), int.from_bytes(bare[-8:-4], "little") + 8
+    checksum = f"footer crc32c {google_crc32c.value(bare[-length:]):08x}".encode()
+    assert data == bare[:-length] + checksum + bare[-length:]
+    assert read_footer(path).has_checksum
+    assert pq.read_table(path).equals(table)
+    for place in range(len(data) - length - 8, len(data), 1 if num_groups == 1 else 997):
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises((pa.ArrowInvalid, OSError)):
+            read_table(path)
+
+
+def test_tables_of_a_cache_have_checksums_of_their_footers(tmp_path: Path) -> None:
+    index(rows(10), tmp_path / "c", chunk_size=4)
+    for path in (samples_path(tmp_path / "c"), items_path(tmp_path / "c", "image"), items_path(tmp_path / "c", "text")):
+        assert read_footer(path).has_checksum
+        data = path.read_bytes()
+        path.write_bytes(data[:-20] + bytes([data[-20] ^ 4]) + data[-19:])
+    opened = Cache(tmp_path / "c")
+    for name in ("samples", "image", "text"):
+        with pytest.raises(CorruptError, match=r"parquet cannot be read: its footer has changed since it was written;"):
+            opened.block(name, 0)
