@@ -148,7 +148,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def disk_full_message(disk: str = "") -> str:
     """Return the text of a full disk's error."""
-    return f"no space left on the disk{disk}; finished work is kept: free some space and rerun the same command"
+    return f"no space left on the disk{disk}; free some space and rerun the same command"
 
 
 def check_regular(path: Path) -> None:

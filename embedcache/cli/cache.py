@@ -1,11 +1,13 @@
 """embedcache cache"""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from embedcache.cli.commands import add_command, new_group
+from embedcache.cli.failures import FINISHED_WORK
 from embedcache.cli.options import CacheArgument, Json, Output, SelectionArgument, split_at_commas, with_settings
 from embedcache.errors import SettingError
 from embedcache.maintain.settings import PruneSettings, RemoveSettings
@@ -81,7 +83,7 @@ def remove(
 
     Example: embedcache cache remove cache/ keys.txt --index index/ --selection kept.parquet --yes
     """
-    from embedcache.cli.console import open_progress, print_line, print_lines, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_line, print_lines, publish, to_plain
     from embedcache.dataset.selections import read_selected_keys
     from embedcache.maintain.remove import plan_removal, remove_samples
 
@@ -97,8 +99,7 @@ def remove(
 
         publish(show_plan, lambda: {"is_done": False, **to_plain(plan)}, as_json=as_json, output=output)
         return
-    with resumable():
-        report = remove_samples(cache, names, settings, progress=open_progress())
+    report = remove_samples(cache, names, settings, progress=open_progress())
 
     def show() -> None:
         print_lines(report.lines())
@@ -121,11 +122,10 @@ def cut(
 
     Example: embedcache cache cut cache/ selection.parquet small/
     """
-    from embedcache.cli.console import open_progress, print_lines, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_lines, publish, to_plain
     from embedcache.maintain.copy import cut_cache
 
-    with resumable():
-        report = cut_cache(cache, selection, out, features=split_at_commas(feature), progress=open_progress())
+    report = cut_cache(cache, selection, out, features=split_at_commas(feature), progress=open_progress())
     publish(lambda: print_lines(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
 
 
@@ -150,19 +150,22 @@ def merge(
 
     Example: embedcache cache merge first/ second/ both/
     """
-    from embedcache.cli.console import open_progress, print_lines, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_lines, publish, to_plain
     from embedcache.maintain.copy import merge_caches
 
     if len(caches) < 2:
         raise SettingError(f"expected two caches or more, then a new folder, got {caches[0]} and {out}")
-    with resumable():
-        report = merge_caches(
-            caches, out, prefix_keys=prefix_keys, features=split_at_commas(feature), progress=open_progress()
-        )
+    report = merge_caches(
+        caches, out, prefix_keys=prefix_keys, features=split_at_commas(feature), progress=open_progress()
+    )
     publish(lambda: print_lines(report.lines()), lambda: to_plain(report), as_json=as_json, output=output)
 
 
-add_command(app, "prune", prune)
-add_command(app, "merge", merge)
-add_command(app, "cut", cut)
-add_command(app, "remove", remove)
+def _done_work(parameters: Mapping[str, Any]) -> str:
+    return FINISHED_WORK if parameters["yes"] else ""
+
+
+add_command(app, "prune", prune, kept=_done_work)
+add_command(app, "merge", merge, kept=FINISHED_WORK)
+add_command(app, "cut", cut, kept=FINISHED_WORK)
+add_command(app, "remove", remove, kept=_done_work)

@@ -7,8 +7,9 @@ The error of a setting names its option, `--batch-size` for `batch_size`, or the
 
 import functools
 import inspect
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -16,6 +17,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from embedcache.cli.config_files import is_from_file, refused_value
+from embedcache.cli.failures import explain_ends
 from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_new_file, keyword, set_parameters
 from embedcache.errors import AmbiguousNameError, EmbedcacheError, PathError
 from embedcache.registry import installed_plugins, trust_files
@@ -28,6 +30,7 @@ class Command(TyperCommand):
     """A command whose help shows plain metavars and installed plug-ins, and whose errors name options as typed."""
 
     plugins: tuple[str, ...] = ()
+    kept: "Kept" = ""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line; the error of a value that was read from a file names the file."""
@@ -41,14 +44,25 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command; the error of a setting names its option, and so does that of a feature to choose."""
         _check_local_paths(ctx)
+        before = _written_at(ctx)
         try:
-            return super().invoke(ctx)
+            with explain_ends(lambda: self._left(ctx, before)):
+                return super().invoke(ctx)
         except AmbiguousNameError as error:
             error.args = (f"{error}{_feature_option(ctx, error.modality)}",)
             raise
         except EmbedcacheError as error:
             error.args = (_name_option(ctx, str(error)),)
             raise
+
+    def _left(self, ctx: Any, before: "Mapping[Path, object]") -> tuple[str, bool]:
+        """Return what the command leaves if it ends now, and whether it resumes from there."""
+        kept = self.kept if isinstance(self.kept, str) else self.kept(ctx.params)
+        if kept:
+            return kept, True
+        written = [str(path) for path, state in _written_at(ctx).items() if state not in (None, before[path])]
+        is_or_are = "are written: delete them" if len(written) > 1 else "is written: delete it"
+        return (f"only {' and '.join(written)} {is_or_are}" if written else "nothing is written"), False
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the parts of the usage line, without braces around required arguments."""
@@ -67,6 +81,24 @@ class Command(TyperCommand):
         lists = [f"{kind} {', '.join(names)}" for kind, names in found.items() if names]
         self.epilog = f"Plug-ins of installed packages: {'; '.join(lists)}." if lists else None
         super().format_help(ctx, formatter)
+
+
+def _written_at(context: typer.Context) -> dict[Path, object]:
+    """Return what identifies the file or folder at each path that a command writes; None if there is none."""
+    paths = (context.params.get(name) for name in _WRITTEN)
+    return {path: _state_of(path) for path in paths if isinstance(path, Path)}
+
+
+_WRITTEN = ("out", "output", "html", "srt", "vtt")
+"""Parameters that are paths of what a command writes."""
+
+
+def _state_of(path: Path) -> object:
+    try:
+        state = os.lstat(path)
+    except OSError:
+        return None
+    return state.st_ino, state.st_mtime_ns
 
 
 def _check_local_paths(context: typer.Context) -> None:
@@ -124,11 +156,16 @@ def new_group(help: str, **options: Any) -> typer.Typer:
     return typer.Typer(help=help, short_help=help, cls=CommandGroup, no_args_is_help=True, **options)
 
 
+Kept: TypeAlias = str | Callable[[Mapping[str, Any]], str]
+"""What a command that ends early keeps and resumes from, in a few words; or a function of its parameters."""
+
+
 def add_command(
     app: typer.Typer,
     name: str,
     command: Callable[..., None],
     *,
+    kept: Kept = "",
     runs_named_code: bool = True,
     plugins: tuple[str, ...] = (),
     **options: Any,
@@ -139,13 +176,16 @@ def add_command(
         app: application or group.
         name: name of the command.
         command: function with typer's annotations.
+        kept: what an interrupted command, or one that finds the disk full, keeps, so that the same command resumes;
+            empty: nothing, so that it starts again, and its outputs are whole or not there.
         runs_named_code: whether files that the command opens may name code, so that it has the option `--trust`.
         plugins: kinds of plug-ins that it takes by name, such as `encoders`; `--help` lists the installed ones.
         options: further arguments of `typer.Typer.command`.
     """
     help = _help_text(command)
     summary = help.partition("\n\n")[0]
-    kind = type("CommandWithPlugins", (Command,), {"plugins": plugins}) if plugins else Command
+    declared = {"plugins": plugins, "kept": staticmethod(kept) if callable(kept) else kept}
+    kind = type("DeclaredCommand", (Command,), declared)
     app.command(name=name, help=help, short_help=summary, cls=kind, **options)(
         _with_verbosity(_with_trust(command) if runs_named_code else command)
     )

@@ -21,7 +21,6 @@ log = logging.getLogger("embedcache")
 
 _PLAIN_WIDTH = 10_000
 """Letters of a line of a table in a file or pipe, where nothing needs to be wrapped."""
-_INTERRUPTED = 130
 _JSON_CONTROLS = re.compile(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -66,28 +65,6 @@ class _VisibleFormatter(logging.Formatter):
 def open_progress() -> Progress:
     """Return bars on a terminal, plain lines elsewhere, and nothing with `--quiet`."""
     return to_progress(log.level != logging.ERROR)
-
-
-@contextmanager
-def resumable(kept: Callable[[], str] = lambda: "Finished work is kept") -> Iterator[None]:
-    """Explain on Ctrl-C what is `kept` and that the same command resumes the work, and exit with code 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"Interrupted. {kept()}; rerun the same command to resume.", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
-
-
-@contextmanager
-def restartable(out: Path) -> Iterator[None]:
-    """Explain on Ctrl-C that `out` is not written and that the same command starts again, and exit with code 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(
-            f"Interrupted. {visible(str(out))} is not written; rerun the same command to start again.", file=sys.stderr
-        )
-        sys.exit(_INTERRUPTED)
 
 
 def print_line(line: str) -> None:

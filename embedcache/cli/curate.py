@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from embedcache.cli.commands import add_command, new_group
+from embedcache.cli.failures import FINISHED_WORK
 from embedcache.cli.options import (
     CacheArgument,
     IndexArgument,
@@ -47,14 +48,13 @@ def index(
 
     Example: embedcache curate index cache/ index/ --run run/ --memory 4GB
     """
-    from embedcache.cli.console import open_progress, print_line, publish, resumable
+    from embedcache.cli.console import open_progress, print_line, publish
     from embedcache.provenance import to_record
     from embedcache.search.card import read_card
     from embedcache.search.index import build_index
 
     before = read_card(out) if (out / "card.json").is_file() else None
-    with resumable():
-        card = build_index(cache, out, settings, progress=open_progress())
+    card = build_index(cache, out, settings, progress=open_progress())
 
     def show() -> None:
         where = " on disk" if card.lists else ""
@@ -272,7 +272,7 @@ def leaks(
     )
 
 
-add_command(app, "index", index)
+add_command(app, "index", index, kept=FINISHED_WORK)
 add_command(app, "map", map_index)
 add_command(app, "coverage", coverage)
 add_command(app, "select", select, plugins=("selectors",))

@@ -13,11 +13,10 @@ def derive(cache: CacheArgument, as_json: Json = False, output: Output = None, *
 
     Example: embedcache derive cache/ --run run/ --run-output projected
     """
-    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_line, publish, to_plain
     from embedcache.derive.derive import derive_with_settings
 
-    with resumable():
-        reports = derive_with_settings(cache, settings, progress=open_progress())
+    reports = derive_with_settings(cache, settings, progress=open_progress())
 
     def show() -> None:
         for report in reports:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from embedcache.cli.commands import add_command, new_group
+from embedcache.cli.failures import FINISHED_WORK
 from embedcache.cli.options import (
     CacheArgument,
     Json,
@@ -255,11 +256,10 @@ def hub(
 
     Example: embedcache export hub cache/ me/my-embeddings
     """
-    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_line, publish, to_plain
     from embedcache.export.hub import push_cache
 
-    with resumable():
-        report = push_cache(cache, repository, settings, progress=open_progress())
+    report = push_cache(cache, repository, settings, progress=open_progress())
 
     def show() -> None:
         print_line(f"{report.url}: {report.num_files:,} files, {report.num_uploaded:,} uploaded")
@@ -299,4 +299,4 @@ add_command(app, "parquet", parquet)
 add_command(app, "npy", npy)
 add_command(app, "atlas", atlas)
 add_command(app, "mteb", mteb)
-add_command(app, "hub", hub, runs_named_code=False)
+add_command(app, "hub", hub, kept=FINISHED_WORK, runs_named_code=False)

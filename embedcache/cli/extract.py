@@ -76,7 +76,7 @@ def extract(
 
     Example: embedcache extract photos/ cache/ --image-encoder timm:resnet18 --text-encoder st:all-MiniLM-L6-v2
     """
-    from embedcache.cli.console import publish, resumable, to_plain
+    from embedcache.cli.console import publish, to_plain
     from embedcache.sources import open_source
 
     if retry_failed and (plan or settings.extend):
@@ -89,23 +89,22 @@ def extract(
         "encoder": by_modality("--encoder", encoder, "audio=whisper:tiny.en", metavar="SPEC"),
     }
     run = _plan if plan else _retry if retry_failed else _extract
-    with resumable(lambda: _kept(cache)):
-        report, show = run(opened, cache, encoders, settings)
+    report, show = run(opened, cache, encoders, settings)
     publish(show, lambda: to_plain(report), as_json=as_json, output=output)
     if plan:
         report.check_space()
 
 
-def _kept(cache: str) -> str:
-    """Return what an interrupted extraction keeps."""
+def kept_chunks(parameters: Mapping[str, Any]) -> str:
+    """Return what an extraction that ends early keeps."""
     from embedcache.files import open_path
     from embedcache.store.layout import info_path, read_info
 
-    path = open_path(cache)
+    path = open_path(parameters["cache"])
     if not info_path(path).is_file():
-        return "Nothing was encoded yet"
+        return "nothing was encoded yet"
     num_items = read_info(path).chunk_size
-    return f"Finished chunks of {num_items:,} items are kept (--chunk-size sets the number for a new cache)"
+    return f"finished chunks of {num_items:,} items are kept (--chunk-size sets the number for a new cache)"
 
 
 _Outcome: TypeAlias = tuple[Any, Callable[[], None]]

@@ -6,23 +6,28 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
-from embedcache.cli.console import resumable
-from embedcache.errors import EmbedcacheError, PathError, show_faults, visible
+from embedcache.errors import DiskFullError, EmbedcacheError, PathError, show_faults, visible
 from embedcache.files import disk_full_message, io_reason, is_io_error
 from embedcache.registry import plugin_of
 
 _BUG = 70
+_INTERRUPTED = 130
+FINISHED_WORK = "finished work is kept"
+"""What most commands that resume keep when they end early."""
 _NEXT_STEPS = {
     errno.EMFILE: "raise the limit of open files with ulimit -n, or use fewer --threads",
     errno.EFBIG: "raise the limit of file sizes with ulimit -f, or use a file system with larger files",
-    errno.EIO: "check the disk, and rerun the same command: finished work is kept",
-    errno.ESTALE: "check the file system, and rerun the same command: finished work is kept",
+    errno.EIO: "check the disk, and rerun the same command",
+    errno.ESTALE: "check the file system, and rerun the same command",
     errno.ENAMETOOLONG: "use shorter names",
 }
 """Error of the operating system -> what to do, where its own text does not say it."""
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
+"""Errors of a disk or its file system, after which a command can be run again."""
 
 
 def run_program(run: Callable[[], object]) -> None:
@@ -36,17 +41,18 @@ def run_program(run: Callable[[], object]) -> None:
     _silence_libraries()
     try:
         _check_arguments()
-        with resumable():
-            run()
+        run()
+    except KeyboardInterrupt:  # of a pipeline: commands end by `explain_ends`
+        _stop(FINISHED_WORK, resumes=True)
     except EmbedcacheError as error:
-        _fail(str(error))
+        _fail(str(error), error)
     except MemoryError as error:
         _fail(f"out of memory: {error}; use smaller settings, or give this process more memory")
     except BrokenPipeError:  # whoever read the output has ended, as in `embedcache … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes its standard output when it exits
         sys.exit(1)
     except OSError as error:
-        _fail(_os_error_line(error))
+        _fail(_os_error_line(error), error)
     except Exception as error:  # noqa: BLE001
         if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
             _fail("can't start new thread; raise the limit of processes with ulimit -u, or use fewer --threads")
@@ -64,6 +70,29 @@ def _silence_libraries() -> None:
 def _is_not_raised(record: logging.LogRecord) -> bool:
     """Return false for the tracebacks that the module of retries logs before it raises their exceptions."""
     return not (record.module == "retry" and record.exc_info)
+
+
+@contextmanager
+def explain_ends(left: Callable[[], tuple[str, bool]]) -> Iterator[None]:
+    """Explain on Ctrl-C, with exit code 130, and beside the error of a disk, what a command leaves when it ends early.
+
+    `left` returns it in a few words, and whether the same command resumes from there; if not, it starts again.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        words, resumes = left()
+        _stop(words, resumes=resumes)
+    except OSError as error:
+        if isinstance(error, DiskFullError) or error.errno in _DISK_ERRORS:
+            error.add_note(left()[0])
+        raise
+
+
+def _stop(left: str, *, resumes: bool) -> NoReturn:
+    aim = "resume" if resumes else "start again"
+    print(f"Interrupted. {visible(left[0].upper() + left[1:])}; rerun the same command to {aim}.", file=sys.stderr)
+    sys.exit(_INTERRUPTED)
 
 
 def _check_arguments() -> None:
@@ -85,7 +114,8 @@ def _os_error_line(error: OSError) -> str:
     return f"{error.filename}: {reason}" if error.filename else reason
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, error: Exception | None = None) -> NoReturn:
+    message = "; ".join([message, *getattr(error, "__notes__", ())])
     if os.environ.get("EMBEDCACHE_DEBUG", "0") != "0":
         traceback.print_exc()
     print(f"error: {visible(message)}", file=sys.stderr)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from embedcache.cli.commands import add_command, new_group
+from embedcache.cli.failures import FINISHED_WORK
 from embedcache.cli.options import CacheArgument, Json, Output, SelectionOutput, with_settings
 from embedcache.interop.settings import ImportSettings
 
@@ -132,11 +133,10 @@ def npy(
 def _import(
     vectors: "VectorImport", cache: str, settings: ImportSettings, *, as_json: bool, output: Path | None
 ) -> None:
-    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_line, publish, to_plain
     from embedcache.interop.importing import import_vectors
 
-    with resumable():
-        reports = import_vectors(vectors, cache, settings, progress=open_progress())
+    reports = import_vectors(vectors, cache, settings, progress=open_progress())
 
     def show() -> None:
         for report in reports:
@@ -165,8 +165,8 @@ def uids(
     publish_size(out, num_samples, as_json=as_json, output=output)
 
 
-add_command(app, "clip-retrieval", clip_retrieval, runs_named_code=False)
-add_command(app, "datacomp", datacomp, runs_named_code=False)
-add_command(app, "parquet", parquet, runs_named_code=False)
-add_command(app, "npy", npy, runs_named_code=False)
+add_command(app, "clip-retrieval", clip_retrieval, kept=FINISHED_WORK, runs_named_code=False)
+add_command(app, "datacomp", datacomp, kept=FINISHED_WORK, runs_named_code=False)
+add_command(app, "parquet", parquet, kept=FINISHED_WORK, runs_named_code=False)
+add_command(app, "npy", npy, kept=FINISHED_WORK, runs_named_code=False)
 add_command(app, "uids", uids, runs_named_code=False)

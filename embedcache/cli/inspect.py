@@ -1,7 +1,8 @@
 """embedcache inspect and verify"""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +36,11 @@ def inspect(
         print_lines(summary.notes)
 
     publish(show, lambda: {"kind": summary.kind, **summary.record}, as_json=as_json, output=output)
+
+
+def repaired(parameters: Mapping[str, Any]) -> str:
+    """Return what a check that ends early keeps."""
+    return "repaired chunks are kept" if parameters["repair"] else ""
 
 
 @with_settings(settings=VerifySettings)

@@ -10,9 +10,9 @@ from typer.core import TyperGroup
 from embedcache.cli import cache, curate, evaluate, export, import_
 from embedcache.cli.commands import CommandGroup, add_command
 from embedcache.cli.derive import derive
-from embedcache.cli.extract import extract
-from embedcache.cli.failures import run_program
-from embedcache.cli.inspect import inspect, verify
+from embedcache.cli.extract import extract, kept_chunks
+from embedcache.cli.failures import FINISHED_WORK, run_program
+from embedcache.cli.inspect import inspect, repaired, verify
 from embedcache.cli.quickstart import quickstart
 from embedcache.cli.search import search
 from embedcache.cli.serve import serve
@@ -53,13 +53,13 @@ def embedcache(
     """
 
 
-add_command(app, "quickstart", quickstart, runs_named_code=False)
-add_command(app, "extract", extract, plugins=("encoders", "sources", "views"))
-add_command(app, "derive", derive, plugins=("rules",))
+add_command(app, "quickstart", quickstart, kept=FINISHED_WORK, runs_named_code=False)
+add_command(app, "extract", extract, kept=kept_chunks, plugins=("encoders", "sources", "views"))
+add_command(app, "derive", derive, kept=FINISHED_WORK, plugins=("rules",))
 add_command(app, "inspect", inspect)
-add_command(app, "verify", verify)
-add_command(app, "train", train, plugins=("projectors", "losses", "trackers"))
-add_command(app, "sweep", sweep, plugins=("projectors", "losses", "trackers"))
+add_command(app, "verify", verify, kept=repaired)
+add_command(app, "train", train, kept=FINISHED_WORK, plugins=("projectors", "losses", "trackers"))
+add_command(app, "sweep", sweep, kept=FINISHED_WORK, plugins=("projectors", "losses", "trackers"))
 app.add_typer(evaluate.app, name="evaluate")
 add_command(app, "search", search)
 add_command(app, "serve", serve)

@@ -21,13 +21,12 @@ def quickstart(
 
     Example: embedcache quickstart
     """
-    from embedcache.cli.console import open_progress, print_line, print_table, publish, resumable
+    from embedcache.cli.console import open_progress, print_line, print_table, publish
     from embedcache.provenance import read_json
     from embedcache.quickstart.quickstart import quickstart as run
     from embedcache.reports.retrieval import retrieval_table
 
-    with resumable():
-        report = run(folder, progress=open_progress())
+    report = run(folder, progress=open_progress())
 
     def show() -> None:
         title = "Held-out retrieval, strict split, mean of 3 seeds [95% interval]"

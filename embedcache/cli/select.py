@@ -49,11 +49,10 @@ def select(
 
     Example: embedcache curate select cache/ selection.parquet --method clip-score --run run/ --budget 25%
     """
-    from embedcache.cli.console import open_progress, print_line, publish, restartable, to_plain
+    from embedcache.cli.console import open_progress, print_line, publish, to_plain
     from embedcache.curate.select.select import select as run_select
 
-    with restartable(out):
-        report = run_select(cache, out, method, settings, progress=open_progress())
+    report = run_select(cache, out, method, settings, progress=open_progress())
     publish(lambda: print_line(report.line()), lambda: to_plain(report), as_json=as_json, output=output)
 
 
@@ -75,11 +74,10 @@ def combine(
 
     Example: embedcache curate combine cache/ first.parquet and second.parquet both.parquet
     """
-    from embedcache.cli.console import open_progress, publish_size, restartable
+    from embedcache.cli.console import open_progress, publish_size
     from embedcache.curate.select.select import combine_selections
 
-    with restartable(out):
-        num_samples = combine_selections(cache, out, first, operation, second, progress=open_progress())
+    num_samples = combine_selections(cache, out, first, operation, second, progress=open_progress())
     publish_size(out, num_samples, as_json=as_json, output=output)
 
 
@@ -96,11 +94,10 @@ def sample(
 
     Example: embedcache curate sample cache/ selection.parquet 1000 some.parquet
     """
-    from embedcache.cli.console import open_progress, publish_size, restartable
+    from embedcache.cli.console import open_progress, publish_size
     from embedcache.curate.select.select import sample_selection
 
-    with restartable(out):
-        num_samples = sample_selection(cache, out, selection, size, seed=seed, progress=open_progress())
+    num_samples = sample_selection(cache, out, selection, size, seed=seed, progress=open_progress())
     publish_size(out, num_samples, as_json=as_json, output=output)
 
 
@@ -149,20 +146,19 @@ def negatives(
 
     Example: embedcache curate negatives cache/ negatives.parquet --run run/ --relative-margin 0.05
     """
-    from embedcache.cli.console import open_progress, print_line, publish, restartable
+    from embedcache.cli.console import open_progress, print_line, publish
     from embedcache.curate.negatives import mine_negatives
 
     features = features_by_modality(feature)
-    with restartable(out):
-        report = mine_negatives(
-            cache,
-            out,
-            settings,
-            image_feature=image_feature,
-            text_feature=text_feature,
-            feature=features,
-            progress=open_progress(),
-        )
+    report = mine_negatives(
+        cache,
+        out,
+        settings,
+        image_feature=image_feature,
+        text_feature=text_feature,
+        feature=features,
+        progress=open_progress(),
+    )
     publish(lambda: print_line(f"{out}: {report.line()}"), report.to_json, as_json=as_json, output=output)
 
 

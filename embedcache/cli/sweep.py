@@ -29,21 +29,20 @@ def sweep(
 
     Example: embedcache sweep cache/ space.toml study/ --trials 50
     """
-    from embedcache.cli.console import open_progress, print_line, print_table, publish, resumable
+    from embedcache.cli.console import open_progress, print_line, print_table, publish
     from embedcache.provenance import read_json
     from embedcache.reports.sweep import best_table, test_tables
     from embedcache.sweep.sweep import sweep as run
 
-    with resumable():
-        report = run(
-            caches,
-            study,
-            space,
-            image_feature=image_feature,
-            text_feature=text_feature,
-            settings=settings,
-            progress=open_progress(),
-        )
+    report = run(
+        caches,
+        study,
+        space,
+        image_feature=image_feature,
+        text_feature=text_feature,
+        settings=settings,
+        progress=open_progress(),
+    )
 
     def show() -> None:
         print_table(*best_table(report.best), title="Best on validation, each trained with several seeds")

@@ -63,7 +63,7 @@ def train(
 
     Example: embedcache train cache/ run/ --task likelihood --task-file tasks.toml --words words/
     """
-    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_line, publish, to_plain
     from embedcache.progress import NullProgress
     from embedcache.train.distributed import is_first_process
     from embedcache.train.recipes import suggest_recipe
@@ -72,8 +72,7 @@ def train(
     prepare = _prepare_pair if task == "pair" else _prepare_likelihood
     start = prepare(caches, run, named, settings, likelihood)
     is_first = is_first_process()
-    with resumable():
-        report = start(open_progress() if is_first else NullProgress())
+    report = start(open_progress() if is_first else NullProgress())
     if is_first:
 
         def show() -> None:

@@ -172,7 +172,7 @@ def test_full_disk_is_one_line_and_loses_nothing(photos: Path, tmp_path: Path) -
         assert "Traceback" not in done.stderr
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert "no space left on the disk" in line
-        assert "rerun the same command" in line
+        assert "rerun the same command; finished chunks of 8 items are kept" in line
         assert not list(disk.rglob("*.partial"))
         committed = len(list(disk.rglob("chunks/*.parquet")))
         assert committed > 0

@@ -135,5 +135,5 @@ def test_interrupt_promises_no_finished_work(
     monkeypatch.setattr(f"embedcache.curate.{name}", interrupt)
     code, shown, errors = command(line)
     assert (code, shown) == (130, "")
-    assert errors == "Interrupted. out.parquet is not written; rerun the same command to start again.\n"
+    assert errors == "Interrupted. Nothing is written; rerun the same command to start again.\n"
     assert not (tmp_path / "out.parquet").exists()

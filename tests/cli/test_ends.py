@@ -1,0 +1,170 @@
+"""What a command says when Ctrl-C or a disk ends it: what is kept, and whether the same command resumes."""
+
+import errno
+import signal
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from typer.core import TyperGroup
+
+from embedcache.cli.commands import Command
+from embedcache.cli.main import root_command
+from embedcache.errors import DiskFullError, SettingError
+from embedcache.files import disk_full_message
+from tests.cli.run import embedcache
+from tests.cli.test_process import ENVIRONMENT, PROGRAM
+
+PLUGINS = f"""
+import os
+import time
+
+class Ends:
+    accepts, requires_one_of, required_inputs, modality, uses_seed = ("budget",), (), (), "image", False
+
+    def select(self, pool, settings):
+        self.end()
+
+class Interrupted(Ends):
+    def end(self):
+        raise KeyboardInterrupt
+
+class Full(Ends):
+    def end(self):
+        raise OSError({errno.ENOSPC}, os.strerror({errno.ENOSPC}), "scratch")
+
+class Damaged(Ends):
+    def end(self):
+        raise OSError({errno.EIO}, os.strerror({errno.EIO}), "disk")
+
+class Waits(Ends):
+    def end(self):
+        open("waiting", "w").close()
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def folder(cache_path: Path, tmp_path: Path) -> Path:
+    (tmp_path / "ending_plugin.py").write_text(PLUGINS)
+    (tmp_path / "cache").symlink_to(cache_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("selector", "code", "last_line"),
+    [
+        ("Interrupted", 130, "Interrupted. Nothing is written; rerun the same command to start again."),
+        (
+            "Full",
+            1,
+            "error: scratch: no space left on the disk; free some space and rerun the same command; nothing is written",
+        ),
+        (
+            "Damaged",
+            1,
+            "error: disk: Input/output error; check the disk, and rerun the same command; nothing is written",
+        ),
+    ],
+)
+def test_command_that_starts_again(folder: Path, selector: str, code: int, last_line: str) -> None:
+    words = ["curate", "select", "cache", "out.parquet", "--method", f"ending_plugin:{selector}", "--budget", "9"]
+    done = embedcache(*words, cwd=folder)
+    assert (done.code, done.stderr.splitlines()[-1]) == (code, last_line)
+    assert not (folder / "out.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "last_line"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted. Finished work is kept; rerun the same command to resume."),
+        (
+            DiskFullError(disk_full_message(" of cache")),
+            1,
+            "error: no space left on the disk of cache; free some space and rerun the same command; "
+            "finished work is kept",
+        ),
+        (SettingError("name: expected another"), 1, "error: --name: expected another"),
+    ],
+)
+def test_command_that_resumes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, last_line: str
+) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("embedcache.derive.derive.derive_with_settings", end)
+    done = embedcache("derive", "cache", "--rule", "mean", "--input", "text=open_toy/tokens", cwd=folder)
+    assert (done.code, done.stderr.splitlines()[-1]) == (code, last_line)
+
+
+def test_output_that_is_written_before_the_interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ["curate", "outliers", "cache", "odd.parquet", "--feature", "open_toy/cls", "--html", "odd.html"]
+    monkeypatch.setattr("embedcache.reports.scores.write_outlier_page", interrupt)
+    done = embedcache(*words, cwd=folder)
+    assert done.code == 130
+    assert done.stderr.splitlines()[-1] == (
+        "Interrupted. Only odd.parquet is written: delete it; rerun the same command to start again."
+    )
+    assert (folder / "odd.parquet").is_file()
+    monkeypatch.setattr("embedcache.curate.outliers.find_outliers", interrupt)
+    done = embedcache(*words, "--overwrite", cwd=folder)  # the old file is still there
+    assert done.stderr.splitlines()[-1] == "Interrupted. Nothing is written; rerun the same command to start again."
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), "Nothing is written; rerun the same command to start again"),
+        (("--yes",), "Finished work is kept; rerun the same command to resume"),
+    ],
+)
+def test_removal_keeps_work_only_if_it_removes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], expected: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    (folder / "keys.txt").write_text("00003\n")
+    for name in ("plan_removal", "remove_samples"):
+        monkeypatch.setattr(f"embedcache.maintain.remove.{name}", interrupt)
+    done = embedcache("cache", "remove", "cache", "keys.txt", *options, cwd=folder)
+    assert (done.code, done.stderr) == (130, f"Interrupted. {expected}.\n")
+
+
+def test_commands_whose_help_promises_to_resume_keep_work() -> None:
+    promised = {name for name, command in _commands(root_command()) if "same command again" in str(command.help)}
+    kept = {name for name, command in _commands(root_command()) if command.kept}
+    assert len(promised) > 10
+    assert kept - promised == {"quickstart", "verify", "prune", "clip-benchmark"}
+    assert promised <= kept
+
+
+def _commands(group: TyperGroup) -> Iterator[tuple[str, Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from _commands(command)
+        else:
+            assert isinstance(command, Command)
+            yield name, command
+
+
+@pytest.mark.slow
+def test_signal_ends_a_selection_with_an_explanation(folder: Path) -> None:
+    words = ["curate", "select", "cache", "out.parquet", "--method", "ending_plugin:Waits", "--budget", "9"]
+    restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores SIGINT
+    with subprocess.Popen(
+        [*PROGRAM, *words], stderr=subprocess.PIPE, text=True, cwd=folder, env=ENVIRONMENT, preexec_fn=restore
+    ) as process:
+        while not (folder / "waiting").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        shown = process.stderr.read()
+    assert process.returncode == 130
+    assert shown.endswith("Interrupted. Nothing is written; rerun the same command to start again.\n")
