@@ -4,7 +4,8 @@ import shutil
 import sys
 import time
 import warnings
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from embedcache.errors import visible
 
@@ -195,6 +196,18 @@ class _Rate:
 
     def text(self) -> str:
         return f"{self.done / self.seconds:,.0f} {self._unit}/s"
+
+
+Part = TypeVar("Part", bound=Sized | slice)
+
+
+def watch(parts: Iterable[Part], progress: Progress, what: str, total: int, unit: str) -> Iterator[Part]:
+    """Iterate over arrays, tables or slices as one step of `progress`; the rows of each count once it was used."""
+    progress.start(what, total, unit)
+    for part in parts:
+        yield part
+        progress.advance(part.stop - part.start if isinstance(part, slice) else len(part))
+    progress.finish()
 
 
 def _of(total: int) -> str:

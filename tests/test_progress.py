@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from embedcache import progress as module
-from embedcache.progress import BarProgress, NullProgress, PlainProgress, to_progress
+from embedcache.progress import BarProgress, NullProgress, PlainProgress, to_progress, watch
 from tests.recorded import RecordedProgress
 
 
@@ -44,6 +44,18 @@ def test_lines_have_no_total_once_it_is_exceeded(
     assert [line.partition(" samples, ")[0] for line in lines] == [f"comparing samples: {n}" for n in ("2/4", "4/4", 6)]
     assert [line.endswith(" 0 s left") for line in lines] == [True, True, False]
     assert lines[-1].endswith(" samples/s")
+
+
+def test_watched_parts_count_once_they_are_used() -> None:
+    progress = RecordedProgress()
+    parts = watch([[1, 2, 3], slice(3, 7), "ab"], progress, "writing", 9, "rows")
+    assert progress.started == []
+    for num_before in (0, 3, 7):
+        next(parts)
+        assert progress.started == [("writing", 9, "rows")]
+        assert progress.counts["writing"] == num_before
+    assert next(parts, None) is None
+    assert progress.counts["writing"] == 9
 
 
 def test_bars_of_parts_are_shown_at_once_and_stay(capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,7 @@ def verify(
         if settings.repair or settings.reencode is not None:
             raise SettingError(f"--repair, --reencode: expected a cache, got {cache}, an index; leave the option out")
         card = read_card(Path(cache))
-        verify_index(Path(cache), card)
+        verify_index(Path(cache), card, progress=open_progress())
         line = "equal their checksums" if card.checksums else "were not compared: early versions wrote no checksums"
         publish(
             lambda: print_line(f"{cache}: all bytes {line}"),

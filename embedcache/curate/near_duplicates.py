@@ -34,9 +34,8 @@ from embedcache.dataset.similar_pairs import NeighborCollector, PairCollector, S
 from embedcache.devices import AUTO, products_on
 from embedcache.errors import DataError
 from embedcache.metrics.neighbors import note_duration
-from embedcache.modalities import noun
-from embedcache.progress import NullProgress, Progress
-from embedcache.search.faiss_index import spherical_kmeans
+from embedcache.progress import NullProgress, Progress, watch
+from embedcache.search.kmeans import spherical_kmeans
 from embedcache.search.vectors import Vectors, run_pass
 from embedcache.store.rows import RowReader
 
@@ -98,7 +97,7 @@ def find_near_duplicates(
         collector = PairCollector(len(rows_N), levels, MAX_PAIRS)
         _compare(arranged, collector, vectors.device, progress)
         pairs = collector.pairs()
-        recall = None if arranged.is_exact else _measure_recall(arranged, pairs, collector.limit, settings.seed)
+        recall = None if arranged.is_exact else _measure_recall(arranged, pairs, collector.limit, settings, progress)
     return NearDuplicates(
         pairs=pairs,
         limit=collector.limit,
@@ -135,7 +134,7 @@ def find_neighbors(
     with _arrange(vectors, rows_N, _ANY_COSINE, settings, progress) as arranged:
         collector = NeighborCollector(len(rows_N), k)
         _compare(arranged, collector, vectors.device, progress)
-        recall = None if arranged.is_exact else _measure_neighbor_recall(arranged, collector, settings.seed)
+        recall = None if arranged.is_exact else _measure_neighbor_recall(arranged, collector, settings, progress)
     return Neighbors(
         items=collector.items, cosines=collector.cosines, num_clusters=arranged.num_clusters, recall=recall
     )
@@ -190,11 +189,12 @@ def assign_clusters(
     rng = np.random.default_rng(settings.seed)
     num_clusters = round(2 * math.sqrt(len(rows_N)))
     training_rows = np.sort(rng.permutation(rows_N)[: _TRAINING_PER_CLUSTER * num_clusters])
-    training = copy.copy(vectors).read(training_rows)  # a copy opens anew, and its maps of the whole feature are freed
+    progress = progress or NullProgress()
+    opened_anew = copy.copy(vectors)  # so that its maps of the whole feature are freed
+    training = opened_anew.read(training_rows, progress)
+    del opened_anew
     _check_lengths(training, training_rows, vectors)
-    centroids_KP = fit_centroids(
-        training, num_clusters, seed=settings.seed, device=vectors.device, progress=progress or NullProgress()
-    )
+    centroids_KP = fit_centroids(training, num_clusters, seed=settings.seed, device=vectors.device, progress=progress)
     work = ClusterAssigner(centroids_KP, cosine, MAX_VISITS, _mask(rows_N, vectors))
     title = f"assigning to {len(centroids_KP):,} clusters"
     parts = run_pass(vectors, work, engine=settings.engine, address=settings.address, title=title, progress=progress)
@@ -222,14 +222,11 @@ def _fill(matrix_NP: Array, vectors: Vectors, rows_N: Ints, plan: Plan, progress
     mask_N, position_N = _mask(rows_N, vectors), np.empty(len(rows_N), np.int64)
     position_N[plan.items] = np.arange(len(rows_N))
     num_written = 0
-    progress.start("sorting", len(vectors.rows), noun(vectors.modality))
-    for rows, vectors_BP in vectors.blocks():
+    for rows, vectors_BP in vectors.blocks("sorting", progress):
         kept_BP = vectors_BP[mask_N[rows]]
         _check_lengths(kept_BP, rows[mask_N[rows]], vectors)
         matrix_NP[position_N[num_written : num_written + len(kept_BP)]] = kept_BP
         num_written += len(kept_BP)
-        progress.advance(len(rows))
-    progress.finish()
 
 
 def _mask(rows_N: Ints, vectors: Vectors) -> Bools:
@@ -268,13 +265,19 @@ def _draw_probes(matrix_NP: Array, seed: int) -> tuple[Ints, Floats]:
     return positions, to_float32(matrix_NP[positions])
 
 
-def _measure_neighbor_recall(arranged: _Arranged, collector: NeighborCollector, seed: int) -> Recall:
+def _probed_blocks(matrix_NP: Array, progress: Progress) -> Iterator[slice]:
+    return watch(blocks(len(matrix_NP), BLOCK), progress, "measuring the recall", len(matrix_NP), "items")
+
+
+def _measure_neighbor_recall(
+    arranged: _Arranged, collector: NeighborCollector, settings: DedupSettings | OutlierSettings, progress: Progress
+) -> Recall:
     """Compare random items with all, and count how many of their nearest neighbors were found."""
     matrix_NP, items_N = arranged.matrix_NP, arranged.plan.items
-    positions, probes_QP = _draw_probes(matrix_NP, seed)
+    positions, probes_QP = _draw_probes(matrix_NP, settings.seed)
     k = collector.items.shape[1]
     true_QK, cosines_QK = np.full((len(positions), k), -1), np.full((len(positions), k), -np.inf, np.float32)
-    for block in blocks(len(matrix_NP), BLOCK):
+    for block in _probed_blocks(matrix_NP, progress):
         cosines = probes_QP @ to_float32(matrix_NP[block]).T
         own = np.flatnonzero((positions >= block.start) & (positions < block.stop))
         cosines[own, positions[own] - block.start] = -np.inf
@@ -290,13 +293,19 @@ def _measure_neighbor_recall(arranged: _Arranged, collector: NeighborCollector, 
     return Recall(num_items=len(positions), num_pairs=is_found.size, num_found=int(is_found.sum()))
 
 
-def _measure_recall(arranged: _Arranged, pairs: SimilarPairs, limit: float, seed: int) -> Recall:
+def _measure_recall(
+    arranged: _Arranged,
+    pairs: SimilarPairs,
+    limit: float,
+    settings: DedupSettings | OutlierSettings,
+    progress: Progress,
+) -> Recall:
     """Compare random items with all, and count how many of their pairs were found."""
     matrix_NP, plan = arranged.matrix_NP, arranged.plan
     num_items = len(matrix_NP)
-    probe_positions, probes_QP = _draw_probes(matrix_NP, seed)
+    probe_positions, probes_QP = _draw_probes(matrix_NP, settings.seed)
     true_keys = []
-    for block in blocks(num_items, BLOCK):
+    for block in _probed_blocks(matrix_NP, progress):
         cosines = probes_QP @ to_float32(matrix_NP[block]).T
         query, other = np.nonzero(cosines >= cosine_limit(limit) + _ROUNDING)
         left, right = plan.items[probe_positions[query]], plan.items[other + block.start]

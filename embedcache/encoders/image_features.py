@@ -179,7 +179,7 @@ def _lloyd_round(tokens_BTD: torch.Tensor, centers_BKD: torch.Tensor) -> torch.T
 
 
 def _to_float32(values: torch.Tensor) -> torch.Tensor:
-    """Convert values that are not float32: before 1.31, onnxruntime removes an output that a graph casts to its type."""
+    """Convert values of other types: before 1.31, onnxruntime removes an output that a graph casts to its own type."""
     return values if values.dtype == torch.float32 else values.float()
 
 

@@ -15,6 +15,7 @@ from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.devices import announce_device
 from embedcache.errors import CorruptError, DataError
 from embedcache.files import replacing
+from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
     STORED_NAMES,
@@ -245,7 +246,14 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple["AlignedPair", Pa
     return pair.to(device).eval(), config
 
 
-def project(tower: "AnyTower", inputs: Inputs, *, device: str = "cpu", width: int | None = None) -> Floats:
+def project(
+    tower: "AnyTower",
+    inputs: Inputs,
+    *,
+    device: str = "cpu",
+    width: int | None = None,
+    progress: Progress | None = None,
+) -> Floats:
     """Project items block by block: N items of any float dtype -> (N, P) float32, rows of length 1.
 
     Args:
@@ -253,6 +261,7 @@ def project(tower: "AnyTower", inputs: Inputs, *, device: str = "cpu", width: in
         inputs: the items.
         device: device of the tower.
         width: P, the first components to keep before rows are scaled to length 1; None: all.
+        progress: a step that advances by the items.
 
     Raises:
         DataError: a value is NaN or infinite after projection.
@@ -268,6 +277,8 @@ def project(tower: "AnyTower", inputs: Inputs, *, device: str = "cpu", width: in
             values = torch.from_numpy(np.require(part.values, np.float32, ["W"])).to(device)  # chunks are read-only
             lengths = None if part.lengths is None else torch.from_numpy(part.lengths).to(device)
             out_NP.append(tower(values, lengths)[:, :width].float().cpu().numpy())
+            if progress is not None:
+                progress.advance(len(out_NP[-1]))
     projected_NP = np.concatenate(out_NP)
     check_finite(projected_NP, "the projected feature")
     return normalize(projected_NP)

@@ -10,7 +10,7 @@ from embedcache.arrays import Bools, Floats, Ints
 from embedcache.devices import AUTO
 from embedcache.errors import SettingError
 from embedcache.metrics.neighbors import note_duration
-from embedcache.progress import Progress
+from embedcache.progress import NullProgress, Progress
 from embedcache.search.faiss_index import RowIndex, exact_search
 from embedcache.search.vectors import Vectors
 
@@ -163,8 +163,17 @@ def draw_query_set(vectors: Vectors, progress: Progress) -> QuerySet:
     queries = _queried(vectors)
     rows = np.random.default_rng(1).permutation(queries.rows)[:_NUM_QUERIES]
     own = rows if vectors.run_path is None and len(vectors.rows) > 1 else None
-    note_duration(progress, "searching exactly", len(rows) * len(vectors.rows), vectors.width)
-    return make_query_set(queries.read(rows), vectors.blocks(), own=own, device=vectors.device)
+    note_duration(
+        progress,
+        "searching exactly",
+        len(rows) * len(vectors.rows),
+        vectors.width,
+        compare=lambda queries_QP, candidates_CP: exact_search(
+            queries_QP, [(np.arange(len(candidates_CP)), candidates_CP)], _NUM_TRUE, device=vectors.device
+        ),
+    )
+    searched = vectors.blocks("searching exactly", progress)
+    return make_query_set(queries.read(rows), searched, own=own, device=vectors.device)
 
 
 def sampled_recall(index: RowIndex, vectors: Vectors) -> float:
@@ -223,9 +232,12 @@ def _own_last(rows_QK: Ints, own_Q: Ints) -> Ints:
     return np.argsort(is_own, axis=1, kind="stable")
 
 
-def measure_index(index: RowIndex, queries: QuerySet, min_recall: float) -> IndexQuality:
+def measure_index(
+    index: RowIndex, queries: QuerySet, min_recall: float, progress: Progress | None = None
+) -> IndexQuality:
     """Tune on half of the queries to a little more than the requested recall, and measure on the other half."""
-    parameters = tune_search(index, queries.half(0), min_recall + (1 - min_recall) / 4)
+    progress = progress or NullProgress()
+    parameters = tune_search(index, queries.half(0), min_recall + (1 - min_recall) / 4, progress)
     test = queries.half(1)
     rows_QK = test.search(index, parameters)
     single, batch = index.measure_latency_ms(test.vectors[:_NUM_TIMED], test.k, parameters)
@@ -239,18 +251,22 @@ def measure_index(index: RowIndex, queries: QuerySet, min_recall: float) -> Inde
     )
 
 
-def tune_search(index: RowIndex, queries: QuerySet, target: float) -> dict[str, int]:
+def tune_search(index: RowIndex, queries: QuerySet, target: float, progress: Progress | None = None) -> dict[str, int]:
     """Return the fastest search parameters that reach a recall; if none does, the fastest near the best recall."""
+    progress = progress or NullProgress()
     best: tuple[float, dict[str, int]] = (-1.0, {})
     recalls: list[float] = []
     choices = parameter_choices(index)
     if len(choices) == 1:
         return choices[0]
+    progress.start("tuning the search", 0, "settings")  # how many are needed is not known
     for parameters in choices:
         recalls.append(queries.recall(queries.search(index, parameters), queries.k))
         best = max(best, (recalls[-1], parameters), key=lambda pair: pair[0])
+        progress.advance(1)
         if recalls[-1] >= target or _is_flat(recalls, num_steps=6 if index.is_refined else 2):
             break
+    progress.finish()
     return best[1]
 
 

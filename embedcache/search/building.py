@@ -193,7 +193,7 @@ class IndexBuilder:
 
 def _train(index: RowIndex, factory: str, vectors: Vectors, progress: Progress) -> None:
     """Train an index on a sample, after a note that names fewer vectors than FAISS asks for; it prints no warning."""
-    sample_SP, least = vectors.sample(index.num_training), 0
+    sample_SP, least = vectors.sample(index.num_training, progress=progress), 0
     quantizers = list(_quantizers(index.wrapped))
     for quantizer, num_centroids in quantizers:
         least = max(least, num_centroids * quantizer.cp.min_points_per_centroid)

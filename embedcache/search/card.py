@@ -7,6 +7,7 @@ from typing import Any
 
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, PathError, UnfinishedError
+from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
     check_same,
@@ -161,17 +162,17 @@ def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> 
     return index
 
 
-def verify_index(index_path: Path, card: IndexCard) -> None:
+def verify_index(index_path: Path, card: IndexCard, *, progress: Progress | None = None) -> None:
     """Compare all bytes of an index with their checksums, lists on disk too; raises what `open_row_index` raises.
 
     Indexes of early versions have no checksums.
     """
     for name, checksum in card.checksums.items():
         if len(checksum) == DIGITS:
-            check_file(index_path / name, checksum, next_step=_rebuild(index_path), once=False)
+            check_file(index_path / name, checksum, next_step=_rebuild(index_path), once=False, progress=progress)
     index = open_row_index(index_path, card, device="cpu")
     if index.disk_lists is not None:
-        index.disk_lists.check_all()
+        index.disk_lists.check_all(progress=progress)
 
 
 def check_lists(index_path: Path, index: RowIndex, checksums: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""FAISS: an inner-product index whose ids are rows of a cache, exact search, and k-means."""
+"""FAISS: an inner-product index whose ids are rows of a cache, and exact search."""
 
 import os
 import shutil
@@ -16,8 +16,6 @@ from embedcache.arrays import Bools, Floats, Ints
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError
 from embedcache.files import disk_full_message, replacing
-from embedcache.metrics.neighbors import note_duration
-from embedcache.progress import Progress
 from embedcache.search.faiss_gpu import MOST_SELECTED, GpuSide, faiss_reason, import_faiss, num_gpus
 from embedcache.search.lists import open_disk_lists
 
@@ -344,37 +342,6 @@ def exact_search(
     rows_QK = rows_N[positions_QK[:, : len(rows_N)]]
     order_QK = np.lexsort((rows_QK, -scores_QK))
     return np.take_along_axis(scores_QK, order_QK, axis=1), np.take_along_axis(rows_QK, order_QK, axis=1)
-
-
-def spherical_kmeans(
-    vectors_NP: Floats,
-    num_clusters: int,
-    *,
-    seed: int,
-    iterations: int,
-    max_per_cluster: int,
-    progress: Progress,
-    device: str = AUTO,
-) -> Floats:
-    """Cluster rows of length 1 by cosine similarity: (K, P) float32 centroids, after a report of how long it will take.
-
-    Raises `MissingExtraError` without faiss.
-    """
-    num_pairs = iterations * min(len(vectors_NP), num_clusters * max_per_cluster) * num_clusters
-    note_duration(progress, f"finding {num_clusters:,} clusters", num_pairs, vectors_NP.shape[1])
-    kmeans = import_faiss().Kmeans(
-        vectors_NP.shape[1],
-        num_clusters,
-        niter=iterations,
-        spherical=True,
-        seed=seed,
-        min_points_per_centroid=1,
-        max_points_per_centroid=max_per_cluster,
-        gpu=num_gpus(device),
-    )
-    kmeans.train(np.ascontiguousarray(vectors_NP))
-    centroids_KP: Floats = kmeans.centroids
-    return centroids_KP
 
 
 @contextmanager

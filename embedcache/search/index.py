@@ -100,7 +100,7 @@ def build_index(
         if card is None or _is_outdated(index, card, vectors):
             is_started = (index / STATE).is_file()  # the index may be newer than its card
             if card is not None and not is_started and not skips_checksums():
-                verify_index(index, card)
+                verify_index(index, card, progress=progress)
             card = _build(index, vectors, card, settings, progress)
             write_card(index, card)
         remove_leftovers(index, lists=card.lists)
@@ -221,7 +221,7 @@ def _find_index(
             index = builder.build(candidate, vectors, progress, checkpoint_s=settings.checkpoint_s, min_recall=least)
             if index is not None:
                 queries = queries or draw_query_set(vectors, progress)
-                quality = measure_index(index, queries, settings.min_recall)
+                quality = measure_index(index, queries, settings.min_recall, progress)
                 if quality.recall_at_10 >= settings.min_recall or must_keep:
                     return candidate, index, quality
                 builder.reject(candidate.factory, quality.recall_at_10)

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.errors import CorruptError
+from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.faiss_gpu import import_faiss
 from embedcache.store.arrays import DIGITS, checksum_of, skips_checksums
 
+_LISTS_AT_ONCE = 64
 _STORES_PAIRS = False  # FAISS takes no keyword
 
 
@@ -67,11 +69,15 @@ class DiskLists:
         self._path, self._checksums, self._next_step = path, checksums, next_step
         self._is_checked_L = np.full(self._lists.nlist, skips_checksums())
 
-    def check_all(self) -> None:
+    def check_all(self, *, progress: Progress | None = None) -> None:
         """Compare all lists with what `compare` was given, or raise a `CorruptError`."""
         if self._is_checked_L is not None:
             self._is_checked_L[:] = False
-            self._check(np.arange(self._lists.nlist), self._is_checked_L)
+            lists = np.arange(self._lists.nlist)
+            for block in watch(
+                blocks(len(lists), _LISTS_AT_ONCE), progress or NullProgress(), "checking", len(lists), "lists"
+            ):
+                self._check(lists[block], self._is_checked_L)
 
     def search(self, queries_QP: Floats, k: int, nprobe: int, selector: Any) -> tuple[Floats, Ints] | None:
         """Search as FAISS does, after each list that is read was compared: scores and positions (Q, K).

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from embedcache.projectors.pair import AlignedPair
 
 _BLOCK = 256
+_READ_ROWS = 65_536
+_READING = "reading vectors"
 
 
 class Vectors:
@@ -136,24 +138,43 @@ class Vectors:
             rows, inputs = rows[kept], inputs.take(kept)
         return rows, self._unit(inputs)
 
-    def blocks(self) -> Iterator[tuple[Ints, Floats]]:
-        """Iterate over all chunks in order."""
+    def blocks(self, title: str = "", progress: Progress | None = None) -> Iterator[tuple[Ints, Floats]]:
+        """Iterate over all chunks in order, as one step of `progress`."""
+        progress = progress or NullProgress()
+        progress.start(title, len(self.rows), noun(self.modality))
         for number in range(self.num_chunks):
-            yield self.chunk(number)
+            rows_B, vectors_BP = self.chunk(number)
+            yield rows_B, vectors_BP
+            progress.advance(len(rows_B))
+        progress.finish()
 
-    def read(self, rows: Ints) -> Floats:
-        """Read rows in the given order: (B, P); `DataError` if a row is out of range or failed."""
-        return self._unit(self.feature.read(rows))
+    def read(self, rows: Ints, progress: Progress | None = None) -> Floats:
+        """Read rows in the given order, as one step of `progress`: (B, P).
 
-    def sample(self, size: int, *, seed: int = 0) -> Floats:
+        Raises `DataError` if a row is out of range or failed.
+        """
+        if progress is None:
+            return self._unit(self.feature.read(rows))
+        progress.start(_READING, len(rows), noun(self.modality))
+        unit_BP = np.empty((len(rows), self.width), np.float32)
+        at_once = len(rows) if self.feature.has_tokens else _READ_ROWS  # tokens are padded to the longest of a block
+        for block in blocks(len(rows), max(1, at_once)):
+            unit_BP[block] = self._unit(self.feature.read(rows[block]), progress)
+        progress.finish()
+        return unit_BP
+
+    def sample(self, size: int, *, seed: int = 0, progress: Progress | None = None) -> Floats:
         """Read a random sample of items, or all items if there are no more: (S, P)."""
-        return self.read(np.sort(np.random.default_rng(seed).permutation(self.rows)[:size]))
+        return self.read(np.sort(np.random.default_rng(seed).permutation(self.rows)[:size]), progress)
 
-    def _unit(self, inputs: Inputs) -> Floats:
-        pair = self._load_pair()
-        if pair is None:
-            return _normalize_blocks(inputs.values[:, : self.width])
-        return project(pair.tower(self.modality), inputs, width=self.width, device=self.device)
+    def _unit(self, inputs: Inputs, progress: Progress | None = None) -> Floats:
+        pair, progress = self._load_pair(), progress or NullProgress()
+        if pair is not None:
+            tower = pair.tower(self.modality)
+            return project(tower, inputs, width=self.width, device=self.device, progress=progress)
+        unit_BD = _normalize_blocks(inputs.values[:, : self.width])
+        progress.advance(len(unit_BD))
+        return unit_BD
 
 
 def _normalize_blocks(values_BD: Array) -> Floats:
@@ -210,7 +231,7 @@ def run_pass(
     *,
     engine: Literal["local", "ray"] = "local",
     address: str | None = None,
-    title: str = "reading vectors",
+    title: str = _READING,
     progress: Progress | None = None,
 ) -> State:
     """Run a pass over all chunks, one chunk per core at a time.

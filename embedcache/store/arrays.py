@@ -21,6 +21,7 @@ import numpy as np
 from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, PathError, UnfinishedError
 from embedcache.files import check_regular, io_reason, is_remote, read_file, write_atomic, write_blocks
+from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import read_json
 
 if TYPE_CHECKING:
@@ -200,21 +201,28 @@ def checksum_of(parts: Iterable[Array]) -> str:
     return f"{crc:08x}"
 
 
-def file_checksum(path: Path) -> str:
-    """Return the CRC-32C of all bytes of a local file as 8 hex digits. Memory: a block."""
+def file_checksum(path: Path, *, progress: Progress | None = None) -> str:
+    """Return the CRC-32C of all bytes of a local file as 8 hex digits, as one step. Memory: a block."""
+    progress = progress or NullProgress()
+    progress.start(f"checking {path.name}", -(-path.stat().st_size // _READ_BYTES), "MiB")
     crc, buffer = 0, bytearray(_READ_BYTES)  # one piece of memory for all reads is faster
     block = np.frombuffer(buffer, np.uint8)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             crc = google_crc32c.extend(crc, block[:count])
+            progress.advance(1)
+    progress.finish()
     return f"{crc:08x}"
 
 
-def check_file(path: Path, checksum: str, *, next_step: str, once: bool = True) -> None:
+def check_file(
+    path: Path, checksum: str, *, next_step: str, once: bool = True, progress: Progress | None = None
+) -> None:
     """Compare a local file with its checksum.
 
     Args:
         once: skip a file that this process has compared before, and any if `skips_checksums`.
+        progress: shows the comparison as one step.
 
     Raises:
         PathError: there is no such file.
@@ -226,7 +234,7 @@ def check_file(path: Path, checksum: str, *, next_step: str, once: bool = True) 
     checked = ((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns), checksum)
     if once and (checked in _CHECKED or skips_checksums()):
         return
-    actual = file_checksum(path)
+    actual = file_checksum(path, progress=progress)
     if actual != checksum:
         raise CorruptError(
             f"{path}: expected checksum {checksum}, got {actual}: the bytes changed on disk; {next_step}"

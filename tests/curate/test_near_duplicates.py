@@ -102,9 +102,12 @@ def test_steps_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     near = find_near_duplicates(opened, np.arange(290), [LIMIT], settings, progress)
     assert near.num_clusters == 34
     assert progress.started == [
+        ("reading vectors", 290, "images"),
+        ("finding 34 clusters", 10, "iterations"),
         ("assigning to 34 clusters", 300, "images"),
         ("sorting", 300, "images"),
         ("comparing", 290, "items"),
+        ("measuring the recall", 290, "items"),
     ]
     assert progress.counts == {what: total for what, total, _ in progress.started}
     assert progress.notes[0].startswith(f"finding 34 clusters: {10 * 290 * 34:,} pairs of vectors")

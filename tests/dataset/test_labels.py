@@ -177,7 +177,9 @@ def test_read_labels_missing_label_raises(tmp_path: Path) -> None:
 def float_cache(folder: Path, labels: list[float], kind: pa.DataType) -> Cache:
     """Create a cache of texts with labels in floating point, as pandas writes integers of which one is missing."""
     table = pa.table({"key": [f"k{number}" for number in range(len(labels))], "text": ["words"] * len(labels)})
-    pq.write_table(table.append_column("label", pa.array(np.array(labels, kind.to_pandas_dtype()))), folder / "table.parquet")
+    pq.write_table(
+        table.append_column("label", pa.array(np.array(labels, kind.to_pandas_dtype()))), folder / "table.parquet"
+    )
     extract(open_source(folder / "table.parquet"), folder / "cache", text_encoder=[TEXT])
     return Cache(folder / "cache")
 

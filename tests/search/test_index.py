@@ -27,8 +27,9 @@ from embedcache.projectors.saved import load_pair, project
 from embedcache.search import autotune, factories, faiss_gpu, faiss_index
 from embedcache.search.building import IndexBuilder
 from embedcache.search.card import open_row_index, read_card
-from embedcache.search.faiss_index import read_index, spherical_kmeans
+from embedcache.search.faiss_index import read_index
 from embedcache.search.index import build_index
+from embedcache.search.kmeans import spherical_kmeans
 from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import IndexSettings, SearchSettings

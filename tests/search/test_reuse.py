@@ -122,7 +122,11 @@ def test_one_sample_removed_and_one_added(tmp_path: Path) -> None:
     assert progress.notes == [
         "samples that the index holds were removed from the cache: adding all others again, without training"
     ]
-    assert progress.started[0] == ("indexing as Flat", 20, "images")
+    assert progress.started == [
+        ("checking index.faiss", 1, "MiB"),
+        ("indexing as Flat", 20, "images"),
+        ("searching exactly", 20, "images"),
+    ]
     assert read_index(tmp_path / "index" / "index.faiss").rows.tolist() == [*range(3), *range(4, 21)]
     outcome = read_stage(tmp_path / "index" / "record.json")["outcome"]
     assert outcome == {

@@ -58,6 +58,22 @@ def test_pass_visits_valid_rows_in_order(cache_path: Path, holed: Path) -> None:
     assert total == pytest.approx(vectors.read(vectors.rows).sum(axis=0), rel=1e-5)
 
 
+def test_shown_reading_has_the_same_bits(cache_path: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.search.vectors._READ_ROWS", 64)
+    monkeypatch.setattr("embedcache.projectors.saved._BLOCK", 32)
+    plain, projected = Vectors(cache_path, "image", "open_toy/cls"), Vectors(cache_path, "image", run_path=run_path)
+    rows = np.random.default_rng(0).permutation(300)[:150]
+    for vectors, advances in ((plain, [64, 64, 22]), (projected, [32, 32, 32, 32, 22])):
+        progress = RecordedProgress()
+        np.testing.assert_array_equal(vectors.read(rows, progress), vectors.read(rows))
+        assert (progress.started, progress.advances) == ([("reading vectors", 150, "images")], advances)
+        (progress := RecordedProgress()).start("another step", 1, "things")
+        found = np.concatenate([part for _, part in vectors.blocks("comparing", progress)])
+        np.testing.assert_array_equal(found, vectors.read(np.arange(300)))
+        assert progress.started[1:] == [("comparing", 300, "images")]
+        assert progress.counts == {"comparing": 300}
+
+
 def test_vectors_pickle(holed: Path) -> None:
     vectors = Vectors(holed, "image")
     again = copy.deepcopy(vectors)  # through what pickle would go through

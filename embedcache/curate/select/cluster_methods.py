@@ -14,8 +14,8 @@ from embedcache.dataset.selections import Selection
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.neighbors import find_closest, note_duration
-from embedcache.progress import NullProgress, Progress
-from embedcache.search.faiss_index import spherical_kmeans
+from embedcache.progress import NullProgress, Progress, watch
+from embedcache.search.kmeans import spherical_kmeans
 
 _ITERATIONS = 20
 _TRAINING_PER_CLUSTER = 256  # vectors that k-means trains on at most
@@ -45,7 +45,8 @@ class ImageBasedSelector:
         centroids_CP = find_centroids(
             drawn, num_clusters, seed=settings.seed, progress=pool.progress, device=settings.device
         )
-        target_T = _nearest_centroids((vectors for _, vectors in pool.target.blocks()), centroids_CP)
+        target_blocks = pool.target.blocks("assigning the target to clusters", pool.progress)
+        target_T = _nearest_centroids((vectors for _, vectors in target_blocks), centroids_CP)
         samples, clusters = [], []
         for samples_B, vectors_BP in pool.blocks("assigning to clusters"):
             samples.append(samples_B)
@@ -132,13 +133,13 @@ class HierarchicalSelector:
                 f"clusters: expected fewer on each level than on the one before, got {','.join(map(str, sizes))}"
             )
         drawn = np.random.default_rng(settings.seed).permutation(rows_S)[: _TRAINING_PER_CLUSTER * sizes[0]]
-        vectors_NP = pool.vectors.read(np.sort(drawn))
+        vectors_NP = pool.vectors.read(np.sort(drawn), pool.progress)
         centroids = find_centroids(
             vectors_NP, sizes[0], seed=settings.seed, progress=pool.progress, device=settings.device
         )
-        leaf_S = _nearest_centroids(
-            (pool.vectors.read(rows_S[block]) for block in blocks(len(rows_S), _BLOCK)), centroids
-        )
+        parts = (pool.vectors.read(rows_S[block]) for block in blocks(len(rows_S), _BLOCK))
+        shown = watch(parts, pool.progress, "assigning to clusters", len(rows_S), "samples")
+        leaf_S = _nearest_centroids(shown, centroids)
         labels_SL = build_tree(leaf_S, centroids, sizes[1:], seed=settings.seed, device=settings.device)
         chosen = draw_balanced(labels_SL, settings.budget, seed=settings.seed)
         counts = np.bincount(leaf_S)
@@ -228,7 +229,7 @@ class KCenterSelector:
         if num_drawn < settings.budget:
             raise SettingError(f"candidates: expected at least the budget of {settings.budget:,}, got {num_drawn:,}")
         drawn = np.random.default_rng(settings.seed).permutation(len(pool.samples))[:num_drawn]
-        vectors_NP = pool.vectors.read(pool.first_items()[drawn])
+        vectors_NP = pool.vectors.read(pool.first_items()[drawn], pool.progress)
         num_pairs = settings.budget * len(vectors_NP)
         note_duration(pool.progress, "choosing samples", num_pairs, vectors_NP.shape[1], timed=_TIMED)
         chosen, cosines = farthest_first(vectors_NP, settings.budget, progress=pool.progress)

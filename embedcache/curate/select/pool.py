@@ -134,13 +134,10 @@ class Pool:
 
     def blocks(self, title: str) -> Iterator[tuple[Ints, Floats]]:
         """Iterate over all items once, chunk by chunk: the sample of each (B,), and its vector (B, P)."""
-        self.progress.start(title, len(self.vectors.rows), noun(self.modality))
-        for rows, vectors_BP in self.vectors.blocks():
+        for rows, vectors_BP in self.vectors.blocks(title, self.progress):
             samples = self.item_samples[rows]
             is_inside = samples >= 0
             yield samples[is_inside], vectors_BP[is_inside]
-            self.progress.advance(len(rows))
-        self.progress.finish()
 
     def first_items(self) -> Ints:
         """Return the row of the first item of each of `samples`: (S,) int64."""
@@ -151,7 +148,7 @@ class Pool:
     def sample(self, size: int, *, seed: int) -> Floats:
         """Read a random sample of the items, or all items if there are no more: (M, P)."""
         rows = self.vectors.rows[self.item_samples[self.vectors.rows] >= 0]
-        return self.vectors.read(np.sort(np.random.default_rng(seed).permutation(rows)[:size]))
+        return self.vectors.read(np.sort(np.random.default_rng(seed).permutation(rows)[:size]), self.progress)
 
     def texts(self) -> Iterator[tuple[int, str]]:
         """Iterate over the captions of the pool: sample and text. Memory: the table of texts."""
