@@ -21,7 +21,7 @@ from embedcache.dataset.similar_pairs import CosineTile
 from embedcache.errors import DiskFullError, PathError
 from embedcache.files import disk_errors
 from embedcache.metrics.neighbors import ITERATIONS, note_duration, spherical_means
-from embedcache.progress import Progress
+from embedcache.progress import Progress, watch
 
 MAX_VISITS = 16
 BLOCK = 2048
@@ -123,17 +123,14 @@ def cluster_items(
     num_clusters = round(2 * math.sqrt(num_items))
     drawn = np.sort(rng.permutation(num_items)[: _TRAINING_PER_CLUSTER * num_clusters])
     vectors_SP = np.concatenate([read(drawn[block]) for block in blocks(len(drawn), READ_ROWS)])
-    num_pairs = ITERATIONS * len(drawn) * num_clusters
-    note_duration(progress, f"finding {num_clusters:,} clusters of {what}", num_pairs, vectors_SP.shape[1])
-    centroids_KP = spherical_means(vectors_SP, num_clusters, seed=seed)
+    num_pairs, finding = ITERATIONS * len(drawn) * num_clusters, f"finding {num_clusters:,} clusters of {what}"
+    note_duration(progress, finding, num_pairs, vectors_SP.shape[1])
+    centroids_KP = spherical_means(vectors_SP, num_clusters, seed=seed, what=finding, progress=progress)
     assigner = ClusterAssigner(centroids_KP, max(cosine, 0.0), MAX_VISITS, np.ones(num_items, bool))
     assigned = []
-    progress.start(f"clustering {what}", num_items, "items")
-    for block in blocks(num_items, BLOCK):
+    for block in watch(blocks(num_items, BLOCK), progress, f"clustering {what}", num_items, "items"):
         numbers = np.arange(block.start, block.stop)
         assigned += assigner.process(numbers, read(numbers))
-        progress.advance(len(numbers))
-    progress.finish()
     return centroids_KP, concatenate_assignments(assigned)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import scipy
 
-from embedcache.arrays import Array, Floats, Ints, blocks
+from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.clusters import (
     BLOCK,
     READ_ROWS,
@@ -23,7 +23,7 @@ from embedcache.dataset.inputs import Reader, to_unit_vectors
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
 from embedcache.metrics.neighbors import iterate_pairs_above, note_duration
-from embedcache.progress import Progress
+from embedcache.progress import Progress, watch
 
 ALL_PAIRS_LIMIT = 200_000
 """Up to this many items of both modalities all pairs are compared."""
@@ -47,22 +47,32 @@ def near_duplicate_groups(
     use_all_pairs = len(pairs.first.rows) + len(pairs.second.rows) <= ALL_PAIRS_LIMIT
     for items, (modality, read) in zip((pairs.first, pairs.second), readers.items(), strict=True):
         nodes, cosine = np.searchsorted(samples, items.samples), settings.cosine(modality)[1]
-        if use_all_pairs:
-            labels = _merge_all_pairs(_read_all(items.rows, read), nodes, labels, cosine, progress)
-        else:
-            work = _ClusterWork(modality, items, nodes, cosine, settings.seed)
-            labels = _merge_clusters(work, read, labels, progress)
+        compared = _ComparedItems(modality, items, nodes, cosine, settings.seed)
+        labels = (_merge_all_pairs if use_all_pairs else _merge_clusters)(compared, read, labels, progress)
     return labels
 
 
-def _read_all(rows: Ints, read: Reader) -> Floats:
-    return np.concatenate([to_unit_vectors(read(rows[block])) for block in blocks(len(rows), READ_ROWS)])
+@dataclass(frozen=True)
+class _ComparedItems:
+    """Items of one modality that are compared."""
+
+    modality: str
+    items: Items
+    nodes: Ints
+    cosine: float
+    seed: int
+
+    @property
+    def step(self) -> str:
+        return f"comparing {self.modality} items for the split"
 
 
-def _merge_all_pairs(vectors_ND: Floats, nodes: Ints, labels: Ints, threshold: float, progress: Progress) -> Ints:
-    note_duration(progress, "comparing for the split", len(vectors_ND) ** 2, vectors_ND.shape[1])
-    for row, column in iterate_pairs_above(vectors_ND, threshold):
-        labels = _merge(labels, nodes[row], nodes[column])
+def _merge_all_pairs(work: _ComparedItems, read: Reader, labels: Ints, progress: Progress) -> Ints:
+    rows = work.items.rows
+    vectors_ND = np.concatenate([to_unit_vectors(read(rows[block])) for block in blocks(len(rows), READ_ROWS)])
+    note_duration(progress, work.step, len(rows) ** 2, vectors_ND.shape[1])
+    for row, column in iterate_pairs_above(vectors_ND, work.cosine, what=work.step, progress=progress):
+        labels = _merge(labels, work.nodes[row], work.nodes[column])
     return labels
 
 
@@ -76,35 +86,24 @@ def _merge(labels: Ints, left: Ints, right: Ints) -> Ints:
     return merged
 
 
-@dataclass(frozen=True)
-class _ClusterWork:
-    """Items of one modality to compare within clusters."""
-
-    modality: str
-    items: Items
-    nodes: Ints
-    cosine: float
-    seed: int
-
-
-def _merge_clusters(work: _ClusterWork, read: Reader, labels: Ints, progress: Progress) -> Ints:
-    rows, count = work.items.rows, len(work.items.rows)
+def _merge_clusters(work: _ComparedItems, read: Reader, labels: Ints, progress: Progress) -> Ints:
+    rows, count, what = work.items.rows, len(work.items.rows), f"{work.modality} items for the split"
     centroids_KP, assignment = cluster_items(
         lambda numbers: to_unit_vectors(read(rows[numbers])),
         count,
         work.cosine,
         seed=work.seed,
-        what=f"{work.modality} items for the split",
+        what=what,
         progress=progress,
     )
     plan = make_plan(assignment, count)
     position_N = np.empty(count, np.int64)
     position_N[plan.items] = np.arange(count)
     with scratch_matrix(Path(tempfile.gettempdir()), (count, centroids_KP.shape[1]), np.float16) as matrix_NP:
-        for block in blocks(count, BLOCK):
+        for block in watch(blocks(count, BLOCK), progress, f"sorting {what}", count, "items"):
             matrix_NP[position_N[block]] = to_unit_vectors(read(rows[block]))
-        note_duration(progress, "comparing for the split", num_compared(plan), matrix_NP.shape[1])
-        progress.start(f"comparing {work.modality} items for the split", count, "items")
+        note_duration(progress, work.step, num_compared(plan), matrix_NP.shape[1])
+        progress.start(work.step, count, "items")
         edges, num_edges = [], 0
         for tile, num_done in iterate_tiles(matrix_NP, plan):
             row, column = np.nonzero(tile.cosines > work.cosine)
@@ -133,13 +132,14 @@ def _spanning(left: Ints, right: Ints) -> Array:
     return np.stack([nodes[is_other], first_of[component][is_other]])
 
 
-def _note_recall(work: _ClusterWork, matrix_NP: Array, items_N: Ints, labels: Ints, progress: Progress) -> None:
+def _note_recall(work: _ComparedItems, matrix_NP: Array, items_N: Ints, labels: Ints, progress: Progress) -> None:
     """Compare random items with all, and report how many of their pairs above the cosine are in one group."""
     count = len(matrix_NP)
     probes = np.sort(np.random.default_rng(work.seed).permutation(count)[:_NUM_PROBES])
     probes_QP, groups_N = to_float32(matrix_NP[probes]), labels[work.nodes[items_N]]
     num_pairs = num_found = 0
-    for block in blocks(count, 8 * BLOCK):
+    compared = blocks(count, 8 * BLOCK)
+    for block in watch(compared, progress, f"measuring the recall of {work.modality} items", count, "items"):
         query, other = np.nonzero(probes_QP @ to_float32(matrix_NP[block]).T > work.cosine)
         is_pair = probes[query] != other + block.start
         num_pairs += int(is_pair.sum())

@@ -11,7 +11,7 @@ import numpy as np
 import scipy
 
 from embedcache.arrays import Floats, Ints, Products, blocks, dot_products, normalize
-from embedcache.progress import Progress
+from embedcache.progress import NullProgress, Progress, watch
 
 _TILE = 1024  # queries per tile
 _CANDIDATES = 16_384  # candidates per tile: 64 MB of similarities
@@ -123,12 +123,16 @@ def find_closest(queries_QP: Floats, candidates: Iterable[Floats], *, products: 
     return Closest(rows_Q, sims_Q, np.concatenate(candidate_sims))
 
 
-def iterate_pairs_above(vectors_NP: Floats, cosine: float) -> Iterator[tuple[Ints, Ints]]:
+def iterate_pairs_above(
+    vectors_NP: Floats, cosine: float, *, what: str = "", progress: Progress | None = None
+) -> Iterator[tuple[Ints, Ints]]:
     """Iterate over all pairs of rows above a cosine, each row with itself included, in tiles of 1,024 rows.
 
-    Rows have length 1; a tile yields two (M,) int64 arrays of row indices. Memory: 1,024 x N similarities.
+    Rows have length 1; a tile yields two (M,) int64 arrays of row indices. Memory: 1,024 x N similarities. Progress is
+    in rows, as the step `what`.
     """
-    for block in blocks(len(vectors_NP), _TILE):
+    tiles = blocks(len(vectors_NP), _TILE)
+    for block in watch(tiles, progress or NullProgress(), what, len(vectors_NP), "items"):
         left, right = np.nonzero(vectors_NP[block] @ vectors_NP.T > cosine)
         yield left + block.start, right
 
@@ -137,12 +141,16 @@ ITERATIONS = 10
 """Iterations of `spherical_means`."""
 
 
-def spherical_means(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Floats:
+def spherical_means(
+    vectors_NP: Floats, num_clusters: int, *, seed: int, what: str = "", progress: Progress | None = None
+) -> Floats:
     """Cluster rows of length 1 by k-means with cosines: (K, P) float32 centroids of length 1, K at most N.
 
     Ten iterations from random rows; a cluster that loses all its rows keeps its centroid. Memory: a tile of
-    similarities.
+    similarities. Progress is in iterations, as the step `what`.
     """
+    progress = progress or NullProgress()
+    progress.start(what, ITERATIONS, "iterations")
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(vectors_NP), min(num_clusters, len(vectors_NP)), replace=False)
     centroids_KP = vectors_NP[np.sort(chosen)]
@@ -154,6 +162,8 @@ def spherical_means(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Floa
         )
         means_KP = normalize(members @ vectors_NP)
         centroids_KP = np.where(np.any(means_KP, axis=1)[:, None], means_KP, centroids_KP)
+        progress.advance(1)
+    progress.finish()
     return centroids_KP
 
 

@@ -173,8 +173,9 @@ def test_items_are_clustered_block_by_block(monkeypatch: pytest.MonkeyPatch, cou
     np.testing.assert_array_equal(centroids, spherical_means(vectors[drawn], num_clusters, seed=1))
     assert num_read == {1: [1, 1], 50: [8, 8, 8, 4, 16, 16, 16, 2]}[count]
     assert assigned.clusters.tolist() == (vectors @ centroids.T).argmax(axis=1).tolist()
-    assert progress.started == [("clustering dots", count, "items")]
-    assert progress.counts == {"clustering dots": count}
+    finding = f"finding {num_clusters} clusters of dots"
+    assert progress.started == [(finding, 10, "iterations"), ("clustering dots", count, "items")]
+    assert progress.counts == {finding: 10, "clustering dots": count}
 
 
 def test_few_vectors_are_read_at_once() -> None:

@@ -58,18 +58,29 @@ def test_groups_are_connected_components(seed: int, num_samples: int, block: int
     expected = together(components(pairs, sides))
     progress = RecordedProgress()
     assert together(near_duplicate_groups(pairs, COSINES, readers, progress)) == expected
-    assert (progress.notes, progress.started) == ([], [])
+    texts = len(pairs.second.rows)
+    of_sides = (("image", num_samples), ("text", texts))
+    assert progress.notes == []
+    assert progress.started == [(f"comparing {name} items for the split", count, "items") for name, count in of_sides]
+    assert progress.counts == {what: count for what, count, _ in progress.started}
+    progress = RecordedProgress()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("ALL_PAIRS_LIMIT", 1), ("BLOCK", block), ("READ_ROWS", block), ("_MAX_EDGES", block)):
             patch.setattr(module, name, value)
         found = near_duplicate_groups(pairs, COSINES, readers, progress)
     assert found.dtype == np.int64
-    texts = len(pairs.second.rows)
     assert together(found) == expected  # so few clusters that every border is crossed
     assert progress.started == [
-        (f"{what} {modality} items for the split", count, "items")
-        for modality, count in (("image", num_samples), ("text", texts))
-        for what in ("clustering", "comparing")
+        step
+        for name, count in of_sides
+        for step in (
+            (f"finding {round(2 * count**0.5)} clusters of {name} items for the split", 10, "iterations"),
+            *(
+                (f"{what} {name} items for the split", count, "items")
+                for what in ("clustering", "sorting", "comparing")
+            ),
+            (f"measuring the recall of {name} items", count, "items"),
+        )
     ]
     assert progress.counts == {what: count for what, count, _ in progress.started}
 

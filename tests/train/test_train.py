@@ -353,7 +353,9 @@ def test_progress_begins_before_the_first_step(cache_path: Path, tmp_path: Path,
     features = [cache.feature("image", IMAGE), cache.feature("text", TEXT)]
     loading = [(f"loading {feature.name}", feature.num_items, noun(feature.modality)) for feature in features]
     pairing, splitting = ("pairing", len(cache), "samples"), ("splitting", len(cache), "samples")
-    steps = [pairing, splitting, *loading] if split == "key" else [pairing, *loading]
+    sides = zip(("image", "text"), loading, strict=True)
+    comparing = [(f"comparing {name} items for the split", count, "items") for name, (_, count, _) in sides]
+    steps = [pairing, splitting, *loading] if split == "key" else [pairing, *loading, *comparing]
     assert progress.started[:-2] == steps
     assert [what for what, *_ in progress.started[-2:]] == ["initializing", "training"]
     assert progress.started[-2][1] >= report.num_samples["train"]
