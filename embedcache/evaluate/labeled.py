@@ -16,6 +16,8 @@ from embedcache.dataset.splits import PARTS, column_parts, draw_groups
 from embedcache.errors import DataError
 from embedcache.evaluate.classifiers import Examples
 from embedcache.evaluate.settings import ProbeSettings
+from embedcache.modalities import noun
+from embedcache.progress import NullProgress, Progress
 from embedcache.store.cache import Cache
 
 _TEST_FRACTION, _VAL_FRACTION = 0.25, 0.1
@@ -54,7 +56,7 @@ class LabeledFeature:
         return int(np.isin(self.items.contents[is_test], self.items.contents[~is_test]).sum())
 
 
-def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
+def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | None = None) -> LabeledFeature:
     """Read the vectors, labels and parts of a feature.
 
     Parts are those of the column `split`, if the cache has one; if it names no validation part, one is taken from
@@ -97,7 +99,9 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
         feature=feature,
         names=labels.names,
         items=used_items,
-        examples=Examples(vectors=_read_vectors(feature, used_items.rows), labels=labels.numbers),
+        examples=Examples(
+            vectors=_read_vectors(feature, used_items.rows, progress or NullProgress()), labels=labels.numbers
+        ),
         parts=parts,
         split_rule=rule,
         num_unlabeled=num_unlabeled,
@@ -153,13 +157,16 @@ def _draw(cache: Cache, items: Items, quotas: Sequence[int], seed: int) -> tuple
     return samples, draw_groups(keys, number_values(items.contents[first]), quotas, seed)
 
 
-def _read_vectors(feature: InputFeature, rows: Ints) -> Floats:
+def _read_vectors(feature: InputFeature, rows: Ints, progress: Progress) -> Floats:
     """Read the vectors of some rows and compare checksums: (M, D) float32."""
     position_N = np.full(feature.num_items, -1)
     position_N[rows] = np.arange(len(rows))
     vectors_MD = np.empty((len(rows), feature.width), np.float32)
+    progress.start(f"loading {feature.name}", feature.num_items, noun(feature.modality))
     for rows_B, inputs in feature.blocks():
         position_B = position_N[rows_B]
         is_kept = position_B >= 0
         vectors_MD[position_B[is_kept]] = to_mean_vectors(inputs)[is_kept]
+        progress.advance(len(rows_B))
+    progress.finish()
     return vectors_MD

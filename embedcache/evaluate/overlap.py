@@ -18,6 +18,8 @@ from embedcache.evaluate.runs import Run, read_run_selection, read_run_split, ru
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.files import is_url
 from embedcache.metrics.neighbors import find_closest
+from embedcache.modalities import noun
+from embedcache.progress import NullProgress, Progress, watch
 from embedcache.provenance import fields_of, read_stage
 from embedcache.store.cache import Cache
 
@@ -85,12 +87,17 @@ def largest_overlap(overlaps: Iterable[Overlap | None]) -> Overlap | None:
 
 
 def find_overlap(
-    run: Run, cache: Cache, evaluated: Mapping[str, ItemSet], settings: RetrievalSettings | ZeroShotSettings
+    run: Run,
+    cache: Cache,
+    evaluated: Mapping[str, ItemSet],
+    settings: RetrievalSettings | ZeroShotSettings,
+    *,
+    progress: Progress | None = None,
 ) -> Overlap | None:
     """Compare evaluated items of a cache, by modality, with those a run was trained on, if the settings enable it.
 
     Of many samples, some are drawn at random (seed 0), so that it takes seconds. Memory: the compared vectors, and
-    tiles of their cosines.
+    tiles of their cosines. Progress is in items of the training part.
     """
     if not settings.check_overlap or settings.part == "train":
         return None
@@ -108,7 +115,7 @@ def find_overlap(
         others = [items[modality] for items in trained]
         exact |= set(item_set.items.samples[_is_equal(item_set, others)].tolist())
         part = item_set.items.select(checked)
-        is_near = _is_near(ItemSet(item_set.feature, part), others, cosines[modality])
+        is_near = _is_near(ItemSet(item_set.feature, part), others, cosines[modality], progress or NullProgress())
         near |= set(part.samples[is_near].tolist())
     return Overlap(
         num_samples=len(samples),
@@ -185,11 +192,13 @@ def _is_equal(item_set: ItemSet, others: Sequence[ItemSet]) -> Bools:
     return is_equal
 
 
-def _is_near(item_set: ItemSet, others: Sequence[ItemSet], cosine: float) -> Bools:
+def _is_near(item_set: ItemSet, others: Sequence[ItemSet], cosine: float, progress: Progress) -> Bools:
     candidates = (
         to_unit_vectors(other.feature.read(other.items.rows[block]))
         for other in others
         for block in blocks(len(other.items.rows), _BLOCK)
     )
-    is_near: Bools = find_closest(to_unit_vectors(item_set.feature.read(item_set.items.rows)), candidates).sims > cosine
+    name, num_trained = noun(item_set.feature.modality), sum(len(other.items.rows) for other in others)
+    shown = watch(candidates, progress, f"comparing with training {name}", num_trained, name)
+    is_near: Bools = find_closest(to_unit_vectors(item_set.feature.read(item_set.items.rows)), shown).sims > cosine
     return is_near

@@ -135,7 +135,7 @@ def evaluate_probe(
     """
     settings, progress = replace_flat(settings or ProbeSettings(), options), to_progress(progress)
     methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
-    data = read_labeled(Cache(cache), settings)
+    data = read_labeled(Cache(cache), settings, progress=progress)
     _check_shots(data, settings)
     data = replace(data, examples=replace(data.examples, products=products_on(settings.device)))
     if fit_knn in methods.values():

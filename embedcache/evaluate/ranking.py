@@ -99,7 +99,7 @@ def rank(
         ranking,
         distinct=_rank_distinct(ranking, split, counter),
         by_width=_ranks_by_width(ranking, widths, counter),
-        overlap=find_overlap(run, cache, dict(zip(modalities, item_sets, strict=True)), settings),
+        overlap=find_overlap(run, cache, dict(zip(modalities, item_sets, strict=True)), settings, progress=progress),
     )
 
 
@@ -107,8 +107,8 @@ def _project(run: Run, items: ItemSet, progress: Progress) -> Floats:
     """Project the items of one side: (N, P) float32."""
     modality = items.feature.modality
     progress.start(f"projecting {noun(modality)}", len(items.items.rows), noun(modality))
-    projected_NP = project(run.pair.tower(modality), items.feature.read(items.items.rows), device=run.device)
-    progress.advance(len(projected_NP))
+    inputs = items.feature.read(items.items.rows)
+    projected_NP = project(run.pair.tower(modality), inputs, device=run.device, progress=progress)
     progress.finish()
     return projected_NP
 

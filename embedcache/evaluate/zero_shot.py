@@ -247,7 +247,7 @@ def classify(
         labels=labels,
         ranks=ranks,
         predicted=predicted,
-        overlap=find_overlap(run, cache, {"image": ItemSet(image, items)}, settings),
+        overlap=find_overlap(run, cache, {"image": ItemSet(image, items)}, settings, progress=progress),
     )
 
 

@@ -95,6 +95,8 @@ def test_long_neighbors_are_announced(labeled_path: Path, monkeypatch: pytest.Mo
     progress = RecordedProgress()
     evaluate_probe(labeled_path, ProbeSettings(feature=FEATURE, classifiers=("ridge",)), progress=progress)
     assert not progress.notes
+    assert [what for what, *_ in progress.started] == [f"loading {FEATURE}", "probing"]
+    assert progress.counts == {what: total for what, total, _ in progress.started}
 
 
 def test_tokens_are_averaged(labeled_path: Path) -> None:

@@ -238,8 +238,9 @@ def test_large_parts_are_drawn_from(cache_path: Path, runs: list[Path], monkeypa
     assert progress.notes[0].startswith("ranking: 800 pairs of vectors, about 0 s")
     steps = [("projecting images", 20, "images"), ("projecting texts", 20, "texts"), ("ranking", 40, "queries")]
     repeated = ("ranking each content once", 39, "queries")  # of the first run's split
-    assert progress.started == [*steps, repeated, *steps]
-    assert progress.counts == {**{step: 2 * total for step, total, _ in steps}, repeated[0]: 39}
+    overlap = [(f"comparing with training {name}", 195, name) for name in ("images", "texts")]
+    assert progress.started == [*steps, repeated, *overlap, *steps, *overlap]
+    assert progress.counts == {**{step: 2 * total for step, total, _ in (*steps, *overlap)}, repeated[0]: 39}
     assert [ranking.seed for ranking in rankings] == report.seeds
     exact = evaluate_retrieval(cache_path, runs, RetrievalSettings(max_samples=0))
     assert exact.recalls == evaluate_retrieval(cache_path, runs).recalls
