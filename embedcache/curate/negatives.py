@@ -6,7 +6,6 @@ one group, connected by equal items or by near-duplicates, are never negatives o
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +167,8 @@ class _Mining:
         if config is not None and features is not None:
             raise SettingError("feature: expected those of the run, got others; omit them, or --run")
         named = {name: side.feature for name, side in config.sides.items()} if config is not None else features
-        data = open_data(cache_path, named or {"image": None, "text": None}, memory_bytes=_MEMORY_BYTES)
+        named = named or {"image": None, "text": None}
+        data = open_data(cache_path, named, memory_bytes=_MEMORY_BYTES, progress=progress)
         self.names = {name: side.feature for name, side in data.tower_inputs.items()}
         modality = settings.modality or next(iter(data.sides))
         if modality not in data.sides:
@@ -185,10 +185,11 @@ class _Mining:
         self.groups_S = np.full(self.cache.info.num_samples, -1, np.int64)
         self.groups_S[self.pairs.samples] = _group_samples(self.pairs, data, settings, progress)
         self._own_sum, self._num_own = 0.0, 0
+        self._candidate_vectors = np.empty((0, self._vectors.width), np.float32)  # read before all are compared
 
     def _choose_pairs(self, data: TrainData, config: PairConfig | None) -> Pairs:
         """Return the items of the samples of the selection, or of the run's training part, or of all samples."""
-        pairs, run = data.pairs(None), self.settings.run
+        pairs, run = data.pairs(None, progress=self.progress), self.settings.run
         if self.settings.selection is not None:
             pairs = pairs.select(read_selection(self.settings.selection, [self.cache]))
         elif config is not None and any(map(self.cache.info.has_rows_of, config.index_digest.split("+"))):
@@ -203,14 +204,11 @@ class _Mining:
     def mean_own_score(self) -> float | None:
         return self._own_sum / self._num_own if self._num_own else None
 
-    @cached_property
-    def _candidate_vectors(self) -> Floats:
-        return self._vectors.read(self._candidates.rows)
-
     def blocks(self) -> Iterator[NegativesBlock]:
         """Iterate over the negatives of all samples of the cache, block by block."""
         samples, settings = self.pairs.samples, self.settings
         if self._index is None:
+            self._candidate_vectors = self._vectors.read(self._candidates.rows, self.progress)
             num_pairs = len(samples) * len(self._candidates.rows)
             note_duration(self.progress, "mining hard negatives", num_pairs, self._vectors.width)
         self.progress.start("mining hard negatives", len(samples), "samples")

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from embedcache.dataset.splits import check_split, write_split
 from embedcache.locks import LOCK, locked
+from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
     STORED_NAMES,
@@ -77,7 +78,9 @@ class Study:
         return to_record(self, _STORED_NAMES)
 
 
-def open_study(path: Path, data: TrainData, space: Space, settings: SweepSettings) -> Study:
+def open_study(
+    path: Path, data: TrainData, space: Space, settings: SweepSettings, *, progress: Progress | None = None
+) -> Study:
     """Create a study in a folder, or open the existing one; processes that start together wait for each other.
 
     The split is made once and written, because all trials are compared on it and `strict` compares all pairs of items.
@@ -119,7 +122,8 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
             check_failed(f"study {path}", _failed_of(stored), failed)
             check_split(split_path(path))
             return stored
-        split = data.split(data.pairs(space.settings({}).language), space.settings({}).split)
+        pairs = data.pairs(space.settings({}).language, progress=progress)
+        split = data.split(pairs, space.settings({}).split, progress=progress)
         write_split(split_path(path), split)
         made = replace(requested, split_digest=digest_file(split_path(path)))
         write_record(manifest, made.to_json())

@@ -81,10 +81,11 @@ def sweep(
     searched = read_space(Path(space))
     make_grid_points(searched, settings)  # rejects an infinite grid before a folder is created
     memory = searched.settings({}).machine.memory
-    data = open_data(caches, name_features(image_feature, text_feature, None), memory_bytes=memory)
+    named = name_features(image_feature, text_feature, None)
+    data = open_data(caches, named, memory_bytes=memory, progress=progress)
     searched = _with_block_rows(_with_recipe(searched, data, progress), data)
     with disk_errors(folder):
-        opened = open_study(folder, data, searched, settings)
+        opened = open_study(folder, data, searched, settings, progress=progress)
         paths = tuple(str(cache.path) for cache in data.caches)
         job = StudyJob(caches=paths, path=folder, study=opened, space=searched, settings=settings)
         with closing(job.trials()) as trials:

@@ -42,7 +42,7 @@ def open_data(
         paths: one cache, or several.
         features: modality -> `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
         memory_bytes: for both features.
-        progress: progress of what is then done with the data: loading, pairing and splitting them.
+        progress: progress of loading them, when they are first read.
 
     Raises:
         SettingError: not two modalities.
@@ -120,13 +120,14 @@ class TrainData:
 
     def split(self, pairs: Pairs, settings: SplitSettings, *, progress: Progress | None = None) -> Split:
         """Split the samples; features are loaded for a strict split only."""
+        shown = progress or NullProgress()
         if settings.kind == "strict":  # has steps of its own
             split = make_split(self.caches, pairs, settings, self.readers, progress=progress)
         else:
-            self.progress.start("splitting", len(pairs.samples), "samples")
+            shown.start("splitting", len(pairs.samples), "samples")
             split = make_split(self.caches, pairs, settings, {}, progress=progress)
-            self.progress.advance(len(pairs.samples))
-            self.progress.finish()
+            shown.advance(len(pairs.samples))
+            shown.finish()
         if settings.path is not None and progress is not None:
             num_all, num_missing = split.parts.count(""), sum(map(len, self.caches)) - len(np.unique(pairs.samples))
             if num_other := num_all - num_missing:
@@ -148,13 +149,13 @@ class TrainData:
         """Whether a feature is too large to be loaded."""
         return any(not _fits(features, self.memory_bytes / 2) for features in self.sides.values())
 
-    def pairs(self, language: str | None) -> Pairs:
+    def pairs(self, language: str | None, *, progress: Progress | None = None) -> Pairs:
         """Pair the items; arguments and errors are those of `pair_items`."""
-        first, second = self.sides.values()
-        self.progress.start("pairing", sum(map(len, self.caches)), "samples")
+        (first, second), progress = self.sides.values(), progress or NullProgress()
+        progress.start("pairing", sum(map(len, self.caches)), "samples")
         pairs = pair_items(self.caches, first, second, language=language)
-        self.progress.advance(sum(map(len, self.caches)))
-        self.progress.finish()
+        progress.advance(sum(map(len, self.caches)))
+        progress.finish()
         return pairs
 
     def open_views(self, modality: str, views: Iterable[str]) -> dict[str, list[InputFeature]]:

@@ -256,7 +256,7 @@ def _fit(
     progress: Progress,
     on_epoch: OnEpoch | None,
 ) -> tuple[AlignedPair, TrainReport]:
-    pairs = data.pairs(settings.language)
+    pairs = data.pairs(settings.language, progress=progress)
     run_on_first(lambda: _make_split(data, pairs, run_path, settings, progress))
     split = read_split(split_path(run_path), data.caches)
     views = parse_views(settings.views)

@@ -234,9 +234,19 @@ def test_negatives_equal_a_plain_search(
     assert set(np.flatnonzero(groups == -1)) == set(range(40)) - set(train.tolist())
     notes = [note.partition(" of vectors")[0] for note in progress.notes if note.startswith("mining")]
     assert notes == ([] if "index" in options else [f"mining hard negatives: {len(train) ** 2:,} pairs"])
-    assert progress.started[-1] == ("mining hard negatives", len(train), "samples")
+    reading = [] if "index" in options else [("reading vectors", len(train), "texts")]
+    sides = (("image", FEATURES["image"], 40), ("text", FEATURES["text"], 40))
+    assert progress.started == [
+        ("pairing", 40, "samples"),
+        *((f"loading {feature}", count, f"{name}s") for name, feature, count in sides),
+        *((f"comparing {name} items for the split", len(train), "items") for name, *_ in sides),
+        *reading,
+        ("mining hard negatives", len(train), "samples"),
+    ]
     assert progress.counts["mining hard negatives"] == len(train)
-    assert max(progress.advances[-5:]) <= (16 if "index" in options else 7)
+    assert max(progress.advances[-3:] if "index" in options else progress.advances[-5:]) <= (
+        16 if "index" in options else 7
+    )
 
 
 def test_limits_are_inclusive(two_caches: list[Path], own_run: Path, tmp_path: Path) -> None:
@@ -318,9 +328,9 @@ def test_features_of_up_to_2_gb_are_loaded(
     """Check the memory for both features; a feature takes up to half of it."""
     given: list[float] = []
 
-    def open_and_note(*values: Any, memory_bytes: float) -> Any:
+    def open_and_note(*values: Any, memory_bytes: float, **options: Any) -> Any:
         given.append(memory_bytes)
-        return open_data(*values, memory_bytes=memory_bytes)
+        return open_data(*values, memory_bytes=memory_bytes, **options)
 
     monkeypatch.setattr("embedcache.curate.negatives.open_data", open_and_note)
     mine_negatives(two_caches[0], tmp_path / "n.parquet", NegativesSettings(**LOOSE), feature=FEATURES)
