@@ -23,7 +23,7 @@ from embedcache.interop.exporting import VectorExport, new_folder
 from embedcache.interop.imported import FileGroup, VectorImport
 from embedcache.interop.importing import UNIT_TOLERANCE
 from embedcache.interop.npy import open_npy, write_array
-from embedcache.progress import Progress
+from embedcache.progress import Progress, watch
 
 _ROWS_PER_FILE = 1_000_000
 _ARRAYS: Mapping[str, Modality] = {"img_emb": "image", "text_emb": "text"}
@@ -78,7 +78,8 @@ def write_clip_retrieval(
     with new_folder(folder) as temporary:
         for name in (*names, _METADATA):
             (temporary / name).mkdir()
-        for number, rows in numbers.items():
+        parts = watch(numbers.values(), progress, f"writing {_METADATA}", len(export.samples), "rows")
+        for number, rows in zip(numbers, parts, strict=True):
             path = temporary / _METADATA / f"{_METADATA}_{number}.parquet"
             pq.write_table(_metadata(export, rows), path, write_page_checksum=True)
         for name, modality in names.items():

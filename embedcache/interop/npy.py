@@ -17,7 +17,7 @@ from embedcache.errors import CorruptError, DataError, EmbedcacheError, SettingE
 from embedcache.interop.exporting import VectorExport, new_folder
 from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
 from embedcache.interop.parquet import write_rows
-from embedcache.progress import Progress
+from embedcache.progress import Progress, watch
 from embedcache.registry import unknown_name
 from embedcache.sources.files import open_binary, wrap_io_errors
 
@@ -52,7 +52,9 @@ def write_npy(export: VectorExport, folder: Path, *, progress: Progress) -> int:
     """
     num_rows = len(export.samples)
     with new_folder(folder) as temporary:
-        write_rows(temporary / "rows.parquet", map(export.table, blocks(num_rows, _ROW_GROUP)), export.record)
+        tables = map(export.table, blocks(num_rows, _ROW_GROUP))
+        shown = watch(tables, progress, "writing rows.parquet", num_rows, "rows")
+        write_rows(temporary / "rows.parquet", shown, export.record)
         for modality in export.modalities:
             progress.start(f"writing {modality}.npy", num_rows, "vectors")
             shape = (num_rows, export.width(modality))

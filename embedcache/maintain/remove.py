@@ -1,6 +1,6 @@
 """Removing samples, as after a takedown or a withdrawn consent, from a cache and from what was made of it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
-from embedcache.store.layout import INTERRUPTED_REMOVAL, read_info
+from embedcache.store.layout import INTERRUPTED_REMOVAL, CacheInfo, read_info
 from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
 from embedcache.store.removed import read_removed
 from embedcache.store.rows import find_keys
@@ -140,7 +140,7 @@ def remove_samples(
         cache: local cache.
         keys: one or several keys of samples; those that were removed before are passed over.
         settings: where else the samples are, and what is recorded of their keys.
-        progress: shows the number of items that are written again.
+        progress: progress in what is checked and written again: rows of tables, chunks, items, then files.
         options: settings by name, such as `index=["index"]`, which take precedence.
 
     Raises:
@@ -159,11 +159,10 @@ def remove_samples(
     with record_stage(new_record_path(path, "remove"), "remove", request) as outcome:
         if len(plan.rows):
             if not plan.is_resumed:
-                start_removal(Cache(path), plan.rows, _find(path, keys).keys)
+                start_removal(Cache(path), plan.rows, _find(path, keys).keys, progress=shown)
             apply_removal(path, settings.record_keys, progress=shown)
         indexes = {str(index): _purge(path, index, card, shown) for index, card in cards.items()}
-        entries = {str(output): remove_from(output, set(keys)) for output in _with_removed(settings)}
-        entries |= {str(run): remove_from_run(run, set(keys), read_info(path)) for run in settings.runs}
+        entries = _remove_from_outputs(settings, set(keys), read_info(path), shown)
         report = RemovalReport(
             cache=path,
             num_samples=len(plan.rows),
@@ -264,6 +263,20 @@ def _purge(cache_path: Path, index_path: Path, card: IndexCard, progress: Progre
         "recall_at_10_before": card.recall_at_10,
         "recall_at_10": after.recall_at_10,
     }
+
+
+def _remove_from_outputs(
+    settings: RemoveSettings, keys: Collection[str], info: CacheInfo, progress: Progress
+) -> dict[str, int]:
+    """Remove samples from selections, exports and runs; return how many entries of each were removed."""
+    outputs, entries = [*_with_removed(settings), *settings.runs], {}
+    if outputs:
+        progress.start("removing entries", len(outputs), "files")
+    for path in outputs:
+        entries[str(path)] = remove_from_run(path, keys, info) if path in settings.runs else remove_from(path, keys)
+        progress.advance(1)
+    progress.finish()
+    return entries
 
 
 def _with_removed(settings: RemoveSettings) -> list[Path]:

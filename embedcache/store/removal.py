@@ -77,8 +77,10 @@ def read_pending(cache_path: Path) -> RemovedSamples | None:
     return read_removed_file(path) if path.is_file() else None
 
 
-def start_removal(cache: Cache, samples: Ints, keys: Sequence[str]) -> None:
+def start_removal(cache: Cache, samples: Ints, keys: Sequence[str], *, progress: Progress | None = None) -> None:
     """Record that samples are to be removed, once everything that will be written again is known to be intact.
+
+    Progress is in rows of the tables, then in chunks.
 
     Raises:
         CorruptError: a table, or a chunk that holds an item of them, is damaged; repair it first.
@@ -94,15 +96,20 @@ def start_removal(cache: Cache, samples: Ints, keys: Sequence[str]) -> None:
         )
     if update_path(cache.path).is_file():
         raise UnfinishedError(f"{cache.path}: an extraction with --retry-failed was interrupted; run it again first")
-    damaged = next(check_tables(cache), None)
+    progress = progress or NullProgress()
+    damaged = next(check_tables(cache, progress=progress), None)
     if damaged is not None:
         raise CorruptError(f"{cache.path}: {damaged.line()}")
-    for erased in find_chunks(cache, samples):
+    chunks = find_chunks(cache, samples)
+    progress.start("checking chunks", sum(len(erased.rows) for erased in chunks), "chunks")
+    for erased in chunks:
         for chunk in erased.rows:
             commit = erased.group.commit(chunk)
             if commit is not None:
                 for name in commit.features:
                     Feature(erased.group, name).items(commit)
+            progress.advance(1)
+    progress.finish()
     with locked(cache.path):
         if removing_path(cache.path).is_file():  # of another process, since this one looked
             raise UnfinishedError(f"{cache.path}: {INTERRUPTED_REMOVAL}")
@@ -120,7 +127,7 @@ def apply_removal(cache_path: Path, record_keys: RecordKeys, *, progress: Progre
     assert pending is not None
     with locked(cache_path), disk_errors(cache_path):
         remove_partials(cache_path)
-        _write_tables(cache_path, pending.with_keys(record_keys))
+        _write_tables(cache_path, pending.with_keys(record_keys), progress)
         cache = Cache(cache_path)
         chunks = find_chunks(cache, pending.rows)
         for modality in cache.info.num_items:
@@ -139,7 +146,7 @@ def finish_removal(cache_path: Path) -> None:
     flush(cache_path)
 
 
-def _write_tables(cache_path: Path, pending: RemovedSamples) -> None:
+def _write_tables(cache_path: Path, pending: RemovedSamples, progress: Progress) -> None:
     """Write the table of removed samples, the tables without them, then `cache.json`."""
     info = read_info(cache_path)
     path = removed_path(cache_path)
@@ -151,7 +158,9 @@ def _write_tables(cache_path: Path, pending: RemovedSamples) -> None:
         return
     with scratch_folder(cache_path) as folder:
         writer = TableWriter(folder, info.chunk_size)
-        writer.copy(cache_path, info.num_samples, {}, {}, removed=removed.rows)
+        progress.start("writing tables", info.num_samples + sum(info.num_items.values()), "rows")
+        writer.copy(cache_path, info.num_samples, {}, {}, removed=removed.rows, progress=progress)
+        progress.finish()
         tables = writer.close()
         put_tables(folder, cache_path)
     segments: list[Segment] = info.all_segments

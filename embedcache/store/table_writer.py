@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, SourceError
 from embedcache.modalities import FILE_MODALITIES, MODALITIES
+from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.checksums import BLOCK, TableChecksums
 from embedcache.store.columns import widen
@@ -71,12 +72,15 @@ class TableWriter:
         checksums: Mapping[str, Mapping[str, str]],
         *,
         removed: Ints | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Copy the first samples of a cache's tables; some rows of a modality have a new location of their bytes.
 
         `checksums` are those of the tables: the copy of a damaged table would be called intact. `removed` are rows of
-        samples of which nothing is copied but that they exist. Raises `CorruptError`.
+        samples of which nothing is copied but that they exist. `progress` advances by the rows of all tables. Raises
+        `CorruptError`.
         """
+        progress = progress or NullProgress()
         removed = np.empty(0, np.int64) if removed is None else removed
         old = TableChecksums(BLOCK)
         with open_table(samples_path(cache_path)) as file:
@@ -85,6 +89,7 @@ class TableWriter:
                 rows = pa.table(batch).slice(0, num_samples - self._samples.num_rows)
                 old.update(rows)
                 self._samples.write(_without_samples(rows, self._samples.num_rows, removed))
+                progress.advance(len(rows))
         _check_copy(old, {} if is_longer else checksums.get("samples", {}), samples_path(cache_path))
         for modality in item_tables(cache_path):
             writer, moved, old = self._writer(modality), relocated.get(modality, {}), TableChecksums(self._chunk_size)
@@ -94,6 +99,7 @@ class TableWriter:
                     table = table.filter(pc.less(table["sample"], num_samples))
                     old.update(table)
                     writer.write(_relocate(_without_items(table, removed), writer.num_rows, moved))
+                    progress.advance(len(table))
             _check_copy(old, checksums.get(modality, {}), items_path(cache_path, modality))
         self.num_samples = num_samples
 

@@ -10,6 +10,7 @@ from embedcache.interop.formats import export_vectors, open_vectors
 from embedcache.interop.importing import import_vectors
 from embedcache.interop.settings import VectorExportSettings
 from embedcache.store.cache import Cache
+from tests.recorded import RecordedProgress
 
 
 def test_exported_vectors_are_imported(labeled: Path, tmp_path: Path) -> None:
@@ -18,7 +19,13 @@ def test_exported_vectors_are_imported(labeled: Path, tmp_path: Path) -> None:
     feature = cache.feature("image")
     expected = feature.gather(np.flatnonzero(feature.valid))
     assert report.line() == f"{rows}: {len(expected)} rows; left out: {report.left_out}"
-    assert export_vectors("npy", cache, arrays, VectorExportSettings(modality="image")).num_rows == len(expected)
+    progress, images = RecordedProgress(), VectorExportSettings(modality="image")
+    assert export_vectors("npy", cache, arrays, images, progress=progress).num_rows == len(expected)
+    assert progress.started == [
+        ("writing rows.parquet", len(expected), "rows"),
+        ("writing image.npy", len(expected), "vectors"),
+    ]
+    assert progress.counts == {what: total for what, total, _ in progress.started}
     opened = {
         "parquet": open_vectors("parquet", str(rows), image_vector_column="image_vector"),
         "npy": open_vectors("npy", image_file=str(arrays / "image.npy"), table=arrays / "rows.parquet"),

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from embedcache.errors import CorruptError, PathError, UnfinishedError
+from embedcache.progress import Progress
 from embedcache.sources import open_source
 from embedcache.store import removal
 from embedcache.store.cache import Cache
@@ -31,9 +32,9 @@ def cache(two_caches: list[Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(two_caches[0], tmp_path / "cache"))
 
 
-def start(path: Path, samples: np.ndarray = SAMPLES) -> None:
+def start(path: Path, samples: np.ndarray = SAMPLES, progress: Progress | None = None) -> None:
     opened = Cache(path)
-    start_removal(opened, samples, opened.column("key").take(pa.array(samples)).to_pylist())
+    start_removal(opened, samples, opened.column("key").take(pa.array(samples)).to_pylist(), progress=progress)
 
 
 def remove(path: Path, samples: np.ndarray = SAMPLES) -> None:
@@ -54,14 +55,20 @@ def test_nothing_is_left_and_other_rows_are_the_same(two_caches: list[Path], cac
     before = Cache(two_caches[0])
     keys = before.column("key").to_pylist()
     progress = RecordedProgress()
-    start(cache)
+    start(cache, progress=progress)
     assert read_pending(cache).rows.tolist() == SAMPLES.tolist()  # type: ignore[union-attr]
     apply_removal(cache, "digest", progress=progress)
     finish_removal(cache)
     assert read_pending(cache) is None
     assert not (cache / "removing").exists()
-    assert progress.started == [("writing chunks of images", 40, "images"), ("writing chunks of texts", 40, "texts")]
-    assert progress.counts == {"writing chunks of images": 40, "writing chunks of texts": 40}
+    assert progress.started == [
+        ("checking tables", 120, "rows"),
+        ("checking chunks", 4, "chunks"),
+        ("writing tables", 120, "rows"),
+        ("writing chunks of images", 40, "images"),
+        ("writing chunks of texts", 40, "texts"),
+    ]
+    assert progress.counts == {what: total for what, total, _ in progress.started}
     after = Cache(cache)
     assert verify(after) == []
     others = np.setdiff1d(np.arange(40), SAMPLES)
