@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Protocol, TypeAlias, TypeVar
+from weakref import WeakSet
 
 from embedcache.errors import visible
 
@@ -97,6 +98,7 @@ class BarProgress:
         # tqdm draws nothing in a terminal that does not know its size
         size: Any = {} if _is_notebook() else dict(zip(("ncols", "nrows"), shutil.get_terminal_size(), strict=True))
         self._bar = self._tqdm(total=total or None, desc=name, unit=f" {unit}", **size)
+        _OPEN.add(self)
 
     def advance(self, count: int) -> None:
         """Advance the bar."""
@@ -113,6 +115,7 @@ class BarProgress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+        _OPEN.discard(self)
 
     def note(self, line: str) -> None:
         """Print a line above all bars."""
@@ -121,6 +124,15 @@ class BarProgress:
     def part(self, name: str = "") -> "BarProgress":
         """Return the progress of a part, whose bars are on the same screen."""
         return BarProgress(join_names(self._name, name))
+
+
+_OPEN: WeakSet[BarProgress] = WeakSet()
+
+
+def close_bars() -> None:
+    """Stop all bars and leave them where they are, so that the last line of a program is below them."""
+    for progress in list(_OPEN):
+        progress.finish()
 
 
 def _import_tqdm() -> Any:

@@ -88,6 +88,18 @@ def test_bars_of_parts_are_shown_at_once_and_stay(capsys: pytest.CaptureFixture[
     assert screen[0].endswith("utterances/s, epoch 2/2]")
 
 
+def test_bars_are_closed_before_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = BarProgress()
+    progress.start("training", 40, "utterances")
+    progress.advance(30)
+    assert not capsys.readouterr().err.endswith("\n")
+    module.close_bars()
+    assert capsys.readouterr().err.endswith("\n")
+    progress.finish()
+    module.close_bars()
+    assert capsys.readouterr().err == ""
+
+
 def test_bars_are_shown_in_terminals_and_notebooks_only(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {None: NullProgress, False: NullProgress, True: PlainProgress}
     assert {request: type(to_progress(request)) for request in kinds} == kinds

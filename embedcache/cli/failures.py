@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from embedcache.errors import DiskFullError, EmbedcacheError, PathError, show_faults, visible
 from embedcache.files import disk_full_message, io_reason, is_io_error
+from embedcache.progress import close_bars
 from embedcache.registry import plugin_of
 
 _BUG = 70
@@ -90,6 +91,7 @@ def explain_ends(left: Callable[[], tuple[str, bool]]) -> Iterator[None]:
 
 
 def _stop(left: str, *, resumes: bool) -> NoReturn:
+    close_bars()
     aim = "resume" if resumes else "start again"
     print(f"Interrupted. {visible(left[0].upper() + left[1:])}; rerun the same command to {aim}.", file=sys.stderr)
     sys.exit(_INTERRUPTED)
@@ -115,6 +117,7 @@ def _os_error_line(error: OSError) -> str:
 
 
 def _fail(message: str, error: Exception | None = None) -> NoReturn:
+    close_bars()
     message = "; ".join([message, *getattr(error, "__notes__", ())])
     if os.environ.get("EMBEDCACHE_DEBUG", "0") != "0":
         traceback.print_exc()
@@ -123,6 +126,7 @@ def _fail(message: str, error: Exception | None = None) -> NoReturn:
 
 
 def _report_bug(error: Exception) -> NoReturn:
+    close_bars()
     traceback.print_exc()
     plugin = plugin_of(error)
     if plugin is None:

@@ -1,9 +1,12 @@
 """What a command says when Ctrl-C or a disk ends it: what is kept, and whether the same command resumes."""
 
 import errno
+import os
+import pty
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +28,8 @@ class Ends:
     accepts, requires_one_of, required_inputs, modality, uses_seed = ("budget",), (), (), "image", False
 
     def select(self, pool, settings):
+        pool.progress.start("selecting", 9, "samples")
+        pool.progress.advance(3)
         self.end()
 
 class Interrupted(Ends):
@@ -158,13 +163,19 @@ def _commands(group: TyperGroup) -> Iterator[tuple[str, Command]]:
 def test_signal_ends_a_selection_with_an_explanation(folder: Path) -> None:
     words = ["curate", "select", "cache", "out.parquet", "--method", "ending_plugin:Waits", "--budget", "9"]
     restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores SIGINT
+    terminal, theirs = pty.openpty()
     with subprocess.Popen(
-        [*PROGRAM, *words], stderr=subprocess.PIPE, text=True, cwd=folder, env=ENVIRONMENT, preexec_fn=restore
+        [*PROGRAM, *words], stderr=theirs, cwd=folder, env=ENVIRONMENT, preexec_fn=restore
     ) as process:
+        os.close(theirs)
         while not (folder / "waiting").exists():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.stderr is not None
-        shown = process.stderr.read()
+        shown = b""
+        with suppress(OSError):  # how a closed terminal ends
+            while part := os.read(terminal, 4096):
+                shown += part
     assert process.returncode == 130
-    assert shown.endswith("Interrupted. Nothing is written; rerun the same command to start again.\n")
+    *_, bar, line = shown.decode().splitlines()
+    assert "3/9" in bar.split("\r")[-1]
+    assert line == "Interrupted. Nothing is written; rerun the same command to start again."
