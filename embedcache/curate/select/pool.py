@@ -13,7 +13,7 @@ from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
@@ -155,8 +155,8 @@ class Pool:
         is_inside_S = np.zeros(self.cache.info.num_samples, bool)
         is_inside_S[self.samples] = True
         items = self.cache.items("text", columns=["sample", "text"])
-        for start in range(0, len(items), _TEXTS_PER_BLOCK):
-            block = items.slice(start, _TEXTS_PER_BLOCK)
+        parts = (items.slice(start, _TEXTS_PER_BLOCK) for start in range(0, len(items), _TEXTS_PER_BLOCK))
+        for block in watch(parts, self.progress, "reading captions", len(items), noun("text")):
             is_inside = is_inside_S[block["sample"].to_numpy()]
             kept = block.filter(pa.array(is_inside))
             yield from zip(kept["sample"].to_pylist(), kept["text"].to_pylist(), strict=True)

@@ -128,6 +128,13 @@ def test_long_clustering_is_announced(
     select(around["cache"], tmp_path / "a.parquet", method, settings, progress=progress)
     words = f"finding {clusters or 7} clusters: {num_pairs:,} pairs of vectors, about 0 s"
     assert progress.notes[0].startswith(words)
+    assert [what for what, *_ in progress.started] == [
+        "reading vectors",
+        f"finding {clusters or 7} clusters",
+        *(["assigning the target to clusters"] if method == "image-based" else []),
+        "assigning to clusters",
+    ]
+    assert all(progress.counts[what] >= total for what, total, _ in progress.started)
 
 
 def test_select_from_selection_and_train(around: dict[str, Path], tmp_path: Path) -> None:
