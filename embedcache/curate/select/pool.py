@@ -87,8 +87,10 @@ class Pool:
         if self._settings.scores is not None:
             return self._scored_samples()
         rows = ~self.cache.removed_items(self.modality) if self.feature is None else self.vectors.rows
-        samples = np.unique(self.item_samples[rows])
-        samples = samples[samples >= 0]
+        of_items = self.item_samples[rows]
+        is_inside_S = np.zeros(self.cache.info.num_samples, bool)
+        is_inside_S[of_items[of_items >= 0]] = True
+        samples = np.flatnonzero(is_inside_S)
         if not len(samples):
             of_feature = "" if self.feature is None else f" of {self.feature}"
             where = self._settings.selection or self.cache.path
