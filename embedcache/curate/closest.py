@@ -111,7 +111,7 @@ def _join(parts: list[ClosestItems]) -> ClosestItems:
 
 def _compare_all(sets: ItemSets, vectors_QP: Floats, products: Products, progress: Progress) -> ClosestItems:
     what, num_pairs = f"comparing {noun(sets.test.modality)}", len(vectors_QP) * sets.num_train
-    note_duration(progress, what, num_pairs, sets.test.width)
+    _note_duration(progress, what, num_pairs, sets.test.width, products)
     progress.start(what, num_pairs, "pairs")
 
     def train_blocks() -> Iterator[Floats]:
@@ -124,9 +124,17 @@ def _compare_all(sets: ItemSets, vectors_QP: Floats, products: Products, progres
     return ClosestItems(closest=closest, num_clusters=1, complete=1.0, recall=None)
 
 
+def _note_duration(progress: Progress, what: str, num_pairs: float, width: int, products: Products) -> None:
+    def compare(test_QP: Floats, train_CP: Floats) -> None:
+        find_closest(test_QP, [train_CP], products=products)
+
+    note_duration(progress, what, num_pairs, width, compare=compare)
+
+
 def _compare_clusters(sets: ItemSets, clusters: "_Clusters", progress: Progress) -> ClosestItems:
     what = f"comparing {noun(sets.test.modality)} within {len(clusters.centroids_KP):,} clusters"
-    note_duration(progress, what, sets.num_train * clusters.num_compared, sets.test.width)
+    num_pairs = sets.num_train * clusters.num_compared
+    _note_duration(progress, what, num_pairs, sets.test.width, clusters.products)
     progress.start(what, sets.num_train, noun(sets.test.modality))
     sims_C = np.full(sets.num_train, -np.inf, np.float32)
     num_before = 0
@@ -176,7 +184,7 @@ class _Clusters:
         self.rows_Q, self.sims_Q = np.full(count, -1, np.int64), np.full(count, -np.inf, np.float32)
         self._num_pairs = self._num_found = 0
         self._plan: Plan = make_plan(assignment, count)
-        self._vectors_QP, self._products, self._limit = vectors_QP, products, cosine_limit(cosine)
+        self._vectors_QP, self.products, self._limit = vectors_QP, products, cosine_limit(cosine)
         self._probes_QP = vectors_QP[is_probe_Q]
         num_columns = len(self.centroids_KP) + 1  # the last is no cluster
         self._is_visited_QK = np.zeros((len(self._probes_QP), num_columns), bool)
@@ -207,7 +215,7 @@ class _Clusters:
                 continue
             visitors = plan.visitors[plan.visitor_starts[cluster] : plan.visitor_starts[cluster + 1]]
             test = plan.items[np.r_[plan.starts[cluster] : plan.starts[cluster + 1], visitors]]
-            found = find_closest(self._vectors_QP[test], [train_BP[train]], products=self._products)
+            found = find_closest(self._vectors_QP[test], [train_BP[train]], products=self.products)
             is_closer = found.sims > self.sims_Q[test]
             self.sims_Q[test[is_closer]] = found.sims[is_closer]
             self.rows_Q[test[is_closer]] = train[found.rows[is_closer]] + num_before
@@ -216,8 +224,8 @@ class _Clusters:
 
     def _assign(self, train_TP: Floats) -> Ints:
         """Return the nearest centroid of some training items, and count the pairs with probes that are compared."""
-        clusters_T: Ints = self._products(train_TP, self.centroids_KP).argmax(axis=1)
-        probe, item = np.nonzero(self._products(self._probes_QP, train_TP) >= self._limit)
+        clusters_T: Ints = self.products(train_TP, self.centroids_KP).argmax(axis=1)
+        probe, item = np.nonzero(self.products(self._probes_QP, train_TP) >= self._limit)
         self._num_pairs += len(item)
         self._num_found += int(self._is_visited_QK[probe, clusters_T[item]].sum())
         return clusters_T

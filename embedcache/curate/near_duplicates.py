@@ -33,7 +33,7 @@ from embedcache.dataset.clusters import (
 from embedcache.dataset.similar_pairs import NeighborCollector, PairCollector, SimilarPairs, cosine_limit
 from embedcache.devices import AUTO, products_on
 from embedcache.errors import DataError
-from embedcache.metrics.neighbors import note_duration
+from embedcache.metrics.neighbors import MeasuredDuration
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.kmeans import spherical_kmeans
 from embedcache.search.vectors import Vectors, run_pass
@@ -252,11 +252,12 @@ def _compare(
     arranged: _Arranged, collector: PairCollector | NeighborCollector, device: str, progress: Progress
 ) -> None:
     matrix_NP, plan = arranged.matrix_NP, arranged.plan
-    note_duration(progress, "comparing", num_compared(plan), matrix_NP.shape[1])
+    measured = MeasuredDuration(progress, "comparing", num_compared(plan))
     progress.start("comparing", len(matrix_NP), "items")
     for tile, num_done in iterate_tiles(matrix_NP, plan, products=products_on(device)):
         collector.add(tile)
         progress.advance(num_done)
+        measured.add(tile.cosines.size / (2 if tile.is_diagonal else 1))
     progress.finish()
 
 

@@ -210,7 +210,16 @@ class _Mining:
         if self._index is None:
             self._candidate_vectors = self._vectors.read(self._candidates.rows, self.progress)
             num_pairs = len(samples) * len(self._candidates.rows)
-            note_duration(self.progress, "mining hard negatives", num_pairs, self._vectors.width)
+            products = products_on(settings.device)
+            note_duration(
+                self.progress,
+                "mining hard negatives",
+                num_pairs,
+                self._vectors.width,
+                compare=lambda rows_QP, others_CP: top_k(
+                    rows_QP, others_CP, min(settings.last_rank, len(others_CP)), products=products
+                ),
+            )
         self.progress.start("mining hard negatives", len(samples), "samples")
         first_query = np.searchsorted(self._queries.samples, samples)  # items are in the order of their samples
         for number, block in enumerate(blocks(self.cache.info.num_samples, _BLOCK)):

@@ -89,11 +89,17 @@ def rank(
     split = split._replace(part=part)
     num_pairs = 2 * len(pairs.first.rows) * len(pairs.second.rows)
     progress = progress or NullProgress()
-    note_duration(progress, "ranking", num_pairs, run.config.shared_width)
+    products = products_on(run.device)
+
+    def compare(queries_QP: Floats, candidates_CP: Floats) -> None:
+        places = np.arange(len(queries_QP))
+        negatives_before(queries_QP, candidates_CP, (places, places), products=products)
+
+    note_duration(progress, "ranking", num_pairs, run.config.shared_width, compare=compare)
     item_sets = [ItemSet(side, items) for side, items in zip(sides, (pairs.first, pairs.second), strict=True)]
     widths = _smaller_widths(run, settings)
     first, second = (_project(run, item_set, progress) for item_set in item_sets)
-    counter = _Counter(modalities, products_on(run.device), progress)
+    counter = _Counter(modalities, products, progress)
     ranking = _rank_items(run.seed, split, pairs, (first, second), pairs.positives(), counter)
     return replace(
         ranking,

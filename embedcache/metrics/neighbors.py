@@ -168,6 +168,7 @@ def spherical_means(
 
 
 _SHORT_S = 10.0
+_MEASURED_S = 0.5
 _TIMED = 512, 4096  # queries and candidates of a product that is timed
 _TIMES = 3
 
@@ -207,6 +208,32 @@ def note_duration(
 
     if estimate() > _SHORT_S and (seconds := min(estimate() for _ in range(_TIMES))) > _SHORT_S:
         progress.note(f"{what}: {num_pairs:,.0f} pairs of vectors, about {_duration(seconds)}")
+
+
+class MeasuredDuration:
+    """Reports how long a comparison takes once half a second of it is done, if that is more than 10 s in all.
+
+    For one whose time is not that of its products: collecting neighbors takes many times as long. The first part is not
+    measured: threads and a device may have had to start.
+    """
+
+    def __init__(self, progress: Progress, what: str, num_pairs: float) -> None:
+        self._progress, self._what, self._num_pairs = progress, what, num_pairs
+        self._started: float | None = None
+        self._num_done, self._is_over = 0.0, False
+
+    def add(self, num_pairs: float) -> None:
+        """Count pairs that were compared."""
+        if self._started is None:
+            self._started = time.perf_counter()
+            return
+        self._num_done += num_pairs
+        elapsed = time.perf_counter() - self._started
+        if self._is_over or elapsed < _MEASURED_S:
+            return
+        self._is_over, seconds = True, elapsed * self._num_pairs / self._num_done
+        if seconds > _SHORT_S:
+            self._progress.note(f"{self._what}: {self._num_pairs:,.0f} pairs of vectors, about {_duration(seconds)}")
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from embedcache.arrays import Floats, normalize
 from embedcache.metrics import neighbors
 from embedcache.metrics.neighbors import (
+    MeasuredDuration,
     find_closest,
     iterate_pairs_above,
     note_duration,
@@ -128,6 +129,19 @@ def test_durations_are_in_the_largest_unit(monkeypatch: pytest.MonkeyPatch, seco
     monkeypatch.setattr(neighbors.time, "perf_counter", lambda: next(clock))
     note_duration(progress, "x", seconds * 512 * 4096, 1, compare=lambda left, right: left)
     assert progress.notes == [f"x: {seconds * 2**21:,} pairs of vectors, about {duration}"]
+
+
+@pytest.mark.parametrize(("total", "notes"), [(1000, ["x: 1,000 pairs of vectors, about 60 s"]), (100, [])])
+def test_measured_duration_leaves_out_the_first_part(
+    monkeypatch: pytest.MonkeyPatch, total: int, notes: list[str]
+) -> None:
+    clock, progress = [0.0], RecordedProgress()
+    monkeypatch.setattr(neighbors.time, "perf_counter", lambda: clock[0])
+    measured = MeasuredDuration(progress, "x", total)
+    for seconds, num_pairs in ((9.0, 1), (0.3, 5), (0.3, 5), (30.0, 1)):  # 0.6 s for 10, once half a second is over
+        clock[0] += seconds
+        measured.add(num_pairs)
+    assert progress.notes == notes
 
 
 def test_short_comparison_is_not_announced() -> None:
