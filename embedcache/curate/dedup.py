@@ -259,7 +259,7 @@ def _check_any_pairs(analysis: DedupAnalysis, cosine: float | None) -> None:
 
 
 def _selection(analysis: DedupAnalysis, removed: RemovedSamples) -> Selection:
-    rows = np.setdiff1d(analysis.samples, removed.samples)
+    rows = np.setdiff1d(analysis.samples, removed.samples, assume_unique=True)
     has_items = np.zeros(analysis.cache.info.num_samples, bool)
     has_items[analysis.copies.samples] = True
     order = np.argsort(removed.kept, kind="stable")

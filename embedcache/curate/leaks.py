@@ -116,7 +116,7 @@ class LeakReport:
     def clean_selection(self) -> Selection:
         """Select the training samples of which nothing is in test; the reason is how close each comes to test."""
         leaked = np.concatenate([leak.train_samples for leak in self.leaks])
-        rows = np.setdiff1d(np.arange(self.train.info.num_samples), leaked)
+        rows = np.setdiff1d(np.arange(self.train.info.num_samples), leaked, assume_unique=True)
         closest = [_closest_reasons(leak, self.train, rows) for leak in self.leaks if leak.feature]
         reasons = [
             _join_reasons([part[block].dictionary_decode() for part in closest], block.stop - block.start)

@@ -165,7 +165,7 @@ def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
     """Return the items of one of a run's caches that it was trained on, by modality; empty if there are none."""
     rows = np.flatnonzero(read_run_split(run, cache).mask("train"))
     if (selected := read_run_selection(run, cache)) is not None:
-        rows = np.intersect1d(rows, selected)
+        rows = np.intersect1d(rows, selected, assume_unique=True)
     if not len(rows):
         return {}
     first, second = (run_input(cache, run.config, modality) for modality in run.config.sides)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ class VectorExport:
         if settings.selection is not None:
             requested_S = read_selection(settings.selection, [self.cache])
         self._num_requested = len(requested_S)
-        self.samples: Ints = reduce(np.intersect1d, [samples for samples, _ in self._items.values()], requested_S)
+        with_vectors = [samples for samples, _ in self._items.values()]
+        self.samples: Ints = reduce(partial(np.intersect1d, assume_unique=True), with_vectors, requested_S)
         """(S,) int64 rows of the cache's samples, ascending."""
         if not len(self.samples):
             raise DataError(

@@ -85,7 +85,7 @@ def cut_cache(
         FingerprintError: the folder holds another cache.
     """
     cache = Cache(open_path(cache))
-    samples = np.setdiff1d(read_selection(selection, [cache]), cache.removed)
+    samples = np.setdiff1d(read_selection(selection, [cache]), cache.removed, assume_unique=True)
     if not len(samples):
         raise DataError(f"selection {selection}: expected samples of {cache.path}, got only removed ones")
     subset = {"of": cache.info.index_digest, "rows": digest(samples.tolist())}
@@ -135,7 +135,7 @@ def merge_caches(
         for number, (cache, prefix) in enumerate(zip(opened, prefixes, strict=True))
         for segment in divide_segments(
             cache,
-            np.setdiff1d(np.arange(cache.info.num_samples), cache.removed),
+            np.setdiff1d(np.arange(cache.info.num_samples), cache.removed, assume_unique=True),
             number=None if is_one_source else number,
             prefix=prefix,
         )

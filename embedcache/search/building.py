@@ -105,7 +105,7 @@ class IndexBuilder:
     def _fill(self, index: RowIndex, factory: str, vectors: Vectors, progress: Progress, checkpoint_s: float) -> None:
         """Add all valid rows that an index in memory does not hold."""
         index.resume()
-        missing = np.setdiff1d(vectors.rows, index.rows)
+        missing = np.setdiff1d(vectors.rows, index.rows, assume_unique=True)
         progress.start(f"indexing as {factory}", len(missing), noun(vectors.modality))
         last, writing_s = time.monotonic(), 0.0
         for number in np.unique(missing // vectors.cache.info.chunk_size):
@@ -260,7 +260,7 @@ def _fill_lists(
             path.unlink()
         else:
             parts.append(part)
-    missing = np.setdiff1d(vectors.rows, _rows(parts))
+    missing = np.setdiff1d(vectors.rows, _rows(parts), assume_unique=True)
     if old is not None and not len(missing) and len(parts) == 1:
         return old
     progress.start("indexing on disk", len(missing), noun(vectors.modality))

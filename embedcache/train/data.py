@@ -314,7 +314,8 @@ def training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: TrainS
     """
     rows: Ints = split.rows("train")
     if settings.selection_path is not None:
-        rows = np.intersect1d(rows, read_selection(settings.selection_path, data.caches))
+        selected = read_selection(settings.selection_path, data.caches)
+        rows = np.intersect1d(rows, selected, assume_unique=True)
     views = parse_views(settings.views)
     training = data.with_views(pairs.select(rows), views) if views else pairs.select(rows)
     if not len(training.samples):

@@ -100,7 +100,8 @@ class Pool:
     def _scored_samples(self) -> Ints:
         samples: Ints = np.flatnonzero(np.isfinite(self.score.values))
         if self._settings.selection is not None:
-            samples = np.intersect1d(samples, read_selection(self._settings.selection, [self.cache]))
+            selected = read_selection(self._settings.selection, [self.cache])
+            samples = np.intersect1d(samples, selected, assume_unique=True)
         if not len(samples):
             raise DataError(f"{self._settings.scores}: expected samples with {self.score.name}, got none in the pool")
         return samples
