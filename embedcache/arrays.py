@@ -9,7 +9,7 @@ Shape letters: a suffix such as `vectors_BP` names the axes of an array, in orde
     E  width of a second feature; related pairs      S  samples
     F  distinct values                               T  tokens or texts; rows of a tile
     G  groups or left-out blocks                     U  columns of a tile
-    H  height, rows of a grid, bars of a histogram   V  values of one setting
+    H  height, rows of a grid, bars of a histogram   V  values of one setting; values of kinds of clusters
     I  images                                        W  width of an image, columns of a grid
     J  neighbors of a concept                        X  candidates gathered so far
     K  neighbors, ranks, clusters, stacked frames    L  levels of a hierarchy, symbols of a text
@@ -62,6 +62,21 @@ def normalize(vectors_ND: Array) -> Floats:
     length_N1 = np.linalg.norm(vectors_ND, axis=-1, keepdims=True)
     unit_ND: Floats = vectors_ND / np.maximum(length_N1, np.finfo(np.float32).tiny)
     return unit_ND
+
+
+def distinct(values_N: Array) -> Array:
+    """Return the distinct values, none of them NaN, ascending: (F,).
+
+    `np.unique` takes 70 times as long for integers: NumPy 2.3 and later put them in a hash table.
+
+    Example:
+        >>> distinct(np.array([7, 3, 7, 5])).tolist()
+        [3, 5, 7]
+    """
+    sorted_N = np.sort(values_N)
+    is_first_N = np.ones(len(sorted_N), bool)
+    np.not_equal(sorted_N[1:], sorted_N[:-1], out=is_first_N[1:])
+    return sorted_N[is_first_N]
 
 
 def number_values(values_N: Ints) -> Ints:
@@ -143,6 +158,32 @@ def check_finite(values: Array, name: str, *, rows: Ints | None = None) -> None:
     if bad.any():
         first = int(np.flatnonzero(bad)[0] if rows is None else rows[bad][0])
         raise DataError(f"{name} holds NaN or infinity in {int(bad.sum())} of {len(bad)} rows, first row {first}")
+
+
+_LAST_NUMBER = 2**32 - 1
+
+
+def to_keys(scores: Array, numbers: Array) -> Ints:
+    """Encode a float32 score and a number as one int64: larger for a higher score and, of equal scores, a lower number.
+
+    The bits of a float, read as an integer, keep its order; those of negative floats are inverted.
+    """
+    assert not len(numbers) or numbers.max() <= _LAST_NUMBER
+    bits = np.add(scores, 0, dtype=np.float32).view(np.int32)  # + 0: of -0.0 makes 0.0
+    keys: Ints = (_invert_negative(bits).astype(np.int64) << 32) | (_LAST_NUMBER - numbers)
+    return keys
+
+
+def from_keys(keys: Ints) -> tuple[Floats, Ints]:
+    """Decode scores and numbers from keys."""
+    bits = _invert_negative((keys >> 32).astype(np.int32))
+    return bits.view(np.float32), _LAST_NUMBER - (keys & _LAST_NUMBER)
+
+
+def _invert_negative(bits: Array) -> Array:
+    """Invert the bits of negative int32 numbers, but for their sign."""
+    inverted: Array = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return inverted
 
 
 def concatenated_ranges(starts: Ints, counts: Ints) -> tuple[Ints, Ints]:

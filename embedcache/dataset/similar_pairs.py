@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints
+from embedcache.arrays import Array, Bools, Floats, Ints, from_keys, to_keys
 
 _BELOW_ALL = np.float32(-2)
 _ALMOST_ONE = 1 - 1e-5  # equal vectors reach this in spite of rounding
-_FEW = 4  # candidates per neighbor, up to which sorting them is faster than partitioning the tile
+_FEW = 4  # candidates per neighbor, up to which sorting them is faster than finding the best by partition
 
 
 def cosine_limit(cosine: float) -> np.float32:
@@ -102,7 +102,7 @@ class PairCollector:
 class NeighborCollector:
     """Collector of each item's K most similar other items, from tiles that may hold a pair more than once.
 
-    Of equal cosines the lower item comes first. Memory: 8 K bytes per item, and a mask of a tile.
+    Of equal cosines the lower item comes first. Memory: 8 K + 8 bytes per item, and a few copies of a tile.
 
     Attributes:
         items: (N, K) int32, best first; -1 where fewer items were compared.
@@ -112,6 +112,8 @@ class NeighborCollector:
     def __init__(self, num_items: int, k: int) -> None:
         self.items: Array = np.full((num_items, k), -1, np.int32)
         self.cosines: Floats = np.full((num_items, k), _BELOW_ALL, np.float32)
+        self._lowest: Floats = np.full(num_items, _BELOW_ALL, np.float32)  # the last of the K cosines
+        self._columns: Array = np.full(num_items + 1, -1, np.int32)  # of items in a tile; the last is that of item -1
 
     def add(self, tile: CosineTile) -> None:
         """Add the pairs of a tile; an item is not its own neighbor."""
@@ -122,32 +124,40 @@ class NeighborCollector:
             self._update(tile.right, tile.left, tile.cosines.T)
 
     def _update(self, items: Ints, others: Ints, cosines_BR: Floats) -> None:
-        row, column = self._candidates(items, cosines_BR)
-        is_new = ~(self.items[items[row]] == others[column][:, None]).any(axis=1)
-        row, column = row[is_new], column[is_new]
-        if not len(row):
+        """Sort the candidates of a tile into the lists that they change."""
+        rows = np.flatnonzero(cosines_BR.max(axis=1) > self._lowest[items])
+        items, cosines_BR = items[rows], np.ascontiguousarray(cosines_BR[rows])
+        self._leave_out_listed(items, others, cosines_BR)
+        flat = np.flatnonzero(self._is_candidate(items, cosines_BR))
+        if not len(flat):
             return
-        k = self.items.shape[1]
-        changed, owner = np.unique(row, return_inverse=True)
-        owner = np.concatenate([np.repeat(np.arange(len(changed)), k), owner])
-        found = np.concatenate([self.items[items[changed]].ravel(), others[column]])
-        cosines = np.concatenate([self.cosines[items[changed]].ravel(), cosines_BR[row, column]])
-        order = np.lexsort((found, -cosines, owner))
-        first = np.searchsorted(owner[order], np.arange(len(changed)))
-        best = order[first[:, None] + np.arange(k)]
-        self.items[items[changed]], self.cosines[items[changed]] = found[best], cosines[best]
+        row = flat // len(others)
+        column = flat - row * len(others)
+        counts, k = np.bincount(row, minlength=len(items)), self.items.shape[1]
+        place = k + np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
+        keys = np.full((len(items), k + int(counts.max())), np.iinfo(np.int64).min)
+        keys[:, :k] = to_keys(self.cosines[items], self.items[items].view(np.uint32))  # item -1 is the highest number
+        keys[row, place] = to_keys(cosines_BR.ravel()[flat], others[column])
+        keys.sort(axis=1)
+        self.cosines[items], self.items[items] = from_keys(keys[:, : -k - 1 : -1])
+        self._lowest[items] = self.cosines[items, -1]
 
-    def _candidates(self, items: Ints, cosines_BR: Floats) -> tuple[Ints, Ints]:
-        """Return the rows and columns of a tile that may be among the K best."""
+    def _leave_out_listed(self, items: Ints, others: Ints, cosines_BR: Floats) -> None:
+        """Lower the cosines of pairs that are listed already below all others."""
+        self._columns[others] = np.arange(len(others))
+        columns_BK = self._columns[self.items[items]]
+        self._columns[others] = -1
+        row, listed = np.nonzero(columns_BK >= 0)
+        cosines_BR[row, columns_BK[row, listed]] = _BELOW_ALL
+
+    def _is_candidate(self, items: Ints, cosines_BR: Floats) -> Bools:
+        """Return which pairs may be among the K best: of many in a row, the best K of the row."""
         k = self.items.shape[1]
-        is_above = cosines_BR > self.cosines[items, -1][:, None]
-        if np.count_nonzero(is_above) <= _FEW * k * len(items) or cosines_BR.shape[1] <= k:
-            row, column = np.nonzero(is_above)
-            return row, column
-        column = np.argpartition(cosines_BR, -k, axis=1)[:, -k:]
-        row = np.repeat(np.arange(len(items)), k)
-        is_candidate = is_above[row, column.ravel()]
-        return row[is_candidate], column.ravel()[is_candidate]
+        is_above_BR = cosines_BR > self._lowest[items][:, None]
+        many = np.flatnonzero(np.count_nonzero(is_above_BR, axis=1) > _FEW * k)
+        lowest_M = np.partition(cosines_BR[many], -k, axis=1)[:, [-k]] if len(many) else 0
+        is_above_BR[many] &= cosines_BR[many] >= lowest_M
+        return is_above_BR
 
 
 _WIDTHS = (0.005, 0.01, 0.02, 0.05, 0.1)

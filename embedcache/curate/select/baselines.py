@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Floats, Ints
-from embedcache.curate.select.best_samples import to_keys, whole_samples
+from embedcache.arrays import Array, Floats, Ints, to_keys
+from embedcache.curate.select.best_samples import whole_samples
 from embedcache.curate.select.pool import Pool, compute_cosines
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection

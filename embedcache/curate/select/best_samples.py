@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints
+from embedcache.arrays import Floats, Ints, from_keys, to_keys
 from embedcache.curate.select.pool import compute_cosines
-
-_MOST_SAMPLES = 2**32
 
 
 class TopSamples(NamedTuple):
@@ -30,7 +28,7 @@ def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: 
     for samples_B, vectors_BP in whole_samples(blocks):
         samples_S, starts_S = np.unique(samples_B, return_index=True)
         best.add(np.maximum.reduceat(compute_cosines(concepts_CP, vectors_BP), starts_S, axis=1), samples_S)
-    return from_keys(-np.sort(-best.merged(), axis=1))
+    return TopSamples(*from_keys(-np.sort(-best.merged(), axis=1)))
 
 
 class _BestKeys:
@@ -75,7 +73,7 @@ class _BestKeys:
 
     def _find_lowest(self) -> None:
         if self._keys_CK.shape[1] == self._k:
-            self._lowest_C1 = from_keys(self._keys_CK.min(axis=1, keepdims=True)).scores_CK
+            self._lowest_C1, _ = from_keys(self._keys_CK.min(axis=1, keepdims=True))
 
 
 def whole_samples(blocks: Iterable[tuple[Ints, Floats]]) -> Iterator[tuple[Ints, Floats]]:
@@ -92,24 +90,6 @@ def whole_samples(blocks: Iterable[tuple[Ints, Floats]]) -> Iterator[tuple[Ints,
             pending = samples[last:], vectors[last:]
     if pending is not None:
         yield pending
-
-
-def to_keys(scores: Array, samples: Ints) -> Ints:
-    """Encode a float32 score and a sample as one int64: larger for a higher score and, of equal scores, a lower sample.
-
-    The bits of a float, read as an integer, keep its order; those of negative floats are inverted.
-    """
-    assert not len(samples) or samples.max() < _MOST_SAMPLES
-    bits = (scores.astype(np.float32) + np.float32(0)).view(np.int32).astype(np.int64)  # + 0: of -0.0 makes 0.0
-    ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return ordered * _MOST_SAMPLES + (_MOST_SAMPLES - 1 - samples)
-
-
-def from_keys(keys: Ints) -> TopSamples:
-    """Decode scores and samples from keys."""
-    ordered, rest = np.divmod(keys, _MOST_SAMPLES)
-    bits = np.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-    return TopSamples(bits.astype(np.int32).view(np.float32), _MOST_SAMPLES - 1 - rest)
 
 
 def _largest(keys_CN: Ints, k: int) -> Ints:

@@ -4,30 +4,11 @@ import tracemalloc
 from collections.abc import Iterator
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints
-from embedcache.curate.select.best_samples import best_samples, from_keys, to_keys, whole_samples
-
-SCORES = st.floats(-1, 1, width=32) | st.floats(width=32, allow_nan=False)  # cosines, and scores of any table
-
-
-@given(st.lists(st.tuples(SCORES, st.integers(0, 2**32 - 1)), min_size=1, max_size=20))
-def test_keys_sort_by_score_then_sample(pairs: list[tuple[float, int]]) -> None:
-    scores, samples = np.array([score for score, _ in pairs], np.float32), np.array([sample for _, sample in pairs])
-    keys = to_keys(scores, samples)
-    by_key = sorted(range(len(pairs)), key=lambda row: -keys[row])
-    assert [pairs[row] for row in by_key] == sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
-    found_scores, found_samples = from_keys(keys)
-    assert np.array_equal(found_scores, scores)
-    assert np.array_equal(found_samples, samples)
-
-
-def test_keys_hold_samples_of_32_bits() -> None:
-    with pytest.raises(AssertionError):
-        to_keys(np.zeros(1, np.float32), np.array([2**32]))
+from embedcache.curate.select.best_samples import best_samples, whole_samples
 
 
 @given(st.integers(0, 999), st.integers(1, 14), st.integers(1, 8))
