@@ -1,15 +1,22 @@
-"""Estimates with 95% intervals: bootstrap by clusters, jackknife by blocks, chance levels."""
+"""Estimates with 95% intervals: bootstrap by clusters, jackknife by blocks, chance levels.
 
-from collections.abc import Callable, Iterator, Sequence
+A resample draws clusters one by one. Of more than 262,144 clusters, of which at most a sixteenth differ in their
+values, as of images that a class was found for or not, it draws how often each kind occurs, from a multinomial
+distribution. That is the same distribution of resamples, from other random numbers, in a fraction of the time.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.arrays import Array, Ints, blocks
+from embedcache.arrays import Array, Ints, blocks, concatenated_ranges, distinct
 from embedcache.errors import DataError
 
 _DRAWS_PER_BLOCK = 1 << 18
+_MANY_CLUSTERS, _CLUSTERS_PER_KIND = 1 << 18, 16
 
 
 @dataclass(frozen=True)
@@ -43,22 +50,25 @@ def bootstrap_means(
     values_MK: Array, clusters: Ints | None = None, *, num_draws: int = 2000, seed: int = 0
 ) -> list[Estimate]:
     """Compute `bootstrap_mean` of each of K columns, on the same resamples."""
-    cluster_M, count_G = _clusters(clusters, len(values_MK))
-    sum_GK = np.stack([np.bincount(cluster_M, weights=column.astype(np.float64)) for column in values_MK.T], axis=1)
-    draws = _resamples(len(count_G), num_draws, seed)
-    means = [weight_BG @ sum_GK / (weight_BG @ count_G)[:, None] for weight_BG in draws]
+    kinds = _find_kinds(list(values_MK.T), clusters)
+    values_VK, count_F = values_MK[kinds.rows], np.bincount(kinds.kinds)
+    sum_FK = np.stack([np.bincount(kinds.kinds, weights=column.astype(np.float64)) for column in values_VK.T], axis=1)
+    draws = _resamples(kinds.counts, num_draws, seed)
+    means = [weight_BF @ sum_FK / (weight_BF @ count_F)[:, None] for weight_BF in draws]
     return _estimates(values_MK.mean(axis=0, dtype=np.float64), np.concatenate(means))
 
 
 def bootstrap_median(values: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
     """Compute a median, the lower of the two middle values, with an interval as in `bootstrap_mean`."""
-    order_M = np.argsort(values)
+    kinds = _find_kinds([values], clusters)
+    values_V = values[kinds.rows]
+    order_V = np.argsort(values_V)
 
-    def median(weights_M: Array) -> float:
-        totals_M = np.cumsum(weights_M[order_M])
-        return float(values[order_M[np.searchsorted(totals_M, totals_M[-1] / 2)]])
+    def median(weights_V: Array) -> float:
+        totals_V = np.cumsum(weights_V[order_V])
+        return float(values_V[order_V[np.searchsorted(totals_V, totals_V[-1] / 2)]])
 
-    return bootstrap(median, len(values), clusters, num_draws=num_draws, seed=seed)
+    return _bootstrap(median, kinds, num_draws, seed)
 
 
 def bootstrap_class_mean(
@@ -68,13 +78,14 @@ def bootstrap_class_mean(
 
     `labels` are (M,) int from 0, the class of each value; classes without a value are left out.
     """
-    values = values.astype(np.float64)
+    kinds = _find_kinds([values, labels], clusters)
+    values_V, labels_V = values[kinds.rows].astype(np.float64), labels[kinds.rows]
 
-    def class_mean(weights_M: Array) -> float:
-        sums, counts = np.bincount(labels, weights=weights_M * values), np.bincount(labels, weights=weights_M)
+    def class_mean(weights_V: Array) -> float:
+        sums, counts = np.bincount(labels_V, weights=weights_V * values_V), np.bincount(labels_V, weights=weights_V)
         return float((sums[counts > 0] / counts[counts > 0]).mean())
 
-    return bootstrap(class_mean, len(values), clusters, num_draws=num_draws, seed=seed)
+    return _bootstrap(class_mean, kinds, num_draws, seed)
 
 
 def bootstrap_runs(values_RM: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
@@ -111,9 +122,9 @@ def resample_runs(
         count_RG[run] = np.bincount(part_M, minlength=num_clusters)
         columns = [np.bincount(part_M, column, minlength=num_clusters) for column in values_MK.T.astype(np.float64)]
         sums.append(np.stack(columns, axis=1))
-    weight_DR = np.concatenate(list(_resamples(num_runs, num_draws, seed + 1)))
+    weight_DR = np.concatenate(list(_resamples(np.ones(num_runs, np.int64), num_draws, seed + 1)))
     means, done = [np.concatenate(values).mean(axis=0, dtype=np.float64)[None]], 0
-    for weight_BG in _resamples(num_clusters, num_draws, seed):
+    for weight_BG in _resamples(np.ones(num_clusters, np.int64), num_draws, seed):
         weight_BR = weight_DR[done : done + len(weight_BG)]
         sum_BK = sum(weight_BR[:, [run]] * (weight_BG @ sum_GK) for run, sum_GK in enumerate(sums))
         means.append(sum_BK / np.maximum((weight_BR * (weight_BG @ count_RG.T)).sum(axis=1), 1)[:, None])
@@ -150,9 +161,66 @@ def bootstrap(
         seed: random seed of the resampling.
     """
     cluster_M, count_G = _clusters(clusters, num_values)
-    resamples = _resamples(len(count_G), num_draws, seed)
-    draws = [statistic(weight_G[cluster_M]) for weight_BG in resamples for weight_G in weight_BG]
-    return _estimates(np.array([statistic(np.ones(num_values))]), np.array(draws)[:, None])[0]
+    return _bootstrap(statistic, _each(cluster_M, count_G), num_draws, seed)
+
+
+class _Kinds(NamedTuple):
+    """Kinds of clusters: the values of one cluster of each, and how many clusters are of it."""
+
+    rows: Ints | slice  # (V,) of the values of these clusters
+    kinds: Ints  # (V,) kind of each, from 0
+    counts: Ints  # (F,) number of clusters of each kind
+
+
+def _bootstrap(statistic: Callable[[Array], float], kinds: _Kinds, num_draws: int, seed: int) -> Estimate:
+    resamples = _resamples(kinds.counts, num_draws, seed)
+    draws = [statistic(weight_F[kinds.kinds]) for weight_BF in resamples for weight_F in weight_BF]
+    value = statistic(kinds.counts[kinds.kinds].astype(np.float64))
+    return _estimates(np.array([value]), np.array(draws)[:, None])[0]
+
+
+def _find_kinds(columns: Sequence[Array], clusters: Ints | None) -> _Kinds:
+    """Find clusters that are equal in all columns, (M,) each, if that is worth it; see above."""
+    cluster_M, count_G = _clusters(clusters, len(columns[0]))
+    if len(count_G) <= _MANY_CLUSTERS:
+        return _each(cluster_M, count_G)
+    number_M = _number_rows(columns)
+    if _CLUSTERS_PER_KIND * (int(number_M.max()) + 1) > len(count_G) * int(count_G.max()):  # too many, however arranged
+        return _each(cluster_M, count_G)
+    order_M, start_G = np.lexsort((number_M, cluster_M)), np.cumsum(count_G) - count_G
+    found, counts = [], []
+    for size in distinct(count_G).tolist():
+        of_size = np.flatnonzero(count_G == size)
+        kind = _number_rows(number_M[order_M[start_G[of_size] + place]] for place in range(size))
+        _, first, count = np.unique(kind, return_index=True, return_counts=True)
+        found.append(of_size[first])
+        counts.append(count)
+    found_F, counts_F = np.concatenate(found), np.concatenate(counts)
+    if _CLUSTERS_PER_KIND * len(found_F) > len(count_G):
+        return _each(cluster_M, count_G)
+    kinds_V, places_V = concatenated_ranges(start_G[found_F], count_G[found_F])
+    return _Kinds(order_M[places_V], kinds_V, counts_F)
+
+
+def _each(cluster_M: Ints, count_G: Ints) -> _Kinds:
+    """Return each cluster as a kind of its own."""
+    return _Kinds(slice(None), cluster_M, np.broadcast_to(np.int64(1), count_G.shape))
+
+
+def _number_rows(columns: Iterable[Array]) -> Ints:
+    """Number the distinct rows of some columns, (M,) each, from 0: (M,)."""
+    number_M: Ints | None = None
+    for column_M in columns:
+        values_F = distinct(column_M)
+        place_M: Ints = np.searchsorted(values_F, column_M)
+        if number_M is None:
+            number_M = place_M
+            continue
+        number_M *= len(values_F)
+        number_M += place_M
+        number_M = np.searchsorted(distinct(number_M), number_M)
+    assert number_M is not None  # there is a column
+    return number_M
 
 
 def _clusters(clusters: Ints | None, num_values: int) -> tuple[Ints, Ints]:
@@ -165,11 +233,14 @@ def _clusters(clusters: Ints | None, num_values: int) -> tuple[Ints, Ints]:
     return cluster_M, np.bincount(cluster_M)
 
 
-def _resamples(num_clusters: int, num_draws: int, seed: int) -> Iterator[Ints]:
-    """Iterate over blocks of resamples: how often each cluster is drawn, (B, G)."""
-    rng = np.random.default_rng(seed)
-    for block in blocks(num_draws, max(1, _DRAWS_PER_BLOCK // num_clusters)):
+def _resamples(counts_F: Ints, num_draws: int, seed: int) -> Iterator[Ints]:
+    """Iterate over blocks of resamples: how often each kind of cluster is drawn, (B, F)."""
+    rng, num_clusters = np.random.default_rng(seed), int(counts_F.sum())
+    for block in blocks(num_draws, max(1, _DRAWS_PER_BLOCK // len(counts_F))):
         count = block.stop - block.start
+        if len(counts_F) < num_clusters:
+            yield rng.multinomial(num_clusters, counts_F / num_clusters, size=count)
+            continue
         drawn_BG = rng.integers(num_clusters, size=(count, num_clusters))
         places_BG = drawn_BG + num_clusters * np.arange(count)[:, None]
         yield np.bincount(places_BG.ravel(), minlength=places_BG.size).reshape(places_BG.shape)
