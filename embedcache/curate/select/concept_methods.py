@@ -1,13 +1,13 @@
 """Methods on concepts: the best samples of each concept, rare concepts first, and MetaCLIP's balancing."""
 
 import re
-from array import array
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints
+from embedcache.arrays import Array, Bools, Floats, Ints, concatenated_ranges, distinct
 from embedcache.curate.select.best_samples import best_samples
 from embedcache.curate.select.pool import Pool, compute_cosines
 from embedcache.curate.select.settings import SelectSettings
@@ -15,7 +15,8 @@ from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError
 from embedcache.progress import Progress
 
-_WORD = re.compile(r"\w+")
+_END = "\0"  # of a caption among joined ones
+_WORD, _WORD_OR_END = re.compile(r"\w+"), re.compile(rf"\w+|{_END}")
 
 
 class Matches(NamedTuple):
@@ -25,22 +26,60 @@ class Matches(NamedTuple):
     concepts_M: Ints
 
 
-def match_words(texts: Iterable[tuple[int, str]], names: Sequence[str]) -> Matches:
+def match_words(captions: Iterable[tuple[Ints, Sequence[str]]], names: Sequence[str]) -> Matches:
     """Match captions that contain a concept's name: whole words, ignoring case and punctuation.
 
     As the substring match of "Demystifying CLIP Data" (ICLR 2024), it matches neither plurals nor languages without
-    spaces. Names of the same words match the same captions, one without words none. One look-up per sequence of words
-    of a caption. Memory: some 50 bytes per match.
+    spaces. Names of the same words match the same captions, one without words none. Memory: the words of a block of
+    captions, the names, and some 50 bytes per match.
+
+    Args:
+        captions: the sample of each caption (B,), and the captions, per block.
+        names: names of the concepts.
     """
-    concepts_of: dict[tuple[str, ...], list[int]] = {}
-    for concept, name in enumerate(names):
-        concepts_of.setdefault(_words(name), []).append(concept)
-    lengths = {len(words) for words in concepts_of} - {0}
-    codes = array("q")
-    for sample, text in texts:
-        for run in _runs(_words(text), lengths):
-            codes.extend(sample * len(names) + concept for concept in concepts_of.get(run, ()))
-    return Matches(*np.divmod(np.unique(np.array(codes, np.int64)), max(1, len(names))))
+    known, codes = _Names(names), [np.empty(0, np.int64)]
+    for samples_B, texts in captions:
+        caption_M, concept_M = known.find(texts)
+        codes.append(distinct(samples_B[caption_M] * len(names) + concept_M))
+    return Matches(*np.divmod(distinct(np.concatenate(codes)), max(1, len(names))))
+
+
+class _Names:
+    """A tree of names, word by word: node 0 is that of no words, and the others follow a node after a word."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._words = {_END: -1}
+        following: dict[tuple[int, int], int] = {}
+        nodes = []
+        for name in names:
+            node = 0
+            for word in _words(name):
+                number = self._words.setdefault(word, len(self._words))
+                node = following.setdefault((node, number), len(following) + 1)
+            nodes.append(node)
+        keys = np.array([node * len(self._words) + number for node, number in following], np.int64)
+        order = np.argsort(keys)
+        self._keys = np.append(keys[order], np.iinfo(np.int64).max)  # of a node and a word
+        self._nodes = np.append(1 + order, 0)  # that follow
+        self._concepts = np.argsort(nodes, kind="stable")
+        self._edges = np.searchsorted(np.array(nodes)[self._concepts], np.arange(len(following) + 2))
+
+    def find(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
+        """Find all names in texts: the text and the concept of each, (M,) each."""
+        joined = _END.join(text.replace(_END, " ") for text in texts)
+        words = _WORD_OR_END.findall(joined.lower())
+        number_T = np.fromiter(map(self._words.get, words, repeat(0)), np.int64, len(words))
+        text_T, number_T = np.cumsum(number_T < 0), np.append(np.maximum(number_T, 0), 0)
+        found = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        first_X, node_X, length = np.flatnonzero(number_T), np.zeros(np.count_nonzero(number_T), np.int64), 0
+        while len(first_X):
+            key_X = node_X * len(self._words) + number_T[first_X + length]
+            place_X = np.searchsorted(self._keys, key_X)
+            is_name_X = self._keys[place_X] == key_X  # or the beginning of one
+            first_X, node_X, length = first_X[is_name_X], self._nodes[place_X[is_name_X]], length + 1
+            which, concept = concatenated_ranges(self._edges[node_X], self._edges[node_X + 1] - self._edges[node_X])
+            found.append((text_T[first_X[which]], self._concepts[concept]))
+        return np.concatenate([text for text, _ in found]), np.concatenate([concept for _, concept in found])
 
 
 def match_near(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, threshold: float) -> Matches:
@@ -79,12 +118,6 @@ def note_names(names: Sequence[str], progress: Progress) -> None:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(text.lower()))
-
-
-def _runs(words: tuple[str, ...], lengths: set[int]) -> Iterable[tuple[str, ...]]:
-    for length in lengths:
-        for start in range(len(words) - length + 1):
-            yield words[start : start + length]
 
 
 _CANDIDATES_PER_SAMPLE = 25

@@ -153,8 +153,8 @@ class Pool:
         rows = self.vectors.rows[self.item_samples[self.vectors.rows] >= 0]
         return self.vectors.read(np.sort(np.random.default_rng(seed).permutation(rows)[:size]), self.progress)
 
-    def texts(self) -> Iterator[tuple[int, str]]:
-        """Iterate over the captions of the pool: sample and text. Memory: the table of texts."""
+    def texts(self) -> Iterator[tuple[Ints, list[str]]]:
+        """Iterate over the captions of the pool: the sample of each (B,), and the texts. Memory: the table of texts."""
         is_inside_S = np.zeros(self.cache.info.num_samples, bool)
         is_inside_S[self.samples] = True
         items = self.cache.items("text", columns=["sample", "text"])
@@ -162,7 +162,7 @@ class Pool:
         for block in watch(parts, self.progress, "reading captions", len(items), noun("text")):
             is_inside = is_inside_S[block["sample"].to_numpy()]
             kept = block.filter(pa.array(is_inside))
-            yield from zip(kept["sample"].to_pylist(), kept["text"].to_pylist(), strict=True)
+            yield kept["sample"].to_numpy().astype(np.int64), kept["text"].to_pylist()
 
     def pair_scores(self) -> tuple[Ints, Floats]:
         """Compare each image of the pool with each caption of its sample, projected by the run.

@@ -1,5 +1,6 @@
 """Each method keeps to the contract, and does what its name says."""
 
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -235,7 +236,7 @@ def test_clip_score_exceeds_shuffled_pairs(pools: Any) -> None:
 
 def test_concepts_of_the_same_words_match_the_same_captions() -> None:
     names = ["C++", "C#", "cat", "Cat", "!!!"]
-    found = match_words([(0, "a C++ book"), (1, "the cat sat"), (2, "!!!")], names)
+    found = match_words([(np.arange(3), ["a C++ book", "the cat sat", "!!!"])], names)
     pairs = list(zip(found.samples_M.tolist(), found.concepts_M.tolist(), strict=True))
     assert pairs == [(0, 0), (0, 1), (1, 2), (1, 3)]
     progress = RecordedProgress()
@@ -249,9 +250,31 @@ def test_concepts_of_the_same_words_match_the_same_captions() -> None:
 
 
 def test_match_words() -> None:
-    texts = [(4, "A Hot-dog, please!"), (5, "hotdog"), (6, "dogs"), (4, "dog")]
+    texts = [(np.array([4, 5]), ["A Hot-dog, please!", "hotdog"]), (np.array([6, 4]), ["dogs", "dog"])]
     found = match_words(texts, ["hot dog", "dog", "!!!"])
     assert list(zip(*(values.tolist() for values in found), strict=True)) == [(4, 0), (4, 1)]
+
+
+WORDS = st.lists(st.sampled_from(["a", "B", "b", "É", "ΣΑΣ", "İ", "_1", "-", "\0", "\n", "'"]), max_size=6)
+
+
+@given(st.lists(WORDS, max_size=6), st.lists(WORDS, min_size=1, max_size=6), st.integers(1, 6), st.booleans())
+def test_matches_are_those_of_all_sequences_of_words(
+    texts: list[list[str]], names: list[list[str]], size: int, has_spaces: bool
+) -> None:
+    """Check names and captions that repeat words, overlap, and have letters whose lower case depends on others."""
+    captions, concepts = ([(" " if has_spaces else "").join(words) for words in lists] for lists in (texts, names))
+    samples = np.arange(len(captions)) // 2
+    cut = [(samples[start : start + size], captions[start : start + size]) for start in range(0, len(captions), size)]
+    found = match_words(cut, concepts)
+    words, of_concepts = ([re.findall(r"\w+", text.lower()) for text in each] for each in (captions, concepts))
+    expected = {
+        (int(sample), concept)
+        for sample, text in zip(samples, words, strict=True)
+        for concept, name in enumerate(of_concepts)
+        if name and any(text[first : first + len(name)] == name for first in range(len(text)))
+    }
+    assert list(zip(*(values.tolist() for values in found), strict=True)) == sorted(expected)
 
 
 @given(st.integers(0, 99), st.integers(1, 6))
