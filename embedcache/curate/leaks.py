@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Bools, Floats, Ints, blocks
+from embedcache.arrays import Bools, Floats, Ints, blocks, distinct
 from embedcache.curate.closest import ItemSets, find_closest_items
 from embedcache.curate.near_duplicates import Recall
 from embedcache.curate.settings import LeakSettings
@@ -57,18 +57,18 @@ class ModalityLeaks:
     @property
     def copied_samples(self) -> Ints:
         """Test samples with a copy in training, ascending."""
-        return np.unique(self.test.samples[self.is_copy])
+        return distinct(self.test.samples[self.is_copy])
 
     @property
     def leaked_samples(self) -> Ints:
         """Test samples with a copy or a near-duplicate in training, ascending."""
-        return np.unique(self.test.samples[self.is_leaked])
+        return distinct(self.test.samples[self.is_leaked])
 
     @property
     def train_samples(self) -> Ints:
         """Training samples with a copy or a near-duplicate in test, ascending."""
         is_leaked = self.train_is_copy | (self.train_cosines >= cosine_limit(self.cosine))
-        return np.unique(self.train.samples[is_leaked])
+        return distinct(self.train.samples[is_leaked])
 
     @property
     def highest(self) -> float | None:
@@ -111,12 +111,12 @@ class LeakReport:
     @property
     def leaked_samples(self) -> Ints:
         """Test samples of which an image or a text is in training, ascending."""
-        return np.unique(np.concatenate([leak.leaked_samples for leak in self.leaks]))
+        return distinct(np.concatenate([leak.leaked_samples for leak in self.leaks]))
 
     def clean_selection(self) -> Selection:
         """Select the training samples of which nothing is in test; the reason is how close each comes to test."""
         leaked = np.concatenate([leak.train_samples for leak in self.leaks])
-        rows = np.setdiff1d(np.arange(self.train.info.num_samples), leaked, assume_unique=True)
+        rows = np.setdiff1d(np.arange(self.train.info.num_samples), distinct(leaked), assume_unique=True)
         closest = [_closest_reasons(leak, self.train, rows) for leak in self.leaks if leak.feature]
         reasons = [
             _join_reasons([part[block].dictionary_decode() for part in closest], block.stop - block.start)

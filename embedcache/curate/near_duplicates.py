@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks, distinct
 from embedcache.curate.settings import DedupSettings, OutlierSettings
 from embedcache.dataset.clusters import (
     BLOCK,
@@ -312,6 +312,6 @@ def _measure_recall(
         left, right = plan.items[probe_positions[query]], plan.items[other + block.start]
         is_pair = left != right
         true_keys.append((np.minimum(left, right) * num_items + np.maximum(left, right))[is_pair])
-    true = np.unique(np.concatenate(true_keys))
+    true = distinct(np.concatenate(true_keys))
     is_found = np.isin(true, pairs.left * num_items + pairs.right)
     return Recall(num_items=len(probe_positions), num_pairs=len(true), num_found=int(is_found.sum()))

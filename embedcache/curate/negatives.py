@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from embedcache.arrays import Bools, Floats, Ints, blocks, concatenated_ranges
+from embedcache.arrays import Bools, Floats, Ints, blocks, concatenated_ranges, distinct
 from embedcache.curate.counting import open_index
 from embedcache.curate.settings import NegativesSettings
 from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
@@ -121,7 +121,7 @@ def mine_negatives(
         num_samples=len(mining.pairs.samples),
         num_with_negatives=counts.num_with,
         num_negatives=counts.num_negatives,
-        num_groups=len(np.unique(mining.groups_S[mining.pairs.samples])),
+        num_groups=len(distinct(mining.groups_S[mining.pairs.samples])),
         mean_score=counts.mean_score,
         mean_own_score=mining.mean_own_score,
     )

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, concatenated_ranges, normalize
+from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, concatenated_ranges, distinct, normalize
 from embedcache.errors import DataError
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
@@ -97,7 +97,7 @@ class InputFeature:
     @property
     def failed_rows(self) -> Ints:
         """Rows of committed chunks that lack a feature, ascending: (M,) int64. Reads commits only."""
-        return np.unique(np.concatenate([feature.failed[0] for feature in self._features]))
+        return distinct(np.concatenate([feature.failed[0] for feature in self._features]))
 
     def has(self, rows: Ints) -> Bools:
         """Return whether each item has all of the features, (B,) bool; see `Feature.has`."""

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Bools, Ints, blocks, number_values
+from embedcache.arrays import Array, Bools, Ints, blocks, distinct, number_values
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
 from embedcache.dataset.pairs import Pairs, caption_languages, name_caches
@@ -286,7 +286,7 @@ def _by_column(caches: Sequence[Cache], keys: pa.ChunkedArray, samples: Ints, se
     columns = [cache.column("split") for cache in caches]
     codes = [pc.index_in(column_parts(names), value_set=pa.array(list(_CODES))) for names in columns]
     part_S = np.concatenate([of_cache.to_numpy() for of_cache in codes]).astype(np.int8)
-    if not {_CODES["train"], _CODES["test"]} <= set(np.unique(part_S).tolist()):
+    if not {_CODES["train"], _CODES["test"]} <= set(distinct(part_S).tolist()):
         known = sorted({str(name).lower() for names in columns for name in pc.unique(names).to_pylist()})
         raise SourceError(f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(known)}")
     is_used = np.zeros(len(part_S), bool)

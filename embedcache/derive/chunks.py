@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Ints
+from embedcache.arrays import Array, Bools, Ints, distinct
 from embedcache.derive.rules import Block
 from embedcache.errors import DataError, UnfinishedError
 from embedcache.store.cache import Cache
@@ -93,14 +93,14 @@ class ChunkReader:
         feature, size = self.inputs[number], self.cache.info.chunk_size
         if feature.is_ragged:
             tokens: list[Any] = [None] * len(rows)
-            for chunk in np.unique(rows // size).tolist():
+            for chunk in distinct(rows // size).tolist():
                 items = feature.items(self._commit(number, chunk))
                 for position in np.flatnonzero(rows // size == chunk).tolist():
                     tokens[position] = items[rows[position] - chunk * size]
             lengths = np.array([len(item) for item in tokens], np.int64)
             return Block(np.concatenate(tokens), lengths)
         values = np.empty((len(rows), *feature.item_shape), feature.dtype)
-        for chunk in np.unique(rows // size).tolist():
+        for chunk in distinct(rows // size).tolist():
             for part, stored in feature.read_chunk(self._commit(number, chunk)):
                 is_here = (rows >= part.start) & (rows < part.stop)
                 values[is_here] = stored[rows[is_here] - part.start]

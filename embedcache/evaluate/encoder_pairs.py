@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from embedcache.arrays import Floats, Ints, Products, blocks, check_finite, normalize
+from embedcache.arrays import Floats, Ints, Products, blocks, check_finite, distinct, normalize
 from embedcache.dataset.inputs import InputFeature, to_unit_vectors
 from embedcache.dataset.pairs import Items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
@@ -170,7 +170,7 @@ def evaluate_pairs(
         num_compared=len(sample.samples),
         num_trained=len(sample.train.samples),
         num_held=len(sample.val.samples),
-        num_groups=len(np.unique(sample.groups)),
+        num_groups=len(distinct(sample.groups)),
         split=_split_line(settings.split, images[0], texts[0]),
         language=settings.language,
         k=settings.k,

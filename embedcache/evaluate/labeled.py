@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Floats, Ints, number_values
+from embedcache.arrays import Array, Floats, Ints, distinct, number_values
 from embedcache.dataset.inputs import InputFeature, open_input, to_mean_vectors
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
@@ -89,7 +89,7 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
             listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
             raise DataError(f"{cache.path}: expected {part} items with {feature.name}, got none ({listed}; {rule})")
     labels = read_labels(cache, used_items.samples, column=settings.label)
-    classes = np.unique(labels.numbers[parts == "train"])
+    classes = distinct(labels.numbers[parts == "train"])
     if len(classes) < 2:
         raise DataError(
             f"column {settings.label!r} of {cache.path}: expected at least two classes among the training items, got "
@@ -117,7 +117,7 @@ def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) 
         if (part_S == "val").any():
             return part_S, how
         train = items.where(part_S[items.samples] == "train")
-        samples, drawn = _draw(cache, train, [round(_VAL_FRACTION * len(np.unique(train.samples)))], seed)
+        samples, drawn = _draw(cache, train, [round(_VAL_FRACTION * len(distinct(train.samples)))], seed)
         part_S[samples[drawn == 0]] = "val"
         return part_S, f"{how}, {_VAL_FRACTION:.0%} of train for validation"
     if part != "test":
@@ -125,7 +125,7 @@ def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) 
             f"part: expected test, as the samples of {cache.path} have no column {_SPLIT!r}, got {part}; use "
             "--part test"
         )
-    part_S, num_samples = np.full(cache.info.num_samples, "", "<U5"), len(np.unique(items.samples))
+    part_S, num_samples = np.full(cache.info.num_samples, "", "<U5"), len(distinct(items.samples))
     quotas = [round(fraction * num_samples) for fraction in (_TEST_FRACTION, _VAL_FRACTION)]
     samples, drawn = _draw(cache, items, quotas, seed)
     part_S[samples] = np.array(["train", "test", "val"])[drawn + 1]

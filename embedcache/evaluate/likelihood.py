@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks, distinct
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, bootstrap_runs
@@ -317,7 +317,7 @@ def _write(
     words = load_words(texts, device=device).numbers_BL[:, 0]
     vocabulary = words, Candidates(encode_texts(network, texts, device=device))
     likelihood = network.likelihood(task.family)
-    rows_I = np.unique(examples.rows_N)
+    rows_I = distinct(examples.rows_N)
     keys = _keys_of(examples, rows_I)
     captions: dict[str, str] = {}
     for part in blocks(len(rows_I), _BLOCK):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 
-from embedcache.arrays import Bools, blocks
+from embedcache.arrays import Bools, blocks, distinct
 from embedcache.dataset.inputs import InputFeature, to_unit_vectors
 from embedcache.dataset.pairs import Items, pair_items
 from embedcache.dataset.settings import SplitSettings
@@ -103,7 +103,7 @@ def find_overlap(
         return None
     caches, missing = _open_training_caches(run, cache, settings.trained_on)
     trained = [items for cache in caches for items in [training_items(run, cache)] if items]
-    samples = np.unique(np.concatenate([items.items.samples for items in evaluated.values()]))
+    samples = distinct(np.concatenate([items.items.samples for items in evaluated.values()]))
     count = _num_affordable(evaluated, trained) if trained else 0
     checked = (
         samples if len(samples) <= count else np.sort(np.random.default_rng(0).choice(samples, count, replace=False))

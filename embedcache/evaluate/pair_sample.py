@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embedcache.arrays import Ints
+from embedcache.arrays import Ints, distinct
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.dataset.settings import SplitSettings
@@ -59,7 +59,7 @@ def draw_samples(
         items.where(np.logical_and.reduce([feature.valid for feature in features])[items.rows])
         for items, features in ((pairs.first, images), (pairs.second, texts))
     )
-    samples = np.intersect1d(image.samples, text.samples)
+    samples = np.intersect1d(distinct(image.samples), distinct(text.samples), assume_unique=True)
     if len(samples) < _MIN_SAMPLES:
         raise DataError(
             f"expected at least {_MIN_SAMPLES} samples of {cache.path} with all of the features, got {len(samples)}: "
@@ -121,7 +121,7 @@ def split_samples(
         [cache], pairs, settings, {feature.modality: feature.read for feature in features}, progress=progress
     )
     train, val = pairs.select(split.rows("train")), pairs.select(split.rows("val"))
-    both = np.union1d(train.samples, val.samples)
+    both = distinct(np.concatenate([train.samples, val.samples]))
     if len(both) < _MIN_SAMPLES or not (len(train.samples) and len(val.samples)):
         raise DataError(
             f"expected at least {_MIN_SAMPLES} samples in the training and validation parts, some in each, got "

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from embedcache.arrays import Ints
+from embedcache.arrays import Ints, distinct
 from embedcache.dataset.inputs import PLAIN, check_same_view
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, FingerprintError, SettingError
@@ -97,7 +97,7 @@ class SpeechReport:
         left_out = f"; {self.num_left_out:,} utterances left out" if self.num_left_out else ""
         return (
             f"{len(self.keys):,} utterances, {len(numbers_M):,} words{left_out}; {' and '.join(self.streams)}; "
-            f"{self.decoding.line()}; 95% intervals over {len(np.unique(numbers_M)):,} {self.clusters.noun}"
+            f"{self.decoding.line()}; 95% intervals over {len(distinct(numbers_M)):,} {self.clusters.noun}"
         )
 
     def warnings(self) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Bools, Ints
+from embedcache.arrays import Array, Bools, Ints, distinct
 from embedcache.dataset.selections import read_selection
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, UnknownNameError
@@ -155,7 +155,7 @@ class VectorExport:
 
     def _chunks(self, modality: Modality) -> Iterator[Array]:
         wanted, vectors, size = self.item_rows(modality), self._vectors[modality], self.cache.info.chunk_size
-        for number in np.unique(wanted // size).tolist():
+        for number in distinct(wanted // size).tolist():
             if self._settings.run is None:
                 rows, inputs = vectors.feature.chunk(number)
                 values = inputs.values

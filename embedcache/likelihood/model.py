@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from embedcache.arrays import Floats, blocks
+from embedcache.arrays import Floats, blocks, distinct
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.likelihood import load_shared
@@ -299,7 +299,7 @@ class LikelihoodModel:
         """Encode candidates: texts, or single words and the end."""
         lists = self._network.vocabulary.require_known(names, "candidates")
         if is_words:
-            numbers_C = np.unique(np.concatenate([[END], lists.numbers_M])).astype(np.int32)
+            numbers_C = distinct(np.concatenate([[END], lists.numbers_M])).astype(np.int32)
             lists = WordLists(numbers_C, np.arange(len(numbers_C) + 1))
         return lists, encode_texts(self._network, lists, device=self._device)
 

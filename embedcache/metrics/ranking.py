@@ -4,7 +4,7 @@ from math import comb
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, dot_products
+from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, distinct, dot_products
 from embedcache.errors import DataError
 
 _BLOCK_BYTES = 64 * 2**20
@@ -157,7 +157,7 @@ def tied_chance_recall(positives: tuple[Ints, Ints], contents_C: Ints, k: int) -
     """
     _, number_C, size_G = np.unique(contents_C, return_inverse=True, return_counts=True)
     num_groups = len(size_G)
-    query_P, group_P = np.divmod(np.unique(positives[0] * num_groups + number_C[positives[1]]), num_groups)
+    query_P, group_P = np.divmod(distinct(positives[0] * num_groups + number_C[positives[1]]), num_groups)
     removed_QK = np.zeros((int(query_P.max()) + 1, k), np.int64)  # column s: positive groups of s items, 0: of any size
     np.add.at(removed_QK[:, 0], query_P, 1)
     is_small = size_G[group_P] < k

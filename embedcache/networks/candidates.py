@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, normalize
 
-from embedcache.arrays import Floats, Ints, blocks
+from embedcache.arrays import Floats, Ints, blocks, distinct
 from embedcache.errors import DataError, SettingError
 
 Similarity: TypeAlias = Literal["cosine", "dot"]
@@ -99,7 +99,7 @@ def draw_candidates(
         (C,) int64 numbers of the candidates, ascending; position of each positive among them; and (C,) float32
         log-weights, None: all candidates are used.
     """
-    kept = np.unique(positives_M if mined is None else np.concatenate([positives_M, mined]))
+    kept = distinct(positives_M if mined is None else np.concatenate([positives_M, mined]))
     if num_candidates <= max(limit, len(kept)):
         return np.arange(num_candidates), positives_M, None
     num_left = num_candidates - len(kept)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Ints
+from embedcache.arrays import Ints, distinct
 from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupReport
 from embedcache.curate.keep import RemovedSamples
 from embedcache.dataset.similar_pairs import histogram
@@ -110,7 +110,7 @@ def write_dedup_page(path: Path, result: DedupReport, *, image_folders: Sequence
     near = np.flatnonzero(~removed.is_copy)
     borderline = near[np.argsort(removed.cosines[near], kind="stable")][:_NUM_BORDERLINE].tolist()
     rng = np.random.default_rng(analysis.settings.seed)
-    kept = np.sort(rng.permutation(np.unique(removed.kept))[:_NUM_GROUPS]).tolist()
+    kept = np.sort(rng.permutation(distinct(removed.kept))[:_NUM_GROUPS]).tolist()
     groups = [np.flatnonzero(removed.kept == sample) for sample in kept]
     counts = [
         "copies only" if result.cosine is None else f"{result.cosine:g}",

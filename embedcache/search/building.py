@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Ints
+from embedcache.arrays import Bools, Ints, distinct
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.modalities import noun
@@ -106,11 +106,12 @@ class IndexBuilder:
         """Add all valid rows that an index in memory does not hold."""
         index.resume()
         missing = np.setdiff1d(vectors.rows, index.rows, assume_unique=True)
+        is_missing_N = _mask(missing, vectors)
         progress.start(f"indexing as {factory}", len(missing), noun(vectors.modality))
         last, writing_s = time.monotonic(), 0.0
-        for number in np.unique(missing // vectors.cache.info.chunk_size):
+        for number in distinct(missing // vectors.cache.info.chunk_size):
             rows, vectors_BP = vectors.chunk(int(number))
-            is_new = np.isin(rows, missing)
+            is_new = is_missing_N[rows]
             index.add(rows[is_new], vectors_BP[is_new])
             progress.advance(int(is_new.sum()))
             if time.monotonic() - last >= max(checkpoint_s, 10 * writing_s):
@@ -261,16 +262,17 @@ def _fill_lists(
         else:
             parts.append(part)
     missing = np.setdiff1d(vectors.rows, _rows(parts), assume_unique=True)
+    is_missing_N = _mask(missing, vectors)
     if old is not None and not len(missing) and len(parts) == 1:
         return old
     progress.start("indexing on disk", len(missing), noun(vectors.modality))
-    numbers = np.unique(missing // vectors.cache.info.chunk_size).tolist()
+    numbers = distinct(missing // vectors.cache.info.chunk_size).tolist()
     while numbers:
         part = read_index(trained_path, is_mapped=False, device=vectors.device)
         num_before = sum(map(len, parts))
         while numbers and len(part) * part.code_size < PART_BYTES:
             rows, vectors_BP = vectors.chunk(numbers.pop(0))
-            is_new = np.isin(rows, missing)
+            is_new = is_missing_N[rows]
             part.add_part(rows[is_new], vectors_BP[is_new], num_before + len(part))
             progress.advance(int(is_new.sum()))
         path = folder / f"index.part-{part.rows[0]:012d}.faiss"
@@ -295,6 +297,12 @@ def _read_unfinished(path: Path, *, is_mapped: bool = False, device: str = AUTO)
         pass  # bytes that FAISS did not write
     path.unlink()
     return None
+
+
+def _mask(rows: Ints, vectors: Vectors) -> Bools:
+    mask_N = np.zeros(vectors.feature.num_items, bool)
+    mask_N[rows] = True
+    return mask_N
 
 
 def _rows(parts: list[RowIndex]) -> Ints:

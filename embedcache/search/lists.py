@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks, distinct
 from embedcache.errors import CorruptError
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.faiss_gpu import import_faiss
@@ -89,7 +89,7 @@ class DiskLists:
         faiss, inverted, nprobe = self._faiss, self._inverted, min(nprobe, self._lists.nlist)
         queries_QP = self._transform(queries_QP)
         nearness_QL, lists_QL = inverted.quantizer.search(queries_QP, nprobe)
-        probed = np.unique(lists_QL[lists_QL >= 0])
+        probed = distinct(lists_QL[lists_QL >= 0])
         self._lists.prefetch_lists(faiss.swig_ptr(probed), len(probed))
         self._check(probed, self._is_checked_L)
         parameters = faiss.SearchParametersIVF(nprobe=nprobe, **({} if selector is None else {"sel": selector}))

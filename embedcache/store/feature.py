@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Array, Bools, Ints, to_rows
+from embedcache.arrays import Array, Bools, Ints, distinct, to_rows
 from embedcache.errors import CorruptError, DataError, UnfinishedError
 from embedcache.progress import Progress
 from embedcache.provenance import digest
@@ -133,7 +133,7 @@ class Feature:
         has_B = (rows >= 0) & (rows < self.num_items)
         rows = rows[has_B]
         chunks = rows // self.group.info.chunk_size
-        numbers = np.unique(chunks)
+        numbers = distinct(chunks)
         if "commits" in self.__dict__ or len(numbers) > _FEW_CHUNKS:
             has_B[has_B] = self.valid[rows]
             return has_B
@@ -204,7 +204,7 @@ class Feature:
             return list(self.gather(rows))
         rows = self._check_rows(rows)
         tokens: list[Array | None] = [None] * len(rows)
-        for chunk in np.unique(rows // self.group.info.chunk_size):
+        for chunk in distinct(rows // self.group.info.chunk_size):
             start = self._rows(int(chunk)).start
             items = self._read(self._commit_of(int(chunk)), partial(self._ragged_items, once=True))
             for position in np.flatnonzero(rows // self.group.info.chunk_size == chunk):

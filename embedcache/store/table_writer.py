@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.arrays import Ints
+from embedcache.arrays import Ints, distinct
 from embedcache.errors import CorruptError, SourceError
 from embedcache.modalities import FILE_MODALITIES, MODALITIES
 from embedcache.progress import NullProgress, Progress
@@ -140,7 +140,7 @@ class TableWriter:
         with open_table(items_path(self._folder, "image")) as file:
             batches = file.iter_batches(BATCH, columns=["path"], use_threads=False)
             hashes = [_hash_texts(batch["path"]) for batch in batches]
-        return len(np.unique(np.concatenate(hashes)))
+        return len(distinct(np.concatenate(hashes)))
 
 
 def digest_input(batch: Sequence[Sample]) -> bytes:
@@ -226,7 +226,7 @@ class _SampleWriter:
         if not len(rows):
             return
         starts, keys = np.cumsum([0, *map(len, self._hashes)]), []
-        for number in np.unique(np.searchsorted(starts, rows, side="right") - 1).tolist():
+        for number in distinct(np.searchsorted(starts, rows, side="right") - 1).tolist():
             inside = rows[(rows >= starts[number]) & (rows < starts[number + 1])] - starts[number]
             keys.append(read_table(self._batch_path(number), columns=["key"])["key"].take(pa.array(inside)))
         _check_keys(widen(pa.chunked_array([chunk for part in keys for chunk in part.chunks], pa.string())), rows)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from embedcache.arrays import Inputs, Ints
+from embedcache.arrays import Inputs, Ints, distinct
 from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, check_same_view, open_input, view_feature
 from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
 from embedcache.dataset.selections import read_selection
@@ -129,7 +129,7 @@ class TrainData:
             shown.advance(len(pairs.samples))
             shown.finish()
         if settings.path is not None and progress is not None:
-            num_all, num_missing = split.parts.count(""), sum(map(len, self.caches)) - len(np.unique(pairs.samples))
+            num_all, num_missing = split.parts.count(""), sum(map(len, self.caches)) - len(distinct(pairs.samples))
             if num_other := num_all - num_missing:
                 progress.note(
                     f"left out {num_all:,} samples: {num_missing:,} without both features, {num_other:,} in no "

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from embedcache.arrays import Floats, check_finite
+from embedcache.arrays import Floats, check_finite, distinct
 from embedcache.dataset.splits import Split
 from embedcache.devices import autocast
 from embedcache.errors import DataError, SettingError
@@ -315,7 +315,7 @@ def sample_tokens(tasks: Sequence[Subtask], modality: str) -> Floats:
     parts = []
     for media in _all_media([task.train for task in tasks], modality):
         rows_of = [task.train.rows_N for task in tasks if task.train.media is media]
-        rows = np.unique(np.concatenate([rows_N for rows_N in rows_of if rows_N is not None]))
+        rows = distinct(np.concatenate([rows_N for rows_N in rows_of if rows_N is not None]))
         chosen = rows[np.unique(np.linspace(0, len(rows) - 1, _NUM_SAMPLED).astype(np.int64))]
         values, lengths = media.read(chosen)
         values = np.asarray(values, np.float32)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedcache.arrays import Ints, blocks
+from embedcache.arrays import Ints, blocks, distinct
 from embedcache.metrics.ranking import best_ranks
 from embedcache.networks.sequence import valid_frames
 from embedcache.networks.shared import ReadOut, SharedNetwork, Tokens, Words
@@ -184,7 +184,7 @@ def retrieval_ranks(
     items = torch.cat(list(encode_items(network, examples.media, rows_I, device=device)))
     likelihood = network.likelihood(family)
     scaled_items, scaled_texts = (values.cpu().numpy() for values in likelihood.scaled(items, texts))
-    pairs_E = np.unique(which_row_N * len(targets_T) + which_target_N)
+    pairs_E = distinct(which_row_N * len(targets_T) + which_target_N)
     of_item_E, of_text_E = np.divmod(pairs_E, len(targets_T))
     return {
         "item to text": best_ranks(scaled_items, scaled_texts, (of_item_E, of_text_E)),

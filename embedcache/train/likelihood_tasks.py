@@ -29,7 +29,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from embedcache.arrays import Bools, Ints, blocks
+from embedcache.arrays import Bools, Ints, blocks, distinct
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.ranking import recall_at
 from embedcache.networks.candidates import Candidates, Mined, draw_candidates
@@ -145,7 +145,7 @@ class ExampleTask:
             words = self.train.target_words.numbers_M
         else:
             words = self.train.vocabulary.require_known(self.candidates, f"{self.name}: candidates").numbers_M
-        numbers_C = np.unique(np.concatenate([[END], words[words >= NUM_SPECIAL]])).astype(np.int32)
+        numbers_C = distinct(np.concatenate([[END], words[words >= NUM_SPECIAL]])).astype(np.int32)
         return WordLists(numbers_C, np.arange(len(numbers_C) + 1))
 
     @property
@@ -211,7 +211,7 @@ class ExampleTask:
         limit = num_candidates if rng is None else self.max_candidates
         mined = None
         if self.mined is not None and limit < num_candidates:
-            near = self.mined.near(np.unique(targets_M))
+            near = self.mined.near(distinct(targets_M))
             mined = near[near >= 0]
         chosen_C, positives_M, log_weights_C = draw_candidates(
             num_candidates, targets_M, limit=limit, rng=draws, mined=mined
@@ -251,7 +251,7 @@ class ExampleTask:
         assert examples.rows_N is not None
         rows_B, which_row_B = np.unique(examples.rows_N, return_inverse=True)
         targets_C, which_target_B = np.unique(examples.target_N, return_inverse=True)
-        pairs_E = np.unique(which_row_B * len(targets_C) + which_target_B)
+        pairs_E = distinct(which_row_B * len(targets_C) + which_target_B)
         first_E, second_E = np.divmod(pairs_E, len(targets_C))
         return TaskBatch(
             family=self.family,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from embedcache.arrays import Ints
+from embedcache.arrays import Ints, distinct
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Part
 from embedcache.errors import DataError
@@ -67,7 +67,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         settings = replace_flat(SplitSettings(), options)
         data = open_data(caches, features, memory_bytes=0)
         for side in (side for sides in data.sides.values() for side in sides):
-            if len(np.unique(side.lengths()[side.valid])) > 1:
+            if len(distinct(side.lengths()[side.valid])) > 1:
                 raise DataError(
                     f"feature {side.name}: expected the same number of tokens of all items, got several; use a vector, "
                     "or extract kmeans:K or grid:K"

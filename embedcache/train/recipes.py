@@ -130,9 +130,9 @@ def count_training_pairs(data: TrainData, settings: TrainSettings) -> int:
     if settings.split.kind in _SPLITS_BY_FRACTION:
         fraction = _training_fraction(len(samples), settings.split)
     else:
-        samples = np.intersect1d(samples, data.split(pairs, settings.split).rows("train"))
+        samples = np.intersect1d(samples, data.split(pairs, settings.split).rows("train"), assume_unique=True)
     if settings.selection_path is not None:
-        samples = np.intersect1d(samples, read_selection(settings.selection_path, data.caches))
+        samples = np.intersect1d(samples, read_selection(settings.selection_path, data.caches), assume_unique=True)
     return round(len(samples) * fraction)
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Array, Floats, Ints, concatenated_ranges
+from embedcache.arrays import Array, Floats, Ints, concatenated_ranges, distinct
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.scores import Score, read_scores
 from embedcache.dataset.selections import read_selection
@@ -87,10 +87,8 @@ class Pool:
         if self._settings.scores is not None:
             return self._scored_samples()
         rows = ~self.cache.removed_items(self.modality) if self.feature is None else self.vectors.rows
-        of_items = self.item_samples[rows]
-        is_inside_S = np.zeros(self.cache.info.num_samples, bool)
-        is_inside_S[of_items[of_items >= 0]] = True
-        samples = np.flatnonzero(is_inside_S)
+        samples = distinct(self.item_samples[rows])
+        samples = samples[samples >= 0]
         if not len(samples):
             of_feature = "" if self.feature is None else f" of {self.feature}"
             where = self._settings.selection or self.cache.path
