@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,8 +15,9 @@ from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathErro
 from embedcache.files import TEXT_ENCODING, read_file
 from embedcache.outputs import check_table_output, new_output, read_metadata, with_metadata
 from embedcache.provenance import INDEX_DIGEST
-from embedcache.store.cache import Cache, keys_of
-from embedcache.store.columns import index_in, to_array
+from embedcache.store.cache import Cache
+from embedcache.store.columns import to_array
+from embedcache.store.keys import key_column, match_keys
 from embedcache.store.removed import read_removed
 from embedcache.store.tables import read_table, write_table
 
@@ -50,7 +50,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
     check_selection_path(path)
     if not len(selection.rows):
         raise DataError(f"no sample of {cache.path} is selected, so {path} is not written; select with looser settings")
-    keys = cache.column("key").take(pa.array(selection.rows))
+    keys = to_array(key_column([cache]).select(selection.rows), pa.string())
     table = pa.table({"row": selection.rows, "key": keys, "reason": to_array(selection.reasons, pa.string())})
     header = {"cache": str(cache.path), INDEX_DIGEST: cache.info.index_digest, **metadata}
     with new_output(path) as temporary:
@@ -73,17 +73,16 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
         DataError: the file has no keys, or a key that no cache has.
     """
     selected = pc.unique(read_selected_keys(Path(path)))
-    keys = keys_of(caches)
-    unknown = selected.filter(pc.is_null(index_in(selected, keys))) if len(selected) else selected
-    unknown = _without_removed(path, unknown, caches)
+    rows, is_found = match_keys(caches, selected)
+    unknown = _without_removed(path, selected.filter(pa.array(~is_found)), caches)
     if len(unknown) or not len(selected):
         shown = ", ".join(repr(key) for key in sorted(unknown.to_pylist())[:3]) or "nothing"
         names = " and ".join(str(cache.path) for cache in caches)
         raise DataError(
             f"selection {path} of {len(selected):,} keys has {shown}; {len(unknown):,} are not keys of {names}, which "
-            f"has {len(keys):,}, such as {keys[0].as_py()!r}"
+            f"has {sum(map(len, caches)):,}, such as {caches[0].key(0)!r}"
         )
-    return np.flatnonzero(index_in(keys, selected).is_valid())
+    return rows
 
 
 def _without_removed(path: Path | str, keys: pa.Array, caches: Sequence[Cache]) -> pa.Array:

@@ -1,31 +1,35 @@
 """Splits of samples into training, validation and test parts: by near-duplicate groups, by key, or by a column."""
 
-import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache as cache_calls
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from embedcache.arrays import Array, Bools, Ints, blocks, distinct, number_values
+from embedcache.arrays import Array, Bools, Ints, distinct, number_values
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
 from embedcache.dataset.pairs import Pairs, caption_languages, name_caches
+from embedcache.dataset.random_groups import draw_groups
 from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError, one_line
 from embedcache.files import replacing
-from embedcache.outputs import with_metadata
+from embedcache.outputs import to_metadata
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import INDEX_DIGEST, digest_file, read_record
 from embedcache.registry import unknown_name
-from embedcache.store.cache import Cache, keys_of
-from embedcache.store.columns import Column, to_array
-from embedcache.store.tables import read_table, write_table
+from embedcache.store.cache import Cache
+from embedcache.store.checksums import BLOCK
+from embedcache.store.columns import Column, in_blocks, to_array
+from embedcache.store.keys import iterate_keys, key_column
+from embedcache.store.tables import add_footer_checksum, iterate_table
 
 _log = logging.getLogger(__name__)
 
@@ -68,17 +72,23 @@ class Split:
 
 
 def write_split(path: Path, split: Split) -> None:
-    """Write a split as Parquet: `row`, `key`, `part`, `group`, and `spine` for several caches."""
-    columns = {
-        "row": np.arange(len(split.keys)),
-        "key": to_array(split.keys, pa.string()),
-        "part": to_array(split.parts, pa.string()),
-        "group": to_array(split.groups, pa.int64()),
-    }
+    """Write a split as Parquet: `row`, `key`, `part`, `group`; `spine` for several caches. Memory: a million rows."""
+    values: dict[str, Sequence[object]] = {"key": split.keys, "part": split.parts, "group": split.groups}
     if split.index_digests:
-        columns[INDEX_DIGEST] = to_array(split.index_digests, pa.string())
+        values[INDEX_DIGEST] = split.index_digests
+    schema = pa.schema([pa.field("row", pa.int64()), *(_COLUMNS.field(name) for name in values)])
+    schema, first = schema.with_metadata(to_metadata({}, schema)), 0
+    columns = [in_blocks(of, _COLUMNS.field(name).type, _ROWS_PER_GROUP) for name, of in values.items()]
     with replacing(path) as temporary:
-        write_table(temporary, with_metadata(pa.table(columns), {}))
+        with pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
+            while block := [part for column in columns for part in islice(column, 1)]:
+                writer.write_table(pa.table([np.arange(first, first + len(block[0])), *block], schema=schema))
+                first += len(block[0])
+                del block  # not kept while the next one is read
+        add_footer_checksum(temporary)
+
+
+_ROWS_PER_GROUP = 2**20  # as Arrow divides a table: the bytes are those of a table that is written as a whole
 
 
 def check_split(path: Path) -> None:
@@ -118,62 +128,91 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     if not path.is_file():
         raise PathError(f"{path} does not exist; it is written by embedcache train")
     check_split(path)
-    try:
-        table = read_table(path)
-        schema = _COLUMNS if INDEX_DIGEST in table.column_names else _COLUMNS.remove(len(_COLUMNS) - 1)
-        table = table.select(schema.names).cast(schema)
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise CorruptError(
-            f"{path}: expected a split with the columns key, part and group: {one_line(error)}"
-        ) from error
-    parts = [_select_cache(path, table, cache) for cache in caches]
-    joined = pa.concat_tables(parts)
-    several = [cache.info.index_digest for cache, part in zip(caches, parts, strict=True) for _ in range(len(part))]
+    of_caches = [_OfCache(path, cache) for cache in caches]
+    for rows in _iterate_rows(path):
+        for of_cache in of_caches:
+            of_cache.add(rows)
+    joined = pa.concat_tables([of_cache.close() for of_cache in of_caches]).combine_chunks()
     return Split(
-        keys=Column(joined["key"]),
+        keys=key_column(caches),
         parts=Column(joined["part"]),
         groups=Column(joined["group"]),
-        index_digests=several if len(caches) > 1 else (),
+        index_digests=_index_digests(caches),
     )
 
 
 _COLUMNS = pa.schema([("key", pa.string()), ("part", pa.string()), ("group", pa.int64()), (INDEX_DIGEST, pa.string())])
 
 
-def _select_cache(path: Path, table: pa.Table, cache: Cache) -> pa.Table:
-    """Return key, part and group of the samples of one cache, with appended samples in no part."""
-    keys = cache.column("key").cast(pa.string())
-    if INDEX_DIGEST in table.column_names:
-        same = pa.array(filter(cache.info.has_rows_of, pc.unique(table[INDEX_DIGEST]).to_pylist()), pa.string())
-        table = table.filter(pc.is_in(table[INDEX_DIGEST], value_set=same)).drop_columns(INDEX_DIGEST)
-    table = _without_removed(path, table, cache)
-    if not len(table) or not table["key"].equals(keys.slice(0, len(table))):
-        raise DataError(
-            f"split {path} belongs to other samples: it has {len(table)} keys, {cache.path} has {len(keys)}, and "
-            "they differ; use a split of the same samples"
-        )
-    num_added, first_group = len(keys) - len(table), (pc.max(table["group"]).as_py() or 0) + 1
-    if not num_added:
-        return table
-    added = {
-        "key": keys.slice(len(table)),
-        "part": pa.repeat("", num_added),
-        "group": np.arange(first_group, first_group + num_added),
-    }
-    return pa.concat_tables([table, pa.table(added, schema=table.schema)])
+def _iterate_rows(path: Path) -> Iterator[pa.Table]:
+    """Iterate over the rows of a split: key, part, group and, of several caches, spine. Memory: a block."""
+    try:
+        for table in iterate_table(path, BLOCK, _COLUMNS.names):
+            schema = pa.schema(
+                [field for field in _COLUMNS if field.name != INDEX_DIGEST or INDEX_DIGEST in table.column_names]
+            )
+            yield table.select(schema.names).cast(schema)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise CorruptError(
+            f"{path}: expected a split with the columns key, part and group: {one_line(error)}"
+        ) from error
 
 
-def _without_removed(path: Path, table: pa.Table, cache: Cache) -> pa.Table:
-    """Return a split's table in which samples that were removed since are in no part, under their present keys."""
-    rows = cache.removed[cache.removed < len(table)]
-    if not len(rows):
-        return table
-    warn_removed(f"{len(rows):,} samples of the split {path} were removed from {cache.path}; they are in no part")
-    is_removed = np.zeros(len(table), bool)
-    is_removed[rows] = True
-    mask, keys = pa.array(is_removed), cache.column("key").cast(pa.string()).slice(0, len(table))
-    columns = {"key": pc.if_else(mask, keys, table["key"]), "part": pc.if_else(mask, "", table["part"])}
-    return pa.table({**columns, "group": table["group"]}, table.schema)
+class _OfCache:
+    """The rows of a split that belong to one cache, whose keys are compared block by block."""
+
+    def __init__(self, path: Path, cache: Cache) -> None:
+        self._path, self._cache, self._keys = path, cache, iterate_keys(cache)
+        self._ahead = pa.chunked_array([], pa.string())  # keys that were read and not compared yet
+        self._rows: list[pa.Table] = []
+        self._num_rows, self._num_removed, self._is_same = 0, 0, True
+
+    def add(self, rows: pa.Table) -> None:
+        """Compare the next rows of the split, some of which may belong to other caches."""
+        if INDEX_DIGEST in rows.column_names:
+            same = [name for name in pc.unique(rows[INDEX_DIGEST]).to_pylist() if self._cache.info.has_rows_of(name)]
+            rows = rows.filter(pc.is_in(rows[INDEX_DIGEST], value_set=pa.array(same, pa.string())))
+        removed, keys = self._cache.removed - self._num_rows, self._next_keys(len(rows))
+        removed = removed[(removed >= 0) & (removed < len(rows))]
+        self._num_rows, self._num_removed = self._num_rows + len(rows), self._num_removed + len(removed)
+        if len(removed):  # they have other keys now
+            is_removed = np.zeros(len(rows), bool)
+            is_removed[removed] = True
+            parts = pc.if_else(pa.array(is_removed), "", rows["part"])
+            self._rows.append(pa.table({"part": parts, "group": rows["group"]}))
+            left = np.flatnonzero(~is_removed)
+            rows, keys = rows.take(pa.array(left)), keys.take(pa.array(left[left < len(keys)]))
+        else:
+            self._rows.append(rows.select(["part", "group"]))
+        self._is_same &= keys.equals(rows["key"])
+
+    def _next_keys(self, count: int) -> pa.ChunkedArray:
+        """Return the next keys of the cache, fewer at its end."""
+        while len(self._ahead) < count and (block := next(self._keys, None)) is not None:
+            self._ahead = pa.chunked_array([*self._ahead.chunks, *block.chunks], pa.string())
+        keys, self._ahead = self._ahead.slice(0, count), self._ahead.slice(count)
+        return keys
+
+    def close(self) -> pa.Table:
+        """Return part and group of the samples of the cache; those that were appended or removed are in no part.
+
+        Raises:
+            DataError: the rows are those of other samples.
+        """
+        if not self._num_rows or not self._is_same:
+            raise DataError(
+                f"split {self._path} belongs to other samples: it has {self._num_rows} keys, {self._cache.path} has "
+                f"{len(self._cache)}, and they differ; use a split of the same samples"
+            )
+        if self._num_removed:
+            warn_removed(
+                f"{self._num_removed:,} samples of the split {self._path} were removed from {self._cache.path}; they "
+                "are in no part"
+            )
+        rows, num_added = pa.concat_tables(self._rows), len(self._cache) - self._num_rows
+        first_group = (pc.max(rows["group"]).as_py() or 0) + 1
+        added = {"part": pa.repeat("", num_added), "group": np.arange(first_group, first_group + num_added)}
+        return pa.concat_tables([rows, pa.table(added, schema=rows.schema)])
 
 
 @cache_calls
@@ -209,9 +248,9 @@ def make_split(
     if settings.kind != "strict":
         return split_samples(caches, pairs.samples, settings)
     groups = near_duplicate_groups(pairs, settings, readers, progress or NullProgress())
-    split = _by_groups(keys_of(caches), pairs.samples, groups, settings)
+    split = _by_groups(caches, pairs.samples, number_values(groups), settings)
     _require_parts(split, groups, settings, readers, _languages(caches, pairs, list(readers)))
-    return _of_caches(caches, split)
+    return split
 
 
 def split_samples(caches: Sequence[Cache], samples: Ints, settings: SplitSettings) -> Split:
@@ -219,31 +258,22 @@ def split_samples(caches: Sequence[Cache], samples: Ints, settings: SplitSetting
 
     Args:
         caches: the caches.
-        samples: (S,) the samples, counted across caches; the others are in no part.
+        samples: (S,) the samples, counted across caches, ascending; the others are in no part.
         settings: settings of the split.
 
     Raises:
         UnknownNameError, SettingError, SourceError: as in `make_split`.
     """
-    keys = keys_of(caches)
     if settings.kind == "column":
-        split = _by_column(caches, keys, samples, settings)
-    elif settings.kind == "key":
-        split = _by_groups(keys, samples, samples, settings)
-        _require_parts(split, samples, settings, ())
-    elif settings.path is None or not settings.path.is_file():
-        raise unknown_name("split", settings.kind, KINDS, hint="or use the path of another run's split.parquet")
-    else:
-        split = read_split(settings.path, caches)
-    return _of_caches(caches, split)
-
-
-def _of_caches(caches: Sequence[Cache], split: Split) -> Split:
-    if len(caches) == 1:
+        return _by_column(caches, samples, settings)
+    if settings.kind == "key":
+        groups = np.arange(len(samples))
+        split = _by_groups(caches, samples, groups, settings)
+        _require_parts(split, groups, settings, ())
         return split
-    return replace(
-        split, index_digests=[cache.info.index_digest for cache in caches for _ in range(cache.info.num_samples)]
-    )
+    if settings.path is None or not settings.path.is_file():
+        raise unknown_name("split", settings.kind, KINDS, hint="or use the path of another run's split.parquet")
+    return read_split(settings.path, caches)
 
 
 def _languages(caches: Sequence[Cache], pairs: Pairs, modalities: Sequence[str]) -> list[str]:
@@ -279,7 +309,7 @@ def _require_parts(
     )
 
 
-def _by_column(caches: Sequence[Cache], keys: pa.ChunkedArray, samples: Ints, settings: SplitSettings) -> Split:
+def _by_column(caches: Sequence[Cache], samples: Ints, settings: SplitSettings) -> Split:
     for cache in caches:
         if "split" not in cache.columns:
             raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
@@ -295,30 +325,44 @@ def _by_column(caches: Sequence[Cache], keys: pa.ChunkedArray, samples: Ints, se
     if not (part_S == _CODES["val"]).any():
         train = np.flatnonzero(part_S == _CODES["train"])
         quota = _quota(settings.val_fraction, settings.max_val, len(train))
-        drawn = draw_groups(keys.take(pa.array(train)), np.arange(len(train)), [quota], settings.seed)
+        drawn = draw_groups(key_column(caches).select(train), np.arange(len(train)), [quota], settings.seed)
         part_S[train[drawn == 0]] = _CODES["val"]
-    return _split(keys, part_S, np.arange(len(keys)))
+    return _split(caches, part_S, np.arange(len(part_S)))
 
 
-def _by_groups(keys: pa.ChunkedArray, samples: Ints, groups: Ints, settings: SplitSettings) -> Split:
+def _by_groups(caches: Sequence[Cache], samples: Ints, groups: Ints, settings: SplitSettings) -> Split:
+    """Draw the parts of samples, ascending, by whole groups, which are numbered from 0."""
+    num_samples = sum(map(len, caches))
     quotas = [
         _quota(settings.test_fraction, settings.max_test, len(samples)),
         _quota(settings.val_fraction, settings.max_val, len(samples)),
     ]
-    numbers = number_values(groups)
-    drawn = draw_groups(keys.take(pa.array(samples)), numbers, quotas, settings.seed)
-    part_S, group_S = np.full(len(keys), _CODES[""], np.int8), np.full(len(keys), -1, np.int64)
+    drawn = draw_groups(key_column(caches).select(samples), groups, quotas, settings.seed)
+    part_S, group_S = np.full(num_samples, _CODES[""], np.int8), np.full(num_samples, -1, np.int64)
     part_S[samples] = np.array([_CODES["train"], _CODES["test"], _CODES["val"]], np.int8)[drawn + 1]
-    group_S[samples] = numbers
-    return _split(keys, part_S, group_S)
+    group_S[samples] = groups
+    return _split(caches, part_S, group_S)
 
 
 _CODES = {"train": 0, "val": 1, "test": 2, "": 3}
 
 
-def _split(keys: pa.ChunkedArray, part_S: Array, group_S: Ints) -> Split:
+def _split(caches: Sequence[Cache], part_S: Array, group_S: Ints) -> Split:
     names = pa.array(list(_CODES), pa.string())
-    return Split(keys=Column(keys), parts=Column(names.take(pa.array(part_S))), groups=Column(pa.array(group_S)))
+    return Split(
+        keys=key_column(caches),
+        parts=Column(names.take(pa.array(part_S))),
+        groups=Column(pa.array(group_S)),
+        index_digests=_index_digests(caches),
+    )
+
+
+def _index_digests(caches: Sequence[Cache]) -> Sequence[str]:
+    """Return the index digest of each sample's cache; none for a single cache."""
+    if len(caches) == 1:
+        return ()
+    which_S = np.repeat(np.arange(len(caches), dtype=np.int32), list(map(len, caches)))
+    return Column(pa.DictionaryArray.from_arrays(which_S, [cache.info.index_digest for cache in caches]))
 
 
 def _quota(fraction: float, largest: int, count: int) -> int:
@@ -341,60 +385,3 @@ def column_parts(names: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedA
     known = pc.unique(names)
     parts = pa.array([PART_NAMES.get(str(name).lower(), "") for name in known.to_pylist()], pa.string())
     return parts.take(pc.index_in(names, value_set=known))
-
-
-_KEYS_PER_BLOCK = 65_536
-
-
-def draw_groups(keys: "pa.Array | pa.ChunkedArray", groups_S: Ints, quotas: Sequence[int], seed: int) -> Ints:
-    """Draw whole groups of samples for each of several quotas, in an order that depends only on keys and seed.
-
-    Groups larger than the rest of a quota are skipped. Memory: about 60 bytes per sample.
-
-    Args:
-        keys: (S,) key of each sample.
-        groups_S: group of each sample, from 0 to G - 1, none of them empty.
-        quotas: most samples to draw; a later quota draws from what the earlier ones left.
-
-    Returns:
-        (S,) int64 position of the quota that a sample was drawn for, or -1.
-    """
-    sizes_G = np.bincount(groups_S)
-    drawn_G, order = np.full(len(sizes_G), -1, np.int64), _random_order(keys, groups_S, sizes_G, seed)
-    for number, quota in enumerate(quotas):
-        is_taken = _take_first(sizes_G[order], quota)
-        drawn_G[order[is_taken]] = number
-        order = order[~is_taken]
-    return drawn_G[groups_S]
-
-
-def _random_order(keys: "pa.Array | pa.ChunkedArray", groups_S: Ints, sizes_G: Ints, seed: int) -> Ints:
-    """Return the groups by the SHA-256 of the seed and their lowest key."""
-    if isinstance(keys, pa.ChunkedArray):
-        keys = keys.combine_chunks()  # Arrow joins the chunks each time that rows are taken from them
-    is_shared = sizes_G[groups_S] > 1
-    lead_G = np.empty(len(sizes_G), np.int64)
-    lead_G[groups_S[~is_shared]] = np.flatnonzero(~is_shared)
-    shared = np.flatnonzero(is_shared)
-    by_key = shared[pc.sort_indices(keys.take(pa.array(shared))).to_numpy()]
-    lead_G[groups_S[by_key[::-1]]] = by_key[::-1]  # the last assignment is that of the lowest key
-    digests, salt, sha256 = [], f"{seed}:".encode(), hashlib.sha256
-    for block in blocks(len(lead_G), _KEYS_PER_BLOCK):
-        names = keys.take(pa.array(lead_G[block])).cast(pa.binary()).to_pylist()
-        digests.append(b"".join([sha256(salt + name).digest()[:16] for name in names]))
-    words_G2 = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2)
-    order_G = np.argsort(words_G2[:, 0], kind="stable")
-    first_G = words_G2[order_G, 0]
-    return order_G if (first_G[1:] != first_G[:-1]).all() else np.lexsort((words_G2[:, 1], words_G2[:, 0]))
-
-
-def _take_first(sizes: Ints, quota: int) -> Bools:
-    """Return which of some groups to take in their order, skipping those that are larger than what is left."""
-    is_taken, start = np.zeros(len(sizes), bool), 0
-    while len(fits := np.flatnonzero(sizes[start:] <= quota)):
-        start += int(fits[0])
-        count = int(np.searchsorted(np.cumsum(sizes[start:]), quota, side="right"))
-        is_taken[start : start + count] = True
-        quota -= int(sizes[start : start + count].sum())
-        start += count
-    return is_taken

@@ -5,20 +5,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Floats, Ints, distinct, number_values
 from embedcache.dataset.inputs import InputFeature, open_input, to_mean_vectors
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
-from embedcache.dataset.splits import PARTS, column_parts, draw_groups
+from embedcache.dataset.random_groups import draw_groups
+from embedcache.dataset.splits import PARTS, column_parts
 from embedcache.errors import DataError
 from embedcache.evaluate.classifiers import Examples
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.store.cache import Cache
+from embedcache.store.keys import key_column
 
 _TEST_FRACTION, _VAL_FRACTION = 0.25, 0.1
 _SPLIT = "split"
@@ -153,8 +154,7 @@ def _read_parts(cache: Cache, part: Literal["test", "val"]) -> Array:
 def _draw(cache: Cache, items: Items, quotas: Sequence[int], seed: int) -> tuple[Ints, Ints]:
     """Return the samples of some items, and what `draw_groups` returns: equal first items stay together."""
     samples, first = np.unique(items.samples, return_index=True)
-    keys = cache.column("key").take(pa.array(samples))
-    return samples, draw_groups(keys, number_values(items.contents[first]), quotas, seed)
+    return samples, draw_groups(key_column([cache]).select(samples), number_values(items.contents[first]), quotas, seed)
 
 
 def _read_vectors(feature: InputFeature, rows: Ints, progress: Progress) -> Floats:

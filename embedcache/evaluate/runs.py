@@ -29,7 +29,7 @@ from embedcache.projectors.saved import (
 )
 from embedcache.provenance import INDEX_DIGEST, check_same, digest_file
 from embedcache.store.cache import Cache
-from embedcache.store.columns import index_in
+from embedcache.store.keys import match_keys
 
 RunPaths: TypeAlias = AnyPath | Sequence[AnyPath]
 """One run, or seeds of one recipe."""
@@ -202,7 +202,7 @@ def read_run_selection(run: Run, cache: Cache) -> Ints | None:
             f"{path}: expected the selection that the run was trained on, got another file; train again into a new "
             "folder"
         )
-    return np.flatnonzero(index_in(cache.column("key"), read_selected_keys(path)).is_valid())
+    return match_keys([cache], read_selected_keys(path))[0]
 
 
 def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:

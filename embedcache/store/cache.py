@@ -374,12 +374,6 @@ class Cache:
         return f"{message}; or name others with --feature MODALITY=NAME, one of: {known}"
 
 
-def keys_of(caches: Sequence[Cache]) -> pa.ChunkedArray:
-    """Return the keys of the samples of some caches, one after another; see `widen`."""
-    columns = [cache.column("key").cast(pa.string()) for cache in caches]
-    return widen(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()))
-
-
 def _with_columns_of_samples(items: pa.Table, samples: pa.Table) -> pa.Table:
     """Join the columns of each item's sample; those of a sample recur, so that its texts may exceed 2 GiB together."""
     named = zip(samples.column_names, samples.columns, strict=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Bools, Ints
+from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.provenance import canonical_json
 
 T = TypeVar("T")
@@ -16,6 +16,7 @@ HASH = pa.binary(HASH_BYTES)
 _QUOTED = 2 * HASH_BYTES + 3  # hex digits, two quotes and a comma
 _NULL = np.frombuffer(b"null,", np.uint8)
 _MAX_STRING_BYTES = 2**31 - 1
+_SELECTED_FROM = 65_536  # rows of a block of which some are selected
 
 
 class Column(Sequence[T]):
@@ -23,14 +24,27 @@ class Column(Sequence[T]):
 
     def __init__(self, array: "pa.Array | pa.ChunkedArray") -> None:
         self._array, self._length = array, len(array)
-        self._load: Callable[[], pa.Array] | None = None
+        self._load: Callable[[], pa.Array | pa.ChunkedArray] | None = None
+        self._read: Callable[[], Iterator[pa.Array | pa.ChunkedArray]] | None = None
         self._places: Ints | None = None
 
     @classmethod
-    def deferred(cls, length: int, load: "Callable[[], pa.Array]") -> "Column[T]":
-        """Return a column of a known length that is read when a value is first used."""
+    def deferred(
+        cls,
+        length: int,
+        load: "Callable[[], pa.Array | pa.ChunkedArray]",
+        *,
+        read: "Callable[[], Iterator[pa.Array | pa.ChunkedArray]] | None" = None,
+    ) -> "Column[T]":
+        """Return a column of a known length that is read when a value is used.
+
+        Args:
+            length: number of values.
+            load: returns all values; called whenever they are used, so it keeps them if that is often.
+            read: iterates over all values, in blocks of any size, for `blocks`; None: `load` is called.
+        """
         column = cls(pa.array([], pa.null()))
-        column._length, column._load = length, load
+        column._length, column._load, column._read = length, load, read
         return column
 
     @classmethod
@@ -48,6 +62,32 @@ class Column(Sequence[T]):
         indices = np.zeros(self._length, np.int64)
         indices[self._places] = np.arange(len(self._places))
         return self._array.take(pa.array(indices, mask=self.is_null()))
+
+    def blocks(self, size: int) -> "Iterator[pa.Array]":
+        """Iterate over the values, `size` at a time. Memory: a block, also of a column that is read in blocks."""
+        left: pa.ChunkedArray | None = None
+        for values in self._read() if self._read else [self.array]:
+            chunks = values.chunks if isinstance(values, pa.ChunkedArray) else [values]
+            left = pa.chunked_array([*(left.chunks if left else ()), *chunks], values.type)
+            del values, chunks
+            while len(left) >= size:
+                block, left = left.slice(0, size).combine_chunks(), left.slice(size)
+                yield block
+                del block  # not kept while the next one is read
+        if left is not None and len(left):
+            yield left.combine_chunks()
+
+    def select(self, rows: Ints) -> "Column[T]":
+        """Return the values of some rows, (M,) int64 ascending, as a column that is read in blocks when it is used."""
+
+        def read() -> "Iterator[pa.Array]":
+            start = 0
+            for block in self.blocks(_SELECTED_FROM):
+                first, last = np.searchsorted(rows, [start, start + len(block)])
+                yield block.take(pa.array(rows[first:last] - start))
+                start += len(block)
+
+        return Column.deferred(len(rows), lambda: pa.chunked_array(read()) if len(self) else self.array, read=read)
 
     def is_null(self) -> Bools:
         """Return which values are null: (N,) bool."""
@@ -112,6 +152,17 @@ def to_array(values: Sequence[Any], kind: pa.DataType) -> "pa.Array | pa.Chunked
     if not isinstance(array, pa.ChunkedArray) or (pa.types.is_string(kind) and array.nbytes > _MAX_STRING_BYTES):
         return array
     return array.combine_chunks()
+
+
+def in_blocks(values: Sequence[Any], kind: pa.DataType, size: int) -> "Iterator[pa.Array]":
+    """Iterate over values as Arrow arrays, `size` at a time; see `Column.blocks`."""
+    if isinstance(values, Column):
+        for block in values.blocks(size):
+            yield block if block.type == kind else block.cast(kind)
+            del block
+    else:
+        for rows in blocks(len(values), size):
+            yield pa.array(values[rows], kind)
 
 
 def widen(texts: pa.ChunkedArray) -> pa.ChunkedArray:

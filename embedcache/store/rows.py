@@ -10,8 +10,7 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Ints
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import BLOCK
-from embedcache.store.layout import SAMPLES
+from embedcache.store.keys import find_keys
 
 _KEPT_ROWS = 2**22
 
@@ -102,24 +101,6 @@ class RowReader:
     def _read_last_sample(self, number: int) -> int:
         last: int = self._cache.block(self._name, number, columns=["sample"])["sample"][-1].as_py()
         return last
-
-
-def find_keys(cache: Cache, keys: Sequence[str]) -> Ints:
-    """Return the row of each key in the sample table, -1 for a key that it does not have: (K,) int64.
-
-    Blocks of samples are read until all keys are found: first those that may hold one by the statistics of the table,
-    then all others. Statistics that no checksum covers, as of the first caches, are not used. Memory: a block.
-    """
-    wanted = pc.unique(pa.array(keys, pa.string()))
-    rows = np.full(len(wanted), -1, np.int64)
-    for number in cache.likely_blocks(SAMPLES, "key", sorted(set(keys))):
-        found = pc.index_in(cache.block(SAMPLES, number, columns=["key"])["key"], value_set=wanted)
-        places = np.flatnonzero(found.is_valid())
-        rows[found.take(pa.array(places)).to_numpy()] = number * BLOCK + places
-        if (rows >= 0).all():
-            break
-    of_keys: Ints = rows[pc.index_in(pa.array(keys, pa.string()), value_set=wanted).to_numpy()]
-    return of_keys
 
 
 def _contiguous(column: pa.ChunkedArray) -> pa.Array:

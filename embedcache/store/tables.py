@@ -131,6 +131,22 @@ def read_table(file: Path | BytesIO, columns: Sequence[str] | None = None) -> pa
     return rows
 
 
+def iterate_table(path: Path, size: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Iterate over the rows of a table, `size` at a time, or over one table without rows. Memory: a block.
+
+    Columns that the table does not have are left out; errors are those of `read_table`.
+    """
+    with open_table(path) as table:
+        num_rows, expected = 0, table.metadata.num_rows
+        for batch in table.iter_batches(size, columns=columns, use_threads=False):
+            num_rows += len(batch)
+            yield pa.table(batch)
+        if not expected:
+            yield table.read(columns=columns, use_threads=False)
+    if num_rows != expected:
+        raise pa.ArrowInvalid(f"its footer counts {expected} rows, got {num_rows}")
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a table whose pages and footer have checksums, which `open_table` compares."""
     pq.write_table(table, path, write_page_checksum=True)

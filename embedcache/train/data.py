@@ -21,8 +21,8 @@ from embedcache.modalities import noun, order_pair
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import check_same, digest
-from embedcache.store.cache import Cache, keys_of
-from embedcache.store.columns import Column
+from embedcache.store.cache import Cache
+from embedcache.store.keys import key_column
 from embedcache.train.settings import TrainSettings
 from embedcache.train.views import DrawnViews, merge_inputs, parse_views
 
@@ -114,9 +114,9 @@ class TrainData:
         """Digest of the sample and item tables of the cache, joined by `+` for several caches."""
         return "+".join(cache.info.index_digest for cache in self.caches)
 
-    @cached_property
+    @property
     def keys(self) -> Sequence[str]:
-        return Column(keys_of(self.caches))
+        return key_column(self.caches)
 
     def split(self, pairs: Pairs, settings: SplitSettings, *, progress: Progress | None = None) -> Split:
         """Split the samples; features are loaded for a strict split only."""

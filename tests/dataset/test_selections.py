@@ -17,7 +17,8 @@ from embedcache.dataset.splits import read_split, write_split
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError
 from embedcache.provenance import write_record
 from embedcache.store import columns
-from embedcache.store.cache import Cache, keys_of
+from embedcache.store.cache import Cache
+from embedcache.store.keys import keys_of
 from embedcache.train.data import open_data
 
 

@@ -8,19 +8,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from embedcache.arrays import Inputs, Ints, normalize
-from embedcache.dataset import near_duplicate_groups, splits
+from embedcache.dataset import near_duplicate_groups, random_groups, splits
 from embedcache.dataset.inputs import Reader
+from embedcache.dataset.random_groups import draw_groups
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import PARTS, Split, draw_groups, make_split, read_split, split_samples, write_split
+from embedcache.dataset.splits import PARTS, Split, make_split, read_split, split_samples, write_split
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
+from embedcache.outputs import with_metadata
 from embedcache.provenance import write_record
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.store.checksums import BLOCK
+from embedcache.store.columns import Column
 from embedcache.train.data import open_data
 from tests.images import write_images
 from tests.recorded import RecordedProgress
@@ -88,7 +93,7 @@ def test_drawn_groups_are_those_of_one_after_another(
 ) -> None:
     expected, draw = groups_one_after_another(sizes, quotas)
     np.testing.assert_array_equal(draw(), expected)
-    monkeypatch.setattr(splits, "_KEYS_PER_BLOCK", 3)
+    monkeypatch.setattr(random_groups, "_KEYS_PER_BLOCK", 3)
     np.testing.assert_array_equal(draw(), expected)
     sha256 = hashlib.sha256
 
@@ -207,6 +212,43 @@ def test_split_round_trip(cache_path: Path, tmp_path: Path) -> None:
         read_split(tmp_path / "no", [cache])
     with pytest.raises(DataError, match=r"the split has no val samples \(train: 1, val: 0, test: 1\)"):
         Split(keys=["a", "b", "c"], parts=["train", "test", ""], groups=[0, 1, -1]).rows("val")
+
+
+@pytest.mark.parametrize("rows_per_group", [7, 2**20])
+def test_split_is_written_as_one_table(
+    two_caches: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_group: int
+) -> None:
+    """Row group by row group, to the same bytes, from keys that are read and not kept."""
+    monkeypatch.setattr(splits, "_ROWS_PER_GROUP", rows_per_group)
+    caches = [Cache(path) for path in two_caches]
+    split = split_samples(caches, np.arange(120), SplitSettings(kind="key"))
+    write_split(tmp_path / "split.parquet", split)
+    read = read_split(tmp_path / "split.parquet", caches)
+    assert not any("key" in cache._sample_columns for cache in caches)
+    assert read == split
+    columns = {
+        "row": np.arange(120),
+        "key": [key for cache in caches for key in cache.column("key").to_pylist()],
+        "part": list(split.parts),
+        "group": list(split.groups),
+        "spine": [cache.info.index_digest for cache in caches for _ in range(len(cache))],
+    }
+    table = with_metadata(pa.table(columns), {})
+    pq.write_table(table, tmp_path / "whole.parquet", row_group_size=rows_per_group, write_page_checksum=True)
+    assert (tmp_path / "split.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_bytes_of_a_split_do_not_depend_on_blocks(tmp_path: Path) -> None:
+    """Pages of Parquet end elsewhere where a column is written in several chunks."""
+    count = 3 * BLOCK
+    rows, parts = np.arange(count), pa.array(["train", "val", "test"]).take(pa.array(np.arange(count) * 7 % 3))
+    keys = pc.binary_join_element_wise("a key of some length ", pa.array(rows).cast(pa.string()), "")
+    chunked = pa.chunked_array([keys.slice(start, BLOCK) for start in range(0, count, BLOCK)])
+    read = Column[str].deferred(count, lambda: chunked, read=lambda: iter(chunked.chunks))
+    write_split(tmp_path / "split.parquet", Split(keys=read, parts=Column(parts), groups=Column(pa.array(rows))))
+    table = with_metadata(pa.table({"row": rows, "key": keys, "part": parts, "group": rows}), {})
+    pq.write_table(table, tmp_path / "whole.parquet", write_page_checksum=True)
+    assert (tmp_path / "split.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
 def test_split_of_two_caches(cache_path: Path, two_caches: list[Path], tmp_path: Path) -> None:

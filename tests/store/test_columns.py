@@ -5,7 +5,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from embedcache.provenance import canonical_json
-from embedcache.store.columns import HASH, Column, hashes_json, is_missing, number_contents, strings_json, to_array
+from embedcache.store.columns import (
+    HASH,
+    Column,
+    hashes_json,
+    in_blocks,
+    is_missing,
+    number_contents,
+    strings_json,
+    to_array,
+)
 
 _OFTEN = [b"a" * 16, b"a" * 8 + b"b" * 8, b"b" * 16, bytes(16)]
 HASHES = st.lists(st.none() | st.binary(min_size=16, max_size=16) | st.sampled_from(_OFTEN))
@@ -88,3 +97,22 @@ def test_deferred_column_is_read_when_a_value_is() -> None:
     assert (column[0], column[1:], list(column)) == ("a", [None, "b"], ["a", None, "b"])
     assert column.is_null().tolist() == [False, True, False]
     assert len(reads) == 4
+
+
+@given(st.lists(st.lists(st.none() | st.text("ab", max_size=3), max_size=5), min_size=1), st.integers(1, 7), st.data())
+def test_blocks_are_those_of_a_list(parts: list[list[str | None]], size: int, data: st.DataObject) -> None:
+    """In whatever chunks the values are, and whether they are read when they are used."""
+    values = [value for part in parts for value in part]
+    chunked = pa.chunked_array(parts, pa.string())
+    read = Column[str | None].deferred(len(values), lambda: chunked, read=lambda: iter(chunked.chunks))
+    expected = [values[start : start + size] for start in range(0, len(values), size)]
+    rows = sorted(data.draw(st.sets(st.integers(0, len(values) - 1)))) if values else []
+    for column in (Column[str | None](chunked), Column[str | None](chunked.combine_chunks()), read):
+        assert [block.to_pylist() for block in column.blocks(size)] == expected
+        assert [block.to_pylist() for block in in_blocks(column, pa.large_string(), size)] == expected
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("embedcache.store.columns._SELECTED_FROM", size)
+            selected = column.select(np.array(rows, np.int64))
+            assert selected == [values[row] for row in rows]
+            assert [value for block in selected.blocks(2) for value in block.to_pylist()] == selected
+    assert [block.to_pylist() for block in in_blocks(values, pa.string(), size)] == expected

@@ -11,8 +11,9 @@ import pytest
 from embedcache.errors import CorruptError
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK, TableChecksums, column_checksum
+from embedcache.store.keys import find_keys, match_keys
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, samples_path, write_info
-from embedcache.store.rows import RowReader, find_keys
+from embedcache.store.rows import RowReader
 from embedcache.store.tables import add_footer_checksum, read_table
 
 NUM_SAMPLES, CHUNK_SIZE = BLOCK + 5000, 2048
@@ -228,3 +229,12 @@ def test_counts_of_rows_that_contradict_each_other_raise() -> None:
         except (pa.ArrowException, OSError) as error:
             found.add(str(error))
     assert "its footer counts 50 and 51 rows" in found
+
+
+def test_match_keys(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.store.keys._MATCHED_AT_ONCE", 30_000)
+    keys = pa.array([*cache.column("key").take(pa.array(np.unique(ROWS))).to_pylist(), "none"], pa.large_string())
+    rows, is_found = match_keys([cache, cache], keys)
+    assert rows.tolist() == [*np.unique(ROWS), *(np.unique(ROWS) + NUM_SAMPLES)]
+    assert is_found.tolist() == [True] * 5 + [False]
+    assert [part.tolist() for part in match_keys([cache], keys[:0])] == [[], []]

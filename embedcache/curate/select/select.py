@@ -26,7 +26,8 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.registry import Registry
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
-from embedcache.store.columns import Column, index_in
+from embedcache.store.columns import Column, to_array
+from embedcache.store.keys import key_column
 
 _REASONS_AT_ONCE = 2**20
 
@@ -280,14 +281,14 @@ class SelectionReasons:
 def read_reasons(path: Path, cache: Cache, progress: Progress | None = None) -> SelectionReasons:
     """Read the samples of a selection with their reasons; for a text file, the reason is its name.
 
-    Memory: about the strings of the file and of the keys of the cache.
+    Memory: about the strings of the file and the keys of its samples.
     """
     rows = read_selection(path, [cache])
     places, texts = np.full(len(rows), -1, np.int64), pa.array([], pa.large_string())
     if path.suffix == ".parquet":
         table = read_selected_reasons(path)
         texts = table["reason"].combine_chunks()
-        numbers = index_in(table["key"], cache.column("key").take(pa.array(rows)))
+        numbers = pc.index_in(table["key"], value_set=to_array(key_column([cache]).select(rows), pa.large_string()))
         places[numbers.drop_null().to_numpy()] = np.flatnonzero(numbers.is_valid())  # the last of a key that recurs
     if progress is not None:
         progress.advance(1)
