@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from typing import Any, TypeAlias
@@ -12,7 +12,6 @@ import numpy as np
 from embedcache.arrays import Inputs, Ints, distinct
 from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, check_same_view, open_input, view_feature
 from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
-from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split, make_split
 from embedcache.errors import DataError, FingerprintError, SettingError
@@ -304,39 +303,3 @@ def check_failed(what: str, stored: Mapping[str, str], now: Mapping[str, str]) -
                 f"{what} was made when other {noun(modality)}{view and ' of the view ' + view} had no features, which "
                 "were retried since; give the path of a new folder to train with them"
             )
-
-
-def training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:
-    """Return the pairs of the training part that are in the selection, if there is one, with the views of both sides.
-
-    Raises:
-        DataError: there are none.
-    """
-    rows: Ints = split.rows("train")
-    if settings.selection_path is not None:
-        selected = read_selection(settings.selection_path, data.caches)
-        rows = np.intersect1d(rows, selected, assume_unique=True)
-    views = parse_views(settings.views)
-    training = data.with_views(pairs.select(rows), views) if views else pairs.select(rows)
-    if not len(training.samples):
-        named = "" if settings.selection is None else f" in selection {settings.selection_path}"
-        raise DataError(f"training part{named}: expected samples with both features, got none; check --language")
-    return training
-
-
-def count_held_out(data: TrainData, split: Split, settings: TrainSettings) -> int | None:
-    """Return how many samples of the selection are in the validation or test part; None without a selection."""
-    if settings.selection_path is None:
-        return None
-    is_held_out = split.mask("val") | split.mask("test")
-    return int(is_held_out[read_selection(settings.selection_path, data.caches)].sum())
-
-
-def shuffle_pairs(pairs: Pairs, settings: TrainSettings) -> Pairs:
-    """Assign each sample's second items, to another sample if `shuffle_pairs` is set, so that only chance remains."""
-    if not settings.shuffle_pairs:
-        return pairs
-    samples = pairs.samples
-    shuffled = np.random.default_rng(settings.seed).permutation(samples)
-    second = replace(pairs.second, samples=shuffled[np.searchsorted(samples, pairs.second.samples)])
-    return Pairs(first=pairs.first, second=second)

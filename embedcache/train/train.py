@@ -11,9 +11,8 @@ from embedcache.arrays import blocks
 from embedcache.dataset.negatives import HardNegatives, check_negatives, read_negatives
 from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.settings import with_split_seed
-from embedcache.dataset.splits import PARTS, read_split, write_split
 from embedcache.errors import DataError, SettingError
-from embedcache.files import AnyPath, disk_errors, relative_location, write_atomic
+from embedcache.files import AnyPath, disk_errors, relative_location
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
@@ -23,7 +22,6 @@ from embedcache.projectors.saved import (
     config_path,
     count_cost,
     read_config,
-    run_selection_path,
     save_pair,
     split_path,
 )
@@ -34,15 +32,13 @@ from embedcache.train.data import (
     Names,
     Paths,
     TrainData,
-    count_held_out,
     failed_digests,
     name_features,
     open_data,
-    shuffle_pairs,
-    training_pairs,
     view_digests,
 )
 from embedcache.train.distributed import num_processes, process_group, process_rank, run_on_first
+from embedcache.train.divided_pairs import divide_pairs
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
 from embedcache.train.pair import PairTask, Validation, pair_parts
@@ -256,17 +252,9 @@ def _fit(
     progress: Progress,
     on_epoch: OnEpoch | None,
 ) -> tuple[AlignedPair, TrainReport]:
-    pairs = data.pairs(settings.language, progress=progress)
-    run_on_first(lambda: _make_split(data, pairs, run_path, settings, progress))
-    split = read_split(split_path(run_path), data.caches)
     views = parse_views(settings.views)
-    training = shuffle_pairs(training_pairs(data, pairs, split, settings), settings)
-    validation = shuffle_pairs(pairs.select(split.rows("val")), settings)
-    if not len(validation.samples):
-        raise DataError(
-            f"validation part of {split_path(run_path)}: expected samples with both features, got none; "
-            "check --language"
-        )
+    divided = divide_pairs(data, run_path, settings, progress)
+    training = divided.training
     drawn = [
         data.draw_views(modality, views[modality], settings.seed) if modality in views else None
         for modality in data.sides
@@ -280,7 +268,7 @@ def _fit(
     task = PairTask(
         module=pair,
         loader=Loader(batches, load),
-        validation=None if process_rank() else Validation(validation, first, second, device=device),
+        validation=None if process_rank() else Validation(divided.validation, first, second, device=device),
         loss=settings.loss,
         precision=settings.machine.precision,
         keys=data.keys,
@@ -296,30 +284,17 @@ def _fit(
         trainable=parse_trainable(settings.parts.trainable, pair_parts(pair)),
         on_epoch=on_epoch,
     ).fit()
-    counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
-    if left_out := split.parts.count(""):
-        counts["left out"] = left_out
     return pair, TrainReport(
         reused=False,
-        num_samples={**counts, "train": len(training.samples)},
+        num_samples=divided.num_samples,
         num_parameters=sum(value.numel() for value in pair.parameters() if value.requires_grad),
         flops_per_pair=size.flops_per_pair,
         best_epoch=result.best_epoch,
         recalls=result.measures,
         pairs_per_s=result.samples_per_s,
         wait_fraction=result.wait_fraction,
-        num_held_out=count_held_out(data, split, settings),
+        num_held_out=divided.num_held_out,
     )
-
-
-def _make_split(data: TrainData, pairs: Pairs, run_path: Path, settings: TrainSettings, progress: Progress) -> None:
-    """Write the split of a run and a copy of its selection, unless an interrupted run did."""
-    path = split_path(run_path)
-    if path.is_file():
-        return
-    if (kept := run_selection_path(run_path, settings.selection)) and settings.selection_path:
-        write_atomic(kept, settings.selection_path.read_bytes())
-    write_split(path, data.split(pairs, settings.split, progress=progress))
 
 
 def _build_pair(

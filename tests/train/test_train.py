@@ -52,6 +52,13 @@ def finished(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
+def test_split_that_was_just_written_is_not_read(
+    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedcache.train.divided_pairs.read_split", None)
+    assert run(cache_path, tmp_path / "run", epochs=1).num_samples == {"train": 195, "val": 30, "test": 75}
+
+
 def test_run_folder_is_complete(cache_path: Path, tmp_path: Path) -> None:
     report = run(cache_path, tmp_path / "run", epochs=3)
     names = {path.name for path in (tmp_path / "run").iterdir()}
