@@ -74,8 +74,9 @@ class Pairs:
         """
         first, second = self.all_pairs()
         shape = tuple(int(side.contents.max(initial=0)) + 1 for side in (self.first, self.second))
-        contents = (self.first.contents[first], self.second.contents[second])
-        return scipy.sparse.csr_array((np.ones(len(first), bool), contents), shape=shape)
+        ones, contents = np.ones(len(first), bool), (self.first.contents[first], self.second.contents[second])
+        del first, second
+        return scipy.sparse.csr_array((ones, contents), shape=shape)
 
     def positives(self) -> tuple[Ints, Ints]:
         """Return all positive pairs of `relation`: two (M,) arrays of positions in `first` and `second`."""
@@ -122,7 +123,10 @@ def pair_items(
             f"{name_caches(caches)}: expected samples with {first[0].name} and {second[0].name}, got none; "
             "check --language and embedcache inspect"
         )
-    return Pairs(first=sides[0].select(both), second=sides[1].select(both))
+    del items
+    for place in (0, 1):
+        sides[place] = sides[place].select(both)  # the other items are not kept
+    return Pairs(first=sides[0], second=sides[1])
 
 
 def caption_languages(caches: Sequence[Cache]) -> pa.ChunkedArray:
@@ -160,18 +164,20 @@ def read_items(caches: Sequence[Cache], features: Sequence[InputFeature]) -> Ite
     """Return the items of caches that have a feature, which must be complete; rows are counted across caches."""
     for feature in features:
         feature.require_complete()
-    samples, num_before = [], 0
+    hashes = pa.chunked_array([chunk for feature in features for chunk in feature.hashes.array.chunks], HASH)
+    contents_N, samples_N, stop, num_before = number_contents(hashes), np.empty(len(hashes), np.int64), 0, 0
     for cache, feature in zip(caches, features, strict=True):
-        samples_N = cache.items(feature.modality, columns=["sample"])["sample"].to_numpy()
-        if len(samples_N) != feature.num_items:
+        samples = cache.items(feature.modality, columns=["sample"])["sample"]
+        if len(samples) != feature.num_items:
             raise DataError(
-                f"feature {feature.name}: expected {len(samples_N)} rows as in its item table, got {feature.num_items}"
+                f"feature {feature.name}: expected {len(samples)} rows as in its item table, got {feature.num_items}"
             )
-        samples.append(samples_N + num_before)
+        for chunk in samples.chunks:
+            start, stop = stop, stop + len(chunk)
+            np.add(chunk.to_numpy(), num_before, out=samples_N[start:stop])
         num_before += cache.info.num_samples
     rows = np.flatnonzero(np.concatenate([feature.valid for feature in features]))
-    hashes = pa.chunked_array([chunk for feature in features for chunk in feature.hashes.array.chunks], HASH)
-    return Items(rows=rows, samples=np.concatenate(samples)[rows], contents=number_contents(hashes)[rows])
+    return Items(rows=rows, samples=samples_N[rows], contents=contents_N[rows])
 
 
 def is_language(caches: Sequence[Cache], language: str) -> Bools:

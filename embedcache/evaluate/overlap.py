@@ -29,6 +29,7 @@ COSINES = {"image": 0.9, "text": 0.7}
 _MAX_PRODUCTS = 2e10
 _MIN_CHECKED = 200
 _BLOCK = 4096
+_HASHES_AT_ONCE = 2**20
 
 
 class ItemSet(NamedTuple):
@@ -186,9 +187,9 @@ def _is_equal(item_set: ItemSet, others: Sequence[ItemSet]) -> Bools:
     hashes = item_set.feature.hashes_of(item_set.items.rows)
     is_equal = np.zeros(len(hashes), bool)
     for other in others:
-        trained = other.feature.hashes_of(other.items.rows)
-        seen = trained.filter(pc.is_in(trained, value_set=hashes))
-        is_equal |= pc.is_in(hashes, value_set=seen, skip_nulls=True).to_numpy()
+        for trained in other.feature.hashes.select(other.items.rows).blocks(_HASHES_AT_ONCE):
+            seen = trained.filter(pc.is_in(trained, value_set=hashes))
+            is_equal |= pc.is_in(hashes, value_set=seen, skip_nulls=True).to_numpy()
     return is_equal
 
 
