@@ -286,19 +286,22 @@ class _SampleItems:
     """The items of each sample, as positions in `Items`."""
 
     def __init__(self, items: Items, samples: Ints) -> None:
-        self._order = np.argsort(items.samples, kind="stable")
-        ordered = items.samples[self._order]
+        is_ordered = bool((items.samples[1:] >= items.samples[:-1]).all())  # as all are, unless they are shuffled
+        self._order = None if is_ordered else np.argsort(items.samples, kind="stable")
+        ordered = items.samples if self._order is None else items.samples[self._order]
         self._first = np.searchsorted(ordered, samples)
         self._count = np.searchsorted(ordered, samples, side="right") - self._first
 
     def draw(self, rng: np.random.Generator) -> Ints:
         offset = (rng.random(len(self._count)) * self._count).astype(np.int64)
-        positions: Ints = self._order[self._first + offset]
-        return positions
+        return self._positions(self._first + offset)
 
     def all(self, numbers: Ints) -> Ints:
         _, positions = concatenated_ranges(self._first[numbers], self._count[numbers])
-        return self._order[positions]
+        return self._positions(positions)
+
+    def _positions(self, places: Ints) -> Ints:
+        return places if self._order is None else self._order[places]
 
 
 @dataclass(frozen=True, kw_only=True)
