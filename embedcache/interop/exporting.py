@@ -33,7 +33,7 @@ class VectorExport:
     """The rows of an export, in the order of the cache: samples that have a vector of each exported modality.
 
     A row holds a sample's first image and first caption; `left_out` describes what the rows do not hold. Memory: the
-    sample of each item, and blocks of the tables; see `RowReader`.
+    sample of each item, and a block of each table.
 
     Raises:
         UnknownNameError: there is no such feature or language, or several features and none is named.
@@ -114,7 +114,10 @@ class VectorExport:
         return rechunk(self._chunks(modality), size)
 
     def table(self, rows: slice) -> pa.Table:
-        """Return `key`, and where they exist `image_path`, `caption`, `language`, and all columns of some rows."""
+        """Return `key`, and where they exist `image_path`, `caption`, `language`, and all columns of some rows.
+
+        Fast for rows that ascend from call to call.
+        """
         samples = self._readers[SAMPLES].take(self.samples[rows])
         columns = {"key": samples["key"]}
         if "image" in self._vectors:
@@ -129,7 +132,7 @@ class VectorExport:
 
     @cached_property
     def _readers(self) -> Mapping[str, RowReader]:
-        return {name: RowReader(self.cache, name) for name in (SAMPLES, *self.cache.info.num_items)}
+        return {name: RowReader(self.cache, name, kept_rows=0) for name in (SAMPLES, *self.cache.info.num_items)}
 
     @cached_property
     def _samples_of(self) -> Mapping[str, Ints]:

@@ -98,21 +98,22 @@ class Cache:
         if isinstance(place, slice):
             rows = range(len(self))[place]
             if rows.step == 1:
-                return self._read_samples(rows.start, rows.stop) if rows else []
+                return self._read_samples(rows.start, rows.stop, self._readers) if rows else []
             return [self[row] for row in rows]
         if not -len(self) <= place < len(self):
             raise IndexError(f"{self.path}: expected a row below {len(self):,}, got {place}")
         row = range(len(self))[place]
-        return self._read_samples(row, row + 1)[0]
+        return self._read_samples(row, row + 1, self._readers)[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        readers = self._open_readers(kept_rows=0)
         for rows in blocks(len(self), _SAMPLES_AT_ONCE):
-            yield from self[rows]
+            yield from self._read_samples(rows.start, rows.stop, readers)
 
-    def _read_samples(self, start: int, stop: int) -> list[dict[str, Any]]:
-        samples: list[dict[str, Any]] = self._readers[SAMPLES].take(np.arange(start, stop)).to_pylist()
+    def _read_samples(self, start: int, stop: int, readers: "Mapping[str, RowReader]") -> list[dict[str, Any]]:
+        samples: list[dict[str, Any]] = readers[SAMPLES].take(np.arange(start, stop)).to_pylist()
         for modality in self.info.num_items:
-            reader = self._readers[modality]
+            reader = readers[modality]
             (first, last), _ = reader.find(np.array([start, stop]))
             items = reader.take(np.arange(first, last))
             bounds = np.searchsorted(items["sample"].to_numpy(), np.arange(start, stop + 1)).tolist()
@@ -123,10 +124,13 @@ class Cache:
 
     @cached_property
     def _readers(self) -> Mapping[str, "RowReader"]:
+        return self._open_readers()
+
+    def _open_readers(self, kept_rows: int | None = None) -> Mapping[str, "RowReader"]:
         from embedcache.store.rows import RowReader
 
-        columns = {m: ["sample", "text" if m == "text" else "path"] for m in self.info.num_items}
-        return {name: RowReader(self, name, columns.get(name)) for name in (SAMPLES, *columns)}
+        names = {m: ["sample", "text" if m == "text" else "path"] for m in self.info.num_items}
+        return {name: RowReader(self, name, names.get(name), kept_rows=kept_rows) for name in (SAMPLES, *names)}
 
     def to_pandas(self, modality: str | None = None) -> "pandas.DataFrame":
         """Return the samples as a data frame, or the items of a modality, with the columns of their samples.

@@ -19,19 +19,24 @@ class RowReader:
     """Reads rows of one table of a cache, in any order. Thread-safe.
 
     Only the blocks that hold the rows are read and compared with their checksums: 65,536 samples or a chunk of items
-    each. Memory: the blocks used last, up to 4 million rows; after `load`, all rows in Arrow's memory.
+    each. Memory: the blocks used last, up to `kept_rows`; after `load`, all rows in Arrow's memory.
 
     Args:
         name: `samples` or a modality.
         columns: names of the columns to read; None reads all.
+        kept_rows: rows of the blocks that are kept, at least one block; None: 4 million, for rows in any order. For
+            rows that ascend from call to call one block is enough: 0.
     """
 
-    def __init__(self, cache: Cache, name: str, columns: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, cache: Cache, name: str, columns: Sequence[str] | None = None, *, kept_rows: int | None = None
+    ) -> None:
         self._cache, self._name, self._columns = cache, name, columns
         self._num_rows, self._size = cache.num_rows(name), cache.block_rows(name)
         self._whole: pa.Table | None = None
         self._samples_N: Ints | None = None
-        self._block = lru_cache(maxsize=max(1, _KEPT_ROWS // self._size))(self._read_block)
+        kept_rows = _KEPT_ROWS if kept_rows is None else kept_rows
+        self._block = lru_cache(maxsize=max(1, kept_rows // self._size))(self._read_block)
         self._last_sample = lru_cache(maxsize=None)(self._read_last_sample)
 
     def __len__(self) -> int:

@@ -131,6 +131,11 @@ def test_blocks_that_were_used_last_are_kept(
     for block in (0, 0, 1, 0, 1 if kept_rows > 1 else 0, 2, 0):
         reader.take(np.array([block * CHUNK_SIZE + 5]))
     assert read == expected
+    read.clear()
+    reader = RowReader(cache, "text", kept_rows=kept_rows)
+    for block in (0, 0, 1, 0, 1 if kept_rows > 1 else 0, 2, 0):
+        reader.take(np.array([block * CHUNK_SIZE + 5]))
+    assert read == expected
 
 
 def test_no_rows_of_a_table_of_one_block_have_its_columns(cache: Cache) -> None:
