@@ -1,21 +1,28 @@
 """Samples of existing caches as the source of a new one."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedcache.arrays import Ints, blocks, concatenated_ranges
 from embedcache.modalities import MODALITIES
-from embedcache.sources.base import FileItem, Sample, Scalar, TextItem
+from embedcache.progress import Progress
 from embedcache.sources.merged import merged_path
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
-from embedcache.store.layout import SAMPLES
+from embedcache.store.index_digest import digest_tables_input
+from embedcache.store.layout import SAMPLES, Segment
 from embedcache.store.rows import RowReader
-from embedcache.store.tables import to_file_item
+from embedcache.store.sample_tables import SampleTables, join_tables
+from embedcache.store.table_writer import TableWriter
+from embedcache.store.tables import ITEM_SCHEMAS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,34 +41,19 @@ class SegmentSamples:
     number: int | None
     prefix: str = ""
 
-    def read(self) -> Iterator[Sample]:
-        """Iterate over the samples with their items. Memory: a block of each table."""
-        cache = self.cache
-        readers = {modality: RowReader(cache, modality) for modality in cache.info.num_items}
-        table = RowReader(cache, SAMPLES)
-        for block in blocks(len(self.samples), BLOCK):
-            samples = self.samples[block]
-            rows = table.take(samples).to_pylist()
-            items = {modality: _items_of(reader, samples) for modality, reader in readers.items()}
-            for place, row in enumerate(rows):
-                yield self._sample(row, {modality: of_sample[place] for modality, of_sample in items.items()})
-
-    def _sample(self, row: Mapping[str, Any], items: Mapping[str, list[dict[str, Any]]]) -> Sample:
-        columns: dict[str, Scalar] = {name: value for name, value in row.items() if name != "key" and value is not None}
-        files = {
-            modality: tuple(self._file(item) for item in found)
-            for modality, found in items.items()
-            if MODALITIES[modality].kind != "texts" and found
-        }
-        texts = tuple(TextItem(text=item["text"], language=item["language"]) for item in items.get("text", ()))
-        images = files.pop("image", ())
-        return Sample(key=self.prefix + row["key"], images=images, texts=texts, columns=columns, files=files)
-
-    def _file(self, item: Mapping[str, Any]) -> FileItem:
-        found = to_file_item(item)
-        if self.number is None:
-            return found
-        return replace(found, path=merged_path(self.number, found.path))
+    def read(self, rows: slice, readers: Mapping[str, RowReader]) -> SampleTables:
+        """Return some of the samples with their items, read by readers of the tables of the cache."""
+        samples = self.samples[rows]
+        found, items = readers[SAMPLES].take(samples), {}
+        if self.prefix:
+            found = _with_prefix(self.prefix, found, "key")
+        for modality in self.cache.info.num_items:
+            which, item_rows = concatenated_ranges(*readers[modality].find(samples))
+            own = readers[modality].take(item_rows).set_column(0, "sample", pa.array(which))
+            if self.number is not None and MODALITIES[modality].kind != "texts":
+                own = _with_prefix(merged_path(self.number, ""), own, "path")
+            items[modality] = own.select(ITEM_SCHEMAS[modality].names).cast(ITEM_SCHEMAS[modality])
+        return SampleTables(found, items)
 
     def item_rows(self, modality: str) -> Ints:
         """Return the rows of the items of the samples, ascending."""
@@ -71,13 +63,10 @@ class SegmentSamples:
         return np.flatnonzero(np.isin(of_items, self.samples))
 
 
-def _items_of(reader: RowReader, samples: Ints) -> list[list[dict[str, Any]]]:
-    """Return the items of each sample."""
-    starts, counts = reader.find(samples)
-    _, rows = concatenated_ranges(starts, counts)
-    items = reader.take(rows).to_pylist() if len(rows) else []
-    ends = np.cumsum(counts).tolist()
-    return [items[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
+def _with_prefix(prefix: str, table: pa.Table, name: str) -> pa.Table:
+    """Return a table with a text before those of a column."""
+    longer = pc.binary_join_element_wise(prefix, table[name].cast(pa.string()), "")
+    return table.set_column(table.schema.get_field_index(name), name, longer)
 
 
 def divide_segments(cache: Cache, samples: Ints, *, number: int | None, prefix: str = "") -> list[SegmentSamples]:
@@ -92,7 +81,7 @@ def divide_segments(cache: Cache, samples: Ints, *, number: int | None, prefix: 
 
 
 class CopySource:
-    """The source of a new cache: the samples of some segments, one after another."""
+    """The samples of a new cache: those of some segments, one after another; see `index_tables`."""
 
     def __init__(self, segments: Sequence[SegmentSamples], description: Mapping[str, Any]) -> None:
         self._segments, self._description = segments, description
@@ -101,11 +90,27 @@ class CopySource:
         """Return what the new cache records as its source."""
         return self._description
 
-    def samples(self) -> Iterator[Sample]:
-        """Iterate over the samples. Memory: a block of each table."""
-        for segment in self._segments:
-            yield from segment.read()
+    def write(self, writer: TableWriter, progress: Progress) -> list[Segment]:
+        """Write the samples into tables; return their segments. Memory: some blocks of 65,536 samples."""
+        bounds = np.cumsum([0, *(len(segment.samples) for segment in self._segments)]).tolist()
+        hashed = [hashlib.sha256() for _ in self._segments]
+        readers_of = lru_cache(maxsize=1)(_open_readers)
+        progress.start("indexing", bounds[-1], "samples")
+        for block in blocks(bounds[-1], BLOCK):
+            pieces = []
+            for segment, own, start in zip(self._segments, hashed, bounds[:-1], strict=True):
+                rows = slice(max(block.start - start, 0), min(max(block.stop - start, 0), len(segment.samples)))
+                if rows.start < rows.stop:
+                    pieces.append(segment.read(rows, readers_of(segment.cache)))
+                    own.update(digest_tables_input(pieces[-1]))
+            writer.add_tables(join_tables(pieces))
+            progress.advance(block.stop - block.start)
+        progress.finish()
+        return [
+            Segment(num_samples=len(segment.samples), digest=own.hexdigest())
+            for segment, own in zip(self._segments, hashed, strict=True)
+        ]
 
-    def read(self, item: FileItem) -> bytes:
-        """Raise an error, as a copy reads no file."""
-        raise NotImplementedError  # nothing is encoded
+
+def _open_readers(cache: Cache) -> dict[str, RowReader]:
+    return {name: RowReader(cache, name, kept_rows=0) for name in (SAMPLES, *cache.info.num_items)}

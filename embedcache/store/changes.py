@@ -11,9 +11,10 @@ from embedcache.errors import FingerprintError
 from embedcache.modalities import FILE_MODALITIES
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample, Source
+from embedcache.store.index_digest import digest_input
 from embedcache.store.layout import CacheInfo
 from embedcache.store.removed import RemovedSamples, read_removed
-from embedcache.store.table_writer import BATCH, digest_input
+from embedcache.store.table_writer import BATCH
 from embedcache.store.tables import read_samples
 
 
@@ -87,33 +88,27 @@ def find_changes(
     )
 
 
-def digest_segments(
+def digest_samples(
     source: Source,
     step: str,
     num_samples: int,
     limit: int | None,
-    sizes: Sequence[int],
     on_batch: Callable[[list[Sample]], None],
     progress: Progress,
-) -> list[str]:
-    """Read the samples of a source; return the SHA-256 of each segment. Memory: one batch.
+) -> str:
+    """Read the samples of a source; return the SHA-256 of them. Memory: one batch.
 
     Args:
         step: what progress calls it.
         num_samples: number of samples that are expected; 0: unknown.
         limit: the most samples to read; None: all.
-        sizes: numbers of samples of the segments; none: all samples are one.
         on_batch: gets the samples.
     """
-    bounds, start = list(accumulate(sizes[:-1])), 0
-    segments, samples = [hashlib.sha256() for _ in range(len(bounds) + 1)], islice(source.samples(), limit)
+    hashed, samples = hashlib.sha256(), islice(source.samples(), limit)
     progress.start(step, num_samples, "samples")
     while batch := list(islice(samples, BATCH)):
-        cuts = [0, *(min(max(bound - start, 0), len(batch)) for bound in bounds), len(batch)]
-        for segment, (first, stop) in zip(segments, pairwise(cuts), strict=True):
-            segment.update(digest_input(batch[first:stop]))
+        hashed.update(digest_input(batch))
         on_batch(batch)
-        start += len(batch)
         progress.advance(len(batch))
     progress.finish()
     skipped: Mapping[str, int] = getattr(source, "skipped", {})
@@ -122,7 +117,7 @@ def digest_segments(
         more = f", and {len(skipped) - 5} more kinds" if len(skipped) > 5 else ""
         svg = "; --svg takes the .svg files" if ".svg" in skipped else ""
         progress.note(f"skipped {sum(skipped.values()):,} files of kinds that samples do not have: {kinds}{more}{svg}")
-    return [segment.hexdigest() for segment in segments]
+    return hashed.hexdigest()
 
 
 def source_changed(

@@ -1,15 +1,13 @@
 """Indexing a source: every sample and item gets a row in the tables of a cache, before any model runs."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any, Protocol
 
 from embedcache.errors import FingerprintError, PathError, SettingError, SourceError, UnfinishedError, first_few
-from embedcache.files import disk_errors, flush, is_remote, make_folder, partial_path, put_file, remove_folder
+from embedcache.files import disk_errors, flush, is_remote, make_folder, remove_folder
 from embedcache.locks import LOCK, locked
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
@@ -17,7 +15,7 @@ from embedcache.provenance import check_same, digest, read_json, write_json
 from embedcache.sources.base import Sample, Source
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.cache import Cache
-from embedcache.store.changes import SourceChanges, digest_segments, find_changes, source_changed
+from embedcache.store.changes import SourceChanges, digest_samples, find_changes, source_changed
 from embedcache.store.layout import (
     DEFAULT_CHUNK_SIZE,
     INTERRUPTED_REMOVAL,
@@ -27,14 +25,12 @@ from embedcache.store.layout import (
     TableVersion,
     combined_digest,
     info_path,
-    items_path,
     read_info,
     removing_path,
-    samples_path,
     write_info,
 )
-from embedcache.store.table_writer import TableWriter, WrittenTables
-from embedcache.store.tables import ITEM_SCHEMAS, item_tables
+from embedcache.store.table_writer import TableWriter, WrittenTables, put_tables, scratch_folder
+from embedcache.store.tables import ITEM_SCHEMAS
 
 _CACHE_FILES = {LOCK, "cache.json", "mending.json", "removed.parquet", "samples.parquet", *ITEM_SCHEMAS}
 
@@ -47,7 +43,6 @@ def index(
     limit: int | None = None,
     extend: bool = False,
     accept_replaced: bool = False,
-    segment_sizes: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> CacheInfo:
     """Write the sample and item tables of a source, or check that a cache still matches its source.
@@ -62,7 +57,6 @@ def index(
             the first of those that it lacks; the source is read no further than needed. None: all.
         extend: append samples of the source that the cache lacks.
         accept_replaced: accept other bytes of items on which all encoders failed.
-        segment_sizes: numbers of samples that a new cache records as if they were added one after another.
 
     Raises:
         PathError: the folder contains other files, or the path is a file.
@@ -84,7 +78,7 @@ def index(
             return info
     with locked(cache_path), disk_errors(cache_path):  # check again: another process may have been first
         if not info_path(cache_path).is_file():
-            return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, limit, segment_sizes, progress)
+            return _create_from(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, limit, progress)
         info = read_info(cache_path)
         if _has_features(cache_path) or info.is_partial:
             _check_chunk_size(cache_path, info, chunk_size)
@@ -96,7 +90,31 @@ def index(
         ):
             return info
         _discard(cache_path)
-        return _create(source, cache_path, chunk_size or info.chunk_size, limit, segment_sizes, progress)
+        return _create_from(source, cache_path, chunk_size or info.chunk_size, limit, progress)
+
+
+class TableSource(Protocol):
+    """Where the samples of a copy come from: the tables of caches."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return what the new cache records as its source."""
+
+    def write(self, writer: TableWriter, progress: Progress) -> Sequence[Segment]:
+        """Write all samples into tables; return their segments."""
+
+
+def index_tables(source: TableSource, cache_path: Path, *, chunk_size: int, progress: Progress) -> CacheInfo:
+    """Write the sample and item tables of a new cache from those of others, unless it exists. Memory: as `index`.
+
+    Raises:
+        PathError, SourceError: as `index`.
+    """
+    if _open_folder(cache_path):
+        return read_info(cache_path)
+    with locked(cache_path), disk_errors(cache_path):
+        if info_path(cache_path).is_file():  # another process was first
+            return read_info(cache_path)
+        return _create(source, cache_path, chunk_size, lambda writer: source.write(writer, progress), progress)
 
 
 def _open_folder(cache_path: Path) -> bool:
@@ -170,10 +188,8 @@ def _is_unchanged(
     max_new = _max_new(info, limit, extend=extend)
     if len(info.all_segments) == 1 and not info.is_partial:
         num_read = info.num_samples + (1 if max_new is None else min(1, max_new))  # tells whether the source has grown
-        stored = info.index_digest
-        return digest_segments(source, "checking samples", info.num_samples, num_read, (), _count_only, progress) == [
-            stored
-        ]
+        found = digest_samples(source, "checking samples", info.num_samples, num_read, _count_only, progress)
+        return found == info.index_digest
     try:
         changes = find_changes(
             cache_path, info, source.samples(), on_new=_count_only, max_new=max_new, extend=extend, progress=progress
@@ -196,24 +212,29 @@ def _note_removed(changes: SourceChanges, progress: Progress) -> None:
         progress.note(f"left out {changes.num_removed:,} samples of the source that were removed from this cache")
 
 
+def _create_from(source: Source, cache_path: Path, chunk_size: int, limit: int | None, progress: Progress) -> CacheInfo:
+    def write(writer: TableWriter) -> list[Segment]:
+        found = digest_samples(source, "indexing", 0, limit, writer.add, progress)
+        return [Segment(num_samples=writer.num_samples, digest=found)]
+
+    return _create(source, cache_path, chunk_size, write, progress)
+
+
 def _create(
-    source: Source,
+    source: Source | TableSource,
     cache_path: Path,
     chunk_size: int,
-    limit: int | None,
-    segment_sizes: Sequence[int],
+    write: Callable[[TableWriter], Sequence[Segment]],
     progress: Progress,
 ) -> CacheInfo:
     with scratch_folder(cache_path) as folder:
         writer = TableWriter(folder, chunk_size)
-        digests = digest_segments(source, "indexing", sum(segment_sizes), limit, segment_sizes, writer.add, progress)
+        segments = tuple(write(writer))
         if not writer.num_samples:
             raise SourceError(
                 f"{source.describe().get('path', 'the source')}: expected samples, got none; "
                 "use a source that contains images, captions or other items"
             )
-        sizes = segment_sizes or [writer.num_samples]
-        segments = tuple(Segment(num_samples=size, digest=of) for size, of in zip(sizes, digests, strict=True))
         tables = writer.close()
         info = CacheInfo(
             chunk_size=chunk_size,
@@ -231,7 +252,7 @@ def _create(
     return info
 
 
-def _note_shared_images(source: Source, writer: TableWriter, info: CacheInfo, progress: Progress) -> None:
+def _note_shared_images(source: Source | TableSource, writer: TableWriter, info: CacheInfo, progress: Progress) -> None:
     """Report images that several rows of a table name, if they have captions: the option joins these rows."""
     column = getattr(source, "shared_column", None)
     if column is None or not {"image", "text"} <= info.num_items.keys():
@@ -369,29 +390,3 @@ def _used_rows(cache_path: Path, info: CacheInfo, modality: str, rows: Sequence[
         commits = [commit for group in groups if (commit := group.commit(chunk)) is not None]
         failures = [reasons for commit in commits for reasons in commit.failures.values()]
         yield from (row for row in chunk_rows if any(reasons[row % info.chunk_size] is None for reasons in failures))
-
-
-@contextmanager
-def scratch_folder(cache_path: Path) -> Iterator[Path]:
-    """Create a local folder for unfinished tables, beside those of the cache if possible."""
-    if is_remote(cache_path):
-        with tempfile.TemporaryDirectory() as name:
-            yield Path(name)
-        return
-    folder = partial_path(cache_path / "indexing")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def put_tables(folder: Path, cache_path: Path) -> None:
-    """Move finished tables to their places in a cache."""
-    put_file(samples_path(folder), samples_path(cache_path))
-    new = item_tables(folder)
-    for modality in new:
-        put_file(items_path(folder, modality), items_path(cache_path, modality))
-    for modality in item_tables(cache_path):
-        if modality not in new:  # of an interrupted attempt with other samples
-            items_path(cache_path, modality).unlink()

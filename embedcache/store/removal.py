@@ -24,7 +24,7 @@ from embedcache.store.commits import REMOVED, Commit, hash_item, remove_commit, 
 from embedcache.store.compacted import table_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
-from embedcache.store.indexing import put_tables, scratch_folder, update_path
+from embedcache.store.indexing import update_path
 from embedcache.store.layout import (
     INTERRUPTED_REMOVAL,
     Segment,
@@ -45,7 +45,7 @@ from embedcache.store.removed import (
     read_removed_file,
     write_removed,
 )
-from embedcache.store.table_writer import TableWriter
+from embedcache.store.table_writer import TableWriter, put_tables, scratch_folder
 from embedcache.store.verify import check_tables
 from embedcache.store.writer import chunk_files, write_feature_chunk
 

@@ -1,10 +1,11 @@
 """Writing the sample and item tables of a cache: from a source's samples, or as a copy of those of a cache."""
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from json import JSONEncoder
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +14,14 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints, distinct
 from embedcache.errors import CorruptError, SourceError
-from embedcache.modalities import FILE_MODALITIES, MODALITIES
+from embedcache.files import is_remote, partial_path, put_file
+from embedcache.modalities import MODALITIES
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.checksums import BLOCK, TableChecksums
 from embedcache.store.columns import widen
 from embedcache.store.layout import items_path, samples_path
+from embedcache.store.sample_tables import ALWAYS, SampleTables, count_from, to_tables
 from embedcache.store.tables import (
     ITEM_SCHEMAS,
     TableDigest,
@@ -28,11 +31,7 @@ from embedcache.store.tables import (
     read_table,
 )
 
-_ALWAYS = ("image", "text")
-"""Modalities whose item table always exists; those of the others are written if a sample has such items."""
-_OTHERS = tuple(modality.name for modality in FILE_MODALITIES if modality.name not in _ALWAYS)
 BATCH = BLOCK
-_JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 class WrittenTables(NamedTuple):
@@ -61,7 +60,7 @@ class TableWriter:
         self._samples = _SampleWriter(samples_path(folder))
         self._folder, self._chunk_size = folder, chunk_size
         self._items: dict[str, _ItemWriter] = {}
-        for modality in _ALWAYS:
+        for modality in ALWAYS:
             self._writer(modality)
 
     def copy(
@@ -105,11 +104,14 @@ class TableWriter:
 
     def add(self, batch: Sequence[Sample]) -> None:
         """Append samples."""
-        self._samples.write(_sample_table(batch))
-        named = {name for sample in batch for name, items in sample.files.items() if items}
-        for modality in (*_ALWAYS, *(name for name in _OTHERS if name in named)):
-            self._writer(modality).write(_item_table(batch, modality, self.num_samples))
-        self.num_samples += len(batch)
+        self.add_tables(to_tables(batch))
+
+    def add_tables(self, tables: SampleTables) -> None:
+        """Append the samples of tables."""
+        self._samples.write(tables.samples)
+        for modality, items in tables.items.items():
+            self._writer(modality).write(count_from(self.num_samples, items))
+        self.num_samples += len(tables.samples)
 
     def _writer(self, modality: str) -> "_ItemWriter":
         if modality not in self._items:
@@ -139,37 +141,34 @@ class TableWriter:
         """Return how many images the rows of the finished table name. Memory: 16 bytes per row."""
         with open_table(items_path(self._folder, "image")) as file:
             batches = file.iter_batches(BATCH, columns=["path"], use_threads=False)
-            hashes = [_hash_texts(batch["path"]) for batch in batches]
+            hashes = [hash_texts(batch["path"]) for batch in batches]
         return len(distinct(np.concatenate(hashes)))
 
 
-def digest_input(batch: Sequence[Sample]) -> bytes:
-    """Return samples as lines of canonical JSON, the input of the index digest.
-
-    A line has a fifth element only if the sample has items of other modalities than image and text, and an item only
-    has five elements if it is an interval.
-
-    Raises:
-        SourceError: text that is not Unicode.
-    """
-    lines = []
-    for sample in batch:
-        images = [[item.path, item.offset, item.length] for item in sample.images]
-        texts = [[item.text, item.language] for item in sample.texts]
-        others = {name: [_location(item) for item in items] for name, items in sample.files.items() if items}
-        line = _JSON.encode([sample.key, images, texts, dict(sample.columns), *([others] if others else [])])
-        try:
-            lines.append(f"{line}\n".encode())
-        except UnicodeEncodeError as error:
-            raise SourceError(
-                f"sample {sample.key!r} holds text that is not valid Unicode: {error.reason}; correct the source"
-            ) from error
-    return b"".join(lines)
+@contextmanager
+def scratch_folder(cache_path: Path) -> Iterator[Path]:
+    """Create a local folder for unfinished tables, beside those of the cache if possible."""
+    if is_remote(cache_path):
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+        return
+    folder = partial_path(cache_path / "indexing")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _location(item: FileItem) -> list[str | int | float | None]:
-    interval = [item.start_s, item.stop_s]
-    return [item.path, item.offset, item.length, *(interval if interval != [None, None] else [])]
+def put_tables(folder: Path, cache_path: Path) -> None:
+    """Move finished tables to their places in a cache."""
+    put_file(samples_path(folder), samples_path(cache_path))
+    new = item_tables(folder)
+    for modality in new:
+        put_file(items_path(folder, modality), items_path(cache_path, modality))
+    for modality in item_tables(cache_path):
+        if modality not in new:  # of an interrupted attempt with other samples
+            items_path(cache_path, modality).unlink()
 
 
 def _check_copy(copied: TableChecksums, written: Mapping[str, str], path: Path) -> None:
@@ -197,7 +196,7 @@ class _SampleWriter:
     def write(self, rows: pa.Table) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(rows, self._batch_path(len(self._schemas)))
-        self._hashes.append(_hash_texts(rows["key"]))
+        self._hashes.append(hash_texts(rows["key"]))
         self.digest.update(rows.select(["key"]))
         self._schemas.append(rows.schema)
         self.num_rows += len(rows)
@@ -273,31 +272,6 @@ class _ItemWriter:
         add_footer_checksum(self._path)
 
 
-def _item_table(batch: Sequence[Sample], modality: str, first: int) -> pa.Table:
-    schema = ITEM_SCHEMAS[modality]
-    is_text = MODALITIES[modality].kind == "texts"
-    items: list[Sequence[Any]] = [sample.texts if is_text else sample.items_in_files(modality) for sample in batch]
-    rows = [row for row, sample_items in enumerate(items, first) for _ in sample_items]
-    columns = ([getattr(item, name) for group in items for item in group] for name in schema.names[1:])
-    return pa.table([rows, *columns], schema=schema)
-
-
-def _sample_table(batch: Sequence[Sample]) -> pa.Table:
-    columns: dict[str, list[Any]] = defaultdict(lambda: [None] * len(batch))
-    for row, sample in enumerate(batch):
-        for name, value in sample.columns.items():
-            columns[name][row] = value
-    arrays = {name: _column(values) for name, values in sorted(columns.items()) if name != "key"}
-    return pa.table({"key": pa.array([sample.key for sample in batch], pa.string()), **arrays})
-
-
-def _column(values: list[Any]) -> pa.Array:
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types: keep them as text
-        return pa.array([None if value is None else str(value) for value in values], pa.string())
-
-
 def _without_samples(table: pa.Table, first_row: int, removed: Ints) -> pa.Table:
     """Replace the keys of removed samples, and their other columns by null."""
     rows = removed[(removed >= first_row) & (removed < first_row + len(table))] - first_row
@@ -344,7 +318,7 @@ def _relocate(table: pa.Table, first_row: int, relocated: Mapping[int, FileItem]
     return table
 
 
-def _hash_texts(texts: pa.Array | pa.ChunkedArray) -> Ints:
+def hash_texts(texts: pa.Array | pa.ChunkedArray) -> Ints:
     """Return a 64-bit hash of each text that is not null, the same within this process."""
     return np.fromiter(map(hash, texts.drop_null().to_pylist()), np.int64)
 

@@ -1,11 +1,16 @@
 """Cutting and merging: the same values in new rows, nothing encoded, and the same bytes after a kill."""
 
+import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from embedcache.derive.derive import Derivation, derive
 from embedcache.errors import (
@@ -19,12 +24,20 @@ from embedcache.errors import (
 )
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.maintain import copy
 from embedcache.maintain.copy import cut_cache, merge_caches
 from embedcache.maintain.remove import remove_samples
-from embedcache.maintain.samples import SegmentSamples
+from embedcache.maintain.samples import CopySource, SegmentSamples, divide_segments
+from embedcache.progress import NullProgress
+from embedcache.provenance import digest
 from embedcache.sources import open_source, reopen_source
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.cache import Cache
+from embedcache.store.index_digest import digest_input
+from embedcache.store.indexing import index, index_tables
+from embedcache.store.layout import Segment
+from embedcache.store.rows import RowReader
+from embedcache.store.sample_tables import SampleTables
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import verify
 from tests.crash import crash_function
@@ -32,6 +45,8 @@ from tests.extract.cases import tree
 from tests.images import write_images
 from tests.maintain.cases import KEYS, make_cache, write_source
 from tests.recorded import RecordedProgress
+from tests.store.test_changes import begin
+from tests.store.test_indexing import Rows, rows
 from tests.toy import IMAGE
 
 CHOSEN = ["00001", KEYS[0], "00006", "00007", "00008", "00011"]
@@ -136,6 +151,12 @@ def test_killed_merge_is_finished(halves: list[Path], tmp_path: Path) -> None:
         assert tree(arguments[1]) == tree(tmp_path / "whole"), pattern
 
 
+def test_digest_of_rows_is_that_of_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy, "BLOCK", 3)
+    for count in range(8):
+        assert copy._digest_rows(np.arange(5, 5 + count)) == digest(list(range(5, 5 + count)))
+
+
 def test_cut_without_some(made: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(made / "c", tmp_path / "c"))
     remove_samples(cache, KEYS)
@@ -196,15 +217,58 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
 
 def test_merge_reads_each_sample_once(halves: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    iterate = SegmentSamples.read
+    tables_of = SegmentSamples.read
 
-    def counted(self: SegmentSamples) -> Iterator[Sample]:
-        read.extend(self.samples.tolist())
-        return iterate(self)
+    def counted(self: SegmentSamples, rows: slice, readers: Mapping[str, RowReader]) -> SampleTables:
+        read.extend(self.samples[rows].tolist())
+        return tables_of(self, rows, readers)
 
     monkeypatch.setattr(SegmentSamples, "read", counted)
     merge_caches(halves, tmp_path / "whole")
     assert sorted(read) == sorted([*range(6), *range(6)])
+
+
+def with_values(samples: list[Sample]) -> list[Sample]:
+    """Return samples without columns of None: a table does not tell which samples had them."""
+    columns = [{name: value for name, value in one.columns.items() if value is not None} for one in samples]
+    return [replace(one, columns=own) for one, own in zip(samples, columns, strict=True)]
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 6), st.integers(0, 3))
+@settings(max_examples=8)
+def test_cut_has_the_tables_of_a_source_of_its_samples(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], batch: int, first: int
+) -> None:
+    """Byte by byte, with a segment for each that samples were added in; whatever blocks they are read in."""
+    folder, samples = tmp_path_factory.mktemp("segments"), with_values(rows(first + sum(sizes)).rows)
+    begin(folder / "c", Rows(samples[: first + sizes[0]]))
+    for stop in np.cumsum(sizes)[1:].tolist():
+        index(Rows(samples[: first + stop]), folder / "c", extend=True)
+    whole = Cache(folder / "c")
+    chosen = np.arange(first, len(samples))
+    segments = divide_segments(whole, chosen, number=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("embedcache.maintain.samples.BLOCK", batch)
+        patch.setattr("embedcache.store.changes.BATCH", batch)
+        source = CopySource(segments, Rows().describe())
+        info = index_tables(source, folder / "cut", chunk_size=4, progress=NullProgress())
+        expected = index(Rows(samples[first:]), folder / "expected", chunk_size=4)
+    assert replace(info, segments=(), index_digest="") == replace(expected, index_digest="")
+    bounds = np.cumsum([0, *(len(segment.samples) for segment in segments)]).tolist()
+    assert info.all_segments == [
+        Segment(num_samples=stop - start, digest=hashlib.sha256(digest_input(samples[first:][start:stop])).hexdigest())
+        for start, stop in pairwise(bounds)
+    ]
+    for path in (folder / "expected").rglob("*.parquet"):
+        assert (folder / "cut" / path.relative_to(folder / "expected")).read_bytes() == path.read_bytes()
+    assert index_tables(source, folder / "cut", chunk_size=4, progress=NullProgress()) == info
+
+
+def test_longer_cut_is_not_the_selection(made: Path, small: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(small, tmp_path / "small"))
+    extract(open_source(made / "source"), cache, image_encoder=[IMAGE], settings=ExtractSettings(extend=True))
+    with pytest.raises(DataError, match=r"small: expected the 6 samples that it was made of, got 12, as it was ext"):
+        cut_cache(made / "c", made / "chosen.txt", cache)
 
 
 def test_cut_and_merged_again_is_the_same_source(made: Path, halves: list[Path], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,9 @@ from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.changes import SourceChanges, find_changes
 from embedcache.store.group import add_feature, create_group
+from embedcache.store.index_digest import digest_input
 from embedcache.store.indexing import index, update_path
 from embedcache.store.layout import SUBSET, Segment, read_info, write_info
-from embedcache.store.table_writer import digest_input
 from embedcache.store.writer import commit_chunk
 from tests.recorded import RecordedProgress
 from tests.store.test_indexing import CountedRows, Rows, rows
@@ -288,27 +287,3 @@ def test_replaced_image_with_features_raises(tmp_path: Path) -> None:
     begin(tmp_path, rows(6), failed=(2,))
     with pytest.raises(FingerprintError, match="other bytes in 1 of its images, such as 3.png in row 3"):
         index(changed(rows(6), 3, images=(FileItem(path="3.png", length=8),)), tmp_path, accept_replaced=True)
-
-
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 6))
-@settings(max_examples=15)
-def test_segments_have_the_digests_of_their_samples(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], batch: int
-) -> None:
-    """Whatever batches they are read in; the index is that of samples that were added one segment after another."""
-    source, path = rows(sum(sizes)), tmp_path_factory.mktemp("segments")
-    bounds = np.cumsum([0, *sizes]).tolist()
-    segments = [
-        Segment(num_samples=stop - start, digest=hashlib.sha256(digest_input(source.rows[start:stop])).hexdigest())
-        for start, stop in pairwise(bounds)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("embedcache.store.changes.BATCH", batch)
-        info = index(source, path / "at once", chunk_size=CHUNK, segment_sizes=sizes)
-    assert info.all_segments == segments
-    assert read_info(path / "at once") == info
-    begin(path / "one by one", Rows(source.rows[: sizes[0]]))
-    for stop in bounds[2:]:
-        index(Rows(source.rows[:stop]), path / "one by one", extend=True)
-    assert read_info(path / "one by one").index_digest == info.index_digest
-    assert index(source, path / "at once", segment_sizes=sizes, extend=True) == info

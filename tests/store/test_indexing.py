@@ -3,14 +3,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, SourceError
 from embedcache.progress import NullProgress
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
+from embedcache.store.index_digest import digest_input, digest_tables_input
 from embedcache.store.indexing import index
-from embedcache.store.table_writer import digest_input
+from embedcache.store.sample_tables import SampleTables, join_tables, to_tables
 from tests.recorded import RecordedProgress
 
 
@@ -200,6 +204,65 @@ def test_digest_of_other_modalities() -> None:
     sample = Sample(key="k", files={"video": (whole,), "audio": (whole, part)})
     expected = b'["k",[],[],{},{"audio":[["a.wav",0,9],["b.wav",0,0,0.5,null]],"video":[["a.wav",0,9]]}]\n'
     assert digest_input([sample]) == expected
+
+
+_TEXTS = st.text(st.characters(codec="utf-8"), max_size=4) | st.sampled_from(['"', "a\\b", "\0\n\x1f\x7f", "é,😀"])
+_TIMES = st.none() | st.floats(0, 1e9)
+_COLUMNS = {
+    "a": _TEXTS,
+    'b"': st.integers(-(2**63), 2**63 - 1),
+    "c": st.booleans(),
+    "é": st.floats(),
+}
+
+
+def _files(*, has_interval: bool) -> st.SearchStrategy[tuple[FileItem, ...]]:
+    size = st.integers(0, 2**40)
+    times = {"start_s": _TIMES, "stop_s": _TIMES} if has_interval else {}
+    return st.lists(st.builds(FileItem, path=_TEXTS, offset=size, length=size, **times), max_size=2).map(tuple)
+
+
+_SAMPLES = st.builds(
+    Sample,
+    key=_TEXTS,
+    images=_files(has_interval=False),
+    texts=st.lists(st.builds(TextItem, text=_TEXTS, language=st.none() | _TEXTS), max_size=2).map(tuple),
+    columns=st.fixed_dictionaries({}, optional=_COLUMNS),
+    files=st.fixed_dictionaries(
+        {}, optional={"audio": _files(has_interval=True), "points": _files(has_interval=False)}
+    ),
+)
+
+
+@given(st.lists(_SAMPLES, min_size=1, max_size=5), st.integers(0, 4))
+def test_digest_and_tables_of_samples_in_tables(samples: list[Sample], cut: int) -> None:
+    """The same as of the samples themselves, in whatever pieces they are."""
+    tables = to_tables(samples)
+    assert digest_tables_input(tables) == digest_input(samples)
+    pieces = [to_tables(part) for part in (samples[:cut], samples[cut:]) if part]
+    assert b"".join(map(digest_tables_input, pieces)) == digest_input(samples)
+    joined = join_tables(pieces)
+    assert joined.items == tables.items
+    assert joined.samples.schema == tables.samples.schema
+    assert joined.samples.to_pandas().equals(tables.samples.to_pandas())  # NaN is equal to NaN
+
+
+def test_joined_columns_have_the_types_of_their_values() -> None:
+    """Those of a source whose samples hold these values, whatever the types of the columns that they come from."""
+    keys = pa.array(["a", "b"])
+    pieces = [
+        pa.table({"key": keys, "x": [1, None], "y": pa.array([1, 2], pa.int32()), "none": pa.nulls(2, pa.int64())}),
+        pa.table({"key": keys, "y": [3, 4], "x": ["c", None], "z": [0.5, None]}),
+    ]
+    joined = join_tables([SampleTables(piece, {}) for piece in pieces])
+    assert joined.samples.to_pydict() == {
+        "key": ["a", "b", "a", "b"],
+        "x": ["1", None, "c", None],
+        "y": [1, 2, 3, 4],
+        "z": [None, None, 0.5, None],
+    }
+    assert [str(kind) for kind in joined.samples.schema.types] == ["string", "string", "int64", "double"]
+    assert {name: len(table) for name, table in joined.items.items()} == {"image": 0, "text": 0}
 
 
 def test_item_tables_of_other_modalities(tmp_path: Path) -> None:
