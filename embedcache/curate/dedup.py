@@ -34,6 +34,7 @@ from embedcache.search.vectors import Vectors
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
+from embedcache.store.keys import keys_at
 from embedcache.store.tables import write_table
 
 LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen
@@ -284,13 +285,12 @@ def _reason(removed: RemovedSamples, group: Array) -> str:
 
 
 def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
-    keys = cache.column("key")
     table = pa.table(
         {
             "row": removed.samples,
-            "key": keys.take(pa.array(removed.samples)),
+            "key": keys_at(cache, removed.samples),
             "kept_row": removed.kept,
-            "kept_key": keys.take(pa.array(removed.kept)),
+            "kept_key": keys_at(cache, removed.kept),
             "cosine": removed.cosines,
             "is_copy": removed.is_copy,
         }

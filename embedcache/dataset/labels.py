@@ -63,7 +63,7 @@ def _find_distinct(cache: Cache, samples: Ints, column: str, location: str) -> t
     """Return the distinct labels, and the position of each sample's label among them: (M,)."""
     values = _read(cache, samples, column)
     if values.null_count:
-        first = cache.column("key")[int(samples[np.flatnonzero(values.is_null())[0]])].as_py()
+        first = cache.key(int(samples[np.flatnonzero(values.is_null())[0]]))
         raise DataError(
             f"{values.null_count:,} of {len(samples):,} samples have no label in {location}, first {first!r}; "
             "label them in the source and extract again, or choose another column"

@@ -155,7 +155,7 @@ class ChunkReader:
             is_repeated = samples[1:] == samples[:-1]
             if is_repeated.any():
                 first = int(samples[1:][is_repeated][0])
-                key = self.cache.column("key")[first].as_py()
+                key = self.cache.key(first)
                 raise DataError(
                     f"expected one {modality} per sample, got {int((samples == first).sum())} in the sample {key!r}: "
                     f"which of them belongs to its {self.modality} is not defined; make the {modality} the first "

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from embedcache.arrays import Ints
 from embedcache.curate.counting import QUANTILES
@@ -33,6 +32,7 @@ from embedcache.reports.base import (
     svg,
     write_report,
 )
+from embedcache.store.keys import keys_at
 
 _FRACTIONS = (0.01, 0.1)
 _MAX_BARS = 50
@@ -165,7 +165,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
 def _concepts_json(report: CoverageReport) -> list[dict[str, Any]]:
     cache = report.pool.cache
     samples = cache.items(report.pool.modality, columns=["sample"])["sample"].to_numpy()[report.rows.ravel()]
-    keys = cache.column("key").take(pa.array(samples)).to_numpy().reshape(report.rows.shape)
+    keys = keys_at(cache, samples).to_numpy().reshape(report.rows.shape)
     return [
         {
             "name": name,

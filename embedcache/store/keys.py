@@ -37,6 +37,12 @@ def keys_of(caches: Sequence[Cache]) -> pa.ChunkedArray:
     return widen(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()))
 
 
+def keys_at(cache: Cache, rows: Ints) -> pa.ChunkedArray:
+    """Return the keys of samples of a cache, in any order: (M,) texts. Memory: these keys, and a block of others."""
+    distinct, which = np.unique(rows, return_inverse=True)
+    return widen(key_column([cache]).select(distinct).array).take(pa.array(which))
+
+
 def find_keys(cache: Cache, keys: Sequence[str]) -> Ints:
     """Return the row of each key in the sample table, -1 for a key that it does not have: (K,) int64.
 

@@ -11,7 +11,7 @@ import pytest
 from embedcache.errors import CorruptError
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK, TableChecksums, column_checksum
-from embedcache.store.keys import find_keys, match_keys
+from embedcache.store.keys import find_keys, keys_at, match_keys
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, samples_path, write_info
 from embedcache.store.rows import RowReader
 from embedcache.store.tables import add_footer_checksum, read_table
@@ -234,6 +234,13 @@ def test_counts_of_rows_that_contradict_each_other_raise() -> None:
         except (pa.ArrowException, OSError) as error:
             found.add(str(error))
     assert "its footer counts 50 and 51 rows" in found
+
+
+def test_keys_at(cache: Cache) -> None:
+    opened = Cache(cache.path)
+    assert keys_at(opened, ROWS).to_pylist() == cache.column("key").take(pa.array(ROWS)).to_pylist()
+    assert keys_at(opened, ROWS[:0]).to_pylist() == []
+    assert not opened._sample_columns, "none is kept"
 
 
 def test_match_keys(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

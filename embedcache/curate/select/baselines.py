@@ -1,18 +1,21 @@
 """Baselines of selection: random samples, the best matches of any concept, CLIP-score filtering, and any score."""
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Floats, Ints, to_keys
+from embedcache.arrays import Array, Floats, Ints, blocks, to_keys
 from embedcache.curate.select.best_samples import whole_samples
 from embedcache.curate.select.pool import Pool, compute_cosines
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError, SettingError
 from embedcache.store.columns import Column
+
+_REASONS_AT_ONCE = 65_536
 
 
 class RandomSelector:
@@ -57,11 +60,14 @@ class TopScoreSelector:
         scores_S, concept_S = np.concatenate(scores), np.concatenate(concepts)
         chosen = find_highest(scores_S, settings.budget)
         names = pool.concepts.names
-        reasons = [
-            f"concept {names[concept]!r}, {pool.modality} cosine {score:.3f}"
-            for concept, score in zip(concept_S[chosen].tolist(), scores_S[chosen].tolist(), strict=True)
-        ]
-        return Selection(rows=pool.samples[chosen], reasons=reasons)
+        reasons = (
+            [
+                f"concept {names[concept]!r}, {pool.modality} cosine {score:.3f}"
+                for concept, score in zip(concept_S[block].tolist(), scores_S[block].tolist(), strict=True)
+            ]
+            for block in _blocks_of(chosen)
+        )
+        return Selection(rows=pool.samples[chosen], reasons=Column(pa.chunked_array(reasons, pa.string())))
 
 
 def find_highest(scores_S: Array, size: int) -> Ints:
@@ -94,8 +100,16 @@ class ClipScoreSelector:
             chosen = find_highest(scores_M, settings.budget)
         else:
             chosen = find_above(scores_M, settings.threshold or 0.0)
-        reasons = [f"image and caption cosine {score:.3f}" for score in scores_M[chosen].tolist()]
-        return Selection(rows=samples_M[chosen], reasons=reasons)
+        reasons = (
+            [f"image and caption cosine {score:.3f}" for score in scores_M[block].tolist()]
+            for block in _blocks_of(chosen)
+        )
+        return Selection(rows=samples_M[chosen], reasons=Column(pa.chunked_array(reasons, pa.string())))
+
+
+def _blocks_of(chosen: Ints) -> Iterator[Ints]:
+    """Iterate over chosen positions, as many at a time as may be Python objects."""
+    return (chosen[block] for block in blocks(len(chosen), _REASONS_AT_ONCE))
 
 
 def find_above(scores_M: Floats, threshold: float) -> Ints:

@@ -24,6 +24,7 @@ from embedcache.sources.open import reopen_source
 from embedcache.sources.table import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
+from embedcache.store.keys import key_column
 
 Format: TypeAlias = Literal["datacomp", "keys", "webdataset"]
 
@@ -50,9 +51,7 @@ def export_selection(
     if format_name == "webdataset":
         write_shards(cache, rows, out_path, progress=progress)
         return len(rows)
-    is_selected_S = np.zeros(cache.info.num_samples, bool)
-    is_selected_S[rows] = True
-    keys = cache.column("key").filter(pa.array(is_selected_S))
+    keys = key_column([cache]).select(rows).array
     if format_name == "keys":
         broken = keys.filter(pc.match_substring(keys, "\n"))
         if len(broken):

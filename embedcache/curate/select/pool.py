@@ -184,8 +184,8 @@ class Pool:
         return paired_samples, best[paired_samples]
 
     def _samples_of(self, modality: str) -> Ints:
-        samples: Array = self.cache.items(modality, columns=["sample"])["sample"].to_numpy()
-        return samples.astype(np.int64)
+        samples_N: Ints = self.cache.items(modality, columns=["sample"])["sample"].to_numpy()
+        return samples_N
 
 
 _TEXTS_PER_BLOCK = 65_536
