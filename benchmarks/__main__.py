@@ -1,8 +1,9 @@
 """Run benchmarks: python -m benchmarks [--quick] [NAME …]
 
 `--quick` uses a tenth of the data and one run, to check that a benchmark works rather than to compare. `scale` takes
-hours and 60 GB of disk and runs only if it is named; `--pairs N,N` gives other numbers of pairs, `--folder` where its
-data are made, `--commands NAME,NAME` the beginnings of the names of the commands that are run.
+hours and 60 GB of disk and runs only if it is named; `--pairs N,N` gives other numbers of pairs, `--key-length N`
+longer keys, `--folder` where its data are made, `--commands NAME,NAME` the beginnings of the names of the commands that
+are run.
 """
 
 import argparse
@@ -58,13 +59,16 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--pairs", type=lambda text: [int(word) for word in text.split(",")])
+    parser.add_argument("--key-length", type=int)
     parser.add_argument("--folder")
     parser.add_argument("--commands", type=lambda text: text.split(","))
     options = parser.parse_args()
     for name in options.names or NAMES:
         if name not in (*NAMES, *PARTS):
             sys.exit(f"unknown benchmark {name!r}; known: {', '.join((*NAMES, *PARTS))}")
-        given = {key: value for key in ("pairs", "folder", "commands") if (value := getattr(options, key))}
+        given = {
+            key: value for key in ("pairs", "key_length", "folder", "commands") if (value := getattr(options, key))
+        }
         load(name)(quick=options.quick, **given)
 
 

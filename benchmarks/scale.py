@@ -1,11 +1,11 @@
 """Every command on millions of pairs: seconds, peak memory and bytes on disk, each command in a fresh process.
 
-    python -m benchmarks scale [--pairs N,N] [--folder FOLDER]
+    python -m benchmarks scale [--pairs N,N] [--key-length N] [--folder FOLDER]
 
-The pairs are made: vectors of width 64 around 20,000 centers, a table with keys and captions, three captions for a
-tenth of the samples, and 1 % of the items failed. One sample in fifty is a near-duplicate of the one before, every
-second of these a copy. Memory is anonymous and shared memory; mapped pages, which the system may drop, are stated
-beside it.
+The pairs are made: vectors of width 64 around 20,000 centers, a table with keys (of 9 characters, or as many as
+`--key-length` says) and captions, three captions for a tenth of the samples, and 1 % of the items failed. One sample in
+fifty is a near-duplicate of the one before, every second of these a copy. Memory is anonymous and shared memory; mapped
+pages, which the system may drop, are stated beside it.
 """
 
 import json
@@ -23,6 +23,7 @@ from benchmarks.measure import Usage, run_measured
 from benchmarks.scale_data import (
     WIDTH,
     append_rows,
+    make_key,
     write_concepts,
     write_features,
     write_images,
@@ -39,13 +40,15 @@ _TARGET_GB, _START_S = 8.0, 5.0
 _CHUNK_SIZE = 2048  # of caches; pairs are whole chunks, since --extend compares the items of the last one
 
 
-def main(*, quick: bool, pairs: Sequence[int] = (), folder: str = "", commands: Sequence[str] = ()) -> None:
+def main(
+    *, quick: bool, pairs: Sequence[int] = (), key_length: int = 0, folder: str = "", commands: Sequence[str] = ()
+) -> None:
     """Print a table for each number of pairs, then the growth of each command from one to the next."""
     sizes = [-(-size // _CHUNK_SIZE) * _CHUNK_SIZE for size in pairs or ([2000] if quick else SIZES)]
     results = {}
     for size in sizes:
         with TemporaryDirectory(dir=folder or None) as name:
-            results[size] = measure_commands(Path(name), size, commands)
+            results[size] = measure_commands(Path(name), size, commands, key_length=key_length)
         _print(size, results[size])
     for before, after in pairwise(sizes):
         growth = [
@@ -77,16 +80,18 @@ def _print(size: int, usages: Mapping[str, Usage]) -> None:
     )
 
 
-def measure_commands(folder: Path, num_pairs: int, commands: Sequence[str] = ()) -> dict[str, Usage]:
+def measure_commands(
+    folder: Path, num_pairs: int, commands: Sequence[str] = (), *, key_length: int = 0
+) -> dict[str, Usage]:
     """Make the data in a folder and run every command on it; return name -> what it used, in order.
 
     Data that an earlier call left in the folder are used again. `commands` are the beginnings of the names of those to
     run; empty: all.
     """
     if not (folder / "images").is_dir():
-        _write_data(folder, num_pairs)
+        _write_data(folder, num_pairs, key_length)
     usages: dict[str, Usage] = {}
-    for step in _steps(num_pairs):
+    for step in _steps(num_pairs, key_length):
         if commands and not step.name.startswith(tuple(commands)):
             continue
         if step.before:
@@ -102,14 +107,14 @@ def measure_commands(folder: Path, num_pairs: int, commands: Sequence[str] = ())
     return usages
 
 
-def _write_data(folder: Path, num_pairs: int) -> None:
+def _write_data(folder: Path, num_pairs: int, key_length: int) -> None:
     num_test = min(_NUM_TEST, max(num_pairs // 20, 100))
-    write_table(folder / "pairs.parquet", num_pairs)
-    write_table(folder / "test.parquet", num_test, first=num_pairs // 2, name="t")
+    write_table(folder / "pairs.parquet", num_pairs, key_length=key_length)
+    write_table(folder / "test.parquet", num_test, first=num_pairs // 2, name="t", key_length=key_length)
     write_concepts(folder / "concepts.parquet", min(_NUM_CONCEPTS, num_pairs // 20))
     for name, first in (("test", num_pairs // 2), ("concepts", 0)):
         write_features(folder / f"{name}.parquet", folder / name, first=first, has_failures=name != "concepts")
-    write_vectors(folder, num_pairs)
+    write_vectors(folder, num_pairs, key_length=key_length)
     write_images(folder / "images")
 
 
@@ -124,7 +129,7 @@ class _Step:
     before: Callable[[Path], None] | None = None
 
 
-def _steps(num_pairs: int) -> Iterator[_Step]:
+def _steps(num_pairs: int, key_length: int) -> Iterator[_Step]:
     held_out, encoder = min(5000, num_pairs // 4), "benchmarks.scale_data:open_made"
     yield _Step(
         name="import npy",
@@ -138,7 +143,7 @@ def _steps(num_pairs: int) -> Iterator[_Step]:
         name=f"extract --extend, {_NUM_ADDED:,} added",
         words=_words(f"extract pairs.parquet cache --extend --image-encoder {encoder} --text-encoder {encoder}"),
         written=("cache",),
-        before=lambda folder: append_rows(folder / "pairs.parquet", num_pairs, _NUM_ADDED),
+        before=lambda folder: append_rows(folder / "pairs.parquet", num_pairs, _NUM_ADDED, key_length=key_length),
     )
     yield _Step(name="inspect", words=_words("inspect cache"))
     yield _Step(name="verify", words=_words("verify cache"))
@@ -154,6 +159,15 @@ def _steps(num_pairs: int) -> Iterator[_Step]:
         written=("chosen.parquet",),
     )
     yield _Step(
+        name="cut, a tenth", words=_words("cache cut cache chosen.parquet part"), written=("part",), removed=("part",)
+    )
+    yield _Step(
+        name="merge",
+        words=_words("cache merge cache test merged --prefix-keys"),
+        written=("merged",),
+        removed=("merged",),
+    )
+    yield _Step(
         name="dedup",
         words=_words("curate dedup cache kept.parquet --cosine 0.98 --modality image --scratch ."),
         written=("kept.parquet", "kept.removed.parquet"),
@@ -164,7 +178,7 @@ def _steps(num_pairs: int) -> Iterator[_Step]:
         words=_words("curate index cache found --run run --modality image --memory 2GB --on-disk"),
         written=("found",),
     )
-    yield _Step(name="search by key", words=_words("search found --query-key k00000042 -k 5"))
+    yield _Step(name="search by key", words=_words(f"search found --query-key {make_key('k', 42, key_length)} -k 5"))
     yield _Step(
         name="export npy",
         words=_words("export npy cache arrays --modality image"),

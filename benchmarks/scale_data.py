@@ -21,23 +21,28 @@ WIDTH, NUM_CENTERS = 64, 20_000
 _BLOCK = 65_536
 
 
-def write_table(path: Path, count: int, *, first: int = 0, name: str = "k") -> None:
-    """Write a Parquet table of samples."""
-    with pq.ParquetWriter(path, _rows(0, 1, name).schema) as writer:
+def write_table(path: Path, count: int, *, first: int = 0, name: str = "k", key_length: int = 0) -> None:
+    """Write a Parquet table of samples, whose keys begin with a name and have at least 9 characters."""
+    with pq.ParquetWriter(path, _rows(0, 1, name, key_length).schema) as writer:
         for part in blocks(count, _BLOCK):
-            writer.write_table(_rows(first + part.start, part.stop - part.start, name))
+            writer.write_table(_rows(first + part.start, part.stop - part.start, name, key_length))
 
 
-def append_rows(path: Path, num_before: int, count: int) -> None:
+def append_rows(path: Path, num_before: int, count: int, *, key_length: int = 0) -> None:
     """Write a table with more samples at the end."""
     with pq.ParquetFile(path) as old, pq.ParquetWriter(path.with_suffix(".new"), old.schema_arrow) as writer:
         for group in range(old.num_row_groups):
             writer.write_table(old.read_row_group(group))
-        writer.write_table(_rows(num_before, count, "k"))
+        writer.write_table(_rows(num_before, count, "k", key_length))
     path.with_suffix(".new").rename(path)
 
 
-def _rows(first: int, count: int, name: str) -> pa.Table:
+def make_key(name: str, sample: int, key_length: int) -> str:
+    """Return the key of a sample: a name, as many zeros as a length needs, at least eight digits in all."""
+    return f"{name}{sample:0{max(8, key_length - len(name))}d}"
+
+
+def _rows(first: int, count: int, name: str, key_length: int) -> pa.Table:
     samples = np.arange(first, first + count)
     copied = samples - (samples % 100 == 99)
     texts = [
@@ -46,7 +51,7 @@ def _rows(first: int, count: int, name: str) -> pa.Table:
     ]
     return pa.table(
         {
-            "key": [f"{name}{sample:08d}" for sample in samples.tolist()],
+            "key": [make_key(name, sample, key_length) for sample in samples.tolist()],
             "image": [f"images/{copy % 100:04d}.png" for copy in copied.tolist()],
             "caption": pa.array(texts, pa.list_(pa.string())),
         }
@@ -59,7 +64,7 @@ def write_concepts(path: Path, count: int) -> None:
     pq.write_table(pa.table({"key": names, "class": names, "caption": names}), path)
 
 
-def write_vectors(folder: Path, count: int) -> None:
+def write_vectors(folder: Path, count: int, *, key_length: int = 0) -> None:
     """Write `images.npy`, `texts.npy` and `rows.parquet` for `import npy`; 1 % of the vectors are NaN."""
     shape = (count, WIDTH)
     arrays = {
@@ -71,7 +76,7 @@ def write_vectors(folder: Path, count: int) -> None:
             for name, array in arrays.items():
                 array[part] = make_vectors(samples, name)
                 array[part][samples % 100 == 7] = np.nan
-            rows = _rows(part.start, len(samples), "k")
+            rows = _rows(part.start, len(samples), "k", key_length)
             writer.write_table(pa.table({"key": rows["key"], "caption": [f"caption of {n}" for n in samples.tolist()]}))
 
 
