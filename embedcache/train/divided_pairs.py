@@ -37,7 +37,8 @@ class DividedPairs:
 def divide_pairs(data: TrainData, run_path: Path, settings: TrainSettings, progress: Progress) -> DividedPairs:
     """Pair the items of both features and divide them by the split of the run, which is made unless it exists.
 
-    Memory: about 50 bytes per item; the split and the other pairs are not kept.
+    Memory: 24 bytes per item of the parts, and for a moment about 150 per sample; the split and the other pairs are not
+    kept.
 
     Raises:
         DataError: the training or the validation part has no pairs.

@@ -134,8 +134,8 @@ def train(
 
     The run folder gets `started.json`, `split.parquet`, `losses.jsonl`, `last.safetensors`, `record.json`,
     `model.safetensors` and, last, `config.json`; before that `checkpoint.pt`, from which an interrupted run resumes. A
-    finished run with the same settings is reused. Memory: the features, or `memory`. Under torchrun all processes
-    must call it.
+    finished run with the same settings is reused. Memory: the features, or `memory`, and about 270 bytes per pair.
+    Under torchrun all processes must call it.
 
     Args:
         caches: one cache, or several made by the same encoders.

@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Array, Floats, Ints, concatenated_ranges, distinct
+from embedcache.arrays import Floats, Ints, concatenated_ranges, distinct
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.scores import Score, read_scores
 from embedcache.dataset.selections import read_selection
