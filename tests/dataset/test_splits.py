@@ -26,6 +26,7 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
 from embedcache.store.columns import Column
+from embedcache.store.tables import add_footer_checksum, write_table
 from embedcache.train.data import open_data
 from tests.images import write_images
 from tests.recorded import RecordedProgress
@@ -235,6 +236,7 @@ def test_split_is_written_as_one_table(
     }
     table = with_metadata(pa.table(columns), {})
     pq.write_table(table, tmp_path / "whole.parquet", row_group_size=rows_per_group, write_page_checksum=True)
+    add_footer_checksum(tmp_path / "whole.parquet")
     assert (tmp_path / "split.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
@@ -247,7 +249,7 @@ def test_bytes_of_a_split_do_not_depend_on_blocks(tmp_path: Path) -> None:
     read = Column[str].deferred(count, lambda: chunked, read=lambda: iter(chunked.chunks))
     write_split(tmp_path / "split.parquet", Split(keys=read, parts=Column(parts), groups=Column(pa.array(rows))))
     table = with_metadata(pa.table({"row": rows, "key": keys, "part": parts, "group": rows}), {})
-    pq.write_table(table, tmp_path / "whole.parquet", write_page_checksum=True)
+    write_table(tmp_path / "whole.parquet", table)
     assert (tmp_path / "split.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
