@@ -132,6 +132,7 @@ def test_blocks_that_were_used_last_are_kept(
         reader.take(np.array([block * CHUNK_SIZE + 5]))
     assert read == expected
     read.clear()
+    monkeypatch.setattr("embedcache.store.rows._KEPT_ROWS", 2**22)
     reader = RowReader(cache, "text", kept_rows=kept_rows)
     for block in (0, 0, 1, 0, 1 if kept_rows > 1 else 0, 2, 0):
         reader.take(np.array([block * CHUNK_SIZE + 5]))
