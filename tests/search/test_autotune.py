@@ -1,16 +1,22 @@
 """Candidate configurations and exact search."""
 
+from collections.abc import Iterable
+from typing import Any
+
+import faiss.contrib.exhaustive_search
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.arrays import normalize
+from embedcache.arrays import Floats, normalize
 from embedcache.errors import SettingError
+from embedcache.search import autotune
 from embedcache.search.autotune import (
     Configuration,
     fit_memory,
     in_memory_configurations,
+    make_query_set,
     num_lists,
     on_disk_configurations,
     remaining_candidates,
@@ -131,6 +137,23 @@ def test_remaining_candidates_keep_finer_codes() -> None:
     refined, scalar = kinds[2], kinds[3]
     assert (refined.bits, scalar.bits) == (8, 8)
     assert remaining_candidates(kinds[3:], refined) == [scalar]
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 40])
+def test_true_neighbors_are_searched_in_blocks_of_several_chunks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, rows, searched = np.random.default_rng(0).random((40, 4), np.float32), np.arange(40) + 7, []
+    search = faiss.contrib.exhaustive_search.knn_ground_truth
+
+    def counted(queries_QP: Floats, blocks: Iterable[Floats], *given: Any, **options: Any) -> Any:
+        return search(queries_QP, (searched.append(len(block)) or block for block in blocks), *given, **options)
+
+    monkeypatch.setattr(faiss.contrib.exhaustive_search, "knn_ground_truth", counted)
+    monkeypatch.setattr(autotune, "_SEARCHED_AT_ONCE", 9)
+    cut = [(rows[start : start + size], vectors[start : start + size]) for start in range(0, 40, size)]
+    queries = make_query_set(vectors[:3], cut, own=None)
+    expected = np.argsort(-(vectors[:3] @ vectors.T), axis=1, kind="stable")
+    np.testing.assert_array_equal(queries.rows, expected + 7)
+    assert searched == {1: [9, 9, 9, 9, 4], 4: [12, 12, 12, 4], 7: [14, 14, 12], 40: [40]}[size]
 
 
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 8), st.integers(0, 99))
