@@ -131,7 +131,7 @@ class IndexBuilder:
             for path in self._folder.glob("index.part-*.faiss"):
                 path.unlink()  # of another trained index
             index = make_index(factory, vectors.width, device=self._device)
-            if not index.num_lists or index.is_refined:
+            if not index.num_lists or index.is_refined or index.has_blocks:
                 raise SettingError(
                     f"factory: expected inverted lists to leave on disk, such as IVF4096,SQfp16, got {factory!r}"
                 )

@@ -63,7 +63,7 @@ def check_factory(factory: str, width: int, num_vectors: int) -> None:
 
 
 def _try_factory(factory: str, width: int, num_vectors: int) -> str:
-    """Use an index of random vectors as one of a cache is used: build it in parts, search it, empty it.
+    """Use an index of random vectors as one of a cache is used: empty it, fill it in parts, search it.
 
     Return why that fails, empty if it does not, or FAISS refuses the string or the training, which is said later.
     """
@@ -78,12 +78,13 @@ def _try_factory(factory: str, width: int, num_vectors: int) -> str:
             index.train(vectors_NP)
         except SettingError:
             return ""
+        index.add(rows_N, vectors_NP)
+        index = index.emptied()
         for part in np.array_split(rows_N, min(num_vectors, 2)):
             index.add(part, vectors_NP[part])
         scores_QK, _ = index.search(vectors_NP[:_NUM_QUERIES], k)
         if (np.diff(scores_QK) > 0).any():
             return "its scores are no cosines: they rise from the best to the worst"
-        index.emptied()
     except RuntimeError as error:
         return faiss_reason(error)
     except MemoryError:

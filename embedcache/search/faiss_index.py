@@ -17,10 +17,9 @@ from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, DiskFullError, PathError, SettingError
 from embedcache.files import disk_full_message, replacing
 from embedcache.search.faiss_gpu import MOST_SELECTED, GpuSide, faiss_reason, import_faiss, num_gpus
-from embedcache.search.lists import open_disk_lists
+from embedcache.search.lists import has_block_lists, open_disk_lists
 
-_TRAINING_PER_LIST = 50
-_MIN_TRAINING = 20_000
+_TRAINING_PER_LIST, _MIN_TRAINING = 50, 20_000
 _MAPPED_FRACTION = 0.5  # of the machine's memory
 _OWN = True  # FAISS takes no keyword
 _READ_BYTES, _ID_BYTES = 2**20, 8
@@ -43,6 +42,7 @@ class RowIndex:
         self._order: Ints | None = None
         lists = self._faiss.try_extract_index_ivf(self._inner)
         self.num_lists = 0 if lists is None else int(lists.nlist)
+        self.has_blocks = has_block_lists(self._inner)
         self.disk_lists = open_disk_lists(self._inner)
         self.is_graph = isinstance(self._inner, self._faiss.IndexHNSW)
         self.is_refined = isinstance(self._inner, self._faiss.IndexRefine)  # finer codes re-rank the best results
@@ -243,7 +243,7 @@ class RowIndex:
     def emptied(self) -> "RowIndex":
         """Return the same trained index without vectors; this object must not be used afterwards."""
         lists = self._faiss.try_extract_index_ivf(self._inner)
-        if lists is None or self.is_refined:
+        if lists is None or self.is_refined or self.has_blocks:
             self.wrapped.reset()
             return RowIndex(self.wrapped, self._device)
         empty = self._faiss.ArrayInvertedLists(lists.nlist, lists.code_size)

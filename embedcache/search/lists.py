@@ -25,6 +25,15 @@ def open_disk_lists(index: Any) -> "DiskLists | None":
     return DiskLists(index) if is_mapped else None
 
 
+def has_block_lists(index: Any) -> bool:
+    """Return whether the inverted lists of a FAISS index hold blocks of vectors, as of PQ8x4fs: only in memory."""
+    faiss = import_faiss()
+    inverted = faiss.try_extract_index_ivf(index)
+    return inverted is not None and isinstance(
+        faiss.downcast_InvertedLists(inverted.invlists), faiss.BlockInvertedLists
+    )
+
+
 class DiskLists:
     """The inverted lists of an index that FAISS maps from a file: vectors as codes, and their positions in the index.
 

@@ -192,8 +192,8 @@ class OpenIndex:
         """Search the items that pass a filter; of kinds that FAISS cannot filter, such as PQ, among more results."""
         try:
             return self._index.search(queries_QP, k, parameters, is_allowed_N=subset.is_allowed_N)
-        except RuntimeError as error:
-            if subset.is_allowed_N is None or "search params" not in str(error):
+        except RuntimeError:
+            if subset.is_allowed_N is None:
                 raise
         num_found, allowed_rows = k, self._index.rows[subset.is_allowed_N]
         while True:

@@ -327,10 +327,10 @@ def test_build_ignores_file_that_another_process_writes(cache_path: Path, tmp_pa
 
 
 def test_on_disk_without_lists_raises(cache_path: Path, tmp_path: Path) -> None:
-    for factory in ("Flat", "HNSW8", "IVF4,RaBitQ,Refine(SQ8)"):
+    for factory in ("Flat", "HNSW8", "IVF4,RaBitQ,Refine(SQ8)", "IVF4,PQ4x4fs"):
         with pytest.raises(SettingError, match="expected inverted lists to leave on disk, such as IVF4096,SQfp16, got"):
             build_index(
-                cache_path, tmp_path / factory[:4], IndexSettings(factory=factory, on_disk=True, feature="open_toy/cls")
+                cache_path, tmp_path / factory, IndexSettings(factory=factory, on_disk=True, feature="open_toy/cls")
             )
 
 

@@ -220,7 +220,7 @@ def test_a_fraction_of_the_items_is_searched_more_thoroughly(
     assert searches == [{"nprobe": 2, "k_factor": 4}, {"nprobe": 8, "k_factor": 4, "efSearch": 60}]
 
 
-@pytest.mark.parametrize("factory", ["PQ4x4", "PCA16,PQ4x4", "PQ4x4fs"])
+@pytest.mark.parametrize("factory", ["PQ4x4", "PCA16,PQ4x4", "PQ4x4fs", "IVF2,RQ2x4"])
 def test_kinds_that_faiss_cannot_filter_are_filtered(
     labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str
 ) -> None:
