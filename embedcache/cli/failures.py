@@ -121,7 +121,7 @@ def _fail(message: str, error: Exception | None = None) -> NoReturn:
     message = "; ".join([message, *getattr(error, "__notes__", ())])
     if os.environ.get("EMBEDCACHE_DEBUG", "0") != "0":
         traceback.print_exc()
-    print(f"error: {visible(message)}", file=sys.stderr)
+    print("error:", visible(message).replace("\n", r"\n"), file=sys.stderr)  # a name may have a line break
     sys.exit(1)
 
 

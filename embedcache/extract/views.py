@@ -19,6 +19,7 @@ from PIL.Image import Image, Transpose
 from embedcache.arrays import Floats
 from embedcache.encoders.base import Modality
 from embedcache.errors import ItemError, PathError, SettingError
+from embedcache.files import read_file
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
 from embedcache.registry import Registry, names_from
@@ -249,7 +250,7 @@ class _Tape:
 @lru_cache(maxsize=4)
 def _read_tape(path: Path, mtime_ns: int, size: int) -> _Tape:  # noqa: ARG001 - a changed file is read again
     """Read a tape, once for all levels."""
-    data = path.read_bytes()
+    data = read_file(path)
     try:
         samples_N = decode_audio(data)
     except ItemError as error:

@@ -10,7 +10,7 @@ from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import PARTS, Split, read_split, write_split
 from embedcache.errors import DataError
-from embedcache.files import write_atomic
+from embedcache.files import read_file, write_atomic
 from embedcache.progress import Progress
 from embedcache.projectors.saved import run_selection_path, split_path
 from embedcache.train.data import TrainData
@@ -75,7 +75,7 @@ def _make_split(
     if path.is_file():
         return None
     if (kept := run_selection_path(run_path, settings.selection)) and settings.selection_path:
-        write_atomic(kept, settings.selection_path.read_bytes())
+        write_atomic(kept, read_file(settings.selection_path))
     split = data.split(pairs, settings.split, progress=progress)
     write_split(path, split)
     return split

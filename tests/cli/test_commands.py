@@ -1,9 +1,11 @@
 """Commands as a newcomer types them, in one folder with images, a cache, a run and an index."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -319,6 +321,18 @@ def test_value_that_an_option_cannot_have_in_a_file(folder: Path, text: str, mes
     assert message in line
     assert "config," not in line
     assert ("wrong.toml: " in line) is not line.startswith("error: unknown option")
+
+
+def test_pipe_is_no_selection_to_train_on(folder: Path) -> None:
+    """Reading one may never end."""
+    os.mkfifo(folder / "pipe")
+    Thread(target=(folder / "pipe").write_text, args=["00000"], daemon=True).start()
+    settings = ["--image-feature", "open_toy/cls", "--split", "key", "--epochs", "1"]
+    done = embedcache("train", "cache", "piped", "--selection", "pipe", *settings, cwd=folder)
+    assert (done.code, done.stderr.splitlines()[-1]) == (
+        1,
+        "error: pipe: expected a regular file, got a pipe or a device",
+    )
 
 
 def test_flag_of_a_file_may_be_off(folder: Path) -> None:

@@ -38,6 +38,7 @@ def test_error_of_the_system_is_one_line(name: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("inspect", "a\nb"), r"error: a\nb does not exist"),
         (("inspect", "x" * 300), "File name too long; use shorter names"),
         (("inspect", "caf\udce9"), r"expected arguments in UTF-8, got 'caf\udce9'"),
         (
