@@ -314,6 +314,10 @@ class Cache:
                 f"{path}: expected {place.stop - place.start:,} rows, got {len(rows):,}; restore the file, or extract "
                 "into a new folder"
             )
+        if name == SAMPLES and "key" in rows.column_names and pa.types.is_binary(rows.schema.field("key").type):
+            raise CorruptError(
+                f"{path}: expected keys of text, got bytes; restore the file, or extract into a new folder"
+            )
         if find_changed(rows, self.info.table_checksums.get(name, {}), place.start, block_rows) is not None:
             check_rows(rows, read_info(self.path).table_checksums.get(name, {}), place.start, block_rows, path)
         return rows

@@ -212,6 +212,17 @@ def test_groups_of_rows_of_several_blocks_make_each_likely(cache: Cache) -> None
         assert opened.likely_blocks(SAMPLES, "key", [f"{row:06d}"]) == expected
 
 
+def test_keys_of_bytes_raise(cache: Cache) -> None:
+    """One flipped bit in a footer without a checksum makes them; the checksums of bytes and texts are the same."""
+    folder = cache.path.parent / "bytes"
+    folder.mkdir()
+    keys = pa.table({"key": cache.table(SAMPLES)["key"].cast(pa.binary())})
+    pq.write_table(keys, samples_path(folder))
+    write_info(folder, replace(cache.info, num_items={}))
+    with pytest.raises(CorruptError, match="expected keys of text, got bytes; restore the file"):
+        Cache(folder).column("key")
+
+
 def test_short_table_raises(cache: Cache) -> None:
     folder = cache.path.parent / "short"
     folder.mkdir()
