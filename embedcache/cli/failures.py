@@ -69,8 +69,9 @@ def _silence_libraries() -> None:
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:
-    """Return false for the tracebacks that the module of retries logs before it raises their exceptions."""
-    return not (record.module == "retry" and record.exc_info)
+    """Return false for tracebacks that the module of retries logs before it raises, and for a step before an error."""
+    is_raised = record.module == "retry" and bool(record.exc_info)
+    return not (is_raised or record.getMessage().startswith("Could not determine bucket type"))
 
 
 @contextmanager
