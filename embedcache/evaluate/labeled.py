@@ -13,7 +13,7 @@ from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.random_groups import draw_groups
 from embedcache.dataset.splits import PARTS, column_parts
-from embedcache.errors import DataError
+from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.classifiers import Examples
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.modalities import noun
@@ -66,6 +66,7 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
     training, and the test part is left out. Memory: the vectors in float32.
 
     Raises:
+        SettingError: more shots than a class has training items.
         UnfinishedError: the feature has missing chunks.
         DataError: a part is empty, there is only one class, no item has a label, or the column `split` names no part.
         CorruptError: bytes differ from their checksum.
@@ -90,11 +91,17 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
             listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
             raise DataError(f"{cache.path}: expected {part} items with {feature.name}, got none ({listed}; {rule})")
     labels = read_labels(cache, used_items.samples, column=settings.label)
-    classes = distinct(labels.numbers[parts == "train"])
+    classes, num_items = np.unique(labels.numbers[parts == "train"], return_counts=True)
     if len(classes) < 2:
         raise DataError(
             f"column {settings.label!r} of {cache.path}: expected at least two classes among the training items, got "
             f"only {labels.names[classes[0]]!r}"
+        )
+    if max(settings.shots, default=0) > num_items.min():
+        least = labels.names[classes[num_items.argmin()]]
+        raise SettingError(
+            f"shots: expected at most {num_items.min():,}, the training items of class {least!r}, got "
+            f"{max(settings.shots):,}"
         )
     return LabeledFeature(
         feature=feature,

@@ -9,7 +9,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.devices import products_on
-from embedcache.errors import SettingError, first_few
+from embedcache.errors import first_few
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, compare_neighbors, fit_knn, load_method
 from embedcache.evaluate.labeled import LabeledFeature, read_labeled
 from embedcache.evaluate.settings import ProbeSettings
@@ -136,7 +136,6 @@ def evaluate_probe(
     settings, progress = replace_flat(settings or ProbeSettings(), options), to_progress(progress)
     methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
     data = read_labeled(Cache(cache), settings, progress=progress)
-    _check_shots(data, settings)
     data = replace(data, examples=replace(data.examples, products=products_on(settings.device)))
     if fit_knn in methods.values():
         _note_neighbors(data, settings, progress)
@@ -250,13 +249,3 @@ def draw_shots(labels_M: Ints, rows: Ints, shots: int, *, seed: Sequence[int]) -
     _, starts = np.unique(labels_M[ordered], return_index=True)
     shot_rows: Ints = ordered[(starts[:, None] + np.arange(shots)).ravel()]
     return shot_rows
-
-
-def _check_shots(data: LabeledFeature, settings: ProbeSettings) -> None:
-    classes, counts = np.unique(data.examples.labels[data.rows("train")], return_counts=True)
-    if max(settings.shots, default=0) > counts.min():
-        least = data.names[classes[counts.argmin()]]
-        raise SettingError(
-            f"shots: expected at most {counts.min():,}, the training items of class {least!r}, got "
-            f"{max(settings.shots):,}"
-        )
