@@ -10,6 +10,7 @@ import pytest
 
 from embedcache.errors import CorruptError, PathError
 from embedcache.files import open_path
+from embedcache.progress import Progress
 from embedcache.store import arrays
 from embedcache.store.arrays import (
     array_metadata,
@@ -106,9 +107,9 @@ def test_files_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "empty").write_bytes(b"")
     assert file_checksum(tmp_path / "empty") == "00000000"
 
-    def count(path: Path) -> str:
+    def count(path: Path, *, progress: Progress | None) -> str:
         number[0] += 1
-        return file_checksum(path)
+        return file_checksum(path, progress=progress)
 
     monkeypatch.setattr(arrays, "file_checksum", count)
     check_file(path, checksum, next_step="again")
