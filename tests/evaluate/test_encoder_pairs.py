@@ -163,8 +163,8 @@ def test_long_comparisons_are_announced(cache_path: Path, monkeypatch: pytest.Mo
     report = evaluate_pairs(cache_path, settings, progress=progress)
     ranked = 2 * 2 * report.num_held**2  # two pairs of features, both directions, one caption per image
     assert [note.partition(" of vectors")[0] for note in progress.notes] == [
-        f"comparing for the split: {300**2:,} pairs",
-        f"comparing for the split: {300**2:,} pairs",
+        f"comparing image items for the split: {300**2:,} pairs",
+        f"comparing text items for the split: {300**2:,} pairs",
         f"nearest neighbors: {3 * report.num_compared**2:,} pairs",
         f"ranking: {ranked:,} pairs",
     ]
