@@ -240,6 +240,7 @@ def leaks(
     """
     from embedcache.cli.console import open_progress, print_line, print_lines, print_table
     from embedcache.curate.leaks import find_leaks, write_clean_selection
+    from embedcache.dataset.selections import check_selection_path
     from embedcache.reports.leaks import (
         closest_pairs,
         leak_line,
@@ -249,6 +250,8 @@ def leaks(
         write_leak_page,
     )
 
+    if out is not None:
+        check_selection_path(out)
     report = find_leaks(train, test, settings, progress=open_progress())
     if out is not None:
         write_clean_selection(out, report)

@@ -181,9 +181,9 @@ def find_leaks(
             f"expected caches with a modality in common, got features of {train_has} in {train.path} and of "
             f"{test_has} in {test.path}"
         )
-    return LeakReport(
-        train=train, test=test, leaks=[_find_leaks(train, test, name, settings, progress) for name in common]
-    )
+    chosen = [_choose_features(train, test, name, settings.feature(name)) for name in common]  # all before the work
+    leaks = [_find_leaks(train, test, features, settings, progress) for features in chosen]
+    return LeakReport(train=train, test=test, leaks=leaks)
 
 
 def write_clean_selection(path: Path, report: LeakReport) -> None:
@@ -192,8 +192,16 @@ def write_clean_selection(path: Path, report: LeakReport) -> None:
     write_selection(path, report.train, report.clean_selection(), {"method": "leaks", **report.to_json()})
 
 
-def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings, progress: Progress) -> ModalityLeaks:
-    train_feature, test_feature, reason = _choose_features(train, test, modality, settings.feature(modality))
+def _find_leaks(
+    train: Cache,
+    test: Cache,
+    features: tuple[InputFeature, InputFeature, str | None],
+    settings: LeakSettings,
+    progress: Progress,
+) -> ModalityLeaks:
+    """Compare the items of two features; with a reason, as of `_choose_features`, only their hashes."""
+    train_feature, test_feature, reason = features
+    modality = test_feature.modality
     train_items, test_items = _items(train, train_feature), _items(test, test_feature)
     copies, train_is_copy = _find_copies(train_feature, train_items, test_feature, test_items)
     is_copy: Bools = copies >= 0

@@ -35,7 +35,7 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 from tests import toy
-from tests.cli.run import succeed
+from tests.cli.run import embedcache, succeed
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
@@ -298,6 +298,17 @@ def test_other_weights_compare_hashes(caches: tuple[Path, Path], tmp_path: Path)
         "revision: stored None, requested '1')"
     ]
     assert len(found.leaked_samples) == 2
+
+
+def test_mistakes_are_refused_before_anything_is_compared(
+    caches: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedcache.curate.leaks.find_closest_items", None)
+    monkeypatch.setattr("embedcache.curate.leaks.MODALITIES", ("text", "image"))  # of which the second has several
+    with pytest.raises(SettingError, match="image_feature: expected one of the several"):
+        find_leaks(*caches)
+    done = embedcache("curate", "leaks", caches[0], caches[1], "clean.txt", cwd=tmp_path)
+    assert done.stderr == "error: selection clean.txt: expected a path that ends in .parquet, got .txt\n"
 
 
 def test_incomparable_caches_raise(caches: tuple[Path, Path], tmp_path: Path) -> None:
