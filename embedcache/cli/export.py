@@ -1,7 +1,8 @@
 """embedcache export"""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +17,7 @@ from embedcache.cli.options import (
     split_at_commas,
     with_settings,
 )
-from embedcache.export.settings import ExportSettings, HubSettings
+from embedcache.export.settings import RECORD, ExportSettings, HubSettings
 from embedcache.interop.settings import AtlasSettings, MtebSettings, VectorExportSettings
 
 app = new_group("Write a run, or vectors, for other tools.")
@@ -289,11 +290,16 @@ def _export_vectors(
     )
 
 
-add_command(app, "transformers", transformers)
-add_command(app, "open-clip", open_clip)
-add_command(app, "sentence-transformers", sentence_transformers)
-add_command(app, "onnx", onnx)
-add_command(app, "safetensors", safetensors)
+def _finished_export(parameters: Mapping[str, Any]) -> str:
+    """Return what an export of a run keeps that ends early: all of it, while it is uploaded."""
+    return f"the export in {parameters['out']} is kept" if (parameters["out"] / RECORD).is_file() else ""
+
+
+add_command(app, "transformers", transformers, kept=_finished_export)
+add_command(app, "open-clip", open_clip, kept=_finished_export)
+add_command(app, "sentence-transformers", sentence_transformers, kept=_finished_export)
+add_command(app, "onnx", onnx, kept=_finished_export)
+add_command(app, "safetensors", safetensors, kept=_finished_export)
 add_command(app, "clip-retrieval", clip_retrieval)
 add_command(app, "parquet", parquet)
 add_command(app, "npy", npy)

@@ -13,7 +13,7 @@ from embedcache.export.onnx import write_onnx
 from embedcache.export.open_clip import write_open_clip
 from embedcache.export.safetensors import write_safetensors
 from embedcache.export.sentence_transformers import write_sentence_transformers
-from embedcache.export.settings import ExportSettings
+from embedcache.export.settings import RECORD, ExportSettings
 from embedcache.export.transformers import write_transformers
 from embedcache.files import AnyPath, building, remove_folder
 from embedcache.outputs import read_report_json
@@ -23,7 +23,7 @@ from embedcache.registry import unknown_name
 from embedcache.settings import replace_flat
 
 FORMAT_VERSION = 1
-RECORD, CARD = "embedcache_export.json", "README.md"
+CARD = "README.md"
 
 
 FORMATS: Mapping[str, tuple[Callable[..., ExportNotes], Sequence[str]]] = {

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from embedcache.cli.commands import Command
 from embedcache.cli.main import root_command
 from embedcache.errors import DiskFullError, SettingError
+from embedcache.export.settings import RECORD
 from embedcache.files import disk_full_message
 from tests.cli.run import embedcache
 from tests.cli.test_process import ENVIRONMENT, PROGRAM
@@ -142,11 +143,33 @@ def test_removal_keeps_work_only_if_it_removes(
     assert (done.code, done.stderr) == (130, f"Interrupted. {expected}.\n")
 
 
+@pytest.mark.parametrize(
+    ("is_written", "expected"),
+    [
+        (False, "Nothing is written; rerun the same command to start again"),
+        (True, "The export in out is kept; rerun the same command to resume"),
+    ],
+)
+def test_upload_keeps_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_written: bool, expected: str
+) -> None:
+    def interrupt(_: str, __: Path, out: Path, *___: object) -> None:
+        if is_written:
+            out.mkdir()
+            (out / RECORD).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("embedcache.export.export.export_run", interrupt)
+    done = embedcache("export", "safetensors", "run", "out", "--push-to-hub", "me/pair", cwd=tmp_path)
+    assert (done.code, done.stderr) == (130, f"Interrupted. {expected}.\n")
+
+
 def test_commands_whose_help_promises_to_resume_keep_work() -> None:
     promised = {name for name, command in _commands(root_command()) if "same command again" in str(command.help)}
     kept = {name for name, command in _commands(root_command()) if command.kept}
     assert len(promised) > 10
-    assert kept - promised == {"quickstart", "verify", "prune", "clip-benchmark"}
+    exports = {"transformers", "open-clip", "sentence-transformers", "onnx", "safetensors"}
+    assert kept - promised == {"quickstart", "verify", "prune", "clip-benchmark", *exports}
     assert promised <= kept
 
 

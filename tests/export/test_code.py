@@ -11,8 +11,8 @@ import pytest
 from embedcache.errors import CorruptError, SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
 from embedcache.export.code import _collect, _file_names, copy_code
-from embedcache.export.export import RECORD, export_run
-from embedcache.export.settings import ExportSettings
+from embedcache.export.export import export_run
+from embedcache.export.settings import RECORD, ExportSettings
 from embedcache.provenance import read_json, write_json
 from tests.export.runs import make_run
 

@@ -19,8 +19,8 @@ from embedcache.errors import ArtifactError, CorruptError, FingerprintError, Pat
 from embedcache.export.base import ExportRun, check_parity
 from embedcache.export.card import _metrics, _width_notes
 from embedcache.export.code import copy_code
-from embedcache.export.export import RECORD, export_run
-from embedcache.export.settings import ExportSettings
+from embedcache.export.export import export_run
+from embedcache.export.settings import RECORD, ExportSettings
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, project, save_pair, split_path
 from embedcache.provenance import record_stage, write_json
