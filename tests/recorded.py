@@ -6,11 +6,12 @@ from embedcache.progress import join_names
 
 
 class RecordedProgress:
-    """Records the steps, the counts, the last states, the notes and the parts."""
+    """Records the steps, those that were finished, the counts, the last states, the notes and the parts."""
 
     def __init__(self, name: str = "") -> None:
         self.name = name
         self.started: list[tuple[str, int, str]] = []
+        self.finished: list[str] = []
         self.counts: Counter[str] = Counter()
         self.advances: list[int] = []
         self.states: dict[str, str] = {}
@@ -28,7 +29,8 @@ class RecordedProgress:
         self.states[self.started[-1][0]] = state
 
     def finish(self) -> None:
-        pass
+        if self.started:
+            self.finished.append(self.started[-1][0])
 
     def note(self, line: str) -> None:
         self.notes.append(line)

@@ -209,6 +209,7 @@ def combine_selections(
     cache, progress = Cache(cache_path), to_progress(progress)
     progress.start("reading selections", 2, "files")
     left, right = (read_reasons(path, cache, progress) for path in (first, second))
+    progress.finish()
     is_and = operation == "and"
     is_both_L = np.isin(left.rows, right.rows, assume_unique=True)
     places = np.flatnonzero(is_both_L if is_and else ~is_both_L)
@@ -245,6 +246,7 @@ def sample_selection(
     cache, progress = Cache(cache_path), to_progress(progress)
     progress.start("reading the selection", 1, "files")
     known = read_reasons(selection, cache, progress)
+    progress.finish()
     num_known = len(known.rows)
     if not 1 <= size <= num_known:
         raise SettingError(f"size: expected 1 to {num_known:,}, the number of samples of {selection}, got {size:,}")

@@ -208,7 +208,8 @@ def test_reasons_are_those_of_the_files(
             ("reading selections", 2, "files"),
             ("joining reasons", len(expected), "samples"),
         ]
-    sample_selection(cache.path, out, tmp_path / "a.parquet", 50)
+    sample_selection(cache.path, out, tmp_path / "a.parquet", 50, progress=progress)
+    assert progress.finished == [what for what, *_ in progress.started]
     drawn = read_pairs(out)
     assert len(drawn) == 50
     assert drawn == [(key, reasons["a"][key]) for key in keys if key in dict(drawn)]
