@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -44,12 +45,19 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
     """Write a selection as Parquet: `row`, `key`, `reason`, and `metadata` (method and settings).
 
     Raises:
-        DataError: the selection is empty.
+        DataError: the selection is empty, or its rows do not ascend.
         PathError: the path does not end in `.parquet`, or is a file that embedcache did not write.
     """
     check_selection_path(path)
     if not len(selection.rows):
         raise DataError(f"no sample of {cache.path} is selected, so {path} is not written; select with looser settings")
+    wrong = np.flatnonzero(np.diff(selection.rows) <= 0)
+    if len(wrong):
+        before, after = selection.rows[wrong[0] : wrong[0] + 2].tolist()
+        raise DataError(
+            f"selection {path}: expected rows in ascending order, each once, got {after} after {before}; sort them, "
+            "and their reasons with them"
+        )
     keys = to_array(key_column([cache]).select(selection.rows), pa.string())
     table = pa.table({"row": selection.rows, "key": keys, "reason": to_array(selection.reasons, pa.string())})
     header = {"cache": str(cache.path), INDEX_DIGEST: cache.info.index_digest, **metadata}

@@ -32,6 +32,13 @@ def test_what_is_written_is_read(cache_path: Path, tmp_path: Path) -> None:
     assert (about["method"], about["spine"]) == ("random", cache.info.index_digest)
 
 
+def test_rows_that_do_not_ascend_raise(cache_path: Path, tmp_path: Path) -> None:
+    for rows, wrong in (([3, 200, 7], "7 after 200"), ([3, 3, 7], "3 after 3")):
+        selection = Selection(rows=np.array(rows), reasons=["a", "b", "c"])
+        with pytest.raises(DataError, match=f"expected rows in ascending order, each once, got {wrong}; sort them"):
+            write_selection(tmp_path / "s.parquet", Cache(cache_path), selection, {})
+
+
 def test_keys_beyond_what_one_array_holds(
     two_caches: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

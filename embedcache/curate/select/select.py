@@ -68,7 +68,7 @@ class Selector(Protocol):
     uses_seed: ClassVar[bool]
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select some samples of a pool, each once. `settings.budget` is a whole number, or None.
+        """Select some samples of a pool, each once, in their order. `settings.budget` is a whole number, or None.
 
         Raises:
             DataError: no sample passes.
