@@ -22,7 +22,7 @@ from embedcache.dataset.clusters import (
 from embedcache.dataset.inputs import Reader, to_unit_vectors
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
-from embedcache.metrics.neighbors import iterate_pairs_above, note_duration
+from embedcache.metrics.neighbors import MeasuredDuration, iterate_pairs_above, note_duration
 from embedcache.progress import Progress, watch
 
 ALL_PAIRS_LIMIT = 200_000
@@ -106,7 +106,7 @@ def _merge_clusters(work: _ComparedItems, read: Reader, labels: Ints, progress: 
     with scratch_matrix(Path(tempfile.gettempdir()), (count, centroids_KP.shape[1]), np.float16) as matrix_NP:
         for block in watch(blocks(count, BLOCK), progress, f"sorting {what}", count, "items"):
             matrix_NP[position_N[block]] = to_unit_vectors(read(rows[block]))
-        note_duration(progress, work.step, num_compared(plan), matrix_NP.shape[1])
+        measured = MeasuredDuration(progress, work.step, num_compared(plan))
         progress.start(work.step, count, "items")
         edges, num_edges = [], 0
         for tile, num_done in iterate_tiles(matrix_NP, plan):
@@ -117,6 +117,7 @@ def _merge_clusters(work: _ComparedItems, read: Reader, labels: Ints, progress: 
             if num_edges > _MAX_EDGES:
                 labels, edges, num_edges = _merge(labels, *np.concatenate(edges, axis=1)), [], 0
             progress.advance(num_done)
+            measured.add(tile.num_pairs)
         if edges:
             labels = _merge(labels, *np.concatenate(edges, axis=1))
         progress.finish()
