@@ -150,11 +150,12 @@ def read_manifest(
         unchecked: keys that its digest leaves out.
 
     Raises:
-        PathError: the folder does not exist or is not complete.
+        PathError: the folder does not exist, cannot be reached or is not complete.
         ArtifactError: the artifact has a later format.
         CorruptError: the file is not JSON, or has changed since it was written.
     """
     if not path.is_file():
+        _check_reachable(path.parent)
         state = f"is not a finished {kind}: it has no {path.name}" if path.parent.exists() else "does not exist"
         raise PathError(f"{path.parent} {state}; make one with: {make}")
     values = read_json(path)
@@ -184,18 +185,22 @@ def recognize(path: Path) -> str:
             return kind
     if path.suffix == ".parquet" and path.is_file():
         return "selection"
-    _check_exists(path)
+    if not path.exists():
+        _check_reachable(path)
+        raise PathError(f"{path} does not exist")
     manifests = ", ".join(f"{kind} ({name})" for name, kind in _MANIFESTS.items())
     raise PathError(f"{path}: expected a finished {manifests} or a selection (.parquet)")
 
 
-def _check_exists(path: Path) -> None:
-    """Check that a path exists; a web server that cannot be reached is the cause of a missing file to fsspec."""
+def _check_reachable(path: Path) -> None:
+    """Check that the server of a missing path answers; one that cannot be reached is the cause of fsspec's error."""
     try:
         path.stat()
     except FileNotFoundError as error:
-        reason = f"cannot be read: {io_reason(error)}" if error.__cause__ else "does not exist"
-        raise PathError(f"{path} {reason}") from None
+        if error.__cause__:
+            raise PathError(f"{path} cannot be read: {io_reason(error)}") from None
+    except OSError:
+        return  # whoever opens the path says it
 
 
 def fields_of(path: Path, make: Callable[[], T]) -> T:

@@ -72,6 +72,7 @@ def test_bad_argument_is_refused(words: tuple[str, ...], message: str, tmp_path:
         (("inspect", "reference://x"), "reference://x: URLs of this protocol cannot be read: "),
         (("extract", "dir://x", "c"), "dir://x: URLs of this protocol cannot be read: "),
         (("inspect", "http://localhost:1/"), "http://localhost:1/ cannot be read: Cannot connect to host "),
+        (("verify", "http://localhost:1/"), "http://localhost:1/ cannot be read: Cannot connect to host "),
         (("extract", "data://x,y", "c"), "cannot read x,y: "),
         (("extract", "webhdfs://localhost:1/x", "c"), "cannot read webhdfs:///x: "),
         (
