@@ -298,7 +298,8 @@ def _copy_group(
         hashes: list[bytes | None] = []
         for (segment, of_segment), start in zip(rows, bounds[:-1].tolist(), strict=True):
             own_rows = of_segment[max(place.start - start, 0) : max(place.stop - start, 0)]
-            readers[segment.cache.path].read(own_rows, values, failures, hashes)
+            if len(own_rows):  # a cache may have no items of the modality, and so no reader
+                readers[segment.cache.path].read(own_rows, values, failures, hashes)
         commit_chunk(group, chunk, values, hashes, failures)
         progress.advance(len(hashes))
     progress.finish()
@@ -324,9 +325,9 @@ class _ItemReader:
         failures: Mapping[str, list[str | None]],
         hashes: list[bytes | None],
     ) -> None:
-        """Append the features, reasons and hashes of some items, ascending."""
+        """Append the features, reasons and hashes of some items, ascending, at least one."""
         chunks, starts = np.unique(rows // self._group.info.chunk_size, return_index=True)
-        for chunk, own in zip(chunks.tolist(), np.split(rows % self._group.info.chunk_size, starts[1:]), strict=False):
+        for chunk, own in zip(chunks.tolist(), np.split(rows % self._group.info.chunk_size, starts[1:]), strict=True):
             if chunk != self._chunk:
                 self._open(chunk)
             for name in self._names:

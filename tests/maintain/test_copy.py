@@ -280,6 +280,20 @@ def test_cut_and_merged_again_is_the_same_source(made: Path, halves: list[Path],
     assert Cache(again.path).feature("image", "open_other/cls").valid.all()
 
 
+def test_merge_with_a_cache_without_captions(made: Path, tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", 5, seed=3)
+    for path in source.glob("*.txt"):
+        path.unlink()
+    extract(open_source(source), tmp_path / "images", image_encoder=[IMAGE])
+    both = Cache(merge_caches([made / "c", tmp_path / "images"], tmp_path / "both", prefix_keys=True).cache)
+    assert both.info.num_items == {"image": 17, "text": 12}
+    assert verify(both) == []
+    first, second = (
+        cache.feature("text", "open_toy/mean").gather(np.arange(12)) for cache in (both, Cache(made / "c"))
+    )
+    assert (first == second).all()
+
+
 def test_merge_refuses_other_encoders(made: Path, tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", 5, seed=3)
     scaled = f"{IMAGE},scale=2"
