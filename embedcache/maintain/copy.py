@@ -30,7 +30,7 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
 from embedcache.store.indexing import index_tables
 from embedcache.store.keys import iterate_keys, key_column, match_keys
-from embedcache.store.layout import SUBSET, checked_fit_path, fit_path, info_path, read_info
+from embedcache.store.layout import SUBSET, checked_fit_path, fit_path
 from embedcache.store.table_writer import hash_texts
 from embedcache.store.writer import commit_chunk
 
@@ -190,18 +190,10 @@ def _copy(
     caches = list({id(segment.cache): segment.cache for segment in segments}.values())
     features = [features] if isinstance(features, str) else features
     named, left_out = _choose(caches, features)
-    if info_path(out_path).is_file():
-        stored = read_info(out_path).source
-        check_same(f"cache {out_path}", stored, description, next_step="give the path of a new folder")
-    num_samples = sum(len(segment.samples) for segment in segments)
     source, chunk_size = CopySource(segments, description), caches[0].info.chunk_size
-    info = index_tables(source, out_path, chunk_size=chunk_size, progress=progress)
-    if info.num_samples != num_samples:
-        raise DataError(
-            f"cache {out_path}: expected the {num_samples:,} samples that it was made of, got {info.num_samples:,}, as "
-            "it was extended since; give the path of a new folder"
-        )
+    index_tables(source, out_path, chunk_size=chunk_size, progress=progress)
     out = Cache(out_path)
+    _check_tables(out, segments, description)
     remove_partials(out.path)
     request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}
     with record_stage(new_record_path(out.path, stage), stage, request) as outcome:
@@ -217,6 +209,33 @@ def _copy(
         if report.copied or not named:
             outcome |= {"num_samples": report.num_samples, "features": report.features, "left_out": left_out}
     return report
+
+
+def _check_tables(out: Cache, segments: Sequence[SegmentSamples], description: Mapping[str, Any]) -> None:
+    """Check that a cache, which may have existed, has the samples of the segments.
+
+    Of the keys, which may have other prefixes, the first of each cache is compared.
+
+    Raises:
+        FingerprintError: it is of other samples.
+        DataError: it was extended.
+    """
+    what, next_step = f"cache {out.path}", "give the path of a new folder"
+    check_same(what, out.info.source, description, next_step=next_step)
+    starts = np.cumsum([0, *(len(segment.samples) for segment in segments)]).tolist()
+    if out.info.num_samples != starts[-1]:
+        raise DataError(
+            f"{what}: expected the {starts[-1]:,} samples that it was made of, got {out.info.num_samples:,}, as it was "
+            f"extended since; {next_step}"
+        )
+    compared = set()
+    for segment, start in zip(segments, starts[:-1], strict=True):
+        left = np.setdiff1d(np.arange(len(segment.samples)), out.removed - start, assume_unique=True)  # others lost it
+        if segment.cache.path in compared or not len(left):
+            continue
+        compared.add(segment.cache.path)
+        key = segment.prefix + segment.cache.key(int(segment.samples[left[0]]))
+        check_same(what, {"key": out.key(start + int(left[0]))}, {"key": key}, next_step=next_step)
 
 
 def _choose(

@@ -210,6 +210,9 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
     read = reopen_source(both.info.source).read(item)
     assert read == reopen_source(Cache(second).info.source).read(FileItem(path="00001.png"))
     assert merge_caches([first, second], tmp_path / "both", prefix_keys=True).copied == 0
+    (renamed := tmp_path / "d").symlink_to(second)
+    with pytest.raises(FingerprintError, match="both was made with .*: key: stored 'b/00000', requested 'd/00000'"):
+        merge_caches([first, renamed], tmp_path / "both", prefix_keys=True)
     source = reopen_source(Cache(first).info.source)
     with pytest.raises(SettingError, match="was merged from caches of .*; extract into each of these"):
         extract(source, tmp_path / "both", image_encoder=[IMAGE])
