@@ -26,11 +26,13 @@ from embedcache.sources.merged import merged_description
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
 from embedcache.store.columns import to_array
+from embedcache.store.commits import REMOVED
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
 from embedcache.store.indexing import index_tables
 from embedcache.store.keys import iterate_keys, key_column, match_keys
 from embedcache.store.layout import SUBSET, checked_fit_path, fit_path
+from embedcache.store.removal import removed_hash
 from embedcache.store.table_writer import hash_texts
 from embedcache.store.writer import commit_chunk
 
@@ -307,6 +309,7 @@ def _copy_group(
     readers = {other.path.parents[1]: _ItemReader(other, names) for other in groups}
     rows = [(segment, segment.item_rows(modality)) for segment in segments]
     bounds = np.cumsum([0, *(len(of_segment) for _, of_segment in rows)])
+    is_removed = out.removed_items(modality)
     missing = [chunk for chunk in range(out.info.num_chunks(modality)) if not _has_all(group, chunk, names)]
     num_missing = out.info.count_items(modality, missing)
     progress.start(f"copying {group.name}", num_missing, noun(modality))
@@ -319,6 +322,10 @@ def _copy_group(
             own_rows = of_segment[max(place.start - start, 0) : max(place.stop - start, 0)]
             if len(own_rows):  # a cache may have no items of the modality, and so no reader
                 readers[segment.cache.path].read(own_rows, values, failures, hashes)
+        for row in np.flatnonzero(is_removed[place.start : place.stop]).tolist():
+            hashes[row] = removed_hash(modality)
+            for name in names:
+                values[name][row], failures[name][row] = None, REMOVED
         commit_chunk(group, chunk, values, hashes, failures)
         progress.advance(len(hashes))
     progress.finish()

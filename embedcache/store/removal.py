@@ -225,14 +225,18 @@ def _stage_chunk(group: EncoderGroup, staging: Path, chunk: int, rows: Sequence[
 
 
 def _without(group: EncoderGroup, commit: Commit, rows: Sequence[int], files: dict[str, dict[str, str]]) -> Commit:
-    """Return the commit of a chunk without some items; the hash of an empty caption stands for that of a caption."""
-    no_hash = hash_item(b"") if MODALITIES[group.modality].kind == "texts" else None
+    """Return the commit of a chunk without some items."""
     hashes, failures = list(commit.hashes), {name: list(reasons) for name, reasons in commit.failures.items()}
     for row in rows:
-        hashes[row] = no_hash
+        hashes[row] = removed_hash(group.modality)
         for reasons in failures.values():
             reasons[row] = REMOVED
     return replace(commit, index_digest=group.info.index_digest, features=files, hashes=hashes, failures=failures)
+
+
+def removed_hash(modality: str) -> bytes | None:
+    """Return the hash in the place of that of a removed item: none, or that of an empty text."""
+    return hash_item(b"") if MODALITIES[modality].kind == "texts" else None
 
 
 def _move_chunk(group: EncoderGroup, staging: Path, chunk: int) -> None:

@@ -171,6 +171,19 @@ def test_cut_without_some(made: Path, tmp_path: Path) -> None:
         cut_cache(cache, tmp_path / "one.txt", tmp_path / "small")
 
 
+def test_removed_from_a_cut_it_gets_no_features(made: Path, tmp_path: Path) -> None:
+    cut_cache(made / "c", made / "chosen.txt", tmp_path / "few", features="open_toy/mean")
+    cut_cache(made / "c", made / "chosen.txt", tmp_path / "all")
+    for name in ("few", "all"):
+        remove_samples(tmp_path / name, KEYS[0])
+    cut_cache(made / "c", made / "chosen.txt", tmp_path / "few")
+    few, whole = Cache(tmp_path / "few"), Cache(tmp_path / "all")
+    assert verify(few) == []
+    for feature in (feature for modality in few.info.num_items for feature in few.features(modality)):
+        assert feature.failures == {1: "removed"}
+        assert list(feature.hashes) == list(whole.feature(feature.modality, feature.name).hashes)
+
+
 def test_cut_keeps_what_another_derived_feature_was_fitted_to(made: Path, tmp_path: Path) -> None:
     out = cut_cache(made / "c", made / "chosen.txt", tmp_path / "out", features="open_toy").cache
     inputs = [("image", "open_toy/cls")]
