@@ -25,7 +25,7 @@ from embedcache.outputs import is_output, read_metadata
 from embedcache.progress import NullProgress
 from embedcache.provenance import DIGEST, INDEX_DIGEST, digest_file, read_record, write_json, write_record
 from embedcache.store.layout import CacheInfo
-from embedcache.store.tables import open_table, table_errors
+from embedcache.store.tables import add_footer_checksum, open_table, table_errors
 
 _BLOCK = 8192
 _ROWS = "rows.parquet"
@@ -168,23 +168,25 @@ def _remove_from_parquet(path: Path, keys: Collection[str], *, rows_of: CacheInf
         schema = file.schema_arrow
         _check_columns(path, schema.names)
         read_metadata(path, schema)  # what has changed would be signed anew
-        with _rewriting(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
-            for number in range(file.num_row_groups):
-                table = file.read_row_group(number, use_threads=False)
-                is_named = pc.is_in(table["key"].cast(pa.string()), value_set=wanted)
-                if rows_of is not None and INDEX_DIGEST in schema.names:
-                    digests = pc.unique(table[INDEX_DIGEST]).to_pylist()
-                    same = pa.array(filter(rows_of.has_rows_of, digests), pa.string())
-                    is_named = pc.and_(is_named, pc.is_in(table[INDEX_DIGEST], value_set=same))
-                count += pc.sum(is_named).as_py() or 0
-                if rows_of is not None:
-                    table = _set(table, "key", pc.if_else(is_named, "", table["key"]))
-                else:
-                    table = table.filter(pc.invert(is_named))
-                if _KEPT_KEY in schema.names:
-                    is_kept = pc.is_in(table[_KEPT_KEY], value_set=wanted)
-                    table = _set(table, _KEPT_KEY, pc.if_else(is_kept, "", table[_KEPT_KEY]))
-                writer.write_table(table.cast(schema))
+        with _rewriting(path) as temporary:
+            with pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
+                for number in range(file.num_row_groups):
+                    table = file.read_row_group(number, use_threads=False)
+                    is_named = pc.is_in(table["key"].cast(pa.string()), value_set=wanted)
+                    if rows_of is not None and INDEX_DIGEST in schema.names:
+                        digests = pc.unique(table[INDEX_DIGEST]).to_pylist()
+                        same = pa.array(filter(rows_of.has_rows_of, digests), pa.string())
+                        is_named = pc.and_(is_named, pc.is_in(table[INDEX_DIGEST], value_set=same))
+                    count += pc.sum(is_named).as_py() or 0
+                    if rows_of is not None:
+                        table = _set(table, "key", pc.if_else(is_named, "", table["key"]))
+                    else:
+                        table = table.filter(pc.invert(is_named))
+                    if _KEPT_KEY in schema.names:
+                        is_kept = pc.is_in(table[_KEPT_KEY], value_set=wanted)
+                        table = _set(table, _KEPT_KEY, pc.if_else(is_kept, "", table[_KEPT_KEY]))
+                    writer.write_table(table.cast(schema))
+            add_footer_checksum(temporary)
     return count
 
 

@@ -32,6 +32,7 @@ from embedcache.search.queries import Queries
 from embedcache.search.search import OpenIndex
 from embedcache.store.cache import Cache
 from embedcache.store.removal import start_removal
+from embedcache.store.tables import read_footer
 from embedcache.store.verify import verify
 from tests.crash import crash_function
 from tests.edits import edit_record
@@ -279,6 +280,11 @@ def test_selection_that_was_not_named_is_told(copy: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         assert len(read_selection(copy / "kept.parquet", [Cache(copy / "c")])) == 10
     assert "2 samples of the selection" in caplog.text
+
+
+def test_table_has_a_checksum_of_its_footer_after_a_removal(copy: Path) -> None:
+    assert remove_from(copy / "kept.parquet", KEYS) == 2
+    assert read_footer(copy / "kept.parquet").has_checksum
 
 
 def test_run_is_told_and_cleaned(
