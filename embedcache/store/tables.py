@@ -62,9 +62,11 @@ def open_table(file: Path | BytesIO, metadata: pq.FileMetaData | None = None) ->
         with pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as table:
             yield check_footer(table)
     elif not is_remote(file):
-        metadata = metadata or read_footer(file).metadata
-        with pq.ParquetFile(file, metadata=metadata, pre_buffer=False, page_checksum_verification=True) as table:
-            yield table
+        check_regular(file)
+        with pa.OSFile(str(file)) as stream:  # opened once: another process may replace the table at any time
+            metadata = metadata or _parse_footer(stream).metadata
+            with pq.ParquetFile(stream, metadata=metadata, pre_buffer=False, page_checksum_verification=True) as table:
+                yield table
     else:
         with file.open("rb") as stream:
             metadata = metadata or _parse_footer(stream).metadata

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -13,19 +14,21 @@ import pytest
 from embedcache.errors import CorruptError, SourceError
 from embedcache.provenance import digest
 from embedcache.sources import FileItem, Sample
-from embedcache.store import table_writer
+from embedcache.store import table_writer, tables
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import TableChecksums, column_checksum
 from embedcache.store.indexing import index
 from embedcache.store.layout import items_path, samples_path
 from embedcache.store.table_writer import TableWriter
 from embedcache.store.tables import (
+    Footer,
     IndexedSample,
     TableDigest,
     add_footer_checksum,
     read_footer,
     read_samples,
     read_table,
+    write_table,
 )
 from tests.extract.cases import tree
 from tests.recorded import RecordedProgress
@@ -252,3 +255,20 @@ def test_tables_of_a_cache_have_checksums_of_their_footers(tmp_path: Path) -> No
     for name in ("samples", "image", "text"):
         with pytest.raises(CorruptError, match=r"parquet cannot be read: its footer has changed since it was written;"):
             opened.block(name, 0)
+
+
+def test_table_that_is_replaced_while_it_is_opened_is_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = pa.table({"key": ["a", "b"]}), pa.table({"key": ["a", "b", "c" * 1000], "width": [1, 2, 3]})
+    write_table(tmp_path / "old.parquet", old)
+    write_table(tmp_path / "new.parquet", new)
+    parse = tables._parse_footer
+
+    def replacing(file: BinaryIO) -> Footer:
+        footer = parse(file)
+        (tmp_path / "new.parquet").replace(tmp_path / "old.parquet")
+        return footer
+
+    monkeypatch.setattr(tables, "_parse_footer", replacing)
+    assert read_table(tmp_path / "old.parquet").equals(old)
