@@ -58,9 +58,10 @@ class CopyReport:
     def lines(self) -> list[str]:
         """Return the result as lines."""
         missing = [f"left out, because not all of the caches have it: {name}" for name in self.left_out]
+        features = ", ".join(self.features) or "no features"
         return [
-            f"{self.cache}: {self.num_samples:,} samples, {', '.join(self.features)}; copied {self.copied:,} items, "
-            f"reused {self.reused:,}",
+            f"{self.cache}: {self.num_samples:,} samples, {features}; copied {self.copied:,} items, reused "
+            f"{self.reused:,}",
             *missing,
         ]
 
@@ -199,6 +200,7 @@ def _copy(
     remove_partials(out.path)
     request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}
     with record_stage(new_record_path(out.path, stage), stage, request) as outcome:
+        named = [(groups, names) for groups, names in named if groups[0].modality in out.info.num_items]
         counts = [_copy_group(out, segments, groups, names, progress) for groups, names in named]
         report = CopyReport(
             cache=out.path,

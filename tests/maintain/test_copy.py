@@ -171,6 +171,16 @@ def test_cut_without_some(made: Path, tmp_path: Path) -> None:
         cut_cache(cache, tmp_path / "one.txt", tmp_path / "small")
 
 
+def test_cut_of_samples_without_captions_has_no_features_of_them(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    (source / "00001.txt").unlink()
+    make_cache(source, tmp_path / "c")
+    (tmp_path / "one.txt").write_text("00001\n")
+    report = cut_cache(tmp_path / "c", tmp_path / "one.txt", tmp_path / "one", features="open_toy")
+    assert report.features == ["image/open_toy/cls", "image/open_toy/patches"]
+    assert verify(Cache(tmp_path / "one")) == []
+
+
 def test_removed_from_a_cut_it_gets_no_features(made: Path, tmp_path: Path) -> None:
     cut_cache(made / "c", made / "chosen.txt", tmp_path / "few", features="open_toy/mean")
     cut_cache(made / "c", made / "chosen.txt", tmp_path / "all")
