@@ -199,7 +199,7 @@ def _check_reachable(path: Path) -> None:
     except FileNotFoundError as error:
         if error.__cause__:
             raise PathError(f"{path} cannot be read: {io_reason(error)}") from None
-    except OSError:
+    except (OSError, ValueError):  # ValueError: of a name that no file can have
         return  # whoever opens the path says it
 
 

@@ -34,6 +34,10 @@ def test_recognize_other_path_raises(tmp_path: Path) -> None:
         recognize(tmp_path / "none")
     with pytest.raises(PathError, match=r"expected a finished cache \(cache.json\), run"):
         recognize(tmp_path)
+    (tmp_path / "file").touch()
+    for name in ("file/none", "a\0b"):
+        with pytest.raises(PathError, match="does not exist"):
+            recognize(tmp_path / name)
 
 
 def test_digest_of_equal_values() -> None:
