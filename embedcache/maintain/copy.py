@@ -121,7 +121,7 @@ def merge_caches(
         progress: shows the number of items.
 
     Raises:
-        DataError: two caches have a sample of the same key, or one of them is named twice.
+        DataError: two caches have a sample of the same key, one of them is named twice, or all samples were removed.
         FingerprintError: features of one name have different fingerprints; names each field that differs.
         UnfinishedError: a feature has missing chunks.
     """
@@ -147,6 +147,9 @@ def merge_caches(
             prefix=prefix,
         )
     ]
+    if not segments:
+        names = " and ".join(str(cache.path) for cache in opened)
+        raise DataError(f"expected samples to merge, got only removed ones in {names}")
     description = {
         **(own[0] if is_one_source else merged_description(own)),
         SUBSET: {"of": [cache.info.index_digest for cache in opened]},

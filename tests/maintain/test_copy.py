@@ -241,6 +241,14 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
         extract(source, tmp_path / "both", image_encoder=[IMAGE])
 
 
+def test_merge_of_removed_samples_only_is_refused(small: Path, tmp_path: Path) -> None:
+    caches = [Path(shutil.copytree(small, tmp_path / name)) for name in "ab"]
+    for cache in caches:
+        remove_samples(cache, CHOSEN)
+    with pytest.raises(DataError, match="expected samples to merge, got only removed ones in .*a and .*b"):
+        merge_caches(caches, tmp_path / "both")
+
+
 def test_merge_reads_each_sample_once(halves: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     tables_of = SegmentSamples.read
