@@ -23,11 +23,12 @@ from embedcache.sources.base import IMPORTED
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
-from embedcache.store.commits import hash_item
+from embedcache.store.commits import REMOVED, hash_item
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import info_path, read_info
+from embedcache.store.removal import removed_hash
 from embedcache.store.writer import commit_chunk, withdraw
 
 _FEATURE = "vector"
@@ -230,13 +231,25 @@ def _write_chunk(cache: Cache, group: EncoderGroup, chunk: int, vectors_BD: Arra
     texts: list[str | None] = [None] * len(vectors_BD)
     if group.modality == "text":
         texts = cache.items("text", chunk=chunk, columns=["text"])["text"].to_pylist()
+    samples_B = cache.items(group.modality, chunk=chunk, columns=["sample"])["sample"].to_numpy()
+    is_removed_B = np.isin(samples_B, cache.removed)
     is_finite_B: Bools = np.asarray(np.isfinite(vectors_BD).all(axis=1))
     failures = [
-        _EMPTY if text is not None and not text.strip() else None if is_finite else _NO_VECTOR
-        for is_finite, text in zip(is_finite_B, texts, strict=True)
+        REMOVED
+        if is_removed
+        else _EMPTY
+        if text is not None and not text.strip()
+        else None
+        if is_finite
+        else _NO_VECTOR
+        for is_removed, is_finite, text in zip(is_removed_B, is_finite_B, texts, strict=True)
     ]
     values = [vector if reason is None else None for vector, reason in zip(vectors_BD, failures, strict=True)]
     contents = (
         vector.tobytes() if text is None else text.encode() for vector, text in zip(vectors_BD, texts, strict=True)
     )
-    commit_chunk(group, chunk, {_FEATURE: values}, [hash_item(data) for data in contents], {_FEATURE: failures})
+    hashes = [
+        removed_hash(group.modality) if is_removed else hash_item(data)
+        for is_removed, data in zip(is_removed_B, contents, strict=True)
+    ]
+    commit_chunk(group, chunk, {_FEATURE: values}, hashes, {_FEATURE: failures})

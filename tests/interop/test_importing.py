@@ -30,6 +30,7 @@ from embedcache.interop.npy import open_npy_vectors
 from embedcache.interop.parquet import open_parquet_vectors
 from embedcache.interop.settings import ImportSettings
 from embedcache.maintain.prune import prune_cache
+from embedcache.maintain.remove import remove_samples
 from embedcache.maintain.settings import PruneSettings
 from embedcache.progress import PlainProgress
 from embedcache.reports.summary import failure_lines
@@ -178,6 +179,15 @@ def test_damaged_chunk_is_repaired(tree: Path, tmp_path: Path) -> None:
     _, reports = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     assert [report.imported for report in reports] == [8, 0]
     assert files_of(cache.path) == before
+
+
+def test_repaired_chunk_has_no_vectors_of_removed_samples(tree: Path, tmp_path: Path) -> None:
+    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    remove_samples(cache.path, cache.key(17))
+    before = files_of(cache.path / "image")
+    (cache.path / "image" / "img_emb" / "chunks" / "00002.parquet").unlink()
+    import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    assert files_of(cache.path / "image") == before
 
 
 @pytest.mark.slow
