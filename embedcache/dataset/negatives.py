@@ -166,7 +166,6 @@ def _fill(table: pq.ParquetFile, first: int, negatives_SK: Array, groups_S: Ints
     if start - first != table.metadata.num_rows:
         raise ValueError(f"it has {start - first:,} rows, not {table.metadata.num_rows:,} as its footer counts")
     is_grouped = groups_S[first:start] >= 0
-    groups_S[first:start][is_grouped] += (
-        first  # so that no two caches share a number: each is below the cache's samples
-    )
+    # No two caches share a number then, as each is below the number of the cache's samples.
+    groups_S[first:start][is_grouped] += first
     return negatives_SK

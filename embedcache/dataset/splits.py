@@ -148,9 +148,7 @@ def _iterate_rows(path: Path) -> Iterator[pa.Table]:
     """Iterate over the rows of a split: key, part, group and, of several caches, spine. Memory: a block."""
     try:
         for table in iterate_table(path, BLOCK, _COLUMNS.names):
-            schema = pa.schema(
-                [field for field in _COLUMNS if field.name != INDEX_DIGEST or INDEX_DIGEST in table.column_names]
-            )
+            schema = _COLUMNS if INDEX_DIGEST in table.column_names else _COLUMNS.remove(len(_COLUMNS) - 1)
             yield table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise CorruptError(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _SAMPLES_AT_ONCE = 1024
 
 
-class _TableFile(NamedTuple):
+class _OpenedTable(NamedTuple):
     """The file of a table at some size and time: its footer, and the first row of each row group, then their number."""
 
     stamp: tuple[int, float]
@@ -61,7 +61,7 @@ class Cache:
             self.info: CacheInfo = read_info(self.path)
         # Parsing a footer takes longer than reading the rows of a chunk.
         self._sample_columns: dict[str, pa.ChunkedArray] = {}
-        self._files: dict[str, _TableFile] = {}
+        self._files: dict[str, _OpenedTable] = {}
 
     def __fspath__(self) -> str:
         """Return the path or URL, so that functions that take a path of a cache take a `Cache`."""
@@ -274,7 +274,7 @@ class Cache:
                     likely[start // size : -(-stop // size)] = True
         return [*np.flatnonzero(likely).tolist(), *np.flatnonzero(~likely).tolist()]
 
-    def _open_file(self, name: str, path: Path) -> _TableFile:
+    def _open_file(self, name: str, path: Path) -> _OpenedTable:
         """Return the footer of a table, which is read again when the file has changed."""
         status = path.stat()
         stamp = (status.st_size, status.st_mtime)  # another process may append samples at any time
@@ -282,7 +282,7 @@ class Cache:
         if opened is None or opened.stamp != stamp:
             footer = read_footer(path)
             counts = [footer.metadata.row_group(group).num_rows for group in range(footer.metadata.num_row_groups)]
-            opened = self._files[name] = _TableFile(stamp, footer, np.cumsum([0, *counts]))
+            opened = self._files[name] = _OpenedTable(stamp, footer, np.cumsum([0, *counts]))
         return opened
 
     def _table_path(self, name: str) -> Path:
