@@ -28,7 +28,7 @@ test *args:
 # Run the tests with the oldest version of each package that pyproject.toml allows, in an environment of its own. Old
 # packages warn about each other, so warnings are no errors here.
 lowest *args:
-    python -m uv venv --quiet --clear --python 3.11 build/lowest
+    python -m uv venv --quiet --clear --seed --python 3.11 build/lowest
     python -m uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct -e ".[cpu,demo,dev]"
     PATH="$PWD/build/lowest/bin:$PATH" python -m pytest -n 2 --dist loadfile -o filterwarnings=default {{ args }}
 
