@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
 from embedcache.errors import ItemError, SourceError
 from embedcache.files import decode_text
 from embedcache.sources.base import Sample, Scalar, TextItem
@@ -121,9 +119,7 @@ def _difference(one: Sample, other: Sample) -> str:
 
 def to_scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:
     """Return the fields that fit a column of the sample table; lists and objects are dropped."""
-    # Of float16, some versions of Arrow return numbers of NumPy.
-    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in fields.items()}
-    return {name: value for name, value in plain.items() if isinstance(value, _SCALARS)}
+    return {name: value for name, value in fields.items() if isinstance(value, _SCALARS)}
 
 
 def parse_json(text: str, location: str) -> Any:

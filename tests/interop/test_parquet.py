@@ -41,6 +41,8 @@ def lists_of(vectors: Sequence[Any], kind: pa.DataType) -> pa.Array:
 )
 @pytest.mark.parametrize("row_group_size", [7, 100])
 def test_list_types(tmp_path: Path, kind: pa.DataType, dtype: type, row_group_size: int) -> None:
+    if pa.types.is_fixed_size_list(kind) and int(pa.__version__.partition(".")[0]) < 26:
+        pytest.skip("Arrow before 26 cannot read a null of this type")
     vectors = unit_rows(30).astype(dtype)
     path = write(tmp_path / "x.parquet", lists_of([*vectors[:-1], None], kind), row_group_size=row_group_size)
     vectors_in = open_parquet_vectors(path, image_vector_column="emb")

@@ -4,14 +4,12 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source, reopen_source
-from embedcache.sources.captions import to_scalar_columns
 from embedcache.store.indexing import index
 from embedcache.testing.sources import SourceContract
 from tests.recorded import RecordedProgress
@@ -357,10 +355,3 @@ def test_inside_only_reads_no_other_file(tmp_path: Path) -> None:
             source.read(item)
     with pytest.raises(SettingError, match="expected local files, got s3://bucket/t.parquet"):
         open_source("s3://bucket/t.parquet", kind="table", settings=SourceSettings(inside_only=True))
-
-
-def test_numbers_of_numpy_are_columns() -> None:
-    fields = {"half": np.float16(2.5), "count": np.int64(3), "flag": np.bool_(True), "day": np.datetime64("2026-01-01")}
-    columns = to_scalar_columns({**fields, "list": [1], "word": "a", "none": None})
-    assert columns == {"half": 2.5, "count": 3, "flag": True, "word": "a", "none": None}
-    assert [type(value) for value in columns.values()] == [float, int, bool, str, type(None)]
