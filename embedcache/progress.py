@@ -214,7 +214,7 @@ Part = TypeVar("Part", bound=Sized | slice)
 
 
 def watch(parts: Iterable[Part], progress: Progress, what: str, total: int, unit: str) -> Iterator[Part]:
-    """Iterate over arrays, tables or slices as one step of `progress`; the rows of each count once it was used."""
+    """Iterate over arrays, tables or slices as one step of `progress`, which advances by the rows of each part used."""
     progress.start(what, total, unit)
     for part in parts:
         yield part

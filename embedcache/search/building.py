@@ -193,14 +193,16 @@ class IndexBuilder:
 
 
 def _train(index: RowIndex, factory: str, vectors: Vectors, progress: Progress) -> None:
-    """Train an index on a sample, after a note that names fewer vectors than FAISS asks for; it prints no warning."""
+    """Train an index on a sample; a note replaces FAISS's warnings of too few vectors."""
     sample_SP, least = vectors.sample(index.num_training, progress=progress), 0
     quantizers = list(_quantizers(index.wrapped))
     for quantizer, num_centroids in quantizers:
         least = max(least, num_centroids * quantizer.cp.min_points_per_centroid)
         quantizer.cp.min_points_per_centroid = 1
-    few = f" on {len(sample_SP):,} vectors; k-means finds better centroids in {least:,} or more"
-    progress.note(f"training {factory}{few if len(sample_SP) < least else ''}")
+    note = f"training {factory}"
+    if len(sample_SP) < least:
+        note += f" on {len(sample_SP):,} vectors; k-means finds better centroids in {least:,} or more"
+    progress.note(note)
     index.train(sample_SP)
     for transform in _rotations(index.wrapped):
         transform.pq = None

@@ -72,7 +72,7 @@ def _join_column(name: str, tables: Sequence[pa.Table]) -> pa.Array:
 
 
 def count_from(first: int, items: pa.Table) -> pa.Table:
-    """Return items whose samples are counted from another one than the first."""
+    """Return items with `first` added to their sample numbers."""
     return items.set_column(0, items.schema.field("sample"), pc.add(items["sample"], first))
 
 
