@@ -34,6 +34,11 @@ _REMOVED = ["row", "key", "kept_row", "kept_key", "cosine", "is_copy"]
 """Columns of the samples that dedup removes; these tables had no metadata at first."""
 
 
+def removed_table_path(selection: Path) -> Path:
+    """Return the path of the table of the samples that dedup removes, which it writes beside their selection."""
+    return selection.with_name(f"{selection.stem}.removed.parquet")
+
+
 def check_output(path: Path, *, overwrite: bool = True) -> None:
     """Check that an output may be written to a path.
 

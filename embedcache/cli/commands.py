@@ -31,6 +31,7 @@ class Command(TyperCommand):
 
     plugins: tuple[str, ...] = ()
     kept: "Kept" = ""
+    writes: "Writes | None" = None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line; the error of a value that was read from a file names the file."""
@@ -44,9 +45,10 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command; the error of a setting names its option, and so does that of a feature to choose."""
         _check_local_paths(ctx)
-        before = _written_at(ctx)
+        before: dict[Path, _State] = {}
         try:
             with explain_ends(lambda: self._left(ctx, before)):
+                before.update((path, _state_of(path)) for path in self._outputs(ctx))
                 return super().invoke(ctx)
         except AmbiguousNameError as error:
             error.args = (f"{error}{_feature_option(ctx, error.modality)}",)
@@ -55,12 +57,18 @@ class Command(TyperCommand):
             error.args = (_name_option(ctx, str(error)),)
             raise
 
-    def _left(self, ctx: Any, before: "Mapping[Path, object]") -> tuple[str, bool]:
+    def _outputs(self, ctx: Any) -> list[Path]:
+        """Return the paths that the command writes to."""
+        named = [ctx.params.get(name) for name in _WRITTEN]
+        others = [] if self.writes is None else self.writes(ctx.params)
+        return [path for path in (*named, *others) if isinstance(path, Path)]
+
+    def _left(self, ctx: Any, before: "Mapping[Path, _State]") -> tuple[str, bool]:
         """Return what the command leaves if it ends now, and whether it resumes from there."""
         kept = self.kept if isinstance(self.kept, str) else self.kept(ctx.params)
         if kept:
             return kept, True
-        written = [str(path) for path, state in _written_at(ctx).items() if state not in (None, before[path])]
+        written = [str(path) for output, state in before.items() for path in _changed(output, state)]
         is_or_are = "are written: delete them" if len(written) > 1 else "is written: delete it"
         return (f"only {' and '.join(written)} {is_or_are}" if written else "nothing is written"), False
 
@@ -83,22 +91,32 @@ class Command(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-def _written_at(context: typer.Context) -> dict[Path, object]:
-    """Return what identifies the file or folder at each path that a command writes; None if there is none."""
-    paths = (context.params.get(name) for name in _WRITTEN)
-    return {path: _state_of(path) for path in paths if isinstance(path, Path)}
-
-
 _WRITTEN = ("out", "output", "html", "srt", "vtt")
 """Parameters that are paths of what a command writes."""
+_State: TypeAlias = tuple[int, int] | dict[str, tuple[int, int]] | None
+"""What identifies a file, the files in a folder by name, or None if there is nothing."""
 
 
-def _state_of(path: Path) -> object:
+def _state_of(path: Path) -> _State:
     try:
-        state = os.lstat(path)
+        if path.is_dir():
+            with os.scandir(path) as entries:
+                return {entry.name: _identify(entry.stat(follow_symlinks=False)) for entry in entries}
+        return _identify(os.lstat(path))
     except OSError:
         return None
+
+
+def _identify(state: os.stat_result) -> tuple[int, int]:
     return state.st_ino, state.st_mtime_ns
+
+
+def _changed(path: Path, before: _State) -> list[Path]:
+    """Return what has been written at a path: it, or of a folder that was there before, files in it."""
+    after = _state_of(path)
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [path / name for name, state in sorted(after.items()) if state != before.get(name)]
+    return [path] if after not in (None, before) else []
 
 
 def _check_local_paths(context: typer.Context) -> None:
@@ -158,6 +176,8 @@ def new_group(help: str, **options: Any) -> typer.Typer:
 
 Kept: TypeAlias = str | Callable[[Mapping[str, Any]], str]
 """What a command that ends early keeps and resumes from, in a few words; or a function of its parameters."""
+Writes: TypeAlias = Callable[[Mapping[str, Any]], list[Path]]
+"""Paths that a command writes and none of its parameters names: a function of its parameters."""
 
 
 def add_command(
@@ -166,6 +186,7 @@ def add_command(
     command: Callable[..., None],
     *,
     kept: Kept = "",
+    writes: Writes | None = None,
     runs_named_code: bool = True,
     plugins: tuple[str, ...] = (),
     **options: Any,
@@ -178,13 +199,18 @@ def add_command(
         command: function with typer's annotations.
         kept: what an interrupted command, or one that finds the disk full, keeps, so that the same command resumes;
             empty: nothing, so that it starts again, and its outputs are whole or not there.
+        writes: outputs that no parameter names, such as a second file beside OUT, which it reports if it ends early.
         runs_named_code: whether files that the command opens may name code, so that it has the option `--trust`.
         plugins: kinds of plug-ins that it takes by name, such as `encoders`; `--help` lists the installed ones.
         options: further arguments of `typer.Typer.command`.
     """
     help = _help_text(command)
     summary = help.partition("\n\n")[0]
-    declared = {"plugins": plugins, "kept": staticmethod(kept) if callable(kept) else kept}
+    declared = {
+        "plugins": plugins,
+        "kept": staticmethod(kept) if callable(kept) else kept,
+        "writes": None if writes is None else staticmethod(writes),
+    }
     kind = type("DeclaredCommand", (Command,), declared)
     app.command(name=name, help=help, short_help=summary, cls=kind, **options)(
         _with_verbosity(_with_trust(command) if runs_named_code else command)

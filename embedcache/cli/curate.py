@@ -1,5 +1,6 @@
 """embedcache curate"""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -275,14 +276,27 @@ def leaks(
     )
 
 
+def _map_file(parameters: Mapping[str, Any]) -> list[Path]:
+    from embedcache.curate.map import FILE
+
+    return [parameters["index"] / FILE]
+
+
+def _removed_table(parameters: Mapping[str, Any]) -> list[Path]:
+    from embedcache.outputs import removed_table_path
+
+    out = parameters["out"]
+    return [] if out is None else [removed_table_path(out)]
+
+
 add_command(app, "index", index, kept=FINISHED_WORK)
-add_command(app, "map", map_index)
+add_command(app, "map", map_index, writes=_map_file)
 add_command(app, "coverage", coverage)
 add_command(app, "select", select, plugins=("selectors",))
 add_command(app, "combine", combine)
 add_command(app, "sample", sample)
 add_command(app, "export", export)
-add_command(app, "dedup", dedup)
+add_command(app, "dedup", dedup, writes=_removed_table)
 add_command(app, "leaks", leaks)
 add_command(app, "negatives", negatives)
 add_command(app, "outliers", outliers)

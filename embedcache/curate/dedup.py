@@ -27,7 +27,7 @@ from embedcache.dataset.similar_pairs import SimilarPairs, cosine_limit
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
-from embedcache.outputs import check_output, new_output, with_metadata
+from embedcache.outputs import check_output, new_output, removed_table_path, with_metadata
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
@@ -191,7 +191,7 @@ def dedup(
     out, cosine = Path(out), settings.cosine
     if cosine is None and not settings.copies_only:
         raise SettingError("expected --cosine or --copies with a file to write, got neither; give one of them")
-    removed_path = out.with_suffix(".removed.parquet")
+    removed_path = removed_table_path(out)
     check_selection_path(out)
     check_output(removed_path)
     analysis = _compare(cache, settings, [] if cosine is None else [cosine], progress)

@@ -14,6 +14,7 @@ from embedcache.files import AnyPath, is_remote, open_path, remove_partials
 from embedcache.maintain.files import check_removable, check_run, remove_from, remove_from_run
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, list_texts, noun
+from embedcache.outputs import removed_table_path
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import read_run
 from embedcache.provenance import INDEX_DIGEST, new_record_path, record_stage
@@ -281,5 +282,5 @@ def _remove_from_outputs(
 
 def _with_removed(settings: RemoveSettings) -> list[Path]:
     """Return selections and exports, with the table of removed samples that dedup writes beside a selection."""
-    beside = [path.with_name(f"{path.stem}.removed.parquet") for path in settings.selections]
+    beside = map(removed_table_path, settings.selections)
     return [*settings.selections, *(path for path in beside if path.is_file()), *settings.exports]

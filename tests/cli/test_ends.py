@@ -124,6 +124,48 @@ def test_output_that_is_written_before_the_interrupt(folder: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyboardInterrupt(), "Interrupted. Only {}; rerun the same command to start again."),
+        (
+            DiskFullError(disk_full_message(" of cache")),
+            "error: no space left on the disk of cache; free some space and rerun the same command; only {}",
+        ),
+    ],
+)
+def test_second_output_that_is_written_before_the_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, expected: str
+) -> None:
+    def end(*_: object) -> None:
+        raise error
+
+    words = ["curate", "dedup", "cache", "kept.parquet", "--feature", "open_toy/cls", "--cosine", "0.1"]
+    monkeypatch.setattr("embedcache.curate.dedup.write_selection", end)
+    done = embedcache(*words, cwd=folder)
+    assert done.stderr.splitlines()[-1] == expected.format("kept.removed.parquet is written: delete it")
+    assert (folder / "kept.removed.parquet").is_file()
+    monkeypatch.undo()
+    assert embedcache(*words, cwd=folder).code == 0
+
+
+def test_files_that_are_written_into_a_folder_before_the_end(
+    folder: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    (folder / "results").mkdir()
+    (folder / "results" / "other.json").touch()
+    monkeypatch.setattr("embedcache.reports.retrieval.write_retrieval_page", interrupt)
+    words = ["evaluate", "retrieval", "cache", str(run_path), "--output", "results", "--html", "page.html"]
+    done = embedcache(*words, cwd=folder)
+    (written,) = (path for path in (folder / "results").iterdir() if path.name != "other.json")
+    assert done.stderr.splitlines()[-1] == (
+        f"Interrupted. Only {written.relative_to(folder)} is written: delete it; rerun the same command to start again."
+    )
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
         ((), "Nothing is written; rerun the same command to start again"),
