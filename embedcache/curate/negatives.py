@@ -318,7 +318,7 @@ def _group_samples(pairs: Pairs, data: TrainData, settings: NegativesSettings, p
     """
     names = ("image_cosine", "text_cosine", "other_cosine", "seed")
     split = replace(SplitSettings(), **{name: getattr(settings, name) for name in names})
-    labels = near_duplicate_groups(pairs, split, data.readers, progress)
+    labels = near_duplicate_groups(pairs, split, data.readers, progress, purpose="negatives")
     return join_equal(labels, pairs)
 
 

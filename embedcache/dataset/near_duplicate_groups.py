@@ -33,21 +33,26 @@ _MAX_EDGES = 4_000_000
 
 
 def near_duplicate_groups(
-    pairs: Pairs, settings: SplitSettings, readers: Mapping[str, Reader], progress: Progress
+    pairs: Pairs,
+    settings: SplitSettings,
+    readers: Mapping[str, Reader],
+    progress: Progress,
+    *,
+    purpose: str = "split",
 ) -> Ints:
     """Return the near-duplicate group of each sample: (S,) int64.
 
     Up to 200,000 items all pairs are compared. Of more items, those within 2 √N clusters and across the 16 nearest
     borders of each item are; how many of the pairs of a random sample of items are then in one group is reported.
     Memory: a tile of similarities; of more than 200,000 items about 200 bytes each, and 2 N D bytes of scratch space in
-    the system's folder for temporary files.
+    the system's folder for temporary files. Progress names `purpose`, what the groups are for.
     """
     samples = pairs.samples
     labels = np.arange(len(samples))
     use_all_pairs = len(pairs.first.rows) + len(pairs.second.rows) <= ALL_PAIRS_LIMIT
     for items, (modality, read) in zip((pairs.first, pairs.second), readers.items(), strict=True):
         nodes, cosine = np.searchsorted(samples, items.samples), settings.cosine(modality)[1]
-        compared = _ComparedItems(modality, items, nodes, cosine, settings.seed)
+        compared = _ComparedItems(modality, items, nodes, cosine, settings.seed, purpose)
         labels = (_merge_all_pairs if use_all_pairs else _merge_clusters)(compared, read, labels, progress)
     return labels
 
@@ -61,10 +66,15 @@ class _ComparedItems:
     nodes: Ints
     cosine: float
     seed: int
+    purpose: str
+
+    @property
+    def what(self) -> str:
+        return f"{self.modality} items for the {self.purpose}"
 
     @property
     def step(self) -> str:
-        return f"comparing {self.modality} items for the split"
+        return f"comparing {self.what}"
 
 
 def _merge_all_pairs(work: _ComparedItems, read: Reader, labels: Ints, progress: Progress) -> Ints:
@@ -91,7 +101,7 @@ def _merge(labels: Ints, left: Ints, right: Ints) -> Ints:
 
 
 def _merge_clusters(work: _ComparedItems, read: Reader, labels: Ints, progress: Progress) -> Ints:
-    rows, count, what = work.items.rows, len(work.items.rows), f"{work.modality} items for the split"
+    rows, count, what = work.items.rows, len(work.items.rows), work.what
     centroids_KP, assignment = cluster_items(
         lambda numbers: to_unit_vectors(read(rows[numbers])),
         count,
@@ -151,6 +161,6 @@ def _note_recall(work: _ComparedItems, matrix_NP: Array, items_N: Ints, labels: 
         num_found += int((groups_N[probes[query]] == groups_N[other + block.start])[is_pair].sum())
     share = "there is none" if not num_pairs else f"{num_found / num_pairs:.4f} are in one group"
     progress.note(
-        f"split: {count:,} {work.modality} items compared within clusters; of the {num_pairs:,} pairs above cosine "
-        f"{work.cosine:g} that hold one of {len(probes):,} random items, {share}"
+        f"{work.purpose}: {count:,} {work.modality} items compared within clusters; of the {num_pairs:,} pairs above "
+        f"cosine {work.cosine:g} that hold one of {len(probes):,} random items, {share}"
     )

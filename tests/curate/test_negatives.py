@@ -239,7 +239,7 @@ def test_negatives_equal_a_plain_search(
     assert progress.started == [
         ("pairing", 40, "samples"),
         *((f"loading {feature}", count, f"{name}s") for name, feature, count in sides),
-        *((f"comparing {name} items for the split", len(train), "items") for name, *_ in sides),
+        *((f"comparing {name} items for the negatives", len(train), "items") for name, *_ in sides),
         *reading,
         ("mining hard negatives", len(train), "samples"),
     ]

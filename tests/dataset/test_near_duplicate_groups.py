@@ -85,6 +85,16 @@ def test_groups_are_connected_components(seed: int, num_samples: int, block: int
     assert progress.counts == {what: count for what, count, _ in progress.started}
 
 
+def test_purpose_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (pairs, readers, _), progress = made(0, 20), RecordedProgress()
+    near_duplicate_groups(pairs, COSINES, readers, progress, purpose="negatives")
+    monkeypatch.setattr(module, "ALL_PAIRS_LIMIT", 1)
+    near_duplicate_groups(pairs, COSINES, readers, progress, purpose="negatives")
+    assert "comparing image items for the negatives" in [what for what, *_ in progress.started]
+    assert "split" not in str(progress.started)
+    assert [note.partition(":")[0] for note in progress.notes] == ["negatives", "negatives"]
+
+
 def group_clustered(
     vectors: Floats, cosine: float, monkeypatch: pytest.MonkeyPatch, **numbers: Any
 ) -> tuple[Ints, list[str]]:
