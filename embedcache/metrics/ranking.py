@@ -180,7 +180,8 @@ def _first_within(negatives_K: Ints, num_positives: int, num_groups: int, k: int
         for count in range(min((k - 1) // size, int(negatives_K[size])) + 1):
             shifted = before_JS[: k - count, : k - count * size]
             sets_JS[count:, count * size :] += comb(int(negatives_K[size]), count) * shifted
-    return sum(
+    probability = sum(
         float(sets_JS[num].sum()) / comb(num_groups, num) * num_positives / (num_groups - num)
         for num in range(min(k, num_groups - num_positives + 1))
     )
+    return min(1.0, probability)  # a sum of nine ninths is a little more

@@ -149,6 +149,13 @@ def test_tied_chance_matches_enumeration(sizes: list[int], k: int, seed: int) ->
     assert tied_chance_recall(np.nonzero(relation[:, groups]), groups * 7, k) == pytest.approx(np.mean(counted))
 
 
+def test_tied_chance_is_a_probability() -> None:
+    """One that is certain is 1 in spite of rounding: the interval of a little more would be NaN."""
+    chances = [tied_chance_recall((np.arange(count),) * 2, np.arange(count), 10) for count in range(1, 11)]
+    assert max(chances) == 1
+    assert min(chances) == pytest.approx(1)
+
+
 def test_tied_chance_of_distinct_candidates_is_chance() -> None:
     query_M, candidate_M = np.array([0, 0, 1, 2]), np.array([0, 4, 7, 2])
     for k in (1, 5, 10):
