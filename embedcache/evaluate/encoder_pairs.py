@@ -27,7 +27,7 @@ from embedcache.metrics.alignment import (
 )
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, jackknife
 from embedcache.metrics.neighbors import note_duration, top_k
-from embedcache.metrics.ranking import best_ranks
+from embedcache.metrics.ranking import best_ranks, note_ranking
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.settings import replace_flat
@@ -229,7 +229,7 @@ def _note_duration(
         compare=lambda rows_ND, others_ND: top_k(rows_ND, others_ND, min(k, len(others_ND)), products=products),
     )
     num_ranked = 2 * len(images) * len(texts) * len(sample.val.first.rows) * len(sample.val.second.rows)
-    note_duration(progress, "ranking", num_ranked, min(_SHARED_WIDTH, width))
+    note_ranking(progress, num_ranked, min(_SHARED_WIDTH, width), products=products)
 
 
 class _PreparedFeature(NamedTuple):

@@ -12,8 +12,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap
 from embedcache.evaluate.runs import EvalSplit, Run, read_eval_split, run_input
 from embedcache.evaluate.settings import RetrievalSettings
-from embedcache.metrics.neighbors import note_duration
-from embedcache.metrics.ranking import average_precisions, first_ranks, negatives_before
+from embedcache.metrics.ranking import average_precisions, first_ranks, negatives_before, note_ranking
 from embedcache.modalities import directions, noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import project
@@ -90,12 +89,7 @@ def rank(
     num_pairs = 2 * len(pairs.first.rows) * len(pairs.second.rows)
     progress = progress or NullProgress()
     products = products_on(run.device)
-
-    def compare(queries_QP: Floats, candidates_CP: Floats) -> None:
-        places = np.arange(len(queries_QP))
-        negatives_before(queries_QP, candidates_CP, (places, places), products=products)
-
-    note_duration(progress, "ranking", num_pairs, run.config.shared_width, compare=compare)
+    note_ranking(progress, num_pairs, run.config.shared_width, products=products)
     item_sets = [ItemSet(side, items) for side, items in zip(sides, (pairs.first, pairs.second), strict=True)]
     widths = _smaller_widths(run, settings)
     first, second = (_project(run, item_set, progress) for item_set in item_sets)

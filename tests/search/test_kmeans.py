@@ -1,11 +1,12 @@
 """Spherical k-means: the centroids of FAISS, with progress."""
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from embedcache.arrays import normalize
+from embedcache.arrays import Floats, Ints, normalize
 from embedcache.search import kmeans
 from embedcache.search.faiss_gpu import import_faiss
 from tests.recorded import RecordedProgress
@@ -23,6 +24,20 @@ def test_centroids_are_those_of_faiss() -> None:
     np.testing.assert_array_equal(found, expected.centroids)
     assert progress.started == [("finding 50 clusters", 7, "iterations")]
     assert progress.counts == {"finding 50 clusters": 7}
+
+
+def test_duration_is_of_finding_the_nearest_centroids(monkeypatch: pytest.MonkeyPatch) -> None:
+    announced, compares = [], []
+
+    def note(_: object, *what: object, compare: Callable[[Floats, Floats], Ints]) -> None:
+        announced.append(what)
+        compares.append(compare)
+
+    monkeypatch.setattr(kmeans, "note_duration", note)
+    kmeans.spherical_kmeans(VECTORS, 50, seed=3, iterations=7, max_per_cluster=20, progress=RecordedProgress())
+    assert announced == [("finding 50 clusters", 7 * 1000 * 50, 8)]
+    found = compares[0](VECTORS[:100], VECTORS[100:150])
+    assert found.tolist() == (VECTORS[:100] @ VECTORS[100:150].T).argmax(axis=1).tolist()
 
 
 def test_iterations_are_shown_while_faiss_computes(monkeypatch: pytest.MonkeyPatch) -> None:
