@@ -162,7 +162,7 @@ def _check_keys(caches: Sequence[Cache]) -> None:
     seen = np.empty(0, np.int64)  # hashes of keys
     for number, cache in enumerate(caches):
         hashes = np.concatenate([hash_texts(keys) for keys in iterate_keys(cache)])
-        left = np.setdiff1d(np.arange(len(cache)), cache.removed)
+        left = np.setdiff1d(np.arange(len(cache)), cache.removed, assume_unique=True)
         rows, seen = left[np.isin(hashes[left], seen)], np.concatenate([seen, hashes[left]])
         if not len(rows):
             continue

@@ -35,7 +35,7 @@ def negatives_before(
         [2, 2, 0]
     """
     query_M, candidate_M = positives
-    missing = np.setdiff1d(np.arange(len(queries_QP)), query_M)
+    missing = np.flatnonzero(np.bincount(query_M, minlength=len(queries_QP)) == 0)
     if len(missing):
         raise DataError(
             f"expected a positive candidate per query, got none for {len(missing)}, first query {missing[0]}"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedcache.arrays import Array, Ints, concatenated_ranges
+from embedcache.arrays import Array, Ints, concatenated_ranges, distinct
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
@@ -207,7 +207,8 @@ class Batches:
         keys_BK = np.where(self._samples[place_BK] == hard_BK, rng.random(hard_BK.shape), 2.0)  # 2: not in training
         chosen_BK = np.argsort(keys_BK, axis=1)[:, : self._num_negatives]
         is_some_BK = np.take_along_axis(keys_BK, chosen_BK, axis=1) < 2
-        hard = np.setdiff1d(np.take_along_axis(place_BK, chosen_BK, axis=1)[is_some_BK], numbers)
+        drawn = distinct(np.take_along_axis(place_BK, chosen_BK, axis=1)[is_some_BK])
+        hard = np.setdiff1d(drawn, np.sort(numbers), assume_unique=True)
         num_free = self.batch_size - len(numbers)
         return hard if len(hard) <= num_free else np.sort(rng.choice(hard, num_free, replace=False))
 
@@ -227,7 +228,8 @@ class Batches:
             samples, first, second = samples[: 2 * half], first[: 2 * half], second[: 2 * half]
             parts = [self._positives(first[part], second[part]) for part in (slice(half), slice(half, None))]
             codes = [left * half + right for left, right in parts]
-            positives = np.divmod(np.intersect1d(codes[0], codes[1]), half)  # where both of the mixed items belong
+            both = np.intersect1d(codes[0], codes[1], assume_unique=True)  # where both of the mixed items belong
+            positives = np.divmod(both, half)
         first_rows, second_rows = self._pairs.first.rows[first], self._pairs.second.rows[second]
         of_first, of_second = drawn
         return Batch(
@@ -251,7 +253,7 @@ class Batches:
         samples = self._pairs.first.samples[first], self._pairs.second.samples[second]
         same_group = _equal_pairs(negatives.groups_S[samples[0]], negatives.groups_S[samples[1]])
         near, own = (left * len(second) + right for left, right in (same_group, positives))
-        left, right = np.divmod(np.setdiff1d(near, own), len(second))
+        left, right = np.divmod(np.setdiff1d(near, own, assume_unique=True), len(second))
         return left, right
 
     def _positives(self, first: Ints, second: Ints) -> tuple[Ints, Ints]:
