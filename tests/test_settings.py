@@ -19,6 +19,7 @@ from embedcache.cli.config_files import read_config
 from embedcache.cli.options import with_settings
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.errors import PathError, SettingError, UnknownNameError
+from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.settings import (
     FlatSetting,
     check_settings,
@@ -347,6 +348,11 @@ def test_commas_mean_what_the_setting_declares(
     path.write_text(f"{name} = {json.dumps(texts)}")
     assert getattr(parse(["--config", str(path)], Commas), name) == values
     assert getattr(parse([word for text in texts for word in (f"--{name}", text)], Commas), name) == values
+
+
+@pytest.mark.parametrize("kind", [RetrievalSettings, ZeroShotSettings])
+def test_paths_of_training_caches_may_have_commas(kind: type[Any]) -> None:
+    assert parse(["--trained-on", "a, b", "--trained-on", "c"], kind).trained_on == ("a, b", "c")
 
 
 def test_flag_that_is_on_is_switched_off(tmp_path: Path) -> None:

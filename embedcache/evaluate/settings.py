@@ -28,7 +28,7 @@ class RetrievalSettings:
         metavar="CODE",
         default_text="the language of the training run",
     )
-    trained_on: tuple[str, ...] = setting((), _TRAINED_ON_HELP, metavar="CACHE")
+    trained_on: tuple[str, ...] = setting((), _TRAINED_ON_HELP, metavar="CACHE", commas="keep")
     check_overlap: bool = setting(True, _OVERLAP_HELP)
     widths: tuple[int, ...] = setting(
         (),
@@ -52,7 +52,7 @@ class ZeroShotSettings:
 
     label: str = setting("label", _LABEL_HELP, metavar="COLUMN")
     part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
-    trained_on: tuple[str, ...] = setting((), _TRAINED_ON_HELP, metavar="CACHE")
+    trained_on: tuple[str, ...] = setting((), _TRAINED_ON_HELP, metavar="CACHE", commas="keep")
     check_overlap: bool = setting(True, _OVERLAP_HELP)
     device: str = device_setting()
 

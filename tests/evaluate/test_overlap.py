@@ -17,6 +17,7 @@ from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from tests.cli.run import succeed
 from tests.evaluate.conftest import make_cache
 from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
@@ -116,6 +117,12 @@ def test_missing_training_cache_is_reported(cache_path: Path, run: Run, other: P
         match=r"cache: expected a cache that run .* was trained on, got another; name the caches it was trained on",
     ):
         evaluate_retrieval(other, [moved], RetrievalSettings(trained_on=(str(other),)))
+
+
+def test_path_of_a_training_cache_may_have_a_comma(cache_path: Path, run: Run, other: Path, tmp_path: Path) -> None:
+    (tmp_path / "a, b").symlink_to(cache_path)
+    shown = succeed("evaluate", "retrieval", other, run.path, "--trained-on", "a, b", cwd=tmp_path)
+    assert "WARNING" in shown
 
 
 def test_only_the_selection_was_seen(cache_path: Path, other: Path, tmp_path: Path) -> None:
