@@ -220,8 +220,12 @@ def _quantizers(index: Any) -> Iterator[tuple[Any, int]]:
             yield lists, lists.nlist
     if hasattr(index, "pq"):
         yield index.pq, index.pq.ksub
-    if hasattr(index, "rq"):
-        yield index.rq, 2 ** int(faiss.vector_to_array(index.rq.nbits).max())
+    residuals = [index.rq] if hasattr(index, "rq") else []
+    if hasattr(index, "prq"):
+        quantizers = (index.prq.subquantizer(number) for number in range(index.prq.nsplits))
+        residuals += map(faiss.downcast_AdditiveQuantizer, quantizers)
+    for residual in residuals:
+        yield residual, 2 ** int(faiss.vector_to_array(residual.nbits).max())
     for inner in ("index", "base_index", "refine_index", "storage", "quantizer"):
         if getattr(index, inner, None) is not None:
             yield from _quantizers(getattr(index, inner))

@@ -121,6 +121,8 @@ def test_low_recall_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> 
         ("HNSW8,PQ4x4", 624),
         ("SQ8,Refine(PQ4x4)", 624),
         ("IVF2,RQ2x4", 624),
+        ("IVF2,PRQ2x2x4", 624),
+        ("PRQ2x2x4fs", 624),
         ("SQ8", 0),
     ],
 )
