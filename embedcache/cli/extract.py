@@ -1,6 +1,7 @@
 """embedcache extract"""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
@@ -96,11 +97,13 @@ def extract(
 
 
 def kept_chunks(parameters: Mapping[str, Any]) -> str:
-    """Return what an extraction that ends early keeps."""
-    from embedcache.files import open_path
+    """Return what an extraction that ends early keeps; a server is not asked, as it may be why the command was ended."""
+    from embedcache.files import is_url
     from embedcache.store.layout import info_path, read_info
 
-    path = open_path(parameters["cache"])
+    if is_url(parameters["cache"]):
+        return "finished chunks are kept"
+    path = Path(parameters["cache"])
     if not info_path(path).is_file():
         return "nothing was encoded yet"
     num_items = read_info(path).chunk_size

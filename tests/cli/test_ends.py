@@ -56,6 +56,7 @@ class Waits(Ends):
 def folder(cache_path: Path, tmp_path: Path) -> Path:
     (tmp_path / "ending_plugin.py").write_text(PLUGINS)
     (tmp_path / "cache").symlink_to(cache_path)
+    (tmp_path / "words.txt").write_text("red\n")
     return tmp_path
 
 
@@ -104,6 +105,15 @@ def test_command_that_resumes(
     monkeypatch.setattr("embedcache.derive.derive.derive_with_settings", end)
     done = embedcache("derive", "cache", "--rule", "mean", "--input", "text=open_toy/tokens", cwd=folder)
     assert (done.code, done.stderr.splitlines()[-1]) == (code, last_line)
+
+
+def test_interrupted_extraction_asks_no_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("embedcache.extract.extract.extract", interrupt)
+    done = embedcache("extract", "texts:words.txt", "http://localhost:1/cache", cwd=folder)
+    assert (done.code, done.stderr) == (130, "Interrupted. Finished chunks are kept; rerun the same command to resume.\n")
 
 
 def test_output_that_is_written_before_the_interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
