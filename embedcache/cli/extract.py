@@ -97,7 +97,7 @@ def extract(
 
 
 def kept_chunks(parameters: Mapping[str, Any]) -> str:
-    """Return what an extraction that ends early keeps; a server is not asked, as it may be why the command was ended."""
+    """Return what an extraction that ends early keeps; no server is asked, which may be why it was ended."""
     from embedcache.files import is_url
     from embedcache.store.layout import info_path, read_info
 

@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError
+from embedcache.errors import DataError, PathError
 from embedcache.files import AnyPath, open_path, remove_partials, write_atomic
+from embedcache.locks import Leases
 from embedcache.maintain.samples import CopySource, SegmentSamples, divide_segments
 from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -90,6 +91,7 @@ def cut_cache(
         DataError: a key of the selection is not in the cache, or it is empty.
         UnfinishedError: a feature has missing chunks.
         FingerprintError: the folder holds another cache.
+        PathError: another process copies into the folder.
     """
     cache = Cache(open_path(cache))
     samples = np.setdiff1d(read_selection(selection, [cache]), cache.removed, assume_unique=True)
@@ -124,6 +126,7 @@ def merge_caches(
         DataError: two caches have a sample of the same key, one of them is named twice, or all samples were removed.
         FingerprintError: features of one name have different fingerprints; names each field that differs.
         UnfinishedError: a feature has missing chunks.
+        PathError: another process copies into the folder.
     """
     opened = [Cache(open_path(path)) for path in caches]
     if len(opened) < 2:
@@ -204,7 +207,8 @@ def _copy(
     request = {"caches": [str(cache.path) for cache in caches], "features": list(features)}
     with record_stage(new_record_path(out.path, stage), stage, request) as outcome:
         named = [(groups, names) for groups, names in named if groups[0].modality in out.info.num_items]
-        counts = [_copy_group(out, segments, groups, names, progress) for groups, names in named]
+        copying = Leases(out.path)
+        counts = [_copy_group(out, copying, segments, groups, names, progress) for groups, names in named]
         report = CopyReport(
             cache=out.path,
             num_samples=out.info.num_samples,
@@ -295,6 +299,7 @@ def _attributes(feature: Feature) -> dict[str, Any]:
 
 def _copy_group(
     out: Cache,
+    copying: Leases,
     segments: Sequence[SegmentSamples],
     groups: Sequence[EncoderGroup],
     names: Sequence[str],
@@ -316,6 +321,13 @@ def _copy_group(
     bounds = np.cumsum([0, *(len(of_segment) for _, of_segment in rows)])
     is_removed = out.removed_items(modality)
     missing = [chunk for chunk in range(out.info.num_chunks(modality)) if not _has_all(group, chunk, names)]
+    working = Leases(group.path / "chunks")  # while it exists, no other process deletes the folder
+    if missing:
+        if not copying.acquire(0):
+            raise PathError(
+                f"another process copies samples into {out.path}; wait for it, or give the path of a new folder"
+            )
+        working.take_part()
     num_missing = out.info.count_items(modality, missing)
     progress.start(f"copying {group.name}", num_missing, noun(modality))
     for chunk in missing:

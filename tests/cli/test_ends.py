@@ -113,7 +113,10 @@ def test_interrupted_extraction_asks_no_server(folder: Path, monkeypatch: pytest
 
     monkeypatch.setattr("embedcache.extract.extract.extract", interrupt)
     done = embedcache("extract", "texts:words.txt", "http://localhost:1/cache", cwd=folder)
-    assert (done.code, done.stderr) == (130, "Interrupted. Finished chunks are kept; rerun the same command to resume.\n")
+    assert (done.code, done.stderr) == (
+        130,
+        "Interrupted. Finished chunks are kept; rerun the same command to resume.\n",
+    )
 
 
 def test_output_that_is_written_before_the_interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

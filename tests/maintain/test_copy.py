@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from embedcache.errors import (
     CorruptError,
     DataError,
     FingerprintError,
+    PathError,
     SettingError,
     SourceError,
     UnfinishedError,
@@ -26,6 +27,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain import copy
 from embedcache.maintain.copy import cut_cache, merge_caches
+from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.remove import remove_samples
 from embedcache.maintain.samples import CopySource, SegmentSamples, divide_segments
 from embedcache.progress import NullProgress
@@ -40,7 +42,7 @@ from embedcache.store.rows import RowReader
 from embedcache.store.sample_tables import SampleTables
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import verify
-from tests.crash import crash_function
+from tests.crash import call, crash_function
 from tests.extract.cases import tree
 from tests.images import write_images
 from tests.maintain.cases import KEYS, make_cache, write_source
@@ -123,6 +125,38 @@ def test_killed_cut_is_finished(made: Path, small: Path, tmp_path: Path, pattern
     crash_function(cut_cache, arguments, "before", pattern)
     cut_cache(*arguments)
     assert tree(tmp_path / "small") == tree(small)
+
+
+class OnceCopying(NullProgress):
+    """Calls a function once, while the first chunk is copied."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function: Callable[[], None] | None = function
+        self._is_copying = False
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        self._is_copying = what.startswith("copying")
+
+    def advance(self, count: int) -> None:
+        if self._is_copying and self._function is not None:
+            function, self._function = self._function, None
+            function()
+
+
+def check_refused(made: Path, folder: Path) -> None:
+    with pytest.raises(PathError, match=f"another process copies samples into {folder}; wait for it"):
+        cut_cache(made / "c", made / "chosen.txt", folder)
+    with pytest.raises(PathError, match="another process computes features in this folder"):
+        prune_cache(folder, feature="open_toy/cls", modality="image")
+
+
+def test_second_cut_into_a_folder_is_refused(made: Path, small: Path, tmp_path: Path) -> None:
+    """So is deleting a feature that is being copied."""
+    folder = tmp_path / "small"
+    progress = OnceCopying(lambda: call(check_refused, made, folder))
+    report = cut_cache(made / "c", made / "chosen.txt", folder, progress=progress)
+    assert report.reused == 0
+    assert tree(folder) == tree(small)
 
 
 MERGE_KILLS = [
