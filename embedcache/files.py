@@ -36,7 +36,7 @@ _LONGEST_REASON = 300
 _MAX_TEXT_BYTES = 2**28
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)  # the only way to read it
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")
 TEXT_ENCODING = "utf-8-sig"
 """Encoding of all text files that users write, whatever the locale: UTF-8, with or without a byte order mark."""
 _PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
@@ -58,12 +58,14 @@ def open_path(location: AnyPath) -> Path:
 
     A URL becomes a `UPath` of universal-pathlib, which has the methods of `Path` and reads and writes through fsspec.
     Credentials, regions and endpoints come from the environment, as for the service's own tools. PathError if fsspec
-    does not know the protocol or the server does not answer.
+    does not know the protocol or the server does not answer, or if `::`, with which fsspec chains URLs, is in it.
     """
     if isinstance(location, os.PathLike):
         location = os.fspath(location)
     if not is_url(str(location)):
         return Path(location)
+    if "::" in str(location):
+        raise PathError(f"expected one URL, got several chained by a double colon: {location}; name the file itself")
     upath = require("upath", extra="remote")
     try:
         # Other processes write there too. With concurrent parts, s3fs would ask for the size of each file it reads.
@@ -80,7 +82,7 @@ def open_path(location: AnyPath) -> Path:
 
 
 def is_url(location: str) -> bool:
-    """Return whether a text is a URL."""
+    """Return whether a text is a URL, or one of fsspec's chains such as `simplecache::https://host/file`."""
     return _URL.match(location) is not None
 
 

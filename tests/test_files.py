@@ -169,7 +169,7 @@ def test_remote_files(tmp_path: Path) -> None:
 
 
 def test_open_path_local(tmp_path: Path) -> None:
-    for location in (str(tmp_path), tmp_path, "shards/{00..09}.tar", "a:b"):
+    for location in (str(tmp_path), tmp_path, "shards/{00..09}.tar", "a:b", "a::b", "a.tar::b.tar"):
         path = open_path(location)
         assert isinstance(path, Path)
         assert not is_remote(path)
@@ -184,6 +184,12 @@ def test_open_path_url() -> None:
     assert (folder / "sub" / "a.txt").read_bytes() == b"hello"
     assert [path.name for path in folder.glob("*/a.txt")] == ["a.txt"]
     assert str(folder / "sub") == "memory://bucket/folder/sub"
+
+
+@pytest.mark.parametrize("url", ["simplecache::http://localhost:1/x", "zip://a::memory://x", "memory://a::b"])
+def test_open_path_chained_url_raises(url: str) -> None:
+    with pytest.raises(PathError, match=f"expected one URL, got several chained by a double colon: {url}; name the"):
+        open_path(url)
 
 
 def test_open_path_unknown_protocol_raises() -> None:

@@ -22,7 +22,7 @@ from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_
 from embedcache.errors import AmbiguousNameError, EmbedcacheError, PathError
 from embedcache.registry import installed_plugins, trust_files
 
-_URL = re.compile(r"(s3|s3a|gs|gcs|az|abfss?|adl|https?|hf|file|memory|s?ftp|hdfs|github):/+(.*)")
+_URL = re.compile(r"((?:.*::)?(?:s3|s3a|gs|gcs|az|abfss?|adl|https?|hf|file|memory|s?ftp|hdfs|github)):/+(.*)")
 """A URL as a path; a folder of such a name can be given by its absolute path."""
 
 

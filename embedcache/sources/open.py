@@ -124,7 +124,8 @@ def _detect_kind(location: str, *, has_svg: bool) -> tuple[str, str]:
     kind, colon, rest = location.partition(":")
     if colon and kind in SOURCES and not is_url(location):
         return kind, rest
-    if SHARD_SEPARATOR in location or ("{" in location and has_suffix(location, TAR_SUFFIXES)):
+    is_chained = is_url(location) and not is_url(location.partition(SHARD_SEPARATOR)[0])
+    if (SHARD_SEPARATOR in location and not is_chained) or ("{" in location and has_suffix(location, TAR_SUFFIXES)):
         return "webdataset", location
     path = open_path(location)
     if is_folder(path, TAR_SUFFIXES | TABLE_SUFFIXES | JSON_SUFFIXES):

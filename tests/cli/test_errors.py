@@ -49,6 +49,8 @@ def test_error_of_the_system_is_one_line(name: str, monkeypatch: pytest.MonkeyPa
             ("train", "c", "s3://b/run"),
             "RUN: expected a path on this machine, got the URL s3://b/run; name a local path",
         ),
+        (("train", "c", "filecache::s3://b/run"), "got the URL filecache::s3://b/run; name a local path"),
+        (("extract", "simplecache::memory://x.tar", "c"), "chained by a double colon: simplecache::memory://x.tar;"),
         (("curate", "index", "c", "gs://b/i"), "INDEX: expected a path on this machine, got the URL gs://b/i;"),
         (("curate", "dedup", "c", "memory://d.parquet"), "path on this machine, got the URL memory://d.parquet;"),
         (("export", "npy", "c", "file:///o"), "OUT: expected a path on this machine, got the URL file://o;"),
