@@ -6,7 +6,9 @@ import platform
 import re
 import shutil
 import stat
+import sys
 import tempfile
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,12 +19,11 @@ from embedcache.errors import DiskFullError, EmbedcacheError, PathError
 from embedcache.registry import require
 
 _SERVICES = frozenset(
-    {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs", "upath"}
+    {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs", "upath", "yarl"}
     | {"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2"}
 )
-_UNCLASSIFIED = (ValueError, RuntimeError, LookupError, AttributeError)
-"""What file systems also raise: of a URL that they cannot parse, an unexpected answer, or a server that takes no files
-(`NotImplementedError`)."""
+_UNCLASSIFIED = (ValueError, NotImplementedError)
+"""What file systems also raise: of a URL that they cannot parse, an unexpected answer, a server that takes no files."""
 _HUB_REASONS = {
     "GatedRepoError": "its access is restricted: accept its terms on its page, and run: hf auth login",
     "RepositoryNotFoundError": "no such repository, or a private one: check the name, or run: hf auth login",
@@ -72,7 +73,8 @@ def open_path(location: AnyPath) -> Path:
         options = {"max_concurrency": 1} if str(location).startswith(("s3:", "s3a:")) else {}
         path = upath.UPath(str(location), use_listings_cache=False, **options)
         path.fs  # noqa: B018  # imports the file system of the protocol
-    except (ValueError, TypeError, LookupError, AttributeError) as error:  # no such protocol, or more than a URL needed
+        path / "file"  # those of `data://` have no files
+    except (*_UNCLASSIFIED, TypeError, LookupError, AttributeError) as error:  # no such protocol, or it needs more
         raise PathError(f"{location}: URLs of this protocol cannot be read: {error}") from None
     except OSError as error:  # some file systems connect at once
         raise PathError(f"cannot reach {location}: {io_reason(error)}") from None
@@ -103,13 +105,10 @@ def is_io_error(error: BaseException) -> bool:
 
 
 def _is_from_service(error: BaseException) -> bool:
-    """Return whether an error was raised while a library for remote services was called."""
-    place = error.__traceback__
-    while place is not None:
-        if str(place.tb_frame.f_globals.get("__name__")).partition(".")[0] in _SERVICES:
-            return True
-        place = place.tb_next
-    return False
+    """Return whether a library for remote services raised an error, or had the standard library raise it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    return next((name in _SERVICES for name in reversed(names) if name not in sys.stdlib_module_names), False)
 
 
 def io_reason(error: BaseException) -> str:

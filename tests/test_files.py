@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from embedcache.cli.config_files import read_config
@@ -14,6 +15,7 @@ from embedcache.errors import DataError, DiskFullError, EmbedcacheError, PathErr
 from embedcache.files import (
     building,
     disk_errors,
+    is_io_error,
     is_remote,
     make_folder,
     open_path,
@@ -195,6 +197,26 @@ def test_open_path_chained_url_raises(url: str) -> None:
 def test_open_path_unknown_protocol_raises() -> None:
     with pytest.raises(PathError, match="nonsense://x"):
         open_path("nonsense://x")
+
+
+def test_only_what_services_raise_is_an_io_error() -> None:
+    """Not an error that they raise of an argument of the wrong type, nor one of ours that they called."""
+    memory, web = fsspec.filesystem("memory"), fsspec.filesystem("http")
+
+    class Wrong:
+        def __fspath__(self) -> str:
+            raise ValueError("a bug of ours")
+
+    def caught(call: Callable[[], object]) -> bool:
+        with pytest.raises(Exception) as raised:  # noqa: PT011
+            call()
+        return is_io_error(raised.value)
+
+    assert caught(lambda: web.cat_file("http://localhost:99999/"))  # a ValueError
+    assert caught(lambda: web.cat_file(f"http://{'a' * 70}.b/"))  # of the standard library
+    assert caught(lambda: web.rm("http://localhost:1/x"))  # a NotImplementedError
+    assert not caught(lambda: memory.cat_file(None))
+    assert not caught(lambda: memory.cat_file(Wrong()))
 
 
 @pytest.mark.parametrize("is_folder", [True, False])

@@ -75,7 +75,7 @@ def test_bad_argument_is_refused(words: tuple[str, ...], message: str, tmp_path:
         (("extract", "dir://x", "c"), "dir://x: URLs of this protocol cannot be read: "),
         (("inspect", "http://localhost:1/"), "http://localhost:1/ cannot be read: Cannot connect to host "),
         (("verify", "http://localhost:1/"), "http://localhost:1/ cannot be read: Cannot connect to host "),
-        (("extract", "data://x,y", "c"), "cannot read x,y: "),
+        (("extract", "data://x,y", "c"), "data://x,y: URLs of this protocol cannot be read: "),
         (("extract", "webhdfs://localhost:1/x", "c"), "cannot read webhdfs:///x: "),
         (
             ("import", "npy", "http://localhost:1/", "--image-file", "a.npy"),
@@ -83,7 +83,11 @@ def test_bad_argument_is_refused(words: tuple[str, ...], message: str, tmp_path:
         ),
         (
             ("import", "npy", "data://x", "--image-file", "a.npy"),
-            "a remote service failed: not supported by URLs",
+            "data://x: URLs of this protocol cannot be read: ",
+        ),
+        (
+            ("import", "npy", "http://localhost:99999/", "--image-file", "a.npy"),
+            "a remote service failed: Port out of range 0-65535; check the address and the network",
         ),
     ],
 )
