@@ -123,7 +123,7 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     Raises:
         PathError: the file does not exist.
         CorruptError: the file is not a split, or has changed since it was written.
-        DataError: the split belongs to other samples.
+        DataError: the split belongs to other samples, or all of its samples were removed.
     """
     if not path.is_file():
         raise PathError(f"{path} does not exist; it is written by embedcache train")
@@ -133,6 +133,10 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
         for of_cache in of_caches:
             of_cache.add(rows)
     joined = pa.concat_tables([of_cache.close() for of_cache in of_caches]).combine_chunks()
+    if not any(of_cache.has_samples for of_cache in of_caches):  # their keys are gone: it may be of other samples
+        raise DataError(
+            f"split {path}: expected samples of {name_caches(caches)}, got only removed ones; make a new split"
+        )
     return Split(
         keys=key_column(caches),
         parts=Column(joined["part"]),
@@ -183,6 +187,11 @@ class _OfCache:
         else:
             self._rows.append(rows.select(["part", "group"]))
         self._is_same &= keys.equals(rows["key"])
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether a sample of the split is still in the cache."""
+        return self._num_rows > self._num_removed
 
     def _next_keys(self, count: int) -> pa.ChunkedArray:
         """Return the next keys of the cache, fewer at its end."""

@@ -51,6 +51,20 @@ def test_they_are_in_no_part(
     assert found.groups == list(range(40))
 
 
+@pytest.mark.parametrize("keys", [["00000", "00001"], ["of another", "cache"]])
+def test_split_of_removed_samples_only_is_refused(two_caches: list[Path], tmp_path: Path, keys: list[str]) -> None:
+    """Nothing is left that tells whether it is of this cache."""
+    cache, path = Path(shutil.copytree(two_caches[0], tmp_path / "cache")), tmp_path / "split.parquet"
+    start_removal(Cache(cache), np.arange(3), ["00000", "00001", "00002"])
+    apply_removal(cache, "digest")
+    finish_removal(cache)
+    write_split(path, Split(keys=keys, parts=["train", "val"], groups=[0, 1]))
+    with pytest.raises(
+        DataError, match=f"{path}: expected samples of {cache}, got only removed ones; make a new split"
+    ):
+        read_split(path, [Cache(cache)])
+
+
 def test_they_are_left_out_of_a_selection(
     before: Cache, after: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
