@@ -5,7 +5,7 @@ Preprocessing is split where possible: images are resized to uint8 on threads an
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -193,6 +193,22 @@ class PixelScale(torch.nn.Module):
         if self._divisor != 1:
             pixels = pixels / self._divisor
         return (pixels - self.mean) / self.std
+
+
+class PixelTransform(NamedTuple):
+    """How images become the input of a model: a transform per image on threads, then a module on the device.
+
+    Args:
+        transform: RGB image of any size -> (3, H, W).
+        scale: normalizes a batch of these, (B, 3, H, W) -> the same shape in float32.
+        published: settings of the published transform, as JSON values.
+        input_size: (3, H, W).
+    """
+
+    transform: Transform
+    scale: torch.nn.Module
+    published: dict[str, Any]
+    input_size: tuple[int, ...]
 
 
 def split_transform(whole: Transform, to_pixels: Transform, scale: PixelScale) -> tuple[Transform, torch.nn.Module]:

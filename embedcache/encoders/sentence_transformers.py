@@ -20,11 +20,11 @@ from embedcache.encoders.sentence_library import check_width, open_with_library
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import (
     build_text_encoder,
-    describe,
-    find_description,
+    description_path,
     num_positions,
     open_described,
     open_tokenizer,
+    write_description,
 )
 from embedcache.encoders.text_features import POOLING, Dense, SentenceFeatures
 from embedcache.encoders.weights import (
@@ -70,7 +70,7 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     check_options(spec, ("max_tokens", "prompt", "prompt_name", "revision", "truncate_dim"))
     folder = find_folder(spec)
     prompt = _find_prompt(spec, folder.path)
-    description = find_description(spec, folder, settings) if modality == "text" else None
+    description = description_path(spec, folder, settings) if modality == "text" else None
     if (described := open_described(description, settings)) is not None:
         return described
     try:
@@ -114,10 +114,9 @@ def _open_without_library(
         "pools": list(modules.pools),
         "heads": digest([read_json(path / "config.json") for path in modules.dense]),
     }
-    pooled, cut, width = ", then ".join(POOLING[pool] for pool in modules.pools), "", spec.int_option("truncate_dim")
+    width = spec.int_option("truncate_dim")
     if width is not None:
         graph_config["width"] = width
-        cut = f"; first {width} dimensions"
     layers = requested_layers(settings.features)
     untie_last_state(transformer, layers)
     encoder = build_text_encoder(
@@ -129,18 +128,25 @@ def _open_without_library(
             revision=folder.revision,
             weights=weights,
             preprocessing=tokenizer.preprocessing,
-            pooling={
-                "dense": f"the model's dense layers on: {pooled}{cut}",
-                "_".join(modules.pools): pooled + cut,
-                "tokens": POOLING["tokens"],
-            },
+            pooling=_describe_pooling(modules.pools, width),
         ),
         settings=settings,
         onnx_key={"name": f"st-{spec.folder}", "config": graph_config},
     )
     check_width(spec, encoder.features[next(iter(encoder.features))][0])
-    describe(encoder, tokenizer, description)
+    write_description(description, encoder, tokenizer)
     return encoder
+
+
+def _describe_pooling(pools: Sequence[str], width: int | None) -> dict[str, str]:
+    """Return feature -> how it is pooled, for the fingerprint."""
+    pooled = ", then ".join(POOLING[pool] for pool in pools)
+    cut = "" if width is None else f"; first {width} dimensions"
+    return {
+        "dense": f"the model's dense layers on: {pooled}{cut}",
+        "_".join(pools): pooled + cut,
+        "tokens": POOLING["tokens"],
+    }
 
 
 def _find_prompt(spec: EncoderSpec, folder: Path) -> str:

@@ -93,8 +93,8 @@ def _with_tokenizer(
     )
 
 
-def find_description(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Path | None:
-    """Return the file that describes an encoder of a model folder; None if it would not run on onnxruntime.
+def description_path(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Path | None:
+    """Return the path of the description of an encoder of a model folder; None if it would not run on onnxruntime.
 
     The name is a digest of the spec, all files of the model, and the versions of the libraries: what was described
     under the same name is the same encoder. Files of more than 4 GB are not read; their model is too large for a graph.
@@ -117,7 +117,10 @@ def find_description(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSe
 
 
 def open_described(description: Path | None, settings: EncoderSettings) -> GraphEncoder | None:
-    """Open an encoder by its description, its tokenizer and its graph alone; None if it has to be loaded."""
+    """Open an encoder from its description and its exported graph, without transformers.
+
+    Returns None if there is no description, or it or the graph is damaged: then the model has to be loaded.
+    """
     try:
         if description is None or not description.is_file():
             return None
@@ -137,9 +140,17 @@ def open_described(description: Path | None, settings: EncoderSettings) -> Graph
     return _with_tokenizer(OnnxGraph(graph), tokenizer, features, Fingerprint(**record["fingerprint"]), settings)
 
 
-def describe(encoder: GraphEncoder, tokenizer: "Tokenizer", description: Path | None) -> None:
-    """Write the file that `open_described` opens an encoder by, if a graph and a tokenizer are all that it needs."""
-    if description is None or tokenizer.state is None or not isinstance(encoder.graph, OnnxGraph):
+def write_description(path: Path | None, encoder: GraphEncoder, tokenizer: "Tokenizer") -> None:
+    """Write the description that `open_described` reads, if a graph and a tokenizer are all that the encoder needs.
+
+    A disk that cannot be written is no error: the model is then loaded each time.
+
+    Args:
+        path: result of `description_path`; None writes nothing.
+        encoder: the encoder, which was loaded with its model.
+        tokenizer: its tokenizer.
+    """
+    if path is None or tokenizer.state is None or not isinstance(encoder.graph, OnnxGraph):
         return
     record = {
         "graph": encoder.graph.path.name,
@@ -153,8 +164,8 @@ def describe(encoder: GraphEncoder, tokenizer: "Tokenizer", description: Path | 
             "state": tokenizer.state,
         },
     }
-    with suppress(OSError, ArtifactError):  # such as a full disk: then the model is loaded each time
-        write_record(description, record)
+    with suppress(OSError, ArtifactError):
+        write_record(path, record)
 
 
 def _model_files(folder: Path) -> list[Path]:

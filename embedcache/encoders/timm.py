@@ -20,7 +20,7 @@ from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.image import (
     ImageModel,
     PixelScale,
-    Transform,
+    PixelTransform,
     build_image_encoder,
     is_whole_fit,
     plain_json,
@@ -55,26 +55,26 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     model, revision = load_model(spec)
     fix_padding(model)
     with _resized(spec, model) as size_px:
-        transform, scale, preprocessing = pixel_transform(model, size_px, is_whole=is_whole)
+        pixels = pixel_transform(model, size_px, is_whole=is_whole)
         module = ImageModel(
             TimmFeatures(model, requested_layers(settings.features)),
-            scale,
-            input_size=preprocessing["input_size"],
+            pixels.scale,
+            input_size=pixels.input_size,
             requested=settings.features,
         )
     return build_image_encoder(
         module,
-        transform,
+        pixels.transform,
         fingerprint=Fingerprint(
             family="timm",
             model=spec.model,
             revision=revision,
             weights=hash_weights(model.state_dict()),
-            preprocessing=preprocessing,
+            preprocessing=pixels.published,
             pooling=POOLING,
         ),
         settings=settings,
-        onnx_key={"name": f"timm-{spec.folder}", "timm": version("timm"), "preprocessing": digest(preprocessing)},
+        onnx_key={"name": f"timm-{spec.folder}", "timm": version("timm"), "preprocessing": digest(pixels.published)},
         is_whole=is_whole,
     )
 
@@ -112,12 +112,13 @@ def fix_padding(model: Any) -> None:
     hooks = {conv: conv.register_forward_pre_hook(fix) for conv in model.modules() if isinstance(conv, Conv2dSame)}
 
 
-def pixel_transform(
-    model: Any, size_px: int | None = None, *, is_whole: bool = False
-) -> tuple[Transform, torch.nn.Module, dict[str, Any]]:
-    """Return a model's transform up to uint8, the normalization that follows, and the settings: those published.
+def pixel_transform(model: Any, size_px: int | None = None, *, is_whole: bool = False) -> PixelTransform:
+    """Return a model's published transform.
 
-    With `is_whole`, images are resized to the input size without a crop, and the settings say so.
+    Args:
+        model: a model of timm.
+        size_px: side of the input in pixels; None: the published one.
+        is_whole: whether images are resized to the input size without a crop, which the settings then say.
     """
     from timm.data import create_transform, resolve_model_data_config
 
@@ -131,7 +132,7 @@ def pixel_transform(
         lambda image: to_pixels(image).numpy(),
         PixelScale(config["mean"], config["std"], divisor=255),
     )
-    return transform, scale, plain_json({**config, **fit})
+    return PixelTransform(transform, scale, plain_json({**config, **fit}), tuple(config["input_size"]))
 
 
 def _check_name(name: str, *, has_file: bool) -> None:

@@ -6,8 +6,8 @@ windows, of 30 s for wav2vec 2.0, whose states are those of all frames, and of t
 evenly, whose vectors are averaged.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.image import (
     ImageModel,
     PixelScale,
-    Transform,
+    PixelTransform,
     build_image_encoder,
     plain_json,
     split_transform,
@@ -39,7 +39,13 @@ from embedcache.encoders.image_features import (
 )
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import build_text_encoder, describe, find_description, open_described, open_tokenizer
+from embedcache.encoders.text import (
+    build_text_encoder,
+    description_path,
+    open_described,
+    open_tokenizer,
+    write_description,
+)
 from embedcache.encoders.text_features import POOLING as TEXT_POOLING
 from embedcache.encoders.text_features import TextFeatures
 from embedcache.encoders.weights import (
@@ -75,46 +81,68 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
     """
     check_options(spec, ("max_tokens", "revision") if modality == "text" else ("revision",))
     folder = find_model_folder(spec)
-    if modality == "audio":
-        return _open_audio(spec, folder, settings)
-    description = find_description(spec, folder, settings) if modality == "text" else None
+    openers = {"image": _open_image, "text": _open_text, "audio": _open_audio}
+    if modality not in openers:
+        check_modality(spec, modality, _served(load_config(folder.path)))  # names the modality that the model serves
+    return openers[modality](spec, folder, settings)
+
+
+def _open_image(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
+    tower = _load_tower(spec, folder, "image", settings)
+    pixels = pixel_transform(folder.path)
+    module = ImageModel(
+        ImageFeatures(tower.model, tower.layers),
+        pixels.scale,
+        input_size=pixels.input_size,
+        requested=settings.features,
+    )
+    return build_image_encoder(
+        module,
+        pixels.transform,
+        fingerprint=tower.fingerprint(pooling=IMAGE_POOLING, preprocessing=pixels.published),
+        settings=settings,
+        onnx_key={
+            "name": f"hf-{spec.folder}",
+            "transformers": version("transformers"),
+            "config": digest(plain_json(tower.model.config.to_dict())),
+            "preprocessing": digest(pixels.published),
+        },
+    )
+
+
+def _open_text(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
+    description = description_path(spec, folder, settings)
     if (described := open_described(description, settings)) is not None:
         return described
+    tower = _load_tower(spec, folder, "text", settings)
+    tokenizer = open_tokenizer(folder.path, max_tokens=spec.int_option("max_tokens"), model=tower.model)
+    encoder = build_text_encoder(
+        TextFeatures(tower.model, tower.layers),
+        tokenizer,
+        fingerprint=tower.fingerprint(pooling=TEXT_POOLING, preprocessing=tokenizer.preprocessing),
+        settings=settings,
+        onnx_key={"name": f"hf-{spec.folder}", "config": digest(tower.model.config.to_dict())},
+    )
+    write_description(description, encoder, tokenizer)
+    return encoder
+
+
+class _Tower(NamedTuple):
+    """A loaded model, or its tower of one modality; `layers` are the requested blocks."""
+
+    model: Any
+    layers: Sequence[int]
+    fingerprint: Callable[..., Fingerprint]
+
+
+def _load_tower(spec: EncoderSpec, folder: ModelFolder, modality: Modality, settings: EncoderSettings) -> _Tower:
     config, loader = find_tower(folder.path, modality)
     check_modality(spec, modality, _served(config))
     model, weights = load_pretrained(loader, folder.path, config)
     layers = requested_layers(settings.features)
     untie_last_state(model, layers)
-    model_config: Any = model.config
-    fingerprint = Fingerprint(
-        family="hf",
-        model=spec.model_name,
-        revision=folder.revision,
-        weights=weights,
-        preprocessing={},
-        pooling=IMAGE_POOLING if modality == "image" else TEXT_POOLING,
-    )
-    if modality == "image":
-        transform, scale, published, input_size = pixel_transform(folder.path)
-        module = ImageModel(ImageFeatures(model, layers), scale, input_size=input_size, requested=settings.features)
-        fingerprint = replace(fingerprint, preprocessing=published)
-        onnx_key = {
-            "name": f"hf-{spec.folder}",
-            "transformers": version("transformers"),
-            "config": digest(plain_json(model_config.to_dict())),
-            "preprocessing": digest(published),
-        }
-        return build_image_encoder(module, transform, fingerprint=fingerprint, settings=settings, onnx_key=onnx_key)
-    tokenizer = open_tokenizer(folder.path, max_tokens=spec.int_option("max_tokens"), model=model)
-    encoder = build_text_encoder(
-        TextFeatures(model, layers),
-        tokenizer,
-        fingerprint=replace(fingerprint, preprocessing=tokenizer.preprocessing),
-        settings=settings,
-        onnx_key={"name": f"hf-{spec.folder}", "config": digest(model_config.to_dict())},
-    )
-    describe(encoder, tokenizer, description)
-    return encoder
+    fingerprint = partial(Fingerprint, family="hf", model=spec.model_name, revision=folder.revision, weights=weights)
+    return _Tower(model, layers, fingerprint)
 
 
 def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
@@ -140,24 +168,13 @@ def _served(config: Any) -> Modality:
     return "image" if is_vision else "text"
 
 
-class PixelTransform(NamedTuple):
-    """How a model's images become its input.
-
-    Args:
-        to_pixels: an image to uint8 pixels.
-        scale: the normalization that follows.
-        published: settings of the published image processor.
-        input_shape: (3, H, W).
-    """
-
-    to_pixels: Transform
-    scale: torch.nn.Module
-    published: dict[str, Any]
-    input_shape: tuple[int, ...]
-
-
 def pixel_transform(folder: Path) -> PixelTransform:
-    """Return the transform of the image processor in a model's folder."""
+    """Return the transform of the image processor in a model's folder.
+
+    Raises:
+        PathError: the folder has no image processor.
+        SettingError: the processor returns a different shape per image.
+    """
     from transformers import AutoImageProcessor
 
     try:

@@ -104,7 +104,7 @@ def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     is_resized = size_px is not None and hasattr(model, "set_input_size")
     if is_resized:
         model.set_input_size(img_size=(size_px, size_px))
-    _, _, settings = timm.pixel_transform(model, size_px)
+    settings = timm.pixel_transform(model, size_px).published
     is_on_hub = spec.model.startswith(timm.HUB_PREFIXES)
     config = {
         "kind": "timm",
@@ -134,7 +134,7 @@ def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _Op
     config = {"kind": "transformers", **_model_config(model)}
     if modality == "text":
         return TextFeatures(model, layers).eval(), config, partial(_save_tokenizer, folder)
-    config["input_size"] = list(transformers.pixel_transform(folder).input_shape)
+    config["input_size"] = list(transformers.pixel_transform(folder).input_size)
     processor = AutoImageProcessor.from_pretrained(folder).to_dict()
     settings = plain_json({name: value for name, value in processor.items() if not name.startswith("_")})
     module = ImageFeatures(model, layers).eval()

@@ -36,9 +36,9 @@ def test_timm(config: Mapping[str, Any], interpolation: str) -> None:
 
     model = timm.create_model("test_vit", pretrained_cfg_overlay={**config, "interpolation": interpolation})
     whole = create_transform(**resolve_model_data_config(model), is_training=False)
-    transform, scale, _ = pixel_transform(model)
+    pixels = pixel_transform(model)
     for image in _in_all_modes():
-        _check(transform(image), scale, whole(image).numpy())
+        _check(pixels.transform(image), pixels.scale, whole(image).numpy())
 
 
 PROCESSORS: Mapping[str, Mapping[str, Any]] = {
@@ -59,11 +59,11 @@ def test_transformers(name: str, tmp_path: Path) -> None:
 
     getattr(transformers, name)(**PROCESSORS[name]).save_pretrained(tmp_path)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-    transform, scale, _, input_size = pixel_transform(tmp_path)
+    pixels = pixel_transform(tmp_path)
     for image in example_images():
         expected = processor(images=image, return_tensors="np")["pixel_values"][0]
-        assert expected.shape == input_size
-        _check(transform(image), scale, expected)
+        assert expected.shape == pixels.input_size
+        _check(pixels.transform(image), pixels.scale, expected)
 
 
 def test_transform_that_cannot_be_split_stays_float32(tmp_path: Path) -> None:
@@ -75,11 +75,11 @@ def test_transform_that_cannot_be_split_stays_float32(tmp_path: Path) -> None:
     made = transformers.EfficientNetImageProcessor(size={"height": 32, "width": 32})
     made.save_pretrained(tmp_path)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-    transform, scale, _, _ = pixel_transform(tmp_path)
+    pixels = pixel_transform(tmp_path)
     for image in example_images():
-        found = transform(image)
+        found = pixels.transform(image)
         assert found.dtype == np.float32
-        assert isinstance(scale, torch.nn.Identity)
+        assert isinstance(pixels.scale, torch.nn.Identity)
         np.testing.assert_array_equal(found, processor(images=image, return_tensors="np")["pixel_values"][0])
 
 

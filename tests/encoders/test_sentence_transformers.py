@@ -15,7 +15,7 @@ from embedcache.encoders import sentence_transformers
 from embedcache.encoders.audio import resample
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import find_description
+from embedcache.encoders.text import description_path
 from embedcache.encoders.weights import ModelFolder
 from embedcache.errors import ArtifactError, ItemError, MissingExtraError, PathError, SettingError, UnknownNameError
 from embedcache.registry import trust_files
@@ -178,7 +178,7 @@ def test_files_that_are_too_large_for_a_graph_are_not_read(
         with (copy / "shard.bin").open("wb") as file:
             file.truncate(4_000_000_000 - num_bytes + other)  # holds nothing, and takes no space
         read.clear()
-        find_description(EncoderSpec.parse(f"st:{copy}"), ModelFolder(copy), settings)
+        description_path(EncoderSpec.parse(f"st:{copy}"), ModelFolder(copy), settings)
         assert bool(read) is are_read
 
 
