@@ -18,11 +18,10 @@ from embedcache.arrays import Array, Floats, blocks
 from embedcache.axis import Axis
 from embedcache.devices import torch_device
 from embedcache.encoders.backends import Graph
-from embedcache.encoders.base import Fingerprint, ItemShape, Modality
+from embedcache.encoders.base import Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError
 from embedcache.processes import prefetch_map
-from embedcache.registry import unknown_name
 
 SAMPLE_RATE_HZ = 16_000
 """Rate of raw audio items."""
@@ -102,9 +101,7 @@ class AudioEncoder:
             prepared: emptied, so that windows need no memory any more once they are encoded.
             cast: name of a feature, (T, D) float32 -> (T, D) of any dtype.
         """
-        for name in names:
-            if name not in self.features:
-                raise unknown_name("feature", name, self.features)
+        check_names(names, self.features)
         joins: dict[str, list[_TokenJoin | _MeanJoin]] = {
             name: [self._join(name, inputs, cast) for inputs in prepared] for name in names
         }

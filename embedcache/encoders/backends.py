@@ -18,13 +18,13 @@ import torch
 from embedcache.arrays import Array, Floats
 from embedcache.axis import Axis
 from embedcache.devices import announce_device, autocast, torch_device
-from embedcache.encoders.base import Backend, Fingerprint, ItemShape, Modality
+from embedcache.encoders.base import Backend, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.image_features import native_features
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.files import replacing, user_folder, write_atomic
 from embedcache.provenance import digest, digest_file
-from embedcache.registry import is_installed, require, unknown_name
+from embedcache.registry import is_installed, require
 
 _MAX_ONNX_BYTES = 1_900_000_000  # an ONNX file is a protobuf message, which is limited to 2 GiB
 _OPSET = 17
@@ -85,9 +85,7 @@ class GraphEncoder:
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Compute the named features of one batch: name -> one float32 array per item, (D,) or (T, D)."""
-        for name in names:
-            if name not in self.features:
-                raise unknown_name("feature", name, self.features)
+        check_names(names, self.features)
         if not prepared:
             return {name: [] for name in names}
         outputs = self.graph(self._collate(prepared), names)
@@ -200,14 +198,19 @@ class TorchGraph:
 
     def _halve_batch(self, num_rows: int) -> None:
         if num_rows == 1:
-            raise SettingError(
-                f"the memory of {self._device} is too small for one item; use precision bfloat16 or float16, a smaller "
-                "model or another device"
-            )
+            raise out_of_memory(self._device)
         self._max_rows = num_rows // 2
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         _log.warning("%s is out of memory at batch size %d; continuing with %d", self._device, num_rows, self._max_rows)
+
+
+def out_of_memory(device: torch.device) -> SettingError:
+    """Create the error for a device whose memory does not hold the forward pass of one item."""
+    return SettingError(
+        f"the memory of {device} is too small for one item; use precision bfloat16 or float16, a smaller model or "
+        "another device"
+    )
 
 
 class OnnxGraph:

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from embedcache.arrays import Array
 from embedcache.modalities import ModalityName
+from embedcache.registry import unknown_name
 
 ItemShape: TypeAlias = tuple[int, ...]
 """Shape of one item's feature: `(D,)` a vector, `(T, D)` a fixed number of tokens, `(-1, D)` any number of tokens."""
@@ -102,5 +103,23 @@ class Encoder(Protocol):
         Returns:
             feature name -> one float32 array per item, of the shape in `features`, not normalized; integers for a
             feature with an integer dtype of its own.
+
+        Raises:
+            UnknownNameError: the encoder offers no feature of a name; see `check_names`.
         """
         ...
+
+
+def check_names(names: Iterable[str], features: Collection[str]) -> None:
+    """Check that an encoder offers the requested features.
+
+    Args:
+        names: names of the requested features.
+        features: names of those that the encoder offers.
+
+    Raises:
+        UnknownNameError: lists the features that the encoder offers.
+    """
+    for name in names:
+        if name not in features:
+            raise unknown_name("feature", name, features)

@@ -13,11 +13,10 @@ import numpy as np
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality
+from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError
-from embedcache.registry import unknown_name
 
 DTYPES = ("float32", "int16", "int32")
 MISSING = -1
@@ -100,9 +99,7 @@ class _Fields:
         return [self._copy(item) for item in items]
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
-        for name in names:
-            if name not in self.features:
-                raise unknown_name("feature", name, self.features)
+        check_names(names, self.features)
         return {name: [np.ascontiguousarray(rows[name]) for rows in prepared] for name in names}
 
     def _copy(self, item: Mapping[str, Array]) -> Array:

@@ -15,11 +15,10 @@ from PIL import Image, ImageOps
 
 from embedcache.arrays import Array, blocks
 from embedcache.axis import Axis
-from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality
+from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError
-from embedcache.registry import unknown_name
 
 RATE_HZ = 25.0
 """Default rate: half the 50 Hz of speech encoders, and that of most recordings of talking faces."""
@@ -110,9 +109,7 @@ class FrameEncoder:
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Run the image encoder on the frames of several videos, in batches of its own size."""
-        for name in names:
-            if name not in self.features:
-                raise unknown_name("feature", name, self.features)
+        check_names(names, self.features)
         sources = list(dict.fromkeys(self._default if name == "mean" else name for name in names))
         frames = [frame for frames in prepared for frame in frames]
         parts: dict[str, list[Array]] = {name: [] for name in sources}

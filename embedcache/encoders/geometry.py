@@ -12,7 +12,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats
 from embedcache.axis import Axis
-from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality
+from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError
@@ -131,9 +131,7 @@ class _Geometry:
         return [eigen_features(self._check(item["xyz"]), self._scales) for item in items]
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
-        for name in names:
-            if name not in self.features:
-                raise unknown_name("feature", name, self.features)
+        check_names(names, self.features)
         return {name: list(prepared) for name in names}
 
     def _check(self, xyz_N3: Array) -> Array:

@@ -14,14 +14,15 @@ from PIL import Image
 from embedcache.arrays import Array, Floats
 from embedcache.devices import announce_device, autocast, torch_device
 from embedcache.encoders.audio import SAMPLE_RATE_HZ, check_audio, resample
-from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
+from embedcache.encoders.backends import out_of_memory
+from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import ModelFolder, hash_weights, quiet_transformers
 from embedcache.errors import ArtifactError, MissingExtraError, SettingError, one_line
 from embedcache.modalities import noun
 from embedcache.provenance import read_json
-from embedcache.registry import has_trust, require, unknown_name
+from embedcache.registry import has_trust, require
 
 _EXTRA = "sentence-transformers"
 _DESCRIPTIONS = (".json", ".txt", ".model", ".jinja")
@@ -135,9 +136,7 @@ class LibraryEncoder:
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Compute the vectors of one batch; one that does not fit into memory is encoded in halves."""
-        for name in names:
-            if name != "pooled":
-                raise unknown_name("feature", name, ["pooled"])
+        check_names(names, ["pooled"])
         if not (prepared and names):
             return {name: [] for name in names}
         if self.modality == "audio":  # one by one: padding would change what they are encoded to
@@ -159,10 +158,7 @@ class LibraryEncoder:
             return vectors_ND.float().cpu().numpy()
         except torch.OutOfMemoryError:
             if len(prepared) == 1:
-                raise SettingError(
-                    f"the memory of {self._device} is too small for one item; use precision bfloat16 or float16, a "
-                    "smaller model or another device"
-                ) from None
+                raise out_of_memory(self._device) from None
         half = len(prepared) // 2
         return np.concatenate([self._run(prepared[:half]), self._run(prepared[half:])])
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from embedcache.arrays import Array, Floats
 from embedcache.axis import Axis
 from embedcache.devices import torch_device
-from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
+from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.frames import FrameEncoder, Pixels
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
@@ -27,7 +27,6 @@ from embedcache.encoders.weights import check_weights_file, hash_weights
 from embedcache.errors import ArtifactError, CorruptError, SettingError, one_line
 from embedcache.files import replacing
 from embedcache.provenance import canonical_json
-from embedcache.registry import unknown_name
 
 Normalization: TypeAlias = Literal["clip", "none"]
 """`clip` subtracts the mean frame of a video and divides by the standard deviation of what is left; `none` does not."""
@@ -204,9 +203,7 @@ class StackEncoder:
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Project the stacks of each video."""
-        for name in names:
-            if name not in self.features:
-                raise unknown_name("feature", name, self.features)
+        check_names(names, self.features)
         states: list[Array] = [self._weights.project(gray_pixels(frames)) for frames in prepared]
         outputs = {"mean": [states_TE.mean(axis=0) for states_TE in states], "states": states}
         return {name: outputs[name] for name in names}

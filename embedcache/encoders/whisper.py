@@ -47,9 +47,7 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
     """Open the encoder of a Whisper model. Option: `padding=30s` pads with silence to 30 s, as in training."""
     check_options(spec, ("padding",))
     check_modality(spec, modality, "audio")
-    padding = spec.options.get("padding", "none")
-    if padding not in {"none", "30s"}:
-        raise SettingError(f"option padding in {spec.text}: expected none or 30s, got {padding!r}")
+    is_padded = _is_padded(spec)
     graph = _WhisperGraph(_find_folder(spec), settings)
 
     def to_mel(audio_N: Floats) -> Floats:
@@ -62,7 +60,6 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
     def num_tokens(inputs: Array) -> int:
         return -(-(len(inputs) // HOP if is_padded else inputs.shape[1]) // 2)
 
-    is_padded = padding != "none"
     return AudioEncoder(
         graph,
         prepare=np.asarray if is_padded else to_mel,
@@ -73,23 +70,35 @@ def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSett
         num_parallel=graph.num_parallel,
         axis=AXIS,
         num_tokens=num_tokens,
-        fingerprint=Fingerprint(
-            family="whisper",
-            model=spec.model_name,
-            weights=graph.weights,
-            preprocessing={
-                "sample_rate_hz": SAMPLE_RATE_HZ,
-                "num_mels": graph.num_mels,
-                "hop": HOP,
-                "fft_size": FFT_SIZE,
-                "window_s": WINDOW_S,
-                "padding": padding,
-            },
-            pooling=POOLING,
-            backend=graph.backend,
-            precision=settings.precision,
-        ),
+        fingerprint=_fingerprint(spec, graph, settings.precision, is_padded=is_padded),
         settings=settings,
+    )
+
+
+def _is_padded(spec: EncoderSpec) -> bool:
+    """Return whether recordings are padded with silence to a multiple of 30 s, by the option `padding`."""
+    padding = spec.options.get("padding", "none")
+    if padding not in {"none", "30s"}:
+        raise SettingError(f"option padding in {spec.text}: expected none or 30s, got {padding!r}")
+    return padding == "30s"
+
+
+def _fingerprint(spec: EncoderSpec, graph: "_WhisperGraph", precision: str, *, is_padded: bool) -> Fingerprint:
+    return Fingerprint(
+        family="whisper",
+        model=spec.model_name,
+        weights=graph.weights,
+        preprocessing={
+            "sample_rate_hz": SAMPLE_RATE_HZ,
+            "num_mels": graph.num_mels,
+            "hop": HOP,
+            "fft_size": FFT_SIZE,
+            "window_s": WINDOW_S,
+            "padding": "30s" if is_padded else "none",
+        },
+        pooling=POOLING,
+        backend=graph.backend,
+        precision=precision,
     )
 
 
