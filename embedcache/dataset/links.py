@@ -75,21 +75,42 @@ def lift(values_TD: Array, axis: Axis, uv_N2: Array) -> Floats:
             "expected a grid that covers a known part of each image, got one after a crop or a view; extract the image "
             "encoder with the option fit=whole"
         )
-    assert axis.rows is not None
-    assert axis.columns is not None
-    if len(values_TD) != axis.rows * axis.columns:
+    cells = (axis.rows or 0) * (axis.columns or 0)
+    if len(values_TD) != cells:
         raise DataError(f"expected {axis.rows} x {axis.columns} cells, got {len(values_TD)}")
-    x_N, y_N = _in_box(uv_N2, axis.box)
-    left_N, right_N, across_N = _neighbors(x_N, axis.columns)
-    top_N, bottom_N, down_N = _neighbors(y_N, axis.rows)
-    grid_HWD = values_TD.reshape(axis.rows, axis.columns, -1)
-    above_ND = _mix(grid_HWD[top_N, left_N], grid_HWD[top_N, right_N], across_N)
-    below_ND = _mix(grid_HWD[bottom_N, left_N], grid_HWD[bottom_N, right_N], across_N)
-    return _mix(above_ND, below_ND, down_N)
+    _check_in_box(uv_N2, axis.box)
+    return sample_grid(values_TD, axis, uv_N2)
 
 
-def _in_box(uv_N2: Array, box: tuple[float, float, float, float]) -> tuple[Array, Array]:
-    """Return places as fractions of the box."""
+def sample_grid(values_TD: Array, axis: Axis, uv_N2: Array) -> Floats:
+    """Interpolate a feature on a grid as `lift` does, without its checks: (N, D) float32.
+
+    A place outside of the box has the value of the nearest place in it. The rule `lift` stores the result, so that
+    another order of the operations would change the bits of derived features.
+
+    Args:
+        values_TD: (T, D), one row per cell, row by row.
+        axis: of kind grid; without a box it covers the whole image.
+        uv_N2: (N, 2) fractions of the image's width and height.
+    """
+    assert axis.rows is not None  # both are checked by `Axis`
+    assert axis.columns is not None
+    x0, y0, x1, y1 = axis.box or (0.0, 0.0, 1.0, 1.0)
+    corners = []
+    for position_N, low, high, size in ((uv_N2[:, 1], y0, y1, axis.rows), (uv_N2[:, 0], x0, x1, axis.columns)):
+        place_N = np.clip((position_N - low) / (high - low) * size - 0.5, 0, size - 1)
+        before_N = np.minimum(place_N.astype(np.int64), max(size - 2, 0))
+        corners.append((before_N, np.minimum(before_N + 1, size - 1), (place_N - before_N).astype(np.float32)[:, None]))
+    (top, bottom, down), (left, right, along) = corners
+    grid_HWD = np.asarray(values_TD, np.float32).reshape(axis.rows, axis.columns, -1)
+    upper_ND = (1 - along) * grid_HWD[top, left] + along * grid_HWD[top, right]
+    lower_ND = (1 - along) * grid_HWD[bottom, left] + along * grid_HWD[bottom, right]
+    sampled_ND: Floats = ((1 - down) * upper_ND + down * lower_ND).astype(np.float32)
+    return sampled_ND
+
+
+def _check_in_box(uv_N2: Array, box: tuple[float, float, float, float]) -> None:
+    """Check that places are precise enough and lie in the box, up to rounding."""
     if uv_N2.dtype not in (np.float32, np.float64) or uv_N2.ndim != 2 or uv_N2.shape[1] != 2:
         raise DataError(
             f"uv: expected float32 of shape (N, 2), got {uv_N2.dtype} of shape {uv_N2.shape}; float16 is off by "
@@ -104,17 +125,3 @@ def _in_box(uv_N2: Array, box: tuple[float, float, float, float]) -> tuple[Array
             f"uv: expected places from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}), got ({u:g}, {v:g}), and "
             f"{int(is_outside_N.sum()):,} such points; leave them out"
         )
-    return places_N2[:, 0], places_N2[:, 1]
-
-
-def _neighbors(places_N: Array, size: int) -> tuple[Array, Array, Floats]:
-    """Return the cells before and after each place, and how far it is from the first to the second."""
-    positions_N = np.clip(places_N * size - 0.5, 0, size - 1)
-    before_N = np.floor(positions_N).astype(np.int64)
-    return before_N, np.minimum(before_N + 1, size - 1), (positions_N - before_N).astype(np.float32)
-
-
-def _mix(first_ND: Array, second_ND: Array, weights_N: Floats) -> Floats:
-    first_ND = first_ND.astype(np.float32)
-    mixed: Floats = first_ND + weights_N[:, None] * (second_ND.astype(np.float32) - first_ND)
-    return mixed

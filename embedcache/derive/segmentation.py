@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints
+from embedcache.arrays import Array, Ints
 from embedcache.axis import Axis
+from embedcache.dataset.links import sample_grid
 from embedcache.derive.pseudo_labels import (
     CertaintyThresholds,
     Gaussians,
@@ -51,32 +52,6 @@ def lift_parameters(cache: Cache, patches: Sequence[str]) -> dict[str, Any]:
             )
         grids.append(axis.to_json())
     return {"grids": grids}
-
-
-def sample_grid(values_TD: Floats, axis: Axis, uv_N2: Floats) -> Floats:
-    """Interpolate patches bilinearly at positions in the image: (N, D) float32.
-
-    The value of a patch is that of its center; beyond the outermost centers it is constant.
-
-    Args:
-        values_TD: (T, D), rows × columns patches, row by row.
-        axis: the grid, with the part of the image that it covers.
-        uv_N2: (N, 2) positions as fractions of the image's width and height.
-    """
-    assert axis.rows is not None  # both are checked by `Axis`
-    assert axis.columns is not None
-    x0, y0, x1, y1 = axis.box or (0.0, 0.0, 1.0, 1.0)
-    corners = []
-    for position_N, low, high, size in ((uv_N2[:, 1], y0, y1, axis.rows), (uv_N2[:, 0], x0, x1, axis.columns)):
-        place_N = np.clip((position_N - low) / (high - low) * size - 0.5, 0, size - 1)
-        before_N = np.minimum(place_N.astype(np.int64), max(size - 2, 0))
-        corners.append((before_N, np.minimum(before_N + 1, size - 1), (place_N - before_N).astype(np.float32)[:, None]))
-    (top, bottom, down), (left, right, along) = corners
-    grid_HWD = np.asarray(values_TD, np.float32).reshape(axis.rows, axis.columns, -1)
-    upper_ND = (1 - along) * grid_HWD[top, left] + along * grid_HWD[top, right]
-    lower_ND = (1 - along) * grid_HWD[bottom, left] + along * grid_HWD[bottom, right]
-    sampled_ND: Floats = ((1 - down) * upper_ND + down * lower_ND).astype(np.float32)
-    return sampled_ND
 
 
 def _lift_outputs(shapes: Sequence[ItemShape], parameters: Mapping[str, Any]) -> Mapping[str, ItemShape]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
 
 from embedcache.axis import Axis
+from embedcache.dataset.links import sample_grid
 from embedcache.derive.derive import Derivation, derive, derive_from_run
 from embedcache.derive.pseudo_labels import (
     CertaintyThresholds,
@@ -21,7 +22,7 @@ from embedcache.derive.pseudo_labels import (
     recover_labels,
     weight_by_entropy,
 )
-from embedcache.derive.segmentation import lift_parameters, sample_grid
+from embedcache.derive.segmentation import lift_parameters
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.extract.extract import extract
