@@ -12,7 +12,7 @@ from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
-from embedcache.store.columns import Column, is_missing
+from embedcache.store.columns import Column, is_none
 from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
 
@@ -213,7 +213,7 @@ def _read_dense_chunk(feature: Feature, commit: Commit) -> tuple[Ints, Array]:
     """Read the valid items of a chunk of items of one shape, without a Python object per item."""
     parts = [values for _, values in feature.read_chunk(commit)]
     values = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    valid_rows = np.flatnonzero(is_missing(commit.failures[feature.feature])[: len(values)])
+    valid_rows = np.flatnonzero(is_none(commit.failures[feature.feature])[: len(values)])
     return valid_rows, values if len(valid_rows) == len(values) else values[valid_rows]
 
 

@@ -32,7 +32,7 @@ from embedcache.sources import reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import NOT_YET, REMOVED
-from embedcache.store.compacted import table_path
+from embedcache.store.compacted import compacted_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import add_feature, open_group
 from embedcache.store.tables import to_file_item
@@ -146,7 +146,7 @@ def repair(
     lines = []
     for (modality, encoder), group in sorted(groups.items(), key=lambda item: derivation_depth(cache, item[1])):
         of_arrays = {finding.name for finding in repairable[modality, encoder] if finding.chunk < 0}
-        if (table := table_path(group.path)).name in of_arrays:
+        if (table := compacted_path(group.path)).name in of_arrays:
             of_arrays.remove(table.name)
             table.unlink(missing_ok=True)
             lines.append(f"{group.name}: deleted {table.name}, which the next extract or derive writes again")

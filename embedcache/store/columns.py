@@ -182,7 +182,7 @@ def index_in(texts: "pa.Array | pa.ChunkedArray", known: "pa.Array | pa.ChunkedA
     return pc.index_in(texts, value_set=known)
 
 
-def is_missing(values: Sequence[Any]) -> Bools:
+def is_none(values: Sequence[Any]) -> Bools:
     """Return which values are None: (N,) bool."""
     if isinstance(values, Column):
         return values.is_null()

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from embedcache.errors import ArtifactError, CorruptError, PathError, one_line
 from embedcache.files import replacing
 from embedcache.store.checksums import column_checksum
-from embedcache.store.columns import HASH, HASH_BYTES, Column, is_missing, to_array, to_bytes
+from embedcache.store.columns import HASH, HASH_BYTES, Column, is_none, to_array, to_bytes
 from embedcache.store.commits import Commit, commit_metadata, make_commit, read_commit
 from embedcache.store.layout import commit_name, commit_path
 from embedcache.store.tables import open_table
@@ -56,8 +56,8 @@ class Stamp(NamedTuple):
     inode: int
 
 
-def table_path(encoder_folder: Path) -> Path:
-    """Return the path of the table of an encoder."""
+def compacted_path(encoder_folder: Path) -> Path:
+    """Return the path of the table of an encoder's commits."""
     return encoder_folder / "commits.parquet"
 
 
@@ -81,7 +81,7 @@ def write_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp], commits: 
     checksums: list[dict[str, str]] = []
     known = ((stamps.get(commit_name(commit.chunk)), commit) for commit in commits)
     rows = (_row(commit, stamp) for stamp, commit in known if stamp is not None)
-    with replacing(table_path(encoder_folder)) as temporary, pq.ParquetWriter(temporary, _SCHEMA) as writer:
+    with replacing(compacted_path(encoder_folder)) as temporary, pq.ParquetWriter(temporary, _SCHEMA) as writer:
         while group := list(islice(rows, _CHUNKS_PER_GROUP)):
             table = pa.Table.from_pylist(group, _SCHEMA)
             writer.write_table(table)
@@ -94,21 +94,21 @@ def _row(commit: Commit, stamp: Stamp) -> dict[str, Any]:
         {"feature": feature, "offset": offset, "reason": reason}
         for feature, reasons in commit.failures.items()
         for array in [to_array(reasons, pa.string())]
-        for offset, reason in zip(np.flatnonzero(~is_missing(reasons)), array.drop_null().to_pylist(), strict=True)
+        for offset, reason in zip(np.flatnonzero(~is_none(reasons)), array.drop_null().to_pylist(), strict=True)
     ]
-    missing = is_missing(commit.hashes)
+    without_hash = is_none(commit.hashes)
     hashes = np.array(to_bytes(to_array(commit.hashes, HASH)))
-    hashes[missing] = 0
+    hashes[without_hash] = 0
     return {
         "chunk": commit.chunk,
         "size": stamp.size,
         "time_ns": stamp.time_ns,
         "inode": stamp.inode,
-        "num_rows": len(missing),
+        "num_rows": len(without_hash),
         "metadata": json.dumps(commit_metadata(commit)),
         "failures": failures,
         "hashes": hashes.tobytes(),
-        "without_hash": np.flatnonzero(missing),
+        "without_hash": np.flatnonzero(without_hash),
     }
 
 
@@ -125,7 +125,7 @@ def check_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> str | 
 
     Commits that cannot be read are not compared.
     """
-    path = table_path(encoder_folder)
+    path = compacted_path(encoder_folder)
     try:
         with open_table(path) as file:
             if _CHECKSUMS.encode() not in (file.metadata.metadata or {}):
@@ -150,7 +150,7 @@ _CHECKSUMS = "checksums"
 def _iterate_commits(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> Iterator[tuple[int, Commit]]:
     """Iterate over the chunks whose commits have these stamps, with the commits; raises errors of `_UNREADABLE`."""
     columns = [name for name in _SCHEMA.names if name not in _HASH_COLUMNS]
-    path = table_path(encoder_folder)
+    path = compacted_path(encoder_folder)
     with open_table(path) as file:
         for group, checksums in enumerate(_read_checksums(file)):
             load = cache(partial(_read_hashes, path, group, checksums))

@@ -16,7 +16,7 @@ from embedcache.errors import CorruptError, DataError, UnfinishedError
 from embedcache.progress import Progress
 from embedcache.provenance import digest
 from embedcache.store.arrays import REPAIR, max_maps, open_chunk
-from embedcache.store.columns import HASH, Column, is_missing, to_array
+from embedcache.store.columns import HASH, Column, is_none, to_array
 from embedcache.store.commits import Commit
 from embedcache.store.group import EncoderGroup, read_axis, read_feature
 
@@ -121,7 +121,7 @@ class Feature:
         valid = np.zeros(self.num_items, bool)
         for chunk, commit in enumerate(self.commits):
             if commit is not None:
-                valid[self._rows(chunk)] = is_missing(commit.failures[self.feature])
+                valid[self._rows(chunk)] = is_none(commit.failures[self.feature])
         return valid
 
     def has(self, rows: Ints) -> Bools:
@@ -139,10 +139,10 @@ class Feature:
             return has_B
         is_valid = np.zeros(len(rows), bool)
         for chunk in numbers.tolist():
-            commit, is_own = self._find_commit(chunk), chunks == chunk
+            commit, is_in_chunk = self._find_commit(chunk), chunks == chunk
             if commit is not None:
-                missing = is_missing(commit.failures[self.feature])
-                is_valid[is_own] = missing[rows[is_own] - self._rows(chunk).start]
+                has_no_failure = is_none(commit.failures[self.feature])
+                is_valid[is_in_chunk] = has_no_failure[rows[is_in_chunk] - self._rows(chunk).start]
         has_B[has_B] = is_valid
         return has_B
 
@@ -266,7 +266,7 @@ class Feature:
     def load(self, *, progress: Progress | None = None) -> Array:
         """Read the complete feature into memory: (N, D) or (N, T, D), with checksums checked.
 
-        Failed rows are NaN, of integers -1.
+        Failed rows are NaN, of integers -1. `progress`, in which the caller has started a step, advances by rows.
 
         Raises:
             UnfinishedError: chunks are missing.

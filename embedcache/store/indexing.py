@@ -188,11 +188,11 @@ def _is_unchanged(
     max_new = _max_new(info, limit, extend=extend)
     if len(info.all_segments) == 1 and not info.is_partial:
         num_read = info.num_samples + (1 if max_new is None else min(1, max_new))  # tells whether the source has grown
-        found = digest_samples(source, "checking samples", info.num_samples, num_read, _count_only, progress)
+        found = digest_samples(source, "checking samples", info.num_samples, num_read, _ignore, progress)
         return found == info.index_digest
     try:
         changes = find_changes(
-            cache_path, info, source.samples(), on_new=_count_only, max_new=max_new, extend=extend, progress=progress
+            cache_path, info, source.samples(), on_new=_ignore, max_new=max_new, extend=extend, progress=progress
         )
     except FingerprintError:
         return False  # raised again by `_update`, under the lock
@@ -274,7 +274,7 @@ def _update(
     max_new = _max_new(info, limit, extend=extend)
     with scratch_folder(cache_path) as folder:
         extended = _ExtendedTables(cache_path, info, folder / "longer")
-        on_new = extended.add if extend else _count_only
+        on_new = extended.add if extend else _ignore
         changes = find_changes(
             cache_path, info, source.samples(), on_new=on_new, max_new=max_new, extend=extend, progress=progress
         )
@@ -294,6 +294,14 @@ def _update(
             tables = writer.close()
         if tables.folder != cache_path:
             put_tables(tables.folder, cache_path)
+    info = _with_changes(info, changes, tables)
+    write_info(cache_path, info)
+    update_path(cache_path).unlink(missing_ok=True)
+    return info
+
+
+def _with_changes(info: CacheInfo, changes: SourceChanges, tables: WrittenTables) -> CacheInfo:
+    """Return the manifest of a cache after its tables were written with the changes of its source."""
     segments = [
         replace(segment, digest=_joined(segment.digest, now, changes) if info.is_partial else now)
         for segment, now in zip(info.all_segments, changes.digests, strict=True)
@@ -301,7 +309,7 @@ def _update(
     if changes.num_new:
         segments.append(Segment(num_samples=changes.num_new, digest=changes.new_digest))
     version = TableVersion(index_digest=info.index_digest, num_items=info.num_items)
-    info = replace(
+    return replace(
         info,
         index_digest=combined_digest(segments, info.removed),
         num_samples=info.num_samples + changes.num_new,
@@ -311,9 +319,6 @@ def _update(
         segments=tuple(segments),
         earlier_versions=(*info.earlier_versions, version),
     )
-    write_info(cache_path, info)
-    update_path(cache_path).unlink(missing_ok=True)
-    return info
 
 
 def _joined(before: str, now: str, changes: SourceChanges) -> str:
@@ -342,8 +347,8 @@ class _ExtendedTables:
         return self._writer.close()
 
 
-def _count_only(_: list[Sample]) -> None:
-    """Ignore new samples."""
+def _ignore(_: list[Sample]) -> None:
+    """Ignore samples: they are read to be compared or counted only."""
 
 
 def update_path(cache_path: Path) -> Path:

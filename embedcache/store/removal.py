@@ -21,7 +21,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest_file
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, Commit, hash_item, remove_commit, write_commit
-from embedcache.store.compacted import table_path
+from embedcache.store.compacted import compacted_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
 from embedcache.store.indexing import update_path
@@ -185,7 +185,7 @@ def _erase(cache_path: Path, erased: ErasedChunks, progress: Progress) -> None:
     group = erased.group
     staging = cache_path / "removing" / group.modality / group.name
     if erased.rows:
-        table_path(group.path).unlink(missing_ok=True)  # it repeats hashes and reasons
+        compacted_path(group.path).unlink(missing_ok=True)  # it repeats hashes and reasons
     leases = Leases(group.path / "chunks")
     for chunk, rows in erased.rows.items():
         leases.acquire(chunk, wait=True)

@@ -1,10 +1,11 @@
 """Check every byte of a cache: missing, truncated, changed or foreign chunks, and changed tables and metadata."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +19,10 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest, digest_file
 from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_metadata
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import BLOCK, TableChecksums
-from embedcache.store.columns import HASH, is_missing, to_array, to_bytes
+from embedcache.store.checksums import TableChecksums
+from embedcache.store.columns import HASH, is_none, to_array, to_bytes
 from embedcache.store.commits import Commit, hash_item, read_commit
-from embedcache.store.compacted import check_compacted, read_stamps, table_path
+from embedcache.store.compacted import check_compacted, compacted_path, read_stamps
 from embedcache.store.feature import Feature
 from embedcache.store.group import ATTRIBUTE, EncoderGroup, feature_metadata, open_group, read_feature, token_metadata
 from embedcache.store.layout import (
@@ -120,28 +121,25 @@ def _check_removed(cache: Cache) -> Iterator[Finding]:
 
 def check_tables(cache: Cache, *, progress: Progress | None = None) -> Iterator[Finding]:
     """Compare the tables with their numbers of rows, and with their digests, which the first caches lack."""
-    progress, tables = progress or NullProgress(), {"samples": cache.info.num_samples, **cache.info.num_items}
+    progress, tables = progress or NullProgress(), {SAMPLES: cache.info.num_samples, **cache.info.num_items}
     progress.start("checking tables", sum(tables.values()), "rows")
     for name, num_rows in tables.items():
-        is_samples = name == "samples"
-        path = samples_path(cache.path) if is_samples else items_path(cache.path, name)
+        path = samples_path(cache.path) if name == SAMPLES else items_path(cache.path, name)
         finding = partial(Finding, modality=name, encoder="", name=str(path.relative_to(cache.path)), can_repair=False)
-        indexed_digest = cache.info.table_digests.get(name)
-        block_rows = BLOCK if is_samples else cache.info.chunk_size
         try:
-            actual_digest, checksums, missing = _digest(path, num_rows, block_rows, progress, is_samples=is_samples)
+            found = _read_content(cache, name, path, progress)
         except (CorruptError, PathError) as error:
             yield finding(reason=str(error))
             continue
-        if missing:
-            reason = f"expected {num_rows:,} rows, got {num_rows - missing:,}"
+        if found.num_rows < num_rows:
+            reason = f"expected {num_rows:,} rows, got {found.num_rows:,}"
             yield finding(reason=f"{reason}; restore the file, or extract into a new folder")
-        elif indexed_digest not in (None, actual_digest):
+        elif cache.info.table_digests.get(name) not in (None, found.digest):
             yield finding(reason=_REORDERED)
         elif changed := [
             column
             for column, written in cache.info.table_checksums.get(name, {}).items()
-            if checksums.get(column) != written
+            if found.checksums.get(column) != written
         ]:
             yield finding(
                 reason=f"column {changed[0]!r} has changed since it was indexed; restore the file, or extract into a "
@@ -150,19 +148,26 @@ def check_tables(cache: Cache, *, progress: Progress | None = None) -> Iterator[
     progress.finish()
 
 
-def _digest(
-    path: Path, num_rows: int, block_rows: int, progress: Progress, *, is_samples: bool
-) -> tuple[str, dict[str, str], int]:
-    """Return the digest and the checksums of the first rows of a table, and how many of them are missing."""
-    table_digest, checksums = TableDigest(), TableChecksums(block_rows)
+class _TableContent(NamedTuple):
+    """The rows of a table that `cache.json` counts: how many there are, their digest, and column -> checksums."""
+
+    num_rows: int
+    digest: str
+    checksums: Mapping[str, str]
+
+
+def _read_content(cache: Cache, name: str, path: Path, progress: Progress) -> _TableContent:
+    """Read the rows of a table that exist for the cache; beyond them it may have more."""
+    table_digest, checksums = TableDigest(), TableChecksums(cache.block_rows(name))
+    expected, num_rows = cache.num_rows(name), 0
     with table_errors(path), open_table(path) as table:
         for batch in table.iter_batches(use_threads=False):
-            rows = pa.table(batch).slice(0, num_rows)
-            table_digest.update(rows.select(["key"]) if is_samples else rows)
+            rows = pa.table(batch).slice(0, expected - num_rows)
+            table_digest.update(rows.select(["key"]) if name == SAMPLES else rows)
             checksums.update(rows)
-            num_rows -= len(rows)
+            num_rows += len(rows)
             progress.advance(len(rows))
-    return table_digest.hexdigest(), checksums.close(), num_rows
+    return _TableContent(num_rows, table_digest.hexdigest(), checksums.close())
 
 
 def _encoders(cache: Cache, modality: str) -> list[str]:
@@ -255,7 +260,7 @@ def _check_fit(group: EncoderGroup) -> list[Finding]:
 
 def _check_compacted(group: EncoderGroup) -> list[Finding]:
     """Check the table of many commits, which readers use in place of them."""
-    path = table_path(group.path)
+    path = compacted_path(group.path)
     reason = None if is_remote(path) else check_compacted(group.path, read_stamps(group.path))
     if reason is None:
         return []
@@ -344,9 +349,7 @@ class _SeenItems:
 
     def compare(self, commit: Commit, encoder: str) -> Ints:
         """Return the used items of a chunk that another encoder read with other bytes, and note the others."""
-        is_used_N = ~is_missing(commit.hashes) & np.any(
-            [is_missing(reasons) for reasons in commit.failures.values()], 0
-        )
+        is_used_N = ~is_none(commit.hashes) & np.any([is_none(reasons) for reasons in commit.failures.values()], 0)
         hashes_N2 = np.ascontiguousarray(to_bytes(to_array(commit.hashes, HASH))).view(np.uint64)
         is_new_N = is_used_N & (self._first_N < 0)
         self._first_N[is_new_N] = len(self._encoders)

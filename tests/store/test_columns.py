@@ -10,7 +10,7 @@ from embedcache.store.columns import (
     Column,
     hashes_json,
     in_blocks,
-    is_missing,
+    is_none,
     number_contents,
     strings_json,
     to_array,
@@ -63,7 +63,7 @@ def test_column_is_a_sequence() -> None:
     for array in (pa.array(values), pa.chunked_array([values[:1], values[1:]])):
         for kind in (pa.string(), pa.large_string()):
             assert to_array(Column(array), kind).equals(pa.array(values, kind))
-    assert is_missing(column).tolist() == is_missing(values).tolist() == [False, True, False, False]
+    assert is_none(column).tolist() == is_none(values).tolist() == [False, True, False, False]
     assert to_array(column, pa.string()).equals(to_array(values, pa.string()))
     assert np.array(Column(pa.array([1, 2]))).tolist() == [1, 2]
 
@@ -82,7 +82,7 @@ def test_sparse_column_equals_dense(values: list[str | None]) -> None:
             column[number]
     assert column[1:3] == values[1:3]
     assert list(column) == values
-    assert is_missing(column).tolist() == is_missing(values).tolist()
+    assert is_none(column).tolist() == is_none(values).tolist()
     assert ("a" in column, "c" in column, None in column) == ("a" in values, False, None in dense)
     for one in (column, dense):
         found, texts = one.present()

@@ -17,9 +17,9 @@ from embedcache.store.commits import Commit, write_commit
 from embedcache.store.compacted import (
     Stamp,
     check_compacted,
+    compacted_path,
     read_compacted,
     read_stamps,
-    table_path,
     write_compacted,
 )
 from embedcache.store.feature import Feature
@@ -91,7 +91,7 @@ def damages(path: Path, rng: np.random.Generator) -> Iterator[bytes]:
 
 
 def test_damaged_table_is_not_used(feature: Feature) -> None:
-    path, expected, num_found = table_path(feature.group.path), read_one_by_one(feature.group), 0
+    path, expected, num_found = compacted_path(feature.group.path), read_one_by_one(feature.group), 0
     for damaged in damages(path, np.random.default_rng(0)):
         group_module._KEPT.clear()
         path.write_bytes(damaged)
@@ -109,7 +109,7 @@ def test_damaged_table_is_not_used(feature: Feature) -> None:
 def test_verify_reports_a_damaged_table(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_module, "MIN_CHUNKS", 1)
     cache = Cache(shutil.copytree(cache_path, tmp_path / "cache"))
-    path = table_path(cache.feature("image", "open_toy/cls").group.path)
+    path = compacted_path(cache.feature("image", "open_toy/cls").group.path)
     cache.feature("image", "open_toy/cls").group.compact()
     assert verify(cache) == []
     path.write_bytes(path.read_bytes()[:-9])
@@ -125,7 +125,7 @@ def test_table_of_another_encoder_is_not_used(feature: Feature, tmp_path: Path) 
     other = write_feature(tmp_path / "other", random_items(19, (4,), seed=1), (4,), chunk_size=4)
     other.group.compact()
     expected = read_one_by_one(feature.group)
-    table_path(feature.group.path).write_bytes(table_path(other.group.path).read_bytes())
+    compacted_path(feature.group.path).write_bytes(compacted_path(other.group.path).read_bytes())
     assert compacted_chunks(feature.group) == []
     assert feature.group.commits() == expected
     feature.group.compact()
@@ -134,7 +134,7 @@ def test_table_of_another_encoder_is_not_used(feature: Feature, tmp_path: Path) 
 
 def test_hashes_are_those_of_the_table_that_was_opened(feature: Feature) -> None:
     commits, expected = feature.group.commits(), read_one_by_one(feature.group)
-    table_path(feature.group.path).write_bytes(b"PAR1")
+    compacted_path(feature.group.path).write_bytes(b"PAR1")
     assert [commit and list(commit.hashes) for commit in commits] == [commit and commit.hashes for commit in expected]
 
 
@@ -154,9 +154,9 @@ def test_table_has_groups_of_256_chunks(feature: Feature) -> None:
     del stamps[commit_name(7)]  # written since
     path = feature.group.path
     write_compacted(path, stamps, iter(commits))
-    metadata = pq.read_metadata(table_path(path))
+    metadata = pq.read_metadata(compacted_path(path))
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [256, 256, 87]
-    table = pq.read_table(table_path(path))
+    table = pq.read_table(compacted_path(path))
     assert table.drop_columns("metadata").slice(1, 1).to_pylist() == [
         {
             "chunk": 1,
@@ -175,7 +175,7 @@ def test_table_has_groups_of_256_chunks(feature: Feature) -> None:
 
 
 def test_tables_without_checksums_are_of_earlier_versions(feature: Feature) -> None:
-    path, stamps = table_path(feature.group.path), read_stamps(feature.group.path)
+    path, stamps = compacted_path(feature.group.path), read_stamps(feature.group.path)
     assert check_compacted(feature.group.path, stamps) is None
     pq.write_table(pq.read_table(path), path)
     assert check_compacted(feature.group.path, stamps) is None
@@ -187,10 +187,10 @@ def test_tables_without_checksums_are_of_earlier_versions(feature: Feature) -> N
 
 def test_hashes_of_a_chunk_that_was_changed_raise(feature: Feature) -> None:
     group = feature.group
-    table_path(group.path).unlink()
+    compacted_path(group.path).unlink()
     group.compact()
     first, second, *_ = read_compacted(group.path, read_stamps(group.path)).values()
-    table_path(group.path).write_bytes(b"PAR1")
+    compacted_path(group.path).write_bytes(b"PAR1")
     commit_path(group.path, 0).unlink()
     shorter = group.commit(1)
     assert shorter is not None
@@ -209,11 +209,11 @@ def test_commits_of_a_thousand_chunks_are_kept(tmp_path: Path, num_chunks: int, 
     assert [chunk for chunk, commit in enumerate(found) if commit is not None] == [0]
     assert (group.commits() is found) is is_kept
     group.compact()
-    assert table_path(group.path).exists() is is_kept
+    assert compacted_path(group.path).exists() is is_kept
 
 
 def test_few_chunks_have_no_table(tmp_path: Path) -> None:
     opened = write_feature(tmp_path / "c", random_items(9, (4,), seed=0), (4,), chunk_size=4)
     opened.group.compact()
-    assert not table_path(opened.group.path).exists()
+    assert not compacted_path(opened.group.path).exists()
     assert np.array_equal(Cache(tmp_path / "c").feature("image").valid, np.ones(9, bool))

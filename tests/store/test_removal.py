@@ -14,7 +14,7 @@ from embedcache.sources import open_source
 from embedcache.store import removal
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED, hash_item
-from embedcache.store.compacted import table_path
+from embedcache.store.compacted import compacted_path
 from embedcache.store.indexing import index, update_path
 from embedcache.store.layout import commit_path, read_info, write_info
 from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
@@ -164,7 +164,7 @@ def test_table_of_commits_goes_before_the_first_chunk(cache: Path, monkeypatch: 
     monkeypatch.setattr("embedcache.store.group.MIN_CHUNKS", 1)
     (group,) = Cache(cache).encoders("image")
     group.compact()
-    assert table_path(group.path).is_file()
+    assert compacted_path(group.path).is_file()
     start(cache)
 
     def stop(*_: object) -> None:
@@ -174,10 +174,10 @@ def test_table_of_commits_goes_before_the_first_chunk(cache: Path, monkeypatch: 
         patch.setattr(removal, "put_file", stop)
         with pytest.raises(KeyboardInterrupt):
             apply_removal(cache, "digest")
-    assert not table_path(group.path).exists()  # it repeats hashes
+    assert not compacted_path(group.path).exists()  # it repeats hashes
     apply_removal(cache, "digest")
     finish_removal(cache)
-    assert table_path(group.path).is_file()
+    assert compacted_path(group.path).is_file()
     assert verify(Cache(cache)) == []
 
 
