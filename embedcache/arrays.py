@@ -163,10 +163,15 @@ def check_finite(values: Array, name: str, *, rows: Ints | None = None) -> None:
 _LAST_NUMBER = 2**32 - 1
 
 
-def to_keys(scores: Array, numbers: Array) -> Ints:
-    """Encode a float32 score and a number as one int64: larger for a higher score and, of equal scores, a lower number.
+def to_sort_keys(scores: Array, numbers: Array) -> Ints:
+    """Encode scores and numbers as int64 that sort by score, and of equal scores by descending number.
 
-    The bits of a float, read as an integer, keep its order; those of negative floats are inverted.
+    So the largest keys are those of the highest scores and, of equal ones, of the lowest numbers. The bits of a float,
+    read as an integer, keep its order; those of negative floats are inverted.
+
+    Args:
+        scores: float32 of any shape; -0.0 counts as 0.0.
+        numbers: integers from 0 to 2^32 - 1, of the same shape.
     """
     assert not len(numbers) or numbers.max() <= _LAST_NUMBER
     bits = np.add(scores, 0, dtype=np.float32).view(np.int32)  # + 0: of -0.0 makes 0.0
@@ -174,8 +179,8 @@ def to_keys(scores: Array, numbers: Array) -> Ints:
     return keys
 
 
-def from_keys(keys: Ints) -> tuple[Floats, Ints]:
-    """Decode scores and numbers from keys."""
+def from_sort_keys(keys: Ints) -> tuple[Floats, Ints]:
+    """Decode scores, float32, and numbers, int64, from sort keys."""
     bits = _invert_negative((keys >> 32).astype(np.int32))
     return bits.view(np.float32), _LAST_NUMBER - (keys & _LAST_NUMBER)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import embedcache.arrays
-from embedcache.arrays import blocks, check_finite, distinct, from_keys, normalize, to_keys
+from embedcache.arrays import blocks, check_finite, distinct, from_sort_keys, normalize, to_sort_keys
 from embedcache.errors import DataError
 
 vectors = arrays(
@@ -67,14 +67,14 @@ SCORES = st.floats(-1, 1, width=32) | st.floats(width=32, allow_nan=False)  # co
 @given(st.lists(st.tuples(SCORES, st.integers(0, 2**32 - 1)), min_size=1, max_size=20))
 def test_keys_sort_by_score_then_number(pairs: list[tuple[float, int]]) -> None:
     scores, numbers = np.array([score for score, _ in pairs], np.float32), np.array([number for _, number in pairs])
-    keys = to_keys(scores, numbers)
+    keys = to_sort_keys(scores, numbers)
     by_key = sorted(range(len(pairs)), key=lambda row: -keys[row])
     assert [pairs[row] for row in by_key] == sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
-    found_scores, found_numbers = from_keys(keys)
+    found_scores, found_numbers = from_sort_keys(keys)
     assert np.array_equal(found_scores, scores)
     assert np.array_equal(found_numbers, numbers)
 
 
 def test_keys_hold_numbers_of_32_bits() -> None:
     with pytest.raises(AssertionError):
-        to_keys(np.zeros(1, np.float32), np.array([2**32]))
+        to_sort_keys(np.zeros(1, np.float32), np.array([2**32]))

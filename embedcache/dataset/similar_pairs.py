@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints, from_keys, to_keys
+from embedcache.arrays import Array, Bools, Floats, Ints, from_sort_keys, to_sort_keys
 
 _BELOW_ALL = np.float32(-2)
 _ALMOST_ONE = 1 - 1e-5  # equal vectors reach this in spite of rounding
@@ -141,10 +141,11 @@ class NeighborCollector:
         counts, k = np.bincount(row, minlength=len(items)), self.items.shape[1]
         place = k + np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
         keys = np.full((len(items), k + int(counts.max())), np.iinfo(np.int64).min)
-        keys[:, :k] = to_keys(self.cosines[items], self.items[items].view(np.uint32))  # item -1 is the highest number
-        keys[row, place] = to_keys(cosines_BR.ravel()[flat], others[column])
+        listed = self.items[items].view(np.uint32)  # item -1 is the highest number
+        keys[:, :k] = to_sort_keys(self.cosines[items], listed)
+        keys[row, place] = to_sort_keys(cosines_BR.ravel()[flat], others[column])
         keys.sort(axis=1)
-        self.cosines[items], self.items[items] = from_keys(keys[:, : -k - 1 : -1])
+        self.cosines[items], self.items[items] = from_sort_keys(keys[:, : -k - 1 : -1])
         self._lowest[items] = self.cosines[items, -1]
 
     def _leave_out_listed(self, items: Ints, others: Ints, cosines_BR: Floats) -> None:

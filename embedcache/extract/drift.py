@@ -12,7 +12,7 @@ from embedcache.devices import AUTO
 from embedcache.errors import EmbedcacheError, ItemError
 from embedcache.extract.feature_writer import FeatureWriter, reopen_writer, view_fingerprint
 from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, load_items
-from embedcache.extract.precision import MIN_COSINE, item_cosine
+from embedcache.extract.precision import AGREEMENT_COSINE, item_cosine
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
@@ -45,7 +45,7 @@ class Drift:
     @property
     def is_bad(self) -> bool:
         """Whether an item or its features changed."""
-        return bool(self.num_unreadable or self.num_changed or (self.cosines < MIN_COSINE).any())
+        return bool(self.num_unreadable or self.num_changed or (self.cosines < AGREEMENT_COSINE).any())
 
     def line(self) -> str:
         """Return a summary in one line."""
@@ -54,7 +54,7 @@ class Drift:
         parts = [f"{self.feature}: {len(self.cosines):,} items encoded again"]
         if len(self.cosines):
             parts.append(f"cosine to the stored feature: mean {self.cosines.mean():.6f}, min {self.cosines.min():.6f}")
-            parts += [f"in row {self.rows[self.cosines.argmin()]:,}"] * bool(self.cosines.min() < MIN_COSINE)
+            parts += [f"in row {self.rows[self.cosines.argmin()]:,}"] * bool(self.cosines.min() < AGREEMENT_COSINE)
         parts += [f"{self.num_unreadable:,} items can no longer be read"] * bool(self.num_unreadable)
         parts += [f"the bytes of {self.num_changed:,} items have changed"] * bool(self.num_changed)
         parts += [f"the encoder has changed: {'; '.join(self.differences)}"] * bool(self.differences)

@@ -25,11 +25,14 @@ from embedcache.store.cache import Cache
 from embedcache.store.group import EncoderGroup, find_group
 from embedcache.store.layout import encoder_path
 
-MIN_COSINE = 0.999
-"""Cosine below which an item has drifted: float16 on disk costs 1e-6, and another summation order about as much."""
+AGREEMENT_COSINE = 0.999
+"""Cosine from which two vectors of an item agree: float16 on disk costs 1e-6, another summation order about as much.
 
-LEAST_COSINE = 0.99
-"""Cosine below which the device computes something else: an overflow, or a faulty kernel of its library."""
+Below it, a precision is not chosen by `auto`, and an item that is encoded again has drifted.
+"""
+
+FAULT_COSINE = 0.99
+"""Cosine below which a precision is refused, as the device computes wrong values: an overflow, or a faulty kernel."""
 
 _NUM_MEASURED = {"image": 64, "text": 64}
 _NUM_LONG = 4  # recordings, videos and point clouds
@@ -54,14 +57,14 @@ class MeasuredPrecision:
 
     @property
     def agrees(self) -> bool:
-        """Whether all cosines are at least 0.999."""
-        return bool(len(self.cosines)) and bool(self.cosines.min() >= MIN_COSINE)
+        """Whether all cosines are at least `AGREEMENT_COSINE`."""
+        return bool(len(self.cosines)) and bool(self.cosines.min() >= AGREEMENT_COSINE)
 
     def check(self) -> None:
-        """Raise `DataError` if the precision computes something else than float32."""
-        if len(self.cosines) and self.cosines.min() < LEAST_COSINE:
+        """Check that the precision computes what float32 does, or raise a `DataError`: `FAULT_COSINE`."""
+        if len(self.cosines) and self.cosines.min() < FAULT_COSINE:
             raise DataError(
-                f"{self.encoder}: expected vectors in {self.precision} to have cosines of at least {LEAST_COSINE} to "
+                f"{self.encoder}: expected vectors in {self.precision} to have cosines of at least {FAULT_COSINE} to "
                 f"those in float32, got {self.cosines.min():.6f} on the first {noun(self.modality)}: this device or "
                 "its library computes wrong values; use --precision float32"
             )
@@ -72,7 +75,7 @@ class MeasuredPrecision:
             return (
                 f"{self.encoder}: {self.precision} was not compared: none of the first {noun(self.modality)} is valid"
             )
-        verdict = "" if self.agrees else f", which is below {MIN_COSINE}"
+        verdict = "" if self.agrees else f", which is below {AGREEMENT_COSINE}"
         return (
             f"{self.encoder}: {self.precision} is {self.speedup:.1f} times as fast as float32; cosine to it on the "
             f"first {noun(self.modality)}: mean {self.cosines.mean():.6f}, min {self.cosines.min():.6f}{verdict}"

@@ -11,7 +11,7 @@ from PIL import Image
 from embedcache.errors import CorruptError, FingerprintError, SettingError
 from embedcache.extract.drift import measure_drift
 from embedcache.extract.extract import extract
-from embedcache.extract.precision import MIN_COSINE
+from embedcache.extract.precision import AGREEMENT_COSINE
 from embedcache.extract.repair import repair
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.sources import open_source
@@ -60,7 +60,7 @@ def test_changed_preprocessing_drifts(extracted: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(toy.ToyImages, "prepare", prepare)
     drifts = {drift.feature: drift for drift in measure_drift(Cache(extracted), 1)}
-    assert drifts["open_toy/cls"].cosines.mean() < MIN_COSINE
+    assert drifts["open_toy/cls"].cosines.mean() < AGREEMENT_COSINE
     worst = drifts["open_toy/cls"].cosines.argmin()
     assert drifts["open_toy/cls"].line().startswith("DRIFT open_toy/cls: 20 items encoded again, cosine")
     assert drifts["open_toy/cls"].line().endswith(f", in row {worst}")

@@ -52,10 +52,10 @@ def test_new_features_get_the_first_precision_that_agrees(
     assert [found.precision for found in planned.precisions] == ["bfloat16", "float16"]
     assert all(0.999 <= found.cosines.min() < 1 for found in planned.precisions)
     assert "test_vit: bfloat16 is " in planned.precisions[0].line()
-    monkeypatch.setattr(precision, "MIN_COSINE", float(planned.precisions[0].cosines.min()) + 1e-6)
+    monkeypatch.setattr(precision, "AGREEMENT_COSINE", float(planned.precisions[0].cosines.min()) + 1e-6)
     extract(open_source(photos), tmp_path / "strict", image_encoder=[encoder], settings=settings_of())
     assert stored(tmp_path / "strict")[0] == "float16"
-    monkeypatch.setattr(precision, "MIN_COSINE", 1.1)
+    monkeypatch.setattr(precision, "AGREEMENT_COSINE", 1.1)
     extract(open_source(photos), tmp_path / "none", image_encoder=[encoder], settings=settings_of())
     assert stored(tmp_path / "none")[0] == "float32"
 
@@ -76,7 +76,7 @@ def test_named_precision_is_compared_with_float32(
     extract(open_source(photos), tmp_path / "c", image_encoder=[encoder], settings=settings, progress=progress)
     assert stored(tmp_path / "c")[0] == "bfloat16"
     assert [note for note in progress.notes if "test_vit: bfloat16 is " in note]
-    monkeypatch.setattr(precision, "LEAST_COSINE", 1.1)
+    monkeypatch.setattr(precision, "FAULT_COSINE", 1.1)
     with pytest.raises(DataError, match=r"test_vit: expected .*16 .*at least 1.1.*got 0.99.*--precision float32"):
         extract(open_source(photos), tmp_path / "wrong", image_encoder=[encoder], settings=settings)
     assert not Cache(tmp_path / "wrong").features("image")

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Floats, Ints, blocks, to_keys
+from embedcache.arrays import Array, Floats, Ints, blocks, to_sort_keys
 from embedcache.curate.select.best_samples import whole_samples
 from embedcache.curate.select.pool import Pool, compute_cosines
 from embedcache.curate.select.settings import SelectSettings
@@ -72,7 +72,7 @@ class TopScoreSelector:
 
 def find_highest(scores_S: Array, size: int) -> Ints:
     """Return ascending positions of the `size` highest scores, or of all; of equal scores the first."""
-    keys_S = to_keys(scores_S, np.arange(len(scores_S)))
+    keys_S = to_sort_keys(scores_S, np.arange(len(scores_S)))
     return np.sort(np.argsort(-keys_S)[:size])
 
 

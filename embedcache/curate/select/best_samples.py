@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embedcache.arrays import Floats, Ints, from_keys, to_keys
+from embedcache.arrays import Floats, Ints, from_sort_keys, to_sort_keys
 from embedcache.curate.select.pool import compute_cosines
 
 
@@ -28,11 +28,11 @@ def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: 
     for samples_B, vectors_BP in whole_samples(blocks):
         samples_S, starts_S = np.unique(samples_B, return_index=True)
         best.add(np.maximum.reduceat(compute_cosines(concepts_CP, vectors_BP), starts_S, axis=1), samples_S)
-    return TopSamples(*from_keys(-np.sort(-best.merged(), axis=1)))
+    return TopSamples(*from_sort_keys(-np.sort(-best.merged(), axis=1)))
 
 
 class _BestKeys:
-    """The k largest keys of each concept, of scores that come in the order of their samples.
+    """The k largest sort keys of each concept, of scores that come in the order of their samples.
 
     Of a full row only the scores above its lowest are looked at, of which there are fewer and fewer.
     """
@@ -46,14 +46,15 @@ class _BestKeys:
     def add(self, scores_CS: Floats, samples_S: Ints) -> None:
         """Add the scores of further samples."""
         if self._keys_CK.shape[1] < self._k:
-            self._keys_CK = _largest(np.concatenate([self._keys_CK, to_keys(scores_CS, samples_S)], axis=1), self._k)
+            keys_CN = np.concatenate([self._keys_CK, to_sort_keys(scores_CS, samples_S)], axis=1)
+            self._keys_CK = _largest(keys_CN, self._k)
             self._find_lowest()
             return
         concept_M, sample_M = np.nonzero(scores_CS > self._lowest_C1)  # of equal scores the earlier sample is better
         if not len(concept_M):
             return
         self._concepts.append(concept_M)
-        self._keys.append(to_keys(scores_CS[concept_M, sample_M], samples_S[sample_M]))
+        self._keys.append(to_sort_keys(scores_CS[concept_M, sample_M], samples_S[sample_M]))
         if 4 * sum(map(len, self._keys)) >= self._keys_CK.size:
             self.merged()
 
@@ -73,7 +74,7 @@ class _BestKeys:
 
     def _find_lowest(self) -> None:
         if self._keys_CK.shape[1] == self._k:
-            self._lowest_C1, _ = from_keys(self._keys_CK.min(axis=1, keepdims=True))
+            self._lowest_C1, _ = from_sort_keys(self._keys_CK.min(axis=1, keepdims=True))
 
 
 def whole_samples(blocks: Iterable[tuple[Ints, Floats]]) -> Iterator[tuple[Ints, Floats]]:
