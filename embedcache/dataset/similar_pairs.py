@@ -1,7 +1,6 @@
-"""Similar items, collected from tiles of cosine similarities: pairs above a limit, and each item's nearest neighbors;
-and a histogram of the largest similarities."""
+"""Similar items, collected from tiles of cosines: pairs above a limit, and the nearest neighbors of each item."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,35 +163,3 @@ class NeighborCollector:
         lowest_M = np.partition(cosines_BR[many], -k, axis=1)[:, [-k]] if len(many) else 0
         is_above_BR[many] &= cosines_BR[many] >= lowest_M
         return is_above_BR
-
-
-_WIDTHS = (0.005, 0.01, 0.02, 0.05, 0.1)
-_MAX_BINS = 32
-_ROUNDING = 1e-4  # of a bin: 0.95 in float32 is a hundred-thousandth of one below the bin that begins there
-_BAR_LENGTH = 40
-
-
-@dataclass(frozen=True, kw_only=True)
-class Histogram:
-    """Counts of cosines, in bins of one width; the last includes its upper bound, 1."""
-
-    lows: Floats  # (H,) lower bound of each bin, ascending
-    width: float
-    counts: Ints  # (H,)
-
-    def bars(self) -> Iterator[str]:
-        """Draw one line per bin, the most similar first; the length of a bar is the logarithm of its count."""
-        logs = np.log1p(self.counts) / np.log1p(self.counts.max(initial=1))
-        for low, log, count in zip(self.lows[::-1], logs[::-1], self.counts[::-1], strict=True):
-            yield f"{low:6.3f}  {'█' * round(_BAR_LENGTH * float(log)):{_BAR_LENGTH}}  {count:,}"
-
-
-def histogram(cosines_N: Floats) -> Histogram:
-    """Count each item's largest cosine in at most 32 bins that end at 1; the first bin includes all below it."""
-    below_one_N = 1 - np.maximum(cosines_N.astype(np.float64), -1)
-    width = next(width for width in _WIDTHS if below_one_N.max(initial=0) / width - _ROUNDING <= _MAX_BINS)
-    bins_N = np.maximum(np.ceil(below_one_N / width - _ROUNDING), 1).astype(np.int64) - 1  # counted from the top
-    num_bins = 1 + int(bins_N.max(initial=0))
-    lows = (1 - width * np.arange(num_bins, 0, -1)).astype(np.float32)
-    counts = np.bincount(num_bins - 1 - bins_N, minlength=num_bins).astype(np.int64)
-    return Histogram(lows=lows, width=width, counts=counts)

@@ -1,17 +1,16 @@
 """Duplicates as tables, lines of text, JSON and two pages: one to choose a cosine by, one of what is removed."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Ints, distinct
+from embedcache.arrays import Floats, Ints, distinct
 from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupReport
 from embedcache.curate.keep import RemovedSamples
-from embedcache.dataset.similar_pairs import histogram
 from embedcache.dataset.thumbnails import credit
 from embedcache.modalities import noun
 from embedcache.reports.base import (
@@ -30,6 +29,10 @@ _EXAMPLES_PER_BAND = 5
 _NUM_BORDERLINE = 10
 _NUM_GROUPS = 24
 _MAX_SHOWN_PER_GROUP = 8
+_BIN_WIDTHS = (0.005, 0.01, 0.02, 0.05, 0.1)
+_MAX_BINS = 32
+_BIN_ROUNDING = 1e-4  # of a bin: 0.95 in float32 is a hundred-thousandth of one below the bin that begins there
+_BAR_LENGTH = 40
 
 
 def threshold_table(analysis: DedupAnalysis) -> Table:
@@ -201,3 +204,29 @@ def _example(analysis: DedupAnalysis, removed: RemovedSamples, positions: Ints, 
 
 def _first_row(analysis: DedupAnalysis, sample: int) -> int:
     return int(analysis.copies.item_rows[np.searchsorted(analysis.copies.samples, sample)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Counts of cosines, in bins of one width; the last includes its upper bound, 1."""
+
+    lows: Floats  # (H,) lower bound of each bin, ascending
+    width: float
+    counts: Ints  # (H,)
+
+    def bars(self) -> Iterator[str]:
+        """Draw one line per bin, the most similar first; the length of a bar is the logarithm of its count."""
+        logs = np.log1p(self.counts) / np.log1p(self.counts.max(initial=1))
+        for low, log, count in zip(self.lows[::-1], logs[::-1], self.counts[::-1], strict=True):
+            yield f"{low:6.3f}  {'█' * round(_BAR_LENGTH * float(log)):{_BAR_LENGTH}}  {count:,}"
+
+
+def histogram(cosines_N: Floats) -> Histogram:
+    """Count each item's largest cosine in at most 32 bins that end at 1; the first bin includes all below it."""
+    below_one_N = 1 - np.maximum(cosines_N.astype(np.float64), -1)
+    width = next(width for width in _BIN_WIDTHS if below_one_N.max(initial=0) / width - _BIN_ROUNDING <= _MAX_BINS)
+    bins_N = np.maximum(np.ceil(below_one_N / width - _BIN_ROUNDING), 1).astype(np.int64) - 1  # counted from the top
+    num_bins = 1 + int(bins_N.max(initial=0))
+    lows = (1 - width * np.arange(num_bins, 0, -1)).astype(np.float32)
+    counts = np.bincount(num_bins - 1 - bins_N, minlength=num_bins).astype(np.int64)
+    return Histogram(lows=lows, width=width, counts=counts)

@@ -1,21 +1,19 @@
-"""Similar pairs, neighbors and histograms, from tiles of cosines, against plain references."""
+"""Similar pairs and neighbors, from tiles of cosines, against plain references."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints
 from embedcache.dataset.similar_pairs import (
     CosineTile,
-    Histogram,
     NeighborCollector,
     PairCollector,
     SimilarPairs,
     cosine_limit,
-    histogram,
 )
 
 LEVELS = [0.5, 0.75, 0.875]
@@ -93,40 +91,6 @@ def test_limit_of_equal_vectors_leaves_room_for_rounding() -> None:
     assert cosine_limit(np.inf) == np.inf
     pairs = SimilarPairs(left=np.array([0]), right=np.array([1]), cosines=np.array([1], np.float32))
     assert len(pairs.between(1).left) == 1
-
-
-@given(st.lists(st.integers(-400, 200), max_size=40))
-@example([190])  # 0.95, which float32 rounds down
-@example([168])  # 0.84, of which 32 bins of the smallest width reach to 1
-@example([167])
-@example([])
-@example([200])
-@example([137])
-@example([135, 40])
-@example([-400, -200])
-def test_histogram_counts_each_cosine_in_its_bin(steps: list[int]) -> None:
-    """Check bins against whole numbers: a lower bound belongs to its bin, and all below -1 to the first."""
-    counted = histogram(np.array(steps, np.float32) / np.float32(200))
-    below_one = [200 - max(step, -200) for step in steps]  # in steps of 0.005
-    steps_per_bin = next(number for number in (1, 2, 4, 10, 20) if max(below_one, default=0) <= 32 * number)
-    assert counted.width == steps_per_bin * 0.005
-    bins = [max(0, (number - 1) // steps_per_bin) for number in below_one]
-    expected = [bins.count(number) for number in reversed(range(max(bins, default=0) + 1))]
-    assert counted.counts.tolist() == expected
-    lows = [1 - counted.width * number for number in range(len(expected), 0, -1)]
-    np.testing.assert_allclose(counted.lows, lows, atol=1e-6)
-
-
-def test_bars_are_as_long_as_the_logarithm_of_a_count() -> None:
-    lows = np.array([0.98, 0.985, 0.99, 0.995], np.float32)
-    bars = list(Histogram(lows=lows, width=0.005, counts=np.array([9999, 0, 99, 1])).bars())
-    assert [bar.count("█") for bar in bars] == [round(40 * np.log(2) / np.log(10000)), 20, 0, 40]
-    assert bars[-1] == f" 0.980  {'█' * 40}  9,999"
-    assert bars[0] == f" 0.995  {'█' * 3}{' ' * 37}  1"
-    for count in (0, 1):
-        (bar,) = Histogram(lows=lows[:1], width=0.005, counts=np.array([count])).bars()
-        assert bar == f" 0.980  {'█' * 40 * count:40}  {count}"
-    assert list(Histogram(lows=lows[:0], width=0.005, counts=np.empty(0, np.int64)).bars()) == []
 
 
 @pytest.mark.parametrize("count", [1, 2])
