@@ -21,7 +21,7 @@ class Progress(Protocol):
         ...
 
     def advance(self, count: int) -> None:
-        """Add `count` finished units."""
+        """Add `count` finished units of the step; ignored between two steps."""
         ...
 
     def describe(self, state: str) -> None:
@@ -148,7 +148,8 @@ class PlainProgress:
 
     def __init__(self, name: str = "") -> None:
         self._name, self._what, self._unit, self._state = name, "", "", ""
-        self._total, self._rate = 0, _Rate("")
+        self._total = 0
+        self._rate: _Rate | None = None  # of the step; None between two steps
 
     def start(self, what: str, total: int, unit: str) -> None:
         """Start a step."""
@@ -158,6 +159,8 @@ class PlainProgress:
 
     def advance(self, count: int) -> None:
         """Write the count, the rate, the time left and the state, at most every ten seconds."""
+        if self._rate is None:
+            return
         self._rate.add(count)
         if self._rate.done > self._total:  # bars of tqdm then have no total either
             self._total = 0
@@ -165,7 +168,7 @@ class PlainProgress:
             self._last = time.monotonic()
             done = f"{self._rate.done:,}{_of(self._total)} {self._unit}"
             state = f"; {self._state}" if self._state else ""
-            self.note(f"{self._what}: {done}, {self._rate.text()}{self._left()}{state}")
+            self.note(f"{self._what}: {done}, {self._rate.text()}{self._rate.left(self._total)}{state}")
 
     def describe(self, state: str) -> None:
         """Write the state with the next count."""
@@ -173,10 +176,10 @@ class PlainProgress:
 
     def finish(self) -> None:
         """Write the total time."""
-        if self._rate.done:
+        if self._rate is not None and self._rate.done:
             done = f"{self._rate.done:,} {self._unit} in {self._rate.seconds:.1f} s"
             self.note(f"{self._what}: {done}, {self._rate.text()}")
-        self._rate = _Rate(self._unit)
+        self._rate = None
 
     def note(self, line: str) -> None:
         """Write a line."""
@@ -187,13 +190,10 @@ class PlainProgress:
         """Return the progress of a part, whose lines have its name."""
         return PlainProgress(join_names(self._name, name))
 
-    def _left(self) -> str:
-        if not (self._total and self._rate.done):
-            return ""
-        return f", {self._rate.seconds * (self._total - self._rate.done) / self._rate.done:.0f} s left"
-
 
 class _Rate:
+    """Units that were done in a step, and how fast."""
+
     def __init__(self, unit: str) -> None:
         self._unit = unit
         self._started = time.monotonic()
@@ -208,6 +208,10 @@ class _Rate:
 
     def text(self) -> str:
         return f"{self.done / self.seconds:,.0f} {self._unit}/s"
+
+    def left(self, total: int) -> str:
+        """Return the time that is left until a total, `, 12 s left`; nothing if it is unknown."""
+        return f", {self.seconds * (total - self.done) / self.done:.0f} s left" if total and self.done else ""
 
 
 Part = TypeVar("Part", bound=Sized | slice)

@@ -46,6 +46,15 @@ def test_lines_have_no_total_once_it_is_exceeded(
     assert lines[-1].endswith(" samples/s")
 
 
+@pytest.mark.parametrize("kind", [NullProgress, BarProgress, PlainProgress])
+def test_units_without_a_step_are_ignored(kind: type, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = kind()
+    for _ in range(2):
+        progress.advance(3)
+        progress.finish()
+    assert capsys.readouterr().err == ""
+
+
 def test_watched_parts_count_once_they_are_used() -> None:
     progress = RecordedProgress()
     parts = watch([[1, 2, 3], slice(3, 7), "ab"], progress, "writing", 9, "rows")

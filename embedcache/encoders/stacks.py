@@ -26,7 +26,7 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import check_weights_file, hash_weights
 from embedcache.errors import ArtifactError, CorruptError, SettingError, one_line
 from embedcache.files import replacing
-from embedcache.provenance import canonical_json
+from embedcache.provenance import canonical_json, fields_of
 
 Normalization: TypeAlias = Literal["clip", "none"]
 """`clip` subtracts the mean frame of a video and divides by the standard deviation of what is left; `none` does not."""
@@ -86,7 +86,7 @@ class StackWeights:
 
         Raises:
             PathError: it does not exist.
-            CorruptError: it is not a `.safetensors` file.
+            CorruptError: it is not a `.safetensors` file, or its metadata is damaged.
             ArtifactError: it holds something else, or was written by a later version.
         """
         check_weights_file(path)
@@ -96,17 +96,22 @@ class StackWeights:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         except (SafetensorError, ValueError, OSError) as error:
             raise CorruptError(f"cannot read {path} as weights: {one_line(error)}; fit it again") from error
-        if record.get("kind") != "stacks" or not {*tensors, *record} >= _NAMES:
+        if not isinstance(record, dict) or record.get("kind") != "stacks" or not {*tensors, *record} >= _NAMES:
             raise ArtifactError(
                 f"{path}: expected a file of fit_stacks in embedcache/derive/stacks.py, got other weights "
                 f"({', '.join(sorted(tensors)[:3])})"
             )
+        return fields_of(path, lambda: cls._from_record(path, record, tensors))
+
+    @classmethod
+    def _from_record(cls, path: Path, record: Mapping[str, Any], tensors: Mapping[str, Array]) -> "StackWeights":
         if record["format"] > _FORMAT:
             raise ArtifactError(f"{path} has format {record['format']}; this version reads {_FORMAT}: upgrade")
+        width, height = record["size"]
         return cls(
             mean_KD=tensors["mean"],
             components_KDE=tensors["components"],
-            size=tuple(record["size"]),
+            size=(width, height),
             rate_hz=record["rate_hz"],
             normalize=record["normalize"],
         )

@@ -1,9 +1,11 @@
 """Whitened principal components of stacked frames, fitted to small H.264 videos and to a cache of their pixels."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from embedcache.axis import Axis
@@ -175,6 +177,29 @@ def test_wrong_files_raise(folder: Path, tmp_path: Path) -> None:
         open_encoder(f"stacks:{tmp_path}/bare.safetensors", modality="video")
     with pytest.raises(SettingError, match="expected an encoder of images, got one of videos"):
         open_encoder(f"stacks:{folder}/lips.safetensors", modality="image")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error", "message"),
+    [
+        ("[]", ArtifactError, "expected a file of fit_stacks"),
+        ({"format": 2}, ArtifactError, "has format 2; this version reads 1: upgrade"),
+        ({"format": "2"}, CorruptError, "does not hold the fields of its format"),
+        ({"size": 24}, CorruptError, "does not hold the fields of its format"),
+        ({"size": [24]}, CorruptError, "does not hold the fields of its format"),
+        ({"rate_hz": "25"}, CorruptError, "does not hold the fields of its format"),
+        ({"rate_hz": 0}, ArtifactError, "expected normalize to be one of clip, none and a positive rate"),
+    ],
+)
+def test_damaged_metadata_raises(
+    metadata: str | dict[str, object], error: type[Exception], message: str, folder: Path, tmp_path: Path
+) -> None:
+    with safe_open(folder / "lips.safetensors", framework="numpy") as file:
+        record = json.loads(file.metadata()["embedcache"])
+    written = metadata if isinstance(metadata, str) else json.dumps({**record, **metadata})
+    save_file(load_file(folder / "lips.safetensors"), tmp_path / "lips.safetensors", metadata={"embedcache": written})
+    with pytest.raises(error, match=message):
+        StackWeights.load(tmp_path / "lips.safetensors")
 
 
 @pytest.mark.parametrize(
