@@ -222,7 +222,7 @@ class ImportedSamples:
         file = open_table_file(group.table)
         columns = assign_columns(file, self._settings)
         kept = {*columns.others, *columns.media.values(), *columns.interval} - set(group.vectors)
-        columns = replace(columns, media={}, others=tuple(name for name in file.plain if name in kept))
+        columns = replace(columns, media={}, others=tuple(name for name in file.plain_columns if name in kept))
         if "text" in self._modalities and not columns.captions:
             raise SourceError(
                 f"{file.path}: text vectors need a column of captions; name one of {', '.join(file.columns)} with "
@@ -248,7 +248,7 @@ class ImportedSamples:
                     "with --caption-column"
                 )
             texts = texts or (TextItem(text=""),)
-        image = None if columns.image is None or columns.holds_bytes else row.get(columns.image)
+        image = None if columns.image is None or columns.image in columns.embedded else row.get(columns.image)
         path = image if isinstance(image, str) else ""
         return Sample(
             key=read_key(columns, row, location) or _KEY_FORMAT.format(number),

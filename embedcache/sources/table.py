@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ MEDIA_NAMES: Mapping[str, tuple[str, ...]] = {
 ITEM_SETTINGS = ("image_column", *(f"{modality}_column" for modality in MEDIA_NAMES))
 TEXT_SETTINGS = ("caption_columns", "key_column", "omit_columns", "language_column")
 INTERVAL_NAMES = ("start_s", "stop_s")
+_WHOLE = (None, None)
+"""Interval of an item that is a whole file."""
 _COLUMN_MARK = "#"
 
 
@@ -49,14 +51,14 @@ class TableColumns:
     """Roles of the columns of a table.
 
     Args:
-        holds_bytes: whether the image column holds images rather than their paths.
-        media: modality -> column of recordings, videos or point clouds; those in `embedded` hold bytes.
+        image: column of images.
+        media: modality -> column of recordings, videos or point clouds.
+        embedded: those columns of items that hold their bytes rather than their paths.
         interval: columns with the start and the end of recordings and videos, in seconds.
         others: columns kept as columns of the samples.
     """
 
     image: str | None
-    holds_bytes: bool
     media: Mapping[str, str]
     embedded: frozenset[str]
     interval: tuple[str | None, str | None]
@@ -65,11 +67,15 @@ class TableColumns:
     language: str | None
     others: tuple[str, ...]
 
+    @cached_property
+    def items(self) -> Mapping[str, str]:
+        """Modality -> column of its items, images first."""
+        return {**({} if self.image is None else {"image": self.image}), **self.media}
+
     def to_read(self) -> list[str]:
         """Return the columns that indexing reads: all but the bytes of items."""
-        image = None if self.holds_bytes else self.image
-        media = (name for name in self.media.values() if name not in self.embedded)
-        names = (image, *media, *self.interval, *self.captions, self.key, self.language, *self.others)
+        paths = (name for name in self.items.values() if name not in self.embedded)
+        names = (*paths, *self.interval, *self.captions, self.key, self.language, *self.others)
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -92,7 +98,7 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     captions = settings.caption_columns or _find_captions(file.columns)
     for name in captions:
         _check_plain(file, _existing(file, name, "--caption-column"), "--caption-column")
-    if image not in file.image_bytes:
+    if image not in file.bytes_columns:
         _check_plain(file, image, "--image-column")
     key = _existing(file, settings.key_column, "--key-column") or _find(file, ("key", "id", "uid", "__key__"))
     language = _existing(file, settings.language_column, "--language-column") or _find(file, ("language", "lang"))
@@ -104,14 +110,13 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     used = {own, image, *media.values(), *interval, *captions, *omitted, key, language}
     return TableColumns(
         image=image,
-        holds_bytes=image in file.image_bytes,
         media=media,
-        embedded=frozenset(name for name in media.values() if name in file.image_bytes),
+        embedded=frozenset(name for name in (image, *media.values()) if name in file.bytes_columns),
         interval=(interval[0], interval[1]),
         captions=captions,
         key=key,
         language=language,
-        others=tuple(name for name in file.plain if name not in used),
+        others=tuple(name for name in file.plain_columns if name not in used),
     )
 
 
@@ -126,7 +131,7 @@ def read_rows(file: TableFile, columns: TableColumns, settings: SourceSettings) 
     """
     known = set(file.columns)
     for number, row in enumerate(file.rows(columns.to_read())):
-        if file.is_open and not row.keys() <= known:
+        if file.has_late_columns and not row.keys() <= known:
             for name in [name for name in row if name not in known]:
                 file, others = _with_field(file, name, settings, number)
                 columns = replace(columns, others=(*columns.others, *others))
@@ -136,7 +141,7 @@ def read_rows(file: TableFile, columns: TableColumns, settings: SourceSettings) 
 
 def _with_field(file: TableFile, name: str, settings: SourceSettings, number: int) -> tuple[TableFile, tuple[str, ...]]:
     """Return a JSONL file with one more field, and its name if it becomes a column of the samples."""
-    wider = replace(file, columns=(*file.columns, name), plain=(*file.plain, name))
+    wider = replace(file, columns=(*file.columns, name), plain_columns=(*file.plain_columns, name))
     before, after = assign_columns(file, settings), assign_columns(wider, settings)
     if replace(after, others=()) != replace(before, others=()):
         raise SourceError(
@@ -154,7 +159,7 @@ def _find_media(file: TableFile, settings: SourceSettings) -> dict[str, str]:
         option = f"--{modality}-column"
         column = _existing(file, getattr(settings, f"{modality}_column"), option) or _find(file, names)
         if column is not None:
-            if column not in file.image_bytes:
+            if column not in file.bytes_columns:
                 _check_plain(file, column, option)
             media[modality] = column
     return media
@@ -218,7 +223,7 @@ def read_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem
 
 def _existing(file: TableFile, name: str | None, option: str) -> str | None:
     if name is not None and name not in file.columns:
-        rows = f"the first {HEADER_ROWS} rows of " if file.is_open else ""
+        rows = f"the first {HEADER_ROWS} rows of " if file.has_late_columns else ""
         raise SourceError(f"{option} {name}: no such column in {rows}{file.path}; it has {_names(file)}")
     return name
 
@@ -232,7 +237,7 @@ def _names(file: TableFile) -> str:
 
 
 def _check_plain(file: TableFile, name: str | None, option: str) -> None:
-    if name is not None and name not in file.plain:
+    if name is not None and name not in file.plain_columns:
         raise SourceError(
             f"column {name} of {file.path} holds values of another type; name another column with {option}; the table "
             f"has {', '.join(file.columns)}"
@@ -303,7 +308,7 @@ class TableSource:
         for path in self._files:
             file = open_table_file(path, delimiter=self._settings.delimiter)
             first = find_columns(file, self._settings)
-            if not (first.holds_bytes or self._settings.key_column):
+            if first.image not in first.embedded and not self._settings.key_column:
                 self.shared_column = first.image
             for number, (columns, row) in enumerate(read_rows(file, first, self._settings)):
                 place = f"{file.path} row {number}"
@@ -330,48 +335,43 @@ class TableSource:
             return read_item_file(resolve_item(path.parent, cell["path"]))
         raise ItemError(f"no {'image' if named is None else 'item'} in column {column}, row {item.offset} of {path}")
 
-    def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row, location: str) -> Sample:
+    def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row, place: str) -> Sample:
+        key, items = read_key(columns, row, place), self._items(file, columns, number, row, place)
         return Sample(
-            key=read_key(columns, row, location) or f"{relative_to(self._root_text, file.stem)}/{number}",
-            images=self._images(file, columns, number, row),
-            texts=read_texts(columns, row, location),
+            key=key or f"{relative_to(self._root_text, file.stem)}/{number}",
+            images=items.pop("image", ()),
+            texts=read_texts(columns, row, place),
             columns=to_scalar_columns({name: row.get(name) for name in columns.others}),
-            files=self._media(file, columns, number, row) if columns.media else {},
+            files=items,
         )
 
-    def _media(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> dict[str, tuple[FileItem, ...]]:
-        start_s, stop_s = read_interval(columns, row, f"{file.path} row {number}")
-        files: dict[str, tuple[FileItem, ...]] = {}
-        for modality, column in columns.media.items():
-            path = self._path(file, modality, column, number, row, is_embedded=column in columns.embedded)
-            if path is not None:
-                bounds = (start_s, stop_s) if MODALITIES[modality].has_interval else (None, None)
-                offset = number if column in columns.embedded else 0
-                files[modality] = (FileItem(path=path, offset=offset, start_s=bounds[0], stop_s=bounds[1]),)
-        return files
+    def _items(
+        self, file: TableFile, columns: TableColumns, number: int, row: Row, place: str
+    ) -> dict[str, tuple[FileItem, ...]]:
+        """Return modality -> the item of a row; a modality whose cell is empty is left out."""
+        items: dict[str, tuple[FileItem, ...]] = {}
+        interval = read_interval(columns, row, place) if columns.media else _WHOLE
+        for modality, column in columns.items.items():
+            start_s, stop_s = interval if MODALITIES[modality].has_interval else _WHOLE
+            if column in columns.embedded:
+                table = relative_to(self._root_text, str(file.path))
+                path, offset = table if modality == "image" else embedded_path(table, column), number
+            else:
+                path, offset = self._written_path(file, row.get(column), place, modality, column), 0
+            if path:
+                items[modality] = (FileItem(path=path, offset=offset, start_s=start_s, stop_s=stop_s),)
+        return items
 
-    def _images(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> tuple[FileItem, ...]:
-        if columns.image is None:
-            return ()
-        path = self._path(file, "image", columns.image, number, row, is_embedded=columns.holds_bytes)
-        return () if path is None else (FileItem(path=path, offset=number if columns.holds_bytes else 0),)
-
-    def _path(
-        self, file: TableFile, modality: str, column: str, number: int, row: Row, *, is_embedded: bool
-    ) -> str | None:
-        """Return the path of a row's item, of the table itself if it holds the bytes; None for an empty cell."""
-        if is_embedded:
-            table = relative_to(self._root_text, str(file.path))
-            return table if modality == "image" else embedded_path(table, column)
-        value = row.get(column)
-        if value is None or value == "":
-            return None
-        if not isinstance(value, str):
+    def _written_path(self, file: TableFile, cell: Any, place: str, modality: str, column: str) -> str:
+        """Return the path of an item as stored, given its cell; an empty one for an empty cell."""
+        if cell is None or cell == "":
+            return ""
+        if not isinstance(cell, str):
             raise SourceError(
-                f"{file.path} row {number}: expected a path in column {column}, got {value!r:.60}; name another "
-                f"column with --{modality}-column"
+                f"{place}: expected a path in column {column}, got {cell!r:.60}; name another column with "
+                f"--{modality}-column"
             )
-        return item_path(self._root_text, self._settings.root or file.stem.rpartition("/")[0], value)
+        return item_path(self._root_text, self._settings.root or file.stem.rpartition("/")[0], cell)
 
     def _find_image_column(self, path: Path) -> str:
         try:

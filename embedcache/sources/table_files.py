@@ -32,18 +32,19 @@ class TableFile:
     """One table file.
 
     Args:
-        image_bytes: columns that hold images: bytes, or a struct with a field `bytes`.
-        plain: columns of text, numbers, booleans or lists of them.
+        columns: names of the columns, in the order of the file.
+        bytes_columns: columns of bytes, or of structs with a field `bytes`: they may hold items themselves.
+        plain_columns: columns of text, numbers, booleans or lists of them.
         read: iterates over the rows with the given columns.
-        is_open: whether later rows may have fields beside `columns`; rows then hold all their fields.
+        has_late_columns: whether later rows may have fields beside `columns`; rows then hold all their fields.
     """
 
     path: Path
     columns: tuple[str, ...]
-    image_bytes: frozenset[str]
-    plain: tuple[str, ...]
+    bytes_columns: frozenset[str]
+    plain_columns: tuple[str, ...]
     read: Callable[[Sequence[str]], Iterator[Row]]
-    is_open: bool = False
+    has_late_columns: bool = False
 
     @cached_property
     def stem(self) -> str:
@@ -73,8 +74,8 @@ def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
             with open_parquet(path) as file:
                 schema = file.schema_arrow
             return arrow_table(path, schema, partial(_read_parquet, path))
-        is_open = suffix == ".jsonl"  # later rows may lack some of the fields of the first ones, or have others
-        if is_open:
+        has_late_columns = suffix == ".jsonl"  # later rows may lack fields of the first ones, or have others
+        if has_late_columns:
             columns = tuple(dict.fromkeys(name for row in islice(_read_jsonl(path), HEADER_ROWS) for name in row))
             read = partial(_read_jsonl, path)
         else:
@@ -83,7 +84,14 @@ def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
             columns = tuple(next(_csv_lines(path, dialect), (0, []))[1])
             read = partial(_read_csv, path, dialect)
     _check_unique(columns, path)
-    return TableFile(path=path, columns=columns, image_bytes=frozenset(), plain=columns, read=read, is_open=is_open)
+    return TableFile(
+        path=path,
+        columns=columns,
+        bytes_columns=frozenset(),
+        plain_columns=columns,
+        read=read,
+        has_late_columns=has_late_columns,
+    )
 
 
 def _check_unique(columns: Sequence[str], path: Path) -> None:
@@ -98,8 +106,8 @@ def arrow_table(path: Path, schema: pa.Schema, read: Callable[[Sequence[str]], I
     return TableFile(
         path=path,
         columns=tuple(schema.names),
-        image_bytes=frozenset(field.name for field in schema if _holds_bytes(field.type)),
-        plain=tuple(field.name for field in schema if _is_plain(field.type)),
+        bytes_columns=frozenset(field.name for field in schema if _holds_bytes(field.type)),
+        plain_columns=tuple(field.name for field in schema if _is_plain(field.type)),
         read=read,
     )
 

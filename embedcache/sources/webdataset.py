@@ -243,7 +243,7 @@ def _read_shard_table(shard: Path) -> Mapping[str, Sidecar]:
     file = open_table_file(path)
     sidecars: dict[str, Sidecar] = {}
     if {"key", "status"} <= set(file.columns):
-        for row in file.rows(file.plain):
+        for row in file.rows(file.plain_columns):
             columns = to_scalar_columns({name: row[name] for name in row if name not in _DROPPED_COLUMNS})
             texts = to_text_items(parse_captions(row.get("caption"), f"{path}: caption"), None)
             sidecars[row["key"]] = Sidecar(texts=texts, columns=columns)
