@@ -26,7 +26,7 @@ def device_setting() -> Any:
     return setting(AUTO, DEVICE_HELP, metavar="DEVICE", affects_result=False)
 
 
-def name_precision(settings: Any) -> None:
+def expand_precision(settings: Any) -> None:
     """Replace the short name of a precision in a frozen settings instance, before it is checked."""
     object.__setattr__(settings, "precision", _ALIASES.get(str(settings.precision), settings.precision))
 

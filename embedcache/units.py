@@ -24,11 +24,6 @@ def format_bytes(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
-def metric_label(name: str) -> str:
-    """Return a metric's name as tables show it: `i2t r@1` becomes `i2t R@1`."""
-    return name.replace("r@", "R@")
-
-
 def parse_fraction(text: str) -> float:
     """Parse a fraction of a whole, such as `0.1%` or `0.001`."""
     try:

@@ -72,14 +72,14 @@ def search(
 
 def _hit_rows(hits: Sequence["Hit"]) -> tuple[list[str], list[list[str]]]:
     """Return the columns and rows of a table of hits: files where keys do not name them, labels where there are any."""
-    from embedcache.sources.files import names_file
+    from embedcache.sources.files import is_key_of_file
 
     columns = {
         "captions": [" · ".join(hit.captions) for hit in hits],
         "cosine": [f"{hit.score:.3f}" for hit in hits],
         "key": [hit.key for hit in hits],
     }
-    if any(hit.path is not None and not names_file(hit.key, hit.path) for hit in hits):
+    if any(hit.path is not None and not is_key_of_file(hit.key, hit.path) for hit in hits):
         columns["path"] = [hit.path or "" for hit in hits]
     if any(hit.label is not None for hit in hits):
         columns["label"] = [hit.label or "" for hit in hits]

@@ -77,16 +77,16 @@ class _ComparedItems:
         return f"comparing {self.what}"
 
 
-def _merge_all_pairs(work: _ComparedItems, read: Reader, labels: Ints, progress: Progress) -> Ints:
-    rows = work.items.rows
+def _merge_all_pairs(compared: _ComparedItems, read: Reader, labels: Ints, progress: Progress) -> Ints:
+    rows = compared.items.rows
     vectors_ND = np.concatenate([to_unit_vectors(read(rows[block])) for block in blocks(len(rows), READ_ROWS)])
 
     def compare(left_BD: Floats, right_BD: Floats) -> None:
         np.nonzero(left_BD @ right_BD.T > np.inf)  # of random numbers, many would be above the cosine
 
-    note_duration(progress, work.step, len(rows) ** 2, vectors_ND.shape[1], compare=compare)
-    for row, column in iterate_pairs_above(vectors_ND, work.cosine, what=work.step, progress=progress):
-        labels = _merge(labels, work.nodes[row], work.nodes[column])
+    note_duration(progress, compared.step, len(rows) ** 2, vectors_ND.shape[1], compare=compare)
+    for row, column in iterate_pairs_above(vectors_ND, compared.cosine, what=compared.step, progress=progress):
+        labels = _merge(labels, compared.nodes[row], compared.nodes[column])
     return labels
 
 
@@ -100,13 +100,13 @@ def _merge(labels: Ints, left: Ints, right: Ints) -> Ints:
     return merged
 
 
-def _merge_clusters(work: _ComparedItems, read: Reader, labels: Ints, progress: Progress) -> Ints:
-    rows, count, what = work.items.rows, len(work.items.rows), work.what
+def _merge_clusters(compared: _ComparedItems, read: Reader, labels: Ints, progress: Progress) -> Ints:
+    rows, count, what = compared.items.rows, len(compared.items.rows), compared.what
     centroids_KP, assignment = cluster_items(
         lambda numbers: to_unit_vectors(read(rows[numbers])),
         count,
-        work.cosine,
-        seed=work.seed,
+        compared.cosine,
+        seed=compared.seed,
         what=what,
         progress=progress,
     )
@@ -116,13 +116,13 @@ def _merge_clusters(work: _ComparedItems, read: Reader, labels: Ints, progress: 
     with scratch_matrix(Path(tempfile.gettempdir()), (count, centroids_KP.shape[1]), np.float16) as matrix_NP:
         for block in watch(blocks(count, BLOCK), progress, f"sorting {what}", count, "items"):
             matrix_NP[position_N[block]] = to_unit_vectors(read(rows[block]))
-        measured = MeasuredDuration(progress, work.step, num_compared(plan))
-        progress.start(work.step, count, "items")
+        measured = MeasuredDuration(progress, compared.step, num_compared(plan))
+        progress.start(compared.step, count, "items")
         edges, num_edges = [], 0
         for tile, num_done in iterate_tiles(matrix_NP, plan):
-            row, column = np.nonzero(tile.cosines > work.cosine)
+            row, column = np.nonzero(tile.cosines > compared.cosine)
             if len(row):
-                edges.append(_spanning(work.nodes[tile.left[row]], work.nodes[tile.right[column]]))
+                edges.append(_spanning(compared.nodes[tile.left[row]], compared.nodes[tile.right[column]]))
                 num_edges += edges[-1].shape[1]
             if num_edges > _MAX_EDGES:
                 labels, edges, num_edges = _merge(labels, *np.concatenate(edges, axis=1)), [], 0
@@ -131,7 +131,7 @@ def _merge_clusters(work: _ComparedItems, read: Reader, labels: Ints, progress: 
         if edges:
             labels = _merge(labels, *np.concatenate(edges, axis=1))
         progress.finish()
-        _note_recall(work, matrix_NP, plan.items, labels, progress)
+        _note_recall(compared, matrix_NP, plan.items, labels, progress)
     return labels
 
 
@@ -147,20 +147,20 @@ def _spanning(left: Ints, right: Ints) -> Array:
     return np.stack([nodes[is_other], first_of[component][is_other]])
 
 
-def _note_recall(work: _ComparedItems, matrix_NP: Array, items_N: Ints, labels: Ints, progress: Progress) -> None:
+def _note_recall(compared: _ComparedItems, matrix_NP: Array, items_N: Ints, labels: Ints, progress: Progress) -> None:
     """Compare random items with all, and report how many of their pairs above the cosine are in one group."""
     count = len(matrix_NP)
-    probes = np.sort(np.random.default_rng(work.seed).permutation(count)[:_NUM_PROBES])
-    probes_QP, groups_N = to_float32(matrix_NP[probes]), labels[work.nodes[items_N]]
+    probes = np.sort(np.random.default_rng(compared.seed).permutation(count)[:_NUM_PROBES])
+    probes_QP, groups_N = to_float32(matrix_NP[probes]), labels[compared.nodes[items_N]]
     num_pairs = num_found = 0
-    compared = blocks(count, 8 * BLOCK)
-    for block in watch(compared, progress, f"measuring the recall of {work.modality} items", count, "items"):
-        query, other = np.nonzero(probes_QP @ to_float32(matrix_NP[block]).T > work.cosine)
+    parts = blocks(count, 8 * BLOCK)
+    for block in watch(parts, progress, f"measuring the recall of {compared.modality} items", count, "items"):
+        query, other = np.nonzero(probes_QP @ to_float32(matrix_NP[block]).T > compared.cosine)
         is_pair = probes[query] != other + block.start
         num_pairs += int(is_pair.sum())
         num_found += int((groups_N[probes[query]] == groups_N[other + block.start])[is_pair].sum())
-    share = "there is none" if not num_pairs else f"{num_found / num_pairs:.4f} are in one group"
+    found = "there is none" if not num_pairs else f"{num_found / num_pairs:.4f} are in one group"
     progress.note(
-        f"{work.purpose}: {count:,} {work.modality} items compared within clusters; of the {num_pairs:,} pairs above "
-        f"cosine {work.cosine:g} that hold one of {len(probes):,} random items, {share}"
+        f"{compared.purpose}: {count:,} {compared.modality} items compared within clusters; of the {num_pairs:,} pairs "
+        f"above cosine {compared.cosine:g} that hold one of {len(probes):,} random items, {found}"
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from embedcache.devices import AUTO, name_precision
+from embedcache.devices import AUTO, expand_precision
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
@@ -51,7 +51,7 @@ class EncoderSettings:
     )
 
     def __post_init__(self) -> None:
-        name_precision(self)
+        expand_precision(self)
         check_settings(self)
         if self.background != "white":
             object.__setattr__(self, "background", _color(self.background))

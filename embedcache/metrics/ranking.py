@@ -197,3 +197,8 @@ def _first_within(negatives_K: Ints, num_positives: int, num_groups: int, k: int
         for num in range(min(k, num_groups - num_positives + 1))
     )
     return min(1.0, probability)  # a sum of nine ninths is a little more
+
+
+def metric_label(name: str) -> str:
+    """Return a metric's name as tables show it: `i2t r@1` becomes `i2t R@1`."""
+    return name.replace("r@", "R@")

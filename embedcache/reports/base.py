@@ -19,7 +19,7 @@ from embedcache.dataset.thumbnails import NOT_SHOWN, Thumbnails
 from embedcache.errors import EmbedcacheError
 from embedcache.metrics.intervals import Estimate
 from embedcache.outputs import write_output
-from embedcache.sources.files import own_file
+from embedcache.sources.files import file_name_beside_key
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader
 
@@ -119,7 +119,7 @@ class ItemRenderer:
         if image_url is None and self._reason is not None:
             self._left_out.add(row)
         key = self._cache.key(item["sample"])
-        text = " · ".join(filter(None, [key, own_file(item["path"], key)]))
+        text = " · ".join(filter(None, [key, file_name_beside_key(item["path"], key)]))
         return PageItem(text=text, image_url=image_url, is_correct=is_correct)
 
     def warnings(self) -> list[str]:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from embedcache.errors import PathError, one_line
 from embedcache.files import folder_bytes, open_path
+from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import MODALITIES, noun
 from embedcache.outputs import read_metadata, read_report_json
 from embedcache.provenance import INDEX_DIGEST, fields_of, read_json, read_stage, recognize
@@ -21,7 +22,7 @@ from embedcache.store.commits import NOT_YET, REMOVED
 from embedcache.store.feature import Feature
 from embedcache.store.tables import open_table, read_table
 from embedcache.train.settings import TrainSettings
-from embedcache.units import format_bytes, metric_label
+from embedcache.units import format_bytes
 
 _FEATURE_COLUMNS = ("feature", "modality", "shape", "dtype", "chunks", "failed", "bytes")
 _MOST_REASONS = 10

@@ -13,7 +13,7 @@ from embedcache.dataset.thumbnails import Thumbnails, credit
 from embedcache.errors import EmbedcacheError, visible
 from embedcache.files import AnyPath, one_or_many
 from embedcache.registry import require
-from embedcache.sources.files import own_file
+from embedcache.sources.files import file_name_beside_key
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
 from embedcache.store.rows import RowReader
@@ -53,7 +53,7 @@ class Hit:
     @property
     def name(self) -> str:
         """What to call the item where it has no caption: its key, or its file if the key does not name that."""
-        return own_file(self.path, self.key) or self.key
+        return file_name_beside_key(self.path, self.key) or self.key
 
 
 class Hits(list[Hit]):
@@ -130,7 +130,7 @@ def _show(hits: Hits, folders: Sequence[Path]) -> list[str]:
                 image = f'<img src="{thumbnails.data_url(hit.row)}" alt="{_text(hit.key)}"><br>'
         except EmbedcacheError as error:
             reason = f"images are not shown: {error}"
-        file = own_file(hit.path, hit.key)
+        file = file_name_beside_key(hit.path, hit.key)
         details = _text(" · ".join(filter(None, [hit.key, file, hit.label, *hit.captions])))
         words = _text(hit.captions[0] if hit.captions else hit.name)
         cards.append(

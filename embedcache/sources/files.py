@@ -26,7 +26,10 @@ MEDIA_SUFFIXES: Mapping[str, frozenset[str]] = {
 SVG_SUFFIX = ".svg"
 """Of images that are taken with the setting `svg` only, as folders hold such files beside their images."""
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
-_OWN_SUFFIXES = {SVG_SUFFIX, *(suffix for found in MEDIA_SUFFIXES.values() for suffix in found - TABLE_SUFFIXES)}
+_SINGLE_ITEM_SUFFIXES = {
+    SVG_SUFFIX,
+    *(suffix for found in MEDIA_SUFFIXES.values() for suffix in found - TABLE_SUFFIXES),
+}
 JSON_SUFFIXES = frozenset({".json"})
 TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})
@@ -42,17 +45,20 @@ _MAX_RESTRICTED_BYTES = 2**28
 _ALLOWED_FOLDERS: ContextVar[tuple[Path, ...] | None] = ContextVar("allowed_folders", default=None)
 
 
-def names_file(key: str, path: str) -> bool:
+def is_key_of_file(key: str, path: str) -> bool:
     """Return whether the key of a sample is the path of an item, with or without its suffix."""
     return key in (path, str(PurePosixPath(path).with_suffix("") if path else ""))
 
 
-def own_file(path: str | None, key: str) -> str | None:
-    """Return the name of an item's file if it holds nothing else, as a shard does, and the key does not name it."""
+def file_name_beside_key(path: str | None, key: str) -> str | None:
+    """Return the name of an item's file to show beside the key; None if it would tell nothing more.
+
+    So it is for a file that holds many items, such as a table or a shard, and for one that the key is named after.
+    """
     path = path or ""
     file = PurePosixPath(path.partition("?")[0] if is_url(path) else path)
-    is_own = file.suffix.lower() in _OWN_SUFFIXES and file.stem != PurePosixPath(key).name
-    return file.name if is_own else None
+    is_single = file.suffix.lower() in _SINGLE_ITEM_SUFFIXES
+    return file.name if is_single and file.stem != PurePosixPath(key).name else None
 
 
 @contextmanager
@@ -189,6 +195,7 @@ def open_binary(path: Path) -> BinaryIO:
 
 
 def no_range_requests(path: Path) -> str:
+    """Return the text of the error for a web server that sends whole files only."""
     return f"{path}: the server does not support HTTP range requests; copy the file to this machine first"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.splits import Split, write_split
 from embedcache.files import disk_errors, write_atomic
+from embedcache.metrics.ranking import metric_label
 from embedcache.networks.saved import ModuleConfig, ModuleInput, read_module_config, save_module
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import config_path, split_path
@@ -22,7 +23,6 @@ from embedcache.train.settings import FitSettings
 from embedcache.train.task import Task
 from embedcache.train.trackers import check_trackers
 from embedcache.train.trainer import OnEpoch, Trainer, seeded
-from embedcache.units import metric_label
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from embedcache.dataset.settings import SplitSettings, with_split_seed
-from embedcache.devices import AUTO, Precision, name_precision
+from embedcache.devices import AUTO, Precision, expand_precision
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, flat_settings, get_setting, group, replace_flat, setting, to_json
 from embedcache.units import parse_size
@@ -141,7 +141,7 @@ class MachineSettings:
     )
 
     def __post_init__(self) -> None:
-        name_precision(self)
+        expand_precision(self)
         check_settings(self)
 
 

@@ -13,6 +13,7 @@ from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.settings import with_split_seed
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath, disk_errors, relative_location
+from embedcache.metrics.ranking import metric_label
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
@@ -48,7 +49,6 @@ from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSet
 from embedcache.train.trackers import check_trackers
 from embedcache.train.trainer import OnEpoch, Trainer, seeded
 from embedcache.train.views import DrawnViews, parse_views
-from embedcache.units import metric_label
 
 _DEFAULT_BATCH_SIZE = 1024
 _MAPPED_BLOCK_ROWS = 64
