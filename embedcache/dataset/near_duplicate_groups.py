@@ -59,7 +59,13 @@ def near_duplicate_groups(
 
 @dataclass(frozen=True)
 class _ComparedItems:
-    """Items of one modality that are compared."""
+    """Items of one modality that are compared.
+
+    Args:
+        items: M items.
+        nodes: (M,) position of each item's sample among the samples of the split.
+        cosine: above it, two items join the groups of their samples.
+    """
 
     modality: str
     items: Items

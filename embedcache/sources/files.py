@@ -26,10 +26,7 @@ MEDIA_SUFFIXES: Mapping[str, frozenset[str]] = {
 SVG_SUFFIX = ".svg"
 """Of images that are taken with the setting `svg` only, as folders hold such files beside their images."""
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
-_SINGLE_ITEM_SUFFIXES = {
-    SVG_SUFFIX,
-    *(suffix for found in MEDIA_SUFFIXES.values() for suffix in found - TABLE_SUFFIXES),
-}
+_SINGLE_ITEM_SUFFIXES = {SVG_SUFFIX}.union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES
 JSON_SUFFIXES = frozenset({".json"})
 TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})
