@@ -271,9 +271,7 @@ class LikelihoodModel:
             names = list_distinct(names, "candidates", "texts")
         _, vectors_CP = self._encode_set(tuple(names), is_words=False)
         queries_NP, compared = self._network.compare(queries_NP, Candidates(vectors_CP), family=kind, head=head)
-        logits_NC = queries_NP @ compared.vectors_CP.T
-        logits_NC = logits_NC if compared.bias_C is None else logits_NC + compared.bias_C
-        return Scores(tuple(names), logits_NC.float().softmax(dim=1).cpu().numpy())
+        return Scores(tuple(names), compared.logits(queries_NP).float().softmax(dim=1).cpu().numpy())
 
     def _tasks(self, kind: str, name: str | None = None) -> list[Mapping[str, Any]]:
         """Return the run's tasks of a kind with candidates; if it has none, those of the run that it starts from."""

@@ -28,7 +28,7 @@ from embedcache.dataset.splits import Split, column_parts
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.files import io_reason, read_text
 from embedcache.modalities import MODALITIES
-from embedcache.networks.candidates import Mined
+from embedcache.networks.candidates import MinedNegatives
 from embedcache.networks.words import Vocabulary
 from embedcache.registry import unknown_name
 from embedcache.search.faiss_index import make_index
@@ -283,7 +283,7 @@ def mine_candidates(task: ExampleTask, words: WordTable, k: int) -> ExampleTask:
     """Return a task whose training batches have hard negatives: the candidates nearest to each positive.
 
     Nearness is the cosine of the mean vectors of their words, by exact search: for many more than 100,000 candidates,
-    make a `Mined` with an index of your own.
+    make a `MinedNegatives` with an index of your own.
 
     Args:
         k: negatives per positive.
@@ -294,7 +294,7 @@ def mine_candidates(task: ExampleTask, words: WordTable, k: int) -> ExampleTask:
     vectors_CD = words.average(task.mined_texts)
     index = make_index("Flat", vectors_CD.shape[1], device="cpu")  # the same negatives on every machine
     index.add(np.arange(len(vectors_CD)), vectors_CD)
-    return replace(task, mined=Mined(index, k, vectors_CD))
+    return replace(task, mined=MinedNegatives(index, k, vectors_CD))
 
 
 @contextmanager

@@ -38,6 +38,11 @@ class Candidates(NamedTuple):
     vectors_CP: Tensor
     bias_C: Tensor | None = None
 
+    def logits(self, queries_BP: Tensor) -> Tensor:
+        """Compute the dot products of queries with all candidates, plus the bias: (B, C)."""
+        logits_BC = queries_BP @ self.vectors_CP.T
+        return logits_BC if self.bias_C is None else logits_BC + self.bias_C
+
 
 class NearestNeighbors(Protocol):
     """An index of all candidates, such as a FAISS index of inner products."""
@@ -47,33 +52,28 @@ class NearestNeighbors(Protocol):
         ...
 
 
-class Mined:
-    """A candidate set of hard negatives: the k candidates nearest to each query, by an index, and all positives.
+class MinedNegatives:
+    """Hard negatives: the k candidates nearest to each positive.
 
     Args:
-        index: index of the representations of all candidates. It is as old as the last time that they were encoded.
-        k: candidates per query.
-        vectors_CP: these representations, for `near`.
+        index: index of `vectors_CP`.
+        k: negatives per positive.
+        vectors_CP: (C, P) float32 vector of each candidate. It need not be its representation in the network.
+
+    Raises:
+        SettingError: k is below 1.
     """
 
-    def __init__(self, index: NearestNeighbors, k: int, vectors_CP: Floats | None = None) -> None:
+    def __init__(self, index: NearestNeighbors, k: int, vectors_CP: Floats) -> None:
         if k < 1:
-            raise SettingError(f"k: expected at least 1 candidate per query, got {k}")
+            raise SettingError(f"k: expected at least 1 negative per positive, got {k}")
         self._index, self.k, self.vectors_CP = index, k, vectors_CP
 
-    def select(self, queries_BP: Floats, positives_B: Ints) -> tuple[Ints, Ints]:
-        """Return the numbers of the candidates, (C,) int64 ascending, and the position of each positive among them."""
-        _, found_BK = self._index.search(np.ascontiguousarray(queries_BP, np.float32), self.k)
-        numbers_C = np.union1d(found_BK[found_BK >= 0], positives_B)
-        return numbers_C, np.searchsorted(numbers_C, positives_B)
-
-    def near(self, positives_B: Ints) -> Ints:
-        """Return the numbers of the candidates nearest to each positive, without itself: (B, k) int64, -1: none.
+    def find(self, positives_B: Ints) -> Ints:
+        """Find the candidates nearest to each positive, without itself: (B, k) int64 numbers, -1 where there is none.
 
         They depend on nothing but the vectors and the index, so that a resumed run has the same negatives.
         """
-        if self.vectors_CP is None:
-            raise SettingError("vectors_CP: expected the vectors of all candidates to find neighbors by, got none")
         queries_BP = np.ascontiguousarray(self.vectors_CP[positives_B], np.float32)
         _, found_BK = self._index.search(queries_BP, self.k + 1)
         is_other_BK = found_BK != positives_B[:, None]
@@ -81,9 +81,23 @@ class Mined:
         return np.take_along_axis(found_BK, order_BK, axis=1)[:, : self.k].astype(np.int64)
 
 
+class CandidateSample(NamedTuple):
+    """Some of the candidates, in ascending order, and where M positives are among them.
+
+    Args:
+        numbers_C: (C,) int64, number of each among all candidates.
+        positives_M: (M,) int64, position of each positive in `numbers_C`.
+        log_weights_C: (C,) float32, added to their logits; None: all candidates are in the sample.
+    """
+
+    numbers_C: Ints
+    positives_M: Ints
+    log_weights_C: Floats | None
+
+
 def draw_candidates(
     num_candidates: int, positives_M: Ints, *, limit: int, rng: np.random.Generator, mined: Ints | None = None
-) -> tuple[Ints, Ints, Floats | None]:
+) -> CandidateSample:
     """Draw candidates for one step if there are too many: all positives of the batch, and others at random.
 
     A drawn negative stands for as many as were left out: its logit gets log(number of negatives / number drawn), so
@@ -93,22 +107,19 @@ def draw_candidates(
         num_candidates: number of all candidates.
         positives_M: numbers of the positives of a batch.
         limit: most candidates to use; more if there are more positives and mined negatives.
+        rng: generator of the draw.
         mined: numbers of hard negatives that are used, too.
-
-    Returns:
-        (C,) int64 numbers of the candidates, ascending; position of each positive among them; and (C,) float32
-        log-weights, None: all candidates are used.
     """
     kept = distinct(positives_M if mined is None else np.concatenate([positives_M, mined]))
     if num_candidates <= max(limit, len(kept)):
-        return np.arange(num_candidates), positives_M, None
+        return CandidateSample(np.arange(num_candidates), positives_M, None)
     num_left = num_candidates - len(kept)
     drawn = rng.choice(num_left, size=max(1, limit - len(kept)), replace=False, shuffle=False)
     # The i-th number that is not kept: as many kept ones come before it as have at most i other numbers below them.
     others = drawn + np.searchsorted(kept - np.arange(len(kept)), drawn, side="right")
     numbers_C = np.sort(np.concatenate([kept, others]))
     log_weights_C = np.where(np.isin(numbers_C, kept), 0.0, math.log(num_left / len(others)))
-    return numbers_C, np.searchsorted(numbers_C, positives_M), log_weights_C.astype(np.float32)
+    return CandidateSample(numbers_C, np.searchsorted(numbers_C, positives_M), log_weights_C.astype(np.float32))
 
 
 class Likelihood(nn.Module):
@@ -158,8 +169,7 @@ class Likelihood(nn.Module):
     def logits(self, queries_BP: Tensor, candidates: Candidates) -> Tensor:
         """Compute the logits of all candidates: (B, C)."""
         scaled_BP, vectors_CP = self.scaled(queries_BP, candidates.vectors_CP)
-        logits_BC = scaled_BP @ vectors_CP.T
-        return logits_BC if candidates.bias_C is None else logits_BC + candidates.bias_C
+        return Candidates(vectors_CP, candidates.bias_C).logits(scaled_BP)
 
     def forward(
         self, queries_BP: Tensor, candidates: Candidates, positives: Positives, *, smoothing: float = 0.0
@@ -182,10 +192,16 @@ class LabelHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def extend(self, scaled_BP: Tensor, vectors_CP: Tensor, queries_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, candidates and bias whose dot products are the new logits, given those of a `Likelihood`."""
+    def extend(self, scaled_BP: Tensor, vectors_CP: Tensor, queries_BP: Tensor) -> tuple[Tensor, Candidates]:
+        """Return queries and candidates whose logits are the new ones.
+
+        Args:
+            scaled_BP: queries that `Likelihood.scaled` returns.
+            vectors_CP: candidates that it returns.
+            queries_BP: representations of the inputs.
+        """
         queries = torch.cat([self.weight * scaled_BP, queries_BP], dim=1)
-        return queries, torch.cat([vectors_CP, self.linear.weight], dim=1), self.linear.bias
+        return queries, Candidates(torch.cat([vectors_CP, self.linear.weight], dim=1), self.linear.bias)
 
 
 def cross_entropy_over(

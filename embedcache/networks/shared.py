@@ -148,7 +148,7 @@ class SharedNetwork(nn.Module):
     def compare(
         self, queries_BP: Tensor, candidates: Candidates, *, family: str, head: str | None = None
     ) -> tuple[Tensor, Candidates]:
-        """Return queries and candidates whose dot products, with the bias, are the logits.
+        """Return queries and candidates whose `Candidates.logits` are the logits.
 
         Args:
             queries_BP: representations of inputs.
@@ -161,8 +161,7 @@ class SharedNetwork(nn.Module):
             return scaled_BP, Candidates(vectors_CP, candidates.bias_C)
         module = self.heads[head]
         assert isinstance(module, LabelHead)
-        extended_BP, vectors_CP, bias_C = module.extend(scaled_BP, vectors_CP, queries_BP)
-        return extended_BP, Candidates(vectors_CP, bias_C)
+        return module.extend(scaled_BP, vectors_CP, queries_BP)
 
     def encode(
         self,

@@ -27,12 +27,11 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from embedcache.arrays import Bools, Ints, blocks, distinct
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.ranking import recall_at
-from embedcache.networks.candidates import Candidates, Mined, draw_candidates
+from embedcache.networks.candidates import Candidates, MinedNegatives, draw_candidates
 from embedcache.networks.shared import SharedNetwork
 from embedcache.networks.words import BLANK, END, NUM_SPECIAL, UNKNOWN, WordLists
 from embedcache.provenance import digest
@@ -51,7 +50,7 @@ from embedcache.train.likelihood_batches import (
 )
 
 Kind: TypeAlias = Literal["classify", "answer", "retrieve", "caption", "masked"]
-Loader: TypeAlias = Callable[[Examples, np.random.Generator], tuple[WordLists, Ints]]
+AnswerLoader: TypeAlias = Callable[[Examples, np.random.Generator], tuple[WordLists, Ints]]
 """Returns the input text of each example, and the number of its candidate: (B,) int64."""
 KINDS: tuple[Kind, ...] = ("classify", "answer", "retrieve", "caption", "masked")
 
@@ -69,10 +68,13 @@ class ExampleTask:
             `train`, in alphabetical order, or their words.
         mined: hard negatives of training: neighbors of the positives among the candidates, or of a text among the
             distinct targets of `train` for `retrieve`; see `embedcache.likelihood.tasks.mine_candidates`. None: none.
+        loader: of the kind `answer` with `candidates`, a function that makes the texts and the answers of examples, in
+            place of their own ones.
 
-        loader: of the kind `answer`, what makes texts and answers of examples, instead of their own ones.
+    The other arguments are described beside their defaults, below.
 
-    Each of the others says below what it is.
+    Raises:
+        SettingError: an unknown kind, a value outside its bounds, or examples or options that the kind cannot have.
     """
 
     name: str
@@ -80,8 +82,8 @@ class ExampleTask:
     train: Examples
     validation: Examples
     candidates: Sequence[str] | None = None
-    mined: Mined | None = None
-    loader: Loader | None = None
+    mined: MinedNegatives | None = None
+    loader: AnswerLoader | None = None
     weight: float = setting(1.0, "How often it is drawn, relative to other tasks.", gt=0)
     loss_weight: float = setting(1.0, "Factor of its loss.", gt=0)
     batch_size: int = setting(128, "Examples per batch.", ge=1)
@@ -112,11 +114,10 @@ class ExampleTask:
                 f"{self.name}: has_head: expected a closed set of at most {self.max_candidates:,} classes or answers, "
                 f"got the candidates of {self.kind}"
             )
-        vectors_CP = None if self.mined is None else self.mined.vectors_CP
-        if self.mined is not None and (vectors_CP is None or len(vectors_CP) != self.mined_texts.num_texts):
+        if self.mined is not None and len(self.mined.vectors_CP) != self.mined_texts.num_texts:
             raise SettingError(
                 f"{self.name}: mined: expected vectors of {self.mined_texts.num_texts:,} candidates, got "
-                f"{'none' if vectors_CP is None else len(vectors_CP)}"
+                f"{len(self.mined.vectors_CP):,}"
             )
 
     @property
@@ -186,11 +187,11 @@ class ExampleTask:
             positions_B = self._with_neighbors(positions_B, self.mined, rng)
         return self.load(self.train.take(positions_B), rng, device=device)
 
-    def _with_neighbors(self, positions_B: Ints, mined: Mined, rng: np.random.Generator) -> Ints:
+    def _with_neighbors(self, positions_B: Ints, mined: MinedNegatives, rng: np.random.Generator) -> Ints:
         """Replace the last examples of a batch by examples of the texts nearest to those of the first ones."""
         order_N, starts_F = self._of_target
         seeds = positions_B[: max(1, len(positions_B) // (mined.k + 1))]
-        near = mined.near(self.train.target_N[seeds]).ravel()
+        near = mined.find(self.train.target_N[seeds]).ravel()
         near = near[starts_F[near + 1] > starts_F[near]]  # false for -1, too
         found = order_N[starts_F[near] + rng.integers(starts_F[near + 1] - starts_F[near])]
         distinct, first = np.unique(np.concatenate([seeds, found, positions_B[len(seeds) :]]), return_index=True)
@@ -211,40 +212,37 @@ class ExampleTask:
         limit = num_candidates if rng is None else self.max_candidates
         mined = None
         if self.mined is not None and limit < num_candidates:
-            near = self.mined.near(distinct(targets_M))
+            near = self.mined.find(distinct(targets_M))
             mined = near[near >= 0]
-        chosen_C, positives_M, log_weights_C = draw_candidates(
-            num_candidates, targets_M, limit=limit, rng=draws, mined=mined
-        )
+        sample = draw_candidates(num_candidates, targets_M, limit=limit, rng=draws, mined=mined)
+        log_weights_C = sample.log_weights_C
         return TaskBatch(
             family=self.family,
             tokens=read_tokens(examples.media, examples.rows_N, device=device),
             words=None if words is None else load_words(words, device=device),
             read={"classify": "task", "caption": "next"}.get(self.kind, "blank"),  # type: ignore[arg-type]
             is_read=None if is_read is None else to_device(is_read, device),
-            candidates=load_words(self.candidate_words.take(chosen_C), device=device),
-            positives=(to_device(np.arange(len(positives_M)), device), to_device(positives_M, device)),
+            candidates=load_words(self.candidate_words.take(sample.numbers_C), device=device),
+            positives=(to_device(np.arange(len(targets_M)), device), to_device(sample.positives_M, device)),
             log_weights_C=None if log_weights_C is None else to_device(log_weights_C, device),
             head=self.name if self.has_head else None,
             rows=examples.rows_N,
         )
 
-    def _read_texts(
-        self, examples: Examples, rng: np.random.Generator, *, is_training: bool
-    ) -> tuple[WordLists | None, Ints, Bools | None]:
-        """Return the words of inputs, the candidates that belong to what is read, and, of captions, where that is."""
+    def _read_texts(self, examples: Examples, rng: np.random.Generator, *, is_training: bool) -> "_InputTexts":
+        """Return the texts of inputs, and the candidates that belong to what is read of them."""
         if self.kind == "classify":
-            return None, self._target_positions(examples), None
+            return _InputTexts(None, self._target_positions(examples))
         if self.kind == "answer":
             if self.loader is not None:
                 texts, targets_B = self.loader(examples, rng)
-                return with_blanks(texts), targets_B, None
+                return _InputTexts(with_blanks(texts), targets_B)
             assert examples.text_words is not None
-            return with_blanks(examples.text_words), self._target_positions(examples), None
+            return _InputTexts(with_blanks(examples.text_words), self._target_positions(examples))
         words = examples.target_words.take(examples.target_N)
         if self.kind == "caption":
-            return words, *self._next_words(words, is_training=is_training)
-        return *self._mask(words, rng), None
+            return _InputTexts(words, *self._next_words(words, is_training=is_training))
+        return _InputTexts(*self._mask(words, rng))
 
     def _load_pairs(self, examples: Examples, device: str) -> TaskBatch:
         """Return the distinct items and the distinct texts of a batch; pairs of both are positives."""
@@ -329,7 +327,21 @@ class ExampleTask:
         return {f"{self.name} accuracy": float(np.mean(predict(self, network, examples, device=device).is_correct_M))}
 
 
-def _describe_loader(loader: Loader) -> dict[str, str | None]:
+class _InputTexts(NamedTuple):
+    """Texts of inputs, and the candidates that belong to the M places where they are read.
+
+    Args:
+        words: words of each input; None: they have none.
+        targets_M: (M,) int64, number of the candidate; -1 where the right word is none.
+        is_read: of captions, (B, L + 1) bool, after which words they are read.
+    """
+
+    words: WordLists | None
+    targets_M: Ints
+    is_read: Bools | None = None
+
+
+def _describe_loader(loader: AnswerLoader) -> dict[str, str | None]:
     """Return the name of a function, and the digest of its code, if that can be read."""
     name = f"{loader.__module__}:{getattr(loader, '__qualname__', type(loader).__name__)}"
     try:
@@ -367,13 +379,8 @@ def predict(task: ExampleTask, network: SharedNetwork, examples: Examples, *, de
             read_inputs(network, batch), Candidates(vectors_CP), family=task.family, head=batch.head
         )
         best = [
-            _logits(queries[part], candidates).argmax(dim=1).cpu().numpy() for part in blocks(len(queries), BLOCK_ROWS)
+            candidates.logits(queries[part]).argmax(dim=1).cpu().numpy() for part in blocks(len(queries), BLOCK_ROWS)
         ]
         parts.append((np.concatenate(best), batch.positives[1].cpu().numpy(), numbers_B[examples_of(batch)]))
     predicted_M, target_M, example_M = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return Prediction(predicted_M, target_M, predicted_M == target_M, example_M)
-
-
-def _logits(queries_BP: Tensor, candidates: Candidates) -> Tensor:
-    logits_BC = queries_BP @ candidates.vectors_CP.T
-    return logits_BC if candidates.bias_C is None else logits_BC + candidates.bias_C

@@ -14,7 +14,7 @@ from embedcache.networks import candidates
 from embedcache.networks.candidates import (
     Candidates,
     Likelihood,
-    Mined,
+    MinedNegatives,
     cross_entropy_over,
     draw_candidates,
 )
@@ -129,23 +129,19 @@ class _Exact:
         return np.take_along_axis(scores, order, axis=1), order
 
 
-def test_mined_candidates_are_the_nearest_and_the_positives() -> None:
-    vectors = np.eye(6, dtype=np.float32)
-    numbers, positions = Mined(_Exact(vectors), 1).select(vectors[[4, 1]], np.array([5, 1]))
-    assert numbers.tolist() == [1, 4, 5]
-    assert positions.tolist() == [2, 0]
+def test_mined_negatives_are_the_nearest_candidates() -> None:
+    vectors = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.2, 0.8]], np.float32)
+    assert MinedNegatives(_Exact(vectors), 1, vectors).find(np.array([3, 0])).tolist() == [[2], [1]]
     with pytest.raises(SettingError, match="at least 1"):
-        Mined(_Exact(vectors), 0)
-    with pytest.raises(SettingError, match="vectors of all candidates"):
-        Mined(_Exact(vectors), 1).near(np.array([0]))
+        MinedNegatives(_Exact(vectors), 0, vectors)
 
 
 def test_a_candidate_is_not_near_itself() -> None:
     vectors = np.array([[1, 0], [1, 0], [0.9, 0.1], [0, 1]], np.float32)  # the first two are equal
-    near = Mined(_Exact(vectors), 2, vectors).near(np.array([0, 1, 3]))
+    near = MinedNegatives(_Exact(vectors), 2, vectors).find(np.array([0, 1, 3]))
     assert [sorted(row) for row in near.tolist()] == [[1, 2], [0, 2], [0, 2]] or near.tolist()[2][0] == 2
     assert not (near == np.array([[0], [1], [3]])).any()
-    assert Mined(_Exact(vectors), 8, vectors).near(np.array([2])).shape[1] <= 8
+    assert MinedNegatives(_Exact(vectors), 8, vectors).find(np.array([2])).shape[1] <= 8
 
 
 def test_a_learned_scale_is_clipped_and_can_fall_again() -> None:

@@ -151,9 +151,10 @@ def test_a_label_head_starts_without_effect_and_learns_a_linear_layer() -> None:
         with torch.no_grad():
             head.linear.weight.add_(scale * torch.randn(7, 16))
             head.weight.add_(scale)
-        vectors, extended, bias = head.extend(*likelihood.scaled(queries, candidates), queries)
+        vectors, extended = head.extend(*likelihood.scaled(queries, candidates), queries)
         expected = cross_entropy(head.weight * logits + head.linear(queries), labels)
-        torch.testing.assert_close(cross_entropy_over(vectors, extended, labels, bias_C=bias), expected)
+        found = cross_entropy_over(vectors, extended.vectors_CP, labels, bias_C=extended.bias_C)
+        torch.testing.assert_close(found, expected)
         if not scale:
             torch.testing.assert_close(expected, likelihood(queries, Candidates(candidates), labels))
 

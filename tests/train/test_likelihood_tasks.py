@@ -9,7 +9,7 @@ import pytest
 
 from embedcache.errors import DataError, SettingError
 from embedcache.likelihood.tasks import mine_candidates
-from embedcache.networks.candidates import Mined
+from embedcache.networks.candidates import MinedNegatives
 from embedcache.networks.words import BLANK, END, NUM_SPECIAL, WordLists, list_words
 from embedcache.train import likelihood_tasks
 from embedcache.train.likelihood_tasks import ExampleTask, predict
@@ -89,26 +89,26 @@ def test_examples_of_the_nearest_texts_replace_the_last_ones_of_a_batch(squares:
     task = squares.task("retrieve", "retrieve", "captions", batch_size=12)
     num_texts = task.train.target_words.num_texts
     vectors = np.arange(num_texts, dtype=np.float32)[:, None]
-    mined = Mined(Nearest(num_texts), 2, vectors)  # type: ignore[arg-type]
+    mined = MinedNegatives(Nearest(num_texts), 2, vectors)  # type: ignore[arg-type]
     task = replace(task, mined=mined)
     positions = np.random.default_rng(0).permutation(len(task.train))[:12]
     found = task._with_neighbors(positions, mined, np.random.default_rng(1))
     assert found[:4].tolist() == positions[:4].tolist()
     assert len(found) == len(set(found.tolist())) <= 12
     texts = task.train.target_N
-    near = {int(text) for row in mined.near(texts[positions[:4]]) for text in row if text >= 0}
+    near = {int(text) for row in mined.find(texts[positions[:4]]) for text in row if text >= 0}
     assert near <= set(texts[found].tolist())
     few = task._with_neighbors(positions[:2], mined, np.random.default_rng(1))
     assert few[0] == positions[0]
     assert len(few) == 2
-    assert texts[few[1]] in mined.near(texts[positions[:1]])
+    assert texts[few[1]] in mined.find(texts[positions[:1]])
 
 
 def test_any_example_of_a_near_text_is_drawn(squares: Squares) -> None:
     """Check which examples are drawn beside seeds of the texts 3 and 8, where the text 5 has no examples."""
     whole = squares.train["captions"]
     examples = whole.take(np.flatnonzero(whole.target_N != 5))
-    mined = Mined(Nearest(9), 2, np.arange(9, dtype=np.float32)[:, None])  # type: ignore[arg-type]
+    mined = MinedNegatives(Nearest(9), 2, np.arange(9, dtype=np.float32)[:, None])  # type: ignore[arg-type]
     task = squares.task("retrieve", "retrieve", "captions", train=examples, mined=mined)
     assert len(examples.targets) == 9
     seeds = [int(np.flatnonzero(examples.target_N == text)[0]) for text in (3, 8)]
@@ -122,7 +122,7 @@ def test_any_example_of_a_near_text_is_drawn(squares: Squares) -> None:
 
 
 def test_the_first_candidate_is_mined_like_others(squares: Squares) -> None:
-    mined = Mined(Nearest(9), 1, np.arange(9, dtype=np.float32)[:, None])  # type: ignore[arg-type]
+    mined = MinedNegatives(Nearest(9), 1, np.arange(9, dtype=np.float32)[:, None])  # type: ignore[arg-type]
     task = squares.task("classify", "classify", max_candidates=4, mined=mined)
     words = task.candidate_words.padded()[0].tolist()
     last = task.train.take(np.flatnonzero(task._target_positions(task.train) == 8)[:1])
@@ -182,11 +182,10 @@ def test_what_decides_the_batches_is_described(squares: Squares) -> None:
         ("masked", "masked", {"masked": 0}, "masked: expected .* above 0"),
         ("masked", "masked", {"masked": 1}, "masked: expected .* below 1"),
         ("classify", "classify", {"has_head": True, "max_candidates": 8}, "a closed set of at most 8 classes"),
-        ("classify", "classify", {"mined": Mined(Nearest(2), 1)}, "mined: expected vectors of 9 candidates, got none"),  # type: ignore[arg-type]
         (
             "classify",
             "classify",
-            {"mined": Mined(Nearest(2), 1, np.zeros((8, 1), np.float32))},  # type: ignore[arg-type]
+            {"mined": MinedNegatives(Nearest(2), 1, np.zeros((8, 1), np.float32))},  # type: ignore[arg-type]
             "mined: expected vectors of 9 candidates, got 8",
         ),
     ],
