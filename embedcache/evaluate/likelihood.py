@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,7 +19,6 @@ from embedcache.networks.captions import write_captions
 from embedcache.networks.saved import ModuleConfig, load_module
 from embedcache.networks.settings import CaptionSettings, Judge
 from embedcache.networks.shared import SharedNetwork
-from embedcache.networks.words import WordLists
 from embedcache.provenance import check_same
 from embedcache.train.examples import Examples
 from embedcache.train.likelihood_batches import encode_texts, load_words, read_inputs, read_tokens, retrieval_ranks
@@ -32,8 +31,8 @@ _KS = (1, 5, 10)
 _BLOCK = 64
 
 
-class Measured(NamedTuple):
-    """One metric, value by value.
+class MetricValues(NamedTuple):
+    """The values of a metric, one per query, example or word.
 
     Args:
         values_M: (M,) values, whose mean is the metric.
@@ -69,8 +68,8 @@ class TaskReport:
     task: str
     kind: str
     num_examples: int
-    measures: Mapping[str, Measured]
-    controls: Mapping[str, Mapping[str, Measured]] = field(default_factory=dict)
+    measures: Mapping[str, MetricValues]
+    controls: Mapping[str, Mapping[str, MetricValues]] = field(default_factory=dict)
     chance: Mapping[str, float] = field(default_factory=dict)
     captions: Mapping[str, str] = field(default_factory=dict)
     was_seen: bool = False
@@ -86,23 +85,6 @@ class TaskReport:
         """Return one line for each reason to doubt the results."""
         seen = f"WARNING: {self.run_path.name} was trained on these examples of {self.task}"
         return [seen] if self.was_seen else []
-
-    def to_json(self) -> dict[str, Any]:
-        """Return estimates of all metrics as JSON values."""
-
-        def estimates(measures: Mapping[str, Measured]) -> dict[str, Any]:
-            found = {name: measured.estimate() for name, measured in measures.items()}
-            return {name: {"value": item.value, "low": item.low, "high": item.high} for name, item in found.items()}
-
-        return {
-            "run": self.run_path.name,
-            "task": self.task,
-            "kind": self.kind,
-            "num_examples": self.num_examples,
-            "measures": estimates(self.measures),
-            "controls": {name: estimates(measures) for name, measures in self.controls.items()},
-            "chance": dict(self.chance),
-        }
 
 
 def evaluate_task(
@@ -277,45 +259,52 @@ def _measure(
     groups: Mapping[str, Bools],
     writing: CaptionSettings | None,
     device: str,
-) -> tuple[dict[str, Measured], dict[str, str]]:
+) -> tuple[dict[str, MetricValues], dict[str, str]]:
     rows_N = np.arange(len(examples)) if examples.rows_N is None else examples.rows_N
     if task.kind == "retrieve":
         return _measure_retrieval(network, task, examples, device), {}
     found = predict(task, network, examples, device=device)
-    right = Measured(found.is_correct_M, rows_N[found.example_M])
+    right = MetricValues(found.is_correct_M, rows_N[found.example_M])
     if task.kind in ("classify", "answer"):
         measures = {"accuracy": right}
         for name, is_in_N in groups.items():
-            measures[f"accuracy: {name}"] = Measured(right.values_M[is_in_N], right.clusters_M[is_in_N])
+            measures[f"accuracy: {name}"] = MetricValues(right.values_M[is_in_N], right.clusters_M[is_in_N])
         return measures, {}
     measures = {"word accuracy": right}
     if task.kind == "masked":
         return measures, {}
-    captions, is_right_I, rows_I = _write(network, task, examples, writing or CaptionSettings(), device)
-    return {**measures, "caption accuracy": Measured(is_right_I, rows_I)}, captions
+    written = _write_captions(network, task, examples, writing or CaptionSettings(), device)
+    return {**measures, "caption accuracy": MetricValues(written.is_right_I, written.rows_I)}, written.captions
 
 
 def _measure_retrieval(
     network: SharedNetwork, task: ExampleTask, examples: Examples, device: str
-) -> dict[str, Measured]:
+) -> dict[str, MetricValues]:
     assert examples.rows_N is not None
     rows_I, first_T = np.unique(examples.rows_N), np.unique(examples.target_N, return_index=True)[1]
     clusters = {"item to text": rows_I, "text to item": examples.rows_N[first_T]}  # a text of several: its first item
     ranks = retrieval_ranks(network, examples, family=task.family, device=device)
-    return {f"{name} r@{k}": Measured(ranks_Q <= k, clusters[name]) for name, ranks_Q in ranks.items() for k in _KS}
+    return {f"{name} r@{k}": MetricValues(ranks_Q <= k, clusters[name]) for name, ranks_Q in ranks.items() for k in _KS}
+
+
+class _WrittenCaptions(NamedTuple):
+    """A caption of each of I items: key -> caption, in the order of their rows, and whether it is right."""
+
+    captions: dict[str, str]
+    rows_I: Ints
+    is_right_I: Bools
 
 
 @torch.no_grad()
-def _write(
+def _write_captions(
     network: SharedNetwork, task: ExampleTask, examples: Examples, writing: CaptionSettings, device: str
-) -> tuple[dict[str, str], Bools, Ints]:
-    """Write a caption of each item, and judge it: key -> caption, (I,) whether it is right, and (I,) rows."""
+) -> _WrittenCaptions:
+    """Write a caption of each item, and judge it."""
     media = examples.media
     assert media is not None
     assert examples.rows_N is not None
-    texts: WordLists = task.candidate_words
-    words = load_words(texts, device=device).numbers_BL[:, 0]
-    vocabulary = words, Candidates(encode_texts(network, texts, device=device))
+    words = load_words(task.candidate_words, device=device).numbers_BL[:, 0]
+    vocabulary = words, Candidates(encode_texts(network, task.candidate_words, device=device))
     likelihood = network.likelihood(task.family)
     rows_I = distinct(examples.rows_N)
     keys = _keys_of(examples, rows_I)
@@ -335,7 +324,7 @@ def _write(
         captions |= dict(zip(keys[part], decoded, strict=True))
     judge = writing.judge or _references(examples, dict(zip(rows_I.tolist(), keys, strict=True)))
     is_right_I = np.array([judge(key, caption) for key, caption in captions.items()])
-    return captions, is_right_I, rows_I
+    return _WrittenCaptions(captions, rows_I, is_right_I)
 
 
 def _references(examples: Examples, key_of_row: Mapping[int, str]) -> Judge:

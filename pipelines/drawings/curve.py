@@ -17,7 +17,7 @@ import numpy as np
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.splits import read_split
 from embedcache.devices import Precision
-from embedcache.evaluate.likelihood import Measured
+from embedcache.evaluate.likelihood import MetricValues
 from embedcache.evaluate.ranking import rank
 from embedcache.evaluate.retrieval import chance_at
 from embedcache.evaluate.runs import load_runs
@@ -149,11 +149,11 @@ class SeedRuns:
             ranking = rank(cache, run, RetrievalSettings(check_overlap=False, max_samples=_MAX_SAMPLES))
             for direction, ranks in ranking.ranks.items():
                 name = f"{direction} R@{_K}"
-                measures[name] = Measured(ranks <= _K, ranking.groups[ranking.queries(direction)])
+                measures[name] = MetricValues(ranks <= _K, ranking.groups[ranking.queries(direction)])
                 chance[name] = chance_at(ranking, direction, _K)
         else:
             found = classify(cache, run, Cache(paths[1]), ZeroShotSettings(check_overlap=False))
-            measures["top-1"] = Measured(found.ranks == 1, found.split.groups[found.items.samples])
+            measures["top-1"] = MetricValues(found.ranks == 1, found.split.groups[found.items.samples])
             chance["top-1"] = 1 / len(found.names)
         return Result(
             seed=self.seed,

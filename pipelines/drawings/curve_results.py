@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.evaluate.likelihood import Measured
+from embedcache.evaluate.likelihood import MetricValues
 from embedcache.metrics.intervals import Estimate, interval_of
 from embedcache.reports.base import Table, estimate_json, format_count, format_estimate, format_fraction, round_json
 from pipelines.drawings.curve import SeedRuns, choice_name, question, read_cost, read_report, read_score
@@ -40,7 +40,7 @@ def halve(result: Result, choosing: str) -> Iterator[Result]:
         measures = {}
         for measure, (value_M, cluster_M) in result.measures.items():
             is_asked_M = cluster_M % 2 == is_choosing
-            measures[measure] = Measured(value_M[is_asked_M], cluster_M[is_asked_M])
+            measures[measure] = MetricValues(value_M[is_asked_M], cluster_M[is_asked_M])
         count = max(len(item.values_M) for item in measures.values())
         yield replace(result, question=name, measures=measures, num_examples=count)
 

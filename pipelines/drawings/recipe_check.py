@@ -10,7 +10,7 @@ from embedcache.arrays import Array
 from embedcache.cli.console import open_progress
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import write_split
-from embedcache.evaluate.likelihood import Measured
+from embedcache.evaluate.likelihood import MetricValues
 from embedcache.evaluate.ranking import rank
 from embedcache.evaluate.retrieval import chance_at
 from embedcache.evaluate.runs import load_runs
@@ -133,7 +133,7 @@ def _measure(collection: str, row: str, cache_path: Path, run_path: Path, seed: 
     def compute() -> Result:
         ranking = rank(Cache(cache_path), load_runs(run_path)[0], RetrievalSettings(check_overlap=False))
         measures = {
-            f"{direction} R@{_K}": Measured(ranks <= _K, ranking.groups[ranking.queries(direction)])
+            f"{direction} R@{_K}": MetricValues(ranks <= _K, ranking.groups[ranking.queries(direction)])
             for direction, ranks in ranking.ranks.items()
         }
         chance = {f"{direction} R@{_K}": chance_at(ranking, direction, _K) for direction in ranking.ranks}

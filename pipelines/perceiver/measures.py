@@ -15,7 +15,7 @@ from embedcache.evaluate import classifiers
 from embedcache.evaluate.likelihood import (
     BLIND,
     SHUFFLED,
-    Measured,
+    MetricValues,
     TaskReport,
     answer_blindly,
     evaluate_task,
@@ -108,14 +108,14 @@ class Evaluation:
         order = np.random.default_rng(0).permutation(len(keys))
         others = dict(zip((keys[place] for place in order), (keys[place] for place in np.roll(order, 1)), strict=True))
 
-        def judge(word_accuracy: Measured, shown: Mapping[str, str]) -> dict[str, Measured]:
+        def judge(word_accuracy: MetricValues, shown: Mapping[str, str]) -> dict[str, MetricValues]:
             verdicts = [check_caption(report.captions[key], objects[shown[key]]) for key in keys]
             is_true = np.array([verdict.is_true for verdict in verdicts])
             is_whole = is_true & np.array([verdict.is_complete for verdict in verdicts])
             return {
                 "word accuracy": word_accuracy,
-                "true captions": Measured(is_true, rows_I),
-                "true and complete captions": Measured(is_whole, rows_I),
+                "true captions": MetricValues(is_true, rows_I),
+                "true and complete captions": MetricValues(is_whole, rows_I),
             }
 
         measures = judge(report.measures["word accuracy"], {key: key for key in keys})
@@ -196,7 +196,7 @@ class Evaluation:
         of_groups |= {f"accuracy: {name}": is_in_N for name, is_in_N in groups.items()}
         measures: dict[str, Measures] = {
             control: {
-                name: Measured(is_right_N[is_in_N], examples.rows_N[is_in_N]) for name, is_in_N in of_groups.items()
+                name: MetricValues(is_right_N[is_in_N], examples.rows_N[is_in_N]) for name, is_in_N in of_groups.items()
             }
             for control, is_right_N in right.items()
         }
@@ -290,7 +290,9 @@ def _join(parts: Sequence[Result]) -> Result:
 
     def join(of_parts: Sequence[Measures]) -> Measures:
         return {
-            name: Measured(*(np.concatenate(arrays) for arrays in zip(*(part[name] for part in of_parts), strict=True)))
+            name: MetricValues(
+                *(np.concatenate(arrays) for arrays in zip(*(part[name] for part in of_parts), strict=True))
+            )
             for name in of_parts[0]
         }
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from embedcache.arrays import Array
 from embedcache.errors import DataError
-from embedcache.evaluate.likelihood import Measured
+from embedcache.evaluate.likelihood import MetricValues
 from embedcache.metrics.intervals import Estimate, interval_of, resample_runs
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import fields_of
 from pipelines.results.stored import read_values, write_values
 
-Measures: TypeAlias = Mapping[str, Measured]
+Measures: TypeAlias = Mapping[str, MetricValues]
 
 
 def file_name(name: str) -> str:
@@ -76,8 +76,8 @@ def _to_json(measures: Measures) -> dict[str, list[list[int]]]:
     }
 
 
-def _from_json(measures: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Measured]:
-    return {name: Measured(*(np.array(row, np.int64) for row in rows)) for name, rows in measures.items()}
+def _from_json(measures: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, MetricValues]:
+    return {name: MetricValues(*(np.array(row, np.int64) for row in rows)) for name, rows in measures.items()}
 
 
 def keep_result(
@@ -103,7 +103,7 @@ def with_both(result: Result) -> Result:
         return result
     values, clusters = zip(*result.measures.values(), strict=True)
     name = next(iter(result.measures)).split()[-1]
-    both = Measured(np.concatenate(values), np.concatenate(clusters))
+    both = MetricValues(np.concatenate(values), np.concatenate(clusters))
     chance = np.average([result.chance[way] for way in result.measures], weights=[len(found) for found in values])
     return replace(result, measures={name: both, **result.measures}, chance={name: float(chance), **result.chance})
 
@@ -168,7 +168,7 @@ class Results:
         return _resample([[result.measures[measure] for result in self.seeds(*names)] for names in asked])
 
 
-def _resample(columns: Sequence[Sequence[Measured]]) -> Array:
+def _resample(columns: Sequence[Sequence[MetricValues]]) -> Array:
     values, clusters = [], []
     for of_seed in zip(*columns, strict=True):
         if any(not np.array_equal(item.clusters_M, of_seed[0].clusters_M) for item in of_seed):

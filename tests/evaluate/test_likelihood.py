@@ -1,6 +1,5 @@
 """Evaluation of tasks of one likelihood: metrics, controls, chance, captions and blind answers."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +53,7 @@ def test_retrieval_counts_equal_captions_as_right(squares: Squares, squares_run:
     assert len(report.measures["text to item r@1"].values_M) == len(np.unique(examples.target_N))
     assert report.chance["item to text r@1"] == pytest.approx(1 / len(np.unique(examples.target_N)))
     assert 0.05 < report.chance["text to item r@1"] < 0.2
-    json.dumps(report.to_json())
+
     assert "r@1" in report.line()
     with pytest.raises(SettingError, match="expected none for the kind retrieve"):
         evaluate_task(squares_run, squares.task("retrieve", "retrieve", "captions"), examples, controls=[SHUFFLED])

@@ -13,7 +13,7 @@ from embedcache.arrays import Array, Floats, normalize
 from embedcache.axis import Axis
 from embedcache.derive.rules import Block
 from embedcache.errors import DataError, SettingError
-from embedcache.evaluate.likelihood import SHUFFLED, Measured
+from embedcache.evaluate.likelihood import SHUFFLED, MetricValues
 from embedcache.networks.saved import read_module_config
 from embedcache.networks.words import Vocabulary
 from embedcache.store.cache import Cache
@@ -43,8 +43,8 @@ PARTS = ("train", "valid", "test")
 def make_result(model: str, question: str, num_right: int, *, seed: int = 0, first_item: int = 0) -> Result:
     """A result on ten examples, of which some are right, and none with items of others."""
     items = np.arange(first_item, first_item + 10)
-    measures = {name: Measured(np.arange(10) < num_right, items) for name in ("accuracy", "accuracy: open")}
-    wrong = {name: Measured(np.zeros(10, bool), items) for name in measures}
+    measures = {name: MetricValues(np.arange(10) < num_right, items) for name in ("accuracy", "accuracy: open")}
+    wrong = {name: MetricValues(np.zeros(10, bool), items) for name in measures}
     return Result(
         model=model,
         question=question,
