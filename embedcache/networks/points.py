@@ -4,7 +4,7 @@ All points of a batch are one packed array, one row per point, without padding; 
 The normalizations keep the moments of the features they were trained on: the only trace of the source domain.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -300,46 +300,57 @@ class Moments:
 def norm_gaps(network: PointNetwork, features_ND: Floats) -> list[float]:
     """Compute the gap between source and target at each normalization: stored moments against those of the target.
 
-    The network stays as it is: what a deeper normalization sees is computed with the stored moments of the first.
+    The network stays as it is: the inputs of the second normalization are computed with the stored moments of the
+    first.
+
+    Returns:
+        The `domain_gap` at `input_norm` and at `hidden_norm`.
     """
     gaps = []
-    for norm, moments in _norm_inputs(network, features_ND, adapt=False):
-        gaps.append(domain_gap(_array(norm.running_mean), _array(norm.running_var), moments.mean, moments.variance))
+    for norm, moments in (
+        (network.input_norm, _input_moments(features_ND)),
+        (network.hidden_norm, _hidden_moments(network, features_ND)),
+    ):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        stored = norm.running_mean.cpu().numpy(), norm.running_var.cpu().numpy()
+        gaps.append(domain_gap(*stored, moments.mean, moments.variance))
     return gaps
 
 
 def adapt_norms(network: PointNetwork, features_ND: Floats) -> None:
-    """Replace the stored moments of the normalizations by those of the target; needs no labels and no gradients."""
-    for _ in _norm_inputs(network, features_ND, adapt=True):
-        pass
+    """Replace the stored moments of both normalizations by those of a target; needs no labels and no gradients.
+
+    The second one gets those of its inputs after the first was adapted.
+
+    Args:
+        network: the network, which changes in place.
+        features_ND: (N, D) features of the target.
+    """
+    _set_moments(network.input_norm, _input_moments(features_ND))
+    _set_moments(network.hidden_norm, _hidden_moments(network, features_ND))
+
+
+def _input_moments(features_ND: Floats) -> Moments:
+    """Compute the moments of the inputs of the first normalization."""
+    moments = Moments()
+    for rows in blocks(len(features_ND), _BLOCK):
+        moments.add(features_ND[rows].astype(np.float32))
+    return moments
 
 
 @torch.no_grad()
-def _norm_inputs(
-    network: PointNetwork, features_ND: Floats, *, adapt: bool
-) -> Iterable[tuple[nn.BatchNorm1d, Moments]]:
-    """Iterate over the normalizations, with the moments of what each sees, storing them on the way if `adapt`."""
+def _hidden_moments(network: PointNetwork, features_ND: Floats) -> Moments:
+    """Compute the moments of the inputs of the second normalization, with the stored moments of the first."""
     network.eval()
-
-    def hidden(block: Floats) -> Floats:
-        with torch.no_grad():
-            values_ND = torch.from_numpy(block).to(network.linear.weight.device)
-            values: Floats = network.linear(network.input_norm(values_ND)).cpu().numpy()
-        return values
-
-    for norm, transform in ((network.input_norm, None), (network.hidden_norm, hidden)):
-        moments = Moments()
-        for rows in blocks(len(features_ND), _BLOCK):
-            block = features_ND[rows].astype(np.float32)
-            moments.add(block if transform is None else transform(block))
-        if adapt:
-            device = network.linear.weight.device
-            norm.running_mean = torch.from_numpy(moments.mean.astype(np.float32)).to(device)
-            norm.running_var = torch.from_numpy(moments.variance.astype(np.float32)).to(device)
-        yield norm, moments
+    moments = Moments()
+    for rows in blocks(len(features_ND), _BLOCK):
+        block_ND = torch.from_numpy(features_ND[rows].astype(np.float32)).to(network.linear.weight.device)
+        moments.add(network.linear(network.input_norm(block_ND)).cpu().numpy())
+    return moments
 
 
-def _array(values: Tensor | None) -> Floats:
-    assert values is not None  # a batch normalization without stored moments is never made here
-    array: Floats = values.cpu().numpy()
-    return array
+def _set_moments(norm: nn.BatchNorm1d, moments: Moments) -> None:
+    device = norm.weight.device
+    norm.running_mean = torch.from_numpy(moments.mean.astype(np.float32)).to(device)
+    norm.running_var = torch.from_numpy(moments.variance.astype(np.float32)).to(device)

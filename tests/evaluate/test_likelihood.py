@@ -53,7 +53,6 @@ def test_retrieval_counts_equal_captions_as_right(squares: Squares, squares_run:
     assert len(report.measures["text to item r@1"].values_M) == len(np.unique(examples.target_N))
     assert report.chance["item to text r@1"] == pytest.approx(1 / len(np.unique(examples.target_N)))
     assert 0.05 < report.chance["text to item r@1"] < 0.2
-
     assert "r@1" in report.line()
     with pytest.raises(SettingError, match="expected none for the kind retrieve"):
         evaluate_task(squares_run, squares.task("retrieve", "retrieve", "captions"), examples, controls=[SHUFFLED])
