@@ -289,8 +289,8 @@ def _fit(fitted_FP: Floats, projection: Literal["umap", "pca"], *, seed: int) ->
 
 
 def _fit_pca(fitted_FP: Floats) -> Placement:
-    moments = Moments(fitted_FP.shape[1], 0)
-    moments.add(fitted_FP, fitted_FP[:, :0])
+    moments = Moments(fitted_FP.shape[1])
+    moments.add(fitted_FP)
     width = min(2, fitted_FP.shape[1])
     center_P, components_PE = principal_components(moments, width, whiten=False)
     return lambda vectors_BP: np.pad((vectors_BP - center_P) @ components_PE, ((0, 0), (0, 2 - width)))

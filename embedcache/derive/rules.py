@@ -229,14 +229,14 @@ def principal_components(moments: Moments, width: int, *, whiten: bool) -> tuple
     The largest entry of each component is positive; with `whiten`, each component of the vectors has variance 1.
 
     Args:
-        moments: second moments of the vectors, as those of images.
+        moments: moments of the vectors.
         width: E, at most D.
         whiten: divide each component by its standard deviation.
 
     Raises:
         DataError: the vectors have fewer directions than are whitened.
     """
-    covariance_DD = moments.covariances()[0]
+    covariance_DD = moments.covariances().first
     variances, vectors = np.linalg.eigh(covariance_DD)
     variances, components = variances[::-1][:width], vectors[:, ::-1][:, :width]
     components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(width)])
@@ -249,7 +249,7 @@ def principal_components(moments: Moments, width: int, *, whiten: bool) -> tuple
                 f"width={rank} or more items"
             )
         components = components / np.sqrt(variances)
-    return moments.image_mean.astype(np.float32), components.astype(np.float32)
+    return moments.first_mean.astype(np.float32), components.astype(np.float32)
 
 
 def _apply_pca(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str, Output]:
@@ -274,11 +274,11 @@ def _standardize_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> M
 
 def _fit_standardize(blocks: Iterator[Sequence[Block]], _: Mapping[str, Any]) -> dict[str, Array]:
     moments = _sum_moments(blocks)
-    covariance_DD = moments.covariances()[0]
+    covariance_DD = moments.covariances().first
     variances = covariance_DD.diagonal()
     is_constant = variances <= _smallest_variance(covariance_DD)
     scale = np.where(is_constant, 1.0, np.sqrt(np.where(is_constant, 1.0, variances)))
-    return {"center": moments.image_mean.astype(np.float32), "scale": scale.astype(np.float32)}
+    return {"center": moments.first_mean.astype(np.float32), "scale": scale.astype(np.float32)}
 
 
 def _apply_standardize(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str, Output]:
@@ -302,8 +302,8 @@ def _sum_moments(blocks: Iterator[Sequence[Block]]) -> Moments:
     moments: Moments | None = None
     for (block,) in blocks:
         rows_MD = block.rows()
-        moments = moments or Moments(rows_MD.shape[1], 0)
-        moments.add(rows_MD, rows_MD[:, :0])
+        moments = moments or Moments(rows_MD.shape[1])
+        moments.add(rows_MD)
     if moments is None or moments.num_rows < 2:
         raise DataError("expected at least 2 vectors in the training part to fit a rule, got fewer")
     return moments

@@ -139,12 +139,11 @@ def _fit(
             f"width: expected 1 to {stack * num_pixels} components of {stack} frames of {size[0]} x {size[1]}, got "
             f"{width}"
         )
-    moments = Moments(stack * num_pixels, 0)
+    moments = Moments(stack * num_pixels)
     for clip_TD in clips:
         frames_TD = normalize_frames(clip_TD, normalize)
         for steps in blocks(len(frames_TD), _STACKS_PER_BLOCK):
-            stacks_BD = stack_frames(frames_TD, stack, steps)
-            moments.add(stacks_BD, stacks_BD[:, :0])
+            moments.add(stack_frames(frames_TD, stack, steps))
     if moments.num_rows < 2:
         raise DataError(f"expected videos with at least 2 frames to fit stacks, got {moments.num_rows} frames")
     mean_D, components_DE = principal_components(moments, width, whiten=True)

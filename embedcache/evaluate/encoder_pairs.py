@@ -291,8 +291,8 @@ def _probe(
         moments.add(images_ID[image_M[block]], texts_TE[text_M[block]])
     image_DP, text_EP = solve("cca", moments, _SHARED_WIDTH, shrinkage=_SHRINKAGE)
     val_image, val_text = sample.positions(sample.val)
-    images = normalize((images_ID[val_image] - moments.image_mean) @ image_DP)
-    texts = normalize((texts_TE[val_text] - moments.text_mean) @ text_EP)
+    images = normalize((images_ID[val_image] - moments.first_mean) @ image_DP)
+    texts = normalize((texts_TE[val_text] - moments.second_mean) @ text_EP)
     image_M, text_M = sample.val.positives()
 
     def recall(ranks: Ints, items: Items) -> Estimate:

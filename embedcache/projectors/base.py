@@ -35,9 +35,9 @@ PROJECTORS = Registry(
 
 
 def split_names(names: str) -> tuple[str, str]:
-    """Return the image and the text projector of a name: `glu` stands for both, `identity+sharelock` for one each."""
-    image, _, text = _PRESETS.get(names, names).partition("+")
-    return image, text or image
+    """Return the projectors of both towers: `glu` names both, `identity+sharelock` the first and the second."""
+    first, _, second = _PRESETS.get(names, names).partition("+")
+    return first, second or first
 
 
 def has_token_input(projector: str) -> bool:

@@ -1,9 +1,10 @@
 """Closed-form linear projectors: NumPy and SciPy, float64, one pass over the data.
 
-Each form maps the second moments of aligned rows to one matrix per modality.
+Each form maps the second moments of aligned rows of two features, x (N, D) and y (N, E), to one matrix per feature.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +17,17 @@ Matrix = npt.NDArray[np.float64]
 
 
 def solve(name: str, moments: "Moments", width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Solve `cca`, `csa`, `procrustes` or `ridge`: (D, P) for images and (E, P) for texts, float64.
+    """Solve `cca`, `csa`, `procrustes` or `ridge`: (D, P) for the first feature and (E, P) for the second, float64.
 
-    P is the width; directions beyond the rank of the solution are zero. Shrinkage is regularization in units of the
-    mean eigenvalue; use more for fewer pairs.
+    Args:
+        name: name of the form.
+        moments: moments of the training pairs.
+        width: P; directions beyond the rank of the solution are zero.
+        shrinkage: regularization in units of the mean eigenvalue; use more for fewer pairs.
+
+    Raises:
+        SettingError: the shrinkage is not above 0.
+        DataError: there are fewer than two pairs.
     """
     if shrinkage <= 0:
         raise SettingError(f"shrinkage: expected a number above 0, got {shrinkage}")
@@ -27,47 +35,64 @@ def solve(name: str, moments: "Moments", width: int, *, shrinkage: float) -> tup
     return forms[name](moments, width, shrinkage=shrinkage)
 
 
+class Covariances(NamedTuple):
+    """Covariances of two features: (D, D) and (E, E) of each, and (D, E) of both."""
+
+    first: Matrix
+    second: Matrix
+    cross: Matrix
+
+
 @dataclass
 class Moments:
-    """Sums over aligned rows of two features, from which every closed form is solved.
+    """Sums over aligned rows of two features, or over the rows of one, from which means and covariances follow.
 
-    The result does not depend on how rows are divided into batches, up to float64 rounding. Memory: three D × D
-    matrices.
+    The result does not depend on how rows are divided into batches, up to float64 rounding. Memory: three matrices of
+    (D + E)² numbers.
+
+    Args:
+        first_width: D.
+        second_width: E; 0 for one feature alone.
     """
 
-    image_width: int
-    text_width: int
+    first_width: int
+    second_width: int = 0
 
     def __post_init__(self) -> None:
         self.num_rows = 0
-        self._sum = np.zeros(self.image_width + self.text_width)
+        self._sum = np.zeros(self.first_width + self.second_width)
         self._products = np.zeros((len(self._sum), len(self._sum)))
 
-    def add(self, images_BD: npt.NDArray[np.floating], texts_BE: npt.NDArray[np.floating]) -> None:
-        """Add aligned rows: two finite arrays of equal length and any float dtype."""
-        rows = np.concatenate([images_BD, texts_BE], axis=1, dtype=np.float64)
+    def add(self, first_BD: npt.NDArray[np.floating], second_BE: npt.NDArray[np.floating] | None = None) -> None:
+        """Add aligned rows: two arrays of equal length and any float dtype, or one array for one feature alone.
+
+        Raises:
+            DataError: a value is NaN or infinite.
+        """
+        second_BE = first_BD[:, :0] if second_BE is None else second_BE
+        rows = np.concatenate([first_BD, second_BE], axis=1, dtype=np.float64)
         check_finite(rows, "the training pairs")
         self.num_rows += len(rows)
         self._sum += rows.sum(axis=0)
         self._products += rows.T @ rows
 
     @property
-    def image_mean(self) -> Matrix:
-        """(D,) mean of the image rows."""
-        return self._mean[: self.image_width]
+    def first_mean(self) -> Matrix:
+        """(D,) mean of the rows of the first feature."""
+        return self._mean[: self.first_width]
 
     @property
-    def text_mean(self) -> Matrix:
-        """(E,) mean of the text rows."""
-        return self._mean[self.image_width :]
+    def second_mean(self) -> Matrix:
+        """(E,) mean of the rows of the second feature."""
+        return self._mean[self.first_width :]
 
-    def covariances(self) -> tuple[Matrix, Matrix, Matrix]:
-        """Return the image, text and cross covariance: (D, D), (E, E), (D, E)."""
+    def covariances(self) -> Covariances:
+        """Compute the covariances; DataError if there are fewer than two rows."""
         if self.num_rows < 2:
             raise DataError(f"expected at least 2 pairs to fit a projector, got {self.num_rows}; add training samples")
         covariance = self._products / self.num_rows - np.outer(self._mean, self._mean)
-        image, text = slice(self.image_width), slice(self.image_width, None)
-        return covariance[image, image], covariance[text, text], covariance[image, text]
+        first, second = slice(self.first_width), slice(self.first_width, None)
+        return Covariances(covariance[first, first], covariance[second, second], covariance[first, second])
 
     @property
     def _mean(self) -> Matrix:
@@ -94,42 +119,41 @@ def _csa(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Mat
 
 
 def ridge(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Solve ridge regression of the text feature on the image feature.
+    """Solve ridge regression of the second feature on the first.
 
-    The image projector is (Sxx + s mean(eig Sxx) I)^-1 Sxy. Both sides are then rotated onto the principal axes of the
-    text feature, which changes no cosine unless the shared space is narrower than the text feature.
+    The first projector is (Sxx + s mean(eig Sxx) I)^-1 Sxy. Both sides are then rotated onto the principal axes of the
+    second feature, which changes no cosine unless the shared space is narrower than that feature.
     """
-    image, text, cross = moments.covariances()
-    penalty = shrinkage * np.trace(image) / len(image)
-    weights = scipy.linalg.solve(image + penalty * np.eye(len(image)), cross, assume_a="pos")
-    _, axes = scipy.linalg.eigh(text)
+    first, second, cross = moments.covariances()
+    penalty = shrinkage * np.trace(first) / len(first)
+    weights = scipy.linalg.solve(first + penalty * np.eye(len(first)), cross, assume_a="pos")
+    _, axes = scipy.linalg.eigh(second)
     axes = axes[:, ::-1][:, :width]
     return _pad(weights @ axes, width), _pad(axes, width)
 
 
 def _procrustes(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Solve orthogonal Procrustes: the rotation that minimizes the distance of centered images to their texts.
+    """Solve orthogonal Procrustes: the rotation that minimizes the distance of centered rows to those of their pairs.
 
-    With U diag(s) V' the singular value decomposition of Sxy, images are rotated by U and texts by V, so that the
-    strongest directions come first; U V' is the usual rotation. Schönemann, "A generalized solution of the orthogonal
-    Procrustes problem" (1966). The shrinkage is unused.
+    With U diag(s) V' the singular value decomposition of Sxy, x is rotated by U and y by V, so that the strongest
+    directions come first; U V' is the usual rotation. Schönemann, "A generalized solution of the orthogonal Procrustes
+    problem" (1966). The shrinkage is unused.
     """
     del shrinkage
-    _, _, cross = moments.covariances()
-    left, _, right = scipy.linalg.svd(cross, full_matrices=False)
+    left, _, right = scipy.linalg.svd(moments.covariances().cross, full_matrices=False)
     rank = min(width, len(right))
     return _pad(left[:, :rank], width), _pad(right[:rank].T, width)
 
 
 def _canonical(moments: Moments, width: int, *, shrinkage: float, power: float) -> tuple[Matrix, Matrix]:
-    image, text, cross = moments.covariances()
-    white_image, white_text = _whitener(image, shrinkage), _whitener(text, shrinkage)
-    left, correlation, right = scipy.linalg.svd(white_image @ cross @ white_text, full_matrices=False)
+    first, second, cross = moments.covariances()
+    whiten_x, whiten_y = _whitener(first, shrinkage), _whitener(second, shrinkage)
+    left, correlation, right = scipy.linalg.svd(whiten_x @ cross @ whiten_y, full_matrices=False)
     rank = min(width, len(correlation))
     weights = correlation[:rank] ** power
     return (
-        _pad(white_image @ left[:, :rank] * weights, width),
-        _pad(white_text @ right[:rank].T * weights, width),
+        _pad(whiten_x @ left[:, :rank] * weights, width),
+        _pad(whiten_y @ right[:rank].T * weights, width),
     )
 
 

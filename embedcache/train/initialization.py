@@ -55,15 +55,15 @@ def initialize(
     for block in blocks(len(first.rows), _BLOCK):
         moments.add(first.vectors(block), second.vectors(block))
         progress.advance(len(first.rows[block]))
-    covariances = moments.covariances()[:2]
-    for rows, mean in zip(towers, (moments.image_mean, moments.text_mean), strict=True):
+    covariances = moments.covariances()
+    for rows, mean in zip(towers, (moments.first_mean, moments.second_mean), strict=True):
         if isinstance(rows.tower, RawTower):
             rows.tower.length.fill_(rows.rms_length(progress))
         elif isinstance(rows.tower, Tower):
             rows.tower.mean.copy_(torch.from_numpy(mean))
     if form != "random":
         weights = solve(form, moments, settings.shared_width, shrinkage=settings.shrinkage)
-        for rows, weights_DP, covariance in zip(towers, weights, covariances, strict=True):
+        for rows, weights_DP, covariance in zip(towers, weights, (covariances.first, covariances.second), strict=True):
             # the root mean square length of the projected training rows: a learned branch expects about 1
             length = max(float(np.sqrt(np.trace(weights_DP.T @ covariance @ weights_DP))), np.finfo(np.float64).tiny)
             rows.tower.projector.set_linear_map(torch.from_numpy(weights_DP / length))

@@ -32,7 +32,7 @@ def test_moments_are_the_same_for_any_batches(rows: int, cut: int, seed: int) ->
         parts.add(images[part].astype(np.float32), texts[part].astype(np.float32))
     for found, expected in zip(parts.covariances(), moments(images, texts).covariances(), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-4)
-    np.testing.assert_allclose(parts.image_mean, images.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(parts.first_mean, images.mean(axis=0), atol=1e-5)
 
 
 def test_covariances_match_numpy() -> None:
@@ -94,8 +94,8 @@ def test_wider_shared_space_is_padded(name: str) -> None:
 def test_one_pair_raises() -> None:
     images, texts = aligned(1, seed=0)
     one = moments(images, texts)
-    np.testing.assert_allclose(one.image_mean, images[0])
-    np.testing.assert_allclose(one.text_mean, texts[0])
+    np.testing.assert_allclose(one.first_mean, images[0])
+    np.testing.assert_allclose(one.second_mean, texts[0])
     with pytest.raises(DataError, match="expected at least 2 pairs to fit a projector, got 1"):
         one.covariances()
 
