@@ -16,7 +16,8 @@ from embedcache.dataset.clusters import READ_ROWS, Plan, cluster_items, make_pla
 from embedcache.dataset.inputs import InputFeature, to_unit_vectors
 from embedcache.dataset.similar_pairs import cosine_limit
 from embedcache.devices import products_on
-from embedcache.metrics.neighbors import Closest, find_closest, note_duration
+from embedcache.metrics.durations import note_duration
+from embedcache.metrics.neighbors import Closest, find_closest
 from embedcache.modalities import noun
 from embedcache.progress import Progress
 

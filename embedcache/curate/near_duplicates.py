@@ -33,7 +33,7 @@ from embedcache.dataset.clusters import (
 from embedcache.dataset.similar_pairs import NeighborCollector, PairCollector, SimilarPairs, cosine_limit
 from embedcache.devices import AUTO, products_on
 from embedcache.errors import DataError
-from embedcache.metrics.neighbors import MeasuredDuration
+from embedcache.metrics.durations import MeasuredDuration
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.kmeans import spherical_kmeans
 from embedcache.search.vectors import Vectors, run_pass

@@ -25,7 +25,8 @@ from embedcache.dataset.splits import read_split
 from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
-from embedcache.metrics.neighbors import note_duration, top_k
+from embedcache.metrics.durations import note_duration
+from embedcache.metrics.neighbors import top_k
 from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import PairConfig, read_config, split_path

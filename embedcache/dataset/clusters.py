@@ -20,7 +20,8 @@ from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, dot_
 from embedcache.dataset.similar_pairs import CosineTile
 from embedcache.errors import DiskFullError, PathError
 from embedcache.files import disk_errors
-from embedcache.metrics.neighbors import ITERATIONS, note_duration, spherical_means
+from embedcache.metrics.durations import note_duration
+from embedcache.metrics.neighbors import ITERATIONS, spherical_means
 from embedcache.progress import Progress, watch
 
 MAX_VISITS = 16

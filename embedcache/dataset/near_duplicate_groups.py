@@ -22,7 +22,8 @@ from embedcache.dataset.clusters import (
 from embedcache.dataset.inputs import Reader, to_unit_vectors
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.settings import SplitSettings
-from embedcache.metrics.neighbors import MeasuredDuration, iterate_pairs_above, note_duration
+from embedcache.metrics.durations import MeasuredDuration, note_duration
+from embedcache.metrics.neighbors import iterate_pairs_above
 from embedcache.progress import Progress, watch
 
 ALL_PAIRS_LIMIT = 200_000

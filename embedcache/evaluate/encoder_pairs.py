@@ -25,8 +25,9 @@ from embedcache.metrics.alignment import (
     neighbor_overlap,
     shuffled_from_products,
 )
+from embedcache.metrics.durations import note_duration
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, jackknife
-from embedcache.metrics.neighbors import note_duration, top_k
+from embedcache.metrics.neighbors import top_k
 from embedcache.metrics.ranking import best_ranks, note_ranking
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve

@@ -15,8 +15,8 @@ from embedcache.evaluate.labeled import LabeledFeature, read_labeled
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.files import AnyPath
 from embedcache.metrics.classification import class_means, rank_labels
+from embedcache.metrics.durations import note_duration
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
-from embedcache.metrics.neighbors import note_duration
 from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.settings import replace_flat

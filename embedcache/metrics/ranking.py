@@ -6,7 +6,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, distinct, dot_products
 from embedcache.errors import DataError
-from embedcache.metrics.neighbors import note_duration
+from embedcache.metrics.durations import note_duration
 from embedcache.progress import Progress
 
 _BLOCK_BYTES = 64 * 2**20

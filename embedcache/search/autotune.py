@@ -9,7 +9,7 @@ import numpy as np
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.devices import AUTO
 from embedcache.errors import SettingError
-from embedcache.metrics.neighbors import note_duration
+from embedcache.metrics.durations import note_duration
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.faiss_index import RowIndex, exact_search
 from embedcache.search.vectors import Vectors

@@ -8,7 +8,7 @@ import numpy as np
 
 from embedcache.arrays import Floats, Ints
 from embedcache.devices import AUTO
-from embedcache.metrics.neighbors import note_duration
+from embedcache.metrics.durations import note_duration
 from embedcache.progress import Progress
 from embedcache.search.faiss_gpu import import_faiss, num_gpus
 

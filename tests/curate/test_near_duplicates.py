@@ -96,7 +96,7 @@ def test_limit_of_all_pairs_is_documented() -> None:
 
 def test_steps_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check 2 √N clusters, ten iterations over at most 40 vectors per cluster, and the counts of each step."""
-    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
+    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
     opened, progress = write_vectors(tmp_path / "cache", made_vectors(300, 1)), RecordedProgress()
     settings = DedupSettings(all_pairs=False, scratch=tmp_path)
     near = find_near_duplicates(opened, np.arange(290), [LIMIT], settings, progress)

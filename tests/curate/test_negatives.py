@@ -196,7 +196,7 @@ def test_negatives_equal_a_plain_search(
     """Check every sample against a sort of all candidates of other groups, whatever the size of a block."""
     monkeypatch.setattr("embedcache.curate.negatives._BLOCK", 16)
     monkeypatch.setattr("embedcache.curate.negatives._QUERIES_PER_STEP", 7)
-    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
+    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
     path, progress = two_caches[0], RecordedProgress()
     if "index" in options:
         options = {**options, "index": tmp_path / "index"}

@@ -22,7 +22,7 @@ from embedcache.dataset.clusters import (
     scratch_matrix,
 )
 from embedcache.errors import DiskFullError, PathError
-from embedcache.metrics import neighbors
+from embedcache.metrics import durations
 from embedcache.metrics.neighbors import spherical_means
 from tests.recorded import RecordedProgress
 
@@ -194,7 +194,7 @@ def test_few_vectors_are_read_at_once() -> None:
 
 def test_time_to_find_clusters_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, vectors, progress = count(0, 10**6), made_vectors(50, 3), RecordedProgress()
-    monkeypatch.setattr(neighbors.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(durations.time, "perf_counter", lambda: next(clock))
     cluster_items(lambda numbers: vectors[numbers], 50, 0.9, seed=1, what="dots", progress=progress)
     hours = 10**6 * 10 * 50 * 14 / (512 * 4096) / 60  # ten iterations of 50 items with 14 centroids
     assert progress.notes == [f"finding 14 clusters of dots: 7,000 pairs of vectors, about {hours:.0f} minutes"]

@@ -21,7 +21,7 @@ from embedcache.evaluate.settings import PairsSettings, RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.alignment import debiased_cka, linear_cka, mutual_knn, shuffled_cka
-from embedcache.metrics.neighbors import note_duration
+from embedcache.metrics.durations import note_duration
 from embedcache.projectors.saved import split_path
 from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table, write_encoder_pairs_page
 from embedcache.sources import open_source
@@ -158,7 +158,7 @@ def test_draw_is_bounded_and_seeded(cache_path: Path) -> None:
 
 
 def test_long_comparisons_are_announced(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
+    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
     monkeypatch.setitem(note_duration.__kwdefaults__, "compare", None)  # products alone take less time
     progress = RecordedProgress()
     settings = PairsSettings(image_feature=IMAGES, text_feature=TEXTS[:1], split=SPLIT, resamples=1)

@@ -84,7 +84,7 @@ def test_more_shots_are_better(report: ProbeReport) -> None:
 
 
 def test_long_neighbors_are_announced(labeled_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
+    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
     settings = ProbeSettings(feature=FEATURE, classifiers=("ridge", "knn"), shots=(1, 4), draws=3, control=True)
     progress = RecordedProgress()
     evaluate_probe(labeled_path, settings, progress=progress)

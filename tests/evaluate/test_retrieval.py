@@ -229,7 +229,7 @@ def test_intervals_are_over_near_duplicate_groups(cache_path: Path, runs: list[P
 
 
 def test_large_parts_are_drawn_from(cache_path: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
+    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
     progress = RecordedProgress()
     settings, rankings = RetrievalSettings(max_samples=20), list[Ranking]()
     report = evaluate_retrieval(cache_path, runs, settings, progress=progress, on_ranking=rankings.append)

@@ -77,7 +77,7 @@ def test_config_is_that_of_the_run(index_path: Path, cache_path: Path, tmp_path:
 
 
 def test_clusters_say_how_many_pairs_they_compare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", -1.0)
+    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", -1.0)
     vectors = normalize(np.random.default_rng(0).standard_normal((40, 4)))
     for most, num_pairs in ((5, "400"), (20, "800")):  # of 5 iterations of at most 5 or 20 vectors for each of 4
         progress = RecordedProgress()

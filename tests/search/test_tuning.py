@@ -94,7 +94,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Vectors:
 
 
 def test_two_thousand_queries_are_drawn(many: Vectors, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", -1.0)
+    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", -1.0)
     progress = RecordedProgress()
     query_set = draw_query_set(many, progress)
     own = np.random.default_rng(1).permutation(2100)[:2000]

@@ -13,7 +13,8 @@ from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.neighbors import find_closest, note_duration
+from embedcache.metrics.durations import note_duration
+from embedcache.metrics.neighbors import find_closest
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.kmeans import spherical_kmeans
 

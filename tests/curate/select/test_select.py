@@ -99,7 +99,7 @@ def test_long_selection_is_announced(
     num_candidates: int,
 ) -> None:
     """Check also that by default there are twice as many candidates as are chosen, if that is more than usual."""
-    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
+    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
     monkeypatch.setattr("embedcache.curate.select.cluster_methods._CANDIDATES", 10)
     settings, progress = SelectSettings(budget=9, candidates=candidates, feature=IMAGE_FEATURE), RecordedProgress()
     select(around["cache"], tmp_path / "a.parquet", "k-center", settings, progress=progress)
@@ -121,7 +121,7 @@ def test_long_clustering_is_announced(
     num_pairs: int,
 ) -> None:
     """Check the number of clusters, 20 iterations and at most 256 vectors per cluster."""
-    monkeypatch.setattr("embedcache.metrics.neighbors._SHORT_S", 0.0)
+    monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
     given: dict[str, Any] = {"target": around["cache"]} if method == "image-based" else {}
     given |= {} if clusters is None else {"clusters": (clusters,)}
     settings, progress = SelectSettings(budget=9, feature=IMAGE_FEATURE, **given), RecordedProgress()
