@@ -185,7 +185,7 @@ def _name_files(
 
     if outputs.output is None:
         return ()
-    recipes = [paths for _, paths, _ in iterate_recipes(run, control_run or ())]
+    recipes = [recipe.run_paths for recipe in iterate_recipes(run, control_run or ())]
     files = result_files(outputs.output, task, cache, recipes, languages)
     for path in files:
         check_output(path, overwrite=outputs.overwrite)

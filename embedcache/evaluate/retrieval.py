@@ -136,16 +136,15 @@ def evaluate_retrieval(
             on_ranking(ranking)
     modalities = runs[0].config.modalities
     both = directions(modalities)
-    measured = [_measure(rankings, direction) for direction in both]
-    recalls, rank_metrics, curves = (dict(zip(both, values, strict=True)) for values in zip(*measured, strict=True))
+    recalls = {direction: _recalls(rankings, direction) for direction in both}
     has_repeats = any(ranking.distinct for ranking in rankings)
     distinct = [ranking.distinct or ranking for ranking in rankings] if has_repeats else []
     return RetrievalReport(
         part=rankings[0].part,
         language=ranked_language(runs[0], settings),
         recalls=recalls,
-        rank_metrics=rank_metrics,
-        curves=curves,
+        rank_metrics={direction: _rank_metrics(rankings, direction) for direction in both},
+        curves={direction: _recall_curve(rankings, direction) for direction in both},
         chance=_chances(rankings, both),
         by_seed=[_mean_recall(ranking) for ranking in rankings],
         num_items={
@@ -189,35 +188,47 @@ def compare_retrieval(
     settings = replace_flat(settings or RetrievalSettings(), options)
     progress = to_progress(progress)
     reports = {}
-    for name, paths, is_control in iterate_recipes(run, control_run):
+    for recipe in iterate_recipes(run, control_run):
         for language in settings.language or ("",):
             per_language = replace(settings, language=(language,) if language else ())
-            title = f"{name}, {language}" if language else name
+            title = f"{recipe.name}, {language}" if language else recipe.name
             reports[title] = evaluate_retrieval(
-                cache, paths, per_language, is_control=is_control, progress=progress, on_ranking=on_ranking
+                cache,
+                recipe.run_paths,
+                per_language,
+                is_control=recipe.is_control,
+                progress=progress,
+                on_ranking=on_ranking,
             )
     return reports
 
 
-def _measure(
-    rankings: Sequence[Ranking], direction: str
-) -> tuple[dict[str, Estimate], dict[str, Estimate], list[float]]:
-    """Compute recalls, mean average precision with median rank, and the curve, over the queries of all runs."""
-    ranks = np.concatenate([ranking.ranks[direction] for ranking in rankings])
-    precisions = np.concatenate([ranking.average_precisions[direction] for ranking in rankings])
-    groups = _groups(rankings, direction)
-    num_candidates = max(ranking.num_candidates(direction) for ranking in rankings)
-    return (
-        _recalls(rankings, direction),
-        {"map": bootstrap_means(precisions[:, None], groups)[0], "median_rank": bootstrap_median(ranks, groups)},
-        [float(np.mean(ranks <= k)) for k in range(1, min(_MAX_K, num_candidates) + 1)],
-    )
+def _ranks(rankings: Sequence[Ranking], direction: str) -> Ints:
+    """Concatenate the ranks of the queries of all runs: (Q,)."""
+    return np.concatenate([ranking.ranks[direction] for ranking in rankings])
 
 
 def _recalls(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
-    ranks = np.concatenate([ranking.ranks[direction] for ranking in rankings])
-    recalls = bootstrap_means(ranks[:, None] <= np.array(KS), _groups(rankings, direction))
+    hits_QK = _ranks(rankings, direction)[:, None] <= np.array(KS)
+    recalls = bootstrap_means(hits_QK, _groups(rankings, direction))
     return {f"r@{k}": estimate for k, estimate in zip(KS, recalls, strict=True)}
+
+
+def _rank_metrics(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
+    """Estimate mean average precision and median rank over the queries of all runs."""
+    precisions_Q = np.concatenate([ranking.average_precisions[direction] for ranking in rankings])
+    groups = _groups(rankings, direction)
+    return {
+        "map": bootstrap_means(precisions_Q[:, None], groups)[0],
+        "median_rank": bootstrap_median(_ranks(rankings, direction), groups),
+    }
+
+
+def _recall_curve(rankings: Sequence[Ranking], direction: str) -> list[float]:
+    """Compute recall@k for k from 1 to at most `_MAX_K`."""
+    ranks_Q = _ranks(rankings, direction)
+    num_candidates = max(ranking.num_candidates(direction) for ranking in rankings)
+    return [float(np.mean(ranks_Q <= k)) for k in range(1, min(_MAX_K, num_candidates) + 1)]
 
 
 def _recalls_by_width(

@@ -109,13 +109,22 @@ def _module_recipe(run_path: Path) -> dict[str, Any]:
     return {**values, "training": {**config.training, "seed": None, "machine": machine}}
 
 
-def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[tuple[str, list[Path], bool]]:
-    """Iterate over recipes, then over those of controls: name, seeds, and whether it is a control."""
+class Recipe(NamedTuple):
+    """Runs of one recipe, which differ only in the seed, or the same of a control trained on shuffled pairs."""
+
+    name: str
+    run_paths: list[Path]
+    is_control: bool
+
+
+def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[Recipe]:
+    """Iterate over the recipes of runs, then over those of controls."""
     for name, paths in group_by_recipe(run_paths).items():
-        yield name, paths, False
+        yield Recipe(name, paths, is_control=False)
     controls = group_by_recipe(control_paths)
     for name, paths in controls.items():
-        yield "shuffled pairs" if len(controls) == 1 else f"shuffled pairs, {name}", paths, True
+        control_name = "shuffled pairs" if len(controls) == 1 else f"shuffled pairs, {name}"
+        yield Recipe(control_name, paths, is_control=True)
 
 
 def report_line(start: str, seeds: Sequence[int], scores: Sequence[float], name: str, warning: str | None) -> str:

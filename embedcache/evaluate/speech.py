@@ -47,11 +47,11 @@ _BATCH_SIZE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recognized:
-    """Transcripts of all utterances in one view of their sound.
+class Transcripts:
+    """Recognized transcripts of all utterances in one view of their sound, and their errors.
 
     Args:
-        hypotheses: what was recognized.
+        hypotheses: recognized transcript of each utterance.
         words: errors of the words.
         characters: errors of the characters.
     """
@@ -71,9 +71,9 @@ class SpeechReport:
         streams: streams that were used.
         decoding: the decoder.
         keys: keys of the N utterances.
-        references: their transcripts.
+        references: their true transcripts.
         clusters: cluster of each word, see `word_clusters`.
-        views: view of the sound -> what was recognized. Without sound they are all the same.
+        views: view of the sound -> recognized transcripts. Without sound they are all the same.
         num_left_out: utterances without a transcript or a feature.
         is_shuffled: whether each utterance had the lips of another one.
         was_seen: whether the run was trained or validated on these utterances.
@@ -86,7 +86,7 @@ class SpeechReport:
     keys: Sequence[str]
     references: Sequence[str]
     clusters: WordClusters
-    views: Mapping[str, Recognized]
+    views: Mapping[str, Transcripts]
     num_left_out: int = 0
     is_shuffled: bool = False
     was_seen: bool = False
@@ -161,7 +161,7 @@ def evaluate_speech(
         _check_feature(name, utterances, config, is_encoded=is_encoded)
     decoded = views if "audio" in used else views[:1]
     progress.start("recognize", len(utterances) * len(decoded), "utterances")
-    found: dict[str, Recognized] = {}
+    transcripts: dict[str, Transcripts] = {}
     references = [to_text(symbols) for symbols in utterances.symbols]
     for view in decoded:
         batches = encode_utterances(
@@ -174,7 +174,7 @@ def evaluate_speech(
             batch_size=batch_size,
             device=place,
         )
-        found[view] = count_errors(references, _recognize_batches(network, batches, decoding, progress))
+        transcripts[view] = count_errors(references, _recognize_batches(network, batches, decoding, progress))
     progress.finish()
     return SpeechReport(
         run_path=Path(run_path),
@@ -184,7 +184,7 @@ def evaluate_speech(
         keys=utterances.keys,
         references=references,
         clusters=word_clusters(utterances),
-        views={view: found.get(view, found[decoded[0]]) for view in views},
+        views={view: transcripts.get(view, transcripts[decoded[0]]) for view in views},
         num_left_out=0,
         is_shuffled=videos_of is not None,
         was_seen=any(map(utterances.cache.info.has_rows_of, config.index_digest.split("+"))),
@@ -236,9 +236,9 @@ def time_words(
     return found
 
 
-def count_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Recognized:
+def count_errors(references: Sequence[str], hypotheses: Sequence[str]) -> Transcripts:
     """Count the errors of words and of characters."""
-    return Recognized(
+    return Transcripts(
         hypotheses=hypotheses,
         words=count_word_errors(references, hypotheses),
         characters=count_character_errors(references, hypotheses),

@@ -208,8 +208,10 @@ def compare_zero_shot(
     """
     options |= {"progress": to_progress(progress), "on_predictions": on_predictions}
     return {
-        name: evaluate_zero_shot(cache, paths, prompts, settings, is_control=is_control, **options)
-        for name, paths, is_control in iterate_recipes(run, control_run)
+        recipe.name: evaluate_zero_shot(
+            cache, recipe.run_paths, prompts, settings, is_control=recipe.is_control, **options
+        )
+        for recipe in iterate_recipes(run, control_run)
     }
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,9 +40,9 @@ def in_memory_configurations(num_vectors: int, width: int) -> list[Configuration
     graph = Configuration(factory="HNSW32", memory_bytes=num_vectors * (4 * width + _LINK_BYTES + _ID_BYTES), bits=32)
     coarse, coarse_bytes = _coarse_quantizer(num_vectors, width)
     candidates = [exact, graph] if num_vectors <= _FLAT_LIMIT else [graph]
-    for codes, bits, code_bytes, table_bytes in _codes(num_vectors, width):
-        size = round(num_vectors * (code_bytes + 2 * _ID_BYTES)) + coarse_bytes + table_bytes
-        candidates.append(Configuration(factory=f"{coarse},{codes}", memory_bytes=size, bits=bits))
+    for code in _codes(num_vectors, width):
+        size = round(num_vectors * (code.vector_bytes + 2 * _ID_BYTES)) + coarse_bytes + code.table_bytes
+        candidates.append(Configuration(factory=f"{coarse},{code.factory}", memory_bytes=size, bits=code.bits))
     return candidates
 
 
@@ -86,16 +87,25 @@ def _coarse_quantizer(num_vectors: int, width: int) -> tuple[str, int]:
     return f"IVF{lists}_HNSW32", lists * (4 * width + _LINK_BYTES)
 
 
-def _codes(num_vectors: int, width: int) -> Iterator[tuple[str, int, float, int]]:
-    """Yield the code's name, bits per number, bytes per vector, and bytes of its tables."""
-    yield "SQfp16", 16, 2 * width, 0
-    yield "RaBitQ,Refine(SQ8)", 8, width / 8 + 8 + width, 8 * width
-    yield "SQ8", 8, width, 8 * width
-    yield "SQ6", 6, width * 6 / 8, 8 * width
-    yield "RaBitQ4", 4, width / 2 + _RABITQ_BYTES, 0
+class _Code(NamedTuple):
+    """A FAISS code of vectors: its part of the factory string, bits per component, and bytes in memory."""
+
+    factory: str
+    bits: int
+    vector_bytes: float
+    table_bytes: int
+
+
+def _codes(num_vectors: int, width: int) -> Iterator[_Code]:
+    """Iterate over the codes, the most exact first."""
+    yield _Code("SQfp16", 16, 2 * width, 0)
+    yield _Code("RaBitQ,Refine(SQ8)", 8, width / 8 + 8 + width, 8 * width)
+    yield _Code("SQ8", 8, width, 8 * width)
+    yield _Code("SQ6", 6, width * 6 / 8, 8 * width)
+    yield _Code("RaBitQ4", 4, width / 2 + _RABITQ_BYTES, 0)
     if width % 4 == 0 and num_vectors >= 256 * _POINTS_PER_LIST:
-        yield f"PQ{width // 4}", 2, width / 4, 4 * 256 * width
-    yield "RaBitQ", 1, width / 8 + 8, 0
+        yield _Code(f"PQ{width // 4}", 2, width / 4, 4 * 256 * width)
+    yield _Code("RaBitQ", 1, width / 8 + 8, 0)
 
 
 _K = 10

@@ -1,7 +1,7 @@
 """Concepts: named directions, from the cached prompts of a list or from labeled examples."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,7 +62,7 @@ def open_concepts(
     vectors = _open(cache, pool)
     if has_prompts(cache):
         prompts = read_prompts(cache, vectors.feature)
-        names, rows, numbers = prompts.names, prompts.rows, prompts.classes
+        names, rows, numbers = _Members(prompts.names, prompts.rows, prompts.classes)
     else:
         names, rows, numbers = _draw_examples(vectors, label, max_examples, np.random.default_rng(seed))
     if join_names:  # concepts of equal names get the number of the first
@@ -113,6 +113,14 @@ def choose_feature(cache: AnyPath, concepts: AnyPath, modality: str, *, progress
     return shared[0].name
 
 
+class _Members(NamedTuple):
+    """The prompts or examples that concepts are the means of."""
+
+    names: list[str]  # of the C concepts
+    rows: Ints  # (M,) rows of the prompts or examples, ascending
+    numbers: Ints  # (M,) number of the concept of each
+
+
 def _open(cache: Cache, pool: Vectors) -> Vectors:
     """Open the concepts' vectors that are in the pool's space."""
     is_prompts = has_prompts(cache)
@@ -136,10 +144,8 @@ def _open(cache: Cache, pool: Vectors) -> Vectors:
     return vectors
 
 
-def _draw_examples(
-    vectors: Vectors, label: str, max_examples: int, rng: np.random.Generator
-) -> tuple[list[str], Ints, Ints]:
-    """Return the names of the labels, the rows of the drawn examples in order, and the label number of each."""
+def _draw_examples(vectors: Vectors, label: str, max_examples: int, rng: np.random.Generator) -> _Members:
+    """Draw at most `max_examples` rows of each label, in order."""
     cache = vectors.cache
     samples_N = cache.items(vectors.modality, columns=["sample"])["sample"].to_numpy()[vectors.rows]
     is_labeled_N = has_label(cache, samples_N, column=label)
@@ -162,7 +168,7 @@ def _draw_examples(
     counts_C = np.bincount(labels.numbers)
     ranks = np.arange(len(order)) - np.repeat(np.cumsum(counts_C) - counts_C, counts_C)
     examples = np.sort(order[ranks < max_examples])
-    return labels.names, rows_N[examples], labels.numbers[examples]
+    return _Members(labels.names, rows_N[examples], labels.numbers[examples])
 
 
 def _check_unique(names: list[str], cache: Cache) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -177,16 +177,15 @@ def _build(
             lists=None if old is None else old.lists,
             device=vectors.device,
         )
-        candidate, index, quality = _find_index(builder, index_path, vectors, old, settings, progress)
+        accepted = _find_index(builder, index_path, vectors, old, settings, progress)
+        index, quality = accepted.index, accepted.quality
         lists = {} if index.disk_lists is None else {index.disk_lists.file: index.disk_lists.checksums()}
         builder.record(lists=lists)
         index.write(index_path / INDEX)
         card = _card(
             vectors,
             index_path,
-            candidate=candidate,
-            index=index,
-            quality=quality,
+            accepted,
             min_recall=settings.min_recall,
             seconds=time.perf_counter() - started,
             checksums={INDEX: file_checksum(index_path / INDEX), **lists},
@@ -198,6 +197,15 @@ def _build(
     return card
 
 
+@dataclass(frozen=True)
+class _AcceptedIndex:
+    """The index that reaches the recall, with the candidate it was built from and its measured quality."""
+
+    index: RowIndex
+    candidate: Configuration
+    quality: IndexQuality
+
+
 def _find_index(
     builder: IndexBuilder,
     index_path: Path,
@@ -205,7 +213,7 @@ def _find_index(
     old: IndexCard | None,
     settings: IndexSettings,
     progress: Progress,
-) -> tuple[Configuration, RowIndex, IndexQuality]:
+) -> _AcceptedIndex:
     """Build one candidate after another until one reaches the recall.
 
     A finished index, `old`, is the only candidate. It is filled before it is judged, and kept below the recall if its
@@ -223,7 +231,7 @@ def _find_index(
                 queries = queries or draw_query_set(vectors, progress)
                 quality = measure_index(index, queries, settings.min_recall, progress)
                 if quality.recall_at_10 >= settings.min_recall or must_keep:
-                    return candidate, index, quality
+                    return _AcceptedIndex(index, candidate, quality)
                 builder.reject(candidate.factory, quality.recall_at_10)
                 progress.note(f"{candidate.factory}: recall@10 {quality.recall_at_10:.3f} is too low, not kept")
         left = remaining_candidates(left, candidate)
@@ -244,22 +252,21 @@ def _recall_error(rejected: Mapping[str, float], index_path: Path, settings: Ind
 def _card(
     vectors: Vectors,
     index_path: Path,
+    accepted: _AcceptedIndex,
     *,
-    candidate: Configuration,
-    index: RowIndex,
-    quality: IndexQuality,
     min_recall: float,
     seconds: float,
     checksums: Mapping[str, str],
 ) -> IndexCard:
     """Return the card of an index whose files are written; `checksums` of each file, or of each of its lists."""
+    index, candidate = accepted.index, accepted.candidate
     lists = None if index.disk_lists is None else index.disk_lists.file
     return IndexCard(
         **from_record(_source(vectors, index_path)),
         factory=candidate.factory,
         num_vectors=len(index),
         width=vectors.width,
-        **asdict(quality),
+        **asdict(accepted.quality),
         min_recall=min_recall,
         memory_bytes=candidate.memory_bytes or None,
         file_bytes=sum((index_path / name).stat().st_size for name in (INDEX, lists) if name),

@@ -40,7 +40,7 @@ class Vectors:
 
     Args:
         cache_path: path or URL of the cache.
-        modality: `image` or `text`.
+        modality: modality of the items.
         feature: `encoder/feature`; None: the run's feature, or the only one of the modality.
         run_path: run that projects the feature; None: the plain feature.
         language: of texts, only those in this language; None or `any`: all.
@@ -227,7 +227,7 @@ class ChunkPass(Protocol[State]):
 
 def run_pass(
     vectors: Vectors,
-    work: ChunkPass[State],
+    chunk_pass: ChunkPass[State],
     *,
     engine: Literal["local", "ray"] = "local",
     address: str | None = None,
@@ -246,35 +246,35 @@ def run_pass(
     """
     progress = progress or NullProgress()
     progress.start(title, len(vectors.rows), noun(vectors.modality))
-    results = _run_local(vectors, work) if engine == "local" else _run_on_ray(vectors, work, address)
+    results = _run_local(vectors, chunk_pass) if engine == "local" else _run_on_ray(vectors, chunk_pass, address)
     state: State | None = None
     for count, result in results:
-        state = result if state is None else work.merge(state, result)
+        state = result if state is None else chunk_pass.merge(state, result)
         progress.advance(count)
     progress.finish()
     assert state is not None  # a complete feature has a chunk
     return state
 
 
-def _run_local(vectors: Vectors, work: ChunkPass[State]) -> Iterator[tuple[int, State]]:
+def _run_local(vectors: Vectors, chunk_pass: ChunkPass[State]) -> Iterator[tuple[int, State]]:
     """Run one chunk per core; BLAS uses one thread per product."""
     announce_device("cpu")
     cores = num_cores()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cores, "pass") as pool:
         yield from _in_order(
-            lambda chunk: pool.submit(_process, vectors, work, chunk), Future.result, vectors.num_chunks, cores
+            lambda chunk: pool.submit(_process, vectors, chunk_pass, chunk), Future.result, vectors.num_chunks, cores
         )
 
 
-def _process(vectors: Vectors, work: ChunkPass[State], chunk: int) -> tuple[int, State]:
+def _process(vectors: Vectors, chunk_pass: ChunkPass[State], chunk: int) -> tuple[int, State]:
     rows_B, vectors_BP = vectors.chunk(chunk)
-    return len(rows_B), work.process(rows_B, vectors_BP)
+    return len(rows_B), chunk_pass.process(rows_B, vectors_BP)
 
 
-def _run_on_ray(vectors: Vectors, work: ChunkPass[State], address: str | None) -> Iterator[tuple[int, State]]:
+def _run_on_ray(vectors: Vectors, chunk_pass: ChunkPass[State], address: str | None) -> Iterator[tuple[int, State]]:
     """Run the chunks as Ray tasks; Ray repeats a task whose machine is lost."""
     with connected(address) as ray:
-        shared = ray.put(vectors), ray.put(work)
+        shared = ray.put(vectors), ray.put(chunk_pass)
         task = ray.remote(num_cpus=1, max_retries=-1)(_process)
         cores = int(ray.cluster_resources().get("CPU", 1))
         yield from _in_order(lambda chunk: task.remote(*shared, chunk), ray.get, vectors.num_chunks, cores)

@@ -9,7 +9,7 @@ import pytest
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, FingerprintError, SettingError, UnknownNameError
 from embedcache.evaluate.ranking import Ranking, rank
-from embedcache.evaluate.retrieval import _measure, compare_retrieval, evaluate_retrieval
+from embedcache.evaluate.retrieval import _recalls, compare_retrieval, evaluate_retrieval
 from embedcache.evaluate.runs import group_by_recipe, load_runs
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
@@ -223,7 +223,7 @@ def test_median_ranks_and_curves(cache_path: Path, runs: list[Path]) -> None:
 def test_intervals_are_over_near_duplicate_groups(cache_path: Path, runs: list[Path]) -> None:
     ranking = rank(Cache(cache_path), load_runs(runs[:1])[0])
     one_group = replace(ranking, groups=np.zeros_like(ranking.groups))
-    (recalls, *_), (of_one_group, *_) = (_measure([one], "i2t") for one in (ranking, one_group))
+    recalls, of_one_group = (_recalls([one], "i2t") for one in (ranking, one_group))
     assert recalls["r@5"].high > recalls["r@5"].low
     assert of_one_group["r@5"].high == of_one_group["r@5"].low
 
