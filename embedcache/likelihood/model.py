@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from embedcache.arrays import Floats, blocks, distinct
+from embedcache.arrays import Floats, blocks
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.likelihood import load_shared
@@ -21,7 +21,7 @@ from embedcache.networks.candidates import Candidates
 from embedcache.networks.captions import write_captions
 from embedcache.networks.saved import ModuleConfig
 from embedcache.networks.shared import SharedNetwork
-from embedcache.networks.words import END, UNKNOWN, WordLists
+from embedcache.networks.words import UNKNOWN, WordLists, single_words
 from embedcache.store.cache import Cache
 from embedcache.train.batches import to_device
 from embedcache.train.examples import with_blanks
@@ -297,8 +297,7 @@ class LikelihoodModel:
         """Encode candidates: texts, or single words and the end."""
         lists = self._network.vocabulary.require_known(names, "candidates")
         if is_words:
-            numbers_C = distinct(np.concatenate([[END], lists.numbers_M])).astype(np.int32)
-            lists = WordLists(numbers_C, np.arange(len(numbers_C) + 1))
+            lists = single_words(lists.numbers_M)
         return lists, encode_texts(self._network, lists, device=self._device)
 
     def _encode_queries(self, texts: str | Sequence[str]) -> Tensor:

@@ -110,6 +110,11 @@ class CtcPrefixes:
         self._last_BK = self._last_BK[rows]
 
 
+def num_ctc_frames(symbols_L: Ints) -> int:
+    """Count the frames that a path of a transcript needs: one per symbol, and a blank between equal symbols."""
+    return len(symbols_L) + int((symbols_L[1:] == symbols_L[:-1]).sum())
+
+
 def align_ctc(log_probs_TC: Tensor, symbols_L: Ints) -> Ints:
     """Align a transcript with the frames by its most probable path: (L, 2) int64.
 
@@ -130,7 +135,7 @@ def align_ctc(log_probs_TC: Tensor, symbols_L: Ints) -> Ints:
     num_frames, num_symbols = folded_TC.shape
     if len(symbols_L) and not (symbols_L.min() > BLANK and symbols_L.max() < num_symbols - 1):
         raise DataError(f"expected symbols from 1 to {num_symbols - 2}, got {symbols_L.min()} to {symbols_L.max()}")
-    num_needed = len(symbols_L) + int((symbols_L[1:] == symbols_L[:-1]).sum())
+    num_needed = num_ctc_frames(symbols_L)
     if num_needed > num_frames:
         raise DataError(f"expected at least {num_needed} frames for {len(symbols_L)} symbols, got {num_frames}")
     states_S = np.full(2 * len(symbols_L) + 1, BLANK)  # blank, symbol, blank, …, symbol, blank

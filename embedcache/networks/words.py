@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Ints, concatenated_ranges
+from embedcache.arrays import Array, Ints, concatenated_ranges, distinct
 from embedcache.errors import DataError
 
 BLANK, END, UNKNOWN = 0, 1, 2
@@ -57,6 +57,12 @@ class WordLists(NamedTuple):
         padded_NL = np.full((self.num_texts, max(1, int(lengths_N.max(initial=0)))), END, np.int64)
         padded_NL[np.arange(padded_NL.shape[1]) < lengths_N[:, None]] = self.numbers_M
         return padded_NL, lengths_N
+
+
+def single_words(numbers_M: Array) -> WordLists:
+    """Return texts of one word each: `END`, then the distinct words in the order of their numbers."""
+    numbers_C = distinct(np.concatenate([[END], numbers_M])).astype(np.int32)
+    return WordLists(numbers_C, np.arange(len(numbers_C) + 1))
 
 
 class Vocabulary:

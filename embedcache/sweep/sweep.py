@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from embedcache.sweep.trials import Trials
     from embedcache.sweep.worker import StudyJob
 
-_BLOCK_ROWS_ON_DISK = 64
-
 
 @dataclass(frozen=True, kw_only=True)
 class SweepReport:
@@ -114,7 +112,7 @@ def _with_block_rows(space: Space, data: TrainData) -> Space:
     """
     if "block_rows" in {**space.fixed, **space.ranges}:
         return space
-    return replace(space, fixed={**space.fixed, "block_rows": _BLOCK_ROWS_ON_DISK if data.is_mapped else 1})
+    return replace(space, fixed={**space.fixed, "block_rows": data.block_rows})
 
 
 def _write_report(job: "StudyJob", data: TrainData, trials: "Trials") -> SweepReport:

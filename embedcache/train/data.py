@@ -29,6 +29,8 @@ Paths: TypeAlias = AnyPath | Sequence[AnyPath]
 Names: TypeAlias = str | Sequence[str] | None
 """A feature, or several of one encoder; None: the only one."""
 
+_MAPPED_BLOCK_ROWS = 64
+
 
 def open_data(
     paths: Paths, features: Mapping[str, str | None], *, memory_bytes: int, progress: Progress | None = None
@@ -147,6 +149,11 @@ class TrainData:
     def is_mapped(self) -> bool:
         """Whether a feature is too large to be loaded."""
         return any(not _fits(features, self.memory_bytes / 2) for features in self.sides.values())
+
+    @property
+    def block_rows(self) -> int:
+        """Default size of shuffled blocks in rows: of more than one if a feature is read from disk."""
+        return _MAPPED_BLOCK_ROWS if self.is_mapped else 1
 
     def pairs(self, language: str | None, *, progress: Progress | None = None) -> Pairs:
         """Pair the items; arguments and errors are those of `pair_items`."""

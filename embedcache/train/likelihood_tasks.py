@@ -33,7 +33,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.metrics.ranking import recall_at
 from embedcache.networks.candidates import Candidates, MinedNegatives, draw_candidates
 from embedcache.networks.shared import SharedNetwork
-from embedcache.networks.words import BLANK, END, NUM_SPECIAL, UNKNOWN, WordLists
+from embedcache.networks.words import BLANK, END, NUM_SPECIAL, UNKNOWN, WordLists, single_words
 from embedcache.provenance import digest
 from embedcache.settings import check_settings, setting
 from embedcache.train.batches import to_device
@@ -146,8 +146,7 @@ class ExampleTask:
             words = self.train.target_words.numbers_M
         else:
             words = self.train.vocabulary.require_known(self.candidates, f"{self.name}: candidates").numbers_M
-        numbers_C = distinct(np.concatenate([[END], words[words >= NUM_SPECIAL]])).astype(np.int32)
-        return WordLists(numbers_C, np.arange(len(numbers_C) + 1))
+        return single_words(words[words >= NUM_SPECIAL])
 
     @property
     def mined_texts(self) -> WordLists:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Inputs, Ints, blocks
+from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.dataset.inputs import PLAIN
 from embedcache.train.utterances import Utterances, stack_inputs
 
@@ -85,7 +85,7 @@ def read_augmented(
         rows_B = stream.rows(others_B if name == "video" else numbers_B, rng.integers(2**31, size=len(numbers_B)))
         inputs[name] = stream.read(rows_B, _draw_views(utterances, name, augmentation, len(numbers_B), rng))
     kept = np.flatnonzero(~is_swapped_B)
-    utterances.require_close_lengths({name: _take(values, kept) for name, values in inputs.items()}, numbers_B[kept])
+    utterances.require_close_lengths({name: values.take(kept) for name, values in inputs.items()}, numbers_B[kept])
     streams = {}
     for name, values in inputs.items():
         furthest = round(augmentation.shift_s * utterances.streams[name].rate_hz) if name == "video" else 0
@@ -93,10 +93,6 @@ def read_augmented(
         stacked_BTD, lengths_B = stack_inputs(values, stacks[name], shifts_B)
         streams[name] = mask_spans(stacked_BTD, lengths_B, augmentation.masked, rng), lengths_B
     return streams
-
-
-def _take(inputs: Inputs, positions: Ints) -> Inputs:
-    return Inputs(inputs.values[positions], None if inputs.lengths is None else inputs.lengths[positions])
 
 
 def _draw_views(

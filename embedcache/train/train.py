@@ -51,7 +51,6 @@ from embedcache.train.trainer import OnEpoch, Trainer, seeded
 from embedcache.train.views import DrawnViews, parse_views
 
 _DEFAULT_BATCH_SIZE = 1024
-_MAPPED_BLOCK_ROWS = 64
 _CHECKED_ROWS = 65_536
 _STORED_NAMES = {"flops_per_pair": "flops_a_pair", "wait_fraction": "waited_share"}
 """Field of `TrainReport` -> key in `record.json`, where they differ."""
@@ -190,7 +189,7 @@ def train_on(
     settings = apply_recipe(settings, data, progress)
     settings = replace(settings, machine=name_device(settings.machine, run_path))
     if settings.block_rows is None:
-        settings = replace(settings, block_rows=_MAPPED_BLOCK_ROWS if data.is_mapped else 1)
+        settings = replace(settings, block_rows=data.block_rows)
     _check_features(data, settings)
     check_negatives(settings.negatives_paths, data.caches)
     files = {"split": settings.split.path, "selection": settings.selection_path}

@@ -15,7 +15,7 @@ from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, ItemError
-from embedcache.networks.ctc import WordTime, word_times
+from embedcache.networks.ctc import WordTime, num_ctc_frames, word_times
 from embedcache.networks.recognition import check_decoder, recognize, to_text
 from embedcache.networks.saved import ModuleConfig, load_module
 from embedcache.networks.speech import CTC_WEIGHT, Frames, SpeechNetwork, stack_frames
@@ -242,8 +242,7 @@ class SpeechModel:
     ) -> list[WordTime]:
         start_s, stop_s = window.start_s, window.stop_s
         is_trained = self.config.training.get("ctc_weight", CTC_WEIGHT) > 0
-        num_needed = len(symbols_L) + int((symbols_L[1:] == symbols_L[:-1]).sum())  # a blank between equal letters
-        if not is_trained or num_needed > len(log_probs_TC):
+        if not is_trained or num_ctc_frames(symbols_L) > len(log_probs_TC):
             return [WordTime(word, start_s, stop_s) for word in to_text(symbols_L).split()]
         return [
             WordTime(word, round(min(start_s + first_s, stop_s), 3), round(min(start_s + last_s, stop_s), 3))
