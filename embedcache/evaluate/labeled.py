@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Floats, Ints, distinct, number_values
+from embedcache.arrays import Array, Bools, Floats, Ints, distinct, number_values
 from embedcache.dataset.inputs import InputFeature, open_input, to_mean_vectors
-from embedcache.dataset.labels import has_label, read_labels
+from embedcache.dataset.labels import Labels, has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.random_groups import draw_groups
 from embedcache.dataset.splits import PARTS, column_parts
@@ -86,23 +86,11 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
     used_items = items.where(parts != "")
     parts = parts[parts != ""]
     counts = {part: int((parts == part).sum()) for part in PARTS}
-    for part in PARTS:
-        if not counts[part]:
-            listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
-            raise DataError(f"{cache.path}: expected {part} items with {feature.name}, got none ({listed}; {rule})")
+    if missing := [part for part in PARTS if not counts[part]]:
+        listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+        raise DataError(f"{cache.path}: expected {missing[0]} items with {feature.name}, got none ({listed}; {rule})")
     labels = read_labels(cache, used_items.samples, column=settings.label)
-    classes, num_items = np.unique(labels.numbers[parts == "train"], return_counts=True)
-    if len(classes) < 2:
-        raise DataError(
-            f"column {settings.label!r} of {cache.path}: expected at least two classes among the training items, got "
-            f"only {labels.names[classes[0]]!r}"
-        )
-    if max(settings.shots, default=0) > num_items.min():
-        least = labels.names[classes[num_items.argmin()]]
-        raise SettingError(
-            f"shots: expected at most {num_items.min():,}, the training items of class {least!r}, got "
-            f"{max(settings.shots):,}"
-        )
+    _check_classes(cache, settings, labels, is_training=parts == "train")
     return LabeledFeature(
         feature=feature,
         names=labels.names,
@@ -115,6 +103,22 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
         num_unlabeled=num_unlabeled,
         num_left_out=feature.num_items - num_unlabeled - len(used_items.rows),
     )
+
+
+def _check_classes(cache: Cache, settings: ProbeSettings, labels: Labels, *, is_training: Bools) -> None:
+    """Check that training items have two classes, and enough items of each for the shots."""
+    classes, num_items = np.unique(labels.numbers[is_training], return_counts=True)
+    if len(classes) < 2:
+        raise DataError(
+            f"column {settings.label!r} of {cache.path}: expected at least two classes among the training items, got "
+            f"only {labels.names[classes[0]]!r}"
+        )
+    if max(settings.shots, default=0) > num_items.min():
+        least = labels.names[classes[num_items.argmin()]]
+        raise SettingError(
+            f"shots: expected at most {num_items.min():,}, the training items of class {least!r}, got "
+            f"{max(settings.shots):,}"
+        )
 
 
 def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) -> tuple[Array, str]:

@@ -16,6 +16,7 @@ from embedcache.progress import AnyProgress, to_progress
 from embedcache.provenance import digest_file
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache
+from embedcache.store.feature import Feature
 from embedcache.store.layout import INTERRUPTED_REMOVAL, info_path, read_info, removed_path, removing_path
 
 CARD = "README.md"
@@ -90,7 +91,7 @@ def push_cache(
             raise FingerprintError(f"{cache.path}: expected no change during the upload, got new samples; run it again")
         last: dict[str, Path | bytes] = {name: cache.path / name for name in changed}
         if CARD not in remote:
-            last[CARD] = write_card(cache, repository, settings).encode()
+            last[CARD] = _dataset_card(cache, repository, settings).encode()
         _commit(api, repository, last, removed=_removed(remote, files))
         progress.advance(len(changed))
         progress.finish()
@@ -233,18 +234,12 @@ def _shape(shape: Sequence[int]) -> str:
     return " × ".join("any" if size < 0 else f"{size:,}" for size in shape)
 
 
-def write_card(cache: Cache, repository: str, settings: HubSettings) -> str:
-    """Return the dataset card: what the cache holds, what made it, and how to open it."""
-    modalities = [name for name in MODALITIES if name in cache.info.num_items]
-    tables = [("samples", "samples.parquet"), *((name, f"{name}/items.parquet") for name in modalities)]
+def _dataset_card(cache: Cache, repository: str, settings: HubSettings) -> str:
+    """Return the Markdown of the dataset card: what the cache holds, what made it, and how to open it."""
+    features = {name: cache.features(name) for name in MODALITIES if name in cache.info.num_items}
+    tables = [("samples", "samples.parquet"), *((name, f"{name}/items.parquet") for name in features)]
     configs = [line for name, path in tables for line in (f"- config_name: {name}", f"  data_files: {path}")]
-    counts = ", ".join(f"{cache.info.num_items[name]:,} {noun(name)}" for name in modalities)
-    rows = [
-        f"| `{feature.name}` | {name} | `{feature.group.spec}` | {_shape(feature.item_shape)} | {feature.dtype} |"
-        for name in modalities
-        for feature in cache.features(name)
-    ]
-    firsts = {name: found[0].name for name in modalities if (found := cache.features(name))}
+    counts = ", ".join(f"{cache.info.num_items[name]:,} {noun(name)}" for name in features)
     source = cache.info.source
     return "\n".join(
         [
@@ -266,9 +261,7 @@ def write_card(cache: Cache, repository: str, settings: HubSettings) -> str:
             f"- rows: `{cache.info.index_digest}`",
             f"- license of the data: {settings.license}; that of the encoders is their authors' to say",
             "",
-            "| feature | modality | encoder | shape | dtype |",
-            "| --- | --- | --- | --- | --- |",
-            *rows,
+            *_feature_table(features),
             "",
             '`pip install "embedcache[remote]"`, then:',
             "",
@@ -276,8 +269,21 @@ def write_card(cache: Cache, repository: str, settings: HubSettings) -> str:
             "import embedcache",
             "",
             f'cache = embedcache.Cache("hf://datasets/{repository}")',
-            *(f'{name} = cache.feature("{name}", "{first}")' for name, first in firsts.items()),
+            *(f'{name} = cache.feature("{name}", "{found[0].name}")' for name, found in features.items() if found),
             "```",
             "",
         ]
     )
+
+
+def _feature_table(features: Mapping[str, Sequence[Feature]]) -> list[str]:
+    """Return the lines of a table of the features of each modality."""
+    return [
+        "| feature | modality | encoder | shape | dtype |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| `{feature.name}` | {name} | `{feature.group.spec}` | {_shape(feature.item_shape)} | {feature.dtype} |"
+            for name, found in features.items()
+            for feature in found
+        ),
+    ]

@@ -131,6 +131,7 @@ def _layers(run: ExportRun, modality: Modality, next_step: str) -> tuple[DenseLa
 
 
 def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
+    """Read a timm image encoder and a transformers text encoder with their heads; save the tokenizer."""
     text = open_module(run, "text", _FORMAT)  # encoders before projectors: another projector does not help them
     family = run.config.tower_input("image").fingerprint["family"]
     if family != "timm":
@@ -139,14 +140,7 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
         raise unsupported(_FORMAT, reason, next_step)
     image = open_module(run, "image", _FORMAT)
     preprocess, vision_config = _preprocess_config(run), _vision_config(image.config)
-    architecture = text.config["config"]["model_type"]
-    if architecture not in _ARCHITECTURES:
-        reason = f"its text encoder is a {architecture}: expected {', '.join(_ARCHITECTURES)}"
-        raise unsupported(_FORMAT, reason, _TRANSFORMERS)
-    pooler = _POOLERS.get("_".join(text.config["features"]))
-    if pooler is None:
-        reason = f"its text feature is {run.config.tower_input('text').feature}: expected mean or cls"
-        raise unsupported(_FORMAT, reason, _TRANSFORMERS)
+    pooler = _text_pooler(run, text.config)
     layers = {modality: _layers(run, modality, _OTHER_HEADS) for modality in MODALITIES}
     width = run.config.shared_width
     image_head_config, image_head = _image_head(layers["image"], width)
@@ -179,6 +173,19 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
         text_config=transformer.config,
         text_name=run.config.tower_input("text").fingerprint["model"] if is_on_hub else None,
     )
+
+
+def _text_pooler(run: ExportRun, text_config: Mapping[str, Any]) -> str:
+    """Return open_clip's pooler of a text encoder; raise a `SettingError` if open_clip cannot run the encoder."""
+    architecture = text_config["config"]["model_type"]
+    if architecture not in _ARCHITECTURES:
+        reason = f"its text encoder is a {architecture}: expected {', '.join(_ARCHITECTURES)}"
+        raise unsupported(_FORMAT, reason, _TRANSFORMERS)
+    pooler = _POOLERS.get("_".join(text_config["features"]))
+    if pooler is None:
+        reason = f"its text feature is {run.config.tower_input('text').feature}: expected mean or cls"
+        raise unsupported(_FORMAT, reason, _TRANSFORMERS)
+    return pooler
 
 
 def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -51,24 +51,36 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
     tower_input, tower = run.config.tower_input(modality), run.pair.tower(modality)
     check_plain(tower_input, format_name)
     spec, names = EncoderSpec.parse(tower_input.spec), list(feature_names(tower_input.feature))
-    config: dict[str, Any] = {
-        "features": names,
-        "layers": requested_layers(names),
-        "width": tower_input.width,
-        "takes": "tokens" if isinstance(tower, TokenTower) else "bare" if isinstance(tower, RawTower) else "centred",
-    }
-    open_hf = partial(_open_hf, modality)
-    openers: Mapping[str, Callable[..., _Opened]]
-    if modality == "image":
-        openers = {"timm": _open_timm, "hf": open_hf, "lite": _open_lite}
-    else:
-        openers = {"hf": open_hf, "st": _open_sentences}
+    openers = _openers(modality)
     if spec.family not in openers:
         expected = " or ".join(", ".join(openers).rsplit(", ", 1))
         raise unsupported(format_name, f"its {modality} encoder is of the family {spec.family!r}: expected {expected}")
+    preprocessing = tower_input.fingerprint["preprocessing"]
+    layers = requested_layers(names)
+    _check_exportable(spec, modality, preprocessing, layers, format_name)
+    module, own_config, save_processor = openers[spec.family](spec, names)
+    config: dict[str, Any] = {
+        "features": names,
+        "layers": layers,
+        "width": tower_input.width,
+        "takes": "tokens" if isinstance(tower, TokenTower) else "bare" if isinstance(tower, RawTower) else "centred",
+        **own_config,
+    }
+    if modality == "image":
+        with torch.inference_mode():
+            outputs: dict[str, torch.Tensor] = module(torch.zeros(1, *config["input_size"]))
+        config["shapes"] = {name: list(output.shape[1:]) for name, output in outputs.items()}
+    else:
+        save_processor = partial(save_processor, max_tokens=int(preprocessing["max_tokens"]))
+    return EncoderModule(config=config, module=module, save_processor=save_processor)
+
+
+def _check_exportable(
+    spec: EncoderSpec, modality: Modality, preprocessing: Mapping[str, Any], layers: Sequence[int], format_name: str
+) -> None:
+    """Check that an encoder's options and preprocessing can be written into an exported processor."""
     if spec.options.get("fit", "crop") != "crop":
         raise unsupported(format_name, "the exported image processor crops the center square")
-    preprocessing = tower_input.fingerprint["preprocessing"]
     if background_of(preprocessing) != "white":
         raise unsupported(format_name, "the exported image processor composites transparent images onto white")
     if "files" in preprocessing:
@@ -80,52 +92,62 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
             "its text encoder prepends a prompt or lowercases texts, and a tokenizer does not",
             "" if set(SENTENCE_OPTIONS) & spec.options.keys() else text_alone,
         )
-    if spec.family == "lite" and config["layers"]:
+    if spec.family == "lite" and layers:
         reason = "layerN counts blocks in lite, and stages in timm's network of that architecture"
         raise unsupported(format_name, reason)
-    module, own_config, save_processor = openers[spec.family](spec, names)
-    config |= own_config
+
+
+class _OpenedEncoder(NamedTuple):
+    """An encoder as its family opens it.
+
+    Args:
+        module: returns a dict of features.
+        config: the part of the config that depends on the family.
+        save_processor: writes the image processor, or the tokenizer with `max_tokens`, into a folder.
+    """
+
+    module: nn.Module
+    config: dict[str, Any]
+    save_processor: Callable[..., None]
+
+
+def _openers(modality: Modality) -> dict[str, Callable[..., _OpenedEncoder]]:
+    """Return the function that opens encoders of each exportable family."""
+    open_hf = partial(_open_hf, modality)
     if modality == "image":
-        with torch.inference_mode():
-            outputs: dict[str, torch.Tensor] = module(torch.zeros(1, *config["input_size"]))
-        config["shapes"] = {name: list(output.shape[1:]) for name, output in outputs.items()}
-    else:
-        save_processor = partial(save_processor, max_tokens=int(preprocessing["max_tokens"]))
-    return EncoderModule(config=config, module=module, save_processor=save_processor)
+        return {"timm": _open_timm, "hf": open_hf, "lite": _open_lite}
+    return {"hf": open_hf, "st": _open_sentences}
 
 
-_Opened = tuple[nn.Module, dict[str, Any], Callable[..., None]]
-"""The module, its config, and a function that writes its processor, or its tokenizer with `max_tokens`, to a folder."""
-
-
-def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
+def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
     model, _ = timm.load_model(spec)
     size_px = spec.int_option("image_size")
     is_resized = size_px is not None and hasattr(model, "set_input_size")
     if is_resized:
         model.set_input_size(img_size=(size_px, size_px))
-    settings = timm.pixel_transform(model, size_px).published
+    transform = timm.pixel_transform(model, size_px)
     is_on_hub = spec.model.startswith(timm.HUB_PREFIXES)
     config = {
         "kind": "timm",
         "model": model.pretrained_cfg["architecture"] if is_on_hub else spec.model,
         "image_size": size_px if is_resized else None,
-        "input_size": settings["input_size"],
+        "input_size": list(transform.input_size),
     }
-    return TimmFeatures(model, requested_layers(names)).eval(), config, partial(_save_image_processor, "timm", settings)
+    module = TimmFeatures(model, requested_layers(names)).eval()
+    return _OpenedEncoder(module, config, partial(_save_image_processor, "timm", transform.published))
 
 
-def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
+def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
     network, size_px = lite.load_model(spec)
     network.reset_classifier(0)
     input_size = [3, size_px, size_px]
     config = {"kind": "timm", "model": lite.timm_name(spec.model), "image_size": None, "input_size": input_size}
     settings = {"size_px": size_px, "crop_padding_px": LITE_CROP_PADDING_PX, "mean": lite.MEAN, "std": lite.STD}
     module = TimmFeatures(network, requested_layers(names)).eval()
-    return module, config, partial(_save_image_processor, "lite", settings)
+    return _OpenedEncoder(module, config, partial(_save_image_processor, "lite", settings))
 
 
-def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _Opened:
+def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
     from transformers import AutoImageProcessor
 
     folder = find_model_folder(spec).path
@@ -133,12 +155,12 @@ def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _Op
     model, layers = _load_seeded(lambda: load_pretrained(loader, folder, tower_config), names)
     config = {"kind": "transformers", **_model_config(model)}
     if modality == "text":
-        return TextFeatures(model, layers).eval(), config, partial(_save_tokenizer, folder)
+        return _OpenedEncoder(TextFeatures(model, layers).eval(), config, partial(_save_tokenizer, folder))
     config["input_size"] = list(transformers.pixel_transform(folder).input_size)
     processor = AutoImageProcessor.from_pretrained(folder).to_dict()
     settings = plain_json({name: value for name, value in processor.items() if not name.startswith("_")})
     module = ImageFeatures(model, layers).eval()
-    return module, config, partial(_save_image_processor, "transformers", settings)
+    return _OpenedEncoder(module, config, partial(_save_image_processor, "transformers", settings))
 
 
 def _load_seeded(load: Callable[[], tuple[nn.Module, str]], names: Sequence[str]) -> tuple[nn.Module, list[int]]:
@@ -151,7 +173,7 @@ def _load_seeded(load: Callable[[], tuple[nn.Module, str]], names: Sequence[str]
     return model, layers
 
 
-def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
+def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _OpenedEncoder:
     modules = sentence_transformers.read_modules(sentence_transformers.find_folder(spec).path)
     model, layers = _load_seeded(lambda: sentence_transformers.load_transformer(modules), names)
     heads = [sentence_transformers.load_dense(path) for path in modules.dense]
@@ -173,7 +195,7 @@ def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     if width is not None:
         config["width"] = width
     module = SentenceFeatures(model, modules.pools, heads, layers, width).eval()
-    return module, config, partial(_save_tokenizer, modules.tokenizer)
+    return _OpenedEncoder(module, config, partial(_save_tokenizer, modules.tokenizer))
 
 
 def _model_config(model: nn.Module) -> dict[str, Any]:
