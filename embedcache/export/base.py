@@ -100,6 +100,7 @@ class ExportNotes:
         code: Python code that loads the export from its parent folder; `{folder}` stands for the export's name.
         differences: modality -> largest difference from the run in one component of a unit vector.
         encoders: modalities whose encoder is included.
+        shorten: Python code that makes vectors of a smaller width, `{width}`; None: no call of the library does.
     """
 
     library: str
@@ -109,6 +110,7 @@ class ExportNotes:
     differences: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
     encoders: Sequence[Modality] = MODALITIES
+    shorten: str | None = None
 
 
 def check_plain(tower_input: TowerInput, format_name: str) -> None:

@@ -1,6 +1,7 @@
 """The model card of an export: contents, licenses, training, metrics, and how to load it."""
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
 from embedcache.files import read_text, write_atomic
 from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import read_stage
+from embedcache.train.initialization import default_initialization
 
 _KNOWN_LICENSES = {
     ("lite", "efficientnet-lite"): "apache-2.0",
@@ -23,7 +25,7 @@ _UNKNOWN_LICENSE = "unknown: ask its authors"
 def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str, metrics: Any) -> None:
     """Write the model card, `README.md`."""
     licenses = {modality: _find_license(run.config.tower_input(modality)) for modality in MODALITIES}
-    code, packages = notes.code.format(folder=path.parent.name), " ".join(notes.requirements)
+    code, packages = notes.code.format(folder=path.parent.name), shlex.join(notes.requirements)
     parts = [
         _front_matter(notes, licenses),
         f"# {path.parent.name}\n",
@@ -64,15 +66,15 @@ def _front_matter(notes: ExportNotes, licenses: Mapping[Modality, str | None]) -
 def _summary(run: ExportRun, notes: ExportNotes, format_name: str) -> str:
     config = run.config
     contents = {
-        2: "Frozen image and text encoders with trained projectors into a shared space",
-        1: "A frozen text encoder with a trained projector into a space shared with images",
-        0: "Two trained projectors into a shared space, without their frozen encoders",
+        2: "Frozen image and text encoders with trained projectors",
+        1: "A frozen text encoder with the trained projector of texts",
+        0: "The trained projectors of two encoders, which are not included,",
     }[len(notes.encoders)]
     lines = [
-        f"{contents} of {config.shared_width} dimensions: projector `{config.projector}`. Trained with embedcache and "
-        f"exported as `{format_name}`; loading it does not need embedcache.\n",
+        f"{contents} into a shared space of {config.shared_width} dimensions: projector `{config.projector}`. Trained "
+        f"with embedcache and exported as `{format_name}`; loading it does not need embedcache.\n",
         *(f"- {note}" for note in notes.notes),
-        *_width_notes(run),
+        *_width_notes(run, notes),
     ]
     if notes.differences:
         largest = ", ".join(f"{modality} {value:.1e}" for modality, value in notes.differences.items())
@@ -83,15 +85,15 @@ def _summary(run: ExportRun, notes: ExportNotes, format_name: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def _width_notes(run: ExportRun) -> list[str]:
+def _width_notes(run: ExportRun, notes: ExportNotes) -> list[str]:
     """Return a note on the smaller widths at which the vectors can be used, if the run was trained for any."""
     widths = sorted({*run.config.training.get("loss", {}).get("widths", ())} - {run.config.shared_width})
     if not widths:
         return []
+    code = f": `{notes.shorten.format(width=widths[0])}`" if notes.shorten else ""
     return [
         f"- Matryoshka: trained at the widths {', '.join(map(str, widths))} as well. Vectors have the whole width; the "
-        f"first {widths[0]} components, scaled to length 1 again, are vectors of that width (in sentence-transformers "
-        f"`encode(…, truncate_dim={widths[0]}, normalize_embeddings=True)`)."
+        f"first {widths[0]} components, scaled to length 1 again, are vectors of that width{code}."
     ]
 
 
@@ -123,17 +125,19 @@ def _training(run: ExportRun) -> str:
         f"- caption language: {training.get('language') or 'all'}",
         f"- held out: split `{split.get('kind')}`, {split.get('val_share')} for validation, {split.get('test_share')} "
         "for test",
-        f"- {_weights_line(training, record.get('outcome', {}).get('best_epoch'))}; seed {training.get('seed')}",
+        f"- {_weights_line(run, record.get('outcome', {}).get('best_epoch'))}; seed {training.get('seed')}",
     ]
     if training.get("shuffle_pairs"):
         lines.append("- **control: trained on shuffled pairs, so it must perform at chance**")
     return "\n".join([*lines, ""])
 
 
-def _weights_line(training: Mapping[str, Any], best_epoch: int | None) -> str:
+def _weights_line(run: ExportRun, best_epoch: int | None) -> str:
     """Return where the weights come from; `best_epoch` is 0 if the initialization was kept, None if unknown."""
+    training = run.config.training
     model, loss, optimizer = (training.get(name, {}) for name in ("model", "loss", "optimizer"))
-    start = "other runs" if training.get("parts", {}).get("init_from") else f"`{model.get('start')}`"
+    form = model.get("start") or default_initialization(run.pair)
+    start = "other runs" if training.get("parts", {}).get("init_from") else f"`{form}`"
     if not optimizer.get("epochs"):
         return f"weights: the initialization ({start}), without training"
     trained = f"loss `{loss.get('name')}`, {optimizer['epochs']} epochs"

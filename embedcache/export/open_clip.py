@@ -106,6 +106,7 @@ def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str |
         library="open_clip",
         task="zero-shot-image-classification",
         code=_CODE,
+        shorten="torch.nn.functional.normalize(model.encode_text(…)[:, :{width}], dim=-1)",
         requirements=requirements,
         differences=differences,
         notes=notes,

@@ -45,6 +45,7 @@ def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
         library=_FORMAT,
         task="sentence-similarity",
         code=_CODE,
+        shorten="model.encode(…, truncate_dim={width}, normalize_embeddings=True)",
         requirements=("sentence-transformers",),
         differences=run.check_parity(_FORMAT, {"text": vectors}),
         notes=("The text tower only; `embedcache export transformers` includes both.",),

@@ -34,6 +34,7 @@ _FORMAT = "transformers"
 _CODE_PACKAGE = "embedcache.export.hub_code"
 _MODEL = "modeling_embedcache"
 _WEIGHTS = "model.safetensors"
+_PIPELINE = "ZeroShotImageClassification"
 _CODE = """\
 import torch
 from PIL import Image
@@ -67,7 +68,8 @@ def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
         library="transformers",
         task="zero-shot-image-classification",
         code=_CODE,
-        requirements=("transformers", "torch", "torchvision", "pillow", *(["timm"] if is_timm else [])),
+        shorten="torch.nn.functional.normalize(model.get_text_features(…)[:, :{width}], dim=-1)",
+        requirements=("transformers>=4.57", "torch", "torchvision", "pillow", *(["timm"] if is_timm else [])),
         differences=differences,
         notes=(
             "Embeddings have length 1. Texts are padded on the right and truncated to the tokenizer's "
@@ -120,7 +122,8 @@ def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, Enco
         projection_dim=run.config.shared_width,
         architectures=["EmbedcacheModel"],
     )
-    config.auto_map = {"AutoConfig": f"{_MODEL}.EmbedcacheConfig", "AutoModel": f"{_MODEL}.EmbedcacheModel"}
+    classes = dict.fromkeys(("AutoModel", f"AutoModelFor{_PIPELINE}"), f"{_MODEL}.EmbedcacheModel")
+    config.auto_map = {"AutoConfig": f"{_MODEL}.EmbedcacheConfig", **classes}
     config.save_pretrained(folder)
     path = folder / "config.json"
     write_json(path, {**read_json(path), "weights_sha256": {_WEIGHTS: digest_file(folder / _WEIGHTS)}})

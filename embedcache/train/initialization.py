@@ -15,7 +15,7 @@ from embedcache.projectors.base import HasAnchors, HasLinearBranch
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.towers import RawTower, Tower
-from embedcache.train.settings import ModelSettings
+from embedcache.train.settings import Initialization, ModelSettings
 
 _BLOCK = 8192
 MAX_PAIRS = 2**20
@@ -47,7 +47,7 @@ def initialize(
         for name, items, which in zip(pair.modalities, (pairs.first, pairs.second), positions, strict=True)
     )
     towers = (first, second)
-    form = settings.initialization or ("cca" if all(tower.supports(HasLinearBranch) for tower in towers) else "random")
+    form = settings.initialization or default_initialization(pair)
     _check(towers, form, settings)
     moments, progress = Moments(first.width, second.width), progress or NullProgress()
     num_passes = 1 + sum(isinstance(rows.tower, RawTower) for rows in towers)
@@ -72,6 +72,15 @@ def initialize(
     progress.finish()
 
 
+def default_initialization(pair: AlignedPair) -> Initialization:
+    """Return what a pair starts from if no initialization is named: `cca` if both projectors can, else `random`."""
+    return "cca" if all(_supports(pair.tower(name), HasLinearBranch) for name in pair.modalities) else "random"
+
+
+def _supports(tower: AnyTower, interface: type[HasLinearBranch] | type[HasAnchors]) -> bool:
+    return isinstance(tower, Tower) and isinstance(tower.projector, interface)
+
+
 def _thin_out(positions_M: Ints) -> Ints:
     """Keep evenly spaced blocks of at most `MAX_PAIRS` positions."""
     whole = list(blocks(len(positions_M), _BLOCK))
@@ -94,7 +103,7 @@ class _TowerRows:
         return self.tower.mean.numel() if isinstance(self.tower, Tower) else 0
 
     def supports(self, interface: type[HasLinearBranch] | type[HasAnchors]) -> bool:
-        return isinstance(self.tower, Tower) and isinstance(self.tower.projector, interface)
+        return _supports(self.tower, interface)
 
     def rms_length(self, progress: Progress) -> float:
         """Compute the root mean square length of the rows in one pass."""

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from embedcache.arrays import Inputs
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, UnknownNameError
-from embedcache.export.base import ExportRun, check_parity
-from embedcache.export.card import _metrics, _width_notes
+from embedcache.export.base import ExportNotes, ExportRun, check_parity
+from embedcache.export.card import _metrics, _weights_line, _width_notes
 from embedcache.export.code import copy_code
 from embedcache.export.export import export_run
 from embedcache.export.settings import RECORD, ExportSettings
@@ -217,11 +217,25 @@ def test_run_of_other_modalities_is_refused(tmp_path: Path) -> None:
 
 def test_card_states_widths(run: Path) -> None:
     opened = ExportRun.open(run)
-    assert _width_notes(opened) == []
+    notes = ExportNotes(library="x", task=None, code="", requirements=(), shorten="encode(…, truncate_dim={width})")
+    assert _width_notes(opened, notes) == []
     training = {**opened.config.training, "loss": {"name": "info_nce", "widths": [16, 8, 4]}}
-    (note,) = _width_notes(replace(opened, config=replace(opened.config, training=training)))
+    opened = replace(opened, config=replace(opened.config, training=training))
+    (note,) = _width_notes(opened, notes)
     assert "trained at the widths 4, 8 as well" in note
-    assert "truncate_dim=4, normalize_embeddings=True" in note
+    assert note.endswith("are vectors of that width: `encode(…, truncate_dim=4)`.")
+    (note,) = _width_notes(opened, replace(notes, shorten=None))
+    assert note.endswith("are vectors of that width.")
+
+
+def test_card_names_the_default_initialization(tiny: dict[str, str], tmp_path: Path) -> None:
+    """A config has no name where none was given."""
+    glu = make_run(tmp_path / "glu", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "glu")
+    mlp = make_run(tmp_path / "mlp", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "mlp")
+    for path, name in ((glu, "random"), (mlp, "cca")):
+        training = {"model": {"start": None}, "optimizer": {"epochs": 3}, "split": {}, "seed": 0}
+        edit_record(path / "config.json", training=training)
+        assert _weights_line(ExportRun.open(path), 0).startswith(f"weights: the initialization (`{name}`); ")
 
 
 def test_card_has_metrics_of_its_own_recipe_only(run: Path) -> None:

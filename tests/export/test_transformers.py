@@ -48,7 +48,7 @@ def test_matches_the_run(case: str, tiny: dict[str, str], tmp_path: Path) -> Non
 
 
 def test_has_the_interface_of_clip(tiny: dict[str, str], tmp_path: Path) -> None:
-    from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
 
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["st"], "mean"))
     folder = tmp_path / "model"
@@ -72,6 +72,12 @@ def test_has_the_interface_of_clip(tiny: dict[str, str], tmp_path: Path) -> None
     ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(TEXTS[0])["input_ids"]
     assert ids == inputs["input_ids"][0, : len(ids)].tolist()
     assert not (folder / "embedcache").exists()
+    assert "pip install 'transformers>=4.57' torch" in (folder / "README.md").read_text()
+    classify = pipeline("zero-shot-image-classification", model=str(folder), trust_remote_code=True)
+    found = classify(example_images()[0], candidate_labels=list(TEXTS[:3]), hypothesis_template="{}")
+    scores = {TEXTS.index(each["label"]): each["score"] for each in found}
+    expected = logits[0, :3].softmax(dim=0)
+    torch.testing.assert_close(torch.tensor([scores[row] for row in range(3)]), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
