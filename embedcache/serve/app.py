@@ -48,6 +48,9 @@ log = logging.getLogger("embedcache.serve")
 _ABOUT = """Search one index of frozen embeddings with texts, images or indexed items.
 
 Responses are JSON; an error is {"error": "one line"}."""
+_NO_JSON = "the body: expected a JSON object in UTF-8, sent with the header Content-Type: application/json"
+_UNREADABLE_BODY = "There was an error parsing the body"
+"""FastAPI's words for bytes that are no text, and for JSON that Python cannot hold."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut, "description": description}
     for status, description in {
@@ -248,11 +251,14 @@ def _add_map(app: FastAPI, indexes: Indexes) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+        detail = _NO_JSON if error.detail == _UNREADABLE_BODY else error.detail
+        return JSONResponse({"error": detail}, error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] in ("json_invalid", "model_attributes_type"):  # no JSON, or no object of JSON
+            return JSONResponse({"error": _NO_JSON}, 422)
         location = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
         return JSONResponse({"error": f"{location or 'the body'}: {first['msg']}"}, 422)
 

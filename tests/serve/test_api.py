@@ -364,6 +364,21 @@ def test_invalid_requests_get_one_line_errors(client: TestClient) -> None:
         assert "\n" not in answer.json()["error"]
 
 
+@pytest.mark.parametrize("body", [b"{", b"[1]", b"null", '{"text": "é"}'.encode("latin-1"), b"[" * 30_000])
+def test_body_that_is_no_json_object_is_named(client: TestClient, body: bytes) -> None:
+    answer = client.post("/api/search", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert answer.json()["error"].startswith("the body: expected a JSON object in UTF-8, sent with the header Content-")
+
+
+def test_json_of_another_content_type_is_named(client: TestClient) -> None:
+    """As curl sends it without a header."""
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = client.post("/api/search", content=b'{"text": "a"}', headers=form)
+    assert answer.status_code == 422
+    assert "sent with the header Content-Type: application/json" in answer.json()["error"]
+
+
 def test_openapi_lists_every_operation(client: TestClient) -> None:
     operations = client.get("/openapi.json").json()["paths"]
     assert set(operations) == {
