@@ -6,46 +6,32 @@ import platform
 import re
 import shutil
 import stat
-import sys
 import tempfile
-import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias, cast
 from uuid import uuid4
 
-from embedcache.errors import DiskFullError, EmbedcacheError, PathError
+from embedcache.errors import EmbedcacheError, PathError
+from embedcache.io_errors import disk_errors, io_reason, service_errors
 from embedcache.registry import require
-
-_SERVICES = frozenset(
-    {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs", "upath", "yarl"}
-    | {"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2"}
-)
-_UNCLASSIFIED = (ValueError, NotImplementedError)
-"""What file systems also raise: of a URL that they cannot parse, an unexpected answer, a server that takes no files."""
-_HUB_REASONS = {
-    "GatedRepoError": "its access is restricted: accept its terms on its page, and run: hf auth login",
-    "RepositoryNotFoundError": "no such repository, or a private one: check the name, or run: hf auth login",
-    "RevisionNotFoundError": "no such revision",
-    "EntryNotFoundError": "no such file",
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
-}
-"""Class of the Hub's library, the more special ones first -> reason; their own texts are paragraphs."""
-_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})  # have no folders
-_LONGEST_REASON = 300
-_MAX_TEXT_BYTES = 2**28
-_UMASK = os.umask(0o077)
-os.umask(_UMASK)  # the only way to read it
-_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")
-TEXT_ENCODING = "utf-8-sig"
-"""Encoding of all text files that users write, whatever the locale: UTF-8, with or without a byte order mark."""
-_PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
-_NODE = platform.node().replace(".", "-")
-
 
 AnyPath: TypeAlias = Path | str | os.PathLike[str]
 """A path or URL, or an object that knows where it is stored: a `Cache`, a `Model` or an `OpenIndex`."""
+
+TEXT_ENCODING = "utf-8-sig"
+"""Encoding of all text files that users write, whatever the locale: UTF-8, with or without a byte order mark."""
+
+_MAX_TEXT_BYTES = 2**28
+_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
+"""Protocols of services that have no folders: an object appears with its whole path."""
+_PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
+"""Name of an unfinished file or folder, see `partial_path`: the final name, then the machine and the process."""
+_NODE = platform.node().replace(".", "-")
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)  # the only way to read it
 
 
 def one_or_many(paths: AnyPath | Sequence[AnyPath]) -> Sequence[AnyPath]:
@@ -74,7 +60,7 @@ def open_path(location: AnyPath) -> Path:
         path = upath.UPath(str(location), use_listings_cache=False, **options)
         path.fs  # noqa: B018  # imports the file system of the protocol
         path / "file"  # those of `data://` have no files
-    except (*_UNCLASSIFIED, TypeError, LookupError, AttributeError) as error:  # no such protocol, or it needs more
+    except (ValueError, NotImplementedError, TypeError, LookupError, AttributeError) as error:
         raise PathError(f"{location}: URLs of this protocol cannot be read: {error}") from None
     except OSError as error:  # some file systems connect at once
         raise PathError(f"cannot reach {location}: {io_reason(error)}") from None
@@ -96,60 +82,6 @@ def is_remote(path: Path) -> bool:
 def relative_location(path: Path, folder: Path) -> str:
     """Return a path relative to a folder, so that both can move together; a URL stays as it is."""
     return str(path) if is_remote(path) else os.path.relpath(path.resolve(), folder.resolve())
-
-
-def is_io_error(error: BaseException) -> bool:
-    """Return whether an error comes from a disk or a remote service; those of services have no common base class."""
-    is_of_service = any(library_of(kind) in _SERVICES for kind in type(error).__mro__)
-    return isinstance(error, OSError) or is_of_service or (isinstance(error, _UNCLASSIFIED) and _is_from_service(error))
-
-
-def _is_from_service(error: BaseException) -> bool:
-    """Return whether a library for remote services raised an error, or had the standard library raise it."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    names = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
-    return next((name in _SERVICES for name in reversed(names) if name not in sys.stdlib_module_names), False)
-
-
-def io_reason(error: BaseException) -> str:
-    """Return the reason of a disk or service in one line; for web servers, fsspec has it in the cause."""
-    names = {kind.__name__ for kind in type(error).__mro__ if library_of(kind) == "huggingface_hub"}
-    if "LocalEntryNotFoundError" in names:  # of what is neither here nor could be asked for
-        return io_reason(error.__cause__) if error.__cause__ else "not downloaded yet, and HF_HUB_OFFLINE is set"
-    if names & set(_HUB_REASONS):
-        return next(reason for name, reason in _HUB_REASONS.items() if name in names)
-    if isinstance(error, FileNotFoundError) and error.__cause__:
-        return _first_line(error.__cause__)
-    if isinstance(error, NotImplementedError):
-        return "not supported by URLs of this protocol"
-    return (isinstance(error, OSError) and error.strerror) or _first_line(error)
-
-
-def library_of(kind: type) -> str:
-    """Return the name of the library that defines a class."""
-    return kind.__module__.partition(".")[0]
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's message: those of services continue with paragraphs of advice."""
-    return (str(error).partition("\n")[0] or type(error).__name__)[:_LONGEST_REASON]
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Raise errors of a full disk as `DiskFullError`; some libraries report one only by its message."""
-    try:
-        yield
-    except Exception as error:
-        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if not is_full and "No space left on device" not in str(error):
-            raise
-        raise DiskFullError(disk_full_message(f" of {path}")) from error
-
-
-def disk_full_message(disk: str = "") -> str:
-    """Return the text of a full disk's error."""
-    return f"no space left on the disk{disk}; free some space and rerun the same command"
 
 
 def check_regular(path: Path) -> None:
@@ -217,7 +149,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 def write_blocks(path: Path, blocks: Iterable[bytes]) -> None:
     """Write a file atomically, one block after the other. Memory: one block; the whole file behind a URL."""
     if is_remote(path):
-        with _service_errors(path):
+        with service_errors(path):
             make_folder(path.parent)
             path.fs.pipe_file(path.path, b"".join(blocks))  # type: ignore[attr-defined]
         return
@@ -290,7 +222,7 @@ def _share(path: Path) -> None:
 def put_file(file: Path, path: Path) -> None:
     """Move a local file to `path`, flushed; behind a URL the object appears at once."""
     if is_remote(path):
-        with _service_errors(path):
+        with service_errors(path):
             make_folder(path.parent)
             path.fs.put_file(str(file), path.path)  # type: ignore[attr-defined]
         return
@@ -298,17 +230,6 @@ def put_file(file: Path, path: Path) -> None:
     make_folder(path.parent)
     file.replace(path)
     flush(path.parent)
-
-
-@contextmanager
-def _service_errors(path: Path) -> Iterator[None]:
-    """Raise write errors of a remote service as `PathError`."""
-    try:
-        yield
-    except Exception as error:
-        if not is_io_error(error):
-            raise
-        raise PathError(f"cannot write {path}: {io_reason(error)}; what is committed is kept") from error
 
 
 def user_folder() -> Path:
@@ -376,7 +297,7 @@ def make_folder(path: Path) -> None:
     if is_remote(path):
         protocols: str | tuple[str, ...] = path.fs.protocol  # type: ignore[attr-defined]
         if _OBJECT_STORES.isdisjoint({protocols} if isinstance(protocols, str) else protocols):
-            with _service_errors(path):
+            with service_errors(path):
                 path.mkdir(parents=True, exist_ok=True)
         return
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]

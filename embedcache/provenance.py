@@ -26,7 +26,8 @@ from embedcache.errors import (
     UnknownNameError,
     first_few,
 )
-from embedcache.files import check_regular, io_reason, make_folder, read_limited, remove_partials, write_atomic
+from embedcache.files import check_regular, make_folder, read_limited, remove_partials, write_atomic
+from embedcache.io_errors import io_reason
 from embedcache.registry import used_plugins
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import embedcache
 PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"arrays", "registry", "progress", "units", "modalities", "axis"},
+    {"arrays", "registry", "progress", "units", "modalities", "axis", "io_errors"},
     {"settings", "processes"},
     {"devices", "files"},
     {"locks"},

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from embedcache.errors import DiskFullError, EmbedcacheError, PathError, show_faults, visible
-from embedcache.files import disk_full_message, io_reason, is_io_error
+from embedcache.io_errors import disk_full_message, io_reason, is_io_error
 from embedcache.progress import close_bars
 from embedcache.registry import plugin_of
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from embedcache.arrays import Array, Bools, Floats, Ints, Products, blocks, dot_products
 from embedcache.dataset.similar_pairs import CosineTile
 from embedcache.errors import DiskFullError, PathError
-from embedcache.files import disk_errors
+from embedcache.io_errors import disk_errors
 from embedcache.metrics.durations import note_duration
 from embedcache.metrics.neighbors import ITERATIONS, spherical_means
 from embedcache.progress import Progress, watch

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, one_line
-from embedcache.files import io_reason, is_io_error, library_of
+from embedcache.io_errors import io_reason, is_io_error, library_of
 from embedcache.registry import has_trust
 
 USE_LOCAL_FOLDER = "give the path of a local folder instead"

@@ -10,7 +10,8 @@ from typing import Any
 from embedcache.arrays import blocks
 from embedcache.errors import EmbedcacheError, FingerprintError, PathError, SettingError, UnfinishedError
 from embedcache.export.settings import HubSettings, check_repository
-from embedcache.files import AnyPath, io_reason, is_io_error, is_remote
+from embedcache.files import AnyPath, is_remote
+from embedcache.io_errors import io_reason, is_io_error
 from embedcache.modalities import MODALITIES, noun
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.provenance import digest_file

@@ -26,7 +26,8 @@ import pyarrow.compute as pc
 
 from embedcache.dataset.splits import Split, column_parts
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, one_line
-from embedcache.files import io_reason, read_text
+from embedcache.files import read_text
+from embedcache.io_errors import io_reason
 from embedcache.modalities import MODALITIES
 from embedcache.networks.candidates import MinedNegatives
 from embedcache.networks.words import Vocabulary

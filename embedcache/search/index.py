@@ -10,7 +10,8 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.errors import FingerprintError, SettingError
-from embedcache.files import AnyPath, disk_errors, relative_location
+from embedcache.files import AnyPath, relative_location
+from embedcache.io_errors import disk_errors
 from embedcache.locks import LOCK, locked
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import INDEX_DIGEST, from_record, prepare_folder, record_stage

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError
-from embedcache.files import io_reason, is_io_error, is_remote, is_url, library_of, open_path, read_file
+from embedcache.files import is_remote, is_url, open_path, read_file
+from embedcache.io_errors import io_reason, is_io_error, library_of
 from embedcache.sources.base import FileItem
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError, one_line
-from embedcache.files import io_reason, is_io_error, library_of
+from embedcache.io_errors import io_reason, is_io_error, library_of
 from embedcache.modalities import MODALITIES
 from embedcache.registry import require
 from embedcache.sources.base import FileItem, Sample

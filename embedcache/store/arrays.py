@@ -20,7 +20,8 @@ import numpy as np
 
 from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, PathError, UnfinishedError
-from embedcache.files import check_regular, io_reason, is_remote, read_file, write_atomic, write_blocks
+from embedcache.files import check_regular, is_remote, read_file, write_atomic, write_blocks
+from embedcache.io_errors import io_reason
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import read_json
 

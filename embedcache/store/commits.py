@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.errors import CorruptError, PathError, one_line
-from embedcache.files import flush, io_reason, read_file, write_atomic
+from embedcache.files import flush, read_file, write_atomic
+from embedcache.io_errors import io_reason
 from embedcache.provenance import INDEX_DIGEST, canonical_json
 from embedcache.store.arrays import REPAIR
 from embedcache.store.columns import HASH, Column, hashes_json, strings_json, to_array

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from embedcache.errors import FingerprintError, PathError, SettingError, SourceError, UnfinishedError, first_few
-from embedcache.files import disk_errors, flush, is_remote, make_folder, remove_folder
+from embedcache.files import flush, is_remote, make_folder, remove_folder
+from embedcache.io_errors import disk_errors
 from embedcache.locks import LOCK, locked
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress

@@ -14,7 +14,8 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, PathError, UnfinishedError
-from embedcache.files import disk_errors, flush, put_file, remove_partials, write_atomic
+from embedcache.files import flush, put_file, remove_partials, write_atomic
+from embedcache.io_errors import disk_errors
 from embedcache.locks import Leases, locked
 from embedcache.modalities import MODALITIES, noun
 from embedcache.progress import NullProgress, Progress

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, one_line
-from embedcache.files import check_regular, io_reason, is_remote
+from embedcache.files import check_regular, is_remote
+from embedcache.io_errors import io_reason
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import digest
 from embedcache.sources.base import FileItem

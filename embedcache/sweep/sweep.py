@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedcache.files import AnyPath, disk_errors
+from embedcache.files import AnyPath
+from embedcache.io_errors import disk_errors
 from embedcache.locks import locked
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import write_record

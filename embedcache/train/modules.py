@@ -7,7 +7,8 @@ from typing import Any
 
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.splits import Split, write_split
-from embedcache.files import disk_errors, write_atomic
+from embedcache.files import write_atomic
+from embedcache.io_errors import disk_errors
 from embedcache.metrics.ranking import metric_label
 from embedcache.networks.saved import ModuleConfig, ModuleInput, read_module_config, save_module
 from embedcache.progress import NullProgress, Progress

@@ -12,7 +12,8 @@ from embedcache.dataset.negatives import HardNegatives, check_negatives, read_ne
 from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.settings import with_split_seed
 from embedcache.errors import DataError, SettingError
-from embedcache.files import AnyPath, disk_errors, relative_location
+from embedcache.files import AnyPath, relative_location
+from embedcache.io_errors import disk_errors
 from embedcache.metrics.ranking import metric_label
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names

@@ -17,7 +17,7 @@ from embedcache.cli.commands import Command
 from embedcache.cli.main import root_command
 from embedcache.errors import DiskFullError, SettingError
 from embedcache.export.settings import RECORD
-from embedcache.files import disk_full_message
+from embedcache.io_errors import disk_full_message
 from tests.cli.run import embedcache
 from tests.cli.test_process import ENVIRONMENT, PROGRAM
 
