@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks.data import add_member
 from embedcache.cli.console import print_line, print_table
-from embedcache.provenance import peak_memory_bytes
+from embedcache.records import peak_memory_bytes
 from embedcache.sources import open_source
 from embedcache.store.indexing import index
 

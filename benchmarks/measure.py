@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from embedcache.cli.console import print_line, print_table
-from embedcache.provenance import peak_memory_bytes
+from embedcache.records import peak_memory_bytes
 
 Result = TypeVar("Result")
 

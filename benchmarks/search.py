@@ -23,7 +23,7 @@ from benchmarks.clusters import Clusters
 from embedcache.arrays import Floats, Ints, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.extract.extract import extract
-from embedcache.provenance import peak_memory_bytes
+from embedcache.records import peak_memory_bytes
 from embedcache.search.card import read_card
 from embedcache.search.faiss_index import exact_search, read_index
 from embedcache.search.index import build_index

@@ -14,7 +14,7 @@ from torch.distributed import TCPStore
 
 import tests.flushes  # noqa: F401 - in forked processes, too
 from embedcache.cli.main import root_command
-from embedcache.provenance import _metadata_folders, _owners
+from embedcache.records import _metadata_folders, _owners
 
 replace = Path.replace
 root_command()  # this and the next line are cached for all forked processes: each would take 0.05 and 0.3 s

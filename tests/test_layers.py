@@ -16,7 +16,7 @@ LAYERS = [
     {"devices", "files"},
     {"locks"},
     {"metrics", "provenance"},
-    {"outputs"},
+    {"outputs", "records"},
     {"sources", "encoders", "projectors"},
     {"networks", "store"},
     {"dataset"},

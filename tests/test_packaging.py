@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from embedcache.errors import MissingExtraError
-from embedcache.provenance import RECORDED_PACKAGES
+from embedcache.records import RECORDED_PACKAGES
 from embedcache.search.faiss_gpu import num_gpus
 from tests.blocks import ROOT
 

@@ -21,7 +21,7 @@ from embedcache.files import AnyPath, remove_partials
 from embedcache.locks import Leases
 from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import new_record_path, record_stage
+from embedcache.records import new_record_path, record_stage
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature

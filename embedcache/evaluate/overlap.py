@@ -20,7 +20,8 @@ from embedcache.files import is_url
 from embedcache.metrics.neighbors import find_closest
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress, watch
-from embedcache.provenance import fields_of, read_stage
+from embedcache.provenance import fields_of
+from embedcache.records import read_stage
 from embedcache.store.cache import Cache
 
 COSINES = {"image": 0.9, "text": 0.7}

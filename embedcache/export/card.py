@@ -10,7 +10,7 @@ from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
 from embedcache.files import read_text, write_atomic
 from embedcache.projectors.saved import TowerInput
-from embedcache.provenance import read_stage
+from embedcache.records import read_stage
 from embedcache.train.initialization import default_initialization
 
 _KNOWN_LICENSES = {

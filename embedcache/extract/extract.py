@@ -19,7 +19,7 @@ from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.locks import divided_work, locked
 from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import new_record_path, record_stage
+from embedcache.records import new_record_path, record_stage
 from embedcache.registry import unknown_name
 from embedcache.settings import flat_settings, from_flat, replace_flat
 from embedcache.sources.base import IMPORTED, Source

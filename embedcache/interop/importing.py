@@ -17,7 +17,8 @@ from embedcache.interop.imported import ImportedSamples, VectorImport, stored_bl
 from embedcache.interop.settings import ImportSettings
 from embedcache.locks import Leases
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import check_same, digest, digest_file, new_record_path, record_stage
+from embedcache.provenance import check_same, digest, digest_file
+from embedcache.records import new_record_path, record_stage
 from embedcache.settings import replace_flat
 from embedcache.sources.base import IMPORTED
 from embedcache.sources.settings import SourceSettings

@@ -21,7 +21,8 @@ from embedcache.locks import Leases
 from embedcache.maintain.samples import CopySource, SegmentSamples, divide_segments
 from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import check_same, new_record_path, record_stage
+from embedcache.provenance import check_same
+from embedcache.records import new_record_path, record_stage
 from embedcache.registry import unknown_name
 from embedcache.sources.merged import merged_description
 from embedcache.store.cache import Cache

@@ -12,7 +12,7 @@ from embedcache.errors import CorruptError, PathError, SettingError, UnknownName
 from embedcache.files import AnyPath, folder_bytes, is_remote, open_path, remove_folder, remove_partials, user_folder
 from embedcache.locks import Leases, locked
 from embedcache.maintain.settings import PruneSettings
-from embedcache.provenance import read_stage
+from embedcache.records import read_stage
 from embedcache.registry import unknown_name
 from embedcache.settings import replace_flat
 from embedcache.store.cache import Cache

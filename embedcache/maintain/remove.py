@@ -17,7 +17,8 @@ from embedcache.modalities import MODALITIES, list_texts, noun
 from embedcache.outputs import removed_table_path
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import read_run
-from embedcache.provenance import INDEX_DIGEST, new_record_path, record_stage
+from embedcache.provenance import INDEX_DIGEST
+from embedcache.records import new_record_path, record_stage
 from embedcache.search.card import IndexCard, read_card
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings

@@ -23,7 +23,8 @@ from embedcache.projectors.saved import (
     save_weights,
     split_path,
 )
-from embedcache.provenance import digest_file, fields_of, from_record, naming_packages, to_record, write_record
+from embedcache.provenance import digest_file, fields_of, from_record, to_record, write_record
+from embedcache.records import naming_packages
 from embedcache.registry import Registry, names_from
 
 NETWORKS = Registry(

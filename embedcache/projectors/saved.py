@@ -23,11 +23,11 @@ from embedcache.provenance import (
     digest_file,
     fields_of,
     from_record,
-    naming_packages,
     read_manifest,
     to_record,
     write_record,
 )
+from embedcache.records import naming_packages
 from embedcache.registry import names_from
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import peak_memory_bytes, write_record
+from embedcache.provenance import write_record
+from embedcache.records import peak_memory_bytes
 from embedcache.reports.quickstart import QuickstartReport, Stage, write_quickstart_page
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.search.hits import Hit

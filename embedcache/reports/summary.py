@@ -14,7 +14,8 @@ from embedcache.files import folder_bytes, open_path
 from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import MODALITIES, noun
 from embedcache.outputs import read_metadata, read_report_json
-from embedcache.provenance import INDEX_DIGEST, fields_of, read_json, read_stage, recognize
+from embedcache.provenance import INDEX_DIGEST, fields_of, read_json, recognize
+from embedcache.records import read_stage
 from embedcache.search.card import read_card
 from embedcache.settings import flat_settings
 from embedcache.store.cache import Cache

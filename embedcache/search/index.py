@@ -14,7 +14,8 @@ from embedcache.files import AnyPath, relative_location
 from embedcache.io_errors import disk_errors
 from embedcache.locks import LOCK, locked
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.provenance import INDEX_DIGEST, from_record, prepare_folder, record_stage
+from embedcache.provenance import INDEX_DIGEST, from_record, prepare_folder
+from embedcache.records import record_stage
 from embedcache.search.autotune import (
     Configuration,
     IndexQuality,

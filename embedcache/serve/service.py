@@ -14,7 +14,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, MissingExtraError, PathError, SettingError, UnknownNameError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
-from embedcache.provenance import read_stage
+from embedcache.records import read_stage
 from embedcache.search.hits import Hit
 from embedcache.search.search import OpenIndex
 from embedcache.search.settings import Filter

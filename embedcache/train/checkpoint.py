@@ -30,9 +30,9 @@ from embedcache.provenance import (
     fields_of,
     prepare_folder,
     read_json,
-    read_stage,
     write_json,
 )
+from embedcache.records import read_stage
 from embedcache.store.cache import Cache
 from embedcache.train.data import FAILED, check_failed
 from embedcache.train.distributed import gather_objects, num_processes, process_rank

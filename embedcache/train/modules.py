@@ -13,7 +13,7 @@ from embedcache.metrics.ranking import metric_label
 from embedcache.networks.saved import ModuleConfig, ModuleInput, read_module_config, save_module
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import config_path, split_path
-from embedcache.provenance import record_stage
+from embedcache.records import record_stage
 from embedcache.store.feature import Feature
 from embedcache.store.group import open_group
 from embedcache.store.layout import checked_fit_path

@@ -27,7 +27,8 @@ from embedcache.projectors.saved import (
     save_pair,
     split_path,
 )
-from embedcache.provenance import digest_file, from_record, record_stage, to_record
+from embedcache.provenance import digest_file, from_record, to_record
+from embedcache.records import record_stage
 from embedcache.train.batches import Batches, Loader, PairLoader
 from embedcache.train.checkpoint import check_not_extended, finish_run, name_device, reuse_run, start_run
 from embedcache.train.data import (

@@ -23,7 +23,8 @@ from embedcache.export.export import export_run
 from embedcache.export.settings import RECORD, ExportSettings
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, project, save_pair, split_path
-from embedcache.provenance import record_stage, write_json
+from embedcache.provenance import write_json
+from embedcache.records import record_stage
 from tests.edits import edit_record
 from tests.export.runs import make_run
 from tests.hub_server import serve_hub

