@@ -18,6 +18,17 @@ from embedcache.io_errors import io_reason
 LOCK = ".lock"
 """File in a folder on which its locks are taken."""
 
+SKIP_LOCKS = "EMBEDCACHE_SKIP_LOCKS"
+"""Environment variable: with 1, a file system without record locks is used without: one process per folder."""
+
+_LEASES = ".claims"
+"""File in a folder on which its leases are taken, named as in format 1."""
+_UNUSED_BYTE = 2**40
+"""Byte of such a file that stands for no piece of work; piece n is byte n."""
+_PRESENCE_BYTE = 2**41
+"""Byte of a file of leases that all processes share while they take part in the work on its folder."""
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of NFS; of Lustre without the option flock
+_DIVIDED: list[bool] = []  # an element per `divided_work` that has not ended
 _IN_THIS_PROCESS: dict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
 
 
@@ -40,13 +51,6 @@ def locked(folder: Path, number: int = 0) -> Iterator[None]:
         _lock(descriptor, fcntl.LOCK_EX, number, path)
         stack.callback(_lock, descriptor, fcntl.LOCK_UN, number, path)
         yield
-
-
-SKIP_LOCKS = "EMBEDCACHE_SKIP_LOCKS"
-"""Environment variable: with 1, a file system without record locks is used without: one process per folder."""
-
-_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of NFS; of Lustre without the option flock
-_DIVIDED: list[bool] = []
 
 
 @contextmanager
@@ -73,15 +77,71 @@ def has_locks(folder: Path) -> bool:
         try:
             descriptor = _open_shared(folder / LOCK)
             stack.callback(_close_shared, folder / LOCK)
-            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, _NEVER_LOCKED)
-            fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _NEVER_LOCKED)
+            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, _UNUSED_BYTE)
+            fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _UNUSED_BYTE)
         except OSError as error:
             return error.errno not in _WITHOUT_LOCKS
     return True
 
 
-_NEVER_LOCKED = 2**40
-"""Byte of a file of locks that stands for no piece of work."""
+class Leases:
+    """Leases of this process on numbered pieces of work in a folder. Those of a killed process are released.
+
+    They are record locks on one file, so they exclude other processes of the machine and, if the file system supports
+    it, of a cluster: `.claims` in the folder. Behind a URL every lease is granted to every process.
+
+    With its first lease a process takes part in the work on the folder, until this object is gone; another one that
+    wants the folder alone, see `without_others`, knows of it also between two leases.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def _descriptor(self) -> int | None:
+        if is_remote(self._folder):
+            return None
+        path = self._folder / _LEASES
+        descriptor = _open_shared(path)
+        weakref.finalize(self, _close_shared, path)
+        if not _lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, _PRESENCE_BYTE, path):
+            raise PathError(f"{self._folder.parent} is being deleted by another process; run the same command again")
+        return descriptor
+
+    def take_part(self) -> None:
+        """Take part in the work on the folder before the first lease is needed.
+
+        Raises:
+            PathError: another process has the folder alone.
+        """
+        self._descriptor  # noqa: B018  # opens the file
+
+    @contextmanager
+    def without_others(self) -> Iterator[bool]:
+        """Keep other processes from taking part until the block ends; yields whether none does, else it keeps nobody.
+
+        Behind a URL it keeps nobody either.
+        """
+        path = self._folder / _LEASES
+        if self._descriptor is None:
+            yield True
+            return
+        is_alone = _lock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, _PRESENCE_BYTE, path)
+        try:
+            yield is_alone
+        finally:
+            _lock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, _PRESENCE_BYTE, path)
+
+    def acquire(self, number: int, *, wait: bool = False) -> bool:
+        """Acquire a lease; return whether no other process holds it. With `wait`, wait until it is released."""
+        if self._descriptor is None:
+            return True
+        return _lock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), number, self._folder / _LEASES)
+
+    def release(self, number: int) -> None:
+        """Release a lease."""
+        if self._descriptor is not None:
+            _lock(self._descriptor, fcntl.LOCK_UN, number, self._folder / _LEASES)
 
 
 def _lock(descriptor: int, kind: int, number: int, path: Path) -> bool:
@@ -101,8 +161,8 @@ def _lock(descriptor: int, kind: int, number: int, path: Path) -> bool:
     return True
 
 
-_SHARED: dict[Path, int] = {}
-_USERS: Counter[Path] = Counter()
+_SHARED: dict[Path, int] = {}  # file -> its only descriptor in this process
+_USERS: Counter[Path] = Counter()  # file -> locks and leases that use it
 _SHARED_GUARD = threading.RLock()  # reentrant: garbage collection may finalize `Leases` in it
 
 
@@ -128,67 +188,3 @@ def _close_shared(path: Path) -> None:
         _USERS[path] -= 1
         if not _USERS[path]:
             os.close(_SHARED.pop(path))
-
-
-_WHOLE = 2**41
-"""Byte of a file of leases that all processes share which work on its folder."""
-
-
-class Leases:
-    """Leases of this process on numbered pieces of work in a folder. Those of a killed process are released.
-
-    They are record locks on one file, so they exclude other processes of the machine and, if the file system supports
-    it, of a cluster: `.claims` in the folder. Behind a URL every lease is granted to every process.
-
-    With its first lease a process takes part in the work on the folder, until this object is gone; another one that
-    wants the folder alone, see `without_others`, knows of it also between two leases.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    @cached_property
-    def _descriptor(self) -> int | None:
-        if is_remote(self._folder):
-            return None
-        path = self._folder / ".claims"
-        descriptor = _open_shared(path)
-        weakref.finalize(self, _close_shared, path)
-        if not _lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, _WHOLE, path):
-            raise PathError(f"{self._folder.parent} is being deleted by another process; run the same command again")
-        return descriptor
-
-    def take_part(self) -> None:
-        """Take part in the work on the folder before the first lease is needed.
-
-        Raises:
-            PathError: another process has the folder alone.
-        """
-        self._descriptor  # noqa: B018  # opens the file
-
-    @contextmanager
-    def without_others(self) -> Iterator[bool]:
-        """Keep other processes from taking part until the block ends; yields whether none does, else it keeps nobody.
-
-        Behind a URL it keeps nobody either.
-        """
-        path = self._folder / ".claims"
-        if self._descriptor is None:
-            yield True
-            return
-        is_alone = _lock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, _WHOLE, path)
-        try:
-            yield is_alone
-        finally:
-            _lock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, _WHOLE, path)
-
-    def acquire(self, number: int, *, wait: bool = False) -> bool:
-        """Acquire a lease; return whether no other process holds it. With `wait`, wait until it is released."""
-        if self._descriptor is None:
-            return True
-        return _lock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), number, self._folder / ".claims")
-
-    def release(self, number: int) -> None:
-        """Release a lease."""
-        if self._descriptor is not None:
-            _lock(self._descriptor, fcntl.LOCK_UN, number, self._folder / ".claims")
