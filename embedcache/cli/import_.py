@@ -11,7 +11,7 @@ from embedcache.cli.options import CacheArgument, Json, Output, SelectionOutput,
 from embedcache.interop.settings import ImportSettings
 
 if TYPE_CHECKING:
-    from embedcache.interop.imported import VectorImport
+    from embedcache.interop.vector_files import VectorImport
 
 app = new_group("Make a cache of vectors from other tools.")
 

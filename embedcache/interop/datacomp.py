@@ -13,8 +13,8 @@ from embedcache.dataset.selections import Selection, check_selection_path, write
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError
 from embedcache.files import check_regular
-from embedcache.interop.imported import FileGroup, VectorImport
 from embedcache.interop.npy import open_npz, report_damage
+from embedcache.interop.vector_files import FileGroup, VectorImport
 from embedcache.store.cache import Cache
 
 _REASON = "in the list of uids"

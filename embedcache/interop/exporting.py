@@ -15,8 +15,8 @@ from embedcache.dataset.selections import read_selection
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, UnknownNameError
 from embedcache.files import AnyPath, building, is_url
-from embedcache.interop.imported import rechunk
 from embedcache.interop.settings import MtebSettings, VectorExportSettings
+from embedcache.interop.vector_files import rechunk
 from embedcache.outputs import check_output
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.registry import unknown_name

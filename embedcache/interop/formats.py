@@ -11,10 +11,10 @@ from embedcache.interop.atlas import write_atlas
 from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
 from embedcache.interop.datacomp import open_datacomp
 from embedcache.interop.exporting import VectorExport
-from embedcache.interop.imported import VectorImport
 from embedcache.interop.npy import open_npy_vectors, write_npy
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
 from embedcache.interop.settings import AtlasSettings, VectorExportSettings
+from embedcache.interop.vector_files import VectorImport
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.registry import unknown_name
 from embedcache.settings import replace_flat

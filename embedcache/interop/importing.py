@@ -13,8 +13,8 @@ from embedcache.arrays import Array, Bools
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import CorruptError, SourceError, UnfinishedError
 from embedcache.files import AnyPath, open_path, remove_partials
-from embedcache.interop.imported import ImportedSamples, VectorImport, stored_blocks
 from embedcache.interop.settings import ImportSettings
+from embedcache.interop.vector_files import ImportedSamples, VectorImport, stored_blocks
 from embedcache.locks import Leases
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, digest_file

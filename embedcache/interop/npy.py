@@ -15,8 +15,8 @@ from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, SettingError
 from embedcache.interop.exporting import VectorExport, new_folder
-from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
 from embedcache.interop.parquet import write_rows
+from embedcache.interop.vector_files import FileGroup, VectorImport, check_dtype
 from embedcache.progress import Progress, watch
 from embedcache.registry import unknown_name
 from embedcache.sources.files import open_binary, wrap_io_errors

@@ -13,7 +13,7 @@ from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, DataError, PathError, SettingError
 from embedcache.interop.exporting import VectorExport, check_new_file
-from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
+from embedcache.interop.vector_files import FileGroup, VectorImport, check_dtype
 from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name

@@ -18,7 +18,7 @@ from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, PathError
 from embedcache.files import AnyPath, open_path, remove_partials, write_atomic
 from embedcache.locks import Leases
-from embedcache.maintain.samples import CopySource, SegmentSamples, divide_segments
+from embedcache.maintain.copy_source import CopySource, SegmentSamples, divide_segments
 from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same

@@ -11,7 +11,7 @@ from embedcache.arrays import Ints
 from embedcache.curate.map import FILE as map_file
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.files import AnyPath, is_remote, open_path, remove_partials
-from embedcache.maintain.files import check_removable, check_run, remove_from, remove_from_run
+from embedcache.maintain.outputs import check_removable, check_run, remove_from, remove_from_run
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.modalities import MODALITIES, list_texts, noun
 from embedcache.outputs import removed_table_path

@@ -13,11 +13,11 @@ from embedcache import files
 from embedcache.arrays import Array
 from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
 from embedcache.interop.exporting import VectorExport
-from embedcache.interop.imported import VectorImport
 from embedcache.interop.importing import ImportReport, import_vectors
 from embedcache.interop.npy import open_npy_vectors, write_npy
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
 from embedcache.interop.settings import ImportSettings, VectorExportSettings
+from embedcache.interop.vector_files import VectorImport
 from embedcache.progress import NullProgress
 from embedcache.store.cache import Cache
 

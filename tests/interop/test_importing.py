@@ -24,11 +24,11 @@ from embedcache.extract.extract import extract
 from embedcache.extract.repair import repair
 from embedcache.interop import importing
 from embedcache.interop.clip_retrieval import open_clip_retrieval
-from embedcache.interop.imported import VectorImport
 from embedcache.interop.importing import import_vectors
 from embedcache.interop.npy import open_npy_vectors
 from embedcache.interop.parquet import open_parquet_vectors
 from embedcache.interop.settings import ImportSettings
+from embedcache.interop.vector_files import VectorImport
 from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.remove import remove_samples
 from embedcache.maintain.settings import PruneSettings

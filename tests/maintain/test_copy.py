@@ -27,9 +27,9 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain import copy
 from embedcache.maintain.copy import cut_cache, merge_caches
+from embedcache.maintain.copy_source import CopySource, SegmentSamples, divide_segments
 from embedcache.maintain.prune import prune_cache
 from embedcache.maintain.remove import remove_samples
-from embedcache.maintain.samples import CopySource, SegmentSamples, divide_segments
 from embedcache.progress import NullProgress
 from embedcache.provenance import digest
 from embedcache.sources import open_source, reopen_source
@@ -316,7 +316,7 @@ def test_cut_has_the_tables_of_a_source_of_its_samples(
     chosen = np.arange(first, len(samples))
     segments = divide_segments(whole, chosen, number=None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("embedcache.maintain.samples.BLOCK", batch)
+        patch.setattr("embedcache.maintain.copy_source.BLOCK", batch)
         patch.setattr("embedcache.store.changes.BATCH", batch)
         source = CopySource(segments, Rows().describe())
         info = index_tables(source, folder / "cut", chunk_size=4, progress=NullProgress())

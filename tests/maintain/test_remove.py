@@ -22,7 +22,7 @@ from embedcache.errors import (
     SettingError,
     UnfinishedError,
 )
-from embedcache.maintain.files import remove_from
+from embedcache.maintain.outputs import remove_from
 from embedcache.maintain.remove import plan_removal, remove_samples
 from embedcache.maintain.settings import RemoveSettings
 from embedcache.outputs import to_metadata

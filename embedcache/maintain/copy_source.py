@@ -1,4 +1,4 @@
-"""Samples of existing caches as the source of a new one."""
+"""The source of a copy: samples of existing caches, whose tables become those of a new one."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

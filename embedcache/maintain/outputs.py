@@ -1,4 +1,4 @@
-"""Removing samples from files that name them beside a cache: selections, lists of keys, splits of runs, exports.
+"""Removing samples from outputs beside a cache, which name them: selections, lists of keys, splits of runs, exports.
 
 Each file is replaced by one rename. Of files that belong together, the one that names the samples is replaced last, so
 that the same removal finishes one that was killed.
