@@ -192,7 +192,20 @@ def _invert_negative(bits: Array) -> Array:
 
 
 def concatenated_ranges(starts: Ints, counts: Ints) -> tuple[Ints, Ints]:
-    """Return the numbers of ranges that start at `starts` and have `counts` numbers: (M,) range, and (M,) number."""
+    """List the numbers of several ranges, one range after another.
+
+    Args:
+        starts: (R,) first number of each range.
+        counts: (R,) how many numbers each has.
+
+    Returns:
+        (M,) int64 position of the range that each number is of, and (M,) int64 numbers.
+
+    Example:
+        >>> which, numbers = concatenated_ranges(np.array([7, 2]), np.array([2, 1]))
+        >>> which.tolist(), numbers.tolist()
+        ([0, 0, 1], [7, 8, 2])
+    """
     which = np.repeat(np.arange(len(starts)), counts)
     before = np.cumsum(counts) - counts
     return which, starts[which] + np.arange(len(which)) - before[which]

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import groupby
 from math import log2
 from operator import itemgetter
@@ -80,13 +79,8 @@ def _encode_file_chunks(
         return task, loaded
 
     num_blank = 0
-    removed, items_of = set(cache.removed.tolist()), partial(cache.items, modality.name)
-    rows = ((task, *row) for task in tasks for row in enumerate(items_of(chunk=task.chunk).to_pylist()))
-    task_items = (
-        (task, NOT_YET if number < task.num_stored else REMOVED if row["sample"] in removed else to_file_item(row))
-        for task, number, row in rows
-    )
-    with closing(prefetch_map(executor, load, task_items, window=modality.num_ahead)) as stream:
+    items = _list_items(cache, modality.name, tasks)
+    with closing(prefetch_map(executor, load, items, window=modality.num_ahead)) as stream:
         for task, group in groupby(stream, key=itemgetter(0)):
             num_items = cache.info.count_items(modality.name, [task.chunk])
             buffers = [BatchBuffer(writer, names, num_items) for writer, names in task.missing.items()]
@@ -100,6 +94,19 @@ def _encode_file_chunks(
             commit(task, buffers, loaded)
     if num_blank:
         progress.note(f"{num_blank:,} {noun(modality.name)} have a single color; they are encoded like all others")
+
+
+def _list_items(cache: Cache, modality: str, tasks: Iterable[ChunkTask]) -> Iterator[tuple[ChunkTask, FileItem | str]]:
+    """Iterate over the items of chunks in row order: the location of each, or the reason why it is not encoded."""
+    removed = set(cache.removed.tolist())
+    for task in tasks:
+        for number, row in enumerate(cache.items(modality, chunk=task.chunk).to_pylist()):
+            if number < task.num_stored:
+                yield task, NOT_YET  # until it is committed, when the stored feature takes its place
+            elif row["sample"] in removed:
+                yield task, REMOVED
+            else:
+                yield task, to_file_item(row)
 
 
 def _add_item(buffers: "Sequence[BatchBuffer]", row: int, item: "LoadedItem") -> None:

@@ -1,4 +1,4 @@
-"""Files of vectors that an import reads: groups of files whose rows belong together, and samples in tables beside them."""
+"""Files of vectors that an import reads, in groups whose rows belong together, and samples in tables beside them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -58,7 +58,8 @@ class FolderSource:
             require("resvg_py", extra="svg")
         self._settings = settings
         self._suffixes = {SVG_SUFFIX: "image", **_SUFFIXES} if settings.svg else _SUFFIXES
-        self._beside = [spelling for suffix in self._suffixes for spelling in (suffix, suffix.upper())]
+        # The suffixes of files that are looked for beside others, in the order in which they give a sample its place.
+        self._spellings = [spelling for suffix in self._suffixes for spelling in (suffix, suffix.upper())]
         self._root = open_path(location).absolute()
         if not is_folder(self._root, TABLE_SUFFIXES | TAR_SUFFIXES):
             raise PathError(f"expected a folder of images, got {self._root}, which does not exist; check the path")
@@ -156,14 +157,14 @@ class FolderSource:
         modality = self._suffixes.get(suffix.lower())
         if modality is None or not stem:
             return False
-        if modality == "image" or suffix not in self._beside:  # a spelling such as .Wav is not looked for beside others
+        if modality == "image" or suffix not in self._spellings:  # .Wav is not looked for beside others
             return True
-        before = self._beside[: self._beside.index(suffix)]
+        before = self._spellings[: self._spellings.index(suffix)]
         return not any(stem + other in siblings for other in before)
 
     def _media_beside(self, path: PurePosixPath, siblings: Mapping[str, int]) -> list[str]:
         """Return the suffixes of other files of a sample but images, in the order of `_SUFFIXES`."""
-        media = (suffix for suffix in self._beside if self._suffixes[suffix.lower()] != "image")
+        media = (suffix for suffix in self._spellings if self._suffixes[suffix.lower()] != "image")
         return [other for other in media if path.stem + other in siblings and other != path.suffix]
 
 

@@ -207,8 +207,8 @@ def iter_frames(path: Path) -> Iterator[Array]:
     Of a video whose frames last differently long, as many phones record, each step has the frame that is shown in its
     middle; at a constant rate these are all frames. Memory: two frames.
 
-    Returns:
-        (H, W, 3) uint8 each.
+    Yields:
+        (H, W, 3) uint8 arrays of one shape.
 
     Raises:
         ItemError: the file cannot be decoded, has no frames, changes its size, or ends before its announced end.
@@ -327,7 +327,7 @@ def _frames(container: Any, stream: Any, num_announced: int | None = None) -> It
     for packet in container.demux(stream):
         num_packets += packet.size > 0
         for frame in packet.decode():
-            time_s = next_s or 0.0 if frame.pts is None else float((frame.pts - start) * frame.time_base)
+            time_s = float((frame.pts - start) * frame.time_base) if frame.pts is not None else (next_s or 0.0)
             if is_exact and next_s is not None and abs(time_s - next_s) > _SAME_S:
                 raise ItemError(f"damaged recording: its sound is missing from {next_s:.2f} s to {time_s:.2f} s")
             samples = getattr(frame, "samples", None)

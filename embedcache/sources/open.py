@@ -47,9 +47,8 @@ SOURCES = Registry(
 )
 _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_SUFFIXES, "coco": JSON_SUFFIXES}
 """Kind of source -> suffixes of the files that it reads."""
-_IMPORTED_SOURCE = (
-    "embedcache.interop.vector_files:ImportedSource"  # reopened only, so not among the names to choose from
-)
+_IMPORTED_SOURCE = "embedcache.interop.vector_files:ImportedSource"
+"""Reopened only, so not among the names to choose from."""
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (

@@ -106,8 +106,8 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     omitted = [_existing(file, name, "--omit-column") for name in settings.omit_columns]
     is_timed = "audio" in media or "video" in media
     interval = tuple(_find(file, [name]) if is_timed else None for name in INTERVAL_NAMES)
-    own = "key"  # of the sample table
-    used = {own, image, *media.values(), *interval, *captions, *omitted, key, language}
+    reserved = "key"  # a column of the sample table itself
+    used = {reserved, image, *media.values(), *interval, *captions, *omitted, key, language}
     return TableColumns(
         image=image,
         media=media,
