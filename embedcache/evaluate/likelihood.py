@@ -19,6 +19,7 @@ from embedcache.networks.captions import write_captions
 from embedcache.networks.saved import ModuleConfig, load_module
 from embedcache.networks.settings import CaptionSettings, Judge
 from embedcache.networks.shared import SharedNetwork
+from embedcache.networks.words import WordLists
 from embedcache.provenance import check_same
 from embedcache.train.examples import Examples
 from embedcache.train.likelihood_batches import encode_texts, load_words, read_inputs, read_tokens, retrieval_ranks
@@ -218,16 +219,12 @@ def represent(run_path: Path | str, task: ExampleTask, examples: Examples, *, de
 def answer_blindly(train: Examples, examples: Examples) -> Bools:
     """Return which examples are right if each gets the most frequent target of its text in training: (N,) bool.
 
-    A text that training has not gets the most frequent target of all. Of equally frequent targets, the first of the
-    training table wins. It is what can be known without the items.
+    This is the baseline of what can be known without the items. A text that is not in training gets the most frequent
+    target of all. Of equally frequent targets, the first one in the training table wins.
     """
     if train.text_words is None or examples.text_words is None:
         raise DataError("expected examples with texts for a blind baseline, got some without")
-    both = [words.padded()[0] for words in (train.text_words, examples.text_words)]
-    length = max(padded.shape[1] for padded in both)
-    texts = np.concatenate(
-        [np.pad(padded, ((0, 0), (0, length - padded.shape[1])), constant_values=-1) for padded in both]
-    )
+    texts = _pad_alike(train.text_words, examples.text_words)
     which = np.unique(texts, axis=0, return_inverse=True)[1].ravel()
     of_train, of_examples = which[: len(train)], which[len(train) :]
     num_targets = len(train.targets)
@@ -239,6 +236,15 @@ def answer_blindly(train: Examples, examples: Examples) -> Bools:
     place = pc.fill_null(pc.index_in(examples.targets, value_set=train.targets), -1).to_numpy(zero_copy_only=False)
     is_right: Bools = answers[of_examples] == place[examples.target_N]
     return is_right
+
+
+def _pad_alike(train: WordLists, examples: WordLists) -> Ints:
+    """Return the words of the texts of both, padded to one length, so that equal texts are equal rows: (N, L)."""
+    both = WordLists(
+        np.concatenate([train.numbers_M, examples.numbers_M]),
+        np.concatenate([train.offsets_N[:-1], train.offsets_N[-1] + examples.offsets_N]),
+    )
+    return both.padded()[0]
 
 
 def _alter(task: ExampleTask, examples: Examples, control: str, seed: int) -> Examples:

@@ -94,6 +94,13 @@ def test_other_words_features_and_modalities_are_refused(squares: Squares, squar
         estimate_runs([], "accuracy")
 
 
+def test_blind_answers_are_those_of_equal_texts_whatever_the_longest_text_is() -> None:
+    words = Vocabulary(["what", "color", "is", "it", "red", "blue"])
+    train = pa.table({"text": ["color", "what color is it", "what color is it"], "target": ["red", "blue", "blue"]})
+    asked = pa.table({"text": ["color"], "target": ["red"]})
+    assert answer_blindly(open_examples(train, words), open_examples(asked, words)).tolist() == [True]
+
+
 def test_blind_answers_are_the_most_frequent_of_each_text() -> None:
     words = Vocabulary(["color", "shape", "is", "red", "blue", "yes"])
     train = open_examples(
