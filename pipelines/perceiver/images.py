@@ -15,7 +15,7 @@ from embedcache.likelihood.model import LikelihoodModel
 from embedcache.reports.base import BAD, COLORS, INK, SOFT, open_axes
 from embedcache.sources import FileItem, open_source
 from pipelines.perceiver.results import PRETRAINED
-from pipelines.perceiver.runs import Runs, tuned
+from pipelines.perceiver.runs import Runs, tuned_run
 from pipelines.perceiver.tasks import EASY_VQA
 from pipelines.worlds import easy_vqa, shapes
 from pipelines.worlds.examples import in_split
@@ -61,7 +61,7 @@ def show_images(runs: Runs, fraction: float) -> list[ShownImage]:
     Classes and captions are those of the pre-trained run. Both runs are loaded as a user loads them, and read files.
     """
     model = embedcache.load(runs.path(PRETRAINED), kind="likelihood")
-    tuned_model = embedcache.load(runs.path(tuned("prompts", EASY_VQA, fraction)), kind="likelihood")
+    tuned_model = embedcache.load(runs.path(tuned_run("prompts", EASY_VQA, fraction)), kind="likelihood")
     world, photos = open_source(runs.size.data.shapes, kind=shapes.KIND), open_source("all", kind=easy_vqa.KIND)
     num_shapes, num_photos = runs.size.num_shown
     objects = {key: names for key, names in runs.tables.objects().items() if key.startswith("test/")}

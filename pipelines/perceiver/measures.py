@@ -1,4 +1,4 @@
-"""What is measured on the runs of one likelihood: tasks of pre-training, data that it has not, probes, blind answers.
+"""What is measured on the runs of one likelihood: tasks of pre-training, downstream data, probes, blind answers.
 
 Every result is a file, which is read again as long as the runs that it was measured on are the same.
 """
@@ -35,7 +35,7 @@ from pipelines.perceiver.results import (
     ZERO_SHOT,
     question_name,
 )
-from pipelines.perceiver.runs import ADAPTERS, NEVER, TUNINGS, Runs, adapted, alone, tuned
+from pipelines.perceiver.runs import ADAPTERS, NEVER, TUNINGS, Runs, adapted_run, run_alone, tuned_run
 from pipelines.perceiver.tasks import EASY_VQA, EMOJI, FASHION, LETTERS
 from pipelines.results.measured import Measures, Result, keep_result
 from pipelines.worlds.shapes import check_caption
@@ -47,7 +47,7 @@ MODELS: Mapping[str, Sequence[str]] = {
     FASHION: (*TUNINGS, *PROBES),
     LETTERS: (*ADAPTERS, FEATURE_PROBE),
 }
-"""Data that pre-training has not -> models that are measured on it, besides the pre-trained one as it is."""
+"""Downstream data -> models that are measured on it, besides the pre-trained one as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Evaluation:
 
     def test(self, model: str, data: str, fraction: float, *, progress: Progress | None = None) -> Result:
         """Test a model on easy-VQA, Fashion-MNIST or OpenMoji, of which it has a fraction; `ZERO_SHOT` has none."""
-        run = tuned(model, data, fraction) if model in TUNINGS else PRETRAINED
+        run = tuned_run(model, data, fraction) if model in TUNINGS else PRETRAINED
         compute = self._retrieve_and_caption if data == EMOJI else self._answer
         tasks = self.runs.tables.tuning(data, fraction or None, seed=self.runs.seed)
         num_trained = len(tasks[0].train) if fraction else 0
@@ -78,13 +78,13 @@ class Evaluation:
 
         return self._keep(model, question_name(data, fraction), [run], answer, progress)
 
-    def hear(self, model: str, *, progress: Progress | None = None) -> Result:
+    def test_letters(self, model: str, *, progress: Progress | None = None) -> Result:
         """Classify the recorded letters of each speaker by a model that was trained on the others."""
         speakers = self.runs.tables.speakers()
-        runs = [adapted(model, speaker) for speaker in speakers] if model in ADAPTERS else []
+        runs = [adapted_run(model, speaker) for speaker in speakers] if model in ADAPTERS else []
 
         def compute() -> Result:
-            return _join([self._hear(model, name) for name in speakers])
+            return _join([self._test_speaker(model, name) for name in speakers])
 
         return self._keep(model, question_name(LETTERS, 1), runs, compute, progress)
 
@@ -177,12 +177,12 @@ class Evaluation:
             right = self._probe(model, task, {"": examples, SHUFFLED: examples.shuffle_media(seed=0)})
         return self._of_right(right, examples, groups)
 
-    def _hear(self, model: str, speaker: str) -> Result:
+    def _test_speaker(self, model: str, speaker: str) -> Result:
         tables = self.runs.tables
         task = tables.letters(*(name for name in tables.speakers() if name != speaker))
         examples = tables.letters(speaker).train
         if model in ADAPTERS:
-            run = self.runs.path(adapted(model, speaker))
+            run = self.runs.path(adapted_run(model, speaker))
             result = self._result(evaluate_task(run, task, examples, controls=[SHUFFLED]))
         else:
             tests = {"": examples, SHUFFLED: examples.shuffle_media(seed=0)}
@@ -319,8 +319,10 @@ def evaluation_steps(
         steps += [(evaluation.test, ZERO_SHOT, data, 0) for data in (EASY_VQA, *others)]
         asked = [*((EASY_VQA, fraction) for fraction in fractions), *others.items()]
         steps += [(evaluation.test, model, *question) for question in asked for model in MODELS[question[0]]]
-        steps += [(evaluation.hear, model) for model in MODELS[LETTERS]]
+        steps += [(evaluation.test_letters, model) for model in MODELS[LETTERS]]
     first = Evaluation(runs=every[0])
     return steps + [
-        (first.measure, name, alone(measure.task)) for name, measure in MEASURED.items() if measure.task in tasks_alone
+        (first.measure, name, run_alone(measure.task))
+        for name, measure in MEASURED.items()
+        if measure.task in tasks_alone
     ]

@@ -19,7 +19,7 @@ from pipelines.perceiver.results import (
     pretraining_table,
     question_name,
 )
-from pipelines.perceiver.runs import NEVER, TUNINGS, alone
+from pipelines.perceiver.runs import NEVER, TUNINGS, run_alone
 from pipelines.perceiver.tasks import EASY_VQA, EMOJI, FASHION, LETTERS
 from pipelines.results import pages
 from pipelines.results.measured import Results
@@ -77,7 +77,7 @@ COLUMNS: Mapping[str, Sequence[Column]] = {
     FASHION: (Column("accuracy", "accuracy"), Column(f"accuracy, {SHUFFLED}", "accuracy", SHUFFLED)),
     LETTERS: (Column("accuracy", "accuracy"), Column(f"accuracy, {SHUFFLED}", "accuracy", SHUFFLED)),
 }
-"""Data that pre-training has not -> columns of its table."""
+"""Downstream data -> columns of its table."""
 _ABOUT: Mapping[str, str] = {
     EASY_VQA: "{trained:,} answers to train on, {count:,} to test. Open questions are answered by a color or a shape; "
     "negated ones by yes or no. The control of open questions has the image of another question, or none.",
@@ -105,7 +105,7 @@ def write_pages(
         folder: folder of the pages.
         results: results of all seeds.
         fractions: fractions of the answers of easy-VQA.
-        others: other data that pre-training has not -> its fraction.
+        others: other downstream data -> its fraction.
         images: images with what runs say about them.
     """
     parts = _parts(results, fractions, others)
@@ -133,14 +133,14 @@ def summarize(results: Results, fractions: Sequence[float]) -> str:
 
 
 def title_of(data: str, fraction: float) -> str:
-    """Return the title of the table of models that have a fraction of data that pre-training has not."""
+    """Return the title of the table of models that are tuned on a fraction of some downstream data."""
     if data == LETTERS:
         return "Letters of unknown speakers"
     return f"{data} with {100 * fraction:g} % of its training examples"
 
 
 def novel_table(results: Results, data: str, fraction: float) -> Table:
-    """Return what all models do with a fraction of data that pre-training has not, in percent."""
+    """Return the results of all models that have a fraction of some downstream data, in percent."""
     return model_table(results, data, fraction, MODELS[data], COLUMNS[data])
 
 
@@ -193,7 +193,7 @@ def _parts(results: Results, fractions: Sequence[float], others: Mapping[str, fl
         parts.append(Part(title_of(data, fraction), [averaged, about], novel_table(results, data, fraction)))
     curves = answer_curves(results, fractions)
     parts.insert(1, Part("easy-VQA by the fraction of answers", [averaged], figure=curves, name="curves"))
-    tasks_alone = {name: alone(measure.task) for name, measure in MEASURED.items()}
+    tasks_alone = {name: run_alone(measure.task) for name, measure in MEASURED.items()}
     columns, rows = interference_table(results, tasks_alone)
     if rows:
         note = "The first seed. One task alone has its own batches as often as among all, and no others."

@@ -13,7 +13,7 @@ BLIND_DRAW, BLIND_ALL = "blind, these answers", "blind, all training answers"
 
 
 def question_name(data: str, fraction: float) -> str:
-    """Return the name of a question about data that pre-training has not, given a fraction of its training examples."""
+    """Return the name of a question about downstream data, given a fraction of its training examples."""
     return f"{data} {100 * fraction:g} %"
 
 

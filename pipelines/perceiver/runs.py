@@ -1,4 +1,4 @@
-"""Runs of one likelihood for every task: pre-training, tuning on data that it has not, and adapters of recordings.
+"""Runs of one likelihood for every task: pre-training, tuning on downstream data, and adapters of recordings.
 
 Every run that is finished is reused.
 """
@@ -40,7 +40,7 @@ ADAPTERS: Mapping[str, Tuning] = {
     "new adapter": Tuning(PRETRAINED, "audio+scale-classify", "adapter"),
     "new adapter, never pre-trained": Tuning(NEVER, "audio+scale-classify", "adapter"),
 }
-"""Model -> how it is tuned on recordings, a modality that pre-training has not."""
+"""Model -> how it is tuned on recordings, a modality that pre-training has never seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Runs:
     def pretrain_alone(self, name: str, *, progress: Progress | None = None) -> None:
         """Train one task alone, with its own batches as often as among all."""
         tasks = [task for task in self.tables.pretraining() if task.name == name]
-        self._pretrain(alone(name), tasks, self.count_steps()[name], progress)
+        self._pretrain(run_alone(name), tasks, self.count_steps()[name], progress)
 
     def train_controls(self, fractions: Sequence[float], *, progress: Progress | None = None) -> None:
         """Tune what was never pre-trained: it does not wait for pre-training."""
@@ -95,12 +95,12 @@ class Runs:
     def tune(self, model: str, data: str, fraction: float, *, progress: Progress | None = None) -> None:
         """Tune a run on a fraction of easy-VQA, Fashion-MNIST or OpenMoji."""
         tasks = self.tables.tuning(data, fraction, seed=self.seed)
-        self._tune(TUNINGS[model], tasks, tuned(model, data, fraction), self.size.tuning_steps[data], progress)
+        self._tune(TUNINGS[model], tasks, tuned_run(model, data, fraction), self.size.tuning_steps[data], progress)
 
     def adapt(self, model: str, speaker: str, *, progress: Progress | None = None) -> None:
         """Train the adapter of recordings on the letters of all speakers but one. The last epoch is kept."""
         others = [name for name in self.tables.speakers() if name != speaker]
-        name, steps = adapted(model, speaker), self.size.tuning_steps[LETTERS]
+        name, steps = adapted_run(model, speaker), self.size.tuning_steps[LETTERS]
         self._tune(ADAPTERS[model], [self.tables.letters(*others)], name, steps, progress, num_epochs=1)
 
     def _pretrain(self, name: str, tasks: Sequence[ExampleTask], steps: int, progress: Progress | None) -> None:
@@ -139,17 +139,17 @@ class Runs:
         )
 
 
-def tuned(model: str, data: str, fraction: float) -> str:
+def tuned_run(model: str, data: str, fraction: float) -> str:
     """Return the name of the run of a model that was tuned on a fraction of some data."""
     return f"{model} {question_name(data, fraction)}"
 
 
-def adapted(model: str, speaker: str) -> str:
+def adapted_run(model: str, speaker: str) -> str:
     """Return the name of the run of a model whose adapter has not heard a speaker."""
     return f"{model} without {speaker}"
 
 
-def alone(task: str) -> str:
+def run_alone(task: str) -> str:
     """Return the name of the run of one task of pre-training."""
     return f"{task} alone"
 
@@ -168,7 +168,7 @@ def tuning_steps(
     for runs in every:
         asked = [*((EASY_VQA, fraction) for fraction in fractions), *runs.size.other_fractions.items()]
         models = [model for model, tuning in TUNINGS.items() if tuning.start == start]
-        adapted = [model for model, tuning in ADAPTERS.items() if tuning.start == start]
+        adapters = [model for model, tuning in ADAPTERS.items() if tuning.start == start]
         steps += [(runs.tune, model, *question) for question in asked for model in models]
-        steps += [(runs.adapt, model, speaker) for model in adapted for speaker in runs.tables.speakers()]
+        steps += [(runs.adapt, model, speaker) for model in adapters for speaker in runs.tables.speakers()]
     return steps

@@ -167,8 +167,8 @@ def _statements(source: Source) -> pa.Table:
         if sample.columns["label"]
         for text, word in shapes.write_statements(str(sample.columns["objects"]).split(","), rng)
     ]
-    keys, texts, targets, splits = zip(*rows, strict=True)
-    return make_examples(keys=keys, texts=texts, targets=targets, columns={"split": splits})
+    keys, statements, targets, splits = zip(*rows, strict=True)
+    return make_examples(keys=keys, texts=statements, targets=targets, columns={"split": splits})
 
 
 @dataclass(frozen=True)

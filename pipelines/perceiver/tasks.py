@@ -1,6 +1,8 @@
-"""Tasks of one likelihood on the tables of `make_data`: those of pre-training, and those that it has not.
+"""Tasks of one likelihood on the tables of `make_data`: those of pre-training, and those on downstream data.
 
-| data that pre-training has not | task | trained |
+Pre-training has seen neither items nor texts of downstream data:
+
+| downstream data | task | trained |
 | --- | --- | --- |
 | `EASY_VQA` | questions about images | prompts, or all weights |
 | `FASHION` | a new set of labels | prompts, or all weights |
@@ -8,10 +10,10 @@
 | `LETTERS` | recorded letters, by their names | the adapter of a new modality |
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -158,7 +160,7 @@ class Tables:
         )
 
     def tuning(self, data: str, fraction: float | None, *, seed: int) -> tuple[ExampleTask, ...]:
-        """Return the tasks on data that pre-training has not, with a draw of its training examples.
+        """Return the tasks on downstream data, with a draw of its training examples.
 
         Args:
             data: `EASY_VQA`, `FASHION` or `EMOJI`.
@@ -166,11 +168,11 @@ class Tables:
                 published; None: validation in place of training, where neither is used.
             seed: seed of the draw.
         """
-        name, home, draw = _TUNED[data]
+        source = _DOWNSTREAM[data]
         table = self._table(data)
         valid = in_split(table, "valid")
-        drawn = valid if fraction is None else draw(table, fraction, seed)
-        make = partial(ExampleTask, train=self.open(drawn, home), validation=self.open(valid, home))
+        drawn = valid if fraction is None else source.draw(table, fraction, seed=seed)
+        make = partial(ExampleTask, train=self.open(drawn, source.cache), validation=self.open(valid, source.cache))
         if data == EMOJI:
             words = tuple(list_words(table["target"]))  # those of the test, too: some are in no other caption
             sizes = self.size.batch_size
@@ -180,7 +182,7 @@ class Tables:
             )
         kind: Kind = "answer" if data == EASY_VQA else "classify"
         size = self.size.batch_size["answer" if data == EASY_VQA else "label"]
-        names = tuple(self.data.distinct(name))
+        names = tuple(self.data.distinct(source.table))
         return (make(name=data.lower(), kind=kind, batch_size=size, candidates=names),)
 
     def test_of(self, data: str) -> tuple[Examples, dict[str, Bools]]:
@@ -197,11 +199,11 @@ class Tables:
                 "yes-no": kinds == "yes-no",
                 "negated": kinds == "negated",
             }
-        examples = self.open(table, _TUNED[data][1])
+        examples = self.open(table, _DOWNSTREAM[data].cache)
         return examples, {name: is_in_N for name, is_in_N in groups.items() if is_in_N.any()}
 
     def _table(self, data: str) -> pa.Table:
-        return self.data.emoji_captions() if data == EMOJI else self.data.examples(_TUNED[data][0])
+        return self.data.emoji_captions() if data == EMOJI else self.data.examples(_DOWNSTREAM[data].table)
 
     def speakers(self) -> list[str]:
         """Return the speakers of letters."""
@@ -251,14 +253,25 @@ class Tables:
         return dict(zip(samples["key"].to_pylist(), parts, strict=True))
 
 
-_TUNED: Mapping[str, tuple[str, str, Callable[[pa.Table, float, int], pa.Table]]] = {
-    EASY_VQA: ("vqa", "vqa", lambda table, fraction, seed: easy_vqa.draw_answers(table, fraction, seed=seed)),
-    FASHION: ("fashion-classes", "fashion", lambda table, fraction, seed: draw_labels(table, fraction, seed=seed)),
-    EMOJI: ("emoji-captions", "emoji", lambda table, fraction, seed: _draw_captions(table, fraction, seed=seed)),
-}
-"""Data to tune on -> its table, its cache, and the draw of a fraction of its training examples with a seed."""
-
-
 def _draw_captions(captions: pa.Table, fraction: float, *, seed: int) -> pa.Table:
     train = in_split(captions, "train")
     return draw_examples(train, max(1, round(fraction * len(train))), seed=seed, by=())
+
+
+class _Draw(Protocol):
+    def __call__(self, table: pa.Table, fraction: float, /, *, seed: int) -> pa.Table: ...
+
+
+class _Downstream(NamedTuple):
+    """Where the examples of downstream data are, and how a fraction of the training ones is drawn."""
+
+    table: str
+    cache: str
+    draw: _Draw
+
+
+_DOWNSTREAM: Mapping[str, _Downstream] = {
+    EASY_VQA: _Downstream("vqa", "vqa", easy_vqa.draw_answers),
+    FASHION: _Downstream("fashion-classes", "fashion", draw_labels),
+    EMOJI: _Downstream("emoji-captions", "emoji", _draw_captions),
+}

@@ -8,8 +8,7 @@ images are divided once more: 400 of them, always the same, are for validation. 
 
 import json
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -109,22 +108,6 @@ def draw_answers(questions: pa.Table, fraction: float, *, seed: int) -> pa.Table
     train = in_split(questions, "train")
     total = len(in_split(questions, "train", "valid"))
     return draw_examples(train, min(len(train), max(1, int(fraction * total))), seed=seed, by=("kind", "target"))
-
-
-def answer_blindly(answered: pa.Table, questions: Sequence[str]) -> list[str]:
-    """Answer questions without their images: the baseline of a model that sees.
-
-    The answer is the most frequent one that the same question has among the answered examples; for a question that is
-    not among them, the most frequent answer of all. Of equally frequent ones, the first among the examples is taken.
-    """
-    by_question: dict[str, Counter[str]] = {}
-    totals: Counter[str] = Counter()
-    for question, answer in zip(answered["text"].to_pylist(), answered["target"].to_pylist(), strict=True):
-        by_question.setdefault(question, Counter())[answer] += 1
-        totals[answer] += 1
-    best = {question: counts.most_common(1)[0][0] for question, counts in by_question.items()}
-    majority = totals.most_common(1)[0][0]
-    return [best.get(question, majority) for question in questions]
 
 
 def _key(part: str, number: int) -> str:

@@ -28,7 +28,7 @@ from pipelines.perceiver.results import (
     pretraining_table,
     question_name,
 )
-from pipelines.perceiver.runs import Runs, adapted, alone, tuned
+from pipelines.perceiver.runs import Runs, adapted_run, run_alone, tuned_run
 from pipelines.perceiver.steps import AUDIO_TOKENS, IMAGE_TOKENS, JOIN_GRIDS, WORD_VECTORS, Data
 from pipelines.perceiver.tasks import EASY_VQA, EMOJI, FASHION, LETTERS, TINY
 from pipelines.results.measured import Result, Results
@@ -117,8 +117,8 @@ def test_first_row_has_no_training_examples() -> None:
 
 def test_interference_compares_runs_of_one_seed() -> None:
     found = [make_result(PRETRAINED, "captions", 5 + seed, seed=seed) for seed in (0, 1)]
-    results = Results([*found, make_result(alone("caption"), "captions", 9, seed=1)])
-    columns, rows = interference_table(results, {"captions": alone("caption"), "retrieval": alone("retrieve")})
+    results = Results([*found, make_result(run_alone("caption"), "captions", 9, seed=1)])
+    columns, rows = interference_table(results, {"captions": run_alone("caption"), "retrieval": run_alone("retrieve")})
     assert columns == ["in %", "all tasks together", "one task alone"]
     assert [row[0] for row in rows] == ["captions: accuracy", "captions: accuracy: open"]
     assert [cell.split()[0] for cell in rows[0][1:]] == ["60.0", "90.0"]
@@ -285,8 +285,8 @@ def check_trained(runs: Runs) -> None:
     """A new adapter is all that is trained for recordings; the transformer stays as it was in prompt tuning."""
     start = load_weights(runs.path(PRETRAINED))
     for run, changed in [
-        (adapted("new adapter", runs.tables.speakers()[0]), ("adapters.audio.", "likelihoods.classify.")),
-        (tuned("prompts", EMOJI, 1), ("prompts.", "norm", "likelihoods.")),
+        (adapted_run("new adapter", runs.tables.speakers()[0]), ("adapters.audio.", "likelihoods.classify.")),
+        (tuned_run("prompts", EMOJI, 1), ("prompts.", "norm", "likelihoods.")),
     ]:
         weights = load_weights(runs.path(run))
         assert all(
@@ -294,7 +294,10 @@ def check_trained(runs: Runs) -> None:
             for name, values in weights.items()
             if not any(part in name for part in changed)
         )
-    assert read_module_config(runs.path(adapted("new adapter", "klettres-us"))).trainable == ["audio", "scale-classify"]
+    assert read_module_config(runs.path(adapted_run("new adapter", "klettres-us"))).trainable == [
+        "audio",
+        "scale-classify",
+    ]
 
 
 def check_alone(runs: Runs) -> None:
@@ -302,7 +305,7 @@ def check_alone(runs: Runs) -> None:
     counts = runs.count_steps()
     assert sum(counts.values()) == TINY.steps
     runs.pretrain_alone("caption")
-    log = (runs.path(alone("caption")) / "losses.jsonl").read_text().splitlines()
+    log = (runs.path(run_alone("caption")) / "losses.jsonl").read_text().splitlines()
     assert sum("loss" in json.loads(line) for line in log) == counts["caption"] > 1
 
 
