@@ -22,20 +22,21 @@ from embedcache.cli.failures import run_program
 from pipelines.adaptation import steps
 from pipelines.adaptation.page import write_pages
 from pipelines.adaptation.results import Result, summary_table
-from pipelines.adaptation.steps import FEATURES, FUSED, ORACLE, SOURCE, Adaptation, Scenario
+from pipelines.adaptation.steps import FUSED, ORACLE, SOURCE, Adaptation, Domains, Scenario
 
 SCENARIOS = {
-    "day → Singapore-like": ("day", "day", "sg"),
-    "day → dusk": ("day", "day", "dusk"),
-    "day → night": ("day", "day", "night"),
-    "A2D2-like → KITTI-like": ("a2", "a2", "sk"),
-    "2D day, 3D night → KITTI-like": ("day", "night", "sk"),
-    "2D night, 3D day → KITTI-like": ("night", "day", "sk"),
-    "2D day, 3D Singapore-like → KITTI-like": ("day", "sg", "sk"),
-    "2D Singapore-like, 3D day → KITTI-like": ("sg", "day", "sk"),
+    "day → Singapore-like": Domains("day", "day", "sg"),
+    "day → dusk": Domains("day", "day", "dusk"),
+    "day → night": Domains("day", "day", "night"),
+    "A2D2-like → KITTI-like": Domains("a2", "a2", "sk"),
+    "2D day, 3D night → KITTI-like": Domains("day", "night", "sk"),
+    "2D night, 3D day → KITTI-like": Domains("night", "day", "sk"),
+    "2D day, 3D Singapore-like → KITTI-like": Domains("day", "sg", "sk"),
+    "2D Singapore-like, 3D day → KITTI-like": Domains("sg", "day", "sk"),
 }
-UNLIKE = {"day → fog": ("day", "day", "fog"), "day → camera on the roof": ("day", "day", "roof")}
-"""Scenario -> domains of the 2D source, the 3D source and the target; `UNLIKE` are shifts that chose nothing."""
+"""Scenarios of the paper's shifts."""
+UNLIKE = {"day → fog": Domains("day", "day", "fog"), "day → camera on the roof": Domains("day", "day", "roof")}
+"""Scenarios of other shifts, which chose no setting."""
 ABLATIONS = {
     "norm statistics not replaced first": Adaptation(norms_first=False),
     "no weighting by the gap": Adaptation(gap_weighting=False),
@@ -46,8 +47,8 @@ ABLATIONS = {
 }
 METHODS = (SOURCE, *FUSED, "certain", "norm statistics", "norm statistics by the gap", "switch", ORACLE)
 ABLATED = {name: SCENARIOS[name] for name in ("day → dusk", "day → night", "2D night, 3D day → KITTI-like")}
-ABLATED["day → night, headlight only"] = ("day", "day", "headlight")
-NOISES = {f"day → dusk, camera off by {noise}°": ("day", "day", f"dusk={noise}") for noise in (0, 0.5, 1, 2, 4)}
+ABLATED["day → night, headlight only"] = Domains("day", "day", "headlight")
+NOISES = {f"day → dusk, camera off by {noise}°": Domains("day", "day", f"dusk={noise}") for noise in (0, 0.5, 1, 2, 4)}
 
 
 def main() -> None:
@@ -82,7 +83,7 @@ def main() -> None:
 def run_scenario(
     folder: Path,
     name: str,
-    domains: tuple[str, str, str],
+    domains: Domains,
     world: int,
     seed: int,
     epochs: int,
@@ -101,9 +102,9 @@ def run_scenario(
         modality: steps.train_source_run(
             caches[domain], modality, runs / f"source-{domain}-{modality}", seed=seed, epochs=epochs
         )
-        for modality, domain in zip(FEATURES, domains, strict=False)
+        for modality, domain in (("image", domains.image), ("points", domains.points))
     }
-    scenario = Scenario(sources, caches[domains[2]], runs / "-".join(domains), seed=seed, epochs=epochs)
+    scenario = Scenario(sources, caches[domains.target], runs / "-".join(domains), seed=seed, epochs=epochs)
     switches = {"switch": Adaptation(), **(ablations or {})}
     found, labels = scenario.adapt_all(switches, baselines=ablations is None)
     counts = {method: scenario.evaluate(run) for method, run in found.items()}

@@ -22,7 +22,7 @@ from pipelines.adaptation.results import (
     scenario_table,
     summary_table,
 )
-from pipelines.adaptation.steps import FEATURES, ORACLE, SOURCE, read_points, rows_of
+from pipelines.adaptation.steps import FEATURES, ORACLE, SOURCE, Domains, read_points, rows_of
 from pipelines.common import markdown_table
 from pipelines.worlds.street import KIND, StreetSource
 from pipelines.worlds.street_scene import CLASSES, DOMAINS
@@ -52,11 +52,44 @@ def write_pages(
     results: Sequence[Result],
     ablated: Sequence[Result],
     methods: Sequence[str],
-    scenarios: Mapping[str, tuple[str, str, str]],
+    scenarios: Mapping[str, Domains],
     *,
     unlike: Sequence[str],
 ) -> None:
-    """Write `summit.html`, and `summit.md` with `summit.jpg`, into the folder."""
+    """Write `summit.html`, and `summit.md` with `summit.jpg`, into the folder.
+
+    Args:
+        folder: folder of the pages, with the caches and runs below it.
+        results: results of all scenarios, worlds and seeds.
+        ablated: results of the ablations and of calibration noise.
+        methods: methods of the tables, in this order.
+        scenarios: scenario -> its domains.
+        unlike: scenarios of `results` with shifts that chose no setting.
+    """
+    chosen = [result for result in results if result.scenario not in unlike]
+    sections = _sections(results, ablated, methods, unlike)
+    figure = _frames(folder, results, scenarios)
+    summary = switch_line(chosen or results)
+    frames = Section(title="Frames", notes=["The first test frame of each scenario that moves."], figures=[svg(figure)])
+    write_report(
+        folder / "summit.html",
+        title=TITLE,
+        summary=summary,
+        sections=[Section(title="What is compared", notes=NOTES), frames, *sections],
+    )
+    blocks = [f"# {TITLE}", *NOTES, summary, f"![{TITLE}](summit.jpg)"]
+    for section in sections:
+        blocks += [f"## {section.title}", *section.notes]
+        blocks += [] if section.table is None else [markdown_table(*section.table)]
+    with replacing(folder / "summit.jpg") as temporary:
+        figure.savefig(temporary, format="jpg", dpi=110, pil_kwargs={"quality": 80})  # an SVG of photographs is 2 MB
+    write_atomic(folder / "summit.md", ("\n\n".join(blocks) + "\n").encode())
+
+
+def _sections(
+    results: Sequence[Result], ablated: Sequence[Result], methods: Sequence[str], unlike: Sequence[str]
+) -> list[Section]:
+    """Return the sections with tables; arguments are those of `write_pages`."""
     chosen = [result for result in results if result.scenario not in unlike]
     others = [result for result in results if result.scenario in unlike]
     worlds, seeds = ({getattr(result, name) for result in results} for name in ("world", "seed"))
@@ -65,41 +98,25 @@ def write_pages(
         f"worlds {_joined(worlds)}, seeds {_joined(seeds)}, {_joined(num_frames)} test frames per domain; "
         "settings were chosen on worlds 10 and 11"
     )
-    sections = [
-        ("All scenarios but fog and roof", [runs], summary_table(chosen, methods)),
-        ("Each scenario", ["2D / 3D / 2D+3D, means over worlds and seeds."], scenario_table(results, methods)),
-        ("Pseudo-labels", ["Fraction of points with a label, and of those that are right."], label_table(results)),
-    ]
+    sections = [Section(title="All scenarios but fog and roof", notes=[runs], table=summary_table(chosen, methods))]
     if others:
-        sections.insert(1, ("Shifts unlike those for choosing", [runs], summary_table(others, methods)))
+        sections.append(
+            Section(title="Shifts unlike those for choosing", notes=[runs], table=summary_table(others, methods))
+        )
+    note = "2D / 3D / 2D+3D, means over worlds and seeds."
+    sections.append(Section(title="Each scenario", notes=[note], table=scenario_table(results, methods)))
+    note = "Fraction of points with a label, and of those that are right."
+    sections.append(Section(title="Pseudo-labels", notes=[note], table=label_table(results)))
     parts = [result for result in ablated if len(result.counts) > len(_FEWEST)]
-    noises = [result for result in ablated if result not in parts]
     if parts:
         note = "The switch with one part off, in the scenarios in which it moves; one world and seed."
-        sections.append(("Ablations", [note], scenario_table(parts, list(parts[0].counts))))
+        sections.append(Section(title="Ablations", notes=[note], table=scenario_table(parts, list(parts[0].counts))))
+    noises = [result for result in ablated if len(result.counts) <= len(_FEWEST)]
     if noises:
         note = "Points are projected with a wrong orientation, drawn per frame; 0 leaves the data as they are."
-        sections.append(("Calibration noise", [note], scenario_table(noises, _FEWEST)))
-    figure = _frames(folder, results, scenarios)
-    summary = switch_line(chosen or results)
-    sections.append(("Intervals", ["2D+3D with 95% intervals over test frames."], interval_table(results, "switch")))
-    pages = [Section(title=title, notes=notes, table=table) for title, notes, table in sections]
-    frames = Section(title="Frames", notes=["The first test frame of each scenario that moves."], figures=[svg(figure)])
-    write_report(
-        folder / "summit.html",
-        title=TITLE,
-        summary=summary,
-        sections=[Section(title="What is compared", notes=NOTES), frames, *pages],
-    )
-    after = [
-        text
-        for title, notes, (columns, rows) in sections
-        for text in (f"## {title}", *notes, markdown_table(columns, rows))
-    ]
-    with replacing(folder / "summit.jpg") as temporary:
-        figure.savefig(temporary, format="jpg", dpi=110, pil_kwargs={"quality": 80})  # an SVG of photographs is 2 MB
-    blocks = [f"# {TITLE}", *NOTES, summary, f"![{TITLE}](summit.jpg)", *after]
-    write_atomic(folder / "summit.md", ("\n\n".join(blocks) + "\n").encode())
+        sections.append(Section(title="Calibration noise", notes=[note], table=scenario_table(noises, _FEWEST)))
+    note = "2D+3D with 95% intervals over test frames."
+    return [*sections, Section(title="Intervals", notes=[note], table=interval_table(results, "switch"))]
 
 
 def switch_line(results: Sequence[Result]) -> str:
@@ -114,17 +131,14 @@ def switch_line(results: Sequence[Result]) -> str:
     )
 
 
-def _frames(folder: Path, results: Sequence[Result], scenarios: Mapping[str, tuple[str, str, str]]) -> Any:
+def _frames(folder: Path, results: Sequence[Result], scenarios: Mapping[str, Domains]) -> Any:
     """Draw the first test frame of scenarios in which the switch moved, else of all."""
     first = [result for result in results if (result.world, result.seed) == (results[0].world, results[0].seed)]
     shown = [result for result in first if "switch" in result.labels] or first
     rows = []
     for result in shown[:5]:
-        domains = scenarios[result.scenario]
-        cache, runs = (
-            folder / f"world{result.world}" / domains[2],
-            folder / f"world{result.world}" / f"seed{result.seed}",
-        )
+        domains, world = scenarios[result.scenario], folder / f"world{result.world}"
+        cache, runs = world / domains.target, world / f"seed{result.seed}"
         data = read_points(cache, "test", list(FEATURES)).frames(0, 1)
         row = rows_of(cache, "test")[0]
         key = Cache(cache).samples["key"][int(row)].as_py()
@@ -137,7 +151,8 @@ def _frames(folder: Path, results: Sequence[Result], scenarios: Mapping[str, tup
             assert isinstance(module, PointNetworks)
             prob = [predict_points(module[m], np.asarray(data.features[m], np.float32)).prob_NC for m in FEATURES]
             panels[name] = predict_together(*prob)
-        image, uv_N2 = source.render(key, DOMAINS[domains[2]]), source.scan(key, DOMAINS[domains[2]])["uv"]
+        target = DOMAINS[domains.target]
+        image, uv_N2 = source.render(key, target), source.scan(key, target)["uv"]
         rows.append(FrameRow(title=result.scenario.replace(" → ", " →\n"), image=image, uv_N2=uv_N2, panels=panels))
     return draw_frames(rows, CLASSES)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,6 +49,14 @@ FUSED = {"AF": ("agree", None), "EW": ("weight_by_entropy", None), "EW+HT": ("we
 
 VIEWS = {"2D": ("image",), "3D": ("points",), "2D+3D": ("image", "points")}
 """What predicts: one network, or the sum of both networks' probabilities."""
+
+
+class Domains(NamedTuple):
+    """Domains of a scenario: of the source of each modality, and of the target."""
+
+    image: str
+    points: str
+    target: str
 
 
 @dataclass(frozen=True, kw_only=True)
