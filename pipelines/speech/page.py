@@ -1,6 +1,6 @@
 """The page of audio-visual speech recognition: tables, curves, confused letters and mouths in time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from embedcache.evaluate.utterances import open_for_run, take_utterances
 from embedcache.networks.ctc import WordTime
 from embedcache.networks.settings import DecodingSettings
 from embedcache.registry import trust_files
-from embedcache.reports.base import Table
 from embedcache.reports.speech import add_words, read_rows
 from embedcache.reports.speech_figures import (
     Phone,
@@ -63,7 +62,7 @@ SETS: Mapping[str, str] = {
 KNOWN, UNLIKE = ("A",), ("B", "R")
 """Test sets that are made as the training is, and others."""
 
-_HALFWAY = 0.0
+_HALFWAY_DB = 0.0  # of the levels at which confused letters are shown: halfway between clean and hopeless
 _FRAME_PX = 144
 
 
@@ -103,20 +102,12 @@ def write_pages(
         notes: further notes at the beginning, such as what was tried without success.
     """
     sets = [name for name in SETS if any(results.has(model, name) for model in layout.models)]
-    figures = {"curves": _curves(results, layout, sets)}
-    if confusions := _confusions(results, layout, sets):
-        figures["letters"] = confusions
-    if rows:
-        figures["mouths"] = utterance_figure(rows)
-    sections = _sections(results, layout, sets)
-    summary = summarize(results, layout, sets)
-    captions = _captions(results, layout, sets)
     parts = [
-        Part(title, [note], figure=figures[name], name=name)
-        for name, (title, note) in captions.items()
-        if name in figures
+        *_figure_parts(results, layout, sets, rows),
+        *_requirement_parts(results, layout, sets),
+        *_error_parts(results, layout, sets),
     ]
-    parts += [Part(title, paragraphs, table) for title, paragraphs, table in sections]
+    summary = summarize(results, layout, sets)
     pages.write_pages(folder / "avsr", TITLE, parts, notes=[*NOTES, *notes], summary=summary, credit=CREDIT)
 
 
@@ -148,15 +139,35 @@ def _level_names(results: Results, test_set: str) -> list[str]:
     return [view if (level := parse_level(view)) is None else level.name for view in results.views(test_set)]
 
 
-def _curves(results: Results, layout: Layout, sets: Sequence[str]) -> Figure:
+def _figure_parts(
+    results: Results, layout: Layout, sets: Sequence[str], rows: Sequence[UtteranceRow]
+) -> Iterator[Part]:
+    """Iterate over the sections with figures: error curves, mouths in time if there are rows, and confused letters."""
     panels: dict[str, Rates] = {SETS[name]: results.rates(layout.curves, name) for name in sets}
-    return error_curves(panels, controls=layout.controls)
-
-
-def _confusions(results: Results, layout: Layout, sets: Sequence[str]) -> Figure | None:
-    """Draw the confused letters of the set with the most letters, halfway between clean and hopeless."""
-    test_set = "R" if "R" in sets else sets[0]
+    yield Part(
+        "Word error rate by noise",
+        ["Means over seeds; bands are 95% intervals over seeds and utterances, in set R over seeds and recordings."],
+        figure=error_curves(panels, controls=layout.controls),
+        name="curves",
+    )
+    if rows:
+        note = (
+            "The mouth every 80 ms or a multiple of it, drawn larger than the encoder sees it; phones; sound without "
+            "noise; words where CTC is certain of their letters. Wrong words are red."
+        )
+        yield Part("Mouths and words in time", [note], figure=utterance_figure(rows), name="mouths")
+    test_set = "R" if "R" in sets else sets[0]  # R has the most letters
     view = _noisy_view(results, test_set)
+    if confusions := _confusions(results, layout, test_set, view):
+        level = parse_level(view)
+        note = (
+            f"Percent of each letter in set {test_set} at {level.name if level else 'noise'}, all seeds. Letters whose "
+            "names sound alike are side by side: B and D, or M and N, differ by what the lips do."
+        )
+        yield Part("Letters confused with and without lips", [note], figure=confusions, name="letters")
+
+
+def _confusions(results: Results, layout: Layout, test_set: str, view: str) -> Figure | None:
     panels = {
         model: [(result.references, result.hypotheses[view]) for result in results.seeds(model, test_set)]
         for model in layout.confused
@@ -166,47 +177,23 @@ def _confusions(results: Results, layout: Layout, sets: Sequence[str]) -> Figure
 
 
 def _noisy_view(results: Results, test_set: str) -> str:
+    """Return the view whose level of noise is closest to `_HALFWAY_DB`."""
     levels = {view: level.snr_db for view in results.views(test_set) if (level := parse_level(view))}
-    return min(levels, key=lambda view: abs(levels[view] - _HALFWAY))
+    return min(levels, key=lambda view: abs(levels[view] - _HALFWAY_DB))
 
 
-def _captions(results: Results, layout: Layout, sets: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Return figure -> title and caption."""
-    del layout
-    letters = "R" if "R" in sets else sets[0]
-    level = parse_level(_noisy_view(results, letters))
-    return {
-        "curves": (
-            "Word error rate by noise",
-            "Means over seeds; bands are 95% intervals over seeds and utterances, in set R over seeds and recordings.",
-        ),
-        "mouths": (
-            "Mouths and words in time",
-            "The mouth every 80 ms or a multiple of it, drawn larger than the encoder sees it; phones; sound without "
-            "noise; words where CTC is certain of their letters. Wrong words are red.",
-        ),
-        "letters": (
-            "Letters confused with and without lips",
-            f"Percent of each letter in set {letters} at {level.name if level else 'noise'}, all seeds. Letters whose "
-            "names sound alike are side by side: B and D, or M and N, differ by what the lips do.",
-        ),
-    }
-
-
-def _sections(results: Results, layout: Layout, sets: Sequence[str]) -> list[tuple[str, list[str], Table]]:
-    """Return title, paragraphs and table of each section."""
+def _requirement_parts(results: Results, layout: Layout, sets: Sequence[str]) -> Iterator[Part]:
+    """Iterate over the sections of what is required of each recommended model."""
     known, unlike = ([name for name in names if name in sets] for names in (KNOWN, UNLIKE))
-    sections: list[tuple[str, list[str], Table]] = [
-        (
-            f"What is required of {role.fusion}",
-            [
-                "Differences are in points, paired by seed, with 95% intervals; the level that fulfills it least is "
-                "shown."
-            ],
-            requirement_table(results, role, known=known, unlike=unlike),
-        )
-        for role in layout.roles
-    ]
+    note = "Differences are in points, paired by seed, with 95% intervals; the level that fulfills it least is shown."
+    for role in layout.roles:
+        table = requirement_table(results, role, known=known, unlike=unlike)
+        yield Part(f"What is required of {role.fusion}", [note], table)
+
+
+def _error_parts(results: Results, layout: Layout, sets: Sequence[str]) -> Iterator[Part]:
+    """Iterate over the sections with error rates: of each test set, of ablations, of each seed, of characters."""
+    fusions = [model for model in layout.models if model not in layout.single]
     for name in sets:
         found = next(results.seeds(model, name)[0] for model in layout.models if results.has(model, name))
         count = len(np.unique(found.clusters_M))
@@ -217,29 +204,19 @@ def _sections(results: Results, layout: Layout, sets: Sequence[str]) -> list[tup
         crossing = crossing_db(results, *layout.single, name)
         if crossing is not None:
             notes.append(f"Below {crossing:.1f} dB, {layout.single[1]} makes fewer errors than {layout.single[0]}.")
-        fusions = [model for model in layout.models if model not in layout.single]
-        sections += [
-            (f"Set {SETS[name]}", notes, rate_table(results, layout.models, name)),
-            (
-                f"Set {name}: gain over one stream",
-                ["Negative: fewer errors."],
-                gain_table(results, fusions, layout.single, name),
-            ),
-        ]
-    sections += [
-        (f"{title}, set {name}", [], rate_table(results, models, name))
-        for title, models in layout.ablations.items()
-        for name in sets
-        if any(results.has(model, name) for model in models)
-    ]
-    sections += [
-        (f"Set {name}: each seed", ["The seeds in their order."], seed_table(results, layout.models, name))
-        for name in sets
-    ]
-    sections += [
-        (f"Set {name}: characters", [], rate_table(results, layout.curves, name, unit="characters")) for name in sets
-    ]
-    return sections
+        yield Part(f"Set {SETS[name]}", notes, rate_table(results, layout.models, name))
+        gains = gain_table(results, fusions, layout.single, name)
+        yield Part(f"Set {name}: gain over one stream", ["Negative: fewer errors."], gains)
+    for title, models in layout.ablations.items():
+        for name in sets:
+            if any(results.has(model, name) for model in models):
+                yield Part(f"{title}, set {name}", [], rate_table(results, models, name))
+    for name in sets:
+        rates = seed_table(results, layout.models, name)
+        yield Part(f"Set {name}: each seed", ["The seeds in their order."], rates)
+    for name in sets:
+        rates = rate_table(results, layout.curves, name, unit="characters")
+        yield Part(f"Set {name}: characters", [], rates)
 
 
 def show_utterances(

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -251,12 +251,23 @@ def requirement_table(results: Results, roles: Roles, *, known: Sequence[str], u
         known: test sets whose speech and lips are made as those of the training.
         unlike: test sets with another synthesizer or real recordings.
     """
-    rows = [[*row] for test_set in known for row in _known_rows(results, roles, test_set)]
-    rows += [[*row] for test_set in unlike for row in _unlike_rows(results, roles, test_set)]
+    requirements = [found for test_set in known for found in _check_known(results, roles, test_set)]
+    requirements += [found for test_set in unlike for found in _check_unlike(results, roles, test_set)]
+    rows = [[found.text, found.test_set, found.worst, "yes" if found.holds else "no"] for found in requirements]
     return [roles.fusion, "set", "worst level", "holds"], rows
 
 
-def _known_rows(results: Results, roles: Roles, test_set: str) -> Iterator[tuple[str, str, str, str]]:
+class Requirement(NamedTuple):
+    """A requirement of a model in a test set, the level of noise that fulfills it least, and whether it holds."""
+
+    text: str
+    test_set: str
+    worst: str
+    holds: bool
+
+
+def _check_known(results: Results, roles: Roles, test_set: str) -> Iterator[Requirement]:
+    """Check what is required in a test set that is made as the training is."""
     own = Comparison(results, roles.fusion, test_set)
     singles = [roles.audio, roles.deep_video or roles.video]
     yield own.at_most(singles, 1.0, "at most 1 point above the better stream")
@@ -279,7 +290,8 @@ def _known_rows(results: Results, roles: Roles, test_set: str) -> Iterator[tuple
             yield own.at_most([other], 0.0, f"at most {other}")
 
 
-def _unlike_rows(results: Results, roles: Roles, test_set: str) -> Iterator[tuple[str, str, str, str]]:
+def _check_unlike(results: Results, roles: Roles, test_set: str) -> Iterator[Requirement]:
+    """Check what is required in a test set that is unlike the training."""
     own = Comparison(results, roles.fusion, test_set)
     yield own.at_most(
         [roles.audio], 0.0, f"below {roles.audio} from 5 dB down", decibels=(5, 0, -5, -10), is_strict=True
@@ -291,7 +303,7 @@ def _unlike_rows(results: Results, roles: Roles, test_set: str) -> Iterator[tupl
 
 @dataclass(frozen=True)
 class Comparison:
-    """Requirements of a model in a test set, each a row: text, set, its worst level, and whether it holds."""
+    """A model in a test set, which is compared with others to check requirements."""
 
     results: Results
     model: str
@@ -305,7 +317,7 @@ class Comparison:
         *,
         decibels: Sequence[float] | None = None,
         is_strict: bool = False,
-    ) -> tuple[str, str, str, str]:
+    ) -> Requirement:
         """Require an error rate of at most so many points above the better one of other models, at some levels."""
         gaps = {}
         for view in self._views(decibels):
@@ -314,19 +326,21 @@ class Comparison:
         worst = max(gaps, key=lambda view: gaps[view].value)
         limit = points * _POINT
         holds = gaps[worst].value < limit if is_strict else gaps[worst].value <= limit + 1e-9
-        return self._row(text, worst, format_difference(gaps[worst]), holds=holds)
+        return self._requirement(text, worst, format_difference(gaps[worst]), holds=holds)
 
-    def at_least(self, other: str, text: str) -> tuple[str, str, str, str]:
+    def at_least(self, other: str, text: str) -> Requirement:
         """Require that no error rate is below another model's, beyond the interval."""
         gaps = {view: self.results.difference(self.model, other, self.test_set, view) for view in self._views(None)}
         worst = min(gaps, key=lambda view: gaps[view].value)
-        return self._row(text, worst, format_difference(gaps[worst]), holds=all(gap.high >= 0 for gap in gaps.values()))
+        return self._requirement(
+            text, worst, format_difference(gaps[worst]), holds=all(gap.high >= 0 for gap in gaps.values())
+        )
 
-    def below(self, text: str, percent: float, decibels: float | None) -> tuple[str, str, str, str]:
+    def below(self, text: str, percent: float, decibels: float | None) -> Requirement:
         """Require an error rate of at most so many percent at one level; None: at the last one."""
         view = self._views(None)[-1] if decibels is None else self._views([decibels])[0]
         rate = self.results.rate(self.model, self.test_set, view)
-        return self._row(f"at most {text}", view, format_rate(rate), holds=100 * rate.value <= percent)
+        return self._requirement(f"at most {text}", view, format_rate(rate), holds=100 * rate.value <= percent)
 
     def _views(self, decibels: Sequence[float] | None) -> list[str]:
         views = self.results.views(self.test_set)
@@ -338,6 +352,6 @@ class Comparison:
             raise DataError(f"expected set {self.test_set} at one of the levels {decibels} dB, got {', '.join(views)}")
         return found
 
-    def _row(self, text: str, view: str, value: str, *, holds: bool) -> tuple[str, str, str, str]:
+    def _requirement(self, text: str, view: str, value: str, *, holds: bool) -> Requirement:
         title = view_names(self.results.views(self.test_set))[view]
-        return text, self.test_set, f"{title}: {value}", "yes" if holds else "no"
+        return Requirement(text, self.test_set, f"{title}: {value}", holds)
