@@ -14,14 +14,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from embedcache.cli.console import print_line
-from embedcache.metrics.intervals import interval_of
 from embedcache.provenance import digest_file
 from embedcache.reports.base import (
     COLORS,
     INK,
     Table,
     estimate_bars,
-    estimate_json,
     format_count,
     format_estimate,
     format_fraction,
@@ -34,7 +32,7 @@ from pipelines.drawings.curve_page import CREDIT, part_of_test
 from pipelines.drawings.curve_results import estimate_of, format_gain, measures_json, run_json
 from pipelines.drawings.results import NAMES
 from pipelines.drawings.steps import Data
-from pipelines.results.measured import Result, Results, with_both
+from pipelines.results.measured import Result, Results, estimates_json, with_both
 from pipelines.results.pages import Part, write_pages
 
 NUM_PAIRS = 100_000
@@ -158,25 +156,23 @@ def ablation_json(
         },
         "runs": {name: run_json(every, name, size, chosen[name, size]) for name in names},
         "tests": {
-            test: measures_json(results, names[0], asked, partial(_estimates_json, results, asked, names, groups))
+            test: measures_json(results, names[0], asked, partial(_variants_json, results, asked, names, groups))
             for test, asked in questions.items()
         },
     }
 
 
-def _estimates_json(
+def _variants_json(
     results: Results, asked: str, names: Sequence[str], groups: Mapping[str, Group], measure: str
 ) -> dict[str, Any]:
     means = results.resample([(name, asked) for name in names], measure)
     columns = dict(zip(names, means.T, strict=True))
     return {
-        "values": {name: estimate_json(interval_of(column_R)) for name, column_R in columns.items()},
+        "values": estimates_json(columns),
         "gains": {
-            setting: {
-                name: estimate_json(interval_of(columns[name] - columns[group.base]))
-                for name in group.variants
-                if name != group.base
-            }
+            setting: estimates_json(
+                {name: columns[name] - columns[group.base] for name in group.variants if name != group.base}
+            )
             for setting, group in groups.items()
         },
     }

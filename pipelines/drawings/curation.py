@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -100,6 +100,20 @@ METHODS: Mapping[str, Sequence[Step]] = {
 """Method -> its steps, each within what the step before has left."""
 
 
+class ComparedRun(NamedTuple):
+    """A run that is compared: the runs of its method and seed, its recipe and budget, and the number of its choice."""
+
+    of_seed: SeedRuns
+    recipe: str
+    budget: int
+    choice: int
+
+    @property
+    def path(self) -> Path:
+        """Folder of the run."""
+        return self.of_seed.path(self.recipe, self.budget, self.choice)
+
+
 class Curation:
     """Selections and runs of all methods, in the folder `curation`.
 
@@ -159,17 +173,21 @@ class Curation:
         scorers = {(runs.seed, size): runs.path(scorer, size, chosen[scorer, size]) for runs, size in asked}
         self._select_all(with_scores, scorers)
         every = self.all_runs(chosen)
-        run_parallel([(runs.train, *which) for runs, *which in every])
-        for runs, recipe, budget, choice in every:
-            count = read_report(runs.path(recipe, budget, choice)).num_samples["train"]
-            assert count == budget, f"{runs.folder}: trained on {count} pairs, not {budget}"
-        run_parallel([(runs.measure, *which) for runs, *which in every])
+        run_parallel([(run.of_seed.train, run.recipe, run.budget, run.choice) for run in every])
+        for run in every:
+            count = read_report(run.path).num_samples["train"]
+            assert count == run.budget, f"{run.of_seed.folder}: trained on {count} pairs, not {run.budget}"
+        run_parallel([(run.of_seed.measure, run.recipe, run.budget, run.choice) for run in every])
         return chosen
 
-    def all_runs(self, chosen: Mapping[tuple[str, int], int]) -> list[tuple[SeedRuns, str, int, int]]:
-        """Return all runs that are compared: recipe, budget and choice of each method and seed."""
+    def all_runs(self, chosen: Mapping[tuple[str, int], int]) -> list[ComparedRun]:
+        """Return all runs that are compared.
+
+        Args:
+            chosen: recipe and budget -> number of its settings that validation chose.
+        """
         return [
-            (runs, recipe, budget, choice)
+            ComparedRun(runs, recipe, budget, choice)
             for of_method in self.runs.values()
             for runs in of_method
             for (recipe, budget), choice in chosen.items()

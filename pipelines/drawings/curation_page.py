@@ -92,10 +92,7 @@ def run_curation(
         write_curation_pages(data.folder / "curation", values)
         return values
 
-    trained = [
-        digest_file(runs.path(recipe, budget, choice) / "config.json")
-        for runs, recipe, budget, choice in curation.all_runs(chosen)
-    ]
+    trained = [digest_file(run.path / "config.json") for run in curation.all_runs(chosen)]
     values = data.step("curation", {"runs": trained, "clothes": data.has_clothes}, measure)
     print_table(*verdict_table(values), title="better than random / undecided / worse")
     print_line(summarize(values))

@@ -25,7 +25,7 @@ from pipelines.drawings.curation import AGAIN, DRAWS, Curation
 from pipelines.drawings.curve import choice_name, question, read_score, selection_path
 from pipelines.drawings.curve_results import estimate_of, format_gain, measures_json, size_names
 from pipelines.drawings.results import NAMES
-from pipelines.results.measured import Result, Results, with_both
+from pipelines.results.measured import Result, Results, estimates_json, with_both
 
 RANDOM = "random"
 PAPER = "rare-first"
@@ -86,7 +86,7 @@ def curation_json(curation: Curation, chosen: Mapping[tuple[str, int], int], res
         "recipes": recipes,
         "selections": selections,
         "dedup": [read_json(path)["values"] for path in curation.dedup_paths()],
-        "tests": {test: _test_json(results, test, methods, selections, list(recipes)) for test in draws[0].tests},
+        "tests": {test: _budgets_json(results, test, methods, selections, list(recipes)) for test in draws[0].tests},
     }
 
 
@@ -97,7 +97,7 @@ def _selection_json(curation: Curation, names: Sequence[str], size: int) -> dict
     return {name: round(fmean(values[name] for values in found), 4) for name in found[0]}
 
 
-def _test_json(
+def _budgets_json(
     results: Results, test: str, methods: Sequence[str], selections: Mapping[str, Any], recipes: Sequence[str]
 ) -> dict[str, Any]:
     """Return all estimates of one test: metric -> recipe -> budget, each from resamples of its own."""
@@ -107,7 +107,7 @@ def _test_json(
         """Return the estimates of one metric."""
         of_recipe = {
             recipe: {
-                size: _estimates_json(
+                size: _methods_json(
                     results,
                     question(test, int(size)),
                     measure,
@@ -124,7 +124,7 @@ def _test_json(
     return measures_json(results, _model(AGAIN, recipes[0]), question(test, int(sizes[0])), estimates)
 
 
-def _estimates_json(
+def _methods_json(
     results: Results, asked: str, measure: str, recipe: str, methods: Sequence[str], concepts: Sequence[float]
 ) -> dict[str, Any]:
     """Return recalls and gains of one test, recipe and budget, all from the same resamples.
@@ -139,8 +139,8 @@ def _estimates_json(
     gains = {name: columns[name] - random_R for name in methods}
     correlation_R = rank_correlations(np.array(concepts), np.stack(list(gains.values()), axis=1))
     return {
-        "values": {name: estimate_json(interval_of(column_R)) for name, column_R in columns.items()},
-        "gains": {name: estimate_json(interval_of(gain_R)) for name, gain_R in gains.items()},
+        "values": estimates_json(columns),
+        "gains": estimates_json(gains),
         "correlation": estimate_json(interval_of(correlation_R)),
     }
 

@@ -11,10 +11,10 @@ import numpy as np
 from embedcache.arrays import Array
 from embedcache.evaluate.likelihood import MetricValues
 from embedcache.metrics.intervals import Estimate, interval_of
-from embedcache.reports.base import Table, estimate_json, format_count, format_estimate, format_fraction, round_json
+from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, round_json
 from pipelines.drawings.curve import SeedRuns, choice_name, question, read_cost, read_report, read_score
 from pipelines.drawings.results import NAMES
-from pipelines.results.measured import Result, Results
+from pipelines.results.measured import Result, Results, estimates_json
 
 CHOOSING = "names to choose by"
 """Half of the names never seen, by which the recommended recipe is chosen; the other half is the test."""
@@ -63,7 +63,7 @@ def curve_json(every: Sequence[SeedRuns], chosen: _Choices, results: Results) ->
         str(size): max(closed, key=lambda name: fmean(runs[name][str(size)]["validation"])) for size in sizes
     }
     trained = [name for name in scored if name not in closed]
-    tests = {test: _test_json(results, test, list(recipes), trained, closed_form) for test in every[0].tests}
+    tests = {test: _curves_json(results, test, list(recipes), trained, closed_form) for test in every[0].tests}
 
     def recall(name: str, size: str) -> float:
         found = results.seeds(name, question(CHOOSING, int(size)))
@@ -98,13 +98,13 @@ def run_json(every: Sequence[SeedRuns], name: str, size: int, choice: int) -> di
     }
 
 
-def _test_json(
+def _curves_json(
     results: Results, test: str, names: Sequence[str], trained: Sequence[str], closed: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return all estimates of one test; of each metric from the same resamples for all recipes and sizes."""
     asked = [question(test, int(size)) for size in closed]
     counts = [fmean(result.num_trained for result in results.seeds(names[0], size)) for size in asked]
-    estimates = partial(_estimates_json, results, test, names, trained, closed, counts)
+    estimates = partial(_recipes_json, results, test, names, trained, closed, counts)
     return measures_json(results, names[0], asked[0], estimates)
 
 
@@ -128,7 +128,7 @@ def measures_json(
     }
 
 
-def _estimates_json(
+def _recipes_json(
     results: Results,
     test: str,
     names: Sequence[str],
@@ -146,11 +146,8 @@ def _estimates_json(
         for name, of_size in gains.items()
     }
     return {
-        "recipes": {name: {size: estimate_json(interval_of(columns[name, size])) for size in closed} for name in names},
-        "gains": {
-            name: {size: estimate_json(interval_of(gain_R)) for size, gain_R in of_size.items()}
-            for name, of_size in gains.items()
-        },
+        "recipes": {name: estimates_json({size: columns[name, size] for size in closed}) for name in names},
+        "gains": {name: estimates_json(of_size) for name, of_size in gains.items()},
         "crossings": {
             name: {"value": _finite(found.value), "interval": [_finite(found.low), _finite(found.high)]}
             for name, found in crossings.items()

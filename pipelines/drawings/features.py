@@ -19,9 +19,8 @@ from embedcache.evaluate.encoder_pairs import PairsReport, evaluate_pairs
 from embedcache.evaluate.settings import pairs_settings
 from embedcache.extract.settings import ExtractSettings
 from embedcache.maintain.copy import cut_cache
-from embedcache.metrics.intervals import interval_of
 from embedcache.provenance import digest_file
-from embedcache.reports.base import Table, estimate_json, format_count, format_estimate, format_fraction, round_json
+from embedcache.reports.base import Table, format_count, format_estimate, format_fraction, round_json
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 from embedcache.store.feature import Feature
@@ -34,7 +33,7 @@ from pipelines.drawings.curve_page import CREDIT
 from pipelines.drawings.curve_results import estimate_of, format_gain, run_json
 from pipelines.drawings.results import EMOJI, FAMILIES, NAMES
 from pipelines.drawings.steps import Data
-from pipelines.results.measured import Result, Results, with_both
+from pipelines.results.measured import Result, Results, estimates_json, with_both
 from pipelines.results.pages import Part, write_pages
 
 _MEASURE = "R@10"
@@ -251,7 +250,7 @@ def features_json(runs: SeedRuns, chosen: Mapping[tuple[str, int], int], compare
             name: sum(_bytes_per_item(icons.feature("image", feature)) for feature in features)
             for name, features in stored.items()
         },
-        "tests": {test: _test_json(results, question(test, size), names, list(stored)) for test in runs.tests},
+        "tests": {test: _recalls_json(results, question(test, size), names, list(stored)) for test in runs.tests},
     }
 
 
@@ -259,15 +258,15 @@ def _bytes_per_item(feature: Feature) -> int:
     return int(np.prod(feature.shape[1:])) * np.dtype(feature.dtype).itemsize
 
 
-def _test_json(results: Results, asked: str, names: Sequence[str], tokens: Sequence[str]) -> dict[str, Any]:
+def _recalls_json(results: Results, asked: str, names: Sequence[str], tokens: Sequence[str]) -> dict[str, Any]:
     """Return the recalls of one test, and what each kind of tokens gains over the first, from the same resamples."""
     means = results.resample([(name, asked) for name in names], _MEASURE)
     columns = dict(zip(names, means.T, strict=True))
     gains = {name: columns[name] - columns[tokens[0]] for name in tokens[1:]}
     return {
         "chance": round_json(results.seeds(names[0], asked)[0].chance[_MEASURE]),
-        "values": {name: estimate_json(interval_of(column_R)) for name, column_R in columns.items()},
-        "gains": {name: estimate_json(interval_of(column_R)) for name, column_R in gains.items()},
+        "values": estimates_json(columns),
+        "gains": estimates_json(gains),
     }
 
 

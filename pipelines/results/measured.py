@@ -15,6 +15,7 @@ from embedcache.evaluate.likelihood import MetricValues
 from embedcache.metrics.intervals import Estimate, interval_of, resample_runs
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import fields_of
+from embedcache.reports.base import estimate_json
 from pipelines.results.stored import read_values, write_values
 
 Measures: TypeAlias = Mapping[str, MetricValues]
@@ -166,6 +167,11 @@ class Results:
             DataError: columns have other seeds, or other items in a seed.
         """
         return _resample([[result.measures[measure] for result in self.seeds(*names)] for names in asked])
+
+
+def estimates_json(columns: Mapping[str, Array]) -> dict[str, Any]:
+    """Return each column of `Results.resample`, or a difference of two, as JSON values: its mean and 95% interval."""
+    return {name: estimate_json(interval_of(column_R)) for name, column_R in columns.items()}
 
 
 def _resample(columns: Sequence[Sequence[MetricValues]]) -> Array:
