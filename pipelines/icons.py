@@ -82,18 +82,18 @@ def main() -> None:
     """Run the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path, help="folder for caches, runs and pages; existing results are reused")
-    parser.add_argument("--icons", type=Path, default=PACKAGE, help=f"folder of the npm package; {PACKAGE} without it")
-    parser.add_argument("--limit", type=int, help="number of icons; all without it")
+    parser.add_argument("--icons", type=Path, default=PACKAGE, help=f"folder of the npm package; default: {PACKAGE}")
+    parser.add_argument("--limit", type=int, help="number of icons; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    help_text = "numbers of pairs of a learning curve, in place of the comparison; 1,000 to 100,000 and all without any"
+    help_text = "measure learning curves instead, on these numbers of pairs; default: 1,000 to 100,000, and all"
     parser.add_argument("--curve", type=int, nargs="*", metavar="PAIRS", help=help_text)
-    parser.add_argument("--without", action="append", default=[], choices=RECIPES, help="omit a recipe of the curve")
-    parser.add_argument("--precision", choices=get_args(Precision), help="of the trainings of the curve")
-    help_text = "numbers of pairs that methods of curation select, in place of it too; 3,000 to 30,000 without any"
+    parser.add_argument("--without", action="append", default=[], choices=RECIPES, help="omit a recipe of the curves")
+    parser.add_argument("--precision", choices=get_args(Precision), help="precision in which the curves' runs train")
+    help_text = "compare methods of curation instead, which select so many pairs; default: 3,000, 10,000 and 30,000"
     parser.add_argument("--curation", type=int, nargs="*", metavar="BUDGET", help=help_text)
-    help_text = "number of pairs on which one setting is changed at a time, in place of it too; 100,000 without any"
+    help_text = "change one setting at a time instead, on so many pairs; default: 100,000"
     parser.add_argument("--ablation", type=int, nargs="?", const=NUM_PAIRS, metavar="PAIRS", help=help_text)
-    help_text = "number of pairs on which other features are compared, in place of it too; 100,000 without any"
+    help_text = "compare other features instead, on so many pairs; default: 100,000"
     parser.add_argument("--features", type=int, nargs="?", const=NUM_PAIRS, metavar="PAIRS", help=help_text)
     options = parser.parse_args()
     data = Data(options.workdir, options.icons, options.limit)

@@ -40,7 +40,7 @@ from pipelines.drawings.curve import (
     read_report,
     selection_path,
 )
-from pipelines.drawings.steps import Data, Held
+from pipelines.drawings.steps import Data, Holdout
 from pipelines.parallel import run_parallel
 from pipelines.results.measured import file_name
 
@@ -83,7 +83,7 @@ _DEDUP = Step(method="dedup", options={"cosine": 0.9})
 _RANDOM = Step(method="random")
 _EVERY_MATCH = {"head": 2.0**31}
 _WORDS = Step(method="metaclip", everything=_EVERY_MATCH)
-_BALANCED = Step(method="metaclip", options={"threshold": Held().text_cosine}, everything=_EVERY_MATCH)
+_BALANCED = Step(method="metaclip", options={"threshold": Holdout().text_cosine}, everything=_EVERY_MATCH)
 _HIERARCHICAL = Step(method="hierarchical")
 METHODS: Mapping[str, Sequence[Step]] = {
     "dedup + random": [_DEDUP, _RANDOM],
@@ -254,11 +254,11 @@ class Curation:
 
     def _settings(self, seed: int) -> dict[str, Any]:
         """Return what all selections of a seed depend on."""
-        held = self._data.held
+        holdout = self._data.holdout
         return {
             "split": digest_file(self._data.folder / f"split-{seed}.parquet"),
             "concepts": digest_file(self._data.folder / "concepts.txt"),
-            "cosines": [held.image_cosine, held.text_cosine],
+            "cosines": [holdout.image_cosine, holdout.text_cosine],
         }
 
     def _pool(self, seed: int) -> Path:
@@ -366,7 +366,7 @@ class Curation:
     def _matches(self) -> tuple[Matches, int]:
         settings = SelectSettings(concepts=self._data.folder / "concepts")
         pool = Pool(self._data.icons.path, "text", settings, progress=open_progress())
-        threshold = float(self._data.held.text_cosine)
+        threshold = float(self._data.holdout.text_cosine)
         found = match_near(pool.blocks("counting concepts"), pool.concepts.vectors, threshold)
         return found, len(pool.concepts.names)
 

@@ -44,8 +44,8 @@ _FEWEST_CONCEPTS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
-    """What is kept from training.
+class Holdout:
+    """What is kept from training: names, and whole families.
 
     Args:
         test_fraction: fraction of the samples whose names are tested, at most `max_test`.
@@ -75,11 +75,11 @@ class Data:
         workdir: folder of everything.
         icons: folder of the npm package `@iconify/json`.
         limit: number of icons; None: all. An interrupted extraction resumes, a larger limit appends.
-        held: what is kept from training.
+        holdout: what is kept from training.
     """
 
-    def __init__(self, workdir: Path, icons: Path, limit: int | None = None, held: Held | None = None) -> None:
-        self.workdir, self.icons_path, self.held = workdir, icons, held or Held()
+    def __init__(self, workdir: Path, icons: Path, limit: int | None = None, holdout: Holdout | None = None) -> None:
+        self.workdir, self.icons_path, self.holdout = workdir, icons, holdout or Holdout()
         self._limit = limit
 
     def prepare(self) -> None:
@@ -156,15 +156,15 @@ class Data:
         """Draw families of each palette for the test of styles, and cut the cache `families` of their icons."""
 
         def compute() -> Mapping[str, Any]:
-            rows = draw_families(self.icons, self.held)
+            rows = draw_families(self.icons, self.holdout)
             families = self.icons.column("family").take(rows).to_pylist()
             selection = Selection(rows=rows, reasons=[f"of the family {family}" for family in families])
-            write_selection(self.folder / "families.parquet", self.icons, selection, asdict(self.held))
+            write_selection(self.folder / "families.parquet", self.icons, selection, asdict(self.holdout))
             names = sorted(set(families))
             print_line(f"families: {len(rows):,} icons of {len(names)} families are held out: {', '.join(names)}")
             return {"num_samples": len(rows), "families": names}
 
-        values = self.step("families", asdict(self.held), compute)
+        values = self.step("families", asdict(self.holdout), compute)
         cut_cache(self.icons.path, self.folder / "families.parquet", self.folder / "families")
         return values
 
@@ -201,15 +201,15 @@ class Data:
         """Count the captions that are near-duplicates of names that many families have, with a page."""
 
         def compute() -> Mapping[str, Any]:
-            names = find_concepts(self.icons, self.held.min_families)
+            names = find_concepts(self.icons, self.holdout.min_families)
             extract_source(self._write_prompts("concepts", names), self.folder / "concepts", images=[])
-            settings = CoverageSettings(modality="text", threshold=self.held.text_cosine)
+            settings = CoverageSettings(modality="text", threshold=self.holdout.text_cosine)
             report = measure_coverage(self.icons.path, self.folder / "concepts", settings, progress=open_progress())
             write_coverage_page(self.folder / "coverage.html", report)
             print_line(f"coverage: {report.line()}; {len(report.gaps()):,} gaps")
             return coverage_json(report)
 
-        return self.step("coverage", asdict(self.held), compute)
+        return self.step("coverage", asdict(self.holdout), compute)
 
     def split(self, seed: int) -> dict[str, Any]:
         """Write the split of a seed, `split-SEED.parquet`; return the number of icons of each part and left out."""
@@ -218,12 +218,12 @@ class Data:
             clean, families = (
                 read_selection(self.folder / f"{name}.parquet", [self.icons]) for name in ("clean", "families")
             )
-            split, counts = strict_split(self.icons, clean=clean, families=families, held=self.held, seed=seed)
+            split, counts = strict_split(self.icons, clean=clean, families=families, holdout=self.holdout, seed=seed)
             write_split(self.folder / f"split-{seed}.parquet", split)
             print_line(f"split {seed}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
             return counts
 
-        return self.step(f"split-{seed}", {**asdict(self.held), "seed": seed}, compute)
+        return self.step(f"split-{seed}", {**asdict(self.holdout), "seed": seed}, compute)
 
     def _write_prompts(self, name: str, names: Iterable[str]) -> str:
         """Write class names and a template of the bare name; return the location of the source of prompts."""
@@ -233,7 +233,7 @@ class Data:
         return "prompts:" + "+".join(str(self.folder / file) for file in texts)
 
 
-def draw_families(cache: Cache, held: Held, *, seed: int = 0) -> Ints:
+def draw_families(cache: Cache, holdout: Holdout, *, seed: int = 0) -> Ints:
     """Draw whole families of each palette until a fraction of its icons is held out: (M,) rows of samples, ascending.
 
     A palette of a single family has none to hold out.
@@ -243,7 +243,7 @@ def draw_families(cache: Cache, held: Held, *, seed: int = 0) -> Ints:
     for palette in sorted(set(palettes.tolist())):
         rows = np.flatnonzero(palettes == palette)
         _, numbers, sizes = np.unique(families[rows], return_inverse=True, return_counts=True)
-        quota = max(min(round(held.family_fraction * len(rows)), held.max_family), int(sizes.min()))
+        quota = max(min(round(holdout.family_fraction * len(rows)), holdout.max_family), int(sizes.min()))
         if len(sizes) > 1:
             drawn.append(rows[draw_groups(keys.take(rows), numbers, [quota], seed) >= 0])
     return np.sort(np.concatenate(drawn))
@@ -265,7 +265,9 @@ def find_concepts(cache: Cache, min_families: int) -> list[str]:
     return sorted(names[order[:count]].tolist())
 
 
-def strict_split(cache: Cache, *, clean: Ints, families: Ints, held: Held, seed: int) -> tuple[Split, dict[str, int]]:
+def strict_split(
+    cache: Cache, *, clean: Ints, families: Ints, holdout: Holdout, seed: int
+) -> tuple[Split, dict[str, int]]:
     """Split icons so that no name of the test, and no style of a held-out family, is in training.
 
     All icons of a name are in one part. What is near the test part is dropped from the others, rather than moved to it:
@@ -276,7 +278,7 @@ def strict_split(cache: Cache, *, clean: Ints, families: Ints, held: Held, seed:
         cache: the icons.
         clean: samples that may be used.
         families: samples of held-out families.
-        held: fractions and cosines.
+        holdout: fractions and cosines.
         seed: random seed.
 
     Returns:
@@ -294,16 +296,16 @@ def strict_split(cache: Cache, *, clean: Ints, families: Ints, held: Held, seed:
         return draw_groups(cache.column("key").take(rows), numbers, [quota], seed) >= 0
 
     def near(rows: Ints, others: Ints, modalities: Sequence[str]) -> Ints:
-        cosines = {"image": held.image_cosine, "text": held.text_cosine}
+        cosines = {"image": holdout.image_cosine, "text": holdout.text_cosine}
         found = [_near(features[name], items[name], rows, others, cosines[name]) for name in modalities]
         return np.unique(np.concatenate(found))
 
-    is_test = draw(pool, held.test_fraction, held.max_test)
+    is_test = draw(pool, holdout.test_fraction, holdout.max_test)
     test, rest = pool[is_test], pool[~is_test]
     near_test = near(rest, test, ["image", "text"])
     near_families = np.setdiff1d(near(rest, np.intersect1d(families, usable), ["image"]), near_test)
     rest = np.setdiff1d(rest, np.union1d(near_test, near_families))
-    is_val = draw(rest, held.val_fraction, held.max_val)
+    is_val = draw(rest, holdout.val_fraction, holdout.max_val)
     val, train = rest[is_val], rest[~is_val]
     near_val = near(train, val, ["image", "text"])
     train = np.setdiff1d(train, near_val)

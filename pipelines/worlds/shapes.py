@@ -22,9 +22,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw
 
-from embedcache.errors import ItemError, SourceError
+from embedcache.errors import ItemError
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
+from pipelines.worlds.locations import parse_location
 
 KIND = "pipelines.worlds.shapes:ShapesSource"
 RGB: TypeAlias = tuple[int, int, int]
@@ -113,7 +114,7 @@ class ShapesSource:
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("shapes")
-        self._values = _parse_location(location)
+        self._values = parse_location("shapes", location, _DEFAULTS)
 
     def describe(self) -> Mapping[str, Any]:
         path = ",".join(f"{name}={value}" for name, value in self._values.items())
@@ -318,15 +319,3 @@ def _is_ordered(chosen: Sequence[tuple[int, ...]], links: Sequence[str]) -> bool
         link == "and" or (max(one) < min(other) if link == "left of" else min(one) > max(other))
         for one, other, link in steps
     )
-
-
-def _parse_location(location: str) -> dict[str, int]:
-    values = dict(_DEFAULTS)
-    for word in filter(None, location.split(",")):
-        name, separator, text = word.partition("=")
-        if name not in values or not separator:
-            raise SourceError(f"shapes: expected {', '.join(f'{name}=…' for name in values)}, got {word!r}")
-        if not text.isdecimal():
-            raise SourceError(f"shapes: expected a whole number for {name}, got {text!r}")
-        values[name] = int(text)
-    return values

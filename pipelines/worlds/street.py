@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from embedcache.errors import ItemError, SourceError
+from embedcache.errors import ItemError
 from embedcache.registry import unknown_name
 from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.settings import SourceSettings
+from pipelines.worlds.locations import parse_location
 from pipelines.worlds.ray_casting import Camera
 from pipelines.worlds.street_image import render
 from pipelines.worlds.street_scene import DOMAINS, Domain, Scene, build_scene, open_camera, scan
@@ -46,7 +47,7 @@ class StreetSource:
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("street")
-        self._values = _parse(location)
+        self._values = parse_location("street", location, _DEFAULTS)
         self._domains = tuple(str(self._values["domains"]).split("+"))
         for name in self._domains:
             if name not in DOMAINS:
@@ -111,16 +112,3 @@ def splits_of(domain: str) -> list[str]:
     """Return the splits that a domain has."""
     source = ["image", "points"] if domain in SOURCE_DOMAINS else []
     return source + (["target", "test"] if domain in TARGET_DOMAINS else [])
-
-
-def _parse(location: str) -> dict[str, Any]:
-    values = dict(_DEFAULTS)
-    for word in filter(None, location.split(",")):
-        name, separator, text = word.partition("=")
-        if name not in values or not separator:
-            raise SourceError(f"street: expected {', '.join(f'{name}=…' for name in values)}, got {word!r}")
-        try:
-            values[name] = type(values[name])(text)
-        except ValueError:
-            raise SourceError(f"street: expected a number for {name}, got {text!r}") from None
-    return values

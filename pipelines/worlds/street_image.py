@@ -80,11 +80,10 @@ def _paint_vehicles(scene: Scene, hits: Hits, xyz: Floats, labels: Ints, albedo:
     if not is_vehicle.any():
         return
     numbers = hits.surface[is_vehicle]
-    solids = [scene.solids[number] for number in range(len(scene.solids))]
-    center = np.array([solid.center for solid in solids], np.float32)[numbers]
-    half = np.array([solid.half for solid in solids], np.float32)[numbers]
-    yaw = np.array([solid.yaw for solid in solids], np.float32)[numbers]
-    is_cabin = np.array([scene.materials[solid.material].kind == "cabin" for solid in solids])[numbers]
+    center = np.array([solid.center for solid in scene.solids], np.float32)[numbers]
+    half = np.array([solid.half for solid in scene.solids], np.float32)[numbers]
+    yaw = np.array([solid.yaw for solid in scene.solids], np.float32)[numbers]
+    is_cabin = np.array([scene.materials[solid.material].kind == "cabin" for solid in scene.solids])[numbers]
     offset, normal = xyz[is_vehicle] - center, hits.normal[is_vehicle]
     along = np.cos(yaw) * offset[:, 0] + np.sin(yaw) * offset[:, 1]
     across = np.cos(yaw) * offset[:, 1] - np.sin(yaw) * offset[:, 0]

@@ -41,7 +41,14 @@ class Recording(NamedTuple):
 
 
 class Speaker(NamedTuple):
-    """Where the recordings of one person lie. `pattern` holds `{}` for the letter or digit."""
+    """Where the recordings of one person lie.
+
+    Args:
+        folders: `letters`, `LETTERS` if file names are in capitals, or `digits` -> path with `{}` for the letter or
+            number.
+        package: Debian package that installs them.
+        pronunciations: word -> its phones, where they differ from those of `LETTERS` and `DIGITS`.
+    """
 
     folders: Mapping[str, str]
     package: str
@@ -138,12 +145,12 @@ def align(samples: Floats, phones: Sequence[str]) -> list[Phone]:
     if decoder.lookup_word(word) is None:
         decoder.add_word(word, " ".join(phones))
     decoder.set_align_text(word)
-    _hear(decoder, data)
+    _decode_utterance(decoder, data)
     try:
         decoder.set_alignment()  # the second pass finds phones
     except RuntimeError:
         raise DataError(f"pocketsphinx cannot align {' '.join(phones)} to {len(samples)} samples") from None
-    _hear(decoder, data)
+    _decode_utterance(decoder, data)
     found = [phone for part in decoder.get_alignment() for phone in part if phone.name != "SIL"]
     if [phone.name for phone in found] != list(phones):
         names = " ".join(phone.name for phone in found)
@@ -156,7 +163,7 @@ def align(samples: Floats, phones: Sequence[str]) -> list[Phone]:
     ]
 
 
-def _hear(decoder: Any, data: bytes) -> None:
+def _decode_utterance(decoder: Any, data: bytes) -> None:
     decoder.start_utt()
     decoder.process_raw(data, full_utt=True)
     decoder.end_utt()

