@@ -50,9 +50,11 @@ class ExportRun:
         return cls(path, pair, config)
 
     def projector(self, modality: Modality) -> str:
+        """Return the name of a modality's projector."""
         return dict(zip(MODALITIES, split_names(self.config.projector), strict=True))[modality]
 
     def projector_class(self, modality: Modality) -> type:
+        """Return the class of a modality's projector, built-in or a plug-in."""
         with names_from(self.path):
             projector: type = PROJECTORS.load(self.projector(modality))
         return projector

@@ -21,7 +21,7 @@ class Edits(NamedTuple):
     Args:
         substitutions: reference tokens that are another token in the hypothesis.
         deletions: reference tokens that are missing.
-        insertions: tokens of the hypothesis that the reference has not.
+        insertions: tokens of the hypothesis that are not in the reference.
         errors_L: (L,) int64, errors of each reference token: 1 if it is substituted or deleted, plus the tokens that
             are inserted after it; those before the first token count for the first.
     """
@@ -33,9 +33,9 @@ class Edits(NamedTuple):
 
 
 def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> Edits:
-    """Count the edits of the shortest way from a reference to a hypothesis, both as tokens: words or characters.
+    """Count the edits of the minimum edit distance (Levenshtein) between two sequences of words or characters.
 
-    Several ways may be shortest; the alignment is that of `align_tokens`.
+    Several alignments may have this distance; the edits are those of `align_tokens`.
 
     Example:
         >>> count_edits("SET B AT 2".split(), "SET D AT 2 NOW".split())
@@ -53,8 +53,8 @@ def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> Edits:
 def align_tokens(reference: Sequence[str], hypothesis: Sequence[str]) -> Ints:
     """Align two sequences of tokens with the fewest substitutions, deletions and insertions.
 
-    Of equally short alignments, the one that jiwer chooses: equal tokens at both ends are aligned, and between them,
-    from the end, a deletion is preferred to a substitution and that to an insertion.
+    Of the alignments with as few, it is the one that jiwer chooses: equal tokens at both ends are aligned, and between
+    them, from the end, a deletion is preferred to a substitution, and a substitution to an insertion.
 
     Memory: 4 bytes per pair of a reference token and a hypothesis token between the equal ends.
 
@@ -76,7 +76,7 @@ def align_tokens(reference: Sequence[str], hypothesis: Sequence[str]) -> Ints:
 
 
 def _last_edit(distance: Sequence[Array], row: int, column: int) -> tuple[bool, bool]:
-    """Return whether the last edit of a shortest way uses a token of the reference, and one of the hypothesis."""
+    """Return whether the last edit of the alignment consumes a token of the reference, and one of the hypothesis."""
     here = distance[row][column]
     if row and here == distance[row - 1][column] + 1:  # always without tokens of the hypothesis
         return True, False

@@ -1,7 +1,7 @@
 """A trained pair on disk: `model.safetensors`, and `config.json` written after it.
 
-This module is the only one that knows the keys of `config.json`. torch is imported where weights are used, so that a
-config is read in milliseconds.
+No other module knows the keys of a pair's `config.json`; those of other runs are in `embedcache.networks.saved`. torch is
+imported where weights are used, so that a config is read in milliseconds.
 """
 
 from collections.abc import Mapping
@@ -51,8 +51,8 @@ _READERS = {
     "shared": "evaluate it with: embedcache evaluate likelihood",
     "speech": "evaluate it with: embedcache evaluate speech",
 }
-_LOADER = "load it with embedcache.networks.saved.load_module"
-"""What else to do with a run of a module, by its kind."""
+"""Kind of a run of a module -> what to do with it instead of loading it as a pair."""
+_OTHER_READER = "load it with embedcache.networks.saved.load_module"
 _FORMAT_1 = ("image", "text")
 _PAIR = "pair"
 _BLOCK = 8192
@@ -218,7 +218,7 @@ def read_config(run_path: Path) -> PairConfig:
     if not is_pair(values):
         raise DataError(
             f"{run_path}: expected an aligned pair, got a run of kind {values.get('kind')}; "
-            f"{_READERS.get(str(values.get('kind')), _LOADER)}"
+            f"{_READERS.get(str(values.get('kind')), _OTHER_READER)}"
         )
     return fields_of(config_path(run_path), lambda: PairConfig.from_json(values))
 

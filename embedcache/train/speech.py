@@ -47,6 +47,7 @@ from embedcache.train.utterances import Stream, Utterances, stack_inputs
 _BATCH_SIZE = 32
 _ROUNDING = 1e-6
 _NUM_SAMPLED = 256  # utterances whose frames standardize the channels of a feature
+_TYPICAL_S = 3.0  # length of an utterance, for the estimate of FLOPs
 FRAME_RATE_HZ = 25.0
 """Frames per second of a network whose streams are all faster; else those of the slowest stream."""
 
@@ -119,7 +120,7 @@ class SpeechTask:
         lengths_S = np.array([len(symbols) for symbols in train.symbols], np.int64)
         plan = UtteranceBatches(lengths_S, batch_size=batch_size, seed=settings.seed)
         self.loader = Loader(plan, self._load)
-        num_frames = 25 * 3
+        num_frames = round(_TYPICAL_S * FRAME_RATE_HZ)
         self.forward_flops = 2.0 * batch_size * num_frames * sum(value.numel() for value in module.parameters())
 
     @property

@@ -119,8 +119,8 @@ def draw_missing(
 def mask_spans(values_BTD: Array, lengths_B: Ints, fraction: float, rng: np.random.Generator) -> Array:
     """Replace some frames of each item by the mean of its frames, in spans of 1 to 10 frames.
 
-    The share of an item's frames is drawn uniformly, with the mean `fraction`. Zeros would be no frames at all:
-    channels of frozen encoders are far from zero, by up to 14 standard deviations.
+    How much of an item is masked is drawn uniformly, with the mean `fraction`. Frames are not replaced by zeros, which
+    would be unlike any frame: channels of frozen encoders are far from zero, by up to 14 standard deviations.
     """
     if not fraction:
         return values_BTD
