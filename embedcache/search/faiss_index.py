@@ -238,8 +238,9 @@ class RowIndex:
                 )
 
     def copy(self) -> "RowIndex":
-        """Return an independent copy."""
-        return RowIndex(self._faiss.clone_index(self.wrapped), self._device)
+        """Return an independent copy. Memory: the index twice more for a moment."""
+        stored = self._faiss.serialize_index(self.wrapped)  # FAISS cannot clone some transforms, such as L2norm
+        return RowIndex(self._faiss.deserialize_index(stored), self._device)
 
     def emptied(self) -> "RowIndex":
         """Return the same trained index without vectors; this object must not be used afterwards."""

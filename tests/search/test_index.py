@@ -169,6 +169,15 @@ def test_codes_that_cannot_reach_the_recall_are_refused_on_a_sample(
     assert [what for what in seen.whats if "not built" in what or "indexing" in what] == seen.whats[-1:]
 
 
+def test_normalizing_index_is_tried_on_a_sample(
+    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune, "_NUM_SAMPLED", 30)  # of 300 images
+    monkeypatch.setattr(autotune, "_NUM_ASKED", 10)
+    settings = IndexSettings(feature="open_toy/cls", factory="L2norm,IVF2,Flat")
+    assert build_index(cache_path, tmp_path / "index", settings).recall_at_10 == 1
+
+
 def test_index_of_a_smaller_width(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
     card = build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path, width=5))
     assert (card.width, card.recall_at_10) == (5, 1)
