@@ -205,7 +205,7 @@ def dedup(
     )
     _write_removed(report.removed_path, analysis.cache, report.removed)
     record = {"method": "dedup", **report.to_json()}
-    write_selection(out, analysis.cache, _selection(analysis, report.removed), record)
+    write_selection(out, analysis.cache, _selection(analysis, report.removed), record, progress=progress)
     return report
 
 

@@ -11,6 +11,7 @@ import scipy
 from embedcache.arrays import Bools, Ints
 from embedcache.dataset.inputs import InputFeature
 from embedcache.errors import DataError, UnknownNameError
+from embedcache.progress import NullProgress, Progress
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.columns import HASH, number_contents
@@ -98,6 +99,7 @@ def pair_items(
     second: Sequence[InputFeature],
     *,
     language: str | None = None,
+    progress: Progress | None = None,
 ) -> Pairs:
     """Pair the items of caches that have both features. Rows and samples are counted across caches.
 
@@ -105,15 +107,17 @@ def pair_items(
         first: feature of one modality of each cache, such as an image feature.
         second: feature of another modality of each cache.
         language: keep only captions in this language; None or `any` keeps all.
+        progress: progress in items.
 
     Raises:
         UnfinishedError: a feature has uncommitted chunks.
         UnknownNameError: no caption is in that language.
         DataError: no sample has both features.
     """
-    sides = []
+    sides, progress = [], progress or NullProgress()
+    progress.start("pairing", sum(feature.num_items for feature in (*first, *second)), "items")
     for features in (first, second):
-        items = read_items(caches, features)
+        items = read_items(caches, features, progress)
         if language not in (None, ANY_LANGUAGE) and features[0].modality == "text":
             items = items.where(is_language(caches, str(language))[items.rows])
         sides.append(items)
@@ -126,6 +130,7 @@ def pair_items(
     del items
     for place in (0, 1):
         sides[place] = sides[place].select(both)  # the other items are not kept
+    progress.finish()
     return Pairs(first=sides[0], second=sides[1])
 
 
@@ -160,10 +165,15 @@ def _where(matrix: "scipy.sparse.csr_array") -> tuple[Ints, Ints]:
     return rows[order].astype(np.int64), columns[order].astype(np.int64)
 
 
-def read_items(caches: Sequence[Cache], features: Sequence[InputFeature]) -> Items:
-    """Return the items of caches that have a feature, which must be complete; rows are counted across caches."""
+def read_items(caches: Sequence[Cache], features: Sequence[InputFeature], progress: Progress | None = None) -> Items:
+    """Return the items of caches that have a feature, which must be complete; rows are counted across caches.
+
+    A step of `progress` advances by all items: half of them when the commits are read, half when contents are numbered.
+    """
+    progress = progress or NullProgress()
     for feature in features:
         feature.require_complete()
+        progress.advance(feature.num_items // 2)
     hashes = pa.chunked_array([chunk for feature in features for chunk in feature.hashes.array.chunks], HASH)
     contents_N, samples_N, stop, num_before = number_contents(hashes), np.empty(len(hashes), np.int64), 0, 0
     for cache, feature in zip(caches, features, strict=True):
@@ -176,6 +186,7 @@ def read_items(caches: Sequence[Cache], features: Sequence[InputFeature]) -> Ite
             start, stop = stop, stop + len(chunk)
             np.add(chunk.to_numpy(), num_before, out=samples_N[start:stop])
         num_before += cache.info.num_samples
+        progress.advance(feature.num_items - feature.num_items // 2)
     rows = np.flatnonzero(np.concatenate([feature.valid for feature in features]))
     return Items(rows=rows, samples=samples_N[rows], contents=contents_N[rows])
 

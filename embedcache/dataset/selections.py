@@ -15,9 +15,11 @@ from embedcache.dataset.splits import check_split, warn_removed
 from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
 from embedcache.files import TEXT_ENCODING, read_file
 from embedcache.outputs import check_table_output, new_output, read_metadata, with_metadata
+from embedcache.progress import NullProgress, Progress, watch
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.store.cache import Cache
-from embedcache.store.columns import to_array
+from embedcache.store.checksums import BLOCK
+from embedcache.store.columns import Column, to_array
 from embedcache.store.keys import key_column, match_keys
 from embedcache.store.removed import read_removed
 from embedcache.store.tables import read_table, write_table
@@ -41,8 +43,12 @@ def check_selection_path(path: Path) -> None:
     check_table_output("selection", path)
 
 
-def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Mapping[str, Any]) -> None:
+def write_selection(
+    path: Path, cache: Cache, selection: Selection, metadata: Mapping[str, Any], *, progress: Progress | None = None
+) -> None:
     """Write a selection as Parquet: `row`, `key`, `reason`, and `metadata` (method and settings).
+
+    Progress is in samples.
 
     Raises:
         DataError: the selection is empty, or its rows do not ascend.
@@ -58,7 +64,9 @@ def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Ma
             f"selection {path}: expected rows in ascending order, each once, got {after} after {before}; sort them, "
             "and their reasons with them"
         )
-    keys = to_array(key_column([cache]).select(selection.rows), pa.string())
+    blocks = key_column([cache]).select(selection.rows).blocks(BLOCK)
+    watched = watch(blocks, progress or NullProgress(), "writing the selection", len(selection.rows), "samples")
+    keys = to_array(Column(pa.chunked_array(watched, pa.string())), pa.string())
     table = pa.table({"row": selection.rows, "key": keys, "reason": to_array(selection.reasons, pa.string())})
     header = {"cache": str(cache.path), INDEX_DIGEST: cache.info.index_digest, **metadata}
     with new_output(path) as temporary:

@@ -22,7 +22,7 @@ from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError, one_line
 from embedcache.files import replacing
 from embedcache.outputs import to_metadata
-from embedcache.progress import NullProgress, Progress
+from embedcache.progress import NullProgress, Progress, watch
 from embedcache.provenance import INDEX_DIGEST, digest_file, read_record
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
@@ -111,7 +111,7 @@ def check_split(path: Path) -> None:
 _MANIFESTS = ("config.json", "study.json")
 
 
-def read_split(path: Path, caches: Sequence[Cache]) -> Split:
+def read_split(path: Path, caches: Sequence[Cache], *, progress: Progress | None = None) -> Split:
     """Read the split of all or some of its caches. Samples that were appended to a cache later are in no part.
 
     Nor are those that were removed from it since, of which a warning tells the number.
@@ -119,6 +119,7 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     Args:
         path: the file; of a finished run or of a study, it is compared with its digest.
         caches: caches whose samples are returned, one after another.
+        progress: progress in rows of the file.
 
     Raises:
         PathError: the file does not exist.
@@ -129,7 +130,8 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
         raise PathError(f"{path} does not exist; it is written by embedcache train")
     check_split(path)
     of_caches = [_OfCache(path, cache) for cache in caches]
-    for rows in _iterate_rows(path):
+    blocks = watch(_iterate_rows(path), progress or NullProgress(), "reading the split", sum(map(len, caches)), "rows")
+    for rows in blocks:
         for of_cache in of_caches:
             of_cache.add(rows)
     joined = pa.concat_tables([of_cache.close() for of_cache in of_caches]).combine_chunks()
@@ -253,34 +255,37 @@ def make_split(
         SourceError: `column` without a column `split` that names train and test.
     """
     if settings.kind != "strict":
-        return split_samples(caches, pairs.samples, settings)
+        return split_samples(caches, pairs.samples, settings, progress=progress)
     groups = near_duplicate_groups(pairs, settings, readers, progress or NullProgress())
-    split = _by_groups(caches, pairs.samples, number_values(groups), settings)
+    split = _by_groups(caches, pairs.samples, number_values(groups), settings, progress)
     _require_parts(split, groups, settings, readers, _languages(caches, pairs, list(readers)))
     return split
 
 
-def split_samples(caches: Sequence[Cache], samples: Ints, settings: SplitSettings) -> Split:
+def split_samples(
+    caches: Sequence[Cache], samples: Ints, settings: SplitSettings, *, progress: Progress | None = None
+) -> Split:
     """Split samples without their features: by key, by a column or by a file.
 
     Args:
         caches: the caches.
         samples: (S,) the samples, counted across caches, ascending; the others are in no part.
         settings: settings of the split.
+        progress: progress in samples.
 
     Raises:
         UnknownNameError, SettingError, SourceError: as in `make_split`.
     """
     if settings.kind == "column":
-        return _by_column(caches, samples, settings)
+        return _by_column(caches, samples, settings, progress)
     if settings.kind == "key":
         groups = np.arange(len(samples))
-        split = _by_groups(caches, samples, groups, settings)
+        split = _by_groups(caches, samples, groups, settings, progress)
         _require_parts(split, groups, settings, ())
         return split
     if settings.path is None or not settings.path.is_file():
         raise unknown_name("split", settings.kind, KINDS, hint="or use the path of another run's split.parquet")
-    return read_split(settings.path, caches)
+    return read_split(settings.path, caches, progress=progress)
 
 
 def _languages(caches: Sequence[Cache], pairs: Pairs, modalities: Sequence[str]) -> list[str]:
@@ -316,7 +321,7 @@ def _require_parts(
     )
 
 
-def _by_column(caches: Sequence[Cache], samples: Ints, settings: SplitSettings) -> Split:
+def _by_column(caches: Sequence[Cache], samples: Ints, settings: SplitSettings, progress: Progress | None) -> Split:
     for cache in caches:
         if "split" not in cache.columns:
             raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
@@ -332,19 +337,21 @@ def _by_column(caches: Sequence[Cache], samples: Ints, settings: SplitSettings) 
     if not (part_S == _CODES["val"]).any():
         train = np.flatnonzero(part_S == _CODES["train"])
         quota = _quota(settings.val_fraction, settings.max_val, len(train))
-        drawn = draw_groups(key_column(caches).select(train), np.arange(len(train)), [quota], settings.seed)
+        drawn = draw_groups(key_column(caches).select(train), np.arange(len(train)), [quota], settings.seed, progress)
         part_S[train[drawn == 0]] = _CODES["val"]
     return _split(caches, part_S, np.arange(len(part_S)))
 
 
-def _by_groups(caches: Sequence[Cache], samples: Ints, groups: Ints, settings: SplitSettings) -> Split:
+def _by_groups(
+    caches: Sequence[Cache], samples: Ints, groups: Ints, settings: SplitSettings, progress: Progress | None
+) -> Split:
     """Draw the parts of samples, ascending, by whole groups, which are numbered from 0."""
     num_samples = sum(map(len, caches))
     quotas = [
         _quota(settings.test_fraction, settings.max_test, len(samples)),
         _quota(settings.val_fraction, settings.max_val, len(samples)),
     ]
-    drawn = draw_groups(key_column(caches).select(samples), groups, quotas, settings.seed)
+    drawn = draw_groups(key_column(caches).select(samples), groups, quotas, settings.seed, progress)
     part_S, group_S = np.full(num_samples, _CODES[""], np.int8), np.full(num_samples, -1, np.int64)
     part_S[samples] = np.array([_CODES["train"], _CODES["test"], _CODES["val"]], np.int8)[drawn + 1]
     group_S[samples] = groups

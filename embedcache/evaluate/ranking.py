@@ -77,9 +77,8 @@ def rank(
     modalities = run.config.modalities
     sides = [run_input(cache, run.config, modality) for modality in modalities]
     split = read_eval_split(cache, run, settings.part)
-    pairs = pair_items([cache], *([side] for side in sides), language=ranked_language(run, settings)).select(
-        split.samples
-    )
+    progress, language = progress or NullProgress(), ranked_language(run, settings)
+    pairs = pair_items([cache], *([side] for side in sides), language=language, progress=progress).select(split.samples)
     if not len(pairs.samples):
         raise DataError(
             f"{split.part} of {cache.path}: expected samples with both features, got none; check --language and --part"
@@ -87,7 +86,6 @@ def rank(
     pairs, part = _draw_samples(pairs, split.part, settings.max_samples)
     split = split._replace(part=part)
     num_pairs = 2 * len(pairs.first.rows) * len(pairs.second.rows)
-    progress = progress or NullProgress()
     products = products_on(run.device)
     note_ranking(progress, num_pairs, run.config.shared_width, products=products)
     item_sets = [ItemSet(side, items) for side, items in zip(sides, (pairs.first, pairs.second), strict=True)]

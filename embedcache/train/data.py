@@ -121,14 +121,8 @@ class TrainData:
 
     def split(self, pairs: Pairs, settings: SplitSettings, *, progress: Progress | None = None) -> Split:
         """Split the samples; features are loaded for a strict split only."""
-        shown = progress or NullProgress()
-        if settings.kind == "strict":  # has steps of its own
-            split = make_split(self.caches, pairs, settings, self.readers, progress=progress)
-        else:
-            shown.start("splitting", len(pairs.samples), "samples")
-            split = make_split(self.caches, pairs, settings, {}, progress=progress)
-            shown.advance(len(pairs.samples))
-            shown.finish()
+        readers = self.readers if settings.kind == "strict" else {}
+        split = make_split(self.caches, pairs, settings, readers, progress=progress)
         if settings.path is not None and progress is not None:
             num_all, num_missing = split.parts.count(""), sum(map(len, self.caches)) - len(distinct(pairs.samples))
             if num_other := num_all - num_missing:
@@ -157,12 +151,8 @@ class TrainData:
 
     def pairs(self, language: str | None, *, progress: Progress | None = None) -> Pairs:
         """Pair the items; arguments and errors are those of `pair_items`."""
-        (first, second), progress = self.sides.values(), progress or NullProgress()
-        progress.start("pairing", sum(map(len, self.caches)), "samples")
-        pairs = pair_items(self.caches, first, second, language=language)
-        progress.advance(sum(map(len, self.caches)))
-        progress.finish()
-        return pairs
+        first, second = self.sides.values()
+        return pair_items(self.caches, first, second, language=language, progress=progress)
 
     def open_views(self, modality: str, views: Iterable[str]) -> dict[str, list[InputFeature]]:
         """Open views of a side's feature in every cache: view -> features.

@@ -237,7 +237,7 @@ def test_negatives_equal_a_plain_search(
     reading = [] if "index" in options else [("reading vectors", len(train), "texts")]
     sides = (("image", FEATURES["image"], 40), ("text", FEATURES["text"], 40))
     assert progress.started == [
-        ("pairing", 40, "samples"),
+        ("pairing", 80, "items"),
         *((f"loading {feature}", count, f"{name}s") for name, feature, count in sides),
         *((f"comparing {name} items for the negatives", len(train), "items") for name, *_ in sides),
         *reading,

@@ -133,6 +133,23 @@ def groups_one_after_another(sizes: list[int], quotas: list[int]) -> tuple[Ints,
     return expected, lambda: draw_groups(pa.array(keys), groups, quotas, 3)
 
 
+def test_progress_of_pairing_and_splitting(
+    two_caches: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(random_groups, "_KEYS_PER_BLOCK", 50)
+    data, progress = open_data(two_caches, TOY_FEATURES, memory_bytes=10**9), RecordedProgress()
+    pairs = data.pairs(None, progress=progress)
+    split = data.split(pairs, SplitSettings(kind="key"), progress=progress)
+    assert progress.started == [("pairing", 240, "items"), ("splitting", 120, "samples")]
+    assert progress.finished == ["pairing", "splitting"]
+    assert progress.counts == {"pairing": 240, "splitting": 120}
+    assert progress.advances == [20, 40, 20, 40] * 2 + [50, 50, 20]
+    write_split(tmp_path / "split.parquet", split)
+    monkeypatch.setattr(splits, "BLOCK", 50)
+    data.split(pairs, SplitSettings(kind=str(tmp_path / "split.parquet")), progress=(progress := RecordedProgress()))
+    assert (progress.started, progress.advances) == ([("reading the split", 120, "rows")], [50, 50, 20])
+
+
 @pytest.mark.parametrize("kind", ["strict", "key"])
 def test_split_is_reproducible(cache_path: Path, kind: str) -> None:
     def parts(seed: int) -> list[str]:

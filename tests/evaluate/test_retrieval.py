@@ -236,7 +236,8 @@ def test_large_parts_are_drawn_from(cache_path: Path, runs: list[Path], monkeypa
     assert report.num_items["image"] == [20, 20]
     assert "part test of the run's split, 20 of 75 samples drawn at random (--max-samples 0 ranks all)" in report.line()
     assert progress.notes[0].startswith("ranking: 800 pairs of vectors, about 0 s")
-    steps = [("projecting images", 20, "images"), ("projecting texts", 20, "texts"), ("ranking", 40, "queries")]
+    projecting = [("projecting images", 20, "images"), ("projecting texts", 20, "texts")]
+    steps = [("pairing", 600, "items"), *projecting, ("ranking", 40, "queries")]
     repeated = ("ranking each content once", 39, "queries")  # of the first run's split
     overlap = [(f"comparing with training {name}", 195, name) for name in ("images", "texts")]
     assert progress.started == [*steps, repeated, *overlap, *steps, *overlap]

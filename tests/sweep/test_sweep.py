@@ -232,7 +232,7 @@ def test_underperforming_trials_are_pruned(cache_path: Path, tmp_path: Path) -> 
     assert pruned
     assert report.best[0].params["lr"] == 1e-2
     assert sum("pruned after epoch" in line for line in progress.notes) == len(pruned)
-    steps = [("pairing", 300, "samples"), ("splitting", 300, "samples")]  # once, and not in each of the trials
+    steps = [("pairing", 600, "items"), ("splitting", 300, "samples")]  # once, and not in each of the trials
     loading = [("loading open_toy/cls", 300, "images"), ("loading open_toy/mean", 300, "texts")]
     assert progress.started == [*steps, *loading]
     for trial in pruned:

@@ -359,11 +359,11 @@ def test_progress_begins_before_the_first_step(cache_path: Path, tmp_path: Path,
     report = run(cache_path, tmp_path / "run", split=split, image_cosine=0.9999, text_cosine=0.9999, progress=progress)
     features = [cache.feature("image", IMAGE), cache.feature("text", TEXT)]
     loading = [(f"loading {feature.name}", feature.num_items, noun(feature.modality)) for feature in features]
-    pairing, splitting = ("pairing", len(cache), "samples"), ("splitting", len(cache), "samples")
+    pairing, splitting = ("pairing", 2 * len(cache), "items"), ("splitting", len(cache), "samples")
     sides = zip(("image", "text"), loading, strict=True)
     comparing = [(f"comparing {name} items for the split", count, "items") for name, (_, count, _) in sides]
-    steps = [pairing, splitting, *loading] if split == "key" else [pairing, *loading, *comparing]
-    assert progress.started[:-2] == steps
+    steps = [splitting, *loading] if split == "key" else [*loading, *comparing, splitting]
+    assert progress.started[:-2] == [pairing, *steps]
     assert [what for what, *_ in progress.started[-2:]] == ["initializing", "training"]
     assert progress.started[-2][1] >= report.num_samples["train"]
     assert progress.counts == {what: total for what, total, _ in progress.started}

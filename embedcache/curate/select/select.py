@@ -147,7 +147,7 @@ def select(
         "within": None if settings.selection is None else str(settings.selection),
         **{name: inputs.get(name) for name in ("concepts", "target", "run")},
     }
-    write_selection(out, pool.cache, selection, record)
+    write_selection(out, pool.cache, selection, record, progress=progress)
     return SelectReport(path=out, num_selected=len(selection.rows), num_pool=num_pool)
 
 
@@ -221,7 +221,8 @@ def combine_selections(
         )
     chosen = [(left, places), (right, np.searchsorted(right.rows, rows))] if is_and else [(left, places)]
     record = {"method": operation, "selections": [str(first), str(second)]}
-    write_selection(out_path, cache, Selection(rows=rows, reasons=_join_reasons(chosen, progress)), record)
+    joined = Selection(rows=rows, reasons=_join_reasons(chosen, progress))
+    write_selection(out_path, cache, joined, record, progress=progress)
     return len(rows)
 
 
@@ -253,7 +254,7 @@ def sample_selection(
     rows = draw_rows(known.rows, size, seed=seed)
     reasons = _join_reasons([(known, np.searchsorted(known.rows, rows))], progress)
     record = {"method": "sample", "selections": [str(selection)], "seed": seed}
-    write_selection(out_path, cache, Selection(rows=rows, reasons=reasons), record)
+    write_selection(out_path, cache, Selection(rows=rows, reasons=reasons), record, progress=progress)
     return size
 
 

@@ -104,7 +104,7 @@ def test_long_selection_is_announced(
     settings, progress = SelectSettings(budget=9, candidates=candidates, feature=IMAGE_FEATURE), RecordedProgress()
     select(around["cache"], tmp_path / "a.parquet", "k-center", settings, progress=progress)
     assert progress.notes[0].startswith(f"choosing samples: {9 * num_candidates} pairs of vectors, about 0 s")
-    assert progress.started[-1] == ("choosing samples", 9, "samples")
+    assert progress.started[-2:] == [("choosing samples", 9, "samples"), ("writing the selection", 9, "samples")]
     assert progress.counts["choosing samples"] == 9
 
 
@@ -133,6 +133,7 @@ def test_long_clustering_is_announced(
         f"finding {clusters or 7} clusters",
         *(["assigning the target to clusters"] if method == "image-based" else []),
         "assigning to clusters",
+        "writing the selection",
     ]
     assert all(progress.counts[what] >= total for what, total, _ in progress.started)
 
@@ -204,9 +205,10 @@ def test_reasons_are_those_of_the_files(
         else:
             expected = [(key, left[key]) for key in keys if key in left and key not in right]
         assert read_pairs(out) == expected
-        assert progress.started[-2:] == [
+        assert progress.started[-3:] == [
             ("reading selections", 2, "files"),
             ("joining reasons", len(expected), "samples"),
+            ("writing the selection", len(expected), "samples"),
         ]
     sample_selection(cache.path, out, tmp_path / "a.parquet", 50, progress=progress)
     assert progress.finished == [what for what, *_ in progress.started]
