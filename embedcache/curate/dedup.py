@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Array, Ints
+from embedcache.arrays import Array, Floats, Ints
 from embedcache.curate.keep import (
     FAR,
     Copies,
@@ -100,10 +100,14 @@ class DedupAnalysis:
 
     @property
     def highest(self) -> float | None:
-        """Largest cosine of two different contents; None if there are not two, or only copies were searched."""
-        if self.near is None or len(self.near.highest) < 2:
-            return None
-        return min(1.0, float(self.near.highest.max()))
+        """Largest cosine of two different contents; None if no two were compared."""
+        similarities = self.similarities
+        return min(1.0, float(similarities.max())) if len(similarities) > 1 else None
+
+    @property
+    def similarities(self) -> Floats:
+        """Each content's largest cosine to another one, without those that were compared with none: (M,)."""
+        return np.empty(0, np.float32) if self.near is None else self.near.highest[self.near.highest > -2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +256,8 @@ def _check_any_pairs(analysis: DedupAnalysis, cosine: float | None) -> None:
             f"embedcache curate dedup {analysis.cache.path} helps to choose it"
         )
     if not len(near.pairs.left) and not analysis.copies.num_copies:
-        highest = "there is only one" if analysis.highest is None else f"the highest cosine is {analysis.highest:.5f}"
+        none = "there is only one" if len(near.highest) == 1 else "no two were in one cluster or near each other"
+        highest = none if analysis.highest is None else f"the highest cosine is {analysis.highest:.5f}"
         raise SettingError(
             f"cosine: expected one that two {noun(analysis.feature.modality)} of {analysis.cache.path} reach, got "
             f"{cosine}: {highest}; nothing would be removed, and nothing is written"

@@ -70,7 +70,7 @@ class NearDuplicates:
 
     pairs: SimilarPairs  # of item numbers, from `limit` on
     limit: float  # above the requested cosine if there were too many pairs, infinite if there still are
-    highest: Floats  # (N,) each item's largest cosine to another item it was compared with; -2 for a single item
+    highest: Floats  # (N,) each item's largest cosine to another item; -2 if it was compared with none
     num_clusters: int  # 1 if all pairs were compared
     complete: float  # fraction of items whose near borders were all crossed; 1 means that no pair is missing
     recall: Recall | None  # None if all pairs were compared

@@ -48,7 +48,7 @@ def threshold_table(analysis: DedupAnalysis) -> Table:
             row += [format_count(level.num_gone), format_count(num_samples - level.num_gone)]
             row.append(format_percent(level.num_gone / num_samples))
         rows.append(row)
-    return ["cosine", "samples with a near-duplicate", "removed", "kept", "removed of all"], rows
+    return ["cosine", "items with a near-duplicate", "removed", "kept", "removed of all"], rows
 
 
 def comparison_line(analysis: DedupAnalysis) -> str:
@@ -69,13 +69,19 @@ def histogram_lines(analysis: DedupAnalysis) -> list[str]:
     """Return a histogram of each item's largest cosine, one line per bin; none if only copies were searched."""
     if analysis.near is None:
         return []
-    return ["largest cosine to another item (logarithmic bars)", *histogram(analysis.near.highest).bars()]
+    similarities = analysis.similarities
+    if not len(similarities):
+        return [f"no {noun(analysis.feature.modality)} were compared with each other"]
+    title = "largest cosine to another item (logarithmic bars)"
+    if num_alone := len(analysis.near.highest) - len(similarities):
+        title += f"; {num_alone:,} alone in their clusters"
+    return [title, *histogram(similarities).bars()]
 
 
 def threshold_json(analysis: DedupAnalysis) -> dict[str, Any]:
     """Return the histogram and what each cosine would do as JSON values."""
     assert analysis.near is not None
-    counted = histogram(analysis.near.highest)
+    counted = histogram(analysis.similarities)
     lows = [round(float(low), 4) for low in counted.lows]
     return {
         **analysis.to_json(),
@@ -151,7 +157,7 @@ def _write(path: Path, analysis: DedupAnalysis, title: str, renderer: ItemRender
 
 def _similarity_section(analysis: DedupAnalysis, limit: float | None) -> Section:
     assert analysis.near is not None
-    counted = histogram(analysis.near.highest)
+    counted = histogram(analysis.similarities)
     figure = count_histogram(
         counted.lows, counted.width, counted.counts, x="largest cosine to another item", y="items", limit=limit
     )

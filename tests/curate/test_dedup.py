@@ -176,10 +176,24 @@ def test_analyze_levels(copied: Path, tmp_path: Path) -> None:
     of_limit = {level.cosine: level for level in replace(analysis, near=near).levels()}
     assert [of_limit[cosine].num_near for cosine in (0.95, 0.97, 0.98)] == [5, 5, 0]
     assert [of_limit[cosine].num_gone is None for cosine in (0.95, 0.97)] == [True, False]
-    for highest, expected in (([0.5, 0.5], 0.5), ([0.5, 1.25], 1.0), ([0.5], None)):
+    for highest, expected in (([0.5, 0.5, -2], 0.5), ([0.5, 1.25], 1.0), ([0.5], None), ([-2, -2], None), ([-2], None)):
         two = replace(analysis.near, highest=np.array(highest, np.float32))
         assert replace(analysis, near=two).highest == expected
     assert replace(analysis, near=None).highest is None
+
+
+def test_items_alone_in_their_clusters_have_no_similarity(copied: Path) -> None:
+    analysis = analyze(copied)
+    assert analysis.near is not None
+    some, none = (
+        replace(analysis, near=replace(analysis.near, highest=np.array(highest, np.float32)))
+        for highest in ([0.97, 0.98, -2], [-2, -2])
+    )
+    title, *bars = histogram_lines(some)
+    assert title.endswith("; 1 alone in their clusters")
+    assert [bar.split()[-1] for bar in bars] == ["0", "0", "0", "1", "0", "1"]
+    assert histogram_lines(none) == ["no images were compared with each other"]
+    assert sum(threshold_json(none)["histogram"]["counts"]) == 0
 
 
 def test_too_many_pairs(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
