@@ -3,19 +3,22 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
-from embedcache.errors import FingerprintError
+from embedcache.errors import CorruptError, FingerprintError
 from embedcache.modalities import FILE_MODALITIES
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample, Source
+from embedcache.store.cache import Cache
 from embedcache.store.index_digest import digest_input
 from embedcache.store.layout import CacheInfo
 from embedcache.store.removed import RemovedSamples, read_removed
 from embedcache.store.table_writer import BATCH
 from embedcache.store.tables import read_samples
+from embedcache.store.verify import check_tables
 
 
 @dataclass(kw_only=True)
@@ -118,6 +121,22 @@ def digest_samples(
         svg = "; --svg takes the .svg files" if ".svg" in skipped else ""
         progress.note(f"skipped {sum(skipped.values()):,} files of kinds that samples do not have: {kinds}{more}{svg}")
     return hashed.hexdigest()
+
+
+@contextmanager
+def intact_tables(cache_path: Path, *, is_interrupted: bool, progress: Progress) -> Iterator[None]:
+    """Raise a `CorruptError` of a damaged table in place of the error that the source differs from it.
+
+    Args:
+        is_interrupted: whether the tables may be newer than their checksums, which are not compared then.
+    """
+    try:
+        yield
+    except FingerprintError:
+        damaged = None if is_interrupted else next(check_tables(Cache(cache_path), progress=progress), None)
+        if damaged is None:
+            raise
+        raise CorruptError(f"{cache_path}: {damaged.line()}") from None
 
 
 def source_changed(

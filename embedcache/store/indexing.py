@@ -16,7 +16,7 @@ from embedcache.provenance import check_same, digest, read_json, write_json
 from embedcache.sources.base import Sample, Source
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.cache import Cache
-from embedcache.store.changes import SourceChanges, digest_samples, find_changes, source_changed
+from embedcache.store.changes import SourceChanges, digest_samples, find_changes, intact_tables, source_changed
 from embedcache.store.layout import (
     DEFAULT_CHUNK_SIZE,
     INTERRUPTED_REMOVAL,
@@ -62,6 +62,7 @@ def index(
     Raises:
         PathError: the folder contains other files, or the path is a file.
         FingerprintError: the cache belongs to another source, the source changed, or the chunk size differs.
+        CorruptError: a table differs from its checksums.
         SettingError: the chunk size is below 1, or the limit below the samples of a cache with features.
         UnfinishedError: a removal of samples was interrupted.
         SourceError: there are no samples, a key is not unique, or a column has incompatible types.
@@ -83,9 +84,10 @@ def index(
         info = read_info(cache_path)
         if _has_features(cache_path) or info.is_partial:
             _check_chunk_size(cache_path, info, chunk_size)
-            return _update(
-                source, cache_path, limit=limit, extend=extend, accept_replaced=accept_replaced, progress=progress
-            )
+            with intact_tables(cache_path, is_interrupted=update_path(cache_path).is_file(), progress=progress):
+                return _update(
+                    source, cache_path, limit=limit, extend=extend, accept_replaced=accept_replaced, progress=progress
+                )
         if _is_unchanged(
             source, cache_path, info, chunk_size=chunk_size, limit=limit, extend=extend, progress=progress
         ):

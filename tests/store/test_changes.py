@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.arrays import Array
-from embedcache.errors import FingerprintError
+from embedcache.errors import CorruptError, FingerprintError
 from embedcache.provenance import digest
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
@@ -161,6 +161,20 @@ def test_changed_source_raises(tmp_path: Path, now: Rows, words: str) -> None:
     with pytest.raises(FingerprintError, match=words):
         index(now, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("table", "old", "new"),
+    [("image/items.parquet", b"3.png", b"4.png"), ("text/items.parquet", b"t4.0", b"t4.1")],
+)
+def test_damaged_table_is_not_taken_for_another_source(tmp_path: Path, table: str, old: bytes, new: bytes) -> None:
+    begin(tmp_path, rows(6))
+    data = (tmp_path / table).read_bytes()
+    (tmp_path / table).write_bytes(data.replace(old, new, 1))
+    with pytest.raises(
+        CorruptError, match=f"{table}: its rows or their order changed since they were indexed; restore"
+    ):
+        index(Rows([*rows(6).rows, sample("a")]), tmp_path, extend=True)
 
 
 def test_replaced_failed_image_is_accepted(tmp_path: Path) -> None:
