@@ -43,6 +43,8 @@ def torch_device(name: str = AUTO, *, needs_float64: bool = False) -> "torch.dev
     """
     import torch
 
+    if not isinstance(name, str | int | torch.device):
+        raise SettingError(f"device: expected the name of a device, such as {AUTO} or cpu, got {name!r}")
     if name == AUTO:
         name = next(found for found in _available() if not (needs_float64 and found == "mps"))
     try:

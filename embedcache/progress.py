@@ -5,14 +5,15 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 from weakref import WeakSet
 
-from embedcache.errors import visible
+from embedcache.errors import SettingError, visible
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Receives the progress of a function. Any object with these methods can show it."""
 
@@ -49,6 +50,9 @@ False: not at all; None: as bars in notebooks and terminals only."""
 def to_progress(progress: AnyProgress) -> Progress:
     """Return the object that shows progress as requested."""
     if not isinstance(progress, bool | None):
+        if not isinstance(progress, Progress):
+            methods = "start, advance, describe, finish, note and part"
+            raise SettingError(f"progress: expected true, false or an object with {methods}, got {progress!r}")
         return progress
     if progress is not False and (_is_notebook() or sys.stderr.isatty()):
         return BarProgress()

@@ -165,6 +165,8 @@ class Registry:
                 cannot be called as a plug-in of this kind.
             MissingExtraError: the module of the plug-in imports a package that is not installed.
         """
+        if not isinstance(name, str):
+            raise unknown_name(self.kind, name, [*self.names, *self.presets])
         module, _, attribute = self.path(name).partition(":")
         if name in self.paths:
             return getattr(importlib.import_module(module), attribute)
@@ -293,7 +295,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str = "",
         hint: the next step.
     """
     names = sorted(known)
-    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    close = get_close_matches(name, names, n=1, cutoff=0.5) if isinstance(name, str) else []
     parts = [f"unknown {kind} {name!r} {where}".rstrip()]
     if close:
         parts.append(f"did you mean {close[0]!r}?")

@@ -291,6 +291,20 @@ def replace_flat(settings: S, values: Mapping[str, Any]) -> S:
     return from_flat(type(settings), {**to_flat(settings), **values}) if values else settings
 
 
+def merge_settings(kind: type[S], settings: S | None, options: Mapping[str, Any]) -> S:
+    """Return the settings of a function that takes an object of theirs, options by flat name, or both.
+
+    Raises:
+        SettingError: the object is of another class; and the errors of `from_flat`.
+    """
+    if settings is not None and not isinstance(settings, kind):
+        raise SettingError(
+            f"settings: expected {kind.__name__}, got {type(settings).__name__}; give options by name, such as "
+            f"{flat_settings(kind)[0].name}=…"
+        )
+    return from_flat(kind, options) if settings is None else replace_flat(settings, options)
+
+
 def get_setting(settings: Any, item: FlatSetting) -> Any:
     """Return the value of one setting."""
     for name in item.path:

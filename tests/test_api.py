@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
-from inspect import getdoc, signature
+from inspect import getdoc, isfunction, signature
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +330,49 @@ def test_options_are_those_of_the_command_line(image_folder: Path, tmp_path: Pat
         )
     with pytest.raises(SettingError, match=r"cosine: expected a number .*, got '0.9'"):
         embedcache.analyze_duplicates("cache", cosine="0.9")
+
+
+OPENED_FIRST = {
+    *("compare_zero_shot", "cut_cache", "derive_from_run", "evaluate_zero_shot", "export_vectors", "build_map"),
+    *("extract_features", "import_vectors", "merge_caches", "plan_extraction", "retry_failed", "verify_cache"),
+}
+"""Functions that open or check their first argument before the settings or the progress."""
+
+
+def test_settings_and_progress_of_another_type_are_named() -> None:
+    for name, wrong, shown in (("settings", embedcache.Filter(), "Filter"), ("progress", 10, "10")):
+        for public in sorted({*embedcache.__all__} - OPENED_FIRST):
+            function = getattr(embedcache, public)
+            parameters = signature(function).parameters if isfunction(function) else {}
+            if name in parameters:
+                required = [each for each in parameters.values() if each.default is each.empty]
+                paths = ["none"] * sum(each.kind == each.POSITIONAL_OR_KEYWORD for each in required)
+                with pytest.raises(SettingError, match=rf"^{name}: expected .*, got {shown}"):
+                    function(*paths, **{name: wrong})
+    with pytest.raises(SettingError, match=r"expected SearchSettings, got int; give options by name, such as k=…"):
+        embedcache.search_index("index", "a boat", 5)
+
+
+def test_names_and_features_of_another_type_are_named(image_folder: Path, exact_cache: Path, tmp_path: Path) -> None:
+    source, cache = embedcache.open_source(image_folder), tmp_path / "cache"
+    for wrong in ("audio=whisper:tiny.en", ["whisper:tiny.en"]):
+        with pytest.raises(SettingError, match=r"encoder: expected encoders by modality, such as {'audio'"):
+            embedcache.extract_features(source, cache, encoder=wrong)
+        with pytest.raises(SettingError, match=r"feature: expected features by modality, such as {'audio'"):
+            embedcache.mine_negatives(exact_cache, tmp_path / "out.parquet", feature=wrong)
+    with pytest.raises(SettingError, match=r"expected the name of an encoder, .*, got \[5\]"):
+        embedcache.extract_features(source, cache, image_encoder=[5])
+    with pytest.raises(SettingError, match=r"vectors: expected what open_vectors returns, got 'vectors.npy'"):
+        embedcache.import_vectors("vectors.npy", cache)
+    with pytest.raises(SettingError, match=r"derivation: expected a Derivation, got 'pca'"):
+        embedcache.derive_features(cache, "pca")
+    with pytest.raises(UnknownNameError, match=r"unknown source 5; known: "):
+        embedcache.open_source(image_folder, kind=5)
+    with pytest.raises(UnknownNameError, match=r"unknown export format None; known: "):
+        embedcache.export_run(None, cache, cache)
+    for compare, rest in ((embedcache.compare_retrieval, ()), (embedcache.compare_zero_shot, ("prompts",))):
+        with pytest.raises(SettingError, match=r"expected at least one run to evaluate, got none"):
+            compare(cache, [], *rest)
 
 
 USER = ROOT / "tests" / "user_code.py"

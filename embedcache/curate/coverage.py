@@ -31,7 +31,7 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.search.card import IndexCard
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.search.vectors import Vectors, run_pass
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 
 _NUM_NEAREST = 8  # concepts that each concept is compared with for overlap
@@ -198,7 +198,7 @@ def measure_coverage_by_modality(
     **options: Any,
 ) -> dict[str, CoverageReport]:
     """Measure coverage by each modality of the settings, images before texts for `both`; see `measure_coverage`."""
-    settings = replace_flat(settings or CoverageSettings(), options)
+    settings = merge_settings(CoverageSettings, settings, options)
     progress = to_progress(progress)
     if settings.modality == "both":
         images = replace(settings, modality="image", language=None)
@@ -238,7 +238,7 @@ def measure_coverage(
         DataError: no item is above any threshold, a concept is repeated or empty, features cannot be compared, or a
             selection names other samples.
     """
-    settings = replace_flat(settings or CoverageSettings(), options)
+    settings = merge_settings(CoverageSettings, settings, options)
     progress = to_progress(progress)
     if settings.feature is None and settings.run is None and settings.modality != "both":
         settings = replace(settings, feature=choose_feature(cache, concepts, settings.modality, progress=progress))

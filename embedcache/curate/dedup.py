@@ -31,7 +31,7 @@ from embedcache.outputs import check_output, new_output, removed_table_path, wit
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 from embedcache.store.keys import keys_at
@@ -152,7 +152,7 @@ def analyze(
         UnknownNameError: there is no such keep rule or feature.
         DataError, UnfinishedError, FingerprintError: see `Vectors`.
     """
-    settings = replace_flat(settings or DedupSettings(), options)
+    settings = merge_settings(DedupSettings, settings, options)
     progress = to_progress(progress)
     if settings.cosine is not None or settings.copies_only:
         given = "--copies" if settings.copies_only else f"--cosine {settings.cosine:g}"
@@ -190,7 +190,7 @@ def dedup(
         DataError, UnfinishedError, FingerprintError, UnknownNameError: see `analyze`.
         DiskFullError: the scratch file does not fit.
     """
-    settings = replace_flat(settings or DedupSettings(), options)
+    settings = merge_settings(DedupSettings, settings, options)
     progress = to_progress(progress)
     out, cosine = Path(out), settings.cosine
     if cosine is None and not settings.copies_only:

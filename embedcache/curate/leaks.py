@@ -22,7 +22,7 @@ from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import Closest
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import name_differences
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 
@@ -164,7 +164,7 @@ def find_leaks(
         UnknownNameError: there is no such feature.
         UnfinishedError: chunks of a feature are missing.
     """
-    settings, progress = replace_flat(settings or LeakSettings(), options), to_progress(progress)
+    settings, progress = merge_settings(LeakSettings, settings, options), to_progress(progress)
     train, test = Cache(train), Cache(test)
     if train.info.has_rows_of(test.info.index_digest):
         raise SettingError(

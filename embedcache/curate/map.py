@@ -32,7 +32,7 @@ from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.hits import Hit
 from embedcache.search.search import OpenIndex
 from embedcache.search.vectors import Vectors
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table, write_table
 
@@ -119,7 +119,7 @@ def build_map(
         MissingExtraError: umap-learn is not installed.
         DataError: the concepts cannot be compared with the items.
     """
-    settings = replace_flat(settings or MapSettings(), options)
+    settings = merge_settings(MapSettings, settings, options)
     opened = OpenIndex(index, run=settings.run, cache=settings.cache, device=settings.device)
     computed = compute_map(opened, settings, progress=progress)
     write_map(opened, computed)

@@ -31,7 +31,7 @@ from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import PairConfig, read_config, split_path
 from embedcache.search.vectors import Vectors
-from embedcache.settings import replace_flat, to_json
+from embedcache.settings import merge_settings, to_json
 from embedcache.store.cache import Cache
 from embedcache.train.data import TrainData, name_features, open_data
 
@@ -108,7 +108,7 @@ def mine_negatives(
         PathError: `out` is a file that embedcache did not write.
         UnknownNameError, UnfinishedError: a feature does not exist, or has missing chunks.
     """
-    settings = replace_flat(settings or NegativesSettings(), options)
+    settings = merge_settings(NegativesSettings, settings, options)
     out, progress = Path(out), to_progress(progress)
     check_table_output("negatives", out)
     is_named = feature is not None or image_feature is not None or text_feature is not None

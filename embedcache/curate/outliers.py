@@ -24,7 +24,7 @@ from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 
 TYPICALITY, MARGIN, SUGGESTED, PAIR_COSINE = "typicality", "label_margin", "suggested_label", "pair_cosine"
@@ -189,7 +189,7 @@ def find_outliers(
         UnfinishedError, FingerprintError: see `Vectors`.
         DiskFullError: the scratch file does not fit.
     """
-    settings, progress = replace_flat(settings or OutlierSettings(), options), to_progress(progress)
+    settings, progress = merge_settings(OutlierSettings, settings, options), to_progress(progress)
     out = None if out is None else Path(out)
     if out is not None:
         check_table_output("scores", out)

@@ -25,7 +25,7 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import load_pair, project
 from embedcache.provenance import digest_file
 from embedcache.search.vectors import Vectors
-from embedcache.settings import from_flat, replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 
 _LAYER = re.compile(r"(?:(.*)\.)?weights?")
@@ -120,7 +120,7 @@ def score(
         UnknownNameError, UnfinishedError, FingerprintError: see `Vectors`.
     """
     out, progress = Path(out), to_progress(progress)
-    settings = from_flat(ScoreSettings, options) if settings is None else replace_flat(settings, options)
+    settings = merge_settings(ScoreSettings, settings, options)
     check_table_output("scores", out)
     vectors = Vectors(cache, settings.modality, settings.feature, settings.run, device=settings.device)
     if settings.weights is not None:

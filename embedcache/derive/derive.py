@@ -118,6 +118,8 @@ def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = No
         DataError: a sample has several items of another modality, or a value does not fit the declared output.
     """
     progress = to_progress(progress)
+    if not isinstance(derivation, Derivation):
+        raise SettingError(f"derivation: expected a Derivation, got {derivation!r}")
     cache = Cache(cache)
     remove_partials(cache.path)
     rule = open_rule(derivation.rule)

@@ -31,7 +31,7 @@ from embedcache.metrics.neighbors import top_k
 from embedcache.metrics.ranking import best_ranks, note_ranking
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings, replace_flat
 from embedcache.store.cache import Cache
 
 _RECALL_K = 10
@@ -145,7 +145,7 @@ def evaluate_pairs(
         DataError: too few samples have all features or are in the validation part, or a feature is constant, NaN or
             infinite.
     """
-    settings, progress = settings or PairsSettings(), to_progress(progress)
+    settings, progress = merge_settings(PairsSettings, settings, {}), to_progress(progress)
     settings = replace_flat(settings, with_split_seed(options, settings))
     cache = Cache(cache)
     images, skipped_images = open_features(cache, "image", settings.image_feature)

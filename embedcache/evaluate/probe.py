@@ -19,7 +19,7 @@ from embedcache.metrics.durations import note_duration
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
 from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 
 _TOP = 5
@@ -133,7 +133,7 @@ def evaluate_probe(
         DataError: labels or parts are not usable.
         MissingExtraError: logistic regression, and scikit-learn is not installed.
     """
-    settings, progress = replace_flat(settings or ProbeSettings(), options), to_progress(progress)
+    settings, progress = merge_settings(ProbeSettings, settings, options), to_progress(progress)
     methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
     data = read_labeled(Cache(cache), settings, progress=progress)
     data = replace(data, examples=replace(data.examples, products=products_on(settings.device)))

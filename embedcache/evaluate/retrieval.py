@@ -24,7 +24,7 @@ from embedcache.metrics.intervals import (
 from embedcache.metrics.ranking import recall_at, tied_chance_recall
 from embedcache.modalities import directions, noun
 from embedcache.progress import AnyProgress, to_progress
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 
 KS = (1, 5, 10)
@@ -127,7 +127,7 @@ def evaluate_retrieval(
         FingerprintError: a run was trained on features from another encoder, or with another recipe than the others.
         DataError: the part is empty.
     """
-    settings = replace_flat(settings or RetrievalSettings(), options)
+    settings = merge_settings(RetrievalSettings, settings, options)
     progress = to_progress(progress)
     cache, runs = Cache(cache), load_runs(run, is_control=is_control, device=settings.device)
     rankings = [rank(cache, run, settings, progress=progress) for run in runs]
@@ -185,7 +185,7 @@ def compare_retrieval(
     Returns:
         Name of the recipe, with the language if there are several -> report.
     """
-    settings = replace_flat(settings or RetrievalSettings(), options)
+    settings = merge_settings(RetrievalSettings, settings, options)
     progress = to_progress(progress)
     reports = {}
     for recipe in iterate_recipes(run, control_run):

@@ -34,6 +34,8 @@ from embedcache.store.keys import match_keys
 RunPaths: TypeAlias = AnyPath | Sequence[AnyPath]
 """One run, or seeds of one recipe."""
 
+_NO_RUN = "expected at least one run to evaluate, got none"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -61,7 +63,7 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False, device: str = AU
     """
     paths = [Path(path) for path in one_or_many(run_paths)]
     if not paths:
-        raise SettingError("expected at least one run to evaluate, got none")
+        raise SettingError(_NO_RUN)
     device = str(torch_device(device))
     runs = [Run(path, *load_pair(path, device=device), device) for path in paths]
     for run in runs:
@@ -118,7 +120,12 @@ class Recipe(NamedTuple):
 
 
 def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[Recipe]:
-    """Iterate over the recipes of runs, then over those of controls."""
+    """Iterate over the recipes of runs, then over those of controls.
+
+    SettingError if there are none.
+    """
+    if not (one_or_many(run_paths) or one_or_many(control_paths)):
+        raise SettingError(_NO_RUN)
     for name, paths in group_by_recipe(run_paths).items():
         yield Recipe(name, paths, is_control=False)
     controls = group_by_recipe(control_paths)

@@ -31,7 +31,7 @@ from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstr
 from embedcache.metrics.ranking import recall_at
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.saved import project
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 
 KS = (1, 5)
@@ -148,7 +148,7 @@ def evaluate_zero_shot(
         UnknownNameError: there is no such column.
         DataError: the part is empty, no image has a label, a label is not a class, or a class has no prompt.
     """
-    settings = replace_flat(settings or ZeroShotSettings(), options)
+    settings = merge_settings(ZeroShotSettings, settings, options)
     cache, prompts = Cache(cache), Cache(prompts)
     runs = load_runs(run, is_control=is_control, device=settings.device)
     progress = to_progress(progress)

@@ -20,7 +20,7 @@ from embedcache.outputs import read_report_json
 from embedcache.projectors.saved import config_path
 from embedcache.provenance import DIGEST, check_same, digest, digest_file, read_json, read_manifest, write_record
 from embedcache.registry import unknown_name
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 
 FORMAT_VERSION = 1
 CARD = "README.md"
@@ -74,7 +74,7 @@ def export_run(
         ArtifactError: the other library computes other vectors.
         MissingExtraError: the other library is not installed.
     """
-    settings = replace_flat(settings or ExportSettings(), options)
+    settings = merge_settings(ExportSettings, settings, options)
     run, out = Path(run), Path(out)
     if format_name not in FORMATS:
         raise unknown_name("export format", format_name, FORMATS)

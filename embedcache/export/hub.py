@@ -15,7 +15,7 @@ from embedcache.io_errors import io_reason, is_io_error
 from embedcache.modalities import MODALITIES, noun
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.provenance import digest_file
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.layout import INTERRUPTED_REMOVAL, info_path, read_info, removed_path, removing_path
@@ -74,7 +74,7 @@ def push_cache(
     """
     from huggingface_hub import HfApi
 
-    settings, progress = replace_flat(settings or HubSettings(), options), to_progress(progress)
+    settings, progress = merge_settings(HubSettings, settings, options), to_progress(progress)
     check_repository("repository", repository)
     cache, api = Cache(cache_path), HfApi()
     _check_local(cache)

@@ -21,7 +21,7 @@ from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import unknown_name
-from embedcache.settings import flat_settings, from_flat, replace_flat
+from embedcache.settings import flat_settings, from_flat, merge_settings
 from embedcache.sources.base import IMPORTED, Source
 from embedcache.sources.merged import MERGED
 from embedcache.sources.open import SOURCES, open_source, reopen_source
@@ -134,7 +134,7 @@ def open_request(
             "or open it with settings of its own"
         )
     of_extract = {name: value for name, value in options.items() if name not in of_source}
-    return source, replace_flat(settings or ExtractSettings(), of_extract)
+    return source, merge_settings(ExtractSettings, settings, of_extract)
 
 
 def join_encoders(
@@ -144,6 +144,10 @@ def join_encoders(
 ) -> dict[ModalityName, tuple[str, ...]]:
     """Return modality -> encoders, in the order of the table of modalities, without modalities that have none."""
     named: dict[str, tuple[str, ...]] = {"image": _specs(image_encoder), "text": _specs(text_encoder)}
+    if not isinstance(encoder, Mapping | None):
+        raise SettingError(
+            f"encoder: expected encoders by modality, such as {{'audio': 'whisper:tiny.en'}}, got {encoder!r}"
+        )
     for modality, specs in (encoder or {}).items():
         if modality not in MODALITIES:
             raise unknown_name("modality", modality, MODALITIES)
@@ -152,7 +156,10 @@ def join_encoders(
 
 
 def _specs(specs: str | Sequence[str]) -> tuple[str, ...]:
-    return (specs,) if isinstance(specs, str) else tuple(specs)
+    listed = (specs,) if isinstance(specs, str) else tuple(specs) if isinstance(specs, Sequence) else None
+    if listed is None or not all(isinstance(spec, str) for spec in listed):
+        raise SettingError(f"expected the name of an encoder, such as st:all-MiniLM-L6-v2, or several, got {specs!r}")
+    return listed
 
 
 def open_job(

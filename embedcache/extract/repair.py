@@ -27,7 +27,7 @@ from embedcache.files import AnyPath, remove_partials
 from embedcache.modalities import MODALITIES, noun
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.sources import reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
@@ -86,7 +86,7 @@ def verify_cache(
         FingerprintError: an encoder that is needed for a repair has changed.
         CorruptError: a table is damaged, so that nothing can be repaired.
     """
-    cache, settings = Cache(cache), replace_flat(settings or VerifySettings(), options)
+    cache, settings = Cache(cache), merge_settings(VerifySettings, settings, options)
     progress = to_progress(progress)
     detected = findings = verify(cache, progress=progress)
     repaired: list[str] = []

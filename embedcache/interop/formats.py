@@ -17,7 +17,7 @@ from embedcache.interop.settings import AtlasSettings, VectorExportSettings
 from embedcache.interop.vector_files import VectorImport
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.registry import unknown_name
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 
 _OPENERS: Mapping[str, tuple[Callable[..., VectorImport], tuple[str, ...]]] = {
     "clip-retrieval": (open_clip_retrieval, ("path",)),
@@ -112,10 +112,8 @@ def export_vectors(
     """
     if format_name not in (*_WRITERS, "atlas"):
         raise unknown_name("export format", format_name, (*_WRITERS, "atlas"))
-    kind = AtlasSettings if format_name == "atlas" else VectorExportSettings
-    chosen = replace_flat(settings or kind(), options)
-    if not isinstance(chosen, kind):
-        raise SettingError(f"settings: expected {kind.__name__} for {format_name}, got {type(chosen).__name__}")
+    kind: type[AtlasSettings | VectorExportSettings] = AtlasSettings if format_name == "atlas" else VectorExportSettings
+    chosen = merge_settings(kind, settings, options)
     progress, out = to_progress(progress), Path(out)
     export = VectorExport(cache, chosen.vectors if isinstance(chosen, AtlasSettings) else chosen)
     if isinstance(chosen, AtlasSettings):

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Array, Bools
 from embedcache.encoders.open import EncoderSpec
-from embedcache.errors import CorruptError, SourceError, UnfinishedError
+from embedcache.errors import CorruptError, SettingError, SourceError, UnfinishedError
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.settings import ImportSettings
 from embedcache.interop.vector_files import ImportedSamples, VectorImport, stored_blocks
@@ -19,7 +19,7 @@ from embedcache.locks import Leases
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.records import new_record_path, record_stage
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.sources.base import IMPORTED
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
@@ -104,7 +104,9 @@ def import_vectors(
         SettingError: text vectors without their captions.
         CorruptError: a file is damaged.
     """
-    progress, settings = to_progress(progress), replace_flat(settings or ImportSettings(), options)
+    if not isinstance(vectors, VectorImport):
+        raise SettingError(f"vectors: expected what open_vectors returns, got {vectors!r}; open them with open_vectors")
+    progress, settings = to_progress(progress), merge_settings(ImportSettings, settings, options)
     columns = SourceSettings(key_column=settings.key_column, caption_columns=settings.caption_columns)
     path = open_path(cache)
     hashes = _hash_files(vectors, progress)

@@ -28,7 +28,7 @@ from embedcache.interop.settings import MtebSettings
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.registry import require
 from embedcache.search.vectors import Vectors
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader
@@ -70,7 +70,7 @@ def write_mteb(
         PathError: the folder is not new, or images may not be read, see `Thumbnails`.
         UnfinishedError, FingerprintError: see `Vectors`.
     """
-    settings, progress = replace_flat(settings or MtebSettings(), options), to_progress(progress)
+    settings, progress = merge_settings(MtebSettings, settings, options), to_progress(progress)
     out_path = Path(out_path)
     opened = [_open_task(task) for task in tasks]
     check_new_folder(out_path)

@@ -14,7 +14,7 @@ from embedcache.locks import Leases, locked
 from embedcache.maintain.settings import PruneSettings
 from embedcache.records import read_stage
 from embedcache.registry import unknown_name
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.group import EncoderGroup
 from embedcache.store.writer import withdraw
@@ -71,7 +71,7 @@ def plan_prune(cache: AnyPath | None, settings: PruneSettings | None = None, **o
 
     What a killed command had begun to delete is not listed: it does not exist for any reader.
     """
-    settings = replace_flat(settings or PruneSettings(), options)
+    settings = merge_settings(PruneSettings, settings, options)
     if settings == PruneSettings():
         raise SettingError("expected something to delete, got nothing; name it with --feature, --records or --onnx")
     entries: list[PrunedEntry] = []

@@ -22,7 +22,7 @@ from embedcache.records import new_record_path, record_stage
 from embedcache.search.card import IndexCard, read_card
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.keys import find_keys
 from embedcache.store.layout import INTERRUPTED_REMOVAL, CacheInfo, read_info
@@ -94,7 +94,7 @@ def plan_removal(
     cache: AnyPath, keys: str | Sequence[str], settings: RemoveSettings | None = None, **options: Any
 ) -> RemovalPlan:
     """Return what `remove_samples` would do, which changes nothing; the arguments and errors are its own."""
-    settings = replace_flat(settings or RemoveSettings(), options)
+    settings = merge_settings(RemoveSettings, settings, options)
     path = _local(cache)
     found = _find(path, list_texts(keys, "keys"))
     num_items: dict[str, int] = {}
@@ -152,7 +152,7 @@ def remove_samples(
         CorruptError: a table or a chunk of these samples is damaged; nothing is changed.
         PathError: a file is none that samples can be removed from.
     """
-    settings, shown = replace_flat(settings or RemoveSettings(), options), to_progress(progress)
+    settings, shown = merge_settings(RemoveSettings, settings, options), to_progress(progress)
     keys = list_texts(keys, "keys")
     plan = plan_removal(cache, keys, settings)
     path = plan.cache

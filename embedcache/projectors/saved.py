@@ -1,7 +1,7 @@
 """A trained pair on disk: `model.safetensors`, and `config.json` written after it.
 
-No other module knows the keys of a pair's `config.json`; those of other runs are in `embedcache.networks.saved`. torch is
-imported where weights are used, so that a config is read in milliseconds.
+No other module knows the keys of a pair's `config.json`; those of other runs are in `embedcache.networks.saved`. torch
+is imported where weights are used, so that a config is read in milliseconds.
 """
 
 from collections.abc import Mapping

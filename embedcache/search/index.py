@@ -44,7 +44,7 @@ from embedcache.search.factories import check_factory
 from embedcache.search.faiss_index import RowIndex, read_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.arrays import file_checksum, skips_checksums
 
 
@@ -79,7 +79,7 @@ def build_index(
         UnfinishedError: chunks of the feature are missing.
         DataError: the feature has several vectors per item, or no valid item.
     """
-    settings = replace_flat(settings or IndexSettings(), options)
+    settings = merge_settings(IndexSettings, settings, options)
     index, progress = Path(index), to_progress(progress)
     vectors = Vectors(
         cache,

@@ -20,7 +20,7 @@ from embedcache.search.filters import CacheFilters
 from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
 from embedcache.search.queries import Queries, QueryEncoder
 from embedcache.search.settings import LABEL, Filter, SearchSettings
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 
 _DEFAULT_K = 10
@@ -48,7 +48,7 @@ def search(
     Raises:
         SettingError, DataError, UnknownNameError, FingerprintError, PathError, CorruptError: see `OpenIndex`.
     """
-    settings = replace_flat(settings or SearchSettings(), options)
+    settings = merge_settings(SearchSettings, settings, options)
     if not isinstance(queries, Queries):
         queries = Queries(texts=queries)
     if not isinstance(index, OpenIndex):

@@ -8,6 +8,7 @@ from typing import Any
 from embedcache.errors import PathError, SourceError
 from embedcache.files import is_url, open_path
 from embedcache.registry import Registry, names_from
+from embedcache.settings import merge_settings
 from embedcache.sources.base import IMPORTED, Source
 from embedcache.sources.files import (
     IDX_IMAGES,
@@ -76,13 +77,13 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
         UnknownNameError: there is no source of that kind.
         SettingError: a setting that this kind does not support.
     """
+    settings = merge_settings(SourceSettings, settings, {})
     path = str(location) if isinstance(location, str | Path) else location
     if isinstance(path, str) and not path.strip():
         raise SourceError(f"the source is an empty string; {_ACCEPTED}")
     if kind is None:
-        has_svg = settings is not None and settings.svg
-        kind, path = _detect_kind(path, has_svg=has_svg) if isinstance(path, str) else ("huggingface", path)
-    source: Source = SOURCES.load(kind)(path, settings or SourceSettings())
+        kind, path = _detect_kind(path, has_svg=settings.svg) if isinstance(path, str) else ("huggingface", path)
+    source: Source = SOURCES.load(kind)(path, settings)
     return source
 
 

@@ -13,7 +13,7 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import write_record
 from embedcache.registry import require
 from embedcache.reports.sweep import SweepConfig, SweepFindings, write_sweep_page
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import open_study
@@ -75,7 +75,7 @@ def sweep(
     from embedcache.sweep.trials import make_grid_points
     from embedcache.sweep.worker import StudyJob, run_workers, work
 
-    settings = replace_flat(settings or SweepSettings(), options)
+    settings = merge_settings(SweepSettings, settings, options)
     folder, progress = Path(study), to_progress(progress)
     searched = read_space(Path(space))
     make_grid_points(searched, settings)  # rejects an infinite grid before a folder is created

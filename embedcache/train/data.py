@@ -80,6 +80,10 @@ def name_features(image: Names, text: Names, features: Mapping[str, Names] | Non
             f"and {image or text}"
         )
     named = {"image": image, "text": text} if features is None else features
+    if not isinstance(named, Mapping):
+        raise SettingError(
+            f"feature: expected features by modality, such as {{'audio': 'tiny.en/mean'}}, got {named!r}"
+        )
     return {
         name: value if value is None or isinstance(value, str) else "+".join(value) for name, value in named.items()
     }

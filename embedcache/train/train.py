@@ -29,6 +29,7 @@ from embedcache.projectors.saved import (
 )
 from embedcache.provenance import digest_file, from_record, to_record
 from embedcache.records import record_stage
+from embedcache.settings import merge_settings
 from embedcache.train.batches import Batches, Loader, PairLoader
 from embedcache.train.checkpoint import check_not_extended, finish_run, name_device, reuse_run, start_run
 from embedcache.train.data import (
@@ -159,7 +160,7 @@ def train(
         DataError: too few samples, a feature that does not fit its projector, or a loss that is NaN or infinite.
         MissingExtraError: the library of a tracker is not installed.
     """
-    settings = settings or TrainSettings()
+    settings = merge_settings(TrainSettings, settings, {})
     settings = replace_options(settings, with_split_seed(options, settings))
     progress = to_progress(progress)
     for name in split_names(settings.model.projector):

@@ -47,5 +47,5 @@ def test_wrong_requests_raise(labeled: Path, tmp_path: Path) -> None:
         export_vectors("csv", labeled, tmp_path / "x")
     with pytest.raises(UnknownNameError, match=r"unknown setting 'projection'"):
         export_vectors("npy", labeled, tmp_path / "x", projection="pca")
-    with pytest.raises(SettingError, match=r"settings: expected AtlasSettings for atlas, got VectorExportSettings"):
+    with pytest.raises(SettingError, match=r"settings: expected AtlasSettings, got VectorExportSettings"):
         export_vectors("atlas", labeled, tmp_path / "x", VectorExportSettings())

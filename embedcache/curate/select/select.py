@@ -24,7 +24,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.registry import Registry
-from embedcache.settings import replace_flat
+from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, to_array
 from embedcache.store.keys import key_column
@@ -123,7 +123,7 @@ def select(
         FingerprintError: the run, the concepts or the target have features of another encoder.
         UnfinishedError: chunks of a feature are missing.
     """
-    out, settings = Path(out), replace_flat(settings or SelectSettings(), options)
+    out, settings = Path(out), merge_settings(SelectSettings, settings, options)
     progress = to_progress(progress)
     check_selection_path(out)
     selector: Selector = SELECTORS.load(method)()
