@@ -179,8 +179,16 @@ def _check_reachable(path: Path) -> None:
         return  # whoever opens the path says it
 
 
-def fields_of(path: Path, make: Callable[[], T]) -> T:
-    """Call the constructor of an artifact's dataclass; CorruptError if fields are missing, unknown or out of range."""
+def construct(path: Path, make: Callable[[], T]) -> T:
+    """Construct the dataclass of an artifact from what its file holds.
+
+    Args:
+        path: the file, for the error.
+        make: calls the constructor.
+
+    Raises:
+        CorruptError: fields are missing, unknown, or of another type or range. Errors of this package pass.
+    """
     try:
         return make()
     except (KeyError, TypeError, AttributeError, ValueError) as error:

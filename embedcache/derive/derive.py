@@ -148,18 +148,22 @@ def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = No
     with record_stage(new_record_path(cache.path, "derive"), "derive", group.fingerprint) as outcome:
         chunks = opened.run(range(cache.info.num_chunks(group.modality)), progress)
         group.compact()
-        counts = group.count_items(next(iter(outputs)), frozenset(chunks))
-        report = DeriveReport(
-            modality=group.modality,
-            name=group.name,
-            features=list(outputs),
-            derived=counts.computed,
-            reused=counts.reused,
-            failures=counts.failures,
-        )
+        report = _count_items(group, list(outputs), chunks)
         if report.derived:
             outcome["features"] = vars(report)
     return report
+
+
+def _count_items(group: EncoderGroup, features: Sequence[str], computed: Sequence[int]) -> DeriveReport:
+    counts = group.count_items(features[0], frozenset(computed))
+    return DeriveReport(
+        modality=group.modality,
+        name=group.name,
+        features=features,
+        derived=counts.computed,
+        reused=counts.reused,
+        failures=counts.failures,
+    )
 
 
 def _choose_axis(derivation: Derivation, rule: Rule, output: str, inputs: Sequence[Feature]) -> Axis | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,29 +92,37 @@ def prepare_group(
         CorruptError: the fitted arrays are missing or have changed.
     """
     path = encoder_path(cache.path, reader.modality, name)
-    stored = open_group(cache.path, reader.modality, name, cache.info) if (path / "zarr.json").is_file() else None
+    stored = _open_stored(cache, reader.modality, name)
     if stored is not None and not stored.is_derived:
         raise SettingError(f"name: {path} holds the features of the encoder {stored.spec}; choose another name")
-    spec = _spec(rule)
+    create = partial(create_group, cache.path, reader.modality, name, cache.info, spec=_spec(rule))
     if rule.fit is None:
         if split_path is not None:
             raise SettingError(f"fit_split: the rule {rule.name!r} is not fitted; omit --fit-split")
-        group = create_group(cache.path, reader.modality, name, cache.info, spec=spec, fingerprint=fingerprint)
-        return group, {}
+        return create(fingerprint=fingerprint), {}
     part = {"part": "all"} if split_path is None else {"part": "train", "split": digest_file(split_path)}
     fingerprint = {**fingerprint, "fit": part}
-    with locked(path):
-        stored = open_group(cache.path, reader.modality, name, cache.info) if (path / "zarr.json").is_file() else None
-        if stored is None or not _is_started(stored, fingerprint):
-            arrays = {key: np.ascontiguousarray(value) for key, value in _fit(rule, reader, fingerprint, split_path)}
-            with replacing(fit_path(path)) as temporary:
-                save_file(arrays, temporary)
-            weights = digest_file(fit_path(path))
-        else:
+    with locked(path):  # so that one process fits the rule for all
+        stored = _open_stored(cache, reader.modality, name)
+        if stored is not None and _is_started(stored, fingerprint):
             weights = stored.fingerprint["weights"]
-        fingerprint = {**fingerprint, "weights": weights}
-        group = create_group(cache.path, reader.modality, name, cache.info, spec=spec, fingerprint=fingerprint)
+        else:
+            weights = _write_fit(path, _fit(rule, reader, fingerprint, split_path))
+        group = create(fingerprint={**fingerprint, "weights": weights})
     return group, read_fit(group)
+
+
+def _open_stored(cache: Cache, modality: str, name: str) -> EncoderGroup | None:
+    """Open a folder of the cache, with or without chunks; None if there is none."""
+    has_metadata = (encoder_path(cache.path, modality, name) / "zarr.json").is_file()
+    return open_group(cache.path, modality, name, cache.info) if has_metadata else None
+
+
+def _write_fit(folder: Path, arrays: Sequence[tuple[str, Array]]) -> str:
+    """Write the arrays that a rule was fitted to; return the SHA-256 of the file, 64 hex digits."""
+    with replacing(fit_path(folder)) as temporary:
+        save_file({name: np.ascontiguousarray(values) for name, values in arrays}, temporary)
+    return digest_file(fit_path(folder))
 
 
 def _is_started(stored: EncoderGroup, fingerprint: Mapping[str, Any]) -> bool:

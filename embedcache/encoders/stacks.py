@@ -26,7 +26,7 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import check_weights_file, hash_weights
 from embedcache.errors import ArtifactError, CorruptError, SettingError, one_line
 from embedcache.files import replacing
-from embedcache.provenance import canonical_json, fields_of
+from embedcache.provenance import canonical_json, construct
 
 Normalization: TypeAlias = Literal["clip", "none"]
 """`clip` subtracts the mean frame of a video and divides by the standard deviation of what is left; `none` does not."""
@@ -101,7 +101,7 @@ class StackWeights:
                 f"{path}: expected a file of fit_stacks in embedcache/derive/stacks.py, got other weights "
                 f"({', '.join(sorted(tensors)[:3])})"
             )
-        return fields_of(path, lambda: cls._from_record(path, record, tensors))
+        return construct(path, lambda: cls._from_record(path, record, tensors))
 
     @classmethod
     def _from_record(cls, path: Path, record: Mapping[str, Any], tensors: Mapping[str, Array]) -> "StackWeights":

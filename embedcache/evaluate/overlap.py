@@ -20,7 +20,7 @@ from embedcache.files import is_url
 from embedcache.metrics.neighbors import find_closest
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress, watch
-from embedcache.provenance import fields_of
+from embedcache.provenance import construct
 from embedcache.records import read_stage
 from embedcache.store.cache import Cache
 
@@ -144,7 +144,7 @@ def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple
     index_digests = run.config.index_digest.split("+")
     record_path = run.path / "record.json"
     record = read_stage(record_path)
-    recorded = fields_of(record_path, lambda: [str(path) for path in record["settings"]["caches"]])
+    recorded = construct(record_path, lambda: [str(path) for path in record["settings"]["caches"]])
     caches, missing = [], []
     for index_digest, path in zip_longest(index_digests, recorded[: len(index_digests)], fillvalue="an unnamed cache"):
         candidates = chain([cache], named, _open_recorded(run, path))

@@ -23,7 +23,7 @@ from embedcache.projectors.saved import (
     save_weights,
     split_path,
 )
-from embedcache.provenance import digest_file, fields_of, from_record, to_record, write_record
+from embedcache.provenance import construct, digest_file, from_record, to_record, write_record
 from embedcache.records import naming_packages
 from embedcache.registry import Registry, names_from
 
@@ -137,7 +137,7 @@ def read_module_config(run_path: Path) -> ModuleConfig:
         raise DataError(
             f"{run_path}: expected the run of a module, got an aligned pair; load it with projectors.saved.load_pair"
         )
-    return fields_of(config_path(run_path), lambda: ModuleConfig.from_json(values))
+    return construct(config_path(run_path), lambda: ModuleConfig.from_json(values))
 
 
 def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, ModuleConfig]:

@@ -20,8 +20,8 @@ from embedcache.provenance import (
     DIGEST,
     STORED_NAMES,
     check_same,
+    construct,
     digest_file,
-    fields_of,
     from_record,
     read_manifest,
     to_record,
@@ -220,7 +220,7 @@ def read_config(run_path: Path) -> PairConfig:
             f"{run_path}: expected an aligned pair, got a run of kind {values.get('kind')}; "
             f"{_READERS.get(str(values.get('kind')), _OTHER_READER)}"
         )
-    return fields_of(config_path(run_path), lambda: PairConfig.from_json(values))
+    return construct(config_path(run_path), lambda: PairConfig.from_json(values))
 
 
 def is_pair(manifest: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from embedcache.files import folder_bytes, open_path
 from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import MODALITIES, noun
 from embedcache.outputs import read_metadata, read_report_json
-from embedcache.provenance import INDEX_DIGEST, fields_of, read_json, recognize
+from embedcache.provenance import INDEX_DIGEST, construct, read_json, recognize
 from embedcache.records import read_stage
 from embedcache.search.card import read_card
 from embedcache.settings import flat_settings
@@ -52,7 +52,7 @@ def summarize(location: str | Path) -> Summary:
         CorruptError: it has changed since it was written, or lacks fields.
     """
     path = open_path(location)
-    return fields_of(path, lambda: _SUMMARIES[recognize(path)](path))
+    return construct(path, lambda: _SUMMARIES[recognize(path)](path))
 
 
 def _summarize_cache(path: Path) -> Summary:

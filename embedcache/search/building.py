@@ -13,7 +13,7 @@ from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
-from embedcache.provenance import INDEX_DIGEST, check_same, fields_of, read_json, write_json
+from embedcache.provenance import INDEX_DIGEST, check_same, construct, read_json, write_json
 from embedcache.search.autotune import Configuration, sampled_recall
 from embedcache.search.card import CARD, INDEX, STATE, check_lists, open_row_index, read_card
 from embedcache.search.faiss_gpu import import_faiss
@@ -48,7 +48,7 @@ class IndexBuilder:
         self._is_resumed = self._state_path.is_file()
         if self._is_resumed:
             state = read_json(self._state_path)
-            about, self._factory, self.rejected, self._checksums = fields_of(
+            about, self._factory, self.rejected, self._checksums = construct(
                 self._state_path,
                 lambda: (
                     dict(state["about"]),

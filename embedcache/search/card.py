@@ -11,7 +11,7 @@ from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
     check_same,
-    fields_of,
+    construct,
     from_record,
     read_json,
     read_manifest,
@@ -116,7 +116,7 @@ def read_card(index_path: Path) -> IndexCard:
         unchecked=_UNCHECKED,
     )
     values.pop(DIGEST, None)
-    return fields_of(path, lambda: IndexCard(**from_record(values)))
+    return construct(path, lambda: IndexCard(**from_record(values)))
 
 
 def write_card(index_path: Path, card: IndexCard) -> None:

@@ -11,7 +11,7 @@ from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.modalities import noun
 from embedcache.outputs import read_report_json
 from embedcache.progress import Progress
-from embedcache.provenance import INDEX_DIGEST, fields_of
+from embedcache.provenance import INDEX_DIGEST, construct
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.search import OpenIndex
 
@@ -48,7 +48,7 @@ def read_coverage(path: Path, index: OpenIndex) -> CoverageData:
             f"embedcache curate coverage CACHE CONCEPTS --output {path}"
         )
     values = read_report_json(path)
-    data, index_digest, modality = fields_of(
+    data, index_digest, modality = construct(
         path, lambda: (_coverage_data(values), str(values["pool"][INDEX_DIGEST]), str(values["pool"]["modality"]))
     )
     if not index.cache.info.has_rows_of(index_digest):

@@ -13,9 +13,9 @@ from embedcache.modalities import MODALITIES
 from embedcache.provenance import (
     DIGEST,
     STORED_NAMES,
+    construct,
     digest,
     digest_file,
-    fields_of,
     from_record,
     read_manifest,
     to_record,
@@ -249,7 +249,7 @@ def read_info(cache_path: Path) -> CacheInfo:
         unchecked=_UNCHECKED,
     )
     written = record.pop(DIGEST, None)
-    return fields_of(path, lambda: _parse({**from_record(record, _STORED_NAMES), "has_digests": written is not None}))
+    return construct(path, lambda: _parse({**from_record(record, _STORED_NAMES), "has_digests": written is not None}))
 
 
 def _parse(values: Mapping[str, Any]) -> CacheInfo:

@@ -14,8 +14,8 @@ from embedcache.provenance import (
     DIGEST,
     STORED_NAMES,
     check_same,
+    construct,
     digest_file,
-    fields_of,
     from_record,
     prepare_folder,
     read_manifest,
@@ -115,7 +115,7 @@ def open_study(
                 next_step="restore the file, or use a new folder",
             )
             values.pop(DIGEST, None)
-            stored = fields_of(manifest, lambda: Study(**from_record(values, _STORED_NAMES)))
+            stored = construct(manifest, lambda: Study(**from_record(values, _STORED_NAMES)))
             expected = replace(requested, name=stored.name, split_digest=stored.split_digest)
             next_step = "use a new folder, or request the same"
             check_same(f"study {path}", _without_failed(stored), _without_failed(expected), next_step=next_step)

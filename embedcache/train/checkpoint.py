@@ -25,9 +25,9 @@ from embedcache.projectors.saved import checked_weights_path, config_path, split
 from embedcache.provenance import (
     INDEX_DIGEST,
     check_same,
+    construct,
     digest,
     digest_file,
-    fields_of,
     prepare_folder,
     read_json,
     write_json,
@@ -249,7 +249,7 @@ def start_run(run_path: Path, values: Mapping[str, Any]) -> Leases:
     if checkpoint_path(run_path).is_file():
         next_step = "use the same settings to resume, or give the path of a new folder"
         stored, what = read_json(path), f"the unfinished run {run_path}"
-        fields_of(path, lambda: _check_config(what, stored, values, next_step=next_step))
+        construct(path, lambda: _check_config(what, stored, values, next_step=next_step))
     else:
         split_path(run_path).unlink(missing_ok=True)
     write_json(path, values)
@@ -280,7 +280,7 @@ def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, 
     settings = record.get("settings", {})
     if any(name in settings and settings[name] != stored.get(name) for name in (INDEX_DIGEST, "training")):
         raise CorruptError(f"{path}: expected the record of this run, got that of another one; restore the file")
-    return fields_of(path, lambda: make(record["outcome"]))
+    return construct(path, lambda: make(record["outcome"]))
 
 
 def check_not_extended(run_path: Path, index_digest: str, caches: Sequence[Cache]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, first_few
 from embedcache.projectors.saved import config_path, read_run
-from embedcache.provenance import digest_file, fields_of
+from embedcache.provenance import construct, digest_file
 from embedcache.registry import unknown_name
 
 Parts: TypeAlias = Mapping[str, Sequence[str]]
@@ -91,7 +91,7 @@ def _weights_digest(run_path: Path) -> str:
     if not path.is_file():
         raise PathError(f"init_from: expected a finished run, got {run_path}, which has no config.json")
     values = read_run(run_path)
-    return fields_of(path, lambda: str(values["weights"]))
+    return construct(path, lambda: str(values["weights"]))
 
 
 def _read_weights(run_path: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.metrics.segmentation import bootstrap_iou_difference, bootstrap_mean_iou, mean_iou
-from embedcache.provenance import fields_of
+from embedcache.provenance import construct
 from embedcache.reports.base import Table
 from pipelines.adaptation.steps import ORACLE, SOURCE, VIEWS
 from pipelines.results.stored import read_step, write_step
@@ -47,7 +47,7 @@ class Result:
     def read(cls, path: Path, settings: Mapping[str, Any]) -> "Result | None":
         """Read a result that `write` wrote; None if there is none, or one of other settings."""
         values = read_step(path, settings)
-        return None if values is None else fields_of(path, partial(cls._from_values, values))
+        return None if values is None else construct(path, partial(cls._from_values, values))
 
     @classmethod
     def _from_values(cls, values: Mapping[str, Any]) -> "Result":

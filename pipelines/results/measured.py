@@ -14,7 +14,7 @@ from embedcache.errors import DataError
 from embedcache.evaluate.likelihood import MetricValues
 from embedcache.metrics.intervals import Estimate, interval_of, resample_runs
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import fields_of
+from embedcache.provenance import construct
 from embedcache.reports.base import estimate_json
 from pipelines.results.stored import read_values, write_values
 
@@ -63,7 +63,7 @@ class Result:
     @classmethod
     def read(cls, path: Path) -> "Result":
         """Read a result that `write` wrote."""
-        return fields_of(path, partial(cls._from_values, read_values(path)))
+        return construct(path, partial(cls._from_values, read_values(path)))
 
     @classmethod
     def _from_values(cls, values: Mapping[str, Any]) -> "Result":

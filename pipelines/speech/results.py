@@ -19,7 +19,7 @@ from embedcache.metrics.edits import (
     estimate_error_rate,
 )
 from embedcache.metrics.intervals import Estimate
-from embedcache.provenance import fields_of
+from embedcache.provenance import construct
 from embedcache.reports.base import Table
 from embedcache.reports.speech import format_difference, format_rate
 from embedcache.reports.speech_figures import parse_level, view_names
@@ -82,7 +82,7 @@ class Result:
     @classmethod
     def read(cls, path: Path) -> "Result":
         """Read a result that `write` wrote."""
-        return fields_of(path, partial(cls._from_values, read_values(path)))
+        return construct(path, partial(cls._from_values, read_values(path)))
 
     @classmethod
     def _from_values(cls, values: Mapping[str, Any]) -> "Result":
