@@ -114,7 +114,8 @@ def mine_negatives(
     is_named = feature is not None or image_feature is not None or text_feature is not None
     named = name_features(image_feature, text_feature, feature) if is_named else None
     mining = _Mining(cache, settings, named, progress)
-    counts = _Counts()
+    num_groups = len(distinct(mining.groups_S[mining.pairs.samples]))
+    counts = _Counts(num_groups)
     metadata = {"task": "negatives", **to_json(settings), "sides": mining.names}
     parts = counts.watch(mining.blocks())
     write_negatives(out, mining.cache, mining.groups_S, parts, metadata)
@@ -122,7 +123,7 @@ def mine_negatives(
         num_samples=len(mining.pairs.samples),
         num_with_negatives=counts.num_with,
         num_negatives=counts.num_negatives,
-        num_groups=len(distinct(mining.groups_S[mining.pairs.samples])),
+        num_groups=num_groups,
         mean_score=counts.mean_score,
         mean_own_score=mining.mean_own_score,
     )
@@ -131,7 +132,8 @@ def mine_negatives(
 class _Counts:
     """Counts of the negatives of the blocks that pass; a `DataError` at the end if there were none."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_groups: int) -> None:
+        self._num_groups = num_groups
         self.num_with = self.num_negatives = 0
         self._sum = 0.0
 
@@ -146,6 +148,11 @@ class _Counts:
             self.num_negatives += int(is_some_BK.sum())
             self._sum += float(part.scores_BK[is_some_BK].sum(dtype=np.float64))
             yield part
+        if not self.num_negatives and self._num_groups == 1:
+            raise DataError(
+                "expected hard negatives, got none: all samples are near-duplicates of each other, or have equal "
+                "items; give higher limits of near-duplicates such as --text-cosine, or other samples"
+            )
         if not self.num_negatives:
             raise DataError(
                 "expected hard negatives, got none; give a larger --range-max, a smaller margin, a higher --max-score, "

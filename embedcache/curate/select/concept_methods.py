@@ -207,16 +207,17 @@ class MetaclipSelector:
             matches = match_words(pool.texts(), names)
         else:
             matches = match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors, settings.threshold)
+        step = "match by cosine with --threshold" if settings.threshold is None else "lower --threshold"
         if not len(matches.samples_M):
             raise DataError(
                 f"expected samples that match one of {len(names):,} concepts, such as {names[0]!r}, got none of "
-                f"{len(pool.samples):,}; lower --threshold, or give other concepts"
+                f"{len(pool.samples):,}; {step}, or give other concepts"
             )
         first_matches_S, heads_S = lowest_heads(matches, seed=settings.seed)
         if settings.budget is not None and settings.budget > len(first_matches_S):
             raise DataError(
                 f"budget: expected at most the {len(first_matches_S):,} of {len(pool.samples):,} samples that match "
-                f"one of {len(names):,} concepts, got {settings.budget:,}; lower it, or match by a lower --threshold"
+                f"one of {len(names):,} concepts, got {settings.budget:,}; lower it, or {step}"
             )
         if isinstance(settings.budget, int):
             chosen = first_matches_S[np.argsort(heads_S, kind="stable")[: settings.budget]]

@@ -344,7 +344,7 @@ def test_metaclip_takes_up_to_all_matching_samples(pools: Any) -> None:
         apply(pools, "metaclip", budget=len(matching) + 1)
     assert str(raised.value) == (
         f"budget: expected at most the {len(matching)} of 300 samples that match one of 4 concepts, got "
-        f"{len(matching) + 1}; lower it, or match by a lower --threshold"
+        f"{len(matching) + 1}; lower it, or match by cosine with --threshold"
     )
     with pytest.raises(DataError) as raised:
         apply(pools, "metaclip", budget=3, threshold=1.0)
