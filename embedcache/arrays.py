@@ -126,10 +126,13 @@ def to_numbers(values: Any, name: str) -> Array:
     except (TypeError, ValueError) as error:
         raise DataError(f"{name}: expected numbers in an array, got an error: {one_line(error)}") from error
     if array.dtype.kind not in "fiub":
-        wrong = next(each for each in array.ravel().tolist() if not isinstance(each, int | float) or abs(each) >= 2**63)
-        raise DataError(
-            f"{name}: expected floating-point numbers or integers of 64 bits, got {wrong!r}; give an array or a tensor"
-        )
+        for each in array.ravel().tolist():
+            if not isinstance(each, int | float) or abs(each) >= 2**63:
+                raise DataError(
+                    f"{name}: expected floating-point numbers or integers of 64 bits, got {each!r}; give an array or a "
+                    "tensor"
+                )
+        array = np.array(array.tolist())  # numbers as Python objects, as a column of pandas may hold them
     return array
 
 

@@ -59,17 +59,27 @@ def list_texts(texts: Any, name: str = "texts") -> tuple[str, ...]:
         name: what they are, for the message.
 
     Raises:
-        DataError: they are no texts.
+        DataError: they are no texts, or one is not valid Unicode.
     """
     if isinstance(texts, str):
+        _check_unicode(texts, name)
         return (texts,)
-    if not isinstance(texts, Iterable):
+    if not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) == 0:
         raise DataError(f"{name}: expected a text or several, got {texts!r}; pass one text or a list")
     listed = tuple(texts)
     for position, text in enumerate(listed):
         if not isinstance(text, str):
             raise DataError(f"{name}: expected texts, got {text!r} at position {position}; leave it out")
+        _check_unicode(text, f"{name}: position {position}")
     return listed
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """Check that a text has no half of a surrogate pair, which JSON may hold and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name}: expected valid Unicode, got {text!r}; replace its surrogates") from None
 
 
 def list_distinct(texts: Any, name: str, what: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -133,7 +134,8 @@ def _flatten(kind: type[Any], above: tuple[str, ...], defaults: Mapping[str, Any
 def check_settings(settings: Any) -> None:
     """Check every value of a settings instance against its declaration; call it in `__post_init__`.
 
-    A setting of several values takes one value or any sequence of them, a setting of a path an object that has one.
+    A setting of several values takes one value or any sequence of them, a setting of a path an object that has one, a
+    number any type of number, such as NumPy's.
 
     Raises:
         SettingError: a value of another type, out of its bounds, not finite, or of too many bits.
@@ -150,7 +152,7 @@ def check_settings(settings: Any) -> None:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """Return one value or a sequence as a tuple where the type is one, and an object with a path as that path."""
+    """Return one value or a sequence as a tuple where the type is one; paths and numbers of other types as those."""
     if _has_type(value, hint):  # such as a text where the type is a text or several
         return value
     kinds = _alternatives(hint)
@@ -158,6 +160,10 @@ def _convert(value: Any, hint: Any) -> Any:
     if elements is not None and value is not None:
         is_one = isinstance(value, str | os.PathLike) or not isinstance(value, Iterable)
         return tuple(_convert(element, elements) for element in ([value] if is_one else value))
+    if isinstance(value, Integral) and not isinstance(value, bool) and {int, float} & {*kinds}:
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Integral) and float in kinds:
+        return float(value)
     if isinstance(value, str | os.PathLike):
         return os.fspath(value) if str in kinds else Path(value) if Path in kinds else value
     return value

@@ -137,6 +137,9 @@ def test_classes_without_training(image_folder: Path, run_path: Path) -> None:
     prompts_TP = model.encode_text(["a red bar", "the red bar"])
     one = model.classify(paths[0], "red bar", template=["a {}", "the {}"])
     assert one.probs_NC.tolist() == [[1.0]]
+    assert one.top() == [[("red bar", 1.0)]]
+    with pytest.raises(SettingError, match=r"k: expected a whole number of at least 1, got -1"):
+        one.top(-1)
     two = model.classify(paths, ["red bar", "sky"], template=["a {}", "the {}"])
     mean_P = prompts_TP.mean(axis=0) / np.linalg.norm(prompts_TP.mean(axis=0))
     cosines_N = model.encode_image(paths) @ mean_P
@@ -163,6 +166,7 @@ def test_invalid_items_raise(run_path: Path, tmp_path: Path) -> None:
         (np.zeros((3, 8, 8), np.uint8), r"expected RGB of shape \(H, W, 3\), got \(3, 8, 8\)"),
         (torch.full((3, 8, 8), 2.0), "values from 0 to 1, got others; do not normalize it"),
         (np.zeros((8, 8, 3), np.int64), "expected uint8 or floating-point values, got int64"),
+        (np.zeros((0, 8, 3), np.uint8), r"expected at least one pixel, got shape \(0, 8, 3\)"),
     ):
         with pytest.raises(DataError, match=words):
             model.encode_image(wrong)
@@ -172,6 +176,9 @@ def test_invalid_items_raise(run_path: Path, tmp_path: Path) -> None:
         ([None, "a"], "texts: expected texts, got None at position 0; leave it out"),
         (["a", float("nan")], "texts: expected texts, got nan at position 1"),
         (None, "texts: expected a text or several, got None; pass one text or a list"),
+        (np.array("a"), "texts: expected a text or several, got array"),
+        ("a \ud800", r"texts: expected valid Unicode, got 'a \\ud800'; replace its surrogates"),
+        (["a", "\udfff"], "texts: position 1: expected valid Unicode"),
     ):
         with pytest.raises(DataError, match=words):
             model.encode_text(wrong)
@@ -193,6 +200,7 @@ def test_stored_features_are_projected(run_path: Path, exact_cache: Path) -> Non
     projected = model.project("image", stored.astype(np.float64))
     np.testing.assert_allclose(projected, cached_vectors(exact_cache, run_path, "image")[:3], atol=1e-5)
     assert projected.dtype == np.float32
+    np.testing.assert_array_equal(model.project("image", stored.astype(object)), model.project("image", stored))
     assert model.project("image", stored, tensors=True).shape == (3, model.width)
     assert model.project("image", stored[:0]).shape == (0, model.width)
     width = stored.shape[-1]

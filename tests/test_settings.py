@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import typer
 from hypothesis import given
@@ -20,6 +21,7 @@ from embedcache.cli.options import with_settings
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.errors import PathError, SettingError, UnknownNameError
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
+from embedcache.search.settings import SearchSettings
 from embedcache.settings import (
     FlatSetting,
     check_settings,
@@ -33,7 +35,7 @@ from embedcache.settings import (
     to_json,
 )
 from embedcache.sweep.space import read_space
-from embedcache.train.settings import OptimizerSettings, TrainSettings, command_line, train_settings
+from embedcache.train.settings import LossSettings, OptimizerSettings, TrainSettings, command_line, train_settings
 
 GOLDEN_RUN = Path(__file__).parent / "golden" / "artifacts" / "run" / "config.json"
 
@@ -167,6 +169,17 @@ def test_one_value_stands_for_several_and_an_object_for_its_path() -> None:
     assert Outer(shots=3).shots == (3,)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"shots: expected a value .*, got"):
         Outer(shots="3")  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    settings = SearchSettings(k=np.int64(3))
+    assert (settings.k, type(settings.k)) == (3, int)
+    loss = LossSettings(widths=np.array([8, 4]), mixup=np.float32(0.5))
+    assert (loss.widths, [type(width) for width in loss.widths]) == ((8, 4), [int, int])
+    assert (loss.mixup, type(loss.mixup)) == (0.5, float)
+    for wrong in (np.float32(3), np.bool_(1)):
+        with pytest.raises(SettingError, match=r"k: expected a whole number of at least 1, got np\."):
+            SearchSettings(k=wrong)
 
 
 def test_replaced_values_keep_the_others() -> None:

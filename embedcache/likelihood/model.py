@@ -49,7 +49,12 @@ class Scores:
         return [self.names[number] for number in self.probs_NC.argmax(axis=1).tolist()]
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """Return the k most probable candidates of each item with their probabilities."""
+        """Return the k most probable candidates of each item with their probabilities, or all if there are fewer.
+
+        SettingError if k is below 1.
+        """
+        if k < 1:
+            raise SettingError(f"k: expected a whole number of at least 1, got {k}")
         order_NC = np.argsort(-self.probs_NC, axis=1, kind="stable")[:, :k]
         return [
             [(self.names[number], float(probs_C[number])) for number in numbers.tolist()]

@@ -103,8 +103,10 @@ def _array_image(image: HasArray) -> Image.Image:
         axes = "(H, W, 3)"
     if values.ndim != _IMAGE_AXES or values.shape[-1] != _RGB:
         raise DataError(f"image: expected RGB of shape {axes}, got {tuple(np.shape(image))}")
+    if not values.size:
+        raise DataError(f"image: expected at least one pixel, got shape {tuple(np.shape(image))}")
     if values.dtype.kind == "f":
-        if not (values.size and values.min() >= 0 and values.max() <= 1):
+        if not (values.min() >= 0 and values.max() <= 1):
             raise DataError("image: expected floating-point values from 0 to 1, got others; do not normalize it")
         values = np.round(values * 255).astype(np.uint8)
     if values.dtype != np.uint8:

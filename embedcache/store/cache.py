@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Bools, Ints, blocks
-from embedcache.errors import AmbiguousNameError, CorruptError, UnknownNameError
+from embedcache.errors import AmbiguousNameError, CorruptError, DataError, UnknownNameError
 from embedcache.files import AnyPath, open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.registry import require, unknown_name
@@ -197,7 +197,9 @@ class Cache:
         return np.isin(self.items(modality, columns=["sample"])["sample"].to_numpy(), self.removed)
 
     def key(self, sample: int) -> str:
-        """Return the key of one sample; reads the block that holds it."""
+        """Return the key of one sample; reads the block that holds it. DataError if there is no such row."""
+        if not 0 <= sample < len(self):
+            raise DataError(f"{self.path}: expected a row from 0 to {len(self) - 1}, got {sample}")
         key: str = self.block(SAMPLES, sample // BLOCK, columns=["key"])["key"][sample % BLOCK].as_py()
         return key
 
@@ -211,8 +213,11 @@ class Cache:
             columns: names of the columns to read; None reads all.
 
         Raises:
+            UnknownNameError: there is no such modality.
             CorruptError: the table cannot be read, or the rows differ from their checksums.
         """
+        if modality not in MODALITIES:
+            raise unknown_name("modality", modality, MODALITIES)
         return self.table(modality, columns) if chunk is None else self.block(modality, chunk, columns=columns)
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:

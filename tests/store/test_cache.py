@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.errors import MissingExtraError, UnknownNameError
+from embedcache.errors import DataError, MissingExtraError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.reports.summary import describe_cache, describe_feature, failure_lines
@@ -28,6 +28,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     settings = ExtractSettings(features=("cls",), chunk_size=4)
     extract(open_source(source), folder / "cache", image_encoder=[IMAGE], settings=settings)
     return Cache(folder / "cache")
+
+
+def test_unknown_rows_and_modalities_are_named(cache: Cache) -> None:
+    for row in (-1, 20, 10**9):
+        with pytest.raises(DataError, match=rf"cache: expected a row from 0 to 19, got {row}"):
+            cache.key(row)
+    with pytest.raises(UnknownNameError, match=r"unknown modality 'images'; did you mean 'image'\?"):
+        cache.items("images")
 
 
 def test_describe(cache: Cache) -> None:
