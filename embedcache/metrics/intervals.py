@@ -165,11 +165,17 @@ def bootstrap(
 
 
 class _Kinds(NamedTuple):
-    """Kinds of clusters: the values of one cluster of each, and how many clusters are of it."""
+    """Clusters grouped by kind: those of one kind have equal values, so one of them stands for all.
 
-    rows: Ints | slice  # (V,) of the values of these clusters
-    kinds: Ints  # (V,) kind of each, from 0
-    counts: Ints  # (F,) number of clusters of each kind
+    Args:
+        rows: (V,) rows of the values of one cluster of each kind.
+        kinds: (V,) kind of each of these values, from 0.
+        counts: (F,) number of clusters of each kind.
+    """
+
+    rows: Ints | slice
+    kinds: Ints
+    counts: Ints
 
 
 def _bootstrap(statistic: Callable[[Array], float], kinds: _Kinds, num_draws: int, seed: int) -> Estimate:
@@ -180,13 +186,17 @@ def _bootstrap(statistic: Callable[[Array], float], kinds: _Kinds, num_draws: in
 
 
 def _find_kinds(columns: Sequence[Array], clusters: Ints | None) -> _Kinds:
-    """Find clusters that are equal in all columns, (M,) each, if that is worth it; see above."""
+    """Group clusters that are equal in all columns, (M,) each, if there are far fewer kinds than clusters.
+
+    Else each cluster is a kind of its own, as it also is if there are so few that resampling them is fast.
+    """
     cluster_M, count_G = _clusters(clusters, len(columns[0]))
     if len(count_G) <= _MANY_CLUSTERS:
         return _each(cluster_M, count_G)
     number_M = _number_rows(columns)
     if _CLUSTERS_PER_KIND * (int(number_M.max()) + 1) > len(count_G) * int(count_G.max()):  # too many, however arranged
         return _each(cluster_M, count_G)
+    # Within a cluster values are sorted, so that equal clusters have equal sequences of row numbers.
     order_M, start_G = np.lexsort((number_M, cluster_M)), np.cumsum(count_G) - count_G
     found, counts = [], []
     for size in distinct(count_G).tolist():

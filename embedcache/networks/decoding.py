@@ -98,7 +98,11 @@ def decode_hybrid(
 
 
 class _BeamSearch:
-    """State of a beam search over B items that are not finished, with up to K hypotheses each, all of one length."""
+    """State of a beam search over B items that are not finished, with up to K hypotheses each, all of one length.
+
+    An item with fewer than K hypotheses has rows that are not live. The attention decoder sees the live ones only, one
+    after another, so that a hypothesis has another number there: `_parents_BK` has the number of its parent.
+    """
 
     def __init__(
         self,
@@ -130,7 +134,13 @@ class _BeamSearch:
 
     @property
     def _length(self) -> int:
+        """Number of symbols of each hypothesis."""
         return self._prefixes_BKL.shape[2] - 1
+
+    @property
+    def _best_score_B(self) -> Tensor:
+        """Score of the best completed hypothesis of each item that is not finished."""
+        return self._best_3N[0, self._items_B]
 
     def attend(self) -> Tensor:
         """Return the attention decoder's log-probabilities of the next symbol: (B, K, C), -inf where not needed."""
@@ -154,7 +164,7 @@ class _BeamSearch:
         ctc_BK = torch.zeros_like(attention_BK) if self._ctc is None else self._ctc.score_ends()
         score_BK = self._mix(ctc_BK, attention_BK).masked_fill(~self._is_live_BK, -torch.inf)
         score_B, rank_B = score_BK.max(dim=1)
-        rows = torch.nonzero(score_B > self._best_3N[0, self._items_B])[:, 0]
+        rows = torch.nonzero(score_B > self._best_score_B)[:, 0]
         ranks, items = rank_B[rows], self._items_B[rows]
         self._best_3N[:, items] = torch.stack([score_B[rows], ctc_BK[rows, ranks], attention_BK[rows, ranks]])
         self._best_NL[items, : self._length] = self._prefixes_BKL[rows, ranks, 1:]
@@ -163,18 +173,15 @@ class _BeamSearch:
     def extend(self, next_BKC: Tensor) -> None:
         """Replace the hypotheses by their best extensions; drop those that cannot win, and finished items."""
         attention_BKC = self._attention_BK[:, :, None] + next_BKC
-        ctc_BKC = torch.zeros_like(attention_BKC) if self._ctc is None else self._ctc.score_extensions()
-        score_BKC = self._mix(ctc_BKC, attention_BKC).masked_fill(~self._is_live_BK[:, :, None], -torch.inf)
-        score_BKC[:, :, [BLANK, self._num_symbols - 1]] = -torch.inf
-        score_BKC[self._caps_B <= self._length] = -torch.inf
+        score_BKC = self._score_extensions(attention_BKC)
         ranked_BK, index_BK = torch.sort(score_BKC.flatten(1), dim=1, descending=True, stable=True)
-        is_live_BK = (ranked_BK > self._best_3N[0, self._items_B][:, None])[:, : self._beam]
+        is_live_BK = (ranked_BK > self._best_score_B[:, None])[:, : self._beam]
         width = int(is_live_BK.sum(dim=1).max()) if len(is_live_BK) else 0
-        rows = torch.nonzero(is_live_BK.any(dim=1))[:, 0]
+        rows = torch.nonzero(is_live_BK.any(dim=1))[:, 0]  # of the items that are not finished by now
         index_BK = index_BK[rows, :width]
         parents_BK, symbols_BK = index_BK // self._num_symbols, index_BK % self._num_symbols
-        rows_BK = (self._is_live_BK.flatten().cumsum(0) - 1).view_as(self._is_live_BK)  # in the decoder's last call
-        self._parents_BK = rows_BK[rows].gather(1, parents_BK)
+        numbers_BK = (self._is_live_BK.flatten().cumsum(0) - 1).view_as(self._is_live_BK)  # in the decoder's last call
+        self._parents_BK = numbers_BK[rows].gather(1, parents_BK)
         self._is_live_BK = is_live_BK[rows, :width]
         self._attention_BK = attention_BKC[rows].flatten(1).gather(1, index_BK)
         chosen_BKL = self._prefixes_BKL[rows[:, None], parents_BK]
@@ -185,7 +192,16 @@ class _BeamSearch:
             self._ctc.extend(parents_BK, symbols_BK)
         self._items_B, self._caps_B = self._items_B[rows], self._caps_B[rows]
 
+    def _score_extensions(self, attention_BKC: Tensor) -> Tensor:
+        """Return the score of each hypothesis with one more symbol: (B, K, C); -inf where it must not be extended."""
+        ctc_BKC = torch.zeros_like(attention_BKC) if self._ctc is None else self._ctc.score_extensions()
+        score_BKC = self._mix(ctc_BKC, attention_BKC).masked_fill(~self._is_live_BK[:, :, None], -torch.inf)
+        score_BKC[:, :, [BLANK, self._num_symbols - 1]] = -torch.inf
+        score_BKC[self._caps_B <= self._length] = -torch.inf
+        return score_BKC
+
     def results(self) -> list[Hypothesis]:
+        """Return the best completed hypothesis of every item."""
         symbols, lengths = self._best_NL.cpu().numpy(), self._best_length_N.tolist()
         return [
             Hypothesis(
