@@ -1,8 +1,20 @@
-"""Building an index chunk by chunk, with checkpoints, in memory or with inverted lists on disk."""
+"""Building an index chunk by chunk, with checkpoints, in memory or with inverted lists on disk.
+
+| file of an unfinished index | content |
+| --- | --- |
+| `building.json` | its source, the kind that is being built, kinds that were refused, and the checksums below |
+| `index.partial.faiss` | in memory: the index with the rows added so far; on disk: the trained index, empty |
+| `index.part-ROW.faiss` | on disk: a part of the rows, the first of which is ROW |
+| `lists-N.ivfdata` | on disk: the inverted lists of all parts, merged |
+
+A finished build writes the lists, then the index, then the card. Before the index and before the card, the checksums
+of what is written by then are recorded in `building.json`: if the process is killed in between, the next one can tell
+files that are newer than the card from damaged ones.
+"""
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +28,8 @@ from embedcache.progress import Progress
 from embedcache.provenance import INDEX_DIGEST, check_same, construct, read_json, write_json
 from embedcache.search.autotune import Configuration, sampled_recall
 from embedcache.search.card import CARD, INDEX, STATE, check_lists, open_row_index, read_card
-from embedcache.search.faiss_gpu import import_faiss
 from embedcache.search.faiss_index import RowIndex, is_whole, make_index, read_index
+from embedcache.search.training import train_index
 from embedcache.search.vectors import Vectors
 from embedcache.store.layout import CacheInfo
 
@@ -28,11 +40,17 @@ FILES = (INDEX, "index.partial.faiss", STATE, "record.json", *_LIST_FILES)
 
 
 class IndexBuilder:
-    """The unfinished index in a folder. The ids in `index.partial.faiss` say which rows it holds.
+    """The unfinished index in a folder. The ids in its files say which rows they hold.
 
-    `lists` is the file of inverted lists that a finished index in the folder uses; FAISS uses GPUs unless `device` is
-    `cpu`. Raises `FingerprintError` if the folder holds an unfinished index built from another source; the cache may
-    have grown since.
+    Args:
+        folder: folder of the index.
+        source: what the index is built from, as fields of the card.
+        info: the cache.
+        lists: file of inverted lists that a finished index in the folder uses; None: there is none.
+        device: FAISS uses GPUs unless it is `cpu`.
+
+    Raises:
+        FingerprintError: the folder holds an unfinished index of another source; the cache may have grown since.
     """
 
     def __init__(
@@ -98,7 +116,7 @@ class IndexBuilder:
             index = make_index(factory, vectors.width, device=self._device)
             self._write_state(factory)
             if not index.is_trained:
-                _train(index, factory, vectors, progress)
+                train_index(index, factory, vectors, progress)
                 index.write(self._partial_path)
         return index
 
@@ -122,6 +140,7 @@ class IndexBuilder:
         progress.finish()
 
     def _build_on_disk(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
+        """Train an index, or take the training of a finished one, and fill lists on disk with all valid rows."""
         old = self._read_finished()
         has_removed = old is not None and not np.isin(old.rows, vectors.rows).all()
         if has_removed:
@@ -137,7 +156,7 @@ class IndexBuilder:
                 )
             self._write_state(factory)
             if old is None:
-                _train(index, factory, vectors, progress)
+                train_index(index, factory, vectors, progress)
             else:
                 index = read_index(self._folder / INDEX, is_mapped=False, device=self._device).emptied()
             index.write(self._partial_path)
@@ -145,6 +164,7 @@ class IndexBuilder:
         return _fill_lists(self._folder, self._partial_path, kept, vectors, progress, used=used)
 
     def _resume(self, factory: str) -> RowIndex | None:
+        """Return the index in memory of an interrupted build of this kind, or the finished one; None: there is none."""
         if self._factory == factory:
             index = _read_unfinished(self._partial_path, device=self._device)
             if index is not None:
@@ -157,25 +177,28 @@ class IndexBuilder:
         return index
 
     def _read_finished(self) -> RowIndex | None:
-        """Read the index in the folder, whose files may be newer than its card; without a card it is unfinished."""
-        path, known = self._folder / INDEX, {}
-        has_card = (self._folder / CARD).is_file()
-        if has_card:
-            card = read_card(self._folder)
-            known = dict(card.checksums)
-            if self._is_resumed and not is_whole(path):
-                return open_row_index(self._folder, card, device=self._device)  # of an early version, or damaged
-            index: RowIndex | None = read_index(path, is_mapped=False, device=self._device)
-        else:
+        """Read the index whose files are complete, with a card or still without one; None: there is none.
+
+        Its files may be newer than the card, or than any card, if an earlier build was killed: then its lists are
+        compared with the checksums that were recorded. Without a card, a damaged index is removed.
+        """
+        path = self._folder / INDEX
+        card = read_card(self._folder) if (self._folder / CARD).is_file() else None
+        if card is None:
             index = _read_unfinished(path, device=self._device)
+        elif self._is_resumed and not is_whole(path):  # of an early version, or damaged
+            return open_row_index(self._folder, card, device=self._device)
+        else:
+            index = read_index(path, is_mapped=False, device=self._device)
         if index is None or not self._is_resumed:
             return index
+        known = {} if card is None else dict(card.checksums)
         for name in ("checksums", "lists"):
             known.update(self._checksums.get(name, {}))
         try:
             check_lists(self._folder, index, known)
         except (CorruptError, PathError):
-            if has_card:
+            if card is not None:
                 raise
             path.unlink()
             return None
@@ -192,56 +215,6 @@ class IndexBuilder:
         write_json(self._state_path, state)
 
 
-def _train(index: RowIndex, factory: str, vectors: Vectors, progress: Progress) -> None:
-    """Train an index on a sample; a note replaces FAISS's warnings of too few vectors."""
-    sample_SP, least = vectors.sample(index.num_training, progress=progress), 0
-    quantizers = list(_quantizers(index.wrapped))
-    for quantizer, num_centroids in quantizers:
-        least = max(least, num_centroids * quantizer.cp.min_points_per_centroid)
-        quantizer.cp.min_points_per_centroid = 1
-    note = f"training {factory}"
-    if len(sample_SP) < least:
-        note += f" on {len(sample_SP):,} vectors; k-means finds better centroids in {least:,} or more"
-    progress.note(note)
-    index.train(sample_SP)
-    for transform in _rotations(index.wrapped):
-        transform.pq = None
-
-
-def _quantizers(index: Any) -> Iterator[tuple[Any, int]]:
-    """Iterate over what k-means trains in a FAISS index, with the number of centroids; `cp` are its parameters."""
-    faiss = import_faiss()
-    for transform in _rotations(index):
-        transform.pq = quantizer = faiss.ProductQuantizer(transform.d_out, transform.M, 8)  # as FAISS's own
-        yield quantizer, quantizer.ksub
-    index = faiss.downcast_index(index)
-    for lists in {index, getattr(index, "q1", index)}:
-        if hasattr(lists, "nlist"):
-            yield lists, lists.nlist
-    if hasattr(index, "pq"):
-        yield index.pq, index.pq.ksub
-    residuals = [index.rq] if hasattr(index, "rq") else []
-    if hasattr(index, "prq"):
-        quantizers = (index.prq.subquantizer(number) for number in range(index.prq.nsplits))
-        residuals += map(faiss.downcast_AdditiveQuantizer, quantizers)
-    for residual in residuals:
-        yield residual, 2 ** int(faiss.vector_to_array(residual.nbits).max())
-    for inner in ("index", "base_index", "refine_index", "storage", "quantizer"):
-        if getattr(index, inner, None) is not None:
-            yield from _quantizers(getattr(index, inner))
-
-
-def _rotations(index: Any) -> list[Any]:
-    """Return the transforms of a FAISS index that are trained for a product quantizer, such as OPQ16."""
-    faiss = import_faiss()
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexIDMap):
-        return _rotations(index.index)
-    count = index.chain.size() if isinstance(index, faiss.IndexPreTransform) else 0
-    transforms = [faiss.downcast_VectorTransform(index.chain.at(number)) for number in range(count)]
-    return [transform for transform in transforms if isinstance(transform, faiss.OPQMatrix)]
-
-
 _REMOVED = "samples that the index holds were removed from the cache: adding all others again, without training"
 
 
@@ -256,17 +229,17 @@ def _without_removed(index: RowIndex | None, vectors: Vectors, progress: Progres
 def _fill_lists(
     folder: Path, trained_path: Path, old: RowIndex | None, vectors: Vectors, progress: Progress, *, used: str | None
 ) -> RowIndex:
-    """Index all valid rows part by part, reuse existing parts, and merge all into one file of lists."""
-    parts = [] if old is None else [old]
-    for path in sorted(folder.glob("index.part-*.faiss")):
-        part = _read_unfinished(path, is_mapped=True)
-        if part is None:
-            continue
-        has_removed = not np.isin(part.rows, vectors.rows).all()
-        if has_removed or np.isin(part.rows, _rows(parts)).any():  # merged before the process was killed
-            path.unlink()
-        else:
-            parts.append(part)
+    """Index all valid rows part by part, reuse existing parts, and merge all into one file of lists.
+
+    Args:
+        folder: folder of the index.
+        trained_path: the trained index, which each part begins with.
+        old: the index whose rows are kept; None: none are.
+        vectors: what is indexed.
+        progress: progress in items.
+        used: file of lists that is in use and stays as it is.
+    """
+    parts = _reusable_parts(folder, old, vectors)
     missing = np.setdiff1d(vectors.rows, _rows(parts), assume_unique=True)
     is_missing_N = _mask(missing, vectors)
     if old is not None and not len(missing) and len(parts) == 1:
@@ -290,6 +263,21 @@ def _fill_lists(
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return merged
+
+
+def _reusable_parts(folder: Path, old: RowIndex | None, vectors: Vectors) -> list[RowIndex]:
+    """Return the old index and the parts on disk; remove parts that it holds already, and those of removed samples."""
+    parts = [] if old is None else [old]
+    for path in sorted(folder.glob("index.part-*.faiss")):
+        part = _read_unfinished(path, is_mapped=True)
+        if part is None:
+            continue
+        has_removed = not np.isin(part.rows, vectors.rows).all()
+        if has_removed or np.isin(part.rows, _rows(parts)).any():  # merged before the process was killed
+            path.unlink()
+        else:
+            parts.append(part)
+    return parts
 
 
 def _read_unfinished(path: Path, *, is_mapped: bool = False, device: str = AUTO) -> RowIndex | None:
