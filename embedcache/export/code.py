@@ -267,6 +267,11 @@ def _rewrite(code: _Code, files: Mapping[str, str]) -> str:
 
 
 def _rewrite_import(statement: str, names: Sequence[_Name], files: Mapping[str, str]) -> str:
+    """Return an import statement that names the files of copied modules.
+
+    `from visplug.util import K` becomes `from .visplug_util import K`, and `import visplug.util as util` becomes
+    `from . import visplug_util as util`.
+    """
     if all(name.module is not None and name.attribute is not None for name in names):
         assert names[0].module is not None
         return _FROM.sub(f"from .{files[names[0].module]} import", statement, count=1)

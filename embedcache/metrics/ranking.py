@@ -170,20 +170,28 @@ def tied_chance_recall(positives: tuple[Ints, Ints], contents_C: Ints, k: int) -
     _, number_C, size_G = np.unique(contents_C, return_inverse=True, return_counts=True)
     num_groups = len(size_G)
     query_P, group_P = np.divmod(distinct(positives[0] * num_groups + number_C[positives[1]]), num_groups)
-    removed_QK = np.zeros((int(query_P.max()) + 1, k), np.int64)  # column s: positive groups of s items, 0: of any size
-    np.add.at(removed_QK[:, 0], query_P, 1)
+    counts_QK = np.zeros((int(query_P.max()) + 1, k), np.int64)  # column s: positive groups of s items, 0: of any size
+    np.add.at(counts_QK[:, 0], query_P, 1)
     is_small = size_G[group_P] < k
-    np.add.at(removed_QK, (query_P[is_small], size_G[group_P[is_small]]), 1)
-    groups_K = np.bincount(size_G[size_G < k], minlength=k)
-    patterns, counts = np.unique(removed_QK, axis=0, return_counts=True)
-    recalls = [_first_within(groups_K - pattern, int(pattern[0]), num_groups, k) for pattern in patterns]
-    return float(np.average(recalls, weights=counts))
+    np.add.at(counts_QK, (query_P[is_small], size_G[group_P[is_small]]), 1)
+    sizes_K = np.bincount(size_G[size_G < k], minlength=k)  # number of groups of s items
+    positives_FK, num_queries_F = np.unique(counts_QK, axis=0, return_counts=True)
+    recalls = [_first_within(sizes_K - counts_K, int(counts_K[0]), num_groups, k) for counts_K in positives_FK]
+    return float(np.average(recalls, weights=num_queries_F))
 
 
 def _first_within(negatives_K: Ints, num_positives: int, num_groups: int, k: int) -> float:
     """Return the probability that fewer than k items are in the groups before the first positive one.
 
-    `negatives_K[s]` is the number of negative groups of s items, from 1 on.
+    Groups are in random order, so that each set of n groups is equally likely to come first. The sum is over n: the
+    fraction of these sets that have negative groups and fewer than k items alone, times the probability that the next
+    one of the other groups is positive.
+
+    Args:
+        negatives_K: (K,) number of negative groups of s items, for s from 1 on.
+        num_positives: number of positive groups.
+        num_groups: number of all groups.
+        k: number of items that are looked at.
     """
     sets_JS = np.zeros((k, k))  # number of sets of j negative groups with s items in all
     sets_JS[0, 0] = 1

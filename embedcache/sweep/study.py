@@ -105,29 +105,38 @@ def open_study(
         _check_folder(path)
     with locked(path):
         _check_folder(path)
-        if (manifest := path / "study.json").is_file():
-            command = "embedcache sweep CACHE SPACE.toml STUDY"
-            values = read_manifest(
-                manifest,
-                kind="study",
-                latest_format=FORMAT_VERSION,
-                make=command,
-                next_step="restore the file, or use a new folder",
-            )
-            values.pop(DIGEST, None)
-            stored = construct(manifest, lambda: Study(**from_record(values, _STORED_NAMES)))
-            expected = replace(requested, name=stored.name, split_digest=stored.split_digest)
-            next_step = "use a new folder, or request the same"
-            check_same(f"study {path}", _without_failed(stored), _without_failed(expected), next_step=next_step)
-            check_failed(f"study {path}", _failed_of(stored), failed)
-            check_split(split_path(path))
-            return stored
+        if _manifest_path(path).is_file():
+            return _reopen_study(path, requested, failed)
         pairs = data.pairs(space.settings({}).language, progress=progress)
         split = data.split(pairs, space.settings({}).split, progress=progress)
         write_split(split_path(path), split)
         made = replace(requested, split_digest=digest_file(split_path(path)))
-        write_record(manifest, made.to_json())
+        write_record(_manifest_path(path), made.to_json())
     return made
+
+
+def _reopen_study(path: Path, requested: Study, failed: Mapping[str, str]) -> Study:
+    """Read the study in a folder, and compare it with what is requested."""
+    manifest = _manifest_path(path)
+    values = read_manifest(
+        manifest,
+        kind="study",
+        latest_format=FORMAT_VERSION,
+        make="embedcache sweep CACHE SPACE.toml STUDY",
+        next_step="restore the file, or use a new folder",
+    )
+    values.pop(DIGEST, None)
+    stored = construct(manifest, lambda: Study(**from_record(values, _STORED_NAMES)))
+    expected = replace(requested, name=stored.name, split_digest=stored.split_digest)
+    next_step = "use a new folder, or request the same"
+    check_same(f"study {path}", _without_failed(stored), _without_failed(expected), next_step=next_step)
+    check_failed(f"study {path}", _failed_of(stored), failed)
+    check_split(split_path(path))
+    return stored
+
+
+def _manifest_path(path: Path) -> Path:
+    return path / "study.json"
 
 
 def _describe_side(data: TrainData, modality: str, failed: Mapping[str, str]) -> dict[str, Any]:
