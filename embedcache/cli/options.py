@@ -231,12 +231,7 @@ def with_settings(
         @functools.wraps(command)
         def run(*, context: typer.Context, config: Path | None, **values: Any) -> None:  # noqa: ARG001
             for key, kind in kinds.items():
-                given = {item.name: values.pop(item.name) for item in items[key]}
-                flat = {
-                    item.name: _setting_value(item, given[item.name])
-                    for item in items[key]
-                    if _is_given(context, item.name)
-                }
+                flat = _pop_given(values, items[key], context)
                 values[key] = build[key](flat) if build and key in build else from_flat(kind, flat)
             for key in reports:
                 values[key] = ReportOptions(
@@ -246,10 +241,7 @@ def with_settings(
 
         own = inspect.signature(command, eval_str=True).parameters
         reports = [name for name, parameter in own.items() if parameter.annotation is ReportOptions]
-        report_options = dict(inspect.signature(ReportOptions).parameters) if reports else {}
-        if reports:
-            del report_options[OVERWRITE]
-            report_options["output"] = report_options["output"].replace(annotation=output)
+        report_options = _report_parameters(output) if reports else {}
         generated = [_option(item, key if len(kinds) > 1 else None) for key in kinds for item in items[key]]
         config = Annotated[
             Path | None,
@@ -269,6 +261,19 @@ def with_settings(
         return run
 
     return decorate
+
+
+def _pop_given(values: dict[str, Any], items: Sequence[FlatSetting], context: typer.Context) -> dict[str, Any]:
+    """Remove the options of settings from `values`; return the flat values of those that the user gave."""
+    popped = {item.name: values.pop(item.name) for item in items}
+    return {item.name: _setting_value(item, popped[item.name]) for item in items if _is_given(context, item.name)}
+
+
+def _report_parameters(output: Any) -> dict[str, inspect.Parameter]:
+    """Return the parameters of `ReportOptions` that a command gets, with its declaration of `--output`."""
+    parameters = dict(inspect.signature(ReportOptions).parameters)
+    del parameters[OVERWRITE]  # every command with a new file gets this option
+    return {**parameters, "output": parameters["output"].replace(annotation=output)}
 
 
 def set_parameters(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
