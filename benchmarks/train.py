@@ -26,8 +26,9 @@ from embedcache.cli.console import print_line, print_table
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train import tiles
-from embedcache.train.batches import Batches, LoadedBatch, Loader, PairLoader
+from embedcache.train.batches import Loader
 from embedcache.train.pair import Objective
+from embedcache.train.pair_batches import LoadedBatch, PairBatches, PairLoader
 from embedcache.train.settings import LossSettings, OptimizerSettings
 from embedcache.train.trainer import keep_freed_memory, make_optimizer, update
 
@@ -137,7 +138,7 @@ def _batches(sides: Sequence[Array], batch_size: int) -> Loader:
     image, text = sides
     rows = np.arange(len(image))
     items = Items(rows=rows, samples=rows, contents=rows)
-    batches = Batches(Pairs(first=items, second=items), batch_size=batch_size, seed=0)
+    batches = PairBatches(Pairs(first=items, second=items), batch_size=batch_size, seed=0)
     return Loader(batches, PairLoader(lambda rows: Inputs(image[rows]), lambda rows: Inputs(text[rows]), device="cpu"))
 
 

@@ -25,9 +25,10 @@ from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.modalities import directions
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import project
-from embedcache.train.batches import LoadedBatch, LoadedInputs, Loader
+from embedcache.train.batches import Loader
 from embedcache.train.distributed import gather_rows
 from embedcache.train.losses import LOSSES, structure
+from embedcache.train.pair_batches import LoadedBatch, LoadedInputs
 from embedcache.train.settings import LossSettings
 
 _KS = (1, 5, 10)

@@ -30,7 +30,7 @@ from embedcache.projectors.saved import (
 from embedcache.provenance import digest_file, from_record, to_record
 from embedcache.records import record_stage
 from embedcache.settings import merge_settings
-from embedcache.train.batches import Batches, Loader, PairLoader
+from embedcache.train.batches import Loader
 from embedcache.train.checkpoint import check_not_extended, finish_run, name_device, reuse_run, start_run
 from embedcache.train.data import (
     Names,
@@ -46,6 +46,7 @@ from embedcache.train.divided_pairs import divide_pairs
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
 from embedcache.train.pair import PairTask, Validation, pair_parts
+from embedcache.train.pair_batches import PairBatches, PairLoader
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
 from embedcache.train.recipes import apply_recipe
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings, replace_options
@@ -350,7 +351,7 @@ def _hard_negatives(
 
 def _batches(
     training: Pairs, settings: TrainSettings, views: Sequence[DrawnViews | None], negatives: HardNegatives | None
-) -> Batches:
+) -> PairBatches:
     num_samples, batch_size = len(training.samples), settings.optimizer.batch_size
     if batch_size is not None and batch_size > num_samples:
         raise SettingError(
@@ -358,7 +359,7 @@ def _batches(
             f"use --batch-size {num_samples} or less"
         )
     assert settings.block_rows is not None  # named by `train_on`
-    batches = Batches(
+    batches = PairBatches(
         training,
         batch_size=batch_size or min(_DEFAULT_BATCH_SIZE, num_samples),
         seed=settings.seed,

@@ -9,10 +9,11 @@ from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train import tiles
-from embedcache.train.batches import Batches, Loader, PairLoader
+from embedcache.train.batches import Loader
 from embedcache.train.distributed import process_group, process_rank
 from embedcache.train.losses import LOSSES
 from embedcache.train.pair import Objective
+from embedcache.train.pair_batches import PairBatches, PairLoader
 from embedcache.train.settings import LossSettings
 
 SAMPLES, WIDTH = 23, 6
@@ -72,7 +73,7 @@ def _loader(mixup: float, captions: str, negatives: HardNegatives | None = None)
         ),
     )
     options = {"captions": captions, "negatives": negatives}
-    batches = Batches(pairs, batch_size=SAMPLES, seed=0, mixup=mixup, **options)  # type: ignore[arg-type]
+    batches = PairBatches(pairs, batch_size=SAMPLES, seed=0, mixup=mixup, **options)  # type: ignore[arg-type]
 
     def reader(values: np.ndarray):
         def read(rows: Ints) -> Inputs:

@@ -12,7 +12,7 @@ from embedcache.dataset.negatives import read_negatives
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.store.cache import Cache
-from embedcache.train.batches import Batches
+from embedcache.train.pair_batches import PairBatches
 from tests.recorded import RecordedProgress
 from tests.train.runs import IMAGE, TEXT, log_lines, run
 from tests.train.test_resume import assert_same_run, run_interrupted
@@ -31,15 +31,15 @@ def table(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_hard_negatives_of_the_training_part_are_added(
     cache_path: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, draw = [], Batches._draw_hard
+    seen, draw = [], PairBatches._draw_hard
 
     def watch(*args: object) -> np.ndarray:
         hard = draw(*args)  # type: ignore[arg-type]
-        batches: Batches = args[0]  # type: ignore[assignment]
+        batches: PairBatches = args[0]  # type: ignore[assignment]
         seen.append((batches._samples[args[1]], batches._samples[hard]))  # type: ignore[index]
         return hard
 
-    monkeypatch.setattr(Batches, "_draw_hard", watch)
+    monkeypatch.setattr(PairBatches, "_draw_hard", watch)
     progress, path = RecordedProgress(), str(table).replace("-0", "-{seed}")
     report = run(cache_path, tmp_path / "run", negatives=path, num_negatives=2, progress=progress)
     train = set(read_split(tmp_path / "run/split.parquet", [Cache(cache_path)]).rows("train").tolist())

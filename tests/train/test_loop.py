@@ -20,11 +20,11 @@ from embedcache.networks.points import PointNetworks
 from embedcache.projectors.pair import AlignedPair
 from embedcache.settings import from_flat
 from embedcache.train import distributed, pair
-from embedcache.train.batches import Batch, LoadedBatch, LoadedInputs
 from embedcache.train.data import TrainData, _gather, name_features
 from embedcache.train.losses import Positives
 from embedcache.train.modules import ModuleReport, fitted_name
 from embedcache.train.pair import PairTask, Validation
+from embedcache.train.pair_batches import Batch, LoadedBatch, LoadedInputs
 from embedcache.train.segmentation import PointData, SegmentationTask
 from embedcache.train.settings import FitSettings, LossSettings, MachineSettings, OptimizerSettings
 from embedcache.train.speech import SpeechRecipe, SpeechTask

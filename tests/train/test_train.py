@@ -32,9 +32,9 @@ from embedcache.projectors.saved import load_pair, project, read_config, split_p
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from embedcache.train import train as train_module
-from embedcache.train.batches import Batches
 from embedcache.train.initialization import initialize
 from embedcache.train.pair import PairTask, Validation
+from embedcache.train.pair_batches import PairBatches
 from embedcache.train.parts import source_digests
 from embedcache.train.settings import train_settings
 from embedcache.train.train import TrainReport
@@ -334,9 +334,9 @@ def test_training_uses_only_its_part(cache_path: Path, tmp_path: Path, monkeypat
         seen["validation"].update(pairs.samples)
         return Validation(pairs, *rest, **more)
 
-    def watched_batches(pairs: Pairs, **more: Any) -> Batches:
+    def watched_batches(pairs: Pairs, **more: Any) -> PairBatches:
         seen["batches"].update(pairs.samples)
-        return Batches(pairs, **more)
+        return PairBatches(pairs, **more)
 
     def watched_task(*, forward_flops: float, **more: Any) -> PairTask:
         flops.append(forward_flops)
@@ -345,7 +345,7 @@ def test_training_uses_only_its_part(cache_path: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(train_module, "PairTask", watched_task)
     monkeypatch.setattr(train_module, "initialize", watched_initialize)
     monkeypatch.setattr(train_module, "Validation", watched_validation)
-    monkeypatch.setattr(train_module, "Batches", watched_batches)
+    monkeypatch.setattr(train_module, "PairBatches", watched_batches)
     report = run(cache_path, tmp_path / "run", epochs=1)
     assert flops == [64 * report.flops_per_pair]  # of a batch
     split = read_split(tmp_path / "run/split.parquet", [Cache(cache_path)])

@@ -22,9 +22,9 @@ from embedcache.metrics.ranking import best_ranks
 from embedcache.projectors.pair import AlignedPair
 from embedcache.reports.retrieval import retrieval_json, width_section, width_table
 from embedcache.store.cache import Cache
-from embedcache.train.batches import Batch, LoadedBatch, LoadedInputs
 from embedcache.train.losses import LOSSES, Positives
 from embedcache.train.pair import Objective, unit_rows
+from embedcache.train.pair_batches import Batch, LoadedBatch, LoadedInputs
 from embedcache.train.settings import LossSettings
 from tests.train.runs import run
 

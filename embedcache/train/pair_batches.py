@@ -1,0 +1,292 @@
+"""Batches of pairs: which rows of both features belong to a batch, with mixup and hard negatives, and how it is read.
+
+Which rows a batch holds is a pure function of the pairs, the seed and the epoch, for any number of processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from embedcache.arrays import Ints, concatenated_ranges, distinct
+from embedcache.dataset.inputs import Reader
+from embedcache.dataset.negatives import HardNegatives
+from embedcache.dataset.pairs import Items, Pairs
+from embedcache.errors import SettingError
+from embedcache.train.batches import shuffle_blocks, to_device
+from embedcache.train.distributed import own_slice
+from embedcache.train.losses import Positives
+from embedcache.train.views import DrawnViews
+
+_HARD = 3  # 1 and 2 seed the draws of views
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of both features for B samples, one first item per sample, and which items belong together.
+
+    Args:
+        second_rows: (M,) int64; one per sample (M = B), or all of each sample, sample after sample.
+        positives: two (E,) int64 arrays of positions in the batch, of first and of second items, the first ascending:
+            those that belong together by `Pairs.relation`.
+        mix: lambda of mixup, or None. With mixup, item k is mixed with item k + B/2, the first with weight lambda, and
+            positions count mixed items.
+        views: number of the view of each row of both features, where views are drawn.
+        num_hard: how many of the samples, the last ones, are hard negatives of the others, which the epoch drew.
+        excluded: as `positives`: pairs of near-duplicates that do not belong together; None without hard negatives.
+    """
+
+    samples: Ints
+    first_rows: Ints
+    second_rows: Ints
+    positives: tuple[Ints, Ints]
+    num_hard: int
+    mix: float | None = None
+    views: tuple[Ints | None, Ints | None] = (None, None)
+    excluded: tuple[Ints, Ints] | None = None
+
+
+def num_batches(num_samples: int, batch_size: int) -> int:
+    """Return the number of batches per epoch: the fewest of at most `batch_size` samples.
+
+    A batch has at least two samples, as the other samples are the negatives; so an odd number of samples with a batch
+    size of 2 gives one batch of 3.
+    """
+    return min(-(-num_samples // batch_size), max(1, num_samples // 2))
+
+
+class PairBatches:
+    """Random batches: each epoch holds every sample once, in a new order, with one of its first items (such as
+    images) and its captions.
+
+    An epoch is divided into `num_batches` batches of equal size, to within one. Blocks of `block_rows` neighboring
+    samples are shuffled, then all samples within 1,024 blocks. Lambda of mixup is drawn from Beta(`mixup`, `mixup`).
+
+    With hard negatives, batches have fewer samples of the epoch: to each, `num_negatives` of its hard negatives are
+    added, drawn anew in each epoch, each sample once per batch, so that a batch has at most `batch_size` samples, all
+    of them pairs; a batch of three samples of the epoch, where two fit, has fewer negatives. Pairs of items of one
+    near-duplicate group are excluded; they take 16 bytes each.
+
+    Raises:
+        SettingError: two samples with their hard negatives do not fit in a batch.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        *,
+        batch_size: int,
+        seed: int,
+        captions: Literal["draw", "all"] = "draw",
+        block_rows: int = 1,
+        mixup: float = 0.0,
+        views: Sequence[DrawnViews | None] = (None, None),
+        negatives: HardNegatives | None = None,
+        num_negatives: int = 1,
+    ) -> None:
+        self._pairs, self._negatives, self._num_negatives = pairs, negatives, num_negatives
+        self._samples = pairs.samples
+        self._relation = pairs.relation()
+        self._first, self._second = _SampleItems(pairs.first, self._samples), _SampleItems(pairs.second, self._samples)
+        self._seed, self._captions, self._block_rows, self._mixup = seed, captions, block_rows, mixup
+        self._views = views
+        self.num_samples, self.batch_size = len(self._samples), batch_size
+        if negatives is not None:
+            _check_fits(batch_size, self.num_samples, num_negatives, negatives)
+        most = batch_size if negatives is None else max(1, batch_size // (1 + num_negatives))
+        self.num_steps = num_batches(self.num_samples, most)
+
+    @property
+    def smallest(self) -> int:
+        """Number of items in the smallest batch, after mixup."""
+        return self.num_samples // self.num_steps // (2 if self._mixup else 1)
+
+    def epoch(self, number: int, *, first_step: int = 0) -> Iterator[Batch]:
+        """Iterate over the batches of one epoch, from a step on."""
+        rng = np.random.default_rng([self._seed, number])
+        order = shuffle_blocks(len(self._samples), self._block_rows, rng)
+        first, second = self._first.draw(rng), self._second.draw(rng)
+        mixes = rng.beta(self._mixup, self._mixup, self.num_steps) if self._mixup else [None] * self.num_steps
+        drawn = [None if view is None else view.draw(number) for view in self._views]
+        for step, part in enumerate(np.array_split(order, self.num_steps)):
+            if step >= first_step:
+                hard = self._draw_hard(part, np.random.default_rng([self._seed, number, _HARD, step]))
+                numbers = np.concatenate([part, hard])
+                positions = self._second.all(numbers) if self._captions == "all" else second[numbers]
+                yield self._batch(self._samples[numbers], first[numbers], positions, len(hard), mixes[step], drawn)
+
+    def _draw_hard(self, numbers: Ints, rng: np.random.Generator) -> Ints:
+        """Draw hard negatives of some samples, by number in the training part: ascending, each once, none of them."""
+        if self._negatives is None:
+            return np.empty(0, np.int64)
+        hard_BK = self._negatives.negatives_SK[self._samples[numbers]]
+        place_BK = np.searchsorted(self._samples, hard_BK).clip(max=len(self._samples) - 1)
+        keys_BK = np.where(self._samples[place_BK] == hard_BK, rng.random(hard_BK.shape), 2.0)  # 2: not in training
+        chosen_BK = np.argsort(keys_BK, axis=1)[:, : self._num_negatives]
+        is_some_BK = np.take_along_axis(keys_BK, chosen_BK, axis=1) < 2
+        drawn = distinct(np.take_along_axis(place_BK, chosen_BK, axis=1)[is_some_BK])
+        hard = np.setdiff1d(drawn, np.sort(numbers), assume_unique=True)
+        num_free = self.batch_size - len(numbers)
+        return hard if len(hard) <= num_free else np.sort(rng.choice(hard, num_free, replace=False))
+
+    def _batch(
+        self,
+        samples: Ints,
+        first: Ints,
+        second: Ints,
+        num_hard: int,
+        mix: float | None,
+        drawn: Sequence[Ints | None],
+    ) -> Batch:
+        if mix is None:
+            positives = self._positives(first, second)
+        else:
+            half = len(first) // 2
+            samples, first, second = samples[: 2 * half], first[: 2 * half], second[: 2 * half]
+            parts = [self._positives(first[part], second[part]) for part in (slice(half), slice(half, None))]
+            codes = [left * half + right for left, right in parts]
+            both = np.intersect1d(codes[0], codes[1], assume_unique=True)  # where both of the mixed items belong
+            positives = np.divmod(both, half)
+        first_rows, second_rows = self._pairs.first.rows[first], self._pairs.second.rows[second]
+        of_first, of_second = drawn
+        return Batch(
+            samples=samples,
+            first_rows=first_rows,
+            second_rows=second_rows,
+            views=(
+                None if of_first is None else of_first[first_rows],
+                None if of_second is None else of_second[second_rows],
+            ),
+            positives=positives,
+            num_hard=num_hard,
+            mix=mix,
+            excluded=None if self._negatives is None else self._excluded(first, second, positives, self._negatives),
+        )
+
+    def _excluded(
+        self, first: Ints, second: Ints, positives: tuple[Ints, Ints], negatives: HardNegatives
+    ) -> tuple[Ints, Ints]:
+        """Find the pairs of positions of one near-duplicate group that do not belong together, sorted."""
+        samples = self._pairs.first.samples[first], self._pairs.second.samples[second]
+        same_group = _equal_pairs(negatives.groups_S[samples[0]], negatives.groups_S[samples[1]])
+        near, own = (left * len(second) + right for left, right in (same_group, positives))
+        left, right = np.divmod(np.setdiff1d(near, own, assume_unique=True), len(second))
+        return left, right
+
+    def _positives(self, first: Ints, second: Ints) -> tuple[Ints, Ints]:
+        """Find all pairs of positions that belong together. Time and memory grow with the batch alone."""
+        first_contents, second_contents = self._pairs.first.contents[first], self._pairs.second.contents[second]
+        starts = self._relation.indptr[first_contents]
+        position, entries = concatenated_ranges(starts, self._relation.indptr[first_contents + 1] - starts)
+        which, others = _equal_pairs(self._relation.indices[entries], second_contents)
+        return position[which], others
+
+
+def _check_fits(batch_size: int, num_samples: int, num_negatives: int, negatives: HardNegatives) -> None:
+    """Check that a batch has room for two samples with their hard negatives, of which there may be fewer."""
+    num_drawn = min(num_negatives, negatives.negatives_SK.shape[1])
+    smallest = min(2 * (1 + num_drawn), num_samples)
+    if batch_size < smallest:
+        raise SettingError(
+            f"batch_size: expected at least {smallest}, for two samples and {num_drawn} hard negatives of each, got "
+            f"{batch_size}; raise --batch-size, or lower --num-negatives"
+        )
+
+
+def _equal_pairs(left: Ints, right: Ints) -> tuple[Ints, Ints]:
+    """Return the positions of all equal values of two arrays, those of the left ascending."""
+    order = np.argsort(right, kind="stable")
+    start = np.searchsorted(right[order], left)
+    which, places = concatenated_ranges(start, np.searchsorted(right[order], left, side="right") - start)
+    return which, order[places]
+
+
+class _SampleItems:
+    """The items of each sample, as positions in `Items`."""
+
+    def __init__(self, items: Items, samples: Ints) -> None:
+        is_ordered = bool((items.samples[1:] >= items.samples[:-1]).all())  # as all are, unless they are shuffled
+        self._order = None if is_ordered else np.argsort(items.samples, kind="stable")
+        ordered = items.samples if self._order is None else items.samples[self._order]
+        self._first = np.searchsorted(ordered, samples)
+        self._count = np.searchsorted(ordered, samples, side="right") - self._first
+
+    def draw(self, rng: np.random.Generator) -> Ints:
+        offset = (rng.random(len(self._count)) * self._count).astype(np.int64)
+        return self._positions(self._first + offset)
+
+    def all(self, numbers: Ints) -> Ints:
+        _, positions = concatenated_ranges(self._first[numbers], self._count[numbers])
+        return self._positions(positions)
+
+    def _positions(self, places: Ints) -> Ints:
+        return places if self._order is None else self._order[places]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedInputs:
+    """One modality of a batch on the device.
+
+    Args:
+        values: (b, D) or (b, T, D) of this process's items, in the dtype on disk.
+        num_items: number of items of all processes.
+    """
+
+    values: Tensor
+    lengths: Tensor | None
+    rows: Ints
+    num_items: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedBatch:
+    """The input of one training step.
+
+    `batch` and `positives` are those of all processes. With mixup, this process's items are its part of the first
+    half, then that of the second.
+    """
+
+    batch: Batch
+    first: LoadedInputs
+    second: LoadedInputs
+    positives: Positives
+
+
+class PairLoader:
+    """Loads batches of pairs: reads both features and moves them to the device."""
+
+    def __init__(self, first: Reader | DrawnViews, second: Reader | DrawnViews, *, device: str) -> None:
+        self._first, self._second, self._device = first, second, device
+
+    def __call__(self, batch: Batch) -> LoadedBatch:
+        """Read this process's part of a batch."""
+        first, second = (to_device(positions, self._device) for positions in batch.positives)
+        excluded = None
+        if batch.excluded is not None:
+            rows, columns = (to_device(positions, self._device) for positions in batch.excluded)
+            excluded = rows, columns
+        return LoadedBatch(
+            batch=batch,
+            first=self._read(self._first, batch.first_rows, batch.views[0], is_mixed=batch.mix is not None),
+            second=self._read(self._second, batch.second_rows, batch.views[1], is_mixed=batch.mix is not None),
+            positives=Positives(images=first, texts=second, excluded=excluded),
+        )
+
+    def _read(self, read: Reader | DrawnViews, rows: Ints, views: Ints | None, *, is_mixed: bool) -> LoadedInputs:
+        num_halves = 2 if is_mixed else 1
+        num_items = len(rows) // num_halves
+        positions = np.arange(len(rows)).reshape(num_halves, num_items)[:, own_slice(num_items)].ravel()
+        own = rows[positions]
+        if isinstance(read, DrawnViews):
+            assert views is not None
+            inputs = read.read(own, views[positions])
+        else:
+            inputs = read(own)
+        return LoadedInputs(
+            values=to_device(inputs.values, self._device),
+            lengths=None if inputs.lengths is None else to_device(inputs.lengths, self._device),
+            rows=own,
+            num_items=num_items,
+        )

@@ -1,0 +1,274 @@
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.arrays import Array, Inputs
+from embedcache.dataset.negatives import HardNegatives
+from embedcache.dataset.pairs import Items, Pairs
+from embedcache.errors import SettingError
+from embedcache.store.cache import Cache
+from embedcache.train.data import open_data
+from embedcache.train.pair_batches import Batch, PairBatches, PairLoader, num_batches
+from embedcache.train.views import DrawnViews
+
+
+def make_pairs(samples: int, *, seed: int) -> Pairs:
+    rng = np.random.default_rng(seed)
+    text_samples = np.sort(np.concatenate([np.arange(samples), rng.integers(samples, size=samples)]))
+    return Pairs(
+        first=Items(rows=np.arange(samples) + 100, samples=np.arange(samples), contents=np.arange(samples)),
+        second=Items(
+            rows=np.arange(len(text_samples)) + 500,
+            samples=text_samples,
+            contents=rng.integers(samples, size=len(text_samples)),
+        ),
+    )
+
+
+@given(st.integers(2, 30), st.integers(2, 40), st.integers(0, 5), st.integers(0, 3))
+def test_epoch_has_every_sample_once(samples: int, size: int, seed: int, epoch: int) -> None:
+    pairs = make_pairs(samples, seed=seed)
+    batches = PairBatches(pairs, batch_size=size, seed=seed)
+    epoch_batches = list(batches.epoch(epoch))
+    assert len(epoch_batches) == batches.num_steps
+    sizes = [len(batch.first_rows) for batch in epoch_batches]
+    assert 2 <= min(sizes) == batches.smallest
+    assert max(sizes) <= max(size, 3)
+    image_rows = np.concatenate([batch.first_rows for batch in epoch_batches])
+    text_rows = np.concatenate([batch.second_rows for batch in epoch_batches])
+    assert sorted(image_rows) == list(range(100, 100 + samples))
+    assert (pairs.second.samples[text_rows - 500] == image_rows - 100).all()
+    again = list(PairBatches(pairs, batch_size=size, seed=seed).epoch(epoch))
+    for one, other in zip(epoch_batches, again, strict=True):
+        np.testing.assert_array_equal(one.second_rows, other.second_rows)
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "expected"), [(3, 2, 1), (4, 2, 2), (5, 2, 2), (2, 9, 1), (1, 2, 1), (5, 3, 2), (1000, 64, 16)]
+)
+def test_batches_have_at_least_two_samples(samples: int, size: int, expected: int) -> None:
+    assert num_batches(samples, size) == expected
+    assert PairBatches(make_pairs(samples, seed=0), batch_size=size, seed=0).num_steps == expected
+
+
+def test_samples_are_shuffled_one_by_one_by_default() -> None:
+    pairs = make_pairs(10, seed=0)
+    first, second = (PairBatches(pairs, batch_size=4, seed=0, **given).epoch(1) for given in ({}, {"block_rows": 1}))
+    assert [batch.samples.tolist() for batch in first] == [batch.samples.tolist() for batch in second]
+
+
+@pytest.mark.parametrize("samples", [6, 7])
+def test_mixup_leaves_out_the_odd_item(samples: int) -> None:
+    (batch,) = PairBatches(make_pairs(samples, seed=0), batch_size=samples, seed=0, mixup=1.0).epoch(0)
+    assert [len(batch.samples), len(batch.first_rows), len(batch.second_rows)] == [6, 6, 6]
+    assert (batch.first_rows - 100 == batch.samples).all()
+    assert set(range(3)) == set(batch.positives[0].tolist())
+
+
+@given(st.integers(2, 14), st.integers(0, 200))
+def test_mixed_items_belong_together_if_both_of_their_items_do(samples: int, seed: int) -> None:
+    pairs = make_pairs(samples, seed=seed)
+    relation = pairs.relation().toarray()
+    batches = PairBatches(pairs, batch_size=6, seed=seed, mixup=0.5)
+    halves = []
+    for batch in batches.epoch(1):
+        half = len(batch.first_rows) // 2
+        contents = pairs.first.contents[batch.first_rows - 100], pairs.second.contents[batch.second_rows - 500]
+        of_first, of_second = (
+            relation[np.ix_(*(side[part] for side in contents))] for part in (slice(half), slice(half, None))
+        )
+        found = np.zeros((half, half), bool)
+        found[batch.positives] = True
+        np.testing.assert_array_equal(found, of_first & of_second)
+        halves.append(half)
+    assert min(halves) == batches.smallest
+
+
+def test_epochs_differ_in_order_and_captions() -> None:
+    pairs = make_pairs(50, seed=0)
+    first, second = (
+        {
+            int(i): int(t)
+            for batch in PairBatches(pairs, batch_size=50, seed=0).epoch(epoch)
+            for i, t in zip(batch.first_rows, batch.second_rows, strict=True)
+        }
+        for epoch in (0, 1)
+    )
+    assert list(first) != list(second)
+    assert first != second
+
+
+def test_positives_follow_contents() -> None:
+    pairs = make_pairs(20, seed=1)
+    (batch,) = PairBatches(pairs, batch_size=20, seed=0).epoch(0)
+    positives = set(zip(*(positions.tolist() for positions in batch.positives), strict=True))
+    together = set(zip(pairs.second.samples.tolist(), pairs.second.contents.tolist(), strict=True))
+    for row, image in enumerate(batch.first_rows - 100):
+        for column, text in enumerate(batch.second_rows - 500):
+            assert ((row, column) in positives) == ((image, pairs.second.contents[text]) in together)
+    assert {(row, row) for row in range(20)} <= positives
+    assert (np.diff(batch.positives[0]) >= 0).all()
+    assert len(positives) == len(batch.positives[0])
+
+
+@given(st.integers(1, 30), st.integers(0, 50))
+def test_positives_match_the_whole_relation(samples: int, seed: int) -> None:
+    pairs = make_pairs(samples, seed=seed)
+    relation = pairs.relation().toarray()
+    for batch in PairBatches(pairs, batch_size=7, seed=seed).epoch(seed):
+        dense = np.zeros((len(batch.first_rows), len(batch.second_rows)), bool)
+        dense[batch.positives] = True
+        contents = pairs.first.contents[batch.first_rows - 100], pairs.second.contents[batch.second_rows - 500]
+        np.testing.assert_array_equal(dense, relation[np.ix_(*contents)])
+
+
+def draw_negatives(samples: int, seed: int) -> HardNegatives:
+    """Draw hard negatives that respect random groups; numbers above the samples are of no training part."""
+    rng = np.random.default_rng(seed)
+    groups = rng.integers(max(1, samples // 2), size=2 * samples)
+    negatives = rng.integers(-1, 2 * samples, size=(2 * samples, 3))
+    negatives[groups[negatives] == groups[:, None]] = -1
+    return HardNegatives(negatives_SK=negatives.astype(np.int32), groups_S=groups)
+
+
+@given(st.integers(2, 30), st.integers(2, 40), st.integers(0, 50), st.integers(1, 4), st.sampled_from(["draw", "all"]))
+def test_hard_negatives_are_in_the_batch_and_near_duplicates_are_excluded(
+    samples: int, size: int, seed: int, num: int, captions: Literal["draw", "all"]
+) -> None:
+    pairs, negatives = make_pairs(samples, seed=seed), draw_negatives(samples, seed)
+    size = max(size, min(2 * (1 + min(num, 3)), samples))  # a smaller one is refused
+    options = {"batch_size": size, "seed": seed, "negatives": negatives, "num_negatives": num, "captions": captions}
+    batches = PairBatches(pairs, **options)  # type: ignore[arg-type]
+    drawn, epoch = [], list(batches.epoch(1))
+    for batch in epoch:
+        own, hard = np.split(batch.samples, [len(batch.samples) - batch.num_hard])
+        drawn += own.tolist()
+        assert len(set(batch.samples.tolist())) == len(batch.samples) <= size
+        listed = negatives.negatives_SK[own]
+        assert np.isin(hard, listed).all()
+        for row in listed:
+            left = np.setdiff1d(row[(row >= 0) & (row < samples)], batch.samples)
+            assert (
+                not len(left)
+                or len(batch.samples) == size
+                or np.isin(row, batch.samples).sum() >= min(num, len(np.unique(row)))
+            )
+        assert batch.excluded is not None
+        texts = pairs.second.samples[batch.second_rows - 500]
+        near = negatives.groups_S[batch.first_rows - 100][:, None] == negatives.groups_S[texts]
+        near[batch.positives] = False
+        np.testing.assert_array_equal(np.argwhere(near), np.transpose(batch.excluded))
+        assert near[: len(own), len(batch.second_rows) :].sum() == 0
+    assert sorted(drawn) == list(range(samples))
+    again = list(PairBatches(pairs, **options).epoch(1, first_step=len(epoch) // 2))  # type: ignore[arg-type]
+    for one, other in zip(epoch[len(epoch) // 2 :], again, strict=True):
+        np.testing.assert_array_equal(one.second_rows, other.second_rows)
+        np.testing.assert_array_equal(one.samples, other.samples)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "expected"),
+    [(6, {}, 4), (6, {"num_negatives": 2}, 6), (8, {}, 3), (8, {"num_negatives": 3}, 6)],
+)
+def test_hard_negatives_take_their_part_of_the_batch_size(size: int, options: dict[str, int], expected: int) -> None:
+    negatives = HardNegatives(negatives_SK=np.full((12, 4), -1, np.int32), groups_S=np.arange(12))
+    batches = PairBatches(make_pairs(12, seed=0), batch_size=size, seed=0, negatives=negatives, **options)
+    assert batches.num_steps == expected
+
+
+@pytest.mark.parametrize(("size", "num", "smallest"), [(16, 15, 32), (8, 5, 12), (2, 1, 4), (11, 5, 12), (32, 15, 32)])
+def test_two_samples_with_their_hard_negatives_fit_in_a_batch(size: int, num: int, smallest: int) -> None:
+    table = np.random.default_rng(0).integers(99, size=(99, 20)).astype(np.int32)
+
+    def sizes(batch_size: int, table_SK: Array) -> list[int]:
+        negatives = HardNegatives(negatives_SK=table_SK, groups_S=np.arange(99))
+        batches = PairBatches(
+            make_pairs(99, seed=0), batch_size=batch_size, seed=0, negatives=negatives, num_negatives=num
+        )
+        return [len(batch.samples) for batch in batches.epoch(0)]
+
+    assert max(sizes(smallest, table)) <= smallest  # also of the batch with three samples of an odd number
+    assert max(sizes(4, table[:, :1])) == 4  # there are fewer negatives than may be drawn
+    if size < smallest:
+        message = f"batch_size: expected at least {smallest}, .* and {num} hard negatives of each, got {size}; raise"
+        with pytest.raises(SettingError, match=message):
+            sizes(size, table)
+
+
+def test_hard_negatives_of_a_step_depend_on_seed_and_epoch_alone() -> None:
+    """Check the draws by their definition: a run that was interrupted goes on with the same ones."""
+    table = np.random.default_rng(0).integers(20, size=(20, 4)).astype(np.int32)
+    negatives = HardNegatives(negatives_SK=table, groups_S=np.arange(20))
+    pairs = make_pairs(20, seed=0)
+    for step, batch in enumerate(PairBatches(pairs, batch_size=9, seed=5, negatives=negatives).epoch(2)):
+        own, hard = np.split(batch.samples, [len(batch.samples) - batch.num_hard])
+        keys = np.random.default_rng([5, 2, 3, step]).random((len(own), 4))
+        assert hard.tolist() == sorted({*table[own, keys.argmin(axis=1)]} - {*own})
+
+
+@pytest.mark.parametrize(("mix", "rows", "own"), [(None, 7, [2, 3, 4, 5, 6]), (0.5, 6, [1, 2, 4, 5])])
+def test_a_process_loads_its_part_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch, mix: float | None, rows: int, own: list[int]
+) -> None:
+    """The last two thirds, of mixed items those of both halves."""
+    monkeypatch.setattr("embedcache.train.pair_batches.own_slice", lambda count: slice(count // 3, count))
+    table = np.arange(40, dtype=np.float32).reshape(20, 2)
+    first = DrawnViews(
+        readers={"plain": lambda rows: Inputs(table[rows]), "other": lambda rows: Inputs(-table[rows])},
+        probabilities={"plain": 0.5, "other": 0.5},
+        num_rows=20,
+        seed=0,
+        side=0,
+    )
+    batch = Batch(
+        samples=np.arange(rows),
+        first_rows=np.arange(rows) + 3,
+        second_rows=np.arange(rows) + 8,
+        positives=(np.array([0, 1]), np.array([0, 2])),
+        num_hard=0,
+        mix=mix,
+        views=(np.arange(rows) % 2, None),
+        excluded=(np.array([1]), np.array([4])),
+    )
+    loaded = PairLoader(first, lambda rows: Inputs(table[rows], rows % 5), device="cpu")(batch)
+    signs = np.where(np.array(own) % 2, -1, 1)[:, None]
+    assert loaded.first.rows.tolist() == [place + 3 for place in own]
+    np.testing.assert_array_equal(loaded.first.values, table[loaded.first.rows] * signs)
+    assert loaded.first.lengths is None
+    assert loaded.second.rows.tolist() == [place + 8 for place in own]
+    np.testing.assert_array_equal(loaded.second.values, table[loaded.second.rows])
+    assert loaded.second.lengths is not None
+    assert loaded.second.lengths.tolist() == [(place + 8) % 5 for place in own]
+    assert loaded.first.num_items == loaded.second.num_items == (rows if mix is None else rows // 2)
+    assert [loaded.positives.images.tolist(), loaded.positives.texts.tolist()] == [[0, 1], [0, 2]]
+    assert loaded.positives.excluded is not None
+    assert [side.tolist() for side in loaded.positives.excluded] == [[1], [4]]
+
+
+@pytest.mark.parametrize("image", ["cls", "patches"])
+@pytest.mark.parametrize("text", ["mean", "tokens"])
+def test_loaded_and_mapped_rows_are_equal(two_caches: list[Path], image: str, text: str) -> None:
+    names = {"image": f"open_toy/{image}", "text": f"open_toy/{text}"}
+    mapped, loaded = (open_data(two_caches, names, memory_bytes=size) for size in (0, 10**9))
+    assert mapped.is_mapped
+    assert not loaded.is_mapped
+    rows = np.random.default_rng(0).permutation(120)[:50]
+    for one, other in zip(mapped.readers.values(), loaded.readers.values(), strict=True):
+        assert_same(one(rows), other(rows))
+    caches = [Cache(path) for path in two_caches]
+    for row, tokens in zip(
+        rows, zip(*mapped.readers["text"](rows), strict=True) if text == "tokens" else [], strict=False
+    ):
+        cache, own = (caches[0], row) if row < 40 else (caches[1], row - 40)
+        (expected,) = cache.feature("text", "open_toy/tokens").gather_tokens(np.array([own]))
+        np.testing.assert_array_equal(tokens[0][: tokens[1]], expected)
+        assert not tokens[0][tokens[1] :].any()
+
+
+def assert_same(one: Inputs, other: Inputs) -> None:
+    np.testing.assert_array_equal(one.values, other.values)
+    np.testing.assert_array_equal(one.lengths, other.lengths)  # type: ignore[arg-type]
