@@ -21,7 +21,7 @@ from embedcache.networks.settings import CaptionSettings, Judge
 from embedcache.networks.shared import SharedNetwork
 from embedcache.networks.words import WordLists
 from embedcache.provenance import check_same
-from embedcache.train.examples import Examples
+from embedcache.train.examples import TaskExamples
 from embedcache.train.likelihood_batches import encode_texts, load_words, read_inputs, read_tokens, retrieval_ranks
 from embedcache.train.likelihood_tasks import ExampleTask, predict
 
@@ -91,7 +91,7 @@ class TaskReport:
 def evaluate_task(
     run_path: Path | str,
     task: ExampleTask,
-    examples: Examples,
+    examples: TaskExamples,
     *,
     controls: Sequence[str] = (),
     groups: Mapping[str, Bools] | None = None,
@@ -168,7 +168,7 @@ def load_shared(run_path: Path | str, *, device: str = AUTO) -> tuple[SharedNetw
     return network, config
 
 
-def check_inputs(run_path: Path | str, network: SharedNetwork, config: ModuleConfig, examples: Examples) -> None:
+def check_inputs(run_path: Path | str, network: SharedNetwork, config: ModuleConfig, examples: TaskExamples) -> None:
     """Check that examples have the words and the feature that a run was trained on.
 
     Raises:
@@ -198,7 +198,7 @@ def check_inputs(run_path: Path | str, network: SharedNetwork, config: ModuleCon
 
 
 @torch.no_grad()
-def represent(run_path: Path | str, task: ExampleTask, examples: Examples, *, device: str = AUTO) -> Floats:
+def represent(run_path: Path | str, task: ExampleTask, examples: TaskExamples, *, device: str = AUTO) -> Floats:
     """Compute what a run reads out of each example of a task, for a probe: (N, P) float32.
 
     Raises:
@@ -216,7 +216,7 @@ def represent(run_path: Path | str, task: ExampleTask, examples: Examples, *, de
     return torch.cat(parts).float().cpu().numpy()
 
 
-def answer_blindly(train: Examples, examples: Examples) -> Bools:
+def answer_blindly(train: TaskExamples, examples: TaskExamples) -> Bools:
     """Return which examples are right if each gets the most frequent target of its text in training: (N,) bool.
 
     This is the baseline of what can be known without the items. A text that is not in training gets the most frequent
@@ -247,7 +247,7 @@ def _pad_alike(train: WordLists, examples: WordLists) -> Ints:
     return both.padded()[0]
 
 
-def _alter(task: ExampleTask, examples: Examples, control: str, seed: int) -> Examples:
+def _alter(task: ExampleTask, examples: TaskExamples, control: str, seed: int) -> TaskExamples:
     if control == SHUFFLED and task.kind != "retrieve":
         return examples.shuffle_media(seed=seed)
     if control == BLIND and task.kind in ("answer", "masked"):
@@ -261,7 +261,7 @@ def _alter(task: ExampleTask, examples: Examples, control: str, seed: int) -> Ex
 def _measure(
     network: SharedNetwork,
     task: ExampleTask,
-    examples: Examples,
+    examples: TaskExamples,
     groups: Mapping[str, Bools],
     writing: CaptionSettings | None,
     device: str,
@@ -284,7 +284,7 @@ def _measure(
 
 
 def _measure_retrieval(
-    network: SharedNetwork, task: ExampleTask, examples: Examples, device: str
+    network: SharedNetwork, task: ExampleTask, examples: TaskExamples, device: str
 ) -> dict[str, MetricValues]:
     assert examples.rows_N is not None
     rows_I, first_T = np.unique(examples.rows_N), np.unique(examples.target_N, return_index=True)[1]
@@ -303,7 +303,7 @@ class _WrittenCaptions(NamedTuple):
 
 @torch.no_grad()
 def _write_captions(
-    network: SharedNetwork, task: ExampleTask, examples: Examples, writing: CaptionSettings, device: str
+    network: SharedNetwork, task: ExampleTask, examples: TaskExamples, writing: CaptionSettings, device: str
 ) -> _WrittenCaptions:
     """Write a caption of each item, and judge it."""
     media = examples.media
@@ -333,7 +333,7 @@ def _write_captions(
     return _WrittenCaptions(captions, rows_I, is_right_I)
 
 
-def _references(examples: Examples, key_of_row: Mapping[int, str]) -> Judge:
+def _references(examples: TaskExamples, key_of_row: Mapping[int, str]) -> Judge:
     """Return a judge that compares a caption, word by word, with those of the item in the examples."""
     assert examples.rows_N is not None
     decoded = [
@@ -346,7 +346,7 @@ def _references(examples: Examples, key_of_row: Mapping[int, str]) -> Judge:
     return lambda key, caption: caption in known[key]
 
 
-def _keys_of(examples: Examples, rows_I: Ints) -> list[str]:
+def _keys_of(examples: TaskExamples, rows_I: Ints) -> list[str]:
     """Return the keys of the samples of items."""
     assert examples.media is not None
     cache, modality = examples.media.cache, examples.media.modality
@@ -355,7 +355,7 @@ def _keys_of(examples: Examples, rows_I: Ints) -> list[str]:
     return keys
 
 
-def _chance(task: ExampleTask, examples: Examples) -> dict[str, float]:
+def _chance(task: ExampleTask, examples: TaskExamples) -> dict[str, float]:
     """Return what a random order of the candidates gives."""
     if task.kind in ("classify", "answer"):
         return {"accuracy": 1 / len(task.names)}

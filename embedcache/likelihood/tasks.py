@@ -37,8 +37,8 @@ from embedcache.settings import check_settings, flat_settings, from_flat, settin
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
 from embedcache.train.examples import (
-    Examples,
     Media,
+    TaskExamples,
     WordTable,
     open_examples,
     open_media,
@@ -170,7 +170,7 @@ class TaskFile:
             raise DataError(f"examples: expected the columns key, text and target, got {', '.join(table.column_names)}")
         return table
 
-    def open(self, task: NamedTask, table: pa.Table, vocabulary: Vocabulary) -> Examples:
+    def open(self, task: NamedTask, table: pa.Table, vocabulary: Vocabulary) -> TaskExamples:
         """Open a table of examples: about items if it has keys, else about texts alone."""
         if not len(table):
             raise DataError("expected at least one example, got none")

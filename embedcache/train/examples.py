@@ -139,7 +139,7 @@ def open_media(cache: Cache, modality: str, feature: str | None = None, *, in_me
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examples:
+class TaskExamples:
     """N examples of one task.
 
     Args:
@@ -182,7 +182,7 @@ class Examples:
             hasher.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
         return hasher.hexdigest()
 
-    def take(self, positions_B: Ints) -> "Examples":
+    def take(self, positions_B: Ints) -> "TaskExamples":
         """Return some examples in the given order."""
         return replace(
             self,
@@ -191,24 +191,24 @@ class Examples:
             text_words=None if self.text_words is None else self.text_words.take(positions_B),
         )
 
-    def draw(self, fraction: float, *, seed: int) -> "Examples":
+    def draw(self, fraction: float, *, seed: int) -> "TaskExamples":
         """Draw a fraction of the examples, at least one; a larger fraction of the same seed has those of a smaller."""
         if not 0 < fraction <= 1:
             raise SettingError(f"fraction: expected a number above 0 and up to 1, got {fraction}")
         order_N = np.random.default_rng(seed).permutation(len(self))
         return self.take(np.sort(order_N[: max(1, round(fraction * len(self)))]))
 
-    def spread(self, limit: int) -> "Examples":
+    def spread(self, limit: int) -> "TaskExamples":
         """Return at most `limit` evenly spaced examples."""
         if len(self) <= limit:
             return self
         return self.take(np.linspace(0, len(self) - 1, limit).astype(np.int64))
 
-    def without_media(self) -> "Examples":
+    def without_media(self) -> "TaskExamples":
         """Return the examples without what they are about: the control of a model that only reads."""
         return replace(self, media=None, rows_N=None)
 
-    def shuffle_media(self, *, seed: int) -> "Examples":
+    def shuffle_media(self, *, seed: int) -> "TaskExamples":
         """Assign another example's item to each example, the same to all that share an item: a control.
 
         Raises:
@@ -225,7 +225,7 @@ class Examples:
         return replace(self, rows_N=distinct[other[which_N]])
 
 
-def open_examples(table: pa.Table | Path | str, vocabulary: Vocabulary, *, media: Media | None = None) -> Examples:
+def open_examples(table: pa.Table | Path | str, vocabulary: Vocabulary, *, media: Media | None = None) -> TaskExamples:
     """Read a table of examples, from Arrow or from a Parquet file.
 
     Args:
@@ -246,7 +246,7 @@ def open_examples(table: pa.Table | Path | str, vocabulary: Vocabulary, *, media
         raise DataError("examples: expected at least one whose item has the feature, got none")
     encoded = columns["target"].take(pa.array(keep_N)).combine_chunks().dictionary_encode()
     text = columns["text"].take(pa.array(keep_N))
-    return Examples(
+    return TaskExamples(
         vocabulary=vocabulary,
         targets=encoded.dictionary,
         target_N=encoded.indices.to_numpy().astype(np.int64),

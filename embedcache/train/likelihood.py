@@ -25,7 +25,7 @@ from embedcache.progress import Progress
 from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.train.batches import Loader
 from embedcache.train.distributed import num_started
-from embedcache.train.examples import Examples, Media, WordTable
+from embedcache.train.examples import Media, TaskExamples, WordTable
 from embedcache.train.likelihood_batches import Subtask, TaskBatch, read_inputs
 from embedcache.train.modules import ModuleReport, describe_input, describe_origin, fitted_files, train_task
 from embedcache.train.parts import parse_sources
@@ -324,7 +324,7 @@ def sample_tokens(tasks: Sequence[Subtask], modality: str) -> Floats:
     return np.concatenate(parts)
 
 
-def _all_media(examples: Sequence[Examples], modality: str | None = None) -> list[Media]:
+def _all_media(examples: Sequence[TaskExamples], modality: str | None = None) -> list[Media]:
     """Return the different media of examples, of one modality or of all."""
     media = {id(item.media): item.media for item in examples if item.media is not None}
     return [item for item in media.values() if modality in (None, item.modality)]

@@ -13,7 +13,7 @@ from embedcache.networks.sequence import valid_frames
 from embedcache.networks.shared import ReadOut, SharedNetwork, Tokens, Words
 from embedcache.networks.words import BLANK, WordLists
 from embedcache.train.batches import to_device
-from embedcache.train.examples import Examples, Media
+from embedcache.train.examples import Media, TaskExamples
 
 BLOCK_ROWS = 256
 _BLOCK_WORDS = 2048
@@ -83,12 +83,12 @@ class Subtask(Protocol):
         ...
 
     @property
-    def train(self) -> Examples:
+    def train(self) -> TaskExamples:
         """What it learns from."""
         ...
 
     @property
-    def validation(self) -> Examples:
+    def validation(self) -> TaskExamples:
         """What it is measured on after each epoch."""
         ...
 
@@ -166,7 +166,7 @@ def encode_items(network: SharedNetwork, media: Media, rows_N: Ints, *, device: 
 
 @torch.no_grad()
 def retrieval_ranks(
-    network: SharedNetwork, examples: Examples, *, family: str = "retrieve", device: str = "cpu"
+    network: SharedNetwork, examples: TaskExamples, *, family: str = "retrieve", device: str = "cpu"
 ) -> dict[str, Ints]:
     """Compute the rank of the best positive of each item among all distinct texts, and of each text among the items.
 

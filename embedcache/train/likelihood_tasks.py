@@ -37,7 +37,7 @@ from embedcache.networks.words import BLANK, END, NUM_SPECIAL, UNKNOWN, WordList
 from embedcache.provenance import digest
 from embedcache.settings import check_settings, setting
 from embedcache.train.batches import to_device
-from embedcache.train.examples import Examples, with_blanks
+from embedcache.train.examples import TaskExamples, with_blanks
 from embedcache.train.likelihood_batches import (
     BLOCK_ROWS,
     TaskBatch,
@@ -50,7 +50,7 @@ from embedcache.train.likelihood_batches import (
 )
 
 Kind: TypeAlias = Literal["classify", "answer", "retrieve", "caption", "masked"]
-AnswerLoader: TypeAlias = Callable[[Examples, np.random.Generator], tuple[WordLists, Ints]]
+AnswerLoader: TypeAlias = Callable[[TaskExamples, np.random.Generator], tuple[WordLists, Ints]]
 """Returns the input text of each example, and the number of its candidate: (B,) int64."""
 KINDS: tuple[Kind, ...] = ("classify", "answer", "retrieve", "caption", "masked")
 
@@ -79,8 +79,8 @@ class ExampleTask:
 
     name: str
     kind: Kind
-    train: Examples
-    validation: Examples
+    train: TaskExamples
+    validation: TaskExamples
     candidates: Sequence[str] | None = None
     mined: MinedNegatives | None = None
     loader: AnswerLoader | None = None
@@ -202,7 +202,7 @@ class ExampleTask:
         counts_F = np.bincount(self.train.target_N, minlength=len(self.train.targets))
         return np.argsort(self.train.target_N, kind="stable"), np.concatenate([[0], np.cumsum(counts_F)])
 
-    def load(self, examples: Examples, rng: np.random.Generator | None, *, device: str) -> TaskBatch:
+    def load(self, examples: TaskExamples, rng: np.random.Generator | None, *, device: str) -> TaskBatch:
         """Return examples as a batch; without a generator all candidates are used, and masks are always the same."""
         if self.kind == "retrieve":
             return self._load_pairs(examples, device)
@@ -228,7 +228,7 @@ class ExampleTask:
             rows=examples.rows_N,
         )
 
-    def _read_texts(self, examples: Examples, rng: np.random.Generator, *, is_training: bool) -> "_InputTexts":
+    def _read_texts(self, examples: TaskExamples, rng: np.random.Generator, *, is_training: bool) -> "_InputTexts":
         """Return the texts of inputs, and the candidates that belong to what is read of them."""
         if self.kind == "classify":
             return _InputTexts(None, self._target_positions(examples))
@@ -243,7 +243,7 @@ class ExampleTask:
             return _InputTexts(words, *self._next_words(words, is_training=is_training))
         return _InputTexts(*self._mask(words, rng))
 
-    def _load_pairs(self, examples: Examples, device: str) -> TaskBatch:
+    def _load_pairs(self, examples: TaskExamples, device: str) -> TaskBatch:
         """Return the distinct items and the distinct texts of a batch; pairs of both are positives."""
         assert examples.rows_N is not None
         rows_B, which_row_B = np.unique(examples.rows_N, return_inverse=True)
@@ -279,7 +279,7 @@ class ExampleTask:
             if self.kind == "answer" and examples.text_words is not None:
                 with_blanks(examples.text_words)
 
-    def _target_positions(self, examples: Examples) -> Ints:
+    def _target_positions(self, examples: TaskExamples) -> Ints:
         """Return the number of the candidate of each example."""
         places = {name: number for number, name in enumerate(self.names)}
         numbers_U, which_N = np.unique(examples.target_N, return_inverse=True)
@@ -366,7 +366,7 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def predict(task: ExampleTask, network: SharedNetwork, examples: Examples, *, device: str = "cpu") -> Prediction:
+def predict(task: ExampleTask, network: SharedNetwork, examples: TaskExamples, *, device: str = "cpu") -> Prediction:
     """Compare examples of any kind but `retrieve` with all candidates; words are predicted after the true ones."""
     network.eval()
     vectors_CP = encode_texts(network, task.candidate_words, device=device)

@@ -24,7 +24,7 @@ from embedcache.evaluate.likelihood import (
 from embedcache.networks.saved import read_module_config
 from embedcache.networks.words import NUM_SPECIAL
 from embedcache.progress import Progress
-from embedcache.train.examples import Examples
+from embedcache.train.examples import TaskExamples
 from embedcache.train.likelihood_tasks import ExampleTask
 from pipelines.perceiver.results import (
     BLIND_ALL,
@@ -143,7 +143,7 @@ class Evaluation:
     def _pretraining(self, name: str) -> ExampleTask:
         return next(task for task in self.runs.tables.pretraining() if task.name == name)
 
-    def _retrieve(self, run: str, task: ExampleTask, examples: Examples) -> TaskReport:
+    def _retrieve(self, run: str, task: ExampleTask, examples: TaskExamples) -> TaskReport:
         report, control = (
             evaluate_task(self.runs.path(run), task, of_images)
             for of_images in (examples, examples.shuffle_media(seed=0))
@@ -189,7 +189,7 @@ class Evaluation:
             result = self._of_right(self._probe(model, task, tests), examples, {})
         return replace(result, num_trained=len(task.train))
 
-    def _of_right(self, right: Mapping[str, Bools], examples: Examples, groups: Mapping[str, Bools]) -> Result:
+    def _of_right(self, right: Mapping[str, Bools], examples: TaskExamples, groups: Mapping[str, Bools]) -> Result:
         """Return the result of a model given which examples are right, under the name of each control."""
         assert examples.rows_N is not None
         of_groups = {"accuracy": np.ones(len(examples), bool)}
@@ -203,10 +203,10 @@ class Evaluation:
         own = measures.pop("")
         return Result(seed=self.runs.seed, num_examples=len(examples), measures=own, controls=measures)
 
-    def _probe(self, model: str, task: ExampleTask, tests: Mapping[str, Examples]) -> dict[str, Bools]:
+    def _probe(self, model: str, task: ExampleTask, tests: Mapping[str, TaskExamples]) -> dict[str, Bools]:
         """Fit logistic regression to the training examples, and return which test examples are right."""
 
-        def read(examples: Examples) -> Floats:
+        def read(examples: TaskExamples) -> Floats:
             if model == NETWORK_PROBE:
                 return represent(self.runs.path(PRETRAINED), task, examples)
             return pool(examples, np.asarray(self.runs.tables.words.vectors_VD, np.float32))
@@ -261,7 +261,7 @@ MEASURED: Mapping[str, Measure] = {
 """What is measured on the pre-trained run, and on those of one task alone."""
 
 
-def pool(examples: Examples, vectors_VD: Floats) -> Floats:
+def pool(examples: TaskExamples, vectors_VD: Floats) -> Floats:
     """Return the mean token of each item, beside the mean vector of the words of its text, each of length 1.
 
     Words without a vector are left out. Memory: the tokens of all distinct items.
@@ -279,7 +279,7 @@ def pool(examples: Examples, vectors_VD: Floats) -> Floats:
     return np.concatenate([items_ND, normalize(np.stack(means))[which_text_N.ravel()]], axis=1)
 
 
-def _labels(task: ExampleTask, examples: Examples) -> Ints:
+def _labels(task: ExampleTask, examples: TaskExamples) -> Ints:
     places = {name: number for number, name in enumerate(task.names)}
     place_F: Ints = np.array([places[name] for name in examples.targets.to_pylist()], np.int64)
     return place_F[examples.target_N]

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from embedcache.arrays import Bools
 from embedcache.networks.words import list_words
 from embedcache.store.cache import Cache
-from embedcache.train.examples import Examples, Media, WordTable, open_examples, open_media, open_word_table
+from embedcache.train.examples import Media, TaskExamples, WordTable, open_examples, open_media, open_word_table
 from embedcache.train.likelihood_tasks import ExampleTask, Kind
 from pipelines.perceiver.steps import AUDIO_TOKENS, IMAGE_TOKENS, TINY_DATA, WORD_VECTORS, Data, DataSize
 from pipelines.worlds import easy_vqa, shapes
@@ -119,7 +119,7 @@ class Tables:
     def _media(self) -> dict[str, Media]:
         return {}
 
-    def open(self, table: pa.Table, cache_name: str | None) -> Examples:
+    def open(self, table: pa.Table, cache_name: str | None) -> TaskExamples:
         """Open a table about the items of a cache; None: about texts alone."""
         if cache_name is None:
             return open_examples(table, self.words.vocabulary)
@@ -185,7 +185,7 @@ class Tables:
         names = tuple(self.data.distinct(source.table))
         return (make(name=data.lower(), kind=kind, batch_size=size, candidates=names),)
 
-    def test_of(self, data: str) -> tuple[Examples, dict[str, Bools]]:
+    def test_of(self, data: str) -> tuple[TaskExamples, dict[str, Bools]]:
         """Return test examples of `EASY_VQA`, `FASHION` or `EMOJI`, and group of examples -> (N,) bool.
 
         Groups are kinds of questions; `open` ones are answered by a color or shape.
@@ -230,7 +230,7 @@ class Tables:
         names = tuple(shapes.class_names())
         return ExampleTask(name="classify", kind="classify", train=examples, validation=examples, candidates=names)
 
-    def captions(self, *, is_listed: bool = False) -> Examples:
+    def captions(self, *, is_listed: bool = False) -> TaskExamples:
         """Return the first test images of shapes, each with one of its captions.
 
         With `is_listed` it is the shortest one, so that images of the same shapes have the same text.

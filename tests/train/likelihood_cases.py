@@ -17,7 +17,7 @@ from embedcache.settings import from_flat
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache
-from embedcache.train.examples import Examples, WordTable, open_examples, open_media, open_word_table, read_captions
+from embedcache.train.examples import TaskExamples, WordTable, open_examples, open_media, open_word_table, read_captions
 from embedcache.train.likelihood import LikelihoodRecipe, train_likelihood
 from embedcache.train.likelihood_tasks import ExampleTask, Kind
 from embedcache.train.settings import FitSettings
@@ -79,7 +79,7 @@ class TonesSource:
         return wav(tone(0.1 + 0.02 * (number // 3 % 4), 300.0 * 3 ** (number % 3)))
 
 
-def open_tones(path: Path, vocabulary: Vocabulary) -> Examples:
+def open_tones(path: Path, vocabulary: Vocabulary) -> TaskExamples:
     """Extract tones, and return examples whose target is the color of each."""
     if not path.exists():
         settings = ExtractSettings(features=("frames",))
@@ -137,8 +137,8 @@ class Squares:
     """The opened caches, and the examples of each table for training and for validation."""
 
     words: WordTable
-    train: Mapping[str, Examples]
-    valid: Mapping[str, Examples]
+    train: Mapping[str, TaskExamples]
+    valid: Mapping[str, TaskExamples]
 
     def task(self, name: str, kind: Kind, table: str | None = None, **options: Any) -> ExampleTask:
         """Return a task on one of the tables; its own name is that of the kind unless given."""

@@ -13,7 +13,7 @@ from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.networks.saved import load_module, read_module_config
 from embedcache.networks.shared import SharedNetwork
 from embedcache.networks.words import BLANK, END, NUM_SPECIAL, WordLists
-from embedcache.train.examples import Examples
+from embedcache.train.examples import TaskExamples
 from embedcache.train.likelihood import TaskMixture, start_from, train_likelihood
 from embedcache.train.likelihood_tasks import predict
 from tests.train.likelihood_cases import Squares, colors_of, fit_settings, open_tones, recipe
@@ -201,7 +201,7 @@ def test_candidates_of_captions_are_their_words_and_the_end(squares: Squares) ->
     assert (batch.positives[1] == 0).sum() == len(examples)
 
 
-def show_captions(examples: Examples, rng: np.random.Generator) -> tuple[WordLists, np.ndarray]:
+def show_captions(examples: TaskExamples, rng: np.random.Generator) -> tuple[WordLists, np.ndarray]:
     """Give about half of the examples the caption of another one."""
     shown = np.where(rng.random(len(examples)) < 0.5, np.roll(examples.target_N, 1), examples.target_N)
     return examples.target_words.take(shown), (shown != examples.target_N).astype(np.int64)
