@@ -255,13 +255,9 @@ def _fit(
     progress: Progress,
     on_epoch: OnEpoch | None,
 ) -> tuple[AlignedPair, TrainReport]:
-    views = parse_views(settings.views)
+    """Train a new pair, or resume its training; return it with the weights of the best epoch."""
     divided = divide_pairs(data, run_path, settings, progress)
-    training = divided.training
-    drawn = [
-        data.draw_views(modality, views[modality], settings.seed) if modality in views else None
-        for modality in data.sides
-    ]
+    training, drawn = divided.training, _draw_views(data, settings)
     negatives = _hard_negatives(data, training, settings, progress)
     batches, device = _batches(training, settings, drawn, negatives), settings.machine.device
     pair = _build_pair(config, data, training, settings, progress)
@@ -298,6 +294,15 @@ def _fit(
         wait_fraction=result.wait_fraction,
         num_held_out=divided.num_held_out,
     )
+
+
+def _draw_views(data: TrainData, settings: TrainSettings) -> list[DrawnViews | None]:
+    """Open the views that are drawn of each side; None: its feature alone."""
+    views = parse_views(settings.views)
+    return [
+        data.draw_views(modality, views[modality], settings.seed) if modality in views else None
+        for modality in data.sides
+    ]
 
 
 def _build_pair(

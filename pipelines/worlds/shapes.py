@@ -182,8 +182,16 @@ def build_scene(rng: np.random.Generator, count: int, *, is_unseen: bool) -> lis
     return sorted(shapes, key=lambda shape: shape.x)
 
 
-def _place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """Draw x, y and bounding radius of each shape until none overlap and their order from left to right is clear."""
+class _Place(NamedTuple):
+    """Center and bounding radius of a shape in pixels."""
+
+    x: float
+    y: float
+    radius: float
+
+
+def _place(rng: np.random.Generator, count: int) -> list[_Place]:
+    """Draw the place of each shape until none overlap and their order from left to right is clear."""
     low, high = _RADIUS_PX[count]
     while True:
         radii = rng.uniform(low, high, count)
@@ -193,10 +201,11 @@ def _place(rng: np.random.Generator, count: int) -> list[tuple[float, float, flo
             and math.dist(centers[a], centers[b]) > radii[a] + radii[b] + 2
             for a, b in combinations(range(count), 2)
         ):
-            return [(float(x), float(y), float(r)) for (x, y), r in zip(centers, radii, strict=True)]
+            return [_Place(float(x), float(y), float(r)) for (x, y), r in zip(centers, radii, strict=True)]
 
 
-def _paint(rng: np.random.Generator, pair: tuple[str, str], place: tuple[float, float, float]) -> Shape:
+def _paint(rng: np.random.Generator, pair: tuple[str, str], place: _Place) -> Shape:
+    """Draw the shade, angle and aspect ratio of a shape of a color and a form."""
     color, shape = pair
     one, other = (np.array(shade, float) for shade in COLORS[color])
     red, green, blue = (round(float(value)) for value in one + rng.random() * (other - one))
