@@ -120,6 +120,7 @@ def run_processes(
 
 
 def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trust: tuple[Trust, bool]) -> None:
+    """Run in a worker process: send the result of its task, or the error, to the parent process."""
     show_faults()
     adopt_trust(trust)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process terminates this one
@@ -136,6 +137,10 @@ def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trus
 
 
 def _collect(pipes: list[Connection], progress: "_MergedProgress | _Parts") -> tuple[list[Any], int]:
+    """Show the progress of processes until all have ended; return their results, and the number of those that died.
+
+    A message is a kind and its content: `result`, `error` or `bug` of `_run_child`, else a method of the progress.
+    """
     results, num_died = [], 0
     while pipes:
         for pipe in wait(pipes):

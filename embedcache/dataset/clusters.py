@@ -146,7 +146,10 @@ class Plan:
 
 
 def make_plan(assignment: ClusterAssignment | None, num_items: int) -> Plan:
-    """Sort items by cluster; without an assignment all are in one. Memory: about 30 bytes per item and 4 per visit."""
+    """Sort items by cluster; without an assignment all are in one. Memory: about 30 bytes per item and 4 per visit.
+
+    Visits are sorted by counting, in blocks: first how many visitors each cluster has, then each into its place.
+    """
     clusters = np.zeros(num_items, np.int32) if assignment is None else assignment.clusters
     visits = np.empty((num_items, 0), np.int32) if assignment is None else assignment.visits
     num_clusters = int(max(clusters.max(), visits.max(initial=0))) + 1

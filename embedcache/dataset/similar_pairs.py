@@ -128,7 +128,10 @@ class NeighborCollector:
             self._update(tile.right, tile.left, tile.cosines.T)
 
     def _update(self, items: Ints, others: Ints, cosines_BR: Floats) -> None:
-        """Sort the candidates of a tile into the lists that they change."""
+        """Sort the candidates of a tile into the lists that they change.
+
+        The neighbors of an item and its candidates are a row of sort keys, of which the K largest are kept.
+        """
         rows = np.flatnonzero(cosines_BR.max(axis=1) > self._lowest[items])
         items, cosines_BR = items[rows], np.ascontiguousarray(cosines_BR[rows])
         self._leave_out_listed(items, others, cosines_BR)

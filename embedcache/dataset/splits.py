@@ -129,7 +129,7 @@ def read_split(path: Path, caches: Sequence[Cache], *, progress: Progress | None
     if not path.is_file():
         raise PathError(f"{path} does not exist; it is written by embedcache train")
     check_split(path)
-    of_caches = [_OfCache(path, cache) for cache in caches]
+    of_caches = [_CacheRows(path, cache) for cache in caches]
     blocks = watch(_iterate_rows(path), progress or NullProgress(), "reading the split", sum(map(len, caches)), "rows")
     for rows in blocks:
         for of_cache in of_caches:
@@ -162,7 +162,7 @@ def _iterate_rows(path: Path) -> Iterator[pa.Table]:
         ) from error
 
 
-class _OfCache:
+class _CacheRows:
     """The rows of a split that belong to one cache, whose keys are compared block by block."""
 
     def __init__(self, path: Path, cache: Cache) -> None:

@@ -247,6 +247,7 @@ class ChunkTask:
     num_stored: int = 0
 
     def release(self) -> None:
+        """Release the leases of all writers."""
         for writer in self.missing:
             writer.leases.release(self.chunk)
 

@@ -68,6 +68,7 @@ class VectorExport:
 
     @property
     def modalities(self) -> list[Modality]:
+        """Modalities of the exported vectors, images first."""
         return [modality for modality in _MODALITIES if modality in self._vectors]
 
     @property
@@ -98,6 +99,7 @@ class VectorExport:
         }
 
     def width(self, modality: Modality) -> int:
+        """Return the number of dimensions of the vectors."""
         return self._vectors[modality].width
 
     def dtype(self, modality: Modality) -> str:

@@ -27,16 +27,20 @@ class VectorFile(Protocol):
     """Vectors of float16, float32 or float64 in one file, one per row."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """Path of the file."""
 
     @property
-    def num_rows(self) -> int: ...
+    def num_rows(self) -> int:
+        """Number of vectors."""
 
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """D, the number of dimensions of each vector."""
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """Dtype in the file: `float16`, `float32` or `float64`."""
 
     def blocks(self, first: int, size: int) -> Iterator[Array]:
         """Iterate over the rows from `first` on in arrays (B, D) of up to `size` rows; a missing vector is NaN."""
@@ -52,6 +56,7 @@ class FileGroup:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows of each file."""
         return next(iter(self.vectors.values())).num_rows
 
 
@@ -95,6 +100,7 @@ class VectorImport:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows of all groups."""
         return sum(group.num_rows for group in self.groups)
 
     @property

@@ -96,6 +96,11 @@ class Feature:
         """
         return list(map(self._own, self.group.commits()))
 
+    @property
+    def _has_read_commits(self) -> bool:
+        """Whether `commits` was used, so that it holds all of them."""
+        return "commits" in self.__dict__
+
     def _own(self, commit: Commit | None) -> Commit | None:
         """Return a commit if it has this feature, as the metadata describe it."""
         if commit is None or self.feature not in commit.features:
@@ -134,7 +139,7 @@ class Feature:
         rows = rows[has_B]
         chunks = rows // self.group.info.chunk_size
         numbers = distinct(chunks)
-        if "commits" in self.__dict__ or len(numbers) > _FEW_CHUNKS:
+        if self._has_read_commits or len(numbers) > _FEW_CHUNKS:
             has_B[has_B] = self.valid[rows]
             return has_B
         is_valid = np.zeros(len(rows), bool)
@@ -315,7 +320,7 @@ class Feature:
 
     def _find_commit(self, chunk: int) -> Commit | None:
         """Return the commit of a chunk, None if this feature is not committed; reads no other commit."""
-        if "commits" in self.__dict__:
+        if self._has_read_commits:
             return self.commits[chunk]
         if chunk not in self._few:
             self._few[chunk] = self._own(self.group.commit(chunk))
