@@ -16,8 +16,9 @@ from PIL import Image
 from embedcache.arrays import Array
 from embedcache.sources import open_source
 from embedcache.sources.base import FileItem, Sample, TextItem
-from embedcache.store.group import add_feature, create_group
+from embedcache.store.group import create_group
 from embedcache.store.indexing import index
+from embedcache.store.metadata import add_feature
 from embedcache.store.writer import commit_chunk
 
 _IMAGENET = [f"imagenet_{number:02d}" for number in range(20)]

@@ -12,8 +12,9 @@ import zarr
 
 from benchmarks.measure import median_seconds, show
 from embedcache.store.feature import Feature
-from embedcache.store.group import add_feature, create_group
+from embedcache.store.group import create_group
 from embedcache.store.layout import CacheInfo
+from embedcache.store.metadata import add_feature
 from embedcache.store.writer import commit_chunk
 from embedcache.train.batches import shuffle_blocks
 

@@ -12,9 +12,10 @@ from embedcache.arrays import Array, Ints, blocks, normalize
 from embedcache.encoders.base import Fingerprint
 from embedcache.sources import open_source
 from embedcache.store.commits import hash_item
-from embedcache.store.group import add_feature, create_group
+from embedcache.store.group import create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import read_info
+from embedcache.store.metadata import add_feature
 from embedcache.store.writer import commit_chunk
 
 WIDTH, NUM_CENTERS = 64, 20_000

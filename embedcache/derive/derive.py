@@ -24,7 +24,8 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, add_feature
+from embedcache.store.group import EncoderGroup
+from embedcache.store.metadata import add_feature
 from embedcache.store.writer import cast_item, commit_chunk
 
 OutputSpec: TypeAlias = tuple[ItemShape, str]

@@ -28,7 +28,8 @@ from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
 from embedcache.store.commits import NOT_YET, Commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, add_feature, create_group
+from embedcache.store.group import EncoderGroup, create_group
+from embedcache.store.metadata import add_feature
 from embedcache.store.writer import cast_item
 
 _DERIVED_FEATURES = (

@@ -34,7 +34,8 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import NOT_YET, REMOVED
 from embedcache.store.compacted import compacted_path
 from embedcache.store.feature import Feature
-from embedcache.store.group import add_feature, open_group
+from embedcache.store.group import open_group
+from embedcache.store.metadata import add_feature
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import commit_chunk, withdraw

@@ -26,9 +26,10 @@ from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
 from embedcache.store.commits import REMOVED, hash_item
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, add_feature, create_group
+from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import info_path, read_info
+from embedcache.store.metadata import add_feature
 from embedcache.store.removal import removed_hash
 from embedcache.store.writer import commit_chunk, withdraw
 

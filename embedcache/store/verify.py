@@ -24,7 +24,7 @@ from embedcache.store.columns import HASH, is_none, to_array, to_bytes
 from embedcache.store.commits import Commit, hash_item, read_commit
 from embedcache.store.compacted import check_compacted, compacted_path, read_stamps
 from embedcache.store.feature import Feature
-from embedcache.store.group import ATTRIBUTE, EncoderGroup, feature_metadata, open_group, read_feature, token_metadata
+from embedcache.store.group import ATTRIBUTE, EncoderGroup, open_group
 from embedcache.store.layout import (
     FORMAT_VERSION,
     INTERRUPTED_REMOVAL,
@@ -36,6 +36,7 @@ from embedcache.store.layout import (
     removing_path,
     samples_path,
 )
+from embedcache.store.metadata import feature_metadata, read_feature, token_metadata
 from embedcache.store.removed import read_removed
 from embedcache.store.tables import TableDigest, open_table, table_errors
 

@@ -15,8 +15,9 @@ from embedcache.provenance import digest
 from embedcache.store.arrays import chunk_path, fill_value, write_chunk, write_metadata
 from embedcache.store.commits import NOT_YET, Commit, remove_commit, write_commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, read_feature, token_metadata
+from embedcache.store.group import EncoderGroup
 from embedcache.store.layout import items_path
+from embedcache.store.metadata import read_feature, token_metadata
 from embedcache.store.tables import open_table, table_errors
 
 

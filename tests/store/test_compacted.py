@@ -23,8 +23,9 @@ from embedcache.store.compacted import (
     write_compacted,
 )
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, add_feature
+from embedcache.store.group import EncoderGroup
 from embedcache.store.layout import commit_name, commit_path
+from embedcache.store.metadata import add_feature
 from embedcache.store.verify import verify
 from embedcache.store.writer import commit_chunk, withdraw
 from tests.store.features import random_items, write_feature

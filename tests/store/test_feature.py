@@ -14,8 +14,9 @@ from embedcache.store import arrays
 from embedcache.store import group as group_module
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
-from embedcache.store.group import add_feature, create_group
+from embedcache.store.group import create_group
 from embedcache.store.layout import write_info
+from embedcache.store.metadata import add_feature
 from embedcache.store.writer import cast_item, commit_chunk, withdraw, write_feature_chunk
 from tests.store.features import random_items, write_feature
 

@@ -18,9 +18,10 @@ from embedcache.sources import open_source
 from embedcache.sources.base import IMPORTED
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, write_commit
-from embedcache.store.group import add_feature, create_group
+from embedcache.store.group import create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import INTERRUPTED_REMOVAL, fit_path
+from embedcache.store.metadata import add_feature
 from embedcache.store.removal import start_removal
 from embedcache.store.table_writer import TableWriter
 from embedcache.store.verify import Finding, verify

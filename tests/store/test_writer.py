@@ -18,8 +18,9 @@ from embedcache.errors import CorruptError, DataError, FingerprintError, Unfinis
 from embedcache.sources.base import IMPORTED
 from embedcache.store.commits import NOT_YET
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, add_feature, create_group
+from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.layout import CacheInfo, TableVersion, write_info
+from embedcache.store.metadata import add_feature
 from embedcache.store.writer import cast_item, chunk_files, commit_chunk, num_padded, withdraw
 from tests.store.features import FINGERPRINT, random_items, write_feature, written
 
