@@ -14,8 +14,6 @@ from embedcache.cli.console import read_lines
 from embedcache.errors import DataError, DiskFullError, EmbedcacheError, PathError, SettingError
 from embedcache.files import (
     building,
-    disk_errors,
-    is_io_error,
     is_remote,
     make_folder,
     open_path,
@@ -26,6 +24,7 @@ from embedcache.files import (
     replacing,
     write_atomic,
 )
+from embedcache.io_errors import disk_errors, is_io_error
 from embedcache.likelihood.tasks import read_task_file
 from embedcache.locks import Leases, locked
 from embedcache.sweep.space import read_space
