@@ -15,7 +15,7 @@ from embedcache.sources.base import IMPORTED, FileItem, Sample, TextItem
 from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file, resolve_item
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table import TableColumns, assign_columns, read_key, read_rows, read_texts
+from embedcache.sources.table_columns import TableColumns, assign_columns, read_key, read_rows, read_texts
 from embedcache.sources.table_files import Row, open_table_file
 
 _DTYPES = {"float16": "float16", "float32": "float32", "float64": "float32"}

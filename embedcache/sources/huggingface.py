@@ -23,7 +23,7 @@ from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table import (
+from embedcache.sources.table_columns import (
     IMAGE_NAMES,
     ITEM_SETTINGS,
     TEXT_SETTINGS,
@@ -51,11 +51,11 @@ _NAME = re.compile(
 class HuggingfaceSource:
     """One sample per row of a `Dataset`, or of each split of a `DatasetDict` in turn.
 
-    Images are a column with the feature `Image`, else one found as in a table (`embedcache.sources.table`); recordings,
-    videos, point clouds, captions and keys follow the rules of tables. A class label becomes the name of its class. In
-    a `DatasetDict`, keys are `<split>/<cell of the key column, else row>` and the column `split` names the split,
-    unless the dataset has such a column; so too where splits are named. An item is a split and a row. The location is a
-    `Dataset` or `DatasetDict`, which cannot be reopened, or the path or name of one.
+    Images are a column with the feature `Image`, else one with a usual name; recordings, videos, point clouds, captions
+    and keys follow the rules of tables (`embedcache.sources.table_columns`). A class label becomes the name of its
+    class. In a `DatasetDict`, and where splits are named, keys are `<split>/<cell of the key column, else row>` and the
+    column `split` names the split, unless the dataset has such a column. An item is a split and a row. The location is
+    a `Dataset` or `DatasetDict`, which cannot be reopened, or the path or name of one.
     """
 
     def __init__(self, location: object, settings: SourceSettings) -> None:

@@ -1,18 +1,16 @@
-"""Tables of items and captions (Parquet, CSV, TSV, JSONL), and the roles of their columns."""
+"""Tables of items and captions as a source: Parquet, CSV, TSV and JSONL files."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from math import inf
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.files import is_remote, open_path
 from embedcache.modalities import MODALITIES
-from embedcache.sources.base import FileItem, Sample, TextItem
-from embedcache.sources.captions import join_captions, parse_captions, to_scalar_columns, to_text_items
+from embedcache.sources.base import FileItem, Sample
+from embedcache.sources.captions import join_captions, to_scalar_columns
 from embedcache.sources.files import (
     TABLE_SUFFIXES,
     file_size,
@@ -27,236 +25,23 @@ from embedcache.sources.files import (
     walk_files,
 )
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_files import HEADER_ROWS, Row, RowGroups, TableFile, open_table_file
+from embedcache.sources.table_columns import (
+    COLUMN_MARK,
+    ITEM_SETTINGS,
+    TEXT_SETTINGS,
+    TableColumns,
+    embedded_path,
+    find_columns,
+    read_interval,
+    read_key,
+    read_rows,
+    read_texts,
+    split_embedded,
+)
+from embedcache.sources.table_files import Row, RowGroups, TableFile, open_table_file
 
-IMAGE_NAMES = (
-    "image", "image_path", "path", "file", "filepath", "file_name", "filename", "image_name",
-    "jpg", "jpeg", "png", "webp",
-)  # fmt: skip
-MEDIA_NAMES: Mapping[str, tuple[str, ...]] = {
-    "audio": ("audio", "audio_path", "recording", "wav", "flac", "mp3", "ogg", "m4a", "opus"),
-    "video": ("video", "video_path", "mp4", "mkv", "webm", "avi", "mov"),
-    "points": ("points_path", "point_cloud", "lidar", "npz", "ply", "las"),
-}
-ITEM_SETTINGS = ("image_column", *(f"{modality}_column" for modality in MEDIA_NAMES))
-TEXT_SETTINGS = ("caption_columns", "key_column", "omit_columns", "language_column")
-INTERVAL_NAMES = ("start_s", "stop_s")
 _WHOLE = (None, None)
 """Interval of an item that is a whole file."""
-_COLUMN_MARK = "#"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableColumns:
-    """Roles of the columns of a table.
-
-    Args:
-        image: column of images.
-        media: modality -> column of recordings, videos or point clouds.
-        embedded: those columns of items that hold their bytes rather than their paths.
-        interval: columns with the start and the end of recordings and videos, in seconds.
-        others: columns kept as columns of the samples.
-    """
-
-    image: str | None
-    media: Mapping[str, str]
-    embedded: frozenset[str]
-    interval: tuple[str | None, str | None]
-    captions: tuple[str, ...]
-    key: str | None
-    language: str | None
-    others: tuple[str, ...]
-
-    @cached_property
-    def items(self) -> Mapping[str, str]:
-        """Modality -> column of its items, images first."""
-        return {**({} if self.image is None else {"image": self.image}), **self.media}
-
-    def to_read(self) -> list[str]:
-        """Return the columns that indexing reads: all but the bytes of items."""
-        paths = (name for name in self.items.values() if name not in self.embedded)
-        names = (*paths, *self.interval, *self.captions, self.key, self.language, *self.others)
-        return list(dict.fromkeys(name for name in names if name is not None))
-
-
-def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
-    """Assign roles to the columns of a table, and check that one of them contains items or captions."""
-    columns = assign_columns(file, settings)
-    if columns.image is None and not columns.captions and not columns.media:
-        raise SourceError(
-            f"{file.path} has no column with a usual name for images or captions; it has {_names(file)}; name them "
-            "with --image-column and --caption-column, or --audio-column, --video-column and --points-column"
-        )
-    return columns
-
-
-def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
-    """Assign roles to the columns of any table; SourceError if a column named in the settings does not fit."""
-    media = _find_media(file, settings)
-    images = [name for name in IMAGE_NAMES if settings.image_column or name not in map(str.lower, media.values())]
-    image = _existing(file, settings.image_column, "--image-column") or _find(file, images)
-    captions = settings.caption_columns or _find_captions(file.columns)
-    for name in captions:
-        _check_plain(file, _existing(file, name, "--caption-column"), "--caption-column")
-    if image not in file.bytes_columns:
-        _check_plain(file, image, "--image-column")
-    key = _existing(file, settings.key_column, "--key-column") or _find(file, ("key", "id", "uid", "__key__"))
-    language = _existing(file, settings.language_column, "--language-column") or _find(file, ("language", "lang"))
-    _check_plain(file, settings.language_column, "--language-column")
-    omitted = [_existing(file, name, "--omit-column") for name in settings.omit_columns]
-    is_timed = "audio" in media or "video" in media
-    interval = tuple(_find(file, [name]) if is_timed else None for name in INTERVAL_NAMES)
-    reserved = "key"  # a column of the sample table itself
-    used = {reserved, image, *media.values(), *interval, *captions, *omitted, key, language}
-    return TableColumns(
-        image=image,
-        media=media,
-        embedded=frozenset(name for name in (image, *media.values()) if name in file.bytes_columns),
-        interval=(interval[0], interval[1]),
-        captions=captions,
-        key=key,
-        language=language,
-        others=tuple(name for name in file.plain_columns if name not in used),
-    )
-
-
-def read_rows(file: TableFile, columns: TableColumns, settings: SourceSettings) -> Iterator[tuple[TableColumns, Row]]:
-    """Iterate over the rows of a table, each with the roles of the columns that are known by then.
-
-    A field of a JSONL file that occurs after its first rows becomes a column of the samples from that row on, whatever
-    follows, so that a file that grows keeps its first samples.
-
-    Raises:
-        SourceError: such a field has a name by which it would have another role, such as that of captions.
-    """
-    known = set(file.columns)
-    for number, row in enumerate(file.rows(columns.to_read())):
-        if file.has_late_columns and not row.keys() <= known:
-            for name in [name for name in row if name not in known]:
-                file, others = _with_field(file, name, settings, number)
-                columns = replace(columns, others=(*columns.others, *others))
-                known.add(name)
-        yield columns, row
-
-
-def _with_field(file: TableFile, name: str, settings: SourceSettings, number: int) -> tuple[TableFile, tuple[str, ...]]:
-    """Return a JSONL file with one more field, and its name if it becomes a column of the samples."""
-    wider = replace(file, columns=(*file.columns, name), plain_columns=(*file.plain_columns, name))
-    before, after = assign_columns(file, settings), assign_columns(wider, settings)
-    if replace(after, others=()) != replace(before, others=()):
-        raise SourceError(
-            f"{file.path} row {number}: expected the field {name!r}, which has the name of an item, a caption, a key, "
-            f"a language or a time, in one of the first {HEADER_ROWS} rows too; add it to the first row, for instance "
-            "as null, or rename it"
-        )
-    return wider, tuple(other for other in after.others if other == name)
-
-
-def _find_media(file: TableFile, settings: SourceSettings) -> dict[str, str]:
-    """Return modality -> column of recordings, videos and point clouds."""
-    media = {}
-    for modality, names in MEDIA_NAMES.items():
-        option = f"--{modality}-column"
-        column = _existing(file, getattr(settings, f"{modality}_column"), option) or _find(file, names)
-        if column is not None:
-            if column not in file.bytes_columns:
-                _check_plain(file, column, option)
-            media[modality] = column
-    return media
-
-
-def read_interval(columns: TableColumns, row: Row, location: str) -> tuple[float | None, float | None]:
-    """Return the start and the end of a row's recording or video; the error for other cells starts with `location`."""
-    start_s, stop_s = (
-        None if name is None or row.get(name) in (None, "") else _seconds(row[name], f"{location}: {name}")
-        for name in columns.interval
-    )
-    if stop_s is not None and stop_s <= (start_s or 0):
-        raise SourceError(f"{location}: expected stop_s after start_s, got {start_s or 0:g} to {stop_s:g}")
-    return start_s, stop_s
-
-
-def _seconds(value: Any, location: str) -> float:
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = -1.0
-    if not 0 <= seconds < inf:
-        raise SourceError(f"{location}: expected seconds of at least 0, got {value!r:.60}")
-    return seconds
-
-
-def embedded_path(path: str, column: str) -> str:
-    """Return the path of items whose bytes are in a column other than that of images."""
-    return f"{path}{_COLUMN_MARK}{column}"
-
-
-def split_embedded(path: str) -> tuple[str, str | None]:
-    """Return the path and the column of the result of `embedded_path`; None for any other path."""
-    table, mark, column = path.rpartition(_COLUMN_MARK)
-    return (table, column) if mark else (path, None)
-
-
-def read_key(columns: TableColumns, row: Row, location: str) -> str | None:
-    """Return the key of a row, or None without a key column. The error for an empty cell starts with `location`."""
-    if columns.key is None:
-        return None
-    key = row.get(columns.key)
-    if key is None or key == "":
-        raise SourceError(f"{location} has no key in column {columns.key}")
-    return str(key)
-
-
-def read_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem, ...]:
-    """Return the captions of a row, with the language in its language column, if any.
-
-    With several caption columns, blank cells are dropped unless all are blank: a row of a CSV file may have fewer
-    captions than there are columns. The error for cells without captions starts with `location`.
-    """
-    cells = [parse_captions(row.get(name), f"{location}: {name}") for name in columns.captions]
-    captions = [caption for cell in cells for caption in cell]
-    if len(columns.captions) > 1:
-        captions = [caption for caption in captions if caption.strip()] or captions
-    language = row.get(columns.language) if columns.language else None
-    return to_text_items(captions, None if language is None else str(language))
-
-
-def _existing(file: TableFile, name: str | None, option: str) -> str | None:
-    if name is not None and name not in file.columns:
-        rows = f"the first {HEADER_ROWS} rows of " if file.has_late_columns else ""
-        raise SourceError(f"{option} {name}: no such column in {rows}{file.path}; it has {_names(file)}")
-    return name
-
-
-def _names(file: TableFile) -> str:
-    """Return the names of all columns; of a single one, a hint if it is a header with another delimiter."""
-    names = ", ".join(file.columns) or "none"
-    delimiter = next((repr(mark) for mark in ";\t|," if mark in names), "") if len(file.columns) == 1 else ""
-    hint = f", one column; if {delimiter} separates them, give --delimiter {delimiter}"
-    return names + hint if delimiter else names
-
-
-def _check_plain(file: TableFile, name: str | None, option: str) -> None:
-    if name is not None and name not in file.plain_columns:
-        raise SourceError(
-            f"column {name} of {file.path} holds values of another type; name another column with {option}; the table "
-            f"has {', '.join(file.columns)}"
-        )
-
-
-def _find(file: TableFile, names: Sequence[str]) -> str | None:
-    """Return the column whose name, ignoring case, comes first in `names`."""
-    by_name = {column.lower(): column for column in reversed(file.columns)}
-    return next((by_name[name] for name in names if name in by_name), None)
-
-
-def _find_captions(columns: Sequence[str]) -> tuple[str, ...]:
-    """Return the caption columns: `caption`, `captions`, `caption_0`, …, else those named `text` or `sentence`."""
-    for stem in ("caption", "text", "sentence"):
-        matches = [name for name in columns if re.fullmatch(rf"{stem}s?(_?\d+)?", name, re.IGNORECASE)]
-        if matches:
-            return tuple(matches)
-    return ()
 
 
 class TableSource:
@@ -322,7 +107,7 @@ class TableSource:
         return self._read(item)
 
     def _read(self, item: FileItem) -> bytes:
-        table, named = split_embedded(item.path) if f".parquet{_COLUMN_MARK}" in item.path else (item.path, None)
+        table, named = split_embedded(item.path) if f".parquet{COLUMN_MARK}" in item.path else (item.path, None)
         path = resolve_item(self._root, table)
         if named is None and path not in self._embedding:
             return read_item_file(path)

@@ -21,7 +21,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import FileItem, Source, TextItem
 from embedcache.sources.captions import to_sidecar
 from embedcache.sources.open import reopen_source
-from embedcache.sources.table import INTERVAL_NAMES
+from embedcache.sources.table_columns import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
 from embedcache.store.keys import key_column
