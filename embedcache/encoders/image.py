@@ -66,7 +66,7 @@ def is_whole_fit(spec: EncoderSpec) -> bool:
 
 def _onnx_export(module: "ImageModel", key: Mapping[str, Any]) -> OnnxExport:
     noise = np.random.default_rng(0).integers(0, 256, (2, *module.input_size), dtype=np.uint8)
-    if not module.scales_pixels:
+    if not module.has_pixel_scale:
         noise = ((noise - 127.5) / 64).astype(np.float32)
     return OnnxExport(
         module=module,
@@ -91,15 +91,15 @@ class ImageModel(torch.nn.Module):
 
     features: dict[str, ItemShape]
     """Name -> shape of one item: native features in the model's order, then the requested ones."""
-    scales_pixels: bool
-    """Whether it takes uint8 pixels, not float32 values that are normalized already."""
+    has_pixel_scale: bool
+    """Whether it normalizes uint8 pixels itself; else it takes float32 values that are normalized."""
 
     def __init__(
         self, module: torch.nn.Module, scale: torch.nn.Module, *, input_size: Sequence[int], requested: Sequence[str]
     ) -> None:
         super().__init__()
         self.input_size = tuple(input_size)
-        self.scales_pixels = isinstance(scale, PixelScale)
+        self.has_pixel_scale = isinstance(scale, PixelScale)
         self._module, self._scale = module.eval(), scale
         self._pools = torch.nn.ModuleDict()
         self._sources: dict[str, str] = {}

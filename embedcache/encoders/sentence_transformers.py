@@ -75,7 +75,7 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
         return described
     try:
         modules = read_modules(folder.path)
-        if prompt and not modules.pools_prompt:
+        if prompt and not modules.is_prompt_pooled:
             raise SettingError(f"{spec.text} leaves its prompt out of the pooling")
         heads = [load_dense(path) for path in modules.dense]
     except (SettingError, UnknownNameError) as error:
@@ -175,13 +175,22 @@ def _published_limit(modules: "SentenceModules", transformer: torch.nn.Module) -
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceModules:
-    """The modules of a sentence-transformers folder: paths of folders, names in `text_features.POOLS`, and settings."""
+    """The modules of a sentence-transformers folder, as far as they are read without the library.
+
+    Args:
+        transformer: folder of the transformer.
+        tokenizer: folder of its tokenizer.
+        config: settings of the first module, such as `max_seq_length` and `do_lower_case`.
+        pools: names in `text_features.POOLS`, whose vectors are concatenated.
+        is_prompt_pooled: whether the tokens of a prompt count in the pooling.
+        dense: folders of the dense layers, in order.
+    """
 
     transformer: Path
     tokenizer: Path
     config: Mapping[str, Any]
     pools: Sequence[str]
-    pools_prompt: bool
+    is_prompt_pooled: bool
     dense: Sequence[Path]
 
 
@@ -226,7 +235,7 @@ def read_modules(folder: Path) -> SentenceModules:
         tokenizer=folder if (folder / "tokenizer_config.json").exists() else transformer,
         config=config,
         pools=_read_pools(modules[1][1] / "config.json"),
-        pools_prompt=bool(read_json(modules[1][1] / "config.json").get("include_prompt", True)),
+        is_prompt_pooled=bool(read_json(modules[1][1] / "config.json").get("include_prompt", True)),
         dense=[path for kind, path in modules if kind == "Dense"],
     )
 

@@ -80,7 +80,7 @@ def open_table_file(path: Path, *, delimiter: str | None = None) -> TableFile:
             read = partial(_read_jsonl, path)
         else:
             usual = "\t" if suffix == ".tsv" else ","
-            dialect = _Dialect(delimiter or usual, skips_spaces=delimiter is not None)
+            dialect = _Dialect(delimiter or usual, has_spaces=delimiter is not None)
             columns = tuple(next(_csv_lines(path, dialect), (0, []))[1])
             read = partial(_read_csv, path, dialect)
     _check_unique(columns, path)
@@ -163,10 +163,10 @@ def _read_jsonl(path: Path, _columns: Sequence[str] = ()) -> Iterator[Row]:
 
 
 class _Dialect(NamedTuple):
-    """How a line of a text table is divided into cells."""
+    """How a line of a text table is divided into cells; `has_spaces`: whether spaces after a delimiter are skipped."""
 
     delimiter: str
-    skips_spaces: bool = False
+    has_spaces: bool = False
 
 
 def _read_csv(path: Path, dialect: _Dialect, columns: Sequence[str]) -> Iterator[Row]:
@@ -188,7 +188,7 @@ def _csv_lines(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]]]
     Blank lines are skipped.
     """
     with path.open(encoding=TEXT_ENCODING, newline="") as file:
-        lines = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=dialect.skips_spaces, strict=True)
+        lines = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=dialect.has_spaces, strict=True)
         try:
             yield from ((lines.line_num, cells) for cells in lines if cells)
         except csv.Error as error:

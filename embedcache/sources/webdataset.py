@@ -56,6 +56,15 @@ _CONCURRENT_REQUESTS = 32  # for the sizes of remote shards
 _DROPPED_COLUMNS = frozenset({"key", "status", "error_message", "caption"})  # of the tables that img2dataset writes
 
 
+class _File(NamedTuple):
+    """One file of a shard: its key and lower-case suffix (`.jpg`), and the offset and length of its content."""
+
+    key: str
+    suffix: str
+    offset: int
+    length: int
+
+
 class WebdatasetSource:
     """The samples of tar shards, shard by shard, in the order of the tars.
 
@@ -107,24 +116,40 @@ class WebdatasetSource:
         table = _read_shard_table(shard)
         split = split_from_path(path)
         for key, group in groupby(_files(iter_members(tar)), key=itemgetter(0)):
-            sample = _sample(tar, path, key, group, table.get(key, _EMPTY), self._modalities, self.skipped)
+            sample = self._sample(tar, path, key, group, table.get(key, _EMPTY))
             if split:
                 columns = {"split": split, **sample.columns}
                 sample = replace(sample, key=f"{split}/{sample.key}", columns=columns)
             yield sample
 
+    def _sample(self, tar: TarBytes, path: str, key: str, files: Iterable[_File], row: Sidecar) -> Sample:
+        """Return the sample of adjacent files of one key; `row` is that of the table beside the shard."""
+        items: dict[str, list[FileItem]] = {}
+        sidecar_files = {}
+        columns = row.columns
+        for _, suffix, offset, length in files:
+            if suffix in self._modalities:
+                item = FileItem(path=path, offset=offset, length=length)
+                items.setdefault(self._modalities[suffix], []).append(item)
+            elif suffix in SIDECAR_SUFFIXES:
+                sidecar_files[suffix] = tar.read(offset, length)
+            elif suffix == _LABEL_SUFFIX:
+                columns = {**columns, **_label(tar.read(offset, min(length, _MAX_LABEL_BYTES)), key)}
+            else:
+                self.skipped[_skipped_kind(suffix)] += 1
+        sidecar = read_sidecar(sidecar_files, key) if sidecar_files else row
+        found = {name: tuple(members) for name, members in items.items()}
+        return Sample(
+            key=sidecar.key or key,
+            images=found.get("image", ()),
+            texts=sidecar.texts or row.texts,
+            columns={**columns, **sidecar.columns} if columns else sidecar.columns,
+            files=add_sound(found) if len(found) > ("image" in found) else {},
+        )
+
     def _fetch(self, shard: Path, offset: int, length: int) -> bytes:
         with wrap_io_errors(shard):
             return self._ranges.read(shard, offset, length)
-
-
-class _File(NamedTuple):
-    """One file of a shard: its key and lower-case suffix (`.jpg`), and the offset and length of its content."""
-
-    key: str
-    suffix: str
-    offset: int
-    length: int
 
 
 def _files(tar_members: Iterable[Member]) -> Iterator[_File]:
@@ -135,38 +160,6 @@ def _files(tar_members: Iterable[Member]) -> Iterator[_File]:
         stem, dot, suffix = file_name.partition(".")
         if stem:
             yield _File(folder + slash + stem, (dot + suffix).lower(), offset, length)
-
-
-def _sample(
-    tar: TarBytes,
-    path: str,
-    key: str,
-    files: Iterable[_File],
-    row: Sidecar,
-    modalities: Mapping[str, str],
-    skipped: Counter[str],
-) -> Sample:
-    items: dict[str, list[FileItem]] = {}
-    sidecar_files = {}
-    columns = row.columns
-    for _, suffix, offset, length in files:
-        if suffix in modalities:
-            items.setdefault(modalities[suffix], []).append(FileItem(path=path, offset=offset, length=length))
-        elif suffix in SIDECAR_SUFFIXES:
-            sidecar_files[suffix] = tar.read(offset, length)
-        elif suffix == _LABEL_SUFFIX:
-            columns = {**columns, **_label(tar.read(offset, min(length, _MAX_LABEL_BYTES)), key)}
-        else:
-            skipped[_skipped_kind(suffix)] += 1
-    sidecar = read_sidecar(sidecar_files, key) if sidecar_files else row
-    found = {name: tuple(members) for name, members in items.items()}
-    return Sample(
-        key=sidecar.key or key,
-        images=found.get("image", ()),
-        texts=sidecar.texts or row.texts,
-        columns={**columns, **sidecar.columns} if columns else sidecar.columns,
-        files=add_sound(found) if len(found) > ("image" in found) else {},
-    )
 
 
 def _skipped_kind(suffix: str) -> str:
