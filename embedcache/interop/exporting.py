@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Ints, distinct
+from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.dataset.selections import read_selection
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, UnknownNameError
@@ -19,7 +20,6 @@ from embedcache.interop.settings import MtebSettings, VectorExportSettings
 from embedcache.interop.vector_files import rechunk
 from embedcache.outputs import check_output
 from embedcache.provenance import INDEX_DIGEST
-from embedcache.registry import unknown_name
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
@@ -149,13 +149,9 @@ class VectorExport:
         is_usable_N = np.ones(self.cache.info.num_items[modality], bool)
         if modality in self._vectors:
             is_usable_N &= self._vectors[modality].feature.valid
-        if modality == "text" and (language := self._settings.language) is not None:
-            languages = self.cache.items(modality, columns=["language"])["language"]
-            is_language_N = pc.equal(languages, language).to_numpy() == np.True_
-            if not is_language_N.any():
-                known = [str(name) for name in pc.unique(languages).to_pylist() if name is not None]
-                raise unknown_name("caption language", language, known)
-            is_usable_N &= is_language_N
+        language = self._settings.language
+        if modality == "text" and language not in (None, ANY_LANGUAGE):
+            is_usable_N &= is_language([self.cache], str(language))
         return is_usable_N
 
     def _chunks(self, modality: Modality) -> Iterator[Array]:

@@ -132,6 +132,10 @@ def test_invalid_settings_raise(
         export_of(labeled, **settings)
 
 
+def test_any_language_keeps_all_captions(labeled: Path) -> None:
+    np.testing.assert_array_equal(export_of(labeled, language="any").samples, export_of(labeled).samples)
+
+
 def test_selection_without_vectors_raises(labeled: Path, tmp_path: Path) -> None:
     (tmp_path / "failed.txt").write_text(f"{FAILED:032x}\n")
     with pytest.raises(DataError, match="expected samples with image and text vectors, got none among 1"):
