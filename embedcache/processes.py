@@ -259,9 +259,10 @@ class _MergedProgress:
         self._update()
 
     def _update(self) -> None:
+        """Show what is known of the current step; go on to the next one once the slowest process has left it."""
         while self._current < len(self._steps):
-            step, least = self._steps[self._current], min(self._position.values())
-            is_ready = step in self._units and (not self._is_split or least >= self._current)
+            step, slowest = self._steps[self._current], min(self._position.values())
+            is_ready = step in self._units and (not self._is_split or slowest >= self._current)
             if is_ready and not self._is_shown:
                 self._progress.start(step, self._total[step], self._units[step])
                 self._is_shown = True
@@ -270,7 +271,7 @@ class _MergedProgress:
                 count = min(self._waiting.pop(step), self._total[step] - self._done[step])
                 self._done[step] += count
                 self._progress.advance(count)
-            if least <= self._current:
+            if slowest <= self._current:
                 return
             if self._is_shown:
                 self._progress.finish()

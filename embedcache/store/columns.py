@@ -20,7 +20,11 @@ _SELECTED_FROM = 65_536  # rows of a block of which some are selected
 
 
 class Column(Sequence[T]):
-    """A column of values, None where it is null; a Python object is made only for a value that is read."""
+    """A column of values, None where it is null; a Python object is made only for a value that is read.
+
+    Its values are an Arrow array that is given; or are read when they are used (`deferred`), as the keys of a cache
+    are; or are those of a few places, and null elsewhere (`sparse`), as the reasons of failed items are.
+    """
 
     def __init__(self, array: "pa.Array | pa.ChunkedArray") -> None:
         self._array, self._length = array, len(array)
