@@ -7,6 +7,7 @@ import numpy as np
 
 from embedcache.arrays import Floats, Ints, mean_directions
 from embedcache.dataset.inputs import InputFeature
+from embedcache.encoders.open import IMPORTED, EncoderSpec, why_no_encoder
 from embedcache.errors import DataError
 from embedcache.projectors.saved import project
 from embedcache.store.cache import Cache
@@ -47,9 +48,14 @@ def has_prompts(cache: Cache) -> bool:
 def check_prompts(cache: Cache, spec: str) -> None:
     """Check that a cache holds prompts; the error names the command that extracts them with this encoder."""
     if not has_prompts(cache):
+        command = f"embedcache extract prompts:CLASSES+TEMPLATES {cache.path.name}-prompts --text-encoder {spec}"
+        instead = (
+            f"import captions and prompts, with their {_CLASS!r}, at once, and divide them with: embedcache cache cut"
+        )
+        encoder = EncoderSpec.parse(spec)
+        reason = why_no_encoder(encoder, "text", next_step=instead if encoder.family == IMPORTED else None)
         raise DataError(
-            f"{cache.path} holds no prompts: it has no column {_CLASS!r}; create them: embedcache extract "
-            f"prompts:CLASSES+TEMPLATES {cache.path.name}-prompts --text-encoder {spec}"
+            f"{cache.path} holds no prompts: it has no column {_CLASS!r}; {reason or f'create them: {command}'}"
         )
 
 

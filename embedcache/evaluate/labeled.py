@@ -88,7 +88,10 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
     counts = {part: int((parts == part).sum()) for part in PARTS}
     if missing := [part for part in PARTS if not counts[part]]:
         listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
-        raise DataError(f"{cache.path}: expected {missing[0]} items with {feature.name}, got none ({listed}; {rule})")
+        raise DataError(
+            f"{cache.path}: expected {missing[0]} items with {feature.name} and a label, got none ({listed}; {rule}); "
+            f"label more items, or name their parts in a column {_SPLIT!r}"
+        )
     labels = read_labels(cache, used_items.samples, column=settings.label)
     _check_classes(cache, settings, labels, is_training=parts == "train")
     return LabeledFeature(

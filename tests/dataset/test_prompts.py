@@ -56,3 +56,6 @@ def test_cache_without_prompts_names_the_command(cache_path: Path) -> None:
     command = "embedcache extract prompts:CLASSES+TEMPLATES cache-prompts --text-encoder st:x"
     with pytest.raises(DataError, match=re.escape(f"{cache_path} holds no prompts") + f".*{re.escape(command)}"):
         check_prompts(cache, "st:x")
+    for spec, step in (("imported:text", "import captions and prompts, with their"), ("derived:mean", "use the feat")):
+        with pytest.raises(DataError, match=f"text can be encoded like them: {step}"):
+            check_prompts(cache, spec)

@@ -88,7 +88,8 @@ BAD = {
     "empty part": (
         lambda n, c: {**color(n, c), "split": "test" if n else "train"},
         DataError,
-        r"expected val items with open_toy/cls, got none \(train: 1, val: 0, test: 39; parts by column",
+        r"expected val items with open_toy/cls and a label, got none \(train: 1, val: 0, test: 39; parts by column "
+        "'split', 10% of train for validation\\); label more items, or name their parts in a column 'split'",
     ),
     "no test": (
         lambda n, c: {**color(n, c), "split": "val" if n % 3 else "train"},
