@@ -254,8 +254,6 @@ def leaks(
     if out is not None:
         check_selection_path(out)
     report = find_leaks(train, test, settings, progress=open_progress())
-    if out is not None:
-        write_clean_selection(out, report)
 
     def show() -> None:
         print_lines([leak_line(report), *leak_notes(report)])
@@ -264,16 +262,17 @@ def leaks(
             print_table(
                 *leaked_pair_table(closest_pairs(report, leak, 10)), title=f"{noun(leak.modality)} that leak most"
             )
-        if out is not None:
-            print_line(
-                f"wrote {out}: kept {len(report.clean_selection().rows):,} of {report.train.info.num_samples:,} samples"
-            )
 
     outputs.publish(
         show,
         report.to_json,
         lambda path: write_leak_page(path, report, image_folders=outputs.image_folders),
     )
+    if out is not None:
+        write_clean_selection(out, report)
+        num_kept, num_samples = len(report.clean_selection().rows), report.train.info.num_samples
+        if not outputs.as_json:
+            print_line(f"wrote {out}: kept {num_kept:,} of {num_samples:,} samples")
 
 
 def _map_file(parameters: Mapping[str, Any]) -> list[Path]:

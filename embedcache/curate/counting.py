@@ -34,6 +34,11 @@ class Background:
     spreads: Array  # (C,) float32, standard deviation of a normal background, estimated below the median
     floors: Array  # (C,) float32, below the k-th best of the sample, and so below that of the pool
 
+    @property
+    def has_spread(self) -> bool:
+        """Whether the similarities to any concept differ by more than rounding; those of equal items do not."""
+        return bool((self.spreads > _ROUNDING).any())
+
     def thresholds(self, deviations: float) -> Floats:
         """Return thresholds this many standard deviations of the background above its median: (C,).
 

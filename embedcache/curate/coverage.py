@@ -235,8 +235,8 @@ def measure_coverage(
         FingerprintError: concepts, items or index are of different encoders.
         UnknownNameError: there is no feature or column of that name.
         UnfinishedError: chunks of a feature are missing.
-        DataError: no item is above any threshold, a concept is repeated or empty, features cannot be compared, or a
-            selection names other samples.
+        DataError: no item is above any threshold, or items are equal, by which none can be calibrated; a concept is
+            repeated or empty, features cannot be compared, or a selection names other samples.
     """
     settings = merge_settings(CoverageSettings, settings, options)
     progress = to_progress(progress)
@@ -249,6 +249,11 @@ def measure_coverage(
     thresholds = background.thresholds(settings.deviations)
     if settings.threshold is not None:
         thresholds = np.full_like(thresholds, settings.threshold)
+    elif not background.has_spread:
+        raise DataError(
+            f"threshold: expected {noun(pool.modality)} of {pool.cache.path} that differ, to calibrate thresholds by, "
+            f"got {background.num_items:,}, of which a third or more are equal; give a threshold"
+        )
     nearest, cosines = top_k(
         opened.vectors, opened.vectors, min(_NUM_NEAREST, len(opened.names) - 1), exclude_self=True
     )

@@ -189,7 +189,13 @@ def find_leaks(
 def write_clean_selection(path: Path, report: LeakReport) -> None:
     """Write a selection of the training samples of which nothing is in test; `DataError` if every sample leaks."""
     check_selection_path(path)
-    write_selection(path, report.train, report.clean_selection(), {"method": "leaks", **report.to_json()})
+    clean = report.clean_selection()
+    if not len(clean.rows):
+        raise DataError(
+            f"every sample of {report.train.path} has an item that is in {report.test.path}, so {path} is not written; "
+            "raise --image-cosine or --text-cosine"
+        )
+    write_selection(path, report.train, clean, {"method": "leaks", **report.to_json()})
 
 
 def _find_leaks(

@@ -179,6 +179,16 @@ def test_only_feature_of_the_concepts_is_used(cache_path: Path, prompts: Path) -
     assert report.pool_counts.counts.tolist() == named.pool_counts.counts.tolist()
 
 
+def test_equal_items_calibrate_no_threshold(prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("a red bar\n" * 9)
+    extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text_encoder=[TEXT])
+    with pytest.raises(
+        DataError, match=r"threshold: expected texts of .* that differ, to calibrate .*, got 9, of which"
+    ):
+        of_texts(tmp_path / "cache", prompts, k=3)
+    assert of_texts(tmp_path / "cache", prompts, k=3, threshold=-0.5).pool_counts.num_covered == 9
+
+
 def test_invalid_coverage_raises(cache_path: Path, prompts: Path, labeled: Path, tmp_path: Path) -> None:
     with pytest.raises(
         SettingError, match="k: expected 1 to 300, the number of texts of .* with open_toy/mean, got 301"

@@ -185,8 +185,17 @@ def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
     assert made["by"]["image"]["num_samples_copied"] == 2
     with pytest.raises(PathError, match="expected a path that ends in .parquet"):
         write_clean_selection(tmp_path / "clean.txt", found)
-    with pytest.raises(DataError, match="no sample of .* is selected"):
+    with pytest.raises(DataError, match=r"every sample of .* has an item that is in .*, so .*none\.parquet is not"):
         write_clean_selection(tmp_path / "none.parquet", find_leaks(*caches, replace(BOTH, image_cosine=0.01)))
+
+
+def test_report_is_shown_before_a_selection_of_nothing_is_refused(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    options = ("--image-feature", "open_toy/cls", "--text-feature", "open_toy/mean", "--image-cosine", "0.01")
+    done = embedcache("curate", "leaks", *caches, "none.parquet", *options, cwd=tmp_path)
+    assert done.code == 1
+    assert "samples of" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: every sample of ")
+    assert not (tmp_path / "none.parquet").exists()
 
 
 @pytest.mark.parametrize("modalities", [("image", "text"), ("image",), ("text",)])
