@@ -252,7 +252,7 @@ def measure_coverage(
     elif not background.has_spread:
         raise DataError(
             f"threshold: expected {noun(pool.modality)} of {pool.cache.path} that differ, to calibrate thresholds by, "
-            f"got {background.num_items:,}, of which a third or more are equal; give a threshold"
+            f"got {background.num_items:,} of about the same similarity to each concept; give a threshold"
         )
     nearest, cosines = top_k(
         opened.vectors, opened.vectors, min(_NUM_NEAREST, len(opened.names) - 1), exclude_self=True

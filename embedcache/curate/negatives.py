@@ -155,8 +155,8 @@ class _Counts:
             )
         if not self.num_negatives:
             raise DataError(
-                "expected hard negatives, got none; give a larger --range-max, a smaller margin, a higher --max-score, "
-                "or higher limits of near-duplicates such as --text-cosine"
+                "expected hard negatives, got none; give a larger --range-max or smaller --range-min, a smaller "
+                "margin, a higher --max-score, or higher limits of near-duplicates such as --text-cosine"
             )
 
 

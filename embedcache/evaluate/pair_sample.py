@@ -125,8 +125,8 @@ def split_samples(
     if len(both) < _MIN_SAMPLES or not (len(train.samples) and len(val.samples)):
         raise DataError(
             f"expected at least {_MIN_SAMPLES} samples in the training and validation parts, some in each, got "
-            f"{len(train.samples)} and {len(val.samples)} of {len(pairs.samples)} samples of {cache.path} with all "
-            "features: compare fewer features, or use another split"
+            f"{len(train.samples)} and {len(val.samples)} of {len(pairs.samples)} drawn samples of {cache.path}: draw "
+            "more with --num-samples, compare fewer features, or use another split"
         )
     groups = np.array(split.groups)[both]
     return PairSample(pairs=pairs.select(both), train=train, val=val, groups=groups, blocks=_assign_blocks(groups))

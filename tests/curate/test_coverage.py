@@ -183,7 +183,7 @@ def test_equal_items_calibrate_no_threshold(prompts: Path, tmp_path: Path) -> No
     (tmp_path / "texts.txt").write_text("a red bar\n" * 9)
     extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text_encoder=[TEXT])
     with pytest.raises(
-        DataError, match=r"threshold: expected texts of .* that differ, to calibrate .*, got 9, of which"
+        DataError, match=r"threshold: expected texts of .* that differ, to calibrate .*, got 9 of about"
     ):
         of_texts(tmp_path / "cache", prompts, k=3)
     assert of_texts(tmp_path / "cache", prompts, k=3, threshold=-0.5).pool_counts.num_covered == 9

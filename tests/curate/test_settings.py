@@ -174,3 +174,9 @@ def test_settings_of_a_selection_are_recorded() -> None:
     assert found.method_json() == {**dict.fromkeys(names), "budget": 0.5, "drawn": 7, "seed": 3}
     assert set(SelectSettings(score="x", at_least=0, at_most=1).method_json()) == names | younger
     assert SelectSettings(run=RUN, concepts="c").inputs() == {"concepts": "c", "run": "run"}
+
+
+def test_bounds_of_a_score_are_in_order() -> None:
+    assert SelectSettings(at_least=0.5, at_most=0.5).at_most == 0.5
+    with pytest.raises(SettingError, match="at_most: expected at least at_least, 0.5, got 0.4"):
+        SelectSettings(at_least=0.5, at_most=0.4)

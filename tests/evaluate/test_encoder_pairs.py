@@ -257,7 +257,9 @@ def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Pat
         compare(captioned, k=60, split=key)
     with pytest.raises(SettingError, match="leaves no validation or test samples among 300"):
         compare(cache_path, split=replace(SPLIT, text_cosine=0.1))
-    with pytest.raises(DataError, match="expected at least 20 samples .*, got 10 and 5 of 20 samples"):
+    with pytest.raises(
+        DataError, match="expected at least 20 .*, got 10 and 5 of 20 drawn samples of .*: draw more with"
+    ):
         compare(cache_path, num_samples=20, split=key)
     ten = Split(keys=Cache(cache_path).column("key"), parts=["train"] * 290 + ["val"] * 10, groups=np.arange(300))
     write_split(tmp_path / "ten.parquet", ten)

@@ -102,6 +102,8 @@ class SelectSettings:
         check_settings(self)
         if isinstance(self.budget, float) and self.budget > 1:
             raise SettingError(f"budget: expected a whole number or a fraction of at most 1 (100%), got {self.budget}")
+        if self.at_least is not None and self.at_most is not None and self.at_most < self.at_least:
+            raise SettingError(f"at_most: expected at least at_least, {self.at_least:g}, got {self.at_most:g}")
         if self.clusters is not None and (not self.clusters or min(self.clusters) < 1):
             raise SettingError(f"clusters: expected whole numbers of at least 1, got {self.clusters}")
 
