@@ -101,7 +101,7 @@ def find_overlap(
     Of many samples, some are drawn at random (seed 0), so that it takes seconds. Memory: the compared vectors, and
     tiles of their cosines. Progress is in items of the training part.
     """
-    if not settings.check_overlap or settings.part == "train":
+    if not settings.check_overlap or (settings.part == "train" and was_trained_on(run, cache)):
         return None
     caches, missing = _open_training_caches(run, cache, settings.trained_on)
     trained = [items for cache in caches for items in [training_items(run, cache)] if items]

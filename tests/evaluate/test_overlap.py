@@ -119,6 +119,13 @@ def test_missing_training_cache_is_reported(cache_path: Path, run: Run, other: P
         evaluate_retrieval(other, [moved], RetrievalSettings(trained_on=(str(other),)))
 
 
+def test_training_part_of_another_cache_is_compared(cache_path: Path, run: Run, other: Path) -> None:
+    assert rank(Cache(cache_path), run, RetrievalSettings(part="train")).overlap is None
+    found = rank(Cache(other), run, RetrievalSettings(part="train")).overlap
+    assert found is not None
+    assert found.num_samples == 30
+
+
 def test_path_of_a_training_cache_may_have_a_comma(cache_path: Path, run: Run, other: Path, tmp_path: Path) -> None:
     (tmp_path / "a, b").symlink_to(cache_path)
     shown = succeed("evaluate", "retrieval", other, run.path, "--trained-on", "a, b", cwd=tmp_path)
