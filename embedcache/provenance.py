@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +18,7 @@ from embedcache.errors import (
 )
 from embedcache.files import check_regular, make_folder, read_limited, remove_partials, write_atomic
 from embedcache.io_errors import io_reason
+from embedcache.settings import check_types
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -60,7 +61,11 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; PathError if it does not exist, CorruptError if it is not JSON."""
     try:
-        return json.loads(read_limited(path))
+        data = read_limited(path)
+        value = json.loads(data)
+        if b"\\ud" in data.lower():
+            canonical_json(value)  # a ValueError of half a character, which no file that is written could hold
+        return value
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PathError(f"{path} does not exist") from error
     except (ValueError, RecursionError) as error:
@@ -190,7 +195,10 @@ def construct(path: Path, make: Callable[[], T]) -> T:
         CorruptError: fields are missing, unknown, or of another type or range. Errors of this package pass.
     """
     try:
-        return make()
+        made = make()
+        if is_dataclass(made):
+            check_types(made)
+        return made
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, EmbedcacheError):
             raise

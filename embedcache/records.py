@@ -31,6 +31,9 @@ RECORDED_PACKAGES = (
 _UNCHECKED = ("settings",)
 """Keys of the record of a stage that its digest leaves out: the caches of a run may have moved."""
 
+_OBJECTS = ("settings", "outcome", "packages")
+"""Keys of the record of a stage whose values are objects."""
+
 
 def new_record_path(cache_path: Path, stage: str) -> Path:
     """Return the path of the record of a stage of a cache that starts now."""
@@ -126,7 +129,7 @@ def naming_packages(path: Path) -> Iterator[None]:
 def read_stage(path: Path) -> dict[str, Any]:
     """Read the record of a stage, or raise the errors of `read_record`, also for another file in its place."""
     record = read_record(path, unchecked=_UNCHECKED, next_step="restore the file")
-    if "stage" not in record:
+    if "stage" not in record or not all(isinstance(record.get(name, {}), dict) for name in _OBJECTS):
         raise CorruptError(f"{path}: expected the record of a stage, got another JSON file; restore the file")
     return record
 

@@ -16,7 +16,7 @@ import math
 import operator
 import os
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -193,14 +193,27 @@ def _expectation(hint: Any, declared: Declaration) -> str:
     choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     if choices:
         return f"one of {', '.join(choices)}"
-    noun = next((text for kind, text in _NOUNS.items() if kind in kinds), "a value")
+    noun = _noun(hint)
     if declared.ge is not None and declared.le is not None:
         return f"{noun} from {_short(declared.ge)} to {_short(declared.le)}"
     bounds = [f"{words} {_short(bound)}" for _, words, bound in _bounds(declared)]
     return f"{noun} {' and '.join(bounds)}" if bounds else noun
 
 
-_NOUNS = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+def _noun(hint: Any) -> str:
+    kinds = [get_origin(kind) or kind for kind in _alternatives(hint)]
+    return next((text for kind, text in _NOUNS.items() if kind in kinds), "a value")
+
+
+_NOUNS: dict[object, str] = {
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "a text",
+    Sequence: "a list",
+    Mapping: "an object",
+    dict: "an object",
+}
 
 
 def _bounds(declared: Declaration) -> list[tuple[Callable[[float, float], bool], str, float]]:
@@ -223,6 +236,21 @@ def _has_type(value: Any, hint: Any) -> bool:
     return any(_is_instance(value, kind) for kind in _alternatives(hint))
 
 
+def check_types(values: Any) -> None:
+    """Check that the fields of a dataclass, whose values were read from JSON, have their types; else a `TypeError`."""
+    if wrong := _wrong_field(values):
+        raise TypeError(wrong)
+
+
+def _wrong_field(values: Any) -> str | None:
+    hints = get_type_hints(type(values))
+    for item in fields(values):
+        value, hint = getattr(values, item.name), hints[item.name]
+        if not _has_type(value, hint):
+            return f"{item.name}: expected {_noun(hint)}, got {value!r:.60}"
+    return None
+
+
 def _is_instance(value: Any, kind: Any) -> bool:
     origin = get_origin(kind)
     if origin is Literal:
@@ -235,7 +263,13 @@ def _is_instance(value: Any, kind: Any) -> bool:
         return isinstance(value, int | float)
     if origin is tuple:
         return isinstance(value, tuple) and all(_has_type(element, get_args(kind)[0]) for element in value)
-    return isinstance(value, origin or kind)
+    if origin in (Mapping, dict):
+        keys, values = get_args(kind)
+        return isinstance(value, Mapping) and all(_has_type(k, keys) and _has_type(v, values) for k, v in value.items())
+    if origin is Sequence:
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
+        return is_sequence and all(_has_type(element, get_args(kind)[0]) for element in value)
+    return isinstance(value, origin or kind) and not (is_dataclass(kind) and _wrong_field(value))
 
 
 def _short(bound: float) -> str:

@@ -249,8 +249,8 @@ def _recipe(config: PairConfig) -> dict[str, Any]:
     A split from a file counts as one of several, as a seed does.
     """
     is_file = "split" in config.file_digests
-    machine = {**config.training["machine"], "device": None}  # `auto` may have chosen another one for each seed
-    split = {**config.training["split"], "seed": None, **({"kind": "a file"} if is_file else {})}
+    machine = {**config.training.get("machine", {}), "device": None}  # `auto` may have chosen another one for each seed
+    split = {**config.training.get("split", {}), "seed": None, **({"kind": "a file"} if is_file else {})}
     return {
         **{modality: side.feature for modality, side in config.sides.items()},
         INDEX_DIGEST: config.index_digest,

@@ -11,13 +11,13 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from embedcache.arrays import Floats
-from embedcache.encoders.base import Modality
+from embedcache.encoders.base import Modality, is_fingerprint
 from embedcache.encoders.open import DERIVED
-from embedcache.errors import ArtifactError, SettingError
+from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.inference import open_projected_encoder
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, TowerInput, load_pair
+from embedcache.projectors.saved import CHANGED_CONFIG, PairConfig, TowerInput, config_path, load_pair
 from embedcache.registry import names_from
 from embedcache.sources.images import load_image
 
@@ -47,6 +47,9 @@ class ExportRun:
                 f"{path}: expected a run of image and text, got one of {' and '.join(config.modalities)}; store its "
                 f"vectors in the cache instead: embedcache derive CACHE --run {path}"
             )
+        fingerprints = [side.fingerprint for side in config.sides.values()]
+        if not all(is_fingerprint(each) and {"family", "model", "weights"} <= each.keys() for each in fingerprints):
+            raise CorruptError(f"{config_path(path)}: expected fingerprints of encoders, got others; {CHANGED_CONFIG}")
         return cls(path, pair, config)
 
     def projector(self, modality: Modality) -> str:

@@ -10,6 +10,7 @@ from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
 from embedcache.files import read_text, write_atomic
 from embedcache.projectors.saved import TowerInput
+from embedcache.provenance import construct
 from embedcache.records import read_stage
 from embedcache.train.initialization import default_initialization
 
@@ -114,7 +115,8 @@ def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[Modality, st
 def _training(run: ExportRun) -> str:
     path, training = run.path / "record.json", run.config.training
     record = read_stage(path) if path.is_file() else {}
-    caches = record.get("settings", {}).get("caches", [])  # relative to the run, or to where it was trained
+    recorded = record.get("settings", {})  # their paths are relative to the run, or to where it was trained
+    caches = construct(path, lambda: [str(name) for name in recorded.get("caches", [])])
     names = [f"the cache `{(run.path / name).resolve().name}`" for name in caches]
     data = ", ".join(names) or f"the rows `{run.config.index_digest}`"
     split = training.get("split", {})

@@ -18,7 +18,16 @@ from embedcache.export.transformers import write_transformers
 from embedcache.files import AnyPath, building, remove_folder
 from embedcache.outputs import read_report_json
 from embedcache.projectors.saved import config_path
-from embedcache.provenance import DIGEST, check_same, digest, digest_file, read_json, read_manifest, write_record
+from embedcache.provenance import (
+    DIGEST,
+    check_same,
+    construct,
+    digest,
+    digest_file,
+    read_json,
+    read_manifest,
+    write_record,
+)
 from embedcache.registry import unknown_name
 from embedcache.settings import merge_settings
 
@@ -113,13 +122,13 @@ def _existing_differences(folder: Path, identity: Mapping[str, Any]) -> Mapping[
     )
     existing = {name: record.get(name) for name in record if name not in ("format", "differences", "files", DIGEST)}
     check_same(f"the export {folder}", existing, identity, next_step="give the path of a new folder")
-    for name, sha in record["files"].items():
+    files, differences = construct(folder / RECORD, lambda: (dict(record["files"]), dict(record["differences"])))
+    for name, sha in files.items():
         if not (folder / name).is_file() or digest_file(folder / name) != sha:
             got = "other content" if (folder / name).is_file() else "no file"
             raise CorruptError(
                 f"{folder / name}: expected the file that was exported, got {got}; give the path of a new folder"
             )
-    differences: Mapping[str, float] = record["differences"]
     return differences
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.devices import announce_device
-from embedcache.errors import CorruptError, DataError
+from embedcache.errors import CorruptError, DataError, one_line
 from embedcache.files import replacing
 from embedcache.progress import Progress
 from embedcache.provenance import (
@@ -124,7 +124,17 @@ class PairConfig:
             modality: TowerInput(**{name: value for name, value in side.items() if name != "modality"})
             for modality, side in stored.items()
         }
+        groups = [fields["training"].get(name, {}) for name in _TRAINING_GROUPS]
+        if not all(isinstance(group, Mapping) for group in groups):
+            raise TypeError(f"training: expected objects as {', '.join(_TRAINING_GROUPS)}")
+        widths = [fields["shared_width"], *(side.width for side in sides.values())]
+        if not all(isinstance(width, int) and 0 < width < _MAX_WIDTH for width in widths):
+            raise ValueError(f"expected positive widths of 32 bits, got {', '.join(map(str, widths))}")
         return cls(sides=sides, **fields)
+
+
+_MAX_WIDTH = 2**31
+_TRAINING_GROUPS = ("loss", "machine", "model", "optimizer", "parts", "split")
 
 
 def build(config: PairConfig, *, dropout: float = 0.0) -> "AlignedPair":
@@ -233,7 +243,7 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple["AlignedPair", Pa
 
     Raises:
         PathError: the folder is not a finished run.
-        CorruptError: the weights differ from those that `config.json` was written for.
+        CorruptError: the weights differ from those that `config.json` was written for, or have other shapes.
         SettingError: a projector is custom code, and the run is not trusted.
     """
     from safetensors.torch import load_file
@@ -242,7 +252,13 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple["AlignedPair", Pa
     model_path = checked_weights_path(run_path, config.weights_digest)
     with naming_packages(run_path / "record.json"):
         pair = build(config)
-    pair.load_state_dict(load_file(model_path))
+    try:
+        pair.load_state_dict(load_file(model_path))
+    except RuntimeError as error:  # of weights of other shapes or names
+        raise CorruptError(
+            f"{model_path}: expected the weights of the projector in config.json, got others: {one_line(error)}; "
+            "restore both files, or train again into a new folder"
+        ) from error
     return pair.to(device).eval(), config
 
 

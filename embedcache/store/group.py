@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from embedcache.encoders.base import is_fingerprint
 from embedcache.encoders.open import DERIVED, RUN
 from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, PathError
 from embedcache.files import is_remote
@@ -30,13 +31,7 @@ from embedcache.store.arrays import (
 )
 from embedcache.store.columns import to_array
 from embedcache.store.commits import Commit, read_commit
-from embedcache.store.compacted import (
-    MIN_CHUNKS,
-    Stamp,
-    read_compacted,
-    read_stamps,
-    write_compacted,
-)
+from embedcache.store.compacted import MIN_CHUNKS, Stamp, read_compacted, read_stamps, write_compacted
 from embedcache.store.layout import FORMAT_VERSION, CacheInfo, encoder_path, read_info
 
 ATTRIBUTE = "embedcache"
@@ -265,7 +260,7 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
     path = encoder_path(cache_path, modality, name)
     attributes = read_attributes(path)
     spec, fingerprint, view = attributes.get("spec"), attributes.get("fingerprint"), attributes.get("view", "")
-    if not (isinstance(spec, str) and isinstance(fingerprint, dict) and isinstance(view, str)):
+    if not (isinstance(spec, str) and is_fingerprint(fingerprint) and isinstance(view, str)):
         raise CorruptError(f"{path / 'zarr.json'}: expected the spec and the fingerprint of an encoder, got others")
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint, view=view)
 
@@ -303,8 +298,10 @@ def create_group(
 
 def read_attributes(path: Path) -> dict[str, Any]:
     """Read what embedcache states in the metadata of a Zarr group or array; CorruptError if it states nothing."""
-    metadata = read_metadata(path)
-    attributes = metadata.get("attributes", {}).get(ATTRIBUTE) if isinstance(metadata, dict) else None
+    attributes = read_metadata(path)
+    for name in ("attributes", ATTRIBUTE):
+        attributes = attributes.get(name) if isinstance(attributes, dict) else None
     if not isinstance(attributes, dict):
+        path = path / "zarr.json"
         raise CorruptError(f"{path}: expected Zarr attributes of embedcache, got none; extract into a new folder")
     return attributes

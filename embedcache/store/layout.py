@@ -268,6 +268,8 @@ def _parse(values: Mapping[str, Any]) -> CacheInfo:
     objects = (info.source, info.removed, info.table_digests, info.table_checksums, *info.table_checksums.values())
     if not all(isinstance(value, Mapping) for value in objects):
         raise TypeError("expected objects as source, tables and checksums")
+    if not all(isinstance(info.source.get(name, ""), str) for name in ("type", "path")):
+        raise TypeError("source: expected texts as type and path")
     return info
 
 

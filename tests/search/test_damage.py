@@ -1,5 +1,6 @@
 """Random damage to every file of a cache, a run and an index: readers give the same numbers or a clear error."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from embedcache.curate.select.select import read_reasons
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import EmbedcacheError
 from embedcache.evaluate.runs import load_runs, read_run_split
+from embedcache.provenance import DIGEST, add_digest
 from embedcache.records import read_stage
 from embedcache.registry import trust_package
 from embedcache.reports.summary import summarize
@@ -143,6 +145,43 @@ def test_same_numbers_or_a_clear_error(folder: Path, seed: int) -> None:
             file.write_bytes(content)
     assert num_refused > 5
     assert list(read_all(folder)) == expected
+
+
+OTHER_TYPES = [
+    ("cache/cache.json", ("checksums", "image", "sample"), 1.5),
+    ("cache/cache.json", ("source", "path"), []),
+    ("cache/image/open_toy/zarr.json", ("attributes",), "x"),
+    ("cache/image/open_toy/zarr.json", ("attributes", "embedcache", "fingerprint", "preprocessing"), "x"),
+    ("cache/image/open_toy/zarr.json", ("attributes", "embedcache", "fingerprint", "family"), "\ud800"),
+    ("run/config.json", ("image", "width"), 7),
+    ("run/config.json", ("shared_width",), 2**80),
+    ("run/config.json", ("training", "split"), 3),
+    ("run/record.json", ("settings",), "x"),
+    ("index/card.json", ("search",), {"nprobe": "x"}),
+]
+"""File, keys in it, and a value of a type that the format does not have there."""
+
+
+@pytest.mark.parametrize(("name", "keys", "value"), OTHER_TYPES)
+def test_other_types_in_json_are_a_clear_error(folder: Path, name: str, keys: tuple[str, ...], value: object) -> None:
+    """Also where the digest of the file is that of its content, as in a file of a stranger."""
+    path, before = folder / name, (folder / name).read_bytes()
+    record = json.loads(before)
+    inner = record
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    unchecked = {"cache.json": ("source",), "record.json": ("settings",), "card.json": ("cache", "run")}
+    if DIGEST in record:
+        record = add_digest({**record, DIGEST: None}, unchecked=unchecked.get(path.name, ()))
+    path.write_text(json.dumps(record))
+    try:
+        with pytest.raises(EmbedcacheError) as raised:
+            list(read_all(folder))
+    finally:
+        path.write_bytes(before)
+    assert path.name in str(raised.value)
+    assert "changed since" not in str(raised.value)
 
 
 PIPES = (

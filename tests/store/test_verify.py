@@ -393,7 +393,8 @@ def test_verify_finds_an_encoder_of_which_nothing_can_be_read(copy: Path) -> Non
     (copy / "image/other").mkdir()
     (copy / "image/other/zarr.json").write_text("{}")
     (finding,) = verify(Cache(copy))
-    assert finding.line().startswith(f"other/: {copy}/image/other: expected Zarr attributes of embedcache, got none; ")
+    expected = "expected Zarr attributes of embedcache, got none; "
+    assert finding.line().startswith(f"other/: {copy}/image/other/zarr.json: {expected}")
     assert finding.line().endswith("; remove that file and run the same embedcache extract or derive again")
 
 
