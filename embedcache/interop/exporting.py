@@ -87,8 +87,12 @@ class VectorExport:
     def record(self) -> dict[str, Any]:
         """Provenance as JSON values: the cache, its rows, and the encoder of each feature."""
         features = {
-            modality: {"feature": feature.name, "spec": feature.spec, "fingerprint": feature.fingerprint}
-            for modality, feature in ((modality, vectors.feature) for modality, vectors in self._vectors.items())
+            modality: {
+                "feature": vectors.feature.name,
+                "spec": vectors.feature.spec,
+                "fingerprint": vectors.feature.fingerprint,
+            }
+            for modality, vectors in self._vectors.items()
         }
         run = self._settings.run
         return {
