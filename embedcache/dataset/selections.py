@@ -89,10 +89,12 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
         DataError: the file has no keys, or a key that no cache has.
     """
     selected = pc.unique(read_selected_keys(Path(path)))
+    if not len(selected):
+        raise DataError(f"selection {path}: expected keys of samples, got none; select some, or use all without it")
     rows, is_found = match_keys(caches, selected)
     unknown = _without_removed(path, selected.filter(pa.array(~is_found)), caches)
-    if len(unknown) or not len(selected):
-        shown = ", ".join(repr(key) for key in sorted(unknown.to_pylist())[:3]) or "nothing"
+    if len(unknown):
+        shown = ", ".join(map(repr, sorted(unknown.to_pylist(), key=str)[:3]))
         names = " and ".join(str(cache.path) for cache in caches)
         raise DataError(
             f"selection {path} of {len(selected):,} keys has {shown}; {len(unknown):,} are not keys of {names}, which "

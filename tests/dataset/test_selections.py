@@ -145,13 +145,19 @@ def test_keys_of_several_caches(two_caches: list[Path], tmp_path: Path) -> None:
     for lines, words in (
         (["00003", "d", "b", "c", "a"], "of 5 keys has 'a', 'b', 'c'; 4 are not keys of {}, which has 120, such as"),
         (["00003", "b"], "of 2 keys has 'b'; 1 are not keys of {}, which has 120, such as '00000'$"),
-        ([], "of 0 keys has nothing; 0 are not keys of {}, which has 120, such as '00000'$"),
+        ([], "keys.txt: expected keys of samples, got none; select some, or use all without it$"),
     ):
         path.write_text("\n".join(lines))
         with pytest.raises(DataError, match=words.format(" and ".join(map(str, two_caches)))):
             read_selection(path, caches)
     with pytest.raises(PathError, match="none does not exist; expected Parquet with a column key, or text with one"):
         read_selection(tmp_path / "none", caches)
+
+
+def test_missing_keys_are_not_keys_of_the_cache(cache_path: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"key": ["00003", None, "b"]}), tmp_path / "s.parquet")
+    with pytest.raises(DataError, match="of 3 keys has None, 'b'; 2 are not keys of"):
+        read_selection(tmp_path / "s.parquet", [Cache(cache_path)])
 
 
 def test_marks_and_line_ends_are_no_part_of_keys(cache_path: Path, tmp_path: Path) -> None:
