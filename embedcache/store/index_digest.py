@@ -45,7 +45,11 @@ def _location(item: FileItem) -> list[str | int | float | None]:
 
 
 def digest_tables_input(tables: SampleTables) -> bytes:
-    """Return the samples of tables as `digest_input` does; a column where a sample is null is none of its columns."""
+    """Return the samples of tables as `digest_input` does; a column where a sample is null is none of its columns.
+
+    It cannot replace `digest_input`: a source may yield 1 and 2.5, or None, in a column, of which a table holds 1.0 or
+    nothing. Nor can that one replace it, which would take a Python object per sample.
+    """
     samples, items = tables
     columns = [_member(name, _values(samples[name])) for name in sorted(samples.column_names) if name != "key"]
     lists = {name: _lists(name, of_modality, len(samples)) for name, of_modality in items.items()}
