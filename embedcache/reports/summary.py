@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.errors import PathError, one_line
+from embedcache.errors import EmbedcacheError, PathError, one_line
 from embedcache.files import folder_bytes, open_path
 from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import MODALITIES, noun
@@ -317,12 +317,14 @@ def _summarize_negatives(path: Path, schema: pa.Schema) -> Summary:
 
 def _summarize_selection(path: Path) -> Summary:
     schema = _read_schema(path) if path.is_file() else pa.schema([])
-    if {"group", "negatives"} <= set(schema.names):
-        return _summarize_negatives(path, schema)
     try:
+        if {"group", "negatives"} <= set(schema.names):
+            return _summarize_negatives(path, schema)
         table = read_table(path, columns=["reason"])
         kinds = pc.replace_substring_regex(table["reason"], "(?s),.*", "")
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        if isinstance(error, EmbedcacheError):
+            raise
         raise PathError(f"{path}: expected a selection, got another Parquet file: {one_line(error)}") from error
     if not (metadata := read_metadata(path, schema)):
         raise PathError(f"{path}: expected a selection, got another Parquet file, which names no cache")

@@ -16,7 +16,8 @@ from embedcache.curate.settings import NegativesSettings
 from embedcache.dataset.negatives import read_negatives
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.dataset.splits import read_split
-from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
+from embedcache.reports.summary import summarize
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
@@ -172,6 +173,8 @@ def test_wrong_inputs_are_one_line(cache_path: Path, run_path: Path, mined: Path
     (tmp_path / "flipped.parquet").write_bytes(data)
     with pytest.raises(CorruptError, match=r"flipped.parquet"):
         read_negatives([tmp_path / "flipped.parquet"], [Cache(cache_path)])
+    with pytest.raises(PathError, match=r"flipped.parquet: expected a selection, got another Parquet file: .*checksum"):
+        summarize(tmp_path / "flipped.parquet")
     outcome = embedcache("curate", "negatives", str(cache_path), "n.parquet", "--run", str(run_path), "--json",
                          "--text-cosine", "0.999", "--image-cosine", "0.999", cwd=tmp_path)  # fmt: skip
     assert json.loads(outcome.stdout)["num_negatives"] > 0
