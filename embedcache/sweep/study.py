@@ -24,6 +24,7 @@ from embedcache.provenance import (
 )
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space
+from embedcache.train.checkpoint import check_not_extended
 from embedcache.train.data import FAILED, TrainData, check_failed, failed_digests
 
 FORMAT_VERSION = 1
@@ -86,7 +87,8 @@ def open_study(
     The split is made once and written, because all trials are compared on it and `strict` compares all pairs of items.
 
     Raises:
-        FingerprintError: the folder's study has another space, other features, another sampler, pruner or storage.
+        FingerprintError: the folder's study has another space, other features, another sampler, pruner or storage, or
+            samples were appended to the cache since.
         PathError: the folder contains other files.
     """
     failed = failed_digests(data)
@@ -106,7 +108,7 @@ def open_study(
     with locked(path):
         _check_folder(path)
         if _manifest_path(path).is_file():
-            return _reopen_study(path, requested, failed)
+            return _reopen_study(path, requested, failed, data)
         pairs = data.pairs(space.settings({}).language, progress=progress)
         split = data.split(pairs, space.settings({}).split, progress=progress)
         write_split(split_path(path), split)
@@ -115,7 +117,7 @@ def open_study(
     return made
 
 
-def _reopen_study(path: Path, requested: Study, failed: Mapping[str, str]) -> Study:
+def _reopen_study(path: Path, requested: Study, failed: Mapping[str, str], data: TrainData) -> Study:
     """Read the study in a folder, and compare it with what is requested."""
     manifest = _manifest_path(path)
     values = read_manifest(
@@ -128,6 +130,8 @@ def _reopen_study(path: Path, requested: Study, failed: Mapping[str, str]) -> St
     values.pop(DIGEST, None)
     stored = construct(manifest, lambda: Study(**from_record(values, _STORED_NAMES)))
     expected = replace(requested, name=stored.name, split_digest=stored.split_digest)
+    next_step = "sweep into a new folder, or keep the study"
+    check_not_extended(f"study {path} was begun", stored.index_digest, data.caches, next_step=next_step)
     next_step = "use a new folder, or request the same"
     check_same(f"study {path}", _without_failed(stored), _without_failed(expected), next_step=next_step)
     check_failed(f"study {path}", _failed_of(stored), failed)

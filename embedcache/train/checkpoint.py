@@ -283,13 +283,17 @@ def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, 
     return construct(path, lambda: make(record["outcome"]))
 
 
-def check_not_extended(run_path: Path, index_digest: str, caches: Sequence[Cache]) -> None:
-    """Check that no samples were appended to the caches since a run was trained; else raise a `FingerprintError`."""
+def check_not_extended(made: str, index_digest: str, caches: Sequence[Cache], *, next_step: str) -> None:
+    """Check that no samples were appended to the caches since something was `made` of them (`run x was trained`).
+
+    Raises:
+        FingerprintError: names the cache and the number of new samples.
+    """
     for stored, grown in zip(index_digest.split("+"), caches, strict=False):
         if num_new := grown.info.num_samples_since(stored):
             raise FingerprintError(
-                f"run {run_path} was trained when {grown.path} had {num_new:,} samples fewer; train into a new folder, "
-                f"or keep the run, which stays valid for the first {len(grown) - num_new:,} samples"
+                f"{made} when {grown.path} had {num_new:,} samples fewer; {next_step}, which stays valid for the first "
+                f"{len(grown) - num_new:,} samples"
             )
 
 

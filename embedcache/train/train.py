@@ -241,7 +241,8 @@ def _check_features(data: TrainData, settings: TrainSettings) -> None:
 
 def _reuse_run(run_path: Path, config: PairConfig, data: TrainData) -> TrainReport:
     stored = read_config(run_path)
-    check_not_extended(run_path, stored.index_digest, data.caches)
+    next_step = "train into a new folder, or keep the run"
+    check_not_extended(f"run {run_path} was trained", stored.index_digest, data.caches, next_step=next_step)
     expected = replace(config, weights_digest=stored.weights_digest, split_digest=stored.split_digest)
     report = reuse_run(run_path, stored.to_json(), expected.to_json(), TrainReport.from_json)
     return replace(report, reused=True)

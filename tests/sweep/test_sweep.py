@@ -12,6 +12,7 @@ import pytest
 
 from embedcache.cli.main import main
 from embedcache.errors import FingerprintError, PathError, SettingError
+from embedcache.extract.extract import extract
 from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file, read_json
 from embedcache.reports.sweep import write_sweep_page
@@ -20,8 +21,10 @@ from embedcache.train import recipes
 from embedcache.train.recipes import Recipe, Schedule
 from embedcache.train.trackers import TrackedRun
 from tests.crash import start
+from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.sweep.conftest import FEATURES, RANDOM, SPACE
+from tests.toy import IMAGE, TEXT
 from tests.train.test_trackers import NOTES
 
 pytestmark = pytest.mark.slow
@@ -153,6 +156,19 @@ def test_more_trials_extend_a_study(cache_path: Path, tmp_path: Path, space_path
     assert [(trial.params, trial.score) for trial in longer.findings.trials] == whole[:3]
     assert [trial.number for trial in first.findings.trials] == [0, 1]
     assert not first.findings.importance
+
+
+def test_study_of_an_extended_cache_says_so(tmp_path: Path, space_path: Path) -> None:
+    source, cache = write_images(tmp_path / "source", 60), tmp_path / "cache"
+    settings = replace(RANDOM, trials=1, top_configs=1, seeds_per_config=1)
+    for limit in (48, 60):
+        extracting = {"image_encoder": IMAGE, "text_encoder": TEXT, "limit": limit, "extend": limit == 60}
+        extract(source, cache, **extracting)
+        if limit == 48:
+            sweep(cache, tmp_path / "study", space_path, settings=settings, **FEATURES)
+    words = r"study .* was begun when .*cache had 12 samples fewer; .* stays valid for the first 48 samples"
+    with pytest.raises(FingerprintError, match=words):
+        sweep(cache, tmp_path / "study", space_path, settings=settings, **FEATURES)
 
 
 def test_other_space_is_rejected(cache_path: Path, tmp_path: Path, swept: Swept) -> None:
