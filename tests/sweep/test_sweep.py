@@ -16,8 +16,11 @@ from embedcache.extract.extract import extract
 from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file, read_json
 from embedcache.reports.sweep import write_sweep_page
+from embedcache.sweep.space import read_space
+from embedcache.sweep.study import open_study
 from embedcache.sweep.sweep import SweepReport, sweep
 from embedcache.train import recipes
+from embedcache.train.data import open_data
 from embedcache.train.recipes import Recipe, Schedule
 from embedcache.train.trackers import TrackedRun
 from tests.crash import start
@@ -159,16 +162,20 @@ def test_more_trials_extend_a_study(cache_path: Path, tmp_path: Path, space_path
 
 
 def test_study_of_an_extended_cache_says_so(tmp_path: Path, space_path: Path) -> None:
-    source, cache = write_images(tmp_path / "source", 60), tmp_path / "cache"
-    settings = replace(RANDOM, trials=1, top_configs=1, seeds_per_config=1)
-    for limit in (48, 60):
-        extracting = {"image_encoder": IMAGE, "text_encoder": TEXT, "limit": limit, "extend": limit == 60}
-        extract(source, cache, **extracting)
-        if limit == 48:
-            sweep(cache, tmp_path / "study", space_path, settings=settings, **FEATURES)
+    source, cache, study = write_images(tmp_path / "source", 60), tmp_path / "cache", tmp_path / "study"
+    encoders = {"image_encoder": IMAGE, "text_encoder": TEXT}
+    study.mkdir()
+
+    def begin() -> None:
+        data = open_data(cache, {"image": "open_toy/cls", "text": "open_toy/mean"}, memory_bytes=1e9)
+        open_study(study, data, read_space(space_path), RANDOM)
+
+    extract(source, cache, **encoders, limit=48)
+    begin()
+    extract(source, cache, **encoders, extend=True)
     words = r"study .* was begun when .*cache had 12 samples fewer; .* stays valid for the first 48 samples"
     with pytest.raises(FingerprintError, match=words):
-        sweep(cache, tmp_path / "study", space_path, settings=settings, **FEATURES)
+        begin()
 
 
 def test_other_space_is_rejected(cache_path: Path, tmp_path: Path, swept: Swept) -> None:
