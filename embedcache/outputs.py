@@ -47,9 +47,11 @@ def check_output(path: Path, *, overwrite: bool = True) -> None:
         overwrite: whether it may replace an output of embedcache.
 
     Raises:
-        PathError: the file exists and is not such an output, or must not be replaced; or the path is a folder, a link
-            or a device.
+        PathError: the file exists and is not such an output, or must not be replaced; the path is a folder, a link or a
+            device; or files cannot be made in its folder.
     """
+    if not is_remote(path):
+        _check_folder(path)
     exists = path.exists() if is_remote(path) else os.path.lexists(path)
     if not exists:
         return
@@ -62,6 +64,15 @@ def check_output(path: Path, *, overwrite: bool = True) -> None:
         )
     if not overwrite:
         raise PathError(f"{path}: expected a new file, got one that exists; name another file, or add --overwrite")
+
+
+def _check_folder(path: Path) -> None:
+    """Check that a file can be made in the folder of a path, or in the first folder above that exists."""
+    folder = next(above for above in path.absolute().parents if above.exists())
+    if not folder.is_dir():
+        raise PathError(f"{path}: expected a file in a folder, but {folder} is a file; name another file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PathError(f"{path}: no permission to write into {folder}; name a file in another folder")
 
 
 def check_table_output(name: str, path: Path) -> None:

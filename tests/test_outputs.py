@@ -1,6 +1,7 @@
 """Outputs replace what embedcache wrote, and nothing else."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,18 @@ def test_outputs_are_replaced(tmp_path: Path) -> None:
         check_output(path)
         with pytest.raises(PathError, match="add --overwrite"):
             check_output(path, overwrite=False)
+
+
+def test_folders_that_take_no_files_are_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    check_output(tmp_path / "new" / "folder" / "page.html")
+    with pytest.raises(PathError, match=r"page.html: expected a file in a folder, but .*/file is a file; name another"):
+        check_output(tmp_path / "file" / "page.html")
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
+    with pytest.raises(PathError, match=r"page.html: no permission to write into .*; name a file in another folder"):
+        check_output(tmp_path / "new" / "page.html")
 
 
 @given(data=st.data())
