@@ -70,9 +70,13 @@ class IndexBuilder:
                 self._state_path,
                 lambda: (
                     dict(state["about"]),
-                    state["factory"],
-                    dict(state["refused"]),
-                    {name: dict(state[name]) for name in ("lists", "checksums") if name in state},
+                    None if state["factory"] is None else str(state["factory"]),
+                    {factory: float(recall) for factory, recall in state["refused"].items()},
+                    {
+                        name: {file: str(checksum) for file, checksum in state[name].items()}
+                        for name in ("lists", "checksums")
+                        if name in state
+                    },
                 ),
             )
             stored = str(about.get(INDEX_DIGEST))

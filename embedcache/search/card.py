@@ -142,10 +142,11 @@ def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> 
     try:
         index = _open(index_path, card.checksums, device)
     except CorruptError as error:
-        if not (index_path / STATE).is_file():
+        path = index_path / STATE
+        if not path.is_file():
             raise
-        finished = read_json(index_path / STATE).get("checksums")
-        if finished is None or file_checksum(index_path / INDEX) != finished[INDEX]:
+        finished = fields_of(path, lambda: {name: str(of) for name, of in read_json(path).get("checksums", {}).items()})
+        if INDEX not in finished or file_checksum(index_path / INDEX) != finished[INDEX]:
             if not is_whole(index_path / INDEX):
                 raise
             raise UnfinishedError(

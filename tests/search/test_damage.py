@@ -11,7 +11,7 @@ import pytest
 
 from embedcache.curate.select.select import read_reasons
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.errors import EmbedcacheError
+from embedcache.errors import CorruptError, EmbedcacheError
 from embedcache.evaluate.runs import load_runs, read_run_split
 from embedcache.provenance import DIGEST, add_digest
 from embedcache.records import read_stage
@@ -21,6 +21,7 @@ from embedcache.search.search import OpenIndex
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests.crash import start_call
+from tests.edits import flip
 
 FEATURES = (
     ("image", "open_toy/cls"),
@@ -182,6 +183,17 @@ def test_other_types_in_json_are_a_clear_error(folder: Path, name: str, keys: tu
         path.write_bytes(before)
     assert path.name in str(raised.value)
     assert "changed since" not in str(raised.value)
+
+
+@pytest.mark.parametrize("state", ["[]", '{"checksums": 3}', '{"checksums": null}'])
+def test_state_of_another_type_beside_a_damaged_index_is_a_clear_error(
+    folder: Path, tmp_path: Path, state: str
+) -> None:
+    index = Path(shutil.copytree(folder / "index", tmp_path / "index"))
+    flip(index / "index.faiss", 100)
+    (index / "building.json").write_text(state)
+    with pytest.raises(CorruptError, match=r"building.json does not hold the fields"):
+        OpenIndex(index, run=folder / "run", cache=folder / "cache")
 
 
 PIPES = (
