@@ -5,7 +5,6 @@ An aligned pair embeds images, texts and stored features; a run that recognizes 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -22,6 +21,7 @@ from embedcache.encoders.open import EncoderSpec, feature_names, reopen_encoder,
 from embedcache.errors import DataError, SettingError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.files import AnyPath
+from embedcache.likelihood.items import item_name, list_items, prepare_item
 from embedcache.likelihood.model import LikelihoodModel, Scores, load_likelihood
 from embedcache.modalities import list_distinct, list_texts
 from embedcache.projectors.pair import AlignedPair, AnyTower
@@ -87,6 +87,7 @@ class Model:
     def __init__(self, pair: AlignedPair, config: PairConfig, *, run_path: Path, device: str) -> None:
         self._pair, self._run_path, self._device = pair, run_path, device
         self.config = config
+        self._encoders: dict[str, ProjectedEncoder] = {}
 
     def __repr__(self) -> str:
         features = " + ".join(side.feature for side in self.config.sides.values())
@@ -130,8 +131,8 @@ class Model:
             FingerprintError: the encoder is not the one whose features the run was trained on.
             MissingExtraError: the encoder's package is not installed.
         """
-        listed = list_images(images)
-        return self._as_requested(self._image_encoder.encode(listed, self._image_encoder.load_image), tensors=tensors)
+        listed, encoder = list_images(images), self._encoder("image")
+        return self._as_requested(encoder.encode(listed, encoder.load_image), tensors=tensors)
 
     @overload
     def encode_text(self, texts: str | Sequence[str], *, tensors: Literal[False] = False) -> Floats: ...
@@ -154,7 +155,43 @@ class Model:
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
         listed = list_texts(texts)
-        return self._as_requested(self._text_encoder.encode(listed, _check_text), tensors=tensors)
+        return self._as_requested(self._encoder("text").encode(listed, _check_text), tensors=tensors)
+
+    @overload
+    def encode(self, modality: Modality, items: Any, *, tensors: Literal[False] = False) -> Floats: ...
+
+    @overload
+    def encode(self, modality: Modality, items: Any, *, tensors: Literal[True]) -> Tensor: ...
+
+    def encode(self, modality: Modality, items: Any, *, tensors: bool = False) -> Floats | Tensor:
+        """Embed items of either modality of the run, such as recordings, one batch of the encoder at a time.
+
+        Args:
+            modality: one of the two of the run, such as `audio`.
+            items: one item, or N: images and texts as in `encode_image` and `encode_text`; others as the path or the
+                bytes of a file, or decoded: (n,) float32 mono samples in [-1, 1] at 16 kHz, a `Video`, or arrays of
+                points by name.
+            tensors: return a tensor on the device of the model, not an array.
+
+        Returns:
+            (N, P) float32, rows of length 1; a single item gives (1, P), an empty list (0, P).
+
+        Raises:
+            PathError: a file does not exist.
+            DataError: the run does not have the modality, or an item, which is named, cannot be decoded or encoded.
+            FingerprintError, MissingExtraError: as in `encode_image`.
+        """
+        if modality == "image":
+            return self.encode_image(items, tensors=True) if tensors else self.encode_image(items)
+        if modality == "text":
+            return self.encode_text(items, tensors=True) if tensors else self.encode_text(items)
+        encoder, listed = self._encoder(modality), list_items(items)
+        parts = [np.empty((0, self.width), np.float32)]
+        for rows in blocks(len(listed), encoder.encoder.batch_size):
+            names = [item_name(item, modality, row) for row, item in enumerate(listed[rows], rows.start)]
+            prepared = [prepare_item(*pair, [encoder])[0] for pair in zip(listed[rows], names, strict=True)]
+            parts.append(encoder.embed(prepared))
+        return self._as_requested(np.concatenate(parts), tensors=tensors)
 
     @overload
     def project(self, modality: Modality, vectors: Any, *, tensors: Literal[False] = False) -> Floats: ...
@@ -236,13 +273,11 @@ class Model:
     def _as_requested(self, vectors_NP: Floats, *, tensors: bool) -> Floats | Tensor:
         return torch.from_numpy(vectors_NP).to(self._device) if tensors else vectors_NP
 
-    @cached_property
-    def _image_encoder(self) -> "ProjectedEncoder":
-        return open_projected_encoder("image", self._pair, self.config, device=self._device)
-
-    @cached_property
-    def _text_encoder(self) -> "ProjectedEncoder":
-        return open_projected_encoder("text", self._pair, self.config, device=self._device)
+    def _encoder(self, modality: Modality) -> "ProjectedEncoder":
+        """Return the encoder of a modality, which is opened on first use."""
+        if modality not in self._encoders:
+            self._encoders[modality] = open_projected_encoder(modality, self._pair, self.config, device=self._device)
+        return self._encoders[modality]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ A feature that was derived by rules from those of encoders is computed again fro
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from PIL.Image import Image
@@ -25,22 +25,22 @@ from embedcache.networks.shared import Tokens
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.registry import names_from
 from embedcache.sources.images import rgb_image
-from embedcache.sources.media import Video
+from embedcache.sources.media import Video, check_audio, check_video
 from embedcache.store.cache import Cache
 from embedcache.train.batches import to_device
 from embedcache.train.examples import open_media
 from embedcache.train.likelihood_batches import read_tokens
 from embedcache.train.modules import fitted_name
 
-ItemLike: TypeAlias = str | Path | bytes | Image | Array | Video
-"""An item: the path or the bytes of a file, an open `PIL.Image.Image` of any mode, or else what its encoder prepares,
-such as (n,) float32 samples at 16 kHz."""
+ItemLike: TypeAlias = str | Path | bytes | Image | Array | Video | Mapping[str, Array]
+"""An item: the path or the bytes of a file, an open `PIL.Image.Image` of any mode, or else what its encoder prepares:
+(n,) float32 mono samples in [-1, 1] at 16 kHz, a `Video`, or arrays of points by name."""
 ItemsLike: TypeAlias = ItemLike | Sequence[ItemLike] | Cache
 """One item, N items, or all items of a cache that have the feature of the run, in the order of their rows."""
 Batches: TypeAlias = Iterator[tuple[slice, Mapping[str, Tokens]]]
 """Positions and tokens of each batch."""
 
-_ONE = (str, Path, bytes, Image, np.ndarray, Video)
+_ONE = (str, Path, bytes, Image, np.ndarray, Video, Mapping)
 _BLOCK_ROWS = 64
 
 
@@ -91,13 +91,10 @@ class ItemReader:
 
     def open(self, items: ItemLike | Sequence[ItemLike]) -> OpenItems:
         """Open items, which are read batch by batch; DataError if they are no items."""
-        if not isinstance(items, (*_ONE, Iterable)):
-            raise DataError(f"items: expected an item, several, or a cache, got {items!r}; pass a path or an open item")
-        given = [items] if isinstance(items, _ONE) else list(items)
+        given = list_items(items)
 
         def name_of(number: int) -> str:
-            item = given[number]
-            return str(item) if isinstance(item, str | Path) else f"{self._modality} {number}"
+            return item_name(given[number], self._modality, number)
 
         size = min(opened.encoder.batch_size for opened in self._encoders.values())
         batches = (
@@ -107,7 +104,8 @@ class ItemReader:
         return OpenItems(len(given), name_of, batches)
 
     def _read(self, items: Sequence[ItemLike], names: Sequence[str]) -> Mapping[str, Tokens]:
-        prepared = [self._prepare(item, name) for item, name in zip(items, names, strict=True)]
+        encoders = list(self._encoders.values())
+        prepared = [prepare_item(item, name, encoders) for item, name in zip(items, names, strict=True)]
         encoded = {
             key: opened.encoder.encode([arrays[number] for arrays in prepared], opened.names)
             for number, (key, opened) in enumerate(self._encoders.items())
@@ -117,30 +115,61 @@ class ItemReader:
         lengths_B = None if lengths is None else to_device(lengths, self._device)
         return {self._modality: Tokens(to_device(values, self._device), lengths_B)}
 
-    def _prepare(self, item: ItemLike, name: str) -> list[Array]:
-        """Decode an item, and return the input of each encoder."""
-        if isinstance(item, str | Path) and not Path(item).is_file():
-            raise PathError(
-                f"{self._modality} {name} does not exist: expected the path or bytes of a file, or an open item"
-            )
-        try:
-            if isinstance(item, str | Path):
-                item = Path(item).read_bytes()
-            return [
-                opened.encoder.prepare([opened.view(self._decode(item, opened.encoder))])[0]
-                for opened in self._encoders.values()
-            ]
-        except ItemError as error:
-            raise DataError(f"{name}: {error}") from error
 
-    def _decode(self, item: Any, encoder: Encoder) -> Any:
-        color = background_of(encoder.fingerprint.preprocessing)
-        if isinstance(item, Image):
-            return rgb_image(item, color)
-        decode = MODALITIES[self._modality].load_decoder()
-        if isinstance(item, bytes):
-            return decode(item, background=color) if self._modality == "image" else decode(item)
-        return item
+def list_items(items: ItemLike | Sequence[ItemLike]) -> list[ItemLike]:
+    """Return a list of items, given one or several; DataError if they are no items."""
+    if not isinstance(items, (*_ONE, Iterable)):
+        raise DataError(f"items: expected an item, several, or a cache, got {items!r}; pass a path or an open item")
+    return [items] if isinstance(items, _ONE) else list(items)
+
+
+def item_name(item: ItemLike, modality: str, number: int) -> str:
+    """Return what an item is called in messages: its path, or its modality and number."""
+    return str(item) if isinstance(item, str | Path) else f"{modality} {number}"
+
+
+class OpenEncoder(Protocol):
+    """A frozen encoder, and the view that it was used with."""
+
+    @property
+    def encoder(self) -> Encoder: ...
+
+    @property
+    def view(self) -> Callable[[Any], Any]: ...
+
+
+def prepare_item(item: ItemLike, name: str, encoders: Sequence[OpenEncoder]) -> list[Array]:
+    """Decode an item, and return the input of each encoder of its modality.
+
+    Raises:
+        PathError: a file does not exist.
+        DataError: the item cannot be decoded, is none of the modality, or none that an encoder takes; names it.
+    """
+    modality = encoders[0].encoder.modality
+    if isinstance(item, str | Path) and not Path(item).is_file():
+        raise PathError(f"{modality} {name} does not exist: expected the path or bytes of a file, or an open item")
+    try:
+        if isinstance(item, str | Path):
+            item = Path(item).read_bytes()
+        return [opened.encoder.prepare([opened.view(_decode(item, opened.encoder, name))])[0] for opened in encoders]
+    except ItemError as error:
+        raise DataError(f"{name}: {error}") from error
+
+
+def _decode(item: Any, encoder: Encoder, name: str) -> Any:
+    color, modality = background_of(encoder.fingerprint.preprocessing), encoder.modality
+    if isinstance(item, Image):
+        return rgb_image(item, color)
+    if isinstance(item, bytes):
+        decode = MODALITIES[modality].load_decoder()
+        return decode(item, background=color) if modality == "image" else decode(item)
+    if modality == "audio":
+        return check_audio(item, name)
+    if modality == "video":
+        return check_video(item)
+    if modality == "points" and not (isinstance(item, Mapping) and "xyz" in item):
+        raise DataError(f"{name}: expected arrays of points by name, with xyz, got {type(item).__name__}")
+    return item
 
 
 @dataclass(frozen=True, kw_only=True)

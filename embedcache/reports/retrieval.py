@@ -12,7 +12,7 @@ from embedcache.dataset.thumbnails import credit
 from embedcache.evaluate.ranking import Ranking
 from embedcache.evaluate.retrieval import KS, RetrievalReport
 from embedcache.metrics.intervals import Estimate
-from embedcache.modalities import noun
+from embedcache.modalities import noun, one_noun
 from embedcache.reports.base import (
     COLORS,
     INK,
@@ -152,12 +152,13 @@ def write_retrieval_page(
     Images are read as by `Thumbnails`.
     """
     first = next(iter(reports.values()))
+    one, other = (_item_noun(modality) for modality in first.num_items)
     recall = Section(
         title="Recall",
         notes=[
             "In brackets the 95% interval; over seeds, one that holds the variance of seeds, too; for chance, the "
-            "range that holds 95% of random rankings, in which equal captions stay together. Distinct: each image and "
-            "each caption counted once.",
+            "range that holds 95% of random rankings, in which equal captions stay together. Distinct: each "
+            f"{one} and each {other} counted once.",
             *(f"{name}: {report.overlap.line()}." for name, report in reports.items() if report.overlap),
         ],
         table=retrieval_table(reports),
@@ -247,15 +248,19 @@ def query_sections(
         (back, ranking.modalities[::-1], (second, first)),
         (there, ranking.modalities, (first, second)),
     ):
-        name = "caption" if query == "text" else query
         sections.append(
             Section(
-                title=f"{query.capitalize()} to {noun(result)}",
-                notes=[_EXAMPLES_NOTE.format(query=name)],
+                title=f"{one_noun(query).capitalize()} to {noun(result)}",
+                notes=[_EXAMPLES_NOTE.format(query=_item_noun(query))],
                 examples=query_examples(ranking, direction, show_query, show_result),
             )
         )
     return sections, [warning for renderer in renderers for warning in renderer.warnings()]
+
+
+def _item_noun(modality: str) -> str:
+    """Return what an item is called on the page: a text is a caption."""
+    return "caption" if modality == "text" else one_noun(modality)
 
 
 def _item_view(cache: Cache, renderer: ItemRenderer, modality: str, rows: Ints) -> Callable[..., PageItem]:

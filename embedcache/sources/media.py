@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array, Floats
-from embedcache.errors import ItemError
+from embedcache.errors import DataError, ItemError
 from embedcache.registry import require
 from embedcache.sources.containers import announced_frames, check_container
 from embedcache.sources.points import decode_points
@@ -22,6 +22,8 @@ from embedcache.sources.points import decode_points
 __all__ = [
     "StreamInfo",
     "Video",
+    "check_audio",
+    "check_video",
     "decode_audio",
     "decode_points",
     "decode_video",
@@ -60,6 +62,31 @@ class Video:
 
     frames_THW3: Array
     rate_hz: float
+
+
+def check_audio(samples: Any, name: str) -> Floats:
+    """Return samples that are as `decode_audio` returns them; DataError if they are not."""
+    if not isinstance(samples, np.ndarray) or samples.ndim != 1 or samples.dtype != np.float32 or not len(samples):
+        is_array = isinstance(samples, np.ndarray)
+        what = f"{samples.dtype} of shape {samples.shape}" if is_array else type(samples).__name__
+        raise DataError(f"expected a path, or mono float32 samples at {AUDIO_RATE_HZ} Hz, got {what}")
+    loudest = max(samples.max(), -samples.min())  # without a copy of what may be an hour; NaN if one sample is
+    if not loudest <= LOUDEST:
+        what = f"up to {loudest:g}; divide 16-bit ones by 32768" if loudest < np.inf else "NaN or infinity"
+        raise DataError(f"{name}: expected samples in [-1, 1], got {what}")
+    return samples
+
+
+def check_video(video: Any) -> Video:
+    """Return a video that is as `decode_video` returns it; DataError if it is not."""
+    if not isinstance(video, Video):
+        raise DataError(f"expected a path, or a Video of frames and their rate, got {type(video).__name__}")
+    frames = video.frames_THW3
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise DataError(f"expected uint8 RGB frames of shape (T, H, W, 3), got {frames.dtype} of shape {frames.shape}")
+    if not 0 < video.rate_hz < np.inf:
+        raise DataError(f"expected a positive frame rate, got {video.rate_hz}")
+    return video
 
 
 def decode_audio(data: bytes, start_s: float | None = None, stop_s: float | None = None) -> Floats:

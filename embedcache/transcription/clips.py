@@ -15,10 +15,11 @@ from embedcache.arrays import Array, Floats, blocks
 from embedcache.errors import DataError, ItemError, PathError, SettingError
 from embedcache.sources.media import (
     AUDIO_RATE_HZ,
-    LOUDEST,
     MAX_VIDEO_PIXELS,
     StreamInfo,
     Video,
+    check_audio,
+    check_video,
     iter_audio,
     iter_frames,
     probe_media,
@@ -129,14 +130,14 @@ def _find_streams(
     """Return stream -> where it is and what is known of it; None if the file has no such stream."""
     found: dict[str, tuple[Source, StreamInfo | None]] = {}
     if audio is not None:
-        source = _check_audio(audio, name)
+        source = _check_file(Path(audio)) if isinstance(audio, str | Path) else check_audio(audio, name)
         infos = _inspect(source, "audio")
         serves_all = isinstance(source, Path) and video is None
         found = {stream: (source, infos.get(stream)) for stream in (streams if serves_all else ("audio",))}
         if serves_all and len(streams) > 1 and "video" not in infos:  # a recording of sound alone
             del found["video"]
     if video is not None:
-        frames = _check_video(video)
+        frames = _check_file(Path(video)) if isinstance(video, str | Path) else check_video(video)
         found["video"] = frames, _inspect(frames, "video").get("video")
     return found
 
@@ -165,32 +166,6 @@ def _choose_streams(
                 raise DataError(f"{name}: expected {_NOUNS[stream]}, got none: {has}{hint}")
             used[stream] = info
     return used
-
-
-def _check_audio(item: AudioLike, name: str) -> Path | Array:
-    if isinstance(item, str | Path):
-        return _check_file(Path(item))
-    if not isinstance(item, np.ndarray) or item.ndim != 1 or item.dtype != np.float32 or not len(item):
-        what = f"{item.dtype} of shape {item.shape}" if isinstance(item, np.ndarray) else type(item).__name__
-        raise DataError(f"expected a path, or mono float32 samples at {AUDIO_RATE_HZ} Hz, got {what}")
-    loudest = max(item.max(), -item.min())  # without a copy of what may be an hour; NaN if one sample is
-    if not loudest <= LOUDEST:
-        what = f"up to {loudest:g}; divide 16-bit ones by 32768" if loudest < np.inf else "NaN or infinity"
-        raise DataError(f"{name}: expected samples in [-1, 1], got {what}")
-    return item
-
-
-def _check_video(item: VideoLike) -> Path | Video:
-    if isinstance(item, str | Path):
-        return _check_file(Path(item))
-    if not isinstance(item, Video):
-        raise DataError(f"expected a path, or a Video of frames and their rate, got {type(item).__name__}")
-    frames = item.frames_THW3
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
-        raise DataError(f"expected uint8 RGB frames of shape (T, H, W, 3), got {frames.dtype} of shape {frames.shape}")
-    if not 0 < item.rate_hz < np.inf:
-        raise DataError(f"expected a positive frame rate, got {item.rate_hz}")
-    return item
 
 
 def _check_file(path: Path) -> Path:

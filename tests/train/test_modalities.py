@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from embedcache.dataset.splits import read_split
-from embedcache.errors import DataError, SettingError, UnknownNameError
+from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.inference import load
 from embedcache.projectors.saved import load_pair, read_config
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
@@ -20,6 +21,7 @@ from embedcache.search.search import OpenIndex, search
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.service import info_tables
 from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.sources.media import decode_audio
 from embedcache.store.cache import Cache
 from embedcache.train.settings import train_settings
 from embedcache.train.train import TrainReport, train
@@ -130,6 +132,38 @@ def test_index_of_recordings_is_searched_with_texts(sounds: Path, finished: Path
     assert {"audio feature", "text feature"} < {name for name, _ in of_run["rows"]}
 
 
+def test_model_encodes_recordings(sounds: Path, finished: Path, tmp_path: Path) -> None:
+    model, source = load(finished), Sounds()
+    files = [source.read(sample.files["audio"][0]) for _, sample in zip(range(6), source.samples(), strict=False)]
+    expected = model.project("audio", Cache(sounds).feature("audio").load()[:6])
+    np.testing.assert_allclose(model.encode("audio", files), expected, atol=1e-3)  # features are float16
+    (tmp_path / "0.wav").write_bytes(files[0])
+    for one in (files[0], tmp_path / "0.wav", str(tmp_path / "0.wav"), decode_audio(files[0])):
+        np.testing.assert_allclose(model.encode("audio", one), expected[:1], atol=1e-3)
+    assert model.encode("audio", []).shape == (0, model.width)
+    np.testing.assert_array_equal(model.encode("text", "a tone", tensors=True).numpy(), model.encode_text("a tone"))
+
+
+def test_invalid_recordings_are_named(finished: Path, tmp_path: Path) -> None:
+    model = load(finished)
+    (tmp_path / "0.wav").write_bytes(wav(tone(0.1, 200))[:99])
+    with pytest.raises(PathError, match=r"audio missing.wav does not exist: expected the path or bytes of a file"):
+        model.encode("audio", "missing.wav")
+    for wrong, words in (
+        (tmp_path / "0.wav", r"0.wav: truncated: 99 bytes of "),
+        ([tone(0.1, 200), b""], "audio 1: empty file"),
+        (tone(0.01, 200), "audio 0: too short: 160 samples, expected at least 320"),
+        (np.zeros((2, 1600), np.float32), r"mono float32 samples at 16000 Hz, got float32 of shape \(2, 1600\)"),
+        (np.zeros(1600), r"mono float32 samples at 16000 Hz, got float64"),
+        (np.full(1600, np.nan, np.float32), r"audio 0: expected samples in \[-1, 1\], got NaN"),
+        (None, "items: expected an item, several, or a cache, got None"),
+    ):
+        with pytest.raises(DataError, match=words):
+            model.encode("audio", wrong)
+    with pytest.raises(DataError, match="expected a run with the modality image, got one of audio and text"):
+        model.encode("image", np.zeros((8, 8, 3), np.uint8))
+
+
 def test_command_line_trains_and_shows_recordings(sounds: Path, tmp_path: Path) -> None:
     options = "--feature text=open_toy/mean --feature audio=open_media/mean --split key --epochs 2 --shared-width 8"
     outcome = embedcache("train", str(sounds), str(tmp_path / "run"), *options.split(), cwd=tmp_path)
@@ -146,7 +180,9 @@ def test_command_line_trains_and_shows_recordings(sounds: Path, tmp_path: Path) 
     )
     assert page.code == 0, page.stderr
     assert "a2t R@1" in page.stdout
-    assert "Text to recordings" in (tmp_path / "p.html").read_text()
+    text = (tmp_path / "p.html").read_text()
+    for words in ("Text to recordings", "Recording to texts", "first recordings whose top", "each recording and each"):
+        assert words in text
     metrics = json.loads((tmp_path / "r.json").read_text())["metrics"]
     assert {name.partition("_")[0] for name in metrics} == {"audio", "text"}
 
