@@ -145,7 +145,7 @@ def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> 
         path = index_path / STATE
         if not path.is_file():
             raise
-        finished = fields_of(path, lambda: {name: str(of) for name, of in read_json(path).get("checksums", {}).items()})
+        finished = construct(path, lambda: {name: str(of) for name, of in read_json(path).get("checksums", {}).items()})
         if INDEX not in finished or file_checksum(index_path / INDEX) != finished[INDEX]:
             if not is_whole(index_path / INDEX):
                 raise
