@@ -1,4 +1,4 @@
-"""Columns of commits in Arrow's memory: hashes and reasons of millions of items without a Python object for each."""
+"""Columns in Arrow's memory: keys, hashes and reasons of millions of items without a Python object for each."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, overload
@@ -8,13 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Ints, blocks
-from embedcache.provenance import canonical_json
 
 T = TypeVar("T")
-HASH_BYTES = 16
-HASH = pa.binary(HASH_BYTES)
-_QUOTED = 2 * HASH_BYTES + 3  # hex digits, two quotes and a comma
-_NULL = np.frombuffer(b"null,", np.uint8)
 _MAX_STRING_BYTES = 2**31 - 1
 _SELECTED_FROM = 65_536  # rows of a block of which some are selected
 
@@ -191,83 +186,3 @@ def is_none(values: Sequence[Any]) -> Bools:
     if isinstance(values, Column):
         return values.is_null()
     return np.array([value is None for value in values], bool)
-
-
-def to_bytes(hashes: pa.Array) -> Array:
-    """Return hashes as (N, 16) uint8; rows of null are undefined."""
-    data = np.frombuffer(hashes.buffers()[1], np.uint8)
-    start = hashes.offset * HASH_BYTES
-    return data[start : start + len(hashes) * HASH_BYTES].reshape(-1, HASH_BYTES)
-
-
-def number_contents(hashes: "pa.Array | pa.ChunkedArray") -> Ints:
-    """Number hashes in order of first appearance, null as one value: (N,) int64. Memory: about 40 bytes per item.
-
-    Example:
-        >>> number_contents(pa.array([b"b" * 16, None, b"a" * 16, b"b" * 16], pa.binary(16))).tolist()
-        [0, 1, 2, 0]
-    """
-    chunks = hashes.chunks if isinstance(hashes, pa.ChunkedArray) else [hashes]
-    if not len(hashes):
-        return np.empty(0, np.int64)
-    missing_N = np.concatenate([chunk.is_null().to_numpy(zero_copy_only=False) for chunk in chunks])
-    halves = [_half(chunks, place, missing_N) for place in (0, 1)]
-    order_N = np.argsort(halves[0], kind="stable")
-    is_first_N = _differs_from_last(halves[0], order_N)
-    differs_N = _differs_from_last(halves[1], order_N) | _differs_from_last(missing_N, order_N)
-    if (differs_N & ~is_first_N).any():  # equal in one half only
-        order_N = np.lexsort((halves[1], halves[0], missing_N))
-        is_first_N = np.logical_or.reduce([_differs_from_last(values, order_N) for values in (*halves, missing_N)])
-    del halves, missing_N, differs_N
-    first_F = order_N[is_first_N]  # the sort is stable, so that it is the lowest row of its hash
-    place_N = np.cumsum(is_first_N, dtype=np.int64)
-    place_N -= 1
-    numbers_N = np.empty(len(order_N), np.int64)
-    numbers_N[order_N] = place_N
-    del order_N, place_N
-    number_F = np.empty(len(first_F), np.int64)
-    number_F[np.argsort(first_F)] = np.arange(len(first_F))
-    np.take(number_F, numbers_N, out=numbers_N, mode="clip")  # other modes copy the output
-    return numbers_N
-
-
-def _half(chunks: Sequence[pa.Array], place: int, missing_N: Bools) -> Array:
-    """Return the first or the second eight bytes of hashes, 0 where they are null: (N,) uint64."""
-    half_N = np.concatenate([to_bytes(chunk)[:, 8 * place : 8 * (place + 1)] for chunk in chunks]).view(np.uint64)[:, 0]
-    half_N[missing_N] = 0
-    return half_N
-
-
-def _differs_from_last(values_N: Array, order_N: Ints) -> Bools:
-    """Return which values, in an order, differ from the one before; the first does."""
-    differs_N, ordered_N = np.ones(len(order_N), bool), values_N[order_N]
-    np.not_equal(ordered_N[1:], ordered_N[:-1], out=differs_N[1:])
-    return differs_N
-
-
-def hashes_json(hashes: pa.Array) -> bytes:
-    """Return hashes as a canonical JSON list of hex digits and null."""
-    if not len(hashes):
-        return b"[]"
-    text = np.empty((len(hashes), _QUOTED), np.uint8)
-    text[:, 0] = text[:, -2] = ord('"')
-    text[:, -1] = ord(",")
-    text[:, 1:-2] = np.frombuffer(to_bytes(hashes).tobytes().hex().encode(), np.uint8).reshape(len(hashes), -1)
-    missing = hashes.is_null().to_numpy(zero_copy_only=False)
-    if missing.any():
-        is_used = np.ones(text.shape, bool)
-        text[missing, : len(_NULL)] = _NULL
-        is_used[missing, len(_NULL) :] = False
-        text = text[is_used]
-    return b"[" + text.tobytes()[:-1] + b"]"
-
-
-def strings_json(strings: pa.Array) -> bytes:
-    """Return strings, most of them null, as a canonical JSON list."""
-    present = np.flatnonzero(~strings.is_null().to_numpy(zero_copy_only=False))
-    parts, before = [], 0
-    for position, value in zip(present.tolist(), strings.drop_null().to_pylist(), strict=True):
-        parts += [b"null," * (position - before), canonical_json(value), b","]
-        before = position + 1
-    parts.append(b"null," * (len(strings) - before))
-    return b"[" + b"".join(parts)[:-1] + b"]"

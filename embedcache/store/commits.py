@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,7 +24,8 @@ from embedcache.files import flush, read_file, write_atomic
 from embedcache.io_errors import io_reason
 from embedcache.provenance import INDEX_DIGEST, canonical_json
 from embedcache.store.arrays import REPAIR
-from embedcache.store.columns import HASH, Column, hashes_json, strings_json, to_array
+from embedcache.store.columns import Column, to_array
+from embedcache.store.hashes import HASH, HASH_BYTES, to_bytes
 from embedcache.store.layout import commit_path
 from embedcache.store.tables import read_table
 
@@ -35,6 +37,8 @@ REMOVED = "removed"
 
 _FAILURE = "failure of "
 _METADATA_KEY = b"embedcache"
+_QUOTED = 2 * HASH_BYTES + 3  # hex digits, two quotes and a comma
+_NULL = np.frombuffer(b"null,", np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,3 +184,31 @@ def _digest(commit: Commit) -> str:
     )
     parts = (start, b",", hashes_json(to_array(commit.hashes, HASH)), b",{", failures, b"}]")
     return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def hashes_json(hashes: pa.Array) -> bytes:
+    """Return hashes as a canonical JSON list of hex digits and null: what `canonical_json` writes, but for millions."""
+    if not len(hashes):
+        return b"[]"
+    text = np.empty((len(hashes), _QUOTED), np.uint8)
+    text[:, 0] = text[:, -2] = ord('"')
+    text[:, -1] = ord(",")
+    text[:, 1:-2] = np.frombuffer(to_bytes(hashes).tobytes().hex().encode(), np.uint8).reshape(len(hashes), -1)
+    missing = hashes.is_null().to_numpy(zero_copy_only=False)
+    if missing.any():
+        is_used = np.ones(text.shape, bool)
+        text[missing, : len(_NULL)] = _NULL
+        is_used[missing, len(_NULL) :] = False
+        text = text[is_used]
+    return b"[" + text.tobytes()[:-1] + b"]"
+
+
+def strings_json(strings: pa.Array) -> bytes:
+    """Return strings, most of them null, as a canonical JSON list, as `hashes_json` does."""
+    present = np.flatnonzero(~strings.is_null().to_numpy(zero_copy_only=False))
+    parts, before = [], 0
+    for position, value in zip(present.tolist(), strings.drop_null().to_pylist(), strict=True):
+        parts += [b"null," * (position - before), canonical_json(value), b","]
+        before = position + 1
+    parts.append(b"null," * (len(strings) - before))
+    return b"[" + b"".join(parts)[:-1] + b"]"

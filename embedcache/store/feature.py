@@ -16,9 +16,10 @@ from embedcache.errors import CorruptError, DataError, UnfinishedError
 from embedcache.progress import Progress
 from embedcache.provenance import digest
 from embedcache.store.arrays import REPAIR, max_maps, open_chunk
-from embedcache.store.columns import HASH, Column, is_none, to_array
+from embedcache.store.columns import Column, is_none, to_array
 from embedcache.store.commits import Commit
 from embedcache.store.group import EncoderGroup
+from embedcache.store.hashes import HASH
 from embedcache.store.metadata import read_axis, read_feature
 
 T = TypeVar("T")

@@ -1,45 +1,10 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.provenance import canonical_json
-from embedcache.store.columns import (
-    HASH,
-    Column,
-    hashes_json,
-    in_blocks,
-    is_none,
-    number_contents,
-    strings_json,
-    to_array,
-)
-
-_OFTEN = [b"a" * 16, b"a" * 8 + b"b" * 8, b"b" * 16, bytes(16)]
-HASHES = st.lists(st.none() | st.binary(min_size=16, max_size=16) | st.sampled_from(_OFTEN))
-
-
-@given(HASHES, st.integers(0, 3))
-@example([_OFTEN[1], _OFTEN[0], None, _OFTEN[1], _OFTEN[2], _OFTEN[1], _OFTEN[3], _OFTEN[2], None, _OFTEN[0]], 2)
-@example([_OFTEN[0], _OFTEN[1], _OFTEN[0]], 0)
-@example([_OFTEN[1], _OFTEN[2], _OFTEN[1]], 0)
-def test_hashes_are_written_and_numbered_as_python_objects(values: list[bytes | None], skipped: int) -> None:
-    array = pa.array([b"x" * 16] * skipped + values, HASH).slice(skipped)
-    assert hashes_json(array) == canonical_json([None if value is None else value.hex() for value in values])
-    numbers: dict[bytes | None, int] = {}
-    expected = [numbers.setdefault(value, len(numbers)) for value in values]
-    assert number_contents(array).tolist() == expected
-    assert number_contents(pa.chunked_array([array[:2], array[2:]])).tolist() == expected
-
-
-@given(st.lists(st.none() | st.text()))
-def test_reasons_are_written_as_python_objects(values: list[str | None]) -> None:
-    try:
-        expected = canonical_json(values)
-    except UnicodeEncodeError:  # a lone surrogate is no text
-        return
-    assert strings_json(pa.array(values, pa.string())) == expected
+from embedcache.store.columns import Column, in_blocks, is_none, to_array
 
 
 def test_strings_that_one_array_cannot_hold_stay_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,14 @@
 import hashlib
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embedcache.provenance import canonical_json
-from embedcache.store.commits import NOT_YET, Commit, _digest, hash_item
+from embedcache.store.commits import NOT_YET, Commit, _digest, hash_item, hashes_json, strings_json
+from embedcache.store.hashes import HASH
 
 
 def made(**values: Any) -> Commit:
@@ -31,6 +35,21 @@ def test_digest_is_that_of_the_canonical_json() -> None:
     content = [commit.chunk, commit.encoder, commit.index_digest, commit.features, hashes, failures]
     assert _digest(commit) == hashlib.sha256(canonical_json(content)).hexdigest()
     assert _digest(made(chunk=3)) != _digest(commit) == _digest(made(attributes={}))
+
+
+@given(st.lists(st.none() | st.binary(min_size=16, max_size=16)), st.integers(0, 3))
+def test_hashes_are_written_as_python_objects(values: list[bytes | None], skipped: int) -> None:
+    array = pa.array([b"x" * 16] * skipped + values, HASH).slice(skipped)
+    assert hashes_json(array) == canonical_json([None if value is None else value.hex() for value in values])
+
+
+@given(st.lists(st.none() | st.text()))
+def test_reasons_are_written_as_python_objects(values: list[str | None]) -> None:
+    try:
+        expected = canonical_json(values)
+    except UnicodeEncodeError:  # a lone surrogate is no text
+        return
+    assert strings_json(pa.array(values, pa.string())) == expected
 
 
 def test_hashes_of_items_and_of_intervals() -> None:
