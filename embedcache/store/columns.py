@@ -1,6 +1,6 @@
 """Columns in Arrow's memory: keys, hashes and reasons of millions of items without a Python object for each."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -17,55 +17,22 @@ _SELECTED_FROM = 65_536  # rows of a block of which some are selected
 class Column(Sequence[T]):
     """A column of values, None where it is null; a Python object is made only for a value that is read.
 
-    Its values are an Arrow array that is given; or are read when they are used (`deferred`), as the keys of a cache
-    are; or are those of a few places, and null elsewhere (`sparse`), as the reasons of failed items are.
+    Args:
+        array: the values.
     """
 
     def __init__(self, array: "pa.Array | pa.ChunkedArray") -> None:
-        self._array, self._length = array, len(array)
-        self._load: Callable[[], pa.Array | pa.ChunkedArray] | None = None
-        self._read: Callable[[], Iterator[pa.Array | pa.ChunkedArray]] | None = None
-        self._places: Ints | None = None
-
-    @classmethod
-    def deferred(
-        cls,
-        length: int,
-        load: "Callable[[], pa.Array | pa.ChunkedArray]",
-        *,
-        read: "Callable[[], Iterator[pa.Array | pa.ChunkedArray]] | None" = None,
-    ) -> "Column[T]":
-        """Return a column of a known length that is read when a value is used.
-
-        Args:
-            length: number of values.
-            load: returns all values; called whenever they are used, so it keeps them if that is often.
-            read: iterates over all values, in blocks of any size, for `blocks`; None: `load` is called.
-        """
-        column = cls(pa.array([], pa.null()))
-        column._length, column._load, column._read = length, load, read
-        return column
-
-    @classmethod
-    def sparse(cls, length: int, places: Ints, values: "pa.Array") -> "Column[T]":
-        """Return a column that is null but at some places, ascending."""
-        column = cls(values)
-        column._length, column._places = length, places
-        return column
+        self._array = array
 
     @property
     def array(self) -> "pa.Array | pa.ChunkedArray":
         """The values in Arrow's memory."""
-        if self._places is None:
-            return self._array if self._load is None else self._load()
-        indices = np.zeros(self._length, np.int64)
-        indices[self._places] = np.arange(len(self._places))
-        return self._array.take(pa.array(indices, mask=self.is_null()))
+        return self._array
 
     def blocks(self, size: int) -> "Iterator[pa.Array]":
         """Iterate over the values, `size` at a time. Memory: a block, also of a column that is read in blocks."""
         left: pa.ChunkedArray | None = None
-        for values in self._read() if self._read else [self.array]:
+        for values in self._parts():
             chunks = values.chunks if isinstance(values, pa.ChunkedArray) else [values]
             left = pa.chunked_array([*(left.chunks if left else ()), *chunks], values.type)
             del values, chunks
@@ -86,26 +53,32 @@ class Column(Sequence[T]):
                 yield block.take(pa.array(rows[first:last] - start))
                 start += len(block)
 
-        return Column.deferred(len(rows), lambda: pa.chunked_array(read()) if len(self) else self.array, read=read)
+        return DeferredColumn(len(rows), lambda: pa.chunked_array(read()) if len(self) else self.array, read=read)
 
     def is_null(self) -> Bools:
         """Return which values are null: (N,) bool."""
-        if self._places is None:
-            is_null: Bools = self.array.is_null().to_numpy(zero_copy_only=False)
-            return is_null
-        is_null = np.ones(self._length, bool)
-        is_null[self._places] = False
+        is_null: Bools = self.array.is_null().to_numpy(zero_copy_only=False)
         return is_null
 
     def present(self) -> "tuple[Ints, pa.Array]":
         """Return the places that are not null, ascending, and their values."""
-        if self._places is not None:
-            return self._places, self._array
         array = to_array(self, self.array.type)
         return np.flatnonzero(~self.is_null()), array.drop_null()
 
+    def count(self, value: object) -> int:
+        """Count a value."""
+        return int(pc.sum(pc.equal(self.array, pa.scalar(value, self.array.type))).as_py() or 0)
+
+    def _parts(self) -> "Iterable[pa.Array | pa.ChunkedArray]":
+        """Return all values, in parts of any size."""
+        return [self.array]
+
+    def _value(self, index: int) -> Any:
+        """Return the value at a place, which may count from the end."""
+        return self.array[index].as_py()
+
     def __len__(self) -> int:
-        return self._length
+        return len(self._array)
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -114,13 +87,7 @@ class Column(Sequence[T]):
     def __getitem__(self, index: slice) -> list[T]: ...
 
     def __getitem__(self, index: int | slice) -> Any:
-        if self._places is not None and isinstance(index, int):
-            index = range(self._length)[index]
-            place = int(np.searchsorted(self._places, index))
-            is_present = place < len(self._places) and self._places[place] == index
-            return self._array[place].as_py() if is_present else None
-        values = self.array[index]
-        return values.to_pylist() if isinstance(index, slice) else values.as_py()
+        return self.array[index].to_pylist() if isinstance(index, slice) else self._value(index)
 
     def __iter__(self) -> Iterator[T]:
         return iter(self.array.to_pylist())
@@ -128,10 +95,6 @@ class Column(Sequence[T]):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:  # noqa: FBT001 - as NumPy calls it
         values: Array = np.array(self.array, dtype=dtype, copy=copy)
         return values
-
-    def count(self, value: object) -> int:
-        """Count a value."""
-        return int(pc.sum(pc.equal(self.array, pa.scalar(value, self.array.type))).as_py() or 0)
 
     def __contains__(self, value: object) -> bool:
         values = self.present()[1] if value is not None else self.array
@@ -141,6 +104,75 @@ class Column(Sequence[T]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+class DeferredColumn(Column[T]):
+    """A column of a known length whose values are read when one is used, as the keys of a cache are.
+
+    Args:
+        length: number of values.
+        load: returns all values; called whenever they are used, so it keeps them if that is often.
+        read: iterates over all values, in blocks of any size, for `blocks`; None: `load` is called.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        load: "Callable[[], pa.Array | pa.ChunkedArray]",
+        *,
+        read: "Callable[[], Iterator[pa.Array | pa.ChunkedArray]] | None" = None,
+    ) -> None:
+        self._length, self._load, self._read = length, load, read
+
+    @property
+    def array(self) -> "pa.Array | pa.ChunkedArray":
+        """The values in Arrow's memory, read now."""
+        return self._load()
+
+    def _parts(self) -> "Iterable[pa.Array | pa.ChunkedArray]":
+        return self._read() if self._read else [self.array]
+
+    def __len__(self) -> int:
+        return self._length
+
+
+class SparseColumn(Column[T]):
+    """A column that is null but at a few places, as the reasons of failed items are.
+
+    Args:
+        length: number of values, nulls included.
+        places: (P,) int64, ascending, of the values that are not null.
+        values: these values, P of them.
+    """
+
+    def __init__(self, length: int, places: Ints, values: "pa.Array") -> None:
+        self._length, self._places, self._values = length, places, values
+
+    @property
+    def array(self) -> "pa.Array | pa.ChunkedArray":
+        """The values and all nulls in Arrow's memory, made now."""
+        indices = np.zeros(self._length, np.int64)
+        indices[self._places] = np.arange(len(self._places))
+        return self._values.take(pa.array(indices, mask=self.is_null()))
+
+    def is_null(self) -> Bools:
+        """Return which values are null: (N,) bool."""
+        is_null = np.ones(self._length, bool)
+        is_null[self._places] = False
+        return is_null
+
+    def present(self) -> "tuple[Ints, pa.Array]":
+        """Return the places that are not null, ascending, and their values."""
+        return self._places, self._values
+
+    def _value(self, index: int) -> Any:
+        index = range(self._length)[index]
+        place = int(np.searchsorted(self._places, index))
+        is_present = place < len(self._places) and self._places[place] == index
+        return self._values[place].as_py() if is_present else None
+
+    def __len__(self) -> int:
+        return self._length
 
 
 def to_array(values: Sequence[Any], kind: pa.DataType) -> "pa.Array | pa.ChunkedArray":

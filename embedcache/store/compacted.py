@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from embedcache.errors import ArtifactError, CorruptError, PathError, one_line
 from embedcache.files import replacing
 from embedcache.store.checksums import column_checksum
-from embedcache.store.columns import Column, is_none, to_array
+from embedcache.store.columns import Column, DeferredColumn, SparseColumn, is_none, to_array
 from embedcache.store.commits import Commit, commit_metadata, make_commit, read_commit
 from embedcache.store.hashes import HASH, HASH_BYTES, to_bytes
 from embedcache.store.layout import commit_name, commit_path
@@ -165,7 +165,7 @@ def _iterate_commits(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> Itera
                         row["chunk"],
                         make_commit(
                             metadata,
-                            Column[bytes | None].deferred(row["num_rows"], load_own),
+                            DeferredColumn[bytes | None](row["num_rows"], load_own),
                             {name: failures.column(position, name, row["num_rows"]) for name in metadata["features"]},
                         ),
                     )
@@ -216,7 +216,7 @@ class _Failures:
         start, stop = self._bounds[position : position + 2].tolist()
         offsets, reasons = self._offsets[start:stop], self._reasons.slice(start, stop - start)
         own = np.flatnonzero(self._codes[start:stop] == self._code.get(feature))  # none where it has no code
-        return Column.sparse(num_rows, offsets[own], reasons.take(pa.array(own)))
+        return SparseColumn(num_rows, offsets[own], reasons.take(pa.array(own)))
 
 
 def _read_hashes(path: Path, group: int, checksums: Mapping[str, str]) -> Sequence[pa.Array] | None:

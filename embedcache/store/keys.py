@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from embedcache.arrays import Bools, Ints
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
-from embedcache.store.columns import Column, index_in, widen
+from embedcache.store.columns import Column, DeferredColumn, index_in, widen
 from embedcache.store.layout import SAMPLES
 
 
@@ -18,7 +18,7 @@ def key_column(caches: Sequence[Cache]) -> Column[str]:
 
     Its `blocks` keep none of them; whatever else needs values has the caches keep all, as `keys_of` does.
     """
-    return Column.deferred(
+    return DeferredColumn(
         sum(map(len, caches)),
         lambda: keys_of(caches),
         read=lambda: (keys for cache in caches for keys in iterate_keys(cache)),

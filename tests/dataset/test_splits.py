@@ -25,7 +25,7 @@ from embedcache.provenance import write_record
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
-from embedcache.store.columns import Column
+from embedcache.store.columns import Column, DeferredColumn
 from embedcache.store.tables import add_footer_checksum, write_table
 from embedcache.train.data import open_data
 from tests.images import write_images
@@ -263,7 +263,7 @@ def test_bytes_of_a_split_do_not_depend_on_blocks(tmp_path: Path) -> None:
     rows, parts = np.arange(count), pa.array(["train", "val", "test"]).take(pa.array(np.arange(count) * 7 % 3))
     keys = pc.binary_join_element_wise("a key of some length ", pa.array(rows).cast(pa.string()), "")
     chunked = pa.chunked_array([keys.slice(start, BLOCK) for start in range(0, count, BLOCK)])
-    read = Column[str].deferred(count, lambda: chunked, read=lambda: iter(chunked.chunks))
+    read = DeferredColumn[str](count, lambda: chunked, read=lambda: iter(chunked.chunks))
     write_split(tmp_path / "split.parquet", Split(keys=read, parts=Column(parts), groups=Column(pa.array(rows))))
     table = with_metadata(pa.table({"row": rows, "key": keys, "part": parts, "group": rows}), {})
     write_table(tmp_path / "whole.parquet", table)

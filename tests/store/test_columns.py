@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.store.columns import Column, in_blocks, is_none, to_array
+from embedcache.store.columns import Column, DeferredColumn, SparseColumn, in_blocks, is_none, to_array
 
 
 def test_strings_that_one_array_cannot_hold_stay_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +38,7 @@ def test_sparse_column_equals_dense(values: list[str | None]) -> None:
     places = np.flatnonzero([value is not None for value in values])
     kept = pa.array([value for value in values if value is not None], pa.string())
     column, dense = (
-        Column[str | None].sparse(len(values), places, kept),
+        SparseColumn[str | None](len(values), places, kept),
         Column[str | None](pa.array(values, pa.string())),
     )
     assert [column[number] for number in range(-len(values), len(values))] == values * 2
@@ -57,7 +57,7 @@ def test_sparse_column_equals_dense(values: list[str | None]) -> None:
 
 def test_deferred_column_is_read_when_a_value_is() -> None:
     reads: list[int] = []
-    column = Column[str | None].deferred(3, lambda: reads.append(1) or pa.array(["a", None, "b"]))
+    column = DeferredColumn[str | None](3, lambda: reads.append(1) or pa.array(["a", None, "b"]))
     assert (len(column), reads) == (3, [])
     assert (column[0], column[1:], list(column)) == ("a", [None, "b"], ["a", None, "b"])
     assert column.is_null().tolist() == [False, True, False]
@@ -69,7 +69,7 @@ def test_blocks_are_those_of_a_list(parts: list[list[str | None]], size: int, da
     """In whatever chunks the values are, and whether they are read when they are used."""
     values = [value for part in parts for value in part]
     chunked = pa.chunked_array(parts, pa.string())
-    read = Column[str | None].deferred(len(values), lambda: chunked, read=lambda: iter(chunked.chunks))
+    read = DeferredColumn[str | None](len(values), lambda: chunked, read=lambda: iter(chunked.chunks))
     expected = [values[start : start + size] for start in range(0, len(values), size)]
     rows = sorted(data.draw(st.sets(st.integers(0, len(values) - 1)))) if values else []
     for column in (Column[str | None](chunked), Column[str | None](chunked.combine_chunks()), read):
