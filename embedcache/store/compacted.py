@@ -47,10 +47,15 @@ _SCHEMA = pa.schema(
     ]
 )
 _HASH_COLUMNS = ("hashes", "without_hash")
+_CHECKSUMS = "checksums"
+"""Key of the metadata whose value is a JSON list with column -> checksum for each row group."""
+
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError)
+"""What reading a table raises that is damaged or of another version."""
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file is the one that was read."""
+    """What tells whether a file is the one that was read: its size in bytes, its time of change and its inode."""
 
     size: int
     time_ns: int
@@ -144,31 +149,22 @@ def check_compacted(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> str | 
     return None
 
 
-_UNREADABLE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError)
-_CHECKSUMS = "checksums"
-
-
 def _iterate_commits(encoder_folder: Path, stamps: Mapping[str, Stamp]) -> Iterator[tuple[int, Commit]]:
     """Iterate over the chunks whose commits have these stamps, with the commits; raises errors of `_UNREADABLE`."""
     columns = [name for name in _SCHEMA.names if name not in _HASH_COLUMNS]
     path = compacted_path(encoder_folder)
     with open_table(path) as file:
         for group, checksums in enumerate(_read_checksums(file)):
-            load = cache(partial(_read_hashes, path, group, checksums))
             table = _read_group(file, group, columns, checksums)
             failures = _Failures(table["failures"])
+            read_hashes = cache(partial(_read_hashes, path, group, checksums))
             for position, row in enumerate(table.drop_columns("failures").to_pylist()):
-                stamp, metadata = Stamp(row["size"], row["time_ns"], row["inode"]), json.loads(row["metadata"])
-                if stamps.get(commit_name(row["chunk"])) == stamp:
-                    load_own = partial(_hashes_of, load, position, encoder_folder, row["chunk"], row["num_rows"])
-                    yield (
-                        row["chunk"],
-                        make_commit(
-                            metadata,
-                            DeferredColumn[bytes | None](row["num_rows"], load_own),
-                            {name: failures.column(position, name, row["num_rows"]) for name in metadata["features"]},
-                        ),
-                    )
+                chunk, num_rows, metadata = row["chunk"], row["num_rows"], json.loads(row["metadata"])
+                if stamps.get(commit_name(chunk)) != Stamp(row["size"], row["time_ns"], row["inode"]):
+                    continue
+                load = partial(_hashes_of, read_hashes, position, encoder_folder, chunk, num_rows)
+                reasons = {name: failures.column(position, name, num_rows) for name in metadata["features"]}
+                yield chunk, make_commit(metadata, DeferredColumn[bytes | None](num_rows, load), reasons)
 
 
 def _read_checksums(file: pq.ParquetFile) -> list[dict[str, str]]:
@@ -237,10 +233,14 @@ def _read_hashes(path: Path, group: int, checksums: Mapping[str, str]) -> Sequen
 
 
 def _hashes_of(
-    load: Callable[[], Sequence[pa.Array] | None], position: int, encoder_folder: Path, chunk: int, num_rows: int
+    read_hashes: Callable[[], Sequence[pa.Array] | None],
+    position: int,
+    encoder_folder: Path,
+    chunk: int,
+    num_rows: int,
 ) -> pa.Array:
     """Return the hashes of a chunk, from its commit if the table cannot be used."""
-    arrays = load()
+    arrays = read_hashes()
     if arrays is not None:
         return arrays[position]
     commit = read_commit(encoder_folder, chunk)
