@@ -16,9 +16,10 @@ import numpy as np
 
 from embedcache.errors import PathError
 from embedcache.registry import has_trust
-from embedcache.sources.base import IMPORTED, FileItem
+from embedcache.sources.base import FileItem
 from embedcache.sources.files import SHARD_SEPARATOR, restrict_reads
 from embedcache.sources.images import decode_image
+from embedcache.sources.imported import IMPORTED_SOURCE
 from embedcache.sources.merged import MERGED, merged_parts
 from embedcache.sources.open import SOURCES, base_source, reopen_source, source_credit
 from embedcache.sources.webdataset import shard_root
@@ -131,7 +132,7 @@ def _recorded_folders(source: Mapping[str, Any]) -> list[Path]:
     if source.get("type") == MERGED:
         return [folder for part in merged_parts(source) for folder in _recorded_folders(part)]
     kind, location = base_source(source)
-    if kind not in SOURCES.paths and kind != IMPORTED:
+    if kind not in SOURCES.paths and kind != IMPORTED_SOURCE:
         raise PathError(
             f"{NOT_SHOWN}the cache names the source class {kind!r}, which is custom code; if you trust the "
             "cache, use --trust"

@@ -22,7 +22,8 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import unknown_name
 from embedcache.settings import flat_settings, from_flat, merge_settings
-from embedcache.sources.base import IMPORTED, Source
+from embedcache.sources.base import Source
+from embedcache.sources.imported import IMPORTED_SOURCE
 from embedcache.sources.merged import MERGED
 from embedcache.sources.open import SOURCES, open_source, reopen_source
 from embedcache.sources.settings import SourceSettings
@@ -220,7 +221,7 @@ def _check_has_a_source(cache_path: Path) -> None:
     if not info_path(cache_path).is_file():
         return
     source = read_info(cache_path).source
-    if source.get("type") == IMPORTED:
+    if source.get("type") == IMPORTED_SOURCE:
         raise SettingError(
             f"{cache_path} was imported from {source['path']}: it has vectors, but no images or texts to encode; "
             "extract the images and captions themselves into a new folder"

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Array, Bools
-from embedcache.encoders.open import EncoderSpec
+from embedcache.encoders.open import IMPORTED, EncoderSpec
 from embedcache.errors import CorruptError, SettingError, SourceError, UnfinishedError
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.settings import ImportSettings
@@ -20,7 +20,7 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.records import new_record_path, record_stage
 from embedcache.settings import merge_settings
-from embedcache.sources.base import IMPORTED
+from embedcache.sources.imported import IMPORTED_SOURCE
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
@@ -148,7 +148,7 @@ def _describe(
 ) -> dict[str, Any]:
     """Return everything that determines the result of an import, as `cache.json` stores it."""
     return {
-        "type": IMPORTED,
+        "type": IMPORTED_SOURCE,
         "path": str(vectors.path.absolute()),
         "settings": {},
         "format": vectors.form,

@@ -11,9 +11,10 @@ import numpy as np
 from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, ItemError, SettingError, SourceError
-from embedcache.sources.base import IMPORTED, FileItem, Sample, TextItem
+from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file, resolve_item
+from embedcache.sources.imported import IMPORTED_SOURCE
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_columns import TableColumns, assign_columns, read_key, read_rows, read_texts
 from embedcache.sources.table_files import Row, open_table_file
@@ -268,13 +269,13 @@ class ImportedSource:
     """Source of the images that an import named, if their files still exist; it has no samples to extract from."""
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported(IMPORTED)
+        settings.check_supported(IMPORTED_SOURCE)
         self._location = Path(location)
         self._root = self._location if self._location.is_dir() else self._location.parent
 
     def describe(self) -> Mapping[str, Any]:
         """Return what is needed to open the source again."""
-        return {"type": IMPORTED, "path": str(self._location), "settings": {}}
+        return {"type": IMPORTED_SOURCE, "path": str(self._location), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
         """Raise a SourceError, because there are vectors and nothing that an encoder could encode."""

@@ -4,9 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-IMPORTED = "imported"
-"""Source type recorded by a cache of imported vectors; nothing can be extracted from it."""
-
 Scalar: TypeAlias = str | int | float | bool | None
 """A value that fits a column of the sample table."""
 
@@ -90,17 +87,3 @@ class Source(Protocol):
         Raises:
             ItemError: it cannot be read; the message is the reason.
         """
-
-
-def how_to_import(source: Mapping[str, Any], modality: str) -> str:
-    """Return how to get features of a modality beside those of an imported source, as nothing can be extracted."""
-    form = str(source.get("format"))
-    options = {
-        "npy": f"--{modality}-file FILE{' --table FILE' if modality == 'text' else ''}",
-        "parquet": f"--{modality}-vector-column NAME",
-        "datacomp": f"--{modality}-array NAME",
-        "clip-retrieval": f"a folder that has {'img' if modality == 'image' else 'text'}_emb too",
-    }
-    if modality not in ("image", "text") or form not in options:
-        return "it was imported, and only vectors of images and texts are; extract them into a cache of its own"
-    return f"import both into a new cache: embedcache import {form}, also with {options[form]}"

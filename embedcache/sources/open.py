@@ -9,7 +9,7 @@ from embedcache.errors import PathError, SourceError
 from embedcache.files import is_url, open_path
 from embedcache.registry import Registry, names_from
 from embedcache.settings import merge_settings
-from embedcache.sources.base import IMPORTED, Source
+from embedcache.sources.base import Source
 from embedcache.sources.files import (
     IDX_IMAGES,
     JSON_SUFFIXES,
@@ -24,6 +24,7 @@ from embedcache.sources.files import (
     is_folder,
     walk_files,
 )
+from embedcache.sources.imported import IMPORTED_SOURCE
 from embedcache.sources.merged import MERGED, MergedSource, merged_parts
 from embedcache.sources.settings import SourceSettings
 
@@ -48,7 +49,6 @@ SOURCES = Registry(
 )
 _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_SUFFIXES, "coco": JSON_SUFFIXES}
 """Kind of source -> suffixes of the files that it reads."""
-_IMPORTED_SOURCE = "embedcache.interop.vector_files:ImportedSource"
 """Reopened only, so not among the names to choose from."""
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
@@ -97,8 +97,10 @@ def reopen_source(description: Mapping[str, Any]) -> Source:
     if description["type"] == MERGED:
         return MergedSource([reopen_source(part) for part in merged_parts(description)], description)
     settings = SourceSettings.from_json(description.get("settings", {}))
-    if description["type"] == IMPORTED:
-        return open_source(description["path"], kind=_IMPORTED_SOURCE, settings=settings)
+    if description["type"] == IMPORTED_SOURCE:
+        return open_source(
+            description["path"], kind="embedcache.interop.vector_files:ImportedSource", settings=settings
+        )
     with names_from("the cache"):
         return open_source(description["path"], kind=description["type"], settings=settings)
 

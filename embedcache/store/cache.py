@@ -14,8 +14,8 @@ from embedcache.errors import AmbiguousNameError, CorruptError, DataError, Unkno
 from embedcache.files import AnyPath, open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.registry import require, unknown_name
-from embedcache.sources.base import IMPORTED, how_to_import
 from embedcache.sources.files import wrap_io_errors
+from embedcache.sources.imported import IMPORTED_SOURCE, how_to_import
 from embedcache.store.checksums import BLOCK, check_rows, find_changed
 from embedcache.store.columns import widen
 from embedcache.store.feature import Feature
@@ -376,7 +376,7 @@ class Cache:
         """Return the message that the cache has no features of a modality, and what it has instead."""
         if modality not in MODALITIES:
             return f"unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
-        if self.info.source.get("type") == IMPORTED:
+        if self.info.source.get("type") == IMPORTED_SOURCE:
             return f"{self.path} has no {modality} features; {how_to_import(self.info.source, modality)}"
         option = f"--{modality}-encoder SPEC" if modality in ("image", "text") else f"--encoder {modality}=SPEC"
         message = f"{self.path} has no {modality} features; extract some: embedcache extract {option}"

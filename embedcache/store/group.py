@@ -16,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.encoders.base import is_fingerprint
-from embedcache.encoders.open import DERIVED, RUN
+from embedcache.encoders.open import DERIVED, IMPORTED, RUN
 from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, PathError
 from embedcache.files import is_remote
 from embedcache.provenance import check_same, digest
-from embedcache.sources.base import IMPORTED
 from embedcache.store.arrays import (
     CRC_BYTES,
     REPAIR,

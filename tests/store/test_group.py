@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.encoders.open import DERIVED, RUN
+from embedcache.encoders.open import DERIVED, IMPORTED, RUN
 from embedcache.errors import CorruptError, FingerprintError, PathError, UnknownNameError
-from embedcache.sources.base import IMPORTED
 from embedcache.store import group as group_module
 from embedcache.store.cache import Cache
 from embedcache.store.commits import write_commit

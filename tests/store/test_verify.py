@@ -9,13 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.encoders.open import DERIVED
+from embedcache.encoders.open import DERIVED, IMPORTED
 from embedcache.errors import CorruptError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.sources import open_source
-from embedcache.sources.base import IMPORTED
 from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit, write_commit
 from embedcache.store.group import create_group

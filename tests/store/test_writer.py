@@ -14,8 +14,8 @@ import pytest
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
+from embedcache.encoders.open import IMPORTED
 from embedcache.errors import CorruptError, DataError, FingerprintError, UnfinishedError
-from embedcache.sources.base import IMPORTED
 from embedcache.store.commits import NOT_YET
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
