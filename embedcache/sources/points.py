@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Array
@@ -90,7 +91,7 @@ def _read_parquet(data: bytes) -> dict[str, Array]:
 
 
 def _column(column: pa.ChunkedArray) -> Array | None:
-    """Return a column of numbers, or of lists of equal length, as an array; None for other columns."""
+    """Return a column of numbers, (N,), or of lists of equal length, (N, width), as an array; None for others."""
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     number = kind.value_type if is_list else kind
@@ -102,10 +103,10 @@ def _column(column: pa.ChunkedArray) -> Array | None:
         return np.asarray(column.to_numpy())
     values = column.combine_chunks()
     values = values.chunk(0) if isinstance(values, pa.ChunkedArray) else values
-    flat = np.asarray(values.flatten().to_numpy(zero_copy_only=False))
-    if len(column) and len(flat) % len(column):
+    widths = pc.unique(pc.list_value_length(values)).to_pylist()
+    if len(widths) > 1:
         raise ItemError("a column holds lists of different lengths")
-    array: Array = flat.reshape(len(column), -1)
+    array: Array = values.flatten().to_numpy(zero_copy_only=False).reshape(len(column), *(widths or [0]))
     return array
 
 

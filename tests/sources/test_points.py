@@ -2,8 +2,11 @@
 
 import io
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import ItemError
@@ -53,6 +56,12 @@ def with_value(name: str, value: float) -> dict[str, np.ndarray]:
     return arrays
 
 
+def in_table(columns: Mapping[str, Any]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
 def pickled() -> bytes:
     file = io.BytesIO()
     np.savez(file, xyz=CLOUD["xyz"], names=np.array([{}] * 50, object))
@@ -70,6 +79,14 @@ REFUSED: Mapping[str, tuple[bytes, str]] = {
     "other length": (
         npz({**CLOUD, "label": CLOUD["label"][:7]}),
         "one row of label per point, 50",
+    ),
+    "no points in a table": (
+        in_table({**dict.fromkeys("xyz", pa.array([], pa.float32())), "uv": pa.array([], pa.list_(pa.float32()))}),
+        "^no points",
+    ),
+    "lists of several lengths": (
+        in_table({**dict.fromkeys("xyz", pa.array([0.0, 1.0])), "color": [[1.0], [2.0, 3.0, 4.0]]}),
+        "a column holds lists of different lengths",
     ),
     "texts": (npz({**CLOUD, "name": np.array(["a"] * 50)}), "expected numbers in name"),
     "objects": (pickled(), "pickled objects"),
