@@ -3,7 +3,7 @@
 A commit is written after the arrays of its chunk; without it the chunk does not exist.
 
 When samples are appended, the last chunk may have been committed with fewer rows. Its commit stays valid: `resize` adds
-the new rows with the reason `NOT_YET`, extraction encodes them (`extract.feature_writer`), and `commit_chunk` writes
+the new rows with the reason `NOT_YET`, extraction encodes them (`extract.chunk_tasks`), and `commit_chunk` writes
 the chunk again with what was stored before and what is new.
 """
 
