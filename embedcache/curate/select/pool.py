@@ -51,10 +51,15 @@ class Pool:
     @cached_property
     def vectors(self) -> Vectors:
         """Vectors of the compared items: of the feature of the settings, or the only one that the concepts have too."""
-        settings, feature = self._settings, self._settings.feature
-        if feature is None and settings.run is None and settings.concepts is not None:
-            feature = choose_feature(self.cache.path, settings.concepts, self.modality, progress=self.progress)
-        return Vectors(self.cache.path, self.modality, feature, settings.run, device=settings.device)
+        settings = self._settings
+        return Vectors(self.cache.path, self.modality, self._chosen_feature, settings.run, device=settings.device)
+
+    @cached_property
+    def _chosen_feature(self) -> str | None:
+        settings = self._settings
+        if settings.feature is None and settings.run is None and settings.concepts is not None:
+            return choose_feature(self.cache.path, settings.concepts, self.modality, progress=self.progress)
+        return settings.feature
 
     @cached_property
     def feature(self) -> str | None:
@@ -86,9 +91,14 @@ class Pool:
         """
         if self._settings.scores is not None:
             return self._scored_samples()
+        num_samples, _ = self.cache.info.num_samples, self._chosen_feature  # which may have a step of its own
+        self.progress.start("finding samples", num_samples, "samples")
         rows = ~self.cache.removed_items(self.modality) if self.feature is None else self.vectors.rows
+        self.progress.advance(num_samples // 2)  # the commits are read, which takes longest
         samples = distinct(self.item_samples[rows])
         samples = samples[samples >= 0]
+        self.progress.advance(num_samples - num_samples // 2)
+        self.progress.finish()
         if not len(samples):
             of_feature = "" if self.feature is None else f" of {self.feature}"
             where = self._settings.selection or self.cache.path

@@ -68,6 +68,15 @@ def test_random_draw_needs_no_feature(tmp_path: Path) -> None:
         select(tmp_path / "cache", tmp_path / "b.parquet", "random", budget=4, modality="image")
 
 
+def test_random_draw_shows_progress(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.dataset.selections.BLOCK", 4)
+    progress = RecordedProgress()
+    select(cache_path, tmp_path / "a.parquet", "random", budget=9, feature=IMAGE_FEATURE, progress=progress)
+    assert progress.started == [("finding samples", 300, "samples"), ("writing the selection", 9, "samples")]
+    assert progress.finished == ["finding samples", "writing the selection"]
+    assert progress.advances == [150, 150, 4, 4, 1]
+
+
 class NamedSelector(RandomSelector):
     """A method that cannot be made without a name."""
 
@@ -129,6 +138,7 @@ def test_long_clustering_is_announced(
     words = f"finding {clusters or 7} clusters: {num_pairs:,} pairs of vectors, about 0 s"
     assert progress.notes[0].startswith(words)
     assert [what for what, *_ in progress.started] == [
+        "finding samples",
         "reading vectors",
         f"finding {clusters or 7} clusters",
         *(["assigning the target to clusters"] if method == "image-based" else []),
