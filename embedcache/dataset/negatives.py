@@ -20,7 +20,7 @@ from embedcache.files import AnyPath
 from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.store.cache import Cache
-from embedcache.store.tables import open_table
+from embedcache.store.tables import Footer, add_footer_checksum, open_table, read_footer
 
 _SCHEMA = pa.schema(
     [
@@ -67,16 +67,18 @@ def write_negatives(
     """
     header = {"cache": str(cache.path), INDEX_DIGEST: cache.info.index_digest, "num_samples": len(groups_S), **metadata}
     schema, keys, start = _SCHEMA.with_metadata(to_metadata(header, _SCHEMA)), cache.column("key"), 0
-    with new_output(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
-        for part in parts:
-            count = len(part.negatives_BK)
-            columns = [
-                keys.slice(start, count).cast(pa.string()).combine_chunks(),
-                pa.array(groups_S[start : start + count]),
-                *_lists(part),
-            ]
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-            start += count
+    with new_output(path) as temporary:
+        with pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
+            for part in parts:
+                count = len(part.negatives_BK)
+                columns = [
+                    keys.slice(start, count).cast(pa.string()).combine_chunks(),
+                    pa.array(groups_S[start : start + count]),
+                    *_lists(part),
+                ]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+                start += count
+        add_footer_checksum(temporary)
 
 
 def _lists(part: NegativesBlock) -> list[pa.Array]:
@@ -89,7 +91,7 @@ def _lists(part: NegativesBlock) -> list[pa.Array]:
 
 def check_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> None:
     """Check that tables are hard negatives of some caches, without reading their rows; errors: `read_negatives`."""
-    _open_tables(paths, caches, lambda table, number: None)  # noqa: ARG005
+    _open_tables(paths, caches, lambda table, footer, number: None)  # noqa: ARG005
 
 
 def read_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> HardNegatives:
@@ -105,9 +107,9 @@ def read_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> HardNeg
     firsts = np.concatenate([[0], np.cumsum([cache.info.num_samples for cache in caches])])
     negatives_SK, groups_S = np.full((int(firsts[-1]), 0), -1, np.int32), np.full(int(firsts[-1]), -1, np.int64)
 
-    def fill(table: pq.ParquetFile, number: int) -> None:
+    def fill(table: pq.ParquetFile, footer: Footer, number: int) -> None:
         nonlocal negatives_SK
-        negatives_SK = _fill(table, int(firsts[number]), negatives_SK, groups_S)
+        negatives_SK = _fill(table, footer, int(firsts[number]), negatives_SK, groups_S)
 
     _open_tables(paths, caches, fill)
     alone = np.flatnonzero(groups_S < 0)
@@ -115,21 +117,27 @@ def read_negatives(paths: Sequence[AnyPath], caches: Sequence[Cache]) -> HardNeg
     return HardNegatives(negatives_SK=negatives_SK, groups_S=groups_S)
 
 
-def _open_tables(paths: Sequence[AnyPath], caches: Sequence[Cache], use: Callable[[pq.ParquetFile, int], None]) -> None:
-    """Call a function with each open table and the number of its cache; its errors of Arrow become `CorruptError`."""
+def _open_tables(
+    paths: Sequence[AnyPath], caches: Sequence[Cache], use: Callable[[pq.ParquetFile, Footer, int], None]
+) -> None:
+    """Call a function with each open table, its footer and the number of its cache.
+
+    Its errors of Arrow become `CorruptError`.
+    """
     found: set[int] = set()
     for path in map(Path, paths):
         if not path.is_file():
             raise PathError(f"negatives {path} does not exist; write it with: embedcache curate negatives CACHE {path}")
         try:
-            with open_table(path) as table:
+            footer = read_footer(path)
+            with open_table(path, footer.metadata) as table:
                 number = _find_cache(path, table, caches)
                 if number in found:
                     raise DataError(
                         f"negatives {path}: expected one table per cache, got a second one of {caches[number].path}"
                     )
                 found.add(number)
-                use(table, number)
+                use(table, footer, number)
         except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
             if isinstance(error, EmbedcacheError):
                 raise
@@ -150,13 +158,14 @@ def _find_cache(path: Path, table: pq.ParquetFile, caches: Sequence[Cache]) -> i
     raise DataError(f"negatives {path}: expected those of {names}, got those of {header['cache']}; mine them again")
 
 
-def _fill(table: pq.ParquetFile, first: int, negatives_SK: Array, groups_S: Ints) -> Array:
+def _fill(table: pq.ParquetFile, footer: Footer, first: int, negatives_SK: Array, groups_S: Ints) -> Array:
     """Read a table into the rows of its cache, which begin at `first`; return the negatives, wider if it has more."""
-    start = first
+    start, num_values = first, 0
     for batch in table.iter_batches(_READ_ROWS, columns=["group", "negatives"], use_threads=False):
         lists, count = batch.column("negatives"), len(batch)
         groups_S[start : start + count] = batch.column("group").to_numpy()
         lengths_B = np.diff(lists.offsets.to_numpy())
+        num_values += int(np.maximum(lengths_B, 1).sum())  # an empty list counts as one
         if (most := int(lengths_B.max(initial=0))) > negatives_SK.shape[1]:
             wider = np.full((len(negatives_SK), most - negatives_SK.shape[1]), -1, np.int32)
             negatives_SK = np.concatenate([negatives_SK, wider], axis=1)
@@ -165,7 +174,22 @@ def _fill(table: pq.ParquetFile, first: int, negatives_SK: Array, groups_S: Ints
         start += count
     if start - first != table.metadata.num_rows:
         raise ValueError(f"it has {start - first:,} rows, not {table.metadata.num_rows:,} as its footer counts")
+    if num_values != (expected := _count_values(footer, num_values)):  # headers of pages have no checksums
+        raise ValueError(f"it has {num_values:,} negatives, not {expected:,} as its footer counts")
     is_grouped = groups_S[first:start] >= 0
     # No two caches share a number then, as each is below the number of the cache's samples.
     groups_S[first:start][is_grouped] += first
     return negatives_SK
+
+
+def _count_values(footer: Footer, found: int) -> int:
+    """Return how many negatives there are by the footer, where an empty list counts as one; `found` if it may be wrong.
+
+    Arrow ends the process where it looks at a column of a damaged footer.
+    """
+    if not footer.has_checksum:
+        return found
+    metadata = footer.metadata
+    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    [column] = [number for number, path in enumerate(paths) if path.startswith("negatives.")]
+    return sum(metadata.row_group(group).column(column).num_values for group in range(metadata.num_row_groups))

@@ -131,3 +131,14 @@ def test_tables_that_do_not_belong_raise(caches: list[Cache], run_path: Path, tm
     pq.write_table(pq.read_table(paths[0]).replace_schema_metadata(), tmp_path / "plain.parquet")
     with pytest.raises(CorruptError, match="it has the columns key, group, negatives, scores"):
         check_negatives([tmp_path / "plain.parquet"], caches)
+
+
+def test_fewer_negatives_than_the_footer_counts_are_refused(caches: list[Cache], tmp_path: Path) -> None:
+    """As after a flip in the header of a page, which has no checksum: the last list would be shorter."""
+    path, cache = tmp_path / "a.parquet", caches[0]
+    write(path, cache, np.tile(np.arange(9), (40, 1)), np.arange(40), 40)
+    data, page = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(0).column(2).data_page_offset
+    data[data.index(b"\x1c\x15", page) + 2] ^= 16  # the number of values, less 8
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match=r"a.parquet: .*it has 352 negatives, not 360 as its footer counts"):
+        read_negatives([path], [cache])
