@@ -1,7 +1,7 @@
-"""Splits of samples into training, validation and test parts: by near-duplicate groups, by key, or by a column."""
+"""Splits of samples into training, validation and test parts, and the files that they are written to and read from."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache as cache_calls
 from itertools import islice
@@ -13,18 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.arrays import Array, Bools, Ints, distinct, number_values
-from embedcache.dataset.inputs import Reader
-from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
-from embedcache.dataset.pairs import Pairs, caption_languages, name_caches
-from embedcache.dataset.random_groups import draw_groups
-from embedcache.dataset.settings import KINDS, SplitSettings
-from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError, one_line
+from embedcache.arrays import Bools, Ints
+from embedcache.dataset.pairs import name_caches
+from embedcache.errors import CorruptError, DataError, PathError, one_line
 from embedcache.files import replacing
 from embedcache.outputs import to_metadata
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.provenance import INDEX_DIGEST, digest_file, read_record
-from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
 from embedcache.store.columns import Column, in_blocks, to_array
@@ -35,6 +30,19 @@ _log = logging.getLogger(__name__)
 
 Part: TypeAlias = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
+PART_NAMES: dict[str, Part] = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+}
+"""Value of a source's column `split`, in lower case -> part."""
+
+_COLUMNS = pa.schema([("key", pa.string()), ("part", pa.string()), ("group", pa.int64()), (INDEX_DIGEST, pa.string())])
+_ROWS_PER_GROUP = 2**20  # as Arrow divides a table: the bytes are those of a table that is written as a whole
+_MANIFESTS = ("config.json", "study.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +60,11 @@ class Split:
     parts: Sequence[str]
     groups: Sequence[int]
     index_digests: Sequence[str] = ()
+
+    @classmethod
+    def of_caches(cls, caches: Sequence[Cache], parts: Column[str], groups: Column[int]) -> "Split":
+        """Return the split of all samples of some caches, one after another; their keys are read when they are used."""
+        return cls(keys=key_column(caches), parts=parts, groups=groups, index_digests=_index_digests(caches))
 
     def mask(self, part: str) -> Bools:
         """Return whether each sample is in a part: (S,) bool."""
@@ -71,6 +84,14 @@ class Split:
         return rows
 
 
+def _index_digests(caches: Sequence[Cache]) -> Sequence[str]:
+    """Return the index digest of each sample's cache; none for a single cache."""
+    if len(caches) == 1:
+        return ()
+    which_S = np.repeat(np.arange(len(caches), dtype=np.int32), list(map(len, caches)))
+    return Column(pa.DictionaryArray.from_arrays(which_S, [cache.info.index_digest for cache in caches]))
+
+
 def write_split(path: Path, split: Split) -> None:
     """Write a split as Parquet: `row`, `key`, `part`, `group`; `spine` for several caches. Memory: a million rows."""
     values: dict[str, Sequence[object]] = {"key": split.keys, "part": split.parts, "group": split.groups}
@@ -88,9 +109,6 @@ def write_split(path: Path, split: Split) -> None:
         add_footer_checksum(temporary)
 
 
-_ROWS_PER_GROUP = 2**20  # as Arrow divides a table: the bytes are those of a table that is written as a whole
-
-
 def check_split(path: Path) -> None:
     """Compare a split with its digest in the `config.json` of its run, or the `study.json` of its study, if any.
 
@@ -106,9 +124,6 @@ def check_split(path: Path) -> None:
                     f"{path}: expected the split that {manifest.name} was written for, got {got}; restore it, or use "
                     "a new folder"
                 )
-
-
-_MANIFESTS = ("config.json", "study.json")
 
 
 def read_split(path: Path, caches: Sequence[Cache], *, progress: Progress | None = None) -> Split:
@@ -139,15 +154,7 @@ def read_split(path: Path, caches: Sequence[Cache], *, progress: Progress | None
         raise DataError(
             f"split {path}: expected samples of {name_caches(caches)}, got only removed ones; make a new split"
         )
-    return Split(
-        keys=key_column(caches),
-        parts=Column(joined["part"]),
-        groups=Column(joined["group"]),
-        index_digests=_index_digests(caches),
-    )
-
-
-_COLUMNS = pa.schema([("key", pa.string()), ("part", pa.string()), ("group", pa.int64()), (INDEX_DIGEST, pa.string())])
+    return Split.of_caches(caches, Column(joined["part"]), Column(joined["group"]))
 
 
 def _iterate_rows(path: Path) -> Iterator[pa.Table]:
@@ -228,170 +235,6 @@ class _CacheRows:
 def warn_removed(message: str) -> None:
     """Log that something names samples that were removed from a cache, once in a process."""
     _log.warning(message)
-
-
-def make_split(
-    caches: Sequence[Cache],
-    pairs: Pairs,
-    settings: SplitSettings,
-    readers: Mapping[str, Reader],
-    *,
-    progress: Progress | None = None,
-) -> Split:
-    """Split the samples that have both features. The same features and settings give the same split.
-
-    Only a strict split reads the features; time and memory as in `near_duplicate_groups`.
-
-    Args:
-        caches: the caches.
-        pairs: items of both features, counted across caches.
-        settings: settings of the split.
-        readers: modality -> reader of its feature, in the order of the pair's sides.
-        progress: progress of a strict split, and what it found among many items.
-
-    Raises:
-        UnknownNameError: the kind is neither a known one nor a file.
-        SettingError: a part is empty.
-        SourceError: `column` without a column `split` that names train and test.
-    """
-    if settings.kind != "strict":
-        return split_samples(caches, pairs.samples, settings, progress=progress)
-    groups = near_duplicate_groups(pairs, settings, readers, progress or NullProgress())
-    split = _by_groups(caches, pairs.samples, number_values(groups), settings, progress)
-    _require_parts(split, groups, settings, readers, _languages(caches, pairs, list(readers)))
-    return split
-
-
-def split_samples(
-    caches: Sequence[Cache], samples: Ints, settings: SplitSettings, *, progress: Progress | None = None
-) -> Split:
-    """Split samples without their features: by key, by a column or by a file.
-
-    Args:
-        caches: the caches.
-        samples: (S,) the samples, counted across caches, ascending; the others are in no part.
-        settings: settings of the split.
-        progress: progress in samples.
-
-    Raises:
-        UnknownNameError, SettingError, SourceError: as in `make_split`.
-    """
-    if settings.kind == "column":
-        return _by_column(caches, samples, settings, progress)
-    if settings.kind == "key":
-        groups = np.arange(len(samples))
-        split = _by_groups(caches, samples, groups, settings, progress)
-        _require_parts(split, groups, settings, ())
-        return split
-    if settings.path is None or not settings.path.is_file():
-        raise unknown_name("split", settings.kind, KINDS, hint="or use the path of another run's split.parquet")
-    return read_split(settings.path, caches, progress=progress)
-
-
-def _languages(caches: Sequence[Cache], pairs: Pairs, modalities: Sequence[str]) -> list[str]:
-    """Return the languages of the captions of some pairs, sorted."""
-    if "text" not in modalities:
-        return []
-    captions = (pairs.first, pairs.second)[modalities.index("text")]
-    languages = caption_languages(caches).take(pa.array(captions.rows))
-    return sorted(pc.unique(languages.drop_null()).to_pylist())
-
-
-def _require_parts(
-    split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str], languages: Sequence[str] = ()
-) -> None:
-    if split.parts.count("val") and split.parts.count("test"):
-        return
-    if settings.kind == "key":
-        raise SettingError(
-            f"--split key leaves no validation or test samples among {len(groups)}; raise --val-fraction and "
-            "--test-fraction, or use more samples"
-        )
-    thresholds = [settings.cosine(modality) for modality in modalities]
-    named = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in thresholds)
-    advice = ""
-    if len(languages) > 1:
-        advice = (
-            f"its captions are in {len(languages)} languages, and an encoder finds captions alike in those that it "
-            f"does not know: use --language with one of {', '.join(languages)}, or else "
-        )
-    raise SettingError(
-        f"--split {settings.kind} leaves no validation or test samples among {len(groups)}: the largest near-duplicate "
-        f"group has {np.bincount(groups).max()} samples; {advice}raise {named}, or use --split key"
-    )
-
-
-def _by_column(caches: Sequence[Cache], samples: Ints, settings: SplitSettings, progress: Progress | None) -> Split:
-    for cache in caches:
-        if "split" not in cache.columns:
-            raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
-    columns = [cache.column("split") for cache in caches]
-    codes = [pc.index_in(column_parts(names), value_set=pa.array(list(_CODES))) for names in columns]
-    part_S = np.concatenate([of_cache.to_numpy() for of_cache in codes]).astype(np.int8)
-    if not {_CODES["train"], _CODES["test"]} <= set(distinct(part_S).tolist()):
-        known = sorted({str(name).lower() for names in columns for name in pc.unique(names).to_pylist()})
-        raise SourceError(f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(known)}")
-    is_used = np.zeros(len(part_S), bool)
-    is_used[samples] = True
-    part_S[~is_used] = _CODES[""]
-    if not (part_S == _CODES["val"]).any():
-        train = np.flatnonzero(part_S == _CODES["train"])
-        quota = _quota(settings.val_fraction, settings.max_val, len(train))
-        drawn = draw_groups(key_column(caches).select(train), np.arange(len(train)), [quota], settings.seed, progress)
-        part_S[train[drawn == 0]] = _CODES["val"]
-    return _split(caches, part_S, np.arange(len(part_S)))
-
-
-def _by_groups(
-    caches: Sequence[Cache], samples: Ints, groups: Ints, settings: SplitSettings, progress: Progress | None
-) -> Split:
-    """Draw the parts of samples, ascending, by whole groups, which are numbered from 0."""
-    num_samples = sum(map(len, caches))
-    quotas = [
-        _quota(settings.test_fraction, settings.max_test, len(samples)),
-        _quota(settings.val_fraction, settings.max_val, len(samples)),
-    ]
-    drawn = draw_groups(key_column(caches).select(samples), groups, quotas, settings.seed, progress)
-    part_S, group_S = np.full(num_samples, _CODES[""], np.int8), np.full(num_samples, -1, np.int64)
-    part_S[samples] = np.array([_CODES["train"], _CODES["test"], _CODES["val"]], np.int8)[drawn + 1]
-    group_S[samples] = groups
-    return _split(caches, part_S, group_S)
-
-
-_CODES = {"train": 0, "val": 1, "test": 2, "": 3}
-
-
-def _split(caches: Sequence[Cache], part_S: Array, group_S: Ints) -> Split:
-    names = pa.array(list(_CODES), pa.string())
-    return Split(
-        keys=key_column(caches),
-        parts=Column(names.take(pa.array(part_S))),
-        groups=Column(pa.array(group_S)),
-        index_digests=_index_digests(caches),
-    )
-
-
-def _index_digests(caches: Sequence[Cache]) -> Sequence[str]:
-    """Return the index digest of each sample's cache; none for a single cache."""
-    if len(caches) == 1:
-        return ()
-    which_S = np.repeat(np.arange(len(caches), dtype=np.int32), list(map(len, caches)))
-    return Column(pa.DictionaryArray.from_arrays(which_S, [cache.info.index_digest for cache in caches]))
-
-
-def _quota(fraction: float, largest: int, count: int) -> int:
-    return min(round(fraction * count), largest)
-
-
-PART_NAMES: dict[str, Part] = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-}
-"""Value of a source's column `split`, in lower case -> part."""
 
 
 def column_parts(names: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedArray":

@@ -9,7 +9,7 @@ from embedcache.arrays import Ints, distinct
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import make_split
+from embedcache.dataset.splitting import make_split
 from embedcache.errors import DataError, UnfinishedError
 from embedcache.evaluate.settings import PairsSettings
 from embedcache.metrics.intervals import Estimate, chance_estimate, effective_number

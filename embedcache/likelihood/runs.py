@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import Split, check_split, column_parts, read_split, split_samples
+from embedcache.dataset.splits import Split, check_split, column_parts, read_split
+from embedcache.dataset.splitting import split_samples
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.likelihood import BLIND, SHUFFLED, TaskReport, evaluate_task

@@ -13,7 +13,8 @@ from embedcache.arrays import Inputs, Ints, distinct
 from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, check_same_view, open_input, view_feature
 from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import Split, make_split
+from embedcache.dataset.splits import Split
+from embedcache.dataset.splitting import make_split
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.files import AnyPath, one_or_many
 from embedcache.modalities import noun, order_pair

@@ -17,7 +17,8 @@ from embedcache.dataset import near_duplicate_groups, random_groups, splits
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.random_groups import draw_groups
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import PARTS, Split, make_split, read_split, split_samples, write_split
+from embedcache.dataset.splits import PARTS, Split, read_split, write_split
+from embedcache.dataset.splitting import make_split, split_samples
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.outputs import with_metadata

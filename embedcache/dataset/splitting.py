@@ -1,0 +1,163 @@
+"""Splitting samples into training, validation and test parts: by near-duplicate groups, by key, or by a column."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedcache.arrays import Array, Ints, distinct, number_values
+from embedcache.dataset.inputs import Reader
+from embedcache.dataset.near_duplicate_groups import near_duplicate_groups
+from embedcache.dataset.pairs import Pairs, caption_languages, name_caches
+from embedcache.dataset.random_groups import draw_groups
+from embedcache.dataset.settings import KINDS, SplitSettings
+from embedcache.dataset.splits import Split, column_parts, read_split
+from embedcache.errors import SettingError, SourceError
+from embedcache.progress import NullProgress, Progress
+from embedcache.registry import unknown_name
+from embedcache.store.cache import Cache
+from embedcache.store.columns import Column
+from embedcache.store.keys import key_column
+
+_CODES = {"train": 0, "val": 1, "test": 2, "": 3}
+"""Part -> its number in an array; empty for a sample that is in no part."""
+
+
+def make_split(
+    caches: Sequence[Cache],
+    pairs: Pairs,
+    settings: SplitSettings,
+    readers: Mapping[str, Reader],
+    *,
+    progress: Progress | None = None,
+) -> Split:
+    """Split the samples that have both features. The same features and settings give the same split.
+
+    Only a strict split reads the features; time and memory as in `near_duplicate_groups`.
+
+    Args:
+        caches: the caches.
+        pairs: items of both features, counted across caches.
+        settings: settings of the split.
+        readers: modality -> reader of its feature, in the order of the pair's sides.
+        progress: progress of a strict split, and what it found among many items.
+
+    Raises:
+        UnknownNameError: the kind is neither a known one nor a file.
+        SettingError: a part is empty.
+        SourceError: `column` without a column `split` that names train and test.
+    """
+    if settings.kind != "strict":
+        return split_samples(caches, pairs.samples, settings, progress=progress)
+    groups = near_duplicate_groups(pairs, settings, readers, progress or NullProgress())
+    split = _by_groups(caches, pairs.samples, number_values(groups), settings, progress)
+    _require_parts(split, groups, settings, readers, _languages(caches, pairs, list(readers)))
+    return split
+
+
+def split_samples(
+    caches: Sequence[Cache], samples: Ints, settings: SplitSettings, *, progress: Progress | None = None
+) -> Split:
+    """Split samples without their features: by key, by a column or by a file.
+
+    Args:
+        caches: the caches.
+        samples: (S,) the samples, counted across caches, ascending; the others are in no part.
+        settings: settings of the split.
+        progress: progress in samples.
+
+    Raises:
+        UnknownNameError, SettingError, SourceError: as in `make_split`.
+    """
+    if settings.kind == "column":
+        return _by_column(caches, samples, settings, progress)
+    if settings.kind == "key":
+        groups = np.arange(len(samples))
+        split = _by_groups(caches, samples, groups, settings, progress)
+        _require_parts(split, groups, settings, ())
+        return split
+    if settings.path is None or not settings.path.is_file():
+        raise unknown_name("split", settings.kind, KINDS, hint="or use the path of another run's split.parquet")
+    return read_split(settings.path, caches, progress=progress)
+
+
+def _languages(caches: Sequence[Cache], pairs: Pairs, modalities: Sequence[str]) -> list[str]:
+    """Return the languages of the captions of some pairs, sorted."""
+    if "text" not in modalities:
+        return []
+    captions = (pairs.first, pairs.second)[modalities.index("text")]
+    languages = caption_languages(caches).take(pa.array(captions.rows))
+    return sorted(pc.unique(languages.drop_null()).to_pylist())
+
+
+def _require_parts(
+    split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str], languages: Sequence[str] = ()
+) -> None:
+    if split.parts.count("val") and split.parts.count("test"):
+        return
+    if settings.kind == "key":
+        raise SettingError(
+            f"--split key leaves no validation or test samples among {len(groups)}; raise --val-fraction and "
+            "--test-fraction, or use more samples"
+        )
+    thresholds = [settings.cosine(modality) for modality in modalities]
+    named = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in thresholds)
+    advice = ""
+    if len(languages) > 1:
+        advice = (
+            f"its captions are in {len(languages)} languages, and an encoder finds captions alike in those that it "
+            f"does not know: use --language with one of {', '.join(languages)}, or else "
+        )
+    raise SettingError(
+        f"--split {settings.kind} leaves no validation or test samples among {len(groups)}: the largest near-duplicate "
+        f"group has {np.bincount(groups).max()} samples; {advice}raise {named}, or use --split key"
+    )
+
+
+def _by_column(caches: Sequence[Cache], samples: Ints, settings: SplitSettings, progress: Progress | None) -> Split:
+    for cache in caches:
+        if "split" not in cache.columns:
+            raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
+    columns = [cache.column("split") for cache in caches]
+    codes = [pc.index_in(column_parts(names), value_set=pa.array(list(_CODES))) for names in columns]
+    part_S = np.concatenate([of_cache.to_numpy() for of_cache in codes]).astype(np.int8)
+    if not {_CODES["train"], _CODES["test"]} <= set(distinct(part_S).tolist()):
+        known = sorted({str(name).lower() for names in columns for name in pc.unique(names).to_pylist()})
+        raise SourceError(f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(known)}")
+    is_used = np.zeros(len(part_S), bool)
+    is_used[samples] = True
+    part_S[~is_used] = _CODES[""]
+    if not (part_S == _CODES["val"]).any():
+        train = np.flatnonzero(part_S == _CODES["train"])
+        quota = _quota(settings.val_fraction, settings.max_val, len(train))
+        drawn = draw_groups(key_column(caches).select(train), np.arange(len(train)), [quota], settings.seed, progress)
+        part_S[train[drawn == 0]] = _CODES["val"]
+    return _split(caches, part_S, np.arange(len(part_S)))
+
+
+def _by_groups(
+    caches: Sequence[Cache], samples: Ints, groups: Ints, settings: SplitSettings, progress: Progress | None
+) -> Split:
+    """Draw the parts of samples, ascending, by whole groups, which are numbered from 0."""
+    num_samples = sum(map(len, caches))
+    quotas = [
+        _quota(settings.test_fraction, settings.max_test, len(samples)),
+        _quota(settings.val_fraction, settings.max_val, len(samples)),
+    ]
+    drawn = draw_groups(key_column(caches).select(samples), groups, quotas, settings.seed, progress)
+    part_S, group_S = np.full(num_samples, _CODES[""], np.int8), np.full(num_samples, -1, np.int64)
+    part_S[samples] = np.array([_CODES["train"], _CODES["test"], _CODES["val"]], np.int8)[drawn + 1]
+    group_S[samples] = groups
+    return _split(caches, part_S, group_S)
+
+
+def _split(caches: Sequence[Cache], part_S: Array, group_S: Ints) -> Split:
+    """Return the split of all samples by the codes of their parts, (S,) int8, and their groups, (S,) int64."""
+    names = pa.array(list(_CODES), pa.string())
+    return Split.of_caches(caches, Column(names.take(pa.array(part_S))), Column(pa.array(group_S)))
+
+
+def _quota(fraction: float, largest: int, count: int) -> int:
+    """Return the number of samples of a part: a fraction of all, but at most `largest`."""
+    return min(round(fraction * count), largest)
