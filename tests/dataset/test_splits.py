@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.arrays import Inputs, Ints, normalize
-from embedcache.dataset import near_duplicate_groups, random_groups, splits
+from embedcache.dataset import near_duplicate_groups, random_groups, splits, splitting
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.random_groups import draw_groups
 from embedcache.dataset.settings import SplitSettings
@@ -198,12 +198,12 @@ def test_languages_are_those_of_the_captions(two_caches: list[Path]) -> None:
     data = open_data(two_caches[:1], FEATURES, memory_bytes=10**9)
     languages = pa.chunked_array([["en", None] * 10 + ["de", "en"] * 10])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splits, "caption_languages", lambda _: languages)
+        patch.setattr(splitting, "caption_languages", lambda _: languages)
         pairs = data.pairs(None)
-        assert splits._languages(data.caches, pairs, ["image", "text"]) == ["de", "en"]
-        assert splits._languages(data.caches, pairs, ["image", "audio"]) == []
+        assert splitting._languages(data.caches, pairs, ["image", "text"]) == ["de", "en"]
+        assert splitting._languages(data.caches, pairs, ["image", "audio"]) == []
         some = pairs.select(np.arange(20))
-        assert splits._languages(data.caches, some, ["image", "text"]) == ["en"]
+        assert splitting._languages(data.caches, some, ["image", "text"]) == ["en"]
 
 
 def test_strict_split_joins_by_any_caption(tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_captions_of_several_languages_are_a_reason(
     two_caches: list[Path], monkeypatch: pytest.MonkeyPatch, languages: list[str | None], advice: str
 ) -> None:
     data = open_data(two_caches[:1], FEATURES, memory_bytes=10**9)
-    monkeypatch.setattr(splits, "caption_languages", lambda _: pa.chunked_array([languages * 20]))
+    monkeypatch.setattr(splitting, "caption_languages", lambda _: pa.chunked_array([languages * 20]))
     with pytest.raises(SettingError, match=f"group has 40 samples; {advice} --image-cosine 0.9"):
         make_split(data.caches, data.pairs(None), SplitSettings(), vectors_of(*[0] * 40))
 
