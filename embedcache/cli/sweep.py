@@ -48,6 +48,8 @@ def sweep(
         print_table(*best_table(report.best), title="Best on validation, each trained with several seeds")
         for cache, table in test_tables(report.best).items():
             print_table(*table, title=f"{cache}: held-out retrieval [95% interval]")
+        if report.findings.warning:
+            print_line(f"WARNING: {report.findings.warning}")
         print_line(f"to train the best again: {report.findings.command}")
         print_line(f"results: {report.json_path}")
         print_line(f"open {report.page_path} in a browser")

@@ -75,6 +75,7 @@ class SweepConfig:
         scores: validation recall of each seed, the trial's own seed first.
         run_paths: one run per seed.
         test: cache -> retrieval on its test part, over all seeds.
+        kept_initialization: whether it was trained, and no epoch of any seed was better on validation than none.
     """
 
     number: int
@@ -85,6 +86,7 @@ class SweepConfig:
     scores: Sequence[float]
     run_paths: Sequence[Path]
     test: Mapping[str, RetrievalReport]
+    kept_initialization: bool
 
     @property
     def mean_score(self) -> float:
@@ -118,6 +120,16 @@ class SweepFindings:
     @property
     def winner(self) -> SweepConfig:
         return self.best[0]
+
+    @property
+    def warning(self) -> str:
+        """Warning that the winner is not a result of its settings of training; empty if it is one."""
+        if not self.winner.kept_initialization:
+            return ""
+        return (
+            f"trial {self.winner.number} kept its initialization with every seed: no epoch was better on validation, "
+            "so that settings of its training, such as lr, decided nothing"
+        )
 
     def counts(self) -> dict[str, int]:
         """Return the number of trials by state."""

@@ -79,6 +79,7 @@ def _evaluate_top(
                 scores=[fmean(report.recalls.values()) for report in trained],
                 run_paths=run_paths,
                 test={cache: evaluate_retrieval(cache, run_paths) for cache in caches},
+                kept_initialization=outcome.num_pairs > 0 and not any(report.best_epoch for report in trained),
             )
         )
     if not best:

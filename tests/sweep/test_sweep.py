@@ -78,6 +78,18 @@ def test_validation_selects_the_winner(swept: Swept) -> None:
         assert best.scores[0] == best.score == scores[best.number]
 
 
+def test_winner_that_kept_its_initialization_is_a_warning(swept: Swept, tmp_path: Path) -> None:
+    findings = swept[1].findings
+    for config in findings.best:
+        epochs = [read_json(path / "record.json")["outcome"]["best_epoch"] for path in config.run_paths]
+        assert config.kept_initialization == (not any(epochs))
+    for kept in (True, False):
+        changed = replace(findings, best=[replace(findings.winner, kept_initialization=kept)])
+        write_sweep_page(tmp_path / f"{kept}.html", changed)
+        page = (tmp_path / f"{kept}.html").read_text()
+        assert ("kept its initialization with every seed: no epoch was better on validation" in page) == kept
+
+
 def test_page_has_every_section_and_loads_nothing(swept: Swept) -> None:
     study_path, report, _ = swept
     page = (study_path / "report.html").read_text()
