@@ -71,7 +71,7 @@ def open_path(location: AnyPath) -> Path:
 
 def is_url(location: str) -> bool:
     """Return whether a text is a URL, or one of fsspec's chains such as `simplecache::https://host/file`."""
-    return _URL.match(location) is not None
+    return "://" in location and _URL.match(location) is not None  # it is asked of each row of a table
 
 
 def is_remote(path: Path) -> bool:
