@@ -3,22 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN
-from embedcache.derive.chunks import ChunkReader, Rows
+from embedcache.derive.chunks import ChunkReader
+from embedcache.derive.compute import OpenDerivation, OutputSpec, apply_rule
 from embedcache.derive.groups import DerivedView, prepare_group, request_fingerprint
-from embedcache.derive.rules import Rule, RuleFunction, open_rule, to_items
+from embedcache.derive.rules import Rule, RuleFunction, open_rule
 from embedcache.derive.runs import RunRequest, open_run
 from embedcache.derive.settings import DTYPES, DeriveSettings
 from embedcache.devices import AUTO
-from embedcache.encoders.base import ItemShape
 from embedcache.encoders.open import EncoderSpec
-from embedcache.errors import ItemError, SettingError
+from embedcache.errors import SettingError
 from embedcache.files import AnyPath, remove_partials
-from embedcache.locks import Leases
 from embedcache.modalities import noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
@@ -26,10 +24,6 @@ from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
 from embedcache.store.metadata import add_feature
-from embedcache.store.writer import cast_item, commit_chunk
-
-OutputSpec: TypeAlias = tuple[ItemShape, str]
-"""Shape of one item and dtype on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +125,7 @@ def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = No
     reader.require_complete()
     if rule.fit is None:  # before anything is written
         first = reader.open_first()
-        _apply(rule, reader, first, parameters, outputs, derivation.folder)
+        apply_rule(rule, reader, first, parameters, outputs, derivation.folder)
     weights = derivation.model_digest or rule.weights
     fingerprint = request_fingerprint(rule, inputs, parameters, weights=weights, view=derivation.view)
     group, fitted = prepare_group(cache, derivation.folder, rule, reader, fingerprint, split_path=derivation.fit_split)
@@ -277,121 +271,3 @@ def _choose_outputs(
     if derivation.outputs:
         raise SettingError(f"outputs: the rule {rule.name!r} has the outputs {', '.join(shapes)}; omit them")
     return {name: (tuple(shape), derivation.dtype) for name, shape in shapes.items()}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class OpenDerivation:
-    """A derivation with its open inputs and its folder in the cache.
-
-    Args:
-        fingerprint: everything that decides what is computed now, to compare with that of the folder.
-        parameters: parameters of the rule with its fitted arrays.
-        outputs: output -> item shape and dtype.
-    """
-
-    group: EncoderGroup
-    fingerprint: Mapping[str, Any]
-    rule: Rule
-    reader: ChunkReader
-    parameters: Mapping[str, Any]
-    outputs: Mapping[str, OutputSpec]
-
-    def check_unchanged(self) -> None:
-        """Check that what is computed now is what the folder holds, or raise a `FingerprintError`."""
-        self.group.check_same(self.fingerprint)
-
-    def run(self, chunks: Sequence[int], progress: Progress) -> list[int]:
-        """Compute what chunks lack, first those that no other process works on; return those computed here."""
-        missing = [chunk for chunk in chunks if self._missing(chunk)]
-        if not missing:
-            return []
-        leases, computed = Leases(self.group.path / "chunks"), []
-        num_items = self.group.info.count_items(self.group.modality, missing)
-        progress.start(f"deriving {self.group.name}", num_items, noun(self.group.modality))
-        for is_last_pass in (False, True):
-            for chunk in missing:
-                if chunk in computed or (is_last_pass and not self._missing(chunk)):
-                    continue
-                if not leases.acquire(chunk, wait=is_last_pass):
-                    continue
-                try:
-                    if self._compute_chunk(chunk):
-                        computed.append(chunk)
-                        progress.advance(self.group.info.count_items(self.group.modality, [chunk]))
-                finally:
-                    leases.release(chunk)
-        progress.finish()
-        return sorted(computed)
-
-    def compute(self, rows: Rows, features: Sequence[str]) -> dict[str, list[Array | ItemError]]:
-        """Compute features of the items that have all inputs, one array or error per item, in the dtype on disk."""
-        outputs = {name: self.outputs[name] for name in features}
-        return _apply(self.rule, self.reader, rows, self.parameters, outputs, self.group.name)
-
-    def _missing(self, chunk: int) -> dict[str, bool]:
-        """Return the outputs that a chunk lacks -> whether rows that failed are written again."""
-        commit = self.group.commit(chunk)
-        missing = {name: False for name in self.outputs if not self.group.has(commit, name)}
-        if commit is None or not any(any(reasons) for reasons in commit.failures.values()):
-            return missing
-        now_valid = set(self.reader.open_chunk(chunk).valid.tolist())
-        for name in self.outputs:
-            reasons = enumerate(commit.failures.get(name, ()))
-            if any(reason and row in now_valid and not self._is_own(reason) for row, reason in reasons):
-                missing[name] = True
-        return missing
-
-    def _is_own(self, reason: str) -> bool:
-        return reason.endswith(self._own_suffix)
-
-    @property
-    def _own_suffix(self) -> str:
-        """End of the reasons that the rule gave, unlike those of its inputs."""
-        return f" (from {self.group.name})"
-
-    def _compute_chunk(self, chunk: int) -> bool:
-        """Compute and commit a chunk, unless another process did; return whether it was computed."""
-        missing = self._missing(chunk)
-        if not missing:
-            return False
-        rows = self.reader.open_chunk(chunk)
-        computed = self.compute(rows, list(missing))
-        items: dict[str, list[Array | None]] = {}
-        failures: dict[str, list[str | None]] = {}
-        for name, values in computed.items():
-            items[name], failures[name] = [None] * len(rows.reasons), list(rows.reasons)
-            for row, value in zip(rows.valid.tolist(), values, strict=True):
-                if isinstance(value, ItemError):
-                    failures[name][row] = f"{value}{self._own_suffix}"
-                else:
-                    items[name][row] = value
-        is_retried = any(missing.values())
-        commit_chunk(self.group, chunk, items, rows.hashes, failures, overwrite_failed=is_retried)
-        return True
-
-
-def _apply(
-    rule: Rule,
-    reader: ChunkReader,
-    rows: Rows,
-    parameters: Mapping[str, Any],
-    outputs: Mapping[str, OutputSpec],
-    group_name: str,
-) -> dict[str, list[Array | ItemError]]:
-    """Apply a rule to the items that have all inputs, and check what it returns."""
-    num_items = len(rows.valid)
-    if not num_items:
-        return {name: [] for name in outputs}
-    returned = rule.apply(reader.blocks(rows), parameters)
-    values: dict[str, list[Array | ItemError]] = {}
-    for name, (shape, dtype) in outputs.items():
-        if name not in returned:
-            raise SettingError(
-                f"the rule {rule.name!r} returned {', '.join(returned) or 'nothing'}, but no output {name!r}"
-            )
-        full_name = f"{group_name}/{name}"
-        values[name] = [
-            item if isinstance(item, ItemError) else cast_item(item, shape, dtype, full_name)
-            for item in to_items(full_name, returned[name], num_items)
-        ]
-    return values
