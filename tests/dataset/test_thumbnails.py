@@ -14,8 +14,8 @@ from PIL import Image
 from embedcache.dataset.thumbnails import Thumbnails, allowed_folders, credit, restricted, source_folders
 from embedcache.errors import ItemError, PathError
 from embedcache.registry import trust_files
-from embedcache.sources.files import check_read_allowed
 from embedcache.sources.merged import merged_description
+from embedcache.sources.restricted_reads import check_read_allowed
 from embedcache.store.cache import Cache
 
 Described = Callable[..., Cache]
