@@ -146,6 +146,15 @@ def to_rows(rows: Any) -> Ints:
     return numbers.astype(np.int64, copy=False)
 
 
+def fit_integers(values: Array, dtype: str) -> Bools:
+    """Return which values are whole numbers that an integer dtype holds: bool, in the same shape; NaN is none."""
+    limits = np.iinfo(dtype)
+    if values.dtype.kind == "f":
+        values = values.astype(np.float64)  # float32 has no number between 2**31 - 128 and 2**31: the limit is rounded
+    is_in_range: Bools = (values >= limits.min) & (values < limits.max + 1)
+    return is_in_range & (values == np.floor(values)) if values.dtype.kind == "f" else is_in_range
+
+
 def check_finite(values: Array, name: str, *, rows: Ints | None = None) -> None:
     """Check that an array of any shape has no NaN or infinity.
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import embedcache.arrays
-from embedcache.arrays import blocks, check_finite, distinct, from_sort_keys, normalize, to_sort_keys
+from embedcache.arrays import blocks, check_finite, distinct, fit_integers, from_sort_keys, normalize, to_sort_keys
 from embedcache.errors import DataError
 
 vectors = arrays(
@@ -78,3 +78,21 @@ def test_keys_sort_by_score_then_number(pairs: list[tuple[float, int]]) -> None:
 def test_keys_hold_numbers_of_32_bits() -> None:
     with pytest.raises(AssertionError):
         to_sort_keys(np.zeros(1, np.float32), np.array([2**32]))
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32", "int64"])
+@pytest.mark.parametrize("given", ["float16", "float32", "float64", "int8", "uint16", "int32", "int64", "uint64"])
+def test_integers_that_fit_are_those_of_python(dtype: str, given: str) -> None:
+    """At the limits, which lower precisions round to numbers beyond them."""
+    limits, edges = np.iinfo(dtype), [0, 2**15, 2**31, 2**63]
+    numbers = [sign * edge + step for edge in edges for sign in (1, -1) for step in (-1, 0, 1)]
+    with np.errstate(over="ignore"):
+        values = np.array([number for number in numbers if given[0] == "f" or _holds(given, number)], given)
+    if given[0] == "f":
+        values = np.append(values, np.array([0.5, np.nan, np.inf, -np.inf], given))
+    expected = [float(value).is_integer() and limits.min <= int(value) <= limits.max for value in values]
+    assert fit_integers(values, dtype).tolist() == expected
+
+
+def _holds(dtype: str, number: int) -> bool:
+    return bool(np.iinfo(dtype).min <= number <= np.iinfo(dtype).max)

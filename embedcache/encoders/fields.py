@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, fit_integers
 from embedcache.axis import Axis
 from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
@@ -132,10 +132,10 @@ def _to_integers(name: str, values: Array, dtype: str) -> Array:
     """Return whole numbers in an integer dtype, with `MISSING` for NaN, or raise an `ItemError`."""
     is_missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
     filled = np.where(is_missing, MISSING, values)
-    limits = np.iinfo(dtype)
-    is_wrong = (filled != np.floor(filled)) | (filled > limits.max) | (filled < limits.min)
-    if is_wrong.any():
+    is_valid = fit_integers(filled, dtype)
+    if not is_valid.all():
+        limits = np.iinfo(dtype)
         raise ItemError(
-            f"array {name!r}: expected integers from {limits.min} to {limits.max}, or NaN; got {filled[is_wrong][0]}"
+            f"array {name!r}: expected integers from {limits.min} to {limits.max}, or NaN; got {filled[~is_valid][0]}"
         )
     return filled.astype(dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.arrays import Array, blocks
+from embedcache.arrays import Array, blocks, fit_integers
 from embedcache.errors import ArtifactError, CorruptError, DataError, FingerprintError, PathError
 from embedcache.locks import locked
 from embedcache.modalities import MODALITIES
@@ -240,11 +240,9 @@ def cast_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -
 
 def _cast_integers(item: Array, dtype: str, name: str) -> Array:
     """Convert the value of one item to an integer dtype; -1 marks a missing value."""
-    limits = np.iinfo(dtype)
-    is_valid = (item >= limits.min) & (item <= limits.max)  # false for NaN
-    if item.dtype.kind == "f":
-        is_valid &= item == np.floor(item)
+    is_valid = fit_integers(item, dtype)
     if not is_valid.all():
+        limits = np.iinfo(dtype)
         raise DataError(
             f"feature {name}: expected whole numbers from {limits.min} to {limits.max}, the range of {dtype}, got "
             f"{item[~is_valid].flat[0]}"

@@ -59,6 +59,7 @@ def test_columns_and_dtypes() -> None:
         ({"label": np.zeros((3, 1))}, r"array 'label': expected shape \(4, 1\), got \(3, 1\)"),
         ({"label": np.full(4, 40_000)}, "expected integers from -32768 to 32767, or NaN; got 40000"),
         ({"label": np.full(4, 1.5)}, r"got 1\.5"),
+        ({"label": np.full(4, 32_768, np.float16)}, r"got 32768\.0"),  # 32,767 is 32,768 in float16
         ({"label": np.array(["a", "b", "c", "d"])}, "expected numbers, got <U1"),
         ({"uv": np.full((4, 2), np.inf)}, "array 'uv': 4 of 4 rows have NaN or infinite values"),
         ({"uv": np.full((4, 2), 1e300)}, "4 of 4 rows have NaN or infinite"),
