@@ -323,10 +323,10 @@ def test_cast_item_to_integers_raises(item: list[float]) -> None:
 
 def test_limits_of_integers_are_not_rounded() -> None:
     """The largest int16 is 32,768 in float16, and the largest int32 is 2**31 in float32."""
-    for dtype, limit, given in (("int16", 2**15, np.float16), ("int32", 2**31, np.float32)):
+    for dtype, limit, narrow in (("int16", 2**15, np.float16), ("int32", 2**31, np.float32)):
         with pytest.raises(DataError, match=f"the range of {dtype}, got {limit}"):
-            cast_item(np.array([limit], given), (1,), dtype, "a/b")
-        assert cast_item(np.array([-limit], given), (1,), dtype, "a/b").tolist() == [-limit]
+            cast_item(np.array([limit], narrow), (1,), dtype, "a/b")
+        assert cast_item(np.array([-limit], narrow), (1,), dtype, "a/b").tolist() == [-limit]
 
 
 @pytest.mark.parametrize("item_shape", [(2,), (3, 2), (-1, 2)])
