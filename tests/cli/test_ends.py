@@ -149,7 +149,7 @@ def test_output_that_is_written_before_the_interrupt(folder: Path, monkeypatch: 
 def test_second_output_that_is_written_before_the_end(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, expected: str
 ) -> None:
-    def end(*_: object) -> None:
+    def end(*_: object, **__: object) -> None:
         raise error
 
     words = ["curate", "dedup", "cache", "kept.parquet", "--feature", "open_toy/cls", "--cosine", "0.1"]
