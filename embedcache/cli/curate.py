@@ -269,10 +269,9 @@ def leaks(
         lambda path: write_leak_page(path, report, image_folders=outputs.image_folders),
     )
     if out is not None:
-        write_clean_selection(out, report)
-        num_kept, num_samples = len(report.clean_selection().rows), report.train.info.num_samples
+        num_kept = write_clean_selection(out, report)
         if not outputs.as_json:
-            print_line(f"wrote {out}: kept {num_kept:,} of {num_samples:,} samples")
+            print_line(f"wrote {out}: kept {num_kept:,} of {report.train.info.num_samples:,} samples")
 
 
 def _map_file(parameters: Mapping[str, Any]) -> list[Path]:

@@ -186,8 +186,13 @@ def find_leaks(
     return LeakReport(train=train, test=test, leaks=leaks)
 
 
-def write_clean_selection(path: Path, report: LeakReport) -> None:
-    """Write a selection of the training samples of which nothing is in test; `DataError` if every sample leaks."""
+def write_clean_selection(path: Path, report: LeakReport) -> int:
+    """Write a selection of the training samples of which nothing is in test, and return their number.
+
+    Raises:
+        DataError: every sample leaks.
+        PathError: the path does not end in `.parquet`, or is a file that embedcache did not write.
+    """
     check_selection_path(path)
     clean = report.clean_selection()
     if not len(clean.rows):
@@ -196,6 +201,7 @@ def write_clean_selection(path: Path, report: LeakReport) -> None:
             "raise --image-cosine or --text-cosine"
         )
     write_selection(path, report.train, clean, {"method": "leaks", **report.to_json()})
+    return len(clean.rows)
 
 
 def _find_leaks(

@@ -175,9 +175,9 @@ def test_pairs_are_read_without_their_tables(caches: tuple[Path, Path], monkeypa
 
 def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
     found = find_leaks(*caches, LeakSettings(image_cosine=1.0, text_cosine=1.0, image_feature="open_toy/cls"))
-    write_clean_selection(tmp_path / "clean.parquet", found)
+    num_samples = write_clean_selection(tmp_path / "clean.parquet", found)
     table = pq.read_table(tmp_path / "clean.parquet")
-    assert len(read_selection(tmp_path / "clean.parquet", [Cache(caches[0])])) == len(table)
+    assert len(read_selection(tmp_path / "clean.parquet", [Cache(caches[0])])) == len(table) == num_samples
     keys = set(table["key"].to_pylist())
     assert not keys & set(PLANTED.values())
     assert all(reason.startswith("not in test; closest image ") for reason in table["reason"].to_pylist())
