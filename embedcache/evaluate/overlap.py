@@ -20,8 +20,8 @@ from embedcache.files import is_url
 from embedcache.metrics.neighbors import find_closest
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress, watch
+from embedcache.projectors.saved import read_run_record
 from embedcache.provenance import construct
-from embedcache.records import read_stage
 from embedcache.store.cache import Cache
 
 COSINES = {"image": 0.9, "text": 0.7}
@@ -143,7 +143,7 @@ def _open_training_caches(run: Run, cache: Cache, paths: Sequence[str]) -> tuple
             )
     index_digests = run.config.index_digest.split("+")
     record_path = run.path / "record.json"
-    record = read_stage(record_path)
+    record = read_run_record(run.path, run.config.to_json())
     recorded = construct(record_path, lambda: [str(path) for path in record["settings"]["caches"]])
     caches, missing = [], []
     for index_digest, path in zip_longest(index_digests, recorded[: len(index_digests)], fillvalue="an unnamed cache"):

@@ -9,9 +9,8 @@ from typing import Any
 from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
 from embedcache.files import read_text, write_atomic
-from embedcache.projectors.saved import TowerInput
+from embedcache.projectors.saved import TowerInput, read_run_record
 from embedcache.provenance import construct
-from embedcache.records import read_stage
 from embedcache.train.initialization import default_initialization
 
 _KNOWN_LICENSES = {
@@ -114,7 +113,7 @@ def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[Modality, st
 
 def _training(run: ExportRun) -> str:
     path, training = run.path / "record.json", run.config.training
-    record = read_stage(path) if path.is_file() else {}
+    record = read_run_record(run.path, run.config.to_json()) if path.is_file() else {}
     recorded = record.get("settings", {})  # their paths are relative to the run, or to where it was trained
     caches = construct(path, lambda: [str(name) for name in recorded.get("caches", [])])
     names = [f"the cache `{(run.path / name).resolve().name}`" for name in caches]

@@ -18,6 +18,7 @@ from embedcache.files import replacing
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
+    INDEX_DIGEST,
     STORED_NAMES,
     check_same,
     construct,
@@ -27,7 +28,7 @@ from embedcache.provenance import (
     to_record,
     write_record,
 )
-from embedcache.records import naming_packages
+from embedcache.records import naming_packages, read_stage
 from embedcache.registry import names_from
 
 if TYPE_CHECKING:
@@ -213,6 +214,26 @@ def read_run(run_path: Path, *, make: str = "embedcache train CACHE {}") -> dict
     )
     values.pop(DIGEST, None)
     return values
+
+
+def read_run_record(run_path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the `record.json` of a run.
+
+    Args:
+        run_path: folder of the run.
+        config: values of its `config.json`.
+
+    Raises:
+        PathError: there is none.
+        CorruptError: it has changed since it was written, or is that of another run or stage.
+    """
+    path = run_path / "record.json"
+    record = read_stage(path)
+    settings = record.get("settings", {})
+    is_other = any(name in settings and settings[name] != config.get(name) for name in (INDEX_DIGEST, "training"))
+    if record["stage"] != "train" or is_other:
+        raise CorruptError(f"{path}: expected the record of this run, got that of another one; restore the file")
+    return record
 
 
 def read_config(run_path: Path) -> PairConfig:

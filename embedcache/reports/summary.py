@@ -9,13 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.errors import EmbedcacheError, PathError, one_line
+from embedcache.errors import CorruptError, EmbedcacheError, PathError, one_line
 from embedcache.files import folder_bytes, open_path
 from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import MODALITIES, noun
 from embedcache.outputs import read_metadata, read_report_json
 from embedcache.provenance import INDEX_DIGEST, construct, read_json, recognize
-from embedcache.records import read_stage
 from embedcache.search.card import read_card
 from embedcache.settings import flat_settings
 from embedcache.store.cache import Cache
@@ -204,10 +203,11 @@ def _disk_line(num_bytes: Mapping[str, int]) -> str:
 
 
 def _summarize_run(path: Path) -> Summary:
-    from embedcache.projectors.saved import is_pair, read_config, read_run  # imports torch, which takes seconds
+    from embedcache.projectors.saved import is_pair, read_config, read_run, read_run_record  # torch takes seconds
 
-    outcome = read_stage(path / "record.json").get("outcome", {}) if (path / "record.json").is_file() else {}
-    if not is_pair(read_run(path)):
+    values, has_record = read_run(path), (path / "record.json").is_file()
+    outcome = read_run_record(path, values).get("outcome", {}) if has_record else {}
+    if not is_pair(values):
         return _summarize_module(path, outcome)
     config = read_config(path)
     projector = config.training["model"]["projector"]
@@ -267,7 +267,12 @@ def _summarize_index(path: Path) -> Summary:
 
 def _summarize_study(path: Path) -> Summary:
     study = read_report_json(path / "study.json")
-    report = read_report_json(path / "report.json") if (path / "report.json").is_file() else {}
+    report_path = path / "report.json"
+    report = read_report_json(report_path) if report_path.is_file() else {}
+    if report and not (isinstance(report, dict) and _is_of(report.get("study"), study)):
+        raise CorruptError(
+            f"{report_path}: expected the report of this study, got another file; run the same embedcache sweep again"
+        )
     counts = ", ".join(f"{count:,} {state}" for state, count in report.get("counts", {}).items())
     names = {item.stored_name: item.name for item in flat_settings(TrainSettings)}
     lines = [
@@ -289,6 +294,11 @@ def _summarize_study(path: Path) -> Summary:
         notes=notes,
         record={"path": str(path), **study, "counts": report.get("counts", {}), "best": best},
     )
+
+
+def _is_of(reported: Any, study: Mapping[str, Any]) -> bool:
+    """Return whether a report names a study; the digest of its split is another one after samples were removed."""
+    return isinstance(reported, dict) and all(reported.get(name) == study.get(name) for name in (INDEX_DIGEST, "space"))
 
 
 def _values(values: Mapping[str, Any]) -> str:

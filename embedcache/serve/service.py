@@ -14,7 +14,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, MissingExtraError, PathError, SettingError, UnknownNameError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
-from embedcache.records import read_stage
+from embedcache.projectors.saved import read_run_record
 from embedcache.search.hits import Hit
 from embedcache.search.search import OpenIndex
 from embedcache.search.settings import Filter
@@ -316,8 +316,8 @@ def _run_table(index: OpenIndex) -> list[InfoTable]:
     config = index.query_encoder.config
     if index.run_path is None or config is None:
         return []
-    path = index.run_path / "record.json"
-    outcome = read_stage(path).get("outcome", {}) if path.is_file() else {}
+    has_record = (index.run_path / "record.json").is_file()
+    outcome = read_run_record(index.run_path, config.to_json()).get("outcome", {}) if has_record else {}
     rows = [
         ["name", index.run_path.resolve().name],
         ["projector", config.projector],

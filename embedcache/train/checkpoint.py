@@ -21,9 +21,8 @@ from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, FingerprintError, PathError, one_line
 from embedcache.files import replacing
 from embedcache.locks import Leases
-from embedcache.projectors.saved import checked_weights_path, config_path, split_path
+from embedcache.projectors.saved import checked_weights_path, config_path, read_run_record, split_path
 from embedcache.provenance import (
-    INDEX_DIGEST,
     check_same,
     construct,
     digest,
@@ -32,7 +31,6 @@ from embedcache.provenance import (
     read_json,
     write_json,
 )
-from embedcache.records import read_stage
 from embedcache.store.cache import Cache
 from embedcache.train.data import FAILED, check_failed
 from embedcache.train.distributed import gather_objects, num_processes, process_rank
@@ -275,12 +273,8 @@ def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, 
     check_split(split_path(run_path))
     if process_rank() == 0 and checkpoint_path(run_path).exists():  # nothing may be removed on a read-only disk
         checkpoint_path(run_path).unlink(missing_ok=True)
-    path = run_path / "record.json"
-    record = read_stage(path)
-    settings = record.get("settings", {})
-    if any(name in settings and settings[name] != stored.get(name) for name in (INDEX_DIGEST, "training")):
-        raise CorruptError(f"{path}: expected the record of this run, got that of another one; restore the file")
-    return construct(path, lambda: make(record["outcome"]))
+    record = read_run_record(run_path, stored)
+    return construct(run_path / "record.json", lambda: make(record["outcome"]))
 
 
 def check_not_extended(made: str, index_digest: str, caches: Sequence[Cache], *, next_step: str) -> None:

@@ -1,6 +1,7 @@
 """`embedcache inspect` recognizes what embedcache writes: the golden artifacts."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.errors import PathError
+from embedcache.errors import CorruptError, PathError
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from tests.golden.commands import ARTIFACTS
@@ -34,6 +35,22 @@ def test_artifact_is_recognized(name: str, kind: str, line: str, row: str | None
     assert row is None or any(row in cells for cells in summary.rows)
     assert all(len(cells) == len(summary.columns) for cells in summary.rows)
     assert json.loads(json.dumps(summary.record))["path"] == str(ARTIFACTS / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("run/record.json", "index/record.json", "record.json: expected the record of this run, got that of another"),
+        ("run/record.json", "study/trials/00000/record.json", "expected the record of this run, got that of another"),
+        ("study/report.json", "figures.json", "report.json: expected the report of this study, got another file"),
+        ("study/report.json", "study/study.json", "report.json: expected the report of this study, got another file"),
+    ],
+)
+def test_file_of_another_artifact_is_refused(tmp_path: Path, name: str, other: str, message: str) -> None:
+    folder = Path(shutil.copytree(ARTIFACTS / Path(name).parent, tmp_path / "copy"))
+    shutil.copy(ARTIFACTS / other, folder / Path(name).name)
+    with pytest.raises(CorruptError, match=message):
+        summarize(folder)
 
 
 def test_settings_of_a_study_have_the_names_of_options() -> None:

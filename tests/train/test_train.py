@@ -174,11 +174,12 @@ def test_damaged_run_is_not_reused(cache_path: Path, finished: Path, tmp_path: P
 
 @pytest.mark.parametrize("outcome", [{}, {"reused": False, "later_figure": 1}])
 def test_record_of_another_version_is_named(
-    cache_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, outcome: dict[str, Any]
+    cache_path: Path, finished: Path, tmp_path: Path, outcome: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("embedcache.train.checkpoint.read_stage", lambda _: {"outcome": outcome})
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    edit_record(copy / "record.json", outcome=outcome)
     with pytest.raises(CorruptError, match=r"record\.json does not hold the fields of its format"):
-        run(cache_path, finished)
+        run(cache_path, copy)
 
 
 def test_record_of_another_run_is_refused(cache_path: Path, finished: Path, tmp_path: Path) -> None:
