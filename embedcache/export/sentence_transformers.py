@@ -12,6 +12,7 @@ from embedcache.encoders.weights import find_model_folder, quiet_transformers
 from embedcache.export.base import TEXTS, ExportNotes, ExportRun, check_plain, unsupported
 from embedcache.export.dense import DenseChain, dense_chain
 from embedcache.export.towers import SENTENCE_OPTIONS
+from embedcache.provenance import read_json, write_json
 from embedcache.registry import require
 
 _FORMAT = "sentence-transformers"
@@ -19,6 +20,16 @@ _NEXT_STEP = (
     "train with --projector linear, identity, sharelock, openclip-linear or openclip-mlp on a vector feature, or use "
     "embedcache export safetensors, which supports the projectors of any run"
 )
+_SINCE_LONG = frozenset({"Transformer", "Pooling", "Dense", "Normalize"})
+"""Modules that all versions of the library have."""
+_POOLING_FLAGS = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
 _CODE = """\
 from sentence_transformers import SentenceTransformer
 
@@ -39,6 +50,7 @@ def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
         model = library.SentenceTransformer(modules=modules, device="cpu")
         with torch.inference_mode():
             model.save(str(folder), create_model_card=False)
+        _write_as_before(folder, model)
         exported = library.SentenceTransformer(str(folder), device="cpu")
     vectors = exported.encode(list(TEXTS), show_progress_bar=False)
     return ExportNotes(
@@ -51,6 +63,38 @@ def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
         notes=("The text tower only; `embedcache export transformers` includes both.",),
         encoders=("text",),
     )
+
+
+def _write_as_before(folder: Path, model: Any) -> None:
+    """Write the modules of a saved model as versions before 5.4 of the library did, which all versions read."""
+    kinds = [type(module).__name__ for module in model]
+    if not _SINCE_LONG.issuperset(kinds):
+        return
+    entries = read_json(folder / "modules.json")
+    for entry, kind in zip(entries, kinds, strict=True):
+        entry["type"] = f"sentence_transformers.models.{kind}"
+        path = folder / entry["path"] / "config.json"
+        if kind == "Pooling":
+            write_json(path, _pooling_as_before(read_json(path)))
+        elif kind == "Dense":
+            write_json(path, {name: value for name, value in read_json(path).items() if not name.startswith("module_")})
+    write_json(folder / "modules.json", entries)
+    length = {"max_seq_length": model.max_seq_length, "do_lower_case": bool(getattr(model[0], "do_lower_case", False))}
+    write_json(folder / "sentence_bert_config.json", length)
+
+
+def _pooling_as_before(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a pooling module with one flag per mode; versions before 5.4 write that already."""
+    if "pooling_mode" not in config:
+        return config
+    modes = config["pooling_mode"]
+    chosen = [modes] if isinstance(modes, str) else modes
+    flags = {flag: mode in chosen for mode, flag in _POOLING_FLAGS.items()}
+    return {
+        "word_embedding_dimension": config["embedding_dimension"],
+        **flags,
+        "include_prompt": config["include_prompt"],
+    }
 
 
 def _encoder_modules(run: ExportRun, library: Any) -> list[Any]:

@@ -8,6 +8,7 @@ import pytest
 from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun
 from embedcache.export.export import export_run
+from embedcache.provenance import read_json
 from tests.export.runs import follow_error, make_run
 
 pytestmark = pytest.mark.slow
@@ -36,6 +37,21 @@ def test_matches_the_run(
     model = SentenceTransformer(str(tmp_path / "model"), device="cpu")
     assert "".join(type(module).__name__[0] for module in model) == kinds
     np.testing.assert_allclose(model.encode(list(TEXTS)), ExportRun.open(run).embed_examples("text"), atol=TOLERANCE)
+
+
+def test_is_written_as_versions_before_5_4_read_it(tiny: dict[str, str], tmp_path: Path) -> None:
+    """They have no `sentence_transformers.base`, and modules of theirs take no other settings."""
+    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["dense"], "cls"), "linear")
+    export_run("sentence-transformers", run, tmp_path / "model")
+    modules = read_json(tmp_path / "model" / "modules.json")
+    kinds = ["Transformer", "Pooling", "Normalize", "Dense", "Normalize"]
+    assert [module["type"] for module in modules] == [f"sentence_transformers.models.{kind}" for kind in kinds]
+    pooling, dense = (read_json(tmp_path / "model" / module["path"] / "config.json") for module in modules[1:4:2])
+    assert pooling.pop("word_embedding_dimension") == 32
+    assert [name for name, value in pooling.items() if value] == ["pooling_mode_cls_token", "include_prompt"]
+    assert sorted(dense) == ["activation_function", "bias", "in_features", "out_features"]
+    limits = read_json(tmp_path / "model" / "sentence_bert_config.json")
+    assert limits == {"max_seq_length": 20, "do_lower_case": False}
 
 
 @pytest.mark.parametrize(
