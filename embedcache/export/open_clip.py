@@ -88,7 +88,7 @@ def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str |
     state = {**model.state, "logit_scale": run.pair.scale.log()}
     state = {name: value.detach().clone().contiguous() for name, value in state.items()}
     save_file(state, folder / "open_clip_model.safetensors")
-    notes, requirements = [_RGB_NOTE], ["open_clip_torch"]
+    notes, requirements = [_RGB_NOTE], ["open_clip_torch>=3.3"]
     if model.text_config is not None:
         model.text_config.save_pretrained(folder)
         requirements.append("transformers")

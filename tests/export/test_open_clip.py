@@ -41,6 +41,7 @@ def test_matches_the_run(
     assert max(report.differences.values()) < TOLERANCE
     _check_loads(folder, run)
     assert "only RGB images give the vectors of the run" in (folder / "README.md").read_text()
+    assert "pip install 'open_clip_torch>=3.3'" in (folder / "README.md").read_text()
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     assert config["text_cfg"]["hf_model_name"] == str(folder)
 
