@@ -7,7 +7,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -34,10 +34,10 @@ _UMASK = os.umask(0o077)
 os.umask(_UMASK)  # the only way to read it
 
 
-def one_or_many(paths: AnyPath | Sequence[AnyPath]) -> Sequence[AnyPath]:
-    """Return a sequence of paths, given one or several."""
-    is_one = isinstance(paths, str | os.PathLike) or not isinstance(paths, Sequence)
-    return [paths] if is_one else paths  # type: ignore[list-item, return-value]
+def one_or_many(paths: AnyPath | Iterable[AnyPath]) -> list[AnyPath]:
+    """Return a list of paths, given one or several."""
+    is_one = isinstance(paths, str | os.PathLike) or not isinstance(paths, Iterable)
+    return [paths] if is_one else list(paths)  # type: ignore[list-item, arg-type]
 
 
 def open_path(location: AnyPath) -> Path:

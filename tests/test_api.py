@@ -17,7 +17,7 @@ from PIL import Image
 import embedcache
 from embedcache.cli.main import root_command
 from embedcache.dataset.inputs import open_input
-from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
+from embedcache.errors import DataError, FingerprintError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.settings import flat_settings
 from tests.edits import edit_record
 from tests.images import write_images
@@ -374,6 +374,16 @@ def test_names_and_features_of_another_type_are_named(image_folder: Path, exact_
         embedcache.import_vectors("vectors.npy", cache)
     with pytest.raises(SettingError, match=r"derivation: expected a Derivation, got 'pca'"):
         embedcache.derive_features(cache, "pca")
+    for wrong in ("open_toy/cls", [("image", "open_toy/cls", 3)]):
+        with pytest.raises(SettingError, match=r"inputs: expected pairs of a modality and a feature, such as"):
+            embedcache.Derivation(name="pca", rule="pca", inputs=wrong)
+    for wrong in (["a dog", "a cat"], 5, None, {"image": ["0.png"]}):
+        with pytest.raises(SourceError, match=r"expected a path, a URL or a dataset .*; save texts as .txt, one per"):
+            embedcache.open_source(wrong)
+    with pytest.raises(SettingError, match=r"expected at least one cache, got none"):
+        embedcache.train_projectors([], tmp_path / "run")
+    with pytest.raises(DataError, match=r"expected at least two caches to merge, got 1"):
+        embedcache.merge_caches(exact_cache, tmp_path / "merged")
     with pytest.raises(UnknownNameError, match=r"unknown source 5; known: "):
         embedcache.open_source(image_folder, kind=5)
     with pytest.raises(UnknownNameError, match=r"unknown export format None; known: "):
@@ -381,6 +391,17 @@ def test_names_and_features_of_another_type_are_named(image_folder: Path, exact_
     for compare, rest in ((embedcache.compare_retrieval, ()), (embedcache.compare_zero_shot, ("prompts",))):
         with pytest.raises(SettingError, match=r"expected at least one run to evaluate, got none"):
             compare(cache, [], *rest)
+
+
+def test_iterators_and_arrays_name_several(
+    image_folder: Path, run_path: Path, exact_cache: Path, tmp_path: Path
+) -> None:
+    (expected,) = embedcache.compare_retrieval(exact_cache, run_path, check_overlap=False).values()
+    for runs in (iter([run_path]), np.array([str(run_path)])):
+        (found,) = embedcache.compare_retrieval(exact_cache, runs, check_overlap=False).values()
+        assert found.recalls == expected.recalls
+    (report,) = embedcache.extract_features(image_folder, tmp_path / "cache", text_encoder=iter([TEXT]))
+    assert report.encoded
 
 
 USER = ROOT / "tests" / "user_code.py"

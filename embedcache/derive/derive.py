@@ -63,6 +63,10 @@ class Derivation:
     def __post_init__(self) -> None:
         if not self.inputs:
             raise SettingError("inputs: expected at least one feature to derive from, got none")
+        for each in self.inputs:
+            if not (isinstance(each, tuple | list) and [isinstance(part, str) for part in each] == [True, True]):
+                expected = "pairs of a modality and a feature, such as ('image', 'dinov2-base/cls')"
+                raise SettingError(f"inputs: expected {expected}, got {each!r}")
         if not self.name or EncoderSpec("", self.name).folder != self.name:
             raise SettingError(f"name: expected a name of letters, digits and . = + - _, got {self.name!r}")
         for dtype in (self.dtype, *(dtype for _, dtype in self.outputs.values())):

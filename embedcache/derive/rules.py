@@ -95,7 +95,7 @@ class Rule:
         for name, value in given.items():
             if name not in defaults:
                 raise unknown_name("parameter", name, defaults, where=f"of the rule {self.name!r}")
-            default = defaults[name]
+            default, value = defaults[name], value.item() if isinstance(value, np.generic) else value
             if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
                 raise SettingError(
                     f"parameter {name} of the rule {self.name!r}: expected {_KINDS[type(default)]}, got {value!r}"

@@ -124,7 +124,8 @@ def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[Re
 
     SettingError if there are none.
     """
-    if not (one_or_many(run_paths) or one_or_many(control_paths)):
+    run_paths, control_paths = one_or_many(run_paths), one_or_many(control_paths)
+    if not (run_paths or control_paths):
         raise SettingError(_NO_RUN)
     for name, paths in group_by_recipe(run_paths).items():
         yield Recipe(name, paths, is_control=False)

@@ -1,7 +1,7 @@
 """Extraction: encode the items of a source with frozen encoders and store the features in a cache."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,7 +157,7 @@ def join_encoders(
 
 
 def _specs(specs: str | Sequence[str]) -> tuple[str, ...]:
-    listed = (specs,) if isinstance(specs, str) else tuple(specs) if isinstance(specs, Sequence) else None
+    listed = (specs,) if isinstance(specs, str) else tuple(specs) if isinstance(specs, Iterable) else None
     if listed is None or not all(isinstance(spec, str) for spec in listed):
         raise SettingError(f"expected the name of an encoder, such as st:all-MiniLM-L6-v2, or several, got {specs!r}")
     return listed

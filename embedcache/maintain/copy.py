@@ -16,7 +16,7 @@ import pyarrow as pa
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, PathError
-from embedcache.files import AnyPath, open_path, remove_partials, write_atomic
+from embedcache.files import AnyPath, one_or_many, open_path, remove_partials, write_atomic
 from embedcache.locks import Leases
 from embedcache.maintain.copy_source import CopySource, SegmentSamples, divide_segments
 from embedcache.modalities import noun
@@ -130,7 +130,7 @@ def merge_caches(
         UnfinishedError: a feature has missing chunks.
         PathError: another process copies into the folder.
     """
-    opened = [Cache(open_path(path)) for path in caches]
+    opened = [Cache(open_path(path)) for path in one_or_many(caches)]
     if len(opened) < 2:
         raise DataError(f"expected at least two caches to merge, got {len(opened)}")
     prefixes = [f"{cache.path.name}/" if prefix_keys else "" for cache in opened]

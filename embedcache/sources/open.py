@@ -81,10 +81,20 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
     path = str(location) if isinstance(location, str | Path) else location
     if isinstance(path, str) and not path.strip():
         raise SourceError(f"the source is an empty string; {_ACCEPTED}")
+    if kind is None and not (isinstance(path, str) or _is_dataset(path)):
+        raise SourceError(
+            f"expected a path, a URL or a dataset of Hugging Face, got an object of type {type(path).__name__}; save "
+            "texts as .txt, one per line, and rows as .parquet or .csv"
+        )
     if kind is None:
         kind, path = _detect_kind(path, has_svg=settings.svg) if isinstance(path, str) else ("huggingface", path)
     source: Source = SOURCES.load(kind)(path, settings)
     return source
+
+
+def _is_dataset(location: object) -> bool:
+    """Return whether an object is of the library `datasets`, without importing it."""
+    return any(kind.__module__.partition(".")[0] == "datasets" for kind in type(location).__mro__)
 
 
 def reopen_source(description: Mapping[str, Any]) -> Source:

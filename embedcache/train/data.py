@@ -47,7 +47,7 @@ def open_data(
         progress: progress of loading them, when they are first read.
 
     Raises:
-        SettingError: not two modalities.
+        SettingError: not two modalities, or no cache.
         UnknownNameError: there is no feature of that name.
         FingerprintError: different encoders made the feature of two caches.
         DataError: widths differ, or two caches hold the same samples.
@@ -55,6 +55,8 @@ def open_data(
     if len(features) != 2:
         raise SettingError(f"feature: expected features of two modalities, got {', '.join(features) or 'none'}")
     caches = [Cache(path) for path in one_or_many(paths)]
+    if not caches:
+        raise SettingError("expected at least one cache, got none")
     for cache, other in combinations(caches, 2):
         if cache.info.has_rows_of(other.info.index_digest) or other.info.has_rows_of(cache.info.index_digest):
             raise DataError(

@@ -149,6 +149,7 @@ def test_parameter_of_another_type_raises() -> None:
     checked = rule.check_parameters({"grids": [{"a": 1}], "cap": 1})
     assert checked == {"grids": [{"a": 1}], "cap": 1}
     assert isinstance(checked["cap"], float), "the same digest as for 1.0"
+    assert rule.check_parameters({"cap": np.float32(0.5)}) == {"grids": [], "cap": 0.5}
     with pytest.raises(SettingError, match="parameter grids of the rule 'r': expected a list, got 3"):
         rule.check_parameters({"grids": 3})
 
