@@ -15,7 +15,7 @@ import pytest
 
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import FingerprintError, SourceError, UnknownNameError
-from embedcache.extract.extract import extract
+from embedcache.extract.extract import extract, join_encoders
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from embedcache.sources.images import decode_image
@@ -236,6 +236,11 @@ def test_unknown_feature_raises(source: Path, tmp_path: Path) -> None:
 def test_unknown_encoder_family_raises(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown encoder family 'tim'; did you mean 'timm'"):
         extract(open_source(source), tmp_path / "c", image_encoder=["tim:resnet18"])
+
+
+def test_encoders_are_any_names_that_can_be_listed() -> None:
+    named = join_encoders((name for name in ("a", "b")), np.array(["c"]), {"audio": {"d": 1}.keys()})
+    assert named == {"image": ("a", "b"), "text": ("c",), "audio": ("d",)}
 
 
 def test_source_without_captions_has_no_texts(tmp_path: Path) -> None:
