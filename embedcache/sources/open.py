@@ -115,6 +115,13 @@ def reopen_source(description: Mapping[str, Any]) -> Source:
         return open_source(description["path"], kind=description["type"], settings=settings)
 
 
+def is_description(value: Mapping[str, Any]) -> bool:
+    """Return whether a JSON object has the types of a source's `describe`; the `path` of a plug-in is any value."""
+    kind, path = value.get("type", ""), value.get("path", "")
+    is_own = kind in ("", IMPORTED, MERGED, *SOURCES.paths)
+    return isinstance(kind, str) and (isinstance(path, str) or not is_own)
+
+
 def base_source(description: Mapping[str, Any]) -> tuple[str, str]:
     """Return the type and path of a source from its `describe`; of `pairs:`, those of the source it splits."""
     kind, path = str(description["type"]), str(description["path"])

@@ -22,6 +22,7 @@ from embedcache.provenance import (
     write_json,
     write_record,
 )
+from embedcache.sources.open import is_description
 
 FORMAT_VERSION = 1
 SUBSET = "subset"
@@ -268,7 +269,7 @@ def _parse(values: Mapping[str, Any]) -> CacheInfo:
     objects = (info.source, info.removed, info.table_digests, info.table_checksums, *info.table_checksums.values())
     if not all(isinstance(value, Mapping) for value in objects):
         raise TypeError("expected objects as source, tables and checksums")
-    if not all(isinstance(info.source.get(name, ""), str) for name in ("type", "path")):
+    if not is_description(info.source):
         raise TypeError("source: expected texts as type and path")
     return info
 

@@ -61,6 +61,9 @@ def test_all_fields_are_read_back(tmp_path: Path) -> None:
         ("earlier", [{"spine": "x", "num_items": {"text": 5}}], ""),
         ("earlier", [{"spine": "x", "num_items": {"text": None}}], "num_items of text: expected a whole number"),
         ("source", [], "expected objects as source, tables and checksums"),
+        ("source", {"type": "module:Source", "path": ["a", "b"]}, ""),  # of a plug-in
+        ("source", {"type": "folder", "path": ["a", "b"]}, "source: expected texts as type and path"),
+        ("source", {"type": 1, "path": "a"}, "source: expected texts as type and path"),
         ("tables", ["x"], "expected objects as source, tables and checksums"),
         ("checksums", {"text": "x"}, "expected objects as source, tables and checksums"),
         ("removed", "x", "expected objects as source, tables and checksums"),
