@@ -68,7 +68,8 @@ def check_output(path: Path, *, overwrite: bool = True) -> None:
 
 def _check_folder(path: Path) -> None:
     """Check that a file can be made in the folder of a path, or in the first folder above that exists."""
-    folder = next(above for above in path.absolute().parents if above.exists())
+    above = path.absolute().parents
+    folder = next(each for each in above if os.path.exists(each))  # noqa: PTH110  # no error where it may not look
     if not folder.is_dir():
         raise PathError(f"{path}: expected a file in a folder, but {folder} is a file; name another file")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
 
 GOLDEN = Path(__file__).parent / "golden"
+NOBODY = 65534
 
 
 def test_outputs_are_replaced(tmp_path: Path) -> None:
@@ -50,6 +53,27 @@ def test_folders_that_take_no_files_are_refused_before_the_work(
     monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
     with pytest.raises(PathError, match=r"page.html: no permission to write into .*; name a file in another folder"):
         check_output(tmp_path / "new" / "page.html")
+
+
+@contextmanager
+def as_another_user() -> Iterator[None]:
+    """Drop the rights of root, which may enter and write every folder."""
+    is_root = os.getuid() == 0
+    if is_root:
+        os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.setresuid(0, 0, 0)
+
+
+def test_folder_below_one_that_may_not_be_entered_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "closed" / "in").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o600)
+    with as_another_user(), pytest.raises(PathError, match=r"page.html: no permission to write into .*; name a"):
+        check_output(tmp_path / "closed" / "in" / "page.html")
+    (tmp_path / "closed").chmod(0o700)
 
 
 @given(data=st.data())
