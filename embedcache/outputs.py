@@ -50,13 +50,13 @@ def check_output(path: Path, *, overwrite: bool = True) -> None:
         PathError: the file exists and is not such an output, or must not be replaced; the path is a folder, a link or a
             device; or files cannot be made in its folder.
     """
+    exists = path.exists() if is_remote(path) else os.path.lexists(path)
+    if exists and path.is_dir():
+        raise PathError(f"{path}: expected a file, got a folder; name a file in it")
     if not is_remote(path):
         _check_folder(path)
-    exists = path.exists() if is_remote(path) else os.path.lexists(path)
     if not exists:
         return
-    if path.is_dir():
-        raise PathError(f"{path}: expected a file, got a folder; name a file in it")
     if not is_output(path):
         raise PathError(
             f"{path}: expected a new file, got one that exists and is no output of embedcache that can be recognized; "
@@ -68,8 +68,7 @@ def check_output(path: Path, *, overwrite: bool = True) -> None:
 
 def _check_folder(path: Path) -> None:
     """Check that a file can be made in the folder of a path, or in the first folder above that exists."""
-    above = path.absolute().parents
-    folder = next(each for each in above if os.path.exists(each))  # noqa: PTH110  # no error where it may not look
+    folder = next(above for above in path.absolute().parents if os.path.lexists(above))
     if not folder.is_dir():
         raise PathError(f"{path}: expected a file in a folder, but {folder} is a file; name another file")
     if not os.access(folder, os.W_OK | os.X_OK):

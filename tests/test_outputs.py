@@ -50,6 +50,8 @@ def test_folders_that_take_no_files_are_refused_before_the_work(
     check_output(tmp_path / "new" / "folder" / "page.html")
     with pytest.raises(PathError, match=r"page.html: expected a file in a folder, but .*/file is a file; name another"):
         check_output(tmp_path / "file" / "page.html")
+    with pytest.raises(PathError, match=r"^/: expected a file, got a folder; name a file in it"):
+        check_output(Path("/"))  # no folder is above it
     monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
     with pytest.raises(PathError, match=r"page.html: no permission to write into .*; name a file in another folder"):
         check_output(tmp_path / "new" / "page.html")
