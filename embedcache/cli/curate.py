@@ -271,7 +271,7 @@ def leaks(
     if out is not None:
         num_kept = write_clean_selection(out, report)
         if not outputs.as_json:
-            print_line(f"wrote {out}: kept {num_kept:,} of {report.train.info.num_samples:,} samples")
+            print_line(f"wrote {out}: kept {num_kept:,} of {report.num_train_samples:,} samples")
 
 
 def _map_file(parameters: Mapping[str, Any]) -> list[Path]:

@@ -224,7 +224,7 @@ def _compare(
         Vectors(cache_path, modality, settings.feature, settings.run, device=settings.device) if needs_vectors else None
     )
     feature = open_input(cache, modality, settings.feature) if vectors is None else vectors.feature
-    samples = np.arange(cache.info.num_samples)
+    samples = np.setdiff1d(np.arange(len(cache)), cache.removed, assume_unique=True)
     if settings.selection is not None:
         samples = read_selection(settings.selection, [cache])
     copies = find_copies(cache, feature, samples)

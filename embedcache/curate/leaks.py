@@ -109,14 +109,24 @@ class LeakReport:
     leaks: Sequence[ModalityLeaks]
 
     @property
+    def num_train_samples(self) -> int:
+        """Number of training samples that were not removed from their cache."""
+        return len(self.train) - len(self.train.removed)
+
+    @property
+    def num_test_samples(self) -> int:
+        """Number of test samples that were not removed from their cache."""
+        return len(self.test) - len(self.test.removed)
+
+    @property
     def leaked_samples(self) -> Ints:
         """Test samples of which an image or a text is in training, ascending."""
         return distinct(np.concatenate([leak.leaked_samples for leak in self.leaks]))
 
     def clean_selection(self) -> Selection:
         """Select the training samples of which nothing is in test; the reason is how close each comes to test."""
-        leaked = np.concatenate([leak.train_samples for leak in self.leaks])
-        rows = np.setdiff1d(np.arange(self.train.info.num_samples), distinct(leaked), assume_unique=True)
+        left_out = np.concatenate([self.train.removed, *(leak.train_samples for leak in self.leaks)])
+        rows = np.setdiff1d(np.arange(len(self.train)), distinct(left_out), assume_unique=True)
         closest = [_closest_reasons(leak, self.train, rows) for leak in self.leaks if leak.feature]
         reasons = [
             _join_reasons([part[block].dictionary_decode() for part in closest], block.stop - block.start)
@@ -129,7 +139,7 @@ class LeakReport:
         return {
             "train": str(self.train.path),
             "test": str(self.test.path),
-            "num_samples": self.test.info.num_samples,
+            "num_samples": self.num_test_samples,
             "num_leaked": len(self.leaked_samples),
             "by": {leak.modality: leak.to_json() for leak in self.leaks},
         }

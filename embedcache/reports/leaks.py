@@ -38,7 +38,7 @@ class LeakedPair:
 
 def leak_line(leaks: LeakReport) -> str:
     """Return how many test samples leaked, in one line."""
-    count, num_samples = len(leaks.leaked_samples), leaks.test.info.num_samples
+    count, num_samples = len(leaks.leaked_samples), leaks.num_test_samples
     percent = format_percent(count / max(1, num_samples))
     return f"{count:,} of {num_samples:,} samples of {leaks.test.path} ({percent}) are in {leaks.train.path}"
 

@@ -1,15 +1,18 @@
 """A run, prompts and a selection for the coverage of the session's cache. Not to be changed."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from embedcache.curate.coverage import CoverageReport, measure_coverage
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.store.cache import Cache
+from embedcache.store.removal import apply_removal, finish_removal, start_removal
 from tests.interop.runs import SIDES, train_run
 from tests.search.test_concepts import NAMES, prompt_cache
 
@@ -36,3 +39,14 @@ def half(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of_texts(cache_path: Path, prompts: Path, **options: Any) -> CoverageReport:
     return measure_coverage(cache_path, prompts, CoverageSettings(modality="text", feature="open_toy/mean", **options))
+
+
+@pytest.fixture(scope="session")
+def without(two_caches: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """Forty samples, of which three were removed. Not to be changed."""
+    path = Path(shutil.copytree(two_caches[0], tmp_path_factory.mktemp("removed") / "cache"))
+    removed = np.array([3, 7, 39])
+    start_removal(Cache(path), removed, Cache(path).column("key").take(pa.array(removed)).to_pylist())
+    apply_removal(path, "digest")
+    finish_removal(path)
+    return Cache(path)

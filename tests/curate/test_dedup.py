@@ -306,3 +306,10 @@ def test_reason_says_what_goes(is_copy: list[bool], reason: str) -> None:
         is_copy=np.array(is_copy),
     )
     assert _reason(removed, np.arange(count)) == reason
+
+
+def test_removed_samples_do_not_stay(without: Cache, tmp_path: Path) -> None:
+    done = dedup(without.path, tmp_path / "kept.parquet", DedupSettings(copies_only=True, feature="open_toy/cls"))
+    kept = pq.read_table(tmp_path / "kept.parquet")["row"].to_pylist()
+    assert len(done.analysis.samples) == 37 == len(kept) + len(done.removed.samples)
+    assert not set(kept) & set(without.removed.tolist())

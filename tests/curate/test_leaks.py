@@ -349,3 +349,14 @@ def test_incomparable_caches_raise(caches: tuple[Path, Path], tmp_path: Path) ->
         DataError, match=r"feature open_toy/cls: expected encoded items, got none; see: embedcache inspect .*broken"
     ):
         find_leaks(tmp_path / "images", tmp_path / "broken")
+
+
+def test_removed_samples_are_in_no_clean_selection(without: Cache, two_caches: list[Path], tmp_path: Path) -> None:
+    settings = LeakSettings(image_feature="open_toy/cls", text_feature="open_toy/mean")
+    report = find_leaks(without.path, two_caches[1], settings)
+    num_kept = write_clean_selection(tmp_path / "clean.parquet", report)
+    kept = pq.read_table(tmp_path / "clean.parquet")["row"].to_pylist()
+    assert (report.num_train_samples, report.num_test_samples) == (37, 80)
+    assert num_kept == 37 - len(np.unique(np.concatenate([leak.train_samples for leak in report.leaks])))
+    assert not set(kept) & set(without.removed.tolist())
+    assert " of 37 samples of " in leak_line(find_leaks(two_caches[1], without.path, settings))
