@@ -18,6 +18,7 @@ import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -119,7 +120,7 @@ def flat_settings(kind: type[Any]) -> tuple[FlatSetting, ...]:
 
 
 def _flatten(kind: type[Any], above: tuple[str, ...], defaults: Mapping[str, Any]) -> Iterator[FlatSetting]:
-    hints = get_type_hints(kind)
+    hints = _type_hints(kind)
     for item in fields(kind):
         path = (*above, item.name)
         declared = item.metadata.get(_METADATA)
@@ -131,6 +132,12 @@ def _flatten(kind: type[Any], above: tuple[str, ...], defaults: Mapping[str, Any
             yield from _flatten(hints[item.name], path, item.metadata.get(_DEFAULTS, {}))
 
 
+@cache
+def _type_hints(kind: type[Any]) -> Mapping[str, Any]:
+    """Return the types of the fields of a dataclass. They are evaluated once: that takes longer than the checks."""
+    return get_type_hints(kind)
+
+
 def check_settings(settings: Any) -> None:
     """Check every value of a settings instance against its declaration; call it in `__post_init__`.
 
@@ -140,7 +147,7 @@ def check_settings(settings: Any) -> None:
     Raises:
         SettingError: a value of another type, out of its bounds, not finite, or of too many bits.
     """
-    hints = get_type_hints(type(settings))
+    hints = _type_hints(type(settings))
     for item in fields(settings):
         declared = item.metadata.get(_METADATA)
         if declared is not None:
@@ -243,7 +250,7 @@ def check_types(values: Any) -> None:
 
 
 def _wrong_field(values: Any) -> str | None:
-    hints = get_type_hints(type(values))
+    hints = _type_hints(type(values))
     for item in fields(values):
         value, hint = getattr(values, item.name), hints[item.name]
         if not _has_type(value, hint):
@@ -317,7 +324,7 @@ def with_underscores(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build(kind: type[S], nested: Mapping[str, Any]) -> S:
-    hints = get_type_hints(kind)
+    hints = _type_hints(kind)
     made = dict(nested)
     for item in fields(kind):
         value = nested.get(item.name)
