@@ -118,7 +118,7 @@ def reopen_source(description: Mapping[str, Any]) -> Source:
 def is_description(value: Mapping[str, Any]) -> bool:
     """Return whether a JSON object has the types of a source's `describe`; the `path` of a plug-in is any value."""
     kind, path = value.get("type", ""), value.get("path", "")
-    is_own = kind in ("", IMPORTED, MERGED, *SOURCES.paths)
+    is_own = kind in ("", IMPORTED_SOURCE, MERGED, *SOURCES.paths)
     return isinstance(kind, str) and (isinstance(path, str) or not is_own)
 
 
