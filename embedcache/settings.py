@@ -132,10 +132,12 @@ def _flatten(kind: type[Any], above: tuple[str, ...], defaults: Mapping[str, Any
             yield from _flatten(hints[item.name], path, item.metadata.get(_DEFAULTS, {}))
 
 
-@cache
+_evaluated_hints = cache(get_type_hints)
+
+
 def _type_hints(kind: type[Any]) -> Mapping[str, Any]:
     """Return the types of the fields of a dataclass. They are evaluated once: that takes longer than the checks."""
-    return get_type_hints(kind)
+    return _evaluated_hints(kind)  # type: ignore[arg-type]  # mypy takes no type[Any] for hashable
 
 
 def check_settings(settings: Any) -> None:
