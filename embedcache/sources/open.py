@@ -49,7 +49,6 @@ SOURCES = Registry(
 )
 _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_SUFFIXES, "coco": JSON_SUFFIXES}
 """Kind of source -> suffixes of the files that it reads."""
-"""Reopened only, so not among the names to choose from."""
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (
@@ -107,7 +106,7 @@ def reopen_source(description: Mapping[str, Any]) -> Source:
     if description["type"] == MERGED:
         return MergedSource([reopen_source(part) for part in merged_parts(description)], description)
     settings = SourceSettings.from_json(description.get("settings", {}))
-    if description["type"] == IMPORTED_SOURCE:
+    if description["type"] == IMPORTED_SOURCE:  # reopened only, so that it is not among the names to choose from
         return open_source(
             description["path"], kind="embedcache.interop.vector_files:ImportedSource", settings=settings
         )
