@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import embedcache.arrays
-from embedcache.arrays import blocks, check_finite, distinct, fit_integers, from_sort_keys, normalize, to_sort_keys
+from embedcache.arrays import (
+    blocks,
+    check_finite,
+    distinct,
+    fit_integers,
+    from_sort_keys,
+    normalize,
+    to_numbers,
+    to_sort_keys,
+)
 from embedcache.errors import DataError
 
 vectors = arrays(
@@ -96,3 +105,12 @@ def test_integers_that_fit_are_those_of_python(dtype: str, given: str) -> None:
 
 def _holds(dtype: str, number: int) -> bool:
     return bool(np.iinfo(dtype).min <= number <= np.iinfo(dtype).max)
+
+
+def test_numbers_as_objects_are_numbers() -> None:
+    objects = np.array([[np.float32(0.5), 2], [1e30, np.int64(3)]], object)
+    assert to_numbers(objects, "vectors").tolist() == [[0.5, 2.0], [1e30, 3.0]]
+    for wrong in (None, "1", 2**70, np.bool_(1)):
+        objects[1, 0] = wrong
+        with pytest.raises(DataError, match="vectors: expected floating-point numbers or integers of 64 bits, got "):
+            to_numbers(objects, "vectors")
