@@ -115,10 +115,13 @@ def outlier_notes(report: OutlierReport) -> list[str]:
 
 
 def threshold_table(report: OutlierReport) -> Table:
-    """Return for fractions of the samples the values of each score that leave so many out."""
-    rows = []
+    """Return for fractions of the samples with a score the values of it that leave so many out.
+
+    Their number is that of samples with an item that was compared; fewer have a label, or an image and a caption.
+    """
+    rows, num_compared = [], int(np.isfinite(report.typicality_S).sum())
     for fraction in _FRACTIONS:
-        row = [f"{fraction:.1%}", format_count(round(fraction * report.cache.info.num_samples))]
+        row = [f"{fraction:.1%}", format_count(round(fraction * num_compared))]
         limits = [limit for name in report.scores for limit in report.quantiles(name, [fraction])]
         rows.append(row + ["" if limit is None else f"{limit:.3f}" for limit in limits])
     return ["left out", "samples", *(f"{name} of at least" for name in report.scores)], rows

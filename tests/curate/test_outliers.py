@@ -155,6 +155,9 @@ def test_planted_outliers_and_labels(planted: Path, tmp_path: Path) -> None:
     assert "each with its 3 nearest of 238 different ones; every pair was compared" in outlier_line(report)
     assert outlier_notes(report)[0].startswith("likely mislabels: ")
     assert threshold_table(report)[0][2:] == ["typicality of at least", "label_margin of at least"]
+    half = np.where(np.arange(NUM) < NUM // 2, report.typicality_S, np.float32(np.nan))
+    num_half = int(np.isfinite(half).sum())
+    assert threshold_table(replace(report, typicality_S=half))[1][-1][:2] == ["10.0%", str(round(num_half / 10))]
     again = find_outliers(planted, tmp_path / "again.parquet", k=3, label_neighbors=1)
     assert again.typicality_S.tobytes() == report.typicality_S.tobytes()
     assert again.votes is not None
