@@ -328,8 +328,8 @@ class Cache:
         return rows
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
-        """Return the encoders with features of a modality, sorted by name."""
-        paths = sorted((self.path / modality).glob("*/zarr.json"))
+        """Return the encoders with features of a modality, sorted by name; none of a modality without items."""
+        paths = sorted((self.path / modality).glob("*/zarr.json")) if modality in self.info.num_items else []
         return [open_group(self.path, modality, path.parent.name, self.info) for path in paths]
 
     def features(self, modality: str | None = None) -> list[Feature]:

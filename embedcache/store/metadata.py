@@ -78,7 +78,7 @@ def read_feature(group: EncoderGroup, feature: str) -> dict[str, Any]:
     """Read the `item_shape` and `dtype` of a feature, and its `axis` if it has one."""
     attributes = read_attributes(group.path / feature)
     shape, dtype = attributes.get("item_shape"), attributes.get("dtype")
-    if not (_is_item_shape(shape) and dtype in _DTYPES):
+    if not (_is_item_shape(shape) and isinstance(dtype, str) and dtype in _DTYPES):
         raise CorruptError(
             f"{group.path / feature / 'zarr.json'}: expected the item_shape and dtype of a feature, got "
             f"{shape!r} and {dtype!r}; restore that file"

@@ -1,5 +1,6 @@
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.reports.summary import describe_cache, describe_feature, failure_lines
 from embedcache.sources import SourceSettings, open_source
 from embedcache.store.cache import Cache, _with_columns_of_samples
+from embedcache.store.layout import write_info
 from embedcache.store.tables import Footer, read_footer
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
@@ -73,6 +75,14 @@ def test_failures_are_collected_once(cache: Cache) -> None:
 def test_unknown_feature_raises(cache: Cache, name: str) -> None:
     with pytest.raises(UnknownNameError, match=rf"unknown image feature '{name}' of .*/cache; .*known: open_toy/cls"):
         cache.feature("image", name)
+
+
+def test_modality_without_items_has_no_features(cache: Cache, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(cache.path, tmp_path / "cache"))
+    write_info(path, replace(cache.info, num_items={"text": 20}))
+    assert Cache(path).features() == []
+    with pytest.raises(UnknownNameError, match="has no image features"):
+        Cache(path).feature("image")
 
 
 def test_unknown_modality_raises(cache: Cache) -> None:
