@@ -62,6 +62,8 @@ def is_fingerprint(value: Any) -> TypeGuard[dict[str, Any]]:
     texts = [value.get(name) or "" for name in ("family", "model", "revision", "weights", "backend", "precision")]
     if not (isinstance(view, dict) and isinstance(value.get("preprocessing") or {}, dict)):
         return False
+    if "fit" in value and not isinstance(value.get("weights"), str):  # the digest of what a rule was fitted to
+        return False
     inputs = [value.get("inputs") or [], view.get("inputs") or []]
     if not all(isinstance(entries, list) for entries in inputs):
         return False

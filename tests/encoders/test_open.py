@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.encoders.backends import torch_graph
-from embedcache.encoders.base import Modality
+from embedcache.encoders.base import Modality, is_fingerprint
 from embedcache.encoders.open import ENCODERS, EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import hash_weights
@@ -195,3 +195,29 @@ def test_weights_hash() -> None:
     ]
     assert len({hash_weights(state) for state in states}) == len(states)
     assert hash_weights({"a": weights, "b": weights}) == hash_weights({"b": weights, "a": weights.clone()})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"family": 3},
+        {"preprocessing": "x"},
+        {"weights": None, "fit": {}},
+        {"inputs": 3},
+        {"inputs": [{"modality": "image"}]},
+        {"view": "flip"},
+        {"view": {"name": 3}},
+        {"view": {"inputs": [{"modality": "image", "feature": None}]}},
+    ],
+)
+def test_other_types_are_no_fingerprint(changed: dict[str, object]) -> None:
+    inputs = [{"modality": "image", "feature": "toy/cls", "fingerprint": "ab"}]
+    derived = {
+        **{"family": "derived", "model": "pca", "revision": None, "weights": "cd", "preprocessing": {"width": 4}},
+        **{"backend": None, "precision": None, "inputs": inputs, "fit": {"part": "train"}},
+        "view": {"name": "flip", "inputs": inputs},
+    }
+    assert is_fingerprint(derived)
+    assert is_fingerprint({"weights": "w"})
+    assert not is_fingerprint({**derived, **changed})
+    assert not is_fingerprint([derived])
