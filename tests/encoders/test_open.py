@@ -213,8 +213,15 @@ def test_weights_hash() -> None:
 def test_other_types_are_no_fingerprint(changed: dict[str, object]) -> None:
     inputs = [{"modality": "image", "feature": "toy/cls", "fingerprint": "ab"}]
     derived = {
-        **{"family": "derived", "model": "pca", "revision": None, "weights": "cd", "preprocessing": {"width": 4}},
-        **{"backend": None, "precision": None, "inputs": inputs, "fit": {"part": "train"}},
+        "family": "derived",
+        "model": "pca",
+        "revision": None,
+        "weights": "cd",
+        "preprocessing": {"width": 4},
+        "backend": None,
+        "precision": None,
+        "inputs": inputs,
+        "fit": {"part": "train"},
         "view": {"name": "flip", "inputs": inputs},
     }
     assert is_fingerprint(derived)
