@@ -66,11 +66,15 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False, device: str = AU
         raise SettingError(_NO_RUN)
     device = str(torch_device(device))
     runs = [Run(path, *load_pair(path, device=device), device) for path in paths]
-    for run in runs:
-        if is_control and not run.config.training["shuffle_pairs"]:
-            raise SettingError(f"{run.path}: expected a control trained with --shuffle-pairs, got another run")
+    for run in runs if is_control else ():
+        _check_control(run.path, run.config)
     _check_same_recipe(runs)
     return runs
+
+
+def _check_control(path: Path, config: PairConfig) -> None:
+    if not config.training["shuffle_pairs"]:
+        raise SettingError(f"{path}: expected a control trained with --shuffle-pairs, got another run")
 
 
 def group_by_recipe(
@@ -127,6 +131,8 @@ def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[Re
     run_paths, control_paths = one_or_many(run_paths), one_or_many(control_paths)
     if not (run_paths or control_paths):
         raise SettingError(_NO_RUN)
+    for path in map(Path, control_paths):  # before the others are measured
+        _check_control(path, read_config(path))
     for name, paths in group_by_recipe(run_paths).items():
         yield Recipe(name, paths, is_control=False)
     controls = group_by_recipe(control_paths)

@@ -147,6 +147,10 @@ def test_several_languages_raise(cache_path: Path, runs: list[Path]) -> None:
 def test_control_must_be_shuffled(cache_path: Path, runs: list[Path]) -> None:
     with pytest.raises(SettingError, match="seed-0: expected a control trained with --shuffle-pairs"):
         compare_retrieval(cache_path, runs, control_run=runs)
+    progress = RecordedProgress()
+    with pytest.raises(SettingError, match="seed-1: expected a control trained with --shuffle-pairs"):
+        compare_retrieval(cache_path, runs[:1], control_run=runs[1:2], progress=progress)
+    assert progress.started == []  # nothing was measured before
 
 
 def test_run_of_another_encoder_is_refused(tmp_path: Path) -> None:
