@@ -22,12 +22,13 @@ from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import (
     PairConfig,
     check_feature,
+    config_path,
     load_pair,
     read_config,
     run_selection_path,
     split_path,
 )
-from embedcache.provenance import INDEX_DIGEST, check_same, digest_file
+from embedcache.provenance import INDEX_DIGEST, check_same, digest_file, fields_of
 from embedcache.store.cache import Cache
 from embedcache.store.keys import match_keys
 
@@ -49,7 +50,7 @@ class Run:
     @property
     def seed(self) -> int:
         """Random seed of the training."""
-        return int(self.config.training["seed"])
+        return _seed_of(self.path, self.config.training)
 
 
 def load_runs(run_paths: RunPaths, *, is_control: bool = False, device: str = AUTO) -> list[Run]:
@@ -100,8 +101,13 @@ def group_modules_by_recipe(run_paths: RunPaths) -> dict[str, list[Path]]:
     """Group runs of modules by recipe, as `group_by_recipe` does; `SettingError` if two of one have the same seed."""
     groups = group_by_recipe(run_paths, _module_recipe)
     for paths in groups.values():
-        _check_seeds([read_module_config(path).training["seed"] for path in paths])
+        _check_seeds([_seed_of(path, read_module_config(path).training) for path in paths])
     return groups
+
+
+def _seed_of(run_path: Path, training: Mapping[str, Any]) -> int:
+    """Return the random seed in the config of a run, or raise a `CorruptError`."""
+    return fields_of(config_path(run_path), lambda: int(training["seed"]))
 
 
 def _module_recipe(run_path: Path) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def read_all(folder: Path) -> Iterator[bytes]:
         yield feature.lengths().tobytes()
         yield b"".join(item.tobytes() for item in feature.gather_tokens(np.flatnonzero(feature.valid)[::7]))
     (run,) = load_runs([folder / "run"])
+    yield repr(run.seed).encode()
     config = run.config
     yield repr(config).encode()
     yield b"".join(parameter.detach().numpy().tobytes() for parameter in run.pair.parameters())
@@ -158,6 +159,7 @@ OTHER_TYPES = [
     ("run/config.json", ("image", "width"), 7),
     ("run/config.json", ("shared_width",), 2**80),
     ("run/config.json", ("training", "split"), 3),
+    ("run/config.json", ("training", "seed"), []),
     ("run/record.json", ("settings",), "x"),
     ("index/card.json", ("search",), {"nprobe": "x"}),
 ]
