@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import math
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from embedcache.train.task import Task
 OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
 """Called with the epoch and its validation metrics; an exception that it raises ends the training."""
 
+_GENERATORS = threading.RLock()
 _SMALL_STEP_FLOPS = 2e10
 """Below this, threads mostly wait for each other: two were 5 times slower than one on busy cores."""
 
@@ -231,9 +233,12 @@ class _BestWeights:
 
 @contextmanager
 def seeded(seed: int, device: str) -> Iterator[None]:
-    """Seed torch's generators with the seed and the process's rank, and restore the caller's generators afterwards."""
+    """Seed torch's generators with the seed and the process's rank, and restore the caller's generators afterwards.
+
+    All threads of a process draw from the same generators, so one thread at a time is within.
+    """
     where = torch.device(device)
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+    with _GENERATORS, torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(seed + 1_000_003 * process_rank())
         yield
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,15 @@ def test_resume_is_identical(cache_path: Path, whole: Path, tmp_path: Path, num_
     torch.manual_seed(99)  # the generator of the resuming process must not matter
     run(cache_path, tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_threads_train_the_same_runs(cache_path: Path, whole: Path, tmp_path: Path) -> None:
+    """All threads of a process draw from torch's generators."""
+    paths = [tmp_path / "first", tmp_path / "second"]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda path: run(cache_path, path), paths))
+    for path in paths:
+        assert_same_run(path, whole)
 
 
 def test_resume_uses_the_split_of_the_run(
