@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections import Counter, deque
@@ -124,6 +125,7 @@ def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trus
     show_faults()
     adopt_trust(trust)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process terminates this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         pipe.send(("result", work(task, _PipeProgress(pipe))))
     except EmbedcacheError as error:
@@ -134,6 +136,14 @@ def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trus
         pipe.send(("error", OSError(error.errno, error.strerror, error.filename) if error.errno else error))
     except Exception as error:  # noqa: BLE001 - the parent process raises it
         pipe.send(("bug", traceback.format_exc(), plugin_of(error)))
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as its parent process has ended, which cannot terminate it when it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _collect(pipes: list[Connection], progress: "_MergedProgress | _Parts") -> tuple[list[Any], int]:

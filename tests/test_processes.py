@@ -3,9 +3,10 @@
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import Pipe
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from embedcache.processes import (
     prefetch_map,
     run_processes,
 )
-from embedcache.progress import Progress
+from embedcache.progress import NullProgress, Progress
 from embedcache.registry import Registry, plugin_of
 from tests.recorded import RecordedProgress
 
@@ -52,6 +53,30 @@ def test_dead_process_leaves_others_running(capfd: pytest.CaptureFixture[str]) -
     printed = capfd.readouterr().err
     assert "Fatal Python error: Bus error" in printed
     assert "in work" in printed
+
+
+def stay(fifo: str, _: Progress) -> None:
+    """Say so, and work for a minute without a word."""
+    with Path(fifo).open("w") as file:
+        print("here", file=file, flush=True)
+        time.sleep(60)
+
+
+def run_stay(fifo: str) -> None:
+    run_processes(stay, [fifo], NullProgress())
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    parent = get_context("spawn").Process(target=run_stay, args=(str(tmp_path / "fifo"),))
+    parent.start()
+    with (tmp_path / "fifo").open() as file:
+        assert file.readline() == "here\n"
+        parent.kill()
+        killed = time.monotonic()
+        assert file.read() == "", "until the worker process has ended"
+    assert time.monotonic() - killed < 30
+    parent.join()
 
 
 def test_error_is_raised_as_it_was() -> None:
