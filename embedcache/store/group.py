@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from embedcache.encoders.base import is_fingerprint
 from embedcache.encoders.open import DERIVED, IMPORTED, RUN
-from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, PathError
+from embedcache.errors import ArtifactError, CorruptError, DataError, EmbedcacheError, PathError
 from embedcache.files import is_remote
 from embedcache.provenance import check_same, digest
 from embedcache.store.arrays import (
@@ -285,7 +285,13 @@ def create_group(
 
     Raises:
         FingerprintError: another encoder wrote it; names each field that differs with both values.
+        DataError: the fingerprint, of a plug-in, has values of other types, so that its folder could not be opened.
     """
+    if not is_fingerprint(dict(fingerprint)):
+        raise DataError(
+            f"encoder {spec}: expected a fingerprint of texts, with an object as preprocessing, got "
+            f"{dict(fingerprint)!r:.400}; correct the encoder"
+        )
     if (group := find_group(cache_path, modality, name, info)) is not None:
         group.check_same(fingerprint)
         return group

@@ -12,7 +12,7 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.encoders.base import NO_WEIGHTS, Encoder, Modality
+from embedcache.encoders.base import NO_WEIGHTS, Encoder, Modality, is_fingerprint
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
@@ -137,6 +137,7 @@ class EncoderContract:
     def test_fingerprint_survives_json(self, encoder: Encoder) -> None:
         fields = encoder.fingerprint.to_json()
         assert json.loads(canonical_json(fields)) == fields
+        assert is_fingerprint(fields)
         assert set(encoder.fingerprint.pooling) == set(encoder.features)
 
     def test_fingerprint_changes_with_one_weight(self, encoder: Encoder, request: pytest.FixtureRequest) -> None:

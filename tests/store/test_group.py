@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.encoders.open import DERIVED, IMPORTED, RUN
-from embedcache.errors import CorruptError, FingerprintError, PathError, UnknownNameError
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, UnknownNameError
 from embedcache.store import group as group_module
 from embedcache.store.cache import Cache
 from embedcache.store.commits import write_commit
@@ -149,6 +149,15 @@ def test_files_of_another_size_are_none(tmp_path: Path) -> None:
     for text in ("{}", "[]", '{"chunk_grid": 3}', "no"):
         metadata.write_text(text)
         assert [group.has(commit, "f") for commit in commits] == [True, True, False]
+
+
+def test_fingerprint_that_could_not_be_read_again_is_refused(tmp_path: Path) -> None:
+    """Before anything is encoded, not when the folder is opened afterwards."""
+    info = CacheInfo(chunk_size=4, source={}, index_digest="s", num_samples=4, num_items={"image": 4})
+    for wrong in ({"revision": 3}, {"preprocessing": ["crop"]}):
+        with pytest.raises(DataError, match=r"encoder o:m: expected a fingerprint of texts, .*, got \{'family'"):
+            create_group(tmp_path, "image", "other", info, spec="o:m", fingerprint={**FINGERPRINT, **wrong})
+    assert not list(tmp_path.iterdir())
 
 
 def test_groups_are_found_by_their_commits(tmp_path: Path) -> None:
