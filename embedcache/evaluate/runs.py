@@ -28,7 +28,7 @@ from embedcache.projectors.saved import (
     run_selection_path,
     split_path,
 )
-from embedcache.provenance import INDEX_DIGEST, check_same, digest_file, fields_of
+from embedcache.provenance import INDEX_DIGEST, check_same, construct, digest_file
 from embedcache.store.cache import Cache
 from embedcache.store.keys import match_keys
 
@@ -107,7 +107,7 @@ def group_modules_by_recipe(run_paths: RunPaths) -> dict[str, list[Path]]:
 
 def _seed_of(run_path: Path, training: Mapping[str, Any]) -> int:
     """Return the random seed in the config of a run, or raise a `CorruptError`."""
-    return fields_of(config_path(run_path), lambda: int(training["seed"]))
+    return construct(config_path(run_path), lambda: int(training["seed"]))
 
 
 def _module_recipe(run_path: Path) -> dict[str, Any]:
