@@ -121,7 +121,7 @@ def _module_recipe(run_path: Path) -> dict[str, Any]:
     return {**values, "training": {**config.training, "seed": None, "machine": machine}}
 
 
-class Recipe(NamedTuple):
+class RecipeRuns(NamedTuple):
     """Runs of one recipe, which differ only in the seed, or the same of a control trained on shuffled pairs."""
 
     name: str
@@ -129,7 +129,7 @@ class Recipe(NamedTuple):
     is_control: bool
 
 
-def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[Recipe]:
+def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[RecipeRuns]:
     """Iterate over the recipes of runs, then over those of controls.
 
     SettingError if there are none.
@@ -140,11 +140,11 @@ def iterate_recipes(run_paths: RunPaths, control_paths: RunPaths) -> Iterator[Re
     for path in map(Path, control_paths):  # before the others are measured
         _check_control(path, read_config(path))
     for name, paths in group_by_recipe(run_paths).items():
-        yield Recipe(name, paths, is_control=False)
+        yield RecipeRuns(name, paths, is_control=False)
     controls = group_by_recipe(control_paths)
     for name, paths in controls.items():
         control_name = "shuffled pairs" if len(controls) == 1 else f"shuffled pairs, {name}"
-        yield Recipe(control_name, paths, is_control=True)
+        yield RecipeRuns(control_name, paths, is_control=True)
 
 
 def report_line(start: str, seeds: Sequence[int], scores: Sequence[float], name: str, warning: str | None) -> str:
