@@ -110,7 +110,7 @@ def find_overlap(
     checked = (
         samples if len(samples) <= count else np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
     )
-    other_cosine = run.config.training["split"].get("other_cosine", SplitSettings().other_cosine)
+    other_cosine = run.config.training.get("split", {}).get("other_cosine", SplitSettings().other_cosine)
     cosines = {modality: COSINES.get(modality, other_cosine) for modality in evaluated}
     exact, near = set[int](), set[int]()
     for modality, item_set in evaluated.items():
@@ -171,7 +171,7 @@ def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
     if not len(rows):
         return {}
     first, second = (run_input(cache, run.config, modality) for modality in run.config.sides)
-    pairs = pair_items([cache], [first], [second], language=run.config.training["language"]).select(rows)
+    pairs = pair_items([cache], [first], [second], language=run.config.training.get("language")).select(rows)
     return {first.modality: ItemSet(first, pairs.first), second.modality: ItemSet(second, pairs.second)}
 
 

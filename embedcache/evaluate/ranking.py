@@ -189,7 +189,7 @@ def ranked_language(run: Run, settings: RetrievalSettings) -> str | None:
     if len(settings.language) > 1:
         languages = ", ".join(settings.language)
         raise SettingError(f"language: expected one language, got {languages}; use compare_retrieval for several")
-    language: str | None = settings.language[0] if settings.language else run.config.training["language"]
+    language: str | None = settings.language[0] if settings.language else run.config.training.get("language")
     return None if language == ANY_LANGUAGE else language
 
 

@@ -74,7 +74,7 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False, device: str = AU
 
 
 def _check_control(path: Path, config: PairConfig) -> None:
-    if not config.training["shuffle_pairs"]:
+    if not config.training.get("shuffle_pairs"):
         raise SettingError(f"{path}: expected a control trained with --shuffle-pairs, got another run")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import read_items
-from embedcache.errors import CorruptError, DataError
+from embedcache.errors import CorruptError, DataError, SettingError
 from embedcache.evaluate import overlap
 from embedcache.evaluate.overlap import ItemSet, training_items
 from embedcache.evaluate.ranking import rank
@@ -18,6 +18,7 @@ from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.cli.run import succeed
+from tests.edits import edit_record
 from tests.evaluate.conftest import make_cache
 from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
@@ -56,6 +57,18 @@ def test_other_cache_uses_its_column_split(run: Run, other: Path) -> None:
         DataError, match="expected val samples, got none, as its column split holds test, train; use --part"
     ):
         read_eval_split(cache, run, "val")
+
+
+def test_run_that_records_no_settings_is_evaluated(run: Run, cache_path: Path, tmp_path: Path) -> None:
+    """But for its seed: all captions count, as they did in its training."""
+    path = Path(shutil.copytree(run.path, tmp_path / "run"))
+    settings = json.loads((path / "record.json").read_text())["settings"]
+    edit_record(path / "config.json", training={"seed": 0})
+    edit_record(path / "record.json", settings={**settings, "training": {"seed": 0}})
+    found, expected = (evaluate_retrieval(cache_path, [each]) for each in (path, run.path))
+    assert (found.recalls, found.overlap) == (expected.recalls, expected.overlap)
+    with pytest.raises(SettingError, match="expected a control trained with --shuffle-pairs, got another run"):
+        load_runs([path], is_control=True)
 
 
 def test_cache_without_a_split_is_used_whole(run: Run, two_caches: list[Path]) -> None:
