@@ -90,7 +90,10 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     """
     selected = pc.unique(read_selected_keys(Path(path)))
     if not len(selected):
-        raise DataError(f"selection {path}: expected keys of samples, got none; select some, or use all without it")
+        raise DataError(
+            f"selection {path}: expected keys of samples, got none; name some, or leave the selection out to use all "
+            "samples"
+        )
     rows, is_found = match_keys(caches, selected)
     unknown = _without_removed(path, selected.filter(pa.array(~is_found)), caches)
     if len(unknown):

@@ -145,7 +145,7 @@ def test_keys_of_several_caches(two_caches: list[Path], tmp_path: Path) -> None:
     for lines, words in (
         (["00003", "d", "b", "c", "a"], "of 5 keys has 'a', 'b', 'c'; 4 are not keys of {}, which has 120, such as"),
         (["00003", "b"], "of 2 keys has 'b'; 1 are not keys of {}, which has 120, such as '00000'$"),
-        ([], "keys.txt: expected keys of samples, got none; select some, or use all without it$"),
+        ([], "keys.txt: expected keys of samples, got none; name some, or leave the selection out to use all samples$"),
     ):
         path.write_text("\n".join(lines))
         with pytest.raises(DataError, match=words.format(" and ".join(map(str, two_caches)))):

@@ -128,7 +128,7 @@ def test_selection_file_is_checked(cache_path: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="2 keys .*'no such key'.*'00000'"):
         read_selection(tmp_path / "other.txt", caches)
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(DataError, match="0 keys"):
+    with pytest.raises(DataError, match="empty.txt: expected keys of samples, got none"):
         read_selection(tmp_path / "empty.txt", caches)
     with pytest.raises(PathError, match=r"no\.parquet does not exist"):
         read_selection(tmp_path / "no.parquet", caches)
