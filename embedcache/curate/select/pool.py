@@ -91,16 +91,16 @@ class Pool:
         """
         if self._settings.scores is not None:
             return self._scored_samples()
-        num_samples, _ = self.cache.info.num_samples, self._chosen_feature  # which may have a step of its own
+        feature, num_samples = self.feature, self.cache.info.num_samples  # choosing it may be a step of its own
         self.progress.start("finding samples", num_samples, "samples")
-        rows = ~self.cache.removed_items(self.modality) if self.feature is None else self.vectors.rows
+        rows = ~self.cache.removed_items(self.modality) if feature is None else self.vectors.rows
         self.progress.advance(num_samples // 2)  # the commits are read, which takes longest
         samples = distinct(self.item_samples[rows])
         samples = samples[samples >= 0]
         self.progress.advance(num_samples - num_samples // 2)
         self.progress.finish()
         if not len(samples):
-            of_feature = "" if self.feature is None else f" of {self.feature}"
+            of_feature = "" if feature is None else f" of {feature}"
             where = self._settings.selection or self.cache.path
             raise DataError(f"{where}: expected samples with {noun(self.modality)}{of_feature}, got none")
         return samples
