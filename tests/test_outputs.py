@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,6 @@ from embedcache.store.cache import Cache
 from tests.cli.run import embedcache, succeed
 
 GOLDEN = Path(__file__).parent / "golden"
-NOBODY = 65534
 
 
 def test_outputs_are_replaced(tmp_path: Path) -> None:
@@ -57,25 +56,24 @@ def test_folders_that_take_no_files_are_refused_before_the_work(
         check_output(tmp_path / "new" / "page.html")
 
 
-@contextmanager
-def as_another_user() -> Iterator[None]:
-    """Drop the rights of root, which may enter and write every folder."""
-    is_root = os.getuid() == 0
-    if is_root:
-        os.setresuid(NOBODY, NOBODY, 0)
-    try:
-        yield
-    finally:
-        if is_root:
-            os.setresuid(0, 0, 0)
-
-
 def test_folder_below_one_that_may_not_be_entered_is_refused(tmp_path: Path) -> None:
+    """In a process of its own, which gives up the rights of root: root may enter and write every folder."""
     (tmp_path / "closed" / "in").mkdir(parents=True)
     (tmp_path / "closed").chmod(0o600)
-    with as_another_user(), pytest.raises(PathError, match=r"page.html: no permission to write into .*; name a"):
-        check_output(tmp_path / "closed" / "in" / "page.html")
+    code = """
+import os, sys
+from pathlib import Path
+from embedcache.outputs import check_output
+if os.getuid() == 0:
+    os.setresuid(65534, 65534, 65534)
+check_output(Path(sys.argv[1]))
+"""
+    words = [sys.executable, "-c", code, str(tmp_path / "closed" / "in" / "page.html")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     (tmp_path / "closed").chmod(0o700)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("embedcache.errors.PathError: ")
+    assert "page.html: no permission to write into " in last
 
 
 @given(data=st.data())

@@ -327,13 +327,17 @@ def test_value_that_an_option_cannot_have_in_a_file(folder: Path, text: str, mes
 def test_pipe_is_no_selection_to_train_on(folder: Path) -> None:
     """Reading one may never end."""
     os.mkfifo(folder / "pipe")
-    Thread(target=(folder / "pipe").write_text, args=["00000"], daemon=True).start()
+    writer = Thread(target=(folder / "pipe").write_text, args=["00000"], daemon=True)
+    writer.start()
     settings = ["--image-feature", "open_toy/cls", "--split", "key", "--epochs", "1"]
     done = embedcache("train", "cache", "piped", "--selection", "pipe", *settings, cwd=folder)
     assert (done.code, done.stderr.splitlines()[-1]) == (
         1,
         "error: pipe: expected a regular file, got a pipe or a device",
     )
+    reader = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # for which the thread waits
+    writer.join()
+    os.close(reader)
 
 
 def test_flag_of_a_file_may_be_off(folder: Path) -> None:
