@@ -14,7 +14,7 @@ files that are newer than the card from damaged ones.
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from embedcache.progress import Progress
 from embedcache.provenance import INDEX_DIGEST, check_same, construct, read_json, write_json
 from embedcache.search.autotune import Configuration, sampled_recall
 from embedcache.search.card import CARD, INDEX, STATE, check_lists, open_row_index, read_card
+from embedcache.search.faiss_gpu import import_faiss
 from embedcache.search.faiss_index import RowIndex, is_whole, make_index, read_index
-from embedcache.search.training import train_index
 from embedcache.search.vectors import Vectors
 from embedcache.store.layout import CacheInfo
 
@@ -120,7 +120,7 @@ class IndexBuilder:
             index = make_index(factory, vectors.width, device=self._device)
             self._write_state(factory)
             if not index.is_trained:
-                train_index(index, factory, vectors, progress)
+                _train(index, factory, vectors, progress)
                 index.write(self._partial_path)
         return index
 
@@ -160,7 +160,7 @@ class IndexBuilder:
                 )
             self._write_state(factory)
             if old is None:
-                train_index(index, factory, vectors, progress)
+                _train(index, factory, vectors, progress)
             else:
                 index = read_index(self._folder / INDEX, is_mapped=False, device=self._device).emptied()
             index.write(self._partial_path)
@@ -217,6 +217,56 @@ class IndexBuilder:
         self._factory = factory
         state = {"about": self._source, "factory": factory, "refused": self.rejected, **self._checksums}
         write_json(self._state_path, state)
+
+
+def _train(index: RowIndex, factory: str, vectors: Vectors, progress: Progress) -> None:
+    """Train an index on a sample; a note replaces FAISS's warnings of too few vectors."""
+    sample_SP, least = vectors.sample(index.num_training, progress=progress), 0
+    quantizers = list(_quantizers(index.wrapped))
+    for quantizer, num_centroids in quantizers:
+        least = max(least, num_centroids * quantizer.cp.min_points_per_centroid)
+        quantizer.cp.min_points_per_centroid = 1
+    note = f"training {factory}"
+    if len(sample_SP) < least:
+        note += f" on {len(sample_SP):,} vectors; k-means finds better centroids in {least:,} or more"
+    progress.note(note)
+    index.train(sample_SP)
+    for transform in _rotations(index.wrapped):
+        transform.pq = None
+
+
+def _quantizers(index: Any) -> Iterator[tuple[Any, int]]:
+    """Iterate over what k-means trains in a FAISS index, with the number of centroids; `cp` are its parameters."""
+    faiss = import_faiss()
+    for transform in _rotations(index):
+        transform.pq = quantizer = faiss.ProductQuantizer(transform.d_out, transform.M, 8)  # as FAISS's own
+        yield quantizer, quantizer.ksub
+    index = faiss.downcast_index(index)
+    for lists in {index, getattr(index, "q1", index)}:
+        if hasattr(lists, "nlist"):
+            yield lists, lists.nlist
+    if hasattr(index, "pq"):
+        yield index.pq, index.pq.ksub
+    residuals = [index.rq] if hasattr(index, "rq") else []
+    if hasattr(index, "prq"):
+        quantizers = (index.prq.subquantizer(number) for number in range(index.prq.nsplits))
+        residuals += map(faiss.downcast_AdditiveQuantizer, quantizers)
+    for residual in residuals:
+        yield residual, 2 ** int(faiss.vector_to_array(residual.nbits).max())
+    for inner in ("index", "base_index", "refine_index", "storage", "quantizer"):
+        if getattr(index, inner, None) is not None:
+            yield from _quantizers(getattr(index, inner))
+
+
+def _rotations(index: Any) -> list[Any]:
+    """Return the transforms of a FAISS index that are trained for a product quantizer, such as OPQ16."""
+    faiss = import_faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexIDMap):
+        return _rotations(index.index)
+    count = index.chain.size() if isinstance(index, faiss.IndexPreTransform) else 0
+    transforms = [faiss.downcast_VectorTransform(index.chain.at(number)) for number in range(count)]
+    return [transform for transform in transforms if isinstance(transform, faiss.OPQMatrix)]
 
 
 _REMOVED = "samples that the index holds were removed from the cache: adding all others again, without training"
