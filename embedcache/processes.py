@@ -120,7 +120,7 @@ def run_processes(
             process.join()
 
 
-def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trust: tuple[Trust, bool]) -> None:
+def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection, trust: Trust) -> None:
     """Run in a worker process: send the result of its task, or the error, to the parent process."""
     show_faults()
     adopt_trust(trust)

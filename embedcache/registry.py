@@ -1,7 +1,17 @@
 """Plug-ins by name, imported on first use, so that no heavy library loads before it is needed.
 
-A name `module:attribute` that the user gives is imported, wherever it is. One that is read from a file, such as the
-source of a cache or the projector of a run, is imported only if its author can be trusted: see `names_from`.
+A name `module:attribute` runs code: importing a module executes it. So `Registry.load` asks where the name comes from:
+
+- from the user (an option, a TOML file of theirs, an argument in Python): it is imported, and from then on files may
+  name it too, such as the run that is being written and read again;
+- from a file that a stranger may have written (a cache, run, index or study): it is imported only if it is built in or
+  an entry point of an installed package, if the user gave the same name, if `trust_package` was called for its package
+  and that defines it, or within `trust_files`, which is what `--trust` is.
+
+Code that loads a name that it read from a file says so: by `names_from` around the call, or by `mark_as_read` where the
+name first becomes a setting. Any other name counts as the user's. `names_from` and `trust_files` hold for the thread
+that enters them, all else for the process; `embedcache.processes.run_processes` passes both on to its worker processes
+(`current_trust`, `adopt_trust`). Actors of Ray get names of the user only, and the source that the caller has opened.
 """
 
 import importlib
@@ -10,52 +20,41 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from embedcache.errors import MissingExtraError, SettingError, UnknownNameError
-
-_FILE: ContextVar[str | None] = ContextVar("file", default=None)
-_TRUSTS_FILES: ContextVar[bool] = ContextVar("trusts_files", default=False)
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What this process may import besides built-in and installed plug-ins; worker processes get a copy.
+    """What the user of a process lets it import besides built-in and installed plug-ins.
 
     Args:
-        given: `module:attribute` that the user gave, each after its kind.
-        read: names, such as `module:attribute`, that settings were filled with from a file -> the file.
-        packages: packages whose own objects any file may name.
+        given: names `module:attribute` that the user gave, each after its kind, such as `source my_sources:Zip`.
+        read: names that settings were filled with from a file -> the file, see `mark_as_read`.
+        packages: packages whose own classes and functions any file may name, see `trust_package`.
         folders: folders in which plug-ins that the user gives or trusts are found, besides those of `sys.path`.
+        all_files: whether any file may name any code. Only `current_trust` sets it: `trust_files` holds for one thread.
     """
 
-    given: set[str]
-    read: dict[str, str]
-    packages: set[str]
-    folders: list[str]
+    given: set[str] = field(default_factory=set)
+    read: dict[str, str] = field(default_factory=dict)
+    packages: set[str] = field(default_factory=set)
+    folders: list[str] = field(default_factory=list)
+    all_files: bool = False
 
 
-_TRUST = Trust(set(), {}, set(), [])
+_TrustedBy: TypeAlias = Literal["user", "all files", "installation", "package"]
+
+_TRUST = Trust()  # of this process
+_TRUSTS_FILES: ContextVar[bool] = ContextVar("trusts_files", default=False)
+_FILE: ContextVar[str | None] = ContextVar("file", default=None)  # that names are read from
 _USED_PLUGINS: set[str] = set()
-
-
-@contextmanager
-def names_from(file: object) -> Iterator[None]:
-    """Treat all names that are loaded in this context as read from a file, which a stranger may have written.
-
-    `Registry.load` then imports built-in plug-ins, those of installed packages, those whose name the user has given to
-    this process, and those that a package of `trust_package` defines; within `trust_files` it imports any.
-    """
-    token = _FILE.set(str(file))
-    try:
-        yield
-    finally:
-        _FILE.reset(token)
 
 
 @contextmanager
@@ -83,24 +82,38 @@ def search_plugins_in(folder: str) -> None:
     _TRUST.folders[:] = [folder]
 
 
+@contextmanager
+def names_from(file: object) -> Iterator[None]:
+    """Treat all names that are loaded in this context as read from a file, which a stranger may have written."""
+    token = _FILE.set(str(file))
+    try:
+        yield
+    finally:
+        _FILE.reset(token)
+
+
 def mark_as_read(file: object, names: Iterable[str]) -> None:
     """Treat some names as read from a file wherever they are loaded, as settings do not say where they come from."""
     _TRUST.read.update({name: str(file) for name in names if name})
 
 
-def current_trust() -> tuple[Trust, bool]:
+def _naming_file(name: str) -> str | None:
+    """Return the file that a name was read from; None if the user gave it."""
+    return _FILE.get() or _TRUST.read.get(name)
+
+
+def current_trust() -> Trust:
     """Return what another process needs to import the same; see `adopt_trust`."""
-    return _TRUST, _TRUSTS_FILES.get()
+    return replace(_TRUST, all_files=has_trust())
 
 
-def adopt_trust(trust: tuple[Trust, bool]) -> None:
+def adopt_trust(trust: Trust) -> None:
     """Import what the process that started this one may import."""
-    parent, trusts_files = trust
-    _TRUST.given.update(parent.given)
-    _TRUST.read.update(parent.read)
-    _TRUST.packages.update(parent.packages)
-    _TRUST.folders[:] = parent.folders
-    _TRUSTS_FILES.set(trusts_files)
+    _TRUST.given.update(trust.given)
+    _TRUST.read.update(trust.read)
+    _TRUST.packages.update(trust.packages)
+    _TRUST.folders[:] = trust.folders
+    _TRUSTS_FILES.set(trust.all_files)
 
 
 def used_plugins() -> frozenset[str]:
@@ -172,20 +185,50 @@ class Registry:
             return getattr(importlib.import_module(module), attribute)
         if not all(part and "/" not in part for part in (*module.split("."), attribute)):
             raise unknown_name(self.kind, name, [*self.names, *self.presets], hint=missing_plugin_hint(name))
-        package = self._package_to_trust(name) if ":" in name else None
+        trusted_by = self._trusted_by(name) if ":" in name else "installation"
+        if trusted_by is None:
+            raise self._is_untrusted(name)
+        if trusted_by == "user":
+            self.accept(name)
+        if trusted_by in ("user", "all files"):
+            sys.path.extend(folder for folder in _TRUST.folders if folder not in sys.path)
+        plugin = self._import(name, module, attribute)
+        if trusted_by == "package" and not _is_defined_in(_package_of(name), plugin):
+            raise self._is_untrusted(name)
+        self._check_call(name, plugin)
+        return plugin
+
+    def accept(self, name: str) -> None:
+        """Count a name among those that the user has given to this process, which files may name too."""
+        _TRUST.given.add(f"{self.kind} {name}")
+
+    def _trusted_by(self, name: str) -> _TrustedBy | None:
+        """Return why a `module:attribute` may be imported, as the top of this module says; None if it must not be."""
+        if _naming_file(name) is None or f"{self.kind} {name}" in _TRUST.given:
+            return "user"
+        if has_trust():
+            return "all files"
+        if name in self.paths.values() or name in self._declared().values():
+            return "installation"
+        return "package" if _package_of(name) in _TRUST.packages else None
+
+    def _is_untrusted(self, name: str) -> SettingError:
+        return SettingError(
+            f"{_naming_file(name)} names the {self.kind} {name!r}, which is custom code; if you trust its author, use "
+            "--trust, or embedcache.registry.trust_files() in Python"
+        )
+
+    def _import(self, name: str, module: str, attribute: str) -> Any:
+        """Import an object; UnknownNameError if there is no such module or attribute."""
         _USED_PLUGINS.add(_package_of(module))  # before it is imported, which may raise
         try:
             imported = _import_plugin(name, module)
         except ModuleNotFoundError as error:
             raise self._not_found(name, error) from error
         try:
-            plugin = getattr(imported, attribute)
+            return getattr(imported, attribute)
         except AttributeError as error:
             raise self._not_found(name, error) from error
-        if package is not None and callable(plugin) and _package_of(getattr(plugin, "__module__", "")) != package:
-            raise self._is_untrusted(name)
-        self._check_call(name, plugin)
-        return plugin
 
     def _check_call(self, name: str, plugin: Any) -> None:
         """Check that an object takes the arguments that plug-ins of this kind are called with."""
@@ -201,32 +244,6 @@ class Registry:
                 f"{name!r} is no {self.kind}: expected a class or function that takes {', '.join(takes)}, got one that "
                 f"does not: {error}"
             ) from None
-
-    def accept(self, name: str) -> None:
-        """Count a name among those that the user has given to this process, which files may name too."""
-        _TRUST.given.add(f"{self.kind} {name}")
-
-    def _package_to_trust(self, name: str) -> str | None:
-        """Return the package that must define an object, or None for any; SettingError if it must not be imported."""
-        is_given = f"{self.kind} {name}" in _TRUST.given
-        file = _FILE.get() or _TRUST.read.get(name)
-        if file is not None and not _TRUSTS_FILES.get() and not is_given:
-            if name in self.paths.values() or name in self._declared().values():
-                return None
-            if _package_of(name) in _TRUST.packages:
-                return _package_of(name)
-            raise self._is_untrusted(name)
-        if file is None:
-            self.accept(name)
-        sys.path.extend(folder for folder in _TRUST.folders if folder not in sys.path)
-        return None
-
-    def _is_untrusted(self, name: str) -> SettingError:
-        file = _FILE.get() or _TRUST.read.get(name)
-        return SettingError(
-            f"{file} names the {self.kind} {name!r}, which is custom code; if you trust its author, use --trust, or "
-            "embedcache.registry.trust_files() in Python"
-        )
 
     def _not_found(self, name: str, error: Exception) -> UnknownNameError:
         next_step = missing_plugin_hint(name) or "name a plug-in of yours as module:attribute"
@@ -260,6 +277,11 @@ def _entry_points(search_path: tuple[str, ...]) -> Mapping[str, Mapping[str, str
     return found
 
 
+def _is_defined_in(package: str, value: Any) -> bool:
+    """Return whether a class or function is a package's own, not one that it imports; of other objects it is."""
+    return not callable(value) or _package_of(getattr(value, "__module__", "")) == package
+
+
 def _package_of(module: str) -> str:
     return module.partition(":")[0].partition(".")[0]
 
@@ -280,7 +302,7 @@ def _import_plugin(name: str, module: str) -> ModuleType:
 
 def missing_plugin_hint(name: str) -> str:
     """Return which file names an unknown plug-in, and what to do; empty if the user named it."""
-    file = _FILE.get() or _TRUST.read.get(name)
+    file = _naming_file(name)
     return "" if file is None else f"{file} names it: if it is a plug-in, install its package, which is missing here"
 
 

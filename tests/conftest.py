@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def as_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
     """Open files as a process that has been given no name and knows no package."""
-    monkeypatch.setattr("embedcache.registry._TRUST", Trust(set(), {}, set(), []))
+    monkeypatch.setattr("embedcache.registry._TRUST", Trust())
 
 
 @pytest.hookimpl(wrapper=True)

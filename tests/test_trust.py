@@ -1,9 +1,11 @@
 """A stranger's cache, run or index names code: none of it runs unless the user says so."""
 
+import math
 import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +154,24 @@ def test_package_may_name_its_own_objects_only(tmp_path: Path, monkeypatch: pyte
 def test_worker_processes_trust_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     TABLE.load("math:e")
     sent = pickle.dumps(current_trust())
-    monkeypatch.setattr("embedcache.registry._TRUST", Trust(set(), {}, set(), []))
+    monkeypatch.setattr("embedcache.registry._TRUST", Trust())
     with names_from("cache.json"):
         with pytest.raises(SettingError):
             TABLE.load("math:e")
         adopt_trust(pickle.loads(sent))  # noqa: S301
         TABLE.load("math:e")
+
+
+def test_worker_processes_trust_all_files_as_well() -> None:
+    with trust_files():
+        sent = pickle.dumps(current_trust())
+
+    def load_in_worker() -> float:
+        adopt_trust(pickle.loads(sent))  # noqa: S301
+        with names_from("cache.json"):
+            return float(TABLE.load("math:e"))
+
+    assert copy_context().run(load_in_worker) == math.e
 
 
 def test_source_given_as_an_object_is_known(tmp_path: Path) -> None:
