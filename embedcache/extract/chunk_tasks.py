@@ -4,13 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from embedcache.extract.feature_writer import FeatureWriter
 from embedcache.modalities import MODALITIES
-from embedcache.store.columns import to_array
-from embedcache.store.commits import NOT_YET
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +14,7 @@ class ChunkTask:
     """A chunk, and for each writer the features that it lacks; this process holds the lease of each writer.
 
     Args:
-        num_stored: rows at its start that are not encoded, as they are stored already; see `_count_stored`.
+        num_stored: number of rows at its start that are not encoded, as they are stored already.
     """
 
     chunk: int
@@ -58,12 +54,12 @@ def _open_task(chunk: int, leased: Sequence[FeatureWriter]) -> ChunkTask:
 
 
 def _count_stored(chunk: int, missing: Mapping[FeatureWriter, Sequence[str]]) -> int:
-    """Count the rows at the start of a chunk, after samples were appended to it, that all writers have stored.
+    """Count the rows at the start of a chunk that are not encoded, as all writers have stored them before.
 
-    Only whole batches count: the rows after them are then encoded together with the same others as if all were encoded,
-    to the same bits. It is 0 for texts, whose batches are sorted by length.
+    A chunk that is not full when it is committed gets more rows with samples that are appended; see
+    `embedcache.store.commits`. It is 0 for texts, whose batches are sorted by length.
     """
-    is_start = np.ones(1, bool)  # whether all rows before one are stored, in whole batches
+    is_start = np.ones(1, bool)  # whether all writers can begin after a number of rows
     for writer, names in missing.items():
         commit = writer.stored_commit(chunk)
         if commit is None or MODALITIES[writer.group.modality].kind == "texts":
@@ -71,10 +67,5 @@ def _count_stored(chunk: int, missing: Mapping[FeatureWriter, Sequence[str]]) ->
         for name in names:
             if name not in commit.features or not writer.group.has_files(commit, name):
                 return 0
-            reasons = to_array(commit.failures[name], pa.string())
-            is_new = pc.is_in(reasons, value_set=pa.array([NOT_YET]))
-            num_new, num_valid = (
-                np.cumsum(np.append(0, mask.to_numpy(zero_copy_only=False))) for mask in (is_new, reasons.is_null())
-            )
-            is_start = is_start & (num_new == 0) & (num_valid % writer.encoder.batch_size == 0)
+            is_start = is_start & commit.stored_starts(name, writer.encoder.batch_size)
     return int(np.flatnonzero(is_start).max())

@@ -16,7 +16,7 @@ from embedcache.processes import prefetch_map
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Source
 from embedcache.store.cache import Cache
-from embedcache.store.commits import NOT_YET, REMOVED
+from embedcache.store.commits import PENDING, REMOVED
 from embedcache.store.tables import to_file_item
 from embedcache.store.writer import commit_chunk
 
@@ -91,7 +91,7 @@ def _list_items(cache: Cache, modality: str, tasks: Iterable[ChunkTask]) -> Iter
     for task in tasks:
         for number, row in enumerate(cache.items(modality, chunk=task.chunk).to_pylist()):
             if number < task.num_stored:
-                yield task, NOT_YET  # until it is committed, when the stored feature takes its place
+                yield task, PENDING  # not tried: what is stored stays
             elif row["sample"] in removed:
                 yield task, REMOVED
             else:

@@ -29,7 +29,7 @@ from embedcache.settings import merge_settings
 from embedcache.sources import reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
-from embedcache.store.commits import NOT_YET, REMOVED
+from embedcache.store.commits import PENDING, has_failed
 from embedcache.store.compacted import compacted_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import open_group
@@ -283,16 +283,13 @@ def _retry_chunk(
         writer.leases.release(chunk)
 
 
-_NOT_TRIED = (NOT_YET, REMOVED)
-
-
 def _failed_rows(writer: FeatureWriter, chunk: int) -> set[int]:
     """Return the rows of a chunk, counted from its start, that were tried and have no feature."""
     commit = writer.group.commit(chunk)
     if commit is None:
         return set()
     reasons = [commit.failures[name] for name in writer.features if writer.group.has(commit, name)]
-    return {row for failures in reasons for row, reason in enumerate(failures) if reason not in (None, *_NOT_TRIED)}
+    return {row for failures in reasons for row, reason in enumerate(failures) if has_failed(reason)}
 
 
 def _rewrite_chunk(writer: FeatureWriter, chunk: int, retried: Mapping[int, LoadedItem], number: int) -> None:
@@ -304,5 +301,5 @@ def _rewrite_chunk(writer: FeatureWriter, chunk: int, retried: Mapping[int, Load
     add_loaded(buffer, retried.items(), number)
     items = [retried.get(row) for row in range(len(commit.hashes))]
     hashes = [None if item is None else item.hash for item in items]
-    failures = [NOT_YET if item is None else item.failures[number] for item in items]
+    failures = [PENDING if item is None else item.failures[number] for item in items]
     commit_chunk(writer.group, chunk, buffer.features, hashes, dict.fromkeys(features, failures), overwrite_failed=True)

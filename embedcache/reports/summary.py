@@ -18,7 +18,7 @@ from embedcache.provenance import INDEX_DIGEST, construct, read_json, recognize
 from embedcache.search.card import read_card
 from embedcache.settings import flat_settings
 from embedcache.store.cache import Cache
-from embedcache.store.commits import NOT_YET, REMOVED
+from embedcache.store.commits import PENDING, has_failed
 from embedcache.store.feature import Feature
 from embedcache.store.tables import open_table, read_table
 from embedcache.train.settings import TrainSettings
@@ -138,7 +138,7 @@ def describe_feature(feature: Feature, num_bytes: int) -> list[str]:
 
 def _num_pending(feature: Feature) -> int:
     """Return how many items of committed chunks an encoder has not been run on: those that were appended since."""
-    return int(pc.sum(pc.equal(feature.failed[1], NOT_YET)).as_py() or 0)
+    return int(pc.sum(pc.equal(feature.failed[1], PENDING)).as_py() or 0)
 
 
 def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list[str]:
@@ -151,7 +151,7 @@ def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list
     counts = sorted(pc.value_counts(kinds).to_pylist(), key=lambda entry: -entry["counts"])
     lines = []
     for kind, count in (entry.values() for entry in counts):
-        if kind in (NOT_YET, REMOVED):
+        if not has_failed(kind):
             lines.append(f"  {count:,} {kind}")
             continue
         lines.append(f"  {count:,} failed: {kind}")

@@ -2,9 +2,17 @@
 
 A commit is written after the arrays of its chunk; without it the chunk does not exist.
 
-When samples are appended, the last chunk may have been committed with fewer rows. Its commit stays valid: `resize` adds
-the new rows with the reason `NOT_YET`, extraction encodes them (`extract.chunk_tasks`), and `commit_chunk` writes
-the chunk again with what was stored before and what is new.
+For each feature, `Commit.failures` has the state of each row: None, the arrays hold its value; `PENDING`, it was not
+tried; `REMOVED`, its sample is no longer in the cache; any other reason, it failed.
+
+A chunk that is not full is committed with the rows that there are. When samples are appended to the cache, it has more
+rows than its commit, which stays valid, so that nothing is encoded twice. The new rows are pending:
+
+1. `Commit.resize` adds them whenever a commit is read; readers find items without a value.
+2. `Commit.is_complete` is false for them, so that the next extraction works on the chunk again.
+3. `Commit.stored_starts` says how many rows at the start of the chunk that extraction need not read and encode again.
+   It passes `PENDING` to `commit_chunk` for them, as for every row that it does not try.
+4. `commit_chunk` writes the chunk again: values and reasons of the commit stay, and pending rows get the new ones.
 """
 
 import hashlib
@@ -17,8 +25,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from embedcache.arrays import Bools
 from embedcache.errors import CorruptError, PathError, one_line
 from embedcache.files import flush, read_file, write_atomic
 from embedcache.io_errors import io_reason
@@ -29,8 +39,8 @@ from embedcache.store.hashes import HASH, HASH_BYTES, to_bytes
 from embedcache.store.layout import commit_path
 from embedcache.store.tables import read_table
 
-NOT_YET = "not extracted yet"
-"""Reason of a row that was appended to a committed chunk: the next extraction encodes it."""
+PENDING = "not extracted yet"
+"""Reason of a row that was not tried: the next extraction encodes it."""
 
 REMOVED = "removed"
 """Reason of an item whose sample was removed from the cache."""
@@ -63,12 +73,12 @@ class Commit:
     attributes: Mapping[str, str] = field(default_factory=dict)
 
     def resize(self, num_rows: int) -> "Commit":
-        """Return the commit with the number of rows of the caller's tables; appended rows are `NOT_YET`."""
+        """Return the commit with the number of rows of the caller's tables; appended rows are pending."""
         added = num_rows - len(self.hashes)
         if not added:
             return self
         failures = {
-            feature: [*reasons[:num_rows], *[NOT_YET] * max(added, 0)] for feature, reasons in self.failures.items()
+            feature: [*reasons[:num_rows], *[PENDING] * max(added, 0)] for feature, reasons in self.failures.items()
         }
         return replace(self, hashes=[*self.hashes[:num_rows], *[None] * max(added, 0)], failures=failures)
 
@@ -84,7 +94,26 @@ class Commit:
 
     def is_complete(self, feature: str) -> bool:
         """Return whether every row has the feature or a reason why not."""
-        return feature in self.features and NOT_YET not in self.failures[feature]
+        return feature in self.features and PENDING not in self.failures[feature]
+
+    def stored_starts(self, feature: str, batch_size: int) -> Bools:
+        """Return after how many rows from the start of the chunk extraction can begin: (R + 1,) bool.
+
+        No row before is pending, and those with a value are whole batches: all others are then encoded together with
+        the same rows as if all were encoded, to the same bits.
+        """
+        reasons = to_array(self.failures[feature], pa.string())
+        is_pending = pc.is_in(reasons, value_set=pa.array([PENDING]))
+        num_pending, num_values = (
+            np.cumsum(np.append(0, mask.to_numpy(zero_copy_only=False))) for mask in (is_pending, reasons.is_null())
+        )
+        is_start: Bools = (num_pending == 0) & (num_values % batch_size == 0)
+        return is_start
+
+
+def has_failed(reason: str | None) -> bool:
+    """Return whether a reason is that of an item that was tried without success."""
+    return reason not in (None, PENDING, REMOVED)
 
 
 def hash_item(data: bytes, *, interval: tuple[float | None, float | None] = (None, None)) -> bytes:

@@ -13,7 +13,7 @@ from embedcache.locks import locked
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import digest
 from embedcache.store.arrays import chunk_path, fill_value, write_chunk, write_metadata
-from embedcache.store.commits import NOT_YET, Commit, remove_commit, write_commit
+from embedcache.store.commits import PENDING, Commit, remove_commit, write_commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
 from embedcache.store.layout import items_path
@@ -33,13 +33,13 @@ def commit_chunk(
     """Write features of one chunk, then the commit that makes them valid.
 
     Stored data stays: features that the chunk has, also those that another process committed meanwhile, and rows of a
-    chunk that was not full when samples were appended. The chunk is locked. A feature that gets new rows does not exist
-    while it is written.
+    chunk that was not full when samples were appended (`embedcache.store.commits`). The chunk is locked. A feature that
+    gets new rows does not exist while it is written.
 
     Args:
         features: feature -> one array per item from `cast_item`, in row order; None for a failed item.
         hashes: hash of each item's raw bytes or text; None if they could not be read.
-        failures: feature -> reason for each failed item, None for the others.
+        failures: feature -> reason for each failed item, `PENDING` for those that were not tried, None for the others.
         overwrite_failed: also write rows that failed before.
 
     Raises:
@@ -122,7 +122,7 @@ def _keep_stored(
             continue  # all rows are written again
         stored = Feature(group, name).items(before)
         for row, (item, reason) in enumerate(zip(stored, before.failures[name], strict=False)):
-            if reason == NOT_YET or (overwrite_failed and reason is not None and reasons[name][row] is None):
+            if reason == PENDING or (overwrite_failed and reason is not None and reasons[name][row] is None):
                 continue
             items[name][row], reasons[name][row] = item, reason
     return items, reasons

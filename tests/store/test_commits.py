@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.provenance import canonical_json
-from embedcache.store.commits import NOT_YET, Commit, _digest, hash_item, hashes_json, strings_json
+from embedcache.store.commits import (
+    PENDING,
+    REMOVED,
+    Commit,
+    _digest,
+    has_failed,
+    hash_item,
+    hashes_json,
+    strings_json,
+)
 from embedcache.store.hashes import HASH
 
 
@@ -65,9 +74,17 @@ def test_rows_that_were_appended_are_not_yet_computed(num_rows: int) -> None:
     assert (resized is commit) == (num_rows == 3)
     assert list(resized.hashes) == [*commit.hashes[:kept], *[None] * (num_rows - kept)]
     for name, reasons in commit.failures.items():
-        assert list(resized.failures[name]) == [*reasons[:kept], *[NOT_YET] * (num_rows - kept)]
+        assert list(resized.failures[name]) == [*reasons[:kept], *[PENDING] * (num_rows - kept)]
     assert resized.is_complete("a") == (num_rows <= 3)
     assert not resized.is_complete("c")
+
+
+def test_extraction_starts_after_whole_batches_of_stored_rows() -> None:
+    commit = made(failures={"b": [None, "broken", REMOVED], "a": ["x", None, None]}).resize(5)
+    assert commit.stored_starts("b", 1).tolist() == [True, True, True, True, False, False]
+    assert commit.stored_starts("b", 2).tolist() == [True, False, False, False, False, False]
+    assert commit.stored_starts("a", 2).tolist() == [True, True, False, True, False, False]
+    assert [has_failed(reason) for reason in (None, PENDING, REMOVED, "x")] == [False, False, False, True]
 
 
 def test_used_rows_have_a_feature() -> None:

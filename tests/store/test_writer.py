@@ -16,7 +16,7 @@ from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.encoders.open import IMPORTED
 from embedcache.errors import CorruptError, DataError, FingerprintError, UnfinishedError
-from embedcache.store.commits import NOT_YET
+from embedcache.store.commits import PENDING
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.layout import CacheInfo, TableVersion, write_info
@@ -71,7 +71,7 @@ def test_commit_keeps_stored_rows(tmp_path: Path, shape: tuple[int, ...]) -> Non
     add_feature(longer, "f", shape, "float16")
     before = longer.commit(0)
     assert before is not None
-    assert before.failures["f"] == [None, "broken", None, NOT_YET]
+    assert before.failures["f"] == [None, "broken", None, PENDING]
     commit(longer, [item(10 + row, shape) for row in range(4)])
     assert values(longer) == [0, None, 2, 13]
     after = longer.commit(0)
