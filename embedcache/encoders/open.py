@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder, Modality, background_of
@@ -22,22 +22,42 @@ from embedcache.modalities import noun
 from embedcache.provenance import check_same
 from embedcache.registry import Registry, missing_plugin_hint, names_from, unknown_name
 
+
+@dataclass(frozen=True)
+class Family:
+    """A built-in encoder family: the function that opens it, and what the model in its specs is.
+
+    Args:
+        opener: `module:attribute` of the function.
+        model: `name`, a published model or the path of a folder, as of every plug-in; `file`, the path of a file;
+            `list`, names of fields, separated by commas in text and by `+` once parsed; `encoder`, the spec of
+            another encoder without its options, or a name.
+        own_options: where the model is an encoder, the options that are not those of that encoder.
+    """
+
+    opener: str
+    model: Literal["name", "file", "list", "encoder"] = "name"
+    own_options: frozenset[str] = frozenset()
+
+
+_FAMILIES: Mapping[str, Family] = {
+    "fields": Family("embedcache.encoders.fields:open_fields", "list"),
+    "frames": Family("embedcache.encoders.frames:open_frames", "encoder", own_options=frozenset({"rate"})),
+    "geometry": Family("embedcache.encoders.geometry:open_geometry"),
+    "hf": Family("embedcache.encoders.transformers:open_transformers"),
+    "lite": Family("embedcache.encoders.lite:open_lite"),
+    "open_clip": Family("embedcache.encoders.open_clip:open_open_clip"),
+    "st": Family("embedcache.encoders.sentence_transformers:open_sentence_transformers"),
+    "stacks": Family("embedcache.encoders.stacks:open_stacks", "file"),
+    "timm": Family("embedcache.encoders.timm:open_timm"),
+    "use": Family("embedcache.encoders.use:open_use"),
+    "whisper": Family("embedcache.encoders.whisper:open_whisper"),
+    "wordllama": Family("embedcache.encoders.wordllama:open_wordllama"),
+}
+
 ENCODERS = Registry(
     "encoder family",
-    {
-        "fields": "embedcache.encoders.fields:open_fields",
-        "frames": "embedcache.encoders.frames:open_frames",
-        "geometry": "embedcache.encoders.geometry:open_geometry",
-        "hf": "embedcache.encoders.transformers:open_transformers",
-        "lite": "embedcache.encoders.lite:open_lite",
-        "open_clip": "embedcache.encoders.open_clip:open_open_clip",
-        "st": "embedcache.encoders.sentence_transformers:open_sentence_transformers",
-        "stacks": "embedcache.encoders.stacks:open_stacks",
-        "timm": "embedcache.encoders.timm:open_timm",
-        "use": "embedcache.encoders.use:open_use",
-        "whisper": "embedcache.encoders.whisper:open_whisper",
-        "wordllama": "embedcache.encoders.wordllama:open_wordllama",
-    },
+    {name: family.opener for name, family in _FAMILIES.items()},
     group="embedcache.encoders",
     arguments=1,
     options=("modality", "settings"),
@@ -175,7 +195,7 @@ class EncoderSpec:
         """Parse `family:model[,option=value]…`."""
         name, *options = _PART.findall(text)
         family, colon, model = name.strip().partition(":")
-        while family == "fields" and options and "=" not in options[0]:  # a list of names, written as any other list
+        while _model_kind(family) == "list" and options and "=" not in options[0]:
             model = f"{model}+{options.pop(0).strip()}"
         if not (family and colon and model):
             raise SettingError(
@@ -205,29 +225,30 @@ class EncoderSpec:
 
     @property
     def inner(self) -> "EncoderSpec | None":
-        """Spec of the image encoder in a spec such as `frames:lite:efficientnet-lite0,rate=25`; None for others."""
-        if self.family != "frames" or ":" not in self.model:
+        """Spec of the encoder that is the model, as in `frames:lite:efficientnet-lite0,rate=25`; None for others."""
+        if _model_kind(self.family) != "encoder" or ":" not in self.model:
             return None
-        options = {name: value for name, value in self.options.items() if name != "rate"}
-        return replace(EncoderSpec.parse(self.model), options=options)
+        own = _FAMILIES[self.family].own_options
+        return replace(EncoderSpec.parse(self.model), options={k: v for k, v in self.options.items() if k not in own})
 
     @property
     def is_path(self) -> bool:
         """Whether the model is a path: it starts with `/`, `~` or a dot, or holds a `/` and is an existing folder.
 
-        The model of `stacks` is always the path of a file.
+        The model of some families is always the path of a file.
         """
         is_folder = "/" in self.model and Path(self.model).is_dir()
-        return is_folder or self.family == "stacks" or self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)
+        is_file = _model_kind(self.family) == "file"
+        return is_folder or is_file or self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)
 
     @property
     def folder(self) -> str:
         """Name of the encoder's folder in a cache: the model's name, or the last part of its path."""
         if self.inner is not None:
             return self.inner.folder
-        name = self.model or self.family.rpartition(":")[2]
-        if self.family == "fields":  # the names are those of the features
+        if _model_kind(self.family) == "list":  # the names are those of the features
             return self.family
+        name = self.model or self.family.rpartition(":")[2]
         if self.is_path:
             path = Path(self.model).expanduser()
             name = (path.resolve() if path.name in {"", ".."} else path).name
@@ -250,6 +271,10 @@ class EncoderSpec:
     def model_name(self) -> str:
         """Name of the model in a fingerprint: a path is replaced by the folder's name."""
         return self.folder if self.is_path else self.model
+
+
+def _model_kind(family: str) -> str:
+    return _FAMILIES[family].model if family in _FAMILIES else "name"
 
 
 def check_options(spec: EncoderSpec, known: Collection[str]) -> None:
