@@ -7,10 +7,11 @@ import signal
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -232,30 +233,43 @@ class _Parts:
         self.finish(process)
 
 
-class _MergedProgress:
-    """Progress of several processes, shown as one: each step in turn, until the last process has finished it.
+@dataclass
+class _SharedStep:
+    """A step that several processes work on, as far as they have reported it."""
 
+    name: str
+    unit: str = ""  # empty until a process has started the step
+    total: int = 0
+    num_done: int = 0  # may exceed the total: the chunk of a process that died is counted again where it is repeated
+    num_shown: int | None = None  # None until the step is shown
+
+
+class _MergedProgress:
+    """Progress of several processes that go through the same steps, each at its own pace, shown as one.
+
+    The first step that a process is still in is shown; what faster processes report of later steps is kept until then.
     Where processes report the totals of their own parts, a step is shown once all of them have reported, so that its
     total is complete.
     """
 
     def __init__(self, progress: Progress, processes: Iterable[Any], steps: Sequence[str], *, is_split: bool) -> None:
-        self._progress, self._steps, self._is_split = progress, steps, is_split
+        self._progress, self._is_split = progress, is_split
+        self._names, self._steps = list(steps), [_SharedStep(name) for name in steps]
         self._position = dict.fromkeys(processes, -1)  # of the step that each process is in
-        self._total, self._done, self._waiting = Counter[str](), Counter[str](), Counter[str]()
-        self._units: dict[str, str] = {}
-        self._current, self._is_shown = 0, False
+        self._current = 0  # position of the step that is shown, or will be next
 
     def start(self, process: Any, step: str, total: int, unit: str) -> None:
-        self._position[process] = self._steps.index(step)
-        self._total[step] = self._total[step] + total if self._is_split else max(self._total[step], total)
-        self._units[step] = unit
-        self._update()
+        self._position[process] = self._names.index(step)
+        started = self._steps[self._position[process]]
+        started.total = started.total + total if self._is_split else max(started.total, total)
+        started.unit = unit
+        self._show()
 
     def advance(self, _: Any, step: str, count: int, state: str = "") -> None:
-        self._waiting[step] += count
-        self._update()
-        if state and self._is_shown and step == self._steps[self._current]:
+        position = self._names.index(step)
+        self._steps[position].num_done += count
+        self._show()
+        if state and position == self._current and self._steps[position].num_shown is not None:
             self._progress.describe(state)
 
     def finish(self, process: Any) -> None:
@@ -266,26 +280,25 @@ class _MergedProgress:
 
     def end(self, process: Any) -> None:
         self._position[process] = len(self._steps)
-        self._update()
+        self._show()
 
-    def _update(self) -> None:
+    def _show(self) -> None:
         """Show what is known of the current step; go on to the next one once the slowest process has left it."""
+        slowest = min(self._position.values())
         while self._current < len(self._steps):
-            step, slowest = self._steps[self._current], min(self._position.values())
-            is_ready = step in self._units and (not self._is_split or slowest >= self._current)
-            if is_ready and not self._is_shown:
-                self._progress.start(step, self._total[step], self._units[step])
-                self._is_shown = True
-            if self._is_shown and self._waiting[step]:
-                # a chunk of a process that died is counted again by the process that repeats it
-                count = min(self._waiting.pop(step), self._total[step] - self._done[step])
-                self._done[step] += count
-                self._progress.advance(count)
+            step = self._steps[self._current]
+            is_total_known = not self._is_split or slowest >= self._current
+            if step.unit and step.num_shown is None and is_total_known:
+                self._progress.start(step.name, step.total, step.unit)
+                step.num_shown = 0
+            if step.num_shown is not None and step.num_shown < min(step.num_done, step.total):
+                self._progress.advance(min(step.num_done, step.total) - step.num_shown)
+                step.num_shown = min(step.num_done, step.total)
             if slowest <= self._current:
                 return
-            if self._is_shown:
+            if step.num_shown is not None:
                 self._progress.finish()
-            self._current, self._is_shown = self._current + 1, False
+            self._current += 1
 
 
 @contextmanager
