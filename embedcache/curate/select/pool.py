@@ -91,13 +91,12 @@ class Pool:
         """
         if self._settings.scores is not None:
             return self._scored_samples()
-        feature, num_samples = self.feature, self.cache.info.num_samples  # choosing it may be a step of its own
-        self.progress.start("finding samples", num_samples, "samples")
+        feature = self.feature  # choosing it may be a step of its own
+        self.progress.start("finding samples", 0, "samples")  # nearly all of it is reading the commits, all at once
         rows = ~self.cache.removed_items(self.modality) if feature is None else self.vectors.rows
-        self.progress.advance(num_samples // 2)  # the commits are read, which takes longest
         samples = distinct(self.item_samples[rows])
         samples = samples[samples >= 0]
-        self.progress.advance(num_samples - num_samples // 2)
+        self.progress.advance(len(samples))
         self.progress.finish()
         if not len(samples):
             of_feature = "" if feature is None else f" of {feature}"

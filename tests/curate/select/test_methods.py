@@ -338,8 +338,8 @@ def test_metaclip_takes_up_to_all_matching_samples(pools: Any) -> None:
     pool = pools("cache", MetaclipSelector())
     pool.progress = progress = RecordedProgress()
     matching = np.unique(match_words(pool.texts(), pool.concepts.names).samples_M).tolist()
-    assert progress.started == [("finding samples", 300, "samples"), ("reading captions", 300, "texts")]
-    assert progress.advances == [150, 150, 300]
+    assert progress.started == [("finding samples", 0, "samples"), ("reading captions", 300, "texts")]
+    assert progress.advances == [300, 300]
     assert apply(pools, "metaclip", budget=len(matching)).rows.tolist() == matching
     with pytest.raises(DataError) as raised:
         apply(pools, "metaclip", budget=len(matching) + 1)

@@ -72,9 +72,9 @@ def test_random_draw_shows_progress(cache_path: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr("embedcache.dataset.selections.BLOCK", 4)
     progress = RecordedProgress()
     select(cache_path, tmp_path / "a.parquet", "random", budget=9, feature=IMAGE_FEATURE, progress=progress)
-    assert progress.started == [("finding samples", 300, "samples"), ("writing the selection", 9, "samples")]
+    assert progress.started == [("finding samples", 0, "samples"), ("writing the selection", 9, "samples")]
     assert progress.finished == ["finding samples", "writing the selection"]
-    assert progress.advances == [150, 150, 4, 4, 1]
+    assert progress.advances == [300, 4, 4, 1]
 
 
 class NamedSelector(RandomSelector):
