@@ -18,21 +18,13 @@ from embedcache.encoders.base import Modality
 from embedcache.encoders.weights import quiet_transformers
 from embedcache.errors import one_line
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images
-from embedcache.export.code import (
-    LIBRARIES,
-    PROCESSOR_MODULE,
-    change_plugin,
-    check_name,
-    copy_code,
-    has_own_processor,
-    is_plugin,
-)
+from embedcache.export.code import MODEL_MODULE, PROCESSOR_MODULE, change_plugin, write_model_code
 from embedcache.export.towers import EncoderModule, open_module
 from embedcache.provenance import digest_file, read_json, write_json
 
 _FORMAT = "transformers"
-_CODE_PACKAGE = "embedcache.export.hub_code"
-_MODEL = "modeling_embedcache"
+_MODEL = MODEL_MODULE.rpartition(".")[2]
+_PROCESSOR = PROCESSOR_MODULE.rpartition(".")[2]
 _WEIGHTS = "model.safetensors"
 _PIPELINE = "ZeroShotImageClassification"
 _CODE = """\
@@ -59,7 +51,8 @@ def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
     encoders = {modality: open_module(run, modality, _FORMAT) for modality in MODALITIES}
     for encoder in encoders.values():
         encoder.save_processor(folder)
-    plugins = _copy_code(run, folder)
+    projectors = {modality: run.projector_path(modality) for modality in MODALITIES}
+    plugins = write_model_code(projectors, folder, _FORMAT)
     save_file(_state(run, encoders), folder / _WEIGHTS, metadata={"format": "pt"})
     _write_config(run, folder, encoders)
     differences = _check(run, folder, plugins)
@@ -91,28 +84,6 @@ def load_exported(folder: Path) -> Any:
         return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 
 
-def _copy_code(run: ExportRun, folder: Path) -> set[str]:
-    """Write the code of the model; return the packages of plug-ins of which it has copies."""
-    paths = {modality: run.projector_path(modality) for modality in MODALITIES}
-    projector_modules = [module for module, _ in paths.values() if not _is_of_library(module)]
-    files = copy_code([f"{_CODE_PACKAGE}.{_MODEL}", *projector_modules], folder, _FORMAT)
-    lines = ['"""The projectors of both modalities."""', ""]
-    packages = [name for name in sorted(files) if is_plugin(name) and hasattr(sys.modules[name], "__path__")]
-    lines += [f"from .{files[name]} import __name__ as _" for name in packages]  # Python runs packages first
-    for modality, (module, attribute) in paths.items():
-        source = module if _is_of_library(module) else f".{files[module]}"
-        check_name(attribute, _FORMAT)
-        lines.append(f"from {source} import {attribute} as {modality.title()}Projector")
-    text = "\n".join([*lines, "", '__all__ = ["ImageProjector", "TextProjector"]', ""])
-    (folder / "projectors.py").write_text(text, "utf-8")
-    return {module.partition(".")[0] for module in files if is_plugin(module)}
-
-
-def _is_of_library(module: str) -> bool:
-    """Return whether a module is of a library that an export requires, such as `torch.nn`."""
-    return module.partition(".")[0] in LIBRARIES
-
-
 def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, EncoderModule]) -> None:
     from embedcache.export.hub_code.modeling_embedcache import EmbedcacheConfig
 
@@ -128,11 +99,11 @@ def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, Enco
     path = folder / "config.json"
     write_json(path, {**read_json(path), "weights_sha256": {_WEIGHTS: digest_file(folder / _WEIGHTS)}})
     path = folder / "preprocessor_config.json"
-    processor = {**read_json(path), "processor_class": "VisionTextDualEncoderProcessor"}
-    if has_own_processor(folder):
-        processor["auto_map"] = {
-            "AutoImageProcessor": f"{PROCESSOR_MODULE.rpartition('.')[2]}.EmbedcacheImageProcessor"
-        }
+    processor = {
+        **read_json(path),
+        "processor_class": "VisionTextDualEncoderProcessor",
+        "auto_map": {"AutoImageProcessor": f"{_PROCESSOR}.EmbedcacheImageProcessor"},
+    }
     write_json(path, processor)
     write_json(folder / "processor_config.json", {"processor_class": "VisionTextDualEncoderProcessor"})
 

@@ -10,13 +10,12 @@ import pytest
 
 from embedcache.errors import CorruptError, SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
-from embedcache.export.code import _collect, _file_names, copy_code
+from embedcache.export.code import MODEL_MODULE, _collect, _file_names, copy_code
 from embedcache.export.export import export_run
 from embedcache.export.settings import RECORD, ExportSettings
-from embedcache.provenance import read_json, write_json
+from embedcache.provenance import read_json
 from tests.export.runs import make_run
 
-MODEL = "embedcache.export.hub_code.modeling_embedcache"
 HEAD = """
 from torch import nn
 
@@ -191,12 +190,6 @@ def test_code_that_needs_the_plugin_is_refused(tiny: dict[str, str], tmp_path: P
     assert sys.modules["pp"] is not None
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_json(tmp_path / "preprocessor_config.json", {"image_processor_type": "EmbedcacheImageProcessor"})
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     ("source", "words"),
     [
@@ -214,7 +207,7 @@ def folder(tmp_path: Path) -> Path:
         ('"""\nfrom .util import K\n"""', r"bad.x has the line 'from .util import' in a string, which transformers t"),
     ],
 )  # fmt: skip
-def test_import_that_cannot_be_copied_is_refused(source: str, words: str, folder: Path, plugins: Path) -> None:
+def test_import_that_cannot_be_copied_is_refused(source: str, words: str, tmp_path: Path, plugins: Path) -> None:
     modules = {
         "__init__": "",
         "sub/__init__": "",
@@ -230,25 +223,24 @@ def test_import_that_cannot_be_copied_is_refused(source: str, words: str, folder
 
     sys.modules["bad._c"], sys.modules["bad._b"] = extension, sys
     with pytest.raises(SettingError, match=words) as caught:
-        copy_code([MODEL, "bad.x"], folder, "transformers")
+        copy_code([MODEL_MODULE, "bad.x"], tmp_path, "transformers")
     assert "\n" not in str(caught.value)
     assert "use embedcache export safetensors" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["my-heads", "class", "a.b c", "x\nimport os", "__main__"])
-def test_module_without_a_safe_name_is_refused(name: str, folder: Path) -> None:
+def test_module_without_a_safe_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="expected a "):
-        copy_code([MODEL, name], folder, "transformers")
-    assert [path.name for path in folder.iterdir()] == ["preprocessor_config.json"]
+        copy_code([MODEL_MODULE, name], tmp_path, "transformers")
+    assert not list(tmp_path.iterdir())
 
 
-def test_files_of_built_in_modules_stay_equal(folder: Path) -> None:
+def test_files_of_built_in_modules_stay_equal(tmp_path: Path) -> None:
     """Whatever plug-ins are copied beside them, except the last lines of the opened modules."""
-    plain, plugged = folder / "plain", folder / "plugged"
+    plain, plugged = tmp_path / "plain", tmp_path / "plugged"
     for path, modules in ((plain, ["embedcache.projectors.tokens"]), (plugged, ["pp.forms", "pp.projectors", "heads"])):
         path.mkdir()
-        (path / "preprocessor_config.json").write_bytes((folder / "preprocessor_config.json").read_bytes())
-        copy_code([MODEL, *modules], path, "transformers")
+        copy_code([MODEL_MODULE, *modules], path, "transformers")
     for path in plain.glob("*.py"):
         if path.stem == "modeling_embedcache":
             start = path.read_text().partition("\n# Imports of the modules above")[0]
@@ -258,8 +250,8 @@ def test_files_of_built_in_modules_stay_equal(folder: Path) -> None:
 
 
 def test_modules_that_every_export_has_are_named_first() -> None:
-    alone = list(_collect([MODEL], "transformers"))
-    assert list(_collect(["pp.projectors", MODEL], "transformers"))[: len(alone)] == alone
+    alone = list(_collect([MODEL_MODULE], "transformers"))
+    assert list(_collect(["pp.projectors", MODEL_MODULE], "transformers"))[: len(alone)] == alone
 
 
 def test_file_names_differ() -> None:

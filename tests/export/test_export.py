@@ -18,15 +18,14 @@ from embedcache.arrays import Inputs
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.export.base import ExportNotes, ExportRun, check_parity
 from embedcache.export.card import _metrics, _weights_line, _width_notes
-from embedcache.export.code import copy_code
+from embedcache.export.code import MODEL_MODULE, copy_code
 from embedcache.export.export import export_run
 from embedcache.export.settings import RECORD, ExportSettings
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, project, save_pair, split_path
-from embedcache.provenance import write_json
 from embedcache.records import record_stage
 from tests.edits import edit_record
-from tests.export.runs import make_run
+from tests.export.runs import check_documented, make_run
 from tests.hub_server import serve_hub
 
 
@@ -100,6 +99,7 @@ def test_safetensors_card_projects_vectors(
 def test_export_is_reused_or_refused(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     assert export_run("safetensors", run, folder).is_new
+    check_documented(folder, "safetensors")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "README.md").write_text("edited")
     assert not export_run("safetensors", run, folder).is_new
@@ -262,9 +262,7 @@ def test_card_has_metrics_of_its_own_recipe_only(run: Path) -> None:
 
 def test_opened_modules_import_all_that_they_need(tmp_path: Path) -> None:
     """transformers 4 copies only what a module imports itself."""
-    write_json(tmp_path / "preprocessor_config.json", {"image_processor_type": "EmbedcacheImageProcessor"})
-    model = "embedcache.export.hub_code.modeling_embedcache"
-    copy_code([model, "embedcache.projectors.heads"], tmp_path, "transformers")
+    copy_code([MODEL_MODULE, "embedcache.projectors.heads"], tmp_path, "transformers")
     for opened in ("modeling_embedcache", "image_processing_embedcache"):
         own = _relative_imports(tmp_path / f"{opened}.py")
         nested = set().union(*(_relative_imports(tmp_path / f"{name}.py") for name in own))
