@@ -19,7 +19,6 @@ from starlette.exceptions import HTTPException
 from embedcache.errors import EmbedcacheError, ItemError, UnknownNameError
 from embedcache.serve.batching import Batcher, BusyError, SearchQuery, SearchResult, search_batch
 from embedcache.serve.guard import BUG, IMAGE_SEARCH_PATH
-from embedcache.serve.images import ServedImages
 from embedcache.serve.schema import (
     MAX_HITS,
     CardOut,
@@ -37,7 +36,7 @@ from embedcache.serve.schema import (
     SearchResponse,
     ServerInfo,
 )
-from embedcache.serve.service import InfoTable, SearchService, info_tables
+from embedcache.serve.service import InfoTable, SearchService, ServedImages, info_tables
 from embedcache.serve.uploads import ImageThreads, Uploads
 
 _Row = Annotated[int, Path(ge=0, le=10**12)]

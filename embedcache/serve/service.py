@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.dataset.thumbnails import credit
+from embedcache.dataset.thumbnails import Thumbnails, credit
 from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, MissingExtraError, PathError, SettingError, UnknownNameError
 from embedcache.modalities import noun
@@ -19,15 +20,19 @@ from embedcache.search.hits import Hit
 from embedcache.search.search import OpenIndex
 from embedcache.search.settings import Filter
 from embedcache.serve.coverage import CoverageData, measure_served_coverage, read_coverage
-from embedcache.serve.images import ServedImages
 from embedcache.serve.maps import ServedMap
 from embedcache.serve.schema import SearchOptions
 from embedcache.serve.settings import ServeSettings
+from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
 from embedcache.store.rows import RowReader
 from embedcache.units import format_bytes
 
 log = logging.getLogger("embedcache.serve")
+
+_THUMBNAIL_PX = 224
+_IMAGE_PX = 1280
+_NUM_CACHED_THUMBNAILS = 4096  # about 6 kB each
 
 
 class SearchService:
@@ -262,6 +267,21 @@ def _open_encoders(index: OpenIndex) -> dict[str, str]:
         if rejection is not None:
             rejections[modality] = rejection
     return rejections
+
+
+class ServedImages:
+    """Images of a possibly untrusted cache, decoded and encoded again: no byte of a source's file reaches a browser.
+
+    Arguments and errors are those of `Thumbnails`. `image` and `thumbnail` return the image in a row as
+    a WebP file; both are thread-safe.
+    """
+
+    def __init__(self, cache: Cache, folders: Sequence[Path] = ()) -> None:
+        self.num_images = cache.info.num_items.get("image", 0)
+        thumbnails = Thumbnails(cache, folders)
+        self.folders = thumbnails.folders
+        self.thumbnail = lru_cache(maxsize=_NUM_CACHED_THUMBNAILS)(partial(thumbnails.webp, size_px=_THUMBNAIL_PX))
+        self.image = partial(thumbnails.webp, size_px=_IMAGE_PX)
 
 
 def _open_images(index: OpenIndex, settings: ServeSettings) -> tuple[ServedImages | None, str | None]:
