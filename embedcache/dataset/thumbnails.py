@@ -19,9 +19,8 @@ from embedcache.registry import has_trust
 from embedcache.sources.base import FileItem
 from embedcache.sources.files import SHARD_SEPARATOR
 from embedcache.sources.images import decode_image
-from embedcache.sources.imported import IMPORTED_SOURCE
 from embedcache.sources.merged import MERGED, merged_parts
-from embedcache.sources.open import SOURCES, base_source, reopen_source, source_credit
+from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, base_source, reopen_source, source_credit
 from embedcache.sources.restricted_reads import restrict_reads
 from embedcache.sources.webdataset import shard_root
 from embedcache.store.cache import Cache

@@ -23,9 +23,8 @@ from embedcache.records import new_record_path, record_stage
 from embedcache.registry import unknown_name
 from embedcache.settings import flat_settings, from_flat, merge_settings
 from embedcache.sources.base import Source
-from embedcache.sources.imported import IMPORTED_SOURCE
 from embedcache.sources.merged import MERGED
-from embedcache.sources.open import SOURCES, open_source, reopen_source
+from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, open_source, reopen_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.group import open_group

@@ -20,7 +20,7 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.records import new_record_path, record_stage
 from embedcache.settings import merge_settings
-from embedcache.sources.imported import IMPORTED_SOURCE
+from embedcache.sources.open import IMPORTED_SOURCE
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array

@@ -14,7 +14,7 @@ from embedcache.errors import DataError, ItemError, SettingError, SourceError
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file, resolve_item
-from embedcache.sources.imported import IMPORTED_SOURCE
+from embedcache.sources.open import IMPORTED_SOURCE
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_columns import TableColumns, assign_columns, read_key, read_rows, read_texts
 from embedcache.sources.table_files import Row, open_table_file

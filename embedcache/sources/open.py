@@ -24,7 +24,6 @@ from embedcache.sources.files import (
     is_folder,
     walk_files,
 )
-from embedcache.sources.imported import IMPORTED_SOURCE
 from embedcache.sources.merged import MERGED, MergedSource, merged_parts
 from embedcache.sources.settings import SourceSettings
 
@@ -47,6 +46,10 @@ SOURCES = Registry(
     group="embedcache.sources",
     arguments=2,
 )
+IMPORTED_SOURCE = "imported"
+"""Type of the source that a cache of imported vectors records. Nothing can be extracted from it, and nobody can choose
+it: it is only reopened, so it is not in `SOURCES`."""
+
 _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_SUFFIXES, "coco": JSON_SUFFIXES}
 """Kind of source -> suffixes of the files that it reads."""
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}
@@ -106,7 +109,7 @@ def reopen_source(description: Mapping[str, Any]) -> Source:
     if description["type"] == MERGED:
         return MergedSource([reopen_source(part) for part in merged_parts(description)], description)
     settings = SourceSettings.from_json(description.get("settings", {}))
-    if description["type"] == IMPORTED_SOURCE:  # reopened only, so that it is not among the names to choose from
+    if description["type"] == IMPORTED_SOURCE:
         return open_source(
             description["path"], kind="embedcache.interop.vector_files:ImportedSource", settings=settings
         )
@@ -119,6 +122,20 @@ def is_description(value: Mapping[str, Any]) -> bool:
     kind, path = value.get("type", ""), value.get("path", "")
     is_own = kind in ("", IMPORTED_SOURCE, MERGED, *SOURCES.paths)
     return isinstance(kind, str) and (isinstance(path, str) or not is_own)
+
+
+def how_to_import(source: Mapping[str, Any], modality: str) -> str:
+    """Return how to get features of a modality beside those of an imported source, as nothing can be extracted."""
+    form = str(source.get("format"))
+    options = {
+        "npy": f"--{modality}-file FILE{' --table FILE' if modality == 'text' else ''}",
+        "parquet": f"--{modality}-vector-column NAME",
+        "datacomp": f"--{modality}-array NAME",
+        "clip-retrieval": f"a folder that has {'img' if modality == 'image' else 'text'}_emb too",
+    }
+    if modality not in ("image", "text") or form not in options:
+        return "it was imported, and only vectors of images and texts are; extract them into a cache of its own"
+    return f"import both into a new cache: embedcache import {form}, also with {options[form]}"
 
 
 def base_source(description: Mapping[str, Any]) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from embedcache.files import AnyPath, open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.registry import require, unknown_name
 from embedcache.sources.files import wrap_io_errors
-from embedcache.sources.imported import IMPORTED_SOURCE, how_to_import
+from embedcache.sources.open import IMPORTED_SOURCE, how_to_import
 from embedcache.store.checksums import BLOCK, check_rows, find_changed
 from embedcache.store.columns import widen
 from embedcache.store.feature import Feature
