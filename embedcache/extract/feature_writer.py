@@ -1,7 +1,9 @@
-"""Feature writers: an open encoder, or one view of it, with its folder in the cache and the chunks it lacks."""
+"""Feature writers: an open encoder, or one view of it, with its folder in the cache, and their CPU gate."""
 
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,10 +14,10 @@ from embedcache.devices import torch_device
 from embedcache.encoders.base import Encoder, background_of
 from embedcache.encoders.open import EncoderSpec, open_encoder, recorded_settings
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.extract.cpu_gate import CpuGate
 from embedcache.extract.views import View, reopen_view
 from embedcache.locks import Leases
 from embedcache.modalities import MODALITIES
+from embedcache.processes import num_cores
 from embedcache.provenance import check_same
 from embedcache.registry import names_from, unknown_name
 from embedcache.store.cache import Cache
@@ -29,6 +31,52 @@ _DERIVED_FEATURES = (
     "a model may also offer grid:K, K × K averages of its patches, kmeans:K, averages of K clusters of them, "
     "and layerN.NAME, computed from the state after block N"
 )
+
+_FEW_CORES = 4
+"""With more cores a model leaves some of them idle, and decoding uses those."""
+
+
+class CpuGate:
+    """Makes decoding wait while a model computes, where both would need all cores.
+
+    On 2 cores, an EfficientNet and decoding at the same time took 6% longer than in sequence, because they
+    evict each other's data from the CPU caches. Reading files never waits. The gate of another device stays open, and
+    that of a model with fewer threads than cores, as `OMP_NUM_THREADS` may set: decoding uses the others.
+
+    Args:
+        cores: number of cores that this process may use; None for all.
+    """
+
+    def __init__(self, device: str, *, cores: int | None = None) -> None:
+        import torch  # takes seconds, and has been imported where an encoder is open
+
+        uses_all = torch.get_num_threads() >= (cores or num_cores())
+        self._is_needed = device == "cpu" and num_cores() <= _FEW_CORES and uses_all
+        self._guard = threading.Lock()
+        self._num_running = 0
+        self._open = threading.Event()
+        self._open.set()
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Keep the gate closed while a model runs."""
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    def wait(self) -> None:
+        """Wait until no model runs."""
+        self._open.wait()
+
+    def _count(self, change: int) -> None:
+        with self._guard:
+            self._num_running += change
+            if self._num_running and self._is_needed:
+                self._open.clear()
+            else:
+                self._open.set()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

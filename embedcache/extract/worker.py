@@ -12,8 +12,7 @@ from embedcache.encoders.open import EncoderSpec, open_encoder, recorded_setting
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SourceError
 from embedcache.extract.chunk_tasks import ChunkTask, lease_chunk, lease_free_chunks
-from embedcache.extract.cpu_gate import CpuGate
-from embedcache.extract.feature_writer import FeatureWriter, check_features, choose_features, create_writer
+from embedcache.extract.feature_writer import CpuGate, FeatureWriter, check_features, choose_features, create_writer
 from embedcache.extract.loop import encode_chunks
 from embedcache.extract.settings import ExtractJob
 from embedcache.extract.views import open_view

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from embedcache.extract import cpu_gate
-from embedcache.extract.cpu_gate import CpuGate
+from embedcache.extract import feature_writer
+from embedcache.extract.feature_writer import CpuGate
 
 
 def is_closed(gate: CpuGate) -> bool:
@@ -19,7 +19,7 @@ def is_closed(gate: CpuGate) -> bool:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> CpuGate:
-    monkeypatch.setattr(cpu_gate, "num_cores", lambda: 2)
+    monkeypatch.setattr(feature_writer, "num_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     return CpuGate("cpu")
 
@@ -52,7 +52,7 @@ def test_gate_opens_after_an_error(gate: CpuGate) -> None:
 def test_gate_stays_open_with_idle_cores(
     device: str, count: int, threads: int, cores: int | None, *, closed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_gate, "num_cores", lambda: count)
+    monkeypatch.setattr(feature_writer, "num_cores", lambda: count)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     gate = CpuGate(device, cores=cores)
     with gate.inference():
