@@ -9,7 +9,7 @@ Shape letters: a suffix such as `vectors_BP` names the axes of an array, in orde
     E  width of a second feature; related pairs      S  samples
     F  distinct values                               T  tokens or texts; rows of a tile
     G  groups or left-out blocks                     U  columns of a tile
-    H  height, rows of a grid, bars of a histogram   V  values of one setting; values of kinds of clusters
+    H  height, rows of a grid, bars of a histogram   V  values of one setting or of kinds of clusters; visited clusters
     I  images                                        W  width of an image, columns of a grid
     J  neighbors of a concept                        X  candidates gathered so far
     K  neighbors, ranks, clusters, stacked frames    L  levels of a hierarchy, symbols of a text

@@ -44,51 +44,73 @@ class ClusterAssignment:
 
 
 class ClusterAssigner:
-    """A pass (see `run_pass`) that assigns the items of a mask to clusters.
+    """A pass (see `run_pass`) that assigns the items of a mask to the nearest centroid, and to clusters to visit.
 
-    Two items of clusters a and b are on both sides of the plane where the cosines to both centroids are equal. If their
-    angle is at most θ (of `cosine`), neither is further than sin θ from that plane: for an item x of a, only clusters b
-    with x · (a - b) <= sin θ |a - b| can hold such a neighbor. In many dimensions that bound is wide; only the nearest
-    `max_visits` borders are crossed, and what that misses must be measured.
+    The border of two clusters with centroids a and b is the plane of the points x with x · a = x · b. An item x in the
+    cluster of a is x · (a - b) / |a - b| away from it. The arc between two items of length 1, one on each side, crosses
+    the border: if their angle is at most θ, neither is further than sin θ from it. So only clusters whose border is
+    that near can hold an item with a cosine of at least cos θ to x.
+
+    In many dimensions nearly all borders are that near. Only the `max_visits` nearest are crossed, and what that misses
+    must be measured.
+
+    Args:
+        centroids_KP: (K, P) centroids.
+        cosine: cos θ, the cosine of near-duplicates, from 0.
+        max_visits: largest number of other clusters that an item visits.
+        mask_N: (N,) whether each row of the cache is assigned.
     """
 
     def __init__(self, centroids_KP: Floats, cosine: float, max_visits: int, mask_N: Bools) -> None:
-        self._centroids = centroids_KP
-        self._reach = float(np.sqrt(1 - cosine**2)) + _BORDER_ROUNDING
+        self._centroids_KP, self._mask_N = centroids_KP, mask_N
+        self._inverse_distances_KK = _inverse_distances(centroids_KP)
+        self._farthest_border = float(np.sqrt(1 - cosine**2)) + _BORDER_ROUNDING
         self._max_visits = min(max_visits, len(centroids_KP) - 1)
-        self._mask_N = mask_N
-        squared_K = np.einsum("kp,kp->k", centroids_KP, centroids_KP, dtype=np.float64)
-        self._inverse_KK = np.empty(
-            (len(squared_K), len(squared_K)), np.float32
-        )  # 1 / |a - b| of all pairs of centroids
-        for block in blocks(len(squared_K), BLOCK):
-            products_BK = centroids_KP[block].astype(np.float64) @ centroids_KP.T
-            squared_BK = squared_K[block, None] + squared_K - 2 * products_BK
-            self._inverse_KK[block] = 1 / np.sqrt(np.maximum(squared_BK, _MIN_SQUARED_DISTANCE))
 
     def process(self, rows_B: Ints, vectors_BP: Floats) -> list[ClusterAssignment]:
         """Assign the items of a chunk."""
-        vectors_BP = vectors_BP[self._mask_N[rows_B]]
-        cosines_BK = vectors_BP @ self._centroids.T
-        clusters = cosines_BK.argmax(axis=1)
-        own = np.take_along_axis(cosines_BK, clusters[:, None], axis=1)
-        borders_BK = np.subtract(own, cosines_BK, out=cosines_BK)
-        borders_BK *= self._inverse_KK[clusters]
-        borders_BK[np.arange(len(clusters)), clusters] = np.inf
-        count = self._max_visits
-        nearest = np.argpartition(borders_BK, count, axis=1)[:, : count + 1]
-        borders = np.take_along_axis(borders_BK, nearest, axis=1)
-        order = np.argsort(borders, axis=1, kind="stable")
-        nearest, borders = np.take_along_axis(nearest, order, axis=1), np.take_along_axis(borders, order, axis=1)
-        visits = np.where(borders[:, :count] <= self._reach, nearest[:, :count], -1).astype(np.int32)
-        is_complete = borders[:, count] > self._reach
-        clusters = clusters.astype(np.int32)
-        return [ClusterAssignment(clusters=clusters, cosines=own[:, 0], visits=visits, is_complete=is_complete)]
+        cosines_BK = vectors_BP[self._mask_N[rows_B]] @ self._centroids_KP.T
+        clusters_B = cosines_BK.argmax(axis=1)
+        cosines_B = cosines_BK[np.arange(len(clusters_B)), clusters_B]
+        borders_BK = self._border_distances(cosines_BK, clusters_B, cosines_B)
+        nearest_BV, distances_BV = _nearest_borders(borders_BK, self._max_visits + 1)
+        is_near_BV = distances_BV <= self._farthest_border
+        visits_BV = np.where(is_near_BV, nearest_BV, -1)[:, :-1].astype(np.int32)
+        assignment = ClusterAssignment(
+            clusters=clusters_B.astype(np.int32), cosines=cosines_B, visits=visits_BV, is_complete=~is_near_BV[:, -1]
+        )
+        return [assignment]
 
     def merge(self, before: list[ClusterAssignment], after: list[ClusterAssignment]) -> list[ClusterAssignment]:
-        """Append those of later chunks."""
+        """Append the assignments of later chunks."""
         before.extend(after)
         return before
+
+    def _border_distances(self, cosines_BK: Floats, clusters_B: Ints, cosines_B: Floats) -> Floats:
+        """Overwrite the cosines to all centroids with the distances to the borders; infinite to the own cluster."""
+        borders_BK = np.subtract(cosines_B[:, None], cosines_BK, out=cosines_BK)
+        borders_BK *= self._inverse_distances_KK[clusters_B]
+        borders_BK[np.arange(len(clusters_B)), clusters_B] = np.inf
+        return borders_BK
+
+
+def _inverse_distances(centroids_KP: Floats) -> Floats:
+    """Compute 1 / |a - b| of all pairs of centroids, in float64: (K, K) float32."""
+    squared_K = np.einsum("kp,kp->k", centroids_KP, centroids_KP, dtype=np.float64)
+    inverse_KK = np.empty((len(squared_K), len(squared_K)), np.float32)
+    for block in blocks(len(squared_K), BLOCK):
+        products_BK = centroids_KP[block].astype(np.float64) @ centroids_KP.T
+        squared_BK = squared_K[block, None] + squared_K - 2 * products_BK
+        inverse_KK[block] = 1 / np.sqrt(np.maximum(squared_BK, _MIN_SQUARED_DISTANCE))
+    return inverse_KK
+
+
+def _nearest_borders(borders_BK: Floats, count: int) -> tuple[Ints, Floats]:
+    """Return the clusters with the nearest borders, and the distances to these, ascending: (B, count) each."""
+    nearest_BV = np.argpartition(borders_BK, count - 1, axis=1)[:, :count]
+    distances_BV = np.take_along_axis(borders_BK, nearest_BV, axis=1)
+    order_BV = np.argsort(distances_BV, axis=1, kind="stable")
+    return np.take_along_axis(nearest_BV, order_BV, axis=1), np.take_along_axis(distances_BV, order_BV, axis=1)
 
 
 def concatenate_assignments(parts: list[ClusterAssignment]) -> ClusterAssignment:
@@ -137,7 +159,7 @@ def cluster_items(
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The compared items. Places are rows of the scratch matrix: cluster by cluster, in row order within each."""
+    """The compared items. Positions are rows of the scratch matrix: cluster by cluster, in item order within each."""
 
     items: Ints  # (N,) the item at each position
     starts: Ints  # (K + 1,) the position where each cluster begins
@@ -146,33 +168,46 @@ class Plan:
 
 
 def make_plan(assignment: ClusterAssignment | None, num_items: int) -> Plan:
-    """Sort items by cluster; without an assignment all are in one. Memory: about 30 bytes per item and 4 per visit.
-
-    Visits are sorted by counting, in blocks: first how many visitors each cluster has, then each into its place.
-    """
+    """Sort items by cluster; without an assignment all are in one. Memory: about 30 bytes per item and 4 per visit."""
     clusters = np.zeros(num_items, np.int32) if assignment is None else assignment.clusters
     visits = np.empty((num_items, 0), np.int32) if assignment is None else assignment.visits
     num_clusters = int(max(clusters.max(), visits.max(initial=0))) + 1
     items = np.argsort(clusters, kind="stable")
+    visitors, visitor_starts = _sort_visits(visits, items, num_clusters)
+    return Plan(
+        items=items,
+        starts=_starts(np.bincount(clusters, minlength=num_clusters)),
+        visitors=visitors,
+        visitor_starts=visitor_starts,
+    )
+
+
+def _sort_visits(visits: Array, items: Ints, num_clusters: int) -> tuple[Array, Ints]:
+    """Sort the positions of visitors by the cluster that they visit: (V,) int32, and where each cluster's begin.
+
+    By counting, in blocks: first how many visitors each cluster has, then each visitor into the next place of its
+    cluster.
+    """
     counts_K = np.zeros(num_clusters, np.int64)
-    for block in blocks(num_items, PLANNED_ROWS):
+    for block in blocks(len(items), PLANNED_ROWS):
         counts_K += np.bincount(visits[block][visits[block] >= 0], minlength=num_clusters)
-    visitor_starts = np.concatenate([[0], np.cumsum(counts_K)])
+    visitor_starts = _starts(counts_K)
     visitors, next_K = np.empty(int(visitor_starts[-1]), np.int32), visitor_starts[:-1].copy()
-    for block in blocks(num_items, PLANNED_ROWS):
+    for block in blocks(len(items), PLANNED_ROWS):
         visits_BV = visits[items[block]]
         position, _ = np.nonzero(visits_BV >= 0)
         visited = visits_BV[visits_BV >= 0]
         order = np.argsort(visited, kind="stable")
         counts_K = np.bincount(visited, minlength=num_clusters)
-        first_K = np.cumsum(counts_K) - counts_K
+        first_K = np.cumsum(counts_K) - counts_K  # where each cluster's begin in this block
         visitors[np.arange(len(order)) + np.repeat(next_K - first_K, counts_K)] = position[order] + block.start
         next_K += counts_K
-    return Plan(items=items, starts=_starts(clusters, num_clusters), visitors=visitors, visitor_starts=visitor_starts)
+    return visitors, visitor_starts
 
 
-def _starts(numbers: Array, count: int) -> Ints:
-    return np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=count))])
+def _starts(counts_K: Ints) -> Ints:
+    """Return where each of several consecutive ranges begins, and where the last ends: (K + 1,)."""
+    return np.concatenate([[0], np.cumsum(counts_K)])
 
 
 @contextmanager
