@@ -2,19 +2,28 @@
 
 | file of an unfinished index | content |
 | --- | --- |
-| `building.json` | its source, the kind that is being built, kinds that were refused, and the checksums below |
+| `building.json` | its source, the kind that is being built, kinds that were rejected, and the checksums below |
 | `index.partial.faiss` | in memory: the index with the rows added so far; on disk: the trained index, empty |
 | `index.part-ROW.faiss` | on disk: a part of the rows, the first of which is ROW |
 | `lists-N.ivfdata` | on disk: the inverted lists of all parts, merged |
 
-A finished build writes the lists, then the index, then the card. Before the index and before the card, the checksums
-of what is written by then are recorded in `building.json`: if the process is killed in between, the next one can tell
-files that are newer than the card from damaged ones.
+A finished build writes the lists, then `index.faiss`, then the card. Before the index and before the card, the
+checksums of what is written by then are recorded in `building.json`: if the process is killed in between, the next one
+can tell files that are newer than the card from damaged ones. What the next build of the same kind begins with:
+
+| killed | in memory | with lists on disk |
+| --- | --- | --- |
+| before the first checkpoint | nothing, or the finished index that it extends | the same |
+| while rows are added | the rows of `index.partial.faiss` | its training, and the rows of all parts |
+| between index and card | the last checkpoint; `index.faiss` if there is none | `index.faiss` |
+
+A build of another kind first removes all files of this one.
 """
 
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +34,31 @@ from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.modalities import noun
 from embedcache.progress import Progress
-from embedcache.provenance import INDEX_DIGEST, check_same, construct, read_json, write_json
+from embedcache.provenance import INDEX_DIGEST, check_same
 from embedcache.search.autotune import Configuration, sampled_recall
-from embedcache.search.card import CARD, INDEX, STATE, check_lists, open_row_index, read_card
+from embedcache.search.card import (
+    INDEX,
+    STATE,
+    BuildState,
+    IndexCard,
+    check_lists,
+    open_row_index,
+    read_state,
+    write_state,
+)
 from embedcache.search.faiss_gpu import import_faiss
 from embedcache.search.faiss_index import RowIndex, is_whole, make_index, read_index
 from embedcache.search.vectors import Vectors
+from embedcache.store.arrays import file_checksum
 from embedcache.store.layout import CacheInfo
 
 PART_BYTES = 256_000_000  # codes per part on disk: kept in memory beside a chunk, and repeated by a killed build
-_LIST_FILES = ("index.part-*.faiss", "lists-*.ivfdata")
+_PARTIAL = "index.partial.faiss"
+_PARTS = "index.part-*.faiss"
+_LIST_FILES = (_PARTS, "lists-*.ivfdata")
+_REMOVED = "samples that the index holds were removed from the cache: adding all others again, without training"
 
-FILES = (INDEX, "index.partial.faiss", STATE, "record.json", *_LIST_FILES)
+FILES = (INDEX, _PARTIAL, STATE, "record.json", *_LIST_FILES)
 
 
 class IndexBuilder:
@@ -46,7 +68,7 @@ class IndexBuilder:
         folder: folder of the index.
         source: what the index is built from, as fields of the card.
         info: the cache.
-        lists: file of inverted lists that a finished index in the folder uses; None: there is none.
+        card: card of the finished index in the folder, which is extended; None: there is none.
         device: FAISS uses GPUs unless it is `cpu`.
 
     Raises:
@@ -54,34 +76,30 @@ class IndexBuilder:
     """
 
     def __init__(
-        self, folder: Path, source: Mapping[str, Any], info: CacheInfo, *, lists: str | None = None, device: str = AUTO
+        self,
+        folder: Path,
+        source: Mapping[str, Any],
+        info: CacheInfo,
+        *,
+        card: IndexCard | None = None,
+        device: str = AUTO,
     ) -> None:
-        self._folder, self._lists, self._device = folder, lists, device
-        self._state_path = folder / STATE
-        self._partial_path = folder / "index.partial.faiss"
-        self._source = dict(source)
-        self._factory: str | None = None
-        self._checksums: dict[str, dict[str, str]] = {}
-        self.rejected: dict[str, float] = {}
-        self._is_resumed = self._state_path.is_file()
+        self._folder, self._card, self._device = folder, card, device
+        self._is_resumed = (folder / STATE).is_file()
+        self._state = BuildState(source=source)
         if self._is_resumed:
-            state = read_json(self._state_path)
-            about, self._factory, self.rejected, self._checksums = construct(
-                self._state_path,
-                lambda: (
-                    dict(state["about"]),
-                    None if state["factory"] is None else str(state["factory"]),
-                    {factory: float(recall) for factory, recall in state["refused"].items()},
-                    {
-                        name: {file: str(checksum) for file, checksum in state[name].items()}
-                        for name in ("lists", "checksums")
-                        if name in state
-                    },
-                ),
-            )
-            stored = str(about.get(INDEX_DIGEST))
+            state = read_state(folder)
+            stored = str(state.source.get(INDEX_DIGEST))
             requested = {**source, INDEX_DIGEST: stored if info.has_rows_of(stored) else source[INDEX_DIGEST]}
-            check_same(f"the unfinished index {folder}", about, requested, next_step="give the path of a new folder")
+            check_same(
+                f"the unfinished index {folder}", state.source, requested, next_step="give the path of a new folder"
+            )
+            self._state = replace(state, source=source)  # with the digest of the present samples
+
+    @property
+    def rejected(self) -> Mapping[str, float]:
+        """Recall of each kind of index, by factory string, that missed the requested recall."""
+        return self._state.rejected
 
     def build(
         self, kind: Configuration, vectors: Vectors, progress: Progress, *, checkpoint_s: float, min_recall: float = 0.0
@@ -106,22 +124,39 @@ class IndexBuilder:
         return index
 
     def reject(self, factory: str, recall: float) -> None:
-        """Record that a configuration missed the recall, and delete its files."""
-        self.rejected[factory] = recall
-        self._checksums = {}
-        self._write_state(None)
-        self._partial_path.unlink(missing_ok=True)
-        _remove_lists(self._folder, keep=self._lists)
+        """Record that a kind of index missed the recall, and remove its files."""
+        self._write_state(factory=None, rejected={**self._state.rejected, factory: recall}, checksums={})
+        self._remove_unfinished()
+
+    def write(self, index: RowIndex) -> dict[str, str]:
+        """Write the index, complete but for its card, and return the checksums of its files, as the card states them.
+
+        They are recorded before each file that relies on them: those of the lists before the index, all before the
+        card.
+        """
+        disk_lists = index.disk_lists
+        checksums = {} if disk_lists is None else {disk_lists.file: disk_lists.checksums()}
+        self._write_state(checksums={**self._state.checksums, "lists": checksums})
+        index.write(self._folder / INDEX)
+        checksums = {INDEX: file_checksum(self._folder / INDEX), **checksums}
+        self._write_state(checksums={**self._state.checksums, "checksums": checksums})
+        return checksums
 
     def _start(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
-        """Return what was built of an index in memory, or a new one that is trained and empty."""
-        index = _without_removed(self._resume(factory), vectors, progress)
+        """Return the index in memory that an earlier build left, or a new one that is trained and empty."""
+        partial = self._read_partial(factory)
+        index = self._read_finished(factory) if partial is None else partial
         if index is None:
             index = make_index(factory, vectors.width, device=self._device)
-            self._write_state(factory)
+            self._set_kind(factory)
             if not index.is_trained:
                 _train(index, factory, vectors, progress)
-                index.write(self._partial_path)
+                index.write(self._folder / _PARTIAL)
+            return index
+        self._set_kind(factory)
+        if _holds_removed(index, vectors):
+            progress.note(_REMOVED)
+            return index.emptied()
         return index
 
     def _fill(self, index: RowIndex, factory: str, vectors: Vectors, progress: Progress, checkpoint_s: float) -> None:
@@ -138,85 +173,139 @@ class IndexBuilder:
             progress.advance(int(is_new.sum()))
             if time.monotonic() - last >= max(checkpoint_s, 10 * writing_s):
                 started = time.monotonic()
-                index.write(self._partial_path)
+                index.write(self._folder / _PARTIAL)
                 last = time.monotonic()
                 writing_s = last - started if checkpoint_s else 0.0
         progress.finish()
 
     def _build_on_disk(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
-        """Train an index, or take the training of a finished one, and fill lists on disk with all valid rows."""
-        old = self._read_finished()
-        has_removed = old is not None and not np.isin(old.rows, vectors.rows).all()
-        if has_removed:
-            progress.note(_REMOVED)
-        trained = _read_unfinished(self._partial_path, device=self._device) if self._factory == factory else None
-        if trained is None:
-            for path in self._folder.glob("index.part-*.faiss"):
-                path.unlink()  # of another trained index
-            index = make_index(factory, vectors.width, device=self._device)
-            if not index.num_lists or index.is_refined or index.has_blocks:
-                raise SettingError(
-                    f"factory: expected inverted lists to leave on disk, such as IVF4096,SQfp16, got {factory!r}"
-                )
-            self._write_state(factory)
-            if old is None:
-                _train(index, factory, vectors, progress)
-            else:
-                index = read_index(self._folder / INDEX, is_mapped=False, device=self._device).emptied()
-            index.write(self._partial_path)
-        kept, used = (None if has_removed else old), self._lists
-        return _fill_lists(self._folder, self._partial_path, kept, vectors, progress, used=used)
+        """Train an index, or take the training of a finished one, and fill lists on disk with all valid rows.
 
-    def _resume(self, factory: str) -> RowIndex | None:
-        """Return the index in memory of an interrupted build of this kind, or the finished one; None: there is none."""
-        if self._factory == factory:
-            index = _read_unfinished(self._partial_path, device=self._device)
-            if index is not None:
-                return index
-        if self._factory not in (None, factory):
-            return None
-        index = self._read_finished()
-        if index is not None:
-            self._write_state(factory)
+        The rows of the finished index and of parts on disk are kept, unless some of them were removed from the cache.
+        """
+        old = kept = self._read_finished(factory)
+        if old is not None and _holds_removed(old, vectors):
+            progress.note(_REMOVED)
+            kept = None
+        self._write_trained(factory, old, vectors, progress)
+        parts = self._reusable_parts(kept, vectors)
+        missing = np.setdiff1d(vectors.rows, _rows(parts), assume_unique=True)
+        if kept is not None and kept.disk_lists is not None and not len(missing) and len(parts) == 1:
+            return kept
+        parts += self._write_parts(missing, vectors, progress, num_before=sum(map(len, parts)))
+        return self._merge(parts)
+
+    def _write_trained(self, factory: str, old: RowIndex | None, vectors: Vectors, progress: Progress) -> None:
+        """Write the trained, empty index that each part begins with, unless an interrupted build of this kind did."""
+        trained = self._read_partial(factory)
+        index = make_index(factory, vectors.width, device=self._device) if trained is None else trained
+        if not index.num_lists or index.is_refined or index.has_blocks:
+            raise SettingError(
+                f"factory: expected inverted lists to leave on disk, such as IVF4096,SQfp16, got {factory!r}"
+            )
+        self._set_kind(factory)
+        if trained is not None and not len(trained):
+            return
+        for path in self._folder.glob(_PARTS):
+            path.unlink()  # of another trained index
+        if trained is not None:  # the checkpoint of a build in memory
+            index = trained.emptied()
+        elif old is not None:
+            index = read_index(self._folder / INDEX, is_mapped=False, device=self._device).emptied()
+        else:
+            _train(index, factory, vectors, progress)
+        index.write(self._folder / _PARTIAL)
+
+    def _reusable_parts(self, kept: RowIndex | None, vectors: Vectors) -> list[RowIndex]:
+        """Return the kept index and the parts on disk; delete those that it was merged from, or of removed samples."""
+        parts = [] if kept is None else [kept]
+        for path in sorted(self._folder.glob(_PARTS)):
+            part = _read_unfinished(path, is_mapped=True)
+            if part is None or _holds_removed(part, vectors) or np.isin(part.rows, _rows(parts)).any():
+                path.unlink(missing_ok=True)
+            else:
+                parts.append(part)
+        return parts
+
+    def _write_parts(self, missing: Ints, vectors: Vectors, progress: Progress, *, num_before: int) -> list[RowIndex]:
+        """Add missing rows to parts of `PART_BYTES`, at positions after those of the other parts, and write each."""
+        is_missing_N, parts = _mask(missing, vectors), []
+        progress.start("indexing on disk", len(missing), noun(vectors.modality))
+        numbers = distinct(missing // vectors.cache.info.chunk_size).tolist()
+        while numbers:
+            part = read_index(self._folder / _PARTIAL, is_mapped=False, device=self._device)
+            while numbers and len(part) * part.code_size < PART_BYTES:
+                rows, vectors_BP = vectors.chunk(numbers.pop(0))
+                is_new = is_missing_N[rows]
+                part.add_part(rows[is_new], vectors_BP[is_new], num_before + len(part))
+                progress.advance(int(is_new.sum()))
+            num_before += len(part)
+            path = self._folder / f"index.part-{part.rows[0]:012d}.faiss"
+            part.write(path)
+            parts.append(read_index(path, is_mapped=True))
+        progress.finish()
+        return parts
+
+    def _merge(self, parts: list[RowIndex]) -> RowIndex:
+        """Merge parts into one file of lists; that of the finished index stays intact until the new card is written."""
+        name = f"lists-{sum(map(len, parts))}.ivfdata"
+        if self._card is not None and name == self._card.lists:
+            name = name.replace(".ivfdata", "-again.ivfdata")
+        path = self._folder / name
+        trained = read_index(self._folder / _PARTIAL, is_mapped=False, device=self._device)
+        merged = trained.merge_on_disk(parts, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return merged
+
+    def _read_partial(self, factory: str) -> RowIndex | None:
+        """Read the last checkpoint of an interrupted build of this kind; None: there is none."""
+        is_same_kind = self._state.factory == factory
+        return _read_unfinished(self._folder / _PARTIAL, device=self._device) if is_same_kind else None
+
+    def _read_finished(self, factory: str) -> RowIndex | None:
+        """Read `index.faiss`, if it is of this kind: that of the card, or without one that in `building.json`."""
+        if self._card is not None:
+            return self._read_with_card(self._card)
+        return self._read_without_card() if self._state.factory == factory else None
+
+    def _read_with_card(self, card: IndexCard) -> RowIndex:
+        """Read the index to extend, which is newer than its card if a build was killed in between."""
+        path = self._folder / INDEX
+        if self._is_resumed and not is_whole(path):  # of an early version, or damaged
+            return open_row_index(self._folder, card, device=self._device)
+        index = read_index(path, is_mapped=False, device=self._device)
+        if self._is_resumed:
+            check_lists(self._folder, index, {**card.checksums, **self._state.recorded})
         return index
 
-    def _read_finished(self) -> RowIndex | None:
-        """Read the index whose files are complete, with a card or still without one; None: there is none.
-
-        Its files may be newer than the card, or than any card, if an earlier build was killed: then its lists are
-        compared with the checksums that were recorded. Without a card, a damaged index is removed.
-        """
+    def _read_without_card(self) -> RowIndex | None:
+        """Read the index of a build that was killed before its first card; a damaged one is removed."""
         path = self._folder / INDEX
-        card = read_card(self._folder) if (self._folder / CARD).is_file() else None
-        if card is None:
-            index = _read_unfinished(path, device=self._device)
-        elif self._is_resumed and not is_whole(path):  # of an early version, or damaged
-            return open_row_index(self._folder, card, device=self._device)
-        else:
-            index = read_index(path, is_mapped=False, device=self._device)
-        if index is None or not self._is_resumed:
-            return index
-        known = {} if card is None else dict(card.checksums)
-        for name in ("checksums", "lists"):
-            known.update(self._checksums.get(name, {}))
+        index = _read_unfinished(path, device=self._device)
         try:
-            check_lists(self._folder, index, known)
+            if index is not None:
+                check_lists(self._folder, index, self._state.recorded)
         except (CorruptError, PathError):
-            if card is not None:
-                raise
             path.unlink()
             return None
         return index
 
-    def record(self, **checksums: Mapping[str, str]) -> None:
-        """Record checksums by file: of `lists` before the index that names them, of all `checksums` before the card."""
-        self._checksums.update({name: dict(of_files) for name, of_files in checksums.items()})
-        self._write_state(self._factory)
+    def _set_kind(self, factory: str) -> None:
+        """Record the kind that is being built, once no file of another kind is left that could be taken for it."""
+        if self._state.factory != factory:
+            self._remove_unfinished()
+            self._write_state(factory=factory, checksums={})
 
-    def _write_state(self, factory: str | None) -> None:
-        self._factory = factory
-        state = {"about": self._source, "factory": factory, "refused": self.rejected, **self._checksums}
-        write_json(self._state_path, state)
+    def _remove_unfinished(self) -> None:
+        """Remove the files of an unfinished index but its state; those of a finished one stay."""
+        _remove_rows(self._folder, keep=None if self._card is None else self._card.lists)
+        if self._card is None:
+            (self._folder / INDEX).unlink(missing_ok=True)
+
+    def _write_state(self, **changes: Any) -> None:
+        self._state = replace(self._state, **changes)
+        write_state(self._folder, self._state)
 
 
 def _train(index: RowIndex, factory: str, vectors: Vectors, progress: Progress) -> None:
@@ -269,69 +358,9 @@ def _rotations(index: Any) -> list[Any]:
     return [transform for transform in transforms if isinstance(transform, faiss.OPQMatrix)]
 
 
-_REMOVED = "samples that the index holds were removed from the cache: adding all others again, without training"
-
-
-def _without_removed(index: RowIndex | None, vectors: Vectors, progress: Progress) -> RowIndex | None:
-    """Return an index, emptied but for its training if it holds samples that were removed from the cache."""
-    if index is None or np.isin(index.rows, vectors.rows).all():
-        return index
-    progress.note(_REMOVED)
-    return index.emptied()
-
-
-def _fill_lists(
-    folder: Path, trained_path: Path, old: RowIndex | None, vectors: Vectors, progress: Progress, *, used: str | None
-) -> RowIndex:
-    """Index all valid rows part by part, reuse existing parts, and merge all into one file of lists.
-
-    Args:
-        folder: folder of the index.
-        trained_path: the trained index, which each part begins with.
-        old: the index whose rows are kept; None: none are.
-        vectors: what is indexed.
-        progress: progress in items.
-        used: file of lists that is in use and stays as it is.
-    """
-    parts = _reusable_parts(folder, old, vectors)
-    missing = np.setdiff1d(vectors.rows, _rows(parts), assume_unique=True)
-    is_missing_N = _mask(missing, vectors)
-    if old is not None and not len(missing) and len(parts) == 1:
-        return old
-    progress.start("indexing on disk", len(missing), noun(vectors.modality))
-    numbers = distinct(missing // vectors.cache.info.chunk_size).tolist()
-    while numbers:
-        part = read_index(trained_path, is_mapped=False, device=vectors.device)
-        num_before = sum(map(len, parts))
-        while numbers and len(part) * part.code_size < PART_BYTES:
-            rows, vectors_BP = vectors.chunk(numbers.pop(0))
-            is_new = is_missing_N[rows]
-            part.add_part(rows[is_new], vectors_BP[is_new], num_before + len(part))
-            progress.advance(int(is_new.sum()))
-        path = folder / f"index.part-{part.rows[0]:012d}.faiss"
-        part.write(path)
-        parts.append(read_index(path, is_mapped=True))
-    progress.finish()
-    path = folder / _lists_name(sum(map(len, parts)), used)
-    merged = read_index(trained_path, is_mapped=False, device=vectors.device).merge_on_disk(parts, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return merged
-
-
-def _reusable_parts(folder: Path, old: RowIndex | None, vectors: Vectors) -> list[RowIndex]:
-    """Return the old index and the parts on disk; remove parts that it holds already, and those of removed samples."""
-    parts = [] if old is None else [old]
-    for path in sorted(folder.glob("index.part-*.faiss")):
-        part = _read_unfinished(path, is_mapped=True)
-        if part is None:
-            continue
-        has_removed = not np.isin(part.rows, vectors.rows).all()
-        if has_removed or np.isin(part.rows, _rows(parts)).any():  # merged before the process was killed
-            path.unlink()
-        else:
-            parts.append(part)
-    return parts
+def _holds_removed(index: RowIndex, vectors: Vectors) -> bool:
+    """Return whether an index holds samples that were removed from the cache since."""
+    return not np.isin(index.rows, vectors.rows).all()
 
 
 def _read_unfinished(path: Path, *, is_mapped: bool = False, device: str = AUTO) -> RowIndex | None:
@@ -357,20 +386,14 @@ def _rows(parts: list[RowIndex]) -> Ints:
     return np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)])
 
 
-def _lists_name(num_vectors: int, used: str | None) -> str:
-    """Return a name of the file of lists that is not in use, so that an old index stays intact."""
-    name = f"lists-{num_vectors}.ivfdata"
-    return name if name != used else f"lists-{num_vectors}-again.ivfdata"
-
-
 def remove_leftovers(folder: Path, *, lists: str | None) -> None:
     """Remove what building leaves once the card is written, except for the file of lists that the index uses."""
-    _remove_lists(folder, keep=lists)
-    for name in ("index.partial.faiss", STATE):
-        (folder / name).unlink(missing_ok=True)
+    _remove_rows(folder, keep=lists)
+    (folder / STATE).unlink(missing_ok=True)
 
 
-def _remove_lists(folder: Path, *, keep: str | None) -> None:
-    for path in [path for pattern in _LIST_FILES for path in folder.glob(pattern)]:
+def _remove_rows(folder: Path, *, keep: str | None) -> None:
+    """Remove checkpoints, parts, and all files of lists but one."""
+    for path in [path for pattern in (_PARTIAL, *_LIST_FILES) for path in folder.glob(pattern)]:
         if path.name != keep:
             path.unlink()

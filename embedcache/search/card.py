@@ -1,4 +1,7 @@
-"""The card of an index, which states its contents and measured recall, and opening the files that it describes."""
+"""The card of an index, which states its contents and measured recall, and opening the files that it describes.
+
+While an index is built or extended, `building.json` says what is done.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from embedcache.provenance import (
     read_json,
     read_manifest,
     to_record,
+    write_json,
     write_record,
 )
 from embedcache.search.faiss_index import RowIndex, is_whole, read_index
@@ -25,7 +29,7 @@ from embedcache.store.cache import Cache
 CARD = "card.json"
 INDEX = "index.faiss"
 STATE = "building.json"
-"""What an unfinished build has done; there is none in a finished index."""
+"""See `BuildState`; there is none in a finished index."""
 
 FORMAT_VERSION = 4
 IN_MEMORY_FORMAT = 3
@@ -124,6 +128,59 @@ def write_card(index_path: Path, card: IndexCard) -> None:
     write_record(index_path / CARD, to_record(card), unchecked=_UNCHECKED)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BuildState:
+    """Content of an index's `building.json`, which there is while it is built or extended.
+
+    Args:
+        source: what the index is built from, as fields of the card.
+        factory: FAISS factory string of the kind that is being built; None: none yet, or it was rejected.
+        rejected: recall of each kind that missed the requested one.
+        checksums: by file: as `lists`, of the lists that `index.faiss` will name; as `checksums`, of all files as the
+            card will state them.
+    """
+
+    source: Mapping[str, Any]
+    factory: str | None = None
+    rejected: Mapping[str, float] = field(default_factory=dict)
+    checksums: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> Mapping[str, str]:
+        """Checksums of all files of an index that lacks nothing but its card; empty before."""
+        return self.checksums.get("checksums", {})
+
+    @property
+    def recorded(self) -> dict[str, str]:
+        """Checksums of all files that were recorded."""
+        return {**self.finished, **self.checksums.get("lists", {})}
+
+
+def read_state(index_path: Path) -> BuildState:
+    """Read the state of an unfinished index; `CorruptError` if the file does not hold one."""
+    path = index_path / STATE
+    state = read_json(path)
+    return construct(
+        path,
+        lambda: BuildState(
+            source=dict(state["about"]),
+            factory=None if state["factory"] is None else str(state["factory"]),
+            rejected={factory: float(recall) for factory, recall in state["refused"].items()},
+            checksums={
+                name: {file: str(checksum) for file, checksum in state[name].items()}
+                for name in ("lists", "checksums")
+                if name in state
+            },
+        ),
+    )
+
+
+def write_state(index_path: Path, state: BuildState) -> None:
+    """Write the state of an unfinished index."""
+    values = {"about": state.source, "factory": state.factory, "refused": state.rejected, **state.checksums}
+    write_json(index_path / STATE, values)
+
+
 def may_hold_removed(card: IndexCard, cache: Cache) -> bool:
     """Return whether an index was built before samples were removed from its cache, as far as its card tells."""
     return bool(cache.info.removed) and card.index_digest != cache.info.index_digest
@@ -142,10 +199,9 @@ def open_row_index(index_path: Path, card: IndexCard, *, device: str = AUTO) -> 
     try:
         index = _open(index_path, card.checksums, device)
     except CorruptError as error:
-        path = index_path / STATE
-        if not path.is_file():
+        if not (index_path / STATE).is_file():
             raise
-        finished = construct(path, lambda: {name: str(of) for name, of in read_json(path).get("checksums", {}).items()})
+        finished = read_state(index_path).finished
         if INDEX not in finished or file_checksum(index_path / INDEX) != finished[INDEX]:
             if not is_whole(index_path / INDEX):
                 raise

@@ -45,7 +45,7 @@ from embedcache.search.faiss_index import RowIndex, read_index
 from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings
-from embedcache.store.arrays import file_checksum, skips_checksums
+from embedcache.store.arrays import skips_checksums
 
 
 def build_index(
@@ -176,24 +176,19 @@ def _build(
             index_path,
             source,
             vectors.cache.info,
-            lists=None if old is None else old.lists,
+            card=old,
             device=vectors.device,
         )
         accepted = _find_index(builder, index_path, vectors, old, settings, progress)
-        index, quality = accepted.index, accepted.quality
-        lists = {} if index.disk_lists is None else {index.disk_lists.file: index.disk_lists.checksums()}
-        builder.record(lists=lists)
-        index.write(index_path / INDEX)
         card = _card(
             vectors,
             index_path,
             accepted,
             min_recall=settings.min_recall,
+            checksums=builder.write(accepted.index),
             seconds=time.perf_counter() - started,
-            checksums={INDEX: file_checksum(index_path / INDEX), **lists},
         )
-        builder.record(checksums=card.checksums)
-        outcome.update({"recall_at_10": quality.recall_at_10, "num_vectors": num})
+        outcome.update({"recall_at_10": card.recall_at_10, "num_vectors": num})
         if old is not None:
             outcome.update({"recall_at_10_before": old.recall_at_10, "num_vectors_before": old.num_vectors})
     return card

@@ -33,13 +33,14 @@ def test_formats() -> None:
 
 def test_index_that_is_being_extended_opens_once_it_is_written(copy: Path) -> None:
     card, checksums = read_card(copy), write_longer(copy)
-    (copy / "building.json").write_text(json.dumps({"factory": "Flat"}))
+    state = {"about": {}, "factory": "Flat", "refused": {}}
+    (copy / "building.json").write_text(json.dumps(state))
     with pytest.raises(UnfinishedError) as error:
         open_row_index(copy, card)
     assert str(error.value) == (
         f"{copy} is being extended, or was when a process ended; run the same embedcache curate index again"
     )
-    (copy / "building.json").write_text(json.dumps({"factory": "Flat", "checksums": checksums}))
+    (copy / "building.json").write_text(json.dumps({**state, "checksums": checksums}))
     assert len(open_row_index(copy, card)) == 61
     (copy / "building.json").unlink()
     for read in (open_row_index, verify_index):

@@ -1,11 +1,13 @@
 """Checkpoints of a build, and what an interrupted one continues with."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from embedcache.errors import SettingError
 from embedcache.search import building, index
 from embedcache.search.faiss_index import RowIndex
 from embedcache.search.index import build_index
@@ -135,3 +137,81 @@ def test_index_without_a_card_is_not_trained_again(
     assert {name: before[name] for name in after} == after
     assert progress.notes == []
     assert [total for title, total, _ in progress.started if "indexing" in title] == added
+
+
+def interrupt(cache: Path, path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    """Build an index up to its last file, the card."""
+
+    def stop(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "write_card", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(cache, path, IndexSettings(**{**FEATURE, **settings}))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_interrupted_index_is_not_taken_for_one_of_another_kind(
+    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: bool
+) -> None:
+    interrupt(cache_path, tmp_path / "index", monkeypatch, factory="Flat")
+    (tmp_path / "index" / "index.partial.faiss").unlink(missing_ok=True)
+    other: dict[str, Any] = {**FEATURE, "factory": "IVF4,SQfp16", "on_disk": on_disk}
+    build_index(cache_path, tmp_path / "index", **other)
+    build_index(cache_path, tmp_path / "anew", **other)
+    assert files_of(tmp_path / "index") == files_of(tmp_path / "anew")
+
+
+def test_rejected_index_is_not_taken_for_the_next_kind(
+    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(cache_path, tmp_path / "index", monkeypatch, memory=30_000)
+    recalls = []
+    for name in ("index", "anew"):
+        with pytest.raises(SettingError, match="recall@10 of at least 1"):
+            build_index(cache_path, tmp_path / name, feature="open_toy/cls", memory=30_000, min_recall=1.0)
+        recalls.append(json.loads((tmp_path / name / "building.json").read_text())["refused"])
+    assert len(recalls[0]) == 2
+    assert recalls[0] == recalls[1]
+    assert not (tmp_path / "index" / "index.faiss").exists()
+
+
+def test_index_whose_card_was_deleted_is_built_again(cache_path: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", IndexSettings(factory="Flat", **FEATURE))
+    (tmp_path / "index" / "card.json").unlink()
+    for name in ("index", "anew"):
+        build_index(cache_path, tmp_path / name, IndexSettings(factory="IVF4,SQ8", **FEATURE))
+    assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "anew")
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_interrupted_index_in_memory_moves_to_disk(
+    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_complete: bool
+) -> None:
+    kind = {**FEATURE, "factory": "IVF4,SQfp16", "checkpoint_s": 0}
+    if is_complete:
+        interrupt(cache_path, tmp_path / "index", monkeypatch, **kind)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            build_index(cache_path, tmp_path / "index", IndexSettings(**kind), progress=Stop())
+    for name in ("index", "anew"):
+        build_index(cache_path, tmp_path / name, IndexSettings(**kind, on_disk=True))
+    assert files_of(tmp_path / "index") == files_of(tmp_path / "anew")
+
+
+def test_training_of_another_kind_that_is_killed_is_repeated(
+    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_index(cache_path, tmp_path / "index", factory="Flat", checkpoint_s=0, progress=Stop(), **FEATURE)
+    with monkeypatch.context() as patch:
+        patch.setattr(RowIndex, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(cache_path, tmp_path / "index", factory="IVF4,SQ8", **FEATURE)
+    for name in ("index", "anew"):
+        build_index(cache_path, tmp_path / name, factory="IVF4,SQ8", **FEATURE)
+    assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "anew")
