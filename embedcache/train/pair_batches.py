@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from embedcache.arrays import Ints, concatenated_ranges, distinct
+from embedcache.arrays import Array, Ints, concatenated_ranges, distinct
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
@@ -58,16 +58,26 @@ def num_batches(num_samples: int, batch_size: int) -> int:
 
 
 class PairBatches:
-    """Random batches: each epoch holds every sample once, in a new order, with one of its first items (such as
-    images) and its captions.
+    """Random batches of pairs: each epoch holds every sample once, in a new order.
 
-    An epoch is divided into `num_batches` batches of equal size, to within one. Blocks of `block_rows` neighboring
-    samples are shuffled, then all samples within 1,024 blocks. Lambda of mixup is drawn from Beta(`mixup`, `mixup`).
+    A sample comes with one of its first items, such as images, and one or all of its second items, such as captions. An
+    epoch is divided into `num_batches` batches of equal size, to within one.
 
     With hard negatives, batches have fewer samples of the epoch: to each, `num_negatives` of its hard negatives are
     added, drawn anew in each epoch, each sample once per batch, so that a batch has at most `batch_size` samples, all
     of them pairs; a batch of three samples of the epoch, where two fit, has fewer negatives. Pairs of items of one
     near-duplicate group are excluded; they take 16 bytes each.
+
+    Args:
+        pairs: items of the training samples.
+        batch_size: largest number of samples per batch.
+        seed: seed of all draws, together with the number of the epoch.
+        captions: second items of a sample: `draw` one per epoch, or `all`.
+        block_rows: blocks of this many neighboring samples are shuffled, then all samples within 1,024 blocks.
+        mixup: lambda is drawn from Beta(`mixup`, `mixup`) for each batch; 0: no mixup.
+        views: of both features; None: the feature itself.
+        negatives: hard negatives of each sample; None: there are none.
+        num_negatives: hard negatives to draw for each sample and epoch.
 
     Raises:
         SettingError: two samples with their hard negatives do not fit in a batch.
@@ -105,17 +115,22 @@ class PairBatches:
 
     def epoch(self, number: int, *, first_step: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of one epoch, from a step on."""
-        rng = np.random.default_rng([self._seed, number])
-        order = shuffle_blocks(len(self._samples), self._block_rows, rng)
-        first, second = self._first.draw(rng), self._second.draw(rng)
-        mixes = rng.beta(self._mixup, self._mixup, self.num_steps) if self._mixup else [None] * self.num_steps
-        drawn = [None if view is None else view.draw(number) for view in self._views]
-        for step, part in enumerate(np.array_split(order, self.num_steps)):
+        draws = self._draw(number)
+        for step, numbers in enumerate(np.array_split(draws.order_S, self.num_steps)):
             if step >= first_step:
-                hard = self._draw_hard(part, np.random.default_rng([self._seed, number, _HARD, step]))
-                numbers = np.concatenate([part, hard])
-                positions = self._second.all(numbers) if self._captions == "all" else second[numbers]
-                yield self._batch(self._samples[numbers], first[numbers], positions, len(hard), mixes[step], drawn)
+                hard = self._draw_hard(numbers, np.random.default_rng([self._seed, number, _HARD, step]))
+                yield self._batch(np.concatenate([numbers, hard]), draws, num_hard=len(hard), mix=draws.mixes[step])
+
+    def _draw(self, number: int) -> "_Draws":
+        """Draw the order of the samples, their items and views, and lambda of mixup of one epoch."""
+        rng = np.random.default_rng([self._seed, number])
+        return _Draws(
+            order_S=shuffle_blocks(self.num_samples, self._block_rows, rng),
+            first_S=self._first.draw(rng),
+            second_S=self._second.draw(rng),
+            mixes=rng.beta(self._mixup, self._mixup, self.num_steps) if self._mixup else [None] * self.num_steps,
+            views=[None if views is None else views.draw(number) for views in self._views],
+        )
 
     def _draw_hard(self, numbers: Ints, rng: np.random.Generator) -> Ints:
         """Draw hard negatives of some samples, by number in the training part: ascending, each once, none of them."""
@@ -131,39 +146,44 @@ class PairBatches:
         num_free = self.batch_size - len(numbers)
         return hard if len(hard) <= num_free else np.sort(rng.choice(hard, num_free, replace=False))
 
-    def _batch(
-        self,
-        samples: Ints,
-        first: Ints,
-        second: Ints,
-        num_hard: int,
-        mix: float | None,
-        drawn: Sequence[Ints | None],
-    ) -> Batch:
-        if mix is None:
-            positives = self._positives(first, second)
-        else:
-            half = len(first) // 2
-            samples, first, second = samples[: 2 * half], first[: 2 * half], second[: 2 * half]
-            parts = [self._positives(first[part], second[part]) for part in (slice(half), slice(half, None))]
-            codes = [left * half + right for left, right in parts]
-            both = np.intersect1d(codes[0], codes[1], assume_unique=True)  # where both of the mixed items belong
-            positives = np.divmod(both, half)
-        first_rows, second_rows = self._pairs.first.rows[first], self._pairs.second.rows[second]
-        of_first, of_second = drawn
+    def _batch(self, numbers: Ints, draws: "_Draws", *, num_hard: int, mix: float | None) -> Batch:
+        """Return the batch of some samples, by number in the training part, of which the last are hard negatives."""
+        if mix is not None:
+            numbers = numbers[: len(numbers) // 2 * 2]  # half of them are mixed with the other half
+        first = draws.first_S[numbers]
+        second = self._second.all(numbers) if self._captions == "all" else draws.second_S[numbers]
+        positives = self._positives(first, second) if mix is None else self._mixed_positives(first, second)
+        rows = self._pairs.first.rows[first], self._pairs.second.rows[second]
+        of_first, of_second = draws.views
         return Batch(
-            samples=samples,
-            first_rows=first_rows,
-            second_rows=second_rows,
-            views=(
-                None if of_first is None else of_first[first_rows],
-                None if of_second is None else of_second[second_rows],
-            ),
+            samples=self._samples[numbers],
+            first_rows=rows[0],
+            second_rows=rows[1],
             positives=positives,
             num_hard=num_hard,
             mix=mix,
+            views=(
+                None if of_first is None else of_first[rows[0]],
+                None if of_second is None else of_second[rows[1]],
+            ),
             excluded=None if self._negatives is None else self._excluded(first, second, positives, self._negatives),
         )
+
+    def _positives(self, first: Ints, second: Ints) -> tuple[Ints, Ints]:
+        """Find all pairs of positions that belong together. Time and memory grow with the batch alone."""
+        first_contents, second_contents = self._pairs.first.contents[first], self._pairs.second.contents[second]
+        starts = self._relation.indptr[first_contents]
+        position, entries = concatenated_ranges(starts, self._relation.indptr[first_contents + 1] - starts)
+        which, others = _equal_pairs(self._relation.indices[entries], second_contents)
+        return position[which], others
+
+    def _mixed_positives(self, first: Ints, second: Ints) -> tuple[Ints, Ints]:
+        """Find all pairs of mixed items whose first items belong together, and whose second items do too."""
+        half = len(first) // 2
+        pairs = [self._positives(first[part], second[part]) for part in (slice(half), slice(half, None))]
+        of_first, of_second = (left * half + right for left, right in pairs)
+        left, right = np.divmod(np.intersect1d(of_first, of_second, assume_unique=True), half)
+        return left, right
 
     def _excluded(
         self, first: Ints, second: Ints, positives: tuple[Ints, Ints], negatives: HardNegatives
@@ -175,13 +195,24 @@ class PairBatches:
         left, right = np.divmod(np.setdiff1d(near, own, assume_unique=True), len(second))
         return left, right
 
-    def _positives(self, first: Ints, second: Ints) -> tuple[Ints, Ints]:
-        """Find all pairs of positions that belong together. Time and memory grow with the batch alone."""
-        first_contents, second_contents = self._pairs.first.contents[first], self._pairs.second.contents[second]
-        starts = self._relation.indptr[first_contents]
-        position, entries = concatenated_ranges(starts, self._relation.indptr[first_contents + 1] - starts)
-        which, others = _equal_pairs(self._relation.indices[entries], second_contents)
-        return position[which], others
+
+@dataclass(frozen=True, kw_only=True)
+class _Draws:
+    """What is drawn for one epoch of S training samples.
+
+    Args:
+        order_S: numbers of the samples in the training part, in the order of the batches.
+        first_S: position in `Pairs.first` of the item that stands for each sample.
+        second_S: as `first_S`, in `Pairs.second`.
+        mixes: lambda of mixup of each batch; None without mixup.
+        views: number of the view of each row of both features, where views are drawn.
+    """
+
+    order_S: Ints
+    first_S: Ints
+    second_S: Ints
+    mixes: Array | Sequence[None]
+    views: Sequence[Ints | None]
 
 
 def _check_fits(batch_size: int, num_samples: int, num_negatives: int, negatives: HardNegatives) -> None:
