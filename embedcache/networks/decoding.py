@@ -98,10 +98,10 @@ def decode_hybrid(
 
 
 class _BeamSearch:
-    """State of a beam search over B items that are not finished, with up to K hypotheses each, all of one length.
+    """State of a beam search over N items: the hypotheses of those that are not finished, and the best completed ones.
 
-    An item with fewer than K hypotheses has rows that are not live. The attention decoder sees the live ones only, one
-    after another, so that a hypothesis has another number there: `_parents_BK` has the number of its parent.
+    B items are not finished, and each has up to K hypotheses, all of one length; an item with fewer has rows that are
+    not live. One step is `attend`, `complete`, `extend`.
     """
 
     def __init__(
@@ -116,10 +116,11 @@ class _BeamSearch:
         num_items, device = len(caps_B), caps_B.device
         self._ctc, self._step, self._ctc_weight, self._beam = ctc, step, ctc_weight, beam
         self._num_symbols, self._caps_B = num_symbols, caps_B
-        self._items_B = torch.arange(num_items, device=device)
+        self._items_B = torch.arange(num_items, device=device)  # number of each among all N
         self._prefixes_BKL = torch.full((num_items, 1, 1), num_symbols - 1, device=device)  # END first
         self._attention_BK = torch.zeros((num_items, 1), dtype=torch.float64, device=device)
         self._is_live_BK = torch.ones((num_items, 1), dtype=torch.bool, device=device)
+        # Number of the extended hypothesis in the attention decoder's last call, which has the live ones only.
         self._parents_BK = self._items_B[:, None]
         # The best completed hypothesis of every item: score, score by CTC, score by attention; symbols; length.
         self._best_3N = torch.full((3, num_items), -torch.inf, dtype=torch.float64, device=device)
@@ -173,32 +174,17 @@ class _BeamSearch:
     def extend(self, next_BKC: Tensor) -> None:
         """Replace the hypotheses by their best extensions; drop those that cannot win, and finished items."""
         attention_BKC = self._attention_BK[:, :, None] + next_BKC
-        score_BKC = self._score_extensions(attention_BKC)
-        ranked_BK, index_BK = torch.sort(score_BKC.flatten(1), dim=1, descending=True, stable=True)
-        is_live_BK = (ranked_BK > self._best_score_B[:, None])[:, : self._beam]
-        width = int(is_live_BK.sum(dim=1).max()) if len(is_live_BK) else 0
-        rows = torch.nonzero(is_live_BK.any(dim=1))[:, 0]  # of the items that are not finished by now
-        index_BK = index_BK[rows, :width]
-        parents_BK, symbols_BK = index_BK // self._num_symbols, index_BK % self._num_symbols
-        numbers_BK = (self._is_live_BK.flatten().cumsum(0) - 1).view_as(self._is_live_BK)  # in the decoder's last call
-        self._parents_BK = numbers_BK[rows].gather(1, parents_BK)
-        self._is_live_BK = is_live_BK[rows, :width]
-        self._attention_BK = attention_BKC[rows].flatten(1).gather(1, index_BK)
-        chosen_BKL = self._prefixes_BKL[rows[:, None], parents_BK]
-        self._prefixes_BKL = torch.cat([chosen_BKL, symbols_BK[:, :, None]], dim=2)
+        rows, best_BK, can_win_BK = self._find_best_extensions(attention_BKC)
+        parents_BK, symbols_BK = best_BK // self._num_symbols, best_BK % self._num_symbols
+        self._parents_BK = self._number_live()[rows].gather(1, parents_BK)
+        self._is_live_BK = can_win_BK
+        self._attention_BK = attention_BKC[rows].flatten(1).gather(1, best_BK)
+        self._prefixes_BKL = torch.cat([self._prefixes_BKL[rows[:, None], parents_BK], symbols_BK[:, :, None]], dim=2)
         if self._ctc is not None and len(rows):
             if len(rows) < len(self._items_B):
                 self._ctc.select(rows)
             self._ctc.extend(parents_BK, symbols_BK)
         self._items_B, self._caps_B = self._items_B[rows], self._caps_B[rows]
-
-    def _score_extensions(self, attention_BKC: Tensor) -> Tensor:
-        """Return the score of each hypothesis with one more symbol: (B, K, C); -inf where it must not be extended."""
-        ctc_BKC = torch.zeros_like(attention_BKC) if self._ctc is None else self._ctc.score_extensions()
-        score_BKC = self._mix(ctc_BKC, attention_BKC).masked_fill(~self._is_live_BK[:, :, None], -torch.inf)
-        score_BKC[:, :, [BLANK, self._num_symbols - 1]] = -torch.inf
-        score_BKC[self._caps_B <= self._length] = -torch.inf
-        return score_BKC
 
     def results(self) -> list[Hypothesis]:
         """Return the best completed hypothesis of every item."""
@@ -212,6 +198,33 @@ class _BeamSearch:
             )
             for row, length, score, ctc, attention in zip(symbols, lengths, *self._best_3N.tolist(), strict=True)
         ]
+
+    def _find_best_extensions(self, attention_BKC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which items remain, the best extensions of their hypotheses, and which of these can still win.
+
+        Extension k C + c appends symbol c to hypothesis k; of equal scores the lower number is first. An item is
+        finished once none scores above its best completed hypothesis.
+        """
+        score_BKC = self._score_extensions(attention_BKC)
+        score_BK, best_BK = (
+            ranked[:, : self._beam] for ranked in torch.sort(score_BKC.flatten(1), dim=1, descending=True, stable=True)
+        )
+        can_win_BK = score_BK > self._best_score_B[:, None]
+        rows = torch.nonzero(can_win_BK.any(dim=1))[:, 0]
+        width = int(can_win_BK.sum(dim=1).max()) if len(can_win_BK) else 0
+        return rows, best_BK[rows, :width], can_win_BK[rows, :width]
+
+    def _number_live(self) -> Tensor:
+        """Return the number of each live hypothesis in the attention decoder's last call: (B, K)."""
+        return (self._is_live_BK.flatten().cumsum(0) - 1).view_as(self._is_live_BK)
+
+    def _score_extensions(self, attention_BKC: Tensor) -> Tensor:
+        """Return the score of each hypothesis with one more symbol: (B, K, C); -inf where it must not be extended."""
+        ctc_BKC = torch.zeros_like(attention_BKC) if self._ctc is None else self._ctc.score_extensions()
+        score_BKC = self._mix(ctc_BKC, attention_BKC).masked_fill(~self._is_live_BK[:, :, None], -torch.inf)
+        score_BKC[:, :, [BLANK, self._num_symbols - 1]] = -torch.inf
+        score_BKC[self._caps_B <= self._length] = -torch.inf
+        return score_BKC
 
     def _mix(self, ctc: Tensor, attention: Tensor) -> Tensor:
         """Return the weighted sum; a score without weight is 0."""
