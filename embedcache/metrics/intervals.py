@@ -51,17 +51,17 @@ def bootstrap_means(
 ) -> list[Estimate]:
     """Compute `bootstrap_mean` of each of K columns, on the same resamples."""
     kinds = _find_kinds(list(values_MK.T), clusters)
-    values_VK, count_F = values_MK[kinds.rows], np.bincount(kinds.kinds)
-    sum_FK = np.stack([np.bincount(kinds.kinds, weights=column.astype(np.float64)) for column in values_VK.T], axis=1)
-    draws = _resamples(kinds.counts, num_draws, seed)
-    means = [weight_BF @ sum_FK / (weight_BF @ count_F)[:, None] for weight_BF in draws]
+    values_VK, size_F = values_MK[kinds.rows_V], np.bincount(kinds.kind_V)
+    sum_FK = np.stack([np.bincount(kinds.kind_V, weights=column.astype(np.float64)) for column in values_VK.T], axis=1)
+    resamples = _resamples(kinds.count_F, num_draws, seed)
+    means = [weight_BF @ sum_FK / (weight_BF @ size_F)[:, None] for weight_BF in resamples]
     return _estimates(values_MK.mean(axis=0, dtype=np.float64), np.concatenate(means))
 
 
 def bootstrap_median(values: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
     """Compute a median, the lower of the two middle values, with an interval as in `bootstrap_mean`."""
     kinds = _find_kinds([values], clusters)
-    values_V = values[kinds.rows]
+    values_V = values[kinds.rows_V]
     order_V = np.argsort(values_V)
 
     def median(weights_V: Array) -> float:
@@ -79,7 +79,7 @@ def bootstrap_class_mean(
     `labels` are (M,) int from 0, the class of each value; classes without a value are left out.
     """
     kinds = _find_kinds([values, labels], clusters)
-    values_V, labels_V = values[kinds.rows].astype(np.float64), labels[kinds.rows]
+    values_V, labels_V = values[kinds.rows_V].astype(np.float64), labels[kinds.rows_V]
 
     def class_mean(weights_V: Array) -> float:
         sums, counts = np.bincount(labels_V, weights=weights_V * values_V), np.bincount(labels_V, weights=weights_V)
@@ -164,28 +164,28 @@ def bootstrap(
     return _bootstrap(statistic, _each(cluster_M, count_G), num_draws, seed)
 
 
-class _Kinds(NamedTuple):
-    """Clusters grouped by kind: those of one kind have equal values, so one of them stands for all.
-
-    Args:
-        rows: (V,) rows of the values of one cluster of each kind.
-        kinds: (V,) kind of each of these values, from 0.
-        counts: (F,) number of clusters of each kind.
-    """
-
-    rows: Ints | slice
-    kinds: Ints
-    counts: Ints
-
-
-def _bootstrap(statistic: Callable[[Array], float], kinds: _Kinds, num_draws: int, seed: int) -> Estimate:
-    resamples = _resamples(kinds.counts, num_draws, seed)
-    draws = [statistic(weight_F[kinds.kinds]) for weight_BF in resamples for weight_F in weight_BF]
-    value = statistic(kinds.counts[kinds.kinds].astype(np.float64))
+def _bootstrap(statistic: Callable[[Array], float], kinds: "_ClusterKinds", num_draws: int, seed: int) -> Estimate:
+    resamples = _resamples(kinds.count_F, num_draws, seed)
+    draws = [statistic(weight_F[kinds.kind_V]) for weight_BF in resamples for weight_F in weight_BF]
+    value = statistic(kinds.count_F[kinds.kind_V].astype(np.float64))
     return _estimates(np.array([value]), np.array(draws)[:, None])[0]
 
 
-def _find_kinds(columns: Sequence[Array], clusters: Ints | None) -> _Kinds:
+class _ClusterKinds(NamedTuple):
+    """Clusters by kind: those of one kind have equal values, and the values of one of them stand for all.
+
+    Args:
+        rows_V: rows of the values of one cluster of each kind.
+        kind_V: kind of each of these values, from 0.
+        count_F: number of clusters of each kind.
+    """
+
+    rows_V: Ints | slice
+    kind_V: Ints
+    count_F: Ints
+
+
+def _find_kinds(columns: Sequence[Array], clusters: Ints | None) -> _ClusterKinds:
     """Group clusters that are equal in all columns, (M,) each, if there are far fewer kinds than clusters.
 
     Else each cluster is a kind of its own, as it also is if there are so few that resampling them is fast.
@@ -193,28 +193,39 @@ def _find_kinds(columns: Sequence[Array], clusters: Ints | None) -> _Kinds:
     cluster_M, count_G = _clusters(clusters, len(columns[0]))
     if len(count_G) <= _MANY_CLUSTERS:
         return _each(cluster_M, count_G)
-    number_M = _number_rows(columns)
-    if _CLUSTERS_PER_KIND * (int(number_M.max()) + 1) > len(count_G) * int(count_G.max()):  # too many, however arranged
-        return _each(cluster_M, count_G)
-    # Within a cluster values are sorted, so that equal clusters have equal sequences of row numbers.
-    order_M, start_G = np.lexsort((number_M, cluster_M)), np.cumsum(count_G) - count_G
-    found, counts = [], []
+    return _group_equal(_number_rows(columns), cluster_M, count_G) or _each(cluster_M, count_G)
+
+
+def _each(cluster_M: Ints, count_G: Ints) -> _ClusterKinds:
+    """Return each cluster as a kind of its own."""
+    return _ClusterKinds(slice(None), cluster_M, np.broadcast_to(np.int64(1), count_G.shape))
+
+
+def _group_equal(number_M: Ints, cluster_M: Ints, count_G: Ints) -> _ClusterKinds | None:
+    """Group clusters of equal values, given as numbers; None: more than a sixteenth of the clusters differ.
+
+    Args:
+        number_M: number of each value; equal values have equal numbers.
+        cluster_M: number of each value's cluster.
+        count_G: number of values of each cluster.
+    """
+    num_values, largest = int(number_M.max()) + 1, int(count_G.max())
+    if _CLUSTERS_PER_KIND * num_values > len(count_G) * largest:  # a kind holds at most `largest` of these values
+        return None
+    order_M = np.lexsort((number_M, cluster_M))  # sorted within a cluster, so that equal clusters are equal sequences
+    start_G = np.cumsum(count_G) - count_G
+    examples, counts = [], []
     for size in distinct(count_G).tolist():
         of_size = np.flatnonzero(count_G == size)
-        kind = _number_rows(number_M[order_M[start_G[of_size] + place]] for place in range(size))
-        _, first, count = np.unique(kind, return_index=True, return_counts=True)
-        found.append(of_size[first])
+        sequence = _number_rows(number_M[order_M[start_G[of_size] + place]] for place in range(size))
+        _, first, count = np.unique(sequence, return_index=True, return_counts=True)
+        examples.append(of_size[first])
         counts.append(count)
-    found_F, counts_F = np.concatenate(found), np.concatenate(counts)
-    if _CLUSTERS_PER_KIND * len(found_F) > len(count_G):
-        return _each(cluster_M, count_G)
-    kinds_V, places_V = concatenated_ranges(start_G[found_F], count_G[found_F])
-    return _Kinds(order_M[places_V], kinds_V, counts_F)
-
-
-def _each(cluster_M: Ints, count_G: Ints) -> _Kinds:
-    """Return each cluster as a kind of its own."""
-    return _Kinds(slice(None), cluster_M, np.broadcast_to(np.int64(1), count_G.shape))
+    example_F = np.concatenate(examples)  # a cluster of each kind
+    if _CLUSTERS_PER_KIND * len(example_F) > len(count_G):
+        return None
+    kind_V, place_V = concatenated_ranges(start_G[example_F], count_G[example_F])
+    return _ClusterKinds(order_M[place_V], kind_V, np.concatenate(counts))
 
 
 def _number_rows(columns: Iterable[Array]) -> Ints:
@@ -243,13 +254,13 @@ def _clusters(clusters: Ints | None, num_values: int) -> tuple[Ints, Ints]:
     return cluster_M, np.bincount(cluster_M)
 
 
-def _resamples(counts_F: Ints, num_draws: int, seed: int) -> Iterator[Ints]:
-    """Iterate over blocks of resamples: how often each kind of cluster is drawn, (B, F)."""
-    rng, num_clusters = np.random.default_rng(seed), int(counts_F.sum())
-    for block in blocks(num_draws, max(1, _DRAWS_PER_BLOCK // len(counts_F))):
+def _resamples(count_F: Ints, num_draws: int, seed: int) -> Iterator[Ints]:
+    """Iterate over blocks of resamples: how often a cluster of each kind is drawn, (B, F)."""
+    rng, num_clusters = np.random.default_rng(seed), int(count_F.sum())
+    for block in blocks(num_draws, max(1, _DRAWS_PER_BLOCK // len(count_F))):
         count = block.stop - block.start
-        if len(counts_F) < num_clusters:
-            yield rng.multinomial(num_clusters, counts_F / num_clusters, size=count)
+        if len(count_F) < num_clusters:
+            yield rng.multinomial(num_clusters, count_F / num_clusters, size=count)
             continue
         drawn_BG = rng.integers(num_clusters, size=(count, num_clusters))
         places_BG = drawn_BG + num_clusters * np.arange(count)[:, None]
