@@ -246,14 +246,7 @@ def measure_coverage(
     is_selected_N = _is_selected(pool, settings.selection)
     opened = open_concepts(Cache(concepts), pool, label=settings.label)
     background = estimate_background(opened.vectors, pool.sample(max(SAMPLE, settings.k)), settings.k)
-    thresholds = background.thresholds(settings.deviations)
-    if settings.threshold is not None:
-        thresholds = np.full_like(thresholds, settings.threshold)
-    elif not background.has_spread:
-        raise DataError(
-            f"threshold: expected {noun(pool.modality)} of {pool.cache.path} that differ, to calibrate thresholds by, "
-            f"got {background.num_items:,} of about the same similarity to each concept; give a threshold"
-        )
+    thresholds = _thresholds(background, pool, settings)
     nearest, cosines = top_k(
         opened.vectors, opened.vectors, min(_NUM_NEAREST, len(opened.names) - 1), exclude_self=True
     )
@@ -303,6 +296,19 @@ def _open_pool(cache_path: AnyPath, settings: CoverageSettings) -> Vectors:
             f"{pool.feature.name}, got {settings.k}"
         )
     return pool
+
+
+def _thresholds(background: Background, pool: Vectors, settings: CoverageSettings) -> Floats:
+    """Return the threshold of each concept: the given one, or calibrated by the background: (C,)."""
+    calibrated_C = background.thresholds(settings.deviations)
+    if settings.threshold is not None:
+        return np.full_like(calibrated_C, settings.threshold)
+    if not background.has_spread:
+        raise DataError(
+            f"threshold: expected {noun(pool.modality)} of {pool.cache.path} that differ, to calibrate thresholds by, "
+            f"got {background.num_items:,} of about the same similarity to each concept; give a threshold"
+        )
+    return calibrated_C
 
 
 def _is_selected(pool: Vectors, selection: Path | str | None) -> Bools | None:

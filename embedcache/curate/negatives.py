@@ -30,6 +30,8 @@ from embedcache.metrics.neighbors import top_k
 from embedcache.outputs import check_table_output
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import PairConfig, read_config, split_path
+from embedcache.search.card import IndexCard
+from embedcache.search.faiss_index import RowIndex
 from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings, to_json
 from embedcache.store.cache import Cache
@@ -244,52 +246,76 @@ class _Mining:
 
     def _mine(self, samples_B: Ints, rows_B: Ints, rng: np.random.Generator) -> tuple[Ints, Floats]:
         """Find the negatives of some samples by one item of each: (B, K) samples, -1: none, and their cosines."""
-        settings = self.settings
         queries_BP = self._query_vectors.read(rows_B)
-        found_BK, scores_BK = self._neighbors(samples_B, queries_BP)
+        if self._index is None:
+            found_BK, scores_BK = self._compare_all(self.groups_S[samples_B], queries_BP)
+        else:
+            found_BK, scores_BK = self._search_index(self.groups_S[samples_B], queries_BP, *self._index)
         rank_BK = np.cumsum(found_BK >= 0, axis=1) - 1
+        is_kept_BK = self._is_in_range(found_BK, scores_BK, rank_BK)
+        if self.settings.run is not None:
+            is_kept_BK &= self._is_below_margins(scores_BK, self._own_scores(samples_B, queries_BP))
+        return self._choose(np.where(is_kept_BK, found_BK, -1), scores_BK, rank_BK, rng)
+
+    def _is_in_range(self, found_BK: Ints, scores_BK: Floats, rank_BK: Ints) -> Bools:
+        """Return which neighbors have ranks and scores within the settings; an item's sample counts once: (B, K)."""
+        settings = self.settings
         is_kept_BK = (found_BK >= 0) & (rank_BK >= settings.range_min) & (rank_BK < settings.last_rank)
         is_kept_BK &= _is_first(found_BK)
         if settings.max_score is not None:
             is_kept_BK &= scores_BK <= settings.max_score
         if settings.min_score is not None:
             is_kept_BK &= scores_BK >= settings.min_score
-        if settings.run is not None:
-            own_B = self._own_scores(samples_B, queries_BP)
-            highest_B = own_B - np.abs(own_B) * (settings.relative_margin or 0) - (settings.absolute_margin or 0)
-            if settings.relative_margin is not None or settings.absolute_margin is not None:
-                is_kept_BK &= scores_BK <= highest_B[:, None]
-        order_BK = rng.random(found_BK.shape) if settings.sampling == "random" else rank_BK.astype(np.float64)
-        chosen_BK = np.argsort(np.where(is_kept_BK, order_BK, np.inf), axis=1, kind="stable")
-        chosen_BK = np.sort(chosen_BK[:, : settings.num_negatives], axis=1)
-        found_BK = np.where(is_kept_BK, found_BK, -1)
+        return is_kept_BK
+
+    def _is_below_margins(self, scores_BK: Floats, own_B: Floats) -> Bools:
+        """Return which scores are below that of the own pair by the margins, or all if there are none: (B, K)."""
+        relative, absolute = self.settings.relative_margin, self.settings.absolute_margin
+        if relative is None and absolute is None:
+            return np.ones(scores_BK.shape, bool)
+        highest_B = own_B - np.abs(own_B) * (relative or 0) - (absolute or 0)
+        return scores_BK <= highest_B[:, None]
+
+    def _choose(
+        self, found_BK: Ints, scores_BK: Floats, rank_BK: Ints, rng: np.random.Generator
+    ) -> tuple[Ints, Floats]:
+        """Choose as many negatives as the settings say, the nearest or at random: samples and cosines, best first.
+
+        Fewer are padded: samples with -1, cosines with 0.
+        """
+        num_negatives = self.settings.num_negatives
+        order_BK = rng.random(found_BK.shape) if self.settings.sampling == "random" else rank_BK.astype(np.float64)
+        chosen_BK = np.argsort(np.where(found_BK >= 0, order_BK, np.inf), axis=1, kind="stable")
+        chosen_BK = np.sort(chosen_BK[:, :num_negatives], axis=1)
         negatives_BK = np.take_along_axis(found_BK, chosen_BK, axis=1)
         scores_BK = np.take_along_axis(scores_BK, chosen_BK, axis=1)
-        missing = settings.num_negatives - negatives_BK.shape[1]  # fewer candidates than negatives
+        missing = num_negatives - negatives_BK.shape[1]  # fewer candidates than negatives
         return (
             np.pad(negatives_BK, ((0, 0), (0, missing)), constant_values=-1),
             np.pad(scores_BK, ((0, 0), (0, missing))),
         )
 
-    def _neighbors(self, samples_B: Ints, queries_BP: Floats) -> tuple[Ints, Floats]:
+    def _compare_all(self, groups_B: Ints, queries_BP: Floats) -> tuple[Ints, Floats]:
         """Return the samples of the nearest items of other groups, best first, -1: none, and their cosines: (B, K)."""
-        settings, groups_B = self.settings, self.groups_S[samples_B]
-        if self._index is None:
-            groups_C = self.groups_S[self._candidates.samples]
-            k = min(settings.last_rank, len(groups_C))
-            places_BK, scores_BK = np.empty((len(groups_B), k), np.int64), np.empty((len(groups_B), k), np.float32)
-            for part in blocks(len(groups_B), _QUERIES_PER_STEP):
-                places_BK[part], scores_BK[part] = top_k(
-                    queries_BP[part],
-                    self._candidate_vectors,
-                    k,
-                    groups=(groups_B[part], groups_C),
-                    products=products_on(settings.device),
-                )
-                self.progress.advance(part.stop - part.start)
-            return np.where(np.isfinite(scores_BK), self._candidates.samples[places_BK], -1), scores_BK
-        index, card = self._index
-        k = min(2 * settings.last_rank + 64, len(index))  # some are of the query's group, or not selected
+        groups_C = self.groups_S[self._candidates.samples]
+        k = min(self.settings.last_rank, len(groups_C))
+        places_BK, scores_BK = np.empty((len(groups_B), k), np.int64), np.empty((len(groups_B), k), np.float32)
+        for part in blocks(len(groups_B), _QUERIES_PER_STEP):
+            places_BK[part], scores_BK[part] = top_k(
+                queries_BP[part],
+                self._candidate_vectors,
+                k,
+                groups=(groups_B[part], groups_C),
+                products=products_on(self.settings.device),
+            )
+            self.progress.advance(part.stop - part.start)
+        return np.where(np.isfinite(scores_BK), self._candidates.samples[places_BK], -1), scores_BK
+
+    def _search_index(
+        self, groups_B: Ints, queries_BP: Floats, index: RowIndex, card: IndexCard
+    ) -> tuple[Ints, Floats]:
+        """Search as `_compare_all` does; -1 also between others, for items of the own group and those not selected."""
+        k = min(2 * self.settings.last_rank + 64, len(index))  # more than are needed
         scores_BK, rows_BK = index.search(queries_BP, k, card.search)
         self.progress.advance(len(groups_B))
         places_BK = np.searchsorted(self._candidates.rows, rows_BK).clip(max=len(self._candidates.rows) - 1)

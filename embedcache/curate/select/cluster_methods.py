@@ -226,19 +226,21 @@ class KCenterSelector:
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select the samples, after a report of how long it will take. Memory: the vectors of the candidates."""
         assert isinstance(settings.budget, int)
-        num_drawn = settings.candidates or max(_CANDIDATES, 2 * settings.budget)
-        if num_drawn < settings.budget:
-            raise SettingError(f"candidates: expected at least the budget of {settings.budget:,}, got {num_drawn:,}")
-        drawn = np.random.default_rng(settings.seed).permutation(len(pool.samples))[:num_drawn]
-        vectors_NP = pool.vectors.read(pool.first_items()[drawn], pool.progress)
+        num_candidates = settings.candidates or max(_CANDIDATES, 2 * settings.budget)
+        if num_candidates < settings.budget:
+            raise SettingError(
+                f"candidates: expected at least the budget of {settings.budget:,}, got {num_candidates:,}"
+            )
+        candidates = np.random.default_rng(settings.seed).permutation(len(pool.samples))[:num_candidates]
+        vectors_NP = pool.vectors.read(pool.first_items()[candidates], pool.progress)
         num_pairs = settings.budget * len(vectors_NP)
         note_duration(pool.progress, "choosing samples", num_pairs, vectors_NP.shape[1], timed=_TIMED)
         chosen, cosines = farthest_first(vectors_NP, settings.budget, progress=pool.progress)
-        order = np.argsort(drawn[chosen])
+        order = np.argsort(candidates[chosen])
         reasons = [
             f"number {n + 1} of those drawn, cosine {cosines[n]:.3f} to the nearest before" for n in order.tolist()
         ]
-        return Selection(rows=pool.samples[drawn[chosen[order]]], reasons=reasons)
+        return Selection(rows=pool.samples[candidates[chosen[order]]], reasons=reasons)
 
 
 def farthest_first(vectors_NP: Floats, size: int, *, progress: Progress | None = None) -> tuple[Ints, Floats]:

@@ -37,32 +37,36 @@ def match_words(captions: Iterable[tuple[Ints, Sequence[str]]], names: Sequence[
         captions: the sample of each caption (B,), and the captions, per block.
         names: names of the concepts.
     """
-    known, codes = _Names(names), [np.empty(0, np.int64)]
+    trie, codes = _NameTrie(names), [np.empty(0, np.int64)]
     for samples_B, texts in captions:
-        caption_M, concept_M = known.find(texts)
+        caption_M, concept_M = trie.find(texts)
         codes.append(distinct(samples_B[caption_M] * len(names) + concept_M))
     return Matches(*np.divmod(distinct(np.concatenate(codes)), max(1, len(names))))
 
 
-class _Names:
-    """A tree of names, word by word: node 0 is that of no words, and the others follow a node after a word."""
+class _NameTrie:
+    """A trie of names, one word per edge; node 0 is the root. All texts of a block are looked up at once.
+
+    An edge is the key `node * number of words + number of the word`; keys are sorted, and `_children` has the node that
+    each leads to. The names that end in node i are `_concepts[_starts[i] : _starts[i + 1]]`.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._words = {_END: -1}
-        following: dict[tuple[int, int], int] = {}
-        nodes = []
+        child_of: dict[tuple[int, int], int] = {}
+        nodes = []  # where each name ends
         for name in names:
             node = 0
             for word in _words(name):
                 number = self._words.setdefault(word, len(self._words))
-                node = following.setdefault((node, number), len(following) + 1)
+                node = child_of.setdefault((node, number), len(child_of) + 1)
             nodes.append(node)
-        keys = np.array([node * len(self._words) + number for node, number in following], np.int64)
+        keys = np.array([node * len(self._words) + number for node, number in child_of], np.int64)
         order = np.argsort(keys)
-        self._keys = np.append(keys[order], np.iinfo(np.int64).max)  # of a node and a word
-        self._nodes = np.append(1 + order, 0)  # that follow
+        self._keys = np.append(keys[order], np.iinfo(np.int64).max)
+        self._children = np.append(1 + order, 0)
         self._concepts = np.argsort(nodes, kind="stable")
-        self._edges = np.searchsorted(np.array(nodes)[self._concepts], np.arange(len(following) + 2))
+        self._starts = np.searchsorted(np.array(nodes)[self._concepts], np.arange(len(child_of) + 2))
 
     def find(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
         """Find all names in texts: the text and the concept of each, (M,) each."""
@@ -75,9 +79,9 @@ class _Names:
         while len(first_X):
             key_X = node_X * len(self._words) + number_T[first_X + length]
             place_X = np.searchsorted(self._keys, key_X)
-            is_name_X = self._keys[place_X] == key_X  # or the beginning of one
-            first_X, node_X, length = first_X[is_name_X], self._nodes[place_X[is_name_X]], length + 1
-            which, concept = concatenated_ranges(self._edges[node_X], self._edges[node_X + 1] - self._edges[node_X])
+            is_edge_X = self._keys[place_X] == key_X
+            first_X, node_X, length = first_X[is_edge_X], self._children[place_X[is_edge_X]], length + 1
+            which, concept = concatenated_ranges(self._starts[node_X], self._starts[node_X + 1] - self._starts[node_X])
             found.append((text_T[first_X[which]], self._concepts[concept]))
         return np.concatenate([text for text, _ in found]), np.concatenate([concept for _, concept in found])
 
@@ -207,26 +211,33 @@ class MetaclipSelector:
             matches = match_words(pool.texts(), names)
         else:
             matches = match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors, settings.threshold)
-        step = "match by cosine with --threshold" if settings.threshold is None else "lower --threshold"
-        if not len(matches.samples_M):
-            raise DataError(
-                f"expected samples that match one of {len(names):,} concepts, such as {names[0]!r}, got none of "
-                f"{len(pool.samples):,}; {step}, or give other concepts"
-            )
-        first_matches_S, heads_S = lowest_heads(matches, seed=settings.seed)
-        if settings.budget is not None and settings.budget > len(first_matches_S):
-            raise DataError(
-                f"budget: expected at most the {len(first_matches_S):,} of {len(pool.samples):,} samples that match "
-                f"one of {len(names):,} concepts, got {settings.budget:,}; lower it, or {step}"
-            )
-        if isinstance(settings.budget, int):
-            chosen = first_matches_S[np.argsort(heads_S, kind="stable")[: settings.budget]]
-        else:
-            chosen = first_matches_S[heads_S < settings.head]
-        chosen = chosen[np.argsort(matches.samples_M[chosen])]
+        kept = np.sort(_balance(matches, pool, settings))  # matches are sorted by sample
         counts_C = np.bincount(matches.concepts_M)
-        reasons = [f"concept {names[c]!r}, one of {counts_C[c]:,} matches" for c in matches.concepts_M[chosen].tolist()]
-        return Selection(rows=matches.samples_M[chosen], reasons=reasons)
+        reasons = [
+            f"concept {names[concept]!r}, one of {counts_C[concept]:,} matches"
+            for concept in matches.concepts_M[kept].tolist()
+        ]
+        return Selection(rows=matches.samples_M[kept], reasons=reasons)
+
+
+def _balance(matches: Matches, pool: Pool, settings: SelectSettings) -> Ints:
+    """Choose the kept samples, each by the first of its matches that is kept: positions of these matches."""
+    num_concepts, num_samples = len(pool.concepts.names), len(pool.samples)
+    step = "match by cosine with --threshold" if settings.threshold is None else "lower --threshold"
+    if not len(matches.samples_M):
+        raise DataError(
+            f"expected samples that match one of {num_concepts:,} concepts, such as {pool.concepts.names[0]!r}, got "
+            f"none of {num_samples:,}; {step}, or give other concepts"
+        )
+    first_matches_S, heads_S = lowest_heads(matches, seed=settings.seed)
+    if settings.budget is not None and settings.budget > len(first_matches_S):
+        raise DataError(
+            f"budget: expected at most the {len(first_matches_S):,} of {num_samples:,} samples that match one of "
+            f"{num_concepts:,} concepts, got {settings.budget:,}; lower it, or {step}"
+        )
+    if isinstance(settings.budget, int):
+        return first_matches_S[np.argsort(heads_S, kind="stable")[: settings.budget]]
+    return first_matches_S[heads_S < settings.head]
 
 
 def lowest_heads(matches: Matches, *, seed: int) -> tuple[Ints, Array]:

@@ -130,15 +130,25 @@ def select(
     check_method_settings(method, selector, settings)
     pool = Pool(cache, settings.modality or selector.modality or "image", settings, progress=progress)
     num_pool = len(pool.samples)
-    budget = settings.budget
+    settings = replace(settings, budget=_count_budget(settings.budget, num_pool))
+    selection = selector.select(pool, settings)
+    write_selection(out, pool.cache, selection, _record(method, pool, settings), progress=progress)
+    return SelectReport(path=out, num_selected=len(selection.rows), num_pool=num_pool)
+
+
+def _count_budget(budget: int | float | None, num_pool: int) -> int | None:
+    """Return a budget as a number of samples, of a fraction one at least; `SettingError` if the pool has fewer."""
     if isinstance(budget, float):
         budget = max(1, round(budget * num_pool))
     if budget is not None and budget > num_pool:
         raise SettingError(f"budget: expected at most the {num_pool:,} samples of the pool, got {budget:,}")
-    settings = replace(settings, budget=budget)
-    selection = selector.select(pool, settings)
+    return budget
+
+
+def _record(method: str, pool: Pool, settings: SelectSettings) -> dict[str, Any]:
+    """Return what was selected by, as the metadata of the selection; with scores no vectors are compared."""
     inputs = settings.inputs()
-    record = {
+    return {
         "method": method,
         "settings": settings.method_json(),
         **({"scores": inputs["scores"]} if "scores" in inputs else {}),
@@ -147,8 +157,6 @@ def select(
         "within": None if settings.selection is None else str(settings.selection),
         **{name: inputs.get(name) for name in ("concepts", "target", "run")},
     }
-    write_selection(out, pool.cache, selection, record, progress=progress)
-    return SelectReport(path=out, num_selected=len(selection.rows), num_pool=num_pool)
 
 
 _INPUTS = {

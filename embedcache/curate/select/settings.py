@@ -22,7 +22,7 @@ METHOD_SETTINGS = (
     "at_least",
     "at_most",
 )
-"""A method may refuse these."""
+"""Settings that only some methods use: one that is set, and that the method does not accept, is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
