@@ -1,6 +1,8 @@
 """Local paths and URLs (`s3://bucket/folder`, `gs://`, `https://`), and atomic writes."""
 
 import errno
+import glob
+import ipaddress
 import os
 import platform
 import re
@@ -9,8 +11,9 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 from uuid import uuid4
 
 from embedcache.errors import EmbedcacheError, PathError
@@ -25,6 +28,8 @@ TEXT_ENCODING = "utf-8-sig"
 
 _MAX_TEXT_BYTES = 2**28
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")
+_ADDRESS = re.compile(r"(://(?:[^/@]*@)?\[)([^\]/]*)")
+"""Beginning of a URL up to the IPv6 address of its host, and that address."""
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
 """Protocols of services that have no folders: an object appears with its whole path."""
 _PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
@@ -45,19 +50,21 @@ def open_path(location: AnyPath) -> Path:
 
     A URL becomes a `UPath` of universal-pathlib, which has the methods of `Path` and reads and writes through fsspec.
     Credentials, regions and endpoints come from the environment, as for the service's own tools. PathError if fsspec
-    does not know the protocol or the server does not answer, or if `::`, with which fsspec chains URLs, is in it.
+    does not know the protocol or the server does not answer, or if `::`, with which fsspec chains URLs, is in it but
+    not in an IPv6 address.
     """
     if isinstance(location, os.PathLike):
         location = os.fspath(location)
     if not is_url(str(location)):
         return Path(location)
-    if "::" in str(location):
+    location = write_addresses_in_full(str(location))
+    if "::" in location:
         raise PathError(f"expected one URL, got several chained by a double colon: {location}; name the file itself")
     upath = require("upath", extra="remote")
     try:
         # Other processes write there too. With concurrent parts, s3fs would ask for the size of each file it reads.
-        options = {"max_concurrency": 1} if str(location).startswith(("s3:", "s3a:")) else {}
-        path = upath.UPath(str(location), use_listings_cache=False, **options)
+        options = {"max_concurrency": 1} if location.startswith(("s3:", "s3a:")) else {}
+        path = upath.UPath(location, use_listings_cache=False, **options)
         path.fs  # noqa: B018  # imports the file system of the protocol
         path / "file"  # those of `data://` have no files
     except (ValueError, NotImplementedError, TypeError, LookupError, AttributeError) as error:
@@ -72,6 +79,29 @@ def open_path(location: AnyPath) -> Path:
 def is_url(location: str) -> bool:
     """Return whether a text is a URL, or one of fsspec's chains such as `simplecache::https://host/file`."""
     return "://" in location and _URL.match(location) is not None  # it is asked of each row of a table
+
+
+def write_addresses_in_full(locations: str) -> str:
+    """Write the IPv6 addresses of URLs without `::`, which joins URLs of shards and, in fsspec, chains URLs.
+
+    Args:
+        locations: a URL, or several with any text between them.
+
+    Raises:
+        PathError: a host in brackets is no IPv6 address.
+
+    Example:
+        >>> write_addresses_in_full("http://[::1]:8000/cache")
+        'http://[0000:0000:0000:0000:0000:0000:0000:0001]:8000/cache'
+    """
+
+    def in_full(url: re.Match[str]) -> str:
+        try:
+            return url[1] + ipaddress.IPv6Address(url[2]).exploded
+        except ValueError:
+            raise PathError(f"{locations}: expected an IPv6 address in brackets, got [{url[2]}]") from None
+
+    return _ADDRESS.sub(in_full, locations)
 
 
 def is_remote(path: Path) -> bool:
@@ -232,6 +262,23 @@ def put_file(file: Path, path: Path) -> None:
     flush(path.parent)
 
 
+def find_files(folder: Path, pattern: str) -> Iterator[Path]:
+    """Iterate over the files below a folder that match a pattern such as `*/zarr.json`; none if there is no folder.
+
+    Behind a URL, `Path.glob` would read a bracket, `?` or `*` in the URL as part of the pattern.
+    """
+    if not is_remote(folder):
+        yield from folder.glob(pattern)
+        return
+    parts = pattern.split("/")
+    while "*" not in parts[0]:
+        folder = folder / parts.pop(0)
+    for name in folder.fs.find(folder.path, maxdepth=len(parts)):  # type: ignore[attr-defined]
+        found = name.removeprefix(folder.path).removeprefix("/").split("/")  # type: ignore[attr-defined]
+        if len(found) == len(parts) and all(map(fnmatchcase, found, parts)):
+            yield folder.joinpath(*found)
+
+
 def user_folder() -> Path:
     """Return the folder of what is kept for a user: `EMBEDCACHE_HOME`, or `embedcache` in the user's cache folder."""
     home = os.environ.get("EMBEDCACHE_HOME")
@@ -241,7 +288,9 @@ def user_folder() -> Path:
 def folder_bytes(folder: Path) -> int:
     """Return the size of all files below a folder; 0 if there is none."""
     if is_remote(folder):
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        system: Any = folder.fs  # type: ignore[attr-defined]
+        sizes: list[int | None] = system.sizes(system.find(folder.path))  # type: ignore[attr-defined]
+        return sum(size for size in sizes if size)
     paths = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)  # noqa: PTH118
     return sum(os.stat(path).st_size for path in paths)  # noqa: PTH116  # of tens of thousands of chunks
 
@@ -309,9 +358,17 @@ def make_folder(path: Path) -> None:
         raise PathError(f"{path} is a file, or lies below one; give the path of a folder") from error
 
 
+def remove_file(path: Path, *, missing_ok: bool = False) -> None:
+    """Remove a file. Behind a URL, `Path.unlink` would remove those that match the URL as a pattern."""
+    if not is_remote(path):
+        path.unlink(missing_ok=missing_ok)
+    elif not (missing_ok and not path.exists()):
+        path.fs.rm(glob.escape(path.path))  # type: ignore[attr-defined]
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder and its content, as one step: under another name first, unless it is behind a URL."""
     if is_remote(path):
-        path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
+        path.fs.rm(glob.escape(path.path), recursive=True)  # type: ignore[attr-defined]
     else:
         shutil.rmtree(path.replace(partial_path(path)))

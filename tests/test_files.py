@@ -14,11 +14,14 @@ from embedcache.cli.console import read_lines
 from embedcache.errors import DataError, DiskFullError, EmbedcacheError, PathError, SettingError
 from embedcache.files import (
     building,
+    find_files,
+    folder_bytes,
     is_remote,
     make_folder,
     open_path,
     put_file,
     read_file,
+    remove_file,
     remove_folder,
     remove_partials,
     replacing,
@@ -191,6 +194,34 @@ def test_open_path_url() -> None:
 def test_open_path_chained_url_raises(url: str) -> None:
     with pytest.raises(PathError, match=f"expected one URL, got several chained by a double colon: {url}; name the"):
         open_path(url)
+
+
+def test_open_path_ipv6_url_is_not_chained() -> None:
+    full = "0000:0000:0000:0000:0000:0000:0000:0001"
+    for short in ("::1", "0::1", full):
+        assert str(open_path(f"http://[{short}]:8000/a")) == f"http://[{full}]:8000/a"
+    with pytest.raises(PathError, match=r"http://\[::x\]/a: expected an IPv6 address in brackets, got \[::x\]"):
+        open_path("http://[::x]/a")
+    with pytest.raises(PathError, match="several chained by a double colon"):
+        open_path("http://[::1]/a::b")
+
+
+def test_a_url_is_no_pattern() -> None:
+    folder, other = (open_path(f"memory://pattern/{name}") for name in ("photos [1]", "photos 1"))
+    for path in (folder, other):
+        for name in ("image/a/zarr.json", "image/b/zarr.json", "image/a/chunks/0.parquet", "image/zarr.json"):
+            write_atomic(path / name, b"{}")
+    found = sorted(str(path.relative_to(folder)) for path in find_files(folder, "*/*/zarr.json"))
+    assert found == ["image/a/zarr.json", "image/b/zarr.json"]
+    assert [path.name for path in find_files(folder, "image/a/chunks/*.parquet")] == ["0.parquet"]
+    assert not list(find_files(folder / "text", "*/zarr.json"))
+    assert folder_bytes(folder) == 8
+    remove_file(folder / "image" / "zarr.json")
+    remove_file(folder / "image" / "zarr.json", missing_ok=True)
+    remove_folder(folder / "image" / "a")
+    assert [str(path.relative_to(folder)) for path in find_files(folder, "*/*/zarr.json")] == ["image/b/zarr.json"]
+    assert folder_bytes(folder) == 2
+    assert folder_bytes(other) == 8
 
 
 def test_open_path_unknown_protocol_raises() -> None:

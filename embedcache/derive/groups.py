@@ -15,7 +15,7 @@ from embedcache.derive.chunks import ChunkReader
 from embedcache.derive.rules import Block, Rule
 from embedcache.encoders.open import DERIVED, EncoderSpec
 from embedcache.errors import SettingError
-from embedcache.files import replacing
+from embedcache.files import find_files, replacing
 from embedcache.locks import locked
 from embedcache.provenance import digest, digest_file
 from embedcache.store.cache import Cache
@@ -127,7 +127,7 @@ def _write_fit(folder: Path, arrays: Sequence[tuple[str, Array]]) -> str:
 
 def _is_started(stored: EncoderGroup, fingerprint: Mapping[str, Any]) -> bool:
     """Return whether a folder holds chunks, or an interrupted derivation of the same features fitted its rule."""
-    has_chunks = any(stored.path.glob("chunks/*.parquet"))
+    has_chunks = any(find_files(stored.path, "chunks/*.parquet"))
     is_same = {**stored.fingerprint, "weights": ""} == {**fingerprint, "weights": ""}
     return has_chunks or (is_same and fit_path(stored.path).is_file())
 

@@ -21,7 +21,7 @@ from embedcache.extract.loading import LoadedItem, check_length, load_items
 from embedcache.extract.loop import encode_chunks
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.extract.worker import Worker
-from embedcache.files import AnyPath, remove_partials
+from embedcache.files import AnyPath, remove_file, remove_partials
 from embedcache.modalities import MODALITIES, noun
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
@@ -147,7 +147,7 @@ def repair(
         of_arrays = {finding.name for finding in repairable[modality, encoder] if finding.chunk < 0}
         if (table := compacted_path(group.path)).name in of_arrays:
             of_arrays.remove(table.name)
-            table.unlink(missing_ok=True)
+            remove_file(table, missing_ok=True)
             lines.append(f"{group.name}: deleted {table.name}, which the next extract or derive writes again")
         for name in sorted(of_arrays):
             feature = Feature(group, name)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Bools, Ints, blocks
 from embedcache.errors import AmbiguousNameError, CorruptError, DataError, UnknownNameError
-from embedcache.files import AnyPath, open_path
+from embedcache.files import AnyPath, find_files, open_path
 from embedcache.modalities import MODALITIES, noun
 from embedcache.registry import require, unknown_name
 from embedcache.sources.files import wrap_io_errors
@@ -329,7 +329,7 @@ class Cache:
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
         """Return the encoders with features of a modality, sorted by name; none of a modality without items."""
-        paths = sorted((self.path / modality).glob("*/zarr.json")) if modality in self.info.num_items else []
+        paths = sorted(find_files(self.path / modality, "*/zarr.json")) if modality in self.info.num_items else []
         return [open_group(self.path, modality, path.parent.name, self.info) for path in paths]
 
     def features(self, modality: str | None = None) -> list[Feature]:

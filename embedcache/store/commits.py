@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Bools
 from embedcache.errors import CorruptError, PathError, one_line
-from embedcache.files import flush, read_file, write_atomic
+from embedcache.files import flush, read_file, remove_file, write_atomic
 from embedcache.io_errors import io_reason
 from embedcache.provenance import INDEX_DIGEST, canonical_json
 from embedcache.store.arrays import REPAIR
@@ -139,7 +139,7 @@ def write_commit(encoder_folder: Path, commit: Commit) -> None:
 def remove_commit(encoder_folder: Path, chunk: int) -> None:
     """Remove a commit, so that the chunk no longer exists."""
     path = commit_path(encoder_folder, chunk)
-    path.unlink(missing_ok=True)
+    remove_file(path, missing_ok=True)
     flush(path.parent)
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from embedcache.encoders.base import is_fingerprint
 from embedcache.encoders.open import DERIVED, IMPORTED, RUN
 from embedcache.errors import ArtifactError, CorruptError, DataError, EmbedcacheError, PathError
-from embedcache.files import is_remote
+from embedcache.files import find_files, is_remote
 from embedcache.provenance import check_same, digest
 from embedcache.store.arrays import (
     CRC_BYTES,
@@ -104,7 +104,7 @@ class EncoderGroup:
     @property
     def features(self) -> list[str]:
         """Names of the features that have metadata, complete or not."""
-        return sorted(path.parent.name for path in self.path.glob("*/zarr.json"))
+        return sorted(path.parent.name for path in find_files(self.path, "*/zarr.json"))
 
     def siblings(self) -> "list[EncoderGroup]":
         """Open the folders of the other encoders of this modality, as far as they can be read.
@@ -118,7 +118,7 @@ class EncoderGroup:
         return self._open_siblings()
 
     def _open_siblings(self) -> "list[EncoderGroup]":
-        names = {path.parent.name for path in self.path.parent.glob("*/zarr.json")} - {self.name}
+        names = {path.parent.name for path in find_files(self.path.parent, "*/zarr.json")} - {self.name}
         opened = []
         for name in sorted(names):
             with suppress(ArtifactError, PathError):  # damaged: `verify` reports it
@@ -128,7 +128,7 @@ class EncoderGroup:
     @property
     def has_commits(self) -> bool:
         """Whether any chunk is committed."""
-        return any(self.path.glob("chunks/*.parquet"))
+        return any(find_files(self.path, "chunks/*.parquet"))
 
     def commit(self, chunk: int) -> Commit | None:
         """Return the commit of a chunk, or None.
@@ -267,7 +267,7 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
 def find_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> EncoderGroup | None:
     """Open the folder of one encoder; None if no chunk of it is committed."""
     path = encoder_path(cache_path, modality, name)
-    has_commits = (path / "zarr.json").exists() and any(path.glob("chunks/*.parquet"))
+    has_commits = (path / "zarr.json").exists() and any(find_files(path, "chunks/*.parquet"))
     return open_group(cache_path, modality, name, info) if has_commits else None
 
 

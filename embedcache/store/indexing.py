@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from embedcache.errors import FingerprintError, PathError, SettingError, SourceError, UnfinishedError, first_few
-from embedcache.files import flush, is_remote, make_folder, remove_folder
+from embedcache.files import find_files, flush, is_remote, make_folder, remove_file, remove_folder
 from embedcache.io_errors import disk_errors
 from embedcache.locks import LOCK, locked
 from embedcache.modalities import noun
@@ -145,14 +145,14 @@ def _check_no_other_files(cache_path: Path) -> None:
 
 def _discard(cache_path: Path) -> None:
     """Remove the folders of encoders, and the manifest first: without it the tables do not exist."""
-    info_path(cache_path).unlink()
+    remove_file(info_path(cache_path))
     flush(cache_path)
-    for group in cache_path.glob("*/*/zarr.json"):
+    for group in find_files(cache_path, "*/*/zarr.json"):
         remove_folder(group.parent)
 
 
 def _has_features(cache_path: Path) -> bool:
-    return any(cache_path.glob("*/*/chunks/*.parquet"))
+    return any(find_files(cache_path, "*/*/chunks/*.parquet"))
 
 
 def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None) -> None:
@@ -285,7 +285,7 @@ def _update(
         if not (changes.num_new or has_replaced):
             if not _has_digests(info, changes):
                 raise source_changed(cache_path, info, "columns or languages of its samples differ")
-            update_path(cache_path).unlink(missing_ok=True)
+            remove_file(update_path(cache_path), missing_ok=True)
             return info
         _check_allowed(cache_path, info, changes, extend=extend, accept_replaced=accept_replaced)
         tables = extended.close()
@@ -299,7 +299,7 @@ def _update(
             put_tables(tables.folder, cache_path)
     info = _with_changes(info, changes, tables)
     write_info(cache_path, info)
-    update_path(cache_path).unlink(missing_ok=True)
+    remove_file(update_path(cache_path), missing_ok=True)
     return info
 
 

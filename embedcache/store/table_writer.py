@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints, distinct
 from embedcache.errors import CorruptError, SourceError
-from embedcache.files import is_remote, partial_path, put_file
+from embedcache.files import is_remote, partial_path, put_file, remove_file
 from embedcache.modalities import MODALITIES
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import FileItem, Sample
@@ -168,7 +168,7 @@ def put_tables(folder: Path, cache_path: Path) -> None:
         put_file(items_path(folder, modality), items_path(cache_path, modality))
     for modality in item_tables(cache_path):
         if modality not in new:  # of an interrupted attempt with other samples
-            items_path(cache_path, modality).unlink()
+            remove_file(items_path(cache_path, modality))
 
 
 def _check_copy(copied: TableChecksums, written: Mapping[str, str], path: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
-from embedcache.files import is_remote
+from embedcache.files import find_files, is_remote
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest, digest_file
@@ -174,8 +174,9 @@ def _read_content(cache: Cache, name: str, path: Path, progress: Progress) -> _T
 
 def _encoders(cache: Cache, modality: str) -> list[str]:
     """Return the folders of encoders, also those that lost their metadata."""
-    with_metadata = {path.parent.name for path in (cache.path / modality).glob("*/zarr.json")}
-    return sorted(with_metadata | {path.parents[1].name for path in (cache.path / modality).glob(f"*/{_FIRST_COMMIT}")})
+    folder = cache.path / modality
+    with_metadata = {path.parent.name for path in find_files(folder, "*/zarr.json")}
+    return sorted(with_metadata | {path.parents[1].name for path in find_files(folder, f"*/{_FIRST_COMMIT}")})
 
 
 def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feature], list[Finding]]:
@@ -183,7 +184,7 @@ def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feat
     opened: list[Feature] = []
     findings: list[Finding] = []
     commit = None
-    names = {path.parent.name for path in (cache.path / modality / encoder).glob("*/zarr.json")}
+    names = {path.parent.name for path in find_files(cache.path / modality / encoder, "*/zarr.json")}
     with suppress(ArtifactError, PathError):  # a damaged commit is reported with its chunk
         commit = read_commit(cache.path / modality / encoder, 0)
         names |= set() if commit is None else commit.features.keys()

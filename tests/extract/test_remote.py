@@ -71,8 +71,8 @@ def test_remote_cache_has_the_bytes_of_a_local_one(shards: Path, bucket: str, tm
 
 
 def test_read_remote_cache(shards: Path, bucket: str) -> None:
-    run(str(shards), f"{bucket}/cache")
-    cache = Cache(f"{bucket}/cache")
+    run(str(shards), f"{bucket}/cache [1]")
+    cache = Cache(f"{bucket}/cache [1]")
     feature = cache.feature("image", "open_toy/cls")
     whole = feature.load()
     assert np.isfinite(whole).all()

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import open_path
 from embedcache.sources import FileItem, Source, open_source, reopen_source
 from embedcache.sources.byte_ranges import RemoteBlocks
+from embedcache.store.cache import Cache
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, jpeg, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, upload
@@ -44,6 +46,24 @@ def write_images(folder: Path) -> Path:
             ".hidden/x.jpg": b"",
         },
     )
+
+
+def test_ipv6_host(tmp_path: Path, cache_path: Path) -> None:
+    shards(tmp_path / "web")
+    shutil.copytree(cache_path, tmp_path / "web" / "cache")
+    try:
+        server = WebServer(tmp_path / "web", host="::1")
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    try:
+        assert server.url.startswith("http://[::1]:")
+        here = Cache(cache_path).feature("image", "open_toy/cls").load()
+        np.testing.assert_array_equal(Cache(f"{server.url}/cache").feature("image", "open_toy/cls").load(), here)
+        source = open_source(f"{server.url}/00000.tar::{server.url}/00001.tar")
+        again = reopen_source(source.describe())
+        assert [again.read(sample.images[0]) for sample in again.samples()] == IMAGES[:5] * 2
+    finally:
+        server.stop()
 
 
 class TestFolderOnS3(SourceContract):
