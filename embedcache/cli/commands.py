@@ -7,6 +7,7 @@ The error of a setting names its option, `--batch-size` for `batch_size`, or the
 
 import functools
 import inspect
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -48,7 +49,8 @@ class Command(TyperCommand):
         before: dict[Path, _State] = {}
         try:
             with explain_ends(lambda: self._left(ctx, before)):
-                before.update((path, _state_of(path)) for path in self._outputs(ctx))
+                if not (self.kept and isinstance(self.kept, str)):
+                    before.update((path, _state_of(path)) for path in self._outputs(ctx))
                 return super().invoke(ctx)
         except AmbiguousNameError as error:
             error.args = (f"{error}{_feature_option(ctx, error.modality)}",)
@@ -68,6 +70,9 @@ class Command(TyperCommand):
         kept = self.kept if isinstance(self.kept, str) else self.kept(ctx.params)
         if kept:
             return kept, True
+        unknown = [str(path) for path, state in before.items() if state == _TOO_MANY]
+        if unknown:
+            return f"there may be new files in {' and '.join(unknown)}: delete them", False
         written = [str(path) for output, state in before.items() for path in _changed(output, state)]
         is_or_are = "are written: delete them" if len(written) > 1 else "is written: delete it"
         return (f"only {' and '.join(written)} {is_or_are}" if written else "nothing is written"), False
@@ -93,15 +98,22 @@ class Command(TyperCommand):
 
 _WRITTEN = ("out", "output", "html", "srt", "vtt")
 """Parameters that are paths of what a command writes."""
-_State: TypeAlias = tuple[int, int] | dict[str, tuple[int, int]] | None
-"""What identifies a file, the files in a folder by name, or None if there is nothing."""
+_TOO_MANY = "too many"
+_MAX_FILES = 10_000
+"""Files of a folder that are compared: a command that is given a folder of millions by mistake refuses it at once."""
+_State: TypeAlias = tuple[int, int] | dict[str, tuple[int, int]] | str | None
+"""What identifies a file, the files in a folder by name, or `_TOO_MANY` of them, or None if there is nothing."""
 
 
 def _state_of(path: Path) -> _State:
     try:
         if path.is_dir():
             with os.scandir(path) as entries:
-                return {entry.name: _identify(entry.stat(follow_symlinks=False)) for entry in entries}
+                files = {
+                    entry.name: _identify(entry.stat(follow_symlinks=False))
+                    for entry in itertools.islice(entries, _MAX_FILES + 1)
+                }
+            return files if len(files) <= _MAX_FILES else _TOO_MANY
         return _identify(os.lstat(path))
     except OSError:
         return None

@@ -178,6 +178,20 @@ def test_files_that_are_written_into_a_folder_before_the_end(
     )
 
 
+def test_folder_of_many_files_is_not_compared(folder: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    (folder / "many").mkdir()
+    for number in range(10_001):
+        os.mknod(folder / "many" / str(number))
+    monkeypatch.setattr("embedcache.evaluate.retrieval.compare_retrieval", interrupt)
+    done = embedcache("evaluate", "retrieval", "cache", str(run_path), "--output", "many", cwd=folder)
+    assert done.stderr.splitlines()[-1] == (
+        "Interrupted. There may be new files in many: delete them; rerun the same command to start again."
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
