@@ -1,6 +1,7 @@
 """embedcache curate"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -242,6 +243,7 @@ def leaks(
     from embedcache.cli.console import open_progress, print_line, print_lines, print_table
     from embedcache.curate.leaks import find_leaks, write_clean_selection
     from embedcache.dataset.selections import check_selection_path
+    from embedcache.errors import DataError
     from embedcache.reports.leaks import (
         closest_pairs,
         leak_line,
@@ -263,15 +265,19 @@ def leaks(
                 *leaked_pair_table(closest_pairs(report, leak, 10)), title=f"{noun(leak.modality)} that leak most"
             )
 
-    outputs.publish(
-        show,
-        report.to_json,
-        lambda path: write_leak_page(path, report, image_folders=outputs.image_folders),
-    )
-    if out is not None:
-        num_kept = write_clean_selection(out, report)
-        if not outputs.as_json:
-            print_line(f"wrote {out}: kept {num_kept:,} of {report.num_train_samples:,} samples")
+    def write_page(path: Path) -> None:
+        write_leak_page(path, report, image_folders=outputs.image_folders)
+
+    num_kept = 0
+    try:
+        if out is not None:
+            num_kept = write_clean_selection(out, report)
+    except DataError:  # shown, but not written
+        replace(outputs, output=None, html=None).publish(show, report.to_json, write_page)
+        raise
+    outputs.publish(show, report.to_json, write_page)
+    if out is not None and not outputs.as_json:
+        print_line(f"wrote {out}: kept {num_kept:,} of {report.num_train_samples:,} samples")
 
 
 def _map_file(parameters: Mapping[str, Any]) -> list[Path]:

@@ -184,7 +184,7 @@ def test_folder_of_many_files_is_not_compared(folder: Path, run_path: Path, monk
 
     (folder / "many").mkdir()
     for number in range(10_001):
-        os.mknod(folder / "many" / str(number))
+        (folder / "many" / str(number)).touch()
     monkeypatch.setattr("embedcache.evaluate.retrieval.compare_retrieval", interrupt)
     done = embedcache("evaluate", "retrieval", "cache", str(run_path), "--output", "many", cwd=folder)
     assert done.stderr.splitlines()[-1] == (

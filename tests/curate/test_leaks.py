@@ -191,11 +191,12 @@ def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_report_is_shown_before_a_selection_of_nothing_is_refused(caches: tuple[Path, Path], tmp_path: Path) -> None:
     options = ("--image-feature", "open_toy/cls", "--text-feature", "open_toy/mean", "--image-cosine", "0.01")
-    done = embedcache("curate", "leaks", *caches, "none.parquet", *options, cwd=tmp_path)
+    files = ("--output", "leaks.json", "--html", "leaks.html")
+    done = embedcache("curate", "leaks", *caches, "none.parquet", *options, *files, cwd=tmp_path)
     assert done.code == 1
     assert "samples of" in done.stdout
     assert done.stderr.splitlines()[-1].startswith("error: every sample of ")
-    assert not (tmp_path / "none.parquet").exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("modalities", [("image", "text"), ("image",), ("text",)])
