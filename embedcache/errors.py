@@ -100,6 +100,13 @@ def one_line(error: BaseException, max_length: int = 200) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:max_length]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a machine or a device has too little memory; torch raises a RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError)
+
+
 def first_few(values: Sequence[V], num_shown: int = 3, *, show: Callable[[V], str] = str, separator: str = ", ") -> str:
     """List the first values in a message and count the others: `a, b, c and 4 more`."""
     more = f" and {len(values) - num_shown:,} more" if len(values) > num_shown else ""

@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from embedcache.errors import DiskFullError, EmbedcacheError, PathError, show_faults, visible
+from embedcache.errors import (
+    DiskFullError,
+    EmbedcacheError,
+    PathError,
+    is_out_of_memory,
+    one_line,
+    show_faults,
+    visible,
+)
 from embedcache.io_errors import disk_full_message, io_reason, is_io_error
 from embedcache.progress import close_bars
 from embedcache.registry import plugin_of
@@ -47,14 +55,15 @@ def run_program(run: Callable[[], object]) -> None:
         _stop(FINISHED_WORK, resumes=True)
     except EmbedcacheError as error:
         _fail(str(error), error)
-    except MemoryError as error:
-        _fail(f"out of memory: {error}; use smaller settings, or give this process more memory")
     except BrokenPipeError:  # whoever read the output has ended, as in `embedcache … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes its standard output when it exits
         sys.exit(1)
     except OSError as error:
         _fail(_os_error_line(error), error)
     except Exception as error:  # noqa: BLE001
+        if is_out_of_memory(error):
+            reason = one_line(error).rpartition("DefaultCPUAllocator: ")[2]  # without the line in torch's source
+            _fail(f"out of memory: {reason}; use smaller settings, or give this process more memory")
         if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
             _fail("can't start new thread; raise the limit of processes with ulimit -u, or use fewer --threads")
         if not is_io_error(error):

@@ -16,6 +16,7 @@ from embedcache.errors import ArtifactError, DataError, one_line
 from embedcache.projectors.saved import (
     CONFIG_NAMES,
     RUN_FORMAT,
+    check_shapes,
     checked_weights_path,
     config_path,
     is_pair,
@@ -154,6 +155,7 @@ def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, Modu
     model_path = checked_weights_path(run_path, config.weights_digest)
     try:
         with names_from(run_path), naming_packages(run_path / "record.json"):
+            check_shapes(lambda: build_module(config), model_path)
             module = build_module(config)
         module.load_state_dict(load_file(model_path))
     except (TypeError, RuntimeError) as error:

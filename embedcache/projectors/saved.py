@@ -4,7 +4,8 @@ No other module knows the keys of a pair's `config.json`; those of other runs ar
 is imported where weights are used, so that a config is read in milliseconds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 
 from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.devices import announce_device
-from embedcache.errors import CorruptError, DataError, one_line
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, one_line
 from embedcache.files import replacing
 from embedcache.progress import Progress
 from embedcache.provenance import (
@@ -272,15 +273,57 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple["AlignedPair", Pa
     config = read_config(run_path)
     model_path = checked_weights_path(run_path, config.weights_digest)
     with naming_packages(run_path / "record.json"):
+        with _explain_weights(model_path):
+            check_shapes(lambda: build(config), model_path)
         pair = build(config)
-    try:
+    with _explain_weights(model_path):
         pair.load_state_dict(load_file(model_path))
-    except RuntimeError as error:  # of weights of other shapes or names
+    return pair.to(device).eval(), config
+
+
+@contextmanager
+def _explain_weights(path: Path) -> Iterator[None]:
+    """Raise the error of weights of other shapes or names as a CorruptError."""
+    try:
+        yield
+    except RuntimeError as error:
         raise CorruptError(
-            f"{model_path}: expected the weights of the projector in config.json, got others: {one_line(error)}; "
+            f"{path}: expected the weights of the projector in config.json, got others: {one_line(error)}; "
             "restore both files, or train again into a new folder"
         ) from error
-    return pair.to(device).eval(), config
+
+
+def check_shapes(build: Callable[[], "nn.Module"], path: Path) -> None:
+    """Check that a module would have weights of the shapes in a file, without memory for them.
+
+    So widths that were changed in a config are refused before they exceed the memory. A module of custom code that
+    cannot be built without memory is not checked here.
+
+    Raises:
+        RuntimeError: other shapes or names.
+    """
+    import torch
+    from safetensors import safe_open
+
+    try:
+        with torch.device("meta"):
+            module = build()
+    except EmbedcacheError:
+        raise
+    except Exception as error:  # of custom code, which is built again with memory
+        if isinstance(error, RuntimeError) and "overflowed" in str(error):  # of widths beyond any memory
+            raise
+        return
+    with safe_open(path, "pt") as file:
+        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    try:
+        module.to("meta").load_state_dict(shapes)
+    except RuntimeError as error:
+        for name, value in module.state_dict().items():
+            if name in shapes and value.shape != shapes[name].shape:
+                sizes = [list(each.shape) for each in (value, shapes[name])]
+                raise RuntimeError(f"size mismatch of {name}: {sizes[0]}, but {sizes[1]} in {path.name}") from error
+        raise
 
 
 def project(

@@ -8,10 +8,9 @@ from pathlib import Path
 from statistics import fmean
 
 import optuna
-import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from embedcache.errors import DiskFullError, EmbedcacheError, SettingError, UnfinishedError
+from embedcache.errors import DiskFullError, EmbedcacheError, SettingError, UnfinishedError, is_out_of_memory
 from embedcache.locks import Leases
 from embedcache.processes import run_processes
 from embedcache.progress import Progress
@@ -170,7 +169,9 @@ def _try_to_train(
         return train_on(data, run_path, settings, on_epoch=on_epoch)
     except DiskFullError:  # not the fault of the settings
         raise
-    except (EmbedcacheError, MemoryError, torch.OutOfMemoryError) as error:
+    except (EmbedcacheError, MemoryError, RuntimeError) as error:
+        if not (isinstance(error, EmbedcacheError) or is_out_of_memory(error)):
+            raise
         return str(error) or "not enough memory"
 
 

@@ -203,10 +203,10 @@ class LikelihoodSettings:
         None, "Feature of the words, as encoder/feature.", default_text="the only one in the cache"
     )
     steps_per_epoch: int = setting(100, "Training steps per epoch, between two validations.", ge=1)
-    width: int = setting(128, "Width of the transformer, a multiple of 4 times its heads.", ge=4)
-    num_layers: int = setting(3, "Layers of the transformer.", ge=1)
-    num_heads: int = setting(4, "Attention heads of the transformer.", ge=1)
-    feed_forward: int = setting(384, "Width of the feed-forward blocks of the transformer.", ge=1)
+    width: int = setting(128, "Width of the transformer, a multiple of 4 times its heads.", ge=4, le=2**16)
+    num_layers: int = setting(3, "Layers of the transformer.", ge=1, le=1000)
+    num_heads: int = setting(4, "Attention heads of the transformer.", ge=1, le=2**14)
+    feed_forward: int = setting(384, "Width of the feed-forward blocks of the transformer.", ge=1, le=2**18)
     num_prompts: int = setting(
         0, "Prompts per layer, to tune the run of --init-from with --trainable prompts+norms+scales.", ge=0
     )

@@ -99,6 +99,20 @@ def test_url_that_cannot_be_used_is_one_line(words: tuple[str, ...], message: st
     assert "Traceback" not in done.stderr
 
 
+def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    def allocate() -> None:
+        torch.empty(2**50)
+
+    with pytest.raises(SystemExit):
+        run_program(allocate)
+    assert capsys.readouterr().err == (
+        f"error: out of memory: can't allocate memory: you tried to allocate {2**52} bytes. Error code 12 (Cannot "
+        "allocate memory); use smaller settings, or give this process more memory\n"
+    )
+
+
 def test_tracebacks_of_errors_that_gcsfs_raises_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     retry = pytest.importorskip("gcsfs.retry")
 

@@ -27,7 +27,7 @@ from embedcache.projectors.saved import (
     run_selection_path,
     save_pair,
 )
-from embedcache.provenance import write_record
+from embedcache.provenance import DIGEST, read_json, write_json, write_record
 
 IMAGE = TowerInput(feature="a/cls", spec="a:m", fingerprint={"family": "a", "weights": "w"}, width=6)
 TEXT = TowerInput(feature="b/mean", spec="b:m", fingerprint={"family": "b"}, width=5)
@@ -98,6 +98,18 @@ def test_unfinished_damaged_and_other_runs_raise(tmp_path: Path) -> None:
     write_record(config, {"kind": "pair", "format": 3})
     with pytest.raises(ArtifactError, match="3"):
         read_config(run)
+
+
+@pytest.mark.parametrize("projector", ["linear", "glu"])
+def test_huge_width_is_refused_before_memory_is_allocated(tmp_path: Path, projector: str) -> None:
+    write(tmp_path / "run", config_of(projector=projector))
+    config, widest = tmp_path / "run/config.json", 2**31 - 1
+    values = {name: value for name, value in read_json(config).items() if name != DIGEST}
+    for edited in ({"shared_width": widest}, {"image": {**values["image"], "width": widest}}):
+        write_json(config, {**values, **edited})
+        message = f"model.safetensors: expected the weights of the projector in config.json, got others: .*{widest}"
+        with pytest.raises(CorruptError, match=message):
+            load_pair(tmp_path / "run")
 
 
 def test_paths_of_selections(tmp_path: Path) -> None:

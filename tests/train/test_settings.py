@@ -42,10 +42,10 @@ def test_numbers_are_declared_as_documented() -> None:
         ],
         "LikelihoodSettings": [
             "steps_per_epoch 100 [1, inf)",
-            "width 128 [4, inf)",
-            "num_layers 3 [1, inf)",
-            "num_heads 4 [1, inf)",
-            "feed_forward 384 [1, inf)",
+            "width 128 [4, 65536]",
+            "num_layers 3 [1, 1000]",
+            "num_heads 4 [1, 16384]",
+            "feed_forward 384 [1, 262144]",
             "num_prompts 0 [0, inf)",
         ],
         "TrainSettings": [

@@ -161,6 +161,15 @@ def test_run_of_changed_network_is_refused(finished: Path, tmp_path: Path, kind:
         load_module(tmp_path / "run")
 
 
+def test_huge_width_is_refused_before_memory_is_allocated(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    config = tmp_path / "run/config.json"
+    edit_record(config, arguments={**read_module_config(finished).arguments, "width": 2**31 - 1})
+    message = r"expected the network tests.train.places.*, got another one: .*size mismatch.*34359738352"
+    with pytest.raises(ArtifactError, match=message):
+        load_module(tmp_path / "run")
+
+
 def test_derived_inputs_are_described_with_their_origin_and_arrays(two_caches: list[Path], tmp_path: Path) -> None:
     cache_path = Path(shutil.copytree(two_caches[0], tmp_path / "cache"))
     derive(cache_path, Derivation(name="pca", inputs=(("image", FEATURE),), rule="pca", parameters={"width": 2}))
