@@ -60,9 +60,9 @@ if TYPE_CHECKING:
     from embedcache.search.search import OpenIndex
     from embedcache.search.search import search as search_index
     from embedcache.search.settings import Filter, IndexSettings, SearchSettings
-    from embedcache.sources.media import Video
     from embedcache.sources.open import open_source
     from embedcache.sources.settings import SourceSettings
+    from embedcache.sources.video import Video
     from embedcache.store.cache import Cache
     from embedcache.store.feature import Feature
     from embedcache.sweep.settings import SweepSettings

@@ -37,15 +37,17 @@ class Modality:
         return decode
 
 
-_MEDIA = "embedcache.sources.media"
+_ROOT = "embedcache.sources"
 MODALITIES: Mapping[str, Modality] = {
     modality.name: modality
     for modality in (
-        Modality(name="image", noun="images", decoder="embedcache.sources.images:decode_image"),
+        Modality(name="image", noun="images", decoder=f"{_ROOT}.images:decode_image"),
         Modality(name="text", noun="texts", kind="texts"),
-        Modality(name="audio", noun="recordings", has_interval=True, decoder=f"{_MEDIA}:decode_audio", num_ahead=32),
-        Modality(name="video", noun="videos", has_interval=True, decoder=f"{_MEDIA}:decode_video", num_ahead=8),
-        Modality(name="points", noun="point clouds", decoder=f"{_MEDIA}:decode_points", num_ahead=32),
+        Modality(
+            name="audio", noun="recordings", has_interval=True, decoder=f"{_ROOT}.sound:decode_audio", num_ahead=32
+        ),
+        Modality(name="video", noun="videos", has_interval=True, decoder=f"{_ROOT}.video:decode_video", num_ahead=8),
+        Modality(name="points", noun="point clouds", decoder=f"{_ROOT}.points:decode_points", num_ahead=32),
     )
 }
 FILE_MODALITIES = tuple(modality for modality in MODALITIES.values() if modality.kind == "files")

@@ -23,7 +23,7 @@ from embedcache.files import read_file
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import check_same, digest
 from embedcache.registry import Registry, names_from
-from embedcache.sources.media import decode_audio
+from embedcache.sources.sound import decode_audio
 
 VIEWS = Registry(
     "view",

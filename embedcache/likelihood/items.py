@@ -25,7 +25,8 @@ from embedcache.networks.shared import Tokens
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.registry import names_from
 from embedcache.sources.images import rgb_image
-from embedcache.sources.media import Video, check_audio, check_video
+from embedcache.sources.sound import check_audio
+from embedcache.sources.video import Video, check_video
 from embedcache.store.cache import Cache
 from embedcache.train.batches import to_device
 from embedcache.train.examples import open_media

@@ -26,8 +26,10 @@ from embedcache.reports.speech_figures import (
     view_names,
 )
 from embedcache.sources.base import FileItem, Source
-from embedcache.sources.media import AUDIO_RATE_HZ, decode_audio, decode_video
+from embedcache.sources.media import AUDIO_RATE_HZ
 from embedcache.sources.open import reopen_source, source_credit
+from embedcache.sources.sound import decode_audio
+from embedcache.sources.video import decode_video
 from embedcache.store.cache import Cache
 from embedcache.train.utterances import Utterances
 

@@ -13,17 +13,9 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, blocks
 from embedcache.errors import DataError, ItemError, PathError, SettingError
-from embedcache.sources.media import (
-    AUDIO_RATE_HZ,
-    MAX_VIDEO_PIXELS,
-    StreamInfo,
-    Video,
-    check_audio,
-    check_video,
-    iter_audio,
-    iter_frames,
-    probe_media,
-)
+from embedcache.sources.media import AUDIO_RATE_HZ, MAX_VIDEO_PIXELS, StreamInfo, probe_media
+from embedcache.sources.sound import check_audio, iter_audio
+from embedcache.sources.video import Video, check_video, iter_frames
 from embedcache.transcription.settings import MOUTH_FORM, Mouth, check_mouth
 
 AudioLike: TypeAlias = str | Path | Array

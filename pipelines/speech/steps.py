@@ -21,7 +21,7 @@ from embedcache.networks.settings import DecodingSettings
 from embedcache.progress import Progress
 from embedcache.settings import from_flat
 from embedcache.sources import open_source
-from embedcache.sources.media import decode_video
+from embedcache.sources.video import decode_video
 from embedcache.store.cache import Cache
 from embedcache.train.settings import FitSettings
 from embedcache.train.speech import SpeechRecipe, train_speech

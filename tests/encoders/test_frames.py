@@ -10,7 +10,7 @@ from embedcache.encoders.frames import sampled_frames
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
-from embedcache.sources.media import Video
+from embedcache.sources.video import Video
 from embedcache.testing.encoders import TOLERANCE, VideoEncoderContract, example_videos
 from tests.encoders.checkpoints import save_timm
 

@@ -97,8 +97,7 @@ def test_additions_of_the_page_make_a_modality(tmp_path: Path) -> None:
     )
     _add(tmp_path / "embedcache" / "modalities.py", 'Modality(name="text"', f"{entry},\n        ")
     _add(tmp_path / "embedcache" / "sources" / "files.py", '"image": IMAGE_SUFFIXES', f"{suffixes},\n    ")
-    media = tmp_path / "embedcache" / "sources" / "media.py"
-    media.write_text(media.read_text() + decoder)
+    (tmp_path / "embedcache" / "sources" / "motion.py").write_text(decoder)
     (tmp_path / "motion.py").write_text(ENCODER)
     (tmp_path / "scans").mkdir()
     steps = np.arange(30, dtype="<f4").reshape(10, 3)

@@ -17,7 +17,7 @@ from embedcache.errors import ArtifactError, CorruptError, DataError, PathError,
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
-from embedcache.sources.media import Video, decode_video
+from embedcache.sources.video import Video, decode_video
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from embedcache.testing.encoders import VideoEncoderContract, example_videos

@@ -14,7 +14,7 @@ from embedcache.extract.repair import retry_failed, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.reports.summary import summarize
 from embedcache.sources import open_source
-from embedcache.sources.media import decode_audio
+from embedcache.sources.sound import decode_audio
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests.cli.run import embedcache, succeed

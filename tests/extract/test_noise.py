@@ -13,7 +13,8 @@ from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.extract.views import add_noise, open_noise, open_view
 from embedcache.sources import open_source
-from embedcache.sources.media import Video, decode_audio
+from embedcache.sources.sound import decode_audio
+from embedcache.sources.video import Video
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from embedcache.train.data import open_data

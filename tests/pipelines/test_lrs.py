@@ -7,7 +7,8 @@ import pytest
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.sources import Source, open_source
-from embedcache.sources.media import decode_audio, decode_video
+from embedcache.sources.sound import decode_audio
+from embedcache.sources.video import decode_video
 from embedcache.testing.sources import SourceContract
 from pipelines.speech.lrs import KIND
 from tests.media_files import encode_video, moving_square, tone

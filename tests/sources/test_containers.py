@@ -8,7 +8,7 @@ import pytest
 
 from embedcache.errors import ItemError
 from embedcache.sources.containers import announced_frames, check_container
-from embedcache.sources.media import decode_audio
+from embedcache.sources.sound import decode_audio
 from tests.media_files import encode_audio, tone, wav
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from embedcache.errors import ItemError
-from embedcache.sources import media
-from embedcache.sources.media import StreamInfo, decode_audio, decode_video, iter_audio, iter_frames, probe_media
+from embedcache.sources import sound, video
+from embedcache.sources.media import StreamInfo, probe_media
+from embedcache.sources.sound import decode_audio, iter_audio
+from embedcache.sources.video import Video, decode_video, iter_frames
 from tests.media_files import CODECS, encode_audio, encode_video, float_wav, moving_square, tone, wav
 
 
@@ -84,7 +86,7 @@ def test_interval_may_end_a_little_late() -> None:
 
 
 def test_long_recording_fails_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media, "MAX_AUDIO_S", 1)
+    monkeypatch.setattr(sound, "MAX_AUDIO_S", 1)
     with pytest.raises(ItemError, match="too long: 4 s of sound, more than 1"):
         decode_audio(wav(tone(4)))
     with pytest.raises(ItemError, match="too long: more than 1 s"):
@@ -121,7 +123,7 @@ def test_missing_stream_fails() -> None:
 
 
 def test_large_video_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
+    monkeypatch.setattr(video, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
     assert len(decode_video(encode_video(moving_square(10))).frames_THW3) == 10
     with pytest.raises(ItemError, match="too many pixels: more than 7,680 in frames of 32 x 24"):
         decode_video(encode_video(moving_square(11)))
@@ -168,7 +170,7 @@ def test_random_damage_never_crashes(kind: str) -> None:
             except ItemError:
                 num_failed += 1
             else:
-                assert isinstance(decoded, media.Video) or np.isfinite(decoded).all()
+                assert isinstance(decoded, Video) or np.isfinite(decoded).all()
     assert num_failed or kind in {"wav", "mp3"}
 
 
@@ -232,7 +234,7 @@ def test_streams_are_found_without_decoding(tmp_path: Path) -> None:
 
 
 def test_long_recordings_have_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(media, "MAX_AUDIO_S", 1)
+    monkeypatch.setattr(sound, "MAX_AUDIO_S", 1)
     (tmp_path / "a.wav").write_bytes(wav(tone(4)))
     assert sum(len(block) for block in iter_audio(tmp_path / "a.wav")) == 64_000
 

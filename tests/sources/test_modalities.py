@@ -7,7 +7,8 @@ import pytest
 
 from embedcache.errors import PathError, SourceError
 from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_source
-from embedcache.sources.media import decode_audio, decode_points
+from embedcache.sources.points import decode_points
+from embedcache.sources.sound import decode_audio
 from embedcache.testing.sources import SourceContract
 from tests.media_files import cloud, encode_video, moving_square, npz, points_parquet, tone, wav
 from tests.sources.files import jpeg, write, write_parquet, write_tar

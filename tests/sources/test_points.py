@@ -11,7 +11,7 @@ import pytest
 
 from embedcache.errors import ItemError
 from embedcache.sources import points
-from embedcache.sources.media import decode_points
+from embedcache.sources.points import decode_points
 from tests.media_files import cloud, las, npz, ply, points_parquet
 
 CLOUD = cloud(50)

@@ -13,7 +13,7 @@ from embedcache.encoders.open import open_encoder
 from embedcache.networks.saved import ModuleConfig, ModuleInput, save_module
 from embedcache.networks.speech import Frames, SpeechNetwork, stack_frames
 from embedcache.networks.transcripts import BLANK, SYMBOLS
-from embedcache.sources.media import Video
+from embedcache.sources.video import Video
 from tests.media_files import encode_video
 from tests.media_toy import MEDIA
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from embedcache.errors import DataError, PathError, SettingError
-from embedcache.sources.media import Video
+from embedcache.sources.video import Video
 from embedcache.transcription import clips
 from embedcache.transcription.clips import Clip, iter_windows, open_clip
 from tests.media_files import encode_audio, encode_video, float_wav, moving_square, tone, wav

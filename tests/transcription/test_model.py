@@ -17,7 +17,8 @@ from embedcache.networks.saved import load_module
 from embedcache.networks.settings import DecodingSettings
 from embedcache.networks.speech import Frames, SpeechNetwork, stack_frames
 from embedcache.networks.transcripts import decode_symbols
-from embedcache.sources.media import Video, decode_audio, decode_video
+from embedcache.sources.sound import decode_audio
+from embedcache.sources.video import Video, decode_video
 from embedcache.transcription.settings import TranscribeSettings
 from tests.edits import edit_record
 from tests.media_files import encode_video, wav

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from embedcache.settings import from_flat
-from embedcache.sources.media import decode_video
+from embedcache.sources.video import decode_video
 from embedcache.store.cache import Cache
 from embedcache.train.settings import FitSettings
 from embedcache.train.speech import SpeechRecipe, train_speech

@@ -1,0 +1,128 @@
+"""Decode recordings, and the sound of videos, through PyAV (extra `media`).
+
+Every damaged, empty or oversized item is an `ItemError` whose message is the reason stored with its row.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.arrays import Floats
+from embedcache.errors import DataError, ItemError
+from embedcache.registry import require
+from embedcache.sources.media import (
+    AUDIO_RATE_HZ,
+    PREROLL_S,
+    check_end,
+    open_container,
+    open_stream,
+    stream_duration,
+    stream_frames,
+)
+
+MAX_AUDIO_S = 3_600
+"""An hour is 230 MB of float32 samples."""
+LOUDEST = 2.0
+"""Samples beyond it are not on the scale of [-1, 1], which sound of lossy formats exceeds by less."""
+
+
+def decode_audio(data: bytes, start_s: float | None = None, stop_s: float | None = None) -> Floats:
+    """Decode a recording, or the sound of a video, to 16 kHz mono.
+
+    Reads WAV, FLAC, MP3, Ogg, Opus, M4A and all else that FFmpeg does. Channels are averaged; values beyond [-1, 1] are
+    clipped. Thread-safe. Memory: 64 KB per second, and up to an eighth more while it grows.
+
+    Args:
+        data: the whole file.
+        start_s: start of an interval in seconds; None for the beginning.
+        stop_s: end of the interval; None for the end.
+
+    Returns:
+        (n,) float32 in [-1, 1].
+
+    Raises:
+        ItemError: the file cannot be decoded, has no sound, is longer than `MAX_AUDIO_S`, holds NaN, or ends before the
+            interval does.
+    """
+    with open_container(data, "recording") as (container, num_frames):
+        stream = open_stream(container, "audio", start_s, stop_s)
+        duration_s = stream_duration(container, stream) or 0.0
+        if (start_s, stop_s) == (None, None) and duration_s > MAX_AUDIO_S:
+            raise ItemError(f"too long: {duration_s:,.0f} s of sound, more than {MAX_AUDIO_S:,}; index intervals of it")
+        sound = bytearray()  # grows in place, where joining parts needs each sample twice
+        end_s, num_kept, is_finite = 0.0, 0, True
+        for first, samples_n in _samples(container, stream, num_frames):
+            kept = samples_n[_position(start_s, 0, first) : _position(stop_s, len(samples_n), first)]
+            end_s, num_kept = (first + len(samples_n)) / AUDIO_RATE_HZ, num_kept + len(kept)
+            sound += np.clip(kept, -1, 1).data
+            is_finite &= bool(np.isfinite(kept).all())
+            if num_kept > MAX_AUDIO_S * AUDIO_RATE_HZ:
+                raise ItemError(f"too long: more than {MAX_AUDIO_S:,} s of sound; index intervals of it")
+            if stop_s is not None and end_s > stop_s + PREROLL_S:
+                break
+        check_end(container, stream, end_s, start_s, stop_s)
+    samples_n = np.frombuffer(sound, np.float32)
+    if not len(samples_n):
+        raise ItemError("no sound: the audio stream is empty")
+    if not is_finite:
+        raise ItemError("NaN or infinity in the sound")
+    return samples_n
+
+
+def iter_audio(path: Path) -> Iterator[Floats]:
+    """Iterate over the sound of a file of any length: blocks of 16 kHz mono float32, as `decode_audio` decodes them.
+
+    Memory: one packet. The file is read once, from its beginning to its end.
+
+    Raises:
+        ItemError: the file cannot be decoded, has no sound, holds NaN or samples above `LOUDEST`, or ends
+            before its announced end.
+    """
+    with open_container(path, "recording") as (container, num_frames):
+        stream = open_stream(container, "audio", None, None)
+        num_samples = 0
+        for first, samples_n in _samples(container, stream, num_frames):
+            if not np.isfinite(samples_n).all():
+                raise ItemError("NaN or infinity in the sound")
+            if (loudest := max(samples_n.max(initial=0), -samples_n.min(initial=0))) > LOUDEST:
+                raise ItemError(f"expected samples in [-1, 1], got up to {loudest:g}; scale the recording")
+            num_samples = first + len(samples_n)
+            yield np.clip(samples_n, -1, 1)
+        if not num_samples:
+            raise ItemError("no sound: the audio stream is empty")
+        check_end(container, stream, num_samples / AUDIO_RATE_HZ, None, None)
+
+
+def check_audio(samples: Any, name: str) -> Floats:
+    """Return samples that are as `decode_audio` returns them; DataError if they are not."""
+    if not isinstance(samples, np.ndarray) or samples.ndim != 1 or samples.dtype != np.float32 or not len(samples):
+        is_array = isinstance(samples, np.ndarray)
+        what = f"{samples.dtype} of shape {samples.shape}" if is_array else type(samples).__name__
+        raise DataError(f"expected a path, or mono float32 samples at {AUDIO_RATE_HZ} Hz, got {what}")
+    loudest = max(samples.max(), -samples.min())  # without a copy of what may be an hour; NaN if one sample is
+    if not loudest <= LOUDEST:
+        what = f"up to {loudest:g}; divide 16-bit ones by 32768" if loudest < np.inf else "NaN or infinity"
+        raise DataError(f"{name}: expected samples in [-1, 1], got {what}")
+    return samples
+
+
+def _samples(container: Any, stream: Any, num_frames: int | None) -> Iterator[tuple[int, Floats]]:
+    """Iterate over the mono samples of a stream with the number of the first, counted from the stream's start."""
+    resampler = require("av", extra="media").AudioResampler(format="fltp", rate=AUDIO_RATE_HZ)
+    number = -1
+    for time_s, frame in stream_frames(container, stream, num_frames):
+        number = round(time_s * AUDIO_RATE_HZ) if number < 0 else number
+        for resampled in resampler.resample(frame):
+            yield number, resampled.to_ndarray().mean(axis=0)  # FFmpeg's own downmix of stereo is louder by sqrt(2)
+            number += resampled.samples
+    if number >= 0:
+        for resampled in resampler.resample(None):
+            yield number, resampled.to_ndarray().mean(axis=0)
+            number += resampled.samples
+
+
+def _position(time_s: float | None, otherwise: int, first: int) -> int:
+    """Return where a time lies in samples that begin with number `first`."""
+    return otherwise if time_s is None else max(0, round(time_s * AUDIO_RATE_HZ) - first)
