@@ -27,6 +27,8 @@ PREROLL_S = 1.0
 _SEEKABLE = frozenset({"avi", "flac", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "wav"})
 """Formats that store exact times and durations; others are decoded from their beginning."""
 _FLAC = "flac"
+_NO_OTHER_FILES = {"protocol_whitelist": "none"}
+"""Playlists, which are files too, would name others to read."""
 _LATE_S = 0.1  # an interval may end this much after its recording: labels are rounded
 _CLOCK = re.compile(r"(\d+):(\d\d):(\d\d\.\d+)")
 _MICROSECONDS = 1_000_000
@@ -74,7 +76,7 @@ def open_container(data: bytes | Path, kind: str) -> Iterator[tuple[Any, int | N
         num_frames = announced_frames(file)
         file.seek(0)
         try:
-            with av.open(file, **_open_options(av.__version__)) as container:
+            with av.open(file, options=_NO_OTHER_FILES, **_open_options(av.__version__)) as container:
                 yield container, num_frames if container.format.name == "mp3" else None
         except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
             if isinstance(error, ItemError):

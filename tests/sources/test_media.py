@@ -149,6 +149,13 @@ def test_broken_file_fails_with_a_reason(name: str) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_playlist_opens_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret.wav").write_bytes(wav(tone(1)))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ItemError, match="damaged recording"):
+        decode_audio(b"ffconcat version 1.0\nfile secret.wav\n")
+
+
 @pytest.mark.parametrize("kind", ["wav", "m4a", "mp3", "mp4"])
 def test_random_damage_never_crashes(kind: str) -> None:
     """Flip bytes and cut files: either decodes to something finite, or fails with a reason."""
