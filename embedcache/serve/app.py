@@ -256,7 +256,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        if first["type"] in ("json_invalid", "model_attributes_type"):  # no JSON, or no object of JSON
+        if first["type"] == "json_invalid" or tuple(first["loc"]) == ("body",):  # no JSON, or no object of JSON
             return JSONResponse({"error": _NO_JSON}, 422)
         location = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
         return JSONResponse({"error": f"{location or 'the body'}: {first['msg']}"}, 422)

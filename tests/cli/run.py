@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from embedcache import registry
 from embedcache.cli.main import main
 
 TOY = ("--image-encoder", "tests.toy:open_toy", "--text-encoder", "tests.toy:open_toy")
@@ -30,6 +31,7 @@ def embedcache(*words: object, cwd: Path) -> Result:
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", ["embedcache", *map(str, words)]),
         mock.patch.object(sys, "path", [*sys.path]),
+        mock.patch.object(registry, "_USED_PLUGINS", set()),  # those of other tests in this process
     ):
         try:
             main()
