@@ -10,8 +10,8 @@ rows than its commit, which stays valid, so that nothing is encoded twice. The n
 
 1. `Commit.resize` adds them whenever a commit is read; readers find items without a value.
 2. `Commit.is_complete` is false for them, so that the next extraction works on the chunk again.
-3. `Commit.stored_starts` says how many rows at the start of the chunk that extraction need not read and encode again.
-   It passes `PENDING` to `commit_chunk` for them, as for every row that it does not try.
+3. `Commit.stored_starts` tells extraction after how many of the stored rows it can begin. For the rows before, as for
+   all rows that it does not try, it passes `PENDING` to `commit_chunk`.
 4. `commit_chunk` writes the chunk again: values and reasons of the commit stay, and pending rows get the new ones.
 """
 
