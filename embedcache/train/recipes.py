@@ -14,19 +14,19 @@ from embedcache.train.data import TrainData
 from embedcache.train.settings import TrainSettings, given_options, replace_options
 
 
-class Schedule(NamedTuple):
-    """How long to train: epochs for so many pairs in all, but at least `fewest` and at most `most`.
+class TrainingLength(NamedTuple):
+    """How long to train: as many epochs as make `num_pairs` pairs in all, within bounds.
 
     Training stops earlier, after a quarter of the epochs without a better validation recall, three at least.
     """
 
     num_pairs: int
-    fewest: int
-    most: int
+    min_epochs: int
+    max_epochs: int
 
     def options(self, num_pairs: int) -> dict[str, object]:
         """Return the options of a training on so many pairs."""
-        epochs = min(max(round(self.num_pairs / num_pairs), self.fewest), self.most)
+        epochs = min(max(round(self.num_pairs / num_pairs), self.min_epochs), self.max_epochs)
         return {"epochs": epochs, "patience": max(3, epochs // 4)}
 
 
@@ -35,27 +35,27 @@ class Recipe:
     """Settings for a number of training pairs.
 
     Args:
-        fewest: fewest training pairs that it is meant for.
-        options: settings by their names on the command line, without those of the schedule.
-        schedule: how long to train; None for a closed form.
+        min_pairs: smallest number of training pairs that it is meant for.
+        options: settings by their names on the command line, without epochs and patience.
+        length: how long to train; None for a closed form.
     """
 
-    fewest: int
+    min_pairs: int
     options: Mapping[str, Any]
-    schedule: Schedule | None = None
+    length: TrainingLength | None = None
 
     def settings(self, num_pairs: int) -> dict[str, Any]:
         """Return all settings for so many pairs by flat name."""
-        return {**self.options, **(self.schedule.options(num_pairs) if self.schedule else {"epochs": 0})}
+        return {**self.options, **(self.length.options(num_pairs) if self.length else {"epochs": 0})}
 
 
 RECIPES = (
-    Recipe(fewest=0, options={"projector": "linear", "shrinkage": 10.0}),
-    Recipe(fewest=550, options={"projector": "linear", "shrinkage": 1.0}),
+    Recipe(min_pairs=0, options={"projector": "linear", "shrinkage": 10.0}),
+    Recipe(min_pairs=550, options={"projector": "linear", "shrinkage": 1.0}),
     Recipe(
-        fewest=5_500,
+        min_pairs=5_500,
         options={"projector": "glu", "initialization": "random", "dropout": 0.3, "lr": 5e-4},
-        schedule=Schedule(2_000_000, 10, 100),
+        length=TrainingLength(2_000_000, 10, 100),
     ),
 )
 """Recipes in ascending order of pairs, chosen on icons: docs/benchmarks/icons-glu.md. They change halfway between the
@@ -92,10 +92,10 @@ def choose_settings(num_pairs: int, given: Mapping[str, Any], progress: Progress
     Raises:
         SettingError: the recipe is a closed form, and what is given needs training.
     """
-    recipe = [recipe for recipe in RECIPES if recipe.fewest <= num_pairs][-1]
+    recipe = [recipe for recipe in RECIPES if recipe.min_pairs <= num_pairs][-1]
     settings = recipe.settings(num_pairs)
     replaced = {name: given[name] for name in _REPLACED if name in given and given[name] != settings.get(name)}
-    if replaced and recipe.schedule is None and "epochs" not in given:
+    if replaced and recipe.length is None and "epochs" not in given:
         name, value = next(iter(replaced.items()))
         raise SettingError(
             f"{name}: expected {settings.get(name, 'none')} with --recipe auto, whose recipe for {num_pairs:,} "
@@ -111,11 +111,11 @@ def choose_settings(num_pairs: int, given: Mapping[str, Any], progress: Progress
 
 def suggest_recipe(num_pairs: int, given: Mapping[str, Any]) -> str | None:
     """Return a line that suggests a closed form to who trained on few pairs without choosing how, or None."""
-    recipe = [recipe for recipe in RECIPES if recipe.fewest <= num_pairs][-1]
-    if recipe.schedule is not None or any(name in given for name in ("recipe", "epochs", "shuffle_pairs", *_REPLACED)):
+    recipe = [recipe for recipe in RECIPES if recipe.min_pairs <= num_pairs][-1]
+    if recipe.length is not None or any(name in given for name in ("recipe", "epochs", "shuffle_pairs", *_REPLACED)):
         return None
     return (
-        f"{num_pairs:,} training pairs: with fewer than {RECIPES[-1].fewest:,} no training was better than a closed "
+        f"{num_pairs:,} training pairs: with fewer than {RECIPES[-1].min_pairs:,} no training was better than a closed "
         "form where we measured it, and that takes seconds: --recipe auto"
     )
 
@@ -145,12 +145,12 @@ def _training_fraction(num_samples: int, settings: SplitSettings) -> float:
 
 def _sizes(recipe: Recipe) -> str:
     """Return the numbers of pairs that a recipe is meant for."""
-    larger = [other.fewest for other in RECIPES if other.fewest > recipe.fewest]
+    larger = [other.min_pairs for other in RECIPES if other.min_pairs > recipe.min_pairs]
     if not larger:
-        return f"recipe for {recipe.fewest:,} or more"
+        return f"recipe for {recipe.min_pairs:,} or more"
     return (
-        f"recipe for {recipe.fewest:,} to {larger[0] - 1:,}"
-        if recipe.fewest
+        f"recipe for {recipe.min_pairs:,} to {larger[0] - 1:,}"
+        if recipe.min_pairs
         else f"recipe for fewer than {larger[0]:,}"
     )
 

@@ -26,7 +26,7 @@ from embedcache.reports.base import (
     label,
     open_axes,
 )
-from embedcache.train.recipes import Schedule
+from embedcache.train.recipes import TrainingLength
 from pipelines.drawings.curve import Recipe, SeedRuns, choice_name, open_runs, question, run_all
 from pipelines.drawings.curve_page import CREDIT, part_of_test
 from pipelines.drawings.curve_results import estimate_of, format_gain, measures_json, run_json
@@ -37,7 +37,7 @@ from pipelines.results.pages import Part, write_pages
 
 NUM_PAIRS = 100_000
 _MLP: Mapping[str, object] = {"projector": "mlp", "initialization": "cca"}
-_SCHEDULE = Schedule(1_000_000, 10, 30)
+_LENGTH = TrainingLength(1_000_000, 10, 30)
 _RATES = ({"lr": 1e-3}, {"lr": 4e-3})
 DEFAULT = "default"
 
@@ -56,7 +56,7 @@ class Group:
 
 
 def _variant(**options: object) -> Recipe:
-    return Recipe(options={**_MLP, **options}, schedule=_SCHEDULE)
+    return Recipe(options={**_MLP, **options}, length=_LENGTH)
 
 
 def _kept(temperature: float) -> Recipe:

@@ -28,7 +28,7 @@ from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file, read_json
 from embedcache.store.cache import Cache
 from embedcache.train.data import TrainData, open_data
-from embedcache.train.recipes import Schedule
+from embedcache.train.recipes import TrainingLength
 from embedcache.train.settings import TrainSettings, train_settings
 from embedcache.train.train import TrainReport, train_on
 from pipelines.common import with_options
@@ -50,26 +50,26 @@ class Recipe:
     Args:
         options: what is the same for every number of pairs, named as on the command line.
         choices: alternatives, of which the validation part chooses one for each number of pairs.
-        schedule: how long to train; None for a closed form.
+        length: how long to train; None for a closed form.
         control_of: recipe that this is the control of, whose choices it has.
         features: modality -> its feature.
     """
 
     options: Mapping[str, object]
     choices: Sequence[Mapping[str, float]] = ({},)
-    schedule: Schedule | None = None
+    length: TrainingLength | None = None
     control_of: str | None = None
     features: Mapping[str, str] = field(default_factory=lambda: FEATURES)
 
     def settings(self, num_pairs: int) -> list[TrainSettings]:
         """Return the settings of each choice for so many pairs."""
-        length = self.schedule.options(num_pairs) if self.schedule else {"epochs": 0}
+        length = self.length.options(num_pairs) if self.length else {"epochs": 0}
         return [train_settings({**self.options, **length, **choice}) for choice in self.choices]
 
 
 _SHRINKAGES = tuple({"shrinkage": value} for value in (10.0, 1.0, 0.1, 0.01))
 _DROPOUTS = tuple({"dropout": value} for value in (0.1, 0.5))
-_SCHEDULE = Schedule(2_000_000, 10, 100)
+_LENGTH = TrainingLength(2_000_000, 10, 100)
 _LINEAR: Mapping[str, object] = {"projector": "linear", "initialization": "cca"}
 _MLP: Mapping[str, object] = {"projector": "mlp", "initialization": "cca"}
 _TOKEN: Mapping[str, object] = {"projector": "token+token_mlp", "initialization": "random"}
@@ -77,11 +77,11 @@ _GLU: Mapping[str, object] = {"projector": "glu", "initialization": "random", "d
 RECIPES: Mapping[str, Recipe] = {
     "ridge": Recipe(options={**_LINEAR, "initialization": "ridge"}, choices=_SHRINKAGES),
     "CCA": Recipe(options=_LINEAR, choices=_SHRINKAGES),
-    "linear": Recipe(options=_LINEAR, choices=_DROPOUTS, schedule=_SCHEDULE),
-    "mlp": Recipe(options=_MLP, choices=_DROPOUTS, schedule=_SCHEDULE),
-    "mlp, siglip": Recipe(options={**_MLP, "loss": "siglip"}, choices=_DROPOUTS, schedule=_SCHEDULE),
-    "token": Recipe(options=_TOKEN, choices=_DROPOUTS, schedule=_SCHEDULE),
-    "glu": Recipe(options=_GLU, schedule=_SCHEDULE),
+    "linear": Recipe(options=_LINEAR, choices=_DROPOUTS, length=_LENGTH),
+    "mlp": Recipe(options=_MLP, choices=_DROPOUTS, length=_LENGTH),
+    "mlp, siglip": Recipe(options={**_MLP, "loss": "siglip"}, choices=_DROPOUTS, length=_LENGTH),
+    "token": Recipe(options=_TOKEN, choices=_DROPOUTS, length=_LENGTH),
+    "glu": Recipe(options=_GLU, length=_LENGTH),
     "CCA of shuffled pairs": Recipe(options={**_LINEAR, "shuffle_pairs": True}, choices=_SHRINKAGES, control_of="CCA"),
 }
 """Recipe -> how it is trained."""
@@ -90,7 +90,7 @@ RECIPES: Mapping[str, Recipe] = {
 def in_precision(recipes: Mapping[str, Recipe], precision: Precision) -> dict[str, Recipe]:
     """Return recipes whose trainings compute in a precision; closed forms stay in float32."""
     return {
-        name: replace(recipe, options={**recipe.options, "precision": precision}) if recipe.schedule else recipe
+        name: replace(recipe, options={**recipe.options, "precision": precision}) if recipe.length else recipe
         for name, recipe in recipes.items()
     }
 

@@ -58,7 +58,7 @@ def curve_json(every: Sequence[SeedRuns], chosen: _Choices, results: Results) ->
     sizes, recipes = list(every[0].num_pairs), every[0].recipes
     runs = {name: {str(size): run_json(every, name, size, chosen[name, size]) for size in sizes} for name in recipes}
     scored = [name for name, recipe in recipes.items() if recipe.control_of is None]
-    closed = [name for name in scored if recipes[name].schedule is None]
+    closed = [name for name in scored if recipes[name].length is None]
     closed_form = {
         str(size): max(closed, key=lambda name: fmean(runs[name][str(size)]["validation"])) for size in sizes
     }
@@ -88,7 +88,7 @@ def run_json(every: Sequence[SeedRuns], name: str, size: int, choice: int) -> di
     return {
         "num_pairs": fmean(report.num_samples["train"] for report in reports),
         "choice": dict(recipe.choices[choice]),
-        "options": {**recipe.options, **(recipe.schedule.options(every[0].num_pairs[size]) if recipe.schedule else {})},
+        "options": {**recipe.options, **(recipe.length.options(every[0].num_pairs[size]) if recipe.length else {})},
         "validation": [round_json(read_score(path)) for path in paths],
         "best_epochs": [report.best_epoch for report in reports],
         "epochs": fmean(cost.epochs for cost in costs),

@@ -24,7 +24,7 @@ from embedcache.reports.base import Table, format_count, format_estimate, format
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 from embedcache.store.feature import Feature
-from embedcache.train.recipes import Schedule
+from embedcache.train.recipes import TrainingLength
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER, extract_source
 from pipelines.correlation import UNDEFINED, Outcomes, correlation_figure, correlation_table, pair_table
 from pipelines.drawings.ablation import NUM_PAIRS
@@ -40,11 +40,11 @@ _MEASURE = "R@10"
 NUM_MEASURED = 1_000
 _VALIDATION = 0.25
 _DRAWS = (0, 1, 2)
-_SCHEDULE = Schedule(1_000_000, 10, 30)
+_LENGTH = TrainingLength(1_000_000, 10, 30)
 _LITE0, _LITE1, _MINI = "efficientnet-lite0", "efficientnet-lite1", "all-MiniLM-L6-v2"
 _TOKENS = {"initialization": "random", "dropout": 0.3, "precision": "bfloat16"}
 _TRAINED: Mapping[str, Recipe] = {
-    "mlp": Recipe(options={"projector": "mlp", "initialization": "cca"}, schedule=_SCHEDULE),
+    "mlp": Recipe(options={"projector": "mlp", "initialization": "cca"}, length=_LENGTH),
     "CCA": RECIPES["CCA"],
 }
 
@@ -60,7 +60,7 @@ class Compared:
         images: image features whose pairs with all of `texts` are compared.
         texts: text features.
         recipes: how pairs of features are trained.
-        schedule: how long tokens are trained.
+        length: how long tokens are trained.
     """
 
     image_encoders: Mapping[str, Sequence[str]]
@@ -69,14 +69,14 @@ class Compared:
     images: Sequence[str]
     texts: Sequence[str]
     recipes: Mapping[str, Recipe] = field(default_factory=lambda: _TRAINED)
-    schedule: Schedule = _SCHEDULE
+    length: TrainingLength = _LENGTH
 
     def token_recipes(self) -> dict[str, Recipe]:
         """Return the paper's projectors of tokens for each token feature."""
         return {
             name: Recipe(
                 options={**_TOKENS, "projector": f"{'cls_token' if '+' in image else 'token'}+token_mlp"},
-                schedule=self.schedule,
+                length=self.length,
                 features={"image": image, "text": self.texts[0]},
             )
             for name, image in self.tokens.items()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from embedcache.train import recipes
-from embedcache.train.recipes import Recipe, Schedule
+from embedcache.train.recipes import Recipe, TrainingLength
 from embedcache.train.train import train
 from pipelines.drawings.clip_art import list_clip_art, list_stamps
 from pipelines.drawings.recipe_check import AUTO, CLOSED_FORM, DEFAULT, SHUFFLED, check_recipe, check_table
@@ -40,7 +40,7 @@ def test_drawings_have_titles_of_their_own(tmp_path: Path) -> None:
 
 
 def test_rows_share_runs_and_seeds(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Recipe(fewest=0, options={"projector": "linear"}, schedule=Schedule(400, 1, 9))
+    made = Recipe(min_pairs=0, options={"projector": "linear"}, length=TrainingLength(400, 1, 9))
     monkeypatch.setattr(recipes, "RECIPES", (made,))
     train(cache_path, tmp_path / "seed0", image_feature=IMAGE, text_feature=TEXT, split="key", epochs=0)
     check = check_recipe("toy", cache_path, tmp_path, [0], {"image": IMAGE, "text": TEXT})

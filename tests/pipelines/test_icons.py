@@ -15,7 +15,7 @@ from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
 from embedcache.projectors.saved import read_config
 from embedcache.store.cache import Cache
-from embedcache.train.recipes import Schedule
+from embedcache.train.recipes import TrainingLength
 from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER
 from pipelines.drawings.ablation import Group, run_ablation
 from pipelines.drawings.ablation import gain_figure as ablation_figure
@@ -58,7 +58,7 @@ _WIDTHS = ({"shared_width": 1}, {"shared_width": 64})
 _CURVE = in_precision(
     {
         "ridge": Recipe(options=_RIDGE, choices=_WIDTHS),
-        "random": Recipe(options={"projector": "linear", "initialization": "random"}, schedule=Schedule(120, 1, 2)),
+        "random": Recipe(options={"projector": "linear", "initialization": "random"}, length=TrainingLength(120, 1, 2)),
         "shuffled": Recipe(options={**_RIDGE, "shuffle_pairs": True}, choices=_WIDTHS, control_of="ridge"),
     },
     "bfloat16",
@@ -343,7 +343,7 @@ def test_features_are_compared_on_a_cut_of_the_icons(
         images=[f"{lite0}/patch_mean"],
         texts=[f"{mini}/{layer}mean" for layer in ("", "layer2.", "layer4.")],
         recipes={"ridge": Recipe(options=_RIDGE)},
-        schedule=Schedule(40, 1, 1),
+        length=TrainingLength(40, 1, 1),
     )
     with one_core():
         values = run_features(data, 0, 100, compared)

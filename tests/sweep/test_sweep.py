@@ -21,7 +21,7 @@ from embedcache.sweep.study import open_study
 from embedcache.sweep.sweep import SweepReport, sweep
 from embedcache.train import recipes
 from embedcache.train.data import open_data
-from embedcache.train.recipes import Recipe, Schedule
+from embedcache.train.recipes import Recipe, TrainingLength
 from embedcache.train.trackers import TrackedRun
 from tests.crash import start
 from tests.images import write_images
@@ -276,7 +276,7 @@ def test_underperforming_trials_are_pruned(cache_path: Path, tmp_path: Path) -> 
 
 
 def test_recipe_is_fixed_for_all_trials(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Recipe(fewest=0, options={"projector": "linear", "shrinkage": 10.0}, schedule=Schedule(400, 1, 9))
+    made = Recipe(min_pairs=0, options={"projector": "linear", "shrinkage": 10.0}, length=TrainingLength(400, 1, 9))
     monkeypatch.setattr(recipes, "RECIPES", (made,))
     space_path = write_space(tmp_path, "[fixed]\nrecipe = 'auto'\nsplit = 'key'\n[space]\nshrinkage = [0.5]")
     settings = replace(RANDOM, trials=1, sampler="grid", top_configs=1, seeds_per_config=1)

@@ -16,7 +16,7 @@ from embedcache.train.data import TrainData, open_data
 from embedcache.train.recipes import (
     RECIPES,
     Recipe,
-    Schedule,
+    TrainingLength,
     apply_recipe,
     choose_settings,
     count_training_pairs,
@@ -43,18 +43,18 @@ def data(cache_path: Path) -> TrainData:
 def _recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use a closed form below 100 pairs, of which half of the samples of the cache are more."""
     made = (
-        Recipe(fewest=0, options=CLOSED_FORM),
-        Recipe(fewest=100, options=TRAINED, schedule=Schedule(400, 1, 9)),
-        Recipe(fewest=1_000, options={"projector": "mlp"}, schedule=Schedule(9_000, 1, 9)),
+        Recipe(min_pairs=0, options=CLOSED_FORM),
+        Recipe(min_pairs=100, options=TRAINED, length=TrainingLength(400, 1, 9)),
+        Recipe(min_pairs=1_000, options={"projector": "mlp"}, length=TrainingLength(9_000, 1, 9)),
     )
     monkeypatch.setattr(recipes, "RECIPES", made)
 
 
 def test_every_recipe_is_valid() -> None:
-    assert [recipe.fewest for recipe in RECIPES] == sorted({0, *(recipe.fewest for recipe in RECIPES)})
+    assert [recipe.min_pairs for recipe in RECIPES] == sorted({0, *(recipe.min_pairs for recipe in RECIPES)})
     for recipe in RECIPES:
-        settings = train_settings(recipe.settings(max(recipe.fewest, 1)))
-        assert (settings.optimizer.epochs == 0) == (recipe.schedule is None)
+        settings = train_settings(recipe.settings(max(recipe.min_pairs, 1)))
+        assert (settings.optimizer.epochs == 0) == (recipe.length is None)
 
 
 GLU = {"projector": "glu", "initialization": "random", "dropout": 0.3, "lr": 5e-4}
@@ -87,10 +87,10 @@ def test_a_recipe_leaves_nothing_to_choose_where_all_is_given() -> None:
     assert progress.notes == ["10 training pairs: recipe for fewer than 550: all of its settings are given"]
 
 
-def test_schedule_keeps_its_bounds() -> None:
-    schedule = Schedule(100_000, 3, 20)
-    assert [schedule.options(pairs)["epochs"] for pairs in (10, 10_000, 10**6)] == [20, 10, 3]
-    assert [schedule.options(pairs)["patience"] for pairs in (10, 10_000)] == [5, 3]
+def test_length_keeps_its_bounds() -> None:
+    length = TrainingLength(100_000, 3, 20)
+    assert [length.options(pairs)["epochs"] for pairs in (10, 10_000, 10**6)] == [20, 10, 3]
+    assert [length.options(pairs)["patience"] for pairs in (10, 10_000)] == [5, 3]
 
 
 @pytest.mark.parametrize(
