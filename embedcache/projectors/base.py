@@ -48,8 +48,8 @@ def has_token_input(projector: str) -> bool:
 class Projector(Protocol):
     """A projector of one vector per item, built as `Projector(input_width, output_width)`.
 
-    A class attribute `has_raw_input = True` asks for vectors as the encoder returned them; otherwise they are scaled
-    to length 1 and centered.
+    Vectors come scaled to length 1 and centered; with a class attribute `has_raw_input = True`, as the encoder returned
+    them, divided by one number. In training, dropout is applied to them before.
     """
 
     def __call__(self, vectors_BD: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Projection heads for one vector per item: PyTorch modules built as `Head(input_width, output_width)`.
+"""Projectors for one vector per item: PyTorch modules built as `Projector(input_width, output_width)`.
 
-Each maps a (B, D) float tensor x to (B, P) float32. Heads with a linear branch can be initialized with a closed form
-(`set_linear_map`). Heads for token features are in `tokens.py`.
+Each maps a (B, D) float tensor x to (B, P) float32. Those with a linear branch can be initialized with a closed form
+(`set_linear_map`). Projectors for token features are in `tokens.py`, their names and interfaces in `base.py`. What is
+done to x before, such as dropout, is up to the tower (`towers.py`).
 
     linear       W x
     identity     x

@@ -39,6 +39,7 @@ class AlignedPair(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
+        """The temperature, clamped to its range, a scalar."""
         return torch.exp(-self.log_scale).clamp(*_TEMPERATURE_RANGE)
 
     def set_temperature(self, temperature: float) -> None:

@@ -49,12 +49,12 @@ CONFIG_NAMES = {
 }
 """Field of the config of a run -> key in `config.json`, where they differ, as in format 1."""
 
-_READERS = {
+_NEXT_STEPS = {
     "shared": "evaluate it with: embedcache evaluate likelihood",
     "speech": "evaluate it with: embedcache evaluate speech",
 }
 """Kind of a run of a module -> what to do with it instead of loading it as a pair."""
-_OTHER_READER = "load it with embedcache.networks.saved.load_module"
+_OTHER_NEXT_STEP = "load it with embedcache.networks.saved.load_module"
 _FORMAT_1 = ("image", "text")
 _PAIR = "pair"
 _BLOCK = 8192
@@ -250,7 +250,7 @@ def read_config(run_path: Path) -> PairConfig:
     if not is_pair(values):
         raise DataError(
             f"{run_path}: expected an aligned pair, got a run of kind {values.get('kind')}; "
-            f"{_READERS.get(str(values.get('kind')), _OTHER_READER)}"
+            f"{_NEXT_STEPS.get(str(values.get('kind')), _OTHER_NEXT_STEP)}"
         )
     return construct(config_path(run_path), lambda: PairConfig.from_json(values))
 

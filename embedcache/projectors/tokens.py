@@ -1,9 +1,9 @@
-"""Projection heads for token features, from "From Unimodal to Multimodal: Scaling up Projectors to Align Modalities".
+"""Projectors for token features, from "From Unimodal to Multimodal: Scaling up Projectors to Align Modalities".
 
 T(x) = A x' + C gelu(B x') with x' = dropout(layernorm(x)) maps each token, followed by the mean over an item's tokens.
 As A and C are linear, the mean of T is A mean(x') + C mean(gelu(B x')): only B is applied to every token (CVPR 2025).
 
-Each head is built as `Head(input_width, output_width, dropout=0.1)` and maps (B, T, D) float32 tokens with (B,) lengths
+Each is built as `Projector(input_width, output_width, dropout=0.1)` and maps (B, T, D) float32 tokens with (B,) lengths
 to (B, P) float32; `dropout` is the fraction of each normalized token that is set to zero in training.
 """
 

@@ -72,12 +72,12 @@ class InfoNce(nn.Module):
 
     def forward(self, images_BP: Tensor, texts_BP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
         is_other = positives.images != positives.texts
-        hidden = (positives.images[is_other], positives.texts[is_other])
+        masked = (positives.images[is_other], positives.texts[is_other])
         if positives.excluded is not None:
-            rows, columns = (torch.cat(sides) for sides in zip(hidden, positives.excluded, strict=True))
+            rows, columns = (torch.cat(sides) for sides in zip(masked, positives.excluded, strict=True))
             order = torch.argsort(rows, stable=True)
-            hidden = (rows[order], columns[order])
-        over_texts, over_images = log_sum_exp(images_BP, texts_BP, scale, hidden)
+            masked = (rows[order], columns[order])
+        over_texts, over_images = log_sum_exp(images_BP, texts_BP, scale, masked)
         own = scale * (images_BP * texts_BP).sum(dim=1)
         return (over_texts + over_images).mean() / 2 - own.mean()
 

@@ -153,10 +153,10 @@ class Objective(nn.Module):
 
     def forward(self, loaded: LoadedBatch) -> Tensor:
         """Return the loss, a scalar."""
-        inputs = [_mix(values, loaded.batch.mix) for values in (loaded.first, loaded.second)]
+        inputs = [_mix(side, loaded.batch.mix) for side in (loaded.first, loaded.second)]
         outputs = [
-            gather_rows(self._embed(tower, values), values.num_items)
-            for tower, values in zip(self.pair.towers, inputs, strict=True)
+            gather_rows(self._embed(tower, side), side.num_items)
+            for tower, side in zip(self.pair.towers, inputs, strict=True)
         ]
         loss = outputs[0].new_zeros(())
         for width in self._widths:
@@ -166,12 +166,13 @@ class Objective(nn.Module):
         if not self._structure:
             return loss
         divergences = [
-            structure(gather_rows(values.values.float(), values.num_items), output)
-            for values, output in zip(inputs, outputs, strict=True)
+            structure(gather_rows(side.values.float(), side.num_items), output)
+            for side, output in zip(inputs, outputs, strict=True)
         ]
         return loss + self._structure * (divergences[0] + divergences[1]) / 2
 
     def _embed(self, tower: nn.Module, inputs: LoadedInputs) -> Tensor:
+        """Project this process's items: (b, P) float32, not normalized."""
         num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
         part_rows = max(1, MAX_VECTORS // num_tokens)
         if len(inputs.values) <= part_rows or _has_batch_norm(tower):  # a batch that is normalized must not be divided

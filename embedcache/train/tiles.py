@@ -1,4 +1,4 @@
-"""Sums over all pairs of a batch, tile by tile: exact, without a (B, N) matrix.
+"""Sums over all pairs of a batch, tile by tile: exact, without a (B, M) matrix.
 
 The backward pass takes the tiles of the forward pass if all of them fit into `HELD_BYTES`, and otherwise computes them
 again, to the same bits. Several processes divide the tiles. Under autocast the matrix products use its dtype,
@@ -31,27 +31,32 @@ _MAX_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
 
 
 def log_sum_exp(
-    left_BP: Tensor, right_NP: Tensor, scale: Tensor, masked: tuple[Tensor, Tensor] | None = None
+    left_BP: Tensor, right_MP: Tensor, scale: Tensor, masked: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute log Σ exp of the logits scale · left · right', over each row and over each column: (B,) and (N,).
+    """Compute log Σ exp of the logits scale · left · right', over each row and over each column: (B,) and (M,).
 
-    Left and right have rows of length 1. Masked are (E,) rows, ascending, and (E,) columns of logits that are left out;
-    each row and column keeps one. Differentiable in left, right and scale.
+    Differentiable in left, right and scale.
+
+    Args:
+        left_BP: rows of length 1, such as images.
+        right_MP: rows of length 1, such as texts.
+        scale: scalar, the inverse of the temperature.
+        masked: (E,) rows, ascending, and (E,) columns of logits that are left out; each row and column keeps one.
     """
     rows, columns = masked or (torch.empty(0, dtype=torch.int64, device=left_BP.device),) * 2
-    result: tuple[Tensor, Tensor] = _apply(_LogSumExp, left_BP, right_NP, scale, rows, columns)
+    result: tuple[Tensor, Tensor] = _apply(_LogSumExp, left_BP, right_MP, scale, rows, columns)
     return result
 
 
-def softplus_sum(left_BP: Tensor, right_NP: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def softplus_sum(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Compute Σ log(1 + exp(logit + bias)) over all pairs, a scalar; the arguments are those of `log_sum_exp`."""
-    result: Tensor = _apply(_SoftplusSum, left_BP, right_NP, scale, bias)
+    result: Tensor = _apply(_SoftplusSum, left_BP, right_MP, scale, bias)
     return result
 
 
-def logits_of(left_BP: Tensor, right_NP: Tensor, scale: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+def logits_of(left_BP: Tensor, right_MP: Tensor, scale: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
     """Compute the (E,) logits of pairs given as (E,) rows and (E,) columns; see `log_sum_exp` for the others."""
-    cosines_E: Tensor = _Cosines.apply(left_BP, right_NP, *pairs)  # type: ignore[no-untyped-call]
+    cosines_E: Tensor = _Cosines.apply(left_BP, right_MP, *pairs)  # type: ignore[no-untyped-call]
     return scale * cosines_E
 
 

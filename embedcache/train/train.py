@@ -258,13 +258,13 @@ def _fit(
 ) -> tuple[AlignedPair, TrainReport]:
     """Train a new pair, or resume its training; return it with the weights of the best epoch."""
     divided = divide_pairs(data, run_path, settings, progress)
-    training, drawn = divided.training, _draw_views(data, settings)
+    training, views = divided.training, _open_views(data, settings)
     negatives = _hard_negatives(data, training, settings, progress)
-    batches, device = _batches(training, settings, drawn, negatives), settings.machine.device
+    batches, device = _make_batches(training, settings, views, negatives), settings.machine.device
     pair = _build_pair(config, data, training, settings, progress)
     size = count_cost(config, {modality: feature.item_shape for modality, feature in data.features.items()})
     first, second = data.readers.values()
-    load = PairLoader(drawn[0] or first, drawn[1] or second, device=device)
+    load = PairLoader(views[0] or first, views[1] or second, device=device)
     task = PairTask(
         module=pair,
         loader=Loader(batches, load),
@@ -276,7 +276,7 @@ def _fit(
     )
     result = Trainer(
         task=task,
-        optimizer=_optimizer_of(pair, settings),
+        optimizer=_optimizer_settings(pair, settings),
         machine=settings.machine,
         seed=settings.seed,
         run_path=run_path,
@@ -297,8 +297,8 @@ def _fit(
     )
 
 
-def _draw_views(data: TrainData, settings: TrainSettings) -> list[DrawnViews | None]:
-    """Open the views that are drawn of each side; None: its feature alone."""
+def _open_views(data: TrainData, settings: TrainSettings) -> list[DrawnViews | None]:
+    """Open the views of each side that epochs draw from; None: its feature alone."""
     views = parse_views(settings.views)
     return [
         data.draw_views(modality, views[modality], settings.seed) if modality in views else None
@@ -314,7 +314,7 @@ def _build_pair(
         pair = build(config, dropout=settings.model.dropout).to(settings.machine.device)
     parts = pair_parts(pair)
     sources = find_sources(settings.parts.init_from, parts)
-    model = _initialization(pair, settings, sources)
+    model = _model_settings(pair, settings, sources)
     initialize(pair, training, data.readers, model, seed=settings.seed, progress=progress)
     load_parts(pair, parts, sources)
     if settings.loss.temperature is not None:
@@ -322,14 +322,14 @@ def _build_pair(
     return pair
 
 
-def _initialization(pair: AlignedPair, settings: TrainSettings, sources: Mapping[str, Path]) -> ModelSettings:
-    """Return the settings of the initialization: random by default where a tower of another run replaces one."""
+def _model_settings(pair: AlignedPair, settings: TrainSettings, sources: Mapping[str, Path]) -> ModelSettings:
+    """Return the settings of the initialization, which is random by default where another run replaces a tower."""
     if settings.model.initialization is not None or sources.keys().isdisjoint(pair.modalities):
         return settings.model
     return replace(settings.model, initialization="random")
 
 
-def _optimizer_of(pair: AlignedPair, settings: TrainSettings) -> OptimizerSettings:
+def _optimizer_settings(pair: AlignedPair, settings: TrainSettings) -> OptimizerSettings:
     """Return the settings of the optimizer; towers without parameters, such as those of asif, are not trained."""
     has_parameters = any(True for tower in pair.towers for _ in tower.parameters())
     return settings.optimizer if has_parameters else replace(settings.optimizer, epochs=0)
@@ -355,9 +355,10 @@ def _hard_negatives(
     return negatives
 
 
-def _batches(
+def _make_batches(
     training: Pairs, settings: TrainSettings, views: Sequence[DrawnViews | None], negatives: HardNegatives | None
 ) -> PairBatches:
+    """Divide the training pairs into batches; `SettingError` if the batch size does not fit them or the processes."""
     num_samples, batch_size = len(training.samples), settings.optimizer.batch_size
     if batch_size is not None and batch_size > num_samples:
         raise SettingError(

@@ -71,7 +71,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._best, self._run_id = _BestWeights(), uuid.uuid4().hex
-        self._step = self._epoch = self._num_resumed = self._num_samples = 0
+        self._step = self._epoch = 0  # those that come next
+        self._num_resumed = self._num_samples = 0  # samples trained on up to the checkpoint, and since
         self._log_end = LogEnd()
         self._last_checkpoint = time.perf_counter()
 
@@ -79,7 +80,7 @@ class Trainer:
         """Train to the end; the module then has the weights of its best validation score, or its initialization.
 
         Raises:
-            DataError: the loss is NaN or infinite; names the step and what the task tells about the batch.
+            DataError: the loss is NaN or infinite; the message names the step and is that of `Task.explain`.
             CorruptError: the checkpoint cannot be read.
         """
         keep_freed_memory()
@@ -88,7 +89,7 @@ class Trainer:
             self._objective = self.task.objective.to(self.machine.device)
             parts = self.task.parts
             self._frozen = freeze(self.task.module, parts, parts if self.trainable is None else self.trainable)
-            self._optimizer = make_optimizer(self._objective, self.optimizer)
+            self._adamw = make_optimizer(self._objective, self.optimizer)
             device_type = torch.device(self.machine.device).type
             self._scaler = torch.amp.GradScaler(device_type, enabled=self.machine.precision == "float16")
             self._resume()
@@ -137,13 +138,13 @@ class Trainer:
         self.task.module.train()
         for module in self._frozen:
             module.training = False
-        optimizer, loader = self.optimizer, self.task.loader
+        settings, loader = self.optimizer, self.task.loader
         for batch in loader.epoch(self._epoch, first_step=self._step - self._epoch * loader.num_steps):
             loss = trained(batch)
-            rate = learning_rate(optimizer, self._step, optimizer.epochs * loader.num_steps)
+            rate = learning_rate(settings, self._step, settings.epochs * loader.num_steps)
             self._log_step(loss, rate, batch)
             self._scaler.scale(loss).backward()
-            update(self._objective, self._optimizer, rate, optimizer.max_grad_norm, self._scaler)
+            update(self._objective, self._adamw, rate, settings.max_grad_norm, self._scaler)
             self._step += 1
             self._num_samples += self.task.count(batch)
             self.progress.advance(self.task.count(batch))
@@ -176,7 +177,7 @@ class Trainer:
             self.machine.device,
             {
                 "objective": self._objective.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
+                "optimizer": self._adamw.state_dict(),
                 "best": self._best.to_state(),
                 "step": self._step,
                 "epoch": self._epoch,
@@ -194,7 +195,7 @@ class Trainer:
         if state is None:
             return
         self._objective.load_state_dict(state["objective"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._adamw.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state.get("scaler", {}))
         self._best = _BestWeights.from_state(state["best"])
         self._step, self._epoch = state["step"], state["epoch"]
@@ -262,7 +263,13 @@ def make_optimizer(trained: nn.Module, settings: OptimizerSettings) -> torch.opt
 
 
 def learning_rate(settings: OptimizerSettings, step: int, num_steps: int) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, then cosine decay to zero."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then cosine decay to zero.
+
+    Args:
+        settings: peak learning rate, and fraction of the steps that warm up.
+        step: number of the step.
+        num_steps: steps of all epochs.
+    """
     warmup = max(1, round(settings.warmup_fraction * num_steps))
     if step < warmup:
         return settings.lr * (step + 1) / warmup

@@ -390,7 +390,7 @@ def test_a_batch_has_1024_samples_or_all(count: int, given: int | None, expected
     rows = np.arange(count)
     items = Items(rows=rows, samples=rows, contents=rows)
     settings = train_settings({"batch_size": given, "block_rows": 1})
-    batches = train_module._batches(Pairs(first=items, second=items), settings, [None, None], None)
+    batches = train_module._make_batches(Pairs(first=items, second=items), settings, [None, None], None)
     assert [len(batch.samples) for batch in batches.epoch(0)] == expected
 
 
@@ -402,10 +402,10 @@ def test_each_process_has_an_item_of_each_batch(monkeypatch: pytest.MonkeyPatch)
     for processes in (1, 3, 4):
         monkeypatch.setattr(train_module, "num_processes", lambda processes=processes: processes)
         if processes <= 3:
-            assert train_module._batches(pairs, settings, [None, None], None).smallest == 3
+            assert train_module._make_batches(pairs, settings, [None, None], None).smallest == 3
             continue
         with pytest.raises(SettingError, match=r"one item per process in each batch, got 3 for 4 processes; raise --b"):
-            train_module._batches(pairs, settings, [None, None], None)
+            train_module._make_batches(pairs, settings, [None, None], None)
 
 
 def test_towers_without_parameters_are_not_trained(cache_path: Path, tmp_path: Path) -> None:
