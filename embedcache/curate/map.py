@@ -144,19 +144,9 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
     if projection == "umap":
         progress.note(f"fitting UMAP to {len(fitted_FP):,} {noun(vectors.modality)}")
     place = _fit(fitted_FP, projection, seed=settings.seed)
-    progress.start("placing on the map", len(rows_N), noun(vectors.modality))
-    points, clusters, cosines = [], [], []
-    for block in blocks(len(rows_N), _BLOCK):
-        vectors_BP = vectors.read(rows_N[block])
-        closest = find_closest(vectors_BP, [centroids_CP])
-        points.append(place(vectors_BP))
-        clusters.append(closest.rows)
-        cosines.append(closest.sims)
-        progress.advance(len(vectors_BP))
-    progress.finish()
-    points_N2 = _to_unit_square(np.concatenate(points))
-    clusters_N, kept_C = _largest_first(np.concatenate(clusters), num_clusters)
-    nearest = [_nearest(rows_N, np.concatenate(cosines), clusters_N == number) for number in range(len(kept_C))]
+    points_N2, clusters_N, cosines_N = _place_items(vectors, rows_N, place, centroids_CP, progress)
+    clusters_N, kept_C = _largest_first(clusters_N, num_clusters)
+    nearest = [_nearest(rows_N, cosines_N, clusters_N == number) for number in range(len(kept_C))]
     hits = [index.hits.read(np.zeros(len(rows), np.float32), rows) for rows in nearest]
     names = name_clusters(hits) if named is None else _nearest_names(named, centroids_CP[kept_C])
     return IndexMap(
@@ -167,6 +157,23 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
         projection=projection,
         seed=settings.seed,
     )
+
+
+def _place_items(
+    vectors: Vectors, rows_N: Ints, place: Callable[[Floats], Floats], centroids_CP: Floats, progress: Progress
+) -> tuple[Floats, Ints, Floats]:
+    """Return the position of each item in the unit square, its cluster, and its cosine to the centroid of that."""
+    points, clusters, cosines = [], [], []
+    progress.start("placing on the map", len(rows_N), noun(vectors.modality))
+    for block in blocks(len(rows_N), _BLOCK):
+        vectors_BP = vectors.read(rows_N[block])
+        closest = find_closest(vectors_BP, [centroids_CP])
+        points.append(place(vectors_BP))
+        clusters.append(closest.rows)
+        cosines.append(closest.sims)
+        progress.advance(len(vectors_BP))
+    progress.finish()
+    return _to_unit_square(np.concatenate(points)), np.concatenate(clusters), np.concatenate(cosines)
 
 
 def _describe_clusters(

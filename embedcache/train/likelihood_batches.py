@@ -23,7 +23,7 @@ class TaskBatch(NamedTuple):
     """A batch of one task on the device.
 
     Args:
-        family: whose likelihood is used.
+        family: name of the likelihood that is used, which has a scale of its own.
         tokens: modality -> tokens of the inputs.
         words: words of the inputs; None: none.
         read: where inputs are read; `next`: after each word, in two streams.
@@ -59,7 +59,7 @@ class Subtask(Protocol):
 
     @property
     def family(self) -> str:
-        """The likelihood, and its scale, that it uses."""
+        """Name of the likelihood that it uses, with its scale; tasks of one family share both."""
         ...
 
     @property

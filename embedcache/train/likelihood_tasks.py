@@ -71,7 +71,7 @@ class ExampleTask:
         loader: of the kind `answer` with `candidates`, a function that makes the texts and the answers of examples, in
             place of their own ones.
 
-    The other arguments are described beside their defaults, below.
+    The arguments from `weight` on are described beside their defaults, below.
 
     Raises:
         SettingError: an unknown kind, a value outside its bounds, or examples or options that the kind cannot have.
@@ -188,16 +188,16 @@ class ExampleTask:
 
     def _with_neighbors(self, positions_B: Ints, mined: MinedNegatives, rng: np.random.Generator) -> Ints:
         """Replace the last examples of a batch by examples of the texts nearest to those of the first ones."""
-        order_N, starts_F = self._of_target
+        order_N, starts_F = self._examples_by_target
         seeds = positions_B[: max(1, len(positions_B) // (mined.k + 1))]
         near = mined.find(self.train.target_N[seeds]).ravel()
         near = near[starts_F[near + 1] > starts_F[near]]  # false for -1, too
         found = order_N[starts_F[near] + rng.integers(starts_F[near + 1] - starts_F[near])]
-        distinct, first = np.unique(np.concatenate([seeds, found, positions_B[len(seeds) :]]), return_index=True)
-        return distinct[np.argsort(first)][: len(positions_B)]
+        unique, first = np.unique(np.concatenate([seeds, found, positions_B[len(seeds) :]]), return_index=True)
+        return unique[np.argsort(first)][: len(positions_B)]
 
     @cached_property
-    def _of_target(self) -> tuple[Ints, Ints]:
+    def _examples_by_target(self) -> tuple[Ints, Ints]:
         """The training examples sorted by target, (N,), and where those of each target begin, (F + 1,)."""
         counts_F = np.bincount(self.train.target_N, minlength=len(self.train.targets))
         return np.argsort(self.train.target_N, kind="stable"), np.concatenate([[0], np.cumsum(counts_F)])

@@ -28,7 +28,10 @@ class Batch:
     """Rows of both features for B samples, one first item per sample, and which items belong together.
 
     Args:
-        second_rows: (M,) int64; one per sample (M = B), or all of each sample, sample after sample.
+        samples: (B,) int64 samples.
+        first_rows: (B,) int64 rows of the first feature.
+        second_rows: (M,) int64 rows of the second feature: one per sample (M = B), or all of each sample, sample after
+            sample.
         positives: two (E,) int64 arrays of positions in the batch, of first and of second items, the first ascending:
             those that belong together by `Pairs.relation`.
         mix: lambda of mixup, or None. With mixup, item k is mixed with item k + B/2, the first with weight lambda, and

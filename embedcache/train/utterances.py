@@ -45,8 +45,11 @@ class Stream:
         return float(self.feature.lengths()[self.order_M].max() / self.rate_hz)
 
     def rows(self, numbers_B: Ints, items_B: Ints | None = None) -> Ints:
-        """Return the feature's rows of utterances; of several items, such as faces, those of some numbers, else the
-        first.
+        """Return the feature's row of one item of each utterance: (B,).
+
+        Args:
+            numbers_B: utterances.
+            items_B: which of several items, such as faces, modulo their number; None: the first.
         """
         offsets_B = 0 if items_B is None else items_B % self.count_S[numbers_B]
         rows_B: Ints = self.order_M[self.first_S[numbers_B] + offsets_B]
@@ -164,17 +167,8 @@ def open_utterances(
         raise DataError(f"{cache.path}: expected utterances with a transcript and {' and '.join(features)}, got none")
     streams = {}
     for name, found in opened.items():
-        plain = next(iter(found.values()))
-        axis = cache.feature(name, plain.name).axis
-        if axis is None or axis.rate_hz is None:
-            raise DataError(f"{plain.name}: expected a feature with an axis of time, such as states; name another one")
         kept = rows[name][np.isin(owners[name][rows[name]], wanted)]
-        order_M = kept[np.argsort(owners[name][kept], kind="stable")]
-        _, first_S, count_S = np.unique(owners[name][order_M], return_index=True, return_counts=True)
-        readers = {view: feature.load() if in_memory else feature.read for view, feature in found.items()}
-        streams[name] = Stream(
-            feature=plain, readers=readers, rate_hz=axis.rate_hz, order_M=order_M, first_S=first_S, count_S=count_S
-        )
+        streams[name] = _open_stream(cache, name, found, kept, owners[name][kept], in_memory=in_memory)
     keys = cache.column("key").take(wanted).to_pylist()
     transcripts = [texts[sample] for sample in wanted.tolist()]
     symbols = [encode_transcript(text) for text in transcripts]
@@ -183,3 +177,23 @@ def open_utterances(
 
 def _open_views(cache: Cache, stream: str, feature: str, views: Sequence[str] | None) -> dict[str, InputFeature]:
     return {view: open_input(cache, stream, view_feature(feature, view)) for view in views or (PLAIN,)}
+
+
+def _open_stream(
+    cache: Cache, name: str, views: Mapping[str, InputFeature], rows_M: Ints, samples_M: Ints, *, in_memory: bool
+) -> Stream:
+    """Open a stream of the items of some rows, given the sample of each."""
+    plain = next(iter(views.values()))
+    axis = cache.feature(name, plain.name).axis
+    if axis is None or axis.rate_hz is None:
+        raise DataError(f"{plain.name}: expected a feature with an axis of time, such as states; name another one")
+    order = np.argsort(samples_M, kind="stable")
+    _, first_S, count_S = np.unique(samples_M[order], return_index=True, return_counts=True)
+    return Stream(
+        feature=plain,
+        readers={view: feature.load() if in_memory else feature.read for view, feature in views.items()},
+        rate_hz=axis.rate_hz,
+        order_M=rows_M[order],
+        first_S=first_S,
+        count_S=count_S,
+    )
