@@ -9,14 +9,20 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from embedcache.errors import CorruptError, PathError, SettingError
+from embedcache.errors import CorruptError, PathError, SettingError, one_line
 from embedcache.files import remove_folder
 from embedcache.locks import Leases, locked
 from embedcache.provenance import digest, from_record, to_record
@@ -30,6 +36,9 @@ Params: TypeAlias = dict[str, Value]
 _MAX_ATTEMPTS = 3
 _SQLITE_TIMEOUT_S = 60
 _MAX_GRID_POINTS = 100_000
+_DIGEST, _SIGNATURE = "digest", "record_digest"
+"""Attributes of a trial: digests of what counts of a complete one, and of all of a finished one."""
+_RESTORE = "restore the storage, or use a new folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +106,7 @@ class Trials:
     def complete(self, trial: optuna.Trial, score: float, outcome: Outcome) -> None:
         """Record the score and the outcome of a trial."""
         trial.set_user_attr("outcome", outcome.to_json())
-        trial.set_user_attr("digest", _digest(trial.params, score, outcome.to_json()))
+        trial.set_user_attr(_DIGEST, _digest(trial.params, score, outcome.to_json()))
         self._close(trial, TrialState.COMPLETE, score)
 
     def prune(self, trial: optuna.Trial) -> None:
@@ -116,18 +125,27 @@ class Trials:
 
         Raises `CorruptError` if the settings, score or outcome of one have changed since they were recorded.
         """
-        finished = [trial for trial in self._all() if trial.state.is_finished() and not _is_lost(trial)]
-        for trial in [trial for trial in finished if trial.state == TrialState.COMPLETE]:
-            written = trial.user_attrs.get("digest")
-            if written not in (None, _digest(trial.params, trial.value, trial.user_attrs.get("outcome"))):
+        finished = [trial for trial in self._all() if trial.state.is_finished()]
+        for trial in finished:
+            if _has_changed(trial):
                 raise CorruptError(
                     f"study {self._path}: trial {trial.number}: its settings, score or outcome in the storage have "
-                    "changed since they were recorded; restore the storage, or use a new folder"
+                    f"changed since they were recorded; {_RESTORE}"
                 )
-        return finished
+        return [trial for trial in finished if not _is_lost(trial)]
 
     def _all(self) -> list[FrozenTrial]:
-        return self.optuna.get_trials(deepcopy=False)
+        try:
+            trials = self.optuna.get_trials(deepcopy=False)
+        except Exception as error:  # of Optuna or SQLAlchemy, about anything in a damaged storage
+            raise CorruptError(
+                f"study {self._path}: its storage cannot be read: {one_line(error)}; {_RESTORE}"
+            ) from error
+        if [trial.number for trial in trials] != list(range(len(trials))):
+            raise CorruptError(
+                f"study {self._path}: expected trials numbered from 0 in its storage, got others; {_RESTORE}"
+            )
+        return trials
 
     def _running(self) -> list[FrozenTrial]:
         return [trial for trial in self._all() if trial.state == TrialState.RUNNING]
@@ -143,6 +161,7 @@ class Trials:
         return trial
 
     def _close(self, trial: optuna.Trial, state: TrialState, score: float | None = None) -> None:
+        self._sign(trial._trial_id, state, score)
         self.optuna.tell(trial, score, state=state)
         self._leases.release(trial.number)
 
@@ -153,11 +172,35 @@ class Trials:
                 continue
             for trial in self._running():  # read again: it may have finished just before its lease was released
                 if trial.number == number:
+                    self._sign(trial._trial_id, TrialState.FAIL)
                     self.optuna.tell(number, state=TrialState.FAIL)
                     remove_run(self._path, number)
                     if _is_repeated(trial):
                         self.optuna.enqueue_trial(trial.params, user_attrs={"deaths": _num_losses(trial) + 1})
             self._leases.release(number)
+
+    def _sign(self, trial_id: int, state: TrialState, score: float | None = None) -> None:
+        """Store the digest of all that a trial is about to be finished with."""
+        trial = self._storage.get_trial(trial_id)
+        if state == TrialState.PRUNED and trial.last_step is not None:
+            score = trial.intermediate_values[trial.last_step]  # as Optuna does
+        self._storage.set_trial_user_attr(trial_id, _SIGNATURE, _signature(trial, state, score))
+
+
+def _has_changed(trial: FrozenTrial) -> bool:
+    """Return whether a finished trial differs from what it was recorded with; the first studies have no digests."""
+    found = {_SIGNATURE: _signature(trial, trial.state, trial.value)}
+    if trial.state == TrialState.COMPLETE:
+        found[_DIGEST] = _digest(trial.params, trial.value, trial.user_attrs.get("outcome"))
+    return any(trial.user_attrs.get(name, value) != value for name, value in found.items())
+
+
+def _signature(trial: FrozenTrial, state: TrialState, score: float | None) -> str:
+    attributes = {name: value for name, value in trial.user_attrs.items() if name != _SIGNATURE}
+    ranges = {name: distribution_to_json(values) for name, values in trial.distributions.items()}
+    reported = {str(step): value for step, value in trial.intermediate_values.items()}
+    values = {"state": state.name, "score": score, "ranges": ranges, "reported": reported, "attributes": attributes}
+    return digest({**values, "number": trial.number, "params": trial.params})
 
 
 def _digest(params: Params, score: float | None, outcome: Mapping[str, Any] | None) -> str:
@@ -215,10 +258,13 @@ def _open_storage(
     path: Path, study: Study, space: Space, settings: SweepSettings
 ) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = settings.storage or f"sqlite:///{path.resolve() / 'study.db'}"
+    file = path.resolve() / "study.db"
+    url = settings.storage or f"sqlite:///{file}"
     engine: dict[str, Any] = {"connect_args": {"timeout": _SQLITE_TIMEOUT_S}} if url.startswith("sqlite") else {}
     try:
         storage = optuna.storages.RDBStorage(url, engine_kwargs=engine)
+        if url.startswith("sqlite"):
+            _check_pages(storage)
         return storage, optuna.create_study(
             storage=storage,
             study_name=study.name,
@@ -226,12 +272,22 @@ def _open_storage(
             pruner=_make_pruner(settings.pruner, max_epochs=space.max_epochs()),
             load_if_exists=True,
         )
-    except (SQLAlchemyError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of Optuna or SQLAlchemy, about anything in a damaged storage
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if settings.storage is None:
+            raise CorruptError(f"{file}: expected the trials of a study, got an error: {reason}; {_RESTORE}") from error
         raise PathError(
             f"storage {without_password(url)} cannot be opened: {reason}; use a URL such as "
             "postgresql://user:password@host/database and install its driver, or omit --storage"
         ) from error
+
+
+def _check_pages(storage: optuna.storages.RDBStorage) -> None:
+    """Check that the tables of SQLite agree with their indexes, so that no trial has vanished."""
+    with storage.engine.connect() as connection:
+        found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
+    if found != "ok":
+        raise SQLAlchemyError(str(found))
 
 
 def make_distributions(space: Space) -> dict[str, BaseDistribution]:

@@ -1,7 +1,8 @@
 """Which process gets which trial. Nothing is trained here."""
 
 import sqlite3
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -188,6 +189,42 @@ def test_changed_trial_is_refused(tmp_path: Path, change: str) -> None:
     storage.close()
     with pytest.raises(CorruptError, match="trial 0: its settings, score or outcome in the storage have changed"):
         open_trials(tmp_path / "a", space, trials=2).lease_next()
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[: len(data) // 2],
+    "zeros": lambda data: data[:40_000] + bytes(30_000) + data[70_000:],
+    "state": lambda data: data.replace(b"COMPLETE", b"CoMPLETE", 1),
+    "reason": lambda data: data.replace(b"too wide", b"too wild"),
+    "score of an epoch of a pruned trial": lambda data: data.replace(struct.pack(">d", 0.1875), struct.pack(">d", 0.5)),
+    "key of a range": lambda data: data.replace(b'"high"', b'"hihh"', 1),
+    "kind of a range": lambda data: data.replace(b"CategoricalDistribution", b"CategoricbhDistribution", 1),
+    "name of the study": lambda data: data.replace(b"sweep", b"sweeq", 1),
+    "text": lambda data: data.replace(b"too wide", b"too wid\xff"),
+}
+
+
+def test_damaged_storage_is_one_line(tmp_path: Path, space: Space) -> None:
+    trials = open_trials(tmp_path / "a", space, trials=3)
+    for number in range(3):
+        trial = trials.lease_next()
+        assert trial is not None
+        trial.report(0.1875, 1)
+        if number == 0:
+            trials.fail(trial, "too wide")
+        else:
+            trials.prune(trial) if number == 1 else trials.complete(trial, 0.5, OUTCOME)
+    trials.close()
+    storage = tmp_path / "a" / "study.db"
+    data = storage.read_bytes()
+    for name, damage in DAMAGES.items():
+        damaged = damage(data)
+        assert damaged != data, name
+        storage.write_bytes(damaged)
+        with pytest.raises(CorruptError, match=r"^[^\n]*; restore the storage, or use a new folder$"):
+            open_trials(tmp_path / "a", space, trials=3).lease_next()
+    storage.write_bytes(data)
+    assert open_trials(tmp_path / "a", space, trials=3).lease_next() is None
 
 
 def test_study_without_complete_trials_raises(tmp_path: Path, space: Space) -> None:
