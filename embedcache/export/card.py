@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from embedcache.dataset.settings import KINDS
 from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
 from embedcache.files import read_text, write_atomic
@@ -20,6 +21,8 @@ _KNOWN_LICENSES = {
     ("wordllama", "l2_supercat"): "mit",
 }
 _UNKNOWN_LICENSE = "unknown: ask its authors"
+_HELD_OUT = {"val": "validation", "test": "test"}
+"""Part that training does not use -> its purpose."""
 
 
 def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str, metrics: Any) -> None:
@@ -118,19 +121,27 @@ def _training(run: ExportRun) -> str:
     caches = construct(path, lambda: [str(name) for name in recorded.get("caches", [])])
     names = [f"the cache `{(run.path / name).resolve().name}`" for name in caches]
     data = ", ".join(names) or f"the rows `{run.config.index_digest}`"
-    split = training.get("split", {})
+    outcome, selection = record.get("outcome", {}), training.get("selection")
+    held_out = construct(path, lambda: _held_out(training.get("split", {}), outcome.get("num_samples") or {}))
     lines = [
         "## Data and training\n",
         f"- data: {data}; its license: {_UNKNOWN_LICENSE}",
-        f"- selection: {training.get('selection') or 'none, all samples of the training part'}",
+        f"- selection: {f'`{Path(selection).name}`' if selection else 'none, all samples of the training part'}",
         f"- caption language: {training.get('language') or 'all'}",
-        f"- held out: split `{split.get('kind')}`, {split.get('val_share')} for validation, {split.get('test_share')} "
-        "for test",
-        f"- {_weights_line(run, record.get('outcome', {}).get('best_epoch'))}; seed {training.get('seed')}",
+        f"- held out: {held_out}",
+        f"- {_weights_line(run, outcome.get('best_epoch'))}; seed {training.get('seed')}",
     ]
     if training.get("shuffle_pairs"):
         lines.append("- **control: trained on shuffled pairs, so it must perform at chance**")
     return "\n".join([*lines, ""])
+
+
+def _held_out(split: Mapping[str, Any], num_samples: Mapping[str, int]) -> str:
+    """Return how many samples were held out, and by what split; of a file only the name, as a card may be public."""
+    kind = str(split.get("kind"))
+    counts = [f"{num_samples[part]:,} for {noun}" for part, noun in _HELD_OUT.items() if part in num_samples]
+    name = f"by `{kind}`" if kind in KINDS else f"of the file `{Path(kind).name}`"
+    return ", ".join([f"split {name}", *counts])
 
 
 def _weights_line(run: ExportRun, best_epoch: int | None) -> str:

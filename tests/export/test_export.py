@@ -205,6 +205,21 @@ def test_card_states_where_the_weights_come_from(
     assert expected in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_card_states_the_split_without_folders(run: Path, tmp_path: Path) -> None:
+    """A card may become public: it counts what was held out, and names files without their folders."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    split = {"kind": "/home/me/study/split.parquet", "val_share": 0.1, "test_share": 0.25}
+    training = {"split": split, "selection": "/home/me/chosen.parquet", "optimizer": {"epochs": 3}, "seed": 0}
+    edit_record(copy / "config.json", training=training)
+    with record_stage(copy / "record.json", "train", {}) as outcome:
+        outcome["num_samples"] = {"train": 4110, "val": 58, "test": 1310}
+    export_run("safetensors", copy, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- held out: split of the file `split.parquet`, 58 for validation, 1,310 for test\n" in card
+    assert "- selection: `chosen.parquet`\n" in card
+    assert "/home/me" not in card
+
+
 def test_run_of_other_modalities_is_refused(tmp_path: Path) -> None:
     side = TowerInput(feature="e/mean", spec="e:m", fingerprint={}, width=4)
     sides = {"audio": side, "text": side}
