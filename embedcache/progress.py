@@ -211,7 +211,8 @@ class _Rate:
         return max(time.monotonic() - self._started, 1e-9)
 
     def text(self) -> str:
-        return f"{self.done / self.seconds:,.0f} {self._unit}/s"
+        rate = self.done / self.seconds
+        return f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s"
 
     def left(self, total: int) -> str:
         """Return the time that is left until a total, `, 12 s left`; nothing if it is unknown."""

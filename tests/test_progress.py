@@ -46,6 +46,16 @@ def test_lines_have_no_total_once_it_is_exceeded(
     assert lines[-1].endswith(" samples/s")
 
 
+@pytest.mark.parametrize(
+    ("done", "expected"), [(1, "0.002 pairs/s"), (1250, "2.5 pairs/s"), (600_000, "1,200 pairs/s")]
+)
+def test_slow_rates_have_digits(done: int, expected: str) -> None:
+    rate = module._Rate("pairs")
+    rate._started -= 500
+    rate.add(done)
+    assert rate.text() == expected
+
+
 @pytest.mark.parametrize("kind", [NullProgress, BarProgress, PlainProgress])
 def test_units_without_a_step_are_ignored(kind: type, capsys: pytest.CaptureFixture[str]) -> None:
     progress = kind()
