@@ -10,7 +10,7 @@ from embedcache.devices import AUTO
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import EncoderSpec, open_encoder, recorded_settings
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import SourceError
+from embedcache.errors import SourceError, first_few
 from embedcache.extract.chunk_tasks import ChunkTask, lease_chunk, lease_free_chunks
 from embedcache.extract.feature_writer import CpuGate, FeatureWriter, check_features, choose_features, create_writer
 from embedcache.extract.loop import encode_chunks
@@ -146,8 +146,12 @@ def _record_chunks(tasks: Iterable[ChunkTask], encoded: Mapping[str, dict[int, i
             yield task
 
 
-def _other_source(job: ExtractJob) -> str:
-    """Return what to do about a source that lacks items: a table in its folder, or the file as one, may have them."""
+def _other_source(cache: Cache, job: ExtractJob, modality: Modality) -> str:
+    """Return what to do about a source that lacks items: a column, a table in its folder, or the file as one."""
+    columns = [name for name in cache.columns if name != "key"]
+    if job.source["type"] == "table" and columns:
+        option = f"--{'caption' if modality == 'text' else modality}-column"
+        return f"name the column that holds them with {option}; columns without a role are {first_few(columns, 10)}"
     if job.source["type"] == "texts":
         return f"if the file is a table, extract table:{job.source['path']} into a new folder"
     if job.source["type"] == "folder" and not is_remote(open_path(job.source["path"])):
@@ -164,7 +168,8 @@ def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, 
     for modality in specs:
         if not cache.info.num_items.get(modality):
             option = f"--{modality}-encoder" if modality in ("image", "text") else f"--encoder {modality}=…"
-            raise SourceError(f"cache {cache.path} has no {modality} items; omit {option}, or {_other_source(job)}")
+            step = _other_source(cache, job, modality)
+            raise SourceError(f"cache {cache.path} has no {modality} items; omit {option}, or {step}")
     encoders: dict[Modality, list[Encoder]] = {
         modality: [
             open_encoder(spec, modality=modality, settings=_encoder_settings(cache, job, modality, spec, device))

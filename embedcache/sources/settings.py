@@ -1,11 +1,12 @@
 """Settings of sources: which columns of a table to read, and which languages. Nothing heavy is imported here."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from embedcache.errors import SettingError
-from embedcache.settings import check_settings, setting, to_json
+from embedcache.settings import check_settings, flat_settings, setting, to_json
 
 _NO_DELIMITERS = ' "\r\n'
 
@@ -112,3 +113,14 @@ class SourceSettings:
             if name not in names:
                 supported = f"it supports {', '.join(names)}" if names else "it has no settings"
                 raise SettingError(f"a source of type {kind} does not support the setting {name!r}; {supported}{hint}")
+
+
+def option_words(record: Mapping[str, Any]) -> list[str]:
+    """Return the command-line options that ask for recorded settings, see `to_json`; unknown names are left out."""
+    words = []
+    for item in flat_settings(SourceSettings):
+        value = record.get(item.path[-1]) or ()
+        option = f"--{item.name.replace('_', '-')}"
+        values = value if isinstance(value, list | tuple) else (value,)
+        words += [option] if value is True else [word for part in values for word in (option, shlex.quote(str(part)))]
+    return words

@@ -12,6 +12,7 @@ from embedcache.errors import CorruptError, FingerprintError
 from embedcache.modalities import FILE_MODALITIES
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample, Source
+from embedcache.sources.settings import option_words
 from embedcache.store.cache import Cache
 from embedcache.store.index_digest import digest_input
 from embedcache.store.layout import CacheInfo
@@ -144,9 +145,10 @@ def source_changed(
 ) -> FingerprintError:
     """Create the error for a source that differs from the source of a cache."""
     original = f"{info.source.get('type')} {info.source.get('path', '')}".strip()
+    options = " ".join(option_words(info.source.get("settings", {})))
     return FingerprintError(
-        f"cache {cache_path} has other samples than this source has now: {reason}; it was extracted from {original}; "
-        f"{next_step}"
+        f"cache {cache_path} has other samples than this source has now: {reason}; it was extracted from {original}"
+        f"{f' with {options}' if options else ''}; {next_step}"
     )
 
 

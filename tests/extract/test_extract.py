@@ -17,7 +17,7 @@ from embedcache.encoders.open import open_encoder
 from embedcache.errors import FingerprintError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract, join_encoders
 from embedcache.extract.settings import ExtractSettings
-from embedcache.sources import open_source
+from embedcache.sources import SourceSettings, open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from tests.extract.cases import lines, run, tree
@@ -241,6 +241,19 @@ def test_unknown_encoder_family_raises(source: Path, tmp_path: Path) -> None:
 def test_encoders_are_any_names_that_can_be_listed() -> None:
     named = join_encoders((name for name in ("a", "b")), np.array(["c"]), {"audio": {"d": 1}.keys()})
     assert named == {"image": ("a", "b"), "text": ("c",), "audio": ("d",)}
+
+
+def test_captions_in_columns_of_unusual_names(tmp_path: Path) -> None:
+    """A forgotten --caption-column is named by the errors: with the columns, and later as that of the extraction."""
+    folder = write_images(tmp_path / "s", 2)
+    table = folder / "pairs.csv"
+    table.write_text("image,alt,title\n00000.png,one,a\n00001.png,two,b\n")
+    with pytest.raises(SourceError, match="with --caption-column; columns without a role are alt, title$"):
+        run(table, tmp_path / "c")
+    named = open_source(table, settings=SourceSettings(caption_columns=("alt", "title")))
+    extract(named, tmp_path / "c", text_encoder=[TEXT])
+    with pytest.raises(FingerprintError, match=r"pairs.csv with --caption-column alt --caption-column title; remove"):
+        run(table, tmp_path / "c")
 
 
 def test_source_without_captions_has_no_texts(tmp_path: Path) -> None:
