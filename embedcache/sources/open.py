@@ -55,11 +55,8 @@ _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (
-    "expected a folder of images, recordings, videos or point clouds, a .parquet/.csv/.tsv/.jsonl table or a folder "
-    "of tables, COCO's .json of captions, a WebDataset .tar, a folder of tars or a pattern such as "
-    "shards/{000..009}.tar, a .txt or .npy of texts, MNIST's IDX files or a folder of them, a URL of any of these, a "
-    "folder written by save_to_disk of Hugging Face datasets, hf:org/name of one on the Hub, openmoji:, prompts:, or "
-    "pairs: followed by any of these"
+    "expected a folder of images or other files, a table (.parquet, .csv, .tsv, .jsonl), WebDataset tars, COCO's "
+    ".json, texts (.txt, .npy), MNIST's IDX files, a dataset of Hugging Face, a URL of these, or openmoji:"
 )
 
 
@@ -168,7 +165,7 @@ def _detect_kind(location: str, *, has_svg: bool) -> tuple[str, str]:
     if is_folder(path, TAR_SUFFIXES | TABLE_SUFFIXES | JSON_SUFFIXES):
         return _folder_kind(path, has_svg=has_svg), location
     if file_size(path) is None:
-        raise PathError(f"{location} does not exist{_hub_hint(location)}; {_ACCEPTED}")
+        raise PathError(f"{location} does not exist{_hub_hint(location)}; check the path")
     for name, suffixes in _SUFFIXES.items():
         if has_suffix(location, suffixes):
             return name, location

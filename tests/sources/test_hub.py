@@ -93,5 +93,5 @@ def test_bare_name_has_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_missing_file_has_no_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    with pytest.raises(PathError, match="does not exist; expected"):
+    with pytest.raises(PathError, match="does not exist; check the path$"):
         open_source(location)
