@@ -5,6 +5,7 @@ interval (`0.066 [0.046, 0.101]`), percentages with one decimal (`12.3%`), count
 """
 
 import io
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +26,8 @@ from embedcache.store.rows import RowReader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_log = logging.getLogger(__name__)
 
 Table: TypeAlias = tuple[list[str], list[list[str]]]
 """Column names, and rows of text."""
@@ -105,6 +108,7 @@ class ItemRenderer:
                 self._thumbnails = Thumbnails(cache, image_folders)
             except EmbedcacheError as error:
                 self._reason = str(error)
+                _log.warning("%s", self._reason)
 
     def render(self, row: int, *, is_correct: bool = False) -> PageItem:
         """Return the item in a row as it is shown on a page."""

@@ -49,9 +49,11 @@ def test_images_below_the_folder_of_the_source(hostile: Path) -> None:
     assert shown(ItemRenderer(cache, "image", [hostile / "cache"])) == [False, False]
 
 
-def test_source_that_holds_the_cache(inside: Path) -> None:
+def test_source_that_holds_the_cache(inside: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(inside / "cache")
     renderer = ItemRenderer(cache, "image")
+    (line,) = caplog.messages
+    assert line.startswith("images are not shown: the cache says that they are in "), "before anybody opens the page"
     assert shown(renderer) == [False, False]
     (warning,) = renderer.warnings()
     assert warning.startswith("2 images are not shown: the cache says that they are in ")
