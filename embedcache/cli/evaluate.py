@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,9 +166,9 @@ def _show_lines(reports: "Mapping[str, Any]") -> None:
     from embedcache.cli.console import print_line
 
     for name, report in reports.items():
-        print_line(f"{name}: {report.line()}")
+        print_line(f"{name}: {replace(report, overlap=None).line()}")
         if report.overlap:
-            print_line(f"  {report.overlap.line()}")
+            print_line(f"  {'WARNING: ' if report.warning else ''}{report.overlap.line()}")
 
 
 def _name_files(

@@ -172,7 +172,7 @@ def write_retrieval_page(
     write_report(
         path,
         title=f"{'-'.join(first.num_items).capitalize()} retrieval",
-        summary=f"{cache.path.name}, {first.line()}.",
+        summary=f"{cache.path.name}, {replace(first, overlap=None).line()}.",
         warnings=[*(f"{name}: {report.warning}" for name, report in reports.items() if report.warning), *left_out],
         sections=[recall, *widths, Section(title="Ranks", table=rank_table(reports)), *queries],
         credit=credit(cache),

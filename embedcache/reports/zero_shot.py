@@ -124,7 +124,7 @@ def write_zero_shot_page(
     write_report(
         path,
         title="Zero-shot classification",
-        summary=f"{cache.path.name}, {first.line()}.",
+        summary=f"{cache.path.name}, {replace(first, overlap=None).line()}.",
         warnings=[
             *(f"{name}: {report.warning}" for name, report in reports.items() if report.warning),
             *renderer.warnings(),

@@ -75,10 +75,12 @@ def test_commands_report_what_they_did(folder: Path) -> None:
     assert "recall@10" in (folder / "index.out").read_text()
     shown = (folder / "evaluate.out").read_text()
     assert "chance" in shown
-    assert "WARNING" in shown  # the training part is among all
+    assert shown.count("WARNING: seen in training: ") == shown.count("WARNING") == 1  # the training part is among all
     assert "wrote figures.json" in shown
     assert json.loads((folder / "figures.json").read_text())["details"]["num_images"] == 100
-    assert "median rank" in (folder / "page.html").read_text()
+    page = (folder / "page.html").read_text()
+    assert "median rank" in page
+    assert page.count("WARNING") == 1
 
 
 @pytest.mark.parametrize(
