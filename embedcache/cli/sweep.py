@@ -50,7 +50,8 @@ def sweep(
             print_table(*table, title=f"{cache}: held-out retrieval [95% interval]")
         if report.findings.warning:
             print_line(f"WARNING: {report.findings.warning}")
-        print_line(f"to train the best again: {report.findings.command}")
+        print_line(f"best run: {report.findings.winner.run_paths[0]}")
+        print_line(f"to train it again: {report.findings.command}")
         print_line(f"results: {report.json_path}")
         print_line(f"open {report.page_path} in a browser")
 

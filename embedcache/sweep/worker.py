@@ -158,7 +158,7 @@ def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Tri
         seconds=round(time.perf_counter() - started, 3),
     )
     trials.complete(trial, score, outcome)
-    return f"score {score:.3f}"
+    return f"validation recall {score:.3f}"
 
 
 def _try_to_train(
@@ -176,7 +176,7 @@ def _try_to_train(
 
 
 def _summary(trials: Trials, result: str) -> str:
-    """Return one line such as `trial 12 of 50: score 0.412 (best 0.431 in trials/00007)`."""
+    """Return one line such as `trial 12 of 50: validation recall 0.412 (best 0.431 in trials/00007)`."""
     finished = trials.finished()
     best = rank_complete(finished)[:1]
     record = f" (best {get_score(best[0]):.3f} in trials/{best[0].number:05d})" if best else ""

@@ -149,7 +149,7 @@ def test_trials_share_one_split(swept: Swept) -> None:
 def test_one_note_per_trial(swept: Swept) -> None:
     _, _, notes = swept
     assert len(notes) == 6
-    pattern = r"trial (\d) of 6: score 0\.\d{3} \(best (0\.\d{3}) in trials/\d{5}\)"
+    pattern = r"trial (\d) of 6: validation recall 0\.\d{3} \(best (0\.\d{3}) in trials/\d{5}\)"
     found = [match for match in (re.fullmatch(pattern, line) for line in notes) if match]
     assert [match[1] for match in found] == list("123456")
     assert [match[2] for match in found] == sorted(match[2] for match in found)
@@ -356,9 +356,15 @@ def test_killed_sweep_resumes_with_two_workers(
         main()
     shown = capsys.readouterr()
     assert stopped.value.code == 0, shown.err
-    for line in ("Best on validation", "chance", "embedcache train", f"open {study_path}/report.html in"):
+    for line in (
+        "Best on validation",
+        "chance",
+        f"best run: {study_path}/best/",
+        "train it again: embedcache train",
+        f"open {study_path}/report.html in",
+    ):
         assert line in shown.out
-    assert shown.err.count("of 6: score") == 6 - number
+    assert shown.err.count("of 6: validation recall") == 6 - number
     assert (study_path / "trials/00000/model.safetensors").stat().st_mtime_ns == written
     assert not (study_path / f"trials/{number:05d}").exists()
     assert scores(study_path) == scores(swept[0])  # of one process that held the features in memory
