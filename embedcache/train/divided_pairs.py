@@ -76,6 +76,9 @@ def _make_split(
         return None
     if (kept := run_selection_path(run_path, settings.selection)) and settings.selection_path:
         write_atomic(kept, read_file(settings.selection_path))
+    is_default = settings.split.kind == "strict" and "split" not in settings.given
+    if is_default and any("split" in cache.columns for cache in data.caches):
+        progress.note("--split strict ignores the column 'split' of the samples; --split column follows it")
     split = data.split(pairs, settings.split, progress=progress)
     write_split(path, split)
     return split

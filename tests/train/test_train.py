@@ -59,6 +59,19 @@ def test_split_that_was_just_written_is_not_read(
     assert run(cache_path, tmp_path / "run", epochs=1).num_samples == {"train": 195, "val": 30, "test": 75}
 
 
+@pytest.mark.parametrize(
+    ("given", "is_noted"), [({}, True), ({"split": "strict"}, False), ({"split": "key"}, False)]
+)
+def test_column_that_no_split_follows_is_noted(
+    labeled: Path, tmp_path: Path, given: dict[str, str], is_noted: bool
+) -> None:
+    progress = RecordedProgress()
+    settings = train_settings({"epochs": 0, "image_cosine": 1.0, "text_cosine": 1.0, **given})
+    train_module.train(labeled, tmp_path / "run", settings=settings, progress=progress)
+    assert [note for note in progress.notes if note.endswith("; --split column follows it")] == progress.notes
+    assert bool(progress.notes) == is_noted
+
+
 def test_run_folder_is_complete(cache_path: Path, tmp_path: Path) -> None:
     report = run(cache_path, tmp_path / "run", epochs=3)
     names = {path.name for path in (tmp_path / "run").iterdir()}
