@@ -1,12 +1,14 @@
-"""Feature writers: an open encoder, or one view of it, with its folder in the cache, and their CPU gate."""
+"""Feature writers: an open encoder, or a view of it, with its folder in the cache; the chunks they lack, and leases."""
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
@@ -229,3 +231,65 @@ def check_unchanged(writer: FeatureWriter) -> None:
         view_fingerprint(writer.encoder, writer.view),
         next_step="restore the versions and files it was written with, or extract into a new folder",
     )
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkTask:
+    """A chunk, and for each writer the features that it lacks; this process holds the lease of each writer.
+
+    Args:
+        num_stored: number of rows at its start that are not encoded, as they are stored already.
+    """
+
+    chunk: int
+    missing: Mapping[FeatureWriter, Sequence[str]]
+    num_stored: int = 0
+
+    def release(self) -> None:
+        """Release the leases of all writers."""
+        for writer in self.missing:
+            writer.leases.release(self.chunk)
+
+
+def lease_free_chunks(writers: Sequence[FeatureWriter], chunks: Iterable[int]) -> Iterator[ChunkTask]:
+    """Iterate over the chunks that no other process works on; each is leased when it is requested."""
+    for chunk in chunks:
+        leased = [writer for writer in writers if writer.missing(chunk) and writer.leases.acquire(chunk)]
+        task = _open_task(chunk, leased)
+        if task.missing:
+            yield task
+
+
+def lease_chunk(writer: FeatureWriter, chunk: int) -> ChunkTask:
+    """Lease a chunk, waiting until no other process works on it.
+
+    Only for a process that holds no other lease: two of them could wait for each other.
+    """
+    writer.leases.acquire(chunk, wait=True)
+    return _open_task(chunk, [writer])
+
+
+def _open_task(chunk: int, leased: Sequence[FeatureWriter]) -> ChunkTask:
+    """Create the task, without the writers whose chunk another process committed just before the lease was taken."""
+    missing = {writer: writer.missing(chunk, refresh=True) for writer in leased}
+    ChunkTask(chunk, {writer: names for writer, names in missing.items() if not names}).release()
+    missing = {writer: names for writer, names in missing.items() if names}
+    return ChunkTask(chunk, missing, _count_stored(chunk, missing))
+
+
+def _count_stored(chunk: int, missing: Mapping[FeatureWriter, Sequence[str]]) -> int:
+    """Count the rows at the start of a chunk that are not encoded, as all writers have stored them before.
+
+    A chunk that is not full when it is committed gets more rows with samples that are appended; see
+    `embedcache.store.commits`. It is 0 for texts, whose batches are sorted by length.
+    """
+    is_start = np.ones(1, bool)  # whether all writers can begin after a number of rows
+    for writer, names in missing.items():
+        commit = writer.stored_commit(chunk)
+        if commit is None or MODALITIES[writer.group.modality].kind == "texts":
+            return 0
+        for name in names:
+            if name not in commit.features or not writer.group.has_files(commit, name):
+                return 0
+            is_start = is_start & commit.stored_starts(name, writer.encoder.batch_size)
+    return int(np.flatnonzero(is_start).max())

@@ -8,9 +8,16 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TypeAlias
 
-from embedcache.extract.batches import BatchBuffer, add_distinct
-from embedcache.extract.chunk_tasks import ChunkTask
-from embedcache.extract.loading import LoadedItem, check_length, load_file, load_texts, not_encoded
+from embedcache.extract.batches import (
+    BatchBuffer,
+    LoadedItem,
+    add_distinct,
+    check_length,
+    load_file,
+    load_texts,
+    not_encoded,
+)
+from embedcache.extract.feature_writer import ChunkTask
 from embedcache.modalities import MODALITIES, Modality, noun
 from embedcache.processes import prefetch_map
 from embedcache.progress import Progress

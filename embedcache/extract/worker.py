@@ -11,8 +11,16 @@ from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import EncoderSpec, open_encoder, recorded_settings
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SourceError, first_few
-from embedcache.extract.chunk_tasks import ChunkTask, lease_chunk, lease_free_chunks
-from embedcache.extract.feature_writer import CpuGate, FeatureWriter, check_features, choose_features, create_writer
+from embedcache.extract.feature_writer import (
+    ChunkTask,
+    CpuGate,
+    FeatureWriter,
+    check_features,
+    choose_features,
+    create_writer,
+    lease_chunk,
+    lease_free_chunks,
+)
 from embedcache.extract.loop import encode_chunks
 from embedcache.extract.settings import ExtractJob
 from embedcache.extract.views import open_view

@@ -59,9 +59,7 @@ def test_split_that_was_just_written_is_not_read(
     assert run(cache_path, tmp_path / "run", epochs=1).num_samples == {"train": 195, "val": 30, "test": 75}
 
 
-@pytest.mark.parametrize(
-    ("given", "is_noted"), [({}, True), ({"split": "strict"}, False), ({"split": "key"}, False)]
-)
+@pytest.mark.parametrize(("given", "is_noted"), [({}, True), ({"split": "strict"}, False), ({"split": "key"}, False)])
 def test_column_that_no_split_follows_is_noted(
     labeled: Path, tmp_path: Path, given: dict[str, str], is_noted: bool
 ) -> None:
