@@ -2,7 +2,7 @@
 
 import io
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import av
@@ -11,6 +11,7 @@ import numpy as np
 import plyfile
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 RATE_HZ = 16_000
 CODECS = {
@@ -93,6 +94,43 @@ def encode_video(
         if sound is not None and samples is not None:
             _write_audio(out, sound, samples)
     return file.getvalue()
+
+
+def large_video(num_frames: int, *, width: int = 1920, height: int = 1080) -> bytes:
+    """Return a video at 25 frames per second whose frames are gray, with luma 30, 70, 110, 150 and 190 in turn."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=25, width=width, height=height, pix_fmt="yuv420p")
+        stream.options, stream.gop_size = {"preset": "ultrafast", "tune": "zerolatency"}, 1
+        planes = np.full((5, height * 3 // 2, width), 128, np.uint8)
+        planes[:, :height] = 30 + 40 * np.arange(5)[:, None, None]  # luma; the others are those of gray
+        images = [av.VideoFrame.from_ndarray(image, format="yuv420p") for image in planes]
+        encoded = [bytes(packet) for image in images for packet in stream.encode(image)]
+        _write_packets(out, stream, [encoded[number % 5] for number in range(num_frames)])
+    return file.getvalue()
+
+
+def jpeg_video(frames: Iterable[np.ndarray]) -> bytes:
+    """Return a video at 25 frames per second whose frames may differ in size."""
+    file, images = io.BytesIO(), []
+    for frame in frames:
+        image = io.BytesIO()
+        Image.fromarray(frame).save(image, "jpeg")
+        images.append(image.getvalue())
+    with av.open(file, "w", format="matroska") as out:
+        stream = out.add_stream("mjpeg", rate=25, width=frame.shape[1], height=frame.shape[0], pix_fmt="yuvj420p")
+        _write_packets(out, stream, images)
+    return file.getvalue()
+
+
+def _write_packets(out: av.container.OutputContainer, stream: av.VideoStream, packets: Sequence[bytes]) -> None:
+    """Write encoded frames, each of which can be decoded alone."""
+    for number, data in enumerate(packets):
+        packet = av.Packet(data)
+        packet.stream, packet.is_keyframe = stream, True
+        packet.pts = packet.dts = number
+        packet.time_base = Fraction(1, 25)
+        out.mux(packet)
 
 
 def _write_audio(out: av.container.OutputContainer, stream: av.AudioStream, samples: np.ndarray) -> None:

@@ -5,36 +5,44 @@ axis holds for all of them. The frame shown at the middle of a step stands for i
 blended. Features are the image encoder's vectors, one row per frame, and `mean`, the mean over the first of them.
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from embedcache.arrays import Array, blocks
+from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError
+from embedcache.units import format_bytes
 
 RATE_HZ = 25.0
 """Default rate: half the 50 Hz of speech encoders, and that of most recordings of talking faces."""
 PIXELS_SIZE = (24, 16)
 """Default width and height of `frames:pixels`."""
 _VIDEOS_PER_BATCH = 4
-_FRAMES_PER_CALL = 32
+_MAX_STREAMED_BYTES = 2**29
+"""Prepared frames of a video that is too large to be decoded at once; 3,566 of uint8 at 224 x 224."""
 
 
 class RawVideo(Protocol):
-    """What a video item has: (T, H, W, 3) uint8 RGB frames, and frames per second."""
+    """What a video item has, see `embedcache.sources.video.Video`."""
+
+    is_streamed: bool
 
     @property
     def frames_THW3(self) -> Array: ...
     @property
     def rate_hz(self) -> float: ...
+    @property
+    def duration_s(self) -> float | None: ...
+    def frames(self) -> Iterator[Callable[[], Array]]: ...
 
 
 def open_frames(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
@@ -94,18 +102,50 @@ class FrameEncoder:
         )
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
-        """Sample and prepare the frames of each video: (T, …), one row per step."""
+        """Sample and prepare the frames of each video: (T, …), one row per step.
+
+        Memory: the prepared frames of the videos, and of one of them twice.
+
+        Raises:
+            ItemError: a video has no frames or is damaged; or it is streamed, and its prepared frames take more than
+                512 MiB.
+        """
         return [self._prepare(video) for video in items]
 
     def _prepare(self, video: RawVideo) -> Array:
-        numbers = sampled_frames(_check_video(video), video.rate_hz, self._rate_hz)
-        distinct, rows = np.unique(numbers, return_inverse=True)
-        frames: list[Array] = []
-        for block in blocks(len(distinct), _FRAMES_PER_CALL):  # all images at once would need the video a second time
-            images = [Image.fromarray(np.ascontiguousarray(video.frames_THW3[number])) for number in distinct[block]]
-            frames += self._encoder.prepare(images)
-        prepared: Array = np.stack(frames)[rows]
-        return prepared
+        """Prepare the frames that `sampled_frames` numbers while they are decoded, and the last one if it is needed."""
+        _check_video(video)
+        prepared: dict[int, Array] = {}
+        number, step = -1, 0
+        for number, frame in enumerate(video.frames()):
+            if number == _number_at(step, video.rate_hz, self._rate_hz):
+                prepared[number] = self._prepare_frame(frame())
+                while _number_at(step, video.rate_hz, self._rate_hz) == number:
+                    step += 1
+                self._check_size(video, step, prepared[number].nbytes)
+        numbers = sampled_frames(number + 1, video.rate_hz, self._rate_hz)
+        if numbers[-1] not in prepared:
+            prepared[number] = self._prepare_frame(frame())
+        return np.stack([prepared[number] for number in numbers.tolist()])
+
+    def _prepare_frame(self, frame_HW3: Array) -> Array:
+        return self._encoder.prepare([Image.fromarray(np.ascontiguousarray(frame_HW3))])[0]
+
+    def _check_size(self, video: RawVideo, num_steps: int, frame_bytes: int) -> None:
+        """Check that the prepared frames of a streamed video fit into memory, given those of its first steps."""
+        if not video.is_streamed:
+            return
+        num_expected = max(num_steps, round((video.duration_s or 0) * self._rate_hz))
+        num_allowed = max(1, _MAX_STREAMED_BYTES // frame_bytes)
+        if num_expected > num_allowed:
+            fit = "a lower rate"
+            if video.duration_s:
+                fit = f"rate={_round_down(max(1, num_allowed - 1) / video.duration_s)} or less"
+            raise ItemError(
+                f"too many frames: {num_expected:,} at rate={self._rate_hz:g} take "
+                f"{format_bytes(num_expected * frame_bytes)} as inputs of the model, more than "
+                f"{format_bytes(_MAX_STREAMED_BYTES)}; choose {fit}, or index intervals of it"
+            )
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
         """Run the image encoder on the frames of several videos, in batches of its own size."""
@@ -142,16 +182,28 @@ def sampled_frames(num_frames: int, rate_hz: float, wanted_hz: float) -> Array:
     return np.minimum(numbers, num_frames - 1)
 
 
-def _check_video(video: RawVideo) -> int:
-    """Return the number of frames, or raise an `ItemError`."""
+def _number_at(step: int, rate_hz: float, wanted_hz: float) -> int:
+    """Return the number of the frame at the middle of a step, of a video that does not end before: to the same bits."""
+    return math.floor((step + 0.5) * rate_hz / wanted_hz)
+
+
+def _round_down(rate_hz: float) -> str:
+    """Format a rate with two digits, none of which is above it."""
+    unit = 10.0 ** (math.floor(math.log10(rate_hz)) - 1)
+    return f"{math.floor(rate_hz / unit) * unit:.10f}".rstrip("0").rstrip(".")
+
+
+def _check_video(video: RawVideo) -> None:
+    """Check the frames of a video in memory, and the rate."""
+    if not (np.isfinite(video.rate_hz) and video.rate_hz > 0):
+        raise ItemError(f"expected a positive frame rate, got {video.rate_hz}")
+    if video.is_streamed:  # its decoder checks its frames
+        return
     frames = video.frames_THW3
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
         raise ItemError(f"expected uint8 RGB frames, got {frames.dtype} of shape {frames.shape}")
     if not frames.size:
         raise ItemError(f"no frames, got shape {frames.shape}")
-    if not (np.isfinite(video.rate_hz) and video.rate_hz > 0):
-        raise ItemError(f"expected a positive frame rate, got {video.rate_hz}")
-    return len(frames)
 
 
 class Pixels:

@@ -75,14 +75,22 @@ def open_container(data: bytes | Path, kind: str) -> Iterator[tuple[Any, int | N
         check_container(file)
         num_frames = announced_frames(file)
         file.seek(0)
-        try:
-            with av.open(file, options=_NO_OTHER_FILES, **_open_options(av.__version__)) as container:
-                yield container, num_frames if container.format.name == "mp3" else None
-        except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
-            if isinstance(error, ItemError):
-                raise
-            text = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-            raise ItemError(f"damaged {kind}: {text}") from None
+        options = _open_options(av.__version__)
+        with item_errors(kind), av.open(file, options=_NO_OTHER_FILES, **options) as container:
+            yield container, num_frames if container.format.name == "mp3" else None
+
+
+@contextmanager
+def item_errors(kind: str) -> Iterator[None]:
+    """Raise what FFmpeg reports inside the block as an `ItemError`."""
+    av = require("av", extra="media")
+    try:
+        yield
+    except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
+        if isinstance(error, ItemError):
+            raise
+        text = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise ItemError(f"damaged {kind}: {text}") from None
 
 
 def _open_options(version: str) -> dict[str, str]:

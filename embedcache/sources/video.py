@@ -1,12 +1,12 @@
-"""Decode videos through PyAV (extra `media`).
+"""Decode videos through PyAV (extra `media`): all frames into memory, or one after the other.
 
 Every damaged, empty or oversized item is an `ItemError` whose message is the reason stored with its row.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -17,29 +17,103 @@ from embedcache.sources.media import (
     SAME_S,
     check_end,
     frame_rate,
+    item_errors,
     open_container,
     open_stream,
+    stream_duration,
     stream_frames,
 )
 
+Frame: TypeAlias = Callable[[], Array]
+"""One frame, converted to (H, W, 3) uint8, RGB and upright, by each call: many frames are only counted."""
 
-@dataclass(frozen=True, kw_only=True)
+
 class Video:
-    """Decoded frames.
+    """Frames of a video in memory.
 
     Args:
         frames_THW3: (T, H, W, 3) uint8, RGB and upright.
-        rate_hz: frames per second.
+        rate_hz: frames per second, on average.
     """
 
-    frames_THW3: Array
-    rate_hz: float
+    is_streamed = False
+    """Whether the frames are decoded whenever they are read, because all of them do not fit into memory."""
+
+    def __init__(self, *, frames_THW3: Array, rate_hz: float) -> None:
+        self._frames_THW3, self._rate_hz = frames_THW3, rate_hz
+
+    @property
+    def frames_THW3(self) -> Array:
+        """All frames: (T, H, W, 3) uint8."""
+        return self._frames_THW3
+
+    @property
+    def rate_hz(self) -> float:
+        """Frames per second, on average."""
+        return self._rate_hz
+
+    @property
+    def duration_s(self) -> float | None:
+        """Length in seconds; of a streamed video as its file announces it, or None."""
+        return len(self.frames_THW3) / self.rate_hz
+
+    def frames(self) -> Iterator[Frame]:
+        """Iterate over the frames, in order."""
+        return (partial(np.asarray, frame_HW3) for frame_HW3 in self.frames_THW3)
+
+
+class StreamedVideo(Video):
+    """A video in a file, whose frames are decoded whenever they are read.
+
+    Memory: the bytes of the file; two frames while they are read by `frames`.
+
+    Args:
+        data: the whole file.
+        start_s: start of an interval in seconds; None for the beginning.
+        stop_s: end of the interval; None for the end.
+        rate_hz: frames per second, on average.
+        duration_s: announced length in seconds; None if the file announces no exact one.
+    """
+
+    is_streamed = True
+
+    def __init__(
+        self, data: bytes, start_s: float | None, stop_s: float | None, *, rate_hz: float, duration_s: float | None
+    ) -> None:
+        self._data, self._interval = data, (start_s, stop_s)
+        self._rate_hz, self._duration_s = rate_hz, duration_s
+
+    @cached_property
+    def frames_THW3(self) -> Array:
+        """All frames: (T, H, W, 3) uint8; `ItemError` if they have more than `MAX_VIDEO_PIXELS`, or are damaged."""
+        with open_container(self._data, "video") as (container, _):
+            stream = open_stream(container, "video", *self._interval)
+            return _read_all(_interval_frames(container, stream, *self._interval))
+
+    @property
+    def duration_s(self) -> float | None:
+        """Length in seconds as the file announces it, or None."""
+        return self._duration_s
+
+    def frames(self) -> Iterator[Frame]:
+        """Iterate over the frames, in order.
+
+        Raises:
+            ItemError: while they are read: the file is damaged, has no frames, changes their size, or ends before its
+                announced end or that of the interval.
+        """
+        with open_container(self._data, "video") as (container, _):
+            stream = open_stream(container, "video", *self._interval)
+            for frame in _interval_frames(container, stream, *self._interval):
+                yield partial(_convert, frame)
 
 
 def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None = None) -> Video:
     """Decode the frames of a video, upright; of an interval, those whose time is in it.
 
-    Thread-safe. Memory: the frames, and up to an eighth more while they grow.
+    A video with more than `MAX_VIDEO_PIXELS` in its frames is a `StreamedVideo`, of which only those who ask for all
+    frames at once are refused, and whose damage is found when its frames are read. Thread-safe. Memory: the frames, and
+    up to an eighth more while they grow; of a streamed video the file.
 
     Args:
         data: the whole file.
@@ -47,36 +121,22 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
         stop_s: end of the interval; None for the end.
 
     Raises:
-        ItemError: the file cannot be decoded, has no frames, has more than `MAX_VIDEO_PIXELS` in them, or ends before
-            the interval does.
+        ItemError: the file cannot be decoded, has no frames, has more than `MAX_VIDEO_PIXELS` in one frame, or ends
+            before the interval does.
     """
     with open_container(data, "video") as (container, _):
         stream = open_stream(container, "video", start_s, stop_s)
         rate_hz = frame_rate(stream)
-        frames, shapes = bytearray(), set[tuple[int, ...]]()  # grows in place, as sound does
-        num_pixels, time_s = 0, 0.0
-        first_s, last_s = start_s or 0.0, np.inf if stop_s is None else stop_s
-        for time_s, frame in stream_frames(container, stream):
-            if time_s >= last_s - SAME_S:
-                break
-            if time_s < first_s - SAME_S:
-                continue
-            num_pixels += frame.width * frame.height
-            if num_pixels > MAX_VIDEO_PIXELS:
-                raise ItemError(
-                    f"too many pixels: more than {MAX_VIDEO_PIXELS:,} in frames of {frame.width} x {frame.height}; "
-                    "index intervals of it, or make it smaller"
-                )
-            upright_HW3 = _upright(frame)
-            frames += np.ascontiguousarray(upright_HW3).data
-            shapes.add(upright_HW3.shape)
-        else:  # every frame was read
-            check_end(container, stream, time_s + 1 / rate_hz, start_s, stop_s)
-        if not frames:
-            raise ItemError("no frames" if start_s is None and stop_s is None else "no frames in the interval")
-        if len(shapes) > 1:
-            raise ItemError("the frames change their size")
-        return Video(frames_THW3=np.frombuffer(frames, np.uint8).reshape(-1, *shapes.pop()), rate_hz=rate_hz)
+        duration_s = _announced_length(stream_duration(container, stream), start_s, stop_s)
+        streamed = StreamedVideo(data, start_s, stop_s, rate_hz=rate_hz, duration_s=duration_s)
+        frame_pixels = stream.codec_context.width * stream.codec_context.height
+        if (duration_s or 0) * rate_hz * frame_pixels > MAX_VIDEO_PIXELS:
+            return streamed
+        try:
+            frames_THW3 = _read_all(_interval_frames(container, stream, start_s, stop_s))
+        except _TooManyPixelsError:
+            return streamed
+        return Video(frames_THW3=frames_THW3, rate_hz=rate_hz)
 
 
 def iter_frames(path: Path) -> Iterator[Array]:
@@ -115,12 +175,66 @@ def check_video(video: Any) -> Video:
     """Return a video that is as `decode_video` returns it; DataError if it is not."""
     if not isinstance(video, Video):
         raise DataError(f"expected a path, or a Video of frames and their rate, got {type(video).__name__}")
+    if video.is_streamed:  # of `decode_video` itself
+        return video
     frames = video.frames_THW3
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
         raise DataError(f"expected uint8 RGB frames of shape (T, H, W, 3), got {frames.dtype} of shape {frames.shape}")
     if not 0 < video.rate_hz < np.inf:
         raise DataError(f"expected a positive frame rate, got {video.rate_hz}")
     return video
+
+
+class _TooManyPixelsError(ItemError):
+    """All frames of a video do not fit into memory."""
+
+
+def _read_all(frames: Iterator[Any]) -> Array:
+    """Return upright RGB frames as one array: (T, H, W, 3) uint8."""
+    decoded, num_pixels, shape_HW3 = bytearray(), 0, (0, 0, 3)  # grows in place, as sound does
+    for frame in frames:
+        num_pixels += frame.width * frame.height
+        if num_pixels > MAX_VIDEO_PIXELS:
+            raise _TooManyPixelsError(
+                f"too many pixels: more than {MAX_VIDEO_PIXELS:,} in frames of {frame.width} x {frame.height}; "
+                "index intervals of it, or make it smaller"
+            )
+        upright_HW3 = _upright(frame)
+        decoded += np.ascontiguousarray(upright_HW3).data
+        shape_HW3 = upright_HW3.shape
+    return np.frombuffer(decoded, np.uint8).reshape(-1, *shape_HW3)
+
+
+def _interval_frames(container: Any, stream: Any, start_s: float | None, stop_s: float | None) -> Iterator[Any]:
+    """Iterate over the frames whose time is in an interval; after the last one, check that none is missing."""
+    time_s, shapes = 0.0, set[tuple[int, int]]()
+    first_s, last_s = start_s or 0.0, np.inf if stop_s is None else stop_s
+    for time_s, frame in stream_frames(container, stream):
+        if time_s >= last_s - SAME_S:
+            break
+        if time_s < first_s - SAME_S:
+            continue
+        is_turned = round(frame.rotation / 90) % 2
+        shapes.add((frame.width, frame.height) if is_turned else (frame.height, frame.width))
+        yield frame
+    else:  # every frame was read
+        check_end(container, stream, time_s + 1 / frame_rate(stream), start_s, stop_s)
+    if not shapes:
+        raise ItemError("no frames" if start_s is None and stop_s is None else "no frames in the interval")
+    if len(shapes) > 1:
+        raise ItemError("the frames change their size")
+
+
+def _announced_length(announced_s: float | None, start_s: float | None, stop_s: float | None) -> float | None:
+    """Return the length of an interval of a video that may announce its own."""
+    ends_s = [end_s for end_s in (announced_s, stop_s) if end_s is not None]
+    return min(ends_s) - (start_s or 0.0) if ends_s else None
+
+
+def _convert(frame: Any) -> Array:
+    """Return a frame as `_upright` does, where no container is open in the block."""
+    with item_errors("video"):
+        return _upright(frame)
 
 
 def _upright(frame: Any) -> Array:

@@ -1,18 +1,25 @@
 """Image encoders on the frames of videos."""
 
+import re
+import tracemalloc
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from embedcache.encoders.frames import sampled_frames
+from embedcache.encoders.frames import FrameEncoder, Pixels, _round_down, sampled_frames
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
-from embedcache.sources.video import Video
+from embedcache.sources.media import MAX_VIDEO_PIXELS
+from embedcache.sources.video import StreamedVideo, Video, decode_video
 from embedcache.testing.encoders import TOLERANCE, VideoEncoderContract, example_videos
 from tests.encoders.checkpoints import save_timm
+from tests.media_files import encode_video, large_video, moving_square
 
 
 class TestFrames(VideoEncoderContract):
@@ -58,6 +65,97 @@ def test_every_video_has_the_rate() -> None:
     assert len(at_30) == 12  # 1 s; half a step is rounded to even
     (short,) = encoder.encode(encoder.prepare([Video(frames_THW3=frames[:1], rate_hz=30.0)]), ["pixels"])["pixels"]
     assert len(short) == 1
+
+
+def pixels_of(video: Video, rate_hz: float) -> np.ndarray:
+    (prepared,) = FrameEncoder(Pixels((8, 6), batch_size=4), rate_hz).prepare([video])
+    return prepared
+
+
+@cache
+def encoded(num_frames: int, rate_hz: int) -> bytes:
+    """Return a video whose first frames are close together, if no rate is given."""
+    frames = np.random.default_rng(num_frames).integers(0, 256, (num_frames, 12, 16, 3), np.uint8)
+    times_ms = None if rate_hz else [*range(0, 20 * (num_frames // 2), 20), *range(10 * num_frames, 99_999, 75)]
+    return encode_video(frames, rate_hz=rate_hz or 25, kind="mkv", times_ms=times_ms)
+
+
+@given(
+    num_frames=st.sampled_from([1, 2, 7, 30]),
+    rate_hz=st.sampled_from([0, 10, 25, 30]),
+    wanted_hz=st.one_of(st.sampled_from([0.01, 1, 10, 25, 29.97, 50]), st.floats(0.1, 70)),
+    bounds=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_streamed_videos_have_the_same_frames(
+    num_frames: int, rate_hz: int, wanted_hz: float, bounds: tuple[float, float]
+) -> None:
+    data, start_s = encoded(num_frames, rate_hz), min(bounds)
+    stop_s = None if start_s == 0 else max(bounds)
+    try:
+        video = decode_video(data, start_s or None, stop_s)
+    except ItemError as error:  # of an interval without frames, or beyond the end
+        streamed = StreamedVideo(data, start_s or None, stop_s, rate_hz=25, duration_s=None)
+        with pytest.raises(ItemError, match=re.escape(str(error))):
+            pixels_of(streamed, wanted_hz)
+        return
+    streamed = StreamedVideo(data, start_s or None, stop_s, rate_hz=video.rate_hz, duration_s=None)
+    numbers = sampled_frames(len(video.frames_THW3), video.rate_hz, wanted_hz)
+    images = [Image.fromarray(video.frames_THW3[number]) for number in numbers]
+    expected = np.stack(Pixels((8, 6), batch_size=4).prepare(images))
+    np.testing.assert_array_equal(pixels_of(video, wanted_hz), expected)
+    np.testing.assert_array_equal(pixels_of(streamed, wanted_hz), expected)
+
+
+@given(
+    num_frames=st.integers(1, 250),
+    rate_hz=st.one_of(st.sampled_from([24_000 / 1001, 25.0, 30_000 / 1001]), st.floats(1, 200)),
+    wanted_hz=st.one_of(st.sampled_from([1.0, 12.5, 25.0, 30.0]), st.floats(0.1, 200)),
+)
+def test_frames_are_chosen_by_number(num_frames: int, rate_hz: float, wanted_hz: float) -> None:
+    frames = np.repeat(np.arange(num_frames, dtype=np.uint8)[:, None, None, None], 3, axis=3)
+    (found,) = FrameEncoder(Pixels((1, 1), batch_size=4), wanted_hz).prepare(
+        [Video(frames_THW3=frames, rate_hz=rate_hz)]
+    )
+    np.testing.assert_array_equal(found[:, 0, 0], sampled_frames(num_frames, rate_hz, wanted_hz))
+
+
+def test_video_above_the_limit_of_pixels() -> None:
+    video, num_pixels = decode_video(large_video(140)), 1920 * 1080
+    assert num_pixels > MAX_VIDEO_PIXELS / 140
+    tracemalloc.start()
+    found = pixels_of(video, 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    luma = 30 + 40 * (sampled_frames(140, 25, 2) % 5)  # of 16 to 235
+    np.testing.assert_allclose(found[:, 0, 0], (luma - 16) * 255 / 219, atol=2)
+    assert peak < 4 * 3 * num_pixels
+
+
+def test_streamed_video_that_has_too_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.encoders.frames._MAX_STREAMED_BYTES", 8 * 6 * 10)
+    data = encode_video(moving_square(75))
+    for duration_s, rate, num_frames in ((3.0, "rate=3 or less", 75), (None, "a lower rate", 11)):
+        video = StreamedVideo(data, None, None, rate_hz=25, duration_s=duration_s)
+        with pytest.raises(ItemError, match=f"^too many frames: {num_frames} at rate=25 .* choose {rate}, or index"):
+            pixels_of(video, 25)
+        assert len(pixels_of(video, 3)) == 9
+    assert len(pixels_of(decode_video(data), 25)) == 75  # what can be decoded at once has no such limit
+
+
+def test_too_many_frames_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.encoders.frames._MAX_STREAMED_BYTES", 8 * 6 * 10)
+    data = encode_video(np.random.default_rng(0).integers(0, 256, (75, 12, 16, 3), np.uint8), kind="mkv")
+    video = StreamedVideo(data[: len(data) // 4], None, None, rate_hz=25, duration_s=3.0)  # 9 frames
+    for wanted_hz, reason in ((1, "truncated"), (25, "too many frames: 75")):
+        with pytest.raises(ItemError, match=f"^{reason}"):
+            pixels_of(video, wanted_hz)
+
+
+@pytest.mark.parametrize(
+    ("rate_hz", "text"), [(5.97, "5.9"), (0.0312, "0.031"), (123.4, "120"), (1.0, "1"), (9.99, "9.9")]
+)
+def test_rates_are_rounded_down(rate_hz: float, text: str) -> None:
+    assert _round_down(rate_hz) == text
 
 
 def test_sampled_frames_are_the_middles_of_steps() -> None:

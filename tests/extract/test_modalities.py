@@ -138,6 +138,31 @@ def test_retry_encodes_repaired_files_only(tmp_path: Path) -> None:
     assert not verify(cache)
 
 
+def test_large_videos_are_streamed_by_frames_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (100, 24, 32, 3), np.uint8)
+    whole = encode_video(noise, kind="mkv")
+    files = {"a.mkv": encode_video(noise[:50], kind="mkv"), "b.mkv": whole, "c.mkv": whole[: len(whole) * 6 // 10]}
+    source, encoders = open_source(write(tmp_path / "f", files)), {"video": [MEDIA, "frames:pixels,rate=5,size=8x6"]}
+    settings = ExtractSettings(features=("pixels", "mean"), chunk_size=2)
+    extract(source, tmp_path / "arrays", encoder=encoders, settings=settings)
+    monkeypatch.setattr("embedcache.sources.video.MAX_VIDEO_PIXELS", 32 * 24 * 50)
+    planned = plan(source, tmp_path / "streams", encoder=encoders, settings=settings)
+    assert {feature.name: feature.num_items for feature in planned.features}["pixels/pixels"] == 3
+    extract(source, tmp_path / "streams", encoder=encoders, settings=settings)
+    arrays, streams = Cache(tmp_path / "arrays"), Cache(tmp_path / "streams")
+    expected, found = (cache.feature("video", "pixels/pixels") for cache in (arrays, streams))
+    assert [len(tokens) for tokens in found.gather_tokens(np.arange(2))] == [10, 20]
+    for one, other in zip(found.gather_tokens(np.arange(2)), expected.gather_tokens(np.arange(2)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert found.failures == expected.failures
+    assert found.failures[2].startswith("truncated: ")
+    failures = streams.feature("video", "open_media/mean").failures
+    assert {row: reason.partition(" in ")[0] for row, reason in failures.items()} == dict.fromkeys(
+        (1, 2), "too many pixels: more than 38,400"
+    )
+    assert verify_cache(tmp_path / "streams", VerifySettings(reencode=1)).is_sound
+
+
 def test_replaced_recording_is_refused(tmp_path: Path) -> None:
     folder = write_media(tmp_path / "f")
     run(folder, tmp_path / "c")

@@ -11,8 +11,8 @@ from embedcache.errors import ItemError
 from embedcache.sources import sound, video
 from embedcache.sources.media import StreamInfo, probe_media
 from embedcache.sources.sound import decode_audio, iter_audio
-from embedcache.sources.video import Video, decode_video, iter_frames
-from tests.media_files import CODECS, encode_audio, encode_video, float_wav, moving_square, tone, wav
+from embedcache.sources.video import StreamedVideo, Video, decode_video, iter_frames
+from tests.media_files import CODECS, encode_audio, encode_video, float_wav, jpeg_video, moving_square, tone, wav
 
 
 def test_wav_values() -> None:
@@ -122,11 +122,52 @@ def test_missing_stream_fails() -> None:
         decode_video(wav(tone(1)))
 
 
-def test_large_video_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_video_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
-    assert len(decode_video(encode_video(moving_square(10))).frames_THW3) == 10
-    with pytest.raises(ItemError, match="too many pixels: more than 7,680 in frames of 32 x 24"):
-        decode_video(encode_video(moving_square(11)))
+    assert not decode_video(encode_video(moving_square(10))).is_streamed
+    for kind in ("mp4", "mkv"):
+        streamed = decode_video(encode_video(moving_square(11), kind=kind))
+        assert (streamed.is_streamed, streamed.rate_hz, streamed.duration_s) == (True, 25, 0.44)
+        with pytest.raises(ItemError, match="too many pixels: more than 7,680 in frames of 32 x 24; index intervals"):
+            streamed.frames_THW3  # noqa: B018
+
+
+def test_large_video_that_announces_no_duration_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
+    streamed = decode_video(encode_video(moving_square(11), kind="mpegts", codec="mpeg4"))
+    assert (streamed.is_streamed, streamed.duration_s) == (True, None)
+    assert len(list(streamed.frames())) == 11
+
+
+def test_video_that_announces_too_much_is_still_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More frames are announced than there are: they are decoded when all of them are asked for, and once."""
+    data = encode_video(moving_square(10), times_ms=[0, 40, 80, 120, 160, 200, 240, 280, 320, 2_000], kind="mkv")
+    whole = decode_video(data)
+    monkeypatch.setattr(video, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
+    streamed = decode_video(data)
+    assert (streamed.is_streamed, whole.is_streamed) == (True, False)
+    np.testing.assert_array_equal(streamed.frames_THW3, whole.frames_THW3)
+    assert streamed.frames_THW3 is streamed.frames_THW3
+
+
+@pytest.mark.parametrize("bounds", [(None, None), (None, 1.3), (0.6, 1.5), (2.2, None)])
+@pytest.mark.parametrize("kind", ["mp4", "webm", "mkv", "avi"])
+def test_streamed_frames_are_those_of_the_array(kind: str, bounds: tuple[float | None, float | None]) -> None:
+    data = encode_video(moving_square(70), kind=kind)
+    whole, streamed = decode_video(data, *bounds), StreamedVideo(data, *bounds, rate_hz=25, duration_s=None)
+    for frames in (whole.frames(), streamed.frames()):
+        np.testing.assert_array_equal(np.stack([frame() for frame in frames]), whole.frames_THW3)
+    kept = list(streamed.frames())[::7]  # a frame may be converted after later ones were decoded
+    np.testing.assert_array_equal(np.stack([frame() for frame in kept]), whole.frames_THW3[::7])
+
+
+def test_frames_of_changing_size_fail() -> None:
+    data = jpeg_video([*moving_square(9), *moving_square(3, width=64)])
+    streamed = StreamedVideo(data, None, None, rate_hz=25, duration_s=None)
+    for decode in (lambda: decode_video(data), lambda: list(streamed.frames())):
+        with pytest.raises(ItemError, match="the frames change their size"):
+            decode()
+    assert len(decode_video(data, 0, 0.3).frames_THW3) == 8
 
 
 BROKEN = {
@@ -196,6 +237,9 @@ def test_truncated_file_fails(samples: np.ndarray | None) -> None:
     video = encode_video(frames, kind="mkv", samples=samples)
     with pytest.raises(ItemError, match=r"^truncated: \d\.\d s could be decoded of 4\.0 s$"):
         decode_video(video[: len(video) * 6 // 10])
+    streamed = StreamedVideo(video[: len(video) * 6 // 10], None, None, rate_hz=25, duration_s=4)
+    with pytest.raises(ItemError, match=r"^truncated: \d\.\d s could be decoded of 4\.0 s$"):
+        list(streamed.frames())
     assert len(decode_video(video[: len(video) * 6 // 10], 0.5, 1.5).frames_THW3) == 25
     sound = wav(tone(2))
     with pytest.raises(ItemError, match=r"^truncated: 32,022 bytes of 64,044$"):
