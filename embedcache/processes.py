@@ -9,8 +9,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection, wait
@@ -26,6 +27,7 @@ R = TypeVar("R")
 
 _CGROUP = Path("/sys/fs/cgroup")
 _SECONDS_BETWEEN_REPORTS = 0.2
+_IS_CLOSED: ContextVar[threading.Event | None] = ContextVar("is_closed", default=None)
 
 
 class WorkerError(RuntimeError):
@@ -63,18 +65,40 @@ def cgroup_cores(root: Path) -> int | None:
 def prefetch_map(
     executor: Executor, function: Callable[[T], R], items: Iterable[T], *, window: int
 ) -> Generator[R, None, None]:
-    """Yield results in order, with up to `window` calls running or waiting to be consumed."""
+    """Yield results in order, with up to `window` calls running or waiting to be consumed.
+
+    Args:
+        executor: threads.
+        function: called for each item; where it calls `check_cancelled`, it ends once no more results are consumed.
+    """
     waiting: deque[Future[R]] = deque()
+    is_closed = threading.Event()
+
+    def call(item: T) -> R:
+        token = _IS_CLOSED.set(is_closed)
+        try:
+            return function(item)
+        finally:
+            _IS_CLOSED.reset(token)
+
     try:
         for item in items:
-            waiting.append(executor.submit(function, item))
+            waiting.append(executor.submit(call, item))
             if len(waiting) >= window:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
+        is_closed.set()
         for future in waiting:
             future.cancel()
+
+
+def check_cancelled() -> None:
+    """Raise a `CancelledError` in a call of `prefetch_map` whose result is no longer needed, as after an interrupt."""
+    is_closed = _IS_CLOSED.get()
+    if is_closed is not None and is_closed.is_set():
+        raise CancelledError
 
 
 def run_processes(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe, get_context
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -19,6 +20,7 @@ from embedcache.processes import (
     _Parts,
     _PipeProgress,
     cgroup_cores,
+    check_cancelled,
     num_cores,
     prefetch_map,
     run_processes,
@@ -195,6 +197,27 @@ def test_results_of_threads_are_in_order() -> None:
         assert next(found) == 0
         assert taken == [0, 1, 2]
         assert list(found) == [1, 4, 9, 16, 25]
+
+
+def test_calls_end_when_their_results_are_not_needed() -> None:
+    begun, closed, finished = Event(), Event(), list[int]()
+
+    def work(number: int) -> int:
+        if number:
+            begun.set()
+            assert closed.wait(10)
+        check_cancelled()
+        finished.append(number)
+        return number
+
+    with ThreadPoolExecutor(2) as executor:
+        found = prefetch_map(executor, work, range(9), window=2)
+        assert next(found) == 0
+        assert begun.wait(10)
+        found.close()
+        closed.set()
+    assert finished == [0]
+    check_cancelled()  # outside of a call it does nothing
 
 
 @pytest.mark.parametrize(

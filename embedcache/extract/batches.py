@@ -13,6 +13,7 @@ from embedcache.arrays import Array
 from embedcache.errors import FingerprintError, ItemError, SettingError
 from embedcache.extract.feature_writer import FeatureWriter
 from embedcache.modalities import MODALITIES
+from embedcache.processes import prefetch_map
 from embedcache.sources.base import FileItem, Source
 from embedcache.store.commits import hash_item
 from embedcache.store.tables import to_file_item
@@ -50,7 +51,8 @@ def load_items(
         return load_texts(table, writers)
     decode = modality.load_decoder()
     items = [to_file_item(row) for row in table.to_pylist()]
-    return list(executor.map(lambda item: load_file(source, item, decode, writers), items))
+    loaded = prefetch_map(executor, lambda item: load_file(source, item, decode, writers), items, window=len(items) + 1)
+    return list(loaded)
 
 
 def load_file(

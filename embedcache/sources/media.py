@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError
+from embedcache.processes import check_cancelled
 from embedcache.registry import require
 from embedcache.sources.containers import announced_frames, check_container
 
@@ -125,6 +126,7 @@ def stream_frames(container: Any, stream: Any, num_announced: int | None = None)
     """Iterate over the frames of a stream with their times in seconds from its start.
 
     Raises:
+        CancelledError: the result is no longer needed, see `check_cancelled`: an hour of video takes minutes.
         ItemError: frames of FLAC are missing, or more than one of the frames that an MP3 file announces: programs
             differ in whether they count the frame that announces them.
     """
@@ -132,6 +134,7 @@ def stream_frames(container: Any, stream: Any, num_announced: int | None = None)
     start = stream.start_time or 0
     next_s, num_packets = None, 0
     for packet in container.demux(stream):
+        check_cancelled()
         num_packets += packet.size > 0
         for frame in packet.decode():
             time_s = float((frame.pts - start) * frame.time_base) if frame.pts is not None else (next_s or 0.0)

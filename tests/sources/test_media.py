@@ -2,12 +2,15 @@
 
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 
 from embedcache.errors import ItemError
+from embedcache.processes import prefetch_map
 from embedcache.sources import sound, video
 from embedcache.sources.media import StreamInfo, probe_media
 from embedcache.sources.sound import decode_audio, iter_audio
@@ -168,6 +171,25 @@ def test_frames_of_changing_size_fail() -> None:
         with pytest.raises(ItemError, match="the frames change their size"):
             decode()
     assert len(decode_video(data, 0, 0.3).frames_THW3) == 8
+
+
+def test_decoding_ends_when_it_is_cancelled() -> None:
+    begun, closed, read = Event(), Event(), list[int]()
+    data = encode_video(moving_square(99))
+
+    def decode() -> None:
+        for number, _ in enumerate(StreamedVideo(data, None, None, rate_hz=25, duration_s=None).frames()):
+            read.append(number)
+            begun.set()
+            assert closed.wait(10)
+
+    with ThreadPoolExecutor(1) as executor:
+        found = prefetch_map(executor, lambda number: decode() if number else None, range(2), window=2)
+        next(found)
+        assert begun.wait(10)
+        found.close()
+        closed.set()
+    assert read == [0]
 
 
 BROKEN = {
