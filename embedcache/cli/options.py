@@ -131,7 +131,7 @@ ImageFolders: TypeAlias = Annotated[
     typer.Option(
         "--image-folder",
         metavar="FOLDER",
-        help="Read images only below this folder. May be repeated.",
+        help="Read images, recordings and videos only below this folder. May be repeated.",
         show_default="the folder of the cache's source",
         rich_help_panel=OUTPUT_PANEL,
     ),

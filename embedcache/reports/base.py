@@ -5,7 +5,6 @@ interval (`0.066 [0.046, 0.101]`), percentages with one decimal (`12.3%`), count
 """
 
 import io
-import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,18 +15,12 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from embedcache.arrays import Array, Bools
-from embedcache.dataset.thumbnails import NOT_SHOWN, Thumbnails
-from embedcache.errors import EmbedcacheError
 from embedcache.metrics.intervals import Estimate
 from embedcache.outputs import write_output
-from embedcache.sources.files import file_name_beside_key
-from embedcache.store.cache import Cache
-from embedcache.store.rows import RowReader
+from embedcache.reports.items import PageItem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_log = logging.getLogger(__name__)
 
 Table: TypeAlias = tuple[list[str], list[list[str]]]
 """Column names, and rows of text."""
@@ -79,58 +72,6 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
 def interval_json(estimate: Estimate) -> list[float | None]:
     """Return the 95% interval of an estimate as a JSON value."""
     return [round_json(estimate.low), round_json(estimate.high)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageItem:
-    """An image on a page, as a `data:` URL with its caption below, or a text."""
-
-    text: str = ""
-    image_url: str | None = None
-    is_correct: bool = False
-
-
-class ItemRenderer:
-    """Renderer of items of one modality for a page.
-
-    An image has the key of its sample, and the name of its file if the key does not give it; one that cannot be read
-    is represented by these alone.
-    """
-
-    def __init__(self, cache: Cache, modality: str, image_folders: Sequence[Path] = ()) -> None:
-        self._cache, self._is_text = cache, modality == "text"
-        self._items = RowReader(cache, modality, ["text"] if modality == "text" else ["sample", "path"])
-        self._thumbnails: Thumbnails | None = None
-        self._reason: str | None = None
-        self._left_out: set[int] = set()
-        if modality == "image":
-            try:
-                self._thumbnails = Thumbnails(cache, image_folders)
-            except EmbedcacheError as error:
-                self._reason = str(error)
-                _log.warning("%s", self._reason)
-
-    def render(self, row: int, *, is_correct: bool = False) -> PageItem:
-        """Return the item in a row as it is shown on a page."""
-        item = self._items.take(np.array([row])).to_pylist()[0]
-        if self._is_text:
-            return PageItem(text=item["text"], is_correct=is_correct)
-        image_url = None
-        try:
-            image_url = None if self._thumbnails is None else self._thumbnails.data_url(row)
-        except EmbedcacheError as error:
-            self._reason = str(error)
-        if image_url is None and self._reason is not None:
-            self._left_out.add(row)
-        key = self._cache.key(item["sample"])
-        text = " · ".join(filter(None, [key, file_name_beside_key(item["path"], key)]))
-        return PageItem(text=text, image_url=image_url, is_correct=is_correct)
-
-    def warnings(self) -> list[str]:
-        """Return how many images are missing from the page, if any are, and why."""
-        reason = (self._reason or "").removeprefix(NOT_SHOWN)
-        number = len(self._left_out)
-        return [f"{number:,} {'image is' if number == 1 else 'images are'} not shown: {reason}"] if number else []
 
 
 @dataclass(frozen=True, kw_only=True)

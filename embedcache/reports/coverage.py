@@ -17,8 +17,6 @@ from embedcache.reports.base import (
     COLORS,
     INK,
     SOFT,
-    ItemRenderer,
-    PageItem,
     QueryExample,
     Section,
     Table,
@@ -32,6 +30,7 @@ from embedcache.reports.base import (
     svg,
     write_report,
 )
+from embedcache.reports.items import ItemRenderer, PageItem
 from embedcache.store.keys import keys_at
 
 _FRACTIONS = (0.01, 0.1)

@@ -14,7 +14,6 @@ from embedcache.curate.keep import RemovedSamples
 from embedcache.dataset.thumbnails import credit
 from embedcache.modalities import noun
 from embedcache.reports.base import (
-    ItemRenderer,
     QueryExample,
     Section,
     Table,
@@ -24,6 +23,7 @@ from embedcache.reports.base import (
     format_percent,
     write_report,
 )
+from embedcache.reports.items import ItemRenderer
 
 _EXAMPLES_PER_BAND = 5
 _NUM_BORDERLINE = 10

@@ -10,7 +10,6 @@ from embedcache.curate.leaks import LeakReport, ModalityLeaks
 from embedcache.dataset.thumbnails import credit
 from embedcache.modalities import noun
 from embedcache.reports.base import (
-    ItemRenderer,
     QueryExample,
     Section,
     Table,
@@ -19,6 +18,7 @@ from embedcache.reports.base import (
     format_percent,
     write_report,
 )
+from embedcache.reports.items import ItemRenderer
 from embedcache.store.layout import SAMPLES
 from embedcache.store.rows import RowReader
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.dataset.thumbnails import credit
+from embedcache.dataset.thumbnails import PICTURED, credit
 from embedcache.evaluate.ranking import Ranking
 from embedcache.evaluate.retrieval import KS, RetrievalReport
 from embedcache.metrics.intervals import Estimate
@@ -17,8 +17,6 @@ from embedcache.reports.base import (
     COLORS,
     INK,
     SOFT,
-    ItemRenderer,
-    PageItem,
     QueryExample,
     Section,
     Table,
@@ -34,6 +32,7 @@ from embedcache.reports.base import (
     svg,
     write_report,
 )
+from embedcache.reports.items import ItemRenderer, PageItem
 from embedcache.store.cache import Cache
 
 _DirectionEstimates: TypeAlias = Mapping[str, Mapping[str, Estimate]]
@@ -264,15 +263,15 @@ def _item_noun(modality: str) -> str:
 
 
 def _item_view(cache: Cache, renderer: ItemRenderer, modality: str, rows: Ints) -> Callable[..., PageItem]:
-    """Return a function that shows the item at a position: an image, a text, or the path of another item."""
-    paths = None if modality in ("image", "text") else cache.items(modality, columns=["path"])["path"]
+    """Return a function that shows the item at a position; of a modality that cannot be shown, its path."""
+    paths = None if modality in (*PICTURED, "text") else cache.items(modality, columns=["path"])["path"]
 
     def show(position: int, *, is_correct: bool = False) -> PageItem:
         row = int(rows[position])
         if paths is not None:
             return PageItem(text=paths[row].as_py(), is_correct=is_correct)
         item = renderer.render(row, is_correct=is_correct)
-        return item if item.image_url is None else replace(item, text="")
+        return replace(item, text="") if modality == "image" and item.image_url is not None else item
 
     return show
 

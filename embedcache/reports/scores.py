@@ -11,8 +11,6 @@ from embedcache.curate.score import ScoreReport
 from embedcache.dataset.thumbnails import credit
 from embedcache.modalities import noun
 from embedcache.reports.base import (
-    ItemRenderer,
-    PageItem,
     QueryExample,
     Section,
     Table,
@@ -21,6 +19,7 @@ from embedcache.reports.base import (
     format_part,
     write_report,
 )
+from embedcache.reports.items import ItemRenderer, PageItem
 from embedcache.store.rows import RowReader
 
 _NUM_BINS = 40

@@ -216,7 +216,7 @@ def read_rows(cache: Cache, keys: Sequence[str], folders: Sequence[Path] = ()) -
     Raises:
         EmbedcacheError: the source or an item cannot be read, or is elsewhere.
     """
-    with restricted(allowed_folders(cache, folders)):
+    with restricted(allowed_folders(cache, folders, "audio")):
         return _read_rows(cache, keys)
 
 

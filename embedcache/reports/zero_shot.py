@@ -15,8 +15,6 @@ from embedcache.reports.base import (
     COLORS,
     INK,
     SOFT,
-    ItemRenderer,
-    PageItem,
     Section,
     Table,
     estimate_bars,
@@ -32,6 +30,7 @@ from embedcache.reports.base import (
     svg,
     write_report,
 )
+from embedcache.reports.items import ItemRenderer, PageItem
 from embedcache.store.cache import Cache
 
 _COLUMNS = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "mean per class"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, concatenated_ranges
-from embedcache.dataset.thumbnails import Thumbnails, credit
+from embedcache.dataset.thumbnails import PICTURED, Thumbnails, credit, not_shown
 from embedcache.errors import EmbedcacheError, visible
 from embedcache.files import AnyPath, one_or_many
 from embedcache.registry import require
@@ -98,8 +98,10 @@ class SearchResults(list[Hits]):
     def to_html(self, *, image_folder: AnyPath | Sequence[AnyPath] = ()) -> str:
         """Return the first 12 hits of the first 8 queries as HTML, with images as thumbnails in the page.
 
+        Recordings are shown as spectrograms, videos as their middle frame.
+
         Args:
-            image_folder: read images only below this folder, or these; none: below the folder of the cache's source,
+            image_folder: read them only below this folder, or these; none: below the folder of the cache's source,
                 unless that holds more than images.
         """
         parts = [
@@ -120,16 +122,17 @@ def _show(hits: Hits, folders: Sequence[Path]) -> list[str]:
     shown, reason, cards = hits[:_MAX_HITS], "", []
     thumbnails: Thumbnails | None = None
     try:
-        thumbnails = Thumbnails(hits.cache, folders) if hits.modality == "image" else None
+        thumbnails = Thumbnails(hits.cache, folders, hits.modality) if hits.modality in PICTURED else None
     except EmbedcacheError as error:
         reason = str(error)
     for hit in shown:
         image = ""
         try:
             if thumbnails is not None:
-                image = f'<img src="{thumbnails.data_url(hit.row)}" alt="{_text(hit.key)}"><br>'
+                url = thumbnails.data_url(hit.row)
+                image = f'<img src="{url}" alt="{_text(hit.key)}" style="max-width: 100%"><br>'
         except EmbedcacheError as error:
-            reason = f"images are not shown: {error}"
+            reason = f"{not_shown(hits.modality)}{error}"
         file = file_name_beside_key(hit.path, hit.key)
         details = _text(" · ".join(filter(None, [hit.key, file, hit.label, *hit.captions])))
         words = _text(hit.captions[0] if hit.captions else hit.name)

@@ -49,13 +49,13 @@ class StreamInfo:
     duration_s: float | None
 
 
-def probe_media(path: Path) -> dict[str, StreamInfo]:
+def probe_media(file: bytes | Path) -> dict[str, StreamInfo]:
     """Return the streams of a file, `audio`, `video` or both, without decoding them.
 
     Raises:
         ItemError: the file cannot be opened.
     """
-    with open_container(path, "file") as (container, _):
+    with open_container(file, "file") as (container, _):
         found = {}
         for kind in ("audio", "video"):
             if getattr(container.streams, kind):

@@ -3,7 +3,7 @@
 Every damaged, empty or oversized item is an `ItemError` whose message is the reason stored with its row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -139,10 +139,11 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
         return Video(frames_THW3=frames_THW3, rate_hz=rate_hz)
 
 
-def iter_frames(path: Path) -> Iterator[Array]:
+def iter_frames(file: bytes | Path, start_s: float = 0.0) -> Generator[Array, None, None]:
     """Iterate over the upright RGB frames of a video of any length, at the constant rate that `probe_media` returns.
 
-    Of a video whose frames last differently long, as many phones record, each step has the frame that is shown in its
+    The first frame is that shown at `start_s`; formats that store exact times are not decoded from their beginning. Of
+    a video whose frames last differently long, as many phones record, each step has the frame that is shown in its
     middle; at a constant rate these are all frames. Memory: two frames.
 
     Yields:
@@ -151,11 +152,11 @@ def iter_frames(path: Path) -> Iterator[Array]:
     Raises:
         ItemError: the file cannot be decoded, has no frames, changes its size, or ends before its announced end.
     """
-    with open_container(path, "video") as (container, _):
-        stream = open_stream(container, "video", None, None)
+    with open_container(file, "video") as (container, _):
+        stream = open_stream(container, "video", start_s, None)
         step_s = 1 / frame_rate(stream)
         shown: Array | None = None
-        time_s, middle_s = 0.0, step_s / 2
+        time_s, middle_s = 0.0, start_s + step_s / 2
         for time_s, frame in stream_frames(container, stream):
             while shown is not None and middle_s < time_s - SAME_S:
                 yield shown

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 from embedcache.evaluate.ranking import rank
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.evaluate.runs import load_runs
-from embedcache.reports.base import ItemRenderer, PageItem, Section, Table, format_count, write_report
+from embedcache.reports.base import Section, Table, format_count, write_report
+from embedcache.reports.items import ItemRenderer, PageItem
 from embedcache.reports.retrieval import query_examples, recall_bars, retrieval_table
 from embedcache.sources import open_source
 from embedcache.sources.iconify import IconifySource

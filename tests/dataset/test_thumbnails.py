@@ -8,15 +8,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from embedcache.dataset.thumbnails import Thumbnails, allowed_folders, credit, restricted, source_folders
+from embedcache.dataset.thumbnails import (
+    Thumbnails,
+    UnplayableError,
+    allowed_folders,
+    credit,
+    draw_sound,
+    restricted,
+    source_folders,
+)
 from embedcache.errors import ItemError, PathError
+from embedcache.extract.extract import extract
 from embedcache.registry import trust_files
+from embedcache.sources import open_source
 from embedcache.sources.merged import merged_description
 from embedcache.sources.restricted_reads import check_read_allowed
+from embedcache.sources.sound import decode_audio
+from embedcache.sources.video import decode_video
 from embedcache.store.cache import Cache
+from tests.media_files import encode_video, moving_square, tone, wav
+from tests.media_toy import MEDIA
 
 Described = Callable[..., Cache]
 
@@ -131,3 +146,72 @@ def test_thumbnails_are_88_pixels_at_most(described: Described, tmp_path: Path) 
 def test_credit_of_the_source(described: Described) -> None:
     assert "OpenMoji" in credit(described("openmoji", "en"))
     assert credit(described("folder", "x")) == ""
+
+
+def test_sound_is_drawn_by_time_and_frequency() -> None:
+    high, low = tone(1, 4_000)[::-1].copy(), tone(1, 250)
+    image = draw_sound(np.concatenate([low, np.zeros(16_000, np.float32), high]), 224)
+    pixels = np.asarray(image)
+    assert (pixels.shape, pixels.dtype) == ((112, 224), np.uint8)
+    darkest = pixels.argmin(axis=0)  # the row of the loudest frequency, 0 at 8 kHz
+    mel = 112 * (1 - np.log1p(np.array([250, 4_000]) / 700) / np.log1p(8_000 / 700))
+    assert np.abs(darkest[40:70] - mel[0]).max() <= 3
+    assert np.abs(darkest[155:200] - mel[1]).max() <= 3
+    assert (pixels[:, 80:145] == 255).all()
+    assert pixels.min(axis=0)[5] > pixels.min(axis=0)[70]  # it grows louder
+    for samples in (np.zeros(9, np.float32), tone(0.001), np.full(16_000, 1e-9, np.float32)):
+        assert np.asarray(draw_sound(samples, 88)).shape == (44, 88)
+    assert (np.asarray(draw_sound(np.zeros(16_000, np.float32), 88)) == 255).all()
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of a video and a recording, and of an interval of each, and its cache."""
+    root = tmp_path_factory.mktemp("media")
+    (root / "files").mkdir()
+    (root / "files" / "a.mp4").write_bytes(encode_video(moving_square(51, width=64)))
+    (root / "files" / "a.avi").write_bytes(encode_video(moving_square(25), kind="avi"))
+    (root / "files" / "a.wav").write_bytes(wav(tone(2)))
+    lines = ["key,video,audio,start_s,stop_s", "0,a.mp4,a.wav,,", "1,a.mp4,a.wav,0.4,0.6", "2,a.avi,,,", ""]
+    (root / "files" / "table.csv").write_text("\n".join(lines))
+    encoders = {"audio": [MEDIA], "video": [MEDIA]}
+    extract(open_source(root / "files" / "table.csv"), root / "cache", encoder=encoders)
+    return root
+
+
+def test_middle_frames_of_videos(media: Path) -> None:
+    thumbnails = Thumbnails(Cache(media / "cache"), modality="video")
+    frames_THW3 = decode_video((media / "files" / "a.mp4").read_bytes()).frames_THW3
+    for row, number in ((0, 25), (1, 12)):
+        with Image.open(io.BytesIO(thumbnails.webp(row, 224))) as image:
+            shown = np.asarray(image.convert("RGB"), np.float32)
+        errors = np.abs(frames_THW3 - shown).mean(axis=(1, 2, 3))
+        assert abs(int(errors.argmin()) - number) <= 1
+    url = thumbnails.data_url(0)
+    assert url.startswith("data:image/webp;base64,")
+    assert [thumbnails.interval_fragment(row) for row in (0, 1)] == ["", "#t=0.4,0.6"]
+
+
+def test_files_to_play(media: Path) -> None:
+    sounds, videos = (Thumbnails(Cache(media / "cache"), modality=name) for name in ("audio", "video"))
+    data = (media / "files" / "a.wav").read_bytes()
+    played = sounds.play(1, 10_000)
+    assert played.media_type == "audio/wav"
+    np.testing.assert_allclose(decode_audio(played.data), decode_audio(data, 0.4, 0.6), atol=1e-4)
+    assert [sounds.interval_fragment(row) for row in (0, 1)] == ["", ""]  # the file is cut
+    assert videos.play(1, 10**6).data == (media / "files" / "a.mp4").read_bytes()
+    with pytest.raises(UnplayableError, match="too large to be played here: 0.06 MB, more than 0.01 MB"):
+        sounds.play(0, 10_000)
+    with pytest.raises(UnplayableError, match="too large"):
+        videos.play(0, 1_000)
+    with pytest.raises(UnplayableError, match="browsers play MP4 and WebM, and this video is neither"):
+        videos.play(2, 10**6)
+
+
+def test_errors_name_what_is_missing(described: Described) -> None:
+    cache = described("folder", "/")
+    for modality, words in (("audio", "recordings"), ("video", "videos"), ("image", "images")):
+        with pytest.raises(
+            PathError, match=f"^{words} are not shown: .*; name a folder of {words} with --image-folder"
+        ):
+            source_folders(cache, modality)

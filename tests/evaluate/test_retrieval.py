@@ -14,7 +14,8 @@ from embedcache.evaluate.runs import group_by_recipe, load_runs
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import PageItem, format_estimate
+from embedcache.reports.base import format_estimate
+from embedcache.reports.items import PageItem
 from embedcache.reports.retrieval import query_examples, retrieval_json, retrieval_table
 from embedcache.sources import open_source
 from embedcache.sources.settings import SourceSettings

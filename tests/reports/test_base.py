@@ -9,7 +9,6 @@ import pytest
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import (
     Curves,
-    PageItem,
     Section,
     count_histogram,
     estimate_bars,
@@ -25,6 +24,7 @@ from embedcache.reports.base import (
     round_json,
     write_report,
 )
+from embedcache.reports.items import PageItem
 
 
 @pytest.mark.parametrize(

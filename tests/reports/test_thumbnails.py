@@ -1,5 +1,6 @@
-"""Images on pages are read only where the user allows it, whatever a stranger's cache says."""
+"""Items on pages are read only where the user allows it, whatever a stranger's cache says; what has a player."""
 
+import base64
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,18 @@ from PIL import Image
 
 from embedcache.dataset.thumbnails import Thumbnails
 from embedcache.errors import PathError
+from embedcache.extract.extract import extract
 from embedcache.registry import trust_files
-from embedcache.reports.base import ItemRenderer
+from embedcache.reports.base import QueryExample, Section, write_report
+from embedcache.reports.items import ItemRenderer, PageItem
 from embedcache.reports.speech import read_rows
+from embedcache.sources import open_source
+from embedcache.sources.sound import decode_audio
 from embedcache.store.cache import Cache
 from tests.cli.run import TOY, embedcache
 from tests.images import write_images
+from tests.media_files import encode_video, moving_square, tone, wav
+from tests.media_toy import MEDIA
 from tests.serve.test_untrusted import tamper
 
 
@@ -85,3 +92,69 @@ def test_page_says_how_many_images_are_left_out(inside: Path) -> None:
     page = (inside / "page.html").read_text()
     assert "data:image/webp" in page
     assert "not shown" not in page
+
+
+@pytest.fixture
+def sounds(tmp_path: Path) -> Cache:
+    """A cache of a short and a long recording, and of a damaged one."""
+    (tmp_path / "sounds").mkdir()
+    for name, data in (("a", wav(tone(0.5))), ("b", wav(tone(9))), ("c", wav(tone(0.5)))):
+        (tmp_path / "sounds" / f"{name}.wav").write_bytes(data)
+    extract(open_source(tmp_path / "sounds"), tmp_path / "cache", encoder={"audio": [MEDIA]})
+    (tmp_path / "sounds" / "c.wav").write_bytes(b"no sound")
+    return Cache(tmp_path / "cache")
+
+
+def test_recordings_have_players_if_they_are_short(sounds: Cache) -> None:
+    renderer = ItemRenderer(sounds, "audio")
+    short, long, damaged = (renderer.render(row) for row in range(3))
+    assert (short.text, short.modality) == ("a", "audio")
+    assert short.image_url is not None
+    assert short.player_url is not None
+    kind, _, text = short.player_url.partition(",")
+    assert kind == "data:audio/wav;base64"
+    assert len(decode_audio(base64.b64decode(text))) == 8_000
+    assert long.image_url is not None
+    assert (long.player_url, damaged.player_url, damaged.image_url) == (None, None, None)
+    missing, silent = renderer.warnings()
+    assert missing.startswith("1 recording is not shown: damaged recording: ")
+    assert silent == "1 recording has no player on this page: it holds recordings of up to 8 s each, 2 minutes in total"
+
+
+def test_players_of_a_page_are_limited(sounds: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.reports.items._PAGE_BYTES", 40_000)
+    renderer = ItemRenderer(sounds, "audio")
+    assert [renderer.render(0).player_url is not None for _ in range(3)] == [True, True, False]
+    assert renderer.warnings()[0].startswith("1 recording has no player on this page: ")
+
+
+def show(item: PageItem, path: Path) -> str:
+    """Write a page with one item; return it."""
+    section = Section(title="x", examples=[QueryExample(query=item, outcome="", is_correct=True, results=[])])
+    write_report(path, title="x", summary="", sections=[section])
+    return path.read_text()
+
+
+def test_recording_on_a_page(sounds: Cache, tmp_path: Path) -> None:
+    short, long = (ItemRenderer(sounds, "audio").render(row) for row in range(2))
+    page = show(short, tmp_path / "short.html")
+    assert f'<img src="{short.image_url}" alt="a"' in page
+    assert f'<audio controls preload="none" src="{short.player_url}" aria-label="Recording a"></audio>' in page
+    page = show(long, tmp_path / "long.html")
+    assert f'<img src="{long.image_url}" alt="b"' in page
+    assert "<audio" not in page
+
+
+def test_interval_of_a_video_on_a_page(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(encode_video(moving_square(25)))
+    (tmp_path / "clips" / "t.csv").write_text("key,video,start_s,stop_s\n0,a.mp4,0.2,0.6\n")
+    extract(open_source(tmp_path / "clips" / "t.csv"), tmp_path / "cache", encoder={"video": [MEDIA]})
+    item = ItemRenderer(Cache(tmp_path / "cache"), "video").render(0)
+    assert item.image_url is not None
+    assert item.player_url is not None
+    assert item.player_url.startswith("data:video/mp4;base64,")
+    assert item.player_url.endswith("#t=0.2,0.6")
+    page = show(item, tmp_path / "page.html")
+    assert f'<video controls preload="none" src="{item.player_url}"' in page
+    assert 'aria-label="Video 0 · a.mp4"' in page

@@ -15,7 +15,7 @@ from embedcache.cli.main import app
 from embedcache.errors import MissingExtraError
 from embedcache.extract.extract import extract
 from embedcache.interop.clip_retrieval import open_clip_retrieval
-from embedcache.reports.base import ItemRenderer
+from embedcache.reports.items import ItemRenderer
 from embedcache.search import hits as hits_module
 from embedcache.search.hits import Hit, HitReader, Hits, SearchResults
 from embedcache.search.index import build_index
@@ -25,6 +25,8 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.images import write_images
 from tests.interop.cases import import_files, unit_rows, write_tree
+from tests.media_files import tone, wav
+from tests.media_toy import MEDIA
 from tests.toy import IMAGE
 
 
@@ -162,6 +164,17 @@ def test_images_are_read_below_the_image_folder_only(results: SearchResults, tmp
     assert "<img" not in page
     assert "images are not shown: " in page
     assert results[0][0].captions[0] in page
+
+
+def test_notebook_shows_spectrograms(tmp_path: Path) -> None:
+    (tmp_path / "sounds").mkdir()
+    (tmp_path / "sounds" / "a.wav").write_bytes(wav(tone(0.2)))
+    extract(open_source(tmp_path / "sounds"), tmp_path / "cache", encoder={"audio": [MEDIA]})
+    hits = Hits(
+        [Hit(score=1, row=0, key="a", captions=[])], query="q", cache=Cache(tmp_path / "cache"), modality="audio"
+    )
+    assert '<img src="data:image/webp;base64,' in hits.to_html()
+    assert "recordings are not shown: " in hits.to_html(image_folder=tmp_path / "cache")
 
 
 def test_captions_have_no_images(results: SearchResults) -> None:

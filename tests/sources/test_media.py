@@ -285,6 +285,16 @@ def test_frames_of_a_constant_rate_are_all_frames(kind: str, tmp_path: Path) -> 
     assert probe_media(tmp_path / "a")["video"].rate_hz == 30
 
 
+@pytest.mark.parametrize("kind", ["mp4", "webm"])
+def test_frames_from_a_time_on(kind: str) -> None:
+    data = encode_video(moving_square(75), kind=kind)
+    whole = list(iter_frames(data))
+    for start_s, first in ((0.0, 0), (0.4, 10), (2.6, 65)):
+        np.testing.assert_array_equal(list(iter_frames(data, start_s)), whole[first:])
+    with pytest.raises(ItemError, match="no such interval"):
+        next(iter_frames(data, 9.0))
+
+
 def test_frames_of_varying_length_are_put_at_a_constant_rate(tmp_path: Path) -> None:
     """Frames at 0, 40, 80, 200 and 240 ms, as a phone in the dark records them: 5 frames in 280 ms."""
     data = encode_video(moving_square(5), times_ms=[0, 40, 80, 200, 240], kind="mkv")

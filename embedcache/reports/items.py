@@ -1,0 +1,113 @@
+"""Items on pages: the one place where an image, a text, a recording or a video of a cache becomes part of a page."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from embedcache.dataset.thumbnails import PICTURED, PLAYED, Thumbnails, UnplayableError, data_url, not_shown
+from embedcache.errors import EmbedcacheError
+from embedcache.modalities import noun, one_noun
+from embedcache.sources.files import file_name_beside_key
+from embedcache.store.cache import Cache
+from embedcache.store.rows import RowReader
+
+_log = logging.getLogger(__name__)
+
+_PLAYER_BYTES, _PAGE_BYTES = 2**18, 2**22
+_LIMITS = {
+    "audio": "it holds recordings of up to 8 s each, 2 minutes in total",
+    "video": "it holds MP4 and WebM of up to 256 KiB each, 4 MiB in total",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageItem:
+    """An item on a page: a text, or an image with its caption below.
+
+    Args:
+        text: the text or caption.
+        image_url: the image as a `data:` URL; of a recording its spectrogram, of a video its middle frame.
+        player_url: the recording or video as a `data:` URL, if it is short enough for a page.
+        modality: what it is.
+    """
+
+    text: str = ""
+    image_url: str | None = None
+    player_url: str | None = None
+    modality: str = "text"
+    is_correct: bool = False
+
+
+class ItemRenderer:
+    """Renderer of items of one modality for a page.
+
+    An item has the key of its sample, and the name of its file if the key does not give it; one that cannot be read is
+    represented by these alone. Short recordings and videos have a player, as long as all of them take at most 4 MiB.
+    """
+
+    def __init__(self, cache: Cache, modality: str, image_folders: Sequence[Path] = ()) -> None:
+        self._cache, self._modality = cache, modality
+        self._items = RowReader(cache, modality, ["text"] if modality == "text" else ["sample", "path"])
+        self._thumbnails: Thumbnails | None = None
+        self._reason: str | None = None
+        self._left_out: set[int] = set()
+        self._silent: set[int] = set()
+        self._bytes_left = _PAGE_BYTES
+        if modality in PICTURED:
+            try:
+                self._thumbnails = Thumbnails(cache, image_folders, modality)
+            except EmbedcacheError as error:
+                self._reason = str(error)
+                _log.warning("%s", self._reason)
+
+    def render(self, row: int, *, is_correct: bool = False) -> PageItem:
+        """Return the item in a row as it is shown on a page."""
+        item = self._items.take(np.array([row])).to_pylist()[0]
+        if self._modality == "text":
+            return PageItem(text=item["text"], is_correct=is_correct)
+        image_url = player_url = None
+        try:
+            if self._thumbnails is not None:
+                image_url = self._thumbnails.data_url(row)
+                player_url = self._player_url(self._thumbnails, row)
+        except EmbedcacheError as error:
+            self._reason = str(error)
+        if image_url is None and self._reason is not None:
+            self._left_out.add(row)
+        key = self._cache.key(item["sample"])
+        return PageItem(
+            text=" · ".join(filter(None, [key, file_name_beside_key(item["path"], key)])),
+            image_url=image_url,
+            player_url=player_url,
+            modality=self._modality,
+            is_correct=is_correct,
+        )
+
+    def _player_url(self, thumbnails: Thumbnails, row: int) -> str | None:
+        if self._modality not in PLAYED:
+            return None
+        try:
+            played = thumbnails.play(row, min(_PLAYER_BYTES, self._bytes_left))
+        except UnplayableError:
+            self._silent.add(row)
+            return None
+        self._bytes_left -= len(played.data)
+        return data_url(played.data, played.media_type) + thumbnails.interval_fragment(row)
+
+    def warnings(self) -> list[str]:
+        """Return how many items are missing from the page, or have no player there, if any, and why."""
+        reason = (self._reason or "").removeprefix(not_shown(self._modality))
+        lines = [f"{self._count(self._left_out, 'is', 'are')} not shown: {reason}"] if self._left_out else []
+        if self._silent:
+            lines.append(
+                f"{self._count(self._silent, 'has', 'have')} no player on this page: {_LIMITS[self._modality]}"
+            )
+        return lines
+
+    def _count(self, rows: set[int], one: str, several: str) -> str:
+        if len(rows) == 1:
+            return f"1 {one_noun(self._modality)} {one}"
+        return f"{len(rows):,} {noun(self._modality)} {several}"
