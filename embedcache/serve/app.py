@@ -10,15 +10,18 @@ from importlib.resources import files
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, Path, Query, Request, Response
+from fastapi import FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
+from embedcache.dataset.thumbnails import PICTURED, PLAYED, UnplayableError
 from embedcache.errors import EmbedcacheError, ItemError, UnknownNameError
+from embedcache.modalities import noun, one_noun
 from embedcache.serve.batching import Batcher, BusyError, SearchQuery, SearchResult, search_batch
 from embedcache.serve.guard import BUG, IMAGE_SEARCH_PATH
+from embedcache.serve.items import KEPT, ServedItems, respond_with_part
 from embedcache.serve.schema import (
     MAX_HITS,
     CardOut,
@@ -36,10 +39,11 @@ from embedcache.serve.schema import (
     SearchResponse,
     ServerInfo,
 )
-from embedcache.serve.service import InfoTable, SearchService, ServedImages, info_tables
+from embedcache.serve.service import InfoTable, SearchService, info_tables
 from embedcache.serve.uploads import ImageThreads, Uploads
 
 _Row = Annotated[int, Path(ge=0, le=10**12)]
+_Range = Annotated[str | None, Header(alias="Range")]
 _Rows = Annotated[list[Annotated[int, Field(ge=0, le=10**12)]], Query(min_length=1, max_length=200)]
 
 log = logging.getLogger("embedcache.serve")
@@ -97,7 +101,11 @@ def make_app(*services: SearchService) -> FastAPI:
     _add_pages(app)
     _add_errors(app)
     _add_search(app, indexes, threads)
-    _add_items(app, indexes, threads)
+    _add_items(app, indexes)
+    for modality in PICTURED:
+        _add_images(app, modality, indexes, threads)
+    for modality in PLAYED:
+        _add_player(app, modality, indexes, threads)
     _add_info(app, indexes)
     _add_map(app, indexes)
     return app
@@ -159,16 +167,7 @@ def _add_search(app: FastAPI, indexes: Indexes, threads: ImageThreads) -> None:
             return await respond(options, image=image)
 
 
-def _add_items(app: FastAPI, indexes: Indexes, threads: ImageThreads) -> None:
-    def webp(data: bytes) -> Response:
-        return Response(data, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400"})
-
-    def images_with(row: int, index: int) -> ServedImages:
-        images = indexes[index].images
-        if images is None or row >= images.num_images:
-            raise HTTPException(404, f"unknown image {row}")
-        return images
-
+def _add_items(app: FastAPI, indexes: Indexes) -> None:
     def check_item(row: int, index: int) -> SearchService:
         service = indexes[index]
         if row >= service.index.cache.num_rows(service.index.card.modality):
@@ -186,15 +185,49 @@ def _add_items(app: FastAPI, indexes: Indexes, threads: ImageThreads) -> None:
         """Return all data of an item in the cache."""
         return ItemOut.model_validate(check_item(row, index).item(row))
 
-    @app.get("/api/images/{row}/thumbnail", response_class=Response)
-    async def thumbnail(row: _Row, index: IndexNumber = 0) -> Response:
-        """Return an image as WebP of at most 224 pixels per side."""
-        return webp(await threads.run(images_with(row, index).thumbnail, row))
 
-    @app.get("/api/images/{row}/full", response_class=Response)
-    async def image(row: _Row, index: IndexNumber = 0) -> Response:
-        """Return an image as WebP of at most 1,280 pixels per side."""
-        return webp(await threads.run(images_with(row, index).image, row))
+_SHOWN = {"image": "an image", "video": "the middle frame of a video", "audio": "the spectrogram of a recording"}
+_PLAYED = {"video": "a video, as the file that it is stored in", "audio": "a recording, as a WAV of 16 kHz mono"}
+
+
+def _add_images(app: FastAPI, modality: str, indexes: Indexes, threads: ImageThreads) -> None:
+    async def thumbnail(row: _Row, index: IndexNumber = 0) -> Response:
+        return webp(await threads.run(_served(indexes, index, modality, row).thumbnail, row))
+
+    async def full(row: _Row, index: IndexNumber = 0) -> Response:
+        return webp(await threads.run(_served(indexes, index, modality, row).image, row))
+
+    def webp(data: bytes) -> Response:
+        return Response(data, media_type="image/webp", headers=KEPT)
+
+    for call, size_px in ((thumbnail, "224"), (full, "1,280")):
+        app.add_api_route(
+            f"/api/{noun(modality)}/{{row}}/{call.__name__}",
+            call,
+            response_class=Response,
+            name=f"{modality} {call.__name__}",
+            description=f"Return {_SHOWN[modality]}, as WebP of at most {size_px} pixels per side.",
+        )
+
+
+def _add_player(app: FastAPI, modality: str, indexes: Indexes, threads: ImageThreads) -> None:
+    async def play(row: _Row, index: IndexNumber = 0, part: _Range = None) -> Response:
+        return respond_with_part(await threads.run(_served(indexes, index, modality, row).play, row), part)
+
+    app.add_api_route(
+        f"/api/{noun(modality)}/{{row}}/play",
+        play,
+        response_class=Response,
+        name=f"{modality} play",
+        description=f"Return {_PLAYED[modality]}, or with the header Range up to 1 MiB of it.",
+    )
+
+
+def _served(indexes: Indexes, index: int, modality: str, row: int) -> ServedItems:
+    served = indexes[index].shown.get(modality)
+    if served is None or row >= served.num_items:
+        raise HTTPException(404, f"unknown {one_noun(modality)} {row}")
+    return served
 
 
 def _add_info(app: FastAPI, indexes: Indexes) -> None:
@@ -265,9 +298,11 @@ def _add_errors(app: FastAPI) -> None:
     async def user_error(request: Request, error: EmbedcacheError) -> JSONResponse:
         if isinstance(error, UnknownNameError):
             return JSONResponse({"error": error.args[0]}, 404)
+        if isinstance(error, UnplayableError):
+            return JSONResponse({"error": str(error)}, 404)
         if isinstance(error, ItemError) and request.method == "GET":  # its message may contain a path of this machine
             log.warning("%s: %s", request.url.path, error)
-            return JSONResponse({"error": "the image cannot be read; the reason is in the server's log"}, 404)
+            return JSONResponse({"error": "the item cannot be read; the reason is in the server's log"}, 404)
         return JSONResponse({"error": str(error)}, 400)
 
     @app.exception_handler(BusyError)
@@ -286,7 +321,7 @@ _IMAGE_BODY = {
 _PAGES = {"/": "index.html", "/api": "api.html"}
 _FILES = (
     "page.css", "page.js", "search.js", "pane.js", "grid.js", "map.js", "points.js", "coverage.js", "cards.js",
-    "dom.js", "api.js", "icon.svg",
+    "dom.js", "player.js", "api.js", "icon.svg",
 )  # fmt: skip
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 

@@ -45,6 +45,18 @@ class SearchRequest(SearchOptions):
     )
 
 
+class PlayerOut(BaseModel):
+    """A recording or a video to play."""
+
+    modality: Literal["audio", "video"]
+    row: int = Field(description="Row of the recording or video in the item table of its modality.")
+    start_s: float | None = Field(description="Start of the interval in the file, in seconds; null for its beginning.")
+    stop_s: float | None = Field(description="End of the interval; null for its end.")
+
+
+_PLAYER = "What to play: the item, or the first video, else recording, of its sample; null if there is none."
+
+
 class HitOut(BaseModel):
     """One hit."""
 
@@ -58,7 +70,8 @@ class HitOut(BaseModel):
     captions: list[str] = Field(description="Captions of the sample in one language, at most three.")
     languages: list[str | None] = Field(description="Languages of its captions, that of these first; null is unknown.")
     label: str | None = Field(description="Label of the sample, if the cache has labels.")
-    image: int | None = Field(description="Row of the image to show; of a caption, the first image of its sample.")
+    image: int | None = Field(description="Row of the image to show; of another item, the first image of its sample.")
+    player: PlayerOut | None = Field(description=_PLAYER)
 
 
 class SearchResponse(BaseModel):
@@ -83,6 +96,7 @@ class ItemOut(BaseModel):
     key: str
     path: str | None = Field(description=_PATH)
     image: int | None = Field(description="Row of the image to show.")
+    player: PlayerOut | None = Field(description=_PLAYER)
     captions: list[CaptionOut]
     columns: dict[str, str | int | float | bool | None] = Field(description="Other columns of the sample.")
 
@@ -95,12 +109,13 @@ class ServerInfo(BaseModel):
     feature: str
     num_indexes: int = Field(description="Number of indexes on this server: 1, or 2 to compare.")
     version: str = Field(description="Version of the rows; changes with the cache.")
-    modality: str = Field(description="Modality of the hits: image or text.")
+    modality: str = Field(description="Modality of the hits: image, text, audio, video or points.")
     num_items: int
     accepted_queries: list[str] = Field(alias="takes", description="Accepted queries besides rows: text, image.")
     rejected_queries: dict[str, str] = Field(alias="rejects", description="text or image -> why it is not accepted.")
     has_images: bool
-    missing_images: str | None = Field(description="Why images are missing, if they could exist.")
+    has_players: bool = Field(description="Whether hits may have recordings or videos to play.")
+    missing_images: str | None = Field(description="Why images, recordings or videos are missing, if they could exist.")
     credit: str = Field(description="Attribution that must be shown with the images.")
     filters: dict[str, dict[str, int]] = Field(description="label, split or language -> value -> number of items.")
     selections: list[str]

@@ -173,8 +173,9 @@ def _lines(services: Sequence[SearchService], settings: ServeSettings, token: st
         lines.append(f"{card.num_vectors:,} {noun(card.modality)} of {card.feature}, {card.factory}")
         if rejection is not None:
             lines.append(f"texts are not accepted: {rejection}")
-        if service.images is not None and service.images.folders:
-            lines.append(f"images are read below {', '.join(map(str, service.images.folders))}")
+        folders = next((served.folders for served in service.shown.values()), None)
+        if folders:
+            lines.append(f"{' and '.join(map(noun, service.shown))} are read below {', '.join(map(str, folders))}")
     address = parse_address(settings.host)
     if address is None:
         host = settings.host

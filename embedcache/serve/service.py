@@ -3,14 +3,13 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.dataset.thumbnails import Thumbnails, credit
+from embedcache.dataset.thumbnails import PICTURED, PLAYED, credit
 from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, MissingExtraError, PathError, SettingError, UnknownNameError
 from embedcache.modalities import noun
@@ -20,19 +19,15 @@ from embedcache.search.hits import Hit
 from embedcache.search.search import OpenIndex
 from embedcache.search.settings import Filter
 from embedcache.serve.coverage import CoverageData, measure_served_coverage, read_coverage
+from embedcache.serve.items import ServedItems
 from embedcache.serve.maps import ServedMap
 from embedcache.serve.schema import SearchOptions
 from embedcache.serve.settings import ServeSettings
-from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
 from embedcache.store.rows import RowReader
 from embedcache.units import format_bytes
 
 log = logging.getLogger("embedcache.serve")
-
-_THUMBNAIL_PX = 224
-_IMAGE_PX = 1280
-_NUM_CACHED_THUMBNAILS = 4096  # about 6 kB each
 
 
 class SearchService:
@@ -71,7 +66,13 @@ class SearchService:
             for name, values in counts.items()
             if len(values) > 1 or any(num < num_items for num in values.values())
         }
-        self.images, self.missing_images = _open_images(index, settings)
+        self.shown, self.missing_images = _open_items(index, settings)
+        self.images = self.shown.get("image")
+        self._players = {
+            name: RowReader(index.cache, name, ["sample", "start_s", "stop_s"])
+            for name in ([index.card.modality] if index.card.modality in PLAYED else PLAYED)
+            if name in self.shown
+        }
         self._samples = RowReader(index.cache, SAMPLES)
         self._images = RowReader(index.cache, "image", ["sample"])
         for path in self.selections.values():
@@ -84,6 +85,8 @@ class SearchService:
             self.index.hits.load()
             if self._shows_images_of_captions:
                 self._images.load()
+            for players in self._players.values():
+                players.load()
         except EmbedcacheError as error:  # the answers that need these rows are errors too
             log.warning("%s", error)
 
@@ -114,6 +117,7 @@ class SearchService:
             "takes": self.accepted_queries,
             "rejects": self.rejected_queries,
             "has_images": self.images is not None,
+            "has_players": bool(self._players),
             "missing_images": self.missing_images,
             "credit": credit(self.index.cache),
             "filters": self.values,
@@ -131,16 +135,17 @@ class SearchService:
             "key": columns.pop("key"),
             "path": _public_path(self.index.hits.paths(rows)[0]),
             "image": self._image_rows(rows)[0],
+            "player": self._player_rows(rows)[0],
             "captions": self.index.hits.captions(row),
             "columns": columns,
         }
 
     def hits(self, hits: Sequence[Hit]) -> list[dict[str, Any]]:
         """Return the fields of `HitOut` for each hit."""
-        images = self._image_rows(np.array([hit.row for hit in hits], np.int64))
+        rows = np.array([hit.row for hit in hits], np.int64)
         return [
-            {**asdict(hit), "path": _public_path(hit.path), "name": hit.name, "image": image}
-            for hit, image in zip(hits, images, strict=True)
+            {**asdict(hit), "path": _public_path(hit.path), "name": hit.name, "image": image, "player": player}
+            for hit, image, player in zip(hits, self._image_rows(rows), self._player_rows(rows), strict=True)
         ]
 
     def items(self, rows_K: Ints) -> list[dict[str, Any]]:
@@ -190,6 +195,19 @@ class SearchService:
             return list(rows_K.tolist())
         starts, counts = self._images.find(self.index.hits.samples(rows_K))
         return [start if count else None for start, count in zip(starts.tolist(), counts.tolist(), strict=True)]
+
+    def _player_rows(self, rows_K: Ints) -> list[dict[str, Any] | None]:
+        """Return the fields of `PlayerOut` for each item: of itself, or of the first item of its sample to play."""
+        found: list[dict[str, Any] | None] = [None] * len(rows_K)
+        for modality, players in self._players.items():
+            starts_K, counts_K = rows_K, np.ones(len(rows_K), np.int64)
+            if modality != self.index.card.modality:
+                starts_K, counts_K = players.find(self.index.hits.samples(rows_K))
+            places = [place for place in np.flatnonzero(counts_K).tolist() if found[place] is None]
+            intervals = players.take(starts_K[places]).drop_columns("sample").to_pylist()
+            for place, interval in zip(places, intervals, strict=True):
+                found[place] = {"modality": modality, "row": int(starts_K[place]), **interval}
+        return found
 
     @property
     def _shows_images_of_captions(self) -> bool:
@@ -269,30 +287,15 @@ def _open_encoders(index: OpenIndex) -> dict[str, str]:
     return rejections
 
 
-class ServedImages:
-    """Images of a possibly untrusted cache, decoded and encoded again: no byte of a source's file reaches a browser.
-
-    Arguments and errors are those of `Thumbnails`. `image` and `thumbnail` return the image in a row as
-    a WebP file; both are thread-safe.
-    """
-
-    def __init__(self, cache: Cache, folders: Sequence[Path] = ()) -> None:
-        self.num_images = cache.info.num_items.get("image", 0)
-        thumbnails = Thumbnails(cache, folders)
-        self.folders = thumbnails.folders
-        self.thumbnail = lru_cache(maxsize=_NUM_CACHED_THUMBNAILS)(partial(thumbnails.webp, size_px=_THUMBNAIL_PX))
-        self.image = partial(thumbnails.webp, size_px=_IMAGE_PX)
-
-
-def _open_images(index: OpenIndex, settings: ServeSettings) -> tuple[ServedImages | None, str | None]:
-    """Open the images, or return why they are missing; search works without them."""
-    if not index.cache.info.num_items.get("image"):
-        return None, None
+def _open_items(index: OpenIndex, settings: ServeSettings) -> tuple[dict[str, ServedItems], str | None]:
+    """Open the items to show, by modality, or return why they are missing; search works without them."""
+    modalities = [name for name in PICTURED if index.cache.info.num_items.get(name)]
     try:
-        return ServedImages(index.cache, settings.image_folders), None
+        return {name: ServedItems(index.cache, name, settings.image_folders) for name in modalities}, None
     except EmbedcacheError as error:
         log.warning("%s", error)
-        return None, "the images cannot be read; the reason is in the server's log"
+        nouns = " and ".join(map(noun, modalities))
+        return {}, f"the {nouns} cannot be read; the reason is in the server's log"
 
 
 InfoTable: TypeAlias = dict[str, Any]

@@ -42,7 +42,7 @@ class ServeSettings:
     label: str = setting(**LABEL)
     image_folders: tuple[Path, ...] = setting(
         (),
-        "Read images only below this folder. May be repeated.",
+        "Read images, recordings and videos only below this folder. May be repeated.",
         flat_name="image_folder",
         metavar="FOLDER",
         default_text="the folder of the cache's source",

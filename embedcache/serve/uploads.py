@@ -29,7 +29,7 @@ _QUIET_S = 0.5
 
 
 class ImageThreads:
-    """Threads that decode images, and return freed memory to the system once they have been idle for half a second.
+    """Threads that decode items, and return freed memory to the system once they have been idle for half a second.
 
     A decoded image takes up to 160 MB, which the C library would otherwise keep for the next one.
     """

@@ -1,5 +1,6 @@
 """The parts of a server over small caches, queried through the real app behind its guard."""
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +24,18 @@ from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
 from tests.evaluate.test_retrieval import train_run
 from tests.images import write_images
+from tests.media_files import encode_audio, encode_video, moving_square, tone
+from tests.media_toy import MEDIA
 from tests.toy import IMAGE, TEXT
 
 PORT = 8000
+ROWS = [
+    {"key": "whole", "audio": "tone.flac", "text": "red"},
+    {"key": "part", "audio": "tone.flac", "start_s": 0.5, "stop_s": 0.75, "text": "blue"},
+    {"key": "film", "video": "square.webm", "start_s": 0.2, "stop_s": 0.6, "text": "green"},
+    {"key": "old", "video": "square.avi", "text": "black"},
+    {"key": "words", "text": "white"},
+]
 
 
 def visit(served: SearchService, *, token: str | None = None, app: object = None) -> TestClient:
@@ -69,3 +79,27 @@ def served(root: Path) -> SearchService:
 def client(served: SearchService) -> Iterator[TestClient]:
     with visit(served) as client:
         yield client
+
+
+def write_media(folder: Path) -> Path:
+    """Write a recording, two videos, and a table of both and intervals of them."""
+    folder.mkdir()
+    (folder / "tone.flac").write_bytes(encode_audio(tone(1.5), "flac"))
+    (folder / "square.webm").write_bytes(encode_video(moving_square(25), kind="webm"))
+    (folder / "square.avi").write_bytes(encode_video(moving_square(25), kind="avi"))
+    with (folder / "table.csv").open("w") as file:
+        table = csv.DictWriter(file, ["key", "audio", "video", "start_s", "stop_s", "text"])
+        table.writeheader()
+        table.writerows(ROWS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recordings and videos, two of them intervals, with an index of each modality. Not to be changed."""
+    root = tmp_path_factory.mktemp("media")
+    source = open_source(write_media(root / "files") / "table.csv")
+    extract(source, root / "cache", encoder={"audio": [MEDIA], "video": [MEDIA], "text": [TEXT]})
+    for modality, feature in (("audio", "open_media/mean"), ("video", "open_media/mean"), ("text", "open_toy/mean")):
+        build_index(root / "cache", root / modality, IndexSettings(feature=feature, modality=modality))
+    return root

@@ -53,13 +53,13 @@ def as_found(root: Path, queries: Queries | list[str], **options: Any) -> list[d
 
 
 def without_image(hits: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in hit.items() if name not in ("image", "name")} for hit in hits]
+    return [{name: value for name, value in hit.items() if name not in ("image", "name", "player")} for hit in hits]
 
 
 def test_text_query_equals_command(client: TestClient, root: Path) -> None:
     hits = ask(client, text=TEXT, k=9)
     assert without_image(hits) == as_found(root, [TEXT], k=9)
-    assert all(hit["image"] == hit["row"] for hit in hits)
+    assert all(hit["image"] == hit["row"] and hit["player"] is None for hit in hits)
 
 
 def test_image_query_equals_command(client: TestClient, root: Path) -> None:
@@ -383,7 +383,9 @@ def test_openapi_lists_every_operation(client: TestClient) -> None:
     operations = client.get("/openapi.json").json()["paths"]
     assert set(operations) == {
         "/api/search", "/api/search/image", "/api/items", "/api/items/{row}", "/api/images/{row}/thumbnail",
-        "/api/images/{row}/full", "/api/info", "/api/cards", "/api/coverage", "/api/coverage/{number}",
+        "/api/images/{row}/full", "/api/recordings/{row}/thumbnail", "/api/recordings/{row}/full",
+        "/api/recordings/{row}/play", "/api/videos/{row}/thumbnail", "/api/videos/{row}/full",
+        "/api/videos/{row}/play", "/api/info", "/api/cards", "/api/coverage", "/api/coverage/{number}",
         "/api/opening", "/api/map", "/api/map/points", "/api/map/{number}",
     }  # fmt: skip
     assert "image/*" in operations["/api/search/image"]["post"]["requestBody"]["content"]

@@ -308,6 +308,66 @@ def test_two_indexes_side_by_side(browser: Any, root: Path) -> None:
     assert page.elsewhere == page.errors == []
 
 
+def test_players_of_recordings(browser: Any, media: Path) -> None:
+    """Each result plays its recording, by a key too, and one plays at a time."""
+    with serving(ServePaths(index=media / "audio")) as address:
+        page = Browsing(browser, address)
+        page.page.wait_for_selector("#sample audio")
+        assert page.text("#holds") == "2 recordings"
+        assert page.barriers() == []
+        names = page.page.eval_on_selector_all("#sample audio", "all => all.map(one => one.ariaLabel)")
+        assert sorted(names) == ["Recording: blue", "Recording: red"]
+        page.page.focus("#sample .hit")
+        for number, key in enumerate(("p", "ArrowRight", "p")):
+            page.page.keyboard.press(key)
+            if key == "p":
+                wait_for_player(page, f"#sample li:nth-child({1 + number // 2}) audio", "one.currentTime > 0")
+        stopped, playing = players(page, "#sample audio", "[one.paused, one.tabIndex]")
+        assert (stopped, playing[1]) == ([True, -1], 0)
+        seconds = players(page, "#sample audio", "one.duration")
+        assert sorted(seconds) == pytest.approx([0.25, 1.5], abs=0.01)
+        page.page.keyboard.press("Enter")
+        page.page.wait_for_selector("#item[open] #item-image")
+        assert page.barriers() == []
+        page.page.keyboard.press("p")
+        wait_for_player(page, "#item audio", "one.currentTime > 0")
+        page.page.keyboard.press("Escape")
+        page.page.wait_for_selector("#item audio", state="detached")
+        page.close()
+    assert page.elsewhere == page.errors == []
+
+
+def test_players_of_videos(browser: Any, media: Path) -> None:
+    """An interval ends where it ends, also when it is played again; a format that browsers lack is named."""
+    with serving(ServePaths(index=media / "video")) as address:
+        page = Browsing(browser, address, viewport={"width": 360, "height": 740})
+        page.page.wait_for_selector("#sample video[poster]")
+        assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
+        film, old = (f"#sample video[aria-label='Video: {name}']" for name in ("green", "black"))
+        for start_s in (0.2, 0.9):
+            page.page.eval_on_selector(
+                film, "(one, start_s) => { one.currentTime = start_s; one.play().catch(() => {}); }", start_s
+            )
+            wait_for_player(page, film, "one.paused && Math.abs(one.currentTime - 0.2) < 0.01")
+        page.page.eval_on_selector(old, "one => { one.play().catch(() => {}); }")
+        page.wait_for("#sample .problem:not(:empty)", "Not playable: browsers play MP4 and WebM")
+        assert page.barriers() == []
+        page.close()
+    assert page.elsewhere == []
+    assert [error for error in page.errors if "404" not in error] == []
+
+
+def players(page: Browsing, selector: str, value: str) -> list[Any]:
+    found: list[Any] = page.page.eval_on_selector_all(selector, f"all => all.map(one => {value})")
+    return found
+
+
+def wait_for_player(page: Browsing, selector: str, condition: str) -> None:
+    page.page.wait_for_function(
+        f"selector => {{ const one = document.querySelector(selector); return {condition}; }}", arg=selector
+    )
+
+
 @contextmanager
 def serving(*paths: ServePaths) -> Iterator[str]:
     """Serve some indexes from a thread of this process; yield the address."""

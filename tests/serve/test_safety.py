@@ -27,6 +27,7 @@ def test_every_response_has_security_headers(client: TestClient) -> None:
     for path in ("/", "/page.js", "/api/info", "/api/images/0/thumbnail", "/nothing", "/api/items/x"):
         headers = client.get(path).headers
         assert "default-src 'none'" in headers["content-security-policy"]
+        assert "media-src 'self';" in headers["content-security-policy"]
         assert "unsafe" not in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cross-origin-resource-policy"] == "same-origin"

@@ -38,18 +38,26 @@ def hostile(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def tamper(cache: Path, *, path: str | None = None, source: dict[str, Any] | None = None, **changes: int) -> None:
+def tamper(
+    cache: Path,
+    *,
+    path: str | None = None,
+    source: dict[str, Any] | None = None,
+    modality: str = "image",
+    **changes: int,
+) -> None:
     """Change the paths of the first image, or of all images, in a cache."""
     if source is not None:
         info = read_json(cache / "cache.json")
         write_json(cache / "cache.json", {**info, "source": {**info["source"], **source}})
-    table = pq.read_table(cache / "image" / "items.parquet")
+    items = cache / modality / "items.parquet"
+    table = pq.read_table(items)
     columns = table.to_pydict()
     if path is not None:
         columns["path"][0] = path
     for name, value in changes.items():
         columns[name][0] = value
-    pq.write_table(pa.table(columns, schema=table.schema), cache / "image" / "items.parquet", row_group_size=2048)
+    pq.write_table(pa.table(columns, schema=table.schema), items, row_group_size=2048)
     info = read_json(cache / "cache.json")
     without = {name: value for name, value in info.items() if name not in ("checksums", "digest")}
     write_json(cache / "cache.json", without)  # a stranger would compute them again

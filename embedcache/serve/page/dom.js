@@ -44,6 +44,8 @@ export function table(rows, { head = null } = {}) {
     element("tbody", {}, ...rows.map((row) => line(row, "td"))));
 }
 
+export const NOUNS = { image: "images", text: "texts", audio: "recordings", video: "videos", points: "point clouds" };
+
 export class Index {
   // One of the server's indexes: what it holds, and its part of the API.
   constructor(number, info) {
@@ -63,8 +65,14 @@ export class Index {
     return api(this.url(path));
   }
 
-  image(row, size) {
-    return this.url(`/api/images/${row}/${size}?v=${this.info.version}`);
+  media(modality, row, part) {
+    return this.url(`/api/${NOUNS[modality]}/${row}/${part}?v=${this.info.version}`);
+  }
+
+  image({ image, player }, size) {
+    // The image of a hit, or that of what it plays: a spectrogram or a frame; null if there is none.
+    if (image !== null) return this.media("image", image, size);
+    return player === null ? null : this.media(player.modality, player.row, size);
   }
 
   async ready(path) {

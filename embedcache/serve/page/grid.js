@@ -1,6 +1,7 @@
 // Hits as a grid with keyboard navigation, and a dialog that shows one of them.
 
 import { byId, element } from "./dom.js";
+import { play, player } from "./player.js";
 
 export const caption = (hit) => hit.captions.join(" · ") || hit.name;
 
@@ -24,6 +25,10 @@ function folded(hit) {
 function card(hit, place, { index, onOpen, onSimilar, threshold }) {
   const isAbove = threshold !== undefined && hit.score > threshold;
   const score = hit.score === null ? null : hit.score.toFixed(3);
+  const isFilm = hit.image === null && hit.player?.modality === "video"; // its player shows the frame
+  const url = index.image(hit, "thumbnail");
+  const media = player(hit, caption(hit), index);
+  if (media && place === 0) mediaIn(media).tabIndex = 0;
   const open = element("button", {
     type: "button",
     class: isAbove ? "hit above" : "hit",
@@ -33,8 +38,8 @@ function card(hit, place, { index, onOpen, onSimilar, threshold }) {
     "aria-label": [caption(hit), score === null ? null : `cosine ${score}`, isAbove ? "above the threshold" : null].filter(Boolean).join(", "),
     onclick: () => onOpen(place),
   },
-    hit.image === null ? null : element("img", {
-      src: index.image(hit.image, "thumbnail"), alt: "", loading: "lazy", decoding: "async", width: 224, height: 224,
+    isFilm || url === null ? null : element("img", {
+      src: url, alt: "", loading: "lazy", decoding: "async", width: 224, height: hit.image === null ? 112 : 224,
     }),
     element("span", { class: "captions", lang: hit.languages[0] ?? null }, caption(hit)),
     folded(hit),
@@ -44,11 +49,11 @@ function card(hit, place, { index, onOpen, onSimilar, threshold }) {
   const like = element("button", {
     type: "button", class: "like", tabindex: -1, "aria-label": `More like ${caption(hit)}`, onclick: () => onSimilar(hit),
   }, "more like this");
-  return element("li", {}, open, like);
+  return element("li", {}, ...(isFilm ? [media, open] : [open, media]), like);
 }
 
 export function showHits(grid, hits, actions) {
-  grid.classList.toggle("texts", hits.length > 0 && hits.every((hit) => hit.image === null));
+  grid.classList.toggle("texts", hits.length > 0 && hits.every((hit) => hit.image === null && hit.player === null));
   grid.replaceChildren(...hits.map((hit, place) => card(hit, place, actions)));
 }
 
@@ -58,10 +63,12 @@ export function focusCell(grid, place) {
   const all = cells(grid);
   const chosen = all[Math.max(0, Math.min(place, all.length - 1))];
   if (!chosen) return;
-  for (const cell of all) cell.tabIndex = cell === chosen ? 0 : -1;
+  for (const cell of all) for (const one of [cell, mediaIn(cell.parentElement)]) if (one) one.tabIndex = cell === chosen ? 0 : -1;
   chosen.focus();
   chosen.scrollIntoView({ block: "nearest" });
 }
+
+const mediaIn = (part) => part.querySelector("audio, video");
 
 const numColumns = (grid) => getComputedStyle(grid).gridTemplateColumns.split(" ").length;
 
@@ -76,6 +83,7 @@ export function moveInGrid(grid, event, { onSimilar, hits }) {
   } else if (event.key === "Home") focusCell(grid, 0);
   else if (event.key === "End") focusCell(grid, last);
   else if (event.key === "m") onSimilar(hits()[place]);
+  else if (event.key === "p") play(mediaIn(cells(grid)[place].parentElement));
   else return;
   event.preventDefault();
 }
@@ -113,11 +121,15 @@ export class ItemDialog {
     byId("item-next").addEventListener("click", () => this.show(this.place + 1));
     byId("item-more").addEventListener("click", () => this.similar(onSimilar));
     this.dialog.addEventListener("click", (event) => { if (event.target === this.dialog) this.dialog.close(); });
-    this.dialog.addEventListener("close", () => this.onClose?.(this.place));
+    this.dialog.addEventListener("close", () => {
+      byId("item-player").replaceChildren(); // what is removed stops playing
+      this.onClose?.(this.place);
+    });
     this.dialog.addEventListener("keydown", (event) => {
-      if (event.key === "ArrowLeft") this.show(this.place - 1);
-      else if (event.key === "ArrowRight") this.show(this.place + 1);
+      const step = event.target.matches("audio, video") ? undefined : { ArrowLeft: -1, ArrowRight: 1 }[event.key]; // players have their own arrows
+      if (step) this.show(this.place + step);
       else if (event.key === "m") this.similar(onSimilar);
+      else if (event.key === "p") play(mediaIn(byId("item-player")));
     });
   }
 
@@ -140,11 +152,15 @@ export class ItemDialog {
     this.place = place;
     const hit = this.hits[place];
     const image = byId("item-image");
-    image.hidden = hit.image === null;
-    if (hit.image !== null) {
-      image.src = this.index.image(hit.image, "full");
+    const url = hit.image === null && hit.player?.modality === "video" ? null : this.index.image(hit, "full");
+    image.hidden = url === null;
+    if (url !== null) {
+      image.src = url;
       image.alt = caption(hit);
     }
+    const media = player(hit, caption(hit), this.index, true);
+    byId("item-player").replaceChildren(...[media].filter(Boolean));
+    byId("item-shown").hidden = url === null && media === null;
     byId("item-title").textContent = caption(hit);
     byId("item-title").lang = hit.languages[0] ?? "";
     byId("item-previous").disabled = place === 0;

@@ -1,6 +1,6 @@
 // The map of an index: points on a canvas, with names when seen from afar and images from near, and its clusters as a list.
 
-import { count, element, send } from "./dom.js";
+import { NOUNS, count, element, send } from "./dom.js";
 import { Grid, caption } from "./grid.js";
 import { Points } from "./points.js";
 
@@ -66,14 +66,14 @@ export class MapView {
     const button = (text, label, action) => element("button", { type: "button", "aria-label": label, onclick: action }, text);
     this.frame = element("div", {
       class: "frame", tabindex: 0, role: "application", "aria-roledescription": "map", "aria-describedby": "map-keys",
-      "aria-label": `Map of ${count(this.points.size)} ${info.modality}s in ${clusters.length} clusters, which the list of clusters names too`,
+      "aria-label": `Map of ${count(this.points.size)} ${NOUNS[info.modality]} in ${clusters.length} clusters, which the list of clusters names too`,
     }, this.canvas, this.tip);
     this.bars = element("ul", { class: "bars", "aria-label": "Clusters" }, ...clusters.map((cluster, number) => this.bar(cluster, number)));
     this.gallery = element("div", { class: "gallery" });
     this.panel.replaceChildren(
       element("div", { class: "tools" },
         this.chooser(),
-        element("span", {}, `${count(this.points.size)} ${info.modality}s${drawn}`),
+        element("span", {}, `${count(this.points.size)} ${NOUNS[info.modality]}${drawn}`),
         element("span", { class: "zoom" },
           button("+", "Zoom in", () => this.zoomBy(2)), button("−", "Zoom out", () => this.zoomBy(0.5)), button("All", "Show all", () => this.showAll()))),
       element("div", { class: "mapped" },
@@ -283,7 +283,7 @@ export class MapView {
     if (!image) {
       image = new Image();
       image.addEventListener("load", () => this.redraw());
-      image.src = this.index.image(row, "thumbnail");
+      image.src = this.index.media("image", row, "thumbnail");
     } else this.images.delete(row); // the one used last goes to the end
     this.images.set(row, image);
     if (this.images.size > MAX_IMAGES) this.images.delete(this.images.keys().next().value);
@@ -416,7 +416,7 @@ export class MapView {
     if (this.hovered !== point) return;
     const hit = this.captions.get(row);
     this.tip.replaceChildren(
-      hit.image === null ? "" : element("img", { src: this.index.image(hit.image, "thumbnail"), alt: "", width: 112, height: 112 }),
+      this.index.image(hit, "thumbnail") ? element("img", { src: this.index.image(hit, "thumbnail"), alt: "", width: 112, height: hit.image === null ? 63 : 112 }) : "",
       element("span", {}, caption(hit)));
     this.tip.hidden = false;
     const [x, y] = this.toScreen(this.points.xs[point], this.points.ys[point]);

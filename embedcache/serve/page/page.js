@@ -2,7 +2,7 @@
 
 import { loadCards } from "./cards.js";
 import { CoverageView } from "./coverage.js";
-import { Index, byId, count } from "./dom.js";
+import { Index, NOUNS, byId, count } from "./dom.js";
 import { MapView } from "./map.js";
 import { Search } from "./search.js";
 
@@ -42,7 +42,7 @@ async function start() {
   document.title = `${indexes.map((one) => one.info.name).join(" and ")} · embedcache`;
   byId("name").textContent = indexes.length > 1 ? "Comparison" : info.name;
   byId("holds").textContent = indexes.length > 1
-    ? indexes.map((one) => one.info.name).join(" and ") : `${count(info.num_items)} ${info.modality}s`;
+    ? indexes.map((one) => one.info.name).join(" and ") : `${count(info.num_items)} ${NOUNS[info.modality]}`;
   byId("credit").textContent = info.credit;
   byId("missing").textContent = info.missing_images ?? "";
   byId("tab-coverage").hidden = !info.has_coverage;

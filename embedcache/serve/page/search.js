@@ -45,6 +45,7 @@ export class Search {
   }
 
   addInputs() {
+    byId("play-hint").hidden = !this.indexes.some(({ info }) => info.has_players);
     const takesImages = this.takes("image");
     byId("upload").hidden = !takesImages;
     byId("drop-hint").hidden = !takesImages;
@@ -132,7 +133,7 @@ export class Search {
 
   searchSimilar(hit, index) {
     this.showTab("search");
-    this.search({ row: hit.row, key: hit.key, index, name: caption(hit), image: hit.image });
+    this.search({ row: hit.row, key: hit.key, index, name: caption(hit), image: index.image(hit, "thumbnail") });
   }
 
   searchText(text) {
@@ -192,11 +193,11 @@ export class Search {
   }
 
   showQuery() {
-    const { file, image, index, name, row } = this.query ?? {};
+    const { file, image, name, row } = this.query ?? {};
     byId("query-card").hidden = !file && row === undefined;
     if (this.preview) URL.revokeObjectURL(this.preview);
     this.preview = file ? URL.createObjectURL(file) : null;
-    const url = this.preview ?? (image === null || image === undefined ? null : index.image(image, "thumbnail"));
+    const url = this.preview ?? image ?? null;
     byId("query-image").hidden = url === null;
     if (url) byId("query-image").src = url;
     byId("query-text").textContent = file ? `Similar to your image ${file.name}` : row === undefined ? "" : `Similar to ${name}`;
@@ -225,7 +226,7 @@ export class Search {
       const index = this.indexes[Number(query.get("index"))] ?? this.indexes[0];
       try {
         const [hit] = await index.get(`/api/items?rows=${encodeURIComponent(query.get("row"))}`);
-        this.query = { row: hit.row, key: hit.key, index, name: caption(hit), image: hit.image };
+        this.query = { row: hit.row, key: hit.key, index, name: caption(hit), image: index.image(hit, "thumbnail") };
       } catch (error) {
         byId("panes").hidden = false;
         this.panes[0].showStatus(error.message, true);

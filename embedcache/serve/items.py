@@ -1,0 +1,57 @@
+"""Images, recordings and videos of a cache by row, as a browser shows and plays them."""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+from fastapi import Response
+
+from embedcache.dataset.thumbnails import PLAYED, PlayedFile, Thumbnails
+from embedcache.store.cache import Cache
+
+_THUMBNAIL_PX = 224
+_IMAGE_PX = 1280
+_NUM_CACHED_THUMBNAILS = 4096  # about 6 kB each
+_NUM_CACHED_FILES = 4
+_MAX_FILE_BYTES = 2**26
+"""Largest file that is played: 35 minutes of sound."""
+_MAX_PART_BYTES = 2**20
+"""Largest part of a file in one response, so that a player that reads slowly holds no more memory."""
+_RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
+KEPT = {"Cache-Control": "private, max-age=86400"}
+
+
+class ServedItems:
+    """Items of one modality of a possibly untrusted cache; arguments and errors are those of `Thumbnails`.
+
+    `image` and `thumbnail` return the image of the item in a row as a WebP file, and `play` the recording or video as a
+    file to play; all are thread-safe. Images and recordings are decoded and encoded again, so no byte of a source's
+    file reaches a browser; a video is sent as it is stored.
+    """
+
+    def __init__(self, cache: Cache, modality: str, folders: Sequence[Path] = ()) -> None:
+        self.num_items, self.is_played = cache.info.num_items.get(modality, 0), modality in PLAYED
+        thumbnails = Thumbnails(cache, folders, modality)
+        self.folders = thumbnails.folders
+        self.thumbnail = lru_cache(maxsize=_NUM_CACHED_THUMBNAILS)(partial(thumbnails.webp, size_px=_THUMBNAIL_PX))
+        self.image = partial(thumbnails.webp, size_px=_IMAGE_PX)
+        self.play = lru_cache(maxsize=_NUM_CACHED_FILES)(partial(thumbnails.play, max_bytes=_MAX_FILE_BYTES))
+
+
+def respond_with_part(file: PlayedFile, part: str | None) -> Response:
+    """Return the part of a file that a player asks for with the header `Range`, at most 1 MiB; without it, all.
+
+    A player that gets less than it asked for, or jumps to another time, sends the next request. What is no range of one
+    part counts as no header, as HTTP allows.
+    """
+    match, size = _RANGE.fullmatch(part or ""), len(file.data)
+    headers = {**KEPT, "Accept-Ranges": "bytes"}
+    if match is None:
+        return Response(file.data, media_type=file.media_type, headers=headers)
+    first, last = int(match[1]), int(match[2] or size)
+    if first >= size or last < first:
+        return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{size}"})
+    stop = min(last + 1, first + _MAX_PART_BYTES, size)
+    headers["Content-Range"] = f"bytes {first}-{stop - 1}/{size}"
+    return Response(file.data[first:stop], 206, media_type=file.media_type, headers=headers)
