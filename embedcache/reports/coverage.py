@@ -66,9 +66,14 @@ def summary_table(report: CoverageReport) -> Table:
         rows.append([f"matches of the largest {fraction:.0%} of concepts", *percents])
     if report.expected_by_chance is not None:
         empty = [""] * (len(parts) - 1)
-        rows.append(["items above one threshold by chance", f"{report.expected_by_chance:,.2g}", *empty])
-        rows.append(["items above any threshold by chance", f"{report.covered_by_chance or 0:,.2g}", *empty])
+        rows.append(["items above one threshold by chance", _format_expected(report.expected_by_chance), *empty])
+        rows.append(["items above any threshold by chance", _format_expected(report.covered_by_chance or 0), *empty])
     return ["", *(part.name for part in parts)], rows
+
+
+def _format_expected(count: float) -> str:
+    """Return an expected count with two digits, such as `0.032` or `2,500`."""
+    return f"{float(f'{count:.2g}'):,.0f}" if count >= 10 else f"{count:.2g}"
 
 
 def concept_table(report: CoverageReport, numbers: Ints | Sequence[int]) -> Table:

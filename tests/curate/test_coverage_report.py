@@ -62,7 +62,10 @@ def test_chance_counts_all_concepts(cache_path: Path, prompts: Path) -> None:
     empty = replace(report, pool_counts=replace(report.pool_counts, num_items=0))
     assert empty.covered_by_chance is None
     assert any_of_all == pytest.approx(300 * (1 - (1 - one / 300) ** len(NAMES)))
-    assert ["items above any threshold by chance", f"{any_of_all:,.2g}"] in summary_table(report)[1]
+    assert ["items above any threshold by chance", "190"] in summary_table(report)[1]
+    for num_items, shown in ((30_000, "4,800"), (60, "9.5")):
+        other = replace(report, pool_counts=replace(report.pool_counts, num_items=num_items))
+        assert ["items above one threshold by chance", shown] in summary_table(other)[1]
 
 
 def test_tables_json_and_page(cache_path: Path, prompts: Path, run_path: Path, half: Path, tmp_path: Path) -> None:
