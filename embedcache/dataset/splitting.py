@@ -98,7 +98,7 @@ def _require_parts(
         return
     if settings.kind == "key":
         raise SettingError(
-            f"--split key leaves no validation or test samples among {len(groups)}; raise --val-fraction and "
+            f"--split key leaves no validation or test samples among {len(groups):,}; raise --val-fraction and "
             "--test-fraction, or use more samples"
         )
     thresholds = [settings.cosine(modality) for modality in modalities]
@@ -110,8 +110,8 @@ def _require_parts(
             f"does not know: use --language with one of {', '.join(languages)}, or else "
         )
     raise SettingError(
-        f"--split {settings.kind} leaves no validation or test samples among {len(groups)}: the largest near-duplicate "
-        f"group has {np.bincount(groups).max()} samples; {advice}raise {named}, or use --split key"
+        f"--split {settings.kind} leaves no validation or test samples among {len(groups):,}: the largest "
+        f"near-duplicate group has {np.bincount(groups).max():,} samples; {advice}raise {named}, or use --split key"
     )
 
 

@@ -76,6 +76,15 @@ class RetrievalReport:
     distinct_chance: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     by_width: dict[int, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Return `line`, and below it the recalls of each direction with those of chance, for notebooks and `print`."""
+        lines = [self.line()]
+        for direction, recalls in self.recalls.items():
+            chances = self.chance[direction]
+            values = (f"R@{k} {recalls[f'r@{k}']}, chance {chances[f'r@{k}'].value:.3f}" for k in KS)
+            lines.append(f"{direction}: {'; '.join(values)}")
+        return "\n".join(lines)
+
     def line(self) -> str:
         """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
         of_language = f" in {self.language}" if self.language else ""

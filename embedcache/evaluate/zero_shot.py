@@ -103,6 +103,12 @@ class ZeroShotReport:
     run_paths: Sequence[Path] = ()
     over_seeds: dict[str, Estimate] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Return `line`, and below it the accuracies with those of chance, for notebooks and `print`."""
+        chances = {name: f"chance {chance.value:.3f}" for name, chance in self.chance.items()}
+        values = (f"{name} {accuracy}, {chances[name]}" for name, accuracy in self.accuracies.items())
+        return "\n".join([self.line(), "; ".join(values)])
+
     def line(self) -> str:
         """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
         fewest, most = self.num_prompts

@@ -27,6 +27,10 @@ class Estimate:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        """Return the value and its interval with three decimals, such as `0.066 [0.046, 0.101]`."""
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
 
 def bootstrap_mean(values: Array, clusters: Ints | None = None, *, num_draws: int = 2000, seed: int = 0) -> Estimate:
     """Compute a mean with a 95% percentile interval from resampling whole clusters.

@@ -33,7 +33,7 @@ def format_fraction(value: float | None) -> str:
 
 def format_estimate(estimate: Estimate) -> str:
     """Return a value with its 95% interval as text, such as `0.066 [0.046, 0.101]`."""
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return str(estimate)
 
 
 def format_percent(fraction: float) -> str:

@@ -100,6 +100,16 @@ def test_overlap_with_training_warns(cache_path: Path, runs: list[Path]) -> None
     assert evaluate_retrieval(cache_path, runs[:1], RetrievalSettings(check_overlap=False)).overlap is None
 
 
+def test_report_shows_recalls_beside_chance(cache_path: Path, runs: list[Path]) -> None:
+    report = evaluate_retrieval(cache_path, runs[0])
+    first, *directions = repr(report).splitlines()
+    assert first == report.line()
+    assert [line[:8] for line in directions] == ["i2t: R@1", "t2i: R@1"]
+    recall, chance = report.recalls["t2i"]["r@10"], report.chance["t2i"]["r@10"]
+    expected = f"R@10 {recall.value:.3f} [{recall.low:.3f}, {recall.high:.3f}], chance {chance.value:.3f}"
+    assert directions[1].endswith(expected)
+
+
 def test_json_and_table(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs)
     report_json = json.loads(json.dumps(retrieval_json(report, shuffled=report)))

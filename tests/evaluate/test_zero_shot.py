@@ -81,6 +81,13 @@ def test_accuracy_matches_counting_by_hand(labeled: Path, prompts: Path, runs: l
     assert report.part == "all samples"
 
 
+def test_report_shows_accuracies_beside_chance(labeled: Path, prompts: Path, runs: list[Path]) -> None:
+    report = evaluate_zero_shot(labeled, runs[0], prompts)
+    first, accuracies = repr(report).splitlines()
+    assert first == report.line()
+    assert accuracies.startswith(f"acc1 {report.accuracies['acc1']}, chance 0.167; ")
+
+
 def test_seeds_are_averaged(labeled: Path, prompts: Path, runs: list[Path]) -> None:
     one, other = (evaluate_zero_shot(labeled, paths, prompts) for paths in (runs[:1], runs[1:]))
     progress, predictions = RecordedProgress(), list[ZeroShotPredictions]()
