@@ -140,10 +140,12 @@ class QueryEncoder:
 
     def rejection(self, modality: Modality) -> str | None:
         """Return why items of a modality cannot be compared with the index; None if they can."""
-        if self.config is None and modality != self._card.modality:
+        own = self._card.modality
+        if self.config is None and modality != own:
+            option = "" if own == "image" else f" --modality {own}"
             return (
-                f"expected an index built with a run, got one of the plain {self._card.modality} feature "
-                f"{self._card.feature}; build one with: embedcache curate index CACHE INDEX --run RUN"
+                f"expected an index built with a run, got one of the plain {own} feature {self._card.feature}; "
+                f"build one with: embedcache curate index CACHE INDEX --run RUN{option}"
             )
         if self.config is not None and modality not in self.config.sides:
             return f"expected one of the modalities of the run, {' and '.join(self.config.sides)}"

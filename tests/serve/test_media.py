@@ -111,6 +111,10 @@ def test_hits_name_what_to_play(media: Path, client: TestClient) -> None:
     ]
 
 
+def test_index_that_texts_would_need_is_named(served: SearchService) -> None:
+    assert served.rejected_queries["text"].endswith("embedcache curate index CACHE INDEX --run RUN --modality audio")
+
+
 def test_images_of_recordings_and_videos(client: TestClient) -> None:
     for path, size in (
         ("recordings/0/thumbnail", (224, 112)),
