@@ -85,8 +85,7 @@ class IndexBuilder:
         device: str = AUTO,
     ) -> None:
         self._folder, self._card, self._device = folder, card, device
-        self._is_resumed = (folder / STATE).is_file()
-        self._state = BuildState(source=source)
+        self._is_resumed, self._state = (folder / STATE).is_file(), BuildState(source=source)
         if self._is_resumed:
             state = read_state(folder)
             stored = str(state.source.get(INDEX_DIGEST))
@@ -125,7 +124,7 @@ class IndexBuilder:
 
     def reject(self, factory: str, recall: float) -> None:
         """Record that a kind of index missed the recall, and remove its files."""
-        self._write_state(factory=None, rejected={**self._state.rejected, factory: recall}, checksums={})
+        self._write_state(factory=None, rejected={**self._state.rejected, factory: recall})
         self._remove_unfinished()
 
     def write(self, index: RowIndex) -> dict[str, str]:
@@ -134,8 +133,7 @@ class IndexBuilder:
         They are recorded before each file that relies on them: those of the lists before the index, all before the
         card.
         """
-        disk_lists = index.disk_lists
-        checksums = {} if disk_lists is None else {disk_lists.file: disk_lists.checksums()}
+        checksums = {} if index.disk_lists is None else {index.disk_lists.file: index.disk_lists.checksums()}
         self._write_state(checksums={**self._state.checksums, "lists": checksums})
         index.write(self._folder / INDEX)
         checksums = {INDEX: file_checksum(self._folder / INDEX), **checksums}
@@ -218,7 +216,7 @@ class IndexBuilder:
 
     def _reusable_parts(self, kept: RowIndex | None, vectors: Vectors) -> list[RowIndex]:
         """Return the kept index and the parts on disk; delete those that it was merged from, or of removed samples."""
-        parts = [] if kept is None else [kept]
+        parts = [kept] if kept is not None else []
         for path in sorted(self._folder.glob(_PARTS)):
             part = _read_unfinished(path, is_mapped=True)
             if part is None or _holds_removed(part, vectors) or np.isin(part.rows, _rows(parts)).any():
@@ -288,20 +286,23 @@ class IndexBuilder:
                 check_lists(self._folder, index, self._state.recorded)
         except (CorruptError, PathError):
             path.unlink()
-            return None
+            index = None
         return index
 
     def _set_kind(self, factory: str) -> None:
         """Record the kind that is being built, once no file of another kind is left that could be taken for it."""
         if self._state.factory != factory:
             self._remove_unfinished()
-            self._write_state(factory=factory, checksums={})
+            self._write_state(factory=factory)
 
     def _remove_unfinished(self) -> None:
-        """Remove the files of an unfinished index but its state; those of a finished one stay."""
-        _remove_rows(self._folder, keep=None if self._card is None else self._card.lists)
+        """Remove the files of an unfinished index; a finished one stays, also where it is newer than its card."""
         if self._card is None:
+            _remove_rows(self._folder)
             (self._folder / INDEX).unlink(missing_ok=True)
+            self._state = replace(self._state, checksums={})
+        else:
+            _remove_rows(self._folder, self._card.lists, *self._state.recorded)
 
     def _write_state(self, **changes: Any) -> None:
         self._state = replace(self._state, **changes)
@@ -388,12 +389,12 @@ def _rows(parts: list[RowIndex]) -> Ints:
 
 def remove_leftovers(folder: Path, *, lists: str | None) -> None:
     """Remove what building leaves once the card is written, except for the file of lists that the index uses."""
-    _remove_rows(folder, keep=lists)
+    _remove_rows(folder, lists)
     (folder / STATE).unlink(missing_ok=True)
 
 
-def _remove_rows(folder: Path, *, keep: str | None) -> None:
-    """Remove checkpoints, parts, and all files of lists but one."""
+def _remove_rows(folder: Path, *kept: str | None) -> None:
+    """Remove checkpoints, parts, and files of lists, but for those of some names."""
     for path in [path for pattern in (_PARTIAL, *_LIST_FILES) for path in folder.glob(pattern)]:
-        if path.name != keep:
+        if path.name not in kept:
             path.unlink()

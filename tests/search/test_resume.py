@@ -11,7 +11,10 @@ from embedcache.errors import SettingError
 from embedcache.search import building, index
 from embedcache.search.faiss_index import RowIndex
 from embedcache.search.index import build_index
-from embedcache.search.settings import IndexSettings
+from embedcache.search.queries import Queries
+from embedcache.search.search import search
+from embedcache.search.settings import IndexSettings, SearchSettings
+from tests.edits import edit_record
 from tests.recorded import RecordedProgress
 from tests.search.test_building import FEATURE, ON_DISK, Stop, bytes_of, files_of, write_cache
 
@@ -215,3 +218,19 @@ def test_training_of_another_kind_that_is_killed_is_repeated(
     for name in ("index", "anew"):
         build_index(cache_path, tmp_path / name, factory="IVF4,SQ8", **FEATURE)
     assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "anew")
+
+
+@pytest.mark.parametrize("kind", [{"factory": "PQ4x4"}, {"factory": "IVF4,PQ4x4", "on_disk": True}])
+def test_rejected_extension_that_was_killed_before_its_card_can_be_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]
+) -> None:
+    cache = write_cache(tmp_path, 40)
+    build_index(cache, tmp_path / "index", IndexSettings(**FEATURE, **kind))
+    edit_record(tmp_path / "index" / "card.json", recall_at_10=1.0)
+    write_cache(tmp_path, 70)
+    interrupt(cache, tmp_path / "index", monkeypatch)
+    with pytest.raises(SettingError, match="recall@10 of at least 1, got"):
+        build_index(cache, tmp_path / "index", feature="open_toy/cls", min_recall=1.0)
+    (hits,) = search(tmp_path / "index", Queries(keys=["00069"]), SearchSettings(k=40))
+    assert max(hit.row for hit in hits) >= 40
+    assert build_index(cache, tmp_path / "index", IndexSettings(**FEATURE)).num_vectors == 70
