@@ -26,6 +26,25 @@ def device_setting() -> Any:
     return setting(AUTO, DEVICE_HELP, metavar="DEVICE", affects_result=False)
 
 
+def engine_setting(**options: Any) -> Any:
+    """Return the field `engine` of a settings class, which changes no result; options as of `setting`."""
+    return setting(
+        "local", "Run on this machine, or on the machines of a Ray cluster.", affects_result=False, **options
+    )
+
+
+def address_setting(**options: Any) -> Any:
+    """Return the field `address` of a settings class with an engine; options as of `setting`."""
+    return setting(
+        None,
+        "Address of a Ray cluster.",
+        affects_result=False,
+        default_text="start one on this machine",
+        metavar="URL",
+        **options,
+    )
+
+
 def expand_precision(settings: Any) -> None:
     """Replace the short name of a precision in a frozen settings instance, before it is checked."""
     object.__setattr__(settings, "precision", _ALIASES.get(str(settings.precision), settings.precision))

@@ -33,6 +33,7 @@ from embedcache.evaluate.settings import (
     ZeroShotSettings,
     pairs_settings,
 )
+from embedcache.train.settings import TASK_FILE_HELP
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -324,12 +325,7 @@ def speech(
 def likelihood(
     cache: CacheArgument,
     run: Runs,
-    task_file: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE", help="TOML file of the tasks of one likelihood, a table each: kind, examples, weight."
-        ),
-    ],
+    task_file: Annotated[Path, typer.Option(metavar="FILE", help=TASK_FILE_HELP)],
     device: Device = AUTO,
     as_json: Json = False,
     output: Output = None,

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 import typer
 
 from embedcache.cli.config_files import use_config
+from embedcache.dataset.settings import SELECTION_FORMAT
 from embedcache.devices import DEVICE_HELP
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES
@@ -72,7 +73,7 @@ IndexArgument: TypeAlias = Annotated[
     Path, typer.Argument(metavar="INDEX", help="Index: a folder written by curate index.")
 ]
 SelectionArgument: TypeAlias = Annotated[
-    Path, typer.Argument(metavar="SELECTION", help="Selection: Parquet, or a text file with one key per line.")
+    Path, typer.Argument(metavar="SELECTION", help=f"Selection: {SELECTION_FORMAT}.")
 ]
 SelectionOutput: TypeAlias = Annotated[Path, output_argument("Selection to write: a new .parquet file.")]
 SCORES_OUT = output_argument("Table of the scores: a new .parquet file.")

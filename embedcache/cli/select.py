@@ -26,6 +26,7 @@ from embedcache.curate.settings import (
     OutlierSettings,
     ScoreSettings,
 )
+from embedcache.dataset.settings import SELECTION_FORMAT
 
 
 @with_settings(settings=SelectSettings)
@@ -58,9 +59,7 @@ def select(
 
 def combine(
     cache: CacheArgument,
-    first: Annotated[
-        Path, typer.Argument(metavar="FIRST", help="Selection: Parquet, or a text file with one key per line.")
-    ],
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help=f"Selection: {SELECTION_FORMAT}.")],
     operation: Annotated[
         Literal["and", "minus"],
         typer.Argument(metavar="and|minus", help="Keep the samples in both, or those not in the second."),

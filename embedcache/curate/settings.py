@@ -4,15 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from embedcache.devices import device_setting
+from embedcache.dataset.settings import SELECTION_FORMAT, SELECTION_HELP
+from embedcache.devices import address_setting, device_setting, engine_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
-from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, MOVED_CACHE, MOVED_RUN
+from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, MOVED_CACHE, MOVED_RUN, RUN_HELP
 from embedcache.settings import check_settings, setting
 
-RUN_HELP = "Run that projects the features into the shared space."
 _COMMON_FEATURE = "the only one that both have"
-SELECTION_FORMAT = "Parquet, or a text file with one key per line"
 _COMPARED_DEFAULT = "image, or text if there are no image features"
 
 
@@ -33,18 +32,6 @@ _SEED: dict[str, Any] = {
     "help": "Random seed of clusters and of items drawn to measure recall.",
     "ge": 0,
     "lt": 2**32,
-}
-_ENGINE: dict[str, Any] = {
-    "default": "local",
-    "help": "Run on this machine, or on the machines of a Ray cluster.",
-    "affects_result": False,
-}
-_ADDRESS: dict[str, Any] = {
-    "default": None,
-    "help": "Address of a Ray cluster.",
-    "affects_result": False,
-    "metavar": "URL",
-    "default_text": "start one on this machine",
 }
 
 
@@ -77,8 +64,8 @@ class CoverageSettings:
     index: Path | str | None = setting(
         None, "Count only what this index of the cache finds.", metavar="INDEX", default_text="all items"
     )
-    engine: Literal["local", "ray"] = setting(**_ENGINE)
-    address: str | None = setting(**_ADDRESS)
+    engine: Literal["local", "ray"] = engine_setting()
+    address: str | None = address_setting()
     device: str = device_setting()
 
     def __post_init__(self) -> None:
@@ -116,8 +103,8 @@ class DedupSettings:
     all_pairs: bool | None = setting(**_ALL_PAIRS)
     scratch: Path | str | None = setting(**_SCRATCH)
     seed: int = setting(**_SEED)
-    engine: Literal["local", "ray"] = setting(**_ENGINE)
-    address: str | None = setting(**_ADDRESS)
+    engine: Literal["local", "ray"] = engine_setting()
+    address: str | None = address_setting()
     device: str = device_setting()
 
     def __post_init__(self) -> None:
@@ -229,7 +216,7 @@ class NegativesSettings:
     )
     selection: Path | str | None = setting(
         None,
-        f"Use only the samples of this selection: {SELECTION_FORMAT}.",
+        SELECTION_HELP,
         metavar="FILE",
         default_text="the training part of the run, or all",
     )
@@ -266,12 +253,12 @@ class OutlierSettings:
     run: Path | str | None = setting(
         None, "Run that projects the features, and compares images with their captions.", metavar="RUN"
     )
-    label: str | None = setting(None, "Column of class labels.", metavar="COLUMN", default_text="label, if it exists")
+    label: str | None = setting(None, LABEL["help"], metavar="COLUMN", default_text="label, if it exists")
     all_pairs: bool | None = setting(**_ALL_PAIRS)
     scratch: Path | str | None = setting(**_SCRATCH)
     seed: int = setting(**_SEED)
-    engine: Literal["local", "ray"] = setting(**_ENGINE)
-    address: str | None = setting(**_ADDRESS)
+    engine: Literal["local", "ray"] = engine_setting()
+    address: str | None = address_setting()
     device: str = device_setting()
 
     def __post_init__(self) -> None:

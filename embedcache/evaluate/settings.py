@@ -8,13 +8,13 @@ from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.networks.settings import CaptionSettings, DecodingSettings
+from embedcache.search.settings import FEATURE_HELP, LABEL
 from embedcache.settings import check_settings, from_flat, group, setting
 
 _PART_HELP = "Part of the run's split, or of the column split, to read."
 _PART_DEFAULT = "test, or all without a split"
 _TRAINED_ON_HELP = "Where a training cache is now, if it has moved. May be repeated."
 _OVERLAP_HELP = "Check whether evaluated items were seen in training."
-_LABEL_HELP = "Column of class labels."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class RetrievalSettings:
 class ZeroShotSettings:
     """Settings of zero-shot classification."""
 
-    label: str = setting("label", _LABEL_HELP, metavar="COLUMN")
+    label: str = setting(**LABEL)
     part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
     trained_on: tuple[str, ...] = setting((), _TRAINED_ON_HELP, metavar="CACHE", commas="keep")
     check_overlap: bool = setting(True, _OVERLAP_HELP)
@@ -65,8 +65,8 @@ class ProbeSettings:
     """Settings of classifiers on a frozen feature."""
 
     modality: Literal["image", "text"] = setting("image", "Modality of the items to classify.")
-    feature: str | None = setting(None, "Feature, as encoder/feature.", metavar="NAME", default_text="the only one")
-    label: str = setting("label", _LABEL_HELP, metavar="COLUMN")
+    feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text="the only one")
+    label: str = setting(**LABEL)
     classifiers: tuple[str, ...] = setting(
         ("knn", "logistic", "ridge"),
         "Classifier: knn, logistic, ridge or module:attribute. May be repeated.",

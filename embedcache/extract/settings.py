@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from embedcache.devices import AUTO, device_setting
+from embedcache.devices import AUTO, address_setting, device_setting, engine_setting
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
@@ -79,20 +79,8 @@ class ExtractSettings:
         default_text="one per core",
         panel="machine",
     )
-    engine: Literal["local", "ray"] = setting(
-        "local",
-        "Run on this machine, or on the machines of a Ray cluster.",
-        affects_result=False,
-        panel="machine",
-    )
-    address: str | None = setting(
-        None,
-        "Address of a Ray cluster.",
-        affects_result=False,
-        default_text="start one on this machine",
-        metavar="URL",
-        panel="machine",
-    )
+    engine: Literal["local", "ray"] = engine_setting(panel="machine")
+    address: str | None = address_setting(panel="machine")
     actors: int | None = setting(
         None,
         "Ray actors that hold the encoders.",

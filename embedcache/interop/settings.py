@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from embedcache.dataset.settings import SELECTION_HELP
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
+from embedcache.search.settings import FEATURE_HELP, RUN_HELP
 from embedcache.settings import check_settings, setting
 
 _FEATURE_DEFAULT = "the run's, or the only one in the cache"
-_SELECTION_HELP = "Use only the samples of this selection: Parquet, or a text file with one key per line."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ _TEXT_FEATURE = {**_IMAGE_FEATURE, "help": "Text feature, as encoder/feature."}
 _MODALITY: dict[str, Any] = {"default": None, "help": "Modality of the vectors to export.", "default_text": "both"}
 _RUN: dict[str, Any] = {
     "default": None,
-    "help": "Run that projects the features into the shared space.",
+    "help": RUN_HELP,
     "metavar": "RUN",
 }
 _IMAGE_FOLDERS: dict[str, Any] = {
@@ -67,7 +68,7 @@ class VectorExportSettings:
     text_feature: str | None = setting(**_TEXT_FEATURE)
     modality: Literal["image", "text"] | None = setting(**_MODALITY)
     run: Path | None = setting(**_RUN)
-    selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
+    selection: Path | None = setting(None, SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     device: str = device_setting()
 
@@ -97,9 +98,9 @@ class AtlasSettings:
     """Settings of an export to embedding-atlas, which shows one point per sample."""
 
     modality: Literal["image", "text"] = setting("image", "Modality of the vectors that place the points.")
-    feature: str | None = setting(None, "Feature, as encoder/feature.", default_text=_FEATURE_DEFAULT, metavar="NAME")
+    feature: str | None = setting(None, FEATURE_HELP, default_text=_FEATURE_DEFAULT, metavar="NAME")
     run: Path | None = setting(**_RUN)
-    selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
+    selection: Path | None = setting(None, SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     projection: Literal["umap", "pca"] = setting("umap", "Projection of the vectors to the plane.")
     images: Literal["thumbnails", "paths", "none"] = setting(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embedcache.dataset.settings import SELECTION_HELP
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.modalities import ModalityName
@@ -12,6 +13,7 @@ from embedcache.units import parse_size
 
 FEATURE_HELP = "Feature, as encoder/feature."
 FEATURE_DEFAULT = "the run's, or the only one of the modality"
+RUN_HELP = "Run that projects the features into the shared space."
 LABEL: dict[str, Any] = {"default": "label", "help": "Column of class labels.", "metavar": "COLUMN"}
 MOVED_RUN: dict[str, Any] = {
     "default": None,
@@ -33,7 +35,7 @@ class IndexSettings:
 
     modality: ModalityName = setting("image", "Modality of the items to index.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
-    run: Path | str | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
+    run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")
     width: int | None = setting(
         None,
         "Index the first components of each vector only, scaled to length 1 again; for runs trained with --widths, and "
@@ -86,9 +88,7 @@ class Filter:
     language: tuple[str, ...] = setting(
         (), "Return only items with captions in this language. May be repeated.", metavar="CODE"
     )
-    selection: Path | str | None = setting(
-        None, "Use only the samples of this selection: Parquet, or a text file with one key per line.", metavar="FILE"
-    )
+    selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from embedcache.dataset.settings import SplitSettings, with_split_seed
+from embedcache.dataset.settings import SELECTION_HELP, SplitSettings, with_split_seed
 from embedcache.devices import AUTO, Precision, expand_precision
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, flat_settings, get_setting, group, replace_flat, setting, to_json
 from embedcache.units import parse_size
 
+TASK_FILE_HELP = "TOML file of the tasks of one likelihood, a table each: kind, examples, weight."
 Initialization: TypeAlias = Literal["cca", "csa", "procrustes", "ridge", "random"]
 
 
@@ -191,11 +192,7 @@ class FitSettings:
 class LikelihoodSettings:
     """Tasks of one likelihood, the words that they are written in, and the size of the network that they share."""
 
-    task_file: str | None = setting(
-        None,
-        "TOML file of the tasks of one likelihood, a table each: kind, examples, weight.",
-        metavar="FILE",
-    )
+    task_file: str | None = setting(None, TASK_FILE_HELP, metavar="FILE")
     words: str | None = setting(
         None, "Word table: a cache of texts of one word each, with one vector per word.", metavar="CACHE"
     )
@@ -250,8 +247,7 @@ class TrainSettings:
     )
     selection: str | None = setting(
         None,
-        "Use only the samples of this selection: Parquet, or a text file with one key per line; {seed} stands for "
-        "the seed.",
+        f"{SELECTION_HELP.removesuffix('.')}; {{seed}} stands for the seed.",
         metavar="FILE",
     )
     negatives: tuple[str, ...] = setting(

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from embedcache.curate.settings import RUN_HELP, SELECTION_FORMAT
+from embedcache.dataset.settings import SELECTION_HELP
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
-from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL
+from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, RUN_HELP
 from embedcache.settings import check_settings, flat_settings, setting, to_json
 from embedcache.units import parse_count_or_fraction, parse_counts
 
@@ -92,9 +92,7 @@ class SelectSettings:
         None, "Modality of the items that the method compares.", default_text="the method's"
     )
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
-    selection: Path | str | None = setting(
-        None, f"Use only the samples of this selection: {SELECTION_FORMAT}.", metavar="FILE"
-    )
+    selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
     device: str = device_setting()
 
