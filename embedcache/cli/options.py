@@ -24,6 +24,7 @@ from embedcache.devices import DEVICE_HELP
 from embedcache.errors import SettingError
 from embedcache.modalities import MODALITIES
 from embedcache.settings import FlatSetting, flat_settings, from_flat
+from embedcache.sources.settings import IMAGE_FOLDERS
 
 OUTPUT_PANEL = "Output options"
 """Panel of `--help`."""
@@ -131,9 +132,9 @@ ImageFolders: TypeAlias = Annotated[
     list[Path] | None,
     typer.Option(
         "--image-folder",
-        metavar="FOLDER",
-        help="Read images, recordings and videos only below this folder. May be repeated.",
-        show_default="the folder of the cache's source",
+        metavar=IMAGE_FOLDERS["metavar"],
+        help=IMAGE_FOLDERS["help"],
+        show_default=IMAGE_FOLDERS["default_text"],
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]

@@ -9,6 +9,7 @@ from embedcache.devices import device_setting
 from embedcache.errors import SettingError
 from embedcache.search.settings import FEATURE_HELP, RUN_HELP
 from embedcache.settings import check_settings, setting
+from embedcache.sources.settings import IMAGE_FOLDERS
 
 _FEATURE_DEFAULT = "the run's, or the only one in the cache"
 
@@ -51,13 +52,6 @@ _RUN: dict[str, Any] = {
     "help": RUN_HELP,
     "metavar": "RUN",
 }
-_IMAGE_FOLDERS: dict[str, Any] = {
-    "default": (),
-    "help": "Read images only below this folder. May be repeated.",
-    "flat_name": "image_folder",
-    "metavar": "FOLDER",
-    "default_text": "the folder of the cache's source",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +79,7 @@ class MtebSettings:
     text_feature: str | None = setting(**_TEXT_FEATURE)
     modality: Literal["image", "text"] | None = setting(**_MODALITY)
     run: Path | None = setting(**_RUN)
-    image_folders: tuple[Path, ...] = setting(**_IMAGE_FOLDERS)
+    image_folders: tuple[Path, ...] = setting(**IMAGE_FOLDERS)
     device: str = device_setting()
 
     def __post_init__(self) -> None:
@@ -106,7 +100,7 @@ class AtlasSettings:
     images: Literal["thumbnails", "paths", "none"] = setting(
         "thumbnails", "Store thumbnails of the images, their paths, or nothing."
     )
-    image_folders: tuple[Path, ...] = setting(**_IMAGE_FOLDERS)
+    image_folders: tuple[Path, ...] = setting(**IMAGE_FOLDERS)
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
     device: str = device_setting()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from embedcache.errors import SettingError
 from embedcache.search.settings import LABEL
 from embedcache.settings import check_settings, setting
+from embedcache.sources.settings import IMAGE_FOLDERS
 from embedcache.units import parse_size
 
 _MIN_TOKEN_LENGTH = 16
@@ -40,13 +41,7 @@ class ServeSettings:
     max_pixels: int = setting(40_000_000, "Largest query image in pixels.", gt=0, panel="server")
     timeout: float = setting(30.0, "Request timeout in seconds.", gt=0, le=86_400, metavar="SECONDS", panel="server")
     label: str = setting(**LABEL)
-    image_folders: tuple[Path, ...] = setting(
-        (),
-        "Read images, recordings and videos only below this folder. May be repeated.",
-        flat_name="image_folder",
-        metavar="FOLDER",
-        default_text="the folder of the cache's source",
-    )
+    image_folders: tuple[Path, ...] = setting(**IMAGE_FOLDERS)
 
     def __post_init__(self) -> None:
         check_settings(self)

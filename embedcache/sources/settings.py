@@ -8,6 +8,13 @@ from typing import Any
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, flat_settings, setting, to_json
 
+IMAGE_FOLDERS: dict[str, Any] = {
+    "default": (),
+    "help": "Read images, recordings and videos only below this folder. May be repeated.",
+    "flat_name": "image_folder",
+    "metavar": "FOLDER",
+    "default_text": "the folder of the cache's source",
+}
 _NO_DELIMITERS = ' "\r\n'
 
 
