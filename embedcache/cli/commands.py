@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from embedcache.cli.config_files import is_from_file, refused_value
+from embedcache.cli.config_files import is_from_file, refused_value, typed_refusal
 from embedcache.cli.failures import explain_ends
 from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_new_file, keyword, set_parameters
 from embedcache.errors import AmbiguousNameError, EmbedcacheError, PathError
@@ -35,13 +35,14 @@ class Command(TyperCommand):
     writes: "Writes | None" = None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the command line; the error of a value that was read from a file names the file."""
+        """Parse the command line; the error of a value says what was expected, and in a file names the file."""
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            if (refused := refused_value(ctx, error)) is None:
-                raise
-            raise refused from error
+            if (refused := refused_value(ctx, error)) is not None:
+                raise refused from error
+            error.message = typed_refusal(error) or error.message
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; the error of a setting names its option, and so does that of a feature to choose."""

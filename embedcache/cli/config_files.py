@@ -52,6 +52,14 @@ def refused_value(context: typer.Context, error: typer.BadParameter) -> SettingE
     return _wrong_type(path, str(option.name), option, (context.default_map or {})[str(option.name)])
 
 
+def typed_refusal(error: typer.BadParameter) -> str | None:
+    """Return what was expected of a value on the command line, in place of the words of pydantic; None for others."""
+    errors = getattr(error.__cause__, "errors", None)
+    if error.param is None or errors is None:
+        return None
+    return f"expected {_expected(error.param)}, got {errors()[0]['input']!r}"
+
+
 def is_from_file(context: typer.Context, name: str) -> bool:
     """Return whether the value of an option was read from a file."""
     source = context.get_parameter_source(name)
@@ -75,15 +83,17 @@ def _as_words(value: Any, option: Any, *, is_off: bool) -> Any:
 
 def _wrong_type(path: Path, name: str, option: Any, value: Any) -> SettingError:
     """Create the error of a value that an option cannot have."""
+    got = str(value).lower() if isinstance(value, bool) else value
+    return SettingError(f"{path}: {name}: expected {_expected(option)}, got {got}")
+
+
+def _expected(option: Any) -> str:
     kind = option.type_descriptor
     if kind.choices:
-        expected = f"one of {', '.join(map(str, kind.choices))}"
-    elif getattr(option, "multiple", False):
-        expected = "a text, a number or a list of them"
-    else:
-        expected = _NOUNS.get(kind.annotation, "a text")
-    got = str(value).lower() if isinstance(value, bool) else value
-    return SettingError(f"{path}: {name}: expected {expected}, got {got}")
+        return f"one of {', '.join(map(str, kind.choices))}"
+    if getattr(option, "multiple", False):
+        return "a text, a number or a list of them"
+    return _NOUNS.get(kind.annotation, "a text")
 
 
 _NOUNS: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}

@@ -38,6 +38,10 @@ def test_error_of_the_system_is_one_line(name: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("train", "c", "r", "--precision", "x"), "'--precision': expected one of float32, float16, "),
+        (("train", "c", "r", "--lr", "abc"), "Invalid value for '--lr': expected a number, got 'abc'"),
+        (("train", "c", "r", "--epochs", "2.5"), "Invalid value for '--epochs': expected a whole number, got '2.5'"),
+        (("curate", "combine", "c", "a", "or", "b", "o.parquet"), "'and|minus': expected one of and, minus, got 'or'"),
         (("inspect", "a\nb"), r"error: a\nb does not exist"),
         (("inspect", "x" * 300), "File name too long; use shorter names"),
         (("inspect", "caf\udce9"), r"expected arguments in UTF-8, got 'caf\udce9'"),
