@@ -17,14 +17,14 @@ from embedcache.extract.views import open_view
 from embedcache.extract.worker import ShardReport
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.locks import divided_work, locked
-from embedcache.modalities import MODALITIES, ModalityName, noun
+from embedcache.modalities import MODALITIES, ModalityName, count_items, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import unknown_name
 from embedcache.settings import flat_settings, from_flat, merge_settings
 from embedcache.sources.base import Source
 from embedcache.sources.merged import MERGED
-from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, open_source, reopen_source
+from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, is_description, open_source, reopen_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.group import open_group
@@ -58,7 +58,7 @@ class EncoderReport:
         """Return a summary in one line."""
         failed = "; ".join(f"{count} {reason}" for reason, count in self.failures.items())
         return (
-            f"{self.encoder} ({', '.join(self.features)}): encoded {self.encoded:,} {noun(self.modality)}, "
+            f"{self.encoder} ({', '.join(self.features)}): encoded {count_items(self.encoded, self.modality)}, "
             f"reused {self.reused:,}, failed {sum(self.failures.values()):,}" + (f": {failed}" if failed else "")
         )
 
@@ -189,6 +189,7 @@ def open_job(
         torch_device(device)
     path = open_path(cache_path)
     _check_has_a_source(path)
+    _check_description(source)
     with divided_work(is_divided=settings.is_divided):  # all shards write the same tables
         info = index(
             source,
@@ -228,6 +229,16 @@ def _check_has_a_source(cache_path: Path) -> None:
     if source.get("type") == MERGED:
         raise SettingError(
             f"{cache_path} was merged from caches of {source['path']}; extract into each of these, and merge them again"
+        )
+
+
+def _check_description(source: Source) -> None:
+    """Check that a cache whose source has this description could be opened again."""
+    described = source.describe()
+    if not is_description(described):
+        raise SourceError(
+            f"{type(source).__name__}.describe: expected a text as the path of the type {described.get('type')!r}, got "
+            f"{described.get('path')!r}; a source of your own has the type module:attribute"
         )
 
 

@@ -267,3 +267,20 @@ def test_source_without_captions_has_no_texts(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=f"use the table in that folder as the source: {table}"):
         run(folder, tmp_path / "c")
     assert [report.encoded for report in run(table, tmp_path / "c")] == [2, 2], "the folder's index is replaced"
+
+
+def test_source_whose_cache_could_not_be_opened_is_refused(source: Path, tmp_path: Path) -> None:
+    class Described:
+        """A source of another class that describes itself as a folder whose path is a list."""
+
+        def __init__(self) -> None:
+            self._source = open_source(source)
+            self.samples, self.read = self._source.samples, self._source.read
+
+        def describe(self) -> dict[str, object]:
+            return {**self._source.describe(), "path": ["a", "b"]}
+
+    message = r"Described.describe: expected a text as the path of the type 'folder', got \['a', 'b'\]; a source of"
+    with pytest.raises(SourceError, match=message):
+        extract(Described(), tmp_path / "cache", image_encoder=[IMAGE])
+    assert not list(tmp_path.iterdir())
