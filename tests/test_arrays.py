@@ -37,6 +37,22 @@ def test_normalize(vectors_ND: np.ndarray) -> None:
             np.testing.assert_allclose(row, before / length, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-18, 1.0, 1e15, 1e20, 1e30, 3e38, 1e300])
+def test_normalize_rows_of_any_length(scale: float) -> None:
+    directions_ND = np.random.default_rng(0).uniform(0.1, 1, (3, 8)) * np.sign(np.arange(24).reshape(3, 8) % 3 - 0.5)
+    given_ND = np.concatenate([directions_ND * scale, directions_ND, np.zeros((1, 8))])
+    if scale < 1e38:
+        given_ND = given_ND.astype(np.float32)
+    unit_ND = normalize(given_ND)
+    np.testing.assert_allclose(unit_ND[:3], unit_ND[3:6], atol=2e-7 if scale > 1e-38 else 1e-4)
+    assert unit_ND[3:6].tobytes() == normalize(given_ND[3:6]).tobytes()
+    assert not unit_ND[6].any()
+
+
+def test_normalize_keeps_what_is_not_finite_visible() -> None:
+    assert np.isnan(normalize(np.array([[np.inf, 1], [np.nan, 1]]))).any(axis=1).all()
+
+
 def test_normalize_zero_row() -> None:
     assert not normalize(np.zeros((1, 3))).any()
 
