@@ -113,6 +113,21 @@ def first_few(values: Sequence[V], num_shown: int = 3, *, show: Callable[[V], st
     return separator.join(map(show, values[:num_shown])) + more
 
 
+def pluralize(number: int, one: str, many: str | None = None) -> str:
+    """Return a number and its noun, or what follows the number.
+
+    Args:
+        number: how many.
+        one: what follows 1.
+        many: what follows any other number; None: `one` with an `s`.
+
+    Example:
+        >>> pluralize(1, "sample has", "samples have"), pluralize(2000, "sample")
+        ('1 sample has', '2,000 samples')
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def show_faults() -> None:
     """Print a traceback if a fault ends this process, such as SIGBUS where a disk fails below a mapped chunk."""
     if sys.stderr is not None and not faulthandler.is_enabled():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, TypeAlias
 
-from embedcache.errors import DataError
+from embedcache.errors import DataError, pluralize
 
 ModalityName: TypeAlias = Literal["image", "text", "audio", "video", "points"]
 
@@ -112,3 +112,8 @@ def noun(modality: str) -> str:
 def one_noun(modality: str) -> str:
     """Return the singular of `noun`, such as `image`."""
     return noun(modality).removesuffix("s")
+
+
+def count_items(number: int, modality: str) -> str:
+    """Return how many items of a modality there are, such as `1 image`."""
+    return pluralize(number, one_noun(modality), noun(modality))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.devices import announce
-from embedcache.errors import DataError, PathError, visible
+from embedcache.errors import DataError, PathError, pluralize, visible
 from embedcache.files import read_text
 from embedcache.progress import Progress, to_progress
 
@@ -137,7 +137,7 @@ def publish(
 def publish_size(path: Path, num_samples: int, *, as_json: bool, output: Path | None) -> None:
     """Publish how many samples a command has written to a file."""
     publish(
-        lambda: print_line(f"{path}: {num_samples:,} samples"),
+        lambda: print_line(f"{path}: {pluralize(num_samples, 'sample')}"),
         lambda: {"path": str(path), "num_samples": num_samples},
         as_json=as_json,
         output=output,

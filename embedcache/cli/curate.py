@@ -25,7 +25,8 @@ from embedcache.curate.settings import (
     LeakSettings,
     MapSettings,
 )
-from embedcache.modalities import noun
+from embedcache.errors import pluralize
+from embedcache.modalities import count_items, noun
 from embedcache.search.settings import IndexSettings
 from embedcache.units import format_bytes
 
@@ -62,13 +63,13 @@ def index(
         where = " on disk" if card.lists else ""
         size = "" if card.file_bytes is None else f"{format_bytes(card.file_bytes)}{where}, "
         print_line(
-            f"{out}: {card.num_vectors:,} {noun(card.modality)} of {card.feature}, {card.factory}, {size}"
+            f"{out}: {count_items(card.num_vectors, card.modality)} of {card.feature}, {card.factory}, {size}"
             f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries} queries, "
             f"{card.latency_ms:.2f} ms per query"
         )
         if before is not None and before != card:
             print_line(
-                f"before: {before.num_vectors:,} {noun(card.modality)}, recall@10 {before.recall_at_10:.3f}; "
+                f"before: {count_items(before.num_vectors, card.modality)}, recall@10 {before.recall_at_10:.3f}; "
                 "not trained again"
             )
 
@@ -99,7 +100,7 @@ def map_index(
     def show() -> None:
         rows = [[cluster.name, f"{cluster.size:,}", cluster.question] for cluster in computed.clusters]
         print_table(["cluster", "items", "caption"], rows)
-        print_line(f"wrote {index / FILE}: {len(computed.rows):,} items by {computed.projection}")
+        print_line(f"wrote {index / FILE}: {pluralize(len(computed.rows), 'item')} by {computed.projection}")
 
     def to_json() -> dict[str, Any]:
         clusters = [asdict(cluster) for cluster in computed.clusters]

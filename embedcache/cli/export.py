@@ -17,6 +17,7 @@ from embedcache.cli.options import (
     split_at_commas,
     with_settings,
 )
+from embedcache.errors import pluralize
 from embedcache.export.settings import RECORD, ExportSettings, HubSettings
 from embedcache.interop.settings import AtlasSettings, MtebSettings, VectorExportSettings
 
@@ -234,7 +235,7 @@ def mteb(
     names = split_at_commas(tasks)
     count = write_mteb(cache, out, names, settings, progress=open_progress())
     publish(
-        lambda: print_line(f"{out}: {count:,} items for {', '.join(names)}"),
+        lambda: print_line(f"{out}: {pluralize(count, 'item')} for {', '.join(names)}"),
         lambda: {"path": str(out), "num_items": count, "tasks": list(names), "format": "mteb"},
         as_json=as_json,
         output=output,
@@ -263,7 +264,7 @@ def hub(
     report = push_cache(cache, repository, settings, progress=open_progress())
 
     def show() -> None:
-        print_line(f"{report.url}: {report.num_files:,} files, {report.num_uploaded:,} uploaded")
+        print_line(f"{report.url}: {pluralize(report.num_files, 'file')}, {report.num_uploaded:,} uploaded")
         print_line(f"read it with: embedcache inspect {report.location}")
 
     publish(show, lambda: to_plain(report), as_json=as_json, output=output)

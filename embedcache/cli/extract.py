@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from embedcache.cli.options import Json, Output, by_modality, with_settings
-from embedcache.errors import SettingError
+from embedcache.errors import SettingError, pluralize
 from embedcache.extract.settings import ExtractSettings
 from embedcache.modalities import noun
 from embedcache.sources.settings import SourceSettings
@@ -107,7 +107,7 @@ def kept_chunks(parameters: Mapping[str, Any]) -> str:
     if not info_path(path).is_file():
         return "nothing was encoded yet"
     num_items = read_info(path).chunk_size
-    return f"finished chunks of {num_items:,} items are kept (--chunk-size sets the number for a new cache)"
+    return f"finished chunks of {pluralize(num_items, 'item')} are kept (--chunk-size sets the number for a new cache)"
 
 
 _Outcome: TypeAlias = tuple[Any, Callable[[], None]]

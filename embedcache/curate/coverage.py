@@ -22,11 +22,11 @@ from embedcache.curate.counting import (
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.pairs import ANY_LANGUAGE
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, SettingError, pluralize
 from embedcache.files import AnyPath
 from embedcache.metrics.classification import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
-from embedcache.modalities import noun
+from embedcache.modalities import count_items, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.search.card import IndexCard
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
@@ -126,8 +126,8 @@ class CoverageReport:
             rule = f"threshold {self.settings.threshold:g} for all"
         language = f" in {self.settings.language}" if self.settings.language not in (None, ANY_LANGUAGE) else ""
         return (
-            f"{self.pool.cache.path.name}: {self.pool_counts.num_items:,} {noun(self.pool.modality)}{language}, "
-            f"{self.pool.feature.name}{run}; {len(self.concepts.names):,} concepts of {each}; {rule}"
+            f"{self.pool.cache.path.name}: {count_items(self.pool_counts.num_items, self.pool.modality)}{language}, "
+            f"{self.pool.feature.name}{run}; {pluralize(len(self.concepts.names), 'concept')} of {each}; {rule}"
         )
 
     @property

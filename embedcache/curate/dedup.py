@@ -24,7 +24,7 @@ from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, check_selection_path, read_selection, write_selection
 from embedcache.dataset.similar_pairs import SimilarPairs, cosine_limit
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, SettingError, pluralize
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
 from embedcache.outputs import check_output, new_output, removed_table_path, with_metadata
@@ -282,8 +282,8 @@ def _reason(removed: RemovedSamples, group: Array) -> str:
     """Describe what is removed for a sample that stays."""
     num_copies = int(removed.is_copy[group].sum())
     near = group[~removed.is_copy[group]]
-    parts = [f"{num_copies} {'copy' if num_copies == 1 else 'copies'}"] if num_copies else []
-    parts += [f"{len(near)} near-duplicate{'' if len(near) == 1 else 's'}"] if len(near) else []
+    parts = [pluralize(num_copies, "copy", "copies")] if num_copies else []
+    parts += [pluralize(len(near), "near-duplicate")] if len(near) else []
     goes = "goes" if len(group) == 1 else "go"
     closest = f", closest cosine {removed.cosines[near].max():.3f}" if len(near) else ""
     return f"kept; {' and '.join(parts)} {goes}{closest}"

@@ -23,7 +23,7 @@ from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
 from embedcache.devices import products_on
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, SettingError, pluralize
 from embedcache.files import AnyPath
 from embedcache.metrics.durations import note_duration
 from embedcache.metrics.neighbors import top_k
@@ -67,8 +67,8 @@ class NegativesReport:
         own = "" if self.mean_own_score is None else f", of their own pairs {self.mean_own_score:.3f}"
         scores = "" if self.mean_score is None else f"; mean cosine {self.mean_score:.3f}{own}"
         return (
-            f"{self.num_negatives:,} hard negatives of {self.num_with_negatives:,} of {self.num_samples:,} samples in "
-            f"{self.num_groups:,} near-duplicate groups{scores}"
+            f"{pluralize(self.num_negatives, 'hard negative')} of {self.num_with_negatives:,} of {self.num_samples:,} "
+            f"samples in {pluralize(self.num_groups, 'near-duplicate group')}{scores}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Ints
-from embedcache.errors import DataError, first_few
+from embedcache.errors import DataError, first_few, pluralize
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 
@@ -143,4 +143,4 @@ def _check_known(
 def _describe(label: Label, count: int, names: Sequence[str]) -> str:
     similar = get_close_matches(label, names, n=1, cutoff=0.5) if isinstance(label, str) else []
     hint = f", did you mean {similar[0]!r}?" if similar else ""
-    return f"{label!r} ({count:,} samples{hint})"
+    return f"{label!r} ({pluralize(count, 'sample')}{hint})"

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Ints
 from embedcache.dataset.splits import check_split, warn_removed
-from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathError, one_line, pluralize
 from embedcache.files import TEXT_ENCODING, read_file
 from embedcache.outputs import check_table_output, new_output, read_metadata, with_metadata
 from embedcache.progress import NullProgress, Progress, watch
@@ -99,8 +99,9 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     if len(unknown):
         shown = ", ".join(map(repr, sorted(unknown.to_pylist(), key=str)[:3]))
         names = " and ".join(str(cache.path) for cache in caches)
+        are_unknown = pluralize(len(unknown), "is no key", "are not keys")
         raise DataError(
-            f"selection {path} of {len(selected):,} keys has {shown}; {len(unknown):,} are not keys of {names}, which "
+            f"selection {path} of {len(selected):,} keys has {shown}; {are_unknown} of {names}, which "
             f"has {sum(map(len, caches)):,}, such as {caches[0].key(0)!r}"
         )
     return rows
@@ -115,7 +116,8 @@ def _without_removed(path: Path | str, keys: pa.Array, caches: Sequence[Cache]) 
     unknown = keys.filter(pa.array(is_unknown))
     if len(unknown) < len(keys):
         num_removed = len(keys) - len(unknown)
-        warn_removed(f"{num_removed:,} samples of the selection {path} were removed from the cache; they are left out")
+        rest = "was removed from the cache; it is" if num_removed == 1 else "were removed from the cache; they are"
+        warn_removed(f"{pluralize(num_removed, 'sample')} of the selection {path} {rest} left out")
     return unknown
 
 

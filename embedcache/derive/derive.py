@@ -17,7 +17,7 @@ from embedcache.devices import AUTO
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import SettingError
 from embedcache.files import AnyPath, remove_partials
-from embedcache.modalities import noun
+from embedcache.modalities import count_items
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
 from embedcache.store.cache import Cache
@@ -96,7 +96,7 @@ class DeriveReport:
         """Return a summary in one line."""
         failed = "; ".join(f"{count} {reason}" for reason, count in self.failures.items())
         return (
-            f"{self.name} ({', '.join(self.features)}): derived {self.derived:,} {noun(self.modality)}, "
+            f"{self.name} ({', '.join(self.features)}): derived {count_items(self.derived, self.modality)}, "
             f"reused {self.reused:,}, failed {sum(self.failures.values()):,}" + (f": {failed}" if failed else "")
         )
 

@@ -10,7 +10,7 @@ from embedcache.derive.rules import Rule, open_rule
 from embedcache.derive.runs import reopen_run
 from embedcache.devices import AUTO
 from embedcache.encoders.open import RUN, EncoderSpec
-from embedcache.errors import ItemError, UnknownNameError
+from embedcache.errors import ItemError, UnknownNameError, pluralize
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import names_from
 from embedcache.store.cache import Cache
@@ -88,7 +88,7 @@ def derive_again(opened: OpenDerivation, findings: Sequence[Finding], progress: 
         num_derived += len(opened.run([chunk], NullProgress()))
         progress.advance(1)
     progress.finish()
-    return f"{opened.group.name} ({', '.join(opened.outputs)}): derived {num_derived:,} chunks again"
+    return f"{opened.group.name} ({', '.join(opened.outputs)}): derived {pluralize(num_derived, 'chunk')} again"
 
 
 def derive_rows(opened: OpenDerivation, rows: Ints) -> dict[str, list[Array | ItemError]]:

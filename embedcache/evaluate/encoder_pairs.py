@@ -12,7 +12,7 @@ from embedcache.dataset.pairs import Items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.devices import products_on
 from embedcache.encoders.image_features import FeatureName
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, SettingError, pluralize
 from embedcache.evaluate.pair_sample import PairSample, draw_samples, open_features, split_samples
 from embedcache.evaluate.settings import PairsSettings
 from embedcache.files import AnyPath
@@ -117,10 +117,11 @@ class PairsReport:
         """Summarize what was measured in one line."""
         language = "" if self.language is None else f" in {self.language}"
         return (
-            f"{self.num_compared:,} samples outside the test part of {self.num_drawn:,} drawn (seed {self.seed}), "
+            f"{pluralize(self.num_compared, 'sample')} outside the test part of {self.num_drawn:,} drawn "
+            f"(seed {self.seed}), "
             f"split {self.split}; rows: {ROWS}{language}; CKA centered; kNN by cosine, k {self.k}; probe: CCA fitted "
             f"on {self.num_trained:,} samples, ranked on {self.num_held:,} others; 95% intervals over "
-            f"{self.num_groups:,} near-duplicate groups"
+            f"{pluralize(self.num_groups, 'near-duplicate group')}"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks, distinct
 from embedcache.devices import AUTO, torch_device
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, SettingError, pluralize
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, bootstrap_runs
 from embedcache.metrics.ranking import chance_recall
 from embedcache.networks.candidates import Candidates
@@ -80,7 +80,9 @@ class TaskReport:
         parts = [f"{name} {_percent(measured.estimate())}" for name, measured in self.measures.items()]
         for control, measures in self.controls.items():
             parts += [f"{control}: {name} {_percent(measured.estimate())}" for name, measured in measures.items()]
-        return "; ".join([f"{self.task}: {self.num_examples:,} examples", ", ".join(parts), *self.warnings()])
+        return "; ".join(
+            [f"{self.task}: {pluralize(self.num_examples, 'example')}", ", ".join(parts), *self.warnings()]
+        )
 
     def warnings(self) -> list[str]:
         """Return one line for each reason to doubt the results."""

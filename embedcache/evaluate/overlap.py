@@ -13,7 +13,7 @@ from embedcache.arrays import Bools, blocks, distinct
 from embedcache.dataset.inputs import InputFeature, to_unit_vectors
 from embedcache.dataset.pairs import Items, pair_items
 from embedcache.dataset.settings import SplitSettings
-from embedcache.errors import DataError, PathError
+from embedcache.errors import DataError, PathError, pluralize
 from embedcache.evaluate.runs import Run, read_run_selection, read_run_split, run_input, was_trained_on
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.files import is_url
@@ -76,11 +76,12 @@ class Overlap:
     @property
     def warning(self) -> str | None:
         """Warning that the results are too high, or None."""
-        near = f"{self.near:,} of {self.num_checked:,}"
+        near, has = f"{self.near:,} of {self.num_checked:,}", "has" if self.near == 1 else "have"
         if self.exact:
-            line = f"WARNING: {self.exact:,} samples share an image or a caption with the training part"
-            return line + (f", {near} have a near-duplicate there" if self.near else "")
-        return f"WARNING: {near} samples have a near-duplicate in the training part" if self.near else None
+            shared = pluralize(self.exact, "sample shares", "samples share")
+            line = f"WARNING: {shared} an image or a caption with the training part"
+            return line + (f", {near} {has} a near-duplicate there" if self.near else "")
+        return f"WARNING: {near} samples {has} a near-duplicate in the training part" if self.near else None
 
 
 def largest_overlap(overlaps: Iterable[Overlap | None]) -> Overlap | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.devices import products_on
-from embedcache.errors import first_few
+from embedcache.errors import first_few, pluralize
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, compare_neighbors, fit_knn, load_method
 from embedcache.evaluate.labeled import LabeledFeature, read_labeled
 from embedcache.evaluate.settings import ProbeSettings
@@ -17,7 +17,7 @@ from embedcache.files import AnyPath
 from embedcache.metrics.classification import class_means, rank_labels
 from embedcache.metrics.durations import note_duration
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
-from embedcache.modalities import noun
+from embedcache.modalities import noun, one_noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
@@ -88,7 +88,7 @@ class ProbeReport:
         """Summarize what was measured in one line."""
         data, counts = self.labeled, self.counts
         pooled = " (mean of its tokens)" if data.feature.has_tokens else ""
-        rest = f"; {data.num_left_out:,} items in no part or failed" if data.num_left_out else ""
+        rest = f"; {pluralize(data.num_left_out, 'item')} in no part or failed" if data.num_left_out else ""
         rest += f"; {data.num_unlabeled:,} without a label left out" if data.num_unlabeled else ""
         return (
             f"{data.feature.name}{pooled}: {len(data.names):,} classes; {counts['train']:,} train, "
@@ -104,11 +104,15 @@ class ProbeReport:
         """Return one line for each reason to doubt the results."""
         data, is_test, lines = self.labeled, self.labeled.parts == "test", []
         if overlap := data.overlap():
-            lines.append(f"{overlap:,} test {noun(data.feature.modality)} are copies of training or validation items")
+            one, many = one_noun(data.feature.modality), noun(data.feature.modality)
+            copies = pluralize(overlap, f"test {one} is a copy", f"test {many} are copies")
+            lines.append(f"{copies} of training or validation items")
         unseen = np.setdiff1d(data.examples.labels[is_test], data.examples.labels[~is_test])
         if len(unseen):
             names = first_few(unseen.tolist(), 5, show=lambda number: repr(data.names[number]))
-            lines.append(f"{len(unseen):,} classes have test items and no training items: {names}")
+            lines.append(
+                f"{pluralize(len(unseen), 'class has', 'classes have')} test items and no training items: {names}"
+            )
         for score in self.scores:
             if not score.chosen.get("converged", True):
                 lines.append(f"{score.method} did not converge in {score.chosen['iterations']:,} iterations")

@@ -10,7 +10,7 @@ import torch
 from embedcache.arrays import Ints, distinct
 from embedcache.dataset.inputs import PLAIN, check_same_view
 from embedcache.devices import AUTO, torch_device
-from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.errors import DataError, FingerprintError, SettingError, pluralize
 from embedcache.evaluate.runs import group_modules_by_recipe, read_part
 from embedcache.evaluate.settings import SpeechSettings
 from embedcache.evaluate.utterances import (
@@ -94,9 +94,10 @@ class SpeechReport:
     def line(self) -> str:
         """Summarize what was measured in one line."""
         numbers_M = self.clusters.numbers_M
-        left_out = f"; {self.num_left_out:,} utterances left out" if self.num_left_out else ""
+        left_out = f"; {pluralize(self.num_left_out, 'utterance')} left out" if self.num_left_out else ""
         return (
-            f"{len(self.keys):,} utterances, {len(numbers_M):,} words{left_out}; {' and '.join(self.streams)}; "
+            f"{pluralize(len(self.keys), 'utterance')}, {pluralize(len(numbers_M), 'word')}{left_out}; "
+            f"{' and '.join(self.streams)}; "
             f"{self.decoding.line()}; 95% intervals over {len(distinct(numbers_M)):,} {self.clusters.noun}"
         )
 

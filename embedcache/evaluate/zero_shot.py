@@ -12,7 +12,7 @@ from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.prompts import Prompts, check_prompts, class_vectors, read_prompts
-from embedcache.errors import DataError
+from embedcache.errors import DataError, pluralize
 from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap, largest_overlap
 from embedcache.evaluate.runs import (
     EvalSplit,
@@ -112,8 +112,8 @@ class ZeroShotReport:
     def line(self) -> str:
         """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
         fewest, most = self.num_prompts
-        prompts = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
-        counts = f"{self.num_images:,} images, {len(self.names):,} classes of {prompts} prompts"
+        prompts = pluralize(most, "prompt") if fewest == most else f"{fewest:,} to {most:,} prompts"
+        counts = f"{pluralize(self.num_images, 'image')}, {pluralize(len(self.names), 'class', 'classes')} of {prompts}"
         counts += f" ({self.num_unlabeled:,} without a label left out)" if self.num_unlabeled else ""
         return report_line(f"{self.part}: {counts}", self.seeds, self.by_seed, "top-1", self.warning)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.arrays import blocks
-from embedcache.errors import EmbedcacheError, FingerprintError, PathError, SettingError, UnfinishedError
+from embedcache.errors import EmbedcacheError, FingerprintError, PathError, SettingError, UnfinishedError, pluralize
 from embedcache.export.settings import HubSettings, check_repository
 from embedcache.files import AnyPath, is_remote
 from embedcache.io_errors import io_reason, is_io_error
-from embedcache.modalities import MODALITIES, noun
+from embedcache.modalities import MODALITIES, count_items
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.provenance import digest_file
 from embedcache.settings import merge_settings
@@ -240,7 +240,7 @@ def _dataset_card(cache: Cache, repository: str, settings: HubSettings) -> str:
     features = {name: cache.features(name) for name in MODALITIES if name in cache.info.num_items}
     tables = [("samples", "samples.parquet"), *((name, f"{name}/items.parquet") for name in features)]
     configs = [line for name, path in tables for line in (f"- config_name: {name}", f"  data_files: {path}")]
-    counts = ", ".join(f"{cache.info.num_items[name]:,} {noun(name)}" for name in features)
+    counts = ", ".join(f"{count_items(cache.info.num_items[name], name)}" for name in features)
     source = cache.info.source
     return "\n".join(
         [
@@ -255,8 +255,8 @@ def _dataset_card(cache: Cache, repository: str, settings: HubSettings) -> str:
             "",
             f"# {repository.partition('/')[2]}",
             "",
-            f"Embeddings of {cache.info.num_samples:,} samples ({counts}), computed by frozen encoders and cached with "
-            "embedcache. The raw items are not here: the tables have their keys, paths and captions.",
+            f"Embeddings of {pluralize(cache.info.num_samples, 'sample')} ({counts}), computed by frozen encoders and "
+            "cached with embedcache. The raw items are not here: the tables have their keys, paths and captions.",
             "",
             f"- source: `{source.get('type')}:{Path(str(source.get('path'))).name}`",
             f"- rows: `{cache.info.index_digest}`",

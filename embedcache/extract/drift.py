@@ -9,7 +9,7 @@ import numpy as np
 from embedcache.arrays import Array, Floats, Ints
 from embedcache.derive.repair import derive_rows, reopen_derivation
 from embedcache.devices import AUTO
-from embedcache.errors import EmbedcacheError, ItemError
+from embedcache.errors import EmbedcacheError, ItemError, pluralize
 from embedcache.extract.batches import BatchBuffer, LoadedItem, add_loaded, load_items
 from embedcache.extract.feature_writer import FeatureWriter, reopen_writer, view_fingerprint
 from embedcache.extract.precision import AGREEMENT_COSINE, item_cosine
@@ -51,12 +51,12 @@ class Drift:
         """Return a summary in one line."""
         if self.note:
             return f"{self.feature}: not compared: {self.note}"
-        parts = [f"{self.feature}: {len(self.cosines):,} items encoded again"]
+        parts = [f"{self.feature}: {pluralize(len(self.cosines), 'item')} encoded again"]
         if len(self.cosines):
             parts.append(f"cosine to the stored feature: mean {self.cosines.mean():.6f}, min {self.cosines.min():.6f}")
             parts += [f"in row {self.rows[self.cosines.argmin()]:,}"] * bool(self.cosines.min() < AGREEMENT_COSINE)
-        parts += [f"{self.num_unreadable:,} items can no longer be read"] * bool(self.num_unreadable)
-        parts += [f"the bytes of {self.num_changed:,} items have changed"] * bool(self.num_changed)
+        parts += [f"{pluralize(self.num_unreadable, 'item')} can no longer be read"] * bool(self.num_unreadable)
+        parts += [f"the bytes of {pluralize(self.num_changed, 'item')} have changed"] * bool(self.num_changed)
         parts += [f"the encoder has changed: {'; '.join(self.differences)}"] * bool(self.differences)
         return ("DRIFT " if self.is_bad else "") + ", ".join(parts)
 

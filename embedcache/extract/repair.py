@@ -10,7 +10,7 @@ from typing import Any
 from embedcache.derive.repair import derivation_depth, derive_again, reopen_derivation
 from embedcache.devices import AUTO
 from embedcache.encoders.base import Modality
-from embedcache.errors import CorruptError
+from embedcache.errors import CorruptError, pluralize
 from embedcache.extract.batches import BatchBuffer, LoadedItem, add_loaded, check_length, load_items
 from embedcache.extract.drift import Drift, measure_drift
 from embedcache.extract.engines import job_devices
@@ -69,7 +69,8 @@ class VerifyReport:
     def lines(self) -> list[str]:
         """Return a summary: a line per problem, then the totals, then a line per drift."""
         num_missing = len(self.findings) - self.num_damaged
-        totals = f"{self.num_damaged:,} damaged chunks or tables, {num_missing:,} chunks not extracted yet"
+        damaged = pluralize(self.num_damaged, "damaged chunk or table", "damaged chunks or tables")
+        totals = f"{damaged}, {pluralize(num_missing, 'chunk')} not extracted yet"
         problems = [finding.line() for finding in self.detected]
         return [*problems, *self.repaired, f"{self.cache}: {totals}", *(drift.line() for drift in self.drifts)]
 
@@ -175,7 +176,7 @@ def _encode_again(cache: Cache, writer: FeatureWriter, findings: Sequence[Findin
         if task.missing:
             encode_chunks(cache, source, group.modality, [task], progress, threads=num_cores())
     progress.finish()
-    return f"{group.name} ({', '.join(writer.features)}): encoded {len(chunks):,} chunks again"
+    return f"{group.name} ({', '.join(writer.features)}): encoded {pluralize(len(chunks), 'chunk')} again"
 
 
 @dataclass(kw_only=True)
@@ -191,9 +192,10 @@ class RetryReport:
     def line(self) -> str:
         """Return a summary in one line."""
         failed = "; ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+        recovered = pluralize(self.num_recovered, "has", "have")
         return (
-            f"{self.encoder}: retried {self.num_tried:,} failed {noun(self.modality)}, {self.num_recovered:,} have "
-            f"features now, {self.num_tried - self.num_recovered:,} failed again" + (f": {failed}" if failed else "")
+            f"{self.encoder}: retried {self.num_tried:,} failed {noun(self.modality)}, {recovered} features now, "
+            f"{self.num_tried - self.num_recovered:,} failed again{': ' + failed if failed else ''}"
         )
 
     def to_json(self) -> dict[str, object]:

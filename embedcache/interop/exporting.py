@@ -14,7 +14,7 @@ from embedcache.arrays import Array, Bools, Ints, distinct
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.dataset.selections import read_selection
 from embedcache.encoders.base import Modality
-from embedcache.errors import DataError, PathError, UnknownNameError
+from embedcache.errors import DataError, PathError, UnknownNameError, pluralize
 from embedcache.files import AnyPath, building, is_url
 from embedcache.interop.settings import MtebSettings, VectorExportSettings
 from embedcache.interop.vector_files import rechunk
@@ -75,12 +75,12 @@ class VectorExport:
     def left_out(self) -> str:
         """What of the cache the rows do not hold, in a few words; empty if nothing."""
         num_samples = self._num_requested - len(self.samples)
-        parts = [f"{num_samples:,} samples without a vector"] * bool(num_samples)
+        parts = [f"{pluralize(num_samples, 'sample')} without a vector"] * bool(num_samples)
         for modality in self.modalities:
             items = self._samples_of[modality][self._is_usable(modality)]
             num_items = int(np.isin(items, self.samples).sum()) - len(self.samples)
-            noun = "captions" if modality == "text" else "images"
-            parts += [f"{num_items:,} {noun} beyond a sample's first"] * bool(num_items)
+            noun = "caption" if modality == "text" else "image"
+            parts += [f"{pluralize(num_items, noun)} beyond a sample's first"] * bool(num_items)
         return ", ".join(parts)
 
     @property

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import SettingError
+from embedcache.errors import SettingError, pluralize
 from embedcache.files import AnyPath
 from embedcache.interop.atlas import write_atlas
 from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
@@ -76,7 +76,9 @@ class VectorExportReport:
 
     def line(self) -> str:
         """Return a summary in one line."""
-        return f"{self.path}: {self.num_rows:,} rows" + (f"; left out: {self.left_out}" if self.left_out else "")
+        return f"{self.path}: {pluralize(self.num_rows, 'row')}" + (
+            f"; left out: {self.left_out}" if self.left_out else ""
+        )
 
 
 def export_vectors(

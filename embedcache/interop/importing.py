@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Array, Bools
 from embedcache.encoders.open import IMPORTED, EncoderSpec
-from embedcache.errors import CorruptError, SettingError, SourceError, UnfinishedError
+from embedcache.errors import CorruptError, SettingError, SourceError, UnfinishedError, pluralize
 from embedcache.files import AnyPath, open_path, remove_partials
 from embedcache.interop.settings import ImportSettings
 from embedcache.interop.vector_files import ImportedSamples, VectorImport, stored_blocks
@@ -65,8 +65,8 @@ class ImportReport:
         """Return the outcome in one line."""
         failed = "; ".join(f"{count:,} {reason}" for reason, count in self.failures.items())
         return (
-            f"{self.feature}: imported {self.imported:,} {self.modality} vectors, reused {self.reused:,}, failed "
-            f"{sum(self.failures.values()):,}{': ' + failed if failed else ''}; "
+            f"{self.feature}: imported {pluralize(self.imported, f'{self.modality} vector')}, reused {self.reused:,}, "
+            f"failed {sum(self.failures.values()):,}{': ' + failed if failed else ''}; "
             f"{'normalized' if self.is_normalized else 'not normalized'}"
         )
 

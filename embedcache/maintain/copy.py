@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, PathError
+from embedcache.errors import DataError, PathError, pluralize
 from embedcache.files import AnyPath, one_or_many, open_path, remove_partials, write_atomic
 from embedcache.locks import Leases
 from embedcache.maintain.copy_source import CopySource, SegmentSamples, divide_segments
@@ -63,8 +63,8 @@ class CopyReport:
         missing = [f"left out, because not all of the caches have it: {name}" for name in self.left_out]
         features = ", ".join(self.features) or "no features"
         return [
-            f"{self.cache}: {self.num_samples:,} samples, {features}; copied {self.copied:,} items, reused "
-            f"{self.reused:,}",
+            f"{self.cache}: {pluralize(self.num_samples, 'sample')}, {features}; copied "
+            f"{pluralize(self.copied, 'item')}, reused {self.reused:,}",
             *missing,
         ]
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import CorruptError, PathError, SettingError, UnknownNameError
+from embedcache.errors import CorruptError, PathError, SettingError, UnknownNameError, pluralize
 from embedcache.files import AnyPath, folder_bytes, is_remote, open_path, remove_folder, remove_partials, user_folder
 from embedcache.locks import Leases, locked
 from embedcache.maintain.settings import PruneSettings
@@ -61,7 +61,7 @@ class PrunePlan:
 
     def lines(self) -> list[str]:
         """Return the plan as lines."""
-        total = f"{len(self.entries):,} entries, {format_bytes(self.num_bytes)}"
+        total = f"{pluralize(len(self.entries), 'entry', 'entries')}, {format_bytes(self.num_bytes)}"
         left = ["what an interrupted command had begun to delete is gone"] if self.was_interrupted else []
         return [*left, *(entry.line() for entry in self.entries), total]
 

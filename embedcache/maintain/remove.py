@@ -9,11 +9,11 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.curate.map import FILE as map_file
-from embedcache.errors import DataError, SettingError, UnfinishedError
+from embedcache.errors import DataError, SettingError, UnfinishedError, pluralize
 from embedcache.files import AnyPath, is_remote, open_path, remove_partials
 from embedcache.maintain.outputs import check_removable, check_run, remove_from, remove_from_run
 from embedcache.maintain.settings import RemoveSettings
-from embedcache.modalities import MODALITIES, list_texts, noun
+from embedcache.modalities import MODALITIES, count_items, list_texts
 from embedcache.outputs import removed_table_path
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.saved import read_run
@@ -53,11 +53,14 @@ class RemovalPlan:
 
     def lines(self) -> list[str]:
         """Return the plan as lines."""
-        items = ", ".join(f"{count:,} {noun(modality)}" for modality, count in self.num_items.items())
-        known = f"; {self.num_before:,} were removed before" if self.num_before else ""
-        lines = [f"{self.cache}: {len(self.rows):,} samples with {items or 'no items'}{known}"]
+        items = ", ".join(f"{count_items(count, modality)}" for modality, count in self.num_items.items())
+        known = f"; {pluralize(self.num_before, 'was', 'were')} removed before" if self.num_before else ""
+        lines = [f"{self.cache}: {pluralize(len(self.rows), 'sample')} with {items or 'no items'}{known}"]
         lines += ["an interrupted removal of them is finished"] if self.is_resumed else []
-        lines += [f"{name}: {count:,} chunks are written again" for name, count in self.num_chunks.items()]
+        lines += [
+            f"{name}: {pluralize(count, 'chunk is', 'chunks are')} written again"
+            for name, count in self.num_chunks.items()
+        ]
         return [*lines, *(f"{path}: the samples are removed from it too" for path in self.outputs)]
 
 
@@ -80,14 +83,17 @@ class RemovalReport:
 
     def lines(self) -> list[str]:
         """Return the result as lines."""
-        known = f"; {self.num_before:,} were removed before" if self.num_before else ""
-        lines = [f"{self.cache}: removed {self.num_samples:,} samples{known}"]
+        known = f"; {pluralize(self.num_before, 'was', 'were')} removed before" if self.num_before else ""
+        lines = [f"{self.cache}: removed {pluralize(self.num_samples, 'sample')}{known}"]
         lines += [
             f"{path}: {entry['num_vectors']:,} vectors, before {entry['num_vectors_before']:,}; recall@10 "
             f"{entry['recall_at_10']:.3f}, before {entry['recall_at_10_before']:.3f}"
             for path, entry in self.indexes.items()
         ]
-        return [*lines, *(f"{path}: {count:,} entries removed" for path, count in self.entries.items())]
+        return [
+            *lines,
+            *(f"{path}: {pluralize(count, 'entry', 'entries')} removed" for path, count in self.entries.items()),
+        ]
 
 
 def plan_removal(

@@ -12,7 +12,8 @@ from embedcache.arrays import Floats, Ints, distinct
 from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupReport
 from embedcache.curate.keep import RemovedSamples
 from embedcache.dataset.thumbnails import credit
-from embedcache.modalities import noun
+from embedcache.errors import pluralize
+from embedcache.modalities import count_items, noun
 from embedcache.reports.base import (
     QueryExample,
     Section,
@@ -54,15 +55,15 @@ def threshold_table(analysis: DedupAnalysis) -> Table:
 def comparison_line(analysis: DedupAnalysis) -> str:
     """Return what was compared, and how completely, in one line."""
     near, item_copies = analysis.near, analysis.copies
-    items = f"{len(item_copies.content_ids):,} {noun(analysis.feature.modality)} of {analysis.feature.name}"
-    copies = f"{item_copies.num_copies:,} are byte-identical copies"
+    items = f"{count_items(len(item_copies.content_ids), analysis.feature.modality)} of {analysis.feature.name}"
+    copies = pluralize(item_copies.num_copies, "is a byte-identical copy", "are byte-identical copies")
     if near is None:
         return f"{items}; {copies}"
     if near.recall is None:
         return f"{items}; {copies}; every pair was compared"
     recall = near.recall
     pairs = f"found {recall.num_found:,} of the {recall.num_pairs:,} pairs of {recall.num_items:,} sampled items"
-    return f"{items}; {copies}; {near.num_clusters:,} clusters {pairs}"
+    return f"{items}; {copies}; {pluralize(near.num_clusters, 'cluster')} {pairs}"
 
 
 def histogram_lines(analysis: DedupAnalysis) -> list[str]:
@@ -93,9 +94,10 @@ def threshold_json(analysis: DedupAnalysis) -> dict[str, Any]:
 def dedup_line(result: DedupReport) -> str:
     """Return how many samples are kept and removed, in one line."""
     num_removed, num_samples = len(result.removed.samples), len(result.analysis.samples)
+    copies = pluralize(int(result.removed.is_copy.sum()), "is a copy", "are copies")
     return (
         f"{result.path}: kept {num_samples - num_removed:,} of {num_samples:,} samples; removed {num_removed:,}, of "
-        f"which {int(result.removed.is_copy.sum()):,} are copies; {result.removed_path} names what each one duplicates"
+        f"which {copies}; {result.removed_path} names what each one duplicates"
     )
 
 

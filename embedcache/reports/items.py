@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.dataset.thumbnails import PICTURED, PLAYED, Thumbnails, UnplayableError, data_url, not_shown
-from embedcache.errors import EmbedcacheError
+from embedcache.errors import EmbedcacheError, pluralize
 from embedcache.modalities import noun, one_noun
 from embedcache.sources.files import file_name_beside_key
 from embedcache.store.cache import Cache
@@ -108,6 +108,4 @@ class ItemRenderer:
         return lines
 
     def _count(self, rows: set[int], one: str, several: str) -> str:
-        if len(rows) == 1:
-            return f"1 {one_noun(self._modality)} {one}"
-        return f"{len(rows):,} {noun(self._modality)} {several}"
+        return pluralize(len(rows), f"{one_noun(self._modality)} {one}", f"{noun(self._modality)} {several}")

@@ -40,7 +40,8 @@ def leak_line(leaks: LeakReport) -> str:
     """Return how many test samples leaked, in one line."""
     count, num_samples = len(leaks.leaked_samples), leaks.num_test_samples
     percent = format_percent(count / max(1, num_samples))
-    return f"{count:,} of {num_samples:,} samples of {leaks.test.path} ({percent}) are in {leaks.train.path}"
+    is_or_are = "is" if count == 1 else "are"
+    return f"{count:,} of {num_samples:,} samples of {leaks.test.path} ({percent}) {is_or_are} in {leaks.train.path}"
 
 
 def leak_notes(leaks: LeakReport) -> list[str]:

@@ -9,7 +9,7 @@ from embedcache.arrays import Floats, Ints
 from embedcache.curate.outliers import MARGIN, PAIR_COSINE, TYPICALITY, OutlierReport
 from embedcache.curate.score import ScoreReport
 from embedcache.dataset.thumbnails import credit
-from embedcache.modalities import noun
+from embedcache.modalities import count_items
 from embedcache.reports.base import (
     QueryExample,
     Section,
@@ -94,7 +94,7 @@ def _bands(report: ScoreReport, renderer: ItemRenderer) -> Iterator[QueryExample
 def outlier_line(report: OutlierReport) -> str:
     """Return what was compared, and how completely, in one line."""
     k, copies, recall = report.neighbors.items.shape[1], report.copies, report.neighbors.recall
-    items = f"{len(copies.content_ids):,} {noun(report.vectors.modality)} of {report.vectors.feature.name}"
+    items = f"{count_items(len(copies.content_ids), report.vectors.modality)} of {report.vectors.feature.name}"
     text = f"{items}, each with its {k} nearest of {len(copies.unique_rows):,} different ones"
     if recall is None:
         return f"{text}; every pair was compared"

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.errors import CorruptError, EmbedcacheError, PathError, one_line
+from embedcache.errors import CorruptError, EmbedcacheError, PathError, one_line, pluralize
 from embedcache.files import folder_bytes, open_path
 from embedcache.metrics.ranking import metric_label
-from embedcache.modalities import MODALITIES, noun
+from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import read_metadata, read_report_json
 from embedcache.provenance import INDEX_DIGEST, construct, read_json, recognize
 from embedcache.search.card import read_card
@@ -99,11 +99,11 @@ def _summarize_cache(path: Path) -> Summary:
 
 def describe_cache(cache: Cache) -> str:
     """Return one line with the number of samples and items, the source and the chunk size."""
-    items = ", ".join(f"{count:,} {noun(modality)}" for modality, count in cache.info.num_items.items())
+    items = ", ".join(f"{count_items(count, modality)}" for modality, count in cache.info.num_items.items())
     source = f"{cache.info.source.get('type')} {cache.info.source.get('path', '')}".strip()
     removed = f" ({cache.info.removed['num_samples']:,} removed)" if cache.info.removed else ""
     return (
-        f"{cache.path}: {cache.info.num_samples:,} samples{removed} with {items}, from {source}; "
+        f"{cache.path}: {pluralize(cache.info.num_samples, 'sample')}{removed} with {items}, from {source}; "
         f"chunks of {cache.info.chunk_size:,}, format {cache.info.format}"
     )
 
@@ -115,7 +115,9 @@ def caption_error_lines(cache: Cache, *, num_shown: int = 5) -> list[str]:
     rows = np.flatnonzero(cache.column("caption_error").is_valid())
     if not len(rows):
         return []
-    lines = [f"{len(rows):,} samples have captions that cannot be read; they count as samples without captions"]
+    samples = pluralize(len(rows), "sample has", "samples have")
+    count = "it counts as a sample" if len(rows) == 1 else "they count as samples"
+    lines = [f"{samples} captions that cannot be read; {count} without captions"]
     errors = cache.column("caption_error")
     lines += [f"  key {cache.key(row)}: {errors[row].as_py()}" for row in rows[:num_shown].tolist()]
     return [*lines, f"  … and {len(rows) - num_shown:,} more"] if len(rows) > num_shown else lines
@@ -257,7 +259,7 @@ def _summarize_index(path: Path) -> Summary:
     card = read_card(path)
     size = "" if card.file_bytes is None else f", {format_bytes(card.file_bytes)}"
     lines = [
-        f"{path}: {card.num_vectors:,} {noun(card.modality)}, width {card.width}, {card.factory}{size}",
+        f"{path}: {count_items(card.num_vectors, card.modality)}, width {card.width}, {card.factory}{size}",
         f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries:,} queries, "
         f"{card.latency_ms:.2f} ms per query",
         f"feature {card.feature} of {card.cache}" + (f", projected by {card.run}" if card.run else ""),
@@ -317,8 +319,8 @@ def _summarize_negatives(path: Path, schema: pa.Schema) -> Summary:
     return Summary(
         kind="negatives",
         lines=[
-            f"{path}: {counts['num_negatives']:,} hard negatives of {counts['num_with_negatives']:,} samples of "
-            f"{metadata.get('cache')}",
+            f"{path}: {pluralize(counts['num_negatives'], 'hard negative')} of {counts['num_with_negatives']:,} "
+            f"samples of {metadata.get('cache')}",
             _values({name: value for name, value in metadata.items() if name not in ("cache", INDEX_DIGEST, "digest")}),
         ],
         record={"path": str(path), **metadata, **counts},
@@ -341,7 +343,7 @@ def _summarize_selection(path: Path) -> Summary:
     counts = pc.value_counts(kinds)
     most = counts.take(np.argsort(-counts.field("counts").to_numpy(), kind="stable")[:_MOST_REASONS])
     settings = _values(metadata.get("settings", {}))
-    lines = [f"{path}: {len(table):,} samples of {metadata.get('cache')}"]
+    lines = [f"{path}: {pluralize(len(table), 'sample')} of {metadata.get('cache')}"]
     if metadata.get("method"):
         lines.append(f"method {metadata['method']}" + (f": {settings}" if settings else ""))
     return Summary(
@@ -349,7 +351,7 @@ def _summarize_selection(path: Path) -> Summary:
         lines=lines,
         columns=("reason", "samples"),
         rows=[[entry["values"], f"{entry['counts']:,}"] for entry in most.to_pylist()],
-        notes=[f"and {len(counts) - _MOST_REASONS:,} other reasons"] if len(counts) > _MOST_REASONS else [],
+        notes=[f"and {pluralize(len(counts) - _MOST_REASONS, 'other reason')}"] if len(counts) > _MOST_REASONS else [],
         record={"path": str(path), **metadata, "num_samples": len(table)},
     )
 

@@ -13,7 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from embedcache.errors import SettingError
-from embedcache.modalities import noun
+from embedcache.modalities import count_items
 from embedcache.progress import Progress
 from embedcache.search.card import read_card
 from embedcache.serve.app import make_app
@@ -170,7 +170,7 @@ def _lines(services: Sequence[SearchService], settings: ServeSettings, token: st
     lines = []
     for service in services:
         card, rejection = service.index.card, service.rejected_queries.get("text")
-        lines.append(f"{card.num_vectors:,} {noun(card.modality)} of {card.feature}, {card.factory}")
+        lines.append(f"{count_items(card.num_vectors, card.modality)} of {card.feature}, {card.factory}")
         if rejection is not None:
             lines.append(f"texts are not accepted: {rejection}")
         folders = next((served.folders for served in service.shown.values()), None)

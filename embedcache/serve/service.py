@@ -12,7 +12,7 @@ from embedcache.arrays import Ints
 from embedcache.dataset.thumbnails import PICTURED, PLAYED, credit
 from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, MissingExtraError, PathError, SettingError, UnknownNameError
-from embedcache.modalities import noun
+from embedcache.modalities import count_items, noun
 from embedcache.progress import Progress
 from embedcache.projectors.saved import read_run_record
 from embedcache.search.hits import Hit
@@ -309,7 +309,7 @@ def info_tables(index: OpenIndex) -> list[InfoTable]:
     about_index = {
         "title": "Index",
         "rows": [
-            ["items", f"{card.num_vectors:,} {noun(card.modality)}"],
+            ["items", f"{count_items(card.num_vectors, card.modality)}"],
             ["feature", card.feature],
             ["encoder", card.spec],
             ["FAISS factory", card.factory],

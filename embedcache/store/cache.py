@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Bools, Ints, blocks
-from embedcache.errors import AmbiguousNameError, CorruptError, DataError, UnknownNameError
+from embedcache.errors import AmbiguousNameError, CorruptError, DataError, UnknownNameError, pluralize
 from embedcache.files import AnyPath, find_files, open_path
-from embedcache.modalities import MODALITIES, noun
+from embedcache.modalities import MODALITIES, count_items
 from embedcache.registry import require, unknown_name
 from embedcache.sources.files import wrap_io_errors
 from embedcache.sources.open import IMPORTED_SOURCE, how_to_import
@@ -68,8 +68,8 @@ class Cache:
         return str(self.path)
 
     def __repr__(self) -> str:
-        items = "".join(f", {count:,} {noun(modality)}" for modality, count in self.info.num_items.items())
-        return f"Cache({str(self.path)!r}: {len(self):,} samples{items})"
+        items = "".join(f", {count_items(count, modality)}" for modality, count in self.info.num_items.items())
+        return f"Cache({str(self.path)!r}: {pluralize(len(self), 'sample')}{items})"
 
     def __len__(self) -> int:
         return self.info.num_samples

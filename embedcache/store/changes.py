@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
-from embedcache.errors import CorruptError, FingerprintError
+from embedcache.errors import CorruptError, FingerprintError, pluralize
 from embedcache.modalities import FILE_MODALITIES
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample, Source
@@ -120,7 +120,8 @@ def digest_samples(
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(skipped.items(), key=lambda pair: -pair[1])[:5])
         more = f", and {len(skipped) - 5} more kinds" if len(skipped) > 5 else ""
         svg = "; --svg takes the .svg files" if ".svg" in skipped else ""
-        progress.note(f"skipped {sum(skipped.values()):,} files of kinds that samples do not have: {kinds}{more}{svg}")
+        files = pluralize(sum(skipped.values()), "file")
+        progress.note(f"skipped {files} of kinds that samples do not have: {kinds}{more}{svg}")
     return hashed.hexdigest()
 
 

@@ -182,8 +182,9 @@ class Feature:
         """Check that every chunk is committed, or raise an `UnfinishedError`."""
         missing = sum(commit is None or not commit.is_complete(self.feature) for commit in self.commits)
         if missing:
+            are = "is" if missing == 1 else "are"
             raise UnfinishedError(
-                f"feature {self.name} is not finished: {missing} of {len(self.commits)} chunks are missing; "
+                f"feature {self.name} is not finished: {missing} of {len(self.commits)} chunks {are} missing; "
                 f"run the same {self.group.command} again to resume it"
             )
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.open import EncoderSpec
-from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
+from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError, pluralize
 from embedcache.files import find_files, is_remote
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
@@ -330,7 +330,7 @@ def _check_items(features: Sequence[Feature], progress: Progress) -> Iterator[Fi
                     name=feature.feature,
                     chunk=chunk,
                     can_repair=False,
-                    reason=f"{len(differing):,} items, first row {first + row:,}, had other bytes when "
+                    reason=f"{pluralize(len(differing), 'item')}, first row {first + row:,}, had other bytes when "
                     f"{seen.encoder(row)} was extracted; remove the folder of the one that is out of date, and "
                     "extract it again",
                 )

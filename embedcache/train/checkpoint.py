@@ -18,7 +18,7 @@ import torch
 
 from embedcache.dataset.splits import check_split
 from embedcache.devices import AUTO, torch_device
-from embedcache.errors import CorruptError, FingerprintError, PathError, one_line
+from embedcache.errors import CorruptError, FingerprintError, PathError, one_line, pluralize
 from embedcache.files import replacing
 from embedcache.locks import Leases
 from embedcache.projectors.saved import checked_weights_path, config_path, read_run_record, split_path
@@ -286,8 +286,8 @@ def check_not_extended(made: str, index_digest: str, caches: Sequence[Cache], *,
     for stored, grown in zip(index_digest.split("+"), caches, strict=False):
         if num_new := grown.info.num_samples_since(stored):
             raise FingerprintError(
-                f"{made} when {grown.path} had {num_new:,} samples fewer; {next_step}, which stays valid for the first "
-                f"{len(grown) - num_new:,} samples"
+                f"{made} when {grown.path} had {pluralize(num_new, 'sample')} fewer; {next_step}, which stays valid "
+                f"for the first {len(grown) - num_new:,} samples"
             )
 
 

@@ -15,7 +15,7 @@ from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split
 from embedcache.dataset.splitting import make_split
-from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.errors import DataError, FingerprintError, SettingError, pluralize
 from embedcache.files import AnyPath, one_or_many
 from embedcache.modalities import noun, order_pair
 from embedcache.progress import NullProgress, Progress
@@ -134,8 +134,8 @@ class TrainData:
             num_all, num_missing = split.parts.count(""), sum(map(len, self.caches)) - len(distinct(pairs.samples))
             if num_other := num_all - num_missing:
                 progress.note(
-                    f"left out {num_all:,} samples: {num_missing:,} without both features, {num_other:,} in no "
-                    f"part of {settings.path}, such as those that were appended since it was written"
+                    f"left out {pluralize(num_all, 'sample')}: {num_missing:,} without both features, {num_other:,} "
+                    f"in no part of {settings.path}, such as those that were appended since it was written"
                 )
         return split
 

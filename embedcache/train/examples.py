@@ -20,7 +20,7 @@ from scipy.sparse import csr_array
 from embedcache.arrays import Floats, Ints, normalize
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import InputFeature, Reader, open_input
-from embedcache.errors import DataError, PathError, SettingError, one_line
+from embedcache.errors import DataError, PathError, SettingError, one_line, pluralize
 from embedcache.networks.words import BLANK, NUM_SPECIAL, UNKNOWN, Vocabulary, WordLists
 from embedcache.store.cache import Cache
 
@@ -277,7 +277,8 @@ def _read_columns(table: pa.Table | Path | str, names: Sequence[str]) -> Mapping
     table = table if isinstance(table, pa.Table) else read_examples(table)
     found = {name: read_texts(table, name) for name in names}
     if found["target"].null_count:
-        raise DataError(f"examples: expected a target in every row, got {found['target'].null_count:,} rows without")
+        rows = pluralize(found["target"].null_count, "row")
+        raise DataError(f"examples: expected a target in every row, got {rows} without")
     return found
 
 

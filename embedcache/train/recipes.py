@@ -8,7 +8,7 @@ import numpy as np
 
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
-from embedcache.errors import SettingError
+from embedcache.errors import SettingError, pluralize
 from embedcache.progress import Progress
 from embedcache.train.data import TrainData
 from embedcache.train.settings import TrainSettings, given_options, replace_options
@@ -105,7 +105,9 @@ def choose_settings(num_pairs: int, given: Mapping[str, Any], progress: Progress
         settings.pop("initialization", None)  # of the projector that is replaced
     chosen = {name: value for name, value in settings.items() if name not in given}
     words = ", ".join(f"{name} {_text(value)}" for name, value in chosen.items())
-    progress.note(f"{num_pairs:,} training pairs: {_sizes(recipe)}: {words or 'all of its settings are given'}")
+    progress.note(
+        f"{pluralize(num_pairs, 'training pair')}: {_sizes(recipe)}: {words or 'all of its settings are given'}"
+    )
     return chosen
 
 

@@ -286,7 +286,7 @@ def test_other_encoder_compares_hashes(caches: tuple[Path, Path], tmp_path: Path
         "training, open_other/cls in test"
     ]
     shutil.rmtree(tmp_path / "other" / "image" / "open_other" / "chunks")
-    with pytest.raises(UnfinishedError, match="feature open_other/cls is not finished: 1 of 1 chunks are missing"):
+    with pytest.raises(UnfinishedError, match="feature open_other/cls is not finished: 1 of 1 chunks is missing"):
         find_leaks(train, tmp_path / "other")
 
 

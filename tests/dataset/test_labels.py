@@ -78,7 +78,7 @@ def test_read_labels_unknown_class_raises(tmp_path: Path) -> None:
         read(cache, classes=["cat", "dog"])
     said = str(caught.value)
     assert "3 of 4 samples have labels in column 'label' of" in said
-    assert "'dgo' (2 samples, did you mean 'dog'?), 'xyzzy' (1 samples)" in said
+    assert "'dgo' (2 samples, did you mean 'dog'?), 'xyzzy' (1 sample)" in said
     assert "the labels are 'cat', 'dgo', 'xyzzy'; the classes are 'cat', 'dog', counted from 0" in said
 
 
@@ -99,7 +99,7 @@ def test_read_labels_error_lists_five(tmp_path: Path, num_labels: int, listed: s
     """Check the whole message: the most frequent label is first."""
     names = [f"l{number}" for number in range(num_labels)]
     cache = make_cache(tmp_path, label=[*names, "l3"])
-    described = [f"'{name}' (1 samples)" for name in names if name != "l3"]
+    described = [f"'{name}' (1 sample)" for name in names if name != "l3"]
     with pytest.raises(DataError) as caught:
         read(cache, classes=["a", "b"])
     assert str(caught.value) == (
@@ -143,7 +143,7 @@ def test_empty_cells_are_missing_labels(tmp_path: Path) -> None:
 def test_read_labels_number_out_of_range_raises(tmp_path: Path, number: int) -> None:
     cache = make_cache(tmp_path, label=[0, number, 1])
     with pytest.raises(
-        DataError, match=rf"1 of 3 samples .* not classes: {number} \(1 samples\).*'cat', 'dog', counted"
+        DataError, match=rf"1 of 3 samples .* not classes: {number} \(1 sample\).*'cat', 'dog', counted"
     ):
         read(cache, classes=["cat", "dog"])
 

@@ -82,10 +82,10 @@ def test_they_are_left_out_of_a_selection(
     )
     assert read([2, 4]) == ([2, 4], [])
     (tmp_path / "keys.txt").write_text("00003\n00002\nelsewhere\n")
-    with pytest.raises(DataError, match="of 3 keys has 'elsewhere'; 1 are not keys"):
+    with pytest.raises(DataError, match="of 3 keys has 'elsewhere'; 1 is no key"):
         read_selection(tmp_path / "keys.txt", [after])
     (tmp_path / "keys.txt").write_text("elsewhere\n")
     caplog.clear()
-    with pytest.raises(DataError, match="of 1 keys has 'elsewhere'; 1 are not keys"):
+    with pytest.raises(DataError, match="of 1 keys has 'elsewhere'; 1 is no key"):
         read_selection(tmp_path / "keys.txt", [after])
     assert not caplog.messages

@@ -144,7 +144,7 @@ def test_keys_of_several_caches(two_caches: list[Path], tmp_path: Path) -> None:
     assert read_selection(str(path), caches[1:]).tolist() == [3, 41]
     for lines, words in (
         (["00003", "d", "b", "c", "a"], "of 5 keys has 'a', 'b', 'c'; 4 are not keys of {}, which has 120, such as"),
-        (["00003", "b"], "of 2 keys has 'b'; 1 are not keys of {}, which has 120, such as '00000'$"),
+        (["00003", "b"], "of 2 keys has 'b'; 1 is no key of {}, which has 120, such as '00000'$"),
         ([], "keys.txt: expected keys of samples, got none; name some, or leave the selection out to use all samples$"),
     ):
         path.write_text("\n".join(lines))

@@ -268,9 +268,9 @@ def test_verify_repairs_inputs_before_derived_features(cache: Path) -> None:
     report = verify_cache(cache, VerifySettings(repair=True))
     assert [finding.location for finding in report.detected] == ["again/mean", "open_toy/patches", "pca/pca"]
     assert list(report.repaired) == [
-        "open_toy (patches): encoded 1 chunks again",
-        "pca (pca): derived 1 chunks again",
-        "again (mean): derived 1 chunks again",
+        "open_toy (patches): encoded 1 chunk again",
+        "pca (pca): derived 1 chunk again",
+        "again (mean): derived 1 chunk again",
     ]
     assert report.is_sound
     assert tree(cache) == whole

@@ -120,7 +120,7 @@ def test_damaged_prob_is_repaired(cache: Path, work: Path) -> None:
     path = cache / "image/vectors-prob/prob/c/1/0"
     path.write_bytes(b"x" * path.stat().st_size)
     report = verify_cache(cache, VerifySettings(repair=True))
-    assert list(report.repaired) == ["vectors-prob (prob): derived 1 chunks again"]
+    assert list(report.repaired) == ["vectors-prob (prob): derived 1 chunk again"]
     assert tree(cache) == whole
 
 

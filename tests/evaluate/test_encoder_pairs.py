@@ -217,7 +217,7 @@ def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     key = SplitSettings(kind="key", val_fraction=0.25)
     report = compare(tmp_path / "c", split=key, resamples=20)
     assert [pair.image for pair in report.pairs] == ["open_toy/cls"]
-    assert report.skipped == ["left out: feature open_other/cls is not finished: 1 of 1 chunks are missing; "
+    assert report.skipped == ["left out: feature open_other/cls is not finished: 1 of 1 chunks is missing; "
                               "run the same embedcache extract again to resume it"]  # fmt: skip
     with pytest.raises(UnfinishedError, match="feature open_other/cls is not finished"):
         compare(tmp_path / "c", image_feature=("open_other",), split=key)

@@ -244,7 +244,7 @@ def test_untrained_classes_warn(tmp_path: Path) -> None:
         return {"label": caption.split()[0], "split": "test" if number % 4 == 0 or "red" in caption else "train"}
 
     report = evaluate_probe(make_cache(tmp_path, columns_of), ProbeSettings(feature=FEATURE, classifiers=("knn",)))
-    assert report.warnings() == ["WARNING: 1 classes have test items and no training items: 'red'"]
+    assert report.warnings() == ["WARNING: 1 class has test items and no training items: 'red'"]
     assert report.scores[0].recalls[report.labeled.names.index("red")] == 0
 
 

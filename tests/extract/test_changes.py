@@ -63,7 +63,7 @@ def test_retry_writes_only_failed_rows(source: Path, tmp_path: Path) -> None:
     before = tree(tmp_path / "c")
     shutil.copy(tmp_path / "good/00003.png", source / "00003.png")
     (line,) = retry(source, tmp_path / "c")
-    assert line.startswith("open_toy: retried 2 failed images, 1 have features now, 1 failed again: 1 not an image")
+    assert line.startswith("open_toy: retried 2 failed images, 1 has features now, 1 failed again: 1 not an image")
     after = tree(tmp_path / "c")
     differing = {name for name in after if before.get(name) != after[name]}
     assert differing == {
@@ -124,7 +124,7 @@ def test_second_encoder_rejects_a_file_of_equal_length(tmp_path: Path) -> None:
     stored = group.commit(0)
     assert stored is not None
     write_commit(group.path, replace(stored, hashes=[b"x" * 16, *stored.hashes[1:]]))
-    assert verify(Cache(cache))[-1].reason.startswith("1 items, first row 0, had other bytes when open_other was")
+    assert verify(Cache(cache))[-1].reason.startswith("1 item, first row 0, had other bytes when open_other was")
 
 
 def test_file_changed_after_indexing_is_rejected(source: Path, tmp_path: Path) -> None:
@@ -243,14 +243,14 @@ def test_run_and_index_survive_extend(tmp_path: Path) -> None:
     run(source, tmp_path / "c", extend=True)
     assert evaluate_retrieval(tmp_path / "c", [tmp_path / "run"]).recalls == before
     assert search(tmp_path / "index", ["a red bar"]) == hits
-    with pytest.raises(FingerprintError, match="had 1 samples fewer; train into a new folder"):
+    with pytest.raises(FingerprintError, match="had 1 sample fewer; train into a new folder"):
         train(tmp_path / "c", tmp_path / "run", settings=settings)
     later = TrainSettings(
         split=SplitSettings(kind=str(tmp_path / "run/split.parquet")), optimizer=OptimizerSettings(epochs=0)
     )
     progress = RecordedProgress()
     train(tmp_path / "c", tmp_path / "later", settings=later, progress=progress)
-    assert progress.notes[0].startswith("left out 1 samples: 0 without both features, 1 in no part of ")
+    assert progress.notes[0].startswith("left out 1 sample: 0 without both features, 1 in no part of ")
     assert read_table(tmp_path / "later/split.parquet")["part"].to_pylist()[-1] == ""
 
 

@@ -119,7 +119,7 @@ def test_changed_source_drifts(source: Path, tmp_path: Path) -> None:
     (source / "00002.png").unlink()
     drift = measure_drift(Cache(cache), 1)[0]
     assert (drift.num_changed, drift.num_unreadable, len(drift.cosines)) == (1, 1, 19)
-    assert "1 items can no longer be read, the bytes of 1 items have changed" in drift.line()
+    assert "1 item can no longer be read, the bytes of 1 item have changed" in drift.line()
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.1])
@@ -148,7 +148,7 @@ def test_repair_restores_the_damaged_chunk_only(cache: Path, damage: str) -> Non
     findings = verify(Cache(cache))
     assert findings
     (line,) = repair(Cache(cache), findings)
-    assert line.endswith("encoded 1 chunks again")
+    assert line.endswith("encoded 1 chunk again")
     assert tree(cache) == before
     assert verify(Cache(cache)) == []
     group = path.relative_to(cache).parts[1]

@@ -129,9 +129,9 @@ def test_retry_encodes_repaired_files_only(tmp_path: Path) -> None:
     settings = ExtractSettings(features=FEATURES)
     reports = retry_failed(open_source(folder), tmp_path / "c", encoder=ENCODERS, settings=settings)
     assert [report.line() for report in reports] == [
-        "open_media: retried 2 failed recordings, 1 have features now, 1 failed again: 1 damaged recording",
+        "open_media: retried 2 failed recordings, 1 has features now, 1 failed again: 1 damaged recording",
         "open_media: retried 1 failed videos, 0 have features now, 1 failed again: 1 damaged video",
-        "open_media: retried 1 failed point clouds, 1 have features now, 0 failed again",
+        "open_media: retried 1 failed point clouds, 1 has features now, 0 failed again",
     ]
     cache = Cache(tmp_path / "c")
     assert len(cache.feature("points", "open_media/label").gather_tokens(np.array([1]))[0]) == 7

@@ -62,7 +62,7 @@ def test_selection_and_modality(labeled: Path, tmp_path: Path) -> None:
     (tmp_path / "chosen.txt").write_text("\n".join(chosen))
     rows = export_of(labeled, selection=tmp_path / "chosen.txt", modality="image")
     assert write(rows, tmp_path / "some.parquet") == 3
-    assert rows.left_out == "1 samples without a vector"
+    assert rows.left_out == "1 sample without a vector"
     back = import_files(read(tmp_path / "some.parquet"), tmp_path / "cache")[0]
     assert back.samples["key"].to_pylist() == [chosen[0], chosen[1], chosen[3]]
     assert not back.features("text")
@@ -70,7 +70,7 @@ def test_selection_and_modality(labeled: Path, tmp_path: Path) -> None:
 
 
 def test_left_out(labeled: Path) -> None:
-    assert export_of(labeled).left_out == "1 samples without a vector, 1 captions beyond a sample's first"
+    assert export_of(labeled).left_out == "1 sample without a vector, 1 caption beyond a sample's first"
 
 
 @pytest.mark.parametrize("form", FORMATS)

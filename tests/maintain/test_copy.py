@@ -373,7 +373,7 @@ def test_merge_refuses_other_encoders(made: Path, tmp_path: Path) -> None:
     assert report.features == ["image/open_toy/cls"]
     assert "image/open_toy@flip/cls" in report.left_out
     (tmp_path / "one/image/open_toy/chunks/00001.parquet").unlink()
-    with pytest.raises(UnfinishedError, match="feature open_toy/cls is not finished: 1 of 3 chunks are missing"):
+    with pytest.raises(UnfinishedError, match="feature open_toy/cls is not finished: 1 of 3 chunks is missing"):
         merge_caches([made / "c", tmp_path / "one"], tmp_path / "other", prefix_keys=True)
     with pytest.raises(SourceError, match="are the sources of a merged cache; extract from each of them"):
         next(iter(reopen_source(Cache(tmp_path / "both").info.source).samples()))

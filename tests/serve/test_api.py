@@ -404,7 +404,7 @@ def test_start_errors(root: Path, tmp_path: Path) -> None:
     with pytest.raises(PathError, match="selection .* does not exist"):
         start(index=index, selections=[tmp_path / "no.txt"])
     (tmp_path / "other.txt").write_text("strange\n")
-    with pytest.raises(DataError, match="1 are not keys of"):
+    with pytest.raises(DataError, match="1 is no key of"):
         start(index=index, selections=[tmp_path / "other.txt"])
     (tmp_path / "moved").mkdir()
     for name in ("card.json", "index.faiss"):

@@ -89,7 +89,7 @@ def test_uncommitted_chunk_is_missing(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(10, (5,), seed=0), (5,), chunk_size=4, skip_chunks=[1])
     assert feature.valid.tolist() == [True] * 4 + [False] * 4 + [True] * 2
     assert [rows.start for rows, _ in feature.chunks()] == [0, 8]
-    with pytest.raises(UnfinishedError, match="1 of 3 chunks are missing.*to resume it"):
+    with pytest.raises(UnfinishedError, match="1 of 3 chunks is missing.*to resume it"):
         feature.load()
     with pytest.raises(DataError, match="row 5 has no feature test/f: its chunk is not committed"):
         feature.gather(np.array([0, 5]))

@@ -177,10 +177,10 @@ def test_verify_finds_items_with_other_bytes(tmp_path: Path) -> None:
             write_commit(group.path, commit)
     step = "remove the folder of the one that is out of date, and extract it again"
     assert lines_of(tmp_path) == [
-        f"test/f chunk 0: 1 items, first row 0, had other bytes when second was extracted; {step}",
-        f"third/f chunk 0: 1 items, first row 0, had other bytes when second was extracted; {step}",
+        f"test/f chunk 0: 1 item, first row 0, had other bytes when second was extracted; {step}",
+        f"third/f chunk 0: 1 item, first row 0, had other bytes when second was extracted; {step}",
         f"third/f chunk 1: 2 items, first row 5, had other bytes when second was extracted; {step}",
-        f"third/f chunk 2: 1 items, first row 8, had other bytes when test was extracted; {step}",
+        f"third/f chunk 2: 1 item, first row 8, had other bytes when test was extracted; {step}",
     ]
     progress = RecordedProgress()
     verify(Cache(tmp_path), progress=progress)
@@ -404,4 +404,4 @@ def test_repair_leaves_nothing_missing(copy: Path) -> None:
     assert len(report.findings) == 2
     report = verify_cache(copy, VerifySettings(repair=True))
     assert report.is_sound
-    assert list(report.repaired) == ["open_toy (mean, tokens): encoded 1 chunks again"]
+    assert list(report.repaired) == ["open_toy (mean, tokens): encoded 1 chunk again"]

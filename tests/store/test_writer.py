@@ -236,7 +236,7 @@ def test_tokens_of_a_chunk_that_grew_are_kept_and_filled(tmp_path: Path, monkeyp
     assert record is not None
     assert [(rows, len(values)) for rows, values in feature.read_chunk(record)] == [(slice(0, 2), 2)]
     assert [one is None for one in feature.items(record)] == [False, True]
-    with pytest.raises(UnfinishedError, match="feature test/f is not finished: 1 of 1 chunks are missing"):
+    with pytest.raises(UnfinishedError, match="feature test/f is not finished: 1 of 1 chunks is missing"):
         feature.load()
     add_feature(longer, "f", (2, 3), "float16")
     commit(longer, [item(10 + row, (2, 3)) for row in range(4)])

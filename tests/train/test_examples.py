@@ -140,7 +140,7 @@ def test_null_texts_have_no_words_and_unknown_ones_are_counted() -> None:
     ("table", "message"),
     [
         ({"key": ["0"]}, "columns key, text and target"),
-        ({"key": ["0"], "target": pa.nulls(1, pa.string())}, "1 rows without"),
+        ({"key": ["0"], "target": pa.nulls(1, pa.string())}, "1 row without"),
         ({"key": ["0", "x", None], "target": ["a"] * 3}, "'x'"),
         ({"target": ["a"]}, "columns key"),
     ],
