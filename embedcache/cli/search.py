@@ -44,6 +44,7 @@ def search(
     Example: embedcache search index/ "a red bicycle" -k 5
     """
     from embedcache.cli.console import print_table, publish, read_lines
+    from embedcache.search.card import read_card
     from embedcache.search.queries import Queries, read_vectors
     from embedcache.search.search import search as run_search
 
@@ -57,10 +58,11 @@ def search(
     )
     hit_lists = run_search(index, all_queries, settings)
     results = list(zip(all_queries.names, hit_lists, strict=True))
+    score = "cosine" if read_card(index).has_cosines else "product"
 
     def show() -> None:
         for name, hits in results:
-            print_table(*_hit_rows(hits), title=name)
+            print_table(*_hit_rows(hits, score), title=name)
 
     publish(
         show,
@@ -70,13 +72,18 @@ def search(
     )
 
 
-def _hit_rows(hits: Sequence["Hit"]) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of a table of hits: files where keys do not name them, labels where there are any."""
+def _hit_rows(hits: Sequence["Hit"], score: str) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of a table of hits: files where keys do not name them, labels where there are any.
+
+    Args:
+        hits: the hits.
+        score: what their scores are, a column.
+    """
     from embedcache.sources.files import is_key_of_file
 
     columns = {
         "captions": [" · ".join(hit.captions) for hit in hits],
-        "cosine": [f"{hit.score:.3f}" for hit in hits],
+        score: [f"{hit.score:.3f}" for hit in hits],
         "key": [hit.key for hit in hits],
     }
     if any(hit.path is not None and not is_key_of_file(hit.key, hit.path) for hit in hits):

@@ -3,6 +3,7 @@
 While an index is built or extended, `building.json` says what is done.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,17 @@ class IndexCard:
     lists: str | None = None
     checksums: Mapping[str, str] = field(default_factory=dict)
     format: int = IN_MEMORY_FORMAT
+
+    @property
+    def has_cosines(self) -> bool:
+        """Whether scores are cosines, or estimates of them; else they are products of reduced vectors."""
+        return _REFINED.search(self.factory) is not None or _REDUCED.search(self.factory) is None
+
+
+_REDUCED = re.compile(r"(^|,)(PCA|ITQ|RR\d|OPQ\d+_)")
+"""Part of a factory string that reduces vectors to fewer components, or subtracts their mean."""
+_REFINED = re.compile(r",(RFlat|Refine\(.*\))$")
+"""End of a factory string with which candidates are compared by their whole vectors."""
 
 
 def read_card(index_path: Path) -> IndexCard:

@@ -131,6 +131,14 @@ def test_search_takes_all_kinds_of_queries(folder: Path) -> None:
     assert answers[3]["hits"][0]["key"] == "00009"
 
 
+@pytest.mark.parametrize(("factory", "column"), [("PCA8,Flat", "product"), ("PCA8,SQ8,RFlat", "cosine")])
+def test_search_says_what_its_scores_are(folder: Path, tmp_path: Path, factory: str, column: str) -> None:
+    command = ["curate", "index", "cache", tmp_path / "i", "--run", "run", "--factory", factory, "--min-recall", "0"]
+    succeed(*command, "--modality", "image", cwd=folder)
+    shown = succeed("search", tmp_path / "i", "--query-key", "00009", "-k", "2", cwd=folder)
+    assert ("cosine" in shown, "product" in shown) == (column == "cosine", column == "product")
+
+
 def test_search_is_filtered_by_a_selection(folder: Path) -> None:
     (folder / "keys.txt").write_text("00001\n00002\n")
     (answer,) = json.loads(succeed(*["search", "index", "red", "--selection", "keys.txt", "--json"], cwd=folder))
