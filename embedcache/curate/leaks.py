@@ -23,6 +23,7 @@ from embedcache.metrics.neighbors import Closest
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import name_differences
 from embedcache.settings import merge_settings
+from embedcache.sources.open import IMPORT_TOGETHER, IMPORTED_SOURCE
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 
@@ -279,11 +280,13 @@ def _choose_features(
     train: Cache, test: Cache, modality: str, name: str | None
 ) -> tuple[InputFeature, InputFeature, str | None]:
     """Open a feature of both caches; if they are of different encoders, return why only hashes are compared."""
+    are_imported = all(cache.info.source.get("type") == IMPORTED_SOURCE for cache in (train, test))
+    step = f"; {IMPORT_TOGETHER}" if are_imported else ""
     name = name or _common_feature(train, test, modality)
     if name is None:
         names = [", ".join(feature.name for feature in cache.features(modality)) for cache in (train, test)]
         reason = f"no encoder made {modality} features of both: {names[0]} in training, {names[1]} in test"
-        return _any_feature(train, modality), _any_feature(test, modality), reason
+        return _any_feature(train, modality), _any_feature(test, modality), reason + step
     train_feature, test_feature = open_input(train, modality, name), open_input(test, modality, name)
     differences = name_differences(train_feature.fingerprint, test_feature.fingerprint)
     if not differences and train_feature.name == test_feature.name:
@@ -291,7 +294,7 @@ def _choose_features(
     names = [f"{feature.name} of {feature.spec}" for feature in (train_feature, test_feature)]
     differ = "; ".join(differences[:2]) or "the features differ"
     reason = f"{names[0]} in training and {names[1]} in test are of different encoders ({differ})"
-    return train_feature, test_feature, reason
+    return train_feature, test_feature, reason + step
 
 
 def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:

@@ -15,7 +15,7 @@ from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import read_selected_keys
 from embedcache.dataset.splits import Split, column_parts, read_split
 from embedcache.devices import AUTO, torch_device
-from embedcache.errors import CorruptError, DataError, SettingError
+from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError, UnknownNameError
 from embedcache.files import AnyPath, one_or_many
 from embedcache.networks.saved import read_module_config
 from embedcache.projectors.pair import AlignedPair
@@ -29,6 +29,7 @@ from embedcache.projectors.saved import (
     split_path,
 )
 from embedcache.provenance import INDEX_DIGEST, check_same, construct, digest_file
+from embedcache.sources.open import IMPORT_TOGETHER, IMPORTED_SOURCE
 from embedcache.store.cache import Cache
 from embedcache.store.keys import match_keys
 
@@ -157,8 +158,14 @@ def report_line(start: str, seeds: Sequence[int], scores: Sequence[float], name:
 
 def run_input(cache: Cache, config: PairConfig, modality: str) -> InputFeature:
     """Open the feature of a cache that a tower of a run was trained on, made by the same encoder."""
-    feature = open_input(cache, modality, config.tower_input(modality).feature)
-    check_feature(config, modality, feature.name, feature.fingerprint)
+    expected = config.tower_input(modality)
+    try:
+        feature = open_input(cache, modality, expected.feature)
+        check_feature(config, modality, feature.name, feature.fingerprint)
+    except (UnknownNameError, FingerprintError) as error:
+        if expected.fingerprint.get("family") == cache.info.source.get("type") == IMPORTED_SOURCE:
+            raise type(error)(f"{error}; {IMPORT_TOGETHER}") from None
+        raise
     return feature
 
 

@@ -14,6 +14,7 @@ from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.provenance import INDEX_DIGEST, check_same
 from embedcache.search.vectors import Vectors
+from embedcache.sources.open import IMPORT_TOGETHER
 from embedcache.store.cache import Cache
 
 MAX_EXAMPLES = 128  # as "From Unimodal to Multimodal" (CVPR 2025) averages for its prototypes
@@ -137,7 +138,7 @@ def _open(cache: Cache, pool: Vectors) -> Vectors:
         f"feature {vectors.feature.name} of {cache.path}",
         vectors.feature.fingerprint,
         pool.feature.fingerprint,
-        next_step="import both at once, and divide them with: embedcache cache cut"
+        next_step=IMPORT_TOGETHER
         if pool.feature.group.is_imported
         else f"extract the concepts with the pool's encoder: --{pool.modality}-encoder {pool.feature.spec}",
     )

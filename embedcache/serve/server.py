@@ -13,7 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from embedcache.errors import SettingError
-from embedcache.modalities import count_items
+from embedcache.modalities import count_items, noun
 from embedcache.progress import Progress
 from embedcache.search.card import read_card
 from embedcache.serve.app import make_app

@@ -325,3 +325,26 @@ def test_imported_feature_is_complete(tree: Path, tmp_path: Path) -> None:
     assert isinstance(feature, Feature)
     feature.require_complete()
     assert feature.name == "img_emb/vector"
+
+
+def test_vectors_of_two_imports_are_imported_together(tmp_path: Path) -> None:
+    """Nothing says that one model computed both: each comparison of them names what to do instead."""
+    paths = {}
+    for seed, name in enumerate(("pool", "test")):
+        captions = [f"{name} {row}" for row in range(40)]
+        tree = write_tree(tmp_path / name, unit_rows(40, seed=seed), caption=captions)
+        paths[name] = tmp_path / f"{name}-cache"
+        import_vectors(open_clip_retrieval(tree), paths[name])
+    array = pa.FixedSizeListArray.from_arrays(unit_rows(40).ravel(), 8)
+    pq.write_table(pa.table({"a": array, "b": array, "caption": captions}), tmp_path / "other.parquet")
+    other = open_parquet_vectors(tmp_path / "other.parquet", image_vector_column="a", text_vector_column="b")
+    import_vectors(other, tmp_path / "other-cache")
+    embedcache.train_projectors(paths["pool"], tmp_path / "run", epochs=0, split="key", shared_width=4)
+    advice = "import both at once, and divide them with: embedcache cache cut"
+    with pytest.raises(FingerprintError, match=advice):
+        embedcache.evaluate_retrieval(paths["test"], tmp_path / "run")
+    with pytest.raises(UnknownNameError, match=f"known: a/vector; .*{advice}"):
+        embedcache.evaluate_retrieval(tmp_path / "other-cache", tmp_path / "run")
+    for test in (paths["test"], tmp_path / "other-cache"):
+        reasons = [leaks.reason for leaks in embedcache.find_leaks(paths["pool"], test).leaks]
+        assert all(reason is not None and reason.endswith(advice) for reason in reasons)
