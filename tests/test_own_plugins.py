@@ -69,7 +69,14 @@ def test_modules_of_the_page_run_in_commands(folder: Path) -> None:
     (folder / "my_sources.py").rename(folder / "elsewhere" / "my_sources.py")
     verify = ("verify", "../cache", "--reencode", "100%", "--trust")
     assert "60 items encoded again" in succeed(*verify, cwd=folder / "elsewhere")
-    heads = ("--projector", "my_heads:ResidualProjector+linear", "--loss", "my_losses:SoftMargin", "--split", "key")
+    heads = (
+        "--projector",
+        "my_projectors:ResidualProjector+linear",
+        "--loss",
+        "my_losses:SoftMargin",
+        "--split",
+        "key",
+    )
     succeed("train", "cache", "run", *heads, "--epochs", "2", cwd=folder)
     assert "R@1" in succeed("evaluate", "retrieval", "cache", "run", "--trust", cwd=folder)
     select = ("curate", "select", "cache", "unusual.parquet", "--method", "my_selectors:Unusual", "--budget", "10%")

@@ -49,6 +49,10 @@ SOURCES = Registry(
 IMPORTED_SOURCE = "imported"
 """Type of the source that a cache of imported vectors records. Nothing can be extracted from it, and nobody can choose
 it: it is only reopened, so it is not in `SOURCES`."""
+IMPORT_TOGETHER = (
+    "vectors of two imports are never compared: import both at once, and divide them with: embedcache cache cut"
+)
+"""Next step where vectors of two imports meet: nothing says that one model computed both."""
 
 _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_SUFFIXES, "coco": JSON_SUFFIXES}
 """Kind of source -> suffixes of the files that it reads."""
