@@ -61,7 +61,7 @@ def _search_note(leak: ModalityLeaks) -> str | None:
 
 def leak_table(leaks: LeakReport) -> Table:
     """Return the number of test samples with copies or near-duplicates in training, one row per modality."""
-    columns = ["compared", "feature", "cosine", "test samples copied", "copied or near", "training samples"]
+    columns = ["compared", "feature", "cosine", "test samples copied", "copied or near", "training samples to remove"]
     rows = [
         [
             f"{len(leak.test.rows):,} × {len(leak.train.rows):,} {noun(leak.modality)}",
@@ -74,7 +74,7 @@ def leak_table(leaks: LeakReport) -> Table:
         ]
         for leak in leaks.leaks
     ]
-    return [*columns, "highest cosine"], rows
+    return [*columns, "highest cosine besides copies"], rows
 
 
 def closest_pairs(leaks: LeakReport, leak: ModalityLeaks, num_pairs: int) -> list[LeakedPair]:

@@ -280,7 +280,9 @@ def test_other_encoder_compares_hashes(caches: tuple[Path, Path], tmp_path: Path
     assert images.copied_samples.tolist() == [0, 7]
     assert images.train_rows.tolist() == [11, *[-1] * 5, 0, *[-1] * 22]  # of 29 images: the sixth cannot be read
     assert images.train_samples.tolist() == [0, 11]
-    assert leak_table(found)[1][0][1:5] == ["hashes only", "", "2", "unknown"]
+    columns, (of_images, *_) = leak_table(found)
+    assert of_images[1:5] == ["hashes only", "", "2", "unknown"]
+    assert dict(zip(columns, of_images, strict=True))["training samples to remove"] == "2"
     assert leak_notes(found) == [
         "images: searched for copies only: no encoder made image features of both: open_toy/cls, open_toy/patches in "
         "training, open_other/cls in test"
