@@ -79,6 +79,13 @@ def name_projector(folder: Path) -> None:
     edit_record(path, projector="evil:open_it", training={**training, "model": model})
 
 
+def name_projector_of_odd_name(folder: Path) -> None:
+    path = folder / "run" / "config.json"
+    training = read_json(path)["training"]
+    model = {**training["model"], "projector": "glu+evil:open_it+x"}
+    edit_record(path, training={**training, "model": model})
+
+
 def name_network(folder: Path) -> None:
     path = folder / "run" / "config.json"
     digest = read_json(path)["weights"]
@@ -99,6 +106,7 @@ def name_encoder(folder: Path) -> None:
         (name_entry_point, "verify cache --reencode 100%"),
         (name_projector, "evaluate retrieval cache run"),
         (name_projector, "train cache new --config run/config.json --epochs 0"),
+        (name_projector_of_odd_name, "train cache new --config run/config.json --epochs 0"),
         (name_network, "derive cache --run run --output x"),
         (name_encoder, "search index --query-image x.png"),
     ],

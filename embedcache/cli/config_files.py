@@ -140,6 +140,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read_run_config(path: Path, text: str) -> dict[str, Any]:
     """Return the settings and features of a run by option name."""
+    from embedcache.projectors.base import split_names
     from embedcache.projectors.saved import CHANGED_CONFIG
     from embedcache.provenance import check_record
 
@@ -157,7 +158,7 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
         if isinstance(error, EmbedcacheError):
             raise
         raise SettingError(f"{path}: expected the config.json of a run, got other content: {error!r}") from error
-    mark_as_read(path, [*str(settings.get("projector", "")).split("+"), str(settings.get("loss", ""))])
+    mark_as_read(path, [*split_names(str(settings.get("projector", ""))), str(settings.get("loss", ""))])
     return {name: value for name, value in settings.items() if value is not None}
 
 
