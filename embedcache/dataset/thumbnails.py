@@ -29,7 +29,7 @@ from embedcache.sources.merged import MERGED, merged_parts
 from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, base_source, reopen_source, source_credit
 from embedcache.sources.restricted_reads import restrict_reads
 from embedcache.sources.sound import decode_audio
-from embedcache.sources.video import iter_frames
+from embedcache.sources.video import announced_length, iter_frames
 from embedcache.sources.webdataset import shard_root
 from embedcache.store.cache import Cache
 from embedcache.store.rows import RowReader
@@ -190,12 +190,11 @@ def draw_sound(samples_n: Floats, width_px: int) -> Image.Image:
 
 
 def _middle_frame(data: bytes, item: FileItem) -> Image.Image:
-    """Return the frame in the middle of a video or its interval; the first one if the format states no duration."""
-    start_s, stop_s = item.start_s or 0.0, item.stop_s
-    if stop_s is None:
-        info = probe_media(data).get("video")
-        stop_s = None if info is None else info.duration_s
-    with closing(iter_frames(data, start_s if stop_s is None else (start_s + stop_s) / 2)) as frames:
+    """Return the frame in the middle of a video or its interval; the first one if its end is not known."""
+    start_s, info = item.start_s or 0.0, probe_media(data).get("video")
+    announced_s = None if info is None else info.duration_s
+    middle_s = start_s + max(0.0, announced_length(announced_s, item.start_s, item.stop_s) or 0.0) / 2
+    with closing(iter_frames(data, middle_s)) as frames:
         frame_HW3 = next(frames, None)
     if frame_HW3 is None:
         raise ItemError("no frames in the interval")

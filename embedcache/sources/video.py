@@ -127,7 +127,7 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
     with open_container(data, "video") as (container, _):
         stream = open_stream(container, "video", start_s, stop_s)
         rate_hz = frame_rate(stream)
-        duration_s = _announced_length(stream_duration(container, stream), start_s, stop_s)
+        duration_s = announced_length(stream_duration(container, stream), start_s, stop_s)
         streamed = StreamedVideo(data, start_s, stop_s, rate_hz=rate_hz, duration_s=duration_s)
         frame_pixels = stream.codec_context.width * stream.codec_context.height
         if (duration_s or 0) * rate_hz * frame_pixels > MAX_VIDEO_PIXELS:
@@ -146,6 +146,10 @@ def iter_frames(file: bytes | Path, start_s: float = 0.0) -> Generator[Array, No
     a video whose frames last differently long, as many phones record, each step has the frame that is shown in its
     middle; at a constant rate these are all frames. Memory: two frames.
 
+    Args:
+        file: the whole file, or its path.
+        start_s: time of the first frame in seconds.
+
     Yields:
         (H, W, 3) uint8 arrays of one shape.
 
@@ -156,7 +160,8 @@ def iter_frames(file: bytes | Path, start_s: float = 0.0) -> Generator[Array, No
         stream = open_stream(container, "video", start_s, None)
         step_s = 1 / frame_rate(stream)
         shown: Array | None = None
-        time_s, middle_s = 0.0, start_s + step_s / 2
+        time_s = 0.0
+        first_s = middle_s = start_s + step_s / 2
         for time_s, frame in stream_frames(container, stream):
             while shown is not None and middle_s < time_s - SAME_S:
                 yield shown
@@ -166,6 +171,8 @@ def iter_frames(file: bytes | Path, start_s: float = 0.0) -> Generator[Array, No
                 raise ItemError("the frames change their size")
         if shown is None:
             raise ItemError("no frames")
+        if middle_s == first_s and start_s < max(time_s + step_s, stream_duration(container, stream) or 0.0):
+            middle_s = min(first_s, time_s + step_s / 2)  # the last frame is shown at the start
         while middle_s < time_s + step_s - SAME_S:
             yield shown
             middle_s += step_s
@@ -184,6 +191,12 @@ def check_video(video: Any) -> Video:
     if not 0 < video.rate_hz < np.inf:
         raise DataError(f"expected a positive frame rate, got {video.rate_hz}")
     return video
+
+
+def announced_length(announced_s: float | None, start_s: float | None, stop_s: float | None) -> float | None:
+    """Return the length in seconds of an interval of a video, which may announce its own; None if it is not known."""
+    ends_s = [end_s for end_s in (announced_s, stop_s) if end_s is not None]
+    return min(ends_s) - (start_s or 0.0) if ends_s else None
 
 
 class _TooManyPixelsError(ItemError):
@@ -224,12 +237,6 @@ def _interval_frames(container: Any, stream: Any, start_s: float | None, stop_s:
         raise ItemError("no frames" if start_s is None and stop_s is None else "no frames in the interval")
     if len(shapes) > 1:
         raise ItemError("the frames change their size")
-
-
-def _announced_length(announced_s: float | None, start_s: float | None, stop_s: float | None) -> float | None:
-    """Return the length of an interval of a video that may announce its own."""
-    ends_s = [end_s for end_s in (announced_s, stop_s) if end_s is not None]
-    return min(ends_s) - (start_s or 0.0) if ends_s else None
 
 
 def _convert(frame: Any) -> Array:

@@ -192,6 +192,23 @@ def test_middle_frames_of_videos(media: Path) -> None:
     assert [thumbnails.interval_fragment(row) for row in (0, 1)] == ["", "#t=0.4,0.6"]
 
 
+def test_middle_frames_of_short_videos(tmp_path: Path) -> None:
+    """A single frame, the last frame of a longer video, and an interval that ends a little after its video."""
+    (tmp_path / "files").mkdir()
+    for name, num_frames in (("one", 1), ("long", 50)):
+        (tmp_path / "files" / f"{name}.mp4").write_bytes(encode_video(moving_square(num_frames)))
+    lines = ["key,video,start_s,stop_s", "0,one.mp4,,", "1,long.mp4,1.96,2", "2,long.mp4,1.96,2.09", ""]
+    (tmp_path / "files" / "table.csv").write_text("\n".join(lines))
+    extract(open_source(tmp_path / "files" / "table.csv"), tmp_path / "cache", encoder={"video": [MEDIA]})
+    thumbnails = Thumbnails(Cache(tmp_path / "cache"), modality="video")
+    last = decode_video((tmp_path / "files" / "long.mp4").read_bytes()).frames_THW3[-1]
+    for row in range(3):
+        with Image.open(io.BytesIO(thumbnails.webp(row, 224))) as image:
+            shown = np.asarray(image.convert("RGB"), np.float32)
+        assert shown.shape == (24, 32, 3)
+        assert row == 0 or np.abs(last - shown).mean() < 8
+
+
 def test_files_to_play(media: Path) -> None:
     sounds, videos = (Thumbnails(Cache(media / "cache"), modality=name) for name in ("audio", "video"))
     data = (media / "files" / "a.wav").read_bytes()

@@ -295,6 +295,13 @@ def test_frames_from_a_time_on(kind: str) -> None:
         next(iter_frames(data, 9.0))
 
 
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "webm", "avi"])
+def test_last_frame_is_shown_to_the_end(kind: str) -> None:
+    for num_frames, start_s in ((1, 0.02), (1, 0.039), (2, 0.07), (50, 1.98)):
+        data = encode_video(moving_square(num_frames), kind=kind)
+        np.testing.assert_array_equal(list(iter_frames(data, start_s)), list(iter_frames(data))[-1:])
+
+
 def test_frames_of_varying_length_are_put_at_a_constant_rate(tmp_path: Path) -> None:
     """Frames at 0, 40, 80, 200 and 240 ms, as a phone in the dark records them: 5 frames in 280 ms."""
     data = encode_video(moving_square(5), times_ms=[0, 40, 80, 200, 240], kind="mkv")
