@@ -23,7 +23,7 @@ from embedcache.modalities import noun
 from embedcache.registry import has_trust
 from embedcache.sources.base import FileItem
 from embedcache.sources.files import SHARD_SEPARATOR
-from embedcache.sources.images import decode_image
+from embedcache.sources.images import MAX_PIXELS, decode_image
 from embedcache.sources.media import AUDIO_RATE_HZ, probe_media
 from embedcache.sources.merged import MERGED, merged_parts
 from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, base_source, reopen_source, source_credit
@@ -190,11 +190,14 @@ def draw_sound(samples_n: Floats, width_px: int) -> Image.Image:
 
 
 def _middle_frame(data: bytes, item: FileItem) -> Image.Image:
-    """Return the frame in the middle of a video or its interval; the first one if its end is not known."""
+    """Return the frame in the middle of a video or its interval; the first one if its end is not known.
+
+    Its frames have at most as many pixels as an image: a file of a few megabytes may announce gigabytes of them.
+    """
     start_s, info = item.start_s or 0.0, probe_media(data).get("video")
     announced_s = None if info is None else info.duration_s
     middle_s = start_s + max(0.0, announced_length(announced_s, item.start_s, item.stop_s) or 0.0) / 2
-    with closing(iter_frames(data, middle_s)) as frames:
+    with closing(iter_frames(data, middle_s, max_pixels=MAX_PIXELS)) as frames:
         frame_HW3 = next(frames, None)
     if frame_HW3 is None:
         raise ItemError("no frames in the interval")

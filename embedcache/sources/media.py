@@ -99,8 +99,18 @@ def _open_options(version: str) -> dict[str, str]:
     return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
 
 
-def open_stream(container: Any, kind: str, start_s: float | None, stop_s: float | None) -> Any:
-    """Return the first stream of a kind, ready to decode from shortly before a time on one thread."""
+def open_stream(
+    container: Any,
+    kind: str,
+    start_s: float | None,
+    stop_s: float | None,
+    *,
+    max_pixels: int = MAX_VIDEO_PIXELS,
+) -> Any:
+    """Return the first stream of a kind, ready to decode from shortly before a time on one thread.
+
+    Frames of more than `max_pixels` are not decoded, whatever size the file announces: it fails.
+    """
     streams = getattr(container.streams, kind)
     if not streams:
         what = "sound" if kind == "audio" else "frames"
@@ -114,8 +124,11 @@ def open_stream(container: Any, kind: str, start_s: float | None, stop_s: float 
     duration_s = stream_duration(container, stream)
     if duration_s is not None:
         _check_interval(duration_s, start_s, stop_s)
-    if kind == "video" and stream.codec_context.width * stream.codec_context.height > MAX_VIDEO_PIXELS:
-        raise ItemError(f"too many pixels: {stream.codec_context.width} x {stream.codec_context.height} in one frame")
+    if kind == "video":
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > max_pixels:
+            raise ItemError(f"too many pixels: {width} x {height} in one frame, more than {max_pixels:,}")
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}
     if start_s is not None and start_s > PREROLL_S and container.format.name in _SEEKABLE:
         offset = (stream.start_time or 0) + int((start_s - PREROLL_S) / stream.time_base)
         container.seek(offset, stream=stream, backward=True)

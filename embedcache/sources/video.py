@@ -139,7 +139,9 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
         return Video(frames_THW3=frames_THW3, rate_hz=rate_hz)
 
 
-def iter_frames(file: bytes | Path, start_s: float = 0.0) -> Generator[Array, None, None]:
+def iter_frames(
+    file: bytes | Path, start_s: float = 0.0, *, max_pixels: int = MAX_VIDEO_PIXELS
+) -> Generator[Array, None, None]:
     """Iterate over the upright RGB frames of a video of any length, at the constant rate that `probe_media` returns.
 
     The first frame is that shown at `start_s`; formats that store exact times are not decoded from their beginning. Of
@@ -149,15 +151,17 @@ def iter_frames(file: bytes | Path, start_s: float = 0.0) -> Generator[Array, No
     Args:
         file: the whole file, or its path.
         start_s: time of the first frame in seconds.
+        max_pixels: largest size of a frame.
 
     Yields:
         (H, W, 3) uint8 arrays of one shape.
 
     Raises:
-        ItemError: the file cannot be decoded, has no frames, changes its size, or ends before its announced end.
+        ItemError: the file cannot be decoded, has no frames, changes its size, has larger frames than `max_pixels`, or
+            ends before its announced end.
     """
     with open_container(file, "video") as (container, _):
-        stream = open_stream(container, "video", start_s, None)
+        stream = open_stream(container, "video", start_s, None, max_pixels=max_pixels)
         step_s = 1 / frame_rate(stream)
         shown: Array | None = None
         time_s = 0.0

@@ -192,7 +192,7 @@ def test_middle_frames_of_videos(media: Path) -> None:
     assert [thumbnails.interval_fragment(row) for row in (0, 1)] == ["", "#t=0.4,0.6"]
 
 
-def test_middle_frames_of_short_videos(tmp_path: Path) -> None:
+def test_middle_frames_of_short_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A single frame, the last frame of a longer video, and an interval that ends a little after its video."""
     (tmp_path / "files").mkdir()
     for name, num_frames in (("one", 1), ("long", 50)):
@@ -207,6 +207,9 @@ def test_middle_frames_of_short_videos(tmp_path: Path) -> None:
             shown = np.asarray(image.convert("RGB"), np.float32)
         assert shown.shape == (24, 32, 3)
         assert row == 0 or np.abs(last - shown).mean() < 8
+    monkeypatch.setattr("embedcache.dataset.thumbnails.MAX_PIXELS", 767)
+    with pytest.raises(ItemError, match="too many pixels: 32 x 24 in one frame"):
+        thumbnails.webp(0, 224)
 
 
 def test_files_to_play(media: Path) -> None:

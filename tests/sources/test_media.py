@@ -302,6 +302,16 @@ def test_last_frame_is_shown_to_the_end(kind: str) -> None:
         np.testing.assert_array_equal(list(iter_frames(data, start_s)), list(iter_frames(data))[-1:])
 
 
+def test_frames_of_too_many_pixels_are_not_decoded() -> None:
+    """Neither if the file announces their size, nor if it announces another one."""
+    small, large = moving_square(2), moving_square(1, width=320)
+    assert len(list(iter_frames(jpeg_video(small), max_pixels=4_096))) == 2
+    with pytest.raises(ItemError, match="^too many pixels: 32 x 24 in one frame, more than 767$"):
+        next(iter_frames(jpeg_video(small), max_pixels=767))
+    with pytest.raises(ItemError, match="^damaged video: "):
+        list(iter_frames(jpeg_video([small[0], *large, small[1]]), max_pixels=4_096))
+
+
 def test_frames_of_varying_length_are_put_at_a_constant_rate(tmp_path: Path) -> None:
     """Frames at 0, 40, 80, 200 and 240 ms, as a phone in the dark records them: 5 frames in 280 ms."""
     data = encode_video(moving_square(5), times_ms=[0, 40, 80, 200, 240], kind="mkv")
