@@ -1,11 +1,12 @@
 """Images, recordings and videos of a cache by row, as a browser shows and plays them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
 from fastapi import Response
+from fastapi.responses import StreamingResponse
 
 from embedcache.dataset.thumbnails import PLAYED, PlayedFile, Thumbnails
 from embedcache.store.cache import Cache
@@ -17,7 +18,7 @@ _NUM_CACHED_FILES = 4
 _MAX_FILE_BYTES = 2**26
 """Largest file that is played: 35 minutes of sound."""
 _MAX_PART_BYTES = 2**20
-"""Largest part of a file in one response, so that a player that reads slowly holds no more memory."""
+"""Largest part of a file that is sent at once, so that a player that reads slowly holds no more memory."""
 _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
 KEPT = {"Cache-Control": "private, max-age=86400"}
 
@@ -43,15 +44,21 @@ def respond_with_part(file: PlayedFile, part: str | None) -> Response:
     """Return the part of a file that a player asks for with the header `Range`, at most 1 MiB; without it, all.
 
     A player that gets less than it asked for, or jumps to another time, sends the next request. What is no range of one
-    part counts as no header, as HTTP allows.
+    part counts as no header, as HTTP allows; the whole file is then sent as fast as it is received.
     """
     match, size = _RANGE.fullmatch(part or ""), len(file.data)
     headers = {**KEPT, "Accept-Ranges": "bytes"}
     if match is None:
-        return Response(file.data, media_type=file.media_type, headers=headers)
+        length = {"Content-Length": str(size)}
+        return StreamingResponse(_parts(file.data), media_type=file.media_type, headers={**headers, **length})
     first, last = int(match[1]), int(match[2] or size)
     if first >= size or last < first:
         return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{size}"})
     stop = min(last + 1, first + _MAX_PART_BYTES, size)
     headers["Content-Range"] = f"bytes {first}-{stop - 1}/{size}"
     return Response(file.data[first:stop], 206, media_type=file.media_type, headers=headers)
+
+
+async def _parts(data: bytes) -> AsyncIterator[bytes]:
+    for first in range(0, len(data), _MAX_PART_BYTES):
+        yield data[first : first + _MAX_PART_BYTES]

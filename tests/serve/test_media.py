@@ -1,5 +1,6 @@
 """Recordings and videos on the search page: what is sent to be shown and played, and to whom."""
 
+import asyncio
 import io
 import os
 import shutil
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
+from starlette.types import Message
 
+from embedcache.dataset.thumbnails import PlayedFile
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
+from embedcache.serve.items import respond_with_part
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
@@ -91,6 +95,20 @@ def test_parts_of_a_file(client: TestClient, media: Path, monkeypatch: pytest.Mo
     ):
         answer = client.get("/api/videos/0/play", headers={"Range": part})
         assert (answer.status_code, answer.content) == (status, expected), part
+
+
+def test_whole_file_is_sent_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that reads slowly, or not at all, held all of it in the memory of the server."""
+    monkeypatch.setattr("embedcache.serve.items._MAX_PART_BYTES", 1000)
+    response = respond_with_part(PlayedFile(data=bytes(range(256)) * 10, media_type="video/mp4"), None)
+    parts = list[bytes]()
+
+    async def send(message: Message) -> None:
+        parts.append(message.get("body", b""))
+
+    asyncio.run(response({"type": "http", "asgi": {"spec_version": "2.4"}}, None, send))  # type: ignore[arg-type]
+    assert (max(map(len, parts)), b"".join(parts)) == (1000, bytes(range(256)) * 10)
+    assert (response.status_code, response.headers["content-length"]) == (200, "2560")
 
 
 def test_hits_name_what_to_play(media: Path, client: TestClient) -> None:
