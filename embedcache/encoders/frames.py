@@ -34,8 +34,8 @@ _MAX_STREAMED_BYTES = 2**29
 class RawVideo(Protocol):
     """What a video item has, see `embedcache.sources.video.Video`."""
 
-    is_streamed: bool
-
+    @property
+    def is_streamed(self) -> bool: ...
     @property
     def frames_THW3(self) -> Array: ...
     @property

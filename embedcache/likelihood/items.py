@@ -26,14 +26,14 @@ from embedcache.provenance import check_same, digest, digest_file
 from embedcache.registry import names_from
 from embedcache.sources.images import rgb_image
 from embedcache.sources.sound import check_audio
-from embedcache.sources.video import Video, check_video
+from embedcache.sources.video import StreamedVideo, Video, check_video
 from embedcache.store.cache import Cache
 from embedcache.train.batches import to_device
 from embedcache.train.examples import open_media
 from embedcache.train.likelihood_batches import read_tokens
 from embedcache.train.modules import fitted_name
 
-ItemLike: TypeAlias = str | Path | bytes | Image | Array | Video | Mapping[str, Array]
+ItemLike: TypeAlias = str | Path | bytes | Image | Array | Video | StreamedVideo | Mapping[str, Array]
 """An item: the path or the bytes of a file, an open `PIL.Image.Image` of any mode, or else what its encoder prepares:
 (n,) float32 mono samples in [-1, 1] at 16 kHz, a `Video`, or arrays of points by name."""
 ItemsLike: TypeAlias = ItemLike | Sequence[ItemLike] | Cache
@@ -41,7 +41,7 @@ ItemsLike: TypeAlias = ItemLike | Sequence[ItemLike] | Cache
 Batches: TypeAlias = Iterator[tuple[slice, Mapping[str, Tokens]]]
 """Positions and tokens of each batch."""
 
-_ONE = (str, Path, bytes, Image, np.ndarray, Video, Mapping)
+_ONE = (str, Path, bytes, Image, np.ndarray, Video, StreamedVideo, Mapping)
 _BLOCK_ROWS = 64
 
 

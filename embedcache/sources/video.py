@@ -4,9 +4,10 @@ Every damaged, empty or oversized item is an `ItemError` whose message is the re
 """
 
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -28,6 +29,7 @@ Frame: TypeAlias = Callable[[], Array]
 """One frame, converted to (H, W, 3) uint8, RGB and upright, by each call: many frames are only counted."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Video:
     """Frames of a video in memory.
 
@@ -36,25 +38,14 @@ class Video:
         rate_hz: frames per second, on average.
     """
 
-    is_streamed = False
+    frames_THW3: Array
+    rate_hz: float
+    is_streamed: ClassVar[bool] = False
     """Whether the frames are decoded whenever they are read, because all of them do not fit into memory."""
 
-    def __init__(self, *, frames_THW3: Array, rate_hz: float) -> None:
-        self._frames_THW3, self._rate_hz = frames_THW3, rate_hz
-
     @property
-    def frames_THW3(self) -> Array:
-        """All frames: (T, H, W, 3) uint8."""
-        return self._frames_THW3
-
-    @property
-    def rate_hz(self) -> float:
-        """Frames per second, on average."""
-        return self._rate_hz
-
-    @property
-    def duration_s(self) -> float | None:
-        """Length in seconds; of a streamed video as its file announces it, or None."""
+    def duration_s(self) -> float:
+        """Length in seconds."""
         return len(self.frames_THW3) / self.rate_hz
 
     def frames(self) -> Iterator[Frame]:
@@ -62,8 +53,8 @@ class Video:
         return (partial(np.asarray, frame_HW3) for frame_HW3 in self.frames_THW3)
 
 
-class StreamedVideo(Video):
-    """A video in a file, whose frames are decoded whenever they are read.
+class StreamedVideo:
+    """A video in a file, with all that a `Video` has; its frames are decoded whenever they are read.
 
     Memory: the bytes of the file; two frames while they are read by `frames`.
 
@@ -72,16 +63,16 @@ class StreamedVideo(Video):
         start_s: start of an interval in seconds; None for the beginning.
         stop_s: end of the interval; None for the end.
         rate_hz: frames per second, on average.
-        duration_s: announced length in seconds; None if the file announces no exact one.
+        duration_s: length in seconds as the file announces it; None if it announces no exact one.
     """
 
-    is_streamed = True
+    is_streamed: ClassVar[bool] = True
 
     def __init__(
         self, data: bytes, start_s: float | None, stop_s: float | None, *, rate_hz: float, duration_s: float | None
     ) -> None:
         self._data, self._interval = data, (start_s, stop_s)
-        self._rate_hz, self._duration_s = rate_hz, duration_s
+        self.rate_hz, self.duration_s = rate_hz, duration_s
 
     @cached_property
     def frames_THW3(self) -> Array:
@@ -89,11 +80,6 @@ class StreamedVideo(Video):
         with open_container(self._data, "video") as (container, _):
             stream = open_stream(container, "video", *self._interval)
             return _read_all(_interval_frames(container, stream, *self._interval))
-
-    @property
-    def duration_s(self) -> float | None:
-        """Length in seconds as the file announces it, or None."""
-        return self._duration_s
 
     def frames(self) -> Iterator[Frame]:
         """Iterate over the frames, in order.
@@ -108,7 +94,7 @@ class StreamedVideo(Video):
                 yield partial(_convert, frame)
 
 
-def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None = None) -> Video:
+def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None = None) -> Video | StreamedVideo:
     """Decode the frames of a video, upright; of an interval, those whose time is in it.
 
     A video with more than `MAX_VIDEO_PIXELS` in its frames is a `StreamedVideo`, of which only those who ask for all
@@ -183,12 +169,12 @@ def iter_frames(
         check_end(container, stream, time_s + step_s, None, None)
 
 
-def check_video(video: Any) -> Video:
+def check_video(video: Any) -> Video | StreamedVideo:
     """Return a video that is as `decode_video` returns it; DataError if it is not."""
+    if isinstance(video, StreamedVideo):  # of `decode_video` itself
+        return video
     if not isinstance(video, Video):
         raise DataError(f"expected a path, or a Video of frames and their rate, got {type(video).__name__}")
-    if video.is_streamed:  # of `decode_video` itself
-        return video
     frames = video.frames_THW3
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
         raise DataError(f"expected uint8 RGB frames of shape (T, H, W, 3), got {frames.dtype} of shape {frames.shape}")

@@ -15,14 +15,14 @@ from embedcache.arrays import Array, Floats, blocks
 from embedcache.errors import DataError, ItemError, PathError, SettingError
 from embedcache.sources.media import AUDIO_RATE_HZ, MAX_VIDEO_PIXELS, StreamInfo, probe_media
 from embedcache.sources.sound import check_audio, iter_audio
-from embedcache.sources.video import Video, check_video, iter_frames
+from embedcache.sources.video import StreamedVideo, Video, check_video, iter_frames
 from embedcache.transcription.settings import MOUTH_FORM, Mouth, check_mouth
 
 AudioLike: TypeAlias = str | Path | Array
 """Sound: the path of a media file, or (n,) float32 mono samples in [-1, 1] at 16 kHz."""
-VideoLike: TypeAlias = str | Path | Video
+VideoLike: TypeAlias = str | Path | Video | StreamedVideo
 """Frames: the path of a video, or a decoded `Video`."""
-Source: TypeAlias = Path | Array | Video
+Source: TypeAlias = Path | Array | Video | StreamedVideo
 SLACK_S = 0.25
 """Sound and frames may differ by this much in length: the tracks of a file rarely end together."""
 
@@ -174,8 +174,8 @@ def _inspect(item: Source, stream: str) -> dict[str, StreamInfo]:
         if not infos:  # FFmpeg reads texts of many kinds as subtitles
             raise ItemError("expected a recording or a video, got a file with neither sound nor frames")
         return infos
-    if isinstance(item, Video):
-        return {stream: StreamInfo(rate_hz=item.rate_hz, duration_s=len(item.frames_THW3) / item.rate_hz)}
+    if isinstance(item, Video | StreamedVideo):
+        return {stream: StreamInfo(rate_hz=item.rate_hz, duration_s=item.duration_s)}
     return {stream: StreamInfo(rate_hz=AUDIO_RATE_HZ, duration_s=len(item) / AUDIO_RATE_HZ)}
 
 
@@ -234,11 +234,13 @@ def _cut_windows(clip: Clip, window_s: float, step_s: float) -> Iterator[Window]
 def _open_track(clip: Clip, stream: str) -> "_Track":
     source, rate_hz = clip.sources[stream], clip.infos[stream].rate_hz
     if stream == "audio":
-        assert not isinstance(source, Video)
+        assert not isinstance(source, Video | StreamedVideo)
         pieces = iter_audio(source) if isinstance(source, Path) else _split(source, AUDIO_RATE_HZ)
         return _Track(stream, rate_hz, pieces)
     if isinstance(source, Path):
         return _Track(stream, rate_hz, (_crop(frame[None], clip.mouth).copy() for frame in iter_frames(source)))
+    if isinstance(source, StreamedVideo):
+        return _Track(stream, rate_hz, (_crop(frame()[None], clip.mouth).copy() for frame in source.frames()))
     assert isinstance(source, Video)
     return _Track(stream, rate_hz, _split(_crop(source.frames_THW3, clip.mouth), round(rate_hz)))
 

@@ -3,6 +3,7 @@
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -125,6 +126,12 @@ def test_missing_stream_fails() -> None:
         decode_video(wav(tone(1)))
 
 
+def test_videos_are_changed_as_dataclasses() -> None:
+    whole = decode_video(encode_video(moving_square(10)))
+    half = replace(whole, frames_THW3=whole.frames_THW3[:5])
+    assert (len(list(half.frames())), half.duration_s, half.is_streamed) == (5, 0.2, False)
+
+
 def test_large_video_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
     assert not decode_video(encode_video(moving_square(10))).is_streamed
@@ -240,7 +247,7 @@ def test_random_damage_never_crashes(kind: str) -> None:
             except ItemError:
                 num_failed += 1
             else:
-                assert isinstance(decoded, Video) or np.isfinite(decoded).all()
+                assert isinstance(decoded, Video | StreamedVideo) or np.isfinite(decoded).all()
     assert num_failed or kind in {"wav", "mp3"}
 
 

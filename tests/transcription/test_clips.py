@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from embedcache.errors import DataError, PathError, SettingError
-from embedcache.sources.video import Video
+from embedcache.sources.video import StreamedVideo, Video, decode_video
 from embedcache.transcription import clips
 from embedcache.transcription.clips import Clip, iter_windows, open_clip
 from tests.media_files import encode_audio, encode_video, float_wav, moving_square, tone, wav
@@ -90,6 +90,20 @@ def test_files_are_read_as_arrays_are(tmp_path: Path) -> None:
     of_video = list(iter_windows(opened(tmp_path / "a.mp4"), window_s=4.0, step_s=0.04))
     assert [sorted(window.items) for window in of_video] == [["audio", "video"]] * 3
     assert sum(len(window.items["video"].frames_THW3) for window in of_video) == 225
+
+
+@pytest.mark.parametrize("duration_s", [9.0, None])
+def test_frames_may_be_decoded_meanwhile(duration_s: float | None) -> None:
+    data, options = encode_video(moving_square(225)), {"mouth": (0.25, 0.25, 0.75, 0.75)}
+    streamed = StreamedVideo(data, None, None, rate_hz=25, duration_s=duration_s)
+    for one, other in zip(
+        iter_windows(opened(video=streamed, **options), window_s=4.0, step_s=0.04),
+        iter_windows(opened(video=decode_video(data), **options), window_s=4.0, step_s=0.04),
+        strict=True,
+    ):
+        assert one[:2] == other[:2]
+        np.testing.assert_array_equal(one.items["video"].frames_THW3, other.items["video"].frames_THW3)
+    assert "frames_THW3" not in vars(streamed)  # never all of them at once
 
 
 def test_mouth_is_cut_out(tmp_path: Path) -> None:
