@@ -127,8 +127,10 @@ def import_vectors(
 
 def is_normalized(vectors_ND: Array) -> bool:
     """Return whether all finite rows have length 1, within the precision of float16."""
-    lengths_N = np.linalg.norm(np.asarray(vectors_ND, np.float32), axis=1)
-    return bool((np.abs(lengths_N[np.isfinite(lengths_N)] - 1) <= UNIT_TOLERANCE).all())
+    finite_ND = np.asarray(vectors_ND, np.float32)[np.isfinite(vectors_ND).all(axis=1)]
+    with np.errstate(over="ignore"):
+        lengths_N = np.linalg.norm(finite_ND, axis=1)
+    return bool((np.abs(lengths_N - 1) <= UNIT_TOLERANCE).all())
 
 
 def _hash_files(vectors: VectorImport, progress: Progress) -> dict[str, str]:

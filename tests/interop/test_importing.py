@@ -348,3 +348,12 @@ def test_vectors_of_two_imports_are_imported_together(tmp_path: Path) -> None:
     for test in (paths["test"], tmp_path / "other-cache"):
         reasons = [leaks.reason for leaks in embedcache.find_leaks(paths["pool"], test).leaks]
         assert all(reason is not None and reason.endswith(advice) for reason in reasons)
+
+
+def test_long_vectors_are_not_normalized() -> None:
+    vectors_ND = np.array([[1, 0], [1e30, 1e30], [np.nan, 1]], np.float32)
+    assert [importing.is_normalized(rows) for rows in (vectors_ND[:1], vectors_ND[::2], vectors_ND)] == [
+        True,
+        True,
+        False,
+    ]
