@@ -1,6 +1,7 @@
 """The trials of a study in Optuna's storage: which process works on each, and their outcomes."""
 
 import itertools
+import sqlite3
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -259,8 +260,15 @@ def _open_storage(
 ) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = path.resolve() / "study.db"
-    url = settings.storage or f"sqlite:///{file}"
-    engine: dict[str, Any] = {"connect_args": {"timeout": _SQLITE_TIMEOUT_S}} if url.startswith("sqlite") else {}
+    url, engine = settings.storage or "sqlite:///study.db", dict[str, Any]()
+    if settings.storage is None:  # by its path: in a URL, `?` and `%` of the name of a folder have a meaning
+
+        def connect() -> sqlite3.Connection:
+            return sqlite3.connect(file, timeout=_SQLITE_TIMEOUT_S, check_same_thread=False)
+
+        engine["creator"] = connect
+    elif url.startswith("sqlite"):
+        engine["connect_args"] = {"timeout": _SQLITE_TIMEOUT_S}
     try:
         storage = optuna.storages.RDBStorage(url, engine_kwargs=engine)
         if url.startswith("sqlite"):

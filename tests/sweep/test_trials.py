@@ -84,6 +84,12 @@ def test_restart_draws_new_trials(tmp_path: Path, space: Space) -> None:
     assert run_all(open_trials(tmp_path / "parts", space, trials=5)) == whole
 
 
+def test_storage_is_in_a_folder_of_any_name(tmp_path: Path, space: Space) -> None:
+    run_all(open_trials(tmp_path / "50%20? #é", space, trials=1))
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.db")] == [Path("50%20? #é/study.db")]
+    assert {path.name for path in tmp_path.iterdir()} == {"50%20? #é", "space.toml"}
+
+
 def test_trial_of_a_dead_process_is_repeated(tmp_path: Path, space: Space) -> None:
     whole = run_all(open_trials(tmp_path / "whole", space))
     trials = open_trials(tmp_path / "killed", space)
