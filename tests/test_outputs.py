@@ -199,3 +199,10 @@ def test_overwrite_replaces_outputs_only(folder: Path, tmp_path: Path) -> None:
 def test_one_file_for_two_outputs_raises(tmp_path: Path) -> None:
     done = embedcache("evaluate", "pairs", "C", "--output", "x", "--html", "./x", cwd=tmp_path)
     assert "--html: expected a file of its own, got x, which output names too" in done.stderr
+
+
+def test_output_that_is_the_folder_of_the_command_raises(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("00003\n")
+    done = embedcache("cache", "cut", folder / "C", "keys.txt", "out", "--output", "./out", cwd=tmp_path)
+    assert "--output: expected a file of its own, got out, which out names too" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 from embedcache.cli.config_files import is_from_file, refused_value, typed_refusal
 from embedcache.cli.failures import explain_ends
 from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_new_file, keyword, set_parameters
-from embedcache.errors import AmbiguousNameError, EmbedcacheError, PathError
+from embedcache.errors import AmbiguousNameError, EmbedcacheError, PathError, SettingError
 from embedcache.registry import installed_plugins, trust_files
 
 _URL = re.compile(r"((?:.*::)?(?:s3|s3a|gs|gcs|az|abfss?|adl|https?|hf|file|memory|s?ftp|hdfs|github)):/+(.*)")
@@ -49,6 +49,7 @@ class Command(TyperCommand):
         _check_local_paths(ctx)
         before: dict[Path, _State] = {}
         try:
+            _check_own_outputs(ctx)
             with explain_ends(lambda: self._left(ctx, before)):
                 if not (self.kept and isinstance(self.kept, str)):
                     before.update((path, _state_of(path)) for path in self._outputs(ctx))
@@ -144,6 +145,22 @@ def _check_local_paths(context: typer.Context) -> None:
                     f"{name}: expected a path on this machine, got the URL {match[1]}://{match[2]}; name a local path, "
                     "and copy what is there"
                 )
+
+
+def _check_own_outputs(context: typer.Context) -> None:
+    """Check that no output is what an argument names that may be a URL; `check_path_is_own` compares the paths."""
+    arguments = {each.name for each in context.command.params if each.param_type_name == "argument"}
+    named = {
+        Path(value).absolute(): name
+        for name, value in context.params.items()
+        if name in arguments and isinstance(value, str)
+    }
+    for name in _WRITTEN:
+        path = context.params.get(name)
+        if isinstance(path, Path) and path.absolute() in named:
+            raise SettingError(
+                f"{name}: expected a file of its own, got {path}, which {named[path.absolute()]} names too"
+            )
 
 
 def _name_option(context: typer.Context, message: str) -> str:

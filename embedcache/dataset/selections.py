@@ -101,7 +101,7 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
         names = " and ".join(str(cache.path) for cache in caches)
         are_unknown = pluralize(len(unknown), "is no key", "are not keys")
         raise DataError(
-            f"selection {path} of {len(selected):,} keys has {shown}; {are_unknown} of {names}, which "
+            f"selection {path} of {pluralize(len(selected), 'key')} has {shown}; {are_unknown} of {names}, which "
             f"has {sum(map(len, caches)):,}, such as {caches[0].key(0)!r}"
         )
     return rows
@@ -124,9 +124,8 @@ def _without_removed(path: Path | str, keys: pa.Array, caches: Sequence[Cache]) 
 def read_selected_keys(path: Path) -> pa.Array:
     """Return the keys of a selection; errors are those of `read_selection`, which also finds their samples."""
     if not path.is_file():
-        raise PathError(
-            f"selection {path} does not exist; expected Parquet with a column key, or text with one key per line"
-        )
+        got = "is no file" if path.exists() else "does not exist"
+        raise PathError(f"selection {path} {got}; expected Parquet with a column key, or text with one key per line")
     check_split(path)  # the split of a run may serve as a selection
     with _selection_errors(path):
         if path.suffix == ".parquet":

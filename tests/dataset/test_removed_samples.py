@@ -86,6 +86,6 @@ def test_they_are_left_out_of_a_selection(
         read_selection(tmp_path / "keys.txt", [after])
     (tmp_path / "keys.txt").write_text("elsewhere\n")
     caplog.clear()
-    with pytest.raises(DataError, match="of 1 keys has 'elsewhere'; 1 is no key"):
+    with pytest.raises(DataError, match="of 1 key has 'elsewhere'; 1 is no key"):
         read_selection(tmp_path / "keys.txt", [after])
     assert not caplog.messages
