@@ -1,5 +1,6 @@
 """Progress reporting: bars in notebooks and terminals, lines in logs, or an object of yours."""
 
+import re
 import shutil
 import sys
 import time
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 from weakref import WeakSet
 
-from embedcache.errors import SettingError, visible
+from embedcache.errors import SettingError, pluralize, visible
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -181,7 +182,8 @@ class PlainProgress:
     def finish(self) -> None:
         """Write the total time."""
         if self._rate is not None and self._rate.done:
-            done = f"{self._rate.done:,} {self._unit} in {self._rate.seconds:.1f} s"
+            one = re.sub("ie$", "y", self._unit.removesuffix("s"))  # of queries
+            done = f"{pluralize(self._rate.done, one, self._unit)} in {self._rate.seconds:.1f} s"
             self.note(f"{self._what}: {done}, {self._rate.text()}")
         self._rate = None
 

@@ -32,6 +32,20 @@ def test_lines_name_the_part_and_the_state(monkeypatch: pytest.MonkeyPatch, caps
     assert lines[0].endswith(" s left; loss of sound")
 
 
+def test_last_line_of_one_unit_is_singular(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = PlainProgress()
+    for unit in ("images", "queries", "s of speech"):
+        progress.start("reading", 1, unit)
+        progress.advance(1)
+        progress.finish()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" in ")[0] for line in lines] == [
+        "reading: 1 image",
+        "reading: 1 query",
+        "reading: 1 s of speech",
+    ]
+
+
 def test_lines_have_no_total_once_it_is_exceeded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
