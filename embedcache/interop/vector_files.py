@@ -227,6 +227,8 @@ class ImportedSamples:
     def _table_samples(self, group: FileGroup, first: int) -> Iterator[Sample]:
         assert group.table is not None
         file = open_table_file(group.table)
+        in_table = {name for name, vectors in group.vectors.items() if vectors.path == group.table}
+        file = replace(file, columns=tuple(name for name in file.columns if name not in in_table))
         columns = assign_columns(file, self._settings)
         kept = {*columns.others, *columns.media.values(), *columns.interval} - set(group.vectors)
         columns = replace(columns, media={}, others=tuple(name for name in file.plain_columns if name in kept))

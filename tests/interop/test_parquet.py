@@ -66,6 +66,16 @@ def test_folder_of_files(tmp_path: Path) -> None:
     assert cache.samples["key"][19].as_py() == "000000019"
 
 
+def test_columns_of_vectors_have_no_other_role(tmp_path: Path) -> None:
+    """Vectors in columns named as those of images and captions usually are."""
+    lists = lists_of(unit_rows(3), pa.list_(pa.float16()))
+    pq.write_table(pa.table({"image": lists, "text": lists, "sentence": ["a", "b", "c"]}), tmp_path / "rows.parquet")
+    opened = open_parquet_vectors(tmp_path / "rows.parquet", image_vector_column="image", text_vector_column="text")
+    cache, _ = import_files(opened, tmp_path / "cache")
+    assert cache.items("text")["text"].to_pylist() == ["a", "b", "c"]
+    assert [feature.name for feature in cache.features()] == ["image/vector", "text/vector"]
+
+
 def test_origin_is_recorded(labeled: Path, tmp_path: Path) -> None:
     write_parquet(export_of(labeled), tmp_path / "rows.parquet", progress=NullProgress())
     cache, _ = import_files(open_parquet_vectors(tmp_path / "rows.parquet"), tmp_path / "cache")
