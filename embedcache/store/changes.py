@@ -149,7 +149,7 @@ def source_changed(
     options = " ".join(option_words(info.source.get("settings", {})))
     return FingerprintError(
         f"cache {cache_path} has other samples than this source has now: {reason}; it was extracted from {original}"
-        f"{f' with {options}' if options else ''}; {next_step}"
+        f"{f' with {options}; give the same options, or else' if options else ';'} {next_step}"
     )
 
 

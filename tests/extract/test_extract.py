@@ -252,7 +252,10 @@ def test_captions_in_columns_of_unusual_names(tmp_path: Path) -> None:
         run(table, tmp_path / "c")
     named = open_source(table, settings=SourceSettings(caption_columns=("alt", "title")))
     extract(named, tmp_path / "c", text_encoder=[TEXT])
-    with pytest.raises(FingerprintError, match=r"pairs.csv with --caption-column alt --caption-column title; remove"):
+    with pytest.raises(
+        FingerprintError,
+        match=r"pairs.csv with --caption-column alt --caption-column title; give the same options, or else remove",
+    ):
         run(table, tmp_path / "c")
 
 
