@@ -137,6 +137,7 @@ def read_manifest(
     """
     if not path.is_file():
         _check_reachable(path.parent)
+        _check_kind(path.parent, kind)
         state = f"is not a finished {kind}: it has no {path.name}" if path.parent.exists() else "does not exist"
         raise PathError(f"{path.parent} {state}; make one with: {make}")
     values = read_json(path)
@@ -154,6 +155,16 @@ def read_manifest(
 
 
 _MANIFESTS = {"cache.json": "cache", "config.json": "run", "card.json": "index", "study.json": "study"}
+_ARTICLES = {kind: f"{'an' if kind == 'index' else 'a'} {kind}" for kind in _MANIFESTS.values()}
+
+
+def _check_kind(folder: Path, kind: str) -> None:
+    """Raise the error for a folder that holds an artifact of another kind than is expected, if it holds one."""
+    found = next((other for name, other in _MANIFESTS.items() if other != kind and (folder / name).is_file()), None)
+    if found is not None and kind in _ARTICLES:
+        is_study = (kind, found) == ("run", "study")
+        step = f"name one of its runs, in {folder / 'best'}" if is_study else "check the paths and their order"
+        raise PathError(f"{folder}: expected {_ARTICLES[kind]}, got {_ARTICLES[found]}; {step}")
 
 
 def recognize(path: Path) -> str:

@@ -1,10 +1,14 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from embedcache.errors import CorruptError, FingerprintError, PathError
 from embedcache.files import partial_path
+from embedcache.projectors.saved import read_config
 from embedcache.provenance import check_same, digest, prepare_folder, read_json, recognize
+from embedcache.search.card import read_card
+from embedcache.store.layout import read_info
 from tests.golden.test_artifacts import ARTIFACTS
 
 
@@ -14,6 +18,20 @@ from tests.golden.test_artifacts import ARTIFACTS
 )
 def test_recognize(name: str, kind: str) -> None:
     assert recognize(ARTIFACTS / name) == kind
+
+
+@pytest.mark.parametrize(
+    ("read", "folder", "expected"),
+    [
+        (read_info, "run", "run: expected a cache, got a run; check the paths and their order"),
+        (read_config, "index", "index: expected a run, got an index; check the paths"),
+        (read_config, "study", "study: expected a run, got a study; name one of its runs, in .*study/best"),
+        (read_card, "cache", "cache: expected an index, got a cache; check the paths"),
+    ],
+)
+def test_folder_of_another_kind_is_named(read: Callable[[Path], object], folder: str, expected: str) -> None:
+    with pytest.raises(PathError, match=expected):
+        read(ARTIFACTS / folder)
 
 
 def test_recognize_other_path_raises(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_wrong_requests_change_nothing(copy: Path) -> None:
         remove_samples(copy / "c", [])
     with pytest.raises(PathError, match="none does not exist"):
         remove_samples(copy / "c", KEYS, index=[copy / "none"])
-    with pytest.raises(PathError, match="c is not a finished index"):
+    with pytest.raises(PathError, match="c: expected an index, got a cache"):
         plan_removal(copy / "c", KEYS, index=[copy / "c"])
     with pytest.raises(SettingError, match="record_keys: expected one of digest, none, full, got 'all'"):
         RemoveSettings(record_keys="all")  # type: ignore[arg-type]
