@@ -104,6 +104,18 @@ def directions(modalities: Sequence[str]) -> tuple[str, str]:
     return f"{first}2{second}", f"{second}2{first}"
 
 
+def pair_nouns(modalities: Sequence[str]) -> tuple[str, str]:
+    """Return the plurals of the items of a pair; texts of other items are captions: `("images", "captions")`."""
+    first, second = ("captions" if modality == "text" else noun(modality) for modality in modalities)
+    return first, second
+
+
+def name_pair(modalities: Sequence[str]) -> str:
+    """Return the items of a pair as in a sentence, such as `an image and a caption`."""
+    singular = (plural.removesuffix("s") for plural in pair_nouns(modalities))
+    return " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in singular)
+
+
 def noun(modality: str) -> str:
     """Return the plural of a modality's items, such as `images`."""
     return MODALITIES[modality].noun

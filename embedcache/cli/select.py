@@ -171,8 +171,8 @@ def outliers(
 ) -> None:
     """Find odd samples, likely mislabels and wrong captions.
 
-    Each item is compared with its nearest neighbors, and with --run each caption with its image. OUT is a table of
-    scores for curate select --method score.
+    Each item is compared with its nearest neighbors, and with --run also with the other item of its pair, as an image
+    with its caption. OUT is a table of scores for curate select --method score.
 
     Example: embedcache curate outliers cache/ odd.parquet --html odd.html
     """

@@ -10,6 +10,7 @@ from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import read_items
 from embedcache.dataset.similar_pairs import SimilarPairs
 from embedcache.errors import SettingError
+from embedcache.modalities import MODALITIES, order_pair
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 
@@ -34,8 +35,8 @@ class Copies:
 
 
 def choose_modality(cache: Cache, modality: str | None) -> str:
-    """Return the modality of the items to compare: the given one, or image, or text if there are no image features."""
-    return modality or ("image" if cache.features("image") or not cache.features("text") else "text")
+    """Return the modality of the items to compare: the given one, or the first of a pair that the cache has."""
+    return modality or next((name for name in order_pair(MODALITIES) if cache.features(name)), "image")
 
 
 def find_copies(cache: Cache, feature: InputFeature, samples: Ints | None = None) -> Copies:

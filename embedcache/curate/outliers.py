@@ -29,7 +29,6 @@ from embedcache.store.cache import Cache
 
 TYPICALITY, MARGIN, SUGGESTED, PAIR_COSINE = "typicality", "label_margin", "suggested_label", "pair_cosine"
 _LABEL = "label"
-_PAIR = ("image", "text")
 _NUM_NAMED = 20
 _MISLABELED = -0.5
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 1.0)
@@ -69,7 +68,8 @@ class OutlierReport:
         typicality_S: (S,) mean cosine of an item to its k nearest neighbors, NaN without an item.
         rows_S: (S,) row of the item that it is of, -1 without one.
         votes: by label; None without labels.
-        pair_cosines_S: (S,) best cosine of a sample's images and captions, NaN without both; None without a run.
+        pair_cosines_S: (S,) best cosine of a sample's items of the run's two modalities, such as images and captions,
+            NaN without both; None without a run.
         settings: what was compared.
     """
 
@@ -171,7 +171,7 @@ def find_outliers(
     progress: AnyProgress = None,
     **options: Any,
 ) -> OutlierReport:
-    """Score how typical the samples of a cache are, whether their labels fit, and whether images fit captions.
+    """Score how typical the samples of a cache are, whether their labels fit, and whether the items of a pair do.
 
     Time and scratch space as in `find_near_duplicates`; memory 8 k + 200 bytes per item.
 
@@ -302,13 +302,12 @@ def compare_labels(own_B: Ints, label_BK: Ints) -> tuple[Ints, Floats]:
 
 
 def _pair_cosines(vectors: Vectors, progress: Progress) -> Floats | None:
-    """Compare images with their captions by a run of both; None without one, or if the cache lacks either."""
+    """Compare the items of each pair by the run; None without one, or if the cache lacks a modality of it."""
     cache, config = vectors.cache, vectors.config
-    if config is None or set(config.modalities) != set(_PAIR) or not all(cache.features(name) for name in _PAIR):
+    if config is None or not all(map(cache.features, config.modalities)):
         return None
-    samples_M, cosines_M = Pool(
-        cache.path, "image", SelectSettings(run=vectors.run_path, device=vectors.device), progress=progress
-    ).pair_scores()
+    settings = SelectSettings(run=vectors.run_path, device=vectors.device)
+    samples_M, cosines_M = Pool(cache.path, config.modalities[0], settings, progress=progress).pair_scores()
     cosines_S = np.full(cache.info.num_samples, np.nan, np.float32)
     cosines_S[samples_M] = cosines_M
     return cosines_S

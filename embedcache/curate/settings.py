@@ -12,9 +12,12 @@ from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, MOV
 from embedcache.settings import check_settings, setting
 
 _COMMON_FEATURE = "the only one that both have"
-_COMPARED_DEFAULT = "image, or text if there are no image features"
 
-
+_COMPARED: dict[str, Any] = {
+    "default": None,
+    "help": "Modality of the items to compare.",
+    "default_text": "the first with features of image, audio, video, points, text",
+}
 _ALL_PAIRS: dict[str, Any] = {
     "default": None,
     "help": "Compare every pair instead of pairs within clusters.",
@@ -87,9 +90,7 @@ class DedupSettings:
         None, "Remove near-duplicates at or above this cosine similarity; without it, only report.", gt=0, le=1
     )
     copies_only: bool = setting(False, "Remove exact copies only: equal bytes or texts.", flat_name="copies")
-    modality: Literal["image", "text"] | None = setting(
-        None, "Modality of the items to compare.", default_text=_COMPARED_DEFAULT
-    )
+    modality: ModalityName | None = setting(**_COMPARED)
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")
     keep: str = setting(
@@ -246,12 +247,12 @@ class OutlierSettings:
 
     k: int = setting(50, "Nearest neighbors to which the mean cosine is the typicality.", ge=1, le=1000)
     label_neighbors: int = setting(10, "Nearest of these whose labels are compared; all if -k is less.", ge=1, le=1000)
-    modality: Literal["image", "text"] | None = setting(
-        None, "Modality of the items to compare.", default_text=_COMPARED_DEFAULT
-    )
+    modality: ModalityName | None = setting(**_COMPARED)
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(
-        None, "Run that projects the features, and compares images with their captions.", metavar="RUN"
+        None,
+        "Run that projects the features, and compares the items of each pair, such as images with their captions.",
+        metavar="RUN",
     )
     label: str | None = setting(None, LABEL["help"], metavar="COLUMN", default_text="label, if it exists")
     all_pairs: bool | None = setting(**_ALL_PAIRS)

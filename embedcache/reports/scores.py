@@ -9,7 +9,7 @@ from embedcache.arrays import Floats, Ints
 from embedcache.curate.outliers import MARGIN, PAIR_COSINE, TYPICALITY, OutlierReport
 from embedcache.curate.score import ScoreReport
 from embedcache.dataset.thumbnails import credit
-from embedcache.modalities import count_items
+from embedcache.modalities import count_items, name_pair, pair_nouns
 from embedcache.reports.base import (
     QueryExample,
     Section,
@@ -31,15 +31,15 @@ _NUM_NEIGHBORS = 5
 _TITLES = {
     TYPICALITY: "Least typical",
     MARGIN: "Likely mislabels",
-    PAIR_COSINE: "Images and captions that match least",
+    PAIR_COSINE: "{} and {} that match least",
 }
 _NOTES = {
     TYPICALITY: "Left an item, right its nearest neighbors. The typicality is the mean cosine to all of its nearest "
     "neighbors: items that resemble each other more often than that are typical, however odd they are.",
     MARGIN: "Left an item with its label, right its nearest neighbors. The margin is the fraction of its nearest "
     "neighbors that have its label less the fraction that have the most frequent other label.",
-    PAIR_COSINE: "The best cosine of a sample's images and captions, by the run. Pairs that the run was trained on "
-    "match better than others.",
+    PAIR_COSINE: "The best cosine of a sample's {} and {}, by the run. Pairs that the run was trained on match better "
+    "than others.",
 }
 
 
@@ -109,14 +109,16 @@ def outlier_notes(report: OutlierReport) -> list[str]:
         count = format_part(int(report.is_mislabeled.sum()), labeled)
         notes.append(f"likely mislabels: {count} of the labeled samples")
     if report.pair_cosines_S is not None:
-        notes.append(f"pairs: {int(np.isfinite(report.pair_cosines_S).sum()):,} samples with an image and a caption")
+        notes.append(
+            f"pairs: {int(np.isfinite(report.pair_cosines_S).sum()):,} samples with {name_pair(_pair(report))}"
+        )
     return notes
 
 
 def threshold_table(report: OutlierReport) -> Table:
     """Return for fractions of the samples with a score the values of it that leave so many out.
 
-    Their number is that of samples with an item that was compared; fewer have a label, or an image and a caption.
+    Their number is that of samples with an item that was compared; fewer have a label, or both items of a pair.
     """
     rows, num_compared = [], int(np.isfinite(report.typicality_S).sum())
     for fraction in _FRACTIONS:
@@ -129,7 +131,12 @@ def threshold_table(report: OutlierReport) -> Table:
 def write_outlier_page(path: Path, report: OutlierReport, *, image_folders: Sequence[Path] = ()) -> None:
     """Write a page of odd samples: distributions, thresholds, and the lowest of each score beside their neighbors."""
     renderer = ItemRenderer(report.cache, report.vectors.modality, image_folders)
-    images = renderer if report.vectors.modality == "image" else ItemRenderer(report.cache, "image", image_folders)
+    modalities = [] if report.pair_cosines_S is None else _pair(report)
+    nouns = pair_nouns(modalities) if modalities else ()
+    pair = [
+        renderer if modality == report.vectors.modality else ItemRenderer(report.cache, modality, image_folders)
+        for modality in modalities
+    ]
     thresholds = Section(
         title="What a threshold leaves out",
         notes=["A sample is judged by the best of its items.", *outlier_notes(report)],
@@ -141,16 +148,17 @@ def write_outlier_page(path: Path, report: OutlierReport, *, image_folders: Sequ
         samples = report.lowest(name, _NUM_EXAMPLES)
         samples = samples[report.is_mislabeled[samples]] if name == MARGIN else samples
         examples = (
-            _pairs(report, samples, images)
+            _pair_examples(report, samples, *pair)
             if name == PAIR_COSINE
             else [_beside_neighbors(report, name, sample, renderer) for sample in samples.tolist()]
         )
-        sections.append(Section(title=_TITLES[name], notes=[_NOTES[name]], examples=examples))
+        title, note = (text.format(*nouns) for text in (_TITLES[name], _NOTES[name]))
+        sections.append(Section(title=title.capitalize(), notes=[note], examples=examples))
     write_report(
         path,
         title="Outliers",
         summary=f"{report.cache.path.name}: {outlier_line(report)}.",
-        warnings=dict.fromkeys((*renderer.warnings(), *images.warnings())),
+        warnings=dict.fromkeys(warning for each in (renderer, *pair) for warning in each.warnings()),
         sections=sections,
         credit=credit(report.cache),
     )
@@ -171,24 +179,27 @@ def _beside_neighbors(report: OutlierReport, name: str, sample: int, renderer: I
     )
 
 
-def _pairs(report: OutlierReport, samples: Ints, images: ItemRenderer) -> list[QueryExample]:
-    """Return the first image and the captions of some samples."""
+def _pair(report: OutlierReport) -> Sequence[str]:
+    """Return the modalities of the pairs that the run compares."""
+    assert report.vectors.config is not None
+    return report.vectors.config.modalities
+
+
+def _pair_examples(
+    report: OutlierReport, samples: Ints, first: ItemRenderer, second: ItemRenderer
+) -> list[QueryExample]:
+    """Return the first item of some samples beside their items of the other modality, such as an image and captions."""
     assert report.pair_cosines_S is not None
-    texts = RowReader(report.cache, "text", ["text"])
-    starts, counts = RowReader(report.cache, "text").find(samples)
-    rows, _ = RowReader(report.cache, "image").find(samples)
-    examples = []
-    for sample, row, start, count in np.stack([samples, rows, starts, counts], axis=1).tolist():
-        captions = texts.take(np.arange(start, start + count))["text"].to_pylist()
-        examples.append(
-            QueryExample(
-                query=images.render(row),
-                outcome=f"pair cosine {report.pair_cosines_S[sample]:.3f}",
-                is_correct=True,
-                results=[PageItem(text=caption) for caption in captions[:_NUM_NEIGHBORS]],
-            )
+    (rows, _), (starts, counts) = (RowReader(report.cache, modality).find(samples) for modality in _pair(report))
+    return [
+        QueryExample(
+            query=first.render(row),
+            outcome=f"pair cosine {report.pair_cosines_S[sample]:.3f}",
+            is_correct=True,
+            results=[second.render(other) for other in range(start, start + min(count, _NUM_NEIGHBORS))],
         )
-    return examples
+        for sample, row, start, count in np.stack([samples, rows, starts, counts], axis=1).tolist()
+    ]
 
 
 def _histogram(values_S: Floats, name: str) -> str:

@@ -12,7 +12,7 @@ from embedcache.dataset.scores import Score, read_scores
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.files import AnyPath
-from embedcache.modalities import noun
+from embedcache.modalities import name_pair, noun, pair_nouns
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.search.vectors import Vectors
@@ -172,24 +172,27 @@ class Pool:
             yield kept["sample"].to_numpy().astype(np.int64), kept["text"].to_pylist()
 
     def pair_scores(self) -> tuple[Ints, Floats]:
-        """Compare each image of the pool with each caption of its sample, projected by the run.
+        """Compare each item of the pool with those of the run's other modality of its sample, projected by the run.
 
         Returns samples with both, ascending, (M,) int64, and the best cosine of each, (M,) float32. Raises `DataError`
         if no sample has both.
         """
-        texts = Vectors(self.cache.path, "text", run_path=self._settings.run, device=self._settings.device)
-        text_samples = self._samples_of("text")[texts.rows]
+        other = self.vectors.other_modality
+        assert other is not None  # a method that compares pairs requires a run
+        pair = (self.modality, other)
+        others = Vectors(self.cache.path, other, run_path=self._settings.run, device=self._settings.device)
+        other_samples = self._samples_of(other)[others.rows]
         best = np.full(self.cache.info.num_samples, -np.inf, np.float32)
-        for samples, images_BP in self.blocks("comparing images with their captions"):
-            start = np.searchsorted(text_samples, samples)
-            counts = np.searchsorted(text_samples, samples, side="right") - start
-            image, text = concatenated_ranges(start, counts)
-            if len(text):
-                cosines = np.einsum("mp,mp->m", images_BP[image], texts.read(texts.rows[text]))
-                np.maximum.at(best, samples[image], cosines)
+        for samples, vectors_BP in self.blocks("comparing {} with their {}".format(*pair_nouns(pair))):
+            start = np.searchsorted(other_samples, samples)
+            counts = np.searchsorted(other_samples, samples, side="right") - start
+            left, right = concatenated_ranges(start, counts)
+            if len(right):
+                cosines = np.einsum("mp,mp->m", vectors_BP[left], others.read(others.rows[right]))
+                np.maximum.at(best, samples[left], cosines)
         paired_samples = np.flatnonzero(np.isfinite(best))
         if not len(paired_samples):
-            raise DataError(f"{self.cache.path}: expected samples with both an image and a caption, got none")
+            raise DataError(f"{self.cache.path}: expected samples with both {name_pair(pair)}, got none")
         return paired_samples, best[paired_samples]
 
     def _samples_of(self, modality: str) -> Ints:

@@ -1,0 +1,130 @@
+"""Curation of recordings, videos and point clouds: each command does for them what it does for images."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from embedcache.extract.extract import extract
+from embedcache.sources import open_source
+from tests.cli.run import succeed
+from tests.media_files import encode_audio, encode_video, npz, tone, wav
+from tests.media_toy import MEDIA
+from tests.toy import TEXT
+
+NUM = 18
+
+
+@dataclass(frozen=True)
+class Case:
+    """A modality: its items by a number, two files that hold the same item, and what the pages call them."""
+
+    modality: str
+    feature: str
+    noun: str
+    suffix: str
+    write: Callable[[int], bytes]
+    other_suffix: str
+    write_again: Callable[[int], bytes]
+
+
+def _color(number: int) -> np.ndarray:
+    return np.full((3, 16, 16, 3), np.array([250, 12 * number, 250 - 12 * number]), np.uint8)
+
+
+def _cloud(number: int) -> dict[str, np.ndarray]:
+    xyz = np.array([[0, 0, 0], [10, number, 20 - number]], np.float32)
+    return {"xyz": xyz, "uv": np.zeros((2, 2), np.float32), "label": np.zeros(2, np.int16)}
+
+
+def _tone(number: int) -> np.ndarray:
+    return tone(0.1, 137.0 + 190.0 * number)
+
+
+def _stored(arrays: dict[str, np.ndarray]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+CASES = [
+    Case(
+        "audio", "mean", "recordings", "wav", lambda n: wav(_tone(n)), "flac", lambda n: encode_audio(_tone(n), "flac")
+    ),
+    Case(
+        "video",
+        "mean",
+        "videos",
+        "mp4",
+        lambda n: encode_video(_color(n)),
+        "mkv",
+        lambda n: encode_video(_color(n), kind="mkv"),
+    ),
+    Case(
+        "points",
+        "extent",
+        "point clouds",
+        "npz",
+        lambda n: npz(_cloud(n)),
+        "npz",
+        lambda n: _stored(_cloud(n)),
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Made:
+    """Caches of one modality with captions and labels; in `train` item 3 recurs as a copy, item 5 in another file."""
+
+    case: Case
+    train: Path
+    test: Path  # item 3 as a copy, item 7 in another file, and two of its own
+
+    @property
+    def feature(self) -> str:
+        return f"open_media/{self.case.feature}"
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.modality)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    case, folder = request.param, tmp_path_factory.mktemp("any")
+    for part, numbers, again in (("train", (*range(NUM), 3), 5), ("test", (3, 30, 31), 7)):
+        (folder / part).mkdir()
+        for place, number in enumerate((*numbers, again)):
+            is_again = place == len(numbers)
+            suffix = case.other_suffix if is_again else case.suffix
+            data = case.write_again(number) if is_again else case.write(number)
+            (folder / part / f"{place:02d}.{suffix}").write_bytes(data)
+            (folder / part / f"{place:02d}.txt").write_text(f"item {chr(97 + number % 26)} {part}")
+            (folder / part / f"{place:02d}.json").write_text(f'{{"label": "{"low" if number < 9 else "high"}"}}')
+        extract(
+            open_source(folder / part), folder / f"{part}-cache", encoder={case.modality: [MEDIA]}, text_encoder=[TEXT]
+        )
+    return Made(case, folder / "train-cache", folder / "test-cache")
+
+
+def test_dedup(made: Made, tmp_path: Path) -> None:
+    printed = succeed("curate", "dedup", made.train, "kept.parquet", "--cosine", 0.99999, cwd=tmp_path)
+    assert f"20 {made.case.noun} of {made.feature}; 1 is a byte-identical copy;" in " ".join(printed.split())
+    removed = pq.read_table(tmp_path / "kept.removed.parquet").to_pylist()
+    assert [(row["key"], row["kept_key"], row["is_copy"]) for row in removed] == [
+        ("18", "03", True),
+        ("19", "05", False),
+    ]
+    if made.case.modality == "audio":  # drawing takes a second
+        succeed("curate", "dedup", made.train, "x.parquet", "--copies", "--html", "page.html", cwd=tmp_path)
+        assert "<audio" in (tmp_path / "page.html").read_text()
+
+
+def test_outliers(made: Made, tmp_path: Path) -> None:
+    words = ("curate", "outliers", made.train, "odd.parquet", "-k", 3, "--modality", made.case.modality)
+    printed = succeed(*words, cwd=tmp_path)
+    assert f"20 {made.case.noun} of {made.feature}, each with its 3 nearest of 19 different ones" in " ".join(
+        printed.split()
+    )
+    table = pq.read_table(tmp_path / "odd.parquet")
+    assert {"typicality", "label_margin"} <= set(table.column_names)
