@@ -1,14 +1,17 @@
-"""Processes that are killed or train together, forked from one server that has imported everything already."""
+"""Processes that are killed, train or encode together, forked from one server that has imported everything already."""
 
 import multiprocessing
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from torch.distributed import TCPStore
 
@@ -63,6 +66,20 @@ def call_together(num_processes: int, function: Callable[..., Any], *arguments: 
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * num_processes
+
+
+@contextmanager
+def forked_workers() -> Iterator[None]:
+    """Fork the worker processes that an extraction would spawn: each would import for two seconds."""
+    with mock.patch("multiprocessing.get_context", return_value=_CONTEXT):
+        yield
+
+
+def running_processes() -> list[int]:
+    """Return the ids of the forked processes that run, in the order in which they were started."""
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    children = map(int, Path(f"/proc/{server}/task/{server}/children").read_text().split())
+    return [child for child in children if Path(f"/proc/{child}/cmdline").read_bytes()]  # that of a dead one is empty
 
 
 def crash(arguments: Sequence[str], moment: str, pattern: str, number: int = 1) -> None:

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from embedcache.errors import EmbedcacheError, SettingError, UnfinishedError, Un
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
+from tests.crash import forked_workers, running_processes
 from tests.extract.cases import ALL_ENCODED, FEATURES, NUM_IMAGES, extract_slowly, run, same_bytes
 from tests.images import write_images
 from tests.recorded import RecordedProgress
@@ -43,13 +45,6 @@ def test_two_processes_give_the_bytes_of_one(source: Path, one_process: Path, tm
     assert progress.counts["encoding images"] == NUM_IMAGES, "no chunk was encoded twice"
 
 
-def worker_processes() -> list[int]:
-    """Return the ids of the worker processes that multiprocessing spawned from this process."""
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    lines = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-    return [child for child, line in lines.items() if b"spawn_main" in line]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("num_killed", [1, 2])
 def test_killed_process_leaves_its_chunks_to_others(
@@ -61,16 +56,15 @@ def test_killed_process_leaves_its_chunks_to_others(
         deadline = time.monotonic() + 60
         while len(list(commits.glob("*.parquet"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
-        for process in worker_processes()[:num_killed]:
+        for process in running_processes()[:num_killed]:
             os.kill(process, signal.SIGKILL)
 
     progress, killer = RecordedProgress(), threading.Thread(target=kill)
     killer.start()
-    if num_killed == 2:
-        with pytest.raises(UnfinishedError, match="2 of 2 worker processes died; finished chunks are stored; run"):
-            extract_slowly(source, tmp_path / "c", progress, delay_ms=200, devices=("cpu", "cpu"))
-    else:
+    died = pytest.raises(UnfinishedError, match="2 of 2 worker processes died; finished chunks are stored; run")
+    with forked_workers(), died if num_killed == 2 else nullcontext():
         extract_slowly(source, tmp_path / "c", progress, delay_ms=200, devices=("cpu", "cpu"))
+    if num_killed == 1:
         assert progress.notes == ["1 of 2 worker processes died; the others finished their chunks"]
     killer.join()
     run(source, tmp_path / "c", features=FEATURES)
@@ -79,7 +73,8 @@ def test_killed_process_leaves_its_chunks_to_others(
 
 @pytest.mark.slow
 def test_error_in_a_process_is_raised(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="unknown option 'nonsense' of the encoder family 'tests.toy:open_toy'"):
+    message = "unknown option 'nonsense' of the encoder family 'tests.toy:open_toy'"
+    with forked_workers(), pytest.raises(UnknownNameError, match=message):
         extract_slowly(
             source,
             tmp_path / "c",
