@@ -70,7 +70,7 @@ def call_together(num_processes: int, function: Callable[..., Any], *arguments: 
 
 @contextmanager
 def forked_workers() -> Iterator[None]:
-    """Fork the worker processes that an extraction would spawn: each would import for two seconds."""
+    """Fork the worker processes that embedcache would spawn: each would import for two seconds or more."""
     with mock.patch("multiprocessing.get_context", return_value=_CONTEXT):
         yield
 

@@ -23,7 +23,7 @@ from embedcache.train import recipes
 from embedcache.train.data import open_data
 from embedcache.train.recipes import Recipe, TrainingLength
 from embedcache.train.trackers import TrackedRun
-from tests.crash import start
+from tests.crash import forked_workers, start
 from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.sweep.conftest import FEATURES, RANDOM, SPACE
@@ -352,7 +352,7 @@ def test_killed_sweep_resumes_with_two_workers(
     process.join()
     written = (study_path / "trials/00000/model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(sys, "argv", ["embedcache", *words, "--workers", "2"])
-    with pytest.raises(SystemExit) as stopped:
+    with forked_workers(), pytest.raises(SystemExit) as stopped:
         main()
     shown = capsys.readouterr()
     assert stopped.value.code == 0, shown.err
