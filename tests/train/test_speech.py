@@ -73,6 +73,7 @@ def train_fusion(
     return run
 
 
+@pytest.mark.slow
 def test_a_recognizer_learns_letters_from_sound_or_lips(caches: tuple[Path, Path], tmp_path: Path) -> None:
     for name, epochs in (("audio", 40), ("video", 28)):
         data = [utterances(cache, name) for cache in caches]
