@@ -113,9 +113,10 @@ def save_run(
 
 
 @cache
+@cache
 def train_network() -> SpeechNetwork:
     """Train a network of both streams on `TOY` and `PIXELS`, on the label of each frame: a second instead of the
-    minutes that CTC needs to find them.
+    minutes that CTC needs to find them. Not to be changed.
     """
     rng = np.random.default_rng(0)
     said = [say(random_text(rng, 1 + number % 4), rng, pause=6 + 3 * (number % 5)) for number in range(10)]
