@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 from torch.distributed import TCPStore
@@ -18,6 +19,8 @@ from torch.distributed import TCPStore
 import tests.flushes  # noqa: F401 - in forked processes, too
 from embedcache.cli.main import root_command
 from embedcache.records import _metadata_folders, _owners
+
+T = TypeVar("T")
 
 replace = Path.replace
 root_command()  # this and the next line are cached for all forked processes: each would take 0.05 and 0.3 s
@@ -52,6 +55,18 @@ def call(function: Callable[..., Any], *arguments: Any) -> None:
     process = start_call(function, *arguments)
     process.join()
     assert process.exitcode == 0
+
+
+def call_elsewhere(function: Callable[..., T], *arguments: Any, environment: Mapping[str, str]) -> T:
+    """Call a function of a module in a process of its own, with this environment alone, and return what it returns."""
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = start_call(_send_result, sender, dict(environment), function, arguments)
+    sender.close()
+    with receiver:
+        result: T = receiver.recv()
+    process.join()
+    assert process.exitcode == 0
+    return result
 
 
 def call_together(num_processes: int, function: Callable[..., Any], *arguments: Any) -> None:
@@ -99,6 +114,14 @@ def crash_function(
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+def _send_result(
+    sender: Connection, environment: Mapping[str, str], function: Callable[..., Any], arguments: Sequence[Any]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    sender.send(function(*arguments))
 
 
 def _call_as(environment: Mapping[str, str], function: Callable[..., Any], arguments: Sequence[Any]) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from embedcache.export.settings import RECORD, ExportSettings
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, project, save_pair, split_path
 from embedcache.records import record_stage
+from tests.crash import call_elsewhere
 from tests.edits import edit_record
 from tests.export.runs import check_documented, make_run
 from tests.hub_server import serve_hub
@@ -289,32 +289,23 @@ def _relative_imports(path: Path) -> set[str]:
     return set(re.findall(r"^\s*from\s+\.(\S+)\s+import", path.read_text(), re.MULTILINE))
 
 
-PUSH = """\
-import sys
-from pathlib import Path
-from embedcache.errors import PathError
-from embedcache.export.export import export_run
-from embedcache.export.settings import ExportSettings
-run, folder = Path(sys.argv[1]), Path(sys.argv[2])
-print(export_run("safetensors", run, folder / "pair", ExportSettings(push_to_hub="me/pair")).url)
-try:
-    export_run("safetensors", run, folder / "closed", ExportSettings(push_to_hub="me/closed"))
-except PathError as error:
-    print("refused:", error)
-"""
+def push_both(run: Path, folder: Path) -> tuple[str | None, str]:
+    """Upload an export to a repository that takes it and to one that refuses; return the URL and the error."""
+    url = export_run("safetensors", run, folder / "pair", ExportSettings(push_to_hub="me/pair")).url
+    with pytest.raises(PathError) as refused:
+        export_run("safetensors", run, folder / "closed", ExportSettings(push_to_hub="me/closed"))
+    return url, str(refused.value)
 
 
 @pytest.mark.slow
 def test_push_to_hub(run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PUSH, str(run), str(tmp_path)]
     with serve_hub() as hub:
-        done = subprocess.run(command, env=hub.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    pushed, refused = done.stdout.splitlines()
+        pushed, refused = call_elsewhere(push_both, run, tmp_path, environment=hub.environment())
+    assert pushed is not None
     assert pushed.endswith("/me/pair")
     assert hub.created[0]["name"] == "pair"
     assert hub.created[0].get("private") is True or hub.created[0]["visibility"] == "private"
     assert [repository for repository, _ in hub.commits] == ["me/pair"]
     assert {"README.md", "config.json", "model.safetensors", RECORD} <= set(hub.repositories["me/pair"])
-    assert re.search(r"refused: cannot upload to me/closed: .*the export is in .*closed: run `hf auth login`", refused)
+    assert re.search(r"cannot upload to me/closed: .*the export is in .*closed: run `hf auth login`", refused)
     assert (tmp_path / "closed" / "model.safetensors").is_file()

@@ -3,64 +3,48 @@
 import hashlib
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from embedcache.errors import PathError, SettingError, UnfinishedError
+from embedcache.errors import EmbedcacheError, PathError, SettingError, UnfinishedError
 from embedcache.export import hub as hub_module
 from embedcache.export.hub import push_cache
 from embedcache.export.settings import HubSettings
 from embedcache.store.cache import Cache
+from tests.crash import call_elsewhere
 from tests.hub_server import Hub, serve_hub
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cache-1"
-UPLOADS = """\
-import sys
-from pathlib import Path
-
-import numpy as np
-
-from embedcache.errors import EmbedcacheError
-from embedcache.export import hub
-from embedcache.export.settings import HubSettings
-from embedcache.store.cache import Cache
-
-folder, other = Path(sys.argv[1]), Path(sys.argv[2])
-hub._PER_COMMIT = 10
 
 
-def push(path, name="me/vectors"):
+def push(path: Path, name: str = "me/vectors") -> str:
+    """Upload a cache; return what was done, or the error."""
     try:
-        report = hub.push_cache(path, name, HubSettings(license="cc-by-4.0"))
-        print(report.num_files, report.num_uploaded, report.location)
+        report = push_cache(path, name, HubSettings(license="cc-by-4.0"))
+        return f"{report.num_files} {report.num_uploaded} {report.location}"
     except EmbedcacheError as error:
-        print(type(error).__name__, error)
+        return f"{type(error).__name__} {error}"
 
 
-push(folder)  # the third commit is refused
-push(folder)
-push(folder)
-Cache("hf://datasets/me/vectors").feature("image", "open_toy/cls").load().tofile(other / "cls")
-print(Cache("hf://datasets/me/vectors").column("key").to_pylist()[0])
-for path in sorted((folder / "text" / "open_toy" / "tokens").rglob("*"), reverse=True):
-    path.rmdir() if path.is_dir() else path.unlink()
-(folder / "records" / "new.json").parent.mkdir(exist_ok=True)
-(folder / "records" / "new.json").write_text("{}")
-push(folder)
-push(other / "cache")
-push(folder, "me/closed")
-push(folder, "you/models")
-"""
+def push_again_and_again(folder: Path, other: Path) -> list[str]:
+    """Upload caches that change in between; return the outcomes."""
+    hub_module._PER_COMMIT = 10
+    lines = [push(folder) for _ in range(3)]  # the third commit is refused
+    Cache("hf://datasets/me/vectors").feature("image", "open_toy/cls").load().tofile(other / "cls")
+    lines.append(Cache("hf://datasets/me/vectors").column("key").to_pylist()[0])
+    for path in sorted((folder / "text" / "open_toy" / "tokens").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (folder / "records" / "new.json").parent.mkdir(exist_ok=True)
+    (folder / "records" / "new.json").write_text("{}")
+    return [*lines, push(folder), push(other / "cache"), push(folder, "me/closed"), push(folder, "you/models")]
 
 
 @pytest.fixture(scope="module")
 def uploaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Hub, list[str], Path]:
-    """Upload a cache again and again, in a process that uses the hub: its state, and what was printed."""
+    """Upload a cache again and again, in a process that uses the hub: its state, and the outcomes."""
     folder = tmp_path_factory.mktemp("hub")
     shutil.copytree(GOLDEN, folder / "cache")
     (folder / "cache" / ".lock").touch()
@@ -68,10 +52,9 @@ def uploaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Hub, list[str], 
     with serve_hub() as hub:
         hub.failing_commit = 2
         hub.repositories["you/models"] = {"weights.bin": b"0"}
-        command = [sys.executable, "-c", UPLOADS, str(folder / "cache"), str(folder / "other")]
-        done = subprocess.run(command, env=hub.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return hub, done.stdout.splitlines(), folder
+        paths = folder / "cache", folder / "other"
+        lines = call_elsewhere(push_again_and_again, *paths, environment=hub.environment())
+    return hub, lines, folder
 
 
 def files_of(folder: Path) -> set[str]:
