@@ -75,11 +75,8 @@ def prefetch_map(
     is_closed = threading.Event()
 
     def call(item: T) -> R:
-        token = _IS_CLOSED.set(is_closed)
-        try:
+        with cancelled_by(is_closed):
             return function(item)
-        finally:
-            _IS_CLOSED.reset(token)
 
     try:
         for item in items:
@@ -94,8 +91,18 @@ def prefetch_map(
             future.cancel()
 
 
+@contextmanager
+def cancelled_by(event: threading.Event) -> Iterator[None]:
+    """Let `check_cancelled` end what this thread does in this context, once an event is set."""
+    token = _IS_CLOSED.set(event)
+    try:
+        yield
+    finally:
+        _IS_CLOSED.reset(token)
+
+
 def check_cancelled() -> None:
-    """Raise a `CancelledError` in a call of `prefetch_map` whose result is no longer needed, as after an interrupt."""
+    """Raise a `CancelledError` where a result is no longer needed: of `prefetch_map`, or within `cancelled_by`."""
     is_closed = _IS_CLOSED.get()
     if is_closed is not None and is_closed.is_set():
         raise CancelledError

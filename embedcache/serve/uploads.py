@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import gc
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 from PIL.Image import Image
 
+from embedcache.processes import cancelled_by
 from embedcache.serve.batching import BusyError
 from embedcache.sources.images import WHITE, decode_image
 
@@ -40,11 +42,18 @@ class ImageThreads:
         self._trim: asyncio.TimerHandle | None = None
 
     async def run(self, call: Callable[..., _T], *arguments: Any) -> _T:
-        """Return the result of a call on one of the threads."""
+        """Return the result of a call on one of the threads; it ends early, as `check_cancelled` says, if this does."""
         self._num_running += 1
+        is_over = threading.Event()
+
+        def run() -> _T:
+            with cancelled_by(is_over):
+                return call(*arguments)
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, run)
         finally:
+            is_over.set()
             self._num_running -= 1
             self.trim_later()
 

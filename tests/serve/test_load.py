@@ -16,6 +16,7 @@ import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
+from embedcache.processes import check_cancelled
 from embedcache.progress import NullProgress
 from embedcache.serve import server as server_module
 from embedcache.serve import uploads as uploads_module
@@ -157,6 +158,31 @@ def test_oldest_incomplete_upload_is_dropped() -> None:
         for task in slow:
             task.cancel()
         await asyncio.gather(*slow, return_exceptions=True)
+        threads.shut_down()
+
+    asyncio.run(run())
+
+
+def test_decoding_ends_with_its_request() -> None:
+    """A video of 2 MB can take minutes, in which no other item was shown."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def decode() -> None:
+        begun.set()
+        try:
+            while not ended.wait(0.001):
+                check_cancelled()
+        finally:
+            ended.set()
+
+    async def run() -> None:
+        threads = ImageThreads()
+        task = asyncio.create_task(threads.run(decode))
+        assert await asyncio.to_thread(begun.wait, 20)
+        task.cancel()
+        is_ended = await asyncio.to_thread(ended.wait, 20)
+        ended.set()
+        assert is_ended
         threads.shut_down()
 
     asyncio.run(run())
