@@ -73,7 +73,8 @@ def summary_table(report: CoverageReport) -> Table:
 
 def _format_expected(count: float) -> str:
     """Return an expected count with two digits, such as `0.032` or `2,500`."""
-    return f"{float(f'{count:.2g}'):,.0f}" if count >= 10 else f"{count:.2g}"
+    rounded = float(f"{count:.2g}")
+    return f"{rounded:,.0f}" if count >= 10 else np.format_float_positional(rounded, trim="-")
 
 
 def concept_table(report: CoverageReport, numbers: Ints | Sequence[int]) -> Table:
