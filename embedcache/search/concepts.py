@@ -48,15 +48,17 @@ def open_concepts(
 
     In a cache made from `prompts:…`, each sample is a concept, the mean of its prompts. In other caches, each value of
     the column `label` is a concept, the mean of at most `max_examples` random examples (a prototype). Vectors are
-    normalized, averaged and normalized again. If a run projects the pool, its text tower projects prompts, and its
-    image tower projects examples (or its text tower, if there are no images). If the pool is a plain feature, the
-    concepts must have the same feature. `join_names` merges concepts with equal names, such as the two cranes of
-    ImageNet, instead of raising an error. Memory: the concepts, and a block of items.
+    normalized, averaged and normalized again. If a run projects the pool, its text tower projects prompts, and the
+    tower of its first modality that the cache has projects examples (such as that of images, or, if there are none, of
+    texts). If the pool is a plain feature, the concepts must have the same feature. `join_names` merges concepts with
+    equal names, such as the two cranes of ImageNet, instead of raising an error. Memory: the concepts, and a block of
+    items.
 
     Raises:
         FingerprintError: the concepts' feature is from another encoder than the pool's, or than the run was trained on.
         UnknownNameError: the cache has no such feature, or neither prompts nor a column of that name.
-        DataError: prompts for plain image features, equal names, or a concept without a prompt or example.
+        DataError: prompts for a plain feature of other items than texts, equal names, or a concept without a prompt or
+            example.
     """
     if max_examples < 1:
         raise SettingError(f"max_examples: expected a whole number of at least 1, got {max_examples}")
@@ -126,12 +128,13 @@ def _open(cache: Cache, pool: Vectors) -> Vectors:
     """Open the concepts' vectors that are in the pool's space."""
     is_prompts = has_prompts(cache)
     if pool.run_path is not None:
-        modality = "image" if cache.info.num_items.get("image") and not is_prompts else "text"
+        modality = _projected_modality(cache, pool, is_prompts=is_prompts)
         return Vectors(cache.path, modality, run_path=pool.run_path, width=pool.width, device=pool.device)
-    if is_prompts and pool.modality == "image":
+    if is_prompts and pool.modality != "text":
+        items = noun(pool.modality)
         raise DataError(
-            f"{cache.path}: expected labeled images, to compare with the plain image feature {pool.feature.name}, got "
-            "prompts; project both with --run RUN, or give a cache of labeled images"
+            f"{cache.path}: expected labeled {items}, to compare with the plain {pool.modality} feature "
+            f"{pool.feature.name}, got prompts; project both with --run RUN, or give a cache of labeled {items}"
         )
     vectors = Vectors(cache.path, pool.modality, pool.feature.name, width=pool.width)
     check_same(
@@ -143,6 +146,20 @@ def _open(cache: Cache, pool: Vectors) -> Vectors:
         else f"extract the concepts with the pool's encoder: --{pool.modality}-encoder {pool.feature.spec}",
     )
     return vectors
+
+
+def _projected_modality(cache: Cache, pool: Vectors, *, is_prompts: bool) -> str:
+    """Return the modality of the run by which concepts are projected: that of prompts, or of the examples."""
+    assert pool.config is not None
+    modalities = pool.config.modalities
+    if not is_prompts:
+        return next((name for name in modalities if cache.info.num_items.get(name)), modalities[-1])
+    if "text" not in modalities:
+        raise DataError(
+            f"{cache.path}: expected labeled {noun(modalities[0])}, as {pool.run_path} is a run of "
+            f"{' and '.join(map(noun, modalities))}, got prompts"
+        )
+    return "text"
 
 
 def _draw_examples(vectors: Vectors, label: str, max_examples: int, rng: np.random.Generator) -> _Members:

@@ -11,7 +11,9 @@ import pytest
 
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
-from tests.cli.run import succeed
+from embedcache.train.settings import train_settings
+from embedcache.train.train import train
+from tests.cli.run import embedcache, succeed
 from tests.media_files import encode_audio, encode_video, npz, tone, wav
 from tests.media_toy import MEDIA
 from tests.toy import TEXT
@@ -128,3 +130,59 @@ def test_outliers(made: Made, tmp_path: Path) -> None:
     )
     table = pq.read_table(tmp_path / "odd.parquet")
     assert {"typicality", "label_margin"} <= set(table.column_names)
+
+
+of_sounds = pytest.mark.parametrize("made", CASES[:1], ids=["audio"], indirect=True)
+"""Mark of a test for which one modality is enough."""
+
+
+SELECT = ("curate", "select")
+SELECTIONS = {
+    "random": ["--budget", 5],
+    "k-center": ["--budget", 5],
+    "hierarchical": ["--budget", 5],
+    "image-based": ["--target", "TEST", "--clusters", 4],
+    "top-score": ["--budget", 5, "--concepts", "TEST", "--modality", "MODALITY"],
+    "rare-first": ["--budget", 5, "--concepts", "TEST", "--modality", "MODALITY"],
+}
+"""Method -> options; of these methods each compares the items alone, or with labeled ones."""
+
+
+@pytest.mark.parametrize("method", SELECTIONS)
+def test_select(made: Made, method: str, tmp_path: Path) -> None:
+    values = {"TEST": made.test, "MODALITY": made.case.modality}
+    options = [values.get(str(word), word) for word in SELECTIONS[method]]
+    succeed("curate", "select", made.train, "some.parquet", "--method", method, *options, cwd=tmp_path)
+    record = succeed("inspect", "some.parquet", "--json", cwd=tmp_path)
+    assert f'"modality": "{made.case.modality}"' in record
+    assert f'"feature": "{made.feature}"' in record
+
+
+@pytest.fixture(scope="module")
+def run(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "run"
+    settings = train_settings({"projector": "linear", "epochs": 0, "split": "key", "shared_width": 2})
+    features = {made.case.modality: made.feature, "text": "open_toy/mean"}
+    train(made.train, path, feature=features, settings=settings)
+    return path
+
+
+@of_sounds
+def test_pairs_of_a_run(made: Made, run: Path, tmp_path: Path) -> None:
+    printed = succeed("curate", "outliers", made.train, "odd.parquet", "-k", 3, "--run", run, cwd=tmp_path)
+    assert f"pairs: 20 samples with a {made.case.noun[:-1]} and a caption" in printed
+    succeed(*SELECT, made.train, "some.parquet", "--method", "clip-score", "--run", run, "--budget", 20, cwd=tmp_path)
+    cosines = pq.read_table(tmp_path / "odd.parquet")["pair_cosine"].to_pylist()
+    reasons = pq.read_table(tmp_path / "some.parquet")["reason"].to_pylist()
+    assert reasons == [f"{made.case.noun[:-1]} and caption cosine {cosine:.3f}" for cosine in cosines]
+
+
+@of_sounds
+def test_prompts_need_a_run(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("item a\n")
+    succeed("extract", "prompts:names.txt", "concepts", "--text-encoder", TEXT, cwd=tmp_path)
+    options = ("--method", "top-score", "--concepts", "concepts", "--budget", 3, "--modality", made.case.modality)
+    done = embedcache(*SELECT, made.train, "some.parquet", *options, cwd=tmp_path)
+    assert done.code == 1
+    assert f"expected labeled {made.case.noun}, to compare with the plain {made.case.modality} feature" in done.stderr
+    assert "project both with --run RUN" in done.stderr

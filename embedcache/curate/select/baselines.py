@@ -13,6 +13,7 @@ from embedcache.curate.select.pool import Pool, compute_cosines
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError, SettingError
+from embedcache.modalities import name_pair, pair_nouns
 from embedcache.store.columns import Column
 
 _REASONS_AT_ONCE = 65_536
@@ -79,7 +80,8 @@ def find_highest(scores_S: Array, size: int) -> Ints:
 class ClipScoreSelector:
     """The CLIP-score filter of "DataComp" (NeurIPS 2023): the best cosine of a sample's images and captions.
 
-    The run must not have been trained on the test data. Its own training pairs score higher than others.
+    Of a run of other modalities, it is the best cosine of a sample's items of these. The run must not have been
+    trained on the test data. Its own training pairs score higher than others.
     """
 
     accepts: ClassVar[tuple[str, ...]] = ("budget", "threshold")
@@ -91,18 +93,18 @@ class ClipScoreSelector:
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select the samples. Memory: a score per sample."""
         samples_M, scores_M = pool.pair_scores()
+        names = " and ".join(plural.removesuffix("s") for plural in pair_nouns(pool.pair))
         if isinstance(settings.budget, int):
             if settings.budget > len(samples_M):
                 raise DataError(
-                    f"budget: expected at most the {len(samples_M):,} samples that have both an image and a caption, "
+                    f"budget: expected at most the {len(samples_M):,} samples that have both {name_pair(pool.pair)}, "
                     f"got {settings.budget:,}"
                 )
             chosen = find_highest(scores_M, settings.budget)
         else:
             chosen = find_above(scores_M, settings.threshold or 0.0)
         reasons = (
-            [f"image and caption cosine {score:.3f}" for score in scores_M[block].tolist()]
-            for block in _blocks_of(chosen)
+            [f"{names} cosine {score:.3f}" for score in scores_M[block].tolist()] for block in _blocks_of(chosen)
         )
         return Selection(rows=samples_M[chosen], reasons=Column(pa.chunked_array(reasons, pa.string())))
 

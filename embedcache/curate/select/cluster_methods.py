@@ -25,7 +25,7 @@ _MAX_CLUSTERS = 10_000
 
 
 class ImageBasedSelector:
-    """The image-based filter of "DataComp" (NeurIPS 2023).
+    """The image-based filter of "DataComp" (NeurIPS 2023), which compares vectors of any modality.
 
     The pool is divided into clusters. The samples of those that hold an item of the target are selected, or, with a
     budget, a random sample of them. The target must not hold test data.

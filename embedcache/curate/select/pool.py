@@ -12,7 +12,7 @@ from embedcache.dataset.scores import Score, read_scores
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.files import AnyPath
-from embedcache.modalities import name_pair, noun, pair_nouns
+from embedcache.modalities import MODALITIES, name_pair, noun, pair_nouns
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.search.vectors import Vectors
@@ -101,7 +101,9 @@ class Pool:
         if not len(samples):
             of_feature = "" if feature is None else f" of {feature}"
             where = self._settings.selection or self.cache.path
-            raise DataError(f"{where}: expected samples with {noun(self.modality)}{of_feature}, got none")
+            others = [name for name in MODALITIES if name != self.modality and self.cache.features(name)]
+            step = f"; choose others with --modality: {', '.join(others)}" if others else ""
+            raise DataError(f"{where}: expected samples with {noun(self.modality)}{of_feature}, got none{step}")
         return samples
 
     def _scored_samples(self) -> Ints:
@@ -171,15 +173,21 @@ class Pool:
             kept = block.filter(pa.array(is_inside))
             yield kept["sample"].to_numpy().astype(np.int64), kept["text"].to_pylist()
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Modality of the pool, and the other one of the run, with which `pair_scores` compares it."""
+        other = self.vectors.other_modality
+        if other is None:
+            raise SettingError("run: expected a run of two modalities, got none; give --run RUN")
+        return self.modality, other
+
     def pair_scores(self) -> tuple[Ints, Floats]:
         """Compare each item of the pool with those of the run's other modality of its sample, projected by the run.
 
         Returns samples with both, ascending, (M,) int64, and the best cosine of each, (M,) float32. Raises `DataError`
         if no sample has both.
         """
-        other = self.vectors.other_modality
-        assert other is not None  # a method that compares pairs requires a run
-        pair = (self.modality, other)
+        pair, other = self.pair, self.pair[1]
         others = Vectors(self.cache.path, other, run_path=self._settings.run, device=self._settings.device)
         other_samples = self._samples_of(other)[others.rows]
         best = np.full(self.cache.info.num_samples, -np.inf, np.float32)

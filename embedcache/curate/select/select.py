@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Ints, blocks
+from embedcache.curate.keep import choose_modality
 from embedcache.curate.select.baselines import draw_rows
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.settings import SelectSettings
@@ -23,6 +24,7 @@ from embedcache.dataset.selections import (
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.projectors.saved import read_config
 from embedcache.registry import Registry
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
@@ -55,7 +57,8 @@ class Selector(Protocol):
     Attributes:
         accepts: settings of `METHOD_SETTINGS` that it uses; `seed` is always accepted.
         requires_one_of: settings of which exactly one must be set.
-        modality: modality that it compares by default; None: neither, or both.
+        modality: modality that it compares by default; `image` stands for the first that a cache without images has
+            features of. None: none, or both of the run.
         required_inputs: `scores`, `concepts`, `target` and `run`, as far as the pool must have them. With `scores` no
             feature is read.
         uses_seed: whether the seed changes the result.
@@ -128,12 +131,21 @@ def select(
     check_selection_path(out)
     selector: Selector = SELECTORS.load(method)()
     check_method_settings(method, selector, settings)
-    pool = Pool(cache, settings.modality or selector.modality or "image", settings, progress=progress)
+    modality = settings.modality or _default_modality(Cache(cache), selector, settings)
+    pool = Pool(cache, modality, settings, progress=progress)
     num_pool = len(pool.samples)
     settings = replace(settings, budget=_count_budget(settings.budget, num_pool))
     selection = selector.select(pool, settings)
     write_selection(out, pool.cache, selection, _record(method, pool, settings), progress=progress)
     return SelectReport(path=out, num_selected=len(selection.rows), num_pool=num_pool)
+
+
+def _default_modality(cache: Cache, selector: Selector, settings: SelectSettings) -> str:
+    """Return the modality of the pool: the method's, or, of a method that compares pairs, the run's first."""
+    if selector.modality is None and settings.run is not None:
+        return read_config(Path(settings.run)).modalities[0]
+    modality = selector.modality or "image"
+    return choose_modality(cache, None) if modality == "image" and not cache.info.num_items.get("image") else modality
 
 
 def _count_budget(budget: int | float | None, num_pool: int) -> int | None:
@@ -188,7 +200,7 @@ def check_method_settings(method: str, selector: Selector, settings: SelectSetti
         if name not in selector.required_inputs:
             raise SettingError(f"--method {method}: expected no --{name}, got {path}; leave it out")
     if selector.modality is None and settings.modality is not None:
-        compares = "as it compares images with captions" if reads_features else "as it compares no items"
+        compares = "as it compares both of the run's" if reads_features else "as it compares no items"
         raise SettingError(
             f"--method {method}: expected no --modality, {compares}, got {settings.modality}; leave it out"
         )

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from embedcache.dataset.settings import SELECTION_HELP
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
+from embedcache.modalities import ModalityName
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, RUN_HELP
 from embedcache.settings import check_settings, flat_settings, setting, to_json
 from embedcache.units import parse_count_or_fraction, parse_counts
@@ -85,11 +86,13 @@ class SelectSettings:
     join_names: bool = setting(False, "Merge concepts of the same name.", panel="method")
     label: str = setting(**LABEL, panel="method")
     target: str | Path | None = setting(
-        None, "image-based: cache of the images to resemble.", metavar="CACHE", panel="method"
+        None, "image-based: cache of the items to resemble.", metavar="CACHE", panel="method"
     )
     run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")
-    modality: Literal["image", "text"] | None = setting(
-        None, "Modality of the items that the method compares.", default_text="the method's"
+    modality: ModalityName | None = setting(
+        None,
+        "Modality of the items that the method compares.",
+        default_text="text with --concepts, else the first of image, audio, video, points, text",
     )
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     selection: Path | str | None = setting(None, SELECTION_HELP, metavar="FILE")
