@@ -112,9 +112,7 @@ def map_index(
 @with_settings(settings=CoverageSettings)
 def coverage(
     cache: CacheArgument,
-    concepts: Annotated[
-        str, typer.Argument(metavar="CONCEPTS", help="Cache of prompts, or of labeled example images.")
-    ],
+    concepts: Annotated[str, typer.Argument(metavar="CONCEPTS", help="Cache of prompts, or of labeled examples.")],
     *,
     settings: CoverageSettings,
     outputs: ReportOptions,
@@ -150,7 +148,7 @@ def coverage(
 
 def _show_coverage(report: "CoverageReport") -> None:
     from embedcache.cli.console import print_line, print_table
-    from embedcache.reports.coverage import GAP_NOTE, concept_table, largest_first, overlap_table, summary_table
+    from embedcache.reports.coverage import concept_table, gap_note, largest_first, overlap_table, summary_table
 
     print_line(report.line())
     for warning in report.warnings():
@@ -163,15 +161,16 @@ def _show_coverage(report: "CoverageReport") -> None:
     if report.overlaps:
         print_table(*overlap_table(report, num_rows=5), title="concepts that share items")
     if len(report.gaps()):
-        print_line(GAP_NOTE)
+        print_line(gap_note(report))
 
 
-def _show_difference(images: "CoverageReport", texts: "CoverageReport") -> None:
+def _show_difference(first: "CoverageReport", second: "CoverageReport") -> None:
     from embedcache.cli.console import print_line, print_table
-    from embedcache.reports.coverage import modality_line, modality_table
+    from embedcache.reports.coverage import modality_line, modality_table, nouns_of
 
-    print_line(modality_line(images, texts))
-    print_table(*modality_table(images, texts, num_rows=10), title="concepts where images and captions differ most")
+    print_line(modality_line(first, second))
+    title = "concepts where {} and {} differ most".format(*nouns_of(first, second))
+    print_table(*modality_table(first, second, num_rows=10), title=title)
 
 
 @with_settings(settings=DedupSettings)

@@ -28,6 +28,7 @@ from embedcache.metrics.classification import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
 from embedcache.modalities import count_items, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.projectors.saved import read_config
 from embedcache.search.card import IndexCard
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.search.vectors import Vectors, run_pass
@@ -197,15 +198,20 @@ def measure_coverage_by_modality(
     progress: AnyProgress = None,
     **options: Any,
 ) -> dict[str, CoverageReport]:
-    """Measure coverage by each modality of the settings, images before texts for `both`; see `measure_coverage`."""
+    """Measure coverage by each modality of the settings; see `measure_coverage`.
+
+    These are, for `both`, the modalities of the run in its order, or images and texts without one.
+    """
     settings = merge_settings(CoverageSettings, settings, options)
     progress = to_progress(progress)
-    if settings.modality == "both":
-        images = replace(settings, modality="image", language=None)
-        by_modality = [images, replace(settings, modality="text")]
-    else:
-        by_modality = [settings]
-    return {each.modality: measure_coverage(cache, concepts, each, progress=progress) for each in by_modality}
+    if settings.modality != "both":
+        return {settings.modality: measure_coverage(cache, concepts, settings, progress=progress)}
+    pair = ("image", "text") if settings.run is None else read_config(Path(settings.run)).modalities
+    reports = {}
+    for modality in pair:
+        options = {"modality": modality, "language": settings.language if modality == "text" else None}
+        reports[modality] = measure_coverage(cache, concepts, settings, progress=progress, **options)
+    return reports
 
 
 def measure_coverage(
@@ -281,7 +287,7 @@ def measure_coverage(
 def _open_pool(cache_path: AnyPath, settings: CoverageSettings) -> Vectors:
     """Open the vectors of the items, and check the settings that depend on them."""
     if settings.modality == "both":
-        raise SettingError("modality: expected image or text, got both; use measure_coverage_by_modality for both")
+        raise SettingError("modality: expected one, got both; use measure_coverage_by_modality for both")
     pool = Vectors(
         cache_path,
         settings.modality,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from embedcache.dataset.settings import SELECTION_FORMAT, SELECTION_HELP
 from embedcache.devices import address_setting, device_setting, engine_setting
 from embedcache.errors import SettingError
-from embedcache.modalities import ModalityName
+from embedcache.modalities import ModalityName, noun
 from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP, LABEL, MOVED_CACHE, MOVED_RUN, RUN_HELP
 from embedcache.settings import check_settings, setting
 
@@ -42,7 +42,9 @@ _SEED: dict[str, Any] = {
 class CoverageSettings:
     """Settings of coverage: which items are counted for a concept, and what is kept of them."""
 
-    modality: Literal["image", "text", "both"] = setting("image", "Modality of the items to count.")
+    modality: Literal[ModalityName, "both"] = setting(
+        "image", "Modality of the items to count; both of the run, or images and captions without one."
+    )
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, RUN_HELP, metavar="RUN")
     label: str = setting(**LABEL)
@@ -74,11 +76,10 @@ class CoverageSettings:
     def __post_init__(self) -> None:
         check_settings(self)
         if self.modality == "both" and (self.feature or self.index):
-            raise SettingError(
-                "modality: expected image or text with a feature or an index, which are of one modality, got both"
-            )
-        if self.language is not None and (self.modality == "image" or self.index):
-            what = "an index, which finds captions of all" if self.index else "images, which have none"
+            raise SettingError("modality: expected one with a feature or an index, which are of one modality, got both")
+        if self.language is not None and (self.modality not in ("text", "both") or self.index):
+            none = f"{'' if self.modality == 'both' else noun(self.modality)}, which have none"
+            what = "an index, which finds captions of all" if self.index else none
             raise SettingError(f"language: expected modality text or both, and no index, got {what}")
 
 

@@ -102,7 +102,8 @@ class PairConfig:
     def tower_input(self, modality: str) -> TowerInput:
         """Return the input of the tower of one of the modalities, or raise a `DataError`."""
         if modality not in self.sides:
-            raise DataError(f"expected a run with the modality {modality}, got one of {' and '.join(self.sides)}")
+            sides = " and ".join(self.sides)
+            raise DataError(f"expected a run with the modality {modality}, got one of {sides}; choose one of these")
         return self.sides[modality]
 
     def to_json(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from embedcache.arrays import Ints
 from embedcache.curate.counting import QUANTILES
 from embedcache.curate.coverage import ConceptCounts, CoverageReport
 from embedcache.dataset.thumbnails import credit
+from embedcache.modalities import noun, pair_nouns
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.reports.base import (
     BAD,
@@ -41,11 +42,18 @@ _MAX_OVERLAPS = 20
 _MAX_DIFFERENCES = 20
 _COUNT = "{x:,.0f}"
 
-GAP_NOTE = (
-    "Thresholds favor precision, so counts are low: of a broad concept, or of images that are compared with names "
-    "through a run, few items are above it. Before you collect more for a gap, look at its nearest items, and count "
-    "captions too: --modality both."
-)
+
+def gap_note(report: CoverageReport) -> str:
+    """Return what to know before gaps are filled."""
+    pool = report.pool
+    items, others = pair_nouns((pool.modality, pool.other_modality or "text"))
+    if pool.modality == "text":
+        items, others = others if pool.other_modality else "images", items
+    return (
+        f"Thresholds favor precision, so counts are low: of a broad concept, or of {items} that are compared with "
+        "names through a run, few items are above it. Before you collect more for a gap, look at its nearest items, "
+        f"and count {others} too: --modality both."
+    )
 
 
 def summary_table(report: CoverageReport) -> Table:
@@ -100,23 +108,28 @@ def overlap_table(report: CoverageReport, *, num_rows: int = _MAX_OVERLAPS) -> T
     return ["concept", "and", "items of both", "Jaccard index", "cosine of the concepts"], rows
 
 
-def modality_line(images: CoverageReport, texts: CoverageReport) -> str:
-    """Return how many concepts are gaps among the images, the captions and both, in one line."""
-    least = images.settings.min_count
-    by_image, by_text = (set(report.all_counts[-1].gaps(least).tolist()) for report in (images, texts))
+def nouns_of(first: CoverageReport, second: CoverageReport) -> tuple[str, str]:
+    """Return the plurals of the items of two modalities, such as `("images", "captions")`."""
+    return pair_nouns((first.pool.modality, second.pool.modality))
+
+
+def modality_line(first: CoverageReport, second: CoverageReport) -> str:
+    """Return how many concepts are gaps among the items of either modality, and of both, in one line."""
+    least, nouns = first.settings.min_count, nouns_of(first, second)
+    gaps = [set(report.all_counts[-1].gaps(least).tolist()) for report in (first, second)]
     return (
-        f"of {len(images.concepts.names):,} concepts, fewer than {least:,} items have: {len(by_image):,} among images, "
-        f"{len(by_text):,} among captions, {len(by_image & by_text):,} among both"
+        f"of {len(first.concepts.names):,} concepts, fewer than {least:,} items have: {len(gaps[0]):,} among "
+        f"{nouns[0]}, {len(gaps[1]):,} among {nouns[1]}, {len(gaps[0] & gaps[1]):,} among both"
     )
 
 
-def modality_table(images: CoverageReport, texts: CoverageReport, *, num_rows: int) -> Table:
-    """Return the concepts whose fraction of the images and fraction of the captions differ most."""
-    parts = (images.pool_counts, texts.pool_counts)
+def modality_table(first: CoverageReport, second: CoverageReport, *, num_rows: int) -> Table:
+    """Return the concepts whose fractions of the items of two modalities differ most."""
+    parts = (first.pool_counts, second.pool_counts)
     fractions = [part.counts / max(1, part.num_items) for part in parts]
     order = np.argsort(-np.abs(fractions[0] - fractions[1]), kind="stable")[:num_rows]
-    rows = [[images.concepts.names[number], *(format_count(part.counts[number]) for part in parts)] for number in order]
-    return ["concept", "images", "captions"], rows
+    rows = [[first.concepts.names[number], *(format_count(part.counts[number]) for part in parts)] for number in order]
+    return ["concept", *nouns_of(first, second)], rows
 
 
 def coverage_json(report: CoverageReport) -> dict[str, Any]:
@@ -192,19 +205,20 @@ def _concepts_json(report: CoverageReport) -> list[dict[str, Any]]:
 
 
 def write_coverage_page(path: Path, *reports: CoverageReport, image_folders: Sequence[Path] = ()) -> None:
-    """Write a page of coverage by images, by captions, or by both; images are read as by `Thumbnails`."""
+    """Write a page of coverage by one modality or by two; images are read as by `Thumbnails`."""
     is_both = len(reports) == 2
     renderers = [ItemRenderer(report.pool.cache, report.pool.modality, image_folders) for report in reports]
     sections = []
     if is_both:
+        items, others = nouns_of(*reports)
         notes = [
             f"{modality_line(*reports).capitalize()}.",
-            "The table lists the concepts whose fractions of the images and of the captions differ most.",
+            f"The table lists the concepts whose fractions of the {items} and of the {others} differ most.",
         ]
         table = modality_table(*reports, num_rows=_MAX_DIFFERENCES)
-        sections = [Section(title="Images and captions", notes=notes, table=table)]
+        sections = [Section(title=f"{items.capitalize()} and {others}", notes=notes, table=table)]
     for report, renderer in zip(reports, renderers, strict=True):
-        prefix = f"{report.pool.modality.capitalize()}s: " if is_both else ""
+        prefix = f"{noun(report.pool.modality).capitalize()}: " if is_both else ""
         sections += [replace(section, title=f"{prefix}{section.title}") for section in _sections(report, renderer)]
     warnings = [
         warning
@@ -217,7 +231,7 @@ def write_coverage_page(path: Path, *reports: CoverageReport, image_folders: Seq
         summary=" ".join(f"{report.line()}." for report in reports),
         warnings=dict.fromkeys(warnings),
         sections=sections,
-        credit=credit(reports[0].pool.cache) if reports[0].pool.modality == "image" else "",
+        credit=credit(reports[0].pool.cache) if reports[0].pool.modality != "text" else "",
     )
 
 
@@ -255,7 +269,7 @@ def _gap_section(report: CoverageReport) -> Section:
     if not len(gaps):
         return Section(title="Gaps", notes=[f"No concept has fewer than {least:,} items."])
     order = "the smallest first, of equal ones that nearest to its items"
-    notes = [f"Concepts with fewer than {least:,} items in {part.name}, {order}. {GAP_NOTE}"]
+    notes = [f"Concepts with fewer than {least:,} items in {part.name}, {order}. {gap_note(report)}"]
     if len(gaps) > _MAX_GAPS:
         notes.append(f"The first {_MAX_GAPS} of {len(gaps):,}; the JSON report has all of them.")
     return Section(title="Gaps", notes=notes, table=concept_table(report, gaps[:_MAX_GAPS]))

@@ -384,7 +384,7 @@ class Cache:
         if all(other in ("image", "text") for other, _ in others):
             return message
         known = ", ".join(f"{other}={feature.name}" for other, feature in others)
-        return f"{message}; or name others with --feature MODALITY=NAME, one of: {known}"
+        return f"{message}; or name others with --modality, or --feature MODALITY=NAME, one of: {known}"
 
 
 def _with_columns_of_samples(items: pa.Table, samples: pa.Table) -> pa.Table:

@@ -1,6 +1,7 @@
 """Curation of recordings, videos and point clouds: each command does for them what it does for images."""
 
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from embedcache.train.train import train
 from tests.cli.run import embedcache, succeed
 from tests.media_files import encode_audio, encode_video, npz, tone, wav
 from tests.media_toy import MEDIA
+from tests.search.test_concepts import prompt_cache
 from tests.toy import TEXT
 
 NUM = 18
@@ -177,12 +179,35 @@ def test_pairs_of_a_run(made: Made, run: Path, tmp_path: Path) -> None:
     assert reasons == [f"{made.case.noun[:-1]} and caption cosine {cosine:.3f}" for cosine in cosines]
 
 
+@pytest.fixture(scope="module")
+def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prompt_cache(tmp_path_factory.mktemp("prompts"), ["item a", "item c"])
+
+
 @of_sounds
-def test_prompts_need_a_run(made: Made, tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("item a\n")
-    succeed("extract", "prompts:names.txt", "concepts", "--text-encoder", TEXT, cwd=tmp_path)
-    options = ("--method", "top-score", "--concepts", "concepts", "--budget", 3, "--modality", made.case.modality)
+def test_prompts_need_a_run(made: Made, concepts: Path, tmp_path: Path) -> None:
+    options = ("--method", "top-score", "--concepts", concepts, "--budget", 3, "--modality", made.case.modality)
     done = embedcache(*SELECT, made.train, "some.parquet", *options, cwd=tmp_path)
     assert done.code == 1
     assert f"expected labeled {made.case.noun}, to compare with the plain {made.case.modality} feature" in done.stderr
     assert "project both with --run RUN" in done.stderr
+
+
+def test_coverage_by_examples(made: Made, tmp_path: Path) -> None:
+    options = ("--modality", made.case.modality, "--deviations", 0.5, "-k", 2, "--json")
+    record = json.loads(succeed("curate", "coverage", made.train, made.test, *options, cwd=tmp_path))
+    assert record["pool"]["feature"] == made.feature
+    assert [(concept["name"], concept["examples"]) for concept in record["concepts"]] == [("high", 2), ("low", 2)]
+    best = {found["key"] for found in record["concepts"][1]["best"]}
+    assert best <= {f"{number:02d}" for number in (*range(9), 18, 19)}
+
+
+@of_sounds
+def test_coverage_of_both_modalities_of_a_run(made: Made, run: Path, concepts: Path, tmp_path: Path) -> None:
+    options = ("--run", run, "--modality", "both", "--threshold", -0.99, "-k", 2, "--html", "page.html")
+    printed = succeed("curate", "coverage", made.train, concepts, *options, cwd=tmp_path)
+    assert "20 recordings, open_media/mean projected by run" in printed
+    assert "20 texts, open_toy/mean projected by run" in printed
+    page = (tmp_path / "page.html").read_text()
+    assert "Recordings and captions" in page
+    assert "<audio" in page

@@ -167,7 +167,7 @@ def test_both_modalities(cache_path: Path, prompts: Path, run_path: Path, tmp_pa
     page = (tmp_path / "c.html").read_text()
     for title in ("Images and captions", "Images: Gaps", "Texts: Gaps"):
         assert title in page
-    with pytest.raises(SettingError, match="modality: expected image or text with a feature"):
+    with pytest.raises(SettingError, match="modality: expected one with a feature or an index"):
         CliRunner().invoke(app, [*words, "--overwrite", "--feature", "x"], catch_exceptions=False)
 
 
