@@ -5,6 +5,7 @@ import os
 import pty
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -262,6 +263,7 @@ def test_signal_ends_a_selection_with_an_explanation(folder: Path) -> None:
         os.close(theirs)
         while not (folder / "waiting").exists():
             assert process.poll() is None
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         shown = b""
         with suppress(OSError):  # how a closed terminal ends
