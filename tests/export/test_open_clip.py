@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from embedcache.dataset.settings import SplitSettings
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
 from embedcache.export.export import export_run
@@ -64,7 +65,7 @@ def _check_loads(folder: Path, run: Path) -> None:
 def cache(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preset")
     source = open_source(write_images(folder / "images", 12))
-    settings = ExtractSettings(features=("patch_mean", "mean"))
+    settings = ExtractSettings(features=("patch_mean", "mean"), encoder=EncoderSettings(backend="torch"))
     extract(source, folder / "cache", image_encoder=[tiny["whole"]], text_encoder=[tiny["bert"]], settings=settings)
     return folder / "cache"
 
