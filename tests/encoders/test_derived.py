@@ -238,6 +238,7 @@ def lite() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_lite_blocks(lite: dict[str, Any]) -> None:
     encoder, prepared, found = lite["torch"]
     assert list(found) == ["patch_mean", "patches", *LITE]
@@ -248,6 +249,7 @@ def test_lite_blocks(lite: dict[str, Any]) -> None:
     np.testing.assert_allclose(found["layer1.grid:2"], expected, rtol=1e-4, atol=1e-4)  # means of 3,136 values
 
 
+@pytest.mark.slow
 def test_lite_onnx_agrees_with_torch(lite: dict[str, Any]) -> None:
     (_, _, expected), (encoder, _, found) = lite["torch"], lite["onnxruntime"]
     assert encoder.fingerprint.backend == "onnxruntime"
@@ -255,6 +257,7 @@ def test_lite_onnx_agrees_with_torch(lite: dict[str, Any]) -> None:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-3)  # values of up to 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 def test_lite_grid_and_clusters(backend: str, lite: dict[str, Any]) -> None:
     encoder, prepared, found = lite[backend]
