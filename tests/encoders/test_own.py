@@ -104,8 +104,9 @@ def test_additions_of_the_page_make_a_modality(tmp_path: Path) -> None:
     for name, data in {"a": steps.tobytes(), "b": b"short", "c": steps[:4].tobytes()}.items():
         (tmp_path / "scans" / f"{name}.imu").write_bytes(data)
     extract = ("extract", "scans", "cache", "--encoder", "motion=motion:open_motion", "--feature", "mean,steps")
-    assert "encoded 3 motion recordings, reused 0, failed 1: 1 expected triples of float32" in _run(extract, tmp_path)
-    assert "mean" in _run(("verify", "cache", "--reencode", "100%", "--trust"), tmp_path)
+    shown = _run(tmp_path, extract, ("verify", "cache", "--reencode", "100%", "--trust"))
+    assert "encoded 3 motion recordings, reused 0, failed 1: 1 expected triples of float32" in shown[0]
+    assert "mean" in shown[1]
 
 
 def _add(path: Path, before: str, text: str) -> None:
@@ -114,15 +115,31 @@ def _add(path: Path, before: str, text: str) -> None:
     path.write_text(code.replace(before, text + before))
 
 
-def _run(words: Sequence[str], folder: Path) -> str:
-    """Run a command with the copy of the package in a folder."""
+_RUN = """
+import sys
+from embedcache.cli.main import main
+
+for words in [argument.split() for argument in sys.argv[1:]]:
+    sys.argv = ["embedcache", *words]
+    try:
+        main()
+    except SystemExit as stopped:
+        if stopped.code:
+            raise
+    print("END")
+"""
+
+
+def _run(folder: Path, *commands: Sequence[str]) -> list[str]:
+    """Run commands with the copy of the package in a folder, in one process; return what each shows."""
     done = subprocess.run(
-        [sys.executable, "-m", "embedcache", *words],
+        [sys.executable, "-c", _RUN, *map(" ".join, commands)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
+    return done.stdout.split("END\n")
