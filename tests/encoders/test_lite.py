@@ -31,6 +31,7 @@ class TestLite(ImageEncoderContract):
         return f"lite:efficientnet-lite0,weights={_changed_weights(tmp_path_factory)}"
 
 
+@pytest.mark.slow
 def test_old_cache_is_computed_again() -> None:
     cache, names = Cache(GOLDEN), ["patch_mean", "layer3.grid:2"]
     stored = [cache.feature("image", f"efficientnet-lite0/{name}") for name in names]
@@ -49,6 +50,7 @@ def test_layers_are_blocks() -> None:
     assert "layer17.patches" not in encoder.features
 
 
+@pytest.mark.slow
 def test_crop_classifies_photographs(photographs: Sequence[Image.Image]) -> None:
     """The classifier recognizes most photographs only with the crop that it was trained with."""
     prepared = [lite_crop(image, 224) for image in photographs]
@@ -80,6 +82,7 @@ class TestWhole(ImageEncoderContract):
         return f"lite:efficientnet-lite0,fit=128x64,weights={_changed_weights(tmp_path_factory)}"
 
 
+@pytest.mark.slow
 def test_patches_of_whole_images_lie_where_the_axis_says() -> None:
     settings = EncoderSettings(features=("layer3.patches", "layer5.patches", "patches", "grid:2"))
     encoder = open_encoder("lite:efficientnet-lite0,fit=128x64", modality="image", settings=settings)
@@ -95,6 +98,7 @@ def test_patches_of_whole_images_lie_where_the_axis_says() -> None:
         assert corner > 3 * change[: rows // 2, : columns // 2].mean()
 
 
+@pytest.mark.slow
 def test_cropped_patches_have_no_place_in_the_image() -> None:
     cropped = open_encoder("lite:efficientnet-lite0", modality="image")
     assert cropped.axes == {"patches": Axis(kind="grid", rows=7, columns=7)}  # where depends on the image's shape
