@@ -1,4 +1,4 @@
-"""Steps of a pipeline in several processes. This file imports little: so do the processes that it starts."""
+"""Steps of a pipeline in several processes."""
 
 import os
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import pytest
 from embedcache.errors import DataError, EmbedcacheError
 from embedcache.progress import Progress
 from pipelines.parallel import run_parallel
+from tests.crash import forked_workers
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,8 @@ class Steps:
 
 def test_each_step_runs_once_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"step{number}" for number in range(5)]
-    run_parallel([(Steps(tmp_path).write, name) for name in names], num_processes=2)
+    with forked_workers():
+        run_parallel([(Steps(tmp_path).write, name) for name in names], num_processes=2)
     processes = {(tmp_path / name).read_text() for name in names}
     assert os.getpid() not in map(int, processes)
     assert len(processes) <= 2
