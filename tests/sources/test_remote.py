@@ -1,9 +1,9 @@
 """Sources behind URLs, read from local servers."""
 
 import json
-import multiprocessing
+import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from embedcache.sources import FileItem, Source, open_source, reopen_source
 from embedcache.sources.byte_ranges import RemoteBlocks
 from embedcache.store.cache import Cache
 from embedcache.testing.sources import SourceContract
+from tests.crash import call_elsewhere
 from tests.sources.files import COLORS, jpeg, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, upload
 
@@ -298,13 +299,11 @@ def test_new_process_reads_the_same(tmp_path: Path, bucket: str) -> None:
     source = open_source(upload(shards(tmp_path, 1), bucket))
     items = [sample.images[0] for sample in source.samples()]
     assert [source.read(item) for item in items] == IMAGES
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        read = executor.map(read_again, [dict(source.describe())] * len(items), items)
-        assert list(read) == IMAGES
+    assert call_elsewhere(read_again, dict(source.describe()), items, environment=os.environ) == IMAGES
 
 
-def read_again(description: dict[str, Any], item: FileItem) -> bytes:
-    return reopen_source(description).read(item)
+def read_again(description: dict[str, Any], items: list[FileItem]) -> list[bytes]:
+    return [reopen_source(description).read(item) for item in items]
 
 
 def test_listings_are_not_cached(tmp_path: Path, bucket: str) -> None:
