@@ -57,14 +57,14 @@ class Inputs(NamedTuple):
 
 
 def normalize(vectors_ND: Array) -> Floats:
-    """Scale each row to length 1: (N, D) any float -> (N, D) float32. A zero row stays zero."""
+    """Scale each row, or one vector, to length 1: (..., D) any float -> (..., D) float32. A zero row stays zero."""
     given_ND = np.asarray(vectors_ND)
     with np.errstate(over="ignore", invalid="ignore"):  # of rows that are computed again
         vectors_ND = given_ND.astype(np.float32, copy=False)
         length_N1 = np.linalg.norm(vectors_ND, axis=-1, keepdims=True)
         unit_ND: Floats = vectors_ND / np.maximum(length_N1, np.finfo(np.float32).tiny)
     if length_N1.size and not _SHORTEST < length_N1.min() <= length_N1.max() < np.inf:
-        is_unusual_N = ~((length_N1 > _SHORTEST) & (length_N1 < np.inf))[..., 0]
+        is_unusual_N = np.asarray(~((length_N1 > _SHORTEST) & (length_N1 < np.inf))[..., 0])  # also of one vector
         is_unusual_N[is_unusual_N] = given_ND[is_unusual_N].any(axis=-1)
         unit_ND[is_unusual_N] = _normalize_unusual(given_ND[is_unusual_N])
     return unit_ND

@@ -57,6 +57,11 @@ def test_normalize_zero_row() -> None:
     assert not normalize(np.zeros((1, 3))).any()
 
 
+@pytest.mark.parametrize(("scale", "unit"), [(0, [0, 0]), (1, [0.6, 0.8]), (1e30, [0.6, 0.8]), (1e-30, [0.6, 0.8])])
+def test_normalize_one_vector(scale: float, unit: list[float]) -> None:
+    np.testing.assert_allclose(normalize(np.array([3, 4]) * scale), unit, atol=1e-6)
+
+
 def test_check_finite_names_row() -> None:
     values = np.ones((4, 2))
     check_finite(values, "x")
