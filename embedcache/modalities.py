@@ -110,10 +110,10 @@ def pair_nouns(modalities: Sequence[str]) -> tuple[str, str]:
     return first, second
 
 
-def name_pair(modalities: Sequence[str]) -> str:
+def name_pair(modalities: Sequence[str], conjunction: str = "and") -> str:
     """Return the items of a pair as in a sentence, such as `an image and a caption`."""
     singular = (plural.removesuffix("s") for plural in pair_nouns(modalities))
-    return " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in singular)
+    return f" {conjunction} ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in singular)
 
 
 def noun(modality: str) -> str:

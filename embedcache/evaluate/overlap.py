@@ -18,7 +18,7 @@ from embedcache.evaluate.runs import Run, read_run_selection, read_run_split, ru
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.files import is_url
 from embedcache.metrics.neighbors import find_closest
-from embedcache.modalities import noun
+from embedcache.modalities import name_pair, noun
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.projectors.saved import read_run_record
 from embedcache.provenance import construct
@@ -79,7 +79,8 @@ class Overlap:
         near, has = f"{self.near:,} of {self.num_checked:,}", "has" if self.near == 1 else "have"
         if self.exact:
             shared = pluralize(self.exact, "sample shares", "samples share")
-            line = f"WARNING: {shared} an image or a caption with the training part"
+            modalities = [*self.cosines] if len(self.cosines) == 2 else [*self.cosines, "text"]
+            line = f"WARNING: {shared} {name_pair(modalities, 'or')} with the training part"
             return line + (f", {near} {has} a near-duplicate there" if self.near else "")
         return f"WARNING: {near} samples {has} a near-duplicate in the training part" if self.near else None
 

@@ -22,7 +22,7 @@ from embedcache.metrics.intervals import (
     over_seeds,
 )
 from embedcache.metrics.ranking import recall_at, tied_chance_recall
-from embedcache.modalities import directions, noun
+from embedcache.modalities import directions, pair_nouns
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
@@ -88,8 +88,8 @@ class RetrievalReport:
     def line(self) -> str:
         """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
         of_language = f" in {self.language}" if self.language else ""
-        nouns = {modality: "captions" if modality == "text" else noun(modality) for modality in self.num_items}
-        counts = ", ".join(f"{self.num_items[modality][0]:,} {name}" for modality, name in nouns.items())
+        nouns = pair_nouns(tuple(self.num_items))
+        counts = ", ".join(f"{num[0]:,} {name}" for num, name in zip(self.num_items.values(), nouns, strict=True))
         return report_line(
             f"{self.part}: {counts}{of_language} per run", self.seeds, self.by_seed, "mean recall", self.warning
         )

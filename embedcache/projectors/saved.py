@@ -103,8 +103,16 @@ class PairConfig:
         """Return the input of the tower of one of the modalities, or raise a `DataError`."""
         if modality not in self.sides:
             sides = " and ".join(self.sides)
-            raise DataError(f"expected a run with the modality {modality}, got one of {sides}; choose one of these")
+            raise DataError(
+                f"expected a run with the modality {modality}, got one of {sides}; choose one of these, on the command "
+                "line with --modality"
+            )
         return self.sides[modality]
+
+    def other_modality(self, modality: str) -> str:
+        """Return the modality that the run pairs with one of its modalities, or raise a `DataError`."""
+        self.tower_input(modality)
+        return next(name for name in self.sides if name != modality)
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON values of `config.json`: of format 1 for images and texts, else of format 2."""

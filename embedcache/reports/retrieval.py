@@ -12,7 +12,7 @@ from embedcache.dataset.thumbnails import PICTURED, credit
 from embedcache.evaluate.ranking import Ranking
 from embedcache.evaluate.retrieval import KS, RetrievalReport
 from embedcache.metrics.intervals import Estimate
-from embedcache.modalities import noun, one_noun
+from embedcache.modalities import noun, one_noun, pair_nouns
 from embedcache.reports.base import (
     COLORS,
     INK,
@@ -41,7 +41,7 @@ _DirectionEstimates: TypeAlias = Mapping[str, Mapping[str, Estimate]]
 _EXAMPLES_PER_OUTCOME = 5
 _NUM_RESULTS = 5
 _EXAMPLES_NOTE = (
-    "Drawn at random: first {query}s whose top result is correct, then {query}s whose top result is wrong, with a "
+    "Drawn at random: first {queries} whose top result is correct, then {queries} whose top result is wrong, with a "
     "correct one at the end if none is shown."
 )
 
@@ -151,7 +151,7 @@ def write_retrieval_page(
     Images are read as by `Thumbnails`.
     """
     first = next(iter(reports.values()))
-    one, other = (_item_noun(modality) for modality in first.num_items)
+    one, other = (plural.removesuffix("s") for plural in pair_nouns(tuple(first.num_items)))
     recall = Section(
         title="Recall",
         notes=[
@@ -242,6 +242,7 @@ def query_sections(
         )
     )
     there, back = ranking.ranks
+    nouns = dict(zip(ranking.modalities, pair_nouns(ranking.modalities), strict=True))
     sections = []
     for direction, (query, result), (show_query, show_result) in (
         (back, ranking.modalities[::-1], (second, first)),
@@ -250,16 +251,11 @@ def query_sections(
         sections.append(
             Section(
                 title=f"{one_noun(query).capitalize()} to {noun(result)}",
-                notes=[_EXAMPLES_NOTE.format(query=_item_noun(query))],
+                notes=[_EXAMPLES_NOTE.format(queries=nouns[query])],
                 examples=query_examples(ranking, direction, show_query, show_result),
             )
         )
     return sections, [warning for renderer in renderers for warning in renderer.warnings()]
-
-
-def _item_noun(modality: str) -> str:
-    """Return what an item is called on the page: a text is a caption."""
-    return "caption" if modality == "text" else one_noun(modality)
 
 
 def _item_view(cache: Cache, renderer: ItemRenderer, modality: str, rows: Ints) -> Callable[..., PageItem]:

@@ -106,7 +106,7 @@ class Vectors:
     @property
     def other_modality(self) -> str | None:
         """The other modality of the run; None without a run."""
-        return None if self.config is None else next(name for name in self.config.modalities if name != self.modality)
+        return None if self.config is None else self.config.other_modality(self.modality)
 
     @property
     def num_chunks(self) -> int:

@@ -1,0 +1,78 @@
+"""Evaluations of recordings and of point clouds, which each have a label and a caption."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.train.settings import train_settings
+from embedcache.train.train import train
+from tests.cli.run import embedcache
+from tests.media_files import cloud, npz, tone, wav
+from tests.media_toy import MEDIA
+from tests.toy import TEXT
+
+PITCHES = {"low": 200, "middle": 700, "high": 1900, "shrill": 4000}
+STRETCHES = {"low": (8, 1, 1), "middle": (1, 8, 1), "high": (1, 1, 8), "shrill": (1, 1, 1)}
+FEATURES = {"audio": "open_media/mean", "points": "open_media/extent"}
+
+
+class Things:
+    """A source of 120 recordings and point clouds, made from their number and label when they are read."""
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"type": "tests.evaluate.test_modalities:Things", "path": "things", "settings": {}}
+
+    def samples(self) -> Iterator[Sample]:
+        for number in range(120):
+            label = list(PITCHES)[number * 7 % 11 % 4]
+            yield Sample(
+                key=f"{number:03d}",
+                texts=(TextItem(text=f"a {label} thing"),),
+                columns={"label": label},
+                files={
+                    "audio": (FileItem(path=f"{number} {label}.wav"),),
+                    "points": (FileItem(path=f"{number} {label}.npz"),),
+                },
+            )
+
+    def read(self, item: FileItem) -> bytes:
+        number, label = item.path.rpartition(".")[0].split()
+        rng = np.random.default_rng(int(number))
+        if item.path.endswith(".wav"):
+            return wav(0.2 * rng.uniform(0.8, 1) * tone(0.1, PITCHES[label] * rng.uniform(0.9, 1.1)))
+        points = cloud(30, seed=int(number))
+        return npz({**points, "xyz": points["xyz"] * np.array(STRETCHES[label], np.float32)})
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 120 recordings and point clouds with captions. Not to be changed."""
+    path = tmp_path_factory.mktemp("things") / "cache"
+    settings = ExtractSettings(features=("mean", "frames", "extent"))
+    extract(Things(), path, text_encoder=[TEXT], encoder={"audio": [MEDIA], "points": [MEDIA]}, settings=settings)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(things: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A run of each modality with texts. Not to be changed."""
+    folder = tmp_path_factory.mktemp("runs")
+    settings = train_settings({"shared_width": 8, "epochs": 10, "batch_size": 32, "split": "key", "lr": 0.01})
+    for modality, feature in FEATURES.items():
+        train(things, folder / modality, feature={modality: feature, "text": "open_toy/mean"}, settings=settings)
+    return {modality: folder / modality for modality in FEATURES}
+
+
+def test_missing_modality_names_its_option(things: Path, runs: Mapping[str, Path], tmp_path: Path) -> None:
+    outcome = embedcache("evaluate", "probe", things, cwd=tmp_path)
+    assert "has no image features" in outcome.stderr
+    assert "name others with --modality, or" in outcome.stderr
+    outcome = embedcache("curate", "index", things, "index", "--run", runs["audio"], cwd=tmp_path)
+    assert "run with the modality image, got one of audio and text; choose one of these" in outcome.stderr
+    assert outcome.stderr.endswith("with --modality\n")
