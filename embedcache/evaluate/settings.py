@@ -7,6 +7,7 @@ from typing import Any, Literal
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
+from embedcache.modalities import ModalityName
 from embedcache.networks.settings import CaptionSettings, DecodingSettings
 from embedcache.search.settings import FEATURE_HELP, LABEL
 from embedcache.settings import check_settings, from_flat, group, setting
@@ -64,7 +65,7 @@ class ZeroShotSettings:
 class ProbeSettings:
     """Settings of classifiers on a frozen feature."""
 
-    modality: Literal["image", "text"] = setting("image", "Modality of the items to classify.")
+    modality: ModalityName = setting("image", "Modality of the items to classify.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text="the only one")
     label: str = setting(**LABEL)
     classifiers: tuple[str, ...] = setting(

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedcache.evaluate.probe import evaluate_probe
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.train.settings import train_settings
 from embedcache.train.train import train
-from tests.cli.run import embedcache
+from tests.cli.run import embedcache, succeed
 from tests.media_files import cloud, npz, tone, wav
 from tests.media_toy import MEDIA
 from tests.toy import TEXT
@@ -67,6 +68,24 @@ def runs(things: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str,
     for modality, feature in FEATURES.items():
         train(things, folder / modality, feature={modality: feature, "text": "open_toy/mean"}, settings=settings)
     return {modality: folder / modality for modality in FEATURES}
+
+
+@pytest.mark.parametrize(("modality", "noun"), [("audio", "recordings"), ("points", "point clouds")])
+def test_features_are_probed(things: Path, tmp_path: Path, modality: str, noun: str) -> None:
+    words = [
+        "evaluate",
+        "probe",
+        things,
+        "--modality",
+        modality,
+        "--feature",
+        FEATURES[modality],
+        "--classifier",
+        "knn",
+    ]
+    assert f"test {noun}; parts by a hash" in " ".join(succeed(*words, cwd=tmp_path).split())
+    report = evaluate_probe(things, modality=modality, feature=FEATURES[modality], classifier="knn")
+    assert report.scores[0].accuracy.value > 0.9
 
 
 def test_missing_modality_names_its_option(things: Path, runs: Mapping[str, Path], tmp_path: Path) -> None:
