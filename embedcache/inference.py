@@ -6,7 +6,7 @@ An aligned pair embeds images, texts and stored features; a run that recognizes 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, cast, overload
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from embedcache.encoders.open import EncoderSpec, feature_names, reopen_encoder,
 from embedcache.errors import DataError, SettingError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.files import AnyPath
-from embedcache.likelihood.items import item_name, list_items, prepare_item
+from embedcache.likelihood.items import ItemLike, item_name, list_items, prepare_item
 from embedcache.likelihood.model import LikelihoodModel, Scores, load_likelihood
 from embedcache.modalities import list_distinct, list_texts
 from embedcache.projectors.pair import AlignedPair, AnyTower
@@ -29,6 +29,9 @@ from embedcache.projectors.saved import PairConfig, is_pair, load_pair, project,
 from embedcache.projectors.towers import TokenTower
 from embedcache.sources.images import ImageLike, list_images, load_image
 from embedcache.transcription.model import SpeechModel, load_speech
+
+PairedItems: TypeAlias = ImageLike | ItemLike | Sequence[ImageLike | ItemLike]
+"""One item, or N items, of a modality that a run pairs with texts."""
 
 
 @overload
@@ -228,36 +231,36 @@ class Model:
         check_finite(values, "the array of vectors")
         return self._as_requested(project(tower, Inputs(values), device=self._device), tensors=tensors)
 
-    def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Floats:
-        """Compute the cosine similarity of every image with every text; for embeddings, use `images @ texts.T`.
+    def similarity(self, items: PairedItems, texts: str | Sequence[str]) -> Floats:
+        """Compute the cosine similarity of every item with every text; for embeddings, use `items @ texts.T`.
 
-        Arguments and errors are those of `encode_image` and `encode_text`, for N images and Q texts: (N, Q) float32,
-        from -1 to 1.
+        Items are of the modality that the run pairs with texts, such as images. Arguments and errors are those of
+        `encode` and `encode_text`, for N items and Q texts: (N, Q) float32, from -1 to 1.
         """
-        similarities_NQ: Floats = np.clip(self.encode_image(images) @ self.encode_text(texts).T, -1, 1)
+        similarities_NQ: Floats = np.clip(self._encode_items(items) @ self.encode_text(texts).T, -1, 1)
         return similarities_NQ
 
     def classify(
         self,
-        images: ImageLike | Sequence[ImageLike],
+        items: PairedItems,
         names: str | Sequence[str],
         *,
         template: str | Sequence[str] = "{}",
     ) -> Scores:
-        """Compute the probability of each class of images, without training: zero-shot.
+        """Compute the probability of each class of items, without training: zero-shot.
 
         A class is the mean of its embedded prompts; probabilities are the softmax of the cosines times `scale`.
 
         Args:
-            images: one image, or N, as in `encode_image`.
+            items: one item, or N, of the modality that the run pairs with texts, such as an image; as in `encode`.
             names: names of the C classes.
             template: one prompt or several, in which `{}` stands for the name, such as `a photo of a {}`.
 
         Returns:
-            `Scores`: `best`, the name of each image's class, `top(k)`, and `probs_NC`, (N, C) float32.
+            `Scores`: `best`, the name of each item's class, `top(k)`, and `probs_NC`, (N, C) float32.
 
         Raises:
-            DataError: no name, one twice, or an empty prompt; and as in `encode_image`.
+            DataError: no name, one twice, an empty prompt, or a run without texts; and as in `encode`.
             SettingError: a template without `{}`.
             FingerprintError, MissingExtraError: as in `encode_image`.
         """
@@ -267,8 +270,12 @@ class Model:
                 raise SettingError(f"template: expected a text with {{}} for the name, got {prompt!r}")
         prompts = [prompt.replace("{}", name) for name in names for prompt in templates]
         prompts_CTP = self.encode_text(prompts).reshape(len(names), len(templates), self.width)
-        cosines_NC = self.encode_image(images) @ normalize(prompts_CTP.mean(axis=1)).T
+        cosines_NC = self._encode_items(items) @ normalize(prompts_CTP.mean(axis=1)).T
         return Scores(names=names, probs_NC=softmax(self.scale * cosines_NC, axis=1).astype(np.float32))
+
+    def _encode_items(self, items: PairedItems) -> Floats:
+        """Embed items of the modality that the run pairs with texts, or raise a `DataError` if it has no texts."""
+        return self.encode(cast(Modality, self.config.other_modality("text")), items)
 
     def _as_requested(self, vectors_NP: Floats, *, tensors: bool) -> Floats | Tensor:
         return torch.from_numpy(vectors_NP).to(self._device) if tensors else vectors_NP

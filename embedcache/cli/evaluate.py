@@ -112,10 +112,11 @@ def zero_shot(
     settings: ZeroShotSettings,
     outputs: ReportOptions,
 ) -> None:
-    """Classify images by their similarity to prompts.
+    """Classify items by their similarity to prompts.
 
-    Accuracies have confidence intervals and the chance level beside them. A JSON report has the format of
-    CLIP_benchmark; --output may name a folder for one file per recipe.
+    Items are of the modality that the run pairs with texts, such as images. Accuracies have confidence intervals and
+    the chance level beside them. A JSON report has the format of CLIP_benchmark; --output may name a folder for one
+    file per recipe.
 
     Example: embedcache evaluate zero-shot labeled/ run/ --prompts prompts/
     """

@@ -20,7 +20,7 @@ _OVERLAP_HELP = "Check whether evaluated items were seen in training."
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalSettings:
-    """Settings of image-text retrieval."""
+    """Settings of retrieval between two modalities."""
 
     part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
     language: tuple[str, ...] = setting(

@@ -1,4 +1,4 @@
-"""Zero-shot classification of trained runs on two caches: the images, and the prompts of the classes."""
+"""Zero-shot classification of trained runs on two caches: the items, such as images, and the prompts of the classes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from embedcache.files import AnyPath
 from embedcache.metrics.classification import class_means, count_confusion, rank_labels
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate, over_seeds
 from embedcache.metrics.ranking import recall_at
+from embedcache.modalities import count_items, noun
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.saved import project
 from embedcache.settings import merge_settings
@@ -40,18 +41,20 @@ _BLOCK = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotPredictions:
-    """Predicted classes of the images of one part with one run.
+    """Predicted classes of the items of one part with one run.
 
     Args:
-        items: images that have a label.
+        modality: modality of the items, that which the run pairs with texts.
+        items: items that have a label.
         num_prompts: (C,) number of prompts of each class.
-        labels: (I,) true class of each image.
-        ranks: (I,) rank of the true class, 1 is the top.
-        predicted: (I, K) classes with the highest scores, best first.
+        labels: (N,) true class of each item.
+        ranks: (N,) rank of the true class, 1 is the top.
+        predicted: (N, K) classes with the highest scores, best first.
     """
 
     seed: int
     split: EvalSplit
+    modality: str
     items: Items
     num_unlabeled: int
     names: list[str]
@@ -63,7 +66,7 @@ class ZeroShotPredictions:
 
 
 OnPredictions: TypeAlias = Callable[[ZeroShotPredictions], object]
-"""Receives the predictions of a run, such as to show images of it."""
+"""Receives the predictions of a run, such as to show items with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +75,17 @@ class ZeroShotReport:
 
     Args:
         part: description of the part.
+        modality: modality of the items.
         names: names of the classes.
         num_prompts: smallest and largest number of prompts of a class.
-        num_images: labeled images per run.
-        num_unlabeled: images without a label, left out.
-        accuracies: `acc1`, `acc5` and `mean_per_class_recall` -> mean over runs and images, with a 95% interval from
+        num_items: labeled items per run.
+        num_unlabeled: items without a label, left out.
+        accuracies: `acc1`, `acc5` and `mean_per_class_recall` -> mean over runs and items, with a 95% interval from
             resampling near-duplicate groups.
         over_seeds: as `accuracies`, with 95% intervals that hold the variance of seeds, too; empty for one run.
         chance: as `accuracies`, for classes drawn at random.
-        by_class: (C,) accuracy of each class, NaN for a class without images.
-        confusion: (C, C) number of images by true class and predicted class, summed over runs.
+        by_class: (C,) accuracy of each class, NaN for a class without items.
+        confusion: (C, C) number of items by true class and predicted class, summed over runs.
         by_seed: `acc1` of each run, in the order of `seeds`.
         seeds: random seed of each run.
         overlap: the largest overlap of a run with its training part; None if it was not checked.
@@ -89,9 +93,10 @@ class ZeroShotReport:
     """
 
     part: str
+    modality: str
     names: list[str]
     num_prompts: tuple[int, int]
-    num_images: int
+    num_items: int
     num_unlabeled: int
     accuracies: dict[str, Estimate]
     chance: dict[str, Estimate]
@@ -113,7 +118,8 @@ class ZeroShotReport:
         """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
         fewest, most = self.num_prompts
         prompts = pluralize(most, "prompt") if fewest == most else f"{fewest:,} to {most:,} prompts"
-        counts = f"{pluralize(self.num_images, 'image')}, {pluralize(len(self.names), 'class', 'classes')} of {prompts}"
+        classes = pluralize(len(self.names), "class", "classes")
+        counts = f"{count_items(self.num_items, self.modality)}, {classes} of {prompts}"
         counts += f" ({self.num_unlabeled:,} without a label left out)" if self.num_unlabeled else ""
         return report_line(f"{self.part}: {counts}", self.seeds, self.by_seed, "top-1", self.warning)
 
@@ -134,25 +140,27 @@ def evaluate_zero_shot(
     on_predictions: OnPredictions | None = None,
     **options: Any,
 ) -> ZeroShotReport:
-    """Classify the images of a cache with a run, or with the seeds of one recipe, which are averaged.
+    """Classify the items of a cache with a run, or with the seeds of one recipe, which are averaged.
 
-    Memory: a block of images and their scores, and the prompts.
+    The items are of the modality that the run pairs with texts: images, recordings, videos or point clouds. Memory: a
+    block of items and their scores, and the prompts.
 
     Args:
-        cache: cache with the image feature of the runs, and labels: names of classes, or their numbers from 0.
+        cache: cache with the runs' feature of that modality, and labels: names of classes, or their numbers from 0.
         run: one run, or seeds of one recipe.
         prompts: cache with the text feature of the runs, written by `extract prompts:…`.
         settings: label column, part and overlap check.
         options: settings by their names on the command line, which replace those of `settings`.
         is_control: require that the runs were trained on shuffled pairs.
-        progress: progress in images.
+        progress: progress in items.
         on_predictions: receives the predictions of each run.
 
     Raises:
         SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
         FingerprintError: a run was trained on features from another encoder, or with another recipe than the others.
         UnknownNameError: there is no such column.
-        DataError: the part is empty, no image has a label, a label is not a class, or a class has no prompt.
+        DataError: a run without texts, the part is empty, no item has a label, a label is not a class, or a class has
+            no prompt.
     """
     settings = merge_settings(ZeroShotSettings, settings, options)
     cache, prompts = Cache(cache), Cache(prompts)
@@ -170,9 +178,10 @@ def evaluate_zero_shot(
     accuracies = _accuracies(ranks, labels, groups)
     return ZeroShotReport(
         part=first.split.part,
+        modality=first.modality,
         names=first.names,
         num_prompts=(int(first.num_prompts.min()), int(first.num_prompts.max())),
-        num_images=len(first.labels),
+        num_items=len(first.labels),
         num_unlabeled=first.num_unlabeled,
         accuracies=accuracies,
         chance=_chances(num_classes, len(labels)),
@@ -200,13 +209,13 @@ def compare_zero_shot(
     """Evaluate several recipes; seeds of one recipe are averaged.
 
     Args:
-        cache: cache of labeled images.
+        cache: cache of labeled items.
         run: runs of any recipes.
         prompts: cache of prompts.
         settings: label column, part and overlap check.
         options: settings by their names on the command line, which replace those of `settings`.
         control_run: runs trained on shuffled pairs.
-        progress: progress in images.
+        progress: progress in items.
         on_predictions: receives the predictions of each run.
 
     Returns:
@@ -229,25 +238,34 @@ def classify(
     *,
     progress: Progress | None = None,
 ) -> ZeroShotPredictions:
-    """Classify the images of one part with one run; errors are those of `evaluate_zero_shot`."""
+    """Classify the items of one part with one run; errors are those of `evaluate_zero_shot`."""
     settings = settings or ZeroShotSettings(check_overlap=False)
-    prompts, image = _run_prompts(prompts_cache, run), run_input(cache, run.config, "image")
+    if "text" not in run.config.sides:
+        raise DataError(
+            f"run {run.path}: expected one with the modality text, which prompts have, got one of "
+            f"{' and '.join(run.config.sides)}; train one with texts"
+        )
+    modality = run.config.other_modality("text")
+    prompts, feature = _run_prompts(prompts_cache, run), run_input(cache, run.config, modality)
     split = read_eval_split(cache, run, settings.part)
-    items = read_items([cache], [image]).select(split.samples)
+    items = read_items([cache], [feature]).select(split.samples)
     if not len(items.rows):
-        raise DataError(f"{split.part} of {cache.path}: expected images with {image.name}, got none; check --part")
+        raise DataError(
+            f"{split.part} of {cache.path}: expected {noun(modality)} with {feature.name}, got none; check --part"
+        )
     is_labeled = has_label(cache, items.samples, column=settings.label)
     items, num_unlabeled = items.where(is_labeled), int((~is_labeled).sum())
     if not len(items.rows):
         raise DataError(
-            f"column {settings.label!r} of {cache.path}: expected labels, got none for {num_unlabeled:,} images of "
-            f"{split.part}; name another column with --label"
+            f"column {settings.label!r} of {cache.path}: expected labels, got none for {num_unlabeled:,} "
+            f"{noun(modality)} of {split.part}; name another column with --label"
         )
     labels = read_labels(cache, items.samples, column=settings.label, classes=prompts.names).numbers
-    ranks, predicted = _rank(run, image, items.rows, labels, prompts, progress or NullProgress())
+    ranks, predicted = _rank(run, feature, items.rows, labels, prompts, progress or NullProgress())
     return ZeroShotPredictions(
         seed=run.seed,
         split=split,
+        modality=modality,
         items=items,
         num_unlabeled=num_unlabeled,
         names=prompts.names,
@@ -255,19 +273,20 @@ def classify(
         labels=labels,
         ranks=ranks,
         predicted=predicted,
-        overlap=find_overlap(run, cache, {"image": ItemSet(image, items)}, settings, progress=progress),
+        overlap=find_overlap(run, cache, {modality: ItemSet(feature, items)}, settings, progress=progress),
     )
 
 
 def _rank(
-    run: Run, image: InputFeature, rows: Ints, labels: Ints, prompts: Prompts, progress: Progress
+    run: Run, feature: InputFeature, rows: Ints, labels: Ints, prompts: Prompts, progress: Progress
 ) -> tuple[Ints, Ints]:
-    """Compute the (I,) rank of each image's class and the (I, K) classes with the highest scores."""
+    """Compute the (N,) rank of each item's class and the (N, K) classes with the highest scores."""
     classes_CP = class_vectors(prompts, run.pair.tower("text"), device=run.device)
     ranks, predicted = [], []
-    progress.start("classifying", len(rows), "images")
+    progress.start("classifying", len(rows), noun(feature.modality))
+    tower = run.pair.tower(feature.modality)
     for block in blocks(len(rows), _BLOCK):
-        scores_BC = project(run.pair.tower("image"), image.read(rows[block]), device=run.device) @ classes_CP.T
+        scores_BC = project(tower, feature.read(rows[block]), device=run.device) @ classes_CP.T
         ranks.append(rank_labels(scores_BC, labels[block]))
         k = min(max(KS), scores_BC.shape[1])
         best_BK = np.argpartition(-scores_BC, k - 1, axis=1)[:, :k]
@@ -298,9 +317,9 @@ def _over_seeds(predictions: Sequence[ZeroShotPredictions], accuracies: Mapping[
     return {name: over_seeds(accuracies[name], values[name], has_same_items=has_same_items) for name in accuracies}
 
 
-def _chances(num_classes: int, num_images: int) -> dict[str, Estimate]:
+def _chances(num_classes: int, num_items: int) -> dict[str, Estimate]:
     expected = {"acc1": 1 / num_classes, "acc5": min(1, 5 / num_classes), "mean_per_class_recall": 1 / num_classes}
-    return {name: chance_estimate(accuracy, num_images) for name, accuracy in expected.items()}
+    return {name: chance_estimate(accuracy, num_items) for name, accuracy in expected.items()}
 
 
 def _run_prompts(cache: Cache, run: Run) -> Prompts:

@@ -1,4 +1,4 @@
-"""Zero-shot classification as tables, JSON and one page: accuracies, classes, confusions and example images."""
+"""Zero-shot classification as tables, JSON and one page: accuracies, classes, confusions and example items."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.dataset.thumbnails import credit
+from embedcache.dataset.thumbnails import PICTURED, credit
 from embedcache.evaluate.zero_shot import ZeroShotPredictions, ZeroShotReport
 from embedcache.metrics.intervals import Estimate
+from embedcache.modalities import noun
 from embedcache.reports.base import (
     COLORS,
     INK,
@@ -65,11 +66,14 @@ def confusion_table(report: ZeroShotReport, *, num_rows: int = 10) -> Table:
         if count:
             names = [report.names[true], report.names[predicted]]
             rows.append([*names, format_count(count), format_percent(count / totals_C[true])])
-    return ["class", "predicted as", "images", "of the class"], rows
+    return ["class", "predicted as", noun(report.modality), "of the class"], rows
 
 
 def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
-    """Return a report as JSON values: accuracies with intervals, chance, each class, counts, seeds and overlap."""
+    """Return a report as JSON values: accuracies with intervals, chance, each class, counts, seeds and overlap.
+
+    `num_images` counts the items of any modality, so that one reader suffices.
+    """
     names = report.names
     unique = [name if names.count(name) == 1 else f"{name} ({position})" for position, name in enumerate(names)]
     return {
@@ -78,7 +82,7 @@ def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
         **({"over_seeds": estimates_json(report.over_seeds)} if report.over_seeds else {}),
         "by_class": dict(zip(unique, map(round_json, report.by_class), strict=True)),
         "acc1_by_seed": [round_json(accuracy) for accuracy in report.by_seed],
-        "num_images": report.num_images,
+        "num_images": report.num_items,
         "num_unlabelled": report.num_unlabeled,
         "num_classes": len(report.names),
         "num_prompts": list(report.num_prompts),
@@ -96,9 +100,9 @@ def write_zero_shot_page(
     *,
     image_folders: Sequence[Path] = (),
 ) -> None:
-    """Write a page with the accuracies of all reports, and the classes and example images of the first.
+    """Write a page with the accuracies of all reports, and the classes and example items of the first.
 
-    Images are read as by `Thumbnails`.
+    Items are read as by `Thumbnails`.
     """
     first = next(iter(reports.values()))
     chance = first.chance["acc1"].value
@@ -118,8 +122,8 @@ def write_zero_shot_page(
         table=confusion_table(first),
         figures=[_confusion_matrix(first.names, first.confusion)],
     )
-    renderer = ItemRenderer(cache, "image", image_folders)
-    images = _image_section(renderer, classified)
+    renderer = ItemRenderer(cache, classified.modality, image_folders)
+    items = _item_section(renderer, classified)
     write_report(
         path,
         title="Zero-shot classification",
@@ -132,26 +136,29 @@ def write_zero_shot_page(
             accuracy,
             Section(title="Classes", figures=[class_bars(first.names, first.by_class, chance=chance)]),
             confusions,
-            images,
+            items,
         ],
         credit=credit(cache),
     )
 
 
-def _image_section(renderer: ItemRenderer, classified: ZeroShotPredictions) -> Section:
-    names, examples = classified.names, []
+def _item_section(renderer: ItemRenderer, classified: ZeroShotPredictions) -> Section:
+    names, name, examples = classified.names, noun(classified.modality), []
     for position in sample_outcomes(classified.predicted[:, 0] == classified.labels, _EXAMPLES_PER_OUTCOME):
         true = int(classified.labels[position])
         results = [
             PageItem(text=names[number], is_correct=number == true)
             for number in classified.predicted[position].tolist()
         ]
-        image = replace(renderer.render(int(classified.items.rows[position])), text=names[true])
+        item = renderer.render(int(classified.items.rows[position]))
+        text = names[true] if classified.modality in PICTURED else f"{item.text}: {names[true]}"
         answer = PageItem(text=names[true], is_correct=True)
-        examples.append(ranked_example(image, results, rank=int(classified.ranks[position]), answer=answer))
+        examples.append(
+            ranked_example(replace(item, text=text), results, rank=int(classified.ranks[position]), answer=answer)
+        )
     return Section(
-        title="Images",
-        notes=["Drawn at random: first images whose top class is correct, then images whose top class is wrong."],
+        title=name.capitalize(),
+        notes=[f"Drawn at random: first {name} whose top class is correct, then {name} whose top class is wrong."],
         examples=examples,
     )
 

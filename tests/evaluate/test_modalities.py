@@ -1,5 +1,7 @@
 """Evaluations of recordings and of point clouds, which each have a label and a caption."""
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedcache.errors import DataError
 from embedcache.evaluate.probe import evaluate_probe
+from embedcache.evaluate.zero_shot import evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.inference import load
+from embedcache.sources import open_source
 from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.store.cache import Cache
 from embedcache.train.settings import train_settings
 from embedcache.train.train import train
 from tests.cli.run import embedcache, succeed
@@ -61,6 +68,15 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of one prompt per label. Not to be changed."""
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "prompts.json").write_text(json.dumps({label: [f"a {label} thing"] for label in PITCHES}))
+    extract(open_source(f"prompts:{folder / 'prompts.json'}"), folder / "cache", text_encoder=[TEXT])
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
 def runs(things: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """A run of each modality with texts. Not to be changed."""
     folder = tmp_path_factory.mktemp("runs")
@@ -68,6 +84,33 @@ def runs(things: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str,
     for modality, feature in FEATURES.items():
         train(things, folder / modality, feature={modality: feature, "text": "open_toy/mean"}, settings=settings)
     return {modality: folder / modality for modality in FEATURES}
+
+
+@pytest.mark.parametrize(("modality", "noun"), [("audio", "recordings"), ("points", "point clouds")])
+def test_items_are_classified_by_prompts(
+    things: Path, prompts: Path, runs: Mapping[str, Path], tmp_path: Path, modality: str, noun: str
+) -> None:
+    words = ["evaluate", "zero-shot", things, runs[modality], "--prompts", prompts]
+    stdout = succeed(*words, "--output", "r.json", "--html", "p.html", cwd=tmp_path)
+    assert f"30 {noun}, 4 classes of 1 prompt" in " ".join(stdout.split())
+    details = json.loads((tmp_path / "r.json").read_text())["details"]
+    assert details["num_images"] == 30
+    page = (tmp_path / "p.html").read_text()
+    assert f"<h2>{noun.capitalize()}</h2>" in page
+    assert f"first {noun} whose top class is correct" in page
+    assert "images" not in re.sub("<[^>]*>", "", page.partition("<h1>")[2])
+    report = evaluate_zero_shot(things, runs[modality], prompts, part="all")
+    assert report.warning is not None
+    assert f"share a {noun.removesuffix('s')} or a caption" in report.warning
+    assert report.accuracies["acc1"].value > 2 * report.chance["acc1"].value
+    model, items = load(runs[modality]), [Things().read(s.files[modality][0]) for s in Things().samples()]  # type: ignore[index]
+    names = [name for name, _ in sorted(PITCHES.items())]
+    scores = model.classify(items, names, template="a {} thing")
+    right = np.array(scores.best) == Cache(things).column("label").to_numpy()
+    assert right.mean() == pytest.approx(report.accuracies["acc1"].value)
+    np.testing.assert_allclose(
+        model.similarity(items[0], "a low thing"), model.encode(modality, items[0]) @ model.encode_text("a low thing").T
+    )
 
 
 @pytest.mark.parametrize(("modality", "noun"), [("audio", "recordings"), ("points", "point clouds")])
@@ -95,3 +138,12 @@ def test_missing_modality_names_its_option(things: Path, runs: Mapping[str, Path
     outcome = embedcache("curate", "index", things, "index", "--run", runs["audio"], cwd=tmp_path)
     assert "run with the modality image, got one of audio and text; choose one of these" in outcome.stderr
     assert outcome.stderr.endswith("with --modality\n")
+
+
+def test_run_without_texts_cannot_classify(things: Path, prompts: Path, tmp_path: Path) -> None:
+    settings = train_settings({"shared_width": 2, "epochs": 0, "split": "key"})
+    train(things, tmp_path / "run", feature=FEATURES, settings=settings)
+    with pytest.raises(DataError, match="run .*: expected one with the modality text, .* got one of audio and points"):
+        evaluate_zero_shot(things, tmp_path / "run", prompts)
+    with pytest.raises(DataError, match="expected a run with the modality text, got one of audio and points"):
+        load(tmp_path / "run").classify(tone(0.1), ["a", "b"])

@@ -111,7 +111,7 @@ def test_labels_may_be_numbers_or_missing(prompts: Path, runs: list[Path], tmp_p
     (tmp_path / "s" / "table.csv").write_text("\n".join(rows))
     cache = cached(tmp_path / "s" / "table.csv", tmp_path / "cache")
     report = evaluate_zero_shot(cache, runs[:1], prompts)
-    assert (report.num_images, report.num_unlabeled) == (11, 1)
+    assert (report.num_items, report.num_unlabeled) == (11, 1)
     assert "(1 without a label left out)" in report.line()
 
 
