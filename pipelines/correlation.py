@@ -39,7 +39,9 @@ class Outcomes:
 
     def metric(self, name: str) -> Array:
         """Return one of `METRICS` for each of `pairs`: (M,) float64."""
-        values = [{(pair.image, pair.text): pair.value(name) for pair in report.pairs} for report in self.measured]
+        values = [
+            {tuple(pair.features.values()): pair.value(name) for pair in report.pairs} for report in self.measured
+        ]
         return np.array([np.mean([value[pair] for value in values]) for pair in self.pairs])
 
     def recall(self, recipe: str) -> Array:

@@ -12,11 +12,13 @@ from embedcache.cli.commands import add_command, new_group
 from embedcache.cli.options import (
     CacheArgument,
     Device,
+    Features,
     Html,
     Json,
     Output,
     ReportOptions,
     RunArgument,
+    by_modality,
     check_new_file,
     check_path_is_own,
     output_option,
@@ -69,10 +71,10 @@ def retrieval(
     settings: RetrievalSettings,
     outputs: ReportOptions,
 ) -> None:
-    """Measure image-text retrieval in both directions.
+    """Measure retrieval, such as of images and texts.
 
-    Recalls have confidence intervals and the chance level beside them, for each language that is named. A JSON report
-    has the format of CLIP_benchmark; --output may name a folder for one file per recipe.
+    Recalls in both directions have confidence intervals and the chance level beside them, for each language that is
+    named. A JSON report has the format of CLIP_benchmark; --output may name a folder for one file per recipe.
 
     Example: embedcache evaluate retrieval cache/ run/ --part test --html page.html
     """
@@ -250,6 +252,7 @@ def probe(
 )
 def pairs(
     cache: CacheArgument,
+    feature: Features = None,
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
@@ -258,7 +261,7 @@ def pairs(
 ) -> None:
     """Compare encoder pairs before any training.
 
-    Print CKA, mutual kNN and a closed-form probe of every pair of an image and a text feature.
+    Print CKA, mutual kNN and a closed-form probe of every pair of features of two modalities, such as images and texts.
 
     Example: embedcache evaluate pairs cache/ --html pairs.html
     """
@@ -266,7 +269,8 @@ def pairs(
     from embedcache.evaluate.encoder_pairs import evaluate_pairs
     from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table, write_encoder_pairs_page
 
-    report = evaluate_pairs(cache, settings, progress=open_progress())
+    named = by_modality("--feature", feature, "audio=tiny.en/mean", metavar="NAME") or None
+    report = evaluate_pairs(cache, settings, feature=named, progress=open_progress())
 
     def show() -> None:
         print_line(report.line())
@@ -347,15 +351,8 @@ def likelihood(
     reports = evaluate_tasks(cache, run, task_file, settings, device=device, progress=open_progress())
 
     def show() -> None:
-        print_lines(
-            dict.fromkeys(
-                warning
-                for tasks in reports.values()
-                for seeds in tasks.values()
-                for seed in seeds
-                for warning in seed.warnings()
-            )
-        )
+        seeds = (seed for tasks in reports.values() for seeds in tasks.values() for seed in seeds)
+        print_lines(dict.fromkeys(warning for seed in seeds for warning in seed.warnings()))
         print_table(*likelihood_table(reports))
 
     publish(show, lambda: likelihood_json(reports, Path(cache).name), as_json=as_json, output=output)

@@ -106,7 +106,7 @@ Features: TypeAlias = Annotated[
         "--feature",
         metavar="MODALITY=NAME",
         help="Feature of one of two modalities, such as audio=encoder/feature; instead of --image-feature and "
-        "--text-feature. Name two.",
+        "--text-feature. Name some of both.",
     ),
 ]
 

@@ -1,8 +1,8 @@
-"""Compare encoder pairs before any training: every image feature of a cache with every text feature."""
+"""Compare encoder pairs before any training: every feature of one modality with every one of another."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -29,17 +29,18 @@ from embedcache.metrics.durations import note_duration
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, jackknife
 from embedcache.metrics.neighbors import top_k
 from embedcache.metrics.ranking import best_ranks, note_ranking
+from embedcache.modalities import MODALITIES, directions, noun, order_pair, pair_nouns
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.settings import merge_settings, replace_flat
 from embedcache.store.cache import Cache
 
+Names: TypeAlias = str | Sequence[str] | None
+"""Names of one or several features; None: all."""
+
 _RECALL_K = 10
 _SHARED_WIDTH, _SHRINKAGE = 256, 1.0  # the defaults of training
 _BLOCK = 1024
-
-ROWS = "each item scaled to length 1, then the mean over a sample's images and over its captions"
-"""How a sample becomes one row per modality; the paper averages five captions too, and does not scale images first."""
 
 METRICS: Mapping[str, str] = {
     "probe": "probe R@10",
@@ -52,21 +53,18 @@ METRICS: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PairMetrics:
-    """Metrics of one image feature and one text feature.
+    """Metrics of one feature of each of two modalities.
 
     Args:
-        image: `encoder/feature`.
-        text: `encoder/feature`.
-        i2t: R@10 of the probe, image to text; `t2i` is the other direction.
+        features: modality -> `encoder/feature`.
+        recalls: direction, such as `i2t` and `t2i` of images and texts -> R@10 of the probe.
         mutual_knn: fraction of nearest neighbors in common.
         debiased_cka: linear CKA from unbiased HSIC.
         shuffled_cka: expectation of linear CKA for shuffled pairs.
     """
 
-    image: str
-    text: str
-    i2t: Estimate
-    t2i: Estimate
+    features: Mapping[str, str]
+    recalls: Mapping[str, Estimate]
     mutual_knn: Estimate
     debiased_cka: Estimate
     linear_cka: Estimate
@@ -75,7 +73,7 @@ class PairMetrics:
     @property
     def probe(self) -> float:
         """Mean R@10 of both directions."""
-        return (self.i2t.value + self.t2i.value) / 2
+        return sum(recall.value for recall in self.recalls.values()) / 2
 
     def value(self, metric: str) -> float:
         """Return the value of one of `METRICS`."""
@@ -94,7 +92,7 @@ class PairsReport:
         num_held: samples that the probe was measured on.
         num_groups: near-duplicate groups, which intervals are over.
         knn_chance: mutual kNN of unrelated features.
-        chance: chance level of the probe: `i2t`, `t2i`.
+        chance: chance level of the probe by direction.
         skipped: one line per feature that was left out.
     """
 
@@ -113,100 +111,137 @@ class PairsReport:
     chance: Mapping[str, Estimate]
     skipped: Sequence[str] = ()
 
+    @property
+    def rows(self) -> str:
+        """How a sample becomes a row; the paper averages five captions too, and does not scale images first."""
+        first, second = pair_nouns(tuple(self.pairs[0].features))
+        return f"each item scaled to length 1, then the mean over a sample's {first} and over its {second}"
+
     def line(self) -> str:
         """Summarize what was measured in one line."""
         language = "" if self.language is None else f" in {self.language}"
         return (
             f"{pluralize(self.num_compared, 'sample')} outside the test part of {self.num_drawn:,} drawn "
-            f"(seed {self.seed}), "
-            f"split {self.split}; rows: {ROWS}{language}; CKA centered; kNN by cosine, k {self.k}; probe: CCA fitted "
-            f"on {self.num_trained:,} samples, ranked on {self.num_held:,} others; 95% intervals over "
-            f"{pluralize(self.num_groups, 'near-duplicate group')}"
+            f"(seed {self.seed}), split {self.split}; rows: {self.rows}{language}; CKA centered; kNN by cosine, "
+            f"k {self.k}; probe: CCA fitted on {self.num_trained:,} samples, ranked on {self.num_held:,} "
+            f"others; 95% intervals over {pluralize(self.num_groups, 'near-duplicate group')}"
         )
 
 
 def evaluate_pairs(
-    cache: AnyPath, settings: PairsSettings | None = None, *, progress: AnyProgress = None, **options: Any
+    cache: AnyPath,
+    settings: PairsSettings | None = None,
+    *,
+    feature: Mapping[str, Names] | None = None,
+    progress: AnyProgress = None,
+    **options: Any,
 ) -> PairsReport:
-    """Compare every image feature with every text feature of a cache on the same samples, without training.
+    """Compare every feature of one modality with every one of another on the same samples, without training.
+
+    The modalities are those of `feature`, which maps two modalities to one feature, several, or None for all; or else
+    images and texts, or, if the cache has no features of one of these, the two that it has features of.
 
     Samples that have all features are drawn and split. Those of the test part are not used, so that a choice made here
-    may be tested there. `ROWS` describes how a sample becomes a row; token features are averaged over tokens. The
-    probe is the CCA that training starts from, fitted on the training part and ranked on the validation part. A strict
-    split is by the first image and the first text feature.
+    may be tested there. `PairsReport.rows` describes how a sample becomes a row; token features are averaged over
+    tokens. The probe is the CCA that training starts from, fitted on the training part and ranked on the validation
+    part. A strict split is by the first feature of each modality.
 
     Intervals of CKA are a jackknife over 50 blocks of whole near-duplicate groups, those of the others a bootstrap over
-    the groups. Memory: all text features and one image feature of the drawn samples in float32, two features in
-    float64, three D × D matrices of the widest, and 64 MB of similarities; never n × n.
+    the groups. Memory: all features of the second modality, which texts are, and one of the first, of the drawn samples
+    in float32, two features in float64, three D × D matrices of the widest, and 64 MB of similarities; never n × n.
 
     Raises:
         UnknownNameError: no such feature or language, or the cache has no feature of a modality.
         UnfinishedError: a named feature has missing chunks, or all have.
-        SettingError: k is not below the number of samples, or nothing can be held out.
+        SettingError: features of other than two modalities, or of images and texts beside `feature`; k is not below
+            the number of samples, or nothing can be held out.
         DataError: too few samples have all features or are in the validation part, or a feature is constant, NaN or
             infinite.
     """
     settings, progress = merge_settings(PairsSettings, settings, {}), to_progress(progress)
     settings = replace_flat(settings, with_split_seed(options, settings))
     cache = Cache(cache)
-    images, skipped_images = open_features(cache, "image", settings.image_feature)
-    texts, skipped_texts = open_features(cache, "text", settings.text_feature)
-    for line in (skipped := [*skipped_images, *skipped_texts]):
+    named = _name_features(cache, settings, feature)
+    (firsts, skipped), (seconds, also_skipped) = (open_features(cache, name, names) for name, names in named.items())
+    for line in (skipped := [*skipped, *also_skipped]):
         progress.note(line)
-    pairs = draw_samples(cache, images, texts, settings)
-    sample = split_samples(pairs, cache, (images[0], texts[0]), settings.split, progress)
+    pairs = draw_samples(cache, firsts, seconds, settings)
+    sample = split_samples(pairs, cache, (firsts[0], seconds[0]), settings.split, progress)
     num_candidates = min(len(sample.val.first.rows), len(sample.val.second.rows))
     if num_candidates <= _RECALL_K:  # then any order of them has a recall of 1
         raise DataError(
-            f"expected more than {_RECALL_K} images and texts in the validation part, on which R@{_RECALL_K} of the "
-            f"probe is measured, got {num_candidates} of {len(sample.samples):,} drawn samples: draw more with "
-            "--num-samples, or use a split with a larger validation part, as by --val-fraction 0.25"
+            f"expected more than {_RECALL_K} {' and '.join(map(noun, named))} in the validation part, on which "
+            f"R@{_RECALL_K} of the probe is measured, got {num_candidates} of {len(sample.samples):,} drawn samples: "
+            "draw more with --num-samples, or use a split with a larger validation part, as by --val-fraction 0.25"
         )
     if settings.k >= len(sample.samples):
         raise SettingError(f"k: expected less than the {len(sample.samples)} compared samples, got {settings.k}")
-    metrics = _measure_pairs(sample, images, texts, settings, progress)
+    metrics = _measure_pairs(sample, firsts, seconds, settings, progress)
     return PairsReport(
         pairs=sorted(metrics, key=lambda pair: -pair.probe),
-        pooling={feature.name: _pooling(feature) for feature in (*images, *texts)},
+        pooling={feature.name: _pooling(feature) for feature in (*firsts, *seconds)},
         num_drawn=len(pairs.samples),
         num_compared=len(sample.samples),
         num_trained=len(sample.train.samples),
         num_held=len(sample.val.samples),
         num_groups=len(distinct(sample.groups)),
-        split=_split_line(settings.split, images[0], texts[0]),
+        split=_split_line(settings.split, firsts[0], seconds[0]),
         language=settings.language,
         k=settings.k,
         seed=settings.seed,
         knn_chance=settings.k / (len(sample.samples) - 1),
-        chance=sample.chance(_RECALL_K),
+        chance=dict(zip(directions(tuple(named)), sample.chance(_RECALL_K), strict=True)),
         skipped=skipped,
     )
 
 
-def _split_line(settings: SplitSettings, image: InputFeature, text: InputFeature) -> str:
+def _name_features(
+    cache: Cache, settings: PairsSettings, features: Mapping[str, Names] | None
+) -> dict[str, Sequence[str]]:
+    """Return the names of the features of two modalities, in the order of `order_pair`; no names are all features."""
+    named: dict[str, Sequence[str]] = {"image": settings.image_feature, "text": settings.text_feature}
+    if features is not None:
+        if any(named.values()):
+            raise SettingError(
+                "feature: expected either features by modality or image and text features, got both; leave one out"
+            )
+        modalities = [*features] if isinstance(features, Mapping) else [features]
+        if len(modalities) != 2 or not {*modalities} <= {*MODALITIES}:
+            raise SettingError(
+                f"feature: expected features of two modalities of {', '.join(MODALITIES)}, got "
+                f"{', '.join(map(str, modalities)) or 'none'}; name some of both, such as audio=NAME and text=NAME"
+            )
+        named = {name: [value] if isinstance(value, str) else value or () for name, value in features.items()}
+    elif not any(named.values()) and not all(map(cache.features, named)):
+        present = [name for name in MODALITIES if cache.features(name)]
+        named = dict.fromkeys(present, ()) if len(present) == 2 else named
+    return {name: named[name] for name in order_pair(named)}
+
+
+def _split_line(settings: SplitSettings, first: InputFeature, second: InputFeature) -> str:
     if settings.kind != "strict":
         return settings.kind
-    limits = f"{settings.image_cosine:g} and {settings.text_cosine:g}"
-    return f"{settings.kind} by {image.name} and {text.name} (cosine above {limits})"
+    limits = " and ".join(f"{settings.cosine(feature.modality)[1]:g}" for feature in (first, second))
+    return f"{settings.kind} by {first.name} and {second.name} (cosine above {limits})"
 
 
 def _measure_pairs(
     sample: PairSample,
-    images: Sequence[InputFeature],
-    texts: Sequence[InputFeature],
+    firsts: Sequence[InputFeature],
+    seconds: Sequence[InputFeature],
     settings: PairsSettings,
     progress: Progress,
 ) -> list[PairMetrics]:
-    """Measure every pair: all texts are prepared first, then one image after another."""
+    """Measure every pair: all second features are prepared first, then one first feature after another."""
     products = products_on(settings.device)
-    _note_duration(sample, images, texts, settings.k, progress, products)
-    progress.start("encoder pairs", len(images) * len(texts), "pairs")
-    prepared_texts = [_prepare(feature, sample.pairs.second, sample, settings.k, products) for feature in texts]
+    _note_duration(sample, firsts, seconds, settings.k, progress, products)
+    progress.start("encoder pairs", len(firsts) * len(seconds), "pairs")
+    prepared = [_prepare(feature, sample.pairs.second, sample, settings.k, products) for feature in seconds]
     metrics = []
-    for feature in images:
-        image = _prepare(feature, sample.pairs.first, sample, settings.k, products)
-        for text in prepared_texts:
-            metrics.append(_measure(sample, image, text, settings.resamples, products))
+    for feature in firsts:
+        first = _prepare(feature, sample.pairs.first, sample, settings.k, products)
+        for second in prepared:
+            metrics.append(_measure(sample, first, second, settings.resamples, products))
             progress.advance(1)
     progress.finish()
     return metrics
@@ -214,14 +249,14 @@ def _measure_pairs(
 
 def _note_duration(
     sample: PairSample,
-    images: Sequence[InputFeature],
-    texts: Sequence[InputFeature],
+    firsts: Sequence[InputFeature],
+    seconds: Sequence[InputFeature],
     k: int,
     progress: Progress,
     products: Products,
 ) -> None:
     """Report how long the neighbors of all features and the probes of all pairs will take."""
-    features = [*images, *texts]
+    features = [*firsts, *seconds]
     width = sum(feature.width for feature in features) // len(features)
     note_duration(
         progress,
@@ -230,13 +265,14 @@ def _note_duration(
         width,
         compare=lambda rows_ND, others_ND: top_k(rows_ND, others_ND, min(k, len(others_ND)), products=products),
     )
-    num_ranked = 2 * len(images) * len(texts) * len(sample.val.first.rows) * len(sample.val.second.rows)
+    num_ranked = 2 * len(firsts) * len(seconds) * len(sample.val.first.rows) * len(sample.val.second.rows)
     note_ranking(progress, num_ranked, min(_SHARED_WIDTH, width), products=products)
 
 
 class _PreparedFeature(NamedTuple):
     """All that its pairs need of one feature: vectors of items, means of samples, and the neighbors of those."""
 
+    modality: str
     name: str
     items_ID: Floats
     rows_SD: Floats
@@ -260,48 +296,47 @@ def _prepare(feature: InputFeature, items: Items, sample: PairSample, k: int, pr
     except DataError as error:
         raise DataError(f"{feature.modality} feature {feature.name}: {error}") from error
     own = kernel_products(blocked, blocked)
-    return _PreparedFeature(feature.name, unit_ID, rows_SD, nearest_others(rows_SD, k, products=products), own)
+    neighbors_SK = nearest_others(rows_SD, k, products=products)
+    return _PreparedFeature(feature.modality, feature.name, unit_ID, rows_SD, neighbors_SK, own)
 
 
 def _measure(
-    sample: PairSample, image: _PreparedFeature, text: _PreparedFeature, resamples: int, products: Products
+    sample: PairSample, first: _PreparedFeature, second: _PreparedFeature, resamples: int, products: Products
 ) -> PairMetrics:
-    x, y = CenteredRows(image.rows_SD, sample.blocks), CenteredRows(text.rows_SD, sample.blocks)
+    x, y = CenteredRows(first.rows_SD, sample.blocks), CenteredRows(second.rows_SD, sample.blocks)
     both, sizes = kernel_products(x, y), np.bincount(sample.blocks)
-    overlap_S = neighbor_overlap(image.neighbors_SK, text.neighbors_SK)
-    i2t, t2i = _probe(sample, image.items_ID, text.items_ID, resamples, products)
+    overlap_S = neighbor_overlap(first.neighbors_SK, second.neighbors_SK)
+    recalls = _probe(sample, first.items_ID, second.items_ID, resamples, products)
     return PairMetrics(
-        image=image.name,
-        text=text.name,
-        i2t=i2t,
-        t2i=t2i,
+        features={first.modality: first.name, second.modality: second.name},
+        recalls=dict(zip(directions((first.modality, second.modality)), recalls, strict=True)),
         mutual_knn=bootstrap_mean(overlap_S, sample.groups, num_draws=resamples),
-        debiased_cka=jackknife(cka(both.unbiased, image.own.unbiased, text.own.unbiased), sizes),
-        linear_cka=jackknife(cka(both.biased, image.own.biased, text.own.biased), sizes),
-        shuffled_cka=shuffled_from_products(x, y, image.own, text.own),
+        debiased_cka=jackknife(cka(both.unbiased, first.own.unbiased, second.own.unbiased), sizes),
+        linear_cka=jackknife(cka(both.biased, first.own.biased, second.own.biased), sizes),
+        shuffled_cka=shuffled_from_products(x, y, first.own, second.own),
     )
 
 
 def _probe(
-    sample: PairSample, images_ID: Floats, texts_TE: Floats, resamples: int, products: Products
+    sample: PairSample, first_ID: Floats, second_TE: Floats, resamples: int, products: Products
 ) -> tuple[Estimate, Estimate]:
     """Fit CCA on all pairs of the training part, as training does, and rank the validation items both ways."""
     positions = sample.positions(sample.train)
-    image_M, text_M = (position[joined] for position, joined in zip(positions, sample.train.all_pairs(), strict=True))
-    moments = Moments(images_ID.shape[1], texts_TE.shape[1])
-    for block in blocks(len(image_M), 8 * _BLOCK):
-        moments.add(images_ID[image_M[block]], texts_TE[text_M[block]])
-    image_DP, text_EP = solve("cca", moments, _SHARED_WIDTH, shrinkage=_SHRINKAGE)
-    val_image, val_text = sample.positions(sample.val)
-    images = normalize((images_ID[val_image] - moments.first_mean) @ image_DP)
-    texts = normalize((texts_TE[val_text] - moments.second_mean) @ text_EP)
-    image_M, text_M = sample.val.positives()
+    first_M, second_M = (position[joined] for position, joined in zip(positions, sample.train.all_pairs(), strict=True))
+    moments = Moments(first_ID.shape[1], second_TE.shape[1])
+    for block in blocks(len(first_M), 8 * _BLOCK):
+        moments.add(first_ID[first_M[block]], second_TE[second_M[block]])
+    first_DP, second_EP = solve("cca", moments, _SHARED_WIDTH, shrinkage=_SHRINKAGE)
+    val_first, val_second = sample.positions(sample.val)
+    first_NP = normalize((first_ID[val_first] - moments.first_mean) @ first_DP)
+    second_NP = normalize((second_TE[val_second] - moments.second_mean) @ second_EP)
+    first_M, second_M = sample.val.positives()
 
     def recall(ranks: Ints, items: Items) -> Estimate:
         return bootstrap_mean(ranks <= _RECALL_K, sample.groups_of(items.samples), num_draws=resamples)
 
-    i2t = recall(best_ranks(images, texts, (image_M, text_M), products=products), sample.val.first)
-    return i2t, recall(best_ranks(texts, images, (text_M, image_M), products=products), sample.val.second)
+    there = recall(best_ranks(first_NP, second_NP, (first_M, second_M), products=products), sample.val.first)
+    return there, recall(best_ranks(second_NP, first_NP, (second_M, first_M), products=products), sample.val.second)
 
 
 def _pooling(feature: InputFeature) -> str:

@@ -35,7 +35,8 @@ def open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[li
     for stored_feature in stored:
         if stored_feature.group.is_from_run:  # which was trained on these samples
             name = stored_feature.name
-            skipped.append(f"left out: {name} was computed by a run; name it with --{modality}-feature to compare it")
+            option = f"--{modality}-feature" if modality in ("image", "text") else f"--feature {modality}=NAME"
+            skipped.append(f"left out: {name} was computed by a run; name it with {option} to compare it")
             continue
         feature = InputFeature([stored_feature])
         try:
@@ -51,15 +52,15 @@ def open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[li
 
 
 def draw_samples(
-    cache: Cache, images: Sequence[InputFeature], texts: Sequence[InputFeature], settings: PairsSettings
+    cache: Cache, firsts: Sequence[InputFeature], seconds: Sequence[InputFeature], settings: PairsSettings
 ) -> Pairs:
-    """Draw samples without replacement from those that have an image and a text with all of the features."""
-    pairs = pair_items([cache], images[:1], texts[:1], language=settings.language)
-    image, text = (
+    """Draw samples without replacement from those that have an item of each modality with all of its features."""
+    pairs = pair_items([cache], firsts[:1], seconds[:1], language=settings.language)
+    first, second = (
         items.where(np.logical_and.reduce([feature.valid for feature in features])[items.rows])
-        for items, features in ((pairs.first, images), (pairs.second, texts))
+        for items, features in ((pairs.first, firsts), (pairs.second, seconds))
     )
-    samples = np.intersect1d(distinct(image.samples), distinct(text.samples), assume_unique=True)
+    samples = np.intersect1d(distinct(first.samples), distinct(second.samples), assume_unique=True)
     if len(samples) < _MIN_SAMPLES:
         raise DataError(
             f"expected at least {_MIN_SAMPLES} samples of {cache.path} with all of the features, got {len(samples)}: "
@@ -67,7 +68,7 @@ def draw_samples(
         )
     if len(samples) > settings.num_samples:
         samples = np.random.default_rng(settings.seed).choice(samples, settings.num_samples, replace=False)
-    return Pairs(first=image.select(samples), second=text.select(samples))
+    return Pairs(first=first.select(samples), second=second.select(samples))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,23 +95,23 @@ class PairSample:
         return groups
 
     def positions(self, part: Pairs) -> tuple[Ints, Ints]:
-        """Return the positions of the images and texts of a part among those of all samples."""
+        """Return the positions of the items of both modalities of a part among those of all samples."""
         return (
             np.searchsorted(self.pairs.first.rows, part.first.rows),
             np.searchsorted(self.pairs.second.rows, part.second.rows),
         )
 
-    def chance(self, k: int) -> dict[str, Estimate]:
-        """Compute the recall at k of a random order of the validation items: `i2t` and `t2i`."""
-        image_M, text_M = self.val.positives()
-        images, texts = self.val.first, self.val.second
-        directions = {"i2t": ((image_M, text_M), images, texts), "t2i": ((text_M, image_M), texts, images)}
-        return {
-            name: chance_estimate(
-                tied_chance_recall(positives, candidates.contents, k), effective_number(queries.contents)
+    def chance(self, k: int) -> list[Estimate]:
+        """Compute the recall at k of a random order of the validation items, in both directions."""
+        first_M, second_M = self.val.positives()
+        first, second = self.val.first, self.val.second
+        return [
+            chance_estimate(tied_chance_recall(positives, candidates.contents, k), effective_number(queries.contents))
+            for positives, queries, candidates in (
+                ((first_M, second_M), first, second),
+                ((second_M, first_M), second, first),
             )
-            for name, (positives, queries, candidates) in directions.items()
-        }
+        ]
 
 
 def split_samples(

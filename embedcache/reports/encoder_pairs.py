@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import Normalize
 
-from embedcache.evaluate.encoder_pairs import METRICS, ROWS, PairMetrics, PairsReport
+from embedcache.evaluate.encoder_pairs import METRICS, PairMetrics, PairsReport
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import INK, Section, Table, format_estimate, format_fraction, open_axes, svg, write_report
 
@@ -28,23 +28,25 @@ _NOTES = {
 
 def encoder_pairs_table(report: PairsReport) -> Table:
     """Return all metrics with their 95% intervals: one row per pair, best probe first, and a last row for chance."""
-    columns = ["image × text", "probe i2t R@10", "probe t2i R@10", "mutual kNN", "debiased CKA", "linear CKA"]
-    columns.append("shuffled")
+    probes = [f"probe {direction} R@10" for direction in report.chance]
+    columns = [" × ".join(report.pairs[0].features), *probes, "mutual kNN", "debiased CKA", "linear CKA", "shuffled"]
     rows = []
     for pair in report.pairs:
-        estimates = (pair.i2t, pair.t2i, pair.mutual_knn, pair.debiased_cka, pair.linear_cka)
+        estimates = (*pair.recalls.values(), pair.mutual_knn, pair.debiased_cka, pair.linear_cka)
         shuffled = format_fraction(pair.shuffled_cka)
-        rows.append([f"{pair.image} × {pair.text}", *map(format_estimate, estimates), shuffled])
-    chance = [
-        *(format_estimate(report.chance[direction]) for direction in ("i2t", "t2i")),
-        format_fraction(report.knn_chance),
-    ]
+        rows.append([" × ".join(pair.features.values()), *map(format_estimate, estimates), shuffled])
+    chance = [*map(format_estimate, report.chance.values()), format_fraction(report.knn_chance)]
     return columns, [*rows, ["chance", *chance, format_fraction(0.0), "as shuffled", ""]]
 
 
 def encoder_pairs_json(report: PairsReport) -> dict[str, Any]:
-    """Return all fields of a report as JSON values, and `rows`: how a sample becomes one row."""
-    return {**asdict(report), "rows": ROWS, "centred": True}
+    """Return all fields of a report as JSON values, and `rows`: how a sample becomes one row.
+
+    A pair has its features by modality, such as `image` and `text`, and the recalls of its probe, such as `i2t`.
+    """
+    values = asdict(report)
+    pairs = [{**pair.pop("features"), **pair.pop("recalls"), **pair} for pair in values["pairs"]]
+    return {**values, "pairs": pairs, "rows": report.rows, "centred": True}
 
 
 def write_encoder_pairs_page(path: Path, report: PairsReport) -> None:
@@ -59,7 +61,7 @@ def write_encoder_pairs_page(path: Path, report: PairsReport) -> None:
     write_report(
         path,
         title="Encoder pairs",
-        summary=f"Before any training: {best.image} × {best.text} has the best probe, R@10 "
+        summary=f"Before any training: {' × '.join(best.features.values())} has the best probe, R@10 "
         f"{format_fraction(best.probe)}, of {len(report.pairs)} pairs.",
         warnings=report.skipped,
         sections=[table, *heat_maps, Section(title="Pooling", table=(["feature", "pooling"], pooling))],
@@ -70,25 +72,24 @@ _DARKEST = 0.6  # of the shades, so that dark text is readable on all of them
 
 
 def _heat_map(report: PairsReport, metric: str) -> str:
-    """Draw one of `METRICS` as an SVG element: one row per image feature, one column per text feature.
+    """Draw one of `METRICS` as an SVG element: one row per feature of the first modality, one column per other one.
 
     Both are in order of their mean probe, best first, so that the heat maps of all metrics have the same layout.
     """
-    images = _by_probe(report.pairs, "image")
-    texts = _by_probe(report.pairs, "text")
-    axes = open_axes(0.9 + 0.55 * len(images), width=2.6 + 1.35 * len(texts))
-    pairs = {(pair.image, pair.text): pair for pair in report.pairs}
-    values = np.array([[pairs[image, text].value(metric) for text in texts] for image in images])
+    firsts, seconds = (_by_probe(report.pairs, modality) for modality in report.pairs[0].features)
+    axes = open_axes(0.9 + 0.55 * len(firsts), width=2.6 + 1.35 * len(seconds))
+    pairs = {tuple(pair.features.values()): pair for pair in report.pairs}
+    values = np.array([[pairs[first, second].value(metric) for second in seconds] for first in firsts])
     lowest = min(0.0, values.min())  # colors start at 0, so that a small difference looks small
     scale = Normalize(lowest, lowest + (values.max() - lowest) / _DARKEST)
     axes.imshow(values, cmap=colormaps["Blues"], norm=scale, aspect="auto")
     centered: dict[str, Any] = {"ha": "center", "va": "center", "color": "#1f2933"}
-    for row, image in enumerate(images):
-        for column, text in enumerate(texts):
+    for row, first in enumerate(firsts):
+        for column, second in enumerate(seconds):
             axes.text(column, row - 0.12, format_fraction(values[row, column]), **centered)
-            axes.text(column, row + 0.25, _interval(pairs[image, text], metric), fontsize=7, **centered)
-    axes.set_xticks(range(len(texts)), [text.replace("/", "/\n", 1) for text in texts], fontsize=8)
-    axes.set_yticks(range(len(images)), [image.replace("/", "/\n", 1) for image in images], fontsize=8)
+            axes.text(column, row + 0.25, _interval(pairs[first, second], metric), fontsize=7, **centered)
+    axes.set_xticks(range(len(seconds)), [name.replace("/", "/\n", 1) for name in seconds], fontsize=8)
+    axes.set_yticks(range(len(firsts)), [name.replace("/", "/\n", 1) for name in firsts], fontsize=8)
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
     return svg(axes.figure)
@@ -97,7 +98,7 @@ def _heat_map(report: PairsReport, metric: str) -> str:
 def _by_probe(pairs: Sequence[PairMetrics], modality: str) -> list[str]:
     probes = defaultdict(list)
     for pair in pairs:
-        probes[getattr(pair, modality)].append(pair.probe)
+        probes[pair.features[modality]].append(pair.probe)
     return sorted(probes, key=lambda name: -np.mean(probes[name]))
 
 
@@ -106,4 +107,4 @@ def _interval(pair: PairMetrics, metric: str) -> str:
     estimate = getattr(pair, metric)
     if isinstance(estimate, Estimate):
         return f"[{format_fraction(estimate.low)}, {format_fraction(estimate.high)}]"
-    return f"i2t {format_fraction(pair.i2t.value)}, t2i {format_fraction(pair.t2i.value)}"
+    return ", ".join(f"{direction} {format_fraction(recall.value)}" for direction, recall in pair.recalls.items())

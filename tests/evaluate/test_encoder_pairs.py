@@ -71,7 +71,7 @@ def trained_run(cache_path: Path, run_path: Path, split: SplitSettings) -> Path:
 
 
 def of(report: PairsReport, image: str, text: str) -> PairMetrics:
-    return next(pair for pair in report.pairs if (pair.image, pair.text) == (image, text))
+    return next(pair for pair in report.pairs if [*pair.features.values()] == [image, text])
 
 
 def unit_means(cache: Cache, modality: str, name: str, samples: Ints) -> Array:
@@ -111,7 +111,7 @@ def test_probe_matches_a_run_with_closed_form(captioned: Path, tmp_path: Path, k
     expected = evaluate_retrieval(captioned, [run], RetrievalSettings(part="val"))
     for given in (split, SplitSettings(kind=str(split_path(run)))):
         report = compare(captioned, image_feature=IMAGES[:1], text_feature=TEXTS[:1], split=given)
-        found = {"i2t": report.pairs[0].i2t, "t2i": report.pairs[0].t2i}
+        found = report.pairs[0].recalls
         for direction, estimate in found.items():
             assert estimate.value == pytest.approx(expected.recalls[direction]["r@10"].value, abs=0.03)  # one may tie
             assert estimate.low == pytest.approx(expected.recalls[direction]["r@10"].low, abs=0.03)
@@ -120,14 +120,16 @@ def test_probe_matches_a_run_with_closed_form(captioned: Path, tmp_path: Path, k
 
 
 def test_pairs_are_sorted_by_probe(report: PairsReport) -> None:
-    assert {(pair.image, pair.text) for pair in report.pairs} == {(image, text) for image in IMAGES for text in TEXTS}
+    assert {tuple(pair.features.values()) for pair in report.pairs} == {
+        (image, text) for image in IMAGES for text in TEXTS
+    }
     probes = [pair.probe for pair in report.pairs]
     assert probes == sorted(probes, reverse=True)
     assert probes[0] > probes[-1]
     cls, patches = of(report, IMAGES[0], TEXTS[0]), of(report, IMAGES[1], TEXTS[0])
     assert cls.probe > patches.probe + 0.1  # the mean color does not say where the bar is
     for pair in report.pairs:
-        for estimate in (pair.i2t, pair.t2i, pair.mutual_knn, pair.debiased_cka, pair.linear_cka):
+        for estimate in (*pair.recalls.values(), pair.mutual_knn, pair.debiased_cka, pair.linear_cka):
             assert estimate.low < estimate.value < estimate.high
         assert pair.debiased_cka.value < pair.linear_cka.value
         assert pair.shuffled_cka < pair.linear_cka.value
@@ -136,7 +138,7 @@ def test_pairs_are_sorted_by_probe(report: PairsReport) -> None:
 def test_order_of_names_does_not_matter(cache_path: Path) -> None:
     key = SplitSettings(kind="key", val_fraction=0.25)
     report = compare(cache_path, image_feature=IMAGES[::-1], text_feature=TEXTS[:1], split=key, resamples=20)
-    assert [pair.image for pair in report.pairs] == list(IMAGES)
+    assert [pair.features["image"] for pair in report.pairs] == list(IMAGES)
 
 
 def test_draw_is_bounded_and_seeded(cache_path: Path) -> None:
@@ -195,7 +197,7 @@ def test_table_ends_with_chance(report: PairsReport) -> None:
     columns, rows = encoder_pairs_table(report)
     assert len(rows) == 5
     assert {len(row) for row in rows} == {len(columns)}
-    assert rows[0][0] == f"{report.pairs[0].image} × {report.pairs[0].text}"
+    assert rows[0][0] == " × ".join(report.pairs[0].features.values())
     assert rows[-1][0] == "chance"
     assert rows[-1][3] == f"{10 / (report.num_compared - 1):.3f}"
 
@@ -216,7 +218,7 @@ def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     next((tmp_path / "c" / "image" / "open_other" / "chunks").glob("*.parquet")).unlink()
     key = SplitSettings(kind="key", val_fraction=0.25)
     report = compare(tmp_path / "c", split=key, resamples=20)
-    assert [pair.image for pair in report.pairs] == ["open_toy/cls"]
+    assert [pair.features["image"] for pair in report.pairs] == ["open_toy/cls"]
     assert report.skipped == ["left out: feature open_other/cls is not finished: 1 of 1 chunks is missing; "
                               "run the same embedcache extract again to resume it"]  # fmt: skip
     with pytest.raises(UnfinishedError, match="feature open_other/cls is not finished"):
@@ -231,10 +233,10 @@ def test_feature_of_a_run_is_compared_only_by_name(cache_path: Path, tmp_path: P
     split = SplitSettings(kind="key", val_fraction=0.25)
     derive_from_run(tmp_path / "c", trained_run(tmp_path / "c", tmp_path / "run", split))
     report = compare(tmp_path / "c", text_feature=TEXTS[0], split=split, resamples=20)
-    assert [pair.image for pair in report.pairs] == [*IMAGES]
+    assert [pair.features["image"] for pair in report.pairs] == [*IMAGES]
     assert "run-projected/projected was computed by a run" in report.skipped[0]
     named = compare(tmp_path / "c", image_feature="run-projected", text_feature=TEXTS[0], split=split, resamples=20)
-    assert [pair.image for pair in named.pairs] == ["run-projected/projected"]
+    assert [pair.features["image"] for pair in named.pairs] == ["run-projected/projected"]
 
 
 def test_cache_without_a_modality_raises(tmp_path: Path) -> None:

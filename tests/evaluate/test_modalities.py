@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedcache.errors import DataError
+from embedcache.errors import DataError, SettingError, UnknownNameError
+from embedcache.evaluate.encoder_pairs import evaluate_pairs
 from embedcache.evaluate.probe import evaluate_probe
 from embedcache.evaluate.zero_shot import evaluate_zero_shot
 from embedcache.extract.extract import extract
@@ -129,6 +130,52 @@ def test_features_are_probed(things: Path, tmp_path: Path, modality: str, noun: 
     assert f"test {noun}; parts by a hash" in " ".join(succeed(*words, cwd=tmp_path).split())
     report = evaluate_probe(things, modality=modality, feature=FEATURES[modality], classifier="knn")
     assert report.scores[0].accuracy.value > 0.9
+
+
+@pytest.mark.parametrize(
+    ("features", "first", "second"),
+    [
+        (["text=open_toy/mean", "audio=open_media/mean", "audio=open_media/frames"], "audio", "text"),
+        (["points=open_media/extent", "audio=open_media/mean"], "audio", "points"),
+    ],
+)
+def test_pairs_are_named_by_modality(
+    things: Path, tmp_path: Path, features: list[str], first: str, second: str
+) -> None:
+    named = [word for name in features for word in ("--feature", name)]
+    outputs = ["--output", "p.json", "--html", "p.html"]
+    stdout = succeed("evaluate", "pairs", things, *named, "--split", "key", *outputs, cwd=tmp_path)
+    directions = [f"{first[0]}2{second[0]}", f"{second[0]}2{first[0]}"]
+    nouns = {"audio": "recordings", "text": "captions", "points": "point clouds"}
+    assert f"mean over a sample's {nouns[first]} and over its {nouns[second]};" in " ".join(stdout.split())
+    report = json.loads((tmp_path / "p.json").read_text())["pairs"]
+    assert list(report["chance"]) == directions
+    found = {f"{modality}={pair[modality]}" for pair in report["pairs"] for modality in (first, second)}
+    assert found == set(features)
+    assert len(report["pairs"]) == len(features) - 1
+    for pair in report["pairs"]:
+        assert list(pair)[:4] == [first, second, *directions]
+        assert all(pair[name]["value"] > report["chance"][name]["value"] for name in directions)
+    page = (tmp_path / "p.html").read_text()
+    assert f"{first} × {second}" in page
+    assert f"{directions[0]} " in page
+
+
+def test_pairs_of_the_only_two_modalities_need_no_names(things: Path, tmp_path: Path) -> None:
+    extract(Things(), tmp_path / "c", text_encoder=[TEXT], encoder={"audio": [MEDIA]})
+    (pair,) = evaluate_pairs(tmp_path / "c", split="key").pairs
+    assert pair.features == {"audio": "open_media/mean", "text": "open_toy/mean"}
+    (named,) = evaluate_pairs(things, feature={"text": None, "audio": "open_media/mean"}, split="key").pairs
+    assert named == pair
+    with pytest.raises(UnknownNameError, match="no image features; .* --feature MODALITY=NAME, one of: text="):
+        evaluate_pairs(things)
+    for wrong in ({"audio": None}, {"audio": None, "sound": None}, "audio=open_media/mean"):
+        with pytest.raises(
+            SettingError, match="feature: expected features of two modalities of image, text, .*, got a"
+        ):
+            evaluate_pairs(things, feature=wrong)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="either features by modality or image and text features, got both"):
+        evaluate_pairs(things, feature={"audio": None, "text": None}, text_feature="open_toy/mean")
 
 
 def test_missing_modality_names_its_option(things: Path, runs: Mapping[str, Path], tmp_path: Path) -> None:

@@ -26,10 +26,8 @@ def measured(shift: float) -> PairsReport:
     """Report in which the probe rises from pair to pair and linear CKA falls."""
     pairs = [
         PairMetrics(
-            image=image,
-            text=text,
-            i2t=exactly(0.1 * position + shift),
-            t2i=exactly(0.1 * position - shift),
+            features={"image": image, "text": text},
+            recalls={"i2t": exactly(0.1 * position + shift), "t2i": exactly(0.1 * position - shift)},
             mutual_knn=exactly(0.01 * ((position * 7) % 5)),
             debiased_cka=exactly(0.02 * position),
             linear_cka=exactly(0.9 - 0.1 * position + shift),
