@@ -15,6 +15,7 @@ from embedcache.cli.options import (
     Json,
     Output,
     ReportOptions,
+    features_by_modality,
     output_argument,
     with_settings,
 )
@@ -230,13 +231,23 @@ def leaks(
     out: Annotated[
         Path | None, output_argument("Selection of training samples without leaks: a new .parquet file.")
     ] = None,
+    feature: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--feature",
+            metavar="MODALITY=NAME",
+            help="Feature of a modality of both caches, such as audio=encoder/feature. May be repeated.",
+            show_default="the only one that both have",
+        ),
+    ] = None,
     *,
     settings: LeakSettings,
     outputs: ReportOptions,
 ) -> None:
     """Find test samples that are in a training cache.
 
-    These are exact copies, and near-duplicates by cosine similarity.
+    These are exact copies, and near-duplicates by cosine similarity; of recordings, videos and point clouds with
+    --other-cosine.
 
     Example: embedcache curate leaks train/ test/ clean.parquet --html leaks.html
     """
@@ -255,7 +266,8 @@ def leaks(
 
     if out is not None:
         check_selection_path(out)
-    report = find_leaks(train, test, settings, progress=open_progress())
+    features = features_by_modality(feature)
+    report = find_leaks(train, test, settings, feature=features, progress=open_progress())
 
     def show() -> None:
         print_lines([leak_line(report), *leak_notes(report)])

@@ -1,6 +1,6 @@
 """Leaks: test samples that are in a training cache, as exact copies by hash or as near-duplicates by cosine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from embedcache.dataset.similar_pairs import cosine_limit
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import Closest
+from embedcache.modalities import MODALITIES, noun, order_pair
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import name_differences
 from embedcache.settings import merge_settings
@@ -27,7 +28,8 @@ from embedcache.sources.open import IMPORT_TOGETHER, IMPORTED_SOURCE
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
 
-MODALITIES = ("image", "text")
+_NO_LIMIT = "their near-duplicates are found with --other-cosine; curate dedup shows which cosine suits the encoder"
+_OWN_COSINE = ("image", "text")
 _REASONS_AT_ONCE = 2**20  # so that no array of Arrow exceeds 2 GiB
 
 
@@ -38,7 +40,7 @@ class ModalityLeaks:
     modality: str
     feature: str | None  # that near-duplicates were searched with; None if only copies were
     reason: str | None  # why only copies were searched
-    cosine: float  # limit of near-duplicates
+    cosine: float | None  # limit of near-duplicates; None: only copies are leaks
     test: Items
     train: Items
     train_rows: Ints  # (Q,) row of the training item closest to each test item; -1 if unknown
@@ -53,7 +55,7 @@ class ModalityLeaks:
     @property
     def is_leaked(self) -> Bools:
         """Whether each test item has a copy or a near-duplicate in training: (Q,)."""
-        return self.is_copy | (self.cosines >= cosine_limit(self.cosine))
+        return self._leaked(self.is_copy, self.cosines)
 
     @property
     def copied_samples(self) -> Ints:
@@ -68,8 +70,10 @@ class ModalityLeaks:
     @property
     def train_samples(self) -> Ints:
         """Training samples with a copy or a near-duplicate in test, ascending."""
-        is_leaked = self.train_is_copy | (self.train_cosines >= cosine_limit(self.cosine))
-        return distinct(self.train.samples[is_leaked])
+        return distinct(self.train.samples[self._leaked(self.train_is_copy, self.train_cosines)])
+
+    def _leaked(self, is_copy: Bools, cosines: Floats) -> Bools:
+        return is_copy if self.cosine is None else is_copy | (cosines >= cosine_limit(self.cosine))
 
     @property
     def highest(self) -> float | None:
@@ -102,7 +106,7 @@ class LeakReport:
     Args:
         train: the training cache.
         test: the test cache.
-        leaks: leaks of images, of texts, or of both.
+        leaks: leaks of each modality that both caches have features of.
     """
 
     train: Cache
@@ -121,7 +125,7 @@ class LeakReport:
 
     @property
     def leaked_samples(self) -> Ints:
-        """Test samples of which an image or a text is in training, ascending."""
+        """Test samples of which an item is in training, ascending."""
         return distinct(np.concatenate([leak.leaked_samples for leak in self.leaks]))
 
     def clean_selection(self) -> Selection:
@@ -151,26 +155,30 @@ def find_leaks(
     test: AnyPath,
     settings: LeakSettings | None = None,
     *,
+    feature: Mapping[str, str] | None = None,
     progress: AnyProgress = None,
     **options: Any,
 ) -> LeakReport:
     """Find the items of a test cache that are in a training cache.
 
     Copies are found by the hashes of bytes and texts, for any encoders. Near-duplicates need one feature of one encoder
-    in both caches. Up to 4 × 10¹² multiplications, such as those of 5,000 × 1,000,000 items of width 768, each test
-    item is compared with each training item, in about a minute on two cores; beyond that, or with `all_pairs=False`,
-    only within clusters, and the recall is measured. Time and memory as in `embedcache.curate.closest`.
+    in both caches and, of recordings, videos and point clouds, `other_cosine`. Up to 4 × 10¹² multiplications, such as
+    those of 5,000 × 1,000,000 items of width 768, each test item is compared with each training item, in about a minute
+    on two cores; beyond that, or with `all_pairs=False`, only within clusters, and the recall is measured. Time and
+    memory as in `embedcache.curate.closest`.
 
     Args:
         train: the training cache.
         test: the test cache.
         settings: limits of near-duplicates, the features to compare, whose tokens are averaged, and whether all pairs
             are compared.
-        options: settings by their names on the command line, which replace those of `settings`.
+        feature: modality -> feature of both caches, such as `{"audio": "tiny.en/mean"}`.
         progress: progress in pairs.
+        options: settings by their names on the command line, which replace those of `settings`.
 
     Raises:
-        SettingError: one cache is given twice, or both have several features in common.
+        SettingError: one cache is given twice, both have several features in common, or a feature is named of a
+            modality that one of them lacks.
         DataError: the caches have no modality in common, or a feature has no encoded item.
         UnknownNameError: there is no such feature.
         UnfinishedError: chunks of a feature are missing.
@@ -182,17 +190,18 @@ def find_leaks(
             f"expected a training cache and another test cache, got {train.path} and {test.path}, which hold "
             "the same samples"
         )
-    common = [name for name in MODALITIES if train.features(name) and test.features(name)]
+    common = [name for name in order_pair(MODALITIES) if train.features(name) and test.features(name)]
     if not common:
         train_has, test_has = (
-            " and ".join(f"{name}s" for name in MODALITIES if cache.features(name)) or "nothing"
+            " and ".join(noun(name) for name in MODALITIES if cache.features(name)) or "nothing"
             for cache in (train, test)
         )
         raise DataError(
             f"expected caches with a modality in common, got features of {train_has} in {train.path} and of "
             f"{test_has} in {test.path}"
         )
-    chosen = [_choose_features(train, test, name, settings.feature(name)) for name in common]  # all before the work
+    named = _named_features(settings, feature, common)
+    chosen = [_choose_features(train, test, name, named.get(name), settings) for name in common]  # all before the work
     leaks = [_find_leaks(train, test, features, settings, progress) for features in chosen]
     return LeakReport(train=train, test=test, leaks=leaks)
 
@@ -207,12 +216,27 @@ def write_clean_selection(path: Path, report: LeakReport) -> int:
     check_selection_path(path)
     clean = report.clean_selection()
     if not len(clean.rows):
+        is_other = any(leak.modality not in _OWN_COSINE for leak in report.leaks)
         raise DataError(
             f"every sample of {report.train.path} has an item that is in {report.test.path}, so {path} is not written; "
-            "raise --image-cosine or --text-cosine"
+            f"raise --image-cosine{', --text-cosine or --other-cosine' if is_other else ' or --text-cosine'}"
         )
     write_selection(path, report.train, clean, {"method": "leaks", **report.to_json()})
     return len(clean.rows)
+
+
+def _named_features(
+    settings: LeakSettings, feature: Mapping[str, str] | None, common: Sequence[str]
+) -> dict[str, str | None]:
+    """Return modality -> the feature that is named for it; SettingError for another modality, or two names."""
+    named: dict[str, str | None] = {"image": settings.image_feature, "text": settings.text_feature}
+    for modality, name in (feature or {}).items():
+        if modality not in common:
+            raise SettingError(f"feature: expected a modality of both caches, {' or '.join(common)}, got {modality}")
+        if named.get(modality) is not None:
+            raise SettingError(f"feature: expected one {modality} feature, got {named[modality]} and {name}; omit one")
+        named[modality] = name
+    return named
 
 
 def _find_leaks(
@@ -236,7 +260,7 @@ def _find_leaks(
         is_copy=is_copy,
     )
     cosine = settings.cosine(modality)
-    found = find_closest_items(sets, cosine, settings, progress) if reason is None else None
+    found = find_closest_items(sets, cosine, settings, progress) if reason is None and cosine is not None else None
     match = found.closest if found else _unknown(len(test_items.rows), len(train_items.rows))
     rows = np.append(train_items.rows, -1)[match.rows]  # -1 stays -1
     return ModalityLeaks(
@@ -277,9 +301,14 @@ def _find_copies(
 
 
 def _choose_features(
-    train: Cache, test: Cache, modality: str, name: str | None
+    train: Cache, test: Cache, modality: str, name: str | None, settings: LeakSettings
 ) -> tuple[InputFeature, InputFeature, str | None]:
-    """Open a feature of both caches; if they are of different encoders, return why only hashes are compared."""
+    """Open a feature of both caches; without a limit or of different encoders, return why only hashes are compared."""
+    if settings.cosine(modality) is None:
+        opened = [
+            open_input(cache, modality, name) if name else _any_feature(cache, modality) for cache in (train, test)
+        ]
+        return opened[0], opened[1], _NO_LIMIT
     are_imported = all(cache.info.source.get("type") == IMPORTED_SOURCE for cache in (train, test))
     step = f"; {IMPORT_TOGETHER}" if are_imported else ""
     name = name or _common_feature(train, test, modality)
@@ -306,9 +335,10 @@ def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:
         if feature.name in others and not name_differences(others[feature.name].fingerprint, feature.fingerprint)
     ]
     if len(both) > 1:
+        option = f"--{modality}-feature" if modality in _OWN_COSINE else f"--feature {modality}=NAME"
         raise SettingError(
             f"{modality}_feature: expected one of the several that both caches have, got none; choose one with "
-            f"--{modality}-feature: {', '.join(both)}"
+            f"{option}: {', '.join(both)}"
         )
     return both[0] if both else None
 

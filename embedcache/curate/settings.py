@@ -121,6 +121,13 @@ class LeakSettings:
 
     image_cosine: float = setting(0.95, "Images at or above this cosine similarity are near-duplicates.", gt=0, le=1)
     text_cosine: float = setting(0.95, "Texts at or above this cosine similarity are near-duplicates.", gt=0, le=1)
+    other_cosine: float | None = setting(
+        None,
+        "Recordings, videos and point clouds at or above this cosine similarity are near-duplicates.",
+        gt=0,
+        le=1,
+        default_text="find their copies only, as every encoder has its own scale",
+    )
     image_feature: str | None = setting(
         None, "Image feature of both caches, as encoder/feature.", metavar="NAME", default_text=_COMMON_FEATURE
     )
@@ -134,13 +141,9 @@ class LeakSettings:
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def cosine(self, modality: str) -> float:
-        """Return the limit of a modality."""
-        return self.image_cosine if modality == "image" else self.text_cosine
-
-    def feature(self, modality: str) -> str | None:
-        """Return the feature of a modality."""
-        return self.image_feature if modality == "image" else self.text_feature
+    def cosine(self, modality: str) -> float | None:
+        """Return the limit of a modality; None: only copies are leaks."""
+        return {"image": self.image_cosine, "text": self.text_cosine}.get(modality, self.other_cosine)
 
 
 @dataclass(frozen=True, kw_only=True)

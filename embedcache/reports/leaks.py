@@ -8,7 +8,7 @@ import numpy as np
 
 from embedcache.curate.leaks import LeakReport, ModalityLeaks
 from embedcache.dataset.thumbnails import credit
-from embedcache.modalities import noun
+from embedcache.modalities import noun, one_noun
 from embedcache.reports.base import (
     QueryExample,
     Section,
@@ -66,7 +66,7 @@ def leak_table(leaks: LeakReport) -> Table:
         [
             f"{len(leak.test.rows):,} × {len(leak.train.rows):,} {noun(leak.modality)}",
             leak.feature or "hashes only",
-            f"{leak.cosine:g}" if leak.feature else "",
+            f"{leak.cosine:g}" if leak.feature and leak.cosine is not None else "",
             format_count(len(leak.copied_samples)),
             format_count(len(leak.leaked_samples)) if leak.feature else "unknown",
             format_count(len(leak.train_samples)),
@@ -114,7 +114,9 @@ def write_leak_page(path: Path, leaks: LeakReport, *, image_folders: Sequence[Pa
         )
         for leak in leaks.leaks
     ]
-    note = "Samples with at least one such image or text. A copy has equal bytes, or equal text."
+    modalities = [leak.modality for leak in leaks.leaks]
+    such = " or ".join(map(one_noun, modalities if {*modalities} - {"image", "text"} else ("image", "text")))
+    note = f"Samples with at least one such {such}. A copy has equal bytes, or equal text."
     sections = [
         Section(title="Leaked samples", notes=[note, *leak_notes(leaks)], table=leak_table(leaks)),
         *(_pair_section(leaks, leak, *pair) for leak, pair in zip(leaks.leaks, renderers, strict=True)),
@@ -134,7 +136,7 @@ def _pair_section(leaks: LeakReport, leak: ModalityLeaks, test: ItemRenderer, tr
     return Section(
         title=f"Leaked {noun(leak.modality)}",
         notes=[f"{len(pairs)} of {int(leak.is_leaked.sum()):,}, the closest first: left test, right training."],
-        table=leaked_pair_table(pairs) if leak.modality == "image" and pairs else None,
+        table=leaked_pair_table(pairs) if leak.modality != "text" and pairs else None,
         examples=[
             QueryExample(
                 query=test.render(pair.test_row),

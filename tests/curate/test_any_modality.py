@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from embedcache.curate.leaks import find_leaks
+from embedcache.errors import SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.train.settings import train_settings
@@ -211,3 +213,43 @@ def test_coverage_of_both_modalities_of_a_run(made: Made, run: Path, concepts: P
     page = (tmp_path / "page.html").read_text()
     assert "Recordings and captions" in page
     assert "<audio" in page
+
+
+def test_leaks_of_copies(made: Made, tmp_path: Path) -> None:
+    printed = succeed("curate", "leaks", made.train, made.test, "--output", "leaks.json", cwd=tmp_path)
+    assert f"{made.case.noun}: searched for copies only: their near-duplicates are found with --other-cosine" in printed
+    found = json.loads((tmp_path / "leaks.json").read_text())["by"]
+    assert list(found) == [made.case.modality, "text"]
+    leak = found[made.case.modality]
+    assert (leak["num_samples_copied"], leak["num_samples_leaked"], leak["num_train_samples"]) == (1, 1, 2)
+    assert (leak["feature"], leak["cosine"], leak["highest_cosine"]) == (None, None, None)
+
+
+def test_leaks_of_near_duplicates(made: Made, tmp_path: Path) -> None:
+    named = ("--feature", f"{made.case.modality}={made.feature}", "--other-cosine", 0.99999)
+    words = ("curate", "leaks", made.train, made.test, "clean.parquet", *named, "--text-cosine", 1, "--overwrite")
+    printed = succeed(*words, "--output", "leaks.json", cwd=tmp_path)
+    assert f"{made.case.noun} that leak most" in " ".join(printed.split())
+    leak = json.loads((tmp_path / "leaks.json").read_text())["by"][made.case.modality]
+    assert (leak["num_samples_copied"], leak["num_samples_leaked"], leak["num_train_samples"]) == (1, 2, 3)
+    assert leak["feature"] == made.feature
+    kept = pq.read_table(tmp_path / "clean.parquet")["key"].to_pylist()
+    assert {"03", "18", "07"}.isdisjoint(kept)
+
+
+@of_sounds
+def test_page_of_leaks_plays_recordings(made: Made, tmp_path: Path) -> None:
+    succeed("curate", "leaks", made.train, made.test, "--html", "page.html", cwd=tmp_path)
+    page = (tmp_path / "page.html").read_text()
+    assert "<audio" in page
+    assert "Samples with at least one such recording or text." in page
+
+
+@of_sounds
+def test_features_of_leaks_are_of_common_modalities(made: Made) -> None:
+    with pytest.raises(SettingError, match="feature: expected a modality of both caches, audio or text, got video"):
+        find_leaks(made.train, made.test, feature={"video": "open_media/mean"})
+    with pytest.raises(SettingError, match="feature: expected one text feature, got a and b; omit one"):
+        find_leaks(made.train, made.test, feature={"text": "b"}, text_feature="a")
+    with pytest.raises(UnknownNameError, match="unknown audio feature 'open_media/mea'"):
+        find_leaks(made.train, made.test, feature={"audio": "open_media/mea"})

@@ -32,6 +32,7 @@ def test_numbers_are_declared_as_documented() -> None:
         "LeakSettings": [
             "image_cosine 0.95 (0, 1]",
             "text_cosine 0.95 (0, 1]",
+            "other_cosine None (0, 1]",
             "seed 0 [0, 4294967296)",
         ],
         "NegativesSettings": [
@@ -69,10 +70,10 @@ def test_numbers_are_declared_as_documented() -> None:
     }
 
 
-def test_limits_and_features_of_leaks_are_by_modality() -> None:
-    settings = LeakSettings(image_cosine=0.9, text_cosine=0.8, image_feature="i", text_feature="t")
-    assert [settings.cosine(name) for name in ("image", "text")] == [0.9, 0.8]
-    assert [settings.feature(name) for name in ("image", "text")] == ["i", "t"]
+def test_limits_of_leaks_are_by_modality() -> None:
+    settings = LeakSettings(image_cosine=0.9, text_cosine=0.8, other_cosine=0.7)
+    assert [settings.cosine(name) for name in ("image", "text", "audio", "video", "points")] == [0.9, 0.8, *[0.7] * 3]
+    assert LeakSettings().cosine("audio") is None
 
 
 RUN, HEAD = Path("run"), Path("head.npy")
