@@ -112,8 +112,8 @@ def declared_settings() -> Iterator[FlatSetting]:
     ("names", "allowed", "refused"),
     [
         (("seed", "split_seed"), (0, 2**32 - 1), (-1, 2**32)),
-        (("image_cosine", "text_cosine", "threshold"), (0.99,), (-1.01, 1.01)),
-        (("other_cosine", "max_score", "min_score"), (-1, 1), (-1.01, 1.01)),
+        (("image_cosine", "text_cosine", "other_cosine", "threshold"), (0.99,), (-1.01, 1.01)),
+        (("max_score", "min_score"), (-1, 1), (-1.01, 1.01)),
         (("absolute_margin",), (0, 2), (-0.01, 2.01)),
         (("relative_margin", "min_recall", "warmup_fraction", "ctc_weight"), (0, 1), (-0.01, 1.01)),
         (("test_fraction", "val_fraction"), (0.01, 0.99), (0, 1)),
