@@ -50,6 +50,7 @@ def obey_permissions() -> None:
         os._exit(77)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
 def test_complete_cache_that_cannot_be_written(source: Path, cache: Path) -> None:
     def stamps() -> dict[Path, tuple[int, int]]:

@@ -43,6 +43,7 @@ def stored(cache: Path) -> tuple[str, str]:
     return fingerprint["precision"], fingerprint["backend"]
 
 
+@pytest.mark.slow
 def test_new_features_get_the_first_precision_that_agrees(
     fast: None, photos: Path, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
