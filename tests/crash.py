@@ -85,8 +85,16 @@ def call_together(num_processes: int, function: Callable[..., Any], *arguments: 
 
 @contextmanager
 def forked_workers() -> Iterator[None]:
-    """Fork the worker processes that embedcache would spawn: each would import for two seconds or more."""
-    with mock.patch("multiprocessing.get_context", return_value=_CONTEXT):
+    """Fork the worker processes that embedcache would spawn, with this environment: each would import for seconds."""
+    fork = _CONTEXT.Process
+
+    def process(*, target: Callable[..., Any], args: Sequence[Any], daemon: bool) -> BaseProcess:
+        return fork(target=_call_as, args=(dict(os.environ), target, args), daemon=daemon)
+
+    with (
+        mock.patch("multiprocessing.get_context", return_value=_CONTEXT),
+        mock.patch.object(_CONTEXT, "Process", process),
+    ):
         yield
 
 

@@ -19,6 +19,7 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import read_commit
 from embedcache.store.verify import verify
+from tests.crash import forked_workers
 from tests.extract.cases import FEATURES
 from tests.images import write_images
 from tests.recorded import RecordedProgress
@@ -61,7 +62,8 @@ def bytes_of(cache: str) -> dict[str, bytes]:
 def test_remote_cache_has_the_bytes_of_a_local_one(shards: Path, bucket: str, tmp_path: Path) -> None:
     source = upload(shards, f"{bucket}/shards")
     progress = RecordedProgress()
-    lines = run(f"{source}/{{00000..00002}}.tar", f"{bucket}/cache", devices=("cpu", "cpu"), progress=progress)
+    with forked_workers():
+        lines = run(f"{source}/{{00000..00002}}.tar", f"{bucket}/cache", devices=("cpu", "cpu"), progress=progress)
     assert ("encoding images", 15, "images") in progress.started  # the parts of both processes together
     assert progress.counts["encoding images"] == progress.counts["encoding texts"] == 15
     assert lines[0] == "open_toy (cls, patches): encoded 15 images, reused 0, failed 0"
