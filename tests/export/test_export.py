@@ -40,9 +40,11 @@ def test_card_code_runs_without_embedcache(
     run: Path, tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process, which has imported the libraries that it uses, but finds no module of embedcache."""
-    for form in ("transformers", "sentence-transformers", "open-clip", "onnx", "safetensors"):
+    for form in ("transformers", "sentence-transformers", "open-clip", "safetensors"):
         export_run(form, run, tmp_path / form)
-    export_run("onnx", run, tmp_path / "towers", ExportSettings(towers=True))
+    small = make_run(tmp_path / "small", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "openclip-mlp")
+    export_run("onnx", small, tmp_path / "onnx")
+    export_run("onnx", small, tmp_path / "towers", ExportSettings(towers=True))
     tokens = make_run(tmp_path / "tokens", (tiny["vit"], "patches"), (tiny["bert"], "tokens"), "token")
     export_run("onnx", tokens, tmp_path / "token-onnx")
     names = sorted(path.parent.name for path in tmp_path.glob("*/README.md"))
