@@ -136,6 +136,7 @@ def exports(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> t
         np.savez(model.with_suffix(".npz"), **{n: inputs[n] for n in ("pixel_values", "input_ids", "attention_mask")})
     command = [sys.executable, "-c", LOAD, *map(str, sorted(path for path in folder.glob("model?") if path.is_dir()))]
     environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules"), "HOME": str(folder)}
+    environment["OMP_NUM_THREADS"] = "1"  # as in this process: threads would wait for each other, busily
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     return folder, errors + done.stdout + (done.stderr if done.returncode else "")
 
