@@ -191,7 +191,7 @@ class IndexBuilder:
         if kept is not None and kept.disk_lists is not None and not len(missing) and len(parts) == 1:
             return kept
         parts += self._write_parts(missing, vectors, progress, num_before=sum(map(len, parts)))
-        return self._merge(parts)
+        return self._merge(parts, old)
 
     def _write_trained(self, factory: str, old: RowIndex | None, vectors: Vectors, progress: Progress) -> None:
         """Write the trained, empty index that each part begins with, unless an interrupted build of this kind did."""
@@ -244,14 +244,14 @@ class IndexBuilder:
         progress.finish()
         return parts
 
-    def _merge(self, parts: list[RowIndex]) -> RowIndex:
-        """Merge parts into one file of lists; that of the finished index stays intact until the new card is written."""
+    def _merge(self, parts: list[RowIndex], old: RowIndex | None) -> RowIndex:
+        """Merge parts into one file of lists; those of the card and of `index.faiss` stay intact until the new card."""
+        used = [] if old is None or old.disk_lists is None else [old.disk_lists.file]
         name = f"lists-{sum(map(len, parts))}.ivfdata"
-        if self._card is not None and name == self._card.lists:
+        while name in used or (self._card is not None and name == self._card.lists):
             name = name.replace(".ivfdata", "-again.ivfdata")
         path = self._folder / name
-        trained = read_index(self._folder / _PARTIAL, is_mapped=False, device=self._device)
-        merged = trained.merge_on_disk(parts, path)
+        merged = read_index(self._folder / _PARTIAL, is_mapped=False, device=self._device).merge_on_disk(parts, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
         return merged

@@ -5,15 +5,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from embedcache.errors import SettingError
+from embedcache.maintain.remove import remove_samples
 from embedcache.search import building, index
-from embedcache.search.faiss_index import RowIndex
+from embedcache.search.faiss_index import RowIndex, read_index
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
+from embedcache.search.vectors import Vectors
 from tests.edits import edit_record
 from tests.recorded import RecordedProgress
 from tests.search.test_building import FEATURE, ON_DISK, Stop, bytes_of, files_of, write_cache
@@ -142,14 +145,16 @@ def test_index_without_a_card_is_not_trained_again(
     assert [total for title, total, _ in progress.started if "indexing" in title] == added
 
 
-def interrupt(cache: Path, path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
-    """Build an index up to its last file, the card."""
+def interrupt(
+    cache: Path, path: Path, monkeypatch: pytest.MonkeyPatch, *, at: str = "write_card", **settings: Any
+) -> None:
+    """Build an index up to a step: its last file, the card, or another one."""
 
     def stop(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(index, "write_card", stop)
+        patch.setattr(index, at, stop)
         with pytest.raises(KeyboardInterrupt):
             build_index(cache, path, IndexSettings(**{**FEATURE, **settings}))
 
@@ -234,3 +239,23 @@ def test_rejected_extension_that_was_killed_before_its_card_can_be_searched(
     (hits,) = search(tmp_path / "index", Queries(keys=["00069"]), SearchSettings(k=40))
     assert max(hit.row for hit in hits) >= 40
     assert build_index(cache, tmp_path / "index", IndexSettings(**FEATURE)).num_vectors == 70
+
+
+def test_lists_of_an_interrupted_extension_stay_until_the_next_one_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check two extensions to as many items, of others, both killed: `index.faiss` is that of the first one."""
+    cache = write_cache(tmp_path, 40)
+    build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
+    write_cache(tmp_path, 50)
+    interrupt(cache, tmp_path / "index", monkeypatch, **ON_DISK)
+    remove_samples(cache, ["00003"])
+    write_cache(tmp_path, 51)
+    interrupt(cache, tmp_path / "index", monkeypatch, at="measure_index", **ON_DISK)
+    card = build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
+    assert (card.num_vectors, card.lists) == (50, "lists-50-again.ivfdata")
+    row_index = read_index(tmp_path / "index" / "index.faiss")
+    rows = [*range(3), *range(4, 51)]
+    assert sorted(row_index.rows.tolist()) == rows
+    vectors = Vectors(cache, "image", "open_toy/cls").read(np.array(rows))
+    assert row_index.search(vectors, 1, {"nprobe": 4})[0] == pytest.approx(1, abs=2e-3)
