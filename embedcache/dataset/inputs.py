@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, concatenated_ranges, distinct, normalize
 from embedcache.errors import DataError
-from embedcache.modalities import noun
+from embedcache.modalities import MODALITIES, noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
@@ -145,6 +145,15 @@ class InputFeature:
         readers = [(_load_ragged if feature.is_ragged else _load)(feature, progress) for feature in self._features]
         progress.finish()
         return lambda rows: _join([read(rows) for read in readers])
+
+
+def default_pair(cache: Cache) -> Sequence[str]:
+    """Return the two modalities that are paired where none are named: images and texts.
+
+    Of a cache that lacks features of one of these, they are the only two of which it has features, if it has two.
+    """
+    present = [name for name in MODALITIES if cache.features(name)]
+    return present if len(present) == 2 else ("image", "text")
 
 
 def open_input(cache: Cache, modality: str, name: str | None = None) -> InputFeature:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, Products, blocks, check_finite, distinct, normalize
-from embedcache.dataset.inputs import InputFeature, to_unit_vectors
+from embedcache.dataset.inputs import InputFeature, default_pair, to_unit_vectors
 from embedcache.dataset.pairs import Items
 from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.devices import products_on
@@ -212,9 +212,8 @@ def _name_features(
                 f"{', '.join(map(str, modalities)) or 'none'}; name some of both, such as audio=NAME and text=NAME"
             )
         named = {name: [value] if isinstance(value, str) else value or () for name, value in features.items()}
-    elif not any(named.values()) and not all(map(cache.features, named)):
-        present = [name for name in MODALITIES if cache.features(name)]
-        named = dict.fromkeys(present, ()) if len(present) == 2 else named
+    elif not any(named.values()):
+        named = dict.fromkeys(default_pair(cache), ())
     return {name: named[name] for name in order_pair(named)}
 
 

@@ -10,7 +10,15 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Inputs, Ints, distinct
-from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, check_same_view, open_input, view_feature
+from embedcache.dataset.inputs import (
+    PLAIN,
+    InputFeature,
+    Reader,
+    check_same_view,
+    default_pair,
+    open_input,
+    view_feature,
+)
 from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split
@@ -42,7 +50,8 @@ def open_data(
 
     Args:
         paths: one cache, or several.
-        features: modality -> `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
+        features: modality -> `encoder/feature`, or several of one encoder joined by `+`; None: the only one. Images
+            and texts, both without a name, stand for the modalities of `default_pair`.
         memory_bytes: for both features.
         progress: progress of loading them, when they are first read.
 
@@ -62,6 +71,8 @@ def open_data(
             raise DataError(
                 f"expected caches of different samples, got the same in {other.path} and {cache.path}; name one"
             )
+    if features == {"image": None, "text": None}:
+        features = dict.fromkeys(default_pair(caches[0]))
     sides = {
         modality: [open_input(cache, modality, features[modality]) for cache in caches]
         for modality in order_pair(features)

@@ -145,7 +145,8 @@ def train(
         run: folder of the run.
         image_feature: `encoder/feature`, or several of one encoder, also joined by `+`; None: the only one.
         text_feature: as `image_feature`, of the captions.
-        feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`.
+        feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`. Without any
+            name, a cache that has features of two other modalities only is trained on these.
         settings: settings of the run.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: progress in training pairs.

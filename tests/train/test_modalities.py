@@ -66,9 +66,11 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(cache_path: Path, run_path: Path, **options: Any) -> TrainReport:
+def run(
+    cache_path: Path, run_path: Path, *, feature: Mapping[str, str] | None = FEATURES, **options: Any
+) -> TrainReport:
     defaults = {"shared_width": 8, "epochs": 10, "batch_size": 32, "split": "key", "lr": 0.01}
-    return train(cache_path, run_path, feature=FEATURES, settings=train_settings({**defaults, **options}))
+    return train(cache_path, run_path, feature=feature, settings=train_settings({**defaults, **options}))
 
 
 @pytest.fixture(scope="module")
@@ -206,5 +208,9 @@ def test_wrong_features_are_named(sounds: Path, tmp_path: Path, words: list[str]
 
 def test_missing_modality_names_what_there_is(sounds: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="no image features; .* one of: text=open_toy/mean, audio="):
-        train(sounds, tmp_path / "run")
+        train(sounds, tmp_path / "run", image_feature="open_media/mean")
     assert not (tmp_path / "run").exists()
+
+
+def test_pair_without_names_is_of_the_two_modalities_of_the_cache(sounds: Path, finished: Path) -> None:
+    assert run(sounds, finished, feature=None).reused
