@@ -11,6 +11,7 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: without it each look-up waits for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: two test processes share two cores
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # UMAP's, which it would set for torch and FAISS, too
 
 import tests.flushes  # noqa: F401 - before anything is written
 from embedcache.extract.extract import extract
