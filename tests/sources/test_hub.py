@@ -56,6 +56,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return answers
 
 
+@pytest.mark.slow
 def test_config_split_and_revision(found: dict[str, Any]) -> None:
     assert found["hf:org/name[de]@v1"] == [["train/0", "old", {"split": "train"}]]
     assert [(key, text) for key, text, _ in found["hf:org/name[en][train[:2]+test]"]] == [
@@ -64,16 +65,19 @@ def test_config_split_and_revision(found: dict[str, Any]) -> None:
     assert found["huggingface:org/name[en][test]"] == [["test/0", "d", {"split": "test"}]]
 
 
+@pytest.mark.slow
 def test_urls_of_the_hub(found: dict[str, Any]) -> None:
     assert [text for _, text, _ in found["hf://datasets/org/name@v1/de/train.parquet"]] == ["old"]
     assert sorted(text for _, text, _ in found["hf://datasets/org/name/en"]) == ["a", "b", "c", "d"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("location", FAILURES)
 def test_what_the_hub_lacks_is_an_error(found: dict[str, Any], location: str) -> None:
     assert re.search(FAILURES[location], found[location]), found[location]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", DOWN)
 def test_a_hub_that_is_down_is_one_line(found: dict[str, Any], command: str) -> None:
     code, printed = found[command]
