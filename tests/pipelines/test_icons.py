@@ -348,7 +348,6 @@ def test_features_are_compared_on_a_cut_of_the_icons(
     data: Data, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipelines.correlation.rank_correlation", partial(rank_correlation, num_draws=20))
-    monkeypatch.setattr("pipelines.drawings.features._DRAWS", (0, 1))  # of 1,000 pairs, whose metrics are averaged
     lite0, mini = "efficientnet-lite0", "all-MiniLM-L6-v2"
     compared = Compared(
         image_encoders={IMAGE_ENCODER: ("kmeans:4",)},
