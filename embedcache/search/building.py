@@ -14,13 +14,12 @@ can tell files that are newer than the card from damaged ones. What the next bui
 | killed | in memory | with lists on disk |
 | --- | --- | --- |
 | before the first checkpoint | nothing, or the finished index that it extends | the same |
-| while rows are added | the rows of `index.partial.faiss` | its training, and the rows of all parts |
+| while rows are added | the rows of `index.partial.faiss` | its training, and the rows of its parts up to a lost one |
 | between index and card | the last checkpoint; `index.faiss` if there is none | `index.faiss` |
 
 A build of another kind first removes all files of this one.
 """
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -32,6 +31,7 @@ import numpy as np
 from embedcache.arrays import Bools, Ints, distinct
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, PathError, SettingError
+from embedcache.files import flush
 from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.provenance import INDEX_DIGEST, check_same
@@ -215,14 +215,15 @@ class IndexBuilder:
         index.write(self._folder / _PARTIAL)
 
     def _reusable_parts(self, kept: RowIndex | None, vectors: Vectors) -> list[RowIndex]:
-        """Return the kept index and the parts on disk; delete those that it was merged from, or of removed samples."""
+        """Return the kept index and the parts on disk whose positions follow; delete others, such as those in it."""
         parts = [kept] if kept is not None else []
-        for path in sorted(self._folder.glob(_PARTS)):
-            part = _read_unfinished(path, is_mapped=True)
-            if part is None or _holds_removed(part, vectors) or np.isin(part.rows, _rows(parts)).any():
-                path.unlink(missing_ok=True)
-            else:
+        found = [(path, part) for path in self._folder.glob(_PARTS) if (part := _read_unfinished(path, is_mapped=True))]
+        for path, part in sorted(found, key=lambda each: each[1].first_position):
+            is_next = part.first_position == sum(map(len, parts)) and not np.isin(part.rows, _rows(parts)).any()
+            if is_next and not _holds_removed(part, vectors):
                 parts.append(part)
+            else:
+                path.unlink()
         return parts
 
     def _write_parts(self, missing: Ints, vectors: Vectors, progress: Progress, *, num_before: int) -> list[RowIndex]:
@@ -252,8 +253,7 @@ class IndexBuilder:
             name = name.replace(".ivfdata", "-again.ivfdata")
         path = self._folder / name
         merged = read_index(self._folder / _PARTIAL, is_mapped=False, device=self._device).merge_on_disk(parts, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(path)
         return merged
 
     def _read_partial(self, factory: str) -> RowIndex | None:

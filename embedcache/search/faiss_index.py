@@ -70,6 +70,12 @@ class RowIndex:
         return int(self._faiss.extract_index_ivf(self._inner).code_size)
 
     @property
+    def first_position(self) -> int:
+        """Position of the first vector of a part, see `add_part`; lists are in the order in which they were filled."""
+        lists = self._faiss.extract_index_ivf(self._inner).invlists
+        return min(int(lists.get_single_id(number, 0)) for number in range(lists.nlist) if lists.list_size(number))
+
+    @property
     def is_trained(self) -> bool:
         """Whether vectors can be added."""
         return bool(self._inner.is_trained)

@@ -254,8 +254,41 @@ def test_lists_of_an_interrupted_extension_stay_until_the_next_one_is_written(
     interrupt(cache, tmp_path / "index", monkeypatch, at="measure_index", **ON_DISK)
     card = build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
     assert (card.num_vectors, card.lists) == (50, "lists-50-again.ivfdata")
-    row_index = read_index(tmp_path / "index" / "index.faiss")
-    rows = [*range(3), *range(4, 51)]
+    check_rows(cache, tmp_path / "index", [*range(3), *range(4, 51)])
+
+
+def check_rows(cache: Path, path: Path, rows: list[int]) -> None:
+    """Check that an index on disk holds these rows, each with its own vector."""
+    row_index = read_index(path / "index.faiss")
     assert sorted(row_index.rows.tolist()) == rows
-    vectors = Vectors(cache, "image", "open_toy/cls").read(np.array(rows))
-    assert row_index.search(vectors, 1, {"nprobe": 4})[0] == pytest.approx(1, abs=2e-3)
+    scores, found = row_index.search(Vectors(cache, "image", "open_toy/cls").read(np.array(rows)), 10, {"nprobe": 4})
+    assert scores[:, 0] == pytest.approx(1, abs=2e-3)
+    assert (found == np.array(rows)[:, None]).any(axis=1).all()  # some images look alike
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_parts_behind_a_lost_one_are_added_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
+    """Check parts whose positions in the index would be those of other vectors: an earlier part is damaged or stale."""
+    cache = write_cache(tmp_path, 80)
+    monkeypatch.setattr(building, "PART_BYTES", 16 * 96)
+    interrupt(cache, tmp_path / "index", monkeypatch, at="measure_index", **ON_DISK)
+    parts = sorted((tmp_path / "index").glob("index.part-*"))
+    assert len(parts) == 5
+    if lost:
+        parts[lost].write_bytes(b"")
+    else:
+        remove_samples(cache, ["00003"])
+    build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
+    check_rows(cache, tmp_path / "index", [row for row in range(80) if lost or row != 3])
+
+
+def test_parts_of_an_extension_are_added_again_without_the_old_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = write_cache(tmp_path, 40)
+    build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
+    write_cache(tmp_path, 70)
+    interrupt(cache, tmp_path / "index", monkeypatch, at="measure_index", **ON_DISK)
+    remove_samples(cache, ["00003"])
+    build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
+    check_rows(cache, tmp_path / "index", [*range(3), *range(4, 70)])
