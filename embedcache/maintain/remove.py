@@ -53,7 +53,7 @@ class RemovalPlan:
 
     def lines(self) -> list[str]:
         """Return the plan as lines."""
-        items = ", ".join(f"{count_items(count, modality)}" for modality, count in self.num_items.items())
+        items = ", ".join(count_items(count, modality) for modality, count in self.num_items.items())
         known = f"; {pluralize(self.num_before, 'was', 'were')} removed before" if self.num_before else ""
         lines = [f"{self.cache}: {pluralize(len(self.rows), 'sample')} with {items or 'no items'}{known}"]
         lines += ["an interrupted removal of them is finished"] if self.is_resumed else []

@@ -99,7 +99,7 @@ def _summarize_cache(path: Path) -> Summary:
 
 def describe_cache(cache: Cache) -> str:
     """Return one line with the number of samples and items, the source and the chunk size."""
-    items = ", ".join(f"{count_items(count, modality)}" for modality, count in cache.info.num_items.items())
+    items = ", ".join(count_items(count, modality) for modality, count in cache.info.num_items.items())
     source = f"{cache.info.source.get('type')} {cache.info.source.get('path', '')}".strip()
     removed = f" ({cache.info.removed['num_samples']:,} removed)" if cache.info.removed else ""
     return (
