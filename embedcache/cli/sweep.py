@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cli.options import ImageFeature, Json, Output, TextFeature, with_settings
+from embedcache.cli.options import (
+    Features,
+    ImageFeature,
+    Json,
+    Output,
+    TextFeature,
+    features_by_modality,
+    with_settings,
+)
 from embedcache.sweep.settings import SweepSettings
 
 
@@ -16,6 +24,7 @@ def sweep(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder to write the study to.")],
     image_feature: ImageFeature = None,
     text_feature: TextFeature = None,
+    feature: Features = None,
     as_json: Json = False,
     output: Output = None,
     *,
@@ -40,6 +49,7 @@ def sweep(
         space,
         image_feature=image_feature,
         text_feature=text_feature,
+        feature=features_by_modality(feature),
         settings=settings,
         progress=open_progress(),
     )

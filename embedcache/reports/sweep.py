@@ -99,14 +99,14 @@ class SweepFindings:
     """All results of a sweep.
 
     Args:
+        features: modality -> name of its feature.
         best: the top configurations, the best one on validation first.
         left_out: number of a top trial whose configuration fails with another seed -> reason.
         importance: swept setting -> fraction of the variance of scores, the largest first; empty with too few trials.
         command: command that trains the winner again, to the same weights.
     """
 
-    image_feature: str
-    text_feature: str
+    features: Mapping[str, str]
     sampler: str
     pruner: str
     seed: int
@@ -141,6 +141,8 @@ def write_sweep_page(path: Path, findings: SweepFindings) -> None:
     """Write the page of a study as one self-contained HTML file."""
     failed = [(str(trial.number), trial.reason) for trial in findings.trials if trial.state == "failed"]
     complete = [trial for trial in findings.trials if trial.state == "complete"]
+    winner_test = next(iter(findings.winner.test.values()))
+    first, second = winner_test.num_items
     write_page(
         path,
         "sweep.html.j2",
@@ -148,7 +150,8 @@ def write_sweep_page(path: Path, findings: SweepFindings) -> None:
         counts=findings.counts(),
         best=best_table(findings.best),
         tests=test_tables(findings.best),
-        winner_test=next(iter(findings.winner.test.values())),
+        winner_test=winner_test,
+        directions=dict(zip(winner_test.directions, (f"{first} to {second}", f"{second} to {first}"), strict=True)),
         failed=[*((f"{number}, another seed", reason) for number, reason in findings.left_out.items()), *failed],
         history=_history(findings.trials),
         importance=_importance_bars(findings.importance) if findings.importance else "",

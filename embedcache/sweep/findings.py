@@ -42,8 +42,7 @@ def collect_findings(job: StudyJob, data: TrainData, trials: Trials) -> SweepFin
     """
     best, left_out = _evaluate_top(job, data, top_trials(trials, job.settings))
     return SweepFindings(
-        image_feature=data.features["image"].name,
-        text_feature=data.features["text"].name,
+        features={modality: feature.name for modality, feature in data.features.items()},
         sampler=job.study.sampler,
         pruner=job.study.pruner,
         seed=job.study.seed,
@@ -141,10 +140,16 @@ def _command(job: StudyJob, data: TrainData, winner: int, trials: Trials) -> str
     """Return the command that trains the winner again, to the same weights."""
     trial = next(trial for trial in trials.finished() if trial.number == winner)
     caches = [str(cache.path if is_remote(cache.path) else cache.path.resolve()) for cache in data.caches]
-    features = ["--image-feature", data.features["image"].name, "--text-feature", data.features["text"].name]
     run = str(job.path.resolve() / "winner")
     settings = job.run_settings(trial.params)
-    return shlex.join(["embedcache", "train", *caches, run, *features, *command_line(settings)])
+    return shlex.join(["embedcache", "train", *caches, run, *_feature_options(data), *command_line(settings)])
+
+
+def _feature_options(data: TrainData) -> list[str]:
+    names = {modality: feature.name for modality, feature in data.features.items()}
+    if set(names) == {"image", "text"}:
+        return [word for modality, name in names.items() for word in (f"--{modality}-feature", name)]
+    return [word for modality, name in names.items() for word in ("--feature", f"{modality}={name}")]
 
 
 def findings_json(job: StudyJob, trials: Trials, findings: SweepFindings) -> dict[str, Any]:

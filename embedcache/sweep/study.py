@@ -12,6 +12,7 @@ from embedcache.locks import LOCK, locked
 from embedcache.progress import Progress
 from embedcache.provenance import (
     DIGEST,
+    INDEX_DIGEST,
     STORED_NAMES,
     check_same,
     construct,
@@ -27,7 +28,8 @@ from embedcache.sweep.space import Space
 from embedcache.train.checkpoint import check_not_extended
 from embedcache.train.data import FAILED, TrainData, check_failed, failed_digests
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Newest format of a study: 1 is of images and texts, 2 of any other pair of modalities."""
 _FILES = (
     LOCK,
     ".claims",
@@ -47,6 +49,7 @@ _STORED_NAMES = {**STORED_NAMES, "split_digest": "split"}
 """Field of `Study` -> key in `study.json`, where they differ."""
 
 _FAILED = "failed"
+_FORMAT_1 = ("image", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +58,8 @@ class Study:
 
     Args:
         space: fixed and swept settings, by stored name.
-        image: name and fingerprint of the image feature, and the digest of the rows without it, if there are any.
-        text: the same of the text feature.
+        sides: modality -> `feature` and its `fingerprint`, and as `failed` the digest of the rows without it, if there
+            are any; in the order of `order_pair`.
         storage: URL of the storage without its password; None is the file `study.db` in the folder.
         name: name of the study in the storage.
         split_digest: SHA-256 of `split.parquet`; empty in the first studies.
@@ -64,19 +67,30 @@ class Study:
 
     space: Mapping[str, Any]
     index_digest: str
-    image: Mapping[str, Any]
-    text: Mapping[str, Any]
+    sides: Mapping[str, Mapping[str, Any]]
     sampler: str
     pruner: str
     seed: int
     storage: str | None
     name: str = "sweep"
     split_digest: str = ""
-    format: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON values of `study.json`."""
-        return to_record(self, _STORED_NAMES)
+        """Return the JSON values of `study.json`: of format 1 for images and texts, else of format 2."""
+        values = to_record(self, _STORED_NAMES)
+        sides = values.pop("sides")
+        head = {name: values.pop(name) for name in ("space", INDEX_DIGEST)}
+        if tuple(sides) == _FORMAT_1:
+            return {**head, **sides, **values, "format": 1}
+        return {**head, "sides": sides, **values, "format": FORMAT_VERSION}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Study":
+        """Build a study from the values of `to_json`."""
+        fields = {name: value for name, value in from_record(values, _STORED_NAMES).items() if name != "format"}
+        if "sides" not in fields:
+            fields["sides"] = {modality: fields.pop(modality) for modality in _FORMAT_1}
+        return cls(**fields)
 
 
 def open_study(
@@ -95,8 +109,7 @@ def open_study(
     requested = Study(
         space=space.to_json(),
         index_digest=data.index_digest,
-        image=_describe_side(data, "image", failed),
-        text=_describe_side(data, "text", failed),
+        sides={modality: _describe_side(data, modality, failed) for modality in data.sides},
         sampler=settings.sampler,
         pruner=settings.pruner,
         seed=settings.seed,
@@ -128,12 +141,13 @@ def _reopen_study(path: Path, requested: Study, failed: Mapping[str, str], data:
         next_step="restore the file, or use a new folder",
     )
     values.pop(DIGEST, None)
-    stored = construct(manifest, lambda: Study(**from_record(values, _STORED_NAMES)))
+    stored = construct(manifest, lambda: Study.from_json(values))
     expected = replace(requested, name=stored.name, split_digest=stored.split_digest)
     next_step = "sweep into a new folder, or keep the study"
     check_not_extended(f"study {path} was begun", stored.index_digest, data.caches, next_step=next_step)
     next_step = "use a new folder, or request the same"
-    check_same(f"study {path}", _without_failed(stored), _without_failed(expected), next_step=next_step)
+    for describe in (_modalities, _without_failed):  # not every field of the features of other modalities
+        check_same(f"study {path}", describe(stored), describe(expected), next_step=next_step)
     check_failed(f"study {path}", _failed_of(stored), failed)
     check_split(split_path(path))
     return stored
@@ -149,14 +163,19 @@ def _describe_side(data: TrainData, modality: str, failed: Mapping[str, str]) ->
     return {**described, _FAILED: failed[name]} if name in failed else described
 
 
+def _modalities(study: Study) -> dict[str, Any]:
+    return {"modalities": list(study.sides)}
+
+
 def _without_failed(study: Study) -> dict[str, Any]:
-    image, text = ({k: v for k, v in side.items() if k != _FAILED} for side in (study.image, study.text))
-    return asdict(replace(study, image=image, text=text))
+    values = asdict(study)
+    for modality, side in values.pop("sides").items():
+        values[modality] = {name: value for name, value in side.items() if name != _FAILED}
+    return values
 
 
 def _failed_of(study: Study) -> dict[str, str]:
-    sides = {"image": study.image, "text": study.text}
-    return {f"{FAILED}{modality}": side[_FAILED] for modality, side in sides.items() if _FAILED in side}
+    return {f"{FAILED}{modality}": side[_FAILED] for modality, side in study.sides.items() if _FAILED in side}
 
 
 def split_path(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """Sweeps: many training runs on one cache, the best configurations retrained and evaluated, and a report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +46,7 @@ def sweep(
     *,
     image_feature: Names = None,
     text_feature: Names = None,
+    feature: Mapping[str, Names] | None = None,
     settings: SweepSettings | None = None,
     progress: AnyProgress = None,
     **options: Any,
@@ -59,7 +60,9 @@ def sweep(
     Args:
         space: TOML file with fixed and swept settings.
         image_feature: `encoder/feature`, or several of one encoder; None if the caches have only one.
-        text_feature: `encoder/feature`; None if the caches have only one.
+        text_feature: as `image_feature`, of the captions.
+        feature: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`. Without any
+            name, as in `train`.
         options: settings by their names on the command line, which replace those of `settings`.
         progress: shows one note per trial.
 
@@ -80,7 +83,7 @@ def sweep(
     searched = read_space(Path(space))
     make_grid_points(searched, settings)  # rejects an infinite grid before a folder is created
     memory = searched.settings({}).machine.memory
-    named = name_features(image_feature, text_feature, None)
+    named = name_features(image_feature, text_feature, feature)
     data = open_data(caches, named, memory_bytes=memory, progress=progress)
     searched = _with_block_rows(_with_recipe(searched, data, progress), data)
     with disk_errors(folder):

@@ -49,7 +49,7 @@ class Outcome:
     Args:
         recalls: validation recalls of the best epoch.
         best_epoch: epoch whose weights were saved; 0 is the initialization.
-        flops_per_pair: floating-point operations of the forward pass, per image and text.
+        flops_per_pair: floating-point operations of the forward pass, per pair.
         num_pairs: number of pairs seen in training, repetitions included.
     """
 

@@ -49,7 +49,7 @@ class StudyJob:
         """
         return open_data(
             self.caches,
-            {"image": self.study.image["feature"], "text": self.study.text["feature"]},
+            {modality: side["feature"] for modality, side in self.study.sides.items()},
             memory_bytes=0,
         )
 

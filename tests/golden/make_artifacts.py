@@ -17,6 +17,7 @@ folder as its `tests/golden`, install the extras `cpu`, `demo`, `sweep` and `wor
 | `index/`, `disk-index/` | HNSW in memory over projected vectors; on-disk IVF over a plain feature |
 | `disk-index-4/` | the latter in format 4, a checksum per list: `commands.build_index` wrote it later |
 | `study/`, `space.toml` | a sweep with two trials; `@FOLDER@` stands for the absolute path of `artifacts/` |
+| `study-2/` | only `study.json`, of recordings and texts, in format 2: `open_study` wrote it later |
 | `selection.parquet` | written by `curate select` |
 | `kept.parquet`, `kept.removed.parquet` | written by `curate dedup` |
 | `clean.parquet` | written by `curate leaks` |

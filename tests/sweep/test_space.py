@@ -64,6 +64,10 @@ INVALID = {
         "[fixed]\nimage-feature = 'a/b'\n[space]\ndropout = [0.1]",
         "got the feature image_feature, .* give --image-feature NAME to sweep",
     ),
+    "feature by modality": (
+        "[fixed]\nfeature = ['audio=a/b']\n[space]\ndropout = [0.1]",
+        "got the feature feature, .* give --feature MODALITY=NAME to sweep",
+    ),
     "no space": ("[fixed]\nepochs = 3", r"expected settings to try in a table \[space\], got none; for example"),
     "empty space": ("[space]", "expected settings to try"),
     "empty file": ("", "expected settings to try"),

@@ -14,20 +14,26 @@ from embedcache.cli.main import main
 from embedcache.errors import FingerprintError, PathError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import read_config
-from embedcache.provenance import digest_file, read_json
+from embedcache.provenance import DIGEST, add_digest, digest_file, read_json, write_json
 from embedcache.reports.sweep import write_sweep_page
+from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import read_space
-from embedcache.sweep.study import open_study
+from embedcache.sweep.study import Study, open_study
 from embedcache.sweep.sweep import SweepReport, sweep
+from embedcache.sweep.worker import StudyJob
 from embedcache.train import recipes
 from embedcache.train.data import open_data
 from embedcache.train.recipes import Recipe, TrainingLength
 from embedcache.train.trackers import TrackedRun
+from tests.cli.run import embedcache
 from tests.crash import forked_workers, start
+from tests.golden.commands import ARTIFACTS
 from tests.images import write_images
+from tests.media_toy import MEDIA
 from tests.recorded import RecordedProgress
 from tests.sweep.conftest import FEATURES, RANDOM, SPACE
 from tests.toy import IMAGE, TEXT
+from tests.train.test_modalities import Sounds
 from tests.train.test_trackers import NOTES
 
 pytestmark = pytest.mark.slow
@@ -316,6 +322,44 @@ def test_each_cache_is_evaluated_and_each_trial_tracked(two_caches: list[Path], 
     tracked = [note.path.relative_to(tmp_path / "study").parts for note in NOTES if isinstance(note, TrackedRun)]
     assert [parts[0] for parts in tracked] == ["trials", "best"]
     assert tracked[0] == ("trials", "00000")
+
+
+@pytest.mark.parametrize(("name", "modalities"), [("study", ["image", "text"]), ("study-2", ["audio", "text"])])
+def test_golden_study_is_written_to_the_same_bytes(name: str, modalities: list[str], tmp_path: Path) -> None:
+    values = read_json(ARTIFACTS / name / "study.json")
+    study = Study.from_json({key: value for key, value in values.items() if key != DIGEST})
+    assert list(study.sides) == modalities
+    written = add_digest(study.to_json())
+    write_json(tmp_path / "study.json", {key: value for key, value in written.items() if key in values})
+    assert (tmp_path / "study.json").read_bytes() == (ARTIFACTS / name / "study.json").read_bytes()
+
+
+def test_sweep_of_recordings_and_texts(cache_path: Path, tmp_path: Path) -> None:
+    cache, study_path = tmp_path / "sounds", tmp_path / "study"
+    extract(Sounds(), cache, text_encoder=TEXT, encoder={"audio": [MEDIA]}, limit=60)
+    text = "[fixed]\nsplit = 'key'\nepochs = 1\nblock_rows = 1\nshared_width = 8\nbatch_size = 16\n[space]\nlr = [0.01]"
+    space_path = write_space(tmp_path, text)
+    words = ["--sampler", "grid", "--top-configs", "1", "--seeds-per-config", "1"]
+    words += ["--feature", "text=open_toy/mean", "--feature", "audio=open_media/mean"]
+    shown = embedcache("sweep", cache, space_path, study_path, *words, cwd=tmp_path)
+    assert shown.code == 0, shown.stderr
+    assert "a2t R@1" in shown.stdout
+
+    stored, found = read_json(study_path / "study.json"), read_json(study_path / "report.json")
+    assert (stored["format"], list(stored["sides"])) == (2, ["audio", "text"])
+    assert {"a2t", "t2a", "num_recordings", "num_texts"} <= set(found["best"][0]["test"][str(cache)])
+    assert "its audio to text R@10 on test" in (study_path / "report.html").read_text()
+    assert "--feature audio=open_media/mean --feature text=open_toy/mean" in found["winner"]["command"]
+
+    space, settings = read_space(space_path), SweepSettings(sampler="grid")
+    data = open_data(cache, {"text": "open_toy/mean", "audio": "open_media/mean"}, memory_bytes=1e9)
+    study = open_study(study_path, data, space, settings)
+    assert {**stored, **study.to_json()} == stored == found["study"] | {"digest": stored["digest"]}
+    job = StudyJob(caches=(str(cache),), path=study_path, study=study, space=space, settings=settings)
+    assert job.mapped_data().tower_inputs == data.tower_inputs
+    message = r"modalities: stored \['audio', 'text'\], requested \['image', 'text'\]; use a new folder"
+    with pytest.raises(FingerprintError, match=message):
+        sweep(cache_path, study_path, space_path, **FEATURES, settings=settings)
 
 
 def scores(study_path: Path) -> dict[str, float]:

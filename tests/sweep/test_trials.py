@@ -34,8 +34,7 @@ def open_trials(path: Path, space: Space, **settings: object) -> Trials:
     study = Study(
         space={},
         index_digest="",
-        image={},
-        text={},
+        sides={},
         sampler=given.sampler,
         pruner="none",
         seed=given.seed,

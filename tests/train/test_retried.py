@@ -101,6 +101,6 @@ def test_study(before: Path, after: Path, tmp_path: Path) -> None:
     assert open_study(tmp_path / "study", then, space, SweepSettings()) == made
     with pytest.raises(FingerprintError, match=f"study .*/study {RETRIED}"):
         open_study(tmp_path / "study", now, space, SweepSettings())
-    image = {name: value for name, value in made.image.items() if name != "failed"}
+    image = {name: value for name, value in made.sides["image"].items() if name != "failed"}
     edit_record(tmp_path / "study" / "study.json", image=image)  # as in the first studies
-    assert open_study(tmp_path / "study", now, space, SweepSettings()).image == image
+    assert open_study(tmp_path / "study", now, space, SweepSettings()).sides["image"] == image
