@@ -277,8 +277,10 @@ def _summarize_study(path: Path) -> Summary:
         )
     counts = ", ".join(f"{count:,} {state}" for state, count in report.get("counts", {}).items())
     names = {item.stored_name: item.name for item in flat_settings(TrainSettings)}
+    sides = study["sides"] if "sides" in study else {modality: study[modality] for modality in ("image", "text")}
     lines = [
         f"{path}: sampler {study['sampler']}, pruner {study['pruner']}, seed {study['seed']}",
+        f"features: {', '.join(f'{modality} ' + side['feature'] for modality, side in sides.items())}",
         f"searched: {', '.join(names.get(name, name) for name in study['space']['space'])}",
         f"trials: {counts}" if counts else "not finished: run the same embedcache sweep again",
     ]

@@ -24,6 +24,7 @@ from tests.golden.commands import ARTIFACTS
         ("run", "run", "projector mlp, shared width 16, seed 3", "open_toy/mean"),
         ("index", "index", "95 images, width 16, HNSW8", None),
         ("study", "study", "sampler random, pruner none, seed 0", "1.000"),
+        ("study-2", "study", "sampler random, pruner none, seed 0", None),
         ("selection.parquet", "selection", "samples of cache", None),
         ("kept.parquet", "selection", "samples of cache", None),
     ],
@@ -55,7 +56,7 @@ def test_file_of_another_artifact_is_refused(tmp_path: Path, name: str, other: s
 
 def test_settings_of_a_study_have_the_names_of_options() -> None:
     summary = summarize(ARTIFACTS / "study")
-    assert summary.lines[1] == "searched: lr, shared_width"
+    assert summary.lines[1:3] == ["features: image open_toy/cls, text open_toy/mean", "searched: lr, shared_width"]
     assert all(row[2].startswith("lr 0.0") for row in summary.rows)
 
 

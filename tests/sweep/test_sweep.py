@@ -15,6 +15,7 @@ from embedcache.errors import FingerprintError, PathError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import read_config
 from embedcache.provenance import DIGEST, add_digest, digest_file, read_json, write_json
+from embedcache.reports.summary import summarize
 from embedcache.reports.sweep import write_sweep_page
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import read_space
@@ -350,6 +351,7 @@ def test_sweep_of_recordings_and_texts(cache_path: Path, tmp_path: Path) -> None
     assert {"a2t", "t2a", "num_recordings", "num_texts"} <= set(found["best"][0]["test"][str(cache)])
     assert "its audio to text R@10 on test" in (study_path / "report.html").read_text()
     assert "--feature audio=open_media/mean --feature text=open_toy/mean" in found["winner"]["command"]
+    assert "features: audio open_media/mean, text open_toy/mean" in summarize(study_path).lines
 
     space, settings = read_space(space_path), SweepSettings(sampler="grid")
     data = open_data(cache, {"text": "open_toy/mean", "audio": "open_media/mean"}, memory_bytes=1e9)
