@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
+from embedcache.errors import pluralize
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.reports.base import (
     BAD,
@@ -148,6 +149,7 @@ def write_sweep_page(path: Path, findings: SweepFindings) -> None:
         "sweep.html.j2",
         findings=findings,
         counts=findings.counts(),
+        num_seeds=pluralize(len(findings.winner.scores), "seed"),
         best=best_table(findings.best),
         tests=test_tables(findings.best),
         winner_test=winner_test,
@@ -202,6 +204,7 @@ def _history(trials: Sequence[SweepTrial]) -> str:
         at_bottom: dict[str, Any] = {"transform": axes.get_xaxis_transform()}  # since they have no score
         axes.scatter(_numbers(failed), [0.03] * len(failed), s=22, color=BAD, marker="^", label="failed", **at_bottom)
     label(axes, "trial", _SCORE)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.figure.legend(frameon=False, labelcolor=INK, loc="outside upper right", ncols=4)
     return svg(axes.figure)
 

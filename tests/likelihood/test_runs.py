@@ -180,7 +180,7 @@ def one_error(done: Result) -> str:
         ("--split strict", "--split: expected key, column or a file"),
         ("--split column", "expected train and test, got train"),
         ("--width 30", "--width: expected a multiple of 16, 4 times the heads, got 30"),
-        ("--width 0", "--width: expected a whole number of at least 4, got 0"),
+        ("--width 0", "--width: expected a whole number from 4 to 65536, got 0"),
         ("--words cache", "text features"),
         ("--words nowhere", "nowhere does not exist"),
         ("--word-feature open_toy/men", "did you mean 'open_toy/mean'"),
