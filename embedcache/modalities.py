@@ -20,6 +20,7 @@ class Modality:
         kind: what its item table holds: where the bytes of each item are, or the texts themselves.
         has_interval: whether an item may be an interval of a recording; its table then has `start_s` and `stop_s`.
         decoder: `module:function` from the bytes of an item to what an encoder prepares; empty for texts.
+        package: package of the extra `media` that the decoder needs, if any.
         num_ahead: decoded items that may wait for an encoder, so that memory stays bounded.
     """
 
@@ -28,6 +29,7 @@ class Modality:
     kind: Literal["files", "texts"] = "files"
     has_interval: bool = False
     decoder: str = ""
+    package: str = ""
     num_ahead: int = 256
 
     def load_decoder(self) -> Callable[..., Any]:
@@ -44,9 +46,21 @@ MODALITIES: Mapping[str, Modality] = {
         Modality(name="image", noun="images", decoder=f"{_ROOT}.images:decode_image"),
         Modality(name="text", noun="texts", kind="texts"),
         Modality(
-            name="audio", noun="recordings", has_interval=True, decoder=f"{_ROOT}.sound:decode_audio", num_ahead=32
+            name="audio",
+            noun="recordings",
+            has_interval=True,
+            decoder=f"{_ROOT}.sound:decode_audio",
+            package="av",
+            num_ahead=32,
         ),
-        Modality(name="video", noun="videos", has_interval=True, decoder=f"{_ROOT}.video:decode_video", num_ahead=8),
+        Modality(
+            name="video",
+            noun="videos",
+            has_interval=True,
+            decoder=f"{_ROOT}.video:decode_video",
+            package="av",
+            num_ahead=8,
+        ),
         Modality(name="points", noun="point clouds", decoder=f"{_ROOT}.points:decode_points", num_ahead=32),
     )
 }

@@ -20,7 +20,7 @@ from embedcache.locks import divided_work, locked
 from embedcache.modalities import MODALITIES, ModalityName, count_items, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
-from embedcache.registry import unknown_name
+from embedcache.registry import require, unknown_name
 from embedcache.settings import flat_settings, from_flat, merge_settings
 from embedcache.sources.base import Source
 from embedcache.sources.merged import MERGED
@@ -178,6 +178,7 @@ def open_job(
     Raises:
         SettingError: no encoder is named, a name is invalid, or two would be stored as one; or the cache was imported.
         UnknownNameError: a view is unknown.
+        MissingExtraError: the package that decodes items of a modality is not installed.
     """
     settings = settings or ExtractSettings()
     if not encoders:
@@ -267,7 +268,9 @@ def _is_gone(description: Mapping[str, Any]) -> bool:
 
 
 def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: ExtractSettings) -> None:
-    """Check, before hours of indexing, that views suit the encoders and that each has a folder of its own."""
+    """Check, before hours of indexing, that items can be decoded, views suit the encoders, and each has its folder."""
+    for package in filter(None, (MODALITIES[modality].package for modality in encoders)):
+        require(package, extra="media")
     views = [open_view(name) for name in settings.views]
     for view in views:
         if view.modality not in encoders:

@@ -1,12 +1,13 @@
 """Extraction of recordings, videos and point clouds: real and broken files, resume, extend, retry, verify, repair."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from embedcache.axis import Axis
-from embedcache.errors import FingerprintError, SettingError, SourceError, UnknownNameError
+from embedcache.errors import FingerprintError, MissingExtraError, SettingError, SourceError, UnknownNameError
 from embedcache.extract import batches
 from embedcache.extract.extract import EncoderReport, extract
 from embedcache.extract.plan import plan
@@ -89,6 +90,15 @@ def test_stored_values_dtypes_and_axes(cache: Path) -> None:
     assert frames.axis == Axis(kind="time", rate_hz=50.0, start_s=0.0)
     assert [len(tokens) for tokens in frames.gather_tokens(np.array([0, 2]))] == [25, 15]
     assert opened.feature("audio", "open_media/mean").axis is None
+
+
+def test_missing_decoder_is_named_before_the_source_is_indexed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MissingExtraError, match=r"'av' is not installed; .*embedcache\[media\]"):
+        run(source, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_interrupted_extraction_resumes_to_the_same_bytes(source: Path, cache: Path, tmp_path: Path) -> None:
