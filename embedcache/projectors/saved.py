@@ -102,10 +102,9 @@ class PairConfig:
     def tower_input(self, modality: str) -> TowerInput:
         """Return the input of the tower of one of the modalities, or raise a `DataError`."""
         if modality not in self.sides:
-            sides = " and ".join(self.sides)
             raise DataError(
-                f"expected a run with the modality {modality}, got one of {sides}; choose one of these, on the command "
-                "line with --modality"
+                f"expected a run with the modality {modality}, got one of {' and '.join(self.sides)}; choose one of "
+                "these, on the command line with --modality"
             )
         return self.sides[modality]
 
@@ -303,10 +302,9 @@ def _explain_weights(path: Path) -> Iterator[None]:
 
 
 def check_shapes(build: Callable[[], "nn.Module"], path: Path) -> None:
-    """Check that a module would have weights of the shapes in a file, without memory for them.
+    """Check that a module would have weights of the shapes in a file, before widths of a config exceed the memory.
 
-    So widths that were changed in a config are refused before they exceed the memory. A module of custom code that
-    cannot be built without memory is not checked here.
+    A module of custom code that cannot be built without memory is not checked here.
 
     Raises:
         RuntimeError: other shapes or names.
@@ -317,10 +315,8 @@ def check_shapes(build: Callable[[], "nn.Module"], path: Path) -> None:
     try:
         with torch.device("meta"):
             module = build()
-    except EmbedcacheError:
-        raise
     except Exception as error:  # of custom code, which is built again with memory
-        if isinstance(error, RuntimeError) and "overflowed" in str(error):  # of widths beyond any memory
+        if isinstance(error, EmbedcacheError) or "overflowed" in str(error):  # of widths beyond any memory
             raise
         return
     with safe_open(path, "pt") as file:

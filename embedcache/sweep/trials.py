@@ -23,7 +23,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from embedcache.errors import CorruptError, PathError, SettingError, one_line
+from embedcache.errors import CorruptError, EmbedcacheError, PathError, SettingError, one_line
 from embedcache.files import remove_folder
 from embedcache.locks import Leases, locked
 from embedcache.provenance import digest, from_record, to_record
@@ -40,6 +40,13 @@ _MAX_GRID_POINTS = 100_000
 _DIGEST, _SIGNATURE = "digest", "record_digest"
 """Attributes of a trial: digests of what counts of a complete one, and of all of a finished one."""
 _RESTORE = "restore the storage, or use a new folder"
+_SQLITE_STEPS = {
+    "BUSY": "another process keeps it locked: end that process, and rerun the same command",
+    "FULL": "free some space, and rerun the same command",
+    "READONLY": "make the file and its folder writable",
+    "CANTOPEN": "make the file and its folder readable and writable",
+}
+"""What SQLite calls an error -> what to do, where the storage is not damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +146,7 @@ class Trials:
         try:
             trials = self.optuna.get_trials(deepcopy=False)
         except Exception as error:  # of Optuna or SQLAlchemy, about anything in a damaged storage
-            raise CorruptError(
-                f"study {self._path}: its storage cannot be read: {one_line(error)}; {_RESTORE}"
-            ) from error
+            raise _storage_error(error, f"study {self._path}: its storage cannot be read: {one_line(error)}") from error
         if [trial.number for trial in trials] != list(range(len(trials))):
             raise CorruptError(
                 f"study {self._path}: expected trials numbered from 0 in its storage, got others; {_RESTORE}"
@@ -283,11 +288,22 @@ def _open_storage(
     except Exception as error:  # of Optuna or SQLAlchemy, about anything in a damaged storage
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if settings.storage is None:
-            raise CorruptError(f"{file}: expected the trials of a study, got an error: {reason}; {_RESTORE}") from error
+            raise _storage_error(error, f"{file}: expected the trials of a study, got an error: {reason}") from error
         raise PathError(
             f"storage {without_password(url)} cannot be opened: {reason}; use a URL such as "
             "postgresql://user:password@host/database and install its driver, or omit --storage"
         ) from error
+
+
+def _storage_error(error: BaseException | None, message: str) -> EmbedcacheError:
+    """Return the error of a storage with its next step: it is damaged, unless SQLite gives another reason."""
+    while error is not None:
+        name = getattr(error, "sqlite_errorname", "")  # such as SQLITE_BUSY_RECOVERY
+        step = _SQLITE_STEPS.get(name.removeprefix("SQLITE_").partition("_")[0])
+        if step is not None:
+            return PathError(f"{message}; {step}")
+        error = error.__cause__
+    return CorruptError(f"{message}; {_RESTORE}")
 
 
 def _check_pages(storage: optuna.storages.RDBStorage) -> None:

@@ -4,6 +4,7 @@ import sqlite3
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,15 @@ def test_damaged_storage_is_one_line(tmp_path: Path, space: Space) -> None:
             open_trials(tmp_path / "a", space, trials=3).lease_next()
     storage.write_bytes(data)
     assert open_trials(tmp_path / "a", space, trials=3).lease_next() is None
+
+
+def test_locked_storage_is_not_called_damaged(tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.sweep.trials._SQLITE_TIMEOUT_S", 0.01)
+    open_trials(tmp_path / "a", space, trials=1).close()
+    with closing(sqlite3.connect(tmp_path / "a" / "study.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(PathError, match="database is locked.*; another process keeps it locked: end that process"):
+            open_trials(tmp_path / "a", space, trials=1).lease_next()
 
 
 def test_study_without_complete_trials_raises(tmp_path: Path, space: Space) -> None:
