@@ -140,6 +140,16 @@ def one_noun(modality: str) -> str:
     return noun(modality).removesuffix("s")
 
 
+def option_of(modality: str, kind: str, value: str) -> str:
+    """Return the option that names an encoder or a feature of a modality, with its value.
+
+    Example:
+        >>> option_of("image", "feature", "NAME"), option_of("audio", "encoder", "SPEC")
+        ('--image-feature NAME', '--encoder audio=SPEC')
+    """
+    return f"--{modality}-{kind} {value}" if modality in ("image", "text") else f"--{kind} {modality}={value}"
+
+
 def count_items(number: int, modality: str) -> str:
     """Return how many items of a modality there are, such as `1 image`."""
     return pluralize(number, one_noun(modality), noun(modality))

@@ -20,7 +20,7 @@ from embedcache.dataset.similar_pairs import cosine_limit
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.files import AnyPath
 from embedcache.metrics.neighbors import Closest
-from embedcache.modalities import MODALITIES, noun, order_pair
+from embedcache.modalities import MODALITIES, noun, option_of, order_pair
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import name_differences
 from embedcache.settings import merge_settings
@@ -335,10 +335,9 @@ def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:
         if feature.name in others and not name_differences(others[feature.name].fingerprint, feature.fingerprint)
     ]
     if len(both) > 1:
-        option = f"--{modality}-feature" if modality in _OWN_COSINE else f"--feature {modality}=NAME"
         raise SettingError(
             f"{modality}_feature: expected one of the several that both caches have, got none; choose one with "
-            f"{option}: {', '.join(both)}"
+            f"{option_of(modality, 'feature', 'NAME')}: {', '.join(both)}"
         )
     return both[0] if both else None
 

@@ -14,6 +14,7 @@ from embedcache.errors import DataError, UnfinishedError
 from embedcache.evaluate.settings import PairsSettings
 from embedcache.metrics.intervals import Estimate, chance_estimate, effective_number
 from embedcache.metrics.ranking import tied_chance_recall
+from embedcache.modalities import option_of
 from embedcache.progress import Progress
 from embedcache.store.cache import Cache
 
@@ -35,8 +36,8 @@ def open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[li
     for stored_feature in stored:
         if stored_feature.group.is_from_run:  # which was trained on these samples
             name = stored_feature.name
-            option = f"--{modality}-feature" if modality in ("image", "text") else f"--feature {modality}=NAME"
-            skipped.append(f"left out: {name} was computed by a run; name it with {option} to compare it")
+            option = option_of(modality, "feature", name)
+            skipped.append(f"left out: {name} was computed by a run; {option} compares it")
             continue
         feature = InputFeature([stored_feature])
         try:

@@ -26,7 +26,7 @@ from embedcache.extract.settings import ExtractJob
 from embedcache.extract.views import open_view
 from embedcache.files import is_remote, open_path
 from embedcache.locks import divided_work
-from embedcache.modalities import noun
+from embedcache.modalities import noun, option_of
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import trust_files
@@ -175,7 +175,7 @@ def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, 
     }
     for modality in specs:
         if not cache.info.num_items.get(modality):
-            option = f"--{modality}-encoder" if modality in ("image", "text") else f"--encoder {modality}=…"
+            option = option_of(modality, "encoder", "SPEC")
             step = _other_source(cache, job, modality)
             raise SourceError(f"cache {cache.path} has no {modality} items; omit {option}, or {step}")
     encoders: dict[Modality, list[Encoder]] = {

@@ -12,7 +12,7 @@ import pyarrow as pa
 from embedcache.arrays import Bools, Ints, blocks
 from embedcache.errors import AmbiguousNameError, CorruptError, DataError, UnknownNameError, pluralize
 from embedcache.files import AnyPath, find_files, open_path
-from embedcache.modalities import MODALITIES, count_items
+from embedcache.modalities import MODALITIES, count_items, option_of
 from embedcache.registry import require, unknown_name
 from embedcache.sources.files import wrap_io_errors
 from embedcache.sources.open import IMPORTED_SOURCE, how_to_import
@@ -378,7 +378,7 @@ class Cache:
             return f"unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
         if self.info.source.get("type") == IMPORTED_SOURCE:
             return f"{self.path} has no {modality} features; {how_to_import(self.info.source, modality)}"
-        option = f"--{modality}-encoder SPEC" if modality in ("image", "text") else f"--encoder {modality}=SPEC"
+        option = option_of(modality, "encoder", "SPEC")
         message = f"{self.path} has no {modality} features; extract some: embedcache extract {option}"
         others = [(other, feature) for other in MODALITIES for feature in self.features(other)]
         if all(other in ("image", "text") for other, _ in others):

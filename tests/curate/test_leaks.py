@@ -330,7 +330,7 @@ def test_incomparable_caches_raise(caches: tuple[Path, Path], tmp_path: Path) ->
         find_leaks(caches[0], caches[0])
     with pytest.raises(
         SettingError,
-        match=r"image_feature: expected one of .*; choose one with --image-feature: open_toy/cls, open_toy/pa",
+        match=r"image_feature: expected one of .*; choose one with --image-feature NAME: open_toy/cls, open_toy/pa",
     ):
         find_leaks(*caches)
     with pytest.raises(UnknownNameError, match="unknown image feature 'open_toy/cl' of "):

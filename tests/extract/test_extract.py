@@ -264,7 +264,7 @@ def test_source_without_captions_has_no_texts(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "s", 2)
     for path in folder.glob("*.txt"):
         path.unlink()
-    with pytest.raises(SourceError, match="has no text items; omit --text-encoder, or check the source"):
+    with pytest.raises(SourceError, match="has no text items; omit --text-encoder SPEC, or check the source"):
         run(folder, tmp_path / "c")
     table = folder / "captions.csv"
     table.write_text("image,caption\n00000.png,one\n00001.png,two\n")
