@@ -217,7 +217,7 @@ def _compare(
     cache_path: AnyPath, settings: DedupSettings, levels: Sequence[float], progress: Progress | None
 ) -> DedupAnalysis:
     cache = Cache(cache_path)
-    modality = choose_modality(cache, settings.modality)
+    modality = choose_modality(cache, settings.modality, settings.run)
     check_keep(settings.keep, cache)
     needs_vectors = bool(levels) or settings.keep == FAR
     vectors = (

@@ -1,6 +1,7 @@
 """Which duplicates stay: exact copies by hash, an order by a keep rule, and a greedy choice along near-duplicates."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,9 @@ from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import read_items
 from embedcache.dataset.similar_pairs import SimilarPairs
 from embedcache.errors import SettingError
+from embedcache.files import AnyPath
 from embedcache.modalities import MODALITIES, order_pair
+from embedcache.projectors.saved import read_config
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 
@@ -34,9 +37,15 @@ class Copies:
         return len(self.content_ids) - len(self.unique_rows)
 
 
-def choose_modality(cache: Cache, modality: str | None) -> str:
-    """Return the modality of the items to compare: the given one, or the first of a pair that the cache has."""
-    return modality or next((name for name in order_pair(MODALITIES) if cache.features(name)), "image")
+def choose_modality(cache: Cache, modality: str | None, run: AnyPath | None = None) -> str:
+    """Return the modality of the items to compare.
+
+    This is the given one, or the first, of those of the run if there is one, that the cache has features of.
+    """
+    if modality is not None:
+        return modality
+    names = order_pair(MODALITIES if run is None else read_config(Path(run)).modalities)
+    return next((name for name in names if cache.features(name)), names[0])
 
 
 def find_copies(cache: Cache, feature: InputFeature, samples: Ints | None = None) -> Copies:

@@ -194,7 +194,7 @@ def find_outliers(
     if out is not None:
         check_table_output("scores", out)
     cache = Cache(cache)
-    modality = choose_modality(cache, settings.modality)
+    modality = choose_modality(cache, settings.modality, settings.run)
     vectors = Vectors(cache, modality, settings.feature, settings.run, device=settings.device)
     labels = _requested_labels(cache, settings.label, progress)  # raises before the work if they are no classes
     copies = find_copies(cache, vectors.feature)
@@ -202,6 +202,7 @@ def find_outliers(
         raise DataError(
             f"{cache.path}: expected at least 2 different {noun(modality)} to compare, got {len(copies.unique_rows)}"
         )
+    pair_cosines_S = _pair_cosines(vectors, progress)  # raises before the longest part if nothing is paired
     neighbors = find_neighbors(
         vectors, copies.unique_rows, min(settings.k, len(copies.unique_rows) - 1), settings, progress
     )
@@ -215,7 +216,7 @@ def find_outliers(
         typicality_S=typicality_S,
         rows_S=rows_S,
         votes=None if labels is None else _vote(copies, neighbors.items[:, : settings.label_neighbors], labels),
-        pair_cosines_S=_pair_cosines(vectors, progress),
+        pair_cosines_S=pair_cosines_S,
         settings=settings,
     )
     if out is not None:

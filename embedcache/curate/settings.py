@@ -16,7 +16,7 @@ _COMMON_FEATURE = "the only one that both have"
 _COMPARED: dict[str, Any] = {
     "default": None,
     "help": "Modality of the items to compare.",
-    "default_text": "the first with features of image, audio, video, points, text",
+    "default_text": "the first with features of image, audio, video, points, text, or of a run's two",
 }
 _ALL_PAIRS: dict[str, Any] = {
     "default": None,

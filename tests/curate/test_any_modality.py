@@ -10,7 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from embedcache.curate.dedup import dedup
 from embedcache.curate.leaks import find_leaks
+from embedcache.curate.outliers import find_outliers
+from embedcache.curate.select.select import select
 from embedcache.errors import SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -169,6 +172,27 @@ def run(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     features = {made.case.modality: made.feature, "text": "open_toy/mean"}
     train(made.train, path, feature=features, settings=settings)
     return path
+
+
+def test_modality_of_a_run(tmp_path: Path) -> None:
+    """A cache of recordings, videos and texts, and a run that has no recordings: videos are compared."""
+    (tmp_path / "items").mkdir()
+    for number in range(6):
+        (tmp_path / "items" / f"{number}.wav").write_bytes(wav(_tone(number)))
+        (tmp_path / "items" / f"{number}.mp4").write_bytes(encode_video(_color(number)))
+        (tmp_path / "items" / f"{number}.txt").write_text(f"item {number}")
+    encoders = {"audio": [MEDIA], "video": [MEDIA]}
+    extract(open_source(tmp_path / "items"), tmp_path / "cache", encoder=encoders, text_encoder=[TEXT])
+    settings = train_settings({"projector": "linear", "epochs": 0, "split": "key", "shared_width": 2})
+    features = {"video": "open_media/mean", "text": "open_toy/mean"}
+    train(tmp_path / "cache", tmp_path / "run", feature=features, settings=settings)
+
+    table = dedup(tmp_path / "cache", tmp_path / "kept.parquet", cosine=0.9, run=tmp_path / "run")
+    scores = find_outliers(tmp_path / "cache", run=tmp_path / "run", k=3)
+    select(tmp_path / "cache", tmp_path / "some.parquet", method="k-center", run=tmp_path / "run", budget=2)
+    assert table.analysis.feature.modality == scores.vectors.modality == "video"
+    record = succeed("inspect", "some.parquet", "--json", cwd=tmp_path)
+    assert '"modality": "video"' in record
 
 
 @of_sounds

@@ -142,10 +142,12 @@ def select(
 
 def _default_modality(cache: Cache, selector: Selector, settings: SelectSettings) -> str:
     """Return the modality of the pool: the method's, or, of a method that compares pairs, the run's first."""
-    if selector.modality is None and settings.run is not None:
-        return read_config(Path(settings.run)).modalities[0]
+    names = None if settings.run is None else read_config(Path(settings.run)).modalities
+    if selector.modality is None and names is not None:
+        return names[0]
     modality = selector.modality or "image"
-    return choose_modality(cache, None) if modality == "image" and not cache.info.num_items.get("image") else modality
+    is_there = modality != "image" or bool(cache.info.num_items.get("image"))
+    return modality if is_there and (names is None or modality in names) else choose_modality(cache, None, settings.run)
 
 
 def _count_budget(budget: int | float | None, num_pool: int) -> int | None:
