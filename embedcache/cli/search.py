@@ -58,7 +58,7 @@ def search(
     )
     hit_lists = run_search(index, all_queries, settings)
     results = list(zip(all_queries.names, hit_lists, strict=True))
-    score = "cosine" if read_card(index).has_cosines else "product"
+    score = read_card(index).score
 
     def show() -> None:
         for name, hits in results:

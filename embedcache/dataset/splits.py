@@ -126,6 +126,19 @@ def check_split(path: Path) -> None:
                 )
 
 
+def require_split(path: Path) -> None:
+    """Check that a file exists and, as `check_split` does, that it is the split of its run.
+
+    Raises:
+        PathError: there is no such file.
+        CorruptError: it has changed since it was written.
+    """
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "nothing"
+        raise PathError(f"{path}: expected the split.parquet of a run, got {got}; embedcache train writes one")
+    check_split(path)
+
+
 def read_split(path: Path, caches: Sequence[Cache], *, progress: Progress | None = None) -> Split:
     """Read the split of all or some of its caches. Samples that were appended to a cache later are in no part.
 
@@ -137,13 +150,11 @@ def read_split(path: Path, caches: Sequence[Cache], *, progress: Progress | None
         progress: progress in rows of the file.
 
     Raises:
-        PathError: the file does not exist.
+        PathError: there is no such file.
         CorruptError: the file is not a split, or has changed since it was written.
         DataError: the split belongs to other samples, or all of its samples were removed.
     """
-    if not path.is_file():
-        raise PathError(f"{path} does not exist; it is written by embedcache train")
-    check_split(path)
+    require_split(path)
     of_caches = [_CacheRows(path, cache) for cache in caches]
     blocks = watch(_iterate_rows(path), progress or NullProgress(), "reading the split", sum(map(len, caches)), "rows")
     for rows in blocks:

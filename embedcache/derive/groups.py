@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from embedcache.arrays import Array
-from embedcache.dataset.splits import read_split
+from embedcache.dataset.splits import read_split, require_split
 from embedcache.derive.chunks import ChunkReader
 from embedcache.derive.rules import Block, Rule
 from embedcache.encoders.open import DERIVED, EncoderSpec
@@ -88,6 +88,7 @@ def prepare_group(
 
     Raises:
         SettingError: the name belongs to an encoder.
+        PathError: there is no file of that path for the training part.
         FingerprintError: the folder holds features of other inputs, parameters, code or training part.
         CorruptError: the fitted arrays are missing or have changed.
     """
@@ -100,6 +101,8 @@ def prepare_group(
         if split_path is not None:
             raise SettingError(f"fit_split: the rule {rule.name!r} is not fitted; omit --fit-split")
         return create(fingerprint=fingerprint), {}
+    if split_path is not None:
+        require_split(split_path)
     part = {"part": "all"} if split_path is None else {"part": "train", "split": digest_file(split_path)}
     fingerprint = {**fingerprint, "fit": part}
     with locked(path):  # so that one process fits the rule for all

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from embedcache.devices import AUTO
 from embedcache.errors import CorruptError, PathError, UnfinishedError
@@ -103,9 +103,9 @@ class IndexCard:
     format: int = IN_MEMORY_FORMAT
 
     @property
-    def has_cosines(self) -> bool:
-        """Whether scores are cosines, or estimates of them; else they are products of reduced vectors."""
-        return _REFINED.search(self.factory) is not None or _REDUCED.search(self.factory) is None
+    def score(self) -> Literal["cosine", "product"]:
+        """What scores are: cosines, or estimates of them; or products of reduced vectors, which are smaller."""
+        return "cosine" if _REFINED.search(self.factory) or not _REDUCED.search(self.factory) else "product"
 
 
 _REDUCED = re.compile(r"(^|,)(PCA|ITQ|RR\d|OPQ\d+_)")

@@ -227,7 +227,7 @@ def test_split_round_trip(cache_path: Path, tmp_path: Path) -> None:
     write_split(tmp_path / "other.parquet", other)
     with pytest.raises(DataError, match="belongs to other samples: it has 299 keys, .* has 300, and they differ"):
         read_split(tmp_path / "other.parquet", [cache])
-    with pytest.raises(PathError, match="does not exist"):
+    with pytest.raises(PathError, match="expected the split.parquet of a run, got nothing"):
         read_split(tmp_path / "no", [cache])
     with pytest.raises(DataError, match=r"the split has no val samples \(train: 1, val: 0, test: 1\)"):
         Split(keys=["a", "b", "c"], parts=["train", "test", ""], groups=[0, 1, -1]).rows("val")

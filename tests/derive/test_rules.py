@@ -14,7 +14,7 @@ from embedcache.dataset.splits import read_split
 from embedcache.derive.derive import Derivation, derive
 from embedcache.derive.rules import MEAN as MEAN_RULE
 from embedcache.derive.rules import RULES, Block, Rule, open_rule, to_items
-from embedcache.errors import DataError, ItemError, SettingError, UnknownNameError
+from embedcache.errors import DataError, ItemError, PathError, SettingError, UnknownNameError
 from embedcache.store.cache import Cache
 from tests.derive.cases import CLS, MEAN, PATCHES, TOKENS
 from tests.train.runs import run as train
@@ -157,6 +157,11 @@ def test_parameter_of_another_type_raises() -> None:
 def test_split_for_a_rule_without_fit_raises(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="the rule 'mean' is not fitted; omit --fit-split"):
         derived(cache, "mean", PATCHES, fit_split=tmp_path / "split.parquet")
+
+
+def test_folder_as_fit_split_raises(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(PathError, match=r"expected the split.parquet of a run, got a folder"):
+        derived(cache, "pca", CLS, parameters={"width": 4}, fit_split=tmp_path)
 
 
 def test_whitening_more_directions_than_there_are_raises() -> None:
