@@ -10,8 +10,8 @@ from embedcache.arrays import Array, Floats, Ints
 from embedcache.derive.repair import derive_rows, reopen_derivation
 from embedcache.devices import AUTO
 from embedcache.errors import EmbedcacheError, ItemError, pluralize
-from embedcache.extract.batches import BatchBuffer, LoadedItem, add_loaded, load_items
 from embedcache.extract.feature_writer import FeatureWriter, reopen_writer, view_fingerprint
+from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, load_items
 from embedcache.extract.precision import AGREEMENT_COSINE, item_cosine
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress

@@ -15,8 +15,8 @@ from embedcache.encoders.base import Modality
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import DataError
-from embedcache.extract.batches import load_items
 from embedcache.extract.feature_writer import CpuGate, FeatureWriter, choose_features
+from embedcache.extract.loop import load_items
 from embedcache.extract.settings import ExtractJob
 from embedcache.modalities import noun
 from embedcache.progress import Progress

@@ -8,7 +8,7 @@ import pytest
 
 from embedcache.axis import Axis
 from embedcache.errors import FingerprintError, MissingExtraError, SettingError, SourceError, UnknownNameError
-from embedcache.extract import batches
+from embedcache.extract import loop
 from embedcache.extract.extract import EncoderReport, extract
 from embedcache.extract.plan import plan
 from embedcache.extract.repair import retry_failed, verify_cache
@@ -266,7 +266,7 @@ def test_unknown_modality_and_missing_items_raise(source: Path, tmp_path: Path) 
 
 
 def test_chunk_above_two_gibibytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "_MAX_CHUNK_BYTES", 2_000)
+    monkeypatch.setattr(loop, "_MAX_CHUNK_BYTES", 2_000)
     folder = write(tmp_path / "f", {f"{number}.npz": npz(cloud(30)) for number in range(8)})
 
     def encode(cache: str, **changed: object) -> list[EncoderReport]:
