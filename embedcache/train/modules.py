@@ -21,9 +21,8 @@ from embedcache.train.checkpoint import finish_run, name_device, reuse_run, star
 from embedcache.train.distributed import process_group, run_on_first
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
 from embedcache.train.settings import FitSettings
-from embedcache.train.task import Task
 from embedcache.train.trackers import check_trackers
-from embedcache.train.trainer import OnEpoch, Trainer, seeded
+from embedcache.train.trainer import OnEpoch, Task, Trainer, seeded
 
 
 @dataclass(frozen=True, kw_only=True)

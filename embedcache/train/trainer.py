@@ -1,4 +1,8 @@
-"""The training loop of any task: AdamW with linear warm-up and cosine decay to zero, checkpoints and validation."""
+"""The training loop of any task: AdamW with linear warm-up and cosine decay to zero, checkpoints and validation.
+
+A `Task` is what the loop trains: a module, its loss, its batches and its validation, such as
+`embedcache.train.pair.PairTask`; a task of your own is any object with its attributes and methods.
+"""
 
 import copy
 import ctypes
@@ -10,20 +14,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from embedcache.devices import announce_device
+from embedcache.errors import EmbedcacheError
 from embedcache.progress import Progress
 from embedcache.projectors.saved import save_weights
 from embedcache.train.checkpoint import LogEnd, RunLog, load_checkpoint, save_checkpoint
 from embedcache.train.distributed import broadcast_from_first, num_processes, process_rank
 from embedcache.train.parts import freeze
 from embedcache.train.settings import MachineSettings, OptimizerSettings
-from embedcache.train.task import Task
 
 OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
 """Called with the epoch and its validation metrics; an exception that it raises ends the training."""
@@ -31,6 +35,81 @@ OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
 _GENERATORS = threading.RLock()
 _SMALL_STEP_FLOPS = 2e10
 """Below this, threads mostly wait for each other: two were 5 times slower than one on busy cores."""
+
+
+class TaskLoader(Protocol):
+    """The batches of a task. `embedcache.train.batches.Loader` reads them ahead.
+
+    Which items a batch holds must depend on nothing but the number of the epoch, or a resumed run would differ.
+    """
+
+    num_samples: int
+    """Training samples per epoch."""
+    num_steps: int
+    """Batches per epoch."""
+    waited_s: float
+    """Seconds that the training loop has waited for batches."""
+
+    def epoch(self, number: int, *, first_step: int) -> Iterator[Any]:
+        """Iterate over the batches of one epoch, from a step on; under torchrun over this process's part of each."""
+        ...
+
+
+class Task(Protocol):
+    """What `Trainer` trains. Attributes may be properties; `objective` is first read under the seed of the run."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose weights are saved; after training it has those of the best epoch."""
+        ...
+
+    @property
+    def objective(self) -> nn.Module:
+        """A module that contains `module` and maps a batch to its loss, a scalar; all its parameters are trained.
+
+        Under torchrun `DistributedDataParallel` wraps it, which averages gradients over the processes.
+        """
+        ...
+
+    @property
+    def loader(self) -> TaskLoader:
+        """The training batches."""
+        ...
+
+    @property
+    def parts(self) -> Mapping[str, Sequence[str]]:
+        """Name of a part -> names of its submodules and parameters in `module`, for `init_from` and `trainable`."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What a sample is called in progress messages, in the plural."""
+        ...
+
+    @property
+    def forward_flops(self) -> float:
+        """Operations of a forward pass of one batch: below 7e9 a step runs on one thread."""
+        ...
+
+    def count(self, batch: Any) -> int:
+        """Return the number of samples of a batch, over all processes."""
+        ...
+
+    def measure(self) -> Mapping[str, float]:
+        """Compute the validation metrics with `module` in evaluation mode; called on the first process only."""
+        ...
+
+    def score(self, measures: Mapping[str, float]) -> float:
+        """Return the number by which epochs are compared; a higher one is better."""
+        ...
+
+    def watch(self) -> Mapping[str, float]:
+        """Return values to log with each step, such as a temperature; may be empty."""
+        ...
+
+    def explain(self, batch: Any, *, loss: float, step: int) -> EmbedcacheError:
+        """Return the error to raise for a loss that is NaN or infinite; it should name the samples of the batch."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
