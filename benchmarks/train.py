@@ -25,7 +25,7 @@ from embedcache.arrays import Array, Inputs
 from embedcache.cli.console import print_line, print_table
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
-from embedcache.train import tiles
+from embedcache.train import losses
 from embedcache.train.batches import Loader
 from embedcache.train.pair import Objective
 from embedcache.train.pair_batches import LoadedBatch, PairBatches, PairLoader
@@ -105,7 +105,7 @@ def products_of(batch_size: int) -> list[Product]:
 
 def _has_fourth(batch_size: int) -> bool:
     """Return whether the loss computes similarities again in the backward pass."""
-    return 4 * batch_size**2 > tiles.HELD_BYTES
+    return 4 * batch_size**2 > losses.HELD_BYTES
 
 
 def _similarities(batch_size: int, *, num_gradients: int) -> list[Product]:

@@ -15,7 +15,7 @@ from benchmarks.products import make_products
 from benchmarks.speech_training import CASES, make_step, products_of
 from embedcache.networks.captions import CaptionSteps
 from embedcache.networks.shared import Tokens
-from embedcache.train import tiles
+from embedcache.train import losses
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES, *PARTS}))
@@ -60,7 +60,7 @@ def test_floor_of_a_contrastive_step_has_its_products(held_bytes: int, monkeypat
 
     In float32 it would count no operations of `addmm_`.
     """
-    monkeypatch.setattr(tiles, "HELD_BYTES", held_bytes)
+    monkeypatch.setattr(losses, "HELD_BYTES", held_bytes)
     step = train.make_step(96, "bfloat16")
     with FlopCounterMode(display=False) as counter:
         step()

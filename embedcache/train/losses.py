@@ -1,23 +1,27 @@
-"""Training losses over all pairs of a batch, and the STRUCTURE regularizer.
+"""Training losses over all pairs of a batch: exact sums, tile by tile, without a (B, M) matrix.
 
 A loss from a plug-in is a `torch.nn.Module` with the interface of `Loss`; `embedcache.testing.losses` has the tests
-that it must pass. The losses here sum over tiles and hold no B x M matrix of more than 64 MB, see `tiles.py`.
+that it must pass.
+
+The backward pass takes the tiles of the forward pass if all of them fit into `HELD_BYTES`, and otherwise computes them
+again, to the same bits. Several processes divide the tiles. Under autocast the matrix products use its dtype,
+everything else float32. Memory: a few tiles of `TILE_ROWS` × `TILE_COLUMNS`, those that are held, and one gradient per
+modality.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import logsigmoid, normalize
+from torch.nn.functional import logsigmoid, softplus
 
 from embedcache.arrays import blocks
 from embedcache.registry import Registry
-from embedcache.train import tiles
-from embedcache.train.tiles import log_sum_exp, logits_of, softplus_sum
+from embedcache.train.distributed import log_sum_over_processes, num_processes, process_rank, sum_over_processes
 
 LOSSES = Registry(
     "loss",
@@ -30,6 +34,17 @@ LOSSES = Registry(
     group="embedcache.losses",
     arguments=0,
 )
+
+TILE_ROWS = 512
+TILE_COLUMNS = 2048
+"""A float32 tile of this size stays in the cache of a core between its product and its sum."""
+
+HELD_BYTES = 2**26
+"""Memory of each process for tiles of the forward pass: 4,096 × 4,096 values in float32."""
+
+_PAIRS_PER_PART = 65_536
+_MAX_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
+"""Below it, e^logit neither vanishes nor overflows in float32, as logits of unit vectors lie in ± scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +92,7 @@ class InfoNce(nn.Module):
             rows, columns = (torch.cat(sides) for sides in zip(masked, positives.excluded, strict=True))
             order = torch.argsort(rows, stable=True)
             masked = (rows[order], columns[order])
-        over_texts, over_images = log_sum_exp(images_BP, texts_BP, scale, masked)
+        over_texts, over_images = _log_sum_exp(images_BP, texts_BP, scale, masked)
         own = scale * (images_BP * texts_BP).sum(dim=1)
         return (over_texts + over_images).mean() / 2 - own.mean()
 
@@ -91,8 +106,8 @@ class MultiPositive(nn.Module):
     """
 
     def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        over_texts, over_images = log_sum_exp(images_BP, texts_MP, scale, positives.excluded)
-        logits_E = logits_of(images_BP, texts_MP, scale, (positives.images, positives.texts))
+        over_texts, over_images = _log_sum_exp(images_BP, texts_MP, scale, positives.excluded)
+        logits_E = _logits_of(images_BP, texts_MP, scale, (positives.images, positives.texts))
         of_images = over_texts.mean() - (_weights(positives.images, logits_E.dtype) * logits_E).sum() / len(images_BP)
         of_texts = over_images.mean() - (_weights(positives.texts, logits_E.dtype) * logits_E).sum() / len(texts_MP)
         return (of_images + of_texts) / 2
@@ -120,12 +135,12 @@ class SigLip(nn.Module):
 
     def _sum(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
         bias = self.bias.to(images_BP.dtype)
-        logits_E = logits_of(images_BP, texts_MP, scale, (positives.images, positives.texts))
+        logits_E = _logits_of(images_BP, texts_MP, scale, (positives.images, positives.texts))
         # As log sigmoid(x) = x - softplus(x) and log sigmoid(-x) = -softplus(x).
-        total = softplus_sum(images_BP, texts_MP, scale, bias) - (logits_E + bias).sum()
+        total = _softplus_sum(images_BP, texts_MP, scale, bias) - (logits_E + bias).sum()
         if positives.excluded is None:
             return total
-        return total + logsigmoid(-logits_of(images_BP, texts_MP, scale, positives.excluded) - bias).sum()
+        return total + logsigmoid(-_logits_of(images_BP, texts_MP, scale, positives.excluded) - bias).sum()
 
 
 class Sail(SigLip):
@@ -138,52 +153,205 @@ class Sail(SigLip):
         return self._sum(images_BP, texts_MP, scale, positives) / (len(images_BP) * len(texts_MP))
 
 
-def structure(inputs_BD: Tensor, outputs_BP: Tensor, *, temperature: float = 0.05) -> Tensor:
-    """Compute how much the neighborhoods of a batch change by projection, from 0 to log 2: the STRUCTURE regularizer.
+def _log_sum_exp(
+    left_BP: Tensor, right_MP: Tensor, scale: Tensor, masked: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute log Σ exp of the logits scale · left · right', over each row and over each column: (B,) and (M,).
 
-    "With Limited Data for Multimodal Alignment, Let the STRUCTURE Guide You" (2025): inputs and outputs are centered
-    over the batch and scaled to length 1; an item's neighborhood is the softmax over its similarities, itself included;
-    the result is the mean Jensen-Shannon divergence between both neighborhoods of an item, in nats.
-
-    Only the paper's first level: level l compares the l-th powers of both (B, B) matrices, at a cost cubic in B. The
-    authors' code scales before it centers.
-
-    No (B, B) matrix is held: the backward pass recomputes each tile. Memory: about fifteen tiles of `tiles.TILE_ROWS`
-    × B. No gradient flows into the (B, D) inputs; the (B, P) outputs have any length. 1 or 2 items give 0. The
-    temperature is the authors' setting.
+    `masked` are (E,) rows, ascending, and (E,) columns of logits that are left out; each row and column keeps one.
     """
-    before_BD, after_BP = (normalize(side - side.mean(dim=0), dim=1) for side in (inputs_BD, outputs_BP))
-    result: Tensor = _Divergence.apply(before_BD, after_BP, temperature)  # type: ignore[no-untyped-call]
+    rows, columns = masked or (torch.empty(0, dtype=torch.int64, device=left_BP.device),) * 2
+    result: tuple[Tensor, Tensor] = _apply(_LogSumExp, left_BP, right_MP, scale, rows, columns)
     return result
 
 
-class _Divergence(torch.autograd.Function):
-    # One node for all tiles: with a checkpoint per tile, long-lived tensors between them kept malloc from reusing freed
-    # tiles, and a batch of 16,384 took as much memory as the (B, B) matrix.
+def _softplus_sum(left_BP: Tensor, right_MP: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Compute Σ log(1 + exp(logit + bias)) over all pairs, a scalar."""
+    result: Tensor = _apply(_SoftplusSum, left_BP, right_MP, scale, bias)
+    return result
+
+
+def _logits_of(left_BP: Tensor, right_MP: Tensor, scale: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Compute the (E,) logits of pairs given as (E,) rows and (E,) columns."""
+    cosines_E: Tensor = _Cosines.apply(left_BP, right_MP, *pairs)  # type: ignore[no-untyped-call]
+    return scale * cosines_E
+
+
+def _apply(function: type[torch.autograd.Function], left: Tensor, *others: Tensor) -> Any:
+    """Apply a function whose last argument is the dtype of matrix products: under autocast that of autocast."""
+    device = left.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else left.dtype
+    with torch.autocast(device, enabled=False):
+        return function.apply(left, *others, dtype)  # type: ignore[no-untyped-call]
+
+
+class _Cosines(torch.autograd.Function):
+    # The backward pass of indexing sums in any order with several threads, and keeps E × P values.
     @staticmethod
-    def forward(ctx: Any, before: Tensor, after: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(before, after)
-        ctx.temperature = temperature
-        total = after.new_zeros(())
-        for _, log_p, log_q, log_middle in _tiles(before, after, temperature):
-            total += (log_p.exp() * (log_p - log_middle)).sum() + (log_q.exp() * (log_q - log_middle)).sum()
-        return total / (2 * len(after))
+    def forward(ctx: Any, left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right, rows, columns)
+        cosines = left.new_empty(len(rows))
+        for part in blocks(len(rows), _PAIRS_PER_PART):
+            cosines[part] = (left[rows[part]] * right[columns[part]]).sum(dim=1)
+        return cosines
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
-        before, after = ctx.saved_tensors
-        total = torch.zeros_like(after)
-        for rows, _, log_q, log_middle in _tiles(before, after, ctx.temperature):
-            q, slopes = log_q.exp(), log_q - log_middle  # slopes: derivative of twice the divergence by q
-            weights = q * (slopes - (q * slopes).sum(dim=1, keepdim=True))
-            total.addmm_(weights.T, after[rows])
-            total[rows].addmm_(weights, after)
-        return None, total * (gradient / (2 * len(after) * ctx.temperature)), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, rows, columns = ctx.saved_tensors
+        left_sum, right_sum = torch.zeros_like(left), torch.zeros_like(right)
+        for part in blocks(len(rows), _PAIRS_PER_PART):
+            weights = gradient[part, None]
+            left_sum.index_add_(0, rows[part], weights * right[columns[part]])
+            right_sum.index_add_(0, columns[part], weights * left[rows[part]])
+        return left_sum, right_sum, None, None
 
 
-def _tiles(before: Tensor, after: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Iterate over tiles of T rows: (T, B) logarithms of both neighborhoods and of their mean."""
-    for rows in blocks(len(after), tiles.TILE_ROWS):
-        log_p, log_q = (torch.log_softmax(side[rows] @ side.T / temperature, dim=1) for side in (before, after))
-        yield rows, log_p, log_q, torch.logaddexp(log_p, log_q) - math.log(2)
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, left: Tensor, right: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        tiles = _Tiles(left, right, scale, dtype, masked=(rows, columns), are_powers=_is_safe(scale))
+        over_rows, over_columns = (_sum_powers if tiles.are_powers else _sum_logs)(left, right, tiles)
+        ctx.save_for_backward(left, right, scale, rows, columns, over_rows, over_columns, *tiles.held)
+        ctx.dtype, ctx.are_powers = dtype, tiles.are_powers
+        return over_rows, over_columns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, row_gradient: Tensor, column_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, scale, rows, columns, over_rows, over_columns, *held = ctx.saved_tensors
+        tiles = _Tiles(left, right, scale, ctx.dtype, masked=(rows, columns), are_powers=ctx.are_powers, held=held)
+        gradients = _Gradients(left, right, ctx.dtype)
+        by_row, by_column = row_gradient * (-over_rows).exp(), column_gradient * (-over_columns).exp()
+        for across, down, values in tiles:
+            if ctx.are_powers:
+                weights = (by_row[across, None] + by_column[down]).mul_(values)
+            else:
+                weights = (values - over_rows[across, None]).exp_().mul_(row_gradient[across, None])
+                weights += (values - over_columns[down]).exp_().mul_(column_gradient[down])
+            gradients.add(across, down, weights)
+        return (*gradients.result(scale), None, None, None)
+
+
+class _SoftplusSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        tiles, total = _Tiles(left, right, scale, dtype), left.new_zeros(())
+        for _, _, logits in tiles:
+            total += softplus(logits + bias).sum()
+        ctx.save_for_backward(left, right, scale, bias, *tiles.held)
+        ctx.dtype = dtype
+        sum_over_processes(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, scale, bias, *held = ctx.saved_tensors
+        gradients, bias_gradient = _Gradients(left, right, ctx.dtype), torch.zeros_like(bias)
+        for across, down, logits in _Tiles(left, right, scale, ctx.dtype, held=held):
+            weights = (logits + bias).sigmoid_().mul_(gradient)
+            bias_gradient += weights.sum()
+            gradients.add(across, down, weights)
+        sum_over_processes(bias_gradient)
+        return (*gradients.result(scale), bias_gradient, None)
+
+
+class _Gradients:
+    """Sum of the gradients of left, right and scale over tiles."""
+
+    def __init__(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+        self._inputs, self._left, self._right = (left, right), left.to(dtype), right.to(dtype)
+        self._left_sum, self._right_sum = torch.zeros_like(left), torch.zeros_like(right)
+
+    def add(self, across: slice, down: slice, weights_TU: Tensor) -> None:
+        """Add the gradient of the logits of one tile."""
+        weights_TU = weights_TU.to(self._left.dtype)
+        _add_product(self._left_sum[across], weights_TU, self._right[down])
+        _add_product(self._right_sum[down], weights_TU.T, self._left[across])
+
+    def result(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of left, right and scale."""
+        sum_over_processes(self._left_sum, self._right_sum)
+        of_scale = (self._left_sum * self._inputs[0]).sum()
+        return self._left_sum.mul_(scale), self._right_sum.mul_(scale), of_scale
+
+
+class _Tiles:
+    """This process's tiles: rows, columns, and values in the inputs' dtype, which must not be changed.
+
+    Values are logits, or with `are_powers` e^logit; those of the `masked` rows and columns are left out, as in
+    `_log_sum_exp`. The first iteration computes them, and holds them if they fit.
+    """
+
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        *,
+        masked: tuple[Tensor, Tensor] | None = None,
+        are_powers: bool = False,
+        held: Sequence[Tensor] = (),
+    ) -> None:
+        self._left, self._right, self._scale, self._dtype = left, right, scale, dtype
+        self._masked, self.are_powers, self.held = masked, are_powers, list(held)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        starts = range(0, len(self._left), TILE_ROWS)[process_rank() :: num_processes()]
+        edges = [(start, first) for start in starts for first in range(0, len(self._right), TILE_COLUMNS)]
+        num_bytes = len(self._left) * len(self._right) * self._left.itemsize // num_processes()
+        is_held, fits = bool(self.held), num_bytes <= HELD_BYTES
+        for (start, first), values_TU in zip(edges, self.held if is_held else self._compute(edges), strict=True):
+            if fits and not is_held:
+                self.held.append(values_TU)
+            yield slice(start, start + TILE_ROWS), slice(first, first + TILE_COLUMNS), values_TU
+
+    def _compute(self, edges: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        scaled, right = (self._left * self._scale).to(self._dtype), self._right.to(self._dtype)
+        for start, first in edges:
+            values = (scaled[start : start + TILE_ROWS] @ right[first : first + TILE_COLUMNS].T).to(self._left.dtype)
+            if self._masked is not None and len(self._masked[0]):
+                _mask(values, *self._masked, start, first)
+            yield values.exp_() if self.are_powers else values
+
+
+def _mask(logits: Tensor, rows: Tensor, columns: Tensor, start: int, first: int) -> None:
+    """Set the logits of a tile at ascending rows, and columns, of the whole matrix to -inf."""
+    edges = torch.tensor([start, start + len(logits)], device=rows.device)
+    part = slice(*torch.searchsorted(rows, edges).tolist())
+    rows, columns = rows[part] - start, columns[part] - first
+    is_here = (columns >= 0) & (columns < logits.shape[1])
+    logits[rows[is_here], columns[is_here]] = -math.inf
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += (left @ right).to(total.dtype)  # adding different dtypes takes twice as long
+
+
+def _sum_powers(left: Tensor, right: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
+    over_rows, over_columns = left.new_zeros(len(left)), left.new_zeros(len(right))
+    for across, down, powers in tiles:
+        over_rows[across] += powers.sum(dim=1)
+        over_columns[down] += powers.sum(dim=0)
+    sum_over_processes(over_rows, over_columns)
+    return over_rows.log_(), over_columns.log_()
+
+
+def _sum_logs(left: Tensor, right: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
+    over_rows, over_columns = (left.new_full((len(side),), -math.inf) for side in (left, right))
+    for across, down, logits in tiles:
+        over_rows[across] = torch.logaddexp(over_rows[across], logits.logsumexp(dim=1))
+        over_columns[down] = torch.logaddexp(over_columns[down], logits.logsumexp(dim=0))
+    return log_sum_over_processes(over_rows), log_sum_over_processes(over_columns)
+
+
+def _is_safe(scale: Tensor) -> bool:
+    """Return whether no logit can overflow; false on a GPU, which would have to synchronize to answer."""
+    return scale.device.type == "cpu" and abs(scale.item()) <= _MAX_SAFE_SCALE

@@ -8,7 +8,7 @@ from embedcache.arrays import Inputs, Ints
 from embedcache.dataset.negatives import HardNegatives
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
-from embedcache.train import tiles
+from embedcache.train import losses
 from embedcache.train.batches import Loader
 from embedcache.train.distributed import process_group, process_rank
 from embedcache.train.losses import LOSSES
@@ -27,7 +27,7 @@ def main(path: str) -> None:
 
 def _write_gradients(path: str) -> None:
     torch.manual_seed(0)
-    tiles.TILE_ROWS, tiles.TILE_COLUMNS = 4, 5
+    losses.TILE_ROWS, losses.TILE_COLUMNS = 4, 5
     pair = AlignedPair("linear", widths={"image": WIDTH, "text": WIDTH}, shared_width=4)
     gradients = {}
     for name in LOSSES.paths:

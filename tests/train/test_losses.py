@@ -12,13 +12,12 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 from embedcache.testing.losses import LossContract
-from embedcache.train import tiles
-from embedcache.train.losses import LOSSES, Positives
-from embedcache.train.tiles import log_sum_exp
+from embedcache.train import losses
+from embedcache.train.losses import LOSSES, Positives, _log_sum_exp
 
 WIDTH = 5
 TILE_ROWS = 3
-TILE_BYTES = 4 * tiles.TILE_ROWS * tiles.TILE_COLUMNS
+TILE_BYTES = 4 * losses.TILE_ROWS * losses.TILE_COLUMNS
 
 
 def plain_info_nce(logits_BB: Tensor, positives_BB: Tensor) -> Tensor:
@@ -55,8 +54,8 @@ every_loss = pytest.mark.parametrize("name", PLAIN)
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "TILE_ROWS", TILE_ROWS)
-        patch.setattr(tiles, "TILE_COLUMNS", TILE_ROWS + 1)
+        patch.setattr(losses, "TILE_ROWS", TILE_ROWS)
+        patch.setattr(losses, "TILE_COLUMNS", TILE_ROWS + 1)
         yield
 
 
@@ -192,7 +191,7 @@ def test_held_tiles_change_no_bit(name: str, scale: float, is_lower: bool, monke
     positives = replace(positives, excluded=(torch.tensor([0, 4, 8]), torch.tensor([3, 0, 1])))
     found, num_products = [], []
     for held_bytes in (4 * 9 * 9, 4 * 9 * 9 - 1):
-        monkeypatch.setattr(tiles, "HELD_BYTES", held_bytes)
+        monkeypatch.setattr(losses, "HELD_BYTES", held_bytes)
         rows = [side.detach().float().requires_grad_() for side in (images, texts)]
         factor = torch.tensor(scale, requires_grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_lower), FlopCounterMode(display=False) as counter:
@@ -207,16 +206,16 @@ def test_held_tiles_change_no_bit(name: str, scale: float, is_lower: bool, monke
 
 
 def test_a_tile_takes_4_mb_and_64_mb_are_held() -> None:
-    assert (TILE_BYTES, tiles.HELD_BYTES) == (2**22, 4 * 4096 * 4096)
+    assert (TILE_BYTES, losses.HELD_BYTES) == (2**22, 4 * 4096 * 4096)
 
 
 @pytest.mark.parametrize("spared", [0, 1])
 def test_each_process_holds_its_own_tiles(spared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two processes, each holds half of the tiles: the backward pass computes no product of the forward pass."""
-    monkeypatch.setattr(tiles, "num_processes", lambda: 2)
-    monkeypatch.setattr(tiles, "HELD_BYTES", 4 * 9 * 9 // 2 - spared)
+    monkeypatch.setattr(losses, "num_processes", lambda: 2)
+    monkeypatch.setattr(losses, "HELD_BYTES", 4 * 9 * 9 // 2 - spared)
     rows = [side.detach().float().requires_grad_() for side in draw(9, 4)[:2]]
-    value = sum(side.sum() for side in log_sum_exp(*rows, torch.tensor(14.0)))
+    value = sum(side.sum() for side in _log_sum_exp(*rows, torch.tensor(14.0)))
     with FlopCounterMode(display=False) as counter:
         value.backward()  # type: ignore[union-attr]
     assert counter.get_total_flops() == spared * (2 * 6 * 9 * WIDTH)  # of rows 0 to 2 and 6 to 8
@@ -226,19 +225,19 @@ def test_each_process_holds_its_own_tiles(spared: int, monkeypatch: pytest.Monke
 def test_powers_are_summed_where_no_logit_overflows(
     scale: float, are_powers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "TILE_ROWS", 500)
-    monkeypatch.setattr(tiles, "TILE_COLUMNS", 500)
+    monkeypatch.setattr(losses, "TILE_ROWS", 500)
+    monkeypatch.setattr(losses, "TILE_COLUMNS", 500)
     images, texts = (side.detach().float() for side in draw(500, 4)[:2])
     logits = (images * scale) @ texts.T
     by_powers, by_logs = logits.exp().sum(dim=1).log(), logits.logsumexp(dim=1)
     assert not torch.equal(by_powers, by_logs)
-    over_rows, _ = log_sum_exp(images, texts, torch.tensor(scale))
+    over_rows, _ = _log_sum_exp(images, texts, torch.tensor(scale))
     assert torch.equal(over_rows, by_powers if are_powers else by_logs)
 
 
 def test_many_positives_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE_ROWS", 256)
-    monkeypatch.setattr(tiles, "TILE_COLUMNS", 256)
+    monkeypatch.setattr(losses, "TILE_ROWS", 256)
+    monkeypatch.setattr(losses, "TILE_COLUMNS", 256)
     rows = normalize(torch.randn(800, 64, generator=torch.Generator().manual_seed(0)), dim=1)
     positives = Positives(images=torch.arange(800), texts=torch.arange(800))
     values = []

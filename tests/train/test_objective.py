@@ -11,8 +11,8 @@ from embedcache.arrays import Inputs, Ints
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
-from embedcache.train.losses import Positives, structure
-from embedcache.train.pair import Objective, Validation, unit_rows
+from embedcache.train.losses import Positives
+from embedcache.train.pair import Objective, Validation, structure, unit_rows
 from embedcache.train.settings import LossSettings
 from tests.train.test_widths import WIDTH, batch
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import kl_div, softmax
 
-from embedcache.train import tiles
-from embedcache.train.losses import structure
+from embedcache.train import pair
+from embedcache.train.pair import structure
 
 TILE_ROWS = 3
 
@@ -19,7 +19,7 @@ TILE_ROWS = 3
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "TILE_ROWS", TILE_ROWS)
+        patch.setattr(pair, "TILE_ROWS", TILE_ROWS)
         yield
 
 
