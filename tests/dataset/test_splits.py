@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.arrays import Inputs, Ints, normalize
-from embedcache.dataset import near_duplicate_groups, random_groups, splits, splitting
+from embedcache.dataset import near_duplicate_groups, splits, splitting
 from embedcache.dataset.inputs import Reader
-from embedcache.dataset.random_groups import draw_groups
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import PARTS, Split, read_split, write_split
-from embedcache.dataset.splitting import make_split, split_samples
+from embedcache.dataset.splitting import draw_groups, make_split, split_samples
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.outputs import with_metadata
@@ -95,7 +94,7 @@ def test_drawn_groups_are_those_of_one_after_another(
 ) -> None:
     expected, draw = groups_one_after_another(sizes, quotas)
     np.testing.assert_array_equal(draw(), expected)
-    monkeypatch.setattr(random_groups, "_KEYS_PER_BLOCK", 3)
+    monkeypatch.setattr(splitting, "_KEYS_PER_BLOCK", 3)
     np.testing.assert_array_equal(draw(), expected)
     sha256 = hashlib.sha256
 
@@ -137,7 +136,7 @@ def groups_one_after_another(sizes: list[int], quotas: list[int]) -> tuple[Ints,
 def test_progress_of_pairing_and_splitting(
     two_caches: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(random_groups, "_KEYS_PER_BLOCK", 50)
+    monkeypatch.setattr(splitting, "_KEYS_PER_BLOCK", 50)
     data, progress = open_data(two_caches, TOY_FEATURES, memory_bytes=10**9), RecordedProgress()
     pairs = data.pairs(None, progress=progress)
     split = data.split(pairs, SplitSettings(kind="key"), progress=progress)
