@@ -8,8 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Floats, Ints, blocks, to_sort_keys
-from embedcache.curate.select.best_samples import whole_samples
-from embedcache.curate.select.pool import Pool, compute_cosines
+from embedcache.curate.select.pool import Pool, compute_cosines, whole_samples
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError, SettingError

@@ -2,21 +2,208 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints, concatenated_ranges, distinct
-from embedcache.curate.select.best_samples import best_samples
-from embedcache.curate.select.pool import Pool, compute_cosines
+from embedcache.arrays import Array, Bools, Floats, Ints, concatenated_ranges, distinct, from_sort_keys, to_sort_keys
+from embedcache.curate.select.pool import Pool, compute_cosines, whole_samples
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError
 from embedcache.progress import Progress
 
+_CANDIDATES_PER_SAMPLE = 25
 _END = "\0"  # of a caption among joined ones
 _WORD, _WORD_OR_END = re.compile(r"\w+"), re.compile(rf"\w+|{_END}")
+
+
+class RareFirstSelector:
+    """The curation of "Harnessing Frozen Unimodal Encoders for Flexible Multimodal Alignment" (CVPR 2025).
+
+    About n samples per concept, each sample once. As in the paper, a concept's candidates are the 25 n samples that
+    match it best, and concepts choose one after another, the rarest first. Unlike in its code, a concept's rarity is
+    its score at rank n and not that of the last candidate, whose rank depends on memory; and cosines are float32, not
+    in steps of .0027.
+    """
+
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
+    requires_one_of: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
+    modality: ClassVar[str | None] = "text"
+    required_inputs: ClassVar[tuple[str, ...]] = ("concepts",)
+    uses_seed: ClassVar[bool] = False
+
+    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
+        """Select the samples. Memory: 16 bytes for each of C x 25 n candidates."""
+        concepts = pool.concepts
+        num_concepts = len(concepts.names)
+        if isinstance(settings.budget, int):
+            quotas_C = even_quotas(settings.budget, num_concepts)  # the rarest first
+        else:
+            quotas_C = np.full(num_concepts, settings.per_concept)
+        most = int(quotas_C.max())
+        k = min(len(pool.samples), _CANDIDATES_PER_SAMPLE * most)
+        best = best_samples(pool.blocks("comparing with concepts"), concepts.vectors, k)
+        order_C = rarest_first(best.scores_CK, most)
+        concept_M, rank_M = assign(best.samples_CK, order_C, quotas_C[np.argsort(order_C)])
+        rows_M = best.samples_CK[concept_M, rank_M]
+        by_row = np.argsort(rows_M)
+        reasons = [
+            f"concept {concepts.names[concept]!r}, {pool.modality} cosine {best.scores_CK[concept, rank]:.3f}, "
+            f"rank {rank + 1}"
+            for concept, rank in zip(concept_M[by_row].tolist(), rank_M[by_row].tolist(), strict=True)
+        ]
+        return Selection(rows=rows_M[by_row], reasons=reasons)
+
+
+def even_quotas(budget: int, num_concepts: int) -> Ints:
+    """Divide a budget equally, one more for the first concepts if there is a remainder: (C,) int64."""
+    return budget // num_concepts + (np.arange(num_concepts) < budget % num_concepts).astype(np.int64)
+
+
+class TopSamples(NamedTuple):
+    """The K samples that match each of C concepts best, best first; equal scores by sample."""
+
+    scores_CK: Floats  # cosine of the sample's best item
+    samples_CK: Ints
+
+
+def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: int) -> TopSamples:
+    """Find the `k` best samples of each concept, or all if there are fewer. A sample counts once, by its best item.
+
+    Exact, for any division of the items into blocks: the sample of each item (B,), ascending over all blocks, and its
+    vector (B, P). Memory: the products of a block in float64, and 8 bytes for each of C x 2 K candidates; it does not
+    grow with the items.
+    """
+    best = _BestKeys(len(concepts_CP), k)
+    for samples_B, vectors_BP in whole_samples(blocks):
+        samples_S, starts_S = np.unique(samples_B, return_index=True)
+        best.add(np.maximum.reduceat(compute_cosines(concepts_CP, vectors_BP), starts_S, axis=1), samples_S)
+    return TopSamples(*from_sort_keys(-np.sort(-best.merged(), axis=1)))
+
+
+class _BestKeys:
+    """The k largest sort keys of each concept, of scores that come in the order of their samples.
+
+    Of a full row only the scores above its lowest are looked at, of which there are fewer and fewer.
+    """
+
+    def __init__(self, num_concepts: int, k: int) -> None:
+        self._k, self._keys_CK = k, np.empty((num_concepts, 0), np.int64)
+        self._lowest_C1 = np.full((num_concepts, 1), -np.inf, np.float32)
+        self._concepts: list[Ints] = []  # of the keys that are not merged yet
+        self._keys: list[Ints] = []
+
+    def add(self, scores_CS: Floats, samples_S: Ints) -> None:
+        """Add the scores of further samples."""
+        if self._keys_CK.shape[1] < self._k:
+            keys_CN = np.concatenate([self._keys_CK, to_sort_keys(scores_CS, samples_S)], axis=1)
+            self._keys_CK = _largest(keys_CN, self._k)
+            self._find_lowest()
+            return
+        concept_M, sample_M = np.nonzero(scores_CS > self._lowest_C1)  # of equal scores the earlier sample is better
+        if not len(concept_M):
+            return
+        self._concepts.append(concept_M)
+        self._keys.append(to_sort_keys(scores_CS[concept_M, sample_M], samples_S[sample_M]))
+        if 4 * sum(map(len, self._keys)) >= self._keys_CK.size:
+            self.merged()
+
+    def merged(self) -> Ints:
+        """Return the k largest keys of each concept, or all if there are fewer, in any order: (C, K) int64."""
+        if self._keys:
+            concept_M, key_M = np.concatenate(self._concepts), np.concatenate(self._keys)
+            order_M = np.argsort(concept_M, kind="stable")
+            edges = np.searchsorted(concept_M[order_M], np.arange(len(self._keys_CK) + 1))
+            for concept, (start, stop) in enumerate(pairwise(edges.tolist())):
+                if stop > start:
+                    keys = np.concatenate([self._keys_CK[concept], key_M[order_M[start:stop]]])
+                    self._keys_CK[concept] = np.partition(keys, -self._k)[-self._k :]
+            self._concepts, self._keys = [], []
+            self._find_lowest()
+        return self._keys_CK
+
+    def _find_lowest(self) -> None:
+        if self._keys_CK.shape[1] == self._k:
+            self._lowest_C1, _ = from_sort_keys(self._keys_CK.min(axis=1, keepdims=True))
+
+
+def _largest(keys_CN: Ints, k: int) -> Ints:
+    """Return the k largest of each row, in any order."""
+    if keys_CN.shape[1] <= k:
+        return keys_CN
+    return np.ascontiguousarray(np.partition(keys_CN, -k, axis=1)[:, -k:])
+
+
+def rarest_first(scores_CK: Floats, quota: int) -> Ints:
+    """Sort concepts by their score at rank `quota`, or at their last rank, lowest first: (C,) int64."""
+    return np.argsort(scores_CK[:, min(quota, scores_CK.shape[1]) - 1], kind="stable")
+
+
+def assign(samples_CK: Ints, order_C: Ints, quota_C: Ints) -> tuple[Ints, Ints]:
+    """Assign to each concept, in order, at most `quota_C` of its best candidates that no other has.
+
+    Returns two (M,) arrays: the concept that chose, and the rank of its candidate, from 0.
+    """
+    is_taken: Bools = np.zeros(int(samples_CK.max()) + 1, bool)
+    chosen = []
+    for concept in order_C.tolist():
+        ranks = np.flatnonzero(~is_taken[samples_CK[concept]])[: quota_C[concept]]
+        is_taken[samples_CK[concept, ranks]] = True
+        chosen.append((np.full(len(ranks), concept), ranks))
+    return np.concatenate([concept for concept, _ in chosen]), np.concatenate([ranks for _, ranks in chosen])
+
+
+class MetaclipSelector:
+    """The balancing of "Demystifying CLIP Data" (ICLR 2024), Algorithm 1.
+
+    Samples match concepts by the words of their captions or, with `threshold`, by cosine. Each match of a concept with
+    n matches is kept with probability min(1, t / n), and a sample if any of its matches is. t is `head`, or the value
+    that keeps `budget` samples. A sample that matches no concept is never kept.
+    """
+
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "head", "threshold")
+    requires_one_of: ClassVar[tuple[str, ...]] = ("budget", "head")
+    modality: ClassVar[str | None] = "text"
+    required_inputs: ClassVar[tuple[str, ...]] = ("concepts",)
+    uses_seed: ClassVar[bool] = True
+
+    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
+        """Select the samples. Memory: some 50 bytes per match."""
+        names = pool.concepts.names
+        if settings.threshold is None:
+            note_names(names, pool.progress)
+            matches = match_words(pool.texts(), names)
+        else:
+            matches = match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors, settings.threshold)
+        kept = np.sort(_balance(matches, pool, settings))  # matches are sorted by sample
+        counts_C = np.bincount(matches.concepts_M)
+        reasons = [
+            f"concept {names[concept]!r}, one of {counts_C[concept]:,} matches"
+            for concept in matches.concepts_M[kept].tolist()
+        ]
+        return Selection(rows=matches.samples_M[kept], reasons=reasons)
+
+
+def note_names(names: Sequence[str], progress: Progress) -> None:
+    """Note names that match no caption, or the same captions as another."""
+    words = [_words(name) for name in names]
+    without = [name for name, of_name in zip(names, words, strict=True) if not of_name]
+    if without:
+        progress.note(
+            f"{len(without):,} of {len(names):,} concepts have no words and match none, such as {without[0]!r}"
+        )
+    names_of: dict[tuple[str, ...], list[str]] = {}
+    for name, of_name in zip(names, words, strict=True):
+        names_of.setdefault(of_name, []).append(name)
+    same = [found for of_name, found in names_of.items() if of_name and len(found) > 1]
+    if same:
+        count = f"{sum(map(len, same)):,} of {len(names):,}"
+        progress.note(
+            f"{count} concepts have the words of another and match the same captions, such as {same[0][0]!r} and "
+            f"{same[0][1]!r}"
+        )
 
 
 class Matches(NamedTuple):
@@ -86,6 +273,10 @@ class _NameTrie:
         return np.concatenate([text for text, _ in found]), np.concatenate([concept for _, concept in found])
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(text.lower()))
+
+
 def match_near(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, threshold: float) -> Matches:
     """Match items whose cosine with a concept is at least a threshold; samples (B,) and vectors (B, P) per block.
 
@@ -98,126 +289,6 @@ def match_near(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, thres
         concepts.append(concept)
     pairs_M2 = np.unique(np.stack([np.concatenate(samples), np.concatenate(concepts)], axis=1), axis=0)
     return Matches(pairs_M2[:, 0], pairs_M2[:, 1])
-
-
-def note_names(names: Sequence[str], progress: Progress) -> None:
-    """Note names that match no caption, or the same captions as another."""
-    words = [_words(name) for name in names]
-    without = [name for name, of_name in zip(names, words, strict=True) if not of_name]
-    if without:
-        progress.note(
-            f"{len(without):,} of {len(names):,} concepts have no words and match none, such as {without[0]!r}"
-        )
-    names_of: dict[tuple[str, ...], list[str]] = {}
-    for name, of_name in zip(names, words, strict=True):
-        names_of.setdefault(of_name, []).append(name)
-    same = [found for of_name, found in names_of.items() if of_name and len(found) > 1]
-    if same:
-        count = f"{sum(map(len, same)):,} of {len(names):,}"
-        progress.note(
-            f"{count} concepts have the words of another and match the same captions, such as {same[0][0]!r} and "
-            f"{same[0][1]!r}"
-        )
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(_WORD.findall(text.lower()))
-
-
-_CANDIDATES_PER_SAMPLE = 25
-
-
-class RareFirstSelector:
-    """The curation of "Harnessing Frozen Unimodal Encoders for Flexible Multimodal Alignment" (CVPR 2025).
-
-    About n samples per concept, each sample once. As in the paper, a concept's candidates are the 25 n samples that
-    match it best, and concepts choose one after another, the rarest first. Unlike in its code, a concept's rarity is
-    its score at rank n and not that of the last candidate, whose rank depends on memory; and cosines are float32, not
-    in steps of .0027.
-    """
-
-    accepts: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
-    requires_one_of: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
-    modality: ClassVar[str | None] = "text"
-    required_inputs: ClassVar[tuple[str, ...]] = ("concepts",)
-    uses_seed: ClassVar[bool] = False
-
-    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select the samples. Memory: 16 bytes for each of C x 25 n candidates."""
-        concepts = pool.concepts
-        num_concepts = len(concepts.names)
-        if isinstance(settings.budget, int):
-            quotas_C = even_quotas(settings.budget, num_concepts)  # the rarest first
-        else:
-            quotas_C = np.full(num_concepts, settings.per_concept)
-        most = int(quotas_C.max())
-        k = min(len(pool.samples), _CANDIDATES_PER_SAMPLE * most)
-        best = best_samples(pool.blocks("comparing with concepts"), concepts.vectors, k)
-        order_C = rarest_first(best.scores_CK, most)
-        concept_M, rank_M = assign(best.samples_CK, order_C, quotas_C[np.argsort(order_C)])
-        rows_M = best.samples_CK[concept_M, rank_M]
-        by_row = np.argsort(rows_M)
-        reasons = [
-            f"concept {concepts.names[concept]!r}, {pool.modality} cosine {best.scores_CK[concept, rank]:.3f}, "
-            f"rank {rank + 1}"
-            for concept, rank in zip(concept_M[by_row].tolist(), rank_M[by_row].tolist(), strict=True)
-        ]
-        return Selection(rows=rows_M[by_row], reasons=reasons)
-
-
-def even_quotas(budget: int, num_concepts: int) -> Ints:
-    """Divide a budget equally, one more for the first concepts if there is a remainder: (C,) int64."""
-    return budget // num_concepts + (np.arange(num_concepts) < budget % num_concepts).astype(np.int64)
-
-
-def rarest_first(scores_CK: Floats, quota: int) -> Ints:
-    """Sort concepts by their score at rank `quota`, or at their last rank, lowest first: (C,) int64."""
-    return np.argsort(scores_CK[:, min(quota, scores_CK.shape[1]) - 1], kind="stable")
-
-
-def assign(samples_CK: Ints, order_C: Ints, quota_C: Ints) -> tuple[Ints, Ints]:
-    """Assign to each concept, in order, at most `quota_C` of its best candidates that no other has.
-
-    Returns two (M,) arrays: the concept that chose, and the rank of its candidate, from 0.
-    """
-    is_taken: Bools = np.zeros(int(samples_CK.max()) + 1, bool)
-    chosen = []
-    for concept in order_C.tolist():
-        ranks = np.flatnonzero(~is_taken[samples_CK[concept]])[: quota_C[concept]]
-        is_taken[samples_CK[concept, ranks]] = True
-        chosen.append((np.full(len(ranks), concept), ranks))
-    return np.concatenate([concept for concept, _ in chosen]), np.concatenate([ranks for _, ranks in chosen])
-
-
-class MetaclipSelector:
-    """The balancing of "Demystifying CLIP Data" (ICLR 2024), Algorithm 1.
-
-    Samples match concepts by the words of their captions or, with `threshold`, by cosine. Each match of a concept with
-    n matches is kept with probability min(1, t / n), and a sample if any of its matches is. t is `head`, or the value
-    that keeps `budget` samples. A sample that matches no concept is never kept.
-    """
-
-    accepts: ClassVar[tuple[str, ...]] = ("budget", "head", "threshold")
-    requires_one_of: ClassVar[tuple[str, ...]] = ("budget", "head")
-    modality: ClassVar[str | None] = "text"
-    required_inputs: ClassVar[tuple[str, ...]] = ("concepts",)
-    uses_seed: ClassVar[bool] = True
-
-    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select the samples. Memory: some 50 bytes per match."""
-        names = pool.concepts.names
-        if settings.threshold is None:
-            note_names(names, pool.progress)
-            matches = match_words(pool.texts(), names)
-        else:
-            matches = match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors, settings.threshold)
-        kept = np.sort(_balance(matches, pool, settings))  # matches are sorted by sample
-        counts_C = np.bincount(matches.concepts_M)
-        reasons = [
-            f"concept {names[concept]!r}, one of {counts_C[concept]:,} matches"
-            for concept in matches.concepts_M[kept].tolist()
-        ]
-        return Selection(rows=matches.samples_M[kept], reasons=reasons)
 
 
 def _balance(matches: Matches, pool: Pool, settings: SelectSettings) -> Ints:

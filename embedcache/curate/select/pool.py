@@ -1,6 +1,6 @@
-"""The samples that are selected from, read as each method needs them."""
+"""The samples that are selected from, read as each method needs them, and what methods compute from their blocks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +17,8 @@ from embedcache.progress import NullProgress, Progress, watch
 from embedcache.search.concepts import Concepts, choose_feature, open_concepts
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
+
+_TEXTS_PER_BLOCK = 65_536
 
 
 class Pool:
@@ -208,12 +210,25 @@ class Pool:
         return samples_N
 
 
-_TEXTS_PER_BLOCK = 65_536
-
-
 def compute_cosines(left_QP: Floats, right_CP: Floats) -> Floats:
     """Compute cosines of rows of length 1: (Q, C) float32, summed in float64.
 
     Sums in float32 depend on the other rows of a block; in float64, equal vectors get equal cosines.
     """
     return (left_QP.astype(np.float64) @ right_CP.astype(np.float64).T).astype(np.float32)
+
+
+def whole_samples(blocks: Iterable[tuple[Ints, Floats]]) -> Iterator[tuple[Ints, Floats]]:
+    """Divide blocks of items anew, so that all items of a sample are in one block."""
+    pending: tuple[Ints, Floats] | None = None
+    for samples, vectors in blocks:
+        if pending is not None:
+            samples = np.concatenate([pending[0], samples])
+            vectors = np.concatenate([pending[1], vectors])
+        if len(samples):
+            last = int(np.searchsorted(samples, samples[-1]))
+            if last:
+                yield samples[:last], vectors[:last]
+            pending = samples[last:], vectors[last:]
+    if pending is not None:
+        yield pending
