@@ -13,7 +13,7 @@ from embedcache.train.losses import LOSSES, Positives
 
 
 class LossContract:
-    """Tests of a loss; `name` is its name. Set `has_all_captions = False` if it needs one text per image."""
+    """Tests of a loss; `name` is its name. Set `has_all_captions = False` if it needs one second item per first one."""
 
     name: str
     has_all_captions = True
@@ -28,33 +28,33 @@ class LossContract:
     def test_loss_is_a_finite_scalar(self, loss: torch.nn.Module) -> None:
         for size in (1, 2, 9):
             for scale in (2.0, 1000.0):
-                images, texts, positives = _batch(size, seed=size)
-                value = loss(images, texts, torch.tensor(scale, dtype=torch.float64), positives)
+                first, second, positives = _batch(size, seed=size)
+                value = loss(first, second, torch.tensor(scale, dtype=torch.float64), positives)
                 assert value.shape == ()
                 assert value.isfinite()
 
     def test_gradients_match_finite_differences(self, loss: torch.nn.Module) -> None:
-        images, texts, _ = _batch(4, seed=0)
+        first, second, _ = _batch(4, seed=0)
         scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
-        positives = Positives(images=torch.tensor([0, 0, 1, 2, 3]), texts=torch.tensor([0, 2, 1, 2, 3]))
+        positives = Positives(first=torch.tensor([0, 0, 1, 2, 3]), second=torch.tensor([0, 2, 1, 2, 3]))
 
-        def value(images: Tensor, texts: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
-            result: Tensor = loss(images, texts, scale, positives)
+        def value(first: Tensor, second: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
+            result: Tensor = loss(first, second, scale, positives)
             return result
 
-        inputs = (images.requires_grad_(), texts.requires_grad_(), scale, *loss.parameters())
+        inputs = (first.requires_grad_(), second.requires_grad_(), scale, *loss.parameters())
         assert torch.autograd.gradcheck(value, inputs, atol=1e-4)
 
     def test_matching_pairs_have_a_lower_loss(self, loss: torch.nn.Module) -> None:
-        images, texts, positives = _batch(8, seed=0)
+        first, second, positives = _batch(8, seed=0)
         scale = torch.tensor(10.0, dtype=torch.float64)
-        assert loss(images, images, scale, positives) < loss(images, texts, scale, positives)
+        assert loss(first, first, scale, positives) < loss(first, second, scale, positives)
 
     def test_order_of_samples_does_not_matter(self, loss: torch.nn.Module) -> None:
-        images, texts, positives = _batch(7, seed=1)
+        first, second, positives = _batch(7, seed=1)
         order, scale = torch.randperm(7), torch.tensor(3.0, dtype=torch.float64)
-        permuted = loss(images[order], texts[order], scale, positives)
-        torch.testing.assert_close(permuted, loss(images, texts, scale, positives))
+        permuted = loss(first[order], second[order], scale, positives)
+        torch.testing.assert_close(permuted, loss(first, second, scale, positives))
 
     def test_excluded_pairs_do_not_count(self, loss: torch.nn.Module) -> None:
         """The similarity of a near-duplicate pair must not matter, in either direction."""
@@ -81,32 +81,32 @@ class LossContract:
         excluded: tuple[Tensor, Tensor] | None = None,
         positive: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Return the loss of four pairs in which the cosine of one image with one text is given, all others fixed."""
+        """Return the loss of four pairs with the given cosine of one first and one second item, all others fixed."""
         cosines_BB = torch.linspace(-0.3, 0.2, 16, dtype=torch.float64).reshape(4, 4) + 0.3 * torch.eye(4)
         cosines_BB[row, column] = cosine
         rests_B = (1 - cosines_BB.square().sum(dim=0)).sqrt()
-        images_BP = torch.eye(8, dtype=torch.float64)[:4]
-        texts_BP = torch.cat([cosines_BB.T, torch.diag(rests_B)], dim=1)  # of length 1
+        first_BP = torch.eye(8, dtype=torch.float64)[:4]
+        second_BP = torch.cat([cosines_BB.T, torch.diag(rests_B)], dim=1)  # of length 1
         pairs = sorted({(item, item) for item in range(4)} | ({positive} if positive else set()))
         rows, columns = (torch.tensor(side) for side in zip(*pairs, strict=True))
-        positives = Positives(images=rows, texts=columns, excluded=excluded)
-        value: Tensor = loss(images_BP, texts_BP, torch.tensor(5.0, dtype=torch.float64), positives).detach()
+        positives = Positives(first=rows, second=columns, excluded=excluded)
+        value: Tensor = loss(first_BP, second_BP, torch.tensor(5.0, dtype=torch.float64), positives).detach()
         return value
 
     def test_several_captions_per_image(self, loss: torch.nn.Module) -> None:
         if not self.has_all_captions:
             return
-        images, texts, _ = _batch(4, seed=0)
-        positives = Positives(images=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), texts=torch.arange(8))
-        value = loss(images, torch.cat([texts, texts]), torch.tensor(3.0, dtype=torch.float64), positives)
+        first, second, _ = _batch(4, seed=0)
+        positives = Positives(first=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), second=torch.arange(8))
+        value = loss(first, torch.cat([second, second]), torch.tensor(3.0, dtype=torch.float64), positives)
         assert value.isfinite()
 
 
 def _batch(size: int, *, seed: int) -> tuple[Tensor, Tensor, Positives]:
     generator = torch.Generator().manual_seed(seed)
-    images, texts = torch.randn(2, size, 5, generator=generator, dtype=torch.float64)
+    first, second = torch.randn(2, size, 5, generator=generator, dtype=torch.float64)
     return (
-        normalize(images, dim=1),
-        normalize(texts, dim=1),
-        Positives(images=torch.arange(size), texts=torch.arange(size)),
+        normalize(first, dim=1),
+        normalize(second, dim=1),
+        Positives(first=torch.arange(size), second=torch.arange(size)),
     )

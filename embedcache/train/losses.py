@@ -49,29 +49,30 @@ _MAX_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
 
 @dataclass(frozen=True, kw_only=True)
 class Positives:
-    """Pairs of images and texts of a batch that belong together: those of one sample, and others of equal content.
+    """Pairs of items of a batch that belong together: those of one sample, and others of equal content.
 
     Args:
-        images: (E,) int64 positions in the batch, ascending.
-        texts: (E,) int64 positions in the batch; each pair is listed once.
-        excluded: (A,) positions of images and of texts of pairs that are neither positives nor negatives, such as those
-            of near-duplicates, the images ascending; None: there are none.
+        first: (E,) int64 positions of items of the pair's first modality, such as images, ascending.
+        second: (E,) int64 positions of items of the second one, such as texts; each pair is listed once.
+        excluded: (A,) positions of first and of second items of pairs that are neither positives nor negatives, such as
+            those of near-duplicates, the first ascending; None: there are none.
     """
 
-    images: Tensor
-    texts: Tensor
+    first: Tensor
+    second: Tensor
     excluded: tuple[Tensor, Tensor] | None = None
 
 
 class Loss(Protocol):
     """A `torch.nn.Module` built without arguments; its parameters are trained with those of the projectors."""
 
-    def __call__(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
+    def __call__(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
         """Compute the loss of a batch, a scalar.
 
         Args:
-            images_BP: (B, P) float32 or float64, rows of length 1.
-            texts_MP: (M, P), as `images_BP`. M is B, and row k the text of image k, unless all captions are positives.
+            first_BP: (B, P) float32 or float64, rows of length 1: items of the first modality, such as images.
+            second_MP: (M, P), those of the second. M is B, and row k belongs to row k of the first, unless all captions
+                are positives.
             scale: scalar, the inverse of the temperature.
             positives: all pairs that belong together, and pairs that must be left out.
         """
@@ -79,22 +80,22 @@ class Loss(Protocol):
 
 
 class InfoNce(nn.Module):
-    """Symmetric InfoNCE: cross-entropy of each image's own text among the texts of the batch, and vice versa.
+    """Symmetric InfoNCE: cross-entropy of each item's own partner among those of the batch, in both directions.
 
     Other pairs that belong together are not negatives: they are left out. The loss of CLIP, "Learning Transferable
     Visual Models From Natural Language Supervision" (2021), figure 3.
     """
 
-    def forward(self, images_BP: Tensor, texts_BP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        is_other = positives.images != positives.texts
-        masked = (positives.images[is_other], positives.texts[is_other])
+    def forward(self, first_BP: Tensor, second_BP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
+        is_other = positives.first != positives.second
+        masked = (positives.first[is_other], positives.second[is_other])
         if positives.excluded is not None:
             rows, columns = (torch.cat(sides) for sides in zip(masked, positives.excluded, strict=True))
             order = torch.argsort(rows, stable=True)
             masked = (rows[order], columns[order])
-        over_texts, over_images = _log_sum_exp(images_BP, texts_BP, scale, masked)
-        own = scale * (images_BP * texts_BP).sum(dim=1)
-        return (over_texts + over_images).mean() / 2 - own.mean()
+        over_second, over_first = _log_sum_exp(first_BP, second_BP, scale, masked)
+        own = scale * (first_BP * second_BP).sum(dim=1)
+        return (over_second + over_first).mean() / 2 - own.mean()
 
 
 class MultiPositive(nn.Module):
@@ -105,12 +106,12 @@ class MultiPositive(nn.Module):
     Learning" (2020), equation 2, between two modalities.
     """
 
-    def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        over_texts, over_images = _log_sum_exp(images_BP, texts_MP, scale, positives.excluded)
-        logits_E = _logits_of(images_BP, texts_MP, scale, (positives.images, positives.texts))
-        of_images = over_texts.mean() - (_weights(positives.images, logits_E.dtype) * logits_E).sum() / len(images_BP)
-        of_texts = over_images.mean() - (_weights(positives.texts, logits_E.dtype) * logits_E).sum() / len(texts_MP)
-        return (of_images + of_texts) / 2
+    def forward(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
+        over_second, over_first = _log_sum_exp(first_BP, second_MP, scale, positives.excluded)
+        logits_E = _logits_of(first_BP, second_MP, scale, (positives.first, positives.second))
+        of_first = over_second.mean() - (_weights(positives.first, logits_E.dtype) * logits_E).sum() / len(first_BP)
+        of_second = over_first.mean() - (_weights(positives.second, logits_E.dtype) * logits_E).sum() / len(second_MP)
+        return (of_first + of_second) / 2
 
 
 def _weights(positions_E: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,17 +131,17 @@ class SigLip(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.tensor(-10.0))
 
-    def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        return self._sum(images_BP, texts_MP, scale, positives) / len(images_BP)
+    def forward(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
+        return self._sum(first_BP, second_MP, scale, positives) / len(first_BP)
 
-    def _sum(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        bias = self.bias.to(images_BP.dtype)
-        logits_E = _logits_of(images_BP, texts_MP, scale, (positives.images, positives.texts))
+    def _sum(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
+        bias = self.bias.to(first_BP.dtype)
+        logits_E = _logits_of(first_BP, second_MP, scale, (positives.first, positives.second))
         # As log sigmoid(x) = x - softplus(x) and log sigmoid(-x) = -softplus(x).
-        total = _softplus_sum(images_BP, texts_MP, scale, bias) - (logits_E + bias).sum()
+        total = _softplus_sum(first_BP, second_MP, scale, bias) - (logits_E + bias).sum()
         if positives.excluded is None:
             return total
-        return total + logsigmoid(-_logits_of(images_BP, texts_MP, scale, positives.excluded) - bias).sum()
+        return total + logsigmoid(-_logits_of(first_BP, second_MP, scale, positives.excluded) - bias).sum()
 
 
 class Sail(SigLip):
@@ -149,8 +150,8 @@ class Sail(SigLip):
     The loss of SAIL, "Assessing and Learning Alignment of Unimodal Vision and Language Models" (CVPR 2025).
     """
 
-    def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        return self._sum(images_BP, texts_MP, scale, positives) / (len(images_BP) * len(texts_MP))
+    def forward(self, first_BP: Tensor, second_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
+        return self._sum(first_BP, second_MP, scale, positives) / (len(first_BP) * len(second_MP))
 
 
 def _log_sum_exp(

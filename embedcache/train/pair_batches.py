@@ -305,7 +305,7 @@ class PairLoader:
             batch=batch,
             first=self._read(self._first, batch.first_rows, batch.views[0], is_mixed=batch.mix is not None),
             second=self._read(self._second, batch.second_rows, batch.views[1], is_mixed=batch.mix is not None),
-            positives=Positives(images=first, texts=second, excluded=excluded),
+            positives=Positives(first=first, second=second, excluded=excluded),
         )
 
     def _read(self, read: Reader | DrawnViews, rows: Ints, views: Ints | None, *, is_mixed: bool) -> LoadedInputs:

@@ -47,7 +47,7 @@ def test_candidates_of_the_batch_are_the_losses_of_pairs() -> None:
     likelihood = Likelihood(scale=20.0)
     for contents, loss in ((np.arange(6), InfoNce()), (np.array([0, 1, 0, 2, 1, 0]), MultiPositive())):
         of_images, of_texts = map(torch.from_numpy, np.nonzero(contents[:, None] == contents))
-        pairs = LossPositives(images=of_images, texts=of_texts)
+        pairs = LossPositives(first=of_images, second=of_texts)
         expected = loss(normalize(images, dim=1), normalize(texts, dim=1), torch.tensor(20.0), pairs)
         found = likelihood(images, Candidates(texts), (of_images, of_texts))
         found = (found + likelihood(texts, Candidates(images), (of_texts, of_images))) / 2

@@ -321,7 +321,7 @@ def test_a_batch_of_one_part_is_projected_once(monkeypatch: pytest.MonkeyPatch) 
         inputs = LoadedInputs(values=torch.randn(count, 2), lengths=None, rows=rows, num_items=count)
         places = torch.arange(count)
         batch = Batch(samples=rows, first_rows=rows, second_rows=rows, positives=(rows, rows), num_hard=0)
-        step = LoadedBatch(batch=batch, first=inputs, second=inputs, positives=Positives(images=places, texts=places))
+        step = LoadedBatch(batch=batch, first=inputs, second=inputs, positives=Positives(first=places, second=places))
         sizes.clear()
         loss = objective(step)
         assert sizes == forward

@@ -68,13 +68,13 @@ def draw(size: int, seed: int, *, num_contents: int | None = None) -> tuple[Tens
     )
     contents = torch.randint(num_contents, (size,), generator=generator) if num_contents else torch.arange(size)
     rows, columns = (contents[:, None] == contents).nonzero(as_tuple=True)
-    return images, texts, Positives(images=rows, texts=columns)
+    return images, texts, Positives(first=rows, second=columns)
 
 
 def dense(positives: Positives, size: int) -> Tensor:
     """Return the pairs as a (B, B) bool matrix."""
     matrix = torch.zeros(size, size, dtype=torch.bool)
-    matrix[positives.images, positives.texts] = True
+    matrix[positives.first, positives.second] = True
     return matrix
 
 
@@ -158,7 +158,7 @@ def test_several_captions_match_the_plain_formula(name: str, size: int, seed: in
     loss, factor = LOSSES.load(name)().double(), torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     rows, columns = positives.nonzero(as_tuple=True)
     bias = next(loss.parameters(), torch.zeros(()))
-    ours = loss(images, more, factor, Positives(images=rows, texts=columns))
+    ours = loss(images, more, factor, Positives(first=rows, second=columns))
     plain = plain_captions(name, factor * images @ more.T + bias, positives)
     torch.testing.assert_close(ours, plain)
     for one, other in zip(
@@ -239,7 +239,7 @@ def test_many_positives_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(losses, "TILE_ROWS", 256)
     monkeypatch.setattr(losses, "TILE_COLUMNS", 256)
     rows = normalize(torch.randn(800, 64, generator=torch.Generator().manual_seed(0)), dim=1)
-    positives = Positives(images=torch.arange(800), texts=torch.arange(800))
+    positives = Positives(first=torch.arange(800), second=torch.arange(800))
     values = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):

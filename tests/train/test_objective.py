@@ -45,7 +45,7 @@ def test_mixup_is_of_vectors_of_length_1() -> None:
         batch=replace(loaded.batch, mix=0.3),
         first=replace(loaded.first, num_items=4),
         second=replace(loaded.second, num_items=4),
-        positives=Positives(images=half, texts=half),
+        positives=Positives(first=half, second=half),
     )
     torch.testing.assert_close(objective(loaded), objective.loss(images, texts, pair.scale, loaded.positives))
 

@@ -244,7 +244,7 @@ def test_a_process_loads_its_part_of_a_batch(
     assert loaded.second.lengths is not None
     assert loaded.second.lengths.tolist() == [(place + 8) % 5 for place in own]
     assert loaded.first.num_items == loaded.second.num_items == (rows if mix is None else rows // 2)
-    assert [loaded.positives.images.tolist(), loaded.positives.texts.tolist()] == [[0, 1], [0, 2]]
+    assert [loaded.positives.first.tolist(), loaded.positives.second.tolist()] == [[0, 1], [0, 2]]
     assert loaded.positives.excluded is not None
     assert [side.tolist() for side in loaded.positives.excluded] == [[1], [4]]
 

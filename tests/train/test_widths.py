@@ -45,7 +45,7 @@ def batch(size: int, seed: int) -> LoadedBatch:
         samples=numbers, first_rows=numbers, second_rows=numbers, positives=(rows.numpy(), columns.numpy()), num_hard=0
     )
     return LoadedBatch(
-        batch=described, first=inputs[0], second=inputs[1], positives=Positives(images=rows, texts=columns)
+        batch=described, first=inputs[0], second=inputs[1], positives=Positives(first=rows, second=columns)
     )
 
 
