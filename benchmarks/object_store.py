@@ -28,8 +28,8 @@ from embedcache.cli.console import print_table
 from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
+from embedcache.extract.engines import Worker
 from embedcache.extract.settings import ExtractJob, ExtractSettings
-from embedcache.extract.worker import Worker
 from embedcache.files import open_path
 from embedcache.locks import Leases
 from embedcache.store.cache import Cache

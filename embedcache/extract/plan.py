@@ -14,13 +14,12 @@ import pyarrow as pa
 from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
-from embedcache.extract.engines import count_processes, job_devices
+from embedcache.extract.engines import Worker, count_processes, job_devices
 from embedcache.extract.extract import join_encoders, open_job, open_request
 from embedcache.extract.feature_writer import FeatureWriter
 from embedcache.extract.loop import BatchBuffer, add_distinct, load_items
 from embedcache.extract.precision import MeasuredPrecision, plan_precisions, use_precisions
 from embedcache.extract.settings import ExtractSettings
-from embedcache.extract.worker import Worker
 from embedcache.files import AnyPath, is_remote
 from embedcache.progress import AnyProgress, to_progress
 from embedcache.sources.base import Source

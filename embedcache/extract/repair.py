@@ -12,12 +12,11 @@ from embedcache.devices import AUTO
 from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, pluralize
 from embedcache.extract.drift import Drift, measure_drift
-from embedcache.extract.engines import job_devices
+from embedcache.extract.engines import Worker, job_devices
 from embedcache.extract.extract import join_encoders, open_job, open_request, record_job
 from embedcache.extract.feature_writer import FeatureWriter, check_unchanged, lease_chunk, reopen_writer
 from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, check_length, encode_chunks, load_items
 from embedcache.extract.settings import ExtractSettings, VerifySettings
-from embedcache.extract.worker import Worker
 from embedcache.files import AnyPath, remove_file, remove_partials
 from embedcache.modalities import MODALITIES, noun
 from embedcache.processes import num_cores

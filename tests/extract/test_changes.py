@@ -17,11 +17,11 @@ from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import FingerprintError, PathError
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.extract.engines import Worker
 from embedcache.extract.extract import extract, open_job
 from embedcache.extract.plan import plan
 from embedcache.extract.repair import retry_failed
 from embedcache.extract.settings import ExtractSettings
-from embedcache.extract.worker import Worker
 from embedcache.progress import NullProgress
 from embedcache.reports.summary import summarize
 from embedcache.search.index import build_index
