@@ -18,8 +18,7 @@ from embedcache.sources import open_source
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.store.group import create_group
 from embedcache.store.indexing import index
-from embedcache.store.metadata import add_feature
-from embedcache.store.writer import commit_chunk
+from embedcache.store.writer import add_feature, commit_chunk
 
 _IMAGENET = [f"imagenet_{number:02d}" for number in range(20)]
 

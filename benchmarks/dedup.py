@@ -26,8 +26,7 @@ from embedcache.search.vectors import Vectors
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.group import create_group
 from embedcache.store.indexing import index
-from embedcache.store.metadata import add_feature
-from embedcache.store.writer import commit_chunk
+from embedcache.store.writer import add_feature, commit_chunk
 
 WIDTH, NUM_CENTERS, FRACTION, LIMIT = 768, 20_000, 0.05, 0.95
 

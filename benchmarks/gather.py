@@ -14,8 +14,7 @@ from benchmarks.measure import median_seconds, show
 from embedcache.store.feature import Feature
 from embedcache.store.group import create_group
 from embedcache.store.layout import CacheInfo
-from embedcache.store.metadata import add_feature
-from embedcache.store.writer import commit_chunk
+from embedcache.store.writer import add_feature, commit_chunk
 from embedcache.train.batches import shuffle_blocks
 
 ROWS, WIDTH, BATCH, BLOCK = 200_000, 768, 4096, 64

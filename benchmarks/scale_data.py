@@ -15,8 +15,7 @@ from embedcache.store.commits import hash_item
 from embedcache.store.group import create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import read_info
-from embedcache.store.metadata import add_feature
-from embedcache.store.writer import commit_chunk
+from embedcache.store.writer import add_feature, commit_chunk
 
 WIDTH, NUM_CENTERS = 64, 20_000
 _BLOCK = 65_536

@@ -23,7 +23,7 @@ from embedcache.records import new_record_path, record_stage
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
-from embedcache.store.metadata import add_feature
+from embedcache.store.writer import add_feature
 
 
 @dataclass(frozen=True, kw_only=True)

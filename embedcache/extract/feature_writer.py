@@ -26,8 +26,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.commits import Commit
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
-from embedcache.store.metadata import add_feature
-from embedcache.store.writer import cast_item
+from embedcache.store.writer import add_feature, cast_item
 
 _DERIVED_FEATURES = (
     "a model may also offer grid:K, K × K averages of its patches, kmeans:K, averages of K clusters of them, "

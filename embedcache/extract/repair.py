@@ -29,10 +29,9 @@ from embedcache.store.commits import PENDING, has_failed
 from embedcache.store.compacted import compacted_path
 from embedcache.store.feature import Feature
 from embedcache.store.group import open_group
-from embedcache.store.metadata import add_feature
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import Finding, verify
-from embedcache.store.writer import commit_chunk, withdraw
+from embedcache.store.writer import add_feature, commit_chunk, withdraw
 
 
 @dataclass(frozen=True, kw_only=True)

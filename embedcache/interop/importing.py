@@ -29,9 +29,8 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import info_path, read_info
-from embedcache.store.metadata import add_feature
 from embedcache.store.removal import removed_hash
-from embedcache.store.writer import commit_chunk, withdraw
+from embedcache.store.writer import add_feature, commit_chunk, withdraw
 
 _FEATURE = "vector"
 _NO_VECTOR = "NaN or infinity in the imported vector"

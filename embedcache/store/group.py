@@ -1,6 +1,7 @@
 """The folder of one encoder: a Zarr group with the fingerprint, an array per feature and a commit per chunk.
 
-A commit is written after the arrays of its chunk; without it the chunk does not exist.
+A commit is written after the arrays of its chunk; without it the chunk does not exist. The `zarr.json` of a feature
+states the shape and dtype of its items, and their axis.
 """
 
 import math
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from embedcache.axis import Axis
 from embedcache.encoders.base import is_fingerprint
 from embedcache.encoders.open import DERIVED, IMPORTED, RUN
 from embedcache.errors import ArtifactError, CorruptError, DataError, EmbedcacheError, PathError
@@ -45,7 +47,10 @@ _SAME_DERIVATION = "use the same inputs and parameters as before, or derive unde
 
 _KEPT: dict[tuple[Path, str, str], tuple[Mapping[str, Stamp], list[Commit | None]]] = {}
 """Folder, fingerprint and index digest -> stamps of the files of commits, and the commits that were read from them."""
+
 _MAX_KEPT = 8
+_MAX_SIZE = 2**31
+_DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +262,7 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
         CorruptError: its metadata is not that of an encoder.
     """
     path = encoder_path(cache_path, modality, name)
-    attributes = read_attributes(path)
+    attributes = _read_attributes(path)
     spec, fingerprint, view = attributes.get("spec"), attributes.get("fingerprint"), attributes.get("view", "")
     if not (isinstance(spec, str) and is_fingerprint(fingerprint) and isinstance(view, str)):
         raise CorruptError(f"{path / 'zarr.json'}: expected the spec and the fingerprint of an encoder, got others")
@@ -301,7 +306,40 @@ def create_group(
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint, view=view)
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
+def read_feature(group: EncoderGroup, feature: str) -> dict[str, Any]:
+    """Read the `item_shape` and `dtype` of a feature, and its `axis` if it has one."""
+    attributes = _read_attributes(group.path / feature)
+    shape, dtype = attributes.get("item_shape"), attributes.get("dtype")
+    if not (_is_item_shape(shape) and isinstance(dtype, str) and dtype in _DTYPES):
+        raise CorruptError(
+            f"{group.path / feature / 'zarr.json'}: expected the item_shape and dtype of a feature, got "
+            f"{shape!r} and {dtype!r}; restore that file"
+        )
+    return attributes
+
+
+def _is_item_shape(shape: Any) -> bool:
+    """Return whether a JSON value is (D,), (T, D) or (-1, D)."""
+    if not isinstance(shape, list) or not all(type(size) is int and -1 <= size < _MAX_SIZE for size in shape):
+        return False
+    return (len(shape) == 1 and shape[0] >= 0) or (len(shape) == 2 and shape[1] >= 0)
+
+
+def read_axis(attributes: Mapping[str, Any], name: str) -> Axis | None:
+    """Return the axis in the attributes of a feature; None if it has none.
+
+    Raises:
+        CorruptError: the attributes hold something else.
+    """
+    if "axis" not in attributes:
+        return None
+    try:
+        return Axis.from_json(attributes["axis"])
+    except (DataError, TypeError, AttributeError) as error:
+        raise CorruptError(f"feature {name}: {error}; extract into a new folder") from None
+
+
+def _read_attributes(path: Path) -> dict[str, Any]:
     """Read what embedcache states in the metadata of a Zarr group or array; CorruptError if it states nothing."""
     attributes = read_metadata(path)
     for name in ("attributes", ATTRIBUTE):

@@ -24,7 +24,7 @@ from embedcache.store.columns import is_none, to_array
 from embedcache.store.commits import Commit, hash_item, read_commit
 from embedcache.store.compacted import check_compacted, compacted_path, read_stamps
 from embedcache.store.feature import Feature
-from embedcache.store.group import ATTRIBUTE, EncoderGroup, open_group
+from embedcache.store.group import ATTRIBUTE, EncoderGroup, open_group, read_feature
 from embedcache.store.hashes import HASH, to_bytes
 from embedcache.store.layout import (
     FORMAT_VERSION,
@@ -37,9 +37,9 @@ from embedcache.store.layout import (
     removing_path,
     samples_path,
 )
-from embedcache.store.metadata import feature_metadata, read_feature, token_metadata
 from embedcache.store.removed import read_removed
 from embedcache.store.tables import TableDigest, open_table, table_errors
+from embedcache.store.writer import feature_metadata, token_metadata
 
 _REORDERED = "its rows or their order changed since they were indexed; restore the file, or extract into a new folder"
 _FIRST_COMMIT = commit_path(Path(), 0)

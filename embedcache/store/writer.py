@@ -1,24 +1,93 @@
-"""Write a chunk of features: the arrays first, then the commit that makes them valid."""
+"""Write features: their metadata, then chunk by chunk the arrays, and the commit that makes them valid."""
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from embedcache.arrays import Array, blocks, fit_integers
+from embedcache.axis import Axis
 from embedcache.errors import ArtifactError, CorruptError, DataError, FingerprintError, PathError
 from embedcache.locks import locked
 from embedcache.modalities import MODALITIES
-from embedcache.provenance import digest
-from embedcache.store.arrays import chunk_path, fill_value, write_chunk, write_metadata
+from embedcache.provenance import check_same, digest
+from embedcache.store.arrays import (
+    array_metadata,
+    chunk_path,
+    fill_value,
+    group_metadata,
+    has_metadata,
+    write_chunk,
+    write_metadata,
+)
 from embedcache.store.commits import PENDING, Commit, remove_commit, write_commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup
+from embedcache.store.group import ATTRIBUTE, EncoderGroup, read_feature
 from embedcache.store.layout import items_path
-from embedcache.store.metadata import read_feature, token_metadata
 from embedcache.store.tables import open_table, table_errors
+
+
+def add_feature(
+    group: EncoderGroup, feature: str, item_shape: tuple[int, ...], dtype: str, *, axis: Axis | None = None
+) -> None:
+    """Write the metadata of a feature with items of shape (D,), (T, D) or (-1, D), unless a chunk is committed.
+
+    A feature with committed chunks that was created without an axis keeps its metadata.
+
+    Raises:
+        FingerprintError: the feature exists with another shape, dtype or axis.
+    """
+    path = group.path / feature
+    attributes: dict[str, Any] = {"item_shape": list(item_shape), "dtype": dtype}
+    if axis is not None:
+        attributes["axis"] = axis.to_json()
+    if (path / "zarr.json").exists() and _must_keep(group, feature, attributes):
+        next_step = "use the same, or extract into a new folder"
+        stored = read_feature(group, feature)
+        requested = attributes if "axis" in stored else {k: v for k, v in attributes.items() if k != "axis"}
+        check_same(f"feature {group.name}/{feature}", stored, requested, next_step=next_step)
+        attributes = stored
+    for folder, metadata in feature_metadata(group, feature, attributes).items():
+        if not has_metadata(folder, metadata):  # new, damaged, or of fewer samples
+            write_metadata(folder, metadata)
+
+
+def _must_keep(group: EncoderGroup, feature: str, attributes: Mapping[str, Any]) -> bool:
+    """Return whether the metadata is as requested, or a chunk of the feature is committed."""
+    if read_feature(group, feature) == attributes:
+        return True
+    commits = (group.commit(chunk) for chunk in range(group.info.num_chunks(group.modality)))
+    return any(commit is not None and feature in commit.features for commit in commits)
+
+
+def feature_metadata(
+    group: EncoderGroup, feature: str, attributes: Mapping[str, Any], *, num_items: int | None = None
+) -> dict[Path, bytes]:
+    """Return the metadata of a feature: folder -> content of its `zarr.json`, that of the feature last.
+
+    Each chunk of a feature with a varying number of tokens has one more, `token_metadata`.
+
+    Args:
+        num_items: number of items; None: of the cache now.
+    """
+    path, item_shape, dtype = group.path / feature, tuple(attributes["item_shape"]), attributes["dtype"]
+    num_items = group.info.num_items[group.modality] if num_items is None else num_items
+    if item_shape[0] >= 0:
+        chunks = group.info.chunk_shape(item_shape, dtype)
+        return {path: array_metadata((num_items, *item_shape), chunks, dtype, {ATTRIBUTE: attributes})}
+    return {
+        path / "lengths": array_metadata((num_items,), (group.info.chunk_size,), "int32"),
+        path / "values": group_metadata({}),
+        path: group_metadata({ATTRIBUTE: attributes}),
+    }
+
+
+def token_metadata(num_tokens: int, width: int, dtype: str) -> bytes:
+    """Return the metadata of the tokens of one chunk."""
+    return array_metadata((num_tokens, width), (num_tokens, width), dtype)
 
 
 def commit_chunk(
@@ -151,28 +220,6 @@ def _remove_features(group: EncoderGroup, before: Commit, features: Collection[s
     return remaining
 
 
-def chunk_files(group: EncoderGroup, feature: str, chunk: int) -> list[Path]:
-    """Return the files in which a feature of a chunk is written, whether they exist or not."""
-    attributes, path = read_feature(group, feature), group.path / feature
-    item_shape, size = tuple(attributes["item_shape"]), group.info.chunk_size
-    if item_shape[0] < 0:
-        values = path / "values" / f"{chunk:05d}"
-        return [chunk_path(path / "lengths", chunk, 1), chunk_path(values, 0, 2), values / "zarr.json"]
-    shape = group.info.chunk_shape(item_shape, attributes["dtype"])
-    per_chunk = size // shape[0]
-    return [chunk_path(path, chunk * per_chunk + number, len(shape)) for number in range(per_chunk)]
-
-
-def num_padded(group: EncoderGroup, feature: str, num_items: int) -> int:
-    """Return how many rows the files of a feature have for the items of its last chunks: files have one size."""
-    attributes = read_feature(group, feature)
-    item_shape = tuple(attributes["item_shape"])
-    if item_shape[0] < 0:
-        return num_items
-    num_rows = group.info.chunk_shape(item_shape, attributes["dtype"])[0]
-    return -(-num_items // num_rows) * num_rows
-
-
 def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Sequence[Array | None]) -> dict[str, str]:
     """Write the arrays of one feature of one chunk; return file relative to the group -> CRC-32C of its rows."""
     attributes = read_feature(group, feature)
@@ -210,6 +257,28 @@ def _write_ragged(
             path / "lengths", chunk, [lengths], (group.info.chunk_size,), str(lengths.dtype)
         ),
     }
+
+
+def chunk_files(group: EncoderGroup, feature: str, chunk: int) -> list[Path]:
+    """Return the files in which a feature of a chunk is written, whether they exist or not."""
+    attributes, path = read_feature(group, feature), group.path / feature
+    item_shape, size = tuple(attributes["item_shape"]), group.info.chunk_size
+    if item_shape[0] < 0:
+        values = path / "values" / f"{chunk:05d}"
+        return [chunk_path(path / "lengths", chunk, 1), chunk_path(values, 0, 2), values / "zarr.json"]
+    shape = group.info.chunk_shape(item_shape, attributes["dtype"])
+    per_chunk = size // shape[0]
+    return [chunk_path(path, chunk * per_chunk + number, len(shape)) for number in range(per_chunk)]
+
+
+def num_padded(group: EncoderGroup, feature: str, num_items: int) -> int:
+    """Return how many rows the files of a feature have for the items of its last chunks: files have one size."""
+    attributes = read_feature(group, feature)
+    item_shape = tuple(attributes["item_shape"])
+    if item_shape[0] < 0:
+        return num_items
+    num_rows = group.info.chunk_shape(item_shape, attributes["dtype"])[0]
+    return -(-num_items // num_rows) * num_rows
 
 
 def cast_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -> Array:

@@ -21,8 +21,7 @@ from embedcache.search.vectors import Vectors
 from embedcache.settings import flat_settings
 from embedcache.store.group import create_group
 from embedcache.store.layout import CacheInfo, write_info
-from embedcache.store.metadata import add_feature
-from embedcache.store.writer import commit_chunk
+from embedcache.store.writer import add_feature, commit_chunk
 from tests.dataset.test_clusters import brute, made_vectors
 from tests.recorded import RecordedProgress
 

@@ -12,8 +12,8 @@ from embedcache.extract.settings import VerifySettings
 from embedcache.provenance import digest, read_json
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.store.group import read_feature
 from embedcache.store.indexing import index
-from embedcache.store.metadata import read_feature
 from embedcache.store.verify import verify
 from tests.golden.make_modalities import CACHE, SOURCE, expected, run
 

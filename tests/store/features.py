@@ -9,8 +9,7 @@ from embedcache.arrays import Array
 from embedcache.store.feature import Feature
 from embedcache.store.group import create_group
 from embedcache.store.layout import CacheInfo, write_info
-from embedcache.store.metadata import add_feature
-from embedcache.store.writer import cast_item, commit_chunk, write_feature_chunk
+from embedcache.store.writer import add_feature, cast_item, commit_chunk, write_feature_chunk
 
 FINGERPRINT = {"family": "test", "weights": "w"}
 

@@ -20,8 +20,7 @@ from embedcache.store.group import create_group
 from embedcache.store.index_digest import digest_input
 from embedcache.store.indexing import index, update_path
 from embedcache.store.layout import SUBSET, Segment, read_info, write_info
-from embedcache.store.metadata import add_feature
-from embedcache.store.writer import commit_chunk
+from embedcache.store.writer import add_feature, commit_chunk
 from tests.recorded import RecordedProgress
 from tests.store.test_indexing import CountedRows, Rows, rows
 

@@ -25,9 +25,8 @@ from embedcache.store.compacted import (
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup
 from embedcache.store.layout import commit_name, commit_path
-from embedcache.store.metadata import add_feature
 from embedcache.store.verify import verify
-from embedcache.store.writer import commit_chunk, withdraw
+from embedcache.store.writer import add_feature, commit_chunk, withdraw
 from tests.store.features import random_items, write_feature
 
 

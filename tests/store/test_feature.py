@@ -16,8 +16,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import create_group
 from embedcache.store.layout import write_info
-from embedcache.store.metadata import add_feature
-from embedcache.store.writer import cast_item, commit_chunk, withdraw, write_feature_chunk
+from embedcache.store.writer import add_feature, cast_item, commit_chunk, withdraw, write_feature_chunk
 from tests.store.features import random_items, write_feature
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cache-1"

@@ -17,10 +17,9 @@ from embedcache.store import group as group_module
 from embedcache.store.cache import Cache
 from embedcache.store.commits import write_commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, create_group, find_group, open_group
+from embedcache.store.group import EncoderGroup, _is_item_shape, create_group, find_group, open_group, read_feature
 from embedcache.store.layout import CacheInfo, TableVersion, write_info
-from embedcache.store.metadata import _is_item_shape, add_feature, read_feature
-from embedcache.store.writer import commit_chunk
+from embedcache.store.writer import add_feature, commit_chunk
 from tests.store.features import FINGERPRINT, random_items, write_feature, written
 
 

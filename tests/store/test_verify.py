@@ -20,11 +20,10 @@ from embedcache.store.commits import Commit, write_commit
 from embedcache.store.group import create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import INTERRUPTED_REMOVAL, fit_path
-from embedcache.store.metadata import add_feature
 from embedcache.store.removal import start_removal
 from embedcache.store.table_writer import TableWriter
 from embedcache.store.verify import Finding, verify
-from embedcache.store.writer import write_feature_chunk
+from embedcache.store.writer import add_feature, write_feature_chunk
 from tests.extract.cases import tree
 from tests.images import write_images
 from tests.recorded import RecordedProgress

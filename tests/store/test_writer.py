@@ -20,8 +20,7 @@ from embedcache.store.commits import PENDING
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.layout import CacheInfo, TableVersion, write_info
-from embedcache.store.metadata import add_feature
-from embedcache.store.writer import cast_item, chunk_files, commit_chunk, num_padded, withdraw
+from embedcache.store.writer import add_feature, cast_item, chunk_files, commit_chunk, num_padded, withdraw
 from tests.store.features import FINGERPRINT, random_items, write_feature, written
 
 SHAPES = pytest.mark.parametrize("shape", [(3,), (2, 3), (-1, 3)])
