@@ -25,8 +25,8 @@ from embedcache.provenance import (
 )
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space
-from embedcache.train.checkpoint import check_not_extended
-from embedcache.train.data import FAILED, TrainData, check_failed, failed_digests
+from embedcache.train.checkpoint import FAILED, check_failed, check_not_extended, failed_digests
+from embedcache.train.data import TrainData
 
 FORMAT_VERSION = 2
 """Newest format of a study: 1 is of images and texts, 2 of any other pair of modalities."""

@@ -16,11 +16,13 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
+from embedcache.dataset.inputs import PLAIN
 from embedcache.dataset.splits import check_split
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, FingerprintError, PathError, one_line, pluralize
 from embedcache.files import replacing
 from embedcache.locks import Leases
+from embedcache.modalities import noun
 from embedcache.projectors.saved import checked_weights_path, config_path, read_run_record, split_path
 from embedcache.provenance import (
     check_same,
@@ -32,10 +34,11 @@ from embedcache.provenance import (
     write_json,
 )
 from embedcache.store.cache import Cache
-from embedcache.train.data import FAILED, check_failed
+from embedcache.train.data import TrainData
 from embedcache.train.distributed import gather_objects, num_processes, process_rank
 from embedcache.train.settings import MachineSettings
 from embedcache.train.trackers import TrackedRun, Trackers
+from embedcache.train.views import parse_views
 
 _UNREADABLE = (
     *(RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError),
@@ -193,6 +196,8 @@ class RunLog:
 
 
 T = TypeVar("T")
+FAILED = "failed "
+"""Start of the names of `failed_digests` in the config of a run."""
 _FILES = (
     ".claims",
     "started.json",
@@ -288,6 +293,48 @@ def check_not_extended(made: str, index_digest: str, caches: Sequence[Cache], *,
             raise FingerprintError(
                 f"{made} when {grown.path} had {pluralize(num_new, 'sample')} fewer; {next_step}, which stays valid "
                 f"for the first {len(grown) - num_new:,} samples"
+            )
+
+
+def failed_digests(data: TrainData, views: Sequence[str] = ()) -> dict[str, str]:
+    """Return the SHA-256 of the rows that lack a feature, by names such as `failed image` and `failed image@flip`.
+
+    Sides and views that all items have are left out. Reads commits only.
+
+    Args:
+        views: as the setting of training has them.
+
+    Raises:
+        UnfinishedError: a feature has missing chunks.
+    """
+    found = dict(data.sides)
+    for modality, weights in parse_views(views).items():
+        opened = data.open_views(modality, weights)
+        found |= {f"{modality}@{view}": features for view, features in opened.items() if view != PLAIN}
+    digests = {}
+    for name, features in found.items():
+        for feature in features:
+            feature.require_complete()
+        rows = [feature.failed_rows for feature in features]
+        if any(map(len, rows)):
+            digests[f"{FAILED}{name}"] = digest([hashlib.sha256(own.tobytes()).hexdigest() for own in rows])
+    return digests
+
+
+def check_failed(what: str, stored: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Check that the items that lack features are those that did when something was trained, by `failed_digests`.
+
+    The first runs and studies have not recorded it, which is no difference.
+
+    Raises:
+        FingerprintError: items were retried since.
+    """
+    for name, value in stored.items():
+        if name.startswith(FAILED) and now.get(name) != value:
+            modality, _, view = name.removeprefix(FAILED).partition("@")
+            raise FingerprintError(
+                f"{what} was made when other {noun(modality)}{view and ' of the view ' + view} had no features, which "
+                "were retried since; give the path of a new folder to train with them"
             )
 
 

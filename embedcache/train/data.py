@@ -1,10 +1,10 @@
-"""The input of a training run: features of two modalities of one or several caches, and their pairs."""
+"""The input of a training run: two features of one or several caches, and their pairs, divided by the run's split."""
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,17 +20,19 @@ from embedcache.dataset.inputs import (
     view_feature,
 )
 from embedcache.dataset.pairs import Pairs, pair_items, shared_samples
+from embedcache.dataset.selections import read_selection
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import Split
+from embedcache.dataset.splits import PARTS, Split, read_split, write_split
 from embedcache.dataset.splitting import make_split
-from embedcache.errors import DataError, FingerprintError, SettingError, pluralize
-from embedcache.files import AnyPath, one_or_many
-from embedcache.modalities import noun, order_pair
+from embedcache.errors import DataError, SettingError, pluralize
+from embedcache.files import AnyPath, one_or_many, read_file, write_atomic
+from embedcache.modalities import order_pair
 from embedcache.progress import NullProgress, Progress
-from embedcache.projectors.saved import TowerInput
+from embedcache.projectors.saved import TowerInput, run_selection_path, split_path
 from embedcache.provenance import check_same, digest
 from embedcache.store.cache import Cache
 from embedcache.store.keys import key_column
+from embedcache.train.distributed import run_on_first
 from embedcache.train.settings import TrainSettings
 from embedcache.train.views import DrawnViews, merge_inputs, parse_views
 
@@ -261,6 +263,100 @@ def _gather(readers: Sequence[Reader], stops: Ints, rows: Ints, dtype: np.dtype[
     return merge_inputs(parts, len(rows), dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DividedPairs:
+    """The pairs of the training and of the validation part.
+
+    Args:
+        num_samples: part -> samples with both features; of training, those that are used.
+        num_held_out: samples of the selection in the validation or test part; None without a selection.
+    """
+
+    training: Pairs
+    validation: Pairs
+    num_samples: dict[str, int]
+    num_held_out: int | None
+
+
+def divide_pairs(data: TrainData, run_path: Path, settings: TrainSettings, progress: Progress) -> DividedPairs:
+    """Pair the items of both features and divide them by the split of the run, which is made unless it exists.
+
+    Memory: 24 bytes per item of the parts, and for a moment about 150 per sample; the split and the other pairs are not
+    kept.
+
+    Raises:
+        DataError: the training or the validation part has no pairs.
+    """
+    pairs = data.pairs(settings.language, progress=progress)
+    made = run_on_first(lambda: _write_split(data, pairs, run_path, settings, progress))
+    split = made or read_split(split_path(run_path), data.caches)
+    selected = None
+    if settings.selection_path is not None:
+        selected = read_selection(settings.selection_path, data.caches)
+    training = _shuffle_pairs(_training_pairs(data, pairs, split, selected, settings), settings)
+    validation = _shuffle_pairs(pairs.select(split.rows("val")), settings)
+    if not len(validation.samples):
+        raise DataError(
+            f"validation part of {split_path(run_path)}: expected samples with both features, got none; "
+            "check --language"
+        )
+    counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
+    if left_out := split.parts.count(""):
+        counts["left out"] = left_out
+    return DividedPairs(
+        training=training,
+        validation=validation,
+        num_samples={**counts, "train": len(training.samples)},
+        num_held_out=None if selected is None else int((split.mask("val") | split.mask("test"))[selected].sum()),
+    )
+
+
+def _write_split(
+    data: TrainData, pairs: Pairs, run_path: Path, settings: TrainSettings, progress: Progress
+) -> Split | None:
+    """Write the split of a run and a copy of its selection, and return the split; None if an interrupted run did."""
+    path = split_path(run_path)
+    if path.is_file():
+        return None
+    if (kept := run_selection_path(run_path, settings.selection)) and settings.selection_path:
+        write_atomic(kept, read_file(settings.selection_path))
+    is_default = settings.split.kind == "strict" and "split" not in settings.given
+    if is_default and any("split" in cache.columns for cache in data.caches):
+        progress.note("--split strict ignores the column 'split' of the samples; --split column follows it")
+    split = data.split(pairs, settings.split, progress=progress)
+    write_split(path, split)
+    return split
+
+
+def _training_pairs(
+    data: TrainData, pairs: Pairs, split: Split, selected: Ints | None, settings: TrainSettings
+) -> Pairs:
+    """Return the pairs of the training part that are in the selection, if there is one, with the views of both sides.
+
+    Raises:
+        DataError: there are none.
+    """
+    rows: Ints = split.rows("train")
+    if selected is not None:
+        rows = np.intersect1d(rows, selected, assume_unique=True)
+    views = parse_views(settings.views)
+    training = data.with_views(pairs.select(rows), views) if views else pairs.select(rows)
+    if not len(training.samples):
+        named = "" if settings.selection is None else f" in selection {settings.selection_path}"
+        raise DataError(f"training part{named}: expected samples with both features, got none; check --language")
+    return training
+
+
+def _shuffle_pairs(pairs: Pairs, settings: TrainSettings) -> Pairs:
+    """Assign each sample's second items, to another sample if `shuffle_pairs` is set, so that only chance remains."""
+    if not settings.shuffle_pairs:
+        return pairs
+    samples = pairs.samples
+    shuffled = np.random.default_rng(settings.seed).permutation(samples)
+    second = replace(pairs.second, samples=shuffled[np.searchsorted(samples, pairs.second.samples)])
+    return Pairs(first=pairs.first, second=second)
+
+
 def view_digests(data: TrainData, settings: TrainSettings) -> dict[str, str]:
     """Return the SHA-256 of the fingerprint of each view that is drawn."""
     views = parse_views(settings.views)
@@ -272,49 +368,3 @@ def view_digests(data: TrainData, settings: TrainSettings) -> dict[str, str]:
         for modality, weights in views.items()
         for view, features in data.open_views(modality, weights).items()
     }
-
-
-FAILED = "failed "
-"""Start of the names of `failed_digests` in the config of a run."""
-
-
-def failed_digests(data: TrainData, views: Sequence[str] = ()) -> dict[str, str]:
-    """Return the SHA-256 of the rows that lack a feature, by names such as `failed image` and `failed image@flip`.
-
-    Sides and views that all items have are left out. Reads commits only.
-
-    Args:
-        views: as the setting of training has them.
-
-    Raises:
-        UnfinishedError: a feature has missing chunks.
-    """
-    found = dict(data.sides)
-    for modality, weights in parse_views(views).items():
-        opened = data.open_views(modality, weights)
-        found |= {f"{modality}@{view}": features for view, features in opened.items() if view != PLAIN}
-    digests = {}
-    for name, features in found.items():
-        for feature in features:
-            feature.require_complete()
-        rows = [feature.failed_rows for feature in features]
-        if any(map(len, rows)):
-            digests[f"{FAILED}{name}"] = digest([hashlib.sha256(own.tobytes()).hexdigest() for own in rows])
-    return digests
-
-
-def check_failed(what: str, stored: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Check that the items that lack features are those that did when something was trained, by `failed_digests`.
-
-    The first runs and studies have not recorded it, which is no difference.
-
-    Raises:
-        FingerprintError: items were retried since.
-    """
-    for name, value in stored.items():
-        if name.startswith(FAILED) and now.get(name) != value:
-            modality, _, view = name.removeprefix(FAILED).partition("@")
-            raise FingerprintError(
-                f"{what} was made when other {noun(modality)}{view and ' of the view ' + view} had no features, which "
-                "were retried since; give the path of a new folder to train with them"
-            )

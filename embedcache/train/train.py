@@ -31,18 +31,16 @@ from embedcache.provenance import digest_file, from_record, to_record
 from embedcache.records import record_stage
 from embedcache.settings import merge_settings
 from embedcache.train.batches import Loader
-from embedcache.train.checkpoint import check_not_extended, finish_run, name_device, reuse_run, start_run
-from embedcache.train.data import (
-    Names,
-    Paths,
-    TrainData,
+from embedcache.train.checkpoint import (
+    check_not_extended,
     failed_digests,
-    name_features,
-    open_data,
-    view_digests,
+    finish_run,
+    name_device,
+    reuse_run,
+    start_run,
 )
+from embedcache.train.data import Names, Paths, TrainData, divide_pairs, name_features, open_data, view_digests
 from embedcache.train.distributed import num_processes, process_group, process_rank, run_on_first
-from embedcache.train.divided_pairs import divide_pairs
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
 from embedcache.train.pair import PairTask, Validation, pair_parts

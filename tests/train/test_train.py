@@ -55,7 +55,7 @@ def finished(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_split_that_was_just_written_is_not_read(
     cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedcache.train.divided_pairs.read_split", None)
+    monkeypatch.setattr("embedcache.train.data.read_split", None)
     assert run(cache_path, tmp_path / "run", epochs=1).num_samples == {"train": 195, "val": 30, "test": 75}
 
 
