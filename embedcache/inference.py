@@ -24,9 +24,9 @@ from embedcache.files import AnyPath
 from embedcache.likelihood.items import ItemLike, item_name, list_items, prepare_item
 from embedcache.likelihood.model import LikelihoodModel, Scores, load_likelihood
 from embedcache.modalities import list_distinct, list_texts
+from embedcache.projectors.heads import TokenTower
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.saved import PairConfig, is_pair, load_pair, project, read_run
-from embedcache.projectors.towers import TokenTower
 from embedcache.sources.images import ImageLike, list_images, load_image
 from embedcache.transcription.model import SpeechModel, load_speech
 

@@ -7,7 +7,7 @@ weights and without subfolders:
     modeling_embedcache.py            the model (only of the format transformers)
     projectors.py                     which classes are the projectors of the run; written here (likewise)
     image_processing_embedcache.py    the image processor (also of ONNX graphs of whole towers)
-    heads.py, towers.py, arrays.py …  modules of embedcache that these import, by their last name
+    heads.py, arrays.py …             modules of embedcache that these import, by their last name
     visplug_heads.py, visplug_util.py modules of a plug-in `visplug` with a projector, by their full name
 
 All but `projectors.py` are copies of modules, with a first line that names the module; only their imports of each other

@@ -20,10 +20,11 @@ from embedcache.projectors.heads import (
     OpenClipImageMlp,
     OpenClipLinear,
     OpenClipTextMlp,
+    RawTower,
     ShareLockProjector,
+    TokenTower,
 )
 from embedcache.projectors.pair import AnyTower
-from embedcache.projectors.towers import RawTower, TokenTower
 
 _Affine = tuple[Tensor, Tensor]  # (a, b) of x -> a x + b, in float64
 _Refuse = Callable[[str], SettingError]

@@ -26,9 +26,9 @@ from embedcache.export.base import (
 )
 from embedcache.export.code import copy_code
 from embedcache.export.transformers import load_exported, write_transformers
+from embedcache.projectors.heads import TokenTower
 from embedcache.projectors.pair import AnyTower
 from embedcache.projectors.saved import project
-from embedcache.projectors.towers import TokenTower
 from embedcache.registry import require
 
 _PROJECTORS_CODE = """\

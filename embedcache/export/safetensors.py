@@ -6,9 +6,8 @@ from typing import Any
 
 from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
-from embedcache.projectors.heads import IdentityProjector, LinearProjector, MlpProjector
+from embedcache.projectors.heads import IdentityProjector, LinearProjector, MlpProjector, RawTower, TokenTower, Tower
 from embedcache.projectors.saved import save_weights
-from embedcache.projectors.towers import RawTower, TokenTower, Tower
 from embedcache.provenance import write_json
 
 _HEAD = """\

@@ -23,7 +23,7 @@ from embedcache.encoders.open import EncoderSpec, feature_names
 from embedcache.encoders.text_features import SentenceFeatures, TextFeatures
 from embedcache.encoders.weights import find_model_folder, load_pretrained
 from embedcache.export.base import ExportRun, check_plain, unsupported
-from embedcache.projectors.towers import RawTower, TokenTower
+from embedcache.projectors.heads import RawTower, TokenTower
 
 _STALE_OPTIONS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")
 """Options that a tokenizer remembers from earlier use; a processor would truncate texts at that `max_length`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from embedcache.errors import DataError
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
-from embedcache.projectors.towers import RawTower, TokenTower, Tower
+from embedcache.projectors.heads import RawTower, TokenTower, Tower
 
 AnyTower: TypeAlias = Tower | RawTower | TokenTower
 

@@ -13,8 +13,8 @@ from embedcache.errors import SettingError
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import HasAnchors, HasLinearBranch
 from embedcache.projectors.closed_form import Moments, solve
+from embedcache.projectors.heads import RawTower, Tower
 from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.projectors.towers import RawTower, Tower
 from embedcache.train.settings import Initialization, ModelSettings
 
 _BLOCK = 8192

@@ -12,9 +12,9 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.export.export import export_run
 from embedcache.projectors.base import HasAnchors
+from embedcache.projectors.heads import RawTower, Tower
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, save_pair, split_path
-from embedcache.projectors.towers import RawTower, Tower
 
 
 def tower_input(modality: Modality, spec: str, feature: str) -> TowerInput:

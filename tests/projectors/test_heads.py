@@ -127,7 +127,7 @@ def test_split_names() -> None:
 
 def test_projector_takes_two_widths() -> None:
     with pytest.raises(SettingError, match="is no projector: expected a class or function that takes 2 positional arg"):
-        PROJECTORS.load("embedcache.projectors.towers:Tower")  # takes a projector too
+        PROJECTORS.load("embedcache.projectors.heads:Tower")  # takes a projector too
 
 
 def test_unknown_projector_suggests_a_name() -> None:

@@ -8,8 +8,8 @@ from embedcache.arrays import Inputs, Ints, normalize
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import DataError, SettingError
+from embedcache.projectors.heads import Tower
 from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.projectors.towers import Tower
 from embedcache.train import initialization
 from embedcache.train.initialization import initialize
 from embedcache.train.settings import Initialization, ModelSettings

@@ -17,7 +17,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 from embedcache.encoders.image_features import FeatureName, ImageFeatures, TimmFeatures, patch_pool
 from embedcache.encoders.text_features import Dense, SentenceFeatures, TextFeatures
 from embedcache.export.hub_code.projectors import ImageProjector, TextProjector
-from embedcache.projectors.towers import RawTower, TokenTower, Tower
+from embedcache.projectors.heads import RawTower, TokenTower, Tower
 
 
 class EmbedcacheConfig(transformers.PretrainedConfig):  # type: ignore[misc]
