@@ -16,8 +16,7 @@ from embedcache.cli.inspect import inspect, repaired, verify
 from embedcache.cli.quickstart import quickstart
 from embedcache.cli.search import search
 from embedcache.cli.serve import serve
-from embedcache.cli.sweep import sweep
-from embedcache.cli.train import train
+from embedcache.cli.train import sweep, train
 from embedcache.cli.transcribe import transcribe
 from embedcache.errors import PathError
 from embedcache.registry import search_plugins_in
