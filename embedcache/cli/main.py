@@ -14,8 +14,7 @@ from embedcache.cli.extract import extract, kept_chunks
 from embedcache.cli.failures import FINISHED_WORK, run_program
 from embedcache.cli.inspect import inspect, repaired, verify
 from embedcache.cli.quickstart import quickstart
-from embedcache.cli.search import search
-from embedcache.cli.serve import serve
+from embedcache.cli.search import search, serve
 from embedcache.cli.train import sweep, train
 from embedcache.cli.transcribe import transcribe
 from embedcache.errors import PathError
