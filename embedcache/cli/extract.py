@@ -1,4 +1,4 @@
-"""embedcache extract"""
+"""embedcache extract and derive"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from embedcache.cli.options import Json, Output, by_modality, with_settings
+from embedcache.cli.options import CacheArgument, Json, Output, by_modality, with_settings
+from embedcache.derive.settings import DeriveSettings
 from embedcache.errors import SettingError, pluralize
 from embedcache.extract.settings import ExtractSettings
 from embedcache.modalities import noun
@@ -108,6 +109,27 @@ def kept_chunks(parameters: Mapping[str, Any]) -> str:
         return "nothing was encoded yet"
     num_items = read_info(path).chunk_size
     return f"finished chunks of {pluralize(num_items, 'item')} are kept (--chunk-size sets the number for a new cache)"
+
+
+@with_settings(settings=DeriveSettings)
+def derive(cache: CacheArgument, as_json: Json = False, output: Output = None, *, settings: DeriveSettings) -> None:
+    """Compute features from cached ones, by a run or a rule.
+
+    They are features of the cache like any other. Run the same command again to resume an interrupted derivation, or
+    after new samples were extracted.
+
+    Example: embedcache derive cache/ --run run/ --run-output projected
+    """
+    from embedcache.cli.console import open_progress, print_line, publish, to_plain
+    from embedcache.derive.derive import derive_with_settings
+
+    reports = derive_with_settings(cache, settings, progress=open_progress())
+
+    def show() -> None:
+        for report in reports:
+            print_line(report.line())
+
+    publish(show, lambda: [to_plain(report) for report in reports], as_json=as_json, output=output)
 
 
 _Outcome: TypeAlias = tuple[Any, Callable[[], None]]

@@ -9,8 +9,7 @@ from typer.core import TyperGroup
 
 from embedcache.cli import cache, curate, evaluate, export, import_
 from embedcache.cli.commands import CommandGroup, add_command
-from embedcache.cli.derive import derive
-from embedcache.cli.extract import extract, kept_chunks
+from embedcache.cli.extract import derive, extract, kept_chunks
 from embedcache.cli.failures import FINISHED_WORK, run_program
 from embedcache.cli.inspect import inspect, repaired, verify
 from embedcache.cli.quickstart import quickstart
