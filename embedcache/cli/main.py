@@ -8,10 +8,10 @@ import typer
 from typer.core import TyperGroup
 
 from embedcache.cli import cache, curate, evaluate, export, import_
+from embedcache.cli.cache import inspect, repaired, verify
 from embedcache.cli.commands import CommandGroup, add_command
 from embedcache.cli.extract import derive, extract, kept_chunks
 from embedcache.cli.failures import FINISHED_WORK, run_program
-from embedcache.cli.inspect import inspect, repaired, verify
 from embedcache.cli.quickstart import quickstart
 from embedcache.cli.search import search, serve
 from embedcache.cli.train import sweep, train
