@@ -21,7 +21,7 @@ from embedcache.errors import EmbedcacheError, ItemError, UnknownNameError
 from embedcache.modalities import noun, one_noun
 from embedcache.serve.batching import Batcher, BusyError, SearchQuery, SearchResult, search_batch
 from embedcache.serve.guard import BUG, IMAGE_SEARCH_PATH
-from embedcache.serve.items import KEPT, ServedItems, respond_with_part
+from embedcache.serve.media import KEPT, ImageThreads, ServedItems, Uploads, respond_with_part
 from embedcache.serve.schema import (
     MAX_HITS,
     CardOut,
@@ -40,7 +40,6 @@ from embedcache.serve.schema import (
     ServerInfo,
 )
 from embedcache.serve.service import InfoTable, SearchService, info_tables
-from embedcache.serve.uploads import ImageThreads, Uploads
 
 _Row = Annotated[int, Path(ge=0, le=10**12)]
 _Range = Annotated[str | None, Header(alias="Range")]

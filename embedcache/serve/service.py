@@ -19,8 +19,8 @@ from embedcache.search.hits import Hit
 from embedcache.search.search import OpenIndex
 from embedcache.search.settings import Filter
 from embedcache.serve.coverage import CoverageData, measure_served_coverage, read_coverage
-from embedcache.serve.items import ServedItems
 from embedcache.serve.maps import ServedMap
+from embedcache.serve.media import ServedItems
 from embedcache.serve.schema import SearchOptions
 from embedcache.serve.settings import ServeSettings
 from embedcache.store.layout import SAMPLES

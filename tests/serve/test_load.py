@@ -18,15 +18,15 @@ from starlette.testclient import TestClient
 
 from embedcache.processes import check_cancelled
 from embedcache.progress import NullProgress
+from embedcache.serve import media
 from embedcache.serve import server as server_module
-from embedcache.serve import uploads as uploads_module
 from embedcache.serve.app import make_app
 from embedcache.serve.batching import BusyError
 from embedcache.serve.guard import RequestGuard
+from embedcache.serve.media import ImageThreads, Uploads, return_memory
 from embedcache.serve.server import bind, config, serve
 from embedcache.serve.service import SearchService, ServePaths
 from embedcache.serve.settings import ServeSettings
-from embedcache.serve.uploads import ImageThreads, Uploads, return_memory
 
 _HEAD = "{} HTTP/1.1\r\nHost: localhost\r\n{}\r\n\r\n"
 
@@ -191,7 +191,7 @@ def test_decoding_ends_with_its_request() -> None:
 def test_memory_of_images_is_returned(client: TestClient, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The C library kept hundreds of megabytes of decoded images for the next one."""
     returned = threading.Event()
-    monkeypatch.setattr(uploads_module, "return_memory", returned.set)
+    monkeypatch.setattr(media, "return_memory", returned.set)
     path = root / "photos" / "val" / "dog" / "00003.png"
     assert client.post("/api/search/image?k=1", content=path.read_bytes()).status_code == 200
     assert returned.wait(20)

@@ -20,7 +20,7 @@ from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
-from embedcache.serve.items import respond_with_part
+from embedcache.serve.media import respond_with_part
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
@@ -75,7 +75,7 @@ def test_video_is_sent_as_it_is_stored(client: TestClient, media: Path) -> None:
 
 def test_parts_of_a_file(client: TestClient, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = (media / "files" / "square.webm").read_bytes()
-    monkeypatch.setattr("embedcache.serve.items._MAX_PART_BYTES", 1000)
+    monkeypatch.setattr("embedcache.serve.media._MAX_PART_BYTES", 1000)
     parts, size = b"", len(data)
     while len(parts) < size:
         answer = client.get("/api/videos/0/play", headers={"Range": f"bytes={len(parts)}-"})
@@ -99,7 +99,7 @@ def test_parts_of_a_file(client: TestClient, media: Path, monkeypatch: pytest.Mo
 
 def test_whole_file_is_sent_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that reads slowly, or not at all, held all of it in the memory of the server."""
-    monkeypatch.setattr("embedcache.serve.items._MAX_PART_BYTES", 1000)
+    monkeypatch.setattr("embedcache.serve.media._MAX_PART_BYTES", 1000)
     response = respond_with_part(PlayedFile(data=bytes(range(256)) * 10, media_type="video/mp4"), None)
     parts = list[bytes]()
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_played_says_why(client: TestClient, media: Path, monkeyp
     )  # fmt: skip
     for path in ("/api/videos/2/play", "/api/recordings/2/play", "/api/images/0/play", "/api/texts/0/thumbnail"):
         assert client.get(path).status_code == 404
-    monkeypatch.setattr("embedcache.serve.items._MAX_FILE_BYTES", 1_000)
+    monkeypatch.setattr("embedcache.serve.media._MAX_FILE_BYTES", 1_000)
     with visit(open_index(media / "audio")) as limited:
         for path in ("recordings/0", "videos/0"):
             answer = limited.get(f"/api/{path}/play")

@@ -1,33 +1,90 @@
-"""Query images: received within a limit of memory, decoded a few at a time, and their memory returned afterwards."""
+"""Media: images, recordings and videos of a cache as a browser shows and plays them, and images that visitors send.
+
+Both are decoded a few at a time, on the same threads, and their memory is returned afterwards.
+"""
 
 import asyncio
 import ctypes
 import gc
+import re
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, TypeVar
 
+from fastapi import Response
+from fastapi.responses import StreamingResponse
 from PIL.Image import Image
 
+from embedcache.dataset.thumbnails import PLAYED, PlayedFile, Thumbnails
 from embedcache.processes import cancelled_by
 from embedcache.serve.batching import BusyError
 from embedcache.sources.images import WHITE, decode_image
+from embedcache.store.cache import Cache
 
 _T = TypeVar("_T")
 
+KEPT = {"Cache-Control": "private, max-age=86400"}
+_THUMBNAIL_PX = 224
+_IMAGE_PX = 1280
+_NUM_CACHED_THUMBNAILS = 4096  # about 6 kB each
+_NUM_CACHED_FILES = 4
+_MAX_FILE_BYTES = 2**26
+"""Largest file that is played: 35 minutes of sound."""
+_MAX_PART_BYTES = 2**20
+"""Largest part of a file that is sent at once, so that a player that reads slowly holds no more memory."""
+_RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
 _NUM_DECODERS = 2
 """Images decoded at the same time; each may take a quarter of a gigabyte."""
-
 _MAX_IMAGES = 4
 """Query images in memory at the same time, from decoding to the response; others wait as files."""
-
 _MAX_FILES = 8
 """Files in memory at the same time, as a multiple of the largest one."""
-
 _QUIET_S = 0.5
+
+
+class ServedItems:
+    """Items of one modality of a possibly untrusted cache; arguments and errors are those of `Thumbnails`.
+
+    `image` and `thumbnail` return the image of the item in a row as a WebP file, and `play` the recording or video as a
+    file to play; all are thread-safe. Images and recordings are decoded and encoded again, so no byte of a source's
+    file reaches a browser; a video is sent as it is stored.
+    """
+
+    def __init__(self, cache: Cache, modality: str, folders: Sequence[Path] = ()) -> None:
+        self.num_items, self.is_played = cache.info.num_items.get(modality, 0), modality in PLAYED
+        thumbnails = Thumbnails(cache, folders, modality)
+        self.folders = thumbnails.folders
+        self.thumbnail = lru_cache(maxsize=_NUM_CACHED_THUMBNAILS)(partial(thumbnails.webp, size_px=_THUMBNAIL_PX))
+        self.image = partial(thumbnails.webp, size_px=_IMAGE_PX)
+        self.play = lru_cache(maxsize=_NUM_CACHED_FILES)(partial(thumbnails.play, max_bytes=_MAX_FILE_BYTES))
+
+
+def respond_with_part(file: PlayedFile, part: str | None) -> Response:
+    """Return the part of a file that a player asks for with the header `Range`, at most 1 MiB; without it, all.
+
+    A player that gets less than it asked for, or jumps to another time, sends the next request. What is no range of one
+    part counts as no header, as HTTP allows; the whole file is then sent as fast as it is received.
+    """
+    match, size = _RANGE.fullmatch(part or ""), len(file.data)
+    headers = {**KEPT, "Accept-Ranges": "bytes"}
+    if match is None:
+        length = {"Content-Length": str(size)}
+        return StreamingResponse(_parts(file.data), media_type=file.media_type, headers={**headers, **length})
+    first, last = int(match[1]), int(match[2] or size)
+    if first >= size or last < first:
+        return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{size}"})
+    stop = min(last + 1, first + _MAX_PART_BYTES, size)
+    headers["Content-Range"] = f"bytes {first}-{stop - 1}/{size}"
+    return Response(file.data[first:stop], 206, media_type=file.media_type, headers=headers)
+
+
+async def _parts(data: bytes) -> AsyncIterator[bytes]:
+    for first in range(0, len(data), _MAX_PART_BYTES):
+        yield data[first : first + _MAX_PART_BYTES]
 
 
 class ImageThreads:
