@@ -162,11 +162,13 @@ def evaluate_pairs(
     settings = replace_flat(settings, with_split_seed(options, settings))
     cache = Cache(cache)
     named = _name_features(cache, settings, feature)
-    (firsts, skipped), (seconds, also_skipped) = (open_features(cache, name, names) for name, names in named.items())
+    (first_features, skipped), (second_features, also_skipped) = (
+        open_features(cache, name, names) for name, names in named.items()
+    )
     for line in (skipped := [*skipped, *also_skipped]):
         progress.note(line)
-    pairs = draw_samples(cache, firsts, seconds, settings)
-    sample = split_samples(pairs, cache, (firsts[0], seconds[0]), settings.split, progress)
+    pairs = draw_samples(cache, first_features, second_features, settings)
+    sample = split_samples(pairs, cache, (first_features[0], second_features[0]), settings.split, progress)
     num_candidates = min(len(sample.val.first.rows), len(sample.val.second.rows))
     if num_candidates <= _RECALL_K:  # then any order of them has a recall of 1
         raise DataError(
@@ -176,16 +178,16 @@ def evaluate_pairs(
         )
     if settings.k >= len(sample.samples):
         raise SettingError(f"k: expected less than the {len(sample.samples)} compared samples, got {settings.k}")
-    metrics = _measure_pairs(sample, firsts, seconds, settings, progress)
+    metrics = _measure_pairs(sample, first_features, second_features, settings, progress)
     return PairsReport(
         pairs=sorted(metrics, key=lambda pair: -pair.probe),
-        pooling={feature.name: _pooling(feature) for feature in (*firsts, *seconds)},
+        pooling={feature.name: _pooling(feature) for feature in (*first_features, *second_features)},
         num_drawn=len(pairs.samples),
         num_compared=len(sample.samples),
         num_trained=len(sample.train.samples),
         num_held=len(sample.val.samples),
         num_groups=len(distinct(sample.groups)),
-        split=_split_line(settings.split, firsts[0], seconds[0]),
+        split=_split_line(settings.split, first_features[0], second_features[0]),
         language=settings.language,
         k=settings.k,
         seed=settings.seed,
@@ -226,18 +228,18 @@ def _split_line(settings: SplitSettings, first: InputFeature, second: InputFeatu
 
 def _measure_pairs(
     sample: PairSample,
-    firsts: Sequence[InputFeature],
-    seconds: Sequence[InputFeature],
+    first_features: Sequence[InputFeature],
+    second_features: Sequence[InputFeature],
     settings: PairsSettings,
     progress: Progress,
 ) -> list[PairMetrics]:
     """Measure every pair: all second features are prepared first, then one first feature after another."""
     products = products_on(settings.device)
-    _note_duration(sample, firsts, seconds, settings.k, progress, products)
-    progress.start("encoder pairs", len(firsts) * len(seconds), "pairs")
-    prepared = [_prepare(feature, sample.pairs.second, sample, settings.k, products) for feature in seconds]
+    _note_duration(sample, first_features, second_features, settings.k, progress, products)
+    progress.start("encoder pairs", len(first_features) * len(second_features), "pairs")
+    prepared = [_prepare(feature, sample.pairs.second, sample, settings.k, products) for feature in second_features]
     metrics = []
-    for feature in firsts:
+    for feature in first_features:
         first = _prepare(feature, sample.pairs.first, sample, settings.k, products)
         for second in prepared:
             metrics.append(_measure(sample, first, second, settings.resamples, products))
@@ -248,14 +250,14 @@ def _measure_pairs(
 
 def _note_duration(
     sample: PairSample,
-    firsts: Sequence[InputFeature],
-    seconds: Sequence[InputFeature],
+    first_features: Sequence[InputFeature],
+    second_features: Sequence[InputFeature],
     k: int,
     progress: Progress,
     products: Products,
 ) -> None:
     """Report how long the neighbors of all features and the probes of all pairs will take."""
-    features = [*firsts, *seconds]
+    features = [*first_features, *second_features]
     width = sum(feature.width for feature in features) // len(features)
     note_duration(
         progress,
@@ -264,7 +266,9 @@ def _note_duration(
         width,
         compare=lambda rows_ND, others_ND: top_k(rows_ND, others_ND, min(k, len(others_ND)), products=products),
     )
-    num_ranked = 2 * len(firsts) * len(seconds) * len(sample.val.first.rows) * len(sample.val.second.rows)
+    num_ranked = (
+        2 * len(first_features) * len(second_features) * len(sample.val.first.rows) * len(sample.val.second.rows)
+    )
     note_ranking(progress, num_ranked, min(_SHARED_WIDTH, width), products=products)
 
 

@@ -53,13 +53,16 @@ def open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[li
 
 
 def draw_samples(
-    cache: Cache, firsts: Sequence[InputFeature], seconds: Sequence[InputFeature], settings: PairsSettings
+    cache: Cache,
+    first_features: Sequence[InputFeature],
+    second_features: Sequence[InputFeature],
+    settings: PairsSettings,
 ) -> Pairs:
     """Draw samples without replacement from those that have an item of each modality with all of its features."""
-    pairs = pair_items([cache], firsts[:1], seconds[:1], language=settings.language)
+    pairs = pair_items([cache], first_features[:1], second_features[:1], language=settings.language)
     first, second = (
         items.where(np.logical_and.reduce([feature.valid for feature in features])[items.rows])
-        for items, features in ((pairs.first, firsts), (pairs.second, seconds))
+        for items, features in ((pairs.first, first_features), (pairs.second, second_features))
     )
     samples = np.intersect1d(distinct(first.samples), distinct(second.samples), assume_unique=True)
     if len(samples) < _MIN_SAMPLES:

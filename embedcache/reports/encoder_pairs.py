@@ -76,20 +76,20 @@ def _heat_map(report: PairsReport, metric: str) -> str:
 
     Both are in order of their mean probe, best first, so that the heat maps of all metrics have the same layout.
     """
-    firsts, seconds = (_by_probe(report.pairs, modality) for modality in report.pairs[0].features)
-    axes = open_axes(0.9 + 0.55 * len(firsts), width=2.6 + 1.35 * len(seconds))
+    first_names, second_names = (_by_probe(report.pairs, modality) for modality in report.pairs[0].features)
+    axes = open_axes(0.9 + 0.55 * len(first_names), width=2.6 + 1.35 * len(second_names))
     pairs = {tuple(pair.features.values()): pair for pair in report.pairs}
-    values = np.array([[pairs[first, second].value(metric) for second in seconds] for first in firsts])
+    values = np.array([[pairs[first, second].value(metric) for second in second_names] for first in first_names])
     lowest = min(0.0, values.min())  # colors start at 0, so that a small difference looks small
     scale = Normalize(lowest, lowest + (values.max() - lowest) / _DARKEST)
     axes.imshow(values, cmap=colormaps["Blues"], norm=scale, aspect="auto")
     centered: dict[str, Any] = {"ha": "center", "va": "center", "color": "#1f2933"}
-    for row, first in enumerate(firsts):
-        for column, second in enumerate(seconds):
+    for row, first in enumerate(first_names):
+        for column, second in enumerate(second_names):
             axes.text(column, row - 0.12, format_fraction(values[row, column]), **centered)
             axes.text(column, row + 0.25, _interval(pairs[first, second], metric), fontsize=7, **centered)
-    axes.set_xticks(range(len(seconds)), [name.replace("/", "/\n", 1) for name in seconds], fontsize=8)
-    axes.set_yticks(range(len(firsts)), [name.replace("/", "/\n", 1) for name in firsts], fontsize=8)
+    axes.set_xticks(range(len(second_names)), [name.replace("/", "/\n", 1) for name in second_names], fontsize=8)
+    axes.set_yticks(range(len(first_names)), [name.replace("/", "/\n", 1) for name in first_names], fontsize=8)
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
     return svg(axes.figure)
