@@ -14,7 +14,7 @@ from embedcache.errors import DataError, UnknownNameError
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
-from embedcache.store.hashes import HASH, number_contents
+from embedcache.store.commits import HASH, number_contents
 
 ANY_LANGUAGE = "any"
 """The value of `--language` that keeps all captions."""

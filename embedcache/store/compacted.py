@@ -23,8 +23,7 @@ from embedcache.errors import ArtifactError, CorruptError, PathError, one_line
 from embedcache.files import replacing
 from embedcache.store.checksums import column_checksum
 from embedcache.store.columns import Column, DeferredColumn, SparseColumn, is_none, to_array
-from embedcache.store.commits import Commit, commit_metadata, make_commit, read_commit
-from embedcache.store.hashes import HASH, HASH_BYTES, to_bytes
+from embedcache.store.commits import HASH, HASH_BYTES, Commit, commit_metadata, make_commit, read_commit, to_bytes
 from embedcache.store.layout import commit_name, commit_path
 from embedcache.store.tables import open_table
 

@@ -17,9 +17,8 @@ from embedcache.progress import Progress
 from embedcache.provenance import digest
 from embedcache.store.arrays import REPAIR, max_maps, open_chunk
 from embedcache.store.columns import Column, is_none, to_array
-from embedcache.store.commits import Commit
+from embedcache.store.commits import HASH, Commit
 from embedcache.store.group import EncoderGroup, read_axis, read_feature
-from embedcache.store.hashes import HASH
 
 T = TypeVar("T")
 

@@ -21,11 +21,10 @@ from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_m
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import TableChecksums
 from embedcache.store.columns import is_none, to_array
-from embedcache.store.commits import Commit, hash_item, read_commit
+from embedcache.store.commits import HASH, Commit, hash_item, read_commit, to_bytes
 from embedcache.store.compacted import check_compacted, compacted_path, read_stamps
 from embedcache.store.feature import Feature
 from embedcache.store.group import ATTRIBUTE, EncoderGroup, open_group, read_feature
-from embedcache.store.hashes import HASH, to_bytes
 from embedcache.store.layout import (
     FORMAT_VERSION,
     INTERRUPTED_REMOVAL,

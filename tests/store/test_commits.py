@@ -5,11 +5,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from embedcache.provenance import canonical_json
 from embedcache.store.commits import (
+    HASH,
     PENDING,
     REMOVED,
     Commit,
@@ -17,9 +18,12 @@ from embedcache.store.commits import (
     has_failed,
     hash_item,
     hashes_json,
+    number_contents,
     strings_json,
 )
-from embedcache.store.hashes import HASH
+
+_OFTEN = [b"a" * 16, b"a" * 8 + b"b" * 8, b"b" * 16, bytes(16)]
+HASHES = st.lists(st.none() | st.binary(min_size=16, max_size=16) | st.sampled_from(_OFTEN))
 
 
 def made(**values: Any) -> Commit:
@@ -65,6 +69,18 @@ def test_hashes_of_items_and_of_intervals() -> None:
     assert hash_item(b"x") == hash_item(b"x", interval=(None, None)) == hashlib.blake2b(b"x", digest_size=16).digest()
     assert hash_item(b"x", interval=(0.5, None)) == hashlib.blake2b(b"x[0.5,null]", digest_size=16).digest()
     assert hash_item(b"x", interval=(None, 2.0)) == hashlib.blake2b(b"x[null,2.0]", digest_size=16).digest()
+
+
+@given(HASHES, st.integers(0, 3))
+@example([_OFTEN[1], _OFTEN[0], None, _OFTEN[1], _OFTEN[2], _OFTEN[1], _OFTEN[3], _OFTEN[2], None, _OFTEN[0]], 2)
+@example([_OFTEN[0], _OFTEN[1], _OFTEN[0]], 0)
+@example([_OFTEN[1], _OFTEN[2], _OFTEN[1]], 0)
+def test_contents_are_numbered_as_python_objects(values: list[bytes | None], skipped: int) -> None:
+    array = pa.array([b"x" * 16] * skipped + values, HASH).slice(skipped)
+    numbers: dict[bytes | None, int] = {}
+    expected = [numbers.setdefault(value, len(numbers)) for value in values]
+    assert number_contents(array).tolist() == expected
+    assert number_contents(pa.chunked_array([array[:2], array[2:]])).tolist() == expected
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 5])
