@@ -34,7 +34,7 @@ from embedcache.search.vectors import Vectors
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
-from embedcache.store.keys import keys_at
+from embedcache.store.rows import keys_at
 from embedcache.store.tables import write_table
 
 LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen

@@ -20,8 +20,8 @@ from embedcache.provenance import INDEX_DIGEST
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
 from embedcache.store.columns import Column, to_array
-from embedcache.store.keys import key_column, match_keys
 from embedcache.store.removed import read_removed
+from embedcache.store.rows import key_column, match_keys
 from embedcache.store.tables import read_table, write_table
 
 _REASONS = pa.schema({"key": pa.large_string(), "reason": pa.large_string()})

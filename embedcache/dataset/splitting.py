@@ -21,7 +21,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column
-from embedcache.store.keys import key_column
+from embedcache.store.rows import key_column
 
 _CODES = {"train": 0, "val": 1, "test": 2, "": 3}
 """Part -> its number in an array; empty for a sample that is in no part."""

@@ -19,7 +19,7 @@ from embedcache.evaluate.settings import ProbeSettings
 from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.store.cache import Cache
-from embedcache.store.keys import key_column
+from embedcache.store.rows import key_column
 
 _TEST_FRACTION, _VAL_FRACTION = 0.25, 0.1
 _SPLIT = "split"

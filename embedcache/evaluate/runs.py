@@ -31,7 +31,7 @@ from embedcache.projectors.saved import (
 from embedcache.provenance import INDEX_DIGEST, check_same, construct, digest_file
 from embedcache.sources.open import IMPORT_TOGETHER, IMPORTED_SOURCE
 from embedcache.store.cache import Cache
-from embedcache.store.keys import match_keys
+from embedcache.store.rows import match_keys
 
 RunPaths: TypeAlias = AnyPath | Sequence[AnyPath]
 """One run, or seeds of one recipe."""

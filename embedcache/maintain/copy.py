@@ -32,9 +32,9 @@ from embedcache.store.commits import REMOVED
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.indexing import index_tables
-from embedcache.store.keys import iterate_keys, key_column, match_keys
 from embedcache.store.layout import SUBSET, checked_fit_path, fit_path
 from embedcache.store.removal import removed_hash
+from embedcache.store.rows import iterate_keys, key_column, match_keys
 from embedcache.store.table_writer import hash_texts
 from embedcache.store.writer import add_feature, commit_chunk
 

@@ -24,10 +24,10 @@ from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
-from embedcache.store.keys import find_keys
 from embedcache.store.layout import INTERRUPTED_REMOVAL, CacheInfo, read_info
 from embedcache.store.removal import apply_removal, find_chunks, finish_removal, read_pending, start_removal
 from embedcache.store.removed import read_removed
+from embedcache.store.rows import find_keys
 
 
 @dataclass(frozen=True, kw_only=True)

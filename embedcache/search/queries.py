@@ -34,8 +34,7 @@ from embedcache.search.faiss_index import RowIndex
 from embedcache.search.vectors import Vectors
 from embedcache.sources.images import ImageLike, list_images, load_image
 from embedcache.store.cache import Cache
-from embedcache.store.keys import find_keys
-from embedcache.store.rows import RowReader
+from embedcache.store.rows import RowReader, find_keys
 
 if TYPE_CHECKING:
     from embedcache.projectors.pair import AlignedPair

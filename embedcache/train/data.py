@@ -31,7 +31,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import TowerInput, run_selection_path, split_path
 from embedcache.provenance import check_same, digest
 from embedcache.store.cache import Cache
-from embedcache.store.keys import key_column
+from embedcache.store.rows import key_column
 from embedcache.train.distributed import run_on_first
 from embedcache.train.settings import TrainSettings
 from embedcache.train.views import DrawnViews, merge_inputs, parse_views

@@ -18,7 +18,7 @@ from embedcache.errors import CorruptError, DataError, EmbedcacheError, PathErro
 from embedcache.provenance import write_record
 from embedcache.store import columns
 from embedcache.store.cache import Cache
-from embedcache.store.keys import keys_of
+from embedcache.store.rows import keys_of
 from embedcache.train.data import open_data
 
 

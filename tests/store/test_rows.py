@@ -11,9 +11,8 @@ import pytest
 from embedcache.errors import CorruptError
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK, TableChecksums, column_checksum
-from embedcache.store.keys import find_keys, keys_at, match_keys
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, samples_path, write_info
-from embedcache.store.rows import RowReader
+from embedcache.store.rows import RowReader, find_keys, keys_at, match_keys
 from embedcache.store.tables import add_footer_checksum, read_table
 
 NUM_SAMPLES, CHUNK_SIZE = BLOCK + 5000, 2048
@@ -256,7 +255,7 @@ def test_keys_at(cache: Cache) -> None:
 
 
 def test_match_keys(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.store.keys._MATCHED_AT_ONCE", 30_000)
+    monkeypatch.setattr("embedcache.store.rows._MATCHED_AT_ONCE", 30_000)
     keys = pa.array([*cache.column("key").take(pa.array(np.unique(ROWS))).to_pylist(), "none"], pa.large_string())
     rows, is_found = match_keys([cache, cache], keys)
     assert rows.tolist() == [*np.unique(ROWS), *(np.unique(ROWS) + NUM_SAMPLES)]

@@ -24,7 +24,7 @@ from embedcache.sources.open import reopen_source
 from embedcache.sources.table_columns import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
-from embedcache.store.keys import key_column
+from embedcache.store.rows import key_column
 
 Format: TypeAlias = Literal["datacomp", "keys", "webdataset"]
 

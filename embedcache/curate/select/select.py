@@ -29,7 +29,7 @@ from embedcache.registry import Registry
 from embedcache.settings import merge_settings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import Column, to_array
-from embedcache.store.keys import key_column
+from embedcache.store.rows import key_column
 
 _REASONS_AT_ONCE = 2**20
 
