@@ -17,10 +17,9 @@ from embedcache.progress import Progress
 from embedcache.sources.merged import merged_path
 from embedcache.store.cache import Cache
 from embedcache.store.checksums import BLOCK
-from embedcache.store.index_digest import digest_tables_input
 from embedcache.store.layout import SAMPLES, Segment
 from embedcache.store.rows import RowReader
-from embedcache.store.sample_tables import SampleTables, join_tables
+from embedcache.store.sample_tables import SampleTables, digest_tables_input, join_tables
 from embedcache.store.table_writer import TableWriter
 from embedcache.store.tables import ITEM_SCHEMAS
 

@@ -14,9 +14,9 @@ from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.sources.settings import option_words
 from embedcache.store.cache import Cache
-from embedcache.store.index_digest import digest_input
 from embedcache.store.layout import CacheInfo
 from embedcache.store.removed import RemovedSamples, read_removed
+from embedcache.store.sample_tables import digest_input
 from embedcache.store.table_writer import BATCH
 from embedcache.store.tables import read_samples
 from embedcache.store.verify import check_tables

@@ -35,11 +35,10 @@ from embedcache.provenance import digest
 from embedcache.sources import open_source, reopen_source
 from embedcache.sources.base import FileItem, Sample
 from embedcache.store.cache import Cache
-from embedcache.store.index_digest import digest_input
 from embedcache.store.indexing import index, index_tables
 from embedcache.store.layout import Segment
 from embedcache.store.rows import RowReader
-from embedcache.store.sample_tables import SampleTables
+from embedcache.store.sample_tables import SampleTables, digest_input
 from embedcache.store.tables import to_file_item
 from embedcache.store.verify import verify
 from tests.crash import call, crash_function

@@ -17,9 +17,9 @@ from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.changes import SourceChanges, find_changes
 from embedcache.store.group import create_group
-from embedcache.store.index_digest import digest_input
 from embedcache.store.indexing import index, update_path
 from embedcache.store.layout import SUBSET, Segment, read_info, write_info
+from embedcache.store.sample_tables import digest_input
 from embedcache.store.writer import add_feature, commit_chunk
 from tests.recorded import RecordedProgress
 from tests.store.test_indexing import CountedRows, Rows, rows

@@ -12,9 +12,8 @@ from embedcache.errors import ArtifactError, CorruptError, FingerprintError, Pat
 from embedcache.progress import NullProgress
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
-from embedcache.store.index_digest import digest_input, digest_tables_input
 from embedcache.store.indexing import index
-from embedcache.store.sample_tables import SampleTables, join_tables, to_tables
+from embedcache.store.sample_tables import SampleTables, digest_input, digest_tables_input, join_tables, to_tables
 from tests.recorded import RecordedProgress
 
 
