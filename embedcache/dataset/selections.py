@@ -18,11 +18,10 @@ from embedcache.outputs import check_table_output, new_output, read_metadata, wi
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import BLOCK
 from embedcache.store.columns import Column, to_array
 from embedcache.store.removed import read_removed
 from embedcache.store.rows import key_column, match_keys
-from embedcache.store.tables import read_table, write_table
+from embedcache.store.tables import BLOCK, read_table, write_table
 
 _REASONS = pa.schema({"key": pa.large_string(), "reason": pa.large_string()})
 

@@ -21,10 +21,9 @@ from embedcache.outputs import to_metadata
 from embedcache.progress import NullProgress, Progress, watch
 from embedcache.provenance import INDEX_DIGEST, digest_file, read_record
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import BLOCK
 from embedcache.store.columns import Column, in_blocks, to_array
 from embedcache.store.rows import iterate_keys, key_column
-from embedcache.store.tables import add_footer_checksum, iterate_table
+from embedcache.store.tables import BLOCK, add_footer_checksum, iterate_table
 
 _log = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from embedcache.records import new_record_path, record_stage
 from embedcache.registry import unknown_name
 from embedcache.sources.merged import merged_description
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import BLOCK
 from embedcache.store.columns import to_array
 from embedcache.store.commits import REMOVED
 from embedcache.store.feature import Feature
@@ -36,6 +35,7 @@ from embedcache.store.layout import SUBSET, checked_fit_path, fit_path
 from embedcache.store.removal import removed_hash
 from embedcache.store.rows import iterate_keys, key_column, match_keys
 from embedcache.store.table_writer import hash_texts
+from embedcache.store.tables import BLOCK
 from embedcache.store.writer import add_feature, commit_chunk
 
 

@@ -16,12 +16,11 @@ from embedcache.modalities import MODALITIES
 from embedcache.progress import Progress
 from embedcache.sources.merged import merged_path
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import BLOCK
 from embedcache.store.layout import SAMPLES, Segment
 from embedcache.store.rows import RowReader
 from embedcache.store.sample_tables import SampleTables, digest_tables_input, join_tables
 from embedcache.store.table_writer import TableWriter
-from embedcache.store.tables import ITEM_SCHEMAS
+from embedcache.store.tables import BLOCK, ITEM_SCHEMAS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,21 @@ from embedcache.modalities import MODALITIES, count_items, option_of
 from embedcache.registry import require, unknown_name
 from embedcache.sources.files import wrap_io_errors
 from embedcache.sources.open import IMPORTED_SOURCE, how_to_import
-from embedcache.store.checksums import BLOCK, check_rows, find_changed
 from embedcache.store.columns import widen
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, read_info, samples_path
 from embedcache.store.removed import read_removed
-from embedcache.store.tables import Footer, open_table, read_footer, read_table, table_errors
+from embedcache.store.tables import (
+    BLOCK,
+    Footer,
+    check_rows,
+    find_changed,
+    open_table,
+    read_footer,
+    read_table,
+    table_errors,
+)
 
 if TYPE_CHECKING:
     import pandas

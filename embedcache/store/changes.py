@@ -2,23 +2,25 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, groupby, islice, pairwise, repeat
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from embedcache.errors import CorruptError, FingerprintError, pluralize
-from embedcache.modalities import FILE_MODALITIES
+from embedcache.modalities import FILE_MODALITIES, MODALITIES
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.sources.settings import option_words
 from embedcache.store.cache import Cache
-from embedcache.store.layout import CacheInfo
+from embedcache.store.layout import CacheInfo, items_path, samples_path
 from embedcache.store.removed import RemovedSamples, read_removed
 from embedcache.store.sample_tables import digest_input
 from embedcache.store.table_writer import BATCH
-from embedcache.store.tables import read_samples
+from embedcache.store.tables import open_table, table_errors, to_file_item
 from embedcache.store.verify import check_tables
 
 
@@ -173,6 +175,57 @@ class _DigestBuffer:
         if self._samples:
             self._forward(self._samples)
         self._samples = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedSample:
+    """One sample of the tables of a cache.
+
+    Args:
+        files: modality -> first row of its items, and the items; of modalities that the cache has.
+        texts: each text with its language.
+    """
+
+    key: str
+    files: Mapping[str, tuple[int, Sequence[FileItem]]]
+    texts: Sequence[tuple[str, str | None]]
+
+
+def read_samples(cache_path: Path, modalities: Collection[str], rows: range) -> Iterator[IndexedSample]:
+    """Iterate over samples of a cache with items of some modalities in row order. Memory: one batch of each table."""
+    keys = (row["key"] for row in _iterate_rows(samples_path(cache_path), ["key"]))
+    names = [name for name in modalities if MODALITIES[name].kind == "files"]
+    texts = _rows_by_sample(items_path(cache_path, "text")) if "text" in modalities else repeat([])
+    items = (_rows_by_sample(items_path(cache_path, modality)) for modality in names)
+    next_rows = dict.fromkeys(names, 0)
+    for number, (key, captions, *groups) in enumerate(islice(zip(keys, texts, *items, strict=False), rows.stop)):
+        if number >= rows.start:
+            yield IndexedSample(
+                key=key,
+                files={
+                    name: (next_rows[name], [to_file_item(row) for row in group])
+                    for name, group in zip(names, groups, strict=True)
+                },
+                texts=[(row["text"], row["language"]) for row in captions],
+            )
+        for name, group in zip(names, groups, strict=True):
+            next_rows[name] += len(group)
+
+
+def _rows_by_sample(path: Path) -> Iterator[list[Mapping[str, Any]]]:
+    """Iterate over the rows of each sample in an item table, which is sorted by sample; without end."""
+    next_sample = 0
+    for sample, rows in groupby(_iterate_rows(path), key=itemgetter("sample")):
+        yield from repeat([], sample - next_sample)
+        yield list(rows)
+        next_sample = sample + 1
+    yield from repeat([])
+
+
+def _iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
+    with table_errors(path), open_table(path) as table:
+        for batch in table.iter_batches(columns=columns, use_threads=False):
+            yield from batch.to_pylist()
 
 
 class _SegmentReader:

@@ -21,11 +21,10 @@ import pyarrow.parquet as pq
 
 from embedcache.errors import ArtifactError, CorruptError, PathError, one_line
 from embedcache.files import replacing
-from embedcache.store.checksums import column_checksum
 from embedcache.store.columns import Column, DeferredColumn, SparseColumn, is_none, to_array
 from embedcache.store.commits import HASH, HASH_BYTES, Commit, commit_metadata, make_commit, read_commit, to_bytes
 from embedcache.store.layout import commit_name, commit_path
-from embedcache.store.tables import open_table
+from embedcache.store.tables import column_checksum, open_table
 
 MIN_CHUNKS = 1000
 """Encoders with fewer chunks have no table."""

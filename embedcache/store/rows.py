@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 
 from embedcache.arrays import Bools, Ints
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import BLOCK
 from embedcache.store.columns import Column, DeferredColumn, index_in, widen
 from embedcache.store.layout import SAMPLES
+from embedcache.store.tables import BLOCK
 
 _KEPT_ROWS = 2**22
 _MATCHED_AT_ONCE = 2**20  # Arrow hashes all keys for each block

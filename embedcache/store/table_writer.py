@@ -18,12 +18,13 @@ from embedcache.files import is_remote, partial_path, put_file, remove_file
 from embedcache.modalities import MODALITIES
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import FileItem, Sample
-from embedcache.store.checksums import BLOCK, TableChecksums
 from embedcache.store.columns import widen
 from embedcache.store.layout import items_path, samples_path
 from embedcache.store.sample_tables import ALWAYS, SampleTables, count_from, to_tables
 from embedcache.store.tables import (
+    BLOCK,
     ITEM_SCHEMAS,
+    TableChecksums,
     TableDigest,
     add_footer_checksum,
     item_tables,

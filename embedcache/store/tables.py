@@ -1,20 +1,25 @@
-"""The sample and item tables: their columns, and reading them in row order."""
+"""Parquet tables that are checked as they are read: their footer and pages, and the rows of samples and items.
+
+Rows have a CRC-32C of each column, by blocks, so that any part is checked when read. It is computed from values, not
+from the bytes of the file: a table that another process has made longer since `cache.json` was read has the same rows
+at its start, and another Parquet writer gives the same checksums.
+"""
 
 import hashlib
+import json
 import os
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BytesIO
-from itertools import groupby, islice, repeat
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import google_crc32c
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, one_line
@@ -23,12 +28,24 @@ from embedcache.io_errors import io_reason
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import digest
 from embedcache.sources.base import FileItem
-from embedcache.store.layout import items_path, samples_path
+from embedcache.store.arrays import DIGITS
+from embedcache.store.layout import items_path
+
+BLOCK = 65_536
+"""Rows of the sample table in a block; an item table has blocks of a chunk."""
 
 _FOOTER_END = 8  # its length, int32 little-endian, and the magic number of Parquet
 _READ_BYTES = 2**16  # as Arrow reads at once; a footer of millions of rows is longer
 _CHECKSUM, _CHECKSUM_WORD = b"footer crc32c %08x", b"footer crc32c "
 _CHECKSUM_BYTES = len(_CHECKSUM % 0)
+
+_FILES = [("sample", pa.int64()), ("path", pa.string()), ("offset", pa.int64()), ("length", pa.int64())]
+_INTERVAL = [("start_s", pa.float64()), ("stop_s", pa.float64())]
+_TEXTS = [("sample", pa.int64()), ("text", pa.string()), ("language", pa.string())]
+ITEM_SCHEMAS = {
+    name: pa.schema(_TEXTS if modality.kind == "texts" else _FILES + _INTERVAL * modality.has_interval)
+    for name, modality in MODALITIES.items()
+}
 
 
 class Footer(NamedTuple):
@@ -156,6 +173,31 @@ def write_table(path: Path, table: pa.Table) -> None:
     add_footer_checksum(path)
 
 
+@contextmanager
+def table_errors(path: Path) -> Iterator[None]:
+    """Raise errors of reading a table as a `PathError`, or as a `CorruptError` if the file is not that table."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        if isinstance(error, EmbedcacheError):
+            raise
+        if getattr(error, "errno", None) is not None:
+            raise PathError(f"cannot read {path}: {io_reason(error)}") from error
+        raise CorruptError(
+            f"{path} cannot be read: {one_line(error)}; restore the file, or extract into a new folder"
+        ) from error
+
+
+def item_tables(folder: Path) -> list[str]:
+    """Return the modalities that have an item table in a folder."""
+    return [modality for modality in ITEM_SCHEMAS if items_path(folder, modality).is_file()]
+
+
+def to_file_item(row: Mapping[str, Any]) -> FileItem:
+    """Return the item in a row of an item table of files."""
+    return FileItem(**{name: value for name, value in row.items() if name != "sample"})
+
+
 class TableDigest:
     """SHA-256 of the values of a table's columns in row order, independent of batches."""
 
@@ -180,86 +222,90 @@ class TableDigest:
         return digest({name: column.hexdigest() for name, column in self._columns.items()})
 
 
-@contextmanager
-def table_errors(path: Path) -> Iterator[None]:
-    """Raise errors of reading a table as a `PathError`, or as a `CorruptError` if the file is not that table."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-        if isinstance(error, EmbedcacheError):
-            raise
-        if getattr(error, "errno", None) is not None:
-            raise PathError(f"cannot read {path}: {io_reason(error)}") from error
-        raise CorruptError(
-            f"{path} cannot be read: {one_line(error)}; restore the file, or extract into a new folder"
-        ) from error
+class TableChecksums:
+    """Checksums of a table whose rows arrive in order, in batches of any size. Memory: a block."""
+
+    def __init__(self, block_rows: int) -> None:
+        self._block_rows = block_rows
+        self._columns: dict[str, list[str]] = defaultdict(list)
+        self._left: pa.Table | None = None
+
+    def update(self, rows: pa.Table) -> None:
+        """Add rows."""
+        rows = rows if self._left is None else pa.concat_tables([self._left, rows])
+        num_full = len(rows) // self._block_rows * self._block_rows
+        for start in range(0, num_full, self._block_rows):
+            self._add(rows.slice(start, self._block_rows))
+        self._left = rows.slice(num_full)
+
+    def close(self) -> dict[str, str]:
+        """Return column -> 8 hex digits per block."""
+        if self._left is not None and len(self._left):
+            self._add(self._left)
+        self._left = None
+        return {name: "".join(blocks) for name, blocks in self._columns.items()}
+
+    def _add(self, block: pa.Table) -> None:
+        for name in block.column_names:
+            self._columns[name].append(column_checksum(block[name]))
 
 
-_FILES = [("sample", pa.int64()), ("path", pa.string()), ("offset", pa.int64()), ("length", pa.int64())]
-_INTERVAL = [("start_s", pa.float64()), ("stop_s", pa.float64())]
-_TEXTS = [("sample", pa.int64()), ("text", pa.string()), ("language", pa.string())]
-ITEM_SCHEMAS = {
-    name: pa.schema(_TEXTS if modality.kind == "texts" else _FILES + _INTERVAL * modality.has_interval)
-    for name, modality in MODALITIES.items()
-}
+def column_checksum(column: pa.ChunkedArray) -> str:
+    """Return the CRC-32C of the values of a column as 8 hex digits: which are null, then all others in row order.
+
+    Whole numbers and booleans count as int64, other numbers as float64, little-endian; texts and bytes as their
+    lengths, int64, then their bytes; anything else as JSON.
+    """
+    values = column.combine_chunks()
+    crc = google_crc32c.value(np.packbits(values.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+    for part in _parts(values):
+        crc = google_crc32c.extend(crc, part)
+    return f"{crc:08x}"
 
 
-def item_tables(folder: Path) -> list[str]:
-    """Return the modalities that have an item table in a folder."""
-    return [modality for modality in ITEM_SCHEMAS if items_path(folder, modality).is_file()]
+def _parts(values: pa.Array) -> Iterator[bytes]:
+    kind = values.type
+    if pa.types.is_boolean(kind):
+        values, kind = values.cast(pa.int8()), pa.int8()
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        dtype = "<i8" if pa.types.is_integer(kind) else "<f8"
+        yield values.fill_null(0).to_numpy(zero_copy_only=False).astype(dtype).tobytes()
+    elif kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+        texts = values.cast(pa.large_binary()).fill_null(b"")
+        yield pc.binary_length(texts).to_numpy(zero_copy_only=False).astype("<i8").tobytes()
+        offsets = np.frombuffer(texts.buffers()[1], "<i8", len(texts) + 1, offset=8 * texts.offset)
+        data = texts.buffers()[2]
+        yield b"" if data is None else data.slice(int(offsets[0]), int(offsets[-1] - offsets[0])).to_pybytes()
+    else:
+        yield json.dumps(values.to_pylist(), sort_keys=True, default=str).encode()
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndexedSample:
-    """One sample of the tables of a cache.
+def find_changed(rows: pa.Table, checksums: Mapping[str, str], first_row: int, block_rows: int) -> str | None:
+    """Return the first column that differs from its checksums; None if all are as written.
 
     Args:
-        files: modality -> first row of its items, and the items; of modalities that the cache has.
-        texts: each text with its language.
+        rows: all rows from `first_row` on that the checksums cover, or whole blocks of them; some columns are enough.
+        checksums: column -> 8 hex digits per block; columns without are not compared, as those of the first caches.
+        first_row: first row of a block.
+        block_rows: rows per block.
     """
-
-    key: str
-    files: Mapping[str, tuple[int, Sequence[FileItem]]]
-    texts: Sequence[tuple[str, str | None]]
-
-
-def read_samples(cache_path: Path, modalities: Collection[str], rows: range) -> Iterator[IndexedSample]:
-    """Iterate over samples of a cache with items of some modalities in row order. Memory: one batch of each table."""
-    keys = (row["key"] for row in _iterate_rows(samples_path(cache_path), ["key"]))
-    names = [name for name in modalities if MODALITIES[name].kind == "files"]
-    texts = _rows_by_sample(items_path(cache_path, "text")) if "text" in modalities else repeat([])
-    items = (_rows_by_sample(items_path(cache_path, modality)) for modality in names)
-    next_rows = dict.fromkeys(names, 0)
-    for number, (key, captions, *groups) in enumerate(islice(zip(keys, texts, *items, strict=False), rows.stop)):
-        if number >= rows.start:
-            yield IndexedSample(
-                key=key,
-                files={
-                    name: (next_rows[name], [to_file_item(row) for row in group])
-                    for name, group in zip(names, groups, strict=True)
-                },
-                texts=[(row["text"], row["language"]) for row in captions],
-            )
-        for name, group in zip(names, groups, strict=True):
-            next_rows[name] += len(group)
+    names: list[str] = rows.column_names
+    for name in names:
+        written = checksums.get(name, "")
+        for start in range(0, len(rows) if written else 0, block_rows):
+            place = (first_row + start) // block_rows * DIGITS
+            if column_checksum(rows[name].slice(start, block_rows)) != written[place : place + DIGITS]:
+                return name
+    return None
 
 
-def to_file_item(row: Mapping[str, Any]) -> FileItem:
-    """Return the item in a row of an item table of files."""
-    return FileItem(**{name: value for name, value in row.items() if name != "sample"})
-
-
-def _iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
-    with table_errors(path), open_table(path) as table:
-        for batch in table.iter_batches(columns=columns, use_threads=False):
-            yield from batch.to_pylist()
-
-
-def _rows_by_sample(path: Path) -> Iterator[list[Mapping[str, Any]]]:
-    """Iterate over the rows of each sample in an item table, which is sorted by sample; without end."""
-    next_sample = 0
-    for sample, rows in groupby(_iterate_rows(path), key=itemgetter("sample")):
-        yield from repeat([], sample - next_sample)
-        yield list(rows)
-        next_sample = sample + 1
-    yield from repeat([])
+def check_rows(rows: pa.Table, checksums: Mapping[str, str], first_row: int, block_rows: int, path: Path) -> None:
+    """Compare rows of a table with their checksums, or raise a `CorruptError`; the arguments are of `find_changed`."""
+    changed = find_changed(rows, checksums, first_row, block_rows)
+    if changed is not None:
+        last = first_row + len(rows) - 1
+        raise CorruptError(
+            f"{path}: column {changed!r} has changed since it was written, in rows {first_row:,} to {last:,}; if an "
+            "--extend, --retry-failed or cache remove was interrupted, run it again; else restore the file, or extract "
+            "into a new folder"
+        )

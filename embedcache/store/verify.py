@@ -19,7 +19,6 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import digest, digest_file
 from embedcache.store.arrays import REPAIR, group_metadata, has_metadata, read_metadata
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import TableChecksums
 from embedcache.store.columns import is_none, to_array
 from embedcache.store.commits import HASH, Commit, hash_item, read_commit, to_bytes
 from embedcache.store.compacted import check_compacted, compacted_path, read_stamps
@@ -37,7 +36,7 @@ from embedcache.store.layout import (
     samples_path,
 )
 from embedcache.store.removed import read_removed
-from embedcache.store.tables import TableDigest, open_table, table_errors
+from embedcache.store.tables import TableChecksums, TableDigest, open_table, table_errors
 from embedcache.store.writer import feature_metadata, token_metadata
 
 _REORDERED = "its rows or their order changed since they were indexed; restore the file, or extract into a new folder"

@@ -24,9 +24,8 @@ from embedcache.outputs import with_metadata
 from embedcache.provenance import write_record
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import BLOCK
 from embedcache.store.columns import Column, DeferredColumn
-from embedcache.store.tables import add_footer_checksum, write_table
+from embedcache.store.tables import BLOCK, add_footer_checksum, write_table
 from embedcache.train.data import open_data
 from tests.images import write_images
 from tests.recorded import RecordedProgress

@@ -19,7 +19,7 @@ from embedcache.sources import Source, open_source
 from embedcache.sources.sound import decode_audio
 from embedcache.sources.video import decode_video
 from embedcache.store.cache import Cache
-from embedcache.store.tables import samples_path
+from embedcache.store.layout import samples_path
 from embedcache.store.verify import verify
 from embedcache.testing.sources import SourceContract
 from pipelines.worlds import talking, talking_recordings, talking_speech

@@ -10,10 +10,9 @@ import pytest
 
 from embedcache.errors import CorruptError
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import BLOCK, TableChecksums, column_checksum
 from embedcache.store.layout import SAMPLES, CacheInfo, items_path, samples_path, write_info
 from embedcache.store.rows import RowReader, find_keys, keys_at, match_keys
-from embedcache.store.tables import add_footer_checksum, read_table
+from embedcache.store.tables import BLOCK, TableChecksums, add_footer_checksum, column_checksum, read_table
 
 NUM_SAMPLES, CHUNK_SIZE = BLOCK + 5000, 2048
 ROWS = np.array([BLOCK + 4999, 0, BLOCK - 1, BLOCK, 0, 3000])

@@ -16,17 +16,17 @@ from embedcache.provenance import digest
 from embedcache.sources import FileItem, Sample
 from embedcache.store import table_writer, tables
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import TableChecksums, column_checksum
+from embedcache.store.changes import IndexedSample, read_samples
 from embedcache.store.indexing import index
 from embedcache.store.layout import items_path, samples_path
 from embedcache.store.table_writer import TableWriter
 from embedcache.store.tables import (
     Footer,
-    IndexedSample,
+    TableChecksums,
     TableDigest,
     add_footer_checksum,
+    column_checksum,
     read_footer,
-    read_samples,
     read_table,
     write_table,
 )

@@ -23,8 +23,8 @@ from embedcache.sources.captions import to_sidecar
 from embedcache.sources.open import reopen_source
 from embedcache.sources.table_columns import INTERVAL_NAMES
 from embedcache.store.cache import Cache
-from embedcache.store.checksums import BLOCK
 from embedcache.store.rows import key_column
+from embedcache.store.tables import BLOCK
 
 Format: TypeAlias = Literal["datacomp", "keys", "webdataset"]
 
