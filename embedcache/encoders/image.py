@@ -13,10 +13,9 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.axis import Axis
-from embedcache.encoders.backends import GraphEncoder, build_graph
+from embedcache.encoders.backends import GraphEncoder, OnnxExport, build_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import FeatureName, native_features, patch_grid, patch_pool
-from embedcache.encoders.onnx_backend import OnnxExport
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError

@@ -14,10 +14,10 @@ from PIL import Image
 from embedcache.arrays import Array, Floats
 from embedcache.devices import announce_device, autocast, torch_device
 from embedcache.encoders.audio import SAMPLE_RATE_HZ, check_audio, resample
+from embedcache.encoders.backends import out_of_memory
 from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality, check_names
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.torch_backend import out_of_memory
 from embedcache.encoders.weights import ModelFolder, hash_weights, quiet_transformers
 from embedcache.errors import ArtifactError, MissingExtraError, SettingError, one_line
 from embedcache.modalities import noun

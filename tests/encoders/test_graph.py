@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.encoders.onnx_backend import OnnxExport, export_graph
+from embedcache.encoders.backends import OnnxExport, TorchGraph, export_graph
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.torch_backend import TorchGraph
 from embedcache.errors import ArtifactError, SettingError
 
 
