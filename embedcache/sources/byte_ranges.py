@@ -9,8 +9,14 @@ from threading import Lock
 
 from embedcache.errors import ItemError
 from embedcache.files import is_remote
-from embedcache.sources.files import file_size, no_range_requests, remote_filesystem, wrap_io_errors
-from embedcache.sources.restricted_reads import check_read_allowed, open_descriptor
+from embedcache.sources.files import (
+    check_read_allowed,
+    file_size,
+    no_range_requests,
+    open_descriptor,
+    remote_filesystem,
+    wrap_io_errors,
+)
 
 _MAX_OPEN_FILES = 32
 _PREFETCHED_BLOCKS = 2

@@ -1,10 +1,16 @@
-"""Local and remote files of sources: names and types, listing, reading, and I/O errors as errors of this package."""
+"""Local and remote files of sources: names and types, listing, reading, and I/O errors as errors of this package.
 
+What the sources of untrusted caches read is restricted to regular local files below some folders.
+"""
+
+import fcntl
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -12,9 +18,9 @@ from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError
 from embedcache.files import is_remote, is_url, open_path, read_file
 from embedcache.io_errors import io_reason, is_io_error, library_of
 from embedcache.sources.base import FileItem
-from embedcache.sources.restricted_reads import check_read_allowed, open_descriptor
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
 MEDIA_SUFFIXES: Mapping[str, frozenset[str]] = {
     "image": IMAGE_SUFFIXES,
     "video": frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov"}),
@@ -22,8 +28,10 @@ MEDIA_SUFFIXES: Mapping[str, frozenset[str]] = {
     "points": frozenset({".npz", ".parquet", ".ply", ".las"}),
 }
 """Modality -> suffixes of its files, lower case."""
+
 SVG_SUFFIX = ".svg"
 """Of images that are taken with the setting `svg` only, as folders hold such files beside their images."""
+
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
 _SINGLE_ITEM_SUFFIXES = {SVG_SUFFIX}.union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES
 JSON_SUFFIXES = frozenset({".json"})
@@ -31,12 +39,15 @@ TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})
 IDX_IMAGES = re.compile(r"(?P<set>.+)-images[-.]idx3-ubyte(\.gz)?")
 _SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
+
 SHARD_SEPARATOR = "::"
 """Separates several paths or patterns in the location of a WebDataset."""
 
 _NOT_FOUND = 404
 _FORBIDDEN = 403
 _READ_AHEAD_BYTES = 2**18  # one request for small columns that are adjacent in the file
+_MAX_RESTRICTED_BYTES = 2**28
+_ALLOWED_FOLDERS: ContextVar[tuple[Path, ...] | None] = ContextVar("allowed_folders", default=None)
 
 
 def is_key_of_file(key: str, path: str) -> bool:
@@ -70,6 +81,76 @@ def wrap_io_errors(path: Path | str, error_class: type[EmbedcacheError] = PathEr
         raise error_class(f"cannot read {path}: {io_reason(error)}") from None
 
 
+def _is_missing(error: BaseException) -> bool:
+    """Return whether an error means a missing file; fsspec raises FileNotFoundError for any failed HTTP request."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and cause is not None and library_of(type(cause)) == "aiohttp":
+        return getattr(cause, "status", None) == _NOT_FOUND
+    return isinstance(error, FileNotFoundError | NotADirectoryError)
+
+
+@contextmanager
+def restrict_reads(folders: Sequence[Path]) -> Iterator[None]:
+    """Restrict reads of this thread to regular local files of at most 256 MiB below some folders, links resolved.
+
+    For sources of untrusted caches, whose tables may name any path. Any other read raises `ItemError`.
+    """
+    token = _ALLOWED_FOLDERS.set(tuple(folder.resolve() for folder in folders))
+    try:
+        yield
+    finally:
+        _ALLOWED_FOLDERS.reset(token)
+
+
+def check_read_allowed(path: Path | str, num_bytes: int | None = None) -> None:
+    """Check that `restrict_reads` allows this thread to read `num_bytes`, or all, of a path, or of a URL as text."""
+    if "\0" in str(path):  # no file can have that name, and Python raises a ValueError
+        raise ItemError(f"expected a path without null characters, got {str(path)!r}")
+    folders = _ALLOWED_FOLDERS.get()
+    if folders is None:
+        return
+    if isinstance(path, str) or is_remote(path):
+        raise ItemError(f"{path} is a URL; expected a file in the source's folder")
+    real = path.resolve()
+    if not any(real.is_relative_to(folder) for folder in folders):
+        raise ItemError(f"{path} is outside the source's folder")
+    if real.exists() and not real.is_file():
+        raise ItemError(f"{path} is not a regular file")
+    size = num_bytes if num_bytes is not None else real.stat().st_size if real.exists() else 0
+    if size > _MAX_RESTRICTED_BYTES:
+        raise ItemError(f"{path}: expected at most {_MAX_RESTRICTED_BYTES:,} bytes to read, got {size:,}")
+
+
+def open_descriptor(path: Path) -> int:
+    """Open a local file for reading, and check what was opened: a device or a pipe may never end.
+
+    A check of the name alone could be passed by one file and another one be read, if a link is changed in between.
+    Errors of the disk are raised unchanged.
+
+    Raises:
+        ItemError: it is not a regular file; or, within `restrict_reads`, it is outside its folders or too large.
+    """
+    folders = _ALLOWED_FOLDERS.get()
+    check_read_allowed(path, 0)  # so that no device is opened, except by a change right now
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
+    try:
+        if folders is not None and not any(_opened_path(descriptor).is_relative_to(folder) for folder in folders):
+            raise ItemError(f"{path} is outside the source's folder")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ItemError(f"{path} is not a regular file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _opened_path(descriptor: int) -> Path:
+    """Return the path of an open file."""
+    if hasattr(fcntl, "F_GETPATH"):  # macOS
+        return Path(os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")))
+    return Path(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+
+
 def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
     """Return whether a path is a folder; PathError if the disk or service does not answer.
 
@@ -100,6 +181,16 @@ def file_size(path: Path, *, forbidden_is_missing: bool = False) -> int | None:
             raise
 
 
+def _remote_size(path: Path) -> int | None:
+    filesystem, name = remote_filesystem(path)
+    info = filesystem.info(name)
+    if info["type"] != "file":
+        return None
+    if info["size"] is None:
+        raise PathError(no_range_requests(path))
+    return int(info["size"])
+
+
 def read_bytes(path: Path) -> bytes:
     """Read a whole file, with one request if it is remote. Errors of the disk or service are raised unchanged."""
     check_read_allowed(path)
@@ -107,6 +198,12 @@ def read_bytes(path: Path) -> bytes:
         with os.fdopen(open_descriptor(path), "rb") as file:
             return file.read()
     return read_file(path)
+
+
+def read_item_file(path: Path) -> bytes:
+    """Read the bytes of an item's file; ItemError with the reason if it cannot be read."""
+    with wrap_io_errors(path, ItemError):
+        return read_bytes(path)
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -134,24 +231,6 @@ def no_range_requests(path: Path) -> str:
 def remote_filesystem(path: Path) -> tuple[Any, str]:
     """Return the fsspec file system of a remote path, and the name of the path in it."""
     return path.fs, path.path  # type: ignore[attr-defined]
-
-
-def _remote_size(path: Path) -> int | None:
-    filesystem, name = remote_filesystem(path)
-    info = filesystem.info(name)
-    if info["type"] != "file":
-        return None
-    if info["size"] is None:
-        raise PathError(no_range_requests(path))
-    return int(info["size"])
-
-
-def _is_missing(error: BaseException) -> bool:
-    """Return whether an error means a missing file; fsspec raises FileNotFoundError for any failed HTTP request."""
-    cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and cause is not None and library_of(type(cause)) == "aiohttp":
-        return getattr(cause, "status", None) == _NOT_FOUND
-    return isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
 def has_suffix(name: str, suffixes: frozenset[str]) -> bool:
@@ -201,62 +280,6 @@ def walk_files(
             yield prefix + name, files
 
 
-def relative_to(root: str, path: str) -> str:
-    """Return a path relative to the root, or the whole path if it is not below it. Text only, as it runs per row."""
-    return _normal(path).removeprefix(f"{_normal(root).rstrip('/')}/")
-
-
-def item_path(root: str, folder: str, written: str) -> str:
-    """Return the path of an item as stored: relative to the root if it lies below it, else whole; URLs are unchanged.
-
-    A relative path as `written` in a table is relative to `folder`.
-    """
-    if is_url(written):
-        return written
-    return relative_to(root, written if written.startswith("/") else f"{folder}/{written}")
-
-
-def find_root(location: str) -> str:
-    """Return a folder of items as an absolute path, a URL unchanged; PathError if there is no such local folder."""
-    if is_url(location):
-        return location
-    folder = open_path(location).absolute()
-    if not folder.is_dir():
-        raise PathError(f"root: expected a folder, got {folder}, which is none; check the path")
-    return str(folder)
-
-
-def resolve_item(root: Path, written: str) -> Path:
-    """Return the path of an item from the result of `item_path`; ItemError if the scheme of a URL is unsupported."""
-    if is_url(written):
-        check_read_allowed(written)
-    elif not written.startswith("/"):
-        return root / written
-    with wrap_io_errors(written, ItemError):
-        return open_path(written)
-
-
-def read_item_file(path: Path) -> bytes:
-    """Read the bytes of an item's file; ItemError with the reason if it cannot be read."""
-    with wrap_io_errors(path, ItemError):
-        return read_bytes(path)
-
-
-def check_utf8_name(name: str, location: Path | str) -> str:
-    """Return a name if it is valid Unicode, so that a table can store it; else raise SourceError."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise SourceError(f"{location} holds a name that is not UTF-8: {name!r}; rename it") from None
-    return name
-
-
-def _normal(path: str) -> str:
-    """Remove `.`, `..` and repeated slashes from a path; the `//` of a URL stays."""
-    scheme, mark, rest = path.partition("://") if is_url(path) else ("", "", path)
-    return scheme + mark + posixpath.normpath(rest)
-
-
 def _list(folder: Path) -> dict[str, int]:
     """List a folder; names of folders end in `/`, so that sorting names sorts the paths below them."""
     with wrap_io_errors(folder), os.scandir(folder) as entries:
@@ -295,3 +318,53 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     with wrap_io_errors(folder):
         status = folder.stat()
     return status.st_dev, status.st_ino
+
+
+def relative_to(root: str, path: str) -> str:
+    """Return a path relative to the root, or the whole path if it is not below it. Text only, as it runs per row."""
+    return _normal(path).removeprefix(f"{_normal(root).rstrip('/')}/")
+
+
+def item_path(root: str, folder: str, written: str) -> str:
+    """Return the path of an item as stored: relative to the root if it lies below it, else whole; URLs are unchanged.
+
+    A relative path as `written` in a table is relative to `folder`.
+    """
+    if is_url(written):
+        return written
+    return relative_to(root, written if written.startswith("/") else f"{folder}/{written}")
+
+
+def find_root(location: str) -> str:
+    """Return a folder of items as an absolute path, a URL unchanged; PathError if there is no such local folder."""
+    if is_url(location):
+        return location
+    folder = open_path(location).absolute()
+    if not folder.is_dir():
+        raise PathError(f"root: expected a folder, got {folder}, which is none; check the path")
+    return str(folder)
+
+
+def resolve_item(root: Path, written: str) -> Path:
+    """Return the path of an item from the result of `item_path`; ItemError if the scheme of a URL is unsupported."""
+    if is_url(written):
+        check_read_allowed(written)
+    elif not written.startswith("/"):
+        return root / written
+    with wrap_io_errors(written, ItemError):
+        return open_path(written)
+
+
+def check_utf8_name(name: str, location: Path | str) -> str:
+    """Return a name if it is valid Unicode, so that a table can store it; else raise SourceError."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise SourceError(f"{location} holds a name that is not UTF-8: {name!r}; rename it") from None
+    return name
+
+
+def _normal(path: str) -> str:
+    """Remove `.`, `..` and repeated slashes from a path; the `//` of a URL stays."""
+    scheme, mark, rest = path.partition("://") if is_url(path) else ("", "", path)
+    return scheme + mark + posixpath.normpath(rest)

@@ -21,9 +21,9 @@ from embedcache.sources.files import (
     read_item_file,
     relative_to,
     resolve_item,
+    restrict_reads,
     walk_files,
 )
-from embedcache.sources.restricted_reads import restrict_reads
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_columns import (
     COLUMN_MARK,

@@ -21,8 +21,8 @@ from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
-from embedcache.sources import open_source, restricted_reads
-from embedcache.sources.restricted_reads import restrict_reads
+from embedcache.sources import files, open_source
+from embedcache.sources.files import restrict_reads
 from tests.images import write_images
 from tests.serve.conftest import visit
 from tests.toy import IMAGE, TEXT
@@ -210,13 +210,13 @@ def test_operator_names_the_folder(hostile: Path) -> None:
 def test_image_swapped_while_it_is_read_is_not_served(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link that leads outside only between the check of its name and its opening."""
     photo = hostile / "photos" / "00000.png"
-    real = restricted_reads.check_read_allowed
+    real = files.check_read_allowed
 
     def check_then_swap(path: Path, num_bytes: int | None = None) -> None:
         real(path, num_bytes)
         photo.unlink()
         photo.symlink_to(hostile / "secret.png")
 
-    monkeypatch.setattr(restricted_reads, "check_read_allowed", check_then_swap)
+    monkeypatch.setattr(files, "check_read_allowed", check_then_swap)
     with restrict_reads([hostile / "photos"]), pytest.raises(ItemError, match="outside the source's folder"):
-        restricted_reads.open_descriptor(photo)
+        files.open_descriptor(photo)
