@@ -16,7 +16,6 @@ from embedcache.errors import PathError, SourceError
 from embedcache.files import is_remote, open_path
 from embedcache.registry import require
 from embedcache.sources.base import FileItem, Sample, Scalar
-from embedcache.sources.byte_ranges import ByteRanges
 from embedcache.sources.captions import (
     SIDECAR_SUFFIXES,
     Sidecar,
@@ -42,7 +41,7 @@ from embedcache.sources.files import (
 )
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_files import open_table_file
-from embedcache.sources.tar_headers import Member, TarBytes, iter_members
+from embedcache.sources.tars import ByteRanges, Member, TarBytes, iter_members
 
 _EMPTY = Sidecar()
 _MODALITIES = {suffix: modality for modality, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes}

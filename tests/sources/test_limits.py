@@ -14,7 +14,7 @@ from embedcache.interop.npy import open_npy
 from embedcache.sources import open_source
 from embedcache.sources.captions import CAPTION_ERROR, read_sidecar
 from embedcache.sources.images import decode_image
-from embedcache.sources.tar_headers import TarBytes, iter_members
+from embedcache.sources.tars import TarBytes, iter_members
 from embedcache.sources.webdataset import expand_braces
 from tests.sources.files import jpeg, write
 

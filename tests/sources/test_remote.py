@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import open_path
 from embedcache.sources import FileItem, Source, open_source, reopen_source
-from embedcache.sources.byte_ranges import RemoteBlocks
+from embedcache.sources.tars import RemoteBlocks
 from embedcache.store.cache import Cache
 from embedcache.testing.sources import SourceContract
 from tests.crash import call_elsewhere
