@@ -25,8 +25,15 @@ from embedcache.sources.base import FileItem
 from embedcache.sources.files import SHARD_SEPARATOR, restrict_reads
 from embedcache.sources.images import MAX_PIXELS, decode_image
 from embedcache.sources.media import AUDIO_RATE_HZ, probe_media
-from embedcache.sources.merged import MERGED, merged_parts
-from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, base_source, reopen_source, source_credit
+from embedcache.sources.open import (
+    IMPORTED_SOURCE,
+    MERGED,
+    SOURCES,
+    base_source,
+    merged_parts,
+    reopen_source,
+    source_credit,
+)
 from embedcache.sources.sound import decode_audio
 from embedcache.sources.video import announced_length, iter_frames
 from embedcache.sources.webdataset import shard_root

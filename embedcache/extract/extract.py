@@ -22,8 +22,7 @@ from embedcache.records import new_record_path, record_stage
 from embedcache.registry import require, unknown_name
 from embedcache.settings import flat_settings, from_flat, merge_settings
 from embedcache.sources.base import Source
-from embedcache.sources.merged import MERGED
-from embedcache.sources.open import IMPORTED_SOURCE, SOURCES, is_description, open_source, reopen_source
+from embedcache.sources.open import IMPORTED_SOURCE, MERGED, SOURCES, is_description, open_source, reopen_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.group import open_group

@@ -24,7 +24,7 @@ from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.provenance import check_same
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import unknown_name
-from embedcache.sources.merged import merged_description
+from embedcache.sources.open import merged_description
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
 from embedcache.store.commits import REMOVED

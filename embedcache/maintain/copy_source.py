@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from embedcache.arrays import Ints, blocks, concatenated_ranges
 from embedcache.modalities import MODALITIES
 from embedcache.progress import Progress
-from embedcache.sources.merged import merged_path
+from embedcache.sources.open import merged_path
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES, Segment
 from embedcache.store.rows import RowReader

@@ -1,15 +1,16 @@
-"""Open a source from a path, URL or name, and reopen it from what a cache recorded."""
+"""Open a source from a path, URL or name, and reopen it, or those of a merged cache, from what a cache recorded."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import PathError, SourceError
+from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_url, open_path, write_addresses_in_full
 from embedcache.registry import Registry, names_from
 from embedcache.settings import merge_settings
-from embedcache.sources.base import Source
+from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.sources.files import (
     IDX_IMAGES,
     JSON_SUFFIXES,
@@ -24,7 +25,6 @@ from embedcache.sources.files import (
     is_folder,
     walk_files,
 )
-from embedcache.sources.merged import MERGED, MergedSource, merged_parts
 from embedcache.sources.settings import SourceSettings
 
 SOURCES = Registry(
@@ -46,21 +46,35 @@ SOURCES = Registry(
     group="embedcache.sources",
     arguments=2,
 )
+
 IMPORTED_SOURCE = "imported"
 """Type of the source that a cache of imported vectors records. Nothing can be extracted from it, and nobody can choose
 it: it is only reopened, so it is not in `SOURCES`."""
+
+MERGED = "merged"
+"""Source type recorded by a cache that was merged from caches of several sources; nothing can be extracted from it."""
+
 IMPORT_TOGETHER = (
     "vectors of two imports are never compared: import both at once, and divide them with: embedcache cache cut"
 )
 """Next step where vectors of two imports meet: nothing says that one model computed both."""
 
+_PARTS = "parts"
+
 _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_SUFFIXES, "coco": JSON_SUFFIXES}
 """Kind of source -> suffixes of the files that it reads."""
+
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (
     "expected a folder of images or other files, a table (.parquet, .csv, .tsv, .jsonl), WebDataset tars, COCO's "
     ".json, texts (.txt, .npy), MNIST's IDX files, a dataset of Hugging Face, a URL of these, or openmoji:"
+)
+_KINDS = (
+    (TAR_SUFFIXES, "webdataset"),
+    (TABLE_SUFFIXES, "table"),
+    (frozenset({".npz"}), "folder"),
+    (frozenset({SVG_SUFFIX}), "svg"),
 )
 
 
@@ -98,63 +112,6 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
 def _is_dataset(location: object) -> bool:
     """Return whether an object is of the library `datasets`, without importing it."""
     return any(kind.__module__.partition(".")[0] == "datasets" for kind in type(location).__mro__)
-
-
-def reopen_source(description: Mapping[str, Any]) -> Source:
-    """Open a source again from the result of its `describe`, which a cache recorded.
-
-    Raises:
-        PathError: its files no longer exist.
-        SettingError: its class is custom code, and the cache is not trusted.
-    """
-    if description["type"] == MERGED:
-        return MergedSource([reopen_source(part) for part in merged_parts(description)], description)
-    settings = SourceSettings.from_json(description.get("settings", {}))
-    if description["type"] == IMPORTED_SOURCE:
-        return open_source(
-            description["path"], kind="embedcache.interop.vector_files:ImportedSource", settings=settings
-        )
-    with names_from("the cache"):
-        return open_source(description["path"], kind=description["type"], settings=settings)
-
-
-def is_description(value: Mapping[str, Any]) -> bool:
-    """Return whether a JSON object has the types of a source's `describe`; the `path` of a plug-in is any value."""
-    kind, path = value.get("type", ""), value.get("path", "")
-    is_own = kind in ("", IMPORTED_SOURCE, MERGED, *SOURCES.paths)
-    return isinstance(kind, str) and (isinstance(path, str) or not is_own)
-
-
-def how_to_import(source: Mapping[str, Any], modality: str) -> str:
-    """Return how to get features of a modality beside those of an imported source, as nothing can be extracted."""
-    form = str(source.get("format"))
-    options = {
-        "npy": f"--{modality}-file FILE{' --table FILE' if modality == 'text' else ''}",
-        "parquet": f"--{modality}-vector-column NAME",
-        "datacomp": f"--{modality}-array NAME",
-        "clip-retrieval": f"a folder that has {'img' if modality == 'image' else 'text'}_emb too",
-    }
-    if modality not in ("image", "text") or form not in options:
-        return "it was imported, and only vectors of images and texts are; extract them into a cache of its own"
-    return f"import both into a new cache: embedcache import {form}, also with {options[form]}"
-
-
-def base_source(description: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the type and path of a source from its `describe`; of `pairs:`, those of the source it splits."""
-    kind, path = str(description["type"]), str(description["path"])
-    while kind == "pairs":
-        kind, _, path = path.partition(":")
-    return kind, path
-
-
-def source_credit(description: Mapping[str, Any]) -> str:
-    """Return the attribution that pages with images of a source must carry, or an empty string.
-
-    The description may come from an untrusted cache: only built-in and installed plug-ins are imported.
-    """
-    kinds = dict.fromkeys(base_source(part)[0] for part in merged_parts(description))
-    credits = [str(getattr(SOURCES.load(kind), "credit", "")) for kind in kinds if kind in SOURCES]
-    return "; ".join(filter(None, credits))
 
 
 def _detect_kind(location: str, *, has_svg: bool) -> tuple[str, str]:
@@ -218,9 +175,99 @@ def _kind_of(name: str) -> str:
     return ""
 
 
-_KINDS = (
-    (TAR_SUFFIXES, "webdataset"),
-    (TABLE_SUFFIXES, "table"),
-    (frozenset({".npz"}), "folder"),
-    (frozenset({SVG_SUFFIX}), "svg"),
-)
+def reopen_source(description: Mapping[str, Any]) -> Source:
+    """Open a source again from the result of its `describe`, which a cache recorded.
+
+    Raises:
+        PathError: its files no longer exist.
+        SettingError: its class is custom code, and the cache is not trusted.
+    """
+    if description["type"] == MERGED:
+        return MergedSource([reopen_source(part) for part in merged_parts(description)], description)
+    settings = SourceSettings.from_json(description.get("settings", {}))
+    if description["type"] == IMPORTED_SOURCE:
+        return open_source(
+            description["path"], kind="embedcache.interop.vector_files:ImportedSource", settings=settings
+        )
+    with names_from("the cache"):
+        return open_source(description["path"], kind=description["type"], settings=settings)
+
+
+class MergedSource:
+    """The sources of a merged cache: each has the items whose path begins with its number."""
+
+    def __init__(self, sources: Sequence[Source], description: Mapping[str, Any]) -> None:
+        self._sources, self._description = sources, description
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return what is needed to open the sources again."""
+        return self._description
+
+    def samples(self) -> Iterator[Sample]:
+        """Raise a SourceError, because a cache of another source would be extended with these samples."""
+        raise SourceError(
+            f"{self._description['path']} are the sources of a merged cache; extract from each of them, and merge again"
+        )
+
+    def read(self, item: FileItem) -> bytes:
+        """Return the bytes of an item; the errors are those of its source."""
+        number, _, path = item.path.partition("/")
+        values = {each.name: getattr(item, each.name) for each in fields(item)}
+        if not number.isdecimal() or int(number) >= len(self._sources):
+            raise ItemError(f"{item.path}: expected the number of one of {len(self._sources)} sources, and a path")
+        return self._sources[int(number)].read(FileItem(**{**values, "path": path}))
+
+
+def merged_description(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the description of the sources of several caches."""
+    path = " + ".join(str(part.get("path", "")) for part in parts)
+    return {"type": MERGED, "path": path, "settings": {}, _PARTS: [dict(part) for part in parts]}
+
+
+def merged_parts(description: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the descriptions that a merged description was made of, or the description itself."""
+    return list(description[_PARTS]) if description.get("type") == MERGED else [description]
+
+
+def merged_path(number: int, path: str) -> str:
+    """Return the path of an item of one of the sources, counted from 0."""
+    return f"{number}/{path}"
+
+
+def is_description(value: Mapping[str, Any]) -> bool:
+    """Return whether a JSON object has the types of a source's `describe`; the `path` of a plug-in is any value."""
+    kind, path = value.get("type", ""), value.get("path", "")
+    is_own = kind in ("", IMPORTED_SOURCE, MERGED, *SOURCES.paths)
+    return isinstance(kind, str) and (isinstance(path, str) or not is_own)
+
+
+def base_source(description: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the type and path of a source from its `describe`; of `pairs:`, those of the source it splits."""
+    kind, path = str(description["type"]), str(description["path"])
+    while kind == "pairs":
+        kind, _, path = path.partition(":")
+    return kind, path
+
+
+def source_credit(description: Mapping[str, Any]) -> str:
+    """Return the attribution that pages with images of a source must carry, or an empty string.
+
+    The description may come from an untrusted cache: only built-in and installed plug-ins are imported.
+    """
+    kinds = dict.fromkeys(base_source(part)[0] for part in merged_parts(description))
+    credits = [str(getattr(SOURCES.load(kind), "credit", "")) for kind in kinds if kind in SOURCES]
+    return "; ".join(filter(None, credits))
+
+
+def how_to_import(source: Mapping[str, Any], modality: str) -> str:
+    """Return how to get features of a modality beside those of an imported source, as nothing can be extracted."""
+    form = str(source.get("format"))
+    options = {
+        "npy": f"--{modality}-file FILE{' --table FILE' if modality == 'text' else ''}",
+        "parquet": f"--{modality}-vector-column NAME",
+        "datacomp": f"--{modality}-array NAME",
+        "clip-retrieval": f"a folder that has {'img' if modality == 'image' else 'text'}_emb too",
+    }
+    if modality not in ("image", "text") or form not in options:
+        return "it was imported, and only vectors of images and texts are; extract them into a cache of its own"
+    return f"import both into a new cache: embedcache import {form}, also with {options[form]}"

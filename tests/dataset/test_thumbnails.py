@@ -26,7 +26,7 @@ from embedcache.extract.extract import extract
 from embedcache.registry import trust_files
 from embedcache.sources import open_source
 from embedcache.sources.files import check_read_allowed
-from embedcache.sources.merged import merged_description
+from embedcache.sources.open import merged_description
 from embedcache.sources.sound import decode_audio
 from embedcache.sources.video import decode_video
 from embedcache.store.cache import Cache

@@ -7,7 +7,7 @@ import pytest
 
 from embedcache.errors import ItemError
 from embedcache.sources import FileItem, open_source
-from embedcache.sources.merged import MergedSource, merged_description
+from embedcache.sources.open import MergedSource, merged_description
 from tests.cli.run import TOY, succeed
 from tests.images import write_images
 
