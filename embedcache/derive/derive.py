@@ -7,8 +7,7 @@ from typing import Any
 
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN
-from embedcache.derive.chunks import ChunkReader
-from embedcache.derive.compute import OpenDerivation, OutputSpec, apply_rule
+from embedcache.derive.compute import ChunkReader, OpenDerivation, OutputSpec, apply_rule
 from embedcache.derive.groups import DerivedView, prepare_group, request_fingerprint
 from embedcache.derive.rules import Rule, RuleFunction, open_rule
 from embedcache.derive.runs import RunRequest, open_run

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from embedcache.arrays import Array
 from embedcache.dataset.splits import read_split, require_split
-from embedcache.derive.chunks import ChunkReader
+from embedcache.derive.compute import ChunkReader
 from embedcache.derive.rules import Block, Rule
 from embedcache.encoders.open import DERIVED, EncoderSpec
 from embedcache.errors import SettingError

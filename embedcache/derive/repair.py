@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from embedcache.arrays import Array, Ints
-from embedcache.derive.chunks import ChunkReader
-from embedcache.derive.compute import OpenDerivation
+from embedcache.derive.compute import ChunkReader, OpenDerivation
 from embedcache.derive.groups import read_fit, request_fingerprint
 from embedcache.derive.rules import Rule, open_rule
 from embedcache.derive.runs import reopen_run
