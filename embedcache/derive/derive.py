@@ -1,28 +1,34 @@
-"""Derivation: compute features from other features of a cache, chunk by chunk, with a rule or a trained run."""
+"""Derivation: compute features from other features of a cache, chunk by chunk, with a rule or a trained run.
+
+`verify` computes them again: damaged chunks, and some rows to compare.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from embedcache.arrays import Array, Ints
 from embedcache.axis import Axis
 from embedcache.dataset.inputs import PLAIN
 from embedcache.derive.compute import ChunkReader, OpenDerivation, OutputSpec, apply_rule
-from embedcache.derive.groups import DerivedView, prepare_group, request_fingerprint
+from embedcache.derive.groups import DerivedView, prepare_group, read_fit, request_fingerprint
 from embedcache.derive.rules import Rule, RuleFunction, open_rule
-from embedcache.derive.runs import RunRequest, open_run
+from embedcache.derive.runs import RunRequest, open_run, reopen_run
 from embedcache.derive.settings import DTYPES, DeriveSettings
 from embedcache.devices import AUTO
-from embedcache.encoders.open import EncoderSpec
-from embedcache.errors import SettingError
+from embedcache.encoders.open import RUN, EncoderSpec
+from embedcache.errors import ItemError, SettingError, UnknownNameError, pluralize
 from embedcache.files import AnyPath, remove_partials
 from embedcache.modalities import count_items
-from embedcache.progress import AnyProgress, Progress, to_progress
+from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
+from embedcache.registry import names_from
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup
-from embedcache.store.writer import add_feature
+from embedcache.store.group import EncoderGroup, open_group
+from embedcache.store.verify import Finding
+from embedcache.store.writer import add_feature, withdraw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +158,35 @@ def derive(cache: AnyPath, derivation: Derivation, *, progress: AnyProgress = No
     return report
 
 
+def _open_input(cache: Cache, derivation: Derivation, modality: str, name: str) -> Feature:
+    feature = cache.feature(modality, name)
+    if feature.group.name == derivation.folder and modality == derivation.inputs[0][0]:
+        raise SettingError(f"name: {derivation.folder!r} holds the input {feature.name}; choose another name")
+    return feature
+
+
+def _choose_outputs(
+    derivation: Derivation, rule: Rule, inputs: Sequence[Feature], parameters: Mapping[str, Any]
+) -> dict[str, OutputSpec]:
+    if rule.outputs is None:
+        if not derivation.outputs:
+            raise SettingError(
+                f"outputs: the rule {rule.name!r} is a function, which does not say what it returns; expected "
+                'shapes and dtypes such as {"label": ((1,), "int16")}, or a Rule instead of a function'
+            )
+        return dict(derivation.outputs)
+    shapes = rule.outputs([feature.item_shape for feature in inputs], parameters)
+    if derivation.outputs:
+        raise SettingError(f"outputs: the rule {rule.name!r} has the outputs {', '.join(shapes)}; omit them")
+    return {name: (tuple(shape), derivation.dtype) for name, shape in shapes.items()}
+
+
+def _choose_axis(derivation: Derivation, rule: Rule, output: str, inputs: Sequence[Feature]) -> Axis | None:
+    if rule.axis is not None:
+        return rule.axis(output, [feature.axis for feature in inputs])
+    return inputs[0].axis if derivation.keeps_axis or rule.keeps_axis else None
+
+
 def _count_items(group: EncoderGroup, features: Sequence[str], computed: Sequence[int]) -> DeriveReport:
     counts = group.count_items(features[0], frozenset(computed))
     return DeriveReport(
@@ -162,12 +197,6 @@ def _count_items(group: EncoderGroup, features: Sequence[str], computed: Sequenc
         reused=counts.reused,
         failures=counts.failures,
     )
-
-
-def _choose_axis(derivation: Derivation, rule: Rule, output: str, inputs: Sequence[Feature]) -> Axis | None:
-    if rule.axis is not None:
-        return rule.axis(output, [feature.axis for feature in inputs])
-    return inputs[0].axis if derivation.keeps_axis or rule.keeps_axis else None
 
 
 def derive_from_run(
@@ -253,24 +282,77 @@ def derive_with_settings(
     return [derive(cache_path, derivation, progress=progress)]
 
 
-def _open_input(cache: Cache, derivation: Derivation, modality: str, name: str) -> Feature:
-    feature = cache.feature(modality, name)
-    if feature.group.name == derivation.folder and modality == derivation.inputs[0][0]:
-        raise SettingError(f"name: {derivation.folder!r} holds the input {feature.name}; choose another name")
-    return feature
+def reopen_derivation(
+    cache: Cache, group: EncoderGroup, features: Sequence[str], *, device: str = AUTO
+) -> OpenDerivation:
+    """Open the rule and inputs of derived features again, to compute some of them as they were.
+
+    Raises:
+        SettingError: the rule or the run is custom code, and the cache is not trusted.
+        UnknownNameError: the rule or an input no longer exists.
+        PathError: the run no longer exists.
+        CorruptError: the arrays that the rule was fitted to have changed.
+    """
+    spec, stored = EncoderSpec.parse(group.spec), group.fingerprint
+    parameters, inputs = stored["preprocessing"], [cache.feature(*entry) for entry in group.inputs]
+    view = None
+    if spec.model == RUN:
+        opened_run = reopen_run(cache, group, spec.options, device=device)
+        parameters, rule, view = opened_run.parameters, opened_run.rule, opened_run.view
+    else:
+        rule = _reopen_rule(group, spec.model)
+    reader = ChunkReader(cache, inputs)
+    weights = rule.weights or stored["weights"]
+    request = request_fingerprint(rule, inputs, parameters, weights=weights, view=view)
+    fitted = read_fit(group) if rule.fit is not None else {}
+    opened = {name: Feature(group, name) for name in features}
+    return OpenDerivation(
+        group=group,
+        fingerprint={**request, **({"fit": stored["fit"]} if "fit" in stored else {})},
+        rule=rule,
+        reader=reader,
+        parameters={**parameters, **fitted},
+        outputs={name: (feature.item_shape, feature.dtype) for name, feature in opened.items()},
+    )
 
 
-def _choose_outputs(
-    derivation: Derivation, rule: Rule, inputs: Sequence[Feature], parameters: Mapping[str, Any]
-) -> dict[str, OutputSpec]:
-    if rule.outputs is None:
-        if not derivation.outputs:
-            raise SettingError(
-                f"outputs: the rule {rule.name!r} is a function, which does not say what it returns; expected "
-                'shapes and dtypes such as {"label": ((1,), "int16")}, or a Rule instead of a function'
-            )
-        return dict(derivation.outputs)
-    shapes = rule.outputs([feature.item_shape for feature in inputs], parameters)
-    if derivation.outputs:
-        raise SettingError(f"outputs: the rule {rule.name!r} has the outputs {', '.join(shapes)}; omit them")
-    return {name: (tuple(shape), derivation.dtype) for name, shape in shapes.items()}
+def _reopen_rule(group: EncoderGroup, name: str) -> Rule:
+    try:
+        with names_from(f"{group.name}: the cache"):
+            return open_rule(name)
+    except UnknownNameError as error:
+        raise UnknownNameError(
+            f"{group.name}: the rule {name!r} that computed it cannot be imported; make its module importable, or "
+            f"derive it again under another name: {error}"
+        ) from error
+
+
+def derive_again(opened: OpenDerivation, findings: Sequence[Finding], progress: Progress) -> str:
+    """Compute damaged and missing chunks, one at a time, each withdrawn first; return a line for the report.
+
+    Raises:
+        FingerprintError: the rule, the run or an input has changed; nothing is modified.
+    """
+    opened.check_unchanged()
+    chunks = sorted({finding.chunk for finding in findings})
+    progress.start(f"repairing {opened.group.name}", len(chunks), "chunks")
+    num_derived = 0
+    for chunk in chunks:
+        damaged = [finding.name for finding in findings if finding.chunk == chunk and finding.is_damage]
+        withdraw(opened.group, chunk, damaged)
+        num_derived += len(opened.run([chunk], NullProgress()))
+        progress.advance(1)
+    progress.finish()
+    return f"{opened.group.name} ({', '.join(opened.outputs)}): derived {pluralize(num_derived, 'chunk')} again"
+
+
+def derive_rows(opened: OpenDerivation, rows: Ints) -> dict[str, list[Array | ItemError]]:
+    """Compute rows that have all inputs again: feature -> one array per row, in the dtype on disk."""
+    return opened.compute(opened.reader.open_rows(rows), list(opened.outputs))
+
+
+def derivation_depth(cache: Cache, group: EncoderGroup) -> int:
+    """Return how many derivations lie between the features of a folder and those of encoders; 0 for an encoder."""
+    names = {(modality, feature.rpartition("/")[0]) for modality, feature in group.inputs}
+    below = [derivation_depth(cache, open_group(cache.path, *name, cache.info)) for name in names]
+    return 1 + max(below, default=0) if group.is_derived else 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints
-from embedcache.derive.repair import derive_rows, reopen_derivation
+from embedcache.derive.derive import derive_rows, reopen_derivation
 from embedcache.devices import AUTO
 from embedcache.errors import EmbedcacheError, ItemError, pluralize
 from embedcache.extract.feature_writer import FeatureWriter, reopen_writer, view_fingerprint

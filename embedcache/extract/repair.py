@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedcache.derive.repair import derivation_depth, derive_again, reopen_derivation
+from embedcache.derive.derive import derivation_depth, derive_again, reopen_derivation
 from embedcache.devices import AUTO
 from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, pluralize
