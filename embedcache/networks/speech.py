@@ -17,8 +17,7 @@ from embedcache.arrays import Floats, Ints
 from embedcache.axis import Axis
 from embedcache.errors import SettingError
 from embedcache.networks.attention import AttentionDecoder
-from embedcache.networks.fusion import Fusion, FusionKind
-from embedcache.networks.sequence import FrameReadout, LayerSizes, SequenceEncoder, valid_frames
+from embedcache.networks.sequence import FrameReadout, Fusion, FusionKind, LayerSizes, SequenceEncoder, valid_frames
 from embedcache.networks.transcripts import BLANK, END, SYMBOLS
 
 PAPER: Mapping[str, Any] = {

@@ -10,8 +10,7 @@ from torch import nn
 
 from embedcache.derive.rules import Block
 from embedcache.errors import SettingError
-from embedcache.networks.fusion import Fusion
-from embedcache.networks.sequence import FrameAdapter, MaskedNorm, sinusoids, valid_frames
+from embedcache.networks.sequence import FrameAdapter, Fusion, MaskedNorm, sinusoids, valid_frames
 from embedcache.networks.speech import (
     PAPER,
     Frames,
