@@ -35,14 +35,16 @@ from embedcache.train.distributed import own_slice
 from embedcache.train.modules import ModuleReport, describe_input, train_task
 from embedcache.train.parts import source_digests
 from embedcache.train.settings import FitSettings
-from embedcache.train.speech_batches import (
+from embedcache.train.utterances import (
     DrawnBatch,
     SpeechAugmentation,
+    Stream,
     UtteranceBatches,
+    Utterances,
     draw_missing,
     read_augmented,
+    stack_inputs,
 )
-from embedcache.train.utterances import Stream, Utterances, stack_inputs
 
 _BATCH_SIZE = 32
 _ROUNDING = 1e-6

@@ -25,8 +25,7 @@ from embedcache.sources.video import decode_video
 from embedcache.store.cache import Cache
 from embedcache.train.settings import FitSettings
 from embedcache.train.speech import SpeechRecipe, train_speech
-from embedcache.train.speech_batches import SpeechAugmentation
-from embedcache.train.utterances import Utterances, open_utterances
+from embedcache.train.utterances import SpeechAugmentation, Utterances, open_utterances
 from pipelines.speech.results import Result
 from pipelines.worlds.talking import KIND, WorldSettings, write_world
 from pipelines.worlds.talking import TINY as TINY_WORLD

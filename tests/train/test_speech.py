@@ -19,14 +19,16 @@ from embedcache.networks.saved import load_module, read_module_config
 from embedcache.networks.speech import SpeechNetwork
 from embedcache.store.cache import Cache
 from embedcache.train.speech import encode_utterances, train_speech
-from embedcache.train.speech_batches import (
+from embedcache.train.utterances import (
     SpeechAugmentation,
     UtteranceBatches,
+    Utterances,
     draw_missing,
     mask_spans,
+    open_utterances,
     read_augmented,
+    stack_inputs,
 )
-from embedcache.train.utterances import Utterances, open_utterances, stack_inputs
 from tests.crash import crash_function
 from tests.edits import damage_column
 from tests.train.runs import log_lines

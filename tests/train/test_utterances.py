@@ -16,14 +16,16 @@ from embedcache.settings import from_flat
 from embedcache.store.cache import Cache
 from embedcache.train.settings import FitSettings
 from embedcache.train.speech import SpeechRecipe, SpeechTask, encode_utterances, sample_frames, train_speech
-from embedcache.train.speech_batches import (
+from embedcache.train.utterances import (
     SpeechAugmentation,
+    Stream,
     UtteranceBatches,
+    Utterances,
     draw_missing,
     mask_spans,
+    open_utterances,
     read_augmented,
 )
-from embedcache.train.utterances import Stream, Utterances, open_utterances
 from tests.train.speech_cases import MODEL, fit_settings, recipe
 
 NUM = 7

@@ -15,8 +15,7 @@ from embedcache.sources.video import decode_video
 from embedcache.store.cache import Cache
 from embedcache.train.settings import FitSettings
 from embedcache.train.speech import SpeechRecipe, train_speech
-from embedcache.train.speech_batches import SpeechAugmentation
-from embedcache.train.utterances import Utterances, open_utterances
+from embedcache.train.utterances import SpeechAugmentation, Utterances, open_utterances
 from pipelines.speech.lrs import KIND
 from tests.cli.run import embedcache, succeed
 from tests.encoders.checkpoints import save_speech, save_timm
