@@ -31,10 +31,9 @@ from embedcache.metrics.edits import (
 )
 from embedcache.metrics.intervals import Estimate
 from embedcache.networks.ctc import WordTime, word_times
-from embedcache.networks.recognition import check_decoder, recognize, to_text
 from embedcache.networks.saved import ModuleConfig, load_module
 from embedcache.networks.settings import DecodingSettings
-from embedcache.networks.speech import EncodedSpeech, SpeechNetwork
+from embedcache.networks.speech import EncodedSpeech, SpeechNetwork, check_decoder, recognize, to_text
 from embedcache.networks.transcripts import encode_transcript
 from embedcache.progress import NullProgress, Progress
 from embedcache.store.cache import Cache

@@ -15,7 +15,6 @@ from embedcache.arrays import Floats, Ints, blocks, check_finite
 from embedcache.dataset.inputs import PLAIN
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.metrics.edits import count_word_errors
-from embedcache.networks.recognition import recognize, to_text
 from embedcache.networks.saved import ModuleConfig
 from embedcache.networks.settings import Decoder, DecodingSettings
 from embedcache.networks.speech import (
@@ -27,6 +26,8 @@ from embedcache.networks.speech import (
     SpeechNetwork,
     SpeechObjective,
     pad_transcripts,
+    recognize,
+    to_text,
 )
 from embedcache.progress import Progress
 from embedcache.provenance import canonical_json, digest

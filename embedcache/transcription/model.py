@@ -16,9 +16,16 @@ from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, ItemError
 from embedcache.networks.ctc import WordTime, num_ctc_frames, word_times
-from embedcache.networks.recognition import check_decoder, recognize, to_text
 from embedcache.networks.saved import ModuleConfig, load_module
-from embedcache.networks.speech import CTC_WEIGHT, Frames, SpeechNetwork, stack_frames
+from embedcache.networks.speech import (
+    CTC_WEIGHT,
+    Frames,
+    SpeechNetwork,
+    check_decoder,
+    recognize,
+    stack_frames,
+    to_text,
+)
 from embedcache.networks.transcripts import SYMBOLS
 from embedcache.progress import NullProgress, Progress
 from embedcache.transcription.clips import AudioLike, Clip, VideoLike, Window, iter_windows, open_clip
