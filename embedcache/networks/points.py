@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from embedcache.arrays import Floats, Ints, blocks
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.divergence import domain_gap
+from embedcache.metrics.alignment import domain_gap
 from embedcache.metrics.segmentation import IGNORED
 
 PARTS: Mapping[str, tuple[str, ...]] = {

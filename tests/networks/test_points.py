@@ -10,7 +10,7 @@ from torch import nn
 
 from embedcache.derive.pseudo_labels import entropy
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.divergence import domain_gap
+from embedcache.metrics.alignment import domain_gap
 from embedcache.networks.points import (
     Moments,
     PointBatch,
