@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from zipfile import BadZipFile, ZipFile
 
 import torch
@@ -21,6 +21,7 @@ from embedcache.dataset.splits import check_split
 from embedcache.devices import AUTO, torch_device
 from embedcache.errors import CorruptError, FingerprintError, PathError, one_line, pluralize
 from embedcache.files import replacing
+from embedcache.io_errors import disk_errors
 from embedcache.locks import Leases
 from embedcache.modalities import noun
 from embedcache.projectors.saved import checked_weights_path, config_path, read_run_record, split_path
@@ -33,9 +34,10 @@ from embedcache.provenance import (
     read_json,
     write_json,
 )
+from embedcache.records import record_stage
 from embedcache.store.cache import Cache
 from embedcache.train.data import TrainData
-from embedcache.train.distributed import gather_objects, num_processes, process_rank
+from embedcache.train.distributed import gather_objects, num_processes, process_rank, run_on_first
 from embedcache.train.settings import MachineSettings
 from embedcache.train.trackers import TrackedRun, Trackers
 from embedcache.train.views import parse_views
@@ -196,6 +198,7 @@ class RunLog:
 
 
 T = TypeVar("T")
+R = TypeVar("R", bound="_Report")
 FAILED = "failed "
 """Start of the names of `failed_digests` in the config of a run."""
 _FILES = (
@@ -211,6 +214,10 @@ _FILES = (
     "tensorboard",
     "fit-*.safetensors",
 )
+
+
+class _Report(Protocol):
+    def to_json(self) -> dict[str, Any]: ...
 
 
 def name_device(machine: MachineSettings, run_path: Path, *, needs_float64: bool = False) -> MachineSettings:
@@ -239,7 +246,43 @@ def _recorded_device(path: Path) -> str:
         return AUTO
 
 
-def start_run(run_path: Path, values: Mapping[str, Any]) -> Leases:
+def train_run(
+    run_path: Path,
+    config: Mapping[str, Any],
+    fit: Callable[[], tuple[T, R]],
+    save: Callable[[T], None],
+    *,
+    recorded: Mapping[str, Any],
+) -> R:
+    """Train into the folder of a run under its lease: a new run, or an interrupted one with the same config.
+
+    Of several processes, which must all call it, the first writes the folder.
+
+    Args:
+        run_path: folder of the run.
+        config: values of its `config.json`, apart from digests of files that training writes.
+        fit: trains, and returns what was trained and the report.
+        save: writes the weights, then `config.json`.
+        recorded: settings in `record.json`.
+
+    Raises:
+        PathError: the folder holds other files, or another process trains into it.
+        FingerprintError: the interrupted run has another config.
+    """
+    leases = run_on_first(lambda: _start_run(run_path, config))
+    with disk_errors(run_path):
+        if leases is None:  # not the first process
+            return fit()[1]
+        with record_stage(run_path / "record.json", "train", recorded) as outcome:
+            trained, report = fit()
+            outcome.update(report.to_json())
+        save(trained)
+        checkpoint_path(run_path).unlink(missing_ok=True)
+        leases.release(0)
+    return report
+
+
+def _start_run(run_path: Path, values: Mapping[str, Any]) -> Leases:
     """Acquire a lease on the folder, for a new run or for an interrupted one with the same config values."""
     prepare_folder(run_path, kind="a run", marker="started.json", allowed=_FILES)
     leases = Leases(run_path)
@@ -257,12 +300,6 @@ def start_run(run_path: Path, values: Mapping[str, Any]) -> Leases:
         split_path(run_path).unlink(missing_ok=True)
     write_json(path, values)
     return leases
-
-
-def finish_run(run_path: Path, leases: Leases) -> None:
-    """Remove the checkpoint of a run whose config was written, and release its lease."""
-    checkpoint_path(run_path).unlink(missing_ok=True)
-    leases.release(0)
 
 
 def reuse_run(run_path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any], make: Callable[[Any], T]) -> T:

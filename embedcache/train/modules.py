@@ -8,16 +8,14 @@ from typing import Any
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.splits import Split, write_split
 from embedcache.files import write_atomic
-from embedcache.io_errors import disk_errors
 from embedcache.metrics.ranking import metric_label
 from embedcache.networks.saved import ModuleConfig, ModuleInput, read_module_config, save_module
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.saved import config_path, split_path
-from embedcache.records import record_stage
 from embedcache.store.feature import Feature
 from embedcache.store.group import open_group
 from embedcache.store.layout import checked_fit_path
-from embedcache.train.checkpoint import finish_run, name_device, reuse_run, start_run
+from embedcache.train.checkpoint import name_device, reuse_run, train_run
 from embedcache.train.distributed import process_group, run_on_first
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
 from embedcache.train.settings import FitSettings
@@ -53,6 +51,10 @@ class ModuleReport:
         measures = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in self.measures.items())
         state = "reused, trained earlier with the same settings" if self.reused else "trained"
         return f"{self.path}: {state}: {self.num_parameters:,} parameters; {outcome}; validation {measures}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values, without the path."""
+        return {name: value for name, value in asdict(self).items() if name != "path"}
 
 
 def train_task(
@@ -105,21 +107,18 @@ def train_task(
                 expected.to_json(),
                 lambda values: ModuleReport(path=run_path, **{**values, "reused": True}),
             )
-        leases = run_on_first(lambda: start_run(run_path, config.to_json()))
-        with disk_errors(run_path):
-            if leases is None:  # not the first of several processes
-                _, report = _fit(make_task, run_path, settings, progress, on_epoch)
-                return report
-            if split is not None and not split_path(run_path).is_file():
-                write_split(split_path(run_path), split)
-            for name, path in (files or {}).items():
-                write_atomic(run_path / name, path.read_bytes())
-            with record_stage(run_path / "record.json", "train", config.to_json()) as outcome:
-                task, report = _fit(make_task, run_path, settings, progress, on_epoch)
-                outcome.update({name: value for name, value in asdict(report).items() if name != "path"})
-            save_module(run_path, task.module, config)
-            finish_run(run_path, leases)
-        return report
+
+        def fit() -> tuple[Task, ModuleReport]:
+            run_on_first(lambda: _write_files(run_path, split, files or {}))
+            return _fit(make_task, run_path, settings, progress, on_epoch)
+
+        return train_run(
+            run_path,
+            config.to_json(),
+            fit,
+            lambda task: save_module(run_path, task.module, config),
+            recorded=config.to_json(),
+        )
 
 
 def describe_input(feature: InputFeature) -> ModuleInput:
@@ -162,6 +161,14 @@ def _inputs_of(feature: InputFeature) -> Iterator[InputFeature]:
     for modality, name in group.inputs:
         folder, _, own_name = name.rpartition("/")
         yield InputFeature([Feature(open_group(group.path.parents[1], modality, folder, group.info), own_name)])
+
+
+def _write_files(run_path: Path, split: Split | None, files: Mapping[str, Path]) -> None:
+    """Write the split of a run, unless an interrupted one did, and copies of files."""
+    if split is not None and not split_path(run_path).is_file():
+        write_split(split_path(run_path), split)
+    for name, path in files.items():
+        write_atomic(run_path / name, path.read_bytes())
 
 
 def _fit(

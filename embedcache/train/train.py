@@ -13,7 +13,6 @@ from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.settings import with_split_seed
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath, relative_location
-from embedcache.io_errors import disk_errors
 from embedcache.metrics.ranking import metric_label
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
@@ -28,19 +27,17 @@ from embedcache.projectors.saved import (
     split_path,
 )
 from embedcache.provenance import digest_file, from_record, to_record
-from embedcache.records import record_stage
 from embedcache.settings import merge_settings
 from embedcache.train.batches import Loader
 from embedcache.train.checkpoint import (
     check_not_extended,
     failed_digests,
-    finish_run,
     name_device,
     reuse_run,
-    start_run,
+    train_run,
 )
 from embedcache.train.data import Names, Paths, TrainData, divide_pairs, name_features, open_data, view_digests
-from embedcache.train.distributed import num_processes, process_group, process_rank, run_on_first
+from embedcache.train.distributed import num_processes, process_group, process_rank
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
 from embedcache.train.pair import PairTask, Validation, pair_parts
@@ -213,17 +210,13 @@ def train_on(
     )
     if config_path(run_path).is_file():
         return _reuse_run(run_path, config, data)
-    leases = run_on_first(lambda: start_run(run_path, config.to_json()))
-    recorded = {"caches": [relative_location(cache.path, run_path) for cache in data.caches], **config.to_json()}
-    with disk_errors(run_path):
-        if leases is None:  # not the first of several processes
-            return _fit(data, run_path, config, settings, progress, on_epoch)[1]
-        with record_stage(run_path / "record.json", "train", recorded) as outcome:
-            pair, report = _fit(data, run_path, config, settings, progress, on_epoch)
-            outcome.update(report.to_json())
-        save_pair(run_path, pair, config)
-        finish_run(run_path, leases)
-    return report
+    return train_run(
+        run_path,
+        config.to_json(),
+        lambda: _fit(data, run_path, config, settings, progress, on_epoch),
+        lambda pair: save_pair(run_path, pair, config),
+        recorded={"caches": [relative_location(cache.path, run_path) for cache in data.caches], **config.to_json()},
+    )
 
 
 def _check_features(data: TrainData, settings: TrainSettings) -> None:

@@ -24,10 +24,9 @@ from embedcache.train.checkpoint import (
     LogEnd,
     RunLog,
     checkpoint_path,
-    finish_run,
     load_checkpoint,
     name_device,
-    start_run,
+    train_run,
 )
 from embedcache.train.settings import MachineSettings
 from tests.cli.run import embedcache
@@ -136,6 +135,11 @@ def test_damaged_checkpoint_is_noticed(unfinished: Path) -> None:
     assert num_refused > 30
 
 
+class Report:
+    def to_json(self) -> dict[str, Any]:
+        return {}
+
+
 def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     script = (
@@ -155,8 +159,7 @@ def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) 
         other.stdin.write("\n")
         other.stdin.flush()
         assert other.stdout.readline() == "released\n"
-        leases = start_run(tmp_path / "run", {})
-        finish_run(tmp_path / "run", leases)
+        train_run(tmp_path / "run", {}, lambda: (None, Report()), lambda _: None, recorded={})
         assert other.communicate("\n") == ("True\n", None)
     runs.run(cache_path, tmp_path / "run", epochs=0)
 
