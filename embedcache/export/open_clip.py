@@ -17,8 +17,7 @@ from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.open_clip import load_checkpoint
 from embedcache.errors import one_line
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, check_plain, example_images, unsupported
-from embedcache.export.dense import DenseLayer, dense_chain
-from embedcache.export.towers import open_module
+from embedcache.export.towers import DenseLayer, dense_chain, open_module
 from embedcache.provenance import write_json
 from embedcache.registry import require
 from embedcache.sources.images import rgb_image

@@ -10,8 +10,7 @@ from embedcache.encoders import sentence_transformers as encoders
 from embedcache.encoders.open import EncoderSpec, feature_names
 from embedcache.encoders.weights import find_model_folder, quiet_transformers
 from embedcache.export.base import TEXTS, ExportNotes, ExportRun, check_plain, unsupported
-from embedcache.export.dense import DenseChain, dense_chain
-from embedcache.export.towers import SENTENCE_OPTIONS
+from embedcache.export.towers import SENTENCE_OPTIONS, DenseChain, dense_chain
 from embedcache.provenance import read_json, write_json
 from embedcache.registry import require
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from embedcache.export.dense import DenseChain, dense_chain
+from embedcache.export.towers import DenseChain, dense_chain
 from embedcache.projectors.heads import OpenClipLinear, RawTower, Tower
 
 PIECES = st.lists(st.sampled_from(["linear", "plain", "norm", "relu", "gelu", "dropout"]), min_size=0, max_size=6)
