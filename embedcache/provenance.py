@@ -154,6 +154,21 @@ def read_manifest(
     return dict(values)
 
 
+STUDY_FORMAT = 2
+"""Newest format of a study: 1 is of images and texts, 2 of any other pair of modalities."""
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """Read the manifest of the study in a folder, for a sweep or a report; raise the errors of `read_manifest`."""
+    return read_manifest(
+        path / "study.json",
+        kind="study",
+        latest_format=STUDY_FORMAT,
+        make="embedcache sweep CACHE SPACE.toml STUDY",
+        next_step="restore the file, or use a new folder",
+    )
+
+
 _MANIFESTS = {"cache.json": "cache", "config.json": "run", "card.json": "index", "study.json": "study"}
 _ARTICLES = {kind: f"{'an' if kind == 'index' else 'a'} {kind}" for kind in _MANIFESTS.values()}
 

@@ -14,7 +14,7 @@ from embedcache.files import folder_bytes, open_path
 from embedcache.metrics.ranking import metric_label
 from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import read_metadata, read_report_json
-from embedcache.provenance import INDEX_DIGEST, construct, read_json, recognize
+from embedcache.provenance import INDEX_DIGEST, construct, read_json, read_study, recognize
 from embedcache.search.card import read_card
 from embedcache.settings import flat_settings
 from embedcache.store.cache import Cache
@@ -268,7 +268,7 @@ def _summarize_index(path: Path) -> Summary:
 
 
 def _summarize_study(path: Path) -> Summary:
-    study = read_report_json(path / "study.json")
+    study = read_study(path)
     report_path = path / "report.json"
     report = read_report_json(report_path) if report_path.is_file() else {}
     if report and not (isinstance(report, dict) and _is_of(report.get("study"), study)):

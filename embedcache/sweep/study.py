@@ -14,12 +14,13 @@ from embedcache.provenance import (
     DIGEST,
     INDEX_DIGEST,
     STORED_NAMES,
+    STUDY_FORMAT,
     check_same,
     construct,
     digest_file,
     from_record,
     prepare_folder,
-    read_manifest,
+    read_study,
     to_record,
     write_record,
 )
@@ -28,8 +29,6 @@ from embedcache.sweep.space import Space
 from embedcache.train.checkpoint import FAILED, check_failed, check_not_extended, failed_digests
 from embedcache.train.data import TrainData
 
-FORMAT_VERSION = 2
-"""Newest format of a study: 1 is of images and texts, 2 of any other pair of modalities."""
 _FILES = (
     LOCK,
     ".claims",
@@ -82,7 +81,7 @@ class Study:
         head = {name: values.pop(name) for name in ("space", INDEX_DIGEST)}
         if tuple(sides) == _FORMAT_1:
             return {**head, **sides, **values, "format": 1}
-        return {**head, "sides": sides, **values, "format": FORMAT_VERSION}
+        return {**head, "sides": sides, **values, "format": STUDY_FORMAT}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Study":
@@ -132,16 +131,9 @@ def open_study(
 
 def _reopen_study(path: Path, requested: Study, failed: Mapping[str, str], data: TrainData) -> Study:
     """Read the study in a folder, and compare it with what is requested."""
-    manifest = _manifest_path(path)
-    values = read_manifest(
-        manifest,
-        kind="study",
-        latest_format=FORMAT_VERSION,
-        make="embedcache sweep CACHE SPACE.toml STUDY",
-        next_step="restore the file, or use a new folder",
-    )
+    values = read_study(path)
     values.pop(DIGEST, None)
-    stored = construct(manifest, lambda: Study.from_json(values))
+    stored = construct(_manifest_path(path), lambda: Study.from_json(values))
     expected = replace(requested, name=stored.name, split_digest=stored.split_digest)
     next_step = "sweep into a new folder, or keep the study"
     check_not_extended(f"study {path} was begun", stored.index_digest, data.caches, next_step=next_step)

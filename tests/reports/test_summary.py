@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.errors import CorruptError, PathError
+from embedcache.errors import ArtifactError, CorruptError, PathError
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from tests.golden.commands import ARTIFACTS
@@ -52,6 +52,12 @@ def test_file_of_another_artifact_is_refused(tmp_path: Path, name: str, other: s
     shutil.copy(ARTIFACTS / other, folder / Path(name).name)
     with pytest.raises(CorruptError, match=message):
         summarize(folder)
+
+
+def test_study_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text(json.dumps({"format": 3}))
+    with pytest.raises(ArtifactError, match="has study format 3; this version reads 1 to 2: upgrade embedcache"):
+        summarize(tmp_path)
 
 
 def test_settings_of_a_study_have_the_names_of_options() -> None:
