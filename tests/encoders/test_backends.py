@@ -1,4 +1,4 @@
-"""Running a torch module: out of memory, batch size, compilation."""
+"""Running a model on torch: out of memory, batch size, compilation; and its export to ONNX."""
 
 import logging
 from pathlib import Path
