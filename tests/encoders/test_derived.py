@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -166,6 +165,8 @@ REQUESTED = ("layer1.cls", "layer2.patches", "grid:2", "layer1.grid:3", "layer2.
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_vit_relpos"])
 def test_timm_transformer_blocks(name: str, tmp_path: Path) -> None:
+    import timm
+
     if name not in timm.list_models():
         pytest.skip(f"timm {timm.__version__} does not have {name}")
     spec = f"timm:{name},weights={save_timm(name, tmp_path, seed=0)}"

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from embedcache.errors import ArtifactError, CorruptError, PathError
 from embedcache.testing.encoders import TEXTS, ImageEncoderContract, TextEncoderContract, example_images
 from tests.encoders.checkpoints import save_clip, write_clip_config
 
-open_clip = pytest.importorskip("open_clip")
+pytestmark = pytest.mark.skipif(not find_spec("open_clip"), reason="needs open_clip")
 
 
 class TestOpenClipImage(ImageEncoderContract):
@@ -41,6 +42,8 @@ class TestOpenClipText(TextEncoderContract):
 
 
 def test_matches_open_clip(weights: Path) -> None:
+    import open_clip
+
     model, _, preprocess = open_clip.create_model_and_transforms("tiny-clip", pretrained=str(weights))
     spec = f"open_clip:tiny-clip,pretrained={weights}"
     image, text = (open_encoder(spec, modality="image"), open_encoder(spec, modality="text"))
@@ -63,6 +66,8 @@ TOWERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_unpadded_texts_match_open_clip(tower: str, tmp_path: Path) -> None:
+    import open_clip
+
     config = json.loads(write_clip_config(tmp_path).read_text())
     changes = dict(TOWERS[tower])
     config["text_cfg"] |= changes.pop("text", {})
@@ -93,6 +98,8 @@ def test_towers_share_one_model_until_file_changes(weights: Path, tmp_path: Path
 
 
 def test_weights_of_another_model_raise(weights: Path, tmp_path: Path) -> None:
+    import open_clip
+
     config = json.loads(write_clip_config(tmp_path).read_text())
     (tmp_path / "wide-clip.json").write_text(json.dumps({**config, "embed_dim": 40}))
     open_clip.add_model_config(tmp_path / "wide-clip.json")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.layers import Conv2dSame
 
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
@@ -82,6 +81,8 @@ def test_onnxruntime_agrees_with_torch(name: str, tmp_path: Path) -> None:
 
 
 def test_same_padding_is_fixed_for_the_first_size(tmp_path: Path) -> None:
+    from timm.layers import Conv2dSame
+
     conv = Conv2dSame(3, 4, 3, stride=2)
     images = torch.rand(2, 3, 9, 8, generator=torch.Generator().manual_seed(0))
     expected = conv(images)

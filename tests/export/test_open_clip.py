@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 
@@ -48,6 +47,8 @@ def test_matches_the_run(
 
 
 def _check_loads(folder: Path, run: Path) -> None:
+    import open_clip
+
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     model.eval()

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
 from embedcache.export.export import export_run
-from embedcache.export.hub_code.image_processing_embedcache import EmbedcacheImageProcessor
 from embedcache.export.transformers import load_exported
 from embedcache.provenance import read_json, write_json
 from embedcache.sources.images import rgb_image
@@ -84,6 +83,8 @@ def test_has_the_interface_of_clip(tiny: dict[str, str], tmp_path: Path) -> None
 def test_processor_of_transformers_gets_rgb_images(mode: str) -> None:
     """As the encoder did; without the conversion, the processor of a ViT accepts RGB images only."""
     from transformers import ViTImageProcessor
+
+    from embedcache.export.hub_code.image_processing_embedcache import EmbedcacheImageProcessor
 
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 4), dtype=np.uint8)
     image = Image.fromarray(noise).convert(mode)

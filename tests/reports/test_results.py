@@ -3,7 +3,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import clip_benchmark.cli
 import pytest
 
 from embedcache.errors import SettingError
@@ -88,6 +87,8 @@ def test_unknown_metric_raises(task: str, name: str) -> None:
 
 def build(monkeypatch: pytest.MonkeyPatch, *files: Path) -> list[dict[str, str]]:
     """Return CLIP_benchmark's table of some files and folders."""
+    import clip_benchmark.cli
+
     table = files[0].parent / "benchmark.csv"
     monkeypatch.setattr(sys, "argv", ["clip_benchmark", "build", *map(str, files), "--output", str(table)])
     clip_benchmark.cli.main()
