@@ -1,8 +1,9 @@
-"""Count which random mutants of core modules the quick tests kill: `python -m tests.mutants FOLDER 200 --seed 0`.
+"""Count which random mutants of core modules their tests kill: `python -m tests.mutants FOLDER 200 --seed 0`.
 
 A mutant changes one comparison, operator, constant, condition or boundary of a slice in a copy of the repository. The
-quick tests of its package that run the changed line, or that use a shared fixture that runs it, are run until the first
-failure. Those that survive are listed with their line: each one is a missing test, or equivalent code.
+tests of its package that run the changed line, or that use a shared fixture that runs it, are run until the first
+failure; tests marked `no_mutants`, which would take too long, are left out. Mutants that survive are listed with their
+line: each one is a missing test, or equivalent code.
 
 The folder is made if it is missing. It holds the repository as it was then, which tests run which lines (measured once
 per package), and a line of JSON per mutant: the same command continues where an interrupted one stopped. Each mutant is
@@ -39,7 +40,8 @@ LIBRARIES = (
     *("scipy.sparse.csgraph", "scipy.stats", "torch.utils.checkpoint", "torch.utils.data"),
 )
 """What is imported once, before the forks; pytest must be the first to import its plug-ins, which zarr is one of."""
-QUICK = ("-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--assert=plain")  # differences of bytes take minutes
+OPTIONS = ("-q", "-x", "-m", "not no_mutants", "-p", "no:cacheprovider", "--assert=plain")
+"""Those of pytest; its differences of bytes would take minutes."""
 OTHERS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -161,7 +163,7 @@ def try_mutant(folder: Path, copy: Path, path: Path, index: int, number: int) ->
 
 @dataclass(kw_only=True)
 class Runs:
-    """Which quick tests of a package run which of its lines."""
+    """Which tests of a package run which of its lines."""
 
     seconds: dict[str, float]
     """Test -> its seconds of CPU time while its lines are recorded."""
@@ -186,7 +188,7 @@ class Runs:
 
 
 def measure(folder: Path, copy: Path, package: str) -> Runs:
-    """Run the quick tests of a package once in a fork, or read what was measured earlier."""
+    """Run the tests of a package once in a fork, or read what was measured earlier."""
     path, output = folder / f"{package}.json", folder / f"{package}.output"
     if not path.is_file():
         say(f"which tests of {package} run which lines")
@@ -196,7 +198,7 @@ def measure(folder: Path, copy: Path, package: str) -> Runs:
 
 
 def record_lines(copy: Path, package: str, path: Path) -> int:
-    """Run the quick tests of a package in this process and write `Runs` as JSON; return the exit code of pytest."""
+    """Run the tests of a package in this process and write `Runs` as JSON; return the exit code of pytest."""
     recorder = coverage.Coverage(data_file=None, config_file=False, source=[str(copy / "embedcache" / package)])
     recorder.start()
     contexts = Contexts(recorder, package)
@@ -297,7 +299,7 @@ def file_of(test: str) -> str:
 
 def run_pytest(plugin: Contexts | Chosen) -> int:
     """Run tests of a plug-in's files in this process; return the exit code of pytest."""
-    return int(pytest.main([*QUICK, *plugin.files], plugins=[plugin, OneFailure()]))
+    return int(pytest.main([*OPTIONS, *plugin.files], plugins=[plugin, OneFailure()]))
 
 
 def run_fork(copy: Path, output: Path, timeout_s: int, run: Callable[[], int]) -> int:

@@ -70,6 +70,7 @@ RESUMES = [("Flat", *kill) for kill in KILLS] + [(kind, *kill) for kind in KINDS
 
 
 @pytest.mark.slow
+@pytest.mark.no_mutants
 @pytest.mark.parametrize(
     ("factory", "moment", "pattern", "number", "num_in"), RESUMES, ids=lambda value: str(value).replace("\\", "")
 )
@@ -116,6 +117,7 @@ def test_unreadable_unfinished_index_is_absent(cache_path: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.no_mutants
 @pytest.mark.parametrize(
     ("factory", "moment", "pattern", "number", "damaged"),
     [
@@ -151,6 +153,7 @@ def test_flipped_bit_in_an_unfinished_index_is_found(
 
 
 @pytest.mark.slow
+@pytest.mark.no_mutants
 @pytest.mark.parametrize("pattern", [r"index\.partial\.faiss", r"/index\.faiss", r"card\.json"])
 def test_kill_while_growing_keeps_old_index(tmp_path: Path, pattern: str) -> None:
     cache = write_cache(tmp_path, 40)
@@ -165,6 +168,7 @@ def test_kill_while_growing_keeps_old_index(tmp_path: Path, pattern: str) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.no_mutants
 def test_unfinished_index_of_other_feature_raises(cache_path: Path, tmp_path: Path) -> None:
     kill_at("after", r"index\.partial\.faiss", 2, cache_path, tmp_path / "index", "Flat")
     with pytest.raises(FingerprintError, match=r"the unfinished index .* modality: stored 'image', requested 'text'"):
@@ -294,6 +298,7 @@ def test_on_disk_one_sample_removed_and_one_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.no_mutants
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize(
     ("pattern", "number"),

@@ -113,7 +113,8 @@ def find_damage(cache: Path) -> list[str]:
         return [str(error)]
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.no_mutants)])
 def test_same_numbers_or_a_clear_error(folder: Path, seed: int) -> None:
     rng, expected = np.random.default_rng(seed), list(read_all(folder))
     assert verify(Cache(folder / "cache")) == []

@@ -186,6 +186,7 @@ def test_run_with_a_given_split_is_reused(two_caches: list[Path], tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.no_mutants
 @pytest.mark.parametrize(
     ("image", "text", "projector"),
     [

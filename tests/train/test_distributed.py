@@ -17,7 +17,7 @@ from tests.train.places import main as train_many
 from tests.train.places import train_places
 from tests.train.runs import IMAGE, TEXT, log_lines, run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.no_mutants]
 
 
 def torchrun(num_processes: int, *words: str) -> None:

@@ -73,6 +73,7 @@ def test_tasks_are_drawn_by_weight_from_seed_epoch_and_step() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.no_mutants
 def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
     task = squares.task("answer", "answer", has_head=True)
     tuned_recipe, parts = start_from(

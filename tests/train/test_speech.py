@@ -76,6 +76,7 @@ def train_fusion(
 
 
 @pytest.mark.slow
+@pytest.mark.no_mutants
 def test_a_recognizer_learns_letters_from_sound_or_lips(caches: tuple[Path, Path], tmp_path: Path) -> None:
     for name, epochs in (("audio", 40), ("video", 28)):
         data = [utterances(cache, name) for cache in caches]

@@ -319,6 +319,7 @@ def read_trackio(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.no_mutants
 @pytest.mark.filterwarnings("ignore")  # of the libraries
 @pytest.mark.parametrize(
     ("library", "read"),
