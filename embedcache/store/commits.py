@@ -45,7 +45,6 @@ REMOVED = "removed"
 """Reason of an item whose sample was removed from the cache."""
 
 HASH_BYTES = 16
-
 HASH = pa.binary(HASH_BYTES)
 """Type of a hash of `hash_item`; null for an item that was not read."""
 

@@ -258,12 +258,12 @@ def column_checksum(column: pa.ChunkedArray) -> str:
     """
     values = column.combine_chunks()
     crc = google_crc32c.value(np.packbits(values.is_valid().to_numpy(zero_copy_only=False)).tobytes())
-    for part in _parts(values):
+    for part in _value_bytes(values):
         crc = google_crc32c.extend(crc, part)
     return f"{crc:08x}"
 
 
-def _parts(values: pa.Array) -> Iterator[bytes]:
+def _value_bytes(values: pa.Array) -> Iterator[bytes]:
     kind = values.type
     if pa.types.is_boolean(kind):
         values, kind = values.cast(pa.int8()), pa.int8()

@@ -15,7 +15,7 @@ from embedcache.errors import CorruptError, FingerprintError
 from embedcache.provenance import digest
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
-from embedcache.store.changes import SourceChanges, find_changes
+from embedcache.store.changes import IndexedSample, SourceChanges, find_changes, read_samples
 from embedcache.store.group import create_group
 from embedcache.store.indexing import index, update_path
 from embedcache.store.layout import SUBSET, Segment, read_info, write_info
@@ -301,3 +301,22 @@ def test_replaced_image_with_features_raises(tmp_path: Path) -> None:
     begin(tmp_path, rows(6), failed=(2,))
     with pytest.raises(FingerprintError, match="other bytes in 1 of its images, such as 3.png in row 3"):
         index(changed(rows(6), 3, images=(FileItem(path="3.png", length=8),)), tmp_path, accept_replaced=True)
+
+
+@pytest.mark.parametrize("modalities", [["image", "text"], ["image"], ["text"]])
+@pytest.mark.parametrize("span", [range(10), range(3, 7), range(9, 10), range(4, 4)])
+def test_samples_are_read_with_their_items(tmp_path: Path, modalities: list[str], span: range) -> None:
+    source = rows(10)
+    for row in (4, 5):
+        source.rows[row] = replace(source.rows[row], images=source.rows[row].images * (row - 3))
+    source.rows[2] = replace(source.rows[2], images=())
+    index(source, tmp_path / "c", chunk_size=4)
+    first_rows = [0, 1, 2, 2, 3, 4, 6, 7, 8, 9]
+    assert list(read_samples(tmp_path / "c", modalities, span)) == [
+        IndexedSample(
+            key=f"k{row}",
+            files={"image": (first_rows[row], list(source.rows[row].images))} if "image" in modalities else {},
+            texts=[(text.text, "en") for text in source.rows[row].texts] if "text" in modalities else [],
+        )
+        for row in span
+    ]

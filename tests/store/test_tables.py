@@ -16,7 +16,6 @@ from embedcache.provenance import digest
 from embedcache.sources import FileItem, Sample
 from embedcache.store import table_writer, tables
 from embedcache.store.cache import Cache
-from embedcache.store.changes import IndexedSample, read_samples
 from embedcache.store.indexing import index
 from embedcache.store.layout import items_path, samples_path
 from embedcache.store.table_writer import TableWriter
@@ -185,25 +184,6 @@ def test_digest_of_a_table_is_that_of_its_values() -> None:
     found = TableDigest()
     found.update(table)
     assert found.hexdigest() == digest({name: sha256(bytes(data)).hexdigest() for name, data in columns.items()})
-
-
-@pytest.mark.parametrize("modalities", [["image", "text"], ["image"], ["text"]])
-@pytest.mark.parametrize("span", [range(10), range(3, 7), range(9, 10), range(4, 4)])
-def test_samples_are_read_with_their_items(tmp_path: Path, modalities: list[str], span: range) -> None:
-    source = rows(10)
-    for row in (4, 5):
-        source.rows[row] = replace(source.rows[row], images=source.rows[row].images * (row - 3))
-    source.rows[2] = replace(source.rows[2], images=())
-    index(source, tmp_path / "c", chunk_size=4)
-    first_rows = [0, 1, 2, 2, 3, 4, 6, 7, 8, 9]
-    assert list(read_samples(tmp_path / "c", modalities, span)) == [
-        IndexedSample(
-            key=f"k{row}",
-            files={"image": (first_rows[row], list(source.rows[row].images))} if "image" in modalities else {},
-            texts=[(text.text, "en") for text in source.rows[row].texts] if "text" in modalities else [],
-        )
-        for row in span
-    ]
 
 
 @pytest.mark.parametrize(
