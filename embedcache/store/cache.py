@@ -1,6 +1,7 @@
 """An open cache: its tables, and its features by name."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -19,18 +20,9 @@ from embedcache.sources.open import IMPORTED_SOURCE, how_to_import
 from embedcache.store.columns import widen
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
-from embedcache.store.layout import SAMPLES, CacheInfo, items_path, read_info, samples_path
+from embedcache.store.layout import SAMPLES, CacheInfo, read_info, table_path
 from embedcache.store.removed import read_removed
-from embedcache.store.tables import (
-    BLOCK,
-    Footer,
-    check_rows,
-    find_changed,
-    open_table,
-    read_footer,
-    read_table,
-    table_errors,
-)
+from embedcache.store.tables import BLOCK, Footer, check_rows, open_table, read_footer, read_table, table_errors
 
 if TYPE_CHECKING:
     import pandas
@@ -165,7 +157,7 @@ class Cache:
     @cached_property
     def columns(self) -> list[str]:
         """Column names of the sample table, without reading it."""
-        path = samples_path(self.path)
+        path = table_path(self.path, SAMPLES)
         with table_errors(path), open_table(path) as table:
             names = list(table.schema_arrow.names)
         self._require_columns(SAMPLES, names, None)
@@ -230,7 +222,7 @@ class Cache:
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return all rows of a table; the arguments and errors are those of `block`."""
-        path = self._table_path(name)
+        path = table_path(self.path, name)
         with table_errors(path):
             rows = read_table(path, columns).slice(0, self.num_rows(name))
         self._require_columns(name, rows.column_names, columns)
@@ -254,7 +246,7 @@ class Cache:
         Raises:
             CorruptError: the table cannot be read, or the rows differ from their checksums.
         """
-        path, place = self._table_path(name), self._place(name, number)
+        path, place = table_path(self.path, name), self._place(name, number)
         with table_errors(path):
             opened = self._open_file(name, path)
             first = int(np.searchsorted(opened.starts, place.start, "right")) - 1
@@ -278,7 +270,7 @@ class Cache:
         Raises:
             CorruptError: the table cannot be read.
         """
-        path, size = self._table_path(name), self.block_rows(name)
+        path, size = table_path(self.path, name), self.block_rows(name)
         likely = np.zeros(-(-self.num_rows(name) // size), bool)
         with table_errors(path):
             opened = self._open_file(name, path)
@@ -297,9 +289,6 @@ class Cache:
             counts = [footer.metadata.row_group(group).num_rows for group in range(footer.metadata.num_row_groups)]
             opened = self._files[name] = _OpenedTable(stamp, footer, np.cumsum([0, *counts]))
         return opened
-
-    def _table_path(self, name: str) -> Path:
-        return samples_path(self.path) if name == SAMPLES else items_path(self.path, name)
 
     def _place(self, name: str, block: int | None) -> slice:
         """Return the rows of one block of a table, or all."""
@@ -321,7 +310,7 @@ class Cache:
 
         Another process may have moved failed items by `--retry-failed` since this cache was opened.
         """
-        path, place, block_rows = self._table_path(name), self._place(name, block), self.block_rows(name)
+        path, place, block_rows = table_path(self.path, name), self._place(name, block), self.block_rows(name)
         if len(rows) != place.stop - place.start:
             raise CorruptError(
                 f"{path}: expected {place.stop - place.start:,} rows, got {len(rows):,}; restore the file, or extract "
@@ -331,8 +320,10 @@ class Cache:
             raise CorruptError(
                 f"{path}: expected keys of text, got bytes; restore the file, or extract into a new folder"
             )
-        if find_changed(rows, self.info.table_checksums.get(name, {}), place.start, block_rows) is not None:
-            check_rows(rows, read_info(self.path).table_checksums.get(name, {}), place.start, block_rows, path)
+        with suppress(CorruptError):
+            check_rows(rows, self.info.table_checksums.get(name, {}), place.start, block_rows, path)
+            return rows
+        check_rows(rows, read_info(self.path).table_checksums.get(name, {}), place.start, block_rows, path)
         return rows
 
     def encoders(self, modality: str) -> list[EncoderGroup]:

@@ -169,6 +169,11 @@ def items_path(cache_path: Path, modality: str) -> Path:
     return cache_path / modality / "items.parquet"
 
 
+def table_path(cache_path: Path, name: str) -> Path:
+    """Return the path of a table: `samples`, or a modality for that of its items."""
+    return samples_path(cache_path) if name == SAMPLES else items_path(cache_path, name)
+
+
 def removed_path(cache_path: Path) -> Path:
     """Return the path of the table of removed samples."""
     return cache_path / "removed.parquet"

@@ -280,32 +280,26 @@ def _value_bytes(values: pa.Array) -> Iterator[bytes]:
         yield json.dumps(values.to_pylist(), sort_keys=True, default=str).encode()
 
 
-def find_changed(rows: pa.Table, checksums: Mapping[str, str], first_row: int, block_rows: int) -> str | None:
-    """Return the first column that differs from its checksums; None if all are as written.
+def check_rows(rows: pa.Table, checksums: Mapping[str, str], first_row: int, block_rows: int, path: Path) -> None:
+    """Compare rows of a table with their checksums.
 
     Args:
         rows: all rows from `first_row` on that the checksums cover, or whole blocks of them; some columns are enough.
         checksums: column -> 8 hex digits per block; columns without are not compared, as those of the first caches.
         first_row: first row of a block.
         block_rows: rows per block.
+        path: file of the table.
+
+    Raises:
+        CorruptError: a column differs.
     """
-    names: list[str] = rows.column_names
-    for name in names:
+    for name in rows.column_names:
         written = checksums.get(name, "")
         for start in range(0, len(rows) if written else 0, block_rows):
             place = (first_row + start) // block_rows * DIGITS
             if column_checksum(rows[name].slice(start, block_rows)) != written[place : place + DIGITS]:
-                return name
-    return None
-
-
-def check_rows(rows: pa.Table, checksums: Mapping[str, str], first_row: int, block_rows: int, path: Path) -> None:
-    """Compare rows of a table with their checksums, or raise a `CorruptError`; the arguments are of `find_changed`."""
-    changed = find_changed(rows, checksums, first_row, block_rows)
-    if changed is not None:
-        last = first_row + len(rows) - 1
-        raise CorruptError(
-            f"{path}: column {changed!r} has changed since it was written, in rows {first_row:,} to {last:,}; if an "
-            "--extend, --retry-failed or cache remove was interrupted, run it again; else restore the file, or extract "
-            "into a new folder"
-        )
+                raise CorruptError(
+                    f"{path}: column {name!r} has changed since it was written, in rows {first_row:,} to "
+                    f"{first_row + len(rows) - 1:,}; if an --extend, --retry-failed or cache remove was interrupted, "
+                    "run it again; else restore the file, or extract into a new folder"
+                )

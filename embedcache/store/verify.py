@@ -30,10 +30,9 @@ from embedcache.store.layout import (
     SAMPLES,
     commit_path,
     fit_path,
-    items_path,
     removed_path,
     removing_path,
-    samples_path,
+    table_path,
 )
 from embedcache.store.removed import read_removed
 from embedcache.store.tables import TableChecksums, TableDigest, open_table, table_errors
@@ -124,7 +123,7 @@ def check_tables(cache: Cache, *, progress: Progress | None = None) -> Iterator[
     progress, tables = progress or NullProgress(), {SAMPLES: cache.info.num_samples, **cache.info.num_items}
     progress.start("checking tables", sum(tables.values()), "rows")
     for name, num_rows in tables.items():
-        path = samples_path(cache.path) if name == SAMPLES else items_path(cache.path, name)
+        path = table_path(cache.path, name)
         finding = partial(Finding, modality=name, encoder="", name=str(path.relative_to(cache.path)), can_repair=False)
         try:
             found = _read_content(cache, name, path, progress)
