@@ -239,6 +239,7 @@ def test_changed_encoder_raises_on_first_use(run_path: Path, tmp_path: Path) -> 
         model.encode_text("red")
 
 
+@pytest.mark.slow
 def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     """Every function, as a notebook calls them: paths as text, one run as a path."""
     folder = str(tmp_path)
@@ -393,6 +394,7 @@ def test_names_and_features_of_another_type_are_named(image_folder: Path, exact_
             compare(cache, [], *rest)
 
 
+@pytest.mark.slow
 def test_iterators_and_arrays_name_several(
     image_folder: Path, run_path: Path, exact_cache: Path, tmp_path: Path
 ) -> None:

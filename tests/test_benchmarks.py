@@ -23,6 +23,7 @@ def test_benchmark_can_be_loaded(name: str) -> None:
     assert callable(load(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_floor_of_a_training_step_has_its_products(name: str) -> None:
     """All floating-point operations that PyTorch counts in a step, with attention as two products, are in the floor."""

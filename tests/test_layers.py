@@ -3,8 +3,11 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import embedcache
 
@@ -75,10 +78,16 @@ HEAVY = {
 }
 """Heavy library -> packages that may import it. A library that is not listed may be imported anywhere."""
 FILES = sorted(PACKAGE.rglob("*.py"))
-TREES = {path: ast.parse(path.read_text()) for path in FILES}
 MODULES = {".".join(("embedcache", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
 
 
+@cache
+def parse(path: Path) -> ast.Module:
+    """Return the syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
+@cache
 def all_imports(tree: ast.Module) -> set[str]:
     """Return every module that a file imports at any place, and every name it passes to `require`."""
     found = set()
@@ -102,21 +111,23 @@ def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@pytest.mark.slow
 def test_imports_go_downwards_only() -> None:
     wrong = [
         f"{path.relative_to(PACKAGE)} imports {module}"
         for path in FILES
         if package_of(path) != "__init__"
-        for module in all_imports(TREES[path])
+        for module in all_imports(parse(path))
         if module.startswith("embedcache.") and module.split(".")[1] in LEVEL
         if module.split(".")[1] != package_of(path) and LEVEL[module.split(".")[1]] >= LEVEL[package_of(path)]
     ]
     assert not wrong
 
 
+@pytest.mark.slow
 def test_modules_have_no_import_cycles() -> None:
     graph = {
-        name: {module for node in TREES[path].body for module in imported_by(node)} & set(MODULES) - {name}
+        name: {module for node in parse(path).body for module in imported_by(node)} & set(MODULES) - {name}
         for name, path in MODULES.items()
     }
     try:
@@ -125,11 +136,12 @@ def test_modules_have_no_import_cycles() -> None:
         raise AssertionError(f"import cycle: {error.args[1]}") from None
 
 
+@pytest.mark.slow
 def test_heavy_libraries_have_few_importers() -> None:
     wrong = [
         f"{path.relative_to(PACKAGE)} imports {module}"
         for path in FILES
-        for module in all_imports(TREES[path])
+        for module in all_imports(parse(path))
         if package_of(path) not in HEAVY.get(module.split(".")[0], {package_of(path)})
     ]
     assert not wrong
@@ -144,6 +156,7 @@ def test_local_imports_are_found() -> None:
     assert all_imports(tree) == {"embedcache.cli", "embedcache.cli.main", "faiss"}
 
 
+@pytest.mark.slow
 def test_coverage_does_not_wait_for_imports() -> None:
     modules = "embedcache.curate.coverage", "embedcache.reports.coverage"
     slow = {"faiss", "matplotlib", "scipy.stats", "torch", "zarr"}

@@ -76,6 +76,7 @@ check_output(Path(sys.argv[1]))
     assert "page.html: no permission to write into " in last
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_changed_reports_are_not_read(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / "report.json"

@@ -57,6 +57,7 @@ def test_modules_of_the_page_pass_its_tests(folder: Path) -> None:
     assert re.search(r"^\d\d passed in", done.stdout, re.MULTILINE), done.stdout
 
 
+@pytest.mark.slow
 def test_modules_of_the_page_run_in_commands(folder: Path) -> None:
     write_images(folder / "photos", 60)
     with ZipFile(folder / "photos.zip", "w") as archive:

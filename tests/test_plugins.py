@@ -110,6 +110,7 @@ def test_plugin_of_every_kind(group: str) -> None:
     assert registry.load("plugged") is getattr(sys.modules["plugged"], attribute)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("installed")
 def test_installed_plugins_need_no_trust(tmp_path: Path) -> None:
     succeed("extract", "plugged:red+green", "c", "--text-encoder", "plugged:toy", cwd=tmp_path)
@@ -120,6 +121,7 @@ def test_installed_plugins_need_no_trust(tmp_path: Path) -> None:
     assert "toy@plugged-90/cls: 3 items encoded again" in succeed("verify", "i", "--reencode", "100%", cwd=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [

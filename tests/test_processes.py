@@ -46,6 +46,7 @@ def work(task: str, progress: Progress) -> str:
     return task.upper()
 
 
+@pytest.mark.slow
 def test_dead_process_leaves_others_running(capfd: pytest.CaptureFixture[str]) -> None:
     progress = RecordedProgress()
     assert run_processes(work, ["count", "die"], progress, steps=["counting"]) == (["COUNT"], 1)
@@ -68,6 +69,7 @@ def run_stay(fifo: str) -> None:
     run_processes(stay, [fifo], NullProgress())
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     parent = get_context("spawn").Process(target=run_stay, args=(str(tmp_path / "fifo"),))
@@ -81,11 +83,13 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     parent.join()
 
 
+@pytest.mark.slow
 def test_error_is_raised_as_it_was() -> None:
     with pytest.raises(SettingError, match="a mistake of the user"):
         run_processes(work, ["error"], RecordedProgress())
 
 
+@pytest.mark.slow
 def test_bug_is_raised_with_its_traceback() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)in work\n.*ZeroDivisionError: a bug"):
         run_processes(work, ["bug"], RecordedProgress())
@@ -97,6 +101,7 @@ def work_of_a_plugin(task: str, progress: Progress) -> str:
     raise ZeroDivisionError
 
 
+@pytest.mark.slow
 def test_error_of_a_plugin_in_a_process_is_known_as_such() -> None:
     for function, task, plugin in ((work, "bug", None), (work_of_a_plugin, "tests.toy:open_toy", "tests")):
         with pytest.raises(WorkerError) as raised:

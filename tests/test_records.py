@@ -30,6 +30,7 @@ def test_another_file_in_place_of_a_record_is_found(tmp_path: Path) -> None:
         read_stage(tmp_path / "record.json")
 
 
+@pytest.mark.slow
 def test_metadata_of_packages_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr("embedcache.records.version", lambda name: asked.append(name) or "1.0")
@@ -44,6 +45,7 @@ def test_metadata_of_packages_are_read_once(tmp_path: Path, monkeypatch: pytest.
     assert read_stage(tmp_path / "2.json")["packages"]["torch"] == "1.0"
 
 
+@pytest.mark.slow
 def test_record_names_the_package_of_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vowels.py").write_text("a = len\n")
     info = tmp_path / "vowel_encoders-1.5.dist-info"

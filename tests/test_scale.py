@@ -39,6 +39,7 @@ def kept_objects(make: Callable[[], object]) -> int:
     return after - before
 
 
+@pytest.mark.slow
 def test_no_object_per_item(pairs_path: Path, tmp_path: Path) -> None:
     names = {"image": "open_made/vector", "text": "open_made/vector"}
 

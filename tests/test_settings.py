@@ -277,6 +277,7 @@ def parse(words: list[str], kind: type[Any] = TrainSettings) -> Any:
     return found[0]
 
 
+@pytest.mark.slow
 @given(
     st.floats(1e-5, 1), st.sampled_from(["mlp", "glu"]), st.integers(0, 9), st.booleans(), st.sampled_from([0.0, 2.5])
 )

@@ -98,6 +98,7 @@ def name_encoder(folder: Path) -> None:
     edit_record(folder / "index" / "card.json", spec="evil:open_it:model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tamper", "command"),
     [

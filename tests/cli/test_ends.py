@@ -179,6 +179,7 @@ def test_files_that_are_written_into_a_folder_before_the_end(
     )
 
 
+@pytest.mark.slow
 def test_folder_of_many_files_is_not_compared(folder: Path, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -117,6 +117,7 @@ def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
     )
 
 
+@pytest.mark.slow
 def test_tracebacks_of_errors_that_gcsfs_raises_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     retry = pytest.importorskip("gcsfs.retry")
 

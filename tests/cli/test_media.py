@@ -99,6 +99,7 @@ def test_unfit_items_fail_for_their_encoder_only(folder: Path) -> None:
     assert silent == (3, "no sound: the file has no audio stream")
 
 
+@pytest.mark.slow
 def test_second_run_encodes_nothing(folder: Path) -> None:
     done = embedcache(*command("media", "cache"), cwd=folder)
     assert done.code == 0
@@ -106,6 +107,7 @@ def test_second_run_encodes_nothing(folder: Path) -> None:
     assert "encoded 0 point clouds" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_encoding_again_gives_the_same(folder: Path) -> None:
     """Spec and fingerprint in the cache open every encoder again, from any folder."""
     done = embedcache("verify", "cache", "--reencode", "100%", cwd=folder)

@@ -28,6 +28,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("process") / "photos", 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--help"], ["train", "-h"], ["curate", "select", "-h"]], ids=" ".join)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     program = (
@@ -57,6 +58,7 @@ def test_wrong_usage_exits_with_2(tmp_path: Path, line: str) -> None:
     assert embedcache(*line.split(), cwd=tmp_path).code == 2
 
 
+@pytest.mark.slow
 def test_bug_shows_its_traceback_and_exits_with_70(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "broken_plugin.py").write_text("def source(location, settings):\n    raise ZeroDivisionError('ours')\n")
     done = embedcache("extract", photos, "c", *TOY, "--source-type", "broken_plugin:source", cwd=tmp_path)
@@ -67,6 +69,7 @@ def test_bug_shows_its_traceback_and_exits_with_70(photos: Path, tmp_path: Path)
     assert "bug in embedcache" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["raise ZeroDivisionError", "import json; json.loads(5)"])
 def test_plugin_that_raises_when_it_is_imported(photos: Path, tmp_path: Path, code: str) -> None:
     (tmp_path / "raising_plugin.py").write_text(code)
@@ -81,6 +84,7 @@ def test_bug_of_embedcache_is_one(photos: Path, tmp_path: Path, monkeypatch: pyt
     assert (done.code, "This is a bug in embedcache" in done.stderr) == (70, True)
 
 
+@pytest.mark.slow
 def test_fault_of_a_mapped_file_shows_where_it_happened(photos: Path, tmp_path: Path) -> None:
     """A disk that fails below a mapped file raises SIGBUS, as a file that became shorter does."""
     (tmp_path / "mapped_plugin.py").write_text(

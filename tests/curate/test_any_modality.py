@@ -228,6 +228,7 @@ def test_coverage_by_examples(made: Made, tmp_path: Path) -> None:
     assert best <= {f"{number:02d}" for number in (*range(9), 18, 19)}
 
 
+@pytest.mark.slow
 @of_sounds
 def test_coverage_of_both_modalities_of_a_run(made: Made, run: Path, concepts: Path, tmp_path: Path) -> None:
     options = ("--run", run, "--modality", "both", "--threshold", -0.99, "-k", 2, "--html", "page.html")

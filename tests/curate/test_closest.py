@@ -48,6 +48,7 @@ def near(found: ClosestItems) -> tuple[Ints, Ints]:
     return np.flatnonzero(found.closest.sims >= LIMIT), np.flatnonzero(found.closest.candidate_sims >= LIMIT)
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(st.integers(20, 150), st.integers(1, 60), st.integers(0, 99))
 def test_clusters_equal_all_pairs_if_complete(count: int, num_test: int, seed: int) -> None:

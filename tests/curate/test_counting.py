@@ -61,6 +61,7 @@ def problems(draw: st.DrawFn) -> dict[str, Array]:
     }
 
 
+@pytest.mark.slow
 @given(problems())
 def test_counter_equals_brute_force(problem: dict[str, Array]) -> None:
     rows, thresholds, near, k = problem["rows"], problem["thresholds"], problem["near"], int(problem["k"])
@@ -204,6 +205,7 @@ def test_top_items_hold_few_candidates() -> None:
     assert top.table()[1].tolist() == [[12, 9], [13, 10], [11, 8]]
 
 
+@pytest.mark.slow
 def test_memory_is_bounded() -> None:
     rng = np.random.default_rng(0)
     concepts = normalize(rng.standard_normal((40, 16)))

@@ -73,6 +73,7 @@ def test_counts_by_prototypes(cache_path: Path, labeled: Path) -> None:
     assert "6 concepts of 5 to 14 examples" in report.line()
 
 
+@pytest.mark.slow
 def test_chunk_size_changes_nothing(image_folder: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(features=("mean",), chunk_size=7)
     extract(open_source(image_folder), tmp_path / "small", text_encoder=[TEXT], settings=settings)

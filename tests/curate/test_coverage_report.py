@@ -70,6 +70,7 @@ def test_chance_counts_all_concepts(cache_path: Path, prompts: Path) -> None:
     assert ["items above one threshold by chance", "0.000086"] in summary_table(rare)[1]
 
 
+@pytest.mark.slow
 def test_tables_json_and_page(cache_path: Path, prompts: Path, run_path: Path, half: Path, tmp_path: Path) -> None:
     settings = CoverageSettings(run=run_path, deviations=1.5, k=4, min_count=25, selection=half)
     report = measure_coverage(cache_path, prompts, settings)
@@ -95,6 +96,7 @@ def test_tables_json_and_page(cache_path: Path, prompts: Path, run_path: Path, h
     assert "Gaps" in page
 
 
+@pytest.mark.slow
 def test_page_of_texts(cache_path: Path, tmp_path: Path) -> None:
     many = [f"{name} {place} {number}" for name in NAMES for place in ("bar", "left") for number in range(9)]
     report = of_texts(cache_path, prompt_cache(tmp_path, many), deviations=1, k=2)
@@ -138,6 +140,7 @@ def test_warnings_at_their_limits(cache_path: Path, prompts: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_command(cache_path: Path, prompts: Path, half: Path, tmp_path: Path) -> None:
     words = ["curate", "coverage", str(cache_path), str(prompts), "--modality", "text", "--feature", "open_toy/mean"]
     words += ["--threshold", "0.45", "-k", "3", "--min-count", "40", "--selection", str(half)]
@@ -152,6 +155,7 @@ def test_command(cache_path: Path, prompts: Path, half: Path, tmp_path: Path) ->
     assert (tmp_path / "c.html").is_file()
 
 
+@pytest.mark.slow
 def test_both_modalities(cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path) -> None:
     words = ["curate", "coverage", str(cache_path), str(prompts), "--run", str(run_path), "--modality", "both"]
     words += ["--deviations", "1.5", "--output", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]

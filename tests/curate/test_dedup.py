@@ -220,6 +220,7 @@ def test_failed_item_is_ignored(copied: Path) -> None:
     assert (np.diff(copies.unique_rows) > 0).all()
 
 
+@pytest.mark.slow
 def test_pages_show_images(copied: Path, tmp_path: Path) -> None:
     write_threshold_page(tmp_path / "look.html", analyze(copied))
     page = (tmp_path / "look.html").read_text()
@@ -235,6 +236,7 @@ def test_pages_show_images(copied: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_page_without_source_warns(copied: Path, tmp_path: Path) -> None:
     source = copied.parent / "source"
     source.rename(copied.parent / "moved")
@@ -276,6 +278,7 @@ def test_unreached_cosine_names_highest(cache_path: Path, distinct: Path, tmp_pa
         analyze(cache_path, DedupSettings(feature="open_toy/patches"))
 
 
+@pytest.mark.slow
 def test_dedup_text_cache(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\na red bar\n")
     extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text_encoder=[TEXT])

@@ -50,6 +50,7 @@ def pairs_of(pairs: SimilarPairs) -> set[tuple[int, int]]:
     return set(zip(pairs.left.tolist(), pairs.right.tolist(), strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(st.integers(30, 150), st.integers(0, 99))
 def test_clusters_equal_all_pairs_if_complete(count: int, seed: int) -> None:
@@ -65,6 +66,7 @@ def test_clusters_equal_all_pairs_if_complete(count: int, seed: int) -> None:
         assert near.recall.num_found == near.recall.num_pairs
 
 
+@pytest.mark.slow
 def test_all_pairs_equal_brute_force(tmp_path: Path) -> None:
     vectors = made_vectors(4200, 3, width=24, noise=0.15)
     near = find_near_duplicates(
@@ -133,6 +135,7 @@ def test_any_neighbor_of_the_same_cosine_counts_as_found(tmp_path: Path) -> None
     assert found.recall.to_json() == {"num_items": 120, "num_pairs": 360, "num_found": 360, "value": 1}
 
 
+@pytest.mark.slow
 def test_recall_equals_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "MAX_VISITS", 0)  # as SemDeDup: pairs that a border cuts are missed
     vectors = made_vectors(2000, 5, width=8, noise=0.12)
@@ -146,6 +149,7 @@ def test_recall_equals_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert near.complete < 1
 
 
+@pytest.mark.slow
 def test_chunk_and_block_size_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = made_vectors(600, 7)
     rows = np.delete(np.arange(600), [3, 64, 599])
@@ -184,6 +188,7 @@ def duplicates(draw: st.DrawFn) -> tuple[Copies, SimilarPairs, Ints]:
     return items, SimilarPairs(left=left, right=right, cosines=cosines), order
 
 
+@pytest.mark.slow
 @given(duplicates())
 def test_removed_samples_have_a_kept_partner(made: tuple[Copies, SimilarPairs, Ints]) -> None:
     items, links, order = made

@@ -63,6 +63,7 @@ def test_negatives_are_the_nearest_of_other_groups(cache_path: Path, run_path: P
         np.testing.assert_allclose(table["scores"][int(train[number])].as_py(), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_thresholds_margins_and_random_draws(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
     base = NegativesSettings(run=run_path, **LOOSE)
     low = replace(base, max_score=0.5, min_score=0.1, num_negatives=2)
@@ -93,6 +94,7 @@ def test_thresholds_margins_and_random_draws(cache_path: Path, run_path: Path, t
     assert not (tmp_path / "none.parquet").exists()
 
 
+@pytest.mark.slow
 def test_an_exact_index_finds_the_same(cache_path: Path, run_path: Path, mined: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path, modality="text"))
     settings = NegativesSettings(run=run_path, range_min=1, index=tmp_path / "index", **LOOSE)
@@ -183,6 +185,7 @@ def test_wrong_inputs_are_one_line(cache_path: Path, run_path: Path, mined: Path
     assert "hard negatives of" in shown.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -256,6 +259,7 @@ def test_negatives_equal_a_plain_search(
     )
 
 
+@pytest.mark.slow
 def test_limits_are_inclusive(two_caches: list[Path], own_run: Path, tmp_path: Path) -> None:
     """Check the nearest neighbor of a sample with its own cosine as the limit."""
     settings = NegativesSettings(run=own_run, num_negatives=1, **LOOSE)

@@ -43,6 +43,7 @@ NOISE, COPY, FAILED, SWAPPED, RELABELED = (11, 47, 90), {60: 11}, 75, {20: 33, 3
 UNLABELED = 150
 
 
+@pytest.mark.slow
 @given(st.integers(2, 36), st.integers(1, 7), st.integers(1, 9), st.integers(0, 999))
 def test_collector_equals_all_pairs(count: int, size: int, k: int, seed: int) -> None:
     """Check tiles of any size, each given twice with its sides exchanged, as clusters that visit each other are."""
@@ -69,6 +70,7 @@ def test_collector_of_few_compared() -> None:
     assert collector.cosines[1].tolist() == [-2, -2]
 
 
+@pytest.mark.slow
 def test_clusters_find_most_neighbors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the neighbors within clusters against all pairs, and the measured recall against the true one."""
     monkeypatch.setattr(near_duplicates, "MAX_VISITS", 2)  # 16 of 49 clusters find them all
@@ -294,6 +296,7 @@ def test_labels_in_floating_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         find_outliers(cache, label="price")
 
 
+@pytest.mark.slow
 def test_scores_that_no_sample_has_are_null(tmp_path: Path) -> None:
     """Check one labeled sample, which has no labeled neighbor: JSON knows no NaN."""
     vectors = np.eye(4, dtype=np.float16) + np.float16(0.5)
@@ -345,6 +348,7 @@ def captions_of(path: Path) -> list[str]:
     return captions
 
 
+@pytest.mark.slow
 def test_swapped_captions(planted: Path, cache_path: Path, run_path: Path, tmp_path: Path) -> None:
     """Check by a run that was trained on other pairs."""
     report = find_outliers(planted, tmp_path / "odd.parquet", OutlierSettings(run=run_path))

@@ -71,6 +71,7 @@ def test_plan_has_every_member_and_visitor_of_each_cluster(count: int, num: int,
         assert sorted(visitors) == np.flatnonzero(is_visited[:, number]).tolist()
 
 
+@pytest.mark.slow
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(0, 999), st.integers(1, 5))
 def test_tiles_hold_each_pair_of_a_cluster_and_of_its_visitors_once(
     count: int, num: int, seed: int, block: int

@@ -103,6 +103,7 @@ def test_unit_vectors_of_tokens() -> None:
 SHAPES = {"vectors": (3,), "fixed": (2, 3), "varying": (-1, 3)}
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     st.lists(st.sampled_from(["vectors", "fixed"]), max_size=2),

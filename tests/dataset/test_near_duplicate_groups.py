@@ -50,6 +50,7 @@ def together(groups: Ints) -> list[list[bool]]:
     return (groups[:, None] == groups[None, :]).tolist()
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.integers(0, 999), st.integers(2, 40), st.sampled_from([2, 7]))
 def test_groups_are_connected_components(seed: int, num_samples: int, block: int) -> None:

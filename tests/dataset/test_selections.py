@@ -77,6 +77,7 @@ def test_columns_of_a_selection_may_be_added_and_left_out(cache_path: Path, tmp_
     assert np.array_equal(read_selection(path, [cache]), rows)
 
 
+@pytest.mark.slow
 def test_flipped_bits_are_noticed(cache_path: Path, tmp_path: Path) -> None:
     """Values, headers of pages and the footer: the same samples and reasons, or one line."""
     cache, rng, path = Cache(cache_path), np.random.default_rng(0), tmp_path / "s.parquet"

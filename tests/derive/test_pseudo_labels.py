@@ -73,6 +73,7 @@ def test_agree_keeps_common_labels() -> None:
     assert agree(first, second).tolist() == agree(second, first).tolist() == [0, -1, -1, -1, -1]
 
 
+@pytest.mark.slow
 @given(PROBABILITIES, st.integers(0, 10_000))
 def test_entropy_weighting_matches_definition(prob: np.ndarray, seed: int) -> None:
     other = random_probabilities(seed, len(prob))
@@ -131,12 +132,14 @@ def recover_in_linear_space(
     return recovered
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.sampled_from([0.1, 0.5, 1.0, 3.0]))
 def test_hypothesis_test_matches_densities(seed: int, k: float) -> None:
     labels, first, second = two_modalities(seed)
     assert recover_labels(labels, first, second, k=k).tolist() == recover_in_linear_space(labels, first, second, k)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.floats(0.01, 100))
 def test_hypothesis_test_is_symmetric(seed: int, k: float) -> None:
     labels, first, second = two_modalities(seed)

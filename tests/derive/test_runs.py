@@ -60,6 +60,7 @@ def cache(cache_path: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(cache_path, tmp_path / "c"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["vectors", "tokens"])
 def test_projected_vectors_are_those_of_the_run(cache: Path, work: Path, run: str) -> None:
     reports = derive_from_run(cache, work / run, dtype="float32")
@@ -103,6 +104,7 @@ def test_class_with_the_highest_prob_is_the_predicted_class(cache: Path, work: P
     np.testing.assert_array_equal(found.argmax(axis=1), predictions.predicted[:, 0])
 
 
+@pytest.mark.slow
 def test_train_on_projected_features(cache: Path, work: Path, tmp_path: Path) -> None:
     derive_from_run(cache, work / "vectors")
     name = "vectors-projected/projected"
@@ -114,6 +116,7 @@ def test_train_on_projected_features(cache: Path, work: Path, tmp_path: Path) ->
         load(tmp_path / "second").encode_image([])
 
 
+@pytest.mark.slow
 def test_damaged_prob_is_repaired(cache: Path, work: Path) -> None:
     derive_from_run(cache, work / "vectors", "prob", prompts=work / "prompts")
     whole = tree(cache)
@@ -124,6 +127,7 @@ def test_damaged_prob_is_repaired(cache: Path, work: Path) -> None:
     assert tree(cache) == whole
 
 
+@pytest.mark.slow
 def test_repair_without_or_with_another_run_raises(cache: Path, work: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(work / "vectors", tmp_path / "run"))
     derive_from_run(cache, run, modality="image")
@@ -186,6 +190,7 @@ def write_module_run(cache: Path, run: Path, kind: str = "tests.derive.test_runs
     return run
 
 
+@pytest.mark.slow
 def test_outputs_of_a_module(cache: Path, tmp_path: Path) -> None:
     run = write_module_run(cache, tmp_path / "run")
     for output in ("states", "sum"):

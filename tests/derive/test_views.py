@@ -96,6 +96,7 @@ def states(work: Path, run: str, cache: Path, feature: str, row: int) -> Floats:
     return encoded
 
 
+@pytest.mark.slow
 def test_each_view_has_a_folder(work: Path, cache: Path) -> None:
     views = ("plain", "babble5dB", "babble-5dB")
     reports = derive_from_run(cache, work / "both", "audio-states", name="ao", view=views, dtype="float32")
@@ -170,6 +171,7 @@ def test_view_is_read_in_place_of_the_sides_of_its_modality(work: Path, cache: P
         derive_from_run(cache, tmp_path / "run", "length", view=("babble5dB",))  # a view of sound
 
 
+@pytest.mark.slow
 def test_views_of_derived_features_are_views(work: Path, cache: Path) -> None:
     """Training draws them, and a run on derived features derives from them in its turn."""
     derive_from_run(cache, work / "both", "audio-states", name="ao", view=("plain", "babble-5dB"))
@@ -185,6 +187,7 @@ def test_views_of_derived_features_are_views(work: Path, cache: Path) -> None:
         data.open_views("audio", ["other"])
 
 
+@pytest.mark.slow
 def test_second_run_on_derived_views(work: Path, cache: Path, tmp_path: Path) -> None:
     derive_from_run(cache, work / "both", "audio-states", name="ao", view=("plain", "babble-5dB"))
     write_run(cache, tmp_path / "second", {"audio": "ao/audio-states"})
@@ -199,6 +202,7 @@ def test_second_run_on_derived_views(work: Path, cache: Path, tmp_path: Path) ->
     assert tree(cache) == whole
 
 
+@pytest.mark.slow
 def test_run_on_a_view_reads_another_in_its_place(work: Path, cache: Path) -> None:
     reports = derive_from_run(cache, work / "noisy", "audio-states", view=("plain", "babble-5dB"), dtype="float32")
     assert [report.name for report in reports] == ["noisy-audio-states", "noisy-audio-states@babble-5dB"]
@@ -217,6 +221,7 @@ def test_view_of_another_encoder_is_refused(work: Path, cache: Path) -> None:
     assert not (cache / "audio/both-audio-states").exists()  # all views are opened before the first is computed
 
 
+@pytest.mark.slow
 def test_command_line(work: Path, cache: Path) -> None:
     words = ("derive", cache, "--run", work / "both", "--run-output", "audio-states", "--name", "ao")
     out = succeed(*words, "--view", "plain,babble5dB", "--view", "babble-5dB", cwd=work)
@@ -233,6 +238,7 @@ def test_command_line(work: Path, cache: Path) -> None:
     assert "--view: expected with --run only; omit it" in refused.stderr
 
 
+@pytest.mark.slow
 def test_pair_on_flipped_images(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 40))
     settings = ExtractSettings(views=("flip",), chunk_size=16)

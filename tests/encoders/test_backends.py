@@ -60,6 +60,7 @@ def test_out_of_memory_for_one_item_raises() -> None:
         TorchGraph(LimitedMemory(max_rows=0), EncoderSettings())({"images": np.zeros((3, 3), np.uint8)}, ["sum"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [None, 1, 7])
 def test_batch_size_setting(batch_size: int | None, test_vit: Path, bert: Path) -> None:
     settings = EncoderSettings(batch_size=batch_size)

@@ -69,6 +69,7 @@ def test_grid_is_adaptive_average_pooling(height: int, width: int, data: st.Data
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 30), st.data())
 def test_kmeans_matches_reference(num_patches: int, data: st.DataObject) -> None:
     num_clusters = data.draw(st.integers(1, num_patches))
@@ -78,6 +79,7 @@ def test_kmeans_matches_reference(num_patches: int, data: st.DataObject) -> None
     np.testing.assert_allclose(found, _clusters(patches_BTD, num_clusters), atol=1e-5)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(1, 9), st.data())
 def test_kmeans_does_not_depend_on_batch(num_patches: int, row: int, num_others: int, data: st.DataObject) -> None:
     pool = KMeansPool(num_patches, data.draw(st.integers(1, num_patches)))
@@ -163,6 +165,7 @@ REQUESTED = ("layer1.cls", "layer2.patches", "grid:2", "layer1.grid:3", "layer2.
              "cls")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_vit_relpos"])
 def test_timm_transformer_blocks(name: str, tmp_path: Path) -> None:
     import timm
@@ -270,6 +273,7 @@ def test_lite_grid_and_clusters(backend: str, lite: dict[str, Any]) -> None:
     np.testing.assert_array_equal(repeated, encoder.encode(prepared, ["kmeans:6"])["kmeans:6"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 @pytest.mark.parametrize("family", ["hf", "st"])
 def test_text_model_blocks(family: str, backend: Any, bert: Path, tmp_path: Path) -> None:

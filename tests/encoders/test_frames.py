@@ -40,6 +40,7 @@ class TestPixels(VideoEncoderContract):
         return "frames:pixels,size=12x8"
 
 
+@pytest.mark.slow
 def test_vectors_are_those_of_the_frames(test_vit: Path) -> None:
     settings = EncoderSettings(features=("layer2.cls", "patches"))
     encoder = open_encoder(f"frames:timm:test_vit,weights={test_vit},rate=30", modality="video", settings=settings)
@@ -106,6 +107,7 @@ def test_streamed_videos_have_the_same_frames(
     np.testing.assert_array_equal(pixels_of(streamed, wanted_hz), expected)
 
 
+@pytest.mark.slow
 @given(
     num_frames=st.integers(1, 250),
     rate_hz=st.one_of(st.sampled_from([24_000 / 1001, 25.0, 30_000 / 1001]), st.floats(1, 200)),
@@ -119,6 +121,7 @@ def test_frames_are_chosen_by_number(num_frames: int, rate_hz: float, wanted_hz:
     np.testing.assert_array_equal(found[:, 0, 0], sampled_frames(num_frames, rate_hz, wanted_hz))
 
 
+@pytest.mark.slow
 def test_video_above_the_limit_of_pixels() -> None:
     video, num_pixels = decode_video(large_video(140)), 1920 * 1080
     assert num_pixels > MAX_VIDEO_PIXELS / 140

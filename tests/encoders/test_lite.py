@@ -21,6 +21,7 @@ from embedcache.testing.encoders import ImageEncoderContract, example_images
 GOLDEN = Path(__file__).parents[1] / "golden" / "cache-lite"
 
 
+@pytest.mark.slow
 class TestLite(ImageEncoderContract):
     @pytest.fixture
     def spec(self) -> str:
@@ -42,6 +43,7 @@ def test_old_cache_is_computed_again() -> None:
         np.testing.assert_allclose(np.stack(found[name]), feature.load(), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_layers_are_blocks() -> None:
     settings = EncoderSettings(features=("layer3.patches", "layer16.patches", "layer17.patches"), backend="torch")
     encoder = open_encoder("lite:efficientnet-lite0", modality="image", settings=settings)
@@ -72,6 +74,7 @@ def test_crop_is_the_center_square() -> None:
     np.testing.assert_array_equal(lite_crop(Image.fromarray(pixels), 224), np.uint8(255))
 
 
+@pytest.mark.slow
 class TestWhole(ImageEncoderContract):
     @pytest.fixture
     def spec(self) -> str:

@@ -158,6 +158,7 @@ def test_onnxruntime_without_export_raises() -> None:
         torch_graph(torch.nn.Identity(), EncoderSettings(backend="onnxruntime"), "open_clip")
 
 
+@pytest.mark.slow
 def test_onnxruntime_in_bfloat16_raises() -> None:
     settings = EncoderSettings(backend="onnxruntime", precision="bfloat16")
     with pytest.raises(SettingError, match="float32"):

@@ -41,6 +41,7 @@ class TestOpenClipText(TextEncoderContract):
         return _other(weights)
 
 
+@pytest.mark.slow
 def test_matches_open_clip(weights: Path) -> None:
     import open_clip
 
@@ -64,6 +65,7 @@ TOWERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", TOWERS)
 def test_unpadded_texts_match_open_clip(tower: str, tmp_path: Path) -> None:
     import open_clip
@@ -87,6 +89,7 @@ def test_unpadded_texts_match_open_clip(tower: str, tmp_path: Path) -> None:
     assert lengths == ([5, 9, 3, 11, 16, 2] if tower.startswith("causal") else [16] * 6)
 
 
+@pytest.mark.slow
 def test_towers_share_one_model_until_file_changes(weights: Path, tmp_path: Path) -> None:
     path = tmp_path / "shared.pt"
     shutil.copy(weights, path)

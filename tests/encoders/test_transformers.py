@@ -54,6 +54,7 @@ def test_nondeterministic_model_raises(tmp_path: Path) -> None:
         open_encoder(f"hf:{tmp_path}", modality="image")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_registers", [0, NUM_REGISTERS])
 def test_images_match_transformers(num_registers: int, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, AutoModel
@@ -116,6 +117,7 @@ def test_truncated_weights_raise(bert: Path, tmp_path: Path) -> None:
         open_encoder(f"hf:{folder}", modality="text")
 
 
+@pytest.mark.slow
 def test_missing_pooler_is_allowed(bert: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -65,6 +65,7 @@ def test_states_match_transformers(name: str, options: dict[str, Any], tmp_path:
         np.testing.assert_allclose(found["layer1.states"][number], states.hidden_states[1][0].numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_windows_have_the_frames_of_the_whole(tmp_path: Path) -> None:
     """Convolutions that are cut into windows see the same samples, so the number of frames is that of the whole."""
     from transformers import AutoModel

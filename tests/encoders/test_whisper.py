@@ -71,6 +71,7 @@ def test_log_mel_in_blocks_matches_one_block() -> None:
     np.testing.assert_allclose(power[kept, 3500], expected[kept], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_padded_states_match_transformers(whisper: Path) -> None:
     from transformers import WhisperFeatureExtractor, WhisperModel
 
@@ -97,6 +98,7 @@ def test_long_recording_is_cut_into_windows(whisper: Path) -> None:
     np.testing.assert_allclose(found, np.concatenate(parts), atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_long_recording_never_exists_as_float32_states(whisper: Path) -> None:
     encoder = open_encoder(f"whisper:{whisper / 'ctranslate2'}", modality="audio")
     assert isinstance(encoder, AudioEncoder)

@@ -32,6 +32,7 @@ class TestWordLlama(TextEncoderContract):
         return f"{SPEC},weights={path}"
 
 
+@pytest.mark.slow
 def test_matches_package() -> None:
     encoder = open_encoder(SPEC, modality="text")
     texts = [*TEXTS, "Häuser & 猫, 42!"]
@@ -40,6 +41,7 @@ def test_matches_package() -> None:
     np.testing.assert_allclose(np.stack(found), package.embed(texts), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_text_without_tokens() -> None:
     encoder = open_encoder(SPEC, modality="text")
     assert [ids.tolist() for ids in encoder.prepare([""])] == [[0]]

@@ -59,6 +59,7 @@ def blobs(seed: int, num: int, *, width: int = 6, noise: float = 1.0, num_classe
     return Examples(vectors=vectors.astype(np.float32), labels=labels)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32 - 1), num=st.integers(CLASSES, 60), noise=st.floats(0.1, 3))
 def test_knn_matches_scikit_learn(seed: int, num: int, noise: float) -> None:
     train, test = blobs(seed, num, noise=noise), blobs(seed + 1, 20, noise=noise)
@@ -202,6 +203,7 @@ def test_few_shot_strength_is_fixed() -> None:
     assert fitted.chosen["C"] == FEW_SHOT_C
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32 - 1),
     num=st.integers(CLASSES, 40),

@@ -104,6 +104,7 @@ def test_metrics_match_the_plain_formulas(captioned: Path, tmp_path: Path, image
     assert pair.shuffled_cka == pytest.approx(shuffled_cka(x, y), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["strict", "key"])
 def test_probe_matches_a_run_with_closed_form(captioned: Path, tmp_path: Path, kind: str) -> None:
     split = replace(SPLIT, kind=kind, image_cosine=0.999, text_cosine=0.99)
@@ -141,6 +142,7 @@ def test_order_of_names_does_not_matter(cache_path: Path) -> None:
     assert [pair.features["image"] for pair in report.pairs] == list(IMAGES)
 
 
+@pytest.mark.slow
 def test_draw_is_bounded_and_seeded(cache_path: Path) -> None:
     def drawn(seed: int) -> PairsReport:
         key = SplitSettings(kind="key", val_fraction=0.25)
@@ -202,6 +204,7 @@ def test_table_ends_with_chance(report: PairsReport) -> None:
     assert rows[-1][3] == f"{10 / (report.num_compared - 1):.3f}"
 
 
+@pytest.mark.slow
 def test_page_has_one_heat_map_per_metric(report: PairsReport, tmp_path: Path) -> None:
     write_encoder_pairs_page(tmp_path / "pairs.html", report)
     page = (tmp_path / "pairs.html").read_text()
@@ -228,6 +231,7 @@ def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
         compare(tmp_path / "c", split=key)
 
 
+@pytest.mark.slow
 def test_feature_of_a_run_is_compared_only_by_name(cache_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "c")
     split = SplitSettings(kind="key", val_fraction=0.25)
@@ -249,6 +253,7 @@ def test_cache_without_a_modality_raises(tmp_path: Path) -> None:
         compare(tmp_path / "images")
 
 
+@pytest.mark.slow
 def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Path) -> None:
     key = SplitSettings(kind="key", val_fraction=0.25)
     with pytest.raises(UnknownNameError, match=r"unknown image feature .*; did you mean 'open_toy/cls'"):
@@ -291,6 +296,7 @@ def test_blocks_hold_whole_groups() -> None:
     assert _assign_blocks(np.array([7, 7, 9])).tolist() == [0, 0, 1]
 
 
+@pytest.mark.slow
 def test_command_prints_and_writes(cache_path: Path, tmp_path: Path) -> None:
     words = ["evaluate", "pairs", str(cache_path), "--image-feature", IMAGES[0]]
     words += ["--text-feature", TEXTS[0], "--text-feature", TEXTS[1]]

@@ -28,6 +28,7 @@ def test_parts_follow_the_column_split(labeled_path: Path) -> None:
     assert (data.parts != read_labeled(cache, ProbeSettings(feature=FEATURE, seed=1)).parts).any()
 
 
+@pytest.mark.slow
 def test_validation_is_drawn_from_labeled_items(tmp_path: Path) -> None:
     def columns_of(number: int, caption: str) -> dict[str, object]:
         label = caption.split()[0] if number % 4 == 0 else None
@@ -44,6 +45,7 @@ def test_vectors_and_labels_match_rows(labeled_path: Path) -> None:
     assert [data.names[label] for label in data.examples.labels] == cache.samples["label"].to_pylist()
 
 
+@pytest.mark.slow
 def test_hash_split_keeps_copies_together(tmp_path: Path) -> None:
     path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=100, copies=60)
     data = read_labeled(Cache(path), ProbeSettings(feature=FEATURE))
@@ -54,6 +56,7 @@ def test_hash_split_keeps_copies_together(tmp_path: Path) -> None:
     assert data.overlap() == 0
 
 
+@pytest.mark.slow
 def test_validation_part_is_used_or_tested(tmp_path: Path) -> None:
     def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0], "split": ["train", "train", "validation", "test", "extra"][number % 5]}

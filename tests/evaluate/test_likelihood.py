@@ -24,6 +24,8 @@ from embedcache.train.examples import open_examples, open_media
 from tests.toy import IMAGE
 from tests.train.likelihood_cases import Squares, SquaresSource, open_tones
 
+pytestmark = pytest.mark.slow
+
 
 def test_captions_are_written_and_compared_with_those_of_the_item(squares: Squares, squares_run: Path) -> None:
     task, examples = squares.task("caption", "caption", "captions"), squares.valid["captions"]

@@ -87,6 +87,7 @@ def runs(things: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str,
     return {modality: folder / modality for modality in FEATURES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("modality", "noun"), [("audio", "recordings"), ("points", "point clouds")])
 def test_items_are_classified_by_prompts(
     things: Path, prompts: Path, runs: Mapping[str, Path], tmp_path: Path, modality: str, noun: str
@@ -132,6 +133,7 @@ def test_features_are_probed(things: Path, tmp_path: Path, modality: str, noun: 
     assert report.scores[0].accuracy.value > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("features", "first", "second"),
     [
@@ -161,6 +163,7 @@ def test_pairs_are_named_by_modality(
     assert f"{directions[0]} " in page
 
 
+@pytest.mark.slow
 def test_pairs_of_the_only_two_modalities_need_no_names(things: Path, tmp_path: Path) -> None:
     extract(Things(), tmp_path / "c", text_encoder=[TEXT], encoder={"audio": [MEDIA]})
     (pair,) = evaluate_pairs(tmp_path / "c", split="key").pairs

@@ -169,6 +169,7 @@ def chosen_image(run: Run, cache_path: Path) -> InputFeature:
     return run_input(Cache(cache_path), run.config, "image")
 
 
+@pytest.mark.slow
 def test_training_caches_are_found_from_any_folder(
     cache_path: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

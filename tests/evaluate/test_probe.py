@@ -110,6 +110,7 @@ def test_tokens_are_averaged(labeled_path: Path) -> None:
     assert report.scores[0].accuracy.value > 0.9
 
 
+@pytest.mark.slow
 def test_copies_of_training_items_warn(tmp_path: Path) -> None:
     def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0], "split": "test" if number < 10 or number >= 80 else "train"}
@@ -188,6 +189,7 @@ def test_json_has_the_fields_of_clip_benchmark(report: ProbeReport) -> None:
     assert probe_json(alone, "x")["task"] == "knn"
 
 
+@pytest.mark.slow
 def test_page_is_self_contained(report: ProbeReport, tmp_path: Path) -> None:
     write_probe_page(tmp_path / "page.html", report)
     page = (tmp_path / "page.html").read_text()
@@ -239,6 +241,7 @@ def test_invalid_settings_raise(settings: dict[str, Any], message: str) -> None:
         ProbeSettings(**settings)
 
 
+@pytest.mark.slow
 def test_untrained_classes_warn(tmp_path: Path) -> None:
     def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0], "split": "test" if number % 4 == 0 or "red" in caption else "train"}
@@ -248,6 +251,7 @@ def test_untrained_classes_warn(tmp_path: Path) -> None:
     assert report.scores[0].recalls[report.labeled.names.index("red")] == 0
 
 
+@pytest.mark.slow
 def test_unlabeled_items_are_counted(tmp_path: Path) -> None:
     def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0] if number % 3 else None}

@@ -73,6 +73,7 @@ def test_recall_matches_counting_by_hand(cache_path: Path, runs: list[Path]) -> 
     assert report.num_items["image"] == report.num_items["text"] == [75]
 
 
+@pytest.mark.slow
 def test_seeds_are_averaged(cache_path: Path, runs: list[Path]) -> None:
     one, other, both = (evaluate_retrieval(cache_path, paths) for paths in (runs[:1], runs[1:], runs))
     for direction in ("i2t", "t2i"):
@@ -90,6 +91,7 @@ def test_seeds_may_come_from_other_devices(runs: list[Path], tmp_path: Path) -> 
     assert len(group_by_recipe([runs[0], moved])) == 1
 
 
+@pytest.mark.slow
 def test_overlap_with_training_warns(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs[:1])
     assert report.overlap is not None
@@ -164,6 +166,7 @@ def test_control_must_be_shuffled(cache_path: Path, runs: list[Path]) -> None:
     assert progress.started == []  # nothing was measured before
 
 
+@pytest.mark.slow
 def test_run_of_another_encoder_is_refused(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 60))
     for name, scale in (("a", 1), ("b", 2)):
@@ -195,6 +198,7 @@ def test_different_recipes_are_not_averaged(cache_path: Path, runs: list[Path], 
         evaluate_retrieval(cache_path, [*runs, tmp_path / "run"])
 
 
+@pytest.mark.slow
 def test_seeds_with_given_splits_are_averaged(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     paths = [
         train_run(cache_path, tmp_path / f"seed-{seed}", seed=seed, split=str(run / "split.parquet"))
@@ -207,6 +211,7 @@ def test_seeds_with_given_splits_are_averaged(cache_path: Path, runs: list[Path]
         evaluate_retrieval(cache_path, [paths[0], runs[1]])
 
 
+@pytest.mark.slow
 def test_recipes_are_named_and_compared(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     other = train_run(cache_path, tmp_path / "seed-0", shared_width=8)
     assert group_by_recipe([runs[0], other, runs[1]]) == {
@@ -243,6 +248,7 @@ def test_intervals_are_over_near_duplicate_groups(cache_path: Path, runs: list[P
     assert of_one_group["r@5"].high == of_one_group["r@5"].low
 
 
+@pytest.mark.slow
 def test_large_parts_are_drawn_from(cache_path: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
     progress = RecordedProgress()
@@ -279,6 +285,7 @@ def multilingual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_run_of_a_language_is_evaluated_on_captions_of_any(
     multilingual: Path, cache_path: Path, tmp_path: Path
 ) -> None:

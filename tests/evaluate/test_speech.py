@@ -58,6 +58,7 @@ def test_error_rates_are_those_of_jiwer(folder: Path) -> None:
     assert report.views["plain"].hypotheses != report.views[QUIET].hypotheses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["ctc", "attention", "hybrid"])
 @pytest.mark.parametrize("run", ["audio-0", "fusion"])
 def test_results_do_not_depend_on_the_batch_size(folder: Path, run: str, decoder: str) -> None:
@@ -159,6 +160,7 @@ def test_taken_utterances_are_recognized_as_before(folder: Path) -> None:
     assert part.views["plain"].hypotheses == [whole[number] for number in numbers]
 
 
+@pytest.mark.slow
 def test_states_of_the_frozen_encoders_give_the_same(folder: Path) -> None:
     for name in ("audio", "video"):
         derive_from_run(folder / "test", folder / f"{name}-0", f"{name}-states", dtype="float32")
@@ -174,6 +176,7 @@ def test_states_of_the_frozen_encoders_give_the_same(folder: Path) -> None:
         evaluate_speech(folder / "fusion", states)
 
 
+@pytest.mark.slow
 def test_seeds_of_a_recipe_are_one_model(folder: Path) -> None:
     paths = [folder / name for name in ("audio-0", "audio-1", "fusion")]
     settings = SpeechSettings(views=VIEWS, decoding=CTC, shuffle_videos=True)

@@ -115,6 +115,7 @@ def test_labels_may_be_numbers_or_missing(prompts: Path, runs: list[Path], tmp_p
     assert "(1 without a label left out)" in report.line()
 
 
+@pytest.mark.slow
 def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp_path: Path) -> None:
     report = evaluate_zero_shot(labeled, runs, prompts)
     columns, rows = zero_shot_table({"run": report})

@@ -76,6 +76,7 @@ def test_retry_writes_only_failed_rows(source: Path, tmp_path: Path) -> None:
     assert set(after) == set(before)
 
 
+@pytest.mark.slow
 def test_retried_cache_equals_one_of_good_files(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     for path in (tmp_path / "good").iterdir():
@@ -137,6 +138,7 @@ def test_file_changed_after_indexing_is_rejected(source: Path, tmp_path: Path) -
         Worker(job, source=opened).run()
 
 
+@pytest.mark.slow
 def test_extend_encodes_new_rows_only(tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", 20)
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
@@ -200,6 +202,7 @@ def test_extend_encodes_the_last_batch_again_and_gives_the_bits_of_one_extractio
     assert verify(Cache(tmp_path / "c")) == []
 
 
+@pytest.mark.slow
 def test_extend_one_feature_then_the_other(tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", 20)
     run(source, tmp_path / "c", features=("cls", "patches"), chunk_size=8)
@@ -230,6 +233,7 @@ def test_extended_cache_opens_with_zarr(tmp_path: Path) -> None:
     assert zarr.open_array(tmp_path / "c/text/open_toy/tokens/lengths", mode="r")[20] == 3
 
 
+@pytest.mark.slow
 def test_run_and_index_survive_extend(tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", 60)
     run(source, tmp_path / "c", chunk_size=16)
@@ -277,6 +281,7 @@ def test_place_of_a_moved_source_is_recorded(tmp_path: Path) -> None:
     assert not any(finding.is_damage for finding in verify(Cache(tmp_path / "c")))
 
 
+@pytest.mark.slow
 def test_limited_cache_grows_to_the_whole_one(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "source", 12)
     run(folder, tmp_path / "c", features=FEATURES, chunk_size=8, limit=5)

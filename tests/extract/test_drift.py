@@ -93,6 +93,7 @@ def test_repair_rejects_damaged_table(cache: Path) -> None:
     assert tree(cache) == before
 
 
+@pytest.mark.slow
 def test_repair_keeps_dtypes(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "c", features=("cls",), chunk_size=8)
     settings = ExtractSettings(features=("patches",), dtype="float32")

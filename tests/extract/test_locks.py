@@ -35,6 +35,7 @@ def extract_shard(code: int, source: Path, cache: Path, shard: str) -> None:
     run(source, cache, shard=shard, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_shards_need_no_locks(tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", 40)
     run(source, tmp_path / "whole", **SETTINGS)
@@ -69,6 +70,7 @@ def acquire(folder: Path, *, is_refused: bool) -> None:
         Leases(folder / "chunks").acquire(3)
 
 
+@pytest.mark.slow
 def test_no_other_process_takes_part(tmp_path: Path) -> None:
     own = Leases(tmp_path / "chunks")
     with own.without_others() as is_alone:

@@ -61,6 +61,7 @@ def cache(source: Path, tmp_path: Path) -> Path:
     return tmp_path / "c"
 
 
+@pytest.mark.slow
 def test_report_and_reasons(source: Path, cache: Path) -> None:
     lines = [report.line() for report in run(source, cache)]
     assert lines == [
@@ -101,6 +102,7 @@ def test_missing_decoder_is_named_before_the_source_is_indexed(
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_extraction_resumes_to_the_same_bytes(source: Path, cache: Path, tmp_path: Path) -> None:
     before = tree(cache)
     for commit in [*cache.glob("*/open_media/chunks/00000.parquet"), *cache.glob("audio/*/chunks/00002.parquet")]:
@@ -130,6 +132,7 @@ def test_extend_appends_new_modalities(tmp_path: Path) -> None:
     assert not verify(cache)
 
 
+@pytest.mark.slow
 def test_retry_encodes_repaired_files_only(tmp_path: Path) -> None:
     folder = write_media(tmp_path / "f")
     run(folder, tmp_path / "c")
@@ -148,6 +151,7 @@ def test_retry_encodes_repaired_files_only(tmp_path: Path) -> None:
     assert not verify(cache)
 
 
+@pytest.mark.slow
 def test_large_videos_are_streamed_by_frames_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (100, 24, 32, 3), np.uint8)
     whole = encode_video(noise, kind="mkv")
@@ -214,6 +218,7 @@ def test_intervals_of_one_recording(tmp_path: Path) -> None:
     assert len(report.drifts[0].cosines) == 3
 
 
+@pytest.mark.slow
 def test_drift_of_all_modalities(cache: Path) -> None:
     report = verify_cache(cache, VerifySettings(reencode=1))
     assert [(drift.feature.rpartition("/")[2], len(drift.cosines)) for drift in report.drifts] == [
@@ -224,6 +229,7 @@ def test_drift_of_all_modalities(cache: Path) -> None:
     assert report.is_sound, report.lines()
 
 
+@pytest.mark.slow
 def test_damage_is_found_and_repaired(cache: Path) -> None:
     before = tree(cache)
     damaged = [*cache.glob("audio/open_media/mean/c/*/0"), *cache.glob("points/open_media/label/values/*/c/0/0")]

@@ -97,6 +97,7 @@ def test_silent_item_fails_with_a_reason() -> None:
         add_noise(np.zeros(800, np.float32), NOISE, 0)
 
 
+@pytest.mark.slow
 def test_extraction_with_noise(source: Path, tape: Path, tmp_path: Path) -> None:
     reports = run(source, tmp_path / "c", f"noise:-5,tape={tape}", f"noise:0,tape={tape}")
     assert [report.line() for report in reports] == [
@@ -125,6 +126,7 @@ def test_interrupted_extraction_with_noise_resumes_to_the_same_bytes(
     assert tree(tmp_path / "c") == before
 
 
+@pytest.mark.slow
 def test_moved_tape_is_accepted_and_a_changed_one_is_not(
     source: Path, tape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +148,7 @@ def test_moved_tape_is_accepted_and_a_changed_one_is_not(
         run(source, tmp_path / "c", f"noise:5,tape={moved}")
 
 
+@pytest.mark.slow
 def test_command_line_takes_several_levels(source: Path, tape: Path, tmp_path: Path) -> None:
     words = ["extract", source, "c", "--encoder", f"audio={MEDIA}", "--encoder", f"video={MEDIA}"]
     words += ["--view", "noise:-5,tape=tapes/babble.wav,noise:10,tape=tapes/babble.wav"]
@@ -209,6 +212,7 @@ def lost(item: object) -> object:
 lost.modality = "sound"  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_views_apply_to_their_modality_only(tmp_path: Path, tape: Path) -> None:
     files: dict[str, bytes | str] = {
         "a.mp4": encode_video(moving_square(25), samples=tone(1)),

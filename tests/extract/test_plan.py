@@ -22,6 +22,7 @@ def planned_for(image_folder: Path, cache: Path, settings: ExtractSettings = SET
     return plan(open_source(image_folder), cache, image_encoder=[IMAGE], text_encoder=[TEXT], settings=settings)
 
 
+@pytest.mark.slow
 def test_planned_bytes_match_the_stored_features(image_folder: Path, tmp_path: Path) -> None:
     planned = planned_for(image_folder, tmp_path / "c")
     assert [feature.name for feature in planned.features] == ["open_toy/cls", "open_toy/patches", "open_toy/tokens"]
@@ -41,6 +42,7 @@ def test_plan_measures_a_rate_and_stores_nothing(image_folder: Path, tmp_path: P
     assert planned.hours("image") == pytest.approx(300 / planned.rates["image"] / 3600)
 
 
+@pytest.mark.slow
 def test_plan_skips_existing_chunks(image_folder: Path, tmp_path: Path) -> None:
     run(image_folder, tmp_path / "c", features=("cls",), chunk_size=64, shard="0/5")
     planned = planned_for(image_folder, tmp_path / "c")

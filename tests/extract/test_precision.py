@@ -17,6 +17,8 @@ from tests.encoders.checkpoints import save_timm
 from tests.images import write_images
 from tests.recorded import RecordedProgress
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -43,7 +45,6 @@ def stored(cache: Path) -> tuple[str, str]:
     return fingerprint["precision"], fingerprint["backend"]
 
 
-@pytest.mark.slow
 def test_new_features_get_the_first_precision_that_agrees(
     fast: None, photos: Path, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,7 @@ def test_unknown_view_lists_known_views() -> None:
         open_view("crap")
 
 
+@pytest.mark.slow
 def test_view_has_no_box(tmp_path: Path) -> None:
     source = write_images(tmp_path / "s", 2)
     encoder = "lite:efficientnet-lite0,fit=whole"

@@ -94,6 +94,7 @@ def test_cache_verifies() -> None:
         commands.embedcache("verify", name)
 
 
+@pytest.mark.slow
 def test_extraction_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "extracted"
     folder.mkdir()
@@ -135,6 +136,7 @@ def test_run_encodes_the_same() -> None:
     assert_close(commands.encode("run"), read_json(ARTIFACTS / "vectors.json"))
 
 
+@pytest.mark.slow
 def test_run_trains_the_same() -> None:
     commands.train("again", commands.TRAIN_RUN)
     assert commands.config_of(Path("again")) == commands.config_of(Path("run"))
@@ -165,6 +167,7 @@ def test_losses_are_unchanged(recipe: str) -> None:
     assert_losses_close(run / "losses.jsonl", golden / f"{recipe}.jsonl", relative=relative)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector", commands.PROJECTORS)
 def test_projector_tensors_are_unchanged(projector: str) -> None:
     commands.train_projector(Path("trained"), projector)
@@ -226,6 +229,7 @@ def test_leaks_are_unchanged() -> None:
     assert_same_table(Path("clean.parquet"), ARTIFACTS / "clean.parquet")
 
 
+@pytest.mark.slow
 def test_figures_are_unchanged() -> None:
     results, golden = dict(commands.measure(Path("out"))), read_json(ARTIFACTS / "figures.json")
     if results["retrieval test"]["metrics"] != golden["retrieval test"]["metrics"]:
@@ -242,6 +246,7 @@ def test_figures_are_unchanged() -> None:
     assert_close(results, golden)
 
 
+@pytest.mark.slow
 def test_study_resumes() -> None:
     Path("space.toml").write_text(commands.SPACE)  # with the names of today
     golden = read_json(Path("study/report.json"))

@@ -69,6 +69,7 @@ def test_same_source_has_the_same_digest(cache: Path, tmp_path: Path) -> None:
     assert (made.index_digest, made.table_digests) == (golden.index_digest, golden.table_digests)
 
 
+@pytest.mark.slow
 def test_resume_encodes_missing_chunks_to_the_same_values(cache: Path) -> None:
     for commit in cache.glob("*/*/chunks/00000.parquet"):
         commit.unlink()
@@ -83,6 +84,7 @@ def test_resume_encodes_missing_chunks_to_the_same_values(cache: Path) -> None:
     assert not verify(Cache(cache))
 
 
+@pytest.mark.slow
 def test_encoding_again_gives_the_stored_features(cache: Path) -> None:
     shutil.copytree(SOURCE, cache.parent / "golden")
     path = cache / "cache.json"

@@ -101,6 +101,7 @@ def test_image_modes_are_prepared_as_in_extraction(kind: str, runs: dict[str, Pa
     assert torch.equal(transform(Image.open(io.BytesIO(file.getvalue()))), expected)
 
 
+@pytest.mark.slow
 def test_view_of_run_is_applied(image_folder: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(views=("crop:0.5",), dtype="float32")
     extract(

@@ -209,6 +209,7 @@ def test_resume_after_kill_is_identical(tree: Path, tmp_path: Path, moment: str,
     assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_features_of_a_running_import_are_kept(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit, tried = importing.commit_chunk, []
 
@@ -232,6 +233,7 @@ def expect_refusal(cache: Path) -> None:
         prune_cache(cache, PruneSettings(features=("img_emb",)))
 
 
+@pytest.mark.slow
 def test_train_and_index_on_import(tree: Path, tmp_path: Path) -> None:
     cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     optimizer = OptimizerSettings(epochs=1, batch_size=8)

@@ -90,6 +90,7 @@ def test_missing_items_are_encoded(labeled: Path, run_path: Path, task: "Pairs",
     cached.close()
 
 
+@pytest.mark.slow
 def test_wrong_requests_raise(cache_path: Path, task: "Pairs", tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown task of mteb 'Flickr30kI2TRetrieva'"):
         write_mteb(cache_path, tmp_path / "out", ["Flickr30kI2TRetrieva"])

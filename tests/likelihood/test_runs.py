@@ -77,6 +77,7 @@ def run(folder: Path) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_and_reused(folder: Path, run: Path) -> None:
     assert "run: trained: " in (folder / "train.out").read_text()
     config = json.loads((run / "config.json").read_text())
@@ -95,6 +96,7 @@ def test_a_run_is_trained_and_reused(folder: Path, run: Path) -> None:
     assert "learning_rate: stored 0.001, requested 0.5" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_on_its_tasks(folder: Path, run: Path) -> None:
     line = "evaluate likelihood cache run --task-file tasks.toml --shuffle-items --omit-items --output report.json"
     shown = succeed(*line.split(), cwd=folder)
@@ -134,6 +136,7 @@ def test_a_label_head_is_used_for_its_own_candidates_only(folder: Path, run: Pat
     assert measure('candidates = ["red", "green", "blue", "left"]')["chance"]["accuracy"] == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_seeds_are_averaged_and_prompts_tuned(folder: Path, run: Path) -> None:
     (folder / "color.toml").write_text(TASKS[TASKS.index("[color]") : TASKS.index("[masked]")])
     line = "train cache RUN --task likelihood --task-file color.toml --words words --init-from run"
@@ -156,6 +159,7 @@ def test_a_run_without_its_split_is_neither_measured_nor_reused(folder: Path, ru
         (folder / "aside").rename(run / "split.parquet")
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(folder: Path) -> None:
     with interrupted_after(4, KeyboardInterrupt):
         stopped = embedcache(*train("stopped", "--checkpoint-s 0"), cwd=folder)
@@ -242,6 +246,7 @@ def test_options_of_a_likelihood_are_refused_for_a_pair(folder: Path) -> None:
         assert message in one_error(embedcache(*words[:place], *words[place + 2 :], cwd=folder))
 
 
+@pytest.mark.slow
 def test_wrong_evaluations_are_one_line(folder: Path, run: Path) -> None:
     for line, message in (
         ("cache nowhere --task-file tasks.toml", "nowhere does not exist"),

@@ -108,6 +108,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.slow
 def test_cut_and_merge_show_how_many_samples_there_are(made: Path, halves: list[Path], tmp_path: Path) -> None:
     progress = RecordedProgress()
     cut_cache(made / "c", made / "chosen.txt", tmp_path / "small", progress=progress)
@@ -149,6 +150,7 @@ def check_refused(made: Path, folder: Path) -> None:
         prune_cache(folder, feature="open_toy/cls", modality="image")
 
 
+@pytest.mark.slow
 def test_second_cut_into_a_folder_is_refused(made: Path, small: Path, tmp_path: Path) -> None:
     """So is deleting a feature that is being copied."""
     folder = tmp_path / "small"
@@ -190,6 +192,7 @@ def test_digest_of_rows_is_that_of_a_list(monkeypatch: pytest.MonkeyPatch) -> No
         assert copy._digest_rows(np.arange(5, 5 + count)) == digest(list(range(5, 5 + count)))
 
 
+@pytest.mark.slow
 def test_cut_without_some(made: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(made / "c", tmp_path / "c"))
     remove_samples(cache, KEYS)
@@ -214,6 +217,7 @@ def test_cut_of_samples_without_captions_has_no_features_of_them(tmp_path: Path)
     assert verify(Cache(tmp_path / "one")) == []
 
 
+@pytest.mark.slow
 def test_removed_from_a_cut_it_gets_no_features(made: Path, tmp_path: Path) -> None:
     cut_cache(made / "c", made / "chosen.txt", tmp_path / "few", features="open_toy/mean")
     cut_cache(made / "c", made / "chosen.txt", tmp_path / "all")
@@ -247,6 +251,7 @@ def test_damaged_fit_is_not_copied(made: Path, tmp_path: Path) -> None:
     assert tree(out) == before
 
 
+@pytest.mark.slow
 def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
     first, second = two_caches
     with pytest.raises(DataError, match=r"got 40 of .*b that another has too, such as '00000', '00001', '00002'"):
@@ -274,6 +279,7 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
         extract(source, tmp_path / "both", image_encoder=[IMAGE])
 
 
+@pytest.mark.slow
 def test_merge_of_removed_samples_only_is_refused(small: Path, tmp_path: Path) -> None:
     caches = [Path(shutil.copytree(small, tmp_path / name)) for name in "ab"]
     for cache in caches:
@@ -301,6 +307,7 @@ def with_values(samples: list[Sample]) -> list[Sample]:
     return [replace(one, columns=own) for one, own in zip(samples, columns, strict=True)]
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 6), st.integers(0, 3))
 @settings(max_examples=8)
 def test_cut_has_the_tables_of_a_source_of_its_samples(
@@ -361,6 +368,7 @@ def test_merge_with_a_cache_without_captions(made: Path, tmp_path: Path) -> None
     assert (first == second).all()
 
 
+@pytest.mark.slow
 def test_merge_refuses_other_encoders(made: Path, tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", 5, seed=3)
     scaled = f"{IMAGE},scale=2"

@@ -80,6 +80,7 @@ def test_nothing_named(made: Path) -> None:
         plan_prune(None, PruneSettings(records=3))
 
 
+@pytest.mark.slow
 def test_features_that_another_process_extracts_are_kept(tmp_path: Path) -> None:
     """Also those of texts, on which no chunk is leased while images are encoded."""
     source, cache = write_source(tmp_path / "source"), tmp_path / "c"

@@ -147,6 +147,7 @@ def test_killed_removal_is_finished(removed: Path, copy: Path, pattern: str) -> 
     }
 
 
+@pytest.mark.slow
 def test_table_of_many_commits_is_written_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.store.group.MIN_CHUNKS", 1)
     [group] = [group for group in Cache(copy / "c").encoders("image") if group.name == "open_toy"]
@@ -162,6 +163,7 @@ def test_table_of_many_commits_is_written_again(copy: Path, monkeypatch: pytest.
     assert verify(Cache(copy / "c")) == []
 
 
+@pytest.mark.slow
 def test_interrupted_removal_is_named(made: Path, copy: Path) -> None:
     crash_function(remove, (copy,), "before", r"c/image/open_toy/cls/c/0/0")
     with pytest.raises(UnfinishedError, match="a removal of samples was interrupted; run the same embedcache cache"):
@@ -179,6 +181,7 @@ def test_removal_that_has_started_is_not_replaced(copy: Path) -> None:
     assert remove_samples(copy / "c", KEYS[:1]).num_samples == 1
 
 
+@pytest.mark.slow
 def test_source_with_removed_samples_extracts_nothing(made: Path, removed: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(removed / "c", tmp_path / "c"))
     before = tree(cache)
@@ -204,6 +207,7 @@ def test_new_encoder_knows_removed_samples(made: Path, removed: Path, tmp_path: 
         assert Cache(cache).feature(modality, name).failures == {3: "removed", 9: "removed"}
 
 
+@pytest.mark.slow
 def test_keys_are_recorded_as_wished(made: Path, copy: Path) -> None:
     remove_samples(copy / "c", KEYS[:1], RemoveSettings(record_keys="full"))
     remove_samples(copy / "c", KEYS[1:], RemoveSettings(record_keys="none"))
@@ -255,6 +259,7 @@ def test_wrong_requests_change_nothing(copy: Path) -> None:
     assert not (copy / "c" / "removing.parquet").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["HNSW8", "IVF2,SQ8", "IVF2,RaBitQ,Refine(SQ8)"])
 def test_index_of_any_kind(copy: Path, factory: str) -> None:
     index = make_index(copy / "c", copy / "other", factory)
@@ -264,6 +269,7 @@ def test_index_of_any_kind(copy: Path, factory: str) -> None:
     assert read_card(index).index_digest == Cache(copy / "c").info.index_digest
 
 
+@pytest.mark.slow
 def test_index_that_was_not_named_hides_samples(copy: Path) -> None:
     remove_samples(copy / "c", KEYS)
     (hits,) = OpenIndex(copy / "index").search(Queries(keys=["00001"]))
@@ -335,6 +341,7 @@ def test_killed_removal_from_a_run_is_finished(cache_path: Path, run_path: Path,
     assert tree(tmp_path / "killed" / "run") == tree(tmp_path / "whole" / "run")
 
 
+@pytest.mark.slow
 def test_damaged_footer_of_a_selection_is_not_signed(copy: Path) -> None:
     """A count of rows, and the name of a column; no checksum covers them."""
     path, rows = copy / "kept.parquet", pq.read_table(copy / "kept.parquet").num_rows

@@ -95,6 +95,7 @@ def test_debiased_cka_of_independent_features() -> None:
     assert abs(np.mean([debiased_cka(x, y) for x, y in drawn])) < 0.01
 
 
+@pytest.mark.slow
 def test_shuffled_cka_is_mean_over_permutations() -> None:
     x, y = sides(30)
     rng = np.random.default_rng(0)
@@ -165,6 +166,7 @@ def debiased_with_interval(x: np.ndarray, y: np.ndarray, groups: np.ndarray, num
     return jackknife(cka(xy.unbiased, xx.unbiased, yy.unbiased), np.bincount(block_N))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", [1, 4])
 def test_jackknife_interval_coverage(copies: int) -> None:
     """Also where rows come in groups of near-copies, as long as a group is in one block."""
@@ -235,6 +237,7 @@ def test_invalid_input_raises() -> None:
             mutual_knn(x, y, k)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(MEANS, VARIANCES, MEANS, VARIANCES)
 def test_divergence_is_the_integral_over_densities(

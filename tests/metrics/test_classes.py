@@ -28,6 +28,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return rng.permuted(np.tile(np.arange(num_classes), (num_items, 1)), axis=1).astype(np.float32), labels
 
 
+@pytest.mark.slow
 @given(problems())
 def test_classification_matches_sklearn(problem: tuple[np.ndarray, np.ndarray]) -> None:
     scores, labels = problem
@@ -47,6 +48,7 @@ def test_nan_and_ties_rank_last() -> None:
     assert rank_labels(scores, labels).tolist() == [2, 3, 2]
 
 
+@pytest.mark.slow
 def test_bootstrap_class_mean_coverage() -> None:
     rng, hits = np.random.default_rng(0), 0
     for trial in range(60):

@@ -131,6 +131,7 @@ def test_resamples_of_many_values_are_drawn_in_blocks(num_values: int, num_at_on
     assert peak < 8 * num_values * (3 + 5 * num_at_once)  # a few numbers per value of a resample
 
 
+@pytest.mark.slow
 def test_few_kinds_of_many_clusters_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check all statistics on the same clusters, drawn one by one and by kind: equal but for the random numbers."""
     rng = np.random.default_rng(0)

@@ -33,6 +33,7 @@ def test_top_k_matches_full_sort(seed: int, num_queries: int, num_candidates: in
     assert all(len(set(row)) == k for row in rows.tolist())
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32 - 1), num_classes=st.integers(2, 6), k=st.integers(1, 25))
 def test_vote_matches_sklearn(seed: int, num_classes: int, k: int) -> None:
     rng = np.random.default_rng(seed)
@@ -131,6 +132,7 @@ def test_closest_are_counted_across_blocks() -> None:
     assert equal.rows.tolist() == [0]  # the first of equal ones
 
 
+@pytest.mark.slow
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(0, 999), st.integers(1, 8))
 @example(200, 30, 0, 64)  # clusters still change after ten iterations
 def test_centroids_equal_plain_k_means(count: int, num_clusters: int, seed: int, tile: int) -> None:

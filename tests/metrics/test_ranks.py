@@ -200,6 +200,7 @@ def test_bootstrap_of_nothing_raises() -> None:
         bootstrap_mean(np.array([]))
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.integers(1, 12), st.integers(2, 15))
 def test_average_precision_matches_sklearn(seed: int, num_queries: int, num_candidates: int) -> None:
     rng = np.random.default_rng(seed)

@@ -34,6 +34,7 @@ def frames(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rng.integers(-1, num_used, lengths.sum()), rng.integers(0, num_used, lengths.sum()), lengths
 
 
+@pytest.mark.slow
 @given(frames())
 def test_iou_matches_sklearn(problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     labels, predicted, lengths = problem
@@ -84,6 +85,7 @@ def random_frames(seed: int, num_frames: int, error: float) -> np.ndarray:
     return count_frames(labels, predicted, np.full(num_frames, 200), NUM_CLASSES)
 
 
+@pytest.mark.slow
 def test_interval_covers_the_whole_population() -> None:
     population, rng, hits = random_frames(0, 2000, 0.3), np.random.default_rng(1), 0
     expected = mean_iou(population.sum(axis=0))

@@ -75,6 +75,7 @@ def test_logits_of_a_candidate_do_not_depend_on_the_others() -> None:
     )
 
 
+@pytest.mark.slow
 def test_drawn_candidates_stand_for_all_in_the_mean() -> None:
     rng = np.random.default_rng(0)
     logits, positives = rng.standard_normal(40), np.array([3, 39, 3])

@@ -84,6 +84,7 @@ def test_steps_match_the_network_without_a_memory(num_prompts: int) -> None:
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_power", [0.0, 0.7, 1.0])
 def test_a_wide_beam_finds_the_best_of_all_captions(length_power: float) -> None:
     net, tokens = network(), images(2)

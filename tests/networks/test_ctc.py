@@ -26,6 +26,7 @@ def prefix_of(log_probs: torch.Tensor, symbols: tuple[int, ...]) -> CtcPrefixes:
     return prefixes
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(SEEDS, st.integers(1, 4), st.integers(1, 3), st.sampled_from([0.0, 0.4]))
 def test_prefix_scores_are_sums_over_paths(seed: int, num_frames: int, num_letters: int, zeros: float) -> None:
@@ -43,6 +44,7 @@ def test_prefix_scores_are_sums_over_paths(seed: int, num_frames: int, num_lette
             assert extended[[0, -1]].tolist() == [-math.inf, -math.inf]
 
 
+@pytest.mark.slow
 @given(SEEDS, st.integers(1, 30), st.lists(st.integers(1, 5), max_size=12))
 def test_transcript_score_is_ctc_loss(seed: int, num_frames: int, symbols: list[int]) -> None:
     log_probs = random_log_probs(np.random.default_rng(seed), num_frames, 6)

@@ -31,6 +31,7 @@ def mixed(ctc: float, attention: float, weight: float) -> float:
     return (weight * ctc if weight else 0.0) + ((1 - weight) * attention if weight < 1 else 0.0)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(SEEDS, st.integers(1, 4), st.integers(1, 2), st.sampled_from(WEIGHTS), st.sampled_from([0.0, 0.3]))
 def test_wide_beam_is_exact(seed: int, num_frames: int, num_letters: int, weight: float, zeros: float) -> None:
@@ -53,6 +54,7 @@ def test_wide_beam_is_exact(seed: int, num_frames: int, num_letters: int, weight
         assert found.attention_score == pytest.approx(decoder.log_prob(0, symbols), abs=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(SEEDS, st.integers(1, 8), st.integers(1, 4), st.sampled_from(WEIGHTS))
 def test_narrow_beam_is_the_plain_beam(seed: int, num_frames: int, beam: int, weight: float) -> None:
@@ -224,6 +226,7 @@ def test_impossible_transcripts_score_minus_infinity() -> None:
     assert found.symbols.tolist() == []
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(SEEDS, st.integers(1, 5), st.sampled_from([0.0, 0.3]))
 def test_greedy_takes_the_best_symbol_each_time(seed: int, num_items: int, zeros: float) -> None:

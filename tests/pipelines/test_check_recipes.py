@@ -39,6 +39,7 @@ def test_drawings_have_titles_of_their_own(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_rows_share_runs_and_seeds(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Recipe(min_pairs=0, options={"projector": "linear"}, length=TrainingLength(400, 1, 9))
     monkeypatch.setattr(recipes, "RECIPES", (made,))

@@ -65,6 +65,7 @@ def test_metric_in_the_order_of_recalls() -> None:
     assert len(rows) == len(METRICS)
 
 
+@pytest.mark.slow
 def test_page_lists_pairs_by_recall(tmp_path: Path) -> None:
     write_correlations(tmp_path / "page.md", OUTCOMES, title="T", notes=["as made here"])
     page = (tmp_path / "page.md").read_text()

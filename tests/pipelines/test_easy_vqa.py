@@ -78,6 +78,7 @@ def test_no_image_is_in_two_splits() -> None:
     assert all(len(names) == 1 for names in splits.values())
 
 
+@pytest.mark.slow
 def test_blind_baseline_is_that_published(questions: pa.Table) -> None:
     train, test = in_split(questions, "train", "valid"), in_split(questions, "test")
     assert accuracy(train, test) == pytest.approx(67.0, abs=0.01)

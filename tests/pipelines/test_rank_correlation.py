@@ -13,6 +13,7 @@ def test_rank_correlation_limits() -> None:
         assert (estimate.value, estimate.low, estimate.high) == pytest.approx((expected,) * 3)
 
 
+@pytest.mark.slow
 def test_rank_correlation_interval() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal(30)

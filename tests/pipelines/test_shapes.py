@@ -42,6 +42,7 @@ def world() -> ShapesSource:
     return source
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process() -> None:
     code = (
         "from hashlib import sha256; from embedcache.sources import open_source, FileItem\n"
@@ -57,6 +58,7 @@ def test_same_bytes_in_another_process() -> None:
     assert sha256(another).hexdigest() != other[0]
 
 
+@pytest.mark.slow
 def test_unseen_pairs_are_absent_from_all_other_splits(world: ShapesSource) -> None:
     names = {f"{color} {shape}" for color, shape in UNSEEN}
     for sample in world.samples():

@@ -103,6 +103,7 @@ def test_result_is_read_as_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.clusters_M, result.clusters_M)
 
 
+@pytest.mark.slow
 def test_rate_is_the_mean_of_the_seeds() -> None:
     results = make_results()
     assert results.rate("audio", "A", VIEWS[3]).value == pytest.approx(0.505)
@@ -115,6 +116,7 @@ def test_rate_is_the_mean_of_the_seeds() -> None:
     assert seed_table(results, ["audio"], "A")[1][0][1:3] == ["0, 1", "5.0 / 6.0"]
 
 
+@pytest.mark.slow
 def test_interval_resamples_recordings_and_seeds() -> None:
     results = make_results(models=["audio"])
     errors = np.stack([result.words[VIEWS[3]].errors_M for result in results.seeds("audio", "A")])
@@ -188,6 +190,7 @@ def test_a_broken_requirement_is_shown(model: str, rates: tuple[float, ...], bro
     assert [holds for (text, _), (_, holds) in found.items() if broken in text] == ["no"]
 
 
+@pytest.mark.slow
 def test_pages_show_tables_curves_letters_and_mouths(tmp_path: Path) -> None:
     row = UtteranceRow(
         title="set R",

@@ -20,6 +20,7 @@ CAMERA = Camera((0.0, 0.0, 1.6), 0.1, -0.05, 70.0, 64, 32)
 FLAT = Ground(half_width=1e6, crossing=0.0, crossing_half_width=1.0)
 
 
+@pytest.mark.slow
 class TestStreet(SourceContract):
     has_texts = False
 
@@ -33,6 +34,7 @@ def points_of(source: Source, key: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process() -> None:
     code = (
         "from hashlib import sha256; from embedcache.sources import open_source, FileItem\n"
@@ -151,6 +153,7 @@ def agreement(domain: str, lidar: Lidar, *, same_place: bool) -> float:
     return agreeing / total
 
 
+@pytest.mark.slow
 def test_points_have_the_class_of_their_pixel() -> None:
     exact = Lidar(noise_m=0.0, dropout=0.0)
     assert agreement("day", exact, same_place=True) > 0.99  # the rest lies within half a pixel of an edge
@@ -168,6 +171,7 @@ def test_calibration_error_moves_only_uv() -> None:
     assert 0 < distance[0] < distance[1] < 0.1
 
 
+@pytest.mark.slow
 def test_domains_look_different() -> None:
     """Check that night is dark, fog is flat, and that left-hand traffic puts the car on the other side."""
     means, contrasts = {}, {}

@@ -111,6 +111,7 @@ class TestSpeech:
         with pytest.raises(DataError, match=r"got 'nobody'; see: espeak-ng --voices=variant"):
             espeak().speak(["BIN"], voice="nobody", rng=rng())
 
+    @pytest.mark.slow
     @needs_recordings
     def test_recordings_are_aligned_and_trimmed(self) -> None:
         recordings = load_recordings("allison")

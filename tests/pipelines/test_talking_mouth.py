@@ -90,6 +90,7 @@ def test_lips_close_for_p_b_m_and_open_wide_for_aa(seed: int) -> None:
     assert track_T6[6, COLUMN["height"]] < 0.25 * track_T6[3, COLUMN["height"]]
 
 
+@pytest.mark.slow
 def test_sounds_with_other_lips_look_different_and_those_alike_do_not() -> None:
     faces = [draw_face(rng(seed)) for seed in range(20)]
 

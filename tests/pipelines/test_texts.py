@@ -41,6 +41,7 @@ class TestEmoji(SourceContract):
         return open_source("3", kind=EMOJI_KIND)
 
 
+@pytest.mark.slow
 @needs_fashion
 class TestFashion(SourceContract):
     has_texts = False
@@ -50,6 +51,7 @@ class TestFashion(SourceContract):
         return open_source("3+2", kind=FASHION_KIND)
 
 
+@pytest.mark.slow
 @needs_letters
 class TestLetters(SourceContract):
     has_images = False
@@ -58,6 +60,7 @@ class TestLetters(SourceContract):
     def source(self) -> Source:
         return open_source("klettres-us", kind=LETTERS_KIND)
 
+    @pytest.mark.slow
     def test_each_letter_is_there_once(self, source: Source) -> None:
         samples = list(source.samples())
         assert [sample.columns["label"] for sample in samples] == list("abcdefghijklmnopqrstuvwxyz")
@@ -70,6 +73,7 @@ class TestLetters(SourceContract):
             open_source("nobody", kind=LETTERS_KIND)
 
 
+@pytest.mark.slow
 @needs_fashion
 def test_fashion_has_words_as_labels_and_a_validation_part() -> None:
     examples = label_examples(open_source("100+50", kind=FASHION_KIND))
@@ -89,6 +93,7 @@ def test_wrong_locations_are_refused(location: str, kind: str) -> None:
         open_source(location, kind=kind)
 
 
+@pytest.mark.slow
 def test_descriptions_do_not_name_what_is_to_be_found() -> None:
     descriptions = load_descriptions()
     texts = descriptions["text"].to_pylist()
@@ -103,6 +108,7 @@ def test_descriptions_do_not_name_what_is_to_be_found() -> None:
     assert Counter(load_descriptions(max_per_class=10)["split"].to_pylist()) == {"train": 384, "valid": 48, "test": 48}
 
 
+@pytest.mark.slow
 def test_word_list_begins_with_the_words_of_the_texts() -> None:
     assert collect_words(["a red circle", "Red, or blue?"]) == ["red", "a", "blue", "circle", "or"]
     words = collect_words(["zzyzx red"], num_words=50)

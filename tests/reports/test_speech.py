@@ -199,6 +199,7 @@ def test_wrong_words_of_an_utterance_are_red() -> None:
     assert "B D" in colors
 
 
+@pytest.mark.slow
 def test_page_shows_levels_utterances_and_transcripts(folder: Path) -> None:
     options = ["--view", ",".join(LEVELS), "--shuffle-videos", "--output", "wer.json", "--html", "wer.html"]
     shown = succeed("evaluate", "speech", "cache", "audio-0", "audio-1", "fusion", *options, cwd=folder)

@@ -82,6 +82,7 @@ def test_source_that_is_gone(hostile: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_page_says_how_many_images_are_left_out(inside: Path) -> None:
     words = ("curate", "dedup", "cache", "--feature", "open_toy/cls", "--html", "page.html", "--overwrite")
     done = embedcache(*words, cwd=inside)

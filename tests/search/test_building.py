@@ -175,6 +175,7 @@ def test_unfinished_index_of_other_feature_raises(cache_path: Path, tmp_path: Pa
         build_index(cache_path, tmp_path / "index", IndexSettings(modality="text", feature="open_toy/mean"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", KINDS)
 def test_new_samples_are_added(tmp_path: Path, factory: str) -> None:
     cache = write_cache(tmp_path, 40)
@@ -199,6 +200,7 @@ def test_new_samples_are_added(tmp_path: Path, factory: str) -> None:
         assert bytes_of(tmp_path / "anew") == bytes_of(tmp_path / "index")
 
 
+@pytest.mark.slow
 def test_retried_item_is_added(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "source", 20)
     good = (folder / "00004.png").read_bytes()
@@ -214,6 +216,7 @@ def test_retried_item_is_added(tmp_path: Path) -> None:
     assert hits[0].score == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_low_recall_keeps_old_index(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, 40)
     build_index(cache, tmp_path / "index", IndexSettings(factory="PQ4x4", **FEATURE))
@@ -248,6 +251,7 @@ def files_of(index_path: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in index_path.iterdir() if path.name not in unlike}
 
 
+@pytest.mark.slow
 def test_on_disk_equals_in_memory(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "PART_BYTES", 100 * 96)  # two chunks of 64 a part
     card = build_index(cache_path, tmp_path / "built", IndexSettings(**ON_DISK))
@@ -266,6 +270,7 @@ def test_on_disk_equals_in_memory(cache_path: Path, tmp_path: Path, monkeypatch:
     )
 
 
+@pytest.mark.slow
 def test_on_disk_new_samples_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "PART_BYTES", 20 * 96)
     cache = write_cache(tmp_path, 40)
@@ -282,6 +287,7 @@ def test_on_disk_new_samples_are_added(tmp_path: Path, monkeypatch: pytest.Monke
     assert scores[:, 0] == pytest.approx(1, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_on_disk_one_sample_removed_and_one_added(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, 40)
     build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
@@ -331,6 +337,7 @@ def test_build_ignores_file_that_another_process_writes(cache_path: Path, tmp_pa
     assert build_index(cache_path, tmp_path, IndexSettings(factory="Flat", **FEATURE)).num_vectors == 300
 
 
+@pytest.mark.slow
 def test_on_disk_without_lists_raises(cache_path: Path, tmp_path: Path) -> None:
     for factory in ("Flat", "HNSW8", "IVF4,RaBitQ,Refine(SQ8)", "IVF4,PQ4x4fs"):
         with pytest.raises(SettingError, match="expected inverted lists to leave on disk, such as IVF4096,SQfp16, got"):

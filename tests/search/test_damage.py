@@ -207,6 +207,7 @@ PIPES = (
 )
 
 
+@pytest.mark.slow
 def test_pipes_and_devices_are_not_read(folder: Path) -> None:
     process = start_call(refuse_pipes, folder)  # reading one would never end
     process.join(120)

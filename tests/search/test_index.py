@@ -40,6 +40,8 @@ from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
+pytestmark = pytest.mark.slow
+
 
 class Seen(NullProgress):
     """Keeps what it is told."""

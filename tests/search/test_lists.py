@@ -107,6 +107,7 @@ def test_lists_are_compared_once(copy: Path, queries_QP: Floats) -> None:
     assert checksum(0) == read_card(copy).checksums[LISTS][:8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "factory", ["IVF4,SQfp16", "PCA8,IVF4,SQ8", "L2norm,IVF3,PQ4x4", "IVF4_HNSW4,Flat", "IVF1,SQfp16"]
 )

@@ -21,6 +21,8 @@ from tests.edits import edit_record
 from tests.recorded import RecordedProgress
 from tests.search.test_building import FEATURE, ON_DISK, Stop, bytes_of, files_of, write_cache
 
+pytestmark = pytest.mark.slow
+
 Written = list[tuple[str, int]]
 
 

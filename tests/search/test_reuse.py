@@ -22,6 +22,7 @@ from tests.search.test_building import write_cache
 CLS = "open_toy/cls"
 
 
+@pytest.mark.slow
 def test_next_kind_with_as_many_bits_is_tried(cache_path: Path, tmp_path: Path) -> None:
     """Check 300 vectors of 48: of the kinds that fit, the second has as many bits as the first, all others fewer."""
     settings = IndexSettings(feature=CLS, memory=30_000, min_recall=1.0)
@@ -111,6 +112,7 @@ def test_damaged_index_is_not_extended(copy: Path) -> None:
         build(copy)
 
 
+@pytest.mark.slow
 def test_one_sample_removed_and_one_added(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, 20)
     first = build_index(cache, tmp_path / "index")
@@ -138,6 +140,7 @@ def test_one_sample_removed_and_one_added(tmp_path: Path) -> None:
     assert build_index(cache, tmp_path / "index") == second  # of the same samples, so nothing is built
 
 
+@pytest.mark.slow
 def test_index_of_removed_samples_is_kept_whatever_its_recall(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, 40)
     settings = IndexSettings(feature=CLS)
@@ -149,6 +152,7 @@ def test_index_of_removed_samples_is_kept_whatever_its_recall(tmp_path: Path) ->
     assert card.recall_at_10 < 0.95
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_items(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, 19)
     assert build_index(cache, tmp_path / "index").memory_bytes == 19 * (4 * 48 + 8)

@@ -64,6 +64,7 @@ def test_search_reads_the_rows_it_shows(index_path: Path, monkeypatch: pytest.Mo
     assert all(hit.captions for hit in hits)
 
 
+@pytest.mark.slow
 def test_search_of_an_exact_index_by_key_imports_no_torch(labeled_index: Path, index_path: Path) -> None:
     program = (
         "import sys\n"
@@ -87,6 +88,7 @@ def test_vector_of_a_key_is_that_of_the_feature(cache_path: Path, run_path: Path
     assert index._index.read(np.array([7, 300])) is None
 
 
+@pytest.mark.slow
 def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
     settings = TrainSettings(
         model=ModelSettings(projector="token", shared_width=16),
@@ -495,6 +497,7 @@ def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path, t
         CacheFilters(cache, "image", damaged).mask(Filter(part=("test",)))
 
 
+@pytest.mark.slow
 def test_language(tmp_path: Path) -> None:
     write_images(tmp_path / "photos", 12)
     for path in sorted((tmp_path / "photos").glob("*.txt"))[:4]:
@@ -608,6 +611,7 @@ def test_a_fraction_of_the_items_is_searched_more_thoroughly(
     assert searches == [{"nprobe": 2, "k_factor": 4}, {"nprobe": 8, "k_factor": 4, "efSearch": 60}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["PQ4x4", "PCA16,PQ4x4", "PQ4x4fs", "IVF2,RQ2x4"])
 def test_kinds_that_faiss_cannot_filter_are_filtered(
     labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str

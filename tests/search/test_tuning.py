@@ -93,6 +93,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Vectors:
     return Vectors(cache.path, "image")
 
 
+@pytest.mark.slow
 def test_two_thousand_queries_are_drawn(many: Vectors, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", -1.0)
     progress = RecordedProgress()

@@ -263,6 +263,7 @@ def test_clusters_are_named_by_concepts(root: Path) -> None:
         assert cluster.name == concepts.names[int((concepts.vectors @ center).argmax())]
 
 
+@pytest.mark.slow
 def test_missing_map_is_computed_and_stored(root: Path, tmp_path: Path) -> None:
     """A map of other items is replaced; in a folder that cannot be written it is computed at each start."""
     shutil.copytree(root / "plain", tmp_path / "plain")

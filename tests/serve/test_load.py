@@ -72,6 +72,7 @@ def image_request(num_bytes: int, more: str = "") -> str:
     return _HEAD.format("POST /api/search/image", f"Content-Length: {num_bytes}{more}")
 
 
+@pytest.mark.slow
 def test_objects_are_frozen_before_serving(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full garbage collection walked half a million objects while all queries waited."""
     frozen: list[int] = []

@@ -133,6 +133,7 @@ def test_index_that_texts_would_need_is_named(served: SearchService) -> None:
     assert served.rejected_queries["text"].endswith("embedcache curate index CACHE INDEX --run RUN --modality audio")
 
 
+@pytest.mark.slow
 def test_images_of_recordings_and_videos(client: TestClient) -> None:
     for path, size in (
         ("recordings/0/thumbnail", (224, 112)),
@@ -218,6 +219,7 @@ def test_operator_names_the_folder_of_recordings(media: Path, caplog: pytest.Log
     assert "videos are not shown: expected a table or a folder" in caplog.text
 
 
+@pytest.mark.slow
 def test_recordings_in_a_tar(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number in range(3):

@@ -27,6 +27,8 @@ from tests.images import write_images
 from tests.serve.conftest import visit
 from tests.toy import IMAGE, TEXT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:

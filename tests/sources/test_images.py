@@ -211,6 +211,7 @@ SEEDS = [
 ]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_bytes_decode_or_raise_item_error(data: st.DataObject) -> None:

@@ -72,6 +72,7 @@ def test_title_that_is_not_utf8_is_no_damage() -> None:
     np.testing.assert_array_equal(decode_audio(named), decode_audio(data))
 
 
+@pytest.mark.slow
 def test_decoding_holds_a_recording_once() -> None:
     data = wav(tone(180.0))
     tracemalloc.start()

@@ -65,6 +65,7 @@ def test_other_threads_run_while_one_draws() -> None:
     assert ticks > 5
 
 
+@pytest.mark.slow
 def test_killed_renderer_is_replaced() -> None:
     png = draw_png(svg_string=HALF.decode())
     for number in renderers():
@@ -191,6 +192,7 @@ def test_shards_take_svg_files_if_told(tmp_path: Path) -> None:
     assert [len(sample.images) for sample in source.samples()] == [1, 1]
 
 
+@pytest.mark.slow
 def test_background_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     half = Image.new("RGBA", (20, 10), "red")
     half.paste((0, 0, 0, 0), (10, 0, 20, 10))

@@ -46,6 +46,7 @@ def by_tarfile(data: bytes) -> list[Member]:
         return [Member(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
 
 
+@pytest.mark.slow
 @given(st.lists(files, max_size=8), st.sampled_from(sorted(FORMATS)))
 def test_members_equal_those_of_tarfile(entries: list[tuple[str, int, bytes, float]], form: str) -> None:
     data = write(entries, form)
@@ -63,6 +64,7 @@ def test_prefix_is_read_as_by_tarfile(magic: bytes) -> None:
     assert [member.name for member in ours(bytes(header))] == ["123/name"]
 
 
+@pytest.mark.slow
 @given(st.lists(files, min_size=1, max_size=4), st.sampled_from(sorted(FORMATS)), st.data())
 def test_truncated_tar_raises(entries: list[tuple[str, int, bytes, float]], form: str, data: st.DataObject) -> None:
     whole = write([(f"n{name}", *rest) for name, *rest in entries], form)
@@ -72,6 +74,7 @@ def test_truncated_tar_raises(entries: list[tuple[str, int, bytes, float]], form
         ours(whole[:cut])
 
 
+@pytest.mark.slow
 @given(st.lists(files, min_size=1, max_size=4), st.sampled_from(sorted(FORMATS)), st.data())
 def test_changed_byte_raises_only_source_error(
     entries: list[tuple[str, int, bytes, float]], form: str, data: st.DataObject

@@ -46,6 +46,7 @@ def test_one_sample_per_line(tmp_path: Path) -> None:
     assert [sample.key for sample in samples] == ["p/0", "p/1", "p/2"]
 
 
+@pytest.mark.slow
 @given(expected=st.lists(st.text(st.characters(exclude_categories=["C", "Z"]))), as_bytes=st.booleans())
 def test_array_strings_in_order(tmp_path_factory: pytest.TempPathFactory, expected: list[str], as_bytes: bool) -> None:
     array = np.array([text.encode() for text in expected], "S") if as_bytes else np.array(expected, "U")

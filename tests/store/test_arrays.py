@@ -75,6 +75,7 @@ def test_chunk_that_cannot_be_opened_raises(tmp_path: Path) -> None:
         open_chunk(tmp_path, 0, (4, 4), "int16", "0" * 8)
 
 
+@pytest.mark.slow
 def test_chunks_and_files_are_read_and_written_in_blocks(tmp_path: Path) -> None:
     parts = [np.random.default_rng(0).standard_normal((rows, 512)).astype(np.float16) for rows in (1, 30_000)]
     tracemalloc.start()

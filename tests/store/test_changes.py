@@ -48,6 +48,7 @@ def sample(name: str) -> Sample:
     return Sample(key=name, images=(FileItem(path=f"{name}.png", length=1),), texts=(TextItem(text=name),))
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.lists(st.integers(0, 10), min_size=1, max_size=6), st.integers(1, 10))
 def test_extend_appends_new_samples(tmp_path_factory: pytest.TempPathFactory, places: list[int], num_old: int) -> None:

@@ -64,6 +64,7 @@ def test_deferred_column_is_read_when_a_value_is() -> None:
     assert len(reads) == 4
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.none() | st.text("ab", max_size=3), max_size=5), min_size=1), st.integers(1, 7), st.data())
 def test_blocks_are_those_of_a_list(parts: list[list[str | None]], size: int, data: st.DataObject) -> None:
     """In whatever chunks the values are, and whether they are read when they are used."""

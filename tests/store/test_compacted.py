@@ -90,6 +90,7 @@ def damages(path: Path, rng: np.random.Generator) -> Iterator[bytes]:
         yield data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1 :]
 
 
+@pytest.mark.slow
 def test_damaged_table_is_not_used(feature: Feature) -> None:
     path, expected, num_found = compacted_path(feature.group.path), read_one_by_one(feature.group), 0
     for damaged in damages(path, np.random.default_rng(0)):
@@ -106,6 +107,7 @@ def test_damaged_table_is_not_used(feature: Feature) -> None:
     assert compacted_chunks(feature.group) == [0, 1, 2, 4]
 
 
+@pytest.mark.slow
 def test_verify_reports_a_damaged_table(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_module, "MIN_CHUNKS", 1)
     cache = Cache(shutil.copytree(cache_path, tmp_path / "cache"))

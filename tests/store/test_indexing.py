@@ -233,6 +233,7 @@ _SAMPLES = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(_SAMPLES, min_size=1, max_size=5), st.integers(0, 4))
 def test_digest_and_tables_of_samples_in_tables(samples: list[Sample], cut: int) -> None:
     """The same as of the samples themselves, in whatever pieces they are."""

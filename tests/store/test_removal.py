@@ -96,6 +96,7 @@ def test_nothing_is_left_and_other_rows_are_the_same(two_caches: list[Path], cac
     assert removed.table["key"].null_count == 3
 
 
+@pytest.mark.slow
 def test_samples_that_are_removed_later_are_added(cache: Path, tmp_path: Path) -> None:
     once = Path(shutil.copytree(cache, tmp_path / "once"))
     remove(cache, np.array([9]))

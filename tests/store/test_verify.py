@@ -234,6 +234,7 @@ def test_verify_ignores_uncounted_rows(copy: Path) -> None:
     assert verify(Cache(copy)) == []
 
 
+@pytest.mark.slow
 def test_repair_after_verify(copy: Path, cache_path: Path, image_folder: Path) -> None:
     path = copy / "image/open_toy/cls/c/2/0"
     flip_a_bit(path)

@@ -115,6 +115,7 @@ def test_commit_keeps_stored_feature(tmp_path: Path) -> None:
     assert values(group) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_concurrent_commits_lose_nothing(tmp_path: Path) -> None:
     group = group_of(tmp_path, 4)
     names = [f"f{number}" for number in range(12)]

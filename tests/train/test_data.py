@@ -23,6 +23,7 @@ from tests.toy import IMAGE, TEXT
 from tests.train.runs import beats_chance, run
 
 
+@pytest.mark.slow
 def test_two_caches_train_as_one(two_caches: list[Path], tmp_path: Path) -> None:
     report = run(two_caches, tmp_path / "run")
     assert sum(report.num_samples.values()) == 120
@@ -34,6 +35,7 @@ def test_two_caches_train_as_one(two_caches: list[Path], tmp_path: Path) -> None
         run(two_caches[::-1], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_other_cache_is_evaluated_as_a_whole(cache_path: Path, two_caches: list[Path], tmp_path: Path) -> None:
     run(two_caches, tmp_path / "run", epochs=0)
     report = evaluate_retrieval(cache_path, [tmp_path / "run"])
@@ -89,6 +91,7 @@ def test_unfinished_feature_is_named(two_caches: list[Path], tmp_path: Path) -> 
         run([two_caches[0], tmp_path / "c"], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_selection_limits_the_training_part(cache_path: Path, tmp_path: Path) -> None:
     keys = Cache(cache_path).samples["key"].to_pylist()
     (tmp_path / "keys.txt").write_text("\n".join(keys[:100]) + "\n")
@@ -160,6 +163,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["multi_positive", "siglip", "sail"])
 def test_all_captions_are_positives(captioned: Path, tmp_path: Path, loss: str) -> None:
     options = {"epochs": 15, "lr": 5e-3, "batch_size": 32, "initialization": "random"}

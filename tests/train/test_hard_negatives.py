@@ -28,6 +28,7 @@ def table(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_hard_negatives_of_the_training_part_are_added(
     cache_path: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +60,7 @@ def test_hard_negatives_of_the_training_part_are_added(
     assert config["training"]["num_negatives"] == 2
 
 
+@pytest.mark.slow
 def test_resume_with_hard_negatives_is_identical(cache_path: Path, table: Path, tmp_path: Path) -> None:
     options = {"negatives": str(table), "mixup": 0.0, "epochs": 2}
     run_whole(cache_path, tmp_path / "whole", **options)
@@ -67,6 +69,7 @@ def test_resume_with_hard_negatives_is_identical(cache_path: Path, table: Path, 
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_another_table_is_another_run(cache_path: Path, table: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.parquet"
     shutil.copy(table, copy)

@@ -19,6 +19,8 @@ from embedcache.train.likelihood_tasks import predict
 from tests.train.likelihood_cases import Squares, colors_of, fit_settings, open_tones, recipe
 from tests.train.runs import interrupted_after
 
+pytestmark = pytest.mark.slow
+
 
 def network(run: Path) -> SharedNetwork:
     module, _ = load_module(run)
@@ -72,7 +74,6 @@ def test_tasks_are_drawn_by_weight_from_seed_epoch_and_step() -> None:
     assert TaskMixture([3.0, 1.0], [4, 8], num_steps=400, seed=0).num_samples == 2000
 
 
-@pytest.mark.slow
 @pytest.mark.no_mutants
 def test_prompts_tune_a_finished_run_to_a_new_task(squares: Squares, squares_run: Path, tmp_path: Path) -> None:
     task = squares.task("answer", "answer", has_head=True)

@@ -249,6 +249,7 @@ def test_masks_of_about_a_fraction_of_the_words(squares: Squares) -> None:
     assert red >= NUM_SPECIAL
 
 
+@pytest.mark.slow
 def test_blocks_do_not_change_predictions(squares: Squares, squares_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from embedcache.networks.saved import load_module
 

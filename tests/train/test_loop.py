@@ -91,6 +91,7 @@ def test_gradients_of_gathered_rows_are_those_of_one_process(
     assert rows.grad.tolist() == [[0, 2, 4], [6, 8, 10]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "used", "backend"),
     [("cpu", "cpu", "gloo"), ("cuda", "cuda:1", "nccl"), ("cuda:0", "cuda:0", "nccl")],

@@ -121,6 +121,7 @@ def test_value_and_gradients_match_the_plain_formula(
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 @every_loss
 @given(st.integers(1, 11), st.integers(0, 1000), st.sampled_from([None, 2, 5]), st.floats(0.5, 1000))
 def test_excluded_pairs_are_in_no_sum(name: str, size: int, seed: int, num_contents: int | None, scale: float) -> None:
@@ -149,6 +150,7 @@ def plain_captions(name: str, logits_BM: Tensor, positives_BM: Tensor) -> Tensor
     return (cross_entropy(logits_BM, weights[0]) + cross_entropy(logits_BM.T, weights[1])) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["multi_positive", "sail", "siglip"])
 @given(st.integers(1, 9), st.integers(0, 100), st.sampled_from([2.0, 90.0]))
 def test_several_captions_match_the_plain_formula(name: str, size: int, seed: int, scale: float) -> None:

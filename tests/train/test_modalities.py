@@ -81,6 +81,7 @@ def finished(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_retrieval_of_recordings_beats_chance_and_control(sounds: Path, finished: Path, tmp_path: Path) -> None:
     report = evaluate_retrieval(sounds, finished)
     assert list(report.recalls) == ["a2t", "t2a"]
@@ -166,6 +167,7 @@ def test_invalid_recordings_are_named(finished: Path, tmp_path: Path) -> None:
         model.encode("image", np.zeros((8, 8, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_command_line_trains_and_shows_recordings(sounds: Path, tmp_path: Path) -> None:
     options = "--feature text=open_toy/mean --feature audio=open_media/mean --split key --epochs 2 --shared-width 8"
     outcome = embedcache("train", str(sounds), str(tmp_path / "run"), *options.split(), cwd=tmp_path)

@@ -135,6 +135,7 @@ def draw_negatives(samples: int, seed: int) -> HardNegatives:
     return HardNegatives(negatives_SK=negatives.astype(np.int32), groups_S=groups)
 
 
+@pytest.mark.slow
 @given(st.integers(2, 30), st.integers(2, 40), st.integers(0, 50), st.integers(1, 4), st.sampled_from(["draw", "all"]))
 def test_hard_negatives_are_in_the_batch_and_near_duplicates_are_excluded(
     samples: int, size: int, seed: int, num: int, captions: Literal["draw", "all"]

@@ -36,6 +36,7 @@ def test_pairs_are_those_of_the_cache(dataset: embedcache.PairDataset, cache_pat
     assert dataset[3]["sample"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # of a single core
 def test_workers_read_the_same_pairs(dataset: embedcache.PairDataset) -> None:
     whole = dataset[np.arange(300)]

@@ -86,6 +86,7 @@ def test_only_trainable_parts_change(
     assert config.file_digests == {"init_from *": read_config(finished).weights_digest}
 
 
+@pytest.mark.slow
 def test_temperature_is_set_after_that_of_another_run(cache_path: Path, finished: Path, tmp_path: Path) -> None:
     options = {"init_from": (str(finished),), "temperature": 0.2}
     run(cache_path, tmp_path / "fixed", **options, trainable="image+text")
@@ -118,6 +119,7 @@ def test_run_with_other_shapes_is_refused(cache_path: Path, finished: Path, tmp_
     assert not (tmp_path / "glu/config.json").exists()
 
 
+@pytest.mark.slow
 def test_command_line_names_several_runs(cache_path: Path, finished: Path, tmp_path: Path) -> None:
     options = f"--image-feature {IMAGE} --text-feature {TEXT} --split key --shared-width 16 --epochs 1 --trainable text"
     starts = ["--init-from", f"image={finished}", "--init-from", f"temperature={finished}"]

@@ -76,6 +76,7 @@ def unfinished(interrupted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(interrupted, tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [1, 4, 12])
 def test_resume_is_identical(cache_path: Path, whole: Path, tmp_path: Path, num_steps: int) -> None:
     run_interrupted(cache_path, tmp_path / "run", num_steps)
@@ -86,6 +87,7 @@ def test_resume_is_identical(cache_path: Path, whole: Path, tmp_path: Path, num_
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_threads_train_the_same_runs(cache_path: Path, whole: Path, tmp_path: Path) -> None:
     """All threads of a process draw from torch's generators."""
     paths = [tmp_path / "first", tmp_path / "second"]
@@ -116,6 +118,7 @@ def saved(state: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_noticed(unfinished: Path) -> None:
     path, rng = checkpoint_path(unfinished), np.random.default_rng(0)
     data, num_refused = path.read_bytes(), 0
@@ -179,6 +182,7 @@ def test_missing_log_is_not_padded(cache_path: Path, unfinished: Path) -> None:
     assert b"\0" not in (unfinished / "losses.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_log_that_was_cut_is_refused(cache_path: Path, unfinished: Path) -> None:
     path = unfinished / "losses.jsonl"
     path.write_bytes(path.read_bytes()[:50])
@@ -191,6 +195,7 @@ def test_log_that_was_cut_is_refused(cache_path: Path, unfinished: Path) -> None
     run(cache_path, unfinished)
 
 
+@pytest.mark.slow
 def test_log_that_was_changed_is_refused(cache_path: Path, unfinished: Path) -> None:
     path = unfinished / "losses.jsonl"
     flip(path, position=30)
@@ -200,6 +205,7 @@ def test_log_that_was_changed_is_refused(cache_path: Path, unfinished: Path) -> 
     run(cache_path, unfinished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [("started.json", {"seed": 1}), ("split.parquet", {"split_seed": 1})])
 def test_checkpoint_belongs_to_its_settings_and_split(
     cache_path: Path, unfinished: Path, tmp_path: Path, name: str, options: dict[str, int]
@@ -273,6 +279,7 @@ def test_finished_run_on_a_read_only_disk_is_reused(
     run(cache_path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [[".claims"], [".claims", ".started.json.0.partial"]])
 def test_resume_after_kill_at_the_start(cache_path: Path, whole: Path, tmp_path: Path, left: list[str]) -> None:
     """A lease is acquired before anything is written, so its file may be all there is."""
@@ -330,6 +337,7 @@ def test_auto_device_is_that_of_the_run(cache_path: Path, whole: Path, tmp_path:
     assert name_device(MachineSettings(), stopped).device == "cpu"  # nothing to resume
 
 
+@pytest.mark.slow
 def test_float16_resumes(cache_path: Path, tmp_path: Path) -> None:
     options = {"precision": "fp16", "epochs": 2}
     run_interrupted(cache_path, tmp_path / "stopped", 2, **options)

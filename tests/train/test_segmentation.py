@@ -100,6 +100,7 @@ def test_adaptation_changes_one_modality_only(runs: dict[str, Path], tmp_path: P
     assert set(read_module_config(tmp_path / "run").init_runs) == {"image", "points"}
 
 
+@pytest.mark.slow
 def test_adaptation_keeps_the_last_epoch_and_resumes_to_the_same_bits(runs: dict[str, Path], tmp_path: Path) -> None:
     with interrupted_after(9), pytest.raises(InterruptedError):
         adapt(runs, tmp_path / "run", checkpoint_s=0, epochs=3)

@@ -34,6 +34,8 @@ from tests.edits import damage_column
 from tests.train.runs import log_lines
 from tests.train.speech_cases import FEATURES, MODEL, QUIET, fit_settings, make_cache, recipe, utterances
 
+pytestmark = pytest.mark.slow
+
 PARTS = "fusion+ctc+attention"
 STREAMS = {"audio": {"width": 2, "stack": 2}, "video": {"width": 3, "stack": 1}}
 
@@ -75,7 +77,6 @@ def train_fusion(
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.no_mutants
 def test_a_recognizer_learns_letters_from_sound_or_lips(caches: tuple[Path, Path], tmp_path: Path) -> None:
     for name, epochs in (("audio", 40), ("video", 28)):

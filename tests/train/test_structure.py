@@ -48,6 +48,7 @@ seeds = st.integers(0, 1000)
 temperatures = st.floats(0.05, 2)
 
 
+@pytest.mark.slow
 @given(sizes, seeds, st.integers(1, 7), temperatures)
 def test_value_and_gradient_match_the_plain_formula(size: int, seed: int, width: int, temperature: float) -> None:
     inputs, outputs = draw(size, seed, width=width)

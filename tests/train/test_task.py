@@ -71,6 +71,7 @@ def test_run_is_reused_or_refused(cache_path: Path, finished: Path) -> None:
         fit(cache_path, finished, epochs=25, seed=1, lr=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [1, 4, 9])
 def test_resume_of_any_task_is_identical(cache_path: Path, tmp_path: Path, num_steps: int) -> None:
     options = {"checkpoint_s": 0, "batch_size": 60, "precision": "bfloat16"}

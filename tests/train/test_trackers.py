@@ -71,6 +71,7 @@ def test_tracker_gets_what_the_log_has(cache_path: Path, tmp_path: Path, notes: 
     assert steps == sorted(steps)
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_its_id(
     cache_path: Path, tmp_path: Path, notes: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +361,7 @@ def test_library_records_without_a_network(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_tensorboard_events_match_the_log(cache_path: Path, tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(cache_path, tmp_path / "run", report_to=("tensorboard",))

@@ -108,6 +108,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_training_beats_chance(cache_path: Path, tmp_path: Path, recipe: str) -> None:
     report = run(cache_path, tmp_path / "run", shrinkage=0.01, **{"epochs": 4, **RECIPES[recipe]})
@@ -116,6 +117,7 @@ def test_training_beats_chance(cache_path: Path, tmp_path: Path, recipe: str) ->
         assert report.best_epoch > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector", ["fusemix", "glu", "identity+sharelock"])
 def test_every_projector_beats_chance(
     cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, projector: str
@@ -125,12 +127,14 @@ def test_every_projector_beats_chance(
     assert beats_chance(evaluate_retrieval(cache_path, [tmp_path / "run"]))
 
 
+@pytest.mark.slow
 def test_shuffled_control_stays_at_chance(cache_path: Path, tmp_path: Path) -> None:
     run(cache_path, tmp_path / "run", epochs=5, shuffle_pairs=True)
     report = evaluate_retrieval(cache_path, [tmp_path / "run"])
     assert report.recalls["i2t"]["r@5"].value < report.chance["i2t"]["r@5"].high + 0.1
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_weights(cache_path: Path, finished: Path, tmp_path: Path) -> None:
     for name, seed in (("b", 0), ("c", 4)):
         torch.manual_seed(seed + 1)  # the caller's generator must not matter
@@ -156,6 +160,7 @@ def test_mapped_features_train_the_same(cache_path: Path, finished: Path, tmp_pa
     assert read_config(tmp_path / "blocks").training["block_rows"] == 64
 
 
+@pytest.mark.slow
 def test_bfloat16_trains(cache_path: Path, tmp_path: Path) -> None:
     report = run(cache_path, tmp_path / "run", precision="bfloat16", initialization="random", epochs=3)
     assert report.best_epoch > 0
@@ -212,6 +217,7 @@ def test_foreign_folder_is_refused_and_untouched(cache_path: Path, tmp_path: Pat
         run(cache_path, tmp_path)
 
 
+@pytest.mark.slow
 def test_unfinished_run_is_trained_again(cache_path: Path, tmp_path: Path) -> None:
     run(cache_path, tmp_path / "run")
     weights = (tmp_path / "run/model.safetensors").read_bytes()
@@ -295,6 +301,7 @@ def test_invalid_options_raise(
         run(cache_path, tmp_path / "run", **options)
 
 
+@pytest.mark.slow
 def test_split_of_another_run_is_used(cache_path: Path, tmp_path: Path) -> None:
     run(cache_path, tmp_path / "a", epochs=0, split_seed=3)
     given = {"split": str(tmp_path / "a" / "split.parquet"), "epochs": 0}
@@ -381,6 +388,7 @@ def test_progress_begins_before_the_first_step(cache_path: Path, tmp_path: Path,
     assert progress.counts == {what: total for what, total, _ in progress.started}
 
 
+@pytest.mark.slow
 def test_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path) -> None:
     report = run(cache_path, tmp_path / "run", epochs=6, lr=0.5)  # far too high: recall falls at once
     scores = {line["epoch"]: line["validation"] for line in log_lines(tmp_path / "run") if "validation" in line}
@@ -425,6 +433,7 @@ def test_towers_without_parameters_are_not_trained(cache_path: Path, tmp_path: P
     assert [list(line) for line in log_lines(tmp_path / "run")] == [["epoch", "validation"]]
 
 
+@pytest.mark.slow
 def test_patience_stops_training(cache_path: Path, tmp_path: Path) -> None:
     report = run(cache_path, tmp_path / "run", epochs=50, lr=0.05, batch_size=32, patience=2)
     epochs = [line["epoch"] for line in log_lines(tmp_path / "run") if "validation" in line]
@@ -444,6 +453,7 @@ def test_nan_loss_names_step_and_temperature(cache_path: Path, tmp_path: Path) -
         run(cache_path, tmp_path / "run", epochs=5, lr=1e30)
 
 
+@pytest.mark.slow
 def test_several_threads_give_the_same_weights(cache_path: Path, tmp_path: Path) -> None:
     options = {"threads": 2, "batch_size": 195, "initialization": "random", "epochs": 1}
     for name in "ab":

@@ -86,6 +86,7 @@ def test_views_share_the_memory_of_their_side(flipped: Path, spared: int, is_loa
     assert hasattr(reader, "__self__") != is_loaded  # a method reads the rows of its feature from disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"mixup": 0.5}, {"image": "open_toy/patches", "projector": "token+mlp"}])
 def test_resume_with_views_is_identical(flipped: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     options = {"views": VIEWS, "checkpoint_s": 0, "batch_size": 20, "initialization": "random", "epochs": 3, **options}
@@ -97,6 +98,7 @@ def test_resume_with_views_is_identical(flipped: Path, tmp_path: Path, options: 
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_views_change_training_and_not_validation(flipped: Path, tmp_path: Path) -> None:
     for name, views in (("none", ()), ("plain", ("image=plain",)), ("drawn", VIEWS)):
         run(flipped, tmp_path / name, views=views, initialization="random", epochs=1, batch_size=20)

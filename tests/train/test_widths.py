@@ -58,6 +58,7 @@ def truncated_loss(objective: Objective, loaded: LoadedBatch, width: int) -> Ten
     return value
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(sorted(LOSSES.paths)),
     st.integers(2, 9),
@@ -91,6 +92,7 @@ def test_unit_rows_are_normalized_ones_to_the_bit(num: int, width: int, seed: in
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_recall_by_width_is_that_of_truncated_vectors(cache_path: Path, tmp_path: Path) -> None:
     run(cache_path, tmp_path / "run", epochs=1, widths=(2, 6))
     assert json.loads((tmp_path / "run/config.json").read_text())["training"]["loss"]["widths"] == [2, 6]

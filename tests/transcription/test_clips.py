@@ -263,6 +263,7 @@ def test_large_frames_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(iter_windows(opened(video=frames(4.0), mouth=(0, 0, 0.5, 0.5)), window_s=2.0, step_s=0.04))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
     write(tmp_path, {"a.wav": wav(noise(200.0))})
     clip = opened(tmp_path / "a.wav")

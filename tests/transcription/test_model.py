@@ -26,6 +26,8 @@ from tests.recorded import RecordedProgress
 from tests.sources.files import write
 from tests.transcription.runs import PIXELS, RATE_HZ, TOY, WHISPER, Speech, random_text, save_run, say, train_network
 
+pytestmark = pytest.mark.slow
+
 ATTENTION = TranscribeSettings(decoding=DecodingSettings(decoder="attention"))
 CTC = TranscribeSettings(decoding=DecodingSettings(decoder="ctc"))
 MISSING = {"augmentation": {"missing": {"audio": 0.2, "video": 0.2}}}
@@ -65,7 +67,6 @@ def video_of(speech: Speech) -> Video:
     return Video(frames_THW3=speech.frames, rate_hz=RATE_HZ)
 
 
-@pytest.mark.slow
 def test_words_and_times_of_new_speech(trained: Path) -> None:
     model, rng = embedcache.load(trained, kind="speech"), np.random.default_rng(42)
     said = [say(random_text(rng, count), rng) for count in (1, 2, 3, 4)]
@@ -79,7 +80,6 @@ def test_words_and_times_of_new_speech(trained: Path) -> None:
             np.testing.assert_allclose((word.start_s, word.stop_s), expected[1:], atol=0.09)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("is_file", [False, True])
 def test_long_recordings_are_cut_between_words(is_file: bool, trained: Path, tmp_path: Path) -> None:
     model, rng = embedcache.load(trained, kind="speech"), np.random.default_rng(3)
@@ -96,7 +96,6 @@ def test_long_recordings_are_cut_between_words(is_file: bool, trained: Path, tmp
     np.testing.assert_allclose(starts, [start for _, start, _ in speech.words], atol=0.09)
 
 
-@pytest.mark.slow
 def test_frame_rates_are_resampled(trained: Path, speech: Speech) -> None:
     model = embedcache.load(trained, kind="speech")
     twice = Video(frames_THW3=np.repeat(speech.frames, 2, axis=0), rate_hz=2 * RATE_HZ)

@@ -36,6 +36,7 @@ def command(
     return run
 
 
+@pytest.mark.slow
 def test_select_combine_sample_and_export(command: Command, tmp_path: Path) -> None:
     for line, expected in (
         (

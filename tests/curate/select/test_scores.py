@@ -296,6 +296,7 @@ def test_wrong_selections_raise(cache_path: Path, tmp_path: Path, weights: Path)
     assert len(chosen(cache_path, out, scores, at_most=lowest["at_most"], budget=1)) == 1
 
 
+@pytest.mark.slow
 def test_page(cache_path: Path, tmp_path: Path, weights: Path) -> None:
     report = score(cache_path, tmp_path / "a.parquet", ScoreSettings(weights=weights, feature=FEATURE, column="light"))
     write_score_page(tmp_path / "page.html", report)
