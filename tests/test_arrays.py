@@ -76,6 +76,7 @@ def test_blocks_cover_all_rows(num_rows: int, size: int) -> None:
     assert rows == list(range(num_rows))
 
 
+@pytest.mark.slow
 def test_legend_has_all_shape_letters() -> None:
     legend = set(re.findall(r"\b([A-Z])  ", embedcache.arrays.__doc__ or ""))
     sources = Path(embedcache.arrays.__file__).parent.rglob("*.py")

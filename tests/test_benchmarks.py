@@ -55,6 +55,7 @@ def test_floor_of_a_likelihood_step_has_its_products(name: str, monkeypatch: pyt
     assert counter.get_total_flops() == sum(product.flops for product in likelihood_training.products_of(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_bytes", [0, 4 * 96**2])
 def test_floor_of_a_contrastive_step_has_its_products(held_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All operations that PyTorch counts are in the floor, those of similarities that are computed again too.

@@ -139,6 +139,7 @@ def test_error_in_a_plugin_names_it(tmp_path: Path, cache_path: Path, line: str)
     assert "bug in embedcache" not in done.stderr
 
 
+@pytest.mark.slow
 def test_artifacts_of_plugins_that_are_not_installed(tmp_path: Path, cache_path: Path, site: Path) -> None:
     features = "--image-feature open_toy/cls --text-feature open_toy/mean"
     train = f"train {cache_path} run --projector plugged+linear --split key --epochs 1 {features}"

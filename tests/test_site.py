@@ -12,6 +12,8 @@ import embedcache
 from docs.hooks import leaves
 from embedcache.cli.main import root_command
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -29,7 +31,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_reference_has_every_option(site: Path) -> None:
     page = html.unescape(re.sub(r"<[^>]+>", "", (site / "reference" / "cli.html").read_text()))
     for words, command in leaves(root_command()):
@@ -41,7 +42,6 @@ def test_reference_has_every_option(site: Path) -> None:
     assert all(f"<code>{option}</code>" in table for option in ("--max-grad-norm", "--image-feature", "-k"))
 
 
-@pytest.mark.slow
 def test_api_page_has_every_name(site: Path) -> None:
     page = (site / "reference" / "api.html").read_text()
     for name in embedcache.__all__:
@@ -50,7 +50,6 @@ def test_api_page_has_every_name(site: Path) -> None:
     assert "rows of length 1" in page
 
 
-@pytest.mark.slow
 def test_pages_load_nothing_from_other_servers(site: Path) -> None:
     external = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=["']?(https?:)?//""")
     pages = sorted(site.rglob("*.html"))

@@ -113,6 +113,7 @@ def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path, monkeypatch: 
     assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_quiet_and_verbose_change_standard_error(photos: Path, tmp_path: Path) -> None:
     words = ["extract", photos, "c", *TOY]
     plain = embedcache(*words, cwd=tmp_path)

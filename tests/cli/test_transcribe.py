@@ -39,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_text_is_printed(folder: Path) -> None:
     assert succeed("transcribe", "run", "clip.mp4", *CTC, cwd=folder) == f"{TEXT}\n"
     both = succeed("transcribe", "run", "clip.mp4", "clip.mp4", *CTC, cwd=folder)

@@ -177,6 +177,7 @@ def test_merge_of_copied_read_only_parts() -> None:
     assert partial.counts[0].tolist() == (vectors @ concepts.T > 0).sum(axis=0).tolist()
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-3, 3), st.integers(0, 99)), unique_by=lambda x: x[2]))
 def test_top_items_ignore_order(candidates: list[tuple[int, int, int]]) -> None:
     best, merged = TopItems(4, 2), TopItems(4, 2)

@@ -215,6 +215,7 @@ def test_invalid_coverage_raises(cache_path: Path, prompts: Path, labeled: Path,
             CoverageSettings(**wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF4,SQ8"])
 def test_coverage_through_index(
     cache_path: Path, prompts: Path, half: Path, tmp_path: Path, factory: str, monkeypatch: pytest.MonkeyPatch

@@ -258,6 +258,7 @@ def test_limit_is_inclusive_and_the_smallest_cosine_is_one(caches: tuple[Path, P
     assert set(opposite.clean_selection().reasons) == {"not in test; closest image -1.000"}
 
 
+@pytest.mark.slow
 def test_page_shows_images(caches: tuple[Path, Path], tmp_path: Path) -> None:
     write_leak_page(tmp_path / "leaks.html", find_leaks(*caches, BOTH))
     page = (tmp_path / "leaks.html").read_text()

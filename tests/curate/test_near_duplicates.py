@@ -96,6 +96,7 @@ def test_limit_of_all_pairs_is_documented() -> None:
     assert declared.default_text == f"up to {near_duplicates.ALL_PAIRS_LIMIT:,} items"
 
 
+@pytest.mark.slow
 def test_steps_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check 2 √N clusters, ten iterations over at most 40 vectors per cluster, and the counts of each step."""
     monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)

@@ -118,6 +118,7 @@ def test_without_a_run_items_are_compared_with_their_own_modality(cache_path: Pa
     np.testing.assert_allclose(first[0], (texts @ texts[0])[groups != groups[0]].max(), atol=1e-5)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 30), st.integers(0, 1000), st.data())
 def test_joined_groups_hold_all_equal_items(samples: int, seed: int, data: st.DataObject) -> None:
     rng = np.random.default_rng(seed)
@@ -278,6 +279,7 @@ def test_limits_are_inclusive(two_caches: list[Path], own_run: Path, tmp_path: P
         assert nearest(**options)[row] == [score]
 
 
+@pytest.mark.slow
 def test_an_index_is_asked_for_twice_the_neighbors_and_64(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
     """Check every sample against the nearest 84 images, of which few are of the selection."""
     build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path))

@@ -41,6 +41,7 @@ def write(path: Path, cache: Cache, negatives_SK: Ints, groups_S: Ints, block_ro
     write_negatives(path, cache, groups_S, parts, {"method": "test"})
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 90), st.integers(0, 999), st.booleans())
 def test_what_is_written_is_read(

@@ -99,6 +99,7 @@ def reasons_of(path: Path, cache: Cache) -> dict[int, str]:
     return dict(zip(known.rows.tolist(), reasons.to_pylist(), strict=True))
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_a_split_select_no_other_samples(run_path: Path, cache_path: Path, tmp_path: Path) -> None:
     """A split that was copied from its run, so that no digest covers it: without its parts it would select all."""
     cache, path, rng = (

@@ -69,6 +69,7 @@ def test_strict_groups_are_connected_components(cache_path: Path) -> None:
     np.testing.assert_array_equal(reached, groups[:, None] == groups[None, :])
 
 
+@pytest.mark.slow
 def test_many_items_are_compared_within_clusters(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, split = opened(cache_path)
     monkeypatch.setattr(near_duplicate_groups, "ALL_PAIRS_LIMIT", 100)
@@ -165,6 +166,7 @@ def test_key_split_keeps_fractions(cache_path: Path) -> None:
     assert set(capped.rows("test")) <= set(split.rows("test"))  # the order is the same
 
 
+@pytest.mark.slow
 def test_column_split(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "s", 60)
     for number, path in enumerate(sorted(folder.glob("*.txt"))):
@@ -256,6 +258,7 @@ def test_split_is_written_as_one_table(
     assert (tmp_path / "split.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_bytes_of_a_split_do_not_depend_on_blocks(tmp_path: Path) -> None:
     """Pages of Parquet end elsewhere where a column is written in several chunks."""
     count = 3 * BLOCK

@@ -197,6 +197,7 @@ def test_extended_cache_gets_only_new_rows(tmp_path: Path) -> None:
     assert not verify(Cache(tmp_path / "c"))
 
 
+@pytest.mark.slow
 def test_recovered_item_is_derived(cache: Path, extracted: Path, tmp_path: Path) -> None:
     derive(cache, halved(CLS, MEAN))
     source = shutil.copytree(extracted.parent / "source", tmp_path / "source")
@@ -279,6 +280,7 @@ def test_verify_repairs_inputs_before_derived_features(cache: Path) -> None:
     assert tree(cache) == whole
 
 
+@pytest.mark.slow
 def test_repair_of_derived_features_needs_no_source(cache: Path) -> None:
     info = read_json(cache / "cache.json")
     del info["digest"]
@@ -288,6 +290,7 @@ def test_repair_of_derived_features_needs_no_source(cache: Path) -> None:
     assert verify_cache(cache, VerifySettings(repair=True)).is_sound
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_stranger")
 def test_rule_of_the_users_own_needs_trust(cache: Path) -> None:
     derive(cache, halved())
@@ -366,6 +369,7 @@ def test_inspect_names_the_inputs(cache: Path) -> None:
     assert entry["inputs"] == ["image/open_toy/cls", "text/open_toy/mean"]
 
 
+@pytest.mark.slow
 def test_index_of_derived_features(cache: Path, tmp_path: Path) -> None:
     derive(cache, Derivation(name="both", inputs=[CLS, CLS], rule="concat"))
     card = build_index(cache, tmp_path / "index", IndexSettings(feature="both/vector", factory="Flat"))

@@ -73,6 +73,7 @@ def test_points_and_recordings_of_the_same_samples(cache: Path) -> None:
     assert not verify(Cache(cache))
 
 
+@pytest.mark.slow
 def test_rules_keep_the_axis(cache: Path) -> None:
     for rule in ("standardize", "pca"):
         parameters = {"width": 2} if rule == "pca" else {}

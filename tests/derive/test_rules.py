@@ -93,6 +93,7 @@ def test_pca_spans_the_largest_directions(cache: Path) -> None:
     np.testing.assert_allclose(found, centered @ (directions[:3] * signs[:, None]).T, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_pca_whitens_over_the_training_part(cache: Path, tmp_path: Path) -> None:
     train(cache, tmp_path / "run", epochs=1)
     found = derived(

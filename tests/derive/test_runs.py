@@ -75,6 +75,7 @@ def test_projected_vectors_are_those_of_the_run(cache: Path, work: Path, run: st
     assert not any(drift.is_bad for drift in measure_drift(Cache(cache), 0.1))
 
 
+@pytest.mark.slow
 def test_prob_is_zero_shot_classification(cache: Path, work: Path) -> None:
     (report,) = derive_from_run(cache, work / "vectors", "prob", prompts=work / "prompts", dtype="float32")
     feature = Cache(cache).feature("image", "vectors-prob/prob")
@@ -221,6 +222,7 @@ def test_module_refusals(cache: Path, tmp_path: Path) -> None:
         derive_from_run(cache, other, "sum")
 
 
+@pytest.mark.slow
 def test_command_line(cache: Path, work: Path, tmp_path: Path) -> None:
     out = succeed("derive", cache, "--run", work / "vectors", "--modality", "image", "--name", "one", cwd=tmp_path)
     assert out == "one (projected): derived 300 images, reused 0, failed 0\n"

@@ -34,6 +34,8 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from pipelines.worlds.street import KIND
 
+pytestmark = pytest.mark.slow
+
 ENCODER = "lite:efficientnet-lite0,fit=128x64"
 LAYERS = ("layer3.patches", "layer5.patches")
 PATCHES = [f"efficientnet-lite0/{layer}" for layer in LAYERS]
@@ -105,7 +107,6 @@ def values_of(path: Path, name: str) -> dict[int, np.ndarray]:
     return dict(zip(rows.tolist(), feature.gather_tokens(rows), strict=True))
 
 
-@pytest.mark.slow
 def test_lifted_features_are_those_of_the_pixels(cache: Path) -> None:
     lifted, uv = values_of(cache, "lifted/lifted"), values_of(cache, "fields/uv")
     samples = Cache(cache).samples
@@ -126,7 +127,6 @@ def test_lifted_features_are_those_of_the_pixels(cache: Path) -> None:
         )  # stored as float16
 
 
-@pytest.mark.slow
 def test_lift_from_a_cropping_encoder_is_refused(tmp_path: Path) -> None:
     source = open_source("world=5,frames=0,test=1,domains=fog", kind=KIND)
     settings = ExtractSettings(features=("patches", "uv"))
@@ -136,14 +136,12 @@ def test_lift_from_a_cropping_encoder_is_refused(tmp_path: Path) -> None:
         lift_parameters(Cache(tmp_path / "cache"), ["efficientnet-lite0/patches"])
 
 
-@pytest.mark.slow
 def test_lift_checks_its_inputs(cache: Path) -> None:
     for inputs in ([UV], [("points", "fields/label"), *lift(cache).inputs[1:]], [*lift(cache).inputs, UV]):
         with pytest.raises(SettingError, match="the rule 'lift' takes uv"):
             derive(cache, lift(cache, name="wrong", inputs=inputs))
 
 
-@pytest.mark.slow
 def test_outputs_of_a_run_are_its_predictions(cache: Path) -> None:
     from embedcache.networks.saved import load_module
 
@@ -158,7 +156,6 @@ def test_outputs_of_a_run_are_its_predictions(cache: Path) -> None:
             np.testing.assert_allclose(hidden[row], expected.hidden_NP, atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.slow
 def test_pseudo_labels_match_the_formulas(cache: Path) -> None:
     """Check the chain of rules, chunk by chunk, against the functions on all points at once."""
     names = ("image-prob", "image-hidden", "points-prob", "points-hidden")
@@ -209,7 +206,6 @@ def test_pseudo_labels_match_the_formulas(cache: Path) -> None:
 WRONG = {"agree": [UV], "certain": [UV, UV], "recover": [UV], "weight_by_entropy": [("image", PATCHES[0])] * 2}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "inputs"), WRONG.items())
 def test_rules_refuse_other_inputs(cache: Path, rule: str, inputs: list[tuple[str, str]]) -> None:
     with pytest.raises(SettingError, match=f"the rule '{rule}' takes"):

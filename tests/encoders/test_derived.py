@@ -189,6 +189,7 @@ def test_timm_transformer_blocks(name: str, tmp_path: Path) -> None:
     assert "kmeans:9999" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
 def test_timm_network_levels(name: str, tmp_path: Path) -> None:
     spec = f"timm:{name},weights={save_timm(name, tmp_path, seed=0)}"
@@ -214,6 +215,7 @@ def test_timm_network_that_stops_early() -> None:
         np.testing.assert_allclose(found[name], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_registers", [0, 3])
 def test_transformers_image_blocks(num_registers: int, tmp_path: Path) -> None:
     spec = f"hf:{save_dinov2(tmp_path / 'dinov2', num_registers=num_registers)}"

@@ -81,6 +81,7 @@ def encoded(num_frames: int, rate_hz: int) -> bytes:
     return encode_video(frames, rate_hz=rate_hz or 25, kind="mkv", times_ms=times_ms)
 
 
+@pytest.mark.slow
 @given(
     num_frames=st.sampled_from([1, 2, 7, 30]),
     rate_hz=st.sampled_from([0, 10, 25, 30]),

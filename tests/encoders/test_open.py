@@ -111,6 +111,7 @@ def test_prompts_are_kept(written: str, value: str, text: str) -> None:
     assert EncoderSpec.parse(spec.text) == spec.absolute == spec
 
 
+@pytest.mark.slow
 @given(st.text(min_size=1))
 def test_any_prompt_reads_back(prompt: str) -> None:
     spec = EncoderSpec("st", "a/b", {"prompt": prompt, "revision": "x"})
@@ -165,6 +166,7 @@ def test_onnxruntime_in_bfloat16_raises() -> None:
         open_encoder("lite:efficientnet-lite0", modality="image", settings=settings)
 
 
+@pytest.mark.slow
 def test_family_from_module_attribute(test_vit: Path) -> None:
     own = open_encoder(f"embedcache.encoders.timm:open_timm:test_vit,weights={test_vit}", modality="image")
     named = open_encoder(f"timm:test_vit,weights={test_vit}", modality="image")
@@ -176,6 +178,7 @@ def test_all_families_load() -> None:
         assert callable(ENCODERS.load(name))
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     code = "import sys, embedcache.encoders.open; print({'torch', 'timm', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

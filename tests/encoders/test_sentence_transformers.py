@@ -215,6 +215,7 @@ def test_default_prompt(bert: Path, tmp_path: Path) -> None:
     _check_against_the_library(folder, encoder.encode(encoder.prepare(TEXTS), ["mean", "tokens"]))
 
 
+@pytest.mark.slow
 def test_prompts(bert: Path, tmp_path: Path) -> None:
     folder = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=MAX_TOKENS)
     path = folder / "config_sentence_transformers.json"
@@ -236,6 +237,7 @@ def test_prompts(bert: Path, tmp_path: Path) -> None:
         open_encoder(f"st:{folder},prompt_name=query,prompt=q", modality="text")
 
 
+@pytest.mark.slow
 def test_prompt_that_is_not_pooled_is_left_to_the_library(bert: Path, tmp_path: Path) -> None:
     folder = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=MAX_TOKENS)
     path = folder / "1_Pooling" / "config.json"

@@ -15,6 +15,8 @@ from embedcache.errors import SettingError
 from embedcache.testing.encoders import ImageEncoderContract, example_images
 from tests.encoders.checkpoints import save_timm
 
+pytestmark = pytest.mark.slow
+
 
 class TestTimm(ImageEncoderContract):
     @pytest.fixture
@@ -26,7 +28,6 @@ class TestTimm(ImageEncoderContract):
         return f"timm:test_vit,weights={save_timm('test_vit', tmp_path_factory.mktemp('timm'), seed=1)}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "features"),
     [
@@ -65,7 +66,6 @@ def _by_timm(name: str, path: Path, images: Sequence[Image.Image]) -> dict[str, 
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 def test_onnxruntime_agrees_with_torch(name: str, tmp_path: Path) -> None:
     spec = f"timm:{name},weights={save_timm(name, tmp_path, seed=0)}"
@@ -95,7 +95,6 @@ def test_same_padding_is_fixed_for_the_first_size(tmp_path: Path) -> None:
     assert not conv._forward_pre_hooks
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "num_tokens"), [("test_vit", 36), ("test_resnet", 9)])
 def test_image_size_option(name: str, num_tokens: int, tmp_path: Path) -> None:
     import timm
@@ -123,20 +122,17 @@ def test_unsupported_image_size_raises(size: str, words: str, test_vit: Path) ->
         open_encoder(f"timm:test_vit,weights={test_vit},image_size={size}", modality="image")
 
 
-@pytest.mark.slow
 def test_patches_without_grid_are_left_out(tmp_path: Path) -> None:
     encoder = open_encoder(f"timm:pit_ti_224,weights={save_timm('pit_ti_224', tmp_path, seed=0)}", modality="image")
     assert encoder.features == {"cls": (256,)}, "no patch comes out of this one"
 
 
-@pytest.mark.slow
 def test_model_with_several_maps_raises(tmp_path: Path) -> None:
     path = save_timm("crossvit_tiny_240", tmp_path, seed=0)
     with pytest.raises(SettingError, match="one map of tokens, got CrossVit"):
         open_encoder(f"timm:crossvit_tiny_240,weights={path}", modality="image")
 
 
-@pytest.mark.slow
 def test_checkpoint_without_classifier(tmp_path: Path) -> None:
     import timm
 
@@ -149,7 +145,6 @@ def test_checkpoint_without_classifier(tmp_path: Path) -> None:
     assert one.fingerprint == other.fingerprint
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 def test_whole_fit_sees_the_whole_image(name: str, tmp_path: Path) -> None:
     path = save_timm(name, tmp_path, seed=0)

@@ -84,6 +84,7 @@ def test_windows_have_the_frames_of_the_whole(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.concatenate(parts), convolved, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_clap_matches_transformers(is_fused: bool, tmp_path: Path) -> None:
     from scipy.signal import resample_poly
@@ -117,6 +118,7 @@ def test_clap_averages_windows_of_long_recordings(clap: Path) -> None:
     assert np.abs(parts[0] - parts[2]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_wrong_models_raise(wav2vec2: Path, tmp_path: Path) -> None:
     bert = save_bert(tmp_path / "bert", seed=0)
     with pytest.raises(SettingError, match="expected an encoder of recordings, got one of texts"):

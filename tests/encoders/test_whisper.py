@@ -159,6 +159,7 @@ def test_windows_of_any_lengths_run_at_once(lengths: Sequence[int]) -> None:
         np.testing.assert_array_equal(states[:, 0], item)
 
 
+@pytest.mark.slow
 def test_log_mel_needs_little_more_memory_than_the_spectrogram() -> None:
     audio = np.tile(example_audio()[3], 138)[: 180 * 16_000]
     mel_filters(80)

@@ -17,6 +17,7 @@ wordllama = pytest.importorskip("wordllama", reason="an extra of its own")
 FOLDER = Path(wordllama.__file__).parent
 
 
+@pytest.mark.slow
 class TestWordLlama(TextEncoderContract):
     max_tokens = MAX_TOKENS
 

@@ -153,6 +153,7 @@ def test_logistic_matches_scikit_learn(seed: int, num_classes: int) -> None:
     assert fitted.chosen["converged"]
 
 
+@pytest.mark.slow
 def test_logistic_converges_for_wide_vectors() -> None:
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.arange(800) % CLASSES)

@@ -89,6 +89,7 @@ def unit_means(cache: Cache, modality: str, name: str, samples: Ints) -> Array:
     return np.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("image", "text"), [(IMAGES[0], TEXTS[0]), (IMAGES[1], TEXTS[1])])
 def test_metrics_match_the_plain_formulas(captioned: Path, tmp_path: Path, image: str, text: str) -> None:
     split = replace(SPLIT, kind="key")
@@ -161,6 +162,7 @@ def test_draw_is_bounded_and_seeded(cache_path: Path) -> None:
     assert drawn(0).pairs == drawn(0).pairs != drawn(1).pairs
 
 
+@pytest.mark.slow
 def test_long_comparisons_are_announced(cache_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
     monkeypatch.setitem(note_duration.__kwdefaults__, "compare", None)  # products alone take less time
@@ -215,6 +217,7 @@ def test_page_has_one_heat_map_per_metric(report: PairsReport, tmp_path: Path) -
     assert "one colour a cell, mean of the tokens" in page
 
 
+@pytest.mark.slow
 def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "s", 60))
     extract(source, tmp_path / "c", image_encoder=[IMAGE, OTHER], text_encoder=[TEXT])

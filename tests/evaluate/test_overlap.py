@@ -59,6 +59,7 @@ def test_other_cache_uses_its_column_split(run: Run, other: Path) -> None:
         read_eval_split(cache, run, "val")
 
 
+@pytest.mark.slow
 def test_run_that_records_no_settings_is_evaluated(run: Run, cache_path: Path, tmp_path: Path) -> None:
     """But for its seed: all captions count, as they did in its training."""
     path = Path(shutil.copytree(run.path, tmp_path / "run"))
@@ -87,6 +88,7 @@ def test_column_split_may_write_parts_otherwise(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_overlap_matches_comparing_all_pairs(cache_path: Path, run: Run, other: Path) -> None:
     for path in (cache_path, other):
         cache = Cache(path)
@@ -114,6 +116,7 @@ def test_some_of_many_samples_are_checked(run: Run, other: Path, monkeypatch: py
     assert found.near <= 7
 
 
+@pytest.mark.slow
 def test_missing_training_cache_is_reported(cache_path: Path, run: Run, other: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(run.path, tmp_path / "run-0"))
     record = json.loads((moved / "record.json").read_text())

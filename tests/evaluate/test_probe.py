@@ -83,6 +83,7 @@ def test_more_shots_are_better(report: ProbeReport) -> None:
         assert one < four < score.accuracy.value + 0.05
 
 
+@pytest.mark.slow
 def test_long_neighbors_are_announced(labeled_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.metrics.durations._SHORT_S", 0.0)
     settings = ProbeSettings(feature=FEATURE, classifiers=("ridge", "knn"), shots=(1, 4), draws=3, control=True)
@@ -262,6 +263,7 @@ def test_unlabeled_items_are_counted(tmp_path: Path) -> None:
     assert probe_json(report, "x")["details"]["num_unlabelled"] == 40
 
 
+@pytest.mark.slow
 def test_labeled_tars(tmp_path: Path) -> None:
     source = write_colors(tmp_path / "source", 120)
     captions = [path.read_text().split()[0] for path in sorted(source.glob("*.txt"))]

@@ -112,6 +112,7 @@ def test_report_shows_recalls_beside_chance(cache_path: Path, runs: list[Path]) 
     assert directions[1].endswith(expected)
 
 
+@pytest.mark.slow
 def test_json_and_table(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs)
     report_json = json.loads(json.dumps(retrieval_json(report, shuffled=report)))

@@ -97,6 +97,7 @@ def test_characters_belong_to_the_recording_of_their_word() -> None:
     assert found.tolist() == [5, 5, 5, 6, 7, 7, 7]  # "AB ", "C", "DEF"
 
 
+@pytest.mark.slow
 def test_difference_is_paired(folder: Path) -> None:
     seeds, lips = [evaluate(folder, f"audio-{seed}") for seed in (0, 1)], [evaluate(folder, "video-0")] * 2
     found = compare_speech(lips, seeds)
@@ -153,6 +154,7 @@ def test_lips_of_another_utterance_are_recognized_as_that_one(folder: Path) -> N
     assert report.views["plain"].hypotheses == expected
 
 
+@pytest.mark.slow
 def test_taken_utterances_are_recognized_as_before(folder: Path) -> None:
     numbers = np.array([7, 2, 11])
     whole = evaluate(folder, "fusion").views["plain"].hypotheses

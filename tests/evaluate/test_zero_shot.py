@@ -88,6 +88,7 @@ def test_report_shows_accuracies_beside_chance(labeled: Path, prompts: Path, run
     assert accuracies.startswith(f"acc1 {report.accuracies['acc1']}, chance 0.167; ")
 
 
+@pytest.mark.slow
 def test_seeds_are_averaged(labeled: Path, prompts: Path, runs: list[Path]) -> None:
     one, other = (evaluate_zero_shot(labeled, paths, prompts) for paths in (runs[:1], runs[1:]))
     progress, predictions = RecordedProgress(), list[ZeroShotPredictions]()

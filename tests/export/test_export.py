@@ -246,6 +246,7 @@ def test_card_states_widths(run: Path) -> None:
     assert note.endswith("are vectors of that width.")
 
 
+@pytest.mark.slow
 def test_card_names_the_default_initialization(tiny: dict[str, str], tmp_path: Path) -> None:
     """A config has no name where none was given."""
     glu = make_run(tmp_path / "glu", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "glu")

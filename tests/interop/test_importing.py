@@ -167,6 +167,7 @@ def test_moved_files_are_reused(tree: Path, tmp_path: Path) -> None:
     assert import_files(open_clip_retrieval(moved), tmp_path / "cache")[1][0].reused == 40
 
 
+@pytest.mark.slow
 def test_damaged_chunk_is_repaired(tree: Path, tmp_path: Path) -> None:
     cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     before = files_of(cache.path)
@@ -181,6 +182,7 @@ def test_damaged_chunk_is_repaired(tree: Path, tmp_path: Path) -> None:
     assert files_of(cache.path) == before
 
 
+@pytest.mark.slow
 def test_repaired_chunk_has_no_vectors_of_removed_samples(tree: Path, tmp_path: Path) -> None:
     cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     remove_samples(cache.path, cache.key(17))
@@ -329,6 +331,7 @@ def test_imported_feature_is_complete(tree: Path, tmp_path: Path) -> None:
     assert feature.name == "img_emb/vector"
 
 
+@pytest.mark.slow
 def test_vectors_of_two_imports_are_imported_together(tmp_path: Path) -> None:
     """Nothing says that one model computed both: each comparison of them names what to do instead."""
     paths = {}

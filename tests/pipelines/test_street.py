@@ -59,6 +59,7 @@ def test_splits_share_no_frame_and_points_have_no_image() -> None:
     assert points_of(open_source("world=4", kind=KIND), "night/test/000")["xyz"].tobytes() != frames[-1].tobytes()
 
 
+@pytest.mark.slow
 def test_points_have_all_arrays_and_classes() -> None:
     source = open_source("world=3,frames=6,domains=day", kind=KIND)
     frames = [points_of(source, f"day/image/{number:03d}") for number in range(6)]
@@ -85,6 +86,7 @@ def test_wrong_locations_are_refused(location: str, error: type[Exception], mess
         open_source("world=0", kind=KIND).read(FileItem(path="moon/test/000.png"))
 
 
+@pytest.mark.slow
 def test_windows_of_solids_change_nothing() -> None:
     """Check that testing each solid only where it can be seen finds the same surfaces as testing it everywhere."""
     for seed in range(3):

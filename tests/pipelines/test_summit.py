@@ -85,6 +85,7 @@ def test_norms_of_another_source_run_are_not_reused(tmp_path: Path) -> None:
     assert not is_adapted(tmp_path / "none", {"image": tmp_path / "a"}, ["image"])
 
 
+@pytest.mark.slow
 def test_summary_counts_gains_and_harm() -> None:
     results = [make_result("a", switch=0.7), make_result("b", switch=0.5), make_result("c", switch=0.4)]
     columns, rows = summary_table(results, [SOURCE, "switch", ORACLE])

@@ -132,6 +132,7 @@ class TestSpeech:
         power = np.abs(np.fft.rfft(part)) ** 2
         return bool(power[len(power) // 3 :].sum() > power[: len(power) // 3].sum())  # above 2.7 kHz
 
+    @pytest.mark.slow
     @needs_recordings
     def test_wrong_phones_are_an_error(self) -> None:
         with pytest.raises(DataError, match="cannot align S EH V"):

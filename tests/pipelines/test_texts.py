@@ -60,7 +60,6 @@ class TestLetters(SourceContract):
     def source(self) -> Source:
         return open_source("klettres-us", kind=LETTERS_KIND)
 
-    @pytest.mark.slow
     def test_each_letter_is_there_once(self, source: Source) -> None:
         samples = list(source.samples())
         assert [sample.columns["label"] for sample in samples] == list("abcdefghijklmnopqrstuvwxyz")

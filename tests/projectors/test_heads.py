@@ -30,6 +30,7 @@ class TestFuseMix(ProjectorContract):
     name = "fusemix"
 
 
+@pytest.mark.slow
 class TestShareLock(ProjectorContract):
     name = "sharelock"
 

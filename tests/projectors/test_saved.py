@@ -127,6 +127,7 @@ def test_feature_of_another_encoder_raises() -> None:
         check_feature(config_of(), "image", "c/cls", {"family": "a", "weights": "v"})
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.integers(0, 9), st.integers(1, 8), st.sampled_from(["vectors", "fixed", "varying"]), st.integers(0, 4))
 def test_blocks_do_not_change_what_is_projected(count: int, block: int, kind: str, width: int) -> None:

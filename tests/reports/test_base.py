@@ -57,6 +57,7 @@ def test_answer_is_shown_only_if_missing() -> None:
     assert (example.answer, example.outcome) == (right, "first correct result at rank 1,234")
 
 
+@pytest.mark.slow
 def test_page_escapes_text_and_loads_nothing(tmp_path: Path) -> None:
     histogram = count_histogram(np.arange(3) / 10, 0.1, np.array([1, 0, 100]), x="cosine", y="items", limit=0.2)
     section = Section(title="<b>", notes=["<i>"], table=(["", "a"], [["x", "0.500"]]), figures=[histogram])

@@ -136,6 +136,7 @@ def show(item: PageItem, path: Path) -> str:
     return path.read_text()
 
 
+@pytest.mark.slow
 def test_recording_on_a_page(sounds: Cache, tmp_path: Path) -> None:
     short, long = (ItemRenderer(sounds, "audio").render(row) for row in range(2))
     page = show(short, tmp_path / "short.html")

@@ -29,6 +29,8 @@ from tests.crash import crash_function
 from tests.images import write_images
 from tests.toy import IMAGE
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("Flat", "HNSW8", "IVF4,SQ8", "IVF4,RaBitQ,Refine(SQ8)")
 FEATURE: dict[str, Any] = {"feature": "open_toy/cls", "min_recall": 0.0}
 
@@ -69,7 +71,6 @@ RESUMES = [("Flat", *kill) for kill in KILLS] + [(kind, *kill) for kind in KINDS
 """Only what checkpoints and finished files hold depends on the kind of index."""
 
 
-@pytest.mark.slow
 @pytest.mark.no_mutants
 @pytest.mark.parametrize(
     ("factory", "moment", "pattern", "number", "num_in"), RESUMES, ids=lambda value: str(value).replace("\\", "")
@@ -116,7 +117,6 @@ def test_unreadable_unfinished_index_is_absent(cache_path: Path, tmp_path: Path,
     assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "whole")
 
 
-@pytest.mark.slow
 @pytest.mark.no_mutants
 @pytest.mark.parametrize(
     ("factory", "moment", "pattern", "number", "damaged"),
@@ -152,7 +152,6 @@ def test_flipped_bit_in_an_unfinished_index_is_found(
         assert files_of(tmp_path / f"index-{position}") == files_of(tmp_path / "whole")
 
 
-@pytest.mark.slow
 @pytest.mark.no_mutants
 @pytest.mark.parametrize("pattern", [r"index\.partial\.faiss", r"/index\.faiss", r"card\.json"])
 def test_kill_while_growing_keeps_old_index(tmp_path: Path, pattern: str) -> None:
@@ -167,7 +166,6 @@ def test_kill_while_growing_keeps_old_index(tmp_path: Path, pattern: str) -> Non
     assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "anew")
 
 
-@pytest.mark.slow
 @pytest.mark.no_mutants
 def test_unfinished_index_of_other_feature_raises(cache_path: Path, tmp_path: Path) -> None:
     kill_at("after", r"index\.partial\.faiss", 2, cache_path, tmp_path / "index", "Flat")
@@ -175,7 +173,6 @@ def test_unfinished_index_of_other_feature_raises(cache_path: Path, tmp_path: Pa
         build_index(cache_path, tmp_path / "index", IndexSettings(modality="text", feature="open_toy/mean"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("factory", KINDS)
 def test_new_samples_are_added(tmp_path: Path, factory: str) -> None:
     cache = write_cache(tmp_path, 40)
@@ -200,7 +197,6 @@ def test_new_samples_are_added(tmp_path: Path, factory: str) -> None:
         assert bytes_of(tmp_path / "anew") == bytes_of(tmp_path / "index")
 
 
-@pytest.mark.slow
 def test_retried_item_is_added(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "source", 20)
     good = (folder / "00004.png").read_bytes()
@@ -216,7 +212,6 @@ def test_retried_item_is_added(tmp_path: Path) -> None:
     assert hits[0].score == pytest.approx(1)
 
 
-@pytest.mark.slow
 def test_low_recall_keeps_old_index(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, 40)
     build_index(cache, tmp_path / "index", IndexSettings(factory="PQ4x4", **FEATURE))
@@ -251,7 +246,6 @@ def files_of(index_path: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in index_path.iterdir() if path.name not in unlike}
 
 
-@pytest.mark.slow
 def test_on_disk_equals_in_memory(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "PART_BYTES", 100 * 96)  # two chunks of 64 a part
     card = build_index(cache_path, tmp_path / "built", IndexSettings(**ON_DISK))
@@ -270,7 +264,6 @@ def test_on_disk_equals_in_memory(cache_path: Path, tmp_path: Path, monkeypatch:
     )
 
 
-@pytest.mark.slow
 def test_on_disk_new_samples_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "PART_BYTES", 20 * 96)
     cache = write_cache(tmp_path, 40)
@@ -287,7 +280,6 @@ def test_on_disk_new_samples_are_added(tmp_path: Path, monkeypatch: pytest.Monke
     assert scores[:, 0] == pytest.approx(1, abs=2e-3)
 
 
-@pytest.mark.slow
 def test_on_disk_one_sample_removed_and_one_added(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, 40)
     build_index(cache, tmp_path / "index", IndexSettings(**ON_DISK))
@@ -303,7 +295,6 @@ def test_on_disk_one_sample_removed_and_one_added(tmp_path: Path) -> None:
     assert sorted(hit.row for hit in hits) == [*range(3), *range(4, 41)]
 
 
-@pytest.mark.slow
 @pytest.mark.no_mutants
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize(
@@ -337,7 +328,6 @@ def test_build_ignores_file_that_another_process_writes(cache_path: Path, tmp_pa
     assert build_index(cache_path, tmp_path, IndexSettings(factory="Flat", **FEATURE)).num_vectors == 300
 
 
-@pytest.mark.slow
 def test_on_disk_without_lists_raises(cache_path: Path, tmp_path: Path) -> None:
     for factory in ("Flat", "HNSW8", "IVF4,RaBitQ,Refine(SQ8)", "IVF4,PQ4x4fs"):
         with pytest.raises(SettingError, match="expected inverted lists to leave on disk, such as IVF4096,SQfp16, got"):

@@ -85,6 +85,7 @@ def test_kinds_that_gpus_have(factory: str, reason: str) -> None:
     assert faiss_gpu.gpu_obstacle(faiss.index_factory(48, factory, faiss.METRIC_INNER_PRODUCT)) == reason
 
 
+@pytest.mark.slow
 def test_lengths_of_codes_that_gpus_have() -> None:
     """Check them against FAISS's `IVFPQ::isSupportedPQCodeLength`."""
     found = []
@@ -94,6 +95,7 @@ def test_lengths_of_codes_that_gpus_have() -> None:
     assert found == [1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 @pytest.mark.parametrize("factory", [*(f"IVF4,{codes}" for codes in WITH_LISTS), "IVF4_HNSW32,SQfp16", "RR48,IVF4,SQ8"])
 def test_adding_with_a_gpu_ends_with_the_same_bytes(
@@ -292,6 +294,7 @@ def test_index_on_gpus_lives_until_training_has_ended(copies: list[Any], monkeyp
     assert freed == [True]
 
 
+@pytest.mark.slow
 def test_build_with_a_gpu_writes_the_same_index(copies: list[Any], cache_path: Path, tmp_path: Path) -> None:
     cards = {}
     for device in ("auto", "cpu"):

@@ -67,6 +67,7 @@ def test_vectors_are_read_in_the_order_asked_for(factory: str) -> None:
         assert index.read(np.array([5, missing])) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "factory",
     ["Flat", "HNSW8", "SQ8", "IVF4,SQ8", "IVF4,RaBitQ,Refine(SQ8)", "L2norm,IVF4,Flat", "IVF4,PQ4x4fs", "PCA8,PQ4x4"],

@@ -78,6 +78,7 @@ def test_hits_of_a_cache_without_captions_and_labels(tmp_path: Path) -> None:
     assert found == [Hit(score=1, row=row, key=f"k{row}", captions=[], languages=[]) for row in (2, 0)]
 
 
+@pytest.mark.slow
 def test_hits_name_files_that_keys_do_not_name(tmp_path: Path) -> None:
     write_images(tmp_path / "s" / "photos", 2)
     rows = "".join(f"photos/{number:05}.png,a {number}\n" for number in range(2))
@@ -138,6 +139,7 @@ def test_data_frame_needs_pandas(results: SearchResults, monkeypatch: pytest.Mon
     assert "HitReader" in runpy.run_path(str(hits_module.__file__))  # nothing else needs it
 
 
+@pytest.mark.slow
 def test_notebook_shows_thumbnails_of_some(results: SearchResults) -> None:
     page = results._repr_html_()
     assert page.count("data:image/webp;base64,") == 8 * 12

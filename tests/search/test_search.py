@@ -77,6 +77,7 @@ def test_search_of_an_exact_index_by_key_imports_no_torch(labeled_index: Path, i
     assert done.stdout == "train/cat/00003\n00007\nset()\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF4,SQfp16", "L2norm,Flat"])
 def test_vector_of_a_key_is_that_of_the_feature(cache_path: Path, run_path: Path, tmp_path: Path, factory: str) -> None:
     build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path, factory=factory, min_recall=0.0))
@@ -113,6 +114,7 @@ def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(images @ query)[::-1][:3], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_search_on_other_samples_raises(cache_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "cache")
     build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
@@ -159,6 +161,7 @@ def test_text_query_of_plain_images_raises(cache_path: Path, tmp_path: Path) -> 
         search(tmp_path / "index", ["red"])
 
 
+@pytest.mark.slow
 def test_search_after_move(cache_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "here" / "cache")
     run_path = train_run(tmp_path / "here" / "cache", tmp_path / "here" / "run")
@@ -330,6 +333,7 @@ def test_queries_of_another_type_raise(options: dict[str, Any], message: str) ->
     assert str(error.value) == "concept 'red': expected a cache of prompts, got none; give --concepts CACHE"
 
 
+@pytest.mark.slow
 def test_number_of_results(index_path: Path) -> None:
     index, queries = OpenIndex(index_path), Queries(keys=["00005", "00000"])
     for k, found in ((None, 10), (1, 1), (300, 300)):
@@ -422,6 +426,7 @@ def test_query_row_equals_key(index_path: Path) -> None:
         index.search(Queries(rows=[300]))
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.booleans(), min_size=2, max_size=60).filter(any),
     st.sampled_from(["Flat", "HNSW8", "IVF2,Flat", "IVF2,SQfp16,RFlat"]),
@@ -443,6 +448,7 @@ def test_filtered_search_is_exact(kept: list[bool], factory: str, seed: int) -> 
     assert np.isin(found, rows[np.array(kept)]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["Flat", "IVF2,SQ8"])
 def test_label_and_part(labeled: Path, tmp_path: Path, factory: str) -> None:
     build_index(labeled, tmp_path / "index", IndexSettings(factory=factory, min_recall=0.0))

@@ -109,6 +109,7 @@ def test_two_thousand_queries_are_drawn(many: Vectors, monkeypatch: pytest.Monke
     ]
 
 
+@pytest.mark.slow
 def test_queries_of_the_other_modality_are_no_neighbors_of_their_own(cache_path: Path, run_path: Path) -> None:
     for modality, other in (("image", "text"), ("text", "image")):
         query_set = draw_query_set(Vectors(cache_path, modality, run_path=run_path), RecordedProgress())
@@ -118,6 +119,7 @@ def test_queries_of_the_other_modality_are_no_neighbors_of_their_own(cache_path:
         np.testing.assert_array_equal(query_set.vectors, expected)
 
 
+@pytest.mark.slow
 def test_recall_on_a_sample_is_that_of_the_most_thorough_search(many: Vectors, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "_NUM_SAMPLED", 210)
     monkeypatch.setattr(autotune, "_NUM_ASKED", 30)

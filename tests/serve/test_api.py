@@ -56,6 +56,7 @@ def without_image(hits: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in hit.items() if name not in ("image", "name", "player")} for hit in hits]
 
 
+@pytest.mark.slow
 def test_text_query_equals_command(client: TestClient, root: Path) -> None:
     hits = ask(client, text=TEXT, k=9)
     assert without_image(hits) == as_found(root, [TEXT], k=9)
@@ -76,6 +77,7 @@ def test_row_query_equals_command(client: TestClient, root: Path) -> None:
     assert client.post("/api/search", json={"row": 80}).status_code == 404
 
 
+@pytest.mark.slow
 def test_filters_equal_command(client: TestClient, root: Path) -> None:
     for options, keep in (
         ({"labels": ["cat"]}, Filter(label_value=("cat",))),
@@ -102,6 +104,7 @@ def test_k_beyond_filter_returns_all_left(client: TestClient) -> None:
     assert ask(client, text=TEXT, selection="few", splits=["val"]) == []
 
 
+@pytest.mark.slow
 def test_concurrent_queries_get_own_results(client: TestClient, root: Path) -> None:
     texts = [f"{front} bar {side} on white" for front in ("red", "blue", "green") for side in ("left", "top", "right")]
     expected = search(root / "index", texts, SearchSettings(k=3))
@@ -198,6 +201,7 @@ def test_foreign_coverage_raises(root: Path, cache_path: Path, tmp_path: Path) -
             start(index=index, coverage=path)
 
 
+@pytest.mark.slow
 def test_caption_index_shows_sample_images(root: Path, tmp_path: Path) -> None:
     build_index(root / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
     service = start(index=tmp_path / "index")
@@ -320,6 +324,7 @@ def test_missing_package_of_an_encoder_is_no_obstacle(
     assert "text queries: open_toy needs a package; pip install toys" in caplog.text
 
 
+@pytest.mark.slow
 def test_index_of_features_without_an_encoder_is_served(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "cache", tmp_path / "cache")
     inputs, four = [("image", "open_toy/cls")], {"width": 4}
@@ -333,6 +338,7 @@ def test_index_of_features_without_an_encoder_is_served(root: Path, tmp_path: Pa
         assert (refused.status_code, rejects["image"] in refused.json()["error"]) == (400, True)
 
 
+@pytest.mark.slow
 def test_two_indexes_answer_one_question(served: SearchService, root: Path) -> None:
     plain = start(index=root / "plain")
     with visit(served, app=make_app(served, plain)) as client:
@@ -349,6 +355,7 @@ def test_two_indexes_answer_one_question(served: SearchService, root: Path) -> N
         assert client.get("/api/cards?index=1").json()[0]["title"] == "Index"
 
 
+@pytest.mark.slow
 def test_invalid_requests_get_one_line_errors(client: TestClient) -> None:
     for body, status, message in (
         ({}, 422, "expected either text, row or key"),

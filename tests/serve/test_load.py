@@ -201,6 +201,7 @@ def test_memory_of_images_is_returned(client: TestClient, root: Path, monkeypatc
     assert returned.wait(20)
 
 
+@pytest.mark.slow
 def test_return_memory() -> None:
     blocks = [bytearray(100_000) for _ in range(1000)]  # smaller than what the C library maps and unmaps by itself
     for block in blocks:

@@ -73,6 +73,7 @@ def test_video_is_sent_as_it_is_stored(client: TestClient, media: Path) -> None:
     assert (answer.headers["content-type"], answer.content) == ("video/webm", path.read_bytes())
 
 
+@pytest.mark.slow
 def test_parts_of_a_file(client: TestClient, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = (media / "files" / "square.webm").read_bytes()
     monkeypatch.setattr("embedcache.serve.media._MAX_PART_BYTES", 1000)
@@ -111,6 +112,7 @@ def test_whole_file_is_sent_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (response.status_code, response.headers["content-length"]) == (200, "2560")
 
 
+@pytest.mark.slow
 def test_hits_name_what_to_play(media: Path, client: TestClient) -> None:
     whole = {"modality": "audio", "row": 0, "start_s": None, "stop_s": None}
     part = {"modality": "audio", "row": 1, "start_s": 0.5, "stop_s": 0.75}
@@ -146,6 +148,7 @@ def test_images_of_recordings_and_videos(client: TestClient) -> None:
         assert Image.open(io.BytesIO(answer.content)).size == size
 
 
+@pytest.mark.slow
 def test_what_cannot_be_played_says_why(client: TestClient, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = client.get("/api/videos/1/play")
     assert (answer.status_code, answer.json()["error"]) == (

@@ -138,6 +138,7 @@ def test_unreadable_image_raises_item_error() -> None:
             source.read(item)
 
 
+@pytest.mark.slow
 def test_samples_load_no_image() -> None:
     big = encode(noise(size=(600, 600)), "BMP")
     source = open_source(dataset(image=[big] * 20, caption=list("abcdefghijklmnopqrst")))

@@ -157,6 +157,7 @@ def test_huge_image_is_rejected_from_its_header() -> None:
     assert peak_bytes < 10_000_000
 
 
+@pytest.mark.slow
 def test_largest_allowed_image_is_decoded() -> None:
     with pytest.raises(ItemError, match=r"truncated|damaged"):
         decode_image(png_of_size(MAX_PIXELS // 9_000, 9_000))
@@ -178,6 +179,7 @@ def test_pillow_warnings_are_suppressed(action: str) -> None:
     assert caught == []
 
 
+@pytest.mark.slow
 def test_other_threads_keep_their_warnings() -> None:
     stop = threading.Event()
     data = encode(noise(), "TIFF")

@@ -349,6 +349,7 @@ def test_long_recordings_have_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert sum(len(block) for block in iter_audio(tmp_path / "a.wav")) == 64_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [iter_audio, iter_frames])
 def test_damaged_files_have_no_blocks(function: Callable[[Path], Iterator[np.ndarray]], tmp_path: Path) -> None:
     whole = encode_video(moving_square(200), samples=tone(8.0), kind="mkv")

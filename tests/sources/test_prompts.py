@@ -62,6 +62,7 @@ def test_json_prompts(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_clip_benchmark_datasets() -> None:
     found = samples_of("imagenet1k")
     assert len(found) == 1000

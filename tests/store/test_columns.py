@@ -33,6 +33,7 @@ def test_column_is_a_sequence() -> None:
     assert np.array(Column(pa.array([1, 2]))).tolist() == [1, 2]
 
 
+@pytest.mark.slow
 @given(st.lists(st.none() | st.text(alphabet="ab"), max_size=9))
 def test_sparse_column_equals_dense(values: list[str | None]) -> None:
     places = np.flatnonzero([value is not None for value in values])

@@ -56,6 +56,7 @@ def test_hashes_are_written_as_python_objects(values: list[bytes | None], skippe
     assert hashes_json(array) == canonical_json([None if value is None else value.hex() for value in values])
 
 
+@pytest.mark.slow
 @given(st.lists(st.none() | st.text()))
 def test_reasons_are_written_as_python_objects(values: list[str | None]) -> None:
     try:

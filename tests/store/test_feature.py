@@ -23,6 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "cache-1"
 SHAPES = {"vector": (5,), "tokens": (3, 4), "ragged": (-1, 4)}
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     st.sampled_from(list(SHAPES.values())),

@@ -51,6 +51,7 @@ def test_rows_of_the_chunks_are_counted_from_their_start(cache: Path) -> None:
     assert all(erased.rows == {0: [3, 9], 1: [1]} for erased in found)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_and_other_rows_are_the_same(two_caches: list[Path], cache: Path) -> None:
     before = Cache(two_caches[0])
     keys = before.column("key").to_pylist()
@@ -134,6 +135,7 @@ def test_removed_samples_of_the_source_are_left_out(two_caches: list[Path], cach
     assert tree(cache) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1, 3, 4, 9])
 def test_chunks_that_were_not_moved_are_moved_by_the_next(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -161,6 +163,7 @@ def test_chunks_that_were_not_moved_are_moved_by_the_next(
     assert tree(cache) == tree(whole)
 
 
+@pytest.mark.slow
 def test_table_of_commits_goes_before_the_first_chunk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.store.group.MIN_CHUNKS", 1)
     (group,) = Cache(cache).encoders("image")

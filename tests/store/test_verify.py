@@ -147,6 +147,7 @@ def lines_of(cache: Path) -> list[str]:
     return [finding.line() for finding in verify(Cache(cache)) if "is that of another encoder" not in finding.reason]
 
 
+@pytest.mark.slow
 def test_verify_finds_items_with_other_bytes(tmp_path: Path) -> None:
     info = write_feature(tmp_path, random_items(9, (4,), seed=0), (4,), chunk_size=4).group.info
     pq.write_table(pa.table({"sample": range(9)}), tmp_path / "image/items.parquet")
@@ -270,6 +271,7 @@ def test_verify_finds_unreadable_file(copy: Path, name: str, places: set[str], d
     assert all(finding.is_damage != (damage == "gone" and "chunks" in name) for finding in findings)
 
 
+@pytest.mark.slow
 def test_extract_restores_metadata(copy: Path, image_folder: Path) -> None:
     for name in ("image/open_toy/zarr.json", "image/open_toy/cls/zarr.json"):
         (copy / name).unlink()
@@ -345,6 +347,7 @@ METADATA = (
 )
 
 
+@pytest.mark.slow
 def test_metadata_that_follow_are_found_and_written_again(tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", 12)
     cache = tmp_path / "c"
@@ -397,6 +400,7 @@ def test_verify_finds_an_encoder_of_which_nothing_can_be_read(copy: Path) -> Non
     assert finding.line().endswith("; remove that file and run the same embedcache extract or derive again")
 
 
+@pytest.mark.slow
 def test_repair_leaves_nothing_missing(copy: Path) -> None:
     (copy / "text/open_toy/chunks/00004.parquet").unlink()
     report = verify_cache(copy)

@@ -115,6 +115,7 @@ def test_selection_limits_the_training_part(cache_path: Path, tmp_path: Path) ->
     assert (whole_part.num_samples, whole_part.num_held_out) == (whole.num_samples, 0)
 
 
+@pytest.mark.slow
 def test_training_that_is_no_better_than_its_start_names_a_remedy(cache_path: Path, tmp_path: Path) -> None:
     worse = run(cache_path, tmp_path / "worse", epochs=1, lr=1e-12)
     assert worse.best_epoch == 0
@@ -182,6 +183,7 @@ def test_changed_selection_is_another_run(cache_path: Path, tmp_path: Path) -> N
         run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"), epochs=0)
 
 
+@pytest.mark.slow
 def test_run_with_a_given_split_is_reused(two_caches: list[Path], tmp_path: Path) -> None:
     run(two_caches, tmp_path / "both", epochs=0)
     given = {"split": str(tmp_path / "both/split.parquet"), "epochs": 0, "batch_size": 32}

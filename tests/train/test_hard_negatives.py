@@ -18,6 +18,8 @@ from tests.train.runs import IMAGE, TEXT, log_lines, run
 from tests.train.test_resume import assert_same_run, run_interrupted
 from tests.train.test_resume import run as run_whole
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def table(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -28,7 +30,6 @@ def table(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_hard_negatives_of_the_training_part_are_added(
     cache_path: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +61,6 @@ def test_hard_negatives_of_the_training_part_are_added(
     assert config["training"]["num_negatives"] == 2
 
 
-@pytest.mark.slow
 def test_resume_with_hard_negatives_is_identical(cache_path: Path, table: Path, tmp_path: Path) -> None:
     options = {"negatives": str(table), "mixup": 0.0, "epochs": 2}
     run_whole(cache_path, tmp_path / "whole", **options)
@@ -69,7 +69,6 @@ def test_resume_with_hard_negatives_is_identical(cache_path: Path, table: Path, 
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_another_table_is_another_run(cache_path: Path, table: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.parquet"
     shutil.copy(table, copy)

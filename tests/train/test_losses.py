@@ -103,6 +103,7 @@ def test_every_loss_has_a_plain_formula() -> None:
     assert set(PLAIN) == set(LOSSES.paths) <= {kind.name for kind in LossContract.__subclasses__()}
 
 
+@pytest.mark.slow
 @every_loss
 @given(st.integers(1, 11), st.integers(0, 1000), st.sampled_from([None, 2, 5]), st.floats(0.5, 1000))
 def test_value_and_gradients_match_the_plain_formula(
@@ -249,6 +250,7 @@ def test_many_positives_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -
     assert values[1] == pytest.approx(values[0], rel=0.02)
 
 
+@pytest.mark.slow
 @every_loss
 @given(st.integers(2, 9), st.integers(0, 100), st.floats(0.5, 1000))
 def test_float32_is_close(name: str, size: int, seed: int, scale: float) -> None:

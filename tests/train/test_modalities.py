@@ -108,6 +108,7 @@ def test_run_has_format_2_and_sides_by_modality(sounds: Path, finished: Path) ->
     assert {name.partition(" ")[0] for name in validation} == {"a2t", "t2a"}
 
 
+@pytest.mark.slow
 def test_strict_split_keeps_similar_recordings_together(sounds: Path, tmp_path: Path) -> None:
     thresholds = {"other_cosine": 0.99999, "text_cosine": 0.999, "split": "strict"}
     run(sounds, tmp_path / "run", **thresholds, epochs=0)

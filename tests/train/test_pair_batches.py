@@ -29,6 +29,7 @@ def make_pairs(samples: int, *, seed: int) -> Pairs:
     )
 
 
+@pytest.mark.slow
 @given(st.integers(2, 30), st.integers(2, 40), st.integers(0, 5), st.integers(0, 3))
 def test_epoch_has_every_sample_once(samples: int, size: int, seed: int, epoch: int) -> None:
     pairs = make_pairs(samples, seed=seed)

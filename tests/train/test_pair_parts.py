@@ -103,6 +103,7 @@ def test_closed_form_of_the_other_tower_is_kept_out(cache_path: Path, finished: 
     assert changed_parts(tmp_path / "run", tmp_path / "random") == {"image"}
 
 
+@pytest.mark.slow
 def test_given_initialization_is_that_of_the_other_tower(cache_path: Path, finished: Path, tmp_path: Path) -> None:
     for name, start in (("run", (f"image={finished}",)), ("closed", ())):
         run(cache_path, tmp_path / name, initialization="cca", init_from=start, epochs=0)

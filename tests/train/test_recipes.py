@@ -115,6 +115,7 @@ def test_a_closed_form_is_suggested_to_who_chose_nothing(
         assert line.endswith("--recipe auto")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_recipes")
 def test_run_is_that_of_the_chosen_settings(cache_path: Path, tmp_path: Path) -> None:
     chosen = {**TRAINED, "epochs": 2, "patience": 3}  # 400 / 195 pairs

@@ -97,6 +97,7 @@ def test_threads_train_the_same_runs(cache_path: Path, whole: Path, tmp_path: Pa
         assert_same_run(path, whole)
 
 
+@pytest.mark.slow
 def test_resume_uses_the_split_of_the_run(
     cache_path: Path, whole: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ class Report:
         return {}
 
 
+@pytest.mark.slow
 def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     script = (
@@ -176,6 +178,7 @@ def test_only_the_first_process_writes_the_log(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "losses.jsonl").read_bytes() == b'{"loss": 0}\n'
 
 
+@pytest.mark.slow
 def test_missing_log_is_not_padded(cache_path: Path, unfinished: Path) -> None:
     (unfinished / "losses.jsonl").unlink()
     run(cache_path, unfinished)

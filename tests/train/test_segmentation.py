@@ -92,6 +92,7 @@ def test_source_run_learns_and_records_its_input(runs: dict[str, Path]) -> None:
         assert (config.kind, set(config.sides)) == ("points", {name})
 
 
+@pytest.mark.slow
 def test_adaptation_changes_one_modality_only(runs: dict[str, Path], tmp_path: Path) -> None:
     module, target = load(adapt(runs, tmp_path / "run")), make_data(31, shift=1.5)
     assert mean_iou_of(module, "image", target) > mean_iou_of(load(runs["image"]), "image", target) + 0.2

@@ -70,6 +70,7 @@ def test_column_that_no_split_follows_is_noted(
     assert bool(progress.notes) == is_noted
 
 
+@pytest.mark.slow
 def test_run_folder_is_complete(cache_path: Path, tmp_path: Path) -> None:
     report = run(cache_path, tmp_path / "run", epochs=3)
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -153,6 +154,7 @@ def test_zero_epochs_keep_the_closed_form(cache_path: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(project(pair.tower("image"), Inputs(vectors)), linear, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mapped_features_train_the_same(cache_path: Path, finished: Path, tmp_path: Path) -> None:
     run(cache_path, tmp_path / "run", memory=1, block_rows=1)
     assert (finished / "model.safetensors").read_bytes() == (tmp_path / "run/model.safetensors").read_bytes()
@@ -314,6 +316,7 @@ def test_split_of_another_run_is_used(cache_path: Path, tmp_path: Path) -> None:
         run(cache_path, tmp_path / "b", **given)
 
 
+@pytest.mark.slow
 def test_files_of_a_run_may_move(cache_path: Path, tmp_path: Path) -> None:
     """The run of a copied study, whose split and selection are then at other paths."""
     run(cache_path, tmp_path / "first", epochs=0)
@@ -372,6 +375,7 @@ def test_training_uses_only_its_part(cache_path: Path, tmp_path: Path, monkeypat
     assert seen["validation"] == set(split.rows("val"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["key", "strict"])
 def test_progress_begins_before_the_first_step(cache_path: Path, tmp_path: Path, split: str) -> None:
     progress, cache = RecordedProgress(), Cache(cache_path)

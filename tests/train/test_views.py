@@ -108,6 +108,7 @@ def test_views_change_training_and_not_validation(flipped: Path, tmp_path: Path)
     assert none[1]["loss"] != drawn[1]["loss"]
 
 
+@pytest.mark.slow
 def test_views_are_recorded_only_if_used(flipped: Path, tmp_path: Path) -> None:
     run(flipped, tmp_path / "none", epochs=0, batch_size=20)
     assert "views" not in json.loads((tmp_path / "none/config.json").read_text())["training"]

@@ -261,6 +261,7 @@ def test_match_words() -> None:
 WORDS = st.lists(st.sampled_from(["a", "B", "b", "É", "ΣΑΣ", "İ", "_1", "-", "\0", "\n", "'"]), max_size=6)
 
 
+@pytest.mark.slow
 @given(st.lists(WORDS, max_size=6), st.lists(WORDS, min_size=1, max_size=6), st.integers(1, 6), st.booleans())
 def test_matches_are_those_of_all_sequences_of_words(
     texts: list[list[str]], names: list[list[str]], size: int, has_spaces: bool

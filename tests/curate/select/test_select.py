@@ -148,6 +148,7 @@ def test_long_clustering_is_announced(
     assert all(progress.counts[what] >= total for what, total, _ in progress.started)
 
 
+@pytest.mark.slow
 def test_select_from_selection_and_train(around: dict[str, Path], tmp_path: Path) -> None:
     fitting = tmp_path / "fit.parquet"
     first = chosen(around, fitting, "clip-score", budget=150, run=around["run"], feature=None)
