@@ -193,6 +193,15 @@ def test_source_given_as_an_object_is_known(tmp_path: Path) -> None:
     assert isinstance(reopen_source(Cache(tmp_path / "cache").info.source), Photos)
 
 
+def test_source_given_as_an_object_may_have_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_images(tmp_path / "old", 3)
+    extract(Photos(str(folder), SourceSettings()), tmp_path / "cache", image_encoder=[IMAGE])
+    now = str(folder.rename(tmp_path / "new"))
+    monkeypatch.setattr("embedcache.registry._TRUST", Trust())  # of another process
+    extract(Photos(now, SourceSettings()), tmp_path / "cache", image_encoder=[IMAGE])
+    assert Cache(tmp_path / "cache").info.source["path"] == now
+
+
 class Photos(FolderSource):
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "type": "tests.test_trust:Photos"}

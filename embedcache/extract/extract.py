@@ -188,7 +188,9 @@ def open_job(
         torch_device(device)
     path = open_path(cache_path)
     _check_has_a_source(path)
+    description = source.describe()
     _check_description(source)
+    SOURCES.accept(description["type"])  # the user gave it as an object, so this process may open it again
     with divided_work(is_divided=settings.is_divided):  # all shards write the same tables
         info = index(
             source,
@@ -205,8 +207,6 @@ def open_job(
             f"the cache has the first {info.num_samples:,} samples (--limit); --extend with a larger --limit, or none, "
             "appends the next ones"
         )
-    description = source.describe()
-    SOURCES.accept(description["type"])  # the user gave it as an object, so this process may open it again
     return ExtractJob(
         cache=str(path),
         source=description,
@@ -257,10 +257,10 @@ def _record_location(source: Source, cache_path: Path, stored: Mapping[str, Any]
 
 
 def _is_gone(description: Mapping[str, Any]) -> bool:
-    """Return whether the files of a source that a cache recorded no longer exist."""
+    """Return whether a source that a cache recorded is no longer there, as a dataset in memory of an ended process."""
     try:
         reopen_source(description)
-    except PathError:
+    except (PathError, SourceError):
         return True
     return False
 
