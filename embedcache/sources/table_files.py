@@ -210,7 +210,7 @@ class RowGroups:
         """Read one cell: bytes, a dict for a struct, or None. Thread-safe.
 
         Raises:
-            ItemError: the file is missing or damaged, or has no such row.
+            ItemError: the file is missing or damaged, or has no such column or row.
         """
         try:
             with self._lock:  # pyarrow reads a row group with several threads
@@ -236,7 +236,10 @@ class RowGroups:
         name = (path, column, group)
         if name not in self._groups:
             with wrap_table_errors(path), open_parquet(path) as file:
-                self._groups[name] = file.read_row_group(group, columns=[column]).column(column)
+                cells = file.read_row_group(group, columns=[column])
+                if column not in cells.column_names:
+                    raise ItemError(f"{path} has no column {column!r}")
+                self._groups[name] = cells[column]
         self._groups.move_to_end(name)
         while len(self._groups) > 1 and sum(cells.nbytes for cells in self._groups.values()) > _CACHE_BYTES:
             self._groups.popitem(last=False)

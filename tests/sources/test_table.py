@@ -329,6 +329,14 @@ def test_damaged_parquet_page_raises_item_error(tmp_path: Path) -> None:
         source.read(item)
 
 
+def test_renamed_column_raises_item_error(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", audio=IMAGES)
+    item = next(iter(open_source(path).samples())).files["audio"][0]
+    write_parquet(path, sound=IMAGES)
+    with pytest.raises(ItemError, match=r"t\.parquet has no column 'audio'"):
+        open_source(path, settings=SourceSettings(audio_column="sound")).read(item)
+
+
 def test_empty_cell_raises_item_error(tmp_path: Path) -> None:
     image = pa.array([None, IMAGES[0]], pa.binary())
     source = open_source(write_parquet(tmp_path / "t.parquet", image=image))
