@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ from embedcache.store.layout import (
 from embedcache.store.table_writer import TableWriter, WrittenTables, put_tables, scratch_folder
 from embedcache.store.tables import ITEM_SCHEMAS
 
-_CACHE_FILES = {LOCK, "cache.json", "mending.json", "removed.parquet", "samples.parquet", *ITEM_SCHEMAS}
+_CACHE_FILES = {LOCK, "cache.json", "mending.json", "records", "removed.parquet", "samples.parquet", *ITEM_SCHEMAS}
 
 
 def index(
@@ -52,7 +53,7 @@ def index(
     are written, one batch while a cache is checked.
 
     Args:
-        cache_path: a new or empty folder, or a cache of this source; a cache without features is indexed again.
+        cache_path: a new or empty folder, or a cache of this source; a whole one without features is indexed again.
         chunk_size: items per chunk; None keeps the cache's own, or uses 2,048 for a new cache.
         limit: the most samples that the cache may have: the first ones of the source, and then, where it is extended,
             the first of those that it lacks; the source is read no further than needed. None: all.
@@ -63,34 +64,33 @@ def index(
         PathError: the folder contains other files, or the path is a file.
         FingerprintError: the cache belongs to another source, the source changed, or the chunk size differs.
         CorruptError: a table differs from its checksums.
-        SettingError: the chunk size is below 1, or the limit below the samples of a cache with features.
+        SettingError: the chunk size is below 1, or the limit below the samples of a cache that keeps its rows.
         UnfinishedError: a removal of samples was interrupted.
         SourceError: there are no samples, a key is not unique, or a column has incompatible types.
     """
     progress = progress or NullProgress()
     if chunk_size is not None and chunk_size < 1:
         raise SettingError(f"chunk_size: expected an integer of at least 1, got {chunk_size}")
+    is_unchanged = partial(
+        _is_unchanged, source, cache_path, chunk_size=chunk_size, limit=limit, extend=extend, progress=progress
+    )
     if _open_folder(cache_path):
         info = read_info(cache_path)
         _check_chunk_size(cache_path, info, chunk_size)
         _check_limit(cache_path, info, limit)
-        if _is_unchanged(
-            source, cache_path, info, chunk_size=chunk_size, limit=limit, extend=extend, progress=progress
-        ):
+        if is_unchanged(info):
             return info
     with locked(cache_path), disk_errors(cache_path):  # check again: another process may have been first
         if not info_path(cache_path).is_file():
             return _create_from(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, limit, progress)
         info = read_info(cache_path)
-        if _has_features(cache_path) or info.is_partial:
+        if _keeps_rows(cache_path, info):
             _check_chunk_size(cache_path, info, chunk_size)
             with intact_tables(cache_path, is_interrupted=update_path(cache_path).is_file(), progress=progress):
                 return _update(
                     source, cache_path, limit=limit, extend=extend, accept_replaced=accept_replaced, progress=progress
                 )
-        if _is_unchanged(
-            source, cache_path, info, chunk_size=chunk_size, limit=limit, extend=extend, progress=progress
-        ):
+        if is_unchanged(info):
             return info
         _discard(cache_path)
         return _create_from(source, cache_path, chunk_size or info.chunk_size, limit, progress)
@@ -133,8 +133,7 @@ def _open_folder(cache_path: Path) -> bool:
 
 
 def _check_no_other_files(cache_path: Path) -> None:
-    entries = cache_path.iterdir() if cache_path.is_dir() else ()  # an object store has no empty folders
-    names = (entry.name for entry in entries)
+    names = [path.name for path in cache_path.iterdir()] if cache_path.is_dir() else []  # object stores have no folders
     other_names = sorted(name for name in names if name not in _CACHE_FILES and not name.endswith(".partial"))
     if other_names:
         raise PathError(
@@ -151,13 +150,14 @@ def _discard(cache_path: Path) -> None:
         remove_folder(group.parent)
 
 
-def _has_features(cache_path: Path) -> bool:
-    return any(find_files(cache_path, "*/*/chunks/*.parquet"))
+def _keeps_rows(cache_path: Path, info: CacheInfo) -> bool:
+    """Return whether a cache is never indexed again: it has features, was cut, or has removed samples."""
+    return info.is_partial or any(find_files(cache_path, "*/*/chunks/*.parquet"))
 
 
 def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None) -> None:
-    """Check that a cache with features keeps its chunk size."""
-    if chunk_size is not None and _has_features(cache_path):
+    """Check that a cache that keeps its rows keeps its chunk size."""
+    if chunk_size is not None and _keeps_rows(cache_path, info):
         check_same(
             f"cache {cache_path}",
             {"chunk_size": info.chunk_size},
@@ -167,8 +167,8 @@ def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None)
 
 
 def _check_limit(cache_path: Path, info: CacheInfo, limit: int | None) -> None:
-    """Check that a cache with features keeps its rows."""
-    if limit is not None and limit < info.num_samples and _has_features(cache_path):
+    """Check that the limit is that of a cache that keeps its rows."""
+    if limit is not None and limit < info.num_samples and _keeps_rows(cache_path, info):
         raise SettingError(
             f"limit: expected at least the {info.num_samples:,} samples that cache {cache_path} has, got {limit:,}; "
             "omit it, or extract into a new folder"

@@ -3,6 +3,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from embedcache.progress import NullProgress
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
+from embedcache.store.removal import apply_removal, finish_removal, start_removal
 from embedcache.store.sample_tables import SampleTables, digest_input, digest_tables_input, join_tables, to_tables
 from tests.recorded import RecordedProgress
 
@@ -155,6 +157,14 @@ def test_index_after_kill(tmp_path: Path) -> None:
     (tmp_path / ".cache.json.elsewhere.1.ab.partial").write_text("{")
     (tmp_path / "samples.parquet").write_text("half")
     assert index(rows(2), tmp_path).num_samples == 2
+
+
+def test_index_after_kill_between_two_indexings(tmp_path: Path) -> None:
+    """All features of the cache were deleted; the records stay."""
+    index(rows(2), tmp_path / "c")
+    (tmp_path / "c/records").mkdir()
+    (tmp_path / "c/cache.json").unlink()
+    assert index(rows(3), tmp_path / "c").num_samples == 3
 
 
 def test_index_into_file_raises(tmp_path: Path) -> None:
@@ -362,6 +372,20 @@ def test_limit_of_a_cache_without_features_may_shrink(tmp_path: Path) -> None:
     index(rows(10), tmp_path / "c", limit=6)
     assert index(rows(10), tmp_path / "c", limit=2).num_samples == 2
     assert index(rows(10), tmp_path / "c").num_samples == 10
+
+
+def test_rows_of_a_cache_with_removed_samples_stay(tmp_path: Path) -> None:
+    info = index(rows(10), tmp_path / "c", chunk_size=4)
+    cache = Cache(tmp_path / "c")
+    start_removal(cache, np.array([3]), ["k3"])
+    apply_removal(tmp_path / "c", "digest")
+    finish_removal(tmp_path / "c")
+    for extend in (False, True):
+        with pytest.raises(SettingError, match="limit: expected at least the 10 samples that cache .* has, got 5"):
+            index(rows(10), tmp_path / "c", limit=5, extend=extend)
+    with pytest.raises(FingerprintError, match="chunk_size: stored 4, requested 2"):
+        index(rows(10), tmp_path / "c", chunk_size=2)
+    assert index(rows(10), tmp_path / "c", chunk_size=4, limit=10).num_items == info.num_items
 
 
 class Skipping(Rows):
