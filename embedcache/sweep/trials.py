@@ -5,6 +5,7 @@ import sqlite3
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -377,4 +378,8 @@ def _grid_values(name: str, values: Range | tuple[Value, ...]) -> tuple[Value, .
             f"--sampler grid: {name}: expected a range with a step, or choices such as "
             f"{name} = [{values.low}, {values.high}], got a range without a step"
         )
-    return tuple(values.low + number * step for number in range(round((values.high - values.low) / step) + 1))
+    numbers = range(round((values.high - values.low) / step) + 1)
+    if values.is_whole:
+        return tuple(values.low + number * step for number in numbers)
+    low, width = Decimal(str(values.low)), Decimal(str(step))  # in binary, 0.1 + 2 * 0.1 is above 0.3
+    return tuple(float(low + number * width) for number in numbers)
