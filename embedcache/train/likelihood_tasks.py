@@ -141,12 +141,14 @@ class ExampleTask:
     def candidate_words(self) -> WordLists:
         """The words of all candidates: of names, or single ones, the end first."""
         if self.names:
-            return self.train.vocabulary.require_known(self.names, f"{self.name}: candidates")
+            words = self.train.vocabulary.require_known(self.names, f"{self.name}: candidates")
+            _check_different(words, self.names, f"{self.name}: candidates")
+            return words
         if self.candidates is None:
-            words = self.train.target_words.numbers_M
+            numbers_M = self.train.target_words.numbers_M
         else:
-            words = self.train.vocabulary.require_known(self.candidates, f"{self.name}: candidates").numbers_M
-        return single_words(words[words >= NUM_SPECIAL])
+            numbers_M = self.train.vocabulary.require_known(self.candidates, f"{self.name}: candidates").numbers_M
+        return single_words(numbers_M[numbers_M >= NUM_SPECIAL])
 
     @property
     def mined_texts(self) -> WordLists:
@@ -265,8 +267,8 @@ class ExampleTask:
         """Check, before any step, that all words of candidates are listed and all targets are candidates.
 
         Raises:
-            DataError: a candidate has a word that the word table lacks, a target is no candidate, or a text has several
-                blanks.
+            DataError: a candidate has a word that the word table lacks, or the words of another one; a target is no
+                candidate, or a text has several blanks.
         """
         if self.kind == "retrieve":
             return
@@ -324,6 +326,16 @@ class ExampleTask:
             ranks = retrieval_ranks(network, examples, device=device)
             return {f"{self.name} {name} r@1": recall_at(ranks_Q, 1) for name, ranks_Q in ranks.items()}
         return {f"{self.name} accuracy": float(np.mean(predict(self, network, examples, device=device).is_correct_M))}
+
+
+def _check_different(words: WordLists, names: Sequence[str], what: str) -> None:
+    """Check that no two candidates have the same words: they would have one representation, and only one be right."""
+    _, first_N, which_N = np.unique(words.padded()[0], axis=0, return_index=True, return_inverse=True)
+    repeated = np.flatnonzero(first_N[which_N.ravel()] != np.arange(len(names)))
+    if len(repeated):
+        name, first = names[repeated[0]], names[first_N[which_N.ravel()[repeated[0]]]]
+        got = f"{name!r} twice" if name == first else f"{first!r} and {name!r}"
+        raise DataError(f"{what}: expected texts that differ in their words, got {got}; write them alike, and name one")
 
 
 class _InputTexts(NamedTuple):

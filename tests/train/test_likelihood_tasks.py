@@ -221,6 +221,14 @@ def test_texts_that_cannot_be_read_are_refused_before_any_step(squares: Squares)
     squares.task("retrieve", "retrieve", "captions").check()
 
 
+@pytest.mark.parametrize(("names", "got"), [(("red", "red"), "'red' twice"), (("Red", "red!"), "'Red' and 'red!'")])
+def test_candidates_of_the_same_words_are_refused(squares: Squares, names: tuple[str, str], got: str) -> None:
+    """They have one representation: only the first is ever predicted, so that the others are never right."""
+    task = squares.task("answer", "answer", candidates=["blue", *names, "green"])
+    with pytest.raises(DataError, match=f"answer: candidates: expected texts that differ in their words, got {got}"):
+        task.check()
+
+
 def test_next_words_follow_each_prefix(squares: Squares) -> None:
     task = squares.task("caption", "caption", "captions")
     texts = task.train.target_words.take(np.array([0, 1]))
