@@ -9,8 +9,10 @@ from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Bools, Inputs, Ints, blocks
+from embedcache.arrays import Array, Bools, Inputs, Ints, blocks, distinct
 from embedcache.dataset.inputs import PLAIN, InputFeature, Reader, open_input, view_feature
 from embedcache.dataset.pairs import read_items
 from embedcache.errors import DataError
@@ -151,22 +153,25 @@ def open_utterances(
         cache: a cache with texts, one per utterance.
         features: stream, `audio` or `video` -> name of its feature, with an axis of time.
         views: stream -> names of its views, such as `plain` and `babble-5dB`; None: `plain`.
-        samples: samples to use; None: all that have a transcript and all streams.
+        samples: samples to use; None: all. Those without a transcript, or with an empty one, or without a stream are
+            left out.
         in_memory: read all features into memory, else rows from memory maps as they are needed.
 
     Raises:
         UnknownNameError: there is no such feature or view.
         UnfinishedError: a feature is not complete.
-        DataError: a feature has no axis of time, a transcript has other characters than `SYMBOLS`, or no utterance has
-            everything.
+        DataError: a feature has no axis of time, an utterance has several texts, a transcript has other characters than
+            `SYMBOLS`, or no utterance has everything.
     """
     opened = {name: _open_views(cache, name, feature, (views or {}).get(name)) for name, feature in features.items()}
     items = {name: [read_items([cache], [feature]) for feature in found.values()] for name, found in opened.items()}
     rows = {name: reduce(np.intersect1d, [of_view.rows for of_view in found]) for name, found in items.items()}
     owners = {name: cache.items(name, columns=["sample"])["sample"].to_numpy() for name in features}
     table = cache.items("text", columns=["sample", "text"])
-    texts = dict(zip(table["sample"].to_pylist(), table["text"].to_pylist(), strict=True))
-    wanted = np.array(sorted(texts), np.int64) if samples is None else np.intersect1d(samples, list(texts))
+    table = table.filter(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(table["text"])), 0))
+    wanted = distinct(table["sample"].to_numpy())
+    if samples is not None:
+        wanted = np.intersect1d(samples, wanted)
     for name in features:
         wanted = np.intersect1d(wanted, owners[name][rows[name]])
     if not len(wanted):
@@ -176,9 +181,9 @@ def open_utterances(
         kept = rows[name][np.isin(owners[name][rows[name]], wanted)]
         streams[name] = _open_stream(cache, name, found, kept, owners[name][kept], in_memory=in_memory)
     keys = cache.column("key").take(wanted).to_pylist()
-    transcripts = [texts[sample] for sample in wanted.tolist()]
-    symbols = [encode_transcript(text) for text in transcripts]
-    return Utterances(cache=cache, samples_S=wanted, keys=keys, texts=transcripts, symbols=symbols, streams=streams)
+    texts = _read_transcripts(table, wanted, keys)
+    symbols = [encode_transcript(text) for text in texts]
+    return Utterances(cache=cache, samples_S=wanted, keys=keys, texts=texts, symbols=symbols, streams=streams)
 
 
 def _open_views(cache: Cache, stream: str, feature: str, views: Sequence[str] | None) -> dict[str, InputFeature]:
@@ -203,6 +208,23 @@ def _open_stream(
         first_S=first_S,
         count_S=count_S,
     )
+
+
+def _read_transcripts(table: pa.Table, samples_S: Ints, keys: Sequence[str]) -> list[str]:
+    """Return the text of each sample, given the samples and texts of text items; `DataError` if one has several."""
+    owner_T = table["sample"].to_numpy()
+    order_T = np.argsort(owner_T, kind="stable")
+    first_S = np.searchsorted(owner_T[order_T], samples_S)
+    count_S = np.searchsorted(owner_T[order_T], samples_S, side="right") - first_S
+    if (count_S > 1).any():
+        number = int(count_S.argmax())
+        several = table["text"].take(order_T[first_S[number] :][: count_S[number]]).to_pylist()
+        raise DataError(
+            f"{keys[number]}: expected one transcript, got {len(several)} texts, {several[0]!r} and {several[1]!r}; "
+            "write the transcript in one line"
+        )
+    texts: list[str] = table["text"].take(order_T[first_S]).to_pylist()
+    return texts
 
 
 @dataclass(frozen=True, kw_only=True)

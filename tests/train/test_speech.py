@@ -15,8 +15,11 @@ from embedcache.arrays import Inputs
 from embedcache.dataset.inputs import InputFeature
 from embedcache.derive.derive import derive_from_run
 from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
 from embedcache.networks.saved import load_module, read_module_config
 from embedcache.networks.speech import SpeechNetwork
+from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.speech import encode_utterances, train_speech
 from embedcache.train.utterances import (
@@ -31,6 +34,8 @@ from embedcache.train.utterances import (
 )
 from tests.crash import crash_function
 from tests.edits import damage_column
+from tests.media_files import tone, wav
+from tests.media_toy import MEDIA
 from tests.train.runs import log_lines
 from tests.train.speech_cases import FEATURES, MODEL, QUIET, fit_settings, make_cache, recipe, utterances
 
@@ -300,6 +305,22 @@ def test_utterances_are_opened_without_their_paths(caches: tuple[Path, Path], tm
     cache = Path(shutil.copytree(caches[1], tmp_path / "cache"))
     damage_column(cache / "audio/items.parquet", "path")
     assert len(utterances(cache, "audio").texts) == 12
+
+
+def test_an_utterance_has_one_transcript_that_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    for number, text in enumerate(("A B\n", " \n", "C\n", "A\nB\n")):
+        (tmp_path / f"files/{number}.wav").write_bytes(wav(tone(0.3, 300.0)))
+        (tmp_path / f"files/{number}.txt").write_text(text)
+    settings = ExtractSettings(features=("frames",))
+    extract(open_source(tmp_path / "files"), tmp_path / "cache", encoder={"audio": [MEDIA]}, settings=settings)
+    cache, features = Cache(tmp_path / "cache"), {"audio": FEATURES["audio"]}
+    found = open_utterances(cache, features, samples=np.arange(3))
+    assert (found.samples_S.tolist(), found.texts) == ([0, 2], ["A B", "C"])
+    with pytest.raises(
+        DataError, match=r"3: expected one transcript, got 2 texts, 'A' and 'B'; write the transcript in"
+    ):
+        open_utterances(cache, features)
 
 
 def test_features_are_read_into_memory_unless_told_otherwise(
