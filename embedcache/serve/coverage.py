@@ -66,7 +66,7 @@ def measure_served_coverage(
     """Measure coverage in the index's space; see `measure_coverage`."""
     settings = replace(
         settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors), label=index.label),
-        modality="image" if index.card.modality == "image" else "text",
+        modality=index.card.modality,
         feature=index.card.feature,
         run=index.run_path,
     )

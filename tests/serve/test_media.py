@@ -15,11 +15,13 @@ from PIL import Image
 from starlette.testclient import TestClient
 from starlette.types import Message
 
+from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.thumbnails import PlayedFile
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
+from embedcache.serve.coverage import measure_served_coverage
 from embedcache.serve.media import respond_with_part
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
@@ -236,3 +238,12 @@ def test_recordings_in_a_tar(tmp_path: Path) -> None:
     with visit(open_index(index, image_folders=(tmp_path,))) as client:
         found = [client.get(f"/api/recordings/{row}/play").content for row in range(3)]
     assert [len(samples_of(data)) for data in found] == [1600, 3200, 4800]
+
+
+def test_coverage_by_recordings(media: Path, served: SearchService, tmp_path: Path) -> None:
+    shutil.copy(media / "files" / "tone.flac", tmp_path / "tone.flac")
+    (tmp_path / "examples.csv").write_text("key,audio,kind\na,tone.flac,tones\n")
+    extract(open_source(tmp_path / "examples.csv"), tmp_path / "examples", encoder={"audio": [MEDIA]})
+    settings = CoverageSettings(threshold=0.5, k=2, label="kind")
+    found = measure_served_coverage(tmp_path / "examples", served.index, NullProgress(), settings=settings)
+    assert [(concept["name"], concept["counts"]) for concept in found.concepts] == [("tones", [2])]
