@@ -75,7 +75,7 @@ def bind(settings: ServeSettings) -> socket.socket:
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY for this only
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind((settings.host, settings.port))
+        bound.bind((settings.host if address is None else str(address), settings.port))  # without brackets
         bound.listen(128)  # here, so that a second server on this port fails now
     except OSError as error:
         bound.close()

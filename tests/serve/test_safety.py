@@ -209,3 +209,14 @@ def test_port_in_use_raises() -> None:
             bind(ServeSettings(port=port))
     with pytest.raises(SettingError, match="cannot bind 203.0.113.1.*expected an address of this machine"):
         bind(ServeSettings(host="203.0.113.1", port=0))
+
+
+def test_ipv6_address_with_or_without_brackets() -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as free:
+            free.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    for host in ("::1", "[::1]"):
+        with bind(ServeSettings(host=host, port=0)) as bound:
+            assert bound.getsockname()[0] == "::1"
