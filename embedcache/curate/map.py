@@ -133,7 +133,7 @@ def compute_map(index: OpenIndex, settings: MapSettings, *, progress: Progress |
     vectors = Vectors(
         index.cache.path, card.modality, card.feature, index.run_path, width=card.width, device=settings.device
     )
-    named = None if settings.concepts is None else open_concepts(Cache(settings.concepts), vectors)
+    named = None if settings.concepts is None else open_concepts(Cache(settings.concepts), vectors, label=index.label)
     rows_N = np.sort(rng.permutation(index.rows)[: settings.max_items])
     fitted_FP = vectors.read(np.sort(rng.permutation(rows_N)[:_MAX_FITTED]))
     num_clusters = max(1, min(_MAX_CLUSTERS, math.isqrt(len(rows_N)) // 2))

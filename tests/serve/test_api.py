@@ -265,6 +265,9 @@ def test_clusters_are_named_by_concepts(root: Path) -> None:
     for cluster in named.clusters:
         center = index.query_encoder.indexed.read(np.array(cluster.nearest)).mean(axis=0)
         assert cluster.name == concepts.names[int((concepts.vectors @ center).argmax())]
+    by_folder = OpenIndex(root / "plain", label="folder")  # examples are labeled in the column that the page filters by
+    found = compute_map(by_folder, MapSettings(projection="pca", concepts=root / "cache"))
+    assert {cluster.name for cluster in found.clusters} <= {"train/cat", "train/dog", "val/cat", "val/dog"}
 
 
 @pytest.mark.slow
