@@ -1,7 +1,7 @@
 """Coverage for the page, read from a report or measured when the server starts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,9 @@ def measure_served_coverage(
     concepts_path: Path | str, index: OpenIndex, progress: Progress, *, settings: CoverageSettings | None = None
 ) -> CoverageData:
     """Measure coverage in the index's space; see `measure_coverage`."""
-    settings = replace(
-        settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors), label=index.label),
-        modality=index.card.modality,
-        feature=index.card.feature,
-        run=index.run_path,
-    )
-    report = measure_coverage(index.cache.path, concepts_path, settings, progress=progress)
+    settings = settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors), label=index.label)
+    space = {"modality": index.card.modality, "feature": index.card.feature, "run": index.run_path}
+    report = measure_coverage(index.cache.path, concepts_path, settings, progress=progress, **space)
     return _coverage_data(coverage_json(report))
 
 
