@@ -102,18 +102,17 @@ def _coco_samples(fields: Mapping[str, Any], images: Sequence[Mapping[str, Any]]
         if not isinstance(annotation.get("caption"), str):
             raise SourceError(f"{location} has no caption, but {', '.join(annotation)}; {_EXPECTED}")
         captions_of[_read_id(annotation, "image_id", location)].append(annotation["caption"])
-    licenses = {license_.get("id"): license_.get("name") for license_ in _objects(fields, "licenses", path, default=[])}
+    found = map(to_scalar_columns, _objects(fields, "licenses", path, default=[]))
+    licenses = {license_["id"]: license_.get("name") for license_ in found if "id" in license_}
     numbers: dict[int | str, int] = {}
     for number, image in enumerate(images):
         location = f"{path}: image {number}"
         first = numbers.setdefault(_read_id(image, "id", location), number)
         if first != number:
             raise SourceError(f"{location}: expected an id of its own, got {image['id']!r}, that of image {first}")
-        columns = {
-            **image,
-            "image_id": image["id"],
-            "license": licenses.get(image.get("license"), image.get("license")),
-        }
+        columns = to_scalar_columns(image)
+        license_ = columns.get("license")
+        columns |= {"image_id": image["id"], "license": licenses.get(license_, license_)}
         columns = {name: value for name, value in columns.items() if name not in ("id", "file_name", "filename")}
         yield _sample(_image_name(image, location), captions_of.pop(image["id"], []), columns)
     if captions_of:

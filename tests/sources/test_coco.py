@@ -81,6 +81,13 @@ def test_name_of_an_image_may_be_spelled_as_by_karpathy(tmp_path: Path) -> None:
     assert (first.key, len(first.texts), first.columns) == ("000000000", 2, {"image_id": 100, "license": None})
 
 
+def test_license_that_is_no_number_is_left_out(tmp_path: Path) -> None:
+    images = [{**IMAGES[0], "license": {"id": 1}}, *IMAGES[1:]]
+    licenses = [{"id": [1], "name": "both"}, *COCO["licenses"]]
+    first, second, *_ = open_source(write_coco(tmp_path, changed(images=images, licenses=licenses))).samples()
+    assert (first.columns["license"], second.columns["license"]) == (None, "Attribution License")
+
+
 def test_karpathy_samples_have_the_parts_that_others_train_on(tmp_path: Path) -> None:
     samples = list(open_source(write_karpathy(tmp_path)).samples())
     assert [sample.key for sample in samples] == [f"val2014/{n}" for n in range(5)]
