@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from embedcache.devices import announce_device
-from embedcache.errors import EmbedcacheError
+from embedcache.errors import DataError, EmbedcacheError
 from embedcache.progress import Progress
 from embedcache.projectors.saved import save_weights
 from embedcache.train.checkpoint import LogEnd, RunLog, load_checkpoint, save_checkpoint
-from embedcache.train.distributed import broadcast_from_first, num_processes, process_rank
+from embedcache.train.distributed import broadcast_from_first, num_processes, process_rank, run_on_first
 from embedcache.train.parts import freeze
 from embedcache.train.settings import MachineSettings, OptimizerSettings
 
@@ -159,7 +159,8 @@ class Trainer:
         """Train to the end; the module then has the weights of its best validation score, or its initialization.
 
         Raises:
-            DataError: the loss is NaN or infinite; the message names the step and is that of `Task.explain`.
+            DataError: the loss is NaN or infinite; the message names the step and is that of `Task.explain`. Or the
+                module cannot be measured, such as after the last step of an epoch was too large.
             CorruptError: the checkpoint cannot be read.
         """
         keep_freed_memory()
@@ -240,11 +241,19 @@ class Trainer:
 
     def _validate(self) -> None:
         self.task.module.eval()
-        measures = broadcast_from_first({} if process_rank() else dict(self.task.measure()))
+        measures = broadcast_from_first(run_on_first(self._measure) or {})
         self._log.write({"epoch": self._epoch, "validation": measures}, self._step, measures)
         self._best.update(self._epoch, self.task.score(measures), measures, self.task.module)
         if self.on_epoch is not None:
             self.on_epoch(self._epoch, measures)
+
+    def _measure(self) -> dict[str, float]:
+        try:
+            return dict(self.task.measure())
+        except DataError as error:
+            if not self._step:
+                raise
+            raise DataError(f"validation after step {self._step - 1}: {error}; use a lower --lr") from error
 
     def _checkpoint(self) -> None:
         seconds = time.perf_counter() - self._last_checkpoint

@@ -457,6 +457,11 @@ def test_nan_loss_names_step_and_temperature(cache_path: Path, tmp_path: Path) -
         run(cache_path, tmp_path / "run", epochs=5, lr=1e30)
 
 
+def test_projections_that_overflow_after_the_last_step_name_it(cache_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"validation after step 0: the projected feature .*; use a lower --lr"):
+        run(cache_path, tmp_path / "run", epochs=1, batch_size=195, lr=1e30)
+
+
 @pytest.mark.slow
 def test_several_threads_give_the_same_weights(cache_path: Path, tmp_path: Path) -> None:
     options = {"threads": 2, "batch_size": 195, "initialization": "random", "epochs": 1}
