@@ -136,7 +136,8 @@ def read_module_config(run_path: Path) -> ModuleConfig:
     values = read_run(run_path, make="train_task, see docs/howto/own_task.md")
     if is_pair(values):
         raise DataError(
-            f"{run_path}: expected the run of a module, got an aligned pair; load it with projectors.saved.load_pair"
+            f"{run_path}: expected the run of a module, got an aligned pair; evaluate it with: embedcache evaluate "
+            "retrieval"
         )
     return construct(config_path(run_path), lambda: ModuleConfig.from_json(values))
 
