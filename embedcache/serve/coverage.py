@@ -64,9 +64,15 @@ def measure_served_coverage(
     concepts_path: Path | str, index: OpenIndex, progress: Progress, *, settings: CoverageSettings | None = None
 ) -> CoverageData:
     """Measure coverage in the index's space; see `measure_coverage`."""
-    settings = settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors), label=index.label)
-    space = {"modality": index.card.modality, "feature": index.card.feature, "run": index.run_path}
-    report = measure_coverage(index.cache.path, concepts_path, settings, progress=progress, **space)
+    report = measure_coverage(
+        index.cache.path,
+        concepts_path,
+        settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors), label=index.label),
+        progress=progress,
+        modality=index.card.modality,
+        feature=index.card.feature,
+        run=index.run_path,
+    )
     return _coverage_data(coverage_json(report))
 
 
