@@ -17,7 +17,7 @@ from embedcache.dataset.thumbnails import Thumbnails
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, ItemError
 from embedcache.interop.exporting import VectorExport, check_new_file
-from embedcache.interop.parquet import to_vector_lists, write_rows
+from embedcache.interop.parquet import append_columns, to_vector_lists, write_rows
 from embedcache.interop.settings import AtlasSettings
 from embedcache.outputs import new_output
 from embedcache.progress import NullProgress, Progress
@@ -101,27 +101,31 @@ def _tables(
 ) -> Iterator[pa.Table]:
     progress.start("writing", len(vectors_NP), "points")
     for rows in blocks(len(vectors_NP), _BLOCK):
-        table = export.table(rows)
-        table = table.rename_columns(["text" if name == "caption" else name for name in table.column_names])
+        table = _with_text(export.table(rows))
+        columns = {}
         if thumbnails is not None:
             item_rows = export.item_rows("image", rows).tolist()
-            cells = [_thumbnail(thumbnails, row) for row in item_rows]
-            table = table.append_column("image", pa.array(cells, _IMAGE_TYPE))
+            columns["image"] = pa.array([_thumbnail(thumbnails, row) for row in item_rows], _IMAGE_TYPE)
         elif images == "paths":
-            table = table.append_column("image", table["image_path"])
+            columns["image"] = table["image_path"]
         offsets = np.arange(rows.stop - rows.start + 1, dtype=np.int32) * neighbors[0].shape[1]
         lists = [pa.ListArray.from_arrays(offsets, pa.array(values_NK[rows].reshape(-1))) for values_NK in neighbors]
-        columns = {
+        columns |= {
             "vector": to_vector_lists(vectors_NP[rows]),
             "projection_x": pa.array(points_N2[rows, 0]),
             "projection_y": pa.array(points_N2[rows, 1]),
             "neighbors": pa.StructArray.from_arrays(lists, names=["ids", "distances"]),
         }
-        for name, column in columns.items():
-            table = table.append_column(name, column)
-        yield table
+        yield append_columns(table, columns)
         progress.advance(len(table))
     progress.finish()
+
+
+def _with_text(table: pa.Table) -> pa.Table:
+    """Rename `caption`, if there are captions, to `text`, in place of a column of the cache of that name."""
+    if "caption" in table.column_names and "text" in table.column_names:
+        table = table.drop_columns("text")
+    return table.rename_columns(["text" if name == "caption" else name for name in table.column_names])
 
 
 def _thumbnail(thumbnails: Thumbnails, row: int) -> dict[str, Any] | None:

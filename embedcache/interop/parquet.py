@@ -65,11 +65,18 @@ def _table_blocks(export: VectorExport, progress: Progress) -> Iterator[pa.Table
     streams = {modality: export.vectors(modality, _BLOCK) for modality in export.modalities}
     for rows in blocks(num_rows, _BLOCK):
         table = export.table(rows)
-        for modality, stream in streams.items():
-            table = table.append_column(_COLUMNS[modality], to_vector_lists(next(stream)))
-        yield table
+        vectors = {_COLUMNS[modality]: to_vector_lists(next(stream)) for modality, stream in streams.items()}
+        yield append_columns(table, vectors)
         progress.advance(len(table))
     progress.finish()
+
+
+def append_columns(table: pa.Table, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> pa.Table:
+    """Append columns of an export to those of the cache, of which they replace any of the same names."""
+    table = table.drop_columns([name for name in columns if name in table.column_names])
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
 
 
 def to_vector_lists(vectors_ND: Array) -> pa.Array:

@@ -13,12 +13,16 @@ from PIL import Image
 from embedcache.arrays import normalize
 from embedcache.curate.map import project_to_plane
 from embedcache.errors import DataError, MissingExtraError, PathError
+from embedcache.extract.extract import extract
 from embedcache.interop import atlas
 from embedcache.interop.atlas import find_neighbors, write_atlas
 from embedcache.interop.settings import AtlasSettings
 from embedcache.progress import NullProgress
+from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from tests.images import write_images
 from tests.interop.cases import export_of, unit_rows
+from tests.toy import IMAGE
 
 NUM_POINTS = 39
 
@@ -50,6 +54,18 @@ def test_columns_that_embedding_atlas_reads(labeled: Path, tmp_path: Path) -> No
     image = Image.open(io.BytesIO(points["image"][0]["bytes"]))
     assert (image.format, image.size) == ("WEBP", (32, 32))
     assert points["text"][0] == cache.items("text")["text"][0].as_py()
+
+
+def test_columns_of_the_file_replace_those_of_the_cache(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 4)
+    lines = [f"images/{path.name},caption {path.stem},x,x,x,x\n" for path in sorted(folder.glob("*.png"))]
+    (tmp_path / "table.csv").write_text("".join(["image,caption,text,vector,neighbors,other\n", *lines]))
+    extract(open_source(tmp_path / "table.csv"), tmp_path / "cache", image_encoder=[IMAGE])
+    points = write(tmp_path / "cache", tmp_path / "atlas.parquet")
+    assert points.columns.is_unique
+    assert points["text"].tolist() == [f"caption {number:05d}" for number in range(4)]
+    assert [len(vector) for vector in points["vector"]] == [48] * 4
+    assert points["other"].tolist() == ["x"] * 4
 
 
 def test_image_paths_or_none(labeled: Path, tmp_path: Path) -> None:
