@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -97,6 +97,16 @@ def _to_integers(cache: Cache, column: str, values_M: Array) -> pa.Array:
             f"{values_M[~is_whole][0]}; name another column with --label"
         )
     return pa.array(numbers_M.astype(np.int64), mask=is_missing)
+
+
+def label_text(value: Any) -> str | None:
+    """Return a value of a column of labels as text, or None for a missing label, as `read_labels` takes it.
+
+    A missing label is null, an empty text or NaN; a whole number in floating point is written as an integer.
+    """
+    if value is None or value == "" or value != value:  # NaN differs from itself
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def require_column(cache: Cache, column: str) -> None:

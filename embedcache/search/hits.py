@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, concatenated_ranges
+from embedcache.dataset.labels import label_text
 from embedcache.dataset.thumbnails import PICTURED, Thumbnails, credit, not_shown
 from embedcache.errors import EmbedcacheError, visible
 from embedcache.files import AnyPath, one_or_many
@@ -197,8 +198,15 @@ class HitReader:
             if len(present) > 1:
                 texts = [(text, language) for text, language in texts if language == present[0]]
             captions = [text for text, _ in texts[:_MAX_CAPTIONS]]
-            label = None if label is None else str(label)
-            hit = Hit(score=score, row=row, key=key, path=path, captions=captions, label=label, languages=present)
+            hit = Hit(
+                score=score,
+                row=row,
+                key=key,
+                path=path,
+                captions=captions,
+                label=label_text(label),
+                languages=present,
+            )
             hits.append(hit)
         return hits
 

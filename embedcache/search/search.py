@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Bools, Floats, Ints
-from embedcache.dataset.labels import require_column
+from embedcache.dataset.labels import label_text, require_column
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import read_split
 from embedcache.devices import AUTO
@@ -346,7 +346,7 @@ def _require_file(path: Path, file: str, option: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class _Column:
-    """A column as numbers: `names[code]` is the value as text, -1 stands for null."""
+    """A column as numbers: `names[code]` is the value as text, -1 stands for a missing one."""
 
     names: list[str]
     codes: Array
@@ -354,5 +354,7 @@ class _Column:
 
 def _encode(values: pa.ChunkedArray) -> _Column:
     known = pc.unique(values).drop_null()
-    codes = pc.fill_null(pc.index_in(values, value_set=known), -1).to_numpy()
-    return _Column(names=[str(value) for value in known.to_pylist()], codes=codes)
+    texts = [label_text(value) for value in known.to_pylist()]
+    code_of = {text: code for code, text in enumerate(dict.fromkeys(filter(None, texts)))}
+    code_F = np.array([*(code_of.get(text or "", -1) for text in texts), -1], np.int64)  # the last is that of null
+    return _Column(names=list(code_of), codes=code_F[pc.fill_null(pc.index_in(values, value_set=known), -1).to_numpy()])

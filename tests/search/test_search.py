@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -26,6 +28,7 @@ from embedcache.maintain.remove import remove_samples
 from embedcache.projectors.saved import load_pair, project
 from embedcache.search.card import may_hold_removed, read_card
 from embedcache.search.faiss_index import make_index
+from embedcache.search.hits import HitReader
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries, read_vectors
 from embedcache.search.search import CacheFilters, OpenIndex, search
@@ -559,6 +562,24 @@ def test_labels_are_in_the_named_column(labeled: Path, labeled_index: Path) -> N
     assert filters.values("label") == {f"{part}/{name}": 15 for part in ("train", "val") for name in ("cat", "dog")}
     with pytest.raises(UnknownNameError, match=r"unknown column of samples 'fodler' .*; did you mean 'folder'\?"):
         search(labeled_index, ask, SearchSettings(label="fodler"))
+
+
+def test_missing_labels_and_class_numbers_in_floating_point(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 4)
+    table = {
+        "image": [str(path) for path in sorted(folder.glob("*.png"))],
+        "label": ["", "cat", "dog", None],
+        "number": [1.0, np.nan, 2.0, None],
+    }
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    extract(open_source(tmp_path / "t.parquet"), tmp_path / "cache", image_encoder=[IMAGE])
+    cache = Cache(tmp_path / "cache")
+    for column, names in (("label", [None, "cat", "dog", None]), ("number", ["1", None, "2", None])):
+        hits = HitReader(cache, "image", label=column).read(np.zeros(4), np.arange(4))
+        assert [hit.label for hit in hits] == names
+        filters = CacheFilters(cache, "image", label=column)
+        assert filters.values("label") == {name: 1 for name in names if name}
+        assert filters.mask(Filter(label_value=(names[2] or "",))).tolist() == [False, False, True, False]
 
 
 def test_values_are_counted_with_those_that_no_item_has(captioned: Path, labeled: Path) -> None:
