@@ -61,7 +61,10 @@ class SourceError(EmbedcacheError, ValueError):
 
 
 class ItemError(EmbedcacheError, ValueError):
-    """A raw item that cannot be read. Its text is the reason stored with the row."""
+    """A raw item that cannot be read. Its text is the reason stored with the row.
+
+    Failures are counted by what is before the first colon: the kind, without paths and numbers.
+    """
 
 
 class DataError(EmbedcacheError, ValueError):

@@ -78,7 +78,8 @@ def wrap_io_errors(path: Path | str, error_class: type[EmbedcacheError] = PathEr
             raise
         if _is_missing(error):
             raise error_class(f"no such file: {path}") from None
-        raise error_class(f"cannot read {path}: {io_reason(error)}") from None
+        what = "cannot be read:" if error_class is ItemError else "cannot read"  # reasons begin with their kind
+        raise error_class(f"{what} {path}: {io_reason(error)}") from None
 
 
 def _is_missing(error: BaseException) -> bool:
@@ -110,15 +111,15 @@ def check_read_allowed(path: Path | str, num_bytes: int | None = None) -> None:
     if folders is None:
         return
     if isinstance(path, str) or is_remote(path):
-        raise ItemError(f"{path} is a URL; expected a file in the source's folder")
+        raise ItemError(f"URL outside the source's folder: {path}")
     real = path.resolve()
     if not any(real.is_relative_to(folder) for folder in folders):
-        raise ItemError(f"{path} is outside the source's folder")
+        raise ItemError(f"outside the source's folder: {path}")
     if real.exists() and not real.is_file():
-        raise ItemError(f"{path} is not a regular file")
+        raise ItemError(f"not a regular file: {path}")
     size = num_bytes if num_bytes is not None else real.stat().st_size if real.exists() else 0
     if size > _MAX_RESTRICTED_BYTES:
-        raise ItemError(f"{path}: expected at most {_MAX_RESTRICTED_BYTES:,} bytes to read, got {size:,}")
+        raise ItemError(f"too large: {path} has {size:,} bytes, more than {_MAX_RESTRICTED_BYTES:,}")
 
 
 def open_descriptor(path: Path) -> int:
@@ -135,9 +136,9 @@ def open_descriptor(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
     try:
         if folders is not None and not any(_opened_path(descriptor).is_relative_to(folder) for folder in folders):
-            raise ItemError(f"{path} is outside the source's folder")
+            raise ItemError(f"outside the source's folder: {path}")
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ItemError(f"{path} is not a regular file")
+            raise ItemError(f"not a regular file: {path}")
     except BaseException:
         os.close(descriptor)
         raise

@@ -100,7 +100,7 @@ class HuggingfaceSource:
             return data
         if isinstance(path, str) and path:
             return read_item_file(self._folder / path)
-        raise ItemError(f"no {_kind(item)} in row {item.offset} of {Path(self._path, item.path)}")
+        raise ItemError(f"no {_kind(item)}: row {item.offset} of {Path(self._path, item.path)} is empty")
 
 
 def _kind(item: FileItem) -> str:

@@ -220,7 +220,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         raise ItemError("floating-point pixels; save as 8 or 16 bit")
     values = np.asarray(image).astype(np.int64)
     if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ItemError(f"pixels from {values.min()} to {values.max()}; save as 8 or 16 bit")
+        raise ItemError(f"pixels out of range: {values.min()} to {values.max()}; save as 8 or 16 bit")
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 

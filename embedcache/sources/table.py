@@ -118,7 +118,8 @@ class TableSource:
             return data
         if isinstance(cell, dict) and cell.get("path"):
             return read_item_file(resolve_item(path.parent, cell["path"]))
-        raise ItemError(f"no {'image' if named is None else 'item'} in column {column}, row {item.offset} of {path}")
+        kind = "image" if named is None else "item"
+        raise ItemError(f"no {kind} in column {column}: row {item.offset} of {path} is empty")
 
     def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row, place: str) -> Sample:
         key, items = read_key(columns, row, place), self._items(file, columns, number, row, place)

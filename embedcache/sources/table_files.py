@@ -228,7 +228,7 @@ class RowGroups:
             self._starts[path] = list(accumulate(sizes, initial=0))
         starts = self._starts[path]
         if row >= starts[-1]:
-            raise ItemError(f"{path} has {starts[-1]} rows, no row {row}")
+            raise ItemError(f"no such row: {path} has {starts[-1]} rows, no row {row}")
         group = bisect_right(starts, row) - 1
         return group, starts[group]
 
@@ -238,7 +238,7 @@ class RowGroups:
             with wrap_table_errors(path), open_parquet(path) as file:
                 cells = file.read_row_group(group, columns=[column])
                 if column not in cells.column_names:
-                    raise ItemError(f"{path} has no column {column!r}")
+                    raise ItemError(f"no column {column!r}: {path} has others")
                 self._groups[name] = cells[column]
         self._groups.move_to_end(name)
         while len(self._groups) > 1 and sum(cells.nbytes for cells in self._groups.values()) > _CACHE_BYTES:

@@ -206,7 +206,7 @@ class ByteRanges:
             with wrap_io_errors(path, ItemError):
                 data = self._open(path).read(offset, length)
         if len(data) < length:
-            raise ItemError(f"{path} ends {length - len(data)} bytes before the image does")
+            raise ItemError(f"truncated tar: {path} ends {length - len(data)} bytes before the image does")
         return data
 
 

@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from embedcache.encoders.open import open_encoder
@@ -171,6 +173,21 @@ def test_bad_items_are_rows_with_reasons(tmp_path: Path) -> None:
     assert np.isfinite(image.load()[[0, 5, 6, 7]]).all()
     assert np.isnan(image.load()[[1, 2, 3, 4]]).all()
     assert lines(folder, tmp_path / "c")[0].startswith("open_toy (cls): encoded 0 images, reused 8, failed 4: 1 ")
+
+
+def test_unreadable_items_are_counted_by_kind(tmp_path: Path) -> None:
+    folder, table = write_images(tmp_path / "s", 1), tmp_path / "s/t.csv"
+    for name in ("a.png", "b.png"):
+        (folder / name).symlink_to(name)
+    (report,) = extract(open_source(folder), tmp_path / "c", image_encoder=[IMAGE])
+    assert report.failures == {"cannot be read": 2}
+    others = ["/dev/zero", "../x.png", "http://127.0.0.1:9/x.png", "http://127.0.0.1:9/y.png"]
+    table.write_text("\n".join(["image", "00000.png", *others]))
+    (report,) = extract(table, tmp_path / "d", image_encoder=[IMAGE], inside_only=True)
+    assert report.failures == {"outside the source's folder": 2, "URL outside the source's folder": 2}
+    pq.write_table(pa.table({"image": [(folder / "00000.png").read_bytes(), None, None]}), tmp_path / "t.parquet")
+    (report,) = extract(tmp_path / "t.parquet", tmp_path / "e", image_encoder=[IMAGE])
+    assert report.failures == {"no image in column image": 2}
 
 
 @pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "short"])

@@ -138,7 +138,7 @@ def test_unreadable_image_raises_item_error() -> None:
     source = open_source(dataset(image=[None, "/nowhere/x.jpg"]))
     empty, gone = (sample.images[0] for sample in source.samples())
     for item, words in (
-        (empty, "no image in row 0"),
+        (empty, "no image: row 0 of"),
         (gone, "no such file"),
         (FileItem(path="", offset=2), "no image in row 2"),
         (FileItem(path="test"), "split 'test'"),

@@ -333,7 +333,7 @@ def test_renamed_column_raises_item_error(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", audio=IMAGES)
     item = next(iter(open_source(path).samples())).files["audio"][0]
     write_parquet(path, sound=IMAGES)
-    with pytest.raises(ItemError, match=r"t\.parquet has no column 'audio'"):
+    with pytest.raises(ItemError, match=r"no column 'audio': .*t\.parquet has others"):
         open_source(path, settings=SourceSettings(audio_column="sound")).read(item)
 
 
@@ -341,7 +341,7 @@ def test_empty_cell_raises_item_error(tmp_path: Path) -> None:
     image = pa.array([None, IMAGES[0]], pa.binary())
     source = open_source(write_parquet(tmp_path / "t.parquet", image=image))
     first, second = (sample.images[0] for sample in source.samples())
-    with pytest.raises(ItemError, match=r"no image in column image, row 0"):
+    with pytest.raises(ItemError, match=r"no image in column image: row 0 of .*t.parquet is empty"):
         source.read(first)
     assert source.read(second) == IMAGES[0]
 
@@ -359,7 +359,7 @@ def test_inside_only_reads_no_other_file(tmp_path: Path) -> None:
     first, *others = (sample.images[0] for sample in source.samples())
     assert reopen_source(source.describe()).read(first) == IMAGES[0]
     for item in others:
-        with pytest.raises(ItemError, match="outside the source's folder|is a URL"):
+        with pytest.raises(ItemError, match="outside the source's folder: "):
             source.read(item)
     with pytest.raises(SettingError, match="expected local files, got s3://bucket/t.parquet"):
         open_source("s3://bucket/t.parquet", kind="table", settings=SourceSettings(inside_only=True))
