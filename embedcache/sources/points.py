@@ -184,8 +184,8 @@ def _check_resolution(xyz_N3: Array) -> None:
     step = float(np.spacing(np.float32(largest)))
     if extent > 0 and step > _MIN_RESOLUTION * extent:
         raise ItemError(
-            f"too far from the origin: coordinates up to {largest:,.0f} over an extent of {extent:,.6g}; float32 resolves "
-            f"{step:g} there; subtract an origin"
+            f"too far from the origin: coordinates up to {largest:,.0f} over an extent of {extent:,.6g}; float32 "
+            f"resolves {step:g} there; subtract an origin"
         )
 
 
