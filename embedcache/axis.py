@@ -56,12 +56,12 @@ class Axis:
         """Build an axis from JSON values.
 
         Raises:
-            DataError: a field is unknown or missing.
+            DataError: it is no object, or a field is unknown or missing.
         """
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
-        }
         try:
+            values: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+            }
             return cls(**values)
-        except TypeError as error:
-            raise DataError(f"expected the axis of a feature, got {dict(record)}: {error}") from None
+        except (TypeError, AttributeError) as error:
+            raise DataError(f"expected the axis of a feature, got {record!r}: {error}") from None

@@ -118,7 +118,7 @@ CERTAIN = Rule(
 
 
 def _agree_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-    _check_points("agree", shapes, 2)
+    _check_points("agree", shapes, 2, labels=(0, 1))
     return {"label": (-1, 1)}
 
 
@@ -132,7 +132,7 @@ AGREE = Rule(name="agree", apply=_agree, outputs=_agree_outputs, parameters={}, 
 
 
 def _weight_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-    _check_points("weight_by_entropy", shapes, 2)
+    _check_points("weight_by_entropy", shapes, 2, probabilities=(0, 1))
     return {"prob": shapes[0]}
 
 
@@ -153,7 +153,7 @@ WEIGHT_BY_ENTROPY = Rule(
 
 
 def _recover_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
-    _check_points("recover", shapes, 5)
+    _check_points("recover", shapes, 5, labels=(0,), probabilities=(1, 3))
     return {"label": (-1, 1)}
 
 
@@ -211,9 +211,29 @@ def _labels(block: Block) -> Ints:
     return labels_N
 
 
-def _check_points(rule: str, shapes: Sequence[ItemShape], count: int) -> None:
+def _check_points(
+    rule: str,
+    shapes: Sequence[ItemShape],
+    count: int,
+    *,
+    labels: Sequence[int] = (),
+    probabilities: Sequence[int] = (),
+) -> None:
+    """Check that all inputs are of points; those of labels have one column, and those of probabilities as many."""
     if len(shapes) != count or any(len(shape) != 2 or shape[0] != -1 for shape in shapes):
         raise SettingError(
             f"the rule {rule!r} takes {count} feature(s) of points, got inputs of the shapes "
             f"{', '.join(map(str, shapes))}"
+        )
+    for number in labels:
+        if shapes[number][1] != 1:
+            raise SettingError(
+                f"the rule {rule!r}: expected labels, one column, as input {number + 1}, got a feature of "
+                f"{shapes[number][1]} columns"
+            )
+    widths = [shapes[number][1] for number in probabilities]
+    if len(set(widths)) > 1:
+        raise SettingError(
+            f"the rule {rule!r}: expected probabilities of the same classes of both modalities, got "
+            f"{' and '.join(map(str, widths))} classes"
         )

@@ -335,7 +335,7 @@ def read_axis(attributes: Mapping[str, Any], name: str) -> Axis | None:
         return None
     try:
         return Axis.from_json(attributes["axis"])
-    except (DataError, TypeError, AttributeError) as error:
+    except DataError as error:
         raise CorruptError(f"feature {name}: {error}; extract into a new folder") from None
 
 

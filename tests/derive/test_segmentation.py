@@ -22,9 +22,10 @@ from embedcache.derive.pseudo_labels import (
     recover_labels,
     weight_by_entropy,
 )
+from embedcache.derive.rules import open_rule
 from embedcache.derive.segmentation import lift_parameters
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import SettingError
+from embedcache.errors import DataError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import verify_cache
 from embedcache.extract.settings import ExtractSettings
@@ -201,6 +202,24 @@ def test_pseudo_labels_match_the_formulas(cache: Path) -> None:
     assert np.array_equal(labels_of(recovered), expected)
     assert Cache(cache).feature("points", "HT/label").dtype == "int16"
     assert verify_cache(cache).is_sound
+
+
+UNFIT = {
+    "agree": ([(-1, 1), (-1, 5)], {}, "'agree': expected labels, one column, as input 2, got a feature of 5 columns"),
+    "lift": ([(-1, 2), (16, 3)], {"grids": [1]}, "expected the axis of a feature, got 1"),
+    "recover": ([(-1, 5), (-1, 5), (-1, 8), (-1, 5), (-1, 8)], {}, "'recover': expected labels, .* as input 1, got"),
+    "weight_by_entropy": ([(-1, 5), (-1, 7)], {}, "expected probabilities of the same classes .*, got 5 and 7 classes"),
+}
+
+
+@pytest.mark.parametrize(("rule", "shapes", "parameters", "words"), [(name, *case) for name, case in UNFIT.items()])
+def test_rules_refuse_inputs_of_other_widths(
+    rule: str, shapes: list[tuple[int, ...]], parameters: dict[str, Any], words: str
+) -> None:
+    outputs = open_rule(rule).outputs
+    assert outputs is not None
+    with pytest.raises((SettingError, DataError), match=words):
+        outputs(shapes, parameters)
 
 
 WRONG = {"agree": [UV], "certain": [UV, UV], "recover": [UV], "weight_by_entropy": [("image", PATCHES[0])] * 2}
