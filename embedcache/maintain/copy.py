@@ -264,7 +264,7 @@ def _choose(
         for modality in cache.info.num_items:
             for group in cache.encoders(modality):
                 by_name.setdefault((modality, group.name), []).append(group)
-    known = [f"{name}/{feature}" for (_, name), groups in by_name.items() for feature in groups[0].features]
+    known = {f"{name}/{each}" for (_, name), groups in by_name.items() for group in groups for each in group.features}
     for feature in features:
         if feature not in known and feature not in {name for _, name in by_name}:
             raise unknown_name("feature", feature, known, where=f"of {caches[0].path}")

@@ -371,6 +371,9 @@ def test_merge_refuses_other_encoders(made: Path, tmp_path: Path) -> None:
     report = merge_caches([made / "c", tmp_path / "one"], tmp_path / "both", prefix_keys=True)
     assert report.features == ["image/open_toy/cls"]
     assert "image/open_toy@flip/cls" in report.left_out
+    caches, patches = [tmp_path / "one", made / "c"], "open_toy/patches"
+    report = merge_caches(caches, tmp_path / "none", prefix_keys=True, features=patches)
+    assert (report.features, report.left_out) == ([], [f"image/{patches}"])
     (tmp_path / "one/image/open_toy/chunks/00001.parquet").unlink()
     with pytest.raises(UnfinishedError, match="feature open_toy/cls is not finished: 1 of 3 chunks is missing"):
         merge_caches([made / "c", tmp_path / "one"], tmp_path / "other", prefix_keys=True)
