@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import CorruptError, PathError, SettingError, UnknownNameError, pluralize
-from embedcache.files import AnyPath, folder_bytes, is_remote, open_path, remove_folder, remove_partials, user_folder
+from embedcache.files import (
+    AnyPath,
+    find_files,
+    folder_bytes,
+    is_remote,
+    open_path,
+    remove_file,
+    remove_folder,
+    remove_partials,
+    user_folder,
+)
 from embedcache.locks import Leases, locked
 from embedcache.maintain.settings import PruneSettings
 from embedcache.records import read_stage
@@ -22,8 +32,8 @@ from embedcache.units import format_bytes
 
 _DAY_S = 86_400
 _KINDS = {".onnx": "ONNX graph", ".sha256": "digest of a graph", ".json": "description of an encoder"}
-_KEPT_RECORDS = "remove-*.json"
-"""Records that are never old: what was removed, and when."""
+_KEPT_RECORDS = "remove-"
+"""How the names of records begin that are never old: what was removed, and when."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +134,7 @@ def prune_cache(cache: AnyPath | None, settings: PruneSettings | None = None, **
             elif entry.kind == "encoder":
                 remove_folder(entry.path)
             else:
-                entry.path.unlink(missing_ok=True)
+                remove_file(entry.path, missing_ok=True)
     return plan
 
 
@@ -194,11 +204,10 @@ def _delete_feature(cache: Cache, entry: PrunedEntry) -> None:
 def _find_records(cache_path: Path, days: int) -> list[PrunedEntry]:
     """Return the records of stages that started before some days, but for those of removals."""
     limit = datetime.now(UTC).timestamp() - days * _DAY_S
-    kept = set((cache_path / "records").glob(_KEPT_RECORDS))
     return [
         PrunedEntry(name=path.name, kind="record", path=path, num_bytes=path.stat().st_size)
-        for path in sorted((cache_path / "records").glob("*.json"))
-        if path not in kept and _started(path) <= limit
+        for path in sorted(find_files(cache_path, "records/*.json"))
+        if not path.name.startswith(_KEPT_RECORDS) and _started(path) <= limit
     ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from embedcache.errors import CorruptError, PathError, SettingError, UnknownNameError
-from embedcache.files import user_folder
+from embedcache.files import open_path, user_folder
 from embedcache.maintain.prune import plan_prune, prune_cache
 from embedcache.maintain.settings import PruneSettings
 from embedcache.provenance import write_json
@@ -133,6 +133,15 @@ def test_records_but_those_of_removals(cache: Path) -> None:
         write_json(records / "extract-1.json", {"stage": "extract", **started})
         with pytest.raises(CorruptError, match=r"extract-1.json: expected a time as started, got"):
             plan_prune(cache, PruneSettings(records=0))
+
+
+def test_records_behind_a_url_that_looks_like_a_pattern(cache: Path) -> None:
+    """The records of a cache beside it, which match the URL as a pattern, stay."""
+    url, other = "memory://prune[1]/c", "memory://prune1/c"
+    for place in (url, other):
+        open_path(place).fs.put(str(cache), open_path(place).path, recursive=True)  # type: ignore[attr-defined]
+    assert len(prune_cache(url, PruneSettings(records=0)).entries) == 2
+    assert [len(plan_prune(place, PruneSettings(records=0)).entries) for place in (url, other)] == [0, 2]
 
 
 def test_onnx_graphs_by_their_last_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
