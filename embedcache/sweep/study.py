@@ -119,13 +119,13 @@ def open_study(
         _check_folder(path)
     with locked(path):
         _check_folder(path)
-        if _manifest_path(path).is_file():
+        if manifest_path(path).is_file():
             return _reopen_study(path, requested, failed, data)
         pairs = data.pairs(space.settings({}).language, progress=progress)
         split = data.split(pairs, space.settings({}).split, progress=progress)
         write_split(split_path(path), split)
         made = replace(requested, split_digest=digest_file(split_path(path)))
-        write_record(_manifest_path(path), made.to_json())
+        write_record(manifest_path(path), made.to_json())
     return made
 
 
@@ -133,7 +133,7 @@ def _reopen_study(path: Path, requested: Study, failed: Mapping[str, str], data:
     """Read the study in a folder, and compare it with what is requested."""
     values = read_study(path)
     values.pop(DIGEST, None)
-    stored = construct(_manifest_path(path), lambda: Study.from_json(values))
+    stored = construct(manifest_path(path), lambda: Study.from_json(values))
     expected = replace(requested, name=stored.name, split_digest=stored.split_digest)
     next_step = "sweep into a new folder, or keep the study"
     check_not_extended(f"study {path} was begun", stored.index_digest, data.caches, next_step=next_step)
@@ -145,7 +145,8 @@ def _reopen_study(path: Path, requested: Study, failed: Mapping[str, str], data:
     return stored
 
 
-def _manifest_path(path: Path) -> Path:
+def manifest_path(path: Path) -> Path:
+    """Return the path of the file whose presence marks a study as begun."""
     return path / "study.json"
 
 

@@ -16,7 +16,7 @@ from embedcache.reports.sweep import SweepConfig, SweepFindings, write_sweep_pag
 from embedcache.settings import merge_settings
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
-from embedcache.sweep.study import open_study
+from embedcache.sweep.study import manifest_path, open_study
 from embedcache.train.data import Names, Paths, TrainData, name_features, open_data
 from embedcache.train.recipes import choose_settings, count_training_pairs
 
@@ -75,13 +75,15 @@ def sweep(
     """
     for library in ("optuna", "sklearn"):  # scikit-learn is needed only at the end, to measure importance
         require(library, extra="sweep")
-    from embedcache.sweep.trials import make_grid_points
+    from embedcache.sweep.trials import check_storage, make_grid_points
     from embedcache.sweep.worker import StudyJob, run_workers, work
 
     settings = merge_settings(SweepSettings, settings, options)
     folder, progress = Path(study), to_progress(progress)
     searched = read_space(Path(space))
     make_grid_points(searched, settings)  # rejects an infinite grid before a folder is created
+    if settings.storage is not None and not manifest_path(folder).is_file():  # which would keep a wrong URL
+        check_storage(settings.storage)
     memory = searched.settings({}).machine.memory
     named = name_features(image_feature, text_feature, feature)
     data = open_data(caches, named, memory_bytes=memory, progress=progress)

@@ -3,7 +3,8 @@
 import itertools
 import sqlite3
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -266,16 +267,11 @@ def _open_storage(
 ) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = path.resolve() / "study.db"
-    url, engine = settings.storage or "sqlite:///study.db", dict[str, Any]()
+    url = settings.storage or "sqlite:///study.db"
+    engine = _engine_options(url)
     if settings.storage is None:  # by its path: in a URL, `?` and `%` of the name of a folder have a meaning
-
-        def connect() -> sqlite3.Connection:
-            return sqlite3.connect(file, timeout=_SQLITE_TIMEOUT_S, check_same_thread=False)
-
-        engine["creator"] = connect
-    elif url.startswith("sqlite"):
-        engine["connect_args"] = {"timeout": _SQLITE_TIMEOUT_S}
-    try:
+        engine = {"creator": lambda: sqlite3.connect(file, timeout=_SQLITE_TIMEOUT_S, check_same_thread=False)}
+    with _explained(settings.storage, file):
         storage = optuna.storages.RDBStorage(url, engine_kwargs=engine)
         if url.startswith("sqlite"):
             _check_pages(storage)
@@ -286,9 +282,26 @@ def _open_storage(
             pruner=_make_pruner(settings.pruner, max_epochs=space.max_epochs()),
             load_if_exists=True,
         )
+
+
+def check_storage(url: str) -> None:
+    """Open the storage of a URL, and close it; a `PathError` if it cannot be opened."""
+    with _explained(url):
+        optuna.storages.RDBStorage(url, engine_kwargs=_engine_options(url)).engine.dispose()
+
+
+def _engine_options(url: str) -> dict[str, Any]:
+    return {"connect_args": {"timeout": _SQLITE_TIMEOUT_S}} if url.startswith("sqlite") else {}
+
+
+@contextmanager
+def _explained(url: str | None, file: Path | None = None) -> Iterator[None]:
+    """Raise an error of opening a storage, by its URL or else from a file, as one with the next step."""
+    try:
+        yield
     except Exception as error:  # of Optuna or SQLAlchemy, about anything in a damaged storage
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if settings.storage is None:
+        if url is None:
             raise _storage_error(error, f"{file}: expected the trials of a study, got an error: {reason}") from error
         raise PathError(
             f"storage {without_password(url)} cannot be opened: {reason}; use a URL such as "

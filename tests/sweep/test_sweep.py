@@ -216,6 +216,13 @@ def test_other_settings_are_rejected(cache_path: Path, swept: Swept, settings: d
         sweep(cache_path, swept[0], space_path, **FEATURES, settings=replace(RANDOM, **settings))
 
 
+def test_storage_that_cannot_be_opened_begins_no_study(cache_path: Path, tmp_path: Path) -> None:
+    settings = replace(RANDOM, storage="sqlite:////nowhere/at/all/study.db")
+    with pytest.raises(PathError, match="storage sqlite:////nowhere.* cannot be opened"):
+        sweep(cache_path, tmp_path / "study", write_space(tmp_path, SPACE), **FEATURES, settings=settings)
+    assert not (tmp_path / "study").exists()
+
+
 def test_settings_without_effect_may_change(cache_path: Path, tmp_path: Path, swept: Swept) -> None:
     space_path = write_space(tmp_path, SPACE.replace("epochs = 2", "epochs = 2\nthreads = 1"))
     progress = RecordedProgress()
