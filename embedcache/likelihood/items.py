@@ -24,7 +24,7 @@ from embedcache.networks.saved import ModuleInput
 from embedcache.networks.shared import Tokens
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.registry import names_from
-from embedcache.sources.images import rgb_image
+from embedcache.sources.images import load_image
 from embedcache.sources.sound import check_audio
 from embedcache.sources.video import StreamedVideo, Video, check_video
 from embedcache.store.cache import Cache
@@ -34,8 +34,8 @@ from embedcache.train.likelihood_batches import read_tokens
 from embedcache.train.modules import fitted_name
 
 ItemLike: TypeAlias = str | Path | bytes | Image | Array | Video | StreamedVideo | Mapping[str, Array]
-"""An item: the path or the bytes of a file, an open `PIL.Image.Image` of any mode, or else what its encoder prepares:
-(n,) float32 mono samples in [-1, 1] at 16 kHz, a `Video`, or arrays of points by name."""
+"""An item: the path or the bytes of a file, or decoded: an image as in `ImageLike`, (n,) float32 mono samples in [-1,
+1] at 16 kHz, a `Video`, or arrays of points by name."""
 ItemsLike: TypeAlias = ItemLike | Sequence[ItemLike] | Cache
 """One item, N items, or all items of a cache that have the feature of the run, in the order of their rows."""
 Batches: TypeAlias = Iterator[tuple[slice, Mapping[str, Tokens]]]
@@ -153,17 +153,19 @@ def prepare_item(item: ItemLike, name: str, encoders: Sequence[OpenEncoder]) -> 
         if isinstance(item, str | Path):
             item = Path(item).read_bytes()
         return [opened.encoder.prepare([opened.view(_decode(item, opened.encoder, name))])[0] for opened in encoders]
-    except ItemError as error:
+    except (DataError, ItemError) as error:
+        if str(error).startswith(f"{name}: "):
+            raise
         raise DataError(f"{name}: {error}") from error
 
 
 def _decode(item: Any, encoder: Encoder, name: str) -> Any:
     color, modality = background_of(encoder.fingerprint.preprocessing), encoder.modality
-    if isinstance(item, Image):
-        return rgb_image(item, color)
     if isinstance(item, bytes):
         decode = MODALITIES[modality].load_decoder()
         return decode(item, background=color) if modality == "image" else decode(item)
+    if modality == "image":
+        return load_image(item, color)
     if modality == "audio":
         return check_audio(item, name)
     if modality == "video":

@@ -129,6 +129,12 @@ def test_paths_bytes_and_open_images_are_the_same_item(
     assert model.retrieve("red", [opened])[0][0].name == "image 0"
 
 
+def test_images_may_be_arrays(model: LikelihoodModel, images: list[bytes]) -> None:
+    arrays = [np.asarray(Image.open(BytesIO(data)).convert("RGB")) for data in images[:3]]
+    found, expected = (model.classify(items, task="classify").probs_NC for items in (arrays, images[:3]))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_recordings_and_texts_alone_are_read(model: LikelihoodModel) -> None:
     silence = np.zeros(4000, np.float32)
     assert model.modalities == ("image", "audio")
@@ -148,6 +154,10 @@ def test_wrong_items_names_and_tasks_are_refused(
             wrong()
     with pytest.raises(DataError, match="image 1: not an image"):
         model.caption([images[0], b"text"])
+    with pytest.raises(DataError, match=r"image 1: image: expected RGB of shape \(H, W, 3\), got \(4, 4\)"):
+        model.classify([images[0], np.zeros((4, 4), np.uint8)], task="classify")
+    with pytest.raises(DataError, match="audio 0: expected a path, or mono float32 samples at 16000 Hz, got float64"):
+        model.classify([np.zeros(4000)], task="tones", modality="audio")
     with pytest.raises(DataError, match="expected words of the list, got 'violet'"):
         model.classify(images, ["red", "violet"])
     for names, words in ((["red", "red"], "'red' twice"), ([], "none")):
