@@ -68,10 +68,10 @@ def train_tasks(
     words = open_word_table(Cache(settings.words), settings.word_feature)
     file = TaskFile(settings.task_file, Cache(cache_path), memory_bytes=fit.machine.memory)
     splits = _split_caches(file, split)
-    tasks = [open_task(file, task, words, splits.get(file.cache_of(task).path)) for task in file.tasks]
+    tasks = [open_task(file, task, words, splits.get(file.cache_of(task).info.index_digest)) for task in file.tasks]
     _note_unknown(tasks, words, progress or NullProgress())
     return train_likelihood(
-        tasks, words, run_path, recipe, fit, split=_join(file, splits) if splits else None, progress=progress
+        tasks, words, run_path, recipe, fit, split=_join(splits) if splits else None, progress=progress
     )
 
 
@@ -102,9 +102,9 @@ def _make_recipe(settings: LikelihoodSettings, fit: FitSettings) -> tuple[Likeli
     return recipe, replace(fit, parts=parts)
 
 
-def _split_caches(file: TaskFile, settings: SplitSettings | None) -> dict[Path, Split]:
-    """Split the samples of the caches with examples that do not say their part themselves."""
-    splits: dict[Path, Split] = {}
+def _split_caches(file: TaskFile, settings: SplitSettings | None) -> dict[str, Split]:
+    """Split the samples of the caches with examples that do not say their part themselves: index digest -> split."""
+    splits: dict[str, Split] = {}
     for task in file.tasks:
         with naming(task):
             table = file.table_of(task, task.table.examples)
@@ -113,19 +113,18 @@ def _split_caches(file: TaskFile, settings: SplitSettings | None) -> dict[Path, 
             cache = file.cache_of(task)
             if task.table.validation is not None and settings is None and "split" not in cache.columns:
                 continue
-            if cache.path not in splits:
+            if cache.info.index_digest not in splits:  # which a cache has by all of its paths
                 chosen = settings or SplitSettings(kind="column" if "split" in cache.columns else "key")
-                splits[cache.path] = split_samples([cache], np.arange(cache.info.num_samples), chosen)
+                splits[cache.info.index_digest] = split_samples([cache], np.arange(cache.info.num_samples), chosen)
     return splits
 
 
-def _join(file: TaskFile, splits: Mapping[Path, Split]) -> Split:
+def _join(splits: Mapping[str, Split]) -> Split:
     """Return the splits of several caches as one, each sample with the digest of its cache."""
-    caches = {cache.path: cache for cache in map(file.cache_of, file.tasks)}
     tables = []
-    for path, split in splits.items():
+    for index_digest, split in splits.items():
         columns = {"key": to_array(split.keys, pa.string()), "part": to_array(split.parts, pa.string())}
-        tables.append(pa.table({**columns, "digest": pa.repeat(caches[path].info.index_digest, len(split.keys))}))
+        tables.append(pa.table({**columns, "digest": pa.repeat(index_digest, len(split.keys))}))
     joined = pa.concat_tables(tables)
     return Split(
         keys=Column(joined["key"]),

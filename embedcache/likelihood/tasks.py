@@ -10,7 +10,7 @@
     candidates = ["red", "green", "blue"]
 
 A table has the options of `TaskTable` and those of `embedcache.train.likelihood_tasks.ExampleTask`. Paths are relative
-to the file.
+to the file; a cache may have a URL.
 """
 
 import tomllib
@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from embedcache.dataset.splits import Split, column_parts
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, one_line
-from embedcache.files import read_text
+from embedcache.files import is_url, read_text
 from embedcache.io_errors import io_reason
 from embedcache.modalities import MODALITIES
 from embedcache.networks.candidates import MinedNegatives
@@ -145,7 +145,7 @@ class TaskFile:
     def __init__(self, path: Path | str, cache: Cache, *, memory_bytes: float = float("inf")) -> None:
         self.tasks = read_task_file(path)
         self._folder, self._cache, self._memory_bytes = Path(path).parent, cache, memory_bytes
-        self._caches: dict[Path, Cache] = {}
+        self._caches: dict[str, Cache] = {}
         self._media: dict[tuple[Path, str, str | None], Media] = {}
         self._tables: dict[tuple[Path, str | None], pa.Table] = {}
 
@@ -153,7 +153,7 @@ class TaskFile:
         """Return the cache of a task."""
         if task.table.cache is None:
             return self._cache
-        path = self._resolve(task.table.cache)
+        path = task.table.cache if is_url(task.table.cache) else str(self._resolve(task.table.cache))
         if path not in self._caches:
             self._caches[path] = Cache(path)
         return self._caches[path]

@@ -150,6 +150,18 @@ def test_seeds_are_averaged_and_prompts_tuned(folder: Path, run: Path) -> None:
     assert [(model["model"], len(model["runs"])) for model in models] == [("tuned", 2), ("run", 1)]
 
 
+def test_a_cache_by_several_paths_is_split_once(folder: Path) -> None:
+    """A task may name the cache of the command, by another path or a URL: it is measured on the same test part."""
+    (folder / "again").symlink_to(folder / "cache")
+    named = [f'[m{number}]\nkind = "masked"\n{line}\n' for number, line in enumerate(("", 'cache = "again"'))]
+    url = f'[c]\nkind = "caption"\ncache = "file://{folder}/cache"\n'
+    (folder / "paths.toml").write_text("".join([*named, url]))
+    succeed(*train("by-paths", "--task-file paths.toml"), cwd=folder)
+    shown = succeed(*["evaluate", "likelihood", "cache", "by-paths", "--task-file", "paths.toml", "--json"], cwd=folder)
+    (model,) = json.loads(shown)["models"]
+    assert {task["task"]: task["num_examples"] for task in model["tasks"]} == dict.fromkeys(("m0", "m1", "c"), 15)
+
+
 def test_a_run_without_its_split_is_neither_measured_nor_reused(folder: Path, run: Path) -> None:
     (run / "split.parquet").rename(folder / "aside")
     try:
