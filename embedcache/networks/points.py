@@ -228,7 +228,8 @@ def predict_points(network: PointNetwork, features_ND: Floats) -> PointPredictio
     Blocks are computed on the network's device.
     """
     network.eval()
-    parts = [(part.logits_NC.cpu(), part.hidden_NP.cpu()) for part in _run_blocks(network, features_ND)]
+    parts = [(torch.empty(0, network.num_classes), torch.empty(0, network.hidden))]
+    parts += [(part.logits_NC.cpu(), part.hidden_NP.cpu()) for part in _run_blocks(network, features_ND)]
     logits_NC, hidden_NP = (torch.cat(blocks_N) for blocks_N in zip(*parts, strict=True))
     return PointPrediction(softmax(logits_NC, dim=1).numpy(), hidden_NP.numpy())
 

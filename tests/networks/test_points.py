@@ -89,6 +89,8 @@ def test_points_do_not_depend_on_each_other_in_evaluation(source: PointNetwork) 
     whole, part = predict_points(source, features), predict_points(source, features[40:50])
     assert part.prob_NC == pytest.approx(whole.prob_NC[40:50], abs=1e-6)
     assert part.hidden_NP == pytest.approx(whole.hidden_NP[40:50], abs=1e-5)
+    none = predict_points(source, features[:0])
+    assert (none.prob_NC.shape, none.hidden_NP.shape) == ((0, whole.prob_NC.shape[1]), (0, whole.hidden_NP.shape[1]))
 
 
 def test_labeled_loss_matches_torch_and_ignores() -> None:
