@@ -169,7 +169,7 @@ def _decode(item: Any, encoder: Encoder, name: str) -> Any:
     if modality == "audio":
         return check_audio(item, name)
     if modality == "video":
-        return check_video(item)
+        return check_video(item, name)
     if modality == "points" and not (isinstance(item, Mapping) and "xyz" in item):
         raise DataError(f"{name}: expected arrays of points by name, with xyz, got {type(item).__name__}")
     return item

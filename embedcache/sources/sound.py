@@ -96,11 +96,11 @@ def iter_audio(path: Path) -> Iterator[Floats]:
 
 
 def check_audio(samples: Any, name: str) -> Floats:
-    """Return samples that are as `decode_audio` returns them; DataError if they are not."""
+    """Return samples that are as `decode_audio` returns them; DataError, with the name, if they are not."""
     if not isinstance(samples, np.ndarray) or samples.ndim != 1 or samples.dtype != np.float32 or not len(samples):
         is_array = isinstance(samples, np.ndarray)
         what = f"{samples.dtype} of shape {samples.shape}" if is_array else type(samples).__name__
-        raise DataError(f"expected a path, or mono float32 samples at {AUDIO_RATE_HZ} Hz, got {what}")
+        raise DataError(f"{name}: expected a path, or mono float32 samples at {AUDIO_RATE_HZ} Hz, got {what}")
     loudest = max(samples.max(), -samples.min())  # without a copy of what may be an hour; NaN if one sample is
     if not loudest <= LOUDEST:
         what = f"up to {loudest:g}; divide 16-bit ones by 32768" if loudest < np.inf else "NaN or infinity"

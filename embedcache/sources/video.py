@@ -169,17 +169,18 @@ def iter_frames(
         check_end(container, stream, time_s + step_s, None, None)
 
 
-def check_video(video: Any) -> Video | StreamedVideo:
-    """Return a video that is as `decode_video` returns it; DataError if it is not."""
+def check_video(video: Any, name: str) -> Video | StreamedVideo:
+    """Return a video that is as `decode_video` returns it; DataError, with the name, if it is not."""
     if isinstance(video, StreamedVideo):  # of `decode_video` itself
         return video
     if not isinstance(video, Video):
-        raise DataError(f"expected a path, or a Video of frames and their rate, got {type(video).__name__}")
+        raise DataError(f"{name}: expected a path, or a Video of frames and their rate, got {type(video).__name__}")
     frames = video.frames_THW3
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
-        raise DataError(f"expected uint8 RGB frames of shape (T, H, W, 3), got {frames.dtype} of shape {frames.shape}")
+        what = f"{frames.dtype} of shape {frames.shape}"
+        raise DataError(f"{name}: expected uint8 RGB frames of shape (T, H, W, 3), got {what}")
     if not 0 < video.rate_hz < np.inf:
-        raise DataError(f"expected a positive frame rate, got {video.rate_hz}")
+        raise DataError(f"{name}: expected a positive frame rate, got {video.rate_hz}")
     return video
 
 

@@ -129,7 +129,7 @@ def _find_streams(
         if serves_all and len(streams) > 1 and "video" not in infos:  # a recording of sound alone
             del found["video"]
     if video is not None:
-        frames = _check_file(Path(video)) if isinstance(video, str | Path) else check_video(video)
+        frames = _check_file(Path(video)) if isinstance(video, str | Path) else check_video(video, name)
         found["video"] = frames, _inspect(frames, "video").get("video")
     return found
 

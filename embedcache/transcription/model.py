@@ -329,7 +329,7 @@ def _few_threads(network: SpeechNetwork) -> Iterator[None]:
 
 
 def _is_many(items: Any) -> bool:
-    return isinstance(items, Sequence) and not isinstance(items, str)
+    return isinstance(items, Sequence) and not isinstance(items, str | bytes)
 
 
 def _pair_up(audio: Any, video: Any) -> list[tuple[Any, Any]]:

@@ -227,12 +227,21 @@ def test_wrong_settings_raise(audio: bool, options: Any, message: str, media: Pa
 @pytest.mark.parametrize(
     ("audio", "video", "message"),
     [
-        (np.zeros(100), None, "mono float32 samples at 16000 Hz, got float64 of shape"),
+        (
+            np.zeros(100),
+            None,
+            "the recording: expected a path, or mono float32 samples at 16000 Hz, got float64 of shape",
+        ),
         (np.zeros((100, 2), np.float32), None, r"float32 of shape \(100, 2\)"),
         (np.full(100, 20_000, np.float32), None, r"samples in \[-1, 1\], got up to 20000; divide"),
         (np.full(100, np.nan, np.float32), None, r"the recording: expected samples in \[-1, 1\], got NaN or infinity"),
         (np.full(100, -np.inf, np.float32), None, r"the recording: expected samples in \[-1, 1\], got NaN or infinity"),
-        (None, np.zeros((9, 4, 4, 3), np.uint8), "a Video of frames and their rate, got ndarray"),
+        (
+            None,
+            np.zeros((9, 4, 4, 3), np.uint8),
+            "the recording: expected a path, or a Video of frames and their rate, got ndarray",
+        ),
+        (b"RIFF", None, "mono float32 samples at 16000 Hz, got bytes"),
         (None, Video(frames_THW3=np.zeros((9, 4, 4, 3)), rate_hz=25.0), "uint8 RGB frames of shape .*got float64"),
         (None, Video(frames_THW3=np.zeros((9, 4, 4, 3), np.uint8), rate_hz=0.0), "positive frame rate, got 0"),
     ],

@@ -229,6 +229,10 @@ def test_wrong_pairs_raise(runs: Path, clip: Path) -> None:
         model.transcribe([clip, clip], [clip], mouth="all")
     with pytest.raises(DataError, match="expected one recording, or sequences for both"):
         model.transcribe([clip], clip, mouth="all")  # type: ignore[call-overload]
+    with pytest.raises(DataError, match="recording 1: expected a path, or mono float32 samples at 16000 Hz, got bytes"):
+        model.transcribe([clip, clip.read_bytes()], mouth="all")  # type: ignore[list-item]
+    with pytest.raises(DataError, match="recording 0: expected a path, .* got bytes"):
+        model.transcribe(clip.read_bytes(), mouth="all")  # type: ignore[call-overload]
     assert model.transcribe([], mouth="all") == []
 
 
