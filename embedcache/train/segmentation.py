@@ -53,10 +53,11 @@ class PointData:
 
 
 class LoadedPoints(NamedTuple):
-    """A batch on the device, and its rows."""
+    """This process's part of a batch on the device, its rows, and the number of points of all processes."""
 
     batch: PointBatch
     rows: Ints
+    num_points: int
 
 
 class _Objective(PointObjective):
@@ -124,11 +125,11 @@ class SegmentationTask:
             for name in self.module.networks
         }
         labels = {name: to_device(labels_N[own], self._device) for name, labels_N in self._labels.items()}
-        return LoadedPoints(PointBatch(features, labels), rows)
+        return LoadedPoints(PointBatch(features, labels), own, len(rows))
 
     def count(self, batch: LoadedPoints) -> int:
         """Return the number of points of a batch."""
-        return len(batch.rows)
+        return batch.num_points
 
     def measure(self) -> dict[str, float]:
         """Compute the mean IoU on the validation frames; without any, the number of steps so far."""

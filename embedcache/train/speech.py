@@ -56,10 +56,11 @@ FRAME_RATE_HZ = 25.0
 
 
 class LoadedUtterances(NamedTuple):
-    """A batch on the device, and its utterances."""
+    """This process's part of a batch on the device, its utterances, and the number of those of all processes."""
 
     batch: SpeechBatch
     numbers_B: Ints
+    num_utterances: int
 
 
 class _Objective(SpeechObjective):
@@ -153,7 +154,7 @@ class SpeechTask:
             is_encoded=self._is_encoded,
             is_ctc_alone=is_aligning,
         )
-        return LoadedUtterances(batch, numbers_B)
+        return LoadedUtterances(batch, numbers_B, len(drawn.numbers_B))
 
     @property
     def _stacks(self) -> Mapping[str, int]:
@@ -164,7 +165,7 @@ class SpeechTask:
 
     def count(self, batch: LoadedUtterances) -> int:
         """Return the number of utterances of a batch."""
-        return len(batch.numbers_B)
+        return batch.num_utterances
 
     def measure(self) -> dict[str, float]:
         """Compute the word error rates on the validation utterances, for each readout and each measured view.

@@ -15,6 +15,7 @@ from embedcache.settings import from_flat
 from embedcache.train.segmentation import (
     PointData,
     SegmentationInputs,
+    SegmentationTask,
     mean_iou_of,
     save_adapted_norms,
     train_adaptation,
@@ -51,6 +52,18 @@ def inputs(*names: str) -> SegmentationInputs:
 
 def settings(**options: Any) -> FitSettings:
     return from_flat(FitSettings, {"epochs": 8, "lr": 0.01, "batch_size": 64, **options})
+
+
+def test_each_process_names_its_own_points_and_counts_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.train.segmentation.own_slice", lambda count: slice(count // 2, count))
+    data = make_data(3)
+    data.features["image"][7] = np.nan
+    module = PointNetworks(widths={"image": WIDTHS["image"]}, num_classes=C)
+    task = SegmentationTask(module, data, {"image": data.labels_N}, settings())
+    loaded = next(batch for epoch in range(9) for batch in task.loader.epoch(epoch) if 7 in batch.rows)
+    assert task.count(loaded) - len(loaded.rows) in (len(loaded.rows), len(loaded.rows) - 1)
+    with pytest.raises(DataError, match="first row 7$"):
+        task.explain(loaded, loss=np.nan, step=0)
 
 
 @pytest.fixture(scope="module")

@@ -195,6 +195,13 @@ def test_a_batch_may_have_one_utterance() -> None:
     assert sorted(np.concatenate(batches)) == [0, 1, 2]
 
 
+def test_each_process_counts_the_utterances_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.train.speech.own_slice", lambda count: slice(count // 2, count))
+    task = make_task(make_utterances(), SpeechRecipe(), NUM)
+    (loaded,) = task.loader.epoch(0)
+    assert (len(loaded.numbers_B), task.count(loaded)) == (4, NUM)
+
+
 def test_bad_losses_name_the_feature_or_five_utterances() -> None:
     task = make_task(make_utterances(), SpeechRecipe(), NUM)
     (loaded,) = task.loader.epoch(0)
