@@ -15,7 +15,8 @@ from embedcache.store.cache import Cache
 if TYPE_CHECKING:
     from embedcache.projectors.pair import AnyTower
 
-_CLASS = "class"
+CLASS = "class"
+"""Column of the samples that names the class of their prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,8 @@ class Prompts:
 
 
 def has_prompts(cache: Cache) -> bool:
-    """Return whether a cache holds prompts."""
-    return _CLASS in cache.columns
+    """Return whether a cache may hold prompts: texts, of samples with a column `class`."""
+    return CLASS in cache.columns and "text" in cache.info.num_items
 
 
 def check_prompts(cache: Cache, spec: str) -> None:
@@ -50,13 +51,12 @@ def check_prompts(cache: Cache, spec: str) -> None:
     if not has_prompts(cache):
         command = f"embedcache extract prompts:CLASSES+TEMPLATES {cache.path.name}-prompts --text-encoder {spec}"
         instead = (
-            f"import captions and prompts, with their {_CLASS!r}, at once, and divide them with: embedcache cache cut"
+            f"import captions and prompts, with their {CLASS!r}, at once, and divide them with: embedcache cache cut"
         )
         encoder = EncoderSpec.parse(spec)
         reason = why_no_encoder(encoder, "text", next_step=instead if encoder.family == IMPORTED else None)
-        raise DataError(
-            f"{cache.path} holds no prompts: it has no column {_CLASS!r}; {reason or f'create them: {command}'}"
-        )
+        missing = "texts" if CLASS in cache.columns else f"column {CLASS!r}"
+        raise DataError(f"{cache.path} holds no prompts: it has no {missing}; {reason or f'create them: {command}'}")
 
 
 def read_prompts(cache: Cache, feature: InputFeature) -> Prompts:
@@ -67,7 +67,7 @@ def read_prompts(cache: Cache, feature: InputFeature) -> Prompts:
         UnfinishedError: the feature has uncommitted chunks.
     """
     feature.require_complete()
-    names: list[str] = cache.samples[_CLASS].to_pylist()
+    names: list[str] = cache.samples[CLASS].to_pylist()
     rows = np.flatnonzero(feature.valid)
     prompts = Prompts(
         feature=feature,

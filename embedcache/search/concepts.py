@@ -7,7 +7,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, blocks, normalize
 from embedcache.dataset.labels import has_label, read_labels
-from embedcache.dataset.prompts import has_prompts, read_prompts
+from embedcache.dataset.prompts import CLASS, has_prompts, read_prompts
 from embedcache.errors import DataError, SettingError
 from embedcache.files import AnyPath
 from embedcache.modalities import noun
@@ -46,13 +46,13 @@ def open_concepts(
 ) -> Concepts:
     """Read concepts in the space of a pool's vectors.
 
-    In a cache made from `prompts:…`, each sample is a concept, the mean of its prompts. In other caches, each value of
-    the column `label` is a concept, the mean of at most `max_examples` random examples (a prototype). Vectors are
-    normalized, averaged and normalized again. If a run projects the pool, its text tower projects prompts, and the
-    tower of its first modality that the cache has projects examples (such as that of images, or, if there are none, of
-    texts). If the pool is a plain feature, the concepts must have the same feature. `join_names` merges concepts with
-    equal names, such as the two cranes of ImageNet, instead of raising an error. Memory: the concepts, and a block of
-    items.
+    In a cache made from `prompts:…`, or of other texts with a column `class`, each sample is a concept, the mean of its
+    prompts. In other caches, and where `label` is `class`, each value of the column `label` is a concept, the mean of
+    at most `max_examples` random examples (a prototype). Vectors are normalized, averaged and normalized again. If a
+    run projects the pool, its text tower projects prompts, and the tower of its first modality that the cache has
+    projects examples (such as that of images, or, if there are none, of texts). If the pool is a plain feature, the
+    concepts must have the same feature. `join_names` merges concepts with equal names, such as the two cranes of
+    ImageNet, instead of raising an error. Memory: the concepts, and a block of items.
 
     Raises:
         FingerprintError: the concepts' feature is from another encoder than the pool's, or than the run was trained on.
@@ -62,8 +62,9 @@ def open_concepts(
     """
     if max_examples < 1:
         raise SettingError(f"max_examples: expected a whole number of at least 1, got {max_examples}")
-    vectors = _open(cache, pool)
-    if has_prompts(cache):
+    is_prompts = has_prompts(cache) and label != CLASS
+    vectors = _open(cache, pool, is_prompts=is_prompts)
+    if is_prompts:
         prompts = read_prompts(cache, vectors.feature)
         names, rows, numbers = _Members(prompts.names, prompts.rows, prompts.classes)
     else:
@@ -89,9 +90,9 @@ def open_concepts(
         "fingerprint": dict(vectors.feature.fingerprint),
         "run": None if vectors.run_path is None else str(vectors.run_path),
         "run_weights": None if vectors.config is None else vectors.config.weights_digest,
-        "of": "prompts" if has_prompts(cache) else "examples",
+        "of": "prompts" if is_prompts else "examples",
     }
-    if not has_prompts(cache):
+    if not is_prompts:
         source |= {"label": label, "most_examples": max_examples, "seed": seed}
     return Concepts(names=names, vectors=vectors_CP, counts=np.bincount(numbers, minlength=len(names)), source=source)
 
@@ -124,9 +125,8 @@ class _Members(NamedTuple):
     numbers: Ints  # (M,) number of the concept of each
 
 
-def _open(cache: Cache, pool: Vectors) -> Vectors:
+def _open(cache: Cache, pool: Vectors, *, is_prompts: bool) -> Vectors:
     """Open the concepts' vectors that are in the pool's space."""
-    is_prompts = has_prompts(cache)
     if pool.run_path is not None:
         modality = _projected_modality(cache, pool, is_prompts=is_prompts)
         return Vectors(cache.path, modality, run_path=pool.run_path, width=pool.width, device=pool.device)

@@ -125,6 +125,18 @@ def test_run_projects_examples(cache_path: Path, labeled: Path, run_path: Path) 
     np.testing.assert_allclose(concepts.vectors[0], normalize(images.mean(axis=0)), atol=1e-5)
 
 
+def test_labeled_images_may_have_a_column_class(tmp_path: Path) -> None:
+    image_folder = write_images(tmp_path / "images", 4)
+    rows = [f"{path},red bar,{kind},x\n" for path, kind in zip(sorted(image_folder.glob("*.png")), "abab", strict=True)]
+    for header, encoders in (("image,caption,class,label", {"text_encoder": [TEXT]}), ("image,about,class,label", {})):
+        (tmp_path / "table.csv").write_text("".join([f"{header}\n", *rows]))
+        path = tmp_path / header.replace(",", "-")
+        extract(open_source(tmp_path / "table.csv"), path, image_encoder=[IMAGE], **encoders)  # type: ignore[arg-type]
+        concepts = open_concepts(Cache(path), Vectors(path, "image", "open_toy/cls"), label="class")
+        assert (concepts.names, concepts.counts.tolist(), concepts.source["of"]) == (["a", "b"], [2, 2], "examples")
+    assert open_concepts(Cache(path), Vectors(path, "image", "open_toy/cls")).names == ["x"]  # there are no prompts
+
+
 def test_incomparable_concepts_raise(
     cache_path: Path, prompts: Path, labeled: Path, run_path: Path, tmp_path: Path
 ) -> None:
