@@ -95,7 +95,7 @@ class CoverageReport:
         pool_counts: counts of the pool.
         selection_counts: counts of a selection, with the same thresholds.
         scores: (C, k) float32, similarities of the most similar items of the pool, best first.
-        rows: (C, k) their rows.
+        rows: (C, k) their rows; -1, with a similarity of -inf, where an index has found fewer.
         nearest: (C,) the nearest other concept; -1 if there is none.
         overlaps: concepts that share items, sorted by number times Jaccard index; each is compared with the 8 nearest.
         index: index that found the items; None if every item was compared.

@@ -90,12 +90,17 @@ def concept_table(report: CoverageReport, numbers: Ints | Sequence[int]) -> Tabl
     names, rows = report.concepts.names, []
     for number in map(int, numbers):
         nearest = int(report.nearest[number])
-        cosines = (report.thresholds[number], report.background.quantiles[number, 0], report.scores[number, 0])
+        cosines = (report.thresholds[number], report.background.quantiles[number, 0], _highest(report, number))
         counts = [*(part.counts[number] for part in report.all_counts), report.pool_counts.assigned[number]]
         cells = [*map(format_count, counts), *map(format_fraction, cosines)]
         rows.append([names[number], *cells, names[nearest] if nearest >= 0 else ""])
     columns = ["concept", *(part.name for part in report.all_counts)]
     return [*columns, "most similar to it", "threshold", "median", "highest", "nearest concept"], rows
+
+
+def _highest(report: CoverageReport, number: int) -> float:
+    """Return the similarity of the most similar item of a concept; NaN if an index has found none."""
+    return float(report.scores[number, 0]) if report.rows[number, 0] >= 0 else np.nan
 
 
 def overlap_table(report: CoverageReport, *, num_rows: int = _MAX_OVERLAPS) -> Table:
@@ -182,7 +187,9 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
 
 def _concepts_json(report: CoverageReport) -> list[dict[str, Any]]:
     cache = report.pool.cache
-    samples = cache.items(report.pool.modality, columns=["sample"])["sample"].to_numpy()[report.rows.ravel()]
+    samples = cache.items(report.pool.modality, columns=["sample"])["sample"].to_numpy()[
+        report.rows.ravel().clip(min=0)
+    ]
     keys = keys_at(cache, samples).to_numpy().reshape(report.rows.shape)
     return [
         {
@@ -198,6 +205,7 @@ def _concepts_json(report: CoverageReport) -> list[dict[str, Any]]:
             "best": [
                 {"row": int(row), "key": key, "cosine": round_json(score)}
                 for row, key, score in zip(report.rows[number], keys[number], report.scores[number], strict=True)
+                if row >= 0
             ],
         }
         for number, name in enumerate(report.concepts.names)
@@ -299,7 +307,7 @@ def _concept_section(report: CoverageReport, renderer: ItemRenderer) -> Section:
 def _concept_example(report: CoverageReport, renderer: ItemRenderer, number: int) -> QueryExample:
     counts = " → ".join(format_count(part.counts[number]) for part in report.all_counts)
     levels = ", ".join(f"{quantile:g}" for quantile in QUANTILES)
-    cosines = [*report.background.quantiles[number], report.scores[number, 0]]
+    cosines = [*report.background.quantiles[number], _highest(report, number)]
     threshold = report.thresholds[number]
     return QueryExample(
         query=PageItem(text=report.concepts.names[number]),
@@ -309,6 +317,7 @@ def _concept_example(report: CoverageReport, renderer: ItemRenderer, number: int
         results=[
             renderer.render(row, is_correct=score > threshold)
             for row, score in zip(report.rows[number].tolist(), report.scores[number].tolist(), strict=True)
+            if row >= 0
         ],
     )
 

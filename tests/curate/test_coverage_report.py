@@ -17,6 +17,8 @@ from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import DataError, SettingError
 from embedcache.projectors.saved import load_pair
 from embedcache.reports.coverage import concept_table, coverage_json, overlap_table, summary_table, write_coverage_page
+from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
 from embedcache.store.cache import Cache
 from tests.curate.conftest import FIXED, of_texts
 from tests.search.test_concepts import NAMES, prompt_cache
@@ -106,6 +108,21 @@ def test_page_of_texts(cache_path: Path, tmp_path: Path) -> None:
     assert "<img" not in page
     assert "100 of 108 concepts" in page
     assert Cache(cache_path).items("text")["text"][int(report.rows[0, 0])].as_py() in page
+
+
+def test_index_that_finds_fewer_items_than_requested(cache_path: Path, prompts: Path, tmp_path: Path) -> None:
+    settings = IndexSettings(modality="text", feature="open_toy/mean", factory="IVF100,Flat", min_recall=0.0)
+    build_index(cache_path, tmp_path / "index", settings)
+    report = of_texts(cache_path, prompts, threshold=0.45, k=40, index=tmp_path / "index")
+    num_found = (report.rows >= 0).sum(axis=1)
+    assert num_found.min() < 40
+    best = [concept["best"] for concept in json.loads(json.dumps(coverage_json(report), allow_nan=False))["concepts"]]
+    assert [len(found) for found in best] == num_found.tolist()
+    write_coverage_page(tmp_path / "page.html", report)
+    none = replace(report, rows=np.full_like(report.rows, -1), scores=np.full_like(report.scores, -np.inf))
+    columns, rows = concept_table(none, [0])
+    assert dict(zip(columns, rows[0], strict=True))["highest"] == ""
+    write_coverage_page(tmp_path / "page.html", none)
 
 
 def test_warnings(cache_path: Path, prompts: Path) -> None:
