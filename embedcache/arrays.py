@@ -17,12 +17,13 @@ Shape letters: a suffix such as `vectors_BP` names the axes of an array, in orde
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import DataError, one_line
+from embedcache.errors import CorruptError, DataError, one_line
 
 Array: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -154,6 +155,18 @@ def to_numbers(values: Any, name: str) -> Array:
                 )
         array = np.array(array.tolist())  # numbers as objects, as a column of pandas may hold them
     return array
+
+
+def read_npy(path: Path) -> Array:
+    """Read the numbers of a `.npy` file as they are stored; `CorruptError` if it is no such file, or not of numbers."""
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError, TypeError) as error:
+        raise CorruptError(f"{path}: expected a .npy file of numbers, got an error: {one_line(error)}") from error
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
+        got = str(values.dtype) if isinstance(values, np.ndarray) else "several arrays"
+        raise CorruptError(f"{path}: expected a .npy file of numbers, got {got}")
+    return values
 
 
 def to_rows(rows: Any) -> Ints:

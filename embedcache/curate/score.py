@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from embedcache.arrays import Array, Floats, Ints, blocks, check_finite, normalize
+from embedcache.arrays import Array, Floats, Ints, blocks, check_finite, normalize, read_npy
 from embedcache.curate.settings import ScoreSettings
 from embedcache.dataset.inputs import to_inputs
 from embedcache.dataset.scores import write_scores
@@ -262,10 +262,7 @@ def read_head(path: Path, width: int, *, fold_layers: bool = False) -> LinearHea
 
 
 def _from_array(path: Path, width: int) -> LinearHead:
-    try:
-        values = np.asarray(np.load(path, allow_pickle=False), np.float64)
-    except (ValueError, EOFError, OSError, TypeError) as error:
-        raise CorruptError(f"{path}: expected a .npy file of numbers, got an error: {one_line(error)}") from error
+    values = read_npy(path).astype(np.float64)
     if values.size not in (width, width + 1) or values.squeeze().ndim > 1:
         raise DataError(
             f"{path}: expected {width:,} weights, or {width + 1:,} with the bias last, got shape {values.shape}"

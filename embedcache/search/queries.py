@@ -17,13 +17,14 @@ from embedcache.arrays import (
     check_finite,
     concatenated_ranges,
     normalize,
+    read_npy,
     to_numbers,
     to_rows,
 )
 from embedcache.dataset.inputs import to_inputs
 from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.open import EncoderSpec, feature_names, reopen_encoder, why_no_encoder
-from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
+from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.modalities import list_texts, noun
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project, read_config
@@ -280,11 +281,7 @@ def _project_call(modality: str) -> str:
 
 
 def read_vectors(path: Path) -> Array:
-    """Read the array of a `.npy` file; `CorruptError` if it is not numeric."""
+    """Read query vectors in float32 from a `.npy` file; `CorruptError` if they are no numbers."""
     if not path.is_file():
         raise PathError(f"expected a .npy file of query vectors, got {path}, which does not exist; check the path")
-    try:
-        values: Array = np.asarray(np.load(path, allow_pickle=False), np.float32)
-    except (ValueError, EOFError, OSError, TypeError) as error:
-        raise CorruptError(f"{path}: expected a .npy file of numbers, got an error: {error}") from error
-    return values
+    return read_npy(path).astype(np.float32)

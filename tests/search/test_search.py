@@ -290,6 +290,9 @@ def test_invalid_queries_raise(
     (tmp_path / "v.npy").write_bytes(b"no array")
     with pytest.raises(CorruptError, match=r"v\.npy: expected a \.npy file of numbers"):
         read_vectors(tmp_path / "v.npy")
+    np.save(tmp_path / "v.npy", np.full((2, 16), 1j))
+    with pytest.raises(CorruptError, match=r"v\.npy: expected a \.npy file of numbers, got complex128"):
+        read_vectors(tmp_path / "v.npy")
 
 
 def test_names_of_queries(image_folder: Path) -> None:

@@ -171,11 +171,13 @@ def test_wrong_heads_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     save_file({"weight": torch.full((1, 6), torch.nan)}, "nan.safetensors")
     Path("text.npy").write_text("1, 2, 3")
     np.save("wide.npy", np.ones(9))
+    np.save("complex.npy", np.full(6, 1j))
     np.save("square.npy", np.ones((2, 3)))
     torch.save({"weight": Opened()}, "code.pth")
     for name, error, words in [
         ("none.npy", PathError, "which does not exist"),
         ("text.npy", CorruptError, "expected a .npy file of numbers"),
+        ("complex.npy", CorruptError, "expected a .npy file of numbers, got complex128"),
         ("wide.npy", DataError, r"expected 6 weights, or 7 with the bias last, got shape \(9,\)"),
         ("square.npy", DataError, r"expected 6 weights, or 7 with the bias last, got shape \(2, 3\)"),
         ("named.safetensors", DataError, r"expected tensors weight \(1, P\) and bias \(1,\), got a \(2,\)"),
