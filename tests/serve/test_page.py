@@ -215,6 +215,37 @@ def test_coverage_view(page: Browsing) -> None:
     assert page.page.input_value("#query") == "sky"
 
 
+def test_requests_without_an_answer(browser: Any, address: str) -> None:
+    """What an item, a concept and a cluster hold is replaced by the reason, when the server has stopped."""
+    page, reason = Browsing(browser, address), "the server does not respond; check that it is still running"
+    page.type(TEXT)
+    page.page.keyboard.press("ArrowDown")
+    page.page.keyboard.press("Enter")
+    page.page.wait_for_selector("#item-columns tr")
+    page.page.route("**/api/items**", lambda route: route.abort())
+    page.page.route("**/api/items/*", lambda route: route.abort())
+    page.page.keyboard.press("ArrowRight")
+    page.wait_for("#item-captions", reason)
+    assert page.page.locator("#item-columns tr").count() == 0
+    page.page.keyboard.press("Escape")
+    page.page.click("#tab-coverage")
+    page.page.wait_for_selector(".bars button")
+    page.page.route("**/api/coverage/*", lambda route: route.fulfill(status=500, json={"error": "out of memory"}))
+    page.page.click(".bars button:has-text('sky')")
+    page.wait_for("#coverage .gallery", "out of memory")
+    page.page.click("#tab-map")
+    page.wait_for(".mapped .status", "80 of 80 visible")
+    page.page.route("**/api/map/1**", lambda route: route.abort())
+    page.page.click(".mapped .bars button >> nth=1")
+    page.wait_for("#map .gallery", reason)
+    page.page.focus(".frame")
+    page.page.keyboard.press("Enter")
+    page.wait_for(".mapped .status", reason)
+    page.close()
+    assert page.elsewhere == []
+    assert [error for error in page.errors if not error.startswith("Failed to load resource")] == []
+
+
 def test_about_view(page: Browsing) -> None:
     page.page.click("#tab-cards")
     page.page.wait_for_selector(".cards h2")

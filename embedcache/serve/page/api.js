@@ -1,6 +1,6 @@
 // Shows openapi.json as a page.
 
-import { api, byId, element, table } from "./dom.js";
+import { api, byId, element, failure, table } from "./dom.js";
 
 const nameOf = (schema) => schema?.$ref?.split("/").pop() ?? null;
 
@@ -67,4 +67,4 @@ async function start() {
   byId("operations").removeAttribute("aria-busy");
 }
 
-start().catch((error) => byId("operations").replaceChildren(element("p", { class: "warning", role: "alert" }, error.message)));
+start().catch((error) => byId("operations").replaceChildren(failure(error)));

@@ -1,6 +1,6 @@
 // Tables that describe each index, its run and its cache.
 
-import { element, table } from "./dom.js";
+import { element, failure, table } from "./dom.js";
 
 export async function loadCards(panel, indexes) {
   if (panel.childElementCount) return;
@@ -11,6 +11,6 @@ export async function loadCards(panel, indexes) {
         element("h2", {}, indexes.length > 1 ? `${"AB"[number]}: ${card.title}` : card.title),
         table(card.rows))))));
   } catch (error) {
-    panel.replaceChildren(element("p", { class: "warning", role: "alert" }, error.message));
+    panel.replaceChildren(failure(error));
   }
 }

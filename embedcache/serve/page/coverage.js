@@ -1,6 +1,6 @@
 // Concepts as bars with their gaps, and the most similar items of the selected one.
 
-import { api, count, element, table } from "./dom.js";
+import { api, count, element, failure, table } from "./dom.js";
 import { Grid } from "./grid.js";
 
 const MAX_BARS = 200;
@@ -18,7 +18,7 @@ export class CoverageView {
     try {
       this.coverage = await api("/api/coverage");
     } catch (error) {
-      this.panel.replaceChildren(element("p", { class: "warning", role: "alert" }, error.message));
+      this.panel.replaceChildren(failure(error));
       return;
     }
     this.largest = Math.max(1, ...this.coverage.concepts.flatMap((concept) => concept.counts));
@@ -90,8 +90,12 @@ export class CoverageView {
     this.selected = number;
     for (const button of this.bars.querySelectorAll("button"))
       button.setAttribute("aria-pressed", String(Number(button.dataset.number) === number));
-    const found = await api(`/api/coverage/${number}`);
+    const found = await api(`/api/coverage/${number}`).catch((error) => error);
     if (this.selected !== number) return;
+    if (found instanceof Error) {
+      this.gallery.replaceChildren(failure(found));
+      return;
+    }
     const grid = element("ul", { class: "grid", "aria-label": `The most similar items of ${found.name}` });
     new Grid(grid, this.search.indexes[0], this.search).show(found.hits, found.threshold);
     const button = this.search.info.takes.includes("text")

@@ -19,7 +19,9 @@ export async function api(path, options = {}) {
 }
 
 export async function send(path, options = {}) {
-  const response = await fetch(path, { credentials: "same-origin", ...options });
+  const response = await fetch(path, { credentials: "same-origin", ...options }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("the server does not respond; check that it is still running");
+  });
   if (response.ok) return response;
   let reason = `${response.status} ${response.statusText}`;
   try {
@@ -30,6 +32,8 @@ export async function send(path, options = {}) {
 
 export const post = (path, body, signal) =>
   api(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
+
+export const failure = (error) => element("p", { class: "warning", role: "alert" }, error.message);
 
 export const count = (number) => number.toLocaleString("en");
 

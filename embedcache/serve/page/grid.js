@@ -1,6 +1,6 @@
 // Hits as a grid with keyboard navigation, and a dialog that shows one of them.
 
-import { byId, element } from "./dom.js";
+import { byId, element, failure } from "./dom.js";
 import { play, player } from "./player.js";
 
 export const caption = (hit) => hit.captions.join(" · ") || hit.name;
@@ -165,8 +165,13 @@ export class ItemDialog {
     byId("item-title").lang = hit.languages[0] ?? "";
     byId("item-previous").disabled = place === 0;
     byId("item-next").disabled = place === this.hits.length - 1;
-    const item = await this.index.get(`/api/items/${hit.row}`);
+    const item = await this.index.get(`/api/items/${hit.row}`).catch((error) => error);
     if (this.hits[this.place] !== hit) return;
+    if (item instanceof Error) {
+      byId("item-captions").replaceChildren(failure(item));
+      byId("item-columns").replaceChildren();
+      return;
+    }
     byId("item-captions").replaceChildren(...captionsByLanguage(item.captions));
     const rows = [[this.index.info.score, hit.score?.toFixed(3) ?? null], ["key", item.key], ["path", item.path], ...Object.entries(item.columns)];
     byId("item-columns").replaceChildren(...rows.filter(([, value]) => value !== null).map(([name, value]) =>

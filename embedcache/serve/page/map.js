@@ -1,6 +1,6 @@
 // The map of an index: points on a canvas, with names when seen from afar and images from near, and its clusters as a list.
 
-import { NOUNS, count, element, send } from "./dom.js";
+import { NOUNS, count, element, failure, send } from "./dom.js";
 import { Grid, caption } from "./grid.js";
 import { Points } from "./points.js";
 
@@ -35,7 +35,7 @@ export class MapView {
       this.points = new Points(await (await send(this.index.url("/api/map/points"))).arrayBuffer());
     } catch (error) {
       this.isLoaded = false;
-      this.panel.replaceChildren(element("p", { class: "warning", role: "alert" }, error.message), this.chooser() ?? "");
+      this.panel.replaceChildren(failure(error), this.chooser() ?? "");
       return;
     }
     this.selected = null;
@@ -116,8 +116,13 @@ export class MapView {
     }
     const cluster = this.map.clusters[number];
     this.moveTo(cluster.x, cluster.y, Math.max(3, this.view.zoom));
-    const { name, hits } = await this.index.get(`/api/map/${number}`);
+    const found = await this.index.get(`/api/map/${number}`).catch((error) => error);
     if (this.selected !== number) return;
+    if (found instanceof Error) {
+      this.gallery.replaceChildren(failure(found));
+      return;
+    }
+    const { name, hits } = found;
     const grid = element("ul", { class: "grid", "aria-label": `Items in the middle of ${name}` });
     new Grid(grid, this.index, this.search).show(hits);
     const asks = this.index.info.takes.includes("text")
@@ -341,8 +346,9 @@ export class MapView {
     // Opens the nearest item; arrows move to those that lie around it.
     if (!this.near(left, top, radius).length) return;
     const rows = this.near(left, top, Math.max(radius, 120), 24).map((i) => this.points.rows[i]);
-    const hits = await this.index.get(`/api/items?${rows.map((row) => `rows=${row}`).join("&")}`);
-    this.search.itemDialog.open(this.index, hits, 0, () => this.frame.focus());
+    const hits = await this.index.get(`/api/items?${rows.map((row) => `rows=${row}`).join("&")}`).catch((error) => error);
+    if (hits instanceof Error) this.where.textContent = hits.message;
+    else this.search.itemDialog.open(this.index, hits, 0, () => this.frame.focus());
   }
 
   onKey(event) {
@@ -409,7 +415,8 @@ export class MapView {
   async showTip(point) {
     const row = this.points.rows[point];
     if (!this.captions.has(row)) {
-      const [hit] = await this.index.get(`/api/items?rows=${row}`);
+      const [hit] = await this.index.get(`/api/items?rows=${row}`).catch(() => []);
+      if (!hit) return; // without an answer there is no tip
       if (this.captions.size > 1000) this.captions.clear();
       this.captions.set(row, hit);
     }

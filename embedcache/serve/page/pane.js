@@ -60,7 +60,7 @@ export class Pane {
     } catch (error) {
       if (error.name === "AbortError") return;
       this.clear();
-      this.showStatus(error instanceof TypeError ? "the server does not respond; check that it is still running" : error.message, true);
+      this.showStatus(error.message, true);
     } finally {
       if (this.running === running) this.parts.results.classList.remove("busy");
     }
