@@ -170,12 +170,14 @@ def read_npy(path: Path) -> Array:
 
 
 def to_rows(rows: Any) -> Ints:
-    """Return row numbers, given one or several: (M,) int64; DataError if they are no integers."""
+    """Return row numbers, given one or several: (M,) int64; DataError if they are no integers, or of other shape."""
     numbers = np.atleast_1d(to_numbers(rows, "rows"))
     if numbers.dtype.kind not in "iu" and numbers.size:
         others = (each for each in numbers.ravel().tolist() if isinstance(each, bool) or not each.is_integer())
         other = next(others, numbers.ravel()[0])
         raise DataError(f"rows: expected integers, got {other}; rows are counted from 0")
+    if numbers.ndim > 1:
+        raise DataError(f"rows: expected one or several numbers, got an array of shape {numbers.shape}")
     return numbers.astype(np.int64, copy=False)
 
 

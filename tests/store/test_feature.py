@@ -161,6 +161,8 @@ def test_gather_row_out_of_range_raises(tmp_path: Path, row: int) -> None:
 def test_rows_that_are_no_integers_raise(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(5, (5,), seed=0), (5,), chunk_size=4)
     for read in (feature.gather, feature.has):
+        with pytest.raises(DataError, match=r"rows: expected one or several numbers, got an array of shape \(1, 2\)"):
+            read(np.array([[0, 1]]))
         with pytest.raises(DataError, match="rows: expected integers, got 1.5; rows are counted from 0"):
             read(np.array([1, 1.5]))
 
