@@ -5,7 +5,7 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,16 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.layout import SAMPLES, CacheInfo, read_info, table_path
 from embedcache.store.removed import read_removed
-from embedcache.store.tables import BLOCK, Footer, check_rows, open_table, read_footer, read_table, table_errors
+from embedcache.store.tables import (
+    BLOCK,
+    ITEM_SCHEMAS,
+    OpenedTable,
+    check_rows,
+    open_table,
+    read_opened,
+    read_table,
+    table_errors,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -30,14 +39,6 @@ if TYPE_CHECKING:
     from embedcache.store.rows import RowReader
 
 _SAMPLES_AT_ONCE = 1024
-
-
-class _OpenedTable(NamedTuple):
-    """The file of a table at some size and time: its footer, and the first row of each row group, then their number."""
-
-    stamp: tuple[int, float]
-    footer: Footer
-    starts: Ints
 
 
 class Cache:
@@ -59,9 +60,8 @@ class Cache:
         self.path = open_path(path)
         with wrap_io_errors(self.path):
             self.info: CacheInfo = read_info(self.path)
-        # Parsing a footer takes longer than reading the rows of a chunk.
         self._sample_columns: dict[str, pa.ChunkedArray] = {}
-        self._files: dict[str, _OpenedTable] = {}
+        self._opened: dict[str, OpenedTable] = {}
 
     def __fspath__(self) -> str:
         """Return the path or URL, so that functions that take a path of a cache take a `Cache`."""
@@ -204,7 +204,7 @@ class Cache:
         return key
 
     def items(self, modality: str, *, chunk: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the item table of a modality: one row per item, in row order.
+        """Return the item table of a modality: one row per item, in row order; none if the cache has no such items.
 
         Args:
             modality: `text` (sample, text, language), or one of files (sample, path, offset, length; of audio and video
@@ -214,14 +214,20 @@ class Cache:
 
         Raises:
             UnknownNameError: there is no such modality.
+            DataError: there is no such chunk.
             CorruptError: the table cannot be read, or the rows differ from their checksums.
         """
         if modality not in MODALITIES:
             raise unknown_name("modality", modality, MODALITIES)
+        if chunk is not None and not 0 <= chunk < self.info.num_chunks(modality):
+            known = pluralize(self.info.num_chunks(modality), "chunk")
+            raise DataError(f"{self.path}: expected one of {known} of {modality}, counted from 0, got {chunk}")
         return self.table(modality, columns) if chunk is None else self.block(modality, chunk, columns=columns)
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return all rows of a table; the arguments and errors are those of `block`."""
+        if name not in (SAMPLES, *self.info.num_items):  # a table without rows, or no file
+            return ITEM_SCHEMAS[name].empty_table().select(columns or ITEM_SCHEMAS[name].names)
         path = table_path(self.path, name)
         with table_errors(path):
             rows = read_table(path, columns).slice(0, self.num_rows(name))
@@ -279,15 +285,9 @@ class Cache:
                     likely[start // size : -(-stop // size)] = True
         return [*np.flatnonzero(likely).tolist(), *np.flatnonzero(~likely).tolist()]
 
-    def _open_file(self, name: str, path: Path) -> _OpenedTable:
+    def _open_file(self, name: str, path: Path) -> OpenedTable:
         """Return the footer of a table, which is read again when the file has changed."""
-        status = path.stat()
-        stamp = (status.st_size, status.st_mtime)  # another process may append samples at any time
-        opened = self._files.get(name)
-        if opened is None or opened.stamp != stamp:
-            footer = read_footer(path)
-            counts = [footer.metadata.row_group(group).num_rows for group in range(footer.metadata.num_row_groups)]
-            opened = self._files[name] = _OpenedTable(stamp, footer, np.cumsum([0, *counts]))
+        opened = self._opened[name] = read_opened(path, self._opened.get(name))
         return opened
 
     def _place(self, name: str, block: int | None) -> slice:

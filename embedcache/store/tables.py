@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from embedcache.arrays import Ints
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, one_line
 from embedcache.files import check_regular, is_remote
 from embedcache.io_errors import io_reason
@@ -68,6 +69,14 @@ class Footer(NamedTuple):
         return first < len(texts) and texts[first] <= found.max
 
 
+class OpenedTable(NamedTuple):
+    """The file of a table at some size and time: its footer, and the first row of each row group, then their number."""
+
+    stamp: tuple[int, float]
+    footer: Footer
+    starts: Ints
+
+
 @contextmanager
 def open_table(file: Path | BytesIO, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
     """Open a local or remote Parquet table; its footer and pages are compared with the checksums that they have.
@@ -102,6 +111,20 @@ def read_footer(path: Path) -> Footer:
         check_regular(path)
     with path.open("rb") as file:
         return _parse_footer(file)
+
+
+def read_opened(path: Path, before: OpenedTable | None) -> OpenedTable:
+    """Read the footer of a table, or return what was read before if the file has not changed.
+
+    Parsing a footer takes longer than reading the rows of a chunk. Another process may append samples at any time.
+    """
+    status = path.stat()
+    stamp = (status.st_size, status.st_mtime)
+    if before is not None and before.stamp == stamp:
+        return before
+    footer = read_footer(path)
+    counts = [footer.metadata.row_group(group).num_rows for group in range(footer.metadata.num_row_groups)]
+    return OpenedTable(stamp, footer, np.cumsum([0, *counts]))
 
 
 def _parse_footer(file: BinaryIO) -> Footer:

@@ -92,6 +92,15 @@ def test_unknown_modality_raises(cache: Cache) -> None:
         cache.features("imag")
 
 
+def test_items_of_a_modality_without_any(cache: Cache) -> None:
+    assert cache.items("video").num_rows == 0
+    assert cache.items("audio", columns=["sample", "stop_s"]).column_names == ["sample", "stop_s"]
+    assert not len(cache.removed_items("points"))
+    for modality, known, chunk in (("image", "5 chunks of image", 5), ("image", "5 chunks", -1), ("video", "0", 0)):
+        with pytest.raises(DataError, match=f"expected one of {known}.*, counted from 0, got {chunk}"):
+            cache.items(modality, chunk=chunk)
+
+
 def test_footer_of_a_table_is_read_again_when_the_file_has_changed(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +111,7 @@ def test_footer_of_a_table_is_read_again_when_the_file_has_changed(
         footers.append(file)
         return read_footer(file)
 
-    monkeypatch.setattr("embedcache.store.cache.read_footer", counted)
+    monkeypatch.setattr("embedcache.store.tables.read_footer", counted)
     table = pq.read_table(path / "text/items.parquet")
     for group_rows in (4, 7):  # 7: as another process may write it, for the same rows
         pq.write_table(table, path / "text/items.parquet", row_group_size=group_rows)
