@@ -166,7 +166,15 @@ class Results:
         Raises:
             DataError: columns have other seeds, or other items in a seed.
         """
-        return _resample([[result.measures[measure] for result in self.seeds(*names)] for names in asked])
+        columns = [self.seeds(*names) for names in asked]
+        seeds = [", ".join(str(result.seed) for result in column) for column in columns]
+        for (model, question), of_column in zip(asked, seeds, strict=True):
+            if of_column != seeds[0]:
+                raise DataError(
+                    f"expected the same seeds for all models on {question}, "
+                    f"got {seeds[0]} of {asked[0][0]}, {of_column} of {model}; run the pipeline again for all seeds"
+                )
+        return _resample([[result.measures[measure] for result in column] for column in columns])
 
 
 def estimates_json(columns: Mapping[str, Array]) -> dict[str, Any]:

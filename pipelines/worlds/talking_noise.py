@@ -21,7 +21,7 @@ _NUM_STREAMS = 12
 def write_tapes(
     folder: Path, training: Sequence[Path], *, length_s: int, seed: int, progress: Progress | None = None
 ) -> None:
-    """Write the noise tapes that are missing, each `length_s` seconds long, as `NAME.wav`.
+    """Write all noise tapes if any is missing, each `length_s` seconds long, as `NAME.wav`.
 
     `babble` and `talker` are made of recordings of training utterances; `babble-test` and `talker-test` of voices that
     are in no set.

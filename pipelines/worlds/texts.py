@@ -36,7 +36,7 @@ def load_descriptions(*, max_per_class: int | None = None) -> pa.Table:
     for testing and a tenth for validation, by a checksum of the text.
 
     Args:
-        max_per_class: keep the first descriptions of each class in the order of the checksums of each split.
+        max_per_class: keep the first descriptions of each class in the order of their checksums, before the split.
 
     Raises:
         MissingExtraError: the package clip-benchmark is not installed.
@@ -58,7 +58,7 @@ def load_descriptions(*, max_per_class: int | None = None) -> pa.Table:
 
 
 def collect_words(texts: Sequence[str], *, num_words: int = 0) -> list[str]:
-    """Return all words of some texts, then frequent words of all descriptions up to `num_words` in all.
+    """Return all words of some texts, then frequent words of all descriptions up to `num_words` in all, if above 0.
 
     Raises:
         SettingError: `num_words` is above 0 and below the number of words of the texts.

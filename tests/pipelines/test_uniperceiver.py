@@ -173,6 +173,9 @@ def test_models_are_compared_on_the_same_items() -> None:
     np.testing.assert_array_equal(means[:, 0], means[:, 1])  # on the same resamples
     with pytest.raises(DataError, match="expected the same items for all models of a seed"):
         results.resample([("a", "q"), ("other", "q")], "accuracy")
+    fewer = Results([*found, make_result("other", "q", 6, first_item=0)])
+    with pytest.raises(DataError, match="expected the same seeds for all models on q, got 0, 1 of a, 0 of other"):
+        fewer.resample([("a", "q"), ("other", "q")], "accuracy")
     with pytest.raises(DataError, match="expected a result of a, b, other on q, got 'blind'"):
         results.seeds("blind", "q")
 
