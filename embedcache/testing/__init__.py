@@ -1,7 +1,8 @@
 """Contract tests for plug-in authors: subclass the class of your kind of plug-in in a file that pytest collects.
 
 - a source: `embedcache.testing.sources.SourceContract`;
-- an encoder: `embedcache.testing.encoders.ImageEncoderContract` or `TextEncoderContract`;
+- an encoder: `ImageEncoderContract`, `TextEncoderContract`, `AudioEncoderContract`, `VideoEncoderContract` or
+  `PointsEncoderContract` of `embedcache.testing.encoders`;
 - a projector: `embedcache.testing.projectors.ProjectorContract` or `TokenProjectorContract`;
 - a loss: `embedcache.testing.losses.LossContract`;
 - a method of selection: `embedcache.testing.selectors.SelectorContract`;
