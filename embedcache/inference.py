@@ -32,6 +32,12 @@ from embedcache.transcription.model import SpeechModel, load_speech
 
 PairedItems: TypeAlias = ImageLike | ItemLike | Sequence[ImageLike | ItemLike]
 """One item, or N items, of a modality that a run pairs with texts."""
+_MAKE = {
+    "pair": "embedcache train CACHE {}",
+    "speech": "train_speech, see docs/howto/speech.md",
+    "likelihood": "embedcache train CACHE {} --task likelihood --task-file TASKS.toml --words WORDS",
+}
+"""Kind of a run -> what makes one."""
 
 
 @overload
@@ -70,7 +76,7 @@ def load(
         SettingError: the device does not exist.
     """
     run = Path(run)
-    values = read_run(run)
+    values = read_run(run, make=_MAKE.get(kind or "pair", _MAKE["pair"]))
     found = "pair" if is_pair(values) else str(values.get("kind"))
     found = "likelihood" if found == "shared" else found
     if kind is not None and found != kind:

@@ -81,7 +81,7 @@ def test_progress_and_what_was_used(folder: Path) -> None:
         ("whisper notes.txt", "notes.txt: expected sound, got none: .*"),
         ("whisper none.mp4", "none.mp4 does not exist: expected a recording or a video.*"),
         ("whisper .", ". is a folder: expected a recording or a video.*"),
-        ("none clip.mp4", "none does not exist; make one with: .*"),
+        ("none clip.mp4", "none does not exist; make one with: train_speech, see docs/howto/speech.md"),
         ("pair clip.mp4", "pair: expected a run of kind speech, got one of kind pair"),
         ("run clip.mp4 --streams lips", "--streams: expected audio or video, got 'lips'"),
         ("whisper clip.mp4 --streams video", "--streams: expected audio, which the run was trained on, got video"),
