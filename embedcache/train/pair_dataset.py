@@ -80,7 +80,8 @@ class PairDataset(Dataset[dict[str, Tensor]]):
             zip(data.features, (pairs.first.rows[first], pairs.second.rows[second]), strict=True)
         )
         self.samples: Ints = pairs.first.samples[first]
-        self._request = [str(cache.path) for cache in data.caches], {m: f.name for m, f in data.features.items()}
+        paths = [str(cache.path.absolute()) for cache in data.caches]
+        self._request = paths, {modality: feature.name for modality, feature in data.features.items()}
         self._data: TrainData | None = data
 
     def __repr__(self) -> str:

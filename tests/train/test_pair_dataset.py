@@ -36,6 +36,13 @@ def test_pairs_are_those_of_the_cache(dataset: embedcache.PairDataset, cache_pat
     assert dataset[3]["sample"] == 3
 
 
+def test_workers_may_start_in_another_folder(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(cache_path.parent)
+    dataset = embedcache.PairDataset(cache_path.name, **FEATURES)
+    monkeypatch.chdir(tmp_path)
+    assert pickle.loads(pickle.dumps(dataset))[3]["sample"] == 3  # noqa: S301
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # of a single core
 def test_workers_read_the_same_pairs(dataset: embedcache.PairDataset) -> None:
