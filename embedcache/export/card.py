@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def _metrics(metrics: Any, run: ExportRun) -> str:
     rows = list(_metric_rows(report))
     if not rows:
         return "## Metrics\n\nThe given report contains no metrics of this run.\n"
-    task = f"`{report['task']}` on `{report['dataset']}`. " if "task" in report else ""
+    task = f"`{report['task']}` on `{report['dataset']}`. " if {"task", "dataset"} <= report.keys() else ""
     table = ["| | value | 95% interval |", "| --- | --- | --- |", *rows]
     lines = ["## Metrics\n", f"{task}Computed by `embedcache evaluate`. {_seeds_line(report, run)}".rstrip() + "\n"]
     return "\n".join([*lines, *table, ""])
@@ -178,16 +178,21 @@ def _report_of(metrics: Any, run: ExportRun) -> Mapping[str, Any]:
     """Return the report of the run's recipe among those of a file, without those of other recipes; empty if missing."""
     reports = list(metrics) if isinstance(metrics, list) else [metrics]
     for report in list(reports):
-        others = report.get("details", {}).get("others", {}) if isinstance(report, Mapping) else {}
-        reports += others.values()
+        reports += _mapping(_mapping(report, "details"), "others").values()
     named = [report for report in reports if isinstance(report, Mapping)]
     if all("pretrained" not in report for report in named):
         return named[0] if named else {}
     own = [report for report in named if _names(report, run)]
     if not own:
         return {}
-    details = {name: value for name, value in own[0].get("details", {}).items() if name != "others"}
+    details = {name: value for name, value in _mapping(own[0], "details").items() if name != "others"}
     return {**own[0], "details": details}
+
+
+def _mapping(values: Any, name: str) -> Mapping[str, Any]:
+    """Return the JSON object that another one has under a name; empty if there is none."""
+    value = values.get(name) if isinstance(values, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
 
 
 def _names(report: Mapping[str, Any], run: ExportRun) -> bool:
@@ -196,13 +201,14 @@ def _names(report: Mapping[str, Any], run: ExportRun) -> bool:
 
 
 def _seeds_line(report: Mapping[str, Any], run: ExportRun) -> str:
-    seeds, own = report.get("details", {}).get("seeds", []), run.config.training.get("seed")
-    if len(seeds) < 2:
+    details, own = _mapping(report, "details"), run.config.training.get("seed")
+    seeds = details.get("seeds")
+    if not isinstance(seeds, list) or len(seeds) < 2:
         return ""
-    by_seed: Sequence[float] = next(
-        (values for name, values in report["details"].items() if name.endswith("_by_seed")), []
-    )
-    alone = f", whose own mean recall or accuracy is {by_seed[seeds.index(own)]}" if own in seeds and by_seed else ""
+    by_seed = next((values for name, values in details.items() if name.endswith("_by_seed")), None)
+    alone = ""
+    if own in seeds and isinstance(by_seed, list) and len(by_seed) == len(seeds):
+        alone = f", whose own mean recall or accuracy is {by_seed[seeds.index(own)]}"
     return f"Means over the seeds {', '.join(map(str, seeds))} of one recipe; this is seed {own}{alone}."
 
 
@@ -210,12 +216,10 @@ def _metric_rows(values: Any, prefix: str = "") -> Iterator[str]:
     """Yield a table row per metric of a report: those with an interval, and the plain ones of `metrics`."""
     if not isinstance(values, Mapping):
         return
-    intervals = values.get("intervals")
-    intervals = intervals if isinstance(intervals, Mapping) else {}
+    intervals = _mapping(values, "intervals")
     for name, value in values.items():
         if name in intervals:
-            low, high = intervals[name]
-            yield f"| {prefix}{name} | {value} | [{low}, {high}] |"
+            yield f"| {prefix}{name} | {value} | {intervals[name]} |"
         elif prefix.endswith("metrics ") and isinstance(value, (int, float)):
             yield f"| {name} | {value:.5g} | |"
         elif name != "intervals":

@@ -278,6 +278,22 @@ def test_card_has_metrics_of_its_own_recipe_only(run: Path) -> None:
     assert "contains no metrics of this run" in _metrics(other, opened)
 
 
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"task": "mine"}, {"details": None}, {"details": {"others": [1]}}, {"details": {"seeds": None}},
+        {"details": {"seeds": [0, 1], "recall_by_seed": 0.5}}, {"details": {"seeds": [0, 1], "recall_by_seed": [0.5]}},
+        {"details": {"intervals": {"recall": 0.5}, "recall": 0.5}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_card_of_other_json(report: dict[str, Any], run: Path) -> None:
+    """A file of metrics that embedcache did not write may have any values under the names that embedcache reads."""
+    text = _metrics({**report, "metrics": {"recall@5": 0.25}}, ExportRun.open(run))
+    assert "| recall@5 | 0.25 | |" in text
+    assert "whose own mean" not in text
+
+
 def test_opened_modules_import_all_that_they_need(tmp_path: Path) -> None:
     """transformers 4 copies only what a module imports itself."""
     copy_code([MODEL_MODULE, "embedcache.projectors.heads"], tmp_path, "transformers")
