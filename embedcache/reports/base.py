@@ -329,8 +329,27 @@ def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: 
 
 
 def svg(figure: "Figure") -> str:
-    """Return a figure as an SVG element to be placed inside a page."""
+    """Return a figure as an SVG element to be placed inside a page; names with dollar signs are drawn as they are."""
+    _draw_as_written(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _draw_as_written(figure: "Figure") -> None:
+    """Keep matplotlib from reading formulas between the dollar signs of names; only powers on axes are formulas."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter
+
+    powers: set[Text] = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        for formatter, ticks in (
+            (axis.get_major_formatter(), axis.get_major_ticks()),
+            (axis.get_minor_formatter(), axis.get_minor_ticks()),
+        ):
+            if isinstance(formatter, LogFormatter):
+                powers.update(tick.label1 for tick in ticks)
+    for text in figure.findobj(Text):
+        if text not in powers:
+            text.set_parse_math(False)

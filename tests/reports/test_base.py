@@ -1,5 +1,6 @@
 """Numbers, examples and pages of all reports."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from embedcache.reports.base import (
     open_axes,
     ranked_example,
     round_json,
+    svg,
     write_report,
 )
 from embedcache.reports.items import PageItem
@@ -68,6 +70,21 @@ def test_page_escapes_text_and_loads_nothing(tmp_path: Path) -> None:
     assert page.count("<svg") == 1
     assert "src=" not in page
     assert "<link" not in page
+
+
+def test_names_in_figures_are_no_formulas() -> None:
+    r"""`$5 to $10` would be drawn as `5to10`, and `$x_{$` is an error; powers of ten on axes stay formulas."""
+    names = {name: Estimate(0.5, 0.4, 0.6) for name in ("$5 to $10", "$x_{$")}
+    axes = open_axes(2.0)
+    estimate_bars(axes, names, height=0.6)
+    axes.plot([1, 100], [0, 1], label="US$ and A$")
+    axes.set_title("$x_{$")
+    axes.set_xscale("log")
+    axes.legend()
+    text = svg(axes.figure)
+    assert {"$5 to $10", "$x_{$", "US$ and A$"} <= set(re.findall("<!-- (.*) -->", text))
+    assert "Oblique" not in text  # the letters of formulas
+    assert "10^{2}" in text
 
 
 def test_no_row_of_a_table_in_a_section_is_emphasized(tmp_path: Path) -> None:
