@@ -74,7 +74,7 @@ def draw_png(**options: Any) -> bytes:
 
     resvg_py holds the lock of Python's interpreter while it draws, so that threads would draw one after the other and
     hold up everything else. Each thread that draws has a process of its own, at most one per core, which is kept until
-    this process ends. Memory: 12 MB per process, and what it draws.
+    this process ends. Memory: 14 MB per process, and what it draws.
 
     Raises:
         ValueError: the SVG cannot be parsed or drawn.
