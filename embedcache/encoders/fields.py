@@ -106,7 +106,7 @@ class _Fields:
         rows = np.empty(len(item["xyz"]), self._dtype)
         for name, field in self._fields.items():
             if name not in item:
-                raise ItemError(f"no array {name!r}; found {', '.join(sorted(item))}")
+                raise ItemError(f"no array {name!r}: found {', '.join(sorted(item))}")
             rows[name] = _checked(name, np.asarray(item[name]), field, len(rows))
         return rows
 

@@ -55,7 +55,7 @@ def test_columns_and_dtypes() -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"label": None}, "no array 'label'; found uv, xyz"),
+        ({"label": None}, "no array 'label': found uv, xyz"),
         ({"label": np.zeros((3, 1))}, r"array 'label': expected shape \(4, 1\), got \(3, 1\)"),
         ({"label": np.full(4, 40_000)}, "expected integers from -32768 to 32767, or NaN; got 40000"),
         ({"label": np.full(4, 1.5)}, r"got 1\.5"),
