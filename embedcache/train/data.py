@@ -342,8 +342,13 @@ def _training_pairs(
     views = parse_views(settings.views)
     training = data.with_views(pairs.select(rows), views) if views else pairs.select(rows)
     if not len(training.samples):
-        named = "" if settings.selection is None else f" in selection {settings.selection_path}"
-        raise DataError(f"training part{named}: expected samples with both features, got none; check --language")
+        if selected is None:
+            raise DataError("training part: expected samples with both features, got none; check --language")
+        num_held_out = int((split.mask("val") | split.mask("test"))[selected].sum())
+        raise DataError(
+            f"training part in selection {settings.selection_path}: expected samples with both features, got none: "
+            f"{num_held_out:,} of {len(selected):,} selected samples are of other parts; check them, and --language"
+        )
     return training
 
 
