@@ -277,12 +277,17 @@ def name_differences(found: Mapping[str, Any], requested: Mapping[str, Any]) -> 
     flat_found, flat_requested = _flatten(found), _flatten(requested)
     differing = [name for name in {**flat_found, **flat_requested} if flat_found.get(name) != flat_requested.get(name)]
     return [
-        f"{name}: stored {_cut_long_list(flat_found.get(name))}, requested {_cut_long_list(flat_requested.get(name))}"
+        f"{_explain(name)}: stored {_text(flat_found.get(name))}, requested {_text(flat_requested.get(name))}"
         for name in differing
     ]
 
 
-def _cut_long_list(value: Any) -> str:
+def _explain(name: str) -> str:
+    """Return the name of a field, with what it holds if the name does not say it."""
+    return f"{name} (the samples of the cache)" if name.rpartition(".")[2] == INDEX_DIGEST else name
+
+
+def _text(value: Any) -> str:
     """Return a value as text; of a long list, such as the words of a vocabulary, the first characters."""
     text = repr(value)
     if not isinstance(value, list | tuple) or len(text) <= _LONGEST_LIST:
