@@ -118,16 +118,17 @@ def word_clusters(utterances: Utterances) -> WordClusters:
 
 def clusters_of_characters(clusters_M: Ints, references: Sequence[str]) -> Ints:
     """Return the cluster of each character: that of its word; a space belongs to the word before it."""
-    repeats = [
-        len(word) + (place > 0)
-        for text in references
-        for place, word in reversed(list(enumerate(reversed(text.split()))))
-    ]
+    repeats: list[int] = []
+    for text in references:
+        words = text.split()
+        repeats += [len(word) + 1 for word in words[:-1]] + [len(word) for word in words[-1:]]
     return np.repeat(clusters_M, repeats)
 
 
 def shuffle_videos(utterances: Utterances, *, seed: int) -> Ints:
-    """Return the utterance whose lips each one gets: (N,), another one of similar length and with another transcript.
+    """Return the utterance whose lips each one gets: (N,), another one of similar length.
+
+    Transcripts differ where the utterances of similar lengths allow it.
 
     Raises:
         DataError: there are fewer than two utterances.
