@@ -176,6 +176,11 @@ def label(axes: Any, x: str, y: str = "") -> None:
         spine.set_color(INK)
 
 
+def legend_name(name: str) -> str:
+    """Return a name as the label of a line: matplotlib leaves those that begin with an underscore out of legends."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def estimate_bars(
     axes: Any,
     estimates: Mapping[str, Estimate],
@@ -269,8 +274,8 @@ def estimate_curves(
     figure: Figure = axes_P[0].figure
     handles = {name: handle for axes in axes_P for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(
-        [handles[name] for name in numbers],
-        list(numbers),
+        [handles[legend_name(name)] for name in numbers],
+        list(map(legend_name, numbers)),
         frameon=False,
         labelcolor=INK,
         loc="outside right upper",
@@ -308,7 +313,7 @@ def _draw_curve(
         linestyle=(0, (3, 2)) if is_control else "-",
         linewidth=1.1 if is_control else 1.8,
         color=color,
-        label=name,
+        label=legend_name(name),
     )
 
 

@@ -26,6 +26,7 @@ from embedcache.reports.base import (
     format_part,
     format_percent,
     label,
+    legend_name,
     open_axes,
     round_json,
     svg,
@@ -327,7 +328,7 @@ def _coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     axes = open_axes(3.4)
     for part, color in zip(parts, COLORS, strict=False):
         counts = np.sort(part.counts)[::-1]
-        axes.plot(np.arange(1, len(counts) + 1), counts, color=color, label=part.name, linewidth=2)
+        axes.plot(np.arange(1, len(counts) + 1), counts, color=color, label=legend_name(part.name), linewidth=2)
     axes.axhline(min_count, color=BAD, linestyle="--", linewidth=1)
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
@@ -346,7 +347,7 @@ def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_
     height = 0.8 / len(parts)
     for number, part in enumerate(parts):
         positions = np.arange(len(order)) + (number - (len(parts) - 1) / 2) * height
-        axes.barh(positions, part.counts[order], color=COLORS[number], height=height, label=part.name)
+        axes.barh(positions, part.counts[order], color=COLORS[number], height=height, label=legend_name(part.name))
     axes.axvline(min_count, color=BAD, linestyle="--", linewidth=1)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=0)

@@ -25,6 +25,7 @@ from embedcache.reports.base import (
     format_count,
     format_estimate,
     label,
+    legend_name,
     open_axes,
     ranked_example,
     round_json,
@@ -193,7 +194,7 @@ def _recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
     for axes, direction in zip(open_axes(3.2, ncols=2, sharey=True), directions, strict=True):
         for position, (name, report) in enumerate(reports.items()):
             ks = np.arange(1, len(report.curves[direction]) + 1)
-            axes.plot(ks, report.curves[direction], color=COLORS[position % len(COLORS)], label=name)
+            axes.plot(ks, report.curves[direction], color=COLORS[position % len(COLORS)], label=legend_name(name))
         chance = next(iter(reports.values())).chance[direction]
         chance_ks = [int(metric.removeprefix("r@")) for metric in chance]
         axes.plot(chance_ks, [estimate.value for estimate in chance.values()], color=SOFT, label="chance")
@@ -220,7 +221,8 @@ def recall_by_width(reports: Mapping[str, Mapping[int, _DirectionEstimates]]) ->
         for position, (name, by_width) in enumerate(reports.items()):
             widths, color = list(by_width), COLORS[position % len(COLORS)]
             recalls = [estimates[direction]["r@10"] for estimates in by_width.values()]
-            axes.plot(widths, [recall.value for recall in recalls], "o-", color=color, markersize=4, label=name)
+            values = [recall.value for recall in recalls]
+            axes.plot(widths, values, "o-", color=color, markersize=4, label=legend_name(name))
             axes.vlines(widths, [recall.low for recall in recalls], [recall.high for recall in recalls], color=color)
         axes.set_xscale("log", base=2)
         axes.set_xticks(widths, [str(width) for width in widths])

@@ -12,7 +12,7 @@ from PIL import Image
 from embedcache.arrays import Array, Floats, Ints
 from embedcache.errors import DataError
 from embedcache.metrics.segmentation import IGNORED
-from embedcache.reports.base import INK, open_axes
+from embedcache.reports.base import INK, legend_name, open_axes
 
 CLASS_COLORS = ("#804080", "#f423e8", "#6b8e23", "#8a8a8a", "#1f4bd8", "#dc143c", "#f5c400", "#00a6a6", "#8b4513")
 """Color of each class, in their order."""
@@ -64,7 +64,7 @@ def draw_frames(rows: Sequence[FrameRow], class_names: Sequence[str], *, width: 
                 panel.set_title(name, color=INK, fontsize=9)
         axes[row, 0].set_ylabel(frame.title, color=INK, fontsize=8)
     handles = [
-        Line2D([], [], marker="o", linestyle="", color=color, label=name)
+        Line2D([], [], marker="o", linestyle="", color=color, label=legend_name(name))
         for name, color in zip(class_names, CLASS_COLORS, strict=False)
     ]
     figure: Figure = axes[0, 0].figure

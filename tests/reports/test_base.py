@@ -27,6 +27,7 @@ from embedcache.reports.base import (
     write_report,
 )
 from embedcache.reports.items import PageItem
+from embedcache.reports.retrieval import recall_by_width
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,14 @@ def test_names_in_figures_are_no_formulas() -> None:
     assert {"$5 to $10", "$x_{$", "US$ and A$"} <= set(re.findall("<!-- (.*) -->", text))
     assert "Oblique" not in text  # the letters of formulas
     assert "10^{2}" in text
+
+
+def test_legends_name_lines_that_begin_with_underscores() -> None:
+    estimate = Estimate(0.5, 0.4, 0.6)
+    curves = svg(estimate_curves({"": Curves(["1"], {"_run": [estimate]})}, x="", y=""))
+    by_width = recall_by_width({"_run": {8: {way: {"r@10": estimate} for way in ("i2t", "t2i")}}})
+    for figure in (curves, by_width):
+        assert "<!--  _run -->" in figure
 
 
 def test_no_row_of_a_table_in_a_section_is_emphasized(tmp_path: Path) -> None:
