@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from warnings import catch_warnings, filterwarnings
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -154,6 +155,7 @@ COLORS = ("#2563eb", "#0d9488", "#9333ea", "#ea580c", "#db2777", "#ca8a04", "#11
 
 BAD = "#b91c1c"
 
+_MISSING_LETTER = "Glyph .* missing from"  # in a warning of matplotlib
 _MARKERS = "os^DvPX*"
 _LOWEST = 0.001  # of a logarithmic axis
 _LOG_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -334,8 +336,25 @@ def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: 
 
 
 def svg(figure: "Figure") -> str:
-    """Return a figure as an SVG element to be placed inside a page; names with dollar signs are drawn as they are."""
+    """Return a figure as an SVG element to be placed inside a page; names with dollar signs are drawn as they are.
+
+    Letters are shapes, so that a page looks alike everywhere. If the font lacks one, such as those of Chinese names,
+    all are text, which the browser draws in fonts of its own.
+    """
+    from matplotlib import rc_context
+
     _draw_as_written(figure)
+    try:
+        with catch_warnings():
+            filterwarnings("error", _MISSING_LETTER)
+            return _save_svg(figure)
+    except UserWarning:
+        with catch_warnings(), rc_context({"svg.fonttype": "none"}):
+            filterwarnings("ignore", _MISSING_LETTER)
+            return _save_svg(figure)
+
+
+def _save_svg(figure: "Figure") -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()

@@ -1,5 +1,6 @@
 """Numbers, examples and pages of all reports."""
 
+import html
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -86,6 +87,17 @@ def test_names_in_figures_are_no_formulas() -> None:
     assert {"$5 to $10", "$x_{$", "US$ and A$"} <= set(re.findall("<!-- (.*) -->", text))
     assert "Oblique" not in text  # the letters of formulas
     assert "10^{2}" in text
+
+
+@pytest.mark.parametrize(("name", "is_text"), [("Hund & Кот", False), ("犬 & <b>$x_{$", True)])
+def test_letters_that_the_font_lacks_are_text(name: str, is_text: bool, recwarn: pytest.WarningsRecorder) -> None:
+    axes = open_axes(2.0)
+    estimate_bars(axes, {name: Estimate(0.5, 0.4, 0.6)}, height=0.6)
+    figure = svg(axes.figure)
+    found = [html.unescape(text) for text in re.findall("<text .*>(.*)</text>", figure)]
+    assert (name in found) == is_text == bool(found)
+    assert "<b>" not in figure
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_legends_name_lines_that_begin_with_underscores() -> None:
