@@ -85,10 +85,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
 
     table = Table(title=title and visible(title), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(visible(column), justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(visible, row))
-    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False).print(table)
+    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False, emoji=False).print(table)
 
 
 def print_json(record: Any) -> None:

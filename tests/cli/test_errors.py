@@ -151,10 +151,18 @@ def test_table_in_a_file_is_not_wrapped(capsys: pytest.CaptureFixture[str]) -> N
     assert f"│ {caption} │   1 │" in capsys.readouterr().out.splitlines()
 
 
+def test_cells_of_tables_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """A key such as `12:100:7` has the name of an emoji in it, and `[/b]` would end a style."""
+    print_table(["a:cat:b"], [["12:100:7"], ["[b]x[/b] [/i]"]], title=":key: of [b]")
+    shown = capsys.readouterr().out
+    for text in ("a:cat:b", "12:100:7", "[b]x[/b] [/i]", ":key: of [b]"):
+        assert text in shown
+
+
 def test_controls_are_printed_as_escapes(capsys: pytest.CaptureFixture[str]) -> None:
     assert visible("a\tb\n" + HOSTILE) == "a\tb\n" + r"\x1b]0;owned\x07\x9b2J\u202eabc\ud800"
     print_line(HOSTILE)
-    print_table(["a"], [[HOSTILE]], title=HOSTILE)
+    print_table([HOSTILE], [[HOSTILE]], title=HOSTILE)
     print_json({"caption": HOSTILE})
     progress = PlainProgress()
     progress.start(HOSTILE, 1, "items")
