@@ -307,6 +307,8 @@ def apply_rule(
     if not num_items:
         return {name: [] for name in outputs}
     returned = rule.apply(reader.blocks(rows), parameters)
+    if not isinstance(returned, Mapping):
+        raise SettingError(f"the rule {rule.name!r}: expected output -> values, got {type(returned).__name__}")
     values: dict[str, list[Array | ItemError]] = {}
     for name, (shape, dtype) in outputs.items():
         if name not in returned:

@@ -3,6 +3,7 @@
 `verify` computes them again: damaged chunks, and some rows to compare.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,15 +69,34 @@ class Derivation:
     def __post_init__(self) -> None:
         if not self.inputs:
             raise SettingError("inputs: expected at least one feature to derive from, got none")
-        for each in self.inputs:
-            if not (isinstance(each, tuple | list) and [isinstance(part, str) for part in each] == [True, True]):
-                expected = "pairs of a modality and a feature, such as ('image', 'dinov2-base/cls')"
-                raise SettingError(f"inputs: expected {expected}, got {each!r}")
+        for each in itertools.filterfalse(_is_input, self.inputs):
+            expected = "pairs of a modality and a feature, such as ('image', 'dinov2-base/cls')"
+            raise SettingError(f"inputs: expected {expected}, got {each!r}")
         if not self.name or EncoderSpec("", self.name).folder != self.name:
             raise SettingError(f"name: expected a name of letters, digits and . = + - _, got {self.name!r}")
+        if not (isinstance(self.rule, str | Rule) or callable(self.rule)):
+            raise SettingError(f"rule: expected the name of a rule, a Rule or a function, got {self.rule!r}")
+        if not isinstance(self.parameters, Mapping):
+            raise SettingError(f"parameters: expected a mapping of names and values, got {self.parameters!r}")
+        if not isinstance(self.outputs, Mapping) or not all(map(_is_output, self.outputs.values())):
+            expected = 'shapes and dtypes such as {"label": ((1,), "int16")}'
+            raise SettingError(f"outputs: expected {expected}, got {self.outputs!r}")
         for dtype in (self.dtype, *(dtype for _, dtype in self.outputs.values())):
             if dtype not in DTYPES:
                 raise SettingError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def _is_input(value: Any) -> bool:
+    """Return whether a value is a pair of texts."""
+    return isinstance(value, tuple | list) and [isinstance(part, str) for part in value] == [True, True]
+
+
+def _is_output(value: Any) -> bool:
+    """Return whether a value is a shape, (D,), (T, D) or (-1, D), and a text."""
+    if not (isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[1], str)):
+        return False
+    shape = value[0]
+    return isinstance(shape, tuple | list) and len(shape) in (1, 2) and all(type(size) is int for size in shape)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,7 +163,12 @@ def _from_function(function: RuleFunction, name: str) -> Rule:
 
 def to_items(name: str, output: Output, num_items: int) -> list[Array | ItemError]:
     """Return one array or error per item of what a rule returned; `DataError` if it is not one per item."""
-    items = output.items() if isinstance(output, Block) else list(output)
+    try:
+        items = output.items() if isinstance(output, Block) else list(output)
+    except TypeError:
+        raise DataError(
+            f"output {name}: expected a block, or an array or list with a value per item, got {type(output).__name__}"
+        ) from None
     if len(items) != num_items:
         raise DataError(f"output {name}: expected values for {num_items} items, got {len(items)}")
     return [item if isinstance(item, ItemError) else np.asarray(item) for item in items]

@@ -2,8 +2,10 @@
 
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,7 +146,29 @@ def test_refusals(cache: Path) -> None:
         derive(cache, replace(halved(), rule="paca", outputs={}))
     with pytest.raises(DataError, match="whole numbers from -32768 to 32767"):
         derive(cache, replace(halved(), outputs={"half": ((48,), "int16")}))
+    with pytest.raises(SettingError, match=r"halve_all': expected output -> values, got ndarray"):
+        derive(cache, replace(halved(), rule=halve_all))
+    with pytest.raises(DataError, match="output halved/half: expected a block, or an array or list .*, got NoneType"):
+        derive(cache, replace(halved(), rule=lambda inputs, parameters: {"half": None}))
     assert not (cache / "image/halved").exists()
+
+
+def halve_all(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Any:
+    return inputs[0].values / 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"rule": 5}, "rule: expected the name of a rule, a Rule or a function, got 5"),
+        ({"parameters": [1]}, r"parameters: expected a mapping of names and values, got \[1\]"),
+        ({"outputs": {"half": (48, "float16")}}, "outputs: expected shapes and dtypes such as .*, got .*48, 'float16'"),
+        ({"outputs": ["half"]}, "outputs: expected shapes and dtypes such as"),
+    ],
+)
+def test_description_of_other_types_raises(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        replace(halved(), **wrong)
 
 
 def test_several_items_of_the_other_modality_raise(tmp_path: Path) -> None:
