@@ -4,6 +4,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -355,13 +356,16 @@ class Feature:
             time.sleep(_POLL_S)
 
     def _map(self, number: int) -> Array:
-        if number not in self._maps:
+        """Map one chunk, unless it is among those that are kept, of which other threads may remove it at any time."""
+        values = self._maps.get(number)
+        if values is None:
             commit = self._commit_of(number * self._chunk_shape[0] // self.group.info.chunk_size)
-            self._maps[number] = self._read(commit, partial(self._values, number=number, once=True))
+            values = self._maps[number] = self._read(commit, partial(self._values, number=number, once=True))
             chunk_bytes = math.prod(self._chunk_shape) * np.dtype(self.dtype).itemsize
             if len(self._maps) > max_maps(self.group.path / self.feature, chunk_bytes):
-                self._maps.popitem(last=False)
-        return self._maps[number]
+                with suppress(KeyError):  # other threads have removed all
+                    self._maps.popitem(last=False)
+        return values
 
     def _checksum(self, commit: Commit, file: str) -> str:
         """Return the committed checksum of a file."""

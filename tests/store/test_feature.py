@@ -158,6 +158,17 @@ def test_gather_row_out_of_range_raises(tmp_path: Path, row: int) -> None:
         feature.gather(np.array([0, 4, row, 9]))
 
 
+def test_chunk_that_another_thread_removes_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feature = write_feature(tmp_path, random_items(8, (5,), seed=0), (5,), chunk_size=2)
+
+    def remove_all(*_: object) -> int:
+        feature._maps.clear()  # at the moment when this thread looks whether to remove one
+        return -1
+
+    monkeypatch.setattr("embedcache.store.feature.max_maps", remove_all)
+    np.testing.assert_array_equal(feature.gather(np.arange(8)), feature.load())
+
+
 def test_rows_that_are_no_integers_raise(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(5, (5,), seed=0), (5,), chunk_size=4)
     for read in (feature.gather, feature.has):
