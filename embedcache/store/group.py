@@ -154,7 +154,8 @@ class EncoderGroup:
         if num_chunks < MIN_CHUNKS or is_remote(self.path):
             return [self.commit(chunk) for chunk in range(num_chunks)]
         stamps, key = read_stamps(self.path), (self.path, self.fingerprint_digest, self.info.index_digest)
-        if key not in _KEPT or _KEPT[key][0] != stamps:
+        kept = _KEPT.get(key)
+        if kept is None or kept[0] != stamps:
             compacted = read_compacted(self.path, stamps)
             commits = [
                 self._checked(compacted[chunk]) if chunk in compacted else self.commit(chunk)
@@ -162,8 +163,8 @@ class EncoderGroup:
             ]
             if len(_KEPT) == _MAX_KEPT:
                 _KEPT.clear()
-            _KEPT[key] = stamps, commits
-        return _KEPT[key][1]
+            kept = _KEPT[key] = stamps, commits
+        return kept[1]  # another thread may have cleared the others
 
     def compact(self) -> None:
         """Write the table of the commits of many chunks, unless it is up to date or the folder cannot be written."""

@@ -55,6 +55,16 @@ def test_compacted_commits_are_equal_and_read_once(feature: Feature, monkeypatch
     assert np.flatnonzero(~feature.valid).tolist() == [3, 4, 11, 12, 13, 14, 15]
 
 
+def test_commits_that_another_thread_drops_are_returned(feature: Feature, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dropping(dict[object, object]):
+        """As where another thread clears the commits that are kept whenever one has added its own."""
+
+        def __setitem__(self, key: object, value: object) -> None: ...
+
+    monkeypatch.setattr(group_module, "_KEPT", Dropping())
+    assert feature.group.commits() == read_one_by_one(feature.group)
+
+
 def test_failures_of_several_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_module, "MIN_CHUNKS", 3)
     first = write_feature(tmp_path / "c", random_items(19, (4,), seed=0, failed=[3, 4, 11]), (4,), chunk_size=4)
