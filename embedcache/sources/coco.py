@@ -9,16 +9,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import PathError, SourceError
+from embedcache.errors import SourceError
 from embedcache.files import decode_text, is_remote, open_path
 from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import parse_captions, parse_json_object, to_scalar_columns, to_text_items
 from embedcache.sources.files import (
-    file_size,
     find_root,
     item_path,
     read_bytes,
     read_item_file,
+    require_file,
     resolve_item,
     wrap_io_errors,
 )
@@ -47,8 +47,7 @@ class CocoSource:
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("coco", "root")
         self._path = open_path(location).absolute()
-        if file_size(self._path) is None:
-            raise PathError(f"expected a file, got {self._path}, which does not exist; check the path")
+        require_file(self._path)
         self._root_text = find_root(settings.root or str(_guess_root(self._path)))
         self._root = open_path(self._root_text)
         self._settings = replace(settings, root=self._root_text)

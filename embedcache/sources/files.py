@@ -182,6 +182,13 @@ def file_size(path: Path, *, forbidden_is_missing: bool = False) -> int | None:
             raise
 
 
+def require_file(path: Path) -> None:
+    """Check that a path is a file, or raise a PathError."""
+    if file_size(path) is None:
+        state = "is a folder" if is_folder(path, frozenset()) else "does not exist"
+        raise PathError(f"expected a file, got {path}, which {state}; check the path")
+
+
 def _remote_size(path: Path) -> int | None:
     filesystem, name = remote_filesystem(path)
     info = filesystem.info(name)

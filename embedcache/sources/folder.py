@@ -19,6 +19,7 @@ from embedcache.sources.files import (
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
     add_sound,
+    file_size,
     is_folder,
     read_bytes,
     read_item_file,
@@ -62,7 +63,8 @@ class FolderSource:
         self._spellings = [spelling for suffix in self._suffixes for spelling in (suffix, suffix.upper())]
         self._root = open_path(location).absolute()
         if not is_folder(self._root, TABLE_SUFFIXES | TAR_SUFFIXES):
-            raise PathError(f"expected a folder of images, got {self._root}, which does not exist; check the path")
+            state = "does not exist" if file_size(self._root) is None else "is a file"
+            raise PathError(f"expected a folder of images, got {self._root}, which {state}; check the path")
         self.skipped: Counter[str] = Counter()
 
     def describe(self) -> Mapping[str, Any]:

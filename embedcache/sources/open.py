@@ -59,6 +59,9 @@ IMPORT_TOGETHER = (
 )
 """Next step where vectors of two imports meet: nothing says that one model computed both."""
 
+_WITHOUT_LOCATION = frozenset({"openmoji"})
+"""Kinds of sources that may be opened without a location."""
+
 _PARTS = "parts"
 
 _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_SUFFIXES, "coco": JSON_SUFFIXES}
@@ -105,6 +108,8 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
         )
     if kind is None:
         kind, path = _detect_kind(path, has_svg=settings.svg) if isinstance(path, str) else ("huggingface", path)
+        if path == "" and kind in SOURCES.paths and kind not in _WITHOUT_LOCATION:
+            raise SourceError(f"{kind}: expected a location after the colon, got none; name a file or folder")
     source: Source = SOURCES.load(kind)(path, settings)
     return source
 

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.errors import ItemError, SourceError
 from embedcache.files import open_path, read_text
 from embedcache.registry import require, unknown_name
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.captions import parse_json
+from embedcache.sources.files import require_file
 from embedcache.sources.settings import SourceSettings
 
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -97,8 +98,7 @@ def _class_prompts(classes: str, templates: str, language: str) -> list[tuple[st
 
 
 def _json_prompts(path: Path) -> list[tuple[str, Sequence[str]]]:
-    if not path.is_file():
-        raise PathError(f"expected a file, got {path}, which does not exist; check the path")
+    require_file(path)
     content = parse_json(read_text(path, SourceError), str(path))
     if not isinstance(content, dict) or not content:
         raise SourceError(f"{path}: expected a JSON object of class name -> list of prompts, got {content!r:.60}")
@@ -141,8 +141,7 @@ def _read_templates(path: Path) -> list[str]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise PathError(f"expected a file, got {path}, which does not exist; check the path")
+    require_file(path)
     lines = [line.strip() for line in read_text(path, SourceError).splitlines()]
     while lines and not lines[-1]:
         lines.pop()

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.errors import ItemError, SourceError
 from embedcache.files import TEXT_ENCODING, check_regular, is_remote, open_path
 from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.sources.captions import to_text_items
-from embedcache.sources.files import TEXT_SUFFIXES, file_size, has_suffix
+from embedcache.sources.files import TEXT_SUFFIXES, has_suffix, require_file
 from embedcache.sources.open import open_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_files import wrap_table_errors
@@ -33,8 +33,7 @@ class TextsSource:
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("texts", hint=f"; if the file is a table: table:{location}")
         self._path = open_path(location).absolute()
-        if file_size(self._path) is None:
-            raise PathError(f"expected a file, got {self._path}, which does not exist; check the path")
+        require_file(self._path)
         if not has_suffix(location, TEXT_SUFFIXES):
             raise SourceError(f"{self._path}: expected a file of texts, {' or '.join(sorted(TEXT_SUFFIXES))}")
 

@@ -87,7 +87,10 @@ class WebdatasetSource:
             require("resvg_py", extra="svg")
         self._settings = settings
         self._modalities = {**_MODALITIES, SVG_SUFFIX: "image"} if settings.svg else _MODALITIES
-        parts = [str(open_path(part).absolute()) for part in location.split(SHARD_SEPARATOR)]
+        written = location.split(SHARD_SEPARATOR)
+        if not all(written):
+            raise SourceError(f"{location}: expected a path on both sides of {SHARD_SEPARATOR}, got nothing on one")
+        parts = [str(open_path(part).absolute()) for part in written]
         self._location = SHARD_SEPARATOR.join(parts)
         self._shards = [shard for part in parts for shard in _find_shards(part)]
         self._root = shard_root(self._location)

@@ -72,6 +72,35 @@ def test_other_file_raises(tmp_path: Path, files: dict[str, bytes], location: st
     assert len(str(caught.value)) < len(str(tmp_path)) + 320
 
 
+@pytest.mark.parametrize("kind", ["folder", "table", "prompts", "webdataset", "pairs", "texts", "idx", "hf", "coco"])
+def test_kind_without_a_location_raises(kind: str) -> None:
+    """Not the folder in which the command runs."""
+    with pytest.raises(SourceError, match=f"^{kind}: expected a location after the colon, got none"):
+        open_source(f"{kind}:")
+
+
+@pytest.mark.parametrize("location", ["::", "0.tar::", "::0.tar", "0.tar::::0.tar"])
+def test_shards_beside_nothing_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str) -> None:
+    write_tar(tmp_path / "0.tar", [("a.jpg", jpeg())])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match=f"^{location}: expected a path on both sides of ::, got nothing on one"):
+        open_source(location)
+
+
+@pytest.mark.parametrize("kind", ["coco", "texts"])
+def test_folder_in_place_of_a_file_raises(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(PathError, match=f"expected a file, got {tmp_path}, which is a folder; check the path"):
+        open_source(tmp_path, kind=kind)
+    with pytest.raises(PathError, match=f"expected a file, got {tmp_path}/x, which does not exist; check the path"):
+        open_source(tmp_path / "x", kind=kind)
+
+
+def test_file_in_place_of_a_folder_raises(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": b"x"})
+    with pytest.raises(PathError, match=r"expected a folder of images, got .*a\.jpg, which is a file; check the path"):
+        open_source(tmp_path / "a.jpg", kind="folder")
+
+
 def test_unknown_kind_suggests_a_name(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'folder'"):
         open_source(tmp_path, kind="foldr")
