@@ -139,8 +139,8 @@ class LikelihoodModel:
 
         Raises:
             PathError: a file does not exist.
-            DataError: an item cannot be decoded, there is no name, one twice, or one has words that the word table
-                lacks, raw items cannot be read as the feature of the run, or the cache does not have it.
+            DataError: an item cannot be decoded, there is no name, two have the same words, or one has words that the
+                word table lacks, raw items cannot be read as the feature of the run, or the cache does not have it.
             SettingError: several tasks, or none, have classes.
             FingerprintError: the encoder or the cache's feature is not what the run was trained on.
             MissingExtraError: a package is not installed.
@@ -274,6 +274,7 @@ class LikelihoodModel:
             names, head = self._closed_set(kind, task)
         else:
             names = list_distinct(names, "candidates", "texts")
+            self._network.vocabulary.require_distinct(names, "candidates")
         _, vectors_CP = self._encode_set(tuple(names), is_words=False)
         queries_NP, compared = self._network.compare(queries_NP, Candidates(vectors_CP), family=kind, head=head)
         return Scores(tuple(names), compared.logits(queries_NP).float().softmax(dim=1).cpu().numpy())

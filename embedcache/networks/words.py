@@ -157,6 +157,24 @@ class Vocabulary:
             raise DataError(f"{what}: expected texts with words, got {texts[empty[0]]!r}")
         return lists
 
+    def require_distinct(self, texts: Sequence[str], what: str) -> WordLists:
+        """Return what `require_known` does; texts of the same words, which would have one vector, are refused.
+
+        Raises:
+            DataError: as in `require_known`, or two texts have the same words.
+        """
+        lists = self.require_known(texts, what)
+        _, first_C, which_N = np.unique(lists.padded()[0], axis=0, return_index=True, return_inverse=True)
+        first_N = first_C[which_N.ravel()]
+        repeated = np.flatnonzero(first_N != np.arange(len(texts)))
+        if len(repeated):
+            text, first = texts[repeated[0]], texts[first_N[repeated[0]]]
+            got = f"{text!r} twice" if text == first else f"{first!r} and {text!r}"
+            raise DataError(
+                f"{what}: expected texts that differ in their words, got {got}; write them alike, and name one"
+            )
+        return lists
+
 
 def split_words(texts: pa.Array | pa.ChunkedArray | Sequence[str | None]) -> pa.ListArray:
     """Split texts into words: runs of letters, digits, `_` and apostrophes, in lower case; null gives none.

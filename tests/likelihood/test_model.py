@@ -163,6 +163,8 @@ def test_wrong_items_names_and_tasks_are_refused(
     for names, words in ((["red", "red"], "'red' twice"), ([], "none")):
         with pytest.raises(DataError, match=f"candidates: expected distinct texts, got {words}"):
             model.classify(images, names)
+    with pytest.raises(DataError, match="candidates: expected texts that differ in their words, got 'red' and 'Red!'"):
+        model.classify(images, ["red", "Red!"])
     with pytest.raises(DataError, match="got 'violet mauve', which has none"):
         model.retrieve(["red", "violet mauve"], images)
     with pytest.raises(DataError, match="one for each of 30 items, got 2"):
