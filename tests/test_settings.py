@@ -388,3 +388,8 @@ def test_config_of_another_kind_of_run_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"format": 2, "kind": "speech"}')
     with pytest.raises(SettingError, match="got that of a run of the kind speech; name its options one by one"):
         read_config(tmp_path / "config.json")
+
+
+def test_other_file_of_a_run_is_not_called_changed() -> None:
+    with pytest.raises(SettingError, match=r"record.json: expected the config.json of a run, .* it has no 'training'"):
+        read_config(GOLDEN_RUN.with_name("record.json"))

@@ -146,6 +146,8 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
 
     try:
         record = json.loads(text)
+        if not {"training", "kind"} & set(record):  # its digest may be of another kind
+            raise SettingError(f"{path}: expected the config.json of a run, got other content: it has no 'training'")
         check_record(path, record, next_step=CHANGED_CONFIG)
         kind = record.get("kind", "pair")
         if kind not in ("pair", "shared"):
