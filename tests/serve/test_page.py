@@ -128,6 +128,34 @@ def test_address_of_a_tab(page: Browsing) -> None:
     page.page.wait_for_selector("#query", state="visible")
 
 
+def test_going_back_twice_before_the_first_answer(page: Browsing) -> None:
+    page.type(TEXT)
+    page.page.keyboard.press("ArrowDown")
+    page.page.keyboard.press("m")
+    page.wait_for("#query-text", "Similar to ")
+    page.type("blue bar")
+    held: list[Any] = []
+    page.page.route("**/api/items?rows=*", lambda route: held.append(route))
+    with page.page.expect_request("**/api/items?rows=*"):
+        page.page.go_back()
+    page.page.go_back()
+    page.page.wait_for_function("text => document.querySelector('#query').value === text", arg=TEXT)
+    with page.page.expect_response("**/api/items?rows=*"):
+        held[0].continue_()
+    page.page.wait_for_timeout(300)
+    assert not page.page.is_visible("#query-card")
+    assert page.page.input_value("#query") == TEXT
+
+
+def test_address_of_an_item_that_is_not_there(browser: Any, address: str) -> None:
+    page = Browsing(browser, address)
+    page.type(TEXT)
+    page.page.evaluate("history.pushState(null, '', '/?row=9999'); dispatchEvent(new PopStateEvent('popstate'))")
+    page.wait_for("#status", "9999")
+    assert page.captions() == []
+    page.close()
+
+
 def test_text_query(page: Browsing, root: Path) -> None:
     page.type(TEXT)
     assert page.captions()[:10] == captions_of(root, [TEXT])

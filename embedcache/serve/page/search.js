@@ -224,14 +224,17 @@ export class Search {
     byId("query").value = query.get("q") ?? "";
     if (query.has("row")) {
       const index = this.indexes[Number(query.get("index"))] ?? this.indexes[0];
-      try {
-        const [hit] = await index.get(`/api/items?rows=${encodeURIComponent(query.get("row"))}`);
-        this.query = { row: hit.row, key: hit.key, index, name: caption(hit), image: index.image(hit, "thumbnail") };
-      } catch (error) {
+      const address = location.search;
+      const found = await index.get(`/api/items?rows=${encodeURIComponent(query.get("row"))}`).catch((error) => error);
+      if (location.search !== address) return; // meanwhile the page has gone on
+      if (found instanceof Error) {
+        this.showStart();
         byId("panes").hidden = false;
-        this.panes[0].showStatus(error.message, true);
+        this.panes[0].showStatus(found.message, true);
         return;
       }
+      const [hit] = found;
+      this.query = { row: hit.row, key: hit.key, index, name: caption(hit), image: index.image(hit, "thumbnail") };
     } else this.query = query.has("q") ? { text: query.get("q") } : null;
     if (this.query) await this.run();
     else if (!byId("panes").hidden) this.showStart();
