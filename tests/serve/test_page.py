@@ -244,7 +244,7 @@ def test_coverage_view(page: Browsing) -> None:
 
 
 def test_requests_without_an_answer(browser: Any, address: str) -> None:
-    """What an item, a concept and a cluster hold is replaced by the reason, when the server has stopped."""
+    """What is missing is replaced by the reason, such as that the server has stopped, and asked for again later."""
     page, reason = Browsing(browser, address), "the server does not respond; check that it is still running"
     page.type(TEXT)
     page.page.keyboard.press("ArrowDown")
@@ -269,6 +269,13 @@ def test_requests_without_an_answer(browser: Any, address: str) -> None:
     page.page.focus(".frame")
     page.page.keyboard.press("Enter")
     page.wait_for(".mapped .status", reason)
+    page.page.route("**/api/cards**", lambda route: route.abort())
+    page.page.click("#tab-cards")
+    page.wait_for("#cards", reason)
+    page.page.unroute("**/api/cards**")
+    page.page.click("#tab-search")
+    page.page.click("#tab-cards")
+    page.page.wait_for_selector(".cards h2")
     page.close()
     assert page.elsewhere == []
     assert [error for error in page.errors if not error.startswith("Failed to load resource")] == []

@@ -3,7 +3,7 @@
 import { element, failure, table } from "./dom.js";
 
 export async function loadCards(panel, indexes) {
-  if (panel.childElementCount) return;
+  if (panel.querySelector("table")) return;
   try {
     const all = await Promise.all(indexes.map((index) => index.get("/api/cards")));
     panel.replaceChildren(...all.map((cards, number) => element("div", { class: "cards" }, ...cards.map((card) =>
