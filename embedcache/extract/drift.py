@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -11,12 +12,11 @@ from embedcache.derive.derive import derive_rows, reopen_derivation
 from embedcache.devices import AUTO
 from embedcache.errors import EmbedcacheError, ItemError, pluralize
 from embedcache.extract.feature_writer import FeatureWriter, reopen_writer, view_fingerprint
-from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, load_items
+from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, load_items, reopen_item_source
 from embedcache.extract.precision import AGREEMENT_COSINE, item_cosine
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
-from embedcache.sources import reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
@@ -72,19 +72,22 @@ def measure_drift(
     """Encode a random sample of the items of every feature again and compare with what is stored.
 
     This detects changes in libraries, preprocessing, weights and source. At least one item per modality is encoded.
-    Derived features are computed again from the stored ones; those whose rule or run cannot be opened have a note.
+    Derived features are computed again from the stored ones. Those whose rule or run cannot be opened, and imported
+    vectors, whose encoder is unknown, have a note.
     """
     progress = progress or NullProgress()
-    source = reopen_source(cache.info.source)
     groups = [group for modality in cache.info.num_items for group in cache.encoders(modality)]
     progress.start("encoding a sample again", len(groups), "encoders")
+    open_source = lru_cache(maxsize=None)(partial(reopen_item_source, cache))
     drifts: list[Drift] = []
     for group in groups:
         rows = _sample_rows(group, fraction, np.random.default_rng(seed))
         if len(rows) and group.is_derived:
             drifts += list(_measure_derived(cache, group, rows, device))
+        elif len(rows) and group.is_imported:
+            drifts += list(map(_not_compared, _valid_features(group)))
         elif len(rows):
-            drifts += list(_measure_group(cache, source, group, rows, device))
+            drifts += list(_measure_group(cache, open_source(group.modality), group, rows, device))
         progress.advance(1)
     progress.finish()
     return drifts
@@ -102,6 +105,18 @@ def _sample_rows(group: EncoderGroup, fraction: float, rng: np.random.Generator)
         return np.empty(0, np.int64)
     rows: Ints = np.sort(rng.choice(valid_rows, max(1, round(fraction * len(valid_rows))), replace=False))
     return rows
+
+
+def _not_compared(feature: Feature) -> Drift:
+    return Drift(
+        feature=feature.name,
+        rows=np.empty(0, np.int64),
+        cosines=np.empty(0, np.float32),
+        num_unreadable=0,
+        num_changed=0,
+        differences=(),
+        note="its vectors were imported, and their encoder is unknown",
+    )
 
 
 def _measure_derived(cache: Cache, group: EncoderGroup, rows: Ints, device: str) -> Iterator[Drift]:
@@ -128,7 +143,9 @@ def _measure_derived(cache: Cache, group: EncoderGroup, rows: Ints, device: str)
         )
 
 
-def _measure_group(cache: Cache, source: Source, group: EncoderGroup, rows: Ints, device: str) -> Iterator[Drift]:
+def _measure_group(
+    cache: Cache, source: Source | None, group: EncoderGroup, rows: Ints, device: str
+) -> Iterator[Drift]:
     features = _valid_features(group)
     writer = reopen_writer(group, [feature.feature for feature in features], device=device)
     hashes, loaded = _load_rows(cache, source, writer, rows)
@@ -152,7 +169,7 @@ def _measure_group(cache: Cache, source: Source, group: EncoderGroup, rows: Ints
 
 
 def _load_rows(
-    cache: Cache, source: Source, writer: FeatureWriter, rows: Ints
+    cache: Cache, source: Source | None, writer: FeatureWriter, rows: Ints
 ) -> tuple[list[bytes | None], list[LoadedItem]]:
     """Load the items of some rows, chunk by chunk; return the hashes they had when stored, and the loaded items."""
     hashes: list[bytes | None] = []

@@ -22,6 +22,7 @@ from embedcache.extract.feature_writer import ChunkTask, FeatureWriter
 from embedcache.modalities import MODALITIES, Modality, noun
 from embedcache.processes import prefetch_map
 from embedcache.progress import Progress
+from embedcache.sources import reopen_source
 from embedcache.sources.base import FileItem, Source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, REMOVED, hash_item
@@ -35,7 +36,7 @@ _MAX_CHUNK_BYTES = 2 * 2**30
 
 def encode_chunks(
     cache: Cache,
-    source: Source,
+    source: Source | None,
     modality: str,
     tasks: Iterable[ChunkTask],
     progress: Progress,
@@ -45,13 +46,20 @@ def encode_chunks(
     """Encode leased chunks, each requested when it is needed, commit them, and release their leases.
 
     Args:
+        source: see `reopen_item_source`.
         threads: number of threads that read and decode items.
     """
     with ThreadPoolExecutor(threads) as executor, _commit_thread() as commit:
         if MODALITIES[modality].kind == "texts":
             _encode_text_chunks(cache, tasks, executor, commit, progress)
         else:
+            assert source is not None
             _encode_file_chunks(cache, source, MODALITIES[modality], tasks, executor, commit, progress)
+
+
+def reopen_item_source(cache: Cache, modality: str) -> Source | None:
+    """Open the source of a cache again to read items; None for texts, which are in the tables of the cache."""
+    return None if MODALITIES[modality].kind == "texts" else reopen_source(cache.info.source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,12 +273,16 @@ def _commit(task: ChunkTask, buffers: Sequence[BatchBuffer], loaded: Sequence[Lo
 
 
 def load_items(
-    source: Source, table: pa.Table, writers: Sequence[FeatureWriter], executor: Executor
+    source: Source | None, table: pa.Table, writers: Sequence[FeatureWriter], executor: Executor
 ) -> list[LoadedItem]:
-    """Load rows of an item table, all of the writers' modality, for every writer; files on several threads."""
+    """Load rows of an item table, all of the writers' modality, for every writer; files on several threads.
+
+    The source is that of `reopen_item_source`.
+    """
     modality = MODALITIES[writers[0].group.modality]
     if modality.kind == "texts":
         return _load_texts(table, writers)
+    assert source is not None
     decode = modality.load_decoder()
     items = [to_file_item(row) for row in table.to_pylist()]
 

@@ -15,14 +15,21 @@ from embedcache.extract.drift import Drift, measure_drift
 from embedcache.extract.engines import Worker, job_devices
 from embedcache.extract.extract import join_encoders, open_job, open_request, record_job
 from embedcache.extract.feature_writer import FeatureWriter, check_unchanged, lease_chunk, reopen_writer
-from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, check_length, encode_chunks, load_items
+from embedcache.extract.loop import (
+    BatchBuffer,
+    LoadedItem,
+    add_loaded,
+    check_length,
+    encode_chunks,
+    load_items,
+    reopen_item_source,
+)
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.files import AnyPath, remove_file, remove_partials
 from embedcache.modalities import MODALITIES, noun
 from embedcache.processes import num_cores
 from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.settings import merge_settings
-from embedcache.sources import reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
 from embedcache.store.commits import PENDING, has_failed
@@ -163,7 +170,7 @@ def repair(
 
 def _encode_again(cache: Cache, writer: FeatureWriter, findings: Sequence[Finding], progress: Progress) -> str:
     """Encode damaged and missing chunks, one at a time: a killed repair has withdrawn one chunk at most."""
-    group, source = writer.group, reopen_source(cache.info.source)
+    group, source = writer.group, reopen_item_source(cache, writer.group.modality)
     chunks = sorted({finding.chunk for finding in findings})
     progress.start(f"repairing {group.name}", cache.info.count_items(group.modality, chunks), noun(group.modality))
     for chunk in chunks:

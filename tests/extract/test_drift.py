@@ -8,16 +8,21 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from embedcache.derive.derive import Derivation, derive
 from embedcache.errors import CorruptError, FingerprintError, SettingError
 from embedcache.extract.drift import measure_drift
 from embedcache.extract.extract import extract
 from embedcache.extract.precision import AGREEMENT_COSINE
 from embedcache.extract.repair import repair
 from embedcache.extract.settings import ExtractSettings, VerifySettings
+from embedcache.interop.importing import import_vectors
+from embedcache.interop.npy import open_npy_vectors
+from embedcache.provenance import read_json
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests import toy
+from tests.edits import edit_record
 from tests.extract.cases import FEATURES, run, tree
 from tests.images import write_images
 
@@ -111,6 +116,27 @@ def test_changed_weights_are_named(extracted: Path, monkeypatch: pytest.MonkeyPa
     drift = measure_drift(Cache(extracted), 0.1)[0]
     assert not drift.is_bad
     assert "the encoder has changed: weights:" in drift.line()
+
+
+def test_texts_need_no_source(cache: Path, extracted: Path) -> None:
+    edit_record(cache / "cache.json", source={**read_json(cache / "cache.json")["source"], "path": "/nowhere"})
+    shutil.rmtree(cache / "image/open_toy")
+    shutil.rmtree(cache / "image/open_toy@crop-0.5")
+    (drift,) = measure_drift(Cache(cache), 1)
+    assert (drift.feature, len(drift.cosines), drift.is_bad) == ("open_toy/tokens", 20, False)
+    damaged = cache / "text/open_toy/tokens/values/00001/c/0/0"
+    damaged.write_bytes(damaged.read_bytes()[::-1])
+    repair(Cache(cache), verify(Cache(cache)))
+    assert damaged.read_bytes() == (extracted / damaged.relative_to(cache)).read_bytes()
+
+
+def test_imported_vectors_are_not_compared(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.eye(6, dtype=np.float32))
+    import_vectors(open_npy_vectors(image_file=tmp_path / "v.npy"), tmp_path / "c")
+    derive(tmp_path / "c", Derivation(name="small", inputs=[("image", "image/vector")], rule="concat"))
+    imported, derived = measure_drift(Cache(tmp_path / "c"), 1)
+    assert imported.line() == "image/vector: not compared: its vectors were imported, and their encoder is unknown"
+    assert (derived.feature, len(derived.cosines)) == ("small/vector", 6)
 
 
 def test_changed_source_drifts(source: Path, tmp_path: Path) -> None:
