@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from embedcache.dataset.settings import SplitSettings
+from embedcache.errors import PathError
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import write_record
+from embedcache.provenance import recognize, write_record
 from embedcache.records import peak_memory_bytes
 from embedcache.reports.quickstart import QuickstartReport, Stage, write_quickstart_page
 from embedcache.reports.retrieval import retrieval_json
@@ -51,8 +52,12 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
     """Align two packaged encoders on OpenMoji, and write `report.html` and `metrics.json`.
 
     Features and runs that already exist in the folder are reused. `progress` also receives each command and outcome.
+
+    Raises:
+        PathError: the folder is a cache, a run, an index or a study.
     """
     workdir, stages = Path(workdir), _Stages(progress or NullProgress())
+    _check_folder(workdir)
     cache_path = workdir / "cache"
     _extract(stages, cache_path)
     runs = {
@@ -87,6 +92,18 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
     write_record(report.metrics_path, {"retrieval": metrics})
     write_quickstart_page(report, Cache(cache_path))
     return report
+
+
+def _check_folder(workdir: Path) -> None:
+    """Check that the page of results does not replace that of a study, or lie among the files of another artifact."""
+    try:
+        kind = recognize(workdir)
+    except PathError:  # of anything else
+        return
+    raise PathError(
+        f"{workdir}: expected a new folder, or that of an earlier quickstart, got a finished {kind}; give the path of "
+        "another folder"
+    )
 
 
 class _Stages:

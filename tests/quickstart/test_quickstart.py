@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from embedcache.cli.main import main
+from embedcache.errors import PathError
 from embedcache.extract.extract import extract
 from embedcache.quickstart.quickstart import SOURCE, quickstart
 from embedcache.reports.quickstart import QuickstartReport
@@ -114,6 +115,14 @@ def test_second_run_reuses_the_results(report: QuickstartReport, workdir: Path) 
     assert "encoded 0 images, reused 1,893" in output
     assert output.count("reused, trained earlier") == 9
     assert again.retrieval == report.retrieval
+
+
+def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("{}")
+    (tmp_path / "report.html").write_text("of the study")
+    with pytest.raises(PathError, match="expected a new folder, or that of .*, got a finished study"):
+        quickstart(tmp_path)
+    assert (tmp_path / "report.html").read_text() == "of the study"
 
 
 def test_tutorial_prints_what_it_shows(
