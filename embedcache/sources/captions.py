@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date, time, timedelta
+from decimal import Decimal
 from itertools import groupby
 from typing import Any
 
@@ -118,8 +120,18 @@ def _difference(one: Sample, other: Sample) -> str:
 
 
 def to_scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Return the fields that fit a column of the sample table; lists and objects are dropped."""
-    return {name: value for name, value in fields.items() if isinstance(value, _SCALARS)}
+    """Return the fields that fit a column of the sample table; lists, objects and bytes are dropped.
+
+    Dates, times, durations and decimals become text: of a date and a time in the form of ISO 8601.
+    """
+    columns = ((name, _to_scalar(value)) for name, value in fields.items())
+    return {name: value for name, value in columns if isinstance(value, _SCALARS)}
+
+
+def _to_scalar(value: Any) -> Any:
+    if isinstance(value, date | time):  # a datetime is a date
+        return value.isoformat()
+    return str(value) if isinstance(value, Decimal | timedelta) else value
 
 
 def parse_json(text: str, location: str) -> Any:

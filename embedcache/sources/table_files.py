@@ -34,7 +34,7 @@ class TableFile:
     Args:
         columns: names of the columns, in the order of the file.
         bytes_columns: columns of bytes, or of structs with a field `bytes`: they may hold items themselves.
-        plain_columns: columns of text, numbers, booleans or lists of them.
+        plain_columns: columns of text, numbers, booleans, dates, times, durations, or lists of them.
         read: iterates over the rows with the given columns.
         has_late_columns: whether later rows may have fields beside `columns`; rows then hold all their fields.
     """
@@ -140,9 +140,10 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 def _is_plain(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _is_plain(kind.value_type)
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    return bool(is_text or is_number or pa.types.is_boolean(kind) or pa.types.is_null(kind))
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    is_time = pa.types.is_temporal(kind) and not pa.types.is_interval(kind)
+    return bool(is_text or is_number or is_time or pa.types.is_boolean(kind) or pa.types.is_null(kind))
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:

@@ -1,6 +1,8 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 
@@ -227,6 +229,20 @@ def test_other_columns_are_kept(tmp_path: Path) -> None:
     assert sample.key == "7"
     assert sample.texts == (TextItem(text="x", language="de"),)
     assert sample.columns == {"split": "test", "label": 3}
+
+
+def test_dates_and_decimals_are_kept_as_text(tmp_path: Path) -> None:
+    other = {
+        "made": pa.array([datetime(2026, 11, 29, 5, 30), None], pa.timestamp("ms", "UTC")),
+        "day": pa.array([date(2026, 11, 29), None]),
+        "price": pa.array([Decimal("1.50"), None]),
+        "length": pa.array([timedelta(seconds=90), None]),
+        "tags": [["a"], []],
+    }
+    source = open_source(write_parquet(tmp_path / "t.parquet", caption=["x", "y"], **other))
+    first, second = (sample.columns for sample in source.samples())
+    assert first == {"made": "2026-11-29T05:30:00+00:00", "day": "2026-11-29", "price": "1.50", "length": "0:01:30"}
+    assert second == dict.fromkeys(first)
 
 
 @pytest.mark.parametrize("names", [("caption_0", "caption_1"), ("sentence", "sentences"), ("text1", "text2")])
