@@ -23,11 +23,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
-from embedcache.errors import MissingExtraError, SettingError, UnknownNameError
+from embedcache.errors import EmbedcacheError, MissingExtraError, SettingError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,10 @@ class Registry:
             return "installation"
         return "package" if _package_of(name) in _TRUST.packages else None
 
-    def _is_untrusted(self, name: str) -> SettingError:
+    def _is_untrusted(self, name: str) -> EmbedcacheError:
+        package = _package_of(self.path(name))
+        if PathFinder.find_spec(package, [*sys.path, *_TRUST.folders]) is None:  # nothing is imported
+            return self._not_found(name, ModuleNotFoundError(f"No module named {package!r}"))
         return SettingError(
             f"{_naming_file(name)} names the {self.kind} {name!r}, which is custom code; if you trust its author, use "
             "--trust, or embedcache.registry.trust_files() in Python"
