@@ -171,6 +171,11 @@ def decode_text(content: bytes, name: Path | str, error_class: type[EmbedcacheEr
         raise error_class(f"{name} is not UTF-8 ({reason}); save it as UTF-8") from None
 
 
+def split_lines(text: str) -> list[str]:
+    """Split a text at line feeds and carriage returns only; U+2028 and other separators may stand in a caption."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a crash leaves either the old or the new file; a full disk leaves no partial file."""
     write_blocks(path, [data])

@@ -14,7 +14,7 @@ from typing import Any
 
 from embedcache.devices import announce
 from embedcache.errors import DataError, PathError, pluralize, visible
-from embedcache.files import read_text
+from embedcache.files import read_text, split_lines
 from embedcache.progress import Progress, to_progress
 
 log = logging.getLogger("embedcache")
@@ -165,6 +165,6 @@ def read_lines(path: Path) -> list[str]:
         DataError: it is not UTF-8.
     """
     try:
-        return [line for line in read_text(path, DataError).splitlines() if line.strip()]
+        return [line for line in split_lines(read_text(path, DataError)) if line.strip()]
     except FileNotFoundError as error:
         raise PathError(f"expected a file with one text per line, got {path}, which does not exist") from error

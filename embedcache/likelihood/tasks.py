@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from embedcache.dataset.splits import Split, column_parts
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, one_line
-from embedcache.files import is_url, read_text
+from embedcache.files import is_url, read_text, split_lines
 from embedcache.io_errors import io_reason
 from embedcache.modalities import MODALITIES
 from embedcache.networks.candidates import MinedNegatives
@@ -200,7 +200,7 @@ class TaskFile:
                 raise PathError(
                     f"candidates: expected a list, or a text file with one per line, got {path}: {one_line(error)}"
                 ) from error
-            names = tuple(line.strip() for line in text.splitlines() if line.strip())
+            names = tuple(line.strip() for line in split_lines(text) if line.strip())
         return names or None
 
     def _resolve(self, name: str) -> Path:

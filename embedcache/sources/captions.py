@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from embedcache.errors import ItemError, SourceError
-from embedcache.files import decode_text
+from embedcache.files import decode_text, split_lines
 from embedcache.sources.base import Sample, Scalar, TextItem
 
 SIDECAR_SUFFIXES = frozenset({".json", ".txt"})
@@ -164,7 +164,7 @@ def _read_file(content: bytes | ItemError, name: str) -> Sidecar:
             raise content
         if name.endswith(".json"):
             return _read_json(content, name)
-        lines = [line for line in decode_text(content, name, SourceError).splitlines() if line.strip()]
+        lines = [line for line in split_lines(decode_text(content, name, SourceError)) if line.strip()]
         return Sidecar(texts=to_text_items(lines or [""], None))
     except (ItemError, SourceError) as error:
         return Sidecar(columns={CAPTION_ERROR: str(error)})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, SourceError
-from embedcache.files import open_path, read_text
+from embedcache.files import open_path, read_text, split_lines
 from embedcache.registry import require, unknown_name
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.captions import parse_json
@@ -142,7 +142,7 @@ def _read_templates(path: Path) -> list[str]:
 
 def _read_lines(path: Path) -> list[str]:
     require_file(path)
-    lines = [line.strip() for line in read_text(path, SourceError).splitlines()]
+    lines = [line.strip() for line in split_lines(read_text(path, SourceError))]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:

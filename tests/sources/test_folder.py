@@ -74,6 +74,12 @@ def test_txt_has_one_caption_per_line(tmp_path: Path) -> None:
     assert only_sample(tmp_path).texts == (TextItem(text="one"), TextItem(text="two"))
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b", "\x1c"])
+def test_only_line_ends_separate_captions(tmp_path: Path, separator: str) -> None:
+    write(tmp_path, {"x.jpg": jpeg(), "x.txt": f"one{separator}more\rtwo\n"})
+    assert only_sample(tmp_path).texts == (TextItem(text=f"one{separator}more"), TextItem(text="two"))
+
+
 def test_json_captions_language_and_columns(tmp_path: Path) -> None:
     fields = {"caption": "a dog", "texts": ["x", "y"], "language": "en", "split": "test"}
     write(tmp_path, {"x.jpg": jpeg(), "x.json": json.dumps({**fields, "label": 3, "boxes": [1]})})
