@@ -215,7 +215,8 @@ class Registry:
 
     def _is_untrusted(self, name: str) -> EmbedcacheError:
         package = _package_of(self.path(name))
-        if PathFinder.find_spec(package, [*sys.path, *_TRUST.folders]) is None:  # nothing is imported
+        is_imported = package in sys.modules or package in sys.builtin_module_names
+        if not is_imported and PathFinder.find_spec(package, [*sys.path, *_TRUST.folders]) is None:  # imports nothing
             return self._not_found(name, ModuleNotFoundError(f"No module named {package!r}"))
         return SettingError(
             f"{_naming_file(name)} names the {self.kind} {name!r}, which is custom code; if you trust its author, use "
