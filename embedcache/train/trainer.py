@@ -253,7 +253,7 @@ class Trainer:
         except DataError as error:
             if not self._step:
                 raise
-            raise DataError(f"validation after step {self._step - 1}: {error}; use a lower --lr") from error
+            raise DataError(f"validation after step {self._step - 1}: {error}; lower --lr if the loss rose") from error
 
     def _checkpoint(self) -> None:
         seconds = time.perf_counter() - self._last_checkpoint
