@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from embedcache.arrays import Array, Ints, concatenated_ranges
+from embedcache.train.distributed import check_batches
 
 _BUFFER_BLOCKS = 1024
 _NUM_PREFETCHED = 2
@@ -30,12 +31,14 @@ class BatchPlan(Protocol):
 class RowBatches:
     """Random batches of rows: each epoch holds every row once, in a new order, in batches of equal size to within one.
 
-    Blocks of `block_rows` neighboring rows are shuffled, then all rows within 1,024 blocks.
+    Blocks of `block_rows` neighboring rows are shuffled, then all rows within 1,024 blocks. Raises `SettingError` if a
+    batch has fewer rows than torchrun started processes.
     """
 
     def __init__(self, rows: Ints, *, batch_size: int, seed: int, block_rows: int = 1) -> None:
         self._rows, self._seed, self._block_rows = rows, seed, block_rows
         self.num_samples, self.num_steps = len(rows), -(-len(rows) // batch_size)
+        check_batches(self.num_samples, self.num_steps)
 
     def epoch(self, number: int, *, first_step: int = 0) -> Iterator[Ints]:
         """Iterate over the (B,) rows of each batch of one epoch, from a step on."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from embedcache.errors import EmbedcacheError
+from embedcache.errors import EmbedcacheError, SettingError
 
 T = TypeVar("T")
 
@@ -92,6 +92,15 @@ def own_slice(count: int) -> slice:
     """Return this process's part of `count` items: consecutive, of equal size to within one."""
     rank, processes = process_rank(), num_processes()
     return slice(count * rank // processes, count * (rank + 1) // processes)
+
+
+def check_batches(num_items: int, num_batches: int = 1) -> None:
+    """Raise SettingError if `own_slice` is empty in some of these batches, which are of equal size to within one."""
+    if num_items < num_batches * num_processes():
+        raise SettingError(
+            f"batch_size: expected at least one item per process in each batch, got {num_items // num_batches} for "
+            f"{num_processes()} processes; raise --batch-size, or start fewer processes"
+        )
 
 
 def gather_rows(own_BD: Tensor, num_rows: int) -> Tensor:

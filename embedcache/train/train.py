@@ -37,7 +37,7 @@ from embedcache.train.checkpoint import (
     train_run,
 )
 from embedcache.train.data import Names, Paths, TrainData, divide_pairs, name_features, open_data, view_digests
-from embedcache.train.distributed import num_processes, process_group, process_rank
+from embedcache.train.distributed import check_batches, process_group, process_rank
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
 from embedcache.train.pair import PairTask, Validation, pair_parts
@@ -369,9 +369,5 @@ def _make_batches(
         negatives=negatives,
         num_negatives=settings.num_negatives,
     )
-    if batches.smallest < num_processes():
-        raise SettingError(
-            f"batch_size: expected at least one item per process in each batch, got {batches.smallest} for "
-            f"{num_processes()} processes; raise --batch-size, or start fewer processes"
-        )
+    check_batches(batches.smallest)
     return batches

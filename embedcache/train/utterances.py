@@ -19,6 +19,7 @@ from embedcache.errors import DataError
 from embedcache.networks.transcripts import encode_transcript
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
+from embedcache.train.distributed import check_batches
 from embedcache.train.views import read_views
 
 _SLACK_S = 0.25
@@ -262,11 +263,15 @@ class DrawnBatch(NamedTuple):
 
 
 class UtteranceBatches:
-    """Random batches of utterances of similar lengths: each epoch holds every utterance once."""
+    """Random batches of utterances of similar lengths: each epoch holds every utterance once.
+
+    Raises `SettingError` if a batch has fewer utterances than torchrun started processes.
+    """
 
     def __init__(self, lengths_S: Ints, *, batch_size: int, seed: int) -> None:
         self._lengths_S, self._batch_size, self._seed = lengths_S, batch_size, seed
         self.num_samples, self.num_steps = len(lengths_S), -(-len(lengths_S) // batch_size)
+        check_batches(self.num_samples, self.num_steps)
 
     def epoch(self, number: int, *, first_step: int = 0) -> Iterator[DrawnBatch]:
         """Iterate over the batches of one epoch, from a step on."""

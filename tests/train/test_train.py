@@ -32,12 +32,14 @@ from embedcache.projectors.saved import load_pair, project, read_config, split_p
 from embedcache.reports.summary import summarize
 from embedcache.store.cache import Cache
 from embedcache.train import train as train_module
+from embedcache.train.batches import RowBatches
 from embedcache.train.initialization import initialize
 from embedcache.train.pair import PairTask, Validation
 from embedcache.train.pair_batches import PairBatches
 from embedcache.train.parts import source_digests
 from embedcache.train.settings import train_settings
 from embedcache.train.train import TrainReport
+from embedcache.train.utterances import UtteranceBatches
 from tests.cli.run import embedcache
 from tests.edits import edit_record, flip
 from tests.recorded import RecordedProgress
@@ -423,12 +425,19 @@ def test_each_process_has_an_item_of_each_batch(monkeypatch: pytest.MonkeyPatch)
     pairs = Pairs(first=items, second=items)
     settings = train_settings({"batch_size": 3, "block_rows": 1})
     for processes in (1, 3, 4):
-        monkeypatch.setattr(train_module, "num_processes", lambda processes=processes: processes)
-        if processes <= 3:
-            assert train_module._make_batches(pairs, settings, [None, None], None).smallest == 3
-            continue
-        with pytest.raises(SettingError, match=r"one item per process in each batch, got 3 for 4 processes; raise --b"):
-            train_module._make_batches(pairs, settings, [None, None], None)
+        monkeypatch.setattr("embedcache.train.distributed.num_processes", lambda processes=processes: processes)
+        plans: list[Callable[[], Any]] = [
+            lambda: train_module._make_batches(pairs, settings, [None, None], None),
+            lambda: RowBatches(rows, batch_size=3, seed=0),
+            lambda: UtteranceBatches(rows, batch_size=3, seed=0),
+        ]
+        for plan in plans:
+            if processes <= 3:
+                assert plan().num_steps == 3
+                continue
+            message = "one item per process in each batch, got 3 for 4 processes; raise --batch-size"
+            with pytest.raises(SettingError, match=message):
+                plan()
 
 
 def test_towers_without_parameters_are_not_trained(cache_path: Path, tmp_path: Path) -> None:
@@ -458,7 +467,7 @@ def test_nan_loss_names_step_and_temperature(cache_path: Path, tmp_path: Path) -
 
 
 def test_projections_that_overflow_after_the_last_step_name_it(cache_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"validation after step 0: the projected feature .*; use a lower --lr"):
+    with pytest.raises(DataError, match=r"validation after step 0: the projected .*; lower --lr if the loss rose"):
         run(cache_path, tmp_path / "run", epochs=1, batch_size=195, lr=1e30)
 
 
