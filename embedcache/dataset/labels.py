@@ -102,10 +102,13 @@ def _to_integers(cache: Cache, column: str, values_M: Array) -> pa.Array:
 def label_text(value: Any) -> str | None:
     """Return a value of a column of labels as text, or None for a missing label, as `read_labels` takes it.
 
-    A missing label is null, an empty text or NaN; a whole number in floating point is written as an integer.
+    A missing label is null, an empty text or NaN; a whole number in floating point is written as an integer, a boolean
+    as in JSON.
     """
     if value is None or value == "" or value != value:  # NaN differs from itself
         return None
+    if isinstance(value, bool):
+        return str(value).lower()
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

@@ -567,17 +567,23 @@ def test_labels_are_in_the_named_column(labeled: Path, labeled_index: Path) -> N
         search(labeled_index, ask, SearchSettings(label="fodler"))
 
 
-def test_missing_labels_and_class_numbers_in_floating_point(tmp_path: Path) -> None:
+def test_missing_labels_booleans_and_class_numbers_in_floating_point(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", 4)
     table = {
         "image": [str(path) for path in sorted(folder.glob("*.png"))],
         "label": ["", "cat", "dog", None],
         "number": [1.0, np.nan, 2.0, None],
+        "is_pet": [True, None, False, None],
     }
     pq.write_table(pa.table(table), tmp_path / "t.parquet")
     extract(open_source(tmp_path / "t.parquet"), tmp_path / "cache", image_encoder=[IMAGE])
     cache = Cache(tmp_path / "cache")
-    for column, names in (("label", [None, "cat", "dog", None]), ("number", ["1", None, "2", None])):
+    columns = {
+        "label": [None, "cat", "dog", None],
+        "number": ["1", None, "2", None],
+        "is_pet": ["true", None, "false", None],
+    }
+    for column, names in columns.items():
         hits = HitReader(cache, "image", label=column).read(np.zeros(4), np.arange(4))
         assert [hit.label for hit in hits] == names
         filters = CacheFilters(cache, "image", label=column)
