@@ -24,6 +24,7 @@ from embedcache.files import AnyPath
 from embedcache.likelihood.items import ItemLike, item_name, list_items, prepare_item
 from embedcache.likelihood.model import LikelihoodModel, Scores, load_likelihood
 from embedcache.modalities import list_distinct, list_texts
+from embedcache.networks.saved import MAKE, kind_name
 from embedcache.projectors.heads import TokenTower
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.saved import PairConfig, is_pair, load_pair, project, read_run
@@ -34,8 +35,8 @@ PairedItems: TypeAlias = ImageLike | ItemLike | Sequence[ImageLike | ItemLike]
 """One item, or N items, of a modality that a run pairs with texts."""
 _MAKE = {
     "pair": "embedcache train CACHE {}",
-    "speech": "train_speech, see docs/howto/speech.md",
-    "likelihood": "embedcache train CACHE {} --task likelihood --task-file TASKS.toml --words WORDS",
+    "speech": MAKE["speech"],
+    "likelihood": MAKE["shared"],
 }
 """Kind of a run -> what makes one."""
 
@@ -77,8 +78,7 @@ def load(
     """
     run = Path(run)
     values = read_run(run, make=_MAKE.get(kind or "pair", _MAKE["pair"]))
-    found = "pair" if is_pair(values) else str(values.get("kind"))
-    found = "likelihood" if found == "shared" else found
+    found = "pair" if is_pair(values) else kind_name(str(values.get("kind")))
     if kind is not None and found != kind:
         raise DataError(f"{run}: expected a run of kind {kind}, got one of kind {found}")
     if found == "speech":

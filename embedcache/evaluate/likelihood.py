@@ -164,9 +164,9 @@ def load_shared(run_path: Path | str, *, device: str = AUTO) -> tuple[SharedNetw
     Raises:
         DataError: the run is of something else.
     """
-    network, config = load_module(Path(run_path), device=str(torch_device(device, needs_float64=True)))
-    if not isinstance(network, SharedNetwork):
-        raise DataError(f"{run_path}: expected a run of train_likelihood, got one of the kind {config.kind}")
+    device = str(torch_device(device, needs_float64=True))
+    network, config = load_module(Path(run_path), kind="shared", device=device)
+    assert isinstance(network, SharedNetwork)
     return network, config
 
 

@@ -98,9 +98,12 @@ def group_by_recipe(
     return _name_recipes([paths for _, paths in groups])
 
 
-def group_modules_by_recipe(run_paths: RunPaths) -> dict[str, list[Path]]:
-    """Group runs of modules by recipe, as `group_by_recipe` does; `SettingError` if two of one have the same seed."""
-    groups = group_by_recipe(run_paths, _module_recipe)
+def group_modules_by_recipe(run_paths: RunPaths, kind: str) -> dict[str, list[Path]]:
+    """Group runs of modules of a kind by recipe, as `group_by_recipe` does; errors are those of `read_module_config`.
+
+    Raises `SettingError` if two runs of one recipe have the same seed.
+    """
+    groups = group_by_recipe(run_paths, lambda path: _module_recipe(path, kind))
     for paths in groups.values():
         _check_seeds([_seed_of(path, read_module_config(path).training) for path in paths])
     return groups
@@ -111,12 +114,12 @@ def _seed_of(run_path: Path, training: Mapping[str, Any]) -> int:
     return construct(config_path(run_path), lambda: int(training["seed"]))
 
 
-def _module_recipe(run_path: Path) -> dict[str, Any]:
+def _module_recipe(run_path: Path, kind: str) -> dict[str, Any]:
     """Return all that decides a run of a module except its seed, where it was trained, and the weights it starts from.
 
     The names of the runs that it starts from belong to it.
     """
-    config = read_module_config(run_path)
+    config = read_module_config(run_path, kind=kind)
     values = {name: value for name, value in config.to_json().items() if name not in ("weights", "init_runs")}
     machine = {**config.training.get("machine", {}), "device": None}
     return {**values, "training": {**config.training, "seed": None, "machine": machine}}

@@ -269,7 +269,7 @@ def compare_runs(
         raise SettingError("expected at least one run to evaluate, got none")
     cache = Cache(cache_path)
     samples = read_part(cache, settings.part).samples
-    recipes = group_modules_by_recipe(run_paths)
+    recipes = group_modules_by_recipe(run_paths, "speech")
     for path in run_paths:
         config = read_speech_config(path, settings.streams)
         check_decoder(config.training, settings.decoding, run=str(path))
@@ -349,7 +349,7 @@ def compare_speech(
 
 
 def _load_network(run_path: Path | str, device: str) -> SpeechNetwork:
-    network, _ = load_module(Path(run_path), device=device)
+    network, _ = load_module(Path(run_path), kind="speech", device=device)
     assert isinstance(network, SpeechNetwork)
     return network
 

@@ -69,9 +69,7 @@ def read_speech_config(run_path: Path | str, streams: Sequence[str] = ()) -> Mod
         DataError: the run is no speech recognizer.
         SettingError: the run has no such stream.
     """
-    config = read_module_config(Path(run_path))
-    if config.kind != "speech":
-        raise DataError(f"{run_path}: expected the run of a speech recognizer, got one of kind {config.kind}")
+    config = read_module_config(Path(run_path), kind="speech")
     for name in streams:
         if name not in config.sides:
             raise SettingError(f"streams: {run_path}: expected {' or '.join(config.sides)}, got {name}")

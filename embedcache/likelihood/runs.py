@@ -180,7 +180,7 @@ def evaluate_tasks(
     file = TaskFile(task_file, Cache(cache_path))
     progress.start("evaluate", len(file.tasks) * len(run_paths), "tasks")
     reports: dict[str, dict[str, list[TaskReport]]] = {}
-    for name, paths in group_modules_by_recipe(run_paths).items():
+    for name, paths in group_modules_by_recipe(run_paths, "shared").items():
         for path in paths:
             for task in file.tasks:
                 with naming(task):
@@ -194,9 +194,7 @@ def evaluate_tasks(
 def _evaluate(
     file: TaskFile, task: NamedTask, run_path: Path, settings: LikelihoodEvalSettings, device: str
 ) -> TaskReport:
-    config = read_module_config(run_path)
-    if config.kind != "shared":
-        raise DataError(f"{run_path}: expected a run of train_likelihood, got one of the kind {config.kind}")
+    config = read_module_config(run_path, kind="shared")
     table = file.table_of(task, task.table.examples)
     has_split = "split" in table.column_names
     split = None if has_split else _split_of_run(file.cache_of(task), run_path, config)

@@ -38,6 +38,11 @@ NETWORKS = Registry(
     group="embedcache.networks",
 )
 """Modules by name. One of your own needs no entry: its kind is `module:attribute`."""
+MAKE = {
+    "shared": "embedcache train CACHE {} --task likelihood --task-file TASKS.toml --words WORDS",
+    "speech": "train_speech, see docs/howto/speech.md",
+}
+"""Kind of a module -> what makes a run of it, where `{}` stands for its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,35 +129,55 @@ def save_module(run_path: Path, module: nn.Module, config: ModuleConfig) -> None
     write_record(config_path(run_path), {**config.to_json(), **digests})
 
 
-def read_module_config(run_path: Path) -> ModuleConfig:
+def kind_name(kind: str) -> str:
+    """Return what users call a kind of module; format 2 names those of one likelihood `shared`."""
+    return "likelihood" if kind == "shared" else kind
+
+
+def read_module_config(run_path: Path, *, kind: str | None = None) -> ModuleConfig:
     """Read the `config.json` of a run of format 2.
+
+    Args:
+        run_path: folder of the run.
+        kind: kind that the module must have, in the words of the config; None: any.
 
     Raises:
         PathError: the folder is not a finished run.
         ArtifactError: the format is newer than this version reads.
-        DataError: the run is an aligned pair.
+        DataError: the run is an aligned pair, or of another kind.
         CorruptError: the file has changed since it was written, or fields are missing or unknown.
     """
-    values = read_run(run_path, make="train_task, see docs/howto/own_task.md")
+    values = read_run(run_path, make=MAKE.get(kind or "", "train_task, see docs/howto/own_task.md"))
     if is_pair(values):
         raise DataError(
             f"{run_path}: expected the run of a module, got an aligned pair; evaluate it with: embedcache evaluate "
             "retrieval"
         )
-    return construct(config_path(run_path), lambda: ModuleConfig.from_json(values))
+    config = construct(config_path(run_path), lambda: ModuleConfig.from_json(values))
+    if kind is not None and config.kind != kind:
+        raise DataError(
+            f"{run_path}: expected a run of kind {kind_name(kind)}, got one of kind {kind_name(config.kind)}"
+        )
+    return config
 
 
-def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, ModuleConfig]:
+def load_module(run_path: Path, *, kind: str | None = None, device: str = "cpu") -> tuple[nn.Module, ModuleConfig]:
     """Load a trained module in evaluation mode.
+
+    Args:
+        run_path: folder of the run.
+        kind: kind that it must have, as of `read_module_config`.
+        device: torch device.
 
     Raises:
         PathError: the folder is not a finished run.
+        DataError: the run is an aligned pair, or of another kind.
         UnknownNameError: its kind is not installed here.
         SettingError: its kind is custom code, and the run is not trusted.
         ArtifactError: the network of this kind has changed since the run: other arguments, or weights of other shapes.
         CorruptError: the weights differ from those that `config.json` was written for.
     """
-    config = read_module_config(run_path)
+    config = read_module_config(run_path, kind=kind)
     model_path = checked_weights_path(run_path, config.weights_digest)
     try:
         with names_from(run_path), naming_packages(run_path / "record.json"):

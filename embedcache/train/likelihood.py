@@ -290,9 +290,7 @@ def start_from(
         PathError: the folder is not a finished run.
         DataError: it is a run of something else.
     """
-    config = read_module_config(Path(run_path))
-    if config.kind != "shared":
-        raise DataError(f"{run_path}: expected a run of train_likelihood, got one of the kind {config.kind}")
+    config = read_module_config(Path(run_path), kind="shared")
     modalities, families = config.arguments["modalities"], config.arguments["families"]
     recipe = LikelihoodRecipe(
         model={name: config.arguments[name] for name in _SIZES if name in config.arguments},

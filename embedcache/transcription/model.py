@@ -51,9 +51,8 @@ def load_speech(run_path: Path | str, *, device: str = AUTO) -> "SpeechModel":
         SettingError: the device does not exist.
     """
     device = str(torch_device(device, needs_float64=True))
-    network, config = load_module(Path(run_path), device=device)
-    if not isinstance(network, SpeechNetwork):
-        raise DataError(f"{run_path}: expected a run of kind speech, got one of kind {config.kind}")
+    network, config = load_module(Path(run_path), kind="speech", device=device)
+    assert isinstance(network, SpeechNetwork)
     return SpeechModel(network, config, run_path=Path(run_path), device=device)
 
 

@@ -262,7 +262,10 @@ def test_options_of_a_likelihood_are_refused_for_a_pair(folder: Path) -> None:
 @pytest.mark.slow
 def test_wrong_evaluations_are_one_line(folder: Path, run: Path) -> None:
     for line, message in (
-        ("cache nowhere --task-file tasks.toml", "nowhere does not exist"),
+        (
+            "cache nowhere --task-file tasks.toml",
+            "nowhere does not exist; make one with: embedcache train CACHE nowhere --task l",
+        ),
         ("cache run --task-file none.toml", "got none.toml"),
         ("cache run run --task-file tasks.toml", "expected runs of different seeds to average, got seeds 0, 0"),
         (
