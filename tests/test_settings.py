@@ -313,12 +313,12 @@ def test_config_and_sweep_read_the_same_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("[fixed]\nlrr = 1", UnknownNameError, "unknown option 'lrr'; did you mean 'lr'"),
+        ("[fixed]\nlrr = 1", UnknownNameError, r"unknown option 'lrr' in .*train.toml; did you mean 'lr'"),
         ("[space]\nlr = [1, 2]", SettingError, r"got ranges and choices in \[space\]: lr; name one value"),
         ("seed = 1\n[fixed]\nlr = 1", SettingError, r"all in a table \[fixed\], got both: seed; move them"),
         ("fixed = 1", SettingError, r"all in a table \[fixed\], got both: fixed"),
         ("lr = ", SettingError, "expected TOML such as `lr = 0.001`"),
-        ("lrr = 1", UnknownNameError, "unknown option 'lrr'; did you mean 'lr'"),
+        ("lrr = 1", UnknownNameError, r"unknown option 'lrr' in .*train.toml; did you mean 'lr'"),
         ("epochs = -1", SettingError, "epochs: expected a whole number from 0 to 1000000, got -1"),
         (None, PathError, "cannot read .*train.toml: No such file"),
     ],

@@ -31,7 +31,7 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
         words: dict[str, Any] = {}
         for name, value in read_config(path).items():
             if name not in options:
-                raise unknown_name("option", name, sorted(options))
+                raise unknown_name("option", name, options, where=f"in {path}")
             option, is_off = options[name]
             if option.name in words:
                 raise SettingError(f"{path}: {name}: expected one value, got another of the same option; remove one")

@@ -138,7 +138,8 @@ def read_space(path: Path) -> Space:
                 f"and give {_FEATURES[name]} to sweep"
             )
         if name not in _SETTINGS:
-            raise unknown_name("training setting", name, _SETTINGS, hint=f"named in {path}")
+            table = "fixed" if name in fixed else "space"
+            raise unknown_name("training setting", name, _SETTINGS, where=f"in [{table}] of {path}")
     for name in swept:
         _check_can_be_swept(path, name, fixed)
     space = Space(

@@ -322,7 +322,7 @@ def test_error_names_a_setting_as_it_was_given(folder: Path) -> None:
             "shared_width: expected one value, got two, as names may have - or _; remove one",
         ),
         ("quiet = true\nq = true", "q: expected one value, got another of the same option; remove one"),
-        ("config = 'x.toml'", "unknown option 'config'; known: batch_size"),
+        ("config = 'x.toml'", "unknown option 'config' in wrong.toml; known: batch_size"),
     ],
 )
 def test_value_that_an_option_cannot_have_in_a_file(folder: Path, text: str, message: str) -> None:

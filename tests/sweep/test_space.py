@@ -58,8 +58,11 @@ def test_split_seed_is_independent_of_seed(tmp_path: Path) -> None:
 
 
 INVALID = {
-    "unknown swept setting": ("[space]\nlearning_rat = [1.0]", "'learning_rat'; did you mean"),
-    "unknown fixed setting": ("[fixed]\nlrr = 1\n[space]\ndropout = [0.1]", "'lrr'; did you mean 'lr'"),
+    "unknown swept setting": ("[space]\nlearning_rat = [1.0]", r"'learning_rat' in \[space\] of .*toml; did you mean"),
+    "unknown fixed setting": (
+        "[fixed]\nlrr = 1\n[space]\ndropout = [0.1]",
+        r"'lrr' in \[fixed\] of .*toml; did you mean 'lr'",
+    ),
     "feature": (
         "[fixed]\nimage-feature = 'a/b'\n[space]\ndropout = [0.1]",
         "got the feature image_feature, .* give --image-feature NAME to sweep",
