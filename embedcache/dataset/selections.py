@@ -72,7 +72,7 @@ def write_selection(
         write_table(temporary, with_metadata(table, header))
 
 
-def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
+def read_selection(path: Path | str, caches: Sequence[Cache], *, can_be_removed: bool = False) -> Ints:
     """Return the samples of a selection, ascending and counted across caches: (M,) int64.
 
     Samples that are known to have been removed from a cache since are left out, and a warning tells their number.
@@ -81,11 +81,12 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
         path: Parquet file with a column `key`, or text file in UTF-8 with one key per line; of a run's `split.parquet`,
             the keys of its training part.
         caches: caches of the keys; a key of several caches is selected in each.
+        can_be_removed: whether all of the samples may have been removed; the result is empty then.
 
     Raises:
         PathError: the file does not exist.
         CorruptError: the file cannot be read.
-        DataError: the file has no keys, or a key that no cache has.
+        DataError: the file has no keys, a key that no cache has, or those of removed samples only.
     """
     selected = pc.unique(read_selected_keys(Path(path)))
     if not len(selected):
@@ -93,16 +94,18 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
             f"selection {path}: expected keys of samples, got none; name some, or leave the selection out to use all "
             "samples"
         )
+    names = " and ".join(str(cache.path) for cache in caches)
     rows, is_found = match_keys(caches, selected)
     unknown = _without_removed(path, selected.filter(pa.array(~is_found)), caches)
     if len(unknown):
         shown = ", ".join(map(repr, sorted(unknown.to_pylist(), key=str)[:3]))
-        names = " and ".join(str(cache.path) for cache in caches)
         are_unknown = pluralize(len(unknown), "is no key", "are not keys")
         raise DataError(
             f"selection {path} of {pluralize(len(selected), 'key')} has {shown}; {are_unknown} of {names}, which "
             f"has {sum(map(len, caches)):,}, such as {caches[0].key(0)!r}"
         )
+    if not (len(rows) or can_be_removed):
+        raise DataError(f"selection {path}: expected samples of {names}, got only removed ones; make a new selection")
     return rows
 
 

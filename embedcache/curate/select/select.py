@@ -230,9 +230,10 @@ def combine_selections(
     """
     cache, progress = Cache(cache_path), to_progress(progress)
     progress.start("reading selections", 2, "files")
-    left, right = (read_reasons(path, cache, progress) for path in (first, second))
-    progress.finish()
     is_and = operation == "and"
+    left = read_reasons(first, cache, progress)
+    right = read_reasons(second, cache, progress, can_be_removed=not is_and)
+    progress.finish()
     is_both_L = np.isin(left.rows, right.rows, assume_unique=True)
     places = np.flatnonzero(is_both_L if is_and else ~is_both_L)
     rows = left.rows[places]
@@ -303,12 +304,14 @@ class SelectionReasons:
         return pc.fill_null(reasons, self.default)
 
 
-def read_reasons(path: Path, cache: Cache, progress: Progress | None = None) -> SelectionReasons:
+def read_reasons(
+    path: Path, cache: Cache, progress: Progress | None = None, *, can_be_removed: bool = False
+) -> SelectionReasons:
     """Read the samples of a selection with their reasons; for a text file, the reason is its name.
 
-    Memory: about the strings of the file and the keys of its samples.
+    `can_be_removed` is that of `read_selection`. Memory: about the strings of the file and the keys of its samples.
     """
-    rows = read_selection(path, [cache])
+    rows = read_selection(path, [cache], can_be_removed=can_be_removed)
     places, texts = np.full(len(rows), -1, np.int64), pa.array([], pa.large_string())
     if path.suffix == ".parquet":
         table = read_selected_reasons(path)
