@@ -245,7 +245,7 @@ def source_folders(cache: Cache, modality: str = "image") -> list[Path]:
     """Return the folders that hold the files of a cache's source; empty if it has no files.
 
     The cache says where they are, so a folder that holds more than items is rejected: the root, a home or a folder
-    above it, and one that holds the cache.
+    above it, and one that holds the cache. If the source is one file there that holds its items, it is returned alone.
 
     Raises:
         PathError: so it is, or the source is none of folders here; the error is about items of `modality`.
@@ -253,10 +253,24 @@ def source_folders(cache: Cache, modality: str = "image") -> list[Path]:
     folders = _recorded_folders(cache.info.source, modality)
     for folder in folders:
         held = _held_by(folder.resolve(), cache)
-        if held is not None:
-            where = f"the cache says that they are in {folder}, which holds {held}"
-            raise PathError(f"{not_shown(modality)}{where}{_name_folder(modality)}")
+        if held is None:
+            continue
+        path, location = _first_path(cache, modality), Path(base_source(cache.info.source)[1])
+        if path and location.is_file() and any(folder / path == location for folder in folders):
+            return [location]
+        if path == "":
+            reason = "the import names no file of the first one; if it does of others"
+            raise PathError(f"{not_shown(modality)}{reason}, name their folder with --image-folder")
+        where = f"the cache says that they are in {folder}, which holds {held}"
+        raise PathError(f"{not_shown(modality)}{where}{_name_folder(modality)}")
     return folders
+
+
+def _first_path(cache: Cache, modality: str) -> str | None:
+    """Return the path of the first item of a modality; None without items."""
+    if not cache.info.num_items.get(modality):
+        return None
+    return str(RowReader(cache, modality, ["path"]).take(np.array([0]))["path"][0].as_py())
 
 
 def _name_folder(modality: str) -> str:

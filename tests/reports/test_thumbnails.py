@@ -3,17 +3,23 @@
 import base64
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from embedcache.dataset.thumbnails import Thumbnails
-from embedcache.errors import PathError
+from embedcache.dataset.thumbnails import Thumbnails, restricted
+from embedcache.errors import ItemError, PathError
 from embedcache.extract.extract import extract
+from embedcache.interop.importing import import_vectors
+from embedcache.interop.npy import open_npy_vectors
 from embedcache.registry import trust_files
 from embedcache.reports.base import QueryExample, Section, write_report
 from embedcache.reports.items import ItemRenderer, PageItem
 from embedcache.reports.speech import read_rows
 from embedcache.sources import open_source
+from embedcache.sources.files import check_read_allowed
 from embedcache.sources.sound import decode_audio
 from embedcache.store.cache import Cache
 from tests.cli.run import TOY, embedcache
@@ -21,6 +27,7 @@ from tests.images import write_images
 from tests.media_files import encode_video, moving_square, tone, wav
 from tests.media_toy import MEDIA
 from tests.serve.test_untrusted import tamper
+from tests.toy import IMAGE
 
 
 @pytest.fixture
@@ -70,6 +77,28 @@ def test_source_that_holds_the_cache(inside: Path, caplog: pytest.LogCaptureFixt
             read()
     with trust_files():
         assert shown(ItemRenderer(cache, "image")) == [True, True]
+
+
+def test_a_table_that_holds_its_images_lies_beside_the_cache(tmp_path: Path) -> None:
+    photos = sorted(write_images(tmp_path / "photos", 3).glob("*.png"))
+    pq.write_table(pa.table({"image": [photo.read_bytes() for photo in photos]}), tmp_path / "pairs.parquet")
+    extract(open_source(tmp_path / "pairs.parquet"), tmp_path / "cache", image_encoder=[IMAGE])
+    assert Thumbnails(Cache(tmp_path / "cache")).folders == [tmp_path / "pairs.parquet"]
+    assert shown(ItemRenderer(Cache(tmp_path / "cache"), "image")) == [True, True]
+    with restricted([tmp_path / "pairs.parquet"]), pytest.raises(ItemError, match="outside the source's folder"):
+        check_read_allowed(photos[0])
+    tamper(tmp_path / "cache", path=str(photos[0]))
+    with pytest.raises(PathError, match="which holds the cache"):
+        Thumbnails(Cache(tmp_path / "cache"))
+
+
+def test_vectors_without_files_have_no_folder_to_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    np.save(tmp_path / "images.npy", np.eye(4, dtype=np.float32))
+    import_vectors(open_npy_vectors(image_file=tmp_path / "images.npy"), tmp_path / "cache")
+    renderer = ItemRenderer(Cache(tmp_path / "cache"), "image")
+    assert shown(renderer) == [False, False]
+    assert renderer.warnings()[0].startswith("2 images are not shown: the import names no file of the first one; if")
+    assert "trust" not in caplog.text
 
 
 def test_source_that_is_gone(hostile: Path) -> None:
