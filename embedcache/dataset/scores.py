@@ -23,10 +23,13 @@ _NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.t
 
 
 class Score(NamedTuple):
-    """One score of all samples of a cache: its name, and (S,) float32 with NaN where a sample has none."""
+    """One score of all samples of a cache: its name, and (S,) float32 or float64 with NaN where a sample has none.
+
+    It is float64 if its column is, or holds integers or decimals, which float32 would round from 2^24 on.
+    """
 
     name: str
-    values: Floats
+    values: Array
 
 
 def write_scores(
@@ -88,8 +91,9 @@ def read_scores(path: Path | str, cache: Cache, name: str | None = None) -> Scor
             f"scores {path}: expected keys of {cache.path}, such as {keys[0].as_py()!r}, got {len(known):,} others"
             + (f", such as {known[0].as_py()!r}" if len(known) else "")
         )
-    values: Array = table[name].cast(pa.float32(), safe=False).combine_chunks().take(positions).to_numpy(False)  # noqa: FBT003
-    return Score(name, np.asarray(values, np.float32))
+    kind = pa.float32() if table[name].type in (pa.float16(), pa.float32()) else pa.float64()
+    values: Array = table[name].cast(kind, safe=False).combine_chunks().take(positions).to_numpy(False)  # noqa: FBT003
+    return Score(name, np.asarray(values, kind.to_pandas_dtype()))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Floats, Ints, blocks, to_sort_keys
+from embedcache.arrays import Array, Floats, Ints, blocks
 from embedcache.curate.select.pool import Pool, compute_cosines, whole_samples
 from embedcache.curate.select.settings import SelectSettings
 from embedcache.dataset.selections import Selection
@@ -72,8 +72,7 @@ class TopScoreSelector:
 
 def find_highest(scores_S: Array, size: int) -> Ints:
     """Return ascending positions of the `size` highest scores, or of all; of equal scores the first."""
-    keys_S = to_sort_keys(scores_S, np.arange(len(scores_S)))
-    return np.sort(np.argsort(-keys_S)[:size])
+    return np.sort(np.argsort(-scores_S, kind="stable")[:size])
 
 
 class ClipScoreSelector:
@@ -142,7 +141,8 @@ class ScoreSelector:
         scores_S = pool.score.values[samples_S]
         low = -np.inf if settings.at_least is None else settings.at_least
         high = np.inf if settings.at_most is None else settings.at_most
-        inside = np.flatnonzero((scores_S >= np.float32(low)) & (scores_S <= np.float32(high)))
+        bounds = np.array([low, high], scores_S.dtype)  # rounded as the scores are
+        inside = np.flatnonzero((scores_S >= bounds[0]) & (scores_S <= bounds[1]))
         if len(inside) < (settings.budget or 1):
             lowest, middle, highest = np.quantile(scores_S, [0, 0.5, 1])
             wanted = "a sample" if settings.budget is None else f"{settings.budget:,} samples"
@@ -156,7 +156,7 @@ class ScoreSelector:
         return Selection(rows=samples_S[inside], reasons=Column(reasons))
 
 
-def format_scores(scores_M: Floats) -> pa.Array:
+def format_scores(scores_M: Array) -> pa.Array:
     """Return scores with three decimals, or exponents where they are large, as text; one string per distinct value."""
     values_F, which_M = np.unique(scores_M.round(3), return_inverse=True)
     return pa.array([f"{value:.5g}" if abs(value) >= 100 else f"{value:.3f}" for value in values_F.tolist()]).take(

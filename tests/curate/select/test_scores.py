@@ -261,6 +261,16 @@ def test_scores_of_another_tool(cache_path: Path, tmp_path: Path) -> None:
     assert chosen(cache_path, out, scores, score="nsfw", at_most=0) == [4]
 
 
+def test_scores_with_more_digits_than_float32_has(cache_path: Path, tmp_path: Path) -> None:
+    keys = Cache(cache_path).column("key").to_pylist()[:3]
+    table = {"key": keys, "time": [1_700_000_000, 1_700_000_001, 1_700_000_002], "loss": [1e300, 1 + 2**-40, 1.0]}
+    pq.write_table(pa.table(table), tmp_path / "theirs.parquet")
+    scores, out = tmp_path / "theirs.parquet", tmp_path / "out.parquet"
+    assert chosen(cache_path, out, scores, score="time", at_least=1_700_000_001) == [1, 2]
+    assert chosen(cache_path, out, scores, score="time", budget=1) == [2]
+    assert chosen(cache_path, out, scores, score="loss", at_least=1 + 2**-41) == [0, 1]
+
+
 def test_wrong_selections_raise(cache_path: Path, tmp_path: Path, weights: Path) -> None:
     scores, out = tmp_path / "scores.parquet", tmp_path / "out.parquet"
     low, middle, high = np.quantile(scored(cache_path, scores, weights=weights, feature=FEATURE), [0, 0.5, 1])
