@@ -132,7 +132,7 @@ class OutlierReport:
             "run_weights": None if self.vectors.config is None else self.vectors.config.weights_digest,
             "k": k,
             "label_neighbors": min(self.settings.label_neighbors, k),
-            "num_samples": self.cache.info.num_samples,
+            "num_samples": len(self.cache) - len(self.cache.removed),
             "num_items": len(self.copies.content_ids),
             "num_contents": len(self.copies.unique_rows),
             "num_clusters": self.neighbors.num_clusters,

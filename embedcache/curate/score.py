@@ -70,9 +70,14 @@ class ScoreReport:
         low, middle, high = self.quantiles(0.0, 0.5, 1.0)
         scored = int(np.isfinite(self.scores_S).sum())
         return (
-            f"{self.path}: {self.name} of {scored:,} of {len(self.scores_S):,} samples, from {low:.4g} to {high:.4g}, "
+            f"{self.path}: {self.name} of {scored:,} of {self.num_samples:,} samples, from {low:.4g} to {high:.4g}, "
             f"half of them above {middle:.4g}"
         )
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples that were not removed from the cache."""
+        return len(self.cache) - len(self.cache.removed)
 
     def quantiles(self, *fractions: float) -> list[float]:
         """Return quantiles of the scores."""
@@ -88,7 +93,7 @@ class ScoreReport:
             "modality": self.modality,
             "feature": self.feature,
             **self.source,
-            "num_samples": len(self.scores_S),
+            "num_samples": self.num_samples,
             "num_scored": int(np.isfinite(self.scores_S).sum()),
             "quantiles": dict(zip(map(str, _QUANTILES), self.quantiles(*_QUANTILES), strict=True)),
         }

@@ -104,7 +104,7 @@ def read_labeled(cache: Cache, settings: ProbeSettings, *, progress: Progress | 
         parts=parts,
         split_rule=rule,
         num_unlabeled=num_unlabeled,
-        num_left_out=feature.num_items - num_unlabeled - len(used_items.rows),
+        num_left_out=int((~cache.removed_items(feature.modality)).sum()) - num_unlabeled - len(used_items.rows),
     )
 
 

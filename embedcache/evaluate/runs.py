@@ -213,7 +213,7 @@ def read_part(cache: Cache, part: str | None = None) -> EvalSplit:
     groups = np.arange(cache.info.num_samples)
     rows = np.flatnonzero(pc.equal(column_parts(names), part or "test"))
     if part == "all" or (part is None and not len(rows)):
-        return EvalSplit("all samples", groups, groups)
+        return EvalSplit("all samples", np.setdiff1d(groups, cache.removed, assume_unique=True), groups)
     if not len(rows):
         known = sorted(map(str, pc.unique(names.drop_null()).to_pylist()))
         reason = f"its column split holds {', '.join(known)}" if known else "it has no column split"

@@ -53,7 +53,7 @@ class VectorExport:
         self._items = {
             modality: _first_items(self._samples_of[modality], self._is_usable(modality)) for modality in self._vectors
         }
-        requested_S = np.arange(self.cache.info.num_samples)
+        requested_S = np.setdiff1d(np.arange(len(self.cache)), self.cache.removed, assume_unique=True)
         if settings.selection is not None:
             requested_S = read_selection(settings.selection, [self.cache])
         self._num_requested = len(requested_S)

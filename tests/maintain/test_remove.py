@@ -12,6 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedcache.curate.outliers import find_outliers
+from embedcache.curate.score import score
+from embedcache.curate.settings import ScoreSettings
 from embedcache.dataset.splits import read_split, write_split
 from embedcache.errors import (
     CorruptError,
@@ -22,6 +25,11 @@ from embedcache.errors import (
     SettingError,
     UnfinishedError,
 )
+from embedcache.evaluate.labeled import read_labeled
+from embedcache.evaluate.runs import read_part
+from embedcache.evaluate.settings import ProbeSettings
+from embedcache.interop.exporting import VectorExport
+from embedcache.maintain.copy import cut_cache
 from embedcache.maintain.outputs import remove_from
 from embedcache.maintain.remove import plan_removal, remove_samples
 from embedcache.maintain.settings import RemoveSettings
@@ -67,6 +75,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(made: Path, tmp_path: Path) -> Path:
     """A copy of it, without the source, which belongs to both."""
     return Path(shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("source")))
+
+
+def test_reports_are_those_of_a_cache_that_never_had_them(labeled: Path, tmp_path: Path) -> None:
+    """Compare numbers of samples and items with those of a copy without the rows."""
+    keys, cache = Cache(labeled).column("key").to_pylist(), Path(shutil.copytree(labeled, tmp_path / "cache"))
+    (tmp_path / "kept.txt").write_text("".join(f"{key}\n" for key in [*keys[3:20], *keys[25:]]))
+    cut_cache(labeled, tmp_path / "kept.txt", tmp_path / "cut")
+    remove_samples(cache, [*keys[:3], *keys[20:25]])
+    np.save(tmp_path / "head.npy", np.ones(48))
+
+    def measure(path: Path) -> list[Any]:
+        head = ScoreSettings(weights=tmp_path / "head.npy")
+        reports = score(path, tmp_path / "scores.parquet", head), find_outliers(path, k=5)
+        data = read_labeled(Cache(path), ProbeSettings(part="val"))
+        values = [{**report.to_json(), "cache": "", "lowest": ""} for report in reports]
+        return [*values, data.num_left_out, VectorExport(path).left_out, len(read_part(Cache(path), "all").samples)]
+
+    assert measure(cache) == measure(tmp_path / "cut")
 
 
 def settings_of(folder: Path, **others: Any) -> RemoveSettings:
