@@ -259,9 +259,9 @@ def _number_labels(cache: Cache, label: str) -> Labels | None:
 
 def _vote(copies: Copies, near_CK: Array, labels: Labels) -> LabelVotes:
     """Compare the label of each item with those of its neighbors."""
-    own_S = labels.numbers
-    _, first = np.unique(copies.content_ids, return_index=True)
-    label_C = own_S[copies.samples[first]]
+    own_S, label_C = labels.numbers, np.full(len(near_CK), -1, np.int64)
+    labeled = np.flatnonzero(own_S[copies.samples] >= 0)[::-1]
+    label_C[copies.content_ids[labeled]] = own_S[copies.samples[labeled]]  # of the first copy that has one
     num_items, k = len(copies.content_ids), near_CK.shape[1]
     suggested_N, margins_N = np.empty(num_items, np.int64), np.empty(num_items, np.float32)
     for block in blocks(num_items, _COMPARISONS // k**2):  # k is at most 1,000

@@ -239,6 +239,16 @@ def test_labels_are_compared_with_those_of_the_nearest(planted: Path, tmp_path: 
     assert set(lowest[TYPICALITY][0]) == {"row", "key", "typicality"}
 
 
+@pytest.mark.parametrize("labels", [["a", None, "b", "a"], [None, "a", "b", "a"]])
+def test_a_copy_without_a_label_does_not_hide_that_of_the_other(labels: list[str | None], tmp_path: Path) -> None:
+    vectors = np.array([[1, 0.1], [1, 0.1], [1, 0.2], [0, 1]], np.float16)
+    cache, _ = import_files(open_clip_retrieval(write_tree(tmp_path / "tree", vectors, label=labels)), tmp_path / "c")
+    report = find_outliers(cache, k=1)
+    assert report.votes is not None
+    assert report.votes.margins_S[2:].tolist() == [-1, -1]
+    assert [report.suggested(row) for row in (2, 3)] == ["a", "b"]
+
+
 def test_table_names_the_suggested_labels(planted: Path, tmp_path: Path) -> None:
     report = find_outliers(planted, k=3)
     assert report.votes is not None
