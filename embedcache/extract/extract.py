@@ -25,6 +25,7 @@ from embedcache.sources.base import Source
 from embedcache.sources.open import IMPORTED_SOURCE, MERGED, SOURCES, is_description, open_source, reopen_source
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
+from embedcache.store.commits import REMOVED
 from embedcache.store.group import open_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import SUBSET, info_path, read_info, write_info
@@ -318,9 +319,10 @@ def _count_items(cache: Cache, report: ShardReport) -> EncoderReport:
 
 def _check_any_encoded(cache: Cache, reports: Sequence[EncoderReport]) -> None:
     for report in reports:
-        num_items = cache.info.num_items[report.modality]
-        if sum(report.failures.values()) == num_items:
-            reasons = "; ".join(f"{count} {reason}" for reason, count in report.failures.items())
+        failures = {reason: count for reason, count in report.failures.items() if reason != REMOVED}
+        num_items = cache.info.num_items[report.modality] - report.failures.get(REMOVED, 0)
+        if failures and sum(failures.values()) == num_items:
+            reasons = "; ".join(f"{count} {reason}" for reason, count in failures.items())
             raise SourceError(
                 f"all {num_items} {noun(report.modality)} failed: {reasons}; repair the source and extract into a "
                 "new folder"

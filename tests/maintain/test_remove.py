@@ -233,6 +233,21 @@ def test_new_encoder_knows_removed_samples(made: Path, removed: Path, tmp_path: 
         assert Cache(cache).feature(modality, name).failures == {3: "removed", 9: "removed"}
 
 
+def test_removed_items_are_no_failures_of_their_modality(tmp_path: Path) -> None:
+    from embedcache.extract.extract import extract
+    from embedcache.sources import open_source
+    from tests.images import write_images
+    from tests.toy import IMAGE, TEXT
+
+    source = write_images(tmp_path / "source", 2)
+    (source / "00001.txt").unlink()  # the only caption is that of the other image
+    for _ in range(2):
+        reports = extract(open_source(source), tmp_path / "c", image_encoder=IMAGE, text_encoder=TEXT, extend=True)
+        if not Cache(tmp_path / "c").removed.size:
+            remove_samples(tmp_path / "c", ["00000"])
+    assert [report.failures for report in reports] == [{"removed": 1}, {"removed": 1}]
+
+
 @pytest.mark.slow
 def test_keys_are_recorded_as_wished(made: Path, copy: Path) -> None:
     remove_samples(copy / "c", KEYS[:1], RemoveSettings(record_keys="full"))
