@@ -26,7 +26,7 @@ def extract(
         typer.Argument(
             metavar="SOURCE",
             help="Folder, table, WebDataset tars, Hugging Face dataset on disk or as hf:org/name, or a URL of these; "
-            "prompts:FILE for the names of classes.",
+            "prompts:FILE for the names of classes; CACHE itself for more encoders of the samples that it has.",
         ),
     ],
     cache: Annotated[
@@ -79,12 +79,12 @@ def extract(
     Example: embedcache extract photos/ cache/ --image-encoder timm:resnet18 --text-encoder st:all-MiniLM-L6-v2
     """
     from embedcache.cli.console import publish, to_plain
-    from embedcache.sources import open_source
+    from embedcache.extract.extract import open_source_or_cache
 
     if retry_failed and (plan or settings.extend):
         other = "--plan" if plan else "--extend"
         raise SettingError(f"--retry-failed: expected neither --plan nor --extend, got {other}; omit one of the two")
-    opened = open_source(source, kind=source_type, settings=source_settings)
+    opened = open_source_or_cache(source, cache, kind=source_type, settings=source_settings)
     encoders: dict[str, Any] = {
         "image_encoder": image_encoder or (),
         "text_encoder": text_encoder or (),

@@ -32,7 +32,7 @@ from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.files import is_remote, open_path
 from embedcache.locks import divided_work, has_locks
-from embedcache.modalities import noun, option_of
+from embedcache.modalities import MODALITIES, noun, option_of
 from embedcache.processes import connected, num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
 from embedcache.registry import trust_files
@@ -130,7 +130,7 @@ class Worker:
     """The open encoders of a job on one device, and the chunks that they encode.
 
     Args:
-        source: the job's source, if this process has it open already; None opens it.
+        source: the job's source, if this process has it open already; None opens it for items in files.
 
     Raises:
         SourceError: the source lacks a modality.
@@ -140,7 +140,7 @@ class Worker:
 
     def __init__(self, job: ExtractJob, *, source: Source | None = None, device: str = "cpu") -> None:
         self.cache = Cache(job.cache)
-        if source is None:
+        if source is None and any(MODALITIES[modality].kind == "files" for modality in job.encoders):
             with trust_files():  # the process that made the job has opened this source
                 source = reopen_source(job.source)
         self.source = source

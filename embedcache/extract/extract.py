@@ -1,5 +1,6 @@
 """Extraction: encode the items of a source with frozen encoders and store the features in a cache."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -14,7 +15,7 @@ from embedcache.extract.engines import ShardReport, job_devices, run_engine
 from embedcache.extract.precision import choose_precisions
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
-from embedcache.files import AnyPath, open_path, remove_partials
+from embedcache.files import AnyPath, is_url, open_path, remove_partials
 from embedcache.locks import divided_work, locked
 from embedcache.modalities import MODALITIES, ModalityName, count_items, noun
 from embedcache.progress import AnyProgress, Progress, to_progress
@@ -22,12 +23,20 @@ from embedcache.records import new_record_path, record_stage
 from embedcache.registry import require, unknown_name
 from embedcache.settings import flat_settings, from_flat, merge_settings
 from embedcache.sources.base import Source
-from embedcache.sources.open import IMPORTED_SOURCE, MERGED, SOURCES, is_description, open_source, reopen_source
+from embedcache.sources.open import (
+    IMPORTED_SOURCE,
+    MERGED,
+    SOURCES,
+    RecordedSource,
+    is_description,
+    open_source,
+    reopen_source,
+)
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.commits import REMOVED
 from embedcache.store.group import open_group
-from embedcache.store.indexing import index
+from embedcache.store.indexing import index, open_indexed
 from embedcache.store.layout import SUBSET, info_path, read_info, write_info
 
 _SOURCE_TYPE = "source_type"
@@ -79,7 +88,8 @@ def extract(
     processes on one cache share the work. An item that cannot be read becomes a row with a reason.
 
     Args:
-        source: the raw samples: a source, or what `open_source` takes.
+        source: the raw samples: a source, or what `open_source` takes. The path of the cache itself stands for the
+            samples that it has: its source is not compared with them, and is opened for items in files only.
         cache: path or URL of a new folder, or of a cache of this source.
         image_encoder: one encoder of images or several, as `family:model`.
         text_encoder: encoders of texts.
@@ -93,7 +103,7 @@ def extract(
         One report per encoder and view.
 
     Raises:
-        SettingError: no encoder is named, or the cache was imported.
+        SettingError: no encoder is named, or the cache was imported or merged and is not the source itself.
         UnknownNameError: a modality, encoder or feature is unknown.
         SourceError: the source cannot be indexed, lacks a modality, or none of its items can be read.
         DataError: a named precision computes wrong values on this device.
@@ -101,7 +111,7 @@ def extract(
         DiskFullError: the disk is full; committed chunks stay valid, so run again with more space.
     """
     progress = to_progress(progress)
-    source, settings = open_request(source, settings, options)
+    source, settings = open_request(source, cache, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache, specs, settings=settings, progress=progress)
     cache = Cache(job.cache)
@@ -116,7 +126,7 @@ def extract(
 
 
 def open_request(
-    source: Source | object, settings: ExtractSettings | None, options: Mapping[str, Any]
+    source: Source | object, cache: AnyPath, settings: ExtractSettings | None, options: Mapping[str, Any]
 ) -> tuple[Source, ExtractSettings]:
     """Open a source that is not open yet, and return the settings with options by flat name.
 
@@ -126,7 +136,8 @@ def open_request(
     of_source = {_SOURCE_TYPE, *(item.name for item in flat_settings(SourceSettings))} & options.keys()
     if not isinstance(source, Source):
         chosen = {name: options[name] for name in of_source - {_SOURCE_TYPE}}
-        source = open_source(source, kind=options.get(_SOURCE_TYPE), settings=from_flat(SourceSettings, chosen))
+        of_kind = from_flat(SourceSettings, chosen)
+        source = open_source_or_cache(source, cache, kind=options.get(_SOURCE_TYPE), settings=of_kind)
     elif of_source:
         raise SettingError(
             f"{min(of_source)}: expected a source that is not open, got a {type(source).__name__}; give its location, "
@@ -134,6 +145,31 @@ def open_request(
         )
     of_extract = {name: value for name, value in options.items() if name not in of_source}
     return source, merge_settings(ExtractSettings, settings, of_extract)
+
+
+def open_source_or_cache(
+    location: object, cache: AnyPath, *, kind: str | None = None, settings: SourceSettings | None = None
+) -> Source:
+    """Open a source; at the location of the cache that it is extracted into, the one that the cache recorded.
+
+    Raises:
+        SettingError: a kind or settings of a source that the cache recorded.
+        PathError, SourceError, UnknownNameError: as `open_source`.
+    """
+    if not (isinstance(location, str | os.PathLike) and _is_cache_at(location, cache)):
+        return open_source(location, kind=kind, settings=settings)
+    if kind is not None:
+        raise SettingError(f"source_type: expected none, as the source is the cache itself, got {kind!r}; omit it")
+    (settings or SourceSettings()).check_supported("cache")
+    return RecordedSource(read_info(open_path(cache)).source)
+
+
+def _is_cache_at(location: AnyPath, cache: AnyPath) -> bool:
+    """Return whether a cache is at this location, however both are written."""
+    one, other = (str(open_path(place)).rstrip("/") for place in (location, cache))
+    if one != other and (is_url(one) or is_url(other) or os.path.realpath(one) != os.path.realpath(other)):
+        return False
+    return info_path(open_path(cache)).is_file()
 
 
 def join_encoders(
@@ -175,7 +211,9 @@ def open_job(
     With `repair_items`, items that failed before may have changed in the source.
 
     Raises:
-        SettingError: no encoder is named, a name is invalid, or two would be stored as one; or the cache was imported.
+        SettingError: no encoder is named, a name is invalid, or two would be stored as one; or the cache has no such
+            source, or is its own source and should get more samples.
+        PathError, SourceError: the source that the cache recorded is gone.
         UnknownNameError: a view is unknown.
         MissingExtraError: the package that decodes items of a modality is not installed.
     """
@@ -188,10 +226,23 @@ def open_job(
     for device in job_devices(settings) if settings.engine == "local" else settings.devices:
         torch_device(device)
     path = open_path(cache_path)
+    if isinstance(source, RecordedSource):
+        _check_recorded(source, path, encoders, settings)
+    else:
+        _index(source, path, settings, repair_items=repair_items, progress=progress)
+    return ExtractJob(
+        cache=str(path),
+        source=source.describe(),
+        encoders=encoders,
+        settings=settings,
+    )
+
+
+def _index(source: Source, path: Path, settings: ExtractSettings, *, repair_items: bool, progress: Progress) -> None:
+    """Index the source, or check that the cache's index matches it."""
     _check_has_a_source(path)
-    description = source.describe()
     _check_description(source)
-    SOURCES.accept(description["type"])  # the user gave it as an object, so this process may open it again
+    SOURCES.accept(source.describe()["type"])  # the user gave it as an object, so this process may open it again
     with divided_work(is_divided=settings.is_divided):  # all shards write the same tables
         info = index(
             source,
@@ -208,28 +259,48 @@ def open_job(
             f"the cache has the first {info.num_samples:,} samples (--limit); --extend with a larger --limit, or none, "
             "appends the next ones"
         )
-    return ExtractJob(
-        cache=str(path),
-        source=description,
-        encoders=encoders,
-        settings=settings,
-    )
+
+
+def _check_recorded(
+    source: RecordedSource,
+    path: Path,
+    encoders: Mapping[ModalityName, Sequence[str]],
+    settings: ExtractSettings,
+) -> None:
+    """Check that a cache has the items that the encoders ask for, as far as its source has to be read."""
+    for name, is_given in (("extend", settings.extend), ("limit", settings.limit is not None)):
+        if is_given:
+            raise SettingError(
+                f"{name}: expected a source with samples to append, got the cache itself; name the source it was "
+                "extracted from"
+            )
+    info = open_indexed(path, chunk_size=settings.chunk_size)
+    in_files = [modality for modality in encoders if MODALITIES[modality].kind == "files"]
+    if in_files and info.source.get("type") == IMPORTED_SOURCE:
+        raise SettingError(
+            f"{path} was imported: expected encoders of its captions only, got one of {noun(in_files[0])}; extract "
+            "the files themselves into a new folder"
+        )
+    if any(info.num_items.get(modality) for modality in in_files):
+        try:
+            _ = source.opened
+        except PathError as error:
+            raise PathError(f"{error}; if the source of {path} has moved, name it in place of the cache") from None
 
 
 def _check_has_a_source(cache_path: Path) -> None:
-    """Check that a cache, if there is one, was made of raw items, not of vectors or of other caches."""
+    """Check that a cache, if there is one, was made of raw samples, not of vectors or of other caches."""
     if not info_path(cache_path).is_file():
         return
-    source = read_info(cache_path).source
-    if source.get("type") == IMPORTED_SOURCE:
-        raise SettingError(
-            f"{cache_path} was imported from {source['path']}: it has vectors, but no images or texts to encode; "
-            "extract the images and captions themselves into a new folder"
-        )
-    if source.get("type") == MERGED:
-        raise SettingError(
-            f"{cache_path} was merged from caches of {source['path']}; extract into each of these, and merge them again"
-        )
+    info = read_info(cache_path)
+    is_imported = info.source.get("type") == IMPORTED_SOURCE
+    if not is_imported and info.source.get("type") != MERGED:
+        return
+    made, has = ("imported from", "captions") if is_imported else ("merged from caches of", "samples")
+    step = f"to encode its {has}, give it as its own source: embedcache extract {cache_path} {cache_path}"
+    if is_imported and not info.num_items.get("text"):
+        step = "it has vectors, but no texts to encode; extract the files themselves into a new folder"
+    raise SettingError(f"{cache_path} was {made} {info.source['path']}, not from this source; {step}")
 
 
 def _check_description(source: Source) -> None:

@@ -117,7 +117,7 @@ def plan(
     The arguments and errors are those of `extract`.
     """
     progress = to_progress(progress)
-    source, settings = open_request(source, settings, options)
+    source, settings = open_request(source, cache, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache, specs, settings=settings, progress=progress)
     device = job_devices(job.settings)[0]

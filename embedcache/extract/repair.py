@@ -229,7 +229,7 @@ def retry_failed(
     errors are those of `extract`.
     """
     progress = to_progress(progress)
-    source, settings = open_request(source, settings, options)
+    source, settings = open_request(source, cache, settings, options)
     specs = join_encoders(image_encoder, text_encoder, encoder)
     job = open_job(source, cache, specs, settings=settings, repair_items=True, progress=progress)
     worker = Worker(job, source=source, device=job_devices(job.settings)[0])

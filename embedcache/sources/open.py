@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,11 @@ SOURCES = Registry(
 )
 
 IMPORTED_SOURCE = "imported"
-"""Type of the source that a cache of imported vectors records. Nothing can be extracted from it, and nobody can choose
-it: it is only reopened, so it is not in `SOURCES`."""
+"""Type of the source that a cache of imported vectors records. It has no samples, and nobody can choose it: it is only
+reopened, so it is not in `SOURCES`."""
 
 MERGED = "merged"
-"""Source type recorded by a cache that was merged from caches of several sources; nothing can be extracted from it."""
+"""Source type recorded by a cache that was merged from caches of several sources. It has items, but no samples."""
 
 IMPORT_TOGETHER = (
     "vectors of two imports are never compared: import both at once, and divide them with: embedcache cache cut"
@@ -67,6 +68,7 @@ _PARTS = "parts"
 _SUFFIXES = {"webdataset": TAR_SUFFIXES, "table": TABLE_SUFFIXES, "texts": TEXT_SUFFIXES, "coco": JSON_SUFFIXES}
 """Kind of source -> suffixes of the files that it reads."""
 
+_CACHE_FILES = ("cache.json", "samples.parquet")
 _MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]*[\w-](\[.*\])?(@[\w./-]+)?")
 _ACCEPTED = (
@@ -153,6 +155,11 @@ def _folder_kind(folder: Path, *, has_svg: bool) -> str:
 
     Stops at the first image, recording, video, `.ply` or `.las`, so that a folder of millions of them is not listed.
     """
+    if all((folder / name).is_file() for name in _CACHE_FILES):
+        raise SourceError(
+            f"{folder} is a cache: to encode its samples with more encoders, give it as the cache, too: "
+            f"embedcache extract {folder} {folder}; or name the source it was extracted from"
+        )
     for names in (("dataset_dict.json",), ("dataset_info.json", "state.json")):  # of a DatasetDict, of a Dataset
         if all((folder / name).is_file() for name in names):
             return "huggingface"
@@ -196,6 +203,33 @@ def reopen_source(description: Mapping[str, Any]) -> Source:
         )
     with names_from("the cache"):
         return open_source(description["path"], kind=description["type"], settings=settings)
+
+
+class RecordedSource:
+    """The source that a cache recorded, as a place where the items of the cache's own samples are read.
+
+    It is opened when the first item is read, so that texts, which are in the cache, need no source.
+    """
+
+    def __init__(self, description: Mapping[str, Any]) -> None:
+        self._description = description
+
+    @cached_property
+    def opened(self) -> Source:
+        """The source itself; the errors are those of `reopen_source`."""
+        return reopen_source(self._description)
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return what the cache recorded."""
+        return self._description
+
+    def samples(self) -> Iterator[Sample]:
+        """Raise a SourceError: the samples are those of the cache."""
+        raise SourceError(f"{self._description['path']}: expected a source of samples, got one of a cache's items")
+
+    def read(self, item: FileItem) -> bytes:
+        """Return the bytes of an item."""
+        return self.opened.read(item)
 
 
 class MergedSource:

@@ -375,9 +375,12 @@ class Cache:
         """Return the message that the cache has no features of a modality, and what it has instead."""
         if modality not in MODALITIES:
             return f"unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
-        if self.info.source.get("type") == IMPORTED_SOURCE:
-            return f"{self.path} has no {modality} features; {how_to_import(self.info.source, modality)}"
         option = option_of(modality, "encoder", "SPEC")
+        if self.info.source.get("type") == IMPORTED_SOURCE:
+            step = how_to_import(self.info.source, modality)
+            if modality == "text" and self.info.num_items.get("text"):
+                step = f"encode its captions: embedcache extract {self.path} {self.path} {option}"
+            return f"{self.path} has no {modality} features; {step}"
         message = f"{self.path} has no {modality} features; extract some: embedcache extract {option}"
         others = [(other, feature) for other in MODALITIES for feature in self.features(other)]
         if all(other in ("image", "text") for other, _ in others):

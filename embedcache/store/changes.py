@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import CorruptError, FingerprintError, pluralize
-from embedcache.modalities import FILE_MODALITIES, MODALITIES
+from embedcache.modalities import FILE_MODALITIES, MODALITIES, noun
 from embedcache.progress import Progress
 from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.sources.settings import option_words
@@ -153,6 +153,41 @@ def source_changed(
         f"cache {cache_path} has other samples than this source has now: {reason}; it was extracted from {original}"
         f"{f' with {options}; give the same options, or else' if options else ';'} {next_step}"
     )
+
+
+def check_allowed(
+    cache_path: Path, info: CacheInfo, changes: SourceChanges, *, extend: bool, accept_replaced: bool
+) -> None:
+    """Check that only samples were added, with `extend`, and only failed items replaced, with `accept_replaced`.
+
+    Raises:
+        FingerprintError: anything else has changed.
+    """
+    if changes.num_new and not extend:
+        step = (
+            f"append them with --extend, leave them out with --limit {info.num_samples}, or extract into a new folder"
+        )
+        raise source_changed(cache_path, info, f"it has {changes.num_new:,} more", next_step=step)
+    for modality, relocated in changes.relocated.items():
+        used = next(_used_rows(cache_path, info, modality, sorted(relocated)), None)
+        if used is not None:
+            path = relocated[used].path
+            reason = f"other bytes in {len(relocated):,} of its {noun(modality)}, such as {path} in row {used:,}"
+            step = "put the old files back, or extract into a new folder"
+            raise source_changed(cache_path, info, reason, next_step=step)
+    for modality, relocated in changes.relocated.items():
+        if not accept_replaced:
+            reason = f"{len(relocated):,} of its failed {noun(modality)} have other bytes now"
+            raise source_changed(cache_path, info, reason, next_step="encode them with --retry-failed")
+
+
+def _used_rows(cache_path: Path, info: CacheInfo, modality: str, rows: Sequence[int]) -> Iterator[int]:
+    """Iterate over the items that any feature was computed from. Memory: the commits of one chunk."""
+    groups = Cache(cache_path).encoders(modality)
+    for chunk, chunk_rows in groupby(rows, key=lambda row: row // info.chunk_size):
+        commits = [commit for group in groups if (commit := group.commit(chunk)) is not None]
+        failures = [reasons for commit in commits for reasons in commit.failures.values()]
+        yield from (row for row in chunk_rows if any(reasons[row % info.chunk_size] is None for reasons in failures))
 
 
 class _DigestBuffer:

@@ -1,9 +1,8 @@
 """Indexing a source: every sample and item gets a row in the tables of a cache, before any model runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,13 +10,18 @@ from embedcache.errors import FingerprintError, PathError, SettingError, SourceE
 from embedcache.files import find_files, flush, is_remote, make_folder, remove_file, remove_folder
 from embedcache.io_errors import disk_errors
 from embedcache.locks import LOCK, locked
-from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, digest, read_json, write_json
 from embedcache.sources.base import Sample, Source
 from embedcache.sources.files import wrap_io_errors
-from embedcache.store.cache import Cache
-from embedcache.store.changes import SourceChanges, digest_samples, find_changes, intact_tables, source_changed
+from embedcache.store.changes import (
+    SourceChanges,
+    check_allowed,
+    digest_samples,
+    find_changes,
+    intact_tables,
+    source_changed,
+)
 from embedcache.store.layout import (
     DEFAULT_CHUNK_SIZE,
     INTERRUPTED_REMOVAL,
@@ -94,6 +98,24 @@ def index(
             return info
         _discard(cache_path)
         return _create_from(source, cache_path, chunk_size or info.chunk_size, limit, progress)
+
+
+def open_indexed(cache_path: Path, *, chunk_size: int | None = None) -> CacheInfo:
+    """Return what a cache was indexed as, without reading its source.
+
+    Raises:
+        PathError: the folder is not a cache.
+        FingerprintError: the chunk size differs.
+        UnfinishedError: a removal of samples was interrupted, or an update of the tables.
+    """
+    info = read_info(cache_path)
+    _open_folder(cache_path)
+    _check_chunk_size(cache_path, info, chunk_size)
+    if update_path(cache_path).is_file():
+        raise UnfinishedError(
+            f"{cache_path}: an update of its tables was interrupted; run that command again, with the source"
+        )
+    return info
 
 
 class TableSource(Protocol):
@@ -287,7 +309,7 @@ def _update(
                 raise source_changed(cache_path, info, "columns or languages of its samples differ")
             remove_file(update_path(cache_path), missing_ok=True)
             return info
-        _check_allowed(cache_path, info, changes, extend=extend, accept_replaced=accept_replaced)
+        check_allowed(cache_path, info, changes, extend=extend, accept_replaced=accept_replaced)
         tables = extended.close()
         if has_replaced:
             write_json(update_path(cache_path), list(changes.digests))
@@ -368,33 +390,3 @@ def _is_interrupted(cache_path: Path, info: CacheInfo, changes: SourceChanges) -
 def _has_digests(info: CacheInfo, changes: SourceChanges) -> bool:
     """Return whether the source has the samples that were indexed; of a part of them, keys and items are compared."""
     return info.is_partial or list(changes.digests) == [segment.digest for segment in info.all_segments]
-
-
-def _check_allowed(
-    cache_path: Path, info: CacheInfo, changes: SourceChanges, *, extend: bool, accept_replaced: bool
-) -> None:
-    if changes.num_new and not extend:
-        step = (
-            f"append them with --extend, leave them out with --limit {info.num_samples}, or extract into a new folder"
-        )
-        raise source_changed(cache_path, info, f"it has {changes.num_new:,} more", next_step=step)
-    for modality, relocated in changes.relocated.items():
-        used = next(_used_rows(cache_path, info, modality, sorted(relocated)), None)
-        if used is not None:
-            path = relocated[used].path
-            reason = f"other bytes in {len(relocated):,} of its {noun(modality)}, such as {path} in row {used:,}"
-            step = "put the old files back, or extract into a new folder"
-            raise source_changed(cache_path, info, reason, next_step=step)
-    for modality, relocated in changes.relocated.items():
-        if not accept_replaced:
-            reason = f"{len(relocated):,} of its failed {noun(modality)} have other bytes now"
-            raise source_changed(cache_path, info, reason, next_step="encode them with --retry-failed")
-
-
-def _used_rows(cache_path: Path, info: CacheInfo, modality: str, rows: Sequence[int]) -> Iterator[int]:
-    """Iterate over the items that any feature was computed from. Memory: the commits of one chunk."""
-    groups = Cache(cache_path).encoders(modality)
-    for chunk, chunk_rows in groupby(rows, key=lambda row: row // info.chunk_size):
-        commits = [commit for group in groups if (commit := group.commit(chunk)) is not None]
-        failures = [reasons for commit in commits for reasons in commit.failures.values()]
-        yield from (row for row in chunk_rows if any(reasons[row % info.chunk_size] is None for reasons in failures))

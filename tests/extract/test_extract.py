@@ -16,12 +16,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.encoders.open import open_encoder
-from embedcache.errors import FingerprintError, SourceError, UnknownNameError
+from embedcache.errors import (
+    FingerprintError,
+    PathError,
+    SettingError,
+    SourceError,
+    UnfinishedError,
+    UnknownNameError,
+)
 from embedcache.extract.extract import extract, join_encoders
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import SourceSettings, open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
+from embedcache.store.indexing import update_path
 from tests.extract.cases import lines, run, tree
 from tests.images import write_images
 from tests.toy import IMAGE, TEXT
@@ -135,6 +143,45 @@ def test_complete_encoder_is_left_alone(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "c")
     assert cache.feature("image", "open_toy/cls").valid.all()
     assert cache.feature("image", "open_other/cls").valid.all()
+
+
+def test_cache_as_its_own_source(source: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "s"))
+    run(folder, tmp_path / "own", features=("cls", "tokens"), chunk_size=8)
+    (folder / "new.png").write_bytes((folder / "00000.png").read_bytes())  # the source is not compared
+    other = "tests.toy:open_other"
+    monkeypatch.chdir(tmp_path)
+    extract("own/", tmp_path / "own", image_encoder=other, text_encoder=TEXT, feature=("cls", "mean"))
+    extract(source, cache, image_encoder=other, text_encoder=TEXT, feature=("cls", "mean"))
+    assert tree(tmp_path / "own") == tree(cache) | {"cache.json": tree(tmp_path / "own")["cache.json"]}
+    shutil.rmtree(folder)
+    (report,) = extract("own", "own", text_encoder=other, device=("cpu", "cpu"))
+    assert (report.encoded, report.failures) == (20, {})
+    with pytest.raises(PathError, match="/s, which does not exist; .*; if the source of own has moved, name it"):
+        extract("own", "own", image_encoder=IMAGE, feature="patches")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"extend": True}, "extend: expected a source with samples to append, got the cache itself"),
+        ({"limit": 5}, "limit: expected a source with samples to append, got the cache itself"),
+        ({"source_type": "folder"}, "source_type: expected none, as the source is the cache itself, got 'folder'"),
+        ({"language": ("de",)}, "a source of type cache does not support the setting 'languages'"),
+        ({"chunk_size": 9}, "chunk_size: stored 8, requested 9"),
+    ],
+)
+def test_cache_as_its_own_source_has_no_options(extracted: Path, options: dict[str, object], words: str) -> None:
+    with pytest.raises((SettingError, FingerprintError), match=words):
+        extract(extracted, extracted, image_encoder=IMAGE, **options)
+
+
+def test_interrupted_update_needs_the_source(cache: Path, tmp_path: Path) -> None:
+    update_path(cache).write_text("[]")
+    with pytest.raises(UnfinishedError, match="an update of its tables was interrupted; run that command again, with"):
+        extract(cache, cache, text_encoder=TEXT)
+    with pytest.raises(SourceError, match="is a cache: to encode its samples with more encoders, give it as the cache"):
+        extract(cache, tmp_path / "new", text_encoder=TEXT)
 
 
 def test_equal_captions_have_equal_features(cache_path: Path) -> None:

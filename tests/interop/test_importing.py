@@ -48,6 +48,7 @@ from embedcache.train.train import train
 from tests.crash import call, crash
 from tests.extract.cases import tree as files_of
 from tests.interop.cases import import_files, unit_rows, write_tree
+from tests.toy import IMAGE, TEXT
 
 CAPTIONS = [f"caption {row}" for row in range(40)]
 
@@ -264,10 +265,46 @@ def test_train_and_index_on_import(tree: Path, tmp_path: Path) -> None:
 
 def test_extract_into_import_raises(tree: Path, tmp_path: Path, image_folder: Path) -> None:
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
-    with pytest.raises(SettingError, match="was imported from .*: it has vectors, but no images or texts to encode"):
-        extract(open_source(image_folder), tmp_path / "cache", image_encoder=["tests.toy:open_toy"])
+    cache = tmp_path / "cache"
+    with pytest.raises(SettingError, match="was imported from .*; to encode its captions, give it as its own source: "):
+        extract(open_source(image_folder), cache, text_encoder=[TEXT])
+    with pytest.raises(SettingError, match="expected encoders of its captions only, got one of images; extract the"):
+        extract(cache, cache, image_encoder=[IMAGE])
+    np.save(tmp_path / "images.npy", unit_rows(4))
+    import_files(open_npy_vectors(image_file=tmp_path / "images.npy"), tmp_path / "images")
+    with pytest.raises(SettingError, match="it has vectors, but no texts to encode; extract the files themselves"):
+        extract(open_source(image_folder), tmp_path / "images", text_encoder=[TEXT])
     with pytest.raises(PathError, match="imported:.* does not exist"):  # not a kind of source to choose
         extract(open_source(f"imported:{tree}"), tmp_path / "other", image_encoder=["tests.toy:open_toy"])
+
+
+def test_captions_of_imported_vectors_are_encoded(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", unit_rows(40))
+    texts = [*CAPTIONS[:38], "  ", CAPTIONS[0]]
+    pq.write_table(pa.table({"key": [f"k{row}" for row in range(40)], "caption": texts}), tmp_path / "rows.parquet")
+    arrays = open_npy_vectors(image_file=tmp_path / "images.npy", table=tmp_path / "rows.parquet")
+    cache, _ = import_files(arrays, tmp_path / "cache", chunk_size=16)
+    with pytest.raises(UnknownNameError, match="no text features; encode its captions: embedcache extract .*cache --t"):
+        cache.feature("text")
+    (tmp_path / "images.npy").rename(tmp_path / "moved.npy")  # captions are in the cache
+    (report,) = extract(f"{tmp_path}/./cache/", tmp_path / "cache", text_encoder=TEXT, feature="mean")
+    assert (report.encoded, report.failures) == (40, {"empty caption": 1})
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in texts if text.strip()))
+    extract(tmp_path / "texts.txt", tmp_path / "texts", text_encoder=TEXT, feature="mean")
+    encoded, expected = (Cache(tmp_path / name).feature("text") for name in ("cache", "texts"))
+    valid = np.flatnonzero(encoded.valid)
+    assert valid.tolist() == [*range(38), 39]
+    np.testing.assert_array_equal(encoded.gather(valid), expected.load())
+    assert verify(cache) == []
+    run = tmp_path / "run"
+    optimizer = OptimizerSettings(epochs=1, batch_size=8)
+    train(tmp_path / "cache", run, settings=TrainSettings(split=SplitSettings(kind="key"), optimizer=optimizer))
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(run=run))
+    [hits] = search(tmp_path / "index", ["caption 7"], SearchSettings(k=3))
+    assert len(hits) == 3
+    (tmp_path / "moved.npy").rename(tmp_path / "images.npy")
+    _, (again,) = import_files(arrays, tmp_path / "cache", chunk_size=16)
+    assert (again.imported, again.reused) == (0, 40)
 
 
 def test_missing_modality_can_be_imported(tmp_path: Path) -> None:

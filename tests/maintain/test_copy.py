@@ -270,8 +270,21 @@ def test_merge(two_caches: list[Path], tmp_path: Path) -> None:
     with pytest.raises(FingerprintError, match="both was made with .*: key: stored 'b/00000', requested 'd/00000'"):
         merge_caches([first, renamed], tmp_path / "both", prefix_keys=True)
     source = reopen_source(Cache(first).info.source)
-    with pytest.raises(SettingError, match="was merged from caches of .*; extract into each of these"):
+    with pytest.raises(SettingError, match="was merged from caches of .*; to encode its samples, give it as its own"):
         extract(source, tmp_path / "both", image_encoder=[IMAGE])
+
+
+def test_merged_cache_takes_other_encoders(halves: list[Path], tmp_path: Path) -> None:
+    merge_caches(halves, tmp_path / "whole")
+    extract(tmp_path / "whole", tmp_path / "whole", image_encoder="tests.toy:open_other")
+    for number, half in enumerate(halves):
+        shutil.copytree(half, tmp_path / str(number))
+        extract(tmp_path / str(number), tmp_path / str(number), image_encoder="tests.toy:open_other")
+    merge_caches([tmp_path / "0", tmp_path / "1"], tmp_path / "expected")
+    found, expected = (Cache(tmp_path / name).feature("image", "open_other/cls") for name in ("whole", "expected"))
+    np.testing.assert_array_equal(found.load(), expected.load())
+    assert list(found.hashes) == list(expected.hashes)
+    assert verify(Cache(tmp_path / "whole")) == []
 
 
 def test_merge_of_removed_samples_only_is_refused(small: Path, tmp_path: Path) -> None:
