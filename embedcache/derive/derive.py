@@ -26,6 +26,7 @@ from embedcache.progress import AnyProgress, NullProgress, Progress, to_progress
 from embedcache.records import new_record_path, record_stage
 from embedcache.registry import names_from
 from embedcache.store.cache import Cache
+from embedcache.store.commits import describe_failures
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.verify import Finding
@@ -119,10 +120,9 @@ class DeriveReport:
 
     def line(self) -> str:
         """Return a summary in one line."""
-        failed = "; ".join(f"{count} {reason}" for reason, count in self.failures.items())
         return (
             f"{self.name} ({', '.join(self.features)}): derived {count_items(self.derived, self.modality)}, "
-            f"reused {self.reused:,}, failed {sum(self.failures.values()):,}" + (f": {failed}" if failed else "")
+            f"reused {self.reused:,}, {describe_failures(self.failures)}"
         )
 
 

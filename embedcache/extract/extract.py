@@ -34,7 +34,7 @@ from embedcache.sources.open import (
 )
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
-from embedcache.store.commits import REMOVED
+from embedcache.store.commits import describe_failures, has_failed
 from embedcache.store.group import open_group
 from embedcache.store.indexing import index, open_indexed
 from embedcache.store.layout import SUBSET, info_path, read_info, write_info
@@ -64,10 +64,9 @@ class EncoderReport:
 
     def line(self) -> str:
         """Return a summary in one line."""
-        failed = "; ".join(f"{count} {reason}" for reason, count in self.failures.items())
         return (
             f"{self.encoder} ({', '.join(self.features)}): encoded {count_items(self.encoded, self.modality)}, "
-            f"reused {self.reused:,}, failed {sum(self.failures.values()):,}" + (f": {failed}" if failed else "")
+            f"reused {self.reused:,}, {describe_failures(self.failures)}"
         )
 
 
@@ -390,11 +389,8 @@ def _count_items(cache: Cache, report: ShardReport) -> EncoderReport:
 
 def _check_any_encoded(cache: Cache, reports: Sequence[EncoderReport]) -> None:
     for report in reports:
-        failures = {reason: count for reason, count in report.failures.items() if reason != REMOVED}
-        num_items = cache.info.num_items[report.modality] - report.failures.get(REMOVED, 0)
-        if failures and sum(failures.values()) == num_items:
+        failures = {kind: count for kind, count in report.failures.items() if has_failed(kind)}
+        if failures and sum(report.failures.values()) == cache.info.num_items[report.modality]:
             reasons = "; ".join(f"{count} {reason}" for reason, count in failures.items())
-            raise SourceError(
-                f"all {num_items} {noun(report.modality)} failed: {reasons}; repair the source and extract into a "
-                "new folder"
-            )
+            items = f"{sum(failures.values())} {noun(report.modality)}"
+            raise SourceError(f"all {items} failed: {reasons}; repair the source and extract into a new folder")

@@ -24,7 +24,7 @@ from embedcache.sources.open import IMPORTED_SOURCE
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
 from embedcache.store.columns import to_array
-from embedcache.store.commits import REMOVED, hash_item
+from embedcache.store.commits import REMOVED, describe_failures, hash_item
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, create_group
 from embedcache.store.indexing import index
@@ -62,10 +62,9 @@ class ImportReport:
 
     def line(self) -> str:
         """Return the outcome in one line."""
-        failed = "; ".join(f"{count:,} {reason}" for reason, count in self.failures.items())
         return (
             f"{self.feature}: imported {pluralize(self.imported, f'{self.modality} vector')}, reused {self.reused:,}, "
-            f"failed {sum(self.failures.values()):,}{': ' + failed if failed else ''}; "
+            f"{describe_failures(self.failures)}; "
             f"{'normalized' if self.is_normalized else 'not normalized'}"
         )
 

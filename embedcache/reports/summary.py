@@ -18,7 +18,7 @@ from embedcache.provenance import INDEX_DIGEST, construct, read_json, read_study
 from embedcache.search.card import read_card
 from embedcache.settings import flat_settings
 from embedcache.store.cache import Cache
-from embedcache.store.commits import PENDING, has_failed
+from embedcache.store.commits import PENDING, REMOVED, has_failed
 from embedcache.store.feature import Feature
 from embedcache.store.tables import open_table, read_table
 from embedcache.train.settings import TrainSettings
@@ -85,8 +85,9 @@ def _summarize_cache(path: Path) -> Summary:
                     "inputs": [f"{modality}/{name}" for modality, name in feature.group.inputs],
                     "num_chunks": len(feature.commits),
                     "num_committed": sum(commit is not None for commit in feature.commits),
-                    "num_failed": len(feature.failed[0]) - _num_pending(feature),
-                    "num_pending": _num_pending(feature),
+                    "num_failed": _num_failed(feature),
+                    "num_pending": _count_reason(feature, PENDING),
+                    "num_removed": _count_reason(feature, REMOVED),
                     "num_bytes": on_disk,
                 }
                 for feature, row, on_disk in zip(features, rows, num_bytes, strict=True)
@@ -133,14 +134,18 @@ def describe_feature(feature: Feature, num_bytes: int) -> list[str]:
         shape,
         feature.dtype,
         f"{len(committed)}/{len(feature.commits)}",
-        f"{len(feature.failed[0]) - _num_pending(feature):,}",
+        f"{_num_failed(feature):,}",
         f"{num_bytes:,}",
     ]
 
 
-def _num_pending(feature: Feature) -> int:
-    """Return how many items of committed chunks an encoder has not been run on: those that were appended since."""
-    return int(pc.sum(pc.equal(feature.failed[1], PENDING)).as_py() or 0)
+def _num_failed(feature: Feature) -> int:
+    """Return how many items failed, without those that were removed, or appended and not extracted yet."""
+    return len(feature.failed[0]) - sum(_count_reason(feature, reason) for reason in (PENDING, REMOVED))
+
+
+def _count_reason(feature: Feature, reason: str) -> int:
+    return int(pc.sum(pc.equal(feature.failed[1], reason)).as_py() or 0)
 
 
 def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list[str]:

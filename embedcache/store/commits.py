@@ -119,6 +119,18 @@ def has_failed(reason: str | None) -> bool:
     return reason not in (None, PENDING, REMOVED)
 
 
+def describe_failures(failures: Mapping[str, int]) -> str:
+    """Return how many items were removed and how many failed, of what kind, in a phrase such as `failed 1: 1 damaged`.
+
+    Args:
+        failures: kind of failure -> number of items, with those that were removed.
+    """
+    kinds = "; ".join(f"{count:,} {kind}" for kind, count in failures.items() if has_failed(kind))
+    num_failed = sum(count for kind, count in failures.items() if has_failed(kind))
+    removed = f"removed {failures[REMOVED]:,}, " if REMOVED in failures else ""
+    return f"{removed}failed {num_failed:,}{': ' + kinds if kinds else ''}"
+
+
 def write_commit(encoder_folder: Path, commit: Commit) -> None:
     """Commit a chunk. Its arrays must be on disk already."""
     metadata = {**commit_metadata(commit), "digest": _digest(commit)}

@@ -223,14 +223,22 @@ def test_source_with_removed_samples_extracts_nothing(made: Path, removed: Path,
 
 
 def test_new_encoder_knows_removed_samples(made: Path, removed: Path, tmp_path: Path) -> None:
+    from embedcache.derive.derive import Derivation, derive
     from embedcache.extract.extract import extract
+    from embedcache.reports.summary import summarize
     from embedcache.sources import open_source
 
     cache = Path(shutil.copytree(removed / "c", tmp_path / "c"))
     other = "tests.toy:open_other"
-    extract(open_source(made / "source"), cache, image_encoder=[other], text_encoder=[other])
+    extracted = extract(open_source(made / "source"), cache, image_encoder=[other], text_encoder=[other])
     for modality, name in (("image", "open_other/cls"), ("text", "open_other/mean")):
         assert Cache(cache).feature(modality, name).failures == {3: "removed", 9: "removed"}
+    derived = derive(cache, Derivation(name="unit", inputs=[("image", "open_other/cls")], rule="standardize"))
+    for line in (*(report.line() for report in extracted), derived.line()):
+        assert line.endswith("reused 0, removed 2, failed 0"), line
+    summary = summarize(cache)
+    assert {row[5] for row in summary.rows} == {"0"}
+    assert {(entry["num_failed"], entry["num_removed"]) for entry in summary.record["features"]} == {(0, 2)}
 
 
 def test_removed_items_are_no_failures_of_their_modality(tmp_path: Path) -> None:
