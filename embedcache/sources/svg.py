@@ -7,6 +7,7 @@ import atexit
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ _PIXELS_PER_INCH = 96
 _MAX_BYTES = 2**24
 _MAX_DEPTH = 200  # the renderer recurses: a file of 100,000 nested groups ends the process
 _MAX_USES = 10_000  # each copies what it refers to, which may refer to others
+_CRASHES = ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE")
+"""Signals that end the renderer for the SVG it draws: endless recursion, or one allocation beyond all memory."""
 
 
 def is_svg(data: bytes) -> bool:
@@ -77,8 +80,8 @@ def draw_png(**options: Any) -> bytes:
     this process ends. Memory: 14 MB per process, and what it draws.
 
     Raises:
-        ValueError: the SVG cannot be parsed or drawn.
-        EmbedcacheError: the process ended.
+        ValueError: the SVG cannot be parsed or drawn, or the renderer crashed.
+        EmbedcacheError: the process was killed, as where the machine has too little memory.
     """
     slots = _slots(os.getpid())
     renderer = slots.get()
@@ -141,8 +144,12 @@ class _Renderer:
         kind, _, size = answers.readline().decode().partition(" ")
         answer = answers.read(int(size or 0))
         if not size or len(answer) < int(size):
+            status = self._process.wait()
+            crash = next((name for name in _CRASHES if getattr(signal, name, None) == -status), None)
+            if crash is not None:
+                raise ValueError(f"the renderer crashed ({crash})")
             raise EmbedcacheError(
-                f"a process that draws SVG files ended with status {self._process.wait()}; run the same command again"
+                f"a process that draws SVG files ended with status {status}; run the same command again"
             )
         return kind, answer
 

@@ -6,7 +6,10 @@ of bytes, then these bytes. It ends with the standard input, so also when the pr
 """
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def main() -> None:
@@ -16,12 +19,30 @@ def main() -> None:
 
     for line in sys.stdin.buffer:
         try:
-            kind, answer = "png", resvg_py.svg_to_bytes(**json.loads(line))
+            with _quiet():
+                kind, answer = "png", resvg_py.svg_to_bytes(**json.loads(line))
         except (ValueError, RuntimeError, OSError) as error:
             kind, answer = "error", str(error).encode()
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, whose class has no module to import it from
+                raise
+            kind, answer = "error", f"the renderer panicked: {error}".encode()
         sys.stdout.buffer.write(f"{kind} {len(answer)}\n".encode())
         sys.stdout.buffer.write(answer)
         sys.stdout.buffer.flush()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Discard what Rust writes to the standard error where it panics or has too little memory."""
+    shown, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
+        os.close(null)
 
 
 if __name__ == "__main__":

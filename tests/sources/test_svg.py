@@ -76,6 +76,32 @@ def test_killed_renderer_is_replaced() -> None:
     assert draw_png(svg_string=HALF.decode()) == png
 
 
+NESTED = "".join(
+    f'<pattern id="p{n + 1}" width="1" height="1"><rect width="9" height="9" fill="url(#p{n})"/></pattern>'
+    for n in range(5000)
+)
+HUGE = '<filter id="f" x="-1" y="0" width="3.4e38" height="0.00001"><feOffset dx="3.4e38"/></filter>'
+
+
+@pytest.mark.parametrize(
+    ("inside", "reason"),
+    [
+        (f'{NESTED}<rect width="5" height="5" fill="url(#p5000)"/>', r"the renderer crashed \(SIGSEGV\)"),
+        (
+            f'{HUGE}<rect width="3.4e38" height="0.00001" x="-1" stroke="red" filter="url(#f)"/>',
+            "the renderer panicked",
+        ),
+    ],
+)
+def test_svg_that_ends_its_renderer_is_an_invalid_item(
+    inside: str, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ItemError, match=f"damaged SVG: {reason}"):
+        decode_image(drawn(inside))
+    assert capfd.readouterr() == ("", "")
+    assert decode_image(HALF).size == (1024, 512)
+
+
 FORK = """
 import os, signal, sys
 from embedcache.sources import svg
