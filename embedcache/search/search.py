@@ -162,6 +162,11 @@ class OpenIndex:
         """Count the items that pass a filter."""
         return self._subset(condition).num_items
 
+    def values(self, name: str) -> dict[str, int]:
+        """Count the items that a search finds by value of `label`, `split` or `language`; see `CacheFilters.values`."""
+        is_found_N = self._subset(Filter()).is_allowed_N
+        return self.filters.values(name, self.rows if is_found_N is None else self.rows[is_found_N])
+
     def _apply(self, condition: Filter) -> "_Subset":
         """Apply a filter; if few items pass, read their vectors, as a search of the index would miss most of them."""
         has_removed = may_hold_removed(self.card, self.cache)
@@ -243,15 +248,15 @@ class CacheFilters:
             mask_N &= self._selected(Path(condition.selection))[self._samples]
         return mask_N
 
-    def values(self, name: str) -> dict[str, int]:
-        """Count the items by value of `label`, `split` or `language`, sorted by value; empty if the cache has none."""
+    def values(self, name: str, rows: Ints | slice = slice(None)) -> dict[str, int]:
+        """Count items, by default all, by value of `label`, `split` or `language`: sorted; empty if there is none."""
         if not self._has_column(name):
             return {}
         if name == "language":
             column = self._languages()
-            return {value: int(self._has_language([value]).sum()) for value in sorted(column.names)}
+            return {value: int(self._has_language([value])[rows].sum()) for value in sorted(column.names)}
         column = self._column(name)
-        counts = np.bincount(column.codes[self._samples] + 1, minlength=len(column.names) + 1)[1:]
+        counts = np.bincount(column.codes[self._samples[rows]] + 1, minlength=len(column.names) + 1)[1:]
         return dict(sorted(zip(column.names, counts.tolist(), strict=True)))
 
     @cached_property

@@ -59,8 +59,8 @@ class SearchService:
         self.selections = {path.stem: path for path in selections}
         if len(self.selections) < len(selections):
             raise SettingError("selections: expected different file names, got the same name twice; rename one of them")
-        counts = {name: index.filters.values(name) for name in ("split", "label", "language")}
-        num_items = index.cache.num_rows(index.card.modality)  # a filter that leaves nothing out is not offered
+        counts = {name: index.values(name) for name in ("split", "label", "language")}
+        num_items = index.count(Filter())  # a filter that leaves nothing out is not offered
         self.values = {
             name: values
             for name, values in counts.items()

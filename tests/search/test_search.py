@@ -705,6 +705,7 @@ def test_samples_removed_since_are_not_found(labeled: Path, labeled_index: Path,
     (hits,) = index.search(Queries(keys=["train/cat/00004"]), k=59)
     assert key not in {hit.key for hit in hits}
     assert (len(hits), index.count(Filter()), index.count(Filter(label_value=("cat",)))) == (59, 59, 29)
+    assert (index.values("label"), index.values("split")) == ({"cat": 29, "dog": 30}, {"train": 29, "val": 30})
     with pytest.raises(SettingError, match="from 1 to 59, as 59 of 60 items pass the filter, got 60"):
         index.search(Queries(keys=["train/cat/00004"]), k=60)
 
