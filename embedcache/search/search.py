@@ -143,6 +143,7 @@ class OpenIndex:
     ) -> list[list[Hit]]:
         """Search with vectors of the index's space, (Q, P) float32 rows of length 1; as `search` otherwise.
 
+        Hits of equal scores are in the order of their rows.
         Raises `DataError` if they have another shape, or values that are no numbers.
         """
         queries_QP = np.asarray(queries_QP, np.float32)
@@ -153,9 +154,10 @@ class OpenIndex:
         condition = condition or Filter()
         subset = self._subset(condition)
         scores_QK, rows_QK = self._search_subset(queries_QP, _choose_k(k, subset.num_items, len(self._index)), subset)
+        order_QK = np.lexsort((rows_QK, -scores_QK))  # FAISS returns equal scores in other orders
         return [
-            self.hits.read(scores_K, rows_K, condition.language)
-            for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)
+            self.hits.read(scores_K[order_K], rows_K[order_K], condition.language)
+            for scores_K, rows_K, order_K in zip(scores_QK, rows_QK, order_QK, strict=True)
         ]
 
     def count(self, condition: Filter) -> int:

@@ -710,6 +710,21 @@ def test_samples_removed_since_are_not_found(labeled: Path, labeled_index: Path,
         index.search(Queries(keys=["train/cat/00004"]), k=60)
 
 
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF1,SQfp16"])
+def test_equal_items_are_found_in_the_order_of_their_rows(factory: str, tmp_path: Path) -> None:
+    vectors = np.tile(unit_rows(40), (3, 1))
+    vectors[81] = np.nan  # a failed item, which no filter counts
+    labels = [f"part {row // 40}" for row in range(120)]
+    tree = write_tree(tmp_path / "tree", vectors, rows_per_file=120, label=labels)
+    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
+    build_index(cache, tmp_path / "i", IndexSettings(modality="image", factory=factory, min_recall=0.0))
+    index = OpenIndex(tmp_path / "i")
+    for condition, num in ((Filter(), 3), (Filter(label_value=("part 1", "part 2")), 2)):
+        for row, hits in zip((5, 47, 119), index.search(Queries(rows=[5, 47, 119]), condition=condition), strict=True):
+            assert [hit.row for hit in hits[:num]] == [row % 40, row % 40 + 40, row % 40 + 80][-num:]
+    assert index.values("label") == {"part 0": 40, "part 1": 40, "part 2": 39}
+
+
 def test_vectors_of_another_shape_or_without_values_raise(labeled_index: Path) -> None:
     index = OpenIndex(labeled_index)
     queries_QP = index.query_encoder.indexed.read(np.array([0, 16]))
