@@ -62,7 +62,7 @@ class TaskReport:
         controls: control -> metrics.
         chance: metric -> its value for a random order of the candidates.
         captions: key of a sample -> its caption.
-        was_seen: whether the run was trained on these examples.
+        was_seen: whether the run was trained on these examples, or on the training part of them.
     """
 
     run_path: Path
@@ -135,11 +135,11 @@ def evaluate_task(
         },
         chance=_chance(task, examples),
         captions=captions,
-        was_seen=examples.digest in _trained_on(config),
+        was_seen=examples.digest in trained_on(config),
     )
 
 
-def _trained_on(config: ModuleConfig) -> set[str]:
+def trained_on(config: ModuleConfig) -> set[str]:
     """Return the digests of all examples that a run, and those that it starts from, were trained on."""
     tasks = [*config.training["tasks"], *config.training.get("earlier_tasks", ())]
     return {str(task.get("train")) for task in tasks}

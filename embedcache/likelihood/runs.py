@@ -13,7 +13,7 @@ from embedcache.dataset.splits import Split, check_split, column_parts, read_spl
 from embedcache.dataset.splitting import split_samples
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, SettingError
-from embedcache.evaluate.likelihood import BLIND, SHUFFLED, TaskReport, evaluate_task
+from embedcache.evaluate.likelihood import BLIND, SHUFFLED, TaskReport, evaluate_task, trained_on
 from embedcache.evaluate.runs import group_modules_by_recipe
 from embedcache.evaluate.settings import LikelihoodEvalSettings
 from embedcache.likelihood.tasks import NamedTask, TaskFile, is_about_items, naming, open_task, parts_of
@@ -221,7 +221,7 @@ def _evaluate(
     controls = [SHUFFLED] if settings.shuffle_items and task.table.kind != "retrieve" else []
     if settings.omit_items and task.table.kind in ("answer", "masked"):
         controls.append(BLIND)
-    return evaluate_task(
+    report = evaluate_task(
         run_path,
         opened,
         examples,
@@ -230,6 +230,17 @@ def _evaluate(
         seed=settings.seed,
         device=device,
     )
+    if part == "all" and not report.was_seen:
+        return replace(report, was_seen=_was_trained_on(file, task, table.filter(pc.equal(parts, "train")), config))
+    return report
+
+
+def _was_trained_on(file: TaskFile, task: NamedTask, table: pa.Table, config: ModuleConfig) -> bool:
+    """Return whether a run was trained on these examples of a task, no more and no fewer."""
+    try:
+        return file.open(task, table, Vocabulary(config.arguments["words"])).digest in trained_on(config)
+    except DataError:  # there are none, or none with the feature
+        return False
 
 
 def _split_of_run(cache: Cache, run_path: Path, config: ModuleConfig) -> Split | None:

@@ -116,6 +116,20 @@ def test_a_run_is_measured_on_its_tasks(folder: Path, run: Path) -> None:
     assert len(tasks["caption"]["captions"]) == 15
 
 
+@pytest.mark.slow
+def test_training_examples_among_all_are_named(folder: Path, run: Path) -> None:
+    (folder / "two.toml").write_text(
+        '[color]\nkind = "answer"\nexamples = "answers.parquet"\n[retrieve]\nkind = "retrieve"\n'
+    )
+    shown = {
+        part: succeed(*f"evaluate likelihood cache run --task-file two.toml --part {part}".split(), cwd=folder)
+        for part in ("all", "train", "val")
+    }
+    for task in ("color", "retrieve"):
+        warned = {part: f"WARNING: run was trained on these examples of {task}" in text for part, text in shown.items()}
+        assert warned == {"all": True, "train": True, "val": False}
+
+
 def test_a_run_answers_with_its_own_candidates(run: Path, folder: Path) -> None:
     model = package.load(run, kind="likelihood")
     cache = Cache(folder / "cache")
