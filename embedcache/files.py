@@ -27,7 +27,10 @@ TEXT_ENCODING = "utf-8-sig"
 """Encoding of all text files that users write, whatever the locale: UTF-8, with or without a byte order mark."""
 
 _MAX_TEXT_BYTES = 2**28
-_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")
+URL_PATTERN = r"(?:[A-Za-z][A-Za-z0-9+-]*::)*[A-Za-z][A-Za-z0-9+.-]*://"
+"""Regular expression of how a URL begins, see `is_url`."""
+
+_URL = re.compile(URL_PATTERN)
 _ADDRESS = re.compile(r"(://(?:[^/@]*@)?\[)([^\]/]*)")
 """Beginning of a URL up to the IPv6 address of its host, and that address."""
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})

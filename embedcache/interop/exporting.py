@@ -15,7 +15,7 @@ from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.dataset.selections import read_selection
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, UnknownNameError, pluralize
-from embedcache.files import AnyPath, building, is_url
+from embedcache.files import URL_PATTERN, AnyPath, building, is_url
 from embedcache.interop.settings import MtebSettings, VectorExportSettings
 from embedcache.interop.vector_files import rechunk
 from embedcache.outputs import check_output
@@ -26,7 +26,7 @@ from embedcache.store.layout import SAMPLES
 from embedcache.store.rows import RowReader
 
 _MODALITIES: Sequence[Modality] = ("image", "text")
-_SOURCES_WITH_FILES = ("folder", "table")
+_SOURCES_WITH_FILES = ("coco", "folder", "table")
 
 
 class VectorExport:
@@ -195,16 +195,23 @@ class VectorExport:
         return bool(is_known_N[caption_rows[has_caption]].any())
 
     def _image_paths(self, images: pa.Table) -> pa.ChunkedArray:
-        """Return absolute paths where the images are files below a folder or a table; otherwise the stored ones."""
-        source = self.cache.info.source
-        if source.get("type") not in _SOURCES_WITH_FILES or is_url(source["path"]):
-            return images["path"]
-        path = Path(source["path"])
-        root = path if path.is_dir() else path.parent
-        is_relative = pc.and_(pc.equal(images["length"], 0), pc.invert(pc.starts_with(images["path"], "/")))
-        is_relative = pc.and_(is_relative, pc.greater(pc.utf8_length(images["path"]), 0))
-        absolute = pc.binary_join_element_wise(f"{root}/", images["path"], "")
-        return pc.if_else(is_relative, absolute, images["path"])
+        """Return absolute paths where the images are files, URLs as they are; otherwise the stored paths."""
+        paths, root = images["path"], _image_root(self.cache.info.source)
+        if not root:
+            return paths
+        is_whole = pc.match_substring_regex(paths, f"^(/|$|{URL_PATTERN})")  # a removed sample has an empty path
+        return pc.if_else(is_whole, paths, pc.binary_join_element_wise(f"{root}/", paths, ""))
+
+
+def _image_root(source: Mapping[str, Any]) -> str:
+    """Return the local folder that a source's paths of images are relative to; empty if there is none."""
+    kind, path = source.get("type"), str(source.get("path", ""))
+    if kind == "pairs":
+        kind, _, path = path.partition(":")
+    root = str(source.get("settings", {}).get("root", "")) if kind == "coco" else path
+    if kind not in _SOURCES_WITH_FILES or is_url(root):
+        return ""
+    return str(Path(root).parent) if kind == "table" and not Path(root).is_dir() else root
 
 
 def exported_modalities(cache: Cache, settings: VectorExportSettings | MtebSettings) -> list[Modality]:

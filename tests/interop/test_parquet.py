@@ -1,5 +1,6 @@
 """Vectors as lists in Parquet, of ours and of others."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
+from embedcache.files import open_path
 from embedcache.interop import parquet
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
 from embedcache.progress import NullProgress
@@ -158,3 +160,22 @@ def test_flipped_vector_of_an_export_is_noticed(labeled: Path, tmp_path: Path) -
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     with pytest.raises(EmbedcacheError, match="x.parquet"):
         import_files(open_parquet_vectors(path), tmp_path / "cache")
+
+
+def test_image_paths_of_files_are_absolute_and_those_of_urls_unchanged(tmp_path: Path) -> None:
+    folder, url = write_images(tmp_path / "images", 2), "memory://photos/00001.png"
+    open_path(url).parent.mkdir(parents=True, exist_ok=True)
+    open_path(url).write_bytes((folder / "00001.png").read_bytes())
+    (tmp_path / "rows.csv").write_text(f"image,caption\nimages/00000.png,a\n{url},b\n")
+    coco = {"images": [{"id": 0, "file_name": "00000.png"}, {"id": 1, "file_name": "00001.png"}], "annotations": []}
+    (tmp_path / "captions_images.json").write_text(json.dumps(coco))
+    files = [str(folder / f"0000{number}.png") for number in range(2)]
+    for location, expected in (
+        (f"{folder}", files),
+        (f"pairs:{folder}", files),
+        (f"{tmp_path / 'captions_images.json'}", files),
+        (f"{tmp_path / 'rows.csv'}", [files[0], url]),
+    ):
+        cache = tmp_path / location.replace("/", "-")
+        extract(open_source(location), cache, image_encoder=[IMAGE])
+        assert export_of(cache, modality="image").table(slice(None))["image_path"].to_pylist() == expected
