@@ -72,8 +72,8 @@ class SpeechNetwork(nn.Module):
         width: width of all encoded frames.
         num_layers: layers of the encoder of each stream.
         fusion: `concat` or `gated`; only used with two streams.
-        fusion_layers: layers after the fusion; with one stream, further layers after the encoder: a control with equal
-            depth.
+        fusion_layers: layers after the fusion, at least one for two streams; with one stream, further layers after the
+            encoder: a control with equal depth.
         decoder_layers: layers of the attention decoder.
     """
 
@@ -96,6 +96,13 @@ class SpeechNetwork(nn.Module):
                 f"expected one or two streams and a width that is a multiple of {2 * num_heads}, got {list(streams)} "
                 f"and {width}"
             )
+        for name, layers, least in (
+            ("num_layers", num_layers, 1),
+            ("fusion_layers", fusion_layers, int(len(streams) > 1)),
+            ("decoder_layers", decoder_layers, 1),
+        ):
+            if layers < least:
+                raise SettingError(f"{name}: expected at least {least}, got {layers}; streams: {', '.join(streams)}")
         sizes = LayerSizes(num_heads, feed_forward, dropout)
         self.stacks = {name: int(stream["stack"]) for name, stream in streams.items()}
         self.widths = {name: int(stream["width"]) for name, stream in streams.items()}

@@ -242,6 +242,12 @@ def test_widths_that_heads_do_not_divide_are_refused() -> None:
         network(width=18)
 
 
+@pytest.mark.parametrize("name", ["num_layers", "fusion_layers", "decoder_layers"])
+def test_two_streams_without_layers_are_refused(name: str) -> None:
+    with pytest.raises(SettingError, match=f"{name}: expected at least 1, got 0; streams: audio, video"):
+        network(**{name: 0})
+
+
 def test_an_unknown_fusion_is_refused() -> None:
     with pytest.raises(SettingError, match="concat or gated, got 'sum'"):
         network(fusion="sum")
