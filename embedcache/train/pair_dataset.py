@@ -21,8 +21,9 @@ class PairDataset(Dataset[dict[str, Tensor]]):
     """The pairs of items of one or several caches, such as images with each of their captions.
 
     `dataset[i]` is a pair: for each modality its item, (D,) or (T, D) float32, and `sample`, an int64 number that is
-    equal for pairs of one sample, so that a loss can leave out false negatives. A list or array of indices gives a
-    batch, (B, D) or (B, T, D) and (B,). A `DataLoader` reads whole batches, in any number of forked or spawned workers:
+    equal for pairs of one sample, so that a loss can leave out false negatives. A slice, list or array of indices gives
+    a batch, (B, D) or (B, T, D) and (B,). A `DataLoader` reads whole batches, in any number of forked or spawned
+    workers:
 
         loader = DataLoader(dataset, batch_size=1024, shuffle=True, num_workers=2)
         for batch in loader:
@@ -91,9 +92,9 @@ class PairDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int | Sequence[int] | Ints) -> dict[str, Tensor]:
+    def __getitem__(self, index: int | slice | Sequence[int] | Ints) -> dict[str, Tensor]:
         """Return one pair, or a batch of pairs."""
-        indices = np.asarray(index)
+        indices = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
         batch = self._read(np.atleast_1d(indices))
         return batch if indices.ndim else {name: values[0] for name, values in batch.items()}
 
