@@ -166,14 +166,18 @@ def _open_recorded(run: Run, path: str) -> Iterator[Cache]:
 
 
 def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
-    """Return the items of one of a run's caches that it was trained on, by modality; empty if there are none."""
+    """Return the items of one of a run's caches that it was trained on, by modality; empty if there are none.
+
+    Their contents are not numbered.
+    """
     rows = np.flatnonzero(read_run_split(run, cache).mask("train"))
     if (selected := read_run_selection(run, cache)) is not None:
         rows = np.intersect1d(rows, selected, assume_unique=True)
     if not len(rows):
         return {}
     first, second = (run_input(cache, run.config, modality) for modality in run.config.sides)
-    pairs = pair_items([cache], [first], [second], language=run.config.training.get("language")).select(rows)
+    language = run.config.training.get("language")
+    pairs = pair_items([cache], [first], [second], language=language, is_numbered=False).select(rows)
     return {first.modality: ItemSet(first, pairs.first), second.modality: ItemSet(second, pairs.second)}
 
 

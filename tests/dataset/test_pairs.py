@@ -89,6 +89,14 @@ def test_items_of_samples_with_both_features_are_paired(captioned: Cache) -> Non
         assert pairs.second.contents[4] == pairs.second.contents[5]
 
 
+def test_contents_need_not_be_numbered(captioned: Cache) -> None:
+    images, texts = (open_input(captioned, modality) for modality in ("image", "text"))
+    found, expected = (pair_items([captioned], [images], [texts], is_numbered=number) for number in (False, True))
+    for side, other in ((found.first, expected.first), (found.second, expected.second)):
+        assert (side.rows.tolist(), side.samples.tolist()) == (other.rows.tolist(), other.samples.tolist())
+        assert set(side.contents.tolist()) == {-1}
+
+
 def test_captions_of_a_language_are_counted_across_caches(captioned: Cache) -> None:
     german = paired(captioned, captioned, language="de")
     assert german.samples.tolist() == german.first.rows.tolist() == [1, 4, 7, 10]
