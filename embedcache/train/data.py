@@ -287,12 +287,12 @@ def divide_pairs(data: TrainData, run_path: Path, settings: TrainSettings, progr
     Raises:
         DataError: the training or the validation part has no pairs.
     """
+    selected = None
+    if settings.selection_path is not None:  # a strict split may take hours: a wrong key is found before
+        selected = read_selection(settings.selection_path, data.caches)
     pairs = data.pairs(settings.language, progress=progress)
     made = run_on_first(lambda: _write_split(data, pairs, run_path, settings, progress))
     split = made or read_split(split_path(run_path), data.caches)
-    selected = None
-    if settings.selection_path is not None:
-        selected = read_selection(settings.selection_path, data.caches)
     training = _shuffle_pairs(_training_pairs(data, pairs, split, selected, settings), settings)
     validation = _shuffle_pairs(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):

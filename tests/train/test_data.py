@@ -144,6 +144,13 @@ def test_selection_file_is_checked(cache_path: Path, tmp_path: Path) -> None:
         read_selection(tmp_path / "y.parquet", caches)
 
 
+def test_selection_is_read_before_the_split_is_made(cache_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("00003\nb\n")
+    with pytest.raises(DataError, match="1 is no key of"):
+        run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"))
+    assert not (tmp_path / "run" / "split.parquet").exists()
+
+
 def test_selection_without_training_samples_raises(cache_path: Path, tmp_path: Path) -> None:
     run(cache_path, tmp_path / "parts", epochs=0)
     split = read_split(tmp_path / "parts/split.parquet", [Cache(cache_path)])
