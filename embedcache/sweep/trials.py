@@ -271,6 +271,7 @@ def _open_storage(
     engine = _engine_options(url)
     if settings.storage is None:  # by its path: in a URL, `?` and `%` of the name of a folder have a meaning
         engine = {"creator": lambda: sqlite3.connect(file, timeout=_SQLITE_TIMEOUT_S, check_same_thread=False)}
+    pruner = _make_pruner(settings.pruner, max_epochs=space.max_epochs())
     with _explained(settings.storage, file):
         storage = optuna.storages.RDBStorage(url, engine_kwargs=engine)
         if url.startswith("sqlite"):
@@ -279,7 +280,7 @@ def _open_storage(
             storage=storage,
             study_name=study.name,
             direction="maximize",
-            pruner=_make_pruner(settings.pruner, max_epochs=space.max_epochs()),
+            pruner=pruner,
             load_if_exists=True,
         )
 
