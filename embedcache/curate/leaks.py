@@ -357,7 +357,7 @@ def _any_feature(cache: Cache, modality: str) -> InputFeature:
 
 
 def _items(cache: Cache, feature: InputFeature) -> Items:
-    items = read_items([cache], [feature])
+    items = read_items([cache], [feature], is_numbered=False)
     if not len(items.rows):
         raise DataError(
             f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {cache.path}"

@@ -248,7 +248,7 @@ def classify(
     modality = run.config.other_modality("text")
     prompts, feature = _run_prompts(prompts_cache, run), run_input(cache, run.config, modality)
     split = read_eval_split(cache, run, settings.part)
-    items = read_items([cache], [feature]).select(split.samples)
+    items = read_items([cache], [feature], is_numbered=False).select(split.samples)
     if not len(items.rows):
         raise DataError(
             f"{split.part} of {cache.path}: expected {noun(modality)} with {feature.name}, got none; check --part"
