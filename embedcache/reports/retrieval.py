@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -180,10 +181,12 @@ def write_retrieval_page(
 
 
 def recall_bars(rows: Mapping[str, _DirectionEstimates]) -> str:
-    """Draw R@10 with its 95% interval in both directions, one bar per row, as an SVG element."""
+    """Draw R@10 with its 95% interval in both directions, one bar per row, as SVG; the last row is chance, in gray."""
     all_axes = open_axes(0.5 + 0.42 * len(rows), ncols=2, sharey=True)
+    colors = [*islice(cycle(COLORS), len(rows) - 1), SOFT]
     for axes, direction in zip(all_axes, next(iter(rows.values())), strict=True):
-        estimate_bars(axes, {name: recalls[direction]["r@10"] for name, recalls in rows.items()}, height=0.55)
+        estimates = {name: recalls[direction]["r@10"] for name, recalls in rows.items()}
+        estimate_bars(axes, estimates, height=0.55, colors=colors)
         label(axes, f"{direction} R@10 with its 95% interval")
     return svg(axes.figure)
 

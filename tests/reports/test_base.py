@@ -10,6 +10,8 @@ import pytest
 
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import (
+    COLORS,
+    SOFT,
     Curves,
     Section,
     count_histogram,
@@ -28,7 +30,7 @@ from embedcache.reports.base import (
     write_report,
 )
 from embedcache.reports.items import PageItem
-from embedcache.reports.retrieval import recall_by_width
+from embedcache.reports.retrieval import recall_bars, recall_by_width
 
 
 @pytest.mark.parametrize(
@@ -139,3 +141,10 @@ def test_ticks_of_gains_beside_each_other_do_not_overlap() -> None:
         boxes = [label.get_window_extent() for label in labels]
         assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
         assert [line.get_xdata()[0] for line in axes.lines].count(0) == 1
+
+
+def test_chance_is_gray_in_all_figures_of_recall() -> None:
+    recalls = {direction: {"r@10": Estimate(0.5, 0.4, 0.6)} for direction in ("i2t", "t2i")}
+    bars = recall_bars({"run": recalls, "chance": recalls})
+    fills = re.findall("fill: (#[0-9a-f]{6})", bars)
+    assert [color in fills for color in (*COLORS[:2], SOFT)] == [True, False, True]
