@@ -17,9 +17,9 @@ import pyarrow as pa
 from PIL.Image import Image
 
 from embedcache.arrays import Array
-from embedcache.errors import FingerprintError, ItemError, SettingError
+from embedcache.errors import FingerprintError, ItemError, SettingError, pluralize
 from embedcache.extract.feature_writer import ChunkTask, FeatureWriter
-from embedcache.modalities import MODALITIES, Modality, noun
+from embedcache.modalities import MODALITIES, Modality, noun, one_noun
 from embedcache.processes import prefetch_map
 from embedcache.progress import Progress
 from embedcache.sources import reopen_source
@@ -190,7 +190,8 @@ def _encode_file_chunks(
                 progress.advance(1)
             commit(task, buffers, loaded)
     if num_blank:
-        progress.note(f"{num_blank:,} {noun(modality.name)} have a single color; they are encoded like all others")
+        is_blank = pluralize(num_blank, f"{one_noun(modality.name)} has", f"{noun(modality.name)} have")
+        progress.note(f"{is_blank} a single color; encoded like any other")
 
 
 def _list_items(cache: Cache, modality: str, tasks: Iterable[ChunkTask]) -> Iterator[tuple[ChunkTask, FileItem | str]]:

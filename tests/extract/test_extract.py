@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import (
@@ -32,6 +33,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.indexing import update_path
 from tests.extract.cases import lines, run, tree
 from tests.images import write_images
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 
@@ -352,3 +354,12 @@ def test_source_whose_cache_could_not_be_opened_is_refused(source: Path, tmp_pat
     with pytest.raises(SourceError, match=message):
         extract(Described(), tmp_path / "cache", image_encoder=[IMAGE])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "1 image has"), (2, "2 images have")])
+def test_images_of_a_single_color_are_counted(count: int, words: str, tmp_path: Path) -> None:
+    photos, progress = write_images(tmp_path / "photos", 1), RecordedProgress()
+    for number in range(count):
+        Image.new("RGB", (16, 16), "red").save(photos / f"red{number}.png")
+    extract(open_source(photos), tmp_path / "cache", image_encoder=[IMAGE], progress=progress)
+    assert progress.notes[-1] == f"{words} a single color; encoded like any other"
