@@ -27,6 +27,7 @@ _PER_BAND = 8
 _BANDS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 _FRACTIONS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 _NUM_EXAMPLES = 24
+_NEARLY = 1e-6  # 0.7 in float32 is a little less
 _NUM_NEIGHBORS = 5
 _TITLES = {
     TYPICALITY: "Least typical",
@@ -116,16 +117,23 @@ def outlier_notes(report: OutlierReport) -> list[str]:
 
 
 def threshold_table(report: OutlierReport) -> Table:
-    """Return for fractions of the samples with a score the values of it that leave so many out.
+    """Return for fractions of the samples with a score the values of it that leave so many out, fewer where some tie.
 
     Their number is that of samples with an item that was compared; fewer have a label, or both items of a pair.
     """
-    rows, num_compared = [], int(np.isfinite(report.typicality_S).sum())
+    sorted_scores = [np.sort(values_S[np.isfinite(values_S)]) for values_S in report.scores.values()]
+    rows, num_compared = [], len(sorted_scores[0])
     for fraction in _FRACTIONS:
-        row = [f"{fraction:.1%}", format_count(round(fraction * num_compared))]
-        limits = [limit for name in report.scores for limit in report.quantiles(name, [fraction])]
-        rows.append(row + ["" if limit is None else f"{limit:.3f}" for limit in limits])
-    return ["left out", "samples", *(f"{name} of at least" for name in report.scores)], rows
+        limits = [
+            "" if not len(sorted_M) else _floor(sorted_M[round(fraction * len(sorted_M))]) for sorted_M in sorted_scores
+        ]
+        rows.append([f"{fraction:.1%}", format_count(round(fraction * num_compared)), *limits])
+    return ["left out", "samples at most", *(f"{name} of at least" for name in report.scores)], rows
+
+
+def _floor(value: float) -> str:
+    """Return a number with three decimals, rounded down unless it is nearly the next one."""
+    return f"{np.floor(1000 * (value + _NEARLY)) / 1000:.3f}"
 
 
 def write_outlier_page(path: Path, report: OutlierReport, *, image_folders: Sequence[Path] = ()) -> None:

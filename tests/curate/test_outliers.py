@@ -160,6 +160,9 @@ def test_planted_outliers_and_labels(planted: Path, tmp_path: Path) -> None:
     half = np.where(np.arange(NUM) < NUM // 2, report.typicality_S, np.float32(np.nan))
     num_half = int(np.isfinite(half).sum())
     assert threshold_table(replace(report, typicality_S=half))[1][-1][:2] == ["10.0%", str(round(num_half / 10))]
+    for _, count, *limits in threshold_table(report)[1]:
+        for limit, scores in zip(limits, report.scores.values(), strict=True):
+            assert int((scores < np.float32(limit)).sum()) <= int(count)
     again = find_outliers(planted, tmp_path / "again.parquet", k=3, label_neighbors=1)
     assert again.typicality_S.tobytes() == report.typicality_S.tobytes()
     assert again.votes is not None
