@@ -31,6 +31,7 @@ from embedcache.store.columns import to_array
 
 _DEFAULT_K = 10
 _COMPARE_ALL = 20_000  # up to this many filtered items, all are compared: fast, and a graph or lists would miss most
+_MOST_EQUAL = 1024  # items of one score at the end of the hits, beyond which FAISS chooses
 _OPTIONS = {"label": "label-value", "split": "part"}  # column -> option of `embedcache search`
 
 
@@ -143,7 +144,7 @@ class OpenIndex:
     ) -> list[list[Hit]]:
         """Search with vectors of the index's space, (Q, P) float32 rows of length 1; as `search` otherwise.
 
-        Hits of equal scores are in the order of their rows.
+        Hits of equal scores are in the order of their rows, and the first of them are returned.
         Raises `DataError` if they have another shape, or values that are no numbers.
         """
         queries_QP = np.asarray(queries_QP, np.float32)
@@ -153,11 +154,10 @@ class OpenIndex:
             raise DataError(f"queries: expected finite vectors for {self.path}, got NaN or infinite values")
         condition = condition or Filter()
         subset = self._subset(condition)
-        scores_QK, rows_QK = self._search_subset(queries_QP, _choose_k(k, subset.num_items, len(self._index)), subset)
-        order_QK = np.lexsort((rows_QK, -scores_QK))  # FAISS returns equal scores in other orders
+        scores_QK, rows_QK = self._search_by_row(queries_QP, _choose_k(k, subset.num_items, len(self._index)), subset)
         return [
-            self.hits.read(scores_K[order_K], rows_K[order_K], condition.language)
-            for scores_K, rows_K, order_K in zip(scores_QK, rows_QK, order_QK, strict=True)
+            self.hits.read(scores_K, rows_K, condition.language)
+            for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)
         ]
 
     def count(self, condition: Filter) -> int:
@@ -185,6 +185,19 @@ class OpenIndex:
             rows = np.sort(self._index.rows[is_allowed_N])
             vectors = rows, self.query_encoder.indexed.read(rows)
         return _Subset(is_allowed_N=is_allowed_N, num_items=num_items, vectors=vectors)
+
+    def _search_by_row(self, queries_QP: Floats, k: int, subset: "_Subset") -> tuple[Floats, Ints]:
+        """Search, with equal scores by row: FAISS keeps the last of them, so all of them are found first."""
+        num_found, most = min(k + 1, subset.num_items), min(max(_MOST_EQUAL, k + 1), subset.num_items)
+        while True:
+            scores_QK, rows_QK = self._search_subset(queries_QP, num_found, subset)
+            scores_QK = np.where(rows_QK < 0, -np.inf, scores_QK)
+            is_cut_Q = (scores_QK[:, -1] == scores_QK[:, k - 1]) & (rows_QK[:, -1] >= 0)
+            if num_found == most or not is_cut_Q.any():
+                break
+            num_found = min(2 * num_found, most)
+        order_QK = np.lexsort((rows_QK, -scores_QK))[:, :k]
+        return np.take_along_axis(scores_QK, order_QK, axis=1), np.take_along_axis(rows_QK, order_QK, axis=1)
 
     def _search_subset(self, queries_QP: Floats, k: int, subset: "_Subset") -> tuple[Floats, Ints]:
         """Search the items that pass a filter: exactly if they are few, and more thoroughly the fewer they are."""

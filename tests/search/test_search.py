@@ -720,8 +720,10 @@ def test_equal_items_are_found_in_the_order_of_their_rows(factory: str, tmp_path
     build_index(cache, tmp_path / "i", IndexSettings(modality="image", factory=factory, min_recall=0.0))
     index = OpenIndex(tmp_path / "i")
     for condition, num in ((Filter(), 3), (Filter(label_value=("part 1", "part 2")), 2)):
-        for row, hits in zip((5, 47, 119), index.search(Queries(rows=[5, 47, 119]), condition=condition), strict=True):
-            assert [hit.row for hit in hits[:num]] == [row % 40, row % 40 + 40, row % 40 + 80][-num:]
+        for k in (1, 2, 3, 10):
+            found = index.search(Queries(rows=[5, 47, 119]), k=k, condition=condition)
+            for row, hits in zip((5, 47, 119), found, strict=True):
+                assert [hit.row for hit in hits[:num]] == [row % 40, row % 40 + 40, row % 40 + 80][-num:][:k]
     assert index.values("label") == {"part 0": 40, "part 1": 40, "part 2": 39}
 
 
