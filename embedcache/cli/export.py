@@ -165,7 +165,7 @@ def parquet(
 ) -> None:
     """Write vectors, keys and captions to Parquet.
 
-    The columns are key, caption, those of the source, and image_vector and text_vector as lists of fixed length.
+    The columns are key, caption, those of the source, and image_vector, text_vector and so on as lists of fixed length.
 
     Example: embedcache export parquet cache/ vectors.parquet --run run/
     """
@@ -183,7 +183,7 @@ def npy(
 ) -> None:
     """Write vectors as NumPy arrays.
 
-    Write image.npy, text.npy and rows.parquet into a new folder.
+    Write image.npy, text.npy and so on, and rows.parquet, into a new folder.
 
     Example: embedcache export npy cache/ arrays/ --image-feature resnet18/pooled
     """

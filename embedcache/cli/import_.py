@@ -7,7 +7,8 @@ import typer
 
 from embedcache.cli.commands import add_command, new_group
 from embedcache.cli.failures import FINISHED_WORK
-from embedcache.cli.options import CacheArgument, Json, Output, SelectionOutput, with_settings
+from embedcache.cli.options import CacheArgument, Json, Output, SelectionOutput, by_modality, with_settings
+from embedcache.errors import SettingError
 from embedcache.interop.settings import ImportSettings
 
 if TYPE_CHECKING:
@@ -83,6 +84,14 @@ def parquet(
     text_vector_column: Annotated[
         str | None, typer.Option(metavar="NAME", help="Parquet column of text vectors.", show_default="text_vector")
     ] = None,
+    vector_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODALITY=NAME",
+            help="Parquet column of vectors of any modality. May be repeated.",
+            show_default="audio=audio_vector and so on",
+        ),
+    ] = None,
     as_json: Json = False,
     output: Output = None,
     *,
@@ -97,7 +106,12 @@ def parquet(
     """
     from embedcache.interop.parquet import open_parquet_vectors
 
-    vectors = open_parquet_vectors(path, image_vector_column=image_vector_column, text_vector_column=text_vector_column)
+    vectors = open_parquet_vectors(
+        path,
+        image_vector_column=image_vector_column,
+        text_vector_column=text_vector_column,
+        vector_columns=by_modality("--vector-column", vector_column, "audio=clap", metavar="NAME"),
+    )
     _import(vectors, cache, settings, as_json=as_json, output=output)
 
 
@@ -109,6 +123,10 @@ def npy(
     ] = None,
     text_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A .npy file of text vectors; requires --table.")
+    ] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODALITY=FILE", help="A .npy file of vectors of any modality. May be repeated."),
     ] = None,
     table: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Table with the keys, captions and columns of the rows.")
@@ -126,7 +144,12 @@ def npy(
     """
     from embedcache.interop.npy import open_npy_vectors
 
-    vectors = open_npy_vectors(image_file=image_file, text_file=text_file, table=table)
+    named = by_modality("--file", file, "audio=clap.npy", metavar="FILE")
+    for modality, paths in named.items():
+        if len(paths) > 1:
+            raise SettingError(f"--file: expected one file of {modality} vectors, got {' and '.join(paths)}; name one")
+    files = {modality: Path(path) for modality, (path,) in named.items()}
+    vectors = open_npy_vectors(image_file=image_file, text_file=text_file, files=files, table=table)
     _import(vectors, cache, settings, as_json=as_json, output=output)
 
 

@@ -14,42 +14,56 @@ from embedcache.arrays import Array, Bools, Ints, distinct
 from embedcache.dataset.pairs import ANY_LANGUAGE, is_language
 from embedcache.dataset.selections import read_selection
 from embedcache.encoders.base import Modality
-from embedcache.errors import DataError, PathError, UnknownNameError, pluralize
+from embedcache.errors import DataError, PathError, SettingError, UnknownNameError, pluralize
 from embedcache.files import URL_PATTERN, AnyPath, building, is_url
 from embedcache.interop.settings import MtebSettings, VectorExportSettings
 from embedcache.interop.vector_files import rechunk
+from embedcache.modalities import MODALITIES, count_items
 from embedcache.outputs import check_output
+from embedcache.projectors.saved import read_config
 from embedcache.provenance import INDEX_DIGEST
 from embedcache.search.vectors import Vectors
+from embedcache.sources.open import IMPORTED_SOURCE
+from embedcache.sources.table_columns import INTERVAL_NAMES
 from embedcache.store.cache import Cache
 from embedcache.store.layout import SAMPLES
 from embedcache.store.rows import RowReader
 
-_MODALITIES: Sequence[Modality] = ("image", "text")
-_SOURCES_WITH_FILES = ("coco", "folder", "table")
+MODALITY_NAMES: Sequence[Modality] = tuple(modality.name for modality in MODALITIES.values())
+IMAGES_AND_TEXTS: Sequence[Modality] = ("image", "text")
+_OF_ONE_FILE = ("table", IMPORTED_SOURCE)  # or of a folder of files
+_SOURCES_WITH_FILES = ("coco", "folder", *_OF_ONE_FILE)
 
 
 class VectorExport:
     """The rows of an export, in the order of the cache: samples that have a vector of each exported modality.
 
-    A row holds a sample's first image and first caption; `left_out` describes what the rows do not hold. Memory: the
+    A row holds a sample's first item of each modality; `left_out` describes what the rows do not hold. Memory: the
     sample of each item, and a block of each table.
 
+    Args:
+        cache_path: path or URL of the cache.
+        settings: which vectors, and of which samples.
+        allowed: modalities that the format has.
+
     Raises:
+        SettingError: the format does not have the requested modality.
         UnknownNameError: there is no such feature or language, or several features and none is named.
         UnfinishedError: a feature has missing chunks.
         FingerprintError: the run was trained on other features.
         DataError: the cache has no features, or no sample has all requested vectors.
     """
 
-    def __init__(self, cache_path: AnyPath, settings: VectorExportSettings | None = None) -> None:
+    def __init__(
+        self,
+        cache_path: AnyPath,
+        settings: VectorExportSettings | None = None,
+        *,
+        allowed: Sequence[Modality] = MODALITY_NAMES,
+    ) -> None:
         self.cache = Cache(cache_path)
         self._settings = settings = settings or VectorExportSettings()
-        features = {"image": settings.image_feature, "text": settings.text_feature}
-        self._vectors = {
-            modality: Vectors(cache_path, modality, features[modality], settings.run, device=settings.device)
-            for modality in exported_modalities(self.cache, settings)
-        }
+        self._vectors = open_exported(self.cache, settings, allowed)
         self._items = {
             modality: _first_items(self._samples_of[modality], self._is_usable(modality)) for modality in self._vectors
         }
@@ -69,7 +83,7 @@ class VectorExport:
     @property
     def modalities(self) -> list[Modality]:
         """Modalities of the exported vectors, images first."""
-        return [modality for modality in _MODALITIES if modality in self._vectors]
+        return list(self._vectors)
 
     @property
     def left_out(self) -> str:
@@ -79,8 +93,8 @@ class VectorExport:
         for modality in self.modalities:
             items = self._samples_of[modality][self._is_usable(modality)]
             num_items = int(np.isin(items, self.samples).sum()) - len(self.samples)
-            noun = "caption" if modality == "text" else "image"
-            parts += [f"{pluralize(num_items, noun)} beyond a sample's first"] * bool(num_items)
+            counted = pluralize(num_items, "caption") if modality == "text" else count_items(num_items, modality)
+            parts += [f"{counted} beyond a sample's first"] * bool(num_items)
         return ", ".join(parts)
 
     @property
@@ -122,12 +136,16 @@ class VectorExport:
     def table(self, rows: slice) -> pa.Table:
         """Return `key`, and where they exist `image_path`, `caption`, `language`, and all columns of some rows.
 
-        Fast for rows that ascend from call to call.
+        Recordings are in `audio_path` and so on, with `start_s` and `stop_s` if they are intervals. Fast for rows that
+        ascend from call to call.
         """
         samples = self._readers[SAMPLES].take(self.samples[rows])
         columns = {"key": samples["key"]}
-        if "image" in self._vectors:
-            columns["image_path"] = self._image_paths(self._readers["image"].take(self.item_rows("image", rows)))
+        for modality in self.modalities:
+            if MODALITIES[modality].kind == "files":
+                items = self._readers[modality].take(self.item_rows(modality, rows))
+                columns[f"{modality}_path"] = self._paths(items)
+                columns |= {name: items[name] for name in INTERVAL_NAMES if modality in self._with_intervals}
         if "text" in self._readers:
             captions = self._captions(rows)
             columns["caption"] = captions["text"]
@@ -194,38 +212,63 @@ class VectorExport:
         is_known_N = self.cache.items("text", columns=["language"])["language"].is_valid().to_numpy()
         return bool(is_known_N[caption_rows[has_caption]].any())
 
-    def _image_paths(self, images: pa.Table) -> pa.ChunkedArray:
-        """Return absolute paths where the images are files, URLs as they are; otherwise the stored paths."""
-        paths, root = images["path"], _image_root(self.cache.info.source)
+    @cached_property
+    def _with_intervals(self) -> set[Modality]:
+        """Modalities of which any item is an interval of a file."""
+        timed = [modality for modality in self.modalities if MODALITIES[modality].has_interval]
+        tables = {modality: self.cache.items(modality, columns=list(INTERVAL_NAMES)) for modality in timed}
+        return {name for name, table in tables.items() if any(c.null_count < len(c) for c in table.columns)}
+
+    def _paths(self, items: pa.Table) -> pa.ChunkedArray:
+        """Return absolute paths where the items are files, URLs as they are; otherwise the stored paths."""
+        paths, root = items["path"], _file_root(self.cache.info.source)
         if not root:
             return paths
         is_whole = pc.match_substring_regex(paths, f"^(/|$|{URL_PATTERN})")  # a removed sample has an empty path
         return pc.if_else(is_whole, paths, pc.binary_join_element_wise(f"{root}/", paths, ""))
 
 
-def _image_root(source: Mapping[str, Any]) -> str:
-    """Return the local folder that a source's paths of images are relative to; empty if there is none."""
+def _file_root(source: Mapping[str, Any]) -> str:
+    """Return the local folder that a source's paths of files are relative to; empty if there is none."""
     kind, path = source.get("type"), str(source.get("path", ""))
     if kind == "pairs":
         kind, _, path = path.partition(":")
     root = str(source.get("settings", {}).get("root", "")) if kind == "coco" else path
     if kind not in _SOURCES_WITH_FILES or is_url(root):
         return ""
-    return str(Path(root).parent) if kind == "table" and not Path(root).is_dir() else root
+    return str(Path(root).parent) if kind in _OF_ONE_FILE and not Path(root).is_dir() else root
 
 
-def exported_modalities(cache: Cache, settings: VectorExportSettings | MtebSettings) -> list[Modality]:
-    """Return the requested modalities that the cache has features of, or raise a `DataError`."""
-    requested: Sequence[Modality] = _MODALITIES if settings.modality is None else (settings.modality,)
+def open_exported(
+    cache: Cache, settings: VectorExportSettings | MtebSettings, allowed: Sequence[Modality]
+) -> dict[Modality, Vectors]:
+    """Open the vectors of the requested modalities that the cache has features of.
+
+    Raises:
+        SettingError: the requested modality is not one of those allowed.
+        DataError: the cache has no features of them.
+        UnknownNameError: there is no feature of a name.
+    """
+    if settings.modality not in (None, *allowed):
+        raise SettingError(f"modality: expected {' or '.join(allowed)} for this format, got {settings.modality}")
+    requested = [modality for modality in allowed if settings.modality in (None, modality)]
+    if settings.run is not None:
+        requested = [modality for modality in requested if modality in read_config(settings.run).sides] or requested
     modalities = [modality for modality in requested if cache.features(modality)]
     if not modalities:
         raise DataError(
             f"{cache.path}: expected {' or '.join(requested)} features, got none; add some with embedcache extract"
         )
-    for modality, name in (("image", settings.image_feature), ("text", settings.text_feature)):
-        if name is not None and modality not in modalities:
+    features = settings.named_features
+    for modality, name in features.items():
+        if modality not in modalities and cache.features(modality):
+            raise SettingError(f"feature: expected features of {' and '.join(modalities)}, got {name} of {modality}")
+        if modality not in modalities:
             raise UnknownNameError(f"unknown {modality} feature {name!r}: {cache.path} has no {modality} features")
-    return modalities
+    return {
+        modality: Vectors(cache, modality, features.get(modality), settings.run, device=settings.device)
+        for modality in modalities
+    }
 
 
 def _first_items(samples_N: Ints, is_usable_N: Bools) -> tuple[Ints, Ints]:

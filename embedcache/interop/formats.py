@@ -1,16 +1,17 @@
 """Vectors of other tools by the name of their format: files to import, and exports of a cache."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embedcache.encoders.base import Modality
 from embedcache.errors import SettingError, pluralize
 from embedcache.files import AnyPath
 from embedcache.interop.atlas import write_atlas
 from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
 from embedcache.interop.datacomp import open_datacomp
-from embedcache.interop.exporting import VectorExport
+from embedcache.interop.exporting import IMAGES_AND_TEXTS, MODALITY_NAMES, VectorExport
 from embedcache.interop.npy import open_npy_vectors, write_npy
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
 from embedcache.interop.settings import AtlasSettings, VectorExportSettings
@@ -22,15 +23,16 @@ from embedcache.settings import merge_settings
 _OPENERS: Mapping[str, tuple[Callable[..., VectorImport], tuple[str, ...]]] = {
     "clip-retrieval": (open_clip_retrieval, ("path",)),
     "datacomp": (open_datacomp, ("path", "image_array", "text_array")),
-    "npy": (open_npy_vectors, ("image_file", "text_file", "table")),
-    "parquet": (open_parquet_vectors, ("path", "image_vector_column", "text_vector_column")),
+    "npy": (open_npy_vectors, ("image_file", "text_file", "files", "table")),
+    "parquet": (open_parquet_vectors, ("path", "image_vector_column", "text_vector_column", "vector_columns")),
 }
 _PATHS = ("path", "image_file", "text_file", "table")
-_WRITERS: Mapping[str, Callable[..., int]] = {
-    "clip-retrieval": write_clip_retrieval,
-    "npy": write_npy,
-    "parquet": write_parquet,
+_WRITERS: Mapping[str, tuple[Callable[..., int], Sequence[Modality]]] = {
+    "clip-retrieval": (write_clip_retrieval, IMAGES_AND_TEXTS),
+    "npy": (write_npy, MODALITY_NAMES),
+    "parquet": (write_parquet, MODALITY_NAMES),
 }
+"""Name of a format -> what writes it, and the modalities that it has."""
 
 
 def open_vectors(format_name: str, path: AnyPath | None = None, **options: Any) -> VectorImport:
@@ -39,8 +41,9 @@ def open_vectors(format_name: str, path: AnyPath | None = None, **options: Any) 
     Args:
         format_name: `clip-retrieval`, `datacomp`, `npy` or `parquet`.
         path: the folder or file; `npy` has none.
-        options: as on the command line: `image_array` and `text_array` of `datacomp`; `image_file`, `text_file` and
-            `table` of `npy`; `image_vector_column` and `text_vector_column` of `parquet`.
+        options: `image_array` and `text_array` of `datacomp`; `image_file`, `text_file`, `files` (modality -> file) and
+            `table` of `npy`; `image_vector_column`, `text_vector_column` and `vector_columns` (modality -> column or
+            columns) of `parquet`.
 
     Raises:
         UnknownNameError: there is no such format, option, column or array.
@@ -92,8 +95,8 @@ def export_vectors(
 ) -> VectorExportReport:
     """Write the vectors of a cache, with keys, captions and columns, for another tool; whole or not at all.
 
-    A row is a sample that has a vector of each exported modality: its first image and its first caption. Memory: a
-    block of vectors, and blocks of the tables; of `atlas`, all vectors as float32.
+    A row is a sample that has a vector of each exported modality, that of its first item. Memory: a block of vectors,
+    and blocks of the tables; of `atlas`, all vectors as float32.
 
     Args:
         format_name: `clip-retrieval`, `npy`, `parquet`, or `atlas` for embedding-atlas.
@@ -105,7 +108,7 @@ def export_vectors(
 
     Raises:
         UnknownNameError: there is no such format, feature or language.
-        SettingError: settings of another format.
+        SettingError: settings of another format, or a modality that it does not have.
         UnfinishedError: a feature has missing chunks.
         FingerprintError: the run was trained on other features.
         DataError: no sample has all requested vectors.
@@ -117,9 +120,11 @@ def export_vectors(
     kind: type[AtlasSettings | VectorExportSettings] = AtlasSettings if format_name == "atlas" else VectorExportSettings
     chosen = merge_settings(kind, settings, options)
     progress, out = to_progress(progress), Path(out)
-    export = VectorExport(cache, chosen.vectors if isinstance(chosen, AtlasSettings) else chosen)
     if isinstance(chosen, AtlasSettings):
+        export = VectorExport(cache, chosen.vectors)
         num_rows = write_atlas(export, out, chosen, progress=progress)
     else:
-        num_rows = _WRITERS[format_name](export, out, progress=progress)
+        write, allowed = _WRITERS[format_name]
+        export = VectorExport(cache, chosen, allowed=allowed)
+        num_rows = write(export, out, progress=progress)
     return VectorExportReport(path=out, num_rows=num_rows, left_out=export.left_out)

@@ -45,7 +45,7 @@ class ImportReport:
     """Outcome of an import for one feature.
 
     Args:
-        modality: `image` or `text`.
+        modality: modality of the vectors.
         feature: `encoder/feature` in the cache.
         imported: vectors in the chunks that were written now.
         reused: vectors in the chunks that existed before.

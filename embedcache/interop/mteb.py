@@ -23,7 +23,7 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, ItemError, UnknownNameError, one_line
 from embedcache.files import AnyPath, building
 from embedcache.inference import Model, load
-from embedcache.interop.exporting import check_new_folder, exported_modalities
+from embedcache.interop.exporting import IMAGES_AND_TEXTS, check_new_folder, open_exported
 from embedcache.interop.settings import MtebSettings
 from embedcache.progress import AnyProgress, Progress, to_progress
 from embedcache.registry import require
@@ -75,11 +75,7 @@ def write_mteb(
     opened = [_open_task(task) for task in tasks]
     check_new_folder(out_path)
     cache = Cache(cache_path)
-    features = {"image": settings.image_feature, "text": settings.text_feature}
-    vectors = {
-        modality: Vectors(cache, modality, features[modality], settings.run, device=settings.device)
-        for modality in exported_modalities(cache, settings)
-    }
+    vectors = open_exported(cache, settings, IMAGES_AND_TEXTS)
     places = _places(opened, vectors)
     thumbnails = Thumbnails(cache, settings.image_folders) if "image" in {name for _, name in places} else None
     with building(out_path) as temporary:

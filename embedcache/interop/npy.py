@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from embedcache.errors import CorruptError, DataError, EmbedcacheError, SettingE
 from embedcache.interop.exporting import VectorExport, new_folder
 from embedcache.interop.parquet import write_rows
 from embedcache.interop.vector_files import FileGroup, VectorImport, check_dtype
+from embedcache.modalities import MODALITIES
 from embedcache.progress import Progress, watch
 from embedcache.registry import unknown_name
 from embedcache.sources.files import open_binary, wrap_io_errors
@@ -27,26 +28,48 @@ _SKIP_BYTES = 2**24
 
 
 def open_npy_vectors(
-    *, image_file: Path | None = None, text_file: Path | None = None, table: Path | None = None
+    *,
+    image_file: Path | None = None,
+    text_file: Path | None = None,
+    files: Mapping[str, Path] | None = None,
+    table: Path | None = None,
 ) -> VectorImport:
     """Open `.npy` files whose rows belong together, with a table of their keys, captions and columns.
 
+    Args:
+        image_file: image vectors.
+        text_file: text vectors.
+        files: modality -> vectors, of any modality.
+        table: table of the rows.
+
     Raises:
-        SettingError: neither array is named.
+        SettingError: no file is named, or two of one modality.
+        UnknownNameError: a modality is unknown.
         CorruptError: a file is damaged.
         DataError: an array is not (rows, width) of float16, float32 or float64, or they differ in their rows.
     """
-    first = image_file or text_file
-    if first is None:
-        raise SettingError("vectors: expected a .npy file, got none; name one with --image-file or --text-file")
-    given: list[tuple[Modality, Path | None]] = [("image", image_file), ("text", text_file)]
-    modalities: dict[str, Modality] = {modality: modality for modality, path in given if path is not None}
-    group = FileGroup(vectors={name: open_npy(path) for name, path in given if path is not None}, table=table)
-    return VectorImport(form="npy", path=first, modalities=modalities, groups=[group])
+    given: dict[Modality, Path] = {}
+    for name, path in [("image", image_file), ("text", text_file), *(files or {}).items()]:
+        if name not in MODALITIES:
+            raise unknown_name("modality", name, MODALITIES)
+        modality = MODALITIES[name].name
+        if path is not None and modality in given:
+            raise SettingError(
+                f"vectors: expected one .npy file of {modality} vectors, got {given[modality]} and {path}"
+            )
+        if path is not None:
+            given[modality] = Path(path)
+    if not given:
+        raise SettingError(
+            "vectors: expected a .npy file, got none; name one with --image-file, --text-file or --file MODALITY=FILE"
+        )
+    group = FileGroup(vectors={modality: open_npy(path) for modality, path in given.items()}, table=table)
+    first = next(iter(given.values()))
+    return VectorImport(form="npy", path=first, modalities={name: name for name in given}, groups=[group])
 
 
 def write_npy(export: VectorExport, folder: Path, *, progress: Progress) -> int:
-    """Write `image.npy`, `text.npy` and `rows.parquet` into a new folder, whole or not at all; return the row count.
+    """Write a `.npy` per modality and `rows.parquet` into a new folder, whole or not at all; return the row count.
 
     Vectors are as they are in the cache. Memory: a block of vectors, and a million rows of the table.
     """

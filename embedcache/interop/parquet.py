@@ -1,6 +1,6 @@
 """Parquet with vectors as lists of one length: one row per sample, with its key, caption and columns."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,27 +12,38 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, DataError, PathError, SettingError
-from embedcache.interop.exporting import VectorExport, check_new_file
+from embedcache.interop.exporting import MODALITY_NAMES, VectorExport, check_new_file
 from embedcache.interop.vector_files import FileGroup, VectorImport, check_dtype
+from embedcache.modalities import MODALITIES
 from embedcache.outputs import new_output, read_metadata, to_metadata
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
 from embedcache.sources.table_files import open_parquet, wrap_table_errors
 from embedcache.store.tables import check_footer
 
-_COLUMNS: Mapping[Modality, str] = {"image": "image_vector", "text": "text_vector"}
+_COLUMNS: Mapping[Modality, str] = {modality: f"{modality}_vector" for modality in MODALITY_NAMES}
 _BLOCK = 8192
 
 
 def open_parquet_vectors(
-    path: Path, *, image_vector_column: str | None = None, text_vector_column: str | None = None
+    path: Path,
+    *,
+    image_vector_column: str | None = None,
+    text_vector_column: str | None = None,
+    vector_columns: Mapping[str, str | Sequence[str]] | None = None,
 ) -> VectorImport:
     """Open a Parquet file, or a folder of them in the order of their names.
 
-    If no column is named, `image_vector` and `text_vector` are read, or those of them that exist.
+    If no column is named, `image_vector`, `text_vector`, `audio_vector` and so on are read, as far as they exist.
+
+    Args:
+        path: the file or folder.
+        image_vector_column: column of image vectors.
+        text_vector_column: column of text vectors.
+        vector_columns: modality -> column or columns, of any modality.
 
     Raises:
-        SettingError: no column is named, and the default ones do not exist.
+        SettingError: no column is named, and the default ones do not exist; or one is named twice.
         UnknownNameError: a file has no such column.
         DataError: a column does not hold vectors of float16, float32 or float64, or files differ in width or dtype.
     """
@@ -41,7 +52,8 @@ def open_parquet_vectors(
         raise PathError(f"{path}: expected a Parquet file or a folder of them, got a folder without .parquet files")
     with wrap_table_errors(files[0]), open_parquet(files[0]) as file:
         schema = file.schema_arrow
-    modalities = _assign_modalities(schema, image_vector_column, text_vector_column, files[0])
+    named: Mapping[str, Any] = {"image": image_vector_column, "text": text_vector_column}
+    modalities = _assign_modalities(schema, [*named.items(), *(vector_columns or {}).items()], files[0])
     groups = [FileGroup(vectors={name: _open_column(file, name) for name in modalities}, table=file) for file in files]
     return VectorImport(
         form="parquet", path=path, modalities=modalities, groups=groups, origin=_read_origin(path, schema)
@@ -95,22 +107,28 @@ def write_rows(path: Path, tables: Iterator[pa.Table], record: Mapping[str, Any]
 
 
 def _assign_modalities(
-    schema: pa.Schema, image_column: str | None, text_column: str | None, path: Path
+    schema: pa.Schema, named: Iterable[tuple[str, str | Sequence[str] | None]], path: Path
 ) -> Mapping[str, Modality]:
-    if image_column is None and text_column is None:
-        image_column, text_column = (name if name in schema.names else None for name in _COLUMNS.values())
-    if image_column is None and text_column is None:
+    """Return column -> modality of its vectors, of the named columns, or of those with the usual names."""
+    assigned: dict[str, Modality] = {}
+    for modality, columns in named:
+        if modality not in MODALITIES:
+            raise unknown_name("modality", modality, MODALITIES)
+        for name in [columns] if isinstance(columns, str) else columns or ():
+            if name in assigned:
+                raise SettingError(
+                    f"vector columns: expected each column once, got {name} as {assigned[name]} and {modality} "
+                    "vectors; a column holds vectors of one modality"
+                )
+            assigned[name] = MODALITIES[modality].name
+    assigned = assigned or {name: modality for modality, name in _COLUMNS.items() if name in schema.names}
+    if not assigned:
         raise SettingError(
-            f"{path}: expected a column {' or '.join(_COLUMNS.values())}; name one of its columns of vectors with "
-            f"--image-vector-column or --text-vector-column: {', '.join(_vector_columns(schema)) or 'it has none'}"
+            f"{path}: expected a column such as {_COLUMNS['image']}, got none; name one of its columns of vectors with "
+            "--image-vector-column, --text-vector-column or --vector-column MODALITY=NAME: "
+            f"{', '.join(_vector_columns(schema)) or 'it has none'}"
         )
-    if image_column == text_column:
-        raise SettingError(
-            f"text_vector_column: expected another column than image_vector_column, got {text_column} for both; a "
-            "column holds vectors of one modality"
-        )
-    named: list[tuple[str | None, Modality]] = [(image_column, "image"), (text_column, "text")]
-    return {name: modality for name, modality in named if name is not None}
+    return assigned
 
 
 def _read_origin(path: Path, schema: pa.Schema) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from embedcache.dataset.settings import SELECTION_HELP
 from embedcache.devices import device_setting
 from embedcache.errors import SettingError
+from embedcache.modalities import MODALITIES, ModalityName
 from embedcache.search.settings import FEATURE_HELP, RUN_HELP
 from embedcache.settings import check_settings, setting
 from embedcache.sources.settings import IMAGE_FOLDERS
@@ -46,7 +47,7 @@ _IMAGE_FEATURE: dict[str, Any] = {
     "metavar": "NAME",
 }
 _TEXT_FEATURE = {**_IMAGE_FEATURE, "help": "Text feature, as encoder/feature."}
-_MODALITY: dict[str, Any] = {"default": None, "help": "Modality of the vectors to export.", "default_text": "both"}
+_MODALITY: dict[str, Any] = {"default": None, "help": "Modality of the vectors to export."}
 _RUN: dict[str, Any] = {
     "default": None,
     "help": RUN_HELP,
@@ -60,7 +61,14 @@ class VectorExportSettings:
 
     image_feature: str | None = setting(**_IMAGE_FEATURE)
     text_feature: str | None = setting(**_TEXT_FEATURE)
-    modality: Literal["image", "text"] | None = setting(**_MODALITY)
+    features: tuple[str, ...] = setting(
+        (),
+        "Feature of any modality, such as audio=tiny.en/mean. May be repeated.",
+        flat_name="feature",
+        metavar="MODALITY=NAME",
+        default_text=_FEATURE_DEFAULT,
+    )
+    modality: ModalityName | None = setting(**_MODALITY, default_text="all that have features, or the run's two")
     run: Path | None = setting(**_RUN)
     selection: Path | None = setting(None, SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
@@ -70,6 +78,20 @@ class VectorExportSettings:
         check_settings(self)
         _check_modality(self)
 
+    @property
+    def named_features(self) -> dict[str, str]:
+        """Modality -> the feature that is named for it."""
+        named = named_features(self.image_feature, self.text_feature)
+        for word in self.features:
+            modality, _, name = word.partition("=")
+            if modality not in MODALITIES or not name or modality in named:
+                raise SettingError(
+                    f"feature: expected MODALITY=NAME, such as audio=tiny.en/mean, once for each modality of "
+                    f"{', '.join(MODALITIES)}, got {word!r}"
+                )
+            named[modality] = name
+        return named
+
 
 @dataclass(frozen=True, kw_only=True)
 class MtebSettings:
@@ -77,7 +99,7 @@ class MtebSettings:
 
     image_feature: str | None = setting(**_IMAGE_FEATURE)
     text_feature: str | None = setting(**_TEXT_FEATURE)
-    modality: Literal["image", "text"] | None = setting(**_MODALITY)
+    modality: Literal["image", "text"] | None = setting(**_MODALITY, default_text="both")
     run: Path | None = setting(**_RUN)
     image_folders: tuple[Path, ...] = setting(**IMAGE_FOLDERS)
     device: str = device_setting()
@@ -85,6 +107,11 @@ class MtebSettings:
     def __post_init__(self) -> None:
         check_settings(self)
         _check_modality(self)
+
+    @property
+    def named_features(self) -> dict[str, str]:
+        """Modality -> the feature that is named for it."""
+        return named_features(self.image_feature, self.text_feature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +148,15 @@ class AtlasSettings:
         )
 
 
+def named_features(image_feature: str | None, text_feature: str | None) -> dict[str, str]:
+    """Return modality -> feature of those that are named."""
+    named = {"image": image_feature, "text": text_feature}
+    return {modality: name for modality, name in named.items() if name is not None}
+
+
 def _check_modality(settings: VectorExportSettings | MtebSettings) -> None:
-    for modality, feature in (("image", settings.image_feature), ("text", settings.text_feature)):
-        if feature is not None and settings.modality not in (None, modality):
+    for modality, feature in settings.named_features.items():
+        if settings.modality not in (None, modality):
             raise SettingError(
-                f"modality: expected {modality} with {modality}_feature {feature}, got {settings.modality}; omit "
-                "one of them"
+                f"modality: expected {modality} with the feature {feature}, got {settings.modality}; omit one of them"
             )

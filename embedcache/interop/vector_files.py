@@ -11,12 +11,20 @@ import numpy as np
 from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, ItemError, SettingError, SourceError
+from embedcache.modalities import MODALITIES
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file, resolve_item
 from embedcache.sources.open import IMPORTED_SOURCE
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_columns import TableColumns, assign_columns, read_key, read_rows, read_texts
+from embedcache.sources.table_columns import (
+    TableColumns,
+    assign_columns,
+    read_interval,
+    read_key,
+    read_rows,
+    read_texts,
+)
 from embedcache.sources.table_files import Row, open_table_file
 
 _DTYPES = {"float16": "float16", "float32": "float32", "float64": "float32"}
@@ -185,8 +193,9 @@ def check_dtype(dtype: np.dtype[np.generic] | str, location: str) -> str:
 class ImportedSamples:
     """Samples of imported vectors, one per row: the source that numbers the rows of the cache.
 
-    A key is the cell of the key column, otherwise the row number over all groups. With image vectors, a sample has one
-    image; with text vectors, one caption, "" if the cell is blank; without text vectors, all captions in the table.
+    A key is the cell of the key column, otherwise the row number over all groups. A sample has an item of each modality
+    of the vectors, a file if a table names it. With text vectors it has one caption, "" if the cell is blank; without
+    text vectors, all captions in the table.
 
     Raises:
         SettingError: text vectors without a table of their captions.
@@ -195,6 +204,7 @@ class ImportedSamples:
     def __init__(self, vectors: VectorImport, description: Mapping[str, Any], settings: SourceSettings) -> None:
         self._vectors, self._description, self._settings = vectors, description, settings
         self._modalities = set(vectors.modalities.values())
+        self._in_files: list[str] = [modality for modality in vectors.modalities.values() if modality != "text"]
         if "text" in self._modalities and any(group.table is None for group in vectors.groups):
             raise SettingError(
                 f"{vectors.path}: text vectors need a table with their captions, got no table; name one with --table"
@@ -216,13 +226,13 @@ class ImportedSamples:
             first += group.num_rows
 
     def read(self, item: FileItem) -> bytes:
-        """Return the bytes of an image whose file a table names."""
+        """Return the bytes of an item whose file a table names."""
         return ImportedSource(str(self._vectors.path), SourceSettings()).read(item)
 
     def _numbered_samples(self, group: FileGroup, first: int) -> Iterator[Sample]:
-        images = (FileItem(path=""),) if "image" in self._modalities else ()
+        items = dict.fromkeys(self._in_files, FileItem(path=""))
         for number in range(first, first + group.num_rows):
-            yield Sample(key=_KEY_FORMAT.format(number), images=images)
+            yield _sample_of(items, key=_KEY_FORMAT.format(number))
 
     def _table_samples(self, group: FileGroup, first: int) -> Iterator[Sample]:
         assert group.table is not None
@@ -230,8 +240,13 @@ class ImportedSamples:
         in_table = {name for name, vectors in group.vectors.items() if vectors.path == group.table}
         file = replace(file, columns=tuple(name for name in file.columns if name not in in_table))
         columns = assign_columns(file, self._settings)
-        kept = {*columns.others, *columns.media.values(), *columns.interval} - set(group.vectors)
-        columns = replace(columns, media={}, others=tuple(name for name in file.plain_columns if name in kept))
+        used: dict[str, str] = {m: column for m, column in columns.items.items() if m in self._modalities}
+        is_timed = any(MODALITIES[modality].has_interval for modality in used)
+        interval = columns.interval if is_timed else (None, None)
+        kept = {*columns.others, *columns.items.values(), *columns.interval} - {*used.values(), *interval}
+        others = tuple(name for name in file.plain_columns if name in kept - set(group.vectors))
+        image = used.pop("image", None)
+        columns = replace(columns, image=image, media=used, interval=interval, others=others)
         if "text" in self._modalities and not columns.captions:
             raise SourceError(
                 f"{file.path}: text vectors need a column of captions; name one of {', '.join(file.columns)} with "
@@ -257,18 +272,31 @@ class ImportedSamples:
                     "with --caption-column"
                 )
             texts = texts or (TextItem(text=""),)
-        image = None if columns.image is None or columns.image in columns.embedded else row.get(columns.image)
-        path = image if isinstance(image, str) else ""
-        return Sample(
+        interval = read_interval(columns, row, location)
+        items = {modality: _item(columns, row, modality, interval) for modality in self._in_files}
+        return _sample_of(
+            items,
             key=read_key(columns, row, location) or _KEY_FORMAT.format(number),
-            images=(FileItem(path=path),) if "image" in self._modalities else (),
             texts=texts,
             columns=to_scalar_columns({name: row.get(name) for name in columns.others}),
         )
 
 
+def _item(columns: TableColumns, row: Row, modality: str, interval: tuple[float | None, float | None]) -> FileItem:
+    """Return the item of a row: the file that a cell names, if one does."""
+    column = columns.items.get(modality)
+    cell = None if column is None or column in columns.embedded else row.get(column)
+    start_s, stop_s = interval if MODALITIES[modality].has_interval else (None, None)
+    return FileItem(path=cell if isinstance(cell, str) else "", start_s=start_s, stop_s=stop_s)
+
+
+def _sample_of(items: Mapping[str, FileItem], **values: Any) -> Sample:
+    files = {modality: (item,) for modality, item in items.items()}
+    return Sample(images=files.pop("image", ()), files=files, **values)
+
+
 class ImportedSource:
-    """Source of the images that an import named, if their files still exist; it has no samples to extract from."""
+    """Source of the files that an import named, if they still exist; it has no samples to extract from."""
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported(IMPORTED_SOURCE)
@@ -287,11 +315,11 @@ class ImportedSource:
         )
 
     def read(self, item: FileItem) -> bytes:
-        """Return the bytes of an image.
+        """Return the bytes of an item.
 
         Raises:
             ItemError: the import named no file for it, or the file does not exist.
         """
         if not item.path:
-            raise ItemError("the import named no file for this image")
+            raise ItemError("the import named no file for this item")
         return read_item_file(resolve_item(self._root, item.path))

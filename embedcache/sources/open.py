@@ -300,13 +300,13 @@ def source_credit(description: Mapping[str, Any]) -> str:
 
 def how_to_import(source: Mapping[str, Any], modality: str) -> str:
     """Return how to get features of a modality beside those of an imported source, as nothing can be extracted."""
-    form = str(source.get("format"))
-    options = {
-        "npy": f"--{modality}-file FILE{' --table FILE' if modality == 'text' else ''}",
-        "parquet": f"--{modality}-vector-column NAME",
-        "datacomp": f"--{modality}-array NAME",
-        "clip-retrieval": f"a folder that has {'img' if modality == 'image' else 'text'}_emb too",
-    }
-    if modality not in ("image", "text") or form not in options:
-        return "it was imported, and only vectors of images and texts are; extract them into a cache of its own"
+    form, is_usual = str(source.get("format")), modality in ("image", "text")
+    file = f"--{modality}-file FILE" if is_usual else f"--file {modality}=FILE"
+    column = f"--{modality}-vector-column NAME" if is_usual else f"--vector-column {modality}=NAME"
+    options = {"npy": f"{file}{' --table FILE' if modality == 'text' else ''}", "parquet": column}
+    if is_usual:
+        options["datacomp"] = f"--{modality}-array NAME"
+        options["clip-retrieval"] = f"a folder that has {'img' if modality == 'image' else 'text'}_emb too"
+    if form not in options:
+        return "it was imported in a format of images and texts only; extract the others into a cache of their own"
     return f"import both into a new cache: embedcache import {form}, also with {options[form]}"

@@ -39,7 +39,9 @@ def test_exported_vectors_are_imported(labeled: Path, tmp_path: Path) -> None:
 def test_wrong_requests_raise(labeled: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown import format 'parket'; did you mean 'parquet'"):
         open_vectors("parket", "x")
-    with pytest.raises(UnknownNameError, match=r"unknown argument 'path' of the import format npy; known: image_file"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown argument 'path' of the import format npy; known: files, image_file"
+    ):
         open_vectors("npy", "x.npy")
     with pytest.raises(SettingError, match=r"path: expected a folder or file of the format datacomp, got none"):
         open_vectors("datacomp")
@@ -47,5 +49,11 @@ def test_wrong_requests_raise(labeled: Path, tmp_path: Path) -> None:
         export_vectors("csv", labeled, tmp_path / "x")
     with pytest.raises(UnknownNameError, match=r"unknown setting 'projection'"):
         export_vectors("npy", labeled, tmp_path / "x", projection="pca")
+    with pytest.raises(SettingError, match=r"modality: expected image or text for this format, got audio"):
+        export_vectors("clip-retrieval", labeled, tmp_path / "x", modality="audio")
+    with pytest.raises(
+        SettingError, match=r"feature: expected MODALITY=NAME, .* once for each .*, got 'image=open_toy/"
+    ):
+        export_vectors("npy", labeled, tmp_path / "x", image_feature="open_toy/cls", feature="image=open_toy/cls")
     with pytest.raises(SettingError, match=r"settings: expected AtlasSettings, got VectorExportSettings"):
         export_vectors("atlas", labeled, tmp_path / "x", VectorExportSettings())

@@ -312,7 +312,7 @@ def test_missing_modality_can_be_imported(tmp_path: Path) -> None:
     cache, _ = import_files(open_npy_vectors(image_file=tmp_path / "images.npy"), tmp_path / "cache")
     for modality, words in (
         ("text", "new cache: embedcache import npy, also with --text-file FILE --table FILE"),
-        ("audio", "it was imported, and only vectors of images and texts are"),
+        ("audio", "new cache: embedcache import npy, also with --file audio=FILE"),
     ):
         with pytest.raises(UnknownNameError, match=f"cache has no {modality} features; .*{words}"):
             cache.feature(modality)

@@ -87,7 +87,7 @@ def test_origin_is_recorded(labeled: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lists", "options", "error", "words"),
     [
-        ([[1, 2]] * 3, {}, SettingError, "expected a column image_vector or text_vector; name one .*: emb"),
+        ([[1, 2]] * 3, {}, SettingError, "expected a column such as image_vector, got none; name one .*: emb"),
         (
             [[1, 2]] * 3,
             {"image_vector_column": "vec"},
@@ -104,7 +104,7 @@ def test_origin_is_recorded(labeled: Path, tmp_path: Path) -> None:
             [[1, 2]] * 3,
             {"image_vector_column": "emb", "text_vector_column": "emb"},
             SettingError,
-            "expected another column than image_vector_column, got emb",
+            "vector columns: expected each column once, got emb as image and text vectors",
         ),
         ([None] * 3, {"image_vector_column": "emb"}, DataError, "expected vectors, got none in 3 rows"),
     ],

@@ -5,13 +5,18 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from embedcache.arrays import normalize
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
+from embedcache.interop.formats import export_vectors, open_vectors
+from embedcache.sources import reopen_source
 from embedcache.store.cache import Cache
+from embedcache.store.tables import to_file_item
 from embedcache.store.verify import verify
-from tests.interop.cases import FORMATS, export_and_die, export_of, import_files
+from tests.interop.cases import FORMATS, export_and_die, export_of, import_files, unit_rows
 from tests.interop.conftest import FAILED, NUM_SAMPLES
 
 KEPT = [row for row in range(NUM_SAMPLES) if row != FAILED]
@@ -40,6 +45,46 @@ def test_export_then_import_is_identical(form: str, labeled: Path, tmp_path: Pat
         else:
             np.testing.assert_array_equal(now, then)
     assert not verify(back)
+
+
+@pytest.mark.parametrize("form", ["npy", "parquet"])
+def test_intervals_of_recordings(form: str, tmp_path: Path) -> None:
+    rows = {"audio": unit_rows(20), "points": unit_rows(20, seed=1).astype(np.float32), "text": unit_rows(20, 4)}
+    files = {name: tmp_path / f"{name}.npy" for name in rows}
+    for name, path in files.items():
+        np.save(path, rows[name])
+    (tmp_path / "calls.wav").write_bytes(b"RIFF")
+    columns = {
+        "key": [f"k{row}" for row in range(20)],
+        "audio": ["calls.wav", *[None] * 19],
+        "start_s": [row / 2 for row in range(20)],
+        "stop_s": [row / 2 + 1 for row in range(20)],
+        "caption": [f"call {row}" for row in range(20)],
+        "image": [f"{row}.png" for row in range(20)],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    vectors = open_vectors("npy", files=files, table=tmp_path / "rows.parquet")
+    once, reports = import_files(vectors, tmp_path / "once")
+    assert [(report.modality, report.imported) for report in reports] == [(name, 20) for name in rows]
+    (item,) = once.items("audio").slice(0, 1).to_pylist()
+    assert reopen_source(once.info.source).read(to_file_item(item)) == b"RIFF"
+    assert once.samples["image"].to_pylist() == columns["image"]  # no vectors of images: a column like any other
+    out = tmp_path / ("out.parquet" if form == "parquet" else "out")
+    report = export_vectors(form, once, out)
+    assert (report.num_rows, report.left_out) == (20, "")
+    if form == "parquet":
+        again = open_vectors("parquet", out)
+    else:
+        again = open_vectors("npy", files={name: out / f"{name}.npy" for name in rows}, table=out / "rows.parquet")
+    twice, _ = import_files(again, tmp_path / "twice")
+    assert twice.samples.drop_columns("key").to_pydict() == {"image": columns["image"]}
+    for name, values in rows.items():
+        np.testing.assert_array_equal(twice.feature(name).load(), values, strict=True)
+    for name in ("start_s", "stop_s"):
+        assert twice.items("audio")[name].to_pylist() == columns[name]
+    (first,) = twice.items("audio").slice(0, 1).to_pylist()
+    assert first["path"] == str(tmp_path / "calls.wav")
+    assert verify(twice) == []
 
 
 @pytest.mark.slow
