@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Floats, Ints, blocks, normalize
 from embedcache.curate.map import check_projection, project_to_plane
-from embedcache.dataset.thumbnails import Thumbnails
+from embedcache.dataset.thumbnails import PICTURED, Thumbnails
 from embedcache.devices import AUTO
 from embedcache.errors import DataError, ItemError
 from embedcache.interop.exporting import VectorExport, check_new_file
@@ -34,9 +34,10 @@ _IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as H
 
 
 def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None = None, *, progress: Progress) -> int:
-    """Write the file, whole or not at all; return the number of points. An image that cannot be read is null.
+    """Write the file, whole or not at all; return the number of points. An item that cannot be drawn is null.
 
-    Memory: all vectors as float32, and one block of images.
+    Recordings are drawn as spectrograms, videos as their middle frame; texts and point clouds are not drawn. Memory:
+    all vectors as float32, and one block of images.
 
     Raises:
         PathError: the file exists, or its name does not end in `.parquet`; or as `Thumbnails`.
@@ -47,8 +48,9 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
     check_new_file(path, ".parquet")
     check_projection(settings.projection)  # before vectors are read, which takes long
     [modality] = export.modalities
-    images = settings.images if modality == "image" else "none"
-    thumbnails = Thumbnails(export.cache, settings.image_folders) if images == "thumbnails" else None
+    images = "none" if modality == "text" else settings.images
+    has_drawings = images == "thumbnails" and modality in PICTURED
+    thumbnails = Thumbnails(export.cache, settings.image_folders, modality) if has_drawings else None
     vectors_NP = np.concatenate([normalize(block) for block in export.vectors(modality, _BLOCK)])
     if len(vectors_NP) < _MIN_POINTS:
         raise DataError(f"points: expected at least {_MIN_POINTS}, got {len(vectors_NP)}; export more samples")
@@ -100,14 +102,15 @@ def _tables(
     progress: Progress,
 ) -> Iterator[pa.Table]:
     progress.start("writing", len(vectors_NP), "points")
+    [modality] = export.modalities
     for rows in blocks(len(vectors_NP), _BLOCK):
         table = _with_text(export.table(rows))
         columns = {}
         if thumbnails is not None:
-            item_rows = export.item_rows("image", rows).tolist()
+            item_rows = export.item_rows(modality, rows).tolist()
             columns["image"] = pa.array([_thumbnail(thumbnails, row) for row in item_rows], _IMAGE_TYPE)
         elif images == "paths":
-            columns["image"] = table["image_path"]
+            columns["image"] = table[f"{modality}_path"]
         offsets = np.arange(rows.stop - rows.start + 1, dtype=np.int32) * neighbors[0].shape[1]
         lists = [pa.ListArray.from_arrays(offsets, pa.array(values_NK[rows].reshape(-1))) for values_NK in neighbors]
         columns |= {

@@ -118,14 +118,14 @@ class MtebSettings:
 class AtlasSettings:
     """Settings of an export to embedding-atlas, which shows one point per sample."""
 
-    modality: Literal["image", "text"] = setting("image", "Modality of the vectors that place the points.")
+    modality: ModalityName = setting("image", "Modality of the vectors that place the points.")
     feature: str | None = setting(None, FEATURE_HELP, default_text=_FEATURE_DEFAULT, metavar="NAME")
     run: Path | None = setting(**_RUN)
     selection: Path | None = setting(None, SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     projection: Literal["umap", "pca"] = setting("umap", "Projection of the vectors to the plane.")
     images: Literal["thumbnails", "paths", "none"] = setting(
-        "thumbnails", "Store thumbnails of the images, their paths, or nothing."
+        "thumbnails", "Store images, spectrograms or middle frames of videos, or paths, or nothing."
     )
     image_folders: tuple[Path, ...] = setting(**IMAGE_FOLDERS)
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
@@ -138,8 +138,7 @@ class AtlasSettings:
     def vectors(self) -> VectorExportSettings:
         """Settings of the exported vectors."""
         return VectorExportSettings(
-            image_feature=self.feature if self.modality == "image" else None,
-            text_feature=self.feature if self.modality == "text" else None,
+            features=() if self.feature is None else (f"{self.modality}={self.feature}",),
             modality=self.modality,
             run=self.run,
             selection=self.selection,
