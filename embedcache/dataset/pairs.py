@@ -1,7 +1,7 @@
 """Pairs of items of two modalities, such as images and texts: of the same sample, or with equal content."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -199,6 +199,11 @@ def read_items(
         progress.advance(feature.num_items - feature.num_items // 2)
     rows = np.flatnonzero(np.concatenate([feature.valid for feature in features]))
     return Items(rows=rows, samples=samples_N[rows], contents=contents_N[rows])
+
+
+def number_items(items: Items, feature: InputFeature) -> Items:
+    """Return items of one cache with their contents numbered, in the order of `read_items` for all of the feature."""
+    return replace(items, contents=number_contents(feature.hashes_of(items.rows)))
 
 
 def is_language(caches: Sequence[Cache], language: str) -> Bools:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, Products, normalize
-from embedcache.dataset.pairs import ANY_LANGUAGE, Items, Pairs, pair_items
+from embedcache.dataset.pairs import ANY_LANGUAGE, Items, Pairs, number_items, pair_items
 from embedcache.devices import products_on
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap
@@ -78,12 +78,15 @@ def rank(
     sides = [run_input(cache, run.config, modality) for modality in modalities]
     split = read_eval_split(cache, run, settings.part)
     progress, language = progress or NullProgress(), ranked_language(run, settings)
-    pairs = pair_items([cache], *([side] for side in sides), language=language, progress=progress).select(split.samples)
+    pairs = pair_items(
+        [cache], *([side] for side in sides), language=language, is_numbered=False, progress=progress
+    ).select(split.samples)
     if not len(pairs.samples):
         raise DataError(
             f"{split.part} of {cache.path}: expected samples with both features, got none; check --language and --part"
         )
     pairs, part = _draw_samples(pairs, split.part, settings.max_samples)
+    pairs = Pairs(first=number_items(pairs.first, sides[0]), second=number_items(pairs.second, sides[1]))
     split = split._replace(part=part)
     num_pairs = 2 * len(pairs.first.rows) * len(pairs.second.rows)
     products = products_on(run.device)
