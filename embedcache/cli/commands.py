@@ -21,6 +21,7 @@ from embedcache.cli.config_files import is_from_file, refused_value, typed_refus
 from embedcache.cli.failures import explain_ends
 from embedcache.cli.options import OUTPUT_NAMES, OUTPUT_PANEL, OVERWRITE, check_new_file, keyword, set_parameters
 from embedcache.errors import AmbiguousNameError, EmbedcacheError, PathError, SettingError
+from embedcache.files import one_or_many
 from embedcache.registry import installed_plugins, trust_files
 
 _URL = re.compile(r"((?:.*::)?(?:s3|s3a|gs|gcs|az|abfss?|adl|https?|hf|file|memory|s?ftp|hdfs|github)):/+(.*)")
@@ -164,8 +165,16 @@ def _check_own_outputs(context: typer.Context) -> None:
 
 
 def _name_option(context: typer.Context, message: str) -> str:
-    """Replace the name of a setting at the start of a message by its option, or by the file that set it and its key."""
+    """Replace the name of a setting at the start of a message by its option, or by the file that set it and its key.
+
+    A folder that an argument names may have the name of a setting, such as `cache`.
+    """
     name, separator, rest = message.partition(": ")
+    given = [
+        context.params.get(str(each.name)) for each in context.command.params if each.param_type_name == "argument"
+    ]
+    if Path(name) in (Path(str(value)) for values in given for value in one_or_many(values or [])):
+        return message
     for option in context.command.params:
         if option.param_type_name == "option" and name in (option.name, option.opts[0]):
             if is_from_file(context, str(option.name)):

@@ -268,7 +268,7 @@ MISTAKES = [
     ("search index x --label-value cat", "column 'label'"),
     ("search index --queries nowhere.txt", "expected a file with one text per line, got nowhere.txt"),
     ("search index --query-concept red", "--concepts CACHE"),
-    ("search cache x", "cache: expected an index, got a cache; check the paths and their order"),
+    ("search cache x", "error: cache: expected an index, got a cache; check the paths and their order"),
     ("evaluate retrieval run cache", "cache: expected a run, got a cache; check the paths and their order"),
     ("curate dedup cache --cosine 0.9", "OUT: expected a .parquet file"),
     ("curate dedup cache fresh.parquet --cosine 95", "95"),
