@@ -159,6 +159,8 @@ def test_invalid_items_raise(run_path: Path, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"not an image")
     with pytest.raises(PathError, match=r"image .*missing.png does not exist: expected the path"):
         model.encode_image("missing.png")
+    with pytest.raises(PathError, match=f"image {tmp_path} is a folder: expected the path"):
+        model.encode_image(tmp_path)
     with pytest.raises(DataError, match=r"x.png: not an image"):
         model.encode_image([tmp_path / "x.png"])
     for wrong, words in (

@@ -148,7 +148,8 @@ def prepare_item(item: ItemLike, name: str, encoders: Sequence[OpenEncoder]) -> 
     """
     modality = encoders[0].encoder.modality
     if isinstance(item, str | Path) and not Path(item).is_file():
-        raise PathError(f"{modality} {name} does not exist: expected the path or bytes of a file, or an open item")
+        state = "is a folder" if Path(item).is_dir() else "does not exist"
+        raise PathError(f"{modality} {name} {state}: expected the path or bytes of a file, or an open item")
     try:
         if isinstance(item, str | Path):
             item = Path(item).read_bytes()

@@ -86,7 +86,8 @@ def load_image(image: ImageLike, background: str = WHITE) -> Image.Image:
     if not isinstance(image, str | Path | Image.Image) and not hasattr(image, "__array__"):
         raise DataError(f"image: expected {_EXPECTED}, got {_short_repr(image)}")
     if isinstance(image, str | Path) and not Path(image).is_file():
-        raise PathError(f"image {image} does not exist: expected {_EXPECTED}; check the path")
+        state = "is a folder" if Path(image).is_dir() else "does not exist"
+        raise PathError(f"image {image} {state}: expected {_EXPECTED}; check the path")
     try:
         if isinstance(image, str | Path):
             return decode_image(Path(image).read_bytes(), background=background)

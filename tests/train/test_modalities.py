@@ -153,6 +153,8 @@ def test_invalid_recordings_are_named(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "0.wav").write_bytes(wav(tone(0.1, 200))[:99])
     with pytest.raises(PathError, match=r"audio missing.wav does not exist: expected the path or bytes of a file"):
         model.encode("audio", "missing.wav")
+    with pytest.raises(PathError, match=f"audio {tmp_path} is a folder: expected the path"):
+        model.encode("audio", tmp_path)
     for wrong, words in (
         (tmp_path / "0.wav", r"0.wav: truncated: 99 bytes of "),
         ([tone(0.1, 200), b""], "audio 1: empty file"),
