@@ -154,6 +154,14 @@ def test_read_labels_ambiguous_class_raises(tmp_path: Path) -> None:
         read(cache, classes=["crane", "heron", "crane"])
 
 
+def test_read_labels_numbers_that_name_other_classes_raise(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, label=[2, 1, 3], other=[0, 2, 1])
+    with pytest.raises(DataError, match="2 is a name, and number 2 is '3'; write the labels as text"):
+        read(cache, classes=["1", "2", "3", "4"])
+    assert read(cache, column="other", classes=["1", "2", "3"]).numbers.tolist() == [0, 2, 1]  # 0 is no name
+    assert read(cache, classes=["0", "1", "2", "3"]).numbers.tolist() == [2, 1, 3]
+
+
 def test_read_labels_unused_duplicate_class(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, label=["heron"])
     assert read(cache, classes=["crane", "heron", "crane"]).numbers.tolist() == [1]
