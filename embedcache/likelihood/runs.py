@@ -115,7 +115,8 @@ def _split_caches(file: TaskFile, settings: SplitSettings | None) -> dict[str, S
                 continue
             if cache.info.index_digest not in splits:  # which a cache has by all of its paths
                 chosen = settings or SplitSettings(kind="column" if "split" in cache.columns else "key")
-                splits[cache.info.index_digest] = split_samples([cache], np.arange(cache.info.num_samples), chosen)
+                samples = np.setdiff1d(np.arange(cache.info.num_samples), cache.removed, assume_unique=True)
+                splits[cache.info.index_digest] = split_samples([cache], samples, chosen)
     return splits
 
 

@@ -1,6 +1,7 @@
 """`train --task likelihood` and `evaluate likelihood`, as a shell would run them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import embedcache as package
+from embedcache.dataset.settings import SplitSettings
+from embedcache.likelihood.runs import train_tasks
 from embedcache.store.cache import Cache
+from embedcache.train.settings import FitSettings, LikelihoodSettings, OptimizerSettings
 from tests.cli.run import Result, embedcache, succeed
 from tests.train.likelihood_cases import tables
 from tests.train.runs import interrupted_after
@@ -174,6 +178,23 @@ def test_a_cache_by_several_paths_is_split_once(folder: Path) -> None:
     shown = succeed(*["evaluate", "likelihood", "cache", "by-paths", "--task-file", "paths.toml", "--json"], cwd=folder)
     (model,) = json.loads(shown)["models"]
     assert {task["task"]: task["num_examples"] for task in model["tasks"]} == dict.fromkeys(("m0", "m1", "c"), 15)
+
+
+@pytest.mark.slow
+def test_removed_samples_are_in_no_part(folder: Path) -> None:
+    keys = Cache(folder / "cache").column("key").to_pylist()
+    shutil.copytree(folder / "cache", folder / "less")
+    package.remove_samples(folder / "less", keys[::2])
+    (folder / "kept.txt").write_text("\n".join(keys[1::2]))
+    package.cut_cache(folder / "cache", folder / "kept.txt", folder / "cut")
+    (folder / "masked.toml").write_text('[m]\nkind = "masked"\n')
+    settings = LikelihoodSettings(task_file=str(folder / "masked.toml"), words=str(folder / "words"))
+    fit, split, parts = FitSettings(optimizer=OptimizerSettings(epochs=0)), SplitSettings(kind="key"), []
+    for name in ("less", "cut"):
+        train_tasks(folder / name, folder / f"{name}-run", settings, fit, split=split)
+        rows = pq.read_table(folder / f"{name}-run" / "split.parquet").to_pylist()
+        parts.append({row["key"]: row["part"] for row in rows if row["part"]})
+    assert parts[0] == parts[1]
 
 
 def test_a_run_without_its_split_is_neither_measured_nor_reused(folder: Path, run: Path) -> None:
