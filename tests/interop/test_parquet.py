@@ -1,6 +1,7 @@
 """Vectors as lists in Parquet, of ours and of others."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from embedcache.extract.extract import extract
 from embedcache.files import open_path
 from embedcache.interop import parquet
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
+from embedcache.maintain.remove import remove_samples
 from embedcache.progress import NullProgress
 from embedcache.sources import open_source
 from tests.images import write_images
@@ -179,3 +181,10 @@ def test_image_paths_of_files_are_absolute_and_those_of_urls_unchanged(tmp_path:
         cache = tmp_path / location.replace("/", "-")
         extract(open_source(location), cache, image_encoder=[IMAGE])
         assert export_of(cache, modality="image").table(slice(None))["image_path"].to_pylist() == expected
+
+
+def test_removed_samples_are_not_counted_as_left_out(labeled: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(labeled, cache)
+    remove_samples(cache, [f"{number:032x}" for number in (3, 4)])
+    assert export_of(cache, modality="image").left_out == export_of(labeled, modality="image").left_out
