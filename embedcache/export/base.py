@@ -22,6 +22,7 @@ from embedcache.registry import names_from
 from embedcache.sources.images import load_image
 
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
+"""Modalities of the formats that include encoders."""
 
 TOLERANCE = 1e-4
 """Allowed difference in one component of a unit vector; float32 sums in another order differ by some 1e-6."""
@@ -40,29 +41,30 @@ class ExportRun:
 
     @classmethod
     def open(cls, path: Path) -> "ExportRun":
-        """Load a run of images and texts; SettingError for one of other modalities, which no format supports."""
+        """Load a run of any two modalities."""
         pair, config = load_pair(path)
-        if set(config.modalities) != set(MODALITIES):
-            raise SettingError(
-                f"{path}: expected a run of image and text, got one of {' and '.join(config.modalities)}; store its "
-                f"vectors in the cache instead: embedcache derive CACHE --run {path}"
-            )
         fingerprints = [side.fingerprint for side in config.sides.values()]
         if not all(is_fingerprint(each) and {"family", "model", "weights"} <= each.keys() for each in fingerprints):
             raise CorruptError(f"{config_path(path)}: expected fingerprints of encoders, got others; {CHANGED_CONFIG}")
         return cls(path, pair, config)
 
-    def projector(self, modality: Modality) -> str:
+    def projector(self, modality: str) -> str:
         """Return the name of a modality's projector."""
-        return dict(zip(MODALITIES, split_names(self.config.projector), strict=True))[modality]
+        return dict(zip(self.config.modalities, split_names(self.config.projector), strict=True))[modality]
 
-    def projector_class(self, modality: Modality) -> type:
+    def require(self, modalities: Sequence[Modality], format_name: str) -> None:
+        """Check that the run has the modalities of a format, or raise a `SettingError`."""
+        if not set(modalities) <= set(self.config.modalities):
+            reason = f"expected a run of {' and '.join(modalities)}, got one of {' and '.join(self.config.modalities)}"
+            raise unsupported(format_name, reason)
+
+    def projector_class(self, modality: str) -> type:
         """Return the class of a modality's projector, built-in or a plug-in."""
         with names_from(self.path):
             projector: type = PROJECTORS.load(self.projector(modality))
         return projector
 
-    def projector_path(self, modality: Modality) -> tuple[str, str]:
+    def projector_path(self, modality: str) -> tuple[str, str]:
         """Return the module that defines the projector, and its name there.
 
         A projector that no module has under its own name, such as a class that a function made, is named as the user
@@ -114,7 +116,7 @@ class ExportNotes:
     requirements: Sequence[str]
     differences: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    encoders: Sequence[Modality] = MODALITIES
+    encoders: Sequence[str] = MODALITIES
     shorten: str | None = None
 
 

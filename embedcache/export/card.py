@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.dataset.settings import KINDS
-from embedcache.encoders.base import Modality
-from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
+from embedcache.export.base import ExportNotes, ExportRun
 from embedcache.files import read_text, write_atomic
 from embedcache.projectors.saved import TowerInput, read_run_record
 from embedcache.provenance import construct
@@ -27,7 +26,7 @@ _HELD_OUT = {"val": "validation", "test": "test"}
 
 def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str, metrics: Any) -> None:
     """Write the model card, `README.md`."""
-    licenses = {modality: _find_license(run.config.tower_input(modality)) for modality in MODALITIES}
+    licenses = {modality: _find_license(run.config.tower_input(modality)) for modality in run.config.modalities}
     code, packages = notes.code.format(folder=path.parent.name), shlex.join(notes.requirements)
     parts = [
         _front_matter(notes, licenses),
@@ -56,20 +55,20 @@ def _find_license(tower_input: TowerInput) -> str | None:
     return match[1] if match else None
 
 
-def _front_matter(notes: ExportNotes, licenses: Mapping[Modality, str | None]) -> str:
+def _front_matter(notes: ExportNotes, licenses: Mapping[str, str | None]) -> str:
     included = {licenses[modality] for modality in notes.encoders}
     known = included.pop() if len(included) == 1 else None
     lines = ["---", f"library_name: {notes.library}", f"license: {known or 'other'}"]
     if known is None:
         lines.append("license_name: see-the-encoders")
     lines += [f"pipeline_tag: {notes.task}"] if notes.task else []
-    return "\n".join([*lines, "tags:", "- embedcache", "- image-text-retrieval", "---", ""])
+    return "\n".join([*lines, "tags:", "- embedcache", f"- {'-'.join(licenses)}-retrieval", "---", ""])
 
 
 def _summary(run: ExportRun, notes: ExportNotes, format_name: str) -> str:
     config = run.config
     contents = {
-        2: "Frozen image and text encoders with trained projectors",
+        2: f"Frozen {' and '.join(config.modalities)} encoders with trained projectors",
         1: "A frozen text encoder with the trained projector of texts",
         0: "The trained projectors of two encoders, which are not included,",
     }[len(notes.encoders)]
@@ -100,10 +99,10 @@ def _width_notes(run: ExportRun, notes: ExportNotes) -> list[str]:
     ]
 
 
-def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[Modality, str | None]) -> str:
+def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[str, str | None]) -> str:
     rows = ["## Encoders\n", "| | encoder | feature | license | included |", "| --- | --- | --- | --- | --- |"]
     weights = []
-    for modality in MODALITIES:
+    for modality in run.config.modalities:
         tower_input = run.config.tower_input(modality)
         fingerprint = tower_input.fingerprint
         name = f"{fingerprint['family']}:{fingerprint['model']}"

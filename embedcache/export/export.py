@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, PathError, SettingError
-from embedcache.export.base import ExportNotes, ExportRun
+from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
 from embedcache.export.card import write_card
 from embedcache.export.hub import push_folder
 from embedcache.export.onnx import write_onnx
@@ -35,15 +36,15 @@ FORMAT_VERSION = 1
 CARD = "README.md"
 
 
-FORMATS: Mapping[str, tuple[Callable[..., ExportNotes], Sequence[str]]] = {
-    "onnx": (write_onnx, ("towers",)),
-    "open-clip": (write_open_clip, ("final", "hub_name")),
-    "safetensors": (write_safetensors, ()),
-    "sentence-transformers": (write_sentence_transformers, ()),
-    "transformers": (write_transformers, ()),
+FORMATS: Mapping[str, tuple[Callable[..., ExportNotes], Sequence[str], Sequence[Modality]]] = {
+    "onnx": (write_onnx, ("towers",), ()),
+    "open-clip": (write_open_clip, ("final", "hub_name"), MODALITIES),
+    "safetensors": (write_safetensors, (), ()),
+    "sentence-transformers": (write_sentence_transformers, (), ("text",)),
+    "transformers": (write_transformers, (), MODALITIES),
 }
-"""Format -> a function that fills an empty folder, checks it with the other library and returns notes, and the names of
-the options that the files depend on, which are recorded with the export."""
+"""Format -> a function that fills an empty folder, checks it with the other library and returns notes, the names of the
+options that the files depend on, which are recorded with the export, and the modalities that a run must have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,7 @@ def export_run(
     if settings.towers and "towers" not in arguments:
         raise SettingError(f"towers: expected false for the {format_name} format, got true")
     opened = ExportRun.open(run)
+    opened.require(MODALITIES if settings.towers else FORMATS[format_name][2], format_name)
     metrics = None if settings.metrics is None else read_report_json(settings.metrics)
     identity = {
         "form": format_name,

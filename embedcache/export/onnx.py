@@ -16,7 +16,6 @@ from embedcache.encoders.backends import OnnxExport, OnnxGraph, export_graph
 from embedcache.encoders.base import Modality
 from embedcache.errors import ArtifactError
 from embedcache.export.base import (
-    MODALITIES,
     TEXTS,
     ExportNotes,
     ExportRun,
@@ -35,7 +34,7 @@ _PROJECTORS_CODE = """\
 import numpy as np
 import onnxruntime
 
-for modality in ("image", "text"):
+for modality in {modalities}:
     session = onnxruntime.InferenceSession(f"{folder}/{{modality}}_projector.onnx")
     inputs = {{}}
     for argument in session.get_inputs():  # features (B, D), or (B, T, D) with lengths (B,)
@@ -86,7 +85,7 @@ class _Projection(nn.Module):
 
 def _write_projectors(run: ExportRun, folder: Path) -> ExportNotes:
     differences: dict[str, float] = {}
-    for modality in MODALITIES:
+    for modality in run.config.modalities:
         tower, path = run.pair.tower(modality), folder / f"{modality}_projector.onnx"
         example = _example_features(run, modality, 3, 4)
         dynamic_axes = {name: {0: "batch"} for name in (*example, "embeds")}
@@ -104,7 +103,7 @@ def _write_projectors(run: ExportRun, folder: Path) -> ExportNotes:
     return ExportNotes(
         library="onnx",
         task=None,
-        code=_PROJECTORS_CODE,
+        code=_PROJECTORS_CODE.replace("{modalities}", str(run.config.modalities)),
         requirements=("onnxruntime", "numpy"),
         differences=differences,
         notes=("The encoders are not included: `features` are the output of the encoders below, not normalized.",),
@@ -112,7 +111,7 @@ def _write_projectors(run: ExportRun, folder: Path) -> ExportNotes:
     )
 
 
-def _example_features(run: ExportRun, modality: Modality, num_rows: int, num_tokens: int) -> dict[str, Array]:
+def _example_features(run: ExportRun, modality: str, num_rows: int, num_tokens: int) -> dict[str, Array]:
     width = run.config.tower_input(modality).width
     random = np.random.default_rng(num_rows)
     if not isinstance(run.pair.tower(modality), TokenTower):
@@ -128,7 +127,7 @@ def _example_features(run: ExportRun, modality: Modality, num_rows: int, num_tok
 class _ModelTower(nn.Module):
     """One tower of the exported model."""
 
-    def __init__(self, model: nn.Module, modality: Modality) -> None:
+    def __init__(self, model: nn.Module, modality: str) -> None:
         super().__init__()
         self.model, self.modality = model, modality
 
@@ -206,9 +205,7 @@ def _prepared_inputs(folder: Path) -> Mapping[Modality, dict[str, Array]]:
     return {"image": {"pixel_values": pixels}, "text": ids}
 
 
-def _write_graph(
-    export: OnnxExport, path: Path, run: ExportRun, modality: Modality, *, next_step: str = ""
-) -> OnnxGraph:
+def _write_graph(export: OnnxExport, path: Path, run: ExportRun, modality: str, *, next_step: str = "") -> OnnxGraph:
     """Write a graph with the run, feature and encoder in its metadata, and open it."""
     onnx = require("onnx", extra="onnx")
     try:

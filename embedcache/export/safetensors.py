@@ -4,8 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from embedcache.encoders.base import Modality
-from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
+from embedcache.export.base import ExportNotes, ExportRun
 from embedcache.projectors.heads import IdentityProjector, LinearProjector, MlpProjector, RawTower, TokenTower, Tower
 from embedcache.projectors.saved import save_weights
 from embedcache.provenance import write_json
@@ -57,11 +56,10 @@ def write_safetensors(run: ExportRun, folder: Path) -> ExportNotes:
     config: dict[str, Any] = {
         "shared_width": run.config.shared_width,
         "temperature": temperature,
-        "image": _describe(run, "image"),
-        "text": _describe(run, "text"),
+        **{modality: _describe(run, modality) for modality in run.config.modalities},
         "tensors": {name: {"shape": list(value.shape), "dtype": str(value.dtype)[6:]} for name, value in state.items()},
         "recipe": [
-            *(line for modality in MODALITIES for line in _recipe(run, modality)),
+            *(line for modality in run.config.modalities for line in _recipe(run, modality)),
             f"similarity: the dot product of both, divided by the temperature {temperature:.6g}",
         ],
     }
@@ -69,14 +67,14 @@ def write_safetensors(run: ExportRun, folder: Path) -> ExportNotes:
     return ExportNotes(
         library="safetensors",
         task=None,
-        code=_HEAD + "".join(_code(run, modality) for modality in MODALITIES),
+        code=_HEAD + "".join(_code(run, modality) for modality in run.config.modalities),
         requirements=("safetensors", "torch"),
         notes=("The encoders are not included: `config.json` names them and describes how to project.",),
         encoders=(),
     )
 
 
-def _code(run: ExportRun, modality: Modality) -> str:
+def _code(run: ExportRun, modality: str) -> str:
     """Return Python code that projects vectors of a modality with the tensors, where that takes a few lines."""
     tower, config = run.pair.tower(modality), run.config
     steps = _STEPS.get(type(tower.projector))
@@ -93,7 +91,7 @@ def _code(run: ExportRun, modality: Modality) -> str:
     return code.replace("{", "{{").replace("}", "}}")  # the card fills in the folder
 
 
-def _describe(run: ExportRun, modality: Modality) -> dict[str, Any]:
+def _describe(run: ExportRun, modality: str) -> dict[str, Any]:
     tower_input = run.config.tower_input(modality)
     return {
         "encoder": dict(tower_input.fingerprint),
@@ -103,7 +101,7 @@ def _describe(run: ExportRun, modality: Modality) -> dict[str, Any]:
     }
 
 
-def _recipe(run: ExportRun, modality: Modality) -> list[str]:
+def _recipe(run: ExportRun, modality: str) -> list[str]:
     """Return the steps from a feature to the shared space in words."""
     projector, tower = run.projector_class(modality), run.pair.tower(modality)
     if isinstance(tower, TokenTower):

@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from embedcache.arrays import Inputs
+from embedcache.encoders.backends import OnnxGraph
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.export.base import ExportNotes, ExportRun, check_parity
 from embedcache.export.card import _metrics, _weights_line, _width_notes
@@ -25,7 +26,7 @@ from embedcache.projectors.saved import PairConfig, TowerInput, project, save_pa
 from embedcache.records import record_stage
 from tests.crash import call_elsewhere
 from tests.edits import edit_record
-from tests.export.runs import check_documented, make_run
+from tests.export.runs import check_documented, make_run, tower_input
 from tests.hub_server import serve_hub
 
 
@@ -222,15 +223,51 @@ def test_card_states_the_split_without_folders(run: Path, tmp_path: Path) -> Non
     assert "/home/me" not in card
 
 
-def test_run_of_other_modalities_is_refused(tmp_path: Path) -> None:
-    side = TowerInput(feature="e/mean", spec="e:m", fingerprint={}, width=4)
-    sides = {"audio": side, "text": side}
-    config = PairConfig(projector="linear", shared_width=2, index_digest="rows", training={}, sides=sides)
-    (tmp_path / "run").mkdir()
-    split_path(tmp_path / "run").write_bytes(b"a split")
-    save_pair(tmp_path / "run", AlignedPair("linear", widths={"audio": 4, "text": 4}, shared_width=2), config)
-    with pytest.raises(SettingError, match="got one of audio and text; store its vectors in the cache"):
-        export_run("safetensors", tmp_path / "run", tmp_path / "out")
+@pytest.fixture
+def sounds(tiny: dict[str, str], tmp_path: Path) -> Path:
+    """A run of recordings, whose vectors were imported, and texts."""
+    text, path = tower_input("text", tiny["bert"], "mean"), tmp_path / "sounds"
+    fingerprint = {**text.fingerprint, "family": "imported", "model": "unknown"}
+    audio = TowerInput(feature="audio/vector", spec="imported:audio", fingerprint=fingerprint, width=4)
+    config = PairConfig(
+        projector="linear", shared_width=2, index_digest="rows", training={}, sides={"audio": audio, "text": text}
+    )
+    path.mkdir()
+    split_path(path).write_bytes(b"a split")
+    pair = AlignedPair("linear", widths={"audio": 4, "text": text.width}, shared_width=2)
+    with torch.no_grad():
+        pair.tower("audio").mean.fill_(0.1)
+    save_pair(path, pair, config)
+    return path
+
+
+def test_run_of_other_modalities(sounds: Path, tmp_path: Path) -> None:
+    for form in ("open-clip", "transformers"):
+        with pytest.raises(SettingError, match="expected a run of image and text, got one of audio and text; use"):
+            export_run(form, sounds, tmp_path / "out")
+    with pytest.raises(SettingError, match="onnx format does not support this run: expected a run of image and text"):
+        export_run("onnx", sounds, tmp_path / "out", towers=True)
+    features = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    expected = project(ExportRun.open(sounds).pair.tower("audio"), Inputs(features))
+    export_run("safetensors", sounds, tmp_path / "plain")
+    card = (tmp_path / "plain/README.md").read_text()
+    assert "- audio-text-retrieval\n" in card
+    assert "| audio | `imported:unknown` | `vector` |" in card
+    code = re.search(r"^```python\n(.*?)^print\(project_audio", card, re.MULTILINE | re.DOTALL)
+    assert code
+    names: dict[str, Any] = {}
+    exec(compile(code[1].replace('Path("plain")', f"Path({str(tmp_path / 'plain')!r})"), "card", "exec"), names)  # noqa: S102
+    np.testing.assert_allclose(names["project_audio"](torch.from_numpy(features)).numpy(), expected, atol=1e-6)
+    export_run("onnx", sounds, tmp_path / "onnx")
+    graph = OnnxGraph(tmp_path / "onnx/audio_projector.onnx")
+    np.testing.assert_allclose(graph({"features": features}, ["embeds"])["embeds"], expected, atol=1e-6)
+    assert "for modality in ('audio', 'text'):" in (tmp_path / "onnx/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_texts_of_recordings_for_sentence_transformers(sounds: Path, tmp_path: Path) -> None:
+    report = export_run("sentence-transformers", sounds, tmp_path / "model")
+    assert report.differences["text"] < 1e-5
 
 
 def test_card_states_widths(run: Path) -> None:
