@@ -139,6 +139,8 @@ def read_manifest(
         _check_reachable(path.parent)
         _check_kind(path.parent, kind)
         state = f"is not a finished {kind}: it has no {path.name}" if path.parent.exists() else "does not exist"
+        if path.parent.is_file():
+            state = f"is a file, not {_ARTICLES.get(kind, kind)}"
         raise PathError(f"{path.parent} {state}; make one with: {make}")
     values = read_json(path)
     found = values.get("format") if isinstance(values, dict) else None

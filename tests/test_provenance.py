@@ -34,6 +34,26 @@ def test_folder_of_another_kind_is_named(read: Callable[[Path], object], folder:
         read(ARTIFACTS / folder)
 
 
+def test_sources_in_place_of_caches_are_named_as_sources(tmp_path: Path) -> None:
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".lock").touch()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").touch()
+    (tmp_path / "pairs.parquet").touch()
+    (tmp_path / "names.txt").touch()
+    for name, expected in {
+        "none": "none does not exist; make one with: embedcache extract SOURCE .*/none$",
+        "begun": "begun is not a finished cache: it has .*: embedcache extract SOURCE .*/begun$",
+        "photos": "photos is not a finished cache: it has .*: embedcache extract .*/photos CACHE$",
+        "pairs.parquet": "pairs.parquet is a file, not a cache; .*: embedcache extract .*/pairs.parquet CACHE$",
+        "names.txt": r"names.txt is a file, .* CACHE \(prompts:.*/names.txt if it lists classes or concepts\)$",
+    }.items():
+        with pytest.raises(PathError, match=expected):
+            read_info(tmp_path / name)
+    with pytest.raises(PathError, match="names.txt is a file, not an index; make one with: embedcache curate index"):
+        read_card(tmp_path / "names.txt")
+
+
 def test_recognize_other_path_raises(tmp_path: Path) -> None:
     with pytest.raises(PathError, match="does not exist"):
         recognize(tmp_path / "none")

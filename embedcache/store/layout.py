@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from embedcache.errors import CorruptError
+from embedcache.files import is_remote
+from embedcache.locks import LOCK
 from embedcache.modalities import MODALITIES
 from embedcache.provenance import (
     DIGEST,
@@ -245,17 +247,26 @@ def read_info(cache_path: Path) -> CacheInfo:
         ArtifactError: the cache has a later format, missing or unknown fields, or values that have changed.
     """
     path = info_path(cache_path)
-    command = f"embedcache extract SOURCE {cache_path}"
     record = read_manifest(
         path,
         kind="cache",
         latest_format=FORMAT_VERSION,
-        make=command,
+        make=_how_to_make(cache_path),
         next_step="restore the file, or extract into a new folder",
         unchecked=_UNCHECKED,
     )
     written = record.pop(DIGEST, None)
     return construct(path, lambda: _parse({**from_record(record, _STORED_NAMES), "has_digests": written is not None}))
+
+
+def _how_to_make(path: Path) -> str:
+    """Return the command that makes a cache at a path, or of what is there, if that can only be a source."""
+    if is_remote(path) or not path.exists():
+        return f"embedcache extract SOURCE {path}"
+    if path.is_dir() and ((path / LOCK).exists() or next(path.iterdir(), None) is None):
+        return f"embedcache extract SOURCE {path}"
+    names = f" (prompts:{path} if it lists classes or concepts)" if path.suffix in {".txt", ".json"} else ""
+    return f"embedcache extract {path} CACHE{names}"
 
 
 def _parse(values: Mapping[str, Any]) -> CacheInfo:
