@@ -29,7 +29,7 @@ Table: TypeAlias = tuple[list[str], list[list[str]]]
 
 def format_fraction(value: float | None) -> str:
     """Return a fraction, cosine or score as text, such as `0.066`; empty for None and NaN."""
-    return "" if value is None or np.isnan(value) else f"{value:.3f}"
+    return "" if value is None or np.isnan(value) else f"{value:z.3f}"
 
 
 def format_estimate(estimate: Estimate) -> str:

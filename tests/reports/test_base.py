@@ -38,6 +38,7 @@ from embedcache.reports.retrieval import recall_bars, recall_by_width
     [
         (format_fraction(0.0658), "0.066"),
         (format_fraction(-0.5), "-0.500"),
+        (format_fraction(-0.0001), "0.000"),
         (format_fraction(None), ""),
         (format_fraction(float("nan")), ""),
         (format_estimate(Estimate(0.0658, 0.0461, 0.101)), "0.066 [0.046, 0.101]"),
