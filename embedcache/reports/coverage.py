@@ -67,7 +67,7 @@ def summary_table(report: CoverageReport) -> Table:
         [f"concepts with at least {least:,} items", *(format_part(num - count, num) for count in gaps)],
         [f"gaps: concepts with fewer than {least:,}", *map(format_count, gaps)],
         ["concepts without items", *(format_count((part.counts == 0).sum()) for part in parts)],
-        ["items per concept, median", *(format_count(np.median(part.counts)) for part in parts)],
+        ["items per concept, median", *(f"{np.median(part.counts):,.1f}".removesuffix(".0") for part in parts)],
         ["Gini coefficient", *(format_fraction(part.gini) for part in parts)],
     ]
     for fraction in _FRACTIONS:

@@ -68,6 +68,9 @@ def test_chance_counts_all_concepts(cache_path: Path, prompts: Path) -> None:
     for num_items, shown in ((30_000, "4,800"), (60, "9.5")):
         other = replace(report, pool_counts=replace(report.pool_counts, num_items=num_items))
         assert ["items above one threshold by chance", shown] in summary_table(other)[1]
+    for counts, shown in (([0, 0, 0, 1, 1, 2], "0.5"), ([0, 0, 1001, 1001, 1002, 1003], "1,001")):
+        other = replace(report, pool_counts=replace(report.pool_counts, counts=np.array(counts)))
+        assert ["items per concept, median", shown] in summary_table(other)[1]
     rare = replace(report, settings=replace(report.settings, deviations=5))  # 300 items with a probability of 2.9e-7
     assert ["items above one threshold by chance", "0.000086"] in summary_table(rare)[1]
 
