@@ -243,8 +243,8 @@ def _check_lengths(vectors_BP: Floats, rows_B: Ints, vectors: Vectors) -> None:
         key = vectors.cache.key(item["sample"][0].as_py())
         raise DataError(
             f"feature {vectors.feature.name}: expected vectors that have a cosine, got {len(bad):,} of length zero or "
-            f"NaN in one chunk, first that of the sample {key!r}; leave them out with a --selection of the others, or "
-            "remove them with: embedcache cache remove"
+            f"NaN in one chunk, first that of the sample {key!r}; copy the others with: embedcache cache cut, or "
+            "remove these with: embedcache cache remove"
         )
 
 
