@@ -249,9 +249,9 @@ def principal_components(moments: Moments, width: int, *, whiten: bool) -> tuple
         smallest = _smallest_variance(covariance_DD)
         if variances[-1] <= smallest:
             rank = int((variances > smallest).sum())
+            next_step = f"use width={rank} or more items" if rank else "all vectors are equal, so use other items"
             raise DataError(
-                f"whitening to {width} components: expected that many directions in the data, got {rank}; use "
-                f"width={rank} or more items"
+                f"whitening to {width} components: expected that many directions in the data, got {rank}; {next_step}"
             )
         components = components / np.sqrt(variances)
     return moments.first_mean.astype(np.float32), components.astype(np.float32)

@@ -9,15 +9,16 @@ import torch
 from embedcache.arrays import Floats, Ints, blocks, check_finite, normalize
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Pairs
-from embedcache.errors import SettingError
+from embedcache.errors import DataError, SettingError
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import HasAnchors, HasLinearBranch
-from embedcache.projectors.closed_form import Moments, solve
+from embedcache.projectors.closed_form import Matrix, Moments, solve
 from embedcache.projectors.heads import RawTower, Tower
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.train.settings import Initialization, ModelSettings
 
 _BLOCK = 8192
+_SAME_VARIANCE = 1e-12  # of unit vectors that differ by less than float32 resolves
 MAX_PAIRS = 2**20
 """Of more pairs, evenly spaced blocks are read; means and covariances of a million pairs are exact to a thousandth."""
 
@@ -39,7 +40,7 @@ def initialize(
 
     Raises:
         SettingError: a projector that has no linear branch, or fewer pairs than anchors.
-        DataError: a value is NaN or infinite, or fewer than two pairs.
+        DataError: a value is NaN or infinite, fewer than two pairs, or, with a closed form, one vector in all pairs.
     """
     positions = [_thin_out(positions_M) for positions_M in pairs.all_pairs()]
     first, second = (
@@ -62,6 +63,8 @@ def initialize(
         elif isinstance(rows.tower, Tower):
             rows.tower.mean.copy_(torch.from_numpy(mean))
     if form != "random":
+        for rows, covariance in zip(towers, (covariances.first, covariances.second), strict=True):
+            _check_directions(rows, covariance)
         weights = solve(form, moments, settings.shared_width, shrinkage=settings.shrinkage)
         for rows, weights_DP, covariance in zip(towers, weights, (covariances.first, covariances.second), strict=True):
             # the root mean square length of the projected training rows: a learned branch expects about 1
@@ -137,6 +140,15 @@ def _check(towers: tuple[_TowerRows, _TowerRows], form: str, settings: ModelSett
         raise SettingError(
             f"projector {settings.projector}: expected at least as many training pairs as the shared width "
             f"{settings.shared_width}, got {num_pairs}; use --shared-width {num_pairs} or less"
+        )
+
+
+def _check_directions(rows: _TowerRows, covariance_DD: Matrix) -> None:
+    """Check that the unit vectors of a tower differ, for which a closed form has no solution otherwise."""
+    if np.trace(covariance_DD) <= _SAME_VARIANCE:
+        raise DataError(
+            f"the {rows.name} feature: expected vectors of different directions, got one in all {len(rows.rows):,} "
+            "training pairs; name another feature, or use --initialization random"
         )
 
 

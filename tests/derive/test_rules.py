@@ -171,6 +171,8 @@ def test_whitening_more_directions_than_there_are_raises() -> None:
     assert rule.fit is not None
     with pytest.raises(DataError, match="whitening to 2 components.* got 1; use width=1"):
         rule.fit(iter([[Block(line)]]), {"width": 2, "whiten": True})
+    with pytest.raises(DataError, match="whitening to 1 components.* got 0; all vectors are equal, so use other items"):
+        rule.fit(iter([[Block(np.ones_like(line))]]), {"width": 1, "whiten": True})
 
 
 def test_wrong_number_of_values_raises(cache: Path) -> None:

@@ -112,6 +112,14 @@ def test_one_pair_is_too_few() -> None:
         initialized("linear", kind="random", pairs=Pairs(first=one, second=one))
 
 
+@pytest.mark.parametrize("kind", ["cca", "csa", "procrustes", "ridge"])
+def test_one_vector_in_all_pairs_has_no_closed_form(kind: Initialization) -> None:
+    for images in (np.tile(IMAGES[:1], (NUM_SAMPLES, 1)), np.zeros_like(IMAGES)):
+        with pytest.raises(DataError, match="the image feature: expected .* different directions, got one in all 60"):
+            initialized("linear", kind=kind, image=reader(images))
+    initialized("linear", kind="random", image=reader(images))
+
+
 def test_token_towers_are_unchanged_and_unread() -> None:
     found = initialized("token", kind="random", image=unread, text=unread).state_dict()
     torch.manual_seed(0)
