@@ -79,7 +79,9 @@ def write_run(cache: Path, run: Path, features: Mapping[str, str], module: nn.Mo
         )
     stacks = {"audio": 2, "video": 1}
     streams = {name: {"width": side.width, "stack": stacks[name]} for name, side in sides.items()}
-    arguments: dict[str, Any] = {"streams": streams, **SIZES} if module is None else {}
+    arguments: dict[str, Any] = (
+        {"streams": streams, "fusion_layers": len(streams) - 1, **SIZES} if module is None else {}
+    )
     kind = "speech" if module is None else f"tests.derive.test_views:{type(module).__name__}"
     run.mkdir()
     save_module(run, module or SpeechNetwork(**arguments), ModuleConfig(kind=kind, arguments=arguments, sides=sides))
