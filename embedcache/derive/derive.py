@@ -108,7 +108,7 @@ class DeriveReport:
         features: names of the outputs.
         derived: number of items in the chunks that were computed now.
         reused: number of items in the chunks that existed before.
-        failures: kind of failure -> number of items, over the whole cache.
+        failures: kind of failure -> number of items, over the whole cache; that of removed items is `removed`.
     """
 
     modality: str

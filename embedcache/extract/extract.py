@@ -52,7 +52,7 @@ class EncoderReport:
         features: names of the stored features.
         encoded: number of items that were encoded now, or failed.
         reused: number of items that were stored before.
-        failures: kind of failure -> number of items, over the whole cache.
+        failures: kind of failure -> number of items, over the whole cache; that of removed items is `removed`.
     """
 
     modality: str
