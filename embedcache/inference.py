@@ -15,13 +15,13 @@ from torch import Tensor
 
 from embedcache.arrays import Array, Floats, Inputs, blocks, check_finite, normalize, to_numbers
 from embedcache.dataset.inputs import to_inputs
+from embedcache.dataset.raw_items import ItemLike, item_name, list_items, prepare_item
 from embedcache.devices import AUTO, torch_device
 from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.open import EncoderSpec, feature_names, reopen_encoder, why_no_encoder
 from embedcache.errors import DataError, SettingError
 from embedcache.extract.views import reopen_recorded_view
 from embedcache.files import AnyPath
-from embedcache.likelihood.items import ItemLike, item_name, list_items, prepare_item
 from embedcache.likelihood.model import LikelihoodModel, Scores, load_likelihood
 from embedcache.modalities import list_distinct, list_texts
 from embedcache.networks.saved import MAKE, kind_name

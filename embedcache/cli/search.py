@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from embedcache.cli.options import OUTPUT_PANEL, Concepts, Device, IndexArgument, Json, Output, with_settings
+from embedcache.cli.options import (
+    OUTPUT_PANEL,
+    Concepts,
+    Device,
+    IndexArgument,
+    Json,
+    Output,
+    by_modality,
+    with_settings,
+)
 from embedcache.devices import AUTO
 from embedcache.errors import SettingError
 from embedcache.search.settings import MOVED_CACHE, MOVED_RUN, SearchSettings
@@ -27,6 +36,12 @@ def search(
         Path | None, typer.Option(metavar="FILE", help="Search for each line of this text file too.")
     ] = None,
     query_image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Search with this image file.")] = None,
+    query_file: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODALITY=FILE", help="Search with this recording, video, point cloud or image. May be repeated."
+        ),
+    ] = None,
     query_key: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="Search with the indexed vector of this sample.")
     ] = None,
@@ -42,9 +57,9 @@ def search(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Search an index with texts, images or vectors.
+    """Search an index with texts, files or vectors.
 
-    A query is a text, an image file, a sample of the index, a concept or a vector; several queries may be mixed.
+    A query is a text, a file, a sample of the index, a concept or a vector; several queries may be mixed.
 
     Example: embedcache search index/ "a red bicycle" -k 5
     """
@@ -56,6 +71,7 @@ def search(
     all_queries = Queries(
         texts=[*(query or ()), *(read_lines(queries) if queries else ())],
         images=query_image or (),
+        items=by_modality("--query-file", query_file, "audio=dog.wav", metavar="FILE"),
         keys=query_key or (),
         concepts=query_concept or (),
         concept_cache=concepts,

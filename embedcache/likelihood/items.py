@@ -3,45 +3,38 @@
 A feature that was derived by rules from those of encoders is computed again from what the run recorded of it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from PIL.Image import Image
 from safetensors.numpy import load_file
 
 from embedcache.arrays import Array, blocks
 from embedcache.dataset.inputs import to_inputs
+from embedcache.dataset.raw_items import ItemLike, item_name, list_items, prepare_item
 from embedcache.derive.rules import Block, Rule, open_rule, to_items
-from embedcache.encoders.base import Encoder, background_of
+from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import DERIVED, IMPORTED, RUN, EncoderSpec, feature_names, reopen_encoder
-from embedcache.errors import CorruptError, DataError, ItemError, PathError
+from embedcache.errors import CorruptError, DataError, ItemError
 from embedcache.extract.views import reopen_recorded_view
-from embedcache.modalities import MODALITIES, noun
+from embedcache.modalities import noun
 from embedcache.networks.saved import ModuleInput
 from embedcache.networks.shared import Tokens
 from embedcache.provenance import check_same, digest, digest_file
 from embedcache.registry import names_from
-from embedcache.sources.images import load_image
-from embedcache.sources.sound import check_audio
-from embedcache.sources.video import StreamedVideo, Video, check_video
 from embedcache.store.cache import Cache
 from embedcache.train.batches import to_device
 from embedcache.train.examples import open_media
 from embedcache.train.likelihood_batches import read_tokens
 from embedcache.train.modules import fitted_name
 
-ItemLike: TypeAlias = str | Path | bytes | Image | Array | Video | StreamedVideo | Mapping[str, Array]
-"""An item: the path or the bytes of a file, or decoded: an image as in `ImageLike`, (n,) float32 mono samples in [-1,
-1] at 16 kHz, a `Video`, or arrays of points by name."""
 ItemsLike: TypeAlias = ItemLike | Sequence[ItemLike] | Cache
 """One item, N items, or all items of a cache that have the feature of the run, in the order of their rows."""
 Batches: TypeAlias = Iterator[tuple[slice, Mapping[str, Tokens]]]
 """Positions and tokens of each batch."""
 
-_ONE = (str, Path, bytes, Image, np.ndarray, Video, StreamedVideo, Mapping)
 _BLOCK_ROWS = 64
 
 
@@ -115,65 +108,6 @@ class ItemReader:
         values = values[:, None] if values.ndim == 2 else values
         lengths_B = None if lengths is None else to_device(lengths, self._device)
         return {self._modality: Tokens(to_device(values, self._device), lengths_B)}
-
-
-def list_items(items: ItemLike | Sequence[ItemLike]) -> list[ItemLike]:
-    """Return a list of items, given one or several; DataError if they are no items."""
-    if not isinstance(items, (*_ONE, Iterable)):
-        raise DataError(f"items: expected an item, several, or a cache, got {items!r}; pass a path or an open item")
-    return [items] if isinstance(items, _ONE) else list(items)
-
-
-def item_name(item: ItemLike, modality: str, number: int) -> str:
-    """Return what an item is called in messages: its path, or its modality and number."""
-    return str(item) if isinstance(item, str | Path) else f"{modality} {number}"
-
-
-class OpenEncoder(Protocol):
-    """A frozen encoder, and the view that it was used with."""
-
-    @property
-    def encoder(self) -> Encoder: ...
-
-    @property
-    def view(self) -> Callable[[Any], Any]: ...
-
-
-def prepare_item(item: ItemLike, name: str, encoders: Sequence[OpenEncoder]) -> list[Array]:
-    """Decode an item, and return the input of each encoder of its modality.
-
-    Raises:
-        PathError: a file does not exist.
-        DataError: the item cannot be decoded, is none of the modality, or none that an encoder takes; names it.
-    """
-    modality = encoders[0].encoder.modality
-    if isinstance(item, str | Path) and not Path(item).is_file():
-        state = "is a folder" if Path(item).is_dir() else "does not exist"
-        raise PathError(f"{modality} {name} {state}: expected the path or bytes of a file, or an open item")
-    try:
-        if isinstance(item, str | Path):
-            item = Path(item).read_bytes()
-        return [opened.encoder.prepare([opened.view(_decode(item, opened.encoder, name))])[0] for opened in encoders]
-    except (DataError, ItemError) as error:
-        if str(error).startswith(f"{name}: "):
-            raise
-        raise DataError(f"{name}: {error}") from error
-
-
-def _decode(item: Any, encoder: Encoder, name: str) -> Any:
-    color, modality = background_of(encoder.fingerprint.preprocessing), encoder.modality
-    if isinstance(item, bytes):
-        decode = MODALITIES[modality].load_decoder()
-        return decode(item, background=color) if modality == "image" else decode(item)
-    if modality == "image":
-        return load_image(item, color)
-    if modality == "audio":
-        return check_audio(item, name)
-    if modality == "video":
-        return check_video(item, name)
-    if modality == "points" and not (isinstance(item, Mapping) and "xyz" in item):
-        raise DataError(f"{name}: expected arrays of points by name, with xyz, got {type(item).__name__}")
-    return item
 
 
 @dataclass(frozen=True, kw_only=True)

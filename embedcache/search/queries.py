@@ -1,10 +1,10 @@
 """Queries of an index, and their vectors in its space."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,11 +22,12 @@ from embedcache.arrays import (
     to_rows,
 )
 from embedcache.dataset.inputs import to_inputs
+from embedcache.dataset.raw_items import ItemLike, item_name, list_items, prepare_item
 from embedcache.encoders.base import Encoder, Modality, background_of
 from embedcache.encoders.open import EncoderSpec, feature_names, reopen_encoder, why_no_encoder
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.views import reopen_recorded_view
-from embedcache.modalities import list_texts, noun
+from embedcache.modalities import FILE_MODALITIES, MODALITIES, list_texts, noun
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project, read_config
 from embedcache.registry import unknown_name
 from embedcache.search.card import IndexCard
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from embedcache.projectors.pair import AlignedPair
 
 
+_IN_FILES = tuple(modality.name for modality in FILE_MODALITIES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Queries:
     """Queries of one search; results come in this order.
@@ -48,6 +52,7 @@ class Queries:
     Args:
         texts: one text or several, to encode.
         images: one image or several, to encode: files, open PIL images, tensors or arrays; see `ImageLike`.
+        items: modality -> one item or several of any modality, to encode, such as paths of recordings; see `ItemLike`.
         keys: keys of samples in the index's cache: the stored vector of the first item of the index's modality.
         rows: rows of items of the index's modality: the stored vector.
         concepts: names in `concept_cache`: the mean vector of the prompts of each.
@@ -55,12 +60,14 @@ class Queries:
         vectors: (Q, P) or (P,) of any float type, an array or a tensor, in the space of the index.
 
     Raises:
-        DataError: a text, image, key, row, concept or vector is of another type, or a text is empty.
+        DataError: a text, image, item, key, row, concept or vector is of another type, or a text is empty.
+        UnknownNameError: there is no such modality.
         SettingError: there is no query, or there are concepts without their cache.
     """
 
     texts: Sequence[str] = ()
     images: ImageLike | Sequence[ImageLike] = ()
+    items: Mapping[str, ItemLike | Sequence[ItemLike]] = field(default_factory=dict)
     keys: Sequence[str] = ()
     rows: Sequence[int] = ()
     concepts: Sequence[str] = ()
@@ -71,6 +78,10 @@ class Queries:
         for name in ("texts", "keys", "concepts"):
             object.__setattr__(self, name, list_texts(getattr(self, name), name))
         object.__setattr__(self, "images", list_images(self.images))
+        for name in self.items:
+            if name not in _IN_FILES:
+                raise unknown_name("modality of items in files", name, _IN_FILES)
+        object.__setattr__(self, "items", {name: list_items(items) for name, items in self.items.items()})
         object.__setattr__(self, "rows", tuple(to_rows(self.rows).tolist()))
         if self.vectors is not None:
             object.__setattr__(self, "vectors", to_numbers(self.vectors, "vectors"))
@@ -81,18 +92,28 @@ class Queries:
         if any(not text.strip() for text in self.texts):
             raise DataError("expected words in each query text, got an empty text")
         if not self.names:
-            raise SettingError("query: expected at least one text, image, key, row, concept or vector, got none")
+            raise SettingError("query: expected at least one text, image, item, key, row, concept or vector, got none")
 
     @property
     def names(self) -> list[str]:
-        """A name of each query: its text, path, key or concept, or the number of its image, row or vector."""
+        """A name of each query: its text, path, key or concept, or the number of its item, row or vector."""
         images = [
             str(image) if isinstance(image, str | Path) else f"image {n}"
             for n, image in enumerate(list_images(self.images))
         ]
+        items = [
+            item_name(item, modality, number)
+            for modality, listed in self.items.items()
+            for number, item in enumerate(list_items(listed))
+        ]
         rows = [f"row {row}" for row in self.rows]
         vectors = [f"vector {row}" for row in range(0 if self.vectors is None else len(np.atleast_2d(self.vectors)))]
-        return [*self.texts, *images, *self.keys, *rows, *self.concepts, *vectors]
+        return [*self.texts, *images, *items, *self.keys, *rows, *self.concepts, *vectors]
+
+
+class _Opened(NamedTuple):
+    encoder: Encoder
+    view: Callable[[Any], Any]
 
 
 class QueryEncoder:
@@ -192,6 +213,8 @@ class QueryEncoder:
         if len(images := list_images(queries.images)):
             color = self.background
             parts.append(self._encode_items("image", [load_image(image, color) for image in images]))
+        for modality, items in queries.items.items():
+            parts.append(self._encode_files(MODALITIES[modality].name, list_items(items)))
         if queries.keys:
             parts.append(self._read_keys(queries.keys))
         if queries.rows:
@@ -203,11 +226,27 @@ class QueryEncoder:
         return np.concatenate(parts)
 
     def _encode_items(self, modality: Modality, items: Sequence[Any]) -> Floats:
+        """Encode texts, or images that are loaded."""
+        encoder, view = self._open(modality)
+        return self._encode_batches(modality, len(items), lambda rows: encoder.prepare(list(map(view, items[rows]))))
+
+    def _encode_files(self, modality: Modality, items: Sequence[ItemLike]) -> Floats:
+        """Encode items of any modality in files, or decoded."""
+        opened = self._open(modality)
+        named = [(item, item_name(item, modality, number)) for number, item in enumerate(items)]
+        return self._encode_batches(
+            modality, len(items), lambda rows: [prepare_item(*item, [opened])[0] for item in named[rows]]
+        )
+
+    def _open(self, modality: Modality) -> _Opened:
         encoder, source = self.encoder(modality), self._tower_input(modality)
-        names, vectors = feature_names(source.feature), []
-        view = reopen_recorded_view(source.feature, source.fingerprint)
-        for block in blocks(len(items), encoder.batch_size):
-            encoded = encoder.encode(encoder.prepare([view(item) for item in items[block]]), names)
+        return _Opened(encoder, reopen_recorded_view(source.feature, source.fingerprint))
+
+    def _encode_batches(self, modality: Modality, count: int, prepare: Callable[[slice], list[Array]]) -> Floats:
+        encoder, names = self.encoder(modality), feature_names(self._tower_input(modality).feature)
+        vectors = [np.empty((0, self._card.width), np.float32)]
+        for rows in blocks(count, encoder.batch_size):
+            encoded = encoder.encode(prepare(rows), names)
             vectors.append(self._project(modality, to_inputs([encoded[name] for name in names])))
         return np.concatenate(vectors)
 

@@ -15,9 +15,12 @@ from embedcache.curate.dedup import dedup
 from embedcache.curate.leaks import find_leaks
 from embedcache.curate.outliers import find_outliers
 from embedcache.curate.select.select import select
-from embedcache.errors import SettingError, UnknownNameError
+from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.interop.formats import export_vectors
+from embedcache.search.index import build_index
+from embedcache.search.queries import Queries
+from embedcache.search.search import OpenIndex
 from embedcache.sources import open_source
 from embedcache.train.settings import train_settings
 from embedcache.train.train import train
@@ -116,6 +119,31 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             open_source(folder / part), folder / f"{part}-cache", encoder={case.modality: [MEDIA]}, text_encoder=[TEXT]
         )
     return Made(case, folder / "train-cache", folder / "test-cache")
+
+
+def test_search_by_file(made: Made, tmp_path: Path) -> None:
+    modality, case = made.case.modality, made.case
+    build_index(made.train, tmp_path / "index", feature=made.feature, modality=modality)
+    one, other = tmp_path / f"one.{case.suffix}", tmp_path / f"other.{case.other_suffix}"
+    one.write_bytes(case.write(4))
+    other.write_bytes(case.write_again(5))
+    options = [word for path in (one, other) for word in ("--query-file", f"{modality}={path}")]
+    found = json.loads(succeed("search", "index", *options, "-k", 2, "--json", cwd=tmp_path))
+    assert [result["query"] for result in found] == [str(one), str(other)]
+    assert [result["hits"][0]["key"] for result in found] == ["04", "05"]
+    assert all(result["hits"][0]["score"] > 0.9999 for result in found)
+    opened = OpenIndex(tmp_path / "index")
+    data = case.write(4)
+    assert opened.search(Queries(items={modality: data}), k=1)[0][0].key == "04"
+    (missing := tmp_path / f"no.{case.suffix}").unlink(missing_ok=True)
+    with pytest.raises(PathError, match=f"{modality} {missing} does not exist"):
+        opened.search(Queries(items={modality: missing}))
+    with pytest.raises(DataError, match=f"image query: expected an index built with a run, got .* plain {modality}"):
+        opened.search(Queries(items={"image": tmp_path / "x.png"}))
+    with pytest.raises(UnknownNameError, match="unknown modality of items in files 'text'; known: "):
+        Queries(items={"text": "a dog"})
+    with pytest.raises(DataError, match=f"{modality} 0: "):
+        opened.search(Queries(items={modality: b"nothing"}))
 
 
 def test_export_for_embedding_atlas(made: Made, tmp_path: Path) -> None:
