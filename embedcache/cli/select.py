@@ -186,7 +186,7 @@ def outliers(
         print_lines([outlier_line(report), *outlier_notes(report)])
         print_table(*threshold_table(report))
         if out is not None:
-            print_line(f"wrote {out}: {', '.join(report.scores)} of {report.cache.info.num_samples:,} samples")
+            print_line(f"wrote {out}: {', '.join(report.scores)} of {report.num_samples:,} samples")
 
     outputs.publish(
         show,

@@ -95,6 +95,11 @@ class OutlierReport:
         return scores
 
     @property
+    def num_samples(self) -> int:
+        """Number of samples that were not removed from the cache."""
+        return len(self.cache) - len(self.cache.removed)
+
+    @property
     def is_mislabeled(self) -> Bools:
         """Whether the neighbors of each sample agree on another label, with a margin below -0.5: (S,)."""
         assert self.votes is not None
@@ -132,7 +137,7 @@ class OutlierReport:
             "run_weights": None if self.vectors.config is None else self.vectors.config.weights_digest,
             "k": k,
             "label_neighbors": min(self.settings.label_neighbors, k),
-            "num_samples": len(self.cache) - len(self.cache.removed),
+            "num_samples": self.num_samples,
             "num_items": len(self.copies.content_ids),
             "num_contents": len(self.copies.unique_rows),
             "num_clusters": self.neighbors.num_clusters,

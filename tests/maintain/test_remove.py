@@ -42,6 +42,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.removal import start_removal
 from embedcache.store.tables import read_footer
 from embedcache.store.verify import verify
+from tests.cli.run import succeed
 from tests.crash import crash_function
 from tests.edits import edit_record
 from tests.extract.cases import tree
@@ -93,6 +94,7 @@ def test_reports_are_those_of_a_cache_that_never_had_them(labeled: Path, tmp_pat
         return [*values, data.num_left_out, VectorExport(path).left_out, len(read_part(Cache(path), "all").samples)]
 
     assert measure(cache) == measure(tmp_path / "cut")
+    assert "of 52 samples" in succeed("curate", "outliers", cache, "odd.parquet", "-k", "5", cwd=tmp_path)
 
 
 def settings_of(folder: Path, **others: Any) -> RemoveSettings:
