@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
 from embedcache.arrays import Array
 from embedcache.dataset.splits import read_split, require_split
@@ -15,7 +15,7 @@ from embedcache.derive.compute import ChunkReader
 from embedcache.derive.rules import Block, Rule
 from embedcache.encoders.open import DERIVED, EncoderSpec
 from embedcache.errors import SettingError
-from embedcache.files import find_files, replacing
+from embedcache.files import find_files, read_file, replacing
 from embedcache.locks import locked
 from embedcache.provenance import digest, digest_file
 from embedcache.store.cache import Cache
@@ -165,4 +165,4 @@ def read_fit(group: EncoderGroup) -> dict[str, Array]:
     Raises:
         CorruptError: the file is missing or has changed.
     """
-    return dict(load_file(checked_fit_path(group.path, group.fingerprint)))
+    return dict(load(read_file(checked_fit_path(group.path, group.fingerprint))))

@@ -15,6 +15,7 @@ from embedcache.derive.derive import Derivation, derive
 from embedcache.derive.rules import MEAN as MEAN_RULE
 from embedcache.derive.rules import RULES, Block, Rule, open_rule, to_items
 from embedcache.errors import DataError, ItemError, PathError, SettingError, UnknownNameError
+from embedcache.maintain.copy import cut_cache
 from embedcache.store.cache import Cache
 from tests.derive.cases import CLS, MEAN, PATCHES, TOKENS
 from tests.train.runs import run as train
@@ -27,7 +28,7 @@ def cache(cache_path: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(cache_path, tmp_path / "c"))
 
 
-def derived(cache: Path, rule: str, *inputs: tuple[str, str], **options: Any) -> np.ndarray:
+def derived(cache: Path | str, rule: str, *inputs: tuple[str, str], **options: Any) -> np.ndarray:
     report = derive(cache, Derivation(name="derived", inputs=inputs, rule=rule, dtype="float32", **options))
     return Cache(cache).feature(report.modality, "derived").load()
 
@@ -163,6 +164,16 @@ def test_split_for_a_rule_without_fit_raises(cache: Path, tmp_path: Path) -> Non
 def test_folder_as_fit_split_raises(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(PathError, match=r"expected the split.parquet of a run, got a folder"):
         derived(cache, "pca", CLS, parameters={"width": 4}, fit_split=tmp_path)
+
+
+def test_a_rule_is_fitted_in_a_cache_behind_a_url(cache_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("\n".join(Cache(cache_path).column("key").to_pylist()[:20]))
+    caches: list[Path | str] = [tmp_path / "c", "memory://fitted/c"]
+    for copied in caches:
+        cut_cache(cache_path, tmp_path / "keys.txt", copied, features=CLS[1])
+    for _ in range(2):  # derived, then reused
+        local, remote = (derived(copied, "standardize", CLS) for copied in caches)
+    np.testing.assert_array_equal(local, remote)
 
 
 def test_whitening_more_directions_than_there_are_raises() -> None:
