@@ -26,7 +26,7 @@ from embedcache.evaluate.runs import (
 )
 from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.files import AnyPath
-from embedcache.metrics.classification import class_means, count_confusion, rank_labels
+from embedcache.metrics.classification import class_means, count_confusion, rank_labels, top_classes
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate, over_seeds
 from embedcache.metrics.ranking import recall_at
 from embedcache.modalities import count_items, noun
@@ -288,10 +288,7 @@ def _rank(
     for block in blocks(len(rows), _BLOCK):
         scores_BC = project(tower, feature.read(rows[block]), device=run.device) @ classes_CP.T
         ranks.append(rank_labels(scores_BC, labels[block]))
-        k = min(max(KS), scores_BC.shape[1])
-        best_BK = np.argpartition(-scores_BC, k - 1, axis=1)[:, :k]
-        order_BK = np.argsort(-np.take_along_axis(scores_BC, best_BK, axis=1), axis=1, kind="stable")
-        predicted.append(np.take_along_axis(best_BK, order_BK, axis=1))
+        predicted.append(top_classes(scores_BC, labels[block], min(max(KS), scores_BC.shape[1])))
         progress.advance(len(scores_BC))
     progress.finish()
     return np.concatenate(ranks), np.concatenate(predicted)

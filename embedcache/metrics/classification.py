@@ -3,7 +3,7 @@
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints
-from embedcache.metrics.ranking import is_below
+from embedcache.metrics.ranking import is_below, lowest_equal
 
 
 def rank_labels(scores_NC: Floats, labels_N: Ints) -> Ints:
@@ -21,6 +21,24 @@ def rank_labels(scores_NC: Floats, labels_N: Ints) -> Ints:
     num_before_N = is_before_NC.sum(axis=1)
     ranks_N: Ints = np.where(np.isnan(own_N), scores_NC.shape[1], num_before_N)
     return ranks_N
+
+
+def top_classes(scores_NC: Floats, labels_N: Ints, k: int) -> Ints:
+    """Return the k classes with the highest scores of each item, best first: (N, K) int64.
+
+    The true class comes after others of the same score, to within rounding, so that it is the first only where its rank
+    in `rank_labels` is 1; others of the same score are in the order of their numbers.
+
+    Example:
+        >>> top_classes(np.array([[0.1, 0.9], [0.5, 0.5]], np.float32), np.array([1, 0]), 2).tolist()
+        [[1, 0], [1, 0]]
+    """
+    scores_NC, true = scores_NC.copy(), (np.arange(len(labels_N)), labels_N)
+    scores_NC[true] = lowest_equal(scores_NC[true])
+    best_NK = np.sort(np.argpartition(-scores_NC, k - 1, axis=1)[:, :k], axis=1)
+    order_NK = np.argsort(-np.take_along_axis(scores_NC, best_NK, axis=1), axis=1, kind="stable")
+    top_NK: Ints = np.take_along_axis(best_NK, order_NK, axis=1)
+    return top_NK
 
 
 def count_confusion(labels_N: Ints, predicted_N: Ints, num_classes: int) -> Ints:

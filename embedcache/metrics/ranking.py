@@ -76,9 +76,14 @@ def is_below(values: Floats, others: Floats) -> Bools:
         >>> is_below(np.float32([0.5, 0.49, np.nan]), np.float32([0.50000006])).tolist()
         [False, True, False]
     """
-    margin = np.finfo(np.float32).eps * np.maximum(1, np.abs(others))
-    result: Bools = values < others - margin
+    result: Bools = values < lowest_equal(others)
     return result
+
+
+def lowest_equal(values: Floats) -> Floats:
+    """Return the lowest numbers that are not below values by more than rounding, see `is_below`."""
+    lowest: Floats = values - np.finfo(np.float32).eps * np.maximum(1, np.abs(values))
+    return lowest
 
 
 def best_ranks(

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -79,6 +80,14 @@ def test_accuracy_matches_counting_by_hand(labeled: Path, prompts: Path, runs: l
     assert report.accuracies["acc5"].value == pytest.approx(np.mean(in_top))
     assert report.num_prompts == (24, 24)
     assert report.part == "all samples"
+
+
+def test_items_of_classes_with_equal_prompts_are_in_no_table_as_right(
+    labeled: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({name: ["red bar left on blue"] for name in COLOR_NAMES}))
+    report = evaluate_zero_shot(labeled, runs[0], cached(f"prompts:{tmp_path / 'p.json'}", tmp_path / "p", text=TEXT))
+    assert (report.accuracies["acc1"].value, np.trace(report.confusion), report.confusion.sum()) == (0, 0, 100)
 
 
 def test_report_shows_accuracies_beside_chance(labeled: Path, prompts: Path, runs: list[Path]) -> None:

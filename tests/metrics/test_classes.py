@@ -9,7 +9,14 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_acc
 
 from embedcache.errors import DataError
 from embedcache.metrics import classification as classes
-from embedcache.metrics.classification import class_means, count_confusion, gini, rank_labels, top_fraction
+from embedcache.metrics.classification import (
+    class_means,
+    count_confusion,
+    gini,
+    rank_labels,
+    top_classes,
+    top_fraction,
+)
 from embedcache.metrics.intervals import bootstrap_class_mean, bootstrap_mean, bootstrap_means
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=30).filter(any)
@@ -46,6 +53,18 @@ def test_nan_and_ties_rank_last() -> None:
     labels = np.zeros(3, np.int64)
     scores = np.array([[1, 1, 0], [np.nan, 0, 0], [1, np.nan, 0]], np.float32)
     assert rank_labels(scores, labels).tolist() == [2, 3, 2]
+
+
+@given(st.integers(0, 999), st.integers(2, 7))
+def test_the_first_class_is_the_true_one_where_it_ranks_first(seed: int, num_classes: int) -> None:
+    """Check scores of which many are equal, or differ by a step of float32."""
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(3, size=(20, num_classes)).astype(np.float32) / 4
+    scores = np.where(rng.random(scores.shape) < 0.3, np.nextafter(scores, np.float32(1)), scores)
+    labels, k = rng.integers(num_classes, size=20), min(5, num_classes)
+    top, ranks = top_classes(scores, labels, k), rank_labels(scores, labels)
+    assert ((top == labels[:, None]) == (ranks[:, None] == np.arange(1, k + 1))).all()
+    assert (np.diff(np.take_along_axis(scores, top, axis=1), axis=1) <= 1e-6).all()
 
 
 @pytest.mark.slow
