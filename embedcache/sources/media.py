@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+import numpy as np
+
 from embedcache.errors import ItemError
 from embedcache.processes import check_cancelled
 from embedcache.registry import require
@@ -189,6 +191,20 @@ def frame_rate(stream: Any) -> float:
     if rate_hz <= 0:
         raise ItemError("the video has no frame rate")
     return rate_hz
+
+
+def is_constant(data: bytes) -> bool:
+    """Return whether the frames of a video last equally long, or nearly so, by the times in its file, not decoded."""
+    try:
+        with open_container(data, "video") as (container, _):
+            times = [packet.pts for packet in container.demux(video=0) if packet.size]
+    except ItemError:  # its reason is that of decoding
+        return True
+    if len(times) < 3 or None in times:
+        return True
+    steps = np.diff(np.sort(np.array(times, np.int64)))
+    step = np.median(steps)
+    return bool((np.abs(steps - step) <= step / 2).all())
 
 
 def stream_duration(container: Any, stream: Any) -> float | None:

@@ -18,6 +18,7 @@ from embedcache.sources.media import (
     SAME_S,
     check_end,
     frame_rate,
+    is_constant,
     item_errors,
     open_container,
     open_stream,
@@ -79,7 +80,11 @@ class StreamedVideo:
         """All frames: (T, H, W, 3) uint8; `ItemError` if they have more than `MAX_VIDEO_PIXELS`, or are damaged."""
         with open_container(self._data, "video") as (container, _):
             stream = open_stream(container, "video", *self._interval)
-            return _read_all(_interval_frames(container, stream, *self._interval))
+            return _read_all(_interval_frames(container, stream, *self._interval, is_even=self._is_even))
+
+    @cached_property
+    def _is_even(self) -> bool:
+        return is_constant(self._data)
 
     def frames(self) -> Iterator[Frame]:
         """Iterate over the frames, in order.
@@ -90,12 +95,15 @@ class StreamedVideo:
         """
         with open_container(self._data, "video") as (container, _):
             stream = open_stream(container, "video", *self._interval)
-            for frame in _interval_frames(container, stream, *self._interval):
+            for frame in _interval_frames(container, stream, *self._interval, is_even=self._is_even):
                 yield partial(_convert, frame)
 
 
 def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None = None) -> Video | StreamedVideo:
     """Decode the frames of a video, upright; of an interval, those whose time is in it.
+
+    Of a video whose frames last differently long, as many phones record and as recorded screens have them, each step at
+    the average rate has the frame that is shown in its middle.
 
     A video with more than `MAX_VIDEO_PIXELS` in its frames is a `StreamedVideo`, of which only those who ask for all
     frames at once are refused, and whose damage is found when its frames are read. Thread-safe. Memory: the frames, and
@@ -119,7 +127,8 @@ def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None
         if (duration_s or 0) * rate_hz * frame_pixels > MAX_VIDEO_PIXELS:
             return streamed
         try:
-            frames_THW3 = _read_all(_interval_frames(container, stream, start_s, stop_s))
+            frames = _interval_frames(container, stream, start_s, stop_s, is_even=is_constant(data))
+            frames_THW3 = _read_all(frames)
         except _TooManyPixelsError:
             return streamed
         return Video(frames_THW3=frames_THW3, rate_hz=rate_hz)
@@ -210,24 +219,61 @@ def _read_all(frames: Iterator[Any]) -> Array:
     return np.frombuffer(decoded, np.uint8).reshape(-1, *shape_HW3)
 
 
-def _interval_frames(container: Any, stream: Any, start_s: float | None, stop_s: float | None) -> Iterator[Any]:
-    """Iterate over the frames whose time is in an interval; after the last one, check that none is missing."""
-    time_s, shapes = 0.0, set[tuple[int, int]]()
-    first_s, last_s = start_s or 0.0, np.inf if stop_s is None else stop_s
-    for time_s, frame in stream_frames(container, stream):
-        if time_s >= last_s - SAME_S:
-            break
-        if time_s < first_s - SAME_S:
-            continue
+def _interval_frames(
+    container: Any, stream: Any, start_s: float | None, stop_s: float | None, *, is_even: bool
+) -> Iterator[Any]:
+    """Iterate over the frames of an interval; after the last one, check that none is missing.
+
+    `is_even` says that they last equally long: then these are the frames whose time is in the interval.
+    """
+    shapes = set[tuple[int, int]]()
+    timed = _checked_frames(container, stream, start_s, stop_s)
+    bounds = start_s or 0.0, np.inf if stop_s is None else stop_s
+    inside = _frames_inside(timed, *bounds) if is_even else _shown_frames(timed, *bounds, 1 / frame_rate(stream))
+    for frame in inside:
         is_turned = round(frame.rotation / 90) % 2
         shapes.add((frame.width, frame.height) if is_turned else (frame.height, frame.width))
         yield frame
-    else:  # every frame was read
-        check_end(container, stream, time_s + 1 / frame_rate(stream), start_s, stop_s)
     if not shapes:
         raise ItemError("no frames" if start_s is None and stop_s is None else "no frames in the interval")
     if len(shapes) > 1:
         raise ItemError("the frames change their size")
+
+
+def _checked_frames(
+    container: Any, stream: Any, start_s: float | None, stop_s: float | None
+) -> Iterator[tuple[float, Any]]:
+    """Iterate over the frames of a stream with their times; if all are read, check that none is missing at the end."""
+    time_s = 0.0
+    for time_s, frame in stream_frames(container, stream):
+        yield time_s, frame
+    check_end(container, stream, time_s + 1 / frame_rate(stream), start_s, stop_s)
+
+
+def _frames_inside(timed: Iterator[tuple[float, Any]], start_s: float, stop_s: float) -> Iterator[Any]:
+    """Iterate over the frames whose time is in an interval."""
+    for time_s, frame in timed:
+        if time_s >= stop_s - SAME_S:
+            return
+        if time_s >= start_s - SAME_S:
+            yield frame
+
+
+def _shown_frames(timed: Iterator[tuple[float, Any]], start_s: float, stop_s: float, step_s: float) -> Iterator[Any]:
+    """Iterate over the frames that are shown in the middle of each step of an interval; the last one for one step."""
+    shown, shown_s, middle_s = None, 0.0, start_s + step_s / 2
+    for time_s, frame in timed:
+        while shown is not None and middle_s < min(time_s, stop_s) - SAME_S:
+            yield shown
+            middle_s += step_s
+        if time_s >= stop_s - SAME_S:
+            return
+        if shown is None and time_s > middle_s:  # nothing is shown before the first frame
+            middle_s = time_s + step_s / 2
+        shown, shown_s = frame, time_s
+    while shown is not None and middle_s < min(shown_s + step_s, stop_s) - SAME_S:
+        yield shown
+        middle_s += step_s
 
 
 def _convert(frame: Any) -> Array:
