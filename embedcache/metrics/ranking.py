@@ -82,8 +82,8 @@ def is_below(values: Floats, others: Floats) -> Bools:
 
 def lowest_equal(values: Floats) -> Floats:
     """Return the lowest numbers that are not below values by more than rounding, see `is_below`."""
-    lowest: Floats = values - np.finfo(np.float32).eps * np.maximum(1, np.abs(values))
-    return lowest
+    rounding: Floats = np.finfo(np.float32).eps * np.maximum(1, np.abs(values))
+    return values - rounding
 
 
 def best_ranks(
